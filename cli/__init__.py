@@ -1,0 +1,1 @@
+"""The `moeship` command: one module a command."""

@@ -1,0 +1,1 @@
+"""Checkpoint in, ONNX graph with quantised weights out: read, merge, quantise, write."""

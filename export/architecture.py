@@ -1,0 +1,126 @@
+"""What a decoder's configuration says, in the field's words, and the strict reader that turns config.json into it.
+
+Letters used throughout the project: B batch, S new tokens, P past tokens, T = B*S, H hidden, N query heads,
+G key/value heads, D head size, E experts, K experts per token, F expert width, V vocabulary, L layers, C cache length.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from export.errors import ConfigError, listing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The facts of one decoder. `num_experts` is 0 for a dense model."""
+
+    family: str
+    hidden_size: int  # H
+    num_layers: int  # L
+    num_heads: int  # N
+    num_kv_heads: int  # G
+    head_size: int  # D
+    ffn_size: int  # F, of one expert
+    vocab_size: int  # V
+    num_experts: int  # E
+    experts_per_token: int  # K
+    rotary_dim: int
+    rope_base: float
+    norm_epsilon: float
+    max_positions: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    source_dtype: str | None  # what the config claims; the tensors themselves decide
+
+    @property
+    def is_moe(self) -> bool:
+        return self.num_experts > 0
+
+
+class ConfigReader:
+    """Reads a raw config.json so that every key is used, listed as harmless, or refused by name.
+
+    Problems are collected; `finish` raises one ConfigError that lists them all.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], family: str) -> None:
+        self._raw = raw
+        self._family = family
+        self._seen: set[str] = set()
+        self._problems: list[str] = []
+
+    def has(self, key: str) -> bool:
+        return self._raw.get(key) is not None
+
+    def integer(self, key: str, *, absent: int | None = None, minimum: int = 1) -> int:
+        """A whole number >= minimum. `absent` is the value upstream's config class gives a missing or null key."""
+        value = self._value(key, absent)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            self._problems.append(f"{key} is {value!r}, expected a whole number of at least {minimum}")
+            return minimum
+        return value
+
+    def real(self, key: str, *, absent: float | None = None) -> float:
+        """A positive number. `absent` as for `integer`."""
+        value = self._value(key, absent)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            self._problems.append(f"{key} is {value!r}, expected a positive number")
+            return 1.0
+        return float(value)
+
+    def text(self, key: str) -> str | None:
+        self._seen.add(key)
+        value = self._raw.get(key)
+        return value if isinstance(value, str) else None
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        """Zero, one or several token ids."""
+        self._seen.add(key)
+        value = self._raw.get(key)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(item, int) and item >= 0 for item in ids):
+            self._problems.append(f"{key} is {value!r}, expected a token id or a list of them")
+            return ()
+        return tuple(ids)
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        """A nested object; empty when the key is missing or null."""
+        self._seen.add(key)
+        value = self._raw.get(key)
+        if value is not None and not isinstance(value, dict):
+            self._problems.append(f"{key} is {value!r}, expected an object")
+        return value if isinstance(value, dict) else {}
+
+    def require(self, key: str, allowed: Iterable[Any], *, absent: Any = None) -> None:  # noqa: ANN401 - JSON value
+        """The key may be missing only if `absent` is allowed; any other value is refused."""
+        allowed = list(allowed)
+        value = self._value(key, absent)
+        if value not in allowed:
+            self._problems.append(f"{key} is {value!r}; moeship builds only {' or '.join(map(repr, allowed))}")
+
+    def harmless(self, *keys: str) -> None:
+        """Keys that change nothing at inference."""
+        self._seen.update(keys)
+
+    def problem(self, text: str) -> None:
+        self._problems.append(text)
+
+    def finish(self) -> None:
+        for key in sorted(set(self._raw) - self._seen):
+            near = difflib.get_close_matches(key, self._seen, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            self._problems.append(f"{key} = {self._raw[key]!r} is not a key this family honours{hint}")
+        if self._problems:
+            raise ConfigError(
+                f"reading config.json of a {self._family} checkpoint: moeship builds only what it understands; "
+                f"correct or remove:{listing(self._problems)}"
+            )
+
+    def _value(self, key: str, absent: Any) -> Any:  # noqa: ANN401 - JSON value
+        self._seen.add(key)
+        value = self._raw.get(key)
+        return absent if value is None else value

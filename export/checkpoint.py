@@ -1,0 +1,265 @@
+"""A checkpoint folder as lazily read tensors: config.json and safetensors shards in, numpy arrays out.
+
+Nothing from a checkpoint is executed: pickled weights (.bin, .pt) and remote code are refused. Headers are read when
+the checkpoint is opened and checked against the files' sizes and the index; a tensor's bytes are read when it is
+asked for, into memory of its own rather than a mapping, so resident memory is what the caller holds.
+
+    checkpoint = open_checkpoint("mlabonne/phixtral-4x2_8")      # a folder or a hub id
+    checkpoint.tensors["lm_head.linear.bias"].shape               # (51200,)
+    checkpoint.read_float32("lm_head.linear.bias")                # numpy float32 [V], every value finite
+
+The file format: an unsigned 64-bit little-endian header length, a JSON header, then the tensors' bytes, row-major
+and little-endian (https://github.com/huggingface/safetensors, README, section "Format").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.errors import CheckpointError, ConfigError, listing
+
+INDEX_FILE = "model.safetensors.index.json"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "generation_config.json",
+)  # fmt: skip
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+FLOAT_DTYPES = ("F16", "BF16", "F32")
+
+
+def numpy_dtype(dtype: str) -> npt.DTypeLike:
+    """The numpy dtype of a safetensors dtype label; bfloat16 has its own row and never passes through float16."""
+    if dtype == "BF16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+            "U8": "u1", "BOOL": "?"}[dtype]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """Where one tensor lies: `offset` and `num_bytes` are bytes in `shard`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: Path
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An opened checkpoint: its raw config and the place of every tensor."""
+
+    folder: Path
+    identity: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    shards: tuple[Path, ...]
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """The tensor in its stored dtype and shape. Raises CheckpointError when the file ends early."""
+        stored = self.tensors[name]
+        array = np.empty(stored.shape, dtype=numpy_dtype(stored.dtype))
+        with stored.shard.open("rb", buffering=0) as file:
+            file.seek(stored.offset)
+            view = memoryview(array.reshape(-1).view(np.uint8))
+            done = 0
+            while done < stored.num_bytes:
+                got = file.readinto(view[done:])
+                if not got:
+                    raise CheckpointError(
+                        f"reading {name} from {stored.shard}: the file ended after {done} of {stored.num_bytes} bytes; "
+                        "it changed while it was read or is damaged: download it again"
+                    )
+                done += got
+        return array
+
+    def read_float32(self, name: str) -> npt.NDArray[np.float32]:
+        """The tensor as float32. Raises CheckpointError when a value is not finite."""
+        stored = self.tensors[name]
+        array = self.read(name).astype(np.float32, copy=False)
+        # A sum is finite only when every term is; only a suspicious sum pays for the exact look.
+        if not np.isfinite(array.sum(dtype=np.float64)):
+            bad = int(np.size(array) - np.isfinite(array).sum())
+            if bad:
+                raise CheckpointError(
+                    f"reading {name} from {stored.shard}: {bad} of {array.size} values are NaN or infinite; "
+                    "the checkpoint is damaged or its training diverged, and no engine can be built from it"
+                )
+        return array
+
+    def tokenizer_files(self) -> list[Path]:
+        """The tokenizer and generation files that travel with the model."""
+        return [self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
+
+    def source_digests(self) -> dict[str, str]:
+        """SHA-256 of config.json and of every shard, by file name."""
+        files = [self.folder / "config.json", *self.shards]
+        return {path.name: file_digest(path) for path in files}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_checkpoint(location: str | Path) -> Checkpoint:
+    """Open a checkpoint folder, or download a hub id into the hub's cache first.
+
+    Raises ConfigError for an unreadable config.json and CheckpointError for missing or damaged shards.
+    """
+    folder = Path(location)
+    if not folder.is_dir():
+        folder = _download(str(location))
+    config = read_json(folder / "config.json", "config.json of the checkpoint")
+    shards, weight_map = _shards(folder)
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
+        for stored in _read_header(shard):
+            if stored.name in tensors:
+                raise CheckpointError(
+                    f"opening {folder}: {stored.name} stands in {tensors[stored.name].shard.name} and again in "
+                    f"{shard.name}; remove the shard that does not belong to this checkpoint"
+                )
+            tensors[stored.name] = stored
+    if weight_map is not None:
+        _check_index(folder, weight_map, tensors)
+    return Checkpoint(
+        folder=folder,
+        identity=str(location),
+        config=MappingProxyType(config),
+        tensors=MappingProxyType(tensors),
+        shards=tuple(shards),
+    )
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file. Raises ConfigError when the file is absent, not JSON, or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"reading {what}: {path} does not exist; is {path.parent} the right folder?") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"reading {what}: {path} is not readable JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"reading {what}: {path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def _download(location: str) -> Path:
+    """Fetch a hub repository's configuration, safetensors and tokenizer; never its code or pickles."""
+    if not HUB_ID.fullmatch(location):
+        raise CheckpointError(
+            f"opening the checkpoint {location}: no such folder, and not a hub id of the form owner/name; check the path"
+        )
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(location, allow_patterns=HUB_FILES))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"opening the checkpoint {location}: no such folder here, and the hub did not give it ({reason}); "
+            "check the name and the network, or download it and pass its folder"
+        ) from error
+
+
+def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The shard files, and the index's weight map where there is an index."""
+    index = folder / INDEX_FILE
+    if index.is_file():
+        weight_map = read_json(index, "the index of the checkpoint").get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"opening {folder}: {INDEX_FILE} has no weight_map from tensor name to shard name")
+        names = sorted(set(weight_map.values()))
+        outside = [name for name in names if Path(name).name != name]
+        absent = [name for name in names if name not in outside and not (folder / name).is_file()]
+        if outside or absent:
+            problem = f"names files outside the folder: {outside}" if outside else f"names absent shards: {absent}"
+            raise CheckpointError(f"opening {folder}: {INDEX_FILE} {problem}; download the checkpoint again, whole")
+        return [folder / name for name in names], weight_map
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) > 1:
+        raise CheckpointError(
+            f"opening {folder}: {len(found)} safetensors files but no {INDEX_FILE}; download the index too"
+        )
+    if not found:
+        pickles = [path.name for path in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))]
+        remedy = (
+            f"only pickled weights ({', '.join(pickles[:3])}), which can execute code and are never opened; "
+            "convert them to safetensors first"
+            if pickles
+            else "is it a checkpoint?"
+        )
+        raise CheckpointError(f"opening {folder}: no safetensors file; {remedy}")
+    return found, None
+
+
+def _read_header(shard: Path) -> list[StoredTensor]:
+    """Every tensor of one shard, checked to lie inside the file. Raises CheckpointError for a damaged header."""
+    size = shard.stat().st_size
+    with shard.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"opening {shard}: its header should take {length} bytes, the file has {size}; "
+                "it is truncated or not safetensors: download it again"
+            )
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"opening {shard}: its header is not JSON ({error}); download it again") from error
+    tensors, problems = [], []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"opening {shard}: the header entry of {name} is malformed: {entry}") from error
+        if dtype not in _ITEM_BYTES:
+            problems.append(f"{name} has dtype {dtype}; moeship reads {', '.join(_ITEM_BYTES)}")
+            continue
+        expected = math.prod(shape) * _ITEM_BYTES[dtype]
+        if end - begin != expected:
+            problems.append(f"{name} {list(shape)} {dtype} should take {expected} bytes, its offsets span {end - begin}")
+        elif begin < 0 or 8 + length + end > size:
+            problems.append(f"{name} ends at byte {8 + length + end}, the file at {size}: truncated")
+        tensors.append(
+            StoredTensor(
+                name=name, dtype=dtype, shape=shape, shard=shard, offset=8 + length + begin, num_bytes=end - begin
+            )
+        )
+    if problems:
+        raise CheckpointError(f"opening {shard}: download it again, it is damaged:{listing(problems)}")
+    return tensors
+
+
+def _check_index(folder: Path, weight_map: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> None:
+    problems = [
+        f"the index puts {name} in {shard}, " + (f"it is in {tensors[name].shard.name}" if name in tensors else "absent")
+        for name, shard in sorted(weight_map.items())
+        if name not in tensors or tensors[name].shard.name != shard
+    ]
+    problems += [f"{name} is in {tensors[name].shard.name} but not in the index" for name in sorted(set(tensors) - set(weight_map))]
+    if problems:
+        raise CheckpointError(f"opening {folder}: {INDEX_FILE} and the shards disagree:{listing(problems)}")

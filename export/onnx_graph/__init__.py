@@ -1,0 +1,1 @@
+"""Tensor table in, ONNX graph with external data out."""

@@ -1,0 +1,75 @@
+"""Outputs that appear whole under their final name or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from export.errors import OutputError
+
+
+def refuse_existing(final: Path, what: str) -> None:
+    """Raise OutputError where `final` exists or its parent cannot hold it."""
+    if final.exists() or final.is_symlink():
+        raise OutputError(f"writing {what}: {final} exists already; name another output or remove it first")
+    parent = final.resolve().parent
+    if not parent.is_dir():
+        raise OutputError(f"writing {what}: the folder {parent} does not exist; create it first")
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"writing {what}: no permission to write in {parent}; name another output")
+
+
+@contextmanager
+def staged_directory(final: Path, what: str) -> Iterator[Path]:
+    """Yield an empty sibling folder that becomes `final` by rename when the block ends well, and is removed when not.
+
+    Raises OutputError when `final` exists, at the start and again before the rename, and when the disk refuses.
+    """
+    refuse_existing(final, what)
+    final = final.resolve()
+    staging = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=final.parent))
+    staging.chmod(0o755)
+    try:
+        try:
+            yield staging
+            refuse_existing(final, what)
+            _flush_to_disk(staging)
+            staging.rename(final)
+        except OSError as error:
+            if error.errno is None:
+                raise
+            raise OutputError(f"writing {what} to {final}: {error.strerror} ({error.filename or staging})") from error
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _flush_to_disk(folder: Path) -> None:
+    """fsync every file and folder, so that the rename never outruns the data."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_symlink():
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write `text` under `path` by rename, so that a reader sees the old or the new text, never a part."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,1 @@
+"""Engine directory in, Triton model repository and running server out."""

@@ -1,0 +1,70 @@
+"""The tensors on the wire: names, dtypes and shapes that every served model takes and gives, whichever engine runs.
+
+Names and dtypes are those of TensorRT-LLM 1.2's `ensemble` model (triton_backend/all_models/inflight_batcher_llm/
+ensemble/config.pbtxt upstream), so that NVIDIA's own clients drive our servers unchanged; `OURS` are additions that
+such clients ignore. Dims exclude the batch dimension: a request carries [1, *dims].
+
+This module imports nothing, so that a client can use it alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+TritonDtype = Literal["STRING", "INT32", "UINT64", "FP32", "BOOL", "INT64"]
+# The label on the wire differs from the one in config.pbtxt for text alone.
+WIRE_DTYPES: dict[TritonDtype, str] = {
+    "STRING": "BYTES", "INT32": "INT32", "UINT64": "UINT64", "FP32": "FP32", "BOOL": "BOOL", "INT64": "INT64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class WireTensor:
+    """One input or output. `dims` without the batch dimension; -1 is any length."""
+
+    name: str
+    dtype: TritonDtype
+    dims: tuple[int, ...] = (1,)
+    optional: bool = False
+    unit: str = ""
+
+
+INPUTS: tuple[WireTensor, ...] = (
+    WireTensor(name="text_input", dtype="STRING", unit="the prompt, UTF-8"),
+    WireTensor(name="max_tokens", dtype="INT32", unit="new tokens at most, >= 1"),
+    WireTensor(name="stream", dtype="BOOL", optional=True, unit="one response a piece instead of one in all"),
+    WireTensor(name="temperature", dtype="FP32", optional=True, unit=">= 0; 0 is greedy, as is absence"),
+    WireTensor(name="top_k", dtype="INT32", optional=True, unit="0 keeps all; 1 is greedy"),
+    WireTensor(name="top_p", dtype="FP32", optional=True, unit="0 < p <= 1; 0 as in TensorRT-LLM means off"),
+    WireTensor(name="min_length", dtype="INT32", optional=True, unit="new tokens before an end id may come"),
+    WireTensor(name="repetition_penalty", dtype="FP32", optional=True, unit="> 0; 1 changes nothing"),
+    WireTensor(name="presence_penalty", dtype="FP32", optional=True, unit="0 changes nothing"),
+    WireTensor(name="frequency_penalty", dtype="FP32", optional=True, unit="0 changes nothing"),
+    WireTensor(name="random_seed", dtype="UINT64", optional=True, unit="same seed, same text; absent draws one"),
+    WireTensor(name="stop_words", dtype="STRING", dims=(-1,), optional=True, unit="texts that end the generation"),
+    WireTensor(name="bad_words", dtype="STRING", dims=(-1,), optional=True, unit="texts that are never produced"),
+    WireTensor(name="end_id", dtype="INT32", optional=True, unit="a token id that ends the generation"),
+    WireTensor(name="pad_id", dtype="INT32", optional=True, unit="accepted for compatibility; nothing is padded"),
+    WireTensor(name="beam_width", dtype="INT32", optional=True, unit="1 only"),
+    WireTensor(name="return_log_probs", dtype="BOOL", optional=True, unit="fill the log-probability outputs"),
+    WireTensor(name="exclude_input_in_output", dtype="BOOL", optional=True, unit="true unless told otherwise"),
+)
+
+OUTPUTS: tuple[WireTensor, ...] = (
+    WireTensor(name="text_output", dtype="STRING", unit="a piece when streaming, else the whole text"),
+    WireTensor(name="cum_log_probs", dtype="FP32", unit="natural log, sum so far"),
+    WireTensor(name="output_log_probs", dtype="FP32", dims=(-1,), unit="natural log, one a token of this response"),
+    WireTensor(name="sequence_index", dtype="INT32", unit="0: one sequence a request"),
+    WireTensor(name="batch_index", dtype="INT32", unit="0"),
+)
+
+# Beside TensorRT-LLM's. finish_reason is "" until the last response, then one of FINISH_REASONS.
+OURS: tuple[WireTensor, ...] = (
+    WireTensor(name="finish_reason", dtype="STRING"),
+    WireTensor(name="token_ids", dtype="INT32", dims=(-1,), unit="the tokens of this response"),
+    WireTensor(name="num_input_tokens", dtype="INT32", unit="tokens of the prompt"),
+    WireTensor(name="num_output_tokens", dtype="INT32", unit="tokens produced so far"),
+)
+
+FINISH_REASONS = ("stop", "length", "cancelled")

@@ -1,0 +1,1 @@
+"""What runs inside the server: request options, sampling, incremental detokenising, the generation loop."""

@@ -1,0 +1,1 @@
+"""ONNX graph or TensorRT-LLM checkpoint in, verified engine directory out."""
