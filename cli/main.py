@@ -1,0 +1,74 @@
+"""The `moeship` command line: finds the command's module, runs it, turns errors into one line and an exit status.
+
+Exit status: 0 done, 1 a check failed, 2 wrong input, 130 interrupted. Results go to stdout, everything else to stderr.
+A command is one module with `SUMMARY`, `add_arguments(parser)` and `run(arguments) -> int`; it is imported only when
+it is the one asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from export.errors import MoeshipError
+
+# In the order of the pipeline: name -> (module, what it does).
+COMMANDS: dict[str, tuple[str, str]] = {
+    "merge": ("cli.merge", "merge dense experts into a mixture-of-experts checkpoint"),
+    "inspect": ("cli.inspect", "describe a checkpoint: family, sizes, routing"),
+    "build": ("cli.build", "build an engine directory from a checkpoint"),
+    "verify": ("cli.verify", "compare an engine with the reference"),
+    "package": ("cli.package", "make a Triton model repository from an engine"),
+    "serve": ("cli.serve", "run Triton Inference Server on a model repository"),
+    "generate": ("cli.generate", "stream a completion from a served model"),
+    "demo": ("cli.demo", "the whole road on four small experts"),
+}
+
+
+def overview() -> str:
+    rows = "\n".join(f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items())
+    return (
+        "usage: moeship COMMAND [options]\n\nShip mixture-of-experts language models to Triton Inference Server.\n\n"
+        f"{rows}\n\n'moeship COMMAND --help' says more. -v logs more, -q less; both go before the command.\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    level = logging.INFO
+    while words and words[0] in ("-v", "-q", "--verbose", "--quiet"):
+        level = logging.DEBUG if words.pop(0) in ("-v", "--verbose") else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "httpcore", "urllib3", "huggingface_hub", "transformers", "torch"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview(), end="")
+        return 0 if words else 2
+    name, *rest = words
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"moeship: unknown command {name}{hint} There are: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = argparse.ArgumentParser(
+        prog=f"moeship {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.add_arguments(parser)
+    try:
+        return int(module.run(parser.parse_args(rest)))
+    except MoeshipError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""The tokenizer that travels with a checkpoint or an engine, loaded without executing anything from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.checkpoint import read_json
+from export.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+TOKENIZER_FILE = "tokenizer.json"
+SETTINGS_FILE = "tokenizer_config.json"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to token ids and back. `size` counts the ids that stand for text: ids from there on are padding rows."""
+
+    backend: tokenizers.Tokenizer
+    size: int
+    eos_token_id: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; special tokens written in the text count as such, none is added."""
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of `token_ids`, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
+        return str(self.backend.decode(token_ids, skip_special_tokens=True))
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Read tokenizer.json, and the end token's name from tokenizer_config.json. Raises CheckpointError."""
+    import tokenizers
+
+    path = folder / TOKENIZER_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"loading the tokenizer of {folder}: no {TOKENIZER_FILE}; save one beside the weights with "
+            "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for every damaged file
+        raise CheckpointError(f"loading the tokenizer of {folder}: {TOKENIZER_FILE} is damaged ({error})") from error
+    backend.no_padding()
+    backend.no_truncation()
+    size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+    return Tokenizer(backend=backend, size=size, eos_token_id=_end_token(folder, backend))
+
+
+def _end_token(folder: Path, backend: tokenizers.Tokenizer) -> int | None:
+    """The id of the settings' eos_token, which may be a string or an object with its content."""
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        return None
+    token: Any = read_json(path, "the tokenizer's settings").get("eos_token")
+    if isinstance(token, dict):
+        token = token.get("content")
+    return backend.token_to_id(token) if isinstance(token, str) else None
