@@ -1,0 +1,90 @@
+"""One file a family: config.json to facts, checkpoint names to a tensor table, one decoder layer as a graph.
+
+A family is a module here with a `FAMILY` record. Adding one adds a file and its name to `_MODULES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from export.architecture import Architecture
+from export.checkpoint import Checkpoint
+from export.errors import ConfigError
+from export.tensor_table import TensorSpec, Weights, open_weights
+
+if TYPE_CHECKING:
+    from export.onnx_graph.graph import GraphBuilder
+
+_MODULES = ("phi", "phixtral")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What moeship must know of a model family.
+
+    `matches(config)` tells whether a raw config.json is of this family; `read_config` turns it into facts or raises
+    ConfigError; `tensors(architecture, names)` is the table for the spelling that the checkpoint's names use;
+    `decoder(graph, architecture)` adds the network from token ids to the normed hidden state.
+    """
+
+    name: str
+    matches: Callable[[Mapping[str, Any]], bool]
+    read_config: Callable[[Mapping[str, Any]], Architecture]
+    tensors: Callable[[Architecture, Sequence[str]], list[TensorSpec]]
+    decoder: Callable[[GraphBuilder, Architecture], str]
+    head: Callable[[GraphBuilder, Architecture, str], str]
+    harmless_tensors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A checkpoint understood: its family, its facts, its weights under our names."""
+
+    family: Family
+    architecture: Architecture
+    weights: Weights
+
+
+def families() -> list[Family]:
+    """Every family that moeship knows."""
+    return [importlib.import_module(f"export.families.{name}").FAMILY for name in _MODULES]
+
+
+def detect(config: Mapping[str, Any], where: str) -> Family:
+    """The family of a raw config.json. Raises ConfigError naming the model type and what exists."""
+    found = [family for family in families() if family.matches(config)]
+    if len(found) == 1:
+        return found[0]
+    known = ", ".join(family.name for family in families())
+    raise ConfigError(
+        f"reading config.json of {where}: model_type {config.get('model_type')!r} is none that moeship builds "
+        f"({known}); is this the checkpoint you meant?"
+    )
+
+
+def read_model(checkpoint: Checkpoint, experts_per_token: int | None = None) -> Model:
+    """Understand a checkpoint: detect its family, read its config, check every tensor against the table.
+
+    `experts_per_token` overrides the config's K. Raises ConfigError and CheckpointError.
+    """
+    family = detect(checkpoint.config, str(checkpoint.folder))
+    architecture = family.read_config(checkpoint.config)
+    if experts_per_token is not None:
+        architecture = _with_experts_per_token(architecture, experts_per_token)
+    specs = family.tensors(architecture, list(checkpoint.tensors))
+    weights = open_weights(checkpoint, specs, family.harmless_tensors)
+    return Model(family=family, architecture=architecture, weights=weights)
+
+
+def _with_experts_per_token(architecture: Architecture, experts_per_token: int) -> Architecture:
+    if not architecture.is_moe:
+        raise ConfigError(f"overriding num_experts_per_tok: {architecture.family} is dense and routes nothing")
+    if not 1 <= experts_per_token <= architecture.num_experts:
+        raise ConfigError(
+            f"overriding num_experts_per_tok: found {experts_per_token}, expected 1 to {architecture.num_experts}, "
+            "the number of experts"
+        )
+    return replace(architecture, experts_per_token=experts_per_token)

@@ -1,0 +1,157 @@
+"""Phi-2, dense: the expert that a phixtral is merged from, in either of its two spellings.
+
+  phi-msft                              transformers (PhiForCausalLM)
+  transformer.h.{i}.mixer.Wqkv          model.layers.{i}.self_attn.{q,k,v}_proj
+  transformer.h.{i}.mixer.out_proj      model.layers.{i}.self_attn.dense
+  transformer.h.{i}.ln                  model.layers.{i}.input_layernorm
+  transformer.h.{i}.mlp.fc1 [F, H]      model.layers.{i}.mlp.fc1
+  transformer.h.{i}.mlp.fc2 [H, F]      model.layers.{i}.mlp.fc2
+  transformer.embd.wte                  model.embed_tokens
+  lm_head.ln, lm_head.linear            model.final_layernorm, lm_head
+
+Dense Phi-2 and phixtral bear the same model_type "phi-msft": num_local_experts > 1 tells them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from export.architecture import Architecture, ConfigReader
+from export.families import Family
+from export.families.phi_stack import (
+    EMBEDDING,
+    FINAL_NORM,
+    HARMLESS_TENSORS,
+    HEAD,
+    check_heads,
+    layer_name,
+    read_msft_config,
+    stack_graph,
+    stack_head,
+    stack_tensors,
+)
+from export.tensor_table import Part, Role, TensorSpec, concatenated, single
+
+if TYPE_CHECKING:
+    from export.onnx_graph.graph import GraphBuilder
+
+_HARMLESS_KEYS = (
+    "architectures", "auto_map", "model_type", "attention_dropout", "embd_pdrop", "resid_pdrop", "initializer_range",
+    "transformers_version", "use_cache", "_name_or_path", "pad_token_id", "chunk_size_feed_forward", "id2label",
+    "label2id", "is_encoder_decoder", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
+)  # fmt: skip
+
+
+def matches(config: Mapping[str, Any]) -> bool:
+    if config.get("model_type") == "phi":
+        return True
+    return config.get("model_type") == "phi-msft" and not (config.get("num_local_experts") or 0) > 1
+
+
+def read_config(raw: Mapping[str, Any]) -> Architecture:
+    """Facts of a Phi-2 config.json in either spelling. Raises ConfigError."""
+    return read_msft_config(raw, "phi") if raw["model_type"] == "phi-msft" else _read_transformers_config(raw)
+
+
+def _read_transformers_config(raw: Mapping[str, Any]) -> Architecture:
+    """`absent` values are those of transformers' PhiConfig (models/phi/configuration_phi.py)."""
+    reader = ConfigReader(raw, "phi")
+    reader.harmless(*_HARMLESS_KEYS)
+    hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
+    reader.require("hidden_act", ["gelu_new"], absent="gelu_new")
+    reader.require("qk_layernorm", [False], absent=False)
+    reader.require("tie_word_embeddings", [False], absent=False)
+    reader.require("rope_scaling", [None])
+    # transformers 5 nests the rotary facts in rope_parameters, transformers 4 kept them at the top.
+    rope = ConfigReader({**raw, **reader.mapping("rope_parameters")}, "phi")
+    reader.harmless("rope_theta", "partial_rotary_factor")
+    if dict(reader.mapping("rope_parameters")).get("rope_type") not in (None, "default"):
+        reader.problem(f"rope_parameters.rope_type is {raw['rope_parameters']['rope_type']!r}; moeship builds 'default'")
+    unknown = set(reader.mapping("rope_parameters")) - {"rope_theta", "rope_type", "partial_rotary_factor"}
+    if unknown:
+        reader.problem(f"rope_parameters holds {', '.join(sorted(unknown))}, which this family does not honour")
+    if hidden % heads:
+        reader.problem(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    bos = reader.token_ids("bos_token_id")
+    architecture = Architecture(
+        family="phi",
+        hidden_size=hidden,
+        num_layers=reader.integer("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=reader.integer("num_key_value_heads", absent=heads),
+        head_size=hidden // heads,
+        ffn_size=reader.integer("intermediate_size"),
+        vocab_size=reader.integer("vocab_size"),
+        num_experts=0,
+        experts_per_token=0,
+        rotary_dim=int(hidden // heads * rope.real("partial_rotary_factor", absent=0.5)),
+        rope_base=rope.real("rope_theta", absent=10000.0),
+        norm_epsilon=reader.real("layer_norm_eps", absent=1e-5),
+        max_positions=reader.integer("max_position_embeddings"),
+        bos_token_id=bos[0] if bos else None,
+        eos_token_ids=reader.token_ids("eos_token_id"),
+        source_dtype=reader.text("dtype") or reader.text("torch_dtype"),
+    )
+    reader.harmless("torch_dtype", "dtype")
+    check_heads(reader, architecture)
+    reader.finish()
+    return architecture
+
+
+def mlp_tensors(architecture: Architecture, layer: int) -> list[TensorSpec]:
+    width, hidden, name = architecture.ffn_size, architecture.hidden_size, f"{layer_name(layer)}.mlp"
+    return [
+        single(f"{name}.fc1.weight", (width, hidden), "F H", Role.FFN),
+        single(f"{name}.fc1.bias", (width,), "F", Role.BIAS),
+        single(f"{name}.fc2.weight", (hidden, width), "H F", Role.FFN),
+        single(f"{name}.fc2.bias", (hidden,), "H", Role.BIAS),
+    ]
+
+
+def tensors(architecture: Architecture, names: Sequence[str]) -> list[TensorSpec]:
+    """The table, with the checkpoint's own names as parts."""
+    specs = stack_tensors(architecture, mlp_tensors)
+    if any(name.startswith("transformer.") for name in names):
+        return specs
+    return [_in_transformers_spelling(spec, architecture) for spec in specs]
+
+
+def _in_transformers_spelling(spec: TensorSpec, architecture: Architecture) -> TensorSpec:
+    stem, _, kind = spec.name.rpartition(".")
+    top = {EMBEDDING.rpartition(".")[0]: "model.embed_tokens", FINAL_NORM: "model.final_layernorm", HEAD: "lm_head"}
+    if stem in top:
+        return replace(spec, parts=(Part(name=f"{top[stem]}.{kind}", shape=spec.shape),))
+    layer, module = stem.removeprefix("transformer.h.").split(".", 1)
+    prefix = f"model.layers.{layer}"
+    if module == "mixer.Wqkv":
+        queries = architecture.num_heads * architecture.head_size
+        keys = architecture.num_kv_heads * architecture.head_size
+        parts = [
+            Part(name=f"{prefix}.self_attn.{letter}_proj.{kind}", shape=(rows, *spec.shape[1:]))
+            for letter, rows in (("q", queries), ("k", keys), ("v", keys))
+        ]
+        return concatenated(spec.name, parts, spec.letters, spec.role)
+    spelled = {"ln": "input_layernorm", "mixer.out_proj": "self_attn.dense", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    return replace(spec, parts=(Part(name=f"{prefix}.{spelled[module]}.{kind}", shape=spec.shape),))
+
+
+def _mlp(graph: GraphBuilder, architecture: Architecture, layer: int, normed: str) -> str:
+    name = f"{layer_name(layer)}.mlp"
+    return graph.linear(graph.gelu_tanh(graph.linear(normed, f"{name}.fc1"), f"{name}.act"), f"{name}.fc2")
+
+
+def decoder(graph: GraphBuilder, architecture: Architecture) -> str:
+    return stack_graph(graph, architecture, _mlp)
+
+
+FAMILY = Family(
+    name="phi",
+    matches=matches,
+    read_config=read_config,
+    tensors=tensors,
+    decoder=decoder,
+    head=stack_head,
+    harmless_tensors=HARMLESS_TENSORS,
+)

@@ -1,0 +1,138 @@
+"""What Phi-2 and phixtral share: the phi-msft configuration, attention stack and head.
+
+  transformer.embd.wte.weight                      [V, H]
+  transformer.h.{i}.ln.{weight,bias}               [H]
+  transformer.h.{i}.mixer.Wqkv.{weight,bias}       [(N+2G)*D, H]   query | key | value
+  transformer.h.{i}.mixer.out_proj.{weight,bias}   [H, N*D]
+  lm_head.ln.{weight,bias}                         [H]
+  lm_head.linear.{weight,bias}                     [V, H]
+
+A layer adds attention and MLP of one normed input to the residual: x + attention(ln(x)) + mlp(ln(x)). Rotary
+embedding turns the first rotary_dim of each head's D, in half-split order, with base 10000.
+Source: the modeling_phi.py published with microsoft/phi-2 before its move into transformers, and mlx-lm's phixtral.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from export.architecture import Architecture, ConfigReader
+from export.tensor_table import Role, TensorSpec, single
+
+if TYPE_CHECKING:
+    from export.onnx_graph.graph import GraphBuilder
+
+EMBEDDING = "transformer.embd.wte.weight"
+FINAL_NORM = "lm_head.ln"
+HEAD = "lm_head.linear"
+ROPE_BASE = 10000.0
+# Buffers that some exports keep; every engine recomputes them.
+HARMLESS_TENSORS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "causal_mask", "mask")
+_HARMLESS_KEYS = (
+    "architectures", "auto_map", "model_type", "attn_pdrop", "embd_pdrop", "resid_pdrop", "initializer_range",
+    "flash_attn", "flash_rotary", "fused_dense", "transformers_version", "use_cache", "_name_or_path",
+    "pad_token_id",
+)  # fmt: skip
+
+
+def layer_name(layer: int) -> str:
+    return f"transformer.h.{layer}"
+
+
+def read_msft_config(raw: Mapping[str, Any], family: str) -> Architecture:
+    """Facts of a phi-msft config.json, dense or with experts. Raises ConfigError."""
+    reader = ConfigReader(raw, family)
+    reader.harmless(*_HARMLESS_KEYS)
+    hidden, heads = reader.integer("n_embd"), reader.integer("n_head")
+    experts = reader.integer("num_local_experts", absent=0, minimum=0)
+    reader.require("activation_function", ["gelu_new"])
+    reader.require("tie_word_embeddings", [False], absent=False)
+    reader.require("img_processor", [None])
+    if hidden % heads:
+        reader.problem(f"n_embd {hidden} is not a multiple of n_head {heads}")
+    per_token = reader.integer("num_experts_per_tok", absent=2 if experts else 0, minimum=1 if experts > 1 else 0)
+    if experts and per_token > experts:
+        reader.problem(f"num_experts_per_tok is {per_token}, expected 1 to num_local_experts = {experts}")
+    bos = reader.token_ids("bos_token_id")
+    architecture = Architecture(
+        family=family,
+        hidden_size=hidden,
+        num_layers=reader.integer("n_layer"),
+        num_heads=heads,
+        num_kv_heads=reader.integer("n_head_kv", absent=heads),
+        head_size=hidden // heads,
+        ffn_size=reader.integer("n_inner", absent=4 * hidden),
+        vocab_size=reader.integer("vocab_size"),
+        num_experts=experts if experts > 1 else 0,
+        experts_per_token=per_token if experts > 1 else 0,
+        rotary_dim=reader.integer("rotary_dim"),
+        rope_base=ROPE_BASE,
+        norm_epsilon=reader.real("layer_norm_epsilon"),
+        max_positions=reader.integer("n_positions"),
+        bos_token_id=bos[0] if bos else None,
+        eos_token_ids=reader.token_ids("eos_token_id"),
+        source_dtype=reader.text("torch_dtype") or reader.text("dtype"),
+    )
+    reader.harmless("torch_dtype", "dtype")
+    check_heads(reader, architecture)
+    reader.finish()
+    return architecture
+
+
+def check_heads(reader: ConfigReader, architecture: Architecture) -> None:
+    """Relations between dimensions that attention needs."""
+    if architecture.num_heads % architecture.num_kv_heads:
+        reader.problem(f"{architecture.num_heads} query heads do not divide among {architecture.num_kv_heads} key heads")
+    if architecture.rotary_dim % 2 or architecture.rotary_dim > architecture.head_size:
+        reader.problem(
+            f"rotary dimension {architecture.rotary_dim}, expected an even number up to the head size "
+            f"{architecture.head_size}"
+        )
+
+
+def stack_tensors(
+    architecture: Architecture, mlp: Callable[[Architecture, int], list[TensorSpec]]
+) -> list[TensorSpec]:
+    """The table in phi-msft spelling; `mlp(architecture, layer)` gives the rows that differ between families."""
+    hidden = architecture.hidden_size
+    queries = architecture.num_heads * architecture.head_size
+    packed = queries + 2 * architecture.num_kv_heads * architecture.head_size
+    specs = [single(EMBEDDING, (architecture.vocab_size, hidden), "V H", Role.EMBEDDING)]
+    for layer in range(architecture.num_layers):
+        name = layer_name(layer)
+        specs += [
+            single(f"{name}.ln.weight", (hidden,), "H", Role.NORM),
+            single(f"{name}.ln.bias", (hidden,), "H", Role.NORM),
+            single(f"{name}.mixer.Wqkv.weight", (packed, hidden), "(N+2G)D H", Role.ATTENTION),
+            single(f"{name}.mixer.Wqkv.bias", (packed,), "(N+2G)D", Role.BIAS),
+            single(f"{name}.mixer.out_proj.weight", (hidden, queries), "H ND", Role.ATTENTION),
+            single(f"{name}.mixer.out_proj.bias", (hidden,), "H", Role.BIAS),
+            *mlp(architecture, layer),
+        ]
+    return specs + [
+        single(f"{FINAL_NORM}.weight", (hidden,), "H", Role.NORM),
+        single(f"{FINAL_NORM}.bias", (hidden,), "H", Role.NORM),
+        single(f"{HEAD}.weight", (architecture.vocab_size, hidden), "V H", Role.HEAD),
+        single(f"{HEAD}.bias", (architecture.vocab_size,), "V", Role.BIAS),
+    ]
+
+
+def stack_graph(
+    graph: GraphBuilder, architecture: Architecture, mlp: Callable[[GraphBuilder, Architecture, int, str], str]
+) -> str:
+    """Token ids to the last layer's output [B, S, H]; `mlp(graph, architecture, layer, normed)` as in the family."""
+    x = graph.embedding(EMBEDDING)  # [B, S, H]
+    for layer in range(architecture.num_layers):
+        name = layer_name(layer)
+        normed = graph.layer_norm(x, f"{name}.ln", architecture.norm_epsilon)
+        qkv = graph.linear(normed, f"{name}.mixer.Wqkv")  # [B, S, (N+2G)*D]
+        heads = graph.attention(qkv, f"{name}.mixer", layer)  # [B, S, N*D]
+        attended = graph.linear(heads, f"{name}.mixer.out_proj")
+        x = graph.add(graph.add(x, attended, f"{name}.attention_residual"), mlp(graph, architecture, layer, normed), name)
+    return x
+
+
+def stack_head(graph: GraphBuilder, architecture: Architecture, x: str) -> str:
+    """Hidden state [B, S, H] to logits [B, S, V]."""
+    return graph.linear(graph.layer_norm(x, FINAL_NORM, architecture.norm_epsilon), HEAD)
