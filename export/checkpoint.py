@@ -73,34 +73,35 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     shards: tuple[Path, ...]
 
-    def read(self, name: str) -> npt.NDArray[Any]:
-        """The tensor in its stored dtype and shape. Raises CheckpointError when the file ends early."""
+    def read(self, name: str, rows: slice | None = None) -> npt.NDArray[Any]:
+        """The tensor, or `rows` of its first axis, in the stored dtype. Raises CheckpointError when the file ends early."""
         stored = self.tensors[name]
-        array = np.empty(stored.shape, dtype=numpy_dtype(stored.dtype))
+        first, last, _ = (rows or slice(None)).indices(stored.shape[0] if stored.shape else 1)
+        shape = (last - first, *stored.shape[1:]) if stored.shape else ()
+        array = np.empty(shape, dtype=numpy_dtype(stored.dtype))
+        view = memoryview(array.reshape(-1).view(np.uint8))
+        done = 0
         with stored.shard.open("rb", buffering=0) as file:
-            file.seek(stored.offset)
-            view = memoryview(array.reshape(-1).view(np.uint8))
-            done = 0
-            while done < stored.num_bytes:
+            file.seek(stored.offset + first * (math.prod(stored.shape[1:]) * array.itemsize))
+            while done < len(view):
                 got = file.readinto(view[done:])
                 if not got:
                     raise CheckpointError(
-                        f"reading {name} from {stored.shard}: the file ended after {done} of {stored.num_bytes} bytes; "
+                        f"reading {name} from {stored.shard}: the file ended {len(view) - done} bytes early; "
                         "it changed while it was read or is damaged: download it again"
                     )
                 done += got
         return array
 
-    def read_float32(self, name: str) -> npt.NDArray[np.float32]:
-        """The tensor as float32. Raises CheckpointError when a value is not finite."""
-        stored = self.tensors[name]
-        array = self.read(name).astype(np.float32, copy=False)
+    def read_float32(self, name: str, rows: slice | None = None) -> npt.NDArray[np.float32]:
+        """The tensor, or `rows` of its first axis, as float32. Raises CheckpointError when a value is not finite."""
+        array = self.read(name, rows).astype(np.float32, copy=False)
         # A sum is finite only when every term is; only a suspicious sum pays for the exact look.
         if not np.isfinite(array.sum(dtype=np.float64)):
             bad = int(np.size(array) - np.isfinite(array).sum())
             if bad:
                 raise CheckpointError(
-                    f"reading {name} from {stored.shard}: {bad} of {array.size} values are NaN or infinite; "
+                    f"reading {name} from {self.tensors[name].shard}: {bad} of {array.size} values are NaN or infinite; "
                     "the checkpoint is damaged or its training diverged, and no engine can be built from it"
                 )
         return array

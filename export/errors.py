@@ -4,6 +4,7 @@
     ├── ConfigError              config.json or a YAML says something that moeship does not honour
     ├── CheckpointError          tensors or files of a checkpoint are missing, damaged or of the wrong shape
     ├── MergeError               experts that cannot be merged
+    ├── ExportError              a graph that cannot be written as planned
     ├── QuantizationError        a tensor that the asked precision cannot hold
     ├── OutputError              the output cannot be written where it was asked
     └── MissingPackageError      an optional package is needed; the message names the extra that brings it
@@ -32,6 +33,10 @@ class CheckpointError(MoeshipError):
 
 class MergeError(MoeshipError):
     """Experts that cannot be merged into one checkpoint."""
+
+
+class ExportError(MoeshipError):
+    """A graph that cannot be written as planned."""
 
 
 class QuantizationError(MoeshipError):

@@ -19,6 +19,9 @@ from export.checkpoint import FLOAT_DTYPES, Checkpoint
 from export.errors import CheckpointError, listing
 
 
+CHUNK_ELEMENTS = 1 << 23  # 32 MiB as float32: large enough to be read at disk speed, small beside any real tensor
+
+
 class Role(StrEnum):
     """What a weight does; the precision recipe speaks of roles."""
 
@@ -106,10 +109,18 @@ class Weights:
                 row += len(values)
         return whole
 
-    def experts(self, name: str) -> Iterator[npt.NDArray[np.float32]]:
-        """The slices of a stacked tensor one after the other, in expert order, float32."""
-        for part in self.table[name].parts:
-            yield self.checkpoint.read_float32(part.name)
+    def chunks(self, name: str, expert_order: Sequence[int] | None = None) -> Iterator[npt.NDArray[np.float32]]:
+        """The tensor's rows in order, float32, at most CHUNK_ELEMENTS at a time; stacked experts in `expert_order`.
+
+        A chunk of a stacked tensor holds rows of one expert, without the expert axis.
+        """
+        spec = self.table[name]
+        parts = spec.parts if expert_order is None else [spec.parts[e] for e in expert_order]
+        for part in parts:
+            num_rows = part.shape[0]
+            step = max(1, CHUNK_ELEMENTS // max(1, math.prod(part.shape[1:])))
+            for row in range(0, num_rows, step):
+                yield self.checkpoint.read_float32(part.name, slice(row, min(row + step, num_rows)))
 
     def stored_dtypes(self) -> list[str]:
         """The dtypes in which the checkpoint keeps the table's tensors."""

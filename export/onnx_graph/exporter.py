@@ -1,0 +1,88 @@
+"""A model and a precision in, two ONNX graphs over one data file out.
+
+  model.onnx          serving: logits of the last position, [B, 1, V]
+  model_scoring.onnx  verification: logits of every position, and each layer's router logits
+  model.onnx.data     the weights of both, written once, tensor by tensor
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from export.errors import MissingPackageError
+from export.families import Model
+from export.onnx_graph.graph import GraphBuilder
+from export.onnx_graph.weights import Placement, WeightJob, place, write_weights
+from export.quantize.recipe import QuantPlan
+from export.tensor_table import Role
+
+if TYPE_CHECKING:
+    import onnx
+
+SERVING_GRAPH = "model.onnx"
+SCORING_GRAPH = "model_scoring.onnx"
+DATA_FILE = "model.onnx.data"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportPlan:
+    """All that is decided before a weight is read."""
+
+    serving: onnx.ModelProto
+    scoring: onnx.ModelProto
+    jobs: tuple[WeightJob, ...]
+    placement: Placement
+
+    @property
+    def bytes_by_role(self) -> dict[Role, int]:
+        totals: dict[Role, int] = {}
+        for job in self.jobs:
+            totals[job.role] = totals.get(job.role, 0) + sum(output.num_bytes for output in job.outputs)
+        return totals
+
+    @property
+    def num_weights_bytes(self) -> int:
+        return sum(self.bytes_by_role.values())
+
+
+def expert_order_for(provider: str, num_experts: int) -> tuple[int, ...]:
+    """Which expert stands at each place, so that of equal router logits the lowest expert index wins.
+
+    ONNX Runtime's CPU kernels sort (logit, place) pairs in descending order and so prefer the highest place; its CUDA
+    kernels prefer the lowest (microsoft/onnxruntime#28980).
+    """
+    order = tuple(range(num_experts))
+    return order[::-1] if provider == "cpu" else order
+
+
+def plan_export(model: Model, plan: QuantPlan, provider: str = "cpu") -> ExportPlan:
+    """Build both graphs and lay out their shared data file; reads no weights."""
+    try:
+        import onnx  # noqa: F401 - asked for here, so that its absence is told before any work
+    except ImportError as error:
+        raise MissingPackageError("onnx", "building an ONNX Runtime engine", "cpu") from error
+    order = expert_order_for(provider, model.architecture.num_experts)
+    built = []
+    for scoring in (False, True):
+        graph = GraphBuilder(model.architecture, model.weights.table, plan, order, scoring=scoring)
+        hidden = model.family.decoder(graph, model.architecture)
+        logits = model.family.head(graph, model.architecture, hidden if scoring else graph.last_position(hidden))
+        built.append((graph, logits))
+    (serving, serving_logits), (scoring_graph, scoring_logits) = built
+    placement = place(serving.jobs)
+    return ExportPlan(
+        serving=serving.finish(serving_logits, placement, DATA_FILE),
+        scoring=scoring_graph.finish(scoring_logits, placement, DATA_FILE),
+        jobs=tuple(serving.jobs),
+        placement=placement,
+    )
+
+
+def write_export(plan: ExportPlan, model: Model, folder: Path, progress: Callable[[int], None]) -> None:
+    """Write both graphs and the data file into `folder`; holds one chunk of one tensor at a time."""
+    (folder / SERVING_GRAPH).write_bytes(plan.serving.SerializeToString())
+    (folder / SCORING_GRAPH).write_bytes(plan.scoring.SerializeToString())
+    write_weights(folder / DATA_FILE, plan.jobs, plan.placement, model.weights, progress)

@@ -1,0 +1,299 @@
+"""The graph under construction: one method an operation, nodes named by their path, weights planned as jobs.
+
+Every attribute is written, none left to an operator's default. Values are passed as names. Operators and their
+layouts: ONNX Runtime's contributed operators (docs/ContribOperators.md) and ONNX opset 21.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.architecture import Architecture
+from export.errors import ExportError
+from export.onnx_graph import names
+from export.onnx_graph.weights import Initializer, Packing, Placement, WeightJob
+from export.quantize.grid import check_blocks
+from export.quantize.recipe import QuantPlan
+from export.tensor_table import Join, Role, TensorSpec
+
+if TYPE_CHECKING:
+    import onnx
+
+OPSET = 21
+IR_VERSION = 10
+
+
+class GraphBuilder:
+    """Builds one decoder graph. `scoring` gives logits of all positions and the router's logits as outputs.
+
+    `expert_order` lists which expert stands at each place of the engine's stacked weights.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        table: Mapping[str, TensorSpec],
+        plan: QuantPlan,
+        expert_order: tuple[int, ...],
+        *,
+        scoring: bool,
+    ) -> None:
+        self.architecture = architecture
+        self.scoring = scoring
+        self.jobs: list[WeightJob] = []
+        self._table = table
+        self._plan = plan
+        self._expert_order = expert_order
+        self._nodes: list[onnx.NodeProto] = []
+        self._constants: list[onnx.TensorProto] = []
+        self._router_outputs: list[str] = []
+        self._sequence_facts()
+        self._rotary_caches()
+
+    # Operations, in the order a decoder uses them.
+
+    def embedding(self, weight: str) -> str:
+        """Token ids int64 [B, S] to float32 [B, S, H]."""
+        outputs, job = self._weight(weight)
+        if job.packing is Packing.PLAIN:
+            return self._node("Gather", [outputs[0], names.INPUT_IDS], weight, axis=0)
+        inputs = [outputs[0], names.INPUT_IDS, outputs[1]]
+        return self._node(
+            "GatherBlockQuantized", inputs, weight, microsoft=True,
+            bits=job.bits, block_size=job.block_size, gather_axis=0, quantize_axis=1,
+        )  # fmt: skip
+
+    def layer_norm(self, x: str, path: str, epsilon: float) -> str:
+        """[B, S, H] normalised, scaled and shifted by path.weight and path.bias."""
+        weight, bias = self._plain(f"{path}.weight"), self._plain(f"{path}.bias")
+        return self._node("LayerNormalization", [x, weight, bias], path, axis=-1, epsilon=epsilon, stash_type=1)
+
+    def linear(self, x: str, path: str) -> str:
+        """x @ path.weight.T + path.bias: [B, S, in] to [B, S, out]."""
+        outputs, job = self._weight(f"{path}.weight")
+        bias = self._plain(f"{path}.bias")
+        if job.packing is Packing.PLAIN:
+            product = self._node(
+                "FusedMatMul", [x, outputs[0]], f"{path}.product", microsoft=True,
+                transA=0, transB=1, transBatchA=0, transBatchB=0, alpha=1.0,
+            )  # fmt: skip
+            return self._node("Add", [product, bias], path)
+        rows, columns = self._table[f"{path}.weight"].shape
+        return self._node(
+            "MatMulNBits", [x, *outputs, "", "", bias], path, microsoft=True,
+            N=rows, K=columns, bits=job.bits, block_size=job.block_size, accuracy_level=self._plan.accuracy_level,
+        )  # fmt: skip
+
+    def attention(self, qkv: str, path: str, layer: int) -> str:
+        """Packed query, key and value [B, S, (N+2G)*D] to [B, S, N*D], through the cache of `layer`."""
+        facts = self.architecture
+        inputs = [
+            qkv, "", "", names.past_key(layer), names.past_value(layer),
+            "attention/seqlens_k", "attention/total_sequence_length", "rotary/cos_cache", "rotary/sin_cache",
+        ]  # fmt: skip
+        return self._node(
+            "GroupQueryAttention", inputs, f"{path}.attention", microsoft=True,
+            more_outputs=[names.present_key(layer), names.present_value(layer)],
+            num_heads=facts.num_heads, kv_num_heads=facts.num_kv_heads, scale=1 / math.sqrt(facts.head_size),
+            softcap=0.0, local_window_size=-1, do_rotary=1, rotary_interleaved=0, smooth_softmax=0,
+        )  # fmt: skip
+
+    def gelu_tanh(self, x: str, path: str) -> str:
+        """GELU in its tanh form, Phi-2's gelu_new."""
+        return self._node("Gelu", [x], path, approximate="tanh")
+
+    def add(self, left: str, right: str, path: str) -> str:
+        return self._node("Add", [left, right], f"{path}.sum")
+
+    def experts(self, x: str, *, gate: str, fc1: str, fc2: str, name: str) -> str:
+        """Route [B, S, H] to the K experts of the largest gate logits, weighted by the softmax over those K."""
+        router = self._router(x, gate, name)
+        (weight1, job1), (weight2, _) = self._weight(f"{fc1}.weight"), self._weight(f"{fc2}.weight")
+        bias1, bias2 = self._plain(f"{fc1}.bias"), self._plain(f"{fc2}.bias")
+        common = {
+            "k": self.architecture.experts_per_token, "activation_type": "gelu", "normalize_routing_weights": 1,
+            "use_sparse_mixer": 0, "swiglu_fusion": 0,
+        }  # fmt: skip
+        if job1.packing is Packing.PLAIN:
+            inputs = [x, router, weight1[0], bias1, weight2[0], bias2]
+            return self._node("MoE", inputs, name, microsoft=True, **common)
+        return self._node(
+            "QMoE", [x, router, *weight1, bias1, *weight2, bias2], name, microsoft=True, **common,
+            expert_weight_bits=job1.bits, block_size=job1.block_size, quant_type="int", weights_prepacked=0,
+            accuracy_level=self._plan.accuracy_level,
+        )  # fmt: skip
+
+    def last_position(self, x: str) -> str:
+        """[B, S, H] to [B, 1, H]."""
+        starts, ends, axes = (self._constant(f"last/{n}", np.array([v], np.int64)) for n, v in
+                              (("start", -1), ("end", np.iinfo(np.int64).max), ("axis", 1)))  # fmt: skip
+        return self._node("Slice", [x, starts, ends, axes], "last_position")
+
+    def finish(self, logits: str, placement: Placement, data_file: str) -> onnx.ModelProto:
+        """The whole model, its weights lying in `data_file` as placed."""
+        from onnx import TensorProto, helper
+
+        self._nodes.append(helper.make_node("Identity", [logits], [names.LOGITS], name=names.LOGITS))
+        initializers = [
+            *self._constants,
+            *(_external(output, placement, data_file) for job in self.jobs for output in job.outputs),
+        ]
+        float32, int64 = TensorProto.FLOAT, TensorProto.INT64
+        facts = self.architecture
+        past_shape = [names.BATCH, facts.num_kv_heads, names.PAST, facts.head_size]
+        present_shape = [names.BATCH, facts.num_kv_heads, names.TOTAL, facts.head_size]
+        value = helper.make_tensor_value_info
+        inputs = [
+            value(names.INPUT_IDS, int64, [names.BATCH, names.SEQUENCE]),
+            value(names.ATTENTION_MASK, int64, [names.BATCH, names.TOTAL]),
+        ]
+        outputs = [value(names.LOGITS, float32, [names.BATCH, names.SEQUENCE if self.scoring else 1, facts.vocab_size])]
+        for layer in range(facts.num_layers):
+            inputs += [value(f(layer), float32, past_shape) for f in (names.past_key, names.past_value)]
+            outputs += [value(f(layer), float32, present_shape) for f in (names.present_key, names.present_value)]
+        outputs += [value(name, float32, ["tokens", facts.num_experts]) for name in self._router_outputs]
+        graph = helper.make_graph(self._nodes, facts.family, inputs, outputs, initializers)
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(names.MICROSOFT_DOMAIN, 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="moeship")
+
+    # Parts of the above.
+
+    def _router(self, x: str, gate: str, name: str) -> str:
+        """Router logits [B*S, E], in the engine's expert order."""
+        job = WeightJob(
+            source=gate, role=Role.ROUTER, packing=Packing.PLAIN, expert_order=self._expert_order,
+            outputs=(Initializer(name=gate, dtype="float32", shape=self._table[gate].shape),),
+        )  # fmt: skip
+        self.jobs.append(job)
+        logits = self._node(
+            "FusedMatMul", [x, gate], f"{name}.router", microsoft=True,
+            transA=0, transB=1, transBatchA=0, transBatchB=0, alpha=1.0,
+        )  # fmt: skip
+        flat = self._constant("router/shape", np.array([-1, self.architecture.num_experts], np.int64))
+        rows = self._node("Reshape", [logits, flat], f"{name}.router_rows", allowzero=0)
+        if self.scoring:
+            output = names.router_logits(len(self._router_outputs))
+            self._router_outputs.append(output)
+            self._node("Identity", [rows], f"{name}.router_output", output=output)
+        return rows
+
+    def _sequence_facts(self) -> None:
+        """Per row the last position's index, int32 [B], and the longest row's length, int32 scalar, from the mask."""
+        from onnx import TensorProto
+
+        one, axis = self._constant("one", np.array(1, np.int64)), self._constant("axis_1", np.array([1], np.int64))
+        lengths = self._node("ReduceSum", [names.ATTENTION_MASK, axis], "attention/lengths", keepdims=0,
+                             noop_with_empty_axes=0)  # fmt: skip
+        last = self._node("Sub", [lengths, one], "attention/last")
+        self._node("Cast", [last], "attention/seqlens_k", output="attention/seqlens_k", to=TensorProto.INT32)
+        shape = self._node("Shape", [names.ATTENTION_MASK], "attention/mask_shape", start=0)
+        total = self._node("Gather", [shape, one], "attention/total", axis=0)
+        self._node("Cast", [total], "attention/total_sequence_length", output="attention/total_sequence_length",
+                   to=TensorProto.INT32)  # fmt: skip
+
+    def _rotary_caches(self) -> None:
+        """cos and sin [max_positions, rotary_dim / 2] of position * base^(-2i / rotary_dim).
+
+        Frequencies and angles are rounded to float32 where PyTorch's implementations round them: at position 2000 an
+        angle in float64 would differ by 1e-4.
+        """
+        facts = self.architecture
+        exponents = np.arange(0, facts.rotary_dim, 2, dtype=np.float32) / np.float32(facts.rotary_dim)
+        powers = np.power(np.float64(facts.rope_base), exponents.astype(np.float64)).astype(np.float32)
+        frequencies = np.float32(1.0) / powers
+        angles = np.arange(facts.max_positions, dtype=np.float32)[:, None] * frequencies[None, :]
+        self._constant("rotary/cos_cache", np.cos(angles.astype(np.float64)).astype(np.float32))
+        self._constant("rotary/sin_cache", np.sin(angles.astype(np.float64)).astype(np.float32))
+
+    def _weight(self, name: str) -> tuple[list[str], WeightJob]:
+        """Plan a matrix in the precision its role has; returns its initializers' names."""
+        spec = self._table[name]
+        bits = self._plan.bits_of(spec.role)
+        order = self._expert_order if spec.role is Role.EXPERT else None
+        if bits is None:
+            outputs = (Initializer(name=name, dtype="float32", shape=spec.shape),)
+            job = WeightJob(source=name, role=spec.role, packing=Packing.PLAIN, outputs=outputs, expert_order=order)
+        else:
+            block = self._plan.block_size
+            check_blocks(name, spec.shape[-1], bits, block)
+            outputs = _packed_initializers(spec, bits, block)
+            job = WeightJob(
+                source=name, role=spec.role, packing=Packing.BLOCKS, outputs=outputs, bits=bits, block_size=block,
+                expert_order=order,
+            )  # fmt: skip
+        self.jobs.append(job)
+        return [output.name for output in job.outputs], job
+
+    def _plain(self, name: str) -> str:
+        """Plan a tensor that stays float32: norms and biases; an expert's bias follows the experts' order."""
+        spec = self._table[name]
+        if self._plan.bits_of(spec.role) is not None:
+            raise ExportError(f"planning {name}: the role {spec.role} is never quantised, the recipe lists it")
+        order = self._expert_order if spec.join is Join.STACK else None
+        output = Initializer(name=name, dtype="float32", shape=spec.shape)
+        self.jobs.append(
+            WeightJob(source=name, role=spec.role, packing=Packing.PLAIN, outputs=(output,), expert_order=order)
+        )
+        return name
+
+    def _constant(self, name: str, value: npt.NDArray[Any]) -> str:
+        from onnx import numpy_helper
+
+        if all(existing.name != name for existing in self._constants):
+            self._constants.append(numpy_helper.from_array(value, name))
+        return name
+
+    def _node(
+        self,
+        operator: str,
+        inputs: list[str],
+        path: str,
+        *,
+        microsoft: bool = False,
+        output: str | None = None,
+        more_outputs: list[str] | None = None,
+        **attributes: Any,  # noqa: ANN401 - ints, floats and strings
+    ) -> str:
+        from onnx import helper
+
+        first = output or f"{path}/output_0"
+        domain = names.MICROSOFT_DOMAIN if microsoft else ""
+        node = helper.make_node(
+            operator, inputs, [first, *(more_outputs or [])], name=path, domain=domain, **attributes
+        )
+        self._nodes.append(node)
+        return first
+
+
+def _packed_initializers(spec: TensorSpec, bits: int, block: int) -> tuple[Initializer, Initializer]:
+    """Codes and scales of a quantised matrix, in the shapes its operator takes."""
+    *rows, columns = spec.shape
+    blocks = columns // block
+    if spec.role in (Role.EXPERT, Role.EMBEDDING):
+        codes = (*rows, columns * bits // 8)
+    else:
+        codes = (*rows, blocks, block * bits // 8)  # MatMulNBits: [N, blocks, bytes of a block]
+    return (
+        Initializer(name=f"{spec.name}.codes", dtype="uint8", shape=codes),
+        Initializer(name=f"{spec.name}.scales", dtype="float32", shape=(*rows, blocks)),
+    )
+
+
+def _external(output: Initializer, placement: Placement, data_file: str) -> onnx.TensorProto:
+    from onnx import TensorProto
+
+    tensor = TensorProto(
+        name=output.name,
+        data_type=TensorProto.FLOAT if output.dtype == "float32" else TensorProto.UINT8,
+        dims=output.shape,
+        data_location=TensorProto.EXTERNAL,
+    )
+    offset, length = placement.offsets[output.name]
+    for key, value in (("location", data_file), ("offset", str(offset)), ("length", str(length))):
+        tensor.external_data.add(key=key, value=value)
+    return tensor

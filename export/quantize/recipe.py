@@ -1,0 +1,51 @@
+"""Quantisation as data: which role gets how many bits. The plan in force is written into the engine's manifest."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from export.errors import QuantizationError
+from export.tensor_table import Role
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantPlan:
+    """Bits per role; a role that is absent stays float32. Router, norms and biases are never listed.
+
+    `accuracy_level` is ONNX Runtime's: 4 lets kernels round activations to int8 blocks, which is what makes them
+    fast (MatMulNBits and QMoE operator schemas).
+    """
+
+    name: str
+    bits: Mapping[Role, int]
+    block_size: int
+    accuracy_level: int
+
+    def bits_of(self, role: Role) -> int | None:
+        return self.bits[role] if role in self.bits else None
+
+
+def _uniform(bits: int) -> Mapping[Role, int]:
+    roles = (Role.EMBEDDING, Role.ATTENTION, Role.FFN, Role.EXPERT, Role.HEAD)
+    return MappingProxyType(dict.fromkeys(roles, bits))
+
+
+PLANS: Mapping[str, QuantPlan] = MappingProxyType(
+    {
+        "fp32": QuantPlan(name="fp32", bits=MappingProxyType({}), block_size=0, accuracy_level=0),
+        "int8": QuantPlan(name="int8", bits=_uniform(8), block_size=32, accuracy_level=4),
+        "int4": QuantPlan(name="int4", bits=_uniform(4), block_size=32, accuracy_level=4),
+    }
+)
+
+
+def plan_for(precision: str) -> QuantPlan:
+    """The plan of a precision's name. Raises QuantizationError that lists what exists."""
+    if precision not in PLANS:
+        near = difflib.get_close_matches(precision, PLANS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise QuantizationError(f"choosing the precision: {precision!r} is unknown{hint} There are: {', '.join(PLANS)}")
+    return PLANS[precision]

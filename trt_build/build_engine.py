@@ -1,0 +1,231 @@
+"""Build an engine directory from a checkpoint: the one entry that CI and `moeship build` call.
+
+    python trt_build/build_engine.py --checkpoint DIR --backend onnxruntime --precision int4 --output ENGINE
+
+The checkpoint's tensors are checked against its config, quantised and written one chunk at a time; the engine appears
+under its name only when it is whole. Exit status 0 done, 2 wrong input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.checkpoint import Checkpoint, open_checkpoint, read_json
+from export.errors import ConfigError, MoeshipError
+from export.families import Model, read_model
+from export.onnx_graph.exporter import ExportPlan, expert_order_for, plan_export, write_export
+from export.output import refuse_existing, staged_directory
+from export.quantize.recipe import PLANS, QuantPlan, plan_for
+from export.routing import diagnose
+from export.tensor_table import Role, Weights
+from export.tokenizer import Tokenizer, load_tokenizer
+from trt_build.engine import (
+    FORMAT_VERSION,
+    Engine,
+    Manifest,
+    Precision,
+    Source,
+    open_engine,
+    record_files,
+    write_manifest,
+)
+from trt_build.errors import EngineError
+from trt_build.ort.genai_config import genai_config
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("onnxruntime",)
+_LIBRARIES = ("moeship", "numpy", "onnx", "onnxruntime", "tokenizers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """`experts_per_token` and `max_sequence` (tokens) None take the checkpoint's own."""
+
+    checkpoint: str
+    output: Path
+    precision: str = "int4"
+    backend: str = "onnxruntime"
+    experts_per_token: int | None = None
+    max_sequence: int | None = None
+
+
+def build_engine(options: BuildOptions, progress: Callable[[int, int], None] | None = None) -> Engine:
+    """Build, and open what was built. `progress` gets bytes written and bytes in all.
+
+    Raises MoeshipError of the stage that found fault; nothing appears at the output then.
+    """
+    if options.backend not in BACKENDS:
+        raise EngineError(f"choosing the backend: {options.backend!r} is unknown. There are: {', '.join(BACKENDS)}")
+    quantization = plan_for(options.precision)
+    refuse_existing(options.output, "the engine")
+    checkpoint = open_checkpoint(options.checkpoint)
+    model = read_model(checkpoint, options.experts_per_token)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    max_sequence = _max_sequence(options.max_sequence, model)
+    end_ids = end_token_ids(checkpoint, model, tokenizer)
+    if tokenizer.size > model.architecture.vocab_size:
+        raise ConfigError(
+            f"reading the tokenizer of {checkpoint.folder}: it has {tokenizer.size} ids, the model's vocabulary "
+            f"{model.architecture.vocab_size}; they are not of the same model"
+        )
+    plan = plan_export(model, quantization)
+    with staged_directory(options.output, "the engine") as folder:
+        write_export(plan, model, folder, _counter(progress, plan.num_weights_bytes))
+        for path in checkpoint.tokenizer_files():
+            shutil.copyfile(path, folder / path.name)
+        config = genai_config(model.architecture, max_sequence, end_ids)
+        (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            model=Path(options.checkpoint).name,
+            family=model.family.name,
+            backend=options.backend,
+            provider="cpu",
+            precision=_precision(quantization, plan, model.weights),
+            architecture=model.architecture,
+            expert_order=expert_order_for("cpu", model.architecture.num_experts),
+            max_sequence=max_sequence,
+            max_batch=1,
+            tokenizer_size=tokenizer.size,
+            eos_token_ids=end_ids,
+            source=Source(checkpoint=checkpoint.identity, digests=checkpoint.source_digests()),
+            routing=_routing(model),
+            libraries=_libraries(),
+            files=record_files(folder),
+        )
+        write_manifest(folder, manifest)
+    return open_engine(options.output, check_digests=False)
+
+
+def end_token_ids(checkpoint: Checkpoint, model: Model, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids that end a text: of config.json, else generation_config.json, else the tokenizer's own end token."""
+    ids = model.architecture.eos_token_ids
+    generation = checkpoint.folder / "generation_config.json"
+    if not ids and generation.is_file():
+        found = read_json(generation, "generation_config.json").get("eos_token_id")
+        ids = tuple(found) if isinstance(found, list) else () if found is None else (found,)
+    if not ids and tokenizer.eos_token_id is not None:
+        ids = (tokenizer.eos_token_id,)
+    if not ids:
+        raise ConfigError(
+            f"looking for the end token of {checkpoint.folder}: neither config.json, generation_config.json nor "
+            "tokenizer_config.json names one; add eos_token_id to config.json"
+        )
+    return ids
+
+
+def _max_sequence(asked: int | None, model: Model) -> int:
+    limit = model.architecture.max_positions
+    if asked is None:
+        return limit
+    if not 1 <= asked <= limit:
+        raise ConfigError(f"setting the longest sequence: found {asked} tokens, expected 1 to {limit}, the model's own")
+    return asked
+
+
+def _precision(plan: QuantPlan, export: ExportPlan, weights: Weights) -> Precision:
+    num_weights = sum(spec.num_elements for spec in weights.table.values())
+    return Precision(
+        name=plan.name,
+        bits={str(role): bits for role, bits in plan.bits.items()},
+        block_size=plan.block_size,
+        accuracy_level=plan.accuracy_level,
+        average_bits_per_weight=round(8 * export.num_weights_bytes / num_weights, 3),
+    )
+
+
+def _routing(model: Model) -> dict[str, object] | None:
+    if not model.architecture.is_moe:
+        return None
+    gates = [spec.name for spec in model.weights.table.values() if spec.role is Role.ROUTER]
+    report = diagnose([model.weights.load(name) for name in gates], model.architecture.experts_per_token)
+    return report.as_json()
+
+
+def _libraries() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _counter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        if progress is not None:
+            progress(done, total)
+
+    return count
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="checkpoint folder, or a hub id owner/name")
+    parser.add_argument("--output", required=True, type=Path, metavar="ENGINE", help="engine directory to make")
+    parser.add_argument("--backend", default="onnxruntime", help=f"{' or '.join(BACKENDS)} (default: %(default)s)")
+    parser.add_argument("--precision", default="int4", help=f"{', '.join(PLANS)} (default: %(default)s)")
+    parser.add_argument("--experts-per-token", type=int, metavar="K", help="override the config's num_experts_per_tok")
+    parser.add_argument("--max-sequence", type=int, metavar="TOKENS", help="context limit (default: the model's own)")
+    parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Build as the command line asks, and print what was built."""
+    options = BuildOptions(
+        checkpoint=arguments.checkpoint,
+        output=arguments.output,
+        precision=arguments.precision,
+        backend=arguments.backend,
+        experts_per_token=arguments.experts_per_token,
+        max_sequence=arguments.max_sequence,
+    )
+    engine = build_engine(options, _report_progress if sys.stderr.isatty() else None)
+    if arguments.json:
+        sys.stdout.write((engine.folder / "engine.json").read_text(encoding="utf-8"))
+    else:
+        sys.stdout.write(f"{summary(engine)}\n")
+    return 0
+
+
+def summary(engine: Engine) -> str:
+    """One line on what was built."""
+    manifest = engine.manifest
+    return (
+        f"{engine.folder}: {manifest.family} {manifest.precision.name}, {engine.num_bytes / 1e6:.1f} MB, "
+        f"{manifest.precision.average_bits_per_weight:.2f} bits per weight, context {manifest.max_sequence} tokens"
+    )
+
+
+def _report_progress(done: int, total: int) -> None:
+    end = "\n" if done == total else ""
+    sys.stderr.write(f"\rwriting weights: {done / 1e6:.0f} of {total / 1e6:.0f} MB{end}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        return run(parser.parse_args())
+    except MoeshipError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return error.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""The engine directory and its manifest, engine.json.
+
+An engine is a folder with a valid engine.json; the manifest is written last and the folder appears by rename, so a
+folder without one is no engine and every later stage says so. The manifest names every file with its bytes and
+SHA-256; `open_engine` checks sizes always and digests unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from export.architecture import Architecture
+from export.checkpoint import file_digest, read_json
+from export.errors import ConfigError, listing
+from export.output import replace_file
+from trt_build.errors import EngineError
+
+MANIFEST_FILE = "engine.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """Size in bytes and SHA-256 in hexadecimal of one file of the engine."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """The recipe in force: bits per role, and what it comes to over all weights."""
+
+    name: str
+    bits: Mapping[str, int]
+    block_size: int
+    accuracy_level: int
+    average_bits_per_weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the weights came from: digests are SHA-256 by file name."""
+
+    checkpoint: str
+    digests: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """engine.json. `expert_order` lists which expert stands at each place of the stacked weights; `routing` is the
+    gates' diagnosis; `verification` is the last result of `moeship verify`, if any."""
+
+    format_version: int
+    model: str
+    family: str
+    backend: str
+    provider: str
+    precision: Precision
+    architecture: Architecture
+    expert_order: tuple[int, ...]
+    max_sequence: int  # tokens, prompt and output together
+    max_batch: int
+    tokenizer_size: int
+    eos_token_ids: tuple[int, ...]
+    source: Source
+    routing: Mapping[str, Any] | None
+    libraries: Mapping[str, str]
+    files: Mapping[str, FileRecord]
+    verification: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """An opened engine directory."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(record.bytes for record in self.manifest.files.values())
+
+
+def record_files(folder: Path) -> dict[str, FileRecord]:
+    """Every file of a folder, the manifest aside, by name."""
+    return {
+        path.name: FileRecord(bytes=path.stat().st_size, sha256=file_digest(path))
+        for path in sorted(folder.iterdir())
+        if path.name != MANIFEST_FILE
+    }
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write or replace engine.json by rename."""
+    replace_file(folder / MANIFEST_FILE, json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
+
+
+def open_engine(folder: Path | str, check_digests: bool = True) -> Engine:
+    """Read the manifest and check the files against it. Raises EngineError listing every problem."""
+    folder = Path(folder)
+    if not (folder / MANIFEST_FILE).is_file():
+        raise EngineError(
+            f"opening the engine {folder}: no {MANIFEST_FILE} there; "
+            + ("a build did not finish, build it again" if folder.is_dir() else "no such folder, check the path")
+        )
+    try:
+        manifest = _parse(read_json(folder / MANIFEST_FILE, "the engine's manifest"), folder)
+    except ConfigError as error:
+        raise EngineError(f"opening the engine {folder}: {error}; build it again") from error
+    problems = []
+    for name, record in manifest.files.items():
+        problem = _file_problem(folder / name, record, check_digests)
+        if problem:
+            problems.append(f"{name}: {problem}")
+    if problems:
+        raise EngineError(
+            f"opening the engine {folder}: its files are not those of the build; build it again:{listing(problems)}"
+        )
+    return Engine(folder=folder, manifest=manifest)
+
+
+def _file_problem(path: Path, record: FileRecord, check_digest: bool) -> str | None:
+    if not path.is_file():
+        return "missing"
+    size = path.stat().st_size
+    if size != record.bytes:
+        return f"found {size} bytes, expected {record.bytes}"
+    if check_digest:
+        digest = file_digest(path)
+        if digest != record.sha256:
+            return f"found SHA-256 {digest[:12]}…, expected {record.sha256[:12]}…"
+    return None
+
+
+def _parse(raw: dict[str, Any], folder: Path) -> Manifest:
+    version = raw.get("format_version")
+    if version != FORMAT_VERSION:
+        raise EngineError(
+            f"opening the engine {folder}: format version {version!r}, this moeship reads {FORMAT_VERSION}; "
+            "build it again with this version"
+        )
+    try:
+        nested = {
+            **raw,
+            "precision": Precision(**raw["precision"]),
+            "architecture": Architecture(
+                **{**raw["architecture"], "eos_token_ids": tuple(raw["architecture"]["eos_token_ids"])}
+            ),
+            "source": Source(**raw["source"]),
+            "files": {name: FileRecord(**record) for name, record in raw["files"].items()},
+            "expert_order": tuple(raw["expert_order"]),
+            "eos_token_ids": tuple(raw["eos_token_ids"]),
+        }
+        return Manifest(**nested)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise EngineError(f"opening the engine {folder}: {MANIFEST_FILE} is malformed ({error}); build it again") from error

@@ -1,0 +1,63 @@
+"""genai_config.json: what lets onnxruntime-genai load an engine directory as it is.
+
+Fields: microsoft/onnxruntime-genai, src/config.h and its model builder's output for decoder-only models.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from export.architecture import Architecture
+from export.onnx_graph import names
+from export.onnx_graph.exporter import SERVING_GRAPH
+
+
+def genai_config(architecture: Architecture, max_sequence: int, eos_token_ids: tuple[int, ...]) -> dict[str, Any]:
+    """The file's content as a JSON object."""
+    end = list(eos_token_ids)
+    bos = architecture.bos_token_id if architecture.bos_token_id is not None else end[0]
+    pattern = {"past_key": names.past_key, "past_value": names.past_value,
+               "present_key": names.present_key, "present_value": names.present_value}  # fmt: skip
+    # The layer's number is a format directive there.
+    cache_names = {key: name(0).replace("0", "%d", 1) for key, name in pattern.items()}
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": SERVING_GRAPH,
+        "head_size": architecture.head_size,
+        "hidden_size": architecture.hidden_size,
+        "num_attention_heads": architecture.num_heads,
+        "num_hidden_layers": architecture.num_layers,
+        "num_key_value_heads": architecture.num_kv_heads,
+        "inputs": {
+            "input_ids": names.INPUT_IDS,
+            "attention_mask": names.ATTENTION_MASK,
+            "past_key_names": cache_names["past_key"],
+            "past_value_names": cache_names["past_value"],
+        },
+        "outputs": {
+            "logits": names.LOGITS,
+            "present_key_names": cache_names["present_key"],
+            "present_value_names": cache_names["present_value"],
+        },
+    }
+    return {
+        "model": {
+            "type": "decoder",
+            "vocab_size": architecture.vocab_size,
+            "context_length": max_sequence,
+            "bos_token_id": bos,
+            "eos_token_id": end if len(end) > 1 else end[0],
+            "pad_token_id": end[0],
+            "decoder": decoder,
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": max_sequence,
+            "min_length": 0,
+            "num_beams": 1,
+            "past_present_share_buffer": True,
+            "temperature": 1.0,
+            "top_k": 1,
+            "top_p": 1.0,
+        },
+    }

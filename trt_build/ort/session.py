@@ -1,0 +1,154 @@
+"""Runs an engine on ONNX Runtime: prefill and decode over preallocated key/value buffers.
+
+    session = Session(open_engine("engine"))
+    cache = session.new_cache()
+    logits = session.run(cache, prompt_ids)      # float32 [V] of the last position
+    logits = session.run(cache, [next_id])
+
+The cache's buffers are bound once as past and present both, so a step writes its S new positions in place and
+copies nothing. Verification, serving and the demo all run this class: what was verified is what is served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.errors import MissingPackageError
+from export.onnx_graph import names
+from export.onnx_graph.exporter import SCORING_GRAPH, SERVING_GRAPH
+from trt_build.engine import Engine
+from trt_build.errors import EngineError, SequenceError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+PREFILL_CHUNK_TOKENS = 512  # bounds the activations of a long prompt
+
+
+class Cache:
+    """Key and value buffers of one sequence, float32 [1, G, C, D] each, and how many positions they hold."""
+
+    def __init__(self, session: Session) -> None:
+        facts = session.engine.manifest.architecture
+        shape = (1, facts.num_kv_heads, session.max_sequence, facts.head_size)
+        self.length = 0
+        self.binding: Any = session.backend.io_binding()
+        self._buffers = []
+        for layer in range(facts.num_layers):
+            for past, present in (
+                (names.past_key(layer), names.present_key(layer)),
+                (names.past_value(layer), names.present_value(layer)),
+            ):
+                buffer = np.zeros(shape, dtype=np.float32)
+                self._buffers.append(buffer)
+                self.binding.bind_input(past, "cpu", 0, np.float32, shape, buffer.ctypes.data)
+                self.binding.bind_output(present, "cpu", 0, np.float32, shape, buffer.ctypes.data)
+
+    def reset(self) -> None:
+        """Forget every position; the buffers stay."""
+        self.length = 0
+
+
+class Session:
+    """An engine's serving graph, loaded. `threads` None lets ONNX Runtime use every physical core."""
+
+    def __init__(self, engine: Engine, threads: int | None = None) -> None:
+        if engine.manifest.backend != "onnxruntime":
+            raise EngineError(
+                f"loading the engine {engine.folder}: built for {engine.manifest.backend}, "
+                "this session runs onnxruntime engines"
+            )
+        self.engine = engine
+        self.max_sequence = engine.manifest.max_sequence
+        self.vocab_size = engine.manifest.architecture.vocab_size
+        self.backend = load_graph(engine.folder / SERVING_GRAPH, threads)
+        self._mask = np.ones((1, self.max_sequence), dtype=np.int64)
+        self._logits = np.zeros((1, 1, self.vocab_size), dtype=np.float32)
+
+    def new_cache(self) -> Cache:
+        """An empty cache of max_sequence positions."""
+        return Cache(self)
+
+    def run(self, cache: Cache, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Append tokens to a sequence; returns the last one's logits, float32 [V], valid until the next run.
+
+        Raises SequenceError for no tokens, ids outside the vocabulary, or more tokens than the cache has room for.
+        """
+        ids = np.asarray(token_ids, dtype=np.int64).reshape(1, -1)
+        self._check(cache, ids)
+        for start in range(0, ids.shape[1], PREFILL_CHUNK_TOKENS):
+            self._step(cache, ids[:, start : start + PREFILL_CHUNK_TOKENS])
+        return self._logits[0, 0]
+
+    def _step(self, cache: Cache, ids: npt.NDArray[np.int64]) -> None:
+        total = cache.length + ids.shape[1]
+        ids = np.ascontiguousarray(ids)
+        binding = cache.binding
+        binding.bind_input(names.INPUT_IDS, "cpu", 0, np.int64, ids.shape, ids.ctypes.data)
+        binding.bind_input(names.ATTENTION_MASK, "cpu", 0, np.int64, (1, total), self._mask.ctypes.data)
+        binding.bind_output(
+            names.LOGITS, "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data
+        )
+        self.backend.run_with_iobinding(binding)
+        cache.length = total
+
+    def _check(self, cache: Cache, ids: npt.NDArray[np.int64]) -> None:
+        if not ids.size:
+            raise SequenceError("running the engine: found no tokens, expected at least one")
+        if cache.length + ids.size > self.max_sequence:
+            raise SequenceError(
+                f"running the engine: {ids.size} tokens after {cache.length} exceed its context of "
+                f"{self.max_sequence}; shorten the prompt or ask for fewer tokens"
+            )
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.vocab_size:
+            raise SequenceError(
+                f"running the engine: token id {low if low < 0 else high} is outside its vocabulary of "
+                f"{self.vocab_size}; was the text encoded with this engine's tokenizer?"
+            )
+
+
+class ScoringSession:
+    """An engine's scoring graph: logits of every position and the router's logits, without a past."""
+
+    def __init__(self, engine: Engine, threads: int | None = None) -> None:
+        self.engine = engine
+        self._backend = load_graph(engine.folder / SCORING_GRAPH, threads)
+        facts = engine.manifest.architecture
+        self._empty = np.zeros((1, facts.num_kv_heads, 0, facts.head_size), dtype=np.float32)
+        self._layers = facts.num_layers
+        self._routers = [names.router_logits(layer) for layer in range(facts.num_layers if facts.is_moe else 0)]
+        places = np.empty(len(engine.manifest.expert_order), dtype=np.int64)
+        places[list(engine.manifest.expert_order)] = np.arange(len(places))
+        self._place_of_expert = places
+
+    def run(self, token_ids: Sequence[int]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
+        """Logits [S, V], and the router's logits [L, S, E] in the checkpoint's expert order (None when dense)."""
+        ids = np.asarray(token_ids, dtype=np.int64).reshape(1, -1)
+        feeds: dict[str, Any] = {names.INPUT_IDS: ids, names.ATTENTION_MASK: np.ones_like(ids)}
+        for layer in range(self._layers):
+            feeds[names.past_key(layer)] = feeds[names.past_value(layer)] = self._empty
+        logits, *routers = self._backend.run([names.LOGITS, *self._routers], feeds)
+        routed = np.stack(routers)[:, :, self._place_of_expert] if routers else None
+        return logits[0], routed
+
+
+def load_graph(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
+    """Load one graph on the CPU. Raises MissingPackageError or EngineError."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingPackageError("onnxruntime", "running an engine", "cpu") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        raise EngineError(f"loading {path}: ONNX Runtime {onnxruntime.__version__} refuses it ({error})") from error
