@@ -1,0 +1,38 @@
+"""The one door to grpc and tritonclient, which are optional: each function returns a module, or raises
+MissingPackageError with the extra to install. Importing this module loads neither.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from export.errors import MissingPackageError
+
+
+def require_grpc() -> ModuleType:
+    """`grpc`, with `grpc.aio`."""
+    _require("grpc.aio")
+    return _require("grpc")
+
+
+def require_messages() -> ModuleType:
+    """The protobuf messages of the inference service."""
+    return _require("tritonclient.grpc.service_pb2")
+
+
+def require_services() -> ModuleType:
+    """The stub and the servicer of the inference service; the stub takes a channel of `grpc` or of `grpc.aio`."""
+    return _require("tritonclient.grpc.service_pb2_grpc")
+
+
+def require_utils() -> ModuleType:
+    """tritonclient's own (de)serialisers and names of dtypes."""
+    return _require("tritonclient.utils")
+
+
+def _require(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPackageError(error.name or module, "talking to a server", "client") from error

@@ -1,0 +1,162 @@
+"""What can go wrong between a client and a server, and the error that each gRPC status becomes.
+
+    ClientError                 under export.errors.MoeshipError
+    ├── RequestRejected         the request is wrong: found here before sending, or by the server
+    ├── ModelNotFound           the server has no model of that name
+    ├── ModelNotReady           it has the model, but not loaded
+    ├── MethodNotSupported      the server or the model does not offer what was asked
+    ├── AccessDenied            credentials are missing or not enough
+    ├── ConnectionFailed        nothing answers at that address
+    ├── DeadlineExceeded        `timeout_s` ran out; the server has been told to stop
+    ├── RequestCancelled        the call was cancelled before its end
+    ├── ServerOverloaded        the server is up but takes no more work now
+    ├── ServerFailed            the server tried and failed
+    └── StreamBroken            the answer is cut short or is not what the wire contract says
+
+The exit status is 2 where the words of the command are wrong, 1 where the request was good and failed.
+UNAVAILABLE is said by Triton, by its queue and by gRPC itself; the list of the server's models tells them apart.
+"""
+
+# Named after what happened, as httpx and grpc do, and not with the suffix "Error".
+# ruff: noqa: N818
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from export.errors import MoeshipError
+
+if TYPE_CHECKING:
+    from clients.messages import ModelState
+
+
+class ClientError(MoeshipError):
+    """A request that brought no complete answer. `status` is the gRPC status' name; None if gRPC was not asked."""
+
+    exit_status = 1
+    remedy: ClassVar[str] = ""
+
+    def __init__(self, message: str, *, status: str | None = None) -> None:
+        super().__init__(f"{message}; {self.remedy}" if self.remedy else message)
+        self.status = status
+
+
+class RequestRejected(ClientError):
+    """The request itself is wrong."""
+
+    exit_status = 2
+
+
+class ModelNotFound(ClientError):
+    """The server has no model of that name."""
+
+    exit_status = 2
+
+
+class ModelNotReady(ClientError):
+    """The server knows the model but has not loaded it."""
+
+    remedy = "wait until it is loaded, or read the reason in the server's log"
+
+
+class MethodNotSupported(ClientError):
+    """The server or the model does not offer what was asked."""
+
+    remedy = "is it Triton Inference Server, and is the model decoupled?"
+
+
+class AccessDenied(ClientError):
+    """Credentials are missing or not enough."""
+
+    remedy = "give the client credentials that this server accepts"
+
+
+class ConnectionFailed(ClientError):
+    """Nothing answers at that address."""
+
+    remedy = "is the server running, and is this its gRPC port (8001 unless told otherwise), not the HTTP one?"
+
+
+class DeadlineExceeded(ClientError):
+    """The time allowed ran out before the answer was complete."""
+
+    remedy = "allow more seconds or ask for fewer tokens"
+
+
+class RequestCancelled(ClientError):
+    """The call was cancelled before its end."""
+
+    remedy = "the server or a proxy may be shutting down; send the request again"
+
+
+class ServerOverloaded(ClientError):
+    """The server is up but takes no more work now."""
+
+    remedy = "send the request again later, or fewer at a time"
+
+
+class ServerFailed(ClientError):
+    """The server tried and failed."""
+
+    remedy = "the server's log has the cause"
+
+
+class StreamBroken(ClientError):
+    """The answer is cut short, or is not what the wire contract says."""
+
+    remedy = "is the model one that `moeship package` made, and was the server stopped meanwhile?"
+
+
+# Every name of grpc.StatusCode but OK. Names, not members, so that this module does not import grpc.
+BY_STATUS: dict[str, type[ClientError]] = {
+    "CANCELLED": RequestCancelled,
+    "UNKNOWN": ServerFailed,
+    "INVALID_ARGUMENT": RequestRejected,
+    "DEADLINE_EXCEEDED": DeadlineExceeded,
+    "NOT_FOUND": ModelNotFound,
+    "ALREADY_EXISTS": ServerFailed,
+    "PERMISSION_DENIED": AccessDenied,
+    "RESOURCE_EXHAUSTED": ServerOverloaded,
+    "FAILED_PRECONDITION": ModelNotReady,
+    "ABORTED": ServerFailed,
+    "OUT_OF_RANGE": RequestRejected,
+    "UNIMPLEMENTED": MethodNotSupported,
+    "INTERNAL": ServerFailed,
+    "UNAVAILABLE": ConnectionFailed,
+    "DATA_LOSS": ServerFailed,
+    "UNAUTHENTICATED": AccessDenied,
+}
+
+# The statuses whose meaning depends on which models the server has.
+NEEDS_MODELS = ("NOT_FOUND", "UNAVAILABLE")
+
+
+def error_of(
+    *, doing: str, status: str, details: str, model: str | None = None, models: Sequence[ModelState] | None = None
+) -> ClientError:
+    """The error of one failed call.
+
+    `doing` names the action, the model and the server; `details` is the server's (or gRPC's) own text; `models` is
+    what the server said it has when asked afterwards, None if it was not asked or gave no answer.
+    """
+    kind = BY_STATUS[status]
+    message = f"{doing}: {status}: {details}"
+    if models is None or model is None or status not in NEEDS_MODELS:
+        return kind(message, status=status)
+    states = [state for state in models if state.name == model]
+    if not states:
+        return ModelNotFound(f"{message}; {what_exists(model, models)}", status=status)
+    if not any(state.ready for state in states):
+        return ModelNotReady(f"{message} (the server lists it as: {'; '.join(map(str, states))})", status=status)
+    # A model that is ready and yet unavailable has a full queue.
+    return ServerOverloaded(message, status=status) if status == "UNAVAILABLE" else kind(message, status=status)
+
+
+def what_exists(model: str, models: Sequence[ModelState]) -> str:
+    """Near matches of a name and the names there are, for the end of a message."""
+    names = sorted({state.name for state in models})
+    near = difflib.get_close_matches(model, names, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{hint}The server has: {', '.join(names)}" if names else "the server has no models"

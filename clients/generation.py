@@ -1,0 +1,200 @@
+"""Streams text from a served model over gRPC: `Client` for threads, `AsyncClient` for asyncio, alike but for `await`.
+
+    with Client("127.0.0.1:8001") as client:
+        for piece in client.stream(GenerationRequest(model="phixtral", prompt="def main(", max_tokens=64)):
+            print(piece.text, end="", flush=True)
+
+Each request has a stream of its own. Whatever ends the reading early (closing the generator, an exception such as
+Ctrl-C, cancelling the task, the deadline) cancels the request on the server. Failures are those of `clients/errors.py`.
+A `Client` may be shared by threads, an `AsyncClient` by the tasks of the loop in which it was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Generator
+from contextlib import aclosing
+from types import ModuleType, TracebackType
+from typing import TYPE_CHECKING
+
+from clients import wire
+from clients._tritonclient import require_grpc, require_messages, require_services
+from clients.errors import NEEDS_MODELS, ClientError, ConnectionFailed, error_of
+from clients.messages import Generation, GenerationRequest, ModelState, Piece, collect
+
+if TYPE_CHECKING:
+    import grpc
+    from google.protobuf.message import Message
+    from tritonclient.grpc import service_pb2 as pb
+
+__all__ = ["AsyncClient", "Client", "Generation", "GenerationRequest", "ModelState", "Piece"]
+
+# For calls that read a state and compute nothing.
+STATE_TIMEOUT_S = 5.0
+# A whole answer comes as one message, and gRPC's own bound is 4 MiB.
+CHANNEL_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
+
+
+class Client:
+    """A connection to one server, HOST:PORT. `credentials` are gRPC channel credentials; None sends in the clear.
+
+    Nothing is sent until the first call, so that a server may come up later.
+    """
+
+    def __init__(self, url: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
+        self.url = url
+        self._grpc = require_grpc()
+        self._channel = _open(self._grpc, url, credentials)
+        self._stub = require_services().GRPCInferenceServiceStub(self._channel)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; requests under way are cancelled."""
+        self._channel.close()
+
+    def stream(self, request: GenerationRequest) -> Generator[Piece, None, None]:
+        """The answer piece by piece. The request is sent when the first piece is asked for; `close()` cancels it."""
+        return self._pieces(request, wire.build_request(request, stream=True))
+
+    def generate(self, request: GenerationRequest) -> Generation:
+        """The whole answer, which the server sends at once."""
+        return collect(self._pieces(request, wire.build_request(request, stream=False)))
+
+    def _pieces(self, request: GenerationRequest, message: pb.ModelInferRequest) -> Generator[Piece, None, None]:
+        reader = wire.StreamReader(request, server=self.url)
+        call = self._stub.ModelStreamInfer(iter((message,)), metadata=wire.STREAM_METADATA, timeout=request.timeout_s)
+        try:
+            for response in call:
+                yield from reader.read(response)
+            reader.finish()
+        except self._grpc.RpcError as error:
+            raise self._explain(error, wire.doing(request.model, self.url), request.model) from error
+        finally:
+            call.cancel()
+
+    def server_ready(self) -> bool:
+        """Whether the server answers and says that it is ready. Raises what is neither yes nor no."""
+        try:
+            return bool(self._ask("ServerReady", f"asking {self.url} if it is ready").ready)
+        except ConnectionFailed:
+            return False
+
+    def model_ready(self, model: str) -> bool:
+        """Whether the server says that the model is ready; False for a name that it does not know."""
+        return bool(self._ask("ModelReady", f"asking {self.url} if {model} is ready", name=model).ready)
+
+    def models(self) -> tuple[ModelState, ...]:
+        """Every model in the server's repository, by name."""
+        return wire.read_models(self._ask("RepositoryIndex", f"listing the models of {self.url}"))
+
+    def _ask(self, method: str, doing: str, **fields: str) -> Message:
+        message = getattr(require_messages(), f"{method}Request")(**fields)
+        try:
+            return getattr(self._stub, method)(message, timeout=STATE_TIMEOUT_S)
+        except self._grpc.RpcError as error:
+            raise self._explain(error, doing) from error
+
+    def _explain(self, error: grpc.RpcError, doing: str, model: str | None = None) -> ClientError:
+        status, models = error.code().name, None
+        if model is not None and status in NEEDS_MODELS:
+            try:
+                models = self.models()
+            except ClientError:
+                models = None
+        return error_of(doing=doing, status=status, details=error.details() or "", model=model, models=models)
+
+
+class AsyncClient:
+    """`Client` for asyncio; to be made inside the running loop.
+
+    A stream that is left early is cancelled when its generator is closed: use `contextlib.aclosing` to have that
+    happen at once, or cancel the task that reads it.
+    """
+
+    def __init__(self, url: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
+        self.url = url
+        self._grpc = require_grpc()
+        self._channel = _open(self._grpc.aio, url, credentials)
+        self._stub = require_services().GRPCInferenceServiceStub(self._channel)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; requests under way are cancelled."""
+        await self._channel.close()
+
+    def stream(self, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
+        """The answer piece by piece. The request is sent when the first piece is asked for; `aclose()` cancels it."""
+        return self._pieces(request, wire.build_request(request, stream=True))
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """The whole answer, which the server sends at once."""
+        async with aclosing(self._pieces(request, wire.build_request(request, stream=False))) as pieces:
+            return collect([piece async for piece in pieces])
+
+    async def _pieces(self, request: GenerationRequest, message: pb.ModelInferRequest) -> AsyncGenerator[Piece, None]:
+        reader = wire.StreamReader(request, server=self.url)
+        call = self._stub.ModelStreamInfer(iter((message,)), metadata=wire.STREAM_METADATA, timeout=request.timeout_s)
+        try:
+            async for response in call:
+                for piece in reader.read(response):
+                    yield piece
+            reader.finish()
+        except self._grpc.RpcError as error:
+            raise await self._explain(error, wire.doing(request.model, self.url), request.model) from error
+        finally:
+            call.cancel()
+
+    async def server_ready(self) -> bool:
+        """Whether the server answers and says that it is ready. Raises what is neither yes nor no."""
+        try:
+            return bool((await self._ask("ServerReady", f"asking {self.url} if it is ready")).ready)
+        except ConnectionFailed:
+            return False
+
+    async def model_ready(self, model: str) -> bool:
+        """Whether the server says that the model is ready; False for a name that it does not know."""
+        return bool((await self._ask("ModelReady", f"asking {self.url} if {model} is ready", name=model)).ready)
+
+    async def models(self) -> tuple[ModelState, ...]:
+        """Every model in the server's repository, by name."""
+        return wire.read_models(await self._ask("RepositoryIndex", f"listing the models of {self.url}"))
+
+    async def _ask(self, method: str, doing: str, **fields: str) -> Message:
+        message = getattr(require_messages(), f"{method}Request")(**fields)
+        try:
+            return await getattr(self._stub, method)(message, timeout=STATE_TIMEOUT_S)
+        except self._grpc.RpcError as error:
+            raise await self._explain(error, doing) from error
+
+    async def _explain(self, error: grpc.RpcError, doing: str, model: str | None = None) -> ClientError:
+        status, models = error.code().name, None
+        if model is not None and status in NEEDS_MODELS:
+            try:
+                models = await self.models()
+            except ClientError:
+                models = None
+        return error_of(doing=doing, status=status, details=error.details() or "", model=model, models=models)
+
+
+def _open(
+    library: ModuleType, url: str, credentials: grpc.ChannelCredentials | None
+) -> grpc.Channel | grpc.aio.Channel:
+    """A channel of `grpc` or `grpc.aio`. Raises ConnectionFailed for a URL that gRPC could only fail to resolve."""
+    if url.startswith(("http://", "https://", "grpc://")):
+        raise ConnectionFailed(f"connecting to {url}: found a scheme; give HOST:PORT")
+    if credentials is None:
+        return library.insecure_channel(url, options=CHANNEL_OPTIONS)
+    return library.secure_channel(url, credentials, options=CHANNEL_OPTIONS)

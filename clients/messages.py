@@ -1,0 +1,123 @@
+"""What a caller gives and gets: a generation request, the pieces of its answer, the answer as a whole, and the state
+of a server's models. Plain data: no numpy, no protobuf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from clients.errors import RequestRejected
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """One prompt for one model. A field that is None is not sent, and the server's own default holds.
+
+    Apart from `model`, `prompt`, `request_id` and `timeout_s`, fields bear the names of the tensors in
+    `triton_repo/contract.py`, which says their ranges; the server checks those.
+    Raises RequestRejected for what is wrong for every server.
+    """
+
+    model: str
+    prompt: str
+    max_tokens: int
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_length: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    random_seed: int | None = None
+    stop_words: tuple[str, ...] | None = None
+    bad_words: tuple[str, ...] | None = None
+    end_id: int | None = None
+    pad_id: int | None = None
+    beam_width: int | None = None
+    return_log_probs: bool | None = None
+    exclude_input_in_output: bool | None = None
+    # Appears in the server's log and in its messages.
+    request_id: str = ""
+    # Seconds from sending to the last token; None waits as long as the server lives.
+    timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise RequestRejected("a generation request: model is empty; give the name of a model that the server has")
+        if self.timeout_s is not None and self.timeout_s <= 0:
+            raise RequestRejected(f"a request to {self.model}: timeout_s is {self.timeout_s}; it must be above 0")
+        for name in ("stop_words", "bad_words"):
+            if isinstance(getattr(self, name), str):
+                raise RequestRejected(f"a request to {self.model}: {name} is one text; give a tuple of texts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What one response adds. Fields that the server did not send are None or empty; so are the log-probabilities
+    unless the request asked for them.
+    """
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    # None until the last piece.
+    finish_reason: str | None = None
+    num_input_tokens: int | None = None
+    # Tokens produced so far.
+    num_output_tokens: int | None = None
+    # Natural logarithms: the sum so far, and one a token of this piece.
+    cum_log_prob: float | None = None
+    log_probs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """A whole answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+    num_input_tokens: int | None
+    num_output_tokens: int | None
+    cum_log_prob: float | None
+    log_probs: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelState:
+    """One version of a model as the server's repository index tells it."""
+
+    name: str
+    version: str
+    state: str
+    reason: str = ""
+
+    @property
+    def ready(self) -> bool:
+        return self.state == "READY"
+
+    def __str__(self) -> str:
+        version = f" version {self.version}" if self.version else ""
+        return f"{self.name}{version} {self.state or 'not loaded'}{f' ({self.reason})' if self.reason else ''}"
+
+
+def collect(pieces: Iterable[Piece]) -> Generation:
+    """The pieces of one answer, in order, as a whole; of the running counts, the last that was said."""
+    parts = tuple(pieces)
+    return Generation(
+        text="".join(part.text for part in parts),
+        token_ids=tuple(token for part in parts for token in part.token_ids),
+        finish_reason=_last(part.finish_reason for part in parts),
+        num_input_tokens=_last(part.num_input_tokens for part in parts),
+        num_output_tokens=_last(part.num_output_tokens for part in parts),
+        cum_log_prob=_last(part.cum_log_prob for part in parts),
+        log_probs=tuple(value for part in parts for value in part.log_probs),
+    )
+
+
+def _last(values: Iterable[_Value | None]) -> _Value | None:
+    said = [value for value in values if value is not None]
+    return said[-1] if said else None

@@ -1,0 +1,200 @@
+"""Generation request in, protobuf request out; protobuf response in, piece out. Nothing here talks to anyone.
+
+Names, dtypes and dims are those of `triton_repo/contract.py`. Tensors travel in `raw_input_contents` and
+`raw_output_contents`: little-endian numbers, and texts each behind its length in bytes (4 bytes, little-endian).
+An output that the contract does not know is left alone; one that it knows must be as it says.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+from clients._tritonclient import require_messages, require_utils
+from clients.errors import RequestRejected, ServerFailed, StreamBroken
+from clients.messages import GenerationRequest, ModelState, Piece
+from triton_repo.contract import INPUTS, OURS, OUTPUTS, WIRE_DTYPES, TritonDtype, WireTensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from tritonclient.grpc import service_pb2 as pb
+
+# Asks Triton to end a failed stream with a gRPC status; without it an error is a text among the responses.
+STREAM_METADATA = (("triton_grpc_error", "true"),)
+KNOWN_OUTPUTS = {tensor.name: tensor for tensor in (*OUTPUTS, *OURS)}
+# Inputs whose field in GenerationRequest bears another name.
+FIELD_NAMES = {"text_input": "prompt"}
+
+
+def build_request(request: GenerationRequest, *, stream: bool) -> pb.ModelInferRequest:
+    """The ModelInferRequest of one generation; with `stream`, one response a piece instead of one in all.
+
+    Raises RequestRejected for a value that its tensor cannot hold.
+    """
+    message = require_messages().ModelInferRequest(model_name=request.model, id=request.request_id)
+    # The last response then always comes, empty if need be, and marks the end.
+    message.parameters["triton_enable_empty_final_response"].bool_param = True
+    for tensor, values in input_values(request, stream=stream):
+        message.inputs.add(name=tensor.name, datatype=WIRE_DTYPES[tensor.dtype], shape=[1, len(values)])
+        try:
+            message.raw_input_contents.append(encode(values, tensor.dtype))
+        except (ValueError, TypeError, ArithmeticError) as error:
+            raise RequestRejected(
+                f"a request to {request.model}: {tensor.name} is {values!r}, which {tensor.dtype} cannot hold: {error}"
+            ) from error
+    return message
+
+
+def input_values(request: GenerationRequest, *, stream: bool) -> list[tuple[WireTensor, list[Any]]]:
+    """Each tensor to be sent with its values, in the contract's order; what is None or empty is not sent."""
+    chosen: list[tuple[WireTensor, list[Any]]] = []
+    for tensor in INPUTS:
+        field = FIELD_NAMES.get(tensor.name, tensor.name)
+        value: Any = stream if field == "stream" else getattr(request, field)
+        values = [] if value is None else list(value) if tensor.dims == (-1,) else [value]
+        if values:
+            chosen.append((tensor, values))
+    return chosen
+
+
+def encode(values: Sequence[Any], dtype: TritonDtype) -> bytes:
+    """The bytes of one tensor. Raises ValueError, TypeError or ArithmeticError for a value that does not fit."""
+    import numpy as np
+
+    if dtype == "STRING":
+        texts = [_utf8(text) for text in values]
+        return bytes(require_utils().serialize_byte_tensor(np.array(texts, dtype=np.object_)).item())
+    target = _numpy_dtype(dtype)
+    for value in values:
+        _check_number(value, target)
+    with np.errstate(over="raise"):
+        return np.array(values, dtype=np.float64 if target.kind == "f" else target).astype(target).tobytes()
+
+
+def _utf8(text: Any) -> bytes:  # noqa: ANN401 - whatever the caller gave
+    if not isinstance(text, str):
+        raise TypeError(f"{text!r} is not a text")
+    return text.encode()
+
+
+def _check_number(value: Any, target: np.dtype[Any]) -> None:  # noqa: ANN401 - whatever the caller gave
+    import numpy as np
+
+    is_bool = isinstance(value, (bool, np.bool_))
+    is_number = isinstance(value, Real if target.kind == "f" else Integral)
+    if is_bool != (target.kind == "b") or not (is_bool or is_number):
+        raise TypeError(f"{value!r} is of another type")
+    if target.kind in "iu" and not np.iinfo(target).min <= value <= np.iinfo(target).max:
+        raise OverflowError("out of range")
+
+
+def decode(raw: bytes, dtype: TritonDtype) -> list[Any]:
+    """The values of one tensor as Python's own. Raises ValueError or struct.error for bytes that are not of it."""
+    import numpy as np
+
+    if dtype == "STRING":
+        return [text.decode() for text in require_utils().deserialize_bytes_tensor(raw)]
+    values: list[Any] = np.frombuffer(raw, dtype=_numpy_dtype(dtype)).tolist()
+    return values
+
+
+def _numpy_dtype(dtype: TritonDtype) -> np.dtype[Any]:
+    import numpy as np
+
+    return np.dtype(require_utils().triton_to_np_dtype(WIRE_DTYPES[dtype])).newbyteorder("<")
+
+
+def read_outputs(response: pb.ModelInferResponse) -> dict[str, list[Any]]:
+    """The values of each known output of a ModelInferResponse. Raises StreamBroken where the contract is not kept."""
+    if len(response.raw_output_contents) != len(response.outputs):
+        raise StreamBroken(
+            f"a response of {response.model_name}: found {len(response.raw_output_contents)} raw contents "
+            f"for {len(response.outputs)} outputs"
+        )
+    pairs = zip(response.outputs, response.raw_output_contents, strict=True)
+    return {
+        output.name: _read_output(response.model_name, KNOWN_OUTPUTS[output.name], output, raw)
+        for output, raw in pairs
+        if output.name in KNOWN_OUTPUTS
+    }
+
+
+def _read_output(
+    model: str, tensor: WireTensor, output: pb.ModelInferResponse.InferOutputTensor, raw: bytes
+) -> list[Any]:
+    if output.datatype != WIRE_DTYPES[tensor.dtype]:
+        raise StreamBroken(
+            f"a response of {model}: {tensor.name} is {output.datatype}, expected {WIRE_DTYPES[tensor.dtype]}"
+        )
+    try:
+        values = decode(raw, tensor.dtype)
+    except (ValueError, struct.error) as error:
+        raise StreamBroken(f"a response of {model}: {tensor.name} cannot be decoded: {error}") from error
+    if len(values) != math.prod(output.shape):
+        raise StreamBroken(
+            f"a response of {model}: {tensor.name} holds {len(values)} values, its shape is {list(output.shape)}"
+        )
+    return values
+
+
+def read_piece(response: pb.ModelInferResponse, *, log_probs: bool) -> Piece | None:
+    """What one ModelInferResponse adds; None for the empty final one. Log-probabilities only if they were asked for,
+    since servers fill those outputs with zeros otherwise.
+    """
+    outputs = read_outputs(response)
+    if not outputs:
+        return None
+    if not outputs.get("text_output"):
+        raise StreamBroken(f"a response of {response.model_name} has no text_output; it has {', '.join(outputs)}")
+    firsts = {name: values[0] for name, values in outputs.items() if values}
+    return Piece(
+        text=firsts["text_output"],
+        token_ids=tuple(outputs.get("token_ids", ())),
+        finish_reason=firsts.get("finish_reason") or None,
+        num_input_tokens=firsts.get("num_input_tokens"),
+        num_output_tokens=firsts.get("num_output_tokens"),
+        cum_log_prob=firsts.get("cum_log_probs") if log_probs else None,
+        log_probs=tuple(outputs.get("output_log_probs", ())) if log_probs else (),
+    )
+
+
+class StreamReader:
+    """Reads the responses of one stream in their order, and knows whether its end was seen."""
+
+    def __init__(self, request: GenerationRequest, *, server: str) -> None:
+        self._doing = doing(request.model, server)
+        self._log_probs = bool(request.return_log_probs)
+        self._num_pieces = 0
+        self._final = False
+
+    def read(self, message: pb.ModelStreamInferResponse) -> tuple[Piece, ...]:
+        """The piece in a ModelStreamInferResponse, if it has one. Raises ServerFailed, StreamBroken."""
+        if message.error_message:
+            raise ServerFailed(f"{self._doing}: {message.error_message}")
+        self._final = message.infer_response.parameters["triton_final_response"].bool_param
+        piece = read_piece(message.infer_response, log_probs=self._log_probs)
+        if piece is None:
+            return ()
+        self._num_pieces += 1
+        return (piece,)
+
+    def finish(self) -> None:
+        """To be called when the stream has ended well. Raises StreamBroken if the final response never came."""
+        if not self._final:
+            raise StreamBroken(f"{self._doing}: the stream ended after {self._num_pieces} pieces without a final one")
+
+
+def doing(model: str, server: str) -> str:
+    return f"generating with {model} at {server}"
+
+
+def read_models(index: pb.RepositoryIndexResponse) -> tuple[ModelState, ...]:
+    """The states in a RepositoryIndexResponse, by name."""
+    states = (
+        ModelState(name=model.name, version=model.version, state=model.state, reason=model.reason)
+        for model in index.models
+    )
+    return tuple(sorted(states, key=lambda state: (state.name, state.version)))
