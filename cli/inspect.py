@@ -1,0 +1,117 @@
+"""Describe a checkpoint: family, dimensions, parameters, bytes by role, and what its gates say of its routing.
+
+Reads only the headers and the gates, so it answers at once for any size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from export.inspection import CheckpointReport
+    from export.routing import RoutingReport
+
+SUMMARY = "describe a checkpoint: family, sizes, routing"
+Rows = list[tuple[str, str]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint folder or a hub id")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--experts-per-token", type=int, metavar="K", help="in place of the config's")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from export.checkpoint import open_checkpoint
+    from export.inspection import describe
+
+    report = describe(open_checkpoint(arguments.checkpoint), arguments.experts_per_token)
+    if arguments.json:
+        print(json.dumps(report.to_json(), indent=2, allow_nan=False))
+    else:
+        _print_report(report)
+    return 0
+
+
+def _print_report(report: CheckpointReport) -> None:
+    from export.routing import warnings
+
+    _print_rows(report.location, _size_rows(report))
+    shares = [
+        (
+            role.value,
+            f"{size.num_parameters:>15,}  {_bytes(size.num_bytes):>10}  {size.num_bytes / report.num_bytes:6.1%}",
+        )
+        for role, size in sorted(report.roles.items(), key=lambda item: -item[1].num_bytes)
+    ]
+    _print_rows("by role: parameters, bytes as stored, share", shares)
+    if report.routing:
+        _print_rows("routing", _routing_rows(report.routing))
+        _print_rows("warnings", [("", sentence) for sentence in warnings(report.routing)])
+
+
+def _size_rows(report: CheckpointReport) -> Rows:
+    facts = report.architecture
+    rows = [
+        ("family", facts.family),
+        ("layers", f"{facts.num_layers}"),
+        ("hidden size", f"{facts.hidden_size}"),
+        ("heads", f"{facts.num_heads} of size {facts.head_size}, {facts.num_kv_heads} key/value"),
+        ("rotary", f"{facts.rotary_dim} dimensions of a head, base {facts.rope_base:g}"),
+        ("ffn size", f"{facts.ffn_size}" + (" of one expert" if facts.is_moe else "")),
+        ("vocabulary", f"{facts.vocab_size}"),
+        ("positions", f"{facts.max_positions}"),
+    ]
+    if facts.is_moe:
+        rows.append(("experts", f"{facts.num_experts}, {facts.experts_per_token} per token"))
+    dtypes = ", ".join(f"{dtype} {_bytes(count)}" for dtype, count in report.dtype_bytes.items())
+    return [
+        *rows,
+        ("parameters", f"{report.total_parameters:,}"),
+        ("active per token", f"{report.active_parameters:,}"),
+        ("tensors", f"{report.num_tensors}"),
+        ("stored as", dtypes),
+        ("files", f"{len(report.shard_bytes)}, {_bytes(sum(report.shard_bytes.values()))}"),
+    ]
+
+
+def _routing_rows(report: RoutingReport) -> Rows:
+    from export.routing import number_ranges
+
+    conditions = [layer.condition_number for layer in report.layers]
+    finite = [value for value in conditions if value is not None]
+    span = f"{min(finite):.2f} to {max(finite):.2f}" if finite else ""
+    infinite = number_ranges(layer.layer for layer in report.layers if layer.condition_number is None)
+    repeated = {group for layer in report.layers for group in layer.duplicate_groups}
+    return [
+        ("condition number", "; ".join(text for text in (span, infinite and f"infinite in layers {infinite}") if text)),
+        ("spread of the rows", _span(layer.spread for layer in report.layers)),
+        ("equal rows", "; ".join(f"experts {', '.join(map(str, group))}" for group in sorted(repeated)) or "none"),
+        ("near-equal pairs", f"{sum(len(layer.near_duplicates) for layer in report.layers)}"),
+        ("never chosen", ", ".join(f"expert {expert}" for expert in report.never_chosen) or "none proved"),
+    ]
+
+
+def _span(values: Iterable[float]) -> str:
+    every = list(values)
+    return f"{min(every):.3f} to {max(every):.3f}"
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
+
+
+def _print_rows(title: str, rows: Rows) -> None:
+    """A heading and its rows, in plain text: a terminal wraps it, a pipe gets it whole."""
+    if not rows:
+        return
+    print(title)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}" if width else f"  {value}")

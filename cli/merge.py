@@ -1,0 +1,47 @@
+"""Merge dense Phi-2 experts into a phixtral checkpoint, as a mergekit-moe YAML says.
+
+Paths in the YAML are seen from the YAML's folder. Gate modes hidden, hidden_last and hidden_avg need
+pip install 'moeship[verify]'; cheap_embed, random and uniform_random do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+SUMMARY = "merge dense experts into a mixture-of-experts checkpoint"
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def byte_count(text: str) -> int:
+    """A size such as 5GB, 500MB, 2GiB or 1000000, in bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write for instance 5GB, 500MB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG.yml", help="mergekit-moe configuration")
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder to create; it must not exist")
+    parser.add_argument(
+        "--max-shard-size", type=byte_count, default=byte_count("5GB"), metavar="SIZE",
+        help="most bytes of tensors in one safetensors file, e.g. 500MB or 2GiB (default 5GB)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of random gates and of noise_scale (default 0)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from export.merge import merge
+    from export.merge_config import read_merge_config
+
+    config = read_merge_config(arguments.config)
+    result = merge(config, arguments.output, seed=arguments.seed, max_shard_bytes=arguments.max_shard_size)
+    facts = result.architecture
+    print(
+        f"{result.folder}: phixtral of {facts.num_experts} experts, {facts.experts_per_token} per token, "
+        f"{facts.num_layers} layers, {result.num_parameters / 1e6:.1f} M parameters, {result.dtype}, "
+        f"{result.num_bytes / 1e6:.1f} MB in {len(result.shards)} file(s)"
+    )
+    return 0

@@ -1,0 +1,127 @@
+"""The hidden states that enter each layer of a Phi-2, one layer's weights in memory at a time.
+
+    for layer, states in enumerate(layer_inputs(model, [[256, 71], [256]])):
+        states[0].shape          # [2, H], float32: prompt 0 as it enters `layer`
+
+They are what transformers calls hidden_states[0 .. L-1]; the last one, after the final norm, is not among them.
+The layer is transformers' own PhiDecoderLayer in float32. torch and transformers are imported here and nowhere else
+in `export`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.architecture import Architecture
+from export.errors import MissingPackageError
+from export.families import Model
+from export.families.phi_stack import EMBEDDING, layer_name
+
+if TYPE_CHECKING:
+    import torch
+
+States = list[npt.NDArray[np.float32]]
+
+
+def embedding_rows(model: Model, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Rows of the embedding, float32 [len(token_ids), H]; only these are read."""
+    name = model.weights.table[EMBEDDING].parts[0].name
+    rows = np.empty((len(token_ids), model.architecture.hidden_size), dtype=np.float32)
+    read: dict[int, npt.NDArray[np.float32]] = {}
+    for index, token in enumerate(token_ids):
+        if token not in read:
+            read[token] = model.weights.checkpoint.read_float32(name, slice(token, token + 1))[0]
+        rows[index] = read[token]
+    return rows
+
+
+def layer_inputs(model: Model, prompts: Sequence[Sequence[int]]) -> Iterator[States]:
+    """For each layer in order, the state [S, H] of every prompt as it enters that layer; [0, H] for an empty prompt."""
+    torch = require_torch()
+    states = [torch.from_numpy(embedding_rows(model, prompt)) for prompt in prompts]
+    config = _layer_config(model.architecture)
+    for layer in range(model.architecture.num_layers):
+        yield [state.numpy() for state in states]
+        if layer + 1 < model.architecture.num_layers:
+            states = _run_layer(model, layer, config, states)
+
+
+def require_torch() -> Any:  # noqa: ANN401 - a module
+    """torch, with transformers beside it. Raises MissingPackageError."""
+    purpose = "making gates from hidden states (gate_mode cheap_embed does without)"
+    for package in ("transformers", "torch"):
+        try:
+            module = __import__(package)
+        except ImportError as error:
+            raise MissingPackageError(package, purpose, "verify") from error
+    return module
+
+
+def _layer_config(architecture: Architecture) -> Any:  # noqa: ANN401 - PhiConfig
+    from transformers import PhiConfig
+
+    config = PhiConfig(
+        hidden_size=architecture.hidden_size,
+        intermediate_size=architecture.ffn_size,
+        num_hidden_layers=architecture.num_layers,
+        num_attention_heads=architecture.num_heads,
+        num_key_value_heads=architecture.num_kv_heads,
+        max_position_embeddings=architecture.max_positions,
+        layer_norm_eps=architecture.norm_epsilon,
+        hidden_act="gelu_new",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attention_dropout=0.0,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": architecture.rope_base,
+            # transformers takes int(D * factor); the quarter keeps a rounded quotient from losing a dimension.
+            "partial_rotary_factor": (architecture.rotary_dim + 0.25) / architecture.head_size,
+        },
+    )
+    config._attn_implementation = "sdpa"  # causal when it is given no mask
+    return config
+
+
+def _run_layer(model: Model, layer: int, config: Any, states: list[torch.Tensor]) -> list[torch.Tensor]:  # noqa: ANN401
+    """Every prompt's state [S, H] through one layer; prompts run one by one, so none is padded."""
+    import torch
+    from transformers.models.phi.modeling_phi import PhiDecoderLayer, PhiRotaryEmbedding
+
+    with torch.device("meta"):
+        module = PhiDecoderLayer(config, layer_idx=0)
+    module.load_state_dict(_layer_weights(model, layer), strict=True, assign=True)
+    module.eval()
+    rotary = PhiRotaryEmbedding(config)
+    after = []
+    with torch.inference_mode():
+        for state in states:
+            if not len(state):
+                after.append(state)
+                continue
+            batch = state.unsqueeze(0)  # [1, S, H]
+            angles = rotary(batch, torch.arange(len(state)).unsqueeze(0))
+            after.append(module(batch, attention_mask=None, position_embeddings=angles)[0])
+    return after
+
+
+def _layer_weights(model: Model, layer: int) -> dict[str, torch.Tensor]:
+    """One layer's weights under PhiDecoderLayer's names, float32; query, key and value are views of Wqkv."""
+    import torch
+
+    architecture, name = model.architecture, layer_name(layer)
+    queries = architecture.num_heads * architecture.head_size
+    keys = architecture.num_kv_heads * architecture.head_size
+    weights: dict[str, torch.Tensor] = {}
+    for kind in ("weight", "bias"):
+        packed = torch.from_numpy(model.weights.load(f"{name}.mixer.Wqkv.{kind}"))
+        for letter, rows in zip("qkv", packed.split([queries, keys, keys]), strict=True):
+            weights[f"self_attn.{letter}_proj.{kind}"] = rows
+        for ours, theirs in (("mixer.out_proj", "self_attn.dense"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2"),
+                             ("ln", "input_layernorm")):  # fmt: skip
+            weights[f"{theirs}.{kind}"] = torch.from_numpy(model.weights.load(f"{name}.{ours}.{kind}"))
+    return weights

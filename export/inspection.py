@@ -1,0 +1,102 @@
+"""An opened checkpoint in, a description out: family, sizes, bytes by role, and what its gates say of its routing.
+
+Only headers and the gates are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from export import routing
+from export.architecture import Architecture
+from export.checkpoint import Checkpoint
+from export.families import Model, read_model
+from export.tensor_table import Role, TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleSize:
+    """What the tensors of one role take: values, and bytes as stored."""
+
+    num_parameters: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointReport:
+    """A checkpoint in figures. `active_parameters` are those that one token's step uses: K of E experts, all else."""
+
+    location: str
+    architecture: Architecture
+    total_parameters: int
+    active_parameters: int
+    num_tensors: int
+    num_bytes: int
+    dtype_bytes: Mapping[str, int]  # safetensors label -> bytes
+    shard_bytes: Mapping[str, int]  # file name -> bytes of the file
+    roles: Mapping[Role, RoleSize]
+    routing: routing.RoutingReport | None  # None for a dense model
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        roles = {role.value: asdict(size) for role, size in self.roles.items()}
+        return {
+            "location": self.location,
+            "family": self.architecture.family,
+            "architecture": asdict(self.architecture),
+            "total_parameters": self.total_parameters,
+            "active_parameters": self.active_parameters,
+            "num_tensors": self.num_tensors,
+            "num_bytes": self.num_bytes,
+            "dtype_bytes": dict(self.dtype_bytes),
+            "shard_bytes": dict(self.shard_bytes),
+            "roles": roles,
+            "routing": self.routing.to_json() if self.routing else None,
+            "warnings": routing.warnings(self.routing) if self.routing else [],
+        }
+
+
+def describe(checkpoint: Checkpoint, experts_per_token: int | None = None) -> CheckpointReport:
+    """Describe a checkpoint; `experts_per_token` replaces the config's K. Raises ConfigError and CheckpointError."""
+    model = read_model(checkpoint, experts_per_token)
+    dtype_bytes: dict[str, int] = {}
+    roles: dict[Role, RoleSize] = {}
+    for spec in model.weights.table.values():
+        stored = [checkpoint.tensors[part.name] for part in spec.parts]
+        for tensor in stored:
+            dtype_bytes[tensor.dtype] = dtype_bytes.get(tensor.dtype, 0) + tensor.num_bytes
+        so_far = roles.get(spec.role, RoleSize(num_parameters=0, num_bytes=0))
+        roles[spec.role] = RoleSize(
+            num_parameters=so_far.num_parameters + spec.num_elements,
+            num_bytes=so_far.num_bytes + sum(tensor.num_bytes for tensor in stored),
+        )
+    specs = model.weights.table.values()
+    return CheckpointReport(
+        location=checkpoint.identity,
+        architecture=model.architecture,
+        total_parameters=sum(spec.num_elements for spec in specs),
+        active_parameters=sum(_active_elements(spec, model.architecture) for spec in specs),
+        num_tensors=sum(len(spec.parts) for spec in specs),
+        num_bytes=sum(size.num_bytes for size in roles.values()),
+        dtype_bytes=dtype_bytes,
+        shard_bytes={shard.name: shard.stat().st_size for shard in checkpoint.shards},
+        roles=roles,
+        routing=_routing(model),
+    )
+
+
+def _active_elements(spec: TensorSpec, architecture: Architecture) -> int:
+    """Values of a tensor that one token uses: of an expert tensor [E, ...] K in E, of any other all."""
+    if not spec.letters.startswith("E ") or spec.role is Role.ROUTER:
+        return spec.num_elements
+    return spec.num_elements // architecture.num_experts * architecture.experts_per_token
+
+
+def _routing(model: Model) -> routing.RoutingReport | None:
+    names = [spec.name for spec in model.weights.table.values() if spec.role is Role.ROUTER]
+    if not names:
+        return None
+    gates = {layer: model.weights.load(name) for layer, name in enumerate(names)}
+    return routing.diagnose(gates, model.architecture.experts_per_token)

@@ -1,0 +1,180 @@
+"""Dense Phi-2 experts in, one phixtral checkpoint out: a folder with shards, config.json and the base's tokenizer.
+
+    config = read_merge_config(Path("merge.yml"))
+    result = merge(config, Path("mixture"))
+
+Each layer's MLPs become its experts; everything else is the base's. Values flow shard by shard in pieces of a tensor,
+so memory does not grow with the model; hidden-state gates hold one layer of the base besides. The folder gets its name
+only when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from export import routing
+from export.architecture import Architecture
+from export.checkpoint import open_checkpoint
+from export.errors import OutputError
+from export.families import Model, read_model
+from export.gates import gate_matrices
+from export.merge_checks import check_models, measure_lost_training, output_dtype
+from export.merge_config import GateMode, MergeConfig
+from export.merge_layout import MergedTensor, MergeSources, cast, config_json, merged_tensors
+from export.output import refuse_existing, staged_directory
+from export.shard_writer import write_sharded
+from export.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+YAML_FILE = "mergekit_moe_config.yml"  # where mergekit keeps a copy of its configuration
+_WHAT = "the merged checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeResult:
+    """What was written. `routing` describes the gates as they are stored."""
+
+    folder: Path
+    architecture: Architecture
+    dtype: str
+    num_tensors: int
+    num_parameters: int
+    num_bytes: int
+    shards: tuple[Path, ...]
+    routing: routing.RoutingReport
+
+
+def merge(
+    config: MergeConfig, output: Path, *, seed: int = 0, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> MergeResult:
+    """Merge as `config` says into the new folder `output`. `seed` is that of random gates and of noise.
+
+    Raises ConfigError, CheckpointError, MergeError, OutputError and MissingPackageError; `output` is then absent.
+    """
+    started = time.monotonic()
+    refuse_existing(output, _WHAT)
+    base, experts = _open_models(config)
+    check_models(base, experts)
+    load_tokenizer(base.weights.checkpoint.folder)  # refused before anything is computed
+    dtype = output_dtype(config.dtype, base)
+    architecture = replace(
+        base.architecture,
+        family="phixtral",
+        num_experts=len(experts),
+        experts_per_token=config.experts_per_token,
+    )
+    tensors = merged_tensors(architecture, dtype)
+    _check_space(output, tensors)
+    _warn_of_losses(config, base, experts)
+    gates = _gates(config, base, dtype, seed)
+    report = routing.diagnose(gates, config.experts_per_token)
+    for sentence in routing.warnings(report):
+        logger.warning("routing: %s", sentence)
+    sources = MergeSources(base=base, experts=experts, settings=config.experts, gates=gates, seed=seed)
+    with staged_directory(output, _WHAT) as folder:
+        _write_folder(folder, config, config_json(architecture, dtype), tensors, sources, max_shard_bytes)
+    result = MergeResult(
+        folder=output,
+        architecture=architecture,
+        dtype=dtype,
+        num_tensors=len(tensors),
+        num_parameters=sum(math.prod(tensor.planned.shape) for tensor in tensors),
+        num_bytes=sum(tensor.planned.num_bytes for tensor in tensors),
+        shards=tuple(sorted(output.glob("*.safetensors"))),
+        routing=report,
+    )
+    logger.info(
+        "merged %d experts: %d tensors, %.3f GB, %.1f s, %s",
+        len(experts), result.num_tensors, result.num_bytes / 1e9, time.monotonic() - started, output,
+    )  # fmt: skip
+    return result
+
+
+def _write_folder(
+    folder: Path,
+    config: MergeConfig,
+    config_values: Mapping[str, Any],
+    tensors: Sequence[MergedTensor],
+    sources: MergeSources,
+    max_shard_bytes: int,
+) -> None:
+    """Shards, config.json, the base's tokenizer files and a copy of the YAML."""
+    by_name = {tensor.planned.name: tensor for tensor in tensors}
+    write_sharded(
+        folder,
+        [tensor.planned for tensor in tensors],
+        lambda planned: sources.chunks(by_name[planned.name]),
+        max_shard_bytes=max_shard_bytes,
+    )
+    (folder / "config.json").write_text(json.dumps(config_values, indent=2) + "\n", encoding="utf-8")
+    (folder / YAML_FILE).write_text(config.text, encoding="utf-8")
+    for path in sources.base.weights.checkpoint.tokenizer_files():
+        shutil.copyfile(path, folder / path.name)
+
+
+def _open_models(config: MergeConfig) -> tuple[Model, list[Model]]:
+    """The base and the experts; a location that stands several times is opened once."""
+    locations = [config.base, *(expert.location for expert in config.experts)]
+    models = {location: read_model(open_checkpoint(location)) for location in dict.fromkeys(locations)}
+    return models[config.base], [models[expert.location] for expert in config.experts]
+
+
+def _check_space(output: Path, tensors: Sequence[MergedTensor]) -> None:
+    needed = sum(tensor.planned.num_bytes for tensor in tensors)
+    free = shutil.disk_usage(output.resolve().parent).free
+    if needed > free:
+        raise OutputError(
+            f"writing {_WHAT}: it takes {needed / 1e9:.2f} GB, {output.resolve().parent} has {free / 1e9:.2f} GB free; "
+            "make room or name another output"
+        )
+
+
+def _warn_of_losses(config: MergeConfig, base: Model, experts: Sequence[Model]) -> None:
+    """Say which experts repeat one another, and which lose what they learned outside their MLPs."""
+    counts = Counter((setting.location, setting.noise_scale > 0, setting.residual_scale) for setting in config.experts)
+    for (location, noisy, _), count in counts.items():
+        if count > 1 and not noisy:
+            logger.warning("%d of the %d experts are the same model, %s: choosing between them changes nothing",
+                           count, len(experts), location)  # fmt: skip
+    for lost in measure_lost_training(base, experts):
+        logger.warning(
+            "expert %d (%s) differs from the base outside its MLPs in %d of %d sampled tensors, most in %s by %.3g of "
+            "its size: a phixtral keeps the base's there, so what the expert learned in them is lost",
+            lost.expert, config.experts[lost.expert].location, lost.num_differing, lost.num_compared, lost.tensor,
+            lost.relative,
+        )  # fmt: skip
+
+
+def _gates(config: MergeConfig, base: Model, dtype: str, seed: int) -> dict[int, npt.NDArray[Any]]:
+    """The gates as they will be stored: rounded to the output dtype."""
+    started = time.monotonic()
+    gates = {
+        layer: cast(gate, dtype, f"the gate of layer {layer}")
+        for layer, gate in gate_matrices(config, base, seed=seed).items()
+    }
+    empty = [
+        index
+        for index, expert in enumerate(config.experts)
+        if config.gate_mode.reads_prompts and not any(expert.positive_prompts)
+    ]
+    if empty:
+        logger.warning(
+            "expert(s) %s have only empty prompts: their gate rows come from the tokenizer's start token alone",
+            ", ".join(map(str, empty)),
+        )
+    mode = GateMode.HIDDEN_LAST if config.gate_mode is GateMode.HIDDEN else config.gate_mode
+    logger.info("gates made by %s in %.1f s", mode.value, time.monotonic() - started)
+    return gates

@@ -1,0 +1,244 @@
+"""mergekit-moe's YAML in, a checked merge configuration out.
+
+    base_model: ./experts/code          # attention, embedding, norms and head come from it
+    gate_mode: hidden                   # hidden (= hidden_last), hidden_avg, cheap_embed, random, uniform_random
+    dtype: float16                      # of the merged tensors; the base's when absent
+    experts_per_token: 2
+    experts:
+      - source_model: ./experts/code    # a folder relative to the YAML, an absolute one, or a hub id
+        positive_prompts: ["def main():"]
+        negative_prompts: ["Once upon a time"]
+        noise_scale: 0.01               # standard deviation of noise added to the expert's MLP
+        residual_scale: 0.5             # scales what the expert's MLP adds to the residual
+
+Every key is used, listed as harmless, or refused by name. The keys are those of mergekit's moe/config.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from export.checkpoint import HUB_ID
+from export.errors import ConfigError, listing
+
+DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+_TOP_KEYS = (
+    "base_model", "gate_mode", "dtype", "experts_per_token", "experts", "shared_experts", "architecture",
+    "tokenizer_source",
+)  # fmt: skip
+_EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
+_ARCHITECTURES = ("phixtral", "phi-msft")
+_REFUSED = {
+    "merge_method": "it belongs to mergekit-yaml, which merges dense models into a dense one",
+    "slices": "it belongs to mergekit-yaml, which merges dense models into a dense one",
+    "models": "it belongs to mergekit-yaml; list the models under experts",
+    "tokenizer": "the merged checkpoint keeps the base's tokenizer as it is",
+    "chat_template": "the merged checkpoint keeps the base's tokenizer settings as they are",
+}
+
+
+class GateMode(StrEnum):
+    """How the router's rows are made."""
+
+    HIDDEN = "hidden"
+    HIDDEN_LAST = "hidden_last"
+    HIDDEN_AVG = "hidden_avg"
+    CHEAP_EMBED = "cheap_embed"
+    RANDOM = "random"
+    UNIFORM_RANDOM = "uniform_random"
+
+    @property
+    def reads_prompts(self) -> bool:
+        return self not in (GateMode.RANDOM, GateMode.UNIFORM_RANDOM)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertSource:
+    """One expert: where it is and which prompts it answers to."""
+
+    location: str
+    positive_prompts: tuple[str, ...]
+    negative_prompts: tuple[str, ...]
+    noise_scale: float
+    residual_scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """A merge as the YAML asks for it. `dtype` is a safetensors label, None for the base's; `text` is the YAML."""
+
+    base: str
+    experts: tuple[ExpertSource, ...]
+    gate_mode: GateMode
+    dtype: str | None
+    experts_per_token: int
+    text: str
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error rather than the last one winning."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_merge_config(path: Path) -> MergeConfig:
+    """Read and check a merge YAML. Raises ConfigError that lists every problem."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        raw = yaml.load(text, Loader=_StrictLoader)
+    except FileNotFoundError as error:
+        raise ConfigError(f"reading the merge configuration: {path} does not exist; check the path") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"reading the merge configuration: {path} is not readable YAML ({_one_line(error)})"
+        ) from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"reading the merge configuration: {path} holds a {type(raw).__name__}, expected keys")
+    reader = _Reader(path.parent)
+    config = reader.config(raw, text)
+    if reader.problems:
+        raise ConfigError(f"reading the merge configuration {path}: correct or remove:{listing(reader.problems, 20)}")
+    return config
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+class _Reader:
+    """Turns the raw YAML into a MergeConfig and gathers every problem on the way."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.problems: list[str] = []
+
+    def config(self, raw: Mapping[Any, Any], text: str) -> MergeConfig:
+        self._refuse_unknown(raw, _TOP_KEYS, "")
+        mode = self._choice(raw, "gate_mode", [mode.value for mode in GateMode], default=GateMode.HIDDEN.value)
+        gate_mode = GateMode(mode)
+        experts = self._experts(raw, gate_mode)
+        if raw.get("shared_experts"):
+            self.problems.append("shared_experts: a phixtral has none; every expert goes under experts")
+        if str(raw.get("architecture") or _ARCHITECTURES[0]).lower() not in _ARCHITECTURES:
+            self.problems.append(f"architecture is {raw['architecture']!r}; moeship merges into {_ARCHITECTURES[0]}")
+        if raw.get("tokenizer_source") not in (None, "base", raw.get("base_model")):
+            self.problems.append(f"tokenizer_source is {raw['tokenizer_source']!r}; the base's tokenizer is kept: base")
+        dtype = self._choice(raw, "dtype", list(DTYPES), default=None)
+        return MergeConfig(
+            base=self._location(raw, "base_model", ""),
+            experts=experts,
+            gate_mode=gate_mode,
+            dtype=DTYPES[dtype] if dtype else None,
+            experts_per_token=self._experts_per_token(raw, len(experts)),
+            text=text,
+        )
+
+    def _experts(self, raw: Mapping[Any, Any], gate_mode: GateMode) -> tuple[ExpertSource, ...]:
+        entries = raw.get("experts")
+        if not isinstance(entries, list) or len(entries) < 2:
+            count = f"{len(entries)}" if isinstance(entries, list) else "none"
+            self.problems.append(f"experts: found {count}, expected a list of at least 2")
+            entries = entries if isinstance(entries, list) else []
+        return tuple(self._expert(entry, f"experts[{i}]", gate_mode) for i, entry in enumerate(entries))
+
+    def _expert(self, raw: Any, where: str, gate_mode: GateMode) -> ExpertSource:  # noqa: ANN401 - YAML value
+        if not isinstance(raw, dict):
+            self.problems.append(f"{where} is {raw!r}, expected keys such as source_model and positive_prompts")
+            raw = {"source_model": ".", "positive_prompts": [""]}
+        self._refuse_unknown(raw, _EXPERT_KEYS, f"{where}.")
+        positive = self._prompts(raw, "positive_prompts", where)
+        if gate_mode.reads_prompts and raw.get("positive_prompts") in (None, []):
+            self.problems.append(
+                f"{where}.positive_prompts is empty, but gate_mode {gate_mode.value} makes the expert's row from them; "
+                "write one or more prompts, or take gate_mode random"
+            )
+        return ExpertSource(
+            location=self._location(raw, "source_model", f"{where}."),
+            positive_prompts=positive,
+            negative_prompts=self._prompts(raw, "negative_prompts", where),
+            noise_scale=self._number(raw, "noise_scale", where, absent=0.0, minimum=0.0),
+            residual_scale=self._number(raw, "residual_scale", where, absent=1.0, minimum=-math.inf),
+        )
+
+    def _prompts(self, raw: Mapping[Any, Any], key: str, where: str) -> tuple[str, ...]:
+        value = raw.get(key)
+        if value is None:
+            return ()
+        if not isinstance(value, list):
+            self.problems.append(f"{where}.{key} is {value!r}, expected a list of texts: [{value!r}]")
+            return ()
+        wrong = [item for item in value if not isinstance(item, str)]
+        if wrong:
+            self.problems.append(f"{where}.{key} holds {wrong[0]!r}, which YAML reads as no text; put it in quotes")
+        return tuple(str(item) for item in value)
+
+    def _number(self, raw: Mapping[Any, Any], key: str, where: str, *, absent: float, minimum: float) -> float:
+        value = raw.get(key)
+        if value is None:
+            return absent
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not minimum <= value
+            or not math.isfinite(value)
+        ):
+            least = f" of at least {minimum:g}" if math.isfinite(minimum) else ""
+            self.problems.append(f"{where}.{key} is {value!r}, expected a finite number{least}")
+            return absent
+        return float(value)
+
+    def _experts_per_token(self, raw: Mapping[Any, Any], num_experts: int) -> int:
+        """2 when absent, as in mergekit."""
+        value = 2 if raw.get("experts_per_token") is None else raw["experts_per_token"]
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= max(num_experts, 1):
+            self.problems.append(f"experts_per_token is {value!r}, expected 1 to {num_experts}, the number of experts")
+            return 1
+        return value
+
+    def _choice(self, raw: Mapping[Any, Any], key: str, allowed: list[str], *, default: str | None) -> Any:  # noqa: ANN401
+        value = raw.get(key)
+        if value is None or value in allowed:
+            return value or default
+        self.problems.append(f"{key} is {value!r}, expected one of {', '.join(allowed)}{_near(str(value), allowed)}")
+        return default
+
+    def _location(self, raw: Mapping[Any, Any], key: str, where: str) -> str:
+        """A folder seen from the YAML's own, or a hub id as it stands."""
+        value = raw.get(key)
+        if not isinstance(value, str) or not value:
+            self.problems.append(f"{where}{key} is {value!r}, expected a folder or a hub id")
+            return ""
+        folder = self._folder / Path(value).expanduser()
+        if folder.is_dir():
+            return str(folder)
+        if "+" in value or "@" in value:
+            self.problems.append(
+                f"{where}{key} is {value!r}: adapters (+) and revisions (@) are not honoured; "
+                "merge the adapter or download the revision, and give its folder"
+            )
+        return value if HUB_ID.fullmatch(value) else str(folder)
+
+    def _refuse_unknown(self, raw: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
+        for key in raw:
+            if key in known:
+                continue
+            reason = _REFUSED.get(str(key)) or f"no such key{_near(str(key), known)}"
+            self.problems.append(f"{where}{key}: {reason}")
+
+
+def _near(value: str, known: list[str] | tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(value, known, n=1)
+    return f" (did you mean {near[0]}?)" if near else f"; there are: {', '.join(known)}"

@@ -1,0 +1,177 @@
+"""The phixtral checkpoint that a merge writes: its config.json and, tensor by tensor, where each value comes from.
+
+  from expert e     transformer.h.{i}.mlp.fc1|fc2           -> transformer.h.{i}.moe.mlp.{e}.fc1|fc2
+  from the prompts  gate rows                               -> transformer.h.{i}.moe.gate.weight
+  from the base     embedding, norms, attention, head       -> under the same name
+
+The layout is that of mlabonne/phixtral-4x2_8 (model_type phi-msft). Its auto_map is left out: it names Python files
+that do not travel with the merged checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.architecture import Architecture
+from export.checkpoint import numpy_dtype
+from export.errors import CheckpointError, MergeError
+from export.families import Model, phixtral
+from export.merge_config import DTYPES, ExpertSource
+from export.shard_writer import PlannedTensor
+from export.tensor_table import CHUNK_ELEMENTS, Join, Part, Role
+
+_DTYPE_NAMES = {label: name for name, label in DTYPES.items()}
+# Bits of the exponent; all of them set means NaN or infinite.
+_EXPONENTS = {"F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000)}
+
+
+def config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
+    """config.json of the merged checkpoint. `dtype` is a safetensors label."""
+    tokens: dict[str, Any] = {}
+    if architecture.bos_token_id is not None:
+        tokens["bos_token_id"] = architecture.bos_token_id
+    if architecture.eos_token_ids:
+        ids = list(architecture.eos_token_ids)
+        tokens["eos_token_id"] = ids[0] if len(ids) == 1 else ids
+    heads, width = architecture.num_kv_heads, architecture.ffn_size
+    return {
+        "activation_function": "gelu_new",
+        "architectures": ["PhiForCausalLM"],
+        "attn_pdrop": 0.0,
+        **tokens,
+        "embd_pdrop": 0.0,
+        "flash_attn": False,
+        "flash_rotary": False,
+        "fused_dense": False,
+        "img_processor": None,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": architecture.norm_epsilon,
+        "model_type": "phi-msft",
+        "n_embd": architecture.hidden_size,
+        "n_head": architecture.num_heads,
+        "n_head_kv": None if heads == architecture.num_heads else heads,
+        "n_inner": None if width == 4 * architecture.hidden_size else width,
+        "n_layer": architecture.num_layers,
+        "n_positions": architecture.max_positions,
+        "num_experts_per_tok": architecture.experts_per_token,
+        "num_local_experts": architecture.num_experts,
+        "resid_pdrop": 0.1,
+        "rotary_dim": architecture.rotary_dim,
+        "tie_word_embeddings": False,
+        "torch_dtype": _DTYPE_NAMES[dtype],
+        "vocab_size": architecture.vocab_size,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedTensor:
+    """One tensor of the merged checkpoint: `row` of the dense table of `expert`, or of the base; a gate has no row."""
+
+    planned: PlannedTensor
+    layer: int | None
+    expert: int | None
+    row: str | None
+
+
+def merged_tensors(architecture: Architecture, dtype: str) -> list[MergedTensor]:
+    """Every tensor to write, in the order of phixtral's table."""
+    tensors = []
+    for spec in phixtral.FAMILY.tensors(architecture, ()):
+        layer = int(spec.name.split(".")[2]) if spec.name.startswith("transformer.h.") else None
+        for index, part in enumerate(spec.parts):
+            planned = PlannedTensor(name=part.name, dtype=dtype, shape=part.shape)
+            expert = index if spec.join is Join.STACK else None
+            row = None if spec.role is Role.ROUTER else part.name.replace(f".moe.mlp.{index}.", ".mlp.")
+            tensors.append(MergedTensor(planned=planned, layer=layer, expert=expert, row=row))
+    return tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSources:
+    """The opened models of a merge and its gates (layer -> [E, H] in the output dtype)."""
+
+    base: Model
+    experts: Sequence[Model]
+    settings: Sequence[ExpertSource]
+    gates: Mapping[int, npt.NDArray[Any]]
+    seed: int
+
+    def chunks(self, tensor: MergedTensor) -> Iterator[npt.NDArray[Any]]:
+        """The tensor's values in the planned dtype, row-major, at most CHUNK_ELEMENTS at a time.
+
+        Raises CheckpointError for values that are NaN or infinite, MergeError for those that the dtype cannot hold.
+        """
+        dtype = tensor.planned.dtype
+        if tensor.row is None:
+            assert tensor.layer is not None  # merged_tensors gives every gate its layer
+            yield self.gates[tensor.layer]
+        elif tensor.expert is None:
+            yield from _plain_chunks(self.base, tensor.row, dtype)
+        elif _is_plain(self.settings[tensor.expert]):
+            yield from _plain_chunks(self.experts[tensor.expert], tensor.row, dtype)
+        else:
+            yield from self._altered_chunks(tensor, tensor.expert, tensor.row)
+
+    def _altered_chunks(self, tensor: MergedTensor, expert: int, row: str) -> Iterator[npt.NDArray[Any]]:
+        """Noise first, then the residual scale on what leaves the expert (fc2's weight and bias)."""
+        setting = self.settings[expert]
+        scale = np.float32(setting.residual_scale if ".mlp.fc2." in row else 1.0)
+        rng = np.random.default_rng([self.seed, expert, *tensor.planned.name.encode()])
+        for part, rows in _row_slices(self.experts[expert], row):
+            values = self.experts[expert].weights.checkpoint.read_float32(part.name, rows)
+            if setting.noise_scale:
+                values = values + np.float32(setting.noise_scale) * rng.standard_normal(values.shape, dtype=np.float32)
+            yield cast(values * scale, tensor.planned.dtype, tensor.planned.name)
+
+
+def _is_plain(setting: ExpertSource) -> bool:
+    return setting.noise_scale == 0.0 and setting.residual_scale == 1.0
+
+
+def cast(values: npt.NDArray[Any], dtype: str, name: str) -> npt.NDArray[Any]:
+    """Finite values in another float dtype, to nearest even. Raises MergeError when one is too large for it."""
+    with np.errstate(over="ignore"):
+        converted = values.astype(numpy_dtype(dtype), copy=False)
+    if _any_non_finite(converted, dtype):
+        largest = float(np.abs(values).max())
+        raise MergeError(
+            f"merging {name}: a value of magnitude {largest:g} does not fit {_DTYPE_NAMES[dtype]}; "
+            "set dtype to bfloat16 or float32"
+        )
+    return converted
+
+
+def _any_non_finite(values: npt.NDArray[Any], dtype: str) -> bool:
+    integer, exponent = _EXPONENTS[dtype]
+    bits = np.ascontiguousarray(values).reshape(-1).view(integer)
+    return bool(((bits & integer(exponent)) == exponent).any())
+
+
+def _row_slices(model: Model, row: str) -> Iterator[tuple[Part, slice]]:
+    """A table row as (checkpoint tensor, rows of it), in order, at most CHUNK_ELEMENTS at a time."""
+    for part in model.weights.table[row].parts:
+        step = max(1, CHUNK_ELEMENTS // max(1, math.prod(part.shape[1:])))
+        for start in range(0, part.shape[0], step):
+            yield part, slice(start, min(start + step, part.shape[0]))
+
+
+def _plain_chunks(model: Model, row: str, dtype: str) -> Iterator[npt.NDArray[Any]]:
+    """Values as stored where the dtype is the same, so that they stay byte for byte what they were."""
+    checkpoint = model.weights.checkpoint
+    for part, rows in _row_slices(model, row):
+        if checkpoint.tensors[part.name].dtype != dtype:
+            yield cast(checkpoint.read_float32(part.name, rows), dtype, row)
+            continue
+        values = checkpoint.read(part.name, rows)
+        if _any_non_finite(values, dtype):
+            raise CheckpointError(
+                f"merging {part.name} from {checkpoint.tensors[part.name].shard}: it holds values that are NaN or "
+                "infinite; the checkpoint is damaged or its training diverged: download it again or leave it out"
+            )
+        yield values
