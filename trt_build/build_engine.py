@@ -148,8 +148,8 @@ def _routing(model: Model) -> dict[str, object] | None:
     if not model.architecture.is_moe:
         return None
     gates = [spec.name for spec in model.weights.table.values() if spec.role is Role.ROUTER]
-    report = diagnose([model.weights.load(name) for name in gates], model.architecture.experts_per_token)
-    return report.as_json()
+    loaded = {layer: model.weights.load(name) for layer, name in enumerate(gates)}
+    return diagnose(loaded, model.architecture.experts_per_token).to_json()
 
 
 def _libraries() -> dict[str, str]:

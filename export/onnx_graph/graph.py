@@ -92,6 +92,11 @@ class GraphBuilder:
     def attention(self, qkv: str, path: str, layer: int) -> str:
         """Packed query, key and value [B, S, (N+2G)*D] to [B, S, N*D], through the cache of `layer`."""
         facts = self.architecture
+        if facts.head_size % 16 or facts.rotary_dim % 16:
+            raise ExportError(
+                f"planning {path}: head size {facts.head_size} and rotary dimension {facts.rotary_dim}, ONNX Runtime's "
+                "GroupQueryAttention takes multiples of 16; this model cannot be built for it"
+            )
         inputs = [
             qkv, "", "", names.past_key(layer), names.past_value(layer),
             "attention/seqlens_k", "attention/total_sequence_length", "rotary/cos_cache", "rotary/sin_cache",

@@ -1,0 +1,65 @@
+"""Compare an engine with the reference: transformers in float32 on the checkpoint it was built from.
+
+Exit status 0 within the thresholds of the engine's precision, 1 past them. The result is written into engine.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+from trt_build.engine import open_engine
+from trt_build.errors import VerificationFailed
+from trt_build.evaluation_text import read_texts
+from trt_build.parity import THRESHOLDS, ParityReport, Thresholds, verify_engine
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("engine", type=Path, metavar="ENGINE", help="engine directory")
+    parser.add_argument("--reference", required=True, metavar="CHECKPOINT", help="the checkpoint it was built from")
+    parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE",
+                        help="measure on this text; may be repeated (default: Python's help topics and modules)")  # fmt: skip
+    parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="tokens to score (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Verify and print; raises VerificationFailed past the thresholds."""
+    engine = open_engine(arguments.engine)
+    report, failures = verify_engine(
+        engine, arguments.reference, read_texts(arguments.text), arguments.tokens, logger.info
+    )
+    if arguments.json:
+        print(json.dumps({**report.to_json(), "failures": failures}, indent=2))
+    else:
+        print(table(report, THRESHOLDS[engine.manifest.precision.name]))
+    if failures:
+        raise VerificationFailed(
+            f"verifying {engine.folder} ({engine.manifest.precision.name}) against {arguments.reference}: "
+            f"{'; '.join(failures)}"
+        )
+    return 0
+
+
+def table(report: ParityReport, limits: Thresholds) -> str:
+    """The report as aligned rows: figure, found, allowed."""
+    limit = limits.max_logit_difference
+    allowed = f"<= {limit:.1e}" if limit is not None else "reported"
+    rows = [
+        ("tokens scored / decoded one by one", f"{report.num_tokens} / {report.num_decoded_tokens}", ""),
+        ("max |logit difference|, scored", f"{report.max_logit_difference:.2e}", allowed),
+        ("max |logit difference|, decoded", f"{report.max_decoded_difference:.2e}", allowed),
+        ("mean |logit difference|", f"{report.mean_logit_difference:.2e}", "reported"),
+        ("mean KL divergence, nats", f"{report.mean_kl:.2e}", f"<= {limits.mean_kl:.1e}"),
+        ("top-1 agreement", f"{report.top1_agreement:.2%}", f">= {limits.top1_agreement:.2%}"),
+        ("perplexity, engine", f"{report.engine_perplexity:.4f}", f"<= {limits.perplexity_increase:+.3%}"),
+        ("perplexity, reference", f"{report.reference_perplexity:.4f}", f"({report.perplexity_increase:+.3%})"),
+    ]
+    if report.routing_agreement is not None:
+        rows.append(("same experts chosen", f"{report.routing_agreement:.2%}", f">= {limits.routing_agreement:.2%}"))
+        rows.append(("tied routings", str(report.tied_routings), "reported"))
+    return "\n".join(f"{name:<36}{found:>16}  {allowed}".rstrip() for name, found, allowed in rows)

@@ -1,0 +1,43 @@
+"""Engines and checkpoints that several test folders share, made once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from checkpoints import write_phixtral_checkpoint
+from trt_build.build_engine import BuildOptions, build_engine
+
+# Blocks of 32 must divide H and F; E, K, L and the head count stay unequal so that no swapped axis fits.
+QUANTIZABLE = {
+    "hidden_size": 192, "num_heads": 6, "ffn_size": 448, "num_layers": 3, "rotary_dim": 16, "max_positions": 640,
+    "vocab_size": 352,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A random phixtral of 5 experts, top-2, whose logits have a standard deviation of about 2."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-phixtral"
+    return write_phixtral_checkpoint(folder, seed=7, num_experts=5, experts_per_token=2, **QUANTIZABLE)
+
+
+@pytest.fixture(scope="session")
+def tiny_engines(tmp_path_factory, tiny_checkpoint):
+    """precision -> engine directory of `tiny_checkpoint`, built when first asked for."""
+    folder, built = tmp_path_factory.mktemp("engines"), {}
+
+    def engine(precision: str) -> Path:
+        if precision not in built:
+            options = BuildOptions(checkpoint=str(tiny_checkpoint), output=folder / precision, precision=precision)
+            built[precision] = build_engine(options).folder
+        return built[precision]
+
+    return engine
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_engines) -> Path:
+    """An int4 engine directory."""
+    return tiny_engines("int4")

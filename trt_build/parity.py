@@ -1,0 +1,305 @@
+"""An engine against its reference: logits, KL divergence, top-1, perplexity and routing, and whether that is enough.
+
+Every window of the text is scored whole; the first one also runs through the serving graph, half of it prefilled and
+half decoded one token at a time through the key/value cache, as a server would.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.checkpoint import open_checkpoint
+from export.errors import ConfigError, MissingPackageError
+from export.families import read_model
+from export.tokenizer import load_tokenizer
+from trt_build.engine import Engine, write_manifest
+from trt_build.errors import EngineError
+from trt_build.ort.session import ScoringSession, Session
+
+if TYPE_CHECKING:
+    import transformers
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """What a precision must reach. None: reported, not judged.
+
+    fp32 differs from the reference by the order of its sums alone. int8 and int4 are held to the relative
+    perplexity that these grids reach on trained models; their single logits are not comparable.
+    """
+
+    max_logit_difference: float | None
+    mean_kl: float  # nats
+    perplexity_increase: float  # relative
+    top1_agreement: float  # share of positions
+    routing_agreement: float  # share of (layer, position) with the same set of K experts
+
+
+THRESHOLDS = {
+    "fp32": Thresholds(
+        max_logit_difference=1e-4, mean_kl=1e-6, perplexity_increase=1e-5, top1_agreement=0.999,
+        routing_agreement=0.999,
+    ),
+    "int8": Thresholds(
+        max_logit_difference=None, mean_kl=2e-3, perplexity_increase=0.003, top1_agreement=0.97, routing_agreement=0.97
+    ),
+    "int4": Thresholds(
+        max_logit_difference=None, mean_kl=0.06, perplexity_increase=0.03, top1_agreement=0.85, routing_agreement=0.85
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityReport:
+    """The figures over `num_tokens` scored and `num_decoded_tokens` decoded positions."""
+
+    num_tokens: int
+    num_decoded_tokens: int
+    max_logit_difference: float
+    mean_logit_difference: float
+    max_decoded_difference: float
+    mean_kl: float
+    top1_agreement: float
+    engine_perplexity: float
+    reference_perplexity: float
+    routing_agreement: float | None
+    tied_routings: int | None  # (layer, position) whose K-th and next logits are equal
+
+    @property
+    def perplexity_increase(self) -> float:
+        return self.engine_perplexity / self.reference_perplexity - 1
+
+    def failures(self, limits: Thresholds) -> list[str]:
+        """What misses its threshold, each with found and expected; NaN misses every one."""
+        found = []
+        if limits.max_logit_difference is not None:
+            worst = max(self.max_logit_difference, self.max_decoded_difference)
+            if not worst <= limits.max_logit_difference:
+                found.append(f"max |logit difference| {worst:.3g}, allowed {limits.max_logit_difference:.3g}")
+        if not self.mean_kl <= limits.mean_kl:
+            found.append(f"mean KL {self.mean_kl:.3g} nats, allowed {limits.mean_kl:.3g}")
+        if not self.perplexity_increase <= limits.perplexity_increase:
+            found.append(f"perplexity {self.perplexity_increase:+.3%}, allowed {limits.perplexity_increase:+.3%}")
+        if not self.top1_agreement >= limits.top1_agreement:
+            found.append(f"top-1 agreement {self.top1_agreement:.2%}, expected {limits.top1_agreement:.2%}")
+        if self.routing_agreement is not None and not self.routing_agreement >= limits.routing_agreement:
+            found.append(f"routing agreement {self.routing_agreement:.2%}, expected {limits.routing_agreement:.2%}")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "perplexity_increase": self.perplexity_increase}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Window:
+    """Sums over one window of S tokens; the next-token loss has S - 1 terms."""
+
+    num_tokens: int
+    max_difference: float
+    sum_difference: float  # of each position's mean
+    sum_kl: float
+    num_top1: int
+    engine_loss: float
+    reference_loss: float
+    routing: tuple[int, int, int] | None  # agreeing, tied, all
+
+
+def verify_engine(
+    engine: Engine, checkpoint: str, text: str, num_tokens: int, progress: Callable[[str], None]
+) -> tuple[ParityReport, list[str]]:
+    """Compare, write the result into engine.json, and return the report with what missed its threshold."""
+    reference = _open_reference(engine, checkpoint)
+    windows = list(_windows(engine, text, num_tokens))
+    report = compare(engine, reference, windows, progress)
+    failures = report.failures(THRESHOLDS[engine.manifest.precision.name])
+    verdict = {**report.to_json(), "reference": checkpoint, "failures": failures}
+    write_manifest(engine.folder, dataclasses.replace(engine.manifest, verification=verdict))
+    return report, failures
+
+
+def compare(
+    engine: Engine,
+    reference: transformers.PreTrainedModel,
+    windows: Sequence[Sequence[int]],
+    progress: Callable[[str], None],
+) -> ParityReport:
+    """Measure an engine against a loaded reference over windows of token ids."""
+    scoring = ScoringSession(engine)
+    experts_per_token = engine.manifest.architecture.experts_per_token
+    sums, first_logits = [], None
+    for index, window in enumerate(windows):
+        progress(f"scoring window {index + 1} of {len(windows)}, {len(window)} tokens")
+        expected, expected_routing = run_reference(reference, window)
+        found, found_routing = scoring.run(window)
+        sums.append(_measure(found, expected, window, found_routing, expected_routing, experts_per_token))
+        if first_logits is None:
+            first_logits = expected
+    del scoring
+    progress(f"decoding {len(windows[0]) // 2} tokens through the cache")
+    decoded = _decode(engine, windows[0])
+    decoded_difference = float(np.abs(decoded - _tail(first_logits, len(decoded))).max())
+    return _combine(sums, len(decoded) - 1, decoded_difference)
+
+
+def run_reference(reference: transformers.PreTrainedModel, window: Sequence[int]) -> tuple[FloatArray, FloatArray | None]:
+    """The reference's logits [S, V] and, where it routes, router logits [L, S, E]."""
+    import torch
+
+    routed: list[FloatArray] = []
+    hooks = []
+    for layer in reference.model.layers:
+        if hasattr(layer.mlp, "gate"):
+            hooks.append(
+                layer.mlp.register_forward_pre_hook(
+                    lambda module, inputs: routed.append((inputs[0][0] @ module.gate.T).numpy())
+                )
+            )
+    try:
+        with torch.no_grad():
+            logits = reference(torch.tensor([list(window)]), use_cache=False).logits[0].numpy()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, np.stack(routed) if routed else None
+
+
+def perplexity(engine: Engine, windows: Sequence[Sequence[int]]) -> float:
+    """exp of the mean next-token loss of an engine over windows of token ids."""
+    scoring = ScoringSession(engine)
+    losses = [_next_token_loss(log_softmax(scoring.run(window)[0]), window) for window in windows]
+    return float(np.exp(sum(losses) / sum(len(window) - 1 for window in windows)))
+
+
+def log_softmax(logits: FloatArray) -> npt.NDArray[np.float64]:
+    """Natural-log probabilities over the last axis, float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def chosen_experts(logits: FloatArray, experts_per_token: int) -> npt.NDArray[np.int64]:
+    """The set of K experts, ascending, of router logits [..., E]; of equal logits the lowest index is chosen."""
+    order = np.argsort(-logits, axis=-1, kind="stable")[..., :experts_per_token]
+    return np.sort(order, axis=-1)
+
+
+def split_windows(token_ids: Sequence[int], size: int, num_tokens: int) -> Iterator[Sequence[int]]:
+    """Consecutive windows of `size` tokens until `num_tokens` are covered or the text ends."""
+    limit = min(num_tokens, len(token_ids))
+    for start in range(0, limit, size):
+        window = token_ids[start : min(start + size, limit)]
+        if len(window) > 1:
+            yield window
+
+
+def _windows(engine: Engine, text: str, num_tokens: int) -> Iterator[Sequence[int]]:
+    token_ids = load_tokenizer(engine.folder).encode(text)
+    if num_tokens < 4 or len(token_ids) < 4:
+        raise ConfigError(
+            f"measuring {engine.folder}: {min(num_tokens, len(token_ids))} tokens to measure on, expected at least 4; "
+            "pass a longer text"
+        )
+    return split_windows(token_ids, min(512, engine.manifest.max_sequence), num_tokens)
+
+
+def _open_reference(engine: Engine, location: str) -> transformers.PreTrainedModel:
+    facts = engine.manifest.architecture
+    checkpoint = open_checkpoint(location)
+    model = read_model(checkpoint, facts.experts_per_token if facts.is_moe else None)
+    if model.architecture != facts:
+        different = [
+            f"{field.name}: engine {getattr(facts, field.name)}, checkpoint {getattr(model.architecture, field.name)}"
+            for field in dataclasses.fields(facts)
+            if getattr(facts, field.name) != getattr(model.architecture, field.name)
+        ]
+        raise EngineError(
+            f"verifying {engine.folder} against {location}: they are not the same model ({'; '.join(different)}); "
+            "name the checkpoint that the engine was built from"
+        )
+    try:
+        from trt_build.torch_reference import load_reference
+    except ImportError as error:
+        raise MissingPackageError("torch and transformers", "verifying against the reference", "verify") from error
+    return load_reference(model)
+
+
+def _decode(engine: Engine, window: Sequence[int]) -> FloatArray:
+    """Logits [S - S/2 + 1, V] of the serving graph: prefill the first half, then token by token."""
+    session = Session(engine)
+    cache = session.new_cache()
+    half = max(1, len(window) // 2)
+    rows = [session.run(cache, window[:half]).copy()]
+    rows += [session.run(cache, [token]).copy() for token in window[half:]]
+    return np.stack(rows)
+
+
+def _tail(logits: FloatArray | None, num_rows: int) -> FloatArray:
+    if logits is None:
+        raise ConfigError("comparing an engine: no window of text was given")
+    return logits[-num_rows:]
+
+
+def _measure(
+    found: FloatArray,
+    expected: FloatArray,
+    window: Sequence[int],
+    found_routing: FloatArray | None,
+    expected_routing: FloatArray | None,
+    experts_per_token: int,
+) -> _Window:
+    difference = np.abs(found - expected)
+    found_log, expected_log = log_softmax(found), log_softmax(expected)
+    kl = (np.exp(expected_log) * (expected_log - found_log)).sum(axis=-1)
+    routing = None
+    if found_routing is not None and expected_routing is not None:
+        routing = _routing(found_routing, expected_routing, experts_per_token)
+    return _Window(
+        num_tokens=len(window),
+        max_difference=float(difference.max()),
+        sum_difference=float(difference.mean(axis=-1, dtype=np.float64).sum()),
+        sum_kl=float(kl.sum()),
+        num_top1=int((found.argmax(axis=-1) == expected.argmax(axis=-1)).sum()),
+        engine_loss=_next_token_loss(found_log, window),
+        reference_loss=_next_token_loss(expected_log, window),
+        routing=routing,
+    )
+
+
+def _next_token_loss(log_probs: npt.NDArray[np.float64], window: Sequence[int]) -> float:
+    """Sum of -log p of each token given those before it; S - 1 terms."""
+    return float(-log_probs[np.arange(len(window) - 1), np.asarray(window)[1:]].sum())
+
+
+def _routing(found: FloatArray, expected: FloatArray, experts_per_token: int) -> tuple[int, int, int]:
+    same = (chosen_experts(found, experts_per_token) == chosen_experts(expected, experts_per_token)).all(axis=-1)
+    ordered = -np.sort(-expected, axis=-1)
+    tied = 0
+    if expected.shape[-1] > experts_per_token:
+        tied = int((ordered[..., experts_per_token - 1] == ordered[..., experts_per_token]).sum())
+    return int(same.sum()), tied, same.size
+
+
+def _combine(sums: Sequence[_Window], num_decoded: int, decoded_difference: float) -> ParityReport:
+    num_tokens = sum(window.num_tokens for window in sums)
+    num_losses = num_tokens - len(sums)
+    routings = [window.routing for window in sums if window.routing is not None]
+    return ParityReport(
+        num_tokens=num_tokens,
+        num_decoded_tokens=num_decoded,
+        max_logit_difference=max(window.max_difference for window in sums),
+        mean_logit_difference=sum(window.sum_difference for window in sums) / num_tokens,
+        max_decoded_difference=decoded_difference,
+        mean_kl=sum(window.sum_kl for window in sums) / num_tokens,
+        top1_agreement=sum(window.num_top1 for window in sums) / num_tokens,
+        engine_perplexity=float(np.exp(sum(window.engine_loss for window in sums) / num_losses)),
+        reference_perplexity=float(np.exp(sum(window.reference_loss for window in sums) / num_losses)),
+        routing_agreement=sum(r[0] for r in routings) / sum(r[2] for r in routings) if routings else None,
+        tied_routings=sum(r[1] for r in routings) if routings else None,
+    )
