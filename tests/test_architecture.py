@@ -1,0 +1,95 @@
+"""The house rules that a machine can check: what importing costs, and which way the arrows run."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("export", "trt_build", "triton_repo", "clients", "cli")
+HEAVY = ("torch", "transformers", "onnxruntime", "tensorrt_llm", "onnx", "tritonclient", "grpc", "tokenizers")
+# Read by no one but the function that asks for the reference, and by Triton's stub.
+IMPORTED_BY_NEED = {
+    "trt_build.torch_reference": {"torch", "transformers"},
+    "export.hidden_states": {"torch", "transformers"},
+}
+# What each package may import of the others.
+ARROWS = {
+    "export": set(),
+    "trt_build": {"export"},
+    "triton_repo": {"export", "trt_build"},
+    "clients": {"export", "triton_repo"},
+    "cli": {"export", "trt_build", "triton_repo", "clients"},
+}
+
+
+def sources(package):
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_names(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def test_importing_every_module_loads_nothing_heavy():
+    modules = [
+        module_name(path)
+        for package in PACKAGES
+        for path in sources(package)
+        if module_name(path) not in IMPORTED_BY_NEED and "triton_repo.models." not in module_name(path)
+    ]
+    code = f"""
+import importlib, json, sys
+for name in {modules!r}:
+    importlib.import_module(name)
+print(json.dumps(sorted(set(sys.modules) & set({HEAVY!r}))))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(modules) > 30
+    assert json.loads(found.stdout) == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_arrows_run_one_way(package):
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sources(package)
+        for name in imported_names(path)
+        if name.split(".")[0] in PACKAGES and name.split(".")[0] not in ARROWS[package] | {package}
+    ]
+    assert wrong == []
+
+
+def test_clients_use_of_triton_repo_only_the_contract():
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sources("clients")
+        for name in imported_names(path)
+        if name.startswith("triton_repo") and name != "triton_repo.contract"
+    ]
+    assert wrong == []
+
+
+def test_the_serving_path_never_names_torch():
+    serving = [*sources("triton_repo"), ROOT / "trt_build/engine.py", *sources("trt_build/ort")]
+    assert [path for path in serving for name in imported_names(path) if name.split(".")[0] == "torch"] == []
+
+
+def test_python_sources_name_no_library_that_the_first_import_path_would_shadow():
+    # `python trt_build/build_engine.py` puts trt_build/ first on the path.
+    names = {path.stem for path in (ROOT / "trt_build").iterdir()}
+    assert names & {*HEAVY, "numpy", "yaml", "rich", "json", "logging", "argparse"} == set()

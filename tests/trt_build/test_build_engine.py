@@ -1,0 +1,289 @@
+"""Building: what an engine directory holds, what is refused, and what a build costs in memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx.external_data_helper import load_external_data_for_model
+from safetensors.numpy import load_file, save_file
+
+from checkpoints import write_phixtral_checkpoint
+from cli.main import main
+from conftest import QUANTIZABLE
+from export.errors import CheckpointError, ConfigError, ExportError, OutputError, QuantizationError
+from export.quantize.grid import dequantize_blocks, unpack
+from trt_build.build_engine import BuildOptions, build_engine
+from trt_build.engine import open_engine
+from trt_build.errors import EngineError, SequenceError
+from trt_build.ort.session import Session
+
+SCRIPT = Path(__file__).parents[2] / "trt_build" / "build_engine.py"
+
+
+def build(checkpoint, output, **options):
+    return build_engine(BuildOptions(checkpoint=str(checkpoint), output=output, **options))
+
+
+@pytest.fixture
+def engine_copy(tmp_path, tiny_engine):
+    return Path(shutil.copytree(tiny_engine, tmp_path / "copy"))
+
+
+def initializers(engine_folder):
+    model = onnx.load(str(engine_folder / "model.onnx"), load_external_data=False)
+    load_external_data_for_model(model, str(engine_folder))
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def test_graphs_pass_onnx_own_checker(tiny_engines):
+    for precision in ("fp32", "int4"):
+        for name in ("model.onnx", "model_scoring.onnx"):
+            model = onnx.load(str(tiny_engines(precision) / name), load_external_data=False)
+            assert len(model.graph.node) > 20
+            onnx.checker.check_model(str(tiny_engines(precision) / name))
+
+
+def test_every_attribute_of_every_contributed_operator_is_written(tiny_engines):
+    written = {"GroupQueryAttention": {"num_heads", "kv_num_heads", "scale", "softcap", "local_window_size", "do_rotary",
+                                       "rotary_interleaved", "smooth_softmax"},
+               "QMoE": {"k", "activation_type", "normalize_routing_weights", "expert_weight_bits", "block_size",
+                        "weights_prepacked", "accuracy_level", "quant_type", "swiglu_fusion", "use_sparse_mixer"},
+               "MatMulNBits": {"K", "N", "bits", "block_size", "accuracy_level"},
+               "GatherBlockQuantized": {"bits", "block_size", "gather_axis", "quantize_axis"}}  # fmt: skip
+    nodes = onnx.load(str(tiny_engines("int4") / "model.onnx"), load_external_data=False).graph.node
+    found = {node.op_type: {a.name for a in node.attribute} for node in nodes if node.domain == "com.microsoft"}
+    assert {name: attributes for name, attributes in found.items() if name in written} == written
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("int8", 8), ("int4", 4)])
+def test_stored_experts_stand_in_the_manifests_order_within_half_a_step(
+    tiny_checkpoint, tiny_engines, precision, bits
+):
+    folder = tiny_engines(precision)
+    found, outside = initializers(folder), load_file(tiny_checkpoint / "model.safetensors")
+    order = open_engine(folder).manifest.expert_order
+    assert order == (4, 3, 2, 1, 0)
+    name = "transformer.h.2.moe.mlp.fc2.weight"
+    restored = dequantize_blocks(unpack(found[f"{name}.codes"], bits), found[f"{name}.scales"], bits)
+    for place, expert in enumerate(order):
+        expected = outside[f"transformer.h.2.moe.mlp.{expert}.fc2.weight"]
+        step = np.repeat(np.abs(found[f"{name}.scales"][place]), 32, axis=-1)
+        assert (np.abs(restored[place] - expected) <= step * 1.001).all()
+        assert (found["transformer.h.2.moe.gate.weight"][place] == outside["transformer.h.2.moe.gate.weight"][expert]).all()
+
+
+def test_router_norms_and_biases_stay_float32(tiny_engines):
+    for name, values in initializers(tiny_engines("int4")).items():
+        if name.endswith((".bias", "gate.weight", ".ln.weight")):
+            assert values.dtype == np.float32
+
+
+def test_the_manifest_counts_the_bits_that_the_data_file_holds(tiny_engines):
+    manifest = open_engine(tiny_engines("int4")).manifest
+    stored = sum(values.nbytes for name, values in initializers(tiny_engines("int4")).items() if "." in name)
+    num_weights = sum(values.size for values in initializers(tiny_engines("fp32")).values())
+    small = {"rotary/cos_cache", "rotary/sin_cache"}
+    num_weights -= sum(v.size for n, v in initializers(tiny_engines("fp32")).items() if "." not in n or n in small)
+    assert manifest.precision.average_bits_per_weight == pytest.approx(8 * stored / num_weights, abs=1e-3)
+    # 4 bits and a float32 scale for 32 weights are 5 bits; norms, biases and the router add the rest.
+    assert 5.0 < manifest.precision.average_bits_per_weight < 5.5
+
+
+def test_the_script_builds_without_the_command_line_of_moeship(tmp_path, tiny_checkpoint):
+    output = tmp_path / "engine"
+    words = ["--checkpoint", tiny_checkpoint, "--backend", "onnxruntime", "--precision", "int8", "--output", output]
+    done = subprocess.run([sys.executable, SCRIPT, *words, "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["precision"]["name"] == "int8"
+    assert open_engine(output).manifest.family == "phixtral"
+
+
+def test_two_builds_of_one_checkpoint_are_equal_byte_for_byte(tmp_path, tiny_checkpoint, tiny_engine):
+    again = build(tiny_checkpoint, tmp_path / "again", precision="int4")
+    assert again.manifest.files == open_engine(tiny_engine).manifest.files
+
+
+def test_experts_per_token_can_be_overridden(tmp_path, tiny_checkpoint, tiny_engine):
+    three = build(tiny_checkpoint, tmp_path / "three", experts_per_token=3)
+    assert three.manifest.architecture.experts_per_token == 3
+    logits = [session.run(session.new_cache(), [1, 2, 3]) for session in (Session(three), Session(open_engine(tiny_engine)))]
+    assert np.abs(logits[0] - logits[1]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"precision": "int5"}, QuantizationError, "'int5' is unknown; did you mean int"),
+        ({"backend": "tensorflow"}, EngineError, "'tensorflow' is unknown. There are: onnxruntime"),
+        ({"max_sequence": 9999}, ConfigError, "found 9999 tokens, expected 1 to 640"),
+        ({"max_sequence": 0}, ConfigError, "found 0 tokens, expected 1 to 640"),
+        ({"experts_per_token": 0}, ConfigError, "found 0, expected 1 to 5"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_and_nothing_is_written(tmp_path, tiny_checkpoint, options, error, text):
+    with pytest.raises(error, match=text):
+        build(tiny_checkpoint, tmp_path / "engine", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_exists_is_kept(tmp_path, tiny_checkpoint):
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "precious").write_text("kept")
+    with pytest.raises(OutputError, match=r"engine exists already; name another output or remove it first"):
+        build(tiny_checkpoint, tmp_path / "engine")
+    assert (tmp_path / "engine" / "precious").read_text() == "kept"
+
+
+def test_an_output_in_a_folder_that_is_not_there_is_refused(tmp_path, tiny_checkpoint):
+    with pytest.raises(OutputError, match=r"the folder .*absent does not exist; create it first"):
+        build(tiny_checkpoint, tmp_path / "absent" / "engine")
+
+
+def test_a_build_that_fails_half_way_leaves_nothing(tmp_path, tiny_checkpoint):
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["lm_head.linear.bias"][3] = np.nan  # the last tensor to be written
+    save_file(tensors, checkpoint / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lm_head.linear.bias .* 1 of 352 values are NaN"):
+        build(checkpoint, tmp_path / "engine")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_an_interrupted_build_leaves_nothing(tmp_path, tiny_checkpoint):
+    def interrupt(_done, _total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(BuildOptions(checkpoint=str(tiny_checkpoint), output=tmp_path / "engine"), interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, tiny_checkpoint, monkeypatch):
+    def full(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    with pytest.raises(OutputError, match=r"writing the engine to .*engine: No space left on device"):
+        build(tiny_checkpoint, tmp_path / "engine")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes_that_the_kernels_do_not_take_are_refused_before_anything_is_written(tmp_path):
+    small_heads = write_phixtral_checkpoint(tmp_path / "a", seed=1, num_experts=2, experts_per_token=2)
+    with pytest.raises(ExportError, match="head size 8 and rotary dimension 4, .* takes multiples of 16"):
+        build(small_heads, tmp_path / "engine", precision="fp32")
+    sizes = {**QUANTIZABLE, "ffn_size": 72}
+    odd_width = write_phixtral_checkpoint(tmp_path / "b", seed=1, num_experts=2, experts_per_token=2, **sizes)
+    with pytest.raises(QuantizationError, match=r"fc2.weight: its 72 input features are not a multiple"):
+        build(odd_width, tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+
+
+def test_a_checkpoint_without_tokenizer_is_refused(tmp_path, tiny_checkpoint):
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    (checkpoint / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no tokenizer.json; save one beside the weights"):
+        build(checkpoint, tmp_path / "engine")
+
+
+def test_the_end_token_falls_back_to_the_tokenizers_own(tmp_path, tiny_checkpoint):
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["eos_token_id"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert build(checkpoint, tmp_path / "engine").manifest.eos_token_ids == (256,)
+    (checkpoint / "tokenizer_config.json").unlink()
+    with pytest.raises(ConfigError, match="neither config.json, generation_config.json nor tokenizer_config.json names one"):
+        build(checkpoint, tmp_path / "other")
+
+
+def test_a_damaged_engine_is_refused_naming_every_file(engine_copy):
+    data = engine_copy / "model.onnx.data"
+    raw = bytearray(data.read_bytes())
+    raw[1000] ^= 1
+    data.write_bytes(raw)
+    (engine_copy / "genai_config.json").unlink()
+    (engine_copy / "model.onnx").write_bytes((engine_copy / "model.onnx").read_bytes()[:-1])
+    with pytest.raises(EngineError) as caught:
+        open_engine(engine_copy)
+    text = str(caught.value)
+    assert "model.onnx.data: found SHA-256" in text
+    assert "genai_config.json: missing" in text
+    assert "model.onnx: found" in text
+
+
+def test_a_folder_without_manifest_is_no_engine(engine_copy, tmp_path):
+    (engine_copy / "engine.json").unlink()
+    with pytest.raises(EngineError, match=r"no engine.json there; a build did not finish, build it again"):
+        open_engine(engine_copy)
+    with pytest.raises(EngineError, match="no such folder, check the path"):
+        open_engine(tmp_path / "absent")
+
+
+def test_a_manifest_of_another_version_is_refused(engine_copy):
+    manifest = json.loads((engine_copy / "engine.json").read_text())
+    (engine_copy / "engine.json").write_text(json.dumps({**manifest, "format_version": 99}))
+    with pytest.raises(EngineError, match="format version 99, this moeship reads 1"):
+        open_engine(engine_copy)
+
+
+def test_the_session_refuses_what_does_not_fit_and_keeps_working(tiny_engine):
+    session = Session(open_engine(tiny_engine))
+    cache = session.new_cache()
+    with pytest.raises(SequenceError, match="found no tokens"):
+        session.run(cache, [])
+    with pytest.raises(SequenceError, match="token id 352 is outside its vocabulary of 352"):
+        session.run(cache, [1, 352])
+    with pytest.raises(SequenceError, match="token id -1 is outside"):
+        session.run(cache, [-1])
+    with pytest.raises(SequenceError, match="641 tokens after 0 exceed its context of 640"):
+        session.run(cache, [1] * 641)
+    assert np.isfinite(session.run(cache, [1] * 640)).all()
+    with pytest.raises(SequenceError, match="1 tokens after 640 exceed"):
+        session.run(cache, [1])
+
+
+def test_a_cache_forgets_when_it_is_reset_and_two_do_not_mix(tiny_engine):
+    session = Session(open_engine(tiny_engine))
+    first, second = session.new_cache(), session.new_cache()
+    expected = session.run(first, [5, 6, 7]).copy()
+    session.run(second, [9, 9, 9, 9])
+    assert np.abs(session.run(second, [5, 6, 7]) - expected).max() > 0.1
+    first.reset()
+    assert (session.run(first, [5, 6, 7]) == expected).all()
+
+
+def test_errors_end_the_command_with_status_2_and_one_line(tmp_path, tiny_checkpoint, capsys):
+    status = main(["build", "--checkpoint", str(tmp_path / "nowhere"), "--output", str(tmp_path / "engine")])
+    output = capsys.readouterr()
+    assert (status, output.out) == (2, "")
+    assert output.err.startswith("CheckpointError: opening the checkpoint")
+
+
+MEMORY_PROGRAM = """
+import sys
+from pathlib import Path
+from trt_build.build_engine import BuildOptions, build_engine
+small, large, output = sys.argv[1:]
+def peak():  # of this process alone; ru_maxrss would start from its parent's
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+build_engine(BuildOptions(checkpoint=small, output=Path(output) / "engine-small"))  # loads every library
+before = peak()
+build_engine(BuildOptions(checkpoint=large, output=Path(output) / "engine-large"))
+print(peak() - before)
+"""
+
+
+def test_a_build_holds_no_more_than_three_of_the_largest_tensors(tmp_path, tiny_checkpoint):
+    sizes = {"hidden_size": 1024, "num_heads": 16, "ffn_size": 4096, "num_layers": 1, "rotary_dim": 32, "dtype": "float16"}
+    large = write_phixtral_checkpoint(tmp_path / "large", seed=1, num_experts=4, experts_per_token=2, **sizes)
+    words = [sys.executable, "-c", MEMORY_PROGRAM, tiny_checkpoint, large, tmp_path]
+    found = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    largest = 4 * 4096 * 1024 * 2  # a layer's fc1, float16
+    assert 0 < found <= 3 * largest
