@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("engine", type=Path, metavar="ENGINE", help="engine directory")
     parser.add_argument("--reference", required=True, metavar="CHECKPOINT", help="the checkpoint it was built from")
     parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE",
-                        help="measure on this text; may be repeated (default: Python's help topics and modules)")  # fmt: skip
+                        help="measure on this text; repeatable (default: Python's help and modules)")  # fmt: skip
     parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="tokens to score (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 

@@ -74,12 +74,12 @@ class Checkpoint:
     shards: tuple[Path, ...]
 
     def read(self, name: str, rows: slice | None = None) -> npt.NDArray[Any]:
-        """The tensor, or `rows` of its first axis, in the stored dtype. Raises CheckpointError when the file ends early."""
+        """The tensor, or `rows` of its first axis, in the stored dtype. Raises CheckpointError when the file ends."""
         stored = self.tensors[name]
         first, last, _ = (rows or slice(None)).indices(stored.shape[0] if stored.shape else 1)
         shape = (last - first, *stored.shape[1:]) if stored.shape else ()
         array = np.empty(shape, dtype=numpy_dtype(stored.dtype))
-        view = memoryview(array.reshape(-1).view(np.uint8))
+        view = memoryview(array.reshape(-1).view(np.uint8).data)
         done = 0
         with stored.shard.open("rb", buffering=0) as file:
             file.seek(stored.offset + first * (math.prod(stored.shape[1:]) * array.itemsize))
@@ -101,8 +101,8 @@ class Checkpoint:
             bad = int(np.size(array) - np.isfinite(array).sum())
             if bad:
                 raise CheckpointError(
-                    f"reading {name} from {self.tensors[name].shard}: {bad} of {array.size} values are NaN or infinite; "
-                    "the checkpoint is damaged or its training diverged, and no engine can be built from it"
+                    f"reading {name} from {self.tensors[name].shard}: {bad} of {array.size} values are NaN or "
+                    "infinite; the checkpoint is damaged or its training diverged, and no engine can be built from it"
                 )
         return array
 
@@ -169,7 +169,7 @@ def _download(location: str) -> Path:
     """Fetch a hub repository's configuration, safetensors and tokenizer; never its code or pickles."""
     if not HUB_ID.fullmatch(location):
         raise CheckpointError(
-            f"opening the checkpoint {location}: no such folder, and not a hub id of the form owner/name; check the path"
+            f"opening the checkpoint {location}: no such folder, and not a hub id like owner/name; check the path"
         )
     import huggingface_hub
 
@@ -242,7 +242,9 @@ def _read_header(shard: Path) -> list[StoredTensor]:
             continue
         expected = math.prod(shape) * _ITEM_BYTES[dtype]
         if end - begin != expected:
-            problems.append(f"{name} {list(shape)} {dtype} should take {expected} bytes, its offsets span {end - begin}")
+            problems.append(
+                f"{name} {list(shape)} {dtype} should take {expected} bytes, its offsets span {end - begin}"
+            )
         elif begin < 0 or 8 + length + end > size:
             problems.append(f"{name} ends at byte {8 + length + end}, the file at {size}: truncated")
         tensors.append(
@@ -257,10 +259,14 @@ def _read_header(shard: Path) -> list[StoredTensor]:
 
 def _check_index(folder: Path, weight_map: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> None:
     problems = [
-        f"the index puts {name} in {shard}, " + (f"it is in {tensors[name].shard.name}" if name in tensors else "absent")
+        f"the index puts {name} in {shard}, "
+        + (f"it is in {tensors[name].shard.name}" if name in tensors else "absent")
         for name, shard in sorted(weight_map.items())
         if name not in tensors or tensors[name].shard.name != shard
     ]
-    problems += [f"{name} is in {tensors[name].shard.name} but not in the index" for name in sorted(set(tensors) - set(weight_map))]
+    problems += [
+        f"{name} is in {tensors[name].shard.name} but not in the index"
+        for name in sorted(set(tensors) - set(weight_map))
+    ]
     if problems:
         raise CheckpointError(f"opening {folder}: {INDEX_FILE} and the shards disagree:{listing(problems)}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from checkpoints import write_phixtral_checkpoint
+
 from trt_build.build_engine import BuildOptions, build_engine
 
 # Blocks of 32 must divide H and F; E, K, L and the head count stay unequal so that no swapped axis fits.

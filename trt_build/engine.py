@@ -159,4 +159,6 @@ def _parse(raw: dict[str, Any], folder: Path) -> Manifest:
         }
         return Manifest(**nested)
     except (KeyError, TypeError, AttributeError) as error:
-        raise EngineError(f"opening the engine {folder}: {MANIFEST_FILE} is malformed ({error}); build it again") from error
+        raise EngineError(
+            f"opening the engine {folder}: {MANIFEST_FILE} is malformed ({error}); build it again"
+        ) from error

@@ -1,9 +1,9 @@
 """Errors of building, running and verifying engines, under export's root.
 
-    MoeshipError
-    ├── EngineError          an engine directory is missing, damaged, or not for this use
-    ├── SequenceError        token ids that do not fit the engine or its cache
-    └── VerificationFailed   the engine differs from the reference by more than its precision allows (exit status 1)
+MoeshipError
+├── EngineError          an engine directory is missing, damaged, or not for this use
+├── SequenceError        token ids that do not fit the engine or its cache
+└── VerificationFailed   the engine differs from the reference by more than its precision allows (exit status 1)
 """
 
 from __future__ import annotations

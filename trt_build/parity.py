@@ -149,7 +149,9 @@ def compare(
     return _combine(sums, len(decoded) - 1, decoded_difference)
 
 
-def run_reference(reference: transformers.PreTrainedModel, window: Sequence[int]) -> tuple[FloatArray, FloatArray | None]:
+def run_reference(
+    reference: transformers.PreTrainedModel, window: Sequence[int]
+) -> tuple[FloatArray, FloatArray | None]:
     """The reference's logits [S, V] and, where it routes, router logits [L, S, E]."""
     import torch
 

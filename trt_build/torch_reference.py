@@ -35,7 +35,9 @@ _TOP = {
 class Mixture(nn.Module):
     """E MLPs and a router. Of equal logits the lowest expert index wins: a stable sort keeps their order."""
 
-    def __init__(self, gate: torch.Tensor, fc1: nn.ParameterDict, fc2: nn.ParameterDict, experts_per_token: int) -> None:
+    def __init__(
+        self, gate: torch.Tensor, fc1: nn.ParameterDict, fc2: nn.ParameterDict, experts_per_token: int
+    ) -> None:
         super().__init__()
         self.gate = nn.Parameter(gate)  # [E, H]
         self.fc1, self.fc2 = fc1, fc2  # weight [E, F, H], bias [E, F]; weight [E, H, F], bias [E, H]

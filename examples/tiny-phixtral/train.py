@@ -5,8 +5,9 @@ four share the base's attention, embedding, norms and head exactly, which is wha
 
     python train.py --output experts [--base-steps N] [--expert-steps N]
 
-Writes experts/base/ (float32, so that an interrupted run resumes from it), experts/<slice>/ (transformers' PhiForCausalLM layout, float16 safetensors, tokenizer), training_log.jsonl
-and perplexity.json (held-out perplexity of the base and of every expert on every slice, by transformers in float32).
+Writes experts/base/ (float32, so that an interrupted run resumes from it), experts/<slice>/ (transformers'
+PhiForCausalLM layout, float16 safetensors, tokenizer), and beside the experts' folder training_log.jsonl and
+perplexity.json (held-out perplexity of the base and of every expert on every slice, by transformers in float32).
 """
 
 from __future__ import annotations
@@ -85,9 +86,7 @@ def load_slices() -> tuple[dict[str, str], dict[str, str]]:
     joined: dict[bool, dict[str, list[str]]] = {False: {}, True: {}}
     for document in corpus.documents():
         joined[document.held_out].setdefault(document.slice, []).append(document.text)
-    train, held_out = (
-        {name: END_OF_TEXT.join(joined[side][name]) for name in corpus.SLICES} for side in (False, True)
-    )
+    train, held_out = ({name: END_OF_TEXT.join(joined[side][name]) for name in corpus.SLICES} for side in (False, True))
     return train, held_out
 
 
@@ -108,7 +107,9 @@ def train(model, parameters, data, steps: int, peak_rate: float, label: str, log
     decay = [p for p in parameters if p.ndim == 2]
     plain = [p for p in parameters if p.ndim != 2]
     optimiser = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], lr=peak_rate, betas=(0.9, 0.95)
+        [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
+        lr=peak_rate,
+        betas=(0.9, 0.95),
     )
     started, running = time.monotonic(), []
     for step in range(steps):
@@ -126,8 +127,14 @@ def train(model, parameters, data, steps: int, peak_rate: float, label: str, log
         optimiser.step()
         running.append(loss.item())
         if (step + 1) % 100 == 0 or step + 1 == steps:
-            row = {"phase": label, "step": step + 1, "loss": round(float(np.mean(running)), 4), "rate": round(rate, 6),
-                   "tokens": (step + 1) * BATCH * CONTEXT, "seconds": round(time.monotonic() - started)}
+            row = {
+                "phase": label,
+                "step": step + 1,
+                "loss": round(float(np.mean(running)), 4),
+                "rate": round(rate, 6),
+                "tokens": (step + 1) * BATCH * CONTEXT,
+                "seconds": round(time.monotonic() - started),
+            }
             running.clear()
             log.write(json.dumps(row) + "\n")
             log.flush()

@@ -68,7 +68,9 @@ def _read_transformers_config(raw: Mapping[str, Any]) -> Architecture:
     rope = ConfigReader({**raw, **reader.mapping("rope_parameters")}, "phi")
     reader.harmless("rope_theta", "partial_rotary_factor")
     if dict(reader.mapping("rope_parameters")).get("rope_type") not in (None, "default"):
-        reader.problem(f"rope_parameters.rope_type is {raw['rope_parameters']['rope_type']!r}; moeship builds 'default'")
+        reader.problem(
+            f"rope_parameters.rope_type is {raw['rope_parameters']['rope_type']!r}; moeship builds 'default'"
+        )
     unknown = set(reader.mapping("rope_parameters")) - {"rope_theta", "rope_type", "partial_rotary_factor"}
     if unknown:
         reader.problem(f"rope_parameters holds {', '.join(sorted(unknown))}, which this family does not honour")
@@ -137,7 +139,7 @@ def _in_transformers_spelling(spec: TensorSpec, architecture: Architecture) -> T
     return replace(spec, parts=(Part(name=f"{prefix}.{spelled[module]}.{kind}", shape=spec.shape),))
 
 
-def _mlp(graph: GraphBuilder, architecture: Architecture, layer: int, normed: str) -> str:
+def _mlp(graph: GraphBuilder, layer: int, normed: str) -> str:
     name = f"{layer_name(layer)}.mlp"
     return graph.linear(graph.gelu_tanh(graph.linear(normed, f"{name}.fc1"), f"{name}.act"), f"{name}.fc2")
 

@@ -83,7 +83,9 @@ def read_msft_config(raw: Mapping[str, Any], family: str) -> Architecture:
 def check_heads(reader: ConfigReader, architecture: Architecture) -> None:
     """Relations between dimensions that attention needs."""
     if architecture.num_heads % architecture.num_kv_heads:
-        reader.problem(f"{architecture.num_heads} query heads do not divide among {architecture.num_kv_heads} key heads")
+        reader.problem(
+            f"{architecture.num_heads} query heads do not divide among {architecture.num_kv_heads} key heads"
+        )
     if architecture.rotary_dim % 2 or architecture.rotary_dim > architecture.head_size:
         reader.problem(
             f"rotary dimension {architecture.rotary_dim}, expected an even number up to the head size "
@@ -91,9 +93,7 @@ def check_heads(reader: ConfigReader, architecture: Architecture) -> None:
         )
 
 
-def stack_tensors(
-    architecture: Architecture, mlp: Callable[[Architecture, int], list[TensorSpec]]
-) -> list[TensorSpec]:
+def stack_tensors(architecture: Architecture, mlp: Callable[[Architecture, int], list[TensorSpec]]) -> list[TensorSpec]:
     """The table in phi-msft spelling; `mlp(architecture, layer)` gives the rows that differ between families."""
     hidden = architecture.hidden_size
     queries = architecture.num_heads * architecture.head_size
@@ -110,7 +110,8 @@ def stack_tensors(
             single(f"{name}.mixer.out_proj.bias", (hidden,), "H", Role.BIAS),
             *mlp(architecture, layer),
         ]
-    return specs + [
+    return [
+        *specs,
         single(f"{FINAL_NORM}.weight", (hidden,), "H", Role.NORM),
         single(f"{FINAL_NORM}.bias", (hidden,), "H", Role.NORM),
         single(f"{HEAD}.weight", (architecture.vocab_size, hidden), "V H", Role.HEAD),
@@ -118,10 +119,8 @@ def stack_tensors(
     ]
 
 
-def stack_graph(
-    graph: GraphBuilder, architecture: Architecture, mlp: Callable[[GraphBuilder, Architecture, int, str], str]
-) -> str:
-    """Token ids to the last layer's output [B, S, H]; `mlp(graph, architecture, layer, normed)` as in the family."""
+def stack_graph(graph: GraphBuilder, architecture: Architecture, mlp: Callable[[GraphBuilder, int, str], str]) -> str:
+    """Token ids to the last layer's output [B, S, H]; `mlp(graph, layer, normed)` as in the family."""
     x = graph.embedding(EMBEDDING)  # [B, S, H]
     for layer in range(architecture.num_layers):
         name = layer_name(layer)
@@ -129,7 +128,7 @@ def stack_graph(
         qkv = graph.linear(normed, f"{name}.mixer.Wqkv")  # [B, S, (N+2G)*D]
         heads = graph.attention(qkv, f"{name}.mixer", layer)  # [B, S, N*D]
         attended = graph.linear(heads, f"{name}.mixer.out_proj")
-        x = graph.add(graph.add(x, attended, f"{name}.attention_residual"), mlp(graph, architecture, layer, normed), name)
+        x = graph.add(graph.add(x, attended, f"{name}.attention_residual"), mlp(graph, layer, normed), name)
     return x
 
 

@@ -58,7 +58,7 @@ def tensors(architecture: Architecture, names: Sequence[str]) -> list[TensorSpec
     return stack_tensors(architecture, moe_tensors)
 
 
-def _moe(graph: GraphBuilder, architecture: Architecture, layer: int, normed: str) -> str:
+def _moe(graph: GraphBuilder, layer: int, normed: str) -> str:
     name = f"{layer_name(layer)}.moe"
     return graph.experts(normed, gate=f"{name}.gate.weight", fc1=f"{name}.mlp.fc1", fc2=f"{name}.mlp.fc2", name=name)
 

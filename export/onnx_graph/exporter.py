@@ -1,8 +1,8 @@
 """A model and a precision in, two ONNX graphs over one data file out.
 
-  model.onnx          serving: logits of the last position, [B, 1, V]
-  model_scoring.onnx  verification: logits of every position, and each layer's router logits
-  model.onnx.data     the weights of both, written once, tensor by tensor
+model.onnx          serving: logits of the last position, [B, 1, V]
+model_scoring.onnx  verification: logits of every position, and each layer's router logits
+model.onnx.data     the weights of both, written once, tensor by tensor
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class GraphBuilder:
         router = self._router(x, gate, name)
         (weight1, job1), (weight2, _) = self._weight(f"{fc1}.weight"), self._weight(f"{fc2}.weight")
         bias1, bias2 = self._plain(f"{fc1}.bias"), self._plain(f"{fc2}.bias")
-        common = {
+        common: dict[str, Any] = {
             "k": self.architecture.experts_per_token, "activation_type": "gelu", "normalize_routing_weights": 1,
             "use_sparse_mixer": 0, "swiglu_fusion": 0,
         }  # fmt: skip
@@ -221,7 +221,7 @@ class GraphBuilder:
         bits = self._plan.bits_of(spec.role)
         order = self._expert_order if spec.role is Role.EXPERT else None
         if bits is None:
-            outputs = (Initializer(name=name, dtype="float32", shape=spec.shape),)
+            outputs: tuple[Initializer, ...] = (Initializer(name=name, dtype="float32", shape=spec.shape),)
             job = WeightJob(source=name, role=spec.role, packing=Packing.PLAIN, outputs=outputs, expert_order=order)
         else:
             block = self._plan.block_size

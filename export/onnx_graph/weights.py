@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +55,7 @@ class WeightJob:
     block_size: int = 0
     expert_order: tuple[int, ...] | None = None
 
-    def produce(self, weights: Weights) -> Iterator[tuple[npt.NDArray[np.float32] | npt.NDArray[np.uint8], ...]]:
+    def produce(self, weights: Weights) -> Iterator[tuple[npt.NDArray[Any], ...]]:
         """Consecutive pieces of every output, in step, each contiguous in its initializer."""
         if self.role is Role.ROUTER:
             gate = weights.load(self.source)
@@ -108,8 +109,8 @@ def write_weights(
             progress(sum(output.num_bytes for output in job.outputs))
 
 
-def _write_at(descriptor: int, array: npt.NDArray[np.float32] | npt.NDArray[np.uint8], offset: int) -> int:
-    view = memoryview(array.reshape(-1).view(np.uint8))
+def _write_at(descriptor: int, array: npt.NDArray[Any], offset: int) -> int:
+    view = memoryview(array.reshape(-1).view(np.uint8).data)
     done = 0
     while done < len(view):
         done += os.pwrite(descriptor, view[done:], offset + done)

@@ -51,7 +51,8 @@ def pack(codes: ByteArray, bits: int) -> ByteArray:
     """uint8 codes [..., K] to bytes [..., K * bits / 8], lower index in the lower bits."""
     if bits == 8:
         return codes
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    packed: ByteArray = codes[..., 0::2] | np.left_shift(codes[..., 1::2], 4, dtype=np.uint8)
+    return packed
 
 
 def unpack(packed: ByteArray, bits: int) -> ByteArray:

@@ -25,7 +25,7 @@ class QuantPlan:
     accuracy_level: int
 
     def bits_of(self, role: Role) -> int | None:
-        return self.bits[role] if role in self.bits else None
+        return self.bits.get(role)
 
 
 def _uniform(bits: int) -> Mapping[Role, int]:

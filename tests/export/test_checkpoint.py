@@ -6,9 +6,9 @@ import json
 
 import numpy as np
 import pytest
+from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from safetensors.numpy import load_file, save_file
 
-from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from export.checkpoint import INDEX_FILE, open_checkpoint
 from export.errors import CheckpointError, ConfigError
 from export.families import read_model

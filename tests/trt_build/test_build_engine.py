@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from checkpoints import write_phixtral_checkpoint
+from conftest import QUANTIZABLE
 from onnx.external_data_helper import load_external_data_for_model
 from safetensors.numpy import load_file, save_file
 
-from checkpoints import write_phixtral_checkpoint
 from cli.main import main
-from conftest import QUANTIZABLE
 from export.errors import CheckpointError, ConfigError, ExportError, OutputError, QuantizationError
 from export.quantize.grid import dequantize_blocks, unpack
 from trt_build.build_engine import BuildOptions, build_engine
@@ -51,8 +51,8 @@ def test_graphs_pass_onnx_own_checker(tiny_engines):
 
 
 def test_every_attribute_of_every_contributed_operator_is_written(tiny_engines):
-    written = {"GroupQueryAttention": {"num_heads", "kv_num_heads", "scale", "softcap", "local_window_size", "do_rotary",
-                                       "rotary_interleaved", "smooth_softmax"},
+    written = {"GroupQueryAttention": {"num_heads", "kv_num_heads", "scale", "softcap", "local_window_size",
+                                       "do_rotary", "rotary_interleaved", "smooth_softmax"},
                "QMoE": {"k", "activation_type", "normalize_routing_weights", "expert_weight_bits", "block_size",
                         "weights_prepacked", "accuracy_level", "quant_type", "swiglu_fusion", "use_sparse_mixer"},
                "MatMulNBits": {"K", "N", "bits", "block_size", "accuracy_level"},
@@ -63,9 +63,7 @@ def test_every_attribute_of_every_contributed_operator_is_written(tiny_engines):
 
 
 @pytest.mark.parametrize(("precision", "bits"), [("int8", 8), ("int4", 4)])
-def test_stored_experts_stand_in_the_manifests_order_within_half_a_step(
-    tiny_checkpoint, tiny_engines, precision, bits
-):
+def test_stored_experts_stand_in_the_manifests_order_within_half_a_step(tiny_checkpoint, tiny_engines, precision, bits):
     folder = tiny_engines(precision)
     found, outside = initializers(folder), load_file(tiny_checkpoint / "model.safetensors")
     order = open_engine(folder).manifest.expert_order
@@ -76,7 +74,9 @@ def test_stored_experts_stand_in_the_manifests_order_within_half_a_step(
         expected = outside[f"transformer.h.2.moe.mlp.{expert}.fc2.weight"]
         step = np.repeat(np.abs(found[f"{name}.scales"][place]), 32, axis=-1)
         assert (np.abs(restored[place] - expected) <= step * 1.001).all()
-        assert (found["transformer.h.2.moe.gate.weight"][place] == outside["transformer.h.2.moe.gate.weight"][expert]).all()
+        assert (
+            found["transformer.h.2.moe.gate.weight"][place] == outside["transformer.h.2.moe.gate.weight"][expert]
+        ).all()
 
 
 def test_router_norms_and_biases_stay_float32(tiny_engines):
@@ -112,7 +112,9 @@ def test_two_builds_of_one_checkpoint_are_equal_byte_for_byte(tmp_path, tiny_che
 def test_experts_per_token_can_be_overridden(tmp_path, tiny_checkpoint, tiny_engine):
     three = build(tiny_checkpoint, tmp_path / "three", experts_per_token=3)
     assert three.manifest.architecture.experts_per_token == 3
-    logits = [session.run(session.new_cache(), [1, 2, 3]) for session in (Session(three), Session(open_engine(tiny_engine)))]
+    logits = [
+        session.run(session.new_cache(), [1, 2, 3]) for session in (Session(three), Session(open_engine(tiny_engine)))
+    ]
     assert np.abs(logits[0] - logits[1]).max() > 0.1
 
 
@@ -199,7 +201,9 @@ def test_the_end_token_falls_back_to_the_tokenizers_own(tmp_path, tiny_checkpoin
     (checkpoint / "config.json").write_text(json.dumps(config))
     assert build(checkpoint, tmp_path / "engine").manifest.eos_token_ids == (256,)
     (checkpoint / "tokenizer_config.json").unlink()
-    with pytest.raises(ConfigError, match="neither config.json, generation_config.json nor tokenizer_config.json names one"):
+    with pytest.raises(
+        ConfigError, match="neither config.json, generation_config.json nor tokenizer_config.json names one"
+    ):
         build(checkpoint, tmp_path / "other")
 
 
@@ -281,7 +285,14 @@ print(peak() - before)
 
 
 def test_a_build_holds_no_more_than_three_of_the_largest_tensors(tmp_path, tiny_checkpoint):
-    sizes = {"hidden_size": 1024, "num_heads": 16, "ffn_size": 4096, "num_layers": 1, "rotary_dim": 32, "dtype": "float16"}
+    sizes = {
+        "hidden_size": 1024,
+        "num_heads": 16,
+        "ffn_size": 4096,
+        "num_layers": 1,
+        "rotary_dim": 32,
+        "dtype": "float16",
+    }
     large = write_phixtral_checkpoint(tmp_path / "large", seed=1, num_experts=4, experts_per_token=2, **sizes)
     words = [sys.executable, "-c", MEMORY_PROGRAM, tiny_checkpoint, large, tmp_path]
     found = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)

@@ -8,11 +8,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
+from conftest import QUANTIZABLE
 from safetensors.numpy import load_file, save_file
 from transformers import PhiForCausalLM
 
-from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
-from conftest import QUANTIZABLE
 from export.checkpoint import open_checkpoint
 from export.families import read_model
 from trt_build import parity
@@ -156,9 +156,7 @@ def test_a_seeded_fault_in_the_engine_is_caught_at_every_precision(tmp_path, tin
 def test_erf_gelu_in_place_of_tanh_is_caught(tiny_checkpoint, tiny_engines, monkeypatch):
     gelu = torch.nn.functional.gelu
     monkeypatch.setattr(torch.nn.functional, "gelu", lambda x, approximate: gelu(x, approximate="none"))
-    report = parity.compare(
-        open_engine(tiny_engines("fp32")), reference_of(tiny_checkpoint), [TOKENS[:128]], quiet
-    )
+    report = parity.compare(open_engine(tiny_engines("fp32")), reference_of(tiny_checkpoint), [TOKENS[:128]], quiet)
     assert report.max_logit_difference > 1e-4
     assert report.failures(FP32)
 

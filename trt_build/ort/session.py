@@ -91,9 +91,7 @@ class Session:
         binding = cache.binding
         binding.bind_input(names.INPUT_IDS, "cpu", 0, np.int64, ids.shape, ids.ctypes.data)
         binding.bind_input(names.ATTENTION_MASK, "cpu", 0, np.int64, (1, total), self._mask.ctypes.data)
-        binding.bind_output(
-            names.LOGITS, "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data
-        )
+        binding.bind_output(names.LOGITS, "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data)
         self.backend.run_with_iobinding(binding)
         cache.length = total
 
