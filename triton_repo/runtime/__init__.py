@@ -1,1 +1,1 @@
-"""What runs inside the server: request options, sampling, incremental detokenising, the generation loop."""
+"""Answers one generation request on an engine: options, sampling, detokenising, stop words. Knows no Triton."""

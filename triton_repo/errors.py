@@ -1,0 +1,32 @@
+"""Errors of packaging, serving and answering requests, under export's root.
+
+MoeshipError
+├── RepositoryError   a model repository, or a model in one, is missing, damaged or not servable
+├── ServerError       no tritonserver, a port in use, a server that did not start or ended unasked
+└── RequestError      one request cannot be answered; `kind` is the Triton status that its client sees
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from export.errors import MoeshipError
+
+# Names of triton_python_backend_utils.TritonError's codes; over gRPC INVALID_ARG becomes INVALID_ARGUMENT.
+RequestErrorKind = Literal["INVALID_ARG", "INTERNAL"]
+
+
+class RepositoryError(MoeshipError):
+    """A model repository, or a model in one, is missing, damaged or not servable."""
+
+
+class ServerError(MoeshipError):
+    """A server that is not there, cannot start, or ended unasked."""
+
+
+class RequestError(MoeshipError):
+    """One request cannot be answered; the server goes on."""
+
+    def __init__(self, message: str, kind: RequestErrorKind = "INVALID_ARG") -> None:
+        super().__init__(message)
+        self.kind: RequestErrorKind = kind

@@ -1,0 +1,83 @@
+"""config.pbtxt as protobuf messages: a packaged model's facts in, Triton's ModelConfig and its text out, and back.
+
+Never text by hand: a misspelt field or a wrong type fails here, not in the server.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from export.errors import MissingPackageError
+from triton_repo.contract import COMPATIBILITY_INPUTS, INPUTS, OURS, OUTPUTS
+from triton_repo.errors import RepositoryError
+from triton_repo.runtime.parameters import ENGINE_KEY, ModelParameters
+
+if TYPE_CHECKING:
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+CONFIG_FILE = "config.pbtxt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """What distinguishes one packaged model from another."""
+
+    name: str
+    max_batch: int
+    instances: int
+    parameters: ModelParameters
+
+
+def model_config(model: ServedModel) -> ModelConfig:
+    """The ModelConfig of a packaged engine: decoupled, on the CPU, with every tensor of the contract."""
+    pb = _messages()
+    config = pb.ModelConfig(name=model.name, backend="python", max_batch_size=model.max_batch)
+    for tensor in (*INPUTS, *COMPATIBILITY_INPUTS):
+        config.input.add(name=tensor.name, data_type=f"TYPE_{tensor.dtype}", dims=tensor.dims, optional=tensor.optional)
+    for tensor in (*OUTPUTS, *OURS):
+        config.output.add(name=tensor.name, data_type=f"TYPE_{tensor.dtype}", dims=tensor.dims)
+    config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=model.instances)
+    config.model_transaction_policy.decoupled = True
+    for key, text in model.parameters.to_texts().items():
+        config.parameters[key].string_value = text
+    return config
+
+
+def config_text(config: ModelConfig) -> str:
+    """The text of config.pbtxt: fields by number, parameters by key."""
+    from google.protobuf import text_format
+
+    text: str = text_format.MessageToString(config, use_short_repeated_primitives=True)
+    return text
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Parse a config.pbtxt. Raises RepositoryError for one that is absent, unreadable or of unknown fields."""
+    from google.protobuf import text_format
+
+    try:
+        return text_format.Parse(path.read_text(encoding="utf-8"), _messages().ModelConfig())
+    except (OSError, ValueError, text_format.ParseError) as error:
+        raise RepositoryError(
+            f"reading {path}: not a model configuration that Triton takes ({error}); package the engine again"
+        ) from error
+
+
+def packaged_parameters(config: ModelConfig, model: str) -> ModelParameters | None:
+    """The parameters of a model that moeship packaged; None for anyone else's. Raises RepositoryError."""
+    if ENGINE_KEY not in config.parameters:
+        return None
+    texts = {key: value.string_value for key, value in config.parameters.items()}
+    return ModelParameters.from_texts(texts, model)
+
+
+def _messages():  # type: ignore[no-untyped-def]  # noqa: ANN202 - a generated module
+    try:
+        from tritonclient.grpc import model_config_pb2
+    except ImportError as error:
+        raise MissingPackageError(
+            "tritonclient[grpc]", "reading or writing a model's configuration", "client"
+        ) from error
+    return model_config_pb2

@@ -1,0 +1,52 @@
+"""A look at a model repository before a server is started on it: what would fail for certain is told at once.
+
+Weights are not read here: a model checks its engine's digests when it is loaded, and a damaged one leaves the others
+running.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from export.errors import listing
+from triton_repo.errors import RepositoryError
+from triton_repo.model_config import CONFIG_FILE, packaged_parameters, read_config
+from trt_build.engine import MANIFEST_FILE
+
+
+def check_repository(repository: Path) -> tuple[str, ...]:
+    """The names of the repository's models. Raises RepositoryError listing every problem of every model."""
+    if not repository.is_dir():
+        raise RepositoryError(f"serving {repository}: no such folder; make one with: moeship package")
+    folders = sorted(path for path in repository.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not any((folder / CONFIG_FILE).is_file() for folder in folders):
+        raise RepositoryError(
+            f"serving {repository}: found no model, expected folders with a {CONFIG_FILE}; is it the repository itself "
+            "rather than the folder above it, or a model in it? Make one with: moeship package"
+        )
+    problems = [problem for folder in folders for problem in _model_problems(folder)]
+    if problems:
+        raise RepositoryError(f"serving {repository}: not every model can be served:{listing(problems)}")
+    return tuple(folder.name for folder in folders)
+
+
+def _model_problems(folder: Path) -> list[str]:
+    if not (folder / CONFIG_FILE).is_file():
+        return [f"{folder.name}: no {CONFIG_FILE}; remove the folder or package the engine again"]
+    try:
+        config = read_config(folder / CONFIG_FILE)
+        parameters = packaged_parameters(config, folder.name)
+    except RepositoryError as error:
+        return [f"{folder.name}: {error}"]
+    problems = []
+    if config.name not in ("", folder.name):
+        problems.append(f"{folder.name}: its {CONFIG_FILE} bears the name {config.name}; name the folder so")
+    versions = [path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()]
+    if not versions:
+        problems.append(f"{folder.name}: no version folder such as {folder.name}/1; package the engine again")
+    for version in versions if parameters is not None else []:
+        assert parameters is not None
+        engine = version / parameters.engine
+        if not (engine / MANIFEST_FILE).is_file():
+            problems.append(f"{folder.name}: no engine at {engine} ({MANIFEST_FILE} is missing); package it again")
+    return problems

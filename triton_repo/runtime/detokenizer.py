@@ -1,0 +1,72 @@
+"""Token ids in one by one, text out as soon as it cannot change any more.
+
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.push(token) for token in ids] + [detokenizer.flush()]
+    assert "".join(pieces) == tokenizer.decode(ids)
+
+A token may end in the middle of a UTF-8 character; such an end decodes to U+FFFD, so a text's trailing U+FFFD are kept
+back until the next token decides them or `flush` gives them out. Bytes written as tokens of their own (<0x0A>, the byte
+fallback of SentencePiece) are kept back until another token follows, since one wrong byte spoils the decoding of the
+whole run. Pieces are whole code points; an emoji of several may arrive in several pieces.
+"""
+
+from __future__ import annotations
+
+import re
+
+from export.tokenizer import Tokenizer
+
+_UNDECIDED = "\ufffd"
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_TRIM_TOKENS = 16  # bounds what is decoded again at each step
+
+
+class Detokenizer:
+    """Decodes a window of the latest tokens, so that a step's cost does not grow with the text.
+
+    The window always begins where a character does, and with tokens whose text was given out: decoders that strip the
+    first token's space then strip it from known text only.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._given = 0  # characters of the window's text that were given out
+        self._boundary = 0  # a place in the window where a character begins
+
+    def push(self, token_id: int) -> str:
+        """Add a token; returns the text that it settles, which may be empty."""
+        self._window.append(token_id)
+        text, settled = self._decode(self._window)
+        piece = text[self._given : settled]
+        self._given = max(self._given, settled)
+        if settled == len(text):
+            self._trim()
+        return piece
+
+    def preview(self, token_id: int) -> str:
+        """The text not yet given out if `token_id` came next, what is undecided included. Nothing is added."""
+        return self._tokenizer.decode([*self._window, token_id])[self._given :]
+
+    def flush(self) -> str:
+        """The text kept back so far, undecided characters as U+FFFD."""
+        text = self._tokenizer.decode(self._window)
+        piece, self._given = text[self._given :], len(text)
+        return piece
+
+    def _decode(self, window: list[int]) -> tuple[str, int]:
+        """The window's text, and how many of its characters cannot change any more."""
+        text = self._tokenizer.decode(window)
+        if _BYTE_TOKEN.fullmatch(self._tokenizer.backend.id_to_token(window[-1]) or ""):
+            return text, min(self._given, len(text))
+        return text, len(text.rstrip(_UNDECIDED))
+
+    def _trim(self) -> None:
+        """At a character's boundary: move the window's start to the last boundary, if there is text after it."""
+        if len(self._window) - self._boundary < _TRIM_TOKENS:
+            return
+        context = self._window[self._boundary :]
+        context_text = self._tokenizer.decode(context)
+        if context_text:
+            self._window, self._given = context, len(context_text)
+        self._boundary = len(self._window)

@@ -1,0 +1,217 @@
+"""What one generation request asks for: wire tensors or keyword arguments in, checked frozen options out.
+
+    options = read_options({"text_input": array([[b"def "]]), "max_tokens": array([[32]])})
+    options = GenerationOptions(prompt="def ", max_tokens=32, temperature=0.7, top_p=0.9)
+    plan = plan_generation(options, tokenizer, max_sequence=2048, end_token_ids=(50256,))
+
+`read_options` reports what is wrong with the tensors, `plan_generation` what is wrong with the values once the model is
+known; each lists every problem it found in one RequestError.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.errors import listing
+from export.tokenizer import Tokenizer
+from triton_repo.contract import COMPATIBILITY_INPUTS, INPUTS, SYNONYMS, WireTensor
+from triton_repo.errors import RequestError
+
+NO_END_ID = -1
+_MAX_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """One request. Fields bear the names of the tensors in `contract`, apart from `prompt`.
+
+    Without a temperature the choice is greedy, unless top_k or top_p leave a choice: then it is 1.
+    """
+
+    prompt: str
+    max_tokens: int
+    stream: bool = False
+    temperature: float | None = None
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0  # 0 and 1 keep all
+    min_length: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    random_seed: int | None = None
+    stop_words: tuple[str, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    end_id: int | None = None  # None: the model's own; NO_END_ID: none
+    return_log_probs: bool = False
+    exclude_input_in_output: bool = True
+
+    @property
+    def sampling_temperature(self) -> float:
+        """The temperature in force; 0 is greedy."""
+        if self.top_k == 1:
+            return 0.0
+        if self.temperature is not None:
+            return self.temperature
+        return 1.0 if self.top_k > 1 or 0 < self.top_p < 1 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationPlan:
+    """Checked options with what the model adds: the prompt's token ids, the end tokens, and the most new tokens."""
+
+    options: GenerationOptions
+    prompt_ids: tuple[int, ...]
+    end_ids: tuple[int, ...]
+    most_tokens: int
+
+
+@dataclass(frozen=True)
+class _Rule:
+    holds: Callable[[Any], bool]
+    expected: str
+    remedy: str
+
+
+def _above(low: float) -> Callable[[Any], bool]:
+    return lambda value: math.isfinite(value) and value >= low
+
+
+_FINITE = _Rule(math.isfinite, "a finite number", "send 0 for no penalty")
+_WORDS = _Rule(lambda words: all(words), "no empty text among the words", "leave the empty ones out")
+_RULES: dict[str, _Rule] = {
+    "prompt": _Rule(bool, "at least one character", "send a prompt in text_input"),
+    "max_tokens": _Rule(_above(1), "1 or more", "ask for at least one token"),
+    "temperature": _Rule(_above(0), "a finite number >= 0", "send 0 for greedy, or about 0.7"),
+    "top_k": _Rule(_above(0), "0 or more", "send 0 to keep all tokens"),
+    "top_p": _Rule(lambda p: 0 <= p <= 1, "0 <= top_p <= 1", "send 1 to keep all tokens"),
+    "min_length": _Rule(_above(0), "0 or more", "send 0 for no minimum"),
+    "repetition_penalty": _Rule(lambda p: math.isfinite(p) and p > 0, "a finite number > 0", "send 1 for no penalty"),
+    "presence_penalty": _FINITE,
+    "frequency_penalty": _FINITE,
+    "random_seed": _Rule(lambda seed: 0 <= seed <= _MAX_SEED, "0 to 2**64-1", "send another seed, or none"),
+    "stop_words": _WORDS,
+    "bad_words": _WORDS,
+}
+# Tensors that change nothing here, and the one value that those of them allow which would change something elsewhere.
+_ONLY_ONE = ("beam_width", "num_return_sequences")
+_IGNORED = ("pad_id", "length_penalty", "return_num_input_tokens", "return_num_output_tokens")
+
+
+def read_options(tensors: Mapping[str, npt.NDArray[Any]]) -> GenerationOptions:
+    """Options from wire tensors [1, *dims]; texts are object arrays of UTF-8 bytes.
+
+    Raises RequestError listing every tensor that is absent, of another size, not UTF-8, or of a refused value.
+    """
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for spec in (*INPUTS, *COMPATIBILITY_INPUTS):
+        if spec.name not in tensors:
+            if not spec.optional:
+                problems.append(f"{spec.name}: absent, and it is required; send {spec.unit}")
+            continue
+        try:
+            value = _read_value(spec, tensors[spec.name])
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        field = "prompt" if spec.name == "text_input" else SYNONYMS.get(spec.name, spec.name)
+        if field in _ONLY_ONE and value != 1:
+            problems.append(f"{field}: found {value}, expected 1; send one request for each sequence that you want")
+        if field in values and values[field] != value:
+            problems.append(f"{spec.name}: found {value}, but {field} says {values[field]}; send one of the two")
+        if field not in (*_ONLY_ONE, *_IGNORED):
+            values[field] = value
+    problems += _value_problems(values)
+    if problems:
+        raise _refusal(problems)
+    return GenerationOptions(**values)
+
+
+def plan_generation(
+    options: GenerationOptions, tokenizer: Tokenizer, *, max_sequence: int, end_token_ids: tuple[int, ...]
+) -> GenerationPlan:
+    """Check the options against the model and encode the prompt. Raises RequestError listing every problem.
+
+    `max_sequence` counts tokens of prompt and output together: a prompt that leaves no room is refused, one that
+    leaves less than max_tokens is not, and the output then ends at the limit.
+    """
+    problems = _value_problems(vars(options))
+    if options.end_id is not None and not NO_END_ID <= options.end_id < tokenizer.size:
+        problems.append(
+            f"end_id: found {options.end_id}, expected a token id below {tokenizer.size}, or -1 for none; "
+            "leave it out to use the model's own"
+        )
+    prompt_ids = tokenizer.encode(options.prompt)
+    if options.prompt and not prompt_ids:
+        problems.append("text_input: found a prompt without a single token, expected at least one; send more text")
+    if len(prompt_ids) >= max_sequence:
+        problems.append(
+            f"text_input: found a prompt of {len(prompt_ids)} tokens, expected at most {max_sequence - 1}, since "
+            f"prompt and output share a context of {max_sequence}; shorten it"
+        )
+    if problems:
+        raise _refusal(problems)
+    return GenerationPlan(
+        options=options,
+        prompt_ids=tuple(prompt_ids),
+        end_ids=_end_ids(options, end_token_ids),
+        most_tokens=min(options.max_tokens, max_sequence - len(prompt_ids)),
+    )
+
+
+def _end_ids(options: GenerationOptions, of_model: tuple[int, ...]) -> tuple[int, ...]:
+    if options.end_id is None:
+        return of_model
+    return () if options.end_id == NO_END_ID else (options.end_id,)
+
+
+def _read_value(spec: WireTensor, tensor: npt.NDArray[Any]) -> Any:  # noqa: ANN401 - as many types as the contract has
+    """The Python value of one tensor. Raises ValueError with the problem's text."""
+    if tensor.ndim == 2 and tensor.shape[0] != 1:
+        raise ValueError(
+            f"{spec.name}: found a batch of {tensor.shape[0]}, expected shape {[1, *spec.dims]}; "
+            "send one request for each prompt"
+        )
+    if spec.dims == (1,) and tensor.size != 1:
+        raise ValueError(f"{spec.name}: found {tensor.size} values, expected 1; send shape [1, 1]")
+    items = tensor.reshape(-1).tolist()
+    if spec.dtype == "STRING":
+        items = [_text(spec.name, item) for item in items]
+    elif spec.dtype == "FP32":
+        # The shortest spelling of the float32: 0.7 on the wire is the 0.7 that an in-process caller writes.
+        items = [float(str(np.float32(item))) for item in items]
+    if spec.dims == (1,):
+        return items[0]
+    # NVIDIA's examples send one empty text where they mean no words.
+    return () if items == [""] else tuple(items)
+
+
+def _text(name: str, item: bytes | str) -> str:
+    if isinstance(item, str):
+        return item
+    try:
+        return item.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name}: found bytes that are not UTF-8 (byte {error.start} is 0x{item[error.start]:02x}), "
+            "expected UTF-8; encode the text so"
+        ) from error
+
+
+def _value_problems(values: Mapping[str, Any]) -> list[str]:
+    wire_names = {"prompt": "text_input"}
+    return [
+        f"{wire_names.get(field, field)}: found {values[field]!r}, expected {rule.expected}; {rule.remedy}"
+        for field, rule in _RULES.items()
+        if values.get(field) is not None and not rule.holds(values[field])
+    ]
+
+
+def _refusal(problems: list[str]) -> RequestError:
+    return RequestError(f"reading the request:{listing(problems, most=len(problems))}")

@@ -1,0 +1,138 @@
+"""Logits in, the next token out: penalties, temperature, top-k, top-p, a seeded draw; all of it in vectorised numpy.
+
+    sampler = Sampler(plan, num_tokens=tokenizer.size)
+    choice = sampler.choose(logits)          # logits float32 [V]
+    choice.token_id, choice.log_prob
+
+Order of the steps: repetition, presence and frequency penalty, min_length, temperature, top-k, top-p. The repetition
+penalty looks at prompt and output, the other two at the output alone. Ids from the tokenizer's size on are the padding
+rows of the embedding: they are cut off before anything else, so they are never chosen and weigh nothing.
+Equal scores resolve to the lowest id where the choice is greedy. Log-probabilities are the model's own: of the logits
+before penalties, temperature and cuts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from triton_repo.errors import RequestError
+from triton_repo.runtime.options import GenerationPlan
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int64]
+
+_NUCLEUS_START = 256  # how many of the heaviest tokens are sorted first when top-p looks for its share
+_NUCLEUS_GROWTH = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A chosen token; `log_prob` is its natural logarithm, None unless the request asked."""
+
+    token_id: int
+    log_prob: float | None
+
+
+class Sampler:
+    """Chooses the tokens of one sequence; holds its random generator and what was chosen so far."""
+
+    def __init__(self, plan: GenerationPlan, num_tokens: int) -> None:
+        self._options = plan.options
+        self._temperature = plan.options.sampling_temperature
+        self._num_tokens = num_tokens
+        self._end_ids = np.array([i for i in plan.end_ids if i < num_tokens], dtype=np.int64)
+        self._generator = np.random.Generator(np.random.PCG64(plan.options.random_seed))
+        self._counts = np.zeros(num_tokens, dtype=np.int64)  # how often each id was chosen
+        self._seen = np.zeros(num_tokens, dtype=bool)  # ids of prompt and output
+        self._seen[list(plan.prompt_ids)] = True
+        self._num_chosen = 0
+
+    def choose(self, logits: Floats, refuses: Callable[[int], bool] | None = None) -> Choice:
+        """The next token for logits [V]. A token that `refuses` refuses is drawn again without it.
+
+        Raises RequestError for logits that are NaN or infinite, and when every token is refused.
+        """
+        logits = logits[: self._num_tokens]
+        # The largest value is NaN when any value is.
+        if not np.isfinite(logits.max()):
+            raise RequestError(
+                "choosing a token: the engine's logits hold NaN or infinity; verify the engine with: moeship verify",
+                kind="INTERNAL",
+            )
+        scores = self._penalised(logits)
+        token = self._pick(scores)
+        while refuses is not None and refuses(token):
+            scores[token] = -np.inf
+            token = self._pick(scores)
+        self._counts[token] += 1
+        self._seen[token] = True
+        self._num_chosen += 1
+        wanted = self._options.return_log_probs
+        return Choice(token_id=token, log_prob=log_probability(logits, token) if wanted else None)
+
+    def _penalised(self, logits: Floats) -> Floats:
+        options, scores = self._options, logits.copy()
+        if options.repetition_penalty != 1:
+            penalise_repetition(scores, np.flatnonzero(self._seen), options.repetition_penalty)
+        if options.presence_penalty or options.frequency_penalty:
+            chosen = np.flatnonzero(self._counts)
+            scores[chosen] -= options.presence_penalty + options.frequency_penalty * self._counts[chosen]
+        if self._num_chosen < options.min_length:
+            scores[self._end_ids] = -np.inf
+        return scores
+
+    def _pick(self, scores: Floats) -> int:
+        best = int(scores.argmax())
+        if scores[best] == -np.inf:
+            raise RequestError("choosing a token: bad_words and min_length together leave none; send fewer bad_words")
+        if self._temperature == 0:
+            return best
+        ids = top_k_ids(scores, self._options.top_k)
+        weights = np.exp((scores[ids].astype(np.float64) - scores[best]) / self._temperature)
+        if 0 < self._options.top_p < 1:
+            kept = heaviest_share(weights, self._options.top_p)
+            ids, weights = ids[kept], weights[kept]
+        reach = np.cumsum(weights)
+        place = int(np.searchsorted(reach, self._generator.random() * reach[-1], side="right"))
+        return int(ids[place])
+
+
+def penalise_repetition(scores: Floats, ids: Ids, penalty: float) -> None:
+    """Divide the positive scores of `ids` by `penalty` and multiply the others, in place."""
+    seen = scores[ids]
+    scores[ids] = np.where(seen > 0, seen / penalty, seen * penalty)
+
+
+def top_k_ids(scores: Floats, k: int) -> Ids:
+    """Ids of the k highest scores in rising order, and of those that equal the k-th; k = 0 keeps all."""
+    if not 0 < k < len(scores):
+        return np.arange(len(scores))
+    threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
+    return np.flatnonzero(scores >= threshold)
+
+
+def heaviest_share(weights: Doubles, share: float) -> Ids:
+    """Places of the fewest heaviest weights that together reach `share` of the sum, in falling order.
+
+    Equal weights keep their order within what was sorted. Only as many as needed are sorted.
+    """
+    target = share * weights.sum()
+    size = min(_NUCLEUS_START, len(weights))
+    while True:
+        top = np.sort(np.argpartition(weights, len(weights) - size)[len(weights) - size :])
+        order = top[np.argsort(-weights[top], kind="stable")]
+        reach = np.cumsum(weights[order])
+        if reach[-1] >= target or size == len(weights):
+            return order[: int(np.searchsorted(reach, target)) + 1]
+        size = min(size * _NUCLEUS_GROWTH, len(weights))
+
+
+def log_probability(logits: Floats, token: int) -> float:
+    """Natural logarithm of softmax(logits)[token]."""
+    shifted = logits.astype(np.float64) - logits.max()
+    return float(shifted[token] - np.log(np.exp(shifted).sum()))
