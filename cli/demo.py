@@ -1,0 +1,194 @@
+"""The whole road in one command: four small experts become a served, streaming mixture.
+
+Merges the experts of examples/tiny-phixtral, inspects the result, builds an int4 engine, verifies it against the
+reference, packages it, starts Triton, streams a completion over gRPC, prints what it measured, and stops the server.
+Each step shows the command that does the same by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from export.errors import ConfigError, MoeshipError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from trt_build.engine import Engine
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-phixtral"
+MODEL = "phixtral"
+PROMPT = "def read_lines(path):\n"
+MAX_TOKENS = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streamed:
+    """What the client saw: counts, seconds to the first piece, tokens per second after it."""
+
+    text: str
+    num_output_tokens: int
+    time_to_first_token_s: float
+    tokens_per_s: float
+    finish_reason: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", default=PROMPT, help="text to continue (default: %(default)r)")
+    parser.add_argument("--precision", default="int4", help="fp32, int8 or int4 (default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="keep what is made here (default: a temporary folder)")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON; the rest goes to stderr")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Walk the road; returns the first status that is not 0."""
+    if not (EXAMPLE / "merge.yml").is_file():
+        raise ConfigError(
+            f"starting the demo: {EXAMPLE} does not exist; run it from a clone of the project (pip install -e .)"
+        )
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        return _road(arguments, arguments.output)
+    with tempfile.TemporaryDirectory(prefix="moeship-demo-") as folder:
+        return _road(arguments, Path(folder))
+
+
+def _road(arguments: argparse.Namespace, folder: Path) -> int:
+    from rich.console import Console
+
+    console = Console(stderr=arguments.json, highlight=False, soft_wrap=True)
+    started = time.monotonic()
+    checkpoint, engine, repository = folder / "checkpoint", folder / "engine", folder / "repository"
+    steps = [
+        ("merge four experts", ["merge", str(EXAMPLE / "merge.yml"), str(checkpoint)]),
+        ("look at the mixture", ["inspect", str(checkpoint)]),
+        (
+            f"build an {arguments.precision} engine",
+            ["build", "--checkpoint", str(checkpoint), "--precision", arguments.precision, "--output", str(engine)],
+        ),
+        ("verify it against the reference", ["verify", str(engine), "--reference", str(checkpoint)]),
+        ("package it for Triton", ["package", str(engine), "--name", MODEL, "--output", str(repository)]),
+    ]
+    for number, (title, words) in enumerate(steps, start=1):
+        _heading(console, number, title, words, folder)
+        status = _quietly_on(console, words)
+        if status:
+            return status
+    _heading(console, len(steps) + 1, "serve it and stream", ["serve", str(repository)], folder)
+    streamed = _serve_and_stream(console, repository, arguments.prompt)
+    _summary(console, arguments.json, engine, streamed, time.monotonic() - started)
+    return 0
+
+
+def _quietly_on(console: Console, words: list[str]) -> int:
+    """Run one command as the command line would; its result goes where the console writes."""
+    import contextlib
+
+    from cli.main import main
+
+    with contextlib.redirect_stdout(console.file):
+        return main(words)
+
+
+def _heading(console: Console, number: int, title: str, words: list[str], folder: Path) -> None:
+    console.print(f"\n{number}. {title}", style="bold cyan", markup=False)
+    short = [word.replace(f"{folder}/", "").replace(f"{EXAMPLE.parent.parent}/", "") for word in words]
+    _show_command(console, short)
+
+
+def _show_command(console: Console, words: list[str]) -> None:
+    """The command that does the same by hand; a line break in a word shows as the shell's $'...\\n'."""
+    quoted = ["$" + repr(word) if "\n" in word else shlex.quote(word) for word in words]
+    console.print(f"   $ moeship {' '.join(quoted)}", style="dim", markup=False)
+
+
+def _serve_and_stream(console: Console, repository: Path, prompt: str) -> Streamed:
+    from triton_repo.server import ServerOptions, running_server
+
+    with running_server(ServerOptions(repository=repository)) as server:
+        _show_command(console, ["generate", "--url", server.grpc_url, "--max-tokens", str(MAX_TOKENS), prompt])
+        console.print()
+        console.print(prompt, end="", style="bold", markup=False)
+        streamed = _stream(server.grpc_url, prompt, lambda text: console.print(text, end="", markup=False))
+    console.print("\n\nserver stopped", style="dim")
+    return streamed
+
+
+def _stream(url: str, prompt: str, show: Callable[[str], None]) -> Streamed:
+    """Greedy pieces as they come, and when."""
+    from clients.generation import Client
+    from clients.messages import GenerationRequest
+
+    request = GenerationRequest(model=MODEL, prompt=prompt, max_tokens=MAX_TOKENS)
+    started, first, count, text, reason = time.monotonic(), 0.0, 0, "", ""
+    with Client(url) as client:
+        for piece in client.stream(request):
+            first = first or time.monotonic() - started
+            count, text = piece.num_output_tokens or count, text + piece.text
+            reason = piece.finish_reason or reason
+            show(piece.text)
+    elapsed = time.monotonic() - started - first
+    return Streamed(
+        text=text,
+        num_output_tokens=count,
+        time_to_first_token_s=first,
+        tokens_per_s=(count - 1) / elapsed if count > 1 else 0.0,
+        finish_reason=reason,
+    )
+
+
+def _summary(console: Console, as_json: bool, folder: Path, streamed: Streamed, seconds: float) -> None:
+    from trt_build.engine import open_engine
+
+    engine = open_engine(folder, check_digests=False)
+    if as_json:
+        sys.stdout.write(json.dumps(_figures(engine, streamed, seconds), indent=2) + "\n")
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    verification = _verification(engine)
+    precision = engine.manifest.precision
+    rows = [
+        ("engine", f"{precision.name}, {engine.num_bytes / 1e6:.2f} MB"),
+        ("bits per weight", f"{precision.average_bits_per_weight:.2f}"),
+        ("perplexity over the reference", f"{verification['perplexity_increase']:+.2%}"),
+        ("top-1 agreement", f"{verification['top1_agreement']:.1%}"),
+        ("same experts chosen", f"{verification['routing_agreement']:.1%}"),
+        ("time to first token", f"{streamed.time_to_first_token_s * 1e3:.0f} ms"),
+        ("decode", f"{streamed.tokens_per_s:.0f} tokens/s over gRPC"),
+        ("the whole road", f"{seconds:.0f} s"),
+    ]
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, value in rows:
+        table.add_row(Text(name), Text(value, style="bold green"))
+    console.print()
+    console.print(table)
+
+
+def _verification(engine: Engine) -> dict[str, float]:
+    if engine.manifest.verification is None:
+        raise MoeshipError(f"summing up {engine.folder}: its manifest holds no verification; run moeship verify")
+    return dict(engine.manifest.verification)
+
+
+def _figures(engine: Engine, streamed: Streamed, seconds: float) -> dict[str, object]:
+    return {
+        "precision": engine.manifest.precision.name,
+        "engine_bytes": engine.num_bytes,
+        "bits_per_weight": engine.manifest.precision.average_bits_per_weight,
+        "verification": engine.manifest.verification,
+        "stream": asdict(streamed),
+        "seconds": round(seconds, 1),
+    }
+
+
