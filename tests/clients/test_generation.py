@@ -1,0 +1,211 @@
+"""The sync client against a real gRPC server in this process: order, endings, cancellation, deadlines, statuses."""
+
+from __future__ import annotations
+
+import threading
+
+import grpc
+import pytest
+from fake_triton import FakeServer, empty_final, piece
+from tritonclient.grpc import service_pb2 as pb
+
+from clients import errors
+from clients.generation import Client
+from export.errors import MissingPackageError
+
+# Long enough for a busy machine; a test that waits so long has failed.
+PATIENCE_S = 30
+
+
+@pytest.fixture
+def client(server: FakeServer):
+    with Client(server.url) as client:
+        yield client
+
+
+def test_pieces_come_in_the_order_in_which_they_were_sent(client, request_of):
+    pieces = list(client.stream(request_of()))
+    assert [(found.text, found.token_ids, found.finish_reason) for found in pieces] == [
+        ("def ", (5, 6), None),
+        ("main", (7,), "length"),
+    ]
+
+
+def test_a_piece_is_there_before_the_next_one_is_made(server, client, request_of):
+    next_wanted = threading.Event()
+
+    def answer(request, context):
+        yield piece("first", (1,))
+        next_wanted.wait(PATIENCE_S)
+        yield piece("second", (2,))
+        yield empty_final()
+
+    server.answer = answer
+    pieces = client.stream(request_of())
+    assert next(pieces).text == "first"
+    next_wanted.set()
+    assert [found.text for found in pieces] == ["second"]
+
+
+def test_text_of_many_bytes_a_character_arrives_whole(server, client, request_of):
+    texts = ["naïve ", "日本", "🙂", "\n"]
+    server.answer = lambda request, context: iter([*(piece(text, (1,)) for text in texts), empty_final()])
+    assert [found.text for found in client.stream(request_of(prompt="日本"))] == texts
+    assert server.requests[0].raw_input_contents[0] == b"\x06\x00\x00\x00" + "日本".encode()
+
+
+def test_a_stream_asks_for_pieces_and_a_whole_answer_does_not(server, client, request_of):
+    list(client.stream(request_of()))
+    whole = client.generate(request_of())
+    sent = [dict(zip((t.name for t in r.inputs), r.raw_input_contents, strict=True)) for r in server.requests]
+    assert [tensors["stream"] for tensors in sent] == [b"\x01", b"\x00"]
+    assert (whole.text, whole.token_ids, whole.finish_reason) == ("def main", (5, 6, 7), "length")
+    assert (whole.num_input_tokens, whole.num_output_tokens) == (3, 3)
+
+
+def test_the_server_is_asked_to_send_errors_as_statuses(server, client, request_of):
+    client.generate(request_of())
+    assert server.metadata["triton_grpc_error"] == "true"
+
+
+def test_nothing_is_sent_until_the_first_piece_is_asked_for(server, client, request_of):
+    pieces = client.stream(request_of())
+    assert server.requests == []
+    pieces.close()
+
+
+def test_a_value_that_no_tensor_holds_is_refused_when_the_stream_is_made(client, request_of):
+    with pytest.raises(errors.RequestRejected, match="out of range"):
+        client.stream(request_of(max_tokens=2**40))
+
+
+def test_closing_the_generator_cancels_the_request_on_the_server(server, client, request_of):
+    server.answer = server.endless
+    pieces = client.stream(request_of())
+    assert next(pieces).text == "def "
+    pieces.close()
+    assert server.cancelled.wait(PATIENCE_S)
+
+
+def test_an_exception_in_the_reader_cancels_the_request_on_the_server(server, client, request_of):
+    server.answer = server.endless
+
+    def read():
+        for _ in client.stream(request_of()):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        read()
+    assert server.cancelled.wait(PATIENCE_S)
+
+
+def test_closing_the_client_ends_a_stream_that_another_thread_reads(server, request_of):
+    server.answer = server.endless
+    client, seen = Client(server.url), []
+
+    def read():
+        try:
+            for found in client.stream(request_of()):
+                seen.append(found.text)
+                started.set()
+        except errors.RequestCancelled as error:
+            seen.append(error)
+
+    started, reader = threading.Event(), threading.Thread(target=read)
+    reader.start()
+    assert started.wait(PATIENCE_S)
+    client.close()
+    reader.join(PATIENCE_S)
+    assert server.cancelled.wait(PATIENCE_S)
+    assert [type(item) for item in seen] == [str, errors.RequestCancelled]
+
+
+def test_the_deadline_ends_the_stream_and_the_servers_work(server, client, request_of):
+    server.answer = server.endless
+    with pytest.raises(errors.DeadlineExceeded, match=r"generating with phixtral at .*: DEADLINE_EXCEEDED"):
+        list(client.stream(request_of(timeout_s=0.3)))
+    assert server.cancelled.wait(PATIENCE_S)
+
+
+FAILURES = [status for status in grpc.StatusCode if status.name not in ("OK", "UNAVAILABLE")]
+
+
+@pytest.mark.parametrize("status", FAILURES)
+def test_a_status_after_some_pieces_keeps_them_and_raises_our_error(server, client, request_of, status):
+    server.answer = server.failing(status, "the server's words")
+    pieces = client.stream(request_of())
+    assert next(pieces).text == "def "
+    with pytest.raises(
+        errors.BY_STATUS[status.name], match=f"{server.url}: {status.name}: the server's words"
+    ) as found:
+        next(pieces)
+    assert isinstance(found.value.__cause__, grpc.RpcError)
+
+
+def test_a_stream_that_ends_early_is_broken_not_finished(server, client, request_of):
+    server.answer = lambda request, context: iter([piece("def ", (5, 6))])
+    with pytest.raises(errors.StreamBroken, match="the stream ended after 1 pieces without a final one"):
+        client.generate(request_of())
+
+
+def test_an_error_text_among_the_responses_is_raised(server, client, request_of):
+    server.answer = lambda request, context: iter([pb.ModelStreamInferResponse(error_message="no pages left")])
+    with pytest.raises(errors.ServerFailed, match="no pages left"):
+        client.generate(request_of())
+
+
+def test_an_unknown_model_is_met_with_the_names_there_are(server, client, request_of):
+    server.answer = server.failing(grpc.StatusCode.NOT_FOUND, "unknown model")
+    with pytest.raises(errors.ModelNotFound, match=r"did you mean phixtral\? The server has: phixtral"):
+        client.generate(request_of(model="phixtrl"))
+
+
+def test_a_full_queue_is_told_from_a_server_that_is_not_there(server, client, request_of):
+    server.answer = server.failing(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")
+    with pytest.raises(errors.ServerOverloaded, match="Exceeds maximum queue size"):
+        client.generate(request_of())
+
+
+def test_a_model_that_failed_to_load_is_told_with_its_reason(server, client, request_of):
+    server.states = (("phixtral", "UNAVAILABLE", "engine.json is missing"),)
+    server.answer = server.failing(grpc.StatusCode.UNAVAILABLE, "no available versions")
+    with pytest.raises(errors.ModelNotReady, match=r"engine.json is missing"):
+        client.generate(request_of())
+
+
+def test_a_server_that_is_not_there_is_a_failed_connection_and_not_ready(request_of):
+    with Client("127.0.0.1:1") as client:
+        assert not client.server_ready()
+        with pytest.raises(errors.ConnectionFailed, match=r"127.0.0.1:1: UNAVAILABLE"):
+            client.generate(request_of())
+
+
+def test_an_address_with_a_scheme_is_refused():
+    with pytest.raises(errors.ConnectionFailed, match="http://x:8000: found a scheme; give HOST:PORT"):
+        Client("http://x:8000")
+
+
+def test_the_states_of_server_and_models_are_told(server, client):
+    server.states = (("phixtral", "READY", ""), ("mixtral", "UNAVAILABLE", "why"))
+    assert client.server_ready()
+    assert (client.model_ready("phixtral"), client.model_ready("mixtral")) == (True, False)
+    assert [(model.name, model.ready, model.reason) for model in client.models()] == [
+        ("mixtral", False, "why"),
+        ("phixtral", True, ""),
+    ]
+
+
+def test_several_threads_may_share_a_client(client, request_of):
+    texts = []
+    threads = [threading.Thread(target=lambda: texts.append(client.generate(request_of()).text)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert texts == ["def main"] * 4
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "grpc", None)
+    with pytest.raises(MissingPackageError, match=r"pip install 'moeship\[client\]'"):
+        Client("127.0.0.1:1")

@@ -1,0 +1,67 @@
+"""Requests refuse what no server would take; pieces join to a whole."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from clients.errors import RequestRejected
+from clients.messages import GenerationRequest, ModelState, Piece, collect
+from triton_repo.contract import INPUTS
+
+
+def test_every_input_of_the_contract_is_a_field_of_the_request_or_set_by_the_client():
+    fields = {field.name for field in dataclasses.fields(GenerationRequest)}
+    names = {tensor.name for tensor in INPUTS}
+    assert names - fields == {"text_input", "stream"}
+    assert fields - names == {"model", "prompt", "request_id", "timeout_s"}
+
+
+def test_a_request_cannot_be_changed(request_of):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        request_of().max_tokens = 9
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"model": ""}, "model is empty"),
+        ({"timeout_s": 0}, "timeout_s is 0; it must be above 0"),
+        ({"stop_words": "\n\n"}, "stop_words is one text; give a tuple of texts"),
+        ({"bad_words": "x"}, "bad_words is one text"),
+    ],
+)
+def test_a_request_that_is_wrong_for_every_server_is_refused(request_of, fields, text):
+    with pytest.raises(RequestRejected, match=text):
+        request_of(**fields)
+
+
+def test_pieces_join_to_a_whole_whose_counts_are_the_last_ones():
+    pieces = [
+        Piece(
+            text="a", token_ids=(1, 2), num_input_tokens=3, num_output_tokens=2, cum_log_prob=-1.0, log_probs=(-0.5,)
+        ),
+        Piece(text="b", token_ids=(7,), num_input_tokens=3, num_output_tokens=3, finish_reason="stop"),
+    ]
+    whole = collect(pieces)
+    assert (whole.text, whole.token_ids, whole.finish_reason) == ("ab", (1, 2, 7), "stop")
+    assert (whole.num_input_tokens, whole.num_output_tokens) == (3, 3)
+    assert (whole.cum_log_prob, whole.log_probs) == (-1.0, (-0.5,))
+
+
+def test_no_pieces_make_an_empty_whole():
+    assert collect([]).text == ""
+    assert collect([]).finish_reason is None
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "text"),
+    [
+        ("READY", "", "m version 2 READY"),
+        ("", "", "m version 2 not loaded"),
+        ("LOADING", "why", "m version 2 LOADING (why)"),
+    ],
+)
+def test_a_models_state_reads_as_one_phrase(state, reason, text):
+    assert str(ModelState(name="m", version="2", state=state, reason=reason)) == text

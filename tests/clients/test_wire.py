@@ -1,0 +1,198 @@
+"""Messages are those that tritonclient itself would build and read; broken ones are refused with the reason."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from fake_triton import empty_final, piece
+from tritonclient.grpc import InferInput, InferResult
+from tritonclient.grpc import service_pb2 as pb
+
+from clients import wire
+from clients.errors import RequestRejected, ServerFailed, StreamBroken
+
+ALL_FIELDS = {
+    "temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_length": 2, "repetition_penalty": 1.1, "presence_penalty": 0.0,
+    "frequency_penalty": 0.5, "random_seed": 2**64 - 1, "stop_words": ("\n\n", "Ende – 終"), "bad_words": ("x",),
+    "end_id": 50256, "pad_id": 0, "beam_width": 1, "return_log_probs": True, "exclude_input_in_output": False,
+}  # fmt: skip
+
+
+def tensor_of(message: pb.ModelInferRequest, name: str) -> tuple[str, list[int], bytes]:
+    index = [tensor.name for tensor in message.inputs].index(name)
+    return message.inputs[index].datatype, list(message.inputs[index].shape), message.raw_input_contents[index]
+
+
+def test_a_request_holds_only_the_tensors_that_were_given(request_of):
+    message = wire.build_request(request_of(request_id="r1"), stream=True)
+    assert [tensor.name for tensor in message.inputs] == ["text_input", "max_tokens", "stream"]
+    assert (message.model_name, message.id) == ("phixtral", "r1")
+
+
+def test_a_request_asks_for_the_empty_final_response(request_of):
+    message = wire.build_request(request_of(), stream=True)
+    assert message.parameters["triton_enable_empty_final_response"].bool_param
+
+
+def test_the_bytes_of_a_small_request_are_those_worked_out_by_hand(request_of):
+    message = wire.build_request(request_of(prompt="é", max_tokens=258, temperature=-0.5), stream=False)
+    assert tensor_of(message, "text_input") == ("BYTES", [1, 1], b"\x02\x00\x00\x00\xc3\xa9")
+    assert tensor_of(message, "max_tokens") == ("INT32", [1, 1], b"\x02\x01\x00\x00")
+    assert tensor_of(message, "stream") == ("BOOL", [1, 1], b"\x00")
+    assert tensor_of(message, "temperature") == ("FP32", [1, 1], b"\x00\x00\x00\xbf")
+
+
+@pytest.mark.parametrize(
+    ("name", "datatype", "values"),
+    [
+        ("temperature", "FP32", np.array([[0.8]], np.float32)),
+        ("top_k", "INT32", np.array([[40]], np.int32)),
+        ("random_seed", "UINT64", np.array([[2**64 - 1]], np.uint64)),
+        ("return_log_probs", "BOOL", np.array([[True]])),
+        ("stop_words", "BYTES", np.array([[b"\n\n", "Ende – 終".encode()]], np.object_)),
+    ],
+)
+def test_every_kind_of_tensor_is_as_tritonclients_own_input_would_send_it(request_of, name, datatype, values):
+    theirs = InferInput(name, list(values.shape), datatype)
+    theirs.set_data_from_numpy(values)
+    message = wire.build_request(request_of(**ALL_FIELDS), stream=True)
+    assert tensor_of(message, name) == (datatype, list(values.shape), theirs._get_content())
+
+
+def test_every_field_that_is_given_is_sent(request_of):
+    message = wire.build_request(request_of(**ALL_FIELDS), stream=True)
+    assert {tensor.name for tensor in message.inputs} == {"text_input", "max_tokens", "stream", *ALL_FIELDS}
+
+
+def test_no_stop_words_send_no_tensor_since_an_empty_one_has_no_shape_that_triton_takes(request_of):
+    message = wire.build_request(request_of(stop_words=()), stream=True)
+    assert "stop_words" not in {tensor.name for tensor in message.inputs}
+
+
+def test_numbers_of_numpy_are_taken_like_pythons_own(request_of):
+    numpy_request = request_of(max_tokens=np.int64(8), temperature=np.float32(0.5), return_log_probs=np.True_)
+    own_request = request_of(max_tokens=8, temperature=0.5, return_log_probs=True)
+    assert wire.build_request(numpy_request, stream=True) == wire.build_request(own_request, stream=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"max_tokens": 2**31}, "max_tokens is .2147483648., which INT32 cannot hold: out of range"),
+        ({"random_seed": -1}, "random_seed is .-1., which UINT64 cannot hold: out of range"),
+        ({"max_tokens": 1.5}, "max_tokens is .1.5., which INT32 cannot hold: 1.5 is of another type"),
+        ({"max_tokens": True}, "INT32 cannot hold: True is of another type"),
+        ({"return_log_probs": 1}, "BOOL cannot hold: 1 is of another type"),
+        ({"temperature": "warm"}, "FP32 cannot hold: 'warm' is of another type"),
+        ({"temperature": 1e300}, "FP32 cannot hold: overflow"),
+        ({"stop_words": (5,)}, "stop_words is .5., which STRING cannot hold: 5 is not a text"),
+        ({"prompt": "\udc80"}, "text_input is .*surrogates not allowed"),
+    ],
+)
+def test_a_value_that_its_tensor_cannot_hold_is_refused_before_sending(request_of, fields, text):
+    with pytest.raises(RequestRejected, match=text):
+        wire.build_request(request_of(**fields), stream=True)
+
+
+def test_a_piece_is_read_as_it_was_written():
+    found = wire.read_piece(piece("dé\n終", (5, 51199), num_output=2).infer_response, log_probs=True)
+    assert (found.text, found.token_ids, found.finish_reason) == ("dé\n終", (5, 51199), None)
+    assert (found.num_input_tokens, found.num_output_tokens) == (3, 2)
+    assert (found.cum_log_prob, found.log_probs) == (-0.5, (-0.5, -0.5))
+
+
+def test_a_piece_holds_what_tritonclients_own_result_reads():
+    response = piece("終 def", (5, 6), finish_reason="stop", num_output=9).infer_response
+    theirs, ours = InferResult(response), wire.read_outputs(response)
+    assert ours["text_output"] == [theirs.as_numpy("text_output").item().decode()]
+    for name in ("cum_log_probs", "output_log_probs", "token_ids", "num_input_tokens", "num_output_tokens"):
+        assert ours[name] == theirs.as_numpy(name).ravel().tolist()
+
+
+def test_log_probabilities_that_were_not_asked_for_are_left_out():
+    found = wire.read_piece(piece("x", (5,)).infer_response, log_probs=False)
+    assert (found.cum_log_prob, found.log_probs) == (None, ())
+
+
+def test_a_server_that_sends_text_alone_leaves_the_rest_unknown():
+    response = piece("x", (5,)).infer_response
+    del response.outputs[1:], response.raw_output_contents[1:]
+    found = wire.read_piece(response, log_probs=True)
+    assert (found.text, found.token_ids, found.finish_reason, found.num_input_tokens) == ("x", (), None, None)
+
+
+def test_an_output_that_the_contract_does_not_know_is_left_alone():
+    response = piece("x", (5,)).infer_response
+    response.outputs.add(name="generation_logits", datatype="FP16", shape=[1, 7])
+    response.raw_output_contents.append(b"odd")
+    assert wire.read_piece(response, log_probs=False).text == "x"
+
+
+def test_the_empty_final_response_is_no_piece():
+    assert wire.read_piece(empty_final().infer_response, log_probs=False) is None
+
+
+def broken(index: int, *, datatype: str | None = None, shape=None, raw: bytes | None = None) -> pb.ModelInferResponse:
+    response = piece("x", (5, 6)).infer_response
+    if datatype is not None:
+        response.outputs[index].datatype = datatype
+    if shape is not None:
+        response.outputs[index].shape[:] = shape
+    if raw is not None:
+        response.raw_output_contents[index] = raw
+    return response
+
+
+@pytest.mark.parametrize(
+    ("response", "text"),
+    [
+        (broken(6, datatype="INT64"), "token_ids is INT64, expected INT32"),
+        (broken(6, shape=[1, 3]), r"token_ids holds 2 values, its shape is \[1, 3\]"),
+        (broken(6, raw=b"abc"), "token_ids cannot be decoded"),
+        (broken(0, raw=b"\x01\x00"), "text_output cannot be decoded"),
+        (broken(0, raw=b"\x01\x00\x00\x00\xff"), "text_output cannot be decoded: 'utf-8' codec"),
+    ],
+)
+def test_a_response_that_breaks_the_contract_is_refused_with_the_tensors_name(response, text):
+    with pytest.raises(StreamBroken, match=f"a response of phixtral: {text}"):
+        wire.read_piece(response, log_probs=False)
+
+
+def test_a_response_without_raw_contents_is_refused():
+    response = piece("x", (5,)).infer_response
+    del response.raw_output_contents[:]
+    with pytest.raises(StreamBroken, match="found 0 raw contents for 9 outputs"):
+        wire.read_piece(response, log_probs=False)
+
+
+def test_a_response_without_text_is_refused():
+    response = piece("x", (5,)).infer_response
+    del response.outputs[0], response.raw_output_contents[0]
+    with pytest.raises(StreamBroken, match="has no text_output; it has cum_log_probs"):
+        wire.read_piece(response, log_probs=False)
+
+
+def test_a_stream_is_whole_when_its_last_response_is_marked_final(request_of):
+    reader = wire.StreamReader(request_of(), server="here:1")
+    assert [found.text for found in reader.read(piece("a", (1,)))] == ["a"]
+    assert reader.read(empty_final()) == ()
+    reader.finish()
+
+
+def test_the_final_mark_may_come_with_the_last_piece(request_of):
+    reader = wire.StreamReader(request_of(), server="here:1")
+    reader.read(piece("a", (1,), final=True))
+    reader.finish()
+
+
+def test_a_stream_without_a_final_response_is_broken(request_of):
+    reader = wire.StreamReader(request_of(), server="here:1")
+    reader.read(piece("a", (1,)))
+    with pytest.raises(StreamBroken, match="phixtral at here:1: the stream ended after 1 pieces without a final one"):
+        reader.finish()
+
+
+def test_an_error_text_among_the_responses_is_the_servers_failure(request_of):
+    reader = wire.StreamReader(request_of(), server="here:1")
+    with pytest.raises(ServerFailed, match="generating with phixtral at here:1: out of pages"):
+        reader.read(pb.ModelStreamInferResponse(error_message="out of pages"))
