@@ -94,7 +94,8 @@ def _config(facts: Architecture) -> PhiConfig:
         rope_parameters={
             "rope_type": "default",
             "rope_theta": facts.rope_base,
-            "partial_rotary_factor": facts.rotary_dim / facts.head_size,
+            # transformers takes int(D * factor); the quarter keeps a rounded quotient from losing a dimension.
+            "partial_rotary_factor": (facts.rotary_dim + 0.25) / facts.head_size,
         },
         tie_word_embeddings=False,
         bos_token_id=facts.bos_token_id,
