@@ -1,0 +1,105 @@
+"""The command line: what it prints where, and the status it ends with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from cli.main import COMMANDS, main
+from trt_build.engine import open_engine
+
+
+def test_the_overview_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert [name for name in COMMANDS if f"\n  {name} " not in text] == []
+
+
+def test_no_command_prints_the_overview_and_is_wrong_input(capsys):
+    assert main([]) == 2
+    assert "usage: moeship COMMAND" in capsys.readouterr().out
+
+
+def test_an_unknown_command_names_the_near_one(capsys):
+    assert main(["biuld"]) == 2
+    assert "unknown command biuld; did you mean build?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([name, "--help"])
+    assert caught.value.code == 0
+    assert f"usage: moeship {name}" in capsys.readouterr().out
+
+
+def test_verify_writes_its_result_into_the_engine_and_ends_with_status_0(tmp_path, tiny_checkpoint, tiny_engines, capsys):
+    engine = Path(shutil.copytree(tiny_engines("fp32"), tmp_path / "engine"))
+    text = tmp_path / "text"
+    text.write_text("What is verified is what is served. " * 8)
+    words = ["-q", "verify", str(engine), "--reference", str(tiny_checkpoint), "--text", str(text), "--json"]
+    assert main(words) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["failures"] == []
+    assert report["max_logit_difference"] <= 1e-4
+    kept = open_engine(engine).manifest.verification
+    assert kept["max_logit_difference"] == report["max_logit_difference"]
+    assert kept["reference"] == str(tiny_checkpoint)
+
+
+def test_verify_against_another_model_of_the_same_shape_ends_with_status_1(
+    tmp_path, tiny_checkpoint, tiny_engines, capsys
+):
+    engine = Path(shutil.copytree(tiny_engines("fp32"), tmp_path / "engine"))
+    other = Path(shutil.copytree(tiny_checkpoint, tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    tensors["transformer.h.0.ln.bias"] = tensors["transformer.h.0.ln.bias"] + np.float32(0.05)
+    save_file(tensors, other / "model.safetensors")
+    assert main(["-q", "verify", str(engine), "--reference", str(other), "--tokens", "64"]) == 1
+    output = capsys.readouterr()
+    assert "max |logit difference|" in output.out
+    assert "VerificationFailed: verifying" in output.err
+    assert open_engine(engine).manifest.verification["failures"]
+
+
+def test_verify_against_a_model_of_another_shape_is_wrong_input(tmp_path, tiny_checkpoint, tiny_engines, capsys):
+    other = Path(shutil.copytree(tiny_checkpoint, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "layer_norm_epsilon": 1e-6}))
+    assert main(["-q", "verify", str(tiny_engines("fp32")), "--reference", str(other)]) == 2
+    assert "not the same model (norm_epsilon: engine 1e-05, checkpoint 1e-06)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--tokens", "1"], "1 tokens to measure on, expected at least 4"),
+        (["--text", "/nowhere/text"], "reading the text to measure on"),
+    ],
+)
+def test_verify_without_text_to_measure_on_is_wrong_input(tiny_checkpoint, tiny_engines, capsys, words, text):
+    command = ["-q", "verify", str(tiny_engines("fp32")), "--reference", str(tiny_checkpoint), *words]
+    assert main(command) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_the_demo_walks_the_whole_road(tmp_path):
+    command = [sys.executable, "-m", "cli.main", "demo", "--json", "--output", tmp_path / "kept"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["verification"]["failures"] == []
+    assert 4.5 < summary["bits_per_weight"] < 5.6
+    assert summary["stream"]["num_output_tokens"] == 120
+    assert len(summary["stream"]["text"]) > 100
+    assert summary["stream"]["tokens_per_s"] > 0
+    for title in ("merge", "look", "build", "verify", "package", "serve"):
+        assert f". {title}" in done.stderr
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"checkpoint", "engine", "repository"}

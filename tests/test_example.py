@@ -1,0 +1,155 @@
+"""The committed experts: what they are, what their mixture is worth through the engine, and parity on real text."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from export.checkpoint import open_checkpoint
+from export.families import read_model
+from export.merge import merge
+from export.merge_config import read_merge_config
+from export.tokenizer import load_tokenizer
+from trt_build import parity
+from trt_build.build_engine import BuildOptions, build_engine
+from trt_build.engine import Engine
+from trt_build.ort.session import Session
+from trt_build.torch_reference import load_reference
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-phixtral"
+SLICES = ("code", "prose", "tests", "headers")
+PROMPTS = (
+    "def main(", "import os\n", "class Queue:\n    def ", "Return the ", "self.assertEqual(", "#include <",
+    "for i in range(", "The following ",
+)  # fmt: skip
+
+
+def load_corpus():
+    spec = importlib.util.spec_from_file_location("corpus", EXAMPLE / "corpus.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["corpus"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    """Slice -> windows of 256 token ids of text that no expert was trained on."""
+    tokenizer = load_tokenizer(EXAMPLE / "experts" / "code")
+    return {
+        name: list(parity.split_windows(tokenizer.encode(text), 256, 4096))
+        for name, text in load_corpus().held_out_texts().items()
+    }
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("example") / "mixture"
+    merge(read_merge_config(EXAMPLE / "merge.yml"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory, mixture) -> dict[str, Engine]:
+    folder = tmp_path_factory.mktemp("engines")
+    return {
+        precision: build_engine(
+            BuildOptions(checkpoint=str(mixture), output=folder / precision, precision=precision)
+        )
+        for precision in ("fp32", "int8", "int4")
+    }
+
+
+@pytest.fixture(scope="module")
+def reference(mixture):
+    return load_reference(read_model(open_checkpoint(mixture)))
+
+
+def test_every_expert_is_small_and_fit_for_every_engines_packing():
+    for name in SLICES:
+        folder = EXAMPLE / "experts" / name
+        facts = read_model(open_checkpoint(folder)).architecture
+        assert (folder / "model.safetensors").stat().st_size <= 6_000_000
+        assert (facts.hidden_size % 64, facts.ffn_size % 64, facts.head_size in (32, 64)) == (0, 0, True)
+
+
+def test_each_expert_is_the_best_of_the_four_on_its_own_slice(tmp_path, held_out):
+    found = {}
+    for name in SLICES:
+        options = BuildOptions(checkpoint=str(EXAMPLE / "experts" / name), output=tmp_path / name, precision="fp32")
+        engine = build_engine(options)
+        found[name] = {slice_name: parity.perplexity(engine, windows) for slice_name, windows in held_out.items()}
+    for slice_name in held_out:
+        assert min(SLICES, key=lambda name: found[name][slice_name]) == slice_name
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("int8", 0.003), ("int4", 0.03)])
+def test_quantised_perplexity_stays_near_fp32(engines, held_out, precision, allowed):
+    windows = [window for part in held_out.values() for window in part]
+    exact = parity.perplexity(engines["fp32"], windows)
+    assert parity.perplexity(engines[precision], windows) / exact - 1 <= allowed
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_parity_holds_on_held_out_text(engines, reference, held_out, precision):
+    text = [token for part in held_out.values() for window in part[:2] for token in window]
+    windows = [text[:512], text[512:1024], text[1024:1536]]
+    report = parity.compare(engines[precision], reference, windows, lambda _text: None)
+    assert (report.num_tokens, report.num_decoded_tokens) == (1536, 256)
+    assert report.failures(parity.THRESHOLDS[precision]) == []
+
+
+def test_greedy_text_of_eight_prompts_is_that_of_transformers_generate(engines, reference):
+    tokenizer = load_tokenizer(EXAMPLE / "experts" / "code")
+    encoded = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    expected = [
+        reference.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=64,
+            do_sample=False, eos_token_id=None, pad_token_id=0,
+        )[0, len(ids):].tolist()
+        for ids in encoded
+    ]  # fmt: skip
+    session = Session(engines["fp32"])
+    assert [greedy(session, ids, 64) for ids in encoded] == expected
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_onnxruntime_genai_reads_prompts_and_writes_the_same_tokens(engines, precision):
+    import onnxruntime_genai as genai
+
+    model, session = genai.Model(str(engines[precision].folder)), Session(engines[precision])
+    for prompt in PROMPTS[:4]:
+        ids = load_tokenizer(engines[precision].folder).encode(prompt)
+        params = genai.GeneratorParams(model)
+        params.set_search_options(max_length=len(ids) + 48, do_sample=False)
+        generator = genai.Generator(model, params)
+        generator.append_tokens(ids)
+        while not generator.is_done():
+            generator.generate_next_token()
+        found = [int(token) for token in generator.get_sequence(0)][len(ids) :]
+        assert len(found) > 0
+        assert found == greedy(session, ids, 48)[: len(found)]
+
+
+def greedy(session, prompt, num_tokens):
+    cache, produced = session.new_cache(), []
+    logits = session.run(cache, prompt)
+    for _ in range(num_tokens):
+        produced.append(int(logits.argmax()))
+        logits = session.run(cache, produced[-1:])
+    return produced
+
+
+def test_the_training_log_and_the_perplexities_are_kept():
+    rows = [json.loads(line) for line in (EXAMPLE / "training_log.jsonl").read_text().splitlines()]
+    assert {row["phase"] for row in rows} == {"base", *SLICES}
+    scores = json.loads((EXAMPLE / "perplexity.json").read_text())
+    for name in SLICES:
+        assert min(SLICES, key=lambda expert: scores[expert][name]) == name
+        assert np.isfinite(list(scores[name].values())).all()
