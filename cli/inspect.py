@@ -79,15 +79,10 @@ def _size_rows(report: CheckpointReport) -> Rows:
 
 
 def _routing_rows(report: RoutingReport) -> Rows:
-    from export.routing import number_ranges
-
-    conditions = [layer.condition_number for layer in report.layers]
-    finite = [value for value in conditions if value is not None]
-    span = f"{min(finite):.2f} to {max(finite):.2f}" if finite else ""
-    infinite = number_ranges(layer.layer for layer in report.layers if layer.condition_number is None)
     repeated = {group for layer in report.layers for group in layer.duplicate_groups}
     return [
-        ("condition number", "; ".join(text for text in (span, infinite and f"infinite in layers {infinite}") if text)),
+        ("condition number", _span(layer.condition_number for layer in report.layers)),
+        ("of row differences", _span(layer.difference_condition_number for layer in report.layers)),
         ("spread of the rows", _span(layer.spread for layer in report.layers)),
         ("equal rows", "; ".join(f"experts {', '.join(map(str, group))}" for group in sorted(repeated)) or "none"),
         ("near-equal pairs", f"{sum(len(layer.near_duplicates) for layer in report.layers)}"),
@@ -95,9 +90,10 @@ def _routing_rows(report: RoutingReport) -> Rows:
     ]
 
 
-def _span(values: Iterable[float]) -> str:
-    every = list(values)
-    return f"{min(every):.3f} to {max(every):.3f}"
+def _span(values: Iterable[float | None]) -> str:
+    """Smallest and largest over the layers; None is infinite."""
+    every = [float("inf") if value is None else value for value in values]
+    return " to ".join("infinite" if value == float("inf") else f"{value:.3g}" for value in (min(every), max(every)))
 
 
 def _bytes(count: int) -> str:

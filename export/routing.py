@@ -4,10 +4,12 @@ A router takes the K largest of the logits gate @ x, equal ones in the order of 
 for every x, in arithmetic that gives equal rows equal logits:
 
 - never chosen: an expert whose row equals at least K rows of lower index. Those K always tie with it and come first.
-- near duplicates and the condition number are measures, not proofs: they say how little separates two experts.
+- near duplicates and condition numbers are measures, not proofs: they say how little separates experts.
 
-Only differences between rows route: a vector added to every row moves all logits alike. `spread` is the part of the
-gate that is left once the mean row is taken away.
+Only differences between rows route: a vector added to every row moves all logits alike. So a large condition number of
+the gate itself, mergekit's measure, does harm in two cases only: the differences are ill-conditioned too, or they are
+small beside what the rows share. Rows that add up to zero, as every expert's positives minus all others' give, have an
+infinite one and route well.
 """
 
 from __future__ import annotations
@@ -22,19 +24,21 @@ import numpy.typing as npt
 NEAR_DUPLICATE_COSINE = 0.999
 # mergekit calls a gate degenerate above this (mergekit/moe/router.py, warn_degenerate_gates).
 LARGE_CONDITION_NUMBER = 5.0
+SMALL_SPREAD = 0.25
 
 Gate = npt.NDArray[Any]  # [E, H] of any float dtype, ml_dtypes' bfloat16 included
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRouting:
-    """One layer's gate. `condition_number` is None where the rows are linearly dependent, i.e. it is infinite."""
+    """One layer's gate. A condition number is None where it is infinite: the rows are linearly dependent."""
 
     layer: int
     duplicate_groups: tuple[tuple[int, ...], ...]  # experts with bitwise equal rows, lowest index first
     near_duplicates: tuple[tuple[int, int, float], ...]  # (expert, expert, cosine), not counting exact duplicates
     never_chosen: tuple[int, ...]
-    condition_number: float | None
+    condition_number: float | None  # of the gate
+    difference_condition_number: float | None  # of gate - mean row, over its E-1 directions
     spread: float  # |gate - mean row| / |gate|, Frobenius; 0 when all rows are equal
 
 
@@ -85,7 +89,8 @@ def _diagnose_layer(layer: int, gate: Gate, experts_per_token: int) -> LayerRout
         duplicate_groups=groups,
         near_duplicates=_near_duplicates(gate, groups),
         never_chosen=tuple(sorted(expert for group in groups for expert in group[experts_per_token:])),
-        condition_number=_condition_number(gate),
+        condition_number=_condition_number(gate, len(gate)),
+        difference_condition_number=_condition_number(gate - gate.mean(axis=0), len(gate) - 1),
         spread=_spread(gate),
     )
 
@@ -118,12 +123,15 @@ def _near_duplicates(
     return tuple(pairs)
 
 
-def _condition_number(gate: npt.NDArray[np.float64]) -> float | None:
-    """Largest over smallest singular value, as torch.linalg.cond and numpy.linalg.cond have it; None for infinite."""
-    values = np.linalg.svd(gate, compute_uv=False)
-    if values[-1] <= values[0] * max(gate.shape) * np.finfo(np.float64).eps:
+def _condition_number(matrix: npt.NDArray[np.float64], rank: int) -> float | None:
+    """Largest singular value over the one at `rank`, as numpy.linalg.cond has it for full rank; None for infinite."""
+    if rank == 0:
+        return 1.0
+    values = np.linalg.svd(matrix, compute_uv=False)
+    smallest = values[rank - 1] if rank <= len(values) else 0.0
+    if smallest <= values[0] * max(matrix.shape) * np.finfo(np.float64).eps:
         return None
-    return float(values[0] / values[-1])
+    return float(values[0] / smallest)
 
 
 def _spread(gate: npt.NDArray[np.float64]) -> float:
@@ -161,22 +169,38 @@ def _near_duplicate_warnings(report: RoutingReport) -> list[str]:
 
 def _condition_warnings(report: RoutingReport) -> list[str]:
     """Layers with exact duplicates are left out: their infinite condition is told already."""
-    rest = [layer for layer in report.layers if not layer.duplicate_groups]
-    infinite = [layer.layer for layer in rest if layer.condition_number is None]
-    large = {layer.layer: layer.condition_number or 0.0 for layer in rest}
-    large = {layer: value for layer, value in large.items() if value > LARGE_CONDITION_NUMBER}
+    found = [layer for layer in report.layers if not layer.duplicate_groups and _is_large(layer.condition_number)]
+    alike = [layer for layer in found if _is_large(layer.difference_condition_number)]
+    close = [layer for layer in found if layer.spread < SMALL_SPREAD]
     sentences = []
-    if infinite:
-        sentences.append(f"the gate rows in {_layers(infinite, report)} are linearly dependent: one is a mix of others")
-    if large:
-        worst = max(large, key=lambda layer: large[layer])
+    if alike:
         sentences.append(
-            f"the gate's condition number is above {LARGE_CONDITION_NUMBER:g} in {_layers(list(large), report)} "
-            f"(largest {large[worst]:.1f}, layer {worst}): the rows share most of their direction, so experts' logits "
-            "lie close together and some experts will be used little; prompts that differ more, or negative prompts, "
-            "part them"
+            f"the gate's condition number is {_range(layer.condition_number for layer in alike)} in "
+            f"{_layers([layer.layer for layer in alike], report)}, that of its rows' differences "
+            f"{_range(layer.difference_condition_number for layer in alike)}: some experts are told apart by much less "
+            "than others and will be used little; give them prompts that differ more"
+        )
+    if close:
+        sentences.append(
+            f"the gate's condition number is {_range(layer.condition_number for layer in close)} in "
+            f"{_layers([layer.layer for layer in close], report)}, and its rows differ by "
+            f"{_range(layer.spread for layer in close)} of their length: experts' logits lie close together and weigh "
+            "nearly the same; prompts that differ more, or negative prompts, part them"
         )
     return sentences
+
+
+def _is_large(condition_number: float | None) -> bool:
+    return condition_number is None or condition_number > LARGE_CONDITION_NUMBER
+
+
+def _range(values: Iterable[float | None]) -> str:
+    texts = [f"{value:.2f}" if value is not None else "infinite" for value in sorted(values, key=_infinite_last)]
+    return texts[0] if texts[0] == texts[-1] else f"{texts[0]} to {texts[-1]}"
+
+
+def _infinite_last(value: float | None) -> float:
+    return float("inf") if value is None else value
 
 
 def _experts(experts: Iterable[int]) -> str:

@@ -112,11 +112,41 @@ def test_warning_for_nearly_equal_rows_names_the_pair():
     assert sentence.startswith("the gate rows of experts 1 and 2 are nearly equal in layer 4 (cosine up to 1.0000")
 
 
-def test_warning_for_a_large_condition_number_gives_the_figure():
+def test_an_expert_told_apart_by_little_is_warned_of_with_the_figures():
     gate = np.eye(3, 8)
-    gate[2] *= 0.1
+    gate[2] = [0.5, 0.5, 0.1, 0, 0, 0, 0, 0]  # all but between the first two
+    differences = np.linalg.svd(gate - gate.mean(axis=0), compute_uv=False)
     (sentence,) = routing.warnings(routing.diagnose({0: np.eye(3, 8), 1: gate}, 1))
-    assert "condition number is above 5 in layer 1 (largest 10.0, layer 1)" in sentence
+    assert sentence.startswith(f"the gate's condition number is {np.linalg.cond(gate):.2f} in layer 1")
+    assert f"that of its rows' differences {differences[0] / differences[1]:.2f}" in sentence
+
+
+def test_rows_that_share_most_of_their_direction_are_warned_of():
+    gate = np.eye(3, 8) * 0.1 + 1
+    (sentence,) = routing.warnings(routing.diagnose({0: gate, 1: gate}, 1))
+    spread = np.linalg.norm(gate - gate.mean(axis=0)) / np.linalg.norm(gate)
+    assert f"in all 2 layers, and its rows differ by {spread:.2f} of their length" in sentence
+
+
+def test_rows_that_add_up_to_zero_route_well_and_give_no_warning():
+    gate = np.eye(4, 12) - 0.25 * np.eye(4, 12).sum(axis=0)
+    layer = (report := routing.diagnose({0: gate}, 2)).layers[0]
+    assert layer.condition_number is None
+    assert layer.difference_condition_number == pytest.approx(1.0)
+    assert routing.warnings(report) == []
+
+
+def test_more_experts_than_dimensions_are_linearly_dependent():
+    layer = routing.diagnose({0: random_gate(5, 3)}, 2).layers[0]
+    assert layer.condition_number is None
+    assert layer.difference_condition_number is None
+
+
+def test_a_vector_added_to_every_row_changes_neither_the_choice_nor_the_differences_condition():
+    gate = random_gate().astype(np.float64)
+    plain, moved = (routing.diagnose({0: g}, 2).layers[0] for g in (gate, gate + 5.0))
+    assert moved.difference_condition_number == pytest.approx(plain.difference_condition_number, rel=1e-6)
+    assert moved.condition_number > 3 * plain.condition_number
 
 
 @pytest.mark.parametrize(("experts_per_token"), [0, 6])
