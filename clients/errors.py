@@ -129,8 +129,8 @@ BY_STATUS: dict[str, type[ClientError]] = {
     "UNAUTHENTICATED": AccessDenied,
 }
 
-# The statuses whose meaning depends on which models the server has.
-NEEDS_MODELS = ("NOT_FOUND", "UNAVAILABLE")
+# The statuses whose meaning depends on which models the server has; UNKNOWN is that of an error sent as a text.
+NEEDS_MODELS = ("NOT_FOUND", "UNAVAILABLE", "UNKNOWN")
 
 
 def error_of(
@@ -142,7 +142,7 @@ def error_of(
     what the server said it has when asked afterwards, None if it was not asked or gave no answer.
     """
     kind = BY_STATUS[status]
-    message = f"{doing}: {status}: {details}"
+    message = f"{doing}: {status}: {details.removeprefix(f'{status}: ')}"
     if models is None or model is None or status not in NEEDS_MODELS:
         return kind(message, status=status)
     states = [state for state in models if state.name == model]

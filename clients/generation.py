@@ -45,6 +45,7 @@ class Client:
         self._grpc = require_grpc()
         self._channel = _open(self._grpc, url, credentials)
         self._stub = require_services().GRPCInferenceServiceStub(self._channel)
+        self._metadata: wire.Metadata | None = None
 
     def __enter__(self) -> Client:
         return self
@@ -67,14 +68,18 @@ class Client:
         return collect(self._pieces(request, wire.build_request(request, stream=False)))
 
     def _pieces(self, request: GenerationRequest, message: pb.ModelInferRequest) -> Generator[Piece, None, None]:
-        reader = wire.StreamReader(request, server=self.url)
-        call = self._stub.ModelStreamInfer(iter((message,)), metadata=wire.STREAM_METADATA, timeout=request.timeout_s)
+        doing, timeout_s = wire.doing(request.model, self.url), request.timeout_s
+        reader = wire.StreamReader(doing, log_probs=bool(request.return_log_probs))
+        metadata = self._stream_metadata(doing, timeout_s)
+        call = self._stub.ModelStreamInfer(iter((message,)), metadata=metadata, timeout=timeout_s)
         try:
             for response in call:
                 yield from reader.read(response)
-            reader.finish()
+            yield from reader.finish()
+        except wire.ErrorText as error:
+            raise self._explain(error.status, error.details, doing, request.model) from error
         except self._grpc.RpcError as error:
-            raise self._explain(error, wire.doing(request.model, self.url), request.model) from error
+            raise self._explain(error.code().name, error.details(), doing, request.model) from error
         finally:
             call.cancel()
 
@@ -93,21 +98,28 @@ class Client:
         """Every model in the server's repository, by name."""
         return wire.read_models(self._ask("RepositoryIndex", f"listing the models of {self.url}"))
 
-    def _ask(self, method: str, doing: str, **fields: str) -> Message:
-        message = getattr(require_messages(), f"{method}Request")(**fields)
-        try:
-            return getattr(self._stub, method)(message, timeout=STATE_TIMEOUT_S)
-        except self._grpc.RpcError as error:
-            raise self._explain(error, doing) from error
+    def _stream_metadata(self, doing: str, timeout_s: float | None) -> wire.Metadata:
+        if self._metadata is None:
+            answer = self._ask("ServerMetadata", doing, timeout_s=timeout_s)
+            self._metadata = wire.stream_metadata(answer.version)
+        return self._metadata
 
-    def _explain(self, error: grpc.RpcError, doing: str, model: str | None = None) -> ClientError:
-        status, models = error.code().name, None
+    def _ask(self, method: str, doing: str, *, timeout_s: float | None = None, **fields: str) -> Message:
+        message = getattr(require_messages(), f"{method}Request")(**fields)
+        limit_s = STATE_TIMEOUT_S if timeout_s is None else min(timeout_s, STATE_TIMEOUT_S)
+        try:
+            return getattr(self._stub, method)(message, timeout=limit_s)
+        except self._grpc.RpcError as error:
+            raise self._explain(error.code().name, error.details(), doing) from error
+
+    def _explain(self, status: str, details: str | None, doing: str, model: str | None = None) -> ClientError:
+        models = None
         if model is not None and status in NEEDS_MODELS:
             try:
                 models = self.models()
             except ClientError:
                 models = None
-        return error_of(doing=doing, status=status, details=error.details() or "", model=model, models=models)
+        return error_of(doing=doing, status=status, details=details or "", model=model, models=models)
 
 
 class AsyncClient:
@@ -122,6 +134,7 @@ class AsyncClient:
         self._grpc = require_grpc()
         self._channel = _open(self._grpc.aio, url, credentials)
         self._stub = require_services().GRPCInferenceServiceStub(self._channel)
+        self._metadata: wire.Metadata | None = None
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -145,15 +158,20 @@ class AsyncClient:
             return collect([piece async for piece in pieces])
 
     async def _pieces(self, request: GenerationRequest, message: pb.ModelInferRequest) -> AsyncGenerator[Piece, None]:
-        reader = wire.StreamReader(request, server=self.url)
-        call = self._stub.ModelStreamInfer(iter((message,)), metadata=wire.STREAM_METADATA, timeout=request.timeout_s)
+        doing, timeout_s = wire.doing(request.model, self.url), request.timeout_s
+        reader = wire.StreamReader(doing, log_probs=bool(request.return_log_probs))
+        metadata = await self._stream_metadata(doing, timeout_s)
+        call = self._stub.ModelStreamInfer(iter((message,)), metadata=metadata, timeout=timeout_s)
         try:
             async for response in call:
                 for piece in reader.read(response):
                     yield piece
-            reader.finish()
+            for piece in reader.finish():
+                yield piece
+        except wire.ErrorText as error:
+            raise await self._explain(error.status, error.details, doing, request.model) from error
         except self._grpc.RpcError as error:
-            raise await self._explain(error, wire.doing(request.model, self.url), request.model) from error
+            raise await self._explain(error.code().name, error.details(), doing, request.model) from error
         finally:
             call.cancel()
 
@@ -172,21 +190,28 @@ class AsyncClient:
         """Every model in the server's repository, by name."""
         return wire.read_models(await self._ask("RepositoryIndex", f"listing the models of {self.url}"))
 
-    async def _ask(self, method: str, doing: str, **fields: str) -> Message:
-        message = getattr(require_messages(), f"{method}Request")(**fields)
-        try:
-            return await getattr(self._stub, method)(message, timeout=STATE_TIMEOUT_S)
-        except self._grpc.RpcError as error:
-            raise await self._explain(error, doing) from error
+    async def _stream_metadata(self, doing: str, timeout_s: float | None) -> wire.Metadata:
+        if self._metadata is None:
+            answer = await self._ask("ServerMetadata", doing, timeout_s=timeout_s)
+            self._metadata = wire.stream_metadata(answer.version)
+        return self._metadata
 
-    async def _explain(self, error: grpc.RpcError, doing: str, model: str | None = None) -> ClientError:
-        status, models = error.code().name, None
+    async def _ask(self, method: str, doing: str, *, timeout_s: float | None = None, **fields: str) -> Message:
+        message = getattr(require_messages(), f"{method}Request")(**fields)
+        limit_s = STATE_TIMEOUT_S if timeout_s is None else min(timeout_s, STATE_TIMEOUT_S)
+        try:
+            return await getattr(self._stub, method)(message, timeout=limit_s)
+        except self._grpc.RpcError as error:
+            raise await self._explain(error.code().name, error.details(), doing) from error
+
+    async def _explain(self, status: str, details: str | None, doing: str, model: str | None = None) -> ClientError:
+        models = None
         if model is not None and status in NEEDS_MODELS:
             try:
                 models = await self.models()
             except ClientError:
                 models = None
-        return error_of(doing=doing, status=status, details=error.details() or "", model=model, models=models)
+        return error_of(doing=doing, status=status, details=details or "", model=model, models=models)
 
 
 def _open(

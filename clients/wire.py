@@ -8,13 +8,14 @@ An output that the contract does not know is left alone; one that it knows must 
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from clients._tritonclient import require_messages, require_utils
-from clients.errors import RequestRejected, ServerFailed, StreamBroken
+from clients.errors import BY_STATUS, RequestRejected, StreamBroken
 from clients.messages import GenerationRequest, ModelState, Piece
 from triton_repo.contract import INPUTS, OURS, OUTPUTS, WIRE_DTYPES, TritonDtype, WireTensor
 
@@ -22,8 +23,12 @@ if TYPE_CHECKING:
     import numpy as np
     from tritonclient.grpc import service_pb2 as pb
 
+Metadata = tuple[tuple[str, str], ...]
 # Asks Triton to end a failed stream with a gRPC status; without it an error is a text among the responses.
-STREAM_METADATA = (("triton_grpc_error", "true"),)
+ERROR_STATUS_METADATA = (("triton_grpc_error", "true"),)
+# An older Triton that is asked so uses freed memory and crashes within a few failed requests
+# (triton-inference-server/server#8708, in 26.04).
+ERROR_STATUS_SINCE = (2, 68)
 KNOWN_OUTPUTS = {tensor.name: tensor for tensor in (*OUTPUTS, *OURS)}
 # Inputs whose field in GenerationRequest bears another name.
 FIELD_NAMES = {"text_input": "prompt"}
@@ -161,30 +166,60 @@ def read_piece(response: pb.ModelInferResponse, *, log_probs: bool) -> Piece | N
     )
 
 
-class StreamReader:
-    """Reads the responses of one stream in their order, and knows whether its end was seen."""
+def stream_metadata(server_version: str) -> Metadata:
+    """What goes with a stream to a Triton of that version, such as "2.51.0"."""
+    numbers = re.match(r"(\d+)\.(\d+)", server_version)
+    recent = numbers is not None and tuple(map(int, numbers.groups())) >= ERROR_STATUS_SINCE
+    return ERROR_STATUS_METADATA if recent else ()
 
-    def __init__(self, request: GenerationRequest, *, server: str) -> None:
-        self._doing = doing(request.model, server)
-        self._log_probs = bool(request.return_log_probs)
+
+class ErrorText(Exception):  # noqa: N818 - what the server sent, not yet one of our errors
+    """An error that came as a text among the responses. Its status is UNKNOWN unless the text starts with one."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        status, _, rest = text.partition(": ")
+        self.status, self.details = (status, rest) if status in BY_STATUS else ("UNKNOWN", text)
+
+
+class StreamReader:
+    """Reads the responses of one stream in their order, and knows whether its end was seen.
+
+    The piece with the finish reason and an error's text are kept back until the stream has ended: leaving at once
+    would cancel a request that is about to end by itself, which Triton before 2.57 may not survive
+    (triton-inference-server/server#8078).
+    """
+
+    def __init__(self, doing: str, *, log_probs: bool) -> None:
+        self._doing = doing
+        self._log_probs = log_probs
         self._num_pieces = 0
+        self._kept: tuple[Piece, ...] = ()
+        self._error: ErrorText | None = None
         self._final = False
 
     def read(self, message: pb.ModelStreamInferResponse) -> tuple[Piece, ...]:
-        """The piece in a ModelStreamInferResponse, if it has one. Raises ServerFailed, StreamBroken."""
+        """The pieces to hand out after a ModelStreamInferResponse. Raises StreamBroken."""
         if message.error_message:
-            raise ServerFailed(f"{self._doing}: {message.error_message}")
+            self._error = self._error or ErrorText(message.error_message)
+            return ()
         self._final = message.infer_response.parameters["triton_final_response"].bool_param
         piece = read_piece(message.infer_response, log_probs=self._log_probs)
         if piece is None:
             return ()
         self._num_pieces += 1
-        return (piece,)
+        ready, self._kept = (*self._kept, piece), ()
+        if piece.finish_reason:
+            ready, self._kept = ready[:-1], (piece,)
+        return ready
 
-    def finish(self) -> None:
-        """To be called when the stream has ended well. Raises StreamBroken if the final response never came."""
+    def finish(self) -> tuple[Piece, ...]:
+        """The last piece, once the stream has ended. Raises ErrorText, and StreamBroken without a final response."""
+        if self._error is not None:
+            raise self._error
         if not self._final:
             raise StreamBroken(f"{self._doing}: the stream ended after {self._num_pieces} pieces without a final one")
+        return self._kept
 
 
 def doing(model: str, server: str) -> str:

@@ -59,6 +59,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
     """Answers with `answer`; keeps what it was sent. `cancelled` is set when a call ends before its answer does."""
 
     answer: Answer = two_pieces
+    version: str = "2.68.0"
     states: tuple[tuple[str, str, str], ...] = (("phixtral", "READY", ""),)
     requests: list[pb.ModelInferRequest] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
@@ -73,6 +74,9 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
             self.requests.append(request)
             self.started.set()
             yield from self.answer(request, context)
+
+    def ServerMetadata(self, request, context):  # noqa: N802 - the service's own name
+        return pb.ServerMetadataResponse(name="triton", version=self.version)
 
     def ServerReady(self, request, context):  # noqa: N802 - the service's own name
         return pb.ServerReadyResponse(ready=True)

@@ -6,7 +6,7 @@ import threading
 
 import grpc
 import pytest
-from fake_triton import FakeServer, empty_final, piece
+from fake_triton import FakeServer, empty_final, piece, two_pieces
 from tritonclient.grpc import service_pb2 as pb
 
 from clients import errors
@@ -63,9 +63,11 @@ def test_a_stream_asks_for_pieces_and_a_whole_answer_does_not(server, client, re
     assert (whole.num_input_tokens, whole.num_output_tokens) == (3, 3)
 
 
-def test_the_server_is_asked_to_send_errors_as_statuses(server, client, request_of):
+@pytest.mark.parametrize(("version", "asked"), [("2.68.0", "true"), ("2.51.0", None)])
+def test_errors_as_statuses_are_asked_only_of_a_server_that_survives_it(server, client, request_of, version, asked):
+    server.version = version
     client.generate(request_of())
-    assert server.metadata["triton_grpc_error"] == "true"
+    assert server.metadata.get("triton_grpc_error") == asked
 
 
 def test_nothing_is_sent_until_the_first_piece_is_asked_for(server, client, request_of):
@@ -148,16 +150,48 @@ def test_a_stream_that_ends_early_is_broken_not_finished(server, client, request
         client.generate(request_of())
 
 
-def test_an_error_text_among_the_responses_is_raised(server, client, request_of):
-    server.answer = lambda request, context: iter([pb.ModelStreamInferResponse(error_message="no pages left")])
-    with pytest.raises(errors.ServerFailed, match="no pages left"):
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("no pages left", errors.ServerFailed),
+        ("INVALID_ARGUMENT: top_p: found 7", errors.RequestRejected),
+        ("UNAVAILABLE: Exceeds maximum queue size", errors.ServerOverloaded),
+    ],
+)
+def test_an_error_text_among_the_responses_is_raised_by_its_kind(server, client, request_of, text, kind):
+    server.answer = lambda request, context: iter([pb.ModelStreamInferResponse(error_message=text)])
+    with pytest.raises(kind, match=text):
         client.generate(request_of())
 
 
-def test_an_unknown_model_is_met_with_the_names_there_are(server, client, request_of):
-    server.answer = server.failing(grpc.StatusCode.NOT_FOUND, "unknown model")
+def test_a_status_that_the_servers_text_repeats_is_said_once(server, client, request_of):
+    server.answer = server.failing(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT: top_p: found 7")
+    with pytest.raises(errors.RequestRejected, match=f"{server.url}: INVALID_ARGUMENT: top_p"):
+        client.generate(request_of())
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_an_unknown_model_is_met_with_the_names_there_are(server, client, request_of, as_text):
+    message = "Request for unknown model: 'phixtrl' is not found"
+    server.answer = server.failing(grpc.StatusCode.NOT_FOUND, message)
+    if as_text:
+        server.answer = lambda request, context: iter([pb.ModelStreamInferResponse(error_message=message)])
     with pytest.raises(errors.ModelNotFound, match=r"did you mean phixtral\? The server has: phixtral"):
         client.generate(request_of(model="phixtrl"))
+
+
+def test_leaving_at_the_last_piece_cancels_nothing(server, client, request_of):
+    ended = threading.Event()
+
+    def answer(request, context):
+        yield from two_pieces(request, context)
+        ended.set()
+
+    server.answer = answer
+    pieces = client.stream(request_of())
+    assert [found.finish_reason for found in (next(pieces), next(pieces))] == [None, "length"]
+    pieces.close()
+    assert ended.is_set()
 
 
 def test_a_full_queue_is_told_from_a_server_that_is_not_there(server, client, request_of):

@@ -9,7 +9,7 @@ from tritonclient.grpc import InferInput, InferResult
 from tritonclient.grpc import service_pb2 as pb
 
 from clients import wire
-from clients.errors import RequestRejected, ServerFailed, StreamBroken
+from clients.errors import RequestRejected, StreamBroken
 
 ALL_FIELDS = {
     "temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_length": 2, "repetition_penalty": 1.1, "presence_penalty": 0.0,
@@ -172,27 +172,56 @@ def test_a_response_without_text_is_refused():
         wire.read_piece(response, log_probs=False)
 
 
-def test_a_stream_is_whole_when_its_last_response_is_marked_final(request_of):
-    reader = wire.StreamReader(request_of(), server="here:1")
-    assert [found.text for found in reader.read(piece("a", (1,)))] == ["a"]
-    assert reader.read(empty_final()) == ()
-    reader.finish()
+def reader() -> wire.StreamReader:
+    return wire.StreamReader(wire.doing("phixtral", "here:1"), log_probs=False)
 
 
-def test_the_final_mark_may_come_with_the_last_piece(request_of):
-    reader = wire.StreamReader(request_of(), server="here:1")
-    reader.read(piece("a", (1,), final=True))
-    reader.finish()
+def test_a_stream_is_whole_when_its_last_response_is_marked_final():
+    stream = reader()
+    assert [found.text for found in stream.read(piece("a", (1,)))] == ["a"]
+    assert stream.read(empty_final()) == ()
+    assert stream.finish() == ()
 
 
-def test_a_stream_without_a_final_response_is_broken(request_of):
-    reader = wire.StreamReader(request_of(), server="here:1")
-    reader.read(piece("a", (1,)))
+def test_the_piece_with_the_finish_reason_is_kept_until_the_stream_has_ended():
+    stream = reader()
+    assert stream.read(piece("a", (1,), finish_reason="stop", final=True)) == ()
+    assert [found.finish_reason for found in stream.finish()] == ["stop"]
+
+
+def test_pieces_keep_their_order_even_if_one_comes_after_the_finish_reason():
+    stream = reader()
+    assert stream.read(piece("a", (1,), finish_reason="stop")) == ()
+    assert [found.text for found in stream.read(piece("b", (2,), final=True))] == ["a", "b"]
+    assert stream.finish() == ()
+
+
+def test_a_stream_without_a_final_response_is_broken():
+    stream = reader()
+    stream.read(piece("a", (1,)))
     with pytest.raises(StreamBroken, match="phixtral at here:1: the stream ended after 1 pieces without a final one"):
-        reader.finish()
+        stream.finish()
 
 
-def test_an_error_text_among_the_responses_is_the_servers_failure(request_of):
-    reader = wire.StreamReader(request_of(), server="here:1")
-    with pytest.raises(ServerFailed, match="generating with phixtral at here:1: out of pages"):
-        reader.read(pb.ModelStreamInferResponse(error_message="out of pages"))
+@pytest.mark.parametrize(
+    ("text", "status", "details"),
+    [
+        ("out of pages", "UNKNOWN", "out of pages"),
+        ("INVALID_ARGUMENT: top_p: found 7", "INVALID_ARGUMENT", "top_p: found 7"),
+        ("reading the request: top_p", "UNKNOWN", "reading the request: top_p"),
+    ],
+)
+def test_an_error_text_is_raised_at_the_end_with_the_status_that_it_starts_with(text, status, details):
+    stream = reader()
+    assert stream.read(pb.ModelStreamInferResponse(error_message=text)) == ()
+    with pytest.raises(wire.ErrorText) as found:
+        stream.finish()
+    assert (found.value.status, found.value.details) == (status, details)
+
+
+@pytest.mark.parametrize(
+    ("version", "asked"),
+    [("2.68.0", True), ("2.73.0dev", True), ("3.0.0", True), ("2.67.0", False), ("2.51.0", False), ("odd", False)],
+)
+def test_errors_as_statuses_are_asked_only_of_a_triton_that_survives_it(version, asked):
+    assert wire.stream_metadata(version) == ((("triton_grpc_error", "true"),) if asked else ())
