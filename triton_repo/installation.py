@@ -15,7 +15,6 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-import triton_repo
 from export.errors import MissingPackageError
 from triton_repo.errors import ServerError
 
@@ -90,7 +89,7 @@ def _libpython_folders(version: str) -> list[Path]:
 
 def _source_folders() -> list[Path]:
     """The folder of moeship's packages when it is a source checkout; an installed moeship is found anyway."""
-    folder = Path(triton_repo.__file__).resolve().parent.parent
+    folder = Path(__file__).resolve().parent.parent
     installed = {Path(sysconfig.get_path(key)).resolve() for key in ("purelib", "platlib")}
     return [] if folder in installed else [folder]
 

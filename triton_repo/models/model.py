@@ -42,6 +42,8 @@ class TritonPythonModel:
             for piece in self._service.respond(tensors, request.is_cancelled):
                 outputs = [pb_utils.Tensor(name, value) for name, value in wire_outputs(piece).items()]
                 sender.send(pb_utils.InferenceResponse(outputs), flags=LAST if piece.finish_reason else 0)
+                if piece.finish_reason == "cancelled":
+                    pb_utils.Logger.log_info(f"a request was cancelled after {piece.num_output_tokens} tokens")
         except Exception as error:  # whatever one request does, the instance goes on with the next
             kind, message = failure(error)
             refusal = pb_utils.TritonError(message, getattr(pb_utils.TritonError, kind))

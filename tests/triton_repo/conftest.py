@@ -1,0 +1,120 @@
+"""Tokenizers made in place, a session that says what it is told to, and one live server for the whole run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tokenizers
+from live_triton import LiveTriton
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from export.tokenizer import Tokenizer
+from triton_repo.package import PackageOptions, package_engine
+from triton_repo.server import ServerOptions, running_server
+
+END = "<|end|>"
+CORPUS = [
+    "def main() -> None:\n    print('hello')\n    return hello\n" * 4,
+    "smile 😀 and 😀😁, then 👩‍👩‍👧 and 🏳️‍🌈 again 😀",
+    "日本語の文章と漢字、日本語の文章と漢字",
+    "cafe\u0301 nai\u0308ve Ångström ñandú übermäßig",
+]
+
+
+@pytest.fixture(scope="session")
+def byte_level() -> Tokenizer:
+    """A trained byte-level BPE, so that tokens end inside characters and characters inside tokens."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, show_progress=False, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    size = backend.get_vocab_size()
+    return Tokenizer(backend=backend, size=size, eos_token_id=backend.token_to_id(END))
+
+
+@pytest.fixture(scope="session")
+def byte_fallback() -> Tokenizer:
+    """A tokenizer as Llama's and Mixtral's: words with a marked space, and bytes as tokens of their own."""
+    tokens = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁a", "a", "b", "▁b", "é"]
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)}, merges=[("▁", "a"), ("▁", "b")],
+            unk_token="<unk>", fuse_unk=True, byte_fallback=True,
+        )
+    )  # fmt: skip
+    backend.add_special_tokens(["</s>"])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return Tokenizer(backend=backend, size=len(tokens), eos_token_id=1)
+
+
+class ScriptedSession:
+    """Stands for trt_build's Session: its logits make the script's tokens the likeliest, one after the other."""
+
+    vocab_padding = 7  # rows past the tokenizer, which score highest of all
+
+    def __init__(self, tokenizer: Tokenizer, script: list[int], max_sequence: int = 512) -> None:
+        self.max_sequence = max_sequence
+        self.engine = SimpleNamespace(manifest=SimpleNamespace(eos_token_ids=(tokenizer.eos_token_id,)))
+        self.script, self.size, self.fed = script, tokenizer.size, []
+        self.prompt_size = None
+
+    def new_cache(self):
+        cache = SimpleNamespace(length=0)
+        cache.reset = lambda: setattr(cache, "length", 0)
+        return cache
+
+    def run(self, cache, token_ids):
+        assert cache.length + len(token_ids) <= self.max_sequence
+        self.fed.append(list(token_ids))
+        cache.length += len(token_ids)
+        produced = max(0, cache.length - (self.prompt_size or 0)) if self.prompt_size is not None else len(self.fed) - 1
+        logits = np.zeros(self.size + self.vocab_padding, dtype=np.float32)
+        logits[self.size :] = 50
+        logits[self.script[min(produced, len(self.script) - 1)]] = 9
+        return logits
+
+
+@pytest.fixture
+def scripted(byte_level):
+    """Makes a ScriptedSession that writes a text, then an end token."""
+
+    def make(text: str, **settings) -> ScriptedSession:
+        return ScriptedSession(byte_level, [*byte_level.encode(text), byte_level.eos_token_id], **settings)
+
+    return make
+
+
+def damage(engine: Path) -> None:
+    """Flip one bit in the middle of an engine's weights; the size stays."""
+    path = engine / "model.onnx.data"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory, tiny_engine) -> Path:
+    """A repository of one sound model, and one whose engine was damaged after it was packaged."""
+    folder = tmp_path_factory.mktemp("serving")
+    package_engine(PackageOptions(engine=tiny_engine, name="tiny", output=folder / "repository", threads=1))
+    # A copy, since the packaged files are links to the engine that other tests use.
+    shutil.copytree(tiny_engine, folder / "copy")
+    package_engine(PackageOptions(engine=folder / "copy", name="damaged", output=folder / "repository"))
+    damage(folder / "repository" / "damaged" / "1" / "engine")
+    return folder / "repository"
+
+
+@pytest.fixture(scope="session")
+def live(repository):
+    """The live server on `repository`."""
+    with running_server(ServerOptions(repository=repository)) as server, LiveTriton(server) as triton:
+        yield triton
