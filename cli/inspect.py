@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from export.inspection import CheckpointReport
     from export.routing import RoutingReport
 
-SUMMARY = "describe a checkpoint: family, sizes, routing"
 Rows = list[tuple[str, str]]
 
 

@@ -1,7 +1,7 @@
 """The `moeship` command line: finds the command's module, runs it, turns errors into one line and an exit status.
 
 Exit status: 0 done, 1 a check failed, 2 wrong input, 130 interrupted. Results go to stdout, everything else to stderr.
-A command is one module with `SUMMARY`, `add_arguments(parser)` and `run(arguments) -> int`; it is imported only when
+A command is one module with `add_arguments(parser)` and `run(arguments) -> int`; it is imported only when
 it is the one asked for.
 """
 

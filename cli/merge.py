@@ -10,7 +10,6 @@ import argparse
 import re
 from pathlib import Path
 
-SUMMARY = "merge dense experts into a mixture-of-experts checkpoint"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from checkpoints import write_phixtral_checkpoint
+from triton_repo.package import PackageOptions, package_engine
+from triton_repo.server import ServerOptions, running_server
 
 from trt_build.build_engine import BuildOptions, build_engine
 
@@ -41,3 +45,22 @@ def tiny_engines(tmp_path_factory, tiny_checkpoint):
 def tiny_engine(tiny_engines) -> Path:
     """An int4 engine directory."""
     return tiny_engines("int4")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A live server: the model's name, where it answers, and the engine that it serves."""
+
+    grpc_url: str
+    http_url: str
+    model: str
+    engine: Path
+
+
+@pytest.fixture(scope="session")
+def served_phixtral(tmp_path_factory, tiny_engine) -> Iterator[Served]:
+    """A real Triton that serves `tiny_engine`, for the whole session."""
+    repository = tmp_path_factory.mktemp("served") / "repository"
+    package_engine(PackageOptions(engine=tiny_engine, name="phixtral", output=repository))
+    with running_server(ServerOptions(repository=repository)) as server:
+        yield Served(server.grpc_url, server.http_url, "phixtral", tiny_engine)
