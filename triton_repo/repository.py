@@ -44,9 +44,11 @@ def _model_problems(folder: Path) -> list[str]:
     versions = [path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()]
     if not versions:
         problems.append(f"{folder.name}: no version folder such as {folder.name}/1; package the engine again")
-    for version in versions if parameters is not None else []:
-        assert parameters is not None
-        engine = version / parameters.engine
-        if not (engine / MANIFEST_FILE).is_file():
-            problems.append(f"{folder.name}: no engine at {engine} ({MANIFEST_FILE} is missing); package it again")
+    # Another maker's model has no engine that could be looked for.
+    engines = [version / parameters.engine for version in versions] if parameters is not None else []
+    problems += [
+        f"{folder.name}: no engine at {engine} ({MANIFEST_FILE} is missing); package it again"
+        for engine in engines
+        if not (engine / MANIFEST_FILE).is_file()
+    ]
     return problems

@@ -162,13 +162,22 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + KILL_GRACE_S
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
+    while _is_alive(process.pid):
+        if time.monotonic() > deadline:
+            logger.warning("processes of the server's group %d are still ending", process.pid)
             return
         time.sleep(POLL_INTERVAL_S)
-    logger.warning("processes of the server's group %d are still ending", process.pid)
+
+
+def _is_alive(group: int) -> bool:
+    """Whether a process of the group still runs. One that ended but was not yet reaped by its parent does not."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            # proc(5): the fields after the name in parentheses are state, parent, process group.
+            state, _, found, *_ = path.read_text().rpartition(")")[2].split()
+            if int(found) == group and state not in "ZX":
+                return True
+    return False
 
 
 def _wait_until_ready(

@@ -26,7 +26,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         parameters = ModelParameters.from_config(config)
         folder = Path(args["model_repository"]) / args["model_version"] / parameters.engine
-        self._service: Service | None = Service.open(folder, parameters.threads_of_instance(config))
+        self._service = Service.open(folder, parameters.threads_of_instance(config))
         pb_utils.Logger.log_info(f"{args['model_instance_name']}: {folder} is loaded")
 
     def execute(self, requests: list[Any]) -> None:
@@ -35,7 +35,6 @@ class TritonPythonModel:
             self._answer(request)
 
     def _answer(self, request: Any) -> None:  # noqa: ANN401 - the backend's type exists inside Triton only
-        assert self._service is not None
         sender = request.get_response_sender()
         try:
             tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
@@ -51,4 +50,4 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Free the engine."""
-        self._service = None
+        del self._service

@@ -33,11 +33,16 @@ class Detokenizer:
         self._window: list[int] = []
         self._given = 0  # characters of the window's text that were given out
         self._boundary = 0  # a place in the window where a character begins
+        self._in_bytes = False  # the last token with a text is a byte
 
     def push(self, token_id: int) -> str:
         """Add a token; returns the text that it settles, which may be empty."""
         self._window.append(token_id)
-        text, settled = self._decode(self._window)
+        self._in_bytes = self._is_byte(token_id) or (self._in_bytes and not self._tokenizer.decode([token_id]))
+        if self._in_bytes:
+            return ""
+        text = self._tokenizer.decode(self._window)
+        settled = len(text.rstrip(_UNDECIDED))
         piece = text[self._given : settled]
         self._given = max(self._given, settled)
         if settled == len(text):
@@ -54,12 +59,8 @@ class Detokenizer:
         piece, self._given = text[self._given :], len(text)
         return piece
 
-    def _decode(self, window: list[int]) -> tuple[str, int]:
-        """The window's text, and how many of its characters cannot change any more."""
-        text = self._tokenizer.decode(window)
-        if _BYTE_TOKEN.fullmatch(self._tokenizer.backend.id_to_token(window[-1]) or ""):
-            return text, min(self._given, len(text))
-        return text, len(text.rstrip(_UNDECIDED))
+    def _is_byte(self, token_id: int) -> bool:
+        return _BYTE_TOKEN.fullmatch(self._tokenizer.backend.id_to_token(token_id) or "") is not None
 
     def _trim(self) -> None:
         """At a character's boundary: move the window's start to the last boundary, if there is text after it."""

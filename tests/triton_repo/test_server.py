@@ -1,0 +1,224 @@
+"""Starting and stopping: ports, limits, unasked ends; nothing is left of a server afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cli.main import main
+from export.errors import MissingPackageError
+from triton_repo import server as server_module
+from triton_repo.errors import RepositoryError, ServerError
+from triton_repo.installation import find_installation
+from triton_repo.package import PackageOptions, package_engine
+from triton_repo.ports import Ports, choose_ports
+from triton_repo.server import ServerOptions, running_server
+
+PATIENCE_S = 60
+
+
+@pytest.fixture
+def small_repository(tmp_path, tiny_engine) -> Path:
+    package_engine(PackageOptions(engine=tiny_engine, name="tiny", output=tmp_path / "repository", threads=1))
+    return tmp_path / "repository"
+
+
+@pytest.fixture
+def taken_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield taken.getsockname()[1]
+
+
+def wait_until(holds) -> bool:
+    deadline = time.monotonic() + PATIENCE_S
+    while not (result := holds()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return result
+
+
+def processes_of(group: int) -> list[psutil.Process]:
+    """Living processes of a process group."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def regions(prefix: str) -> list[Path]:
+    """Shared memory of one server."""
+    return list(Path("/dev/shm").glob(f"{prefix}*"))
+
+
+def test_ports_in_use_are_told_together_before_anything_starts(small_repository, taken_port, monkeypatch):
+    monkeypatch.setattr(server_module, "find_installation", lambda workspace: pytest.fail("it went on"))
+    options = ServerOptions(repository=small_repository, ports=Ports(grpc=taken_port))
+    with pytest.raises(ServerError) as caught, running_server(options):
+        pass
+    assert f"the grpc port {taken_port} on 127.0.0.1 cannot be had (Address already in use)" in str(caught.value)
+    assert "or none to have free ones chosen" in str(caught.value)
+
+
+def test_impossible_ports_are_refused():
+    with pytest.raises(ServerError, match="the http port is 70000, expected 1 to 65535"):
+        choose_ports("127.0.0.1", Ports(http=70000))
+    with pytest.raises(ServerError, match="found the same port twice: grpc 9000, metrics 9000"):
+        choose_ports("127.0.0.1", Ports(grpc=9000, metrics=9000))
+    with pytest.raises(ServerError, match="on 192.0.2.1 cannot be had"):
+        choose_ports("192.0.2.1", Ports())
+
+
+def test_chosen_ports_differ():
+    ports = choose_ports("127.0.0.1", Ports())
+    assert len({ports.grpc, ports.http, ports.metrics}) == 3
+
+
+def test_a_missing_tritonserver_names_the_extra_that_brings_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("triton_repo.installation.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match=r"pip install 'moeship\[server\]'"):
+        find_installation(tmp_path)
+
+
+def test_a_tritonserver_on_path_is_taken_first(tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "tritonserver"
+    program.parent.mkdir()
+    (tmp_path / "backends").mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+    installation = find_installation(tmp_path / "workspace")
+    assert (installation.program, installation.backends) == (program, tmp_path / "backends")
+    assert installation.environment()["PATH"].startswith(str(Path(sys.executable).parent))
+
+
+def fake_server(tmp_path, monkeypatch, script: str) -> None:
+    program = tmp_path / "bin" / "tritonserver"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+
+
+def test_a_server_that_ends_at_once_is_told_with_its_log(small_repository, tmp_path, monkeypatch):
+    fake_server(tmp_path, monkeypatch, "echo no such library; exit 3")
+    with pytest.raises(ServerError) as caught, running_server(ServerOptions(repository=small_repository)):
+        pass
+    assert "tritonserver ended with status 3 before it was ready" in str(caught.value)
+    assert "the end of its log:\n    no such library" in str(caught.value)
+
+
+def test_a_server_that_takes_too_long_is_stopped_with_all_its_processes(small_repository, tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "KILL_GRACE_S", 0.2)
+    monkeypatch.setattr(server_module, "DRAIN_TIMEOUT_S", 0)
+    pid = tmp_path / "pid"
+    fake_server(tmp_path, monkeypatch, f"trap '' TERM; echo $$ > {pid}; sleep 1000 & echo loading; wait; wait")
+    with (
+        pytest.raises(
+            ServerError, match="still loading models after 1 s; allow more time, or look at its log"
+        ) as caught,
+        running_server(ServerOptions(repository=small_repository, ready_timeout_s=1)),
+    ):
+        pass
+    assert "    loading" in str(caught.value)
+    assert processes_of(int(pid.read_text())) == []
+
+
+def test_no_model_at_all_is_an_error_with_the_reasons_and_nothing_is_left(small_repository, monkeypatch):
+    model = small_repository / "tiny" / "1" / "model.py"
+    model.write_text(model.read_text() + "\nraise RuntimeError('the dog ate it')\n")
+    started = []
+    plain = subprocess.Popen
+    monkeypatch.setattr(
+        server_module.subprocess, "Popen", lambda *a, **k: started.append(plain(*a, **k)) or started[-1]
+    )
+    with pytest.raises(ServerError) as caught, running_server(ServerOptions(repository=small_repository)):
+        pass
+    assert "no model is ready" in str(caught.value)
+    assert "tiny is UNAVAILABLE" in str(caught.value)
+    assert "the dog ate it" in str(caught.value)
+    assert caught.value.exit_status == 2
+    assert processes_of(started[0].pid) == []
+
+
+def test_nothing_is_left_when_the_block_ends_even_with_an_error(small_repository):
+    seen = {}
+
+    def fail_while_serving() -> None:
+        with running_server(ServerOptions(repository=small_repository)) as server:
+            seen["group"] = server.process.pid
+            assert len(processes_of(server.process.pid)) >= 2  # the server and the model's stub
+            [setting] = [word for word in server.process.args if "shm-region-prefix-name=" in word]
+            seen["prefix"] = setting.rpartition("=")[2]
+            assert regions(seen["prefix"])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_while_serving()
+    assert processes_of(seen["group"]) == []
+    assert not regions(seen["prefix"])
+
+
+def start_command(repository: Path, *arguments: str) -> tuple[subprocess.Popen, dict]:
+    command = subprocess.Popen(
+        [sys.executable, "-m", "cli.main", "serve", str(repository), "--json", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    return command, json.loads(command.stdout.readline())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_stops_on_a_signal_and_leaves_no_process(small_repository, number):
+    command, ready = start_command(small_repository)
+    with urllib.request.urlopen(f"{ready['http']}/v2/health/ready", timeout=PATIENCE_S) as response:
+        assert response.status == 200
+    assert [(model["name"], model["state"]) for model in ready["models"]] == [("tiny", "READY")]
+    command.send_signal(number)
+    _, errors = command.communicate(timeout=PATIENCE_S)
+    assert command.returncode == 0, errors
+    assert processes_of(ready["pid"]) == []
+
+
+def test_a_killed_command_takes_its_server_along(small_repository):
+    command, ready = start_command(small_repository)
+    command.kill()
+    command.communicate(timeout=PATIENCE_S)
+    assert wait_until(lambda: not processes_of(ready["pid"]))
+
+
+def test_a_server_that_ends_unasked_ends_the_command_with_its_log(small_repository):
+    command, ready = start_command(small_repository)
+    os.kill(ready["pid"], signal.SIGKILL)
+    _, errors = command.communicate(timeout=PATIENCE_S)
+    assert command.returncode == 2
+    assert "tritonserver ended with status -9" in errors
+    assert "the end of its log" in errors
+    assert processes_of(ready["pid"]) == []
+
+
+def test_the_log_goes_to_the_file_that_was_named(small_repository, tmp_path):
+    with running_server(ServerOptions(repository=small_repository, log=tmp_path / "server.log")):
+        pass
+    assert "tiny_0_0: " in (tmp_path / "server.log").read_text()
+
+
+def test_the_command_refuses_what_is_no_repository(tmp_path, capsys):
+    assert main(["serve", str(tmp_path)]) == 2
+    assert f"RepositoryError: serving {tmp_path}: found no model" in capsys.readouterr().err
+    with pytest.raises(RepositoryError), running_server(ServerOptions(repository=tmp_path / "none")):
+        pass

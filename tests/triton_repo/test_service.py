@@ -1,0 +1,58 @@
+"""From wire tensors to wire tensors without Triton."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from export.errors import MoeshipError
+from triton_repo.contract import OURS, OUTPUTS
+from triton_repo.errors import RequestError
+from triton_repo.runtime.generation import Piece
+from triton_repo.runtime.service import Service, failure, wire_outputs
+
+
+def request(**values) -> dict:
+    return {
+        name: np.array([[value]], dtype=object if isinstance(value, bytes) else None) for name, value in values.items()
+    }
+
+
+def test_a_request_that_does_not_stream_has_one_piece_with_all(scripted, byte_level):
+    service = Service(scripted("return hello"), byte_level)
+    asked = {"text_input": b"def ", "max_tokens": 50}
+    [whole] = service.respond(request(**asked), lambda: False)
+    service = Service(scripted("return hello"), byte_level)
+    pieces = list(service.respond(request(**asked, stream=True), lambda: False))
+    assert whole.text == "".join(piece.text for piece in pieces) == "return hello"
+    assert len(pieces) > 1
+    assert whole.finish_reason == "stop"
+
+
+def test_outputs_are_those_of_the_contract_with_its_types():
+    piece = Piece(
+        text="né", token_ids=(4, 5), log_probs=(-0.5, -0.25), cum_log_prob=-2.0, finish_reason="length",
+        num_input_tokens=3, num_output_tokens=9,
+    )  # fmt: skip
+    outputs = wire_outputs(piece)
+    dtypes = {"STRING": np.object_, "INT32": np.int32, "FP32": np.float32}
+    assert {name: value.dtype.type for name, value in outputs.items()} == {
+        tensor.name: dtypes[tensor.dtype] for tensor in (*OUTPUTS, *OURS)
+    }
+    assert outputs["text_output"].tolist() == ["né".encode()]
+    assert outputs["token_ids"].tolist() == [[4, 5]]
+    assert outputs["output_log_probs"].tolist() == [[-0.5, -0.25]]
+    assert outputs["cum_log_probs"].tolist() == [[-2.0]]
+    assert outputs["finish_reason"].tolist() == [[b"length"]]
+    assert (outputs["num_input_tokens"].tolist(), outputs["num_output_tokens"].tolist()) == ([[3]], [[9]])
+
+
+def test_a_failure_of_the_requests_own_keeps_its_status_and_text():
+    assert failure(RequestError("found 0")) == ("INVALID_ARG", "found 0")
+    assert failure(RequestError("NaN", kind="INTERNAL")) == ("INTERNAL", "NaN")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), MoeshipError("by zero")])
+def test_any_other_failure_is_internal_and_logged(error, caplog):
+    assert failure(error) == ("INTERNAL", f"answering the request: {type(error).__name__}: by zero")
+    assert "for a reason of the server's own" in caplog.text
