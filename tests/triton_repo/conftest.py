@@ -65,7 +65,7 @@ class ScriptedSession:
         self.max_sequence = max_sequence
         self.engine = SimpleNamespace(manifest=SimpleNamespace(eos_token_ids=(tokenizer.eos_token_id,)))
         self.script, self.size, self.fed = script, tokenizer.size, []
-        self.prompt_size = None
+        self.prompt_size = None  # tokens; where set, the place in the script follows from the cache's length
 
     def new_cache(self):
         cache = SimpleNamespace(length=0)
@@ -76,7 +76,7 @@ class ScriptedSession:
         assert cache.length + len(token_ids) <= self.max_sequence
         self.fed.append(list(token_ids))
         cache.length += len(token_ids)
-        produced = max(0, cache.length - (self.prompt_size or 0)) if self.prompt_size is not None else len(self.fed) - 1
+        produced = len(self.fed) - 1 if self.prompt_size is None else max(0, cache.length - self.prompt_size)
         logits = np.zeros(self.size + self.vocab_padding, dtype=np.float32)
         logits[self.size :] = 50
         logits[self.script[min(produced, len(self.script) - 1)]] = 9

@@ -174,6 +174,15 @@ def test_nothing_is_left_when_the_block_ends_even_with_an_error(small_repository
     assert not regions(seen["prefix"])
 
 
+def test_the_memory_of_a_killed_server_is_given_back(small_repository):
+    with running_server(ServerOptions(repository=small_repository)) as server:
+        os.killpg(server.process.pid, signal.SIGKILL)
+        assert wait_until(lambda: not processes_of(server.process.pid))
+        [setting] = [word for word in server.process.args if "shm-region-prefix-name=" in word]
+        assert regions(setting.rpartition("=")[2])
+    assert not regions(setting.rpartition("=")[2])
+
+
 def start_command(repository: Path, *arguments: str) -> tuple[subprocess.Popen, dict]:
     command = subprocess.Popen(
         [sys.executable, "-m", "cli.main", "serve", str(repository), "--json", *arguments],
