@@ -187,6 +187,7 @@ def start_command(repository: Path, *arguments: str) -> tuple[subprocess.Popen, 
     command = subprocess.Popen(
         [sys.executable, "-m", "cli.main", "serve", str(repository), "--json", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+        env={**os.environ, "TMPDIR": str(repository.parent)},
     )  # fmt: skip
     return command, json.loads(command.stdout.readline())
 
