@@ -195,7 +195,7 @@ def main() -> int:
 
     base_folder = options.output / "base"
     scores: dict[str, dict[str, float]] = {}
-    with (options.output.parent / "training_log.jsonl").open("w") as log:
+    with (options.output.parent / "training_log.jsonl").open("a") as log:
         if base_folder.is_dir():
             model = PhiForCausalLM.from_pretrained(base_folder)
         else:
