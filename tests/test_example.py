@@ -59,9 +59,7 @@ def mixture(tmp_path_factory) -> Path:
 def engines(tmp_path_factory, mixture) -> dict[str, Engine]:
     folder = tmp_path_factory.mktemp("engines")
     return {
-        precision: build_engine(
-            BuildOptions(checkpoint=str(mixture), output=folder / precision, precision=precision)
-        )
+        precision: build_engine(BuildOptions(checkpoint=str(mixture), output=folder / precision, precision=precision))
         for precision in ("fp32", "int8", "int4")
     }
 

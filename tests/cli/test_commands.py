@@ -40,7 +40,9 @@ def test_every_command_explains_itself(name, capsys):
     assert f"usage: moeship {name}" in capsys.readouterr().out
 
 
-def test_verify_writes_its_result_into_the_engine_and_ends_with_status_0(tmp_path, tiny_checkpoint, tiny_engines, capsys):
+def test_verify_writes_its_result_into_the_engine_and_ends_with_status_0(
+    tmp_path, tiny_checkpoint, tiny_engines, capsys
+):
     engine = Path(shutil.copytree(tiny_engines("fp32"), tmp_path / "engine"))
     text = tmp_path / "text"
     text.write_text("What is verified is what is served. " * 8)
