@@ -8,6 +8,7 @@ Each step shows the command that does the same by hand.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from export.errors import ConfigError, MoeshipError
 
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-phixtral"
 MODEL = "phixtral"
-PROMPT = "def read_lines(path):\n"
-MAX_TOKENS = 120
+PROMPT = "class Reader:\n    def __init__(self, path):\n        self.path = path\n"
+SAMPLING: dict[str, Any] = {"max_tokens": 160, "temperature": 0.7, "top_p": 0.95}
+SEED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,9 @@ class Streamed:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default=PROMPT, help="text to continue (default: %(default)r)")
     parser.add_argument("--precision", default="int4", help="fp32, int8 or int4 (default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="keep what is made here (default: a temporary folder)")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="keep what is made here (default: a temporary folder)"
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON; the rest goes to stderr")
 
 
@@ -55,54 +59,48 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"starting the demo: {EXAMPLE} does not exist; run it from a clone of the project (pip install -e .)"
         )
-    if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        return _road(arguments, arguments.output)
-    with tempfile.TemporaryDirectory(prefix="moeship-demo-") as folder:
-        return _road(arguments, Path(folder))
+    with contextlib.ExitStack() as stack:
+        folder = arguments.output or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moeship-demo-")))
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(contextlib.chdir(folder))  # so that paths read short
+        return _road(arguments)
 
 
-def _road(arguments: argparse.Namespace, folder: Path) -> int:
+def _road(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     console = Console(stderr=arguments.json, highlight=False, soft_wrap=True)
     started = time.monotonic()
-    checkpoint, engine, repository = folder / "checkpoint", folder / "engine", folder / "repository"
+    precision = arguments.precision
     steps = [
-        ("merge four experts", ["merge", str(EXAMPLE / "merge.yml"), str(checkpoint)]),
-        ("look at the mixture", ["inspect", str(checkpoint)]),
-        (
-            f"build an {arguments.precision} engine",
-            ["build", "--checkpoint", str(checkpoint), "--precision", arguments.precision, "--output", str(engine)],
-        ),
-        ("verify it against the reference", ["verify", str(engine), "--reference", str(checkpoint)]),
-        ("package it for Triton", ["package", str(engine), "--name", MODEL, "--output", str(repository)]),
+        ("merge four experts", ["merge", str(EXAMPLE / "merge.yml"), "checkpoint"]),
+        ("look at the mixture", ["inspect", "checkpoint"]),
+        ("build an engine", ["build", "--checkpoint", "checkpoint", "--precision", precision, "--output", "engine"]),
+        ("verify it against the reference", ["verify", "engine", "--reference", "checkpoint", "--tokens", "8192"]),
+        ("package it for Triton", ["package", "engine", "--name", MODEL, "--output", "repository"]),
     ]
     for number, (title, words) in enumerate(steps, start=1):
-        _heading(console, number, title, words, folder)
+        _heading(console, number, title, words)
         status = _quietly_on(console, words)
         if status:
             return status
-    _heading(console, len(steps) + 1, "serve it and stream", ["serve", str(repository)], folder)
-    streamed = _serve_and_stream(console, repository, arguments.prompt)
-    _summary(console, arguments.json, engine, streamed, time.monotonic() - started)
+    _heading(console, len(steps) + 1, "serve it and stream", ["serve", "repository"])
+    streamed = _serve_and_stream(console, Path("repository"), arguments.prompt)
+    _summary(console, arguments.json, Path("engine"), streamed, time.monotonic() - started)
     return 0
 
 
 def _quietly_on(console: Console, words: list[str]) -> int:
     """Run one command as the command line would; its result goes where the console writes."""
-    import contextlib
-
     from cli.main import main
 
     with contextlib.redirect_stdout(console.file):
         return main(words)
 
 
-def _heading(console: Console, number: int, title: str, words: list[str], folder: Path) -> None:
+def _heading(console: Console, number: int, title: str, words: list[str]) -> None:
     console.print(f"\n{number}. {title}", style="bold cyan", markup=False)
-    short = [word.replace(f"{folder}/", "").replace(f"{EXAMPLE.parent.parent}/", "") for word in words]
-    _show_command(console, short)
+    _show_command(console, [word.replace(f"{EXAMPLE.parent.parent}/", "") for word in words])
 
 
 def _show_command(console: Console, words: list[str]) -> None:
@@ -115,7 +113,8 @@ def _serve_and_stream(console: Console, repository: Path, prompt: str) -> Stream
     from triton_repo.server import ServerOptions, running_server
 
     with running_server(ServerOptions(repository=repository)) as server:
-        _show_command(console, ["generate", "--url", server.grpc_url, "--max-tokens", str(MAX_TOKENS), prompt])
+        flags = [word for name, value in SAMPLING.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        _show_command(console, ["generate", "--url", server.grpc_url, *flags, "--seed", str(SEED), prompt])
         console.print()
         console.print(prompt, end="", style="bold", markup=False)
         streamed = _stream(server.grpc_url, prompt, lambda text: console.print(text, end="", markup=False))
@@ -124,11 +123,11 @@ def _serve_and_stream(console: Console, repository: Path, prompt: str) -> Stream
 
 
 def _stream(url: str, prompt: str, show: Callable[[str], None]) -> Streamed:
-    """Greedy pieces as they come, and when."""
+    """Pieces as they come, and when."""
     from clients.generation import Client
     from clients.messages import GenerationRequest
 
-    request = GenerationRequest(model=MODEL, prompt=prompt, max_tokens=MAX_TOKENS)
+    request = GenerationRequest(model=MODEL, prompt=prompt, random_seed=SEED, **SAMPLING)
     started, first, count, text, reason = time.monotonic(), 0.0, 0, "", ""
     with Client(url) as client:
         for piece in client.stream(request):
@@ -190,5 +189,3 @@ def _figures(engine: Engine, streamed: Streamed, seconds: float) -> dict[str, ob
         "stream": asdict(streamed),
         "seconds": round(seconds, 1),
     }
-
-

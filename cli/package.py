@@ -28,5 +28,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({**dataclasses.asdict(package), "folder": str(package.folder)}))
     else:
-        print(f"{package.folder}: {package.engine_bytes} bytes of engine, {package.copied_bytes} of them copied")
+        how = f"{package.copied_bytes / 1e6:.1f} MB of it copied" if package.copied_bytes else "linked, not copied"
+        print(f"{package.folder}: {package.engine_bytes / 1e6:.1f} MB of engine, {how}")
     return 0

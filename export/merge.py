@@ -96,7 +96,7 @@ def merge(
         shards=tuple(sorted(output.glob("*.safetensors"))),
         routing=report,
     )
-    logger.info(
+    logger.debug(
         "merged %d experts: %d tensors, %.3f GB, %.1f s, %s",
         len(experts), result.num_tensors, result.num_bytes / 1e9, time.monotonic() - started, output,
     )  # fmt: skip

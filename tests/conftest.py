@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from checkpoints import write_phixtral_checkpoint
+
 from triton_repo.package import PackageOptions, package_engine
 from triton_repo.server import ServerOptions, running_server
-
 from trt_build.build_engine import BuildOptions, build_engine
 
 # Blocks of 32 must divide H and F; E, K, L and the head count stay unequal so that no swapped axis fits.

@@ -70,7 +70,7 @@ def package_engine(options: PackageOptions) -> Package:
         with staged_directory(options.output, "the model repository") as staging:
             (staging / options.name).mkdir()
             copied = _write_model(staging / options.name, engine, options)
-    logger.info("%s: engine of %d bytes, %d of them copied", folder, engine.num_bytes, copied)
+    logger.debug("%s: engine of %d bytes, %d of them copied", folder, engine.num_bytes, copied)
     return Package(folder=folder, name=options.name, engine_bytes=engine.num_bytes, copied_bytes=copied)
 
 

@@ -136,14 +136,14 @@ def compare(
     experts_per_token = engine.manifest.architecture.experts_per_token
     sums, first_logits = [], None
     for index, window in enumerate(windows):
-        progress(f"scoring window {index + 1} of {len(windows)}, {len(window)} tokens")
+        progress(f"scored {index} of {len(windows)} windows of text")
         expected, expected_routing = run_reference(reference, window)
         found, found_routing = scoring.run(window)
         sums.append(_measure(found, expected, window, found_routing, expected_routing, experts_per_token))
         if first_logits is None:
             first_logits = expected
     del scoring
-    progress(f"decoding {len(windows[0]) // 2} tokens through the cache")
+    progress(f"scored {len(windows)} windows; decoding {len(windows[0]) // 2} tokens through the cache")
     decoded = _decode(engine, windows[0])
     decoded_difference = float(np.abs(decoded - _tail(first_logits, len(decoded))).max())
     return _combine(sums, len(decoded) - 1, decoded_difference)

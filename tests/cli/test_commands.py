@@ -98,9 +98,10 @@ def test_the_demo_walks_the_whole_road(tmp_path):
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["verification"]["failures"] == []
-    assert 4.5 < summary["bits_per_weight"] < 5.6
-    assert summary["stream"]["num_output_tokens"] == 120
-    assert len(summary["stream"]["text"]) > 100
+    assert 4.5 < summary["bits_per_weight"] < 5.8
+    assert summary["stream"]["finish_reason"] in ("length", "stop")
+    assert 1 < summary["stream"]["num_output_tokens"] <= 160
+    assert len(summary["stream"]["text"]) > summary["stream"]["num_output_tokens"]
     assert summary["stream"]["tokens_per_s"] > 0
     for title in ("merge", "look", "build", "verify", "package", "serve"):
         assert f". {title}" in done.stderr

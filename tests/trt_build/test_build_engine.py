@@ -93,8 +93,8 @@ def test_the_manifest_counts_the_bits_that_the_data_file_holds(tiny_engines):
     small = {"rotary/cos_cache", "rotary/sin_cache"}
     num_weights -= sum(v.size for n, v in initializers(tiny_engines("fp32")).items() if "." not in n or n in small)
     assert manifest.precision.average_bits_per_weight == pytest.approx(8 * stored / num_weights, abs=1e-3)
-    # 4 bits and a float32 scale for 32 weights are 5 bits; norms, biases and the router add the rest.
-    assert 5.0 < manifest.precision.average_bits_per_weight < 5.5
+    # 4 bits and a float32 scale for 32 weights are 5 bits; the ends at 8 bits, norms and biases add the rest.
+    assert 5.0 < manifest.precision.average_bits_per_weight < 5.8
 
 
 def test_the_script_builds_without_the_command_line_of_moeship(tmp_path, tiny_checkpoint):
