@@ -74,7 +74,7 @@ def test_an_unknown_model_is_met_with_the_names_there_are(client, ask, served_ph
 
 def test_a_refused_request_says_why_and_the_server_goes_on(client, ask):
     for _ in range(20):
-        with pytest.raises(errors.ClientError, match="temperature: found -1"):
+        with pytest.raises(errors.RequestRejected, match="temperature: found -1"):
             client.generate(ask(temperature=-1.0))
     assert client.generate(ask()).finish_reason == "length"
 

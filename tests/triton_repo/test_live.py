@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import urllib.error
 import urllib.request
 
 import grpc
 import psutil
 import pytest
 from google.protobuf import text_format
+from live_triton import Refused
 from tritonclient.grpc import model_config_pb2, service_pb2
 
 from export.tokenizer import load_tokenizer
@@ -107,10 +109,10 @@ def test_responses_have_the_shapes_that_nvidias_clients_read(live):
 )
 def test_a_bad_request_is_an_invalid_argument_and_the_server_goes_on(live, asked, message):
     for stream in (True, False):
-        with pytest.raises(grpc.RpcError) as caught:
+        with pytest.raises(Refused) as caught:
             live.ask("tiny", stream=stream, **asked)
-        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-        assert message in caught.value.details()
+        assert str(caught.value).startswith("INVALID_ARGUMENT: ")
+        assert message in str(caught.value)
     assert live.text("tiny", text_input="x", max_tokens=2)
 
 
@@ -142,7 +144,6 @@ def test_a_damaged_engine_is_not_served_and_the_other_model_is(live):
     assert states["damaged"].state == "UNAVAILABLE"
     assert "model.onnx.data: found SHA-256" in states["damaged"].reason
     call, ended = live.call("damaged", text_input="x", max_tokens=2)
-    # Triton answers so for an unknown model even where gRPC errors are asked for.
     assert "'damaged' has no available versions" in next(call).error_message
     ended.set()
 
@@ -159,6 +160,16 @@ def test_the_http_generate_endpoint_answers_in_json(live):
         answer = json.load(response)
     assert answer["text_output"] == live.text("tiny", text_input="def ", max_tokens=6)
     assert answer["num_output_tokens"] == 6
+
+
+def test_over_http_a_bad_request_has_status_400(live):
+    body = json.dumps({"text_input": "def ", "max_tokens": 0, "stop_words": "", "bad_words": ""}).encode()
+    url = f"{live.server.http_url}/v2/models/tiny/generate"
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(urllib.request.Request(url, data=body), timeout=30)
+    with caught.value as answer:
+        assert answer.code == 400
+        assert "max_tokens: found 0, expected 1 or more" in json.load(answer)["error"]
 
 
 def test_the_model_process_holds_onnxruntime_and_no_torch(live):

@@ -48,11 +48,11 @@ def test_outputs_are_those_of_the_contract_with_its_types():
 
 
 def test_a_failure_of_the_requests_own_keeps_its_status_and_text():
-    assert failure(RequestError("found 0")) == ("INVALID_ARG", "found 0")
-    assert failure(RequestError("NaN", kind="INTERNAL")) == ("INTERNAL", "NaN")
+    assert failure(RequestError("found 0")) == ("INVALID_ARG", "INVALID_ARGUMENT: found 0")
+    assert failure(RequestError("NaN", kind="INTERNAL")) == ("INTERNAL", "INTERNAL: NaN")
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), MoeshipError("by zero")])
 def test_any_other_failure_is_internal_and_logged(error, caplog):
-    assert failure(error) == ("INTERNAL", f"answering the request: {type(error).__name__}: by zero")
+    assert failure(error) == ("INTERNAL", f"INTERNAL: answering the request: {type(error).__name__}: by zero")
     assert "for a reason of the server's own" in caplog.text

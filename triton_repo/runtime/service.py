@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.tokenizer import Tokenizer, load_tokenizer
-from triton_repo.errors import RequestError, RequestErrorKind
+from triton_repo.errors import GRPC_STATUS, RequestError, RequestErrorKind
 from triton_repo.runtime.generation import Piece, generate, join
 from triton_repo.runtime.options import read_options
 from trt_build.engine import open_engine
@@ -70,8 +70,12 @@ def wire_outputs(piece: Piece) -> dict[str, npt.NDArray[Any]]:
 
 
 def failure(error: Exception) -> tuple[RequestErrorKind, str]:
-    """The status and message that the client of a failed request sees; what is not the client's doing is logged."""
+    """The status and message that the client of a failed request sees; what is not the client's doing is logged.
+
+    The message begins with the gRPC status' name: a Triton before 2.68 sends the errors of a stream as text alone, and
+    crashes when it is asked to do otherwise (triton-inference-server/server#8708).
+    """
     if isinstance(error, RequestError):
-        return error.kind, str(error)
+        return error.kind, f"{GRPC_STATUS[error.kind]}: {error}"
     logger.error("a request failed for a reason of the server's own", exc_info=error)
-    return "INTERNAL", f"answering the request: {type(error).__name__}: {error}"
+    return "INTERNAL", f"{GRPC_STATUS['INTERNAL']}: answering the request: {type(error).__name__}: {error}"
