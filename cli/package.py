@@ -19,6 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="requests that run at the same time, each with the engine's memory again (default 1)",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, help="threads of each instance (default: the cores shared out)")
+    parser.add_argument(
+        "--copy", action="store_true",
+        help="copy the engine rather than link to its files; the onnx package refuses to read linked ones",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="the result as JSON")
 
 

@@ -12,6 +12,7 @@ overwritten. What is new appears whole, by rename, or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -37,7 +38,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 @dataclass(frozen=True, kw_only=True)
 class PackageOptions:
     """`instances` requests run at the same time, each with the engine's memory again; `threads` of each of them,
-    None to share the machine's cores out.
+    None to share the machine's cores out. `copy` makes the repository independent of the engine directory, where a
+    hard link would share its disk space.
     """
 
     engine: Path
@@ -45,6 +47,7 @@ class PackageOptions:
     output: Path
     instances: int = 1
     threads: int | None = None
+    copy: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,14 +118,15 @@ def _write_model(folder: Path, engine: Engine, options: PackageOptions) -> int:
     shutil.copyfile(Path(__file__).parent / "models" / MODEL_FILE, version / MODEL_FILE)
     (version / parameters.engine).mkdir()
     names = [*engine.manifest.files, MANIFEST_FILE]
-    return sum(_link_or_copy(engine.folder / name, version / parameters.engine / name) for name in names)
+    target = version / parameters.engine
+    return sum(_place(engine.folder / name, target / name, copy=options.copy) for name in names)
 
 
-def _link_or_copy(source: Path, target: Path) -> int:
-    """A hard link where the file system allows one, else a copy; returns the bytes copied."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
-        return target.stat().st_size
-    return 0
+def _place(source: Path, target: Path, *, copy: bool) -> int:
+    """A hard link, or a copy where one is asked for or links are refused; returns the bytes copied."""
+    if not copy:
+        with contextlib.suppress(OSError):
+            os.link(source.resolve(), target)
+            return 0
+    shutil.copyfile(source, target)
+    return target.stat().st_size

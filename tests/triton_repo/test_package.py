@@ -75,6 +75,14 @@ def test_the_engine_is_linked_whole_and_opens_in_its_new_place(tmp_path, tiny_en
     assert (result.engine_bytes, result.copied_bytes) == (open_engine(tiny_engine).num_bytes, 0)
 
 
+def test_a_copied_engine_shares_nothing_with_its_source(tmp_path, tiny_engine):
+    result = package_engine(PackageOptions(engine=tiny_engine, name="m", output=tmp_path / "repository", copy=True))
+    copied = result.folder / "1" / "engine" / "model.onnx.data"
+    assert not copied.samefile(tiny_engine / "model.onnx.data")
+    assert copied.read_bytes() == (tiny_engine / "model.onnx.data").read_bytes()
+    assert result.copied_bytes == result.engine_bytes + (tiny_engine / "engine.json").stat().st_size
+
+
 def test_the_engine_is_copied_where_links_are_refused(tmp_path, tiny_engine, monkeypatch):
     def refuse(source, target):
         raise OSError(18, "Invalid cross-device link")

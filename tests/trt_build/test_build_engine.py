@@ -36,18 +36,24 @@ def engine_copy(tmp_path, tiny_engine):
     return Path(shutil.copytree(tiny_engine, tmp_path / "copy"))
 
 
+@pytest.fixture
+def unlinked_engines(tmp_path, tiny_engines):
+    """precision -> a copy: onnx refuses files that other tests have packaged by hard links."""
+    return lambda precision: Path(shutil.copytree(tiny_engines(precision), tmp_path / precision, dirs_exist_ok=True))
+
+
 def initializers(engine_folder):
     model = onnx.load(str(engine_folder / "model.onnx"), load_external_data=False)
     load_external_data_for_model(model, str(engine_folder))
     return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 
-def test_graphs_pass_onnx_own_checker(tiny_engines):
+def test_graphs_pass_onnx_own_checker(unlinked_engines):
     for precision in ("fp32", "int4"):
         for name in ("model.onnx", "model_scoring.onnx"):
-            model = onnx.load(str(tiny_engines(precision) / name), load_external_data=False)
+            model = onnx.load(str(unlinked_engines(precision) / name), load_external_data=False)
             assert len(model.graph.node) > 20
-            onnx.checker.check_model(str(tiny_engines(precision) / name))
+            onnx.checker.check_model(str(unlinked_engines(precision) / name))
 
 
 def test_every_attribute_of_every_contributed_operator_is_written(tiny_engines):
@@ -64,9 +70,9 @@ def test_every_attribute_of_every_contributed_operator_is_written(tiny_engines):
 
 @pytest.mark.parametrize(("precision", "bits", "relative_error"), [("int8", 8, 0.006), ("int4", 4, 0.09)])
 def test_stored_experts_stand_in_the_manifests_order_with_the_grids_error(
-    tiny_checkpoint, tiny_engines, precision, bits, relative_error
+    tiny_checkpoint, unlinked_engines, precision, bits, relative_error
 ):
-    folder = tiny_engines(precision)
+    folder = unlinked_engines(precision)
     found, outside = initializers(folder), load_file(tiny_checkpoint / "model.safetensors")
     order = open_engine(folder).manifest.expert_order
     assert order == (4, 3, 2, 1, 0)
@@ -80,18 +86,18 @@ def test_stored_experts_stand_in_the_manifests_order_with_the_grids_error(
         ).all()
 
 
-def test_router_norms_and_biases_stay_float32(tiny_engines):
-    for name, values in initializers(tiny_engines("int4")).items():
+def test_router_norms_and_biases_stay_float32(unlinked_engines):
+    for name, values in initializers(unlinked_engines("int4")).items():
         if name.endswith((".bias", "gate.weight", ".ln.weight")):
             assert values.dtype == np.float32
 
 
-def test_the_manifest_counts_the_bits_that_the_data_file_holds(tiny_engines):
-    manifest = open_engine(tiny_engines("int4")).manifest
-    stored = sum(values.nbytes for name, values in initializers(tiny_engines("int4")).items() if "." in name)
-    num_weights = sum(values.size for values in initializers(tiny_engines("fp32")).values())
+def test_the_manifest_counts_the_bits_that_the_data_file_holds(unlinked_engines):
+    manifest = open_engine(unlinked_engines("int4")).manifest
+    stored = sum(values.nbytes for name, values in initializers(unlinked_engines("int4")).items() if "." in name)
+    num_weights = sum(values.size for values in initializers(unlinked_engines("fp32")).values())
     small = {"rotary/cos_cache", "rotary/sin_cache"}
-    num_weights -= sum(v.size for n, v in initializers(tiny_engines("fp32")).items() if "." not in n or n in small)
+    num_weights -= sum(v.size for n, v in initializers(unlinked_engines("fp32")).items() if "." not in n or n in small)
     assert manifest.precision.average_bits_per_weight == pytest.approx(8 * stored / num_weights, abs=1e-3)
     # 4 bits and a float32 scale for 32 weights are 5 bits; the ends at 8 bits, norms and biases add the rest.
     assert 5.0 < manifest.precision.average_bits_per_weight < 5.8
