@@ -1,0 +1,39 @@
+"""The CI job, run as CI runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from trt_build.engine import open_engine
+
+JOB = Path(__file__).parents[2] / "ci" / "build_engine.sh"
+
+
+def run_job(*words):
+    environment = {**os.environ, "PYTHON": sys.executable}
+    return subprocess.run([JOB, *map(str, words)], capture_output=True, text=True, check=False, env=environment)
+
+
+def test_a_checkpoint_becomes_a_verified_packaged_engine(tmp_path, tiny_checkpoint):
+    done = run_job(tiny_checkpoint, "fp32", "tiny", tmp_path / "out", "64")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "verification.json").read_text())
+    assert report["failures"] == []
+    packaged = open_engine(tmp_path / "out" / "repository" / "tiny" / "1" / "engine")
+    assert packaged.manifest.verification["num_tokens"] == report["num_tokens"] == 64
+
+
+def test_a_wrong_checkpoint_ends_the_job_with_status_2(tmp_path):
+    done = run_job(tmp_path / "nowhere", "fp32", "tiny", tmp_path / "out")
+    assert done.returncode == 2
+    assert "CheckpointError: opening the checkpoint" in done.stderr
+
+
+def test_missing_words_end_the_job_with_its_usage(tmp_path):
+    done = run_job(tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "ci/build_engine.sh CHECKPOINT PRECISION NAME OUTPUT" in done.stderr
