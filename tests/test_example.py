@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from decoding import genai_greedy, greedy, load_genai
 
 from export.checkpoint import open_checkpoint
 from export.families import read_model
@@ -118,30 +119,13 @@ def test_greedy_text_of_eight_prompts_is_that_of_transformers_generate(engines, 
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_onnxruntime_genai_reads_prompts_and_writes_the_same_tokens(engines, precision):
-    import onnxruntime_genai as genai
-
-    model, session = genai.Model(str(engines[precision].folder)), Session(engines[precision])
-    for prompt in PROMPTS[:4]:
-        ids = load_tokenizer(engines[precision].folder).encode(prompt)
-        params = genai.GeneratorParams(model)
-        params.set_search_options(max_length=len(ids) + 48, do_sample=False)
-        generator = genai.Generator(model, params)
-        generator.append_tokens(ids)
-        while not generator.is_done():
-            generator.generate_next_token()
-        found = [int(token) for token in generator.get_sequence(0)][len(ids) :]
+def test_onnxruntime_genai_writes_the_same_tokens(engines, precision):
+    model, session = load_genai(engines[precision].folder), Session(engines[precision])
+    tokenizer = load_tokenizer(engines[precision].folder)
+    for prompt in PROMPTS:
+        found = genai_greedy(model, tokenizer.encode(prompt), 48)
         assert len(found) > 0
-        assert found == greedy(session, ids, 48)[: len(found)]
-
-
-def greedy(session, prompt, num_tokens):
-    cache, produced = session.new_cache(), []
-    logits = session.run(cache, prompt)
-    for _ in range(num_tokens):
-        produced.append(int(logits.argmax()))
-        logits = session.run(cache, produced[-1:])
-    return produced
+        assert found == greedy(session, tokenizer.encode(prompt), 48)[: len(found)]
 
 
 def test_the_training_log_and_the_perplexities_are_kept():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from conftest import QUANTIZABLE
+from decoding import genai_greedy, greedy, load_genai
 from safetensors.numpy import load_file, save_file
 from transformers import PhiForCausalLM
 
@@ -195,32 +196,13 @@ def test_greedy_text_is_that_of_transformers_generate(tiny_checkpoint, tiny_engi
     assert [greedy(session, prompt, 64) for prompt in prompts.tolist()] == expected.tolist()
 
 
-def greedy(session, prompt, num_tokens):
-    cache, produced = session.new_cache(), []
-    logits = session.run(cache, prompt)
-    for _ in range(num_tokens):
-        produced.append(int(logits.argmax()))
-        logits = session.run(cache, produced[-1:])
-    return produced
-
-
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_onnxruntime_genai_runs_the_engine_directory_to_the_same_tokens(tiny_engines, precision):
-    import onnxruntime_genai as genai
-
-    folder = tiny_engines(precision)
-    session, model = Session(open_engine(folder)), genai.Model(str(folder))
+    session, model = Session(open_engine(tiny_engines(precision))), load_genai(tiny_engines(precision))
     for prompt in np.random.default_rng(9).integers(0, 256, (4, 10)).tolist():
-        params = genai.GeneratorParams(model)
-        params.set_search_options(max_length=10 + 32, do_sample=False)
-        generator = genai.Generator(model, params)
-        generator.append_tokens(prompt)
-        expected = greedy(session, prompt, 32)
-        while not generator.is_done():
-            generator.generate_next_token()
-        found = list(generator.get_sequence(0))[10:]
+        found = genai_greedy(model, prompt, 32)
         assert len(found) > 0
-        assert found == expected[: len(found)]
+        assert found == greedy(session, prompt, 32)[: len(found)]
 
 
 def test_perplexity_equals_that_of_transformers_loss(tiny_checkpoint, tiny_engines):

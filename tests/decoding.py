@@ -1,0 +1,39 @@
+"""Greedy decoding for tests: through our session, and through onnxruntime-genai's own runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trt_build.ort.session import Session
+
+
+def greedy(session: Session, prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """The likeliest tokens after `prompt`, whatever end token comes."""
+    cache, produced = session.new_cache(), []
+    logits = session.run(cache, prompt)
+    for _ in range(num_tokens):
+        produced.append(int(logits.argmax()))
+        logits = session.run(cache, produced[-1:])
+    return produced
+
+
+def genai_greedy(model: Any, prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """What an onnxruntime_genai.Model produces; it stops at an end token."""
+    import onnxruntime_genai as genai
+
+    params = genai.GeneratorParams(model)
+    params.set_search_options(max_length=len(prompt) + num_tokens, do_sample=False)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(list(prompt))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)][len(prompt) :]
+
+
+def load_genai(folder: Path) -> Any:
+    """An engine directory as onnxruntime-genai loads it."""
+    import onnxruntime_genai as genai
+
+    return genai.Model(str(folder))
