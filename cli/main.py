@@ -14,7 +14,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from export.errors import MoeshipError
+from export.command import run_command
 
 # In the order of the pipeline: name -> (module, what it does).
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -60,14 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog=f"moeship {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
-    try:
-        return int(module.run(parser.parse_args(rest)))
-    except MoeshipError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_status
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    arguments = parser.parse_args(rest)
+    return run_command(lambda: int(module.run(arguments)))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,13 @@ def byte_count(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+def seed(text: str) -> int:
+    """A whole number of 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed; give a whole number of 0 or more")
+    return int(text)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG.yml", help="mergekit-moe configuration")
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to create; it must not exist")
@@ -28,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-shard-size", type=byte_count, default=byte_count("5GB"), metavar="SIZE",
         help="most bytes of tensors in one safetensors file, e.g. 500MB or 2GiB (default 5GB)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of random gates and of noise_scale (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of random gates and of noise_scale (default 0)")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from trt_build.engine import open_engine
 from trt_build.errors import VerificationFailed
 from trt_build.evaluation_text import read_texts
-from trt_build.parity import THRESHOLDS, ParityReport, Thresholds, verify_engine
+from trt_build.parity import THRESHOLDS, ParityReport, Thresholds, record, verify_engine
 
 logger = logging.getLogger(__name__)
 
@@ -34,17 +34,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Verify and print; raises VerificationFailed past the thresholds."""
     engine = open_engine(arguments.engine)
-    report, failures = verify_engine(
+    verification = verify_engine(
         engine, arguments.reference, read_texts(arguments.text), arguments.tokens, every(PROGRESS_S, logger.info)
     )
+    if not verification.reference_is_the_source:
+        logger.warning(
+            "%s was not built from these files of %s: the figures hold for the two as they are",
+            engine.folder,
+            arguments.reference,
+        )
     if arguments.json:
-        print(json.dumps({**report.to_json(), "failures": failures}, indent=2))
+        print(json.dumps(verification.to_json(), indent=2))
     else:
-        print(table(report, THRESHOLDS[engine.manifest.precision.name]))
-    if failures:
+        print(table(verification.report, THRESHOLDS[engine.manifest.precision.name]))
+    record(engine, verification)
+    if verification.failures:
         raise VerificationFailed(
             f"verifying {engine.folder} ({engine.manifest.precision.name}) against {arguments.reference}: "
-            f"{'; '.join(failures)}"
+            f"{'; '.join(verification.failures)}"
         )
     return 0
 

@@ -7,11 +7,16 @@ G key/value heads, D head size, E experts, K experts per token, F expert width, 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from export.errors import ConfigError, listing
+
+MAX_DIMENSION = 1 << 24  # far above any model's, far below what would exhaust memory by a slip of a digit
+
+MAX_POSITIONS = 1 << 20  # the rotary tables of as many positions are written into every graph
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,11 @@ class Architecture:
         return self.num_experts > 0
 
 
+def is_token_id(value: Any) -> bool:  # noqa: ANN401 - JSON value
+    """Whether a JSON value is a whole number that can count rows of a vocabulary."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_DIMENSION
+
+
 class ConfigReader:
     """Reads a raw config.json so that every key is used, listed as harmless, or refused by name.
 
@@ -52,23 +62,29 @@ class ConfigReader:
         self._family = family
         self._seen: set[str] = set()
         self._problems: list[str] = []
+        self.overlaid: frozenset[str] = frozenset()  # keys that a nested object laid over the rest
 
-    def has(self, key: str) -> bool:
-        return self._raw.get(key) is not None
+    def nested(self, key: str) -> ConfigReader:
+        """A reader of this config with the keys of a nested object laid over it; its problems are this reader's."""
+        nested = self.mapping(key)
+        reader = ConfigReader({**self._raw, **nested}, self._family)
+        reader._problems = self._problems
+        reader.overlaid = frozenset(nested)
+        return reader
 
-    def integer(self, key: str, *, absent: int | None = None, minimum: int = 1) -> int:
-        """A whole number >= minimum. `absent` is the value upstream's config class gives a missing or null key."""
+    def integer(self, key: str, *, absent: int | None = None, minimum: int = 1, maximum: int = MAX_DIMENSION) -> int:
+        """A whole number in its range. `absent` is the value upstream's config class gives a missing or null key."""
         value = self._value(key, absent)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            self._problems.append(f"{key} is {value!r}, expected a whole number of at least {minimum}")
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            self._problems.append(f"{key} is {value!r}, expected a whole number of {minimum} to {maximum}")
             return minimum
         return value
 
     def real(self, key: str, *, absent: float | None = None) -> float:
         """A positive number. `absent` as for `integer`."""
         value = self._value(key, absent)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            self._problems.append(f"{key} is {value!r}, expected a positive number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            self._problems.append(f"{key} is {value!r}, expected a positive, finite number")
             return 1.0
         return float(value)
 
@@ -82,7 +98,7 @@ class ConfigReader:
         self._seen.add(key)
         value = self._raw.get(key)
         ids = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(isinstance(item, int) and item >= 0 for item in ids):
+        if not all(is_token_id(item) for item in ids):
             self._problems.append(f"{key} is {value!r}, expected a token id or a list of them")
             return ()
         return tuple(ids)

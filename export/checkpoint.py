@@ -15,6 +15,7 @@ and little-endian (https://github.com/huggingface/safetensors, README, section "
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -69,6 +70,7 @@ class Checkpoint:
 
     folder: Path
     identity: str
+    revision: str | None  # the commit of a hub id
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     shards: tuple[Path, ...]
@@ -127,9 +129,12 @@ def open_checkpoint(location: str | Path) -> Checkpoint:
 
     Raises ConfigError for an unreadable config.json and CheckpointError for missing or damaged shards.
     """
-    folder = Path(location)
+    folder, revision = Path(location), None
+    if folder.is_file():
+        raise CheckpointError(f"opening the checkpoint {location}: it is a file; pass the folder that holds it")
     if not folder.is_dir():
         folder = _download(str(location))
+        revision = folder.name  # the hub's cache keeps each commit in a folder of its own
     config = read_json(folder / "config.json", "config.json of the checkpoint")
     shards, weight_map = _shards(folder)
     tensors: dict[str, StoredTensor] = {}
@@ -146,6 +151,7 @@ def open_checkpoint(location: str | Path) -> Checkpoint:
     return Checkpoint(
         folder=folder,
         identity=str(location),
+        revision=revision,
         config=MappingProxyType(config),
         tensors=MappingProxyType(tensors),
         shards=tuple(shards),
@@ -158,7 +164,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"reading {what}: {path} does not exist; is {path.parent} the right folder?") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"reading {what}: {path} is not readable JSON ({error})") from error
     if not isinstance(value, dict):
         raise ConfigError(f"reading {what}: {path} holds a {type(value).__name__}, expected a JSON object")
@@ -227,34 +233,51 @@ def _read_header(shard: Path) -> list[StoredTensor]:
             )
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"opening {shard}: its header is not JSON ({error}); download it again") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"opening {shard}: its header holds a {type(header).__name__}; download it again")
     tensors, problems = [], []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"opening {shard}: the header entry of {name} is malformed: {entry}") from error
-        if dtype not in _ITEM_BYTES:
-            problems.append(f"{name} has dtype {dtype}; moeship reads {', '.join(_ITEM_BYTES)}")
-            continue
-        expected = math.prod(shape) * _ITEM_BYTES[dtype]
-        if end - begin != expected:
+        stored = _read_entry(shard, name, entry, 8 + length)
+        tensors.append(stored)
+        expected = math.prod(stored.shape) * _ITEM_BYTES[stored.dtype]
+        if stored.num_bytes != expected:
             problems.append(
-                f"{name} {list(shape)} {dtype} should take {expected} bytes, its offsets span {end - begin}"
+                f"{name} {list(stored.shape)} {stored.dtype} should take {expected} bytes, its offsets span "
+                f"{stored.num_bytes}"
             )
-        elif begin < 0 or 8 + length + end > size:
-            problems.append(f"{name} ends at byte {8 + length + end}, the file at {size}: truncated")
-        tensors.append(
-            StoredTensor(
-                name=name, dtype=dtype, shape=shape, shard=shard, offset=8 + length + begin, num_bytes=end - begin
-            )
-        )
+        elif stored.offset + stored.num_bytes > size:
+            problems.append(f"{name} ends at byte {stored.offset + stored.num_bytes}, the file at {size}: truncated")
+    ordered = sorted(tensors, key=lambda stored: (stored.offset, stored.num_bytes))
+    for left, right in itertools.pairwise(ordered):
+        if left.offset + left.num_bytes > right.offset:
+            problems.append(f"{left.name} and {right.name} overlap")
     if problems:
         raise CheckpointError(f"opening {shard}: download it again, it is damaged:{listing(problems)}")
     return tensors
+
+
+def _read_entry(shard: Path, name: str, entry: Any, data_offset: int) -> StoredTensor:  # noqa: ANN401 - JSON value
+    """One tensor's entry of the header, every value of the type that the format asks for."""
+
+    def counts(value: Any) -> bool:  # noqa: ANN401 - JSON value
+        return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape", ""), fields.get("data_offsets", "")
+    if not (isinstance(dtype, str) and counts(shape) and counts(offsets) and len(offsets) == 2):
+        raise CheckpointError(f"opening {shard}: the header entry of {name} is malformed: {entry!r:.120}")
+    if dtype not in _ITEM_BYTES:
+        raise CheckpointError(
+            f"opening {shard}: {name} has dtype {dtype}; moeship reads {', '.join(_ITEM_BYTES)}: convert the checkpoint"
+        )
+    return StoredTensor(
+        name=name, dtype=dtype, shape=tuple(shape), shard=shard, offset=data_offset + offsets[0],
+        num_bytes=offsets[1] - offsets[0],
+    )  # fmt: skip
 
 
 def _check_index(folder: Path, weight_map: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> None:

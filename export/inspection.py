@@ -95,8 +95,6 @@ def _active_elements(spec: TensorSpec, architecture: Architecture) -> int:
 
 
 def _routing(model: Model) -> routing.RoutingReport | None:
-    names = [spec.name for spec in model.weights.table.values() if spec.role is Role.ROUTER]
-    if not names:
+    if not model.architecture.is_moe:
         return None
-    gates = {layer: model.weights.load(name) for layer, name in enumerate(names)}
-    return routing.diagnose(gates, model.architecture.experts_per_token)
+    return routing.diagnose(model.gates(), model.architecture.experts_per_token)

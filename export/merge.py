@@ -26,13 +26,12 @@ import numpy.typing as npt
 from export import routing
 from export.architecture import Architecture
 from export.checkpoint import open_checkpoint
-from export.errors import OutputError
 from export.families import Model, read_model
 from export.gates import gate_matrices
 from export.merge_checks import check_models, measure_lost_training, output_dtype
 from export.merge_config import GateMode, MergeConfig
 from export.merge_layout import MergedTensor, MergeSources, cast, config_json, merged_tensors
-from export.output import refuse_existing, staged_directory
+from export.output import refuse_existing, require_space, staged_directory
 from export.shard_writer import write_sharded
 from export.tokenizer import load_tokenizer
 
@@ -77,7 +76,7 @@ def merge(
         experts_per_token=config.experts_per_token,
     )
     tensors = merged_tensors(architecture, dtype)
-    _check_space(output, tensors)
+    require_space(output, sum(tensor.planned.num_bytes for tensor in tensors), _WHAT)
     _warn_of_losses(config, base, experts)
     gates = _gates(config, base, dtype, seed)
     report = routing.diagnose(gates, config.experts_per_token)
@@ -130,16 +129,6 @@ def _open_models(config: MergeConfig) -> tuple[Model, list[Model]]:
     locations = [config.base, *(expert.location for expert in config.experts)]
     models = {location: read_model(open_checkpoint(location)) for location in dict.fromkeys(locations)}
     return models[config.base], [models[expert.location] for expert in config.experts]
-
-
-def _check_space(output: Path, tensors: Sequence[MergedTensor]) -> None:
-    needed = sum(tensor.planned.num_bytes for tensor in tensors)
-    free = shutil.disk_usage(output.resolve().parent).free
-    if needed > free:
-        raise OutputError(
-            f"writing {_WHAT}: it takes {needed / 1e9:.2f} GB, {output.resolve().parent} has {free / 1e9:.2f} GB free; "
-            "make room or name another output"
-        )
 
 
 def _warn_of_losses(config: MergeConfig, base: Model, experts: Sequence[Model]) -> None:

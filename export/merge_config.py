@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -101,7 +102,7 @@ def read_merge_config(path: Path) -> MergeConfig:
         raw = yaml.load(text, Loader=_StrictLoader)
     except FileNotFoundError as error:
         raise ConfigError(f"reading the merge configuration: {path} does not exist; check the path") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(
             f"reading the merge configuration: {path} is not readable YAML ({_one_line(error)})"
         ) from error
@@ -189,12 +190,7 @@ class _Reader:
         value = raw.get(key)
         if value is None:
             return absent
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not minimum <= value
-            or not math.isfinite(value)
-        ):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value <= sys.float_info.max:
             least = f" of at least {minimum:g}" if math.isfinite(minimum) else ""
             self.problems.append(f"{where}.{key} is {value!r}, expected a finite number{least}")
             return absent
@@ -221,7 +217,11 @@ class _Reader:
         if not isinstance(value, str) or not value:
             self.problems.append(f"{where}{key} is {value!r}, expected a folder or a hub id")
             return ""
-        folder = self._folder / Path(value).expanduser()
+        try:
+            folder = self._folder / Path(value).expanduser()
+        except RuntimeError as error:  # a home that nobody has
+            self.problems.append(f"{where}{key} is {value!r}: {error}")
+            return ""
         if folder.is_dir():
             return str(folder)
         if "+" in value or "@" in value:

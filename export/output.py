@@ -31,9 +31,13 @@ def staged_directory(final: Path, what: str) -> Iterator[Path]:
     """
     refuse_existing(final, what)
     final = final.resolve()
-    staging = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=final.parent))
-    staging.chmod(0o755)
     try:
+        # A part of the name is enough to be recognised; the whole could exceed what a file system takes.
+        staging = Path(tempfile.mkdtemp(prefix=f".{final.name[:64]}.partial-", dir=final.parent))
+    except OSError as error:
+        raise OutputError(f"writing {what} to {final}: {error.strerror} ({error.filename})") from error
+    try:
+        staging.chmod(0o755)
         try:
             yield staging
             refuse_existing(final, what)
@@ -58,6 +62,17 @@ def _flush_to_disk(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def require_space(final: Path, num_bytes: int, what: str) -> None:
+    """Raise OutputError where the file system of `final` has less than `num_bytes` free."""
+    parent = final.resolve().parent
+    free = shutil.disk_usage(parent).free
+    if num_bytes > free:
+        raise OutputError(
+            f"writing {what}: it takes {num_bytes / 1e9:.2f} GB, {parent} has {free / 1e9:.2f} GB free; "
+            "make room or name another output"
+        )
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -44,12 +44,18 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
         )
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        text = path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise CheckpointError(f"loading the tokenizer of {folder}: {TOKENIZER_FILE} is not UTF-8 ({error})") from error
+    try:
+        backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception for every damaged file
         raise CheckpointError(f"loading the tokenizer of {folder}: {TOKENIZER_FILE} is damaged ({error})") from error
     backend.no_padding()
     backend.no_truncation()
-    size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+    size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if not size:
+        raise CheckpointError(f"loading the tokenizer of {folder}: {TOKENIZER_FILE} has an empty vocabulary")
     return Tokenizer(backend=backend, size=size, eos_token_id=_end_token(folder, backend))
 
 

@@ -18,15 +18,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from export.architecture import is_token_id
 from export.checkpoint import Checkpoint, open_checkpoint, read_json
-from export.errors import ConfigError, MoeshipError
+from export.command import run_command
+from export.errors import ConfigError
 from export.families import Model, read_model
-from export.onnx_graph.exporter import ExportPlan, expert_order_for, plan_export, write_export
-from export.output import refuse_existing, staged_directory
+from export.onnx_graph.exporter import ExportPlan, cpu_expert_order, plan_export, write_export
+from export.output import refuse_existing, require_space, staged_directory
 from export.quantize.recipe import PLANS, QuantPlan, plan_for
 from export.routing import diagnose
-from export.tensor_table import Role, Weights
+from export.tensor_table import Weights
 from export.tokenizer import Tokenizer, load_tokenizer
 from trt_build.engine import (
     FORMAT_VERSION,
@@ -79,6 +82,7 @@ def build_engine(options: BuildOptions, progress: Callable[[int, int], None] | N
             f"{model.architecture.vocab_size}; they are not of the same model"
         )
     plan = plan_export(model, quantization)
+    require_space(options.output, plan.num_weights_bytes, "the engine")
     with staged_directory(options.output, "the engine") as folder:
         write_export(plan, model, folder, _counter(progress, plan.num_weights_bytes))
         for path in checkpoint.tokenizer_files():
@@ -87,18 +91,20 @@ def build_engine(options: BuildOptions, progress: Callable[[int, int], None] | N
         (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         manifest = Manifest(
             format_version=FORMAT_VERSION,
-            model=Path(options.checkpoint).name,
+            model=Path(options.checkpoint).resolve().name,
             family=model.family.name,
             backend=options.backend,
             provider="cpu",
             precision=_precision(quantization, plan, model.weights),
             architecture=model.architecture,
-            expert_order=expert_order_for("cpu", model.architecture.num_experts),
+            expert_order=cpu_expert_order(model.architecture.num_experts),
             max_sequence=max_sequence,
             max_batch=1,
             tokenizer_size=tokenizer.size,
             eos_token_ids=end_ids,
-            source=Source(checkpoint=checkpoint.identity, digests=checkpoint.source_digests()),
+            source=Source(
+                checkpoint=checkpoint.identity, revision=checkpoint.revision, digests=checkpoint.source_digests()
+            ),
             routing=_routing(model),
             libraries=_libraries(),
             files=record_files(folder),
@@ -108,20 +114,30 @@ def build_engine(options: BuildOptions, progress: Callable[[int, int], None] | N
 
 
 def end_token_ids(checkpoint: Checkpoint, model: Model, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids that end a text: of config.json, else generation_config.json, else the tokenizer's own end token."""
-    ids = model.architecture.eos_token_ids
+    """Ids that end a text: of config.json, else generation_config.json, else the tokenizer's own end token.
+
+    Raises ConfigError when none names one, or one is not a row of the vocabulary.
+    """
+    found: Any = list(model.architecture.eos_token_ids)
     generation = checkpoint.folder / "generation_config.json"
-    if not ids and generation.is_file():
+    if not found and generation.is_file():
         found = read_json(generation, "generation_config.json").get("eos_token_id")
-        ids = tuple(found) if isinstance(found, list) else () if found is None else (found,)
-    if not ids and tokenizer.eos_token_id is not None:
-        ids = (tokenizer.eos_token_id,)
+    if found in (None, []) and tokenizer.eos_token_id is not None:
+        found = tokenizer.eos_token_id
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    vocab = model.architecture.vocab_size
+    wrong = [item for item in ids if not (is_token_id(item) and item < vocab)]
+    if wrong:
+        raise ConfigError(
+            f"looking for the end token of {checkpoint.folder}: eos_token_id holds {wrong[0]!r}, expected token ids "
+            f"below {vocab}; correct it in config.json or generation_config.json"
+        )
     if not ids:
         raise ConfigError(
             f"looking for the end token of {checkpoint.folder}: neither config.json, generation_config.json nor "
             "tokenizer_config.json names one; add eos_token_id to config.json"
         )
-    return ids
+    return tuple(ids)
 
 
 def _max_sequence(asked: int | None, model: Model) -> int:
@@ -147,9 +163,7 @@ def _precision(plan: QuantPlan, export: ExportPlan, weights: Weights) -> Precisi
 def _routing(model: Model) -> dict[str, object] | None:
     if not model.architecture.is_moe:
         return None
-    gates = [spec.name for spec in model.weights.table.values() if spec.role is Role.ROUTER]
-    loaded = {layer: model.weights.load(name) for layer, name in enumerate(gates)}
-    return diagnose(loaded, model.architecture.experts_per_token).to_json()
+    return diagnose(model.gates(), model.architecture.experts_per_token).to_json()
 
 
 def _libraries() -> dict[str, str]:
@@ -220,11 +234,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        return run(parser.parse_args())
-    except MoeshipError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        return error.exit_status
+    arguments = parser.parse_args()
+    return run_command(lambda: run(arguments))
 
 
 if __name__ == "__main__":

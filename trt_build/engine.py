@@ -17,10 +17,15 @@ from typing import Any
 from export.architecture import Architecture
 from export.checkpoint import file_digest, read_json
 from export.errors import ConfigError, listing
+from export.onnx_graph.exporter import DATA_FILE, SCORING_GRAPH, SERVING_GRAPH
 from export.output import replace_file
+from export.quantize.recipe import PLANS
+from export.tokenizer import TOKENIZER_FILE
+from export.typed_json import read_typed
 from trt_build.errors import EngineError
 
 MANIFEST_FILE = "engine.json"
+REQUIRED_FILES = (SERVING_GRAPH, SCORING_GRAPH, DATA_FILE, TOKENIZER_FILE)
 FORMAT_VERSION = 1
 
 
@@ -45,9 +50,10 @@ class Precision:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where the weights came from: digests are SHA-256 by file name."""
+    """Where the weights came from: digests are SHA-256 by file name, `revision` the commit of a hub id."""
 
     checkpoint: str
+    revision: str | None
     digests: Mapping[str, str]
 
 
@@ -140,25 +146,33 @@ def _file_problem(path: Path, record: FileRecord, check_digest: bool) -> str | N
 
 def _parse(raw: dict[str, Any], folder: Path) -> Manifest:
     version = raw.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise EngineError(
             f"opening the engine {folder}: format version {version!r}, this moeship reads {FORMAT_VERSION}; "
             "build it again with this version"
         )
     try:
-        nested = {
-            **raw,
-            "precision": Precision(**raw["precision"]),
-            "architecture": Architecture(
-                **{**raw["architecture"], "eos_token_ids": tuple(raw["architecture"]["eos_token_ids"])}
-            ),
-            "source": Source(**raw["source"]),
-            "files": {name: FileRecord(**record) for name, record in raw["files"].items()},
-            "expert_order": tuple(raw["expert_order"]),
-            "eos_token_ids": tuple(raw["eos_token_ids"]),
-        }
-        return Manifest(**nested)
-    except (KeyError, TypeError, AttributeError) as error:
+        manifest = read_typed(Manifest, raw)
+        _check_facts(manifest)
+    except ValueError as error:
         raise EngineError(
             f"opening the engine {folder}: {MANIFEST_FILE} is malformed ({error}); build it again"
         ) from error
+    return manifest
+
+
+def _check_facts(manifest: Manifest) -> None:
+    """What types cannot say. Raises ValueError; a file outside the engine's folder is the gravest of these."""
+    facts = manifest.architecture
+    strangers = [name for name in manifest.files if Path(name).name != name or name in ("", ".", "..")]
+    absent = [name for name in REQUIRED_FILES if name not in manifest.files]
+    if strangers or absent:
+        raise ValueError(f"files outside the folder: {strangers}, files not listed: {absent}")
+    if sorted(manifest.expert_order) != list(range(facts.num_experts)):
+        raise ValueError(f"expert_order is {manifest.expert_order}, expected each of {facts.num_experts} experts once")
+    if manifest.precision.name not in PLANS:
+        raise ValueError(f"precision is {manifest.precision.name!r}, expected one of {', '.join(PLANS)}")
+    if not 1 <= manifest.max_sequence <= facts.max_positions:
+        raise ValueError(f"max_sequence is {manifest.max_sequence}, expected 1 to {facts.max_positions}")
+    if manifest.max_batch < 1 or not 1 <= manifest.tokenizer_size <= facts.vocab_size:
+        raise ValueError(f"max_batch {manifest.max_batch} or tokenizer_size {manifest.tokenizer_size} is out of range")

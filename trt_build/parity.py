@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from export.checkpoint import open_checkpoint
+from export.checkpoint import Checkpoint, open_checkpoint
 from export.errors import ConfigError, MissingPackageError
 from export.families import read_model
 from export.tokenizer import load_tokenizer
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     import transformers
 
 FloatArray = npt.NDArray[np.float32]
+
+WINDOW_TOKENS = 512
+LONG_WINDOW_TOKENS = 2048  # of the first window; a Phi-2's whole context
+SLICE_TOKENS = 256  # positions compared at a time, which bounds the float64 copies of [S, V]
+MIN_TOKENS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,17 +117,46 @@ class _Window:
     routing: tuple[int, int, int] | None  # agreeing, tied, all
 
 
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """A report, what in it missed its threshold, and whether the reference has the very files the engine came from."""
+
+    report: ParityReport
+    failures: tuple[str, ...]
+    reference: str
+    reference_is_the_source: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **self.report.to_json(),
+            "failures": list(self.failures),
+            "reference": self.reference,
+            "reference_is_the_source": self.reference_is_the_source,
+        }
+
+
 def verify_engine(
-    engine: Engine, checkpoint: str, text: str, num_tokens: int, progress: Callable[[str], None]
-) -> tuple[ParityReport, list[str]]:
-    """Compare, write the result into engine.json, and return the report with what missed its threshold."""
+    engine: Engine, location: str, text: str, num_tokens: int, progress: Callable[[str], None]
+) -> Verification:
+    """Compare an engine with the checkpoint at `location`. Raises ConfigError for too little text, EngineError for
+    another model's checkpoint."""
+    windows = _windows(engine, text, num_tokens)
+    checkpoint = open_checkpoint(location)
     reference = _open_reference(engine, checkpoint)
-    windows = list(_windows(engine, text, num_tokens))
+    progress("checking whether the reference is what the engine was built from")
+    same = checkpoint.source_digests() == dict(engine.manifest.source.digests)
     report = compare(engine, reference, windows, progress)
-    failures = report.failures(THRESHOLDS[engine.manifest.precision.name])
-    verdict = {**report.to_json(), "reference": checkpoint, "failures": failures}
-    write_manifest(engine.folder, dataclasses.replace(engine.manifest, verification=verdict))
-    return report, failures
+    return Verification(
+        report=report,
+        failures=tuple(report.failures(THRESHOLDS[engine.manifest.precision.name])),
+        reference=location,
+        reference_is_the_source=same,
+    )
+
+
+def record(engine: Engine, verification: Verification) -> None:
+    """Write the result into engine.json, in place of an earlier one."""
+    write_manifest(engine.folder, dataclasses.replace(engine.manifest, verification=verification.to_json()))
 
 
 def compare(
@@ -132,20 +166,22 @@ def compare(
     progress: Callable[[str], None],
 ) -> ParityReport:
     """Measure an engine against a loaded reference over windows of token ids."""
+    if not windows:
+        raise ConfigError(f"measuring {engine.folder}: no window of at least two tokens; pass a longer text")
     scoring = ScoringSession(engine)
     experts_per_token = engine.manifest.architecture.experts_per_token
-    sums, first_logits = [], None
+    sums, first_logits = [], np.empty(0, dtype=np.float32)
     for index, window in enumerate(windows):
         progress(f"scored {index} of {len(windows)} windows of text")
         expected, expected_routing = run_reference(reference, window)
         found, found_routing = scoring.run(window)
         sums.append(_measure(found, expected, window, found_routing, expected_routing, experts_per_token))
-        if first_logits is None:
+        if index == 0:
             first_logits = expected
     del scoring
     progress(f"scored {len(windows)} windows; decoding {len(windows[0]) // 2} tokens through the cache")
     decoded = _decode(engine, windows[0])
-    decoded_difference = float(np.abs(decoded - _tail(first_logits, len(decoded))).max())
+    decoded_difference = float(np.abs(decoded - first_logits[-len(decoded) :]).max())
     return _combine(sums, len(decoded) - 1, decoded_difference)
 
 
@@ -176,7 +212,7 @@ def run_reference(
 def perplexity(engine: Engine, windows: Sequence[Sequence[int]]) -> float:
     """exp of the mean next-token loss of an engine over windows of token ids."""
     scoring = ScoringSession(engine)
-    losses = [_next_token_loss(log_softmax(scoring.run(window)[0]), window) for window in windows]
+    losses = [_next_token_loss(log_softmax(scoring.run(window)[0]), np.asarray(window[1:])) for window in windows]
     return float(np.exp(sum(losses) / sum(len(window) - 1 for window in windows)))
 
 
@@ -201,20 +237,31 @@ def split_windows(token_ids: Sequence[int], size: int, num_tokens: int) -> Itera
             yield window
 
 
-def _windows(engine: Engine, text: str, num_tokens: int) -> Iterator[Sequence[int]]:
+def _windows(engine: Engine, text: str, num_tokens: int) -> list[Sequence[int]]:
+    """The first window as long as the context allows, so that late positions and several prefill chunks are seen;
+    the others of WINDOW_TOKENS."""
     token_ids = load_tokenizer(engine.folder).encode(text)
-    if num_tokens < 4 or len(token_ids) < 4:
+    asked = min(num_tokens, len(token_ids))
+    if asked < MIN_TOKENS:
+        remedy = "pass a longer text" if num_tokens >= MIN_TOKENS else "ask for more tokens"
         raise ConfigError(
-            f"measuring {engine.folder}: {min(num_tokens, len(token_ids))} tokens to measure on, expected at least 4; "
-            "pass a longer text"
+            f"measuring {engine.folder}: {asked} tokens to measure on, expected at least {MIN_TOKENS}; {remedy}"
         )
-    return split_windows(token_ids, min(512, engine.manifest.max_sequence), num_tokens)
+    longest = engine.manifest.max_sequence
+    first = min(longest, LONG_WINDOW_TOKENS, asked)
+    rest = split_windows(token_ids[first:asked], min(WINDOW_TOKENS, longest), asked - first)
+    windows = [token_ids[:first], *rest] if first > 1 else []
+    if not windows:
+        raise ConfigError(f"measuring {engine.folder}: its context of {longest} token leaves nothing to predict")
+    return windows
 
 
-def _open_reference(engine: Engine, location: str) -> transformers.PreTrainedModel:
+def _open_reference(engine: Engine, checkpoint: Checkpoint) -> transformers.PreTrainedModel:
     facts = engine.manifest.architecture
-    checkpoint = open_checkpoint(location)
-    model = read_model(checkpoint, facts.experts_per_token if facts.is_moe else None)
+    model = read_model(checkpoint)
+    if facts.is_moe and model.architecture.is_moe:  # K may have been overridden in the build
+        overridden = dataclasses.replace(model.architecture, experts_per_token=facts.experts_per_token)
+        model = dataclasses.replace(model, architecture=overridden)
     if model.architecture != facts:
         different = [
             f"{field.name}: engine {getattr(facts, field.name)}, checkpoint {getattr(model.architecture, field.name)}"
@@ -222,8 +269,8 @@ def _open_reference(engine: Engine, location: str) -> transformers.PreTrainedMod
             if getattr(facts, field.name) != getattr(model.architecture, field.name)
         ]
         raise EngineError(
-            f"verifying {engine.folder} against {location}: they are not the same model ({'; '.join(different)}); "
-            "name the checkpoint that the engine was built from"
+            f"verifying {engine.folder} against {checkpoint.identity}: they are not the same model "
+            f"({'; '.join(different)}); name the checkpoint that the engine was built from"
         )
     try:
         from trt_build.torch_reference import load_reference
@@ -242,12 +289,6 @@ def _decode(engine: Engine, window: Sequence[int]) -> FloatArray:
     return np.stack(rows)
 
 
-def _tail(logits: FloatArray | None, num_rows: int) -> FloatArray:
-    if logits is None:
-        raise ConfigError("comparing an engine: no window of text was given")
-    return logits[-num_rows:]
-
-
 def _measure(
     found: FloatArray,
     expected: FloatArray,
@@ -256,27 +297,36 @@ def _measure(
     expected_routing: FloatArray | None,
     experts_per_token: int,
 ) -> _Window:
-    difference = np.abs(found - expected)
-    found_log, expected_log = log_softmax(found), log_softmax(expected)
-    kl = (np.exp(expected_log) * (expected_log - found_log)).sum(axis=-1)
     routing = None
     if found_routing is not None and expected_routing is not None:
         routing = _routing(found_routing, expected_routing, experts_per_token)
+    following = np.asarray(window[1:])
+    totals: dict[str, float] = dict.fromkeys(("difference", "kl", "top1", "engine_loss", "reference_loss"), 0.0)
+    largest = 0.0
+    for rows in (slice(start, start + SLICE_TOKENS) for start in range(0, len(window), SLICE_TOKENS)):
+        difference = np.abs(found[rows] - expected[rows])
+        largest = float(np.maximum(largest, difference.max()))  # NaN stays
+        found_log, expected_log = log_softmax(found[rows]), log_softmax(expected[rows])
+        totals["difference"] += float(difference.mean(axis=-1, dtype=np.float64).sum())
+        totals["kl"] += float((np.exp(expected_log) * (expected_log - found_log)).sum())
+        totals["top1"] += int((found[rows].argmax(axis=-1) == expected[rows].argmax(axis=-1)).sum())
+        totals["engine_loss"] += _next_token_loss(found_log, following[rows])
+        totals["reference_loss"] += _next_token_loss(expected_log, following[rows])
     return _Window(
         num_tokens=len(window),
-        max_difference=float(difference.max()),
-        sum_difference=float(difference.mean(axis=-1, dtype=np.float64).sum()),
-        sum_kl=float(kl.sum()),
-        num_top1=int((found.argmax(axis=-1) == expected.argmax(axis=-1)).sum()),
-        engine_loss=_next_token_loss(found_log, window),
-        reference_loss=_next_token_loss(expected_log, window),
+        max_difference=largest,
+        sum_difference=totals["difference"],
+        sum_kl=totals["kl"],
+        num_top1=int(totals["top1"]),
+        engine_loss=totals["engine_loss"],
+        reference_loss=totals["reference_loss"],
         routing=routing,
     )
 
 
-def _next_token_loss(log_probs: npt.NDArray[np.float64], window: Sequence[int]) -> float:
-    """Sum of -log p of each token given those before it; S - 1 terms."""
-    return float(-log_probs[np.arange(len(window) - 1), np.asarray(window)[1:]].sum())
+def _next_token_loss(log_probs: npt.NDArray[np.float64], following: npt.NDArray[np.int64]) -> float:
+    """Sum of -log p of each token in `following`; a last row that nothing follows does not count."""
+    return float(-log_probs[np.arange(len(following)), following].sum())
 
 
 def _routing(found: FloatArray, expected: FloatArray, experts_per_token: int) -> tuple[int, int, int]:
@@ -295,7 +345,7 @@ def _combine(sums: Sequence[_Window], num_decoded: int, decoded_difference: floa
     return ParityReport(
         num_tokens=num_tokens,
         num_decoded_tokens=num_decoded,
-        max_logit_difference=max(window.max_difference for window in sums),
+        max_logit_difference=float(np.max([window.max_difference for window in sums])),
         mean_logit_difference=sum(window.sum_difference for window in sums) / num_tokens,
         max_decoded_difference=decoded_difference,
         mean_kl=sum(window.sum_kl for window in sums) / num_tokens,

@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from export.architecture import Architecture
 from export.checkpoint import Checkpoint
 from export.errors import ConfigError
-from export.tensor_table import TensorSpec, Weights, open_weights
+from export.tensor_table import Role, TensorSpec, Weights, open_weights
 
 if TYPE_CHECKING:
     from export.onnx_graph.graph import GraphBuilder
@@ -46,6 +49,11 @@ class Model:
     family: Family
     architecture: Architecture
     weights: Weights
+
+    def gates(self) -> dict[int, npt.NDArray[np.float32]]:
+        """Layer -> the router's matrix [E, H]; empty for a dense model."""
+        names = [spec.name for spec in self.weights.table.values() if spec.role is Role.ROUTER]
+        return {layer: self.weights.load(name) for layer, name in enumerate(names)}
 
 
 def families() -> list[Family]:

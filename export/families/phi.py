@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from export.architecture import Architecture, ConfigReader
+from export.architecture import MAX_POSITIONS, Architecture, ConfigReader
 from export.families import Family
 from export.families.phi_stack import (
     EMBEDDING,
@@ -26,6 +26,7 @@ from export.families.phi_stack import (
     HARMLESS_TENSORS,
     HEAD,
     check_heads,
+    has_experts,
     layer_name,
     read_msft_config,
     stack_graph,
@@ -47,7 +48,7 @@ _HARMLESS_KEYS = (
 def matches(config: Mapping[str, Any]) -> bool:
     if config.get("model_type") == "phi":
         return True
-    return config.get("model_type") == "phi-msft" and not (config.get("num_local_experts") or 0) > 1
+    return config.get("model_type") == "phi-msft" and not has_experts(config)
 
 
 def read_config(raw: Mapping[str, Any]) -> Architecture:
@@ -65,13 +66,10 @@ def _read_transformers_config(raw: Mapping[str, Any]) -> Architecture:
     reader.require("tie_word_embeddings", [False], absent=False)
     reader.require("rope_scaling", [None])
     # transformers 5 nests the rotary facts in rope_parameters, transformers 4 kept them at the top.
-    rope = ConfigReader({**raw, **reader.mapping("rope_parameters")}, "phi")
+    rope = reader.nested("rope_parameters")
     reader.harmless("rope_theta", "partial_rotary_factor")
-    if dict(reader.mapping("rope_parameters")).get("rope_type") not in (None, "default"):
-        reader.problem(
-            f"rope_parameters.rope_type is {raw['rope_parameters']['rope_type']!r}; moeship builds 'default'"
-        )
-    unknown = set(reader.mapping("rope_parameters")) - {"rope_theta", "rope_type", "partial_rotary_factor"}
+    rope.require("rope_type", ["default"], absent="default")
+    unknown = rope.overlaid - {"rope_theta", "rope_type", "partial_rotary_factor"}
     if unknown:
         reader.problem(f"rope_parameters holds {', '.join(sorted(unknown))}, which this family does not honour")
     if hidden % heads:
@@ -91,7 +89,7 @@ def _read_transformers_config(raw: Mapping[str, Any]) -> Architecture:
         rotary_dim=int(hidden // heads * rope.real("partial_rotary_factor", absent=0.5)),
         rope_base=rope.real("rope_theta", absent=10000.0),
         norm_epsilon=reader.real("layer_norm_eps", absent=1e-5),
-        max_positions=reader.integer("max_position_embeddings"),
+        max_positions=reader.integer("max_position_embeddings", maximum=MAX_POSITIONS),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=reader.token_ids("eos_token_id"),
         source_dtype=reader.text("dtype") or reader.text("torch_dtype"),

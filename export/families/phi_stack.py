@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from export.architecture import Architecture, ConfigReader
+from export.architecture import MAX_POSITIONS, Architecture, ConfigReader
 from export.tensor_table import Role, TensorSpec, single
 
 if TYPE_CHECKING:
@@ -40,6 +40,12 @@ def layer_name(layer: int) -> str:
     return f"transformer.h.{layer}"
 
 
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether a raw config says more than one expert; what is no number is left to the reader to refuse."""
+    number = config.get("num_local_experts")
+    return isinstance(number, int) and number > 1
+
+
 def read_msft_config(raw: Mapping[str, Any], family: str) -> Architecture:
     """Facts of a phi-msft config.json, dense or with experts. Raises ConfigError."""
     reader = ConfigReader(raw, family)
@@ -51,8 +57,9 @@ def read_msft_config(raw: Mapping[str, Any], family: str) -> Architecture:
     reader.require("img_processor", [None])
     if hidden % heads:
         reader.problem(f"n_embd {hidden} is not a multiple of n_head {heads}")
-    per_token = reader.integer("num_experts_per_tok", absent=2 if experts else 0, minimum=1 if experts > 1 else 0)
-    if experts and per_token > experts:
+    # 2 is the value of the published configuration_phi.py; a dense config may carry the key all the same.
+    per_token = reader.integer("num_experts_per_tok", absent=2, minimum=1 if experts > 1 else 0)
+    if experts > 1 and per_token > experts:
         reader.problem(f"num_experts_per_tok is {per_token}, expected 1 to num_local_experts = {experts}")
     bos = reader.token_ids("bos_token_id")
     architecture = Architecture(
@@ -69,7 +76,7 @@ def read_msft_config(raw: Mapping[str, Any], family: str) -> Architecture:
         rotary_dim=reader.integer("rotary_dim"),
         rope_base=ROPE_BASE,
         norm_epsilon=reader.real("layer_norm_epsilon"),
-        max_positions=reader.integer("n_positions"),
+        max_positions=reader.integer("n_positions", maximum=MAX_POSITIONS),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=reader.token_ids("eos_token_id"),
         source_dtype=reader.text("torch_dtype") or reader.text("dtype"),

@@ -17,6 +17,7 @@ from export.architecture import Architecture
 from export.families import Family
 from export.families.phi_stack import (
     HARMLESS_TENSORS,
+    has_experts,
     layer_name,
     read_msft_config,
     stack_graph,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def matches(config: Mapping[str, Any]) -> bool:
-    return config.get("model_type") == "phi-msft" and (config.get("num_local_experts") or 0) > 1
+    return config.get("model_type") == "phi-msft" and has_experts(config)
 
 
 def read_config(raw: Mapping[str, Any]) -> Architecture:

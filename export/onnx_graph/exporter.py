@@ -48,23 +48,22 @@ class ExportPlan:
         return sum(self.bytes_by_role.values())
 
 
-def expert_order_for(provider: str, num_experts: int) -> tuple[int, ...]:
+def cpu_expert_order(num_experts: int) -> tuple[int, ...]:
     """Which expert stands at each place, so that of equal router logits the lowest expert index wins.
 
     ONNX Runtime's CPU kernels sort (logit, place) pairs in descending order and so prefer the highest place; its CUDA
-    kernels prefer the lowest (microsoft/onnxruntime#28980).
+    kernels prefer the lowest (microsoft/onnxruntime#28980), and will want the experts as they come.
     """
-    order = tuple(range(num_experts))
-    return order[::-1] if provider == "cpu" else order
+    return tuple(reversed(range(num_experts)))
 
 
-def plan_export(model: Model, plan: QuantPlan, provider: str = "cpu") -> ExportPlan:
+def plan_export(model: Model, plan: QuantPlan) -> ExportPlan:
     """Build both graphs and lay out their shared data file; reads no weights."""
     try:
         import onnx  # noqa: F401 - asked for here, so that its absence is told before any work
     except ImportError as error:
         raise MissingPackageError("onnx", "building an ONNX Runtime engine", "cpu") from error
-    order = expert_order_for(provider, model.architecture.num_experts)
+    order = cpu_expert_order(model.architecture.num_experts)
     built = []
     for scoring in (False, True):
         graph = GraphBuilder(model.architecture, model.weights.table, plan, order, scoring=scoring)

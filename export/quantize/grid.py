@@ -38,12 +38,18 @@ def quantize_blocks(values: FloatArray, bits: int, block_size: int) -> tuple[Byt
     the one with the least squared error over the block is taken.
     """
     blocks = values.reshape(*values.shape[:-1], -1, block_size)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        return _best_stretch(values, blocks, bits)
+
+
+def _best_stretch(values: FloatArray, blocks: FloatArray, bits: int) -> tuple[ByteArray, FloatArray]:
     low, high = blocks.min(axis=-1), blocks.max(axis=-1)
     extreme = np.where(-low >= high, low, high)
     unit = (extreme / np.float32(-(1 << (bits - 1)))).astype(np.float32)
-    codes, scales = np.zeros(blocks.shape, dtype=np.int8), np.zeros_like(unit)
-    least = np.full(unit.shape, np.inf, dtype=np.float32)
-    for stretch in STRETCHES[bits]:
+    # The first is taken whatever its error, which overflows for weights past 1e18.
+    scales = unit * np.float32(STRETCHES[bits][0])
+    codes, least = _round(blocks, scales, bits)
+    for stretch in STRETCHES[bits][1:]:
         tried = unit * np.float32(stretch)
         found, error = _round(blocks, tried, bits)
         better = error < least

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from triton_repo.errors import RequestError
-from triton_repo.runtime.generation import PREFILL_STEP_TOKENS, generate, join
+from triton_repo.runtime.generation import PREFILL_CHUNK_TOKENS, generate, join
 from triton_repo.runtime.options import GenerationOptions
 
 TEXT = "return 😀 hello 語."
@@ -93,7 +93,7 @@ def test_a_long_prompt_is_fed_in_steps_and_in_order(scripted, byte_level):
     session.prompt_size = len(byte_level.encode(prompt))
     pieces_of(session, byte_level, prompt=prompt, max_tokens=1)
     assert [token for step in session.fed for token in step] == byte_level.encode(prompt)
-    assert max(len(step) for step in session.fed) == PREFILL_STEP_TOKENS
+    assert max(len(step) for step in session.fed) == PREFILL_CHUNK_TOKENS
 
 
 def test_cancellation_stops_before_the_next_step(scripted, byte_level):

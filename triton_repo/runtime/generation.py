@@ -17,12 +17,11 @@ from triton_repo.runtime.detokenizer import Detokenizer
 from triton_repo.runtime.options import GenerationOptions, GenerationPlan, plan_generation
 from triton_repo.runtime.sampling import Choice, Floats, Sampler
 from triton_repo.runtime.stopping import StopWatcher
+from trt_build.ort.session import PREFILL_CHUNK_TOKENS
 
 if TYPE_CHECKING:
     from export.tokenizer import Tokenizer
     from trt_build.ort.session import Cache, Session
-
-PREFILL_STEP_TOKENS = 128  # between two looks at is_cancelled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +76,8 @@ def _pieces(session: Session, cache: Cache, answer: Answer, is_cancelled: Callab
             if is_cancelled():
                 yield answer.cancel()
                 return
-            logits = session.run(cache, pending[:PREFILL_STEP_TOKENS])
-            pending = pending[PREFILL_STEP_TOKENS:]
+            logits = session.run(cache, pending[:PREFILL_CHUNK_TOKENS])
+            pending = pending[PREFILL_CHUNK_TOKENS:]
         token, piece = answer.extend(logits)
         if piece is not None:
             yield piece

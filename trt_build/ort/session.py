@@ -27,7 +27,7 @@ from trt_build.errors import EngineError, SequenceError
 if TYPE_CHECKING:
     import onnxruntime
 
-PREFILL_CHUNK_TOKENS = 512  # bounds the activations of a long prompt
+PREFILL_CHUNK_TOKENS = 128  # bounds the activations of a long prompt, and a server's time between two looks around
 
 
 class Cache:
