@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.errors import ConfigError, MoeshipError
+from export.quantize.recipe import plan_for
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"starting the demo: {EXAMPLE} does not exist; run it from a clone of the project (pip install -e .)"
         )
+    plan_for(arguments.precision)  # refused before anything is made
     with contextlib.ExitStack() as stack:
         folder = arguments.output or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moeship-demo-")))
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,9 +106,16 @@ def _heading(console: Console, number: int, title: str, words: list[str]) -> Non
 
 
 def _show_command(console: Console, words: list[str]) -> None:
-    """The command that does the same by hand; a line break in a word shows as the shell's $'...\\n'."""
-    quoted = ["$" + repr(word) if "\n" in word else shlex.quote(word) for word in words]
-    console.print(f"   $ moeship {' '.join(quoted)}", style="dim", markup=False)
+    """The command that does the same by hand; a word with line breaks in the shell's $'...' form, on one line."""
+    console.print(f"   $ moeship {' '.join(map(_quoted, words))}", style="dim", markup=False)
+
+
+def _quoted(word: str) -> str:
+    if "\n" not in word:
+        return shlex.quote(word)
+    for plain, escaped in (("\\", "\\\\"), ("'", "\\'"), ("\n", "\\n")):
+        word = word.replace(plain, escaped)
+    return f"$'{word}'"
 
 
 def _serve_and_stream(console: Console, repository: Path, prompt: str) -> Streamed:

@@ -1,6 +1,6 @@
 """Describe a checkpoint: family, dimensions, parameters, bytes by role, and what its gates say of its routing.
 
-Reads only the headers and the gates, so it answers at once for any size.
+Reads only the headers and the gates of a folder, so it answers at once for any size. A hub id is downloaded first.
 """
 
 from __future__ import annotations

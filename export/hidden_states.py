@@ -19,6 +19,7 @@ import numpy.typing as npt
 from export.architecture import Architecture
 from export.errors import MissingPackageError
 from export.families import Model
+from export.families.phi import TRANSFORMERS_MODULES
 from export.families.phi_stack import EMBEDDING, layer_name
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def layer_inputs(model: Model, prompts: Sequence[Sequence[int]]) -> Iterator[Sta
     """For each layer in order, the state [S, H] of every prompt as it enters that layer; [0, H] for an empty prompt."""
     torch = require_torch()
     states = [torch.from_numpy(embedding_rows(model, prompt)) for prompt in prompts]
-    config = _layer_config(model.architecture)
+    config = phi_config(model.architecture)
+    config._attn_implementation = "sdpa"  # causal when it is given no mask
     for layer in range(model.architecture.num_layers):
         yield [state.numpy() for state in states]
         if layer + 1 < model.architecture.num_layers:
@@ -61,10 +63,12 @@ def require_torch() -> Any:  # noqa: ANN401 - a module
     return module
 
 
-def _layer_config(architecture: Architecture) -> Any:  # noqa: ANN401 - PhiConfig
+def phi_config(architecture: Architecture) -> Any:  # noqa: ANN401 - PhiConfig
+    """transformers' configuration of a dense Phi-2 with these facts, nothing dropped out."""
     from transformers import PhiConfig
 
     config = PhiConfig(
+        vocab_size=architecture.vocab_size,
         hidden_size=architecture.hidden_size,
         intermediate_size=architecture.ffn_size,
         num_hidden_layers=architecture.num_layers,
@@ -76,6 +80,9 @@ def _layer_config(architecture: Architecture) -> Any:  # noqa: ANN401 - PhiConfi
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attention_dropout=0.0,
+        tie_word_embeddings=False,
+        bos_token_id=architecture.bos_token_id,
+        eos_token_id=list(architecture.eos_token_ids) or None,
         rope_parameters={
             "rope_type": "default",
             "rope_theta": architecture.rope_base,
@@ -83,7 +90,6 @@ def _layer_config(architecture: Architecture) -> Any:  # noqa: ANN401 - PhiConfi
             "partial_rotary_factor": (architecture.rotary_dim + 0.25) / architecture.head_size,
         },
     )
-    config._attn_implementation = "sdpa"  # causal when it is given no mask
     return config
 
 
@@ -121,7 +127,6 @@ def _layer_weights(model: Model, layer: int) -> dict[str, torch.Tensor]:
         packed = torch.from_numpy(model.weights.load(f"{name}.mixer.Wqkv.{kind}"))
         for letter, rows in zip("qkv", packed.split([queries, keys, keys]), strict=True):
             weights[f"self_attn.{letter}_proj.{kind}"] = rows
-        for ours, theirs in (("mixer.out_proj", "self_attn.dense"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2"),
-                             ("ln", "input_layernorm")):  # fmt: skip
+        for ours, theirs in TRANSFORMERS_MODULES.items():
             weights[f"{theirs}.{kind}"] = torch.from_numpy(model.weights.load(f"{name}.{ours}.{kind}"))
     return weights

@@ -17,19 +17,9 @@ from transformers import PhiConfig, PhiForCausalLM
 from export.architecture import Architecture
 from export.errors import ConfigError
 from export.families import Model
+from export.families.phi import TRANSFORMERS_MODULES, TRANSFORMERS_TOP
+from export.hidden_states import phi_config
 from export.tensor_table import Weights
-
-_MODULES = {
-    "ln": "input_layernorm",
-    "mixer.out_proj": "self_attn.dense",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
-_TOP = {
-    "transformer.embd.wte": "model.embed_tokens",
-    "lm_head.ln": "model.final_layernorm",
-    "lm_head.linear": "lm_head",
-}
 
 
 class Mixture(nn.Module):
@@ -81,27 +71,11 @@ def load_reference(model: Model) -> PhiForCausalLM:
 
 
 def _config(facts: Architecture) -> PhiConfig:
-    return PhiConfig(
-        vocab_size=facts.vocab_size,
-        hidden_size=facts.hidden_size,
-        intermediate_size=1 if facts.is_moe else facts.ffn_size,  # replaced by the mixture
-        num_hidden_layers=facts.num_layers,
-        num_attention_heads=facts.num_heads,
-        num_key_value_heads=facts.num_kv_heads,
-        max_position_embeddings=facts.max_positions,
-        hidden_act="gelu_new",
-        layer_norm_eps=facts.norm_epsilon,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": facts.rope_base,
-            # transformers takes int(D * factor); the quarter keeps a rounded quotient from losing a dimension.
-            "partial_rotary_factor": (facts.rotary_dim + 0.25) / facts.head_size,
-        },
-        tie_word_embeddings=False,
-        bos_token_id=facts.bos_token_id,
-        eos_token_id=list(facts.eos_token_ids) or None,
-        attn_implementation="eager",
-    )
+    config = phi_config(facts)
+    config._attn_implementation = "eager"
+    if facts.is_moe:
+        config.intermediate_size = 1  # replaced by the mixture
+    return config
 
 
 def _mixture(weights: Weights, name: str, facts: Architecture) -> Mixture:
@@ -122,8 +96,8 @@ def _state(weights: Weights, facts: Architecture) -> list[tuple[str, torch.Tenso
         if ".moe." in name:
             continue
         tensor = torch.from_numpy(weights.load(name))
-        if stem in _TOP:
-            state.append((f"{_TOP[stem]}.{kind}", tensor))
+        if stem in TRANSFORMERS_TOP:
+            state.append((f"{TRANSFORMERS_TOP[stem]}.{kind}", tensor))
             continue
         layer, module = stem.removeprefix("transformer.h.").split(".", 1)
         prefix = f"model.layers.{layer}"
@@ -131,5 +105,5 @@ def _state(weights: Weights, facts: Architecture) -> list[tuple[str, torch.Tenso
             for letter, part in zip("qkv", tensor.split([queries, keys, keys]), strict=True):
                 state.append((f"{prefix}.self_attn.{letter}_proj.{kind}", part.contiguous()))
         else:
-            state.append((f"{prefix}.{_MODULES[module]}.{kind}", tensor))
+            state.append((f"{prefix}.{TRANSFORMERS_MODULES[module]}.{kind}", tensor))
     return state

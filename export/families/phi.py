@@ -44,6 +44,19 @@ _HARMLESS_KEYS = (
     "label2id", "is_encoder_decoder", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
 )  # fmt: skip
 
+# Our module names to transformers', at the top of the model and inside a layer; Wqkv is three there.
+TRANSFORMERS_TOP = {
+    EMBEDDING.rpartition(".")[0]: "model.embed_tokens",
+    FINAL_NORM: "model.final_layernorm",
+    HEAD: "lm_head",
+}
+TRANSFORMERS_MODULES = {
+    "ln": "input_layernorm",
+    "mixer.out_proj": "self_attn.dense",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+
 
 def matches(config: Mapping[str, Any]) -> bool:
     if config.get("model_type") == "phi":
@@ -120,9 +133,8 @@ def tensors(architecture: Architecture, names: Sequence[str]) -> list[TensorSpec
 
 def _in_transformers_spelling(spec: TensorSpec, architecture: Architecture) -> TensorSpec:
     stem, _, kind = spec.name.rpartition(".")
-    top = {EMBEDDING.rpartition(".")[0]: "model.embed_tokens", FINAL_NORM: "model.final_layernorm", HEAD: "lm_head"}
-    if stem in top:
-        return replace(spec, parts=(Part(name=f"{top[stem]}.{kind}", shape=spec.shape),))
+    if stem in TRANSFORMERS_TOP:
+        return replace(spec, parts=(Part(name=f"{TRANSFORMERS_TOP[stem]}.{kind}", shape=spec.shape),))
     layer, module = stem.removeprefix("transformer.h.").split(".", 1)
     prefix = f"model.layers.{layer}"
     if module == "mixer.Wqkv":
@@ -133,8 +145,7 @@ def _in_transformers_spelling(spec: TensorSpec, architecture: Architecture) -> T
             for letter, rows in (("q", queries), ("k", keys), ("v", keys))
         ]
         return concatenated(spec.name, parts, spec.letters, spec.role)
-    spelled = {"ln": "input_layernorm", "mixer.out_proj": "self_attn.dense", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
-    return replace(spec, parts=(Part(name=f"{prefix}.{spelled[module]}.{kind}", shape=spec.shape),))
+    return replace(spec, parts=(Part(name=f"{prefix}.{TRANSFORMERS_MODULES[module]}.{kind}", shape=spec.shape),))
 
 
 def _mlp(graph: GraphBuilder, layer: int, normed: str) -> str:
