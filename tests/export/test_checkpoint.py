@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from export.checkpoint import INDEX_FILE, open_checkpoint
 from export.errors import CheckpointError, ConfigError
 from export.families import read_model
+from export.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -107,6 +108,91 @@ def test_a_file_cut_inside_its_header_is_refused(phixtral):
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(CheckpointError, match=r"its header should take \d+ bytes, the file has 50; it is truncated"):
         open_checkpoint(phixtral)
+
+
+def write_header(folder, header, num_bytes=64):
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(num_bytes))
+
+
+@pytest.mark.parametrize("header", [[1], "abc", None])
+def test_a_header_that_is_no_object_is_refused(phixtral, header):
+    write_header(phixtral, header)
+    with pytest.raises(CheckpointError, match=r"its header holds a \w+; download it again"):
+        open_checkpoint(phixtral)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        5,
+        {"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]},
+        {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]},
+        {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2]},
+    ],
+)
+def test_a_malformed_header_entry_is_refused(phixtral, entry):
+    write_header(phixtral, {"a": entry})
+    with pytest.raises(CheckpointError, match="the header entry of a is malformed"):
+        open_checkpoint(phixtral)
+
+
+def test_tensors_that_overlap_are_refused(phixtral):
+    entry = {"dtype": "F32", "shape": [4]}
+    write_header(phixtral, {"a": {**entry, "data_offsets": [0, 16]}, "b": {**entry, "data_offsets": [8, 24]}})
+    with pytest.raises(CheckpointError, match="a and b overlap"):
+        open_checkpoint(phixtral)
+
+
+def test_a_file_in_place_of_the_folder_is_told(phixtral):
+    with pytest.raises(CheckpointError, match="it is a file; pass the folder that holds it"):
+        open_checkpoint(phixtral / "model.safetensors")
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "partial_rotary_factor"])
+@pytest.mark.parametrize("value", ["10000", -5, "abc", float("inf")])
+@pytest.mark.parametrize("nested", [True, False])
+def test_rotary_facts_that_are_no_positive_numbers_are_refused(tmp_path, key, value, nested):
+    folder = write_phi_checkpoint(tmp_path / "phi", seed=1)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    edit_config(
+        folder, **({"rope_parameters": {**rope, key: value}} if nested else {"rope_parameters": "absent", key: value})
+    )
+    with pytest.raises(ConfigError, match=f"{key} is .*, expected a positive, finite number"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"num_local_experts": "5"}, "num_local_experts is '5', expected a whole number"),
+        ({"n_positions": 10**13}, "n_positions is 10000000000000, expected a whole number of 1 to 1048576"),
+        ({"layer_norm_epsilon": float("inf")}, "layer_norm_epsilon is inf, expected a positive, finite number"),
+        ({"eos_token_id": True}, "eos_token_id is True, expected a token id"),
+    ],
+)
+def test_config_values_of_the_wrong_kind_are_refused(phixtral, changes, text):
+    edit_config(phixtral, **changes)
+    with pytest.raises((ConfigError, CheckpointError), match=text):
+        read(phixtral)
+
+
+def test_deeply_nested_json_is_refused(phixtral):
+    (phixtral / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="config.json is not readable JSON"):
+        open_checkpoint(phixtral)
+
+
+def test_an_empty_vocabulary_is_refused(phixtral):
+    path = phixtral / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"], tokenizer["added_tokens"] = {}, []
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match="tokenizer.json has an empty vocabulary"):
+        load_tokenizer(phixtral)
 
 
 def test_an_index_that_names_an_absent_shard_is_refused(phixtral):

@@ -81,3 +81,11 @@ def test_matmulnbits_reads_our_packing_as_we_do(bits):
 def test_features_that_do_not_fill_their_blocks_are_refused():
     with pytest.raises(QuantizationError, match=r"quantising w: its 72 input features .* block size 32; build fp32"):
         check_blocks("w", 72, 4, 32)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("size", [1e-30, 1e20])
+def test_weights_whose_squares_leave_float32_keep_their_values(bits, size):
+    values = (np.random.default_rng(0).standard_normal((3, 32)) * size).astype(np.float32)
+    restored = dequantize_blocks(*quantize_blocks(values, bits, 32), bits)
+    assert np.abs(restored / size - values / size).max() <= np.abs(values / size).max() * 2.0 ** (1 - bits)

@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from checkpoints import write_phixtral_checkpoint
 from conftest import QUANTIZABLE
@@ -56,16 +58,36 @@ def test_graphs_pass_onnx_own_checker(unlinked_engines):
             onnx.checker.check_model(str(unlinked_engines(precision) / name))
 
 
-def test_every_attribute_of_every_contributed_operator_is_written(tiny_engines):
-    written = {"GroupQueryAttention": {"num_heads", "kv_num_heads", "scale", "softcap", "local_window_size",
-                                       "do_rotary", "rotary_interleaved", "smooth_softmax"},
-               "QMoE": {"k", "activation_type", "normalize_routing_weights", "expert_weight_bits", "block_size",
-                        "weights_prepacked", "accuracy_level", "quant_type", "swiglu_fusion", "use_sparse_mixer"},
-               "MatMulNBits": {"K", "N", "bits", "block_size", "accuracy_level"},
-               "GatherBlockQuantized": {"bits", "block_size", "gather_axis", "quantize_axis"}}  # fmt: skip
-    nodes = onnx.load(str(tiny_engines("int4") / "model.onnx"), load_external_data=False).graph.node
-    found = {node.op_type: {a.name for a in node.attribute} for node in nodes if node.domain == "com.microsoft"}
-    assert {name: attributes for name, attributes in found.items() if name in written} == written
+# What each operator would also take, and why it bears on nothing here.
+UNWRITTEN = {
+    "GroupQueryAttention": {
+        "causal", "qk_output", "sliding_window_cache",  # 1, none and off are the only values with this meaning
+        "k_quant_type", "v_quant_type", "kv_cache_bit_width",  # the cache is float32
+        "qk_norm_epsilon",  # no such norms
+    },
+    "QMoE": {
+        "activation_alpha", "activation_beta", "swiglu_limit",  # of swiglu
+        "fc1_expert_weight_bits", "fc2_expert_weight_bits", "fc3_expert_weight_bits",  # expert_weight_bits is written
+    },
+    "MoE": {"activation_alpha", "activation_beta", "swiglu_limit"},
+    "MatMulNBits": {"weight_prepacked"},  # of the CUDA provider
+    "GatherBlockQuantized": set(),
+    "FusedMatMul": set(),
+}  # fmt: skip
+
+
+def test_every_attribute_that_bears_on_the_result_is_written(tiny_engines):
+    schemas = {
+        schema.name: set(schema.attributes)
+        for schema in onnxruntime.capi.onnxruntime_pybind11_state.get_all_operator_schema()
+        if schema.domain == "com.microsoft"
+    }
+    unwritten = {}
+    for precision in ("fp32", "int4"):
+        for node in onnx.load(str(tiny_engines(precision) / "model.onnx"), load_external_data=False).graph.node:
+            if node.domain == "com.microsoft":
+                unwritten[node.op_type] = schemas[node.op_type] - {attribute.name for attribute in node.attribute}
+    assert unwritten == UNWRITTEN
 
 
 @pytest.mark.parametrize(("precision", "bits", "relative_error"), [("int8", 8, 0.006), ("int4", 4, 0.09)])
@@ -214,6 +236,39 @@ def test_the_end_token_falls_back_to_the_tokenizers_own(tmp_path, tiny_checkpoin
         build(checkpoint, tmp_path / "other")
 
 
+@pytest.mark.parametrize("found", ["abc", [1.5], -1, 352, True, {"a": 1}])
+def test_an_end_token_that_is_no_row_of_the_vocabulary_is_refused(tmp_path, tiny_checkpoint, found):
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["eos_token_id"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": found}))
+    with pytest.raises(ConfigError, match=r"eos_token_id holds .*, expected token ids below 352"):
+        build(checkpoint, tmp_path / "engine")
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 256]}))
+    assert build(checkpoint, tmp_path / "engine").manifest.eos_token_ids == (3, 256)
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=10_000))
+    with pytest.raises(OutputError, match=r"writing the engine: it takes .* GB, .* has 0.00 GB free; make room"):
+        build(tiny_checkpoint, tmp_path / "engine")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [[sys.executable, SCRIPT], [sys.executable, "-m", "cli.main", "build"]])
+def test_what_the_system_refuses_ends_with_status_2_and_one_line(tmp_path, tiny_checkpoint, command):
+    words = ["--checkpoint", tiny_checkpoint, "--output", tmp_path / ("x" * 300)]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "File name too long" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_long_output_name_is_no_obstacle(tmp_path, tiny_checkpoint):
+    assert build(tiny_checkpoint, tmp_path / ("e" * 250)).folder.is_dir()
+
+
 def test_a_damaged_engine_is_refused_naming_every_file(engine_copy):
     data = engine_copy / "model.onnx.data"
     raw = bytearray(data.read_bytes())
@@ -235,6 +290,40 @@ def test_a_folder_without_manifest_is_no_engine(engine_copy, tmp_path):
         open_engine(engine_copy)
     with pytest.raises(EngineError, match="no such folder, check the path"):
         open_engine(tmp_path / "absent")
+
+
+def edit_manifest(folder, **changes):
+    path = folder / "engine.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"files": {}}, "files not listed: ['model.onnx'"),
+        ({"max_sequence": "640"}, "max_sequence is '640', expected int"),
+        ({"max_sequence": 641}, "max_sequence is 641, expected 1 to 640"),
+        ({"max_batch": True}, "max_batch is True, expected int"),
+        ({"expert_order": [0, 1, 2, 3, 3]}, "expected each of 5 experts once"),
+        ({"expert_order": "abcde"}, "expert_order is 'abcde', expected"),
+        ({"verification": 5}, "verification is 5, expected"),
+        ({"architecture": {"family": "phixtral"}}, "architecture: keys missing or unknown: bos_token_id"),
+        ({"colour": "red"}, "keys missing or unknown: colour"),
+        ({"format_version": True}, "format version True, this moeship reads 1"),
+    ],
+)
+def test_a_manifest_that_lies_about_itself_is_refused(engine_copy, changes, text):
+    edit_manifest(engine_copy, **changes)
+    with pytest.raises(EngineError) as caught:
+        open_engine(engine_copy)
+    assert text in str(caught.value)
+
+
+def test_a_manifest_may_not_name_files_outside_its_folder(engine_copy):
+    files = json.loads((engine_copy / "engine.json").read_text())["files"]
+    edit_manifest(engine_copy, files={**files, "../payload": files["model.onnx"]})
+    with pytest.raises(EngineError, match=r"files outside the folder: \['../payload'\]"):
+        open_engine(engine_copy)
 
 
 def test_a_manifest_of_another_version_is_refused(engine_copy):

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
@@ -19,7 +20,7 @@ from export.families import read_model
 from trt_build import parity
 from trt_build.build_engine import BuildOptions, build_engine
 from trt_build.engine import open_engine
-from trt_build.ort.session import Session
+from trt_build.ort.session import PREFILL_CHUNK_TOKENS, Session
 from trt_build.torch_reference import load_reference
 
 # What the attention kernel takes at least, the rest odd.
@@ -71,6 +72,16 @@ def test_dense_phi_engine_equals_transformers_own_model(tmp_path, spelling):
 
     report = parity.compare(engine, outside, [TOKENS[:60]], quiet)
 
+    assert report.failures(FP32) == []
+
+
+@pytest.mark.parametrize("spelling", ["transformers", "phi-msft"])
+def test_fewer_key_heads_than_query_heads_equal_transformers_own_model(tmp_path, spelling):
+    sizes = {**ODD, "hidden_size": 96, "num_heads": 6, "num_kv_heads": 2}
+    write_phi_checkpoint(tmp_path / "transformers", seed=6, spelling="transformers", **sizes)
+    write_phi_checkpoint(tmp_path / "phi-msft", seed=6, spelling="phi-msft", **sizes)
+    outside = PhiForCausalLM.from_pretrained(tmp_path / "transformers", dtype=torch.float32).eval()
+    report = parity.compare(build(tmp_path / spelling, tmp_path / "engine"), outside, [TOKENS[:60]], quiet)
     assert report.failures(FP32) == []
 
 
@@ -211,6 +222,35 @@ def test_perplexity_equals_that_of_transformers_loss(tiny_checkpoint, tiny_engin
         expected = float(torch.exp(reference_of(tiny_checkpoint)(ids, labels=ids).loss))
     found = parity.perplexity(open_engine(tiny_engines("fp32")), [TOKENS[:200]])
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_verification_sees_positions_past_the_first_window_and_several_prefill_chunks(tiny_engines):
+    [first, *rest] = parity._windows(open_engine(tiny_engines("fp32")), "a" * 2000, 1200)
+    assert (len(first), [len(window) for window in rest]) == (640, [512, 48])
+    assert len(first) // 2 > PREFILL_CHUNK_TOKENS
+
+
+def test_a_rotary_table_that_is_wrong_at_late_positions_alone_is_caught(tmp_path, tiny_checkpoint, tiny_engines):
+    engine = open_engine(shutil.copytree(tiny_engines("fp32"), tmp_path / "engine"))
+    for name in ("model.onnx", "model_scoring.onnx"):
+        model = onnx.load(str(engine.folder / name), load_external_data=False)
+        [table] = [tensor for tensor in model.graph.initializer if tensor.name == "rotary/cos_cache"]
+        values = onnx.numpy_helper.to_array(table).copy()
+        values[600:] = 0
+        table.CopyFrom(onnx.numpy_helper.from_array(values, table.name))
+        (engine.folder / name).write_bytes(model.SerializeToString())
+    found = parity.verify_engine(engine, str(tiny_checkpoint), "Late positions count. " * 40, 2048, quiet)
+    assert found.failures
+
+
+def test_verification_tells_whether_the_reference_is_what_the_engine_was_built_from(
+    tmp_path, tiny_checkpoint, tiny_engines
+):
+    engine = open_engine(tiny_engines("fp32"))
+    same = parity.verify_engine(engine, str(tiny_checkpoint), "What is it? " * 9, 64, quiet)
+    other = edited(tiny_checkpoint, tmp_path / "other", lambda tensors, config: tensors["lm_head.linear.bias"].fill(0))
+    different = parity.verify_engine(engine, str(other), "What is it? " * 9, 64, quiet)
+    assert (same.reference_is_the_source, different.reference_is_the_source) == (True, False)
 
 
 def test_report_of_nan_fails_every_judged_figure():
