@@ -1,0 +1,120 @@
+"""Write a checkpoint of a published model's exact names, shapes, dtype and sharding, with random weights.
+
+    python benchmarks/synthetic_checkpoint.py --like phixtral-4x2_8 --output DIR [--layers N] [--seed S]
+
+For measuring builds, memory and speed without a download: nothing can be said of quality with it. Matrices are normal
+with variance 1 / input features, so that activations and logits keep the scale of a trained model's; norms are ones,
+biases zeros. The tokenizer is that of examples/tiny-phixtral. Values come from one pool of 16 million draws, read from
+a place that hangs on the tensor's name, so that writing runs at the disk's speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.architecture import Architecture
+from export.command import run_command
+from export.merge_layout import config_json, merged_tensors
+from export.output import require_space, staged_directory
+from export.shard_writer import PlannedTensor, write_sharded
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-phixtral" / "experts" / "code"
+SHARD_BYTES = 5_000_000_000
+POOL_ELEMENTS = 1 << 24
+# config.json of mlabonne/phixtral-4x2_8 and 2x2_8.
+PHIXTRAL = Architecture(
+    family="phixtral",
+    hidden_size=2560,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_size=80,
+    ffn_size=10240,
+    vocab_size=51200,
+    num_experts=4,
+    experts_per_token=2,
+    rotary_dim=32,
+    rope_base=10000.0,
+    norm_epsilon=1e-5,
+    max_positions=2048,
+    bos_token_id=None,
+    eos_token_ids=(0,),  # of the example's tokenizer
+    source_dtype="float16",
+)
+MODELS = {"phixtral-4x2_8": PHIXTRAL, "phixtral-2x2_8": replace(PHIXTRAL, num_experts=2)}
+
+logger = logging.getLogger(__name__)
+
+
+def draws(seed: int) -> Callable[[PlannedTensor], Iterator[npt.NDArray[Any]]]:
+    """A function that gives the float16 values of a tensor in pieces."""
+    pool = np.random.default_rng(seed).standard_normal(POOL_ELEMENTS, dtype=np.float32)
+    scaled: dict[int, npt.NDArray[np.float16]] = {}
+
+    def chunks(tensor: PlannedTensor) -> Iterator[npt.NDArray[Any]]:
+        count = tensor.num_bytes // 2
+        if len(tensor.shape) == 1:
+            yield np.full(count, 1.0 if tensor.name.endswith("ln.weight") else 0.0, dtype=np.float16)
+            return
+        features = 1 if tensor.name.endswith("wte.weight") else tensor.shape[-1]
+        if features not in scaled:
+            scaled[features] = (pool / np.sqrt(features)).astype(np.float16)
+        place = zlib.crc32(tensor.name.encode()) % POOL_ELEMENTS
+        while count:
+            piece = scaled[features][place : place + count]
+            yield piece
+            count, place = count - len(piece), 0
+
+    return chunks
+
+
+def write(architecture: Architecture, output: Path, seed: int) -> int:
+    """Write the checkpoint into the new folder `output`; returns its bytes of tensors."""
+    tensors = [tensor.planned for tensor in merged_tensors(architecture, "F16")]
+    num_bytes = sum(tensor.num_bytes for tensor in tensors)
+    require_space(output, num_bytes, "the synthetic checkpoint")
+    with staged_directory(output, "the synthetic checkpoint") as folder:
+        write_sharded(folder, tensors, draws(seed), max_shard_bytes=SHARD_BYTES)
+        (folder / "config.json").write_text(json.dumps(config_json(architecture, "F16"), indent=2) + "\n")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(EXAMPLE / name, folder / name)
+    return num_bytes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--like", required=True, choices=MODELS, help="the published model")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to make")
+    parser.add_argument("--layers", type=int, metavar="N", help="fewer or more layers than the model's own")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    architecture = MODELS[options.like]
+    if options.layers is not None:
+        architecture = replace(architecture, num_layers=options.layers)
+
+    def run() -> int:
+        started = time.monotonic()
+        num_bytes = write(architecture, options.output, options.seed)
+        seconds = time.monotonic() - started
+        print(f"{options.output}: {num_bytes / 1e9:.2f} GB in {seconds:.0f} s, {num_bytes / 1e6 / seconds:.0f} MB/s")
+        return 0
+
+    return run_command(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

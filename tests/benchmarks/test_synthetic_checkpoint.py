@@ -1,0 +1,54 @@
+"""The synthetic checkpoints: the published layout, seeded, and fit to be built from."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from export.checkpoint import file_digest, open_checkpoint
+from export.inspection import describe
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "synthetic_checkpoint.py"
+
+
+def write(output, *words):
+    command = [sys.executable, SCRIPT, "--like", "phixtral-2x2_8", "--output", output, "--layers", "1", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("synthetic") / "checkpoint"
+    done = write(folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_it_is_read_as_the_published_model_with_fewer_layers(checkpoint):
+    report = describe(open_checkpoint(checkpoint))
+    facts = report.architecture
+    assert (facts.hidden_size, facts.ffn_size, facts.head_size, facts.rotary_dim) == (2560, 10240, 80, 32)
+    assert (facts.num_experts, facts.experts_per_token, facts.num_layers, facts.vocab_size) == (2, 2, 1, 51200)
+    # Worked by hand: embedding and head 2*51200*2560 + 51200, final norm 2*2560; a layer: norm 2*2560, Wqkv
+    # 7680*2560 + 7680, out_proj 2560*2560 + 2560, gate 2*2560, experts 2*(2*2560*10240 + 10240 + 2560).
+    assert report.total_parameters == 393_318_400
+
+
+def test_matrices_have_the_scale_of_their_width_and_tensors_differ(checkpoint):
+    opened = open_checkpoint(checkpoint)
+    first, second = (opened.read_float32(f"transformer.h.0.moe.mlp.{e}.fc1.weight", slice(0, 64)) for e in (0, 1))
+    assert np.std(first) == pytest.approx(1 / np.sqrt(2560), rel=0.02)
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.02
+    assert (opened.read("transformer.h.0.ln.weight") == 1).all()
+
+
+def test_the_same_seed_gives_the_same_bytes_and_an_existing_folder_is_kept(checkpoint, tmp_path):
+    assert write(tmp_path / "again").returncode == 0
+    assert file_digest(tmp_path / "again" / "model.safetensors") == file_digest(checkpoint / "model.safetensors")
+    done = write(checkpoint)
+    assert done.returncode == 2
+    assert "exists already" in done.stderr
