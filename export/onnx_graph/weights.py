@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from export.quantize.grid import pack, quantize_blocks
 from export.tensor_table import Role, Weights
 
+MAX_WORKERS = 4  # each holds one chunk and what becomes of it
 ALIGNMENT_BYTES = 64  # a cache line, and the widest vector register
 _ITEM_BYTES = {"float32": 4, "uint8": 1}
 
@@ -95,18 +97,30 @@ def write_weights(
     weights: Weights,
     progress: Callable[[int], None],
 ) -> None:
-    """Stream every job's values into the data file; `progress` gets the bytes written by each job."""
+    """Stream every job's values into the data file, several jobs at a time; `progress` gets the bytes of each job.
+
+    The jobs write to places of their own, and numpy lets threads run side by side while it computes.
+    """
     with open(path, "wb") as file:  # noqa: PTH123 - os.PathLike
         file.truncate(placement.total_bytes)
-        for job in jobs:
-            positions = [placement.offsets[output.name][0] for output in job.outputs]
-            ends = [sum(placement.offsets[output.name]) for output in job.outputs]
-            for pieces in job.produce(weights):
-                for index, piece in enumerate(pieces):
-                    positions[index] += _write_at(file.fileno(), np.ascontiguousarray(piece), positions[index])
-            if positions != ends:
-                raise AssertionError(f"{job.source}: wrote to {positions}, planned {ends}")
-            progress(sum(output.num_bytes for output in job.outputs))
+        pool = ThreadPoolExecutor(max_workers=min(MAX_WORKERS, os.cpu_count() or 1))
+        try:
+            writing = {pool.submit(_write_job, file.fileno(), job, placement, weights): job for job in jobs}
+            for done in as_completed(writing):
+                done.result()
+                progress(sum(output.num_bytes for output in writing[done].outputs))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _write_job(descriptor: int, job: WeightJob, placement: Placement, weights: Weights) -> None:
+    positions = [placement.offsets[output.name][0] for output in job.outputs]
+    ends = [sum(placement.offsets[output.name]) for output in job.outputs]
+    for pieces in job.produce(weights):
+        for index, piece in enumerate(pieces):
+            positions[index] += _write_at(descriptor, np.ascontiguousarray(piece), positions[index])
+    if positions != ends:
+        raise AssertionError(f"{job.source}: wrote to {positions}, planned {ends}")
 
 
 def _write_at(descriptor: int, array: npt.NDArray[Any], offset: int) -> int:
