@@ -47,7 +47,9 @@ def read_options(arguments: argparse.Namespace) -> ServerOptions:
 
 def run(arguments: argparse.Namespace) -> int:
     """Returns 0 when it was asked to stop. Raises ServerError when the server ends by itself."""
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    # A closed terminal is a request to stop too, unless the shell was told to ignore it (nohup).
+    stopping = [signal.SIGTERM] + [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)
+    previous = {number: signal.signal(number, _interrupt) for number in stopping}
     try:
         with running_server(read_options(arguments)) as server:
             print(_description(server, as_json=arguments.json), flush=True)
@@ -59,7 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
         logger.info("stopped")
         return 0
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from clients._tritonclient import require_messages, require_utils
 from clients.errors import BY_STATUS, RequestRejected, StreamBroken
 from clients.messages import GenerationRequest, ModelState, Piece
-from triton_repo.contract import INPUTS, OURS, OUTPUTS, WIRE_DTYPES, TritonDtype, WireTensor
+from triton_repo.contract import FIELD_NAMES, INPUTS, OURS, OUTPUTS, WIRE_DTYPES, TritonDtype, WireTensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,8 +30,6 @@ ERROR_STATUS_METADATA = (("triton_grpc_error", "true"),)
 # (triton-inference-server/server#8708, in 26.04).
 ERROR_STATUS_SINCE = (2, 68)
 KNOWN_OUTPUTS = {tensor.name: tensor for tensor in (*OUTPUTS, *OURS)}
-# Inputs whose field in GenerationRequest bears another name.
-FIELD_NAMES = {"text_input": "prompt"}
 
 
 def build_request(request: GenerationRequest, *, stream: bool) -> pb.ModelInferRequest:

@@ -2,8 +2,9 @@
 
 Names and dtypes are those of TensorRT-LLM 1.2's `ensemble` model (triton_backend/all_models/inflight_batcher_llm/
 ensemble/config.pbtxt upstream), so that NVIDIA's own clients drive our servers unchanged; `COMPATIBILITY_INPUTS` are
-those that our clients have no use for, `OURS` are additions that NVIDIA's clients ignore. Dims exclude the batch
-dimension: a request carries [1, *dims].
+those that our clients have no use for and older names, `OURS` are additions that NVIDIA's clients ignore. Its inputs
+for prompt tables, LoRA and guided decoding are not taken. Dims exclude the batch dimension: a request carries
+[1, *dims]. output_log_probs lacks the beam axis that it has upstream: there are no beams.
 
 This module imports nothing, so that a client can use it alone.
 """
@@ -13,10 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-TritonDtype = Literal["STRING", "INT32", "UINT64", "FP32", "BOOL", "INT64"]
+TritonDtype = Literal["STRING", "INT32", "UINT64", "FP32", "BOOL"]
 # The label on the wire differs from the one in config.pbtxt for text alone.
 WIRE_DTYPES: dict[TritonDtype, str] = {
-    "STRING": "BYTES", "INT32": "INT32", "UINT64": "UINT64", "FP32": "FP32", "BOOL": "BOOL", "INT64": "INT64",
+    "STRING": "BYTES", "INT32": "INT32", "UINT64": "UINT64", "FP32": "FP32", "BOOL": "BOOL",
 }  # fmt: skip
 
 
@@ -43,11 +44,11 @@ INPUTS: tuple[WireTensor, ...] = (
     ),
     WireTensor(name="top_k", dtype="INT32", optional=True, unit="0 keeps all; 1 is greedy"),
     WireTensor(name="top_p", dtype="FP32", optional=True, unit="0 < p <= 1; 0 as in TensorRT-LLM means off"),
-    WireTensor(name="min_length", dtype="INT32", optional=True, unit="new tokens before an end id may come"),
+    WireTensor(name="min_tokens", dtype="INT32", optional=True, unit="new tokens before an end id may come"),
     WireTensor(name="repetition_penalty", dtype="FP32", optional=True, unit="> 0; 1 changes nothing"),
     WireTensor(name="presence_penalty", dtype="FP32", optional=True, unit="0 changes nothing"),
     WireTensor(name="frequency_penalty", dtype="FP32", optional=True, unit="0 changes nothing"),
-    WireTensor(name="random_seed", dtype="UINT64", optional=True, unit="same seed, same text; absent draws one"),
+    WireTensor(name="seed", dtype="UINT64", optional=True, unit="same seed, same text; absent draws one"),
     WireTensor(
         name="stop_words",
         dtype="STRING",
@@ -65,16 +66,20 @@ INPUTS: tuple[WireTensor, ...] = (
 
 # Accepted and served beside INPUTS; our own clients never send them.
 COMPATIBILITY_INPUTS: tuple[WireTensor, ...] = (
-    WireTensor(name="min_tokens", dtype="INT32", optional=True, unit="min_length under its newer name"),
-    WireTensor(name="seed", dtype="UINT64", optional=True, unit="random_seed under its newer name"),
+    WireTensor(name="min_length", dtype="INT32", optional=True, unit="min_tokens under its older name"),
+    WireTensor(name="random_seed", dtype="UINT64", optional=True, unit="seed under its older name"),
     WireTensor(name="num_return_sequences", dtype="INT32", optional=True, unit="1 only"),
     WireTensor(
         name="length_penalty", dtype="FP32", optional=True, unit="accepted; it concerns beams, and there are none"
     ),
     WireTensor(name="return_num_input_tokens", dtype="BOOL", optional=True, unit="accepted; the count always comes"),
     WireTensor(name="return_num_output_tokens", dtype="BOOL", optional=True, unit="accepted; the count always comes"),
+    WireTensor(name="return_context_logits", dtype="BOOL", optional=True, unit="false only"),
+    WireTensor(name="return_generation_logits", dtype="BOOL", optional=True, unit="false only"),
+    WireTensor(name="return_perf_metrics", dtype="BOOL", optional=True, unit="false only"),
 )
-SYNONYMS = {"min_tokens": "min_length", "seed": "random_seed"}
+# Tensors whose value has another name in our options and requests.
+FIELD_NAMES = {"text_input": "prompt", "min_tokens": "min_length", "seed": "random_seed"}
 
 # The log-probability outputs come only if return_log_probs asks for them.
 OUTPUTS: tuple[WireTensor, ...] = (

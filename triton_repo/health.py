@@ -55,4 +55,5 @@ def model_states(http_url: str) -> tuple[ModelState, ...]:
             reason=entry.get("reason", ""),
         )
         for entry in entries
+        if not entry["name"].startswith(".")  # Triton lists hidden folders, which are no models
     )

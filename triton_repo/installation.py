@@ -36,7 +36,6 @@ class Installation:
         # The stub takes the site-packages of the first python3 on PATH.
         _put_first(environment, "PATH", [Path(sys.executable).parent])
         _put_first(environment, "LD_LIBRARY_PATH", list(self.library_folders))
-        _put_first(environment, "PYTHONPATH", _source_folders())
         return environment
 
 
@@ -87,11 +86,11 @@ def _libpython_folders(version: str) -> list[Path]:
     return []
 
 
-def _source_folders() -> list[Path]:
-    """The folder of moeship's packages when it is a source checkout; an installed moeship is found anyway."""
-    folder = Path(__file__).resolve().parent.parent
-    installed = {Path(sysconfig.get_path(key)).resolve() for key in ("purelib", "platlib")}
-    return [] if folder in installed else [folder]
+def packages_folder() -> Path:
+    """The folder of the moeship that runs here. Triton's Python stub ignores PYTHONPATH and looks for modules in its
+    working directory first: started there, a model runs the same moeship as its server's parent, and no module of
+    the caller's working directory stands in for a library."""
+    return Path(__file__).resolve().parent.parent
 
 
 def _put_first(environment: dict[str, str], variable: str, folders: list[Path]) -> None:

@@ -24,7 +24,7 @@ from export.errors import OutputError, listing
 from export.output import staged_directory
 from triton_repo.errors import RepositoryError
 from triton_repo.model_config import CONFIG_FILE, ServedModel, config_text, model_config
-from triton_repo.runtime.parameters import ModelParameters
+from triton_repo.runtime.parameters import MAX_THREADS, ModelParameters
 from trt_build.engine import MANIFEST_FILE, Engine, open_engine
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 VERSION = "1"
 MODEL_FILE = "model.py"
 MAX_NAME_CHARACTERS = 128
+MAX_INSTANCES = 1024
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -84,10 +85,12 @@ def _check(options: PackageOptions) -> None:
             f"the name is {options.name!r}; expected up to {MAX_NAME_CHARACTERS} letters, digits, '_', '.' or '-', "
             "the first a letter or digit"
         )
-    if options.instances < 1:
-        problems.append(f"instances is {options.instances}; expected 1 or more")
-    if options.threads is not None and options.threads < 1:
-        problems.append(f"threads is {options.threads}; expected 1 or more, or none given to share the cores out")
+    if not 1 <= options.instances <= MAX_INSTANCES:
+        problems.append(f"instances is {options.instances}; expected 1 to {MAX_INSTANCES}")
+    if options.threads is not None and not 1 <= options.threads <= MAX_THREADS:
+        problems.append(
+            f"threads is {options.threads}; expected 1 to {MAX_THREADS}, or none given to share the cores out"
+        )
     if problems:
         raise RepositoryError(f"packaging {options.engine}:{listing(problems)}")
 

@@ -32,6 +32,15 @@ class ChosenPorts:
 
 def choose_ports(host: str, wanted: Ports) -> ChosenPorts:
     """Raises ServerError listing every port that cannot be had."""
+    try:
+        socket.getaddrinfo(host, None, socket.AF_INET)
+    except OSError as error:
+        raise ServerError(
+            f"choosing ports: {host!r} is no IPv4 address or name of this machine ({error.strerror}); "
+            "give one such as 127.0.0.1, or 0.0.0.0 for all"
+        ) from error
+    if not host:
+        raise ServerError("choosing ports: the host is empty; give 127.0.0.1, or 0.0.0.0 for all addresses")
     asked = {name: port for name, port in vars(wanted).items() if port is not None}
     problems = [
         f"the {name} port is {port}, expected 1 to {HIGHEST_PORT}"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import secrets
 import signal
@@ -27,7 +28,7 @@ from pathlib import Path
 from export.errors import listing
 from triton_repo.errors import ServerError
 from triton_repo.health import ModelState, is_listening, model_states
-from triton_repo.installation import Installation, find_installation
+from triton_repo.installation import Installation, find_installation, packages_folder
 from triton_repo.ports import ChosenPorts, Ports, choose_ports
 from triton_repo.repository import check_repository
 
@@ -77,6 +78,11 @@ def running_server(options: ServerOptions) -> Iterator[Server]:
     Raises RepositoryError for a repository that cannot be served, MissingPackageError without a tritonserver, and
     ServerError for a port in use, a server that ends or takes too long, and when no model at all is ready.
     """
+    if not 0 < options.ready_timeout_s < math.inf:
+        raise ServerError(
+            f"serving {options.repository}: the ready timeout is {options.ready_timeout_s} s, expected a finite number "
+            "above 0"
+        )
     check_repository(options.repository)
     ports = choose_ports(options.host, options.ports)
     with tempfile.TemporaryDirectory(prefix="moeship-serve-") as workspace_name:
@@ -118,9 +124,13 @@ def _process(
     with contextlib.ExitStack() as files:
         try:
             output = sys.stderr.fileno() if log is None else files.enter_context(log.open("ab")).fileno()
+        except OSError as error:
+            raise ServerError(f"opening the server's log {log}: {error.strerror}; name another file") from error
+        try:
             process = subprocess.Popen(
                 arguments,
                 env=environment,
+                cwd=packages_folder(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -155,9 +165,14 @@ def _follow_parent() -> Callable[[], None] | None:
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """Ask for an orderly end, then kill what is left of the process group. A second interrupt kills at once."""
-    with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt):
         process.terminate()
-        process.wait(DRAIN_TIMEOUT_S + KILL_GRACE_S)
+        try:
+            process.wait(DRAIN_TIMEOUT_S + KILL_GRACE_S)
+        except subprocess.TimeoutExpired:
+            logger.warning(
+                "the server had not ended %d s after it was asked to; killed", DRAIN_TIMEOUT_S + KILL_GRACE_S
+            )
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -154,8 +154,12 @@ def test_a_name_that_triton_or_a_path_would_misread_is_refused(tmp_path, tiny_en
 
 def test_every_unusable_option_is_reported(tmp_path, tiny_engine):
     with pytest.raises(RepositoryError) as caught:
-        package(tiny_engine, tmp_path / "repository", name="a/b", instances=0, threads=-2)
-    for problem in ("the name is 'a/b'", "instances is 0; expected 1 or more", "threads is -2; expected 1 or more"):
+        package(tiny_engine, tmp_path / "repository", name="a/b", instances=0, threads=99999999999)
+    for problem in (
+        "the name is 'a/b'",
+        "instances is 0; expected 1 to 1024",
+        "threads is 99999999999; expected 1 to 4096",
+    ):
         assert problem in str(caught.value)
 
 

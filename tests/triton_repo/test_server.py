@@ -192,7 +192,7 @@ def start_command(repository: Path, *arguments: str) -> tuple[subprocess.Popen, 
     return command, json.loads(command.stdout.readline())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_command_stops_on_a_signal_and_leaves_no_process(small_repository, number):
     command, ready = start_command(small_repository)
     with urllib.request.urlopen(f"{ready['http']}/v2/health/ready", timeout=PATIENCE_S) as response:
@@ -202,6 +202,41 @@ def test_the_command_stops_on_a_signal_and_leaves_no_process(small_repository, n
     _, errors = command.communicate(timeout=PATIENCE_S)
     assert command.returncode == 0, errors
     assert processes_of(ready["pid"]) == []
+
+
+def test_a_module_in_the_callers_folder_does_not_stand_in_for_a_library(small_repository, tmp_path, monkeypatch):
+    (tmp_path / "tokenizers.py").write_text("raise SystemExit('not the library')")
+    monkeypatch.chdir(tmp_path)
+    with running_server(ServerOptions(repository=Path("repository"))) as server:
+        assert [(model.name, model.ready) for model in server.models] == [("tiny", True)]
+        [stub] = [p for p in processes_of(server.process.pid) if "stub" in p.name()]
+        assert Path(stub.cwd()) == Path(server_module.__file__).parent.parent
+
+
+def test_hidden_folders_are_no_models(small_repository):
+    (small_repository / ".git").mkdir()
+    with running_server(ServerOptions(repository=small_repository)) as server:
+        assert [model.name for model in server.models] == ["tiny"]
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_time_limit_that_never_comes_is_refused(small_repository, seconds):
+    options = ServerOptions(repository=small_repository, ready_timeout_s=seconds)
+    with pytest.raises(ServerError, match="the ready timeout is .* expected a finite number above 0"):
+        running_server(options).__enter__()
+
+
+def test_a_log_that_cannot_be_opened_is_named(small_repository, tmp_path):
+    options = ServerOptions(repository=small_repository, log=tmp_path / "absent" / "server.log")
+    with pytest.raises(ServerError, match=r"opening the server's log .*server.log: No such file or directory"):
+        running_server(options).__enter__()
+
+
+@pytest.mark.parametrize("host", ["", "::1", "no such host"])
+def test_a_host_that_is_no_address_of_this_machine_is_told_once(host):
+    with pytest.raises(ServerError, match="choosing ports: .*; give .*127.0.0.1") as caught:
+        choose_ports(host, Ports())
+    assert str(caught.value).count("127.0.0.1") == 1
 
 
 def test_a_killed_command_takes_its_server_along(small_repository):

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from export.errors import listing
 from export.tokenizer import Tokenizer
-from triton_repo.contract import COMPATIBILITY_INPUTS, INPUTS, SYNONYMS, WireTensor
+from triton_repo.contract import COMPATIBILITY_INPUTS, FIELD_NAMES, INPUTS, WireTensor
 from triton_repo.errors import RequestError
 
 NO_END_ID = -1
@@ -82,24 +82,29 @@ def _above(low: float) -> Callable[[Any], bool]:
     return lambda value: math.isfinite(value) and value >= low
 
 
-_FINITE = _Rule(math.isfinite, "a finite number", "send 0 for no penalty")
+# Wide enough for any use, narrow enough that no sum or product of them leaves float32.
+_SHIFT = _Rule(lambda p: abs(p) <= 1000, "-1000 to 1000", "send 0 for no penalty")
+_FACTOR = _Rule(lambda p: 0.001 <= p <= 1000, "0.001 to 1000", "send 1 for no penalty")
 _WORDS = _Rule(lambda words: all(words), "no empty text among the words", "leave the empty ones out")
 _RULES: dict[str, _Rule] = {
     "prompt": _Rule(bool, "at least one character", "send a prompt in text_input"),
     "max_tokens": _Rule(_above(1), "1 or more", "ask for at least one token"),
-    "temperature": _Rule(_above(0), "a finite number >= 0", "send 0 for greedy, or about 0.7"),
+    "temperature": _Rule(
+        lambda t: t == 0 or 0.001 <= t <= 1000, "0, or 0.001 to 1000", "send 0 for greedy, or about 0.7"
+    ),
     "top_k": _Rule(_above(0), "0 or more", "send 0 to keep all tokens"),
     "top_p": _Rule(lambda p: 0 <= p <= 1, "0 <= top_p <= 1", "send 1 to keep all tokens"),
     "min_length": _Rule(_above(0), "0 or more", "send 0 for no minimum"),
-    "repetition_penalty": _Rule(lambda p: math.isfinite(p) and p > 0, "a finite number > 0", "send 1 for no penalty"),
-    "presence_penalty": _FINITE,
-    "frequency_penalty": _FINITE,
+    "repetition_penalty": _FACTOR,
+    "presence_penalty": _SHIFT,
+    "frequency_penalty": _SHIFT,
     "random_seed": _Rule(lambda seed: 0 <= seed <= _MAX_SEED, "0 to 2**64-1", "send another seed, or none"),
     "stop_words": _WORDS,
     "bad_words": _WORDS,
 }
 # Tensors that change nothing here, and the one value that those of them allow which would change something elsewhere.
 _ONLY_ONE = ("beam_width", "num_return_sequences")
+_FALSE_ONLY = ("return_context_logits", "return_generation_logits", "return_perf_metrics")
 _IGNORED = ("pad_id", "length_penalty", "return_num_input_tokens", "return_num_output_tokens")
 
 
@@ -120,12 +125,14 @@ def read_options(tensors: Mapping[str, npt.NDArray[Any]]) -> GenerationOptions:
         except ValueError as error:
             problems.append(str(error))
             continue
-        field = "prompt" if spec.name == "text_input" else SYNONYMS.get(spec.name, spec.name)
+        field = FIELD_NAMES.get(spec.name, spec.name)
         if field in _ONLY_ONE and value != 1:
             problems.append(f"{field}: found {value}, expected 1; send one request for each sequence that you want")
+        if field in _FALSE_ONLY and value:
+            problems.append(f"{field}: found true, expected false; this server has no such output")
         if field in values and values[field] != value:
             problems.append(f"{spec.name}: found {value}, but {field} says {values[field]}; send one of the two")
-        if field not in (*_ONLY_ONE, *_IGNORED):
+        if field not in (*_ONLY_ONE, *_FALSE_ONLY, *_IGNORED):
             values[field] = value
     problems += _value_problems(values)
     if problems:
@@ -188,8 +195,8 @@ def _read_value(spec: WireTensor, tensor: npt.NDArray[Any]) -> Any:  # noqa: ANN
         items = [float(str(np.float32(item))) for item in items]
     if spec.dims == (1,):
         return items[0]
-    # NVIDIA's examples send one empty text where they mean no words.
-    return () if items == [""] else tuple(items)
+    # NVIDIA's examples send an empty text where they mean no word.
+    return tuple(item for item in items if item != "")
 
 
 def _text(name: str, item: bytes | str) -> str:
@@ -205,7 +212,7 @@ def _text(name: str, item: bytes | str) -> str:
 
 
 def _value_problems(values: Mapping[str, Any]) -> list[str]:
-    wire_names = {"prompt": "text_input"}
+    wire_names = {field: tensor for tensor, field in FIELD_NAMES.items()}
     return [
         f"{wire_names.get(field, field)}: found {values[field]!r}, expected {rule.expected}; {rule.remedy}"
         for field, rule in _RULES.items()

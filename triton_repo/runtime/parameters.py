@@ -14,6 +14,7 @@ from triton_repo.errors import RepositoryError
 
 ENGINE_KEY = "moeship_engine"
 THREADS_KEY = "moeship_threads"
+MAX_THREADS = 4096  # of one instance
 _AUTOMATIC = "auto"
 
 
@@ -33,11 +34,11 @@ class ModelParameters:
         """Raises RepositoryError for an absent key or a text that is no value of it."""
         absent = [key for key in (ENGINE_KEY, THREADS_KEY) if key not in texts]
         threads = texts.get(THREADS_KEY, "")
-        if absent or not (threads == _AUTOMATIC or (threads.isdecimal() and int(threads) > 0)):
+        if absent or not (threads == _AUTOMATIC or (threads.isdecimal() and 0 < int(threads) <= MAX_THREADS)):
             problem = f"absent: {', '.join(absent)}" if absent else f"{THREADS_KEY} is {threads!r}"
             raise RepositoryError(
                 f"reading the parameters of the model {model}: {problem}; expected {ENGINE_KEY} with a folder's name "
-                f"and {THREADS_KEY} with a number above 0 or {_AUTOMATIC!r}: package the engine again"
+                f"and {THREADS_KEY} with a number of 1 to {MAX_THREADS} or {_AUTOMATIC!r}: package the engine again"
             )
         return cls(engine=texts[ENGINE_KEY], threads=None if threads == _AUTOMATIC else int(threads))
 
