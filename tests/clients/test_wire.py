@@ -47,7 +47,7 @@ def test_the_bytes_of_a_small_request_are_those_worked_out_by_hand(request_of):
     [
         ("temperature", "FP32", np.array([[0.8]], np.float32)),
         ("top_k", "INT32", np.array([[40]], np.int32)),
-        ("random_seed", "UINT64", np.array([[2**64 - 1]], np.uint64)),
+        ("seed", "UINT64", np.array([[2**64 - 1]], np.uint64)),
         ("return_log_probs", "BOOL", np.array([[True]])),
         ("stop_words", "BYTES", np.array([[b"\n\n", "Ende – 終".encode()]], np.object_)),
     ],
@@ -61,7 +61,9 @@ def test_every_kind_of_tensor_is_as_tritonclients_own_input_would_send_it(reques
 
 def test_every_field_that_is_given_is_sent(request_of):
     message = wire.build_request(request_of(**ALL_FIELDS), stream=True)
-    assert {tensor.name for tensor in message.inputs} == {"text_input", "max_tokens", "stream", *ALL_FIELDS}
+    renamed = {"min_length": "min_tokens", "random_seed": "seed"}
+    given = {renamed.get(field, field) for field in ALL_FIELDS}
+    assert {tensor.name for tensor in message.inputs} == {"text_input", "max_tokens", "stream", *given}
 
 
 def test_no_stop_words_send_no_tensor_since_an_empty_one_has_no_shape_that_triton_takes(request_of):
@@ -79,7 +81,7 @@ def test_numbers_of_numpy_are_taken_like_pythons_own(request_of):
     ("fields", "text"),
     [
         ({"max_tokens": 2**31}, "max_tokens is .2147483648., which INT32 cannot hold: out of range"),
-        ({"random_seed": -1}, "random_seed is .-1., which UINT64 cannot hold: out of range"),
+        ({"random_seed": -1}, "seed is .-1., which UINT64 cannot hold: out of range"),
         ({"max_tokens": 1.5}, "max_tokens is .1.5., which INT32 cannot hold: 1.5 is of another type"),
         ({"max_tokens": True}, "INT32 cannot hold: True is of another type"),
         ({"return_log_probs": 1}, "BOOL cannot hold: 1 is of another type"),
