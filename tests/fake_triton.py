@@ -1,4 +1,4 @@
-"""A servicer of Triton's inference service that answers as each test tells it; its responses are made by hand."""
+"""A servicer of Triton's inference service that answers as each test tells it, with the tensors of the served model."""
 
 from __future__ import annotations
 
@@ -10,34 +10,40 @@ import grpc
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
+from triton_repo.runtime.generation import Piece
+from triton_repo.runtime.service import wire_outputs
+
+# numpy's names of the dtypes of the outputs and the protocol's.
+DATATYPES = {"|O": "BYTES", "<i4": "INT32", "<f4": "FP32"}
 # What a response handler gets: the request and the call's context; it yields what the server sends.
 Answer = Callable[[pb.ModelInferRequest, grpc.ServicerContext], Iterator[pb.ModelStreamInferResponse]]
 
 
-def text_bytes(text: str) -> bytes:
-    """A BYTES tensor of one text, written by hand: length in 4 little-endian bytes, then UTF-8."""
-    return len(text.encode()).to_bytes(4, "little") + text.encode()
+def text_bytes(text: bytes) -> bytes:
+    """A text of a BYTES tensor, written by hand: its length in 4 little-endian bytes, then itself."""
+    return len(text).to_bytes(4, "little") + text
 
 
-def piece(text: str, token_ids=(), *, finish_reason: str = "", num_output: int = 0, final: bool = False):
-    """One response as moeship's model sends it, with a prompt of 3 tokens and log-probabilities of -0.5 a token."""
+def piece(
+    text: str, token_ids=(), *, finish_reason: str = "", num_output: int = 0, final: bool = False, log_probs=False
+):
+    """One response with the tensors that moeship's model sends, for a prompt of 3 tokens; with `log_probs`, as to a
+    request that asks for them, each is -0.5."""
+    made = Piece(
+        text=text,
+        token_ids=tuple(token_ids),
+        log_probs=(-0.5,) * len(token_ids) if log_probs else None,
+        cum_log_prob=-0.5 if log_probs else None,
+        finish_reason=finish_reason,
+        num_input_tokens=3,
+        num_output_tokens=num_output,
+    )
     response = pb.ModelInferResponse(model_name="phixtral", model_version="1")
     response.parameters["triton_final_response"].bool_param = final
-    ids = b"".join(int(token).to_bytes(4, "little") for token in token_ids)
-    half = bytes.fromhex("000000bf")  # -0.5 as float32
-    for name, datatype, shape, raw in (
-        ("text_output", "BYTES", [1, 1], text_bytes(text)),
-        ("cum_log_probs", "FP32", [1, 1], half),
-        ("output_log_probs", "FP32", [1, len(token_ids)], half * len(token_ids)),
-        ("sequence_index", "INT32", [1, 1], bytes(4)),
-        ("batch_index", "INT32", [1, 1], bytes(4)),
-        ("finish_reason", "BYTES", [1, 1], text_bytes(finish_reason)),
-        ("token_ids", "INT32", [1, len(token_ids)], ids),
-        ("num_input_tokens", "INT32", [1, 1], (3).to_bytes(4, "little")),
-        ("num_output_tokens", "INT32", [1, 1], num_output.to_bytes(4, "little")),
-    ):
-        response.outputs.add(name=name, datatype=datatype, shape=shape)
-        response.raw_output_contents.append(raw)
+    for name, values in wire_outputs(made).items():
+        response.outputs.add(name=name, datatype=DATATYPES[values.dtype.str], shape=values.shape)
+        is_text = values.dtype == object
+        response.raw_output_contents.append(b"".join(map(text_bytes, values.flat)) if is_text else values.tobytes())
     return pb.ModelStreamInferResponse(infer_response=response)
 
 
