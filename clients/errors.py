@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeGuard
 
 from export.errors import MoeshipError
 
@@ -133,6 +133,11 @@ BY_STATUS: dict[str, type[ClientError]] = {
 NEEDS_MODELS = ("NOT_FOUND", "UNAVAILABLE", "UNKNOWN")
 
 
+def depends_on_models(model: str | None, status: str) -> TypeGuard[str]:
+    """Whether the error of a call that was about `model` cannot be told without the list of the server's models."""
+    return model is not None and status in NEEDS_MODELS
+
+
 def error_of(
     *, doing: str, status: str, details: str, model: str | None = None, models: Sequence[ModelState] | None = None
 ) -> ClientError:
@@ -143,7 +148,7 @@ def error_of(
     """
     kind = BY_STATUS[status]
     message = f"{doing}: {status}: {details.removeprefix(f'{status}: ')}"
-    if models is None or model is None or status not in NEEDS_MODELS:
+    if models is None or not depends_on_models(model, status):
         return kind(message, status=status)
     states = [state for state in models if state.name == model]
     if not states:

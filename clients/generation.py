@@ -11,15 +11,16 @@ A `Client` may be shared by threads, an `AsyncClient` by the tasks of the loop i
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, Generator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING
 
 from clients import wire
 from clients._tritonclient import require_grpc, require_messages, require_services
-from clients.errors import NEEDS_MODELS, ClientError, ConnectionFailed, error_of
-from clients.messages import Generation, GenerationRequest, ModelState, Piece, collect
+from clients.errors import ClientError, ConnectionFailed, RequestRejected, depends_on_models, error_of
+from clients.messages import Generation, GenerationRequest, ModelState, Piece, check_text, collect
 
 if TYPE_CHECKING:
     import grpc
@@ -28,8 +29,12 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncClient", "Client", "Generation", "GenerationRequest", "ModelState", "Piece"]
 
+# A name or an IPv4 address, or an IPv6 address in brackets; then the port.
+ADDRESS = re.compile(r"([\w.-]+|\[[0-9A-Fa-f:.]+(%[\w.-]+)?\]):(?P<port>[0-9]{1,5})")
 # For calls that read a state and compute nothing.
 STATE_TIMEOUT_S = 5.0
+# Three years. From about 1e9 s on, gRPC's clock overflows and the call fails at once with DEADLINE_EXCEEDED.
+MAX_TIMEOUT_S = 1e8
 # A whole answer comes as one message, and gRPC's own bound is 4 MiB.
 CHANNEL_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 
@@ -68,10 +73,13 @@ class Client:
         return collect(self._pieces(request, wire.build_request(request, stream=False)))
 
     def _pieces(self, request: GenerationRequest, message: pb.ModelInferRequest) -> Generator[Piece, None, None]:
-        doing, timeout_s = wire.doing(request.model, self.url), request.timeout_s
+        doing, timeout_s = wire.doing(request.model, self.url), _deadline(request.timeout_s)
         reader = wire.StreamReader(doing, log_probs=bool(request.return_log_probs))
         metadata = self._stream_metadata(doing, timeout_s)
-        call = self._stub.ModelStreamInfer(iter((message,)), metadata=metadata, timeout=timeout_s)
+        try:
+            call = self._stub.ModelStreamInfer(iter((message,)), metadata=metadata, timeout=timeout_s)
+        except ValueError as error:
+            raise _closed(doing) from error
         try:
             for response in call:
                 yield from reader.read(response)
@@ -92,6 +100,7 @@ class Client:
 
     def model_ready(self, model: str) -> bool:
         """Whether the server says that the model is ready; False for a name that it does not know."""
+        check_text(f"asking {self.url} if a model is ready: its name", model)
         return bool(self._ask("ModelReady", f"asking {self.url} if {model} is ready", name=model).ready)
 
     def models(self) -> tuple[ModelState, ...]:
@@ -111,14 +120,14 @@ class Client:
             return getattr(self._stub, method)(message, timeout=limit_s)
         except self._grpc.RpcError as error:
             raise self._explain(error.code().name, error.details(), doing) from error
+        except ValueError as error:
+            raise _closed(doing) from error
 
     def _explain(self, status: str, details: str | None, doing: str, model: str | None = None) -> ClientError:
         models = None
-        if model is not None and status in NEEDS_MODELS:
-            try:
+        if depends_on_models(model, status):
+            with suppress(ClientError):
                 models = self.models()
-            except ClientError:
-                models = None
         return error_of(doing=doing, status=status, details=details or "", model=model, models=models)
 
 
@@ -158,10 +167,13 @@ class AsyncClient:
             return collect([piece async for piece in pieces])
 
     async def _pieces(self, request: GenerationRequest, message: pb.ModelInferRequest) -> AsyncGenerator[Piece, None]:
-        doing, timeout_s = wire.doing(request.model, self.url), request.timeout_s
+        doing, timeout_s = wire.doing(request.model, self.url), _deadline(request.timeout_s)
         reader = wire.StreamReader(doing, log_probs=bool(request.return_log_probs))
         metadata = await self._stream_metadata(doing, timeout_s)
-        call = self._stub.ModelStreamInfer(iter((message,)), metadata=metadata, timeout=timeout_s)
+        try:
+            call = self._stub.ModelStreamInfer(iter((message,)), metadata=metadata, timeout=timeout_s)
+        except self._grpc.aio.UsageError as error:
+            raise _closed(doing) from error
         try:
             async for response in call:
                 for piece in reader.read(response):
@@ -184,6 +196,7 @@ class AsyncClient:
 
     async def model_ready(self, model: str) -> bool:
         """Whether the server says that the model is ready; False for a name that it does not know."""
+        check_text(f"asking {self.url} if a model is ready: its name", model)
         return bool((await self._ask("ModelReady", f"asking {self.url} if {model} is ready", name=model)).ready)
 
     async def models(self) -> tuple[ModelState, ...]:
@@ -203,14 +216,14 @@ class AsyncClient:
             return await getattr(self._stub, method)(message, timeout=limit_s)
         except self._grpc.RpcError as error:
             raise await self._explain(error.code().name, error.details(), doing) from error
+        except self._grpc.aio.UsageError as error:
+            raise _closed(doing) from error
 
     async def _explain(self, status: str, details: str | None, doing: str, model: str | None = None) -> ClientError:
         models = None
-        if model is not None and status in NEEDS_MODELS:
-            try:
+        if depends_on_models(model, status):
+            with suppress(ClientError):
                 models = await self.models()
-            except ClientError:
-                models = None
         return error_of(doing=doing, status=status, details=details or "", model=model, models=models)
 
 
@@ -218,8 +231,25 @@ def _open(
     library: ModuleType, url: str, credentials: grpc.ChannelCredentials | None
 ) -> grpc.Channel | grpc.aio.Channel:
     """A channel of `grpc` or `grpc.aio`. Raises ConnectionFailed for a URL that gRPC could only fail to resolve."""
+    if not isinstance(url, str):
+        raise ConnectionFailed(f"connecting to {url!r}: found no text, expected HOST:PORT")
     if url.startswith(("http://", "https://", "grpc://")):
         raise ConnectionFailed(f"connecting to {url}: found a scheme; give HOST:PORT")
+    address = ADDRESS.fullmatch(url)
+    if address is None or not 0 < int(address["port"]) < 2**16:
+        raise ConnectionFailed(
+            f"connecting to {url!r}: expected HOST:PORT, such as 127.0.0.1:8001 or [::1]:8001, with a port below 65536"
+        )
     if credentials is None:
         return library.insecure_channel(url, options=CHANNEL_OPTIONS)
     return library.secure_channel(url, credentials, options=CHANNEL_OPTIONS)
+
+
+def _deadline(timeout_s: float | None) -> float | None:
+    """What gRPC is given for a request's `timeout_s`."""
+    return None if timeout_s is None else float(min(timeout_s, MAX_TIMEOUT_S))
+
+
+def _closed(doing: str) -> RequestRejected:
+    """The error of a call on a channel that `close()` has closed, which gRPC refuses before sending anything."""
+    return RequestRejected(f"{doing}: this client is closed; make a new one, or close it after the last request")

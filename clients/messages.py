@@ -4,9 +4,11 @@ of a server's models. Plain data: no numpy, no protobuf.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from numbers import Real
+from typing import Any, TypeVar
 
 from clients.errors import RequestRejected
 
@@ -48,8 +50,13 @@ class GenerationRequest:
     def __post_init__(self) -> None:
         if not self.model:
             raise RequestRejected("a generation request: model is empty; give the name of a model that the server has")
-        if self.timeout_s is not None and self.timeout_s <= 0:
-            raise RequestRejected(f"a request to {self.model}: timeout_s is {self.timeout_s}; it must be above 0")
+        check_text("a generation request: model", self.model)
+        check_text(f"a request to {self.model}: request_id", self.request_id)
+        if self.timeout_s is not None and not _is_duration(self.timeout_s):
+            raise RequestRejected(
+                f"a request to {self.model}: timeout_s is {self.timeout_s!r}, expected a finite number of seconds "
+                "above 0; leave it out to wait as long as the server lives"
+            )
         for name in ("stop_words", "bad_words"):
             if isinstance(getattr(self, name), str):
                 raise RequestRejected(f"a request to {self.model}: {name} is one text; give a tuple of texts")
@@ -116,6 +123,22 @@ def collect(pieces: Iterable[Piece]) -> Generation:
         cum_log_prob=_last(part.cum_log_prob for part in parts),
         log_probs=tuple(value for part in parts for value in part.log_probs),
     )
+
+
+def check_text(what: str, value: object) -> None:
+    """Raises RequestRejected for what cannot travel as a text; `what` names it in the message."""
+    try:
+        if isinstance(value, str):
+            value.encode()
+            return
+    except UnicodeEncodeError as error:
+        raise RequestRejected(f"{what} is {value!r}, expected a text that UTF-8 can hold: {error}") from error
+    raise RequestRejected(f"{what} is {value!r}, expected a text")
+
+
+def _is_duration(seconds: Any) -> bool:  # noqa: ANN401 - whatever the caller gave
+    is_number = isinstance(seconds, Real) and not isinstance(seconds, bool)
+    return is_number and bool(0 < seconds < math.inf)
 
 
 def _last(values: Iterable[_Value | None]) -> _Value | None:

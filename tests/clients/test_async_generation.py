@@ -124,6 +124,21 @@ def test_the_states_of_server_and_models_are_told(run_with_client):
     assert not run_with_client(lambda client: client.server_ready(), url="127.0.0.1:1")
 
 
+def test_a_timeout_that_grpcs_clock_cannot_hold_waits_long_instead_of_failing_at_once(run_with_client, request_of):
+    assert run_with_client(lambda client: client.generate(request_of(timeout_s=1e10))).text == "def main"
+
+
+def test_a_closed_client_says_so(server, run_with_client, request_of):
+    async def use(client):
+        await client.generate(request_of())
+        await client.close()
+        for ask in (client.models, client.server_ready, lambda: client.generate(request_of())):
+            with pytest.raises(errors.RequestRejected, match=f"{server.url}.*: this client is closed; make a new one"):
+                await ask()
+
+    run_with_client(use)
+
+
 def test_many_streams_share_a_client(run_with_client, request_of):
     async def use(client):
         return await asyncio.gather(*(client.generate(request_of()) for _ in range(4)))

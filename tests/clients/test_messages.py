@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 
 from clients.errors import RequestRejected
 from clients.messages import GenerationRequest, ModelState, Piece, collect
-from triton_repo.contract import INPUTS
+from triton_repo.contract import FIELD_NAMES, INPUTS
 
 
 def test_every_input_of_the_contract_is_a_field_of_the_request_or_set_by_the_client():
     fields = {field.name for field in dataclasses.fields(GenerationRequest)}
-    names = {tensor.name for tensor in INPUTS}
-    assert names - fields == {"text_input", "stream"}
-    assert fields - names == {"model", "prompt", "request_id", "timeout_s"}
+    names = {FIELD_NAMES.get(tensor.name, tensor.name) for tensor in INPUTS}
+    assert names - fields == {"stream"}
+    assert fields - names == {"model", "request_id", "timeout_s"}
 
 
 def test_a_request_cannot_be_changed(request_of):
@@ -27,7 +28,14 @@ def test_a_request_cannot_be_changed(request_of):
     ("fields", "text"),
     [
         ({"model": ""}, "model is empty"),
-        ({"timeout_s": 0}, "timeout_s is 0; it must be above 0"),
+        ({"model": 5}, "model is 5, expected a text"),
+        ({"model": "\udc80"}, "model is .*, expected a text that UTF-8 can hold"),
+        ({"request_id": "\udc80"}, "request_id is .*, expected a text that UTF-8 can hold"),
+        ({"request_id": None}, "request_id is None, expected a text"),
+        *(
+            ({"timeout_s": timeout_s}, "timeout_s is .*, expected a finite number of seconds above 0")
+            for timeout_s in (0, -1, True, "5", math.inf, math.nan, 1j)
+        ),
         ({"stop_words": "\n\n"}, "stop_words is one text; give a tuple of texts"),
         ({"bad_words": "x"}, "bad_words is one text"),
     ],
