@@ -49,12 +49,13 @@ def tiny_engine(tiny_engines) -> Path:
 
 @dataclass(frozen=True)
 class Served:
-    """A live server: the model's name, where it answers, and the engine that it serves."""
+    """A live server: the model's name, where it answers, the engine that it serves and the server's log."""
 
     grpc_url: str
     http_url: str
     model: str
     engine: Path
+    log: Path
 
 
 @pytest.fixture(scope="session")
@@ -63,4 +64,5 @@ def served_phixtral(tmp_path_factory, tiny_engine) -> Iterator[Served]:
     repository = tmp_path_factory.mktemp("served") / "repository"
     package_engine(PackageOptions(engine=tiny_engine, name="phixtral", output=repository))
     with running_server(ServerOptions(repository=repository)) as server:
-        yield Served(server.grpc_url, server.http_url, "phixtral", tiny_engine)
+        assert server.log is not None
+        yield Served(server.grpc_url, server.http_url, "phixtral", tiny_engine, server.log)

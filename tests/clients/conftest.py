@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from typing import Any
 
 import grpc
 import pytest
 from fake_triton import FakeServer
 from tritonclient.grpc import service_pb2_grpc
 
+from clients.generation import AsyncClient, Client
 from clients.messages import GenerationRequest
 
 
@@ -23,6 +25,24 @@ def server() -> Iterator[FakeServer]:
     yield servicer
     servicer.cancelled.set()
     grpc_server.stop(grace=None).wait()
+
+
+@pytest.fixture
+def calls_of() -> Callable[..., list[Any]]:
+    """Keeps the calls of a client's streams from now on. grpc cancels a call that nobody refers to any more, and so
+    would cover for a client that does not."""
+
+    def keep(client: Client | AsyncClient) -> list[Any]:
+        calls, begin = [], client._stub.ModelStreamInfer
+
+        def begin_and_keep(*arguments, **named):
+            calls.append(begin(*arguments, **named))
+            return calls[-1]
+
+        client._stub.ModelStreamInfer = begin_and_keep
+        return calls
+
+    return keep
 
 
 @pytest.fixture

@@ -81,16 +81,18 @@ def test_a_value_that_no_tensor_holds_is_refused_when_the_stream_is_made(client,
         client.stream(request_of(max_tokens=2**40))
 
 
-def test_closing_the_generator_cancels_the_request_on_the_server(server, client, request_of):
+def test_closing_the_generator_cancels_the_request_on_the_server(server, client, request_of, calls_of):
     server.answer = server.endless
-    pieces = client.stream(request_of())
+    calls, pieces = calls_of(client), client.stream(request_of())
     assert next(pieces).text == "def "
     pieces.close()
+    assert [call.cancelled() for call in calls] == [True]
     assert server.cancelled.wait(PATIENCE_S)
 
 
-def test_an_exception_in_the_reader_cancels_the_request_on_the_server(server, client, request_of):
+def test_an_exception_in_the_reader_cancels_the_request_on_the_server(server, client, request_of, calls_of):
     server.answer = server.endless
+    calls = calls_of(client)
 
     def read():
         for _ in client.stream(request_of()):
@@ -98,6 +100,7 @@ def test_an_exception_in_the_reader_cancels_the_request_on_the_server(server, cl
 
     with pytest.raises(KeyboardInterrupt):
         read()
+    assert [call.cancelled() for call in calls] == [True]
     assert server.cancelled.wait(PATIENCE_S)
 
 
@@ -217,6 +220,35 @@ def test_a_server_that_is_not_there_is_a_failed_connection_and_not_ready(request
 def test_an_address_with_a_scheme_is_refused():
     with pytest.raises(errors.ConnectionFailed, match="http://x:8000: found a scheme; give HOST:PORT"):
         Client("http://x:8000")
+
+
+@pytest.mark.parametrize("url", ["", "localhost", ":8001", "::1:8001", "x:0", "x:65536", "a b:1", "\udc80:1", None])
+def test_an_address_without_host_and_port_is_refused(url):
+    with pytest.raises(errors.ConnectionFailed, match=r"expected HOST:PORT"):
+        Client(url)
+
+
+@pytest.mark.parametrize("url", ["localhost:8001", "[::1]:8001", "[fe80::1%eth0]:8001", "a-b.example.org:65535"])
+def test_an_address_of_host_and_port_is_taken(url):
+    Client(url).close()
+
+
+def test_a_timeout_that_grpcs_clock_cannot_hold_waits_long_instead_of_failing_at_once(client, request_of):
+    assert client.generate(request_of(timeout_s=1e10)).text == "def main"
+
+
+def test_a_closed_client_says_so(server, request_of):
+    client = Client(server.url)
+    client.generate(request_of())
+    client.close()
+    for use in (client.models, client.server_ready, lambda: client.generate(request_of())):
+        with pytest.raises(errors.RequestRejected, match=f"{server.url}.*: this client is closed; make a new one"):
+            use()
+
+
+def test_a_name_that_utf8_cannot_hold_is_refused(client):
+    with pytest.raises(errors.RequestRejected, match="its name is .*, expected a text that UTF-8 can hold"):
+        client.model_ready("\udc80")
 
 
 def test_the_states_of_server_and_models_are_told(server, client):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from contextlib import aclosing
 
 import pytest
@@ -79,11 +80,21 @@ def test_a_refused_request_says_why_and_the_server_goes_on(client, ask):
     assert client.generate(ask()).finish_reason == "length"
 
 
-def test_closing_a_stream_makes_room_for_the_next_request(client, ask):
+@pytest.fixture
+def count_cancellations(served_phixtral):
+    """How many requests the model has stopped because they were cancelled; right when it is not at work."""
+    return lambda: len(re.findall(r"cancelled after \d+ tokens", served_phixtral.log.read_text(errors="replace")))
+
+
+def test_closing_a_stream_stops_the_model(client, ask, calls_of, count_cancellations):
+    # Kept, since grpc would cancel a call that nobody refers to any more.
+    before, calls = count_cancellations(), calls_of(client)
     pieces = client.stream(ask(max_tokens=ENDLESS_TOKENS))
     next(pieces)
     pieces.close()
+    # The model's one instance answers when it has left the request before.
     assert client.generate(ask()).finish_reason == "length"
+    assert (count_cancellations() - before, len(calls)) == (1, 2)
 
 
 def test_asyncio_streams_side_by_side_give_what_each_gives_alone(served_phixtral, client, ask):
@@ -96,14 +107,18 @@ def test_asyncio_streams_side_by_side_give_what_each_gives_alone(served_phixtral
     assert asyncio.run(ask_all()) == [client.generate(ask(prompt=prompt)) for prompt in prompts]
 
 
-def test_an_asyncio_stream_that_is_left_early_lets_the_next_one_run(served_phixtral, ask):
+def test_an_asyncio_stream_that_is_left_early_stops_the_model(served_phixtral, ask, calls_of, count_cancellations):
+    before, calls = count_cancellations(), []
+
     async def leave_and_ask():
         async with AsyncClient(served_phixtral.grpc_url) as client:
+            calls.append(calls_of(client))
             async with aclosing(client.stream(ask(max_tokens=ENDLESS_TOKENS))) as pieces:
                 await anext(pieces)
             return await client.generate(ask())
 
     assert asyncio.run(leave_and_ask()).finish_reason == "length"
+    assert (count_cancellations() - before, len(calls[0])) == (1, 2)
 
 
 def test_the_command_prints_what_the_client_gets(served_phixtral, client, ask, capsys):
