@@ -7,6 +7,7 @@ Exit status: 0 done, 1 the request failed, 2 wrong input, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -44,10 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Stream one answer; returns the exit status. Raises ClientError."""
+    """Stream one answer; returns the exit status. Raises ClientError, and OSError where stdout takes no more."""
     from clients.generation import Client
 
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that cannot show a character of the answer shows a question mark.
+        sys.stdout.reconfigure(errors="replace")
+    prompt = read_stdin() if arguments.prompt == "-" else arguments.prompt
     with Client(arguments.url) as client:
         model = arguments.model or the_one_ready(client.models(), arguments.url)
         request = read_request(arguments, model, prompt)
@@ -56,6 +60,21 @@ def run(arguments: argparse.Namespace) -> int:
         except BrokenPipeError:
             leave_stdout()
             return READER_GONE
+        except OSError:
+            leave_stdout()
+            raise
+
+
+def read_stdin() -> str:
+    """The text on stdin, byte for byte. Raises RequestRejected where there is none that is UTF-8."""
+    from clients.errors import RequestRejected
+
+    if sys.stdin is None:
+        raise RequestRejected("reading the prompt from stdin: it is closed; pipe a text into it")
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise RequestRejected(f"reading the prompt from stdin: {error}; expected UTF-8, convert it first") from error
 
 
 def read_request(arguments: argparse.Namespace, model: str, prompt: str) -> GenerationRequest:
@@ -122,7 +141,7 @@ class Timeline:
 
 
 def answer(client: Client, request: GenerationRequest, *, as_json: bool, stats: bool) -> int:
-    """Stream one answer to stdout; returns the exit status. Raises ClientError, BrokenPipeError."""
+    """Stream one answer to stdout; returns the exit status. Raises ClientError; OSError if stdout takes no more."""
     timeline = Timeline()
     interrupted = False
     try:
@@ -134,7 +153,7 @@ def answer(client: Client, request: GenerationRequest, *, as_json: bool, stats: 
     except KeyboardInterrupt:
         interrupted = True
     finally:
-        if not as_json:
+        if timeline.pieces and not as_json:
             print(flush=True)
     if as_json:
         print(json.dumps(summary(request, timeline, interrupted=interrupted), ensure_ascii=False), flush=True)

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
 
 import grpc
 import pytest
@@ -65,15 +67,49 @@ def test_every_option_reaches_the_server(server):
         "temperature": b"\x00\x00\x00\x3f",
         "top_k": b"\x02\x00\x00\x00",
         "top_p": b"\x00\x00\x80\x3e",
-        "random_seed": b"\x09" + bytes(7),
+        "seed": b"\x09" + bytes(7),
         "stop_words": b"\x01\x00\x00\x00a\x02\x00\x00\x00bc",
     }
 
 
 def test_a_dash_reads_the_prompt_from_stdin(server, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("zwei\nZeilen"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("zwei\nZeilen für".encode()), "ascii"))
     assert main(["generate", "--url", server.url, "-"]) == 0
-    assert sent_tensors(server)["text_input"][4:] == b"zwei\nZeilen"
+    assert sent_tensors(server)["text_input"][4:] == "zwei\nZeilen für".encode()
+
+
+def test_a_prompt_on_stdin_that_is_not_utf8_is_wrong_input(server, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    assert main(["generate", "--url", server.url, "-"]) == 2
+    assert "from stdin: 'utf-8' codec can't decode byte 0xe9 in position 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["inf", "nan", "0", "-1"])
+def test_a_timeout_that_is_no_duration_is_wrong_input(server, capsys, seconds):
+    assert main(["generate", "--url", server.url, "--timeout", seconds, "x"]) == 2
+    assert "expected a finite number of seconds above 0" in capsys.readouterr().err
+
+
+def test_an_address_without_a_port_is_refused(capsys):
+    assert main(["generate", "--url", "", "x"]) == 1
+    assert capsys.readouterr().err.startswith("ConnectionFailed: connecting to '': expected HOST:PORT")
+
+
+def test_a_failure_before_the_first_piece_prints_nothing(server, capsys):
+    def answer(request, context):
+        context.abort(grpc.StatusCode.INTERNAL, "words")
+
+    server.answer = answer
+    assert main(["generate", "--url", server.url, "x"]) == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_a_character_that_stdout_cannot_show_becomes_a_question_mark(server, monkeypatch):
+    server.answer = lambda request, context: iter([piece("d日f", (1,), finish_reason="stop"), empty_final()])
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    assert main(["generate", "--url", server.url, "x"]) == 0
+    assert shown.getvalue() == b"d?f\n"
 
 
 def test_several_ready_models_are_listed_and_one_must_be_chosen(server, capsys):
@@ -117,10 +153,10 @@ def test_the_timeout_fails_the_command(server, capsys):
 
 
 @contextmanager
-def started(server, *options: str) -> Iterator[subprocess.Popen]:
+def started(server, *options: str, stdout: int | IO[bytes] = subprocess.PIPE) -> Iterator[subprocess.Popen]:
     """The command in a process of its own, which does not outlive the block."""
     words = [sys.executable, "-m", "cli.main", "generate", "--url", server.url, *options, "x"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(words, stdout=stdout, stderr=subprocess.PIPE) as process:
         try:
             yield process
         finally:
@@ -162,6 +198,16 @@ def test_a_reader_that_goes_away_cancels_the_request_without_a_traceback(server)
         assert process.wait(PATIENCE_S) == 141
         assert process.stderr.read() == b""
     assert server.cancelled.wait(PATIENCE_S)
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_full_disk_cancels_the_request_and_is_said_in_one_line(server, options):
+    if not options:
+        server.answer = server.endless
+    with Path("/dev/full").open("wb") as full, started(server, *options, stdout=full) as process:
+        _, err = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, err) == (2, b"OSError: No space left on device; name another path, or mend it\n")
+    assert options or server.cancelled.wait(PATIENCE_S)
 
 
 def test_speed_counts_the_tokens_after_the_first_piece_by_the_time_after_it():
