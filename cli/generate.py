@@ -11,8 +11,10 @@ import io
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -53,16 +55,47 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdout.reconfigure(errors="replace")
     prompt = read_stdin() if arguments.prompt == "-" else arguments.prompt
     with Client(arguments.url) as client:
+        interrupted = threading.Event()
+
+        def interrupt() -> None:
+            interrupted.set()
+            client.close()  # cancels the request on the server
+
+        return beside(lambda: ask(client, arguments, prompt, interrupted), interrupt)
+
+
+def beside(work: Callable[[], int], interrupt: Callable[[], None]) -> int:
+    """The result of `work`, done in a thread of its own; Ctrl-C calls `interrupt` in this one.
+
+    An interrupt that landed inside gRPC could leave one of its locks held, and the program waiting for ever.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        future = pool.submit(work)
+        while True:
+            try:
+                return future.result()
+            except KeyboardInterrupt:
+                interrupt()
+
+
+def ask(client: Client, arguments: argparse.Namespace, prompt: str, interrupted: threading.Event) -> int:
+    """Choose the model, stream the answer; returns the exit status. Raises ClientError and OSError."""
+    from clients.errors import ClientError
+
+    try:
         model = arguments.model or the_one_ready(client.models(), arguments.url)
         request = read_request(arguments, model, prompt)
-        try:
-            return answer(client, request, as_json=arguments.json, stats=arguments.stats)
-        except BrokenPipeError:
-            leave_stdout()
-            return READER_GONE
-        except OSError:
-            leave_stdout()
-            raise
+        return answer(client, request, interrupted, as_json=arguments.json, stats=arguments.stats)
+    except ClientError:
+        if interrupted.is_set():
+            return INTERRUPTED
+        raise
+    except BrokenPipeError:
+        leave_stdout()
+        return READER_GONE
+    except OSError:
+        leave_stdout()
+        raise
 
 
 def read_stdin() -> str:
@@ -140,26 +173,30 @@ class Timeline:
         return (self.num_tokens - len(self.pieces[0].token_ids)) / (self.seconds[-1] - self.seconds[0])
 
 
-def answer(client: Client, request: GenerationRequest, *, as_json: bool, stats: bool) -> int:
+def answer(
+    client: Client, request: GenerationRequest, interrupted: threading.Event, *, as_json: bool, stats: bool
+) -> int:
     """Stream one answer to stdout; returns the exit status. Raises ClientError; OSError if stdout takes no more."""
+    from clients.errors import ClientError
+
     timeline = Timeline()
-    interrupted = False
     try:
         with closing(client.stream(request)) as pieces:
             for piece in pieces:
                 timeline.add(piece)
                 if not as_json:
                     print(piece.text, end="", flush=True)
-    except KeyboardInterrupt:
-        interrupted = True
+    except ClientError:
+        if not interrupted.is_set():
+            raise
     finally:
         if timeline.pieces and not as_json:
             print(flush=True)
     if as_json:
-        print(json.dumps(summary(request, timeline, interrupted=interrupted), ensure_ascii=False), flush=True)
+        print(json.dumps(summary(request, timeline, interrupted=interrupted.is_set()), ensure_ascii=False), flush=True)
     if stats:
         print(statistics(timeline), file=sys.stderr)
-    return INTERRUPTED if interrupted else 0
+    return INTERRUPTED if interrupted.is_set() else 0
 
 
 def summary(request: GenerationRequest, timeline: Timeline, *, interrupted: bool) -> dict[str, object]:
