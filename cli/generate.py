@@ -10,11 +10,12 @@ import argparse
 import io
 import json
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from clients.messages import GenerationRequest, ModelState, Piece
 
 INTERRUPTED = 130
+POLL_INTERVAL_S = 0.1
 # 128 + SIGPIPE, which a shell shows for a program whose reader has gone.
 READER_GONE = 141
 
@@ -67,15 +69,24 @@ def run(arguments: argparse.Namespace) -> int:
 def beside(work: Callable[[], int], interrupt: Callable[[], None]) -> int:
     """The result of `work`, done in a thread of its own; Ctrl-C calls `interrupt` in this one.
 
-    An interrupt that landed inside gRPC could leave one of its locks held, and the program waiting for ever.
+    No KeyboardInterrupt is raised meanwhile: one that lands inside gRPC can leave a lock of it held, and the program
+    waiting for ever. The wait is cut in pieces, since a signal that comes just before it does not end it.
     """
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        future = pool.submit(work)
-        while True:
-            try:
-                return future.result()
-            except KeyboardInterrupt:
-                interrupt()
+    pressed = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda _number, _frame: pressed.set())
+    try:
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            future = pool.submit(work)
+            while not future.done():
+                wait([future], timeout=POLL_INTERVAL_S)
+                if pressed.is_set():
+                    pressed.clear()
+                    interrupt()
+            return future.result()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def ask(client: Client, arguments: argparse.Namespace, prompt: str, interrupted: threading.Event) -> int:
