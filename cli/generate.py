@@ -20,11 +20,12 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from export.command import INTERRUPTED
+
 if TYPE_CHECKING:
     from clients.generation import Client
     from clients.messages import GenerationRequest, ModelState, Piece
 
-INTERRUPTED = 130
 POLL_INTERVAL_S = 0.1
 # 128 + SIGPIPE, which a shell shows for a program whose reader has gone.
 READER_GONE = 141

@@ -72,6 +72,7 @@ class ParityReport:
     mean_logit_difference: float
     max_decoded_difference: float
     mean_kl: float
+    mean_decoded_kl: float  # of the serving graph through its cache; held to the same limit as mean_kl
     top1_agreement: float
     engine_perplexity: float
     reference_perplexity: float
@@ -91,6 +92,8 @@ class ParityReport:
                 found.append(f"max |logit difference| {worst:.3g}, allowed {limits.max_logit_difference:.3g}")
         if not self.mean_kl <= limits.mean_kl:
             found.append(f"mean KL {self.mean_kl:.3g} nats, allowed {limits.mean_kl:.3g}")
+        if not self.mean_decoded_kl <= limits.mean_kl:
+            found.append(f"mean KL of decoded tokens {self.mean_decoded_kl:.3g} nats, allowed {limits.mean_kl:.3g}")
         if not self.perplexity_increase <= limits.perplexity_increase:
             found.append(f"perplexity {self.perplexity_increase:+.3%}, allowed {limits.perplexity_increase:+.3%}")
         if not self.top1_agreement >= limits.top1_agreement:
@@ -181,8 +184,8 @@ def compare(
     del scoring
     progress(f"scored {len(windows)} windows; decoding {len(windows[0]) // 2} tokens through the cache")
     decoded = _decode(engine, windows[0])
-    decoded_difference = float(np.abs(decoded - first_logits[-len(decoded) :]).max())
-    return _combine(sums, len(decoded) - 1, decoded_difference)
+    rows = slice(-len(decoded), None)  # the window's last positions
+    return _combine(sums, _measure(decoded, first_logits[rows], windows[0][rows], None, None, experts_per_token))
 
 
 def run_reference(
@@ -338,17 +341,18 @@ def _routing(found: FloatArray, expected: FloatArray, experts_per_token: int) ->
     return int(same.sum()), tied, same.size
 
 
-def _combine(sums: Sequence[_Window], num_decoded: int, decoded_difference: float) -> ParityReport:
+def _combine(sums: Sequence[_Window], decoded: _Window) -> ParityReport:
     num_tokens = sum(window.num_tokens for window in sums)
     num_losses = num_tokens - len(sums)
     routings = [window.routing for window in sums if window.routing is not None]
     return ParityReport(
         num_tokens=num_tokens,
-        num_decoded_tokens=num_decoded,
+        num_decoded_tokens=decoded.num_tokens - 1,  # its first row is the prefill's
         max_logit_difference=float(np.max([window.max_difference for window in sums])),
         mean_logit_difference=sum(window.sum_difference for window in sums) / num_tokens,
-        max_decoded_difference=decoded_difference,
+        max_decoded_difference=decoded.max_difference,
         mean_kl=sum(window.sum_kl for window in sums) / num_tokens,
+        mean_decoded_kl=decoded.sum_kl / decoded.num_tokens,
         top1_agreement=sum(window.num_top1 for window in sums) / num_tokens,
         engine_perplexity=float(np.exp(sum(window.engine_loss for window in sums) / num_losses)),
         reference_perplexity=float(np.exp(sum(window.reference_loss for window in sums) / num_losses)),

@@ -253,11 +253,30 @@ def test_verification_tells_whether_the_reference_is_what_the_engine_was_built_f
     assert (same.reference_is_the_source, different.reference_is_the_source) == (True, False)
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_serving_graph_that_is_wrong_by_itself_is_caught_when_quantised(
+    tmp_path, tiny_checkpoint, tiny_engines, precision
+):
+    engine = open_engine(shutil.copytree(tiny_engines(precision), tmp_path / "engine"))
+    reference = reference_of(tiny_checkpoint)
+    sound = parity.compare(engine, reference, [TOKENS[:128]], quiet)
+    model = onnx.load(str(engine.folder / "model.onnx"), load_external_data=False)
+    [table] = [tensor for tensor in model.graph.initializer if tensor.name == "rotary/sin_cache"]
+    table.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(table), table.name))
+    (engine.folder / "model.onnx").write_bytes(model.SerializeToString())
+
+    wrong = parity.compare(engine, reference, [TOKENS[:128]], quiet)
+
+    assert wrong.mean_kl == sound.mean_kl  # the scoring graph is as it was
+    assert any("decoded" in failure for failure in wrong.failures(parity.THRESHOLDS[precision]))
+    assert wrong.mean_decoded_kl > 2 * sound.mean_decoded_kl
+
+
 def test_report_of_nan_fails_every_judged_figure():
     nan = float("nan")
     report = parity.ParityReport(
         num_tokens=1, num_decoded_tokens=1, max_logit_difference=nan, mean_logit_difference=nan,
-        max_decoded_difference=nan, mean_kl=nan, top1_agreement=nan, engine_perplexity=nan, reference_perplexity=1.0,
+        max_decoded_difference=nan, mean_kl=nan, mean_decoded_kl=nan, top1_agreement=nan, engine_perplexity=nan, reference_perplexity=1.0,
         routing_agreement=nan, tied_routings=0,
     )  # fmt: skip
-    assert len(report.failures(FP32)) == 5
+    assert len(report.failures(FP32)) == 6
