@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,10 @@ from checkpoints import write_phixtral_checkpoint
 from triton_repo.package import PackageOptions, package_engine
 from triton_repo.server import ServerOptions, running_server
 from trt_build.build_engine import BuildOptions, build_engine
+
+# A shell starts background jobs with SIGINT ignored, which programs inherit and ours respect. The commands that tests
+# interrupt must not inherit it, however the suite was started.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Blocks of 32 must divide H and F; E, K, L and the head count stay unequal so that no swapped axis fits.
 QUANTIZABLE = {
