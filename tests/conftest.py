@@ -34,14 +34,17 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_engines(tmp_path_factory, tiny_checkpoint):
-    """precision -> engine directory of `tiny_checkpoint`, built when first asked for."""
+    """precision and provider -> engine directory of `tiny_checkpoint`, built when first asked for."""
     folder, built = tmp_path_factory.mktemp("engines"), {}
 
-    def engine(precision: str) -> Path:
-        if precision not in built:
-            options = BuildOptions(checkpoint=str(tiny_checkpoint), output=folder / precision, precision=precision)
-            built[precision] = build_engine(options).folder
-        return built[precision]
+    def engine(precision: str, provider: str = "cpu") -> Path:
+        name = f"{provider}-{precision}"
+        if name not in built:
+            options = BuildOptions(
+                checkpoint=str(tiny_checkpoint), output=folder / name, precision=precision, provider=provider
+            )
+            built[name] = build_engine(options).folder
+        return built[name]
 
     return engine
 

@@ -26,19 +26,21 @@ class ServedModel:
 
     name: str
     max_batch: int
-    instances: int
+    instances: int  # on the CPU, or on each GPU
     parameters: ModelParameters
+    provider: str = "cpu"
 
 
 def model_config(model: ServedModel) -> ModelConfig:
-    """The ModelConfig of a packaged engine: decoupled, on the CPU, with every tensor of the contract."""
+    """The ModelConfig of a packaged engine: decoupled, on its provider's devices, with every tensor of the contract."""
     pb = _messages()
     config = pb.ModelConfig(name=model.name, backend="python", max_batch_size=model.max_batch)
     for tensor in (*INPUTS, *COMPATIBILITY_INPUTS):
         config.input.add(name=tensor.name, data_type=f"TYPE_{tensor.dtype}", dims=tensor.dims, optional=tensor.optional)
     for tensor in (*OUTPUTS, *OURS):
         config.output.add(name=tensor.name, data_type=f"TYPE_{tensor.dtype}", dims=tensor.dims)
-    config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=model.instances)
+    kind = pb.ModelInstanceGroup.KIND_CPU if model.provider == "cpu" else pb.ModelInstanceGroup.KIND_GPU
+    config.instance_group.add(kind=kind, count=model.instances)
     config.model_transaction_policy.decoupled = True
     for key, text in model.parameters.to_texts().items():
         config.parameters[key].string_value = text

@@ -38,9 +38,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 @dataclass(frozen=True, kw_only=True)
 class PackageOptions:
-    """`instances` requests run at the same time, each with the engine's memory again; `threads` of each of them,
-    None to share the machine's cores out. `copy` makes the repository independent of the engine directory, where a
-    hard link would share its disk space.
+    """`instances` requests run at the same time (on each GPU, where the engine is for GPUs), each with the engine's
+    memory again; `threads` of each of them, None to share the machine's cores out. `copy` makes the repository
+    independent of the engine directory, where a hard link would share its disk space.
     """
 
     engine: Path
@@ -114,6 +114,7 @@ def _write_model(folder: Path, engine: Engine, options: PackageOptions) -> int:
         max_batch=engine.manifest.max_batch,
         instances=options.instances,
         parameters=parameters,
+        provider=engine.manifest.provider,
     )
     (folder / CONFIG_FILE).write_text(config_text(model_config(model)), encoding="utf-8")
     version = folder / VERSION

@@ -25,8 +25,9 @@ from export.checkpoint import Checkpoint, open_checkpoint, read_json
 from export.command import run_command
 from export.errors import ConfigError
 from export.families import Model, read_model
-from export.onnx_graph.exporter import ExportPlan, cpu_expert_order, plan_export, write_export
+from export.onnx_graph.exporter import ExportPlan, plan_export, write_export
 from export.output import refuse_existing, require_space, staged_directory
+from export.provider import PROVIDERS, provider_of
 from export.quantize.recipe import PLANS, QuantPlan, plan_for
 from export.routing import diagnose
 from export.tensor_table import Weights
@@ -47,7 +48,7 @@ from trt_build.ort.genai_config import genai_config
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("onnxruntime",)
-_LIBRARIES = ("moeship", "numpy", "onnx", "onnxruntime", "tokenizers")
+_LIBRARIES = ("moeship", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tokenizers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class BuildOptions:
     output: Path
     precision: str = "int4"
     backend: str = "onnxruntime"
+    provider: str = "cpu"
     experts_per_token: int | None = None
     max_sequence: int | None = None
 
@@ -69,7 +71,8 @@ def build_engine(options: BuildOptions, progress: Callable[[int, int], None] | N
     """
     if options.backend not in BACKENDS:
         raise EngineError(f"choosing the backend: {options.backend!r} is unknown. There are: {', '.join(BACKENDS)}")
-    quantization = plan_for(options.precision)
+    provider = provider_of(options.provider)
+    quantization = plan_for(options.precision, provider)
     refuse_existing(options.output, "the engine")
     checkpoint = open_checkpoint(options.checkpoint)
     model = read_model(checkpoint, options.experts_per_token)
@@ -81,23 +84,23 @@ def build_engine(options: BuildOptions, progress: Callable[[int, int], None] | N
             f"reading the tokenizer of {checkpoint.folder}: it has {tokenizer.size} ids, the model's vocabulary "
             f"{model.architecture.vocab_size}; they are not of the same model"
         )
-    plan = plan_export(model, quantization)
+    plan = plan_export(model, quantization, provider)
     require_space(options.output, plan.num_weights_bytes, "the engine")
     with staged_directory(options.output, "the engine") as folder:
         write_export(plan, model, folder, _counter(progress, plan.num_weights_bytes))
         for path in checkpoint.tokenizer_files():
             shutil.copyfile(path, folder / path.name)
-        config = genai_config(model.architecture, max_sequence, end_ids)
+        config = genai_config(model.architecture, max_sequence, end_ids, provider)
         (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             model=Path(options.checkpoint).resolve().name,
             family=model.family.name,
             backend=options.backend,
-            provider="cpu",
+            provider=provider.name,
             precision=_precision(quantization, plan, model.weights),
             architecture=model.architecture,
-            expert_order=cpu_expert_order(model.architecture.num_experts),
+            expert_order=provider.expert_order(model.architecture.num_experts),
             max_sequence=max_sequence,
             max_batch=1,
             tokenizer_size=tokenizer.size,
@@ -192,6 +195,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="checkpoint folder, or a hub id owner/name")
     parser.add_argument("--output", required=True, type=Path, metavar="ENGINE", help="engine directory to make")
     parser.add_argument("--backend", default="onnxruntime", help=f"{' or '.join(BACKENDS)} (default: %(default)s)")
+    parser.add_argument("--provider", default="cpu", help=f"{' or '.join(PROVIDERS)} (default: %(default)s)")
     parser.add_argument("--precision", default="int4", help=f"{', '.join(PLANS)} (default: %(default)s)")
     parser.add_argument("--experts-per-token", type=int, metavar="K", help="override the config's num_experts_per_tok")
     parser.add_argument("--max-sequence", type=int, metavar="TOKENS", help="context limit (default: the model's own)")
@@ -205,6 +209,7 @@ def run(arguments: argparse.Namespace) -> int:
         output=arguments.output,
         precision=arguments.precision,
         backend=arguments.backend,
+        provider=arguments.provider,
         experts_per_token=arguments.experts_per_token,
         max_sequence=arguments.max_sequence,
     )
@@ -220,8 +225,9 @@ def summary(engine: Engine) -> str:
     """One line on what was built."""
     manifest = engine.manifest
     return (
-        f"{engine.folder}: {manifest.family} {manifest.precision.name}, {engine.num_bytes / 1e6:.1f} MB, "
-        f"{manifest.precision.average_bits_per_weight:.2f} bits per weight, context {manifest.max_sequence} tokens"
+        f"{engine.folder}: {manifest.family} {manifest.precision.name} for {manifest.provider}, "
+        f"{engine.num_bytes / 1e6:.1f} MB, {manifest.precision.average_bits_per_weight:.2f} bits per weight, "
+        f"context {manifest.max_sequence} tokens"
     )
 
 

@@ -19,7 +19,7 @@ from export.checkpoint import file_digest, read_json
 from export.errors import ConfigError, listing
 from export.onnx_graph.exporter import DATA_FILE, SCORING_GRAPH, SERVING_GRAPH
 from export.output import replace_file
-from export.quantize.recipe import PLANS
+from export.provider import PROVIDERS
 from export.tokenizer import TOKENIZER_FILE
 from export.typed_json import read_typed
 from trt_build.errors import EngineError
@@ -170,8 +170,11 @@ def _check_facts(manifest: Manifest) -> None:
         raise ValueError(f"files outside the folder: {strangers}, files not listed: {absent}")
     if sorted(manifest.expert_order) != list(range(facts.num_experts)):
         raise ValueError(f"expert_order is {manifest.expert_order}, expected each of {facts.num_experts} experts once")
-    if manifest.precision.name not in PLANS:
-        raise ValueError(f"precision is {manifest.precision.name!r}, expected one of {', '.join(PLANS)}")
+    provider = PROVIDERS.get(manifest.provider)
+    if provider is None:
+        raise ValueError(f"provider is {manifest.provider!r}, expected one of {', '.join(PROVIDERS)}")
+    if manifest.precision.name not in provider.precisions:
+        raise ValueError(f"precision is {manifest.precision.name!r}, expected one of {', '.join(provider.precisions)}")
     if not 1 <= manifest.max_sequence <= facts.max_positions:
         raise ValueError(f"max_sequence is {manifest.max_sequence}, expected 1 to {facts.max_positions}")
     if manifest.max_batch < 1 or not 1 <= manifest.tokenizer_size <= facts.vocab_size:

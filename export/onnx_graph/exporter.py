@@ -16,6 +16,7 @@ from export.errors import MissingPackageError
 from export.families import Model
 from export.onnx_graph.graph import GraphBuilder
 from export.onnx_graph.weights import Placement, WeightJob, place, write_weights
+from export.provider import PROVIDERS, Provider
 from export.quantize.recipe import QuantPlan
 from export.tensor_table import Role
 
@@ -48,25 +49,15 @@ class ExportPlan:
         return sum(self.bytes_by_role.values())
 
 
-def cpu_expert_order(num_experts: int) -> tuple[int, ...]:
-    """Which expert stands at each place, so that of equal router logits the lowest expert index wins.
-
-    ONNX Runtime's CPU kernels sort (logit, place) pairs in descending order and so prefer the highest place; its CUDA
-    kernels prefer the lowest (microsoft/onnxruntime#28980), and will want the experts as they come.
-    """
-    return tuple(reversed(range(num_experts)))
-
-
-def plan_export(model: Model, plan: QuantPlan) -> ExportPlan:
+def plan_export(model: Model, plan: QuantPlan, provider: Provider = PROVIDERS["cpu"]) -> ExportPlan:
     """Build both graphs and lay out their shared data file; reads no weights."""
     try:
         import onnx  # noqa: F401 - asked for here, so that its absence is told before any work
     except ImportError as error:
         raise MissingPackageError("onnx", "building an ONNX Runtime engine", "cpu") from error
-    order = cpu_expert_order(model.architecture.num_experts)
     built = []
     for scoring in (False, True):
-        graph = GraphBuilder(model.architecture, model.weights.table, plan, order, scoring=scoring)
+        graph = GraphBuilder(model.architecture, model.weights.table, plan, provider, scoring=scoring)
         hidden = model.family.decoder(graph, model.architecture)
         logits = model.family.head(graph, model.architecture, hidden if scoring else graph.last_position(hidden))
         built.append((graph, logits))

@@ -2,6 +2,10 @@
 
 Every attribute is written, none left to an operator's default. Values are passed as names. Operators and their
 layouts: ONNX Runtime's contributed operators (docs/ContribOperators.md) and ONNX opset 21.
+
+Matrices, what flows between them and the key/value cache have the provider's float type. The residual stream, norms,
+router and logits are float32: a float16 sum over the layers could overflow, and a float16 router would see ties where
+there are none. Each operation casts what it is given to what it takes; on a float32 provider nothing is cast.
 """
 
 from __future__ import annotations
@@ -16,7 +20,9 @@ import numpy.typing as npt
 from export.architecture import Architecture
 from export.errors import ExportError
 from export.onnx_graph import names
+from export.onnx_graph.initializers import external, onnx_type, packed_initializers
 from export.onnx_graph.weights import Initializer, Packing, Placement, WeightJob
+from export.provider import Provider
 from export.quantize.grid import check_blocks
 from export.quantize.recipe import QuantPlan
 from export.tensor_table import Join, Role, TensorSpec
@@ -29,17 +35,14 @@ IR_VERSION = 10
 
 
 class GraphBuilder:
-    """Builds one decoder graph. `scoring` gives logits of all positions and the router's logits as outputs.
-
-    `expert_order` lists which expert stands at each place of the engine's stacked weights.
-    """
+    """Builds one decoder graph. `scoring` gives logits of all positions and the router's logits as outputs."""
 
     def __init__(
         self,
         architecture: Architecture,
         table: Mapping[str, TensorSpec],
         plan: QuantPlan,
-        expert_order: tuple[int, ...],
+        provider: Provider,
         *,
         scoring: bool,
     ) -> None:
@@ -48,7 +51,11 @@ class GraphBuilder:
         self.jobs: list[WeightJob] = []
         self._table = table
         self._plan = plan
-        self._expert_order = expert_order
+        self._provider = provider
+        self._expert_order = provider.expert_order(architecture.num_experts)
+        self._float_type = provider.float_type
+        self._float_types: dict[str, str] = {}  # of values, where known
+        self._query_factors: dict[str, float] = {}  # of packed query, key and value
         self._nodes: list[onnx.NodeProto] = []
         self._constants: list[onnx.TensorProto] = []
         self._router_outputs: list[str] = []
@@ -61,36 +68,58 @@ class GraphBuilder:
         """Token ids int64 [B, S] to float32 [B, S, H]."""
         outputs, job = self._weight(weight)
         if job.packing is Packing.PLAIN:
-            return self._node("Gather", [outputs[0], names.INPUT_IDS], weight, axis=0)
-        inputs = [outputs[0], names.INPUT_IDS, outputs[1]]
+            rows = self._node("Gather", [outputs[0], names.INPUT_IDS], weight, float_type=self._float_type, axis=0)
+            return self._cast(rows, "float32")
+        inputs = [outputs[0], names.INPUT_IDS, *outputs[1:]]
         return self._node(
-            "GatherBlockQuantized", inputs, weight, microsoft=True,
+            "GatherBlockQuantized", inputs, weight, microsoft=True, float_type="float32",
             bits=job.bits, block_size=job.block_size, gather_axis=0, quantize_axis=1,
         )  # fmt: skip
 
     def layer_norm(self, x: str, path: str, epsilon: float) -> str:
         """[B, S, H] normalised, scaled and shifted by path.weight and path.bias."""
         weight, bias = self._plain(f"{path}.weight"), self._plain(f"{path}.bias")
-        return self._node("LayerNormalization", [x, weight, bias], path, axis=-1, epsilon=epsilon, stash_type=1)
+        inputs = [self._cast(x, "float32"), weight, bias]
+        return self._node(
+            "LayerNormalization", inputs, path, float_type="float32", axis=-1, epsilon=epsilon, stash_type=1
+        )
 
-    def linear(self, x: str, path: str) -> str:
-        """x @ path.weight.T + path.bias: [B, S, in] to [B, S, out]."""
-        outputs, job = self._weight(f"{path}.weight")
-        bias = self._plain(f"{path}.bias")
+    def linear(self, x: str, path: str, *, scaled_rows: int = 0, row_factor: float = 1.0) -> str:
+        """x @ path.weight.T + path.bias: [B, S, in] to [B, S, out]; its first `scaled_rows` outputs are multiplied by
+        `row_factor`, which the stored weight and bias take in."""
+        scaled = {"scaled_rows": scaled_rows, "row_factor": row_factor}
+        outputs, job = self._weight(f"{path}.weight", **scaled)
+        bias = self._plain(f"{path}.bias", self._float_type, **scaled)
+        x = self._cast(x, self._float_type)
         if job.packing is Packing.PLAIN:
             product = self._node(
-                "FusedMatMul", [x, outputs[0]], f"{path}.product", microsoft=True,
+                "FusedMatMul", [x, outputs[0]], f"{path}.product", microsoft=True, float_type=self._float_type,
                 transA=0, transB=1, transBatchA=0, transBatchB=0, alpha=1.0,
             )  # fmt: skip
-            return self._node("Add", [product, bias], path)
+            return self._node("Add", [product, bias], path, float_type=self._float_type)
         rows, columns = self._table[f"{path}.weight"].shape
         return self._node(
-            "MatMulNBits", [x, *outputs, "", "", bias], path, microsoft=True,
+            "MatMulNBits", [x, *outputs, "", "", bias], path, microsoft=True, float_type=self._float_type,
             N=rows, K=columns, bits=job.bits, block_size=job.block_size, accuracy_level=self._plan.accuracy_level,
+            weight_prepacked=0,
         )  # fmt: skip
 
+    def query_key_value(self, x: str, path: str) -> str:
+        """The packed input of `attention`: [B, S, H] to [B, S, (N+2G)*D].
+
+        In float16 the queries carry the power of two nearest to 1/sqrt(D), which rounds nothing: their products with
+        the keys are then of the scores' own magnitude, where Phi-2's raw products pass 65504 in its last layers
+        (huggingface/transformers#28163). ONNX Runtime's own attention kernels sum in float32; others need not.
+        """
+        facts = self.architecture
+        factor = 2.0 ** -round(math.log2(math.sqrt(facts.head_size))) if self._float_type == "float16" else 1.0
+        rows = facts.num_heads * facts.head_size if factor != 1.0 else 0
+        packed = self.linear(x, path, scaled_rows=rows, row_factor=factor)
+        self._query_factors[packed] = factor
+        return packed
+
     def attention(self, qkv: str, path: str, layer: int) -> str:
-        """Packed query, key and value [B, S, (N+2G)*D] to [B, S, N*D], through the cache of `layer`."""
+        """What `query_key_value` gave, [B, S, (N+2G)*D], to [B, S, N*D], through the cache of `layer`."""
         facts = self.architecture
         if facts.head_size % 16 or facts.rotary_dim % 16:
             raise ExportError(
@@ -104,25 +133,29 @@ class GraphBuilder:
         return self._node(
             "GroupQueryAttention", inputs, f"{path}.attention", microsoft=True,
             more_outputs=[names.present_key(layer), names.present_value(layer)],
-            num_heads=facts.num_heads, kv_num_heads=facts.num_kv_heads, scale=1 / math.sqrt(facts.head_size),
+            float_type=self._float_type, num_heads=facts.num_heads, kv_num_heads=facts.num_kv_heads,
+            scale=1 / math.sqrt(facts.head_size) / self._query_factors.get(qkv, 1.0),
             softcap=0.0, local_window_size=-1, do_rotary=1, rotary_interleaved=0, smooth_softmax=0,
         )  # fmt: skip
 
     def gelu_tanh(self, x: str, path: str) -> str:
         """GELU in its tanh form, Phi-2's gelu_new."""
-        return self._node("Gelu", [x], path, approximate="tanh")
+        return self._node("Gelu", [x], path, float_type=self._float_types[x], approximate="tanh")
 
     def add(self, left: str, right: str, path: str) -> str:
-        return self._node("Add", [left, right], f"{path}.sum")
+        """The residual stream and what a part of a layer adds to it, float32."""
+        inputs = [self._cast(left, "float32"), self._cast(right, "float32")]
+        return self._node("Add", inputs, f"{path}.sum", float_type="float32")
 
     def experts(self, x: str, *, gate: str, fc1: str, fc2: str, name: str) -> str:
         """Route [B, S, H] to the K experts of the largest gate logits, weighted by the softmax over those K."""
         router = self._router(x, gate, name)
+        x = self._cast(x, self._float_type)
         (weight1, job1), (weight2, _) = self._weight(f"{fc1}.weight"), self._weight(f"{fc2}.weight")
-        bias1, bias2 = self._plain(f"{fc1}.bias"), self._plain(f"{fc2}.bias")
+        bias1, bias2 = (self._plain(f"{fc}.bias", self._float_type) for fc in (fc1, fc2))
         common: dict[str, Any] = {
             "k": self.architecture.experts_per_token, "activation_type": "gelu", "normalize_routing_weights": 1,
-            "use_sparse_mixer": 0, "swiglu_fusion": 0,
+            "use_sparse_mixer": 0, "swiglu_fusion": 0, "float_type": self._float_type,
         }  # fmt: skip
         if job1.packing is Packing.PLAIN:
             inputs = [x, router, weight1[0], bias1, weight2[0], bias2]
@@ -137,18 +170,19 @@ class GraphBuilder:
         """[B, S, H] to [B, 1, H]."""
         starts, ends, axes = (self._constant(f"last/{n}", np.array([v], np.int64)) for n, v in
                               (("start", -1), ("end", np.iinfo(np.int64).max), ("axis", 1)))  # fmt: skip
-        return self._node("Slice", [x, starts, ends, axes], "last_position")
+        return self._node("Slice", [x, starts, ends, axes], "last_position", float_type=self._float_types[x])
 
     def finish(self, logits: str, placement: Placement, data_file: str) -> onnx.ModelProto:
         """The whole model, its weights lying in `data_file` as placed."""
         from onnx import TensorProto, helper
 
+        logits = self._cast(logits, "float32")
         self._nodes.append(helper.make_node("Identity", [logits], [names.LOGITS], name=names.LOGITS))
         initializers = [
             *self._constants,
-            *(_external(output, placement, data_file) for job in self.jobs for output in job.outputs),
+            *(external(output, placement, data_file) for job in self.jobs for output in job.outputs),
         ]
-        float32, int64 = TensorProto.FLOAT, TensorProto.INT64
+        float32, int64, cache = TensorProto.FLOAT, TensorProto.INT64, onnx_type(self._float_type)
         facts = self.architecture
         past_shape = [names.BATCH, facts.num_kv_heads, names.PAST, facts.head_size]
         present_shape = [names.BATCH, facts.num_kv_heads, names.TOTAL, facts.head_size]
@@ -159,8 +193,8 @@ class GraphBuilder:
         ]
         outputs = [value(names.LOGITS, float32, [names.BATCH, names.SEQUENCE if self.scoring else 1, facts.vocab_size])]
         for layer in range(facts.num_layers):
-            inputs += [value(f(layer), float32, past_shape) for f in (names.past_key, names.past_value)]
-            outputs += [value(f(layer), float32, present_shape) for f in (names.present_key, names.present_value)]
+            inputs += [value(f(layer), cache, past_shape) for f in (names.past_key, names.past_value)]
+            outputs += [value(f(layer), cache, present_shape) for f in (names.present_key, names.present_value)]
         outputs += [value(name, float32, ["tokens", facts.num_experts]) for name in self._router_outputs]
         graph = helper.make_graph(self._nodes, facts.family, inputs, outputs, initializers)
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(names.MICROSOFT_DOMAIN, 1)]
@@ -169,23 +203,39 @@ class GraphBuilder:
     # Parts of the above.
 
     def _router(self, x: str, gate: str, name: str) -> str:
-        """Router logits [B*S, E], in the engine's expert order."""
+        """Router logits [B*S, E], in the engine's expert order and the provider's float type.
+
+        The product is float32 of the float32 norm. Where the kernel takes float16, the K-th largest logit is taken
+        from all of them first: a softmax does not feel it, logits that differ still differ beside zero, where float16
+        is finer than float32 is beside the logits, and so the kernel chooses the experts that float32 would.
+        """
         job = WeightJob(
             source=gate, role=Role.ROUTER, packing=Packing.PLAIN, expert_order=self._expert_order,
             outputs=(Initializer(name=gate, dtype="float32", shape=self._table[gate].shape),),
         )  # fmt: skip
         self.jobs.append(job)
         logits = self._node(
-            "FusedMatMul", [x, gate], f"{name}.router", microsoft=True,
+            "FusedMatMul", [self._cast(x, "float32"), gate], f"{name}.router", microsoft=True, float_type="float32",
             transA=0, transB=1, transBatchA=0, transBatchB=0, alpha=1.0,
         )  # fmt: skip
         flat = self._constant("router/shape", np.array([-1, self.architecture.num_experts], np.int64))
-        rows = self._node("Reshape", [logits, flat], f"{name}.router_rows", allowzero=0)
+        rows = self._node("Reshape", [logits, flat], f"{name}.router_rows", float_type="float32", allowzero=0)
         if self.scoring:
             output = names.router_logits(len(self._router_outputs))
             self._router_outputs.append(output)
             self._node("Identity", [rows], f"{name}.router_output", output=output)
-        return rows
+        return rows if self._float_type == "float32" else self._cast(self._below_the_kth(rows, name), self._float_type)
+
+    def _below_the_kth(self, rows: str, name: str) -> str:
+        """[T, E] less the K-th largest of each row."""
+        k = self.architecture.experts_per_token
+        count, kth = (self._constant(f"router/{n}", np.array([v], np.int64)) for n, v in (("k", k), ("kth", k - 1)))
+        largest = self._node(
+            "TopK", [rows, count], f"{name}.router_largest", more_outputs=[f"{name}.router_largest/places"],
+            axis=-1, largest=1, sorted=1,
+        )  # fmt: skip
+        least = self._node("Gather", [largest, kth], f"{name}.router_kth", axis=1)
+        return self._node("Sub", [rows, least], f"{name}.router_shifted", float_type="float32")
 
     def _sequence_facts(self) -> None:
         """Per row the last position's index, int32 [B], and the longest row's length, int32 scalar, from the mask."""
@@ -212,37 +262,50 @@ class GraphBuilder:
         powers = np.power(np.float64(facts.rope_base), exponents.astype(np.float64)).astype(np.float32)
         frequencies = np.float32(1.0) / powers
         angles = np.arange(facts.max_positions, dtype=np.float32)[:, None] * frequencies[None, :]
-        self._constant("rotary/cos_cache", np.cos(angles.astype(np.float64)).astype(np.float32))
-        self._constant("rotary/sin_cache", np.sin(angles.astype(np.float64)).astype(np.float32))
+        self._constant("rotary/cos_cache", np.cos(angles.astype(np.float64)).astype(self._float_type))
+        self._constant("rotary/sin_cache", np.sin(angles.astype(np.float64)).astype(self._float_type))
 
-    def _weight(self, name: str) -> tuple[list[str], WeightJob]:
+    def _cast(self, value: str, float_type: str) -> str:
+        """The value in another float type; a value is cast once however many ask."""
+        if self._float_types[value] == float_type:
+            return value
+        path = f"{value}/{float_type}"
+        if path not in self._float_types:
+            self._node("Cast", [value], path, output=path, float_type=float_type, to=onnx_type(float_type))
+        return path
+
+    def _weight(self, name: str, **scaled: Any) -> tuple[list[str], WeightJob]:  # noqa: ANN401 - WeightJob's fields
         """Plan a matrix in the precision its role has; returns its initializers' names."""
         spec = self._table[name]
         bits = self._plan.bits_of(spec.role)
         order = self._expert_order if spec.role is Role.EXPERT else None
         if bits is None:
-            outputs: tuple[Initializer, ...] = (Initializer(name=name, dtype="float32", shape=spec.shape),)
-            job = WeightJob(source=name, role=spec.role, packing=Packing.PLAIN, outputs=outputs, expert_order=order)
+            outputs: tuple[Initializer, ...] = (Initializer(name=name, dtype=self._float_type, shape=spec.shape),)
+            job = WeightJob(
+                source=name, role=spec.role, packing=Packing.PLAIN, outputs=outputs, expert_order=order, **scaled
+            )
         else:
             block = self._plan.block_size
             check_blocks(name, spec.shape[-1], bits, block)
-            outputs = _packed_initializers(spec, bits, block)
+            outputs = packed_initializers(spec, bits, block, self._provider)
             job = WeightJob(
                 source=name, role=spec.role, packing=Packing.BLOCKS, outputs=outputs, bits=bits, block_size=block,
-                expert_order=order,
+                expert_order=order, **scaled,
             )  # fmt: skip
         self.jobs.append(job)
         return [output.name for output in job.outputs], job
 
-    def _plain(self, name: str) -> str:
-        """Plan a tensor that stays float32: norms and biases; an expert's bias follows the experts' order."""
+    def _plain(self, name: str, float_type: str = "float32", **scaled: Any) -> str:  # noqa: ANN401 - as above
+        """Plan a tensor that is never quantised: norms and biases; an expert's bias follows the experts' order."""
         spec = self._table[name]
         if self._plan.bits_of(spec.role) is not None:
             raise ExportError(f"planning {name}: the role {spec.role} is never quantised, the recipe lists it")
         order = self._expert_order if spec.join is Join.STACK else None
-        output = Initializer(name=name, dtype="float32", shape=spec.shape)
+        output = Initializer(name=name, dtype=float_type, shape=spec.shape)
         self.jobs.append(
-            WeightJob(source=name, role=spec.role, packing=Packing.PLAIN, outputs=(output,), expert_order=order)
+            WeightJob(
+                source=name, role=spec.role, packing=Packing.PLAIN, outputs=(output,), expert_order=order, **scaled
+            )
         )
         return name
 
@@ -262,6 +325,7 @@ class GraphBuilder:
         microsoft: bool = False,
         output: str | None = None,
         more_outputs: list[str] | None = None,
+        float_type: str | None = None,
         **attributes: Any,  # noqa: ANN401 - ints, floats and strings
     ) -> str:
         from onnx import helper
@@ -272,33 +336,6 @@ class GraphBuilder:
             operator, inputs, [first, *(more_outputs or [])], name=path, domain=domain, **attributes
         )
         self._nodes.append(node)
+        if float_type is not None:
+            self._float_types[first] = float_type
         return first
-
-
-def _packed_initializers(spec: TensorSpec, bits: int, block: int) -> tuple[Initializer, Initializer]:
-    """Codes and scales of a quantised matrix, in the shapes its operator takes."""
-    *rows, columns = spec.shape
-    blocks = columns // block
-    if spec.role in (Role.EXPERT, Role.EMBEDDING):
-        codes = (*rows, columns * bits // 8)
-    else:
-        codes = (*rows, blocks, block * bits // 8)  # MatMulNBits: [N, blocks, bytes of a block]
-    return (
-        Initializer(name=f"{spec.name}.codes", dtype="uint8", shape=codes),
-        Initializer(name=f"{spec.name}.scales", dtype="float32", shape=(*rows, blocks)),
-    )
-
-
-def _external(output: Initializer, placement: Placement, data_file: str) -> onnx.TensorProto:
-    from onnx import TensorProto
-
-    tensor = TensorProto(
-        name=output.name,
-        data_type=TensorProto.FLOAT if output.dtype == "float32" else TensorProto.UINT8,
-        dims=output.shape,
-        data_location=TensorProto.EXTERNAL,
-    )
-    offset, length = placement.offsets[output.name]
-    for key, value in (("location", data_file), ("offset", str(offset)), ("length", str(length))):
-        tensor.external_data.add(key=key, value=value)
-    return tensor

@@ -1,6 +1,7 @@
 """Initializers planned before a byte is read: names, dtypes, shapes and offsets first, values streamed after.
 
-A `WeightJob` turns one row of the tensor table into one initializer (plain float32) or two (packed codes and scales).
+A `WeightJob` turns one row of the tensor table into one initializer (plain floats), two (packed codes and scales) or
+three (zero points as well).
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from export.errors import QuantizationError
+from export.provider import FLOAT16_MAX
 from export.quantize.grid import pack, quantize_blocks
 from export.tensor_table import Role, Weights
 
 MAX_WORKERS = 4  # each holds one chunk and what becomes of it
 ALIGNMENT_BYTES = 64  # a cache line, and the widest vector register
-_ITEM_BYTES = {"float32": 4, "uint8": 1}
+_ITEM_BYTES = {"float32": 4, "float16": 2, "uint8": 1}
 
 
 class Packing(StrEnum):
@@ -33,7 +36,7 @@ class Packing(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Initializer:
-    """One constant of the graph; `dtype` is "float32" or "uint8"."""
+    """One constant of the graph; `dtype` is "float32", "float16" or "uint8"."""
 
     name: str
     dtype: str
@@ -47,7 +50,7 @@ class Initializer:
 @dataclass(frozen=True, kw_only=True)
 class WeightJob:
     """One table row to its initializers. `expert_order` lists, for a stacked row, which expert stands at each place;
-    for the router, which of its rows does."""
+    for the router, which of its rows does. The first `scaled_rows` rows are multiplied by `row_factor`."""
 
     source: str
     role: Role
@@ -56,19 +59,46 @@ class WeightJob:
     bits: int = 32
     block_size: int = 0
     expert_order: tuple[int, ...] | None = None
+    scaled_rows: int = 0
+    row_factor: float = 1.0
 
     def produce(self, weights: Weights) -> Iterator[tuple[npt.NDArray[Any], ...]]:
-        """Consecutive pieces of every output, in step, each contiguous in its initializer."""
+        """Consecutive pieces of every output, in step, each contiguous in its initializer.
+
+        Raises QuantizationError for values that the output's dtype cannot hold.
+        """
         if self.role is Role.ROUTER:
             gate = weights.load(self.source)
             yield (gate[list(self.expert_order)] if self.expert_order else gate,)
             return
+        row = 0
         for chunk in weights.chunks(self.source, self.expert_order):
-            if self.packing is Packing.PLAIN:
-                yield (chunk,)
-            else:
-                codes, scales = quantize_blocks(chunk, self.bits, self.block_size)
-                yield pack(codes, self.bits), scales
+            if row < self.scaled_rows:
+                chunk[: self.scaled_rows - row] *= np.float32(self.row_factor)
+            row += len(chunk)
+            pieces = (chunk,) if self.packing is Packing.PLAIN else self._blocks(chunk)
+            yield tuple(
+                _as_float16(piece, self.source) if output.dtype == "float16" else piece
+                for piece, output in zip(pieces, self.outputs, strict=True)
+            )
+
+    def _blocks(self, chunk: npt.NDArray[np.float32]) -> tuple[npt.NDArray[Any], ...]:
+        codes, scales = quantize_blocks(chunk, self.bits, self.block_size)
+        if len(self.outputs) == 2:
+            return pack(codes, self.bits), scales
+        zero_points = np.full_like(scales, 1 << (self.bits - 1), dtype=np.uint8)
+        return pack(codes, self.bits), scales, pack(zero_points, self.bits)
+
+
+def _as_float16(values: npt.NDArray[np.float32], source: str) -> npt.NDArray[np.float16]:
+    """Round to float16. Raises QuantizationError naming the tensor where a value is beyond it."""
+    largest = float(max(values.max(), -values.min()))
+    if not largest <= FLOAT16_MAX:
+        raise QuantizationError(
+            f"writing {source}: a value or scale of magnitude {largest:.6g} is beyond float16's {FLOAT16_MAX:.0f}; "
+            "a graph of the cuda provider cannot hold this tensor, build it for the cpu provider"
+        )
+    return values.astype(np.float16)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from export.errors import QuantizationError
+from export.provider import PROVIDERS, Provider
 from export.tensor_table import Role
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantPlan:
-    """Bits per role; a role that is absent stays float32. Router, norms and biases are never listed.
+    """Bits per role; a role that is absent keeps its provider's float type. Router, norms and biases are never listed.
 
     `accuracy_level` is ONNX Runtime's: 4 lets kernels round activations to int8 blocks, which is what makes them
     fast (MatMulNBits and QMoE operator schemas).
@@ -34,9 +35,11 @@ def _bits(layers: int, ends: int) -> Mapping[Role, int]:
     return MappingProxyType(dict.fromkeys(inside, layers) | dict.fromkeys(outside, ends))
 
 
+# As on the CPU; `plan_for` puts a provider's own block size and accuracy level in their place.
 PLANS: Mapping[str, QuantPlan] = MappingProxyType(
     {
         "fp32": QuantPlan(name="fp32", bits=MappingProxyType({}), block_size=0, accuracy_level=0),
+        "fp16": QuantPlan(name="fp16", bits=MappingProxyType({}), block_size=0, accuracy_level=0),
         "int8": QuantPlan(name="int8", bits=_bits(8, ends=8), block_size=32, accuracy_level=4),
         # Embedding and head at 4 bits would cost the tiny phixtral another 0.8 % of perplexity. An embedding row is
         # all that a token reads of it, and a full-size phixtral's head is 3 % of the bytes that it reads.
@@ -45,10 +48,21 @@ PLANS: Mapping[str, QuantPlan] = MappingProxyType(
 )
 
 
-def plan_for(precision: str) -> QuantPlan:
-    """The plan of a precision's name. Raises QuantizationError that lists what exists."""
+def plan_for(precision: str, provider: Provider = PROVIDERS["cpu"]) -> QuantPlan:
+    """The plan of a precision's name on a provider. Raises QuantizationError that lists what exists."""
     if precision not in PLANS:
-        near = difflib.get_close_matches(precision, PLANS, n=1)
+        near = difflib.get_close_matches(precision, provider.precisions, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise QuantizationError(f"choosing the precision: {precision!r} is unknown{hint} There are: {', '.join(PLANS)}")
-    return PLANS[precision]
+        raise QuantizationError(
+            f"choosing the precision: {precision!r} is unknown{hint} There are: {', '.join(provider.precisions)}"
+        )
+    if precision not in provider.precisions:
+        others = [f"--provider {other.name}" for other in PROVIDERS.values() if precision in other.precisions]
+        raise QuantizationError(
+            f"choosing the precision: ONNX Runtime has no {precision} kernels of a mixture for the provider "
+            f"{provider.name}; build {', '.join(provider.precisions)}, or {precision} with {' or '.join(others)}"
+        )
+    plan = PLANS[precision]
+    if not plan.bits:
+        return plan
+    return replace(plan, block_size=provider.block_size, accuracy_level=provider.accuracy_level)

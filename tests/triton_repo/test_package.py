@@ -55,6 +55,12 @@ def test_the_configuration_says_all_that_triton_would_else_guess(tmp_path, tiny_
     assert outputs == [(t.name, f"TYPE_{t.dtype}", t.dims) for t in (*OUTPUTS, *OURS)]
 
 
+def test_an_engine_for_cuda_gets_its_instances_on_each_gpu(tmp_path, tiny_engines):
+    package(tiny_engines("int4", "cuda"), tmp_path / "repository", instances=2)
+    [group] = read_config(tmp_path / "repository" / "phixtral" / "config.pbtxt").instance_group
+    assert (group.kind, group.count) == (model_config_pb2.ModelInstanceGroup.KIND_GPU, 2)
+
+
 def test_no_tensor_is_named_twice():
     for tensors in ((*INPUTS, *COMPATIBILITY_INPUTS), (*OUTPUTS, *OURS)):
         names = [tensor.name for tensor in tensors]

@@ -27,6 +27,7 @@ from trt_build.errors import EngineError, SequenceError
 from trt_build.ort.session import Session
 
 SCRIPT = Path(__file__).parents[2] / "trt_build" / "build_engine.py"
+BUILT = (("fp32", "cpu"), ("int4", "cpu"), ("fp16", "cuda"), ("int4", "cuda"))
 
 
 def build(checkpoint, output, **options):
@@ -40,8 +41,8 @@ def engine_copy(tmp_path, tiny_engine):
 
 @pytest.fixture
 def unlinked_engines(tmp_path, tiny_engines):
-    """precision -> a copy: onnx refuses files that other tests have packaged by hard links."""
-    return lambda precision: Path(shutil.copytree(tiny_engines(precision), tmp_path / precision, dirs_exist_ok=True))
+    """precision and provider -> a copy: onnx refuses files that other tests have packaged by hard links."""
+    return lambda *built: Path(shutil.copytree(tiny_engines(*built), tmp_path / "-".join(built), dirs_exist_ok=True))
 
 
 def initializers(engine_folder):
@@ -51,18 +52,18 @@ def initializers(engine_folder):
 
 
 def test_graphs_pass_onnx_own_checker(unlinked_engines):
-    for precision in ("fp32", "int4"):
+    for built in BUILT:
         for name in ("model.onnx", "model_scoring.onnx"):
-            model = onnx.load(str(unlinked_engines(precision) / name), load_external_data=False)
+            model = onnx.load(str(unlinked_engines(*built) / name), load_external_data=False)
             assert len(model.graph.node) > 20
-            onnx.checker.check_model(str(unlinked_engines(precision) / name))
+            onnx.checker.check_model(str(unlinked_engines(*built) / name))
 
 
 # What each operator would also take, and why it bears on nothing here.
 UNWRITTEN = {
     "GroupQueryAttention": {
         "causal", "qk_output", "sliding_window_cache",  # 1, none and off are the only values with this meaning
-        "k_quant_type", "v_quant_type", "kv_cache_bit_width",  # the cache is float32
+        "k_quant_type", "v_quant_type", "kv_cache_bit_width",  # the cache is not quantised
         "qk_norm_epsilon",  # no such norms
     },
     "QMoE": {
@@ -70,7 +71,7 @@ UNWRITTEN = {
         "fc1_expert_weight_bits", "fc2_expert_weight_bits", "fc3_expert_weight_bits",  # expert_weight_bits is written
     },
     "MoE": {"activation_alpha", "activation_beta", "swiglu_limit"},
-    "MatMulNBits": {"weight_prepacked"},  # of the CUDA provider
+    "MatMulNBits": set(),
     "GatherBlockQuantized": set(),
     "FusedMatMul": set(),
 }  # fmt: skip
@@ -83,10 +84,11 @@ def test_every_attribute_that_bears_on_the_result_is_written(tiny_engines):
         if schema.domain == "com.microsoft"
     }
     unwritten = {}
-    for precision in ("fp32", "int4"):
-        for node in onnx.load(str(tiny_engines(precision) / "model.onnx"), load_external_data=False).graph.node:
+    for built in BUILT:
+        for node in onnx.load(str(tiny_engines(*built) / "model.onnx"), load_external_data=False).graph.node:
             if node.domain == "com.microsoft":
-                unwritten[node.op_type] = schemas[node.op_type] - {attribute.name for attribute in node.attribute}
+                absent = schemas[node.op_type] - {attribute.name for attribute in node.attribute}
+                unwritten.setdefault(node.op_type, set()).update(absent)
     assert unwritten == UNWRITTEN
 
 
@@ -307,6 +309,7 @@ def edit_manifest(folder, **changes):
         ({"expert_order": [0, 1, 2, 3, 3]}, "expected each of 5 experts once"),
         ({"expert_order": "abcde"}, "expert_order is 'abcde', expected"),
         ({"verification": 5}, "verification is 5, expected"),
+        ({"provider": "rocm"}, "provider is 'rocm', expected one of cpu, cuda"),
         ({"architecture": {"family": "phixtral"}}, "architecture: keys missing or unknown: bos_token_id"),
         ({"colour": "red"}, "keys missing or unknown: colour"),
         ({"format_version": True}, "format version True, this moeship reads 1"),

@@ -26,7 +26,8 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         parameters = ModelParameters.from_config(config)
         folder = Path(args["model_repository"]) / args["model_version"] / parameters.engine
-        self._service = Service.open(folder, parameters.threads_of_instance(config))
+        device_index = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else 0
+        self._service = Service.open(folder, parameters.threads_of_instance(config), device_index)
         pb_utils.Logger.log_info(f"{args['model_instance_name']}: {folder} is loaded")
 
     def execute(self, requests: list[Any]) -> None:

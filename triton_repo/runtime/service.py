@@ -34,10 +34,13 @@ class Service:
         self._cache = session.new_cache()
 
     @classmethod
-    def open(cls, folder: Path, threads: int | None) -> Service:
-        """Check every digest of the engine and load it. Raises EngineError, CheckpointError, MissingPackageError."""
+    def open(cls, folder: Path, threads: int | None, device_index: int = 0) -> Service:
+        """Check every digest of the engine and load it, on the GPU of that index where it is for GPUs.
+
+        Raises EngineError, CheckpointError, MissingPackageError.
+        """
         engine = open_engine(folder)
-        return cls(Session(engine, threads), load_tokenizer(folder))
+        return cls(Session(engine, threads, device_index), load_tokenizer(folder))
 
     def respond(self, tensors: Mapping[str, npt.NDArray[Any]], is_cancelled: Callable[[], bool]) -> Iterator[Piece]:
         """The pieces of one answer, or the whole answer as one piece unless the request streams.

@@ -10,9 +10,12 @@ from typing import Any
 from export.architecture import Architecture
 from export.onnx_graph import names
 from export.onnx_graph.exporter import SERVING_GRAPH
+from export.provider import Provider
 
 
-def genai_config(architecture: Architecture, max_sequence: int, eos_token_ids: tuple[int, ...]) -> dict[str, Any]:
+def genai_config(
+    architecture: Architecture, max_sequence: int, eos_token_ids: tuple[int, ...], provider: Provider
+) -> dict[str, Any]:
     """The file's content as a JSON object."""
     end = list(eos_token_ids)
     bos = architecture.bos_token_id if architecture.bos_token_id is not None else end[0]
@@ -20,8 +23,10 @@ def genai_config(architecture: Architecture, max_sequence: int, eos_token_ids: t
                "present_key": names.present_key, "present_value": names.present_value}  # fmt: skip
     # The layer's number is a format directive there.
     cache_names = {key: name(0).replace("0", "%d", 1) for key, name in pattern.items()}
+    # The CPU is what is left when none is named.
+    provider_options = [] if provider.name == "cpu" else [{provider.name: dict(provider.options)}]
     decoder = {
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": provider_options},
         "filename": SERVING_GRAPH,
         "head_size": architecture.head_size,
         "hidden_size": architecture.hidden_size,

@@ -6,32 +6,30 @@
     logits = session.run(cache, [next_id])
 
 The cache's buffers are bound once as past and present both, so a step writes its S new positions in place and
-copies nothing. Verification, serving and the demo all run this class: what was verified is what is served.
+copies nothing. Verification, serving and the demo all run this class: what was verified is what is served. On CUDA
+buffers and mask lie on the device; a step carries token ids there and one row of logits back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from export.errors import MissingPackageError
 from export.onnx_graph import names
 from export.onnx_graph.exporter import SCORING_GRAPH, SERVING_GRAPH
 from trt_build.engine import Engine
 from trt_build.errors import EngineError, SequenceError
-
-if TYPE_CHECKING:
-    import onnxruntime
+from trt_build.ort.device import load_graph, open_device
 
 PREFILL_CHUNK_TOKENS = 128  # bounds the activations of a long prompt, and a server's time between two looks around
 
 
 class Cache:
-    """Key and value buffers of one sequence, float32 [1, G, C, D] each, and how many positions they hold."""
+    """Key and value buffers of one sequence, [1, G, C, D] each of the provider's float type on its device, and how
+    many positions they hold."""
 
     def __init__(self, session: Session) -> None:
         facts = session.engine.manifest.architecture
@@ -44,10 +42,10 @@ class Cache:
                 (names.past_key(layer), names.present_key(layer)),
                 (names.past_value(layer), names.present_value(layer)),
             ):
-                buffer = np.zeros(shape, dtype=np.float32)
+                buffer = session.device.zeros(shape)
                 self._buffers.append(buffer)
-                self.binding.bind_input(past, "cpu", 0, np.float32, shape, buffer.ctypes.data)
-                self.binding.bind_output(present, "cpu", 0, np.float32, shape, buffer.ctypes.data)
+                self.binding.bind_ortvalue_input(past, buffer)
+                self.binding.bind_ortvalue_output(present, buffer)
 
     def reset(self) -> None:
         """Forget every position; the buffers stay."""
@@ -55,9 +53,10 @@ class Cache:
 
 
 class Session:
-    """An engine's serving graph, loaded. `threads` None lets ONNX Runtime use every physical core."""
+    """An engine's serving graph, loaded. `threads` None lets ONNX Runtime use every physical core; `device_index` tells
+    which of several GPUs."""
 
-    def __init__(self, engine: Engine, threads: int | None = None) -> None:
+    def __init__(self, engine: Engine, threads: int | None = None, device_index: int = 0) -> None:
         if engine.manifest.backend != "onnxruntime":
             raise EngineError(
                 f"loading the engine {engine.folder}: built for {engine.manifest.backend}, "
@@ -66,8 +65,9 @@ class Session:
         self.engine = engine
         self.max_sequence = engine.manifest.max_sequence
         self.vocab_size = engine.manifest.architecture.vocab_size
-        self.backend = load_graph(engine.folder / SERVING_GRAPH, threads)
-        self._mask = np.ones((1, self.max_sequence), dtype=np.int64)
+        self.device = open_device(engine, device_index)
+        self.backend = load_graph(engine.folder / SERVING_GRAPH, self.device, threads)
+        self._mask = self.device.place(np.ones((1, self.max_sequence), dtype=np.int64))
         self._logits = np.zeros((1, 1, self.vocab_size), dtype=np.float32)
 
     def new_cache(self) -> Cache:
@@ -90,7 +90,8 @@ class Session:
         ids = np.ascontiguousarray(ids)
         binding = cache.binding
         binding.bind_input(names.INPUT_IDS, "cpu", 0, np.int64, ids.shape, ids.ctypes.data)
-        binding.bind_input(names.ATTENTION_MASK, "cpu", 0, np.int64, (1, total), self._mask.ctypes.data)
+        device = self.device
+        binding.bind_input(names.ATTENTION_MASK, device.kind, device.index, np.int64, (1, total), self._mask.data_ptr())
         binding.bind_output(names.LOGITS, "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data)
         self.backend.run_with_iobinding(binding)
         cache.length = total
@@ -116,9 +117,10 @@ class ScoringSession:
 
     def __init__(self, engine: Engine, threads: int | None = None) -> None:
         self.engine = engine
-        self._backend = load_graph(engine.folder / SCORING_GRAPH, threads)
+        device = open_device(engine)
+        self._backend = load_graph(engine.folder / SCORING_GRAPH, device, threads)
         facts = engine.manifest.architecture
-        self._empty = np.zeros((1, facts.num_kv_heads, 0, facts.head_size), dtype=np.float32)
+        self._empty = np.zeros((1, facts.num_kv_heads, 0, facts.head_size), dtype=device.provider.float_type)
         self._layers = facts.num_layers
         self._routers = [names.router_logits(layer) for layer in range(facts.num_layers if facts.is_moe else 0)]
         places = np.empty(len(engine.manifest.expert_order), dtype=np.int64)
@@ -134,19 +136,3 @@ class ScoringSession:
         logits, *routers = self._backend.run([names.LOGITS, *self._routers], feeds)
         routed = np.stack(routers)[:, :, self._place_of_expert] if routers else None
         return logits[0], routed
-
-
-def load_graph(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
-    """Load one graph on the CPU. Raises MissingPackageError or EngineError."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingPackageError("onnxruntime", "running an engine", "cpu") from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions share no base class
-        raise EngineError(f"loading {path}: ONNX Runtime {onnxruntime.__version__} refuses it ({error})") from error

@@ -1,0 +1,58 @@
+"""Initializers as ONNX has them: the shapes that its operators take, and tensors whose values lie in the data file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from export.onnx_graph.weights import Initializer, Placement
+from export.provider import Provider
+from export.tensor_table import Role, TensorSpec
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def packed_initializers(spec: TensorSpec, bits: int, block: int, provider: Provider) -> tuple[Initializer, ...]:
+    """Codes, scales and, of an embedding, zero points where the provider wants them written, in the shapes that the
+    operator takes. An embedding's scales are of the residual stream's type."""
+    *rows, columns = spec.shape
+    blocks = columns // block
+    if spec.role in (Role.EXPERT, Role.EMBEDDING):
+        codes = (*rows, columns * bits // 8)
+    else:
+        codes = (*rows, blocks, block * bits // 8)  # MatMulNBits: [N, blocks, bytes of a block]
+    embedding = spec.role is Role.EMBEDDING
+    initializers = [
+        Initializer(name=f"{spec.name}.codes", dtype="uint8", shape=codes),
+        Initializer(
+            name=f"{spec.name}.scales", dtype="float32" if embedding else provider.float_type, shape=(*rows, blocks)
+        ),
+    ]
+    if embedding and provider.writes_zero_points:
+        shape = (*rows, blocks * bits // 8)
+        initializers.append(Initializer(name=f"{spec.name}.zero_points", dtype="uint8", shape=shape))
+    return tuple(initializers)
+
+
+def onnx_type(dtype: str) -> int:
+    """ONNX's number of a dtype's name."""
+    from onnx import TensorProto
+
+    types = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "uint8": TensorProto.UINT8}
+    return int(types[dtype])
+
+
+def external(output: Initializer, placement: Placement, data_file: str) -> onnx.TensorProto:
+    """The initializer as a tensor whose values lie in `data_file` as placed."""
+    from onnx import TensorProto
+
+    tensor = TensorProto(
+        name=output.name,
+        data_type=onnx_type(output.dtype),
+        dims=output.shape,
+        data_location=TensorProto.EXTERNAL,
+    )
+    offset, length = placement.offsets[output.name]
+    for key, value in (("location", data_file), ("offset", str(offset)), ("length", str(length))):
+        tensor.external_data.add(key=key, value=value)
+    return tensor
