@@ -57,7 +57,7 @@ THRESHOLDS = {
         routing_agreement=0.999,
     ),
     "fp16": Thresholds(
-        max_logit_difference=None, mean_kl=1e-4, perplexity_increase=0.001, top1_agreement=0.99, routing_agreement=0.99
+        max_logit_difference=None, mean_kl=1e-3, perplexity_increase=0.001, top1_agreement=0.99, routing_agreement=0.99
     ),
     "int8": Thresholds(
         max_logit_difference=None, mean_kl=2e-3, perplexity_increase=0.003, top1_agreement=0.97, routing_agreement=0.97
