@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.errors import CheckpointError, ConfigError, listing
+from export.floats import all_finite, widen
 
 INDEX_FILE = "model.safetensors.index.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -82,40 +83,37 @@ class Checkpoint:
         shape = (last - first, *stored.shape[1:]) if stored.shape else ()
         array = np.empty(shape, dtype=numpy_dtype(stored.dtype))
         view = memoryview(array.reshape(-1).view(np.uint8).data)
+        self.read_into(stored, first * (math.prod(stored.shape[1:]) * array.itemsize), view)
+        return array
+
+    def read_into(self, stored: StoredTensor, start: int, view: memoryview) -> None:
+        """Fill `view` with a tensor's bytes from its byte `start` on. Raises CheckpointError when the file ends."""
         done = 0
         with stored.shard.open("rb", buffering=0) as file:
-            file.seek(stored.offset + first * (math.prod(stored.shape[1:]) * array.itemsize))
+            file.seek(stored.offset + start)
             while done < len(view):
                 got = file.readinto(view[done:])
                 if not got:
                     raise CheckpointError(
-                        f"reading {name} from {stored.shard}: the file ended {len(view) - done} bytes early; "
+                        f"reading {stored.name} from {stored.shard}: the file ended {len(view) - done} bytes early; "
                         "it changed while it was read or is damaged: download it again"
                     )
                 done += got
-        return array
 
     def read_float32(self, name: str, rows: slice | None = None) -> npt.NDArray[np.float32]:
         """The tensor, or `rows` of its first axis, as float32. Raises CheckpointError when a value is not finite."""
-        array = self.read(name, rows).astype(np.float32, copy=False)
-        # A sum is finite only when every term is; only a suspicious sum pays for the exact look.
-        if not np.isfinite(array.sum(dtype=np.float64)):
-            bad = int(np.size(array) - np.isfinite(array).sum())
-            if bad:
-                raise CheckpointError(
-                    f"reading {name} from {self.tensors[name].shard}: {bad} of {array.size} values are NaN or "
-                    "infinite; the checkpoint is damaged or its training diverged, and no engine can be built from it"
-                )
-        return array
+        stored = self.read(name, rows)
+        if not all_finite(stored):
+            bad = int(stored.size - np.isfinite(stored.astype(np.float32)).sum())
+            raise CheckpointError(
+                f"reading {name} from {self.tensors[name].shard}: {bad} of {stored.size} values are NaN or infinite; "
+                "the checkpoint is damaged or its training diverged, and no engine can be built from it"
+            )
+        return widen(stored)
 
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer and generation files that travel with the model."""
         return [self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
-
-    def source_digests(self) -> dict[str, str]:
-        """SHA-256 of config.json and of every shard, by file name."""
-        files = [self.folder / "config.json", *self.shards]
-        return {path.name: file_digest(path) for path in files}
 
 
 def file_digest(path: Path) -> str:

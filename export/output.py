@@ -41,7 +41,7 @@ def staged_directory(final: Path, what: str) -> Iterator[Path]:
         try:
             yield staging
             refuse_existing(final, what)
-            _flush_to_disk(staging)
+            flush_to_disk(staging)
             staging.rename(final)
         except OSError as error:
             if error.errno is None:
@@ -52,9 +52,9 @@ def staged_directory(final: Path, what: str) -> Iterator[Path]:
         raise
 
 
-def _flush_to_disk(folder: Path) -> None:
-    """fsync every file and folder, so that the rename never outruns the data."""
-    for path in [*folder.rglob("*"), folder]:
+def flush_to_disk(folder: Path, contents: bool = True) -> None:
+    """fsync a folder and, with `contents`, every file and folder in it, so that a rename never outruns the data."""
+    for path in [*(folder.rglob("*") if contents else ()), folder]:
         if path.is_symlink():
             continue
         descriptor = os.open(path, os.O_RDONLY)

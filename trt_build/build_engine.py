@@ -3,32 +3,38 @@
     python trt_build/build_engine.py --checkpoint DIR --backend onnxruntime --precision int4 --output ENGINE
 
 The checkpoint's tensors are checked against its config, quantised and written one chunk at a time; the engine appears
-under its name only when it is whole. Exit status 0 done, 2 wrong input.
+under its name only when it is whole. A build that was interrupted, however it was, is resumed by the same command.
+Exit status 0 done, 2 wrong input.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import logging
 import platform
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from export.architecture import is_token_id
-from export.checkpoint import Checkpoint, open_checkpoint, read_json
+from export.checkpoint import INDEX_FILE, Checkpoint, open_checkpoint, read_json
 from export.command import run_command
-from export.errors import ConfigError
+from export.digests import header_bytes, source_digests
+from export.errors import CheckpointError, ConfigError
 from export.families import Model, read_model
-from export.onnx_graph.exporter import ExportPlan, plan_export, write_export
-from export.output import refuse_existing, require_space, staged_directory
+from export.onnx_graph.exporter import DATA_FILE, ExportPlan, plan_export, write_export
+from export.onnx_graph.writer import PartRecord, Progress
+from export.output import require_space
 from export.provider import PROVIDERS, provider_of
 from export.quantize.recipe import PLANS, QuantPlan, plan_for
+from export.resume import Fingerprint, SourceFile, held_bytes, partial_folder, refuse_made
 from export.routing import diagnose
 from export.tensor_table import Weights
 from export.tokenizer import Tokenizer, load_tokenizer
@@ -44,6 +50,7 @@ from trt_build.engine import (
 )
 from trt_build.errors import EngineError
 from trt_build.ort.genai_config import genai_config
+from trt_build.progress_line import ProgressLine
 
 logger = logging.getLogger(__name__)
 
@@ -64,16 +71,17 @@ class BuildOptions:
     max_sequence: int | None = None
 
 
-def build_engine(options: BuildOptions, progress: Callable[[int, int], None] | None = None) -> Engine:
-    """Build, and open what was built. `progress` gets bytes written and bytes in all.
+def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | None = None) -> Engine:
+    """Build, and open what was built. `progress` is called a few times a second.
 
-    Raises MoeshipError of the stage that found fault; nothing appears at the output then.
+    Raises MoeshipError of the stage that found fault. Nothing appears at the output then; the parts that were finished
+    lie beside it, and the same options take them up.
     """
     if options.backend not in BACKENDS:
         raise EngineError(f"choosing the backend: {options.backend!r} is unknown. There are: {', '.join(BACKENDS)}")
     provider = provider_of(options.provider)
     quantization = plan_for(options.precision, provider)
-    refuse_existing(options.output, "the engine")
+    refuse_made(options.output, "the engine")
     checkpoint = open_checkpoint(options.checkpoint)
     model = read_model(checkpoint, options.experts_per_token)
     tokenizer = load_tokenizer(checkpoint.folder)
@@ -85,13 +93,14 @@ def build_engine(options: BuildOptions, progress: Callable[[int, int], None] | N
             f"{model.architecture.vocab_size}; they are not of the same model"
         )
     plan = plan_export(model, quantization, provider)
-    require_space(options.output, plan.num_weights_bytes, "the engine")
-    with staged_directory(options.output, "the engine") as folder:
-        write_export(plan, model, folder, _counter(progress, plan.num_weights_bytes))
+    require_space(options.output, plan.num_weights_bytes - held_bytes(options.output), "the engine")
+    fingerprint = Fingerprint(settings=_settings(options, plan), sources=_source_files(checkpoint))
+    with partial_folder(options.output, "the engine", fingerprint, keep=(DATA_FILE,)) as folder:
+        records = write_export(plan, model, folder, progress or (lambda _: None))
         for path in checkpoint.tokenizer_files():
-            shutil.copyfile(path, folder / path.name)
+            shutil.copyfile(path, folder.content / path.name)
         config = genai_config(model.architecture, max_sequence, end_ids, provider)
-        (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder.content / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             model=Path(options.checkpoint).resolve().name,
@@ -105,15 +114,52 @@ def build_engine(options: BuildOptions, progress: Callable[[int, int], None] | N
             max_batch=1,
             tokenizer_size=tokenizer.size,
             eos_token_ids=end_ids,
-            source=Source(
-                checkpoint=checkpoint.identity, revision=checkpoint.revision, digests=checkpoint.source_digests()
-            ),
+            source=_source(checkpoint, records),
             routing=_routing(model),
             libraries=_libraries(),
-            files=record_files(folder),
+            files=record_files(folder.content),
         )
-        write_manifest(folder, manifest)
+        _check_unchanged(checkpoint, fingerprint.sources)
+        write_manifest(folder.content, manifest)
     return open_engine(options.output, check_digests=False)
+
+
+def _settings(options: BuildOptions, plan: ExportPlan) -> dict[str, Any]:
+    """What decides an engine's bytes beside the checkpoint's, as plain JSON values."""
+    layout = hashlib.sha256(plan.serving.SerializeToString() + plan.scoring.SerializeToString())
+    layout.update(repr(plan.jobs).encode())
+    asked = {name: value for name, value in dataclasses.asdict(options).items() if name != "output"}
+    return {**asked, **_libraries(), "format version": FORMAT_VERSION, "layout": layout.hexdigest()}
+
+
+def _source_files(checkpoint: Checkpoint) -> dict[str, SourceFile]:
+    """The state of every file that a build reads; of a shard the header stands for the whole."""
+    found = {}
+    small = [checkpoint.folder / "config.json", checkpoint.folder / INDEX_FILE, *checkpoint.tokenizer_files()]
+    for path in [*checkpoint.shards, *(path for path in small if path.is_file())]:
+        data = header_bytes(path) if path in checkpoint.shards else path.read_bytes()
+        facts = path.stat()
+        found[path.name] = SourceFile(
+            bytes=facts.st_size, modified_ns=facts.st_mtime_ns, sha256=hashlib.sha256(data).hexdigest()
+        )
+    return found
+
+
+def _check_unchanged(checkpoint: Checkpoint, before: Mapping[str, SourceFile]) -> None:
+    """Raise CheckpointError where a file is not what it was when the build began."""
+    after = _source_files(checkpoint)
+    changed = [name for name in before if after.get(name) != before[name]]
+    if changed:
+        raise CheckpointError(
+            f"building from {checkpoint.folder}: {', '.join(changed)} changed while it was read, and the engine would "
+            "be of two checkpoints; build again when nothing writes to the folder"
+        )
+
+
+def _source(checkpoint: Checkpoint, records: Sequence[PartRecord]) -> Source:
+    runs = {name: found for record in records for name, found in record.sources.items()}
+    digests = source_digests(checkpoint, runs, read=False)
+    return Source(checkpoint=checkpoint.identity, revision=checkpoint.revision, digests=digests)
 
 
 def end_token_ids(checkpoint: Checkpoint, model: Model, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -179,18 +225,6 @@ def _libraries() -> dict[str, str]:
     return versions
 
 
-def _counter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
-    done = 0
-
-    def count(num_bytes: int) -> None:
-        nonlocal done
-        done += num_bytes
-        if progress is not None:
-            progress(done, total)
-
-    return count
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="checkpoint folder, or a hub id owner/name")
     parser.add_argument("--output", required=True, type=Path, metavar="ENGINE", help="engine directory to make")
@@ -213,7 +247,7 @@ def run(arguments: argparse.Namespace) -> int:
         experts_per_token=arguments.experts_per_token,
         max_sequence=arguments.max_sequence,
     )
-    engine = build_engine(options, _report_progress if sys.stderr.isatty() else None)
+    engine = build_engine(options, ProgressLine(sys.stderr) if sys.stderr.isatty() else None)
     if arguments.json:
         sys.stdout.write((engine.folder / "engine.json").read_text(encoding="utf-8"))
     else:
@@ -229,11 +263,6 @@ def summary(engine: Engine) -> str:
         f"{engine.num_bytes / 1e6:.1f} MB, {manifest.precision.average_bits_per_weight:.2f} bits per weight, "
         f"context {manifest.max_sequence} tokens"
     )
-
-
-def _report_progress(done: int, total: int) -> None:
-    end = "\n" if done == total else ""
-    sys.stderr.write(f"\rwriting weights: {done / 1e6:.0f} of {total / 1e6:.0f} MB{end}")
 
 
 def main() -> int:

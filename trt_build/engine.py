@@ -2,7 +2,8 @@
 
 An engine is a folder with a valid engine.json; the manifest is written last and the folder appears by rename, so a
 folder without one is no engine and every later stage says so. The manifest names every file with its bytes and
-SHA-256; `open_engine` checks sizes always and digests unless told otherwise.
+SHA-256; that of the weights has a digest for each initializer, in weights.jsonl, so that it is checked on all cores.
+`open_engine` checks sizes always and digests unless told otherwise.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from export.architecture import Architecture
 from export.checkpoint import file_digest, read_json
+from export.digests import num_cores
 from export.errors import ConfigError, listing
-from export.onnx_graph.exporter import DATA_FILE, SCORING_GRAPH, SERVING_GRAPH
+from export.onnx_graph.exporter import DATA_FILE, RECORDS_FILE, SCORING_GRAPH, SERVING_GRAPH
+from export.onnx_graph.writer import PartRecord, Region, damaged_regions, read_records
 from export.output import replace_file
 from export.provider import PROVIDERS
 from export.tokenizer import TOKENIZER_FILE
@@ -25,16 +29,17 @@ from export.typed_json import read_typed
 from trt_build.errors import EngineError
 
 MANIFEST_FILE = "engine.json"
-REQUIRED_FILES = (SERVING_GRAPH, SCORING_GRAPH, DATA_FILE, TOKENIZER_FILE)
-FORMAT_VERSION = 1
+REQUIRED_FILES = (SERVING_GRAPH, SCORING_GRAPH, DATA_FILE, RECORDS_FILE, TOKENIZER_FILE)
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecord:
-    """Size in bytes and SHA-256 in hexadecimal of one file of the engine."""
+    """Size in bytes and SHA-256 in hexadecimal of one file of the engine; model.onnx.data has its digests, which
+    leave no byte out, in weights.jsonl."""
 
     bytes: int
-    sha256: str
+    sha256: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +55,8 @@ class Precision:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where the weights came from: digests are SHA-256 by file name, `revision` the commit of a hub id."""
+    """Where the weights came from: digests by file name as `export.digests` describes them, `revision` the commit of a
+    hub id."""
 
     checkpoint: str
     revision: str | None
@@ -96,7 +102,7 @@ class Engine:
 def record_files(folder: Path) -> dict[str, FileRecord]:
     """Every file of a folder, the manifest aside, by name."""
     return {
-        path.name: FileRecord(bytes=path.stat().st_size, sha256=file_digest(path))
+        path.name: FileRecord(bytes=path.stat().st_size, sha256=None if path.name == DATA_FILE else file_digest(path))
         for path in sorted(folder.iterdir())
         if path.name != MANIFEST_FILE
     }
@@ -119,11 +125,10 @@ def open_engine(folder: Path | str, check_digests: bool = True) -> Engine:
         manifest = _parse(read_json(folder / MANIFEST_FILE, "the engine's manifest"), folder)
     except ConfigError as error:
         raise EngineError(f"opening the engine {folder}: {error}; build it again") from error
-    problems = []
-    for name, record in manifest.files.items():
-        problem = _file_problem(folder / name, record, check_digests)
-        if problem:
-            problems.append(f"{name}: {problem}")
+    found = {name: _file_problem(folder / name, record, check_digests) for name, record in manifest.files.items()}
+    problems = [f"{name}: {problem}" for name, problem in found.items() if problem]
+    if check_digests and not found[DATA_FILE] and not found[RECORDS_FILE]:
+        problems += [f"{DATA_FILE}: {problem}" for problem in _weight_problems(folder, manifest)]
     if problems:
         raise EngineError(
             f"opening the engine {folder}: its files are not those of the build; build it again:{listing(problems)}"
@@ -137,11 +142,39 @@ def _file_problem(path: Path, record: FileRecord, check_digest: bool) -> str | N
     size = path.stat().st_size
     if size != record.bytes:
         return f"found {size} bytes, expected {record.bytes}"
-    if check_digest:
+    if check_digest and record.sha256 is not None:
         digest = file_digest(path)
         if digest != record.sha256:
             return f"found SHA-256 {digest[:12]}…, expected {record.sha256[:12]}…"
     return None
+
+
+def read_part_records(folder: Path) -> list[PartRecord]:
+    """What each part of an engine's weights was made of. Raises EngineError for a file that no build wrote."""
+    try:
+        return read_records(folder / RECORDS_FILE)
+    except (OSError, ValueError) as error:
+        raise EngineError(
+            f"opening the engine {folder}: {RECORDS_FILE} is malformed ({error}); build it again"
+        ) from error
+
+
+def _weight_problems(folder: Path, manifest: Manifest) -> list[str]:
+    """Regions of the data file that differ from the build's, or do not cover it."""
+    regions = [region for record in read_part_records(folder) for region in record.regions]
+    position = 0
+    for region in sorted(regions, key=lambda region: region.offset):
+        if region.offset != position:
+            return [f"{RECORDS_FILE} leaves bytes {position} to {region.offset} without a digest"]
+        position += region.bytes
+    if position != manifest.files[DATA_FILE].bytes:
+        return [f"{RECORDS_FILE} covers {position} bytes, the file has {manifest.files[DATA_FILE].bytes}"]
+
+    def problems(region: Region) -> list[str]:
+        return damaged_regions(folder / DATA_FILE, [region])
+
+    with ThreadPoolExecutor(max_workers=num_cores()) as pool:
+        return [problem for found in pool.map(problems, regions) for problem in found]
 
 
 def _parse(raw: dict[str, Any], folder: Path) -> Manifest:
@@ -168,6 +201,9 @@ def _check_facts(manifest: Manifest) -> None:
     absent = [name for name in REQUIRED_FILES if name not in manifest.files]
     if strangers or absent:
         raise ValueError(f"files outside the folder: {strangers}, files not listed: {absent}")
+    bare = [name for name, record in manifest.files.items() if (record.sha256 is None) is not (name == DATA_FILE)]
+    if bare:
+        raise ValueError(f"files.{bare[0]}: a digest is {'missing' if bare[0] != DATA_FILE else 'not expected'}")
     if sorted(manifest.expert_order) != list(range(facts.num_experts)):
         raise ValueError(f"expert_order is {manifest.expert_order}, expected each of {facts.num_experts} experts once")
     provider = PROVIDERS.get(manifest.provider)

@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from export.checkpoint import Checkpoint, open_checkpoint
+from export.digests import source_digests
 from export.errors import ConfigError, MissingPackageError
 from export.families import read_model
 from export.tokenizer import load_tokenizer
-from trt_build.engine import Engine, write_manifest
+from trt_build.engine import Engine, read_part_records, write_manifest
 from trt_build.errors import EngineError
 from trt_build.ort.device import open_device
 from trt_build.ort.session import ScoringSession, Session
@@ -57,7 +58,7 @@ THRESHOLDS = {
         routing_agreement=0.999,
     ),
     "fp16": Thresholds(
-        max_logit_difference=None, mean_kl=1e-3, perplexity_increase=0.001, top1_agreement=0.99, routing_agreement=0.99
+        max_logit_difference=None, mean_kl=1e-4, perplexity_increase=0.001, top1_agreement=0.99, routing_agreement=0.99
     ),
     "int8": Thresholds(
         max_logit_difference=None, mean_kl=2e-3, perplexity_increase=0.003, top1_agreement=0.97, routing_agreement=0.97
@@ -154,7 +155,8 @@ def verify_engine(
     checkpoint = open_checkpoint(location)
     reference = _open_reference(engine, checkpoint)
     progress("checking whether the reference is what the engine was built from")
-    same = checkpoint.source_digests() == dict(engine.manifest.source.digests)
+    runs = {name: found for record in read_part_records(engine.folder) for name, found in record.sources.items()}
+    same = source_digests(checkpoint, runs) == dict(engine.manifest.source.digests)
     report = compare(engine, reference, windows, progress)
     return Verification(
         report=report,

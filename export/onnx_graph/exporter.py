@@ -3,21 +3,23 @@
 model.onnx          serving: logits of the last position, [B, 1, V]
 model_scoring.onnx  verification: logits of every position, and each layer's router logits
 model.onnx.data     the weights of both, written once, tensor by tensor
+weights.jsonl       what each part of them was made of, and where it lies, with digests of both
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.errors import MissingPackageError
 from export.families import Model
 from export.onnx_graph.graph import GraphBuilder
-from export.onnx_graph.weights import Placement, WeightJob, place, write_weights
+from export.onnx_graph.weights import Placement, WeightJob, place
+from export.onnx_graph.writer import PartRecord, Progress, write_records, write_weights
 from export.provider import PROVIDERS, Provider
 from export.quantize.recipe import QuantPlan
+from export.resume import PartialFolder
 from export.tensor_table import Role
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 SERVING_GRAPH = "model.onnx"
 SCORING_GRAPH = "model_scoring.onnx"
 DATA_FILE = "model.onnx.data"
+RECORDS_FILE = "weights.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +74,12 @@ def plan_export(model: Model, plan: QuantPlan, provider: Provider = PROVIDERS["c
     )
 
 
-def write_export(plan: ExportPlan, model: Model, folder: Path, progress: Callable[[int], None]) -> None:
-    """Write both graphs and the data file into `folder`; holds one chunk of one tensor at a time."""
-    (folder / SERVING_GRAPH).write_bytes(plan.serving.SerializeToString())
-    (folder / SCORING_GRAPH).write_bytes(plan.scoring.SerializeToString())
-    write_weights(folder / DATA_FILE, plan.jobs, plan.placement, model.weights, progress)
+def write_export(
+    plan: ExportPlan, model: Model, folder: PartialFolder, progress: Callable[[Progress], None]
+) -> list[PartRecord]:
+    """Write both graphs, the data file and its records; holds one chunk of one tensor a thread at a time."""
+    (folder.content / SERVING_GRAPH).write_bytes(plan.serving.SerializeToString())
+    (folder.content / SCORING_GRAPH).write_bytes(plan.scoring.SerializeToString())
+    records = write_weights(DATA_FILE, plan.jobs, plan.placement, model.weights, folder, progress)
+    write_records(folder.content / RECORDS_FILE, records)
+    return records

@@ -7,9 +7,7 @@ three (zero points as well).
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -22,7 +20,6 @@ from export.provider import FLOAT16_MAX
 from export.quantize.grid import pack, quantize_blocks
 from export.tensor_table import Role, Weights
 
-MAX_WORKERS = 4  # each holds one chunk and what becomes of it
 ALIGNMENT_BYTES = 64  # a cache line, and the widest vector register
 _ITEM_BYTES = {"float32": 4, "float16": 2, "uint8": 1}
 
@@ -103,10 +100,15 @@ def _as_float16(values: npt.NDArray[np.float32], source: str) -> npt.NDArray[np.
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where every initializer lies in the data file: name -> (offset, bytes)."""
+    """Where every initializer lies in the data file: name -> (offset, bytes). What follows up to the next is zeros."""
 
     offsets: dict[str, tuple[int, int]]
     total_bytes: int
+
+
+def aligned(num_bytes: int) -> int:
+    """The bytes that an initializer takes in the data file, up to where the next begins."""
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def place(jobs: Sequence[WeightJob]) -> Placement:
@@ -116,46 +118,5 @@ def place(jobs: Sequence[WeightJob]) -> Placement:
     for job in jobs:
         for output in job.outputs:
             offsets[output.name] = (position, output.num_bytes)
-            position += -(-output.num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            position += aligned(output.num_bytes)
     return Placement(offsets=offsets, total_bytes=position)
-
-
-def write_weights(
-    path: os.PathLike[str],
-    jobs: Sequence[WeightJob],
-    placement: Placement,
-    weights: Weights,
-    progress: Callable[[int], None],
-) -> None:
-    """Stream every job's values into the data file, several jobs at a time; `progress` gets the bytes of each job.
-
-    The jobs write to places of their own, and numpy lets threads run side by side while it computes.
-    """
-    with open(path, "wb") as file:  # noqa: PTH123 - os.PathLike
-        file.truncate(placement.total_bytes)
-        pool = ThreadPoolExecutor(max_workers=min(MAX_WORKERS, os.cpu_count() or 1))
-        try:
-            writing = {pool.submit(_write_job, file.fileno(), job, placement, weights): job for job in jobs}
-            for done in as_completed(writing):
-                done.result()
-                progress(sum(output.num_bytes for output in writing[done].outputs))
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _write_job(descriptor: int, job: WeightJob, placement: Placement, weights: Weights) -> None:
-    positions = [placement.offsets[output.name][0] for output in job.outputs]
-    ends = [sum(placement.offsets[output.name]) for output in job.outputs]
-    for pieces in job.produce(weights):
-        for index, piece in enumerate(pieces):
-            positions[index] += _write_at(descriptor, np.ascontiguousarray(piece), positions[index])
-    if positions != ends:
-        raise AssertionError(f"{job.source}: wrote to {positions}, planned {ends}")
-
-
-def _write_at(descriptor: int, array: npt.NDArray[Any], offset: int) -> int:
-    view = memoryview(array.reshape(-1).view(np.uint8).data)
-    done = 0
-    while done < len(view):
-        done += os.pwrite(descriptor, view[done:], offset + done)
-    return done

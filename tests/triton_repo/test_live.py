@@ -144,7 +144,7 @@ def test_a_damaged_engine_is_not_served_and_the_other_model_is(live):
     states = {state.name: state for state in live.server.models}
     assert states["tiny"].ready
     assert states["damaged"].state == "UNAVAILABLE"
-    assert "model.onnx.data: found SHA-256" in states["damaged"].reason
+    assert re.search(r"model.onnx.data: \S+ \(bytes \d+ to \d+\): found SHA-256", states["damaged"].reason)
     call, ended = live.call("damaged", text_input="x", max_tokens=2)
     assert "'damaged' has no available versions" in next(call).error_message
     ended.set()

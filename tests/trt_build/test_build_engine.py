@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -188,8 +189,8 @@ def test_a_build_that_fails_half_way_leaves_nothing(tmp_path, tiny_checkpoint):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
-def test_an_interrupted_build_leaves_nothing(tmp_path, tiny_checkpoint):
-    def interrupt(_done, _total):
+def test_a_build_that_is_interrupted_before_its_first_part_leaves_nothing(tmp_path, tiny_checkpoint):
+    def interrupt(_progress):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -281,7 +282,7 @@ def test_a_damaged_engine_is_refused_naming_every_file(engine_copy):
     with pytest.raises(EngineError) as caught:
         open_engine(engine_copy)
     text = str(caught.value)
-    assert "model.onnx.data: found SHA-256" in text
+    assert "model.onnx.data: transformer.embd.wte.weight.codes (bytes 0 to 67584): found SHA-256" in text
     assert "genai_config.json: missing" in text
     assert "model.onnx: found" in text
 
@@ -312,7 +313,7 @@ def edit_manifest(folder, **changes):
         ({"provider": "rocm"}, "provider is 'rocm', expected one of cpu, cuda"),
         ({"architecture": {"family": "phixtral"}}, "architecture: keys missing or unknown: bos_token_id"),
         ({"colour": "red"}, "keys missing or unknown: colour"),
-        ({"format_version": True}, "format version True, this moeship reads 1"),
+        ({"format_version": True}, "format version True, this moeship reads 2"),
     ],
 )
 def test_a_manifest_that_lies_about_itself_is_refused(engine_copy, changes, text):
@@ -329,10 +330,43 @@ def test_a_manifest_may_not_name_files_outside_its_folder(engine_copy):
         open_engine(engine_copy)
 
 
+def write_records(folder, records):
+    """Replace weights.jsonl, and its digest in the manifest."""
+    path = folder / "weights.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    files = json.loads((folder / "engine.json").read_text())["files"]
+    files["weights.jsonl"] = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    edit_manifest(folder, files=files)
+
+
+def test_digests_that_leave_bytes_of_the_weights_out_are_refused(engine_copy):
+    records = [json.loads(line) for line in (engine_copy / "weights.jsonl").read_text().splitlines()]
+    start, *others = records[1]["regions"]
+    write_records(engine_copy, [records[0], {**records[1], "regions": others}, *records[2:]])
+    with pytest.raises(
+        EngineError, match=f"leaves bytes {start['offset']} to {start['offset'] + start['bytes']} without"
+    ):
+        open_engine(engine_copy)
+    write_records(engine_copy, records[:-1])
+    with pytest.raises(EngineError, match=r"weights.jsonl covers \d+ bytes, the file has 2108032"):
+        open_engine(engine_copy)
+    write_records(engine_copy, [{**records[0], "colour": "red"}])
+    with pytest.raises(EngineError, match=r"weights.jsonl is malformed \(the top: keys missing or unknown: colour\)"):
+        open_engine(engine_copy)
+
+
+@pytest.mark.parametrize(("name", "digest"), [("model.onnx", None), ("model.onnx.data", "0" * 64)])
+def test_only_the_weights_have_their_digests_elsewhere(engine_copy, name, digest):
+    files = json.loads((engine_copy / "engine.json").read_text())["files"]
+    edit_manifest(engine_copy, files={**files, name: {**files[name], "sha256": digest}})
+    with pytest.raises(EngineError, match=f"files.{name}: a digest is {'not expected' if digest else 'missing'}"):
+        open_engine(engine_copy)
+
+
 def test_a_manifest_of_another_version_is_refused(engine_copy):
     manifest = json.loads((engine_copy / "engine.json").read_text())
     (engine_copy / "engine.json").write_text(json.dumps({**manifest, "format_version": 99}))
-    with pytest.raises(EngineError, match="format version 99, this moeship reads 1"):
+    with pytest.raises(EngineError, match="format version 99, this moeship reads 2"):
         open_engine(engine_copy)
 
 
