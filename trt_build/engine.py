@@ -108,9 +108,14 @@ def record_files(folder: Path) -> dict[str, FileRecord]:
     }
 
 
+def manifest_text(manifest: Manifest) -> str:
+    """The text of engine.json."""
+    return json.dumps(dataclasses.asdict(manifest), indent=2) + "\n"
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write or replace engine.json by rename."""
-    replace_file(folder / MANIFEST_FILE, json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
+    replace_file(folder / MANIFEST_FILE, manifest_text(manifest))
 
 
 def open_engine(folder: Path | str, check_digests: bool = True) -> Engine:

@@ -16,7 +16,7 @@ from export.errors import MissingPackageError
 from export.families import Model
 from export.onnx_graph.graph import GraphBuilder
 from export.onnx_graph.weights import Placement, WeightJob, place
-from export.onnx_graph.writer import PartRecord, Progress, write_records, write_weights
+from export.onnx_graph.writer import PartRecord, Progress, records_text, write_weights
 from export.provider import PROVIDERS, Provider
 from export.quantize.recipe import QuantPlan
 from export.resume import PartialFolder
@@ -81,5 +81,5 @@ def write_export(
     (folder.content / SERVING_GRAPH).write_bytes(plan.serving.SerializeToString())
     (folder.content / SCORING_GRAPH).write_bytes(plan.scoring.SerializeToString())
     records = write_weights(DATA_FILE, plan.jobs, plan.placement, model.weights, folder, progress)
-    write_records(folder.content / RECORDS_FILE, records)
+    (folder.content / RECORDS_FILE).write_text(records_text(records), encoding="utf-8")
     return records

@@ -137,14 +137,13 @@ def damaged_regions(path: Path, regions: Iterable[Region]) -> list[str]:
     return problems
 
 
-def write_records(path: Path, records: Iterable[PartRecord]) -> None:
+def records_text(records: Iterable[PartRecord]) -> str:
     """One JSON object a line."""
-    lines = (json.dumps(asdict(record), separators=(",", ":")) + "\n" for record in records)
-    path.write_text("".join(lines), encoding="utf-8")
+    return "".join(json.dumps(asdict(record), separators=(",", ":")) + "\n" for record in records)
 
 
 def read_records(path: Path) -> list[PartRecord]:
-    """The records that `write_records` wrote. Raises ValueError for anything else."""
+    """The records of a file of `records_text`. Raises ValueError for anything else."""
     return [read_typed(PartRecord, json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

@@ -12,6 +12,8 @@ from export.onnx_graph import names
 from export.onnx_graph.exporter import SERVING_GRAPH
 from export.provider import Provider
 
+GENAI_FILE = "genai_config.json"
+
 
 def genai_config(
     architecture: Architecture, max_sequence: int, eos_token_ids: tuple[int, ...], provider: Provider

@@ -1,0 +1,183 @@
+"""Everything of a build that is decided before a weight is read: what the checkpoint is, and what becomes of it.
+
+`moeship build` carries a prepared build out; `moeship plan` counts it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from export.architecture import is_token_id
+from export.checkpoint import Checkpoint, open_checkpoint, read_json
+from export.errors import ConfigError
+from export.families import Model, read_model
+from export.onnx_graph.exporter import ExportPlan, plan_export
+from export.provider import Provider, provider_of
+from export.quantize.recipe import QuantPlan, plan_for
+from export.routing import diagnose
+from export.tensor_table import Weights
+from export.tokenizer import Tokenizer, load_tokenizer
+from trt_build.engine import FORMAT_VERSION, FileRecord, Manifest, Precision, Source
+from trt_build.errors import EngineError
+from trt_build.ort.genai_config import genai_config
+
+BACKENDS = ("onnxruntime",)
+_LIBRARIES = ("moeship", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tokenizers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What an engine is to be. `experts_per_token` and `max_sequence` (tokens) None take the checkpoint's own."""
+
+    checkpoint: str
+    precision: str = "int4"
+    backend: str = "onnxruntime"
+    provider: str = "cpu"
+    experts_per_token: int | None = None
+    max_sequence: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedBuild:
+    """A build with everything checked and laid out."""
+
+    options: EngineOptions
+    provider: Provider
+    quantization: QuantPlan
+    checkpoint: Checkpoint
+    model: Model
+    tokenizer: Tokenizer
+    max_sequence: int
+    end_ids: tuple[int, ...]
+    export: ExportPlan
+
+    def genai_text(self) -> str:
+        """The text of genai_config.json."""
+        config = genai_config(self.model.architecture, self.max_sequence, self.end_ids, self.provider)
+        return json.dumps(config, indent=2) + "\n"
+
+    def manifest(self, source: Source, files: Mapping[str, FileRecord]) -> Manifest:
+        """engine.json; reads the gates."""
+        architecture = self.model.architecture
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            model=Path(self.options.checkpoint).resolve().name,
+            family=self.model.family.name,
+            backend=self.options.backend,
+            provider=self.provider.name,
+            precision=_precision(self.quantization, self.export, self.model.weights),
+            architecture=architecture,
+            expert_order=self.provider.expert_order(architecture.num_experts),
+            max_sequence=self.max_sequence,
+            max_batch=1,
+            tokenizer_size=self.tokenizer.size,
+            eos_token_ids=self.end_ids,
+            source=source,
+            routing=_routing(self.model),
+            libraries=libraries(),
+            files=files,
+        )
+
+
+def check_options(options: EngineOptions) -> tuple[Provider, QuantPlan]:
+    """Raises EngineError, ExportError or QuantizationError for a name that is unknown."""
+    if options.backend not in BACKENDS:
+        raise EngineError(f"choosing the backend: {options.backend!r} is unknown. There are: {', '.join(BACKENDS)}")
+    provider = provider_of(options.provider)
+    return provider, plan_for(options.precision, provider)
+
+
+def prepare_build(options: EngineOptions) -> PreparedBuild:
+    """Open the checkpoint and lay the engine out. Raises MoeshipError of the stage that found fault."""
+    provider, quantization = check_options(options)
+    checkpoint = open_checkpoint(options.checkpoint)
+    model = read_model(checkpoint, options.experts_per_token)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    max_sequence = _max_sequence(options.max_sequence, model)
+    end_ids = end_token_ids(checkpoint, model, tokenizer)
+    if tokenizer.size > model.architecture.vocab_size:
+        raise ConfigError(
+            f"reading the tokenizer of {checkpoint.folder}: it has {tokenizer.size} ids, the model's vocabulary "
+            f"{model.architecture.vocab_size}; they are not of the same model"
+        )
+    return PreparedBuild(
+        options=options,
+        provider=provider,
+        quantization=quantization,
+        checkpoint=checkpoint,
+        model=model,
+        tokenizer=tokenizer,
+        max_sequence=max_sequence,
+        end_ids=end_ids,
+        export=plan_export(model, quantization, provider),
+    )
+
+
+def libraries() -> dict[str, str]:
+    """Versions of Python and of the packages that decide an engine's bytes."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def end_token_ids(checkpoint: Checkpoint, model: Model, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids that end a text: of config.json, else generation_config.json, else the tokenizer's own end token.
+
+    Raises ConfigError when none names one, or one is not a row of the vocabulary.
+    """
+    found: Any = list(model.architecture.eos_token_ids)
+    generation = checkpoint.folder / "generation_config.json"
+    if not found and generation.is_file():
+        found = read_json(generation, "generation_config.json").get("eos_token_id")
+    if found in (None, []) and tokenizer.eos_token_id is not None:
+        found = tokenizer.eos_token_id
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    vocab = model.architecture.vocab_size
+    wrong = [item for item in ids if not (is_token_id(item) and item < vocab)]
+    if wrong:
+        raise ConfigError(
+            f"looking for the end token of {checkpoint.folder}: eos_token_id holds {wrong[0]!r}, expected token ids "
+            f"below {vocab}; correct it in config.json or generation_config.json"
+        )
+    if not ids:
+        raise ConfigError(
+            f"looking for the end token of {checkpoint.folder}: neither config.json, generation_config.json nor "
+            "tokenizer_config.json names one; add eos_token_id to config.json"
+        )
+    return tuple(ids)
+
+
+def _max_sequence(asked: int | None, model: Model) -> int:
+    limit = model.architecture.max_positions
+    if asked is None:
+        return limit
+    if not 1 <= asked <= limit:
+        raise ConfigError(f"setting the longest sequence: found {asked} tokens, expected 1 to {limit}, the model's own")
+    return asked
+
+
+def _precision(plan: QuantPlan, export: ExportPlan, weights: Weights) -> Precision:
+    num_weights = sum(spec.num_elements for spec in weights.table.values())
+    return Precision(
+        name=plan.name,
+        bits={str(role): bits for role, bits in plan.bits.items()},
+        block_size=plan.block_size,
+        accuracy_level=plan.accuracy_level,
+        average_bits_per_weight=round(8 * export.num_weights_bytes / num_weights, 3),
+    )
+
+
+def _routing(model: Model) -> dict[str, object] | None:
+    if not model.architecture.is_moe:
+        return None
+    return diagnose(model.gates(), model.architecture.experts_per_token).to_json()
