@@ -22,7 +22,7 @@ from export.onnx_graph import names
 from export.onnx_graph.exporter import SCORING_GRAPH, SERVING_GRAPH
 from trt_build.engine import Engine
 from trt_build.errors import EngineError, SequenceError
-from trt_build.ort.device import load_graph, open_device
+from trt_build.ort.device import Device, load_graph, open_device
 
 PREFILL_CHUNK_TOKENS = 128  # bounds the activations of a long prompt, and a server's time between two looks around
 
@@ -113,11 +113,12 @@ class Session:
 
 
 class ScoringSession:
-    """An engine's scoring graph: logits of every position and the router's logits, without a past."""
+    """An engine's scoring graph: logits of every position and the router's logits, without a past. `device` None opens
+    that of the engine's provider."""
 
-    def __init__(self, engine: Engine, threads: int | None = None) -> None:
+    def __init__(self, engine: Engine, threads: int | None = None, device: Device | None = None) -> None:
         self.engine = engine
-        device = open_device(engine)
+        device = device or open_device(engine)
         self._backend = load_graph(engine.folder / SCORING_GRAPH, device, threads)
         facts = engine.manifest.architecture
         self._empty = np.zeros((1, facts.num_kv_heads, 0, facts.head_size), dtype=device.provider.float_type)
