@@ -10,11 +10,11 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from cli.rows import Rows, in_units, print_rows
+
 if TYPE_CHECKING:
     from export.inspection import CheckpointReport
     from export.routing import RoutingReport
-
-Rows = list[tuple[str, str]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,18 +38,18 @@ def run(arguments: argparse.Namespace) -> int:
 def _print_report(report: CheckpointReport) -> None:
     from export.routing import warnings
 
-    _print_rows(report.location, _size_rows(report))
+    print_rows(report.location, _size_rows(report))
     shares = [
         (
             role.value,
-            f"{size.num_parameters:>15,}  {_bytes(size.num_bytes):>10}  {size.num_bytes / report.num_bytes:6.1%}",
+            f"{size.num_parameters:>15,}  {in_units(size.num_bytes):>10}  {size.num_bytes / report.num_bytes:6.1%}",
         )
         for role, size in sorted(report.roles.items(), key=lambda item: -item[1].num_bytes)
     ]
-    _print_rows("by role: parameters, bytes as stored, share", shares)
+    print_rows("by role: parameters, bytes as stored, share", shares)
     if report.routing:
-        _print_rows("routing", _routing_rows(report.routing))
-        _print_rows("warnings", [("", sentence) for sentence in warnings(report.routing)])
+        print_rows("routing", _routing_rows(report.routing))
+        print_rows("warnings", [("", sentence) for sentence in warnings(report.routing)])
 
 
 def _size_rows(report: CheckpointReport) -> Rows:
@@ -66,14 +66,14 @@ def _size_rows(report: CheckpointReport) -> Rows:
     ]
     if facts.is_moe:
         rows.append(("experts", f"{facts.num_experts}, {facts.experts_per_token} per token"))
-    dtypes = ", ".join(f"{dtype} {_bytes(count)}" for dtype, count in report.dtype_bytes.items())
+    dtypes = ", ".join(f"{dtype} {in_units(count)}" for dtype, count in report.dtype_bytes.items())
     return [
         *rows,
         ("parameters", f"{report.total_parameters:,}"),
         ("active per token", f"{report.active_parameters:,}"),
         ("tensors", f"{report.num_tensors}"),
         ("stored as", dtypes),
-        ("files", f"{len(report.shard_bytes)}, {_bytes(sum(report.shard_bytes.values()))}"),
+        ("files", f"{len(report.shard_bytes)}, {in_units(sum(report.shard_bytes.values()))}"),
     ]
 
 
@@ -93,20 +93,3 @@ def _span(values: Iterable[float | None]) -> str:
     """Smallest and largest over the layers; None is infinite."""
     every = [float("inf") if value is None else value for value in values]
     return " to ".join("infinite" if value == float("inf") else f"{value:.3g}" for value in (min(every), max(every)))
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"
-
-
-def _print_rows(title: str, rows: Rows) -> None:
-    """A heading and its rows, in plain text: a terminal wraps it, a pipe gets it whole."""
-    if not rows:
-        return
-    print(title)
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"  {name:<{width}}  {value}" if width else f"  {value}")

@@ -20,6 +20,7 @@ from export.command import run_command
 COMMANDS: dict[str, tuple[str, str]] = {
     "merge": ("cli.merge", "merge dense experts into a mixture-of-experts checkpoint"),
     "inspect": ("cli.inspect", "describe a checkpoint: family, sizes, routing"),
+    "plan": ("cli.plan", "say what an engine would be and take, before it is built"),
     "build": ("cli.build", "build an engine directory from a checkpoint"),
     "verify": ("cli.verify", "compare an engine with the reference"),
     "package": ("cli.package", "make a Triton model repository from an engine"),

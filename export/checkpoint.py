@@ -64,6 +64,11 @@ class StoredTensor:
     offset: int
     num_bytes: int
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one value."""
+        return _ITEM_BYTES[self.dtype]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:

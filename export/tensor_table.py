@@ -18,7 +18,7 @@ import numpy.typing as npt
 from export.checkpoint import FLOAT_DTYPES, Checkpoint
 from export.errors import CheckpointError, listing
 
-CHUNK_ELEMENTS = 1 << 20  # 4 MiB as float32: large enough to be read at disk speed, small beside any real tensor
+CHUNK_ELEMENTS = 1 << 19  # 4 MiB as float32: large enough to be read at disk speed, small beside any real tensor
 
 
 class Role(StrEnum):

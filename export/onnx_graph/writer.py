@@ -22,9 +22,10 @@ import numpy.typing as npt
 
 from export.digests import Run, num_cores, range_digest, recorded
 from export.errors import ExportError
-from export.onnx_graph.weights import Placement, WeightJob, aligned
+from export.onnx_graph.weights import Packing, Placement, WeightJob, aligned
+from export.quantize.grid import SLICE_VALUES
 from export.resume import PartialFolder
-from export.tensor_table import Weights
+from export.tensor_table import CHUNK_ELEMENTS, Weights
 from export.typed_json import read_typed
 
 MAX_WORKERS = 4  # each holds one chunk and what becomes of it
@@ -83,7 +84,7 @@ def write_weights(
         file.truncate(placement.total_bytes)
         stop = threading.Event()
         writer = _Writer(descriptor=file.fileno(), placement=placement, weights=weights, count=tally.count, stop=stop)
-        pool = ThreadPoolExecutor(max_workers=min(MAX_WORKERS, num_cores()))
+        pool = ThreadPoolExecutor(max_workers=num_workers())
         try:
             pending = {pool.submit(writer.write, job) for job in jobs if job.source not in records}
             progress(tally.progress(len(records)))
@@ -104,11 +105,32 @@ def write_weights(
     return [records[job.source] for job in jobs]
 
 
+def num_workers() -> int:
+    """How many jobs are converted side by side."""
+    return min(MAX_WORKERS, num_cores())
+
+
+def working_bytes(job: WeightJob, weights: Weights) -> int:
+    """What converting a job holds: a chunk as stored, two as float32 (the one before is let go when the next is there)
+    and, where blocks are made of it, its codes twice, unpacked and packed, and the slices that they are made in."""
+    chunk = min(CHUNK_ELEMENTS, weights.table[job.source].num_elements)
+    stored = max(weights.checkpoint.tensors[part.name].itemsize for part in weights.table[job.source].parts)
+    plain = chunk * (stored + 2 * 4)
+    if job.packing is Packing.PLAIN:
+        return plain
+    return plain + chunk * (1 + 1 + 1) + 3 * 4 * SLICE_VALUES
+
+
+def planned_regions(job: WeightJob, placement: Placement) -> list[tuple[str, int, int]]:
+    """Name, offset and bytes of what a job writes."""
+    return [(output.name, placement.offsets[output.name][0], aligned(output.num_bytes)) for output in job.outputs]
+
+
 def finished_parts(
     path: Path, jobs: Sequence[WeightJob], placement: Placement, lines: Iterable[Mapping[str, Any]]
 ) -> dict[str, PartRecord]:
     """Of an earlier run's records those whose bytes lie in the data file as recorded, checked on all cores."""
-    planned = {job.source: _planned_regions(job, placement) for job in jobs}
+    planned = {job.source: planned_regions(job, placement) for job in jobs}
     records = {record.part: record for record in map(_read_record, lines) if record is not None}
     fitting = [
         record
@@ -152,10 +174,6 @@ def _read_record(line: Mapping[str, Any]) -> PartRecord | None:
         return read_typed(PartRecord, line)
     except ValueError:
         return None
-
-
-def _planned_regions(job: WeightJob, placement: Placement) -> list[tuple[str, int, int]]:
-    return [(output.name, placement.offsets[output.name][0], aligned(output.num_bytes)) for output in job.outputs]
 
 
 def _failed(done: Future[PartRecord]) -> bool:
@@ -205,7 +223,7 @@ class _Writer:
 
     def write(self, job: WeightJob) -> PartRecord:
         checkpoint = recorded(self.weights.checkpoint, self.count)
-        regions = [_OpenRegion(*region) for region in _planned_regions(job, self.placement)]
+        regions = [_OpenRegion(*region) for region in planned_regions(job, self.placement)]
         for pieces in job.produce(Weights(checkpoint=checkpoint, table=self.weights.table)):
             if self.stop.is_set():
                 raise ExportError(f"writing {job.source}: another part failed")

@@ -22,6 +22,7 @@ from export.onnx_graph import names
 from export.onnx_graph.exporter import SCORING_GRAPH, SERVING_GRAPH
 from trt_build.engine import Engine
 from trt_build.errors import EngineError, SequenceError
+from trt_build.memory import require_memory
 from trt_build.ort.device import Device, load_graph, open_device
 
 PREFILL_CHUNK_TOKENS = 128  # bounds the activations of a long prompt, and a server's time between two looks around
@@ -62,6 +63,7 @@ class Session:
                 f"loading the engine {engine.folder}: built for {engine.manifest.backend}, "
                 "this session runs onnxruntime engines"
             )
+        require_memory(engine)
         self.engine = engine
         self.max_sequence = engine.manifest.max_sequence
         self.vocab_size = engine.manifest.architecture.vocab_size

@@ -1,0 +1,23 @@
+"""How commands print what they found: a heading, and rows of name and value."""
+
+from __future__ import annotations
+
+Rows = list[tuple[str, str]]
+
+
+def in_units(count: int) -> str:
+    """Bytes as a person reads them; a kB is 1000 B."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
+
+
+def print_rows(title: str, rows: Rows) -> None:
+    """A heading and its rows, in plain text: a terminal wraps it, a pipe gets it whole."""
+    if not rows:
+        return
+    print(title)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}" if width else f"  {value}")

@@ -1,0 +1,103 @@
+"""What a plan says, against what a build then makes and takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
+from conftest import QUANTIZABLE
+
+from trt_build.build_engine import BuildOptions, build_engine
+from trt_build.plan import plan_engine
+from trt_build.prepare import EngineOptions, prepare_build
+
+
+def plan(checkpoint, **options):
+    return plan_engine(prepare_build(EngineOptions(checkpoint=str(checkpoint), **options)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "int4"},
+        {"precision": "int8", "max_sequence": 99},
+        {"precision": "fp32", "experts_per_token": 3},
+        {"precision": "int4", "provider": "cuda"},
+        {"precision": "fp16", "provider": "cuda"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_every_file_of_the_engine_is_planned_to_the_byte(tmp_path, tiny_checkpoint, options):
+    planned = plan(tiny_checkpoint, **options)
+    built = build_engine(BuildOptions(checkpoint=str(tiny_checkpoint), output=tmp_path / "engine", **options))
+    found = {path.name: path.stat().st_size for path in built.folder.iterdir()}
+    assert planned.files == found
+    assert planned.engine_bytes == sum(found.values())
+    assert planned.average_bits_per_weight == pytest.approx(built.manifest.precision.average_bits_per_weight, abs=1e-3)
+
+
+def test_a_dense_model_is_planned_to_the_byte(tmp_path):
+    checkpoint = write_phi_checkpoint(tmp_path / "dense", seed=1, **QUANTIZABLE)
+    planned = plan(checkpoint, precision="int8")
+    built = build_engine(BuildOptions(checkpoint=str(checkpoint), output=tmp_path / "engine", precision="int8"))
+    assert planned.files == {path.name: path.stat().st_size for path in built.folder.iterdir()}
+
+
+def test_bytes_by_role_and_per_token_are_those_worked_by_hand(tiny_checkpoint):
+    # H 192, F 448, V 352, E 5, K 2, L 3; int4 blocks of 32: 4 bits and a float32 scale for 32 weights.
+    planned = plan(tiny_checkpoint, precision="int4")
+    expert = planned.roles["expert"]
+    assert expert.num_weights == 3 * 5 * 2 * 448 * 192
+    assert expert.codes_bytes == expert.num_weights // 2
+    assert expert.scales_bytes == expert.num_weights // 32 * 4
+    assert expert.bytes_per_token == (expert.codes_bytes + expert.scales_bytes) * 2 // 5
+    embedding, head = planned.roles["embedding"], planned.roles["head"]
+    assert (embedding.codes_bytes, embedding.scales_bytes) == (352 * 192, 352 * 192 // 32 * 4)
+    assert embedding.bytes_per_token == 192 + 192 // 32 * 4  # one row
+    assert head.bytes_per_token == head.total_bytes == 352 * 192 + 352 * 6 * 4
+    router = planned.roles["router"]
+    assert router.bytes_per_token == router.plain_bytes == 3 * 5 * 192 * 4
+    # A layer's expert biases are of 5 experts, of which 2 are read; out_proj's and the packed qkv's are read whole.
+    assert planned.roles["bias"].plain_bytes == 4 * (3 * (5 * (448 + 192) + 192 + 3 * 192) + 352)
+    assert planned.roles["bias"].bytes_per_token == 4 * (3 * (2 * (448 + 192) + 192 + 3 * 192) + 352)
+    assert planned.kv_bytes_per_token == 3 * 2 * 192 * 4
+    assert planned.sequence_bytes == 640 * planned.kv_bytes_per_token
+
+
+def test_a_cuda_engine_keeps_half_the_bytes_of_keys_and_values(tiny_checkpoint):
+    assert plan(tiny_checkpoint, provider="cuda").kv_bytes_per_token == 3 * 2 * 192 * 2
+
+
+def test_sequences_and_tokens_fit_beside_the_weights(tiny_checkpoint):
+    planned = plan(tiny_checkpoint)
+    data = planned.files["model.onnx.data"]
+    memory = data + 3 * planned.sequence_bytes
+    assert [planned.sequences_in(memory + extra) for extra in (-1, 0, planned.sequence_bytes - 1)] == [2, 3, 3]
+    assert planned.tokens_in(data + 7 * planned.kv_bytes_per_token) == 7
+    assert planned.sequences_in(data - 1) < 0
+    assert planned.tokens_in(data - 1) < 0
+
+
+BUILD_AND_TELL = """
+import sys
+from cli.main import main
+assert main(sys.argv[1:]) == 0
+print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8", "fp32"])
+def test_the_planned_peak_memory_is_within_15_percent_of_a_builds(tmp_path, precision):
+    sizes = {"hidden_size": 1024, "num_heads": 16, "ffn_size": 4096, "num_layers": 1, "rotary_dim": 32}
+    large = write_phixtral_checkpoint(
+        tmp_path / "large", seed=1, num_experts=4, experts_per_token=2, dtype="float16", **sizes
+    )
+    words = [sys.executable, "-m", "cli.main", "plan", large, "--precision", precision, "--json"]
+    planned = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)["conversion_bytes"]
+    words = [sys.executable, "-c", BUILD_AND_TELL, "build", "--checkpoint", large, "--precision", precision]
+    done = subprocess.run([*words, "--output", tmp_path / "engine"], capture_output=True, text=True, check=True)
+    found = int(done.stdout.splitlines()[-1])
+    assert abs(planned - found) <= 0.15 * found

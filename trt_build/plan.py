@@ -1,0 +1,208 @@
+"""A prepared build in, its figures out: what an engine will hold, what making and running it will take.
+
+    report = plan_engine(prepare_build(EngineOptions(checkpoint="DIR", precision="int4")))
+    report.engine_bytes          # exact, every file counted
+    report.roles["expert"].total_bytes
+
+Nothing is written and no weight is read but the gates, whose diagnosis stands in the manifest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from export.digests import Run
+from export.onnx_graph.exporter import DATA_FILE, RECORDS_FILE, SCORING_GRAPH, SERVING_GRAPH
+from export.onnx_graph.weights import WeightJob
+from export.onnx_graph.writer import PartRecord, Region, num_workers, planned_regions, records_text, working_bytes
+from export.tensor_table import Role, Weights
+from trt_build.engine import MANIFEST_FILE, FileRecord, Source, manifest_text
+from trt_build.memory import kv_bytes_per_token
+from trt_build.ort.genai_config import GENAI_FILE
+from trt_build.prepare import PreparedBuild
+
+_DIGEST = "0" * 64  # as long as any SHA-256
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolePlan:
+    """The weights of one role: how many, the bytes of codes, scales and plain values that hold them, and the bytes that
+    decoding one token reads of them."""
+
+    num_weights: int = 0
+    codes_bytes: int = 0
+    scales_bytes: int = 0
+    plain_bytes: int = 0
+    bytes_per_token: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        return self.codes_bytes + self.scales_bytes + self.plain_bytes
+
+    def __add__(self, other: RolePlan) -> RolePlan:
+        return RolePlan(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnginePlan:
+    """What `moeship plan` tells. `kv_bytes_per_token` is the cache of one position; `conversion_bytes` the peak
+    resident memory of the build's process; `files` the bytes of each file of the engine."""
+
+    family: str
+    precision: str
+    provider: str
+    max_sequence: int
+    roles: Mapping[str, RolePlan]
+    average_bits_per_weight: float
+    files: Mapping[str, int]
+    source_bytes: int
+    conversion_bytes: int
+    kv_bytes_per_token: int
+
+    @property
+    def engine_bytes(self) -> int:
+        return sum(self.files.values())
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(role.total_bytes for role in self.roles.values())
+
+    @property
+    def weights_bytes_per_token(self) -> int:
+        """What decoding one token of one sequence reads of the weights."""
+        return sum(role.bytes_per_token for role in self.roles.values())
+
+    @property
+    def sequence_bytes(self) -> int:
+        """Keys and values of one sequence of max_sequence tokens."""
+        return self.kv_bytes_per_token * self.max_sequence
+
+    def bytes_per_token(self, context: int) -> int:
+        """What decoding one token reads after `context` others: weights, and their keys and values."""
+        return self.weights_bytes_per_token + self.kv_bytes_per_token * context
+
+    def sequences_in(self, memory_bytes: int) -> int:
+        """How many sequences of max_sequence tokens fit beside the weights; negative where the weights do not fit."""
+        return (memory_bytes - self.files[DATA_FILE]) // self.sequence_bytes
+
+    def tokens_in(self, memory_bytes: int) -> int:
+        """How many tokens one sequence can have beside the weights; not above 0 where the weights do not fit."""
+        return (memory_bytes - self.files[DATA_FILE]) // self.kv_bytes_per_token
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        roles = {
+            name: {**dataclasses.asdict(role), "total_bytes": role.total_bytes} for name, role in self.roles.items()
+        }
+        return {
+            **dataclasses.asdict(self),
+            "roles": roles,
+            "engine_bytes": self.engine_bytes,
+            "weights_bytes": self.weights_bytes,
+            "weights_bytes_per_token": self.weights_bytes_per_token,
+            "bytes_per_token_at_end": self.bytes_per_token(self.max_sequence - 1),
+        }
+
+
+def plan_engine(build: PreparedBuild) -> EnginePlan:
+    """Count a prepared build. Raises CheckpointError where the gates cannot be read."""
+    export, weights = build.export, build.model.weights
+    roles: dict[str, RolePlan] = {}
+    for job in export.jobs:
+        share = _share_per_token(job, weights, build.model.architecture.experts_per_token)
+        roles[str(job.role)] = roles.get(str(job.role), RolePlan()) + _role_plan(job, weights, share)
+    total = sum((role for role in roles.values()), RolePlan())
+    files = _files(build)
+    return EnginePlan(
+        family=build.model.family.name,
+        precision=build.quantization.name,
+        provider=build.provider.name,
+        max_sequence=build.max_sequence,
+        roles=roles,
+        average_bits_per_weight=8 * total.total_bytes / total.num_weights,
+        files=files,
+        source_bytes=sum(stored.num_bytes for stored in build.checkpoint.tensors.values()),
+        conversion_bytes=_conversion_bytes(export.jobs, weights),
+        kv_bytes_per_token=kv_bytes_per_token(build.model.architecture, build.provider),
+    )
+
+
+def _share_per_token(job: WeightJob, weights: Weights, experts_per_token: int) -> float:
+    """The share of a job's bytes that decoding one token reads: one row of the embedding, K of E experts, all else
+    whole."""
+    spec = weights.table[job.source]
+    if job.role is Role.EMBEDDING:
+        return 1 / spec.shape[0]
+    if spec.letters.startswith("E ") and job.role is not Role.ROUTER:
+        return experts_per_token / spec.shape[0]
+    return 1.0
+
+
+def _role_plan(job: WeightJob, weights: Weights, share: float) -> RolePlan:
+    def bytes_of(ending: str) -> int:
+        return sum(output.num_bytes for output in job.outputs if output.name.endswith(ending))
+
+    total = sum(output.num_bytes for output in job.outputs)
+    codes, scales = bytes_of(".codes"), bytes_of(".scales")
+    return RolePlan(
+        num_weights=weights.table[job.source].num_elements,
+        codes_bytes=codes,
+        scales_bytes=scales,
+        plain_bytes=total - codes - scales,
+        bytes_per_token=round(total * share),
+    )
+
+
+def _conversion_bytes(jobs: Sequence[WeightJob], weights: Weights) -> int:
+    """Peak resident memory of a build's process: what this process, which has loaded the same libraries and laid out
+    the same graphs, has taken so far, and what the threads hold that convert the largest parts side by side."""
+    held = sorted((working_bytes(job, weights) for job in jobs), reverse=True)
+    return peak_memory() + sum(held[: num_workers()])
+
+
+def peak_memory() -> int:
+    """The most bytes that were resident in this process. Source: proc(5), /proc/pid/status, VmHWM."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def _files(build: PreparedBuild) -> dict[str, int]:
+    """Every file of the engine with its bytes: texts are written out with digests of the right length."""
+    export, checkpoint = build.export, build.checkpoint
+    sizes = {
+        SERVING_GRAPH: export.serving.ByteSize(),
+        SCORING_GRAPH: export.scoring.ByteSize(),
+        DATA_FILE: export.placement.total_bytes,
+        RECORDS_FILE: len(records_text(_records(build)).encode()),
+        GENAI_FILE: len(build.genai_text().encode()),
+        **{path.name: path.stat().st_size for path in checkpoint.tokenizer_files()},
+    }
+    records = {
+        name: FileRecord(bytes=size, sha256=None if name == DATA_FILE else _DIGEST)
+        for name, size in sorted(sizes.items())
+    }
+    source = Source(
+        checkpoint=checkpoint.identity,
+        revision=checkpoint.revision,
+        digests=dict.fromkeys(("config.json", *(shard.name for shard in checkpoint.shards)), _DIGEST),
+    )
+    return {**sizes, MANIFEST_FILE: len(manifest_text(build.manifest(source, records)).encode())}
+
+
+def _records(build: PreparedBuild) -> list[PartRecord]:
+    """weights.jsonl but for the digests' values."""
+    stored, table = build.checkpoint.tensors, build.model.weights.table
+    return [
+        PartRecord(
+            part=job.source,
+            sources={part.name: (Run(bytes=stored[part.name].num_bytes, sha256=_DIGEST),)
+                     for part in table[job.source].parts},
+            regions=tuple(Region(name=name, offset=offset, bytes=size, sha256=_DIGEST)
+                          for name, offset, size in planned_regions(job, build.export.placement)),
+        )
+        for job in build.export.jobs
+    ]  # fmt: skip
