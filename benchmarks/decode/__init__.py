@@ -1,0 +1,1 @@
+"""The parts of cpu_decode.py: the peer's model, the contenders, what they read, and the report."""

@@ -1,0 +1,214 @@
+"""The runtimes, each behind the same three calls: load, forget, and run tokens to the most likely next id.
+
+Imported in the contender's own process; a runtime's library loads with its contender.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from decode.llama_formats import LOG, llama_cpp, log_tail
+from export.architecture import Architecture
+from export.errors import ConfigError
+
+POOL_WEIGHTS = 1 << 24
+UBATCH_TOKENS = 512  # llama.cpp's default; a prompt of the benchmark fits one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a contender is to load. `settings` are the runtime's own, one choice of those in CHOICES."""
+
+    contender: str
+    source: Path | None  # an engine, a GGUF file; None where the weights are drawn
+    model: Architecture
+    positions: int
+    threads: int
+    settings: Mapping[str, Any]
+
+
+class Contender(Protocol):
+    def forget(self) -> None:
+        """Start a new sequence."""
+
+    def run(self, tokens: Sequence[int]) -> int:
+        """Append tokens and return the most likely next id."""
+
+    def facts(self) -> dict[str, Any]:
+        """What the runtime says of itself: versions, kernels, buffers."""
+
+
+# Settings that are tried, the better taken; the first is the runtime's default.
+CHOICES: Mapping[str, Sequence[Mapping[str, Any]]] = {
+    "ours": [{}],
+    "llama": [{"flash_attention": True}, {"flash_attention": False}],
+    "transformers": [{"experts": "grouped_mm"}, {"experts": "eager"}],
+}
+
+
+def load(task: Task) -> Contender:
+    """The contender of a name like ours, llama-q4_0, transformers-bf16."""
+    runtime = task.contender.partition("-")[0]
+    return {"ours": Ours, "llama": Llama, "transformers": Transformers}[runtime](task)
+
+
+class Ours:
+    """An engine through the session that serves it."""
+
+    def __init__(self, task: Task) -> None:
+        from trt_build.engine import open_engine
+        from trt_build.ort.session import Session
+
+        assert task.source is not None
+        self._session = Session(open_engine(task.source, check_digests=False), task.threads)
+        if self._session.max_sequence < task.positions:
+            raise ConfigError(
+                f"benchmarking {task.source}: its context is {self._session.max_sequence} tokens, the benchmark runs "
+                f"to {task.positions}; build it with a larger --max-sequence"
+            )
+        self._cache = self._session.new_cache()
+
+    def forget(self) -> None:
+        self._cache.reset()
+
+    def run(self, tokens: Sequence[int]) -> int:
+        return int(self._session.run(self._cache, tokens).argmax())
+
+    def facts(self) -> dict[str, Any]:
+        import onnxruntime
+
+        return {
+            "version": f"ONNX Runtime {onnxruntime.__version__}",
+            "precision": asdict(self._session.engine.manifest.precision),
+        }
+
+
+class Llama:
+    """A GGUF file through llama.cpp's C interface: mapped, repacked where its kernels want it, no sampler."""
+
+    def __init__(self, task: Task) -> None:
+        self._library = library = llama_cpp()
+        library.llama_backend_init()
+        self._model = library.llama_model_load_from_file(bytes(task.source or ""), library.llama_model_default_params())
+        if not self._model:
+            raise ConfigError(f"loading {task.source}: llama.cpp refuses it: {log_tail()}")
+        self._vocab_size = task.model.vocab_size
+        parameters = library.llama_context_default_params()
+        parameters.n_ctx = task.positions
+        parameters.n_batch = parameters.n_ubatch = UBATCH_TOKENS
+        parameters.n_threads = parameters.n_threads_batch = task.threads
+        parameters.flash_attn_type = int(task.settings["flash_attention"])
+        if "cache_type" in task.settings:
+            parameters.type_k = parameters.type_v = task.settings["cache_type"]
+        self._context = library.llama_init_from_model(self._model, parameters)
+        if not self._context:
+            raise ConfigError(f"loading {task.source}: llama.cpp makes no context: {log_tail()}")
+
+    def forget(self) -> None:
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), False)
+
+    def run(self, tokens: Sequence[int]) -> int:
+        return int(self.logits(tokens).argmax())
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """float32 [V] of the last position, valid until the next call."""
+        library = self._library
+        for start in range(0, len(tokens), UBATCH_TOKENS):
+            part = tokens[start : start + UBATCH_TOKENS]
+            ids = (library.llama_token * len(part))(*part)
+            status = library.llama_decode(self._context, library.llama_batch_get_one(ids, len(part)))
+            if status:
+                raise AssertionError(f"llama_decode ended with status {status}")
+        pointer = library.llama_get_logits_ith(self._context, -1)
+        return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), (self._vocab_size,))
+
+    def facts(self) -> dict[str, Any]:
+        lines = [line.strip() for line in "".join(LOG).splitlines()]
+        return {
+            "version": f"llama-cpp-python {self._library.__version__}",
+            "system_info": self._library.llama_print_system_info().decode().strip(" |"),
+            "buffers": [line for line in lines if "buffer size" in line],
+        }
+
+
+class Transformers:
+    """MixtralForCausalLM of the peer's shape, its weights drawn in memory."""
+
+    def __init__(self, task: Task) -> None:
+        import torch
+        from transformers import DynamicCache
+
+        torch.set_num_threads(task.threads)
+        torch.set_grad_enabled(False)
+        self._torch, self._new_cache = torch, DynamicCache
+        self.model = mixtral(task.model, task.contender.partition("-")[2], task.settings["experts"])
+        _fill(self.model)
+        self.forget()
+
+    def forget(self) -> None:
+        self._cache = self._new_cache()
+
+    def run(self, tokens: Sequence[int]) -> int:
+        ids = self._torch.tensor([list(tokens)])
+        output = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        return int(output.logits[0, -1].argmax())
+
+    def facts(self) -> dict[str, Any]:
+        import transformers
+
+        config = self.model.config
+        return {
+            "version": f"transformers {transformers.__version__}, torch {self._torch.__version__}",
+            "attention": config._attn_implementation,
+            "experts": config._experts_implementation,
+        }
+
+
+def mixtral(facts: Architecture, dtype: str, experts: str) -> Any:  # noqa: ANN401 - transformers is not typed
+    """transformers' Mixtral with uninitialised weights; `dtype` is bf16 or fp32, `experts` its implementation."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config = MixtralConfig(
+        hidden_size=facts.hidden_size,
+        intermediate_size=facts.ffn_size,
+        num_hidden_layers=facts.num_layers,
+        num_attention_heads=facts.num_heads,
+        num_key_value_heads=facts.num_kv_heads,
+        head_dim=facts.head_size,
+        vocab_size=facts.vocab_size,
+        num_local_experts=facts.num_experts,
+        num_experts_per_tok=facts.experts_per_token,
+        rms_norm_eps=facts.norm_epsilon,
+        max_position_embeddings=facts.max_positions,
+        rope_parameters={"rope_type": "default", "rope_theta": facts.rope_base},
+        sliding_window=None,
+        tie_word_embeddings=False,
+        dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype],
+        experts_implementation=experts,
+    )
+    with no_init_weights():
+        return MixtralForCausalLM._from_config(config).eval()
+
+
+def _fill(model: Any) -> None:  # noqa: ANN401 - transformers is not typed
+    """Norms ones, matrices normal with variance 1 / input features, from one pool of draws."""
+    import torch
+
+    largest = max(parameter.numel() for parameter in model.parameters())
+    pool = torch.randn(min(POOL_WEIGHTS, largest), generator=torch.Generator().manual_seed(0))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+            continue
+        scale = 1.0 if "embed_tokens" in name else parameter.shape[-1] ** -0.5
+        scaled = (pool * scale).to(parameter.dtype)
+        for piece in parameter.view(-1).split(len(pool)):
+            piece.copy_(scaled[: len(piece)])

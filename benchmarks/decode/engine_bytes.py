@@ -1,0 +1,74 @@
+"""What one decoded token reads of an engine, counted from its graph: the file that runs, not the plan of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from export.errors import MissingPackageError
+
+if TYPE_CHECKING:
+    import onnx
+
+EXPERT_OPS = ("MoE", "QMoE")
+ROW_OPS = ("Gather", "GatherBlockQuantized")  # the embedding: one row of each operand
+ATTENTION_OPS = ("GroupQueryAttention",)  # its constants are the rotary tables: one row of each
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineBytes:
+    """Bytes of all constants, of those that a token reads, and of the cache for each position before it."""
+
+    weight_bytes: int
+    read_per_token: int
+    cache_per_position: int
+
+
+def count_bytes(graph: Path, num_experts: int, experts_per_token: int) -> EngineBytes:
+    """Experts count for K of E, tables for one row, everything else whole; a constant of two uses for the larger."""
+    try:
+        import onnx
+    except ImportError as error:
+        raise MissingPackageError("onnx", "counting an engine's bytes", "cpu") from error
+    model = onnx.load(str(graph), load_external_data=False)
+    constants = {constant.name: constant for constant in model.graph.initializer}
+    share: dict[str, float] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            if name not in constants:
+                continue
+            rows = constants[name].dims[0] if constants[name].dims else 1
+            used = 1.0
+            if node.op_type in EXPERT_OPS:
+                used = experts_per_token / num_experts
+            elif node.op_type in (*ROW_OPS, *ATTENTION_OPS):
+                used = 1 / max(rows, 1)
+            share[name] = max(share.get(name, 0.0), used)
+    sizes = {name: _num_bytes(constant.data_type, list(constant.dims)) for name, constant in constants.items()}
+    return EngineBytes(
+        weight_bytes=sum(sizes.values()),
+        read_per_token=round(sum(sizes[name] * used for name, used in share.items())),
+        cache_per_position=sum(_cache_bytes(model)),
+    )
+
+
+def _cache_bytes(model: onnx.ModelProto) -> Iterator[int]:
+    """Bytes of one position of every past key and value, [B, G, C, D]."""
+    for value in model.graph.input:
+        if value.name.startswith("past_key_values."):
+            _, heads, _, size = value.type.tensor_type.shape.dim
+            yield _num_bytes(value.type.tensor_type.elem_type, [heads.dim_value, size.dim_value])
+
+
+def _num_bytes(data_type: int, dims: list[int]) -> int:
+    """Bytes of a tensor; 4-bit types pack two elements into a byte."""
+    import onnx
+
+    count = 1
+    for size in dims:
+        count *= size
+    if data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
+        return (count + 1) // 2
+    return count * onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize

@@ -1,0 +1,185 @@
+"""Write the peer's model as GGUF with random weights, one tensor in memory at a time.
+
+The values of every tensor are blocks of one pool of normal draws that is quantised once for each type and row length,
+read from a place that hangs on the tensor's name: writing runs at the disk's speed. Rows are independent of each other
+in all of llama.cpp's formats used here, so the blocks are those that quantising the whole tensor would give.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from decode.shape import EMBEDDING, ROW_MULTIPLE, Tensor, share_read, tensors
+from export.architecture import Architecture
+from export.errors import CheckpointError, MissingPackageError
+from export.output import require_space
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+POOL_WEIGHTS = 1 << 24
+Quantize = Callable[[npt.NDArray[np.float32], "GGMLQuantizationType"], npt.NDArray[np.uint8]]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a GGUF file holds: bytes by type and by type's number of tensors, and the bytes that a token reads."""
+
+    bytes_of_type: Mapping[str, int]
+    tensors_of_type: Mapping[str, int]
+    weights: int
+    weight_bytes: int
+    bytes_read_per_token: int  # of weights; the key/value cache comes on top
+
+
+def gguf() -> Any:  # noqa: ANN401 - the package, which is imported by those who write or read files alone
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingPackageError("gguf", "writing llama.cpp's model", "bench") from error
+    return gguf
+
+
+def write_model(
+    path: Path, model: Architecture, types: Mapping[str, GGMLQuantizationType], quantize: Quantize, file_type: int
+) -> None:
+    """Write a Mixtral under `path` by rename. `types` names the format of every tensor, `file_type` is llama_ftype's
+    number for the mixture of them. Raises OutputError where the disk is too small."""
+    package = gguf()
+    rows = tensors(model)
+    num_bytes = sum(byte_count(tensor, types[tensor.name]) for tensor in rows)
+    require_space(path, num_bytes, f"llama.cpp's model {path.name}")
+    logger.info("writing %s, %.2f GB", path, num_bytes / 1e9)
+    partial = path.with_name(f".{path.name}.partial-gguf")
+    writer = package.GGUFWriter(partial, "llama")
+    try:
+        _add_facts(writer, model, file_type)
+        for tensor in rows:
+            kind = types[tensor.name]
+            shape = package.quant_shape_to_byte_shape(tensor.shape, kind) if _is_packed(kind) else tensor.shape
+            dtype = {"F32": np.float32, "F16": np.float16}.get(kind.name, np.uint8)
+            writer.add_tensor_info(tensor.name, shape, np.dtype(dtype), byte_count(tensor, kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        values = Values(quantize)
+        for tensor in rows:
+            writer.write_tensor_data(values.of(tensor, types[tensor.name]))
+        writer.close()
+        partial.replace(path)
+    finally:
+        writer.close()
+        partial.unlink(missing_ok=True)
+
+
+class Values:
+    """The bytes of every tensor: norms are ones, matrices normal with variance 1 / input features."""
+
+    def __init__(self, quantize: Quantize, seed: int = 0, pool_weights: int = POOL_WEIGHTS) -> None:
+        self._draws = np.random.default_rng(seed).standard_normal(pool_weights, dtype=np.float32)
+        self._quantize = quantize
+        self._pools: dict[tuple[int, str], npt.NDArray[np.uint8]] = {}
+
+    def of(self, tensor: Tensor, kind: GGMLQuantizationType) -> npt.NDArray[np.uint8]:
+        """Bytes of one tensor in the format `kind`, flat."""
+        if len(tensor.shape) == 1:
+            return np.ones(tensor.shape, dtype=np.float32).view(np.uint8)
+        pool = self._pool(1 if tensor.name == EMBEDDING else tensor.shape[-1], kind)
+        rows = pool.reshape(-1, len(pool) * ROW_MULTIPLE // len(self._draws))
+        count = byte_count(tensor, kind)
+        start = zlib.crc32(tensor.name.encode()) % len(rows) * rows.shape[1]
+        data = np.empty(count, dtype=np.uint8)
+        done = 0
+        while done < count:
+            piece = pool[start : start + count - done]
+            data[done : done + len(piece)] = piece
+            done, start = done + len(piece), 0
+        return data
+
+    def _pool(self, features: int, kind: GGMLQuantizationType) -> npt.NDArray[np.uint8]:
+        key = (features, kind.name)
+        if key not in self._pools:
+            draws = (self._draws / np.float32(np.sqrt(features))).reshape(-1, ROW_MULTIPLE)
+            packed = self._quantize(draws, kind)
+            self._pools[key] = np.ascontiguousarray(packed).reshape(-1).view(np.uint8)
+        return self._pools[key]
+
+
+def byte_count(tensor: Tensor, kind: GGMLQuantizationType) -> int:
+    """Bytes of a tensor in a format; its rows must be whole blocks."""
+    block, size = gguf().GGML_QUANT_SIZES[kind]
+    if tensor.shape[-1] % block:
+        raise CheckpointError(
+            f"packing {tensor.name}: rows of {tensor.shape[-1]}, {kind.name} needs a multiple of {block}; choose "
+            "another width"
+        )
+    return tensor.num_weights // block * size
+
+
+def read_contents(path: Path, model: Architecture) -> Contents:
+    """Count a file's tensors; raises CheckpointError where they are not those of `model`."""
+    by_bytes: dict[str, int] = {}
+    by_count: dict[str, int] = {}
+    read = 0.0
+    expected = {tensor.name: tensor.shape for tensor in tensors(model)}
+    found = {}
+    for name, shape, kind, num_bytes in _stored(path):
+        found[name] = shape
+        by_bytes[kind] = by_bytes.get(kind, 0) + num_bytes
+        by_count[kind] = by_count.get(kind, 0) + 1
+        read += num_bytes * share_read(name, model)
+    if found != expected:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise CheckpointError(
+            f"reading {path}: {len(wrong)} tensors are not those of the model asked for, the first is {wrong[0]}: "
+            f"found {found.get(wrong[0])}, expected {expected.get(wrong[0])}; remove the file, it is written anew"
+        )
+    return Contents(
+        bytes_of_type=by_bytes,
+        tensors_of_type=by_count,
+        weights=sum(tensor.num_weights for tensor in tensors(model)),
+        weight_bytes=sum(by_bytes.values()),
+        bytes_read_per_token=round(read),
+    )
+
+
+def _stored(path: Path) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
+    """Name, shape outermost first, type and bytes of every tensor."""
+    for tensor in gguf().GGUFReader(path).tensors:
+        yield tensor.name, tuple(int(size) for size in reversed(tensor.shape)), tensor.tensor_type.name, tensor.n_bytes
+
+
+def _is_packed(kind: GGMLQuantizationType) -> bool:
+    return kind.name not in ("F32", "F16")
+
+
+def _add_facts(writer: GGUFWriter, model: Architecture, file_type: int) -> None:
+    """The keys that llama.cpp's architecture `llama` reads; without a tokenizer, ids alone."""
+    writer.add_name("Mixtral of random weights")
+    writer.add_context_length(model.max_positions)
+    writer.add_embedding_length(model.hidden_size)
+    writer.add_block_count(model.num_layers)
+    writer.add_feed_forward_length(model.ffn_size)
+    writer.add_head_count(model.num_heads)
+    writer.add_head_count_kv(model.num_kv_heads)
+    writer.add_key_length(model.head_size)
+    writer.add_value_length(model.head_size)
+    writer.add_rope_dimension_count(model.rotary_dim)
+    writer.add_rope_freq_base(model.rope_base)
+    writer.add_layer_norm_rms_eps(model.norm_epsilon)
+    writer.add_expert_count(model.num_experts)
+    writer.add_expert_used_count(model.experts_per_token)
+    writer.add_vocab_size(model.vocab_size)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf().GGML_QUANT_VERSION)
+    writer.add_tokenizer_model("no_vocab")

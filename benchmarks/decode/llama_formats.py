@@ -1,0 +1,106 @@
+"""What llama.cpp itself decides about a precision: the type of every tensor, and the packed bytes.
+
+Its quantiser mixes types (Q4_K_M keeps some matrices of some layers at 6 bits), by rules that depend on a tensor's
+name, the layer's index, depth, heads and experts. It is therefore asked: it quantises a narrow model of the same
+depth, heads and experts, and what it chose there is read back. Bytes come from its ggml_quantize_chunk.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from decode.gguf_model import gguf, write_model
+from decode.shape import ROW_MULTIPLE, tensors
+from export.architecture import Architecture
+from export.errors import CheckpointError, MissingPackageError
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
+
+FILE_TYPES = {"f32": 0, "q4_0": 2, "q4_k_m": 15}  # llama_ftype in llama.h
+LOG: list[str] = []  # what llama.cpp said, in pieces of lines
+
+
+@functools.cache
+def llama_cpp() -> Any:  # noqa: ANN401 - the package, untyped
+    """The package, its log kept in LOG. Raises MissingPackageError."""
+    try:
+        import llama_cpp
+    except ImportError as error:
+        raise MissingPackageError("llama-cpp-python", "measuring llama.cpp", "bench") from error
+    llama_cpp.llama_log_set(_keep_log(llama_cpp), None)
+    return llama_cpp
+
+
+@functools.cache  # llama.cpp calls it as long as the process lives
+def _keep_log(library: Any) -> Any:  # noqa: ANN401 - the package and a ctypes function
+    return library.llama_log_callback(lambda _level, text, _data: LOG.append(text.decode(errors="replace")))
+
+
+def log_tail() -> str:
+    """The last lines of llama.cpp's log."""
+    return "".join(LOG[-10:]).strip()
+
+
+def chosen_types(model: Architecture, precision: str) -> Mapping[str, GGMLQuantizationType]:
+    """llama.cpp's type for every tensor of `model` at a precision of FILE_TYPES."""
+    kinds = gguf().GGMLQuantizationType
+    plain = {tensor.name: kinds.F32 for tensor in tensors(model)}
+    if precision == "f32":
+        return plain
+    head = math.lcm(ROW_MULTIPLE, model.num_heads) // model.num_heads
+    narrow = replace(
+        model, hidden_size=ROW_MULTIPLE, ffn_size=ROW_MULTIPLE, vocab_size=ROW_MULTIPLE, head_size=head, rotary_dim=head
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "f32.gguf", Path(folder) / "quantised.gguf"
+        write_model(source, narrow, plain, quantize, FILE_TYPES["f32"])
+        quantise_file(source, target, precision)
+        return {tensor.name: tensor.tensor_type for tensor in gguf().GGUFReader(target).tensors}
+
+
+def quantise_file(source: Path, target: Path, precision: str) -> None:
+    """llama.cpp's own conversion of a whole file. Raises CheckpointError where it refuses."""
+    library = llama_cpp()
+    parameters = library.llama_model_quantize_default_params()
+    parameters.ftype = FILE_TYPES[precision]
+    status = library.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(parameters))
+    if status:
+        raise CheckpointError(f"quantising {source} to {precision}: llama.cpp ended with status {status}: {log_tail()}")
+
+
+def quantize(rows: npt.NDArray[np.float32], kind: GGMLQuantizationType) -> npt.NDArray[np.uint8]:
+    """float32 [R, C] to the bytes of its rows, uint8 [R, bytes of a row], by ggml."""
+    if kind.name == "F32":
+        return rows.view(np.uint8)
+    library = _ggml()
+    packed = np.empty(gguf().quant_shape_to_byte_shape(rows.shape, kind), dtype=np.uint8)
+    rows = np.ascontiguousarray(rows)
+    written = library.ggml_quantize_chunk(
+        int(kind), rows.ctypes.data, packed.ctypes.data, 0, rows.shape[0], rows.shape[1], None
+    )
+    if written != packed.nbytes:
+        raise AssertionError(f"ggml wrote {written} bytes of {kind.name}, expected {packed.nbytes}")
+    return packed
+
+
+def _ggml() -> ctypes.CDLL:
+    """libggml-base, which llama_cpp has loaded; ggml.h declares the function."""
+    folder = Path(llama_cpp().__file__).parent / "lib"
+    [path] = [path for path in folder.iterdir() if path.name in ("libggml-base.so", "libggml-base.dylib")]
+    library = ctypes.CDLL(str(path))
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
+    ]  # fmt: skip
+    return library

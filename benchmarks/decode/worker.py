@@ -1,0 +1,112 @@
+"""One turn of one contender in a process of its own: `python -m decode.worker TASK`, both ends JSON.
+
+Nothing else runs then, so that no two thread pools contend. The turn goes: process start to first token; decode after
+a short prompt; prefill; decode at a long context.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from decode.contenders import Contender, Task, load
+from export.architecture import Architecture
+from export.typed_json import read_typed
+
+_KIB = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Tokens of a turn. Decoding `decode` tokens after a prompt so long that their mean context is the one named."""
+
+    first: int = 16  # prompt of the first token
+    short_context: int = 96
+    long_context: int = 1024
+    decode: int = 64
+    prefill: int = 512
+
+    @property
+    def positions(self) -> int:
+        """Positions that a turn fills at most."""
+        return self.long_context + self.decode // 2
+
+    def prompt_before(self, context: int) -> int:
+        """Tokens of a prompt after which the decoded tokens have `context` on the mean."""
+        return context - self.decode // 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What a turn measured: seconds, tokens per second, bytes."""
+
+    first_token_s: float
+    decode_short: float
+    prefill: float
+    decode_long: float
+    peak_bytes: int  # VmHWM
+    steady_bytes: int  # VmRSS while decoding
+    steady_anonymous_bytes: int  # of these, not backed by a file
+
+
+def measure(contender: Contender, lengths: Lengths, started: float, vocab_size: int) -> Turn:
+    """Run one turn; `started` is time.monotonic of the process's start."""
+    prompt = [int(i) for i in np.random.default_rng(0).integers(0, vocab_size, lengths.positions)]
+    contender.run(prompt[: lengths.first])
+    first_token_s = time.monotonic() - started
+    decode_short = _decode(contender, prompt[: lengths.prompt_before(lengths.short_context)], lengths.decode)
+    contender.forget()
+    begun = time.perf_counter()
+    contender.run(prompt[: lengths.prefill])
+    prefill = lengths.prefill / (time.perf_counter() - begun)
+    decode_long = _decode(contender, prompt[: lengths.prompt_before(lengths.long_context)], lengths.decode)
+    memory = _memory()
+    return Turn(
+        first_token_s=first_token_s,
+        decode_short=decode_short,
+        prefill=prefill,
+        decode_long=decode_long,
+        peak_bytes=memory["VmHWM"],
+        steady_bytes=memory["VmRSS"],
+        steady_anonymous_bytes=memory["RssAnon"],
+    )
+
+
+def _decode(contender: Contender, prompt: Sequence[int], count: int) -> float:
+    """Tokens per second of `count` tokens, each the most likely after those before."""
+    contender.forget()
+    token = contender.run(prompt)
+    begun = time.perf_counter()
+    for _ in range(count):
+        token = contender.run([token])
+    return count / (time.perf_counter() - begun)
+
+
+def _memory() -> dict[str, int]:
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {words[0].rstrip(":"): int(words[1]) * _KIB for words in lines if words[-1] == "kB"}
+
+
+def task_from_json(raw: dict[str, Any]) -> Task:
+    source = raw.pop("source")
+    return Task(source=Path(source) if source else None, model=read_typed(Architecture, raw.pop("model")), **raw)
+
+
+def main() -> None:
+    raw = json.loads(sys.argv[1])
+    task = task_from_json(raw["task"])
+    lengths = read_typed(Lengths, raw["lengths"])
+    contender = load(task)
+    turn = measure(contender, lengths, raw["started"], task.model.vocab_size)
+    print(json.dumps({"turn": vars(turn), "facts": contender.facts()}))
+
+
+if __name__ == "__main__":
+    main()

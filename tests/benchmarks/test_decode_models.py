@@ -1,0 +1,202 @@
+"""The peer's model: its shape, the file that is written, and what a token reads of it and of an engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import gguf
+import numpy as np
+import onnx
+import pytest
+
+from decode.engine_bytes import EngineBytes, count_bytes
+from decode.entrants import gguf_path, prepare
+from decode.gguf_model import read_contents, write_model
+from decode.shape import Weights, count_weights, mixtral_of_equal_weights, tensors
+from export.errors import CheckpointError, ConfigError, OutputError
+from synthetic_checkpoint import PHIXTRAL
+from trt_build.engine import open_engine
+
+KINDS = gguf.GGMLQuantizationType
+# Unequal sizes, so that no swapped axis fits.
+SMALL = replace(
+    PHIXTRAL, family="mixtral", hidden_size=256, num_layers=2, num_heads=4, num_kv_heads=2, head_size=64, rotary_dim=64,
+    ffn_size=512, vocab_size=320, num_experts=3, max_positions=128,
+)  # fmt: skip
+
+
+def types_of(model):
+    """Q4_0, the head at 8 bits, norms and router plain."""
+    kinds = {tensor.name: KINDS.F32 if tensor.is_plain else KINDS.Q4_0 for tensor in tensors(model)}
+    return {**kinds, "output.weight": KINDS.Q8_0}
+
+
+def pack(rows, kind):
+    return gguf.quantize(rows, kind).view(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "small.gguf"
+    write_model(path, SMALL, types_of(SMALL), pack, file_type=2)
+    return path
+
+
+def test_the_peer_of_phixtral_has_its_sizes_and_experts_of_two_thirds_the_width():
+    peer = mixtral_of_equal_weights(PHIXTRAL)
+    assert peer == replace(PHIXTRAL, family="mixtral", ffn_size=6912, rotary_dim=80)  # 2/3 of 10240 is 6826.7
+    # By hand: a layer has attention 4*2560*2560, router 4*2560, experts 4*2*2560*10240 or 4*3*2560*6912, half of them
+    # active; 32 layers; embedding and head 51200*2560 each, of which the head alone is multiplied with.
+    assert count_weights(PHIXTRAL) == Weights(total=7_812_218_880, active=4_325_703_680)
+    assert count_weights(peer) == Weights(total=7_896_104_960, active=4_367_646_720)
+
+
+def test_a_mixtral_keeps_its_own_width():
+    assert mixtral_of_equal_weights(SMALL) == SMALL
+
+
+def test_shapes_that_have_no_peer_are_refused():
+    with pytest.raises(ConfigError, match="after a phi: expected a mixture of the families phixtral, mixtral"):
+        mixtral_of_equal_weights(replace(PHIXTRAL, family="phi"))
+    with pytest.raises(ConfigError, match="hidden size 192: its K-quants need rows of a multiple of 256"):
+        mixtral_of_equal_weights(replace(PHIXTRAL, hidden_size=192))
+
+
+def test_the_file_is_read_by_gguf_with_the_names_shapes_and_keys_of_a_mixtral(small_file):
+    reader = gguf.GGUFReader(small_file)
+    shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors}
+    assert len(shapes) == 23
+    assert shapes["token_embd.weight"] == shapes["output.weight"] == (320, 256)
+    assert shapes["blk.1.attn_k.weight"] == (128, 256)
+    assert shapes["blk.1.ffn_gate_inp.weight"] == (3, 256)
+    assert shapes["blk.0.ffn_up_exps.weight"] == (3, 512, 256)
+    assert shapes["blk.0.ffn_down_exps.weight"] == (3, 256, 512)
+    keys = {name: reader.fields[f"llama.{name}"].contents() for name in (
+        "block_count", "expert_count", "expert_used_count", "attention.head_count_kv", "rope.dimension_count",
+        "vocab_size",
+    )}  # fmt: skip
+    assert list(keys.values()) == [2, 3, 2, 2, 64, 320]
+    assert reader.fields["tokenizer.ggml.model"].contents() == "no_vocab"
+
+
+def test_matrices_have_the_scale_of_their_width_and_tensors_differ(small_file):
+    values = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(small_file).tensors}
+    assert np.std(values["blk.0.ffn_down_exps.weight"]) == pytest.approx(512**-0.5, rel=0.02)
+    assert np.std(values["blk.0.ffn_gate_inp.weight"]) == pytest.approx(256**-0.5, rel=0.1)
+    assert np.std(values["token_embd.weight"]) == pytest.approx(1, rel=0.02)
+    assert (values["blk.1.ffn_norm.weight"] == 1).all()
+    first, second = values["blk.0.ffn_up_exps.weight"], values["blk.1.ffn_up_exps.weight"]
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.02
+    assert abs(np.corrcoef(first[0].ravel(), first[1].ravel())[0, 1]) < 0.02
+
+
+def test_a_files_bytes_are_those_worked_by_hand(small_file):
+    contents = read_contents(small_file, SMALL)
+    # Q4_0 has 18 bytes for 32 weights, Q8_0 34. A layer: attention 256*256*2 + 128*256*2 and experts 3*3*512*256, in
+    # Q4_0; router 3*256 and norms 2*256, in float32. Embedding in Q4_0, head in Q8_0: 320*256 each; a norm of 256.
+    assert contents.bytes_of_type == {"Q4_0": 1_594_368, "F32": 11_264, "Q8_0": 87_040}
+    assert contents.tensors_of_type == {"Q4_0": 15, "F32": 7, "Q8_0": 1}
+    assert contents.weight_bytes == 1_692_672
+    # A token reads two of three experts and one row of the embedding.
+    assert contents.bytes_read_per_token == 2 * (110_592 + 442_368 + 5_120) + 144 + 1_024 + 87_040
+
+
+def test_a_file_of_another_model_is_refused(small_file):
+    with pytest.raises(CheckpointError, match=r"6 tensors are not those .* blk.0.ffn_down_exps.weight: found \(3, 256"):
+        read_contents(small_file, replace(SMALL, ffn_size=768))
+
+
+def test_a_row_that_is_no_whole_block_and_a_disk_too_small_leave_nothing(tmp_path):
+    odd = replace(SMALL, ffn_size=40)
+    with pytest.raises(CheckpointError, match=r"blk.0.ffn_down_exps.weight: rows of 40, Q4_0 needs a multiple of 32"):
+        write_model(tmp_path / "odd.gguf", odd, types_of(odd), pack, file_type=2)
+    endless = replace(SMALL, vocab_size=1 << 45)
+    with pytest.raises(OutputError, match="GB free; make room"):
+        write_model(tmp_path / "endless.gguf", endless, types_of(endless), pack, file_type=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_writing_leaves_no_file(tmp_path):
+    def fail(rows, kind):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_model(tmp_path / "small.gguf", SMALL, types_of(SMALL), fail, file_type=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_size_of_the_model_is_in_a_files_name(tmp_path):
+    others = [replace(SMALL, **{name: getattr(SMALL, name) * 2}) for name in (
+        "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_size", "ffn_size", "vocab_size", "num_experts",
+        "experts_per_token",
+    )]  # fmt: skip
+    assert len({gguf_path(tmp_path, model, "q4_0") for model in [SMALL, *others]}) == 10
+
+
+def constant(name, kind, *dims):
+    return onnx.TensorProto(name=name, data_type=kind, dims=dims)
+
+
+def test_an_engines_bytes_are_those_worked_by_hand(tmp_path):
+    kinds = onnx.TensorProto
+    make = onnx.helper.make_node
+    nodes = [
+        make("GatherBlockQuantized", ["embedding", "input_ids", "embedding_scales"], ["a"], domain="com.microsoft"),
+        make("Gather", ["tied", "input_ids"], ["b"]),
+        make("LayerNormalization", ["a", "norm"], ["c"]),
+        make("GroupQueryAttention", ["c", "", "", "", "", "", "", "cosines"], ["d"], domain="com.microsoft"),
+        make("QMoE", ["d", "routed", "codes", "scales", "", "packed"], ["e"], domain="com.microsoft"),
+        make("MatMul", ["e", "tied"], ["logits"]),
+    ]
+    constants = [
+        constant("embedding", kinds.UINT8, 10, 8), constant("embedding_scales", kinds.FLOAT, 10, 1),
+        constant("tied", kinds.FLOAT, 10, 4), constant("norm", kinds.FLOAT, 8),
+        constant("cosines", kinds.FLOAT, 2048, 16), constant("codes", kinds.UINT8, 4, 6, 8),
+        constant("scales", kinds.FLOAT16, 4, 6, 1), constant("packed", kinds.UINT4, 4, 3, 5),
+        constant("unused", kinds.FLOAT, 100),
+    ]  # fmt: skip
+    caches = [
+        onnx.helper.make_tensor_value_info(f"past_key_values.0.{kind}", kinds.FLOAT16, ["B", 2, "C", 16])
+        for kind in ("key", "value")
+    ]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", caches, [], constants))
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    # Rows: embedding 8 and its scale 4, cosines 64. Halves: codes 96, scales 24, packed 15. Whole: norm 32, and what
+    # embedding and head share, 160.
+    assert count_bytes(tmp_path / "model.onnx", num_experts=4, experts_per_token=2) == EngineBytes(
+        weight_bytes=80 + 40 + 160 + 32 + 131_072 + 192 + 48 + 30 + 400, read_per_token=403, cache_per_position=128
+    )
+
+
+def test_an_engine_enters_with_its_own_bytes(tiny_engine, tmp_path):
+    entrant = prepare("ours", tiny_engine, PHIXTRAL, tmp_path, scaled_layers=1)
+    manifest = open_engine(tiny_engine).manifest
+    stored = sum(record.bytes for name, record in manifest.files.items() if name.endswith(".data"))
+    assert entrant.weight_bytes == pytest.approx(stored, rel=0.02)
+    # 2 of 5 experts hold most of the weights; embedding and head are 8 bits, everything else 4.
+    assert 0.4 < entrant.read_per_token / entrant.weight_bytes < 0.7
+    assert set(entrant.files) == {tiny_engine / name for name in manifest.files}
+
+
+def test_contenders_that_cannot_run_say_why(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="'vllm' is unknown. There are: ours, llama-q4_0"):
+        prepare("vllm", None, PHIXTRAL, tmp_path, scaled_layers=1)
+    with pytest.raises(ConfigError, match="'ours' needs an engine; name one with --engine"):
+        prepare("ours", None, PHIXTRAL, tmp_path, scaled_layers=1)
+    monkeypatch.setattr("decode.machine.memory", lambda key: 2_000_000_000)
+    with pytest.raises(ConfigError, match=r"even 8 layers take 8.7 GB, 0.5 GB are free; ask for fewer --scaled-layers"):
+        prepare("transformers-fp32", None, PHIXTRAL, tmp_path, scaled_layers=8)
+
+
+def test_a_model_that_memory_does_not_hold_is_measured_with_fewer_layers_and_scaled(tmp_path, monkeypatch):
+    monkeypatch.setattr("decode.machine.memory", lambda key: 20_000_000_000)
+    entrant = prepare("transformers-fp32", None, PHIXTRAL, tmp_path, scaled_layers=8)
+    assert entrant.model.num_layers == 8
+    assert entrant.notes["scaled"].startswith("32 layers take 31.6 GB, 18.5 GB are free: measured with 8 layers")
+    # By hand: a layer has 132_392_960 active weights, the head 131_072_000.
+    assert entrant.decode_scale == pytest.approx((8 * 132_392_960 + 131_072_000) / 4_367_646_720)
+    assert entrant.prefill_scale == pytest.approx(1 / 4)
+    assert entrant.read_per_token == 4 * 4_367_646_720
+    monkeypatch.setattr("decode.machine.memory", lambda key: 40_000_000_000)
+    whole = prepare("transformers-fp32", None, PHIXTRAL, tmp_path, scaled_layers=8)
+    assert (whole.model.num_layers, whole.decode_scale, dict(whole.notes)) == (32, 1.0, {})
