@@ -28,7 +28,7 @@ def check_blocks(name: str, num_features: int, bits: int, block_size: int) -> No
     if num_features % block_size:
         raise QuantizationError(
             f"quantising {name}: its {num_features} input features are not a multiple of the block size {block_size}; "
-            "build fp32, or choose a block size that divides them"
+            "build fp32, or fp16 for cuda, which have no blocks"
         )
 
 
