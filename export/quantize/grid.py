@@ -7,6 +7,8 @@ Source of the layout: ONNX Runtime's MatMulNBits, QMoE and GatherBlockQuantized 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -14,10 +16,12 @@ from export.errors import QuantizationError
 
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
+_Ends = tuple[FloatArray | None, FloatArray | None]
 # At 4 bits a block whose extreme is an outlier gains by clipping it: five stretches take a quarter off the perplexity
 # that plain rounding costs the tiny phixtral (+2.4 % instead of +3.4 %). At 8 bits nothing is to be gained.
 STRETCHES = {4: (1.0, 0.93, 0.87, 0.8, 1.07), 8: (1.0,)}
 LANES = 4  # neighbours of a block that stay together
+SMALLEST_SCALE = 1e-36  # below it a stretched scale may have no exact inverse
 SLICE_VALUES = 1 << 16  # 256 kB as float32, so that the arrays worked on stay in a core's own cache
 
 
@@ -57,17 +61,32 @@ def _quantize_slice(blocks: FloatArray, bits: int, codes: ByteArray) -> FloatArr
     """
     half = 1 << (bits - 1)
     turned = np.empty((blocks.shape[1] // LANES, len(blocks) * LANES), dtype=np.float32)
-    np.copyto(turned.view(np.complex128), blocks.view(np.complex128).T)  # 16 bytes, four values, at a time
+    np.copyto(_in_order_of_sum(turned.view(np.complex128)), _in_groups(blocks.view(np.complex128)))
     low = _across_lanes(np.minimum, np.minimum.reduce(turned, axis=0))
     high = _across_lanes(np.maximum, np.maximum.reduce(turned, axis=0))
-    unit = np.where(-low >= high, low, high) / np.float32(-half)
+    unit = np.where(-low >= high, low, high) / np.float32(-half) + np.float32(0)  # of zeros +0, whatever their signs
     scales, grid = _best_scales(turned, unit, bits), np.empty_like(turned)
     _round(turned, _in_lanes(scales), _ends(scales, half), grid)
     unsigned = grid.astype(np.int8).view(np.uint8)
     np.bitwise_xor(unsigned, np.uint8(half), out=unsigned)
     np.bitwise_and(unsigned, np.uint8(2 * half - 1), out=unsigned)
-    np.copyto(codes.view(np.uint32).T, unsigned.view(np.uint32))
+    np.copyto(_in_groups(codes.view(np.uint32)), _in_order_of_sum(unsigned.view(np.uint32)))
     return scales
+
+
+def _in_groups(blocks: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """[n, r] as [r / 4, 4, n]; the values are four neighbours each, moved together."""
+    count, rows = blocks.shape
+    group = 4 if rows % 4 == 0 else 1
+    return blocks.reshape(count, rows // group, group).transpose(1, 2, 0)
+
+
+def _in_order_of_sum(turned: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """[r, n] as [r / 4, 4, n], each four rows from the last to the first: so errors are summed in the order in which
+    numpy sums the products of one block."""
+    rows, count = turned.shape
+    group = 4 if rows % 4 == 0 else 1
+    return turned.reshape(rows // group, group, count)[:, ::-1]
 
 
 def _best_scales(turned: FloatArray, unit: FloatArray, bits: int) -> FloatArray:
@@ -76,42 +95,44 @@ def _best_scales(turned: FloatArray, unit: FloatArray, bits: int) -> FloatArray:
     scales = unit * np.float32(STRETCHES[bits][0])
     if len(STRETCHES[bits]) == 1:
         return scales
-    wide, ends, grid = _in_lanes(unit), _ends(unit, 1 << (bits - 1)), np.empty_like(turned)
-    least = _squared_errors(turned, wide * np.float32(STRETCHES[bits][0]), ends, grid)
-    for stretch in STRETCHES[bits][1:]:
+    wide, grid = _in_lanes(unit), np.empty_like(turned)
+    lowest, highest = _ends(unit, 1 << (bits - 1))
+    # Under a stretch of 1 or more no code falls below the grid, and under a greater one none above it, as long as
+    # the scale's inverse is exact to some digits.
+    every = float(np.abs(unit).min(initial=1)) < SMALLEST_SCALE
+    least = None
+    for stretch in STRETCHES[bits]:
+        ends = lowest if every or stretch < 1 else None, highest if every or stretch <= 1 else None
         error = _squared_errors(turned, wide * np.float32(stretch), ends, grid)
+        if least is None:
+            least = error
+            continue
         better = error < least
         np.copyto(least, error, where=better)
         np.copyto(scales, unit * np.float32(stretch), where=better)
     return scales
 
 
-def _squared_errors(
-    turned: FloatArray, scales: FloatArray, ends: tuple[FloatArray, FloatArray], grid: FloatArray
-) -> FloatArray:
-    """What rounding to `scales` [n * 4] costs each block, [n]. The order of the sum is written out, so that every
-    machine chooses the same: rows in fours, each four from its last to its first, then lanes in pairs."""
+def _squared_errors(turned: FloatArray, scales: FloatArray, ends: _Ends, grid: FloatArray) -> FloatArray:
+    """What rounding to `scales` [n * 4] costs each block, [n]."""
     _round(turned, scales, ends, grid)
     grid *= scales
     grid -= turned
-    grid *= grid
-    fours = len(grid) // 4 * 4
-    first, *rest = [row ^ 3 for row in range(fours)] + list(range(fours, len(grid)))
-    total = grid[first]
-    for row in rest:
-        total += grid[row]
-    return _across_lanes(np.add, total)
+    return _across_lanes(np.add, np.einsum("ij,ij->j", grid, grid))
 
 
-def _round(turned: FloatArray, scales: FloatArray, ends: tuple[FloatArray, FloatArray], grid: FloatArray) -> None:
+def _round(turned: FloatArray, scales: FloatArray, ends: _Ends, grid: FloatArray) -> None:
     """Signed codes, still float32, of turned blocks under the scales [n * 4] of their columns."""
     inverse = np.divide(np.float32(1), scales)
     if not scales.all():
         inverse[scales == 0] = 0
     np.multiply(turned, inverse, out=grid)
     np.rint(grid, out=grid)
-    np.maximum(grid, ends[0], out=grid)
-    np.minimum(grid, ends[1], out=grid)
+    lowest, highest = ends
+    if lowest is not None:
+        np.maximum(grid, lowest, out=grid)
+    if highest is not None:
+        np.minimum(grid, highest, out=grid)
 
 
 def _ends(scales: FloatArray, half: int) -> tuple[FloatArray, FloatArray]:

@@ -63,9 +63,10 @@ def plainly(values, bits, block_size):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("block_size", [16, 32, 64])
-def test_whole_slices_give_what_block_by_block_gives_bit_for_bit(monkeypatch, bits, block_size):
+@pytest.mark.parametrize("size", [1, 1e-36])  # at 1e-36 every code is clipped
+def test_whole_slices_give_what_block_by_block_gives_bit_for_bit(monkeypatch, bits, block_size, size):
     monkeypatch.setattr("export.quantize.grid.SLICE_VALUES", 7 * block_size)  # several slices, the last one short
-    values = np.random.default_rng(4).standard_t(3, (5, 6, 192)).astype(np.float32)
+    values = (np.random.default_rng(4).standard_t(3, (5, 6, 192)) * size).astype(np.float32)
     codes, scales = quantize_blocks(values, bits, block_size)
     expected_codes, expected_scales = plainly(values, bits, block_size)
     assert (codes == expected_codes).all()
@@ -87,6 +88,12 @@ def test_unpacking_returns_the_codes_and_the_error_is_that_of_the_grid(bits, rel
 def test_a_block_of_zeros_stays_zero():
     codes, scales = quantize_blocks(np.zeros((1, 32), np.float32), 4, 32)
     assert dequantize_blocks(codes, scales, 4).tolist() == [[0.0] * 32]
+
+
+def test_zeros_of_either_sign_have_one_scale():
+    signs = np.random.default_rng(0).choice([0.0, -0.0], (9, 32)).astype(np.float32)
+    _, scales = quantize_blocks(signs, 4, 32)
+    assert not scales.view(np.uint32).any()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
