@@ -18,6 +18,7 @@ KERNELS = {
     "FusedMatMul": {"T": {"float", "float16", "bfloat16", "double"}},
     "SimplifiedLayerNormalization": {"T": {"float", "float16", "bfloat16", "double"}, "V": {"float", "float16"}},
     "LayerNormalization": {"T": {"float", "float16", "bfloat16", "double"}},
+    "Gelu": {"T": {"float", "float16", "double"}},
     "TopK": {"T": {"float", "float16", "double", "int32", "int64"}},
     "Gather": {"T": {"float", "float16", "int64"}, "Tind": {"int32", "int64"}},
     "Add": {"T": {"float", "float16", "bfloat16", "double", "int32", "int64"}},

@@ -15,6 +15,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from checkpoints import write_phi_checkpoint
+from conftest import QUANTIZABLE
 from cuda_kernels import check_types
 from onnx.external_data_helper import load_external_data_for_model
 from safetensors.numpy import load_file, save_file
@@ -52,6 +54,14 @@ def test_every_node_has_a_cuda_kernel_of_its_types(tiny_engines, precision, name
     problems, operators = check_types(load(tiny_engines(precision, "cuda"), name))
     assert problems == []
     assert {"GroupQueryAttention", "MoE" if precision == "fp16" else "QMoE"} <= operators
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_node_of_a_dense_model_has_a_cuda_kernel_of_its_types(tmp_path, precision):
+    dense = write_phi_checkpoint(tmp_path / "dense", seed=8, spelling="phi-msft", **QUANTIZABLE)
+    problems, operators = check_types(load(build(dense, tmp_path / "engine", precision).folder))
+    assert problems == []
+    assert "Gelu" in operators
 
 
 def test_a_graph_for_the_cpu_has_nodes_without_a_cuda_kernel(tiny_engines):

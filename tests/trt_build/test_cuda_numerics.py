@@ -14,8 +14,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from checkpoints import write_phi_checkpoint
+from conftest import QUANTIZABLE
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
+from transformers import PhiForCausalLM
 
 from export.checkpoint import open_checkpoint
 from export.families import read_model
@@ -183,6 +186,15 @@ def test_scored_and_decoded_logits_are_those_of_the_stored_weights(tmp_path, tin
         mix_in_float32(engine)
     report = parity.compare(engine, reference(precision), [TOKENS], quiet)
     assert (report.num_tokens, report.num_decoded_tokens) == (600, 300)
+    assert report.failures(ROUNDING) == []
+
+
+def test_dense_phi_differs_from_transformers_own_model_by_rounding_alone(tmp_path):
+    sizes = {**QUANTIZABLE, "dtype": "float16"}
+    dense = write_phi_checkpoint(tmp_path / "dense", seed=8, spelling="phi-msft", **sizes)
+    write_phi_checkpoint(tmp_path / "outside", seed=8, spelling="transformers", **sizes)
+    outside = PhiForCausalLM.from_pretrained(tmp_path / "outside", dtype=torch.float32).eval()
+    report = parity.compare(build(dense, tmp_path / "engine"), outside, [TOKENS[:256]], quiet)
     assert report.failures(ROUNDING) == []
 
 
