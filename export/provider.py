@@ -26,17 +26,18 @@ FLOAT16_MAX = 65504.0
 @dataclass(frozen=True, kw_only=True)
 class Provider:
     """`float_type` is that of matrices, of the activations between them and of the key/value cache; the residual
-    stream, the norms, the router and the logits are float32 on every provider. `block_size` and `accuracy_level` are
-    those of quantised matrices."""
+    stream, the norms, the router and the logits are float32 on every provider. `block_sizes` lists what
+    quantised matrices may take, the first that divides their input features; `accuracy_level` is theirs."""
 
     name: str
     runtime_name: str  # ONNX Runtime's
     float_type: str
     precisions: tuple[str, ...]
-    block_size: int
+    block_sizes: tuple[int, ...]
     accuracy_level: int
     prefers_highest_place: bool  # of equal router logits
     writes_zero_points: bool  # of the embedding
+    packs_weights: bool  # when a graph is loaded, into a form that an engine can hold instead
     package: str  # that has it
     extra: str  # of moeship, that brings the package
     options: Mapping[str, str] = field(default_factory=dict)  # of a session
@@ -51,13 +52,15 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
     {
         "cpu": Provider(
             name="cpu", runtime_name="CPUExecutionProvider", float_type="float32",
-            precisions=("fp32", "int8", "int4"), block_size=32, accuracy_level=4, prefers_highest_place=True,
-            writes_zero_points=False, package="onnxruntime", extra="cpu",
+            precisions=("fp32", "int8", "int4"), block_sizes=(128, 64, 32), accuracy_level=4,
+            prefers_highest_place=True, writes_zero_points=False, packs_weights=True, package="onnxruntime",
+            extra="cpu",
         ),
         "cuda": Provider(
             name="cuda", runtime_name="CUDAExecutionProvider", float_type="float16",
-            precisions=("fp16", "int8", "int4"), block_size=64, accuracy_level=0, prefers_highest_place=False,
-            writes_zero_points=True, package="onnxruntime-gpu", extra="cuda",
+            precisions=("fp16", "int8", "int4"), block_sizes=(64,), accuracy_level=0,
+            prefers_highest_place=False, writes_zero_points=True, packs_weights=False, package="onnxruntime-gpu",
+            extra="cuda",
             options=MappingProxyType({"use_tf32": "0"}),
         ),
     }

@@ -5,6 +5,7 @@ Beside the output NAME lies `.NAME.partial` while it is made:
     lock      held (flock) by the process that writes, and released by its death
     journal   one JSON object a line: first what the parts are made from, then a record of every finished part
     content   the folder that becomes NAME by rename when it is whole
+    scratch   working files of one run
 
 A line is appended when its part is written. What a kill tears off the journal's end is cut off; what a crash of the
 machine leaves unwritten of a part is found by whoever checks the record's digests. Runs that would make other bytes
@@ -59,6 +60,7 @@ class PartialFolder:
     """The folder under construction: write into `content`, tell each finished part to `append`."""
 
     content: Path
+    scratch: Path
     records: tuple[Mapping[str, Any], ...]  # of the parts that an earlier run finished
     _journal: BinaryIO
 
@@ -99,7 +101,9 @@ def partial_folder(final: Path, what: str, fingerprint: Fingerprint, keep: tuple
         with _locked(partial, final, what):
             records = _open_journal(partial, final, what, fingerprint, keep)
             with (partial / "journal").open("ab") as journal:
-                folder = PartialFolder(content=partial / "content", records=tuple(records), _journal=journal)
+                folder = PartialFolder(
+                    content=partial / "content", scratch=partial / "scratch", records=tuple(records), _journal=journal
+                )
                 try:
                     yield folder
                     refuse_existing(final, what)
@@ -153,6 +157,8 @@ def _open_journal(
     """The records of an earlier run's finished parts; the content is emptied of all but what is kept."""
     refuse_existing(final, what)
     journal, content = partial / "journal", partial / "content"
+    shutil.rmtree(partial / "scratch", ignore_errors=True)
+    (partial / "scratch").mkdir()
     lines, num_bytes = _whole_lines(journal)
     found = lines[0] if lines else None
     expected = json.loads(json.dumps(asdict(fingerprint)))

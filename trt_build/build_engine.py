@@ -115,6 +115,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="int4", help=f"{', '.join(PLANS)} (default: %(default)s)")
     parser.add_argument("--experts-per-token", type=int, metavar="K", help="override the config's num_experts_per_tok")
     parser.add_argument("--max-sequence", type=int, metavar="TOKENS", help="context limit (default: the model's own)")
+    parser.add_argument(
+        "--portable", action="store_true", help="an engine for any CPU: slower to start, its weights not shared"
+    )
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
 
 
@@ -128,6 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
         provider=arguments.provider,
         experts_per_token=arguments.experts_per_token,
         max_sequence=arguments.max_sequence,
+        portable=arguments.portable,
     )
     engine = build_engine(options, ProgressLine(sys.stderr) if sys.stderr.isatty() else None)
     if arguments.json:

@@ -48,7 +48,7 @@ class Precision:
 
     name: str
     bits: Mapping[str, int]
-    block_size: int
+    block_sizes: tuple[int, ...]  # that its quantised matrices have
     accuracy_level: int
     average_bits_per_weight: float
 
@@ -84,6 +84,7 @@ class Manifest:
     routing: Mapping[str, Any] | None
     libraries: Mapping[str, str]
     files: Mapping[str, FileRecord]
+    kernel_layout: str | None  # of the CPU kernels that the weights are packed for (export/onnx_graph/packing.py)
     verification: Mapping[str, Any] | None = None
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from export.digests import Run
-from export.onnx_graph.exporter import DATA_FILE, RECORDS_FILE, SCORING_GRAPH, SERVING_GRAPH
-from export.onnx_graph.weights import WeightJob
+from export.onnx_graph.exporter import DATA_FILE, PROBE_GRAPH, RECORDS_FILE
+from export.onnx_graph.packing import NO_KEY
+from export.onnx_graph.weights import Packing, WeightJob
 from export.onnx_graph.writer import PartRecord, Region, num_workers, planned_regions, records_text, working_bytes
 from export.tensor_table import Role, Weights
 from trt_build.engine import MANIFEST_FILE, FileRecord, Source, manifest_text
@@ -31,7 +32,7 @@ _DIGEST = "0" * 64  # as long as any SHA-256
 @dataclass(frozen=True, kw_only=True)
 class RolePlan:
     """The weights of one role: how many, the bytes of codes, scales and plain values that hold them, and the bytes that
-    decoding one token reads of them."""
+    decoding one token reads of them. With the scales of packed weights count the sums that kernels keep of blocks."""
 
     num_weights: int = 0
     codes_bytes: int = 0
@@ -113,6 +114,8 @@ def plan_engine(build: PreparedBuild) -> EnginePlan:
     export, weights = build.export, build.model.weights
     roles: dict[str, RolePlan] = {}
     for job in export.jobs:
+        if job.packing is Packing.UNREAD:
+            continue
         share = _share_per_token(job, weights, build.model.architecture.experts_per_token)
         roles[str(job.role)] = roles.get(str(job.role), RolePlan()) + _role_plan(job, weights, share)
     total = sum((role for role in roles.values()), RolePlan())
@@ -148,6 +151,9 @@ def _role_plan(job: WeightJob, weights: Weights, share: float) -> RolePlan:
 
     total = sum(output.num_bytes for output in job.outputs)
     codes, scales = bytes_of(".codes"), bytes_of(".scales")
+    if job.packed:
+        codes = job.packed.codes_bytes
+        scales = total - codes
     return RolePlan(
         num_weights=weights.table[job.source].num_elements,
         codes_bytes=codes,
@@ -174,11 +180,11 @@ def _files(build: PreparedBuild) -> dict[str, int]:
     """Every file of the engine with its bytes: texts are written out with digests of the right length."""
     export, checkpoint = build.export, build.checkpoint
     sizes = {
-        SERVING_GRAPH: export.serving.ByteSize(),
-        SCORING_GRAPH: export.scoring.ByteSize(),
+        **{name: graph.ByteSize() for name, graph in export.graphs().items()},
         DATA_FILE: export.placement.total_bytes,
         RECORDS_FILE: len(records_text(_records(build)).encode()),
         GENAI_FILE: len(build.genai_text().encode()),
+        **({PROBE_GRAPH: len(export.probe)} if export.probe is not None else {}),
         **{path.name: path.stat().st_size for path in checkpoint.tokenizer_files()},
     }
     records = {
@@ -199,10 +205,13 @@ def _records(build: PreparedBuild) -> list[PartRecord]:
     return [
         PartRecord(
             part=job.source,
-            sources={part.name: (Run(bytes=stored[part.name].num_bytes, sha256=_DIGEST),)
-                     for part in table[job.source].parts},
+            sources={} if job.packing is Packing.UNREAD else {
+                part.name: (Run(bytes=stored[part.name].num_bytes, sha256=_DIGEST),)
+                for part in table[job.source].parts
+            },
             regions=tuple(Region(name=name, offset=offset, bytes=size, sha256=_DIGEST)
                           for name, offset, size in planned_regions(job, build.export.placement)),
+            key=NO_KEY.format(job.packed.operator) if job.packed else None,
         )
         for job in build.export.jobs
     ]  # fmt: skip

@@ -18,6 +18,7 @@ from export.checkpoint import Checkpoint, open_checkpoint, read_json
 from export.errors import ConfigError
 from export.families import Model, read_model
 from export.onnx_graph.exporter import ExportPlan, plan_export
+from export.onnx_graph.packing import kernel_layout
 from export.provider import Provider, provider_of
 from export.quantize.recipe import QuantPlan, plan_for
 from export.routing import diagnose
@@ -33,7 +34,9 @@ _LIBRARIES = ("moeship", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tok
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What an engine is to be. `experts_per_token` and `max_sequence` (tokens) None take the checkpoint's own."""
+    """What an engine is to be. `experts_per_token` and `max_sequence` (tokens) None take the checkpoint's own.
+    `portable` leaves the weights in the form that any CPU takes, which each process packs for itself when it loads
+    the engine."""
 
     checkpoint: str
     precision: str = "int4"
@@ -41,6 +44,7 @@ class EngineOptions:
     provider: str = "cpu"
     experts_per_token: int | None = None
     max_sequence: int | None = None
+    portable: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,7 @@ class PreparedBuild:
             routing=_routing(self.model),
             libraries=libraries(),
             files=files,
+            kernel_layout=kernel_layout(self.export.probe) if self.export.probe else None,
         )
 
 
@@ -115,7 +120,7 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
         tokenizer=tokenizer,
         max_sequence=max_sequence,
         end_ids=end_ids,
-        export=plan_export(model, quantization, provider),
+        export=plan_export(model, quantization, provider, portable=options.portable),
     )
 
 
@@ -171,7 +176,7 @@ def _precision(plan: QuantPlan, export: ExportPlan, weights: Weights) -> Precisi
     return Precision(
         name=plan.name,
         bits={str(role): bits for role, bits in plan.bits.items()},
-        block_size=plan.block_size,
+        block_sizes=tuple(sorted({job.block_size for job in export.jobs if job.block_size})),
         accuracy_level=plan.accuracy_level,
         average_bits_per_weight=round(8 * export.num_weights_bytes / num_weights, 3),
     )

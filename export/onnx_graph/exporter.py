@@ -4,18 +4,21 @@ model.onnx          serving: logits of the last position, [B, 1, V]
 model_scoring.onnx  verification: logits of every position, and each layer's router logits
 model.onnx.data     the weights of both, written once, tensor by tensor
 weights.jsonl       what each part of them was made of, and where it lies, with digests of both
+kernels.onnx        a few rows of each kind of packed weight: tells machines whose kernels pack alike (packing.py)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from export.errors import MissingPackageError
 from export.families import Model
 from export.onnx_graph.graph import GraphBuilder
-from export.onnx_graph.weights import Placement, WeightJob, place
+from export.onnx_graph.initializers import unread_scales, with_packed_forms
+from export.onnx_graph.packing import NO_KEY, probe_graph
+from export.onnx_graph.weights import Packing, Placement, WeightJob, place
 from export.onnx_graph.writer import PartRecord, Progress, records_text, write_weights
 from export.provider import PROVIDERS, Provider
 from export.quantize.recipe import QuantPlan
@@ -29,6 +32,7 @@ SERVING_GRAPH = "model.onnx"
 SCORING_GRAPH = "model_scoring.onnx"
 DATA_FILE = "model.onnx.data"
 RECORDS_FILE = "weights.jsonl"
+PROBE_GRAPH = "kernels.onnx"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +43,22 @@ class ExportPlan:
     scoring: onnx.ModelProto
     jobs: tuple[WeightJob, ...]
     placement: Placement
+    probe: bytes | None  # the graph that tells kernels apart, where weights are packed for them
+
+    def graphs(self, keys: Mapping[str, str] | None = None) -> dict[str, onnx.ModelProto]:
+        """Both graphs by their files' names. `keys` are those of the packed weights, by job; None gives graphs of the
+        same size that no session would find packed weights with."""
+        if keys is None:
+            keys = {job.source: NO_KEY.format(job.packed.operator) for job in self.jobs if job.packed}
+        built = {SERVING_GRAPH: self.serving, SCORING_GRAPH: self.scoring}
+        return {name: with_packed_forms(graph, self.jobs, self.placement, keys) for name, graph in built.items()}
 
     @property
     def bytes_by_role(self) -> dict[Role, int]:
         totals: dict[Role, int] = {}
         for job in self.jobs:
+            if job.packing is Packing.UNREAD:
+                continue
             totals[job.role] = totals.get(job.role, 0) + sum(output.num_bytes for output in job.outputs)
         return totals
 
@@ -52,24 +67,36 @@ class ExportPlan:
         return sum(self.bytes_by_role.values())
 
 
-def plan_export(model: Model, plan: QuantPlan, provider: Provider = PROVIDERS["cpu"]) -> ExportPlan:
-    """Build both graphs and lay out their shared data file; reads no weights."""
+def plan_export(
+    model: Model, plan: QuantPlan, provider: Provider = PROVIDERS["cpu"], *, portable: bool = False
+) -> ExportPlan:
+    """Build both graphs and lay out their shared data file; reads no weights.
+
+    Quantised weights are packed for this machine's kernels where the provider has such a form, unless `portable`.
+    """
     try:
         import onnx  # noqa: F401 - asked for here, so that its absence is told before any work
     except ImportError as error:
         raise MissingPackageError("onnx", "building an ONNX Runtime engine", "cpu") from error
     built = []
     for scoring in (False, True):
-        graph = GraphBuilder(model.architecture, model.weights.table, plan, provider, scoring=scoring)
+        graph = GraphBuilder(
+            model.architecture, model.weights.table, plan, provider, scoring=scoring,
+            packs=provider.packs_weights and not portable,
+        )  # fmt: skip
         hidden = model.family.decoder(graph, model.architecture)
         logits = model.family.head(graph, model.architecture, hidden if scoring else graph.last_position(hidden))
         built.append((graph, logits))
     (serving, serving_logits), (scoring_graph, scoring_logits) = built
-    placement = place(serving.jobs)
+    unread = unread_scales(serving.jobs)
+    jobs = (*serving.jobs, unread) if unread else tuple(serving.jobs)
+    placement = place(jobs)
+    weights = [job.packed for job in jobs if job.packed]
     return ExportPlan(
         serving=serving.finish(serving_logits, placement, DATA_FILE),
         scoring=scoring_graph.finish(scoring_logits, placement, DATA_FILE),
-        jobs=tuple(serving.jobs),
+        jobs=jobs,
+        probe=probe_graph(weights) if weights else None,
         placement=placement,
     )
 
@@ -78,8 +105,11 @@ def write_export(
     plan: ExportPlan, model: Model, folder: PartialFolder, progress: Callable[[Progress], None]
 ) -> list[PartRecord]:
     """Write both graphs, the data file and its records; holds one chunk of one tensor a thread at a time."""
-    (folder.content / SERVING_GRAPH).write_bytes(plan.serving.SerializeToString())
-    (folder.content / SCORING_GRAPH).write_bytes(plan.scoring.SerializeToString())
     records = write_weights(DATA_FILE, plan.jobs, plan.placement, model.weights, folder, progress)
+    keys = {record.part: record.key for record in records if record.key is not None}
+    for name, graph in plan.graphs(keys).items():
+        (folder.content / name).write_bytes(graph.SerializeToString())
+    if plan.probe is not None:
+        (folder.content / PROBE_GRAPH).write_bytes(plan.probe)
     (folder.content / RECORDS_FILE).write_text(records_text(records), encoding="utf-8")
     return records

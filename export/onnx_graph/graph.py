@@ -11,7 +11,7 @@ there are none. Each operation casts what it is given to what it takes; on a flo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,18 +20,16 @@ import numpy.typing as npt
 from export.architecture import Architecture
 from export.errors import ExportError
 from export.onnx_graph import names
-from export.onnx_graph.initializers import external, onnx_type, packed_initializers
+from export.onnx_graph.initializers import onnx_type, packed_blobs, quantized_initializers, tensors
+from export.onnx_graph.packing import PACKING_OPERATORS, QuantizedWeight
 from export.onnx_graph.weights import Initializer, Packing, Placement, WeightJob
 from export.provider import Provider
-from export.quantize.grid import check_blocks
+from export.quantize.grid import block_size
 from export.quantize.recipe import QuantPlan
 from export.tensor_table import Join, Role, TensorSpec
 
 if TYPE_CHECKING:
     import onnx
-
-OPSET = 21
-IR_VERSION = 10
 
 
 class GraphBuilder:
@@ -45,9 +43,11 @@ class GraphBuilder:
         provider: Provider,
         *,
         scoring: bool,
+        packs: bool,
     ) -> None:
         self.architecture = architecture
         self.scoring = scoring
+        self._packs = packs
         self.jobs: list[WeightJob] = []
         self._table = table
         self._plan = plan
@@ -66,7 +66,7 @@ class GraphBuilder:
 
     def embedding(self, weight: str) -> str:
         """Token ids int64 [B, S] to float32 [B, S, H]."""
-        outputs, job = self._weight(weight)
+        outputs, job = self._weight(weight, "GatherBlockQuantized")
         if job.packing is Packing.PLAIN:
             rows = self._node("Gather", [outputs[0], names.INPUT_IDS], weight, float_type=self._float_type, axis=0)
             return self._cast(rows, "float32")
@@ -87,8 +87,8 @@ class GraphBuilder:
     def linear(self, x: str, path: str, *, scaled_rows: int = 0, row_factor: float = 1.0) -> str:
         """x @ path.weight.T + path.bias: [B, S, in] to [B, S, out]; its first `scaled_rows` outputs are multiplied by
         `row_factor`, which the stored weight and bias take in."""
-        scaled = {"scaled_rows": scaled_rows, "row_factor": row_factor}
-        outputs, job = self._weight(f"{path}.weight", **scaled)
+        scaled: dict[str, Any] = {"scaled_rows": scaled_rows, "row_factor": row_factor}
+        outputs, job = self._weight(f"{path}.weight", "MatMulNBits", **scaled)
         bias = self._plain(f"{path}.bias", self._float_type, **scaled)
         x = self._cast(x, self._float_type)
         if job.packing is Packing.PLAIN:
@@ -151,7 +151,8 @@ class GraphBuilder:
         """Route [B, S, H] to the K experts of the largest gate logits, weighted by the softmax over those K."""
         router = self._router(x, gate, name)
         x = self._cast(x, self._float_type)
-        (weight1, job1), (weight2, _) = self._weight(f"{fc1}.weight"), self._weight(f"{fc2}.weight")
+        features = [self._table[f"{fc}.weight"].shape[-1] for fc in (fc1, fc2)]
+        (weight1, job1), (weight2, _) = (self._weight(f"{fc}.weight", "QMoE", features) for fc in (fc1, fc2))
         bias1, bias2 = (self._plain(f"{fc}.bias", self._float_type) for fc in (fc1, fc2))
         common: dict[str, Any] = {
             "k": self.architecture.experts_per_token, "activation_type": "gelu", "normalize_routing_weights": 1,
@@ -180,7 +181,7 @@ class GraphBuilder:
         self._nodes.append(helper.make_node("Identity", [logits], [names.LOGITS], name=names.LOGITS))
         initializers = [
             *self._constants,
-            *(external(output, placement, data_file) for job in self.jobs for output in job.outputs),
+            *(tensor for job in self.jobs for tensor in tensors(job, placement, data_file)),
         ]
         float32, int64, cache = TensorProto.FLOAT, TensorProto.INT64, onnx_type(self._float_type)
         facts = self.architecture
@@ -197,8 +198,8 @@ class GraphBuilder:
             outputs += [value(f(layer), cache, present_shape) for f in (names.present_key, names.present_value)]
         outputs += [value(name, float32, ["tokens", facts.num_experts]) for name in self._router_outputs]
         graph = helper.make_graph(self._nodes, facts.family, inputs, outputs, initializers)
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(names.MICROSOFT_DOMAIN, 1)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="moeship")
+        opsets = [helper.make_opsetid("", names.OPSET), helper.make_opsetid(names.MICROSOFT_DOMAIN, 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=names.IR_VERSION, producer_name="moeship")
 
     # Parts of the above.
 
@@ -274,8 +275,15 @@ class GraphBuilder:
             self._node("Cast", [value], path, output=path, float_type=float_type, to=onnx_type(float_type))
         return path
 
-    def _weight(self, name: str, **scaled: Any) -> tuple[list[str], WeightJob]:  # noqa: ANN401 - WeightJob's fields
-        """Plan a matrix in the precision its role has; returns its initializers' names."""
+    def _weight(
+        self,
+        name: str,
+        operator: str,
+        features: Sequence[int] | None = None,
+        **scaled: Any,  # noqa: ANN401 - WeightJob's fields
+    ) -> tuple[list[str], WeightJob]:
+        """Plan a matrix in the precision its role has, for the operator that reads it when quantised; returns its
+        initializers' names. `features` are those of all matrices that share its block size."""
         spec = self._table[name]
         bits = self._plan.bits_of(spec.role)
         order = self._expert_order if spec.role is Role.EXPERT else None
@@ -284,16 +292,22 @@ class GraphBuilder:
             job = WeightJob(
                 source=name, role=spec.role, packing=Packing.PLAIN, outputs=outputs, expert_order=order, **scaled
             )
-        else:
-            block = self._plan.block_size
-            check_blocks(name, spec.shape[-1], bits, block)
-            outputs = packed_initializers(spec, bits, block, self._provider)
-            job = WeightJob(
-                source=name, role=spec.role, packing=Packing.BLOCKS, outputs=outputs, bits=bits, block_size=block,
-                expert_order=order, **scaled,
+            self.jobs.append(job)
+            return [name], job
+        block = block_size(name, features or spec.shape[-1:], self._plan.block_sizes)
+        initializers = quantized_initializers(spec, bits, block, self._provider)
+        packed = None
+        if self._packs and operator in PACKING_OPERATORS:
+            packed = QuantizedWeight(
+                operator=operator, codes=initializers[0].shape, scales=initializers[1].shape, bits=bits,
+                block_size=block, accuracy_level=self._plan.accuracy_level,
             )  # fmt: skip
+        job = WeightJob(
+            source=name, role=spec.role, packing=Packing.BLOCKS, bits=bits, block_size=block, expert_order=order,
+            outputs=packed_blobs(name, packed) if packed else initializers, packed=packed, **scaled,
+        )  # fmt: skip
         self.jobs.append(job)
-        return [output.name for output in job.outputs], job
+        return [initializer.name for initializer in initializers], job
 
     def _plain(self, name: str, float_type: str = "float32", **scaled: Any) -> str:  # noqa: ANN401 - as above
         """Plan a tensor that is never quantised: norms and biases; an expert's bias follows the experts' order."""

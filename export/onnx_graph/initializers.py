@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from export.onnx_graph.weights import Initializer, Placement
+from export.onnx_graph.packing import HASH_DIGITS, QuantizedWeight, packed_bytes
+from export.onnx_graph.weights import Initializer, Packing, Placement, WeightJob
 from export.provider import Provider
 from export.tensor_table import Role, TensorSpec
 
 if TYPE_CHECKING:
     import onnx
 
+UNREAD_SCALES = "unread_scales"
 
-def packed_initializers(spec: TensorSpec, bits: int, block: int, provider: Provider) -> tuple[Initializer, ...]:
+
+def quantized_initializers(spec: TensorSpec, bits: int, block: int, provider: Provider) -> tuple[Initializer, ...]:
     """Codes, scales and, of an embedding, zero points where the provider wants them written, in the shapes that the
     operator takes. An embedding's scales are of the residual stream's type."""
     *rows, columns = spec.shape
@@ -22,11 +26,10 @@ def packed_initializers(spec: TensorSpec, bits: int, block: int, provider: Provi
     else:
         codes = (*rows, blocks, block * bits // 8)  # MatMulNBits: [N, blocks, bytes of a block]
     embedding = spec.role is Role.EMBEDDING
+    of_codes, of_scales = initializer_names(spec.name)
     initializers = [
-        Initializer(name=f"{spec.name}.codes", dtype="uint8", shape=codes),
-        Initializer(
-            name=f"{spec.name}.scales", dtype="float32" if embedding else provider.float_type, shape=(*rows, blocks)
-        ),
+        Initializer(name=of_codes, dtype="uint8", shape=codes),
+        Initializer(name=of_scales, dtype="float32" if embedding else provider.float_type, shape=(*rows, blocks)),
     ]
     if embedding and provider.writes_zero_points:
         shape = (*rows, blocks * bits // 8)
@@ -42,17 +45,70 @@ def onnx_type(dtype: str) -> int:
     return int(types[dtype])
 
 
-def external(output: Initializer, placement: Placement, data_file: str) -> onnx.TensorProto:
-    """The initializer as a tensor whose values lie in `data_file` as placed."""
+def packed_blobs(source: str, weight: QuantizedWeight) -> tuple[Initializer, ...]:
+    """The blobs of a packed weight, in the data file under names of their own."""
+    return tuple(
+        Initializer(name=f"{source}.packed.{number}", dtype="uint8", shape=(num_bytes,))
+        for number, num_bytes in enumerate(packed_bytes(weight))
+    )
+
+
+def unread_scales(jobs: Sequence[WeightJob]) -> WeightJob | None:
+    """The region that stands for the scales of every packed weight; None without one."""
+    largest = max((job.packed.scales_bytes for job in jobs if job.packed), default=0)
+    if not largest:
+        return None
+    region = Initializer(name=UNREAD_SCALES, dtype="float32", shape=(largest // 4,))
+    return WeightJob(source=UNREAD_SCALES, role=Role.EXPERT, packing=Packing.UNREAD, outputs=(region,))
+
+
+def tensors(job: WeightJob, placement: Placement, data_file: str) -> list[onnx.TensorProto]:
+    """A job's initializers as tensors whose values lie in `data_file` as placed. A packed weight's codes lie over its
+    first blob (packing.py)."""
+    if job.packed is None:
+        return [
+            _external(output.name, output.dtype, output.shape, placement.offsets[output.name], data_file)
+            for output in job.outputs
+        ]
+    weight, (blob, _) = job.packed, placement.offsets[job.outputs[0].name]
+    unread, _ = placement.offsets[UNREAD_SCALES]
+    codes, scales = initializer_names(job.source)
+    return [
+        _external(codes, "uint8", weight.codes, (blob, weight.codes_bytes), data_file),
+        _external(scales, "float32", weight.scales, (unread, weight.scales_bytes), data_file),
+    ]
+
+
+def with_packed_forms(
+    plain: onnx.ModelProto, jobs: Sequence[WeightJob], placement: Placement, keys: Mapping[str, str]
+) -> onnx.ModelProto:
+    """A copy of the graph that says beside the codes of every packed weight where its blobs lie and under which key."""
+    graph = type(plain)()
+    graph.CopyFrom(plain)
+    packed = {initializer_names(job.source)[0]: job for job in jobs if job.packed}
+    for tensor in graph.graph.initializer:
+        if tensor.name in packed:
+            job = packed[tensor.name]
+            operator, digits = keys[job.source].split("+")
+            number = str(int(digits))
+            blobs = ["{};{};0".format(*placement.offsets[output.name]) for output in job.outputs]
+            # A blob's third figure is a checksum, which ONNX Runtime writes as 0 and does not read. More zeros make the
+            # text as long for any key, so that a graph's size is known before its weights are.
+            blobs[-1] += "0" * (HASH_DIGITS - len(number))
+            tensor.external_data.add(key="prepacked_0", value="|".join([f"{operator}+{number}", *blobs]))
+    return graph
+
+
+def initializer_names(source: str) -> tuple[str, str]:
+    """Of a quantised weight's codes and scales."""
+    return f"{source}.codes", f"{source}.scales"
+
+
+def _external(name: str, dtype: str, shape: Sequence[int], place: tuple[int, int], data_file: str) -> onnx.TensorProto:
     from onnx import TensorProto
 
-    tensor = TensorProto(
-        name=output.name,
-        data_type=onnx_type(output.dtype),
-        dims=output.shape,
-        data_location=TensorProto.EXTERNAL,
-    )
-    offset, length = placement.offsets[output.name]
+    tensor = TensorProto(name=name, data_type=onnx_type(dtype), dims=shape, data_location=TensorProto.EXTERNAL)
+    offset, length = place
     for key, value in (("location", data_file), ("offset", str(offset)), ("length", str(length))):
         tensor.external_data.add(key=key, value=value)
     return tensor

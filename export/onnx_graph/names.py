@@ -5,6 +5,8 @@ from __future__ import annotations
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 LOGITS = "logits"
+OPSET = 21
+IR_VERSION = 10
 MICROSOFT_DOMAIN = "com.microsoft"
 
 BATCH = "batch_size"

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.errors import QuantizationError
+from export.onnx_graph.packing import QuantizedWeight
 from export.provider import FLOAT16_MAX
 from export.quantize.grid import pack, quantize_blocks
 from export.tensor_table import Role, Weights
@@ -29,6 +30,7 @@ class Packing(StrEnum):
 
     PLAIN = "plain"
     BLOCKS = "blocks"
+    UNREAD = "unread"  # NaN: what the scales of packed weights point to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,8 @@ class Initializer:
 @dataclass(frozen=True, kw_only=True)
 class WeightJob:
     """One table row to its initializers. `expert_order` lists, for a stacked row, which expert stands at each place;
-    for the router, which of its rows does. The first `scaled_rows` rows are multiplied by `row_factor`."""
+    for the router, which of its rows does. The first `scaled_rows` rows are multiplied by `row_factor`. A job with
+    `packed` has the packed weight's blobs as outputs; what it produces are the codes and scales to be packed."""
 
     source: str
     role: Role
@@ -58,12 +61,16 @@ class WeightJob:
     expert_order: tuple[int, ...] | None = None
     scaled_rows: int = 0
     row_factor: float = 1.0
+    packed: QuantizedWeight | None = None
 
     def produce(self, weights: Weights) -> Iterator[tuple[npt.NDArray[Any], ...]]:
-        """Consecutive pieces of every output, in step, each contiguous in its initializer.
+        """Consecutive pieces of every output (of codes and scales, where they are to be packed), in step.
 
         Raises QuantizationError for values that the output's dtype cannot hold.
         """
+        if self.packing is Packing.UNREAD:
+            yield (np.full(self.outputs[0].shape, np.nan, dtype=np.float32),)
+            return
         if self.role is Role.ROUTER:
             gate = weights.load(self.source)
             yield (gate[list(self.expert_order)] if self.expert_order else gate,)
@@ -74,6 +81,9 @@ class WeightJob:
                 chunk[: self.scaled_rows - row] *= np.float32(self.row_factor)
             row += len(chunk)
             pieces = (chunk,) if self.packing is Packing.PLAIN else self._blocks(chunk)
+            if self.packed:
+                yield pieces
+                continue
             yield tuple(
                 _as_float16(piece, self.source) if output.dtype == "float16" else piece
                 for piece, output in zip(pieces, self.outputs, strict=True)
@@ -81,7 +91,7 @@ class WeightJob:
 
     def _blocks(self, chunk: npt.NDArray[np.float32]) -> tuple[npt.NDArray[Any], ...]:
         codes, scales = quantize_blocks(chunk, self.bits, self.block_size)
-        if len(self.outputs) == 2:
+        if self.packed or len(self.outputs) == 2:
             return pack(codes, self.bits), scales
         zero_points = np.full_like(scales, 1 << (self.bits - 1), dtype=np.uint8)
         return pack(codes, self.bits), scales, pack(zero_points, self.bits)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from export.digests import Run, num_cores, range_digest, recorded
 from export.errors import ExportError
+from export.onnx_graph.packing import packed
 from export.onnx_graph.weights import Packing, Placement, WeightJob, aligned
 from export.quantize.grid import SLICE_VALUES
 from export.resume import PartialFolder
@@ -50,6 +51,7 @@ class PartRecord:
     part: str
     sources: Mapping[str, tuple[Run, ...]]
     regions: tuple[Region, ...]
+    key: str | None  # of a packed weight: under it ONNX Runtime finds the packed form
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,10 @@ def write_weights(
     with path.open("r+b" if path.exists() else "w+b", buffering=0) as file:
         file.truncate(placement.total_bytes)
         stop = threading.Event()
-        writer = _Writer(descriptor=file.fileno(), placement=placement, weights=weights, count=tally.count, stop=stop)
+        writer = _Writer(
+            descriptor=file.fileno(), placement=placement, weights=weights, scratch=folder.scratch, count=tally.count,
+            stop=stop,
+        )  # fmt: skip
         pool = ThreadPoolExecutor(max_workers=num_workers())
         try:
             pending = {pool.submit(writer.write, job) for job in jobs if job.source not in records}
@@ -112,13 +117,19 @@ def num_workers() -> int:
 
 def working_bytes(job: WeightJob, weights: Weights) -> int:
     """What converting a job holds: a chunk as stored, two as float32 (the one before is let go when the next is there)
-    and, where blocks are made of it, its codes twice, unpacked and packed, and the slices that they are made in."""
+    and, where blocks are made of it, its codes twice, unpacked and packed, and the slices that they are made in. To
+    pack a weight its codes and scales are mapped whole, and its packed form is held beside them."""
+    if job.packing is Packing.UNREAD:
+        return job.outputs[0].num_bytes
     chunk = min(CHUNK_ELEMENTS, weights.table[job.source].num_elements)
     stored = max(weights.checkpoint.tensors[part.name].itemsize for part in weights.table[job.source].parts)
     plain = chunk * (stored + 2 * 4)
     if job.packing is Packing.PLAIN:
         return plain
-    return plain + chunk * (1 + 1 + 1) + 3 * 4 * SLICE_VALUES
+    blocks = plain + chunk * (1 + 1 + 1) + 3 * 4 * SLICE_VALUES
+    if job.packed is None:
+        return blocks
+    return blocks + job.packed.codes_bytes + job.packed.scales_bytes + sum(output.num_bytes for output in job.outputs)
 
 
 def planned_regions(job: WeightJob, placement: Placement) -> list[tuple[str, int, int]]:
@@ -207,6 +218,8 @@ class _Tally:
 
 
 def _source_bytes(job: WeightJob, weights: Weights) -> int:
+    if job.packing is Packing.UNREAD:
+        return 0
     stored = weights.checkpoint.tensors
     return sum(stored[name].num_bytes for name in {part.name for part in weights.table[job.source].parts})
 
@@ -218,23 +231,36 @@ class _Writer:
     descriptor: int
     placement: Placement
     weights: Weights
+    scratch: Path
     count: Callable[[int], None]
     stop: threading.Event
 
     def write(self, job: WeightJob) -> PartRecord:
         checkpoint = recorded(self.weights.checkpoint, self.count)
         regions = [_OpenRegion(*region) for region in planned_regions(job, self.placement)]
-        for pieces in job.produce(Weights(checkpoint=checkpoint, table=self.weights.table)):
-            if self.stop.is_set():
-                raise ExportError(f"writing {job.source}: another part failed")
-            for region, piece in zip(regions, pieces, strict=True):
-                region.write(self.descriptor, piece)
+        produced = self._until_stopped(job, Weights(checkpoint=checkpoint, table=self.weights.table))
+        key = None
+        if job.packed is None:
+            for pieces in produced:
+                for region, piece in zip(regions, pieces, strict=True):
+                    region.write(self.descriptor, piece)
+        else:
+            with packed(job.packed, produced, self.scratch) as weight:
+                key = weight.key
+                for region, blob in zip(regions, weight.blobs, strict=True):
+                    for piece in weight.pieces(blob):
+                        region.write(self.descriptor, piece)
         ends = [sum(self.placement.offsets[output.name]) for output in job.outputs]
         if [region.position for region in regions] != ends:
             raise AssertionError(f"{job.source}: wrote to {[region.position for region in regions]}, planned {ends}")
-        return PartRecord(
-            part=job.source, sources=checkpoint.runs(), regions=tuple(region.finish() for region in regions)
-        )
+        written = tuple(region.finish() for region in regions)
+        return PartRecord(part=job.source, sources=checkpoint.runs(), regions=written, key=key)
+
+    def _until_stopped(self, job: WeightJob, weights: Weights) -> Iterator[tuple[npt.NDArray[Any], ...]]:
+        for pieces in job.produce(weights):
+            if self.stop.is_set():
+                raise ExportError(f"writing {job.source}: another part failed")
+            yield pieces
 
 
 class _OpenRegion:

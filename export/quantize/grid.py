@@ -7,6 +7,7 @@ Source of the layout: ONNX Runtime's MatMulNBits, QMoE and GatherBlockQuantized 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,15 +26,18 @@ SMALLEST_SCALE = 1e-36  # below it a stretched scale may have no exact inverse
 SLICE_VALUES = 1 << 16  # 256 kB as float32, so that the arrays worked on stay in a core's own cache
 
 
-def check_blocks(name: str, num_features: int, bits: int, block_size: int) -> None:
-    """Raise QuantizationError when a tensor's input features do not fall into whole blocks."""
-    if bits not in STRETCHES:
-        raise QuantizationError(f"quantising {name}: {bits} bits asked, the grid has {tuple(STRETCHES)}")
-    if num_features % block_size:
-        raise QuantizationError(
-            f"quantising {name}: its {num_features} input features are not a multiple of the block size {block_size}; "
-            "build fp32, or fp16 for cuda, which have no blocks"
-        )
+def block_size(name: str, features: Sequence[int], allowed: Sequence[int]) -> int:
+    """The first of the allowed block sizes that divides the input features of all matrices that share it.
+
+    Raises QuantizationError where none does.
+    """
+    for size in allowed:
+        if not any(number % size for number in features):
+            return size
+    raise QuantizationError(
+        f"quantising {name}: {' and '.join(map(str, features))} input features are not a multiple of any block size "
+        f"that the kernels take ({', '.join(map(str, allowed))}); build fp32, or fp16 for cuda, which have no blocks"
+    )
 
 
 def quantize_blocks(values: FloatArray, bits: int, block_size: int) -> tuple[ByteArray, FloatArray]:

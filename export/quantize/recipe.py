@@ -22,7 +22,7 @@ class QuantPlan:
 
     name: str
     bits: Mapping[Role, int]
-    block_size: int
+    block_sizes: tuple[int, ...]
     accuracy_level: int
 
     def bits_of(self, role: Role) -> int | None:
@@ -35,15 +35,15 @@ def _bits(layers: int, ends: int) -> Mapping[Role, int]:
     return MappingProxyType(dict.fromkeys(inside, layers) | dict.fromkeys(outside, ends))
 
 
-# As on the CPU; `plan_for` puts a provider's own block size and accuracy level in their place.
+# As on the CPU; `plan_for` puts a provider's own block sizes and accuracy level in their place.
 PLANS: Mapping[str, QuantPlan] = MappingProxyType(
     {
-        "fp32": QuantPlan(name="fp32", bits=MappingProxyType({}), block_size=0, accuracy_level=0),
-        "fp16": QuantPlan(name="fp16", bits=MappingProxyType({}), block_size=0, accuracy_level=0),
-        "int8": QuantPlan(name="int8", bits=_bits(8, ends=8), block_size=32, accuracy_level=4),
+        "fp32": QuantPlan(name="fp32", bits=MappingProxyType({}), block_sizes=(), accuracy_level=0),
+        "fp16": QuantPlan(name="fp16", bits=MappingProxyType({}), block_sizes=(), accuracy_level=0),
+        "int8": QuantPlan(name="int8", bits=_bits(8, ends=8), block_sizes=(), accuracy_level=4),
         # Embedding and head at 4 bits would cost the tiny phixtral another 0.8 % of perplexity. An embedding row is
         # all that a token reads of it, and a full-size phixtral's head is 3 % of the bytes that it reads.
-        "int4": QuantPlan(name="int4", bits=_bits(4, ends=8), block_size=32, accuracy_level=4),
+        "int4": QuantPlan(name="int4", bits=_bits(4, ends=8), block_sizes=(), accuracy_level=4),
     }
 )
 
@@ -65,4 +65,4 @@ def plan_for(precision: str, provider: Provider = PROVIDERS["cpu"]) -> QuantPlan
     plan = PLANS[precision]
     if not plan.bits:
         return plan
-    return replace(plan, block_size=provider.block_size, accuracy_level=provider.accuracy_level)
+    return replace(plan, block_sizes=provider.block_sizes, accuracy_level=provider.accuracy_level)

@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from export.errors import QuantizationError
-from export.quantize.grid import check_blocks, dequantize_blocks, pack, quantize_blocks, unpack
+from export.quantize.grid import block_size, dequantize_blocks, pack, quantize_blocks, unpack
 
 
 def test_a_block_that_lies_on_the_grid_is_met_exactly():
@@ -120,8 +120,15 @@ def test_matmulnbits_reads_our_packing_as_we_do(bits):
 
 
 def test_features_that_do_not_fill_their_blocks_are_refused():
-    with pytest.raises(QuantizationError, match=r"quantising w: its 72 input features .* block size 32; build fp32"):
-        check_blocks("w", 72, 4, 32)
+    with pytest.raises(
+        QuantizationError, match=r"quantising w: 72 and 96 input features .* take \(64, 32\); build fp32"
+    ):
+        block_size("w", [72, 96], (64, 32))
+
+
+def test_matrices_that_share_a_block_size_get_the_first_that_divides_all_of_them():
+    assert block_size("w", [640], (128, 64, 32)) == 128
+    assert block_size("w", [640, 160], (128, 64, 32)) == 32
 
 
 @pytest.mark.parametrize("bits", [4, 8])

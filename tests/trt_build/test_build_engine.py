@@ -42,8 +42,13 @@ def engine_copy(tmp_path, tiny_engine):
 
 @pytest.fixture
 def unlinked_engines(tmp_path, tiny_engines):
-    """precision and provider -> a copy: onnx refuses files that other tests have packaged by hard links."""
-    return lambda *built: Path(shutil.copytree(tiny_engines(*built), tmp_path / "-".join(built), dirs_exist_ok=True))
+    """What `tiny_engines` takes -> a copy: onnx refuses files that other tests have packaged by hard links."""
+
+    def copy(*built, portable=False):
+        name = "-".join([*built, "portable" if portable else "packed"])
+        return Path(shutil.copytree(tiny_engines(*built, portable=portable), tmp_path / name, dirs_exist_ok=True))
+
+    return copy
 
 
 def initializers(engine_folder):
@@ -93,11 +98,11 @@ def test_every_attribute_that_bears_on_the_result_is_written(tiny_engines):
     assert unwritten == UNWRITTEN
 
 
-@pytest.mark.parametrize(("precision", "bits", "relative_error"), [("int8", 8, 0.006), ("int4", 4, 0.09)])
+@pytest.mark.parametrize(("precision", "bits", "relative_error"), [("int8", 8, 0.006), ("int4", 4, 0.1)])
 def test_stored_experts_stand_in_the_manifests_order_with_the_grids_error(
     tiny_checkpoint, unlinked_engines, precision, bits, relative_error
 ):
-    folder = unlinked_engines(precision)
+    folder = unlinked_engines(precision, portable=True)
     found, outside = initializers(folder), load_file(tiny_checkpoint / "model.safetensors")
     order = open_engine(folder).manifest.expert_order
     assert order == (4, 3, 2, 1, 0)
@@ -112,20 +117,21 @@ def test_stored_experts_stand_in_the_manifests_order_with_the_grids_error(
 
 
 def test_router_norms_and_biases_stay_float32(unlinked_engines):
-    for name, values in initializers(unlinked_engines("int4")).items():
+    for name, values in initializers(unlinked_engines("int4", portable=True)).items():
         if name.endswith((".bias", "gate.weight", ".ln.weight")):
             assert values.dtype == np.float32
 
 
 def test_the_manifest_counts_the_bits_that_the_data_file_holds(unlinked_engines):
-    manifest = open_engine(unlinked_engines("int4")).manifest
-    stored = sum(values.nbytes for name, values in initializers(unlinked_engines("int4")).items() if "." in name)
+    engine = unlinked_engines("int4", portable=True)
+    manifest = open_engine(engine).manifest
+    stored = sum(values.nbytes for name, values in initializers(engine).items() if "." in name)
     num_weights = sum(values.size for values in initializers(unlinked_engines("fp32")).values())
     small = {"rotary/cos_cache", "rotary/sin_cache"}
     num_weights -= sum(v.size for n, v in initializers(unlinked_engines("fp32")).items() if "." not in n or n in small)
     assert manifest.precision.average_bits_per_weight == pytest.approx(8 * stored / num_weights, abs=1e-3)
-    # 4 bits and a float32 scale for 32 weights are 5 bits; the ends at 8 bits, norms and biases add the rest.
-    assert 5.0 < manifest.precision.average_bits_per_weight < 5.8
+    # 4 bits and a float32 scale for 64 weights are 4.5 bits; the ends at 8 bits, norms and biases add the rest.
+    assert 4.5 < manifest.precision.average_bits_per_weight < 5.3
 
 
 def test_the_script_builds_without_the_command_line_of_moeship(tmp_path, tiny_checkpoint):
@@ -214,7 +220,7 @@ def test_sizes_that_the_kernels_do_not_take_are_refused_before_anything_is_writt
         build(small_heads, tmp_path / "engine", precision="fp32")
     sizes = {**QUANTIZABLE, "ffn_size": 72}
     odd_width = write_phixtral_checkpoint(tmp_path / "b", seed=1, num_experts=2, experts_per_token=2, **sizes)
-    with pytest.raises(QuantizationError, match=r"fc2.weight: its 72 input features are not a multiple"):
+    with pytest.raises(QuantizationError, match=r"fc1.weight: 192 and 72 input features are not a multiple"):
         build(odd_width, tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
 
@@ -348,7 +354,7 @@ def test_digests_that_leave_bytes_of_the_weights_out_are_refused(engine_copy):
     ):
         open_engine(engine_copy)
     write_records(engine_copy, records[:-1])
-    with pytest.raises(EngineError, match=r"weights.jsonl covers \d+ bytes, the file has 2108032"):
+    with pytest.raises(EngineError, match=r"weights.jsonl covers \d+ bytes, the file has \d+"):
         open_engine(engine_copy)
     write_records(engine_copy, [{**records[0], "colour": "red"}])
     with pytest.raises(EngineError, match=r"weights.jsonl is malformed \(the top: keys missing or unknown: colour\)"):

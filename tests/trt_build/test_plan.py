@@ -47,17 +47,17 @@ def test_a_dense_model_is_planned_to_the_byte(tmp_path):
 
 
 def test_bytes_by_role_and_per_token_are_those_worked_by_hand(tiny_checkpoint):
-    # H 192, F 448, V 352, E 5, K 2, L 3; int4 blocks of 32: 4 bits and a float32 scale for 32 weights.
-    planned = plan(tiny_checkpoint, precision="int4")
+    # H 192, F 448, V 352, E 5, K 2, L 3; int4 blocks of 64: 4 bits and a float32 scale for 64 weights.
+    planned = plan(tiny_checkpoint, precision="int4", portable=True)
     expert = planned.roles["expert"]
     assert expert.num_weights == 3 * 5 * 2 * 448 * 192
     assert expert.codes_bytes == expert.num_weights // 2
-    assert expert.scales_bytes == expert.num_weights // 32 * 4
+    assert expert.scales_bytes == expert.num_weights // 64 * 4
     assert expert.bytes_per_token == (expert.codes_bytes + expert.scales_bytes) * 2 // 5
     embedding, head = planned.roles["embedding"], planned.roles["head"]
-    assert (embedding.codes_bytes, embedding.scales_bytes) == (352 * 192, 352 * 192 // 32 * 4)
-    assert embedding.bytes_per_token == 192 + 192 // 32 * 4  # one row
-    assert head.bytes_per_token == head.total_bytes == 352 * 192 + 352 * 6 * 4
+    assert (embedding.codes_bytes, embedding.scales_bytes) == (352 * 192, 352 * 192 // 64 * 4)
+    assert embedding.bytes_per_token == 192 + 192 // 64 * 4  # one row
+    assert head.bytes_per_token == head.total_bytes == 352 * 192 + 352 * 3 * 4
     router = planned.roles["router"]
     assert router.bytes_per_token == router.plain_bytes == 3 * 5 * 192 * 4
     # A layer's expert biases are of 5 experts, of which 2 are read; out_proj's and the packed qkv's are read whole.
@@ -65,6 +65,13 @@ def test_bytes_by_role_and_per_token_are_those_worked_by_hand(tiny_checkpoint):
     assert planned.roles["bias"].bytes_per_token == 4 * (3 * (2 * (448 + 192) + 192 + 3 * 192) + 352)
     assert planned.kv_bytes_per_token == 3 * 2 * 192 * 4
     assert planned.sequence_bytes == 640 * planned.kv_bytes_per_token
+
+
+def test_packed_weights_have_a_sum_beside_the_scale_of_each_block(tiny_checkpoint):
+    expert = plan(tiny_checkpoint, precision="int4").roles["expert"]
+    padding = 3 * 2 * (5 * 126 + 56)  # of every expert's matrix, and of the description that ends a weight
+    assert expert.codes_bytes == expert.num_weights // 2
+    assert expert.scales_bytes == expert.num_weights // 64 * (4 + 4) + padding
 
 
 def test_a_cuda_engine_keeps_half_the_bytes_of_keys_and_values(tiny_checkpoint):

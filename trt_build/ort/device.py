@@ -6,16 +6,18 @@ There is no falling back: an engine built for CUDA runs there or is refused with
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from export.errors import MissingPackageError
+from export.onnx_graph.exporter import PROBE_GRAPH
+from export.onnx_graph.packing import kernel_layout
 from export.provider import PROVIDERS, Provider
 from trt_build.engine import Engine
 from trt_build.errors import EngineError
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     import onnxruntime
 
 _FATAL, _WARNING = 4, 2  # ONNX Runtime's severities of its log
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # options of glibc's mallopt
+_WHILE_LOADING = 1 << 30
 # What ONNX Runtime keeps on the CPU beside any provider: the arithmetic of shapes.
 _SHAPE_OPERATORS = frozenset({"Cast", "Gather", "Shape"})
 
@@ -55,6 +59,7 @@ def open_device(engine: Engine, index: int = 0) -> Device:
     except ImportError as error:
         raise MissingPackageError(provider.package, "running an engine", provider.extra) from error
     device = Device(provider=provider, kind=provider.name, index=index)
+    _check_kernels(engine)
     if provider.name == "cpu":
         return device
     have = onnxruntime.get_available_providers()
@@ -83,31 +88,73 @@ def open_device(engine: Engine, index: int = 0) -> Device:
     return device
 
 
-def load_graph(path: Path, device: Device, threads: int | None) -> onnxruntime.InferenceSession:
-    """Load one graph on a device. Raises EngineError where ONNX Runtime refuses it or would run it elsewhere."""
+def _check_kernels(engine: Engine) -> None:
+    """Raise EngineError where the weights are packed for kernels that this CPU or this ONNX Runtime has not."""
+    expected = engine.manifest.kernel_layout
+    if expected is not None and kernel_layout((engine.folder / PROBE_GRAPH).read_bytes()) != expected:
+        built = engine.manifest.libraries.get("onnxruntime", "unknown")
+        raise EngineError(
+            f"loading the engine {engine.folder}: its weights are packed for the kernels of another CPU or of ONNX "
+            f"Runtime {built}, and those of this machine read another layout; build the engine on this machine, or "
+            "anywhere with --portable"
+        )
+
+
+def load_graph(engine: Engine, name: str, device: Device, threads: int | None) -> onnxruntime.InferenceSession:
+    """Load one of an engine's graphs on a device. Raises EngineError where ONNX Runtime refuses it or would run it
+    elsewhere."""
     import onnxruntime
+
+    path = engine.folder / name
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
-    name = device.provider.runtime_name
+    runtime_name = device.provider.runtime_name
     settings = dict(device.provider.options)
     if device.kind != "cpu":
         settings["device_id"] = str(device.index)
     try:
-        graph = onnxruntime.InferenceSession(str(path), options, providers=[(name, settings)], enable_fallback=0)
+        with _memory_kept() if engine.manifest.kernel_layout else contextlib.nullcontext():
+            graph = onnxruntime.InferenceSession(
+                str(path), options, providers=[(runtime_name, settings)], enable_fallback=0
+            )
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise EngineError(f"loading {path}: ONNX Runtime {onnxruntime.__version__} refuses it ({error})") from error
-    elsewhere = _placed_elsewhere(graph, name)
+    elsewhere = _placed_elsewhere(graph, runtime_name)
     if elsewhere:
         raise EngineError(
-            f"loading {path}: ONNX Runtime {onnxruntime.__version__} has no kernels of {name} for "
+            f"loading {path}: ONNX Runtime {onnxruntime.__version__} has no kernels of {runtime_name} for "
             f"{', '.join(sorted(elsewhere))} and would run them on another device; build the engine again with this "
             "version's moeship"
         )
     return graph
+
+
+@contextlib.contextmanager
+def _memory_kept() -> Iterator[None]:
+    """Keep freed memory on the heap in the meantime, where the C library is glibc.
+
+    To find a packed weight ONNX Runtime packs what lies in its place into a buffer, looks its key up and frees the
+    buffer. glibc would map and unmap each of them, and the kernel clear as many bytes as the engine has.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        set_option, trim = libc.mallopt, libc.malloc_trim
+    except (OSError, AttributeError):
+        yield
+        return
+    set_option(_MMAP_THRESHOLD, _WHILE_LOADING)
+    set_option(_TRIM_THRESHOLD, _WHILE_LOADING)
+    try:
+        yield
+    finally:
+        # Where glibc's own adjustment ends at the most.
+        set_option(_MMAP_THRESHOLD, 32 << 20)
+        set_option(_TRIM_THRESHOLD, 64 << 20)
+        trim(0)
 
 
 def _placed_elsewhere(graph: onnxruntime.InferenceSession, name: str) -> Collection[str]:

@@ -68,7 +68,7 @@ class Session:
         self.max_sequence = engine.manifest.max_sequence
         self.vocab_size = engine.manifest.architecture.vocab_size
         self.device = open_device(engine, device_index)
-        self.backend = load_graph(engine.folder / SERVING_GRAPH, self.device, threads)
+        self.backend = load_graph(engine, SERVING_GRAPH, self.device, threads)
         self._mask = self.device.place(np.ones((1, self.max_sequence), dtype=np.int64))
         self._logits = np.zeros((1, 1, self.vocab_size), dtype=np.float32)
 
@@ -79,12 +79,17 @@ class Session:
     def run(self, cache: Cache, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Append tokens to a sequence; returns the last one's logits, float32 [V], valid until the next run.
 
-        Raises SequenceError for no tokens, ids outside the vocabulary, or more tokens than the cache has room for.
+        Raises SequenceError for no tokens, ids outside the vocabulary, or more tokens than the cache has room for,
+        EngineError for logits that are not finite.
         """
         ids = np.asarray(token_ids, dtype=np.int64).reshape(1, -1)
         self._check(cache, ids)
         for start in range(0, ids.shape[1], PREFILL_CHUNK_TOKENS):
             self._step(cache, ids[:, start : start + PREFILL_CHUNK_TOKENS])
+        if not np.isfinite(self._logits.sum()):
+            raise EngineError(
+                f"running the engine {self.engine.folder}: its logits are not finite; check it with moeship verify"
+            )
         return self._logits[0, 0]
 
     def _step(self, cache: Cache, ids: npt.NDArray[np.int64]) -> None:
@@ -121,7 +126,7 @@ class ScoringSession:
     def __init__(self, engine: Engine, threads: int | None = None, device: Device | None = None) -> None:
         self.engine = engine
         device = device or open_device(engine)
-        self._backend = load_graph(engine.folder / SCORING_GRAPH, device, threads)
+        self._backend = load_graph(engine, SCORING_GRAPH, device, threads)
         facts = engine.manifest.architecture
         self._empty = np.zeros((1, facts.num_kv_heads, 0, facts.head_size), dtype=device.provider.float_type)
         self._layers = facts.num_layers
