@@ -28,6 +28,9 @@ from decode.worker import Lengths
 
 RATES = ("decode_short", "decode_long", "prefill")
 QUIET_CORES = 0.1  # beyond this, what others did shows in the rates
+QUIET_WAIT_S = 60.0
+_QUIET_LOOK_S = 2.0
+TURN_LIMIT_S = 1800.0
 _TRIAL = {"decode": 16}
 _PIECE_BYTES = 1 << 24
 _BENCHMARKS = Path(__file__).resolve().parent.parent
@@ -118,6 +121,7 @@ def run_turn(
     """One turn in a process of its own: what it measured, in tokens per second and bytes, and the runtime's facts."""
     for path in entrant.files:
         _read_through(path)
+    _await_quiet(entrant.name)
     task = {
         "contender": entrant.name,
         "source": str(entrant.source) if entrant.source else None,
@@ -128,10 +132,14 @@ def run_turn(
     }
     order: dict[str, Any] = {"task": task, "lengths": dataclasses.asdict(lengths), "started": time.monotonic()}
     others = _watch_others()
-    done = subprocess.run(
-        [sys.executable, "-m", "decode.worker", json.dumps(order)],
-        cwd=_BENCHMARKS, env=_environment(threads), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "decode.worker", json.dumps(order)]
+    try:
+        done = subprocess.run(
+            command, cwd=_BENCHMARKS, env=_environment(threads), timeout=TURN_LIMIT_S,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise TurnFailed(f"its turn took more than {TURN_LIMIT_S:.0f} s and was ended") from None
     if done.returncode:
         raise TurnFailed(_ending(entrant.name, done.returncode, done.stderr))
     answer = json.loads(done.stdout.splitlines()[-1])
@@ -139,6 +147,18 @@ def run_turn(
     for rate in RATES:
         turn[rate] *= entrant.prefill_scale if rate == "prefill" else entrant.decode_scale
     return turn, answer["facts"]
+
+
+def _await_quiet(name: str) -> None:
+    """Wait until others leave the cores alone, QUIET_WAIT_S at most: a runtime whose threads wait for each other by
+    spinning loses most of its speed to one busy process."""
+    for look in range(int(QUIET_WAIT_S / _QUIET_LOOK_S)):
+        others = _watch_others()
+        time.sleep(_QUIET_LOOK_S)
+        if (cores := others()) <= QUIET_CORES:
+            return
+        if not look:
+            logger.info("%s waits: others keep %.2f cores busy", name, cores)
 
 
 def _watch_others() -> Callable[[], float]:
