@@ -47,14 +47,14 @@ class Facts:
         return 2 * self.num_layers * self.num_kv_heads * self.head_size * CACHE_ITEM_BYTES
 
 
-def read_facts(folder: Path) -> Facts:
-    """Raises UsageError for a folder that is no CUDA engine."""
+def read_facts(folder: Path, golden: bool = True) -> Facts:
+    """Raises UsageError for a folder that is no CUDA engine, or that lacks golden logits where they are wanted."""
     try:
         manifest = json.loads((folder / "engine.json").read_text(encoding="utf-8"))
         facts = manifest["architecture"]
         if manifest["provider"] != "cuda":
             raise UsageError(f"reading {folder}: built for {manifest['provider']}; build it with --provider cuda")
-        for name in (SERVING_GRAPH, SCORING_GRAPH, GOLDEN_FILE):
+        for name in (SERVING_GRAPH, SCORING_GRAPH, *([GOLDEN_FILE] if golden else [])):
             if not (folder / name).is_file():
                 raise UsageError(f"reading {folder}: no {name} there; golden.npz is made by ci/gpu/write_golden.py")
         return Facts(

@@ -165,6 +165,26 @@ def test_folders_that_are_no_cuda_engine_are_refused(tmp_path, tiny_engine, tiny
     assert "is built for cpu, expected cuda" in run("write_golden.py", tiny_engine).stderr
 
 
+def test_without_the_gpu_package_the_null_runtime_says_what_to_install(engine):
+    done = run("null_cuda.py", engine)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "libonnxruntime_providers_cuda.so: this onnxruntime has none; install onnxruntime-gpu" in done.stderr
+
+
+def test_kernels_are_named_by_what_they_do(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import null_cuda
+
+    assert null_cuda.short_name("void flash::forward<96, float>(int)") == "flash::forward"
+    assert (
+        null_cuda.short_name("_ZN7cutlass6KernelINS_9MoeFCGemmINS_11GELU_taylorE") == "cutlass MoeFCGemm, GELU_taylor"
+    )
+    log = "running 5\nlaunched a\nrunning 1\nlaunched b\nrunning 1\nlaunched c\nlaunched c\n"
+    assert null_cuda.report(Path("engine"), log).splitlines() == [
+        "engine: taken whole; a decode step launches 2 kernels", "     2 c",
+    ]  # fmt: skip
+
+
 def test_the_reference_in_float16_is_timed_in_the_same_rows(tmp_path, tiny_checkpoint):
     words = ["--device", "cpu", "--batch", 1, 2, "--prompt", 8, "--steps", 2]
     done = run("transformers_fp16.py", tiny_checkpoint, "--output", tmp_path, *words)
