@@ -15,7 +15,8 @@ from decode.gguf_model import read_contents, write_model
 from decode.shape import Weights, count_weights, mixtral_of_equal_weights, tensors
 from export.errors import CheckpointError, ConfigError, OutputError
 from synthetic_checkpoint import PHIXTRAL
-from trt_build.engine import open_engine
+from trt_build.plan import plan_engine
+from trt_build.prepare import EngineOptions, prepare_build
 
 KINDS = gguf.GGMLQuantizationType
 # Unequal sizes, so that no swapped axis fits.
@@ -168,14 +169,31 @@ def test_an_engines_bytes_are_those_worked_by_hand(tmp_path):
     )
 
 
-def test_an_engine_enters_with_its_own_bytes(tiny_engine, tmp_path):
-    entrant = prepare("ours", tiny_engine, PHIXTRAL, tmp_path, scaled_layers=1)
-    manifest = open_engine(tiny_engine).manifest
-    stored = sum(record.bytes for name, record in manifest.files.items() if name.endswith(".data"))
-    assert entrant.weight_bytes == pytest.approx(stored, rel=0.02)
-    # 2 of 5 experts hold most of the weights; embedding and head are 8 bits, everything else 4.
-    assert 0.4 < entrant.read_per_token / entrant.weight_bytes < 0.7
-    assert set(entrant.files) == {tiny_engine / name for name in manifest.files}
+def test_packed_weights_count_as_packed_and_their_scales_with_them(tmp_path):
+    kinds = onnx.TensorProto
+    weight = constant("weight", kinds.UINT8, 4, 6, 8)
+    weight.external_data.add(key="prepacked_0", value="QMoE+17|64;1000;0|1088;56;0")
+    other, other_scales = constant("other", kinds.UINT8, 7, 16), constant("other_scales", kinds.FLOAT, 7)
+    inputs = ["x", "routed", "weight", "scales", "", "other", "other_scales"]
+    node = onnx.helper.make_node("QMoE", inputs, ["y"], domain="com.microsoft")
+    constants = [weight, constant("scales", kinds.FLOAT, 4, 6, 1), other, other_scales]
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], [], constants))
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    # 1000 and 56 bytes packed, the 96 of its scales within; 112 and 28 of a weight that is not packed.
+    assert count_bytes(tmp_path / "model.onnx", num_experts=4, experts_per_token=2) == EngineBytes(
+        weight_bytes=1056 + 112 + 28, read_per_token=528 + 56 + 14, cache_per_position=0
+    )
+
+
+@pytest.mark.parametrize("precision", ["int4", "fp32"])
+def test_an_engines_bytes_are_those_that_its_plan_foretold(precision, tiny_checkpoint, tiny_engines, tmp_path):
+    entrant = prepare("ours", tiny_engines(precision), PHIXTRAL, tmp_path, scaled_layers=1)
+    plan = plan_engine(prepare_build(EngineOptions(checkpoint=str(tiny_checkpoint), precision=precision)))
+    # The rotary tables and a dozen numbers of the graph's shape are constants too, and no weights.
+    tables = 2 * 640 * 8 * 4
+    assert entrant.weight_bytes == pytest.approx(plan.weights_bytes + tables, abs=200)
+    assert entrant.read_per_token == pytest.approx(plan.weights_bytes_per_token, abs=300)
+    assert entrant.cache_per_position == plan.kv_bytes_per_token
 
 
 def test_contenders_that_cannot_run_say_why(tmp_path, monkeypatch):
