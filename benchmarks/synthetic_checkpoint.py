@@ -1,6 +1,7 @@
 """Write a checkpoint of a published model's exact names, shapes, dtype and sharding, with random weights.
 
     python benchmarks/synthetic_checkpoint.py --like phixtral-4x2_8 --output DIR [--layers N] [--seed S]
+    python benchmarks/synthetic_checkpoint.py --like mixtral-8x7b --layers 4 --output DIR
 
 For measuring builds, memory and speed without a download: nothing can be said of quality with it. Matrices are normal
 with variance 1 / input features, so that activations and logits keep the scale of a trained model's; norms are ones,
@@ -26,8 +27,10 @@ import numpy as np
 import numpy.typing as npt
 
 from export.architecture import Architecture
+from export.checkpoint import numpy_dtype
 from export.command import run_command
-from export.merge_layout import config_json, merged_tensors
+from export.families import families
+from export.merge_layout import config_json as phixtral_config
 from export.output import require_space, staged_directory
 from export.shard_writer import PlannedTensor, write_sharded
 
@@ -54,24 +57,45 @@ PHIXTRAL = Architecture(
     eos_token_ids=(0,),  # of the example's tokenizer
     source_dtype="float16",
 )
-MODELS = {"phixtral-4x2_8": PHIXTRAL, "phixtral-2x2_8": replace(PHIXTRAL, num_experts=2)}
+# config.json of mistralai/Mixtral-8x7B-v0.1.
+MIXTRAL = Architecture(
+    family="mixtral",
+    hidden_size=4096,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_size=128,
+    ffn_size=14336,
+    vocab_size=32000,
+    num_experts=8,
+    experts_per_token=2,
+    rotary_dim=128,
+    rope_base=1e6,
+    norm_epsilon=1e-5,
+    max_positions=32768,
+    bos_token_id=None,
+    eos_token_ids=(0,),  # of the example's tokenizer
+    source_dtype="bfloat16",
+)
+MODELS = {"phixtral-4x2_8": PHIXTRAL, "phixtral-2x2_8": replace(PHIXTRAL, num_experts=2), "mixtral-8x7b": MIXTRAL}
+DTYPES = {"float16": "F16", "bfloat16": "BF16"}
 
 logger = logging.getLogger(__name__)
 
 
 def draws(seed: int) -> Callable[[PlannedTensor], Iterator[npt.NDArray[Any]]]:
-    """A function that gives the float16 values of a tensor in pieces."""
+    """A function that gives the values of a tensor, two bytes each, in pieces."""
     pool = np.random.default_rng(seed).standard_normal(POOL_ELEMENTS, dtype=np.float32)
-    scaled: dict[int, npt.NDArray[np.float16]] = {}
+    scaled: dict[int, npt.NDArray[Any]] = {}
 
     def chunks(tensor: PlannedTensor) -> Iterator[npt.NDArray[Any]]:
-        count = tensor.num_bytes // 2
+        count, dtype = tensor.num_bytes // 2, numpy_dtype(tensor.dtype)
         if len(tensor.shape) == 1:
-            yield np.full(count, 1.0 if tensor.name.endswith("ln.weight") else 0.0, dtype=np.float16)
+            yield np.full(count, 1.0 if tensor.name.endswith(("ln.weight", "norm.weight")) else 0.0, dtype=dtype)
             return
-        features = 1 if tensor.name.endswith("wte.weight") else tensor.shape[-1]
+        features = 1 if tensor.name.endswith(("wte.weight", "embed_tokens.weight")) else tensor.shape[-1]
         if features not in scaled:
-            scaled[features] = (pool / np.sqrt(features)).astype(np.float16)
+            scaled[features] = (pool / np.sqrt(features)).astype(dtype)
         place = zlib.crc32(tensor.name.encode()) % POOL_ELEMENTS
         while count:
             piece = scaled[features][place : place + count]
@@ -81,14 +105,55 @@ def draws(seed: int) -> Callable[[PlannedTensor], Iterator[npt.NDArray[Any]]]:
     return chunks
 
 
+def mixtral_config(architecture: Architecture) -> dict[str, Any]:
+    """config.json with the keys of the published one."""
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "attention_dropout": 0.0,
+        "eos_token_id": architecture.eos_token_ids[0],
+        "hidden_act": "silu",
+        "hidden_size": architecture.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": architecture.ffn_size,
+        "max_position_embeddings": architecture.max_positions,
+        "model_type": "mixtral",
+        "num_attention_heads": architecture.num_heads,
+        "num_experts_per_tok": architecture.experts_per_token,
+        "num_hidden_layers": architecture.num_layers,
+        "num_key_value_heads": architecture.num_kv_heads,
+        "num_local_experts": architecture.num_experts,
+        "output_router_logits": False,
+        "rms_norm_eps": architecture.norm_epsilon,
+        "rope_theta": architecture.rope_base,
+        "router_aux_loss_coef": 0.02,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": architecture.source_dtype,
+        "use_cache": True,
+        "vocab_size": architecture.vocab_size,
+    }
+
+
+def planned_tensors(architecture: Architecture, dtype: str) -> list[PlannedTensor]:
+    """Every tensor of the published files, in the order of the family's table."""
+    [family] = [family for family in families() if family.name == architecture.family]
+    return [
+        PlannedTensor(name=part.name, dtype=dtype, shape=part.shape)
+        for spec in family.tensors(architecture, ())
+        for part in spec.parts
+    ]
+
+
 def write(architecture: Architecture, output: Path, seed: int) -> int:
     """Write the checkpoint into the new folder `output`; returns its bytes of tensors."""
-    tensors = [tensor.planned for tensor in merged_tensors(architecture, "F16")]
+    dtype = DTYPES[str(architecture.source_dtype)]
+    config = mixtral_config(architecture) if architecture.family == "mixtral" else phixtral_config(architecture, dtype)
+    tensors = planned_tensors(architecture, dtype)
     num_bytes = sum(tensor.num_bytes for tensor in tensors)
     require_space(output, num_bytes, "the synthetic checkpoint")
     with staged_directory(output, "the synthetic checkpoint") as folder:
         write_sharded(folder, tensors, draws(seed), max_shard_bytes=SHARD_BYTES)
-        (folder / "config.json").write_text(json.dumps(config_json(architecture, "F16"), indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(EXAMPLE / name, folder / name)
     return num_bytes

@@ -64,6 +64,8 @@ def _size_rows(report: CheckpointReport) -> Rows:
         ("vocabulary", f"{facts.vocab_size}"),
         ("positions", f"{facts.max_positions}"),
     ]
+    if facts.sliding_window:
+        rows.append(("sliding window", f"{facts.sliding_window}"))
     if facts.is_moe:
         rows.append(("experts", f"{facts.num_experts}, {facts.experts_per_token} per token"))
     dtypes = ", ".join(f"{dtype} {in_units(count)}" for dtype, count in report.dtype_bytes.items())

@@ -40,6 +40,8 @@ class Architecture:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     source_dtype: str | None  # what the config claims; the tensors themselves decide
+    sliding_window: int | None = None  # positions that attention looks back on, its own included; None for all
+    tied_head: bool = False  # the head is the embedding
 
     @property
     def is_moe(self) -> bool:

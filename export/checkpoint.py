@@ -81,14 +81,19 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     shards: tuple[Path, ...]
 
-    def read(self, name: str, rows: slice | None = None) -> npt.NDArray[Any]:
-        """The tensor, or `rows` of its first axis, in the stored dtype. Raises CheckpointError when the file ends."""
+    def read(self, name: str, rows: slice | None = None, row_shape: tuple[int, ...] | None = None) -> npt.NDArray[Any]:
+        """The tensor, or `rows` of its first axis, in the stored dtype. Raises CheckpointError when the file ends.
+
+        `row_shape` sees the tensor as [rows, *row_shape]: with [H] the E experts of [E, F, H] are E*F rows.
+        """
         stored = self.tensors[name]
-        first, last, _ = (rows or slice(None)).indices(stored.shape[0] if stored.shape else 1)
-        shape = (last - first, *stored.shape[1:]) if stored.shape else ()
+        inner = stored.shape[1:] if row_shape is None else row_shape
+        num_rows = math.prod(stored.shape[: len(stored.shape) - len(inner)])
+        first, last, _ = (rows or slice(None)).indices(num_rows)
+        shape = (last - first, *inner) if stored.shape else ()
         array = np.empty(shape, dtype=numpy_dtype(stored.dtype))
         view = memoryview(array.reshape(-1).view(np.uint8).data)
-        self.read_into(stored, first * (math.prod(stored.shape[1:]) * array.itemsize), view)
+        self.read_into(stored, first * (math.prod(inner) * array.itemsize), view)
         return array
 
     def read_into(self, stored: StoredTensor, start: int, view: memoryview) -> None:
@@ -105,9 +110,11 @@ class Checkpoint:
                     )
                 done += got
 
-    def read_float32(self, name: str, rows: slice | None = None) -> npt.NDArray[np.float32]:
-        """The tensor, or `rows` of its first axis, as float32. Raises CheckpointError when a value is not finite."""
-        stored = self.read(name, rows)
+    def read_float32(
+        self, name: str, rows: slice | None = None, row_shape: tuple[int, ...] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """What `read` gives, as float32. Raises CheckpointError when a value is not finite."""
+        stored = self.read(name, rows, row_shape)
         if not all_finite(stored):
             bad = int(stored.size - np.isfinite(stored.astype(np.float32)).sum())
             raise CheckpointError(

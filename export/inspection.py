@@ -5,7 +5,8 @@ Only headers and the gates are read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from export import routing
 from export.architecture import Architecture
 from export.checkpoint import Checkpoint
 from export.families import Model, read_model
-from export.tensor_table import Role, TensorSpec
+from export.tensor_table import Part, Role, TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,28 +64,38 @@ def describe(checkpoint: Checkpoint, experts_per_token: int | None = None) -> Ch
     model = read_model(checkpoint, experts_per_token)
     dtype_bytes: dict[str, int] = {}
     roles: dict[Role, RoleSize] = {}
-    for spec in model.weights.table.values():
-        stored = [checkpoint.tensors[part.name] for part in spec.parts]
-        for tensor in stored:
-            dtype_bytes[tensor.dtype] = dtype_bytes.get(tensor.dtype, 0) + tensor.num_bytes
+    specs = _stored_once(model.weights.table.values())
+    for spec in specs:
         so_far = roles.get(spec.role, RoleSize(num_parameters=0, num_bytes=0))
+        num_bytes = 0
+        for part in spec.parts:
+            tensor = checkpoint.tensors[part.name]
+            part_bytes = tensor.num_bytes * part.num_elements // math.prod(part.whole_shape)
+            dtype_bytes[tensor.dtype] = dtype_bytes.get(tensor.dtype, 0) + part_bytes
+            num_bytes += part_bytes
         roles[spec.role] = RoleSize(
-            num_parameters=so_far.num_parameters + spec.num_elements,
-            num_bytes=so_far.num_bytes + sum(tensor.num_bytes for tensor in stored),
+            num_parameters=so_far.num_parameters + spec.num_elements, num_bytes=so_far.num_bytes + num_bytes
         )
-    specs = model.weights.table.values()
     return CheckpointReport(
         location=checkpoint.identity,
         architecture=model.architecture,
         total_parameters=sum(spec.num_elements for spec in specs),
         active_parameters=sum(_active_elements(spec, model.architecture) for spec in specs),
-        num_tensors=sum(len(spec.parts) for spec in specs),
+        num_tensors=len({part.name for spec in specs for part in spec.parts}),
         num_bytes=sum(size.num_bytes for size in roles.values()),
         dtype_bytes=dtype_bytes,
         shard_bytes={shard.name: shard.stat().st_size for shard in checkpoint.shards},
         roles=roles,
         routing=_routing(model),
     )
+
+
+def _stored_once(table: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """The table without rows that are another row's tensor again, as a tied head is."""
+    rows: dict[tuple[Part, ...], TensorSpec] = {}
+    for spec in table:
+        rows.setdefault(spec.parts, spec)
+    return list(rows.values())
 
 
 def _active_elements(spec: TensorSpec, architecture: Architecture) -> int:

@@ -40,14 +40,37 @@ class Join(StrEnum):
     NONE = "none"
     CONCATENATE = "concatenate"  # along axis 0: q, k and v into one
     STACK = "stack"  # along a new axis 0: the experts of a layer
+    INTERLEAVE = "interleave"  # stacked, each expert's rows taken in turn from a pair of parts: gate and up of a SwiGLU
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One checkpoint tensor: its name there and the shape it must have."""
+    """One checkpoint tensor: its name there and the shape it must have.
+
+    Where several parts lie in one tensor of shape `stored_shape`, a part begins at row `first_row` of that tensor seen
+    as [rows, *shape[1:]].
+    """
 
     name: str
     shape: tuple[int, ...]
+    stored_shape: tuple[int, ...] | None = None
+    first_row: int = 0
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """The shape of the checkpoint tensor."""
+        return self.shape if self.stored_shape is None else self.stored_shape
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    def read(self, checkpoint: Checkpoint, rows: slice | None = None) -> npt.NDArray[np.float32]:
+        """The part, or `rows` of it, as float32. Raises CheckpointError when a value is not finite."""
+        if self.stored_shape is None:
+            return checkpoint.read_float32(self.name, rows)
+        first, last, _ = (rows or slice(None)).indices(self.shape[0])
+        return checkpoint.read_float32(self.name, slice(self.first_row + first, self.first_row + last), self.shape[1:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +87,12 @@ class TensorSpec:
     @property
     def num_elements(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def groups(self) -> list[tuple[Part, ...]]:
+        """The parts in the order of their values; those of a group give their rows in turn."""
+        size = 2 if self.join is Join.INTERLEAVE else 1
+        return [self.parts[start : start + size] for start in range(0, len(self.parts), size)]
 
 
 def single(name: str, shape: tuple[int, ...], letters: str, role: Role, stored_name: str | None = None) -> TensorSpec:
@@ -85,6 +114,14 @@ def stacked(name: str, parts: Sequence[Part], letters: str, role: Role) -> Tenso
     return TensorSpec(name=name, shape=shape, letters=letters, role=role, parts=tuple(parts), join=Join.STACK)
 
 
+def interleaved(name: str, pairs: Sequence[tuple[Part, Part]], letters: str, role: Role) -> TensorSpec:
+    """A row [E, 2 * rows, ...] that is one pair of parts an expert: even rows of the first, odd rows of the second."""
+    rows, *others = pairs[0][0].shape
+    parts = tuple(part for pair in pairs for part in pair)
+    shape = (len(pairs), 2 * rows, *others)
+    return TensorSpec(name=name, shape=shape, letters=letters, role=role, parts=parts, join=Join.INTERLEAVE)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weights:
     """A checkpoint seen through its family's table: float32 values under our names, read when asked for."""
@@ -96,16 +133,12 @@ class Weights:
         """The whole tensor, float32, in the table's shape."""
         spec = self.table[name]
         if spec.join is Join.NONE:
-            return self.checkpoint.read_float32(spec.parts[0].name)
+            return spec.parts[0].read(self.checkpoint)
         whole = np.empty(spec.shape, dtype=np.float32)
-        row = 0
-        for index, part in enumerate(spec.parts):
-            values = self.checkpoint.read_float32(part.name)
-            if spec.join is Join.STACK:
-                whole[index] = values
-            else:
-                whole[row : row + len(values)] = values
-                row += len(values)
+        flat, done = whole.reshape(-1), 0
+        for chunk in self.chunks(name):
+            flat[done : done + chunk.size] = chunk.reshape(-1)
+            done += chunk.size
         return whole
 
     def chunks(self, name: str, expert_order: Sequence[int] | None = None) -> Iterator[npt.NDArray[np.float32]]:
@@ -113,13 +146,19 @@ class Weights:
 
         A chunk of a stacked tensor holds rows of one expert, without the expert axis.
         """
-        spec = self.table[name]
-        parts = spec.parts if expert_order is None else [spec.parts[e] for e in expert_order]
-        for part in parts:
-            num_rows = part.shape[0]
-            step = max(1, CHUNK_ELEMENTS // max(1, math.prod(part.shape[1:])))
+        groups = self.table[name].groups
+        for group in groups if expert_order is None else [groups[e] for e in expert_order]:
+            num_rows, *others = group[0].shape
+            step = max(1, CHUNK_ELEMENTS // max(1, len(group) * math.prod(others)))
             for row in range(0, num_rows, step):
-                yield self.checkpoint.read_float32(part.name, slice(row, min(row + step, num_rows)))
+                rows = slice(row, min(row + step, num_rows))
+                if len(group) == 1:
+                    yield group[0].read(self.checkpoint, rows)
+                    continue
+                chunk = np.empty((rows.stop - rows.start, len(group), *others), dtype=np.float32)
+                for turn, part in enumerate(group):
+                    chunk[:, turn] = part.read(self.checkpoint, rows)
+                yield chunk.reshape(-1, *others)
 
     def stored_dtypes(self) -> list[str]:
         """The dtypes in which the checkpoint keeps the table's tensors."""
@@ -135,14 +174,16 @@ def open_weights(checkpoint: Checkpoint, specs: Sequence[TensorSpec], harmless: 
     used: set[str] = set()
     for spec in specs:
         for part in spec.parts:
+            if part.name in used:  # another slice of a tensor that was looked at
+                continue
             used.add(part.name)
             stored = checkpoint.tensors.get(part.name)
             if stored is None:
-                problems.append(f"{part.name} is missing, expected {list(part.shape)} [{spec.letters}]")
-            elif stored.shape != part.shape:
+                problems.append(f"{part.name} is missing, expected {list(part.whole_shape)} [{spec.letters}]")
+            elif stored.shape != part.whole_shape:
                 problems.append(
                     f"{part.name} ({stored.shard.name}): found {list(stored.shape)}, config.json says "
-                    f"{list(part.shape)} [{spec.letters}]; is the config from another checkpoint?"
+                    f"{list(part.whole_shape)} [{spec.letters}]; is the config from another checkpoint?"
                 )
             elif stored.dtype not in FLOAT_DTYPES:
                 problems.append(f"{part.name} has dtype {stored.dtype}, expected one of {', '.join(FLOAT_DTYPES)}")

@@ -28,6 +28,14 @@ class Tokenizer:
         """Token ids of `text`; special tokens written in the text count as such, none is added."""
         return list(self.backend.encode(text, add_special_tokens=False).ids)
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt, with what the tokenizer puts before a text of its own accord, as Llama's start token;
+        a start token that the text itself begins with is not doubled."""
+        encoding = self.backend.encode(text, add_special_tokens=True)
+        ids = list(encoding.ids)
+        doubled = len(ids) > 1 and encoding.special_tokens_mask[0] and ids[0] == ids[1]
+        return ids[1:] if doubled else ids
+
     def decode(self, token_ids: list[int]) -> str:
         """The text of `token_ids`, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
         return str(self.backend.decode(token_ids, skip_special_tokens=True))

@@ -11,7 +11,7 @@ _T = TypeVar("_T")
 
 
 def read_typed(cls: type[_T], raw: Any, where: str = "") -> _T:  # noqa: ANN401 - JSON value
-    """`raw` as `cls`, a dataclass of numbers, texts, tuples, mappings and other such dataclasses.
+    """`raw` as `cls`, a dataclass of numbers, texts, truths, tuples, mappings and other such dataclasses.
 
     Raises ValueError naming the place, what was found and what was expected; missing and unknown keys included. A
     whole number passes for a float, true and false never pass for numbers.
@@ -45,7 +45,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401 - any type
         return {key: _value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint in (int, float, str) and isinstance(value, hint) and not isinstance(value, bool):
+    if hint in (int, float, str, bool) and isinstance(value, hint) and isinstance(value, bool) is (hint is bool):
         return value
     expected = getattr(hint, "__name__", str(hint))
     raise ValueError(f"{where} is {value!r:.60}, expected {expected}")

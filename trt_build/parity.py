@@ -204,14 +204,15 @@ def run_reference(
     import torch
 
     routed: list[FloatArray] = []
+
+    def keep(_gate: torch.nn.Module, _inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        logits = output if isinstance(output, torch.Tensor) else output[0]  # [S, E]; transformers adds its choice
+        routed.append(logits.numpy())
+
     hooks = []
     for layer in reference.model.layers:
         if hasattr(layer.mlp, "gate"):
-            hooks.append(
-                layer.mlp.register_forward_pre_hook(
-                    lambda module, inputs: routed.append((inputs[0][0] @ module.gate.T).numpy())
-                )
-            )
+            hooks.append(layer.mlp.gate.register_forward_hook(keep))
     try:
         with torch.no_grad():
             logits = reference(torch.tensor([list(window)]), use_cache=False).logits[0].numpy()
@@ -252,7 +253,7 @@ def split_windows(token_ids: Sequence[int], size: int, num_tokens: int) -> Itera
 def _windows(engine: Engine, text: str, num_tokens: int) -> list[Sequence[int]]:
     """The first window as long as the context allows, so that late positions and several prefill chunks are seen;
     the others of WINDOW_TOKENS."""
-    token_ids = load_tokenizer(engine.folder).encode(text)
+    token_ids = load_tokenizer(engine.folder).encode_prompt(text)
     asked = min(num_tokens, len(token_ids))
     if asked < MIN_TOKENS:
         remedy = "pass a longer text" if num_tokens >= MIN_TOKENS else "ask for more tokens"

@@ -1,7 +1,8 @@
-"""The reference: transformers' Phi, its MLPs replaced by a mixture where the checkpoint has experts, float32 on CPU.
+"""The reference: transformers' own model of the family, float32 on CPU.
 
-Independent of the engine but for the reading of tensors: attention, rotary embedding, norms and head are transformers'
-own; the mixture is written out expert by expert. Proven by an identity: with all experts equal it is PhiForCausalLM.
+Independent of the engine but for the reading of tensors. For a phixtral, which transformers lacks, it is its Phi with
+a mixture for each MLP, written out expert by expert; proven by an identity: with all experts equal it is
+PhiForCausalLM. For a Mixtral it is MixtralForCausalLM, whose router is told which of equal logits to prefer.
 
 This module imports torch and transformers; it is imported only where a reference is asked for.
 """
@@ -9,10 +10,12 @@ This module imports torch and transformers; it is imported only where a referenc
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers import PhiConfig, PhiForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding, MixtralTopKRouter
 
 from export.architecture import Architecture
 from export.errors import ConfigError
@@ -29,18 +32,19 @@ class Mixture(nn.Module):
         self, gate: torch.Tensor, fc1: nn.ParameterDict, fc2: nn.ParameterDict, experts_per_token: int
     ) -> None:
         super().__init__()
-        self.gate = nn.Parameter(gate)  # [E, H]
+        self.gate = nn.Linear(gate.shape[1], gate.shape[0], bias=False, device="meta")
+        self.gate.weight = nn.Parameter(gate)  # [E, H]
         self.fc1, self.fc2 = fc1, fc2  # weight [E, F, H], bias [E, F]; weight [E, H, F], bias [E, H]
         self.experts_per_token = experts_per_token
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, S, H] to [B, S, H]."""
         tokens = x.reshape(-1, x.shape[-1])  # [T, H]
-        logits, experts = torch.sort(tokens @ self.gate.T, dim=-1, descending=True, stable=True)
+        logits, experts = torch.sort(self.gate(tokens), dim=-1, descending=True, stable=True)
         shares = torch.softmax(logits[:, : self.experts_per_token], dim=-1)  # [T, K]
         chosen = experts[:, : self.experts_per_token]
         result = torch.zeros_like(tokens)
-        for e in range(self.gate.shape[0]):
+        for e in range(self.gate.out_features):
             rows, place = torch.where(chosen == e)
             hidden = nn.functional.linear(tokens[rows], self.fc1["weight"][e], self.fc1["bias"][e])
             output = nn.functional.linear(
@@ -50,11 +54,16 @@ class Mixture(nn.Module):
         return result.reshape(x.shape)
 
 
-def load_reference(model: Model) -> PhiForCausalLM:
+def load_reference(model: Model) -> PreTrainedModel:
     """The checkpoint as a transformers model in float32, with `generate` and all. Raises ConfigError for a family
     that has no reference."""
-    if model.family.name not in ("phi", "phixtral"):
+    loaders = {"phi": _load_phi, "phixtral": _load_phi, "mixtral": _load_mixtral}
+    if model.family.name not in loaders:
         raise ConfigError(f"loading the reference: none is known for the family {model.family.name}")
+    return loaders[model.family.name](model)
+
+
+def _load_phi(model: Model) -> PhiForCausalLM:
     facts = model.architecture
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -107,3 +116,68 @@ def _state(weights: Weights, facts: Architecture) -> list[tuple[str, torch.Tenso
         else:
             state.append((f"{prefix}.{TRANSFORMERS_MODULES[module]}.{kind}", tensor))
     return state
+
+
+class LowestFirstRouter(MixtralTopKRouter):
+    """Mixtral's router with the order of equal probabilities settled: of equals the lowest expert index wins."""
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[T, H] to logits [T, E], the shares of the K chosen [T, K] and which they are, int64 [T, K]."""
+        logits = nn.functional.linear(hidden_states, self.weight)
+        probabilities, experts = torch.sort(torch.softmax(logits, dim=-1), dim=-1, descending=True, stable=True)
+        chosen = probabilities[:, : self.top_k]
+        return logits, chosen / chosen.sum(dim=-1, keepdim=True), experts[:, : self.top_k]
+
+
+def mixtral_config(facts: Architecture) -> MixtralConfig:
+    """transformers' configuration of a Mixtral with these facts."""
+    config = MixtralConfig(
+        vocab_size=facts.vocab_size,
+        hidden_size=facts.hidden_size,
+        intermediate_size=facts.ffn_size,
+        num_hidden_layers=facts.num_layers,
+        num_attention_heads=facts.num_heads,
+        num_key_value_heads=facts.num_kv_heads,
+        head_dim=facts.head_size,
+        max_position_embeddings=facts.max_positions,
+        rms_norm_eps=facts.norm_epsilon,
+        tie_word_embeddings=facts.tied_head,
+        sliding_window=facts.sliding_window,
+        num_experts_per_tok=facts.experts_per_token,
+        num_local_experts=facts.num_experts,
+        bos_token_id=facts.bos_token_id,
+        eos_token_id=list(facts.eos_token_ids) or None,
+        rope_parameters={"rope_type": "default", "rope_theta": facts.rope_base},
+    )
+    config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
+    return config
+
+
+def _load_mixtral(model: Model) -> MixtralForCausalLM:
+    config = mixtral_config(model.architecture)
+    with torch.device("meta"):
+        reference = MixtralForCausalLM(config).eval()
+        for layer in reference.model.layers:
+            layer.mlp.gate = LowestFirstRouter(config)
+    reference.model.rotary_emb = MixtralRotaryEmbedding(config)
+    reference.load_state_dict(dict(_mixtral_state(model)), strict=True, assign=True)
+    return reference
+
+
+def _mixtral_state(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
+    """transformers' names and tensors, each loaded when it is asked for."""
+    facts = model.architecture
+    queries, keys = facts.num_heads * facts.head_size, facts.num_kv_heads * facts.head_size
+    for name in model.weights.table:
+        tensor = torch.from_numpy(model.weights.load(name))
+        stem = name.removesuffix(".weight")
+        if stem.endswith(".qkv_proj"):
+            for letter, part in zip("qkv", tensor.split([queries, keys, keys]), strict=True):
+                yield name.replace("qkv_proj", f"{letter}_proj"), part
+        elif stem.endswith(".experts.gate_up"):  # rows in turn; transformers has all of gate, then all of up
+            yield f"{stem}_proj", torch.cat([tensor[:, 0::2], tensor[:, 1::2]], dim=1)
+        elif stem.endswith(".experts.down"):
+            yield f"{stem}_proj", tensor
+        else:
+            yield name, tensor

@@ -21,7 +21,7 @@ from export.tensor_table import Role, TensorSpec, Weights, open_weights
 if TYPE_CHECKING:
     from export.onnx_graph.graph import GraphBuilder
 
-_MODULES = ("phi", "phixtral")
+_MODULES = ("phi", "phixtral", "mixtral")
 
 
 @dataclass(frozen=True, kw_only=True)

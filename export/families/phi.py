@@ -25,7 +25,6 @@ from export.families.phi_stack import (
     FINAL_NORM,
     HARMLESS_TENSORS,
     HEAD,
-    check_heads,
     has_experts,
     layer_name,
     read_msft_config,
@@ -33,16 +32,11 @@ from export.families.phi_stack import (
     stack_head,
     stack_tensors,
 )
+from export.families.transformers_config import HARMLESS_KEYS, check_heads, read_rope
 from export.tensor_table import Part, Role, TensorSpec, concatenated, single
 
 if TYPE_CHECKING:
     from export.onnx_graph.graph import GraphBuilder
-
-_HARMLESS_KEYS = (
-    "architectures", "auto_map", "model_type", "attention_dropout", "embd_pdrop", "resid_pdrop", "initializer_range",
-    "transformers_version", "use_cache", "_name_or_path", "pad_token_id", "chunk_size_feed_forward", "id2label",
-    "label2id", "is_encoder_decoder", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
-)  # fmt: skip
 
 # Our module names to transformers', at the top of the model and inside a layer; Wqkv is three there.
 TRANSFORMERS_TOP = {
@@ -72,19 +66,12 @@ def read_config(raw: Mapping[str, Any]) -> Architecture:
 def _read_transformers_config(raw: Mapping[str, Any]) -> Architecture:
     """`absent` values are those of transformers' PhiConfig (models/phi/configuration_phi.py)."""
     reader = ConfigReader(raw, "phi")
-    reader.harmless(*_HARMLESS_KEYS)
+    reader.harmless(*HARMLESS_KEYS, "embd_pdrop", "resid_pdrop")
     hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
     reader.require("hidden_act", ["gelu_new"], absent="gelu_new")
     reader.require("qk_layernorm", [False], absent=False)
     reader.require("tie_word_embeddings", [False], absent=False)
-    reader.require("rope_scaling", [None])
-    # transformers 5 nests the rotary facts in rope_parameters, transformers 4 kept them at the top.
-    rope = reader.nested("rope_parameters")
-    reader.harmless("rope_theta", "partial_rotary_factor")
-    rope.require("rope_type", ["default"], absent="default")
-    unknown = rope.overlaid - {"rope_theta", "rope_type", "partial_rotary_factor"}
-    if unknown:
-        reader.problem(f"rope_parameters holds {', '.join(sorted(unknown))}, which this family does not honour")
+    rope = read_rope(reader, "rope_theta", "partial_rotary_factor")
     if hidden % heads:
         reader.problem(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     bos = reader.token_ids("bos_token_id")

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from export.architecture import MAX_POSITIONS, Architecture, ConfigReader
+from export.families.transformers_config import check_heads
 from export.tensor_table import Role, TensorSpec, single
 
 if TYPE_CHECKING:
@@ -85,19 +86,6 @@ def read_msft_config(raw: Mapping[str, Any], family: str) -> Architecture:
     check_heads(reader, architecture)
     reader.finish()
     return architecture
-
-
-def check_heads(reader: ConfigReader, architecture: Architecture) -> None:
-    """Relations between dimensions that attention needs."""
-    if architecture.num_heads % architecture.num_kv_heads:
-        reader.problem(
-            f"{architecture.num_heads} query heads do not divide among {architecture.num_kv_heads} key heads"
-        )
-    if architecture.rotary_dim % 2 or architecture.rotary_dim > architecture.head_size:
-        reader.problem(
-            f"rotary dimension {architecture.rotary_dim}, expected an even number up to the head size "
-            f"{architecture.head_size}"
-        )
 
 
 def stack_tensors(architecture: Architecture, mlp: Callable[[Architecture, int], list[TensorSpec]]) -> list[TensorSpec]:

@@ -61,7 +61,9 @@ def tensors(architecture: Architecture, names: Sequence[str]) -> list[TensorSpec
 
 def _moe(graph: GraphBuilder, layer: int, normed: str) -> str:
     name = f"{layer_name(layer)}.moe"
-    return graph.experts(normed, gate=f"{name}.gate.weight", fc1=f"{name}.mlp.fc1", fc2=f"{name}.mlp.fc2", name=name)
+    return graph.experts(
+        normed, gate=f"{name}.gate.weight", fc1=f"{name}.mlp.fc1", fc2=f"{name}.mlp.fc2", name=name, activation="gelu"
+    )
 
 
 def decoder(graph: GraphBuilder, architecture: Architecture) -> str:

@@ -84,22 +84,30 @@ class GraphBuilder:
             "LayerNormalization", inputs, path, float_type="float32", axis=-1, epsilon=epsilon, stash_type=1
         )
 
+    def rms_norm(self, x: str, path: str, epsilon: float) -> str:
+        """[B, S, H] divided by its root mean square over H, and scaled by path.weight."""
+        inputs = [self._cast(x, "float32"), self._plain(f"{path}.weight")]
+        return self._node(
+            "SimplifiedLayerNormalization", inputs, path, float_type="float32", axis=-1, epsilon=epsilon, stash_type=1
+        )
+
     def linear(self, x: str, path: str, *, scaled_rows: int = 0, row_factor: float = 1.0) -> str:
-        """x @ path.weight.T + path.bias: [B, S, in] to [B, S, out]; its first `scaled_rows` outputs are multiplied by
-        `row_factor`, which the stored weight and bias take in."""
+        """x @ path.weight.T + path.bias, where the table has a bias: [B, S, in] to [B, S, out]; its first `scaled_rows`
+        outputs are multiplied by `row_factor`, which the stored weight and bias take in."""
         scaled: dict[str, Any] = {"scaled_rows": scaled_rows, "row_factor": row_factor}
         outputs, job = self._weight(f"{path}.weight", "MatMulNBits", **scaled)
-        bias = self._plain(f"{path}.bias", self._float_type, **scaled)
+        bias = self._bias(path, **scaled)
         x = self._cast(x, self._float_type)
         if job.packing is Packing.PLAIN:
             product = self._node(
                 "FusedMatMul", [x, outputs[0]], f"{path}.product", microsoft=True, float_type=self._float_type,
                 transA=0, transB=1, transBatchA=0, transBatchB=0, alpha=1.0,
             )  # fmt: skip
-            return self._node("Add", [product, bias], path, float_type=self._float_type)
+            return self._node("Add", [product, bias], path, float_type=self._float_type) if bias else product
         rows, columns = self._table[f"{path}.weight"].shape
+        inputs = [x, *outputs, *(("", "", bias) if bias else ())]
         return self._node(
-            "MatMulNBits", [x, *outputs, "", "", bias], path, microsoft=True, float_type=self._float_type,
+            "MatMulNBits", inputs, path, microsoft=True, float_type=self._float_type,
             N=rows, K=columns, bits=job.bits, block_size=job.block_size, accuracy_level=self._plan.accuracy_level,
             weight_prepacked=0,
         )  # fmt: skip
@@ -135,7 +143,8 @@ class GraphBuilder:
             more_outputs=[names.present_key(layer), names.present_value(layer)],
             float_type=self._float_type, num_heads=facts.num_heads, kv_num_heads=facts.num_kv_heads,
             scale=1 / math.sqrt(facts.head_size) / self._query_factors.get(qkv, 1.0),
-            softcap=0.0, local_window_size=-1, do_rotary=1, rotary_interleaved=0, smooth_softmax=0,
+            softcap=0.0, local_window_size=facts.sliding_window or -1, do_rotary=1, rotary_interleaved=0,
+            smooth_softmax=0,
         )  # fmt: skip
 
     def gelu_tanh(self, x: str, path: str) -> str:
@@ -147,17 +156,23 @@ class GraphBuilder:
         inputs = [self._cast(left, "float32"), self._cast(right, "float32")]
         return self._node("Add", inputs, f"{path}.sum", float_type="float32")
 
-    def experts(self, x: str, *, gate: str, fc1: str, fc2: str, name: str) -> str:
-        """Route [B, S, H] to the K experts of the largest gate logits, weighted by the softmax over those K."""
+    def experts(self, x: str, *, gate: str, fc1: str, fc2: str, name: str, activation: str) -> str:
+        """Route [B, S, H] to the K experts of the largest gate logits, weighted by the softmax over those K.
+
+        `activation` between fc1 and fc2 is "gelu" in its tanh form, or "swiglu", silu(gate) * up, where fc1 gives gate
+        and up in turn. A bias is added where the table has one.
+        """
         router = self._router(x, gate, name)
         x = self._cast(x, self._float_type)
         features = [self._table[f"{fc}.weight"].shape[-1] for fc in (fc1, fc2)]
         (weight1, job1), (weight2, _) = (self._weight(f"{fc}.weight", "QMoE", features) for fc in (fc1, fc2))
-        bias1, bias2 = (self._plain(f"{fc}.bias", self._float_type) for fc in (fc1, fc2))
+        bias1, bias2 = self._bias(fc1), self._bias(fc2)
         common: dict[str, Any] = {
-            "k": self.architecture.experts_per_token, "activation_type": "gelu", "normalize_routing_weights": 1,
+            "k": self.architecture.experts_per_token, "activation_type": activation, "normalize_routing_weights": 1,
             "use_sparse_mixer": 0, "swiglu_fusion": 0, "float_type": self._float_type,
         }  # fmt: skip
+        if activation == "swiglu":  # gate * sigmoid(alpha * gate) * (up + beta), neither of the two clamped
+            common |= {"swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0, "swiglu_limit": math.inf}
         if job1.packing is Packing.PLAIN:
             inputs = [x, router, weight1[0], bias1, weight2[0], bias2]
             return self._node("MoE", inputs, name, microsoft=True, **common)
@@ -308,6 +323,10 @@ class GraphBuilder:
         )  # fmt: skip
         self.jobs.append(job)
         return [initializer.name for initializer in initializers], job
+
+    def _bias(self, path: str, **scaled: Any) -> str:  # noqa: ANN401 - WeightJob's fields
+        """Plan path.bias; an empty name where the table has none, as ONNX writes an absent input."""
+        return self._plain(f"{path}.bias", self._float_type, **scaled) if f"{path}.bias" in self._table else ""
 
     def _plain(self, name: str, float_type: str = "float32", **scaled: Any) -> str:  # noqa: ANN401 - as above
         """Plan a tensor that is never quantised: norms and biases; an expert's bias follows the experts' order."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from export.checkpoint import file_digest, open_checkpoint
+from export.families import mixtral
 from export.inspection import describe
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "synthetic_checkpoint.py"
@@ -18,6 +22,15 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "synthetic_checkpoint.py"
 def write(output, *words):
     command = [sys.executable, SCRIPT, "--like", "phixtral-2x2_8", "--output", output, "--layers", "1", *words]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def module():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("synthetic_checkpoint", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +65,27 @@ def test_the_same_seed_gives_the_same_bytes_and_an_existing_folder_is_kept(check
     done = write(checkpoint)
     assert done.returncode == 2
     assert "exists already" in done.stderr
+
+
+def test_every_model_is_planned_with_the_published_names_and_bytes(module):
+    # total_size in the published index of Mixtral-8x7B; the phixtrals' by hand, as above.
+    for like, num_bytes, sample in (
+        ("mixtral-8x7b", 93_405_585_408, "model.layers.31.block_sparse_moe.experts.7.w3.weight"),
+        ("phixtral-2x2_8", 2 * (262_200_320 + 32 * 131_118_080), "transformer.h.31.moe.mlp.1.fc2.bias"),
+    ):
+        facts = module.MODELS[like]
+        planned = module.planned_tensors(facts, module.DTYPES[facts.source_dtype])
+        assert sum(tensor.num_bytes for tensor in planned) == num_bytes
+        assert sample in [tensor.name for tensor in planned]
+    config = module.mixtral_config(module.MIXTRAL)
+    assert mixtral.read_config(config) == module.MIXTRAL
+
+
+def test_mixtral_values_have_the_scale_of_their_width(module):
+    chunks = module.draws(0)
+    planned = {t.name: t for t in module.planned_tensors(replace(module.MIXTRAL, num_layers=1), "BF16")}
+    first = next(chunks(planned["model.layers.0.block_sparse_moe.experts.0.w2.weight"]))
+    assert first.dtype == ml_dtypes.bfloat16
+    assert np.std(first.astype(np.float32)) == pytest.approx(1 / np.sqrt(14336), rel=0.02)
+    assert (next(chunks(planned["model.layers.0.input_layernorm.weight"])) == 1).all()
+    assert next(chunks(planned["model.embed_tokens.weight"])).astype(np.float32).std() == pytest.approx(1, rel=0.02)

@@ -1,8 +1,8 @@
 """Token ids in one by one, text out as soon as it cannot change any more.
 
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(tokenizer, prompt_ids)
     pieces = [detokenizer.push(token) for token in ids] + [detokenizer.flush()]
-    assert "".join(pieces) == tokenizer.decode(ids)
+    assert tokenizer.decode(prompt_ids) + "".join(pieces) == tokenizer.decode(prompt_ids + ids)
 
 A token may end in the middle of a UTF-8 character; such an end decodes to U+FFFD, so a text's trailing U+FFFD are kept
 back until the next token decides them or `flush` gives them out. Bytes written as tokens of their own (<0x0A>, the byte
@@ -13,6 +13,7 @@ whole run. Pieces are whole code points; an emoji of several may arrive in sever
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from export.tokenizer import Tokenizer
 
@@ -25,14 +26,15 @@ class Detokenizer:
     """Decodes a window of the latest tokens, so that a step's cost does not grow with the text.
 
     The window always begins where a character does, and with tokens whose text was given out: decoders that strip the
-    first token's space then strip it from known text only.
+    first token's space then strip it from known text only. It begins with a token of the prompt, since the space that
+    begins an answer parts the two.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._given = 0  # characters of the window's text that were given out
-        self._boundary = 0  # a place in the window where a character begins
+        self._window = self._last_text_token(prompt_ids)
+        self._given = len(tokenizer.decode(self._window))  # characters of the window's text that were given out
+        self._boundary = len(self._window)  # a place in the window where a character begins
         self._in_bytes = False  # the last token with a text is a byte
 
     def push(self, token_id: int) -> str:
@@ -58,6 +60,14 @@ class Detokenizer:
         text = self._tokenizer.decode(self._window)
         piece, self._given = text[self._given :], len(text)
         return piece
+
+    def _last_text_token(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The prompt's last token that has a text and is no byte, whose run a wrong byte of the answer would spoil."""
+        for token in reversed(prompt_ids):
+            # Twice, since a lone space is stripped where it comes first.
+            if not self._is_byte(token) and self._tokenizer.decode([token, token]):
+                return [token]
+        return []
 
     def _is_byte(self, token_id: int) -> bool:
         return _BYTE_TOKEN.fullmatch(self._tokenizer.backend.id_to_token(token_id) or "") is not None

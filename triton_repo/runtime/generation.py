@@ -109,7 +109,7 @@ class Answer:
         options = plan.options
         self.plan = plan
         self._sampler = Sampler(plan, tokenizer.size)
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, plan.prompt_ids)
         self._stop = StopWatcher(options.stop_words)
         self._bad_words = options.bad_words
         self._tail_size = max((len(word) for word in options.bad_words), default=1) - 1

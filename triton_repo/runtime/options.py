@@ -154,7 +154,7 @@ def plan_generation(
             f"end_id: found {options.end_id}, expected a token id below {tokenizer.size}, or -1 for none; "
             "leave it out to use the model's own"
         )
-    prompt_ids = tokenizer.encode(options.prompt)
+    prompt_ids = tokenizer.encode_prompt(options.prompt)
     if options.prompt and not prompt_ids:
         problems.append("text_input: found a prompt without a single token, expected at least one; send more text")
     if len(prompt_ids) >= max_sequence:
