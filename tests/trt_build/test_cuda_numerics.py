@@ -350,8 +350,10 @@ def test_a_shift_of_the_router_leaves_the_weights_of_the_chosen_as_they_are(tiny
     np.testing.assert_allclose(shares(given), shares(logits), atol=2e-3)
 
 
-def test_equal_router_logits_go_to_the_lowest_expert_index(tmp_path, tiny_checkpoint):
-    engine = build(edited(tiny_checkpoint, tmp_path / "checkpoint", tie_every_gate), tmp_path / "engine")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_equal_router_logits_go_to_the_lowest_expert_index(tmp_path, tiny_checkpoint, precision):
+    checkpoint = edited(tiny_checkpoint, tmp_path / "checkpoint", tie_every_gate)
+    engine = build(checkpoint, tmp_path / "engine", precision)
     given, _ = routing(engine, TOKENS[:64])
     assert engine.manifest.expert_order == (0, 1, 2, 3, 4)
     assert (given == 0).all()
