@@ -8,7 +8,7 @@ Facts of 1.31, from its sources and documentation (docs/contrib_ops/cuda/{moe_qm
   (microsoft/onnxruntime#28980).
 - Where zero points are left out, GatherBlockQuantized has not always taken the same on both (#31692).
 - A float32 product runs in TF32 on CUDA, with the 10 bits of a float16's fraction, unless that is turned off.
-- A MoE's `gelu` is the tanh form, Phi-2's, on CPU and in CUDA's grouped products of int4, int8 and, before Hopper,
+- A MoE's `gelu` is the tanh form, Phi-2's, on CPU and in CUDA's grouped products of int4, int8 and, but for Hopper,
   float16; Hopper's float16 product has the erf form beside it, and the runtime takes whichever measures faster.
 """
 
