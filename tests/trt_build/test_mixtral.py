@@ -13,6 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from cuda_kernels import check_types
 from decoding import genai_greedy, greedy, load_genai
 from mixtral_checkpoints import SPELLINGS, write_llama_tokenizer, write_mixtral_checkpoint
 from safetensors.numpy import load_file, save_file
@@ -359,3 +360,13 @@ def test_packed_experts_are_read_piece_by_piece(tmp_path):
     found = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
     packed_bytes = 8 * 2 * 3584 * 1024 * 2  # gate_up_proj, bfloat16: 117 MB
     assert 0 < found <= packed_bytes
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_every_node_of_a_cuda_engine_has_a_kernel_of_its_types(tmp_path, precision):
+    options = BuildOptions(checkpoint=str(EXAMPLE), output=tmp_path / "engine", precision=precision, provider="cuda")
+    folder = build_engine(options).folder
+    for name in ("model.onnx", "model_scoring.onnx"):
+        problems, operators = check_types(onnx.load(str(folder / name), load_external_data=False))
+        assert problems == []
+        assert {"MoE", "QMoE"} & set(operators)
