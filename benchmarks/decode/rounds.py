@@ -69,6 +69,7 @@ def run_rounds(
         _choose(record, lengths, threads)
     bandwidths: list[dict[str, float]] = []
     for number in range(rounds):
+        _await_quiet("the bandwidth")
         bandwidths.append(machine.read_bandwidth(threads, bandwidth_bytes))
         rates = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in bandwidths[-1].items())
         logger.info("round %d of %d: read bandwidth in GB/s: %s", number + 1, rounds, rates)

@@ -151,6 +151,7 @@ def scripted(monkeypatch):
             return found, {}
 
         monkeypatch.setattr(rounds, "run_turn", scripted_turn)
+        monkeypatch.setattr(rounds, "_await_quiet", lambda name: None)
         monkeypatch.setattr(rounds.machine, "read_bandwidth", lambda *_: {"integer sum": 9e3, "dot product": 10e3})
         return ran
 
