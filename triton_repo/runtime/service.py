@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,15 @@ class Service:
 
         Raises EngineError, CheckpointError, MissingPackageError.
         """
-        engine = open_engine(folder)
-        return cls(Session(engine, threads, device_index), load_tokenizer(folder))
+        engine = open_engine(folder, check_digests=False)
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            # Hashing takes about as long as loading, which keeps one core busy.
+            checked = pool.submit(open_engine, folder)
+            try:
+                session = Session(engine, threads, device_index)
+            finally:
+                checked.result()
+        return cls(session, load_tokenizer(folder))
 
     def respond(self, tensors: Mapping[str, npt.NDArray[Any]], is_cancelled: Callable[[], bool]) -> Iterator[Piece]:
         """The pieces of one answer, or the whole answer as one piece unless the request streams.
