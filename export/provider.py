@@ -52,7 +52,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
     {
         "cpu": Provider(
             name="cpu", runtime_name="CPUExecutionProvider", float_type="float32",
-            precisions=("fp32", "int8", "int4"), block_sizes=(128, 64, 32), accuracy_level=4,
+            precisions=("fp32", "int8", "int4"), block_sizes=(64, 32), accuracy_level=4,
             prefers_highest_place=True, writes_zero_points=False, packs_weights=True, package="onnxruntime",
             extra="cpu",
         ),

@@ -84,6 +84,7 @@ class Manifest:
     routing: Mapping[str, Any] | None
     libraries: Mapping[str, str]
     files: Mapping[str, FileRecord]
+    stages: tuple[str, ...]  # the serving graph's files, which run one after the other
     kernel_layout: str | None  # of the CPU kernels that the weights are packed for (export/onnx_graph/packing.py)
     verification: Mapping[str, Any] | None = None
 
@@ -207,6 +208,8 @@ def _check_facts(manifest: Manifest) -> None:
     absent = [name for name in REQUIRED_FILES if name not in manifest.files]
     if strangers or absent:
         raise ValueError(f"files outside the folder: {strangers}, files not listed: {absent}")
+    if not manifest.stages or set(manifest.stages) - set(manifest.files):
+        raise ValueError(f"stages are {manifest.stages}, expected files of the engine")
     bare = [name for name, record in manifest.files.items() if (record.sha256 is None) is not (name == DATA_FILE)]
     if bare:
         raise ValueError(f"files.{bare[0]}: a digest is {'missing' if bare[0] != DATA_FILE else 'not expected'}")

@@ -86,6 +86,7 @@ class PreparedBuild:
             routing=_routing(self.model),
             libraries=libraries(),
             files=files,
+            stages=self.export.stage_names,
             kernel_layout=kernel_layout(self.export.probe) if self.export.probe else None,
         )
 

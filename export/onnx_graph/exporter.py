@@ -1,6 +1,7 @@
 """A model and a precision in, two ONNX graphs over one data file out.
 
 model.onnx          serving: logits of the last position, [B, 1, V]
+model.0.onnx, ...   where weights are packed: the serving graph in halves, which are loaded side by side (stages.py)
 model_scoring.onnx  verification: logits of every position, and each layer's router logits
 model.onnx.data     the weights of both, written once, tensor by tensor
 weights.jsonl       what each part of them was made of, and where it lies, with digests of both
@@ -18,6 +19,7 @@ from export.families import Model
 from export.onnx_graph.graph import GraphBuilder
 from export.onnx_graph.initializers import unread_scales, with_packed_forms
 from export.onnx_graph.packing import NO_KEY, probe_graph
+from export.onnx_graph.stages import halves
 from export.onnx_graph.weights import Packing, Placement, WeightJob, place
 from export.onnx_graph.writer import PartRecord, Progress, records_text, write_weights
 from export.provider import PROVIDERS, Provider
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 SERVING_GRAPH = "model.onnx"
 SCORING_GRAPH = "model_scoring.onnx"
+STAGE_GRAPH = "model.{}.onnx"
 DATA_FILE = "model.onnx.data"
 RECORDS_FILE = "weights.jsonl"
 PROBE_GRAPH = "kernels.onnx"
@@ -43,6 +46,7 @@ class ExportPlan:
     scoring: onnx.ModelProto
     jobs: tuple[WeightJob, ...]
     placement: Placement
+    stages: tuple[onnx.ModelProto, ...]  # the serving graph as a session loads it
     probe: bytes | None  # the graph that tells kernels apart, where weights are packed for them
 
     def graphs(self, keys: Mapping[str, str] | None = None) -> dict[str, onnx.ModelProto]:
@@ -51,7 +55,16 @@ class ExportPlan:
         if keys is None:
             keys = {job.source: NO_KEY.format(job.packed.operator) for job in self.jobs if job.packed}
         built = {SERVING_GRAPH: self.serving, SCORING_GRAPH: self.scoring}
+        if len(self.stages) > 1:
+            built |= dict(zip(self.stage_names, self.stages, strict=True))
         return {name: with_packed_forms(graph, self.jobs, self.placement, keys) for name, graph in built.items()}
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """The files of the stages."""
+        return (
+            tuple(STAGE_GRAPH.format(n) for n in range(len(self.stages))) if len(self.stages) > 1 else (SERVING_GRAPH,)
+        )
 
     @property
     def bytes_by_role(self) -> dict[Role, int]:
@@ -92,8 +105,10 @@ def plan_export(
     jobs = (*serving.jobs, unread) if unread else tuple(serving.jobs)
     placement = place(jobs)
     weights = [job.packed for job in jobs if job.packed]
+    whole = serving.finish(serving_logits, placement, DATA_FILE)
     return ExportPlan(
-        serving=serving.finish(serving_logits, placement, DATA_FILE),
+        serving=whole,
+        stages=halves(whole) if weights else (whole,),
         scoring=scoring_graph.finish(scoring_logits, placement, DATA_FILE),
         jobs=jobs,
         probe=probe_graph(weights) if weights else None,

@@ -13,22 +13,26 @@ BATCH = "batch_size"
 SEQUENCE = "sequence_length"
 PAST = "past_sequence_length"
 TOTAL = "total_sequence_length"
+HIDDEN = "hidden_size"
+
+
+PAST_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
 
 
 def past_key(layer: int) -> str:
-    return f"past_key_values.{layer}.key"
+    return f"{PAST_PREFIX}{layer}.key"
 
 
 def past_value(layer: int) -> str:
-    return f"past_key_values.{layer}.value"
+    return f"{PAST_PREFIX}{layer}.value"
 
 
 def present_key(layer: int) -> str:
-    return f"present.{layer}.key"
+    return f"{PRESENT_PREFIX}{layer}.key"
 
 
 def present_value(layer: int) -> str:
-    return f"present.{layer}.value"
+    return f"{PRESENT_PREFIX}{layer}.value"
 
 
 def router_logits(layer: int) -> str:

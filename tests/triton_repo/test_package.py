@@ -131,7 +131,7 @@ def test_a_damaged_engine_is_refused_and_nothing_is_written(tmp_path, tiny_engin
     content = bytearray((engine / "model.onnx.data").read_bytes())
     content[1000] ^= 4
     (engine / "model.onnx.data").write_bytes(content)
-    with pytest.raises(EngineError, match=r"model.onnx.data: .*codes \(bytes 0 to \d+\): found SHA-256 \w+…, expected"):
+    with pytest.raises(EngineError, match=r"model.onnx.data: .* \(bytes 0 to \d+\): found SHA-256 \w+…, expected"):
         package(engine, tmp_path / "repository")
     assert entries(tmp_path) == ["engine"]
 

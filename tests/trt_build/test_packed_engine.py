@@ -27,21 +27,21 @@ def copies(tmp_path, tiny_engines):
     return lambda precision: Path(shutil.copytree(tiny_engines(precision), tmp_path / precision))
 
 
-def edit_graph(folder, edit):
-    """Change the serving graph's packed initializers: `edit` gets a mapping of their external data. Digests are left
-    as they were."""
-    model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
-    for tensor in model.graph.initializer:
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        if "prepacked_0" in entries:
-            edit(tensor.name, entries)
-            del tensor.external_data[:]
-            for key, value in entries.items():
-                tensor.external_data.add(key=key, value=value)
-    changed = model.SerializeToString()
-    (folder / "model.onnx").write_bytes(changed)
+def edit_graphs(folder, edit):
+    """Change the packed initializers of what a session loads: `edit` gets a name and its external data as a mapping.
+    Digests are left as they were."""
     manifest = json.loads((folder / "engine.json").read_text())
-    manifest["files"]["model.onnx"]["bytes"] = len(changed)
+    for name in manifest["stages"]:
+        model = onnx.load(str(folder / name), load_external_data=False)
+        for tensor in model.graph.initializer:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            if "prepacked_0" in entries:
+                edit(tensor.name, entries)
+                del tensor.external_data[:]
+                for key, value in entries.items():
+                    tensor.external_data.add(key=key, value=value)
+        (folder / name).write_bytes(model.SerializeToString())
+        manifest["files"][name]["bytes"] = (folder / name).stat().st_size
     (folder / "engine.json").write_text(json.dumps(manifest))
 
 
@@ -62,6 +62,20 @@ def test_packed_weights_give_the_logits_of_portable_ones_bit_for_bit(tiny_engine
     np.testing.assert_array_equal(routed, expected_routing)
 
 
+def test_the_stages_are_the_whole_graphs_nodes_and_weights_each_once(tiny_engines):
+    folder = tiny_engines("int4")
+    assert open_engine(folder).manifest.stages == ("model.0.onnx", "model.1.onnx")
+    whole, *halves = (
+        onnx.load(str(folder / name), load_external_data=False).graph
+        for name in ("model.onnx", "model.0.onnx", "model.1.onnx")
+    )
+    facts = {node.name for node in halves[0].node} & {node.name for node in halves[1].node}
+    assert facts == {node.name for node in whole.node if node.name.startswith("attention/")}
+    assert {node.name for half in halves for node in half.node} == {node.name for node in whole.node}
+    weights = [tensor.name for half in halves for tensor in half.initializer if tensor.external_data]
+    assert sorted(weights) == sorted(tensor.name for tensor in whole.initializer if tensor.external_data)
+
+
 def test_a_blob_in_another_layers_place_changes_the_logits(copies, tiny_engines):
     folder, blobs = copies("int4"), {}
 
@@ -71,13 +85,13 @@ def test_a_blob_in_another_layers_place_changes_the_logits(copies, tiny_engines)
             entries["prepacked_0"] = f"{key}|{blobs.get('last', places)}"
             blobs["last"] = places
 
-    edit_graph(folder, exchange)
+    edit_graphs(folder, exchange)
     assert not np.allclose(logits(folder)[0], logits(tiny_engines("int4"))[0], atol=1e-2)
 
 
 def test_kernels_that_meet_no_key_give_no_plausible_logits(copies):
     folder = copies("int4")
-    edit_graph(folder, lambda name, entries: entries.update(prepacked_0=f"x{entries['prepacked_0']}"))
+    edit_graphs(folder, lambda name, entries: entries.update(prepacked_0=f"x{entries['prepacked_0']}"))
     with pytest.raises(EngineError, match="its logits are not finite; check it with moeship verify"):
         logits(folder)
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 _FATAL, _WARNING = 4, 2  # ONNX Runtime's severities of its log
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # options of glibc's mallopt
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MAX_ARENAS = -1, -3, -8  # options of glibc's mallopt
 _WHILE_LOADING = 1 << 30
 # What ONNX Runtime keeps on the CPU beside any provider: the arithmetic of shapes.
 _SHAPE_OPERATORS = frozenset({"Cast", "Gather", "Shape"})
@@ -100,16 +102,29 @@ def _check_kernels(engine: Engine) -> None:
         )
 
 
-def load_graph(engine: Engine, name: str, device: Device, threads: int | None) -> onnxruntime.InferenceSession:
-    """Load one of an engine's graphs on a device. Raises EngineError where ONNX Runtime refuses it or would run it
-    elsewhere."""
-    import onnxruntime
+def load_graphs(
+    engine: Engine, graphs: Sequence[str], device: Device, threads: int | None
+) -> list[onnxruntime.InferenceSession]:
+    """Load some of an engine's graphs on a device, side by side. Raises EngineError where ONNX Runtime refuses one or
+    would run it elsewhere."""
 
-    path = engine.folder / name
+    def load(name: str) -> onnxruntime.InferenceSession:
+        return _load_graph(engine.folder / name, device, threads, alone=len(graphs) == 1)
+
+    keeping = _memory_kept() if engine.manifest.kernel_layout else contextlib.nullcontext()
+    with keeping, ThreadPoolExecutor(max_workers=len(graphs)) as pool:
+        return list(pool.map(load, graphs))
+
+
+def _load_graph(path: Path, device: Device, threads: int | None, *, alone: bool) -> onnxruntime.InferenceSession:
+    import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if not alone:
+        # Each graph has threads of its own: those of one must not wait for work on the cores that the other needs.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     runtime_name = device.provider.runtime_name
@@ -117,10 +132,9 @@ def load_graph(engine: Engine, name: str, device: Device, threads: int | None) -
     if device.kind != "cpu":
         settings["device_id"] = str(device.index)
     try:
-        with _memory_kept() if engine.manifest.kernel_layout else contextlib.nullcontext():
-            graph = onnxruntime.InferenceSession(
-                str(path), options, providers=[(runtime_name, settings)], enable_fallback=0
-            )
+        graph = onnxruntime.InferenceSession(
+            str(path), options, providers=[(runtime_name, settings)], enable_fallback=0
+        )
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise EngineError(f"loading {path}: ONNX Runtime {onnxruntime.__version__} refuses it ({error})") from error
     elsewhere = _placed_elsewhere(graph, runtime_name)
@@ -146,6 +160,7 @@ def _memory_kept() -> Iterator[None]:
     except (OSError, AttributeError):
         yield
         return
+    set_option(_MAX_ARENAS, 1)  # the heaps of other threads do not hold buffers of 64 MB
     set_option(_MMAP_THRESHOLD, _WHILE_LOADING)
     set_option(_TRIM_THRESHOLD, _WHILE_LOADING)
     try:
@@ -154,6 +169,7 @@ def _memory_kept() -> Iterator[None]:
         # Where glibc's own adjustment ends at the most.
         set_option(_MMAP_THRESHOLD, 32 << 20)
         set_option(_TRIM_THRESHOLD, 64 << 20)
+        set_option(_MAX_ARENAS, 0)
         trim(0)
 
 
