@@ -65,4 +65,4 @@ def plan_for(precision: str, provider: Provider = PROVIDERS["cpu"]) -> QuantPlan
     plan = PLANS[precision]
     if not plan.bits:
         return plan
-    return replace(plan, block_sizes=provider.block_sizes, accuracy_level=provider.accuracy_level)
+    return replace(plan, block_sizes=provider.block_sizes[precision], accuracy_level=provider.accuracy_level)

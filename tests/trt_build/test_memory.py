@@ -74,6 +74,6 @@ def test_an_engine_that_does_not_fit_is_refused_with_the_context_that_would(tiny
 
 def test_the_session_refuses_before_it_loads_anything(tiny_engine, monkeypatch):
     monkeypatch.setattr("trt_build.memory.available_memory", lambda: 3_000_000)
-    monkeypatch.setattr("trt_build.ort.session.load_graph", None)
+    monkeypatch.setattr("trt_build.ort.session.load_graphs", None)
     with pytest.raises(EngineError, match=r"loading .* for sequences of 640 tokens: found 0.00 GB of memory available"):
         Session(open_engine(tiny_engine))
