@@ -25,6 +25,7 @@ from export.output import staged_directory
 from triton_repo.errors import RepositoryError
 from triton_repo.model_config import CONFIG_FILE, ServedModel, config_text, model_config
 from triton_repo.runtime.parameters import MAX_THREADS, ModelParameters
+from triton_repo.seal import write_seal
 from trt_build.engine import MANIFEST_FILE, Engine, open_engine
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,9 @@ def _write_model(folder: Path, engine: Engine, options: PackageOptions) -> int:
     (version / parameters.engine).mkdir()
     names = [*engine.manifest.files, MANIFEST_FILE]
     target = version / parameters.engine
-    return sum(_place(engine.folder / name, target / name, copy=options.copy) for name in names)
+    copied = sum(_place(engine.folder / name, target / name, copy=options.copy) for name in names)
+    write_seal(target)
+    return copied
 
 
 def _place(source: Path, target: Path, *, copy: bool) -> int:

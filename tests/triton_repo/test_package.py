@@ -75,7 +75,7 @@ def test_the_engine_is_linked_whole_and_opens_in_its_new_place(tmp_path, tiny_en
     result = package(tiny_engine, tmp_path / "repository")
     version = tmp_path / "repository" / "phixtral" / "1"
     assert entries(tmp_path / "repository" / "phixtral") == ["1", "config.pbtxt"]
-    assert entries(version) == ["engine", "model.py"]
+    assert entries(version) == ["engine", "engine.seal.json", "model.py"]
     assert open_engine(version / "engine").manifest == open_engine(tiny_engine).manifest
     assert (version / "engine" / "model.onnx.data").samefile(tiny_engine / "model.onnx.data")
     assert (result.engine_bytes, result.copied_bytes) == (open_engine(tiny_engine).num_bytes, 0)

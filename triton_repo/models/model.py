@@ -22,7 +22,7 @@ class TritonPythonModel:
     """One instance of the model: an engine in memory and the buffers of one sequence."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Check the engine's digests and load it; what goes wrong becomes the reason in the repository index."""
+        """Load the engine; what goes wrong becomes the reason in the repository index."""
         config = json.loads(args["model_config"])
         parameters = ModelParameters.from_config(config)
         folder = Path(args["model_repository"]) / args["model_version"] / parameters.engine

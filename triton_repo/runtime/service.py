@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from export.tokenizer import Tokenizer, load_tokenizer
 from triton_repo.errors import GRPC_STATUS, RequestError, RequestErrorKind
 from triton_repo.runtime.generation import Piece, generate, join
 from triton_repo.runtime.options import read_options
+from triton_repo.seal import is_sealed
 from trt_build.engine import open_engine
 from trt_build.ort.session import Session
 
@@ -36,19 +36,13 @@ class Service:
 
     @classmethod
     def open(cls, folder: Path, threads: int | None, device_index: int = 0) -> Service:
-        """Check every digest of the engine and load it, on the GPU of that index where it is for GPUs.
+        """Load the engine, on the GPU of that index where it is for GPUs. Every digest is checked first, unless the
+        files are as they were when the engine was packaged.
 
         Raises EngineError, CheckpointError, MissingPackageError.
         """
-        engine = open_engine(folder, check_digests=False)
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            # Hashing takes about as long as loading, which keeps one core busy.
-            checked = pool.submit(open_engine, folder)
-            try:
-                session = Session(engine, threads, device_index)
-            finally:
-                checked.result()
-        return cls(session, load_tokenizer(folder))
+        engine = open_engine(folder, check_digests=not is_sealed(folder))
+        return cls(Session(engine, threads, device_index), load_tokenizer(folder))
 
     def respond(self, tensors: Mapping[str, npt.NDArray[Any]], is_cancelled: Callable[[], bool]) -> Iterator[Piece]:
         """The pieces of one answer, or the whole answer as one piece unless the request streams.
