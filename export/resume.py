@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from export.errors import CheckpointError, MoeshipError, OutputError, listing
-from export.output import flush_to_disk, refuse_existing
+from export.output import flush_to_disk, refuse_existing, require_space
 
 logger = logging.getLogger(__name__)
 
@@ -88,14 +88,18 @@ def refuse_made(final: Path, what: str) -> None:
 
 
 @contextmanager
-def partial_folder(final: Path, what: str, fingerprint: Fingerprint, keep: tuple[str, ...]) -> Iterator[PartialFolder]:
+def partial_folder(
+    final: Path, what: str, fingerprint: Fingerprint, keep: tuple[str, ...], num_bytes: int
+) -> Iterator[PartialFolder]:
     """Yield the folder that becomes `final` when the block ends well; when not, finished parts stay for the next run,
     unless it was refused (any MoeshipError but OutputError).
 
-    Of the content that an earlier run left only the files named in `keep` are there. Raises OutputError when `final`
-    exists, when another process is making it, and when the disk refuses; CheckpointError when a source changed.
+    Of the content that an earlier run left only the files named in `keep` are there. `num_bytes` is what making it
+    takes on the disk. Raises OutputError when `final` exists, when another process is making it, and when the disk
+    lacks room or refuses; CheckpointError when a source changed.
     """
     refuse_made(final, what)
+    require_space(final, num_bytes - held_bytes(final), what)
     final, partial = final.resolve(), partial_path(final)
     try:
         with _locked(partial, final, what):
@@ -118,7 +122,7 @@ def partial_folder(final: Path, what: str, fingerprint: Fingerprint, keep: tuple
     except OSError as error:
         if error.errno is None:
             raise
-        raise OutputError(_refusal(error, final, partial, what)) from error
+        raise OutputError(_refusal(error, final, what, num_bytes)) from error
 
 
 @contextmanager
@@ -241,11 +245,9 @@ def held_bytes(final: Path) -> int:
     return sum(512 * path.stat().st_blocks for path in (partial_path(final) / "content").glob("*"))
 
 
-def _refusal(error: OSError, final: Path, partial: Path, what: str) -> str:
-    reason = f"writing {what} to {final}: {error.strerror} ({error.filename or partial})"
+def _refusal(error: OSError, final: Path, what: str, num_bytes: int) -> str:
+    reason = f"writing {what} to {final}: {error.strerror} ({error.filename or partial_path(final)})"
     if error.errno not in _FULL:
         return reason
-    files = [path.stat() for path in (partial / "content").glob("*")] if partial.is_dir() else []
-    missing = sum(max(0, entry.st_size - 512 * entry.st_blocks) for entry in files)
-    free = shutil.disk_usage(final.parent).free
+    missing, free = num_bytes - held_bytes(final), shutil.disk_usage(final.parent).free
     return f"{reason}; it takes {missing / 1e9:.2f} GB more, {final.parent} has {free / 1e9:.2f} GB free: make room"

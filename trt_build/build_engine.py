@@ -25,11 +25,11 @@ from export.command import run_command
 from export.digests import header_bytes, source_digests
 from export.errors import CheckpointError
 from export.onnx_graph.exporter import DATA_FILE, write_export
-from export.onnx_graph.writer import PartRecord, Progress
-from export.output import require_space
+from export.onnx_graph.parts import PartRecord
+from export.onnx_graph.writer import Progress, disk_bytes
 from export.provider import PROVIDERS
 from export.quantize.recipe import PLANS
-from export.resume import Fingerprint, SourceFile, held_bytes, partial_folder, refuse_made
+from export.resume import Fingerprint, SourceFile, partial_folder, refuse_made
 from trt_build.engine import FORMAT_VERSION, Engine, Source, open_engine, record_files, write_manifest
 from trt_build.ort.genai_config import GENAI_FILE
 from trt_build.prepare import BACKENDS, EngineOptions, PreparedBuild, check_options, libraries, prepare_build
@@ -55,9 +55,9 @@ def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | N
     refuse_made(options.output, "the engine")
     build = prepare_build(options)
     checkpoint = build.checkpoint
-    require_space(options.output, build.export.placement.total_bytes - held_bytes(options.output), "the engine")
+    space = disk_bytes(build.export.jobs, build.export.placement)
     fingerprint = Fingerprint(settings=_settings(build), sources=_source_files(checkpoint))
-    with partial_folder(options.output, "the engine", fingerprint, keep=(DATA_FILE,)) as folder:
+    with partial_folder(options.output, "the engine", fingerprint, keep=(DATA_FILE,), num_bytes=space) as folder:
         records = write_export(build.export, build.model, folder, progress or (lambda _: None))
         for path in checkpoint.tokenizer_files():
             shutil.copyfile(path, folder.content / path.name)

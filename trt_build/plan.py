@@ -10,16 +10,16 @@ Nothing is written and no weight is read but the gates, whose diagnosis stands i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from export.digests import Run
 from export.onnx_graph.exporter import DATA_FILE, PROBE_GRAPH, RECORDS_FILE
 from export.onnx_graph.packing import NO_KEY
+from export.onnx_graph.parts import PartRecord, Region, planned_regions, records_text
 from export.onnx_graph.weights import Packing, WeightJob
-from export.onnx_graph.writer import PartRecord, Region, num_workers, planned_regions, records_text, working_bytes
+from export.onnx_graph.writer import conversion_bytes
 from export.tensor_table import Role, Weights
 from trt_build.engine import MANIFEST_FILE, FileRecord, Source, manifest_text
 from trt_build.memory import kv_bytes_per_token
@@ -129,7 +129,7 @@ def plan_engine(build: PreparedBuild) -> EnginePlan:
         average_bits_per_weight=8 * total.total_bytes / total.num_weights,
         files=files,
         source_bytes=sum(stored.num_bytes for stored in build.checkpoint.tensors.values()),
-        conversion_bytes=_conversion_bytes(export.jobs, weights),
+        conversion_bytes=conversion_bytes(export.jobs, export.placement, weights),
         kv_bytes_per_token=kv_bytes_per_token(build.model.architecture, build.provider),
     )
 
@@ -161,19 +161,6 @@ def _role_plan(job: WeightJob, weights: Weights, share: float) -> RolePlan:
         plain_bytes=total - codes - scales,
         bytes_per_token=round(total * share),
     )
-
-
-def _conversion_bytes(jobs: Sequence[WeightJob], weights: Weights) -> int:
-    """Peak resident memory of a build's process: what this process, which has loaded the same libraries and laid out
-    the same graphs, has taken so far, and what the threads hold that convert the largest parts side by side."""
-    held = sorted((working_bytes(job, weights) for job in jobs), reverse=True)
-    return peak_memory() + sum(held[: num_workers()])
-
-
-def peak_memory() -> int:
-    """The most bytes that were resident in this process. Source: proc(5), /proc/pid/status, VmHWM."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def _files(build: PreparedBuild) -> dict[str, int]:

@@ -19,9 +19,10 @@ from export.families import Model
 from export.onnx_graph.graph import GraphBuilder
 from export.onnx_graph.initializers import unread_scales, with_packed_forms
 from export.onnx_graph.packing import NO_KEY, probe_graph
+from export.onnx_graph.parts import PartRecord, records_text
 from export.onnx_graph.stages import halves
 from export.onnx_graph.weights import Packing, Placement, WeightJob, place
-from export.onnx_graph.writer import PartRecord, Progress, records_text, write_weights
+from export.onnx_graph.writer import Progress, write_weights
 from export.provider import PROVIDERS, Provider
 from export.quantize.recipe import QuantPlan
 from export.resume import PartialFolder

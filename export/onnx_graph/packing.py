@@ -17,8 +17,11 @@ Each weight is packed by ONNX Runtime itself, in a graph of that one node.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
+import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from export.errors import ExportError, MissingPackageError
+from export.errors import ExportError, MissingPackageError, MoeshipError
 from export.onnx_graph import names
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 
 PACKING_OPERATORS = ("MatMulNBits", "QMoE")
 HASH_DIGITS = 20
+SCRATCH_COPIES = 3  # the form to be packed, and what ONNX Runtime writes: both forms
 NO_KEY = "{}+" + "0" * HASH_DIGITS  # of an operator, as long as any
 TILE_ROWS = 16  # the kernels pack so many rows together
 _COPY_BYTES = 1 << 24
@@ -103,15 +107,15 @@ def packed(
 ) -> Iterator[PackedWeight]:
     """Pack one weight, given in consecutive pieces of codes and scales; its blobs lie in files until the block ends.
 
-    The working files are made in `folder`, about three times the weight's bytes. Raises ExportError where this
-    machine's kernel keeps no packed form of it.
+    The working files are made in `folder`, about SCRATCH_COPIES times the weight's bytes. Raises ExportError where this
+    machine's kernel keeps no packed form of it, and OSError where the disk is full.
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix="pack-") as scratch:
         work = Path(scratch)
         with (work / "codes").open("wb") as codes, (work / "scales").open("wb") as scales:
             for piece in pieces:
-                np.ascontiguousarray(piece[0]).tofile(codes)
-                np.ascontiguousarray(piece[1]).tofile(scales)
+                codes.write(np.ascontiguousarray(piece[0]).data)
+                scales.write(np.ascontiguousarray(piece[1]).data)
         codes_span = Span(file="codes", offset=0, length=weight.codes_bytes)
         scales_span = Span(file="scales", offset=0, length=weight.scales_bytes)
         found = _pack(weight, _external(weight, codes_span, scales_span), work / "packed.bin", work)
@@ -124,8 +128,9 @@ def packed(
         (work / "codes").unlink()
         (work / "scales").write_bytes(not_a_number(weight.scales_bytes))
         over_blob = Span(file="packed.bin", offset=blob.offset, length=weight.codes_bytes)
+        (work / "keyed.bin").symlink_to(os.devnull)  # of this form the key is all that is wanted
         keyed = _pack(weight, _external(weight, over_blob, scales_span), work / "keyed.bin", work)
-        (work / "keyed.bin").unlink()
+        (work / "keyed.bin").unlink(missing_ok=True)
         yield PackedWeight(key=keyed.key, folder=work, blobs=found.blobs)
 
 
@@ -196,7 +201,14 @@ def _pack(weight: QuantizedWeight, tensors: Sequence[onnx.TensorProto], output: 
     """Pack the weight whose codes and scales are given, into the new file `output`."""
     import onnx
 
-    _save(_one_node(weight, tensors).SerializeToString(), output, folder)
+    try:
+        _save(_one_node(weight, tensors).SerializeToString(), output, folder)
+    except MoeshipError:
+        raise
+    except Exception as error:  # ONNX Runtime's exceptions share no base class, and this one does not tell why
+        if shutil.disk_usage(folder).free < 2 * weight.codes_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(output)) from error
+        raise
     for tensor in onnx.load(output.with_suffix(".onnx"), load_external_data=False).graph.initializer:
         packed = {entry.key: entry.value for entry in tensor.external_data}.get("prepacked_0")
         if tensor.name == "codes" and packed is not None:

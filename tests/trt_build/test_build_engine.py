@@ -20,6 +20,7 @@ from onnx.external_data_helper import load_external_data_for_model
 from safetensors.numpy import load_file, save_file
 
 from cli.main import main
+from conversion import watch
 from export.errors import CheckpointError, ConfigError, ExportError, OutputError, QuantizationError
 from export.quantize.grid import dequantize_blocks, unpack
 from trt_build.build_engine import BuildOptions, build_engine
@@ -409,31 +410,12 @@ def test_errors_end_the_command_with_status_2_and_one_line(tmp_path, tiny_checkp
     assert output.err.startswith("CheckpointError: opening the checkpoint")
 
 
-MEMORY_PROGRAM = """
-import sys
-from pathlib import Path
-from trt_build.build_engine import BuildOptions, build_engine
-small, large, output = sys.argv[1:]
-def peak():  # of this process alone; ru_maxrss would start from its parent's
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
-build_engine(BuildOptions(checkpoint=small, output=Path(output) / "engine-small"))  # loads every library
-before = peak()
-build_engine(BuildOptions(checkpoint=large, output=Path(output) / "engine-large"))
-print(peak() - before)
-"""
-
-
-def test_a_build_holds_no_more_than_three_of_the_largest_tensors(tmp_path, tiny_checkpoint):
-    sizes = {
-        "hidden_size": 1024,
-        "num_heads": 16,
-        "ffn_size": 4096,
-        "num_layers": 1,
-        "rotary_dim": 32,
-        "dtype": "float16",
-    }
-    large = write_phixtral_checkpoint(tmp_path / "large", seed=1, num_experts=4, experts_per_token=2, **sizes)
-    words = [sys.executable, "-c", MEMORY_PROGRAM, tiny_checkpoint, large, tmp_path]
-    found = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
-    largest = 4 * 4096 * 1024 * 2  # a layer's fc1, float16
-    assert 0 < found <= 3 * largest
+def test_a_builds_memory_does_not_grow_with_its_model(tmp_path):
+    sizes = {"hidden_size": 1024, "num_heads": 16, "ffn_size": 4096, "rotary_dim": 32, "dtype": "float16"}
+    peaks = []
+    for layers in (2, 8):
+        folder = tmp_path / f"{layers} layers"
+        write_phixtral_checkpoint(folder, seed=1, num_experts=4, experts_per_token=2, num_layers=layers, **sizes)
+        words = ["build", "--checkpoint", str(folder), "--output", str(tmp_path / f"engine-{layers}")]
+        peaks.append(watch([sys.executable, "-m", "cli.main", *words])["peak_bytes"])
+    assert peaks[1] <= 1.1 * peaks[0]

@@ -1,0 +1,48 @@
+"""A converter for the workers' tests: what it does with a job is the job's name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.checkpoint import open_checkpoint
+from export.errors import MissingPackageError, QuantizationError
+from export.families import read_model
+from export.onnx_graph.converter import Converter
+from export.onnx_graph.parts import PartRecord
+from export.onnx_graph.weights import Placement
+
+
+@dataclass(frozen=True, kw_only=True)
+class OddJob:
+    source: str
+    packed: None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OddConverter(Converter):
+    def convert(self, job, count):
+        count(len(job.source))
+        match job.source:
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "refuse":
+                raise QuantizationError("quantising w: its values are odd")
+            case "lack":
+                raise MissingPackageError("onnxruntime", "packing", "cpu")
+            case "fill":
+                raise OSError(28, "No space left on device", "data")
+            case "break":
+                raise ValueError("a fault of ours")
+            case "sleep":
+                time.sleep(3600)
+        return PartRecord(part=job.source, sources={}, regions=(), key=str(os.getpid()))
+
+
+def odd_converter(checkpoint):
+    weights = read_model(open_checkpoint(checkpoint)).weights
+    placement = Placement(offsets={}, total_bytes=0)
+    return OddConverter(data=Path("data"), placement=placement, weights=weights, scratch=Path())
