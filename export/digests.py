@@ -1,16 +1,17 @@
 """SHA-256 of a checkpoint's bytes, taken while they are read for conversion, and of parts of files.
 
-A tensor is read in one run from start to end, or in several where the experts packed in it are stored in another
-order; a run is hashed as it is read. The digest of a shard is SHA-256 over its header (the first 8 + length bytes) and
-then, tensor by tensor in order of offset and run by run in order of place, the 32 bytes of the run's own SHA-256. So it
-is known after one pass, and anyone can recompute it on several cores: a tensor that no list of runs names is one run.
+A tensor is read in one run from start to end, or in one for each of the parts that are packed in it (an expert's gate
+rows, say), whatever their order; a run is hashed as it is read. The digest of a shard is SHA-256 over its header (the
+first 8 + length bytes) and then, tensor by tensor in order of offset and run by run in order of place, the 32 bytes of
+the run's own SHA-256. So it is known after one pass, and anyone can recompute it on several cores: an engine's
+weights.jsonl lists the runs, and a tensor that it does not name is one run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,19 +43,22 @@ class _OpenRun:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedCheckpoint(Checkpoint):
-    """A checkpoint that hashes what is read through it; for one thread. `count` gets the bytes of each read."""
+    """A checkpoint that hashes what is read through it; for one thread. `count` gets the bytes of each read; `starts`
+    says at which bytes of a tensor a run begins, where that is not its start alone."""
 
     count: Callable[[int], None]
+    starts: Mapping[str, Collection[int]] = field(default_factory=dict)
     _open: dict[str, list[_OpenRun]] = field(default_factory=dict)
 
     def read_into(self, stored: StoredTensor, start: int, view: memoryview) -> None:
         """As of any checkpoint."""
         super().read_into(stored, start, view)
         runs = self._open.setdefault(stored.name, [])
-        run = next((run for run in runs if run.end == start), None)
+        if start in self.starts.get(stored.name, (0,)):
+            runs.append(_OpenRun(start=start, end=start, sha=hashlib.sha256()))
+        run = next((run for run in reversed(runs) if run.end == start), None)
         if run is None:
-            run = _OpenRun(start=start, end=start, sha=hashlib.sha256())
-            runs.append(run)
+            raise AssertionError(f"{stored.name} was read from byte {start} on, where no run begins or has come to")
         run.sha.update(view)
         run.end += len(view)
         self.count(len(view))
@@ -71,9 +75,11 @@ class RecordedCheckpoint(Checkpoint):
         return found
 
 
-def recorded(checkpoint: Checkpoint, count: Callable[[int], None]) -> RecordedCheckpoint:
+def recorded(
+    checkpoint: Checkpoint, count: Callable[[int], None], starts: Mapping[str, Collection[int]] | None = None
+) -> RecordedCheckpoint:
     """The checkpoint, recording."""
-    return RecordedCheckpoint(**vars(checkpoint), count=count)
+    return RecordedCheckpoint(**vars(checkpoint), count=count, starts=starts or {})
 
 
 def source_digests(checkpoint: Checkpoint, runs: Runs, read: bool = True) -> dict[str, str]:

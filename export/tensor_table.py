@@ -65,6 +65,11 @@ class Part:
     def num_elements(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def first_element(self) -> int:
+        """Where in the checkpoint tensor the part begins."""
+        return self.first_row * math.prod(self.shape[1:])
+
     def read(self, checkpoint: Checkpoint, rows: slice | None = None) -> npt.NDArray[np.float32]:
         """The part, or `rows` of it, as float32. Raises CheckpointError when a value is not finite."""
         if self.stored_shape is None:

@@ -12,9 +12,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from export.digests import Run
+from export.onnx_graph.converter import run_starts
 from export.onnx_graph.exporter import DATA_FILE, PROBE_GRAPH, RECORDS_FILE
 from export.onnx_graph.packing import NO_KEY
 from export.onnx_graph.parts import PartRecord, Region, planned_regions, records_text
@@ -188,14 +190,13 @@ def _files(build: PreparedBuild) -> dict[str, int]:
 
 def _records(build: PreparedBuild) -> list[PartRecord]:
     """weights.jsonl but for the digests' values."""
-    stored, table = build.checkpoint.tensors, build.model.weights.table
+    stored, weights = build.checkpoint.tensors, build.model.weights
     return [
         PartRecord(
             part=job.source,
-            sources={} if job.packing is Packing.UNREAD else {
-                part.name: (Run(bytes=stored[part.name].num_bytes, sha256=_DIGEST),)
-                for part in table[job.source].parts
-            },
+            sources={name: tuple(Run(bytes=end - start, sha256=_DIGEST)
+                                 for start, end in pairwise([*starts, stored[name].num_bytes]))
+                     for name, starts in run_starts(job, weights).items()},
             regions=tuple(Region(name=name, offset=offset, bytes=size, sha256=_DIGEST)
                           for name, offset, size in planned_regions(job, build.export.placement)),
             key=NO_KEY.format(job.packed.operator) if job.packed else None,

@@ -31,7 +31,7 @@ class Converter:
 
     def convert(self, job: WeightJob, count: Callable[[int], None]) -> PartRecord:
         """Write one part; `count` gets the bytes of each read. Raises as reading, quantising and packing do."""
-        checkpoint = recorded(self.weights.checkpoint, count)
+        checkpoint = recorded(self.weights.checkpoint, count, run_starts(job, self.weights))
         regions = [_OpenRegion(*region) for region in planned_regions(job, self.placement)]
         produced = job.produce(Weights(checkpoint=checkpoint, table=self.weights.table))
         key = None
@@ -51,6 +51,17 @@ class Converter:
             raise AssertionError(f"{job.source}: wrote to {[region.position for region in regions]}, planned {ends}")
         written = tuple(region.finish() for region in regions)
         return PartRecord(part=job.source, sources=checkpoint.runs(), regions=written, key=key)
+
+
+def run_starts(job: WeightJob, weights: Weights) -> dict[str, list[int]]:
+    """At which bytes of each source tensor a run of reading begins: where one of the job's parts does."""
+    if job.packing is Packing.UNREAD:
+        return {}
+    starts: dict[str, list[int]] = {}
+    for part in weights.table[job.source].parts:
+        itemsize = weights.checkpoint.tensors[part.name].itemsize
+        starts.setdefault(part.name, []).append(part.first_element * itemsize)
+    return {name: sorted(found) for name, found in starts.items()}
 
 
 def working_bytes(job: WeightJob, weights: Weights) -> int:

@@ -37,22 +37,44 @@ def test_a_tensor_read_in_pieces_from_start_to_end_is_one_run(checkpoint):
     assert counted == [1600] * 5 + [960]
 
 
-def test_experts_read_in_another_order_are_runs_in_order_of_place(checkpoint):
-    reading = recorded(checkpoint, lambda _: None)
-    for start, end in ((30, 40), (40, 56), (0, 10), (10, 30)):
+HALF = 30 * 40 * 4  # the byte at which row 30 begins
+
+
+def test_parts_read_in_another_order_are_runs_in_order_of_place(checkpoint):
+    reading = recorded(checkpoint, lambda _: None, {FC1: [0, HALF]})
+    for start, end in ((30, 40), (0, 10), (40, 56), (10, 30)):  # in turn, as gate and up rows are
         reading.read(FC1, slice(start, end))
     stored = load_file(checkpoint.shards[0])[FC1]
     first, second = (Run(bytes=part.nbytes, sha256=sha(part.tobytes())) for part in (stored[:30], stored[30:]))
     assert reading.runs() == {FC1: (first, second)}
 
 
-@pytest.mark.parametrize("spans", [[(0, 55)], [(1, 56)], [(0, 56), (0, 56)], [(0, 30), (29, 56)], [(0, 20), (21, 56)]])
+def test_runs_do_not_depend_on_the_order_of_reading(checkpoint):
+    runs = []
+    for spans in (((0, 30), (30, 56)), ((30, 56), (0, 30))):
+        reading = recorded(checkpoint, lambda _: None, {FC1: [0, HALF]})
+        for start, end in spans:
+            reading.read(FC1, slice(start, end))
+        runs.append(reading.runs())
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("spans", [[(0, 55)], [(0, 56), (0, 56)]])
 def test_bytes_left_out_or_read_twice_are_noticed(checkpoint, spans):
     reading = recorded(checkpoint, lambda _: None)
     for start, end in spans:
         reading.read(FC1, slice(start, end))
     with pytest.raises(AssertionError, match=f"{FC1} was read in .*, not whole and once"):
         reading.runs()
+
+
+@pytest.mark.parametrize(("before", "wrong"), [(0, 1), (30, 29), (20, 21)])
+def test_a_reading_that_begins_where_none_should_is_noticed(checkpoint, before, wrong):
+    reading = recorded(checkpoint, lambda _: None)
+    if before:
+        reading.read(FC1, slice(0, before))
+    with pytest.raises(AssertionError, match=f"{FC1} was read from byte {wrong * 160} on, where no run begins"):
+        reading.read(FC1, slice(wrong, 56))
 
 
 def by_hand(shard, cuts):
@@ -78,11 +100,11 @@ def test_a_shards_digest_is_its_header_and_its_tensors_in_order(checkpoint):
 
 def test_runs_are_taken_as_they_are_or_read_again(checkpoint):
     [shard] = checkpoint.shards
-    reading = recorded(checkpoint, lambda _: None)
+    reading = recorded(checkpoint, lambda _: None, {FC1: [0, HALF]})
     for rows in (slice(30, 56), slice(0, 30)):
         reading.read(FC1, rows)
     reading.read(FC2)
-    expected = by_hand(shard, {FC1: 30 * 40 * 4})
+    expected = by_hand(shard, {FC1: HALF})
     assert source_digests(checkpoint, reading.runs(), read=False)["model.safetensors"] == expected
     assert source_digests(checkpoint, reading.runs())["model.safetensors"] == expected
     data = bytearray(shard.read_bytes())

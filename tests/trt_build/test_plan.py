@@ -9,6 +9,7 @@ import sys
 import pytest
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from conftest import QUANTIZABLE
+from mixtral_checkpoints import SPELLINGS, write_mixtral_checkpoint
 
 from conversion import watch
 from trt_build.build_engine import BuildOptions, build_engine
@@ -44,6 +45,17 @@ def test_a_dense_model_is_planned_to_the_byte(tmp_path):
     checkpoint = write_phi_checkpoint(tmp_path / "dense", seed=1, **QUANTIZABLE)
     planned = plan(checkpoint, precision="int8")
     built = build_engine(BuildOptions(checkpoint=str(checkpoint), output=tmp_path / "engine", precision="int8"))
+    assert planned.files == {path.name: path.stat().st_size for path in built.folder.iterdir()}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+def test_a_mixtral_is_planned_to_the_byte_in_both_spellings(tmp_path, spelling, provider):
+    sizes = {"hidden_size": 128, "num_heads": 8, "ffn_size": 192}
+    checkpoint = write_mixtral_checkpoint(tmp_path / "c", seed=1, spelling=spelling, **sizes)
+    options = {"precision": "int4", "provider": provider}
+    planned = plan(checkpoint, **options)
+    built = build_engine(BuildOptions(checkpoint=str(checkpoint), output=tmp_path / "engine", **options))
     assert planned.files == {path.name: path.stat().st_size for path in built.folder.iterdir()}
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from checkpoints import write_phixtral_checkpoint
 from conftest import QUANTIZABLE
+from mixtral_checkpoints import write_mixtral_checkpoint
 
 from ci.kill_builds import DifferentEngine, compare, kill_builds
 from export.errors import CheckpointError, OutputError
@@ -242,6 +243,13 @@ def test_two_builds_into_one_output_refuse_each_other(tmp_path, checkpoint):
 
     build(checkpoint, tmp_path / "engine", second)
     assert open_engine(tmp_path / "engine").manifest.family == "phixtral"
+
+
+def test_a_packed_checkpoints_digests_are_the_same_whatever_order_a_provider_stores_its_experts_in(tmp_path):
+    sizes = {"hidden_size": 128, "num_heads": 8, "ffn_size": 192}
+    packed = write_mixtral_checkpoint(tmp_path / "packed", seed=1, spelling="packed", **sizes)
+    cpu, cuda = (build(packed, tmp_path / name, provider=name).manifest.source.digests for name in ("cpu", "cuda"))
+    assert cpu == cuda
 
 
 def test_each_source_tensor_is_read_once_from_start_to_end(tmp_path, checkpoint, monkeypatch):
