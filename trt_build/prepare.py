@@ -121,7 +121,7 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
         tokenizer=tokenizer,
         max_sequence=max_sequence,
         end_ids=end_ids,
-        export=plan_export(model, quantization, provider, portable=options.portable),
+        export=plan_export(model, quantization, provider, max_sequence=max_sequence, portable=options.portable),
     )
 
 

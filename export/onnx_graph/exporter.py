@@ -82,11 +82,17 @@ class ExportPlan:
 
 
 def plan_export(
-    model: Model, plan: QuantPlan, provider: Provider = PROVIDERS["cpu"], *, portable: bool = False
+    model: Model,
+    plan: QuantPlan,
+    provider: Provider = PROVIDERS["cpu"],
+    *,
+    max_sequence: int | None = None,
+    portable: bool = False,
 ) -> ExportPlan:
     """Build both graphs and lay out their shared data file; reads no weights.
 
-    Quantised weights are packed for this machine's kernels where the provider has such a form, unless `portable`.
+    The graphs take sequences of `max_sequence` tokens (None: all of the model's positions). Quantised weights are
+    packed for this machine's kernels where the provider has such a form, unless `portable`.
     """
     try:
         import onnx  # noqa: F401 - asked for here, so that its absence is told before any work
@@ -96,7 +102,7 @@ def plan_export(
     for scoring in (False, True):
         graph = GraphBuilder(
             model.architecture, model.weights.table, plan, provider, scoring=scoring,
-            packs=provider.packs_weights and not portable,
+            packs=provider.packs_weights and not portable, max_sequence=max_sequence,
         )  # fmt: skip
         hidden = model.family.decoder(graph, model.architecture)
         logits = model.family.head(graph, model.architecture, hidden if scoring else graph.last_position(hidden))

@@ -44,10 +44,12 @@ class GraphBuilder:
         *,
         scoring: bool,
         packs: bool,
+        max_sequence: int | None = None,
     ) -> None:
         self.architecture = architecture
         self.scoring = scoring
         self._packs = packs
+        self._max_sequence = max_sequence or architecture.max_positions
         self.jobs: list[WeightJob] = []
         self._table = table
         self._plan = plan
@@ -268,7 +270,7 @@ class GraphBuilder:
                    to=TensorProto.INT32)  # fmt: skip
 
     def _rotary_caches(self) -> None:
-        """cos and sin [max_positions, rotary_dim / 2] of position * base^(-2i / rotary_dim).
+        """cos and sin [max_sequence, rotary_dim / 2] of position * base^(-2i / rotary_dim).
 
         Frequencies and angles are rounded to float32 where PyTorch's implementations round them: at position 2000 an
         angle in float64 would differ by 1e-4.
@@ -277,7 +279,7 @@ class GraphBuilder:
         exponents = np.arange(0, facts.rotary_dim, 2, dtype=np.float32) / np.float32(facts.rotary_dim)
         powers = np.power(np.float64(facts.rope_base), exponents.astype(np.float64)).astype(np.float32)
         frequencies = np.float32(1.0) / powers
-        angles = np.arange(facts.max_positions, dtype=np.float32)[:, None] * frequencies[None, :]
+        angles = np.arange(self._max_sequence, dtype=np.float32)[:, None] * frequencies[None, :]
         self._constant("rotary/cos_cache", np.cos(angles.astype(np.float64)).astype(self._float_type))
         self._constant("rotary/sin_cache", np.sin(angles.astype(np.float64)).astype(self._float_type))
 

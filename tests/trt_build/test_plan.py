@@ -113,3 +113,9 @@ def test_the_planned_peak_memory_is_within_15_percent_of_a_builds(tmp_path, prec
     words = [*command, "build", "--checkpoint", large, "--precision", precision, "--output", tmp_path / "engine"]
     found = watch([str(word) for word in words])["peak_bytes"]
     assert abs(planned - found) <= 0.15 * found
+
+
+def test_a_shorter_context_leaves_the_later_positions_out_of_the_rotary_tables(tiny_checkpoint):
+    whole, short = plan(tiny_checkpoint), plan(tiny_checkpoint, max_sequence=40)
+    tables = (640 - 40) * 16 // 2 * 2 * 4  # cosines and sines of half the 16 rotary dimensions
+    assert whole.files["model.onnx"] - short.files["model.onnx"] == pytest.approx(tables, abs=16)
