@@ -64,6 +64,18 @@ def flush_to_disk(folder: Path, contents: bool = True) -> None:
             os.close(descriptor)
 
 
+def forget_pages(path: Path) -> None:
+    """Let go of a file that is on the disk from the page cache, where the system lets us: whoever maps it next chooses
+    the pages that it is read into."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
 def require_space(final: Path, num_bytes: int, what: str) -> None:
     """Raise OutputError where the file system of `final` has less than `num_bytes` free."""
     parent = final.resolve().parent

@@ -27,6 +27,7 @@ from export.errors import CheckpointError
 from export.onnx_graph.exporter import DATA_FILE, write_export
 from export.onnx_graph.parts import PartRecord
 from export.onnx_graph.writer import Progress, disk_bytes
+from export.output import forget_pages
 from export.provider import PROVIDERS
 from export.quantize.recipe import PLANS
 from export.resume import Fingerprint, SourceFile, partial_folder, refuse_made
@@ -65,6 +66,7 @@ def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | N
         manifest = build.manifest(_source(checkpoint, records), record_files(folder.content))
         _check_unchanged(checkpoint, fingerprint.sources)
         write_manifest(folder.content, manifest)
+    forget_pages(options.output / DATA_FILE)  # written in small pages; a session reads it into huge ones
     return open_engine(options.output, check_digests=False)
 
 

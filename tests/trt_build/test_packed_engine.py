@@ -13,10 +13,12 @@ import onnx
 import pytest
 
 from export.onnx_graph.packing import QuantizedWeight, kernel_layout, packed_bytes, probe_graph
+from export.output import forget_pages
 from tests.checkpoints import write_phixtral_checkpoint
 from trt_build.build_engine import BuildOptions, build_engine
 from trt_build.engine import open_engine
 from trt_build.errors import EngineError
+from trt_build.ort.device import read_in_huge_pages
 from trt_build.ort.session import ScoringSession, Session
 
 PROMPT = [11, 5, 300, 42, 7, 8, 9, 150]
@@ -182,3 +184,12 @@ def test_packed_weights_are_mapped_and_not_held_in_private_memory(tmp_path):
         )
         private[portable] = int(done.stdout) / engine.num_bytes
     assert private[False] < 0.5 < 1.0 < private[True]
+
+
+def test_reading_ahead_takes_any_file_and_changes_nothing(tmp_path):
+    path = tmp_path / "data"
+    for num_bytes in (1, 5000, (1 << 21) + 1):
+        path.write_bytes(bytes(range(256)) * (num_bytes // 256 + 1))
+        forget_pages(path)
+        read_in_huge_pages(path)
+        assert path.read_bytes() == bytes(range(256)) * (num_bytes // 256 + 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import mmap
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.errors import MissingPackageError
-from export.onnx_graph.exporter import PROBE_GRAPH
+from export.onnx_graph.exporter import DATA_FILE, PROBE_GRAPH
 from export.onnx_graph.packing import kernel_layout
 from export.provider import PROVIDERS, Provider
 from trt_build.engine import Engine
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _FATAL, _WARNING = 4, 2  # ONNX Runtime's severities of its log
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MAX_ARENAS = -1, -3, -8  # options of glibc's mallopt
 _WHILE_LOADING = 1 << 30
+_HUGE_PAGE_BYTES = 1 << 21
 # What ONNX Runtime keeps on the CPU beside any provider: the arithmetic of shapes.
 _SHAPE_OPERATORS = frozenset({"Cast", "Gather", "Shape"})
 
@@ -111,7 +113,10 @@ def load_graphs(
     def load(name: str) -> onnxruntime.InferenceSession:
         return _load_graph(engine.folder / name, device, threads, alone=len(graphs) == 1)
 
-    keeping = _memory_kept() if engine.manifest.kernel_layout else contextlib.nullcontext()
+    keeping: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if engine.manifest.kernel_layout:
+        read_in_huge_pages(engine.folder / DATA_FILE)
+        keeping = _memory_kept()
     with keeping, ThreadPoolExecutor(max_workers=len(graphs)) as pool:
         return list(pool.map(load, graphs))
 
@@ -145,6 +150,18 @@ def _load_graph(path: Path, device: Device, threads: int | None, *, alone: bool)
             "version's moeship"
         )
     return graph
+
+
+def read_in_huge_pages(path: Path) -> None:
+    """Bring a file into the page cache, in huge pages what is not there yet; where the kernel has none, as it does.
+
+    A mapping of huge pages is read an eighth faster than one of 4 kB, which is what a read leaves in the cache.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+        with contextlib.suppress(AttributeError, OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        for offset in range(0, len(pages), _HUGE_PAGE_BYTES):
+            pages[offset]  # a fault, which reads the page
 
 
 @contextlib.contextmanager
