@@ -66,8 +66,10 @@ def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | N
         manifest = build.manifest(_source(checkpoint, records), record_files(folder.content))
         _check_unchanged(checkpoint, fingerprint.sources)
         write_manifest(folder.content, manifest)
-    forget_pages(options.output / DATA_FILE)  # written in small pages; a session reads it into huge ones
-    return open_engine(options.output, check_digests=False)
+    engine = open_engine(options.output, check_digests=False)
+    if engine.manifest.kernel_layout:
+        forget_pages(engine.folder / DATA_FILE)  # written in small pages; a session reads it into huge ones
+    return engine
 
 
 def _settings(build: PreparedBuild) -> dict[str, Any]:

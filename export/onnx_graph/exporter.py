@@ -51,7 +51,7 @@ class ExportPlan:
     probe: bytes | None  # the graph that tells kernels apart, where weights are packed for them
 
     def graphs(self, keys: Mapping[str, str] | None = None) -> dict[str, onnx.ModelProto]:
-        """Both graphs by their files' names. `keys` are those of the packed weights, by job; None gives graphs of the
+        """Every graph by its file's name. `keys` are those of the packed weights, by job; None gives graphs of the
         same size that no session would find packed weights with."""
         if keys is None:
             keys = {job.source: NO_KEY.format(job.packed.operator) for job in self.jobs if job.packed}
@@ -126,7 +126,7 @@ def plan_export(
 def write_export(
     plan: ExportPlan, model: Model, folder: PartialFolder, progress: Callable[[Progress], None]
 ) -> list[PartRecord]:
-    """Write both graphs, the data file and its records; holds one chunk of one tensor a thread at a time."""
+    """Write every graph, the data file and its records; a worker holds a chunk, or a weight to pack."""
     records = write_weights(DATA_FILE, plan.jobs, plan.placement, model.weights, folder, progress)
     keys = {record.part: record.key for record in records if record.key is not None}
     for name, graph in plan.graphs(keys).items():

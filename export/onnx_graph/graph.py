@@ -144,7 +144,7 @@ class GraphBuilder:
             "GroupQueryAttention", inputs, f"{path}.attention", microsoft=True,
             more_outputs=[names.present_key(layer), names.present_value(layer)],
             float_type=self._float_type, num_heads=facts.num_heads, kv_num_heads=facts.num_kv_heads,
-            scale=1 / math.sqrt(facts.head_size) / self._query_factors.get(qkv, 1.0),
+            scale=1 / math.sqrt(facts.head_size) / self._query_factors[qkv],
             softcap=0.0, local_window_size=facts.sliding_window or -1, do_rotary=1, rotary_interleaved=0,
             smooth_softmax=0,
         )  # fmt: skip
