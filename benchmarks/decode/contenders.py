@@ -156,7 +156,7 @@ class Transformers:
 
     def run(self, tokens: Sequence[int]) -> int:
         ids = self._torch.tensor([list(tokens)])
-        output = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        output = self.model(input_ids=ids, cache=self._cache, use_cache=True, logits_to_keep=1)
         return int(output.logits[0, -1].argmax())
 
     def facts(self) -> dict[str, Any]:

@@ -43,10 +43,10 @@ def measure(reference: torch.nn.Module, device: str, batch: int, prompt: int, st
 
     def prefill() -> Any:  # noqa: ANN401 - transformers' cache
         ids = torch.randint(0, vocab, (batch, prompt), device=device)
-        return reference(ids, use_cache=True, logits_to_keep=1).past_key_values
+        return reference(ids, use_cache=True, logits_to_keep=1).cache
 
     def step() -> None:
-        reference(torch.randint(0, vocab, (batch, 1), device=device), past_key_values=cache, use_cache=True)
+        reference(torch.randint(0, vocab, (batch, 1), device=device), cache=cache, use_cache=True)
 
     with torch.no_grad():
         prefills = [timed(prefill) for _ in range(1 + PREFILL_RUNS)]
