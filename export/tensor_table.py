@@ -165,6 +165,13 @@ class Weights:
                     chunk[:, turn] = part.read(self.checkpoint, rows)
                 yield chunk.reshape(-1, *others)
 
+    def run_starts(self, name: str) -> dict[str, list[int]]:
+        """At which bytes of each source tensor of a row a run of reading begins: where one of the row's parts does."""
+        starts: dict[str, list[int]] = {}
+        for part in self.table[name].parts:
+            starts.setdefault(part.name, []).append(part.first_element * self.checkpoint.tensors[part.name].itemsize)
+        return {name: sorted(found) for name, found in starts.items()}
+
     def stored_dtypes(self) -> list[str]:
         """The dtypes in which the checkpoint keeps the table's tensors."""
         return sorted({self.checkpoint.tensors[part.name].dtype for spec in self.table.values() for part in spec.parts})

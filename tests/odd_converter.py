@@ -9,21 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.checkpoint import open_checkpoint
+from export.conversion.parts import PartRecord
 from export.errors import MissingPackageError, QuantizationError
 from export.families import read_model
-from export.onnx_graph.converter import Converter
-from export.onnx_graph.parts import PartRecord
+from export.onnx_graph.converter import OnnxConverter
 from export.onnx_graph.weights import Placement
 
 
 @dataclass(frozen=True, kw_only=True)
 class OddJob:
     source: str
-    packed: None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class OddConverter(Converter):
+class OddConverter(OnnxConverter):
     def convert(self, job, count):
         count(len(job.source))
         match job.source:
@@ -45,4 +44,4 @@ class OddConverter(Converter):
 def odd_converter(checkpoint):
     weights = read_model(open_checkpoint(checkpoint)).weights
     placement = Placement(offsets={}, total_bytes=0)
-    return OddConverter(data=Path("data"), placement=placement, weights=weights, scratch=Path())
+    return OddConverter(data=Path("data"), placement=placement, weights=weights, scratch=Path(), packs=None)

@@ -15,22 +15,23 @@ import hashlib
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.checkpoint import INDEX_FILE, Checkpoint
+from export.checkpoint import Checkpoint
 from export.command import run_command
-from export.digests import header_bytes, source_digests
-from export.errors import CheckpointError
+from export.conversion.parts import PartRecord
+from export.conversion.writer import Progress
+from export.digests import source_digests
+from export.onnx_graph.converter import disk_bytes
 from export.onnx_graph.exporter import DATA_FILE, write_export
-from export.onnx_graph.parts import PartRecord
-from export.onnx_graph.writer import Progress, disk_bytes
 from export.output import forget_pages
 from export.provider import PROVIDERS
 from export.quantize.recipe import PLANS
-from export.resume import Fingerprint, SourceFile, partial_folder, refuse_made
+from export.resume import Fingerprint, partial_folder, refuse_made
+from export.sources import check_unchanged, source_files
 from trt_build.engine import FORMAT_VERSION, Engine, Source, open_engine, record_files, write_manifest
 from trt_build.ort.genai_config import GENAI_FILE
 from trt_build.prepare import BACKENDS, EngineOptions, PreparedBuild, check_options, libraries, prepare_build
@@ -57,14 +58,14 @@ def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | N
     build = prepare_build(options)
     checkpoint = build.checkpoint
     space = disk_bytes(build.export.jobs, build.export.placement)
-    fingerprint = Fingerprint(settings=_settings(build), sources=_source_files(checkpoint))
+    fingerprint = Fingerprint(settings=_settings(build), sources=source_files(checkpoint))
     with partial_folder(options.output, "the engine", fingerprint, keep=(DATA_FILE,), num_bytes=space) as folder:
         records = write_export(build.export, build.model, folder, progress or (lambda _: None))
         for path in checkpoint.tokenizer_files():
             shutil.copyfile(path, folder.content / path.name)
         (folder.content / GENAI_FILE).write_text(build.genai_text(), encoding="utf-8")
         manifest = build.manifest(_source(checkpoint, records), record_files(folder.content))
-        _check_unchanged(checkpoint, fingerprint.sources)
+        check_unchanged(checkpoint, fingerprint.sources)
         write_manifest(folder.content, manifest)
     engine = open_engine(options.output, check_digests=False)
     if engine.manifest.kernel_layout:
@@ -79,30 +80,6 @@ def _settings(build: PreparedBuild) -> dict[str, Any]:
     layout.update(repr(plan.jobs).encode())
     asked = {name: value for name, value in dataclasses.asdict(build.options).items() if name != "output"}
     return {**asked, **libraries(), "format version": FORMAT_VERSION, "layout": layout.hexdigest()}
-
-
-def _source_files(checkpoint: Checkpoint) -> dict[str, SourceFile]:
-    """The state of every file that a build reads; of a shard the header stands for the whole."""
-    found = {}
-    small = [checkpoint.folder / "config.json", checkpoint.folder / INDEX_FILE, *checkpoint.tokenizer_files()]
-    for path in [*checkpoint.shards, *(path for path in small if path.is_file())]:
-        data = header_bytes(path) if path in checkpoint.shards else path.read_bytes()
-        facts = path.stat()
-        found[path.name] = SourceFile(
-            bytes=facts.st_size, modified_ns=facts.st_mtime_ns, sha256=hashlib.sha256(data).hexdigest()
-        )
-    return found
-
-
-def _check_unchanged(checkpoint: Checkpoint, before: Mapping[str, SourceFile]) -> None:
-    """Raise CheckpointError where a file is not what it was when the build began."""
-    after = _source_files(checkpoint)
-    changed = [name for name in before if after.get(name) != before[name]]
-    if changed:
-        raise CheckpointError(
-            f"building from {checkpoint.folder}: {', '.join(changed)} changed while it was read, and the engine would "
-            "be of two checkpoints; build again when nothing writes to the folder"
-        )
 
 
 def _source(checkpoint: Checkpoint, records: Sequence[PartRecord]) -> Source:

@@ -18,10 +18,10 @@ from typing import Any
 
 from export.architecture import Architecture
 from export.checkpoint import file_digest, read_json
+from export.conversion.parts import PartRecord, Region, damaged_regions, read_records
 from export.digests import num_cores
 from export.errors import ConfigError, listing
 from export.onnx_graph.exporter import DATA_FILE, RECORDS_FILE, SCORING_GRAPH, SERVING_GRAPH
-from export.onnx_graph.parts import PartRecord, Region, damaged_regions, read_records
 from export.output import replace_file
 from export.provider import PROVIDERS
 from export.tokenizer import TOKENIZER_FILE

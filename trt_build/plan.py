@@ -13,15 +13,16 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+from export.conversion.parts import PartRecord, Region, records_text
+from export.conversion.writer import conversion_bytes
 from export.digests import Run
-from export.onnx_graph.converter import run_starts
+from export.onnx_graph.converter import onnx_converter, planned_regions, run_starts
 from export.onnx_graph.exporter import DATA_FILE, PROBE_GRAPH, RECORDS_FILE
 from export.onnx_graph.packing import NO_KEY
-from export.onnx_graph.parts import PartRecord, Region, planned_regions, records_text
 from export.onnx_graph.weights import Packing, WeightJob
-from export.onnx_graph.writer import conversion_bytes
 from export.tensor_table import Role, Weights
 from trt_build.engine import MANIFEST_FILE, FileRecord, Source, manifest_text
 from trt_build.memory import kv_bytes_per_token
@@ -122,6 +123,7 @@ def plan_engine(build: PreparedBuild) -> EnginePlan:
         roles[str(job.role)] = roles.get(str(job.role), RolePlan()) + _role_plan(job, weights, share)
     total = sum((role for role in roles.values()), RolePlan())
     files = _files(build)
+    converter = onnx_converter(export.jobs, export.placement, weights, Path(), Path())
     return EnginePlan(
         family=build.model.family.name,
         precision=build.quantization.name,
@@ -131,7 +133,7 @@ def plan_engine(build: PreparedBuild) -> EnginePlan:
         average_bits_per_weight=8 * total.total_bytes / total.num_weights,
         files=files,
         source_bytes=sum(stored.num_bytes for stored in build.checkpoint.tensors.values()),
-        conversion_bytes=conversion_bytes(export.jobs, export.placement, weights),
+        conversion_bytes=conversion_bytes(converter, export.jobs),
         kv_bytes_per_token=kv_bytes_per_token(build.model.architecture, build.provider),
     )
 

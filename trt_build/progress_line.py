@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TextIO
 
-from export.onnx_graph.writer import Progress
+from export.conversion.writer import Progress
 
 
 class ProgressLine:

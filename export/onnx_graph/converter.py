@@ -1,38 +1,77 @@
-"""One weight job at a time: source tensors read once and hashed, initializers written to their places and hashed."""
+"""Weight jobs into an ONNX data file: source tensors read once and hashed, initializers written to their places and
+hashed."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from export.digests import recorded
-from export.onnx_graph.packing import SCRATCH_COPIES, packed
-from export.onnx_graph.parts import PartRecord, Region, planned_regions
-from export.onnx_graph.weights import Packing, Placement, WeightJob
+from export.conversion.converter import Converter
+from export.conversion.parts import OpenRegion, PartRecord, PlannedRegion
+from export.conversion.writer import MAX_WORKERS
+from export.digests import num_cores, recorded
+from export.onnx_graph.packing import SCRATCH_COPIES, QuantizedWeight, packed, packed_bytes
+from export.onnx_graph.weights import Packing, Placement, WeightJob, aligned
 from export.quantize.grid import SLICE_VALUES
 from export.tensor_table import CHUNK_ELEMENTS, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class Converter:
-    """Converts jobs into the data file, which has its full length already; `scratch` is a folder for working files."""
+class OnnxConverter(Converter[WeightJob]):
+    """Converts jobs into the data file; `scratch` is a folder for working files, `packs` a weight of the kind that will
+    be packed, if any will."""
 
     data: Path
     placement: Placement
-    weights: Weights
     scratch: Path
+    packs: QuantizedWeight | None
+
+    def files(self) -> Mapping[Path, int]:
+        """The data file."""
+        return {self.data: self.placement.total_bytes}
+
+    def file_of(self, region: str) -> Path:  # noqa: ARG002 - there is one
+        """The data file."""
+        return self.data
+
+    def planned_regions(self, job: WeightJob) -> list[PlannedRegion]:
+        """The job's initializers, each with the zeros up to the next."""
+        return planned_regions(job, self.placement)
+
+    def source_bytes(self, job: WeightJob) -> int:
+        """Bytes of the source tensors that the job reads."""
+        if job.packing is Packing.UNREAD:
+            return 0
+        stored = self.weights.checkpoint.tensors
+        return sum(stored[name].num_bytes for name in {part.name for part in self.weights.table[job.source].parts})
+
+    def working_bytes(self, job: WeightJob) -> int:
+        """A chunk as stored, two as float32 (the one before is let go when the next is there) and, where blocks are
+        made of it, its codes twice, unpacked and packed, and the slices that they are made in. To pack a weight its
+        codes and scales are mapped whole, and its packed form is held beside them."""
+        if job.packing is Packing.UNREAD:
+            return job.outputs[0].num_bytes
+        row = self.weights.table[job.source]
+        chunk = min(CHUNK_ELEMENTS, row.num_elements)
+        stored = max(self.weights.checkpoint.tensors[part.name].itemsize for part in row.parts)
+        plain = chunk * (stored + 2 * 4)
+        if job.packing is Packing.PLAIN:
+            return plain
+        blocks = plain + chunk * (1 + 1 + 1) + 3 * 4 * SLICE_VALUES
+        if job.packed is None:
+            return blocks
+        return blocks + job.packed.codes_bytes + job.packed.scales_bytes + sum(item.num_bytes for item in job.outputs)
+
+    def prepare(self) -> None:
+        """Load ONNX Runtime where weights are to be packed."""
+        if self.packs is not None:
+            packed_bytes(self.packs)
 
     def convert(self, job: WeightJob, count: Callable[[int], None]) -> PartRecord:
-        """Write one part; `count` gets the bytes of each read. Raises as reading, quantising and packing do."""
+        """Write one part. Raises as reading, quantising and packing do."""
         checkpoint = recorded(self.weights.checkpoint, count, run_starts(job, self.weights))
-        regions = [_OpenRegion(*region) for region in planned_regions(job, self.placement)]
+        regions = [OpenRegion(planned) for planned in self.planned_regions(job)]
         produced = job.produce(Weights(checkpoint=checkpoint, table=self.weights.table))
         key = None
         with self.data.open("r+b", buffering=0) as file:
@@ -53,63 +92,31 @@ class Converter:
         return PartRecord(part=job.source, sources=checkpoint.runs(), regions=written, key=key)
 
 
+def onnx_converter(
+    jobs: Sequence[WeightJob], placement: Placement, weights: Weights, data: Path, scratch: Path
+) -> OnnxConverter:
+    """The converter of these jobs into the file `data`."""
+    packs = next((job.packed for job in jobs if job.packed), None)
+    return OnnxConverter(weights=weights, data=data, placement=placement, scratch=scratch, packs=packs)
+
+
+def planned_regions(job: WeightJob, placement: Placement) -> list[PlannedRegion]:
+    """Name, offset and bytes of what a job writes."""
+    return [
+        PlannedRegion(output.name, placement.offsets[output.name][0], aligned(output.num_bytes))
+        for output in job.outputs
+    ]
+
+
 def run_starts(job: WeightJob, weights: Weights) -> dict[str, list[int]]:
     """At which bytes of each source tensor a run of reading begins: where one of the job's parts does."""
-    if job.packing is Packing.UNREAD:
-        return {}
-    starts: dict[str, list[int]] = {}
-    for part in weights.table[job.source].parts:
-        itemsize = weights.checkpoint.tensors[part.name].itemsize
-        starts.setdefault(part.name, []).append(part.first_element * itemsize)
-    return {name: sorted(found) for name, found in starts.items()}
+    return {} if job.packing is Packing.UNREAD else weights.run_starts(job.source)
 
 
-def working_bytes(job: WeightJob, weights: Weights) -> int:
-    """What converting a job holds: a chunk as stored, two as float32 (the one before is let go when the next is there)
-    and, where blocks are made of it, its codes twice, unpacked and packed, and the slices that they are made in. To
-    pack a weight its codes and scales are mapped whole, and its packed form is held beside them."""
-    if job.packing is Packing.UNREAD:
-        return job.outputs[0].num_bytes
-    chunk = min(CHUNK_ELEMENTS, weights.table[job.source].num_elements)
-    stored = max(weights.checkpoint.tensors[part.name].itemsize for part in weights.table[job.source].parts)
-    plain = chunk * (stored + 2 * 4)
-    if job.packing is Packing.PLAIN:
-        return plain
-    blocks = plain + chunk * (1 + 1 + 1) + 3 * 4 * SLICE_VALUES
-    if job.packed is None:
-        return blocks
-    return blocks + job.packed.codes_bytes + job.packed.scales_bytes + sum(output.num_bytes for output in job.outputs)
-
-
-def scratch_bytes(job: WeightJob) -> int:
-    """What the working files of a job take on the disk at the most."""
-    return SCRATCH_COPIES * (job.packed.codes_bytes + job.packed.scales_bytes) if job.packed else 0
-
-
-def source_bytes(job: WeightJob, weights: Weights) -> int:
-    """Bytes of the source tensors that a job reads."""
-    if job.packing is Packing.UNREAD:
-        return 0
-    stored = weights.checkpoint.tensors
-    return sum(stored[name].num_bytes for name in {part.name for part in weights.table[job.source].parts})
-
-
-class _OpenRegion:
-    """An initializer that is being written from its start to its end."""
-
-    def __init__(self, name: str, offset: int, num_bytes: int) -> None:
-        self._name, self._offset, self._num_bytes = name, offset, num_bytes
-        self._sha = hashlib.sha256()
-        self.position = offset
-
-    def write(self, descriptor: int, array: npt.NDArray[Any]) -> None:
-        view = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        self._sha.update(view)
-        while len(view):
-            written = os.pwrite(descriptor, view, self.position)
-            view = view[written:]
-            self.position += written
-
-    def finish(self) -> Region:
-        self._sha.update(bytes(self._offset + self._num_bytes - self.position))
-        return Region(name=self._name, offset=self._offset, bytes=self._num_bytes, sha256=self._sha.hexdigest())
+def disk_bytes(jobs: Sequence[WeightJob], placement: Placement) -> int:
+    """What a conversion takes on the disk: the data file, and the working files of the largest parts side by side."""
+    scratch = sorted(
+        (SCRATCH_COPIES * (job.packed.codes_bytes + job.packed.scales_bytes) for job in jobs if job.packed),
+        reverse=True,
+    )
+    return placement.total_bytes + sum(scratch[: min(MAX_WORKERS, num_cores())])

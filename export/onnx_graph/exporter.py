@@ -14,15 +14,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from export.conversion.parts import PartRecord, records_text
+from export.conversion.writer import Progress, write_parts
 from export.errors import MissingPackageError
 from export.families import Model
+from export.onnx_graph.converter import onnx_converter
 from export.onnx_graph.graph import GraphBuilder
 from export.onnx_graph.initializers import unread_scales, with_packed_forms
 from export.onnx_graph.packing import NO_KEY, probe_graph
-from export.onnx_graph.parts import PartRecord, records_text
 from export.onnx_graph.stages import halves
 from export.onnx_graph.weights import Packing, Placement, WeightJob, place
-from export.onnx_graph.writer import Progress, write_weights
 from export.provider import PROVIDERS, Provider
 from export.quantize.recipe import QuantPlan
 from export.resume import PartialFolder
@@ -127,7 +128,9 @@ def write_export(
     plan: ExportPlan, model: Model, folder: PartialFolder, progress: Callable[[Progress], None]
 ) -> list[PartRecord]:
     """Write every graph, the data file and its records; a worker holds a chunk, or a weight to pack."""
-    records = write_weights(DATA_FILE, plan.jobs, plan.placement, model.weights, folder, progress)
+    data = folder.content / DATA_FILE
+    converter = onnx_converter(plan.jobs, plan.placement, model.weights, data, folder.scratch)
+    records = write_parts(converter, plan.jobs, folder, progress)
     keys = {record.part: record.key for record in records if record.key is not None}
     for name, graph in plan.graphs(keys).items():
         (folder.content / name).write_bytes(graph.SerializeToString())

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from odd_converter import OddJob, odd_converter
 
+from export.conversion.workers import convert_in_workers, peak_memory, worker_memory
 from export.errors import MissingPackageError, OutputError, QuantizationError
-from export.onnx_graph.workers import convert_in_workers, peak_memory, worker_memory
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +59,13 @@ def test_what_a_worker_met_is_raised_here_and_no_worker_stays(converter, name, e
 
 
 def test_a_worker_takes_the_memory_of_its_libraries_and_no_more(converter):
-    assert 10_000_000 < worker_memory(converter, []) < peak_memory() + 50_000_000
+    assert 10_000_000 < worker_memory(converter) < peak_memory() + 50_000_000
 
 
 PROGRAM = """
 import sys
 from odd_converter import OddJob, odd_converter
-from export.onnx_graph.workers import convert_in_workers
+from export.conversion.workers import convert_in_workers
 for record in convert_in_workers(odd_converter(sys.argv[1]), [OddJob(source="one"), OddJob(source="sleep")], 1, print):
     if record is not None:
         print("record", record.key, flush=True)

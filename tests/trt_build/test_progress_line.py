@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from export.onnx_graph.writer import Progress
+from export.conversion.writer import Progress
 from trt_build.progress_line import ProgressLine, describe
 
 HALF = Progress(

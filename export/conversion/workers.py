@@ -20,26 +20,24 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
+from export.conversion.converter import Converter, J, Job
+from export.conversion.parts import PartRecord
 from export.errors import MoeshipError, OutputError
-from export.onnx_graph.converter import Converter
-from export.onnx_graph.packing import packed_bytes
-from export.onnx_graph.parts import PartRecord
-from export.onnx_graph.weights import WeightJob
 
 POLL_INTERVAL_S = 0.2
 # The parent's own path, and not the working folder, is where the worker finds its modules.
-_PROGRAM = "import sys; sys.path[:] = {path!r}; from export.onnx_graph.workers import serve; serve({descriptor})"
+_PROGRAM = "import sys; sys.path[:] = {path!r}; from export.conversion.workers import serve; serve({descriptor})"
 
 
 @dataclass
 class _Worker:
     process: subprocess.Popen[bytes]
     connection: Connection
-    job: WeightJob | None = None
+    job: Job | None = None
 
 
 def convert_in_workers(
-    converter: Converter, jobs: Sequence[WeightJob], num_workers: int, count: Callable[[int], None]
+    converter: Converter[J], jobs: Sequence[J], num_workers: int, count: Callable[[int], None]
 ) -> Iterator[PartRecord | None]:
     """Yield the record of each job as it is done, and None a few times a second; `count` gets the bytes of each read.
 
@@ -49,7 +47,7 @@ def convert_in_workers(
     workers: list[_Worker] = []
     try:
         for _ in range(num_workers):
-            workers.append(_start(converter, jobs))
+            workers.append(_start(converter))
         while waiting or any(worker.job for worker in workers):
             for worker in workers:
                 if worker.job is None and waiting:
@@ -69,9 +67,9 @@ def convert_in_workers(
             worker.process.wait()
 
 
-def worker_memory(converter: Converter, jobs: Sequence[WeightJob]) -> int:
-    """Peak resident bytes of a worker that has loaded what the jobs need and converted nothing yet."""
-    worker = _start(converter, jobs)
+def worker_memory(converter: Converter[J]) -> int:
+    """Peak resident bytes of a worker that has loaded what converting needs and converted nothing yet."""
+    worker = _start(converter)
     try:
         kind, found = worker.connection.recv()
         if kind != "ready":
@@ -88,7 +86,7 @@ def peak_memory() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
-def _start(converter: Converter, jobs: Sequence[WeightJob]) -> _Worker:
+def _start(converter: Converter[J]) -> _Worker:
     ours, theirs = Pipe()
     program = _PROGRAM.format(path=[str(Path(entry).resolve()) for entry in sys.path], descriptor=theirs.fileno())
     process = subprocess.Popen(
@@ -99,8 +97,7 @@ def _start(converter: Converter, jobs: Sequence[WeightJob]) -> _Worker:
     worker = _Worker(process=process, connection=ours)
     checkpoint = converter.weights.checkpoint
     plain = replace(checkpoint, config={}, tensors=dict(checkpoint.tensors))  # without views, which no pipe takes
-    packed = next((job.packed for job in jobs if job.packed), None)
-    ours.send((replace(converter, weights=replace(converter.weights, checkpoint=plain)), packed))
+    ours.send(replace(converter, weights=replace(converter.weights, checkpoint=plain)))
     return worker
 
 
@@ -141,9 +138,8 @@ def serve(descriptor: int) -> None:
     connection = Connection(descriptor)
     messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, messages), daemon=True).start()
-    converter, weight = messages.get()
-    if weight is not None:
-        packed_bytes(weight)  # loads what packing needs
+    converter = messages.get()
+    converter.prepare()
     _send(connection, "ready", peak_memory())
     while True:
         job = messages.get()
