@@ -10,8 +10,8 @@ import grpc
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
-from triton_repo.runtime.generation import Piece
-from triton_repo.runtime.service import wire_outputs
+from triton_repo.runtime.answer import Piece
+from triton_repo.runtime.responses import wire_outputs
 
 # numpy's names of the dtypes of the outputs and the protocol's.
 DATATYPES = {"|O": "BYTES", "<i4": "INT32", "<f4": "FP32"}

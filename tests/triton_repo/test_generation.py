@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from triton_repo.errors import RequestError
-from triton_repo.runtime.generation import PREFILL_CHUNK_TOKENS, generate, join
+from triton_repo.runtime.answer import join
+from triton_repo.runtime.generation import PREFILL_CHUNK_TOKENS, generate
 from triton_repo.runtime.options import GenerationOptions
 
 TEXT = "return 😀 hello 語."

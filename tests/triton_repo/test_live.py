@@ -16,7 +16,8 @@ from tritonclient.grpc import model_config_pb2, service_pb2
 
 from export.tokenizer import load_tokenizer
 from triton_repo.model_config import read_config
-from triton_repo.runtime.generation import generate, join
+from triton_repo.runtime.answer import join
+from triton_repo.runtime.generation import generate
 from triton_repo.runtime.options import GenerationOptions
 from trt_build.engine import open_engine
 from trt_build.ort.session import Session

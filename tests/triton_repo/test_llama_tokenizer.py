@@ -10,8 +10,9 @@ from mixtral_checkpoints import write_llama_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from export.tokenizer import load_tokenizer
-from triton_repo.runtime.detokenizer import Detokenizer
-from triton_repo.runtime.generation import generate, join
+from triton_repo.runtime.answer import join
+from triton_repo.runtime.detokenizer import Detokenizer, last_text_token
+from triton_repo.runtime.generation import generate
 from triton_repo.runtime.options import GenerationOptions
 from trt_build.build_engine import BuildOptions, build_engine
 from trt_build.ort.session import Session
@@ -47,7 +48,7 @@ def session(tmp_path_factory):
 
 
 def pieces_of(tokenizer, prompt_ids, ids):
-    detokenizer = Detokenizer(tokenizer, prompt_ids)
+    detokenizer = Detokenizer(tokenizer, last_text_token(tokenizer, prompt_ids))
     return [detokenizer.push(token) for token in ids] + [detokenizer.flush()]
 
 

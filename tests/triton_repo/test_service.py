@@ -8,8 +8,9 @@ import pytest
 from export.errors import MoeshipError
 from triton_repo.contract import OURS, OUTPUTS
 from triton_repo.errors import RequestError
-from triton_repo.runtime.generation import Piece
-from triton_repo.runtime.service import Service, failure, wire_outputs
+from triton_repo.runtime.answer import Piece
+from triton_repo.runtime.responses import failure, wire_outputs
+from triton_repo.runtime.service import Service
 
 
 def request(**values) -> dict:

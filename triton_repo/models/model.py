@@ -13,7 +13,8 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from triton_repo.runtime.parameters import ModelParameters
-from triton_repo.runtime.service import Service, failure, wire_outputs
+from triton_repo.runtime.responses import failure, wire_outputs
+from triton_repo.runtime.service import Service
 
 LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 

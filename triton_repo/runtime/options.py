@@ -28,15 +28,12 @@ _MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
-    """One request. Fields bear the names of the tensors in `contract`, apart from `prompt`.
+class SamplingOptions:
+    """How tokens are chosen. Fields bear the names of the tensors in `contract`.
 
     Without a temperature the choice is greedy, unless top_k or top_p leave a choice: then it is 1.
     """
 
-    prompt: str
-    max_tokens: int
-    stream: bool = False
     temperature: float | None = None
     top_k: int = 0  # 0 keeps all
     top_p: float = 1.0  # 0 and 1 keep all
@@ -45,11 +42,7 @@ class GenerationOptions:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     random_seed: int | None = None
-    stop_words: tuple[str, ...] = ()
-    bad_words: tuple[str, ...] = ()
-    end_id: int | None = None  # None: the model's own; NO_END_ID: none
     return_log_probs: bool = False
-    exclude_input_in_output: bool = True
 
     @property
     def sampling_temperature(self) -> float:
@@ -62,13 +55,33 @@ class GenerationOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationPlan:
-    """Checked options with what the model adds: the prompt's token ids, the end tokens, and the most new tokens."""
+class GenerationOptions(SamplingOptions):
+    """One request. Fields bear the names of the tensors in `contract`, apart from `prompt`."""
 
-    options: GenerationOptions
+    prompt: str
+    max_tokens: int
+    stream: bool = False
+    stop_words: tuple[str, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    end_id: int | None = None  # None: the model's own; NO_END_ID: none
+    exclude_input_in_output: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingPlan:
+    """What choosing the tokens of one sequence takes: options, the prompt's token ids, and the end tokens."""
+
+    options: SamplingOptions
     prompt_ids: tuple[int, ...]
     end_ids: tuple[int, ...]
-    most_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationPlan(SamplingPlan):
+    """Checked options of a request with what the model adds."""
+
+    options: GenerationOptions
+    most_tokens: int  # new ones
 
 
 @dataclass(frozen=True)
@@ -191,12 +204,16 @@ def _read_value(spec: WireTensor, tensor: npt.NDArray[Any]) -> Any:  # noqa: ANN
     if spec.dtype == "STRING":
         items = [_text(spec.name, item) for item in items]
     elif spec.dtype == "FP32":
-        # The shortest spelling of the float32: 0.7 on the wire is the 0.7 that an in-process caller writes.
-        items = [float(str(np.float32(item))) for item in items]
+        items = [shortest(item) for item in items]
     if spec.dims == (1,):
         return items[0]
     # NVIDIA's examples send an empty text where they mean no word.
     return tuple(item for item in items if item != "")
+
+
+def shortest(value: float) -> float:
+    """The shortest spelling of a float32: 0.7 on the wire is the 0.7 that an in-process caller writes."""
+    return float(str(np.float32(value)))
 
 
 def _text(name: str, item: bytes | str) -> str:

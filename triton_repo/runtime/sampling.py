@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from triton_repo.errors import RequestError
-from triton_repo.runtime.options import GenerationPlan
+from triton_repo.runtime.options import SamplingPlan
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -41,7 +41,7 @@ class Choice:
 class Sampler:
     """Chooses the tokens of one sequence; holds its random generator and what was chosen so far."""
 
-    def __init__(self, plan: GenerationPlan, num_tokens: int) -> None:
+    def __init__(self, plan: SamplingPlan, num_tokens: int) -> None:
         self._options = plan.options
         self._temperature = plan.options.sampling_temperature
         self._num_tokens = num_tokens

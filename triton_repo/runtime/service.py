@@ -1,4 +1,4 @@
-"""An engine ready to answer wire requests, one at a time: tensors in, pieces out, pieces to tensors.
+"""An engine ready to answer wire requests, one at a time: tensors in, pieces out.
 
 service = Service.open(engine_folder, threads=None)
 for piece in service.respond({"text_input": ..., "max_tokens": ...}, is_cancelled):
@@ -7,23 +7,19 @@ for piece in service.respond({"text_input": ..., "max_tokens": ...}, is_cancelle
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from export.tokenizer import Tokenizer, load_tokenizer
-from triton_repo.errors import GRPC_STATUS, RequestError, RequestErrorKind
-from triton_repo.runtime.generation import Piece, generate, join
+from triton_repo.runtime.answer import Piece, join
+from triton_repo.runtime.generation import generate
 from triton_repo.runtime.options import read_options
 from triton_repo.seal import is_sealed
 from trt_build.engine import open_engine
 from trt_build.ort.session import Session
-
-logger = logging.getLogger(__name__)
 
 
 class Service:
@@ -52,35 +48,3 @@ class Service:
         options = read_options(tensors)
         pieces = generate(self._session, self._tokenizer, options, is_cancelled, self._cache)
         return pieces if options.stream else iter([join(pieces)])
-
-
-def wire_outputs(piece: Piece) -> dict[str, npt.NDArray[Any]]:
-    """The response's tensors. Log-probabilities are absent unless asked for.
-
-    text_output has shape [1], as TensorRT-LLM's postprocessing sends it and its clients read it; all others [1, n].
-    """
-    outputs: dict[str, npt.NDArray[Any]] = {
-        "text_output": np.array([piece.text.encode()], dtype=np.object_),
-        "sequence_index": np.zeros((1, 1), dtype=np.int32),
-        "batch_index": np.zeros((1, 1), dtype=np.int32),
-        "finish_reason": np.array([[piece.finish_reason.encode()]], dtype=np.object_),
-        "token_ids": np.array([piece.token_ids], dtype=np.int32),
-        "num_input_tokens": np.array([[piece.num_input_tokens]], dtype=np.int32),
-        "num_output_tokens": np.array([[piece.num_output_tokens]], dtype=np.int32),
-    }
-    if piece.log_probs is not None:
-        outputs["cum_log_probs"] = np.array([[piece.cum_log_prob]], dtype=np.float32)
-        outputs["output_log_probs"] = np.array([piece.log_probs], dtype=np.float32)
-    return outputs
-
-
-def failure(error: Exception) -> tuple[RequestErrorKind, str]:
-    """The status and message that the client of a failed request sees; what is not the client's doing is logged.
-
-    The message begins with the gRPC status' name: a Triton before 2.68 sends the errors of a stream as text alone, and
-    crashes when it is asked to do otherwise (triton-inference-server/server#8708).
-    """
-    if isinstance(error, RequestError):
-        return error.kind, f"{GRPC_STATUS[error.kind]}: {error}"
-    logger.error("a request failed for a reason of the server's own", exc_info=error)
-    return "INTERNAL", f"{GRPC_STATUS['INTERNAL']}: answering the request: {type(error).__name__}: {error}"

@@ -1,13 +1,19 @@
-"""Stop words as text: pieces of text in, text without what follows a stop word out.
+"""Stop words, as text and as tokens.
+
+Pieces of text in, text without what follows a stop word out:
 
     watcher = StopWatcher(("\\n\\n",))
     watcher.push("a\\n")   # ("a", False): the line feed may be the beginning of the stop word
     watcher.push("\\n b")  # ("", True)
 
 The word that is complete first wins, whatever the pieces; of two that end together, the longer.
+`TokenWatcher` tells when the latest tokens are one of several sequences, as engines match them.
 """
 
 from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
 
 
 class StopWatcher:
@@ -33,6 +39,26 @@ class StopWatcher:
         """The text kept back, when no more is coming."""
         piece, self._kept = self._kept, ""
         return piece
+
+
+class TokenWatcher:
+    """Remembers as many tokens as the longest sequence has, and no more."""
+
+    def __init__(self, sequences: Sequence[Sequence[int]]) -> None:
+        self._sequences = [list(sequence) for sequence in sequences]
+        self._recent: deque[int] = deque(maxlen=max(map(len, self._sequences), default=0))
+
+    def push(self, token_id: int) -> bool:
+        """Add a token; whether the tokens end with one of the sequences."""
+        self._recent.append(token_id)
+        return any(self._ends_with(sequence) for sequence in self._sequences)
+
+    def completing(self) -> set[int]:
+        """The tokens that would complete a sequence if they came next."""
+        return {sequence[-1] for sequence in self._sequences if self._ends_with(sequence[:-1])}
+
+    def _ends_with(self, sequence: list[int]) -> bool:
+        return not sequence or list(self._recent)[-len(sequence) :] == sequence
 
 
 def _overlap(text: str, word: str) -> int:

@@ -1,0 +1,169 @@
+"""Tokens in one by one, pieces of an answer out: what every engine's tokens become, wherever they were chosen.
+
+    answer = Answer(answer_plan(plan, tokenizer), tokenizer)
+    piece = answer.extend(token_id, log_prob)     # None while there is nothing to send
+    if piece is not None and piece.finish_reason: ...
+
+A piece carries whole characters and the tokens since the piece before; the last one alone has a finish reason:
+"stop" (an end token or a stop word), "length" (max_tokens or the engine's context), "cancelled".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from export.tokenizer import Tokenizer
+from export.typed_json import read_typed
+from triton_repo.runtime.detokenizer import Detokenizer, has_text, last_text_token
+from triton_repo.runtime.options import GenerationPlan
+from triton_repo.runtime.stopping import StopWatcher, TokenWatcher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What one step adds. `token_ids` and `log_probs` are those since the piece before, an end token included;
+    `log_probs` and `cum_log_prob` (natural logarithm, sum so far) are None unless asked for; `num_output_tokens` counts
+    all so far; `finish_reason` is empty until the last piece.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...] | None
+    cum_log_prob: float | None
+    finish_reason: str
+    num_input_tokens: int
+    num_output_tokens: int
+
+
+def join(pieces: Iterable[Piece]) -> Piece:
+    """All pieces of one answer as one."""
+    parts = list(pieces)
+    last = parts[-1]
+    wanted = last.log_probs is not None
+    return Piece(
+        text="".join(part.text for part in parts),
+        token_ids=tuple(token for part in parts for token in part.token_ids),
+        log_probs=tuple(value for part in parts for value in part.log_probs or ()) if wanted else None,
+        cum_log_prob=last.cum_log_prob,
+        finish_reason=last.finish_reason,
+        num_input_tokens=last.num_input_tokens,
+        num_output_tokens=last.num_output_tokens,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerPlan:
+    """All that tokens need to become an answer; its JSON goes from the process that reads a request to the one that
+    writes the answer.
+
+    `stop_tokens` are the stop words that show in no text, as tokens; `prefix` is what the answer begins with beside
+    what the engine writes.
+    """
+
+    num_input_tokens: int
+    context_ids: tuple[int, ...]  # of the prompt, for the detokenizer
+    most_tokens: int  # new ones
+    end_ids: tuple[int, ...]
+    stop_words: tuple[str, ...]
+    stop_tokens: tuple[tuple[int, ...], ...]
+    prefix: str
+    return_log_probs: bool
+    stream: bool
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> AnswerPlan:
+        """Raises ValueError for what `to_json` did not write."""
+        return read_typed(cls, json.loads(text))
+
+
+def answer_plan(plan: GenerationPlan, tokenizer: Tokenizer) -> AnswerPlan:
+    """What the answer to a checked request takes."""
+    options = plan.options
+    spelled = [tuple(tokenizer.encode(word)) for word in options.stop_words]
+    return AnswerPlan(
+        num_input_tokens=len(plan.prompt_ids),
+        context_ids=last_text_token(tokenizer, plan.prompt_ids),
+        most_tokens=plan.most_tokens,
+        end_ids=plan.end_ids,
+        stop_words=options.stop_words,
+        stop_tokens=tuple(ids for ids in spelled if ids and not any(has_text(tokenizer, token) for token in ids)),
+        prefix="" if options.exclude_input_in_output else options.prompt,
+        return_log_probs=options.return_log_probs,
+        stream=options.stream,
+    )
+
+
+class Answer:
+    """The answer as it grows: from a token to its text and the piece that can be sent.
+
+    `tail_size` is how many characters of the text's end are remembered for `text_with`.
+    """
+
+    def __init__(self, plan: AnswerPlan, tokenizer: Tokenizer, tail_size: int = 0) -> None:
+        self.plan = plan
+        self._detokenizer = Detokenizer(tokenizer, plan.context_ids)
+        self._stop = StopWatcher(plan.stop_words)
+        self._stop_tokens = TokenWatcher(plan.stop_tokens)
+        self._tail_size = tail_size
+        self._tail = ""
+        self._unsent: list[tuple[int, float]] = []
+        self._prefix = plan.prefix
+        self._num_tokens = 0
+        self._cum_log_prob = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens were taken."""
+        return self._num_tokens
+
+    @property
+    def cum_log_prob(self) -> float:
+        """The sum of their log-probabilities."""
+        return self._cum_log_prob
+
+    def extend(self, token_id: int, log_prob: float = 0.0) -> Piece | None:
+        """Take a token; a piece if there is text to send or the answer ends."""
+        self._unsent.append((token_id, log_prob))
+        self._num_tokens += 1
+        self._cum_log_prob += log_prob
+        ended = token_id in self.plan.end_ids
+        text, stopped = ("", False) if ended else self._add_text(self._detokenizer.push(token_id))
+        ended = self._stop_tokens.push(token_id) or ended
+        if not stopped and (ended or self._num_tokens == self.plan.most_tokens):
+            rest, stopped = self._add_text(self._detokenizer.flush())
+            text += rest if stopped else rest + self._stop.flush()
+            return self._piece(text, "stop" if ended or stopped else "length")
+        return self._piece(text, "stop" if stopped else "") if text or stopped else None
+
+    def cancel(self) -> Piece:
+        """The last piece of an answer that nobody waits for."""
+        return self._piece("", "cancelled")
+
+    def text_with(self, token_id: int) -> str:
+        """The end of the text, as much of it as is remembered, and what `token_id` would add. Nothing is added."""
+        return self._tail + self._detokenizer.preview(token_id)
+
+    def _add_text(self, text: str) -> tuple[str, bool]:
+        if self._tail_size:
+            self._tail = (self._tail + text)[-self._tail_size :]
+        return self._stop.push(text)
+
+    def _piece(self, text: str, finish_reason: str) -> Piece:
+        unsent, self._unsent = self._unsent, []
+        prefix, self._prefix = self._prefix, ""
+        wanted = self.plan.return_log_probs
+        return Piece(
+            text=prefix + text,
+            token_ids=tuple(token for token, _ in unsent),
+            log_probs=tuple(log_prob for _, log_prob in unsent) if wanted else None,
+            cum_log_prob=self._cum_log_prob if wanted else None,
+            finish_reason=finish_reason,
+            num_input_tokens=self.plan.num_input_tokens,
+            num_output_tokens=self._num_tokens,
+        )
