@@ -17,6 +17,7 @@ import pytest
 
 from cli.main import main
 from export.errors import MissingPackageError
+from triton_repo import processes
 from triton_repo import server as server_module
 from triton_repo.errors import RepositoryError, ServerError
 from triton_repo.installation import find_installation
@@ -124,8 +125,8 @@ def test_a_server_that_ends_at_once_is_told_with_its_log(small_repository, tmp_p
 
 
 def test_a_server_that_takes_too_long_is_stopped_with_all_its_processes(small_repository, tmp_path, monkeypatch):
-    monkeypatch.setattr(server_module, "KILL_GRACE_S", 0.2)
-    monkeypatch.setattr(server_module, "DRAIN_TIMEOUT_S", 0)
+    monkeypatch.setattr(processes, "KILL_GRACE_S", 0.2)
+    monkeypatch.setattr(processes, "DRAIN_TIMEOUT_S", 0)
     pid = tmp_path / "pid"
     fake_server(tmp_path, monkeypatch, f"trap '' TERM; echo $$ > {pid}; sleep 1000 & echo loading; wait; wait")
     with (
@@ -144,9 +145,7 @@ def test_no_model_at_all_is_an_error_with_the_reasons_and_nothing_is_left(small_
     model.write_text(model.read_text() + "\nraise RuntimeError('the dog ate it')\n")
     started = []
     plain = subprocess.Popen
-    monkeypatch.setattr(
-        server_module.subprocess, "Popen", lambda *a, **k: started.append(plain(*a, **k)) or started[-1]
-    )
+    monkeypatch.setattr(processes.subprocess, "Popen", lambda *a, **k: started.append(plain(*a, **k)) or started[-1])
     with pytest.raises(ServerError) as caught, running_server(ServerOptions(repository=small_repository)):
         pass
     assert "no model is ready" in str(caught.value)

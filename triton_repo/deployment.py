@@ -1,0 +1,131 @@
+"""What the models of a repository ask of the machine that serves them: their folders in, a Deployment out.
+
+A model of TensorRT-LLM says in its config.pbtxt's parameters how many ranks run it (`moeship_world_size`, tensor times
+pipeline parallelism), one of the LLM API how many GPUs its workers take (`moeship_gpus`). Its engine's engine.json says
+for which GPU and by which library the engine was built. Nothing is judged here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from triton_repo.errors import RepositoryError
+from triton_repo.model_config import CONFIG_FILE, read_config
+from trt_build.engine import MANIFEST_FILE
+
+if TYPE_CHECKING:
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+TRTLLM_BACKEND = "tensorrtllm"
+TRTLLM_ENGINE_BACKEND = "tensorrt-llm"  # engine.json's word
+WORLD_SIZE_KEY = "moeship_world_size"
+GPUS_KEY = "moeship_gpus"
+ENGINE_FOLDER = "engine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOrigin:
+    """For what an engine was built: the GPU's name and SM (90 is compute capability 9.0), the version of TensorRT-LLM,
+    and the ranks that run it. None where engine.json does not say.
+    """
+
+    gpu: str | None
+    sm: int | None
+    library: str | None
+    world_size: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuModel:
+    """A model that runs on TensorRT-LLM. `world_size`: ranks, one a GPU; None where its config does not say, as another
+    maker's. `spawns`: it starts its ranks itself, as the LLM API does.
+    """
+
+    name: str
+    backend: str
+    world_size: int | None
+    spawns: bool
+    engine: EngineOrigin | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """The models on TensorRT-LLM, and the models that are only steps of an ensemble in the same repository."""
+
+    gpu_models: tuple[GpuModel, ...]
+    steps: frozenset[str]
+
+    @property
+    def ranked(self) -> tuple[GpuModel, ...]:
+        """The models whose ranks the server's launcher starts."""
+        return tuple(model for model in self.gpu_models if not model.spawns)
+
+
+def read_deployment(repository: Path) -> Deployment:
+    """Read every model's config.pbtxt and, of those on TensorRT-LLM, engine.json. Raises RepositoryError."""
+    configs = {
+        path.parent: read_config(path)
+        for path in sorted(repository.glob(f"*/{CONFIG_FILE}"))
+        if not path.parent.name.startswith(".")
+    }
+    return Deployment(
+        gpu_models=tuple(model for folder, config in configs.items() for model in _gpu_models(folder, config)),
+        steps=frozenset(step.model_name for config in configs.values() for step in config.ensemble_scheduling.step),
+    )
+
+
+def _gpu_models(folder: Path, config: ModelConfig) -> Iterator[GpuModel]:
+    """The model, if it runs on TensorRT-LLM."""
+    texts = {key: value.string_value for key, value in config.parameters.items()}
+    spawns = GPUS_KEY in texts
+    if config.backend == TRTLLM_BACKEND or spawns or WORLD_SIZE_KEY in texts:
+        key = GPUS_KEY if spawns else WORLD_SIZE_KEY
+        yield GpuModel(
+            name=folder.name,
+            backend=config.backend,
+            world_size=_number(folder, key, texts[key]) if key in texts else None,
+            spawns=spawns,
+            engine=_engine_origin(folder),
+        )
+
+
+def _number(folder: Path, key: str, text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise RepositoryError(
+            f"reading {folder / CONFIG_FILE}: its parameter {key} is {text!r}, expected a number of 1 or more; "
+            "package the model again"
+        )
+    return int(text)
+
+
+def _engine_origin(folder: Path) -> EngineOrigin | None:
+    """What the engine of a model's only or newest version says; None without one, and for another backend's."""
+    manifests = sorted(folder.glob(f"*/{ENGINE_FOLDER}/{MANIFEST_FILE}"), key=lambda path: path.parts[-3])
+    if not manifests:
+        return None
+    path = manifests[-1]
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["backend"] != TRTLLM_ENGINE_BACKEND:
+            return None
+        return _origin(manifest)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RepositoryError(
+            f"reading {path}: no manifest of a TensorRT-LLM engine ({type(error).__name__}: {error}); package the "
+            "engine again"
+        ) from error
+
+
+def _origin(manifest: Mapping[str, Any]) -> EngineOrigin:
+    gpu, parallel = manifest["gpu"], manifest["parallel"]
+    sm = gpu["sm"]
+    return EngineOrigin(
+        gpu=gpu["name"],
+        sm=None if sm is None else int(sm),
+        library=manifest["libraries"].get("tensorrt_llm"),
+        world_size=int(parallel["tp_size"]) * int(parallel["pp_size"]),
+    )

@@ -1,0 +1,163 @@
+"""A program with every process that it starts: a command in, a running process out; none of them left afterwards.
+
+    with running_program(Program(arguments=["tritonserver", ...], environment=environment), log, prefix) as process:
+        process.wait()
+
+The program leads a session of its own. Its processes are known by the session or by a mark in their environment, since
+mpirun gives each of its ranks a process group, and what MPI spawns may leave the session too. Where the parent process
+is killed outright, the kernel ends the program (Linux), which ends what it started; it is bound to the thread that
+started it, so start it from one that lives as long as it should.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from triton_repo.errors import ServerError
+
+logger = logging.getLogger(__name__)
+
+DRAIN_TIMEOUT_S = 5  # what requests in flight have to finish in when the server is asked to stop
+KILL_GRACE_S = 10  # on top of it, before every process is killed
+POLL_INTERVAL_S = 0.1
+MARK_VARIABLE = "MOESHIP_SERVER"
+_SHARED_MEMORY = Path("/dev/shm")
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """`arguments`, the program first; `folder` is where it works. A launcher's children are asked to end instead of
+    itself: mpirun kills its ranks half a second after it was asked (Open MPI 5.0.11, measured).
+    """
+
+    arguments: Sequence[str]
+    environment: Mapping[str, str]
+    folder: Path
+    is_launcher: bool = False
+
+
+@contextlib.contextmanager
+def running_program(program: Program, log: Path | None, mark: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a program; end it with all that it started, and its shared memory, when the block ends.
+
+    `log` gets the output, None is stderr. `mark` is unlike any other program's and begins the names of its shared
+    memory. Raises ServerError where the log cannot be opened or the program not be started.
+    """
+    logger.debug("starting %s", " ".join(program.arguments))
+    with contextlib.ExitStack() as files:
+        try:
+            output = sys.stderr.fileno() if log is None else files.enter_context(log.open("ab")).fileno()
+        except OSError as error:
+            raise ServerError(f"opening the server's log {log}: {error.strerror}; name another file") from error
+        try:
+            process = subprocess.Popen(
+                program.arguments,
+                env={**program.environment, MARK_VARIABLE: mark},
+                cwd=program.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_follow_parent(),
+            )
+        except OSError as error:
+            raise ServerError(f"starting {program.arguments[0]}: {error.strerror} ({error.filename})") from error
+    try:
+        yield process
+    finally:
+        try:
+            _stop(process, mark, program.is_launcher)
+        finally:
+            for region in _SHARED_MEMORY.glob(f"{mark}*"):
+                region.unlink(missing_ok=True)
+
+
+def _follow_parent() -> Callable[[], None] | None:
+    """What the child runs before it becomes the program: ask the kernel for SIGTERM when its parent ends."""
+    if sys.platform != "linux":
+        return None
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def follow() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it ended before the kernel was asked
+            os._exit(1)
+
+    return follow
+
+
+def _stop(process: subprocess.Popen[bytes], mark: str, is_launcher: bool) -> None:
+    """Ask for an orderly end, then kill what is left. A second interrupt kills at once."""
+    with contextlib.suppress(KeyboardInterrupt):
+        _ask_to_end(process, is_launcher)
+        try:
+            process.wait(DRAIN_TIMEOUT_S + KILL_GRACE_S)
+        except subprocess.TimeoutExpired:
+            logger.warning(
+                "the server had not ended %d s after it was asked to; killed", DRAIN_TIMEOUT_S + KILL_GRACE_S
+            )
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + KILL_GRACE_S
+    while left := _left(process.pid, mark):
+        if time.monotonic() > deadline:
+            logger.warning("processes of the server are still ending: %s", ", ".join(map(str, left)))
+            return
+        for pid in left:
+            _signal(pid, signal.SIGKILL)
+        time.sleep(POLL_INTERVAL_S)
+
+
+def _ask_to_end(process: subprocess.Popen[bytes], is_launcher: bool) -> None:
+    children = [found.pid for found in _processes() if found.parent == process.pid] if is_launcher else []
+    for pid in children:
+        _signal(pid, signal.SIGTERM)
+    if not children:
+        process.terminate()
+
+
+@dataclass(frozen=True)
+class _Process:
+    pid: int
+    parent: int
+    session: int
+
+
+def _processes() -> Iterator[_Process]:
+    """Every living process of this machine. One that ended but was not yet reaped by its parent is not living."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            # proc(5): the fields after the name in parentheses are state, parent, process group, session.
+            state, parent, _, session, *_ = path.read_text().rpartition(")")[2].split()
+            if state not in "ZX":
+                yield _Process(int(path.parent.name), int(parent), int(session))
+
+
+def _left(session: int, mark: str) -> list[int]:
+    """The processes of a session, and those that bear the mark."""
+    variable = f"{MARK_VARIABLE}={mark}".encode()
+    return [found.pid for found in _processes() if found.session == session or _bears(found.pid, variable)]
+
+
+def _bears(pid: int, variable: bytes) -> bool:
+    try:
+        return variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:  # another user's process, or it ended meanwhile
+        return False
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
