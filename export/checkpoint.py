@@ -110,10 +110,10 @@ class Checkpoint:
                     )
                 done += got
 
-    def read_float32(
+    def read_finite(
         self, name: str, rows: slice | None = None, row_shape: tuple[int, ...] | None = None
-    ) -> npt.NDArray[np.float32]:
-        """What `read` gives, as float32. Raises CheckpointError when a value is not finite."""
+    ) -> npt.NDArray[Any]:
+        """What `read` gives. Raises CheckpointError when a value is not finite."""
         stored = self.read(name, rows, row_shape)
         if not all_finite(stored):
             bad = int(stored.size - np.isfinite(stored.astype(np.float32)).sum())
@@ -121,7 +121,13 @@ class Checkpoint:
                 f"reading {name} from {self.tensors[name].shard}: {bad} of {stored.size} values are NaN or infinite; "
                 "the checkpoint is damaged or its training diverged, and no engine can be built from it"
             )
-        return widen(stored)
+        return stored
+
+    def read_float32(
+        self, name: str, rows: slice | None = None, row_shape: tuple[int, ...] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """What `read_finite` gives, as float32."""
+        return widen(self.read_finite(name, rows, row_shape))
 
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer and generation files that travel with the model."""

@@ -80,15 +80,18 @@ def write_safetensors(path: Path, tensors: Sequence[PlannedTensor], chunks: Chun
     """
     try:
         with path.open("wb", buffering=0) as file:
-            _write_all(file, _header(tensors))
+            _write_all(file, header_of(tensors))
             for tensor in tensors:
                 _write_tensor(file, tensor, chunks(tensor))
     except OSError as error:
         raise OutputError(f"writing {path}: {error.strerror or error}; nothing is kept of it") from error
 
 
-def _header(tensors: Sequence[PlannedTensor]) -> bytes:
-    """Length and JSON header. `format: pt` in the metadata is what transformers asks of a file."""
+def header_of(tensors: Sequence[PlannedTensor]) -> bytes:
+    """Length and JSON header of a file that holds these tensors one after the other.
+
+    `format: pt` in the metadata is what transformers asks of a file.
+    """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:

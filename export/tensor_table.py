@@ -11,12 +11,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from export.checkpoint import FLOAT_DTYPES, Checkpoint
 from export.errors import CheckpointError, listing
+from export.floats import widen
 
 CHUNK_ELEMENTS = 1 << 19  # 4 MiB as float32: large enough to be read at disk speed, small beside any real tensor
 
@@ -72,10 +74,14 @@ class Part:
 
     def read(self, checkpoint: Checkpoint, rows: slice | None = None) -> npt.NDArray[np.float32]:
         """The part, or `rows` of it, as float32. Raises CheckpointError when a value is not finite."""
+        return widen(self.read_stored(checkpoint, rows))
+
+    def read_stored(self, checkpoint: Checkpoint, rows: slice | None = None) -> npt.NDArray[Any]:
+        """As `read`, in the dtype that the checkpoint keeps."""
         if self.stored_shape is None:
-            return checkpoint.read_float32(self.name, rows)
+            return checkpoint.read_finite(self.name, rows)
         first, last, _ = (rows or slice(None)).indices(self.shape[0])
-        return checkpoint.read_float32(self.name, slice(self.first_row + first, self.first_row + last), self.shape[1:])
+        return checkpoint.read_finite(self.name, slice(self.first_row + first, self.first_row + last), self.shape[1:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,19 +157,29 @@ class Weights:
 
         A chunk of a stacked tensor holds rows of one expert, without the expert axis.
         """
+        for _, _, parts in self.placed_chunks(name, expert_order):
+            if len(parts) == 1:
+                yield widen(parts[0])
+                continue
+            chunk = np.empty((len(parts[0]), len(parts), *parts[0].shape[1:]), dtype=np.float32)
+            for turn, part in enumerate(parts):
+                chunk[:, turn] = widen(part)
+            yield chunk.reshape(-1, *parts[0].shape[1:])
+
+    def placed_chunks(
+        self, name: str, expert_order: Sequence[int] | None = None, multiple: int = 1
+    ) -> Iterator[tuple[int, int, list[npt.NDArray[Any]]]]:
+        """The tensor's rows in order, as stored: each time the group that they are of (the expert, where stacked),
+        their first row in its parts, and the rows of each part. A first row is a multiple of `multiple`."""
         groups = self.table[name].groups
-        for group in groups if expert_order is None else [groups[e] for e in expert_order]:
+        for index in range(len(groups)) if expert_order is None else expert_order:
+            group = groups[index]
             num_rows, *others = group[0].shape
             step = max(1, CHUNK_ELEMENTS // max(1, len(group) * math.prod(others)))
+            step = max(multiple, step - step % multiple)
             for row in range(0, num_rows, step):
                 rows = slice(row, min(row + step, num_rows))
-                if len(group) == 1:
-                    yield group[0].read(self.checkpoint, rows)
-                    continue
-                chunk = np.empty((rows.stop - rows.start, len(group), *others), dtype=np.float32)
-                for turn, part in enumerate(group):
-                    chunk[:, turn] = part.read(self.checkpoint, rows)
-                yield chunk.reshape(-1, *others)
+                yield index, row, [part.read_stored(self.checkpoint, rows) for part in group]
 
     def run_starts(self, name: str) -> dict[str, list[int]]:
         """At which bytes of each source tensor of a row a run of reading begins: where one of the row's parts does."""

@@ -57,6 +57,11 @@ class OpenRegion:
         self._sha = hashlib.sha256()
         self.position = planned.offset
 
+    @property
+    def bytes_left(self) -> int:
+        """What is not written yet."""
+        return self._planned.offset + self._planned.num_bytes - self.position
+
     def write(self, descriptor: int, array: npt.NDArray[Any]) -> None:
         """Write an array's bytes behind those written before."""
         view = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
@@ -69,7 +74,7 @@ class OpenRegion:
     def finish(self) -> Region:
         """The record; what was not written up to the region's end is zeros."""
         name, offset, num_bytes = self._planned
-        self._sha.update(bytes(offset + num_bytes - self.position))
+        self._sha.update(bytes(self.bytes_left))
         return Region(name=name, offset=offset, bytes=num_bytes, sha256=self._sha.hexdigest())
 
 

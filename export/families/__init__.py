@@ -17,6 +17,7 @@ from export.architecture import Architecture
 from export.checkpoint import Checkpoint
 from export.errors import ConfigError
 from export.tensor_table import Role, TensorSpec, Weights, open_weights
+from export.trtllm.network import TrtllmNetwork
 
 if TYPE_CHECKING:
     from export.onnx_graph.graph import GraphBuilder
@@ -30,7 +31,8 @@ class Family:
 
     `matches(config)` tells whether a raw config.json is of this family; `read_config` turns it into facts or raises
     ConfigError; `tensors(architecture, names)` is the table for the spelling that the checkpoint's names use;
-    `decoder(graph, architecture)` adds the network from token ids to the normed hidden state.
+    `decoder(graph, architecture)` adds the network from token ids to the normed hidden state; `trtllm` names the
+    modules of TensorRT-LLM's network.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Family:
     tensors: Callable[[Architecture, Sequence[str]], list[TensorSpec]]
     decoder: Callable[[GraphBuilder, Architecture], str]
     head: Callable[[GraphBuilder, Architecture, str], str]
+    trtllm: TrtllmNetwork
     harmless_tensors: tuple[str, ...] = ()
 
 

@@ -17,12 +17,14 @@ Source: transformers, models/mixtral and conversion_mapping.py.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from export.architecture import MAX_POSITIONS, Architecture, ConfigReader
 from export.families import Family
 from export.families.transformers_config import HARMLESS_KEYS, check_heads, read_rope
 from export.tensor_table import Part, Role, TensorSpec, concatenated, interleaved, single, stacked
+from export.trtllm.network import TrtllmNetwork
 
 if TYPE_CHECKING:
     from export.onnx_graph.graph import GraphBuilder
@@ -190,4 +192,27 @@ FAMILY = Family(
     decoder=decoder,
     head=head,
     harmless_tensors=("rotary_emb.inv_freq",),
+    # Source: tensorrt_llm/models/llama/{model,convert}.py, whose class MODEL_MAP has under Mixtral's name.
+    trtllm=TrtllmNetwork(
+        architecture="MixtralForCausalLM",
+        in_library=True,
+        hidden_act="swiglu",
+        pipeline=True,
+        gated=True,
+        layer=layer_name,
+        top=MappingProxyType(
+            {EMBEDDING: "transformer.vocab_embedding", FINAL_NORM: "transformer.ln_f", HEAD: "lm_head"}
+        ),
+        modules=MappingProxyType(
+            {
+                "input_layernorm": "input_layernorm",
+                "self_attn.qkv_proj": "attention.qkv",
+                "self_attn.o_proj": "attention.dense",
+                "post_attention_layernorm": "post_layernorm",
+                "mlp.gate": "mlp.router",
+                "mlp.experts.gate_up": "mlp.fc",
+                "mlp.experts.down": "mlp.proj",
+            }
+        ),
+    ),
 )

@@ -31,6 +31,7 @@ from export.families.phi_stack import (
     stack_graph,
     stack_head,
     stack_tensors,
+    stack_trtllm,
 )
 from export.families.transformers_config import HARMLESS_KEYS, check_heads, read_rope
 from export.tensor_table import Part, Role, TensorSpec, concatenated, single
@@ -152,4 +153,5 @@ FAMILY = Family(
     decoder=decoder,
     head=stack_head,
     harmless_tensors=HARMLESS_TENSORS,
+    trtllm=stack_trtllm("PhiForCausalLM", {"mlp.fc1": "mlp.fc", "mlp.fc2": "mlp.proj"}, in_library=True),
 )

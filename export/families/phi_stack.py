@@ -15,11 +15,13 @@ Source: the modeling_phi.py published with microsoft/phi-2 before its move into 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from export.architecture import MAX_POSITIONS, Architecture, ConfigReader
 from export.families.transformers_config import check_heads
 from export.tensor_table import Role, TensorSpec, single
+from export.trtllm.network import TrtllmNetwork
 
 if TYPE_CHECKING:
     from export.onnx_graph.graph import GraphBuilder
@@ -130,3 +132,26 @@ def stack_graph(graph: GraphBuilder, architecture: Architecture, mlp: Callable[[
 def stack_head(graph: GraphBuilder, architecture: Architecture, x: str) -> str:
     """Hidden state [B, S, H] to logits [B, S, V]."""
     return graph.linear(graph.layer_norm(x, FINAL_NORM, architecture.norm_epsilon), HEAD)
+
+
+def stack_trtllm(architecture: str, mlp: Mapping[str, str], *, in_library: bool) -> TrtllmNetwork:
+    """TensorRT-LLM's network (tensorrt_llm/models/phi/model.py); `mlp` names the modules that differ between families.
+    It has no sending and receiving between layers, and so no pipeline parallelism."""
+    return TrtllmNetwork(
+        architecture=architecture,
+        in_library=in_library,
+        hidden_act="gelu_new",
+        pipeline=False,
+        gated=False,
+        layer=layer_name,
+        top=MappingProxyType(
+            {
+                EMBEDDING.rpartition(".")[0]: "transformer.vocab_embedding",
+                FINAL_NORM: "transformer.ln_f",
+                HEAD: "lm_head",
+            }
+        ),
+        modules=MappingProxyType(
+            {"ln": "input_layernorm", "mixer.Wqkv": "attention.qkv", "mixer.out_proj": "attention.dense", **mlp}
+        ),
+    )

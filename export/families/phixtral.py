@@ -23,6 +23,7 @@ from export.families.phi_stack import (
     stack_graph,
     stack_head,
     stack_tensors,
+    stack_trtllm,
 )
 from export.tensor_table import Part, Role, TensorSpec, single, stacked
 
@@ -78,4 +79,9 @@ FAMILY = Family(
     decoder=decoder,
     head=stack_head,
     harmless_tensors=HARMLESS_TENSORS,
+    trtllm=stack_trtllm(
+        "PhixtralForCausalLM",
+        {"moe.gate": "mlp.router", "moe.mlp.fc1": "mlp.fc", "moe.mlp.fc2": "mlp.proj"},
+        in_library=False,
+    ),
 )

@@ -1,0 +1,1 @@
+"""A checkpoint in, a TensorRT-LLM checkpoint out: config.json and one safetensors file a rank."""

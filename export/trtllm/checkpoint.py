@@ -1,0 +1,203 @@
+"""A model in, a TensorRT-LLM checkpoint folder out: config.json, rank{R}.safetensors, the tokenizer, and a manifest.
+
+    model = read_model(open_checkpoint("mlabonne/phixtral-4x2_8"))
+    write_checkpoint(model, CheckpointOptions(precision="int4"), Path("trtllm-checkpoint"))
+
+The weights are streamed: each row of the table is read once, in chunks, by several processes, and every rank's share of
+a chunk is written where it belongs. An interrupted run is resumed by the same call. The folder appears by rename.
+Format: tensorrt_llm/models/modeling_utils.py, docs/source/legacy/architecture/checkpoint.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from export.conversion.writer import Progress, conversion_bytes, write_parts
+from export.digests import source_digests
+from export.errors import ExportError, listing
+from export.families import Model
+from export.resume import Fingerprint, partial_folder, refuse_made
+from export.shard_writer import header_of
+from export.sources import check_unchanged, source_files
+from export.trtllm.config import checkpoint_config
+from export.trtllm.converter import RankConverter, rank_file
+from export.trtllm.layout import Layout, LayoutOptions, matrix_shapes, plan_layout
+from export.trtllm.packing import TILE
+from export.trtllm.parallel import Parallelism
+from export.trtllm.precision import GROUP_SIZES, architecture_problems, float_type, trtllm_precision
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
+MANIFEST_FILE = "checkpoint.json"
+FORMAT_VERSION = 1
+DEFAULT_SM = 80  # its layout is that of every GPU that has integer weights, but for SM 90
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """What to write. `dtype` is of what is not quantised (None: float16), `group_size` of the group-wise precisions
+    (None: the first of GROUP_SIZES that fits); `sm` is the compute capability of the GPU that packed matrices are laid
+    out for; with `plain` the checkpoint holds floats, and the machine that builds the engine quantises them. Ids from
+    `mask_from` on stand for no text."""
+
+    precision: str = "int4"
+    dtype: str | None = None
+    parallel: Parallelism = field(default_factory=Parallelism)
+    group_size: int | None = None
+    sm: int = DEFAULT_SM
+    plain: bool = False
+    mask_from: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointPlan:
+    """A checkpoint laid out, with every byte's place known."""
+
+    options: CheckpointOptions
+    model: Model
+    layout: Layout
+    config: Mapping[str, Any]
+    headers: Mapping[int, bytes]
+
+    @property
+    def rank_bytes(self) -> dict[int, int]:
+        """The bytes of each rank's file."""
+        return {
+            rank: len(header) + sum(tensor.num_bytes for tensor in self.layout.tensors(rank))
+            for rank, header in self.headers.items()
+        }
+
+    def converter(self, folder: Path) -> RankConverter:
+        """The converter that fills rank files under `folder`."""
+        offsets: dict[int, dict[str, int]] = {}
+        for rank, header in self.headers.items():
+            position = len(header)
+            offsets[rank] = {}
+            for tensor in self.layout.tensors(rank):
+                offsets[rank][tensor.name] = position
+                position += tensor.num_bytes
+        return RankConverter(weights=self.model.weights, folder=folder, offsets=offsets, sizes=self.rank_bytes)
+
+    def conversion_bytes(self) -> int:
+        """Peak resident memory of writing it, all processes together."""
+        return conversion_bytes(self.converter(Path()), self.layout.jobs)
+
+
+def plan_checkpoint(model: Model, options: CheckpointOptions) -> CheckpointPlan:
+    """Lay a checkpoint out; reads no weights. Raises ExportError listing everything that forbids it, QuantizationError
+    for an unknown precision or dtype."""
+    precision = trtllm_precision(options.precision)
+    dtype = float_type(precision, options.dtype)
+    what = f"laying out a TensorRT-LLM checkpoint of {model.weights.checkpoint.identity}"
+    problems = options.parallel.problems(model.architecture, pipeline=model.family.trtllm.pipeline)
+    problems += architecture_problems(precision, options.sm, dtype)
+    if options.plain and (precision.grouped or not precision.bits):
+        problems.append(f"plain weights are for int8 and int4, which the library quantises; found {precision.name}")
+    if options.group_size is not None and not precision.grouped:
+        problems.append(f"a group size is for int4_gptq and int4_awq; found {precision.name}")
+    if problems:
+        raise ExportError(f"{what}:{listing(problems)}")
+    layout_options = LayoutOptions(
+        precision=precision,
+        dtype=dtype,
+        parallel=options.parallel,
+        group_size=options.group_size or GROUP_SIZES[0],
+        sm=options.sm,
+        plain=options.plain,
+        mask_from=options.mask_from,
+    )
+    layout = plan_layout(model, layout_options)
+    if precision.bits:
+        group_size, problems = _fit(layout, options.group_size, grouped=precision.grouped)
+        if problems:
+            raise ExportError(f"{what} in {precision.name}:{listing(problems)}")
+        if group_size != layout_options.group_size:
+            layout_options = dataclasses.replace(layout_options, group_size=group_size)
+            layout = plan_layout(model, layout_options)
+    return CheckpointPlan(
+        options=options,
+        model=model,
+        layout=layout,
+        config=checkpoint_config(model, layout_options),
+        headers={rank: header_of(layout.tensors(rank)) for rank in range(options.parallel.world_size)},
+    )
+
+
+def _fit(layout: Layout, asked: int | None, *, grouped: bool) -> tuple[int, list[str]]:
+    """The group size that all matrices of the ranks have, and which of them the packed layout does not fit."""
+    shapes = list(matrix_shapes(layout))
+    problems = [
+        f"{module} of a rank has {number} {side}, expected a multiple of {TILE}, which the library's packed layout "
+        "needs; share the model among fewer ranks, or build fp16"
+        for module, rows, width in shapes
+        for side, number in (("outputs", rows), ("inputs", width))
+        if number % TILE
+    ]
+    if not grouped or problems:
+        return GROUP_SIZES[0], problems
+    features = math.gcd(*(width for _, _, width in shapes))
+    allowed = GROUP_SIZES if asked is None else (asked,)
+    if asked is not None and asked not in GROUP_SIZES:
+        return asked, [f"the group size is {asked}, expected {' or '.join(map(str, GROUP_SIZES))}, the library's own"]
+    for size in allowed:
+        if features % size == 0:
+            return size, []
+    narrow = ", ".join(f"{module} {width}" for module, _, width in shapes if width % allowed[-1])
+    return allowed[-1], [f"groups of {allowed[-1]} do not divide the inputs of a rank ({narrow}); use fewer ranks"]
+
+
+def write_checkpoint(
+    model: Model,
+    options: CheckpointOptions,
+    output: Path,
+    progress: Callable[[Progress], None] | None = None,
+) -> CheckpointPlan:
+    """Write the folder; `progress` is called a few times a second.
+
+    Raises ExportError and QuantizationError before anything is written, OutputError where the output is taken or the
+    disk refuses, CheckpointError where the source is damaged or changes meanwhile.
+    """
+    what = "the TensorRT-LLM checkpoint"
+    refuse_made(output, what)
+    plan = plan_checkpoint(model, options)
+    checkpoint = model.weights.checkpoint
+    fingerprint = Fingerprint(settings=checkpoint_settings(plan), sources=source_files(checkpoint))
+    keep = tuple(rank_file(rank) for rank in plan.headers)
+    with partial_folder(output, what, fingerprint, keep, sum(plan.rank_bytes.values())) as folder:
+        records = write_parts(plan.converter(folder.content), plan.layout.jobs, folder, progress or (lambda _: None))
+        for rank, header in plan.headers.items():
+            with (folder.content / rank_file(rank)).open("r+b") as file:
+                file.write(header)
+        (folder.content / CONFIG_FILE).write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
+        for path in checkpoint.tokenizer_files():
+            shutil.copyfile(path, folder.content / path.name)
+        runs = {name: found for record in records for name, found in record.sources.items()}
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "checkpoint": checkpoint.identity,
+            "revision": checkpoint.revision,
+            "settings": checkpoint_settings(plan),
+            "sources": source_digests(checkpoint, runs, read=False),
+            "files": {rank_file(rank): num_bytes for rank, num_bytes in plan.rank_bytes.items()},
+        }
+        check_unchanged(checkpoint, fingerprint.sources)
+        (folder.content / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    logger.debug("%s: %d ranks, %d bytes", output, len(plan.headers), sum(plan.rank_bytes.values()))
+    return plan
+
+
+def checkpoint_settings(plan: CheckpointPlan) -> dict[str, Any]:
+    """What decides a checkpoint's bytes beside its source, as plain JSON values."""
+    options = {**dataclasses.asdict(plan.options), "parallel": plan.options.parallel.mapping()}
+    layout = hashlib.sha256(repr(plan.layout).encode()).hexdigest()
+    return {**options, "format version": FORMAT_VERSION, "layout": layout, "config": dict(plan.config)}

@@ -1,0 +1,59 @@
+"""A model and a layout in, the config.json that TensorRT-LLM builds its network from out.
+
+Keys: tensorrt_llm/models/modeling_utils.py (PretrainedConfig, QuantConfig), models/phi/{config,model}.py (which reads
+rotary_pct and rotary_base), models/llama/config.py, layers/moe.py (MoeConfig). Nothing that has a default which changes
+a number is left to it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from export.families import Model
+from export.trtllm.layout import LayoutOptions
+
+RENORMALIZE = 1  # MoeConfig.ExpertScaleNormalizationMode: the K largest first, then softmax over them
+
+
+def checkpoint_config(model: Model, options: LayoutOptions) -> dict[str, Any]:
+    """The whole config.json, as plain JSON values."""
+    facts, network = model.architecture, model.family.trtllm
+    config: dict[str, Any] = {
+        "architecture": network.architecture,
+        "dtype": options.dtype,
+        "logits_dtype": "float32",
+        "vocab_size": facts.vocab_size,
+        "hidden_size": facts.hidden_size,
+        "num_hidden_layers": facts.num_layers,
+        "num_attention_heads": facts.num_heads,
+        "num_key_value_heads": facts.num_kv_heads,
+        "head_size": facts.head_size,
+        "intermediate_size": facts.ffn_size,
+        "hidden_act": network.hidden_act,
+        "norm_epsilon": facts.norm_epsilon,
+        "position_embedding_type": "rope_gpt_neox",
+        "max_position_embeddings": facts.max_positions,
+        "rotary_base": facts.rope_base,
+        "rotary_scaling": None,
+        "rotary_pct": rotary_share(facts.rotary_dim, facts.head_size),
+        "rotary_embedding_dim": facts.rotary_dim,
+        "use_parallel_embedding": False,
+        "embedding_sharding_dim": 0,
+        "qk_layernorm": False,
+        "mapping": options.parallel.mapping(),
+        "quantization": options.precision.quantization(options.group_size),
+    }
+    if facts.is_moe:
+        config["moe"] = {
+            "num_experts": facts.num_experts,
+            "top_k": facts.experts_per_token,
+            "normalization_mode": RENORMALIZE,
+        }
+    return config
+
+
+def rotary_share(rotary_dim: int, head_size: int) -> float:
+    """rotary_pct: the library takes int(head_size * rotary_pct) dimensions, which must not fall short by a rounding."""
+    share = rotary_dim / head_size
+    return share if int(head_size * share) == rotary_dim else math.nextafter(share, 1.0)

@@ -1,0 +1,203 @@
+"""Tensor jobs into rank files: each row of the table is read once, and every rank takes its share of each chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.checkpoint import numpy_dtype
+from export.conversion.converter import Converter
+from export.conversion.parts import OpenRegion, PartRecord, PlannedRegion
+from export.digests import recorded
+from export.errors import QuantizationError
+from export.floats import widen
+from export.quantize.channels import quantize_channels
+from export.quantize.grid import FloatArray, quantize_blocks
+from export.tensor_table import CHUNK_ELEMENTS, Weights
+from export.trtllm.layout import Form, RankTensor, Slice, TensorJob
+from export.trtllm.packing import TILE, pack, pack_pairs
+
+MASKED_LOGIT = -1e4  # below any logit, and within every float type
+_SEPARATOR = "#"  # of a file's name and a tensor's
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankConverter(Converter[TensorJob]):
+    """Converts jobs into the files of the ranks under `folder`. `offsets` are those of each tensor in its rank's file,
+    by rank and name; `sizes` the files' bytes, by rank."""
+
+    folder: Path
+    offsets: Mapping[int, Mapping[str, int]]
+    sizes: Mapping[int, int]
+
+    def files(self) -> Mapping[Path, int]:
+        """The rank files."""
+        return {self.folder / rank_file(rank): num_bytes for rank, num_bytes in self.sizes.items()}
+
+    def file_of(self, region: str) -> Path:
+        """The rank file that a region lies in."""
+        return self.folder / region.partition(_SEPARATOR)[0]
+
+    def planned_regions(self, job: TensorJob) -> list[PlannedRegion]:
+        """A region a slice, written as its rows are read, and one for each tensor beside the weight."""
+        slices = [self._slice_region(job, piece, index) for index, piece in enumerate(job.slices)]
+        return [*slices, *(self._side_region(side) for _, side in job.side_tensors)]
+
+    def source_bytes(self, job: TensorJob) -> int:
+        """Bytes of the source tensors that the job reads."""
+        stored = self.weights.checkpoint.tensors
+        return sum(stored[name].num_bytes for name in {part.name for part in self.weights.table[job.source].parts})
+
+    def working_bytes(self, job: TensorJob) -> int:
+        """A chunk as stored, three times as float32 and three times as codes, and all that stands beside the weight."""
+        row = self.weights.table[job.source]
+        smallest = TILE * max(1, row.parts[0].num_elements // row.parts[0].shape[0])
+        chunk = min(max(CHUNK_ELEMENTS, smallest), row.num_elements)
+        stored = max(self.weights.checkpoint.tensors[part.name].itemsize for part in row.parts)
+        beside = sum(side.planned.num_bytes for _, side in job.side_tensors)
+        return chunk * (stored + 3 * 4 + 3) + 4 * beside
+
+    def convert(self, job: TensorJob, count: Callable[[int], None]) -> PartRecord:
+        """Write one part. Raises QuantizationError for a value that the float type cannot hold."""
+        checkpoint = recorded(self.weights.checkpoint, count, self.weights.run_starts(job.source))
+        weights = Weights(checkpoint=checkpoint, table=self.weights.table)
+        regions = [OpenRegion(region) for region in self.planned_regions(job)]
+        scales = {rank: _scales_of(job, tensor) for rank, tensor in job.tensors.items()}
+        with ExitStack() as stack:
+            files = {
+                rank: stack.enter_context((self.folder / rank_file(rank)).open("r+b", buffering=0)).fileno()
+                for rank in job.tensors
+            }
+            for group, first, parts in weights.placed_chunks(job.source, multiple=TILE):
+                for turn, values in enumerate(parts):
+                    rows = _encoded(job, _masked(job, values, first))
+                    for piece, region in zip(job.slices, regions, strict=False):
+                        taken = _rows_taken(piece, group, turn, first, len(values))
+                        if taken is not None:
+                            region.write(files[piece.rank], rows.share(job, piece, first, taken))
+                            rows.note_scales(scales[piece.rank], job, piece, first, taken)
+            for (ending, side), region in zip(job.side_tensors, regions[len(job.slices) :], strict=True):
+                region.write(files[side.rank], _beside(job, ending, side, scales[side.rank]))
+            if job.mask_from is not None:  # what fills the vocabulary up is masked as well
+                for piece, region in zip(job.slices, regions, strict=True):
+                    dtype = numpy_dtype(job.tensors[piece.rank].planned.dtype)
+                    filling = region.bytes_left // np.dtype(dtype).itemsize
+                    region.write(files[piece.rank], np.full(filling, MASKED_LOGIT, dtype=dtype))
+        written = tuple(region.finish() for region in regions)
+        return PartRecord(part=job.source, sources=checkpoint.runs(), regions=written)
+
+    def _slice_region(self, job: TensorJob, piece: Slice, index: int) -> PlannedRegion:
+        tensor = job.tensors[piece.rank]
+        row_bytes = tensor.planned.num_bytes // tensor.rows
+        # The head's one slice ends where the vocabulary does, the rest of its tensor is zeros.
+        rows = tensor.rows if len(job.slices) == len(job.tensors) else piece.last - piece.first
+        offset = self.offsets[piece.rank][tensor.planned.name] + piece.row * row_bytes
+        return PlannedRegion(_region_name(tensor, index), offset, rows * row_bytes)
+
+    def _side_region(self, side: RankTensor) -> PlannedRegion:
+        offset = self.offsets[side.rank][side.planned.name]
+        return PlannedRegion(_region_name(side, 0), offset, side.planned.num_bytes)
+
+
+def rank_file(rank: int) -> str:
+    """The file of a rank."""
+    return f"rank{rank}.safetensors"
+
+
+def _region_name(tensor: RankTensor, index: int) -> str:
+    return f"{rank_file(tensor.rank)}{_SEPARATOR}{tensor.planned.name}[{index}]"
+
+
+def _rows_taken(piece: Slice, group: int, turn: int, first: int, num_rows: int) -> tuple[int, int] | None:
+    """Which rows of a chunk that begins at `first` a slice takes, counted in their part."""
+    if (piece.group, piece.turn) != (group, turn):
+        return None
+    low, high = max(first, piece.first), min(first + num_rows, piece.last)
+    return (low, high) if low < high else None
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a part on their way out: floats as they are written, or codes with scales [n, K / group]."""
+
+    values: npt.NDArray[Any]
+    scales: FloatArray | None
+
+    def share(self, job: TensorJob, piece: Slice, first: int, taken: tuple[int, int]) -> npt.NDArray[Any]:
+        """What a rank's file gets of them."""
+        rows = self.values[taken[0] - first : taken[1] - first, slice(*piece.columns)]
+        if job.form is Form.FLOAT:
+            return rows
+        if job.form is Form.PAIRS:
+            return pack_pairs(rows)
+        return pack(rows, job.bits, interleave=job.interleave)
+
+    def note_scales(self, scales: FloatArray, job: TensorJob, piece: Slice, first: int, taken: tuple[int, int]) -> None:
+        """Fill a rank's scales [rows, groups] of these rows."""
+        if self.scales is None:
+            return
+        rows = self.scales[taken[0] - first : taken[1] - first]
+        if job.group_size:
+            rows = rows[:, piece.columns[0] // job.group_size : piece.columns[1] // job.group_size]
+        start = piece.row + taken[0] - piece.first
+        scales[start : start + len(rows)] = rows
+
+
+def _encoded(job: TensorJob, values: npt.NDArray[Any]) -> _Rows:
+    matrix = values.reshape(len(values), -1)
+    if job.form is Form.FLOAT:
+        return _Rows(_narrow(matrix, next(iter(job.tensors.values())).planned.dtype, job.source), None)
+    if job.form is Form.CHANNELS:
+        codes, scales = quantize_channels(widen(matrix), job.bits)
+        return _Rows(codes, scales[:, None])
+    codes, scales = quantize_blocks(widen(matrix), job.bits, job.group_size)
+    return _Rows(codes, scales)
+
+
+def _scales_of(job: TensorJob, tensor: RankTensor) -> FloatArray:
+    groups = tensor.width // job.group_size if job.group_size else 1
+    return np.empty((tensor.rows, groups) if job.form is not Form.FLOAT else (0, 0), dtype=np.float32)
+
+
+def _beside(job: TensorJob, ending: str, side: RankTensor, scales: FloatArray) -> npt.NDArray[Any]:
+    """The values of a tensor beside a weight; `scales` [rows, groups] are those of its rank."""
+    shape = side.planned.shape
+    if ending == "zero":
+        return np.zeros(shape, dtype=numpy_dtype(side.planned.dtype))
+    if ending == "prequant_scaling_factor":
+        return np.ones(shape, dtype=numpy_dtype(side.planned.dtype))
+    narrow = _narrow(scales, side.planned.dtype, f"the scales of {job.source}")
+    if job.form is Form.GROUPS:  # [experts, groups, rows]
+        return narrow.reshape(-1, shape[-1], scales.shape[1]).swapaxes(-1, -2)
+    return narrow
+
+
+def _masked(job: TensorJob, values: npt.NDArray[Any], first: int) -> npt.NDArray[Any]:
+    """The head's bias with that of ids that stand for no text out of the way."""
+    if job.mask_from is None or first + len(values) <= job.mask_from:
+        return values
+    masked = widen(values).copy()
+    masked[max(0, job.mask_from - first) :] = MASKED_LOGIT
+    return masked
+
+
+def _narrow(values: npt.NDArray[Any], dtype: str, what: str) -> npt.NDArray[Any]:
+    """Finite floats in the float type of a safetensors label. Raises QuantizationError where it does not hold one."""
+    target = np.dtype(numpy_dtype(dtype))
+    if values.dtype == target:
+        return values
+    wide = widen(values)
+    with np.errstate(over="ignore"):
+        narrow = wide.astype(target)
+    if target.itemsize < wide.itemsize and not np.isfinite(narrow).all():
+        raise QuantizationError(
+            f"writing {what}: a value of magnitude {float(np.abs(wide).max()):.6g} is beyond {target.name}; "
+            "build with --dtype bfloat16, which has float32's range"
+        )
+    return narrow

@@ -1,0 +1,322 @@
+"""A model and its parallelism in, every tensor of every rank out: name, dtype, shape, and which values it is made of.
+
+Shapes a rank, with N rows out and K columns in of the rank's share, experts first where there are any:
+
+| form         | weight                          | beside it                                                      |
+|--------------|---------------------------------|----------------------------------------------------------------|
+| floats       | [N, K]                          |                                                                |
+| W8A16, W4A16 | [K, N * bits / 8] int8, packed  | per_channel_scale [N]                                          |
+| W4A16_GPTQ   | [K, N / 4] as floats, packed    | weights_scaling_factor and zero [K / g, N]                     |
+| W4A16_AWQ    | [N / 2, K] int8, two rows each  | weights_scaling_factor [N, K / g], prequant_scaling_factor [K] |
+
+Rules of sharing: q, k and v are cut one by one and joined again, key/value heads repeated where there are fewer than
+ranks; attention.dense and mlp.proj are cut along their input and their biases are whole on every rank (the library adds
+them once); mlp.fc is cut along its output, of a gated one up and gate each, up first; experts are blocks of whole
+experts; the router is whole and float32; lm_head is cut along the vocabulary, which zeros fill up to a multiple of
+tp_size. Sources: tensorrt_llm/models/{phi,llama}/{model,convert}.py, layers/{moe,linear,attention}.py,
+models/modeling_utils.py, quantization/layers.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from export.architecture import Architecture
+from export.families import Model
+from export.shard_writer import PlannedTensor
+from export.tensor_table import Join, TensorSpec
+from export.trtllm.packing import interleaves_columns
+from export.trtllm.parallel import Parallelism
+from export.trtllm.precision import FLOATS, TrtllmPrecision
+
+QUANTISED = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj")
+ROUTER, HEAD, QKV = "mlp.router", "lm_head", "attention.qkv"
+CUT_ALONG_INPUT = ("attention.dense", "mlp.proj")
+CUT_ALONG_OUTPUT = ("mlp.fc", HEAD)
+FIRST_STAGE, LAST_STAGE = ("transformer.vocab_embedding",), ("transformer.ln_f", HEAD)
+
+
+class Form(StrEnum):
+    """How a weight is stored."""
+
+    FLOAT = "float"
+    CHANNELS = "channels"  # packed, one scale a row
+    GROUPS = "groups"  # packed, scales and zeros of groups
+    PAIRS = "pairs"  # two rows a byte, scales of groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Rows `first` to `last` of one part of a row of the table (of expert or part `group`, of a pair the part `turn`),
+    in the columns `columns`: they become rows of a rank's tensor from `row` on, counted over its experts."""
+
+    rank: int
+    group: int
+    turn: int
+    first: int
+    last: int
+    columns: tuple[int, int]
+    row: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankTensor:
+    """One tensor of a rank's file; `rows` and `width` are those of its weight as floats, experts' rows together."""
+
+    rank: int
+    planned: PlannedTensor
+    rows: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorJob:
+    """One row of the table to one tensor of each rank that has a share, and to the scales beside it. `sides` maps the
+    ending of a name to these, by rank. Values from row `mask_from` on are MASKED_LOGIT."""
+
+    source: str
+    form: Form
+    bits: int
+    group_size: int
+    interleave: bool
+    slices: tuple[Slice, ...]
+    tensors: dict[int, RankTensor]
+    sides: dict[str, dict[int, RankTensor]] = field(default_factory=dict)
+    mask_from: int | None = None
+
+    @property
+    def side_tensors(self) -> list[tuple[str, RankTensor]]:
+        """The tensors beside the weights, each with its name's ending."""
+        return [(ending, side) for ending, ranks in self.sides.items() for side in ranks.values()]
+
+    @property
+    def all_tensors(self) -> list[RankTensor]:
+        return [*self.tensors.values(), *(side for _, side in self.side_tensors)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Every job of a checkpoint."""
+
+    jobs: tuple[TensorJob, ...]
+
+    def tensors(self, rank: int) -> list[PlannedTensor]:
+        """A rank's tensors in the order of its file."""
+        return [tensor.planned for job in self.jobs for tensor in job.all_tensors if tensor.rank == rank]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutOptions:
+    """What decides a layout beside the model. `dtype` is of what is not quantised; `sm` of the GPU that packed matrices
+    are for; `plain` leaves quantising to the building machine. Ids from `mask_from` on stand for no text: the head's
+    bias, where it has one, keeps them from being sampled."""
+
+    precision: TrtllmPrecision
+    dtype: str
+    parallel: Parallelism
+    group_size: int
+    sm: int
+    plain: bool
+    mask_from: int | None
+
+
+def plan_layout(model: Model, options: LayoutOptions) -> Layout:
+    """Lay every tensor out. The parallelism must fit the model."""
+    network = model.family.trtllm
+    names = network.names(model.architecture.num_layers)
+    jobs = []
+    for spec in model.weights.table.values():
+        stem, _, kind = spec.name.rpartition(".")
+        layer, module = names[stem]
+        jobs.append(_Row(spec, layer, module, kind, model.architecture, options).job())
+    return Layout(jobs=tuple(jobs))
+
+
+def matrix_shapes(layout: Layout) -> Iterator[tuple[str, int, int]]:
+    """Name, rows and columns of each matrix of a rank that is quantised by precision, one of each kind."""
+    seen = set()
+    for job in layout.jobs:
+        for tensor in job.tensors.values():
+            module = tensor.planned.name.removesuffix(".weight").split(".", 3)[-1]
+            experts = (
+                len({piece.group for piece in job.slices if piece.rank == tensor.rank}) if _is_expert(module) else 1
+            )
+            shape = (module, tensor.rows // experts, tensor.width)
+            if tensor.planned.name.endswith(".weight") and module in QUANTISED and shape not in seen:
+                seen.add(shape)
+                yield shape
+
+
+def _is_expert(module: str) -> bool:
+    return module in ("mlp.fc", "mlp.proj")
+
+
+class _Row:
+    """One row of the table on its way to a job."""
+
+    def __init__(
+        self,
+        spec: TensorSpec,
+        layer: int | None,
+        module: str,
+        kind: str,
+        facts: Architecture,
+        options: LayoutOptions,
+    ) -> None:
+        self.spec, self.layer, self.module, self.kind = spec, layer, module, kind
+        self.facts, self.options, self.parallel = facts, options, options.parallel
+        self.experts = facts.num_experts if spec.join in (Join.STACK, Join.INTERLEAVE) else 0
+        self.quantised = module in QUANTISED and kind == "weight" and options.precision.bits > 0
+
+    def job(self) -> TensorJob:
+        slices: list[Slice] = []
+        tensors: dict[int, RankTensor] = {}
+        sides: dict[str, dict[int, RankTensor]] = {}
+        form = self._form()
+        for pp_rank in self._stages():
+            for tp_rank in range(self.parallel.tp_size):
+                rank = self.parallel.rank(pp_rank, tp_rank)
+                shares = list(self._shares(rank, tp_rank))
+                slices += shares
+                width = shares[0].columns[1] - shares[0].columns[0]
+                rows = max(piece.row + piece.last - piece.first for piece in shares)
+                if self.module == HEAD:
+                    rows = self._padded_vocab() // self.parallel.tp_size
+                groups = len({piece.group for piece in shares}) if self.experts else 0
+                name = self._name(pp_rank)
+                tensors[rank] = self._tensor(rank, name, form, rows, width, groups)
+                for ending, shape, dtype in self._side_shapes(form, rows, width, groups):
+                    planned = PlannedTensor(name=f"{name.rpartition('.')[0]}.{ending}", dtype=dtype, shape=shape)
+                    sides.setdefault(ending, {})[rank] = RankTensor(rank=rank, planned=planned, rows=rows, width=width)
+        options = self.options
+        return TensorJob(
+            source=self.spec.name,
+            form=form,
+            bits=options.precision.bits if form is not Form.FLOAT else 0,
+            group_size=options.group_size if form in (Form.GROUPS, Form.PAIRS) else 0,
+            interleave=interleaves_columns(options.sm, experts=bool(self.experts)),
+            slices=tuple(slices),
+            tensors=tensors,
+            sides=sides,
+            mask_from=options.mask_from if (self.module, self.kind) == (HEAD, "bias") else None,
+        )
+
+    def _form(self) -> Form:
+        if not self.quantised or self.options.plain:
+            return Form.FLOAT
+        if not self.options.precision.grouped:
+            return Form.CHANNELS
+        return Form.GROUPS if self.options.precision.quant_algo == "W4A16_GPTQ" else Form.PAIRS
+
+    def _stages(self) -> Sequence[int]:
+        """The pipeline ranks that have a share."""
+        parallel = self.parallel
+        if self.layer is not None:
+            return (parallel.pp_rank_of(self.layer, self.facts.num_layers),)
+        return (0,) if self.module in FIRST_STAGE else (parallel.pp_size - 1,)
+
+    def _name(self, pp_rank: int) -> str:
+        """Their name; layers are counted within a pipeline rank."""
+        if self.layer is None:
+            return f"{self.module}.{self.kind}"
+        first = self.parallel.layers(pp_rank, self.facts.num_layers).start
+        return f"transformer.layers.{self.layer - first}.{self.module}.{self.kind}"
+
+    def _tensor(self, rank: int, name: str, form: Form, rows: int, width: int, groups: int) -> RankTensor:
+        lead, each = ((groups,), rows // groups) if groups else ((), rows)
+        dtype = FLOATS["float32" if self.module == ROUTER else self.options.dtype]
+        shape: tuple[int, ...] = (*lead, each, width)
+        if form is Form.CHANNELS:
+            shape, dtype = (*lead, width, each * self.options.precision.bits // 8), "I8"
+        elif form is Form.GROUPS:
+            shape = (*lead, width, each // 4)
+        elif form is Form.PAIRS:
+            shape, dtype = (*lead, each // 2, width), "I8"
+        elif len(self.spec.parts[0].shape) == 1:
+            shape = (*lead, each)
+        return RankTensor(rank=rank, planned=PlannedTensor(name=name, dtype=dtype, shape=shape), rows=rows, width=width)
+
+    def _side_shapes(self, form: Form, rows: int, width: int, groups: int) -> list[tuple[str, tuple[int, ...], str]]:
+        """Ending of the name, shape and dtype of what stands beside a weight."""
+        lead, each = ((groups,), rows // groups) if groups else ((), rows)
+        dtype = FLOATS[self.options.dtype]
+        if form is Form.CHANNELS:
+            return [("per_channel_scale", (*lead, each), dtype)]
+        if form is Form.GROUPS:
+            shape = (*lead, width // self.options.group_size, each)
+            return [("weights_scaling_factor", shape, dtype), ("zero", shape, dtype)]
+        if form is Form.PAIRS:
+            shape = (*lead, each, width // self.options.group_size)
+            return [("weights_scaling_factor", shape, dtype), ("prequant_scaling_factor", (width,), dtype)]
+        return []
+
+    def _padded_vocab(self) -> int:
+        return -(-self.facts.vocab_size // self.parallel.tp_size) * self.parallel.tp_size
+
+    def _shares(self, rank: int, tp_rank: int) -> Iterator[Slice]:
+        """What a rank takes of the row's parts."""
+        shape = self.spec.parts[0].shape
+        width = shape[1] if len(shape) > 1 else 1
+        if self.experts:
+            yield from self._expert_shares(rank, tp_rank, width)
+            return
+        row = 0
+        for first, last, columns in self._dense_shares(tp_rank, width):
+            group, start = self._part_of(first)
+            yield Slice(
+                rank=rank, group=group, turn=0, first=first - start, last=last - start, columns=columns, row=row
+            )
+            row += last - first
+
+    def _dense_shares(self, tp_rank: int, width: int) -> Iterator[tuple[int, int, tuple[int, int]]]:
+        """Rows of the whole and columns that a rank takes."""
+        tp, rows = self.parallel.tp_size, self.spec.shape[0]
+        if self.module == QKV:
+            for first, last in self._heads(tp_rank):
+                yield first, last, (0, width)
+        elif self.module == HEAD:
+            each = self._padded_vocab() // tp
+            yield min(rows, tp_rank * each), min(rows, (tp_rank + 1) * each), (0, width)
+        elif self.module in CUT_ALONG_OUTPUT:
+            yield tp_rank * (rows // tp), (tp_rank + 1) * (rows // tp), (0, width)
+        elif self.module in CUT_ALONG_INPUT and self.kind == "weight":
+            yield 0, rows, (tp_rank * (width // tp), (tp_rank + 1) * (width // tp))
+        else:
+            yield 0, rows, (0, width)
+
+    def _heads(self, tp_rank: int) -> Iterator[tuple[int, int]]:
+        """Rows of q, k and v that a rank takes; of fewer key/value heads than ranks each serves several ranks."""
+        facts, tp, size = self.facts, self.parallel.tp_size, self.facts.head_size
+        queries, keys = facts.num_heads, facts.num_kv_heads
+        yield tp_rank * (queries // tp) * size, (tp_rank + 1) * (queries // tp) * size
+        each = max(1, keys // tp)
+        first = tp_rank * each if keys >= tp else tp_rank * keys // tp
+        for start in (queries, queries + keys):
+            yield (start + first) * size, (start + first + each) * size
+
+    def _expert_shares(self, rank: int, tp_rank: int, width: int) -> Iterator[Slice]:
+        parallel, rows = self.parallel, self.spec.parts[0].shape[0]
+        moe_tp_rank, moe_ep_rank = divmod(tp_rank, parallel.moe_ep)
+        block = self.experts // parallel.moe_ep
+        columns, first, last = (0, width), 0, rows
+        if self.module in CUT_ALONG_OUTPUT:
+            first, last = moe_tp_rank * (rows // parallel.moe_tp), (moe_tp_rank + 1) * (rows // parallel.moe_tp)
+        elif self.kind == "weight":
+            columns = moe_tp_rank * (width // parallel.moe_tp), (moe_tp_rank + 1) * (width // parallel.moe_tp)
+        turns = (1, 0) if self.spec.join is Join.INTERLEAVE else (0,)  # up before gate
+        row = 0
+        for expert in range(moe_ep_rank * block, (moe_ep_rank + 1) * block):
+            for turn in turns:
+                yield Slice(rank=rank, group=expert, turn=turn, first=first, last=last, columns=columns, row=row)
+                row += last - first
+
+    def _part_of(self, row: int) -> tuple[int, int]:
+        """The part that a row of the whole lies in, and the row that it begins with."""
+        start = 0
+        for group, part in enumerate(self.spec.parts):
+            if row < start + part.shape[0] or group == len(self.spec.parts) - 1:
+                return group, start
+            start += part.shape[0]
+        raise AssertionError(f"{self.spec.name} has no parts")

@@ -1,0 +1,103 @@
+"""How a model is shared out among GPUs, and which of its parts a rank holds.
+
+One flat rank counts over tensor and pipeline parallelism: rank = pp_rank * tp_size + tp_rank. The experts' share of a
+tensor-parallel rank is moe_tp_rank = tp_rank div moe_ep_size (a slice of each expert's width) and moe_ep_rank = tp_rank
+mod moe_ep_size (a block of experts). Layers are shared out as evenly as can be, the first pipeline ranks taking one
+more. Source: tensorrt_llm/mapping.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from export.architecture import Architecture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallelism:
+    """Sizes in TensorRT-LLM's words. Where one of `moe_tp_size` and `moe_ep_size` is None it takes what the other
+    leaves of `tp_size`; where both are, experts are sliced and not distributed, as the library has it."""
+
+    tp_size: int = 1
+    pp_size: int = 1
+    moe_tp_size: int | None = None
+    moe_ep_size: int | None = None
+
+    @property
+    def world_size(self) -> int:
+        """Ranks, and so GPUs."""
+        return self.tp_size * self.pp_size
+
+    @property
+    def moe_tp(self) -> int:
+        """Slices of each expert's width."""
+        if self.moe_tp_size is not None:
+            return self.moe_tp_size
+        return self.tp_size if self.moe_ep_size is None else max(1, self.tp_size // self.moe_ep_size)
+
+    @property
+    def moe_ep(self) -> int:
+        """Blocks of experts."""
+        if self.moe_ep_size is not None:
+            return self.moe_ep_size
+        return 1 if self.moe_tp_size is None else max(1, self.tp_size // self.moe_tp_size)
+
+    def mapping(self) -> dict[str, int]:
+        """The `mapping` of config.json."""
+        return {
+            "world_size": self.world_size,
+            "gpus_per_node": max(8, self.world_size),
+            "cp_size": 1,
+            "tp_size": self.tp_size,
+            "pp_size": self.pp_size,
+            "moe_tp_size": self.moe_tp,
+            "moe_ep_size": self.moe_ep,
+        }
+
+    def layers(self, pp_rank: int, num_layers: int) -> range:
+        """The layers of a pipeline rank."""
+        share, more = divmod(num_layers, self.pp_size)
+        first = pp_rank * share + min(pp_rank, more)
+        return range(first, first + share + (pp_rank < more))
+
+    def pp_rank_of(self, layer: int, num_layers: int) -> int:
+        """The pipeline rank that holds a layer."""
+        return next(rank for rank in range(self.pp_size) if layer in self.layers(rank, num_layers))
+
+    def rank(self, pp_rank: int, tp_rank: int) -> int:
+        """The flat rank, which names the file."""
+        return pp_rank * self.tp_size + tp_rank
+
+    def problems(self, architecture: Architecture, *, pipeline: bool) -> list[str]:
+        """What forbids sharing this model out so; `pipeline` tells whether its network can be cut between layers."""
+        sizes = {"tp_size": self.tp_size, "pp_size": self.pp_size, "moe_tp_size": self.moe_tp,
+                 "moe_ep_size": self.moe_ep}  # fmt: skip
+        wrong = [f"{name} is {value}, expected 1 or more" for name, value in sizes.items() if value < 1]
+        if wrong:
+            return wrong
+        facts, found = architecture, []
+        heads, keys, experts = facts.num_heads, facts.num_kv_heads, facts.num_experts
+
+        def indivisible(what: str, number: int, size_name: str, size: int) -> None:
+            if number % size:
+                found.append(f"{number} {what} do not divide among {size_name} {size}")
+
+        if self.pp_size > facts.num_layers:
+            found.append(f"pp_size is {self.pp_size}, expected at most the number of layers, {facts.num_layers}")
+        if self.pp_size > 1 and not pipeline:
+            found.append(
+                f"pp_size is {self.pp_size}: TensorRT-LLM's Phi networks cannot be cut between layers; use tp_size"
+            )
+        indivisible("attention heads", heads, "tp_size", self.tp_size)
+        if keys % self.tp_size and self.tp_size % keys:
+            found.append(f"{keys} key/value heads neither divide among nor repeat over tp_size {self.tp_size}")
+        if not facts.is_moe:
+            if self.moe_tp_size not in (None, 1) or self.moe_ep_size not in (None, 1):
+                found.append("moe_tp_size and moe_ep_size are for mixtures; this model is dense")
+            indivisible("rows of the MLP", facts.ffn_size, "tp_size", self.tp_size)
+            return found
+        if self.moe_tp * self.moe_ep != self.tp_size:
+            found.append(f"moe_tp_size {self.moe_tp} times moe_ep_size {self.moe_ep} is not tp_size {self.tp_size}")
+        indivisible("experts", experts, "moe_ep_size", self.moe_ep)
+        indivisible("rows of an expert", facts.ffn_size, "moe_tp_size", self.moe_tp)
+        return found

@@ -1,0 +1,115 @@
+"""What a TensorRT-LLM checkpoint holds its matrices in, and what its config.json says of it.
+
+| precision  | quant_algo   | weights                                                                        |
+|------------|--------------|--------------------------------------------------------------------------------|
+| fp32, fp16, bf16 | null   | floats                                                                         |
+| int8       | W8A16        | one scale an output channel, codes of 8 bits                                   |
+| int4       | W4A16        | one scale an output channel, codes of 4 bits                                   |
+| int4_gptq  | W4A16_GPTQ   | one scale and zero for `group_size` neighbours along the input, packed here    |
+| int4_awq   | W4A16_AWQ    | one scale for `group_size` neighbours, and a factor of each input, packed at load |
+
+Router, norms, biases, embedding and head are never quantised.
+Sources: tensorrt_llm/models/modeling_utils.py (QuantConfig), quantization/quantize.py (what is left out),
+cpp/tensorrt_llm/kernels/cutlass_kernels/cutlass_preprocessors.cpp (packing), layers/moe.py, builder.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from export.errors import QuantizationError
+
+GROUP_SIZES = (128, 64)  # for which the library has products; NVIDIA/TensorRT-LLM#988
+# The library's own list (quantization/quantize.py); one that is given replaces it, so it is given whole.
+EXCLUDED_MODULES = (
+    "*lm_head", "*router", "*vocab_embedding", "*position_embedding", "*block_embedding", "*shared_expert_gate",
+)  # fmt: skip
+FLOATS: Mapping[str, str] = MappingProxyType({"float32": "F32", "float16": "F16", "bfloat16": "BF16"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrtllmPrecision:
+    """One row of the table. `dtype` is fixed where the precision is a float's; `bits` 0 is not quantised."""
+
+    name: str
+    quant_algo: str | None
+    bits: int
+    grouped: bool
+    dtype: str | None
+
+    def quantization(self, group_size: int | None) -> dict[str, Any]:
+        """The `quantization` of config.json."""
+        if self.quant_algo is None:
+            return {"quant_algo": None, "kv_cache_quant_algo": None}
+        found: dict[str, Any] = {
+            "quant_algo": self.quant_algo,
+            "kv_cache_quant_algo": None,
+            "exclude_modules": list(EXCLUDED_MODULES),
+        }
+        if self.grouped:
+            gptq = self.quant_algo == "W4A16_GPTQ"
+            found |= {"group_size": group_size, "has_zero_point": gptq, "pre_quant_scale": not gptq}
+        return found
+
+
+def _row(
+    name: str, algo: str | None, bits: int = 0, *, grouped: bool = False, dtype: str | None = None
+) -> TrtllmPrecision:
+    return TrtllmPrecision(name=name, quant_algo=algo, bits=bits, grouped=grouped, dtype=dtype)
+
+
+TRTLLM_PRECISIONS: Mapping[str, TrtllmPrecision] = MappingProxyType(
+    {
+        row.name: row
+        for row in (
+            _row("fp32", None, dtype="float32"),
+            _row("fp16", None, dtype="float16"),
+            _row("bf16", None, dtype="bfloat16"),
+            _row("int8", "W8A16", 8),
+            _row("int4", "W4A16", 4),
+            _row("int4_gptq", "W4A16_GPTQ", 4, grouped=True),
+            _row("int4_awq", "W4A16_AWQ", 4, grouped=True),
+        )
+    }
+)
+
+
+def trtllm_precision(name: str) -> TrtllmPrecision:
+    """The precision of a name. Raises QuantizationError that lists what exists."""
+    if name not in TRTLLM_PRECISIONS:
+        near = difflib.get_close_matches(name, TRTLLM_PRECISIONS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise QuantizationError(
+            f"choosing the precision: {name!r} is unknown{hint} TensorRT-LLM has: {', '.join(TRTLLM_PRECISIONS)}"
+        )
+    return TRTLLM_PRECISIONS[name]
+
+
+def float_type(precision: TrtllmPrecision, dtype: str | None) -> str:
+    """The dtype of what is not quantised. Raises QuantizationError for one that the precision does not have."""
+    allowed = [precision.dtype] if precision.dtype else ["float16", "bfloat16"]
+    chosen = dtype or allowed[0]
+    if chosen not in allowed:
+        raise QuantizationError(
+            f"choosing the dtype: {chosen!r} beside --precision {precision.name}, expected {' or '.join(allowed)}"
+        )
+    return chosen
+
+
+def architecture_problems(precision: TrtllmPrecision, sm: int, dtype: str) -> list[str]:
+    """What a GPU of compute capability `sm` (89 is 8.9) cannot run of a precision."""
+    found = []
+    if precision.bits and 100 <= sm < 120:
+        found.append(
+            f"SM {sm} (Blackwell) has no products of integer weights and float activations in TensorRT-LLM's engines "
+            f"(tensorrt_llm/builder.py); build fp16 or bf16 there, or {precision.name} for another GPU"
+        )
+    if sm < 80 and dtype == "bfloat16":
+        found.append(f"SM {sm} has no bfloat16; build with --dtype float16")
+    if sm < 70:
+        found.append(f"SM {sm} is older than TensorRT-LLM's kernels, which begin with SM 70")
+    return found
