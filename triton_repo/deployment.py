@@ -30,13 +30,13 @@ ENGINE_FOLDER = "engine"
 @dataclass(frozen=True, kw_only=True)
 class EngineOrigin:
     """For what an engine was built: the GPU's name and SM (90 is compute capability 9.0), the version of TensorRT-LLM,
-    and the ranks that run it. None where engine.json does not say.
+    each None where engine.json does not say, and the ranks that run it.
     """
 
     gpu: str | None
     sm: int | None
     library: str | None
-    world_size: int | None
+    world_size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +84,14 @@ def _gpu_models(folder: Path, config: ModelConfig) -> Iterator[GpuModel]:
     spawns = GPUS_KEY in texts
     if config.backend == TRTLLM_BACKEND or spawns or WORLD_SIZE_KEY in texts:
         key = GPUS_KEY if spawns else WORLD_SIZE_KEY
-        yield GpuModel(
-            name=folder.name,
-            backend=config.backend,
-            world_size=_number(folder, key, texts[key]) if key in texts else None,
-            spawns=spawns,
-            engine=_engine_origin(folder),
-        )
+        world_size = _number(folder, key, texts[key]) if key in texts else None
+        engine = _engine_origin(folder)
+        if engine and world_size not in (None, engine.world_size):
+            raise RepositoryError(
+                f"reading {folder / CONFIG_FILE}: its parameter {key} is {world_size}, and its engine was built for "
+                f"{engine.world_size} ranks; package the engine again"
+            )
+        yield GpuModel(name=folder.name, backend=config.backend, world_size=world_size, spawns=spawns, engine=engine)
 
 
 def _number(folder: Path, key: str, text: str) -> int:
