@@ -17,6 +17,7 @@ HEAVY = ("torch", "transformers", "onnxruntime", "tensorrt_llm", "onnx", "triton
 IMPORTED_BY_NEED = {
     "trt_build.torch_reference": {"torch", "transformers"},
     "export.hidden_states": {"torch", "transformers"},
+    "trt_build.trtllm.phixtral": {"tensorrt_llm"},
 }
 # What each package may import of the others.
 ARROWS = {

@@ -1,0 +1,115 @@
+"""The stand-in of TensorRT-LLM for the tests that ask for it, and the checkpoints that they share.
+
+`tensorrt_llm` is on the path for a module of tests at a time and gone afterwards, modules and all: nothing else can
+import it by accident.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from checkpoints import write_phixtral_checkpoint
+
+from export.checkpoint import open_checkpoint
+from export.families import Model, read_model
+from export.merge import merge
+from export.merge_config import read_merge_config
+from export.trtllm.checkpoint import CheckpointOptions, write_checkpoint
+
+ROOT = Path(__file__).parent.parent.parent
+STANDIN = Path(__file__).parent / "standin"
+NETWORK = "trt_build.trtllm.phixtral"
+# H a multiple of 64 for each of two ranks, F for each of two slices, heads for four; else unequal.
+PACKABLE = {
+    "hidden_size": 128, "num_heads": 4, "ffn_size": 384, "num_layers": 2, "rotary_dim": 12, "max_positions": 96,
+    "vocab_size": 277, "dtype": "float16",
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def standin() -> Iterator[ModuleType]:
+    """tensorrt_llm and our network in it, importable inside the block and forgotten after it."""
+
+    def is_ours(name: str) -> bool:
+        return name.split(".")[0] in ("tensorrt_llm", "models") or name == NETWORK
+
+    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if is_ours(name)}
+    sys.path.insert(0, str(STANDIN))
+    try:
+        yield importlib.import_module("tensorrt_llm")
+    finally:
+        sys.path.remove(str(STANDIN))
+        for name in [name for name in sys.modules if is_ours(name)]:
+            del sys.modules[name]
+        sys.modules.update(kept)
+
+
+@pytest.fixture(scope="module")
+def tensorrt_llm() -> Iterator[ModuleType]:
+    """The stand-in, for one module of tests."""
+    with standin() as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def network(tensorrt_llm) -> ModuleType:
+    """trt_build/trtllm/phixtral.py, imported unchanged into the stand-in, which registers its architecture."""
+    return importlib.import_module(NETWORK)
+
+
+@pytest.fixture
+def trtllm_build(monkeypatch) -> Path:
+    """The stand-in's trtllm-build, on the PATH of programs that a test starts; they find its tensorrt_llm too."""
+    program = STANDIN / "bin" / "trtllm-build"
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", f"{STANDIN}{os.pathsep}{ROOT}")
+    monkeypatch.setenv("STANDIN_PYTHON", sys.executable)
+    return program
+
+
+@pytest.fixture(scope="session")
+def trained_phixtral(tmp_path_factory) -> Path:
+    """The merged example: 4 trained experts, H 192, 6 heads of 32."""
+    folder = tmp_path_factory.mktemp("trained") / "phixtral"
+    merge(read_merge_config(ROOT / "examples/tiny-phixtral/merge.yml"), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_mixtral() -> Path:
+    """The committed example: 4 trained experts, H 128, 4 heads of 32 over 2 key/value heads."""
+    return ROOT / "examples/tiny-mixtral/checkpoint"
+
+
+@pytest.fixture(scope="session")
+def packable_phixtral(tmp_path_factory) -> Path:
+    """A random phixtral of 4 experts whose sizes the packed layouts take on up to two ranks, and floats on four."""
+    folder = tmp_path_factory.mktemp("packable") / "phixtral"
+    return write_phixtral_checkpoint(folder, seed=11, num_experts=4, experts_per_token=2, **PACKABLE)
+
+
+def understood(folder: Path) -> Model:
+    return read_model(open_checkpoint(folder))
+
+
+@pytest.fixture(scope="session")
+def rank_files(tmp_path_factory) -> Callable[..., Path]:
+    """(checkpoint folder, CheckpointOptions' fields) -> the rank files that our writer makes of it, made once."""
+    parent, made = tmp_path_factory.mktemp("rank-files"), {}
+
+    def rank_files(source: Path, **options: Any) -> Path:
+        key = (source, *sorted(options.items()))
+        if key not in made:
+            made[key] = parent / str(len(made))
+            write_checkpoint(understood(source), CheckpointOptions(**options), made[key])
+        return made[key]
+
+    return rank_files

@@ -1,0 +1,1 @@
+"""Stands for tensorrt_llm/commands/__init__.py."""

@@ -1,0 +1,1 @@
+"""Stands for tensorrt_llm/models/llama: the class of Llama and Mixtral."""
