@@ -16,7 +16,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,16 @@ from export.shard_writer import header_of
 from export.sources import check_unchanged, source_files
 from export.trtllm.config import checkpoint_config
 from export.trtllm.converter import RankConverter, rank_file
-from export.trtllm.layout import Layout, LayoutOptions, matrix_shapes, plan_layout
+from export.trtllm.layout import DENSE, QKV, Layout, LayoutOptions, matrix_shapes, plan_layout
 from export.trtllm.packing import TILE
 from export.trtllm.parallel import Parallelism
-from export.trtllm.precision import GROUP_SIZES, architecture_problems, float_type, trtllm_precision
+from export.trtllm.precision import (
+    GROUP_SIZES,
+    TrtllmPrecision,
+    architecture_problems,
+    float_type,
+    trtllm_precision,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +124,8 @@ def plan_checkpoint(model: Model, options: CheckpointOptions) -> CheckpointPlan:
     )
     layout = plan_layout(model, layout_options)
     if precision.bits:
-        group_size, problems = _fit(layout, options.group_size, grouped=precision.grouped)
+        group_size, problems = _fit(layout, options, grouped=precision.grouped)
+        problems += _lost_biases(layout, precision, options.parallel)
         if problems:
             raise ExportError(f"{what} in {precision.name}:{listing(problems)}")
         if group_size != layout_options.group_size:
@@ -133,27 +140,63 @@ def plan_checkpoint(model: Model, options: CheckpointOptions) -> CheckpointPlan:
     )
 
 
-def _fit(layout: Layout, asked: int | None, *, grouped: bool) -> tuple[int, list[str]]:
+@dataclass(frozen=True)
+class _Side:
+    """One side of a quantised matrix of a rank: how many features, which the library wants to be a multiple of its unit
+    times `times`. What is not cut of attention's matrices it rounds up as if it were (quantization/layers.py).
+    `grouped`: the unit is the group size where there is one."""
+
+    module: str
+    side: str
+    number: int
+    times: int
+    grouped: bool
+
+
+def _sides(layout: Layout, tp_size: int) -> Iterator[_Side]:
+    for module, rows, width in matrix_shapes(layout):
+        attention = module in (QKV, DENSE)
+        yield _Side(module, "outputs", rows, tp_size if module == DENSE else 1, attention)
+        yield _Side(module, "inputs", width, tp_size if module == QKV else 1, True)
+
+
+def _fit(layout: Layout, options: CheckpointOptions, *, grouped: bool) -> tuple[int, list[str]]:
     """The group size that all matrices of the ranks have, and which of them the packed layout does not fit."""
-    shapes = list(matrix_shapes(layout))
+    sides, asked = list(_sides(layout, options.parallel.tp_size)), options.group_size
     problems = [
-        f"{module} of a rank has {number} {side}, expected a multiple of {TILE}, which the library's packed layout "
-        "needs; share the model among fewer ranks, or build fp16"
-        for module, rows, width in shapes
-        for side, number in (("outputs", rows), ("inputs", width))
-        if number % TILE
+        f"{side.module} of a rank has {side.number} {side.side}, expected a multiple of {TILE * side.times}, which the "
+        "library's packed layout needs; share the model among fewer ranks, or build fp16"
+        for side in sides
+        if side.number % (TILE * side.times)
     ]
     if not grouped or problems:
         return GROUP_SIZES[0], problems
-    features = math.gcd(*(width for _, _, width in shapes))
-    allowed = GROUP_SIZES if asked is None else (asked,)
     if asked is not None and asked not in GROUP_SIZES:
         return asked, [f"the group size is {asked}, expected {' or '.join(map(str, GROUP_SIZES))}, the library's own"]
+    features = math.gcd(*(side.number // side.times for side in sides if side.grouped))
+    allowed = GROUP_SIZES if asked is None else (asked,)
     for size in allowed:
         if features % size == 0:
             return size, []
-    narrow = ", ".join(f"{module} {width}" for module, _, width in shapes if width % allowed[-1])
-    return allowed[-1], [f"groups of {allowed[-1]} do not divide the inputs of a rank ({narrow}); use fewer ranks"]
+    size = allowed[-1]
+    narrow = ", ".join(
+        f"{side.module} {side.number} {side.side}"
+        for side in sides
+        if side.grouped and side.number % (size * side.times)
+    )
+    return size, [f"groups of {size} do not divide the features of a rank ({narrow}); use fewer ranks"]
+
+
+def _lost_biases(layout: Layout, precision: TrtllmPrecision, parallel: Parallelism) -> list[str]:
+    """What the library would clear that it must not: as it loads W4A16_AWQ, the biases of the experts' second matrices
+    on every rank but the first, be they other experts' (tensorrt_llm/models/modeling_utils.py)."""
+    biased = any(tensor.name.endswith("mlp.proj.bias") for tensor in layout.tensors(0))
+    if precision.quant_algo != "W4A16_AWQ" or parallel.moe_ep == 1 or not biased:
+        return []
+    return [
+        f"moe_ep_size is {parallel.moe_ep}: when TensorRT-LLM loads {precision.quant_algo} it clears the biases of the "
+        "experts that are not on the first rank; use moe_ep_size 1, or int4_gptq"
+    ]
 
 
 def write_checkpoint(

@@ -11,10 +11,11 @@ Shapes a rank, with N rows out and K columns in of the rank's share, experts fir
 
 Rules of sharing: q, k and v are cut one by one and joined again, key/value heads repeated where there are fewer than
 ranks; attention.dense and mlp.proj are cut along their input and their biases are whole on every rank (the library adds
-them once); mlp.fc is cut along its output, of a gated one up and gate each, up first; experts are blocks of whole
-experts; the router is whole and float32; lm_head is cut along the vocabulary, which zeros fill up to a multiple of
-tp_size. Sources: tensorrt_llm/models/{phi,llama}/{model,convert}.py, layers/{moe,linear,attention}.py,
-models/modeling_utils.py, quantization/layers.py.
+them once, but for attention.dense of W4A16_GPTQ, which every rank adds: there it is zero on all but the first); mlp.fc
+is cut along its output, of a gated one up and gate each, up first; experts are blocks of whole experts; the router is
+whole and float32; lm_head is cut along the vocabulary, which zeros fill up to a multiple of tp_size. Sources:
+tensorrt_llm/models/{phi,llama}/{model,convert}.py, layers/{moe,linear,attention}.py, models/modeling_utils.py,
+quantization/layers.py.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from export.trtllm.packing import interleaves_columns
 from export.trtllm.parallel import Parallelism
 from export.trtllm.precision import FLOATS, TrtllmPrecision
 
-QUANTISED = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj")
-ROUTER, HEAD, QKV = "mlp.router", "lm_head", "attention.qkv"
-CUT_ALONG_INPUT = ("attention.dense", "mlp.proj")
+ROUTER, HEAD, QKV, DENSE = "mlp.router", "lm_head", "attention.qkv", "attention.dense"
+QUANTISED = (QKV, DENSE, "mlp.fc", "mlp.proj")
+CUT_ALONG_INPUT = (DENSE, "mlp.proj")
 CUT_ALONG_OUTPUT = ("mlp.fc", HEAD)
 FIRST_STAGE, LAST_STAGE = ("transformer.vocab_embedding",), ("transformer.ln_f", HEAD)
 
@@ -184,6 +185,8 @@ class _Row:
                 rows = max(piece.row + piece.last - piece.first for piece in shares)
                 if self.module == HEAD:
                     rows = self._padded_vocab() // self.parallel.tp_size
+                elif self._is_added_on_every_rank():
+                    rows = self.spec.shape[0]
                 groups = len({piece.group for piece in shares}) if self.experts else 0
                 name = self._name(pp_rank)
                 tensors[rank] = self._tensor(rank, name, form, rows, width, groups)
@@ -252,6 +255,11 @@ class _Row:
             return [("weights_scaling_factor", shape, dtype), ("prequant_scaling_factor", (width,), dtype)]
         return []
 
+    def _is_added_on_every_rank(self) -> bool:
+        """Whether this is a bias that the library adds on every rank before the sum (quantization/layers.py), and does
+        not clear on all but one when it loads it, as it does for W4A16_AWQ."""
+        return (self.module, self.kind) == (DENSE, "bias") and self.options.precision.quant_algo == "W4A16_GPTQ"
+
     def _padded_vocab(self) -> int:
         return -(-self.facts.vocab_size // self.parallel.tp_size) * self.parallel.tp_size
 
@@ -281,6 +289,8 @@ class _Row:
             yield min(rows, tp_rank * each), min(rows, (tp_rank + 1) * each), (0, width)
         elif self.module in CUT_ALONG_OUTPUT:
             yield tp_rank * (rows // tp), (tp_rank + 1) * (rows // tp), (0, width)
+        elif tp_rank and self._is_added_on_every_rank():
+            yield 0, 0, (0, width)
         elif self.module in CUT_ALONG_INPUT and self.kind == "weight":
             yield 0, rows, (tp_rank * (width // tp), (tp_rank + 1) * (width // tp))
         else:
