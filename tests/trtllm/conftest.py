@@ -27,9 +27,9 @@ from export.trtllm.checkpoint import CheckpointOptions, write_checkpoint
 ROOT = Path(__file__).parent.parent.parent
 STANDIN = Path(__file__).parent / "standin"
 NETWORK = "trt_build.trtllm.phixtral"
-# H a multiple of 64 for each of two ranks, F for each of two slices, heads for four; else unequal.
+# The packed layouts take these on up to four ranks (H a multiple of 64 for each), or two slices of F; else unequal.
 PACKABLE = {
-    "hidden_size": 128, "num_heads": 4, "ffn_size": 384, "num_layers": 2, "rotary_dim": 12, "max_positions": 96,
+    "hidden_size": 256, "num_heads": 4, "ffn_size": 384, "num_layers": 2, "rotary_dim": 24, "max_positions": 96,
     "vocab_size": 277, "dtype": "float16",
 }  # fmt: skip
 
@@ -91,7 +91,7 @@ def trained_mixtral() -> Path:
 
 @pytest.fixture(scope="session")
 def packable_phixtral(tmp_path_factory) -> Path:
-    """A random phixtral of 4 experts whose sizes the packed layouts take on up to two ranks, and floats on four."""
+    """A random phixtral of 4 experts."""
     folder = tmp_path_factory.mktemp("packable") / "phixtral"
     return write_phixtral_checkpoint(folder, seed=11, num_experts=4, experts_per_token=2, **PACKABLE)
 
