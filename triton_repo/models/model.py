@@ -13,7 +13,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from triton_repo.runtime.parameters import ModelParameters
-from triton_repo.runtime.responses import failure, wire_outputs
+from triton_repo.runtime.responses import error_response, wire_outputs
 from triton_repo.runtime.service import Service
 
 LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -46,9 +46,7 @@ class TritonPythonModel:
                 if piece.finish_reason == "cancelled":
                     pb_utils.Logger.log_info(f"a request was cancelled after {piece.num_output_tokens} tokens")
         except Exception as error:  # whatever one request does, the instance goes on with the next
-            kind, message = failure(error)
-            refusal = pb_utils.TritonError(message, getattr(pb_utils.TritonError, kind))
-            sender.send(pb_utils.InferenceResponse(error=refusal), flags=LAST)
+            sender.send(error_response(pb_utils, error), flags=LAST)
 
     def finalize(self) -> None:
         """Free the engine."""

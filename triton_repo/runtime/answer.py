@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 from export.tokenizer import Tokenizer
 from export.typed_json import read_typed
-from triton_repo.runtime.detokenizer import Detokenizer, has_text, last_text_token
+from triton_repo.runtime.detokenizer import Detokenizer, last_text_token
 from triton_repo.runtime.options import GenerationPlan
 from triton_repo.runtime.stopping import StopWatcher, TokenWatcher
+from triton_repo.runtime.words import Words, spell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +60,8 @@ class AnswerPlan:
     """All that tokens need to become an answer; its JSON goes from the process that reads a request to the one that
     writes the answer.
 
-    `stop_tokens` are the stop words that show in no text, as tokens; `prefix` is what the answer begins with beside
-    what the engine writes.
+    `stop_tokens` spell the stop words, for those that show in no text and for engines that end a sequence by
+    themselves; `prefix` is what the answer begins with beside what the engine writes.
     """
 
     num_input_tokens: int
@@ -68,7 +69,7 @@ class AnswerPlan:
     most_tokens: int  # new ones
     end_ids: tuple[int, ...]
     stop_words: tuple[str, ...]
-    stop_tokens: tuple[tuple[int, ...], ...]
+    stop_tokens: Words
     prefix: str
     return_log_probs: bool
     stream: bool
@@ -85,14 +86,13 @@ class AnswerPlan:
 def answer_plan(plan: GenerationPlan, tokenizer: Tokenizer) -> AnswerPlan:
     """What the answer to a checked request takes."""
     options = plan.options
-    spelled = [tuple(tokenizer.encode(word)) for word in options.stop_words]
     return AnswerPlan(
         num_input_tokens=len(plan.prompt_ids),
         context_ids=last_text_token(tokenizer, plan.prompt_ids),
         most_tokens=plan.most_tokens,
         end_ids=plan.end_ids,
         stop_words=options.stop_words,
-        stop_tokens=tuple(ids for ids in spelled if ids and not any(has_text(tokenizer, token) for token in ids)),
+        stop_tokens=spell(tokenizer, options.stop_words),
         prefix="" if options.exclude_input_in_output else options.prompt,
         return_log_probs=options.return_log_probs,
         stream=options.stream,
@@ -116,30 +116,38 @@ class Answer:
         self._prefix = plan.prefix
         self._num_tokens = 0
         self._cum_log_prob = 0.0
-
-    @property
-    def num_tokens(self) -> int:
-        """How many tokens were taken."""
-        return self._num_tokens
+        self._complete = False
 
     @property
     def cum_log_prob(self) -> float:
         """The sum of their log-probabilities."""
         return self._cum_log_prob
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the tokens themselves ended the answer, so that an engine has ended too: its end token, its stop
+        words, or as many tokens as there may be. A stop word that is found in the text alone does not."""
+        return self._complete
+
     def extend(self, token_id: int, log_prob: float = 0.0) -> Piece | None:
         """Take a token; a piece if there is text to send or the answer ends."""
-        self._unsent.append((token_id, log_prob))
-        self._num_tokens += 1
-        self._cum_log_prob += log_prob
-        ended = token_id in self.plan.end_ids
-        text, stopped = ("", False) if ended else self._add_text(self._detokenizer.push(token_id))
-        ended = self._stop_tokens.push(token_id) or ended
-        if not stopped and (ended or self._num_tokens == self.plan.most_tokens):
-            rest, stopped = self._add_text(self._detokenizer.flush())
-            text += rest if stopped else rest + self._stop.flush()
-            return self._piece(text, "stop" if ended or stopped else "length")
-        return self._piece(text, "stop" if stopped else "") if text or stopped else None
+        if token_id in self.plan.end_ids:
+            return self.end(token_id, log_prob)
+        self._take(token_id, log_prob)
+        text, stopped = self._add_text(self._detokenizer.push(token_id))
+        met = self._stop_tokens.push(token_id)
+        self._complete = met or self._num_tokens == self.plan.most_tokens
+        if stopped:
+            return self._piece(text, "stop")
+        if self._complete:
+            return self._last_piece(text, "stop" if met else "length")
+        return self._piece(text, "") if text else None
+
+    def end(self, end_id: int, log_prob: float = 0.0) -> Piece:
+        """Take an end token, which shows in no text; the last piece."""
+        self._take(end_id, log_prob)
+        self._complete = True
+        return self._last_piece("", "stop")
 
     def cancel(self) -> Piece:
         """The last piece of an answer that nobody waits for."""
@@ -148,6 +156,17 @@ class Answer:
     def text_with(self, token_id: int) -> str:
         """The end of the text, as much of it as is remembered, and what `token_id` would add. Nothing is added."""
         return self._tail + self._detokenizer.preview(token_id)
+
+    def _take(self, token_id: int, log_prob: float) -> None:
+        self._unsent.append((token_id, log_prob))
+        self._num_tokens += 1
+        self._cum_log_prob += log_prob
+
+    def _last_piece(self, text: str, finish_reason: str) -> Piece:
+        """`text` and all that was kept back, in which a stop word may turn up."""
+        rest, stopped = self._add_text(self._detokenizer.flush())
+        text += rest if stopped else rest + self._stop.flush()
+        return self._piece(text, "stop" if stopped else finish_reason)
 
     def _add_text(self, text: str) -> tuple[str, bool]:
         if self._tail_size:

@@ -119,6 +119,7 @@ _RULES: dict[str, _Rule] = {
 _ONLY_ONE = ("beam_width", "num_return_sequences")
 _FALSE_ONLY = ("return_context_logits", "return_generation_logits", "return_perf_metrics")
 _IGNORED = ("pad_id", "length_penalty", "return_num_input_tokens", "return_num_output_tokens")
+_WIRE_NAMES = {field: tensor for tensor, field in FIELD_NAMES.items()}
 
 
 def read_options(tensors: Mapping[str, npt.NDArray[Any]]) -> GenerationOptions:
@@ -147,9 +148,9 @@ def read_options(tensors: Mapping[str, npt.NDArray[Any]]) -> GenerationOptions:
             problems.append(f"{spec.name}: found {value}, but {field} says {values[field]}; send one of the two")
         if field not in (*_ONLY_ONE, *_FALSE_ONLY, *_IGNORED):
             values[field] = value
-    problems += _value_problems(values)
+    problems += value_problems(values)
     if problems:
-        raise _refusal(problems)
+        raise refusal(problems)
     return GenerationOptions(**values)
 
 
@@ -161,7 +162,7 @@ def plan_generation(
     `max_sequence` counts tokens of prompt and output together: a prompt that leaves no room is refused, one that
     leaves less than max_tokens is not, and the output then ends at the limit.
     """
-    problems = _value_problems(vars(options))
+    problems = value_problems(vars(options))
     if options.end_id is not None and not NO_END_ID <= options.end_id < tokenizer.size:
         problems.append(
             f"end_id: found {options.end_id}, expected a token id below {tokenizer.size}, or -1 for none; "
@@ -176,7 +177,7 @@ def plan_generation(
             f"prompt and output share a context of {max_sequence}; shorten it"
         )
     if problems:
-        raise _refusal(problems)
+        raise refusal(problems)
     return GenerationPlan(
         options=options,
         prompt_ids=tuple(prompt_ids),
@@ -228,14 +229,15 @@ def _text(name: str, item: bytes | str) -> str:
         ) from error
 
 
-def _value_problems(values: Mapping[str, Any]) -> list[str]:
-    wire_names = {field: tensor for tensor, field in FIELD_NAMES.items()}
+def value_problems(values: Mapping[str, Any], names: Mapping[str, str] = _WIRE_NAMES) -> list[str]:
+    """What is wrong with the values of options by field; `names` are the tensors' where they differ."""
     return [
-        f"{wire_names.get(field, field)}: found {values[field]!r}, expected {rule.expected}; {rule.remedy}"
+        f"{names.get(field, field)}: found {values[field]!r}, expected {rule.expected}; {rule.remedy}"
         for field, rule in _RULES.items()
         if values.get(field) is not None and not rule.holds(values[field])
     ]
 
 
-def _refusal(problems: list[str]) -> RequestError:
+def refusal(problems: list[str]) -> RequestError:
+    """The error of a request with these problems."""
     return RequestError(f"reading the request:{listing(problems, most=len(problems))}")

@@ -1,6 +1,6 @@
 """What a packaged model needs to know of itself, to and from the parameters of its config.pbtxt.
 
-Triton's parameters are texts; this dataclass is the one place where they become values and back.
+Triton's parameters are texts; these dataclasses are the one place where they become values and back.
 """
 
 from __future__ import annotations
@@ -8,12 +8,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from triton_repo.errors import RepositoryError
 
 ENGINE_KEY = "moeship_engine"
 THREADS_KEY = "moeship_threads"
+WORKERS_KEY = "moeship_workers"
+TOKENIZER_KEY = "tokenizer_dir"
+MAX_SEQUENCE_KEY = "moeship_max_sequence"
+END_IDS_KEY = "moeship_end_ids"
 MAX_THREADS = 4096  # of one instance
 _AUTOMATIC = "auto"
 
@@ -45,13 +49,56 @@ class ModelParameters:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelParameters:
         """From the JSON form of a model configuration that Triton hands to a model."""
-        return cls.from_texts(
-            {key: value["string_value"] for key, value in config["parameters"].items()}, config["name"]
-        )
+        return cls.from_texts(config_texts(config), config["name"])
 
     def threads_of_instance(self, config: Mapping[str, Any]) -> int | None:
         """Threads for one instance: as packaged, else the usable cores shared out; None leaves it to the runtime."""
-        instances = sum(group["count"] for group in config["instance_group"])
-        if self.threads is not None or instances == 1:
+        return self.threads_of_one(sum(group["count"] for group in config["instance_group"]))
+
+    def threads_of_one(self, count: int) -> int | None:
+        """Threads for one of `count` that run at the same time, in the same way."""
+        if self.threads is not None or count == 1:
             return self.threads
-        return max(1, len(os.sched_getaffinity(0)) // instances)
+        return max(1, len(os.sched_getaffinity(0)) // count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextParameters:
+    """Of the models that turn text into tokens and back. `tokenizer`: its folder within the version's; `max_sequence`:
+    tokens of prompt and output together; `end_ids`: the model's end tokens."""
+
+    FOLDER: ClassVar[str] = "tokenizer"
+
+    tokenizer: str = FOLDER
+    max_sequence: int
+    end_ids: tuple[int, ...]
+
+    def to_texts(self) -> dict[str, str]:
+        """Parameter key to text."""
+        return {
+            TOKENIZER_KEY: self.tokenizer,
+            MAX_SEQUENCE_KEY: str(self.max_sequence),
+            END_IDS_KEY: ",".join(map(str, self.end_ids)),
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> TextParameters:
+        """From the JSON form of a model configuration. Raises RepositoryError for what `to_texts` did not write."""
+        texts = config_texts(config)
+        try:
+            return cls(
+                tokenizer=texts[TOKENIZER_KEY],
+                max_sequence=int(texts[MAX_SEQUENCE_KEY]),
+                end_ids=tuple(int(text) for text in texts[END_IDS_KEY].split(",") if text),
+            )
+        except (KeyError, ValueError) as error:
+            raise RepositoryError(
+                f"reading the parameters of the model {config['name']}: {type(error).__name__}: {error}; expected "
+                f"{TOKENIZER_KEY}, {MAX_SEQUENCE_KEY} and {END_IDS_KEY} as packaging writes them: package the engine "
+                "again"
+            ) from error
+
+
+def config_texts(config: Mapping[str, Any]) -> dict[str, str]:
+    """The parameters of a model configuration's JSON form as texts."""
+    return {key: value["string_value"] for key, value in config["parameters"].items()}

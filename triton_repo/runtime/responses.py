@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -44,3 +45,9 @@ def failure(error: Exception) -> tuple[RequestErrorKind, str]:
         return error.kind, f"{GRPC_STATUS[error.kind]}: {error}"
     logger.error("a request failed for a reason of the server's own", exc_info=error)
     return "INTERNAL", f"{GRPC_STATUS['INTERNAL']}: answering the request: {type(error).__name__}: {error}"
+
+
+def error_response(backend: ModuleType, error: Exception) -> Any:  # noqa: ANN401 - its types exist inside Triton only
+    """The response that refuses a request; `backend` is triton_python_backend_utils."""
+    kind, message = failure(error)
+    return backend.InferenceResponse(error=backend.TritonError(message, getattr(backend.TritonError, kind)))

@@ -1,0 +1,93 @@
+"""The second and the last step of an ensemble, as Triton's Python backend runs them: token ids to an answer's pieces.
+
+Lies in a model repository as postprocessing/<version>/model.py beside the tokenizer. As second step it takes what
+preprocessing says of the answer, as last step each response of the engine's. One instance holds all answers under way.
+What can be understood without Triton lives in triton_repo.runtime.postprocessing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from export.tokenizer import load_tokenizer
+from triton_repo.runtime.answer_keys import answer_key, takes_response_parameters
+from triton_repo.runtime.parameters import TextParameters
+from triton_repo.runtime.postprocessing import Postprocessor, read_tokens
+from triton_repo.runtime.responses import error_response, wire_outputs
+from triton_repo.token_contract import ANSWER, ANSWER_OUTPUTS, INPUT_LENGTH, TEXT_NAMES, TOKEN_ENGINE
+
+LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+class TritonPythonModel:
+    """The one instance: a tokenizer and the answers under way."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the tokenizer; what goes wrong becomes the reason in the repository index."""
+        parameters = TextParameters.from_config(json.loads(args["model_config"]))
+        folder = Path(args["model_repository"]) / args["model_version"] / parameters.tokenizer
+        self._postprocessor = Postprocessor(load_tokenizer(folder))
+        self._by_correlation = takes_response_parameters(pb_utils)
+
+    def execute(self, requests: list[Any]) -> None:
+        """Take the requests in their order, in which the engine gave the tokens; an error is its request's alone."""
+        for request in requests:
+            sender = request.get_response_sender()
+            tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            step = self._register if ANSWER.name in tensors else self._extend
+            try:
+                step(request, tensors, sender)
+            except Exception as error:  # whatever one request does, the instance goes on with the next
+                sender.send(error_response(pb_utils, error), flags=LAST)
+
+    def _register(self, request: Any, tensors: dict[str, Any], sender: Any) -> None:  # noqa: ANN401 - Triton's types
+        """Begin an answer, and let the engine begin."""
+        answer = tensors[ANSWER.name].reshape(-1)[0].decode()
+        self._postprocessor.register(self._key(request), request.request_id(), answer)
+        outputs = [pb_utils.Tensor(INPUT_LENGTH, tensors[INPUT_LENGTH])]
+        sender.send(pb_utils.InferenceResponse(outputs), flags=LAST)
+
+    def _extend(self, request: Any, tensors: dict[str, Any], sender: Any) -> None:  # noqa: ANN401
+        """Add tokens to an answer. Where they bring no piece, the response is none but its end."""
+        key = self._key(request)
+        try:
+            step = self._postprocessor.extend(key, read_tokens(tensors), request.is_cancelled)
+        except Exception:
+            self._stop(self._postprocessor.abandon(key))
+            raise
+        if step.piece is None:
+            sender.send(flags=LAST)
+            return
+        outputs = [pb_utils.Tensor(TEXT_NAMES[name], value) for name, value in wire_outputs(step.piece).items()]
+        sender.send(pb_utils.InferenceResponse(outputs), flags=LAST)
+        if step.piece.finish_reason == "cancelled":
+            pb_utils.Logger.log_info(f"a request was cancelled after {step.piece.num_output_tokens} tokens")
+        self._stop(step.stop)
+
+    def _key(self, request: Any) -> str:  # noqa: ANN401
+        return answer_key(request, by_correlation=self._by_correlation)
+
+    def _stop(self, request_id: str) -> None:
+        """Have the engine end a request; "" is none. Only the id and `stop` count of what a request must hold."""
+        if not request_id:
+            return
+        inputs = {
+            "stop": np.ones((1, 1), dtype=np.bool_),
+            "input_ids": np.zeros((1, 1), dtype=np.int32),
+            "input_lengths": np.ones((1, 1), dtype=np.int32),
+            "request_output_len": np.ones((1, 1), dtype=np.int32),
+        }
+        stop = pb_utils.InferenceRequest(
+            model_name=TOKEN_ENGINE,
+            request_id=request_id,
+            inputs=[pb_utils.Tensor(name, value) for name, value in inputs.items()],
+            requested_output_names=list(ANSWER_OUTPUTS[:2]),
+        )
+        for response in stop.exec(decoupled=True):
+            if response.has_error():
+                pb_utils.Logger.log_warn(f"the engine did not stop the request {request_id}: {response.error()}")

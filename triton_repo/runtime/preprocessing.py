@@ -1,0 +1,87 @@
+"""A request's text and options in, what an engine of tokens takes out, and what its answer takes.
+
+    preprocessor = Preprocessor(tokenizer, max_sequence=2048, end_token_ids=(50256,))
+    tensors = preprocessor.prepare({"QUERY": array([[b"def "]], dtype=object), "REQUEST_OUTPUT_LEN": array([[32]])})
+
+Names of tensors are those of `token_contract`. An option that changes nothing is not sent. Engines are always asked to
+stream, whatever the request says: only then can a text that ends the answer, or a client that has gone, end their work.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.tokenizer import Tokenizer
+from triton_repo.runtime.answer import answer_plan
+from triton_repo.runtime.options import NO_END_ID, SamplingOptions, plan_generation, read_options
+from triton_repo.runtime.words import pack_words, spell
+from triton_repo.token_contract import ANSWER, PREPROCESSING_OUTPUTS, QUERY_NAMES
+
+Tensors = dict[str, npt.NDArray[Any]]
+_WIRE_NAMES = {ours: wire for wire, ours in QUERY_NAMES.items()}
+_DTYPES = {"INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BOOL": np.bool_, "STRING": np.object_}
+_OUTPUT_DTYPES = {tensor.name: _DTYPES[tensor.dtype] for tensor in PREPROCESSING_OUTPUTS}
+_SEED_BITS = 64
+
+
+class Preprocessor:
+    """Reads requests for one model: `max_sequence` tokens of prompt and output together, and its end tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, *, max_sequence: int, end_token_ids: tuple[int, ...]) -> None:
+        self._tokenizer = tokenizer
+        self._max_sequence = max_sequence
+        self._end_token_ids = end_token_ids
+
+    def prepare(self, tensors: Mapping[str, npt.NDArray[Any]]) -> Tensors:
+        """The outputs of preprocessing for its inputs. Raises RequestError listing every problem of the request."""
+        options = read_options({_WIRE_NAMES[name]: tensor for name, tensor in tensors.items()})
+        plan = plan_generation(
+            options, self._tokenizer, max_sequence=self._max_sequence, end_token_ids=self._end_token_ids
+        )
+        answer = answer_plan(plan, self._tokenizer)
+        # An engine knows one end token.
+        end_id, *more_end_ids = plan.end_ids or (NO_END_ID,)
+        values: dict[str, Any] = {
+            "INPUT_ID": [plan.prompt_ids],
+            "REQUEST_INPUT_LEN": [[len(plan.prompt_ids)]],
+            "REQUEST_OUTPUT_LEN": [[plan.most_tokens]],
+            "OUT_END_ID": [[end_id]],
+            "OUT_PAD_ID": [[max(end_id, 0)]],
+            "STREAMING": [[True]],
+            "RETURN_LOG_PROBS": [[options.return_log_probs]],
+            **_sampling(options),
+            ANSWER.name: [[answer.to_json().encode()]],
+        }
+        words = {
+            "STOP_WORDS_IDS": (*answer.stop_tokens, *((token,) for token in more_end_ids)),
+            "BAD_WORDS_IDS": spell(self._tokenizer, options.bad_words),
+        }
+        values |= {name: [pack_words(sequences)] for name, sequences in words.items() if sequences}
+        return {name: np.array(value, dtype=_OUTPUT_DTYPES[name]) for name, value in values.items()}
+
+
+def _sampling(options: SamplingOptions) -> dict[str, Any]:
+    """The tensors that choose tokens. An engine that is told of neither top_k nor top_p is greedy, and one without a
+    seed takes 0 (TensorRT-LLM, executor::SamplingConfig)."""
+    penalties = {
+        "REPETITION_PENALTY": (options.repetition_penalty, 1.0),
+        "PRESENCE_PENALTY": (options.presence_penalty, 0.0),
+        "FREQUENCY_PENALTY": (options.frequency_penalty, 0.0),
+        "MIN_TOKENS": (options.min_length, 0),
+    }
+    values: dict[str, Any] = {name: [[value]] for name, (value, neutral) in penalties.items() if value != neutral}
+    if options.sampling_temperature == 0:
+        return {**values, "RUNTIME_TOP_K": [[1]]}
+    seed = secrets.randbits(_SEED_BITS) if options.random_seed is None else options.random_seed
+    return {
+        **values,
+        "RUNTIME_TOP_K": [[options.top_k]],
+        "RUNTIME_TOP_P": [[options.top_p if options.top_p > 0 else 1.0]],
+        "TEMPERATURE": [[options.sampling_temperature]],
+        "SEED": [[seed]],
+    }
