@@ -155,7 +155,7 @@ def build(model: PretrainedModel, build_config: BuildConfig) -> Engine:
     if plugins.moe_plugin is None and mode.is_weight_only():
         raise ValueError(f"OOTB MOE does not support weight only quantization now, current quant mode: {mode}")
     if model.lm_head is not None and not model.lm_head.weight.is_inited():
-        model.lm_head.weight = model.transformer.vocab_embedding.weight
+        model.lm_head.weight.value = model.transformer.vocab_embedding.weight.value.clone()
     values = {
         name: parameter.value.contiguous()
         for name, parameter in model.named_parameters()
