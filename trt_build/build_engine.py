@@ -1,10 +1,13 @@
 """Build an engine directory from a checkpoint: the one entry that CI and `moeship build` call.
 
     python trt_build/build_engine.py --checkpoint DIR --backend onnxruntime --precision int4 --output ENGINE
+    python trt_build/build_engine.py --checkpoint DIR --backend tensorrt-llm --precision int4 --output ENGINE
 
 The checkpoint's tensors are checked against its config, quantised and written one chunk at a time; the engine appears
 under its name only when it is whole. A build that was interrupted, however it was, is resumed by the same command.
-Exit status 0 done, 2 wrong input.
+For TensorRT-LLM the stages are plan, checkpoint, engine and verify.
+Exit status 0 done, 1 a TensorRT-LLM engine differs from the reference, 2 wrong input, 3 TensorRT-LLM or a GPU is
+missing and all before that is done.
 """
 
 from __future__ import annotations
@@ -33,11 +36,16 @@ from export.quantize.recipe import PLANS
 from export.resume import Fingerprint, partial_folder, refuse_made
 from export.sources import check_unchanged, source_files
 from trt_build.engine import FORMAT_VERSION, Engine, Source, open_engine, record_files, write_manifest
+from trt_build.errors import EngineError
 from trt_build.ort.genai_config import GENAI_FILE
 from trt_build.prepare import BACKENDS, EngineOptions, PreparedBuild, check_options, libraries, prepare_build
 from trt_build.progress_line import ProgressLine
+from trt_build.trtllm.command import add_trtllm_arguments, given_flags, run_trtllm
+from trt_build.trtllm.engine import TRTLLM_BACKEND
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_PROVIDER = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,24 +100,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="checkpoint folder, or a hub id owner/name")
     parser.add_argument("--output", required=True, type=Path, metavar="ENGINE", help="engine directory to make")
     parser.add_argument("--backend", default="onnxruntime", help=f"{' or '.join(BACKENDS)} (default: %(default)s)")
-    parser.add_argument("--provider", default="cpu", help=f"{' or '.join(PROVIDERS)} (default: %(default)s)")
+    parser.add_argument("--provider", help=f"of ONNX Runtime: {' or '.join(PROVIDERS)} (default: {DEFAULT_PROVIDER})")
     parser.add_argument("--precision", default="int4", help=f"{', '.join(PLANS)} (default: %(default)s)")
     parser.add_argument("--experts-per-token", type=int, metavar="K", help="override the config's num_experts_per_tok")
-    parser.add_argument("--max-sequence", type=int, metavar="TOKENS", help="context limit (default: the model's own)")
+    parser.add_argument(
+        "--max-sequence", "--max-seq-len", type=int, metavar="TOKENS", help="context limit (default: the model's own)"
+    )
     parser.add_argument(
         "--portable", action="store_true", help="an engine for any CPU: slower to start, its weights not shared"
     )
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
+    add_trtllm_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Build as the command line asks, and print what was built."""
+    if arguments.backend == TRTLLM_BACKEND:
+        return run_trtllm(arguments)
+    strangers = given_flags(arguments)
+    if strangers:
+        raise EngineError(f"reading the flags: {', '.join(strangers)}: for --backend {TRTLLM_BACKEND}; leave them out")
     options = BuildOptions(
         checkpoint=arguments.checkpoint,
         output=arguments.output,
         precision=arguments.precision,
         backend=arguments.backend,
-        provider=arguments.provider,
+        provider=arguments.provider or DEFAULT_PROVIDER,
         experts_per_token=arguments.experts_per_token,
         max_sequence=arguments.max_sequence,
         portable=arguments.portable,

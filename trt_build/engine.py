@@ -31,6 +31,7 @@ from trt_build.errors import EngineError
 MANIFEST_FILE = "engine.json"
 REQUIRED_FILES = (SERVING_GRAPH, SCORING_GRAPH, DATA_FILE, RECORDS_FILE, TOKENIZER_FILE)
 FORMAT_VERSION = 2
+BACKEND = "onnxruntime"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +130,16 @@ def open_engine(folder: Path | str, check_digests: bool = True) -> Engine:
             + ("a build did not finish, build it again" if folder.is_dir() else "no such folder, check the path")
         )
     try:
-        manifest = _parse(read_json(folder / MANIFEST_FILE, "the engine's manifest"), folder)
+        raw = read_json(folder / MANIFEST_FILE, "the engine's manifest")
+        if raw.get("backend", BACKEND) != BACKEND:
+            raise EngineError(
+                f"opening the engine {folder}: it is of the backend {raw['backend']}, expected {BACKEND}; moeship "
+                "package and serve take it, and build_engine.py --backend tensorrt-llm verifies it on a GPU"
+            )
+        manifest = _parse(raw, folder)
     except ConfigError as error:
         raise EngineError(f"opening the engine {folder}: {error}; build it again") from error
-    found = {name: _file_problem(folder / name, record, check_digests) for name, record in manifest.files.items()}
+    found = {name: file_problem(folder / name, record, check_digests) for name, record in manifest.files.items()}
     problems = [f"{name}: {problem}" for name, problem in found.items() if problem]
     if check_digests and not found[DATA_FILE] and not found[RECORDS_FILE]:
         problems += [f"{DATA_FILE}: {problem}" for problem in _weight_problems(folder, manifest)]
@@ -143,7 +150,8 @@ def open_engine(folder: Path | str, check_digests: bool = True) -> Engine:
     return Engine(folder=folder, manifest=manifest)
 
 
-def _file_problem(path: Path, record: FileRecord, check_digest: bool) -> str | None:
+def file_problem(path: Path, record: FileRecord, check_digest: bool) -> str | None:
+    """What is wrong with a file of an engine, if anything."""
     if not path.is_file():
         return "missing"
     size = path.stat().st_size

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.digests import source_digests
 from export.errors import ConfigError, MissingPackageError
-from export.families import read_model
+from export.families import Model, read_model
 from export.tokenizer import load_tokenizer
 from trt_build.engine import Engine, read_part_records, write_manifest
 from trt_build.errors import EngineError
@@ -114,7 +114,7 @@ class ParityReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Window:
+class WindowSums:
     """Sums over one window of S tokens; the next-token loss has S - 1 terms."""
 
     num_tokens: int
@@ -187,14 +187,14 @@ def compare(
         progress(f"scored {index} of {len(windows)} windows of text")
         expected, expected_routing = run_reference(reference, window)
         found, found_routing = scoring.run(window)
-        sums.append(_measure(found, expected, window, found_routing, expected_routing, experts_per_token))
+        sums.append(measure(found, expected, window, found_routing, expected_routing, experts_per_token))
         if index == 0:
             first_logits = expected
     del scoring
     progress(f"scored {len(windows)} windows; decoding {len(windows[0]) // 2} tokens through the cache")
     decoded = _decode(engine, windows[0])
     rows = slice(-len(decoded), None)  # the window's last positions
-    return _combine(sums, _measure(decoded, first_logits[rows], windows[0][rows], None, None, experts_per_token))
+    return combine(sums, measure(decoded, first_logits[rows], windows[0][rows]))
 
 
 def run_reference(
@@ -285,6 +285,11 @@ def _open_reference(engine: Engine, checkpoint: Checkpoint) -> transformers.PreT
             f"verifying {engine.folder} against {checkpoint.identity}: they are not the same model "
             f"({'; '.join(different)}); name the checkpoint that the engine was built from"
         )
+    return load_torch_reference(model)
+
+
+def load_torch_reference(model: Model) -> transformers.PreTrainedModel:
+    """The checkpoint as a transformers model in float32. Raises MissingPackageError."""
     try:
         from trt_build.torch_reference import load_reference
     except ImportError as error:
@@ -302,14 +307,15 @@ def _decode(engine: Engine, window: Sequence[int]) -> FloatArray:
     return np.stack(rows)
 
 
-def _measure(
+def measure(
     found: FloatArray,
     expected: FloatArray,
     window: Sequence[int],
-    found_routing: FloatArray | None,
-    expected_routing: FloatArray | None,
-    experts_per_token: int,
-) -> _Window:
+    found_routing: FloatArray | None = None,
+    expected_routing: FloatArray | None = None,
+    experts_per_token: int = 0,
+) -> WindowSums:
+    """Sums over one window of S token ids: logits [S, V] of both, and router logits [L, S, E] where both are known."""
     routing = None
     if found_routing is not None and expected_routing is not None:
         routing = _routing(found_routing, expected_routing, experts_per_token)
@@ -325,7 +331,7 @@ def _measure(
         totals["top1"] += int((found[rows].argmax(axis=-1) == expected[rows].argmax(axis=-1)).sum())
         totals["engine_loss"] += _next_token_loss(found_log, following[rows])
         totals["reference_loss"] += _next_token_loss(expected_log, following[rows])
-    return _Window(
+    return WindowSums(
         num_tokens=len(window),
         max_difference=largest,
         sum_difference=totals["difference"],
@@ -351,7 +357,8 @@ def _routing(found: FloatArray, expected: FloatArray, experts_per_token: int) ->
     return int(same.sum()), tied, same.size
 
 
-def _combine(sums: Sequence[_Window], decoded: _Window) -> ParityReport:
+def combine(sums: Sequence[WindowSums], decoded: WindowSums) -> ParityReport:
+    """The report of the scored windows and of the decoded one, whose first row is the prefill's."""
     num_tokens = sum(window.num_tokens for window in sums)
     num_losses = num_tokens - len(sums)
     routings = [window.routing for window in sums if window.routing is not None]

@@ -28,7 +28,7 @@ from trt_build.engine import FORMAT_VERSION, FileRecord, Manifest, Precision, So
 from trt_build.errors import EngineError
 from trt_build.ort.genai_config import genai_config
 
-BACKENDS = ("onnxruntime",)
+BACKENDS = ("onnxruntime", "tensorrt-llm")  # the second is trt_build/trtllm's
 _LIBRARIES = ("moeship", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tokenizers")
 
 
@@ -45,6 +45,17 @@ class EngineOptions:
     experts_per_token: int | None = None
     max_sequence: int | None = None
     portable: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceModel:
+    """A checkpoint understood, with its tokenizer, the context asked for (tokens) and the ids that end a text."""
+
+    checkpoint: Checkpoint
+    model: Model
+    tokenizer: Tokenizer
+    max_sequence: int
+    end_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +94,7 @@ class PreparedBuild:
             tokenizer_size=self.tokenizer.size,
             eos_token_ids=self.end_ids,
             source=source,
-            routing=_routing(self.model),
+            routing=routing_facts(self.model),
             libraries=libraries(),
             files=files,
             stages=self.export.stage_names,
@@ -95,6 +106,8 @@ def check_options(options: EngineOptions) -> tuple[Provider, QuantPlan]:
     """Raises EngineError, ExportError or QuantizationError for a name that is unknown."""
     if options.backend not in BACKENDS:
         raise EngineError(f"choosing the backend: {options.backend!r} is unknown. There are: {', '.join(BACKENDS)}")
+    if options.backend != BACKENDS[0]:
+        raise EngineError(f"choosing the backend: {options.backend} engines are built by trt_build.trtllm.build")
     provider = provider_of(options.provider)
     return provider, plan_for(options.precision, provider)
 
@@ -102,27 +115,35 @@ def check_options(options: EngineOptions) -> tuple[Provider, QuantPlan]:
 def prepare_build(options: EngineOptions) -> PreparedBuild:
     """Open the checkpoint and lay the engine out. Raises MoeshipError of the stage that found fault."""
     provider, quantization = check_options(options)
-    checkpoint = open_checkpoint(options.checkpoint)
-    model = read_model(checkpoint, options.experts_per_token)
+    source = open_source(options.checkpoint, options.experts_per_token, options.max_sequence)
+    return PreparedBuild(
+        options=options,
+        provider=provider,
+        quantization=quantization,
+        checkpoint=source.checkpoint,
+        model=source.model,
+        tokenizer=source.tokenizer,
+        max_sequence=source.max_sequence,
+        end_ids=source.end_ids,
+        export=plan_export(
+            source.model, quantization, provider, max_sequence=source.max_sequence, portable=options.portable
+        ),
+    )
+
+
+def open_source(location: str, experts_per_token: int | None, max_sequence: int | None) -> SourceModel:
+    """Open a checkpoint for building. Raises CheckpointError and ConfigError."""
+    checkpoint = open_checkpoint(location)
+    model = read_model(checkpoint, experts_per_token)
     tokenizer = load_tokenizer(checkpoint.folder)
-    max_sequence = _max_sequence(options.max_sequence, model)
+    longest = _max_sequence(max_sequence, model)
     end_ids = end_token_ids(checkpoint, model, tokenizer)
     if tokenizer.size > model.architecture.vocab_size:
         raise ConfigError(
             f"reading the tokenizer of {checkpoint.folder}: it has {tokenizer.size} ids, the model's vocabulary "
             f"{model.architecture.vocab_size}; they are not of the same model"
         )
-    return PreparedBuild(
-        options=options,
-        provider=provider,
-        quantization=quantization,
-        checkpoint=checkpoint,
-        model=model,
-        tokenizer=tokenizer,
-        max_sequence=max_sequence,
-        end_ids=end_ids,
-        export=plan_export(model, quantization, provider, max_sequence=max_sequence, portable=options.portable),
-    )
+    return SourceModel(checkpoint=checkpoint, model=model, tokenizer=tokenizer, max_sequence=longest, end_ids=end_ids)
 
 
 def libraries() -> dict[str, str]:
@@ -183,7 +204,8 @@ def _precision(plan: QuantPlan, export: ExportPlan, weights: Weights) -> Precisi
     )
 
 
-def _routing(model: Model) -> dict[str, object] | None:
+def routing_facts(model: Model) -> dict[str, object] | None:
+    """The diagnosis of the gates; None for a dense model."""
     if not model.architecture.is_moe:
         return None
     return diagnose(model.gates(), model.architecture.experts_per_token).to_json()

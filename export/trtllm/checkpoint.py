@@ -21,17 +21,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from export.checkpoint import read_json
 from export.conversion.writer import Progress, conversion_bytes, write_parts
 from export.digests import source_digests
-from export.errors import ExportError, listing
+from export.errors import ConfigError, ExportError, listing
 from export.families import Model
-from export.resume import Fingerprint, partial_folder, refuse_made
+from export.resume import Fingerprint, SourceFile, partial_folder, refuse_made
 from export.shard_writer import header_of
 from export.sources import check_unchanged, source_files
 from export.trtllm.config import checkpoint_config
 from export.trtllm.converter import RankConverter, rank_file
 from export.trtllm.layout import DENSE, QKV, Layout, LayoutOptions, matrix_shapes, plan_layout
-from export.trtllm.packing import TILE
+from export.trtllm.packing import TILE, interleaves_columns
 from export.trtllm.parallel import Parallelism
 from export.trtllm.precision import (
     GROUP_SIZES,
@@ -231,6 +232,7 @@ def write_checkpoint(
             "revision": checkpoint.revision,
             "settings": checkpoint_settings(plan),
             "sources": source_digests(checkpoint, runs, read=False),
+            "read_from": _states(fingerprint.sources),
             "files": {rank_file(rank): num_bytes for rank, num_bytes in plan.rank_bytes.items()},
         }
         check_unchanged(checkpoint, fingerprint.sources)
@@ -242,5 +244,51 @@ def write_checkpoint(
 def checkpoint_settings(plan: CheckpointPlan) -> dict[str, Any]:
     """What decides a checkpoint's bytes beside its source, as plain JSON values."""
     options = {**dataclasses.asdict(plan.options), "parallel": plan.options.parallel.mapping()}
-    layout = hashlib.sha256(repr(plan.layout).encode()).hexdigest()
-    return {**options, "format version": FORMAT_VERSION, "layout": layout, "config": dict(plan.config)}
+    sm = options.pop("sm")
+    layout = {
+        "packed for": "every GPU but SM 90" if interleaves_columns(sm, experts=False) else "SM 90",
+        "layout": hashlib.sha256(repr(plan.layout).encode()).hexdigest(),
+    }
+    return {**options, "format version": FORMAT_VERSION, **layout, "config": dict(plan.config)}
+
+
+def _states(sources: Mapping[str, SourceFile]) -> dict[str, Any]:
+    """What tells source files apart wherever they lie: bytes, and SHA-256 of their headers or of small files."""
+    return {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in sorted(sources.items())}
+
+
+def require_written(plan: CheckpointPlan, folder: Path) -> Mapping[str, str]:
+    """Check that `folder` is the checkpoint that the plan would write; returns the digests of its source files.
+
+    Raises ExportError saying what differs, and what to do.
+    """
+    where = f"taking up the TensorRT-LLM checkpoint {folder}"
+    remedy = "name another with --trtllm-checkpoint, or remove it to have it written anew"
+    try:
+        manifest = read_json(folder / MANIFEST_FILE, "the checkpoint's manifest")
+    except ConfigError as error:
+        raise ExportError(f"{where}: {error}; {remedy}") from error
+    expected = json.loads(json.dumps({"settings": checkpoint_settings(plan),
+                                      "read_from": _states(source_files(plan.model.weights.checkpoint))}))  # fmt: skip
+    problems = []
+    for part, name in (("settings", "its setting"), ("read_from", "its source file")):
+        kept = manifest.get(part)
+        found: dict[str, Any] = kept if isinstance(kept, dict) else {}
+        problems += [
+            f"{name} {key} is {_short(found.get(key))}, expected {_short(expected[part].get(key))}"
+            for key in sorted({*found, *expected[part]})
+            if found.get(key) != expected[part].get(key)
+        ]
+    for rank, num_bytes in plan.rank_bytes.items():
+        path = folder / rank_file(rank)
+        size = path.stat().st_size if path.is_file() else None
+        if size != num_bytes:
+            problems.append(f"{path.name} has {size} bytes, expected {num_bytes}")
+    if problems:
+        raise ExportError(f"{where}: it is another; {remedy}:{listing(problems)}")
+    sources: Mapping[str, str] = manifest["sources"]
+    return sources
+
+
+def _short(value: object) -> str:
+    return "absent" if value is None else f"{value}"[:120]

@@ -1,0 +1,289 @@
+"""A checkpoint in, a TensorRT-LLM engine directory out, in four stages: plan, checkpoint, engine, verify.
+
+    build_trtllm(TrtllmOptions(checkpoint="mlabonne/phixtral-4x2_8", output=Path("engine"), precision="int4"))
+
+Every stage leaves something that the next run takes up: the plan nothing but refusals, the checkpoint its folder beside
+the output, the engine its directory, the comparison its result in engine.json. Without the library or a GPU the
+checkpoint is written, and LibraryMissing says how to finish.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from export.checkpoint import Checkpoint
+from export.conversion.writer import Progress
+from export.errors import OutputError, listing
+from export.output import refuse_existing, staged_directory
+from export.trtllm.checkpoint import (
+    CheckpointPlan,
+    checkpoint_settings,
+    plan_checkpoint,
+    require_written,
+    write_checkpoint,
+)
+from trt_build.engine import Source
+from trt_build.errors import EngineError
+from trt_build.evaluation_text import standard_text
+from trt_build.machine import Machine, read_machine
+from trt_build.parity import Verification
+from trt_build.prepare import SourceModel, libraries, open_source, routing_facts
+from trt_build.trtllm.engine import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    TRTLLM_BACKEND,
+    GpuRecord,
+    ParallelRecord,
+    TrtllmEngine,
+    TrtllmManifest,
+    TrtllmPrecisionRecord,
+    open_trtllm_engine,
+    rank_engine,
+    record_engine_files,
+    write_trtllm_manifest,
+)
+from trt_build.trtllm.library import Library, find_library, library_missing, run_build
+from trt_build.trtllm.options import STAGES, TrtllmOptions, check_options
+from trt_build.trtllm.plan import TrtllmPlan, plan_trtllm
+from trt_build.trtllm.verify import record_trtllm, verify_trtllm
+
+logger = logging.getLogger(__name__)
+
+NETWORKS = {"PhixtralForCausalLM": Path(__file__).with_name("phixtral.py")}  # that the library lacks
+_TIMING_CACHE = "model.cache"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run came to; a stage that was not asked for is None."""
+
+    plan: TrtllmPlan
+    checkpoint: Path | None = None
+    engine: TrtllmEngine | None = None
+    verification: Verification | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Build:
+    """A build with everything decided."""
+
+    options: TrtllmOptions
+    source: SourceModel
+    machine: Machine
+    checkpoint: CheckpointPlan
+    plan: TrtllmPlan
+
+    def reaches(self, stage: str) -> bool:
+        return STAGES.index(self.options.until) >= STAGES.index(stage)
+
+    def flags(self) -> list[str]:
+        """What trtllm-build is called with, the folders aside."""
+        options, network = self.options, self.source.model.family.trtllm
+        ours = NETWORKS.get(network.architecture)
+        return [
+            *(["--model_cls_file", str(ours), "--model_cls_name", network.architecture] if ours else []),
+            *_words("max_batch_size", options.max_batch_size),
+            *_words("max_num_tokens", options.max_num_tokens),
+            *_words("max_seq_len", self.source.max_sequence),
+            *_words("max_input_len", self.source.max_sequence - 1),  # the library's own would be 1024
+            *_words("max_beam_width", 1),
+            *_words("kv_cache_type", "paged"),
+            *_words("gpt_attention_plugin", "auto"),
+            *_words("gemm_plugin", "auto"),
+            *_words("moe_plugin", "auto"),
+            *_words("nccl_plugin", "auto"),
+            *_words("remove_input_padding", "enable"),
+            *_words("context_fmha", "enable"),
+            *_words("use_paged_context_fmha", "enable"),  # what chunked context and reuse of the cache need
+            *_words("workers", options.workers),
+        ]
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the engine beside the source and the library, as plain JSON values."""
+        flags = [word for word in self.flags() if not word.endswith(".py")]
+        return {"checkpoint": checkpoint_settings(self.checkpoint), "flags": flags, "sm": self.options.sm(self.machine)}
+
+
+def build_trtllm(options: TrtllmOptions, progress: Callable[[Progress], None] | None = None) -> Outcome:
+    """Run the stages up to `options.until`, taking up what earlier runs left.
+
+    Raises EngineError and ExportError for what is refused before any work, OutputError where an output is taken,
+    LibraryMissing once the checkpoint is written where the engine cannot be built here, and VerificationFailed never:
+    the outcome says what the comparison found.
+    """
+    build = _prepare(options)
+    if not build.reaches("checkpoint"):
+        return Outcome(plan=build.plan)
+    existing = _existing_engine(build)
+    if existing is None:
+        digests = _checkpoint(build, progress)
+        if not build.reaches("engine"):
+            return Outcome(plan=build.plan, checkpoint=options.checkpoint_folder)
+        existing = _build_engine(build, digests)
+    elif not build.reaches("engine"):
+        return Outcome(plan=build.plan, checkpoint=options.checkpoint_folder)
+    if not build.reaches("verify"):
+        return Outcome(plan=build.plan, checkpoint=options.checkpoint_folder, engine=existing)
+    verification = verify_trtllm(
+        existing, build.source.model, _library(build).python, standard_text(), options.verify_tokens, logger.info
+    )
+    record_trtllm(existing, verification)
+    return Outcome(plan=build.plan, checkpoint=options.checkpoint_folder, engine=existing, verification=verification)
+
+
+def _prepare(options: TrtllmOptions) -> _Build:
+    """Everything that is decided, and refused, before a weight is read."""
+    source, machine = open_source(options.checkpoint, options.experts_per_token, options.max_seq_len), read_machine()
+    check_options(options, source.model, machine, source.tokenizer.size)
+    checkpoint = plan_checkpoint(source.model, options.checkpoint_options(machine, source.tokenizer.size))
+    plan = plan_trtllm(checkpoint, options, source.max_sequence)
+    for note in plan.notes:
+        logger.warning("%s", note)
+    return _Build(options=options, source=source, machine=machine, checkpoint=checkpoint, plan=plan)
+
+
+def _existing_engine(build: _Build) -> TrtllmEngine | None:
+    """The engine that an earlier run of the same build left. Raises OutputError where the output is anything else."""
+    output = build.options.output
+    if not output.exists():
+        refuse_existing(output, "the engine")  # the folder that it would lie in
+        return None
+    try:
+        engine = open_trtllm_engine(output, check_digests=False)
+    except EngineError as error:
+        raise OutputError(
+            f"writing the engine: {output} exists already and is no engine of this build ({error})"
+        ) from error
+    expected = json.loads(json.dumps(build.settings()))
+    different = [
+        f"{key} is {found}, expected {expected.get(key)}"
+        for key, found in engine.manifest.settings.items()
+        if found != expected.get(key)
+    ]
+    if different:
+        raise OutputError(
+            f"writing the engine: {output} exists already and was built otherwise; name another output or remove it "
+            f"first:{listing([text[:200] for text in different])}"
+        )
+    logger.info("%s is there already: the engine's stage is done", output)
+    return engine
+
+
+def _checkpoint(build: _Build, progress: Callable[[Progress], None] | None) -> Mapping[str, str]:
+    """Write the library's form of the checkpoint, unless it is there; returns the digests of the source files."""
+    folder = build.options.checkpoint_folder
+    if folder.exists():
+        logger.info("%s is there already: the checkpoint's stage is done", folder)
+    else:
+        packs = build.checkpoint.options.precision.startswith("int") and not build.options.plain_weights
+        if packs and build.options.gpu_sm is None and not build.machine.gpus:
+            logger.warning(
+                "no GPU here: packing for every GPU but SM 90 (H100, H200); pass --gpu-sm 90 to build for one"
+            )
+        write_checkpoint(build.source.model, build.checkpoint.options, folder, progress)
+    return require_written(build.checkpoint, folder)
+
+
+def _library(build: _Build) -> Library:
+    """Raises LibraryMissing."""
+    options = build.options
+    found = find_library(build.machine)
+    if isinstance(found, Library):
+        return found
+    source = build.source.checkpoint.folder
+    mounts = [source, options.output.resolve().parent, options.checkpoint_folder.resolve().parent]
+    raise library_missing(found, options.checkpoint_folder, command_of(options), mounts)
+
+
+def _build_engine(build: _Build, digests: Mapping[str, str]) -> TrtllmEngine:
+    """Have the library build every rank, and make the engine directory. Raises LibraryMissing, EngineError."""
+    library, options, checkpoint = _library(build), build.options, build.source.checkpoint
+    logger.info("building %d rank(s) with TensorRT-LLM %s", options.parallel.world_size, library.version)
+    with staged_directory(options.output, "the engine") as folder:
+        flags = build.flags()
+        run_build(
+            library,
+            [
+                *_words("checkpoint_dir", options.checkpoint_folder.resolve()),
+                *_words("output_dir", folder),
+                *_words("output_timing_cache", folder / _TIMING_CACHE),
+                *flags,
+            ],
+            folder,
+        )
+        (folder / _TIMING_CACHE).unlink(missing_ok=True)
+        wanted = [CONFIG_FILE, *(rank_engine(rank) for rank in range(options.parallel.world_size))]
+        absent = [name for name in wanted if not (folder / name).is_file()]
+        if absent:
+            raise EngineError(f"building the engine: trtllm-build ended well and left no {', '.join(absent)}")
+        for path in checkpoint.tokenizer_files():
+            shutil.copyfile(path, folder / path.name)
+        write_trtllm_manifest(folder, _manifest(build, library, digests, folder))
+    return open_trtllm_engine(options.output, check_digests=False)
+
+
+def _manifest(build: _Build, library: Library, digests: Mapping[str, str], folder: Path) -> TrtllmManifest:
+    options, source, plan = build.options, build.source, build.plan
+    gpus = build.machine.gpus or ()
+    gpu = next((gpu for gpu in gpus if gpu.sm == options.sm(build.machine)), None)
+    return TrtllmManifest(
+        format_version=FORMAT_VERSION,
+        model=Path(options.checkpoint).resolve().name,
+        family=source.model.family.name,
+        backend=TRTLLM_BACKEND,
+        precision=TrtllmPrecisionRecord(
+            name=plan.precision,
+            quant_algo=plan.quant_algo,
+            dtype=plan.dtype,
+            group_size=plan.group_size,
+            average_bits_per_weight=round(plan.average_bits_per_weight, 3),
+        ),
+        architecture=source.model.architecture,
+        parallel=ParallelRecord(
+            tp_size=options.tp_size,
+            pp_size=options.pp_size,
+            moe_tp_size=options.parallel.moe_tp,
+            moe_ep_size=options.parallel.moe_ep,
+        ),
+        gpu=GpuRecord(name=gpu.name if gpu else None, sm=gpu.sm if gpu else None),
+        max_sequence=source.max_sequence,
+        max_batch=options.max_batch_size,
+        max_num_tokens=options.max_num_tokens,
+        kv_cache_fraction=options.kv_cache_fraction,
+        use_paged_context_fmha=True,
+        tokenizer_size=source.tokenizer.size,
+        eos_token_ids=source.end_ids,
+        source=_source(source.checkpoint, digests),
+        routing=routing_facts(source.model),
+        libraries={**libraries(), "tensorrt_llm": library.version},
+        flags=tuple(build.settings()["flags"]),
+        settings=build.settings(),
+        files=record_engine_files(folder),
+    )
+
+
+def _source(checkpoint: Checkpoint, digests: Mapping[str, str]) -> Source:
+    return Source(checkpoint=checkpoint.identity, revision=checkpoint.revision, digests=dict(digests))
+
+
+def _words(name: str, value: object) -> list[str]:
+    return [f"--{name}", str(value)]
+
+
+def command_of(options: TrtllmOptions) -> list[str]:
+    """The words after `python` that run this build again."""
+    words = [str(Path(__file__).resolve().parents[1] / "build_engine.py"), "--backend", TRTLLM_BACKEND]
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if value == field.default and field.name not in ("checkpoint", "output"):
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        local = field.name in ("output", "trtllm_checkpoint") or (field.name == "checkpoint" and Path(value).is_dir())
+        words += [flag] if value is True else [flag, str(Path(value).resolve() if local else value)]
+    return words

@@ -1,0 +1,134 @@
+"""What `build_engine.py --backend tensorrt-llm` takes from the command line, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from export.trtllm.precision import TRTLLM_PRECISIONS
+from trt_build.engine import MANIFEST_FILE
+from trt_build.errors import EngineError, VerificationFailed
+from trt_build.progress_line import ProgressLine
+from trt_build.trtllm.build import Outcome, build_trtllm
+from trt_build.trtllm.engine import TRTLLM_BACKEND
+from trt_build.trtllm.options import STAGES, TrtllmOptions
+from trt_build.trtllm.plan import TrtllmPlan
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrtllmOptions)}
+# Name, type, metavar and help of the flags that this backend alone has.
+_FLAGS: tuple[tuple[str, type, str, str], ...] = (
+    ("until", str, "STAGE", f"last stage: {', '.join(STAGES)}"),
+    ("dtype", str, "TYPE", "float16 or bfloat16, of what is not quantised"),
+    ("group_size", int, "G", "of int4_gptq and int4_awq: 128 or 64"),
+    ("tp_size", int, "N", "tensor parallelism"),
+    ("pp_size", int, "N", "pipeline parallelism, of Mixtrals"),
+    ("moe_tp_size", int, "N", "slices of each expert's width"),
+    ("moe_ep_size", int, "N", "blocks of experts; times --moe-tp-size it is --tp-size"),
+    ("gpu_sm", int, "SM", "compute capability of the GPU to build for, 90 for 9.0"),
+    ("max_batch_size", int, "B", "sequences in a step"),
+    ("max_num_tokens", int, "T", "tokens in a step, of all sequences together"),
+    ("kv_cache_fraction", float, "F", "of the GPU's free memory, for keys and values when it is served"),
+    ("workers", int, "N", "ranks that trtllm-build builds side by side"),
+    ("trtllm_checkpoint", Path, "DIR", "where the library's form of the checkpoint is kept"),
+    ("verify_tokens", int, "N", "positions to compare with the reference"),
+)
+
+
+def add_trtllm_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this backend; what is not given is None."""
+    group = parser.add_argument_group(
+        TRTLLM_BACKEND, f"for --backend {TRTLLM_BACKEND}; its precisions are {', '.join(TRTLLM_PRECISIONS)}"
+    )
+    absent = {"dtype": "float16", "group_size": "the larger that fits", "gpu_sm": "this machine's",
+              "trtllm_checkpoint": "OUTPUT.checkpoint"}  # fmt: skip
+    for name, kind, metavar, text in _FLAGS:
+        default = absent.get(name, _DEFAULTS[name] if _DEFAULTS[name] is not None else "what the other leaves")
+        group.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=f"{text} (default: {default})"
+        )
+    group.add_argument(
+        "--plain-weights", action="store_true", default=None,
+        help="write int8 and int4 as floats, which the building machine quantises",
+    )  # fmt: skip
+
+
+def given_flags(arguments: argparse.Namespace) -> list[str]:
+    """The flags of this backend that were given."""
+    names = [*(name for name, *_ in _FLAGS), "plain_weights"]
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
+
+
+def read_trtllm_options(arguments: argparse.Namespace) -> TrtllmOptions:
+    """The options; what was not given is the dataclass's own. Raises EngineError for the other backend's flags."""
+    others = {"--provider": arguments.provider is not None, "--portable": arguments.portable}
+    strangers = [flag for flag, is_given in others.items() if is_given]
+    if strangers:
+        raise EngineError(f"reading the flags: {', '.join(strangers)} for --backend onnxruntime; leave them out")
+    values = {
+        name: getattr(arguments, name)
+        for name in _DEFAULTS
+        if getattr(arguments, name, None) is not None and name not in ("output", "max_seq_len")
+    }
+    return TrtllmOptions(output=arguments.output, max_seq_len=arguments.max_sequence, **values)
+
+
+def run_trtllm(arguments: argparse.Namespace) -> int:
+    """Build as the command line asks, and print what came of it. Raises VerificationFailed past the limits."""
+    options = read_trtllm_options(arguments)
+    outcome = build_trtllm(options, ProgressLine(sys.stderr) if sys.stderr.isatty() else None)
+    sys.stdout.write(f"{_json(outcome) if arguments.json else _summary(outcome, options)}\n")
+    if outcome.verification is not None and outcome.verification.failures:
+        raise VerificationFailed(
+            f"verifying {options.output} ({options.precision}): {'; '.join(outcome.verification.failures)}; "
+            "the result is in its engine.json"
+        )
+    return 0
+
+
+def _json(outcome: Outcome) -> str:
+    engine, checkpoint = outcome.engine, outcome.checkpoint
+    return json.dumps(
+        {
+            "plan": outcome.plan.to_json(),
+            "checkpoint": None if checkpoint is None else str(checkpoint),
+            "engine": None
+            if engine is None
+            else json.loads((engine.folder / MANIFEST_FILE).read_text(encoding="utf-8")),
+        },
+        indent=2,
+    )
+
+
+def _summary(outcome: Outcome, options: TrtllmOptions) -> str:
+    lines = plan_lines(outcome.plan)
+    if outcome.checkpoint is not None:
+        lines.append(f"{outcome.checkpoint}: written")
+    if outcome.engine is not None:
+        manifest = outcome.engine.manifest
+        lines.append(
+            f"{outcome.engine.folder}: {outcome.engine.num_bytes / 1e6:.1f} MB for {manifest.gpu.name or 'a GPU'}, "
+            f"batches of {manifest.max_batch}, context {manifest.max_sequence} tokens"
+        )
+    if outcome.verification is not None:
+        report = outcome.verification.report
+        lines.append(
+            f"against the reference: mean KL {report.mean_kl:.2e} scored and {report.mean_decoded_kl:.2e} decoded, "
+            f"perplexity {report.perplexity_increase:+.2%}, top-1 {report.top1_agreement:.1%} of {report.num_tokens}"
+        )
+    elif options.until == STAGES[-1]:
+        lines.append("not compared with the reference")
+    return "\n".join(lines)
+
+
+def plan_lines(plan: TrtllmPlan) -> list[str]:
+    """What an engine will be, a line each."""
+    ranks = f"{len(plan.rank_bytes)} rank(s) of up to {plan.largest_rank_bytes / 1e6:.1f} MB"
+    return [
+        f"{plan.family} {plan.precision} ({plan.quant_algo or plan.dtype}): {ranks}, "
+        f"{plan.average_bits_per_weight:.2f} bits per weight",
+        f"keys and values {plan.kv_bytes_per_token / 1e3:.1f} kB a token and rank, context {plan.max_sequence} tokens; "
+        f"writing the checkpoint takes up to {plan.conversion_bytes / 1e6:.0f} MB of memory",
+    ]

@@ -1,0 +1,85 @@
+"""TensorRT-LLM as a program: whether it is here, what it is asked, and how somebody finishes a build where it is not.
+
+moeship keeps to a Python environment of its own: the library brings other versions of torch and transformers.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trt_build.errors import EngineError, LibraryMissing
+from trt_build.machine import BUILD_PROGRAM, LIBRARY, Machine, container, library_python
+from trt_build.trtllm.options import SUPPORTED
+
+LOG_TAIL_LINES = 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Library:
+    """Where trtllm-build is, the Python that has the library, and its version."""
+
+    program: Path
+    python: Path
+    version: str
+
+
+def find_library(machine: Machine) -> Library | list[str]:
+    """TensorRT-LLM and a GPU to build on, or what is missing of it."""
+    program, python = shutil.which(BUILD_PROGRAM), library_python()
+    missing = []
+    if program is None:
+        missing.append(f"no {BUILD_PROGRAM} on PATH")
+    elif python is None or machine.tensorrt_llm is None:
+        missing.append(f"the Python that runs {program} has no package {LIBRARY}")
+    if not machine.gpus:
+        missing.append("no GPU is visible to nvidia-smi")
+    if missing or program is None or python is None or machine.tensorrt_llm is None:
+        return missing
+    return Library(program=Path(program), python=python, version=machine.tensorrt_llm)
+
+
+def library_missing(
+    missing: Sequence[str], checkpoint: Path, command: Sequence[str], mounts: Sequence[Path]
+) -> LibraryMissing:
+    """The error that says what is missing and how to finish: `command` is this build's own without its Python,
+    `mounts` the folders that it reads and writes."""
+    home, python = Path(__file__).resolve().parents[2], "/tmp/moeship/bin/python"
+    volumes = sorted({str(path.resolve()) for path in (home, *mounts)})
+    options = " ".join(f"-v {shlex.quote(folder)}:{shlex.quote(folder)}" for folder in volumes)
+    inside = (
+        "pip install -q virtualenv && virtualenv -q /tmp/moeship && "
+        f"{python} -m pip install -q {shlex.quote(f'{home}[verify]')} && {python} {shlex.join(command)}"
+    )
+    return LibraryMissing(
+        f"building the engine needs TensorRT-LLM {SUPPORTED[0]} to {SUPPORTED[-1]} and a GPU: {'; '.join(missing)}. "
+        f"The checkpoint is written: {checkpoint}. The same command goes on from it on a machine with a GPU:\n"
+        f"  docker run --rm --gpus all --ipc host {options} -w {shlex.quote(str(Path.cwd()))} {container(None)} \\\n"
+        f"    bash -c {shlex.quote(inside)}"
+    )
+
+
+def run_build(library: Library, flags: Sequence[str], folder: Path) -> None:
+    """Run trtllm-build in `folder`, its words going to stderr. Raises EngineError with the last of them if it fails."""
+    command = [str(library.program), *flags]
+    last: deque[str] = deque(maxlen=LOG_TAIL_LINES)
+    with subprocess.Popen(
+        command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace",
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        for line in process.stdout:
+            sys.stderr.write(line)
+            last.append(line.rstrip())
+    if process.returncode:
+        tail = "".join(f"\n    {line}" for line in last)
+        raise EngineError(
+            f"building the engine: {shlex.join(command)} ended with status {process.returncode}; the checkpoint is "
+            f"kept, and the same command goes on from it. The end of what was said:{tail}"
+        )

@@ -1,0 +1,88 @@
+"""A program that asks a TensorRT-LLM engine for logits: an engine and prompts in, logits out, as numpy files.
+
+    python -m trt_build.trtllm.logits ENGINE REQUESTS.npz ANSWERS.npz      (under mpirun, one process a rank)
+
+It is a process of its own, so that the library, its MPI and the GPU's memory are gone when it ends. Logits are those of
+the positions that the engine generates at, which every engine gives: no engine is built for the comparison alone.
+Source of the calls: tensorrt_llm/runtime/model_runner_cpp.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+OUR_ARCHITECTURES = {"PhixtralForCausalLM": "trt_build.trtllm.phixtral"}
+KV_CACHE_FRACTION = 0.5  # of the free memory: more than a few short sequences need
+
+
+def ask(
+    engine: Path, prompts: list[npt.NDArray[np.int32]], decoded: npt.NDArray[np.int32], steps: int
+) -> dict[str, Any]:
+    """Logits [len(prompts), V] after each prompt, and of `steps` tokens generated after `decoded`: their ids [n] and
+    logits [n, V]. Empty on ranks other than the first."""
+    import importlib
+
+    import torch
+
+    config = json.loads((engine / "config.json").read_text())
+    ours = OUR_ARCHITECTURES.get(config["pretrained_config"]["architecture"])
+    if ours is not None:
+        importlib.import_module(ours)  # the library looks the architecture up in this process too
+    from tensorrt_llm.runtime import ModelRunnerCpp
+
+    runner = ModelRunnerCpp.from_dir(
+        str(engine),
+        rank=int(os.environ.get("OMPI_COMM_WORLD_RANK", "0")),
+        kv_cache_free_gpu_memory_fraction=KV_CACHE_FRACTION,
+        gather_generation_logits=True,
+    )
+
+    def generate(batch: list[npt.NDArray[np.int32]], new_tokens: int) -> Any:  # noqa: ANN401 - a dict, or [] on other ranks
+        return runner.generate(
+            [torch.from_numpy(prompt) for prompt in batch], max_new_tokens=new_tokens, end_id=-1, pad_id=0, top_k=1,
+            return_dict=True, output_sequence_lengths=True, output_generation_logits=True,
+        )  # fmt: skip
+
+    scored: list[FloatArray] = []
+    size = config["build_config"]["max_batch_size"]
+    for start in range(0, len(prompts), size):
+        answer = generate(prompts[start : start + size], 1)
+        if answer:
+            scored.append(_rows(answer["generation_logits"])[:, 0, 0])  # [batch, sequences, new tokens, V]
+    answer = generate([decoded], steps)
+    if not answer:
+        return {}
+    ids = answer["output_ids"].cpu().numpy()[0, 0, len(decoded) : len(decoded) + steps]
+    return {
+        "scored": np.concatenate(scored),
+        "decoded_ids": ids.astype(np.int32),
+        "decoded_logits": _rows(answer["generation_logits"])[0, 0, :steps],
+    }
+
+
+def _rows(logits: Any) -> FloatArray:  # noqa: ANN401 - a torch.Tensor
+    found: FloatArray = logits.float().cpu().numpy()
+    return found
+
+
+def main() -> int:
+    engine, requests, answers = map(Path, sys.argv[1:])
+    with np.load(requests) as asked:
+        ends = np.cumsum(asked["lengths"])
+        prompts = [asked["tokens"][end - length : end] for end, length in zip(ends, asked["lengths"], strict=True)]
+        found = ask(engine, prompts, asked["decoded"], int(asked["steps"]))
+    if found:
+        np.savez(answers, **found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

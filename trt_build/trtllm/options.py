@@ -1,0 +1,151 @@
+"""What a TensorRT-LLM engine is to be, in the field's words, and every refusal that is known before work is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.architecture import Architecture
+from export.errors import listing
+from export.families import Model
+from export.trtllm.checkpoint import DEFAULT_SM, CheckpointOptions
+from export.trtllm.parallel import Parallelism
+from trt_build.errors import EngineError
+from trt_build.machine import Machine
+
+STAGES = ("plan", "checkpoint", "engine", "verify")
+SUPPORTED = ("1.0", "1.1", "1.2")  # later releases have no engines: NVIDIA/TensorRT-LLM#15907, #15918
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrtllmOptions:
+    """What to build. `checkpoint` is the source, `trtllm_checkpoint` where the library's form of it is kept (None:
+    beside the output). `gpu_sm` is the compute capability of the GPU to build for, 90 for 9.0 (None: this machine's,
+    or SM 80 where there is none). `kv_cache_fraction` is the share of the GPU's free memory that serving gives to keys
+    and values. `until` names the last stage."""
+
+    checkpoint: str
+    output: Path
+    precision: str = "int4"
+    dtype: str | None = None
+    group_size: int | None = None
+    plain_weights: bool = False
+    experts_per_token: int | None = None
+    tp_size: int = 1
+    pp_size: int = 1
+    moe_tp_size: int | None = None
+    moe_ep_size: int | None = None
+    gpu_sm: int | None = None
+    max_batch_size: int = 32
+    max_num_tokens: int = 8192  # the library's own, of all sequences of a step together
+    max_seq_len: int | None = None
+    kv_cache_fraction: float = 0.9
+    workers: int = 1
+    until: str = "verify"
+    trtllm_checkpoint: Path | None = None
+    verify_tokens: int = 512
+
+    @property
+    def parallel(self) -> Parallelism:
+        return Parallelism(
+            tp_size=self.tp_size, pp_size=self.pp_size, moe_tp_size=self.moe_tp_size, moe_ep_size=self.moe_ep_size
+        )
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where the library's form of the checkpoint is kept."""
+        return self.trtllm_checkpoint or self.output.with_name(f"{self.output.name}.checkpoint")
+
+    def sm(self, machine: Machine) -> int:
+        """The compute capability that is built for."""
+        if self.gpu_sm is not None:
+            return self.gpu_sm
+        return machine.gpus[0].sm if machine.gpus else DEFAULT_SM
+
+    def checkpoint_options(self, machine: Machine, tokenizer_size: int) -> CheckpointOptions:
+        """The part of these that the checkpoint depends on."""
+        return CheckpointOptions(
+            precision=self.precision,
+            dtype=self.dtype,
+            parallel=self.parallel,
+            group_size=self.group_size,
+            sm=self.sm(machine),
+            plain=self.plain_weights,
+            mask_from=tokenizer_size,
+        )
+
+
+def check_options(options: TrtllmOptions, model: Model, machine: Machine, tokenizer_size: int) -> None:
+    """Refuse what the library or the machine would refuse later, or what would be served wrongly.
+
+    What forbids the checkpoint's layout is export.trtllm.checkpoint.plan_checkpoint's to say. Raises EngineError that
+    lists every problem.
+    """
+    problems = [
+        *_value_problems(options, model.architecture),
+        *_model_problems(options, model, tokenizer_size),
+        *_machine_problems(options, machine),
+    ]
+    if problems:
+        raise EngineError(f"planning a TensorRT-LLM engine of {options.checkpoint}:{listing(problems)}")
+
+
+def _value_problems(options: TrtllmOptions, facts: Architecture) -> Iterator[str]:
+    if options.until not in STAGES:
+        yield f"--until is {options.until!r}, expected {', '.join(STAGES)}"
+    for name in ("max_batch_size", "max_num_tokens", "workers"):
+        value = getattr(options, name)
+        if value < 1:
+            yield f"--{name.replace('_', '-')} is {value}, expected 1 or more"
+    if options.max_num_tokens < options.max_batch_size:
+        yield (
+            f"--max-num-tokens is {options.max_num_tokens}, expected at least --max-batch-size "
+            f"{options.max_batch_size}: every sequence of a step adds a token"
+        )
+    if not 0 < options.kv_cache_fraction < 1:
+        yield f"--kv-cache-fraction is {options.kv_cache_fraction}, expected a number between 0 and 1"
+    if options.max_seq_len is not None and not 1 < options.max_seq_len <= facts.max_positions:
+        yield f"--max-seq-len is {options.max_seq_len}, expected 2 to {facts.max_positions}, the model's own"
+    if facts.sliding_window is not None and (options.max_seq_len or facts.max_positions) > facts.sliding_window:
+        yield (
+            f"attention looks back on {facts.sliding_window} positions only, which the engine's network does not; "
+            f"build it with --max-seq-len {facts.sliding_window} or less, where the two agree"
+        )
+
+
+def _model_problems(options: TrtllmOptions, model: Model, tokenizer_size: int) -> Iterator[str]:
+    network, facts = model.family.trtllm, model.architecture
+    if options.workers > 1 and not network.in_library:
+        yield (
+            f"--workers is {options.workers}: trtllm-build starts workers that do not know {network.architecture}, "
+            "which the library lacks; use --workers 1, which builds the ranks one after the other"
+        )
+    biased_head = any(name.endswith("lm_head.linear.bias") for name in model.weights.table)
+    rows = -(-facts.vocab_size // options.tp_size) * options.tp_size
+    if rows > tokenizer_size and not biased_head:
+        what = (
+            f"a vocabulary of {facts.vocab_size} rows fills up to {rows} for tp_size {options.tp_size}"
+            if rows > facts.vocab_size
+            else f"the vocabulary has {facts.vocab_size} rows and the tokenizer {tokenizer_size} ids"
+        )
+        yield (
+            f"{what}, and this model's head has no bias that would keep the ids that stand for no text from being "
+            "sampled; use a tp_size that divides the vocabulary, and a checkpoint whose rows are the tokenizer's"
+        )
+
+
+def _machine_problems(options: TrtllmOptions, machine: Machine) -> Iterator[str]:
+    version = machine.tensorrt_llm
+    if version is not None and not version.startswith(tuple(f"{line}." for line in SUPPORTED)):
+        yield (
+            f"TensorRT-LLM {version} is installed, engines are built with {SUPPORTED[0]} to {SUPPORTED[-1]}, the last "
+            "line that has them; use one of these, or 'moeship package --backend llmapi' for what came after"
+        )
+    if machine.gpus and options.gpu_sm is not None and all(gpu.sm != options.gpu_sm for gpu in machine.gpus):
+        found = ", ".join(f"{gpu.name} (SM {gpu.sm})" for gpu in machine.gpus)
+        if STAGES.index(options.until) >= STAGES.index("engine"):
+            yield (
+                f"--gpu-sm is {options.gpu_sm} and this machine has {found}: an engine is built on the GPU that it is "
+                "for; leave --gpu-sm out, or stop with --until checkpoint and finish there"
+            )

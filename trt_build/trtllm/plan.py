@@ -1,0 +1,111 @@
+"""A model and what its TensorRT-LLM engine is to be in, its figures out: bytes of each rank, keys and values, memory.
+
+An engine holds a rank's weights as the checkpoint does, so its file is as large to within a few megabytes; activations
+and the library's workspaces come on top and depend on its choice of kernels, which is not known before the build.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from export.trtllm.checkpoint import CheckpointPlan
+from trt_build.trtllm.options import TrtllmOptions
+
+_FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrtllmPlan:
+    """`rank_bytes` are the checkpoint's files, by rank; `weights_bytes_per_token` what decoding one token reads of the
+    weights on all ranks together; `kv_bytes_per_token` the cache of one position on the rank that holds most of it;
+    `conversion_bytes` the peak resident memory of writing the checkpoint."""
+
+    family: str
+    architecture: str
+    precision: str
+    quant_algo: str | None
+    dtype: str
+    group_size: int | None
+    parallel: Mapping[str, int]
+    max_sequence: int
+    rank_bytes: tuple[int, ...]
+    average_bits_per_weight: float
+    weights_bytes_per_token: int
+    source_bytes: int
+    conversion_bytes: int
+    kv_bytes_per_token: int
+    notes: tuple[str, ...]
+
+    @property
+    def largest_rank_bytes(self) -> int:
+        return max(self.rank_bytes)
+
+    def sequences_in(self, memory_bytes: int, kv_cache_fraction: float) -> int:
+        """How many sequences of max_sequence tokens fit into the share of a GPU's memory that is left beside weights;
+        what activations and workspaces take is not known here and not counted."""
+        left = (memory_bytes - self.largest_rank_bytes) * kv_cache_fraction
+        return max(0, int(left // (self.kv_bytes_per_token * self.max_sequence)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**dataclasses.asdict(self), "checkpoint_bytes": sum(self.rank_bytes)}
+
+
+def plan_trtllm(checkpoint: CheckpointPlan, options: TrtllmOptions, max_sequence: int) -> TrtllmPlan:
+    """Count a laid-out checkpoint; reads no weights."""
+    model, config = checkpoint.model, checkpoint.config
+    facts, parallel = model.architecture, options.parallel
+    tensors = [tensor for rank in checkpoint.headers for tensor in checkpoint.layout.tensors(rank)]
+    num_weights = sum(spec.num_elements for spec in model.weights.table.values())
+    layers = len(parallel.layers(0, facts.num_layers))
+    heads = max(facts.num_kv_heads, parallel.tp_size) // parallel.tp_size
+    grouped = "group_size" in config["quantization"]
+    return TrtllmPlan(
+        family=model.family.name,
+        architecture=config["architecture"],
+        precision=options.precision,
+        quant_algo=config["quantization"]["quant_algo"],
+        dtype=config["dtype"],
+        group_size=config["quantization"]["group_size"] if grouped else None,
+        parallel=config["mapping"],
+        max_sequence=max_sequence,
+        rank_bytes=tuple(checkpoint.rank_bytes.values()),
+        average_bits_per_weight=8 * sum(tensor.num_bytes for tensor in tensors) / num_weights,
+        weights_bytes_per_token=_bytes_per_token(checkpoint),
+        source_bytes=sum(stored.num_bytes for stored in model.weights.checkpoint.tensors.values()),
+        conversion_bytes=checkpoint.conversion_bytes(),
+        kv_bytes_per_token=2 * layers * heads * facts.head_size * _FLOAT_BYTES[config["dtype"]],
+        notes=_notes(checkpoint, grouped=grouped),
+    )
+
+
+def _bytes_per_token(checkpoint: CheckpointPlan) -> int:
+    """One row of the embedding, K of E experts, all else whole; each rank reads what it holds."""
+    facts, total = checkpoint.model.architecture, 0.0
+    for job in checkpoint.layout.jobs:
+        for tensor in job.all_tensors:
+            name, share = tensor.planned.name, 1.0
+            if name.startswith("transformer.vocab_embedding."):
+                share = 1 / facts.vocab_size
+            elif facts.is_moe and (".mlp.fc." in name or ".mlp.proj." in name):
+                share = facts.experts_per_token / facts.num_experts
+            total += tensor.planned.num_bytes * share
+    return round(total)
+
+
+def _notes(checkpoint: CheckpointPlan, *, grouped: bool) -> tuple[str, ...]:
+    """What a user should know before building."""
+    found = []
+    if (
+        grouped
+        and checkpoint.model.architecture.is_moe
+        and any(spec.name.endswith(".fc1.bias") for spec in checkpoint.model.weights.table.values())
+    ):
+        found.append(
+            "experimental: group-wise int4 experts with biases and no gate have a code path in the library and no test "
+            "there; compare the engine with the reference before you serve it"
+        )
+    return tuple(found)

@@ -1,0 +1,137 @@
+"""A TensorRT-LLM engine against its reference: the logits that it generates with, as parity.py compares any engine's.
+
+Scored are the positions of a text, each as the token after its prefix; decoded, the tokens that the engine generates
+after half of the text, through its cache. Both are the engine's as it is served, with no output added to it for the
+comparison. Which experts it chose is not to be seen from outside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from export.families import Model
+from export.tokenizer import load_tokenizer
+from trt_build.errors import EngineError
+from trt_build.parity import (
+    MIN_TOKENS,
+    THRESHOLDS,
+    Thresholds,
+    Verification,
+    combine,
+    load_torch_reference,
+    measure,
+    run_reference,
+)
+from trt_build.trtllm.engine import TrtllmEngine, write_trtllm_manifest
+
+# As the same precisions elsewhere. bfloat16 has 8 bits where float16 has 11. With one scale for a whole channel int4
+# costs the tiny phixtral 3.7 % of perplexity, where blocks of 64 cost 2.5 %.
+LIMITS: dict[str, Thresholds] = {
+    "fp32": THRESHOLDS["fp32"],
+    "fp16": THRESHOLDS["fp16"],
+    "bf16": Thresholds(
+        max_logit_difference=None, mean_kl=2e-3, perplexity_increase=0.005, top1_agreement=0.97, routing_agreement=0.97
+    ),
+    "int8": THRESHOLDS["int8"],
+    "int4": Thresholds(
+        max_logit_difference=None, mean_kl=0.1, perplexity_increase=0.06, top1_agreement=0.8, routing_agreement=0.8
+    ),
+    "int4_gptq": THRESHOLDS["int4"],
+    "int4_awq": THRESHOLDS["int4"],
+}  # fmt: skip
+MPIRUN = "mpirun"
+
+
+def verify_trtllm(
+    engine: TrtllmEngine, model: Model, python: Path, text: str, num_tokens: int, progress: Callable[[str], None]
+) -> Verification:
+    """Compare an engine, which `python` has the library to run, with its source's float32 reference over up to
+    `num_tokens` positions of one text. Raises EngineError where the engine does not answer or there is too little text.
+    """
+    manifest = engine.manifest
+    tokens = load_tokenizer(engine.folder).encode_prompt(text)
+    size = min(num_tokens, len(tokens), manifest.max_sequence - 1, manifest.max_num_tokens)
+    if size < MIN_TOKENS:
+        raise EngineError(
+            f"verifying {engine.folder}: {size} tokens to measure on, expected at least {MIN_TOKENS}; ask for more "
+            "with --verify-tokens, or build it with a longer --max-seq-len"
+        )
+    window, half = tokens[:size], size // 2
+    progress(f"asking the engine for the logits of {size} positions, and for {size - half} tokens of its own")
+    scored, decoded_ids, decoded = _ask(engine, python, window, half, size - half)
+    progress("loading the reference")
+    reference = load_torch_reference(model)
+    ids = slice(manifest.tokenizer_size)  # the others stand for no text, and are masked
+    expected, _ = run_reference(reference, window)
+    whole = [*window[:half], *decoded_ids]
+    after, _ = run_reference(reference, whole)
+    report = combine(
+        [measure(scored[:, ids], expected[:, ids], window)],
+        measure(decoded[:, ids], after[half - 1 : half - 1 + len(decoded), ids], [window[half - 1], *decoded_ids[:-1]]),
+    )
+    return Verification(
+        report=report,
+        failures=tuple(report.failures(LIMITS[manifest.precision.name])),
+        reference=manifest.source.checkpoint,
+        reference_is_the_source=True,
+    )
+
+
+def record_trtllm(engine: TrtllmEngine, verification: Verification) -> None:
+    """Write the result into engine.json, in place of an earlier one."""
+    manifest = dataclasses.replace(engine.manifest, verification=verification.to_json())
+    write_trtllm_manifest(engine.folder, manifest)
+
+
+def _ask(
+    engine: TrtllmEngine, python: Path, window: Sequence[int], half: int, steps: int
+) -> tuple[npt.NDArray[np.float32], list[int], npt.NDArray[np.float32]]:
+    """Logits [S, V] of the window's positions, and ids and logits of what the engine adds to its first half."""
+    world_size = engine.manifest.parallel.world_size
+    prefixes = [window[:length] for length in range(1, len(window) + 1)]
+    with tempfile.TemporaryDirectory(prefix="moeship-verify-") as name:
+        requests, answers = Path(name) / "requests.npz", Path(name) / "answers.npz"
+        np.savez(
+            requests,
+            lengths=np.array([len(prefix) for prefix in prefixes], dtype=np.int64),
+            tokens=np.concatenate([np.array(prefix, dtype=np.int32) for prefix in prefixes]),
+            decoded=np.array(window[:half], dtype=np.int32),
+            steps=np.int64(steps),
+        )
+        program = [
+            str(python),
+            "-m",
+            "trt_build.trtllm.logits",
+            str(engine.folder.resolve()),
+            str(requests),
+            str(answers),
+        ]
+        if world_size > 1:
+            if shutil.which(MPIRUN) is None:
+                raise EngineError(
+                    f"verifying {engine.folder}: it has {world_size} ranks and there is no {MPIRUN} on PATH to start "
+                    "them; install Open MPI, or stop with --until engine"
+                )
+            program = [MPIRUN, "--allow-run-as-root", "-n", str(world_size), *program]
+        home = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
+        done = subprocess.run(
+            program, stdin=subprocess.DEVNULL, stdout=sys.stderr, env={**os.environ, "PYTHONPATH": path}, check=False
+        )
+        if done.returncode or not answers.is_file():
+            raise EngineError(
+                f"verifying {engine.folder}: the process that runs the engine ended with status {done.returncode} and "
+                "gave no logits; its words stand above"
+            )
+        with np.load(answers) as found:
+            return found["scored"], found["decoded_ids"].tolist(), found["decoded_logits"]
