@@ -1,12 +1,7 @@
-"""The stand-in of TensorRT-LLM for the tests that ask for it, and the checkpoints that they share.
-
-`tensorrt_llm` is on the path for a module of tests at a time and gone afterwards, modules and all: nothing else can
-import it by accident.
-"""
+"""The stand-in of TensorRT-LLM for the tests that ask for it, and the checkpoints that they share."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import sys
@@ -17,39 +12,18 @@ from typing import Any
 
 import pytest
 from checkpoints import write_phixtral_checkpoint
+from trtllm.library import NETWORK, ROOT, STANDIN, standin
+from trtllm.ranks import understood
 
-from export.checkpoint import open_checkpoint
-from export.families import Model, read_model
 from export.merge import merge
 from export.merge_config import read_merge_config
 from export.trtllm.checkpoint import CheckpointOptions, write_checkpoint
 
-ROOT = Path(__file__).parent.parent.parent
-STANDIN = Path(__file__).parent / "standin"
-NETWORK = "trt_build.trtllm.phixtral"
 # The packed layouts take these on up to four ranks (H a multiple of 64 for each), or two slices of F; else unequal.
 PACKABLE = {
     "hidden_size": 256, "num_heads": 4, "ffn_size": 384, "num_layers": 2, "rotary_dim": 24, "max_positions": 96,
     "vocab_size": 277, "dtype": "float16",
 }  # fmt: skip
-
-
-@contextlib.contextmanager
-def standin() -> Iterator[ModuleType]:
-    """tensorrt_llm and our network in it, importable inside the block and forgotten after it."""
-
-    def is_ours(name: str) -> bool:
-        return name.split(".")[0] in ("tensorrt_llm", "models") or name == NETWORK
-
-    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if is_ours(name)}
-    sys.path.insert(0, str(STANDIN))
-    try:
-        yield importlib.import_module("tensorrt_llm")
-    finally:
-        sys.path.remove(str(STANDIN))
-        for name in [name for name in sys.modules if is_ours(name)]:
-            del sys.modules[name]
-        sys.modules.update(kept)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +41,8 @@ def network(tensorrt_llm) -> ModuleType:
 
 @pytest.fixture
 def trtllm_build(monkeypatch) -> Path:
-    """The stand-in's trtllm-build, on the PATH of programs that a test starts; they find its tensorrt_llm too."""
+    """The stand-in's trtllm-build, on the PATH of programs that a test starts, and an mpirun beside it; they find its
+    tensorrt_llm too."""
     program = STANDIN / "bin" / "trtllm-build"
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", f"{STANDIN}{os.pathsep}{ROOT}")
@@ -94,10 +69,6 @@ def packable_phixtral(tmp_path_factory) -> Path:
     """A random phixtral of 4 experts."""
     folder = tmp_path_factory.mktemp("packable") / "phixtral"
     return write_phixtral_checkpoint(folder, seed=11, num_experts=4, experts_per_token=2, **PACKABLE)
-
-
-def understood(folder: Path) -> Model:
-    return read_model(open_checkpoint(folder))
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from export.checkpoint import open_checkpoint
+from export.families import Model, read_model
+from export.trtllm.parallel import Parallelism
+
 FloatArray = npt.NDArray[np.float32]
+
+
+def understood(folder: Path) -> Model:
+    """A checkpoint folder as the pipeline reads it."""
+    return read_model(open_checkpoint(folder))
+
+
+def shares(moe_tp: int, moe_ep: int) -> Parallelism:
+    """Ranks that cut each expert in `moe_tp` slices and the experts in `moe_ep` blocks."""
+    return Parallelism(tp_size=moe_tp * moe_ep, moe_tp_size=moe_tp, moe_ep_size=moe_ep)
 
 
 class Ranks:

@@ -147,7 +147,7 @@ def test_activations_are_the_plugins():
 
 
 def test_the_standin_is_gone_when_its_tests_are(tensorrt_llm):
-    from trtllm.conftest import standin
+    from trtllm.library import standin
 
     assert tensorrt_llm.__version__ == "1.2.0"
     with standin() as other:

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trtllm.conftest import ROOT, understood
-from trtllm.ranks import Ranks, largest_difference
+from trtllm.library import ROOT
+from trtllm.ranks import Ranks, largest_difference, understood
+from trtllm.references import logits_of
 
 from export.trtllm.parallel import Parallelism
 from trt_build.torch_reference import load_reference
@@ -44,6 +45,17 @@ def build(monkeypatch, tmp_path):
 def checkpoint(rank_files, packable_phixtral):
     """(CheckpointOptions' fields) -> rank files of the random phixtral."""
     return lambda **options: rank_files(packable_phixtral, **options)
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """(number) -> this process is the first of so many that mpirun started."""
+
+    def processes(number: int, rank: int = 0) -> None:
+        monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", str(number))
+        monkeypatch.setenv("OMPI_COMM_WORLD_RANK", str(rank))
+
+    return processes
 
 
 def prompts():
@@ -82,9 +94,10 @@ def test_every_key_that_the_runtime_requires_is_in_an_engines_config(build, chec
             found = found[key]
 
 
-def test_an_engines_answers_are_those_of_its_rank_files(build, checkpoint, packable_phixtral):
+def test_an_engines_answers_are_those_of_its_rank_files(build, checkpoint, packable_phixtral, processes):
     from tensorrt_llm.runtime import ModelRunnerCpp
 
+    processes(4)
     source = checkpoint(precision="fp32", parallel=Parallelism(tp_size=4, moe_ep_size=2))
     engine = build(source, *CLASS_FLAGS, "--max_batch_size", "4", "--gather_context_logits")
     runner = ModelRunnerCpp.from_dir(str(engine), max_output_len=10, max_input_len=40)
@@ -97,9 +110,8 @@ def test_an_engines_answers_are_those_of_its_rank_files(build, checkpoint, packa
     assert results["generation_logits"].shape == (3, 1, 10, 280)  # 277, filled up to a multiple of four
     reference, ranks = load_reference(understood(packable_phixtral)), Ranks(source)
     for row, ids in enumerate(PROMPTS):
-        with torch.inference_mode():
-            expected = reference(torch.tensor([ids])).logits[0].numpy()
-        assert largest_difference(results["context_logits"][row].numpy()[:, :277], expected) <= 1e-4
+        context = results["context_logits"][row].numpy()[:, :277]
+        assert largest_difference(context, logits_of(reference, ids)) <= 1e-4
         tokens, logits = ranks.greedy(ids, 10)
         length = int(results["sequence_lengths"][row, 0])
         answer = results["output_ids"][row, 0].tolist()
@@ -119,9 +131,12 @@ def test_context_logits_need_a_build_flag_and_generation_logits_none(build, chec
     assert sorted(gathering.generate(prompts(), **settings)) == ["generation_logits", "output_ids"]
 
 
-def test_mixtral_is_built_without_a_class_file_and_runs_over_pipeline_ranks(build, rank_files, trained_mixtral):
+def test_mixtral_is_built_without_a_class_file_and_runs_over_pipeline_ranks(
+    build, rank_files, trained_mixtral, processes
+):
     from tensorrt_llm.runtime import ModelRunnerCpp
 
+    processes(4)
     source = rank_files(trained_mixtral, precision="fp32", parallel=Parallelism(tp_size=2, pp_size=2))
     runner = ModelRunnerCpp.from_dir(str(build(source)), max_input_len=32, max_output_len=8)
     found = runner.generate([torch.tensor(PROMPTS[0])], max_new_tokens=8, end_id=-1)[0, 0, len(PROMPTS[0]) :][:8]
@@ -141,6 +156,16 @@ def test_a_process_that_did_not_register_the_architecture_cannot_read_the_engine
     MODEL_MAP.pop("PhixtralForCausalLM")
     with pytest.raises(KeyError, match="PhixtralForCausalLM"):
         ModelRunnerCpp.from_dir(str(engine))
+
+
+def test_an_engine_of_two_ranks_wants_two_processes_and_the_second_gives_nothing(build, checkpoint, processes):
+    from tensorrt_llm.runtime import ModelRunnerCpp
+
+    engine = str(build(checkpoint(precision="fp16", parallel=Parallelism(tp_size=2)), *CLASS_FLAGS))
+    with pytest.raises(RuntimeError, match=r"mpiSize == tp \* pp \* cp \(1 vs\. 2\)"):
+        ModelRunnerCpp.from_dir(engine)
+    processes(2, rank=1)
+    assert ModelRunnerCpp.from_dir(engine, rank=1).generate(prompts(), max_new_tokens=2, end_id=256) == []
 
 
 @pytest.mark.parametrize("sm", ["100", "103"])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from mixtral_checkpoints import write_mixtral_checkpoint
-from trtllm.conftest import understood
-from trtllm.ranks import Ranks, largest_difference
+from trtllm.ranks import Ranks, largest_difference, understood
+from trtllm.references import answer_of, logits_of
 
 from export.tokenizer import load_tokenizer
 from export.trtllm.parallel import Parallelism
@@ -20,7 +19,7 @@ SHARES = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (4, 1, 1), (4, 2, 1), (4, 4, 1), (1, 
 pytestmark = pytest.mark.usefixtures("tensorrt_llm")
 
 
-def shares(tp: int, ep: int, pp: int) -> Parallelism:
+def parallel(tp: int, ep: int, pp: int) -> Parallelism:
     return Parallelism(tp_size=tp, moe_ep_size=ep, pp_size=pp)
 
 
@@ -36,20 +35,16 @@ def token_ids(trained_mixtral):
 
 @pytest.mark.parametrize(("tp", "ep", "pp"), SHARES)
 def test_logits_of_the_trained_model_are_the_references(rank_files, trained_mixtral, reference, token_ids, tp, ep, pp):
-    with torch.inference_mode():
-        expected = reference(torch.tensor([token_ids])).logits[0].numpy()
-    ranks = Ranks(rank_files(trained_mixtral, precision="fp32", parallel=shares(tp, ep, pp)))
+    expected = logits_of(reference, token_ids)
+    ranks = Ranks(rank_files(trained_mixtral, precision="fp32", parallel=parallel(tp, ep, pp)))
     assert largest_difference(ranks.logits(token_ids), expected) <= BAR
 
 
 @pytest.mark.parametrize(("tp", "ep", "pp"), [(1, 1, 1), (2, 2, 1), (4, 1, 1), (1, 1, 3), (2, 1, 2)])
 def test_answers_through_the_cache_are_the_references(rank_files, trained_mixtral, reference, token_ids, tp, ep, pp):
     prompt = token_ids[:12]
-    ids = torch.tensor([prompt])
-    settings = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    output = reference.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-    ranks = Ranks(rank_files(trained_mixtral, precision="fp32", parallel=shares(tp, ep, pp)))
-    assert ranks.greedy(prompt, 24)[0] == output[0, len(prompt) :].tolist()
+    ranks = Ranks(rank_files(trained_mixtral, precision="fp32", parallel=parallel(tp, ep, pp)))
+    assert ranks.greedy(prompt, 24)[0] == answer_of(reference, prompt, 24)
 
 
 @pytest.mark.parametrize("spelling", ["published", "packed"])
@@ -58,7 +53,6 @@ def test_logits_of_a_random_model_are_the_references(tmp_path, rank_files, spell
     sizes = {"num_experts": 6, "ffn_size": 56, "vocab_size": 371}  # heads of 16: N * D is not H
     source = write_mixtral_checkpoint(tmp_path / spelling, seed=5, spelling=spelling, **sizes)
     ids = np.random.default_rng(4).integers(0, 371, 48).tolist()
-    with torch.inference_mode():
-        expected = load_reference(understood(source))(torch.tensor([ids])).logits[0].numpy()
-    ranks = Ranks(rank_files(source, precision="fp32", parallel=shares(tp, ep, pp)))
+    expected = logits_of(load_reference(understood(source)), ids)
+    ranks = Ranks(rank_files(source, precision="fp32", parallel=parallel(tp, ep, pp)))
     assert largest_difference(ranks.logits(ids), expected) <= BAR

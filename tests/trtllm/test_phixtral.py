@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 from decoding import greedy
-from trtllm.conftest import understood
-from trtllm.ranks import Ranks, largest_difference
+from trtllm.ranks import Ranks, largest_difference, shares, understood
+from trtllm.references import answer_of, logits_of
 
 from export.tokenizer import load_tokenizer
-from export.trtllm.parallel import Parallelism
 from trt_build.build_engine import BuildOptions, build_engine
 from trt_build.ort.session import ScoringSession, Session
 from trt_build.torch_reference import load_reference
@@ -41,10 +40,6 @@ TRAINED_SHARES = [(1, 1), (2, 1), (1, 2), (3, 2)]
 pytestmark = pytest.mark.usefixtures("network")
 
 
-def shares(moe_tp: int, moe_ep: int) -> Parallelism:
-    return Parallelism(tp_size=moe_tp * moe_ep, moe_tp_size=moe_tp, moe_ep_size=moe_ep)
-
-
 @pytest.fixture(scope="module")
 def reference(trained_phixtral):
     return load_reference(understood(trained_phixtral))
@@ -64,8 +59,7 @@ def token_ids(tokenizer):
 
 @pytest.fixture(scope="module")
 def expected(reference, token_ids):
-    with torch.inference_mode():
-        return reference(torch.tensor([token_ids])).logits[0].numpy()
+    return logits_of(reference, token_ids)
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +70,7 @@ def onnx_engine(tmp_path_factory, trained_phixtral):
 
 @pytest.fixture(scope="module")
 def expected_answers(reference, tokenizer):
-    answers = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([tokenizer.encode(prompt)])
-        settings = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        output = reference.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-        answers.append(output[0, ids.shape[1] :].tolist())
-    return answers
+    return [answer_of(reference, tokenizer.encode(prompt), 32) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize(("moe_tp", "moe_ep"), TRAINED_SHARES)
@@ -104,9 +92,8 @@ def test_answers_through_the_cache_are_the_references(
         ids = tokenizer.encode(prompt)
         tokens, logits = ranks.greedy(ids, len(answer))
         assert tokens == answer
-        with torch.inference_mode():
-            whole = reference(torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1].numpy()
-        assert largest_difference(logits, whole) <= BAR
+        whole = logits_of(reference, ids + answer)
+        assert largest_difference(logits, whole[len(ids) - 1 : -1]) <= BAR
 
 
 def test_answers_are_those_of_the_onnx_engine(rank_files, trained_phixtral, tokenizer, onnx_engine):
@@ -120,8 +107,7 @@ def test_answers_are_those_of_the_onnx_engine(rank_files, trained_phixtral, toke
 @pytest.mark.parametrize(("moe_tp", "moe_ep"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)])
 def test_logits_of_a_random_model_are_the_references(rank_files, packable_phixtral, moe_tp, moe_ep):
     ids = np.random.default_rng(3).integers(0, 277, 64).tolist()  # 277: the head is filled up to the ranks
-    with torch.inference_mode():
-        expected = load_reference(understood(packable_phixtral))(torch.tensor([ids])).logits[0].numpy()
+    expected = logits_of(load_reference(understood(packable_phixtral)), ids)
     ranks = Ranks(rank_files(packable_phixtral, precision="fp32", parallel=shares(moe_tp, moe_ep)))
     assert expected.std() > 1
     assert largest_difference(ranks.logits(ids), expected) <= BAR

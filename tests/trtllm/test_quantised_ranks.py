@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 from mixtral_checkpoints import write_mixtral_checkpoint
-from trtllm.conftest import understood
-from trtllm.dequantised import channelwise, groupwise, reference_with
-from trtllm.ranks import Ranks, relative_difference
+from trtllm.ranks import Ranks, relative_difference, shares, understood
+from trtllm.references import channelwise, groupwise, logits_of, reference_with
 
 from export.errors import ExportError
 from export.trtllm.checkpoint import CheckpointOptions, plan_checkpoint, write_checkpoint
@@ -26,15 +25,6 @@ BITS = {"int8": 8, "int4": 4}
 IDS = np.random.default_rng(8).integers(0, 277, 48).tolist()
 SHARES = [(1, 1), (2, 1), (1, 2), (2, 2)]  # moe_tp_size, moe_ep_size
 pytestmark = pytest.mark.usefixtures("network")
-
-
-def shares(moe_tp: int, moe_ep: int) -> Parallelism:
-    return Parallelism(tp_size=moe_tp * moe_ep, moe_tp_size=moe_tp, moe_ep_size=moe_ep)
-
-
-def logits_of(reference, token_ids=IDS):
-    with torch.inference_mode():
-        return reference(torch.tensor([token_ids])).logits[0].numpy()
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +41,7 @@ def test_packed_phixtral_gives_the_logits_of_its_dequantised_weights(
     rank_files, packable_phixtral, precision, moe_tp, moe_ep
 ):
     ranks = Ranks(rank_files(packable_phixtral, precision=precision, parallel=shares(moe_tp, moe_ep)))
-    expected = logits_of(reference_with(understood(packable_phixtral), channelwise(BITS[precision])))
+    expected = logits_of(reference_with(understood(packable_phixtral), channelwise(BITS[precision])), IDS)
     assert relative_difference(ranks.logits(IDS), expected) <= BAR
 
 
@@ -61,7 +51,7 @@ def test_plain_phixtral_is_quantised_when_it_is_loaded(rank_files, packable_phix
     parallel = shares(moe_tp, moe_ep)
     ranks = Ranks(rank_files(packable_phixtral, precision=precision, parallel=parallel, plain=True))
     rounding = channelwise(BITS[precision])
-    expected = logits_of(reference_with(understood(packable_phixtral), rounding, parallel.tp_size, moe_tp))
+    expected = logits_of(reference_with(understood(packable_phixtral), rounding, parallel.tp_size, moe_tp), IDS)
     assert relative_difference(ranks.logits(IDS), expected) <= BAR
 
 
@@ -102,7 +92,7 @@ def test_group_wise_phixtral_gives_the_logits_of_its_dequantised_weights(
 ):
     folder = rank_files(packable_phixtral, precision=precision, parallel=shares(moe_tp, moe_ep))
     group_size = json.loads((folder / "config.json").read_text())["quantization"]["group_size"]
-    expected = logits_of(reference_with(understood(packable_phixtral), groupwise(group_size)))
+    expected = logits_of(reference_with(understood(packable_phixtral), groupwise(group_size)), IDS)
     assert relative_difference(Ranks(folder).logits(IDS), expected) <= BAR
 
 
@@ -143,7 +133,7 @@ def test_the_group_size_is_one_that_the_library_does_not_round_sizes_up_for(tmp_
     options = CheckpointOptions(precision="int4_gptq", parallel=shares(2, 1))
     write_checkpoint(understood(source), options, tmp_path / "ranks")
     assert json.loads((tmp_path / "ranks/config.json").read_text())["quantization"]["group_size"] == group_size
-    expected = logits_of(reference_with(understood(source), groupwise(group_size)))
+    expected = logits_of(reference_with(understood(source), groupwise(group_size)), IDS)
     assert relative_difference(Ranks(tmp_path / "ranks").logits(IDS), expected) <= BAR
 
 
@@ -151,7 +141,7 @@ def test_the_group_size_is_one_that_the_library_does_not_round_sizes_up_for(tmp_
 def test_the_trained_phixtral_gives_the_logits_of_its_dequantised_weights(rank_files, trained_phixtral, precision):
     ranks = Ranks(rank_files(trained_phixtral, precision=precision))
     rounding = channelwise(BITS[precision]) if precision in BITS else groupwise(64)
-    expected = logits_of(reference_with(understood(trained_phixtral), rounding))
+    expected = logits_of(reference_with(understood(trained_phixtral), rounding), IDS)
     assert relative_difference(ranks.logits(IDS), expected) <= BAR
 
 
@@ -162,7 +152,7 @@ def test_mixtral_gives_the_logits_of_its_dequantised_weights(rank_files, packabl
     folder = rank_files(packable_mixtral, precision=precision, parallel=parallel)
     group_size = json.loads((folder / "config.json").read_text())["quantization"].get("group_size")
     rounding = channelwise(BITS[precision]) if precision in BITS else groupwise(group_size)
-    expected = logits_of(reference_with(understood(packable_mixtral), rounding))
+    expected = logits_of(reference_with(understood(packable_mixtral), rounding), IDS)
     assert relative_difference(Ranks(folder).logits(IDS), expected) <= BAR
 
 
@@ -174,7 +164,7 @@ def test_the_trained_mixtral_in_bfloat16_gives_the_logits_of_its_dequantised_wei
     group_size = json.loads((folder / "config.json").read_text())["quantization"].get("group_size")
     dtype = torch.bfloat16
     rounding = channelwise(BITS[precision], dtype) if precision in BITS else groupwise(group_size, dtype)
-    expected = logits_of(reference_with(understood(trained_mixtral), rounding))
+    expected = logits_of(reference_with(understood(trained_mixtral), rounding), IDS)
     assert relative_difference(Ranks(folder).logits(IDS), expected) <= BAR
 
 

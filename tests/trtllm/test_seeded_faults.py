@@ -15,9 +15,8 @@ import pytest
 import torch
 from checkpoints import write_phixtral_checkpoint
 from safetensors.torch import load_file, save_file
-from trtllm.conftest import understood
-from trtllm.dequantised import groupwise, reference_with
-from trtllm.ranks import Ranks, largest_difference, relative_difference
+from trtllm.ranks import Ranks, largest_difference, relative_difference, understood
+from trtllm.references import groupwise, logits_of, reference_with
 
 from export.trtllm.checkpoint import CheckpointOptions, write_checkpoint
 from export.trtllm.parallel import Parallelism
@@ -30,16 +29,11 @@ Tensors = dict[str, torch.Tensor]
 pytestmark = pytest.mark.usefixtures("network")
 
 
-def logits_of(reference, token_ids=IDS):
-    with torch.inference_mode():
-        return reference(torch.tensor([token_ids])).logits[0].numpy()
-
-
 @pytest.fixture(scope="module")
 def expected(trained_phixtral, trained_mixtral):
     """Family -> the reference's logits."""
     folders = {"phixtral": trained_phixtral, "mixtral": trained_mixtral}
-    return {family: logits_of(load_reference(understood(folder))) for family, folder in folders.items()}
+    return {family: logits_of(load_reference(understood(folder)), IDS) for family, folder in folders.items()}
 
 
 @pytest.fixture

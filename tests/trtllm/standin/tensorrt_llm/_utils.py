@@ -30,6 +30,11 @@ def device_count() -> int:
     return int(os.environ.get("STANDIN_GPUS", "1"))
 
 
+def mpi_world() -> tuple[int, int]:
+    """This process's rank and how many there are, as mpirun told it."""
+    return int(os.environ.get("OMPI_COMM_WORLD_RANK", "0")), int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))
+
+
 def absent(**arguments: Any) -> None:
     """Raises NotImplementedError for what upstream has and this stand-in does not, where it is asked for."""
     asked = [name for name, value in arguments.items() if value]

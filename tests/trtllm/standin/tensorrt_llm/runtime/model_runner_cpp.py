@@ -1,5 +1,6 @@
 """Stands for tensorrt_llm/runtime/model_runner_cpp.py: generation from an engine directory, with upstream's arguments,
-limits and result keys. All ranks run in this process; the caller is rank 0."""
+limits and result keys. mpirun must have started a process a rank; here the first runs the ranks of all, and the others
+give nothing, as they do upstream."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tensorrt_llm._utils import absent
+from tensorrt_llm._utils import absent, mpi_world
 from tensorrt_llm.builder import EngineConfig
 from tensorrt_llm.runtime.executor import Executor, Response
 
@@ -18,7 +19,7 @@ Tensor = torch.Tensor
 class ModelRunnerCpp:
     def __init__(
         self,
-        executor: Executor,
+        executor: Executor | None,
         max_batch_size: int,
         max_input_len: int,
         max_seq_len: int,
@@ -75,10 +76,14 @@ class ModelRunnerCpp:
         mm_embedding_offloading: bool = False,
         fail_fast_on_attention_window_too_large: bool = False,
     ) -> ModelRunnerCpp:
-        """Raises KeyError for an architecture that this process has not registered."""
+        """Raises KeyError for an architecture that this process has not registered, RuntimeError where there are not as
+        many processes as ranks (cpp/tensorrt_llm/runtime/worldConfig.cpp)."""
         config = EngineConfig.from_json_file(str(Path(engine_dir) / "config.json"))
         build, mapping = config.build_config, config.pretrained_config.mapping
-        assert rank == 0, "the caller of this stand-in is rank 0"
+        world_rank, world_size = mpi_world()
+        if world_size != mapping.world_size:
+            raise RuntimeError(f"Assertion failed: mpiSize == tp * pp * cp ({world_size} vs. {mapping.world_size})")
+        assert rank == world_rank
         assert max_batch_size is None or max_batch_size <= build.max_batch_size
         assert max_beam_width is None or max_beam_width <= build.max_beam_width
         max_input_len = build.max_input_len if max_input_len is None else max_input_len
@@ -87,7 +92,7 @@ class ModelRunnerCpp:
             max_seq_len = max_input_len + max_output_len
             assert max_seq_len <= build.max_seq_len
         runner = cls(
-            Executor(engine_dir),
+            Executor(engine_dir) if rank == 0 else None,
             build.max_batch_size if max_batch_size is None else max_batch_size,
             max_input_len,
             max_seq_len,
@@ -146,6 +151,8 @@ class ModelRunnerCpp:
             streaming=streaming, top_k=kwargs.get("top_k", 1) != 1, stop_words_list=stop_words_list,
             bad_words_list=bad_words_list, prompt_table=prompt_table, lora_uids=lora_uids,
         )  # fmt: skip
+        if self.session is None:
+            return []
         self._check(batch_input_ids, max_new_tokens, kwargs.get("num_beams", 1))
         responses = [self.session.generate(ids.tolist(), max_new_tokens, end_id) for ids in batch_input_ids]
         output_ids = torch.tensor(

@@ -1,4 +1,5 @@
-"""What quantised rank files mean, said by other code than reads them: the reference with dequantised weights.
+"""What rank files mean, said by other code than reads them: the reference, with dequantised weights where they are
+quantised.
 
 Codes and scales are made here, in torch, by the rules that config.json's quant_algo stands for; a matrix that is cut
 along its input may have scales of its own in each cut.
@@ -6,10 +7,11 @@ along its input may have scales of its own in each cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from trtllm.ranks import FloatArray
 
 from export.families import Model
 from export.quantize.grid import quantize_blocks
@@ -17,6 +19,21 @@ from trt_build.torch_reference import load_reference
 
 Tensor = torch.Tensor
 Rounding = Callable[[Tensor, int], Tensor]  # a matrix [out, in], and among how many ranks its input is cut
+
+
+def logits_of(reference: Any, token_ids: Sequence[int]) -> FloatArray:
+    """float32 [T, V] of a reference model."""
+    with torch.inference_mode():
+        logits: FloatArray = reference(torch.tensor([list(token_ids)])).logits[0].numpy()
+    return logits
+
+
+def answer_of(reference: Any, prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """The likeliest tokens after a prompt by transformers' own generate, whatever end token comes."""
+    ids = torch.tensor([list(prompt)])
+    settings = {"max_new_tokens": num_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    output = reference.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    return output[0, len(prompt) :].tolist()
 
 
 def channelwise(bits: int, dtype: torch.dtype = torch.float16) -> Rounding:

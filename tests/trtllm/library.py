@@ -1,0 +1,32 @@
+"""The stand-in of TensorRT-LLM on the path, for as long as somebody asks for it and no longer."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parent.parent.parent
+STANDIN = Path(__file__).parent / "standin"
+NETWORK = "trt_build.trtllm.phixtral"
+
+
+@contextlib.contextmanager
+def standin() -> Iterator[ModuleType]:
+    """tensorrt_llm and our network in it, importable inside the block and forgotten after it."""
+
+    def is_ours(name: str) -> bool:
+        return name.split(".")[0] in ("tensorrt_llm", "models") or name == NETWORK
+
+    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if is_ours(name)}
+    sys.path.insert(0, str(STANDIN))
+    try:
+        yield importlib.import_module("tensorrt_llm")
+    finally:
+        sys.path.remove(str(STANDIN))
+        for name in [name for name in sys.modules if is_ours(name)]:
+            del sys.modules[name]
+        sys.modules.update(kept)
