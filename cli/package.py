@@ -1,4 +1,9 @@
-"""Make a Triton model repository from an engine, or add a model to one that exists."""
+"""Make a Triton model repository from an engine, or add its models to one that exists.
+
+An engine for ONNX Runtime becomes one model, or with --layout ensemble the four models that an engine for TensorRT-LLM
+becomes: preprocessing, tensorrt_llm, postprocessing, and the ensemble under the deployment's name. Clients cannot tell
+the two apart.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +12,86 @@ import dataclasses
 import json
 from pathlib import Path
 
-from triton_repo.package import PackageOptions, package_engine
+from triton_repo.package import LAYOUTS, PackageOptions, package_engine
+from triton_repo.trtllm_parameters import TensorrtLlmParameters, value_types
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("engine", type=Path, help="engine directory")
     parser.add_argument("--name", required=True, help="the model's name on the server")
     parser.add_argument("--output", type=Path, required=True, help="model repository: made, or added to")
-    parser.add_argument(
-        "--instances", type=int, default=1,
-        help="requests that run at the same time, each with the engine's memory again (default 1)",
-    )  # fmt: skip
-    parser.add_argument("--threads", type=int, help="threads of each instance (default: the cores shared out)")
+    parser.add_argument("--layout", choices=LAYOUTS, help="(default: what the engine's backend takes)")
     parser.add_argument(
         "--copy", action="store_true",
         help="copy the engine rather than link to its files; the onnx package refuses to read linked ones",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="the result as JSON")
+    _add_onnxruntime_arguments(parser.add_argument_group("ONNX Runtime"))
+    _add_tensorrt_llm_arguments(
+        parser.add_argument_group("TensorRT-LLM", "what is left out takes the backend's default")
+    )
+
+
+def _add_onnxruntime_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--instances", type=int, default=1,
+        help="requests that run at the same time, each with the engine's memory again (default 1)",
+    )  # fmt: skip
+    group.add_argument("--threads", type=int, help="threads of each instance (default: the cores shared out)")
+
+
+def _add_tensorrt_llm_arguments(group: argparse._ArgumentGroup) -> None:
+    """A flag for each field of TensorrtLlmParameters."""
+    group.add_argument(
+        "--served-from", type=Path, metavar="DIR",
+        help="where the repository will lie when it is served, as the server sees it (default: the output)",
+    )  # fmt: skip
+    kinds = value_types()
+    for option in dataclasses.fields(TensorrtLlmParameters):
+        flag, kind, text = f"--{option.name.replace('_', '-')}", kinds[option.name], option.metadata["help"]
+        if kind is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=option.default, help=text)
+        elif option.metadata["choices"]:
+            group.add_argument(flag, choices=option.metadata["choices"], default=option.default, help=text)
+        else:
+            read = whole_numbers if kind is tuple else kind
+            group.add_argument(
+                flag, type=read, metavar="N,N" if kind is tuple else kind.__name__.upper(), default=option.default,
+                help=text,
+            )  # fmt: skip
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Numbers between commas. Raises ArgumentTypeError."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected whole numbers between commas, found {text!r}") from error
+
+
+def read_options(arguments: argparse.Namespace) -> PackageOptions:
+    parameters = TensorrtLlmParameters(
+        **{option.name: getattr(arguments, option.name) for option in dataclasses.fields(TensorrtLlmParameters)}
+    )
+    return PackageOptions(
+        engine=arguments.engine,
+        name=arguments.name,
+        output=arguments.output,
+        layout=arguments.layout,
+        instances=arguments.instances,
+        threads=arguments.threads,
+        copy=arguments.copy,
+        served_from=arguments.served_from,
+        tensorrt_llm=parameters,
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    fields = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(PackageOptions)}
-    package = package_engine(PackageOptions(**fields))
+    package = package_engine(read_options(arguments))
     if arguments.json:
         print(json.dumps({**dataclasses.asdict(package), "folder": str(package.folder)}))
-    else:
-        how = f"{package.copied_bytes / 1e6:.1f} MB of it copied" if package.copied_bytes else "linked, not copied"
-        print(f"{package.folder}: {package.engine_bytes / 1e6:.1f} MB of engine, {how}")
+        return 0
+    how = f"{package.copied_bytes / 1e6:.1f} MB of it copied" if package.copied_bytes else "linked, not copied"
+    steps = f", an ensemble of {', '.join(package.steps)}" if package.steps else ""
+    print(f"{package.folder}: {package.engine_bytes / 1e6:.1f} MB of engine, {how}{steps}")
     return 0

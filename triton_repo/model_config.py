@@ -5,14 +5,16 @@ Never text by hand: a misspelt field or a wrong type fails here, not in the serv
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.errors import MissingPackageError
-from triton_repo.contract import COMPATIBILITY_INPUTS, INPUTS, OURS, OUTPUTS
+from triton_repo.contract import COMPATIBILITY_INPUTS, INPUTS, OURS, OUTPUTS, WireTensor
 from triton_repo.errors import RepositoryError
 from triton_repo.runtime.parameters import ENGINE_KEY, ModelParameters
+from triton_repo.token_contract import ModelTensor
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -33,18 +35,36 @@ class ServedModel:
 
 def model_config(model: ServedModel) -> ModelConfig:
     """The ModelConfig of a packaged engine: decoupled, on its provider's devices, with every tensor of the contract."""
-    pb = _messages()
+    pb = messages()
     config = pb.ModelConfig(name=model.name, backend="python", max_batch_size=model.max_batch)
-    for tensor in (*INPUTS, *COMPATIBILITY_INPUTS):
-        config.input.add(name=tensor.name, data_type=f"TYPE_{tensor.dtype}", dims=tensor.dims, optional=tensor.optional)
-    for tensor in (*OUTPUTS, *OURS):
-        config.output.add(name=tensor.name, data_type=f"TYPE_{tensor.dtype}", dims=tensor.dims)
+    declare(config, (*INPUTS, *COMPATIBILITY_INPUTS), (*OUTPUTS, *OURS))
     kind = pb.ModelInstanceGroup.KIND_CPU if model.provider == "cpu" else pb.ModelInstanceGroup.KIND_GPU
     config.instance_group.add(kind=kind, count=model.instances)
     config.model_transaction_policy.decoupled = True
-    for key, text in model.parameters.to_texts().items():
-        config.parameters[key].string_value = text
+    set_parameters(config, model.parameters.to_texts())
     return config
+
+
+def declare(
+    config: ModelConfig, inputs: Sequence[WireTensor | ModelTensor], outputs: Sequence[WireTensor | ModelTensor]
+) -> None:
+    """Add a model's tensors."""
+    for tensor in inputs:
+        added = config.input.add(
+            name=tensor.name, data_type=f"TYPE_{tensor.dtype}", dims=tensor.dims, optional=tensor.optional
+        )
+        if isinstance(tensor, ModelTensor):
+            added.allow_ragged_batch = tensor.ragged
+            if tensor.scalar:
+                added.reshape.SetInParent()
+    for tensor in outputs:
+        config.output.add(name=tensor.name, data_type=f"TYPE_{tensor.dtype}", dims=tensor.dims)
+
+
+def set_parameters(config: ModelConfig, texts: Mapping[str, str]) -> None:
+    """Add a model's parameters; an empty text is one too."""
+    for key, text in texts.items():
+        config.parameters[key].string_value = text
 
 
 def config_text(config: ModelConfig) -> str:
@@ -60,7 +80,7 @@ def read_config(path: Path) -> ModelConfig:
     from google.protobuf import text_format
 
     try:
-        return text_format.Parse(path.read_text(encoding="utf-8"), _messages().ModelConfig())
+        return text_format.Parse(path.read_text(encoding="utf-8"), messages().ModelConfig())
     except (OSError, ValueError, text_format.ParseError) as error:
         raise RepositoryError(
             f"reading {path}: not a model configuration that Triton takes ({error}); package the engine again"
@@ -75,7 +95,8 @@ def packaged_parameters(config: ModelConfig, model: str) -> ModelParameters | No
     return ModelParameters.from_texts(texts, model)
 
 
-def _messages():  # type: ignore[no-untyped-def]  # noqa: ANN202 - a generated module
+def messages():  # type: ignore[no-untyped-def]  # noqa: ANN201 - a generated module
+    """Triton's own message types. Raises MissingPackageError."""
     try:
         from tritonclient.grpc import model_config_pb2
     except ImportError as error:

@@ -1,37 +1,42 @@
-"""Engine directory in, model of a Triton model repository out.
+"""Engine directory in, models of a Triton model repository out.
 
     package_engine(PackageOptions(engine=Path("engine"), name="phixtral", output=Path("repository")))
+
+An engine for ONNX Runtime becomes one model:
 
     repository/phixtral/config.pbtxt      from the engine's manifest and the wire contract
     repository/phixtral/1/model.py        a copy of triton_repo/models/model.py
     repository/phixtral/1/engine/         hard links to the engine's files, or copies on another file system
 
-A repository that does not exist is made; to one that exists the model is added, and a model of that name is never
+one for TensorRT-LLM, or where it is asked for, an ensemble of the same name over three others (`ensemble_package`).
+A repository that does not exist is made; to one that exists the models are added, and one of the same name is never
 overwritten. What is new appears whole, by rename, or not at all.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from export.errors import OutputError, listing
-from export.output import staged_directory
+from triton_repo.engine_facts import EngineFacts, read_engine_facts
+from triton_repo.ensemble_package import MODEL_FILE, MODELS_FOLDER, VERSION, EnsembleOptions, write_ensemble
 from triton_repo.errors import RepositoryError
 from triton_repo.model_config import CONFIG_FILE, ServedModel, config_text, model_config
 from triton_repo.runtime.parameters import MAX_THREADS, ModelParameters
 from triton_repo.seal import write_seal
-from trt_build.engine import MANIFEST_FILE, Engine, open_engine
+from triton_repo.staging import place, staged_models
+from triton_repo.token_contract import STEP_MODELS
+from triton_repo.trtllm_parameters import TensorrtLlmParameters
 
 logger = logging.getLogger(__name__)
 
-VERSION = "1"
-MODEL_FILE = "model.py"
+SINGLE = "single"
+ENSEMBLE = "ensemble"
+LAYOUTS = (SINGLE, ENSEMBLE)
 MAX_NAME_CHARACTERS = 128
 MAX_INSTANCES = 1024
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -41,57 +46,71 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 class PackageOptions:
     """`instances` requests run at the same time (on each GPU, where the engine is for GPUs), each with the engine's
     memory again; `threads` of each of them, None to share the machine's cores out. `copy` makes the repository
-    independent of the engine directory, where a hard link would share its disk space.
+    independent of the engine directory, where a hard link would share its disk space. `layout` None is what suits the
+    engine's backend. `served_from` is where the repository will lie when it is served, None for `output` itself.
+
+    `instances` and `threads` are for ONNX Runtime alone, `served_from` and `tensorrt_llm` for TensorRT-LLM.
     """
 
     engine: Path
     name: str
     output: Path
+    layout: str | None = None
     instances: int = 1
     threads: int | None = None
     copy: bool = False
+    served_from: Path | None = None
+    tensorrt_llm: TensorrtLlmParameters = field(default_factory=TensorrtLlmParameters)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """What was written: the model's folder, and how many bytes of the engine had to be copied."""
+    """What was written: the folder of the model that clients ask, the models of its steps, and how many bytes of the
+    engine had to be copied."""
 
     folder: Path
     name: str
+    steps: tuple[str, ...]
     engine_bytes: int
     copied_bytes: int
 
 
 def package_engine(options: PackageOptions) -> Package:
-    """Write the model. Raises RepositoryError for unusable options, EngineError for a damaged engine, OutputError."""
+    """Write the models. Raises RepositoryError for unusable options, EngineError for a damaged engine, OutputError."""
     _check(options)
     _check_repository(options.output)
-    engine = open_engine(options.engine)
+    facts = read_engine_facts(options.engine)
+    layout = options.layout or (ENSEMBLE if facts.runs_on_tensorrt_llm else SINGLE)
+    steps = STEP_MODELS if layout == ENSEMBLE else ()
+    _check_engine(options, facts, layout)
+    with staged_models(options.output, (*steps, options.name)) as staging:
+        if layout == ENSEMBLE:
+            copied = write_ensemble(staging, facts, _ensemble_options(options))
+        else:
+            copied = _write_model(staging / options.name, facts, options)
     folder = options.output / options.name
-    if options.output.is_dir():
-        with staged_directory(folder, f"the model {options.name}") as staging:
-            copied = _write_model(staging, engine, options)
-    else:
-        with staged_directory(options.output, "the model repository") as staging:
-            (staging / options.name).mkdir()
-            copied = _write_model(staging / options.name, engine, options)
-    logger.debug("%s: engine of %d bytes, %d of them copied", folder, engine.num_bytes, copied)
-    return Package(folder=folder, name=options.name, engine_bytes=engine.num_bytes, copied_bytes=copied)
+    logger.debug("%s: engine of %d bytes, %d of them copied", folder, facts.num_bytes, copied)
+    return Package(folder=folder, name=options.name, steps=steps, engine_bytes=facts.num_bytes, copied_bytes=copied)
 
 
 def _check(options: PackageOptions) -> None:
+    """What can be said without the engine."""
     problems = []
     if not _NAME.fullmatch(options.name) or len(options.name) > MAX_NAME_CHARACTERS:
         problems.append(
             f"the name is {options.name!r}; expected up to {MAX_NAME_CHARACTERS} letters, digits, '_', '.' or '-', "
             "the first a letter or digit"
         )
+    if options.layout not in (None, *LAYOUTS):
+        problems.append(f"the layout is {options.layout!r}; expected one of {', '.join(LAYOUTS)}")
     if not 1 <= options.instances <= MAX_INSTANCES:
         problems.append(f"instances is {options.instances}; expected 1 to {MAX_INSTANCES}")
     if options.threads is not None and not 1 <= options.threads <= MAX_THREADS:
         problems.append(
             f"threads is {options.threads}; expected 1 to {MAX_THREADS}, or none given to share the cores out"
         )
+    if options.served_from is not None and not options.served_from.is_absolute():
+        problems.append(f"the repository is to be served from {options.served_from}; expected an absolute path")
     if problems:
         raise RepositoryError(f"packaging {options.engine}:{listing(problems)}")
 
@@ -107,33 +126,59 @@ def _check_repository(output: Path) -> None:
         raise OutputError(f"writing into {output}: not a model repository, {what}; name another output")
 
 
-def _write_model(folder: Path, engine: Engine, options: PackageOptions) -> int:
+def _check_engine(options: PackageOptions, facts: EngineFacts, layout: str) -> None:
+    """What goes with the engine and the layout. Raises RepositoryError, OutputError for a second ensemble."""
+    problems = []
+    if facts.runs_on_tensorrt_llm:
+        if layout == SINGLE:
+            problems.append("TensorRT-LLM's backend runs an engine of tokens; leave the layout out, or take ensemble")
+        if options.instances != 1 or options.threads is not None:
+            problems.append("instances and threads are for ONNX Runtime; TensorRT-LLM batches requests by itself")
+    elif options.served_from is not None or options.tensorrt_llm != TensorrtLlmParameters():
+        problems.append(
+            f"this engine is for {facts.backend}, and where it is served from and the parameters of tensorrt_llm are "
+            "for TensorRT-LLM's; leave them out"
+        )
+    if layout == ENSEMBLE and options.name in STEP_MODELS:
+        problems.append(f"the name is {options.name}, which one of the ensemble's steps bears; choose another")
+    if problems:
+        raise RepositoryError(f"packaging {options.engine}:{listing(problems)}")
+    there = [name for name in STEP_MODELS if (options.output / name).exists()]
+    if layout == ENSEMBLE and there:
+        raise OutputError(
+            f"writing into {options.output}: it has {', '.join(there)} already; the steps of an ensemble find each "
+            "other by these names, which NVIDIA's tools expect too, so that a repository holds one ensemble: name "
+            "another output"
+        )
+
+
+def _ensemble_options(options: PackageOptions) -> EnsembleOptions:
+    return EnsembleOptions(
+        name=options.name,
+        served_from=options.served_from or options.output.resolve(),
+        workers=options.instances,
+        threads=options.threads,
+        copy=options.copy,
+        tensorrt_llm=options.tensorrt_llm,
+    )
+
+
+def _write_model(folder: Path, facts: EngineFacts, options: PackageOptions) -> int:
     """Fill a model's folder; returns the bytes that were copied rather than linked."""
     parameters = ModelParameters(threads=options.threads)
     model = ServedModel(
         name=options.name,
-        max_batch=engine.manifest.max_batch,
+        max_batch=facts.max_batch,
         instances=options.instances,
         parameters=parameters,
-        provider=engine.manifest.provider,
+        provider=facts.provider,
     )
     (folder / CONFIG_FILE).write_text(config_text(model_config(model)), encoding="utf-8")
     version = folder / VERSION
     version.mkdir()
-    shutil.copyfile(Path(__file__).parent / "models" / MODEL_FILE, version / MODEL_FILE)
-    (version / parameters.engine).mkdir()
-    names = [*engine.manifest.files, MANIFEST_FILE]
+    shutil.copyfile(MODELS_FOLDER / MODEL_FILE, version / MODEL_FILE)
     target = version / parameters.engine
-    copied = sum(_place(engine.folder / name, target / name, copy=options.copy) for name in names)
+    target.mkdir()
+    copied = sum(place(facts.folder / name, target / name, copy=options.copy) for name in facts.files)
     write_seal(target)
     return copied
-
-
-def _place(source: Path, target: Path, *, copy: bool) -> int:
-    """A hard link, or a copy where one is asked for or links are refused; returns the bytes copied."""
-    if not copy:
-        with contextlib.suppress(OSError):
-            os.link(source.resolve(), target)
-            return 0
-    shutil.copyfile(source, target)
-    return target.stat().st_size

@@ -7,11 +7,17 @@ running.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from export.errors import listing
+from triton_repo.deployment import TRTLLM_BACKEND, WORLD_SIZE_KEY
 from triton_repo.errors import RepositoryError
 from triton_repo.model_config import CONFIG_FILE, packaged_parameters, read_config
+from triton_repo.trtllm_parameters import ENGINE_PATH_KEY
 from trt_build.engine import MANIFEST_FILE
+
+if TYPE_CHECKING:
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 
 def check_repository(repository: Path) -> tuple[str, ...]:
@@ -25,6 +31,8 @@ def check_repository(repository: Path) -> tuple[str, ...]:
             "rather than the folder above it, or a model in it? Make one with: moeship package"
         )
     problems = [problem for folder in folders for problem in _model_problems(folder)]
+    names = {folder.name for folder in folders}
+    problems += [problem for folder in folders for problem in _step_problems(folder, names)]
     if problems:
         raise RepositoryError(f"serving {repository}: not every model can be served:{listing(problems)}")
     return tuple(folder.name for folder in folders)
@@ -51,4 +59,27 @@ def _model_problems(folder: Path) -> list[str]:
         for engine in engines
         if not (engine / MANIFEST_FILE).is_file()
     ]
-    return problems
+    return [*problems, *_path_problems(folder.name, config)]
+
+
+def _path_problems(name: str, config: ModelConfig) -> list[str]:
+    """What is wrong with the path of an engine of ours that TensorRT-LLM runs."""
+    if config.backend != TRTLLM_BACKEND or WORLD_SIZE_KEY not in config.parameters:
+        return []
+    engine = Path(config.parameters[ENGINE_PATH_KEY].string_value)
+    if (engine / MANIFEST_FILE).is_file():
+        return []
+    return [
+        f"{name}: no engine at {engine}, where its {CONFIG_FILE} says that it lies; package it again where it is "
+        "served, or with --served-from"
+    ]
+
+
+def _step_problems(folder: Path, names: set[str]) -> list[str]:
+    """The steps of an ensemble that are not in the repository."""
+    try:
+        steps = read_config(folder / CONFIG_FILE).ensemble_scheduling.step
+    except RepositoryError:  # reported as the model's own problem
+        return []
+    absent = dict.fromkeys(step.model_name for step in steps if step.model_name not in names)
+    return [f"{folder.name}: its step {name} is not in the repository; package the engine again" for name in absent]

@@ -2,9 +2,9 @@
 
 The ensemble bears the deployment's name and has the tensors of `contract`. Its steps:
 
-    preprocessing   a request's text and options   -> token ids, and what the answer takes (ANSWER)
-    postprocessing  ANSWER                         -> nothing but leave to begin
-    tensorrt_llm    token ids                      -> token ids, a response each
+    preprocessing   a request's text and options   -> token ids and options, and what the answer takes (ANSWER)
+    postprocessing  ANSWER, token ids and options  -> the same token ids and options, once it knows of the answer
+    tensorrt_llm    token ids and options          -> token ids, a response each
     postprocessing  token ids                      -> the tensors of `contract`
 
 `tensorrt_llm` has the tensors of TensorRT-LLM 1.2's model of that name, whether its C++ backend or ONNX Runtime runs
@@ -172,25 +172,23 @@ ENGINE_NAMES: dict[str, str] = {
     "FREQUENCY_PENALTY": "frequency_penalty", "RETURN_LOG_PROBS": "return_log_probs", "STREAMING": "streaming",
 }  # fmt: skip
 ANSWER = ModelTensor(name="ANSWER", dtype="STRING")
-INPUT_LENGTH = "REQUEST_INPUT_LEN"  # given to the engine by postprocessing, so that it begins no earlier
 _BY_NAME = {tensor.name: tensor for tensor in TOKEN_INPUTS}
-PREPROCESSING_OUTPUTS: tuple[ModelTensor, ...] = (
-    *(
-        ModelTensor(name=ours, dtype=_BY_NAME[theirs].dtype, dims=_BY_NAME[theirs].dims)
-        for ours, theirs in ENGINE_NAMES.items()
-    ),
-    ANSWER,
+_ENGINE_TENSORS: tuple[ModelTensor, ...] = tuple(
+    ModelTensor(name=ours, dtype=_BY_NAME[theirs].dtype, dims=_BY_NAME[theirs].dims, optional=True)
+    for ours, theirs in ENGINE_NAMES.items()
 )
+PREPROCESSING_OUTPUTS: tuple[ModelTensor, ...] = (*_ENGINE_TENSORS, ANSWER)
 
 # The engine's tensors under the names that postprocessing has for them.
 TOKEN_NAMES: dict[str, str] = {
     "output_ids": "TOKENS_BATCH", "sequence_length": "SEQUENCE_LENGTH", "cum_log_probs": "CUM_LOG_PROBS",
     "output_log_probs": "OUTPUT_LOG_PROBS",
 }  # fmt: skip
-# Either of ANSWER and INPUT_LENGTH, before the engine begins, or of a response of the engine's.
+# Before the engine begins ANSWER and all that goes to the engine, which passes through: an ensemble's step may not take
+# some inputs from before a decoupled step and some from it. Then a response of the engine's.
 POSTPROCESSING_INPUTS: tuple[ModelTensor, ...] = (
     ModelTensor(name=ANSWER.name, dtype=ANSWER.dtype, optional=True),
-    ModelTensor(name=INPUT_LENGTH, dtype="INT32", optional=True),
+    *_ENGINE_TENSORS,
     *(
         ModelTensor(name=TOKEN_NAMES[tensor.name], dtype=tensor.dtype, dims=tensor.dims, optional=True)
         for tensor in TOKEN_OUTPUTS
@@ -202,5 +200,5 @@ TEXT_NAMES: dict[str, str] = {
 }
 POSTPROCESSING_OUTPUTS: tuple[ModelTensor, ...] = (
     *(ModelTensor(name=TEXT_NAMES[tensor.name], dtype=tensor.dtype, dims=tensor.dims) for tensor in (*OUTPUTS, *OURS)),
-    ModelTensor(name=INPUT_LENGTH, dtype="INT32"),
+    *_ENGINE_TENSORS,
 )

@@ -17,6 +17,7 @@ from export.errors import listing
 from triton_repo.deployment import WORLD_SIZE_KEY
 from triton_repo.errors import RepositoryError
 
+ENGINE_PATH_KEY = "gpt_model_path"
 # Field to key, where they differ.
 _KEYS = {"batching_strategy": "gpt_model_type"}
 # Fields of `dynamic_batching`, not of the parameters.
@@ -105,7 +106,7 @@ class TensorrtLlmParameters:
             for name, value in values.items()
             if value is not None and name not in _QUEUE
         }
-        return {**texts, **_FIXED, "gpt_model_path": engine_path, WORLD_SIZE_KEY: str(world_size)}
+        return {**texts, **_FIXED, ENGINE_PATH_KEY: engine_path, WORLD_SIZE_KEY: str(world_size)}
 
     def _engine_problems(self, world_size: int, paged_context_fmha: bool) -> Iterator[str]:
         for name in ("enable_kv_cache_reuse", "enable_chunked_context"):

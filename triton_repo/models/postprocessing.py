@@ -19,7 +19,7 @@ from triton_repo.runtime.answer_keys import answer_key, takes_response_parameter
 from triton_repo.runtime.parameters import TextParameters
 from triton_repo.runtime.postprocessing import Postprocessor, read_tokens
 from triton_repo.runtime.responses import error_response, wire_outputs
-from triton_repo.token_contract import ANSWER, ANSWER_OUTPUTS, INPUT_LENGTH, TEXT_NAMES, TOKEN_ENGINE
+from triton_repo.token_contract import ANSWER, ANSWER_OUTPUTS, ENGINE_NAMES, TEXT_NAMES, TOKEN_ENGINE
 
 LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -49,7 +49,7 @@ class TritonPythonModel:
         """Begin an answer, and let the engine begin."""
         answer = tensors[ANSWER.name].reshape(-1)[0].decode()
         self._postprocessor.register(self._key(request), request.request_id(), answer)
-        outputs = [pb_utils.Tensor(INPUT_LENGTH, tensors[INPUT_LENGTH])]
+        outputs = [pb_utils.Tensor(name, tensor) for name, tensor in tensors.items() if name in ENGINE_NAMES]
         sender.send(pb_utils.InferenceResponse(outputs), flags=LAST)
 
     def _extend(self, request: Any, tensors: dict[str, Any], sender: Any) -> None:  # noqa: ANN401

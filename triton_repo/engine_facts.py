@@ -1,0 +1,77 @@
+"""What packaging needs to know of an engine, whichever backend runs it: an engine's folder in, its facts out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.tokenizer import SETTINGS_FILE, TOKENIZER_FILE
+from trt_build.engine import MANIFEST_FILE, open_engine
+from trt_build.trtllm.engine import TRTLLM_BACKEND, engine_backend, open_trtllm_engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFacts:
+    """`files` are all of the folder's that belong to the engine, its manifest among them. `world_size`: ranks that run
+    it; `paged_context_fmha`: it can read a prompt's cache in parts; `kv_cache_fraction`: the share of the GPU memory
+    left beside the weights that it was planned with, None where the backend does not ask.
+    """
+
+    folder: Path
+    backend: str  # engine.json's word
+    provider: str  # "cpu" or "cuda"
+    max_sequence: int  # tokens, prompt and output together
+    max_batch: int
+    end_token_ids: tuple[int, ...]
+    files: tuple[str, ...]
+    num_bytes: int
+    world_size: int = 1
+    paged_context_fmha: bool = False
+    kv_cache_fraction: float | None = None
+
+    @property
+    def runs_on_tensorrt_llm(self) -> bool:
+        return self.backend == TRTLLM_BACKEND
+
+    @property
+    def tokenizer_files(self) -> tuple[str, ...]:
+        """Those that the text's side reads."""
+        return tuple(name for name in (TOKENIZER_FILE, SETTINGS_FILE) if name in self.files)
+
+
+def read_engine_facts(folder: Path) -> EngineFacts:
+    """Open an engine of either backend and check every digest. Raises EngineError."""
+    return _of_tensorrt_llm(folder) if engine_backend(folder) == TRTLLM_BACKEND else _of_onnxruntime(folder)
+
+
+def _of_onnxruntime(folder: Path) -> EngineFacts:
+    engine = open_engine(folder)
+    manifest = engine.manifest
+    return EngineFacts(
+        folder=engine.folder,
+        backend=manifest.backend,
+        provider=manifest.provider,
+        max_sequence=manifest.max_sequence,
+        max_batch=manifest.max_batch,
+        end_token_ids=manifest.eos_token_ids,
+        files=(*manifest.files, MANIFEST_FILE),
+        num_bytes=engine.num_bytes,
+    )
+
+
+def _of_tensorrt_llm(folder: Path) -> EngineFacts:
+    engine = open_trtllm_engine(folder)
+    manifest = engine.manifest
+    return EngineFacts(
+        folder=engine.folder,
+        backend=manifest.backend,
+        provider="cuda",
+        max_sequence=manifest.max_sequence,
+        max_batch=manifest.max_batch,
+        end_token_ids=manifest.eos_token_ids,
+        files=(*manifest.files, MANIFEST_FILE),
+        num_bytes=engine.num_bytes,
+        world_size=manifest.parallel.world_size,
+        paged_context_fmha=manifest.use_paged_context_fmha,
+        kv_cache_fraction=manifest.kv_cache_fraction,
+    )

@@ -1,0 +1,77 @@
+"""The served model on TensorRT-LLM's LLM API, as Triton's Python backend runs it: all requests in one event loop.
+
+Lies in a model repository as <name>/<version>/model.py beside model.yaml. Everything that can be understood without
+Triton and TensorRT-LLM lives in triton_repo.runtime; here the LLM is started, tensors are unwrapped, responses sent,
+and errors given their status. The LLM starts a process for each of its GPUs itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from export.tokenizer import load_tokenizer
+from triton_repo.errors import RepositoryError
+from triton_repo.runtime.llmapi import LlmService
+from triton_repo.runtime.llmapi_settings import SETTINGS_FILE, read_settings
+from triton_repo.runtime.responses import error_response
+
+LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+class TritonPythonModel:
+    """The model's one instance: an LLM and the thread whose event loop its requests run in."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Start the LLM; what goes wrong becomes the reason in the repository index."""
+        folder = Path(args["model_repository"]) / args["model_version"]
+        settings = read_settings(folder / SETTINGS_FILE)
+        config = json.loads(args["model_config"])
+        if config["max_batch_size"] != settings.triton.max_batch_size:
+            raise RepositoryError(
+                f"loading {args['model_name']}: max_batch_size is {config['max_batch_size']} in config.pbtxt and "
+                f"{settings.triton.max_batch_size} in {SETTINGS_FILE}; package the checkpoint again"
+            )
+        model = folder / settings.llm["model"]
+        tokenizer = load_tokenizer(model)
+
+        from tensorrt_llm import LLM, SamplingParams  # it takes long, and a wrong model.yaml is told before
+
+        self._llm = LLM(**{**settings.llm, "model": str(model)}, skip_tokenizer_init=True, trust_remote_code=False)
+        self._service = LlmService(self._llm, SamplingParams, tokenizer, settings)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="llmapi")
+        self._thread.start()
+        pb_utils.Logger.log_info(f"{args['model_instance_name']}: {model} is loaded")
+
+    def execute(self, requests: list[Any]) -> None:
+        """Hand the requests to the event loop, which answers them side by side."""
+        for request in requests:
+            asyncio.run_coroutine_threadsafe(self._answer(request), self._loop)
+
+    async def _answer(self, request: Any) -> None:  # noqa: ANN401 - the backend's type exists inside Triton only
+        sender = request.get_response_sender()
+        try:
+            tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            async for response in self._service.respond(tensors, request.request_id(), request.is_cancelled):
+                outputs = [pb_utils.Tensor(name, value) for name, value in response.outputs.items()]
+                await self._send(sender, pb_utils.InferenceResponse(outputs), LAST if response.is_last else 0)
+                if response.finish_reason == "cancelled":
+                    pb_utils.Logger.log_info(f"a request was cancelled after {response.num_output_tokens} tokens")
+        except Exception as error:  # whatever one request does, the others go on
+            await self._send(sender, error_response(pb_utils, error), LAST)
+
+    async def _send(self, sender: Any, response: Any, flags: int) -> None:  # noqa: ANN401
+        """Send in another thread: it waits for the server, and the LLM's tokens go on meanwhile."""
+        await asyncio.to_thread(sender.send, response, flags)
+
+    def finalize(self) -> None:
+        """Stop the event loop, then the LLM with its processes."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._llm.shutdown()
