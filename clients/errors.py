@@ -23,6 +23,7 @@ UNAVAILABLE is said by Triton, by its queue and by gRPC itself; the list of the 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, TypeGuard
 
@@ -129,6 +130,11 @@ BY_STATUS: dict[str, type[ClientError]] = {
     "UNAUTHENTICATED": AccessDenied,
 }
 
+# What an ensemble puts before the error of one of its steps (triton-inference-server/core,
+# src/ensemble_scheduler/ensemble_scheduler.cc).
+_ENSEMBLE = re.compile(r"in ensemble '[^']*', ")
+# A full queue, whatever the status: Triton's own (core, src/scheduler_utils.cc) and TensorRT-LLM's executor's.
+_QUEUE_FULL = ("Exceeds maximum queue size", "Maximum queue size of")
 # The statuses whose meaning depends on which models the server has; UNKNOWN is that of an error sent as a text.
 NEEDS_MODELS = ("NOT_FOUND", "UNAVAILABLE", "UNKNOWN")
 
@@ -146,8 +152,11 @@ def error_of(
     `doing` names the action, the model and the server; `details` is the server's (or gRPC's) own text; `models` is
     what the server said it has when asked afterwards, None if it was not asked or gave no answer.
     """
+    details = without_ensemble(details).removeprefix(f"{status}: ")
+    message = f"{doing}: {status}: {details}"
+    if any(text in details for text in _QUEUE_FULL):
+        return ServerOverloaded(message, status=status)
     kind = BY_STATUS[status]
-    message = f"{doing}: {status}: {details.removeprefix(f'{status}: ')}"
     if models is None or not depends_on_models(model, status):
         return kind(message, status=status)
     states = [state for state in models if state.name == model]
@@ -157,6 +166,12 @@ def error_of(
         return ModelNotReady(f"{message} (the server lists it as: {'; '.join(map(str, states))})", status=status)
     # A model that is ready and yet unavailable has a full queue.
     return ServerOverloaded(message, status=status) if status == "UNAVAILABLE" else kind(message, status=status)
+
+
+def without_ensemble(details: str) -> str:
+    """The words of the step that failed, where an ensemble passes them on."""
+    prefix = _ENSEMBLE.match(details)
+    return details[prefix.end() :] if prefix else details
 
 
 def what_exists(model: str, models: Sequence[ModelState]) -> str:

@@ -42,7 +42,8 @@ class GenerationRequest:
     beam_width: int | None = None
     return_log_probs: bool | None = None
     exclude_input_in_output: bool | None = None
-    # Appears in the server's log and in its messages.
+    # Appears in the server's log and in its messages; no two requests under way may bear the same. Empty draws one
+    # whenever the request is sent.
     request_id: str = ""
     # Seconds from sending to the last token; None waits as long as the server lives.
     timeout_s: float | None = None

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import re
 import struct
+import uuid
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from clients._tritonclient import require_messages, require_utils
-from clients.errors import BY_STATUS, RequestRejected, StreamBroken
+from clients.errors import BY_STATUS, RequestRejected, StreamBroken, without_ensemble
 from clients.messages import GenerationRequest, ModelState, Piece
 from triton_repo.contract import FIELD_NAMES, INPUTS, OURS, OUTPUTS, WIRE_DTYPES, TritonDtype, WireTensor
 
@@ -35,9 +36,11 @@ KNOWN_OUTPUTS = {tensor.name: tensor for tensor in (*OUTPUTS, *OURS)}
 def build_request(request: GenerationRequest, *, stream: bool) -> pb.ModelInferRequest:
     """The ModelInferRequest of one generation; with `stream`, one response a piece instead of one in all.
 
+    It bears an id in any case, since in an older Triton the steps of an ensemble know each other by nothing else.
     Raises RequestRejected for a value that its tensor cannot hold.
     """
-    message = require_messages().ModelInferRequest(model_name=request.model, id=request.request_id)
+    request_id = request.request_id or uuid.uuid4().hex
+    message = require_messages().ModelInferRequest(model_name=request.model, id=request_id)
     # The last response then always comes, empty if need be, and marks the end.
     message.parameters["triton_enable_empty_final_response"].bool_param = True
     for tensor, values in input_values(request, stream=stream):
@@ -176,6 +179,7 @@ class ErrorText(Exception):  # noqa: N818 - what the server sent, not yet one of
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
+        text = without_ensemble(text)
         status, _, rest = text.partition(": ")
         self.status, self.details = (status, rest) if status in BY_STATUS else ("UNKNOWN", text)
 

@@ -74,3 +74,26 @@ def test_unavailable_means_overload_when_the_server_lists_the_model_as_ready():
 def test_a_status_whose_meaning_is_plain_does_not_depend_on_the_models():
     error = error_of(doing=DOING, status="INVALID_ARGUMENT", details="top_p 7", model="phixtrl", models=(READY,))
     assert isinstance(error, errors.RequestRejected)
+
+
+def test_an_ensemble_passes_on_the_words_of_the_step_that_failed():
+    plain = error_of(doing=DOING, status="INVALID_ARGUMENT", details="INVALID_ARGUMENT: top_p: found 7")
+    passed_on = error_of(
+        doing=DOING, status="INVALID_ARGUMENT", details="in ensemble 'phixtral', INVALID_ARGUMENT: top_p: found 7"
+    )
+    assert (type(passed_on), str(passed_on)) == (type(plain), str(plain))
+
+
+@pytest.mark.parametrize("status", ["UNKNOWN", "UNAVAILABLE", "INTERNAL"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        # triton-inference-server/core, src/scheduler_utils.cc
+        "in ensemble 'phixtral', [request id: 7] Exceeds maximum queue size",
+        # NVIDIA/TensorRT-LLM, cpp/tensorrt_llm/executor/executorImpl.cpp
+        "in ensemble 'phixtral', Maximum queue size of 4 has been reached, please try again later",
+    ],
+)
+def test_a_full_queue_is_an_overload_whatever_its_status(status, text):
+    error = error_of(doing=DOING, status=status, details=text, model="phixtral", models=(READY,))
+    assert isinstance(error, errors.ServerOverloaded)

@@ -34,6 +34,13 @@ def test_a_request_asks_for_the_empty_final_response(request_of):
     assert message.parameters["triton_enable_empty_final_response"].bool_param
 
 
+def test_a_request_without_an_id_bears_another_whenever_it_is_sent(request_of):
+    request = request_of()
+    ids = {wire.build_request(request, stream=True).id for _ in range(3)}
+    assert len(ids) == 3
+    assert all(ids)
+
+
 def test_the_bytes_of_a_small_request_are_those_worked_out_by_hand(request_of):
     message = wire.build_request(request_of(prompt="é", max_tokens=258, temperature=-0.5), stream=False)
     assert tensor_of(message, "text_input") == ("BYTES", [1, 1], b"\x02\x00\x00\x00\xc3\xa9")
@@ -72,8 +79,9 @@ def test_no_stop_words_send_no_tensor_since_an_empty_one_has_no_shape_that_trito
 
 
 def test_numbers_of_numpy_are_taken_like_pythons_own(request_of):
-    numpy_request = request_of(max_tokens=np.int64(8), temperature=np.float32(0.5), return_log_probs=np.True_)
-    own_request = request_of(max_tokens=8, temperature=0.5, return_log_probs=True)
+    numbers = {"max_tokens": np.int64(8), "temperature": np.float32(0.5), "return_log_probs": np.True_}
+    numpy_request = request_of(request_id="r1", **numbers)
+    own_request = request_of(request_id="r1", **{name: number.item() for name, number in numbers.items()})
     assert wire.build_request(numpy_request, stream=True) == wire.build_request(own_request, stream=True)
 
 
@@ -212,6 +220,8 @@ def test_a_stream_without_a_final_response_is_broken():
         ("out of pages", "UNKNOWN", "out of pages"),
         ("INVALID_ARGUMENT: top_p: found 7", "INVALID_ARGUMENT", "top_p: found 7"),
         ("reading the request: top_p", "UNKNOWN", "reading the request: top_p"),
+        ("in ensemble 'phixtral', INVALID_ARGUMENT: top_p: found 7", "INVALID_ARGUMENT", "top_p: found 7"),
+        ("in ensemble 'phixtral', out of pages", "UNKNOWN", "out of pages"),
     ],
 )
 def test_an_error_text_is_raised_at_the_end_with_the_status_that_it_starts_with(text, status, details):
