@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,13 +41,15 @@ def network(tensorrt_llm) -> ModuleType:
 
 
 @pytest.fixture
-def trtllm_build(monkeypatch) -> Path:
-    """The stand-in's trtllm-build, on the PATH of programs that a test starts, and an mpirun beside it; they find its
-    tensorrt_llm too."""
-    program = STANDIN / "bin" / "trtllm-build"
-    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+def trtllm_build(monkeypatch, tmp_path) -> Path:
+    """The stand-in's trtllm-build, as pip would have installed it for this Python, with an mpirun and an nvidia-smi
+    beside it: on the PATH of programs that a test starts, which find its tensorrt_llm too."""
+    programs = shutil.copytree(STANDIN / "bin", tmp_path / "standin-bin")
+    program = programs / "trtllm-build"
+    _, _, body = program.read_text(encoding="utf-8").partition("\n")
+    program.write_text(f"#!{sys.executable}\n{body}", encoding="utf-8")
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", f"{STANDIN}{os.pathsep}{ROOT}")
-    monkeypatch.setenv("STANDIN_PYTHON", sys.executable)
     return program
 
 

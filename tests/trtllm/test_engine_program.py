@@ -84,6 +84,19 @@ def test_the_program_builds_every_rank_with_our_class_file(trtllm_build, tmp_pat
     assert names == {"config.json", "rank0.engine", "rank1.engine"}
 
 
+def test_the_programs_and_the_package_tell_what_they_stand_for(trtllm_build, monkeypatch, tensorrt_llm):
+    monkeypatch.setenv("STANDIN_SM", "103")
+    monkeypatch.setenv("STANDIN_GPUS", "2")
+    question = ["nvidia-smi", "--query-gpu=index,compute_cap,uuid,name", "--format=csv,noheader"]
+    answer = subprocess.run(question, capture_output=True, text=True, check=True).stdout
+    assert [line.split(", ")[:2] for line in answer.splitlines()] == [["0", "10.3"], ["1", "10.3"]]
+    code = "import importlib.metadata as m; print(m.version('tensorrt_llm'))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.strip() == tensorrt_llm.__version__ == "1.2.0"
+    ranks = ["mpirun", "--allow-run-as-root", "-n", "2", "sh", "-c", "exit $((OMPI_COMM_WORLD_RANK * 3))"]
+    assert subprocess.run(ranks, check=False).returncode == 3
+
+
 def test_every_key_that_the_runtime_requires_is_in_an_engines_config(build, checkpoint):
     contract = json.loads((Path(__file__).parent / "contract.json").read_text(encoding="utf-8"))
     config = json.loads((build(checkpoint(precision="fp16"), *CLASS_FLAGS) / "config.json").read_text())
