@@ -78,7 +78,7 @@ class Package:
 def package_engine(options: PackageOptions) -> Package:
     """Write the models. Raises RepositoryError for unusable options, EngineError for a damaged engine, OutputError."""
     _check(options)
-    _check_repository(options.output)
+    check_output(options.output)
     facts = read_engine_facts(options.engine)
     layout = options.layout or (ENSEMBLE if facts.runs_on_tensorrt_llm else SINGLE)
     steps = STEP_MODELS if layout == ENSEMBLE else ()
@@ -95,12 +95,7 @@ def package_engine(options: PackageOptions) -> Package:
 
 def _check(options: PackageOptions) -> None:
     """What can be said without the engine."""
-    problems = []
-    if not _NAME.fullmatch(options.name) or len(options.name) > MAX_NAME_CHARACTERS:
-        problems.append(
-            f"the name is {options.name!r}; expected up to {MAX_NAME_CHARACTERS} letters, digits, '_', '.' or '-', "
-            "the first a letter or digit"
-        )
+    problems = name_problems(options.name)
     if options.layout not in (None, *LAYOUTS):
         problems.append(f"the layout is {options.layout!r}; expected one of {', '.join(LAYOUTS)}")
     if not 1 <= options.instances <= MAX_INSTANCES:
@@ -115,7 +110,17 @@ def _check(options: PackageOptions) -> None:
         raise RepositoryError(f"packaging {options.engine}:{listing(problems)}")
 
 
-def _check_repository(output: Path) -> None:
+def name_problems(name: str) -> list[str]:
+    """What is wrong with a model's name."""
+    if _NAME.fullmatch(name) and len(name) <= MAX_NAME_CHARACTERS:
+        return []
+    return [
+        f"the name is {name!r}; expected up to {MAX_NAME_CHARACTERS} letters, digits, '_', '.' or '-', "
+        "the first a letter or digit"
+    ]
+
+
+def check_output(output: Path) -> None:
     """Refuse a folder that holds other things than models. Raises OutputError."""
     if not output.exists():
         return

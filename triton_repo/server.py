@@ -26,11 +26,12 @@ from triton_repo.deployment import read_deployment
 from triton_repo.errors import ServerError
 from triton_repo.health import ModelState, is_listening, model_states
 from triton_repo.installation import Installation, find_installation, packages_folder
-from triton_repo.machine import Machine, check_machine, read_machine
+from triton_repo.machine import check_machine
 from triton_repo.mpi import plan_launch
 from triton_repo.ports import ChosenPorts, Ports, choose_ports
 from triton_repo.processes import DRAIN_TIMEOUT_S, POLL_INTERVAL_S, Program, running_program
 from triton_repo.repository import check_repository
+from trt_build.machine import Machine, read_machine
 
 logger = logging.getLogger(__name__)
 
