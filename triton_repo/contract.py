@@ -14,10 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-TritonDtype = Literal["STRING", "INT32", "UINT64", "FP32", "BOOL"]
+TritonDtype = Literal["STRING", "INT32", "INT64", "UINT64", "FP32", "BOOL"]
 # The label on the wire differs from the one in config.pbtxt for text alone.
 WIRE_DTYPES: dict[TritonDtype, str] = {
-    "STRING": "BYTES", "INT32": "INT32", "UINT64": "UINT64", "FP32": "FP32", "BOOL": "BOOL",
+    "STRING": "BYTES", "INT32": "INT32", "INT64": "INT64", "UINT64": "UINT64", "FP32": "FP32", "BOOL": "BOOL",
 }  # fmt: skip
 
 
