@@ -44,7 +44,7 @@ class TrtllmOptions:
     workers: int = 1
     until: str = "verify"
     trtllm_checkpoint: Path | None = None
-    verify_tokens: int = 512
+    verify_tokens: int = 2048
 
     @property
     def parallel(self) -> Parallelism:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,14 @@ from trt_build.errors import EngineError
 from trt_build.parity import (
     MIN_TOKENS,
     THRESHOLDS,
+    WINDOW_TOKENS,
     Thresholds,
     Verification,
     combine,
     load_torch_reference,
     measure,
     run_reference,
+    split_windows,
 )
 from trt_build.trtllm.engine import TrtllmEngine, write_trtllm_manifest
 
@@ -50,35 +53,37 @@ LIMITS: dict[str, Thresholds] = {
     "int4_awq": THRESHOLDS["int4"],
 }  # fmt: skip
 MPIRUN = "mpirun"
+_HOME = Path(__file__).resolve().parents[2]
 
 
 def verify_trtllm(
     engine: TrtllmEngine, model: Model, python: Path, text: str, num_tokens: int, progress: Callable[[str], None]
 ) -> Verification:
-    """Compare an engine, which `python` has the library to run, with its source's float32 reference over up to
-    `num_tokens` positions of one text. Raises EngineError where the engine does not answer or there is too little text.
-    """
+    """Compare an engine, which `python` has the library to run, with its source's float32 reference over the first
+    `num_tokens` tokens of a text. Raises EngineError where the engine does not answer or there is too little text."""
     manifest = engine.manifest
     tokens = load_tokenizer(engine.folder).encode_prompt(text)
-    size = min(num_tokens, len(tokens), manifest.max_sequence - 1, manifest.max_num_tokens)
-    if size < MIN_TOKENS:
+    size = min(WINDOW_TOKENS, manifest.max_sequence - 1, manifest.max_num_tokens)
+    windows = list(split_windows(tokens, size, num_tokens)) if size > 0 else []
+    if not windows or len(windows[0]) < MIN_TOKENS:
         raise EngineError(
-            f"verifying {engine.folder}: {size} tokens to measure on, expected at least {MIN_TOKENS}; ask for more "
-            "with --verify-tokens, or build it with a longer --max-seq-len"
+            f"verifying {engine.folder}: {min(size, num_tokens, len(tokens))} tokens to measure on, expected at least "
+            f"{MIN_TOKENS}; ask for more with --verify-tokens, or build it with a longer --max-seq-len"
         )
-    window, half = tokens[:size], size // 2
-    progress(f"asking the engine for the logits of {size} positions, and for {size - half} tokens of its own")
-    scored, decoded_ids, decoded = _ask(engine, python, window, half, size - half)
+    half, ids = len(windows[0]) // 2, slice(manifest.tokenizer_size)  # the other ids stand for no text, and are masked
+    progress(f"asking the engine for the logits of {sum(map(len, windows))} positions")
+    answer = _ask(engine, python, windows, windows[0][:half])
     progress("loading the reference")
     reference = load_torch_reference(model)
-    ids = slice(manifest.tokenizer_size)  # the others stand for no text, and are masked
-    expected, _ = run_reference(reference, window)
-    whole = [*window[:half], *decoded_ids]
-    after, _ = run_reference(reference, whole)
-    report = combine(
-        [measure(scored[:, ids], expected[:, ids], window)],
-        measure(decoded[:, ids], after[half - 1 : half - 1 + len(decoded), ids], [window[half - 1], *decoded_ids[:-1]]),
-    )
+    sums, start = [], 0
+    for window in windows:
+        expected, _ = run_reference(reference, window)
+        sums.append(measure(answer.scored[start : start + len(window), ids], expected[:, ids], window))
+        start += len(window)
+    own = [*windows[0][:half], *answer.decoded_ids]
+    after, _ = run_reference(reference, own)
+    rows = slice(half - 1, len(own) - 1)  # each gives the token after it
+    report = combine(sums, measure(answer.decoded[:, ids], after[rows, ids], own[rows]))
     return Verification(
         report=report,
         failures=tuple(report.failures(LIMITS[manifest.precision.name])),
@@ -93,29 +98,31 @@ def record_trtllm(engine: TrtllmEngine, verification: Verification) -> None:
     write_trtllm_manifest(engine.folder, manifest)
 
 
-def _ask(
-    engine: TrtllmEngine, python: Path, window: Sequence[int], half: int, steps: int
-) -> tuple[npt.NDArray[np.float32], list[int], npt.NDArray[np.float32]]:
-    """Logits [S, V] of the window's positions, and ids and logits of what the engine adds to its first half."""
+@dataclass(frozen=True, kw_only=True)
+class _Answer:
+    """Logits [positions, V] of all windows, and ids [n] and logits [n, V] of what the engine added to a prompt."""
+
+    scored: npt.NDArray[np.float32]
+    decoded_ids: list[int]
+    decoded: npt.NDArray[np.float32]
+
+
+def _ask(engine: TrtllmEngine, python: Path, windows: Sequence[Sequence[int]], prompt: Sequence[int]) -> _Answer:
+    """Run the engine in a process of the library's Python, or as many as it has ranks. As many tokens are added to the
+    prompt as it has."""
     world_size = engine.manifest.parallel.world_size
-    prefixes = [window[:length] for length in range(1, len(window) + 1)]
+    prefixes = [window[:length] for window in windows for length in range(1, len(window) + 1)]
     with tempfile.TemporaryDirectory(prefix="moeship-verify-") as name:
         requests, answers = Path(name) / "requests.npz", Path(name) / "answers.npz"
         np.savez(
             requests,
             lengths=np.array([len(prefix) for prefix in prefixes], dtype=np.int64),
             tokens=np.concatenate([np.array(prefix, dtype=np.int32) for prefix in prefixes]),
-            decoded=np.array(window[:half], dtype=np.int32),
-            steps=np.int64(steps),
+            decoded=np.array(prompt, dtype=np.int32),
+            steps=np.int64(len(prompt)),
         )
-        program = [
-            str(python),
-            "-m",
-            "trt_build.trtllm.logits",
-            str(engine.folder.resolve()),
-            str(requests),
-            str(answers),
-        ]
+        words = ["-m", "trt_build.trtllm.logits", str(engine.folder.resolve()), str(requests), str(answers)]
+        program = [str(python), *words]
         if world_size > 1:
             if shutil.which(MPIRUN) is None:
                 raise EngineError(
@@ -123,8 +130,7 @@ def _ask(
                     "them; install Open MPI, or stop with --until engine"
                 )
             program = [MPIRUN, "--allow-run-as-root", "-n", str(world_size), *program]
-        home = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [str(_HOME), os.environ.get("PYTHONPATH")]))
         done = subprocess.run(
             program, stdin=subprocess.DEVNULL, stdout=sys.stderr, env={**os.environ, "PYTHONPATH": path}, check=False
         )
@@ -134,4 +140,6 @@ def _ask(
                 "gave no logits; its words stand above"
             )
         with np.load(answers) as found:
-            return found["scored"], found["decoded_ids"].tolist(), found["decoded_logits"]
+            return _Answer(
+                scored=found["scored"], decoded_ids=found["decoded_ids"].tolist(), decoded=found["decoded_logits"]
+            )
