@@ -78,8 +78,15 @@ def plan_launch(repository: Path, deployment: Deployment, *, world_size: int | N
     if not multi_model and len(models) > 1 and ranks > 1:
         names = ", ".join(model.name for model in models)
         problems.append(f"{names} all run on TensorRT-LLM, {ranks} ranks at most; serve them with --multi-model")
-    found = shutil.which(MPIRUN) if ranks > 1 or multi_model else None
-    if found is None and (ranks > 1 or multi_model) and not problems:
+    needs_mpirun = ranks > 1 or multi_model
+    problems += [
+        f"{model.name} runs on TensorRT-LLM's LLM API, which starts its processes itself and cannot below mpirun; "
+        "serve it from a repository of its own"
+        for model in deployment.gpu_models
+        if model.spawns and needs_mpirun
+    ]
+    found = shutil.which(MPIRUN) if needs_mpirun else None
+    if found is None and needs_mpirun and not problems:
         problems.append(
             f"{'an orchestrator' if multi_model else f'{ranks} ranks'} cannot be started: no {MPIRUN} on PATH; install "
             "Open MPI, or serve in NVIDIA's container, which has it"

@@ -115,3 +115,11 @@ def test_a_missing_mpirun_is_named_with_what_brings_it(of, multi_model, what, mp
         plan(of, multi_model=multi_model)
     assert what in str(caught.value)
     assert "no mpirun on PATH; install Open MPI, or serve in NVIDIA's container, which has it" in str(caught.value)
+
+
+def test_a_model_on_the_llm_api_is_not_started_below_mpirun():
+    mixed = Deployment(
+        gpu_models=(*TWO.gpu_models, *deployment(("mixtral", 4), spawns=True).gpu_models), steps=frozenset()
+    )
+    with pytest.raises(ServerError, match="mixtral runs on TensorRT-LLM's LLM API, .* a repository of its own"):
+        plan(mixed)
