@@ -63,7 +63,8 @@ class ScriptedSession:
 
     def __init__(self, tokenizer: Tokenizer, script: list[int], max_sequence: int = 512) -> None:
         self.max_sequence = max_sequence
-        self.engine = SimpleNamespace(manifest=SimpleNamespace(eos_token_ids=(tokenizer.eos_token_id,)))
+        manifest = SimpleNamespace(eos_token_ids=(tokenizer.eos_token_id,), tokenizer_size=tokenizer.size)
+        self.engine = SimpleNamespace(manifest=manifest)
         self.script, self.size, self.fed = script, tokenizer.size, []
         self.prompt_size = None  # tokens; where set, the place in the script follows from the cache's length
 
@@ -91,6 +92,12 @@ def scripted(byte_level):
         return ScriptedSession(byte_level, [*byte_level.encode(text), byte_level.eos_token_id], **settings)
 
     return make
+
+
+@pytest.fixture
+def scripted_with():
+    """Makes a ScriptedSession that writes a text in a tokenizer's tokens, then its end token."""
+    return lambda tokenizer, text: ScriptedSession(tokenizer, [*tokenizer.encode(text), tokenizer.eos_token_id])
 
 
 def damage(engine: Path) -> None:

@@ -4,22 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from wire_tensors import wire
 
-from triton_repo.contract import COMPATIBILITY_INPUTS, INPUTS
 from triton_repo.errors import RequestError
 from triton_repo.runtime.options import GenerationOptions, plan_generation, read_options
-
-
-def wire(**values):
-    """Tensors as the Python backend hands them over."""
-    specs = {spec.name: spec for spec in (*INPUTS, *COMPATIBILITY_INPUTS)}
-    dtypes = {"STRING": object, "INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BOOL": bool}
-    tensors = {}
-    for name, value in values.items():
-        items = list(value) if isinstance(value, (list, tuple)) else [value]
-        items = [item.encode() if isinstance(item, str) else item for item in items]
-        tensors[name] = np.array([items], dtype=dtypes[specs[name].dtype])
-    return tensors
 
 
 def refusal(**values) -> str:

@@ -20,7 +20,7 @@ from export.typed_json import read_typed
 from triton_repo.runtime.detokenizer import Detokenizer, last_text_token
 from triton_repo.runtime.options import GenerationPlan
 from triton_repo.runtime.stopping import StopWatcher, TokenWatcher
-from triton_repo.runtime.words import Words, spell
+from triton_repo.runtime.words import Words, spell, starts_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +60,9 @@ class AnswerPlan:
     """All that tokens need to become an answer; its JSON goes from the process that reads a request to the one that
     writes the answer.
 
-    `stop_tokens` spell the stop words, for those that show in no text and for engines that end a sequence by
-    themselves; `prefix` is what the answer begins with beside what the engine writes.
+    `stop_tokens` spell the stop words: for those that show in no text, and for engines, which end a sequence by
+    themselves. Engines look at the prompt's tokens too, so a word that could begin there is left to its text. `prefix`
+    is what the answer begins with beside what the engine writes.
     """
 
     num_input_tokens: int
@@ -73,6 +74,11 @@ class AnswerPlan:
     prefix: str
     return_log_probs: bool
     stream: bool
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether the tokens are looked at one by one: to send them, or to find a stop word in their text."""
+        return self.stream or bool(self.stop_words)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
@@ -92,7 +98,9 @@ def answer_plan(plan: GenerationPlan, tokenizer: Tokenizer) -> AnswerPlan:
         most_tokens=plan.most_tokens,
         end_ids=plan.end_ids,
         stop_words=options.stop_words,
-        stop_tokens=spell(tokenizer, options.stop_words),
+        stop_tokens=tuple(
+            word for word in spell(tokenizer, options.stop_words) if not starts_in(plan.prompt_ids, word)
+        ),
         prefix="" if options.exclude_input_in_output else options.prompt,
         return_log_probs=options.return_log_probs,
         stream=options.stream,

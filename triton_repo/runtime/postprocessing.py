@@ -5,9 +5,10 @@
     step = postprocessor.extend(key, read_tokens(tensors), is_cancelled=request.is_cancelled)
     step.piece, step.stop
 
-An engine's response is new tokens; none at all means that it has met the end token, which it does not show
-(TensorRT-LLM: sampling kernels do not count it, and LlmRequest::createResult sends nothing else without a token), or
-that it was stopped. It says nothing of why it ended, so that is found here.
+A response of an engine that streams is new tokens; none at all means that it has met the end token, which it does not
+show (TensorRT-LLM: sampling kernels do not count it, and LlmRequest::createResult sends nothing else without a token),
+or that it was stopped. One of an engine that does not stream is all tokens. It says nothing of why it ended, so that is
+found here.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from triton_repo.token_contract import TOKEN_NAMES
 # than engines and their queues hold, and take about 50 MB; an hour is longer than a client waits for the next token.
 MOST_ANSWERS = 10_000
 LONGEST_SILENCE_S = 3600.0
+# To ask Triton whether a request was cancelled takes as long as to write a token.
+CANCELLATION_PERIOD_S = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,7 @@ class _State:
     request_id: str
     answer: Answer
     touched_s: float
+    looked_s: float  # when it was last asked whether the request was cancelled
     kept: list[Piece] = field(default_factory=list)  # not yet sent
     ended: bool = False  # its last piece was sent, the engine's last tokens are still to come
 
@@ -117,7 +121,8 @@ class Postprocessor:
                 "one of its own; send another"
             )
         answer = Answer(AnswerPlan.from_json(answer_json), self._tokenizer)
-        self._states[key] = _State(request_id=request_id, answer=answer, touched_s=self._clock())
+        now = self._clock()
+        self._states[key] = _State(request_id=request_id, answer=answer, touched_s=now, looked_s=now)
         self._request_ids[request_id] += 1
 
     def extend(self, key: str, tokens: Tokens, is_cancelled: Callable[[], bool]) -> Step:
@@ -136,16 +141,17 @@ class Postprocessor:
                 self._forget(key)
             return Step()
         last = self._write(state, tokens)
-        ended = state.answer.is_complete or not tokens.token_ids
-        if not ended and is_cancelled():
-            last = state.answer.cancel()
+        answer = state.answer
+        over = answer.is_complete or not tokens.token_ids or not answer.plan.is_watched
+        if last is None and self._is_cancelled(state, is_cancelled):
+            last = answer.cancel()
         if last is None:
-            return Step(piece=state.take() if state.kept and state.answer.plan.stream else None)
+            return Step(piece=state.take() if state.kept and answer.plan.stream else None)
         state.kept.append(last)
-        stop = "" if ended else self._stoppable(state)
-        if ended:
-            self._forget(key)
         state.ended = True
+        stop = "" if over else self._stoppable(state)
+        if over:
+            self._forget(key)
         return Step(piece=state.take(), stop=stop)
 
     def abandon(self, key: str) -> str:
@@ -157,10 +163,8 @@ class Postprocessor:
         return self._stoppable(state)
 
     def _write(self, state: _State, tokens: Tokens) -> Piece | None:
-        """Take the tokens, or the end token where there is none; the answer's last piece, if any. Others are kept."""
+        """Take the tokens, and the end token where the engine has met it; the last piece, if any. Others are kept."""
         answer = state.answer
-        if not tokens.token_ids:
-            return _end(answer, tokens)
         wanted = answer.plan.return_log_probs
         log_probs = tokens.log_probs or ()
         if wanted and len(log_probs) != len(tokens.token_ids):
@@ -174,7 +178,15 @@ class Postprocessor:
             if piece is not None and piece.finish_reason:
                 return piece
             state.kept += [piece] if piece is not None else []
-        return None
+        watched = answer.plan.is_watched
+        return None if watched and tokens.token_ids else _end(answer, tokens)
+
+    def _is_cancelled(self, state: _State, is_cancelled: Callable[[], bool]) -> bool:
+        """Whether nobody waits for the answer, asked now and then."""
+        if state.touched_s - state.looked_s < CANCELLATION_PERIOD_S:
+            return False
+        state.looked_s = state.touched_s
+        return is_cancelled()
 
     def _stoppable(self, state: _State) -> str:
         """The request's id, where it says which request is meant."""

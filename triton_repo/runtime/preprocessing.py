@@ -3,8 +3,9 @@
     preprocessor = Preprocessor(tokenizer, max_sequence=2048, end_token_ids=(50256,))
     tensors = preprocessor.prepare({"QUERY": array([[b"def "]], dtype=object), "REQUEST_OUTPUT_LEN": array([[32]])})
 
-Names of tensors are those of `token_contract`. An option that changes nothing is not sent. Engines are always asked to
-stream, whatever the request says: only then can a text that ends the answer, or a client that has gone, end their work.
+Names of tensors are those of `token_contract`. An option that changes nothing is not sent. An engine is asked to stream
+for a request that streams, and for one with stop words, whose text may end its work at any token; else it is asked for
+all tokens at once, which costs the steps after it next to nothing.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Preprocessor:
             "REQUEST_OUTPUT_LEN": [[plan.most_tokens]],
             "OUT_END_ID": [[end_id]],
             "OUT_PAD_ID": [[max(end_id, 0)]],
-            "STREAMING": [[True]],
+            "STREAMING": [[answer.is_watched]],
             "RETURN_LOG_PROBS": [[options.return_log_probs]],
             **_sampling(options),
             ANSWER.name: [[answer.to_json().encode()]],

@@ -35,6 +35,11 @@ def spell(tokenizer: Tokenizer, words: Iterable[str]) -> Words:
     return tuple(dict.fromkeys(sequences))
 
 
+def starts_in(prompt_ids: Sequence[int], word: Sequence[int]) -> bool:
+    """Whether the prompt ends with a beginning of the word, so that the word could be complete across the two."""
+    return any(tuple(prompt_ids[-size:]) == tuple(word[:size]) for size in range(1, len(word)))
+
+
 def pack_words(words: Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:
     """int32 [2, n] of at least one word, n the tokens of all."""
     tokens = [token for word in words for token in word]

@@ -1,0 +1,102 @@
+"""The three steps of an ensemble one after the other, without Triton, against the model without steps."""
+
+from __future__ import annotations
+
+import pytest
+from wire_tensors import wire
+
+from triton_repo.runtime import answer as answer_module
+from triton_repo.runtime.answer import Piece
+from triton_repo.runtime.detokenizer import Detokenizer
+from triton_repo.runtime.postprocessing import Postprocessor, read_tokens
+from triton_repo.runtime.preprocessing import Preprocessor
+from triton_repo.runtime.service import Service
+from triton_repo.runtime.token_engine import respond
+from triton_repo.runtime.token_request import read_token_request
+from triton_repo.token_contract import ENGINE_NAMES, QUERY_NAMES, TOKEN_NAMES
+
+TEXTS = (
+    "return hello", "smile 😀 and 😀😁 again", "日本語の文章", "cafe\u0301 nai\u0308ve Ångström", "👩‍👩‍👧 🏳️‍🌈",
+    "  a b \n\t b", "é",
+)  # fmt: skip
+OPTIONS = (
+    {},
+    {"stream": True},
+    {"stream": True, "return_log_probs": True},
+    {"return_log_probs": True},
+    {"stream": True, "stop_words": ["b", "文章", "😁", "ll"]},
+    {"stop_words": ["nai", "\n", " and "]},
+    {"stream": True, "max_tokens": 3},
+    {"max_tokens": 4, "exclude_input_in_output": False, "stream": True},
+    {"stream": True, "end_id": -1, "max_tokens": 12, "temperature": 1.0, "seed": 3, "top_k": 40},
+    {"min_tokens": 4, "repetition_penalty": 1.3, "stream": True},
+)
+
+
+def single(session, tokenizer, values) -> list[Piece]:
+    return list(Service(session, tokenizer).respond(wire(**values), lambda: False))
+
+
+def in_steps(session, tokenizer, values) -> list[Piece]:
+    """What an ensemble of the same engine would send."""
+    preprocessor = Preprocessor(
+        tokenizer, max_sequence=session.max_sequence, end_token_ids=session.engine.manifest.eos_token_ids
+    )
+    postprocessor = Postprocessor(tokenizer)
+    prepared = preprocessor.prepare({QUERY_NAMES[name]: tensor for name, tensor in wire(**values).items()})
+    postprocessor.register("k", "r", prepared["ANSWER"][0, 0].decode())
+    tensors = {ENGINE_NAMES[name]: tensor for name, tensor in prepared.items() if name in ENGINE_NAMES}
+    request = read_token_request(tensors, session.max_sequence, tokenizer.size)
+    pieces, stopped = [], []
+
+    def is_stopped() -> bool:
+        return bool(stopped)
+
+    for response, _ in respond(session, request, is_stopped, session.new_cache()):
+        tokens = read_tokens({TOKEN_NAMES[name]: array for name, array in response.items()})
+        step = postprocessor.extend("k", tokens, lambda: False)
+        pieces += [step.piece] if step.piece else []
+        stopped += [step.stop] if step.stop else []
+    assert len(postprocessor) == 0
+    return pieces
+
+
+def without_log_probs(pieces):
+    return [(piece.text, piece.token_ids, piece.finish_reason, piece.num_output_tokens) for piece in pieces]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
+def test_steps_send_the_pieces_of_a_model_without_steps(request, scripted_with, name, options):
+    tokenizer = request.getfixturevalue(name)
+    for text in TEXTS:
+        values = {"text_input": "def a ", "max_tokens": 60, **options}
+        expected = single(scripted_with(tokenizer, text), tokenizer, values)
+        found = in_steps(scripted_with(tokenizer, text), tokenizer, values)
+        assert without_log_probs(found) == without_log_probs(expected)
+        assert {piece.num_input_tokens for piece in found} == {expected[0].num_input_tokens}
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.log_probs == (theirs.log_probs and pytest.approx(theirs.log_probs, rel=1e-5, abs=1e-6))
+            assert ours.cum_log_prob == (theirs.cum_log_prob and pytest.approx(theirs.cum_log_prob, rel=1e-5))
+
+
+class DeltaDetokenizer(Detokenizer):
+    """The fault to be seen: each token decoded alone."""
+
+    def push(self, token_id: int) -> str:
+        return self._tokenizer.decode([token_id])
+
+    def flush(self) -> str:
+        return ""
+
+
+@pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
+def test_decoding_each_token_alone_would_break_characters_and_be_seen(request, scripted_with, name, monkeypatch):
+    tokenizer = request.getfixturevalue(name)
+    values = {"text_input": "def a ", "max_tokens": 60, "stream": True}
+    expected = [single(scripted_with(tokenizer, text), tokenizer, values) for text in TEXTS]
+    monkeypatch.setattr(answer_module, "Detokenizer", DeltaDetokenizer)
+    found = [in_steps(scripted_with(tokenizer, text), tokenizer, values) for text in TEXTS]
+    broken = ["".join(piece.text for piece in pieces) for pieces in found]
+    assert sum("\ufffd" in text for text in broken) >= 4
+    assert without_log_probs(found[1]) != without_log_probs(expected[1])
