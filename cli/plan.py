@@ -12,6 +12,9 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from cli.rows import Rows, in_units, print_rows
+from cli.trtllm_plan import run_trtllm_plan
+from trt_build.trtllm.command import PLANNING_FLAGS, add_trtllm_arguments, refuse_trtllm_flags
+from trt_build.trtllm.engine import TRTLLM_BACKEND
 
 if TYPE_CHECKING:
     from trt_build.plan import EnginePlan
@@ -24,10 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine", "as for moeship build")
     engine.add_argument("--precision", default="int4", metavar="P", help="(default: %(default)s)")
     engine.add_argument("--backend", default="onnxruntime", help="(default: %(default)s)")
-    engine.add_argument("--provider", default="cpu", help="cpu or cuda (default: %(default)s)")
+    engine.add_argument("--provider", help="of ONNX Runtime: cpu or cuda (default: cpu)")
     engine.add_argument("--experts-per-token", type=int, metavar="K", help="in place of the config's")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--max-seq-len", type=int, metavar="S", help="tokens of a sequence (default: the model's own)")
+    machine.add_argument(
+        "--max-seq-len",
+        dest="max_sequence",
+        type=int,
+        metavar="S",
+        help="tokens of a sequence (default: the model's own)",
+    )
     machine.add_argument("--max-batch-size", type=int, metavar="B", help="sequences that should fit at a time")
     machine.add_argument(
         "--device-memory", type=float, metavar="GB",
@@ -37,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     speed.add_argument("--bandwidth", type=float, metavar="GB/S", help="rate at which the device reads its memory")
     speed.add_argument("--measure-bandwidth", action="store_true", help="measure this machine's, with a buffer of 4 GB")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_trtllm_arguments(parser, PLANNING_FLAGS)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -44,13 +54,16 @@ def run(arguments: argparse.Namespace) -> int:
     from trt_build.prepare import EngineOptions, prepare_build
 
     _check(arguments)
+    if arguments.backend == TRTLLM_BACKEND:
+        return run_trtllm_plan(arguments)
+    refuse_trtllm_flags(arguments)
     options = EngineOptions(
         checkpoint=arguments.checkpoint,
         precision=arguments.precision,
         backend=arguments.backend,
-        provider=arguments.provider,
+        provider=arguments.provider or "cpu",
         experts_per_token=arguments.experts_per_token,
-        max_sequence=arguments.max_seq_len,
+        max_sequence=arguments.max_sequence,
     )
     plan = plan_engine(prepare_build(options))
     machine = _machine(arguments, plan)

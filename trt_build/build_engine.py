@@ -36,11 +36,10 @@ from export.quantize.recipe import PLANS
 from export.resume import Fingerprint, partial_folder, refuse_made
 from export.sources import check_unchanged, source_files
 from trt_build.engine import FORMAT_VERSION, Engine, Source, open_engine, record_files, write_manifest
-from trt_build.errors import EngineError
 from trt_build.ort.genai_config import GENAI_FILE
 from trt_build.prepare import BACKENDS, EngineOptions, PreparedBuild, check_options, libraries, prepare_build
 from trt_build.progress_line import ProgressLine
-from trt_build.trtllm.command import add_trtllm_arguments, given_flags, run_trtllm
+from trt_build.trtllm.command import add_trtllm_arguments, refuse_trtllm_flags, run_trtllm
 from trt_build.trtllm.engine import TRTLLM_BACKEND
 
 logger = logging.getLogger(__name__)
@@ -117,9 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Build as the command line asks, and print what was built."""
     if arguments.backend == TRTLLM_BACKEND:
         return run_trtllm(arguments)
-    strangers = given_flags(arguments)
-    if strangers:
-        raise EngineError(f"reading the flags: {', '.join(strangers)}: for --backend {TRTLLM_BACKEND}; leave them out")
+    refuse_trtllm_flags(arguments)
     options = BuildOptions(
         checkpoint=arguments.checkpoint,
         output=arguments.output,

@@ -49,7 +49,7 @@ from trt_build.trtllm.engine import (
     write_trtllm_manifest,
 )
 from trt_build.trtllm.library import Library, find_library, library_missing, run_build
-from trt_build.trtllm.options import STAGES, TrtllmOptions, check_options
+from trt_build.trtllm.options import STAGES, TrtllmOptions, check_options, has_biased_head
 from trt_build.trtllm.plan import TrtllmPlan, plan_trtllm
 from trt_build.trtllm.verify import record_trtllm, verify_trtllm
 
@@ -140,7 +140,7 @@ def build_trtllm(options: TrtllmOptions, progress: Callable[[Progress], None] | 
 def _prepare(options: TrtllmOptions) -> _Build:
     """Everything that is decided, and refused, before a weight is read."""
     source, machine = open_source(options.checkpoint, options.experts_per_token, options.max_seq_len), read_machine()
-    check_options(options, source.model, machine, source.tokenizer.size)
+    check_options(options, source.model, machine)
     checkpoint = plan_checkpoint(source.model, options.checkpoint_options(machine, source.tokenizer.size))
     plan = plan_trtllm(checkpoint, options, source.max_sequence)
     for note in plan.notes:
@@ -258,6 +258,7 @@ def _manifest(build: _Build, library: Library, digests: Mapping[str, str], folde
         kv_cache_fraction=options.kv_cache_fraction,
         use_paged_context_fmha=True,
         tokenizer_size=source.tokenizer.size,
+        head_masks_unused_ids=has_biased_head(source.model),
         eos_token_ids=source.end_ids,
         source=_source(source.checkpoint, digests),
         routing=routing_facts(source.model),

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from export.trtllm.precision import TRTLLM_PRECISIONS
@@ -37,14 +38,29 @@ _FLAGS: tuple[tuple[str, type, str, str], ...] = (
 )
 
 
-def add_trtllm_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this backend; what is not given is None."""
+# What a plan depends on.
+PLANNING_FLAGS = (
+    "dtype",
+    "group_size",
+    "tp_size",
+    "pp_size",
+    "moe_tp_size",
+    "moe_ep_size",
+    "gpu_sm",
+    "kv_cache_fraction",
+)
+
+
+def add_trtllm_arguments(parser: argparse.ArgumentParser, only: Sequence[str] | None = None) -> None:
+    """The flags of this backend, or `only` some; what is not given is None."""
     group = parser.add_argument_group(
         TRTLLM_BACKEND, f"for --backend {TRTLLM_BACKEND}; its precisions are {', '.join(TRTLLM_PRECISIONS)}"
     )
     absent = {"dtype": "float16", "group_size": "the larger that fits", "gpu_sm": "this machine's",
               "trtllm_checkpoint": "OUTPUT.checkpoint"}  # fmt: skip
     for name, kind, metavar, text in _FLAGS:
+        if only is not None and name not in only:
+            continue
         default = absent.get(name, _DEFAULTS[name] if _DEFAULTS[name] is not None else "what the other leaves")
         group.add_argument(
             f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=f"{text} (default: {default})"
@@ -55,15 +71,20 @@ def add_trtllm_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def given_flags(arguments: argparse.Namespace) -> list[str]:
-    """The flags of this backend that were given."""
+def refuse_trtllm_flags(arguments: argparse.Namespace) -> None:
+    """Raise EngineError where a flag of this backend was given to the other."""
     names = [*(name for name, *_ in _FLAGS), "plain_weights"]
-    return [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
+    strangers = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name, None) is not None]
+    if strangers:
+        raise EngineError(
+            f"reading the flags: {', '.join(strangers)}: for --backend {TRTLLM_BACKEND} only; leave them out, or name "
+            "that backend"
+        )
 
 
-def read_trtllm_options(arguments: argparse.Namespace) -> TrtllmOptions:
+def read_trtllm_options(arguments: argparse.Namespace, output: Path) -> TrtllmOptions:
     """The options; what was not given is the dataclass's own. Raises EngineError for the other backend's flags."""
-    others = {"--provider": arguments.provider is not None, "--portable": arguments.portable}
+    others = {"--provider": arguments.provider is not None, "--portable": getattr(arguments, "portable", False)}
     strangers = [flag for flag, is_given in others.items() if is_given]
     if strangers:
         raise EngineError(f"reading the flags: {', '.join(strangers)} for --backend onnxruntime; leave them out")
@@ -72,12 +93,12 @@ def read_trtllm_options(arguments: argparse.Namespace) -> TrtllmOptions:
         for name in _DEFAULTS
         if getattr(arguments, name, None) is not None and name not in ("output", "max_seq_len")
     }
-    return TrtllmOptions(output=arguments.output, max_seq_len=arguments.max_sequence, **values)
+    return TrtllmOptions(output=output, max_seq_len=arguments.max_sequence, **values)
 
 
 def run_trtllm(arguments: argparse.Namespace) -> int:
     """Build as the command line asks, and print what came of it. Raises VerificationFailed past the limits."""
-    options = read_trtllm_options(arguments)
+    options = read_trtllm_options(arguments, arguments.output)
     outcome = build_trtllm(options, ProgressLine(sys.stderr) if sys.stderr.isatty() else None)
     sys.stdout.write(f"{_json(outcome) if arguments.json else _summary(outcome, options)}\n")
     if outcome.verification is not None and outcome.verification.failures:

@@ -81,6 +81,7 @@ class TrtllmManifest:
     kv_cache_fraction: float
     use_paged_context_fmha: bool
     tokenizer_size: int
+    head_masks_unused_ids: bool  # those from tokenizer_size on, which stand for no text; else serving must
     eos_token_ids: tuple[int, ...]
     source: Source
     routing: Mapping[str, Any] | None

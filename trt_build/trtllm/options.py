@@ -9,6 +9,7 @@ from pathlib import Path
 from export.architecture import Architecture
 from export.errors import listing
 from export.families import Model
+from export.tensor_table import Role
 from export.trtllm.checkpoint import DEFAULT_SM, CheckpointOptions
 from export.trtllm.parallel import Parallelism
 from trt_build.errors import EngineError
@@ -76,7 +77,7 @@ class TrtllmOptions:
         )
 
 
-def check_options(options: TrtllmOptions, model: Model, machine: Machine, tokenizer_size: int) -> None:
+def check_options(options: TrtllmOptions, model: Model, machine: Machine) -> None:
     """Refuse what the library or the machine would refuse later, or what would be served wrongly.
 
     What forbids the checkpoint's layout is export.trtllm.checkpoint.plan_checkpoint's to say. Raises EngineError that
@@ -84,7 +85,7 @@ def check_options(options: TrtllmOptions, model: Model, machine: Machine, tokeni
     """
     problems = [
         *_value_problems(options, model.architecture),
-        *_model_problems(options, model, tokenizer_size),
+        *_model_problems(options, model),
         *_machine_problems(options, machine),
     ]
     if problems:
@@ -114,25 +115,26 @@ def _value_problems(options: TrtllmOptions, facts: Architecture) -> Iterator[str
         )
 
 
-def _model_problems(options: TrtllmOptions, model: Model, tokenizer_size: int) -> Iterator[str]:
+def _model_problems(options: TrtllmOptions, model: Model) -> Iterator[str]:
     network, facts = model.family.trtllm, model.architecture
     if options.workers > 1 and not network.in_library:
         yield (
             f"--workers is {options.workers}: trtllm-build starts workers that do not know {network.architecture}, "
             "which the library lacks; use --workers 1, which builds the ranks one after the other"
         )
-    biased_head = any(name.endswith("lm_head.linear.bias") for name in model.weights.table)
     rows = -(-facts.vocab_size // options.tp_size) * options.tp_size
-    if rows > tokenizer_size and not biased_head:
-        what = (
-            f"a vocabulary of {facts.vocab_size} rows fills up to {rows} for tp_size {options.tp_size}"
-            if rows > facts.vocab_size
-            else f"the vocabulary has {facts.vocab_size} rows and the tokenizer {tokenizer_size} ids"
-        )
+    if rows > facts.vocab_size and not has_biased_head(model):
         yield (
-            f"{what}, and this model's head has no bias that would keep the ids that stand for no text from being "
-            "sampled; use a tp_size that divides the vocabulary, and a checkpoint whose rows are the tokenizer's"
+            f"the vocabulary of {facts.vocab_size} rows fills up to {rows} for tp_size {options.tp_size}, and this "
+            "model's head has no bias that would keep the rows that were added from being sampled; use a tp_size that "
+            f"divides {facts.vocab_size}"
         )
+
+
+def has_biased_head(model: Model) -> bool:
+    """Whether the head has a bias, which then keeps ids that stand for no text from being sampled."""
+    head = [spec for spec in model.weights.table.values() if spec.role is Role.HEAD]
+    return any(spec.name.removesuffix("weight") + "bias" in model.weights.table for spec in head)
 
 
 def _machine_problems(options: TrtllmOptions, machine: Machine) -> Iterator[str]:

@@ -1,0 +1,80 @@
+"""What `moeship plan` prints of a TensorRT-LLM engine: its ranks, and what they leave of a GPU's memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cli.rows import Rows, in_units, print_rows
+
+if TYPE_CHECKING:
+    from trt_build.trtllm.options import TrtllmOptions
+    from trt_build.trtllm.plan import TrtllmPlan
+
+GB = 1e9
+
+
+def run_trtllm_plan(arguments: argparse.Namespace) -> int:
+    """Plan and print. Returns 1 where --max-batch-size sequences do not fit --device-memory, that of one GPU."""
+    from dataclasses import replace
+
+    from trt_build.trtllm.build import build_trtllm
+    from trt_build.trtllm.command import read_trtllm_options
+
+    options = replace(read_trtllm_options(arguments, Path("engine")), until="plan")
+    plan = build_trtllm(options).plan
+    machine = _machine(arguments, plan, options)
+    if arguments.json:
+        print(json.dumps({**plan.to_json(), **machine}, indent=2))
+    else:
+        _print(arguments.checkpoint, plan, machine)
+    asked = arguments.device_memory is not None and arguments.max_batch_size is not None
+    return int(asked and machine["sequences"] < arguments.max_batch_size)
+
+
+def _machine(arguments: argparse.Namespace, plan: TrtllmPlan, options: TrtllmOptions) -> dict[str, Any]:
+    memory = arguments.device_memory and round(arguments.device_memory * GB)
+    bandwidth = arguments.bandwidth and arguments.bandwidth * GB
+    per_rank = plan.weights_bytes_per_token / len(plan.rank_bytes)
+    return {
+        "device_memory_bytes": memory,
+        "kv_cache_fraction": options.kv_cache_fraction,
+        "max_batch_size": arguments.max_batch_size,
+        "sequences": None if memory is None else plan.sequences_in(memory, options.kv_cache_fraction),
+        "bandwidth_bytes_per_s": bandwidth,
+        "tokens_per_s_at_start": bandwidth and bandwidth / per_rank,
+    }
+
+
+def _print(checkpoint: str, plan: TrtllmPlan, machine: dict[str, Any]) -> None:
+    shares = ", ".join(f"{name} {plan.parallel[name]}" for name in ("tp_size", "pp_size", "moe_tp_size", "moe_ep_size"))
+    groups = f" in groups of {plan.group_size}" if plan.group_size else ""
+    rows: Rows = [
+        ("network", f"{plan.architecture}, {plan.quant_algo or plan.dtype}{groups}"),
+        ("shared out", shares),
+        ("bits per weight", f"{plan.average_bits_per_weight:.2f}"),
+        ("rank files", f"{sum(plan.rank_bytes):,} bytes, {plan.largest_rank_bytes:,} the largest"),
+        (
+            "making them",
+            f"reads {in_units(plan.source_bytes)}, holds up to {in_units(plan.conversion_bytes)} of memory",
+        ),
+    ]
+    print_rows(f"{checkpoint} as {plan.precision} for TensorRT-LLM", rows)
+    decoding: Rows = [
+        ("weights read per token", f"{in_units(plan.weights_bytes_per_token)}, all ranks together"),
+        ("keys and values of a token", f"{in_units(plan.kv_bytes_per_token)} a rank"),
+    ]
+    if machine["tokens_per_s_at_start"] is not None:
+        rate = in_units(round(machine["bandwidth_bytes_per_s"]))
+        decoding.append(("tokens per second, at most", f"{machine['tokens_per_s_at_start']:.1f} at {rate}/s a GPU"))
+    if machine["sequences"] is not None:
+        decoding.append(
+            (
+                "sequences beside the weights",
+                f"{machine['sequences']} of {plan.max_sequence} tokens in {in_units(machine['device_memory_bytes'])}, "
+                f"{machine['kv_cache_fraction']:.0%} of what is left, activations not counted",
+            )
+        )
+    print_rows(f"decoding sequences of up to {plan.max_sequence} tokens", decoding)
