@@ -1,8 +1,9 @@
 """Make a Triton model repository from an engine, or add its models to one that exists.
 
 An engine for ONNX Runtime becomes one model, or with --layout ensemble the four models that an engine for TensorRT-LLM
-becomes: preprocessing, tensorrt_llm, postprocessing, and the ensemble under the deployment's name. Clients cannot tell
-the two apart.
+becomes: preprocessing, tensorrt_llm, postprocessing, and the ensemble under the deployment's name. With --backend
+llmapi a Mixtral's checkpoint becomes one model on TensorRT-LLM's LLM API, without an engine. Clients cannot tell them
+apart.
 """
 
 from __future__ import annotations
@@ -12,12 +13,20 @@ import dataclasses
 import json
 from pathlib import Path
 
-from triton_repo.package import LAYOUTS, PackageOptions, package_engine
+from cli import llmapi_package
+from triton_repo.llmapi import package_llmapi
+from triton_repo.package import LAYOUTS, Package, PackageOptions, package_engine
 from triton_repo.trtllm_parameters import TensorrtLlmParameters, value_types
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("engine", type=Path, help="engine directory")
+    parser.add_argument(
+        "engine", type=Path, help=f"engine directory; with --backend {llmapi_package.BACKEND} a checkpoint or hub id"
+    )
+    parser.add_argument(
+        "--backend", choices=[llmapi_package.BACKEND],
+        help="package a checkpoint for TensorRT-LLM's LLM API instead of an engine for the engine's own backend",
+    )  # fmt: skip
     parser.add_argument("--name", required=True, help="the model's name on the server")
     parser.add_argument("--output", type=Path, required=True, help="model repository: made, or added to")
     parser.add_argument("--layout", choices=LAYOUTS, help="(default: what the engine's backend takes)")
@@ -30,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_tensorrt_llm_arguments(
         parser.add_argument_group("TensorRT-LLM", "what is left out takes the backend's default")
     )
+    llmapi_package.add_arguments(parser)
 
 
 def _add_onnxruntime_arguments(group: argparse._ArgumentGroup) -> None:
@@ -87,11 +97,20 @@ def read_options(arguments: argparse.Namespace) -> PackageOptions:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    package = package_engine(read_options(arguments))
+    package = _package(arguments)
     if arguments.json:
         print(json.dumps({**dataclasses.asdict(package), "folder": str(package.folder)}))
         return 0
     how = f"{package.copied_bytes / 1e6:.1f} MB of it copied" if package.copied_bytes else "linked, not copied"
     steps = f", an ensemble of {', '.join(package.steps)}" if package.steps else ""
-    print(f"{package.folder}: {package.engine_bytes / 1e6:.1f} MB of engine, {how}{steps}")
+    what = "checkpoint" if arguments.backend == llmapi_package.BACKEND else "engine"
+    print(f"{package.folder}: {package.engine_bytes / 1e6:.1f} MB of {what}, {how}{steps}")
     return 0
+
+
+def _package(arguments: argparse.Namespace) -> Package:
+    options = read_options(arguments)
+    if arguments.backend == llmapi_package.BACKEND:
+        return package_llmapi(llmapi_package.read_options(arguments, options))
+    llmapi_package.refuse_flags(arguments)
+    return package_engine(options)

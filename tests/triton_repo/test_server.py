@@ -266,3 +266,32 @@ def test_the_command_refuses_what_is_no_repository(tmp_path, capsys):
     assert f"RepositoryError: serving {tmp_path}: found no model" in capsys.readouterr().err
     with pytest.raises(RepositoryError), running_server(ServerOptions(repository=tmp_path / "none")):
         pass
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--world-size", "2"], "2 ranks were asked for, and no model here runs an engine of TensorRT-LLM"),
+        (["--multi-model"], "an orchestrator was asked for, and no model here runs an engine of TensorRT-LLM"),
+    ],
+)
+def test_ranks_are_refused_where_no_model_has_any(small_repository, capsys, words, problem):
+    assert main(["serve", str(small_repository), *words]) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_the_steps_of_an_ensemble_alone_are_no_model_that_is_ready(small_repository):
+    front = small_repository / "front"
+    (front / "1").mkdir(parents=True)
+    (front / "config.pbtxt").write_text(
+        'name: "front" platform: "ensemble" max_batch_size: 1 '
+        'input { name: "text_input" data_type: TYPE_STRING dims: 1 } '
+        'output { name: "text_output" data_type: TYPE_STRING dims: 1 } '
+        'ensemble_scheduling { step { model_name: "tiny" model_version: -1 '
+        'input_map { key: "no_such_input" value: "text_input" } '
+        'output_map { key: "text_output" value: "text_output" } } }'
+    )
+    with pytest.raises(ServerError) as caught, running_server(ServerOptions(repository=small_repository)):
+        pass
+    assert "no model is ready" in str(caught.value)
+    assert "front is UNAVAILABLE" in str(caught.value)

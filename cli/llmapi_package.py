@@ -1,0 +1,82 @@
+"""The part of `moeship package` that packages a checkpoint for TensorRT-LLM's LLM API: flags in, options out."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from export.errors import listing
+from export.trtllm.parallel import Parallelism
+from triton_repo.errors import RepositoryError
+from triton_repo.llmapi import LlmApiOptions
+from triton_repo.package import PackageOptions
+
+BACKEND = "llmapi"
+_PARALLEL = {
+    "tp_size": "GPUs that share every layer",
+    "pp_size": "groups of layers, each on its own GPUs",
+    "moe_tp_size": "of these, those that share each expert's width",
+    "moe_ep_size": "of these, those that share the experts out",
+}
+# Flags of the engine's backend that mean the same here, by field of TensorrtLlmParameters and of LlmApiOptions.
+_SHARED = {
+    "kv_cache_free_gpu_mem_fraction": "kv_cache_fraction",
+    "cancellation_check_period_ms": "cancellation_check_period_ms",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags whose default is None: what is left out is seen."""
+    group = parser.add_argument_group(
+        f"TensorRT-LLM's LLM API (--backend {BACKEND})",
+        "takes --kv-cache-free-gpu-mem-fraction and --cancellation-check-period-ms too",
+    )
+    for name, text in _PARALLEL.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text)
+    group.add_argument(
+        "--max-seq-len", type=int, metavar="N", help="tokens of prompt and output together (default: the model's own)"
+    )
+    group.add_argument(
+        "--max-batch-size", type=int, metavar="N",
+        help="Triton's: 1 serves the wire contract beside the LLM API's tensors (default), 0 these alone, shaped as "
+        "NVIDIA's own model has them",
+    )  # fmt: skip
+
+
+def read_options(arguments: argparse.Namespace, engine_options: PackageOptions) -> LlmApiOptions:
+    """`engine_options` are the same flags read for an engine. Raises RepositoryError for what only engines have."""
+    parameters = engine_options.tensorrt_llm
+    plain = PackageOptions(
+        engine=engine_options.engine, name=engine_options.name, output=engine_options.output, copy=engine_options.copy,
+        tensorrt_llm=dataclasses.replace(type(parameters)(), **{name: getattr(parameters, name) for name in _SHARED}),
+    )  # fmt: skip
+    wrong = [
+        f"--{name.replace('_', '-')} is for engines; leave it out"
+        for found, meant in ((engine_options, plain), (parameters, plain.tensorrt_llm))
+        for name, value in vars(found).items()
+        if name != "tensorrt_llm" and value != getattr(meant, name)
+    ]
+    if wrong:
+        raise RepositoryError(f"packaging {arguments.engine} for TensorRT-LLM's LLM API:{listing(wrong)}")
+    given = {ours: getattr(parameters, theirs) for theirs, ours in _SHARED.items()}
+    given |= {name: getattr(arguments, name) for name in ("max_seq_len", "max_batch_size")}
+    sizes = {name: getattr(arguments, name) for name in _PARALLEL if getattr(arguments, name) is not None}
+    return LlmApiOptions(
+        checkpoint=str(arguments.engine),
+        name=arguments.name,
+        output=arguments.output,
+        parallel=Parallelism(**sizes),
+        copy=arguments.copy,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def refuse_flags(arguments: argparse.Namespace) -> None:
+    """Raise RepositoryError for flags of the LLM API where an engine is packaged."""
+    given = [name for name in (*_PARALLEL, "max_seq_len", "max_batch_size") if getattr(arguments, name) is not None]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise RepositoryError(
+            f"packaging {arguments.engine}: {flags} is for --backend {BACKEND}; an engine was built for its sizes: "
+            "leave it out"
+        )
