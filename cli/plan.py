@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     if arguments.backend == TRTLLM_BACKEND:
         return run_trtllm_plan(arguments)
-    refuse_trtllm_flags(arguments)
+    refuse_trtllm_flags(arguments, PLANNING_FLAGS)
     options = EngineOptions(
         checkpoint=arguments.checkpoint,
         precision=arguments.precision,

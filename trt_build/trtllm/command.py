@@ -71,9 +71,9 @@ def add_trtllm_arguments(parser: argparse.ArgumentParser, only: Sequence[str] | 
     )  # fmt: skip
 
 
-def refuse_trtllm_flags(arguments: argparse.Namespace) -> None:
-    """Raise EngineError where a flag of this backend was given to the other."""
-    names = [*(name for name, *_ in _FLAGS), "plain_weights"]
+def refuse_trtllm_flags(arguments: argparse.Namespace, only: Sequence[str] | None = None) -> None:
+    """Raise EngineError where a flag of this backend, or of `only` some, was given to the other."""
+    names = [*(only if only is not None else (name for name, *_ in _FLAGS)), "plain_weights"]
     strangers = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name, None) is not None]
     if strangers:
         raise EngineError(
@@ -87,7 +87,7 @@ def read_trtllm_options(arguments: argparse.Namespace, output: Path) -> TrtllmOp
     others = {"--provider": arguments.provider is not None, "--portable": getattr(arguments, "portable", False)}
     strangers = [flag for flag, is_given in others.items() if is_given]
     if strangers:
-        raise EngineError(f"reading the flags: {', '.join(strangers)} for --backend onnxruntime; leave them out")
+        raise EngineError(f"reading the flags: {', '.join(strangers)}: for --backend onnxruntime only; leave them out")
     values = {
         name: getattr(arguments, name)
         for name in _DEFAULTS
