@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -21,6 +22,7 @@ from clients.generation import Client
 from clients.messages import GenerationRequest
 from export.tokenizer import load_tokenizer
 from triton_repo import installation
+from triton_repo.errors import ServerError
 from triton_repo.llmapi import LlmApiOptions, package_llmapi
 from triton_repo.model_config import read_config
 from triton_repo.server import ServerOptions, running_server
@@ -66,10 +68,11 @@ def repository(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def triton(repository, python_with_the_library):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(installation.sys, "executable", str(python_with_the_library / "python3"))
-        with running_server(ServerOptions(repository=repository)) as server, LiveTriton(server) as live:
-            yield live
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(installation.sys, "executable", str(python_with_the_library / "python3"))
+            server = stack.enter_context(running_server(ServerOptions(repository=repository)))
+        yield stack.enter_context(LiveTriton(server))
 
 
 def calls(repository: Path, model: str = "mixtral") -> list[dict]:
@@ -237,10 +240,23 @@ def test_upstreams_grpc_shapes_stream_the_text_so_far(triton):
     assert len(texts) > 2
 
 
-def test_the_llm_is_shut_down_with_the_server(repository, python_with_the_library, monkeypatch, tmp_path):
+@pytest.fixture
+def one_model(repository, tmp_path) -> Path:
+    """A repository of `mixtral` alone."""
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "mixtral").symlink_to(repository / "mixtral")
+    return tmp_path / "one"
+
+
+def test_the_llm_is_shut_down_with_the_server(one_model, repository, python_with_the_library, monkeypatch):
     monkeypatch.setattr(installation.sys, "executable", str(python_with_the_library / "python3"))
-    with running_server(ServerOptions(repository=tmp_path / "one")) as server:
+    with running_server(ServerOptions(repository=one_model)) as server:
         assert [model.ready for model in server.models] == [True]
     assert calls(repository)[-1] == {"shutdown": True}
+
+
+def test_a_python_without_the_library_is_told_with_the_container_that_has_it(one_model):
+    with pytest.raises(ServerError) as caught, running_server(ServerOptions(repository=one_model)):
+        pass
+    assert f"the Python in {sys.prefix} has no TensorRT-LLM (No module named 'tensorrt_llm')" in str(caught.value)
+    assert "serve it in nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3" in str(caught.value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from triton_repo.errors import RepositoryError
 from triton_repo.runtime.llmapi import LlmService
 from triton_repo.runtime.llmapi_settings import SETTINGS_FILE, read_settings
 from triton_repo.runtime.responses import error_response
+from trt_build.machine import container
 
 LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -40,8 +42,14 @@ class TritonPythonModel:
         model = folder / settings.llm["model"]
         tokenizer = load_tokenizer(model)
 
-        from tensorrt_llm import LLM, SamplingParams  # it takes long, and a wrong model.yaml is told before
-
+        # Imported last: it takes long, and a wrong model.yaml is told before.
+        try:
+            from tensorrt_llm import LLM, SamplingParams
+        except ImportError as error:
+            raise RepositoryError(
+                f"loading {args['model_name']}: the Python in {sys.prefix} has no TensorRT-LLM ({error}); serve it in "
+                f"{container(None)}, by a moeship that is installed for that container's own Python"
+            ) from error
         self._llm = LLM(**{**settings.llm, "model": str(model)}, skip_tokenizer_init=True, trust_remote_code=False)
         self._service = LlmService(self._llm, SamplingParams, tokenizer, settings)
         self._loop = asyncio.new_event_loop()
