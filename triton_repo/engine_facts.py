@@ -12,9 +12,11 @@ from trt_build.trtllm.engine import TRTLLM_BACKEND, engine_backend, open_trtllm_
 
 @dataclass(frozen=True, kw_only=True)
 class EngineFacts:
-    """`files` are all of the folder's that belong to the engine, its manifest among them. `world_size`: ranks that run
-    it; `paged_context_fmha`: it can read a prompt's cache in parts; `kv_cache_fraction`: the share of the GPU memory
-    left beside the weights that it was planned with, None where the backend does not ask.
+    """`files` are all of the folder's that belong to the engine, its manifest among them. `num_ids`: how many ids it
+    chooses from, those past the tokenizer's size included where it does not mask them itself. `max_num_tokens`: of all
+    requests in a step, None where prompts are read in parts anyway; `world_size`: ranks that run it;
+    `paged_context_fmha`: it can read a prompt's cache in parts; `kv_cache_fraction`: the share of the GPU memory left
+    beside the weights that it was planned with, None where the backend does not ask.
     """
 
     folder: Path
@@ -23,8 +25,10 @@ class EngineFacts:
     max_sequence: int  # tokens, prompt and output together
     max_batch: int
     end_token_ids: tuple[int, ...]
+    num_ids: int
     files: tuple[str, ...]
     num_bytes: int
+    max_num_tokens: int | None = None
     world_size: int = 1
     paged_context_fmha: bool = False
     kv_cache_fraction: float | None = None
@@ -54,6 +58,7 @@ def _of_onnxruntime(folder: Path) -> EngineFacts:
         max_sequence=manifest.max_sequence,
         max_batch=manifest.max_batch,
         end_token_ids=manifest.eos_token_ids,
+        num_ids=manifest.tokenizer_size,
         files=(*manifest.files, MANIFEST_FILE),
         num_bytes=engine.num_bytes,
     )
@@ -69,8 +74,10 @@ def _of_tensorrt_llm(folder: Path) -> EngineFacts:
         max_sequence=manifest.max_sequence,
         max_batch=manifest.max_batch,
         end_token_ids=manifest.eos_token_ids,
+        num_ids=manifest.tokenizer_size if manifest.head_masks_unused_ids else manifest.architecture.vocab_size,
         files=(*manifest.files, MANIFEST_FILE),
         num_bytes=engine.num_bytes,
+        max_num_tokens=manifest.max_num_tokens,
         world_size=manifest.parallel.world_size,
         paged_context_fmha=manifest.use_paged_context_fmha,
         kv_cache_fraction=manifest.kv_cache_fraction,

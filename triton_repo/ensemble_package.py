@@ -53,7 +53,12 @@ def write_ensemble(folder: Path, facts: EngineFacts, options: EnsembleOptions) -
 
     Raises RepositoryError for parameters that do not go with the engine.
     """
-    text = TextParameters(max_sequence=facts.max_sequence, end_ids=facts.end_token_ids)
+    text = TextParameters(
+        max_sequence=facts.max_sequence,
+        max_prompt=_max_prompt(facts, options.tensorrt_llm),
+        end_ids=facts.end_token_ids,
+        num_ids=facts.num_ids,
+    )
     copied = 0
     for name in (PREPROCESSING, POSTPROCESSING):
         _write_config(folder / name, text_model_config(name, facts.max_batch, text))
@@ -63,6 +68,15 @@ def write_ensemble(folder: Path, facts: EngineFacts, options: EnsembleOptions) -
     _write_config(folder / options.name, ensemble_config(options.name, facts.max_batch))
     (_make_version(folder / options.name) / KEEP_FILE).touch()
     return copied
+
+
+def _max_prompt(facts: EngineFacts, parameters: TensorrtLlmParameters) -> int:
+    """Tokens of the longest prompt: at least one new token must fit behind it, and TensorRT-LLM reads it in one step
+    unless it is told to read it in parts (cpp/tensorrt_llm/batch_manager/trtGptModel.h)."""
+    longest = facts.max_sequence - 1
+    if facts.max_num_tokens is None or parameters.enable_chunked_context:
+        return longest
+    return min(longest, facts.max_num_tokens)
 
 
 def _write_token_engine(folder: Path, facts: EngineFacts, options: EnsembleOptions) -> int:

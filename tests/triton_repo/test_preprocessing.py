@@ -10,6 +10,7 @@ from triton_repo.contract import COMPATIBILITY_INPUTS, INPUTS
 from triton_repo.errors import RequestError
 from triton_repo.runtime.answer import AnswerPlan
 from triton_repo.runtime.options import plan_generation, read_options
+from triton_repo.runtime.parameters import TextParameters
 from triton_repo.runtime.preprocessing import Preprocessor
 from triton_repo.runtime.words import unpack_words
 from triton_repo.token_contract import PREPROCESSING_INPUTS, PREPROCESSING_OUTPUTS, QUERY_NAMES
@@ -24,8 +25,11 @@ ALWAYS = {
 def prepare(byte_level):
     """Prepares a request of wire values for a model of 64 tokens, by default with the tokenizer's own end token."""
 
-    def prepared(end_token_ids=(byte_level.eos_token_id,), **values):
-        preprocessor = Preprocessor(byte_level, max_sequence=64, end_token_ids=end_token_ids)
+    def prepared(end_token_ids=(byte_level.eos_token_id,), max_prompt=63, num_unused_ids=0, **values):
+        parameters = TextParameters(
+            max_sequence=64, max_prompt=max_prompt, end_ids=end_token_ids, num_ids=byte_level.size + num_unused_ids
+        )
+        preprocessor = Preprocessor(byte_level, parameters)
         tensors = wire(**{"text_input": "def ", "max_tokens": 8, **values})
         return preprocessor.prepare({QUERY_NAMES[name]: tensor for name, tensor in tensors.items()})
 
@@ -126,6 +130,21 @@ def test_a_stop_word_that_could_begin_in_the_prompt_is_left_to_the_text(prepare,
 def test_bad_words_are_spelled(prepare, byte_level):
     words = unpack_words(prepare(bad_words=["語"])["BAD_WORDS_IDS"])
     assert tuple(byte_level.encode("語")) in words
+
+
+def test_ids_that_stand_for_no_text_are_bad_words_where_the_engine_does_not_mask_them(prepare, byte_level):
+    size = byte_level.size
+    words = unpack_words(prepare(num_unused_ids=3, bad_words=["q"])["BAD_WORDS_IDS"])
+    assert words[-3:] == ((size,), (size + 1,), (size + 2,))
+    assert tuple(byte_level.encode("q")) in words
+    assert "BAD_WORDS_IDS" not in prepare()
+
+
+def test_a_prompt_longer_than_the_engine_reads_at_a_time_is_refused(prepare, byte_level):
+    size = len(byte_level.encode("def "))
+    assert prepare(max_prompt=size)
+    with pytest.raises(RequestError, match=f"found a prompt of {size} tokens, expected at most {size - 1}, which the"):
+        prepare(max_prompt=size - 1)
 
 
 def test_the_answers_plan_survives_its_json(prepare):

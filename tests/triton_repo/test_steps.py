@@ -8,6 +8,7 @@ from wire_tensors import wire
 from triton_repo.runtime import answer as answer_module
 from triton_repo.runtime.answer import Piece
 from triton_repo.runtime.detokenizer import Detokenizer
+from triton_repo.runtime.parameters import TextParameters
 from triton_repo.runtime.postprocessing import Postprocessor, read_tokens
 from triton_repo.runtime.preprocessing import Preprocessor
 from triton_repo.runtime.service import Service
@@ -39,9 +40,11 @@ def single(session, tokenizer, values) -> list[Piece]:
 
 def in_steps(session, tokenizer, values) -> list[Piece]:
     """What an ensemble of the same engine would send."""
-    preprocessor = Preprocessor(
-        tokenizer, max_sequence=session.max_sequence, end_token_ids=session.engine.manifest.eos_token_ids
-    )
+    parameters = TextParameters(
+        max_sequence=session.max_sequence, max_prompt=session.max_sequence - 1,
+        end_ids=session.engine.manifest.eos_token_ids, num_ids=tokenizer.size,
+    )  # fmt: skip
+    preprocessor = Preprocessor(tokenizer, parameters)
     postprocessor = Postprocessor(tokenizer)
     prepared = preprocessor.prepare({QUERY_NAMES[name]: tensor for name, tensor in wire(**values).items()})
     postprocessor.register("k", "r", prepared["ANSWER"][0, 0].decode())

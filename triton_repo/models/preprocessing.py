@@ -31,9 +31,7 @@ class TritonPythonModel:
         """Load the tokenizer; what goes wrong becomes the reason in the repository index."""
         parameters = TextParameters.from_config(json.loads(args["model_config"]))
         folder = Path(args["model_repository"]) / args["model_version"] / parameters.tokenizer
-        self._preprocessor = Preprocessor(
-            load_tokenizer(folder), max_sequence=parameters.max_sequence, end_token_ids=parameters.end_ids
-        )
+        self._preprocessor = Preprocessor(load_tokenizer(folder), parameters)
         self._draws_keys = takes_response_parameters(pb_utils)
 
     def execute(self, requests: list[Any]) -> list[Any]:

@@ -155,12 +155,18 @@ def read_options(tensors: Mapping[str, npt.NDArray[Any]]) -> GenerationOptions:
 
 
 def plan_generation(
-    options: GenerationOptions, tokenizer: Tokenizer, *, max_sequence: int, end_token_ids: tuple[int, ...]
+    options: GenerationOptions,
+    tokenizer: Tokenizer,
+    *,
+    max_sequence: int,
+    end_token_ids: tuple[int, ...],
+    max_prompt: int | None = None,
 ) -> GenerationPlan:
     """Check the options against the model and encode the prompt. Raises RequestError listing every problem.
 
     `max_sequence` counts tokens of prompt and output together: a prompt that leaves no room is refused, one that
-    leaves less than max_tokens is not, and the output then ends at the limit.
+    leaves less than max_tokens is not, and the output then ends at the limit. `max_prompt` is what an engine reads at a
+    time, where it is less.
     """
     problems = value_problems(vars(options))
     if options.end_id is not None and not NO_END_ID <= options.end_id < tokenizer.size:
@@ -175,6 +181,11 @@ def plan_generation(
         problems.append(
             f"text_input: found a prompt of {len(prompt_ids)} tokens, expected at most {max_sequence - 1}, since "
             f"prompt and output share a context of {max_sequence}; shorten it"
+        )
+    elif max_prompt is not None and len(prompt_ids) > max_prompt:
+        problems.append(
+            f"text_input: found a prompt of {len(prompt_ids)} tokens, expected at most {max_prompt}, which the engine "
+            "reads at a time; shorten it"
         )
     if problems:
         raise refusal(problems)

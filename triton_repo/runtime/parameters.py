@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from triton_repo.errors import RepositoryError
 
@@ -17,7 +17,9 @@ THREADS_KEY = "moeship_threads"
 WORKERS_KEY = "moeship_workers"
 TOKENIZER_KEY = "tokenizer_dir"
 MAX_SEQUENCE_KEY = "moeship_max_sequence"
+MAX_PROMPT_KEY = "moeship_max_prompt"
 END_IDS_KEY = "moeship_end_ids"
+NUM_IDS_KEY = "moeship_num_ids"
 MAX_THREADS = 4096  # of one instance
 _AUTOMATIC = "auto"
 
@@ -65,20 +67,24 @@ class ModelParameters:
 @dataclass(frozen=True, kw_only=True)
 class TextParameters:
     """Of the models that turn text into tokens and back. `tokenizer`: its folder within the version's; `max_sequence`:
-    tokens of prompt and output together; `end_ids`: the model's end tokens."""
+    tokens of prompt and output together, `max_prompt` of the prompt; `end_ids`: the model's end tokens; `num_ids`: how
+    many ids the engine chooses from, those past the tokenizer's size included where it does not mask them.
+    """
 
-    FOLDER: ClassVar[str] = "tokenizer"
-
-    tokenizer: str = FOLDER
+    tokenizer: str = "tokenizer"
     max_sequence: int
+    max_prompt: int
     end_ids: tuple[int, ...]
+    num_ids: int
 
     def to_texts(self) -> dict[str, str]:
         """Parameter key to text."""
         return {
             TOKENIZER_KEY: self.tokenizer,
             MAX_SEQUENCE_KEY: str(self.max_sequence),
+            MAX_PROMPT_KEY: str(self.max_prompt),
             END_IDS_KEY: ",".join(map(str, self.end_ids)),
+            NUM_IDS_KEY: str(self.num_ids),
         }
 
     @classmethod
@@ -89,13 +95,14 @@ class TextParameters:
             return cls(
                 tokenizer=texts[TOKENIZER_KEY],
                 max_sequence=int(texts[MAX_SEQUENCE_KEY]),
+                max_prompt=int(texts[MAX_PROMPT_KEY]),
                 end_ids=tuple(int(text) for text in texts[END_IDS_KEY].split(",") if text),
+                num_ids=int(texts[NUM_IDS_KEY]),
             )
         except (KeyError, ValueError) as error:
             raise RepositoryError(
                 f"reading the parameters of the model {config['name']}: {type(error).__name__}: {error}; expected "
-                f"{TOKENIZER_KEY}, {MAX_SEQUENCE_KEY} and {END_IDS_KEY} as packaging writes them: package the engine "
-                "again"
+                "those that packaging writes: package the engine again"
             ) from error
 
 

@@ -1,6 +1,6 @@
 """A request's text and options in, what an engine of tokens takes out, and what its answer takes.
 
-    preprocessor = Preprocessor(tokenizer, max_sequence=2048, end_token_ids=(50256,))
+    preprocessor = Preprocessor(tokenizer, parameters)
     tensors = preprocessor.prepare({"QUERY": array([[b"def "]], dtype=object), "REQUEST_OUTPUT_LEN": array([[32]])})
 
 Names of tensors are those of `token_contract`. An option that changes nothing is not sent. An engine is asked to stream
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from export.tokenizer import Tokenizer
 from triton_repo.runtime.answer import answer_plan
 from triton_repo.runtime.options import NO_END_ID, SamplingOptions, plan_generation, read_options
+from triton_repo.runtime.parameters import TextParameters
 from triton_repo.runtime.words import pack_words, spell
 from triton_repo.token_contract import ANSWER, PREPROCESSING_OUTPUTS, QUERY_NAMES
 
@@ -31,18 +32,23 @@ _SEED_BITS = 64
 
 
 class Preprocessor:
-    """Reads requests for one model: `max_sequence` tokens of prompt and output together, and its end tokens."""
+    """Reads requests for one model."""
 
-    def __init__(self, tokenizer: Tokenizer, *, max_sequence: int, end_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, tokenizer: Tokenizer, parameters: TextParameters) -> None:
         self._tokenizer = tokenizer
-        self._max_sequence = max_sequence
-        self._end_token_ids = end_token_ids
+        self._parameters = parameters
+        # Ids that stand for no text, which the engine must be kept from.
+        self._unused_ids = tuple((token,) for token in range(tokenizer.size, parameters.num_ids))
 
     def prepare(self, tensors: Mapping[str, npt.NDArray[Any]]) -> Tensors:
         """The outputs of preprocessing for its inputs. Raises RequestError listing every problem of the request."""
         options = read_options({_WIRE_NAMES[name]: tensor for name, tensor in tensors.items()})
         plan = plan_generation(
-            options, self._tokenizer, max_sequence=self._max_sequence, end_token_ids=self._end_token_ids
+            options,
+            self._tokenizer,
+            max_sequence=self._parameters.max_sequence,
+            end_token_ids=self._parameters.end_ids,
+            max_prompt=self._parameters.max_prompt,
         )
         answer = answer_plan(plan, self._tokenizer)
         # An engine knows one end token.
@@ -60,7 +66,7 @@ class Preprocessor:
         }
         words = {
             "STOP_WORDS_IDS": (*answer.stop_tokens, *((token,) for token in more_end_ids)),
-            "BAD_WORDS_IDS": spell(self._tokenizer, options.bad_words),
+            "BAD_WORDS_IDS": (*spell(self._tokenizer, options.bad_words), *self._unused_ids),
         }
         values |= {name: [pack_words(sequences)] for name, sequences in words.items() if sequences}
         return {name: np.array(value, dtype=_OUTPUT_DTYPES[name]) for name, value in values.items()}
