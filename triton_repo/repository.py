@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.errors import listing
+from export.tokenizer import TOKENIZER_FILE
 from triton_repo.deployment import TRTLLM_BACKEND, WORLD_SIZE_KEY
 from triton_repo.errors import RepositoryError
 from triton_repo.model_config import CONFIG_FILE, packaged_parameters, read_config
+from triton_repo.runtime.parameters import NUM_IDS_KEY, TOKENIZER_KEY
 from triton_repo.trtllm_parameters import ENGINE_PATH_KEY
 from trt_build.engine import MANIFEST_FILE
 
@@ -59,7 +61,18 @@ def _model_problems(folder: Path) -> list[str]:
         for engine in engines
         if not (engine / MANIFEST_FILE).is_file()
     ]
+    tokenizers = [version / config.parameters[TOKENIZER_KEY].string_value for version in versions if _is_text(config)]
+    problems += [
+        f"{folder.name}: no tokenizer at {tokenizer} ({TOKENIZER_FILE} is missing); package it again"
+        for tokenizer in tokenizers
+        if not (tokenizer / TOKENIZER_FILE).is_file()
+    ]
     return [*problems, *_path_problems(folder.name, config)]
+
+
+def _is_text(config: ModelConfig) -> bool:
+    """Whether it is one of our models that turn text into tokens or back."""
+    return TOKENIZER_KEY in config.parameters and NUM_IDS_KEY in config.parameters
 
 
 def _path_problems(name: str, config: ModelConfig) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,20 @@ import tokenizers
 from live_triton import LiveTriton
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from export.tokenizer import Tokenizer
+from export.tokenizer import SETTINGS_FILE, TOKENIZER_FILE, Tokenizer
 from triton_repo.package import PackageOptions, package_engine
 from triton_repo.server import ServerOptions, running_server
+from trt_build.engine import open_engine
+from trt_build.trtllm.engine import (
+    FORMAT_VERSION,
+    TRTLLM_BACKEND,
+    GpuRecord,
+    ParallelRecord,
+    TrtllmManifest,
+    TrtllmPrecisionRecord,
+    record_engine_files,
+    write_trtllm_manifest,
+)
 
 END = "<|end|>"
 CORPUS = [
@@ -106,6 +118,36 @@ def damage(engine: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+@pytest.fixture
+def trtllm_engine(tmp_path, tiny_engine):
+    """Makes the directory of an engine for TensorRT-LLM: a true manifest and tokenizer around files of a few bytes."""
+
+    def make(**fields) -> Path:
+        folder, tiny = tmp_path / "trtllm-engine", open_engine(tiny_engine).manifest
+        folder.mkdir()
+        parallel = ParallelRecord(tp_size=2, pp_size=1, moe_tp_size=2, moe_ep_size=1)
+        (folder / "config.json").write_text("{}")
+        for rank in range(parallel.world_size):
+            (folder / f"rank{rank}.engine").write_bytes(bytes([rank]) * 10)
+        for name in (TOKENIZER_FILE, SETTINGS_FILE):
+            shutil.copyfile(tiny_engine / name, folder / name)
+        precision = TrtllmPrecisionRecord(
+            name="int4", quant_algo="W4A16", dtype="float16", group_size=None, average_bits_per_weight=4.5
+        )
+        manifest = TrtllmManifest(
+            format_version=FORMAT_VERSION, model="tiny", family=tiny.family, backend=TRTLLM_BACKEND,
+            precision=precision, architecture=tiny.architecture, parallel=parallel,
+            gpu=GpuRecord(name="NVIDIA A100", sm=80), max_sequence=640, max_batch=8, max_num_tokens=512,
+            kv_cache_fraction=0.85, use_paged_context_fmha=True, tokenizer_size=tiny.tokenizer_size,
+            head_masks_unused_ids=True, eos_token_ids=(0, 7), source=tiny.source, routing=None,
+            libraries={"tensorrt_llm": "1.2.0"}, flags=(), settings={}, files=record_engine_files(folder),
+        )  # fmt: skip
+        write_trtllm_manifest(folder, dataclasses.replace(manifest, **fields))
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")
