@@ -21,9 +21,9 @@ from triton_repo.deployment import Deployment, GpuModel
 from triton_repo.errors import ServerError
 
 MPIRUN = "mpirun"
-# Open MPI binds each rank to one core where there are one or two (mpirun(1), "Mapping, Ranking, and Binding"): a
-# server's threads need them all.
-_MPIRUN_OPTIONS = ("--allow-run-as-root", "--bind-to", "none")
+# Open MPI refuses more ranks than cores, where GPUs are what counts, and binds one or two ranks to a core each, where a
+# server's threads need them all (mpirun(1), "Mapping, Ranking, and Binding").
+_MPIRUN_OPTIONS = ("--allow-run-as-root", "--oversubscribe", "--bind-to", "none")
 _ORCHESTRATOR = {"TRTLLM_ORCHESTRATOR": "1", "TRTLLM_ORCHESTRATOR_SPAWN_PROCESSES": "1"}
 
 

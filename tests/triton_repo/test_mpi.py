@@ -56,7 +56,7 @@ def test_each_rank_is_a_server_of_its_own_and_only_the_first_listens(mpirun):
     command = launch.command([["tritonserver", f"--of={rank}"] for rank in range(3)], num_gpus=3)
     others = ["--exit-on-error=true", *CLOSED, "--model-control-mode=explicit", "--load-model=tensorrt_llm"]
     assert command == [
-        str(mpirun), "--allow-run-as-root", "--bind-to", "none",
+        str(mpirun), "--allow-run-as-root", "--oversubscribe", "--bind-to", "none",
         "-n", "1", "tritonserver", "--of=0",
         ":", "-n", "1", "tritonserver", "--of=1", *others,
         ":", "-n", "1", "tritonserver", "--of=2", *others,
@@ -67,7 +67,7 @@ def test_each_rank_is_a_server_of_its_own_and_only_the_first_listens(mpirun):
 def test_an_orchestrator_is_one_process_under_mpirun_that_leaves_the_gpus_memory_to_its_workers(mpirun):
     launch = plan(SEVERAL, multi_model=True)
     assert launch.command([["tritonserver"]], num_gpus=2) == [
-        str(mpirun), "--allow-run-as-root", "--bind-to", "none", "-n", "1", "tritonserver",
+        str(mpirun), "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", "1", "tritonserver",
         "--pinned-memory-pool-byte-size=0", "--enable-peer-access=false",
         "--cuda-memory-pool-byte-size=0:0", "--cuda-memory-pool-byte-size=1:0",
     ]  # fmt: skip
