@@ -1,10 +1,11 @@
 """What a build costs, beside plain reading of its input and plain writing of its output in the same run.
 
-    python benchmarks/conversion.py --checkpoint DIR --work FOLDER [--precision P] [--output FILE]
+    python benchmarks/conversion.py --checkpoint DIR --work FOLDER [--precision P] [--backend B] [--output FILE]
 
-Plans the build first and holds the plan against what happened: every file's bytes, and the peak of resident memory over
-all processes of the build. The page cache is emptied of the checkpoint before each reading. FOLDER lies on the disk to
-be measured and is removed. Exit status 0 done, 2 wrong input.
+Plans the build first and holds the plan against what happened: the bytes of every file that is planned, and the peak of
+resident memory over all processes of the build. Of TensorRT-LLM it is the checkpoint that is written. The page cache is
+emptied of the source before each reading. FOLDER lies on the disk to be measured and is removed. Exit status 0 done, 2
+wrong input.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from decode import machine
 from export.command import run_command
 from export.errors import ConfigError
 from export.output import replace_file
+from trt_build.prepare import BACKENDS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COMMAND = [sys.executable, "-m", "cli.main"]
@@ -32,36 +34,42 @@ PIECE_BYTES = 1 << 23
 SAMPLE_INTERVAL_S = 0.05
 
 
-def measure(checkpoint: Path, work: Path, precision: str) -> dict[str, Any]:
+def measure(checkpoint: Path, work: Path, precision: str, backend: str = BACKENDS[0]) -> dict[str, Any]:
     """Plan, read, write, build. Raises ConfigError where the plan or the build fails."""
-    what = [str(checkpoint), "--precision", precision, "--json"]
+    what = [str(checkpoint), "--precision", precision, "--backend", backend, "--json"]
     planned = subprocess.run([*COMMAND, "plan", *what], capture_output=True, text=True, check=False)
     if planned.returncode:
         raise ConfigError(f"planning {checkpoint}: {planned.stderr.strip()}")
     plan = json.loads(planned.stdout)
+    planned_bytes = sum(plan["files"].values())
     shards = sorted(checkpoint.glob("*.safetensors"))
     work.mkdir(parents=True)
     try:
         busy, started = machine.busy_seconds(), time.monotonic()
         read_s = plain_read(shards)
-        write_s = plain_write(work / "plain", plan["engine_bytes"])
+        write_s = plain_write(work / "plain", planned_bytes)
         forget(shards)
         words = ["--checkpoint", str(checkpoint), "--precision", precision, "--output", str(work / "engine")]
+        made = work / "engine"
+        if backend != BACKENDS[0]:
+            made = work / "checkpoint"
+            words += ["--backend", backend, "--until", "checkpoint", "--trtllm-checkpoint", str(made)]
         build = watch([*COMMAND, "build", *words])
         elapsed = time.monotonic() - started
         own = sum(os.times()[:4])
-        files = {path.name: path.stat().st_size for path in (work / "engine").iterdir()}
+        files = {path.name: path.stat().st_size for path in made.iterdir() if path.name in plan["files"]}
     finally:
         shutil.rmtree(work)
     return {
         "checkpoint": checkpoint.name,
         "precision": precision,
+        "backend": backend,
         "read": {"bytes": sum(path.stat().st_size for path in shards), "seconds": read_s},
-        "write": {"bytes": plan["engine_bytes"], "seconds": write_s},
+        "write": {"bytes": planned_bytes, "seconds": write_s},
         "build": build,
         "build_over_plain": build["seconds"] / (read_s + write_s),
         "engine": {
-            "planned_bytes": plan["engine_bytes"],
+            "planned_bytes": planned_bytes,
             "bytes": sum(files.values()),
             "as_planned": plan["files"] == files,
         },
@@ -142,7 +150,7 @@ def _row(result: dict[str, Any]) -> str:
         f"{result['checkpoint']} to {result['precision']}: read {read}, wrote {write}\n"
         f"built in {build['seconds']:.1f} s, {result['build_over_plain']:.1f} times that, with "
         f"{build['processor_seconds']:.0f} s of processor and {build['peak_bytes'] / 1e6:.0f} MB of memory\n"
-        f"plan: every file {'exact' if result['engine']['as_planned'] else 'NOT exact'}, memory "
+        f"plan: every file of it {'exact' if result['engine']['as_planned'] else 'NOT exact'}, memory "
         f"{result['peak_memory']['planned_over_measured']:.2f} of what was measured\n"
         f"other programs took {result['other_cores']:.2f} cores meanwhile"
     )
@@ -153,13 +161,15 @@ def main() -> int:
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR")
     parser.add_argument("--work", required=True, type=Path, metavar="FOLDER", help="a new folder, for the engine")
     parser.add_argument("--precision", default="int4", help="(default: %(default)s)")
+    parser.add_argument("--backend", default=BACKENDS[0], choices=BACKENDS, help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON (default: under benchmarks/results)")
     options = parser.parse_args()
 
     def run() -> int:
         about = machine.describe()
-        result = measure(options.checkpoint, options.work, options.precision)
-        path = options.output or RESULTS / f"conversion-{options.precision}-{machine.slug(about)}.json"
+        result = measure(options.checkpoint, options.work, options.precision, options.backend)
+        kind = "" if options.backend == BACKENDS[0] else f"{options.backend}-"
+        path = options.output or RESULTS / f"conversion-{kind}{options.precision}-{machine.slug(about)}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, json.dumps({"machine": about, **result}, indent=2) + "\n")
         print(_row(result))

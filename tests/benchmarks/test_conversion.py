@@ -27,8 +27,15 @@ def test_a_build_is_measured_beside_its_plan(tmp_path, tiny_checkpoint):
         result["build"]["seconds"] / (result["read"]["seconds"] + result["write"]["seconds"])
     )
     assert 30e6 < result["build"]["peak_bytes"] < 1e9
-    assert "plan: every file exact" in done.stdout
+    assert "plan: every file of it exact" in done.stdout
     assert not (tmp_path / "work").exists()
+
+
+def test_the_checkpoint_for_tensorrt_llm_is_measured_alike(tmp_path, tiny_checkpoint):
+    result = conversion.measure(tiny_checkpoint, tmp_path / "work", "int4", "tensorrt-llm")
+    assert result["engine"]["as_planned"]
+    assert result["engine"]["bytes"] == result["write"]["bytes"] > 500_000
+    assert 30e6 < result["build"]["peak_bytes"] < 1e9
 
 
 def test_a_plan_that_does_not_come_true_is_told(tmp_path, tiny_checkpoint, monkeypatch):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from export.trtllm.checkpoint import CheckpointPlan
+from export.trtllm.converter import rank_file
 from trt_build.trtllm.options import TrtllmOptions
 
 _FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -51,7 +52,8 @@ class TrtllmPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**dataclasses.asdict(self), "checkpoint_bytes": sum(self.rank_bytes)}
+        files = {rank_file(rank): num_bytes for rank, num_bytes in enumerate(self.rank_bytes)}
+        return {**dataclasses.asdict(self), "files": files, "checkpoint_bytes": sum(self.rank_bytes)}
 
 
 def plan_trtllm(checkpoint: CheckpointPlan, options: TrtllmOptions, max_sequence: int) -> TrtllmPlan:
