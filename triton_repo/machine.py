@@ -14,8 +14,9 @@ from triton_repo.errors import ServerError
 from trt_build.machine import Machine, container, release
 
 
-def check_machine(deployment: Deployment, machine: Machine, backends: Path | None) -> None:
-    """Refuse what would fail for certain when it is loaded. `backends`: the server's folder of them, None if unknown.
+def check_machine(deployment: Deployment, machine: Machine, backends: Path | None, ranks: int = 1) -> None:
+    """Refuse what would fail for certain when it is loaded. `backends`: the server's folder of them, None if unknown;
+    `ranks` of a model that does not say how many it has.
 
     Raises ServerError listing every problem: no tensorrtllm backend, an engine of another TensorRT-LLM or for another
     GPU, more ranks than GPUs.
@@ -23,7 +24,7 @@ def check_machine(deployment: Deployment, machine: Machine, backends: Path | Non
     problems = [
         problem
         for model in deployment.gpu_models
-        for problem in (*_backend(model, backends), *_library(model, machine), *_gpus(model, machine))
+        for problem in (*_backend(model, backends), *_library(model, machine), *_gpus(model, machine, ranks))
     ]
     if problems:
         raise ServerError(f"serving on this machine:{listing(problems)}")
@@ -47,10 +48,10 @@ def _library(model: GpuModel, machine: Machine) -> Iterator[str]:
         )
 
 
-def _gpus(model: GpuModel, machine: Machine) -> Iterator[str]:
+def _gpus(model: GpuModel, machine: Machine, ranks: int) -> Iterator[str]:
     if machine.gpus is None:
         return
-    needed = model.world_size or 1
+    needed = model.world_size or ranks
     available = len(machine.gpus) if machine.visible is None else machine.visible
     found = ", ".join(f"{gpu.name} (SM {gpu.sm})" for gpu in machine.gpus) or "none"
     sm = model.engine.sm if model.engine else None

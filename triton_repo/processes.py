@@ -1,12 +1,12 @@
 """A program with every process that it starts: a command in, a running process out; none of them left afterwards.
 
-    with running_program(Program(arguments=["tritonserver", ...], environment=environment), log, prefix) as process:
+    with running_program(Program(arguments=["tritonserver", ...], environment=environment, ...), log, mark) as process:
         process.wait()
 
 The program leads a session of its own. Its processes are known by the session or by a mark in their environment, since
 mpirun gives each of its ranks a process group, and what MPI spawns may leave the session too. Where the parent process
-is killed outright, the kernel ends the program (Linux), which ends what it started; it is bound to the thread that
-started it, so start it from one that lives as long as it should.
+is killed outright, the kernel asks the program to end (Linux); it is bound to the thread that started it, so start it
+from one that lives as long as it should. A launcher is watched (`watcher.py`), so that its ranks end in order then too.
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ DRAIN_TIMEOUT_S = 5  # what requests in flight have to finish in when the server
 KILL_GRACE_S = 10  # on top of it, before every process is killed
 POLL_INTERVAL_S = 0.1
 MARK_VARIABLE = "MOESHIP_SERVER"
+WATCHER = "triton_repo.watcher"
 _SHARED_MEMORY = Path("/dev/shm")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """`arguments`, the program first; `folder` is where it works. A launcher's children are asked to end instead of
-    itself: mpirun kills its ranks half a second after it was asked (Open MPI 5.0.11, measured).
-    """
+    """`arguments`, the program first; `folder` is where it works. A launcher, as mpirun, starts what does the work."""
 
     arguments: Sequence[str]
     environment: Mapping[str, str]
@@ -55,6 +54,7 @@ def running_program(program: Program, log: Path | None, mark: str) -> Iterator[s
     memory. Raises ServerError where the log cannot be opened or the program not be started.
     """
     logger.debug("starting %s", " ".join(program.arguments))
+    watched = [sys.executable, "-m", WATCHER, mark] if program.is_launcher else []
     with contextlib.ExitStack() as files:
         try:
             output = sys.stderr.fileno() if log is None else files.enter_context(log.open("ab")).fileno()
@@ -62,14 +62,14 @@ def running_program(program: Program, log: Path | None, mark: str) -> Iterator[s
             raise ServerError(f"opening the server's log {log}: {error.strerror}; name another file") from error
         try:
             process = subprocess.Popen(
-                program.arguments,
+                [*watched, *program.arguments],
                 env={**program.environment, MARK_VARIABLE: mark},
                 cwd=program.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_follow_parent(),
+                preexec_fn=follow_parent(),
             )
         except OSError as error:
             raise ServerError(f"starting {program.arguments[0]}: {error.strerror} ({error.filename})") from error
@@ -77,13 +77,12 @@ def running_program(program: Program, log: Path | None, mark: str) -> Iterator[s
         yield process
     finally:
         try:
-            _stop(process, mark, program.is_launcher)
+            _stop(process, mark)
         finally:
-            for region in _SHARED_MEMORY.glob(f"{mark}*"):
-                region.unlink(missing_ok=True)
+            clear_memory(mark)
 
 
-def _follow_parent() -> Callable[[], None] | None:
+def follow_parent() -> Callable[[], None] | None:
     """What the child runs before it becomes the program: ask the kernel for SIGTERM when its parent ends."""
     if sys.platform != "linux":
         return None
@@ -97,10 +96,10 @@ def _follow_parent() -> Callable[[], None] | None:
     return follow
 
 
-def _stop(process: subprocess.Popen[bytes], mark: str, is_launcher: bool) -> None:
+def _stop(process: subprocess.Popen[bytes], mark: str) -> None:
     """Ask for an orderly end, then kill what is left. A second interrupt kills at once."""
     with contextlib.suppress(KeyboardInterrupt):
-        _ask_to_end(process, is_launcher)
+        process.terminate()
         try:
             process.wait(DRAIN_TIMEOUT_S + KILL_GRACE_S)
         except subprocess.TimeoutExpired:
@@ -110,22 +109,30 @@ def _stop(process: subprocess.Popen[bytes], mark: str, is_launcher: bool) -> Non
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    kill_left(process.pid, mark)
+
+
+def kill_left(session: int, mark: str) -> None:
+    """Kill every process of a session or with the mark but this one, and wait until they have ended."""
     deadline = time.monotonic() + KILL_GRACE_S
-    while left := _left(process.pid, mark):
+    while left := [pid for pid in _left(session, mark) if pid != os.getpid()]:
         if time.monotonic() > deadline:
             logger.warning("processes of the server are still ending: %s", ", ".join(map(str, left)))
             return
         for pid in left:
-            _signal(pid, signal.SIGKILL)
+            send_signal(pid, signal.SIGKILL)
         time.sleep(POLL_INTERVAL_S)
 
 
-def _ask_to_end(process: subprocess.Popen[bytes], is_launcher: bool) -> None:
-    children = [found.pid for found in _processes() if found.parent == process.pid] if is_launcher else []
-    for pid in children:
-        _signal(pid, signal.SIGTERM)
-    if not children:
-        process.terminate()
+def clear_memory(mark: str) -> None:
+    """Give back the shared memory whose names begin with the mark."""
+    for region in _SHARED_MEMORY.glob(f"{mark}*"):
+        region.unlink(missing_ok=True)
+
+
+def children_of(parent: int) -> list[int]:
+    """The living processes that a process started."""
+    return [found.pid for found in _processes() if found.parent == parent]
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,7 @@ def _bears(pid: int, variable: bytes) -> bool:
         return False
 
 
-def _signal(pid: int, number: signal.Signals) -> None:
+def send_signal(pid: int, number: signal.Signals) -> None:
+    """Nothing where the process has ended or is another user's."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, number)

@@ -60,7 +60,7 @@ class ServerOptions:
 @dataclass(frozen=True, kw_only=True)
 class Server:
     """A server that answers. Urls are host:port for gRPC and http://host:port[/path] for the others. `process` runs
-    `program`: the tritonserver, or the mpirun that started `world_size` of them.
+    `program`, the tritonserver, or watches over it, the mpirun that started `world_size` of them.
     """
 
     grpc_url: str
@@ -99,7 +99,7 @@ def running_server(options: ServerOptions) -> Iterator[Server]:
         installation = find_installation(workspace)
         # Where no model needs a GPU, none is asked for.
         machine = read_machine() if deployment.gpu_models else Machine(gpus=None)
-        check_machine(deployment, machine, installation.backends)
+        check_machine(deployment, machine, installation.backends, launch.world_size)
         log = None if options.verbose else options.log or workspace / "tritonserver.log"
         mark = f"moeship_{secrets.token_hex(8)}_"
         ranks = [

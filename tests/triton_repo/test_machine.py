@@ -149,3 +149,10 @@ def test_more_ranks_than_gpus_are_refused_with_both_numbers(deployment, backends
 def test_every_problem_is_told_at_once(deployment, tmp_path):
     text = refusal(deployment, Machine(gpus=(A100,), tensorrt_llm="1.1.0"), tmp_path)
     assert text.count("\n  - tensorrt_llm: ") == 3
+
+
+def test_a_model_that_says_nothing_of_its_ranks_is_judged_by_those_asked_for(tmp_path, backends):
+    other = read_deployment(write_model(tmp_path / "r" / "tensorrt_llm", "tensorrtllm", {}))
+    check_machine(other, Machine(gpus=(H100,)), backends)
+    with pytest.raises(ServerError, match=r"runs on 4 GPU\(s\), one a rank, and this machine has 1"):
+        check_machine(other, Machine(gpus=(H100,)), backends, ranks=4)

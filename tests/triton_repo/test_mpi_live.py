@@ -161,19 +161,20 @@ def test_a_rank_that_crashes_ends_the_others_and_the_command(repository, mpirun)
 def test_a_killed_command_takes_every_rank_along(repository, mpirun):
     command, _ = start_command(repository)
     mark = notes(repository)["tensorrt_llm-0"]["MOESHIP_SERVER"]
-    ranks = [process for process in living(mark) if process.name() != "sleep"]
-    assert len(ranks) >= 6  # mpirun, two servers, three stubs
+    assert len(living(mark)) >= 10  # the watcher, mpirun, two servers, three stubs and what these started
     command.kill()
     command.communicate(timeout=PATIENCE_S)
-    assert wait_until(lambda: not any(process.is_running() for process in ranks))
-    for stray in living(mark):
-        stray.kill()
+    assert wait_until(lambda: not living(mark))
+    assert sorted(path.stem for path in repository.parent.glob("*.ended")) == sorted(notes(repository))
+    assert not list(Path("/dev/shm").glob(f"{mark}*"))
 
 
-def test_a_killed_mpirun_leaves_no_rank(repository, mpirun):
+@pytest.mark.parametrize("victim", ["watcher", "mpirun"])
+def test_a_killed_mpirun_or_watcher_leaves_no_rank(repository, mpirun, victim):
     command, ready = start_command(repository)
     mark = notes(repository)["tensorrt_llm-0"]["MOESHIP_SERVER"]
-    os.kill(ready["pid"], signal.SIGKILL)
+    watcher = psutil.Process(ready["pid"])
+    (watcher if victim == "watcher" else watcher.children()[0]).kill()
     _, errors = command.communicate(timeout=PATIENCE_S)
     assert command.returncode == 2
     assert "mpirun ended with status -9" in errors
