@@ -61,9 +61,11 @@ class LiveTriton:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.channel.close()
 
-    def call(self, model: str, **tensors):
+    def call(self, model: str, request_id: str = "", **tensors):
         """Start a request; returns the gRPC call, which yields ModelStreamInferResponse and can be cancelled."""
-        request = service_pb2.ModelInferRequest(model_name=model)
+        request = service_pb2.ModelInferRequest(model_name=model, id=request_id)
+        # The end of a stream is then always seen, if need be as a response of nothing.
+        request.parameters["triton_enable_empty_final_response"].bool_param = True
         for name, value in tensors.items():
             _add_input(request, name, value)
         ended = threading.Event()
@@ -76,9 +78,9 @@ class LiveTriton:
         call.add_callback(ended.set)
         return call, ended
 
-    def ask(self, model: str, **tensors) -> list[Response]:
+    def ask(self, model: str, request_id: str = "", **tensors) -> list[Response]:
         """All responses to one request. Raises Refused."""
-        call, ended = self.call(model, **tensors)
+        call, ended = self.call(model, request_id, **tensors)
         responses, refusal = [], ""
         for message in call:
             if message.error_message:
@@ -92,8 +94,8 @@ class LiveTriton:
             raise Refused(refusal)
         return responses
 
-    def text(self, model: str, **tensors) -> str:
-        return "".join(response.text for response in self.ask(model, **tensors))
+    def text(self, model: str, request_id: str = "", **tensors) -> str:
+        return "".join(response.text for response in self.ask(model, request_id, **tensors) if response.outputs)
 
 
 def read(message) -> Response:
