@@ -141,7 +141,7 @@ def trtllm_engine(tmp_path, tiny_engine):
             precision=precision, architecture=tiny.architecture, parallel=parallel,
             gpu=GpuRecord(name="NVIDIA A100", sm=80), max_sequence=640, max_batch=8, max_num_tokens=512,
             kv_cache_fraction=0.85, use_paged_context_fmha=True, tokenizer_size=tiny.tokenizer_size,
-            head_masks_unused_ids=True, eos_token_ids=(0, 7), source=tiny.source, routing=None,
+            head_masks_unused_ids=True, eos_token_ids=(0, 7), source=tiny.source, routing=None, left_out_experts=(),
             libraries={"tensorrt_llm": "1.2.0"}, flags=(), settings={}, files=record_engine_files(folder),
         )  # fmt: skip
         write_trtllm_manifest(folder, dataclasses.replace(manifest, **fields))
