@@ -78,9 +78,11 @@ def mpirun(request, tmp_path, monkeypatch) -> Path:
         (folder / "mpirun").symlink_to(STANDIN / "mpirun")
         monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
         return folder / "mpirun"
-    found = shutil.which("mpirun")
+    ours = Path(sys.executable).parent  # where pip puts it
+    found = shutil.which("mpirun", path=f"{ours}:{os.environ['PATH']}")
     if found is None:
         pytest.skip("no Open MPI here")
+    monkeypatch.setenv("PATH", f"{Path(found).parent}:{os.environ['PATH']}")
     return Path(found)
 
 
