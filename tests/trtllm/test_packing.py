@@ -9,23 +9,20 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
+from trtllm.weight_layout import PACKING, Array, packed_by_form, unpacked
 
 from export.quantize.channels import quantize_channels
 from export.trtllm.packing import interleaves_columns, pack, pack_pairs
 
-FACTS = json.loads((Path(__file__).parent / "contract.json").read_text(encoding="utf-8"))["weight_only_packing"]
 EDGES = [(64, 64), (64, 448), (448, 64), (128, 64), (64, 128)]
 NUM_SHAPES = 200
-Array = npt.NDArray[Any]
 
 
-def bytes_by_steps(codes: Array, bits: int, interleaved: bool, facts: dict[str, Any] = FACTS) -> bytes:
+def bytes_by_steps(codes: Array, bits: int, interleaved: bool, facts: dict[str, Any] = PACKING) -> bytes:
     """What the steps make of signed codes [K, N]: neighbouring columns into bytes, rows permuted, turned, columns
     interleaved, made unsigned and reordered in words."""
     kind, per_byte = f"int{bits}", 8 // bits
@@ -58,33 +55,6 @@ def bytes_by_steps(codes: Array, bits: int, interleaved: bool, facts: dict[str, 
     return finished.tobytes()
 
 
-def places(rows: int, columns: int, bits: int, interleaved: bool) -> tuple[Array, Array]:
-    """Of every code [K, N] the 32-bit word that it lies in, and its place there, by the closed form."""
-    k, n = np.indices((rows, columns))
-    if bits == 8 and not interleaved:
-        form = FACTS["closed_form_derived"]["int8"] | {"word32": "n*(K//4) + (k//16)*4 + (k%8)//2"}  # not in the file
-    else:
-        form = FACTS["closed_form_derived"][f"int{bits}" if interleaved else "int4_sm90_dense"]
-    names = {"k": k, "n": n, "K": rows}
-    return eval(form["word32"], names), eval(form["nibble" if bits == 4 else "byte"], names)
-
-
-def bytes_by_form(codes: Array, bits: int, interleaved: bool) -> bytes:
-    """What the closed form makes of signed codes [K, N]."""
-    words = np.zeros(codes.size * bits // 32, dtype="<u4")
-    word, place = places(*codes.shape, bits, interleaved)
-    unsigned = (codes.astype(np.int64) + 2 ** (bits - 1)).astype(np.uint32)
-    np.bitwise_or.at(words, word.reshape(-1), (unsigned << (bits * place).astype(np.uint32)).reshape(-1))
-    return words.tobytes()
-
-
-def unpacked(packed: bytes, rows: int, columns: int, bits: int, interleaved: bool) -> Array:
-    """The signed codes [K, N] of bytes, read where the closed form says."""
-    word, place = places(rows, columns, bits, interleaved)
-    values = np.frombuffer(packed, dtype="<u4")[word] >> (bits * place).astype(np.uint32) & np.uint32(2**bits - 1)
-    return values.astype(np.int64) - 2 ** (bits - 1)
-
-
 def packed_by_us(codes: Array, bits: int, interleaved: bool) -> bytes:
     """Signed codes [K, N] through the packer, which takes them as checkpoints keep them, and unsigned."""
     unsigned = np.ascontiguousarray((codes.T.astype(np.int64) + 2 ** (bits - 1)).astype(np.uint8))
@@ -114,7 +84,7 @@ def test_random_weights_become_the_bytes_of_the_steps_and_of_the_closed_form(num
         found = pack(codes, bits, interleave=interleaved).tobytes()
         expected, expected_scales = quantized(weight, bits)
         assert np.array_equal(scales, expected_scales)
-        assert found == bytes_by_steps(expected, bits, interleaved) == bytes_by_form(expected, bits, interleaved)
+        assert found == bytes_by_steps(expected, bits, interleaved) == packed_by_form(expected, bits, interleaved)
         assert np.array_equal(unpacked(found, rows, columns, bits, interleaved), expected)
 
 
@@ -136,7 +106,7 @@ def test_edge_shapes_and_every_code_are_packed_and_come_back(shape, bits, interl
     end = 2 ** (bits - 1)
     codes.reshape(-1)[: 2 * end] = np.arange(-end, end)
     found = packed_by_us(codes, bits, interleaved)
-    assert found == bytes_by_steps(codes, bits, interleaved) == bytes_by_form(codes, bits, interleaved)
+    assert found == bytes_by_steps(codes, bits, interleaved) == packed_by_form(codes, bits, interleaved)
     assert np.array_equal(unpacked(found, *shape, bits, interleaved), codes)
 
 
@@ -159,7 +129,7 @@ def swapped(values: list[int], first: int, second: int) -> list[int]:
 @pytest.mark.parametrize("fault", ["rows", "order", "bias", "columns", "interleave"])
 def test_one_wrong_step_gives_other_bytes(bits, fault):
     kind, codes = f"int{bits}", random_codes(np.random.default_rng(1), 128, 64, bits)
-    facts = json.loads(json.dumps(FACTS))
+    facts = json.loads(json.dumps(PACKING))
     if fault == "rows":
         facts["row_permutation"][kind]["map"] = swapped(facts["row_permutation"][kind]["map"], 2, 3)
     elif fault == "order":
