@@ -21,7 +21,7 @@ from export.onnx_graph.exporter import ExportPlan, plan_export
 from export.onnx_graph.packing import kernel_layout
 from export.provider import Provider, provider_of
 from export.quantize.recipe import QuantPlan, plan_for
-from export.routing import diagnose
+from export.routing import RoutingReport, diagnose
 from export.tensor_table import Weights
 from export.tokenizer import Tokenizer, load_tokenizer
 from trt_build.engine import FORMAT_VERSION, FileRecord, Manifest, Precision, Source
@@ -205,7 +205,13 @@ def _precision(plan: QuantPlan, export: ExportPlan, weights: Weights) -> Precisi
 
 
 def routing_facts(model: Model) -> dict[str, object] | None:
+    """The diagnosis of the gates as JSON values; None for a dense model."""
+    report = routing_report(model)
+    return None if report is None else report.to_json()
+
+
+def routing_report(model: Model) -> RoutingReport | None:
     """The diagnosis of the gates; None for a dense model."""
     if not model.architecture.is_moe:
         return None
-    return diagnose(model.gates(), model.architecture.experts_per_token).to_json()
+    return diagnose(model.gates(), model.architecture.experts_per_token)

@@ -55,7 +55,7 @@ class CheckpointOptions:
     """What to write. `dtype` is of what is not quantised (None: float16), `group_size` of the group-wise precisions
     (None: the first of GROUP_SIZES that fits); `sm` is the compute capability of the GPU that packed matrices are laid
     out for; with `plain` the checkpoint holds floats, and the machine that builds the engine quantises them. Ids from
-    `mask_from` on stand for no text."""
+    `mask_from` on stand for no text. `left_out` are experts that no layer can choose (export/routing.py)."""
 
     precision: str = "int4"
     dtype: str | None = None
@@ -64,6 +64,7 @@ class CheckpointOptions:
     sm: int = DEFAULT_SM
     plain: bool = False
     mask_from: int | None = None
+    left_out: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,9 @@ def plan_checkpoint(model: Model, options: CheckpointOptions) -> CheckpointPlan:
     precision = trtllm_precision(options.precision)
     dtype = float_type(precision, options.dtype)
     what = f"laying out a TensorRT-LLM checkpoint of {model.weights.checkpoint.identity}"
-    problems = options.parallel.problems(model.architecture, pipeline=model.family.trtllm.pipeline)
+    experts = tuple(e for e in range(model.architecture.num_experts) if e not in options.left_out)
+    facts = dataclasses.replace(model.architecture, num_experts=len(experts))
+    problems = options.parallel.problems(facts, pipeline=model.family.trtllm.pipeline)
     problems += architecture_problems(precision, options.sm, dtype)
     if options.plain and (precision.grouped or not precision.bits):
         problems.append(f"plain weights are for int8 and int4, which the library quantises; found {precision.name}")
@@ -122,6 +125,7 @@ def plan_checkpoint(model: Model, options: CheckpointOptions) -> CheckpointPlan:
         sm=options.sm,
         plain=options.plain,
         mask_from=options.mask_from,
+        experts=experts,
     )
     layout = plan_layout(model, layout_options)
     if precision.bits:

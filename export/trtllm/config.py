@@ -46,7 +46,7 @@ def checkpoint_config(model: Model, options: LayoutOptions) -> dict[str, Any]:
     }
     if facts.is_moe:
         config["moe"] = {
-            "num_experts": facts.num_experts,
+            "num_experts": len(options.experts),
             "top_k": facts.experts_per_token,
             "normalization_mode": RENORMALIZE,
         }

@@ -76,12 +76,14 @@ class RankConverter(Converter[TensorJob]):
             }
             for group, first, parts in weights.placed_chunks(job.source, multiple=TILE):
                 for turn, values in enumerate(parts):
+                    takers = _takers(job, group, turn, first, len(values))
+                    if not takers:  # an expert that is left out
+                        continue
                     rows = _encoded(job, _masked(job, values, first))
-                    for piece, region in zip(job.slices, regions, strict=False):
-                        taken = _rows_taken(piece, group, turn, first, len(values))
-                        if taken is not None:
-                            region.write(files[piece.rank], rows.share(job, piece, first, taken))
-                            rows.note_scales(scales[piece.rank], job, piece, first, taken)
+                    for index, taken in takers:
+                        piece = job.slices[index]
+                        regions[index].write(files[piece.rank], rows.share(job, piece, first, taken))
+                        rows.note_scales(scales[piece.rank], job, piece, first, taken)
             for (ending, side), region in zip(job.side_tensors, regions[len(job.slices) :], strict=True):
                 region.write(files[side.rank], _beside(job, ending, side, scales[side.rank]))
             if job.mask_from is not None:  # what fills the vocabulary up is masked as well
@@ -95,7 +97,7 @@ class RankConverter(Converter[TensorJob]):
     def _slice_region(self, job: TensorJob, piece: Slice, index: int) -> PlannedRegion:
         tensor = job.tensors[piece.rank]
         row_bytes = tensor.planned.num_bytes // tensor.rows
-        # The head's one slice ends where the vocabulary does, the rest of its tensor is zeros.
+        # A rank's only slice may end before its tensor, the rest of which is zeros: the head's at the vocabulary's end.
         rows = tensor.rows if len(job.slices) == len(job.tensors) else piece.last - piece.first
         offset = self.offsets[piece.rank][tensor.planned.name] + piece.row * row_bytes
         return PlannedRegion(_region_name(tensor, index), offset, rows * row_bytes)
@@ -112,6 +114,12 @@ def rank_file(rank: int) -> str:
 
 def _region_name(tensor: RankTensor, index: int) -> str:
     return f"{rank_file(tensor.rank)}{_SEPARATOR}{tensor.planned.name}[{index}]"
+
+
+def _takers(job: TensorJob, group: int, turn: int, first: int, num_rows: int) -> list[tuple[int, tuple[int, int]]]:
+    """The slices that take some of a chunk's rows, by their places in the job, each with the rows."""
+    found = ((index, _rows_taken(piece, group, turn, first, num_rows)) for index, piece in enumerate(job.slices))
+    return [(index, taken) for index, taken in found if taken is not None]
 
 
 def _rows_taken(piece: Slice, group: int, turn: int, first: int, num_rows: int) -> tuple[int, int] | None:

@@ -121,6 +121,7 @@ class LayoutOptions:
     sm: int
     plain: bool
     mask_from: int | None
+    experts: tuple[int, ...]  # those that are written, in their order; none of a dense model
 
 
 def plan_layout(model: Model, options: LayoutOptions) -> Layout:
@@ -168,7 +169,7 @@ class _Row:
     ) -> None:
         self.spec, self.layer, self.module, self.kind = spec, layer, module, kind
         self.facts, self.options, self.parallel = facts, options, options.parallel
-        self.experts = facts.num_experts if spec.join in (Join.STACK, Join.INTERLEAVE) else 0
+        self.experts = len(options.experts) if spec.join in (Join.STACK, Join.INTERLEAVE) else 0
         self.quantised = module in QUANTISED and kind == "weight" and options.precision.bits > 0
 
     def job(self) -> TensorJob:
@@ -281,7 +282,10 @@ class _Row:
     def _dense_shares(self, tp_rank: int, width: int) -> Iterator[tuple[int, int, tuple[int, int]]]:
         """Rows of the whole and columns that a rank takes."""
         tp, rows = self.parallel.tp_size, self.spec.shape[0]
-        if self.module == QKV:
+        if self.module == ROUTER:
+            for expert in self.options.experts:
+                yield expert, expert + 1, (0, width)
+        elif self.module == QKV:
             for first, last in self._heads(tp_rank):
                 yield first, last, (0, width)
         elif self.module == HEAD:
@@ -310,6 +314,7 @@ class _Row:
         parallel, rows = self.parallel, self.spec.parts[0].shape[0]
         moe_tp_rank, moe_ep_rank = divmod(tp_rank, parallel.moe_ep)
         block = self.experts // parallel.moe_ep
+        held = self.options.experts[moe_ep_rank * block : (moe_ep_rank + 1) * block]
         columns, first, last = (0, width), 0, rows
         if self.module in CUT_ALONG_OUTPUT:
             first, last = moe_tp_rank * (rows // parallel.moe_tp), (moe_tp_rank + 1) * (rows // parallel.moe_tp)
@@ -317,7 +322,7 @@ class _Row:
             columns = moe_tp_rank * (width // parallel.moe_tp), (moe_tp_rank + 1) * (width // parallel.moe_tp)
         turns = (1, 0) if self.spec.join is Join.INTERLEAVE else (0,)  # up before gate
         row = 0
-        for expert in range(moe_ep_rank * block, (moe_ep_rank + 1) * block):
+        for expert in held:
             for turn in turns:
                 yield Slice(rank=rank, group=expert, turn=turn, first=first, last=last, columns=columns, row=row)
                 row += last - first

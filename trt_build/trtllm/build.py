@@ -21,6 +21,7 @@ from export.checkpoint import Checkpoint
 from export.conversion.writer import Progress
 from export.errors import OutputError, listing
 from export.output import refuse_existing, staged_directory
+from export.routing import RoutingReport
 from export.trtllm.checkpoint import (
     CheckpointPlan,
     checkpoint_settings,
@@ -33,7 +34,7 @@ from trt_build.errors import EngineError
 from trt_build.evaluation_text import standard_text
 from trt_build.machine import Machine, read_machine
 from trt_build.parity import Verification
-from trt_build.prepare import SourceModel, libraries, open_source, routing_facts
+from trt_build.prepare import SourceModel, libraries, open_source, routing_report
 from trt_build.trtllm.engine import (
     CONFIG_FILE,
     FORMAT_VERSION,
@@ -77,6 +78,7 @@ class _Build:
     source: SourceModel
     machine: Machine
     checkpoint: CheckpointPlan
+    routing: RoutingReport | None
     plan: TrtllmPlan
 
     def reaches(self, stage: str) -> bool:
@@ -141,11 +143,14 @@ def _prepare(options: TrtllmOptions) -> _Build:
     """Everything that is decided, and refused, before a weight is read."""
     source, machine = open_source(options.checkpoint, options.experts_per_token, options.max_seq_len), read_machine()
     check_options(options, source.model, machine)
-    checkpoint = plan_checkpoint(source.model, options.checkpoint_options(machine, source.tokenizer.size))
-    plan = plan_trtllm(checkpoint, options, source.max_sequence)
+    routing = routing_report(source.model)
+    left_out = routing.never_chosen if routing else ()
+    wanted = options.checkpoint_options(machine, source.tokenizer.size, left_out)
+    checkpoint = plan_checkpoint(source.model, wanted)
+    plan = plan_trtllm(checkpoint, options, source.max_sequence, routing)
     for note in plan.notes:
         logger.warning("%s", note)
-    return _Build(options=options, source=source, machine=machine, checkpoint=checkpoint, plan=plan)
+    return _Build(options=options, source=source, machine=machine, checkpoint=checkpoint, routing=routing, plan=plan)
 
 
 def _existing_engine(build: _Build) -> TrtllmEngine | None:
@@ -261,7 +266,8 @@ def _manifest(build: _Build, library: Library, digests: Mapping[str, str], folde
         head_masks_unused_ids=has_biased_head(source.model),
         eos_token_ids=source.end_ids,
         source=_source(source.checkpoint, digests),
-        routing=routing_facts(source.model),
+        routing=build.routing.to_json() if build.routing else None,
+        left_out_experts=build.checkpoint.options.left_out,
         libraries={**libraries(), "tensorrt_llm": library.version},
         flags=tuple(build.settings()["flags"]),
         settings=build.settings(),

@@ -85,6 +85,7 @@ class TrtllmManifest:
     eos_token_ids: tuple[int, ...]
     source: Source
     routing: Mapping[str, Any] | None
+    left_out_experts: tuple[int, ...]  # that no layer can choose; the others are numbered without them
     libraries: Mapping[str, str]
     flags: tuple[str, ...]
     settings: Mapping[str, Any]  # what decides the engine beside its source

@@ -64,8 +64,9 @@ class TrtllmOptions:
             return self.gpu_sm
         return machine.gpus[0].sm if machine.gpus else DEFAULT_SM
 
-    def checkpoint_options(self, machine: Machine, tokenizer_size: int) -> CheckpointOptions:
-        """The part of these that the checkpoint depends on."""
+    def checkpoint_options(self, machine: Machine, tokenizer_size: int, left_out: tuple[int, ...]) -> CheckpointOptions:
+        """The part of these that the checkpoint depends on, with what the model adds: its tokenizer's ids, and the
+        experts that no layer can choose."""
         return CheckpointOptions(
             precision=self.precision,
             dtype=self.dtype,
@@ -74,6 +75,7 @@ class TrtllmOptions:
             sm=self.sm(machine),
             plain=self.plain_weights,
             mask_from=tokenizer_size,
+            left_out=left_out,
         )
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from export.routing import RoutingReport
+from export.tensor_table import Join, Role, TensorSpec
 from export.trtllm.checkpoint import CheckpointPlan
 from export.trtllm.converter import rank_file
 from trt_build.trtllm.options import TrtllmOptions
@@ -56,12 +58,14 @@ class TrtllmPlan:
         return {**dataclasses.asdict(self), "files": files, "checkpoint_bytes": sum(self.rank_bytes)}
 
 
-def plan_trtllm(checkpoint: CheckpointPlan, options: TrtllmOptions, max_sequence: int) -> TrtllmPlan:
+def plan_trtllm(
+    checkpoint: CheckpointPlan, options: TrtllmOptions, max_sequence: int, routing: RoutingReport | None
+) -> TrtllmPlan:
     """Count a laid-out checkpoint; reads no weights."""
     model, config = checkpoint.model, checkpoint.config
     facts, parallel = model.architecture, options.parallel
     tensors = [tensor for rank in checkpoint.headers for tensor in checkpoint.layout.tensors(rank)]
-    num_weights = sum(spec.num_elements for spec in model.weights.table.values())
+    num_weights = sum(_num_written(spec, checkpoint) for spec in model.weights.table.values())
     layers = len(parallel.layers(0, facts.num_layers))
     heads = max(facts.num_kv_heads, parallel.tp_size) // parallel.tp_size
     grouped = "group_size" in config["quantization"]
@@ -80,8 +84,16 @@ def plan_trtllm(checkpoint: CheckpointPlan, options: TrtllmOptions, max_sequence
         source_bytes=sum(stored.num_bytes for stored in model.weights.checkpoint.tensors.values()),
         conversion_bytes=checkpoint.conversion_bytes(),
         kv_bytes_per_token=2 * layers * heads * facts.head_size * _FLOAT_BYTES[config["dtype"]],
-        notes=_notes(checkpoint, grouped=grouped),
+        notes=_notes(checkpoint, routing, grouped=grouped),
     )
+
+
+def _num_written(spec: TensorSpec, checkpoint: CheckpointPlan) -> int:
+    """The values of a row of the table without those of experts that are left out."""
+    experts = checkpoint.model.architecture.num_experts
+    if spec.role is not Role.ROUTER and spec.join not in (Join.STACK, Join.INTERLEAVE):
+        return spec.num_elements
+    return spec.num_elements * (experts - len(checkpoint.options.left_out)) // experts
 
 
 def _bytes_per_token(checkpoint: CheckpointPlan) -> int:
@@ -93,17 +105,31 @@ def _bytes_per_token(checkpoint: CheckpointPlan) -> int:
             if name.startswith("transformer.vocab_embedding."):
                 share = 1 / facts.vocab_size
             elif facts.is_moe and (".mlp.fc." in name or ".mlp.proj." in name):
-                share = facts.experts_per_token / facts.num_experts
+                share = facts.experts_per_token / checkpoint.config["moe"]["num_experts"]
             total += tensor.planned.num_bytes * share
     return round(total)
 
 
-def _notes(checkpoint: CheckpointPlan, *, grouped: bool) -> tuple[str, ...]:
+def _notes(checkpoint: CheckpointPlan, routing: RoutingReport | None, *, grouped: bool) -> tuple[str, ...]:
     """What a user should know before building."""
-    found = []
+    found, facts, left_out = [], checkpoint.model.architecture, set(checkpoint.options.left_out)
+    if left_out:
+        found.append(
+            f"experts {', '.join(map(str, sorted(left_out)))} are left out: in every layer their gate rows equal those "
+            "of experts before them, so that none of them can ever be chosen"
+        )
+    groups = {group for layer in routing.layers for group in layer.duplicate_groups} if routing else set()
+    if (
+        any(len(set(group) - left_out) > 1 for group in groups)
+        and facts.num_experts - len(left_out) > facts.experts_per_token
+    ):
+        found.append(
+            "some gate rows are equal: of equal logits moeship takes the lowest expert, TensorRT's top-k may take "
+            "another; the comparison with the reference tells"
+        )
     if (
         grouped
-        and checkpoint.model.architecture.is_moe
+        and facts.is_moe
         and any(spec.name.endswith(".fc1.bias") for spec in checkpoint.model.weights.table.values())
     ):
         found.append(
