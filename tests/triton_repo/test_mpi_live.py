@@ -10,21 +10,19 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
 import psutil
 import pytest
+from serve_command import PATIENCE_S, start_command, wait_until
 
 from triton_repo.errors import ServerError
 from triton_repo.processes import MARK_VARIABLE
 from triton_repo.server import ServerOptions, running_server
 
 STANDIN = Path(__file__).parent / "mpi_standin"
-PATIENCE_S = 60
 # Notes that it lives, and with which variables, in a file of its rank; then that it ended in order. The parallel one
 # waits in rank 0 until it lives in rank 1, as TensorRT-LLM's does. Each starts a process that leaves its session.
 MODEL = """
@@ -101,22 +99,6 @@ def living(mark: str) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
-
-
-def wait_until(holds) -> bool:
-    deadline = time.monotonic() + PATIENCE_S
-    while not (result := holds()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return result
-
-
-def start_command(repository: Path, *words: str) -> tuple[subprocess.Popen, dict]:
-    command = subprocess.Popen(
-        [sys.executable, "-m", "cli.main", "serve", str(repository), "--json", *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
-        env={**os.environ, "TMPDIR": str(repository.parent)},
-    )  # fmt: skip
-    return command, json.loads(command.stdout.readline())
 
 
 def test_every_rank_runs_the_parallel_model_and_the_first_alone_answers(repository, mpirun):

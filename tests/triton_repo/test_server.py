@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
 import psutil
 import pytest
+from serve_command import PATIENCE_S, start_command, wait_until
 
 from cli.main import main
 from export.errors import MissingPackageError
@@ -24,8 +23,6 @@ from triton_repo.installation import find_installation
 from triton_repo.package import PackageOptions, package_engine
 from triton_repo.ports import Ports, choose_ports
 from triton_repo.server import ServerOptions, running_server
-
-PATIENCE_S = 60
 
 
 @pytest.fixture
@@ -40,13 +37,6 @@ def taken_port():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         yield taken.getsockname()[1]
-
-
-def wait_until(holds) -> bool:
-    deadline = time.monotonic() + PATIENCE_S
-    while not (result := holds()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return result
 
 
 def processes_of(group: int) -> list[psutil.Process]:
@@ -180,15 +170,6 @@ def test_the_memory_of_a_killed_server_is_given_back(small_repository):
         [setting] = [word for word in server.process.args if "shm-region-prefix-name=" in word]
         assert regions(setting.rpartition("=")[2])
     assert not regions(setting.rpartition("=")[2])
-
-
-def start_command(repository: Path, *arguments: str) -> tuple[subprocess.Popen, dict]:
-    command = subprocess.Popen(
-        [sys.executable, "-m", "cli.main", "serve", str(repository), "--json", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
-        env={**os.environ, "TMPDIR": str(repository.parent)},
-    )  # fmt: skip
-    return command, json.loads(command.stdout.readline())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
