@@ -119,6 +119,13 @@ def test_several_ready_models_are_listed_and_one_must_be_chosen(server, capsys):
     assert main(["generate", "--url", server.url, "--model", "mixtral", "x"]) == 0
 
 
+def test_an_ensemble_is_taken_and_its_steps_are_not_asked_about(server):
+    steps = ("preprocessing", "tensorrt_llm", "postprocessing")
+    server.states = (*((step, "READY", "") for step in steps), ("mixture", "READY", ""))
+    assert main(["generate", "--url", server.url, "x"]) == 0
+    assert server.requests[-1].model_name == "mixture"
+
+
 def test_a_server_without_a_ready_model_says_why(server, capsys):
     server.states = (("phixtral", "UNAVAILABLE", "engine.json is missing"),)
     assert main(["generate", "--url", server.url, "x"]) == 2
