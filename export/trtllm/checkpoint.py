@@ -23,12 +23,13 @@ from typing import Any
 
 from export.checkpoint import read_json
 from export.conversion.writer import Progress, conversion_bytes, write_parts
-from export.digests import source_digests
+from export.digests import Run, source_digests
 from export.errors import ConfigError, ExportError, listing
 from export.families import Model
 from export.resume import Fingerprint, SourceFile, partial_folder, refuse_made
 from export.shard_writer import header_of
 from export.sources import check_unchanged, source_files
+from export.tensor_table import Weights
 from export.trtllm.config import checkpoint_config
 from export.trtllm.converter import RankConverter, rank_file
 from export.trtllm.layout import DENSE, QKV, Layout, LayoutOptions, matrix_shapes, plan_layout
@@ -272,26 +273,56 @@ def require_written(plan: CheckpointPlan, folder: Path) -> Mapping[str, str]:
         manifest = read_json(folder / MANIFEST_FILE, "the checkpoint's manifest")
     except ConfigError as error:
         raise ExportError(f"{where}: {error}; {remedy}") from error
-    expected = json.loads(json.dumps({"settings": checkpoint_settings(plan),
-                                      "read_from": _states(source_files(plan.model.weights.checkpoint))}))  # fmt: skip
-    problems = []
-    for part, name in (("settings", "its setting"), ("read_from", "its source file")):
-        kept = manifest.get(part)
-        found: dict[str, Any] = kept if isinstance(kept, dict) else {}
-        problems += [
-            f"{name} {key} is {_short(found.get(key))}, expected {_short(expected[part].get(key))}"
-            for key in sorted({*found, *expected[part]})
-            if found.get(key) != expected[part].get(key)
-        ]
+    read_from = _states(source_files(plan.model.weights.checkpoint))
+    problems = [
+        *(f"its setting {problem}" for problem in differing_settings(manifest.get("settings"), plan)),
+        *(f"its source file {problem}" for problem in _differences(manifest.get("read_from"), read_from)),
+    ]
     for rank, num_bytes in plan.rank_bytes.items():
         path = folder / rank_file(rank)
         size = path.stat().st_size if path.is_file() else None
         if size != num_bytes:
             problems.append(f"{path.name} has {size} bytes, expected {num_bytes}")
+    sources: Mapping[str, str] = manifest.get("sources") or {}
+    if not problems:
+        changed = changed_sources(plan.model.weights, sources, folder / MANIFEST_FILE)
+        problems += [f"its source file {problem}" for problem in changed]
     if problems:
         raise ExportError(f"{where}: it is another; {remedy}:{listing(problems)}")
-    sources: Mapping[str, str] = manifest["sources"]
     return sources
+
+
+def differing_settings(found: object, plan: CheckpointPlan) -> list[str]:
+    """What a checkpoint was written with against what the plan's would be, the settings that differ by name."""
+    problems = _differences(found, checkpoint_settings(plan))
+    # These follow from the others, and say little.
+    told = [text for text in problems if not text.startswith(("config is", "layout is"))]
+    return told or problems
+
+
+def changed_sources(weights: Weights, digests: Mapping[str, str], written: Path) -> list[str]:
+    """Which of the source files are not those of the digests; they are read where they changed after `written` did."""
+    checkpoint = weights.checkpoint
+    files = [*checkpoint.shards, checkpoint.folder / "config.json"]
+    if max(path.stat().st_ctime_ns for path in files) <= written.stat().st_mtime_ns:
+        return []
+    runs: dict[str, tuple[Run, ...]] = {}
+    for row in weights.table:
+        for name, starts in weights.run_starts(row).items():
+            ends = [*starts[1:], checkpoint.tensors[name].num_bytes]
+            runs[name] = tuple(Run(bytes=end - start, sha256="") for start, end in zip(starts, ends, strict=True))
+    return _differences(digests, source_digests(checkpoint, runs))
+
+
+def _differences(found: object, expected: Mapping[str, Any]) -> list[str]:
+    """What differs of JSON objects, key by key."""
+    kept: dict[str, Any] = found if isinstance(found, dict) else {}
+    wanted = json.loads(json.dumps(expected))
+    return [
+        f"{key} is {_short(kept.get(key))}, expected {_short(wanted.get(key))}"
+        for key in sorted({*kept, *wanted})
+        if kept.get(key) != wanted.get(key)
+    ]
 
 
 def _short(value: object) -> str:

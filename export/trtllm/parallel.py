@@ -33,14 +33,14 @@ class Parallelism:
         """Slices of each expert's width."""
         if self.moe_tp_size is not None:
             return self.moe_tp_size
-        return self.tp_size if self.moe_ep_size is None else max(1, self.tp_size // self.moe_ep_size)
+        return self.tp_size if self.moe_ep_size is None else max(1, self.tp_size // max(1, self.moe_ep_size))
 
     @property
     def moe_ep(self) -> int:
         """Blocks of experts."""
         if self.moe_ep_size is not None:
             return self.moe_ep_size
-        return 1 if self.moe_tp_size is None else max(1, self.tp_size // self.moe_tp_size)
+        return 1 if self.moe_tp_size is None else max(1, self.tp_size // max(1, self.moe_tp_size))
 
     def mapping(self) -> dict[str, int]:
         """The `mapping` of config.json."""

@@ -82,7 +82,7 @@ def trtllm_precision(name: str) -> TrtllmPrecision:
     """The precision of a name. Raises QuantizationError that lists what exists."""
     if name not in TRTLLM_PRECISIONS:
         near = difflib.get_close_matches(name, TRTLLM_PRECISIONS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         raise QuantizationError(
             f"choosing the precision: {name!r} is unknown{hint} TensorRT-LLM has: {', '.join(TRTLLM_PRECISIONS)}"
         )

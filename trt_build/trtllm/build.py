@@ -9,10 +9,10 @@ checkpoint is written, and LibraryMissing says how to finish.
 
 from __future__ import annotations
 
-import json
 import logging
+import shlex
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from export.output import refuse_existing, staged_directory
 from export.routing import RoutingReport
 from export.trtllm.checkpoint import (
     CheckpointPlan,
+    changed_sources,
     checkpoint_settings,
+    differing_settings,
     plan_checkpoint,
     require_written,
     write_checkpoint,
@@ -32,7 +34,7 @@ from export.trtllm.checkpoint import (
 from trt_build.engine import Source
 from trt_build.errors import EngineError
 from trt_build.evaluation_text import standard_text
-from trt_build.machine import Machine, read_machine
+from trt_build.machine import LIBRARY, Machine, read_machine, release
 from trt_build.parity import Verification
 from trt_build.prepare import SourceModel, libraries, open_source, routing_report
 from trt_build.trtllm.engine import (
@@ -107,9 +109,14 @@ class _Build:
         ]
 
     def settings(self) -> dict[str, Any]:
-        """What decides the engine beside the source and the library, as plain JSON values."""
+        """What decides the engine and its manifest beside the source and the library, as plain JSON values."""
         flags = [word for word in self.flags() if not word.endswith(".py")]
-        return {"checkpoint": checkpoint_settings(self.checkpoint), "flags": flags, "sm": self.options.sm(self.machine)}
+        return {
+            "checkpoint": checkpoint_settings(self.checkpoint),
+            "flags": flags,
+            "sm": self.options.sm(self.machine),
+            "kv_cache_fraction": self.options.kv_cache_fraction,
+        }
 
 
 def build_trtllm(options: TrtllmOptions, progress: Callable[[Progress], None] | None = None) -> Outcome:
@@ -122,21 +129,22 @@ def build_trtllm(options: TrtllmOptions, progress: Callable[[Progress], None] | 
     build = _prepare(options)
     if not build.reaches("checkpoint"):
         return Outcome(plan=build.plan)
-    existing = _existing_engine(build)
-    if existing is None:
+    engine = _existing_engine(build) if build.reaches("engine") else None
+    if engine is None:
         digests = _checkpoint(build, progress)
-        if not build.reaches("engine"):
-            return Outcome(plan=build.plan, checkpoint=options.checkpoint_folder)
-        existing = _build_engine(build, digests)
-    elif not build.reaches("engine"):
-        return Outcome(plan=build.plan, checkpoint=options.checkpoint_folder)
-    if not build.reaches("verify"):
-        return Outcome(plan=build.plan, checkpoint=options.checkpoint_folder, engine=existing)
-    verification = verify_trtllm(
-        existing, build.source.model, _library(build).python, standard_text(), options.verify_tokens, logger.info
+        engine = _build_engine(build, digests) if build.reaches("engine") else None
+    verification = None
+    if engine is not None and build.reaches("verify"):
+        python, text = _library(build).python, standard_text()
+        verification = verify_trtllm(engine, build.source.model, python, text, options.verify_tokens, logger.info)
+        record_trtllm(engine, verification)
+    folder = options.checkpoint_folder  # whoever has an engine may have removed it
+    return Outcome(
+        plan=build.plan,
+        checkpoint=folder if folder.is_dir() else None,
+        engine=engine,
+        verification=verification,
     )
-    record_trtllm(existing, verification)
-    return Outcome(plan=build.plan, checkpoint=options.checkpoint_folder, engine=existing, verification=verification)
 
 
 def _prepare(options: TrtllmOptions) -> _Build:
@@ -165,19 +173,39 @@ def _existing_engine(build: _Build) -> TrtllmEngine | None:
         raise OutputError(
             f"writing the engine: {output} exists already and is no engine of this build ({error})"
         ) from error
-    expected = json.loads(json.dumps(build.settings()))
-    different = [
-        f"{key} is {found}, expected {expected.get(key)}"
-        for key, found in engine.manifest.settings.items()
-        if found != expected.get(key)
-    ]
+    different = [*_other_settings(build, engine.manifest.settings), *_other_library(build, engine.manifest)]
+    if not different:
+        digests, written = engine.manifest.source.digests, output / CONFIG_FILE
+        different = [f"its source's {text}" for text in changed_sources(build.source.model.weights, digests, written)]
     if different:
         raise OutputError(
             f"writing the engine: {output} exists already and was built otherwise; name another output or remove it "
-            f"first:{listing([text[:200] for text in different])}"
+            f"first:{listing(different)}"
         )
     logger.info("%s is there already: the engine's stage is done", output)
     return engine
+
+
+def _other_settings(build: _Build, found: Mapping[str, Any]) -> Iterator[str]:
+    """What an engine was built with against what this build would."""
+    expected = build.settings()
+    yield from differing_settings(found.get("checkpoint"), build.checkpoint)
+    kept, flags = found.get("flags") or [], expected["flags"]
+    if len(kept) != len(flags):
+        yield f"the flags are {shlex.join(kept)}, expected {shlex.join(flags)}"
+    else:
+        names = ["", *flags]
+        yield from (f"{names[i]} is {kept[i]}, expected {word}" for i, word in enumerate(flags) if kept[i] != word)
+    for key in ("sm", "kv_cache_fraction"):
+        if found.get(key) != expected[key]:
+            yield f"{key} is {found.get(key)}, expected {expected[key]}"
+
+
+def _other_library(build: _Build, manifest: TrtllmManifest) -> Iterator[str]:
+    """An engine runs on its own release alone."""
+    built_by, installed = manifest.libraries.get(LIBRARY, ""), build.machine.tensorrt_llm
+    if installed is not None and release(built_by) != release(installed):
+        yield f"it was built by TensorRT-LLM {built_by or 'unknown'}, and {installed} is installed here"
 
 
 def _checkpoint(build: _Build, progress: Callable[[Progress], None] | None) -> Mapping[str, str]:
@@ -201,8 +229,13 @@ def _library(build: _Build) -> Library:
     found = find_library(build.machine)
     if isinstance(found, Library):
         return found
-    source = build.source.checkpoint.folder
-    mounts = [source, options.output.resolve().parent, options.checkpoint_folder.resolve().parent]
+    source = build.source.checkpoint
+    mounts = [
+        source.folder,
+        *(path.resolve().parent for path in source.shards),  # links into a hub's cache
+        options.output.resolve().parent,
+        options.checkpoint_folder.resolve().parent,
+    ]
     raise library_missing(found, options.checkpoint_folder, command_of(options), mounts)
 
 

@@ -14,6 +14,7 @@ from export.trtllm.checkpoint import DEFAULT_SM, CheckpointOptions
 from export.trtllm.parallel import Parallelism
 from trt_build.errors import EngineError
 from trt_build.machine import Machine
+from trt_build.parity import MIN_TOKENS
 
 STAGES = ("plan", "checkpoint", "engine", "verify")
 SUPPORTED = ("1.0", "1.1", "1.2")  # later releases have no engines: NVIDIA/TensorRT-LLM#15907, #15918
@@ -110,6 +111,13 @@ def _value_problems(options: TrtllmOptions, facts: Architecture) -> Iterator[str
         yield f"--kv-cache-fraction is {options.kv_cache_fraction}, expected a number between 0 and 1"
     if options.max_seq_len is not None and not 1 < options.max_seq_len <= facts.max_positions:
         yield f"--max-seq-len is {options.max_seq_len}, expected 2 to {facts.max_positions}, the model's own"
+    longest = min(options.max_seq_len or facts.max_positions, options.max_num_tokens + 1)
+    compared = min(options.verify_tokens, longest - 1)
+    if options.until == STAGES[-1] and compared < MIN_TOKENS:
+        yield (
+            f"{compared} tokens would be compared with the reference, expected at least {MIN_TOKENS}; ask for more "
+            "with --verify-tokens, or for longer sequences, or stop with --until engine"
+        )
     if facts.sliding_window is not None and (options.max_seq_len or facts.max_positions) > facts.sliding_window:
         yield (
             f"attention looks back on {facts.sliding_window} positions only, which the engine's network does not; "
@@ -124,7 +132,7 @@ def _model_problems(options: TrtllmOptions, model: Model) -> Iterator[str]:
             f"--workers is {options.workers}: trtllm-build starts workers that do not know {network.architecture}, "
             "which the library lacks; use --workers 1, which builds the ranks one after the other"
         )
-    rows = -(-facts.vocab_size // options.tp_size) * options.tp_size
+    rows = -(-facts.vocab_size // max(1, options.tp_size)) * options.tp_size
     if rows > facts.vocab_size and not has_biased_head(model):
         yield (
             f"the vocabulary of {facts.vocab_size} rows fills up to {rows} for tp_size {options.tp_size}, and this "
@@ -146,10 +154,17 @@ def _machine_problems(options: TrtllmOptions, machine: Machine) -> Iterator[str]
             f"TensorRT-LLM {version} is installed, engines are built with {SUPPORTED[0]} to {SUPPORTED[-1]}, the last "
             "line that has them; use one of these, or 'moeship package --backend llmapi' for what came after"
         )
-    if machine.gpus and options.gpu_sm is not None and all(gpu.sm != options.gpu_sm for gpu in machine.gpus):
-        found = ", ".join(f"{gpu.name} (SM {gpu.sm})" for gpu in machine.gpus)
-        if STAGES.index(options.until) >= STAGES.index("engine"):
-            yield (
-                f"--gpu-sm is {options.gpu_sm} and this machine has {found}: an engine is built on the GPU that it is "
-                "for; leave --gpu-sm out, or stop with --until checkpoint and finish there"
-            )
+    if not machine.gpus or options.until not in STAGES[2:]:
+        return
+    found = ", ".join(f"{gpu.name} (SM {gpu.sm})" for gpu in machine.gpus)
+    if options.gpu_sm is not None and all(gpu.sm != options.gpu_sm for gpu in machine.gpus):
+        yield (
+            f"--gpu-sm is {options.gpu_sm} and this machine has {found}: an engine is built on the GPU that it is "
+            "for; leave --gpu-sm out, or stop with --until checkpoint and finish there"
+        )
+    ranks, gpus = options.parallel.world_size, len(machine.gpus) if machine.visible is None else machine.visible
+    if options.until == STAGES[-1] and ranks > gpus:
+        yield (
+            f"an engine of {ranks} ranks runs on as many GPUs, and this machine has {found}: stop with --until engine, "
+            "and give the same command without it where it can be verified"
+        )
