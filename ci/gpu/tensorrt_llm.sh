@@ -63,7 +63,7 @@ run_container() {
 # In the container: a Python environment below the output for moeship's packages, since TensorRT-LLM's Python has other
 # versions of torch and transformers. moeship itself runs from the clone. Sets python.
 make_environment() {
-  local venv=$output/venv packages=() wanted
+  local venv=$output/venv packages=() package wanted
   wanted="$(python3 --version) $(cksum < "$root/pyproject.toml") $root"
   python=$venv/bin/python
   [[ ! -f $venv/ready || $(< "$venv/ready") != "$wanted" ]] || return 0
@@ -80,7 +80,11 @@ END
   python3 -m pip install --quiet --target "$venv.virtualenv" virtualenv
   PYTHONPATH=$venv.virtualenv python3 -m virtualenv --quiet "$venv"
   rm -rf "$venv.virtualenv"
-  "$python" -m pip install --quiet --extra-index-url "$CPU_TORCH" "${packages[@]}"
+  for package in "${packages[@]}"; do
+    [[ $package != torch==* ]] || "$python" -m pip install --quiet --retries 1 --index-url "$CPU_TORCH" "$package" \
+      || echo "$CPU_TORCH cannot be reached; taking the larger build" >&2
+  done
+  "$python" -m pip install --quiet "${packages[@]}"
   "$python" - "$root" << 'END'
 import pathlib, sys, sysconfig
 pathlib.Path(sysconfig.get_path("purelib"), "moeship.pth").write_text(sys.argv[1] + "\n")
@@ -93,7 +97,7 @@ run_inside() {
   python=${PYTHON:-}
   if [[ -z $python ]]; then
     # The container's own Python can say whether it is worth installing anything.
-    PYTHONPATH=$root python3 "$work" --check "${words[@]}" || exit $?
+    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} python3 "$work" --check "${words[@]}" || exit $?
     [[ " ${words[*]} " != *" --check "* ]] || exit 0
     trap 'refuse "the packages of moeship cannot be installed into $output/venv; pip says above why"' ERR
     make_environment

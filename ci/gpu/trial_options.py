@@ -73,7 +73,8 @@ class Options:
         shares = [SHARES[precision] for precision in self.precisions]
         largest = max(model.num_bytes for model in self.models)
         disk = sum(model.num_bytes * (1 + 2 * sum(shares)) for model in self.models) + BESIDE_DISK
-        there = sum(path.stat().st_size for path in self.output.rglob("*") if path.is_file())
+        files = (path.stat() for path in self.output.rglob("*") if path.is_file())
+        there = sum({file.st_ino: file.st_size for file in files}.values())  # repositories link to engines
         return Needs(
             output=self.output,
             tp_size=self.tp_size,
