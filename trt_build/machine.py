@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 _CONTAINERS = {"1.0.0": "25.10", "1.1.0": "26.02", "1.2.0": "26.03", "1.2.1": "26.07"}
 _NEWEST = "1.2.1"
 LIBRARY, BUILD_PROGRAM = "tensorrt_llm", "trtllm-build"
+_LONG_PATH = "'''exec' "  # pip's own, after #!/bin/sh: pip/_vendor/distlib/scripts.py
 _NVIDIA_SMI_TIMEOUT_S = 30
 _PYTHON_TIMEOUT_S = 60
 
@@ -77,12 +79,16 @@ def library_version() -> str | None:
 
 
 def library_python() -> Path | None:
-    """The Python that has TensorRT-LLM: the one in the first line of trtllm-build, as pip writes it."""
+    """The Python that has TensorRT-LLM: the one that trtllm-build names, as pip writes it."""
     program = shutil.which(BUILD_PROGRAM)
     if program is None:
         return None
-    with Path(program).open("rb") as file:
-        words = file.readline().decode(errors="replace").removeprefix("#!").split()
+    with Path(program).open(encoding="utf-8", errors="replace") as file:
+        first, second = file.readline(), file.readline()
+    if second.startswith(_LONG_PATH):  # one that a first line does not hold, or with a space in it
+        words = shlex.split(second.removeprefix(_LONG_PATH))[:1]
+    else:
+        words = first.removeprefix("#!").split()
     interpreter = words[1] if len(words) > 1 and Path(words[0]).name == "env" else words[0] if words else ""
     found = shutil.which(interpreter) if interpreter else None
     return Path(found) if found and Path(found).name.startswith("python") else None

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
+from pathlib import Path
 
 import pytest
 
 from trt_build import machine as machine_module
-from trt_build.machine import Gpu, Machine, container, parse_gpus, read_machine, visible_gpus
+from trt_build.machine import (
+    Gpu,
+    Machine,
+    container,
+    library_python,
+    library_version,
+    parse_gpus,
+    read_machine,
+    visible_gpus,
+)
 
 A100 = Gpu(index=0, name="NVIDIA A100-SXM4-80GB", sm=80, uuid="GPU-a")
 H100 = Gpu(index=1, name="NVIDIA H100 80GB HBM3", sm=90, uuid="GPU-h")
@@ -68,3 +79,50 @@ def test_the_container_is_that_of_the_release():
     assert container("1.2.1") == "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"
     assert container(None) == container("1.2.1")
     assert container("1.2.0rc6") == "nvcr.io/nvidia/tritonserver:<yy.mm>-trtllm-python-py3"
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """(text) -> a trtllm-build of it, on a PATH that has nothing else but a python3."""
+    (tmp_path / "python3").symlink_to(sys.executable)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def program(text):
+        (tmp_path / "trtllm-build").write_text(text)
+        (tmp_path / "trtllm-build").chmod(0o755)
+
+    return program
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("#!{python}\nimport sys\n", "{python}"),
+        ("#!{python} -sE\nimport sys\n", "{python}"),
+        ("#!/usr/bin/env python3\nimport sys\n", "{folder}/python3"),
+        ("#!/bin/sh\n'''exec' \"{python}\" \"$0\" \"$@\"\n' '''\nimport sys\n", "{python}"),
+        ("#!/bin/sh\nexec somewhere/else\n", None),
+        ("#!/no/such/python\n", None),
+        ("#!\n", None),
+        ("", None),
+    ],
+)
+def test_the_librarys_python_is_the_one_that_its_program_names(tmp_path, program, text, found):
+    names = {"python": sys.executable, "folder": tmp_path}
+    program(text.format(**names))
+    assert library_python() == (None if found is None else Path(found.format(**names)))
+
+
+def test_without_its_program_there_is_no_library(program):
+    assert library_python() is None
+    assert library_version() is None
+
+
+def test_the_version_is_asked_of_the_librarys_python(tmp_path, program, monkeypatch):
+    package = tmp_path / "site" / "tensorrt_llm-1.1.0.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: tensorrt_llm\nVersion: 1.1.0\n")
+    program(f"#!{sys.executable}\n")
+    assert library_version() is None
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    assert library_version() == "1.1.0"

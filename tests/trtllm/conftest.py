@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +11,8 @@ from typing import Any
 
 import pytest
 from checkpoints import write_phixtral_checkpoint
-from trtllm.library import NETWORK, ROOT, STANDIN, standin
+from trtllm.building import build
+from trtllm.library import NETWORK, ROOT, install_programs, standin
 from trtllm.ranks import understood
 
 from export.merge import merge
@@ -24,6 +23,9 @@ from export.trtllm.checkpoint import CheckpointOptions, write_checkpoint
 PACKABLE = {
     "hidden_size": 256, "num_heads": 4, "ffn_size": 384, "num_layers": 2, "rotary_dim": 24, "max_positions": 96,
     "vocab_size": 277, "dtype": "float16",
+}  # fmt: skip
+SMALL = {
+    "hidden_size": 128, "num_heads": 4, "ffn_size": 256, "num_layers": 2, "rotary_dim": 16, "dtype": "float16",
 }  # fmt: skip
 
 
@@ -44,13 +46,13 @@ def network(tensorrt_llm) -> ModuleType:
 def trtllm_build(monkeypatch, tmp_path) -> Path:
     """The stand-in's trtllm-build, as pip would have installed it for this Python, with an mpirun and an nvidia-smi
     beside it: on the PATH of programs that a test starts, which find its tensorrt_llm too."""
-    programs = shutil.copytree(STANDIN / "bin", tmp_path / "standin-bin")
-    program = programs / "trtllm-build"
-    _, _, body = program.read_text(encoding="utf-8").partition("\n")
-    program.write_text(f"#!{sys.executable}\n{body}", encoding="utf-8")
-    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", f"{STANDIN}{os.pathsep}{ROOT}")
-    return program
+    return install_programs(tmp_path / "standin-bin", monkeypatch)
+
+
+@pytest.fixture
+def no_library(monkeypatch, tmp_path_factory) -> None:
+    """Neither trtllm-build nor nvidia-smi is on the path of programs, whatever the machine has."""
+    monkeypatch.setenv("PATH", str(tmp_path_factory.mktemp("no-programs")))
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +74,31 @@ def packable_phixtral(tmp_path_factory) -> Path:
     """A random phixtral of 4 experts."""
     folder = tmp_path_factory.mktemp("packable") / "phixtral"
     return write_phixtral_checkpoint(folder, seed=11, num_experts=4, experts_per_token=2, **PACKABLE)
+
+
+@pytest.fixture(scope="session")
+def small_phixtral(tmp_path_factory) -> Path:
+    """A random phixtral of 4 experts, which two ranks take packed."""
+    folder = tmp_path_factory.mktemp("small") / "small-phixtral"
+    return write_phixtral_checkpoint(folder, seed=4, num_experts=4, experts_per_token=2, **SMALL)
+
+
+@pytest.fixture(scope="session")
+def built_engine(tmp_path_factory, small_phixtral) -> Path:
+    """A TensorRT-LLM engine of it by the stand-in, int4, compared with nothing; its checkpoint lies beside it."""
+    folder = tmp_path_factory.mktemp("built")
+    with pytest.MonkeyPatch.context() as patch:
+        install_programs(folder / "bin", patch)
+        outcome = build(small_phixtral, folder / "engine", until="engine")
+    assert outcome.engine is not None
+    return outcome.engine.folder
+
+
+@pytest.fixture
+def copied_engine(tmp_path, built_engine) -> Path:
+    """A copy of that engine and of its checkpoint, which a test may change."""
+    shutil.copytree(built_engine.with_name("engine.checkpoint"), tmp_path / "engine.checkpoint")
+    return Path(shutil.copytree(built_engine, tmp_path / "engine"))
 
 
 @pytest.fixture(scope="session")

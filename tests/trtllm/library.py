@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 STANDIN = Path(__file__).parent / "standin"
@@ -30,3 +34,15 @@ def standin() -> Iterator[ModuleType]:
         for name in [name for name in sys.modules if is_ours(name)]:
             del sys.modules[name]
         sys.modules.update(kept)
+
+
+def install_programs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put the stand-in's programs into a new folder on PATH, as pip would for this Python, and its package where these
+    find it; returns trtllm-build."""
+    programs = shutil.copytree(STANDIN / "bin", folder)
+    program = programs / "trtllm-build"
+    _, _, body = program.read_text(encoding="utf-8").partition("\n")
+    program.write_text(f"#!{sys.executable}\n{body}", encoding="utf-8")
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", f"{STANDIN}{os.pathsep}{ROOT}")
+    return program

@@ -28,7 +28,6 @@ from export.trtllm.config import rotary_share
 from export.trtllm.parallel import Parallelism
 
 TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
-SMALL = {"hidden_size": 128, "num_heads": 4, "ffn_size": 256, "num_layers": 2, "rotary_dim": 16, "dtype": "float16"}
 TWO = Parallelism(tp_size=2)
 FORMS = [
     CheckpointOptions(precision="bf16", parallel=TWO),
@@ -39,17 +38,10 @@ FORMS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A random phixtral."""
-    folder = tmp_path_factory.mktemp("small") / "phixtral"
-    return write_phixtral_checkpoint(folder, seed=4, num_experts=4, experts_per_token=2, **SMALL)
-
-
 @pytest.fixture
-def source(tmp_path, small):
+def source(tmp_path, small_phixtral):
     """A copy that a test may change."""
-    return Path(shutil.copytree(small, tmp_path / "source"))
+    return Path(shutil.copytree(small_phixtral, tmp_path / "source"))
 
 
 def write(source, output, progress=None, **options):
@@ -146,8 +138,8 @@ def test_the_library_finds_every_number_of_turned_dimensions_in_rotary_pct():
 
 
 @pytest.mark.parametrize("options", FORMS, ids=lambda options: options.precision)
-def test_the_safetensors_library_reads_every_rank(tmp_path, small, options):
-    plan = write_checkpoint(understood(small), options, tmp_path / "ranks")
+def test_the_safetensors_library_reads_every_rank(tmp_path, small_phixtral, options):
+    plan = write_checkpoint(understood(small_phixtral), options, tmp_path / "ranks")
     for rank, tensors in enumerate(read_ranks(tmp_path / "ranks")):
         path = tmp_path / f"ranks/rank{rank}.safetensors"
         found = load_file(path)
@@ -159,38 +151,38 @@ def test_the_safetensors_library_reads_every_rank(tmp_path, small, options):
             assert np.array_equal(bits.reshape(values.shape), values), name
 
 
-def test_beside_the_ranks_lie_the_tokenizer_and_what_they_were_made_of(tmp_path, small):
-    write(small, tmp_path / "ranks", precision="int4", parallel=TWO)
+def test_beside_the_ranks_lie_the_tokenizer_and_what_they_were_made_of(tmp_path, small_phixtral):
+    write(small_phixtral, tmp_path / "ranks", precision="int4", parallel=TWO)
     ranks = {"rank0.safetensors", "rank1.safetensors"}
     assert set(contents(tmp_path / "ranks")) == {
         *ranks, "config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / "ranks" / name).read_bytes() == (small / name).read_bytes()
+        assert (tmp_path / "ranks" / name).read_bytes() == (small_phixtral / name).read_bytes()
     manifest = json.loads((tmp_path / "ranks/checkpoint.json").read_text())
     assert manifest["settings"]["precision"] == "int4"
     assert manifest["settings"]["config"] == json.loads((tmp_path / "ranks/config.json").read_text())
     assert manifest["files"] == {name: (tmp_path / "ranks" / name).stat().st_size for name in ranks}
     # SHA-256 of the header, then of each tensor's own digest in the order of the file.
-    data = (small / "model.safetensors").read_bytes()
+    data = (small_phixtral / "model.safetensors").read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     entries = [entry for name, entry in json.loads(data[8:start]).items() if name != "__metadata__"]
     whole = hashlib.sha256(data[:start])
     for first, last in sorted(entry["data_offsets"] for entry in entries):
         whole.update(hashlib.sha256(data[start + first : start + last]).digest())
     assert manifest["sources"] == {
-        "config.json": hashlib.sha256((small / "config.json").read_bytes()).hexdigest(),
+        "config.json": hashlib.sha256((small_phixtral / "config.json").read_bytes()).hexdigest(),
         "model.safetensors": whole.hexdigest(),
     }
 
 
 @pytest.mark.parametrize("options", FORMS, ids=lambda options: options.precision)
-def test_workers_make_the_bytes_that_one_process_makes(tmp_path, monkeypatch, small, options):
-    plan = write_checkpoint(understood(small), options, tmp_path / "alone")
+def test_workers_make_the_bytes_that_one_process_makes(tmp_path, monkeypatch, small_phixtral, options):
+    plan = write_checkpoint(understood(small_phixtral), options, tmp_path / "alone")
     assert writer.num_workers(plan.converter(tmp_path), plan.layout.jobs) == 0
     monkeypatch.setattr(writer, "WORKER_BYTES", 0)
     assert writer.num_workers(plan.converter(tmp_path), plan.layout.jobs) > 0
-    write_checkpoint(understood(small), options, tmp_path / "together")
+    write_checkpoint(understood(small_phixtral), options, tmp_path / "together")
     assert contents(tmp_path / "alone") == contents(tmp_path / "together")
 
 

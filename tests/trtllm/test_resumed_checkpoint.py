@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import write_phixtral_checkpoint
+from trtllm.conftest import SMALL
 from trtllm.ranks import understood
 
 from export.errors import CheckpointError, ExportError, OutputError, QuantizationError
@@ -20,21 +21,13 @@ from export.resume import partial_path
 from export.trtllm.checkpoint import CheckpointOptions, plan_checkpoint, require_written, write_checkpoint
 from export.trtllm.parallel import Parallelism
 
-SMALL = {"hidden_size": 128, "num_heads": 4, "ffn_size": 256, "num_layers": 2, "rotary_dim": 16, "dtype": "float16"}
 TWO = Parallelism(tp_size=2)
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A random phixtral."""
-    folder = tmp_path_factory.mktemp("small") / "phixtral"
-    return write_phixtral_checkpoint(folder, seed=4, num_experts=4, experts_per_token=2, **SMALL)
-
-
 @pytest.fixture
-def source(tmp_path, small):
+def source(tmp_path, small_phixtral):
     """A copy that a test may change."""
-    return Path(shutil.copytree(small, tmp_path / "source"))
+    return Path(shutil.copytree(small_phixtral, tmp_path / "source"))
 
 
 def write(source, output, progress=None, **options):
@@ -156,14 +149,14 @@ def test_a_source_that_changes_while_it_is_read_makes_no_checkpoint(tmp_path, so
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_an_output_that_exists_is_kept(tmp_path, small):
+def test_an_output_that_exists_is_kept(tmp_path, small_phixtral):
     (tmp_path / "ranks").mkdir()
     (tmp_path / "ranks/note").write_text("mine")
     with pytest.raises(OutputError, match=r"writing the TensorRT-LLM checkpoint: .*ranks exists already; name another"):
-        write(small, tmp_path / "ranks")
+        write(small_phixtral, tmp_path / "ranks")
     assert contents(tmp_path / "ranks") == {"note": b"mine"}
     with pytest.raises(OutputError, match="the folder .*nowhere does not exist"):
-        write(small, tmp_path / "nowhere/ranks")
+        write(small_phixtral, tmp_path / "nowhere/ranks")
 
 
 @pytest.mark.parametrize(
@@ -203,37 +196,41 @@ DIFFERENT = {
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, small):
+def finished(tmp_path_factory, small_phixtral):
     folder = tmp_path_factory.mktemp("finished") / "ranks"
-    write(small, folder, precision="int4")
+    write(small_phixtral, folder, precision="int4")
     return folder
 
 
-def test_a_finished_checkpoint_is_taken_up_wherever_its_source_lies(tmp_path, small, finished):
-    elsewhere = Path(shutil.copytree(small, tmp_path / "elsewhere"))
+def test_a_finished_checkpoint_is_taken_up_wherever_its_source_lies(tmp_path, small_phixtral, finished):
+    elsewhere = Path(shutil.copytree(small_phixtral, tmp_path / "elsewhere"))
     os.utime(elsewhere / "model.safetensors", ns=(0, 0))
-    for source in (small, elsewhere):
+    for source in (small_phixtral, elsewhere):
         digests = require_written(plan_checkpoint(understood(source), CheckpointOptions(precision="int4")), finished)
         assert set(digests) == {"config.json", "model.safetensors"}
     # On an H100 it is another, on an A100 or L40S it is not.
     for sm in (86, 89, 120):
-        require_written(plan_checkpoint(understood(small), CheckpointOptions(precision="int4", sm=sm)), finished)
+        require_written(
+            plan_checkpoint(understood(small_phixtral), CheckpointOptions(precision="int4", sm=sm)), finished
+        )
     floats = CheckpointOptions(precision="fp16")
-    write_checkpoint(understood(small), floats, tmp_path / "floats")
-    require_written(plan_checkpoint(understood(small), dataclasses.replace(floats, sm=86)), tmp_path / "floats")
+    write_checkpoint(understood(small_phixtral), floats, tmp_path / "floats")
+    require_written(
+        plan_checkpoint(understood(small_phixtral), dataclasses.replace(floats, sm=86)), tmp_path / "floats"
+    )
 
 
 @pytest.mark.parametrize("what", DIFFERENT)
-def test_a_checkpoint_of_other_settings_is_refused_naming_each(small, finished, what):
+def test_a_checkpoint_of_other_settings_is_refused_naming_each(small_phixtral, finished, what):
     changes, told = DIFFERENT[what]
-    plan = plan_checkpoint(understood(small), CheckpointOptions(**{"precision": "int4", **changes}))
+    plan = plan_checkpoint(understood(small_phixtral), CheckpointOptions(**{"precision": "int4", **changes}))
     with pytest.raises(ExportError, match=told) as caught:
         require_written(plan, finished)
     remedy = "name another with --trtllm-checkpoint, or remove it to have it written anew"
     assert f"taking up the TensorRT-LLM checkpoint {finished}: it is another; {remedy}:" in str(caught.value)
 
 
-def test_a_checkpoint_of_another_source_is_refused(tmp_path, small, finished):
+def test_a_checkpoint_of_another_source_is_refused(tmp_path, small_phixtral, finished):
     sizes = {**SMALL, "vocab_size": 291}
     other = write_phixtral_checkpoint(tmp_path / "other", seed=4, num_experts=4, experts_per_token=2, **sizes)
     plan = plan_checkpoint(understood(other), CheckpointOptions(precision="int4"))
@@ -241,9 +238,9 @@ def test_a_checkpoint_of_another_source_is_refused(tmp_path, small, finished):
         require_written(plan, finished)
 
 
-def test_a_checkpoint_that_lost_a_rank_or_its_end_is_refused(tmp_path, small):
+def test_a_checkpoint_that_lost_a_rank_or_its_end_is_refused(tmp_path, small_phixtral):
     options = CheckpointOptions(precision="int4", parallel=TWO)
-    plan = write_checkpoint(understood(small), options, tmp_path / "ranks")
+    plan = write_checkpoint(understood(small_phixtral), options, tmp_path / "ranks")
     with (tmp_path / "ranks/rank0.safetensors").open("r+b") as file:
         file.truncate(100)
     (tmp_path / "ranks/rank1.safetensors").unlink()

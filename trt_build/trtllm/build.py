@@ -250,7 +250,7 @@ def _build_engine(build: _Build, digests: Mapping[str, str]) -> TrtllmEngine:
             [
                 *_words("checkpoint_dir", options.checkpoint_folder.resolve()),
                 *_words("output_dir", folder),
-                *_words("output_timing_cache", folder / _TIMING_CACHE),
+                *_words("output_timing_cache", _TIMING_CACHE),  # in the folder it runs in; config.json names it
                 *flags,
             ],
             folder,
