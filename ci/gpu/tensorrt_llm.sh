@@ -99,7 +99,8 @@ run_inside() {
     # The container's own Python can say whether it is worth installing anything.
     PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} python3 "$work" --check "${words[@]}" || exit $?
     [[ " ${words[*]} " != *" --check "* ]] || exit 0
-    trap 'refuse "the packages of moeship cannot be installed into $output/venv; pip says above why"' ERR
+    trap 'chown -R --reference "$output" "$output"/venv* || true
+          refuse "the packages of moeship cannot be installed into $output/venv; pip says above why"' ERR
     make_environment
     trap - ERR
   fi

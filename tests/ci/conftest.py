@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from trtllm.library import ROOT, STANDIN
+from trtllm.library import ROOT, install_programs
 
 SCRIPTS = ROOT / "ci" / "gpu"
 # Answers to the two questions that are asked; the first is the stand-in's own.
@@ -64,9 +63,9 @@ def container(tmp_path_factory, driver) -> Container:
     """TensorRT-LLM's stand-in where pip would have it, one GPU of SM 80 as far as nvidia-smi tells, and a tritonserver
     that finds no GPU."""
     folder = tmp_path_factory.mktemp("container")
-    programs = shutil.copytree(STANDIN / "bin", folder / "bin")
-    _, _, body = (programs / "trtllm-build").read_text().partition("\n")
-    (programs / "trtllm-build").write_text(f"#!{sys.executable}\n{body}")
+    with pytest.MonkeyPatch.context() as patch:
+        programs = install_programs(folder / "bin", patch).parent
+        environment = dict(os.environ)
     (programs / "nvidia-smi").rename(programs / "standin-nvidia-smi")
     server = folder / "tritonserver"
     for name in ("bin", "backends/tensorrtllm", "backends/python"):
@@ -77,11 +76,5 @@ def container(tmp_path_factory, driver) -> Container:
     ):
         path.write_text(text)
         path.chmod(0o755)
-    environment = {
-        **os.environ,
-        "PATH": os.pathsep.join([str(programs), str(server / "bin"), os.environ["PATH"]]),
-        "PYTHONPATH": os.pathsep.join([str(STANDIN), str(ROOT)]),
-        "LD_LIBRARY_PATH": str(driver),
-        "PYTHON": sys.executable,
-    }
-    return Container(environment, server / "backends")
+    environment["PATH"] = f"{server / 'bin'}{os.pathsep}{environment['PATH']}"
+    return Container({**environment, "LD_LIBRARY_PATH": str(driver), "PYTHON": sys.executable}, server / "backends")

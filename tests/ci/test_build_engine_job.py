@@ -1,4 +1,4 @@
-"""The CI job, run as CI runs it."""
+"""The CI job, run as CI runs it, for both engines; TensorRT-LLM is its stand-in."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from trt_build.engine import open_engine
 JOB = Path(__file__).parents[2] / "ci" / "build_engine.sh"
 
 
-def run_job(*words):
-    environment = {**os.environ, "PYTHON": sys.executable}
+def run_job(*words, **variables):
+    environment = {**os.environ, "PYTHON": sys.executable, **variables}
     return subprocess.run([JOB, *map(str, words)], capture_output=True, text=True, check=False, env=environment)
 
 
@@ -37,3 +37,20 @@ def test_missing_words_end_the_job_with_its_usage(tmp_path):
     done = run_job(tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "ci/build_engine.sh CHECKPOINT PRECISION NAME OUTPUT" in done.stderr
+
+
+def test_an_engine_for_tensorrt_llm_is_verified_by_its_build_and_packaged(tmp_path, tiny_checkpoint, container):
+    variables = {**container.environment, "BACKEND": "tensorrt-llm"}
+    done = run_job(tiny_checkpoint, "fp16", "tiny", tmp_path / "out", "24", **variables)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "verification.json").read_text())
+    assert (report["num_tokens"], report["failures"]) == (24, [])
+    steps = {path.parent.name for path in (tmp_path / "out" / "repository").glob("*/config.pbtxt")}
+    assert steps == {"tiny", "preprocessing", "tensorrt_llm", "postprocessing"}
+
+
+def test_without_tensorrt_llm_the_job_ends_with_status_3_and_the_checkpoint(tmp_path, tiny_checkpoint):
+    done = run_job(tiny_checkpoint, "fp16", "tiny", tmp_path / "out", BACKEND="tensorrt-llm")
+    assert done.returncode == 3
+    assert "building the engine needs TensorRT-LLM" in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["engine.checkpoint"]

@@ -68,7 +68,7 @@ def test_it_is_refused_in_one_sentence_before_anything_is_made(container, tmp_pa
 def test_another_container_is_refused_with_the_one_to_take(container, tmp_path):
     wanted = "run it in nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"
     path = container.environment["PATH"]
-    _, server = map(Path, path.split(os.pathsep)[:2])
+    server = Path(path.split(os.pathsep)[0])
     output = ["--output", tmp_path / "out"]
     for variables, text in (
         ({"PATH": without(path, server)}, "this container has no tritonserver: "),
