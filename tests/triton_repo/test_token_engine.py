@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import threading
 
@@ -238,6 +239,18 @@ def test_a_failed_request_leaves_the_worker_to_the_next(engine):
     assert len(tokens_of(next_one.last()[0])) == 2
 
 
+def test_a_request_that_can_be_sent_nothing_leaves_the_worker_to_the_next(engine, caplog):
+    def closed(*_sent):
+        raise RuntimeError("Response sender has been closed.")
+
+    failing, next_one = Collector("a", request_output_len=2), Collector("b", request_output_len=2)
+    engine.submit(dataclasses.replace(failing.job, send=closed, fail=closed))
+    engine.submit(next_one.job)
+    assert len(tokens_of(next_one.last()[0])) == 2
+    assert "the request 'a' can be sent neither its answer nor an error" in caplog.text
+    assert engine.stop("a") == 0
+
+
 def test_workers_answer_side_by_side(scripted):
     both_run = threading.Barrier(2, timeout=30)
     sessions = [scripted("ab" * 50) for _ in range(2)]
@@ -256,6 +269,19 @@ def test_workers_answer_side_by_side(scripted):
         engine.submit(job.job)
     assert [len(tokens_of(job.last()[0])) for job in jobs] == [4, 4]
     engine.close()
+
+
+def test_requests_without_an_id_end_in_any_order(scripted):
+    engine = TokenEngine([scripted("ab" * 2000, max_sequence=8192) for _ in range(2)])
+    running = Collector("", request_output_len=8000, streaming=True)
+    engine.submit(running.job)
+    running.found.get(timeout=30)
+    for _ in range(2):  # by the other worker
+        after = Collector("", request_output_len=2, streaming=True)
+        engine.submit(after.job)
+        assert len(tokens_of(after.last()[0])) == 1
+    engine.close()
+    assert tokens_of(running.last()[0]) == []
 
 
 def test_closing_stops_what_runs(scripted):

@@ -12,6 +12,7 @@ none, and so does one that is stopped. Tokens of stop words are.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,13 +34,15 @@ from trt_build.ort.session import Session
 if TYPE_CHECKING:
     from trt_build.ort.session import Cache
 
+logger = logging.getLogger(__name__)
+
 Tensors = dict[str, npt.NDArray[Any]]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Job:
-    """One request. `send` takes a response's tensors and whether it is the last, `fail` the error that ends it; both
-    are called in a thread of the engine's."""
+    """One request, equal to itself alone. `send` takes a response's tensors and whether it is the last, `fail` the
+    error that ends it; both are called in a thread of the engine's."""
 
     request_id: str
     tensors: Mapping[str, npt.NDArray[Any]]
@@ -102,14 +105,23 @@ class TokenEngine:
         cache = session.new_cache()
         while (job := self._jobs.get()) is not None:
             try:
-                request = read_token_request(job.tensors, session.max_sequence, session.engine.manifest.tokenizer_size)
-                for tensors, is_last in respond(session, request, job.is_over, cache):
-                    job.send(tensors, is_last)
-            except Exception as error:  # whatever one request does, the worker goes on with the next
-                job.fail(error)
+                _answer(session, job, cache)
+            except Exception:  # whatever one request does, the worker goes on with the next
+                logger.exception("the request %r can be sent neither its answer nor an error", job.request_id)
             finally:
                 with self._lock:
                     self._under_way.remove(job)
+
+
+def _answer(session: Session, job: Job, cache: Cache) -> None:
+    """Send a request's responses, or the error that ends them. Raises what sending the error does: a sender that failed
+    at the last response takes no more."""
+    try:
+        request = read_token_request(job.tensors, session.max_sequence, session.engine.manifest.tokenizer_size)
+        for tensors, is_last in respond(session, request, job.is_over, cache):
+            job.send(tensors, is_last)
+    except Exception as error:  # of any kind: its client is told
+        job.fail(error)
 
 
 @dataclass(kw_only=True)
