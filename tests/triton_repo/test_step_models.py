@@ -85,12 +85,13 @@ class Request:
 
 @pytest.fixture(params=[Response, OldResponse], ids=["newer", "older"])
 def backend(request, monkeypatch):
-    """The stand-in as `triton_python_backend_utils`; `stopped` are the requests that the engine was told to stop."""
+    """The stand-in as `triton_python_backend_utils`; `stopped` are the requests that the engine was told to stop,
+    `warnings` what was logged."""
     module = ModuleType("triton_python_backend_utils")
     module.Tensor, module.InferenceResponse, module.TritonError = Tensor, request.param, Error
     module.TRITONSERVER_RESPONSE_COMPLETE_FINAL = LAST
-    module.Logger = SimpleNamespace(log_info=lambda text: None, log_warn=lambda text: None)
-    module.stopped = []
+    module.stopped, module.warnings = [], []
+    module.Logger = SimpleNamespace(log_info=lambda text: None, log_warn=module.warnings.append)
 
     def infer(model_name, request_id, inputs, requested_output_names):
         tensors = {tensor.name(): tensor.as_numpy() for tensor in inputs}
@@ -201,6 +202,24 @@ def test_tokens_that_cannot_be_written_are_refused_and_stop_the_engine(backend, 
     [(response, flags)] = step.sent
     assert (response.error.code, flags) == ("INTERNAL", LAST)
     assert backend.stopped == ["r"]
+
+
+def test_an_engine_that_cannot_be_told_to_stop_changes_no_answer(backend, models, byte_level):
+    def no_engine(decoupled):
+        raise RuntimeError("tensorrt_llm is not ready")
+
+    backend.InferenceRequest = lambda **_: SimpleNamespace(exec=no_engine)
+    key = begin(models, stream=True, stop_words=["lo w"])
+    steps = [Request(tokens(token), **key) for token in byte_level.encode("hello world")]
+    broken = begin(models, "other", stream=True, return_log_probs=True)
+    steps.append(Request(tokens(5), **broken))
+    models[1].execute(steps)
+    *answered, (last, _) = [sent for step in steps for sent in step.sent]
+    assert [response.tensors["FINISH_REASON"].tolist() for response, _ in answered if response][-1] == [[b"stop"]]
+    assert "the engine gave 0 log-probabilities for 1 tokens" in last.error.message
+    assert backend.warnings == [
+        f"the engine did not stop the request {request_id}: tensorrt_llm is not ready" for request_id in ("r", "other")
+    ]
 
 
 def test_a_refused_request_does_not_keep_others_from_their_answers(models):

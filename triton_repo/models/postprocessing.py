@@ -73,9 +73,18 @@ class TritonPythonModel:
         return answer_key(request, by_correlation=self._by_correlation)
 
     def _stop(self, request_id: str) -> None:
-        """Have the engine end a request; "" is none. Only the id and `stop` count of what a request must hold."""
+        """Have the engine end a request; "" is none. Where it does not, it works on for nobody, which the log tells."""
         if not request_id:
             return
+        try:
+            problems = [response.error() for response in self._ask_to_stop(request_id) if response.has_error()]
+        except Exception as error:  # the answer has been sent, or its own error will be
+            problems = [error]
+        for problem in problems:
+            pb_utils.Logger.log_warn(f"the engine did not stop the request {request_id}: {problem}")
+
+    def _ask_to_stop(self, request_id: str) -> Any:  # noqa: ANN401
+        """The engine's responses. Only the id and `stop` count of what a request must hold."""
         inputs = {
             "stop": np.ones((1, 1), dtype=np.bool_),
             "input_ids": np.zeros((1, 1), dtype=np.int32),
@@ -88,6 +97,4 @@ class TritonPythonModel:
             inputs=[pb_utils.Tensor(name, value) for name, value in inputs.items()],
             requested_output_names=list(ANSWER_OUTPUTS[:2]),
         )
-        for response in stop.exec(decoupled=True):
-            if response.has_error():
-                pb_utils.Logger.log_warn(f"the engine did not stop the request {request_id}: {response.error()}")
+        return stop.exec(decoupled=True)
