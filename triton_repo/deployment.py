@@ -105,10 +105,14 @@ def _number(folder: Path, key: str, text: str) -> int:
 
 def _engine_origin(folder: Path) -> EngineOrigin | None:
     """What the engine of a model's only or newest version says; None without one, and for another backend's."""
-    manifests = sorted(folder.glob(f"*/{ENGINE_FOLDER}/{MANIFEST_FILE}"), key=lambda path: path.parts[-3])
-    if not manifests:
+    found = {
+        int(version.name): path
+        for version in folder.iterdir()
+        if version.name.isdecimal() and (path := version / ENGINE_FOLDER / MANIFEST_FILE).is_file()
+    }
+    if not found:
         return None
-    path = manifests[-1]
+    path = found[max(found)]
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["backend"] != TRTLLM_ENGINE_BACKEND:

@@ -101,6 +101,16 @@ def test_an_engine_that_is_split_otherwise_than_its_config_says_is_refused(tmp_p
         read_deployment(repository)
 
 
+def test_the_engine_of_the_highest_version_is_the_one_that_is_served(tmp_path):
+    repository = write_model(tmp_path / "r" / "llm", "tensorrtllm", PARAMETERS, engine_json())
+    for version, library in {"9": "1.0.0", "10": "1.1.0", "old": "0.9.0"}.items():
+        (repository / "llm" / version / "engine").mkdir(parents=True)
+        manifest = engine_json(libraries={"tensorrt_llm": library})
+        (repository / "llm" / version / "engine" / "engine.json").write_text(json.dumps(manifest))
+    [model] = read_deployment(repository).gpu_models
+    assert model.engine.library == "1.1.0"
+
+
 def test_a_machine_of_the_engines_kind_is_taken(deployment, backends):
     check_machine(deployment, two(H100), backends)
     check_machine(deployment, Machine(gpus=None), None)
