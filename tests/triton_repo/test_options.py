@@ -55,7 +55,7 @@ def test_the_older_names_of_seed_and_min_tokens_are_synonyms():
     assert (options.random_seed, options.min_length) == (5, 1)
     assert read_options(wire(text_input="x", max_tokens=1, random_seed=5, min_length=1)) == options
     text = refusal(text_input="x", max_tokens=1, seed=5, random_seed=6)
-    assert "random_seed: found 6, but random_seed says 5; send one of the two" in text
+    assert "random_seed: found 6, but seed says 5; send one of the two" in text
 
 
 @pytest.mark.parametrize(

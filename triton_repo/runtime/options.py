@@ -144,8 +144,9 @@ def read_options(tensors: Mapping[str, npt.NDArray[Any]]) -> GenerationOptions:
             problems.append(f"{field}: found {value}, expected 1; send one request for each sequence that you want")
         if field in _FALSE_ONLY and value:
             problems.append(f"{field}: found true, expected false; this server has no such output")
+        given = _WIRE_NAMES.get(field, field)  # where two names mean the same, the one that came first
         if field in values and values[field] != value:
-            problems.append(f"{spec.name}: found {value}, but {field} says {values[field]}; send one of the two")
+            problems.append(f"{spec.name}: found {value}, but {given} says {values[field]}; send one of the two")
         if field not in (*_ONLY_ONE, *_FALSE_ONLY, *_IGNORED):
             values[field] = value
     problems += value_problems(values)
