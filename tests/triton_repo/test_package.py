@@ -17,7 +17,7 @@ from triton_repo.contract import COMPATIBILITY_INPUTS, INPUTS, OURS, OUTPUTS
 from triton_repo.errors import RepositoryError
 from triton_repo.model_config import ServedModel, config_text, model_config, packaged_parameters, read_config
 from triton_repo.package import PackageOptions, package_engine
-from triton_repo.runtime.parameters import ModelParameters
+from triton_repo.runtime.parameters import ModelParameters, read_workers
 from trt_build.engine import open_engine
 from trt_build.errors import EngineError
 
@@ -173,6 +173,16 @@ def test_every_unusable_option_is_reported(tmp_path, tiny_engine):
 def test_parameters_that_are_absent_or_no_values_are_refused(texts):
     with pytest.raises(RepositoryError, match="reading the parameters of the model m: .*package the engine again"):
         ModelParameters.from_texts(texts, "m")
+
+
+def test_workers_are_read_as_they_are_written_or_refused():
+    def config(parameters):
+        return {"name": "m", "parameters": {key: {"string_value": text} for key, text in parameters.items()}}
+
+    assert read_workers(config({"moeship_workers": "3"})) == 3
+    for wrong in ({}, {"moeship_workers": "0"}, {"moeship_workers": "two"}, {"moeship_workers": ""}):
+        with pytest.raises(RepositoryError, match="of the model m: moeship_workers is .*, expected a number of 1 or"):
+            read_workers(config(wrong))
 
 
 def test_instances_share_the_cores_unless_told_otherwise():

@@ -12,7 +12,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from triton_repo.runtime.parameters import WORKERS_KEY, ModelParameters, config_texts
+from triton_repo.runtime.parameters import ModelParameters, read_workers
 from triton_repo.runtime.responses import error_response
 from triton_repo.runtime.token_engine import Job, Tensors, TokenEngine
 
@@ -26,7 +26,7 @@ class TritonPythonModel:
         """Load the engine; what goes wrong becomes the reason in the repository index."""
         config = json.loads(args["model_config"])
         parameters = ModelParameters.from_config(config)
-        workers = int(config_texts(config)[WORKERS_KEY])
+        workers = read_workers(config)
         folder = Path(args["model_repository"]) / args["model_version"] / parameters.engine
         device_index = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else 0
         self._engine = TokenEngine.open(folder, parameters.threads_of_one(workers), workers, device_index)

@@ -106,6 +106,18 @@ class TextParameters:
             ) from error
 
 
+def read_workers(config: Mapping[str, Any]) -> int:
+    """How many requests `tensorrt_llm` answers at a time where ONNX Runtime runs it, from the JSON form of its
+    configuration. Raises RepositoryError."""
+    text = config_texts(config).get(WORKERS_KEY)
+    if text is None or not text.isdecimal() or not int(text):
+        raise RepositoryError(
+            f"reading the parameters of the model {config['name']}: {WORKERS_KEY} is {text!r}, expected a number of 1 "
+            "or more: package the engine again"
+        )
+    return int(text)
+
+
 def config_texts(config: Mapping[str, Any]) -> dict[str, str]:
     """The parameters of a model configuration's JSON form as texts."""
     return {key: value["string_value"] for key, value in config["parameters"].items()}
