@@ -172,7 +172,11 @@ def _when_ready(server: Server, options: ServerOptions, ports: ChosenPorts, step
             )
         time.sleep(POLL_INTERVAL_S)
     models = model_states(f"http://{host}:{ports.http}")
-    failed = [f"{model.name} is {model.state}: {model.reason}" for model in models if not model.ready]
+    failed = [
+        f"{model.name} is {model.state}" + (f": {model.reason}" if model.reason else "")
+        for model in models
+        if not model.ready
+    ]
     if not any(model.ready for model in models if model.name not in steps):
         raise ServerError(f"serving {options.repository}: no model is ready:{listing(failed)}{server.log_tail()}")
     for problem in failed:
