@@ -96,15 +96,16 @@ def test_a_plain_request_is_greedy_and_ends_at_the_models_end_tokens():
 @pytest.mark.parametrize(
     ("options", "choice"),
     [
-        ({"temperature": 0.7}, {"temperature": 0.7}),
+        ({"temperature": 0.7}, {"temperature": 0.7, "top_p": 1.0}),
+        ({"temperature": 0.7, "top_k": 40}, {"temperature": 0.7, "top_k": 40}),
         ({"temperature": 0.7, "top_k": 40, "top_p": 0.9}, {"temperature": 0.7, "top_k": 40, "top_p": 0.9}),
         ({"top_p": 0.9}, {"temperature": 1.0, "top_p": 0.9}),
         ({"top_k": 1, "temperature": 0.7}, {"top_k": 1}),
         ({"temperature": 0.0, "top_p": 0.5}, {"top_k": 1}),
-        ({"temperature": 0.5, "top_p": 0.0}, {"temperature": 0.5}),
+        ({"temperature": 0.5, "top_p": 0.0}, {"temperature": 0.5, "top_p": 1.0}),
     ],
 )
-def test_how_tokens_are_chosen_is_said_without_what_changes_nothing(options, choice):
+def test_how_tokens_are_chosen_is_said_as_every_release_takes_it(options, choice):
     found = fields(**options)
     assert {name: found[name] for name in ("temperature", "top_k", "top_p") if name in found} == choice
 

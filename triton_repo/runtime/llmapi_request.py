@@ -111,12 +111,17 @@ def sampling_fields(plan: GenerationPlan, model_end_ids: tuple[int, ...], *, pen
 
 
 def _choice_fields(options: GenerationOptions) -> dict[str, Any]:
-    """Greedy is said by top_k, which every release takes so; a temperature of 0 is refused by some."""
+    """Greedy is said by top_k, which every release takes so; a temperature of 0 is refused by some. A temperature alone
+    is greedy too where neither top_k nor top_p is said, in 1.0 (request_strategy of tensorrt_llm/_torch/pyexecutor/
+    sampler.py) and in TRTLLMSampler (regularizeTopKTopP of cpp/tensorrt_llm/kernels/samplingTopKKernels.h); where both
+    are said, 1.0 takes top_p alone.
+    """
     temperature = options.sampling_temperature
     if not temperature:
         return {"top_k": 1}
+    cut = 0 < options.top_p < 1
     return {
         "temperature": temperature,
         "top_k": options.top_k or None,
-        "top_p": options.top_p if 0 < options.top_p < 1 else None,
+        "top_p": options.top_p if cut else None if options.top_k else 1.0,
     }
