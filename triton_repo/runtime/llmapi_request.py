@@ -111,10 +111,10 @@ def sampling_fields(plan: GenerationPlan, model_end_ids: tuple[int, ...], *, pen
 
 
 def _choice_fields(options: GenerationOptions) -> dict[str, Any]:
-    """Greedy is said by top_k, which every release takes so; a temperature of 0 is refused by some. A temperature alone
-    is greedy too where neither top_k nor top_p is said, in 1.0 (request_strategy of tensorrt_llm/_torch/pyexecutor/
-    sampler.py) and in TRTLLMSampler (regularizeTopKTopP of cpp/tensorrt_llm/kernels/samplingTopKKernels.h); where both
-    are said, 1.0 takes top_p alone.
+    """Greedy is said by top_k, which every release takes so; a temperature of 0 is refused by some. To some samplers a
+    temperature alone is greedy too, beside neither top_k nor top_p: TRTLLMSampler (regularizeTopKTopP of
+    cpp/tensorrt_llm/kernels/samplingTopKKernels.h) and PyTorch's before 1.1 (request_strategy of
+    tensorrt_llm/_torch/pyexecutor/sampler.py).
     """
     temperature = options.sampling_temperature
     if not temperature:
