@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -146,6 +147,17 @@ def test_help_names_every_flag_and_runs_nothing(host):
     for text in ("ci/gpu/tensorrt_llm.sh [--output DIR]", "--verify-tokens N", "--concurrency N,N", "experimental"):
         assert text in done.stdout
     assert not (host.folder / "words").exists()
+
+
+def test_the_readme_names_flags_files_and_the_container_that_there_are(host):
+    readme = SCRIPT.with_name("README.md").read_text()
+    part = readme[readme.index("## TensorRT-LLM") : readme.index("## ONNX Runtime")]
+    there = set(re.findall(r"--[a-z-]+", host.run("--help").stdout))
+    assert set(re.findall(r"(?<=[` ])--[a-z][a-z-]+", part)) - {"--runtime", "--gpus", "--backend"} <= there
+    assert set(re.findall(r"nvcr.io/\S+?py3", part)) == {IMAGE}
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", part) if not link.startswith("https://")]
+    assert len(links) == 2
+    assert [link for link in links if not (SCRIPT.parent / link).is_file()] == []
 
 
 @pytest.fixture
