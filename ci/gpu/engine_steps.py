@@ -7,6 +7,7 @@ found into the step's dict.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from trt_build.engine import MANIFEST_FILE
 ROOT = Path(__file__).resolve().parents[2]
 BUILD_PROGRAM = ROOT / "trt_build" / "build_engine.py"
 LOG_TAIL_LINES = 15
+_MESSAGE = re.compile(r"[A-Z]\w+: ")  # as export.command writes an error's
 PARITY_FAILED = 1  # exit status of a build whose engine differs from the reference
 _FACTS = ("libraries", "gpu", "precision", "parallel", "flags", "max_sequence", "max_batch", "max_num_tokens")
 
@@ -60,9 +62,14 @@ def run_logged(command: Sequence[str], log: Path, allowed: Sequence[int] = (0,))
         )
     if done.returncode not in allowed:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        tail = "".join(f"\n    {line}" for line in lines)
-        raise StepFailed(f"{Path(command[1]).name} ended with status {done.returncode}; the end of {log}:{tail}")
+        raise StepFailed(f"status {done.returncode}, log {log}: {_reason(lines)}")
     return done.stdout
+
+
+def _reason(lines: Sequence[str]) -> str:
+    """The last lines of a log from where a command of moeship's says why it ends; all of them where none does."""
+    starts = [index for index, line in enumerate(lines) if _MESSAGE.match(line)]
+    return "\n".join(lines[starts[-1] :] if starts else ["its end is", *lines])
 
 
 def make_checkpoint(command: Sequence[str] | None, folder: Path, log: Path, found: dict[str, Any]) -> None:

@@ -32,9 +32,12 @@ def test_a_command_that_fails_is_told_with_the_end_of_its_log(steps, tmp_path):
     log = tmp_path / "log"
     log.write_text("earlier\n")
     code = "import sys; [print('line', n, file=sys.stderr) for n in range(30)]; sys.exit(int(sys.argv[1]))"
-    with pytest.raises(steps.StepFailed, match=r"ended with status 3; the end of .*log:\n    line 15\n") as failed:
+    with pytest.raises(steps.StepFailed, match=r"status 3, log .*log: its end is\nline 15\n") as failed:
         steps.run_logged(python(code, 3), log)
-    assert str(failed.value).endswith("\n    line 29")
+    assert str(failed.value).endswith("\nline 29")
+    build = python("import sys; sys.exit('loading\\nEngineError: no room:\\n  - of 3 ranks')")
+    with pytest.raises(steps.StepFailed, match="status 1, log .*: EngineError: no room:\n  - of 3 ranks$"):
+        steps.run_logged(build, log)
     assert steps.run_logged(python(code, 1), log, allowed=(0, 1)) == ""
     said = log.read_text()
     assert said.startswith("earlier\n$ ")
@@ -48,7 +51,7 @@ def test_a_checkpoint_is_made_once_and_counted(steps, tmp_path):
     assert found == {"bytes": 7}
     steps.make_checkpoint(python("raise SystemExit(5)"), folder, tmp_path / "log", found)
     steps.make_checkpoint(None, folder, tmp_path / "log", found)
-    with pytest.raises(steps.StepFailed, match="ended with status 5"):
+    with pytest.raises(steps.StepFailed, match="status 5, log"):
         steps.make_checkpoint(python("raise SystemExit(5)"), tmp_path / "other", tmp_path / "log", found)
 
 
