@@ -11,9 +11,9 @@ Shapes a rank, with N rows out and K columns in of the rank's share, experts fir
 
 Rules of sharing: q, k and v are cut one by one and joined again, key/value heads repeated where there are fewer than
 ranks; attention.dense and mlp.proj are cut along their input and their biases are whole on every rank (the library adds
-them once, but for attention.dense of W4A16_GPTQ, which every rank adds: there it is zero on all but the first); mlp.fc
-is cut along its output, of a gated one up and gate each, up first; experts are blocks of whole experts; the router is
-whole and float32; lm_head is cut along the vocabulary, which zeros fill up to a multiple of tp_size. Sources:
+them once, but for those of W4A16_GPTQ other than experts', which every rank adds: they are zero on all but the first);
+mlp.fc is cut along its output, of a gated one up and gate each, up first; experts are blocks of whole experts; the
+router is whole and float32; lm_head is cut along the vocabulary, which zeros fill up to a multiple of tp_size. Sources:
 tensorrt_llm/models/{phi,llama}/{model,convert}.py, layers/{moe,linear,attention}.py, models/modeling_utils.py,
 quantization/layers.py.
 """
@@ -258,8 +258,9 @@ class _Row:
 
     def _is_added_on_every_rank(self) -> bool:
         """Whether this is a bias that the library adds on every rank before the sum (quantization/layers.py), and does
-        not clear on all but one when it loads it, as it does for W4A16_AWQ."""
-        return (self.module, self.kind) == (DENSE, "bias") and self.options.precision.quant_algo == "W4A16_GPTQ"
+        not clear on all but one when it loads it, as it does for W4A16_AWQ. Of experts the MoE plugin adds it once."""
+        is_output_bias = self.module in CUT_ALONG_INPUT and self.kind == "bias" and not self.experts
+        return is_output_bias and self.options.precision.quant_algo == "W4A16_GPTQ"
 
     def _padded_vocab(self) -> int:
         return -(-self.facts.vocab_size // self.parallel.tp_size) * self.parallel.tp_size

@@ -111,7 +111,7 @@ class RankFiles:
             return self._vocabulary(kind, np.concatenate(parts))
         if module == "attention.qkv":
             return self._heads(parts, rows) if rows else the_same(parts)
-        if module == "attention.dense":
+        if module == "attention.dense" or (module == "mlp.proj" and "moe" not in self.config):
             if (kind, self.algo) == ("bias", "W4A16_GPTQ"):  # every rank adds its own
                 the_same([np.zeros_like(parts[0]), *parts[1:]])
                 return parts[0]
