@@ -136,7 +136,8 @@ def stack_head(graph: GraphBuilder, architecture: Architecture, x: str) -> str:
 
 def stack_trtllm(architecture: str, mlp: Mapping[str, str], *, in_library: bool) -> TrtllmNetwork:
     """TensorRT-LLM's network (tensorrt_llm/models/phi/model.py); `mlp` names the modules that differ between families.
-    It has no sending and receiving between layers, and so no pipeline parallelism."""
+    It has no sending and receiving between layers, and so no pipeline parallelism. The library's own leaves the norms'
+    epsilon and the number of key/value heads at what its layers have by default."""
     return TrtllmNetwork(
         architecture=architecture,
         in_library=in_library,
@@ -154,4 +155,6 @@ def stack_trtllm(architecture: str, mlp: Mapping[str, str], *, in_library: bool)
         modules=MappingProxyType(
             {"ln": "input_layernorm", "mixer.Wqkv": "attention.qkv", "mixer.out_proj": "attention.dense", **mlp}
         ),
+        norm_epsilon=1e-5 if in_library else None,
+        grouped_heads=not in_library,
     )

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from export.architecture import Architecture
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrtllmNetwork:
     """`architecture` is the key of MODEL_MAP, `in_library` whether the library brings its class. `layer(index)` is our
     prefix of a layer; `top` and `modules` map our modules, those in a layer without the prefix, to theirs. `gated` rows
-    of an expert's first matrix are gate and up in turn. `pipeline`: the network can be cut between layers."""
+    of an expert's first matrix are gate and up in turn. `pipeline`: the network can be cut between layers.
+    `norm_epsilon`: the one that the network has whatever config.json says; None where it reads it. `grouped_heads`:
+    several query heads may share a key/value head."""
 
     architecture: str
     in_library: bool
@@ -20,10 +24,32 @@ class TrtllmNetwork:
     layer: Callable[[int], str]
     top: Mapping[str, str]
     modules: Mapping[str, str]
+    norm_epsilon: float | None = None
+    grouped_heads: bool = True
 
     def names(self, num_layers: int) -> dict[str, tuple[int | None, str]]:
         """Our module -> its layer (None: of the whole model) and their module, without their layer's prefix."""
         found: dict[str, tuple[int | None, str]] = {ours: (None, theirs) for ours, theirs in self.top.items()}
         for layer in range(num_layers):
             found |= {f"{self.layer(layer)}.{ours}": (layer, theirs) for ours, theirs in self.modules.items()}
+        return found
+
+    def problems(self, facts: Architecture) -> list[str]:
+        """What of a model the network would compute otherwise, or not at all."""
+        found, name = [], self.architecture
+        if self.norm_epsilon not in (None, facts.norm_epsilon):
+            found.append(
+                f"norms add {facts.norm_epsilon} to the variance, and TensorRT-LLM's {name} adds {self.norm_epsilon} "
+                "whatever config.json says; build for onnxruntime"
+            )
+        if not self.grouped_heads and facts.num_kv_heads != facts.num_heads:
+            found.append(
+                f"{facts.num_kv_heads} key/value heads serve {facts.num_heads} attention heads, and TensorRT-LLM's "
+                f"{name} wants one for each; build for onnxruntime"
+            )
+        if self.in_library and facts.num_experts == 1:
+            found.append(
+                f"one expert can be chosen, and TensorRT-LLM's {name} takes a mixture of one for a dense model, whose "
+                "tensors have other names; build for onnxruntime"
+            )
         return found

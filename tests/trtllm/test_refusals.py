@@ -6,6 +6,7 @@ A case is a build up to some stage on a machine that is told of; nothing is writ
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,6 +168,20 @@ CASES = {
         "48 or less, where the two agree",
         EngineError,
     ),
+    "an epsilon that PhiForCausalLM does not read": Case(
+        "fine", {"precision": "fp16"},
+        "norms add 1e-06 to the variance, and TensorRT-LLM's PhiForCausalLM adds 1e-05 whatever config.json says; "
+        "build for onnxruntime",
+    ),
+    "key/value heads that PhiForCausalLM does not read": Case(
+        "shared", {"precision": "fp16"},
+        "2 key/value heads serve 6 attention heads, and TensorRT-LLM's PhiForCausalLM wants one for each; build for",
+    ),
+    "a mixture of one expert": Case(
+        "one", {"precision": "fp16", "experts_per_token": 1},
+        "one expert can be chosen, and TensorRT-LLM's MixtralForCausalLM takes a mixture of one for a dense model, "
+        "whose tensors have other names; build for onnxruntime",
+    ),
     "a batch larger than its tokens": Case(
         "phixtral", {"max_batch_size": 64, "max_num_tokens": 63},
         "--max-num-tokens is 63, expected at least --max-batch-size 64: every sequence of a step adds a token",
@@ -262,11 +277,18 @@ def sources(tmp_path_factory) -> dict[str, Path]:
     mixture = {"seed": 1, "num_experts": 5, "experts_per_token": 2}
     wide = {**PHIXTRAL, "hidden_size": 256, "num_heads": 4, "ffn_size": 256}
     grouped = {"hidden_size": 192, "num_heads": 6, "num_kv_heads": 2, "head_dim": 64, "ffn_size": 192, "num_experts": 4}
+    fine = write_phi_checkpoint(parent / "fine", seed=1, **PHIXTRAL)
+    config = json.loads((fine / "config.json").read_text())
+    (fine / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 1e-6}))
+    one = {**grouped, "num_experts": 1, "experts_per_token": 1}
     return {
         "phixtral": write_phixtral_checkpoint(parent / "phixtral", **mixture, **PHIXTRAL),
         "odd": write_phixtral_checkpoint(parent / "odd", **mixture),
         "wide": write_phixtral_checkpoint(parent / "wide", **{**mixture, "num_experts": 4}, **wide),
         "phi": write_phi_checkpoint(parent / "phi", seed=1, **PHIXTRAL),
+        "fine": fine,
+        "shared": write_phi_checkpoint(parent / "shared", seed=1, num_kv_heads=2, **PHIXTRAL),
+        "one": write_mixtral_checkpoint(parent / "one", seed=1, **one),
         "even": write_phixtral_checkpoint(parent / "even", **{**mixture, "num_experts": 4}, **PHIXTRAL),
         "mixtral": write_mixtral_checkpoint(parent / "mixtral", seed=1, vocab_size=372, **grouped),
         "uneven": write_mixtral_checkpoint(parent / "uneven", seed=1, vocab_size=371, **grouped),
