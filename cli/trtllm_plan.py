@@ -17,12 +17,19 @@ GB = 1e9
 
 
 def run_trtllm_plan(arguments: argparse.Namespace) -> int:
-    """Plan and print. Returns 1 where --max-batch-size sequences do not fit --device-memory, that of one GPU."""
+    """Plan and print. Returns 1 where --max-batch-size sequences do not fit --device-memory, that of one GPU. Raises
+    EngineError for a flag that says nothing of a GPU."""
     from dataclasses import replace
 
+    from trt_build.errors import EngineError
     from trt_build.trtllm.build import build_trtllm
     from trt_build.trtllm.command import read_trtllm_options
 
+    if arguments.measure_bandwidth:
+        raise EngineError(
+            "reading the flags: --measure-bandwidth: it measures this machine's memory, and the engine lies in a GPU's; "
+            "give that with --bandwidth"
+        )
     options = replace(read_trtllm_options(arguments, Path("engine")), until="plan")
     plan = build_trtllm(options).plan
     machine = _machine(arguments, plan, options)
@@ -37,14 +44,15 @@ def run_trtllm_plan(arguments: argparse.Namespace) -> int:
 def _machine(arguments: argparse.Namespace, plan: TrtllmPlan, options: TrtllmOptions) -> dict[str, Any]:
     memory = arguments.device_memory and round(arguments.device_memory * GB)
     bandwidth = arguments.bandwidth and arguments.bandwidth * GB
-    per_rank = plan.weights_bytes_per_token / len(plan.rank_bytes)
+    # The ranks of a stage read side by side, the stages one after the other.
+    read_in_turn = plan.weights_bytes_per_token / plan.parallel["tp_size"]
     return {
         "device_memory_bytes": memory,
         "kv_cache_fraction": options.kv_cache_fraction,
         "max_batch_size": arguments.max_batch_size,
         "sequences": None if memory is None else plan.sequences_in(memory, options.kv_cache_fraction),
         "bandwidth_bytes_per_s": bandwidth,
-        "tokens_per_s_at_start": bandwidth and bandwidth / per_rank,
+        "tokens_per_s_at_start": bandwidth and bandwidth / read_in_turn,
     }
 
 
@@ -77,4 +85,4 @@ def _print(checkpoint: str, plan: TrtllmPlan, machine: dict[str, Any]) -> None:
                 f"{machine['kv_cache_fraction']:.0%} of what is left, activations not counted",
             )
         )
-    print_rows(f"decoding sequences of up to {plan.max_sequence} tokens", decoding)
+    print_rows(f"decoding one sequence of up to {plan.max_sequence} tokens", decoding)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from cli.main import main
 
+MIXTRAL = Path(__file__).parents[2] / "examples/tiny-mixtral/checkpoint"
 DIMS = {"hidden": 192, "layers": 3, "heads": 6, "ffn": 448, "vocab": 352, "experts": 5}
 
 
@@ -46,6 +48,14 @@ def test_decoding_reads_two_of_five_experts(capsys, tiny_checkpoint):
     assert plan["weights_bytes_per_token"] == pytest.approx(float16_bytes() - unread, abs=2)
 
 
+def test_ranks_of_a_stage_read_side_by_side_and_stages_in_turn(capsys):
+    words = ["--precision", "fp16", "--bandwidth", "2", "--pp-size", "2"]
+    for tp in (1, 2):
+        _, plan = planned(capsys, MIXTRAL, *words, "--tp-size", str(tp))
+        assert len(plan["rank_bytes"]) == 2 * tp
+        assert plan["tokens_per_s_at_start"] == pytest.approx(2e9 * tp / plan["weights_bytes_per_token"])
+
+
 def test_sequences_that_do_not_fit_end_with_status_1(capsys, tiny_checkpoint):
     words = ["--precision", "fp16", "--device-memory", "0.012", "--max-batch-size", "64"]
     status, plan = planned(capsys, tiny_checkpoint, *words)
@@ -67,6 +77,10 @@ def test_group_wise_experts_with_biases_are_said_to_be_experimental(capsys, capl
     [
         (["--tp-size", "4"], "EngineError: reading the flags: --tp-size: for --backend tensorrt-llm only"),
         (["--backend", "tensorrt-llm", "--provider", "cpu"], "--provider: for --backend onnxruntime only; leave them out"),
+        (
+            ["--backend", "tensorrt-llm", "--measure-bandwidth"],
+            "--measure-bandwidth: it measures this machine's memory, and the engine lies in a GPU's; give that with",
+        ),
         (["--backend", "tensorrt-llm", "--tp-size", "4"], "6 attention heads do not divide among tp_size 4"),
     ],
 )
