@@ -76,7 +76,10 @@ def test_group_wise_experts_with_biases_are_said_to_be_experimental(capsys, capl
     ("words", "text"),
     [
         (["--tp-size", "4"], "EngineError: reading the flags: --tp-size: for --backend tensorrt-llm only"),
-        (["--backend", "tensorrt-llm", "--provider", "cpu"], "--provider: for --backend onnxruntime only; leave them out"),
+        (
+            ["--backend", "tensorrt-llm", "--provider", "cpu"],
+            "--provider: for --backend onnxruntime only; leave them out",
+        ),
         (
             ["--backend", "tensorrt-llm", "--measure-bandwidth"],
             "--measure-bandwidth: it measures this machine's memory, and the engine lies in a GPU's; give that with",
