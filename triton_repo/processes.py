@@ -12,18 +12,18 @@ from one that lives as long as it should. A launcher is watched (`watcher.py`), 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from triton_repo.errors import ServerError
+from trt_build.child import follow_parent
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,6 @@ POLL_INTERVAL_S = 0.1
 MARK_VARIABLE = "MOESHIP_SERVER"
 WATCHER = "triton_repo.watcher"
 _SHARED_MEMORY = Path("/dev/shm")
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,20 +79,6 @@ def running_program(program: Program, log: Path | None, mark: str) -> Iterator[s
             _stop(process, mark)
         finally:
             clear_memory(mark)
-
-
-def follow_parent() -> Callable[[], None] | None:
-    """What the child runs before it becomes the program: ask the kernel for SIGTERM when its parent ends."""
-    if sys.platform != "linux":
-        return None
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-
-    def follow() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it ended before the kernel was asked
-            os._exit(1)
-
-    return follow
 
 
 def _stop(process: subprocess.Popen[bytes], mark: str) -> None:

@@ -15,15 +15,8 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from triton_repo.processes import (
-    DRAIN_TIMEOUT_S,
-    KILL_GRACE_S,
-    children_of,
-    clear_memory,
-    follow_parent,
-    kill_left,
-    send_signal,
-)
+from triton_repo.processes import DRAIN_TIMEOUT_S, KILL_GRACE_S, children_of, clear_memory, kill_left, send_signal
+from trt_build.child import follow_parent
 
 
 class _Asked(BaseException):

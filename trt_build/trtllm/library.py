@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trt_build.child import child_program
 from trt_build.errors import EngineError, LibraryMissing
 from trt_build.machine import BUILD_PROGRAM, LIBRARY, Machine, container, library_python
 from trt_build.trtllm.options import SUPPORTED
@@ -66,20 +67,19 @@ def library_missing(
 
 
 def run_build(library: Library, flags: Sequence[str], folder: Path) -> None:
-    """Run trtllm-build in `folder`, its words going to stderr. Raises EngineError with the last of them if it fails."""
+    """Run trtllm-build in `folder`, its words going to stderr. Raises EngineError with the last of them if it fails;
+    it ends with whoever waits for it."""
     command = [str(library.program), *flags]
     last: deque[str] = deque(maxlen=LOG_TAIL_LINES)
-    with subprocess.Popen(
-        command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace",
-    ) as process:  # fmt: skip
+    with child_program(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
         for line in process.stdout:
             sys.stderr.write(line)
             last.append(line.rstrip())
-    if process.returncode:
+        status = process.wait()
+    if status:
         tail = "".join(f"\n    {line}" for line in last)
         raise EngineError(
-            f"building the engine: {shlex.join(command)} ended with status {process.returncode}; the checkpoint is "
+            f"building the engine: {shlex.join(command)} ended with status {status}; the checkpoint is "
             f"kept, and the same command goes on from it. The end of what was said:{tail}"
         )

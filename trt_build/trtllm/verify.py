@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ import numpy.typing as npt
 
 from export.families import Model
 from export.tokenizer import load_tokenizer
+from trt_build.child import child_program
 from trt_build.errors import EngineError
 from trt_build.parity import (
     MIN_TOKENS,
@@ -131,12 +131,11 @@ def _ask(engine: TrtllmEngine, python: Path, windows: Sequence[Sequence[int]], p
                 )
             program = [MPIRUN, "--allow-run-as-root", "-n", str(world_size), *program]
         path = os.pathsep.join(filter(None, [str(_HOME), os.environ.get("PYTHONPATH")]))
-        done = subprocess.run(
-            program, stdin=subprocess.DEVNULL, stdout=sys.stderr, env={**os.environ, "PYTHONPATH": path}, check=False
-        )
-        if done.returncode or not answers.is_file():
+        with child_program(program, stdout=sys.stderr, env={**os.environ, "PYTHONPATH": path}) as process:
+            status = process.wait()
+        if status or not answers.is_file():
             raise EngineError(
-                f"verifying {engine.folder}: the process that runs the engine ended with status {done.returncode} and "
+                f"verifying {engine.folder}: the process that runs the engine ended with status {status} and "
                 "gave no logits; its words stand above"
             )
         with np.load(answers) as found:
