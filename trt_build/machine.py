@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # The newest container of each TensorRT-LLM release. Source: docs/introduction/compatibility.md of
 # triton-inference-server/server, whose rows for TensorRT-LLM end with 26.07.
-_CONTAINERS = {"1.0.0": "25.10", "1.1.0": "26.02", "1.2.0": "26.03", "1.2.1": "26.07"}
+_CONTAINERS = {"1.0.0": "25.10", "1.0.3.2510": "25.11", "1.1.0": "26.02", "1.2.0": "26.03", "1.2.1": "26.07"}
 _NEWEST = "1.2.1"
 LIBRARY, BUILD_PROGRAM = "tensorrt_llm", "trtllm-build"
 _LONG_PATH = "'''exec' "  # pip's own, after #!/bin/sh: pip/_vendor/distlib/scripts.py
