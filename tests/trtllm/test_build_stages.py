@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from trtllm.building import build, manifest_of, words
+from trtllm.building import build, manifest_of, options_of, words
 from trtllm.library import ROOT, install_programs
 
 from cli.main import main
@@ -67,6 +67,22 @@ def test_the_checkpoint_lies_where_it_is_wanted(tmp_path, small_phixtral, no_lib
     assert outcome.checkpoint == folder
     assert (folder / "rank0.safetensors").is_file()
     assert not (tmp_path / "engine.checkpoint").exists()
+
+
+def test_a_folder_of_another_use_is_not_taken_for_the_checkpoint(tmp_path, small_phixtral, no_library):
+    for folder, flag in ((tmp_path / "x/../engine", "--output"), (small_phixtral, "--checkpoint")):
+        told = rf"would lie in {folder}, which is {flag}; name another folder with --trtllm-checkpoint$"
+        with pytest.raises(EngineError, match=told):
+            build(small_phixtral, tmp_path / "engine", trtllm_checkpoint=folder)
+    assert not list(tmp_path.iterdir())
+
+
+def test_beside_an_output_that_is_named_by_dots_lies_its_checkpoint(tmp_path, small_phixtral, no_library, monkeypatch):
+    (tmp_path / "engine/inner").mkdir(parents=True)
+    for folder, name in ((tmp_path / "engine", "."), (tmp_path / "engine/inner", "..")):
+        monkeypatch.chdir(folder)
+        options = options_of(small_phixtral, Path(name))
+        assert options.checkpoint_folder == tmp_path / "engine.checkpoint"
 
 
 # Engine and comparison ------------------------------------------------------------------------------------------------
@@ -138,10 +154,10 @@ def test_ranks_without_an_mpirun_are_told_how_to_be_compared(tmp_path, small_phi
         shutil.copy(programs.parent / name, alone)
     monkeypatch.setenv("PATH", str(alone))
     with pytest.raises(
-        EngineError, match="it has 2 ranks and there is no mpirun on PATH to start them; install Open MPI"
+        EngineError, match="an engine of 2 ranks is run by mpirun, and there is none on PATH: install Open MPI, or stop"
     ):
         build(small_phixtral, tmp_path / "engine", precision="fp16", tp_size=2)
-    assert open_trtllm_engine(tmp_path / "engine").manifest.verification is None
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"]
 
 
 # Runs that follow -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from export.tensor_table import Role
 from export.trtllm.checkpoint import DEFAULT_SM, CheckpointOptions
 from export.trtllm.parallel import Parallelism
 from trt_build.errors import EngineError
-from trt_build.machine import Machine
+from trt_build.machine import MPIRUN, Machine
 from trt_build.parity import MIN_TOKENS
 
 STAGES = ("plan", "checkpoint", "engine", "verify")
@@ -57,7 +58,8 @@ class TrtllmOptions:
     @property
     def checkpoint_folder(self) -> Path:
         """Where the library's form of the checkpoint is kept."""
-        return self.trtllm_checkpoint or self.output.with_name(f"{self.output.name}.checkpoint")
+        output = self.output.resolve() if self.output.name in ("", "..") else self.output  # to a folder with a name
+        return self.trtllm_checkpoint or output.with_name(f"{output.name}.checkpoint")
 
     def sm(self, machine: Machine) -> int:
         """The compute capability that is built for."""
@@ -88,6 +90,7 @@ def check_options(options: TrtllmOptions, model: Model, machine: Machine) -> Non
     """
     problems = [
         *_value_problems(options, model.architecture),
+        *_folder_problems(options, model.weights.checkpoint.folder),
         *_model_problems(options, model),
         *_machine_problems(options, machine),
     ]
@@ -123,6 +126,15 @@ def _value_problems(options: TrtllmOptions, facts: Architecture) -> Iterator[str
             f"attention looks back on {facts.sliding_window} positions only, which the engine's network does not; "
             f"build it with --max-seq-len {facts.sliding_window} or less, where the two agree"
         )
+
+
+def _folder_problems(options: TrtllmOptions, source: Path) -> Iterator[str]:
+    for flag, taken in (("--output", options.output), ("--checkpoint", source)):
+        if options.checkpoint_folder.resolve() == taken.resolve():
+            yield (
+                f"the library's form of the checkpoint would lie in {options.checkpoint_folder}, which is {flag}; name "
+                "another folder with --trtllm-checkpoint"
+            )
 
 
 def _model_problems(options: TrtllmOptions, model: Model) -> Iterator[str]:
@@ -167,4 +179,9 @@ def _machine_problems(options: TrtllmOptions, machine: Machine) -> Iterator[str]
         yield (
             f"an engine of {ranks} ranks runs on as many GPUs, and this machine has {found}: stop with --until engine, "
             "and give the same command without it where it can be verified"
+        )
+    elif options.until == STAGES[-1] and ranks > 1 and shutil.which(MPIRUN) is None:
+        yield (
+            f"an engine of {ranks} ranks is run by {MPIRUN}, and there is none on PATH: install Open MPI, or stop with "
+            "--until engine"
         )
