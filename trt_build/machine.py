@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 # triton-inference-server/server, whose rows for TensorRT-LLM end with 26.07.
 _CONTAINERS = {"1.0.0": "25.10", "1.0.3.2510": "25.11", "1.1.0": "26.02", "1.2.0": "26.03", "1.2.1": "26.07"}
 _NEWEST = "1.2.1"
-LIBRARY, BUILD_PROGRAM = "tensorrt_llm", "trtllm-build"
+LIBRARY, BUILD_PROGRAM, MPIRUN = "tensorrt_llm", "trtllm-build", "mpirun"
 _LONG_PATH = "'''exec' "  # pip's own, after #!/bin/sh: pip/_vendor/distlib/scripts.py
 _NVIDIA_SMI_TIMEOUT_S = 30
 _PYTHON_TIMEOUT_S = 60

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from export.families import Model
 from export.tokenizer import load_tokenizer
 from trt_build.child import child_program
 from trt_build.errors import EngineError
+from trt_build.machine import MPIRUN
 from trt_build.parity import (
     MIN_TOKENS,
     THRESHOLDS,
@@ -52,7 +52,6 @@ LIMITS: dict[str, Thresholds] = {
     "int4_gptq": THRESHOLDS["int4"],
     "int4_awq": THRESHOLDS["int4"],
 }  # fmt: skip
-MPIRUN = "mpirun"
 _HOME = Path(__file__).resolve().parents[2]
 
 
@@ -124,11 +123,6 @@ def _ask(engine: TrtllmEngine, python: Path, windows: Sequence[Sequence[int]], p
         words = ["-m", "trt_build.trtllm.logits", str(engine.folder.resolve()), str(requests), str(answers)]
         program = [str(python), *words]
         if world_size > 1:
-            if shutil.which(MPIRUN) is None:
-                raise EngineError(
-                    f"verifying {engine.folder}: it has {world_size} ranks and there is no {MPIRUN} on PATH to start "
-                    "them; install Open MPI, or stop with --until engine"
-                )
             program = [MPIRUN, "--allow-run-as-root", "-n", str(world_size), *program]
         path = os.pathsep.join(filter(None, [str(_HOME), os.environ.get("PYTHONPATH")]))
         with child_program(program, stdout=sys.stderr, env={**os.environ, "PYTHONPATH": path}) as process:
