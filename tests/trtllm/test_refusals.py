@@ -258,6 +258,12 @@ OWN = {
         "phixtral", {"max_num_tokens": 2, "max_batch_size": 1}, "2 tokens would be compared", EngineError,
         until="verify",
     ),
+    "GPUs of several kinds": Case(
+        "phixtral", {"precision": "fp16", "gpu_sm": 86},
+        r"this machine has GPU 0 \(SM 80\), GPU 1 \(SM 86\), and which of them an engine is built on is CUDA's choice; "
+        "leave those of one kind, by their UUIDs in CUDA_VISIBLE_DEVICES",
+        EngineError, machine(80, 86), "engine",
+    ),
     "ranks that no GPU is there to run": Case(
         "phixtral", {"precision": "fp16", "tp_size": 2},
         r"an engine of 2 ranks runs on as many GPUs, and this machine has GPU 0 \(SM 80\): stop with --until engine, "
@@ -329,6 +335,7 @@ ACCEPTED = {
     "integers on SM 120": ("phixtral", {"gpu_sm": 120}, NOBODY, "plan"),
     "bfloat16 on SM 80": ("phixtral", {"precision": "bf16"}, machine(80), "plan"),
     "SM 70": ("phixtral", {"gpu_sm": 70}, NOBODY, "plan"),
+    "a plan for one of several kinds": ("phixtral", {"gpu_sm": 86}, machine(80, 86), "plan"),
     "a checkpoint for a GPU that is elsewhere": ("phixtral", {"gpu_sm": 90}, machine(80), "plan"),
     "odd sizes in floats": ("odd", {"precision": "fp16"}, NOBODY, "plan"),
     "groups of 64": ("phixtral", {"precision": "int4_gptq"}, NOBODY, "plan"),

@@ -169,6 +169,11 @@ def _machine_problems(options: TrtllmOptions, machine: Machine) -> Iterator[str]
     if not machine.gpus or options.until not in STAGES[2:]:
         return
     found = ", ".join(f"{gpu.name} (SM {gpu.sm})" for gpu in machine.gpus)
+    if len({gpu.sm for gpu in machine.gpus}) > 1:
+        yield (
+            f"this machine has {found}, and which of them an engine is built on is CUDA's choice; leave those of one "
+            "kind, by their UUIDs in CUDA_VISIBLE_DEVICES"
+        )
     if options.gpu_sm is not None and all(gpu.sm != options.gpu_sm for gpu in machine.gpus):
         yield (
             f"--gpu-sm is {options.gpu_sm} and this machine has {found}: an engine is built on the GPU that it is "
