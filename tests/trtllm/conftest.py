@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from checkpoints import write_phixtral_checkpoint
 from trtllm.building import build
 from trtllm.library import NETWORK, ROOT, install_programs, standin
@@ -27,6 +28,18 @@ PACKABLE = {
 SMALL = {
     "hidden_size": 128, "num_heads": 4, "ffn_size": 256, "num_layers": 2, "rotary_dim": 16, "dtype": "float16",
 }  # fmt: skip
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """torch computes in one thread, here and in the stand-in's programs: of matrices this small several threads mostly
+    wait for each other, which more than doubles the time where other programs want the cores too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
