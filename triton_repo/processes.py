@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from triton_repo.errors import ServerError
-from trt_build.child import follow_parent
+from trt_build.child import following
 
 logger = logging.getLogger(__name__)
 
@@ -61,14 +61,13 @@ def running_program(program: Program, log: Path | None, mark: str) -> Iterator[s
             raise ServerError(f"opening the server's log {log}: {error.strerror}; name another file") from error
         try:
             process = subprocess.Popen(
-                [*watched, *program.arguments],
+                following([*watched, *program.arguments]),
                 env={**program.environment, MARK_VARIABLE: mark},
                 cwd=program.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=follow_parent(),
             )
         except OSError as error:
             raise ServerError(f"starting {program.arguments[0]}: {error.strerror} ({error.filename})") from error

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from triton_repo.processes import DRAIN_TIMEOUT_S, KILL_GRACE_S, children_of, clear_memory, kill_left, send_signal
-from trt_build.child import follow_parent
+from trt_build.child import following
 
 
 class _Asked(BaseException):
@@ -28,7 +28,7 @@ def watch(mark: str, command: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, _ask)
     process = None
     try:
-        process = subprocess.Popen(command, preexec_fn=follow_parent())
+        process = subprocess.Popen(following(command))
         return process.wait()
     except _Asked:
         return 0 if process is None else _end(process)

@@ -11,25 +11,35 @@ and killed when it does not. Where this process is killed outright, the kernel a
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 END_GRACE_S = 10  # a call into TensorRT sees no signal before it returns
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# Python ignores these two signals, and a program that it becomes would go on ignoring them. 1 is PR_SET_PDEATHSIG of
+# linux/prctl.h; a parent that ended before the kernel was asked is another by now.
+_FOLLOW = """
+import ctypes, os, signal, sys
+parent, program, *command = sys.argv[1:]
+for number in (signal.SIGPIPE, signal.SIGXFSZ):
+    signal.signal(number, signal.SIG_DFL)
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() == int(parent):
+    os.execv(program, command)
+"""
 
 
 @contextlib.contextmanager
 def child_program(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:  # noqa: ANN401 - Popen's
     """Start a program that reads nothing; `options` are Popen's. Raises OSError where it cannot be started."""
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, text=True, errors="replace", process_group=0, preexec_fn=follow_parent(),
-        **options,
-    )  # fmt: skip
+        following(command), stdin=subprocess.DEVNULL, text=True, errors="replace", process_group=0, **options
+    )
     with process:
         try:
             yield process
@@ -38,18 +48,18 @@ def child_program(command: Sequence[str], **options: Any) -> Iterator[subprocess
             raise
 
 
-def follow_parent() -> Callable[[], None] | None:
-    """What a child runs before it becomes the program: ask the kernel for SIGTERM when its parent ends."""
+def following(command: Sequence[str]) -> list[str]:
+    """The command, started by one that has the kernel send SIGTERM when this process ends (Linux).
+
+    It is asked in a program of its own and not between fork and exec: there the handlers of libraries that this process
+    has loaded would run, and gRPC's may abort. Raises FileNotFoundError where there is no such program.
+    """
+    program = shutil.which(command[0])
+    if program is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), command[0])
     if sys.platform != "linux":
-        return None
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-
-    def follow() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it ended before the kernel was asked
-            os._exit(1)
-
-    return follow
+        return list(command)
+    return [sys.executable, "-I", "-S", "-c", _FOLLOW, str(os.getpid()), program, *command]
 
 
 def _end(process: subprocess.Popen[str]) -> None:
