@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from triton_repo.errors import RepositoryError
 from triton_repo.model_config import CONFIG_FILE, read_config
 from trt_build.engine import MANIFEST_FILE
+from trt_build.trtllm.engine import TRTLLM_BACKEND
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-TRTLLM_BACKEND = "tensorrtllm"
-TRTLLM_ENGINE_BACKEND = "tensorrt-llm"  # engine.json's word
+TRITON_BACKEND = "tensorrtllm"  # TensorRT-LLM's in C++; engine.json has another word
 WORLD_SIZE_KEY = "moeship_world_size"
 GPUS_KEY = "moeship_gpus"
 ENGINE_FOLDER = "engine"
@@ -82,7 +82,7 @@ def _gpu_models(folder: Path, config: ModelConfig) -> Iterator[GpuModel]:
     """The model, if it runs on TensorRT-LLM."""
     texts = {key: value.string_value for key, value in config.parameters.items()}
     spawns = GPUS_KEY in texts
-    if config.backend == TRTLLM_BACKEND or spawns or WORLD_SIZE_KEY in texts:
+    if config.backend == TRITON_BACKEND or spawns or WORLD_SIZE_KEY in texts:
         key = GPUS_KEY if spawns else WORLD_SIZE_KEY
         world_size = _number(folder, key, texts[key]) if key in texts else None
         engine = _engine_origin(folder)
@@ -115,7 +115,7 @@ def _engine_origin(folder: Path) -> EngineOrigin | None:
     path = found[max(found)]
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["backend"] != TRTLLM_ENGINE_BACKEND:
+        if manifest["backend"] != TRTLLM_BACKEND:
             return None
         return _origin(manifest)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

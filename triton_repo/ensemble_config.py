@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from triton_repo.contract import COMPATIBILITY_INPUTS, INPUTS, OURS, OUTPUTS
-from triton_repo.deployment import TRTLLM_BACKEND
+from triton_repo.deployment import TRITON_BACKEND
 from triton_repo.model_config import declare, messages, set_parameters
 from triton_repo.runtime.parameters import WORKERS_KEY, ModelParameters, TextParameters
 from triton_repo.runtime.token_request import TAKEN_INPUTS
@@ -103,7 +103,7 @@ def onnxruntime_config(max_batch: int, parameters: ModelParameters, workers: int
 def tensorrt_llm_config(max_batch: int, parameters: TensorrtLlmParameters, texts: Mapping[str, str]) -> ModelConfig:
     """`tensorrt_llm` where TensorRT-LLM's C++ backend runs the engine; `texts` are the parameters' own."""
     pb = messages()
-    config = pb.ModelConfig(name=TOKEN_ENGINE, backend=TRTLLM_BACKEND, max_batch_size=max_batch)
+    config = pb.ModelConfig(name=TOKEN_ENGINE, backend=TRITON_BACKEND, max_batch_size=max_batch)
     declare(config, TOKEN_INPUTS, TOKEN_OUTPUTS)
     config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=1)
     config.model_transaction_policy.decoupled = True

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from export.errors import listing
-from triton_repo.deployment import TRTLLM_BACKEND, Deployment, GpuModel
+from triton_repo.deployment import TRITON_BACKEND, Deployment, GpuModel
 from triton_repo.errors import ServerError
 from trt_build.machine import Machine, container, release
 
@@ -31,10 +31,10 @@ def check_machine(deployment: Deployment, machine: Machine, backends: Path | Non
 
 
 def _backend(model: GpuModel, backends: Path | None) -> Iterator[str]:
-    if model.backend == TRTLLM_BACKEND and backends is not None and not (backends / TRTLLM_BACKEND).is_dir():
+    if model.backend == TRITON_BACKEND and backends is not None and not (backends / TRITON_BACKEND).is_dir():
         wanted = container(model.engine.library if model.engine else None)
         yield (
-            f"{model.name}: its backend {TRTLLM_BACKEND} is not in {backends}; serve it in the container {wanted}, "
+            f"{model.name}: its backend {TRITON_BACKEND} is not in {backends}; serve it in the container {wanted}, "
             "which has it"
         )
 

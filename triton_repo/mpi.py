@@ -19,8 +19,8 @@ from pathlib import Path
 from export.errors import listing
 from triton_repo.deployment import Deployment, GpuModel
 from triton_repo.errors import ServerError
+from trt_build.machine import MPIRUN
 
-MPIRUN = "mpirun"
 # Open MPI refuses more ranks than cores, where GPUs are what counts, and binds one or two ranks to a core each, where a
 # server's threads need them all (mpirun(1), "Mapping, Ranking, and Binding").
 _MPIRUN_OPTIONS = ("--allow-run-as-root", "--oversubscribe", "--bind-to", "none")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from export.errors import listing
 from export.tokenizer import TOKENIZER_FILE
-from triton_repo.deployment import TRTLLM_BACKEND, WORLD_SIZE_KEY
+from triton_repo.deployment import TRITON_BACKEND, WORLD_SIZE_KEY
 from triton_repo.errors import RepositoryError
 from triton_repo.model_config import CONFIG_FILE, packaged_parameters, read_config
 from triton_repo.runtime.parameters import NUM_IDS_KEY, TOKENIZER_KEY
@@ -77,7 +77,7 @@ def _is_text(config: ModelConfig) -> bool:
 
 def _path_problems(name: str, config: ModelConfig) -> list[str]:
     """What is wrong with the path of an engine of ours that TensorRT-LLM runs."""
-    if config.backend != TRTLLM_BACKEND or WORLD_SIZE_KEY not in config.parameters:
+    if config.backend != TRITON_BACKEND or WORLD_SIZE_KEY not in config.parameters:
         return []
     engine = Path(config.parameters[ENGINE_PATH_KEY].string_value)
     if (engine / MANIFEST_FILE).is_file():

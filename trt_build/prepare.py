@@ -24,11 +24,12 @@ from export.quantize.recipe import QuantPlan, plan_for
 from export.routing import RoutingReport, diagnose
 from export.tensor_table import Weights
 from export.tokenizer import Tokenizer, load_tokenizer
-from trt_build.engine import FORMAT_VERSION, FileRecord, Manifest, Precision, Source
+from trt_build.engine import BACKEND, FORMAT_VERSION, FileRecord, Manifest, Precision, Source
 from trt_build.errors import EngineError
 from trt_build.ort.genai_config import genai_config
+from trt_build.trtllm.engine import TRTLLM_BACKEND
 
-BACKENDS = ("onnxruntime", "tensorrt-llm")  # the second is trt_build/trtllm's
+BACKENDS = (BACKEND, TRTLLM_BACKEND)  # the second is trt_build/trtllm's
 _LIBRARIES = ("moeship", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tokenizers")
 
 
@@ -106,7 +107,7 @@ def check_options(options: EngineOptions) -> tuple[Provider, QuantPlan]:
     """Raises EngineError, ExportError or QuantizationError for a name that is unknown."""
     if options.backend not in BACKENDS:
         raise EngineError(f"choosing the backend: {options.backend!r} is unknown. There are: {', '.join(BACKENDS)}")
-    if options.backend != BACKENDS[0]:
+    if options.backend != BACKEND:
         raise EngineError(f"choosing the backend: {options.backend} engines are built by trt_build.trtllm.build")
     provider = provider_of(options.provider)
     return provider, plan_for(options.precision, provider)

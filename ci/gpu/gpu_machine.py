@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trt_build.machine import BUILD_PROGRAM, LIBRARY, Machine, container, library_python, read_machine
+from trt_build.machine import BUILD_PROGRAM, LIBRARY, MPIRUN, Machine, container, library_python, read_machine
 
 BACKEND = "tensorrtllm"  # Triton's, in C++
-MPIRUN = "mpirun"
 PACKAGES = (LIBRARY, "tensorrt", "torch", "transformers", "nvidia-modelopt")  # of TensorRT-LLM's own Python
 # What images say of themselves. Source: build.py of triton-inference-server/server and its base images.
 IMAGE_VARIABLES = ("NVIDIA_TRITON_SERVER_VERSION", "TRITON_SERVER_VERSION", "CUDA_VERSION", "TRT_VERSION")

@@ -251,8 +251,9 @@ def checkpoint_settings(plan: CheckpointPlan) -> dict[str, Any]:
     """What decides a checkpoint's bytes beside its source, as plain JSON values."""
     options = {**dataclasses.asdict(plan.options), "parallel": plan.options.parallel.mapping()}
     sm = options.pop("sm")
+    packed_for = "every GPU but SM 90" if interleaves_columns(sm, experts=False) else "SM 90"
     layout = {
-        "packed for": "every GPU but SM 90" if interleaves_columns(sm, experts=False) else "SM 90",
+        "packed for": packed_for if plan.layout.is_packed else None,
         "layout": hashlib.sha256(repr(plan.layout).encode()).hexdigest(),
     }
     return {**options, "format version": FORMAT_VERSION, **layout, "config": dict(plan.config)}

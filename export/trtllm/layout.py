@@ -47,6 +47,11 @@ class Form(StrEnum):
     GROUPS = "groups"  # packed, scales and zeros of groups
     PAIRS = "pairs"  # two rows a byte, scales of groups
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether its bytes lie as a GPU's products read them; the others are laid out when they are loaded."""
+        return self in (Form.CHANNELS, Form.GROUPS)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
@@ -102,6 +107,11 @@ class Layout:
     """Every job of a checkpoint."""
 
     jobs: tuple[TensorJob, ...]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether any of it is laid out for a kind of GPU."""
+        return any(job.form.is_packed for job in self.jobs)
 
     def tensors(self, rank: int) -> list[PlannedTensor]:
         """A rank's tensors in the order of its file."""
@@ -200,7 +210,7 @@ class _Row:
             form=form,
             bits=options.precision.bits if form is not Form.FLOAT else 0,
             group_size=options.group_size if form in (Form.GROUPS, Form.PAIRS) else 0,
-            interleave=interleaves_columns(options.sm, experts=bool(self.experts)),
+            interleave=form.is_packed and interleaves_columns(options.sm, experts=bool(self.experts)),
             slices=tuple(slices),
             tensors=tensors,
             sides=sides,

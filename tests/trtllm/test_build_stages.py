@@ -60,6 +60,12 @@ def test_the_checkpoint_is_written_once_and_taken_up_after(tmp_path, small_phixt
     assert changes(folder) == before
 
 
+def test_what_is_packed_for_no_gpu_is_written_without_a_word_of_gpus(tmp_path, small_phixtral, no_library, caplog):
+    for options in ({"precision": "fp16"}, {"precision": "int4", "plain_weights": True}, {"precision": "int4_awq"}):
+        build(small_phixtral, tmp_path / "-".join(map(str, options.values())), until="checkpoint", **options)
+    assert "no GPU here" not in caplog.text
+
+
 def test_the_checkpoint_lies_where_it_is_wanted(tmp_path, small_phixtral, no_library):
     folder = tmp_path / "elsewhere" / "ranks"
     folder.parent.mkdir()

@@ -162,7 +162,7 @@ def test_a_mixture_may_be_given_as_the_librarys_own_class(network):
     assert network.PhixtralConfig(**config_of(moe=moe)).to_dict()["moe"] == moe.to_dict()
 
 
-@pytest.mark.parametrize("missing", ["rotary_pct", "moe"])
+@pytest.mark.parametrize("missing", ["rotary_pct", "rotary_base", "moe"])
 def test_a_config_without_what_has_no_default_is_refused(missing):
     from tensorrt_llm.models import PretrainedConfig
 

@@ -213,11 +213,25 @@ def test_a_finished_checkpoint_is_taken_up_wherever_its_source_lies(tmp_path, sm
         require_written(
             plan_checkpoint(understood(small_phixtral), CheckpointOptions(precision="int4", sm=sm)), finished
         )
-    floats = CheckpointOptions(precision="fp16")
-    write_checkpoint(understood(small_phixtral), floats, tmp_path / "floats")
-    require_written(
-        plan_checkpoint(understood(small_phixtral), dataclasses.replace(floats, sm=86)), tmp_path / "floats"
-    )
+
+
+# Forms whose bytes are laid out when they are loaded: what a laptop wrote is any GPU's.
+UNPACKED = {
+    "floats": {"precision": "fp16"},
+    "plain int8": {"precision": "int8", "plain": True},
+    "plain int4": {"precision": "int4", "plain": True},
+    "pairs": {"precision": "int4_awq"},
+}
+
+
+@pytest.mark.parametrize("form", UNPACKED)
+def test_what_is_not_packed_is_taken_up_on_an_h100(tmp_path, small_phixtral, form):
+    model, options = understood(small_phixtral), CheckpointOptions(**UNPACKED[form])
+    for_h100 = dataclasses.replace(options, sm=90)
+    write_checkpoint(model, options, tmp_path / "here")
+    require_written(plan_checkpoint(model, for_h100), tmp_path / "here")
+    write_checkpoint(model, for_h100, tmp_path / "there")
+    assert contents(tmp_path / "here") == contents(tmp_path / "there")
 
 
 @pytest.mark.parametrize("what", DIFFERENT)

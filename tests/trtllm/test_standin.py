@@ -183,7 +183,7 @@ def quantised(network, **quantization):
     config = network.PhixtralConfig(
         architecture="PhixtralForCausalLM", dtype="float16", hidden_size=256, num_hidden_layers=1,
         num_attention_heads=4, vocab_size=64, hidden_act="gelu_new", intermediate_size=384, rotary_pct=0.5,
-        position_embedding_type="rope_gpt_neox", max_position_embeddings=32,
+        rotary_base=10000.0, position_embedding_type="rope_gpt_neox", max_position_embeddings=32,
         moe={"num_experts": 4, "top_k": 2}, quantization=quantization,
     )  # fmt: skip
     model = network.PhixtralForCausalLM(config)

@@ -37,6 +37,7 @@ from trt_build.evaluation_text import standard_text
 from trt_build.machine import LIBRARY, Machine, read_machine, release
 from trt_build.parity import Verification
 from trt_build.prepare import SourceModel, libraries, open_source, routing_report
+from trt_build.trtllm import NETWORKS
 from trt_build.trtllm.engine import (
     CONFIG_FILE,
     FORMAT_VERSION,
@@ -58,7 +59,6 @@ from trt_build.trtllm.verify import record_trtllm, verify_trtllm
 
 logger = logging.getLogger(__name__)
 
-NETWORKS = {"PhixtralForCausalLM": Path(__file__).with_name("phixtral.py")}  # that the library lacks
 _TIMING_CACHE = "model.cache"
 
 
@@ -89,9 +89,12 @@ class _Build:
     def flags(self) -> list[str]:
         """What trtllm-build is called with, the folders aside."""
         options, network = self.options, self.source.model.family.trtllm
-        ours = NETWORKS.get(network.architecture)
+        ours, own_class = NETWORKS.get(network.architecture), list[str]()
+        if ours is not None:
+            own_class += _words("model_cls_file", Path(__file__).with_name(f"{ours}.py"))
+            own_class += _words("model_cls_name", network.architecture)
         return [
-            *(["--model_cls_file", str(ours), "--model_cls_name", network.architecture] if ours else []),
+            *own_class,
             *_words("max_batch_size", options.max_batch_size),
             *_words("max_num_tokens", options.max_num_tokens),
             *_words("max_seq_len", self.source.max_sequence),
@@ -214,8 +217,7 @@ def _checkpoint(build: _Build, progress: Callable[[Progress], None] | None) -> M
     if folder.exists():
         logger.info("%s is there already: the checkpoint's stage is done", folder)
     else:
-        packs = build.checkpoint.options.precision.startswith("int") and not build.options.plain_weights
-        if packs and build.options.gpu_sm is None and not build.machine.gpus:
+        if build.checkpoint.layout.is_packed and build.options.gpu_sm is None and not build.machine.gpus:
             logger.warning(
                 "no GPU here: packing for every GPU but SM 90 (H100, H200); pass --gpu-sm 90 to build for one"
             )

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trt_build.trtllm import NETWORKS
+
 FloatArray = npt.NDArray[np.float32]
-OUR_ARCHITECTURES = {"PhixtralForCausalLM": "trt_build.trtllm.phixtral"}
 KV_CACHE_FRACTION = 0.5  # of the free memory: more than a few short sequences need
 
 
@@ -33,9 +34,9 @@ def ask(
     import torch
 
     config = json.loads((engine / "config.json").read_text())
-    ours = OUR_ARCHITECTURES.get(config["pretrained_config"]["architecture"])
+    ours = NETWORKS.get(config["pretrained_config"]["architecture"])
     if ours is not None:
-        importlib.import_module(ours)  # the library looks the architecture up in this process too
+        importlib.import_module(f"trt_build.trtllm.{ours}")  # the library looks the architecture up in this process too
     from tensorrt_llm.runtime import ModelRunnerCpp
 
     runner = ModelRunnerCpp.from_dir(

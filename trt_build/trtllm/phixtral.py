@@ -39,7 +39,7 @@ class PhixtralConfig(PretrainedConfig):
         *,
         moe: MoeConfig | dict[str, Any],
         rotary_pct: float,
-        rotary_base: float = 10000.0,
+        rotary_base: float,
         rotary_scaling: dict[str, Any] | None = None,
         **kwargs: object,
     ) -> None:
