@@ -120,7 +120,15 @@ def models(backend, tmp_path, byte_level):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         model = module.TritonPythonModel()
-        model.initialize({"model_config": json.dumps(config), "model_repository": str(tmp_path), "model_version": "1"})
+        model.initialize(
+            {
+                "model_config": json.dumps(config),
+                "model_repository": str(tmp_path),
+                "model_version": "1",
+                "model_name": name,
+                "model_instance_name": f"{name}_0_0",
+            }
+        )
         made.append(model)
     return made
 

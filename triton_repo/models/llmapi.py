@@ -18,6 +18,7 @@ import triton_python_backend_utils as pb_utils
 
 from export.tokenizer import load_tokenizer
 from triton_repo.errors import RepositoryError
+from triton_repo.heartbeat import Heartbeat
 from triton_repo.runtime.llmapi import LlmService
 from triton_repo.runtime.llmapi_settings import SETTINGS_FILE, read_settings
 from triton_repo.runtime.responses import error_response
@@ -31,6 +32,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Start the LLM; what goes wrong becomes the reason in the repository index."""
+        self._heartbeat = Heartbeat.start(args["model_name"], args["model_instance_name"])
         folder = Path(args["model_repository"]) / args["model_version"]
         settings = read_settings(folder / SETTINGS_FILE)
         config = json.loads(args["model_config"])

@@ -15,6 +15,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from export.tokenizer import load_tokenizer
+from triton_repo.heartbeat import Heartbeat
 from triton_repo.runtime.answer_keys import answer_key, takes_response_parameters
 from triton_repo.runtime.parameters import TextParameters
 from triton_repo.runtime.postprocessing import Postprocessor, read_tokens
@@ -29,6 +30,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the tokenizer; what goes wrong becomes the reason in the repository index."""
+        self._heartbeat = Heartbeat.start(args["model_name"], args["model_instance_name"])
         parameters = TextParameters.from_config(json.loads(args["model_config"]))
         folder = Path(args["model_repository"]) / args["model_version"] / parameters.tokenizer
         self._postprocessor = Postprocessor(load_tokenizer(folder))

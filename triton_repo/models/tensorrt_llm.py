@@ -12,6 +12,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from triton_repo.heartbeat import Heartbeat
 from triton_repo.runtime.parameters import ModelParameters, read_workers
 from triton_repo.runtime.responses import error_response
 from triton_repo.runtime.token_engine import Job, Tensors, TokenEngine
@@ -24,6 +25,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the engine; what goes wrong becomes the reason in the repository index."""
+        self._heartbeat = Heartbeat.start(args["model_name"], args["model_instance_name"])
         config = json.loads(args["model_config"])
         parameters = ModelParameters.from_config(config)
         workers = read_workers(config)

@@ -1,0 +1,176 @@
+"""A model's sign of life beside its work: a small file that is written anew every half second, and the reader of them.
+
+In a model's process:
+
+    heartbeat = Heartbeat.start(args["model_name"], args["model_instance_name"])
+    heartbeat.on_drain(stop_taking_requests)
+    heartbeat.report(running=2, waiting=5)      # whenever these numbers change
+    heartbeat.step()                            # after each step of the engine
+
+`moeship serve` names a folder in the variable MOESHIP_HEARTBEATS of its server's environment, and reads the files with
+`read_beats`. Where the variable is absent, as in a tritonserver that somebody else started, nothing is written. A file
+named `draining` in the folder tells the models that the server is about to end. The thread that beats needs the
+interpreter's lock for microseconds: it goes on while the engine computes, which releases the lock, so that a busy model
+is told from one that hangs. Times are CLOCK_MONOTONIC's, which all processes of a machine share (clock_gettime(2)).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FOLDER_VARIABLE = "MOESHIP_HEARTBEATS"
+BEAT_INTERVAL_S = 0.5
+_DRAINING_FILE = "draining"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beat:
+    """What a model's instance said last. `beat_at` and `step_at` are seconds of CLOCK_MONOTONIC: when the file was
+    written, and when the number of steps was last seen to grow, or the model's start. `draining` is true once the
+    instance has been told that the server is about to end.
+    """
+
+    pid: int
+    model: str
+    instance: str
+    running: int
+    waiting: int
+    steps: int
+    beat_at: float
+    step_at: float
+    draining: bool
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the beat."""
+        return time.monotonic() - self.beat_at
+
+
+class Heartbeat:
+    """The sign of life of one instance of a model. Make it with `start`. All methods may be called from any thread."""
+
+    def __init__(self, model_name: str, instance_name: str, folder: Path | None) -> None:
+        """`folder` None makes an object that does nothing."""
+        self._model, self._instance, self._folder = model_name, instance_name, folder
+        self._running = self._waiting = self._steps = 0
+        self._seen_steps, self._step_at = 0, time.monotonic()
+        self._draining = False
+        self._callbacks: list[Callable[[], object]] = []
+        self._lock = threading.Lock()  # guards _draining and _callbacks, so that each callback is called exactly once
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        digest = hashlib.sha256(f"{model_name}/{instance_name}".encode()).hexdigest()[:16]
+        self._file_name = f"{os.getpid()}-{digest}.json"
+
+    @classmethod
+    def start(cls, model_name: str, instance_name: str) -> Heartbeat:
+        """Begin to beat in a daemon thread; an object that does nothing where no folder is named or it cannot be
+        written to."""
+        named = os.environ.get(FOLDER_VARIABLE)
+        heartbeat = cls(model_name, instance_name, Path(named) if named else None)
+        if heartbeat._folder is not None and not heartbeat._beat():
+            heartbeat._folder = None
+        if heartbeat._folder is not None:
+            heartbeat._thread = threading.Thread(target=heartbeat._run, name="heartbeat", daemon=True)
+            heartbeat._thread.start()
+        return heartbeat
+
+    def report(self, *, running: int, waiting: int) -> None:
+        """Note how many requests are computed and how many wait; the next beat says so."""
+        self._running, self._waiting = running, waiting
+
+    def step(self) -> None:
+        """Count a step of the engine. Costs an addition; two threads that count at once may lose one of the two."""
+        self._steps += 1
+
+    def on_drain(self, callback: Callable[[], object]) -> None:
+        """Call `callback` once, when the server is about to end; at once, in this thread, if it is already.
+
+        The heartbeat's thread calls it, and does not beat meanwhile: it must be quick. What it raises goes to stderr,
+        the server's log.
+        """
+        with self._lock:
+            if not self._draining:
+                self._callbacks.append(callback)
+                return
+        callback()
+
+    def stop(self) -> None:
+        """End the thread and remove the file: this instance is no longer there to be watched."""
+        self._stopped.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        if self._folder is not None:
+            with contextlib.suppress(OSError):
+                (self._folder / self._file_name).unlink(missing_ok=True)
+
+    def _run(self) -> None:
+        while not self._stopped.wait(BEAT_INTERVAL_S):
+            self._drain_if_asked()
+            self._beat()
+
+    def _drain_if_asked(self) -> None:
+        assert self._folder is not None
+        if self._draining or not (self._folder / _DRAINING_FILE).exists():
+            return
+        with self._lock:
+            self._draining, callbacks = True, self._callbacks
+            self._callbacks = []
+        for callback in callbacks:
+            try:
+                callback()
+            except Exception:  # a callback's failure must not end the beats
+                traceback.print_exc()
+
+    def _beat(self) -> bool:
+        """Write the file; whether that was possible."""
+        assert self._folder is not None
+        now, steps = time.monotonic(), self._steps
+        if steps != self._seen_steps:
+            self._seen_steps, self._step_at = steps, now
+        beat = Beat(
+            pid=os.getpid(),
+            model=self._model,
+            instance=self._instance,
+            running=self._running,
+            waiting=self._waiting,
+            steps=steps,
+            beat_at=now,
+            step_at=self._step_at,
+            draining=self._draining,
+        )
+        partial = self._folder / f"{self._file_name}.partial"
+        try:
+            partial.write_text(json.dumps(asdict(beat)), encoding="utf-8")
+            partial.replace(self._folder / self._file_name)
+        except OSError:  # the folder went with the server's parent
+            return False
+        return True
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of a server's heartbeats, which no other user can read or write. Raises OSError."""
+    folder.mkdir(mode=0o700)
+
+
+def read_beats(folder: Path) -> tuple[Beat, ...]:
+    """The last beat of every instance, by pid. A file that is no beat is passed over."""
+    beats = []
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            beats.append(Beat(**json.loads(path.read_text(encoding="utf-8"))))
+    return tuple(sorted(beats, key=lambda beat: (beat.pid, beat.instance)))
+
+
+def announce_drain(folder: Path) -> None:
+    """Tell the models whose heartbeats are in the folder that the server is about to end. Raises OSError."""
+    (folder / _DRAINING_FILE).touch()
