@@ -5,7 +5,11 @@
 Needs onnxruntime-gpu, numpy and engine folders with a golden.npz from ci/gpu/write_golden.py; neither torch nor
 moeship. Every engine is compared with its golden logits, scored whole and decoded through the cache; then prompts are
 prefilled and tokens decoded at each batch size, without sampling, the logits left on the device. Bandwidth is measured
-on the device in the same run. Everything goes into one JSON file. Exit status 0 done, 1 parity failed, 2 wrong input.
+on the device in the same run. Everything goes into one JSON file, which is written again after every row, so that a
+run that is cut off keeps what it measured. Exit status 0 done, 1 parity failed, 2 wrong input.
+
+The first run of a batch size takes far longer than the next: ONNX Runtime times its kernels for the new shape. A row
+has that time as `first_prefill_s` and `first_step_s`.
 
 `--provider cpu` walks through the same steps on the CPU's kernels, to try the script where there is no GPU.
 """
@@ -113,8 +117,8 @@ def measure_speed(
         prefill_s, step_s = statistics.median(prefills[1:]), statistics.median(times[WARM_UP_STEPS:])
         read = step_bytes(facts, golden, batch, prompt + WARM_UP_STEPS + steps // 2)
         yield {
-            "batch": batch, "prompt_tokens": prompt, "prefill_s": prefill_s,
-            "prefill_tokens_per_s": batch * prompt / prefill_s,
+            "batch": batch, "prompt_tokens": prompt, "first_prefill_s": prefills[0], "prefill_s": prefill_s,
+            "prefill_tokens_per_s": batch * prompt / prefill_s, "first_step_s": times[0],
             "steps": steps, "step_s": step_s, "decode_tokens_per_s": batch / step_s,
             "bytes_per_step": read, "share_of_bandwidth": read / step_s / bandwidth,
         }  # fmt: skip
@@ -164,32 +168,44 @@ def run(options: argparse.Namespace) -> int:
         "device": device, "provider": options.provider, "time": moment.isoformat(timespec="seconds"),
         "onnxruntime": onnxruntime.__version__, "bandwidth_bytes_per_s": bandwidth, "engines": [],
     }  # fmt: skip
+    path = report_file(options.output, "onnxruntime_cuda", device, moment)
     failed = False
     for facts, golden in engines:
         parity = compare(facts, golden, options.provider)
-        speed = list(measure_speed(facts, golden, options.provider, options.batch, options.prompt, options.steps,
-                                   bandwidth))  # fmt: skip
+        speed: list[dict[str, Any]] = []
         report["engines"].append({"model": facts.model, "precision": facts.precision, "parity": parity, "speed": speed})
+        write_report(path, report)
         failed = failed or bool(parity["failures"])
-        print(summary(facts, parity, speed), flush=True)
-    path = report_file(options.output, "onnxruntime_cuda", device, moment)
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        print(parity_line(facts, parity), flush=True)
+        sizes = (options.batch, options.prompt, options.steps)
+        for row in measure_speed(facts, golden, options.provider, *sizes, bandwidth):
+            speed.append(row)
+            write_report(path, report)
+            print(speed_line(row), flush=True)
     print(f"{device}: {bandwidth / 1e9:.0f} GB/s; {path}")
     return 1 if failed else 0
 
 
-def summary(facts: Facts, parity: dict[str, Any], speed: Sequence[dict[str, Any]]) -> str:
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Replace the file by what is known so far; it is whole at every moment."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def parity_line(facts: Facts, parity: dict[str, Any]) -> str:
     verdict = "; ".join(parity["failures"]) or "within its limits"
-    rows = [
+    return (
         f"{facts.model} {facts.precision}: KL {parity['mean_kl']:.2e} scored, {parity['mean_decoded_kl']:.2e} decoded, "
         f"top-1 {parity['top1_agreement']:.2%}, routing {parity['routing_agreement']:.2%}: {verdict}"
-    ]
-    rows += [
+    )
+
+
+def speed_line(row: dict[str, Any]) -> str:
+    return (
         f"  batch {row['batch']:>3}: prefill {row['prefill_tokens_per_s']:.0f} tokens/s, decode "
         f"{row['decode_tokens_per_s']:.1f} tokens/s, {row['share_of_bandwidth']:.0%} of the bandwidth"
-        for row in speed
-    ]
-    return "\n".join(rows)
+    )
 
 
 def positive(text: str) -> int:

@@ -77,6 +77,22 @@ def test_an_engine_is_judged_measured_and_reported(tmp_path, engine):
     assert "within its limits" in done.stdout
 
 
+def test_a_run_that_is_cut_off_keeps_what_it_measured(tmp_path, engine, script, monkeypatch):
+    def cut_off(*words):
+        yield {"batch": 1, "prefill_tokens_per_s": 2.0, "decode_tokens_per_s": 1.0, "share_of_bandwidth": 0.5}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "measure_speed", cut_off)
+    sizes = ["--prompt", "12", "--steps", "3", "--batch", "1", "3", "--copy-gb", "0.01"]
+    options = script.read_options([str(engine), "--output", str(tmp_path), "--provider", "cpu", *sizes])
+    with pytest.raises(KeyboardInterrupt):
+        script.run(options)
+    [path] = tmp_path.iterdir()
+    [found] = json.loads(path.read_text())["engines"]
+    assert found["parity"]["tokens"] == 48
+    assert [row["batch"] for row in found["speed"]] == [1]
+
+
 @pytest.mark.parametrize(
     ("edit", "failure"),
     [
@@ -195,3 +211,21 @@ def test_the_reference_in_float16_is_timed_in_the_same_rows(tmp_path, tiny_check
     refused = run("transformers_fp16.py", tiny_checkpoint, "--output", tmp_path)
     assert refused.returncode == 2
     assert "sees none; install its build for CUDA" in refused.stderr
+
+
+def test_texts_of_the_serving_session_are_written_and_compared(tmp_path, tiny_engines):
+    engine = tiny_engines("fp32", "cpu")
+    written = run("serving_texts.py", engine, "--write", tmp_path / "texts.json")
+    assert written.returncode == 0, written.stderr
+    assert len(json.loads((tmp_path / "texts.json").read_text())) == 8
+    compared = run("serving_texts.py", engine, "--expect", tmp_path / "texts.json")
+    assert compared.stdout.startswith("8 of 8 greedy texts of 64 tokens are equal\n"), compared.stderr
+    (tmp_path / "texts.json").write_text(json.dumps({"def main(": "another"}))
+    compared = run("serving_texts.py", engine, "--expect", tmp_path / "texts.json")
+    assert compared.stdout.startswith("0 of 8")
+
+
+def test_a_profile_without_a_gpu_says_what_is_missing(engine):
+    done = run("profile_decode.py", engine, "--prompt", 12)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "sees none; install its build for CUDA" in done.stderr

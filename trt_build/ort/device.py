@@ -28,7 +28,7 @@ from trt_build.errors import EngineError
 if TYPE_CHECKING:
     import onnxruntime
 
-_FATAL, _WARNING = 4, 2  # ONNX Runtime's severities of its log
+_FATAL, _ERROR = 4, 3  # ONNX Runtime's severities of its log
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MAX_ARENAS = -1, -3, -8  # options of glibc's mallopt
 _WHILE_LOADING = 1 << 30
 _HUGE_PAGE_BYTES = 1 << 21
@@ -88,7 +88,8 @@ def open_device(engine: Engine, index: int = 0) -> Device:
             "engine with --provider cpu"
         ) from error
     finally:
-        onnxruntime.set_default_logger_severity(_WARNING)
+        # Its warnings stay off: it would warn at each load that the device is not that of a plugin, which it is not.
+        onnxruntime.set_default_logger_severity(_ERROR)
     return device
 
 
