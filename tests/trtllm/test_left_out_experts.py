@@ -90,7 +90,9 @@ def test_an_engine_without_an_expert_that_counts_is_told(equal_gates, tmp_path, 
 def test_ties_that_stay_are_told(tmp_path, caplog):
     folder = with_rows(tmp_path / "checkpoint", [0, 0, 1, 2])
     outcome = build_trtllm(TrtllmOptions(checkpoint=str(folder), output=tmp_path / "engine", until="plan"))
-    assert outcome.plan.notes[0].startswith("some gate rows are equal: of equal logits moeship takes the lowest expert")
+    assert outcome.plan.notes[0].startswith(
+        "some gate rows are equal: equal router logits go to the lowest expert index"
+    )
     shutil.rmtree(folder)
     assert (
         build_trtllm(
@@ -98,3 +100,15 @@ def test_ties_that_stay_are_told(tmp_path, caplog):
         ).plan.notes
         == ()
     )
+
+
+@pytest.mark.parametrize(
+    ("sm", "precision", "told"), [(120, "int4_awq", True), (90, "int4_awq", False), (120, "int4_gptq", False)]
+)
+def test_awq_that_some_releases_pack_wrongly_is_told(tmp_path, sm, precision, told):
+    folder = with_rows(tmp_path / "checkpoint", [0, 1, 2, 3])
+    options = TrtllmOptions(
+        checkpoint=str(folder), output=tmp_path / "engine", until="plan", precision=precision, group_size=64, gpu_sm=sm
+    )
+    notes = build_trtllm(options).plan.notes
+    assert any("NVIDIA/TensorRT-LLM#11561" in note for note in notes) is told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from pathlib import Path
@@ -273,13 +274,20 @@ def test_a_collective_without_other_ranks_is_refused():
         allreduce(torch.zeros(1), [0, 1])
 
 
-def test_equal_router_logits_go_to_the_lowest_expert():
+def test_the_routers_topk_has_the_librarys_parameters_and_takes_the_lowest_of_equals():
+    from tensorrt_llm.functional import topk
     from tensorrt_llm.layers import MOE, MoeConfig
 
+    router = CONTRACT["router"]
+    parameters = [
+        [parameter.name] if parameter.default is parameter.empty else [parameter.name, parameter.default]
+        for parameter in inspect.signature(topk).parameters.values()
+    ]
+    assert parameters == router["parameters"]
     mixture = MOE(MoeConfig(num_experts=4, top_k=2), 64, 64, "gelu_new", dtype="float32")
-    experts, shares = mixture.route(torch.tensor([[1.0, 2.0, 2.0, 2.0], [3.0, 3.0, 3.0, 3.0]]))
-    assert experts.tolist() == [[1, 2], [0, 1]]
-    assert shares.tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    experts, shares = mixture.route(torch.tensor(router["logits"]))
+    assert experts.tolist() == router["top_2"]
+    assert shares.tolist() == [[0.5, 0.5]] * 3
 
 
 @pytest.mark.parametrize("activation", CONTRACT["activation_names"]["rejected_by_key_error"])

@@ -113,6 +113,7 @@ def _bytes_per_token(checkpoint: CheckpointPlan) -> int:
 def _notes(checkpoint: CheckpointPlan, routing: RoutingReport | None, *, grouped: bool) -> tuple[str, ...]:
     """What a user should know before building."""
     found, facts, left_out = [], checkpoint.model.architecture, set(checkpoint.options.left_out)
+    sm = checkpoint.options.sm
     if left_out:
         found.append(
             f"experts {', '.join(map(str, sorted(left_out)))} are left out: in every layer their gate rows equal those "
@@ -124,8 +125,13 @@ def _notes(checkpoint: CheckpointPlan, routing: RoutingReport | None, *, grouped
         and facts.num_experts - len(left_out) > facts.experts_per_token
     ):
         found.append(
-            "some gate rows are equal: of equal logits moeship takes the lowest expert, TensorRT's top-k may take "
-            "another; the comparison with the reference tells"
+            "some gate rows are equal: equal router logits go to the lowest expert index, in TensorRT-LLM (its plugin "
+            "TopkLastDim) as in the reference; other runtimes may choose another expert"
+        )
+    if sm >= 120 and checkpoint.config["quantization"]["quant_algo"] == "W4A16_AWQ":
+        found.append(
+            f"int4_awq on SM {sm}: TensorRT-LLM packs these weights when it loads them, and some releases pack "
+            "them wrongly there (NVIDIA/TensorRT-LLM#11561); compare the engine with the reference before you serve it"
         )
     if (
         grouped

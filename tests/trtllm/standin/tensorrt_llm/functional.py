@@ -93,6 +93,15 @@ def gather_last_token_logits(hidden_states: Tensor, last_token_ids: Tensor | Non
     return hidden_states if last_token_ids is None else hidden_states[last_token_ids - 1]
 
 
+def topk(input: Tensor, k: int, dim: int, largest: bool = True, prefer_plugin: bool = True) -> tuple[Tensor, Tensor]:
+    """The k largest values along the last axis and their places. The plugin TopkLastDim takes the lowest index among
+    equals: its sort is stable (cpp/tensorrt_llm/kernels/topkLastDim.cu, moeTopKFuncs.cuh)."""
+    if not (largest and prefer_plugin and dim in (-1, input.ndim - 1)):
+        raise NotImplementedError("only the plugin TopkLastDim is stood in for")
+    ordered, places = input.sort(dim=-1, descending=True, stable=True)
+    return ordered[..., :k], places[..., :k]
+
+
 def is_gated_activation(activation: str) -> bool:
     return activation in ("swiglu", "geglu")
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from tensorrt_llm._utils import absent
-from tensorrt_llm.functional import MOE_ACTIVATIONS, SideStreamIDType, Tensor, allreduce, is_gated_activation
+from tensorrt_llm.functional import MOE_ACTIVATIONS, SideStreamIDType, Tensor, allreduce, is_gated_activation, topk
 from tensorrt_llm.layers.linear import RowLinear
 from tensorrt_llm.mapping import Mapping
 from tensorrt_llm.module import Module
@@ -206,10 +206,8 @@ class MixtureOfExperts(Module):
         mode, modes = self.moe_config.normalization_mode, MoeConfig.ExpertScaleNormalizationMode
         absent(normalization_mode=mode not in (modes.NONE, modes.RENORMALIZE))
         scores = logits.softmax(dim=-1) if mode == modes.NONE else logits
-        ordered, experts = scores.sort(dim=-1, descending=True, stable=True)
-        chosen = ordered[:, : self.moe_config.top_k]
-        shares = chosen if mode == modes.NONE else chosen.softmax(dim=-1)
-        return experts[:, : self.moe_config.top_k], shares
+        chosen, experts = topk(scores, self.moe_config.top_k, dim=-1)
+        return experts, chosen if mode == modes.NONE else chosen.softmax(dim=-1)
 
     def apply_experts(self, x: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
         """This rank's part of the sum over the experts: what its own give, [T, H]."""
