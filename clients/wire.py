@@ -55,11 +55,18 @@ def build_request(request: GenerationRequest, *, stream: bool) -> pb.ModelInferR
 
 
 def input_values(request: GenerationRequest, *, stream: bool) -> list[tuple[WireTensor, list[Any]]]:
-    """Each tensor to be sent with its values, in the contract's order; what is None or empty is not sent."""
+    """Each tensor to be sent with its values, in the contract's order; what is None or empty is not sent.
+
+    Servers of this contract are greedy where top_k and top_p are both absent or 0, so a temperature alone is sent with
+    top_p 1, which draws among all tokens.
+    """
     chosen: list[tuple[WireTensor, list[Any]]] = []
+    given: dict[str, Any] = {"stream": stream}
+    if request.temperature not in (None, 0) and not request.top_k and not request.top_p:
+        given["top_p"] = 1.0
     for tensor in INPUTS:
         field = FIELD_NAMES.get(tensor.name, tensor.name)
-        value: Any = stream if field == "stream" else getattr(request, field)
+        value: Any = given[field] if field in given else getattr(request, field)
         values = [] if value is None else list(value) if tensor.dims == (-1,) else [value]
         if values:
             chosen.append((tensor, values))

@@ -4,7 +4,10 @@ Names and dtypes are those of TensorRT-LLM 1.2's `ensemble` model (triton_backen
 ensemble/config.pbtxt upstream), so that NVIDIA's own clients drive our servers unchanged; `COMPATIBILITY_INPUTS` are
 those that our clients have no use for and older names, `OURS` are additions that NVIDIA's clients ignore. Its inputs
 for prompt tables, LoRA and guided decoding are not taken. Dims exclude the batch dimension: a request carries
-[1, *dims]. output_log_probs lacks the beam axis that it has upstream: there are no beams.
+[1, *dims].
+
+What a request means is upstream's too: a temperature without top_k and top_p is greedy, and a stream never repeats the
+prompt. Each tensor says where it differs (`differs`); the sources are in tests/triton_repo/test_upstream_semantics.py.
 
 This module imports nothing, so that a client can use it alone.
 """
@@ -23,60 +26,135 @@ WIRE_DTYPES: dict[TritonDtype, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class WireTensor:
-    """One input or output. `dims` without the batch dimension; -1 is any length."""
+    """One input or output. `dims` without the batch dimension; -1 is any length. `differs`: how TensorRT-LLM 1.2 takes
+    or gives the tensor otherwise, and why.
+    """
 
     name: str
     dtype: TritonDtype
     dims: tuple[int, ...] = (1,)
     optional: bool = False
     unit: str = ""
+    differs: str = ""
+
+
+def _optional(
+    name: str, dtype: TritonDtype, unit: str, *, differs: str = "", dims: tuple[int, ...] = (1,)
+) -> WireTensor:
+    return WireTensor(name=name, dtype=dtype, dims=dims, optional=True, unit=unit, differs=differs)
 
 
 INPUTS: tuple[WireTensor, ...] = (
-    WireTensor(name="text_input", dtype="STRING", unit="the prompt, UTF-8"),
-    WireTensor(name="max_tokens", dtype="INT32", unit="new tokens at most, >= 1"),
-    WireTensor(name="stream", dtype="BOOL", optional=True, unit="one response a piece instead of one in all"),
     WireTensor(
-        name="temperature",
-        dtype="FP32",
-        optional=True,
-        unit=">= 0; 0 is greedy; absent is 1 beside a top_k or top_p that leaves a choice, else greedy",
-    ),
-    WireTensor(name="top_k", dtype="INT32", optional=True, unit="0 keeps all; 1 is greedy"),
-    WireTensor(name="top_p", dtype="FP32", optional=True, unit="0 < p <= 1; 0 as in TensorRT-LLM means off"),
-    WireTensor(name="min_tokens", dtype="INT32", optional=True, unit="new tokens before an end id may come"),
-    WireTensor(name="repetition_penalty", dtype="FP32", optional=True, unit="> 0; 1 changes nothing"),
-    WireTensor(name="presence_penalty", dtype="FP32", optional=True, unit="0 changes nothing"),
-    WireTensor(name="frequency_penalty", dtype="FP32", optional=True, unit="0 changes nothing"),
-    WireTensor(name="seed", dtype="UINT64", optional=True, unit="same seed, same text; absent draws one"),
-    WireTensor(
-        name="stop_words",
+        name="text_input",
         dtype="STRING",
-        dims=(-1,),
-        optional=True,
-        unit="texts that end the generation and are cut off",
+        unit="the prompt, UTF-8",
+        differs="bytes that are not UTF-8, and a text without a token, are refused here and fail there",
     ),
-    WireTensor(name="bad_words", dtype="STRING", dims=(-1,), optional=True, unit="texts that are never produced"),
-    WireTensor(name="end_id", dtype="INT32", optional=True, unit="replaces the model's own end tokens; -1: none"),
-    WireTensor(name="pad_id", dtype="INT32", optional=True, unit="accepted for compatibility; nothing is padded"),
-    WireTensor(name="beam_width", dtype="INT32", optional=True, unit="1 only"),
-    WireTensor(name="return_log_probs", dtype="BOOL", optional=True, unit="fill the log-probability outputs"),
-    WireTensor(name="exclude_input_in_output", dtype="BOOL", optional=True, unit="true unless told otherwise"),
+    WireTensor(name="max_tokens", dtype="INT32", unit="new tokens at most, >= 1; cut to the room in the context"),
+    _optional("stream", "BOOL", "one response a piece instead of one in all"),
+    _optional(
+        "temperature",
+        "FP32",
+        "0, or 0.001 to 1000; absent is 1; 0 is greedy; without effect where top_k and top_p are both 0 or absent",
+        differs="there 0 divides by a tiny number, which is greedy but for near ties, and any size is taken",
+    ),
+    _optional(
+        "top_k",
+        "INT32",
+        "draw among the k likeliest; 1 is greedy; 0 or absent is no limit beside a top_p, else greedy",
+        differs="there more than 1024 counts as 1024 (TOP_K_MAX), a limit of its kernels",
+    ),
+    _optional(
+        "top_p",
+        "FP32",
+        "draw among the likeliest that sum to p, 0 < p <= 1; 1 draws among all; 0 or absent is no limit beside a "
+        "top_k, else greedy",
+        differs="there a negative one counts as absent; here it is refused, being no probability",
+    ),
+    _optional(
+        "min_tokens",
+        "INT32",
+        "new tokens before an end token may come; stop words end an answer at any time",
+        differs="there it holds for end_id alone (NVIDIA/TensorRT-LLM#4776), and 1 counts as none (#1935); here it "
+        "holds for all end tokens, and where an engine of TensorRT-LLM cannot keep that the request is refused",
+    ),
+    _optional(
+        "repetition_penalty",
+        "FP32",
+        "0.001 to 1000; 1 changes nothing; it sees prompt and output",
+        differs="there anything above 0 is taken; beyond these bounds float32 overflows",
+    ),
+    _optional(
+        "presence_penalty",
+        "FP32",
+        "-1000 to 1000; 0 changes nothing; it sees the output",
+        differs="there any number is taken; beyond these bounds float32 loses the logits",
+    ),
+    _optional(
+        "frequency_penalty",
+        "FP32",
+        "-1000 to 1000; 0 changes nothing; it sees the output",
+        differs="there any number is taken; beyond these bounds float32 loses the logits",
+    ),
+    _optional(
+        "seed",
+        "UINT64",
+        "same seed, same text; absent draws one",
+        differs="there absent is 0, so that all who ask the same get the same sample",
+    ),
+    _optional(
+        "stop_words",
+        "STRING",
+        "texts that end the generation and are cut off",
+        dims=(-1,),
+        differs="there the tokens of each word are matched, and stay in the answer; here the text is, however the "
+        "model spells it, and text that could begin a word is kept back until that is decided",
+    ),
+    _optional(
+        "bad_words",
+        "STRING",
+        "texts that are never produced",
+        dims=(-1,),
+        differs="there, and in an ensemble here, the tokens that spell each word are kept out; in the model without "
+        "steps the text is, however the model would spell it",
+    ),
+    _optional("end_id", "INT32", "replaces the model's own end tokens; -1: none"),
+    _optional("pad_id", "INT32", "accepted for compatibility; nothing is padded"),
+    _optional("beam_width", "INT32", "1 only", differs="there up to the engine's max_beam_width"),
+    _optional(
+        "return_log_probs",
+        "BOOL",
+        "fill the log-probability outputs",
+        differs="there those outputs hold zeros where they were not asked for; here they are absent",
+    ),
+    _optional(
+        "exclude_input_in_output",
+        "BOOL",
+        "absent is true; false begins a whole answer with the prompt; a stream never repeats it",
+        differs="there absent is what the engine's config says, whose template says false, and the prompt comes back "
+        "decoded from its tokens; here it comes back as it was sent",
+    ),
 )
 
 # Accepted and served beside INPUTS; our own clients never send them.
 COMPATIBILITY_INPUTS: tuple[WireTensor, ...] = (
-    WireTensor(name="min_length", dtype="INT32", optional=True, unit="min_tokens under its older name"),
-    WireTensor(name="random_seed", dtype="UINT64", optional=True, unit="seed under its older name"),
-    WireTensor(name="num_return_sequences", dtype="INT32", optional=True, unit="1 only"),
-    WireTensor(
-        name="length_penalty", dtype="FP32", optional=True, unit="accepted; it concerns beams, and there are none"
+    _optional("min_length", "INT32", "min_tokens under its older name"),
+    _optional("random_seed", "UINT64", "seed under its older name"),
+    _optional("num_return_sequences", "INT32", "1 only", differs="there several sequences come, told by their index"),
+    _optional("length_penalty", "FP32", "accepted; it concerns beams, and there are none"),
+    _optional(
+        "return_num_input_tokens", "BOOL", "accepted; the count always comes", differs="there only where asked for"
     ),
-    WireTensor(name="return_num_input_tokens", dtype="BOOL", optional=True, unit="accepted; the count always comes"),
-    WireTensor(name="return_num_output_tokens", dtype="BOOL", optional=True, unit="accepted; the count always comes"),
-    WireTensor(name="return_context_logits", dtype="BOOL", optional=True, unit="false only"),
-    WireTensor(name="return_generation_logits", dtype="BOOL", optional=True, unit="false only"),
-    WireTensor(name="return_perf_metrics", dtype="BOOL", optional=True, unit="false only"),
+    _optional(
+        "return_num_output_tokens",
+        "BOOL",
+        "accepted; the count always comes",
+        differs="there only where asked for, and of the response; here of the answer so far",
+    ),
+    _optional("return_context_logits", "BOOL", "false only"),
+    _optional("return_generation_logits", "BOOL", "false only"),
+    _optional("return_perf_metrics", "BOOL", "false only"),
 )
 # Tensors whose value has another name in our options and requests.
 FIELD_NAMES = {"text_input": "prompt", "min_tokens": "min_length", "seed": "random_seed"}
@@ -84,8 +162,19 @@ FIELD_NAMES = {"text_input": "prompt", "min_tokens": "min_length", "seed": "rand
 # The log-probability outputs come only if return_log_probs asks for them.
 OUTPUTS: tuple[WireTensor, ...] = (
     WireTensor(name="text_output", dtype="STRING", unit="a piece when streaming, else the whole text"),
-    WireTensor(name="cum_log_probs", dtype="FP32", unit="natural log, sum so far; of the model's own distribution"),
-    WireTensor(name="output_log_probs", dtype="FP32", dims=(-1,), unit="natural log, one a token of this response"),
+    WireTensor(
+        name="cum_log_probs",
+        dtype="FP32",
+        unit="natural log, sum so far; of the model's own distribution",
+        differs="there of the distribution after penalties and temperature",
+    ),
+    WireTensor(
+        name="output_log_probs",
+        dtype="FP32",
+        dims=(-1,),
+        unit="natural log, one a token of this response",
+        differs="there with an axis of beams before it",
+    ),
     WireTensor(name="sequence_index", dtype="INT32", unit="0: one sequence a request"),
     WireTensor(name="batch_index", dtype="INT32", unit="0"),
 )

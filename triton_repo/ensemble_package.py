@@ -58,6 +58,7 @@ def write_ensemble(folder: Path, facts: EngineFacts, options: EnsembleOptions) -
         max_prompt=_max_prompt(facts, options.tensorrt_llm),
         end_ids=facts.end_token_ids,
         num_ids=facts.num_ids,
+        one_end_id=facts.runs_on_tensorrt_llm,
     )
     copied = 0
     for name in (PREPROCESSING, POSTPROCESSING):

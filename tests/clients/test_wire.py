@@ -66,6 +66,30 @@ def test_every_kind_of_tensor_is_as_tritonclients_own_input_would_send_it(reques
     assert tensor_of(message, name) == (datatype, list(values.shape), theirs._get_content())
 
 
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ({"temperature": 0.7}, {"temperature", "top_p"}),
+        ({"temperature": 0.7, "top_k": 0}, {"temperature", "top_k", "top_p"}),
+        ({"temperature": 0.7, "top_k": 5}, {"temperature", "top_k"}),
+        ({"temperature": 0.0}, {"temperature"}),
+        ({"top_k": 5}, {"top_k"}),
+        ({}, set()),
+    ],
+)
+def test_a_temperature_is_sent_with_what_makes_the_server_sample(request_of, given, sent):
+    message = wire.build_request(request_of(**given), stream=True)
+    assert {tensor.name for tensor in message.inputs} == {"text_input", "max_tokens", "stream", *sent}
+    if "top_p" in sent:
+        assert tensor_of(message, "top_p") == ("FP32", [1, 1], b"\x00\x00\x80\x3f")
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1.0, 0.5])
+def test_a_top_p_that_is_given_beside_a_temperature_is_kept_unless_it_is_0(request_of, top_p):
+    message = wire.build_request(request_of(temperature=0.7, top_p=top_p), stream=True)
+    assert np.frombuffer(tensor_of(message, "top_p")[2], np.float32).tolist() == [top_p or 1.0]
+
+
 def test_every_field_that_is_given_is_sent(request_of):
     message = wire.build_request(request_of(**ALL_FIELDS), stream=True)
     renamed = {"min_length": "min_tokens", "random_seed": "seed"}

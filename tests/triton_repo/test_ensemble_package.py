@@ -129,7 +129,7 @@ def test_the_texts_side_knows_the_models_limits(tensorrt_llm_repository, tiny_en
     for name in ("preprocessing", "postprocessing"):
         assert parameters(configs(tensorrt_llm_repository)[name]) == {
             "tokenizer_dir": "tokenizer", "moeship_max_sequence": "640", "moeship_max_prompt": "512",
-            "moeship_end_ids": "0,7", "moeship_num_ids": str(size),
+            "moeship_end_ids": "0,7", "moeship_num_ids": str(size), "moeship_one_end_id": "1",
         }  # fmt: skip
 
 

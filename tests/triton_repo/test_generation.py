@@ -78,6 +78,11 @@ def test_the_prompt_comes_first_where_it_is_asked_for(scripted, byte_level):
     assert pieces[0].num_output_tokens == 1
 
 
+def test_a_stream_never_repeats_the_prompt(scripted, byte_level):
+    pieces = pieces_of(scripted("x"), byte_level, exclude_input_in_output=False, stream=True)
+    assert "".join(piece.text for piece in pieces) == "x"
+
+
 def test_log_probabilities_are_one_a_token_and_sum_up(scripted, byte_level):
     pieces = pieces_of(scripted(TEXT), byte_level, return_log_probs=True)
     answer = join(pieces)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from google.protobuf import text_format
 from live_triton import LiveTriton, Refused
-from tritonclient.grpc import InferenceServerClient, InferInput, service_pb2
+from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput, service_pb2
 from tritonclient.utils import np_to_triton_dtype
 
 from clients import errors
@@ -138,8 +138,14 @@ def test_a_stop_word_of_one_token_and_one_across_tokens_end_both(client, tiny_en
 def test_the_context_and_the_prompt_before_the_answer_are_the_same(client):
     pieces = ask_both(client, prompt="x" * 600, max_tokens=10_000, end_id=NO_END_ID)
     assert pieces[-1].finish_reason == "length"
-    pieces = ask_both(client, exclude_input_in_output=False)
-    assert pieces[0].text.startswith("def ")
+
+
+def test_a_whole_answer_repeats_the_prompt_where_it_is_asked_to_and_a_stream_never_does(client):
+    for model in (SINGLE, STEPS):
+        expected = client.generate(request_to(model)).text
+        asked = request_to(model, exclude_input_in_output=False)
+        assert client.generate(asked).text == f"def {expected}"
+        assert "".join(piece.text for piece in client.stream(asked)) == expected
 
 
 def test_a_bad_word_of_one_token_never_appears(client, tiny_engine, free):
@@ -252,6 +258,34 @@ def test_nvidias_text_client_is_answered(live, client):
     )  # fmt: skip
     text = "".join(result.as_numpy("text_output")[0].decode() for result in results)
     assert text == client.generate(request_to(SINGLE, max_tokens=12)).text
+
+
+@pytest.mark.parametrize("model", [SINGLE, STEPS])
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("exclude", [True, False])
+def test_nvidias_output_check_passes(live, client, model, streaming, exclude):
+    """What `end_to_end_grpc_client.py --check-outputs` sends and expects: temperature 1.0 is sent always and is greedy,
+    the prompt comes first in a whole answer alone. It asks for one output."""
+    prompt = "def main("
+    sent = infer_inputs(
+        text_input=np.array([[prompt]], dtype=object), max_tokens=np.array([[12]], np.int32),
+        stream=np.array([[streaming]]), beam_width=np.array([[1]], np.int32),
+        temperature=np.array([[1.0]], np.float32), exclude_input_in_output=np.array([[exclude]]),
+    )  # fmt: skip
+    results, failures = [], []
+    with InferenceServerClient(live.server.grpc_url) as nvidia:
+        nvidia.start_stream(lambda result, error: (failures if error else results).append(error or result))
+        nvidia.async_stream_infer(
+            model,
+            sent,
+            outputs=[InferRequestedOutput("text_output")],
+            request_id=f"check-{model}-{streaming}-{exclude}",
+        )
+        nvidia.stop_stream()
+    assert failures == []
+    found = "".join(result.as_numpy("text_output")[0].decode() for result in results)
+    expected = client.generate(request_to(SINGLE, prompt=prompt, max_tokens=12)).text
+    assert found == (expected if streaming or exclude else prompt + expected)
 
 
 def test_nvidias_token_client_is_answered(live, client, tiny_engine):

@@ -96,13 +96,14 @@ def test_a_plain_request_is_greedy_and_ends_at_the_models_end_tokens():
 @pytest.mark.parametrize(
     ("options", "choice"),
     [
-        ({"temperature": 0.7}, {"temperature": 0.7, "top_p": 1.0}),
+        ({"temperature": 0.7}, {"top_k": 1}),
+        ({"temperature": 0.7, "top_p": 1.0}, {"temperature": 0.7, "top_p": 1.0}),
         ({"temperature": 0.7, "top_k": 40}, {"temperature": 0.7, "top_k": 40}),
         ({"temperature": 0.7, "top_k": 40, "top_p": 0.9}, {"temperature": 0.7, "top_k": 40, "top_p": 0.9}),
         ({"top_p": 0.9}, {"temperature": 1.0, "top_p": 0.9}),
         ({"top_k": 1, "temperature": 0.7}, {"top_k": 1}),
         ({"temperature": 0.0, "top_p": 0.5}, {"top_k": 1}),
-        ({"temperature": 0.5, "top_p": 0.0}, {"temperature": 0.5, "top_p": 1.0}),
+        ({"temperature": 0.5, "top_p": 0.0}, {"top_k": 1}),
     ],
 )
 def test_how_tokens_are_chosen_is_said_as_every_release_takes_it(options, choice):
@@ -111,11 +112,16 @@ def test_how_tokens_are_chosen_is_said_as_every_release_takes_it(options, choice
 
 
 def test_the_rest_is_passed_on():
-    found = fields(random_seed=3, min_length=2, return_log_probs=True, stop_words=("a",))
+    found = fields(random_seed=3, min_length=2, return_log_probs=True, stop_words=("a",), end_ids=(2,))
     assert (found["seed"], found["min_tokens"], found["logprobs"]) == (3, 2, 1)
     assert "stop" not in found
     without_end = fields(end_ids=())
     assert (without_end["ignore_eos"], without_end["end_id"], without_end.get("stop_token_ids")) == (True, 2, None)
+
+
+def test_a_minimum_that_the_llm_would_keep_from_one_end_token_alone_is_refused():
+    with pytest.raises(RequestError, match="min_tokens: found 2 beside the end tokens 2, 7, expected 0"):
+        fields(min_length=2)
 
 
 @pytest.mark.parametrize("name", ["repetition_penalty", "presence_penalty", "frequency_penalty"])

@@ -63,12 +63,13 @@ def test_the_older_names_of_seed_and_min_tokens_are_synonyms():
     [
         ({}, 0.0),
         ({"temperature": 0.0, "top_k": 5}, 0.0),
-        ({"temperature": 0.5}, 0.5),
+        ({"temperature": 0.5}, 0.0),
+        ({"temperature": 0.5, "top_p": 1.0}, 0.5),
         ({"temperature": 0.5, "top_k": 1}, 0.0),
         ({"top_k": 5}, 1.0),
         ({"top_p": 0.5}, 1.0),
         ({"top_p": 0.0}, 0.0),
-        ({"top_p": 1.0, "top_k": 0}, 0.0),
+        ({"top_p": 1.0, "top_k": 0}, 1.0),
     ],
 )
 def test_the_temperature_in_force_is_greedy_unless_something_leaves_a_choice(given, temperature):

@@ -25,10 +25,11 @@ ALWAYS = {
 def prepare(byte_level):
     """Prepares a request of wire values for a model of 64 tokens, by default with the tokenizer's own end token."""
 
-    def prepared(end_token_ids=(byte_level.eos_token_id,), max_prompt=63, num_unused_ids=0, **values):
+    def prepared(end_token_ids=(byte_level.eos_token_id,), max_prompt=63, num_unused_ids=0, one_end_id=False, **values):
         parameters = TextParameters(
-            max_sequence=64, max_prompt=max_prompt, end_ids=end_token_ids, num_ids=byte_level.size + num_unused_ids
-        )
+            max_sequence=64, max_prompt=max_prompt, end_ids=end_token_ids, num_ids=byte_level.size + num_unused_ids,
+            one_end_id=one_end_id,
+        )  # fmt: skip
         preprocessor = Preprocessor(byte_level, parameters)
         tensors = wire(**{"text_input": "def ", "max_tokens": 8, **values})
         return preprocessor.prepare({QUERY_NAMES[name]: tensor for name, tensor in tensors.items()})
@@ -70,10 +71,14 @@ def test_a_greedy_request_says_no_more_than_it_must(prepare, byte_level):
     ("given", "expected"),
     [
         ({"temperature": 0.0, "top_k": 5}, {"RUNTIME_TOP_K": [1]}),
-        ({"temperature": 0.5}, {"RUNTIME_TOP_K": [0], "RUNTIME_TOP_P": [1.0], "TEMPERATURE": [0.5]}),
+        ({"temperature": 0.5}, {"RUNTIME_TOP_K": [1]}),
+        (
+            {"temperature": 0.5, "top_p": 1.0},
+            {"RUNTIME_TOP_K": [0], "RUNTIME_TOP_P": [1.0], "TEMPERATURE": [0.5]},
+        ),
         ({"top_k": 5}, {"RUNTIME_TOP_K": [5], "RUNTIME_TOP_P": [1.0], "TEMPERATURE": [1.0]}),
         ({"top_p": 0.25}, {"RUNTIME_TOP_K": [0], "RUNTIME_TOP_P": [0.25], "TEMPERATURE": [1.0]}),
-        ({"temperature": 2.0, "top_p": 0.0}, {"RUNTIME_TOP_K": [0], "RUNTIME_TOP_P": [1.0], "TEMPERATURE": [2.0]}),
+        ({"temperature": 2.0, "top_p": 0.0}, {"RUNTIME_TOP_K": [1]}),
     ],
 )
 def test_an_engine_that_is_greedy_unless_told_otherwise_is_told(prepare, given, expected):
@@ -83,8 +88,18 @@ def test_an_engine_that_is_greedy_unless_told_otherwise_is_told(prepare, given, 
     assert found.get("SEED") == (None if expected == {"RUNTIME_TOP_K": [1]} else [7])
 
 
+def test_a_minimum_that_tensorrt_llm_would_not_keep_is_refused(prepare, byte_level):
+    end = byte_level.eos_token_id
+    message = f"min_tokens: found 3 beside the end tokens {end}, 7, expected 0: .* name one in end_id"
+    with pytest.raises(RequestError, match=message):
+        prepare(min_tokens=3, end_token_ids=(end, 7), one_end_id=True)
+    for allowed in ({"end_id": 7}, {"end_id": -1}, {"min_tokens": 0}, {"one_end_id": False}, {"end_token_ids": (end,)}):
+        asked = {"min_tokens": 3, "end_token_ids": (end, 7), "one_end_id": True, **allowed}
+        assert prepare(**asked)["REQUEST_OUTPUT_LEN"].item() == 8
+
+
 def test_a_seed_is_drawn_for_a_sample_without_one_since_an_engine_would_take_0(prepare):
-    seeds = {int(prepare(temperature=1.0)["SEED"][0, 0]) for _ in range(5)}
+    seeds = {int(prepare(top_p=1.0)["SEED"][0, 0]) for _ in range(5)}
     assert len(seeds) == 5
 
 
@@ -153,7 +168,6 @@ def test_the_answers_plan_survives_its_json(prepare):
         stop_words=["語", "\n"],
         exclude_input_in_output=False,
         return_log_probs=True,
-        stream=True,
     )["ANSWER"][0, 0].decode()
     plan = AnswerPlan.from_json(text)
     assert (plan.prefix, plan.stop_words, plan.most_tokens) == ("naïve 😀 ", ("語", "\n"), 8)

@@ -49,7 +49,7 @@ def test_ids_past_the_tokenizer_are_never_chosen_and_weigh_nothing():
     assert sampler(3).choose(logits).token_id == 1
     choice = sampler(3, return_log_probs=True).choose(logits)
     assert choice.log_prob == pytest.approx(2 - np.log(np.exp(1) + np.exp(2) + 1))
-    drawn = sampler(3, temperature=50.0, random_seed=1)
+    drawn = sampler(3, temperature=50.0, top_p=1.0, random_seed=1)
     assert {drawn.choose(logits).token_id for _ in range(200)} == {0, 1, 2}
 
 
@@ -130,7 +130,7 @@ def test_a_refused_token_is_drawn_again_without_it():
     assert sampler(3).choose(logits, lambda token: token == 1).token_id == 2
     with pytest.raises(RequestError, match="bad_words and min_length together leave none"):
         sampler(3).choose(logits, lambda token: True)
-    sampled = sampler(3, temperature=5.0, random_seed=0)
+    sampled = sampler(3, temperature=5.0, top_p=1.0, random_seed=0)
     assert 1 not in {sampled.choose(logits, lambda token: token == 1).token_id for _ in range(100)}
 
 
@@ -138,7 +138,7 @@ def test_the_same_seed_gives_the_same_tokens_and_another_does_not():
     rows = np.random.default_rng(0).normal(size=(30, 500)).astype(np.float32)
 
     def tokens(seed):
-        drawn = sampler(500, temperature=1.0, random_seed=seed)
+        drawn = sampler(500, top_p=1.0, random_seed=seed)
         return [drawn.choose(row).token_id for row in rows]
 
     assert tokens(11) == tokens(11)

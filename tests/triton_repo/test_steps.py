@@ -6,7 +6,7 @@ import pytest
 from wire_tensors import wire
 
 from triton_repo.runtime import answer as answer_module
-from triton_repo.runtime.answer import Piece
+from triton_repo.runtime.answer import Piece, join
 from triton_repo.runtime.detokenizer import Detokenizer
 from triton_repo.runtime.parameters import TextParameters
 from triton_repo.runtime.postprocessing import Postprocessor, read_tokens
@@ -49,7 +49,8 @@ def in_steps(session, tokenizer, values) -> list[Piece]:
     prepared = preprocessor.prepare({QUERY_NAMES[name]: tensor for name, tensor in wire(**values).items()})
     postprocessor.register("k", "r", prepared["ANSWER"][0, 0].decode())
     tensors = {ENGINE_NAMES[name]: tensor for name, tensor in prepared.items() if name in ENGINE_NAMES}
-    request = read_token_request(tensors, session.max_sequence, tokenizer.size)
+    manifest = session.engine.manifest
+    request = read_token_request(tensors, session.max_sequence, tokenizer.size, manifest.eos_token_ids)
     pieces, stopped = [], []
 
     def is_stopped() -> bool:
@@ -62,6 +63,29 @@ def in_steps(session, tokenizer, values) -> list[Piece]:
         stopped += [step.stop] if step.stop else []
     assert len(postprocessor) == 0
     return pieces
+
+
+@pytest.mark.parametrize("layout", [single, in_steps])
+@pytest.mark.parametrize("end", [1, 2], ids=["second", "third"])
+def test_the_least_number_of_tokens_keeps_every_end_token_away(scripted_with, byte_level, layout, end):
+    """An engine knows one end token; the model's others reach it as stop words (NVIDIA/TensorRT-LLM#4776)."""
+    ids = [*byte_level.encode("ab"), byte_level.eos_token_id]
+    end_ids = (byte_level.eos_token_id, *byte_level.encode("q~"))
+
+    def answer(**values):
+        session = scripted_with(byte_level, "ab")
+        # After two tokens the script says one of the further end tokens for ever.
+        session.script = [*ids[:2], end_ids[end]]
+        session.engine.manifest.eos_token_ids = end_ids
+        return join(layout(session, byte_level, {"text_input": "def a ", "max_tokens": 9, "stream": True, **values}))
+
+    assert answer().token_ids == (*ids[:2], end_ids[end])
+    late = answer(min_tokens=6)
+    assert len(late.token_ids) == 7
+    assert not set(end_ids) & set(late.token_ids[:6])
+    assert (late.token_ids[-1], late.finish_reason) == (end_ids[end], "stop")
+    # A stop word ends an answer at any time, though it be one token.
+    assert answer(min_tokens=6, stop_words=["b"]).text == "a"
 
 
 def without_log_probs(pieces):

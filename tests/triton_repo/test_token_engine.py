@@ -45,17 +45,16 @@ def refusal(**values) -> str:
 @pytest.mark.parametrize(
     ("given", "temperature", "top_k", "top_p"),
     [
-        ({}, 0.0, 1, 1.0),
-        ({"runtime_top_k": 0, "runtime_top_p": 0.0}, 0.0, 1, 1.0),
-        ({"runtime_top_k": 5}, 1.0, 5, 1.0),
+        ({}, 0.0, 0, 0.0),
+        ({"runtime_top_k": 0, "runtime_top_p": 0.0}, 0.0, 0, 0.0),
+        ({"runtime_top_k": 5}, 1.0, 5, 0.0),
         ({"runtime_top_p": 0.5, "temperature": 0.7}, 0.7, 0, 0.5),
-        ({"runtime_top_k": 5, "runtime_top_p": -1.0}, 1.0, 5, 1.0),
+        ({"runtime_top_k": 5, "runtime_top_p": -1.0}, 1.0, 5, 0.0),
         ({"runtime_top_k": 0, "runtime_top_p": 1.0}, 1.0, 0, 1.0),
     ],
 )
 def test_the_defaults_are_the_cpp_backends(given, temperature, top_k, top_p):
     options = read(**given).plan.options
-    # top_p of 1 alone is a choice among all tokens, which in our own options takes a temperature.
     assert (options.top_k, options.top_p, options.random_seed) == (top_k, top_p, 0)
     assert options.sampling_temperature == temperature
 

@@ -62,7 +62,9 @@ class AnswerPlan:
 
     `stop_tokens` spell the stop words: for those that show in no text, and for engines, which end a sequence by
     themselves. Engines look at the prompt's tokens too, so a word that could begin there is left to its text. `prefix`
-    is what the answer begins with beside what the engine writes.
+    is what the answer begins with beside what the engine writes: the prompt, if it is wanted and the answer is sent
+    whole. A stream never repeats the prompt (TensorRT-LLM, LlmRequest::createResult of
+    cpp/tensorrt_llm/batch_manager/llmRequest.cpp).
     """
 
     num_input_tokens: int
@@ -101,7 +103,7 @@ def answer_plan(plan: GenerationPlan, tokenizer: Tokenizer) -> AnswerPlan:
         stop_tokens=tuple(
             word for word in spell(tokenizer, options.stop_words) if not starts_in(plan.prompt_ids, word)
         ),
-        prefix="" if options.exclude_input_in_output else options.prompt,
+        prefix="" if options.exclude_input_in_output or options.stream else options.prompt,
         return_log_probs=options.return_log_probs,
         stream=options.stream,
     )

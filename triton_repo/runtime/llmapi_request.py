@@ -20,7 +20,13 @@ import numpy.typing as npt
 from triton_repo.contract import COMPATIBILITY_INPUTS, INPUTS
 from triton_repo.errors import RequestError
 from triton_repo.llmapi_contract import DEFAULT_EXCLUDE_INPUT, DEFAULT_MAX_TOKENS, SAME_AS
-from triton_repo.runtime.options import GenerationOptions, GenerationPlan, read_options, refusal
+from triton_repo.runtime.options import (
+    GenerationOptions,
+    GenerationPlan,
+    read_options,
+    refusal,
+    refuse_minimum_of_several,
+)
 
 Tensors = Mapping[str, npt.NDArray[Any]]
 # The LLM API's inputs that ask for outputs.
@@ -54,6 +60,8 @@ def read_request(tensors: Tensors) -> LlmRequest:
     renamed = {SAME_AS.get(name, name): tensor for name, tensor in tensors.items()}
     renamed.setdefault("max_tokens", np.array([DEFAULT_MAX_TOKENS], dtype=np.int32))
     renamed.setdefault("exclude_input_in_output", np.array([DEFAULT_EXCLUDE_INPUT]))
+    if "temperature" in renamed:  # which draws by itself in the LLM API, unlike on the wire
+        renamed.setdefault("top_p", np.array([1.0], dtype=np.float32))
     asking = (FINISH_REASON, STOP_REASON, LOGPROB, PERF_METRICS)
     wanted = frozenset(name for name in asking if name in tensors and tensors[name].any())
     try:
@@ -91,6 +99,7 @@ def sampling_fields(plan: GenerationPlan, model_end_ids: tuple[int, ...], *, pen
         )
     if problems:
         raise refusal(problems)
+    refuse_minimum_of_several(plan)
     end_ids = plan.end_ids or model_end_ids
     fields = {
         "max_tokens": plan.most_tokens,

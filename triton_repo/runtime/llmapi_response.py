@@ -47,7 +47,9 @@ class Writer:
         self._wanted = request.wanted
         self._tokenizer = tokenizer
         self._plan = plan
-        self._text = ""
+        # A stream in the LLM API's tensors begins with the prompt, one in the wire's never does.
+        options = plan.options
+        self._text = options.prompt if options.stream and not options.exclude_input_in_output else ""
         self._token_ids: tuple[int, ...] = ()
 
     def response(self, piece: Piece, output: Any) -> Response:  # noqa: ANN401 - CompletionOutput, None before any

@@ -31,12 +31,13 @@ _MAX_SEED = 2**64 - 1
 class SamplingOptions:
     """How tokens are chosen. Fields bear the names of the tensors in `contract`.
 
-    Without a temperature the choice is greedy, unless top_k or top_p leave a choice: then it is 1.
+    As in TensorRT-LLM the choice is greedy where top_k and top_p are both 0, whatever the temperature: a caller who
+    wants to draw among all tokens says top_p 1.
     """
 
-    temperature: float | None = None
-    top_k: int = 0  # 0 keeps all
-    top_p: float = 1.0  # 0 and 1 keep all
+    temperature: float = 1.0
+    top_k: int = 0  # 0: no limit of its own
+    top_p: float = 0.0  # 0: no limit of its own
     min_length: int = 0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
@@ -46,12 +47,10 @@ class SamplingOptions:
 
     @property
     def sampling_temperature(self) -> float:
-        """The temperature in force; 0 is greedy."""
-        if self.top_k == 1:
-            return 0.0
-        if self.temperature is not None:
-            return self.temperature
-        return 1.0 if self.top_k > 1 or 0 < self.top_p < 1 else 0.0
+        """The temperature in force; 0 is greedy (TensorRT-LLM, regularizeTopKTopP of
+        cpp/tensorrt_llm/kernels/samplingTopKKernels.h)."""
+        is_greedy = self.top_k == 1 or (self.top_k == 0 and self.top_p == 0)
+        return 0.0 if is_greedy else self.temperature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +104,8 @@ _RULES: dict[str, _Rule] = {
     "temperature": _Rule(
         lambda t: t == 0 or 0.001 <= t <= 1000, "0, or 0.001 to 1000", "send 0 for greedy, or about 0.7"
     ),
-    "top_k": _Rule(_above(0), "0 or more", "send 0 to keep all tokens"),
-    "top_p": _Rule(lambda p: 0 <= p <= 1, "0 <= top_p <= 1", "send 1 to keep all tokens"),
+    "top_k": _Rule(_above(0), "0 or more", "send 0 for no limit"),
+    "top_p": _Rule(lambda p: 0 <= p <= 1, "0 <= top_p <= 1", "send 1 to draw among all tokens"),
     "min_length": _Rule(_above(0), "0 or more", "send 0 for no minimum"),
     "repetition_penalty": _FACTOR,
     "presence_penalty": _SHIFT,
@@ -202,6 +201,19 @@ def _end_ids(options: GenerationOptions, of_model: tuple[int, ...]) -> tuple[int
     if options.end_id is None:
         return of_model
     return () if options.end_id == NO_END_ID else (options.end_id,)
+
+
+def refuse_minimum_of_several(plan: GenerationPlan) -> None:
+    """Raises RequestError for a minimum of new tokens where several tokens may end the answer: TensorRT-LLM would keep
+    the first of them out until then, and no other (NVIDIA/TensorRT-LLM#4776)."""
+    least, end_ids = plan.options.min_length, plan.end_ids
+    if least and len(end_ids) > 1:
+        raise refusal(
+            [
+                f"min_tokens: found {least} beside the end tokens {', '.join(map(str, end_ids[:8]))}, expected 0: "
+                "TensorRT-LLM holds to it for one end token alone; name one in end_id, or leave min_tokens out"
+            ]
+        )
 
 
 def _read_value(spec: WireTensor, tensor: npt.NDArray[Any]) -> Any:  # noqa: ANN401 - as many types as the contract has

@@ -20,6 +20,7 @@ MAX_SEQUENCE_KEY = "moeship_max_sequence"
 MAX_PROMPT_KEY = "moeship_max_prompt"
 END_IDS_KEY = "moeship_end_ids"
 NUM_IDS_KEY = "moeship_num_ids"
+ONE_END_ID_KEY = "moeship_one_end_id"
 MAX_THREADS = 4096  # of one instance
 _AUTOMATIC = "auto"
 
@@ -68,7 +69,8 @@ class ModelParameters:
 class TextParameters:
     """Of the models that turn text into tokens and back. `tokenizer`: its folder within the version's; `max_sequence`:
     tokens of prompt and output together, `max_prompt` of the prompt; `end_ids`: the model's end tokens; `num_ids`: how
-    many ids the engine chooses from, those past the tokenizer's size included where it does not mask them.
+    many ids the engine chooses from, those past the tokenizer's size included where it does not mask them;
+    `one_end_id`: the engine keeps a minimum of new tokens from one end token alone, as TensorRT-LLM does.
     """
 
     tokenizer: str = "tokenizer"
@@ -76,6 +78,7 @@ class TextParameters:
     max_prompt: int
     end_ids: tuple[int, ...]
     num_ids: int
+    one_end_id: bool = False
 
     def to_texts(self) -> dict[str, str]:
         """Parameter key to text."""
@@ -85,6 +88,7 @@ class TextParameters:
             MAX_PROMPT_KEY: str(self.max_prompt),
             END_IDS_KEY: ",".join(map(str, self.end_ids)),
             NUM_IDS_KEY: str(self.num_ids),
+            ONE_END_ID_KEY: str(int(self.one_end_id)),
         }
 
     @classmethod
@@ -98,6 +102,7 @@ class TextParameters:
                 max_prompt=int(texts[MAX_PROMPT_KEY]),
                 end_ids=tuple(int(text) for text in texts[END_IDS_KEY].split(",") if text),
                 num_ids=int(texts[NUM_IDS_KEY]),
+                one_end_id=bool(int(texts[ONE_END_ID_KEY])),
             )
         except (KeyError, ValueError) as error:
             raise RepositoryError(

@@ -19,7 +19,13 @@ import numpy.typing as npt
 
 from export.tokenizer import Tokenizer
 from triton_repo.runtime.answer import answer_plan
-from triton_repo.runtime.options import NO_END_ID, SamplingOptions, plan_generation, read_options
+from triton_repo.runtime.options import (
+    NO_END_ID,
+    SamplingOptions,
+    plan_generation,
+    read_options,
+    refuse_minimum_of_several,
+)
 from triton_repo.runtime.parameters import TextParameters
 from triton_repo.runtime.words import pack_words, spell
 from triton_repo.token_contract import ANSWER, PREPROCESSING_OUTPUTS, QUERY_NAMES
@@ -50,6 +56,8 @@ class Preprocessor:
             end_token_ids=self._parameters.end_ids,
             max_prompt=self._parameters.max_prompt,
         )
+        if self._parameters.one_end_id:
+            refuse_minimum_of_several(plan)
         answer = answer_plan(plan, self._tokenizer)
         # An engine knows one end token.
         end_id, *more_end_ids = plan.end_ids or (NO_END_ID,)
@@ -88,7 +96,7 @@ def _sampling(options: SamplingOptions) -> dict[str, Any]:
     return {
         **values,
         "RUNTIME_TOP_K": [[options.top_k]],
-        "RUNTIME_TOP_P": [[options.top_p if options.top_p > 0 else 1.0]],
+        "RUNTIME_TOP_P": [[options.top_p or 1.0]],
         "TEMPERATURE": [[options.sampling_temperature]],
         "SEED": [[seed]],
     }

@@ -117,7 +117,8 @@ def _answer(session: Session, job: Job, cache: Cache) -> None:
     """Send a request's responses, or the error that ends them. Raises what sending the error does: a sender that failed
     at the last response takes no more."""
     try:
-        request = read_token_request(job.tensors, session.max_sequence, session.engine.manifest.tokenizer_size)
+        manifest = session.engine.manifest
+        request = read_token_request(job.tensors, session.max_sequence, manifest.tokenizer_size, manifest.eos_token_ids)
         for tensors, is_last in respond(session, request, job.is_over, cache):
             job.send(tensors, is_last)
     except Exception as error:  # of any kind: its client is told
@@ -177,7 +178,7 @@ def respond(
             return
         banned = bad_words.completing().difference(plan.end_ids)
         choice = sampler.choose(logits, banned.__contains__ if banned else None)
-        ended = choice.token_id in plan.end_ids
+        ended = choice.token_id == request.end_id
         progress.add(choice, shown=not ended)
         bad_words.push(choice.token_id)
         ended = stop_words.push(choice.token_id) or ended or len(progress.token_ids) == request.most_tokens

@@ -35,9 +35,13 @@ TAKEN_INPUTS = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRequest:
-    """`echo`: the prompt's tokens begin an answer that is sent whole."""
+    """`end_id`: the end token, which is not among an answer's tokens; None for none. The plan's end tokens, which its
+    minimum of new tokens keeps away, are more where stop words are end tokens too. `echo`: the prompt's tokens begin an
+    answer that is sent whole.
+    """
 
     plan: SamplingPlan
+    end_id: int | None
     most_tokens: int  # new ones
     streaming: bool
     stop_words: Words
@@ -47,9 +51,18 @@ class TokenRequest:
     count_output_tokens: bool
 
 
-def read_token_request(tensors: Mapping[str, npt.NDArray[Any]], max_sequence: int, num_tokens: int) -> TokenRequest:
+def read_token_request(
+    tensors: Mapping[str, npt.NDArray[Any]],
+    max_sequence: int,
+    num_tokens: int,
+    model_end_ids: tuple[int, ...] = (),
+) -> TokenRequest:
     """Raises RequestError listing every problem. An output that would leave `max_sequence` tokens is cut to fit;
-    token ids are below `num_tokens`."""
+    token ids are below `num_tokens`.
+
+    A request names one end token. Where that is one of `model_end_ids`, those of them that come as stop words of one
+    token are end tokens too. TensorRT-LLM's minimum holds for the one alone (NVIDIA/TensorRT-LLM#4776).
+    """
     problems: list[str] = []
     given = {name: tensor.reshape(-1)[0].item() for name, tensor in tensors.items() if tensor.size == 1}
     prompt_ids = _prompt(tensors, given, problems)
@@ -77,8 +90,9 @@ def read_token_request(tensors: Mapping[str, npt.NDArray[Any]], max_sequence: in
         plan=SamplingPlan(
             options=SamplingOptions(**values),
             prompt_ids=prompt_ids,
-            end_ids=() if end_id == NO_END_ID else (end_id,),
+            end_ids=_end_ids(end_id, words["stop_words_list"], model_end_ids),
         ),
+        end_id=None if end_id == NO_END_ID else end_id,
         most_tokens=min(most_tokens, room),
         streaming=given.get("streaming", False),
         stop_words=words["stop_words_list"],
@@ -87,6 +101,13 @@ def read_token_request(tensors: Mapping[str, npt.NDArray[Any]], max_sequence: in
         count_input_tokens=given.get("return_num_input_tokens", False),
         count_output_tokens=given.get("return_num_output_tokens", False),
     )
+
+
+def _end_ids(end_id: int, stop_words: Words, model_end_ids: tuple[int, ...]) -> tuple[int, ...]:
+    if end_id == NO_END_ID:
+        return ()
+    more = model_end_ids if end_id in model_end_ids else ()
+    return (end_id, *(token for token in more if token != end_id and (token,) in stop_words))
 
 
 def _prompt(tensors: Mapping[str, npt.NDArray[Any]], given: Mapping[str, Any], problems: list[str]) -> tuple[int, ...]:
@@ -105,10 +126,8 @@ def _prompt(tensors: Mapping[str, npt.NDArray[Any]], given: Mapping[str, Any], p
 def _sampling(given: Mapping[str, Any]) -> dict[str, Any]:
     values = {field: given[name] for name, field in _SAMPLING.items() if name in given}
     values |= {field: shortest(value) for field, value in values.items() if isinstance(value, float)}
-    top_p = values.get("top_p", 0.0)
-    if not values.get("top_k") and not top_p > 0:
-        values["top_k"] = 1
-    return {"temperature": 1.0, "random_seed": 0, **values, "top_p": top_p if top_p > 0 else 1.0}
+    # A top_p of 0 or less counts as absent (getSamplingConfigFromTensors of utils.cc).
+    return {"random_seed": 0, **values, "top_p": max(values.get("top_p", 0.0), 0.0)}
 
 
 def _words(name: str, tensors: Mapping[str, npt.NDArray[Any]], problems: list[str]) -> Words:
