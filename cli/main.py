@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import importlib.metadata
 import logging
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ def overview() -> str:
     return (
         "usage: moeship COMMAND [options]\n\nShip mixture-of-experts language models to Triton Inference Server.\n\n"
         f"{rows}\n\n'moeship COMMAND --help' says more. -v logs more, -q less; both go before the command.\n"
+        "'moeship --version' says which moeship this is.\n"
     )
 
 
@@ -47,22 +49,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "httpcore", "urllib3", "huggingface_hub", "transformers", "torch"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    if words[:1] in (["--version"], ["version"]):
+        print(f"moeship {version()}")
+        return 0
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview(), end="")
         return 0 if words else 2
     name, *rest = words
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        print(f"moeship: unknown command {name}{hint} There are: {', '.join(COMMANDS)}", file=sys.stderr)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        print(f"moeship: unknown command {name}{hint} There are: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
+    return run_command(lambda: _run(name, rest))
+
+
+def _run(name: str, words: Sequence[str]) -> int:
+    """Import a command's module, read its flags and run it."""
     module = importlib.import_module(COMMANDS[name][0])
     parser = argparse.ArgumentParser(
         prog=f"moeship {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
-    arguments = parser.parse_args(rest)
-    return run_command(lambda: int(module.run(arguments)))
+    return int(module.run(parser.parse_args(words)))
+
+
+def version() -> str:
+    """moeship's own, of the installation that runs."""
+    try:
+        return importlib.metadata.version("moeship")
+    except importlib.metadata.PackageNotFoundError:
+        return "of a source tree that is not installed"
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_onnxruntime_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--instances", type=int, default=1,
-        help="requests that run at the same time, each with the engine's memory again (default 1)",
+        help="requests that run at the same time, each with keys and values of its own (default 1)",
     )  # fmt: skip
     group.add_argument("--threads", type=int, help="threads of each instance (default: the cores shared out)")
 

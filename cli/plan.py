@@ -1,7 +1,8 @@
 """Say what an engine would be and take, before any of it is made: bytes, memory, and the speed that memory bounds.
 
 Reads only headers and gates, writes nothing. Decoding reads the weights that a token touches and the keys and values
-before it, so bandwidth over those bytes bounds the tokens per second of one sequence.
+before it, so bandwidth over those bytes bounds the tokens per second of one sequence. The flags are those of moeship
+build: the same words plan the engine that they build.
 Exit status: 0 done, 1 --max-batch-size sequences do not fit --device-memory, 2 wrong input.
 """
 
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from cli.rows import Rows, in_units, print_rows
 from cli.trtllm_plan import run_trtllm_plan
-from trt_build.trtllm.command import PLANNING_FLAGS, add_trtllm_arguments, refuse_trtllm_flags
+from trt_build.engine_flags import add_engine_arguments, read_checkpoint, read_engine_options
+from trt_build.trtllm.command import refuse_trtllm_flags
 from trt_build.trtllm.engine import TRTLLM_BACKEND
 
 if TYPE_CHECKING:
@@ -23,21 +25,10 @@ GB = 1e9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or a hub id owner/name")
-    engine = parser.add_argument_group("engine", "as for moeship build")
-    engine.add_argument("--precision", default="int4", metavar="P", help="(default: %(default)s)")
-    engine.add_argument("--backend", default="onnxruntime", help="(default: %(default)s)")
-    engine.add_argument("--provider", help="of ONNX Runtime: cpu or cuda (default: cpu)")
-    engine.add_argument("--experts-per-token", type=int, metavar="K", help="in place of the config's")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--max-seq-len",
-        dest="max_sequence",
-        type=int,
-        metavar="S",
-        help="tokens of a sequence (default: the model's own)",
+    add_engine_arguments(
+        parser, output_help="as for moeship build; a plan writes nothing, and does without", output_required=False
     )
-    machine.add_argument("--max-batch-size", type=int, metavar="B", help="sequences that should fit at a time")
+    machine = parser.add_argument_group("machine")
     machine.add_argument(
         "--device-memory", type=float, metavar="GB",
         help="memory for weights, keys and values (default for cpu: what this machine has available)",
@@ -46,31 +37,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     speed.add_argument("--bandwidth", type=float, metavar="GB/S", help="rate at which the device reads its memory")
     speed.add_argument("--measure-bandwidth", action="store_true", help="measure this machine's, with a buffer of 4 GB")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_trtllm_arguments(parser, PLANNING_FLAGS)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from trt_build.plan import plan_engine
-    from trt_build.prepare import EngineOptions, prepare_build
+    from trt_build.prepare import prepare_build
 
     _check(arguments)
     if arguments.backend == TRTLLM_BACKEND:
-        return run_trtllm_plan(arguments)
-    refuse_trtllm_flags(arguments, PLANNING_FLAGS)
-    options = EngineOptions(
-        checkpoint=arguments.checkpoint,
-        precision=arguments.precision,
-        backend=arguments.backend,
-        provider=arguments.provider or "cpu",
-        experts_per_token=arguments.experts_per_token,
-        max_sequence=arguments.max_sequence,
-    )
+        return run_trtllm_plan(arguments, read_checkpoint(arguments))
+    refuse_trtllm_flags(arguments, allowed=("max_batch_size",))
+    options = read_engine_options(arguments)
     plan = plan_engine(prepare_build(options))
     machine = _machine(arguments, plan)
     if arguments.json:
         print(json.dumps({**plan.to_json(), **machine}, indent=2))
     else:
-        _print_plan(arguments.checkpoint, plan, machine)
+        _print_plan(options.checkpoint, plan, machine)
     asked = arguments.device_memory is not None and arguments.max_batch_size is not None
     return int(asked and machine["sequences"] < arguments.max_batch_size)
 

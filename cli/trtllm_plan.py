@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 GB = 1e9
 
 
-def run_trtllm_plan(arguments: argparse.Namespace) -> int:
+def run_trtllm_plan(arguments: argparse.Namespace, checkpoint: str) -> int:
     """Plan and print. Returns 1 where --max-batch-size sequences do not fit --device-memory, that of one GPU. Raises
     EngineError for a flag that says nothing of a GPU."""
     from dataclasses import replace
@@ -30,13 +30,13 @@ def run_trtllm_plan(arguments: argparse.Namespace) -> int:
             "reading the flags: --measure-bandwidth: it measures this machine's memory, and the engine lies in a "
             "GPU's; give that with --bandwidth"
         )
-    options = replace(read_trtllm_options(arguments, Path("engine")), until="plan")
+    options = replace(read_trtllm_options(arguments, checkpoint, arguments.output or Path("engine")), until="plan")
     plan = build_trtllm(options).plan
     machine = _machine(arguments, plan, options)
     if arguments.json:
         print(json.dumps({**plan.to_json(), **machine}, indent=2))
     else:
-        _print(arguments.checkpoint, plan, machine)
+        _print(checkpoint, plan, machine)
     asked = arguments.device_memory is not None and arguments.max_batch_size is not None
     return int(asked and machine["sequences"] < arguments.max_batch_size)
 

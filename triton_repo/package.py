@@ -44,8 +44,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 @dataclass(frozen=True, kw_only=True)
 class PackageOptions:
-    """`instances` requests run at the same time (on each GPU, where the engine is for GPUs), each with the engine's
-    memory again; `threads` of each of them, None to share the machine's cores out. `copy` makes the repository
+    """`instances` requests run at the same time (on each GPU, where the engine is for GPUs), each with keys and values
+    of its own; `threads` of each of them, None to share the machine's cores out. `copy` makes the repository
     independent of the engine directory, where a hard link would share its disk space. `layout` None is what suits the
     engine's backend. `served_from` is where the repository will lie when it is served, None for `output` itself.
 

@@ -31,20 +31,17 @@ from export.digests import source_digests
 from export.onnx_graph.converter import disk_bytes
 from export.onnx_graph.exporter import DATA_FILE, write_export
 from export.output import forget_pages
-from export.provider import PROVIDERS
-from export.quantize.recipe import PLANS
 from export.resume import Fingerprint, partial_folder, refuse_made
 from export.sources import check_unchanged, source_files
 from trt_build.engine import FORMAT_VERSION, Engine, Source, open_engine, record_files, write_manifest
+from trt_build.engine_flags import add_engine_arguments, read_checkpoint, read_engine_options
 from trt_build.ort.genai_config import GENAI_FILE
-from trt_build.prepare import BACKENDS, EngineOptions, PreparedBuild, check_options, libraries, prepare_build
+from trt_build.prepare import EngineOptions, PreparedBuild, check_options, libraries, prepare_build
 from trt_build.progress_line import ProgressLine
-from trt_build.trtllm.command import add_trtllm_arguments, refuse_trtllm_flags, run_trtllm
+from trt_build.trtllm.command import refuse_trtllm_flags, run_trtllm
 from trt_build.trtllm.engine import TRTLLM_BACKEND
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_PROVIDER = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,37 +93,16 @@ def _source(checkpoint: Checkpoint, records: Sequence[PartRecord]) -> Source:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="checkpoint folder, or a hub id owner/name")
-    parser.add_argument("--output", required=True, type=Path, metavar="ENGINE", help="engine directory to make")
-    parser.add_argument("--backend", default="onnxruntime", help=f"{' or '.join(BACKENDS)} (default: %(default)s)")
-    parser.add_argument("--provider", help=f"of ONNX Runtime: {' or '.join(PROVIDERS)} (default: {DEFAULT_PROVIDER})")
-    parser.add_argument("--precision", default="int4", help=f"{', '.join(PLANS)} (default: %(default)s)")
-    parser.add_argument("--experts-per-token", type=int, metavar="K", help="override the config's num_experts_per_tok")
-    parser.add_argument(
-        "--max-sequence", "--max-seq-len", type=int, metavar="TOKENS", help="context limit (default: the model's own)"
-    )
-    parser.add_argument(
-        "--portable", action="store_true", help="an engine for any CPU: slower to start, its weights not shared"
-    )
+    add_engine_arguments(parser, output_help="engine directory to make", output_required=True)
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
-    add_trtllm_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Build as the command line asks, and print what was built."""
     if arguments.backend == TRTLLM_BACKEND:
-        return run_trtllm(arguments)
+        return run_trtllm(arguments, read_checkpoint(arguments))
     refuse_trtllm_flags(arguments)
-    options = BuildOptions(
-        checkpoint=arguments.checkpoint,
-        output=arguments.output,
-        precision=arguments.precision,
-        backend=arguments.backend,
-        provider=arguments.provider or DEFAULT_PROVIDER,
-        experts_per_token=arguments.experts_per_token,
-        max_sequence=arguments.max_sequence,
-        portable=arguments.portable,
-    )
+    options = BuildOptions(output=arguments.output, **vars(read_engine_options(arguments)))
     engine = build_engine(options, ProgressLine(sys.stderr) if sys.stderr.isatty() else None)
     if arguments.json:
         sys.stdout.write((engine.folder / "engine.json").read_text(encoding="utf-8"))

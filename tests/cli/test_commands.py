@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -27,9 +29,74 @@ def test_no_command_prints_the_overview_and_is_wrong_input(capsys):
     assert "usage: moeship COMMAND" in capsys.readouterr().out
 
 
-def test_an_unknown_command_names_the_near_one(capsys):
+def test_an_unknown_command_names_the_near_one_and_all_that_there_are(capsys):
+    commands = ", ".join(COMMANDS)
     assert main(["biuld"]) == 2
-    assert "unknown command biuld; did you mean build?" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"moeship: unknown command biuld; did you mean build? There are: {commands}.\n"
+    assert main(["zzzz"]) == 2
+    assert capsys.readouterr().err == f"moeship: unknown command zzzz. There are: {commands}.\n"
+
+
+@pytest.mark.parametrize("word", ["--version", "version"])
+def test_the_version_is_that_of_the_installation(word, capsys):
+    assert main([word]) == 0
+    assert capsys.readouterr().out == f"moeship {importlib.metadata.version('moeship')}\n"
+
+
+def test_ctrl_c_while_a_command_is_imported_is_an_interruption(monkeypatch, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cli.main.importlib.import_module", interrupted)
+    assert main(["plan"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def flags_of(command, capsys):
+    """The flags that a command's help names."""
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", capsys.readouterr().out))
+
+
+def test_plan_takes_every_flag_of_build(capsys):
+    assert flags_of("build", capsys) - flags_of("plan", capsys) == set()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--precision", "int8", "--portable", "--max-sequence", "64"],
+        ["--precision", "int8", "--max-seq-len", "64", "--provider", "cuda"],
+        ["--backend", "tensorrt-llm", "--precision", "fp16", "--max-sequence", "64", "--workers", "1"],
+    ],
+)
+def test_a_builds_command_line_is_a_plans(tmp_path, tiny_checkpoint, capsys, words):
+    flags = ["--checkpoint", str(tiny_checkpoint), "--output", str(tmp_path / "engine"), *words, "--json"]
+    assert main(["plan", *flags]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["max_sequence"] == 64
+    assert list(tmp_path.iterdir()) == []
+    if "tensorrt-llm" not in words:
+        assert main(["-q", "build", *flags]) == 0
+        sizes = {name: record["bytes"] for name, record in json.loads(capsys.readouterr().out)["files"].items()}
+        assert {name: plan["files"][name] for name in sizes} == sizes
+
+
+@pytest.mark.parametrize("command", ["plan", "build"])
+def test_the_checkpoint_is_given_once_by_its_place_or_by_its_flag(tmp_path, tiny_checkpoint, capsys, command):
+    output = ["--output", str(tmp_path / "engine")]
+    assert main([command, *output]) == 2
+    assert "EngineError: reading the flags: found no checkpoint" in capsys.readouterr().err
+    assert main([command, str(tiny_checkpoint), "--checkpoint", "other/model", *output]) == 2
+    assert f"found two checkpoints, {tiny_checkpoint} and --checkpoint other/model" in capsys.readouterr().err
+    assert main([command, str(tiny_checkpoint), "--precision", "fp32", *output]) == 0
+
+
+def test_the_help_of_instances_says_what_each_has_of_its_own(capsys):
+    with pytest.raises(SystemExit):
+        main(["package", "--help"])
+    assert "each with keys and values of its own" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("name", COMMANDS)

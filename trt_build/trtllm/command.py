@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 from export.trtllm.precision import TRTLLM_PRECISIONS
@@ -29,7 +29,7 @@ _FLAGS: tuple[tuple[str, type, str, str], ...] = (
     ("moe_tp_size", int, "N", "slices of each expert's width"),
     ("moe_ep_size", int, "N", "blocks of experts; times --moe-tp-size it is --tp-size"),
     ("gpu_sm", int, "SM", "compute capability of the GPU to build for, 90 for 9.0"),
-    ("max_batch_size", int, "B", "sequences in a step"),
+    ("max_batch_size", int, "B", "sequences in a step; in a plan, of either backend, how many should fit"),
     ("max_num_tokens", int, "T", "tokens in a step, of all sequences together"),
     ("kv_cache_fraction", float, "F", "of the GPU's free memory, for keys and values when it is served"),
     ("workers", int, "N", "ranks that trtllm-build builds side by side"),
@@ -38,29 +38,14 @@ _FLAGS: tuple[tuple[str, type, str, str], ...] = (
 )
 
 
-# What a plan depends on.
-PLANNING_FLAGS = (
-    "dtype",
-    "group_size",
-    "tp_size",
-    "pp_size",
-    "moe_tp_size",
-    "moe_ep_size",
-    "gpu_sm",
-    "kv_cache_fraction",
-)
-
-
-def add_trtllm_arguments(parser: argparse.ArgumentParser, only: Sequence[str] | None = None) -> None:
-    """The flags of this backend, or `only` some; what is not given is None."""
+def add_trtllm_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this backend; what is not given is None."""
     group = parser.add_argument_group(
         TRTLLM_BACKEND, f"for --backend {TRTLLM_BACKEND}; its precisions are {', '.join(TRTLLM_PRECISIONS)}"
     )
     absent = {"dtype": "float16", "group_size": "the larger that fits", "gpu_sm": "this machine's",
               "trtllm_checkpoint": "OUTPUT.checkpoint"}  # fmt: skip
     for name, kind, metavar, text in _FLAGS:
-        if only is not None and name not in only:
-            continue
         default = absent.get(name, _DEFAULTS[name] if _DEFAULTS[name] is not None else "what the other leaves")
         group.add_argument(
             f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=f"{text} (default: {default})"
@@ -71,10 +56,10 @@ def add_trtllm_arguments(parser: argparse.ArgumentParser, only: Sequence[str] | 
     )  # fmt: skip
 
 
-def refuse_trtllm_flags(arguments: argparse.Namespace, only: Sequence[str] | None = None) -> None:
-    """Raise EngineError where a flag of this backend, or of `only` some, was given to the other."""
-    names = [*(only if only is not None else (name for name, *_ in _FLAGS)), "plain_weights"]
-    strangers = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name, None) is not None]
+def refuse_trtllm_flags(arguments: argparse.Namespace, allowed: Collection[str] = ()) -> None:
+    """Raise EngineError where a flag of this backend was given to the other, `allowed` ones apart."""
+    names = [name for name in (*(name for name, *_ in _FLAGS), "plain_weights") if name not in allowed]
+    strangers = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
     if strangers:
         raise EngineError(
             f"reading the flags: {', '.join(strangers)}: for --backend {TRTLLM_BACKEND} only; leave them out, or name "
@@ -82,23 +67,23 @@ def refuse_trtllm_flags(arguments: argparse.Namespace, only: Sequence[str] | Non
         )
 
 
-def read_trtllm_options(arguments: argparse.Namespace, output: Path) -> TrtllmOptions:
+def read_trtllm_options(arguments: argparse.Namespace, checkpoint: str, output: Path) -> TrtllmOptions:
     """The options; what was not given is the dataclass's own. Raises EngineError for the other backend's flags."""
-    others = {"--provider": arguments.provider is not None, "--portable": getattr(arguments, "portable", False)}
+    others = {"--provider": arguments.provider is not None, "--portable": arguments.portable}
     strangers = [flag for flag, is_given in others.items() if is_given]
     if strangers:
         raise EngineError(f"reading the flags: {', '.join(strangers)}: for --backend onnxruntime only; leave them out")
     values = {
         name: getattr(arguments, name)
         for name in _DEFAULTS
-        if getattr(arguments, name, None) is not None and name not in ("output", "max_seq_len")
+        if getattr(arguments, name, None) is not None and name not in ("checkpoint", "output", "max_seq_len")
     }
-    return TrtllmOptions(output=output, max_seq_len=arguments.max_sequence, **values)
+    return TrtllmOptions(checkpoint=checkpoint, output=output, max_seq_len=arguments.max_sequence, **values)
 
 
-def run_trtllm(arguments: argparse.Namespace) -> int:
+def run_trtllm(arguments: argparse.Namespace, checkpoint: str) -> int:
     """Build as the command line asks, and print what came of it. Raises VerificationFailed past the limits."""
-    options = read_trtllm_options(arguments, arguments.output)
+    options = read_trtllm_options(arguments, checkpoint, arguments.output)
     outcome = build_trtllm(options, ProgressLine(sys.stderr) if sys.stderr.isatty() else None)
     sys.stdout.write(f"{_json(outcome) if arguments.json else _summary(outcome, options)}\n")
     if outcome.verification is not None and outcome.verification.failures:
