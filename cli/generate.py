@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import signal
 import sys
 import threading
@@ -20,15 +19,13 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from export.command import INTERRUPTED
+from export.command import INTERRUPTED, READER_GONE, leave_stdout
 
 if TYPE_CHECKING:
     from clients.generation import Client
     from clients.messages import GenerationRequest, ModelState, Piece
 
 POLL_INTERVAL_S = 0.1
-# 128 + SIGPIPE, which a shell shows for a program whose reader has gone.
-READER_GONE = 141
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -238,8 +235,3 @@ def statistics(timeline: Timeline) -> str:
     if timeline.tokens_per_s is not None:
         parts.append(f"then {timeline.tokens_per_s:.1f} tokens/s")
     return ", ".join(parts)
-
-
-def leave_stdout() -> None:
-    """Point stdout at nothing, so that Python's flush at exit does not fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

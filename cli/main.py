@@ -1,6 +1,7 @@
 """The `moeship` command line: finds the command's module, runs it, turns errors into one line and an exit status.
 
-Exit status: 0 done, 1 a check failed, 2 wrong input, 130 interrupted. Results go to stdout, everything else to stderr.
+Exit status: 0 done, 1 a check failed, 2 wrong input, 70 a fault of moeship's own, 130 interrupted, 141 when nobody
+reads its output any more (`moeship inspect X | head -2`). Results go to stdout, everything else to stderr.
 A command is one module with `add_arguments(parser)` and `run(arguments) -> int`; it is imported only when
 it is the one asked for.
 """
@@ -42,6 +43,10 @@ def overview() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
+    return run_command(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     level = logging.INFO
     while words and words[0] in ("-v", "-q", "--verbose", "--quiet"):
@@ -61,10 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {near[0]}?" if near else "."
         print(f"moeship: unknown command {name}{hint} There are: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    return run_command(lambda: _run(name, rest))
+    return _run_one(name, rest)
 
 
-def _run(name: str, words: Sequence[str]) -> int:
+def _run_one(name: str, words: Sequence[str]) -> int:
     """Import a command's module, read its flags and run it."""
     module = importlib.import_module(COMMANDS[name][0])
     parser = argparse.ArgumentParser(

@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from export.checkpoint import Checkpoint, StoredTensor, file_digest
-from export.errors import CheckpointError
+from export.checkpoint import Checkpoint, file_digest
+from export.errors import CheckpointError, named
+from export.reading import open_regular
+from export.safetensors_header import StoredTensor, header_bytes
 
 _READ_BYTES = 1 << 20
 
@@ -107,23 +109,17 @@ def source_digests(checkpoint: Checkpoint, runs: Runs, read: bool = True) -> dic
     return found
 
 
-def header_bytes(shard: Path) -> bytes:
-    """The length and the JSON header at the start of a safetensors file."""
-    with shard.open("rb") as file:
-        prefix = file.read(8)
-        return prefix + file.read(int.from_bytes(prefix, "little"))
-
-
 def range_digest(path: Path, offset: int, num_bytes: int) -> bytes:
     """SHA-256 of a part of a file. Raises CheckpointError when the file ends before it."""
     sha = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
+    doing = f"reading {named(path)}"
+    with open_regular(path, doing, CheckpointError) as file:
         file.seek(offset)
         left, buffer = num_bytes, bytearray(min(num_bytes, _READ_BYTES))
         while left:
             got = file.readinto(memoryview(buffer)[: min(left, len(buffer))])
             if not got:
-                raise CheckpointError(f"reading {path}: the file ended {left} bytes early; it changed or is damaged")
+                raise CheckpointError(f"{doing}: the file ended {left} bytes early; it changed or is damaged")
             sha.update(memoryview(buffer)[:got])
             left -= got
     return sha.digest()

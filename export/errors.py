@@ -14,13 +14,26 @@ Every message says what was being done, to which object, what was found against 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import reprlib
+from collections.abc import Iterable, Sequence
+
+_MOST_PROBLEM = 240  # characters of one line of a listing
+_MOST_SUGGESTED = 64  # characters of a word for which a similar one is looked for: the search is quadratic in them
 
 
 class MoeshipError(Exception):
-    """Root of every error whose message is meant for the user."""
+    """Root of every error whose message is meant for the user.
+
+    As text, a message is without control characters, whatever the file holds that it speaks of: a terminal obeys
+    them. It is at most `most_bytes` long in UTF-8; what is left out is in the middle, since the advice is at the end.
+    """
 
     exit_status = 2
+    most_bytes = 2000
+
+    def __str__(self) -> str:
+        return _cut(_escaped(super().__str__(), keep="\n\t"), self.most_bytes)
 
 
 class ConfigError(MoeshipError):
@@ -56,7 +69,78 @@ class MissingPackageError(MoeshipError):
 
 def listing(problems: Sequence[str], most: int = 8) -> str:
     """Several problems as indented lines, the first `most` of them spelled out."""
-    lines = [f"\n  - {problem}" for problem in problems[:most]]
+    lines = [f"\n  - {_cut(problem, _MOST_PROBLEM)}" for problem in problems[:most]]
     if len(problems) > most:
         lines.append(f"\n  - and {len(problems) - most} more")
     return "".join(lines)
+
+
+def named(name: object, most: int = 160) -> str:
+    """A name or path from a file or the command line as part of one line: control characters escaped, cut in the
+    middle to about `most` bytes of UTF-8."""
+    text = str(name)
+    return _cut(_escaped(_cut(text, most)), most)
+
+
+def names(every: Iterable[object], most: int = 8) -> str:
+    """Several names with commas between them, the first `most` of them spelled out."""
+    found = list(every)
+    rest = [f"and {len(found) - most} more"] if len(found) > most else []
+    return ", ".join([*(named(name, 80) for name in found[:most]), *rest])
+
+
+def shown(value: object, most: int = 100) -> str:
+    """A value from a file as Python writes it, on one line of at most `most` bytes, in time that does not grow with
+    the value."""
+    return _cut(_BOUNDED.repr(value), most)
+
+
+def suggestion(word: object, known: Iterable[str]) -> str:
+    """ " (did you mean ...?)" with the known word that is most like `word`; empty where none is."""
+    if not isinstance(word, str) or len(word) > _MOST_SUGGESTED:
+        return ""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+class _Bounded(reprlib.Repr):
+    """repr of a few items a level and a few levels; a whole number of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxdict, self.maxlist, self.maxtuple, self.maxset = 3, 4, 4, 4, 4
+        self.maxstring = self.maxother = 100
+
+    def repr_int(self, x: int, level: int) -> str:  # noqa: ARG002 - as the base class calls it
+        bits = x.bit_length()
+        return repr(x) if bits <= 256 else f"a whole number of {bits} bits"
+
+    def repr_dict(self, x: dict[object, object], level: int) -> str:
+        if level <= 0 and x:
+            return "{...}"
+        few = list(zip(x, range(self.maxdict), strict=False))
+        pieces = [f"{self.repr1(key, level - 1)}: {self.repr1(x[key], level - 1)}" for key, _ in few]
+        return "{" + ", ".join(pieces + ["..."] * (len(x) > self.maxdict)) + "}"
+
+
+_BOUNDED = _Bounded()
+
+
+def _escaped(text: str, keep: str = "") -> str:
+    """The text with what no terminal shows (control, bidirectional and other unprintable characters) as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def _cut(text: str, most: int) -> str:
+    """The text, without its middle where it takes more than `most` bytes of UTF-8."""
+    if len(text) <= most and (text.isascii() or len(text.encode("utf-8", "surrogatepass")) <= most):
+        return text
+    tail = most // 3
+    head = most - tail - len(" ... ")
+    first = text[:head].encode("utf-8", "surrogatepass")[:head]
+    last = text[-tail:].encode("utf-8", "surrogatepass")[-tail:]
+    return f"{first.decode('utf-8', 'ignore')} ... {last.decode('utf-8', 'ignore')}"

@@ -16,7 +16,6 @@ Every key is used, listed as harmless, or refused by name. The keys are those of
 
 from __future__ import annotations
 
-import difflib
 import math
 import sys
 from collections.abc import Mapping
@@ -25,10 +24,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from export.checkpoint import HUB_ID
-from export.errors import ConfigError, listing
+from export.errors import ConfigError, listing, named, shown, suggestion
+from export.reading import is_folder, read_text
+from export.yaml_reading import MAX_YAML_BYTES, parse_yaml
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _TOP_KEYS = (
@@ -36,6 +35,7 @@ _TOP_KEYS = (
     "tokenizer_source",
 )  # fmt: skip
 _EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
+_WHAT = "the merge configuration"
 _ARCHITECTURES = ("phixtral", "phi-msft")
 _REFUSED = {
     "merge_method": "it belongs to mergekit-yaml, which merges dense models into a dense one",
@@ -84,39 +84,17 @@ class MergeConfig:
     text: str
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error rather than the last one winning."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def read_merge_config(path: Path) -> MergeConfig:
     """Read and check a merge YAML. Raises ConfigError that lists every problem."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        raw = yaml.load(text, Loader=_StrictLoader)
-    except FileNotFoundError as error:
-        raise ConfigError(f"reading the merge configuration: {path} does not exist; check the path") from error
-    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"reading the merge configuration: {path} is not readable YAML ({_one_line(error)})"
-        ) from error
+    text = read_text(path, _WHAT, most=MAX_YAML_BYTES)
+    raw = parse_yaml(text, path, _WHAT)
     if not isinstance(raw, dict):
-        raise ConfigError(f"reading the merge configuration: {path} holds a {type(raw).__name__}, expected keys")
+        raise ConfigError(f"reading {_WHAT}: {named(path)} holds a {type(raw).__name__}, expected keys")
     reader = _Reader(path.parent)
     config = reader.config(raw, text)
     if reader.problems:
-        raise ConfigError(f"reading the merge configuration {path}: correct or remove:{listing(reader.problems, 20)}")
+        raise ConfigError(f"reading {_WHAT} {named(path)}: correct or remove:{listing(reader.problems, 20)}")
     return config
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 class _Reader:
@@ -134,9 +112,13 @@ class _Reader:
         if raw.get("shared_experts"):
             self.problems.append("shared_experts: a phixtral has none; every expert goes under experts")
         if str(raw.get("architecture") or _ARCHITECTURES[0]).lower() not in _ARCHITECTURES:
-            self.problems.append(f"architecture is {raw['architecture']!r}; moeship merges into {_ARCHITECTURES[0]}")
+            self.problems.append(
+                f"architecture is {shown(raw['architecture'])}; moeship merges into {_ARCHITECTURES[0]}"
+            )
         if raw.get("tokenizer_source") not in (None, "base", raw.get("base_model")):
-            self.problems.append(f"tokenizer_source is {raw['tokenizer_source']!r}; the base's tokenizer is kept: base")
+            self.problems.append(
+                f"tokenizer_source is {shown(raw['tokenizer_source'])}; the base's tokenizer is kept: base"
+            )
         dtype = self._choice(raw, "dtype", list(DTYPES), default=None)
         return MergeConfig(
             base=self._location(raw, "base_model", ""),
@@ -157,7 +139,7 @@ class _Reader:
 
     def _expert(self, raw: Any, where: str, gate_mode: GateMode) -> ExpertSource:  # noqa: ANN401 - YAML value
         if not isinstance(raw, dict):
-            self.problems.append(f"{where} is {raw!r}, expected keys such as source_model and positive_prompts")
+            self.problems.append(f"{where} is {shown(raw)}, expected keys such as source_model and positive_prompts")
             raw = {"source_model": ".", "positive_prompts": [""]}
         self._refuse_unknown(raw, _EXPERT_KEYS, f"{where}.")
         positive = self._prompts(raw, "positive_prompts", where)
@@ -179,11 +161,13 @@ class _Reader:
         if value is None:
             return ()
         if not isinstance(value, list):
-            self.problems.append(f"{where}.{key} is {value!r}, expected a list of texts: [{value!r}]")
+            self.problems.append(f"{where}.{key} is {shown(value)}, expected a list of texts: [{shown(value)}]")
             return ()
         wrong = [item for item in value if not isinstance(item, str)]
         if wrong:
-            self.problems.append(f"{where}.{key} holds {wrong[0]!r}, which YAML reads as no text; put it in quotes")
+            self.problems.append(
+                f"{where}.{key} holds {shown(wrong[0])}, which YAML reads as no text; put it in quotes"
+            )
         return tuple(str(item) for item in value)
 
     def _number(self, raw: Mapping[Any, Any], key: str, where: str, *, absent: float, minimum: float) -> float:
@@ -192,7 +176,7 @@ class _Reader:
             return absent
         if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value <= sys.float_info.max:
             least = f" of at least {minimum:g}" if math.isfinite(minimum) else ""
-            self.problems.append(f"{where}.{key} is {value!r}, expected a finite number{least}")
+            self.problems.append(f"{where}.{key} is {shown(value)}, expected a finite number{least}")
             return absent
         return float(value)
 
@@ -200,7 +184,9 @@ class _Reader:
         """2 when absent, as in mergekit."""
         value = 2 if raw.get("experts_per_token") is None else raw["experts_per_token"]
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= max(num_experts, 1):
-            self.problems.append(f"experts_per_token is {value!r}, expected 1 to {num_experts}, the number of experts")
+            self.problems.append(
+                f"experts_per_token is {shown(value)}, expected 1 to {num_experts}, the number of experts"
+            )
             return 1
         return value
 
@@ -208,25 +194,27 @@ class _Reader:
         value = raw.get(key)
         if value is None or value in allowed:
             return value or default
-        self.problems.append(f"{key} is {value!r}, expected one of {', '.join(allowed)}{_near(str(value), allowed)}")
+        self.problems.append(
+            f"{key} is {shown(value)}, expected one of {', '.join(allowed)}{suggestion(value, allowed)}"
+        )
         return default
 
     def _location(self, raw: Mapping[Any, Any], key: str, where: str) -> str:
         """A folder seen from the YAML's own, or a hub id as it stands."""
         value = raw.get(key)
         if not isinstance(value, str) or not value:
-            self.problems.append(f"{where}{key} is {value!r}, expected a folder or a hub id")
+            self.problems.append(f"{where}{key} is {shown(value)}, expected a folder or a hub id")
             return ""
         try:
             folder = self._folder / Path(value).expanduser()
         except RuntimeError as error:  # a home that nobody has
-            self.problems.append(f"{where}{key} is {value!r}: {error}")
+            self.problems.append(f"{where}{key} is {shown(value)}: {error}")
             return ""
-        if folder.is_dir():
+        if is_folder(folder):
             return str(folder)
         if "+" in value or "@" in value:
             self.problems.append(
-                f"{where}{key} is {value!r}: adapters (+) and revisions (@) are not honoured; "
+                f"{where}{key} is {shown(value)}: adapters (+) and revisions (@) are not honoured; "
                 "merge the adapter or download the revision, and give its folder"
             )
         return value if HUB_ID.fullmatch(value) else str(folder)
@@ -235,10 +223,6 @@ class _Reader:
         for key in raw:
             if key in known:
                 continue
-            reason = _REFUSED.get(str(key)) or f"no such key{_near(str(key), known)}"
-            self.problems.append(f"{where}{key}: {reason}")
-
-
-def _near(value: str, known: list[str] | tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(value, known, n=1)
-    return f" (did you mean {near[0]}?)" if near else f"; there are: {', '.join(known)}"
+            there_are = suggestion(key, known) or f"; there are: {', '.join(known)}"
+            reason = _REFUSED.get(key) or f"no such key{there_are}"
+            self.problems.append(f"{where}{named(key, 60)}: {reason}")

@@ -5,22 +5,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-from export.checkpoint import INDEX_FILE, Checkpoint
-from export.digests import header_bytes
+from export.checkpoint import INDEX_FILE, Checkpoint, file_digest
 from export.errors import CheckpointError
+from export.reading import is_regular
 from export.resume import SourceFile
+from export.safetensors_header import header_bytes
 
 
 def source_files(checkpoint: Checkpoint) -> dict[str, SourceFile]:
     """The state of every file that a conversion reads; of a shard the header stands for the whole."""
     found = {}
     small = [checkpoint.folder / "config.json", checkpoint.folder / INDEX_FILE, *checkpoint.tokenizer_files()]
-    for path in [*checkpoint.shards, *(path for path in small if path.is_file())]:
-        data = header_bytes(path) if path in checkpoint.shards else path.read_bytes()
+    for path in [*checkpoint.shards, *(path for path in small if is_regular(path))]:
+        shard = path in checkpoint.shards
+        digest = hashlib.sha256(header_bytes(path)).hexdigest() if shard else file_digest(path)
         facts = path.stat()
-        found[path.name] = SourceFile(
-            bytes=facts.st_size, modified_ns=facts.st_mtime_ns, sha256=hashlib.sha256(data).hexdigest()
-        )
+        found[path.name] = SourceFile(bytes=facts.st_size, modified_ns=facts.st_mtime_ns, sha256=digest)
     return found
 
 

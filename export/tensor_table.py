@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.checkpoint import FLOAT_DTYPES, Checkpoint
-from export.errors import CheckpointError, listing
+from export.checkpoint import Checkpoint
+from export.errors import CheckpointError, listing, named, shown
 from export.floats import widen
+from export.safetensors_header import FLOAT_DTYPES
 
 CHUNK_ELEMENTS = 1 << 19  # 4 MiB as float32: large enough to be read at disk speed, small beside any real tensor
 
@@ -210,14 +211,20 @@ def open_weights(checkpoint: Checkpoint, specs: Sequence[TensorSpec], harmless: 
                 problems.append(f"{part.name} is missing, expected {list(part.whole_shape)} [{spec.letters}]")
             elif stored.shape != part.whole_shape:
                 problems.append(
-                    f"{part.name} ({stored.shard.name}): found {list(stored.shape)}, config.json says "
-                    f"{list(part.whole_shape)} [{spec.letters}]; is the config from another checkpoint?"
+                    f"{part.name} ({named(stored.shard.name, 60)}): found {shown(list(stored.shape))}, config.json "
+                    f"says {list(part.whole_shape)} [{spec.letters}]; is the config from another checkpoint?"
                 )
             elif stored.dtype not in FLOAT_DTYPES:
-                problems.append(f"{part.name} has dtype {stored.dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
+                problems.append(
+                    f"{part.name} has dtype {stored.dtype}, expected one of {', '.join(FLOAT_DTYPES)}: "
+                    + ("save it as F32" if stored.dtype == "F64" else "take the checkpoint before it was quantised")
+                )
     for name in sorted(set(checkpoint.tensors) - used):
         if not name.endswith(tuple(harmless)):
-            problems.append(f"{name} {list(checkpoint.tensors[name].shape)} is not a tensor of this family")
+            shape = shown(list(checkpoint.tensors[name].shape))
+            problems.append(f"{named(name)} {shape} is not a tensor of this family")
     if problems:
-        raise CheckpointError(f"reading {checkpoint.folder}: its tensors do not fit its config:{listing(problems)}")
+        raise CheckpointError(
+            f"reading {named(checkpoint.folder)}: its tensors do not fit its config:{listing(problems)}"
+        )
     return Weights(checkpoint=checkpoint, table={spec.name: spec for spec in specs})

@@ -11,8 +11,9 @@ from checkpoints import write_phixtral_checkpoint
 from safetensors.numpy import load_file
 
 from export.checkpoint import file_digest, open_checkpoint
-from export.digests import Run, header_bytes, range_digest, recorded, source_digests
+from export.digests import Run, range_digest, recorded, source_digests
 from export.errors import CheckpointError
+from export.safetensors_header import header_bytes
 
 FC1 = "transformer.h.0.moe.mlp.0.fc1.weight"  # [56, 40]
 FC2 = "transformer.h.0.moe.mlp.0.fc2.weight"  # [40, 56]

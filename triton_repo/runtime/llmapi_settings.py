@@ -17,7 +17,9 @@ from typing import Any
 
 import yaml
 
+from export.errors import ConfigError, shown
 from export.typed_json import read_typed
+from export.yaml_reading import read_yaml
 from triton_repo.errors import RepositoryError
 
 SETTINGS_FILE = "model.yaml"
@@ -66,16 +68,16 @@ class LlmSettings:
 def read_settings(path: Path) -> LlmSettings:
     """Raises RepositoryError for a file that is absent, no such settings, or that says what is not done here."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path, "the model's settings")
         if not isinstance(raw, dict):
-            raise ValueError(f"the top is {raw!r:.60}, expected keys and values")
+            raise ValueError(f"the top is {shown(raw)}, expected keys and values")
         settings = LlmSettings(
             llm={key: value for key, value in raw.items() if key not in ("triton_config", "moeship")},
             triton=read_typed(TritonSettings, raw.get("triton_config"), "triton_config"),
             text=read_typed(TextSettings, raw.get("moeship"), "moeship"),
         )
         _check(settings)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (ConfigError, ValueError) as error:
         raise RepositoryError(f"reading {path}: {error}; package the checkpoint again") from error
     return settings
 
@@ -83,9 +85,9 @@ def read_settings(path: Path) -> LlmSettings:
 def _check(settings: LlmSettings) -> None:
     model = settings.llm.get("model")
     if not isinstance(model, str) or not model:
-        raise ValueError(f"model is {model!r}, expected a folder beside {SETTINGS_FILE} or an absolute path")
+        raise ValueError(f"model is {shown(model)}, expected a folder beside {SETTINGS_FILE} or an absolute path")
     if settings.llm.get("backend", "pytorch") != "pytorch":
-        raise ValueError(f"backend is {settings.llm['backend']!r}, expected 'pytorch'")
+        raise ValueError(f"backend is {shown(settings.llm['backend'])}, expected 'pytorch'")
     refused = [key for key in _OURS if key in settings.llm]
     if refused:
         raise ValueError(f"{', '.join(refused)} cannot be set: moeship reads and writes the text itself")
