@@ -22,7 +22,7 @@ _NUMBERS = {
         "temperature", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "length_penalty",
     ),
     ("BOOL", "bool_contents"): (
-        "stream", "return_log_probs", "exclude_input_in_output", "return_num_input_tokens",
+        "stream", "stop", "return_log_probs", "exclude_input_in_output", "return_num_input_tokens",
     ),
     ("UINT64", "uint64_contents"): ("random_seed", "seed"),
 }  # fmt: skip

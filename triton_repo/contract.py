@@ -137,7 +137,7 @@ INPUTS: tuple[WireTensor, ...] = (
     ),
 )
 
-# Accepted and served beside INPUTS; our own clients never send them.
+# Accepted and served beside INPUTS; in a request for text our own clients never send them.
 COMPATIBILITY_INPUTS: tuple[WireTensor, ...] = (
     _optional("min_length", "INT32", "min_tokens under its older name"),
     _optional("random_seed", "UINT64", "seed under its older name"),
@@ -155,6 +155,12 @@ COMPATIBILITY_INPUTS: tuple[WireTensor, ...] = (
     _optional("return_context_logits", "BOOL", "false only"),
     _optional("return_generation_logits", "BOOL", "false only"),
     _optional("return_perf_metrics", "BOOL", "false only"),
+    # As upstream's `tensorrt_llm` has it, which its ensemble does not.
+    _optional(
+        "stop",
+        "BOOL",
+        "true ends the requests in flight that bear this one's id; nothing else of the request is then read",
+    ),
 )
 # Tensors whose value has another name in our options and requests.
 FIELD_NAMES = {"text_input": "prompt", "min_tokens": "min_length", "seed": "random_seed"}

@@ -1,6 +1,6 @@
 """The four models of an ensemble as protobuf messages: an engine's facts in, each model's ModelConfig out.
 
-    ensemble_config("phixtral", max_batch)      platform ensemble, with the tensors of `contract`
+    ensemble_config("phixtral", max_batch, ...) platform ensemble, with the tensors of `contract`
     text_model_config(PREPROCESSING, ...)       Python backend
     text_model_config(POSTPROCESSING, ...)      Python backend, decoupled, one instance that holds all answers under way
     onnxruntime_config(...)                     tensorrt_llm by the Python backend, or
@@ -22,14 +22,21 @@ from triton_repo.model_config import declare, messages, set_parameters
 from triton_repo.runtime.parameters import WORKERS_KEY, ModelParameters, TextParameters
 from triton_repo.runtime.token_request import TAKEN_INPUTS
 from triton_repo.token_contract import (
+    ANSWER_KEY,
     ANSWER_OUTPUTS,
+    CANCELLED,
+    ENGINE_CANCELLED,
+    ENGINE_KEY_INPUT,
+    ENGINE_KEY_OUTPUT,
     ENGINE_NAMES,
+    ENGINE_PROBE,
     POSTPROCESSING,
     POSTPROCESSING_INPUTS,
     POSTPROCESSING_OUTPUTS,
     PREPROCESSING,
     PREPROCESSING_INPUTS,
     PREPROCESSING_OUTPUTS,
+    PROBE,
     QUERY_NAMES,
     TEXT_NAMES,
     TOKEN_ENGINE,
@@ -46,22 +53,26 @@ _NEWEST = -1  # of a step model's versions
 _COUNTS = ("num_input_tokens", "num_output_tokens")
 
 
-def ensemble_config(name: str, max_batch: int) -> ModelConfig:
-    """The model that clients ask."""
+def ensemble_config(name: str, max_batch: int, *, echoes_keys: bool) -> ModelConfig:
+    """The model that clients ask. `echoes_keys`: its engine gives the key of an answer back with each response."""
     config = messages().ModelConfig(name=name, platform="ensemble", max_batch_size=max_batch)
     declare(config, (*INPUTS, *COMPATIBILITY_INPUTS), (*OUTPUTS, *OURS))
     # What goes from step to step, told apart from the ensemble's own tensors.
     prepared = {tensor.name: f"_{tensor.name}" for tensor in PREPROCESSING_OUTPUTS}
     registered = {ours: f"_REGISTERED_{ours}" for ours in ENGINE_NAMES}
-    tokens = {ours: f"_{ours}" for ours in TOKEN_NAMES.values()}
+    to_engine = {theirs: registered[ours] for ours, theirs in ENGINE_NAMES.items()}
+    from_engine = dict(TOKEN_NAMES)
+    if echoes_keys:
+        registered[ANSWER_KEY.name] = to_engine[ENGINE_KEY_INPUT.name] = f"_REGISTERED_{ANSWER_KEY.name}"
+        from_engine |= {
+            ENGINE_KEY_OUTPUT.name: ANSWER_KEY.name,
+            ENGINE_CANCELLED.name: CANCELLED.name,
+            ENGINE_PROBE.name: PROBE.name,
+        }
+    tokens = {ours: f"_TOKENS_{ours}" for ours in from_engine.values()}
     _add_step(config, PREPROCESSING, {ours: wire for wire, ours in QUERY_NAMES.items()}, prepared)
     _add_step(config, POSTPROCESSING, prepared, registered)
-    _add_step(
-        config,
-        TOKEN_ENGINE,
-        {theirs: registered[ours] for ours, theirs in ENGINE_NAMES.items()},
-        {theirs: tokens[ours] for theirs, ours in TOKEN_NAMES.items()},
-    )
+    _add_step(config, TOKEN_ENGINE, to_engine, {theirs: tokens[ours] for theirs, ours in from_engine.items()})
     _add_step(config, POSTPROCESSING, tokens, {ours: wire for wire, ours in TEXT_NAMES.items()})
     return config
 
@@ -88,8 +99,13 @@ def onnxruntime_config(max_batch: int, parameters: ModelParameters, workers: int
     outputs = (*ANSWER_OUTPUTS, *_COUNTS)
     declare(
         config,
-        [tensor for tensor in TOKEN_INPUTS if tensor.name in TAKEN_INPUTS],
-        [tensor for tensor in TOKEN_OUTPUTS if tensor.name in outputs],
+        [*(tensor for tensor in TOKEN_INPUTS if tensor.name in TAKEN_INPUTS), ENGINE_KEY_INPUT],
+        [
+            *(tensor for tensor in TOKEN_OUTPUTS if tensor.name in outputs),
+            ENGINE_KEY_OUTPUT,
+            ENGINE_CANCELLED,
+            ENGINE_PROBE,
+        ],
     )
     if provider == "cpu":
         config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=1)

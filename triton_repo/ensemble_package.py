@@ -59,6 +59,7 @@ def write_ensemble(folder: Path, facts: EngineFacts, options: EnsembleOptions) -
         end_ids=facts.end_token_ids,
         num_ids=facts.num_ids,
         one_end_id=facts.runs_on_tensorrt_llm,
+        echoes_keys=not facts.runs_on_tensorrt_llm,
     )
     copied = 0
     for name in (PREPROCESSING, POSTPROCESSING):
@@ -66,7 +67,8 @@ def write_ensemble(folder: Path, facts: EngineFacts, options: EnsembleOptions) -
         version = _write_model_file(folder / name)
         copied += _place_all(facts, facts.tokenizer_files, version / text.tokenizer, copy=options.copy)
     copied += _write_token_engine(folder / TOKEN_ENGINE, facts, options)
-    _write_config(folder / options.name, ensemble_config(options.name, facts.max_batch))
+    config = ensemble_config(options.name, facts.max_batch, echoes_keys=text.echoes_keys)
+    _write_config(folder / options.name, config)
     (_make_version(folder / options.name) / KEEP_FILE).touch()
     return copied
 

@@ -13,8 +13,12 @@ from typing import Literal
 from export.errors import MoeshipError
 
 # Names of triton_python_backend_utils.TritonError's codes, and of the gRPC statuses that they become.
-RequestErrorKind = Literal["INVALID_ARG", "INTERNAL"]
-GRPC_STATUS: dict[RequestErrorKind, str] = {"INVALID_ARG": "INVALID_ARGUMENT", "INTERNAL": "INTERNAL"}
+RequestErrorKind = Literal["INVALID_ARG", "INTERNAL", "UNAVAILABLE"]
+GRPC_STATUS: dict[RequestErrorKind, str] = {
+    "INVALID_ARG": "INVALID_ARGUMENT",
+    "INTERNAL": "INTERNAL",
+    "UNAVAILABLE": "UNAVAILABLE",
+}
 
 
 class RepositoryError(MoeshipError):

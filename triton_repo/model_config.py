@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from export.errors import MissingPackageError
 from triton_repo.contract import COMPATIBILITY_INPUTS, INPUTS, OURS, OUTPUTS, WireTensor
 from triton_repo.errors import RepositoryError
-from triton_repo.runtime.parameters import ENGINE_KEY, ModelParameters
+from triton_repo.runtime.parameters import ENGINE_KEY, WORKERS_KEY, ModelParameters
 from triton_repo.token_contract import ModelTensor
 
 if TYPE_CHECKING:
@@ -28,20 +28,22 @@ class ServedModel:
 
     name: str
     max_batch: int
-    instances: int  # on the CPU, or on each GPU
+    workers: int  # requests at the same time, on the CPU or on each GPU
     parameters: ModelParameters
     provider: str = "cpu"
 
 
 def model_config(model: ServedModel) -> ModelConfig:
-    """The ModelConfig of a packaged engine: decoupled, on its provider's devices, with every tensor of the contract."""
+    """The ModelConfig of a packaged engine: decoupled, on its provider's devices, with every tensor of the contract. It
+    is one instance, or one on each GPU, whose workers answer as many requests at a time: a request to stop another
+    must reach the process that answers it, and each process has a queue of its own."""
     pb = messages()
     config = pb.ModelConfig(name=model.name, backend="python", max_batch_size=model.max_batch)
     declare(config, (*INPUTS, *COMPATIBILITY_INPUTS), (*OUTPUTS, *OURS))
     kind = pb.ModelInstanceGroup.KIND_CPU if model.provider == "cpu" else pb.ModelInstanceGroup.KIND_GPU
-    config.instance_group.add(kind=kind, count=model.instances)
+    config.instance_group.add(kind=kind, count=1)
     config.model_transaction_policy.decoupled = True
-    set_parameters(config, model.parameters.to_texts())
+    set_parameters(config, {**model.parameters.to_texts(), WORKERS_KEY: str(model.workers)})
     return config
 
 

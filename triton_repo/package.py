@@ -174,7 +174,7 @@ def _write_model(folder: Path, facts: EngineFacts, options: PackageOptions) -> i
     model = ServedModel(
         name=options.name,
         max_batch=facts.max_batch,
-        instances=options.instances,
+        workers=options.instances,
         parameters=parameters,
         provider=facts.provider,
     )

@@ -145,6 +145,13 @@ TOKEN_OUTPUTS: tuple[ModelTensor, ...] = (
     _output("num_input_tokens", "INT32"),
     _output("num_output_tokens", "INT32"),
 )
+# Beside upstream's, of an engine that ONNX Runtime runs: the key of the answer, which it gives back with each response
+# to a request that has one, whether the response ends an answer that nobody waits for, and whether it is a probe, which
+# has no tokens and asks if somebody waits.
+ENGINE_KEY_INPUT = _scalar("answer_key", "STRING")
+ENGINE_KEY_OUTPUT = _output("answer_key", "STRING")
+ENGINE_CANCELLED = _output("is_cancelled", "BOOL")
+ENGINE_PROBE = _output("is_probe", "BOOL")
 # What answers are made of; an engine that has no more to tell gives these.
 ANSWER_OUTPUTS = ("output_ids", "sequence_length", "cum_log_probs", "output_log_probs")
 
@@ -162,6 +169,7 @@ PREPROCESSING_INPUTS: tuple[ModelTensor, ...] = tuple(
     for tensor in (*INPUTS, *COMPATIBILITY_INPUTS)
 )
 
+STOP_REQUESTS = "STOP_REQUESTS"
 # What preprocessing gives to the engine: its own name and the engine's.
 ENGINE_NAMES: dict[str, str] = {
     "INPUT_ID": "input_ids", "REQUEST_INPUT_LEN": "input_lengths", "REQUEST_OUTPUT_LEN": "request_output_len",
@@ -170,14 +178,18 @@ ENGINE_NAMES: dict[str, str] = {
     "TEMPERATURE": "temperature", "SEED": "seed", "MIN_TOKENS": "min_tokens",
     "REPETITION_PENALTY": "repetition_penalty", "PRESENCE_PENALTY": "presence_penalty",
     "FREQUENCY_PENALTY": "frequency_penalty", "RETURN_LOG_PROBS": "return_log_probs", "STREAMING": "streaming",
+    STOP_REQUESTS: "stop",
 }  # fmt: skip
 ANSWER = ModelTensor(name="ANSWER", dtype="STRING")
+ANSWER_KEY = ModelTensor(name="ANSWER_KEY", dtype="STRING", optional=True)
+CANCELLED = ModelTensor(name="CANCELLED", dtype="BOOL", optional=True)
+PROBE = ModelTensor(name="PROBE", dtype="BOOL", optional=True)
 _BY_NAME = {tensor.name: tensor for tensor in TOKEN_INPUTS}
 _ENGINE_TENSORS: tuple[ModelTensor, ...] = tuple(
     ModelTensor(name=ours, dtype=_BY_NAME[theirs].dtype, dims=_BY_NAME[theirs].dims, optional=True)
     for ours, theirs in ENGINE_NAMES.items()
 )
-PREPROCESSING_OUTPUTS: tuple[ModelTensor, ...] = (*_ENGINE_TENSORS, ANSWER)
+PREPROCESSING_OUTPUTS: tuple[ModelTensor, ...] = (*_ENGINE_TENSORS, ANSWER, ANSWER_KEY)
 
 # The engine's tensors under the names that postprocessing has for them.
 TOKEN_NAMES: dict[str, str] = {
@@ -188,12 +200,15 @@ TOKEN_NAMES: dict[str, str] = {
 # some inputs from before a decoupled step and some from it. Then a response of the engine's.
 POSTPROCESSING_INPUTS: tuple[ModelTensor, ...] = (
     ModelTensor(name=ANSWER.name, dtype=ANSWER.dtype, optional=True),
+    ANSWER_KEY,
     *_ENGINE_TENSORS,
     *(
         ModelTensor(name=TOKEN_NAMES[tensor.name], dtype=tensor.dtype, dims=tensor.dims, optional=True)
         for tensor in TOKEN_OUTPUTS
         if tensor.name in TOKEN_NAMES
     ),
+    CANCELLED,
+    PROBE,
 )
 TEXT_NAMES: dict[str, str] = {
     tensor.name: "OUTPUT" if tensor.name == "text_output" else tensor.name.upper() for tensor in (*OUTPUTS, *OURS)
@@ -201,4 +216,5 @@ TEXT_NAMES: dict[str, str] = {
 POSTPROCESSING_OUTPUTS: tuple[ModelTensor, ...] = (
     *(ModelTensor(name=TEXT_NAMES[tensor.name], dtype=tensor.dtype, dims=tensor.dims) for tensor in (*OUTPUTS, *OURS)),
     *_ENGINE_TENSORS,
+    ANSWER_KEY,
 )

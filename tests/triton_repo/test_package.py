@@ -31,7 +31,7 @@ def entries(folder: Path) -> list[str]:
 
 
 def test_the_configuration_reads_back_to_the_same_message():
-    model = ServedModel(name="m.1-x", max_batch=3, instances=2, parameters=ModelParameters(threads=4))
+    model = ServedModel(name="m.1-x", max_batch=3, workers=2, parameters=ModelParameters(threads=4))
     config = model_config(model)
     assert text_format.Parse(config_text(config), model_config_pb2.ModelConfig()) == config
     assert packaged_parameters(config, "m.1-x") == model.parameters
@@ -43,10 +43,12 @@ def test_the_configuration_says_all_that_triton_would_else_guess(tmp_path, tiny_
     assert (config.name, config.backend, config.max_batch_size) == ("phixtral", "python", 1)
     assert config.model_transaction_policy.decoupled
     [group] = config.instance_group
-    assert (group.kind, group.count) == (model_config_pb2.ModelInstanceGroup.KIND_CPU, 2)
+    # One process, so that a request to stop another reaches it, whose workers answer two at a time.
+    assert (group.kind, group.count) == (model_config_pb2.ModelInstanceGroup.KIND_CPU, 1)
     assert {key: value.string_value for key, value in config.parameters.items()} == {
         "moeship_engine": "engine",
         "moeship_threads": "3",
+        "moeship_workers": "2",
     }
     labels = model_config_pb2.DataType
     inputs = [(item.name, labels.Name(item.data_type), tuple(item.dims), item.optional) for item in config.input]
@@ -57,8 +59,10 @@ def test_the_configuration_says_all_that_triton_would_else_guess(tmp_path, tiny_
 
 def test_an_engine_for_cuda_gets_its_instances_on_each_gpu(tmp_path, tiny_engines):
     package(tiny_engines("int4", "cuda"), tmp_path / "repository", instances=2)
-    [group] = read_config(tmp_path / "repository" / "phixtral" / "config.pbtxt").instance_group
-    assert (group.kind, group.count) == (model_config_pb2.ModelInstanceGroup.KIND_GPU, 2)
+    config = read_config(tmp_path / "repository" / "phixtral" / "config.pbtxt")
+    [group] = config.instance_group
+    assert (group.kind, group.count, list(group.gpus)) == (model_config_pb2.ModelInstanceGroup.KIND_GPU, 1, [])
+    assert config.parameters["moeship_workers"].string_value == "2"
 
 
 def test_no_tensor_is_named_twice():
@@ -185,9 +189,9 @@ def test_workers_are_read_as_they_are_written_or_refused():
             read_workers(config(wrong))
 
 
-def test_instances_share_the_cores_unless_told_otherwise():
+def test_workers_share_the_cores_unless_told_otherwise():
     def threads(threads, count):
-        return ModelParameters(threads=threads).threads_of_instance({"instance_group": [{"count": count}]})
+        return ModelParameters(threads=threads).threads_of_one(count)
 
     cores = len(os.sched_getaffinity(0))
     assert threads(None, 1) is None

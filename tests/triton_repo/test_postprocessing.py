@@ -35,7 +35,7 @@ def clock():
 
 @pytest.fixture
 def post(byte_level, clock):
-    return Postprocessor(byte_level, clock)
+    return Postprocessor(byte_level, clock=clock)
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_a_whole_answer_with_stop_words_is_watched_and_sent_once(post, begin, by
     steps = feed(post, byte_level.encode("hello world")[:-1])
     pieces = [step.piece for step in steps if step.piece]
     assert [piece.text for piece in pieces] == ["hel"]
-    assert [step.stop for step in steps].count("r") == 1
+    assert [step.stop for step in steps].count("k") == 1
 
 
 def test_a_stop_word_across_tokens_ends_the_answer_and_stops_the_engine(post, begin, byte_level):
@@ -115,7 +115,7 @@ def test_a_stop_word_across_tokens_ends_the_answer_and_stops_the_engine(post, be
     steps = feed(post, ids)
     ends = [index for index, step in enumerate(steps) if step.piece and step.piece.finish_reason]
     assert len(ends) == 1
-    assert steps[ends[0]].stop == "r"
+    assert steps[ends[0]].stop == "k"
     assert "".join(step.piece.text for step in steps if step.piece) == "hel"
     # What the engine had under way is swallowed until its last response, which is empty.
     assert all(step.piece is None and not step.stop for step in steps[ends[0] + 1 :])
@@ -155,7 +155,7 @@ def test_a_cancelled_request_stops_the_engine_and_is_asked_about_now_and_then(po
     assert post.extend("k", one(x), cancelled).piece.finish_reason == ""
     clock.seconds += CANCELLATION_PERIOD_S
     step = post.extend("k", one(x), cancelled)
-    assert (step.piece.finish_reason, step.stop, asked) == ("cancelled", "r", [CANCELLATION_PERIOD_S])
+    assert (step.piece.finish_reason, step.stop, asked) == ("cancelled", "k", [CANCELLATION_PERIOD_S])
     assert post.extend("k", one(x), cancelled).piece is None
 
 
@@ -179,23 +179,50 @@ def test_answers_do_not_mix(post, begin, byte_level):
     assert found == texts
 
 
-def test_a_second_request_of_the_same_key_is_refused_and_the_first_goes_on(post, begin, byte_level):
-    begin(post)
-    feed(post, byte_level.encode("x"))
-    with pytest.raises(RequestError, match="found the request id 'r', which a request under way bears"):
-        begin(post)
-    assert post.extend("k", one(byte_level.encode("y")[0]), never).piece.text == "y"
-
-
-def test_an_engine_is_not_told_to_stop_a_request_that_its_id_does_not_name(post, begin, byte_level):
-    # Where keys are drawn, clients may use an id twice; the engine would stop the other one.
+def test_an_engine_that_knows_no_keys_is_told_to_stop_only_a_request_that_its_id_names(byte_level, begin):
+    post = Postprocessor(byte_level, knows_keys=False)
+    begin(post, key="alone", request_id="once", stop_words=("lo w",))
+    # Clients may use an id twice; the engine would stop the other one too.
     for key in ("k", "other"):
         begin(post, key=key, request_id="twice", stop_words=("lo w",))
     begin(post, key="nameless", request_id="", stop_words=("lo w",))
-    for key in ("k", "nameless"):
-        assert [step.stop for step in feed(post, byte_level.encode("hello world"), key)] == [""] * len(
-            byte_level.encode("hello world")
-        )
+    stops = {
+        key: {step.stop for step in feed(post, byte_level.encode("hello world"), key)}
+        for key in ("alone", "k", "nameless")
+    }
+    assert stops == {"alone": {"", "once"}, "k": {""}, "nameless": {""}}
+
+
+@pytest.mark.parametrize("says_so", [True, False], ids=["our engine", "an engine that does not say why it ended"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_engine_that_was_stopped_ends_an_answer_as_cancelled_and_not_by_its_end_token(
+    post, begin, byte_level, stream, says_so
+):
+    """An engine that is stopped sends what an engine sends that has met its end token."""
+    begin(post, stream=stream, request_id="mine")
+    begin(post, key="other", stream=stream, request_id="another")
+    ids = byte_level.encode("xy")
+    if stream:
+        feed(post, ids)
+    if not says_so:
+        post.note_stop("mine")
+    step = post.extend("k", Tokens(token_ids=() if stream else tuple(ids), is_cancelled=says_so), never)
+    assert (step.piece.finish_reason, step.piece.num_output_tokens, step.stop) == ("cancelled", 2, "")
+    assert len(post) == 1
+    assert post.extend("other", Tokens(token_ids=()), never).piece.finish_reason == "stop"
+
+
+def test_a_probe_stops_the_engine_of_a_client_that_has_gone(post, begin, clock):
+    begin(post)
+    assert post.look("k", never) == ""
+    assert post.look("k", lambda: True) == "k"
+    assert post.look("of no answer", lambda: True) == "of no answer"
+    # An answer that waits for long is no stale one while its engine probes.
+    for _ in range(3):
+        clock.seconds += LONGEST_SILENCE_S / 2
+        post.look("k", never)
+    begin(post, key="new")
+    assert len(post) == 2
 
 
 def test_tokens_of_no_answer_are_an_error_of_the_servers_own(post):
@@ -218,7 +245,7 @@ def test_what_an_engine_leaves_behind_is_forgotten_after_a_time(post, begin, clo
 
 
 def test_there_are_never_more_answers_than_the_limit_and_the_stalest_goes_first(byte_level, begin, clock):
-    post = Postprocessor(byte_level, clock, most_answers=3)
+    post = Postprocessor(byte_level, clock=clock, most_answers=3)
     for number in range(3):
         begin(post, key=str(number), request_id=str(number))
     feed(post, byte_level.encode("x"), key="0")
@@ -233,7 +260,7 @@ def test_an_answer_that_cannot_be_written_is_given_up_and_its_engine_stopped(pos
     begin(post, return_log_probs=True)
     with pytest.raises(RequestError, match="gave 0 log-probabilities for 1 tokens"):
         post.extend("k", one(5), never)
-    assert [post.abandon("k"), post.abandon("k"), post.abandon("unknown")] == ["r", "", ""]
+    assert [post.abandon("k"), post.abandon("k"), post.abandon("unknown")] == ["k", "", ""]
 
 
 def response(ids, **arrays) -> dict[str, np.ndarray]:

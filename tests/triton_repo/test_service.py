@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from served import answers
 
 from export.errors import MoeshipError
 from triton_repo.contract import OURS, OUTPUTS
 from triton_repo.errors import RequestError
 from triton_repo.runtime.answer import Piece
 from triton_repo.runtime.responses import failure, wire_outputs
-from triton_repo.runtime.service import Service
 
 
 def request(**values) -> dict:
@@ -20,11 +20,9 @@ def request(**values) -> dict:
 
 
 def test_a_request_that_does_not_stream_has_one_piece_with_all(scripted, byte_level):
-    service = Service(scripted("return hello"), byte_level)
     asked = {"text_input": b"def ", "max_tokens": 50}
-    [whole] = service.respond(request(**asked), lambda: False)
-    service = Service(scripted("return hello"), byte_level)
-    pieces = list(service.respond(request(**asked, stream=True), lambda: False))
+    [whole] = answers(scripted("return hello"), byte_level, request(**asked))
+    pieces = answers(scripted("return hello"), byte_level, request(**asked, stream=True))
     assert whole.text == "".join(piece.text for piece in pieces) == "return hello"
     assert len(pieces) > 1
     assert whole.finish_reason == "stop"

@@ -1,4 +1,4 @@
-"""The steps' model.py files over a stand-in of a newer Python backend, whose responses take parameters.
+"""The models' model.py files over stand-ins of an older and a newer Python backend, whose responses take parameters.
 
 triton-inference-server/python_backend, src/pb_stub.cc: InferenceResponse(output_tensors, error, parameters), and
 correlation_id() of a request, which is what a step before it gave as `sequence_id`.
@@ -17,8 +17,9 @@ import pytest
 from wire_tensors import wire
 
 import triton_repo.models
-from triton_repo.errors import RequestError
+from triton_repo.errors import RepositoryError
 from triton_repo.runtime import answer_keys
+from triton_repo.runtime.answer_keys import key_tensor
 from triton_repo.runtime.parameters import TextParameters
 from triton_repo.token_contract import QUERY_NAMES, TOKEN_NAMES
 
@@ -53,7 +54,7 @@ class OldResponse(Response):
 
 
 class Error:
-    INVALID_ARG, INTERNAL = "INVALID_ARG", "INTERNAL"
+    INVALID_ARG, INTERNAL, UNAVAILABLE = "INVALID_ARG", "INTERNAL", "UNAVAILABLE"
 
     def __init__(self, message, code=None):
         self.message, self.code = message, code
@@ -66,6 +67,7 @@ class Request:
         self._inputs = [Tensor(name, array) for name, array in tensors.items()]
         self._request_id, self._correlation_id, self._cancelled = request_id, correlation_id, cancelled
         self.sent = []
+        self.asked_after_end = False
 
     def inputs(self):
         return self._inputs
@@ -77,13 +79,15 @@ class Request:
         return self._correlation_id
 
     def is_cancelled(self):
+        self.asked_after_end |= any(flags for _, flags in self.sent)
         return self._cancelled
 
     def get_response_sender(self):
         return SimpleNamespace(send=lambda response=None, flags=0: self.sent.append((response, flags)))
 
 
-@pytest.fixture(params=[Response, OldResponse], ids=["newer", "older"])
+# TensorRT-LLM's backend gives no key back and runs in a newer Triton; our engine's step does, in any.
+@pytest.fixture(params=[Response, OldResponse], ids=["by correlation", "by key"])
 def backend(request, monkeypatch):
     """The stand-in as `triton_python_backend_utils`; `stopped` are the requests that the engine was told to stop,
     `warnings` what was logged."""
@@ -111,7 +115,10 @@ def models(backend, tmp_path, byte_level):
     folder = tmp_path / "1" / "tokenizer"
     folder.mkdir(parents=True)
     byte_level.backend.save(str(folder / "tokenizer.json"))
-    parameters = TextParameters(max_sequence=64, max_prompt=63, end_ids=(0,), num_ids=byte_level.size)
+    parameters = TextParameters(
+        max_sequence=64, max_prompt=63, end_ids=(0,), num_ids=byte_level.size,
+        echoes_keys=backend.InferenceResponse is OldResponse,
+    )  # fmt: skip
     config = {"name": "m", "parameters": {key: {"string_value": text} for key, text in parameters.to_texts().items()}}
     made = []
     for name in ("preprocessing", "postprocessing"):
@@ -146,70 +153,82 @@ def tokens(*ids):
     }
 
 
-def begin(models, request_id="r", **values):
-    """Takes a request to where the engine begins; returns the keyword arguments of its later steps' requests."""
-    preprocessing, postprocessing = models
-    [prepared] = preprocessing.execute([Request(query(**values), request_id)])
-    key = {"request_id": request_id, "correlation_id": (prepared.parameters or {}).get("sequence_id", 0)}
-    registered = Request(prepared.tensors, **key)
-    postprocessing.execute([registered])
-    [(response, flags)] = registered.sent
-    assert flags == LAST
-    # All but ANSWER passes through, on its way to the engine.
-    assert set(response.tensors) == set(prepared.tensors) - {"ANSWER"}
-    return key
+class Begun:
+    """A request that was taken to where the engine begins."""
+
+    def __init__(self, models, request_id="r", **values) -> None:
+        preprocessing, postprocessing = models
+        [prepared] = preprocessing.execute([Request(query(**values), request_id)])
+        self.key = prepared.tensors["ANSWER_KEY"].item().decode()
+        self._request_id, self._parameters = request_id, prepared.parameters
+        registered = self._request(prepared.tensors)
+        postprocessing.execute([registered])
+        [(response, flags)] = registered.sent
+        assert flags == LAST
+        # All but ANSWER passes through, on its way to the engine.
+        assert set(response.tensors) == set(prepared.tensors) - {"ANSWER"}
+        self.to_engine = response.tensors
+
+    @property
+    def name(self) -> str:
+        """What the engine knows this request by."""
+        return self._request_id if self._parameters else self.key
+
+    def step(self, *ids, **fields) -> Request:
+        """postprocessing's request for an engine's response of these tokens."""
+        return self._request(tokens(*ids), **fields)
+
+    def probe(self, **fields) -> Request:
+        """The same for an engine that has nothing to say."""
+        return self._request({"PROBE": np.array([[True]])}, **fields)
+
+    def _request(self, tensors, **fields) -> Request:
+        correlation_id = (self._parameters or {}).get("sequence_id", 0)
+        given = tensors if self._parameters or "ANSWER" in tensors else {**tensors, "ANSWER_KEY": key_tensor(self.key)}
+        return Request(given, request_id=self._request_id, correlation_id=correlation_id, **fields)
 
 
-@pytest.mark.parametrize("backend", [Response], indirect=True, ids=["newer"])
-def test_requests_of_the_same_id_or_of_none_are_told_apart_where_responses_take_parameters(backend, models, byte_level):
-    keys = [begin(models, request_id, stream=True) for request_id in ("same", "same", "")]
-    assert len({key["correlation_id"] for key in keys}) == 3
-    for key, text in zip(keys, "abc", strict=True):
-        step = Request(tokens(*byte_level.encode(text)), **key)
+def test_requests_of_the_same_id_or_of_none_are_told_apart(models, byte_level):
+    begun = [Begun(models, request_id, stream=True) for request_id in ("same", "same", "")]
+    assert len({request.key for request in begun}) == 3
+    for request, text in zip(begun, "abc", strict=True):
+        step = request.step(*byte_level.encode(text))
         models[1].execute([step])
         [(response, _)] = step.sent
         assert response.tensors["OUTPUT"].tolist() == [text.encode()]
 
 
 @pytest.mark.parametrize("backend", [OldResponse], indirect=True, ids=["older"])
-def test_an_older_backend_refuses_a_request_without_an_id_and_a_second_one_of_an_id(backend, models):
-    preprocessing, postprocessing = models
-    [refused] = preprocessing.execute([Request(query(), "")])
-    assert refused.error.code == "INVALID_ARG"
-    assert "found no request id" in refused.error.message
-    begin(models)
-    [prepared] = preprocessing.execute([Request(query())])
-    second = Request(prepared.tensors)
-    postprocessing.execute([second])
-    assert "which a request under way bears" in second.sent[0][0].error.message
+def test_an_engine_that_gives_no_keys_back_takes_a_backend_with_response_parameters(backend):
+    with pytest.raises(RepositoryError, match="loading m: this Triton's Python backend takes no parameters"):
+        answer_keys.require_response_parameters(backend, "m")
 
 
-def test_a_response_without_a_piece_is_nothing_but_its_end(backend, models, byte_level):
-    key = begin(models, stream=True)
-    half = Request(tokens(byte_level.encode("語")[0]), **key)
+def test_a_response_without_a_piece_is_nothing_but_its_end(models, byte_level):
+    half = Begun(models, stream=True).step(byte_level.encode("語")[0])
     models[1].execute([half])
     assert half.sent == [(None, LAST)]
 
 
 def test_a_stop_word_sends_the_last_piece_and_then_stops_the_engine(backend, models, byte_level):
-    key = begin(models, stream=True, stop_words=["lo w"])
+    begun = Begun(models, stream=True, stop_words=["lo w"])
     sent = []
     for token in byte_level.encode("hello world"):
-        step = Request(tokens(token), **key)
+        step = begun.step(token)
         models[1].execute([step])
         sent += step.sent
     reasons = [response.tensors["FINISH_REASON"].tolist() for response, _ in sent if response]
     assert reasons[-1] == [[b"stop"]]
-    assert backend.stopped == ["r"]
+    assert backend.stopped == [begun.name]
 
 
 def test_tokens_that_cannot_be_written_are_refused_and_stop_the_engine(backend, models):
-    key = begin(models, stream=True, return_log_probs=True)
-    step = Request(tokens(5), **key)
+    begun = Begun(models, stream=True, return_log_probs=True)
+    step = begun.step(5)
     models[1].execute([step])
     [(response, flags)] = step.sent
     assert (response.error.code, flags) == ("INTERNAL", LAST)
-    assert backend.stopped == ["r"]
+    assert backend.stopped == [begun.name]
 
 
 def test_an_engine_that_cannot_be_told_to_stop_changes_no_answer(backend, models, byte_level):
@@ -217,17 +236,62 @@ def test_an_engine_that_cannot_be_told_to_stop_changes_no_answer(backend, models
         raise RuntimeError("tensorrt_llm is not ready")
 
     backend.InferenceRequest = lambda **_: SimpleNamespace(exec=no_engine)
-    key = begin(models, stream=True, stop_words=["lo w"])
-    steps = [Request(tokens(token), **key) for token in byte_level.encode("hello world")]
-    broken = begin(models, "other", stream=True, return_log_probs=True)
-    steps.append(Request(tokens(5), **broken))
+    begun = Begun(models, stream=True, stop_words=["lo w"])
+    steps = [begun.step(token) for token in byte_level.encode("hello world")]
+    broken = Begun(models, "other", stream=True, return_log_probs=True)
+    steps.append(broken.step(5))
     models[1].execute(steps)
     *answered, (last, _) = [sent for step in steps for sent in step.sent]
     assert [response.tensors["FINISH_REASON"].tolist() for response, _ in answered if response][-1] == [[b"stop"]]
     assert "the engine gave 0 log-probabilities for 1 tokens" in last.error.message
     assert backend.warnings == [
-        f"the engine did not stop the request {request_id}: tensorrt_llm is not ready" for request_id in ("r", "other")
+        f"the engine did not stop the request {name}: tensorrt_llm is not ready" for name in (begun.name, broken.name)
     ]
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_probe_is_answered_by_nothing_and_stops_the_engine_of_a_client_that_has_gone(backend, models, gone):
+    begun = Begun(models)
+    probe = begun.probe(cancelled=gone)
+    models[1].execute([probe])
+    assert probe.sent == [(None, LAST)]
+    assert backend.stopped == [begun.name] * gone
+    # Triton 2.51 crashes where that is asked of a request whose last response was sent.
+    assert not probe.asked_after_end
+
+
+def test_a_request_to_stop_goes_to_the_engine_and_its_own_answer_is_a_piece_of_nothing(backend, models):
+    begun = Begun(models, "mine", stream=True)
+    stop = Begun(models, "mine", stop=True, text_input="", max_tokens=0)
+    assert stop.to_engine["STOP_REQUESTS"].tolist() == [[True]]
+    # What the engine sends to both, which TensorRT-LLM's backend does to the first alone.
+    ended = begun.step()
+    models[1].execute([ended])
+    assert ended.sent[0][0].tensors["FINISH_REASON"].tolist() == [[b"cancelled"]]
+    if backend.InferenceResponse is OldResponse:
+        answer = stop.step()
+        models[1].execute([answer])
+        [(response, _)] = answer.sent
+        assert response.tensors["FINISH_REASON"].tolist() == [[b"cancelled"]]
+        assert response.tensors["NUM_INPUT_TOKENS"].tolist() == [[0]]
+    assert len(models[1]._postprocessor) == 0
+
+
+def test_a_request_to_stop_without_an_id_is_refused(models):
+    [refused] = models[0].execute([Request(query(stop=True), "")])
+    assert refused.error.code == "INVALID_ARG"
+    assert "send the id of the request to end" in refused.error.message
+
+
+def test_while_the_server_stops_new_requests_are_refused_and_requests_to_stop_pass(models):
+    preprocessing, _ = models
+    preprocessing._draining.set()
+    [refused, stop] = preprocessing.execute([Request(query()), Request(query(stop=True))])
+    assert refused.error.code == "UNAVAILABLE"
+    assert refused.error.message == (
+        "UNAVAILABLE: answering the request: the server is stopping; send the request to another server or again later"
+    )
+    assert stop.tensors["STOP_REQUESTS"].tolist() == [[True]]
 
 
 def test_a_refused_request_does_not_keep_others_from_their_answers(models):
@@ -236,8 +300,5 @@ def test_a_refused_request_does_not_keep_others_from_their_answers(models):
     assert responses[0].error.message.startswith("INVALID_ARGUMENT: reading the request:")
 
 
-def test_keys_are_drawn_anew_and_an_id_is_asked_for():
+def test_keys_are_drawn_anew():
     assert answer_keys.draw_key() != answer_keys.draw_key()
-    with pytest.raises(RequestError, match="send an id with the request, such as a UUID"):
-        answer_keys.require_request_id("")
-    answer_keys.require_request_id("7")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from served import answers
 from wire_tensors import wire
 
 from triton_repo.runtime import answer as answer_module
@@ -11,7 +12,6 @@ from triton_repo.runtime.detokenizer import Detokenizer
 from triton_repo.runtime.parameters import TextParameters
 from triton_repo.runtime.postprocessing import Postprocessor, read_tokens
 from triton_repo.runtime.preprocessing import Preprocessor
-from triton_repo.runtime.service import Service
 from triton_repo.runtime.token_engine import respond
 from triton_repo.runtime.token_request import read_token_request
 from triton_repo.token_contract import ENGINE_NAMES, QUERY_NAMES, TOKEN_NAMES
@@ -35,7 +35,7 @@ OPTIONS = (
 
 
 def single(session, tokenizer, values) -> list[Piece]:
-    return list(Service(session, tokenizer).respond(wire(**values), lambda: False))
+    return answers(session, tokenizer, wire(**values))
 
 
 def in_steps(session, tokenizer, values) -> list[Piece]:
@@ -57,7 +57,7 @@ def in_steps(session, tokenizer, values) -> list[Piece]:
         return bool(stopped)
 
     for response, _ in respond(session, request, is_stopped, session.new_cache()):
-        tokens = read_tokens({TOKEN_NAMES[name]: array for name, array in response.items()})
+        tokens = read_tokens({TOKEN_NAMES[name]: array for name, array in response.items() if name in TOKEN_NAMES})
         step = postprocessor.extend("k", tokens, lambda: False)
         pieces += [step.piece] if step.piece else []
         stopped += [step.stop] if step.stop else []

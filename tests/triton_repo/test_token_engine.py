@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import queue
 import threading
 
 import numpy as np
 import pytest
+from served import Sent
 
 from triton_repo.errors import RequestError
+from triton_repo.runtime import token_engine
+from triton_repo.runtime.answer_keys import key_tensor
 from triton_repo.runtime.options import SamplingOptions, SamplingPlan
 from triton_repo.runtime.sampling import Sampler
-from triton_repo.runtime.token_engine import Job, TokenEngine, respond
+from triton_repo.runtime.token_engine import Request, TokenEngine, respond, stopped_response
 from triton_repo.runtime.token_request import TAKEN_INPUTS, read_token_request
 from triton_repo.runtime.words import pack_words
 from triton_repo.token_contract import ENGINE_NAMES, TOKEN_INPUTS
@@ -190,21 +191,12 @@ def test_a_request_that_nobody_waits_for_ends_with_a_response_of_nothing(respons
     assert found[-1][1]
 
 
-class Collector:
-    """A job and what came of it."""
-
-    def __init__(self, request_id: str, **values) -> None:
-        self.found: queue.Queue = queue.Queue()
-        self.job = Job(
-            request_id=request_id, tensors=tensors(**values), send=lambda *sent: self.found.put(sent),
-            fail=self.found.put, is_cancelled=lambda: False,
-        )  # fmt: skip
-
-    def last(self):
-        while True:
-            found = self.found.get(timeout=30)
-            if isinstance(found, Exception) or found[1]:
-                return found
+def submit(engine, request_id="", key=None, is_cancelled=lambda: False, **values) -> Sent:
+    """A request under way, with the key of its answer where an ensemble would give it one."""
+    given = tensors(**values) | ({} if key is None else {"answer_key": key_tensor(key)})
+    sent = Sent(Request, request_id=request_id, tensors=given, is_cancelled=is_cancelled)
+    engine.submit(sent.request)
+    return sent
 
 
 @pytest.fixture
@@ -212,42 +204,62 @@ def engine(scripted):
     """One worker that writes a long text."""
     engine = TokenEngine([scripted("ab" * 2000, max_sequence=8192)])
     yield engine
-    engine.close()
+    engine.workers.close()
 
 
 def test_a_request_to_stop_ends_the_one_that_runs_and_the_one_that_waits(engine):
-    running = Collector("a", request_output_len=8000, streaming=True)
-    engine.submit(running.job)
-    running.found.get(timeout=30)  # it runs
-    waiting = Collector("b", request_output_len=8000)
-    engine.submit(waiting.job)
-    assert engine.stop("b") == 1
-    assert engine.stop("a") == 1
+    running = submit(engine, "a", request_output_len=8000, streaming=True)
+    running.next()  # it runs
+    waiting = submit(engine, "b", request_output_len=8000)
+    assert engine.workers.stop("b") == 1
+    assert engine.workers.stop("a") == 1
     assert tokens_of(running.last()[0]) == tokens_of(waiting.last()[0]) == []
-    after = Collector("c", request_output_len=2)
-    engine.submit(after.job)
-    assert len(tokens_of(after.last()[0])) == 2
-    assert engine.stop("a") == engine.stop("never there") == 0
+    assert len(tokens_of(submit(engine, "c", request_output_len=2).last()[0])) == 2
+    assert engine.workers.stop("a") == engine.workers.stop("never there") == 0
 
 
-def test_a_failed_request_leaves_the_worker_to_the_next(engine):
-    failing, next_one = Collector("a", request_output_len=0), Collector("b", request_output_len=2)
-    engine.submit(failing.job)
-    engine.submit(next_one.job)
-    assert isinstance(failing.last(), RequestError)
-    assert len(tokens_of(next_one.last()[0])) == 2
+def test_a_request_is_stopped_by_its_key_too_and_one_without_an_id_by_no_empty_name(engine):
+    running = submit(engine, "", key="k1", request_output_len=8000, streaming=True)
+    running.next()
+    waiting = submit(engine, "", key="k2", request_output_len=8000)
+    assert engine.workers.stop("") == 0
+    assert [engine.workers.stop("k2"), engine.workers.stop("k1")] == [1, 1]
+    for sent, key in ((waiting, b"k2"), (running, b"k1")):
+        last, _ = sent.last()
+        assert (tokens_of(last), last["answer_key"].item(), last["is_cancelled"].item()) == ([], key, True)
 
 
-def test_a_request_that_can_be_sent_nothing_leaves_the_worker_to_the_next(engine, caplog):
-    def closed(*_sent):
-        raise RuntimeError("Response sender has been closed.")
+def test_keys_come_back_with_each_response_and_what_is_not_upstreams_only_beside_one(engine, byte_level):
+    keyed = submit(engine, key="k", request_output_len=2, streaming=True).all()
+    assert [response["answer_key"].item() for response in keyed] == [b"k", b"k"]
+    assert [response["is_cancelled"].item() for response in keyed] == [False, False]
+    plain = submit(engine, request_output_len=2, streaming=True).all()
+    assert {name for response in plain for name in response} == {"output_ids", "sequence_length"}
 
-    failing, next_one = Collector("a", request_output_len=2), Collector("b", request_output_len=2)
-    engine.submit(dataclasses.replace(failing.job, send=closed, fail=closed))
-    engine.submit(next_one.job)
-    assert len(tokens_of(next_one.last()[0])) == 2
-    assert "the request 'a' can be sent neither its answer nor an error" in caplog.text
-    assert engine.stop("a") == 0
+
+def test_a_request_to_stop_is_answered_by_nothing_or_beside_a_key_by_no_tokens():
+    assert stopped_response({}) is None
+    response = stopped_response({"answer_key": key_tensor("k")})
+    assert tokens_of(response) == []
+    assert (response["answer_key"].item(), response["is_cancelled"].item()) == (b"k", True)
+
+
+def test_a_step_that_has_nothing_to_send_probes_now_and_then(engine, monkeypatch):
+    monkeypatch.setattr(token_engine, "PROBE_INTERVAL_S", 0.05)
+    running = submit(engine, "a", request_output_len=8000, streaming=True)
+    running.next()
+    waiting = submit(engine, key="k", request_output_len=2)
+    probe, is_last = waiting.next()
+    assert (set(probe), probe["answer_key"].item(), is_last) == ({"is_probe", "answer_key"}, b"k", False)
+    engine.workers.stop("a")
+    assert len(tokens_of(waiting.last()[0])) == 2
+
+
+def test_a_bad_request_is_refused_while_another_runs(engine):
+    running = submit(engine, "a", request_output_len=8000, streaming=True)
+    running.next()
+    assert isinstance(submit(engine, "b", request_output_len=0).last(), RequestError)
+    assert engine.workers.stop("a") == 1
 
 
 def test_workers_answer_side_by_side(scripted):
@@ -263,32 +275,18 @@ def test_workers_answer_side_by_side(scripted):
 
         session.run = meet
     engine = TokenEngine(sessions)
-    jobs = [Collector(str(number), request_output_len=4) for number in range(2)]
-    for job in jobs:
-        engine.submit(job.job)
-    assert [len(tokens_of(job.last()[0])) for job in jobs] == [4, 4]
-    engine.close()
+    requests = [submit(engine, str(number), request_output_len=4) for number in range(2)]
+    assert [len(tokens_of(sent.last()[0])) for sent in requests] == [4, 4]
+    engine.workers.close()
 
 
 def test_requests_without_an_id_end_in_any_order(scripted):
     engine = TokenEngine([scripted("ab" * 2000, max_sequence=8192) for _ in range(2)])
-    running = Collector("", request_output_len=8000, streaming=True)
-    engine.submit(running.job)
-    running.found.get(timeout=30)
+    running = submit(engine, request_output_len=8000, streaming=True)
+    running.next()
     for _ in range(2):  # by the other worker
-        after = Collector("", request_output_len=2, streaming=True)
-        engine.submit(after.job)
-        assert len(tokens_of(after.last()[0])) == 1
-    engine.close()
-    assert tokens_of(running.last()[0]) == []
-
-
-def test_closing_stops_what_runs(scripted):
-    engine = TokenEngine([scripted("ab" * 2000, max_sequence=8192)])
-    running = Collector("a", request_output_len=8000, streaming=True)
-    engine.submit(running.job)
-    running.found.get(timeout=30)
-    engine.close()
+        assert len(tokens_of(submit(engine, request_output_len=2, streaming=True).last()[0])) == 1
+    engine.workers.close()
     assert tokens_of(running.last()[0]) == []
 
 

@@ -16,11 +16,21 @@ import triton_python_backend_utils as pb_utils
 
 from export.tokenizer import load_tokenizer
 from triton_repo.heartbeat import Heartbeat
-from triton_repo.runtime.answer_keys import answer_key, takes_response_parameters
+from triton_repo.runtime.answer_keys import read_key, require_response_parameters
 from triton_repo.runtime.parameters import TextParameters
 from triton_repo.runtime.postprocessing import Postprocessor, read_tokens
 from triton_repo.runtime.responses import error_response, wire_outputs
-from triton_repo.token_contract import ANSWER, ANSWER_OUTPUTS, ENGINE_NAMES, TEXT_NAMES, TOKEN_ENGINE
+from triton_repo.runtime.stop_requests import asks_to_stop
+from triton_repo.token_contract import (
+    ANSWER,
+    ANSWER_KEY,
+    ANSWER_OUTPUTS,
+    ENGINE_NAMES,
+    PROBE,
+    STOP_REQUESTS,
+    TEXT_NAMES,
+    TOKEN_ENGINE,
+)
 
 LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -32,9 +42,11 @@ class TritonPythonModel:
         """Load the tokenizer; what goes wrong becomes the reason in the repository index."""
         self._heartbeat = Heartbeat.start(args["model_name"], args["model_instance_name"])
         parameters = TextParameters.from_config(json.loads(args["model_config"]))
+        self._echoes_keys = parameters.echoes_keys
+        if not self._echoes_keys:
+            require_response_parameters(pb_utils, args["model_name"])
         folder = Path(args["model_repository"]) / args["model_version"] / parameters.tokenizer
-        self._postprocessor = Postprocessor(load_tokenizer(folder))
-        self._by_correlation = takes_response_parameters(pb_utils)
+        self._postprocessor = Postprocessor(load_tokenizer(folder), knows_keys=self._echoes_keys)
 
     def execute(self, requests: list[Any]) -> None:
         """Take the requests in their order, in which the engine gave the tokens; an error is its request's alone."""
@@ -49,14 +61,25 @@ class TritonPythonModel:
 
     def _register(self, request: Any, tensors: dict[str, Any], sender: Any) -> None:  # noqa: ANN401 - Triton's types
         """Begin an answer, and let the engine begin."""
-        answer = tensors[ANSWER.name].reshape(-1)[0].decode()
-        self._postprocessor.register(self._key(request), request.request_id(), answer)
-        outputs = [pb_utils.Tensor(name, tensor) for name, tensor in tensors.items() if name in ENGINE_NAMES]
+        is_stop = asks_to_stop(tensors, STOP_REQUESTS)
+        if is_stop:
+            self._postprocessor.note_stop(request.request_id())
+        # TensorRT-LLM's backend answers a request to stop by a response of nothing, which never comes here.
+        if self._echoes_keys or not is_stop:
+            answer = tensors[ANSWER.name].reshape(-1)[0].decode()
+            self._postprocessor.register(self._key(request, tensors), request.request_id(), answer)
+        passed = {name: tensor for name, tensor in tensors.items() if name in (*ENGINE_NAMES, ANSWER_KEY.name)}
+        outputs = [pb_utils.Tensor(name, tensor) for name, tensor in passed.items()]
         sender.send(pb_utils.InferenceResponse(outputs), flags=LAST)
 
     def _extend(self, request: Any, tensors: dict[str, Any], sender: Any) -> None:  # noqa: ANN401
         """Add tokens to an answer. Where they bring no piece, the response is none but its end."""
-        key = self._key(request)
+        key = self._key(request, tensors)
+        if PROBE.name in tensors:
+            name = self._postprocessor.look(key, request.is_cancelled)
+            sender.send(flags=LAST)
+            self._stop(name)
+            return
         try:
             step = self._postprocessor.extend(key, read_tokens(tensors), request.is_cancelled)
         except Exception:
@@ -71,21 +94,24 @@ class TritonPythonModel:
             pb_utils.Logger.log_info(f"a request was cancelled after {step.piece.num_output_tokens} tokens")
         self._stop(step.stop)
 
-    def _key(self, request: Any) -> str:  # noqa: ANN401
-        return answer_key(request, by_correlation=self._by_correlation)
+    def _key(self, request: Any, tensors: dict[str, Any]) -> str:  # noqa: ANN401
+        """The key of the answer that a request is about: an engine that does not give it back leaves the correlation
+        id, which is the same."""
+        key = read_key(tensors)
+        return str(request.correlation_id()) if key is None else key
 
-    def _stop(self, request_id: str) -> None:
+    def _stop(self, name: str) -> None:
         """Have the engine end a request; "" is none. Where it does not, it works on for nobody, which the log tells."""
-        if not request_id:
+        if not name:
             return
         try:
-            problems = [response.error() for response in self._ask_to_stop(request_id) if response.has_error()]
+            problems = [response.error() for response in self._ask_to_stop(name) if response.has_error()]
         except Exception as error:  # the answer has been sent, or its own error will be
             problems = [error]
         for problem in problems:
-            pb_utils.Logger.log_warn(f"the engine did not stop the request {request_id}: {problem}")
+            pb_utils.Logger.log_warn(f"the engine did not stop the request {name}: {problem}")
 
-    def _ask_to_stop(self, request_id: str) -> Any:  # noqa: ANN401
+    def _ask_to_stop(self, name: str) -> Any:  # noqa: ANN401
         """The engine's responses. Only the id and `stop` count of what a request must hold."""
         inputs = {
             "stop": np.ones((1, 1), dtype=np.bool_),
@@ -95,8 +121,12 @@ class TritonPythonModel:
         }
         stop = pb_utils.InferenceRequest(
             model_name=TOKEN_ENGINE,
-            request_id=request_id,
+            request_id=name,
             inputs=[pb_utils.Tensor(name, value) for name, value in inputs.items()],
             requested_output_names=list(ANSWER_OUTPUTS[:2]),
         )
         return stop.exec(decoupled=True)
+
+    def finalize(self) -> None:
+        """End the heartbeat."""
+        self._heartbeat.stop()

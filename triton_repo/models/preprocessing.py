@@ -7,22 +7,22 @@ Triton lives in triton_repo.runtime.preprocessing.
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
 from export.tokenizer import load_tokenizer
+from triton_repo.errors import RequestError
 from triton_repo.heartbeat import Heartbeat
-from triton_repo.runtime.answer_keys import (
-    CORRELATION_PARAMETER,
-    draw_key,
-    require_request_id,
-    takes_response_parameters,
-)
+from triton_repo.runtime.answer_keys import CORRELATION_PARAMETER, draw_key, key_tensor, takes_response_parameters
 from triton_repo.runtime.parameters import TextParameters
-from triton_repo.runtime.preprocessing import Preprocessor
+from triton_repo.runtime.preprocessing import Preprocessor, Tensors, prepare_stop
 from triton_repo.runtime.responses import error_response
+from triton_repo.runtime.stop_requests import STOP, asks_to_stop, check_stop_id
+from triton_repo.runtime.workers import STOPPING
+from triton_repo.token_contract import ANSWER_KEY, QUERY_NAMES
 
 
 class TritonPythonModel:
@@ -34,7 +34,9 @@ class TritonPythonModel:
         parameters = TextParameters.from_config(json.loads(args["model_config"]))
         folder = Path(args["model_repository"]) / args["model_version"] / parameters.tokenizer
         self._preprocessor = Preprocessor(load_tokenizer(folder), parameters)
-        self._draws_keys = takes_response_parameters(pb_utils)
+        self._takes_parameters = takes_response_parameters(pb_utils)
+        self._draining = threading.Event()
+        self._heartbeat.on_drain(self._draining.set)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """A response to each request; a request's error is that request's alone."""
@@ -42,12 +44,26 @@ class TritonPythonModel:
 
     def _response(self, request: Any) -> Any:  # noqa: ANN401 - the backend's types exist inside Triton only
         try:
-            if not self._draws_keys:
-                require_request_id(request.request_id())
             tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            outputs = [pb_utils.Tensor(name, value) for name, value in self._preprocessor.prepare(tensors).items()]
+            prepared = self._prepare(tensors, request.request_id())
         except Exception as error:  # whatever one request does, the instance goes on with the next
             return error_response(pb_utils, error)
-        if not self._draws_keys:
+        key = draw_key()
+        prepared[ANSWER_KEY.name] = key_tensor(key)
+        outputs = [pb_utils.Tensor(name, value) for name, value in prepared.items()]
+        if not self._takes_parameters:
             return pb_utils.InferenceResponse(outputs)
-        return pb_utils.InferenceResponse(outputs, parameters={CORRELATION_PARAMETER: draw_key()})
+        return pb_utils.InferenceResponse(outputs, parameters={CORRELATION_PARAMETER: key})
+
+    def _prepare(self, tensors: Tensors, request_id: str) -> Tensors:
+        """Raises RequestError."""
+        if asks_to_stop(tensors, QUERY_NAMES[STOP]):
+            check_stop_id(request_id)
+            return prepare_stop()
+        if self._draining.is_set():
+            raise RequestError(f"answering the request: {STOPPING}", kind="UNAVAILABLE")
+        return self._preprocessor.prepare(tensors)
+
+    def finalize(self) -> None:
+        """End the heartbeat."""
+        self._heartbeat.stop()

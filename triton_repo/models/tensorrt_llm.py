@@ -15,7 +15,8 @@ import triton_python_backend_utils as pb_utils
 from triton_repo.heartbeat import Heartbeat
 from triton_repo.runtime.parameters import ModelParameters, read_workers
 from triton_repo.runtime.responses import error_response
-from triton_repo.runtime.token_engine import Job, Tensors, TokenEngine
+from triton_repo.runtime.stop_requests import asks_to_stop, check_stop_id
+from triton_repo.runtime.token_engine import Request, Tensors, TokenEngine, stopped_response
 
 LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -31,29 +32,43 @@ class TritonPythonModel:
         workers = read_workers(config)
         folder = Path(args["model_repository"]) / args["model_version"] / parameters.engine
         device_index = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else 0
-        self._engine = TokenEngine.open(folder, parameters.threads_of_one(workers), workers, device_index)
+        threads = parameters.threads_of_one(workers)
+        self._engine = TokenEngine.open(folder, threads, workers, device_index, self._heartbeat)
+        self._heartbeat.on_drain(self._engine.workers.drain)
         pb_utils.Logger.log_info(f"{args['model_instance_name']}: {folder} is loaded")
 
     def execute(self, requests: list[Any]) -> None:
-        """Hand the requests to the workers; one to stop others is answered at once, by a response of nothing."""
+        """Hand the requests to the workers; one to stop others is answered at once. A request's error is that request's
+        alone."""
         for request in requests:
-            tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            if "stop" in tensors and tensors["stop"].any():
-                count = self._engine.stop(request.request_id())
-                pb_utils.Logger.log_info(f"stopped the request {request.request_id()} ({count} under way)")
-                request.get_response_sender().send(flags=LAST)
-            else:
-                self._engine.submit(_job(request, tensors))
+            sender = request.get_response_sender()
+            made = _request(request, sender)
+            try:
+                if asks_to_stop(made.tensors):
+                    self._stop(made, sender)
+                else:
+                    self._engine.submit(made)
+            except Exception as error:  # whatever one request does, the instance goes on with the next
+                made.fail(error)
+
+    def _stop(self, request: Request, sender: Any) -> None:  # noqa: ANN401 - Triton's type
+        check_stop_id(request.request_id)
+        count = self._engine.workers.stop(request.request_id)
+        pb_utils.Logger.log_info(f"stopped the request {request.request_id} ({count} under way)")
+        response = stopped_response(request.tensors)
+        if response is None:
+            sender.send(flags=LAST)
+        else:
+            request.send(response, True)
 
     def finalize(self) -> None:
         """End the workers and free the engine."""
-        self._engine.close()
+        self._engine.workers.close()
+        self._heartbeat.stop()
         del self._engine
 
 
-def _job(request: Any, tensors: dict[str, Any]) -> Job:  # noqa: ANN401 - the backend's type exists inside Triton only
-    sender = request.get_response_sender()
-
+def _request(request: Any, sender: Any) -> Request:  # noqa: ANN401 - the backend's types exist inside Triton only
     def send(response: Tensors, is_last: bool) -> None:
         outputs = [pb_utils.Tensor(name, value) for name, value in response.items()]
         sender.send(pb_utils.InferenceResponse(outputs), flags=LAST if is_last else 0)
@@ -61,6 +76,10 @@ def _job(request: Any, tensors: dict[str, Any]) -> Job:  # noqa: ANN401 - the ba
     def fail(error: Exception) -> None:
         sender.send(error_response(pb_utils, error), flags=LAST)
 
-    return Job(
-        request_id=request.request_id(), tensors=tensors, send=send, fail=fail, is_cancelled=request.is_cancelled
+    return Request(
+        request_id=request.request_id(),
+        tensors={tensor.name(): tensor.as_numpy() for tensor in request.inputs()},
+        send=send,
+        fail=fail,
+        is_cancelled=request.is_cancelled,
     )

@@ -1,18 +1,24 @@
-"""How the steps of one ensemble request know each other: the key of its answer.
+"""How the steps of one ensemble request know each other: the key of its answer, which preprocessing draws.
 
-An ensemble's steps bear the ensemble request's id, which clients choose. A step may also set the response parameter
+The key goes from step to step as a tensor. ONNX Runtime's engine gives it back with each response. TensorRT-LLM's C++
+backend does not, so there the key is the steps' correlation id as well: a step may set the response parameter
 `sequence_id`, which becomes the correlation id of every step that depends on it (triton-inference-server/core,
-src/ensemble_scheduler/ensemble_scheduler.cc): preprocessing draws one where its Python backend takes parameters of
-responses. One that does not, as Triton 2.51's, leaves the request id alone.
+src/ensemble_scheduler/ensemble_scheduler.cc). Python backends without response parameters, as Triton 2.51's, cannot set
+it. The id that the client chose is no key: it may be absent, and several requests in flight may bear the same.
 """
 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from triton_repo.errors import RequestError
+import numpy as np
+import numpy.typing as npt
+
+from triton_repo.errors import RepositoryError
+from triton_repo.token_contract import ANSWER_KEY
 
 CORRELATION_PARAMETER = "sequence_id"
 
@@ -26,20 +32,28 @@ def takes_response_parameters(backend: ModuleType) -> bool:
     return True
 
 
+def require_response_parameters(backend: ModuleType, model: str) -> None:
+    """Raises RepositoryError where an engine gives no keys back and correlation ids cannot be set either."""
+    if not takes_response_parameters(backend):
+        raise RepositoryError(
+            f"loading {model}: this Triton's Python backend takes no parameters of responses, by which the answers of "
+            "TensorRT-LLM's backend are told apart; serve the repository in a container of TensorRT-LLM 1.0 to 1.2"
+        )
+
+
 def draw_key() -> str:
     """A key that no other answer has."""
     return uuid.uuid4().hex
 
 
-def require_request_id(request_id: str) -> None:
-    """Raises RequestError where the request id has to be the key and there is none."""
-    if not request_id:
-        raise RequestError(
-            "reading the request: found no request id, expected one that no request under way bears, since this "
-            "server's steps know each other by nothing else; send an id with the request, such as a UUID"
-        )
+def key_tensor(key: str) -> npt.NDArray[np.object_]:
+    """A key as a tensor [1, 1] of UTF-8 bytes."""
+    return np.array([[key.encode()]], dtype=np.object_)
 
 
-def answer_key(request: Any, *, by_correlation: bool) -> str:  # noqa: ANN401 - the backend's type exists inside Triton
-    """The key of the answer that a step's request is about."""
-    return str(request.correlation_id()) if by_correlation else str(request.request_id())
+def read_key(tensors: Mapping[str, npt.NDArray[Any]], name: str = ANSWER_KEY.name) -> str | None:
+    """The key in the tensor of that name, if a request has it."""
+    if name not in tensors:
+        return None
+    item = tensors[name].reshape(-1)[0]
+    return item.decode() if isinstance(item, bytes) else str(item)

@@ -42,14 +42,16 @@ def generate(
         max_sequence=session.max_sequence,
         end_token_ids=session.engine.manifest.eos_token_ids,
     )
-    if cache is None:
-        cache = session.new_cache()
+    return pieces_of(session, session.new_cache() if cache is None else cache, plan, tokenizer, is_cancelled)
+
+
+def pieces_of(
+    session: Session, cache: Cache, plan: GenerationPlan, tokenizer: Tokenizer, is_cancelled: Callable[[], bool]
+) -> Iterator[Piece]:
+    """`generate` for a request that was checked before. Raises RequestError for logits that are no numbers."""
     cache.reset()
-    return _pieces(session, cache, _Writer(plan, tokenizer), is_cancelled)
-
-
-def _pieces(session: Session, cache: Cache, writer: _Writer, is_cancelled: Callable[[], bool]) -> Iterator[Piece]:
-    pending: Sequence[int] = writer.plan.prompt_ids
+    writer = _Writer(plan, tokenizer)
+    pending: Sequence[int] = plan.prompt_ids
     while True:
         logits = feed(session, cache, pending, is_cancelled)
         if logits is None:

@@ -32,7 +32,9 @@ Tensors = Mapping[str, npt.NDArray[Any]]
 # The LLM API's inputs that ask for outputs.
 FINISH_REASON, STOP_REASON, LOGPROB = "return_finish_reason", "return_stop_reason", "return_cumulative_logprob"
 PERF_METRICS = "sampling_param_return_perf_metrics"
-_OF_CONTRACT = {tensor.name for tensor in (*INPUTS, *COMPATIBILITY_INPUTS)} - {"text_input"}
+# Inputs that both contracts have.
+_SHARED = {"text_input", "stop"}
+_OF_CONTRACT = {tensor.name for tensor in (*INPUTS, *COMPATIBILITY_INPUTS)} - _SHARED
 _THEIR_NAMES = {ours: theirs for theirs, ours in SAME_AS.items()}
 
 
@@ -50,7 +52,7 @@ def read_request(tensors: Tensors) -> LlmRequest:
     """Tell the contracts apart and read the options. Raises RequestError listing every problem under the names that
     the request used.
     """
-    ours, theirs = _OF_CONTRACT & tensors.keys(), tensors.keys() - _OF_CONTRACT - {"text_input"}
+    ours, theirs = _OF_CONTRACT & tensors.keys(), tensors.keys() - _OF_CONTRACT - _SHARED
     if ours and theirs:
         raise refusal(
             [f"found {sorted(ours)[0]} beside {sorted(theirs)[0]}, expected the tensors of one contract; send its own"]

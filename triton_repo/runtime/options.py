@@ -117,7 +117,7 @@ _RULES: dict[str, _Rule] = {
 # Tensors that change nothing here, and the one value that those of them allow which would change something elsewhere.
 _ONLY_ONE = ("beam_width", "num_return_sequences")
 _FALSE_ONLY = ("return_context_logits", "return_generation_logits", "return_perf_metrics")
-_IGNORED = ("pad_id", "length_penalty", "return_num_input_tokens", "return_num_output_tokens")
+_IGNORED = ("pad_id", "length_penalty", "return_num_input_tokens", "return_num_output_tokens", "stop")
 _WIRE_NAMES = {field: tensor for tensor, field in FIELD_NAMES.items()}
 
 

@@ -21,13 +21,14 @@ MAX_PROMPT_KEY = "moeship_max_prompt"
 END_IDS_KEY = "moeship_end_ids"
 NUM_IDS_KEY = "moeship_num_ids"
 ONE_END_ID_KEY = "moeship_one_end_id"
+ECHOES_KEYS_KEY = "moeship_echoes_keys"
 MAX_THREADS = 4096  # of one instance
 _AUTOMATIC = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelParameters:
-    """`engine`: the engine's folder within the version's. `threads`: of one instance; None shares the cores out."""
+    """`engine`: the engine's folder within the version's. `threads`: of one worker; None shares the cores out."""
 
     engine: str = "engine"
     threads: int | None = None
@@ -54,12 +55,9 @@ class ModelParameters:
         """From the JSON form of a model configuration that Triton hands to a model."""
         return cls.from_texts(config_texts(config), config["name"])
 
-    def threads_of_instance(self, config: Mapping[str, Any]) -> int | None:
-        """Threads for one instance: as packaged, else the usable cores shared out; None leaves it to the runtime."""
-        return self.threads_of_one(sum(group["count"] for group in config["instance_group"]))
-
     def threads_of_one(self, count: int) -> int | None:
-        """Threads for one of `count` that run at the same time, in the same way."""
+        """Threads for one of `count` that run at the same time: as packaged, else the usable cores shared out; None
+        leaves it to the runtime."""
         if self.threads is not None or count == 1:
             return self.threads
         return max(1, len(os.sched_getaffinity(0)) // count)
@@ -70,7 +68,8 @@ class TextParameters:
     """Of the models that turn text into tokens and back. `tokenizer`: its folder within the version's; `max_sequence`:
     tokens of prompt and output together, `max_prompt` of the prompt; `end_ids`: the model's end tokens; `num_ids`: how
     many ids the engine chooses from, those past the tokenizer's size included where it does not mask them;
-    `one_end_id`: the engine keeps a minimum of new tokens from one end token alone, as TensorRT-LLM does.
+    `one_end_id`: the engine keeps a minimum of new tokens from one end token alone, as TensorRT-LLM does;
+    `echoes_keys`: the engine gives the key of an answer back with each response.
     """
 
     tokenizer: str = "tokenizer"
@@ -79,6 +78,7 @@ class TextParameters:
     end_ids: tuple[int, ...]
     num_ids: int
     one_end_id: bool = False
+    echoes_keys: bool = True
 
     def to_texts(self) -> dict[str, str]:
         """Parameter key to text."""
@@ -89,6 +89,7 @@ class TextParameters:
             END_IDS_KEY: ",".join(map(str, self.end_ids)),
             NUM_IDS_KEY: str(self.num_ids),
             ONE_END_ID_KEY: str(int(self.one_end_id)),
+            ECHOES_KEYS_KEY: str(int(self.echoes_keys)),
         }
 
     @classmethod
@@ -103,6 +104,7 @@ class TextParameters:
                 end_ids=tuple(int(text) for text in texts[END_IDS_KEY].split(",") if text),
                 num_ids=int(texts[NUM_IDS_KEY]),
                 one_end_id=bool(int(texts[ONE_END_ID_KEY])),
+                echoes_keys=bool(int(texts[ECHOES_KEYS_KEY])),
             )
         except (KeyError, ValueError) as error:
             raise RepositoryError(
@@ -112,8 +114,8 @@ class TextParameters:
 
 
 def read_workers(config: Mapping[str, Any]) -> int:
-    """How many requests `tensorrt_llm` answers at a time where ONNX Runtime runs it, from the JSON form of its
-    configuration. Raises RepositoryError."""
+    """How many requests an instance answers at a time where ONNX Runtime runs the engine, from the JSON form of its
+    model's configuration. Raises RepositoryError."""
     text = config_texts(config).get(WORKERS_KEY)
     if text is None or not text.isdecimal() or not int(text):
         raise RepositoryError(

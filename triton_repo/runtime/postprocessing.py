@@ -4,6 +4,7 @@
     postprocessor.register(key, request_id, answer_json)       # before the engine begins
     step = postprocessor.extend(key, read_tokens(tensors), is_cancelled=request.is_cancelled)
     step.piece, step.stop
+    postprocessor.note_stop(request_id)                        # somebody asked the engine to end these
 
 A response of an engine that streams is new tokens; none at all means that it has met the end token, which it does not
 show (TensorRT-LLM: sampling kernels do not count it, and LlmRequest::createResult sends nothing else without a token),
@@ -16,7 +17,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import Any
 
@@ -25,7 +26,7 @@ import numpy.typing as npt
 from export.tokenizer import Tokenizer
 from triton_repo.errors import RequestError
 from triton_repo.runtime.answer import Answer, AnswerPlan, Piece, join
-from triton_repo.token_contract import TOKEN_NAMES
+from triton_repo.token_contract import CANCELLED, TOKEN_NAMES
 
 # An answer whose engine fails, or ends without a token that shows it, is never completed here. Ten thousand are more
 # than engines and their queues hold, and take about 50 MB; an hour is longer than a client waits for the next token.
@@ -38,12 +39,13 @@ CANCELLATION_PERIOD_S = 0.05
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
     """One response of an engine. `log_probs` are natural logarithms, one a token, and None unless asked for, as is the
-    sum over all tokens so far, the end token's included.
+    sum over all tokens so far, the end token's included. `is_cancelled`: the engine says that it was stopped.
     """
 
     token_ids: tuple[int, ...]
     log_probs: tuple[float, ...] | None = None
     cum_log_prob: float | None = None
+    is_cancelled: bool = False
 
 
 def read_tokens(tensors: Mapping[str, npt.NDArray[Any]]) -> Tokens:
@@ -67,12 +69,13 @@ def read_tokens(tensors: Mapping[str, npt.NDArray[Any]]) -> Tokens:
         token_ids=tuple(ids[0, 0, :count].tolist()),
         log_probs=None if values is None else tuple(values[len(values) - count :]),
         cum_log_prob=None if cum is None or not cum.size else float(cum.reshape(-1)[0]),
+        is_cancelled=CANCELLED.name in tensors and bool(tensors[CANCELLED.name].any()),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one response brings: the piece to send, if any, and the id of the request that the engine must stop, ""
+    """What one response brings: the piece to send, if any, and the name of the request that the engine must stop, ""
     where there is none."""
 
     piece: Piece | None = None
@@ -87,6 +90,7 @@ class _State:
     looked_s: float  # when it was last asked whether the request was cancelled
     kept: list[Piece] = field(default_factory=list)  # not yet sent
     ended: bool = False  # its last piece was sent, the engine's last tokens are still to come
+    stopped: bool = False  # somebody asked the engine to end it
 
     def take(self) -> Piece:
         """What was kept, as one piece."""
@@ -95,15 +99,20 @@ class _State:
 
 
 class Postprocessor:
-    """The answers under way, by key. `clock` gives seconds."""
+    """The answers under way, by key. `clock` gives seconds. `knows_keys`: the engine can be told by an answer's key to
+    stop; one that cannot knows the client's request id alone, which several requests may bear.
+    """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
+        *,
+        knows_keys: bool = True,
         clock: Callable[[], float] = time.monotonic,
         most_answers: int = MOST_ANSWERS,
     ) -> None:
         self._tokenizer = tokenizer
+        self._knows_keys = knows_keys
         self._clock = clock
         self._most_answers = most_answers
         self._states: dict[str, _State] = {}  # the one without tokens for longest first
@@ -113,17 +122,28 @@ class Postprocessor:
         return len(self._states)
 
     def register(self, key: str, request_id: str, answer_json: str) -> None:
-        """Begin an answer. Raises RequestError where one with that key is under way, ValueError for another's JSON."""
+        """Begin an answer, whose key no other has. Raises ValueError for another's JSON."""
         self._forget_stale()
-        if key in self._states:
-            raise RequestError(
-                f"reading the request: found the request id {request_id!r}, which a request under way bears, expected "
-                "one of its own; send another"
-            )
         answer = Answer(AnswerPlan.from_json(answer_json), self._tokenizer)
         now = self._clock()
         self._states[key] = _State(request_id=request_id, answer=answer, touched_s=now, looked_s=now)
         self._request_ids[request_id] += 1
+
+    def look(self, key: str, is_cancelled: Callable[[], bool]) -> str:
+        """Whether somebody waits for an answer whose engine has nothing to say yet; the name of the request that the
+        engine must stop, if nobody does."""
+        state = self._states.pop(key, None)
+        if state is None:
+            return key if self._knows_keys else ""
+        self._states[key] = state
+        state.touched_s = self._clock()
+        return self._stoppable(key, state) if is_cancelled() else ""
+
+    def note_stop(self, request_id: str) -> None:
+        """Remember that the engine is asked to end the requests of that id, whose end it may not explain."""
+        for state in self._states.values():
+            if state.request_id == request_id:
+                state.stopped = True
 
     def extend(self, key: str, tokens: Tokens, is_cancelled: Callable[[], bool]) -> Step:
         """Take an engine's response. Raises RequestError where no answer waits for it."""
@@ -140,7 +160,7 @@ class Postprocessor:
             if not tokens.token_ids:
                 self._forget(key)
             return Step()
-        last = self._write(state, tokens)
+        last = self._write(state, replace(tokens, is_cancelled=tokens.is_cancelled or state.stopped))
         answer = state.answer
         over = answer.is_complete or not tokens.token_ids or not answer.plan.is_watched
         if last is None and self._is_cancelled(state, is_cancelled):
@@ -149,18 +169,18 @@ class Postprocessor:
             return Step(piece=state.take() if state.kept and answer.plan.stream else None)
         state.kept.append(last)
         state.ended = True
-        stop = "" if over else self._stoppable(state)
+        stop = "" if over else self._stoppable(key, state)
         if over:
             self._forget(key)
         return Step(piece=state.take(), stop=stop)
 
     def abandon(self, key: str) -> str:
-        """Give up an answer that cannot be written; the id of the request that the engine must stop, if any."""
+        """Give up an answer that cannot be written; the name of the request that the engine must stop, if any."""
         state = self._states.get(key)
         if state is None or state.ended:
             return ""
         state.ended = True
-        return self._stoppable(state)
+        return self._stoppable(key, state)
 
     def _write(self, state: _State, tokens: Tokens) -> Piece | None:
         """Take the tokens, and the end token where the engine has met it; the last piece, if any. Others are kept."""
@@ -188,8 +208,10 @@ class Postprocessor:
         state.looked_s = state.touched_s
         return is_cancelled()
 
-    def _stoppable(self, state: _State) -> str:
-        """The request's id, where it says which request is meant."""
+    def _stoppable(self, key: str, state: _State) -> str:
+        """The name by which the engine stops this request and no other, if there is one."""
+        if self._knows_keys:
+            return key
         return state.request_id if self._request_ids[state.request_id] == 1 else ""
 
     def _forget(self, key: str) -> None:
@@ -211,7 +233,7 @@ class Postprocessor:
 def _end(answer: Answer, tokens: Tokens) -> Piece:
     """The last piece of an answer whose engine gave no token: it met the end token, whose log-probability is what the
     sum has grown by, or was stopped by another's request."""
-    if not answer.plan.end_ids:
+    if tokens.is_cancelled or not answer.plan.end_ids:
         return answer.cancel()
     grown = 0.0 if tokens.cum_log_prob is None else tokens.cum_log_prob - answer.cum_log_prob
     return answer.end(answer.plan.end_ids[0], min(0.0, grown))

@@ -27,8 +27,9 @@ from triton_repo.runtime.options import (
     refuse_minimum_of_several,
 )
 from triton_repo.runtime.parameters import TextParameters
+from triton_repo.runtime.stop_requests import STOPPED_PLAN
 from triton_repo.runtime.words import pack_words, spell
-from triton_repo.token_contract import ANSWER, PREPROCESSING_OUTPUTS, QUERY_NAMES
+from triton_repo.token_contract import ANSWER, PREPROCESSING_OUTPUTS, QUERY_NAMES, STOP_REQUESTS
 
 Tensors = dict[str, npt.NDArray[Any]]
 _WIRE_NAMES = {ours: wire for wire, ours in QUERY_NAMES.items()}
@@ -78,6 +79,19 @@ class Preprocessor:
         }
         values |= {name: [pack_words(sequences)] for name, sequences in words.items() if sequences}
         return {name: np.array(value, dtype=_OUTPUT_DTYPES[name]) for name, value in values.items()}
+
+
+def prepare_stop() -> Tensors:
+    """The outputs of preprocessing for a request to stop others, which goes the way of every request: the engine's
+    response to it becomes the answer."""
+    values: dict[str, Any] = {
+        "INPUT_ID": [[0]],
+        "REQUEST_INPUT_LEN": [[1]],
+        "REQUEST_OUTPUT_LEN": [[1]],
+        STOP_REQUESTS: [[True]],
+        ANSWER.name: [[STOPPED_PLAN.to_json().encode()]],
+    }
+    return {name: np.array(value, dtype=_OUTPUT_DTYPES[name]) for name, value in values.items()}
 
 
 def _sampling(options: SamplingOptions) -> dict[str, Any]:

@@ -1,50 +1,83 @@
-"""An engine ready to answer wire requests, one at a time: tensors in, pieces out.
+"""An engine ready to answer wire requests, one at a time for each of its workers: tensors in, pieces out.
 
 service = Service.open(engine_folder, threads=None)
-for piece in service.respond({"text_input": ..., "max_tokens": ...}, is_cancelled):
-    wire_outputs(piece)["text_output"]
+service.submit(Request(tensors={"text_input": ..., "max_tokens": ...}, request_id="7", send=..., ...))
+service.workers.stop("7")
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
 from export.tokenizer import Tokenizer, load_tokenizer
-from triton_repo.runtime.answer import Piece, join
-from triton_repo.runtime.generation import generate
-from triton_repo.runtime.options import read_options
-from triton_repo.seal import is_sealed
-from trt_build.engine import open_engine
+from triton_repo.runtime.answer import Answer, Piece, answer_plan, join
+from triton_repo.runtime.generation import pieces_of
+from triton_repo.runtime.options import GenerationPlan, plan_generation, read_options
+from triton_repo.runtime.seats import Seat, open_sessions, seat
+from triton_repo.runtime.workers import Job, Outlet, Pulse, Workers
 from trt_build.ort.session import Session
 
 
-class Service:
-    """A loaded engine, its tokenizer and one cache that every request uses again."""
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A wire request. `send` takes a piece and whether it is the last, `fail` the error that ends the request; both may
+    be called in any thread."""
 
-    def __init__(self, session: Session, tokenizer: Tokenizer) -> None:
-        self._session = session
+    tensors: Mapping[str, npt.NDArray[Any]]
+    request_id: str
+    send: Callable[[Piece, bool], None]
+    fail: Callable[[Exception], None]
+    is_cancelled: Callable[[], bool]
+
+
+class Service:
+    """A loaded engine, its tokenizer and its workers."""
+
+    def __init__(self, sessions: Sequence[Session], tokenizer: Tokenizer, pulse: Pulse | None = None) -> None:
         self._tokenizer = tokenizer
-        self._cache = session.new_cache()
+        self._max_sequence = sessions[0].max_sequence
+        self._end_token_ids = sessions[0].engine.manifest.eos_token_ids
+        self.workers: Workers[Seat] = Workers([seat(session) for session in sessions], pulse)
 
     @classmethod
-    def open(cls, folder: Path, threads: int | None, device_index: int = 0) -> Service:
-        """Load the engine, on the GPU of that index where it is for GPUs. Every digest is checked first, unless the
-        files are as they were when the engine was packaged.
+    def open(
+        cls, folder: Path, threads: int | None, workers: int = 1, device_index: int = 0, pulse: Pulse | None = None
+    ) -> Service:
+        """Load the engine (`open_sessions`). Raises EngineError, CheckpointError, MissingPackageError."""
+        return cls(open_sessions(folder, threads, workers, device_index), load_tokenizer(folder), pulse)
 
-        Raises EngineError, CheckpointError, MissingPackageError.
-        """
-        engine = open_engine(folder, check_digests=not is_sealed(folder))
-        return cls(Session(engine, threads, device_index), load_tokenizer(folder))
+    def submit(self, request: Request) -> None:
+        """Check a request and have it answered: piece by piece where it streams, else by one piece. One that cannot be
+        answered fails at once, whatever else is computed."""
+        try:
+            plan = self._plan(request.tensors)
+        except Exception as error:  # of any kind: its client is told
+            request.fail(error)
+            return
 
-    def respond(self, tensors: Mapping[str, npt.NDArray[Any]], is_cancelled: Callable[[], bool]) -> Iterator[Piece]:
-        """The pieces of one answer, or the whole answer as one piece unless the request streams.
+        def respond(used: Seat, is_over: Callable[[], bool]) -> Iterator[tuple[Piece, bool]]:
+            pieces = pieces_of(used.session, used.cache, plan, self._tokenizer, is_over)
+            for piece in pieces if plan.options.stream else iter([join(pieces)]):
+                yield piece, bool(piece.finish_reason)
 
-        Raises RequestError for a request that cannot be answered.
-        """
-        options = read_options(tensors)
-        pieces = generate(self._session, self._tokenizer, options, is_cancelled, self._cache)
-        return pieces if options.stream else iter([join(pieces)])
+        self.workers.submit(
+            Job(
+                names=frozenset({request.request_id} - {""}),
+                respond=respond,
+                withdrawn=lambda: Answer(answer_plan(plan, self._tokenizer), self._tokenizer).cancel(),
+                outlet=Outlet(request.send, request.fail, request.is_cancelled),
+            )
+        )
+
+    def _plan(self, tensors: Mapping[str, npt.NDArray[Any]]) -> GenerationPlan:
+        return plan_generation(
+            read_options(tensors),
+            self._tokenizer,
+            max_sequence=self._max_sequence,
+            end_token_ids=self._end_token_ids,
+        )
