@@ -43,5 +43,5 @@ class OddConverter(OnnxConverter):
 
 def odd_converter(checkpoint):
     weights = read_model(open_checkpoint(checkpoint)).weights
-    placement = Placement(offsets={}, total_bytes=0)
+    placement = Placement(offsets={}, resident_bytes=0, total_bytes=0)
     return OddConverter(data=Path("data"), placement=placement, weights=weights, scratch=Path(), packs=None)

@@ -30,7 +30,9 @@ from trt_build.errors import EngineError
 
 MANIFEST_FILE = "engine.json"
 REQUIRED_FILES = (SERVING_GRAPH, SCORING_GRAPH, DATA_FILE, RECORDS_FILE, TOKENIZER_FILE)
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+PACKED_ALONE = 2  # the format whose packed weights have no second form
+READABLE_VERSIONS = (PACKED_ALONE, FORMAT_VERSION)
 BACKEND = "onnxruntime"
 
 
@@ -67,7 +69,8 @@ class Source:
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """engine.json. `expert_order` lists which expert stands at each place of the stacked weights; `routing` is the
-    gates' diagnosis; `verification` is the last result of `moeship verify`, if any."""
+    gates' diagnosis; `resident_bytes` are the first ones of model.onnx.data, which serving reads (all of them in format
+    2, which does not say); `verification` is the last result of `moeship verify`, if any."""
 
     format_version: int
     model: str
@@ -87,6 +90,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
     stages: tuple[str, ...]  # the serving graph's files, which run one after the other
     kernel_layout: str | None  # of the CPU kernels that the weights are packed for (export/onnx_graph/packing.py)
+    resident_bytes: int | None = None
     verification: Mapping[str, Any] | None = None
 
 
@@ -100,6 +104,16 @@ class Engine:
     @property
     def num_bytes(self) -> int:
         return sum(record.bytes for record in self.manifest.files.values())
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the weights that serving reads, from the start of model.onnx.data on."""
+        return self.manifest.resident_bytes or self.manifest.files[DATA_FILE].bytes
+
+    @property
+    def is_packed_alone(self) -> bool:
+        """Whether its packed weights have no second form, as ONNX Runtime 1.31 took them and 1.32 does not."""
+        return self.manifest.format_version == PACKED_ALONE and self.manifest.kernel_layout is not None
 
 
 def record_files(folder: Path) -> dict[str, FileRecord]:
@@ -194,10 +208,10 @@ def _weight_problems(folder: Path, manifest: Manifest) -> list[str]:
 
 def _parse(raw: dict[str, Any], folder: Path) -> Manifest:
     version = raw.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in READABLE_VERSIONS:
         raise EngineError(
-            f"opening the engine {folder}: format version {version!r}, this moeship reads {FORMAT_VERSION}; "
-            "build it again with this version"
+            f"opening the engine {folder}: format version {version!r:.20}, this moeship reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}; build it again with this version"
         )
     try:
         manifest = read_typed(Manifest, raw)
@@ -228,6 +242,11 @@ def _check_facts(manifest: Manifest) -> None:
         raise ValueError(f"provider is {manifest.provider!r}, expected one of {', '.join(PROVIDERS)}")
     if manifest.precision.name not in provider.precisions:
         raise ValueError(f"precision is {manifest.precision.name!r}, expected one of {', '.join(provider.precisions)}")
+    data_bytes, resident_bytes = manifest.files[DATA_FILE].bytes, manifest.resident_bytes
+    if resident_bytes is None and manifest.format_version != PACKED_ALONE:
+        raise ValueError("resident_bytes is missing")
+    if resident_bytes is not None and not 0 < resident_bytes <= data_bytes:
+        raise ValueError(f"resident_bytes is {resident_bytes}, expected 1 to {data_bytes}, the bytes of {DATA_FILE}")
     if not 1 <= manifest.max_sequence <= facts.max_positions:
         raise ValueError(f"max_sequence is {manifest.max_sequence}, expected 1 to {facts.max_positions}")
     if manifest.max_batch < 1 or not 1 <= manifest.tokenizer_size <= facts.vocab_size:

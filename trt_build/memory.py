@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from export.architecture import Architecture
-from export.onnx_graph.exporter import DATA_FILE
 from export.provider import PROVIDERS, Provider
 from trt_build.engine import Engine
 from trt_build.errors import EngineError
@@ -65,7 +64,7 @@ def require_memory(engine: Engine, available: int | None = None) -> None:
     if manifest.provider != "cpu":
         return
     have = available_memory() if available is None else available
-    weights = manifest.files[DATA_FILE].bytes
+    weights = engine.resident_bytes
     per_token = kv_bytes_per_token(manifest.architecture, PROVIDERS[manifest.provider])
     cache = per_token * manifest.max_sequence
     if weights + cache <= have:

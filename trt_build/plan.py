@@ -22,7 +22,7 @@ from export.digests import Run
 from export.onnx_graph.converter import onnx_converter, planned_regions, run_starts
 from export.onnx_graph.exporter import DATA_FILE, PROBE_GRAPH, RECORDS_FILE
 from export.onnx_graph.packing import NO_KEY
-from export.onnx_graph.weights import Packing, WeightJob
+from export.onnx_graph.weights import WeightJob
 from export.tensor_table import Role, Weights
 from trt_build.engine import MANIFEST_FILE, FileRecord, Source, manifest_text
 from trt_build.memory import kv_bytes_per_token
@@ -54,7 +54,8 @@ class RolePlan:
 @dataclass(frozen=True, kw_only=True)
 class EnginePlan:
     """What `moeship plan` tells. `kv_bytes_per_token` is the cache of one position; `conversion_bytes` the peak
-    resident memory of the build's process; `files` the bytes of each file of the engine."""
+    resident memory of the build's process; `files` the bytes of each file of the engine; `resident_bytes` what serving
+    holds of its weights."""
 
     family: str
     precision: str
@@ -63,6 +64,7 @@ class EnginePlan:
     roles: Mapping[str, RolePlan]
     average_bits_per_weight: float
     files: Mapping[str, int]
+    resident_bytes: int
     source_bytes: int
     conversion_bytes: int
     kv_bytes_per_token: int
@@ -91,11 +93,11 @@ class EnginePlan:
 
     def sequences_in(self, memory_bytes: int) -> int:
         """How many sequences of max_sequence tokens fit beside the weights; negative where the weights do not fit."""
-        return (memory_bytes - self.files[DATA_FILE]) // self.sequence_bytes
+        return (memory_bytes - self.resident_bytes) // self.sequence_bytes
 
     def tokens_in(self, memory_bytes: int) -> int:
         """How many tokens one sequence can have beside the weights; not above 0 where the weights do not fit."""
-        return (memory_bytes - self.files[DATA_FILE]) // self.kv_bytes_per_token
+        return (memory_bytes - self.resident_bytes) // self.kv_bytes_per_token
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -117,8 +119,6 @@ def plan_engine(build: PreparedBuild) -> EnginePlan:
     export, weights = build.export, build.model.weights
     roles: dict[str, RolePlan] = {}
     for job in export.jobs:
-        if job.packing is Packing.UNREAD:
-            continue
         share = _share_per_token(job, weights, build.model.architecture.experts_per_token)
         roles[str(job.role)] = roles.get(str(job.role), RolePlan()) + _role_plan(job, weights, share)
     total = sum((role for role in roles.values()), RolePlan())
@@ -132,6 +132,7 @@ def plan_engine(build: PreparedBuild) -> EnginePlan:
         roles=roles,
         average_bits_per_weight=8 * total.total_bytes / total.num_weights,
         files=files,
+        resident_bytes=export.placement.resident_bytes,
         source_bytes=sum(stored.num_bytes for stored in build.checkpoint.tensors.values()),
         conversion_bytes=conversion_bytes(converter, export.jobs),
         kv_bytes_per_token=kv_bytes_per_token(build.model.architecture, build.provider),

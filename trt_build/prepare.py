@@ -100,6 +100,7 @@ class PreparedBuild:
             files=files,
             stages=self.export.stage_names,
             kernel_layout=kernel_layout(self.export.probe) if self.export.probe else None,
+            resident_bytes=self.export.placement.resident_bytes,
         )
 
 

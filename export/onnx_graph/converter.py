@@ -41,17 +41,13 @@ class OnnxConverter(Converter[WeightJob]):
 
     def source_bytes(self, job: WeightJob) -> int:
         """Bytes of the source tensors that the job reads."""
-        if job.packing is Packing.UNREAD:
-            return 0
         stored = self.weights.checkpoint.tensors
         return sum(stored[name].num_bytes for name in {part.name for part in self.weights.table[job.source].parts})
 
     def working_bytes(self, job: WeightJob) -> int:
         """A chunk as stored, two as float32 (the one before is let go when the next is there) and, where blocks are
-        made of it, its codes twice, unpacked and packed, and the slices that they are made in. To pack a weight its
-        codes and scales are mapped whole, and its packed form is held beside them."""
-        if job.packing is Packing.UNREAD:
-            return job.outputs[0].num_bytes
+        made of it, its codes twice, a byte each and as they are stored, and the slices that they are made in. To pack
+        a weight its codes and scales are mapped whole, and its packed form is held beside them."""
         row = self.weights.table[job.source]
         chunk = min(CHUNK_ELEMENTS, row.num_elements)
         stored = max(self.weights.checkpoint.tensors[part.name].itemsize for part in row.parts)
@@ -75,17 +71,18 @@ class OnnxConverter(Converter[WeightJob]):
         produced = job.produce(Weights(checkpoint=checkpoint, table=self.weights.table))
         key = None
         with self.data.open("r+b", buffering=0) as file:
-            if job.packed is None:
-                for pieces in produced:
-                    for region, piece in zip(regions, pieces, strict=True):
-                        region.write(file.fileno(), piece)
-            else:
-                with packed(job.packed, produced, self.scratch) as weight:
+            blobs = regions[: len(job.outputs)] if job.packed else []
+            for pieces in produced:
+                for region, piece in zip(regions[len(blobs) :], pieces, strict=True):
+                    region.write(file.fileno(), piece)
+            if job.packed is not None:
+                codes, scales = (self.placement.offsets[form.name][0] for form in job.unpacked)
+                with packed(job.packed, self.data, codes, scales, self.scratch) as weight:
                     key = weight.key
-                    for region, blob in zip(regions, weight.blobs, strict=True):
+                    for region, blob in zip(blobs, weight.blobs, strict=True):
                         for piece in weight.pieces(blob):
                             region.write(file.fileno(), piece)
-        ends = [sum(self.placement.offsets[output.name]) for output in job.outputs]
+        ends = [sum(self.placement.offsets[form.name]) for form in job.stored]
         if [region.position for region in regions] != ends:
             raise AssertionError(f"{job.source}: wrote to {[region.position for region in regions]}, planned {ends}")
         written = tuple(region.finish() for region in regions)
@@ -102,15 +99,12 @@ def onnx_converter(
 
 def planned_regions(job: WeightJob, placement: Placement) -> list[PlannedRegion]:
     """Name, offset and bytes of what a job writes."""
-    return [
-        PlannedRegion(output.name, placement.offsets[output.name][0], aligned(output.num_bytes))
-        for output in job.outputs
-    ]
+    return [PlannedRegion(form.name, placement.offsets[form.name][0], aligned(form.num_bytes)) for form in job.stored]
 
 
 def run_starts(job: WeightJob, weights: Weights) -> dict[str, list[int]]:
     """At which bytes of each source tensor a run of reading begins: where one of the job's parts does."""
-    return {} if job.packing is Packing.UNREAD else weights.run_starts(job.source)
+    return weights.run_starts(job.source)
 
 
 def disk_bytes(jobs: Sequence[WeightJob], placement: Placement) -> int:

@@ -20,10 +20,10 @@ from export.errors import MissingPackageError
 from export.families import Model
 from export.onnx_graph.converter import onnx_converter
 from export.onnx_graph.graph import GraphBuilder
-from export.onnx_graph.initializers import unread_scales, with_packed_forms
+from export.onnx_graph.initializers import with_packed_forms
 from export.onnx_graph.packing import NO_KEY, probe_graph
 from export.onnx_graph.stages import halves
-from export.onnx_graph.weights import Packing, Placement, WeightJob, place
+from export.onnx_graph.weights import Placement, WeightJob, place
 from export.provider import PROVIDERS, Provider
 from export.quantize.recipe import QuantPlan
 from export.resume import PartialFolder
@@ -72,8 +72,6 @@ class ExportPlan:
     def bytes_by_role(self) -> dict[Role, int]:
         totals: dict[Role, int] = {}
         for job in self.jobs:
-            if job.packing is Packing.UNREAD:
-                continue
             totals[job.role] = totals.get(job.role, 0) + sum(output.num_bytes for output in job.outputs)
         return totals
 
@@ -109,8 +107,7 @@ def plan_export(
         logits = model.family.head(graph, model.architecture, hidden if scoring else graph.last_position(hidden))
         built.append((graph, logits))
     (serving, serving_logits), (scoring_graph, scoring_logits) = built
-    unread = unread_scales(serving.jobs)
-    jobs = (*serving.jobs, unread) if unread else tuple(serving.jobs)
+    jobs = tuple(serving.jobs)
     placement = place(jobs)
     weights = [job.packed for job in jobs if job.packed]
     whole = serving.finish(serving_logits, placement, DATA_FILE)

@@ -321,7 +321,8 @@ class GraphBuilder:
             )  # fmt: skip
         job = WeightJob(
             source=name, role=spec.role, packing=Packing.BLOCKS, bits=bits, block_size=block, expert_order=order,
-            outputs=packed_blobs(name, packed) if packed else initializers, packed=packed, **scaled,
+            outputs=packed_blobs(name, packed) if packed else initializers, packed=packed,
+            unpacked=initializers if packed else (), **scaled,
         )  # fmt: skip
         self.jobs.append(job)
         return [initializer.name for initializer in initializers], job

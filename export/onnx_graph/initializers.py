@@ -6,14 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from export.onnx_graph.packing import HASH_DIGITS, QuantizedWeight, packed_bytes
-from export.onnx_graph.weights import Initializer, Packing, Placement, WeightJob
+from export.onnx_graph.weights import Initializer, Placement, WeightJob
 from export.provider import Provider
 from export.tensor_table import Role, TensorSpec
 
 if TYPE_CHECKING:
     import onnx
-
-UNREAD_SCALES = "unread_scales"
 
 
 def quantized_initializers(spec: TensorSpec, bits: int, block: int, provider: Provider) -> tuple[Initializer, ...]:
@@ -53,29 +51,12 @@ def packed_blobs(source: str, weight: QuantizedWeight) -> tuple[Initializer, ...
     )
 
 
-def unread_scales(jobs: Sequence[WeightJob]) -> WeightJob | None:
-    """The region that stands for the scales of every packed weight; None without one."""
-    largest = max((job.packed.scales_bytes for job in jobs if job.packed), default=0)
-    if not largest:
-        return None
-    region = Initializer(name=UNREAD_SCALES, dtype="float32", shape=(largest // 4,))
-    return WeightJob(source=UNREAD_SCALES, role=Role.EXPERT, packing=Packing.UNREAD, outputs=(region,))
-
-
 def tensors(job: WeightJob, placement: Placement, data_file: str) -> list[onnx.TensorProto]:
-    """A job's initializers as tensors whose values lie in `data_file` as placed. A packed weight's codes lie over its
-    first blob (packing.py)."""
-    if job.packed is None:
-        return [
-            _external(output.name, output.dtype, output.shape, placement.offsets[output.name], data_file)
-            for output in job.outputs
-        ]
-    weight, (blob, _) = job.packed, placement.offsets[job.outputs[0].name]
-    unread, _ = placement.offsets[UNREAD_SCALES]
-    codes, scales = initializer_names(job.source)
+    """A job's initializers as tensors whose values lie in `data_file` as placed; a packed weight's are its codes and
+    scales."""
     return [
-        _external(codes, "uint8", weight.codes, (blob, weight.codes_bytes), data_file),
-        _external(scales, "float32", weight.scales, (unread, weight.scales_bytes), data_file),
+        _external(form.name, form.dtype, form.shape, placement.offsets[form.name], data_file)
+        for form in (job.unpacked or job.outputs)
     ]
 
 

@@ -1,16 +1,14 @@
 """Quantised weights in the layout that this machine's CPU kernels read, so that an engine's file is only mapped.
 
-ONNX Runtime repacks every MatMulNBits and QMoE weight when it loads a graph, into private memory and from a second
-form of the same bytes. It can also keep the packed form: a graph saved with
-`session.save_external_prepacked_constant_initializers` names, beside an initializer's place in the data file, the
-packed blobs and a key (operator + hash of the packed bytes). On loading, the kernel packs the initializer's bytes,
-and where the result has that key its copy is dropped for the blob, which is mapped and so shared by every process
-(microsoft/onnxruntime#23069).
+ONNX Runtime repacks every MatMulNBits and QMoE weight when it loads a graph, into private memory. It can also keep the
+packed form: a graph saved with `session.save_external_prepacked_constant_initializers` names, beside an initializer's
+place in the data file, the packed blobs and a key (operator + hash of the packed bytes). On loading, the kernel packs
+the initializer's bytes. Where the result has that key and, from ONNX Runtime 1.32 on, is equal to the blobs byte for
+byte, the copy is dropped for the blobs, which are mapped and so shared by every process (microsoft/onnxruntime#23069).
 
-Saved like this a file would hold both forms. Here the packed form is the only one: the initializer's bytes are laid
-over its own blob, and the key is that of what packing those bytes gives. The scales, which the blob has inside, all
-point to one region of NaN. Kernels that pack otherwise meet no key and give NaN, never a plausible number;
-`kernel_layout` tells such kernels beforehand.
+So an engine holds both forms. The blobs lie in the first part of the data file, which serving reads; the codes and
+scales lie behind them and are read only while a graph is loaded. Kernels that pack otherwise would meet no key and
+pack for themselves, each process into memory of its own; `kernel_layout` tells such kernels beforehand.
 
 Each weight is packed by ONNX Runtime itself, in a graph of that one node.
 """
@@ -21,6 +19,7 @@ import errno
 import hashlib
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -41,10 +40,12 @@ if TYPE_CHECKING:
 
 PACKING_OPERATORS = ("MatMulNBits", "QMoE")
 HASH_DIGITS = 20
-SCRATCH_COPIES = 3  # the form to be packed, and what ONNX Runtime writes: both forms
+SCRATCH_COPIES = 2  # ONNX Runtime writes both forms
 NO_KEY = "{}+" + "0" * HASH_DIGITS  # of an operator, as long as any
 TILE_ROWS = 16  # the kernels pack so many rows together
 _COPY_BYTES = 1 << 24
+# What ONNX Runtime notes of a packed weight: `operator+hash|offset;bytes;checksum|...`, plain text in the graph's file.
+_PACKED_NOTE = re.compile(rb"(?:%s)\+\d+(?:\|\d+;\d+;\d+)+" % "|".join(PACKING_OPERATORS).encode())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,36 +103,31 @@ class PackedWeight:
 
 
 @contextmanager
-def packed(
-    weight: QuantizedWeight, pieces: Iterable[tuple[npt.NDArray[Any], ...]], folder: Path
-) -> Iterator[PackedWeight]:
-    """Pack one weight, given in consecutive pieces of codes and scales; its blobs lie in files until the block ends.
+def packed(weight: QuantizedWeight, data: Path, codes: int, scales: int, folder: Path) -> Iterator[PackedWeight]:
+    """Pack one weight, whose codes and scales lie in the file `data` from these bytes on; its blobs lie in a file until
+    the block ends.
 
     The working files are made in `folder`, about SCRATCH_COPIES times the weight's bytes. Raises ExportError where this
     machine's kernel keeps no packed form of it, and OSError where the disk is full.
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix="pack-") as scratch:
         work = Path(scratch)
-        with (work / "codes").open("wb") as codes, (work / "scales").open("wb") as scales:
-            for piece in pieces:
-                codes.write(np.ascontiguousarray(piece[0]).data)
-                scales.write(np.ascontiguousarray(piece[1]).data)
-        codes_span = Span(file="codes", offset=0, length=weight.codes_bytes)
-        scales_span = Span(file="scales", offset=0, length=weight.scales_bytes)
-        found = _pack(weight, _external(weight, codes_span, scales_span), work / "packed.bin", work)
+        codes_span = Span(file=data.name, offset=codes, length=weight.codes_bytes)
+        scales_span = Span(file=data.name, offset=scales, length=weight.scales_bytes)
+        yield _pack(weight, _external(weight, codes_span, scales_span), work / "packed.bin", data.parent)
+
+
+def pack_in_memory(
+    weight: QuantizedWeight, codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32]
+) -> npt.NDArray[np.uint8]:
+    """The first blob of a weight. Working files are made in the temporary folder; raises as `packed` does."""
+    from onnx import numpy_helper
+
+    tensors = [numpy_helper.from_array(codes, "codes"), numpy_helper.from_array(scales, "scales")]
+    with tempfile.TemporaryDirectory(prefix="moeship-pack-") as scratch:
+        found = _pack(weight, tensors, Path(scratch) / "packed.bin", Path(scratch))
         blob = found.blobs[0]
-        if blob.length < weight.codes_bytes:
-            raise ExportError(
-                f"packing a {weight.operator} weight {list(weight.codes)}: packed it has {blob.length} bytes, fewer "
-                f"than the {weight.codes_bytes} of its codes; build a portable engine (--portable)"
-            )
-        (work / "codes").unlink()
-        (work / "scales").write_bytes(not_a_number(weight.scales_bytes))
-        over_blob = Span(file="packed.bin", offset=blob.offset, length=weight.codes_bytes)
-        (work / "keyed.bin").symlink_to(os.devnull)  # of this form the key is all that is wanted
-        keyed = _pack(weight, _external(weight, over_blob, scales_span), work / "keyed.bin", work)
-        (work / "keyed.bin").unlink(missing_ok=True)
-        yield PackedWeight(key=keyed.key, folder=work, blobs=found.blobs)
+        return np.fromfile(found.folder / blob.file, np.uint8, blob.length, offset=blob.offset)
 
 
 @lru_cache(maxsize=64)
@@ -154,11 +150,6 @@ def packed_bytes(weight: QuantizedWeight) -> tuple[int, ...]:
     return (math.prod(experts) * one_expert, *(blob.length for blob in first[1:]))
 
 
-def not_a_number(num_bytes: int) -> bytes:
-    """What the scales of a packed weight point to."""
-    return np.full(num_bytes // 4, np.nan, np.float32).tobytes()
-
-
 def probe_graph(weights: Iterable[QuantizedWeight]) -> bytes:
     """A graph that has a few rows of each kind of weight, random values inside it: what `kernel_layout` looks at."""
     from onnx import helper
@@ -177,15 +168,28 @@ def probe_graph(weights: Iterable[QuantizedWeight]) -> bytes:
 
 
 def kernel_layout(graph: bytes) -> str:
-    """SHA-256 of how this machine's kernels pack the weights of a probe graph.
+    """SHA-256 of how this machine's kernels pack the weights of a probe graph: of the keys and the packed blobs,
+    wherever ONNX Runtime puts them in a file.
 
     Under equal digests the packed forms are equal, so an engine prepared under one runs under the other. Takes about
     10 ms, and neither reads an engine's weights nor imports onnx.
     """
     with tempfile.TemporaryDirectory(prefix="moeship-probe-") as scratch:
         packed = Path(scratch) / "packed.bin"
-        _save(graph, packed, Path(scratch))
-        return hashlib.sha256(packed.read_bytes()).hexdigest()
+        save_with_packed_forms(graph, packed, Path(scratch))
+        return layout_digest(packed.with_suffix(".onnx").read_bytes(), packed.read_bytes())
+
+
+def layout_digest(graph: bytes, data: bytes) -> str:
+    """SHA-256 of the packed weights of a saved graph: for each the key, then the length and SHA-256 of each blob in
+    `data`, the graph's data file; weights in the order of these texts."""
+    lines = []
+    for note in _PACKED_NOTE.findall(graph):
+        key, *blobs = note.decode().split("|")
+        places = [tuple(map(int, blob.split(";")))[:2] for blob in blobs]
+        digests = [f"{size} {hashlib.sha256(data[start : start + size]).hexdigest()}" for start, size in places]
+        lines.append(" ".join([key, *digests]))
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def _with_rows(weight: QuantizedWeight, rows: int, blocks: int | None = None) -> QuantizedWeight:
@@ -202,7 +206,7 @@ def _pack(weight: QuantizedWeight, tensors: Sequence[onnx.TensorProto], output: 
     import onnx
 
     try:
-        _save(_one_node(weight, tensors).SerializeToString(), output, folder)
+        save_with_packed_forms(_one_node(weight, tensors).SerializeToString(), output, folder)
     except MoeshipError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions share no base class, and this one does not tell why
@@ -217,7 +221,7 @@ def _pack(weight: QuantizedWeight, tensors: Sequence[onnx.TensorProto], output: 
             places = [tuple(map(int, blob.split(";")))[:2] for blob in blobs]
             return PackedWeight(
                 key=f"{operator}+{digits:0>{HASH_DIGITS}}",
-                folder=folder,
+                folder=output.parent,
                 blobs=tuple(Span(file=output.name, offset=start, length=size) for start, size in places),
             )
     raise ExportError(
@@ -226,7 +230,7 @@ def _pack(weight: QuantizedWeight, tensors: Sequence[onnx.TensorProto], output: 
     )
 
 
-def _save(graph: bytes, output: Path, folder: Path) -> None:
+def save_with_packed_forms(graph: bytes, output: Path, folder: Path) -> None:
     """Let ONNX Runtime load a graph, its data in `folder`, and save it with what it packed in the file `output`."""
     try:
         import onnxruntime

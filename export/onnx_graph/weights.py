@@ -30,7 +30,6 @@ class Packing(StrEnum):
 
     PLAIN = "plain"
     BLOCKS = "blocks"
-    UNREAD = "unread"  # NaN: what the scales of packed weights point to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ class Initializer:
 class WeightJob:
     """One table row to its initializers. `expert_order` lists, for a stacked row, which expert stands at each place;
     for the router, which of its rows does. The first `scaled_rows` rows are multiplied by `row_factor`. A job with
-    `packed` has the packed weight's blobs as outputs; what it produces are the codes and scales to be packed."""
+    `packed` produces the codes and scales in `unpacked`; its outputs are the blobs that they are packed into."""
 
     source: str
     role: Role
@@ -62,15 +61,18 @@ class WeightJob:
     scaled_rows: int = 0
     row_factor: float = 1.0
     packed: QuantizedWeight | None = None
+    unpacked: tuple[Initializer, ...] = ()
+
+    @property
+    def stored(self) -> tuple[Initializer, ...]:
+        """Everything that the job writes."""
+        return (*self.outputs, *self.unpacked)
 
     def produce(self, weights: Weights) -> Iterator[tuple[npt.NDArray[Any], ...]]:
         """Consecutive pieces of every output (of codes and scales, where they are to be packed), in step.
 
         Raises QuantizationError for values that the output's dtype cannot hold.
         """
-        if self.packing is Packing.UNREAD:
-            yield (np.full(self.outputs[0].shape, np.nan, dtype=np.float32),)
-            return
         if self.role is Role.ROUTER:
             gate = weights.load(self.source)
             yield (gate[list(self.expert_order)] if self.expert_order else gate,)
@@ -110,9 +112,12 @@ def _as_float16(values: npt.NDArray[np.float32], source: str) -> npt.NDArray[np.
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where every initializer lies in the data file: name -> (offset, bytes). What follows up to the next is zeros."""
+    """Where every initializer lies in the data file: name -> (offset, bytes). What follows up to the next is zeros.
+    The first `resident_bytes` of the file are what serving reads; the unpacked forms of packed weights follow, which
+    are read when a graph is loaded."""
 
     offsets: dict[str, tuple[int, int]]
+    resident_bytes: int
     total_bytes: int
 
 
@@ -122,11 +127,20 @@ def aligned(num_bytes: int) -> int:
 
 
 def place(jobs: Sequence[WeightJob]) -> Placement:
-    """Lay the initializers out one after the other, aligned."""
+    """Lay the initializers out one after the other, aligned; unpacked forms behind all others."""
     offsets: dict[str, tuple[int, int]] = {}
     position = 0
+
+    def append(initializer: Initializer) -> None:
+        nonlocal position
+        offsets[initializer.name] = (position, initializer.num_bytes)
+        position += aligned(initializer.num_bytes)
+
     for job in jobs:
         for output in job.outputs:
-            offsets[output.name] = (position, output.num_bytes)
-            position += aligned(output.num_bytes)
-    return Placement(offsets=offsets, total_bytes=position)
+            append(output)
+    resident_bytes = position
+    for job in jobs:
+        for form in job.unpacked:
+            append(form)
+    return Placement(offsets=offsets, resident_bytes=resident_bytes, total_bytes=position)

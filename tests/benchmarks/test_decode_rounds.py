@@ -256,7 +256,7 @@ def test_the_machine_is_described_and_named():
     found = machine.describe()
     assert found["cores"] >= 1
     assert found["memory_bytes"] > 1e9
-    assert found["packages"]["onnxruntime"].startswith("1.31")
+    assert found["packages"]["onnxruntime"].startswith("1.32")
     named = {"processor": "Intel(R) Xeon(R) Platinum 8480C CPU @ 2.00GHz", "cores": 2}
     assert machine.slug(named) == "intel-xeon-platinum-8480c-2-cores"
 

@@ -93,7 +93,7 @@ def test_a_cuda_engine_keeps_half_the_bytes_of_keys_and_values(tiny_checkpoint):
 
 def test_sequences_and_tokens_fit_beside_the_weights(tiny_checkpoint):
     planned = plan(tiny_checkpoint)
-    data = planned.files["model.onnx.data"]
+    data = planned.resident_bytes
     memory = data + 3 * planned.sequence_bytes
     assert [planned.sequences_in(memory + extra) for extra in (-1, 0, planned.sequence_bytes - 1)] == [2, 3, 3]
     assert planned.tokens_in(data + 7 * planned.kv_bytes_per_token) == 7

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.metadata
 import io
+import logging
 import mmap
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +26,12 @@ from export.onnx_graph.packing import kernel_layout
 from export.provider import PROVIDERS, Provider
 from trt_build.engine import Engine
 from trt_build.errors import EngineError
+from trt_build.ort.packed_alone import file_layouts, unpacked_weights
 
 if TYPE_CHECKING:
     import onnxruntime
+
+logger = logging.getLogger(__name__)
 
 _FATAL, _ERROR = 4, 3  # ONNX Runtime's severities of its log
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MAX_ARENAS = -1, -3, -8  # options of glibc's mallopt
@@ -96,7 +101,10 @@ def open_device(engine: Engine, index: int = 0) -> Device:
 def _check_kernels(engine: Engine) -> None:
     """Raise EngineError where the weights are packed for kernels that this CPU or this ONNX Runtime has not."""
     expected = engine.manifest.kernel_layout
-    if expected is not None and kernel_layout((engine.folder / PROBE_GRAPH).read_bytes()) != expected:
+    if expected is None:
+        return
+    probe = (engine.folder / PROBE_GRAPH).read_bytes()
+    if expected not in (file_layouts(probe) if engine.is_packed_alone else (kernel_layout(probe),)):
         built = engine.manifest.libraries.get("onnxruntime", "unknown")
         raise EngineError(
             f"loading the engine {engine.folder}: its weights are packed for the kernels of another CPU or of ONNX "
@@ -112,17 +120,27 @@ def load_graphs(
     would run it elsewhere."""
 
     def load(name: str) -> onnxruntime.InferenceSession:
-        return _load_graph(engine.folder / name, device, threads, alone=len(graphs) == 1)
+        weights = unpacked_weights(engine.folder / name) if engine.is_packed_alone else {}
+        return _load_graph(engine.folder / name, device, threads, weights, alone=len(graphs) == 1)
 
     keeping: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if engine.manifest.kernel_layout:
-        read_in_huge_pages(engine.folder / DATA_FILE)
+    if engine.is_packed_alone:
+        logger.warning(
+            "%s holds its weights in the packed form alone, which ONNX Runtime %s takes no more: they are unpacked at "
+            "every start and take this process's own memory; build it again to have them mapped",
+            engine.folder, importlib.metadata.version("onnxruntime"),
+        )  # fmt: skip
+    elif engine.manifest.kernel_layout:
+        read_in_huge_pages(engine.folder / DATA_FILE, engine.resident_bytes)
         keeping = _memory_kept()
     with keeping, ThreadPoolExecutor(max_workers=len(graphs)) as pool:
         return list(pool.map(load, graphs))
 
 
-def _load_graph(path: Path, device: Device, threads: int | None, *, alone: bool) -> onnxruntime.InferenceSession:
+def _load_graph(
+    path: Path, device: Device, threads: int | None, weights: Mapping[str, npt.NDArray[Any]], *, alone: bool
+) -> onnxruntime.InferenceSession:
+    """`weights` take the place of the graph's own under these names."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -131,6 +149,9 @@ def _load_graph(path: Path, device: Device, threads: int | None, *, alone: bool)
     if not alone:
         # Each graph has threads of its own: those of one must not wait for work on the cores that the other needs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in weights.items()}
+    for name, value in values.items():
+        options.add_initializer(name, value)
     if threads is not None:
         options.intra_op_num_threads = threads
     runtime_name = device.provider.runtime_name
@@ -153,15 +174,16 @@ def _load_graph(path: Path, device: Device, threads: int | None, *, alone: bool)
     return graph
 
 
-def read_in_huge_pages(path: Path) -> None:
-    """Bring a file into the page cache, in huge pages what is not there yet; where the kernel has none, as it does.
+def read_in_huge_pages(path: Path, num_bytes: int) -> None:
+    """Bring the first bytes of a file into the page cache: in huge pages what is not there yet, where the kernel has
+    them.
 
     A mapping of huge pages is read an eighth faster than one of 4 kB, which is what a read leaves in the cache.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
         with contextlib.suppress(AttributeError, OSError):
             pages.madvise(mmap.MADV_HUGEPAGE)
-        for offset in range(0, len(pages), _HUGE_PAGE_BYTES):
+        for offset in range(0, min(num_bytes, len(pages)), _HUGE_PAGE_BYTES):
             pages[offset]  # a fault, which reads the page
 
 
