@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.checkpoint import read_json
 from export.errors import CheckpointError
+from export.token_lengths import most_bytes_per_token
 
 if TYPE_CHECKING:
     import tokenizers
@@ -23,6 +25,11 @@ class Tokenizer:
     backend: tokenizers.Tokenizer
     size: int
     eos_token_id: int | None
+
+    @cached_property
+    def most_bytes_per_token(self) -> int | None:
+        """The most bytes of a text, in UTF-8, that one token stands for; None where no bound is known."""
+        return most_bytes_per_token(self.backend)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; special tokens written in the text count as such, none is added."""

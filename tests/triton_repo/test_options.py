@@ -7,7 +7,14 @@ import pytest
 from wire_tensors import wire
 
 from triton_repo.errors import RequestError
-from triton_repo.runtime.options import GenerationOptions, plan_generation, read_options
+from triton_repo.runtime.options import (
+    MAX_WORD_BYTES,
+    MAX_WORD_BYTES_IN_ALL,
+    MAX_WORDS,
+    GenerationOptions,
+    plan_generation,
+    read_options,
+)
 
 
 def refusal(**values) -> str:
@@ -167,3 +174,27 @@ def test_the_end_id_replaces_the_models_own_and_must_exist(byte_level):
 def test_values_of_in_process_callers_are_checked_too(byte_level):
     assert "max_tokens: found 0" in plan_refusal(byte_level, max_tokens=0)
     assert "seed: found -1, expected 0 to 2**64-1" in plan_refusal(byte_level, random_seed=-1)
+
+
+@pytest.mark.parametrize("name", ["stop_words", "bad_words"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["x"] * (MAX_WORDS + 1), "found 1025 words, expected at most 1024; send fewer"),
+        ([""] * 5000, "found 5000 words, expected at most 1024; send fewer"),
+        (["é" * 513], "found a word of 1026 bytes, expected at most 1024 each; send a part of it"),
+        (["x" * 150_000], "found a word of 150000 bytes, expected at most 1024 each"),
+        (["x" * 1024] * 33, "found 33792 bytes, expected at most 32768 in all words; send fewer"),
+    ],
+)
+def test_words_are_bounded_in_number_and_bytes(byte_level, name, words, message):
+    assert f"{name}: {message}" in refusal(text_input="x", max_tokens=1, **{name: words})
+    if all(words):
+        assert f"{name}: {message}" in plan_refusal(byte_level, **{name: tuple(words)})
+
+
+def test_as_many_and_as_long_words_as_there_may_be_are_taken(byte_level):
+    for words in (["x" * 32] * MAX_WORDS, ["x" * MAX_WORD_BYTES] * (MAX_WORD_BYTES_IN_ALL // MAX_WORD_BYTES)):
+        options = read_options(wire(text_input="x", max_tokens=1, stop_words=words, bad_words=words))
+        assert len(options.stop_words) == len(options.bad_words) == len(words)
+        plan_generation(options, byte_level, max_sequence=64, end_token_ids=())

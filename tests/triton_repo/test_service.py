@@ -53,5 +53,17 @@ def test_a_failure_of_the_requests_own_keeps_its_status_and_text():
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), MoeshipError("by zero")])
 def test_any_other_failure_is_internal_and_logged(error, caplog):
-    assert failure(error) == ("INTERNAL", f"INTERNAL: answering the request: {type(error).__name__}: by zero")
+    ours = isinstance(error, MoeshipError)
+    reason = "by zero" if ours else "the server failed; its log has the reason"
+    assert failure(error) == ("INTERNAL", f"INTERNAL: answering the request: {reason}")
     assert "for a reason of the server's own" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["INVALID_ARG", "INTERNAL"])
+def test_a_message_stays_below_2_kb_and_has_no_control_characters(kind):
+    for text in ("日" * 5000, "a" * 5000, "a\x00\x1b[2Jb\u202e\n  - c" * 900):
+        _, message = failure(RequestError(text, kind=kind))
+        assert len(message.encode()) < 2000
+        assert all(letter == "\n" or letter.isprintable() for letter in message)
+        assert message.endswith("...")
+    assert failure(RequestError("a\x07\n  - né"))[1] == "INVALID_ARGUMENT: a\ufffd\n  - né"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from triton_repo.runtime.words import pack_words, spell, starts_in, unpack_words
+from triton_repo.runtime.words import not_starting_in, pack_words, spell, unpack_words
 
 
 def test_words_lie_one_after_the_other_above_the_places_where_they_end():
@@ -58,9 +58,17 @@ def test_a_character_of_bytes_is_spelled_as_its_bytes(byte_fallback):
 
 
 def test_a_word_may_start_in_the_prompt_where_the_prompt_ends_with_its_beginning():
-    assert starts_in((1, 2, 3), (3, 4))
-    assert starts_in((1, 2, 3), (2, 3, 4))
-    assert not starts_in((1, 2, 3), (2, 4))
-    assert not starts_in((1, 2, 3), (1, 2, 3))
-    assert not starts_in((1, 2, 3), (3,))
-    assert not starts_in((), (3, 4))
+    starting, others = ((3, 4), (2, 3, 4), (1, 2, 3, 1)), ((2, 4), (1, 2, 3), (3,), (4, 3))
+    assert not_starting_in((1, 2, 3), starting + others) == others
+    assert not_starting_in((), starting) == starting
+    for word in starting + others:
+        assert not_starting_in((1, 2, 3), (word,)) == ((word,) if word in others else ())
+
+
+def test_words_that_start_in_the_prompt_are_those_of_which_it_ends_with_a_beginning():
+    random = np.random.default_rng(5)
+    for _ in range(300):
+        prompt = tuple(random.integers(3, size=random.integers(12)).tolist())
+        words = tuple(tuple(random.integers(3, size=random.integers(1, 6)).tolist()) for _ in range(4))
+        expected = tuple(w for w in words if not any(prompt[-n:] == w[:n] for n in range(1, len(w)) if prompt))
+        assert not_starting_in(prompt, words) == expected

@@ -19,8 +19,8 @@ from export.tokenizer import Tokenizer
 from export.typed_json import read_typed
 from triton_repo.runtime.detokenizer import Detokenizer, last_text_token
 from triton_repo.runtime.options import GenerationPlan
-from triton_repo.runtime.stopping import StopWatcher, TokenWatcher
-from triton_repo.runtime.words import Words, spell, starts_in
+from triton_repo.runtime.stopping import StopWatcher, TextWatcher, TokenWatcher
+from triton_repo.runtime.words import Words, not_starting_in, spell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +100,7 @@ def answer_plan(plan: GenerationPlan, tokenizer: Tokenizer) -> AnswerPlan:
         most_tokens=plan.most_tokens,
         end_ids=plan.end_ids,
         stop_words=options.stop_words,
-        stop_tokens=tuple(
-            word for word in spell(tokenizer, options.stop_words) if not starts_in(plan.prompt_ids, word)
-        ),
+        stop_tokens=not_starting_in(plan.prompt_ids, spell(tokenizer, options.stop_words)),
         prefix="" if options.exclude_input_in_output or options.stream else options.prompt,
         return_log_probs=options.return_log_probs,
         stream=options.stream,
@@ -112,16 +110,15 @@ def answer_plan(plan: GenerationPlan, tokenizer: Tokenizer) -> AnswerPlan:
 class Answer:
     """The answer as it grows: from a token to its text and the piece that can be sent.
 
-    `tail_size` is how many characters of the text's end are remembered for `text_with`.
+    `bad_words` are looked for by `would_write_bad_word`.
     """
 
-    def __init__(self, plan: AnswerPlan, tokenizer: Tokenizer, tail_size: int = 0) -> None:
+    def __init__(self, plan: AnswerPlan, tokenizer: Tokenizer, bad_words: tuple[str, ...] = ()) -> None:
         self.plan = plan
         self._detokenizer = Detokenizer(tokenizer, plan.context_ids)
         self._stop = StopWatcher(plan.stop_words)
         self._stop_tokens = TokenWatcher(plan.stop_tokens)
-        self._tail_size = tail_size
-        self._tail = ""
+        self._bad = TextWatcher(bad_words)
         self._unsent: list[tuple[int, float]] = []
         self._prefix = plan.prefix
         self._num_tokens = 0
@@ -163,9 +160,10 @@ class Answer:
         """The last piece of an answer that nobody waits for."""
         return self._piece("", "cancelled")
 
-    def text_with(self, token_id: int) -> str:
-        """The end of the text, as much of it as is remembered, and what `token_id` would add. Nothing is added."""
-        return self._tail + self._detokenizer.preview(token_id)
+    def would_write_bad_word(self, token_id: int) -> bool:
+        """Whether a bad word would be complete in the text with `token_id`, however the text is split into tokens.
+        Nothing is added."""
+        return self._bad.would_match(self._detokenizer.preview(token_id))
 
     def _take(self, token_id: int, log_prob: float) -> None:
         self._unsent.append((token_id, log_prob))
@@ -179,8 +177,7 @@ class Answer:
         return self._piece(text, "stop" if stopped else finish_reason)
 
     def _add_text(self, text: str) -> tuple[str, bool]:
-        if self._tail_size:
-            self._tail = (self._tail + text)[-self._tail_size :]
+        self._bad.push(text)
         return self._stop.push(text)
 
     def _piece(self, text: str, finish_reason: str) -> Piece:

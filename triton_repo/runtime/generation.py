@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from triton_repo.runtime.answer import Answer, Piece, answer_plan
 from triton_repo.runtime.options import GenerationOptions, GenerationPlan, plan_generation
 from triton_repo.runtime.sampling import Floats, Sampler
+from triton_repo.runtime.stopping import TextWatcher
 from trt_build.ort.session import PREFILL_CHUNK_TOKENS
 
 if TYPE_CHECKING:
@@ -84,19 +87,22 @@ class _Writer:
     def __init__(self, plan: GenerationPlan, tokenizer: Tokenizer) -> None:
         self.plan = plan
         self._bad_words = plan.options.bad_words
-        # As much of the text's end as a bad word could begin in.
-        tail_size = max((len(word) for word in self._bad_words), default=1) - 1
-        self.answer = Answer(answer_plan(plan, tokenizer), tokenizer, tail_size)
+        self.answer = Answer(answer_plan(plan, tokenizer), tokenizer, self._bad_words)
         self._sampler = Sampler(plan, tokenizer.size)
+        self._tokenizer = tokenizer
+        self._bad_alone = TextWatcher(self._bad_words)
+        self._bad_tokens: list[int] = []  # those met so far whose own text holds a bad word
 
     def write(self, logits: Floats) -> tuple[int, Piece | None]:
         """Choose a token for logits [V]; returns it, and a piece if there is text to send or the answer ends."""
-        choice = self._sampler.choose(logits, self._completes_bad_word if self._bad_words else None)
+        refuses = self._completes_bad_word if self._bad_words else None
+        choice = self._sampler.choose(logits, refuses, [np.array(self._bad_tokens, dtype=np.int64)])
         return choice.token_id, self.answer.extend(choice.token_id, choice.log_prob or 0.0)
 
     def _completes_bad_word(self, token: int) -> bool:
         """Whether a bad word would stand in the text with `token`, however the text is split into tokens."""
-        if token in self.plan.end_ids:
+        if token in self.plan.end_ids or not self.answer.would_write_bad_word(token):
             return False
-        text = self.answer.text_with(token)
-        return any(word in text for word in self._bad_words)
+        if self._bad_alone.would_match(self._tokenizer.decode([token])):
+            self._bad_tokens.append(token)
+        return True

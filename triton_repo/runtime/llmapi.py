@@ -30,6 +30,7 @@ from triton_repo.runtime.llmapi_request import PERF_METRICS, Tensors, read_reque
 from triton_repo.runtime.llmapi_response import Response, Writer, stopped_response
 from triton_repo.runtime.llmapi_settings import LlmSettings
 from triton_repo.runtime.options import GenerationPlan, plan_generation
+from triton_repo.runtime.prompt import most_bytes
 
 
 @dataclass(eq=False)
@@ -55,6 +56,7 @@ class LlmService:
         self._sampling_params = sampling_params
         self._tokenizer = tokenizer
         self._text = settings.text
+        self._most_prompt_bytes = most_bytes(tokenizer, settings.text.max_sequence - 1)
         self._period_s = settings.triton.cancellation_check_period_ms / 1000
         self._runs: defaultdict[str, set[_Run]] = defaultdict(set)
 
@@ -68,7 +70,7 @@ class LlmService:
             self._stop(request_id)
             yield stopped_response()
             return
-        request = read_request(tensors)
+        request = read_request(tensors, self._most_prompt_bytes)
         plan = plan_generation(
             request.options,
             self._tokenizer,

@@ -48,9 +48,9 @@ class LlmRequest:
     wanted: frozenset[str] | None = None
 
 
-def read_request(tensors: Tensors) -> LlmRequest:
-    """Tell the contracts apart and read the options. Raises RequestError listing every problem under the names that
-    the request used.
+def read_request(tensors: Tensors, most_prompt_bytes: int | None = None) -> LlmRequest:
+    """Tell the contracts apart and read the options, as `read_options` does. Raises RequestError listing every problem
+    under the names that the request used.
     """
     ours, theirs = _OF_CONTRACT & tensors.keys(), tensors.keys() - _OF_CONTRACT - _SHARED
     if ours and theirs:
@@ -58,7 +58,7 @@ def read_request(tensors: Tensors) -> LlmRequest:
             [f"found {sorted(ours)[0]} beside {sorted(theirs)[0]}, expected the tensors of one contract; send its own"]
         )
     if ours:
-        return LlmRequest(options=read_options(tensors))
+        return LlmRequest(options=read_options(tensors, most_prompt_bytes))
     renamed = {SAME_AS.get(name, name): tensor for name, tensor in tensors.items()}
     renamed.setdefault("max_tokens", np.array([DEFAULT_MAX_TOKENS], dtype=np.int32))
     renamed.setdefault("exclude_input_in_output", np.array([DEFAULT_EXCLUDE_INPUT]))
@@ -67,7 +67,7 @@ def read_request(tensors: Tensors) -> LlmRequest:
     asking = (FINISH_REASON, STOP_REASON, LOGPROB, PERF_METRICS)
     wanted = frozenset(name for name in asking if name in tensors and tensors[name].any())
     try:
-        return LlmRequest(options=read_options(renamed), wanted=wanted)
+        return LlmRequest(options=read_options(renamed, most_prompt_bytes), wanted=wanted)
     except RequestError as error:
         raise RequestError(_in_their_words(str(error)), kind=error.kind) from error
 

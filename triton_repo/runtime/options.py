@@ -11,7 +11,7 @@ known; each lists every problem it found in one RequestError.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from export.errors import listing
 from export.tokenizer import Tokenizer
 from triton_repo.contract import COMPATIBILITY_INPUTS, FIELD_NAMES, INPUTS, WireTensor
 from triton_repo.errors import RequestError
+from triton_repo.runtime.prompt import PromptTooLongError, check_bytes, encode_prompt
 
 NO_END_ID = -1
 _MAX_SEED = 2**64 - 1
@@ -97,7 +98,6 @@ def _above(low: float) -> Callable[[Any], bool]:
 # Wide enough for any use, narrow enough that no sum or product of them leaves float32.
 _SHIFT = _Rule(lambda p: abs(p) <= 1000, "-1000 to 1000", "send 0 for no penalty")
 _FACTOR = _Rule(lambda p: 0.001 <= p <= 1000, "0.001 to 1000", "send 1 for no penalty")
-_WORDS = _Rule(lambda words: all(words), "no empty text among the words", "leave the empty ones out")
 _RULES: dict[str, _Rule] = {
     "prompt": _Rule(bool, "at least one character", "send a prompt in text_input"),
     "max_tokens": _Rule(_above(1), "1 or more", "ask for at least one token"),
@@ -111,9 +111,13 @@ _RULES: dict[str, _Rule] = {
     "presence_penalty": _SHIFT,
     "frequency_penalty": _SHIFT,
     "random_seed": _Rule(lambda seed: 0 <= seed <= _MAX_SEED, "0 to 2**64-1", "send another seed, or none"),
-    "stop_words": _WORDS,
-    "bad_words": _WORDS,
 }
+_WORDS = ("stop_words", "bad_words")
+# Enough for any use; each is looked for in all that is produced, by an automaton of as many states as there are
+# characters.
+MAX_WORDS = 1024
+MAX_WORD_BYTES = 1024
+MAX_WORD_BYTES_IN_ALL = 32_768
 # Tensors that change nothing here, and the one value that those of them allow which would change something elsewhere.
 _ONLY_ONE = ("beam_width", "num_return_sequences")
 _FALSE_ONLY = ("return_context_logits", "return_generation_logits", "return_perf_metrics")
@@ -121,8 +125,9 @@ _IGNORED = ("pad_id", "length_penalty", "return_num_input_tokens", "return_num_o
 _WIRE_NAMES = {field: tensor for tensor, field in FIELD_NAMES.items()}
 
 
-def read_options(tensors: Mapping[str, npt.NDArray[Any]]) -> GenerationOptions:
-    """Options from wire tensors [1, *dims]; texts are object arrays of UTF-8 bytes.
+def read_options(tensors: Mapping[str, npt.NDArray[Any]], most_prompt_bytes: int | None = None) -> GenerationOptions:
+    """Options from wire tensors [1, *dims]; texts are object arrays of UTF-8 bytes. A prompt of more than
+    `most_prompt_bytes` is not even decoded.
 
     Raises RequestError listing every tensor that is absent, of another size, not UTF-8, or of a refused value.
     """
@@ -134,7 +139,7 @@ def read_options(tensors: Mapping[str, npt.NDArray[Any]]) -> GenerationOptions:
                 problems.append(f"{spec.name}: absent, and it is required; send {spec.unit}")
             continue
         try:
-            value = _read_value(spec, tensors[spec.name])
+            value = _read_value(spec, tensors[spec.name], most_prompt_bytes)
         except ValueError as error:
             problems.append(str(error))
             continue
@@ -174,9 +179,15 @@ def plan_generation(
             f"end_id: found {options.end_id}, expected a token id below {tokenizer.size}, or -1 for none; "
             "leave it out to use the model's own"
         )
-    prompt_ids = tokenizer.encode_prompt(options.prompt)
-    if options.prompt and not prompt_ids:
-        problems.append("text_input: found a prompt without a single token, expected at least one; send more text")
+    most_tokens = max_sequence - 1 if max_prompt is None else min(max_prompt, max_sequence - 1)
+    prompt_ids: list[int] = []
+    text = "" if _surrogates([options.prompt]) else options.prompt
+    try:
+        prompt_ids = encode_prompt(tokenizer, text, most_tokens)
+        if text and not prompt_ids:
+            problems.append("text_input: found a prompt without a single token, expected at least one; send more text")
+    except PromptTooLongError as error:
+        problems.append(f"text_input: {error}")
     if len(prompt_ids) >= max_sequence:
         problems.append(
             f"text_input: found a prompt of {len(prompt_ids)} tokens, expected at most {max_sequence - 1}, since "
@@ -216,7 +227,7 @@ def refuse_minimum_of_several(plan: GenerationPlan) -> None:
         )
 
 
-def _read_value(spec: WireTensor, tensor: npt.NDArray[Any]) -> Any:  # noqa: ANN401 - as many types as the contract has
+def _read_value(spec: WireTensor, tensor: npt.NDArray[Any], most_prompt_bytes: int | None) -> Any:  # noqa: ANN401 - as many types as the contract has
     """The Python value of one tensor. Raises ValueError with the problem's text."""
     if tensor.ndim == 2 and tensor.shape[0] != 1:
         raise ValueError(
@@ -225,7 +236,16 @@ def _read_value(spec: WireTensor, tensor: npt.NDArray[Any]) -> Any:  # noqa: ANN
         )
     if spec.dims == (1,) and tensor.size != 1:
         raise ValueError(f"{spec.name}: found {tensor.size} values, expected 1; send shape [1, 1]")
+    if tensor.size > MAX_WORDS:
+        raise ValueError(f"{spec.name}: found {tensor.size} words, expected at most {MAX_WORDS}; send fewer")
     items = tensor.reshape(-1).tolist()
+    if spec.name == "text_input" and most_prompt_bytes is not None:
+        try:
+            check_bytes(len(items[0]), most_prompt_bytes)
+        except PromptTooLongError as error:
+            raise ValueError(f"{spec.name}: {error}") from error
+    if spec.name in _WORDS and (problems := _size_problem(items)):
+        raise ValueError(f"{spec.name}: {problems[0]}")
     if spec.dtype == "STRING":
         items = [_text(spec.name, item) for item in items]
     elif spec.dtype == "FP32":
@@ -255,11 +275,41 @@ def _text(name: str, item: bytes | str) -> str:
 
 def value_problems(values: Mapping[str, Any], names: Mapping[str, str] = _WIRE_NAMES) -> list[str]:
     """What is wrong with the values of options by field; `names` are the tensors' where they differ."""
-    return [
+    problems = [
         f"{names.get(field, field)}: found {values[field]!r}, expected {rule.expected}; {rule.remedy}"
         for field, rule in _RULES.items()
         if values.get(field) is not None and not rule.holds(values[field])
     ]
+    problems += [f"{names['prompt']}: {problem}" for problem in _surrogates([values.get("prompt") or ""])]
+    for field in _WORDS:
+        words = values.get(field) or ()
+        found = _surrogates(words) or _size_problem([word.encode() for word in words])
+        if not found and not all(words):
+            found = ["found an empty text, expected none among the words; leave the empty ones out"]
+        problems += [f"{names.get(field, field)}: {problem}" for problem in found]
+    return problems
+
+
+def _surrogates(texts: Sequence[str]) -> list[str]:
+    """What is wrong with texts that are no Unicode, which callers in this process may hand in."""
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError as error:
+        return [f"found half a surrogate pair at character {error.start}, expected Unicode; decode the text so"]
+    return []
+
+
+def _size_problem(words: Sequence[bytes]) -> list[str]:
+    """What is wrong with the number or the bytes of stop or bad words."""
+    sizes = [len(word) for word in words]
+    if len(sizes) > MAX_WORDS:
+        return [f"found {len(sizes)} words, expected at most {MAX_WORDS}; send fewer"]
+    if max(sizes, default=0) > MAX_WORD_BYTES:
+        return [f"found a word of {max(sizes)} bytes, expected at most {MAX_WORD_BYTES} each; send a part of it"]
+    if sum(sizes) > MAX_WORD_BYTES_IN_ALL:
+        return [f"found {sum(sizes)} bytes, expected at most {MAX_WORD_BYTES_IN_ALL} in all words; send fewer"]
+    return []
 
 
 def refusal(problems: list[str]) -> RequestError:

@@ -27,6 +27,7 @@ from triton_repo.runtime.options import (
     refuse_minimum_of_several,
 )
 from triton_repo.runtime.parameters import TextParameters
+from triton_repo.runtime.prompt import most_bytes
 from triton_repo.runtime.stop_requests import STOPPED_PLAN
 from triton_repo.runtime.words import pack_words, spell
 from triton_repo.token_contract import ANSWER, PREPROCESSING_OUTPUTS, QUERY_NAMES, STOP_REQUESTS
@@ -44,12 +45,14 @@ class Preprocessor:
     def __init__(self, tokenizer: Tokenizer, parameters: TextParameters) -> None:
         self._tokenizer = tokenizer
         self._parameters = parameters
+        self._most_prompt_bytes = most_bytes(tokenizer, min(parameters.max_prompt, parameters.max_sequence - 1))
         # Ids that stand for no text, which the engine must be kept from.
         self._unused_ids = tuple((token,) for token in range(tokenizer.size, parameters.num_ids))
 
     def prepare(self, tensors: Mapping[str, npt.NDArray[Any]]) -> Tensors:
         """The outputs of preprocessing for its inputs. Raises RequestError listing every problem of the request."""
-        options = read_options({_WIRE_NAMES[name]: tensor for name, tensor in tensors.items()})
+        named = {_WIRE_NAMES[name]: tensor for name, tensor in tensors.items()}
+        options = read_options(named, self._most_prompt_bytes)
         plan = plan_generation(
             options,
             self._tokenizer,

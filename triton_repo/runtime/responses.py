@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from export.errors import MoeshipError
 from triton_repo.errors import GRPC_STATUS, RequestError, RequestErrorKind
 from triton_repo.runtime.answer import Piece
 
 logger = logging.getLogger(__name__)
+
+MOST_MESSAGE_BYTES = 1900  # of an error, which travels beside a status and a model's name
 
 
 def wire_outputs(piece: Piece) -> dict[str, npt.NDArray[Any]]:
@@ -36,15 +39,26 @@ def wire_outputs(piece: Piece) -> dict[str, npt.NDArray[Any]]:
 
 
 def failure(error: Exception) -> tuple[RequestErrorKind, str]:
-    """The status and message that the client of a failed request sees; what is not the client's doing is logged.
+    """The status and message that the client of a failed request sees. What is not the client's doing is logged, and
+    another library's words, which mean nothing to the client and may hold paths, are only there.
 
     The message begins with the gRPC status' name: a Triton before 2.68 sends the errors of a stream as text alone, and
     crashes when it is asked to do otherwise (triton-inference-server/server#8708).
     """
     if isinstance(error, RequestError):
-        return error.kind, f"{GRPC_STATUS[error.kind]}: {error}"
+        return error.kind, bounded(f"{GRPC_STATUS[error.kind]}: {error}")
     logger.error("a request failed for a reason of the server's own", exc_info=error)
-    return "INTERNAL", f"{GRPC_STATUS['INTERNAL']}: answering the request: {type(error).__name__}: {error}"
+    reason = str(error) if isinstance(error, MoeshipError) else "the server failed; its log has the reason"
+    return "INTERNAL", bounded(f"{GRPC_STATUS['INTERNAL']}: answering the request: {reason}")
+
+
+def bounded(message: str) -> str:
+    """A message of at most MOST_MESSAGE_BYTES without control characters other than line feeds."""
+    clean = "".join(letter if letter == "\n" or letter.isprintable() else "\ufffd" for letter in message)
+    content = clean.encode(errors="replace")
+    if len(content) <= MOST_MESSAGE_BYTES:
+        return clean
+    return content[: MOST_MESSAGE_BYTES - 3].decode(errors="ignore") + "..."
 
 
 def error_response(backend: ModuleType, error: Exception) -> Any:  # noqa: ANN401 - its types exist inside Triton only

@@ -13,7 +13,7 @@ before penalties, temperature and cuts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,8 @@ Ids = npt.NDArray[np.int64]
 
 _NUCLEUS_START = 256  # how many of the heaviest tokens are sorted first when top-p looks for its share
 _NUCLEUS_GROWTH = 8
+_FIRST_REFUSED = 64  # how many of the likeliest tokens are asked about when one was refused
+_REFUSED_GROWTH = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +54,10 @@ class Sampler:
         self._seen[list(plan.prompt_ids)] = True
         self._num_chosen = 0
 
-    def choose(self, logits: Floats, refuses: Callable[[int], bool] | None = None) -> Choice:
-        """The next token for logits [V]. A token that `refuses` refuses is drawn again without it.
+    def choose(
+        self, logits: Floats, refuses: Callable[[int], bool] | None = None, banned: Sequence[Ids] = ()
+    ) -> Choice:
+        """The next token for logits [V], none of the ids in `banned` but end tokens, and none that `refuses` refuses.
 
         Raises RequestError for logits that are NaN or infinite, and when every token is refused.
         """
@@ -65,15 +69,29 @@ class Sampler:
                 kind="INTERNAL",
             )
         scores = self._penalised(logits)
+        for ids in banned:
+            self._ban(scores, ids)
         token = self._pick(scores)
+        # Several at a time, so that as many refused ones as there may be bad words do not take as many draws.
+        count = _FIRST_REFUSED
         while refuses is not None and refuses(token):
             scores[token] = -np.inf
+            likeliest = np.argpartition(scores, -count)[-count:] if count < len(scores) else np.arange(len(scores))
+            scores[[other for other in likeliest.tolist() if scores[other] > -np.inf and refuses(other)]] = -np.inf
+            count *= _REFUSED_GROWTH
             token = self._pick(scores)
         self._counts[token] += 1
         self._seen[token] = True
         self._num_chosen += 1
         wanted = self._options.return_log_probs
         return Choice(token_id=token, log_prob=log_probability(logits, token) if wanted else None)
+
+    def _ban(self, scores: Floats, ids: Ids) -> None:
+        """Take ids out, in place, but for end tokens that may come."""
+        ids = ids[(ids >= 0) & (ids < self._num_tokens)]
+        kept = scores[self._end_ids]
+        scores[ids] = -np.inf
+        scores[self._end_ids] = kept
 
     def _penalised(self, logits: Floats) -> Floats:
         options, scores = self._options, logits.copy()

@@ -18,6 +18,7 @@ from export.tokenizer import Tokenizer, load_tokenizer
 from triton_repo.runtime.answer import Answer, Piece, answer_plan, join
 from triton_repo.runtime.generation import pieces_of
 from triton_repo.runtime.options import GenerationPlan, plan_generation, read_options
+from triton_repo.runtime.prompt import most_bytes
 from triton_repo.runtime.seats import Seat, open_sessions, seat
 from triton_repo.runtime.workers import Job, Outlet, Pulse, Workers
 from trt_build.ort.session import Session
@@ -41,6 +42,7 @@ class Service:
     def __init__(self, sessions: Sequence[Session], tokenizer: Tokenizer, pulse: Pulse | None = None) -> None:
         self._tokenizer = tokenizer
         self._max_sequence = sessions[0].max_sequence
+        self._most_prompt_bytes = most_bytes(tokenizer, self._max_sequence - 1)
         self._end_token_ids = sessions[0].engine.manifest.eos_token_ids
         self.workers: Workers[Seat] = Workers([seat(session) for session in sessions], pulse)
 
@@ -76,7 +78,7 @@ class Service:
 
     def _plan(self, tensors: Mapping[str, npt.NDArray[Any]]) -> GenerationPlan:
         return plan_generation(
-            read_options(tensors),
+            read_options(tensors, self._most_prompt_bytes),
             self._tokenizer,
             max_sequence=self._max_sequence,
             end_token_ids=self._end_token_ids,

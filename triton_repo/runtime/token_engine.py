@@ -183,8 +183,7 @@ def respond(
         if logits is None:
             yield progress.take(is_cancelled=True), True
             return
-        banned = bad_words.completing().difference(plan.end_ids)
-        choice = sampler.choose(logits, banned.__contains__ if banned else None)
+        choice = sampler.choose(logits, banned=bad_words.completing())
         ended = choice.token_id == request.end_id
         progress.add(choice, shown=not ended)
         bad_words.push(choice.token_id)

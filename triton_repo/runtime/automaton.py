@@ -1,0 +1,72 @@
+"""Many sequences looked for at once, in time that does not grow with their number: the automaton of Aho and Corasick
+(Efficient string matching: an aid to bibliographic search, Communications of the ACM 18, 1975).
+
+    automaton = Automaton(["he", "she"])
+    state = automaton.step(automaton.step(ROOT, "h"), "e")
+    automaton.matched[state]     # 2: "he" ends here
+    automaton.depth[state]       # 2: the longest end of what was read that begins a sequence
+
+A sequence is a text or a sequence of token ids. Packages for this (pyahocorasick 2.3, ahocorasick-rs 1.0) tell the
+matches but neither a state, from which a candidate is tried without being taken, nor its depth, by which text is kept
+back.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Generic, TypeVar
+
+ROOT = 0
+Symbol = TypeVar("Symbol", str, int)
+
+
+class Automaton(Generic[Symbol]):
+    """Built once in time linear in the sequences' total length; a step costs a constant on average over what is read,
+    and at most the longest sequence's length. Empty sequences are passed over.
+    """
+
+    def __init__(self, sequences: Iterable[Sequence[Symbol]]) -> None:
+        self.edges: list[dict[Symbol, int]] = [{}]
+        self.depth = [0]
+        self.matched = [0]  # length of the longest sequence that ends in the state; 0 for none
+        self.ends = [False]  # whether the state is itself the end of a sequence
+        for sequence in sequences:
+            self._add(sequence)
+        self.fallback = [ROOT] * len(self.edges)  # of the longest proper end that begins a sequence
+        self._link()
+
+    def _add(self, sequence: Sequence[Symbol]) -> None:
+        state = ROOT
+        for symbol in sequence:
+            following = self.edges[state].get(symbol)
+            if following is None:
+                following = len(self.edges)
+                self.edges[state][symbol] = following
+                self.edges.append({})
+                self.depth.append(self.depth[state] + 1)
+                self.matched.append(0)
+                self.ends.append(False)
+            state = following
+        if state != ROOT:
+            self.matched[state] = self.depth[state]
+            self.ends[state] = True
+
+    def _link(self) -> None:
+        waiting = deque(self.edges[ROOT].values())
+        while waiting:
+            state = waiting.popleft()
+            for symbol, following in self.edges[state].items():
+                self.fallback[following] = self.step(self.fallback[state], symbol)
+                self.matched[following] = self.matched[following] or self.matched[self.fallback[following]]
+                waiting.append(following)
+
+    def step(self, state: int, symbol: Symbol) -> int:
+        """The state after one more symbol."""
+        while True:
+            following = self.edges[state].get(symbol)
+            if following is not None:
+                return following
+            if state == ROOT:
+                return ROOT
+            state = self.fallback[state]
