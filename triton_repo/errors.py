@@ -32,6 +32,8 @@ class ServerError(MoeshipError):
 class RequestError(MoeshipError):
     """One request cannot be answered; the server goes on."""
 
+    most_bytes = 1900  # the message travels behind a status and the name of an ensemble
+
     def __init__(self, message: str, kind: RequestErrorKind = "INVALID_ARG") -> None:
         super().__init__(message)
         self.kind: RequestErrorKind = kind

@@ -15,8 +15,6 @@ from triton_repo.runtime.answer import Piece
 
 logger = logging.getLogger(__name__)
 
-MOST_MESSAGE_BYTES = 1900  # of an error, which travels beside a status and a model's name
-
 
 def wire_outputs(piece: Piece) -> dict[str, npt.NDArray[Any]]:
     """The response's tensors. Log-probabilities are absent unless asked for.
@@ -46,19 +44,10 @@ def failure(error: Exception) -> tuple[RequestErrorKind, str]:
     crashes when it is asked to do otherwise (triton-inference-server/server#8708).
     """
     if isinstance(error, RequestError):
-        return error.kind, bounded(f"{GRPC_STATUS[error.kind]}: {error}")
+        return error.kind, f"{GRPC_STATUS[error.kind]}: {error}"
     logger.error("a request failed for a reason of the server's own", exc_info=error)
     reason = str(error) if isinstance(error, MoeshipError) else "the server failed; its log has the reason"
-    return "INTERNAL", bounded(f"{GRPC_STATUS['INTERNAL']}: answering the request: {reason}")
-
-
-def bounded(message: str) -> str:
-    """A message of at most MOST_MESSAGE_BYTES without control characters other than line feeds."""
-    clean = "".join(letter if letter == "\n" or letter.isprintable() else "\ufffd" for letter in message)
-    content = clean.encode(errors="replace")
-    if len(content) <= MOST_MESSAGE_BYTES:
-        return clean
-    return content[: MOST_MESSAGE_BYTES - 3].decode(errors="ignore") + "..."
+    return "INTERNAL", f"{GRPC_STATUS['INTERNAL']}: answering the request: {reason}"
 
 
 def error_response(backend: ModuleType, error: Exception) -> Any:  # noqa: ANN401 - its types exist inside Triton only
