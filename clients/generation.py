@@ -5,14 +5,17 @@
             print(piece.text, end="", flush=True)
 
 Each request has a stream of its own. Whatever ends the reading early (closing the generator, an exception such as
-Ctrl-C, cancelling the task, the deadline) cancels the request on the server. Failures are those of `clients/errors.py`.
+Ctrl-C, cancelling the task, the deadline, closing the client) ends the request on the server: `streams.py` says how,
+and that it may take some seconds. Failures are those of `clients/errors.py`.
 A `Client` may be shared by threads, an `AsyncClient` by the tasks of the loop in which it was made.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncGenerator, Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING
@@ -21,6 +24,7 @@ from clients import wire
 from clients._tritonclient import require_grpc, require_messages, require_services
 from clients.errors import ClientError, ConnectionFailed, RequestRejected, depends_on_models, error_of
 from clients.messages import Generation, GenerationRequest, ModelState, Piece, check_text, collect
+from clients.streams import AsyncStream, Stream
 
 if TYPE_CHECKING:
     import grpc
@@ -33,6 +37,9 @@ __all__ = ["AsyncClient", "Client", "Generation", "GenerationRequest", "ModelSta
 ADDRESS = re.compile(r"([\w.-]+|\[[0-9A-Fa-f:.]+(%[\w.-]+)?\]):(?P<port>[0-9]{1,5})")
 # For calls that read a state and compute nothing.
 STATE_TIMEOUT_S = 5.0
+# What gRPC says of a call past its deadline, and what is said of one whose client was closed.
+DEADLINE_EXCEEDED = "Deadline Exceeded"
+CLOSED = "the client was closed before the answer's end"
 # Three years. From about 1e9 s on, gRPC's clock overflows and the call fails at once with DEADLINE_EXCEEDED.
 MAX_TIMEOUT_S = 1e8
 # A whole answer comes as one message, and gRPC's own bound is 4 MiB.
@@ -50,7 +57,9 @@ class Client:
         self._grpc = require_grpc()
         self._channel = _open(self._grpc, url, credentials)
         self._stub = require_services().GRPCInferenceServiceStub(self._channel)
-        self._metadata: wire.Metadata | None = None
+        self._traits: wire.ServerTraits | None = None
+        self._takes_stop: dict[str, bool] = {}  # by model
+        self._streams: dict[Stream, pb.ModelInferRequest] = {}  # under way
 
     def __enter__(self) -> Client:
         return self
@@ -61,11 +70,16 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connection; requests under way are cancelled."""
+        """End the requests under way, whose readers get RequestCancelled, and close the connection."""
+        streams = dict(self._streams)
+        for stream in streams:
+            stream.is_abandoned = True
+        with ThreadPoolExecutor(max_workers=max(1, len(streams))) as pool:
+            list(pool.map(self._end, streams, streams.values()))
         self._channel.close()
 
     def stream(self, request: GenerationRequest) -> Generator[Piece, None, None]:
-        """The answer piece by piece. The request is sent when the first piece is asked for; `close()` cancels it."""
+        """The answer piece by piece. The request is sent when the first piece is asked for; `close()` ends it."""
         return self._pieces(request, wire.build_request(request, stream=True))
 
     def generate(self, request: GenerationRequest) -> Generation:
@@ -75,21 +89,56 @@ class Client:
     def _pieces(self, request: GenerationRequest, message: pb.ModelInferRequest) -> Generator[Piece, None, None]:
         doing, timeout_s = wire.doing(request.model, self.url), _deadline(request.timeout_s)
         reader = wire.StreamReader(doing, log_probs=bool(request.return_log_probs))
-        metadata = self._stream_metadata(doing, timeout_s)
+        traits = self._server_traits(doing, timeout_s)
+        # Past its deadline gRPC cancels a call, which an older server may not survive.
+        limit_s = timeout_s if traits.cancels_safely else None
         try:
-            call = self._stub.ModelStreamInfer(iter((message,)), metadata=metadata, timeout=timeout_s)
+            call = self._stub.ModelStreamInfer(iter((message,)), metadata=traits.metadata, timeout=limit_s)
         except ValueError as error:
             raise _closed(doing) from error
+        stream = Stream(call)
+        self._streams[stream] = message
         try:
-            for response in call:
-                yield from reader.read(response)
+            for response in stream.responses(None if traits.cancels_safely else timeout_s):
+                if not stream.is_abandoned:
+                    yield from reader.read(response)
+            if stream.is_abandoned:
+                raise self._explain("CANCELLED", CLOSED, doing)
             yield from reader.finish()
+        except TimeoutError as error:
+            raise self._explain("DEADLINE_EXCEEDED", DEADLINE_EXCEEDED, doing) from error
         except wire.ErrorText as error:
             raise self._explain(error.status, error.details, doing, request.model) from error
         except self._grpc.RpcError as error:
             raise self._explain(error.code().name, error.details(), doing, request.model) from error
         finally:
-            call.cancel()
+            self._end(stream, message)
+            self._streams.pop(stream, None)
+
+    def _end(self, stream: Stream, message: pb.ModelInferRequest) -> None:
+        """See that a request has ended on the server."""
+        if stream.has_ended:
+            return
+        stop = wire.build_stop(message.model_name, message.id)
+
+        def ask(timeout_s: float) -> None:
+            with suppress(self._grpc.RpcError, ValueError):  # the call is cancelled in the end, whatever went wrong
+                list(self._stub.ModelStreamInfer(iter((stop,)), timeout=timeout_s))
+
+        stream.end(ask if self._must_ask_to_stop(message.model_name) else None)
+
+    def _must_ask_to_stop(self, model: str) -> bool:
+        """Whether the server may not survive a call that is cancelled, and the model can be asked instead."""
+        if self._traits is None or self._traits.cancels_safely:
+            return False
+        if model not in self._takes_stop:
+            try:
+                self._takes_stop[model] = wire.takes_stop(
+                    self._ask("ModelMetadata", f"asking about {model}", name=model)
+                )
+            except ClientError:
+                return False
+        return self._takes_stop[model]
 
     def server_ready(self) -> bool:
         """Whether the server answers and says that it is ready. Raises what is neither yes nor no."""
@@ -107,11 +156,11 @@ class Client:
         """Every model in the server's repository, by name."""
         return wire.read_models(self._ask("RepositoryIndex", f"listing the models of {self.url}"))
 
-    def _stream_metadata(self, doing: str, timeout_s: float | None) -> wire.Metadata:
-        if self._metadata is None:
+    def _server_traits(self, doing: str, timeout_s: float | None) -> wire.ServerTraits:
+        if self._traits is None:
             answer = self._ask("ServerMetadata", doing, timeout_s=timeout_s)
-            self._metadata = wire.stream_metadata(answer.version)
-        return self._metadata
+            self._traits = wire.server_traits(answer.version)
+        return self._traits
 
     def _ask(self, method: str, doing: str, *, timeout_s: float | None = None, **fields: str) -> Message:
         message = getattr(require_messages(), f"{method}Request")(**fields)
@@ -134,8 +183,8 @@ class Client:
 class AsyncClient:
     """`Client` for asyncio; to be made inside the running loop.
 
-    A stream that is left early is cancelled when its generator is closed: use `contextlib.aclosing` to have that
-    happen at once, or cancel the task that reads it.
+    A stream that is left early is ended when its generator is closed: use `contextlib.aclosing` to have that happen at
+    once, or cancel the task that reads it.
     """
 
     def __init__(self, url: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
@@ -143,7 +192,9 @@ class AsyncClient:
         self._grpc = require_grpc()
         self._channel = _open(self._grpc.aio, url, credentials)
         self._stub = require_services().GRPCInferenceServiceStub(self._channel)
-        self._metadata: wire.Metadata | None = None
+        self._traits: wire.ServerTraits | None = None
+        self._takes_stop: dict[str, bool] = {}  # by model
+        self._streams: dict[AsyncStream, pb.ModelInferRequest] = {}  # under way
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -154,11 +205,15 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection; requests under way are cancelled."""
+        """End the requests under way, whose readers get RequestCancelled, and close the connection."""
+        streams = dict(self._streams)
+        for stream in streams:
+            stream.is_abandoned = True
+        await asyncio.gather(*(self._end(stream, message) for stream, message in streams.items()))
         await self._channel.close()
 
     def stream(self, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
-        """The answer piece by piece. The request is sent when the first piece is asked for; `aclose()` cancels it."""
+        """The answer piece by piece. The request is sent when the first piece is asked for; `aclose()` ends it."""
         return self._pieces(request, wire.build_request(request, stream=True))
 
     async def generate(self, request: GenerationRequest) -> Generation:
@@ -169,23 +224,63 @@ class AsyncClient:
     async def _pieces(self, request: GenerationRequest, message: pb.ModelInferRequest) -> AsyncGenerator[Piece, None]:
         doing, timeout_s = wire.doing(request.model, self.url), _deadline(request.timeout_s)
         reader = wire.StreamReader(doing, log_probs=bool(request.return_log_probs))
-        metadata = await self._stream_metadata(doing, timeout_s)
+        traits = await self._server_traits(doing, timeout_s)
+        # Past its deadline gRPC cancels a call, which an older server may not survive.
+        limit_s = timeout_s if traits.cancels_safely else None
         try:
-            call = self._stub.ModelStreamInfer(iter((message,)), metadata=metadata, timeout=timeout_s)
+            call = self._stub.ModelStreamInfer(iter((message,)), metadata=traits.metadata, timeout=limit_s)
         except self._grpc.aio.UsageError as error:
             raise _closed(doing) from error
+        stream = AsyncStream(call)
+        self._streams[stream] = message
         try:
-            async for response in call:
-                for piece in reader.read(response):
+            async for response in stream.responses(None if traits.cancels_safely else timeout_s):
+                for piece in () if stream.is_abandoned else reader.read(response):
                     yield piece
+            if stream.is_abandoned:
+                raise await self._explain("CANCELLED", CLOSED, doing)
             for piece in reader.finish():
                 yield piece
+        except TimeoutError as error:
+            raise await self._explain("DEADLINE_EXCEEDED", DEADLINE_EXCEEDED, doing) from error
         except wire.ErrorText as error:
             raise await self._explain(error.status, error.details, doing, request.model) from error
         except self._grpc.RpcError as error:
             raise await self._explain(error.code().name, error.details(), doing, request.model) from error
         finally:
-            call.cancel()
+            await self._end(stream, message)
+            self._streams.pop(stream, None)
+
+    async def _end(self, stream: AsyncStream, message: pb.ModelInferRequest) -> None:
+        """See that a request has ended on the server."""
+        if stream.has_ended:
+            return
+        stop = wire.build_stop(message.model_name, message.id)
+
+        async def ask(timeout_s: float) -> None:
+            # The call is cancelled in the end, whatever went wrong.
+            with suppress(self._grpc.RpcError, self._grpc.aio.UsageError):
+                async for _ in self._stub.ModelStreamInfer(iter((stop,)), timeout=timeout_s):
+                    pass
+
+        try:
+            must_ask = await self._must_ask_to_stop(message.model_name)
+        except BaseException:
+            await stream.end(None)
+            raise
+        await stream.end(ask if must_ask else None)
+
+    async def _must_ask_to_stop(self, model: str) -> bool:
+        """Whether the server may not survive a call that is cancelled, and the model can be asked instead."""
+        if self._traits is None or self._traits.cancels_safely:
+            return False
+        if model not in self._takes_stop:
+            try:
+                metadata = await self._ask("ModelMetadata", f"asking about {model}", name=model)
+            except ClientError:
+                return False
+            self._takes_stop[model] = wire.takes_stop(metadata)
+        return self._takes_stop[model]
 
     async def server_ready(self) -> bool:
         """Whether the server answers and says that it is ready. Raises what is neither yes nor no."""
@@ -203,11 +298,11 @@ class AsyncClient:
         """Every model in the server's repository, by name."""
         return wire.read_models(await self._ask("RepositoryIndex", f"listing the models of {self.url}"))
 
-    async def _stream_metadata(self, doing: str, timeout_s: float | None) -> wire.Metadata:
-        if self._metadata is None:
+    async def _server_traits(self, doing: str, timeout_s: float | None) -> wire.ServerTraits:
+        if self._traits is None:
             answer = await self._ask("ServerMetadata", doing, timeout_s=timeout_s)
-            self._metadata = wire.stream_metadata(answer.version)
-        return self._metadata
+            self._traits = wire.server_traits(answer.version)
+        return self._traits
 
     async def _ask(self, method: str, doing: str, *, timeout_s: float | None = None, **fields: str) -> Message:
         message = getattr(require_messages(), f"{method}Request")(**fields)

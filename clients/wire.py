@@ -12,31 +12,45 @@ import re
 import struct
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from clients._tritonclient import require_messages, require_utils
 from clients.errors import BY_STATUS, RequestRejected, StreamBroken, without_ensemble
 from clients.messages import GenerationRequest, ModelState, Piece
-from triton_repo.contract import FIELD_NAMES, INPUTS, OURS, OUTPUTS, WIRE_DTYPES, TritonDtype, WireTensor
+from triton_repo.contract import (
+    COMPATIBILITY_INPUTS,
+    FIELD_NAMES,
+    INPUTS,
+    OURS,
+    OUTPUTS,
+    WIRE_DTYPES,
+    TritonDtype,
+    WireTensor,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     from tritonclient.grpc import service_pb2 as pb
 
 Metadata = tuple[tuple[str, str], ...]
+# The input by which a request asks its model to end those that bear its id.
+STOP = "stop"
 # Asks Triton to end a failed stream with a gRPC status; without it an error is a text among the responses.
 ERROR_STATUS_METADATA = (("triton_grpc_error", "true"),)
 # An older Triton that is asked so uses freed memory and crashes within a few failed requests
 # (triton-inference-server/server#8708, in 26.04).
 ERROR_STATUS_SINCE = (2, 68)
+# Before, a call that is cancelled may crash Triton (triton-inference-server/server#8078).
+SAFE_CANCELLATION_SINCE = (2, 57)
 KNOWN_OUTPUTS = {tensor.name: tensor for tensor in (*OUTPUTS, *OURS)}
 
 
 def build_request(request: GenerationRequest, *, stream: bool) -> pb.ModelInferRequest:
     """The ModelInferRequest of one generation; with `stream`, one response a piece instead of one in all.
 
-    It bears an id in any case, since in an older Triton the steps of an ensemble know each other by nothing else.
+    It bears an id in any case, by which it can be ended (`build_stop`).
     Raises RequestRejected for a value that its tensor cannot hold.
     """
     request_id = request.request_id or uuid.uuid4().hex
@@ -52,6 +66,24 @@ def build_request(request: GenerationRequest, *, stream: bool) -> pb.ModelInferR
                 f"a request to {request.model}: {tensor.name} is {values!r}, which {tensor.dtype} cannot hold: {error}"
             ) from error
     return message
+
+
+def build_stop(model: str, request_id: str) -> pb.ModelInferRequest:
+    """The ModelInferRequest that ends the requests of that id; its prompt and length are there because they must be."""
+    message = require_messages().ModelInferRequest(model_name=model, id=request_id)
+    message.parameters["triton_enable_empty_final_response"].bool_param = True
+    required = [tensor for tensor in INPUTS if not tensor.optional]
+    stop = next(tensor for tensor in COMPATIBILITY_INPUTS if tensor.name == STOP)
+    for tensor in (*required, stop):
+        value: Any = {"STRING": "", "INT32": 1, "BOOL": True}[tensor.dtype]
+        message.inputs.add(name=tensor.name, datatype=WIRE_DTYPES[tensor.dtype], shape=[1, 1])
+        message.raw_input_contents.append(encode([value], tensor.dtype))
+    return message
+
+
+def takes_stop(metadata: pb.ModelMetadataResponse) -> bool:
+    """Whether a model has the input by which requests are ended."""
+    return any(tensor.name == STOP for tensor in metadata.inputs)
 
 
 def input_values(request: GenerationRequest, *, stream: bool) -> list[tuple[WireTensor, list[Any]]]:
@@ -174,11 +206,23 @@ def read_piece(response: pb.ModelInferResponse, *, log_probs: bool) -> Piece | N
     )
 
 
-def stream_metadata(server_version: str) -> Metadata:
-    """What goes with a stream to a Triton of that version, such as "2.51.0"."""
+@dataclass(frozen=True, kw_only=True)
+class ServerTraits:
+    """What a Triton can be asked for: `metadata` goes with each stream; `cancels_safely`: it survives a call that is
+    cancelled."""
+
+    metadata: Metadata
+    cancels_safely: bool
+
+
+def server_traits(server_version: str) -> ServerTraits:
+    """The traits of a Triton of that version, such as "2.51.0". One that says something else is taken for old."""
     numbers = re.match(r"(\d+)\.(\d+)", server_version)
-    recent = numbers is not None and tuple(map(int, numbers.groups())) >= ERROR_STATUS_SINCE
-    return ERROR_STATUS_METADATA if recent else ()
+    version = tuple(map(int, numbers.groups())) if numbers else (0, 0)
+    return ServerTraits(
+        metadata=ERROR_STATUS_METADATA if version >= ERROR_STATUS_SINCE else (),
+        cancels_safely=version >= SAFE_CANCELLATION_SINCE,
+    )
 
 
 class ErrorText(Exception):  # noqa: N818 - what the server sent, not yet one of our errors
@@ -194,9 +238,8 @@ class ErrorText(Exception):  # noqa: N818 - what the server sent, not yet one of
 class StreamReader:
     """Reads the responses of one stream in their order, and knows whether its end was seen.
 
-    The piece with the finish reason and an error's text are kept back until the stream has ended: leaving at once
-    would cancel a request that is about to end by itself, which Triton before 2.57 may not survive
-    (triton-inference-server/server#8078).
+    The piece with the finish reason and an error's text are kept back until the stream has ended: whoever left at once
+    would end a request that is about to end by itself.
     """
 
     def __init__(self, doing: str, *, log_probs: bool) -> None:

@@ -69,6 +69,11 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
     states: tuple[tuple[str, str, str], ...] = (("phixtral", "READY", ""),)
     requests: list[pb.ModelInferRequest] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
+    # The ids that requests to stop named, whether the model has such an input, and whether it does anything.
+    stops: list[str] = field(default_factory=list)
+    takes_stop: bool = True
+    obeys_stop: bool = True
+    stopped: threading.Event = field(default_factory=threading.Event)
     # A stream has begun.
     started: threading.Event = field(default_factory=threading.Event)
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -77,6 +82,12 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
     def ModelStreamInfer(self, request_iterator, context):  # noqa: N802 - the service's own name
         self.metadata = dict(context.invocation_metadata())
         for request in request_iterator:
+            if "stop" in {tensor.name for tensor in request.inputs}:
+                self.stops.append(request.id)
+                if self.obeys_stop:
+                    self.stopped.set()
+                yield empty_final()
+                continue
             self.requests.append(request)
             self.started.set()
             yield from self.answer(request, context)
@@ -90,6 +101,12 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
     def ModelReady(self, request, context):  # noqa: N802 - the service's own name
         return pb.ModelReadyResponse(ready=(request.name, "READY", "") in self.states)
 
+    def ModelMetadata(self, request, context):  # noqa: N802 - the service's own name
+        response = pb.ModelMetadataResponse(name=request.name)
+        for name in ("text_input", "max_tokens", *["stop"] * self.takes_stop):
+            response.inputs.add(name=name)
+        return response
+
     def RepositoryIndex(self, request, context):  # noqa: N802 - the service's own name
         response = pb.RepositoryIndexResponse()
         for name, state, reason in self.states:
@@ -101,6 +118,15 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         context.add_callback(self.cancelled.set)
         yield piece("def ", (5, 6), num_output=2)
         self.cancelled.wait()
+
+    def stoppable(self, request, context):
+        """One piece, then nothing more until a request to stop comes; `cancelled` where the call is cancelled."""
+        context.add_callback(lambda: self.stopped.is_set() or self.cancelled.set())
+        context.add_callback(self.stopped.set)
+        yield piece("def ", (5, 6), num_output=2)
+        self.stopped.wait()
+        yield piece("", (), finish_reason="cancelled", num_output=2)
+        yield empty_final()
 
     def failing(self, status: grpc.StatusCode, details: str) -> Answer:
         """One piece, then the status."""

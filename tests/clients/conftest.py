@@ -24,6 +24,7 @@ def server() -> Iterator[FakeServer]:
     grpc_server.start()
     yield servicer
     servicer.cancelled.set()
+    servicer.stopped.set()
     grpc_server.stop(grace=None).wait()
 
 

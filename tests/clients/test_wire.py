@@ -261,4 +261,18 @@ def test_an_error_text_is_raised_at_the_end_with_the_status_that_it_starts_with(
     [("2.68.0", True), ("2.73.0dev", True), ("3.0.0", True), ("2.67.0", False), ("2.51.0", False), ("odd", False)],
 )
 def test_errors_as_statuses_are_asked_only_of_a_triton_that_survives_it(version, asked):
-    assert wire.stream_metadata(version) == ((("triton_grpc_error", "true"),) if asked else ())
+    assert wire.server_traits(version).metadata == ((("triton_grpc_error", "true"),) if asked else ())
+
+
+@pytest.mark.parametrize(
+    ("version", "safely"), [("2.56.9", False), ("2.57.0", True), ("2.100", True), ("3.0", True), ("", False)]
+)
+def test_a_server_before_2_57_and_one_that_does_not_say_are_taken_not_to_survive_cancelled_calls(version, safely):
+    assert wire.server_traits(version).cancels_safely == safely
+
+
+def test_a_request_to_stop_bears_the_id_and_dummies_of_the_required_inputs():
+    message = wire.build_stop("phixtral", "7")
+    assert (message.model_name, message.id) == ("phixtral", "7")
+    sent = dict(zip((tensor.name for tensor in message.inputs), message.raw_input_contents, strict=True))
+    assert sent == {"text_input": bytes(4), "max_tokens": bytes([1, 0, 0, 0]), "stop": b"\x01"}

@@ -70,7 +70,7 @@ def _request(request: Any) -> Request:  # noqa: ANN401 - the backend's type exis
     def send(piece: Piece, is_last: bool) -> None:
         outputs = [pb_utils.Tensor(name, value) for name, value in wire_outputs(piece).items()]
         sender.send(pb_utils.InferenceResponse(outputs), flags=LAST if is_last else 0)
-        if piece.finish_reason == "cancelled":
+        if piece.finish_reason == "cancelled" and piece is not STOPPED:
             pb_utils.Logger.log_info(f"a request was cancelled after {piece.num_output_tokens} tokens")
 
     def fail(error: Exception) -> None:

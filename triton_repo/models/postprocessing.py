@@ -90,7 +90,7 @@ class TritonPythonModel:
             return
         outputs = [pb_utils.Tensor(TEXT_NAMES[name], value) for name, value in wire_outputs(step.piece).items()]
         sender.send(pb_utils.InferenceResponse(outputs), flags=LAST)
-        if step.piece.finish_reason == "cancelled":
+        if step.piece.finish_reason == "cancelled" and step.piece.num_input_tokens:  # a request to stop has no prompt
             pb_utils.Logger.log_info(f"a request was cancelled after {step.piece.num_output_tokens} tokens")
         self._stop(step.stop)
 

@@ -1,0 +1,128 @@
+"""One request's ModelStreamInfer call, read to its end beside the one who waits for its pieces, in a thread or a task.
+
+Whoever waits may leave at any moment, by Ctrl-C, a deadline, a cancelled task or a closed generator. Inside gRPC that
+would cancel the call, and Triton before 2.57 may not survive a call that is cancelled
+(triton-inference-server/server#8078): 2.51 died within 350 to 1,950 of them. On such a server a request is ended by
+another that asks for it (`wire.build_stop`), and its call ends as that of any answer does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import grpc
+    from tritonclient.grpc import service_pb2 as pb
+
+# How long a server has to end a request that it is asked to end, before the call is cancelled after all. A model looks
+# up from its work after 128 tokens of a prompt, which take 5 s at phixtral-4x2_8's size on two cores.
+STOP_PATIENCE_S = 10.0
+# The request to stop is sent anew, since it may overtake the one that it names on the way to the model.
+STOP_INTERVAL_S = 1.0
+
+
+class Stream:
+    """A call of a `grpc` channel. `is_abandoned`: the client was closed, and no more pieces are to be given out."""
+
+    def __init__(self, call: Any) -> None:  # noqa: ANN401 - grpc's call is of a private class
+        self.is_abandoned = False
+        self._call = call
+        self._read: queue.SimpleQueue[pb.ModelStreamInferResponse | Exception | None] = queue.SimpleQueue()
+        self._ended = threading.Event()
+        threading.Thread(target=self._pump, name="moeship-stream", daemon=True).start()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the server has ended the call."""
+        return self._ended.is_set()
+
+    def responses(self, timeout_s: float | None) -> Iterator[pb.ModelStreamInferResponse]:
+        """The responses as they come. Raises TimeoutError after so many seconds from now, and grpc's RpcError."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            try:
+                item = self._read.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise TimeoutError from None
+            if item is None:
+                return
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+    def end(self, ask_to_stop: Callable[[float], None] | None) -> None:
+        """Return when the call has ended, which is cancelled unless `ask_to_stop(timeout_s)` ends it in time."""
+        try:
+            due = time.monotonic() + STOP_PATIENCE_S
+            while ask_to_stop is not None and not self._ended.is_set() and (left := due - time.monotonic()) > 0:
+                ask_to_stop(left)
+                self._ended.wait(min(left, STOP_INTERVAL_S))
+        finally:
+            self._call.cancel()  # changes nothing of one that has ended
+
+    def _pump(self) -> None:
+        last: Exception | None = None
+        try:
+            for response in self._call:
+                self._read.put(response)
+        except Exception as error:  # of gRPC's: whoever waits is told
+            last = error
+        self._ended.set()
+        self._read.put(last)
+
+
+class AsyncStream:
+    """A call of a `grpc.aio` channel, in the running loop."""
+
+    def __init__(self, call: grpc.aio.StreamStreamCall) -> None:
+        self.is_abandoned = False
+        self._call = call
+        self._read: asyncio.Queue[pb.ModelStreamInferResponse | BaseException | None] = asyncio.Queue()
+        self._ended = asyncio.Event()
+        self._task = asyncio.create_task(self._pump())
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the server has ended the call."""
+        return self._ended.is_set()
+
+    async def responses(self, timeout_s: float | None) -> AsyncIterator[pb.ModelStreamInferResponse]:
+        """The responses as they come. Raises TimeoutError after so many seconds from now, and grpc's RpcError."""
+        loop = asyncio.get_running_loop()
+        deadline = None if timeout_s is None else loop.time() + timeout_s
+        while True:
+            async with asyncio.timeout_at(deadline):
+                item = await self._read.get()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    async def end(self, ask_to_stop: Callable[[float], Awaitable[None]] | None) -> None:
+        """Return when the call has ended, which is cancelled unless `ask_to_stop(timeout_s)` ends it in time."""
+        try:
+            due = time.monotonic() + STOP_PATIENCE_S
+            while ask_to_stop is not None and not self._ended.is_set() and (left := due - time.monotonic()) > 0:
+                await ask_to_stop(left)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._ended.wait(), min(left, STOP_INTERVAL_S))
+        finally:
+            self._call.cancel()  # changes nothing of one that has ended
+
+    async def _pump(self) -> None:
+        last: BaseException | None = None
+        try:
+            async for response in self._call:
+                self._read.put_nowait(response)
+        except (Exception, asyncio.CancelledError) as error:  # whoever waits is told
+            # grpc.aio raises CancelledError for a call that was cancelled here, as if the reader's task had been.
+            last = None if self.is_abandoned else error
+        self._ended.set()
+        self._read.put_nowait(last)
