@@ -3,6 +3,13 @@
 Prints the addresses once the models are loaded. Ports that are not given are chosen free. A model that does not load
 is reported with its reason and the others are served; when none loads, the exit status is 2. A model that runs on
 several GPUs is started through mpirun, one rank a GPU.
+
+The server and each of its processes are watched. Where one dies or hangs, a line says which, and the server is started
+again on the same ports. The exit status is 2 when that does not help, or an engine's files turn out to be damaged.
+Ctrl-C and SIGTERM let the requests that are computed finish; a second one ends the server at once.
+
+--json prints one line of JSON when the models are loaded. Where the server is started again, two more follow, with an
+"event": "failed" with the reason, then "ready".
 """
 
 from __future__ import annotations
@@ -11,22 +18,47 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from triton_repo.errors import ServerError
 from triton_repo.ports import Ports
-from triton_repo.server import LOCALHOST, Server, ServerOptions, running_server
+from triton_repo.server import DEFAULT_DRAIN_TIMEOUT_S, LOCALHOST, Server, ServerOptions
+from triton_repo.supervisor import RestartPolicy, supervise
 
 logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repository", type=Path, help="model repository, as 'moeship package' makes it")
-    parser.add_argument("--host", default=LOCALHOST, help=f"address to listen on (default {LOCALHOST}: this machine)")
+    parser.add_argument(
+        "--host", default=LOCALHOST, help=f"name or address to listen on (default {LOCALHOST}: this machine)"
+    )
     for name in ("grpc", "http", "metrics"):
         parser.add_argument(f"--{name}-port", type=int, metavar="PORT", help="(default: a free one)")
+    parser.add_argument("--no-http", action="store_true", help="do not listen for HTTP: gRPC and metrics alone")
+    parser.add_argument(
+        "--accept-known-vulnerabilities", action="store_true",
+        help="listen beyond this machine although this tritonserver has known holes (docs/security.md)",
+    )  # fmt: skip
+    restarts = parser.add_mutually_exclusive_group()
+    restarts.add_argument(
+        "--max-restarts", type=int, default=RestartPolicy().max_restarts, metavar="N",
+        help=f"times that a server which died or hangs is started again (default {RestartPolicy().max_restarts}); "
+        f"counted anew after {RestartPolicy().healthy_s:g} s of health",
+    )  # fmt: skip
+    restarts.add_argument(
+        "--no-restart", action="store_true", help="end with exit status 2 instead, for whose supervisor starts it again"
+    )
+    parser.add_argument(
+        "--drain-timeout", type=float, default=DEFAULT_DRAIN_TIMEOUT_S, metavar="S",
+        help="seconds that requests have to finish when it is asked to stop "
+        f"(default {DEFAULT_DRAIN_TIMEOUT_S:g})",
+    )  # fmt: skip
     parser.add_argument(
         "--ready-timeout", type=float, default=600, metavar="S", help="seconds the models have to load (default 600)"
     )
@@ -48,44 +80,88 @@ def read_options(arguments: argparse.Namespace) -> ServerOptions:
         repository=arguments.repository,
         host=arguments.host,
         ports=Ports(grpc=arguments.grpc_port, http=arguments.http_port, metrics=arguments.metrics_port),
+        http=not arguments.no_http,
         ready_timeout_s=arguments.ready_timeout,
+        drain_timeout_s=arguments.drain_timeout,
         log=arguments.log,
         verbose=arguments.log is None and logger.isEnabledFor(logging.DEBUG),
         world_size=arguments.world_size,
         multi_model=arguments.multi_model,
+        accept_known_vulnerabilities=arguments.accept_known_vulnerabilities,
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Returns 0 when it was asked to stop. Raises ServerError when the server ends by itself."""
+    """Returns 0 when it was asked to stop. Raises ServerError when the server fails more often than is allowed."""
+    if arguments.max_restarts < 0:
+        raise ServerError(f"serving: --max-restarts is {arguments.max_restarts}, expected 0 or more")
+    policy = RestartPolicy(max_restarts=0 if arguments.no_restart else arguments.max_restarts)
     # A closed terminal is a request to stop too, unless the shell was told to ignore it (nohup).
     stopping = [signal.SIGTERM] + [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)
     previous = {number: signal.signal(number, _interrupt) for number in stopping}
     try:
-        with running_server(read_options(arguments)) as server:
-            print(_description(server, as_json=arguments.json), flush=True)
-            status = server.process.wait()
-            raise ServerError(
-                f"serving {arguments.repository}: {server.program} ended with status {status}{server.log_tail()}"
-            )
+        supervise(read_options(arguments), policy, _Printer(as_json=arguments.json))
     except KeyboardInterrupt:
         logger.info("stopped")
-        return 0
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    return 0
+
+
+class _Printer:
+    """Says on stdout when the server answers, and in one line on stderr when it failed."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+
+    def ready(self, server: Server, restarts: int) -> None:
+        if not self._as_json:
+            self._print(f"answering again, restart {restarts}" if restarts else _rows(server))
+        elif restarts:
+            self._print(json.dumps({"event": "ready", "restarts": restarts, **_facts(server)}))
+        else:
+            self._print(json.dumps(_facts(server)))
+
+    def failed(self, fault: str, restart: int, pause_s: float) -> None:
+        if self._as_json:
+            self._print(json.dumps({"event": "failed", "reason": fault, "restart": restart, "pause_s": pause_s}))
+        logger.warning("%s; the server is ended, and started again in %g s (restart %d)", fault, pause_s, restart)
+
+    def draining(self, timeout_s: float) -> None:
+        logger.info("stopping: no more requests are taken; those that are answered have %g s to finish", timeout_s)
+
+    def _print(self, text: str) -> None:
+        """Whoever reads stdout may have read what he wanted, and closed it."""
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, sys.stdout.fileno())
+            os.close(devnull)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _description(server: Server, *, as_json: bool) -> str:
-    addresses = {"grpc": server.grpc_url, "http": server.http_url, "metrics": server.metrics_url}
-    if as_json:
-        models = [dataclasses.asdict(model) for model in server.models]
-        return json.dumps({**addresses, "pid": server.process.pid, "world_size": server.world_size, "models": models})
-    rows = [f"{name:<8} {address}" for name, address in addresses.items()]
+def _facts(server: Server) -> dict[str, Any]:
+    """What a program needs to know of a server; "http" is null where HTTP is off."""
+    return {
+        **_addresses(server),
+        "pid": server.process.pid,
+        "world_size": server.world_size,
+        "models": [dataclasses.asdict(model) for model in server.models],
+    }
+
+
+def _rows(server: Server) -> str:
+    """The same for people."""
+    rows = [f"{name:<8} {address or 'off'}" for name, address in _addresses(server).items()]
     rows += [f"ranks    {server.world_size}"] if server.world_size > 1 else []
     rows += [f"{model.name}: {model.state}{f', {model.reason}' if model.reason else ''}" for model in server.models]
     return "\n".join(rows)
+
+
+def _addresses(server: Server) -> dict[str, str | None]:
+    return {"grpc": server.grpc_url, "http": server.http_url, "metrics": server.metrics_url}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from triton_repo.errors import RepositoryError
 from triton_repo.model_config import CONFIG_FILE, read_config
+from triton_repo.runtime.parameters import ENGINE_KEY, NUM_IDS_KEY
 from trt_build.engine import MANIFEST_FILE
 from trt_build.trtllm.engine import TRTLLM_BACKEND
 
@@ -54,10 +55,13 @@ class GpuModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """The models on TensorRT-LLM, and the models that are only steps of an ensemble in the same repository."""
+    """The models on TensorRT-LLM, and the models that are only steps of an ensemble in the same repository. `beats`:
+    every request is a matter of a model that moeship packaged, which says in its heartbeat what it computes.
+    """
 
     gpu_models: tuple[GpuModel, ...]
     steps: frozenset[str]
+    beats: bool = True
 
     @property
     def ranked(self) -> tuple[GpuModel, ...]:
@@ -75,7 +79,14 @@ def read_deployment(repository: Path) -> Deployment:
     return Deployment(
         gpu_models=tuple(model for folder, config in configs.items() for model in _gpu_models(folder, config)),
         steps=frozenset(step.model_name for config in configs.values() for step in config.ensemble_scheduling.step),
+        beats=all(map(_beats, configs.values())),
     )
+
+
+def _beats(config: ModelConfig) -> bool:
+    """Whether it is a model of ours in Python, or an ensemble or TensorRT-LLM's backend, whose steps around it are."""
+    ours = any(key in config.parameters for key in (ENGINE_KEY, NUM_IDS_KEY, GPUS_KEY))
+    return config.platform == "ensemble" or config.backend == TRITON_BACKEND or ours
 
 
 def _gpu_models(folder: Path, config: ModelConfig) -> Iterator[GpuModel]:

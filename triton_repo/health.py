@@ -1,15 +1,22 @@
-"""What a running Triton says of itself over HTTP: whether it listens, and the state of each of its models."""
+"""What a running Triton says of itself: whether it listens and lives, and the state of each of its models.
+
+It is asked over HTTP, or over gRPC where HTTP is off.
+"""
 
 from __future__ import annotations
 
 import json
 import socket
 import urllib.request
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from triton_repo.errors import ServerError
 
 _TIMEOUT_S = 10
+# A server of this machine is never asked through a proxy.
+_NO_PROXY = (("grpc.enable_http_proxy", 0),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +35,14 @@ class ModelState:
         return self.state == "READY"
 
 
+@dataclass(frozen=True, kw_only=True)
+class HealthEndpoint:
+    """Where a server is asked: `http` as http://host:port, None where HTTP is off, and `grpc` as host:port."""
+
+    http: str | None
+    grpc: str
+
+
 def is_listening(host: str, port: int) -> bool:
     """Whether something accepts TCP connections there."""
     try:
@@ -37,23 +52,80 @@ def is_listening(host: str, port: int) -> bool:
         return False
 
 
-def model_states(http_url: str) -> tuple[ModelState, ...]:
-    """The repository index of a server. Raises ServerError when it does not answer as Triton does."""
-    request = urllib.request.Request(f"{http_url}/v2/repository/index", data=b"{}", method="POST")
-    # A server of this machine is never asked through a proxy.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+def is_live(endpoint: HealthEndpoint, timeout_s: float) -> bool:
+    """Whether the server answers its liveness within a time."""
+    if endpoint.http is None:
+        return _is_live_by_grpc(endpoint.grpc, timeout_s)
     try:
-        with opener.open(request, timeout=_TIMEOUT_S) as response:
-            entries = json.load(response)
-    except (OSError, ValueError) as error:
-        raise ServerError(f"asking {http_url} for its models: {error}; is it a Triton server?") from error
+        with _opener().open(f"{endpoint.http}/v2/health/live", timeout=timeout_s) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def model_states(endpoint: HealthEndpoint) -> tuple[ModelState, ...]:
+    """The repository index of a server. Raises ServerError when it does not answer as Triton does."""
+    entries = _index_by_grpc(endpoint.grpc) if endpoint.http is None else _index_by_http(endpoint.http)
     return tuple(
         ModelState(
             name=entry["name"],
             version=entry.get("version", ""),
-            state=entry.get("state", "UNAVAILABLE"),
+            state=entry.get("state") or "UNAVAILABLE",
             reason=entry.get("reason", ""),
         )
         for entry in entries
         if not entry["name"].startswith(".")  # Triton lists hidden folders, which are no models
     )
+
+
+def server_version(http_url: str) -> str | None:
+    """The version that a server says it has; None where nothing answers as Triton does."""
+    try:
+        with _opener().open(f"{http_url}/v2", timeout=_TIMEOUT_S) as response:
+            return str(json.load(response)["version"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _index_by_http(http_url: str) -> Iterable[dict[str, Any]]:
+    request = urllib.request.Request(f"{http_url}/v2/repository/index", data=b"{}", method="POST")
+    try:
+        with _opener().open(request, timeout=_TIMEOUT_S) as response:
+            entries: list[dict[str, Any]] = json.load(response)
+            return entries
+    except (OSError, ValueError) as error:
+        raise ServerError(f"asking {http_url} for its models: {error}; is it a Triton server?") from error
+
+
+def _index_by_grpc(grpc_url: str) -> Iterable[dict[str, Any]]:
+    import grpc
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+    with grpc.insecure_channel(grpc_url, options=_NO_PROXY) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        try:
+            index = stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(), timeout=_TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise ServerError(
+                f"asking {grpc_url} for its models: {error.code().name}: {error.details()}; is it a Triton server?"
+            ) from error
+    return [
+        {"name": model.name, "version": model.version, "state": model.state, "reason": model.reason}
+        for model in index.models
+    ]
+
+
+def _is_live_by_grpc(grpc_url: str, timeout_s: float) -> bool:
+    import grpc
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+    with grpc.insecure_channel(grpc_url, options=_NO_PROXY) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        try:
+            return bool(stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=timeout_s).live)
+        except grpc.RpcError:
+            return False
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}))

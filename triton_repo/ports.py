@@ -1,8 +1,12 @@
-"""Three ports for a server: those asked for, checked to be free, and free ones where none was asked for."""
+"""Where a server listens: an address of this machine for a host's name, and a port for each kind of client.
+
+Ports that are asked for are checked to be free; where none is asked for, a free one is taken.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import socket
 from dataclasses import dataclass
 
@@ -10,6 +14,8 @@ from export.errors import listing
 from triton_repo.errors import ServerError
 
 HIGHEST_PORT = 65535
+EVERY_ADDRESS = ("0.0.0.0", "::")
+_OF_EVERY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,45 +29,90 @@ class Ports:
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenPorts:
-    """TCP ports that were free when they were looked at."""
+    """TCP ports that were free when they were looked at; `http` is None where HTTP is off."""
 
     grpc: int
-    http: int
+    http: int | None
     metrics: int
 
 
-def choose_ports(host: str, wanted: Ports) -> ChosenPorts:
-    """Raises ServerError listing every port that cannot be had."""
-    try:
-        socket.getaddrinfo(host, None, socket.AF_INET)
-    except OSError as error:
-        raise ServerError(
-            f"choosing ports: {host!r} is no IPv4 address or name of this machine ({error.strerror}); "
-            "give one such as 127.0.0.1, or 0.0.0.0 for all"
-        ) from error
+@dataclass(frozen=True)
+class Address:
+    """An IPv4 or IPv6 address, such as 127.0.0.1 or ::1, that a server listens on."""
+
+    text: str
+
+    @property
+    def is_ipv6(self) -> bool:
+        return ":" in self.text
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine's own processes reach it."""
+        return ipaddress.ip_address(self.text).is_loopback
+
+    @property
+    def in_url(self) -> str:
+        """As it stands before a port: IPv6 in brackets (RFC 3986, 3.2.2)."""
+        return f"[{self.text}]" if self.is_ipv6 else self.text
+
+    @property
+    def to_ask(self) -> Address:
+        """Where this machine reaches a server that listens here; one on every address is reached by the loopback's."""
+        return Address(_OF_EVERY.get(self.text, self.text))
+
+
+def resolve_host(host: str) -> Address:
+    """The address of a name or an address, an IPv4 one where the name has both. Raises ServerError."""
     if not host:
         raise ServerError("choosing ports: the host is empty; give 127.0.0.1, or 0.0.0.0 for all addresses")
+    try:
+        # idna limits the parts of a name; other codecs do not come in.
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ServerError(
+            f"choosing ports: {host!r} is no address or name that this machine can resolve ({reason}); "
+            "give one such as 127.0.0.1, or 0.0.0.0 for all"
+        ) from error
+    family, *_, place = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    if family == socket.AF_INET6 and place[-1]:  # the scope, which an address of one link needs
+        raise ServerError(
+            f"choosing ports: {host!r} is an IPv6 address of one link, which Triton cannot listen on; give another "
+            "address of this machine, such as 127.0.0.1"
+        )
+    return Address(str(place[0]))
+
+
+def choose_ports(address: Address, wanted: Ports, *, http: bool = True) -> ChosenPorts:
+    """Choose the ports that are not given, none for HTTP where `http` is False. Raises ServerError listing every port
+    that cannot be had."""
+    wishes = {name: port for name, port in vars(wanted).items() if http or name != "http"}
     asked = {name: port for name, port in vars(wanted).items() if port is not None}
     problems = [
         f"the {name} port is {port}, expected 1 to {HIGHEST_PORT}"
         for name, port in asked.items()
         if not 0 < port <= HIGHEST_PORT
     ]
+    if not http and wanted.http is not None:
+        problems.append(f"the http port is {wanted.http}, and HTTP is off; leave one of the two out")
     if len(set(asked.values())) < len(asked):
         problems.append(f"found the same port twice: {', '.join(f'{name} {port}' for name, port in asked.items())}")
     if problems:
         raise ServerError(f"choosing ports:{listing(problems)}")
-    chosen: dict[str, int] = {}
+    chosen: dict[str, int | None] = {"http": None}
     with contextlib.ExitStack() as held:  # all are held until the last is chosen, so that no two are the same
-        for name, port in sorted(vars(wanted).items(), key=lambda item: item[1] is None):
-            probe = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        for name, port in sorted(wishes.items(), key=lambda item: item[1] is None):
+            family = socket.AF_INET6 if address.is_ipv6 else socket.AF_INET
             try:
-                probe.bind((host, port or 0))
+                probe = held.enter_context(socket.socket(family, socket.SOCK_STREAM))
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((address.text, port or 0))
             except OSError as error:
-                problems.append(f"the {name} port {port} on {host} cannot be had ({error.strerror})")
+                what = f"the {name} port {port}" if port else f"a port for {name}"
+                problems.append(f"{what} on {address.text} cannot be had ({error.strerror})")
             else:
                 chosen[name] = probe.getsockname()[1]
     if problems:
         raise ServerError(f"choosing ports: name others, or none to have free ones chosen:{listing(problems)}")
-    return ChosenPorts(**chosen)
+    return ChosenPorts(**chosen)  # type: ignore[arg-type]  # only `http` may be None

@@ -5,7 +5,7 @@
 
 The server is told the whole truth in config.pbtxt (no auto-completion), goes on when a model does not load, and
 listens on this machine alone unless told otherwise. A model that runs on several GPUs has a server on each, started by
-mpirun (mpi.py), of which the first answers. `processes.py` says how they end.
+mpirun (mpi.py), of which the first answers. `processes.py` says how they end, `supervisor.py` starts them again.
 """
 
 from __future__ import annotations
@@ -17,64 +17,97 @@ import secrets
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Set
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from export.errors import listing
-from triton_repo.deployment import read_deployment
+from triton_repo.command import endpoint_arguments, server_arguments
+from triton_repo.deployment import Deployment, read_deployment
 from triton_repo.errors import ServerError
-from triton_repo.health import ModelState, is_listening, model_states
+from triton_repo.health import HealthEndpoint, ModelState
+from triton_repo.heartbeat import FOLDER_VARIABLE, announce_drain, read_beats
 from triton_repo.installation import Installation, find_installation, packages_folder
 from triton_repo.machine import check_machine
-from triton_repo.mpi import plan_launch
-from triton_repo.ports import ChosenPorts, Ports, choose_ports
-from triton_repo.processes import DRAIN_TIMEOUT_S, POLL_INTERVAL_S, Program, running_program
+from triton_repo.mpi import Launch, plan_launch
+from triton_repo.ports import Address, ChosenPorts, Ports, choose_ports, resolve_host
+from triton_repo.processes import DRAIN_TIMEOUT_S, POLL_INTERVAL_S, Program, kill_left, running_program, start_time
+from triton_repo.readiness import NotReady, Waiting, wait_until_ready
 from triton_repo.repository import check_repository
+from triton_repo.vulnerabilities import read_version, refuse_known_holes
+from triton_repo.workspace import is_plain, private_workspace
 from trt_build.machine import Machine, read_machine
 
 logger = logging.getLogger(__name__)
 
 LOCALHOST = "127.0.0.1"
 LOG_TAIL_LINES = 15
+DEFAULT_DRAIN_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """`log`: a file for the server's log; None keeps it until the server ends. `verbose` sends it to stderr instead.
+    """`host`: a name or an address of this machine. `http` False leaves gRPC and the metrics. `log`: a file for the
+    server's log; None keeps it until the server ends. `verbose` sends it to stderr instead.
 
     `world_size`: ranks of a model that runs on several GPUs; None takes what the repository says. `multi_model` serves
-    several TensorRT-LLM models, in orchestrator mode.
+    several TensorRT-LLM models, in orchestrator mode. `accept_known_vulnerabilities` lets a tritonserver with known
+    holes listen beyond this machine.
     """
 
     repository: Path
     host: str = LOCALHOST
     ports: Ports = field(default_factory=Ports)
+    http: bool = True
     ready_timeout_s: float = 600
+    drain_timeout_s: float = DEFAULT_DRAIN_TIMEOUT_S
     log: Path | None = None
     verbose: bool = False
     world_size: int | None = None
     multi_model: bool = False
+    accept_known_vulnerabilities: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """A server that answers. Urls are host:port for gRPC and http://host:port[/path] for the others. `process` runs
-    `program`, the tritonserver, or watches over it, the mpirun that started `world_size` of them.
+    """A server that answers. Urls are host:port for gRPC and http://host:port[/path] for the others; `http_url` is None
+    where HTTP is off. `process` runs `program`, the tritonserver, or watches over it, the mpirun that started
+    `world_size` of them. Its processes bear `mark`, and its models beat in the folder `heartbeats`. `endpoint` is where
+    this machine asks for its health.
     """
 
     grpc_url: str
-    http_url: str
+    http_url: str | None
     metrics_url: str
     models: tuple[ModelState, ...]
     process: subprocess.Popen[bytes]
     program: str
     world_size: int
     log: Path | None
+    mark: str
+    heartbeats: Path
+    endpoint: HealthEndpoint
 
     def log_tail(self) -> str:
         """The last lines of the server's log, indented; empty where it goes to stderr."""
         return _tail(self.log)
+
+    def kill(self) -> None:
+        """End every process of the server at once."""
+        kill_left(self.process.pid, self.mark)
+        self.process.wait()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Have the models refuse what waits and what comes, and wait until nothing is computed any more; whether that
+        was so within the time."""
+        announce_drain(self.heartbeats)
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            beats = [beat for beat in read_beats(self.heartbeats) if start_time(beat.pid) is not None]
+            if self.process.poll() is not None or all(beat.draining and not beat.running for beat in beats):
+                return True
+            time.sleep(POLL_INTERVAL_S)
+        return False
 
 
 @contextlib.contextmanager
@@ -82,106 +115,161 @@ def running_server(options: ServerOptions) -> Iterator[Server]:
     """Start a server and wait until its models are loaded; stop it when the block ends.
 
     Raises RepositoryError for a repository that cannot be served, MissingPackageError without a tritonserver, and
-    ServerError for a port in use, what this machine cannot run, a server that ends or takes too long, and when no
-    model at all is ready.
+    ServerError for a port in use, what this machine cannot run, a server that ends or takes too long, one with known
+    holes that others could reach, and when no model at all is ready.
     """
+    with prepared(options) as preparation, preparation.started() as server:
+        yield server
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """All that is decided before a server starts, and stays when it is started again: its ports among it."""
+
+    options: ServerOptions
+    deployment: Deployment
+    launch: Launch
+    address: Address
+    ports: ChosenPorts
+    installation: Installation
+    num_gpus: int
+    workspace: Path
+    mark: str
+
+    @contextlib.contextmanager
+    def started(self) -> Iterator[Server]:
+        """Start the server, wait until its models are loaded, and end it when the block ends. Raises ServerError."""
+        options, ports = self.options, self.ports
+        heartbeats = Path(tempfile.mkdtemp(prefix="heartbeats-", dir=self.workspace))
+        program = self._program(heartbeats)
+        log = None if options.verbose else options.log or self.workspace / "tritonserver.log"
+        own, asked = self.address.in_url, self.address.to_ask.in_url
+        endpoint = HealthEndpoint(
+            grpc=f"{asked}:{ports.grpc}", http=f"http://{asked}:{ports.http}" if ports.http else None
+        )
+        with running_program(program, log, self.mark) as process:
+            name = Path(program.arguments[0]).name
+            waiting = Waiting(
+                process=process,
+                program=name,
+                address=self.address,
+                ports=ports,
+                endpoint=endpoint,
+                steps=self.deployment.steps,
+                timeout_s=options.ready_timeout_s,
+                mark=self.mark,
+            )
+            try:
+                models = wait_until_ready(waiting)
+            except NotReady as error:
+                raise ServerError(f"serving {options.repository}: {error}{_tail(log)}") from error
+            self._check(models, log)
+            yield Server(
+                grpc_url=f"{own}:{ports.grpc}",
+                http_url=f"http://{own}:{ports.http}" if ports.http else None,
+                metrics_url=f"http://{own}:{ports.metrics}/metrics",
+                models=models,
+                process=process,
+                program=name,
+                world_size=self.launch.world_size,
+                log=log,
+                mark=self.mark,
+                heartbeats=heartbeats,
+                endpoint=endpoint,
+            )
+
+    def _program(self, heartbeats: Path) -> Program:
+        # Requests of models that do not beat are waited for by the server itself.
+        exit_timeout_s = DRAIN_TIMEOUT_S if self.deployment.beats else math.ceil(self.options.drain_timeout_s)
+        ranks = [
+            [
+                *server_arguments(
+                    self.installation,
+                    self._plain_repository(),
+                    memory_prefix=f"{self.mark}{rank}_",
+                    exit_timeout_s=exit_timeout_s,
+                ),
+                *(() if rank else endpoint_arguments(self.address, self.ports)),
+            ]
+            for rank in range(self.launch.world_size)
+        ]
+        return Program(
+            arguments=self.launch.command(ranks, num_gpus=self.num_gpus),
+            environment={
+                **self.installation.environment(),
+                **self.launch.environment(),
+                FOLDER_VARIABLE: str(heartbeats),
+            },
+            folder=packages_folder(),
+            is_launcher=self.launch.mpirun is not None,
+            end_timeout_s=exit_timeout_s,
+        )
+
+    def _plain_repository(self) -> Path:
+        """The repository's path, or a link to it where Triton's Python backend could not take its path."""
+        repository = self.options.repository.resolve()
+        if is_plain(repository):
+            return repository
+        link = self.workspace / "repository"
+        if not link.is_symlink():
+            link.symlink_to(repository)
+        return link
+
+    def _check(self, models: tuple[ModelState, ...], log: Path | None) -> None:
+        """Raise ServerError unless a model is ready that is more than a step of another; name those that are not."""
+        failed = [
+            f"{model.name} is {model.state}" + (f": {model.reason}" if model.reason else "")
+            for model in models
+            if not model.ready
+        ]
+        if not any(model.ready for model in models if model.name not in self.deployment.steps):
+            raise ServerError(f"serving {self.options.repository}: no model is ready:{listing(failed)}{_tail(log)}")
+        for problem in failed:
+            logger.warning("%s", problem)
+
+
+@contextlib.contextmanager
+def prepared(options: ServerOptions) -> Iterator[Preparation]:
+    """Check everything that can be checked before a server starts, and make its folder. Raises as running_server."""
+    _check_times(options)
+    check_repository(options.repository)
+    deployment = read_deployment(options.repository)
+    launch = plan_launch(options.repository, deployment, world_size=options.world_size, multi_model=options.multi_model)
+    address = resolve_host(options.host)
+    ports = choose_ports(address, options.ports, http=options.http)
+    mark = f"moeship_{secrets.token_hex(8)}_"
+    with private_workspace(mark) as workspace:
+        installation = find_installation(workspace)
+        # Where no model needs a GPU, none is asked for.
+        machine = read_machine() if deployment.gpu_models else Machine(gpus=None)
+        check_machine(deployment, machine, installation.backends, launch.world_size)
+        if not address.is_loopback:
+            version = read_version(installation, workspace, mark)
+            refuse_known_holes(version, address, accepted=options.accept_known_vulnerabilities)
+        yield Preparation(
+            options=options,
+            deployment=deployment,
+            launch=launch,
+            address=address,
+            ports=ports,
+            installation=installation,
+            num_gpus=len(machine.gpus or ()),
+            workspace=workspace,
+            mark=mark,
+        )
+
+
+def _check_times(options: ServerOptions) -> None:
     if not 0 < options.ready_timeout_s < math.inf:
         raise ServerError(
             f"serving {options.repository}: the ready timeout is {options.ready_timeout_s} s, expected a finite number "
             "above 0"
         )
-    check_repository(options.repository)
-    deployment = read_deployment(options.repository)
-    launch = plan_launch(options.repository, deployment, world_size=options.world_size, multi_model=options.multi_model)
-    ports = choose_ports(options.host, options.ports)
-    with tempfile.TemporaryDirectory(prefix="moeship-serve-") as workspace_name:
-        workspace = Path(workspace_name)
-        installation = find_installation(workspace)
-        # Where no model needs a GPU, none is asked for.
-        machine = read_machine() if deployment.gpu_models else Machine(gpus=None)
-        check_machine(deployment, machine, installation.backends, launch.world_size)
-        log = None if options.verbose else options.log or workspace / "tritonserver.log"
-        mark = f"moeship_{secrets.token_hex(8)}_"
-        ranks = [
-            [*_arguments(installation, options, f"{mark}{rank}_"), *(() if rank else _endpoints(options.host, ports))]
-            for rank in range(launch.world_size)
-        ]
-        program = Program(
-            arguments=launch.command(ranks, num_gpus=len(machine.gpus or ())),
-            environment={**installation.environment(), **launch.environment()},
-            folder=packages_folder(),
-            is_launcher=launch.mpirun is not None,
+    if not 0 <= options.drain_timeout_s < math.inf:
+        raise ServerError(
+            f"serving {options.repository}: the drain timeout is {options.drain_timeout_s} s, expected a finite number "
+            "of 0 or more"
         )
-        with running_program(program, log, mark) as process:
-            server = Server(
-                grpc_url=f"{options.host}:{ports.grpc}",
-                http_url=f"http://{options.host}:{ports.http}",
-                metrics_url=f"http://{options.host}:{ports.metrics}/metrics",
-                models=(),
-                process=process,
-                program=Path(program.arguments[0]).name,
-                world_size=launch.world_size,
-                log=log,
-            )
-            yield _when_ready(server, options, ports, deployment.steps)
-
-
-def _arguments(installation: Installation, options: ServerOptions, memory_prefix: str) -> list[str]:
-    """The program and what every rank is told."""
-    backends = [f"--backend-directory={installation.backends}"] if installation.backends else []
-    return [
-        str(installation.program),
-        f"--model-repository={options.repository.resolve()}",
-        *backends,
-        "--disable-auto-complete-config",
-        f"--exit-timeout-secs={DRAIN_TIMEOUT_S}",
-        f"--backend-config=python,shm-region-prefix-name={memory_prefix}",
-    ]
-
-
-def _endpoints(host: str, ports: ChosenPorts) -> list[str]:
-    """What the rank is told that answers: a model that does not load leaves the others."""
-    return [
-        "--exit-on-error=false",
-        f"--grpc-address={host}",
-        f"--grpc-port={ports.grpc}",
-        f"--http-address={host}",
-        f"--http-port={ports.http}",
-        "--allow-metrics=true",
-        f"--metrics-address={host}",
-        f"--metrics-port={ports.metrics}",
-    ]
-
-
-def _when_ready(server: Server, options: ServerOptions, ports: ChosenPorts, steps: Set[str]) -> Server:
-    """Wait until every model was loaded or refused. Raises ServerError unless one is ready that is more than a step of
-    another."""
-    # A server that listens on every address is asked through this machine's own.
-    host = LOCALHOST if options.host == "0.0.0.0" else options.host
-    deadline = time.monotonic() + options.ready_timeout_s
-    while not all(is_listening(host, port) for port in vars(ports).values()):
-        if server.process.poll() is not None:
-            raise ServerError(
-                f"serving {options.repository}: {server.program} ended with status {server.process.returncode} before "
-                f"it was ready{server.log_tail()}"
-            )
-        if time.monotonic() > deadline:
-            raise ServerError(
-                f"serving {options.repository}: {server.program} was still loading models after "
-                f"{options.ready_timeout_s:g} s; allow more time, or look at its log{server.log_tail()}"
-            )
-        time.sleep(POLL_INTERVAL_S)
-    models = model_states(f"http://{host}:{ports.http}")
-    failed = [
-        f"{model.name} is {model.state}" + (f": {model.reason}" if model.reason else "")
-        for model in models
-        if not model.ready
-    ]
-    if not any(model.ready for model in models if model.name not in steps):
-        raise ServerError(f"serving {options.repository}: no model is ready:{listing(failed)}{server.log_tail()}")
-    for problem in failed:
-        logger.warning("%s", problem)
-    return replace(server, models=models)
 
 
 def _tail(log: Path | None) -> str:

@@ -1,4 +1,4 @@
-"""Runs a launcher for a server's parent: python -m triton_repo.watcher MARK mpirun ...
+"""Runs a launcher for a server's parent: python -m triton_repo.watcher MARK SECONDS mpirun ...
 
 When this process is asked to end, by the kernel where the parent has ended, the launcher's children are asked in its
 stead: mpirun kills its ranks half a second after it was asked (Open MPI 5.0.11, measured), and a server needs longer.
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from triton_repo.processes import DRAIN_TIMEOUT_S, KILL_GRACE_S, children_of, clear_memory, kill_left, send_signal
+from triton_repo.processes import KILL_GRACE_S, children_of, clear_memory, kill_left, send_signal
 from trt_build.child import following
 
 
@@ -23,27 +23,27 @@ class _Asked(BaseException):
     """This process was asked to end."""
 
 
-def watch(mark: str, command: Sequence[str]) -> int:
-    """Run the command; its status, negative for a signal."""
+def watch(mark: str, end_timeout_s: float, command: Sequence[str]) -> int:
+    """Run the command; its status, negative for a signal. Its children have `end_timeout_s` to end in when asked."""
     signal.signal(signal.SIGTERM, _ask)
     process = None
     try:
         process = subprocess.Popen(following(command))
         return process.wait()
     except _Asked:
-        return 0 if process is None else _end(process)
+        return 0 if process is None else _end(process, end_timeout_s)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         kill_left(os.getsid(0), mark)
         clear_memory(mark)
 
 
-def _end(process: subprocess.Popen[bytes]) -> int:
+def _end(process: subprocess.Popen[bytes], end_timeout_s: float) -> int:
     """Ask the launcher's children to end, and wait for it, half the time that this process has before it is killed."""
     for pid in children_of(process.pid) or [process.pid]:
         send_signal(pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(DRAIN_TIMEOUT_S + KILL_GRACE_S / 2)
+        process.wait(end_timeout_s + KILL_GRACE_S / 2)
     return process.returncode or 0
 
 
@@ -54,8 +54,8 @@ def _ask(_number: int, _frame: FrameType | None) -> None:
 
 def main(words: Sequence[str]) -> int:
     """Returns the launcher's status, or ends by the signal that ended it."""
-    mark, *command = words
-    status = watch(mark, command)
+    mark, end_timeout_s, *command = words
+    status = watch(mark, float(end_timeout_s), command)
     if status < 0:
         number = -status
         if number != signal.SIGKILL:

@@ -21,7 +21,7 @@ from triton_repo import server as server_module
 from triton_repo.errors import RepositoryError, ServerError
 from triton_repo.installation import find_installation
 from triton_repo.package import PackageOptions, package_engine
-from triton_repo.ports import Ports, choose_ports
+from triton_repo.ports import Address, Ports, choose_ports, resolve_host
 from triton_repo.server import ServerOptions, running_server
 
 
@@ -67,15 +67,15 @@ def test_ports_in_use_are_told_together_before_anything_starts(small_repository,
 
 def test_impossible_ports_are_refused():
     with pytest.raises(ServerError, match="the http port is 70000, expected 1 to 65535"):
-        choose_ports("127.0.0.1", Ports(http=70000))
+        choose_ports(Address("127.0.0.1"), Ports(http=70000))
     with pytest.raises(ServerError, match="found the same port twice: grpc 9000, metrics 9000"):
-        choose_ports("127.0.0.1", Ports(grpc=9000, metrics=9000))
+        choose_ports(Address("127.0.0.1"), Ports(grpc=9000, metrics=9000))
     with pytest.raises(ServerError, match="on 192.0.2.1 cannot be had"):
-        choose_ports("192.0.2.1", Ports())
+        choose_ports(Address("192.0.2.1"), Ports())
 
 
 def test_chosen_ports_differ():
-    ports = choose_ports("127.0.0.1", Ports())
+    ports = choose_ports(Address("127.0.0.1"), Ports())
     assert len({ports.grpc, ports.http, ports.metrics}) == 3
 
 
@@ -116,7 +116,7 @@ def test_a_server_that_ends_at_once_is_told_with_its_log(small_repository, tmp_p
 
 def test_a_server_that_takes_too_long_is_stopped_with_all_its_processes(small_repository, tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "KILL_GRACE_S", 0.2)
-    monkeypatch.setattr(processes, "DRAIN_TIMEOUT_S", 0)
+    monkeypatch.setattr(server_module, "DRAIN_TIMEOUT_S", 0)
     pid = tmp_path / "pid"
     fake_server(tmp_path, monkeypatch, f"trap '' TERM; echo $$ > {pid}; sleep 1000 & echo loading; wait; wait")
     with (
@@ -212,11 +212,27 @@ def test_a_log_that_cannot_be_opened_is_named(small_repository, tmp_path):
         running_server(options).__enter__()
 
 
-@pytest.mark.parametrize("host", ["", "::1", "no such host"])
+@pytest.mark.parametrize("host", ["", "no such host", "127.0.0.1.2", "x" * 70, "fe80::1%lo", "127.0.0.1:8000"])
 def test_a_host_that_is_no_address_of_this_machine_is_told_once(host):
-    with pytest.raises(ServerError, match="choosing ports: .*; give .*127.0.0.1") as caught:
-        choose_ports(host, Ports())
-    assert str(caught.value).count("127.0.0.1") == 1
+    with pytest.raises(ServerError, match="choosing ports: .*; give .*127.0.0.1|IPv6 address of one link") as caught:
+        resolve_host(host)
+    assert str(caught.value).count("127.0.0.1") <= 1 + host.count("127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("host", "url", "asked"),
+    [
+        ("localhost", "127.0.0.1", "127.0.0.1"),
+        ("127.0.0.1", "127.0.0.1", "127.0.0.1"),
+        ("0.0.0.0", "0.0.0.0", "127.0.0.1"),
+        ("::1", "[::1]", "[::1]"),
+        ("::", "[::]", "[::1]"),
+    ],
+)
+def test_a_host_is_resolved_to_an_address(host, url, asked):
+    address = resolve_host(host)
+    assert (address.in_url, address.to_ask.in_url) == (url, asked)
+    assert address.is_loopback == (host not in ("0.0.0.0", "::"))
 
 
 def test_a_killed_command_takes_its_server_along(small_repository):
@@ -227,11 +243,11 @@ def test_a_killed_command_takes_its_server_along(small_repository):
 
 
 def test_a_server_that_ends_unasked_ends_the_command_with_its_log(small_repository):
-    command, ready = start_command(small_repository)
+    command, ready = start_command(small_repository, "--no-restart")
     os.kill(ready["pid"], signal.SIGKILL)
     _, errors = command.communicate(timeout=PATIENCE_S)
     assert command.returncode == 2
-    assert "tritonserver ended with status -9" in errors
+    assert "tritonserver ended with status -9 (SIGKILL)" in errors
     assert "the end of its log" in errors
     assert processes_of(ready["pid"]) == []
 

@@ -1,0 +1,126 @@
+"""Keeps a server running: starts it, watches it, and starts it again on the same ports where it died or hangs.
+
+    supervise(options, RestartPolicy(), reporter)      # returns when it is interrupted
+
+Before a server is started again the packaged engines are looked at: a file that is not what was packaged would end the
+next server as well, so that it is named and nothing is started.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from export.errors import MoeshipError, listing
+from triton_repo.engine_facts import read_engine_facts
+from triton_repo.errors import RepositoryError, ServerError
+from triton_repo.seal import is_sealed
+from triton_repo.server import Server, ServerOptions, prepared
+from triton_repo.supervision import Limits, Watch
+from trt_build.engine import MANIFEST_FILE
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestartPolicy:
+    """A server is started again up to `max_restarts` times, after 1, 2, 4 ... seconds, `longest_pause_s` at most. The
+    count begins anew where a server was healthy for `healthy_s` seconds.
+    """
+
+    max_restarts: int = 5
+    first_pause_s: float = 1.0
+    longest_pause_s: float = 30.0
+    healthy_s: float = 300.0
+    limits: Limits = field(default_factory=Limits)
+
+    def pause_s(self, restart: int) -> float:
+        """The pause before a restart; the first is number 1."""
+        doublings = min(restart - 1, 30)
+        return min(self.first_pause_s * 2.0**doublings, self.longest_pause_s)
+
+
+class Reporter(Protocol):
+    """Who is told what happens."""
+
+    def ready(self, server: Server, restarts: int) -> None:
+        """The server answers, after so many restarts."""
+
+    def failed(self, fault: str, restart: int, pause_s: float) -> None:
+        """The server has failed and was ended; it is started again after a pause."""
+
+    def draining(self, timeout_s: float) -> None:
+        """No more requests are taken; those that are computed have so long to finish."""
+
+
+def supervise(options: ServerOptions, policy: RestartPolicy, reporter: Reporter) -> None:
+    """Serve until interrupted. A first KeyboardInterrupt drains the server, a second ends it at once; both are passed
+    on.
+
+    Raises what running_server raises where the server does not start, ServerError where it failed more often than the
+    policy allows, and RepositoryError where an engine's files are damaged.
+    """
+    with prepared(options) as preparation:
+        restarts = 0
+        while True:
+            tail = ""
+            try:
+                with preparation.started() as server:
+                    began = time.monotonic()
+                    reporter.ready(server, restarts)
+                    fault = _watch(server, policy, reporter, options.drain_timeout_s)
+                    tail = server.log_tail()
+                    server.kill()
+                if time.monotonic() - began >= policy.healthy_s:
+                    restarts = 0
+            except ServerError as error:
+                if not restarts:
+                    raise
+                fault, _, tail = str(error).removeprefix(f"serving {options.repository}: ").partition("\n")
+                tail = f"\n{tail}" if tail else ""
+            _refuse_damaged(options.repository, fault)
+            if restarts >= policy.max_restarts:
+                raise ServerError(f"serving {options.repository}: {fault}{_given_up(policy.max_restarts)}{tail}")
+            restarts += 1
+            reporter.failed(fault, restarts, policy.pause_s(restarts))
+            time.sleep(policy.pause_s(restarts))
+
+
+def _watch(server: Server, policy: RestartPolicy, reporter: Reporter, drain_timeout_s: float) -> str:
+    """What failed. When interrupted, drain the server first."""
+    try:
+        return Watch(server, policy.limits).wait()
+    except KeyboardInterrupt:
+        reporter.draining(drain_timeout_s)
+        try:
+            if not server.drain(drain_timeout_s):
+                logger.warning("requests were still being answered after %g s; they are cut off", drain_timeout_s)
+        except KeyboardInterrupt:
+            server.kill()
+        raise
+
+
+def _given_up(restarts: int) -> str:
+    return f"; it was started again {restarts} times, and is not any more" if restarts else ""
+
+
+def _refuse_damaged(repository: Path, fault: str) -> None:
+    """Raise RepositoryError naming the files of packaged engines that are not what was packaged. Digests are computed
+    only where a file's size, time or inode changed."""
+    problems = []
+    for manifest in sorted(repository.glob(f"[!.]*/[0-9]*/*/{MANIFEST_FILE}")):
+        engine = manifest.parent
+        if is_sealed(engine):
+            continue
+        try:
+            read_engine_facts(engine)
+        except MoeshipError as error:
+            problems.append(str(error))
+    if problems:
+        raise RepositoryError(
+            f"serving {repository}: {fault}, and it is not started again: an engine's files are damaged; package the "
+            f"engine again:{listing(problems)}"
+        )
