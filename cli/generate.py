@@ -12,18 +12,17 @@ import json
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from cli.timeline import Timeline, log_probability_table, statistics
 from export.command import INTERRUPTED, READER_GONE, leave_stdout
 
 if TYPE_CHECKING:
     from clients.generation import Client
-    from clients.messages import GenerationRequest, ModelState, Piece
+    from clients.messages import GenerationRequest, ModelState
 
 POLL_INTERVAL_S = 0.1
 
@@ -40,9 +39,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens; 0 is all")
     sampling.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that sum to P, 0 < P <= 1")
     sampling.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text")
-    sampling.add_argument("--stop", action="append", metavar="TEXT", help="end at this text; may be repeated")
+    sampling.add_argument(
+        "--repetition-penalty", type=float, metavar="R", help="above 1: what was said is said less; 1 is none"
+    )
+    sampling.add_argument("--presence-penalty", type=float, metavar="P", help="taken off what was produced; 0 is none")
+    sampling.add_argument("--frequency-penalty", type=float, metavar="F", help="the same for each time; 0 is none")
+    ending = parser.add_argument_group("words and ends")
+    ending.add_argument("--stop", action="append", metavar="TEXT", help="end at this text; may be repeated")
+    ending.add_argument("--bad", action="append", metavar="TEXT", help="never produce this text; may be repeated")
+    ending.add_argument("--min-tokens", type=int, metavar="N", help="new tokens before an end token may come")
+    ending.add_argument("--end-id", type=int, metavar="ID", help="end at this token, not at the model's own; -1: none")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object at the end instead of the text")
+    output.add_argument("--echo", action="store_true", help="begin with the prompt")
+    output.add_argument(
+        "--log-probs", action="store_true", help="how likely each token was: a table on stderr, or in the JSON object"
+    )
     output.add_argument("--stats", action="store_true", help="a line of counts and speed on stderr at the end")
 
 
@@ -94,7 +106,7 @@ def ask(client: Client, arguments: argparse.Namespace, prompt: str, interrupted:
     try:
         model = arguments.model or the_one_ready(client.models(), arguments.url)
         request = read_request(arguments, model, prompt)
-        return answer(client, request, interrupted, as_json=arguments.json, stats=arguments.stats)
+        return answer(client, request, arguments, interrupted)
     except ClientError:
         if interrupted.is_set():
             return INTERRUPTED
@@ -129,8 +141,15 @@ def read_request(arguments: argparse.Namespace, model: str, prompt: str) -> Gene
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
+        min_length=arguments.min_tokens,
+        repetition_penalty=arguments.repetition_penalty,
+        presence_penalty=arguments.presence_penalty,
+        frequency_penalty=arguments.frequency_penalty,
         random_seed=arguments.seed,
         stop_words=tuple(arguments.stop) if arguments.stop else None,
+        bad_words=tuple(arguments.bad) if arguments.bad else None,
+        end_id=arguments.end_id,
+        return_log_probs=True if arguments.log_probs else None,
         timeout_s=arguments.timeout,
     )
 
@@ -152,40 +171,8 @@ def the_one_ready(models: Sequence[ModelState], url: str) -> str:
     raise ModelNotFound(f"choosing a model of {url}: none is ready: {listed}")
 
 
-@dataclass
-class Timeline:
-    """The pieces of one answer and when they came. `clock` gives seconds."""
-
-    clock: Callable[[], float] = time.perf_counter
-    pieces: list[Piece] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._start = self.clock()
-
-    def add(self, piece: Piece) -> None:
-        self.pieces.append(piece)
-        self.seconds.append(self.clock() - self._start)
-
-    @property
-    def num_tokens(self) -> int | None:
-        """Tokens received; None from a server that does not name them."""
-        return sum(len(piece.token_ids) for piece in self.pieces) or None
-
-    @property
-    def time_to_first_token_ms(self) -> float | None:
-        return 1000 * self.seconds[0] if self.seconds else None
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        """Tokens after the first piece by the seconds after it, so that reading the prompt does not count."""
-        if self.num_tokens is None or len(self.pieces) < 2 or self.seconds[-1] <= self.seconds[0]:
-            return None
-        return (self.num_tokens - len(self.pieces[0].token_ids)) / (self.seconds[-1] - self.seconds[0])
-
-
 def answer(
-    client: Client, request: GenerationRequest, interrupted: threading.Event, *, as_json: bool, stats: bool
+    client: Client, request: GenerationRequest, arguments: argparse.Namespace, interrupted: threading.Event
 ) -> int:
     """Stream one answer to stdout; returns the exit status. Raises ClientError; OSError if stdout takes no more."""
     from clients.errors import ClientError
@@ -194,30 +181,35 @@ def answer(
     try:
         with closing(client.stream(request)) as pieces:
             for piece in pieces:
+                # A stream never repeats the prompt, so that is done here.
+                before = request.prompt if arguments.echo and not timeline.pieces else ""
                 timeline.add(piece)
-                if not as_json:
-                    print(piece.text, end="", flush=True)
+                if not arguments.json:
+                    print(before + piece.text, end="", flush=True)
     except ClientError:
         if not interrupted.is_set():
             raise
     finally:
-        if timeline.pieces and not as_json:
+        if timeline.pieces and not arguments.json:
             print(flush=True)
-    if as_json:
-        print(json.dumps(summary(request, timeline, interrupted=interrupted.is_set()), ensure_ascii=False), flush=True)
-    if stats:
+    if arguments.json:
+        found = summary(request, timeline, echo=arguments.echo, interrupted=interrupted.is_set())
+        print(json.dumps(found, ensure_ascii=False), flush=True)
+    elif arguments.log_probs:
+        print(log_probability_table(timeline.pieces), file=sys.stderr)
+    if arguments.stats:
         print(statistics(timeline), file=sys.stderr)
     return INTERRUPTED if interrupted.is_set() else 0
 
 
-def summary(request: GenerationRequest, timeline: Timeline, *, interrupted: bool) -> dict[str, object]:
+def summary(request: GenerationRequest, timeline: Timeline, *, echo: bool, interrupted: bool) -> dict[str, object]:
     """What --json prints; a count or speed that is not known is null."""
     from clients.messages import collect
 
     generation = collect(timeline.pieces)
-    return {
+    found: dict[str, object] = {
         "model": request.model,
-        "text": generation.text,
+        "text": (request.prompt if echo else "") + generation.text,
         "token_ids": generation.token_ids,
         "finish_reason": "cancelled" if interrupted else generation.finish_reason,
         "num_input_tokens": generation.num_input_tokens,
@@ -225,13 +217,6 @@ def summary(request: GenerationRequest, timeline: Timeline, *, interrupted: bool
         "time_to_first_token_ms": timeline.time_to_first_token_ms,
         "tokens_per_s": timeline.tokens_per_s,
     }
-
-
-def statistics(timeline: Timeline) -> str:
-    """The line of --stats."""
-    parts = [f"{len(timeline.pieces)} pieces" if timeline.num_tokens is None else f"{timeline.num_tokens} tokens"]
-    if timeline.time_to_first_token_ms is not None:
-        parts.append(f"first after {timeline.time_to_first_token_ms:.0f} ms")
-    if timeline.tokens_per_s is not None:
-        parts.append(f"then {timeline.tokens_per_s:.1f} tokens/s")
-    return ", ".join(parts)
+    if request.return_log_probs:
+        found |= {"log_probs": generation.log_probs, "cum_log_prob": generation.cum_log_prob}
+    return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from export.errors import MissingPackageError
+from export.optional import optional_package
 
 
 def require_grpc() -> ModuleType:
@@ -32,7 +32,6 @@ def require_utils() -> ModuleType:
 
 
 def _require(module: str) -> ModuleType:
-    try:
+    package = "grpcio" if module.startswith("grpc") else "tritonclient[grpc]"
+    with optional_package(package, "talking to a server", "client"):
         return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingPackageError(error.name or module, "talking to a server", "client") from error

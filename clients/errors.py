@@ -7,6 +7,7 @@
     ├── MethodNotSupported      the server or the model does not offer what was asked
     ├── AccessDenied            credentials are missing or not enough
     ├── ConnectionFailed        nothing answers at that address
+    ├── ConnectionLost          the server ended, or the connection to it, after the request was sent
     ├── DeadlineExceeded        `timeout_s` ran out; the server has been told to stop
     ├── RequestCancelled        the call was cancelled before its end
     ├── ServerOverloaded        the server is up but takes no more work now
@@ -80,6 +81,12 @@ class ConnectionFailed(ClientError):
     remedy = "is the server running, and is this its gRPC port (8001 unless told otherwise), not the HTTP one?"
 
 
+class ConnectionLost(ClientError):
+    """The connection was there and broke: the server ended, or what lies between."""
+
+    remedy = "the answer is not complete: look whether the server ended, and send the request again once it is ready"
+
+
 class DeadlineExceeded(ClientError):
     """The time allowed ran out before the answer was complete."""
 
@@ -135,6 +142,9 @@ BY_STATUS: dict[str, type[ClientError]] = {
 _ENSEMBLE = re.compile(r"in ensemble '[^']*', ")
 # A full queue, whatever the status: Triton's own (core, src/scheduler_utils.cc) and TensorRT-LLM's executor's.
 _QUEUE_FULL = ("Exceeds maximum queue size", "Maximum queue size of")
+# What gRPC says of a connection that broke, as opposed to one that never stood ("failed to connect to all addresses").
+_LOST = re.compile(r"Socket closed|Connection reset|Broken pipe|recvmsg|GOAWAY|RST_STREAM|Stream removed|keepalive")
+_NEVER_CONNECTED = "failed to connect"
 # The statuses whose meaning depends on which models the server has; UNKNOWN is that of an error sent as a text.
 NEEDS_MODELS = ("NOT_FOUND", "UNAVAILABLE", "UNKNOWN")
 
@@ -156,6 +166,8 @@ def error_of(
     message = f"{doing}: {status}: {details}"
     if any(text in details for text in _QUEUE_FULL):
         return ServerOverloaded(message, status=status)
+    if _is_lost(status, details):
+        return ConnectionLost(message, status=status)
     kind = BY_STATUS[status]
     if models is None or not depends_on_models(model, status):
         return kind(message, status=status)
@@ -166,6 +178,13 @@ def error_of(
         return ModelNotReady(f"{message} (the server lists it as: {'; '.join(map(str, states))})", status=status)
     # A model that is ready and yet unavailable has a full queue.
     return ServerOverloaded(message, status=status) if status == "UNAVAILABLE" else kind(message, status=status)
+
+
+def _is_lost(status: str, details: str) -> bool:
+    """Whether a call ended with its connection."""
+    if status not in ("UNAVAILABLE", "INTERNAL", "UNKNOWN") or details.startswith(_NEVER_CONNECTED):
+        return False
+    return _LOST.search(details) is not None
 
 
 def without_ensemble(details: str) -> str:

@@ -61,10 +61,13 @@ class OutputError(MoeshipError):
 
 
 class MissingPackageError(MoeshipError):
-    """An optional package is not installed."""
+    """An optional package is not installed, or cannot be imported for `reason`."""
 
-    def __init__(self, package: str, purpose: str, extra: str) -> None:
-        super().__init__(f"{purpose} needs the package {package}; install it with: pip install 'moeship[{extra}]'")
+    def __init__(self, package: str, purpose: str, extra: str, reason: str = "") -> None:
+        there = f", which is there but cannot be imported ({reason})" if reason else ""
+        super().__init__(
+            f"{purpose} needs the package {package}{there}; install it with: pip install 'moeship[{extra}]'"
+        )
 
 
 def listing(problems: Sequence[str], most: int = 8) -> str:

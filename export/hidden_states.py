@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from export.architecture import Architecture
-from export.errors import MissingPackageError
 from export.families import Model
 from export.families.phi import TRANSFORMERS_MODULES
 from export.families.phi_stack import EMBEDDING, layer_name
+from export.optional import optional_package
 
 if TYPE_CHECKING:
     import torch
@@ -56,10 +56,8 @@ def require_torch() -> Any:  # noqa: ANN401 - a module
     """torch, with transformers beside it. Raises MissingPackageError."""
     purpose = "making gates from hidden states (gate_mode cheap_embed does without)"
     for package in ("transformers", "torch"):
-        try:
+        with optional_package(package, purpose, "verify"):
             module = __import__(package)
-        except ImportError as error:
-            raise MissingPackageError(package, purpose, "verify") from error
     return module
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.errors import MissingPackageError
+from export.optional import optional_package
 from triton_repo.contract import COMPATIBILITY_INPUTS, INPUTS, OURS, OUTPUTS, WireTensor
 from triton_repo.errors import RepositoryError
 from triton_repo.runtime.parameters import ENGINE_KEY, WORKERS_KEY, ModelParameters
@@ -99,10 +99,6 @@ def packaged_parameters(config: ModelConfig, model: str) -> ModelParameters | No
 
 def messages():  # type: ignore[no-untyped-def]  # noqa: ANN201 - a generated module
     """Triton's own message types. Raises MissingPackageError."""
-    try:
+    with optional_package("tritonclient[grpc]", "reading or writing a model's configuration", "client"):
         from tritonclient.grpc import model_config_pb2
-    except ImportError as error:
-        raise MissingPackageError(
-            "tritonclient[grpc]", "reading or writing a model's configuration", "client"
-        ) from error
     return model_config_pb2

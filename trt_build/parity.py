@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.digests import source_digests
-from export.errors import ConfigError, MissingPackageError
+from export.errors import ConfigError
 from export.families import Model, read_model
+from export.optional import optional_package
 from export.tokenizer import load_tokenizer
 from trt_build.engine import Engine, read_part_records, write_manifest
 from trt_build.errors import EngineError
@@ -290,10 +291,8 @@ def _open_reference(engine: Engine, checkpoint: Checkpoint) -> transformers.PreT
 
 def load_torch_reference(model: Model) -> transformers.PreTrainedModel:
     """The checkpoint as a transformers model in float32. Raises MissingPackageError."""
-    try:
+    with optional_package("torch and transformers", "verifying against the reference", "verify"):
         from trt_build.torch_reference import load_reference
-    except ImportError as error:
-        raise MissingPackageError("torch and transformers", "verifying against the reference", "verify") from error
     return load_reference(model)
 
 

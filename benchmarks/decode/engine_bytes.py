@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.errors import MissingPackageError
+from export.optional import optional_package
 
 if TYPE_CHECKING:
     import onnx
@@ -33,10 +33,8 @@ class EngineBytes:
 
 def count_bytes(graph: Path, num_experts: int, experts_per_token: int) -> EngineBytes:
     """Experts count for K of E, tables for one row, everything else whole; a constant of two uses for the larger."""
-    try:
+    with optional_package("onnx", "counting an engine's bytes", "cpu"):
         import onnx
-    except ImportError as error:
-        raise MissingPackageError("onnx", "counting an engine's bytes", "cpu") from error
     model = onnx.load(str(graph), load_external_data=False)
     constants = {constant.name: constant for constant in model.graph.initializer}
     packed = {name: length for name, constant in constants.items() if (length := _packed_bytes(constant))}

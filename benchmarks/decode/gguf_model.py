@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from decode.shape import EMBEDDING, ROW_MULTIPLE, Tensor, share_read, tensors
 from export.architecture import Architecture
-from export.errors import CheckpointError, MissingPackageError
+from export.errors import CheckpointError
+from export.optional import optional_package
 from export.output import require_space
 
 if TYPE_CHECKING:
@@ -43,10 +44,8 @@ class Contents:
 
 
 def gguf() -> Any:  # noqa: ANN401 - the package, which is imported by those who write or read files alone
-    try:
+    with optional_package("gguf", "writing llama.cpp's model", "bench"):
         import gguf
-    except ImportError as error:
-        raise MissingPackageError("gguf", "writing llama.cpp's model", "bench") from error
     return gguf
 
 

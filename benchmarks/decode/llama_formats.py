@@ -22,7 +22,8 @@ import numpy.typing as npt
 from decode.gguf_model import gguf, write_model
 from decode.shape import ROW_MULTIPLE, tensors
 from export.architecture import Architecture
-from export.errors import CheckpointError, MissingPackageError
+from export.errors import CheckpointError
+from export.optional import optional_package
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -34,10 +35,8 @@ LOG: list[str] = []  # what llama.cpp said, in pieces of lines
 @functools.cache
 def llama_cpp() -> Any:  # noqa: ANN401 - the package, untyped
     """The package, its log kept in LOG. Raises MissingPackageError."""
-    try:
+    with optional_package("llama-cpp-python", "measuring llama.cpp", "bench"):
         import llama_cpp
-    except ImportError as error:
-        raise MissingPackageError("llama-cpp-python", "measuring llama.cpp", "bench") from error
     llama_cpp.llama_log_set(_keep_log(llama_cpp), None)
     return llama_cpp
 

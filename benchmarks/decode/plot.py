@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from decode.results import DECODES
-from export.errors import MissingPackageError
+from export.optional import optional_package
 
 COLOURS = {"ours": "#1b6ca8"}
 _OTHERS = "#9aa5b1"
@@ -17,10 +17,8 @@ _HEIGHT = 0.46  # of a bar, its figure above it
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """Write the picture; the suffix of `path` chooses its format. Raises MissingPackageError without matplotlib."""
-    try:
+    with optional_package("matplotlib", "drawing the benchmark", "bench"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingPackageError("matplotlib", "drawing the benchmark", "bench") from error
     names = list(result["contenders"])
     lengths = result["lengths"]
     figure = Figure(figsize=(11, 1.9 + 0.55 * len(names)), layout="constrained")

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from export.conversion.parts import PartRecord, records_text
 from export.conversion.writer import Progress, write_parts
-from export.errors import MissingPackageError
 from export.families import Model
 from export.onnx_graph.converter import onnx_converter
 from export.onnx_graph.graph import GraphBuilder
@@ -24,6 +23,7 @@ from export.onnx_graph.initializers import with_packed_forms
 from export.onnx_graph.packing import NO_KEY, probe_graph
 from export.onnx_graph.stages import halves
 from export.onnx_graph.weights import Placement, WeightJob, place
+from export.optional import optional_package
 from export.provider import PROVIDERS, Provider
 from export.quantize.recipe import QuantPlan
 from export.resume import PartialFolder
@@ -93,10 +93,8 @@ def plan_export(
     The graphs take sequences of `max_sequence` tokens (None: all of the model's positions). Quantised weights are
     packed for this machine's kernels where the provider has such a form, unless `portable`.
     """
-    try:
+    with optional_package("onnx", "building an ONNX Runtime engine", "cpu"):
         import onnx  # noqa: F401 - asked for here, so that its absence is told before any work
-    except ImportError as error:
-        raise MissingPackageError("onnx", "building an ONNX Runtime engine", "cpu") from error
     built = []
     for scoring in (False, True):
         graph = GraphBuilder(

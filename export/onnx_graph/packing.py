@@ -32,8 +32,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from export.errors import ExportError, MissingPackageError, MoeshipError
+from export.errors import ExportError, MoeshipError
 from export.onnx_graph import names
+from export.optional import optional_package
 
 if TYPE_CHECKING:
     import onnx
@@ -232,10 +233,8 @@ def _pack(weight: QuantizedWeight, tensors: Sequence[onnx.TensorProto], output: 
 
 def save_with_packed_forms(graph: bytes, output: Path, folder: Path) -> None:
     """Let ONNX Runtime load a graph, its data in `folder`, and save it with what it packed in the file `output`."""
-    try:
+    with optional_package("onnxruntime", "packing weights for the CPU", "cpu"):
         import onnxruntime
-    except ImportError as error:
-        raise MissingPackageError("onnxruntime", "packing weights for the CPU", "cpu") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = options.inter_op_num_threads = 1

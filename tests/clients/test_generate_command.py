@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -70,6 +72,122 @@ def test_every_option_reaches_the_server(server):
         "seed": b"\x09" + bytes(7),
         "stop_words": b"\x01\x00\x00\x00a\x02\x00\x00\x00bc",
     }
+
+
+def test_penalties_words_and_ends_reach_the_server(server):
+    options = ["--repetition-penalty", "1.5", "--presence-penalty", "0.5", "--frequency-penalty", "-0.25"]
+    words = ["--bad", "a", "--bad", "bc", "--min-tokens", "3", "--end-id", "-1", "--log-probs"]
+    assert main(["generate", "--url", server.url, *options, *words, "x"]) == 0
+    sent = sent_tensors(server)
+    assert {name: sent[name] for name in sent if name not in ("text_input", "max_tokens", "stream")} == {
+        "repetition_penalty": b"\x00\x00\xc0\x3f",
+        "presence_penalty": b"\x00\x00\x00\x3f",
+        "frequency_penalty": b"\x00\x00\x80\xbe",
+        "bad_words": b"\x01\x00\x00\x00a\x02\x00\x00\x00bc",
+        "min_tokens": b"\x03\x00\x00\x00",
+        "end_id": b"\xff\xff\xff\xff",
+        "return_log_probs": b"\x01",
+    }
+
+
+def test_a_temperature_alone_draws(server):
+    assert main(["generate", "--url", server.url, "--temperature", "0.5", "x"]) == 0
+    assert sent_tensors(server)["top_p"] == b"\x00\x00\x80\x3f"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_an_echo_begins_with_the_prompt_which_a_stream_never_repeats(server, capsys, as_json):
+    assert main(["generate", "--url", server.url, "--echo", *(["--json"] if as_json else []), "print("]) == 0
+    out = capsys.readouterr().out
+    assert (json.loads(out)["text"] if as_json else out.removesuffix("\n")) == "print(def main"
+    assert "exclude_input_in_output" not in sent_tensors(server)
+
+
+def with_log_probs(request, context):
+    yield piece("def ", (5, 6), num_output=2, log_probs=True)
+    yield piece("main", (7,), finish_reason="length", num_output=3, log_probs=True)
+    yield empty_final()
+
+
+def test_log_probabilities_are_a_table_on_stderr(server, capsys):
+    server.answer = with_log_probs
+    assert main(["generate", "--url", server.url, "--log-probs", "x"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "def main\n"
+    # exp(-1) is 0.36788, exp(-0.5) 0.60653, exp(0.5) 1.64872.
+    assert captured.err.splitlines() == [
+        "  log prob   probability  text",
+        "    -1.000      36.788 %  'def '  (-0.500 -0.500)",
+        "    -0.500      60.653 %  'main'",
+        "3 tokens: sum -1.500, mean -0.500, perplexity 1.649",
+    ]
+
+
+def test_log_probabilities_are_in_the_json_object(server, capsys):
+    server.answer = with_log_probs
+    assert main(["generate", "--url", server.url, "--log-probs", "--json", "x"]) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert (found["log_probs"], found["cum_log_prob"], captured.err) == ([-0.5, -0.5, -0.5], -0.5, "")
+
+
+class Breaking:
+    """Hands everything on between one connection and a server, until it breaks that off and takes no other."""
+
+    def __init__(self, url: str) -> None:
+        host, _, port = url.rpartition(":")
+        self._target = (host, int(port))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._sockets: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        client, _ = self._listener.accept()
+        self._listener.close()
+        self._sockets = [client, socket.create_connection(self._target)]
+        for pair in (self._sockets, self._sockets[::-1]):
+            self._threads.append(threading.Thread(target=self._hand_on, args=pair))
+            self._threads[-1].start()
+
+    def _hand_on(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+
+    def break_off(self) -> None:
+        for each in self._sockets:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.break_off()
+        for thread in self._threads:
+            thread.join()
+        for each in self._sockets:
+            each.close()
+
+
+def test_a_server_that_dies_in_the_middle_of_a_stream_is_not_asked_about_its_port(server, capsys):
+    between = Breaking(server.url)
+
+    def answer(request, context):
+        yield piece("def ", (5,), num_output=1)
+        between.break_off()
+        server.cancelled.wait(PATIENCE_S)
+
+    server.answer = answer
+    try:
+        assert main(["generate", "--url", between.url, "--model", "phixtral", "x"]) == 1
+    finally:
+        server.cancelled.set()
+        between.close()
+    captured = capsys.readouterr()
+    assert captured.out in ("def \n", "")
+    assert captured.err.startswith(f"ConnectionLost: generating with phixtral at {between.url}: UNAVAILABLE: ")
+    assert "look whether the server ended" in captured.err
+    assert "port" not in captured.err
 
 
 def test_a_dash_reads_the_prompt_from_stdin(server, monkeypatch):
@@ -224,6 +342,15 @@ def test_speed_counts_the_tokens_after_the_first_piece_by_the_time_after_it():
         timeline.add(Piece(text="x", token_ids=token_ids))
     assert (timeline.num_tokens, timeline.time_to_first_token_ms, timeline.tokens_per_s) == (6, 2000, 1.5)
     assert statistics(timeline) == "6 tokens, first after 2000 ms, then 1.5 tokens/s"
+
+
+def test_an_answer_that_came_whole_has_no_speed():
+    for later in ((), ((),)):
+        timeline = Timeline(clock=iter([0.0, 0.25, 1.0]).__next__)
+        for token_ids in ((1, 2, 3, 4), *later):
+            timeline.add(Piece(text="x", token_ids=token_ids))
+        assert timeline.tokens_per_s is None
+        assert statistics(timeline) == "4 tokens, first after 250 ms"
 
 
 def test_a_server_that_names_no_tokens_gets_no_speed():

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from export.errors import MissingPackageError
 from export.onnx_graph.exporter import DATA_FILE, PROBE_GRAPH
 from export.onnx_graph.packing import kernel_layout
+from export.optional import optional_package
 from export.provider import PROVIDERS, Provider
 from trt_build.engine import Engine
 from trt_build.errors import EngineError
@@ -63,10 +63,8 @@ class Device:
 def open_device(engine: Engine, index: int = 0) -> Device:
     """The device of an engine's provider. Raises MissingPackageError or EngineError where it cannot be used."""
     provider = PROVIDERS[engine.manifest.provider]
-    try:
+    with optional_package(provider.package, "running an engine", provider.extra):
         import onnxruntime
-    except ImportError as error:
-        raise MissingPackageError(provider.package, "running an engine", provider.extra) from error
     device = Device(provider=provider, kind=provider.name, index=index)
     _check_kernels(engine)
     if provider.name == "cpu":

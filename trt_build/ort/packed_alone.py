@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from export.errors import ExportError, MissingPackageError
+from export.errors import ExportError
 from export.onnx_graph.packing import TILE_ROWS, QuantizedWeight, pack_in_memory, save_with_packed_forms
 from export.onnx_graph.weights import aligned
+from export.optional import optional_package
 from export.quantize.grid import pack, unpack
 from trt_build.errors import EngineError
 
@@ -190,8 +191,6 @@ def _weight(node: onnx.NodeProto, codes: onnx.TensorProto, scales: onnx.TensorPr
 
 
 def _onnx() -> Any:  # noqa: ANN401 - the module
-    try:
+    with optional_package("onnx", "unpacking the weights of an engine of format 2", "cpu"):
         import onnx
-    except ImportError as error:
-        raise MissingPackageError("onnx", "unpacking the weights of an engine of format 2", "cpu") from error
     return onnx
