@@ -6,22 +6,26 @@ G key/value heads, D head size, E experts, K experts per token, F expert width, 
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from export.errors import ConfigError, listing
+from export.errors import ConfigError, listing, named, shown, suggestion
 
 MAX_DIMENSION = 1 << 24  # far above any model's, far below what would exhaust memory by a slip of a digit
+MAX_LAYERS = 1 << 14
+MAX_EXPERTS = 1 << 12  # the experts of a layer are compared with each other, pair by pair
+# Numbers reach the kernels as float32: those that are 0 or infinite there are no facts of a model.
+MIN_REAL, MAX_REAL = 2.0**-126, 3.4e38
 
+MAX_LISTED = 12  # unknown keys that are named
 MAX_POSITIONS = 1 << 20  # the rotary tables of as many positions are written into every graph
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The facts of one decoder. `num_experts` is 0 for a dense model."""
+    """The facts of one decoder. `num_experts` is 0 for a dense model. Raises ValueError for sizes that no model has,
+    whatever file they come from."""
 
     family: str
     hidden_size: int  # H
@@ -43,6 +47,20 @@ class Architecture:
     sliding_window: int | None = None  # positions that attention looks back on, its own included; None for all
     tied_head: bool = False  # the head is the embedding
 
+    def __post_init__(self) -> None:
+        most = {"num_layers": MAX_LAYERS, "num_experts": MAX_EXPERTS, "max_positions": MAX_POSITIONS}
+        least = {"num_experts": 0, "experts_per_token": 0, "bos_token_id": 0, "rotary_dim": 0}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not MIN_REAL <= value <= MAX_REAL:
+                raise ValueError(f"{field.name} is {value}, expected a positive number of float32's range")
+            if isinstance(value, bool) or not isinstance(value, int):
+                continue
+            if not least.get(field.name, 1) <= value <= most.get(field.name, MAX_DIMENSION):
+                raise ValueError(f"{field.name} is {shown(value)}, which no model has")
+        if not all(map(is_token_id, self.eos_token_ids)):
+            raise ValueError(f"eos_token_ids is {shown(self.eos_token_ids)}, expected token ids")
+
     @property
     def is_moe(self) -> bool:
         return self.num_experts > 0
@@ -60,16 +78,17 @@ class ConfigReader:
     """
 
     def __init__(self, raw: Mapping[str, Any], family: str) -> None:
-        self._raw = raw
+        self.raw = raw
         self._family = family
         self._seen: set[str] = set()
         self._problems: list[str] = []
+        self._notes: dict[str, str] = {}
         self.overlaid: frozenset[str] = frozenset()  # keys that a nested object laid over the rest
 
     def nested(self, key: str) -> ConfigReader:
         """A reader of this config with the keys of a nested object laid over it; its problems are this reader's."""
         nested = self.mapping(key)
-        reader = ConfigReader({**self._raw, **nested}, self._family)
+        reader = ConfigReader({**self.raw, **nested}, self._family)
         reader._problems = self._problems
         reader.overlaid = frozenset(nested)
         return reader
@@ -78,39 +97,40 @@ class ConfigReader:
         """A whole number in its range. `absent` is the value upstream's config class gives a missing or null key."""
         value = self._value(key, absent)
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-            self._problems.append(f"{key} is {value!r}, expected a whole number of {minimum} to {maximum}")
+            self._problems.append(f"{key} is {shown(value)}, expected a whole number of {minimum} to {maximum}")
             return minimum
         return value
 
-    def real(self, key: str, *, absent: float | None = None) -> float:
-        """A positive number. `absent` as for `integer`."""
+    def real(self, key: str, *, absent: float | None = None, maximum: float = MAX_REAL) -> float:
+        """A positive number that float32 can hold. `absent` as for `integer`."""
         value = self._value(key, absent)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            self._problems.append(f"{key} is {value!r}, expected a positive, finite number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not MIN_REAL <= value <= maximum:
+            most = "" if maximum == MAX_REAL else f" of at most {maximum:g}"
+            self._problems.append(f"{key} is {shown(value)}, expected a positive, finite number{most}")
             return 1.0
         return float(value)
 
     def text(self, key: str) -> str | None:
         self._seen.add(key)
-        value = self._raw.get(key)
+        value = self.raw.get(key)
         return value if isinstance(value, str) else None
 
     def token_ids(self, key: str) -> tuple[int, ...]:
         """Zero, one or several token ids."""
         self._seen.add(key)
-        value = self._raw.get(key)
+        value = self.raw.get(key)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if not all(is_token_id(item) for item in ids):
-            self._problems.append(f"{key} is {value!r}, expected a token id or a list of them")
+            self._problems.append(f"{key} is {shown(value)}, expected a token id or a list of them")
             return ()
         return tuple(ids)
 
     def mapping(self, key: str) -> Mapping[str, Any]:
         """A nested object; empty when the key is missing or null."""
         self._seen.add(key)
-        value = self._raw.get(key)
+        value = self.raw.get(key)
         if value is not None and not isinstance(value, dict):
-            self._problems.append(f"{key} is {value!r}, expected an object")
+            self._problems.append(f"{key} is {shown(value)}, expected an object")
         return value if isinstance(value, dict) else {}
 
     def require(self, key: str, allowed: Iterable[Any], *, absent: Any = None) -> None:  # noqa: ANN401 - JSON value
@@ -118,7 +138,7 @@ class ConfigReader:
         allowed = list(allowed)
         value = self._value(key, absent)
         if value not in allowed:
-            self._problems.append(f"{key} is {value!r}; moeship builds only {' or '.join(map(repr, allowed))}")
+            self._problems.append(f"{key} is {shown(value)}; moeship builds only {' or '.join(map(repr, allowed))}")
 
     def harmless(self, *keys: str) -> None:
         """Keys that change nothing at inference."""
@@ -127,18 +147,30 @@ class ConfigReader:
     def problem(self, text: str) -> None:
         self._problems.append(text)
 
+    def explain(self, key: str, note: str) -> None:
+        """What to say of a key that is not honoured; null or an empty object is the same as no such key."""
+        self._notes[key] = note
+        if self.raw.get(key) in (None, {}):
+            self._seen.add(key)
+
     def finish(self) -> None:
-        for key in sorted(set(self._raw) - self._seen):
-            near = difflib.get_close_matches(key, self._seen, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            self._problems.append(f"{key} = {self._raw[key]!r} is not a key this family honours{hint}")
+        """Raise one ConfigError that lists all problems, and every key that nobody asked for."""
+        unknown = sorted(set(self.raw) - self._seen)
+        for key in unknown[:MAX_LISTED]:
+            self._problems.append(
+                f"{named(key, 60)} = {shown(self.raw[key])} is not a key this family honours"
+                + (f": {self._notes[key]}" if key in self._notes else suggestion(key, self._seen))
+            )
+        if len(unknown) > MAX_LISTED:
+            self._problems.append(f"and {len(unknown) - MAX_LISTED} more such keys")
         if self._problems:
             raise ConfigError(
-                f"reading config.json of a {self._family} checkpoint: moeship builds only what it understands; "
-                f"correct or remove:{listing(self._problems)}"
+                f"reading config.json of a {self._family} checkpoint: moeship builds only what it understands. "
+                "Correct what is misspelled or damaged and leave the rest: it belongs to the weights, and without it "
+                f"another model would be built:{listing(self._problems, 2 * MAX_LISTED)}"
             )
 
     def _value(self, key: str, absent: Any) -> Any:  # noqa: ANN401 - JSON value
         self._seen.add(key)
-        value = self._raw.get(key)
+        value = self.raw.get(key)
         return absent if value is None else value

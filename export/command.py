@@ -30,15 +30,16 @@ def run_command(run: Callable[[], int]) -> int:
     try:
         status = run()
         return status if _flushed() else READER_GONE
-    except SystemExit:  # argparse's, after its help or a wrong option
-        if not _flushed():
+    except SystemExit:  # argparse's, after a wrong option or its help, which it writes without looking at failures
+        if not _flushed() or _reader_gone(sys.stdout):
             raise SystemExit(READER_GONE) from None
         raise
     except MoeshipError as error:
         return _said(f"{type(error).__name__}: {error}", error.exit_status)
     except OSError as error:
+        gone = isinstance(error, BrokenPipeError) and any(map(_reader_gone, (sys.stdout, sys.stderr)))
         leave_stdout()
-        if isinstance(error, BrokenPipeError) and any(map(_reader_gone, (sys.stdout, sys.stderr))):
+        if gone:
             return READER_GONE
         where = f" ({named(error.filename)})" if error.filename else ""
         return _said(f"{type(error).__name__}: {error.strerror or error}{where}; name another path, or mend it", 2)
@@ -58,9 +59,13 @@ def run_command(run: Callable[[], int]) -> int:
 def leave_stdout() -> None:
     """Let nothing more be written to stdout, what is buffered included, which the interpreter would flush at its end
     and complain of."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    _leave(sys.stdout)
+
+
+def _leave(stream: TextIO | None) -> None:
+    if isinstance(stream, io.TextIOWrapper):
         with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _flushed() -> bool:
@@ -76,19 +81,23 @@ def _flushed() -> bool:
 
 def _reader_gone(stream: TextIO | None) -> bool:
     """Whether a stream is a pipe or socket that nobody reads any more."""
-    if not isinstance(stream, io.TextIOWrapper):
-        return False
     poll = select.poll()
-    poll.register(stream.fileno(), 0)
+    try:
+        poll.register(stream.fileno() if stream else -1, 0)
+    except (OSError, ValueError):  # none that the system knows
+        return False
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def _said(text: str, status: int) -> int:
     """`status`, after the text was written to stderr, where that is open; what was printed comes before it."""
-    with contextlib.suppress(OSError):
-        if not _flushed():
-            leave_stdout()
-    with contextlib.suppress(OSError, AttributeError):
+    try:
+        _flushed()
+    except OSError:
+        leave_stdout()
+    try:
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
+    except (OSError, AttributeError):  # None where it was closed before the start
+        _leave(sys.stderr)
     return status

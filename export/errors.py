@@ -18,7 +18,7 @@ import difflib
 import reprlib
 from collections.abc import Iterable, Sequence
 
-_MOST_PROBLEM = 240  # characters of one line of a listing
+_MOST_PROBLEM = 320  # characters of one line of a listing
 _MOST_SUGGESTED = 64  # characters of a word for which a similar one is looked for: the search is quadratic in them
 
 
@@ -70,11 +70,13 @@ class MissingPackageError(MoeshipError):
         )
 
 
-def listing(problems: Sequence[str], most: int = 8) -> str:
-    """Several problems as indented lines, the first `most` of them spelled out."""
+def listing(problems: Sequence[str], most: int = 8, of: int | None = None) -> str:
+    """Several problems as indented lines, the first `most` of them spelled out; `of` is how many there are, where
+    that is not how many are given."""
+    total = len(problems) if of is None else of
     lines = [f"\n  - {_cut(problem, _MOST_PROBLEM)}" for problem in problems[:most]]
-    if len(problems) > most:
-        lines.append(f"\n  - and {len(problems) - most} more")
+    if total > most:
+        lines.append(f"\n  - and {total - most} more")
     return "".join(lines)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,20 +162,27 @@ def _layout_problems(tensors: list[StoredTensor], begin: int, size: int) -> list
     problems: list[str] = []
     end, before = begin, "the header"
     for stored in sorted(tensors, key=lambda stored: (stored.offset, stored.num_bytes)):
-        name, bits = named(stored.name), math.prod(stored.shape) * _ITEM_BITS[stored.dtype]
-        if 8 * stored.num_bytes != bits:
-            expected = f"{shown(bits)} bits" if bits % 8 else f"{shown(bits // 8)} bytes"
-            problems.append(
-                f"{name} {shown(list(stored.shape))} {stored.dtype} should take {expected}, its offsets span "
-                f"{stored.num_bytes}"
-            )
-        elif stored.offset + stored.num_bytes > size:
-            problems.append(f"{name} ends at byte {stored.offset + stored.num_bytes}, the file at {size}: truncated")
-        if stored.offset < end:
-            problems.append(f"{before} and {name} overlap")
-        elif stored.offset > end:
-            problems.append(f"{stored.offset - end} bytes between {before} and {name} belong to no tensor")
-        end, before = max(end, stored.offset + stored.num_bytes), name
+        bits, last = math.prod(stored.shape) * _ITEM_BITS[stored.dtype], stored.offset + stored.num_bytes
+        if 8 * stored.num_bytes != bits or last > size or stored.offset != end:
+            problems += _misplaced(stored, bits, end, named(before), size)
+        end, before = max(end, last), stored.name
     if end < size:
-        problems.append(f"{size - end} bytes after {before}, the last tensor, belong to no tensor")
+        problems.append(f"{size - end} bytes after {named(before)}, the last tensor, belong to no tensor")
     return problems
+
+
+def _misplaced(stored: StoredTensor, bits: int, end: int, before: str, size: int) -> Iterator[str]:
+    """What is wrong with the place of a tensor of `bits`, after one that ends at byte `end` of a file of `size`."""
+    name, last = named(stored.name), stored.offset + stored.num_bytes
+    if 8 * stored.num_bytes != bits:
+        expected = f"{shown(bits)} bits" if bits % 8 else f"{shown(bits // 8)} bytes"
+        yield (
+            f"{name} {shown(list(stored.shape))} {stored.dtype} should take {expected}, its offsets span "
+            f"{stored.num_bytes}"
+        )
+    elif last > size:
+        yield f"{name} ends at byte {last}, the file at {size}: truncated"
+    if stored.offset < end:
+        yield f"{before} and {name} overlap"
+    elif stored.offset > end:
+        yield f"{stored.offset - end} bytes between {before} and {name} belong to no tensor"

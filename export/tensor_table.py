@@ -8,9 +8,10 @@ layer stacked under one name.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ import numpy.typing as npt
 from export.checkpoint import Checkpoint
 from export.errors import CheckpointError, listing, named, shown
 from export.floats import widen
-from export.safetensors_header import FLOAT_DTYPES
+from export.safetensors_header import FLOAT_DTYPES, StoredTensor
 
+MAX_DESCRIBED = 8  # tensors that a message describes; a checkpoint of another model has tens of thousands
 CHUNK_ELEMENTS = 1 << 19  # 4 MiB as float32: large enough to be read at disk speed, small beside any real tensor
 
 
@@ -199,7 +201,17 @@ def open_weights(checkpoint: Checkpoint, specs: Sequence[TensorSpec], harmless: 
 
     `harmless` are endings of names that may be present and are not used (recomputed buffers).
     """
-    problems: list[str] = []
+    misfits = list(_misfits(checkpoint, specs, tuple(harmless)))
+    if misfits:
+        problems = listing([describe() for describe in misfits[:MAX_DESCRIBED]], MAX_DESCRIBED, of=len(misfits))
+        raise CheckpointError(f"reading {named(checkpoint.folder)}: its tensors do not fit its config:{problems}")
+    return Weights(checkpoint=checkpoint, table={spec.name: spec for spec in specs})
+
+
+def _misfits(
+    checkpoint: Checkpoint, specs: Sequence[TensorSpec], harmless: tuple[str, ...]
+) -> Iterator[Callable[[], str]]:
+    """What describes each tensor that is missing, misshapen, of no float dtype, or in no row of the table."""
     used: set[str] = set()
     for spec in specs:
         for part in spec.parts:
@@ -207,24 +219,25 @@ def open_weights(checkpoint: Checkpoint, specs: Sequence[TensorSpec], harmless: 
                 continue
             used.add(part.name)
             stored = checkpoint.tensors.get(part.name)
-            if stored is None:
-                problems.append(f"{part.name} is missing, expected {list(part.whole_shape)} [{spec.letters}]")
-            elif stored.shape != part.whole_shape:
-                problems.append(
-                    f"{part.name} ({named(stored.shard.name, 60)}): found {shown(list(stored.shape))}, config.json "
-                    f"says {list(part.whole_shape)} [{spec.letters}]; is the config from another checkpoint?"
-                )
-            elif stored.dtype not in FLOAT_DTYPES:
-                problems.append(
-                    f"{part.name} has dtype {stored.dtype}, expected one of {', '.join(FLOAT_DTYPES)}: "
-                    + ("save it as F32" if stored.dtype == "F64" else "take the checkpoint before it was quantised")
-                )
+            if stored is None or stored.shape != part.whole_shape or stored.dtype not in FLOAT_DTYPES:
+                yield partial(_describe_misfit, spec, part, stored)
     for name in sorted(set(checkpoint.tensors) - used):
-        if not name.endswith(tuple(harmless)):
-            shape = shown(list(checkpoint.tensors[name].shape))
-            problems.append(f"{named(name)} {shape} is not a tensor of this family")
-    if problems:
-        raise CheckpointError(
-            f"reading {named(checkpoint.folder)}: its tensors do not fit its config:{listing(problems)}"
+        if not name.endswith(harmless):
+            yield partial(_describe_extra, checkpoint.tensors[name])
+
+
+def _describe_misfit(spec: TensorSpec, part: Part, stored: StoredTensor | None) -> str:
+    if stored is None:
+        return f"{part.name} is missing, expected {list(part.whole_shape)} [{spec.letters}]"
+    if stored.shape != part.whole_shape:
+        return (
+            f"{part.name} ({named(stored.shard.name, 60)}): found {shown(list(stored.shape))}, config.json says "
+            f"{list(part.whole_shape)} [{spec.letters}]; is the config from another checkpoint?"
         )
-    return Weights(checkpoint=checkpoint, table={spec.name: spec for spec in specs})
+    return f"{part.name} has dtype {stored.dtype}, expected one of {', '.join(FLOAT_DTYPES)}: " + (
+        "save it as F32" if stored.dtype == "F64" else "take the checkpoint before it was quantised"
+    )
+
+
+def _describe_extra(stored: StoredTensor) -> str:
+    return f"{named(stored.name)} {shown(list(stored.shape))} is not a tensor of this family"

@@ -1,6 +1,7 @@
 """The reference: transformers' own model of the family, float32 on CPU.
 
-Independent of the engine but for the reading of tensors. For a phixtral, which transformers lacks, it is its Phi with
+Independent of the engine but for the reading of tensors: its configuration is transformers' reading of config.json as
+it stands, not the facts that the engine was built from. For a phixtral, which transformers lacks, it is its Phi with
 a mixture for each MLP, written out expert by expert; proven by an identity: with all experts equal it is
 PhiForCausalLM. For a Mixtral it is MixtralForCausalLM, whose router is told which of equal logits to prefer.
 
@@ -10,7 +11,8 @@ This module imports torch and transformers; it is imported only where a referenc
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,8 +23,12 @@ from export.architecture import Architecture
 from export.errors import ConfigError
 from export.families import Model
 from export.families.phi import TRANSFORMERS_MODULES, TRANSFORMERS_TOP
-from export.hidden_states import phi_config
 from export.tensor_table import Weights
+
+_LOADING_KEYS = (
+    "dtype", "torch_dtype", "auto_map", "use_cache", "return_dict", "output_attentions", "output_hidden_states",
+    "output_router_logits", "is_encoder_decoder", "chunk_size_feed_forward", "problem_type",
+)  # fmt: skip
 
 
 class Mixture(nn.Module):
@@ -67,7 +73,7 @@ def _load_phi(model: Model) -> PhiForCausalLM:
     facts = model.architecture
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        reference = PhiForCausalLM(_config(facts)).eval()
+        reference = PhiForCausalLM(_config(model)).eval()
     if facts.is_moe:
         for index, layer in enumerate(reference.model.layers):
             layer.mlp = _mixture(model.weights, f"transformer.h.{index}.moe", facts)
@@ -79,12 +85,40 @@ def _load_phi(model: Model) -> PhiForCausalLM:
     return reference
 
 
-def _config(facts: Architecture) -> PhiConfig:
-    config = phi_config(facts)
+def _config(model: Model) -> PhiConfig:
+    raw = model.weights.checkpoint.config
+    config = PhiConfig.from_dict(_without_loading_keys(raw if raw["model_type"] == "phi" else _phi_spelling(raw)))
     config._attn_implementation = "eager"
-    if facts.is_moe:
+    if model.architecture.is_moe:
         config.intermediate_size = 1  # replaced by the mixture
     return config
+
+
+def _phi_spelling(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A phi-msft config.json in transformers' words; what may be absent is as in the published configuration_phi.py."""
+    hidden, heads = raw["n_embd"], raw["n_head"]
+    return {
+        "vocab_size": raw["vocab_size"],
+        "hidden_size": hidden,
+        "intermediate_size": raw.get("n_inner") or 4 * hidden,
+        "num_hidden_layers": raw["n_layer"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": raw.get("n_head_kv") or heads,
+        "max_position_embeddings": raw["n_positions"],
+        "layer_norm_eps": raw["layer_norm_epsilon"],
+        "hidden_act": raw["activation_function"],
+        "tie_word_embeddings": raw.get("tie_word_embeddings", False),
+        "bos_token_id": raw.get("bos_token_id"),
+        "eos_token_id": raw.get("eos_token_id"),
+        "rope_theta": 10000.0,
+        # transformers takes int(D * factor); the quarter keeps a rounded quotient from losing a dimension.
+        "partial_rotary_factor": (raw["rotary_dim"] + 0.25) / (hidden // heads),
+    }
+
+
+def _without_loading_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without what says how to load a model and what its calls return, which is settled here."""
+    return {key: value for key, value in raw.items() if key not in _LOADING_KEYS}
 
 
 def _mixture(weights: Weights, name: str, facts: Architecture) -> Mixture:
@@ -129,33 +163,18 @@ class LowestFirstRouter(MixtralTopKRouter):
         return logits, chosen / chosen.sum(dim=-1, keepdim=True), experts[:, : self.top_k]
 
 
-def mixtral_config(facts: Architecture) -> MixtralConfig:
-    """transformers' configuration of a Mixtral with these facts."""
-    config = MixtralConfig(
-        vocab_size=facts.vocab_size,
-        hidden_size=facts.hidden_size,
-        intermediate_size=facts.ffn_size,
-        num_hidden_layers=facts.num_layers,
-        num_attention_heads=facts.num_heads,
-        num_key_value_heads=facts.num_kv_heads,
-        head_dim=facts.head_size,
-        max_position_embeddings=facts.max_positions,
-        rms_norm_eps=facts.norm_epsilon,
-        tie_word_embeddings=facts.tied_head,
-        sliding_window=facts.sliding_window,
-        num_experts_per_tok=facts.experts_per_token,
-        num_local_experts=facts.num_experts,
-        bos_token_id=facts.bos_token_id,
-        eos_token_id=list(facts.eos_token_ids) or None,
-        rope_parameters={"rope_type": "default", "rope_theta": facts.rope_base},
-    )
+def mixtral_config(model: Model) -> MixtralConfig:
+    """transformers' configuration of a Mixtral checkpoint; the number of experts a token is the model's, which may
+    have been overridden."""
+    config = MixtralConfig.from_dict(_without_loading_keys(model.weights.checkpoint.config))
+    config.num_experts_per_tok = model.architecture.experts_per_token
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
     return config
 
 
 def _load_mixtral(model: Model) -> MixtralForCausalLM:
-    config = mixtral_config(model.architecture)
+    config = mixtral_config(model)
     with torch.device("meta"):
         reference = MixtralForCausalLM(config).eval()
         for layer in reference.model.layers:

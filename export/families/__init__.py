@@ -15,12 +15,14 @@ import numpy.typing as npt
 
 from export.architecture import Architecture
 from export.checkpoint import Checkpoint
-from export.errors import ConfigError
+from export.errors import CheckpointError, ConfigError, named, shown
 from export.tensor_table import Role, TensorSpec, Weights, open_weights
 from export.trtllm.network import TrtllmNetwork
 
 if TYPE_CHECKING:
     from export.onnx_graph.graph import GraphBuilder
+
+MAX_ALL_EXPERTS = 1 << 18  # of all layers together: six times the largest model published
 
 _MODULES = ("phi", "phixtral", "mixtral")
 
@@ -71,8 +73,8 @@ def detect(config: Mapping[str, Any], where: str) -> Family:
         return found[0]
     known = ", ".join(family.name for family in families())
     raise ConfigError(
-        f"reading config.json of {where}: model_type {config.get('model_type')!r} is none that moeship builds "
-        f"({known}); is this the checkpoint you meant?"
+        f"reading config.json of {named(where)}: model_type {shown(config.get('model_type'))} is none that moeship "
+        f"builds ({known}); is this the checkpoint you meant?"
     )
 
 
@@ -85,9 +87,23 @@ def read_model(checkpoint: Checkpoint, experts_per_token: int | None = None) -> 
     architecture = family.read_config(checkpoint.config)
     if experts_per_token is not None:
         architecture = _with_experts_per_token(architecture, experts_per_token)
+    _check_counts(checkpoint, architecture)
     specs = family.tensors(architecture, list(checkpoint.tensors))
     weights = open_weights(checkpoint, specs, family.harmless_tensors)
     return Model(family=family, architecture=architecture, weights=weights)
+
+
+def _check_counts(checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """Raise CheckpointError where the files cannot hold so many layers and experts, before a table of them is made."""
+    found, layers, experts = len(checkpoint.tensors), architecture.num_layers, architecture.num_experts
+    packed = [stored.shape[0] for stored in checkpoint.tensors.values() if len(stored.shape) == 3]
+    room = sum(packed) if packed else found  # experts lie in a tensor each, or one after the other in one of three axes
+    if layers > found or layers * experts > min(room, MAX_ALL_EXPERTS):
+        said = f"{layers} layers" + (f" of {experts} experts" if experts else "")
+        raise CheckpointError(
+            f"reading {named(checkpoint.folder)}: config.json says {said}, but the files hold {found} tensors, too few "
+            "for so many; is the config from another checkpoint?"
+        )
 
 
 def _with_experts_per_token(architecture: Architecture, experts_per_token: int) -> Architecture:

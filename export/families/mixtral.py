@@ -20,9 +20,9 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from export.architecture import MAX_POSITIONS, Architecture, ConfigReader
+from export.architecture import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, Architecture, ConfigReader
 from export.families import Family
-from export.families.transformers_config import HARMLESS_KEYS, check_heads, read_rope
+from export.families.transformers_config import HARMLESS_KEYS, check_heads, read_rope, refuse_quantized
 from export.tensor_table import Part, Role, TensorSpec, concatenated, interleaved, single, stacked
 from export.trtllm.network import TrtllmNetwork
 
@@ -48,6 +48,7 @@ def read_config(raw: Mapping[str, Any]) -> Architecture:
     """Facts of a Mixtral config.json; `absent` values are those of transformers' MixtralConfig. Raises ConfigError."""
     reader = ConfigReader(raw, "mixtral")
     reader.harmless(*HARMLESS_KEYS, *_TRAINING_KEYS)
+    refuse_quantized(reader)
     hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
     reader.require("hidden_act", ["silu"], absent="silu")
     reader.require("attention_bias", [False], absent=False)
@@ -55,7 +56,7 @@ def read_config(raw: Mapping[str, Any]) -> Architecture:
     head_size = reader.integer("head_dim", absent=hidden // heads)
     if raw.get("head_dim") is None and hidden % heads:
         reader.problem(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-    experts = reader.integer("num_local_experts", absent=8)
+    experts = reader.integer("num_local_experts", absent=8, maximum=MAX_EXPERTS)
     per_token = reader.integer("num_experts_per_tok", absent=2)
     if per_token > experts:
         reader.problem(f"num_experts_per_tok is {per_token}, expected 1 to num_local_experts = {experts}")
@@ -64,7 +65,7 @@ def read_config(raw: Mapping[str, Any]) -> Architecture:
     architecture = Architecture(
         family="mixtral",
         hidden_size=hidden,
-        num_layers=reader.integer("num_hidden_layers"),
+        num_layers=reader.integer("num_hidden_layers", maximum=MAX_LAYERS),
         num_heads=heads,
         # A null says as many as query heads, an absent key Mixtral-8x7B's number.
         num_kv_heads=reader.integer("num_key_value_heads", absent=heads if "num_key_value_heads" in raw else 8),

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from export.architecture import MAX_POSITIONS, Architecture, ConfigReader
+from export.architecture import MAX_LAYERS, MAX_POSITIONS, Architecture, ConfigReader
 from export.families import Family
 from export.families.phi_stack import (
     EMBEDDING,
@@ -33,7 +33,7 @@ from export.families.phi_stack import (
     stack_tensors,
     stack_trtllm,
 )
-from export.families.transformers_config import HARMLESS_KEYS, check_heads, read_rope
+from export.families.transformers_config import HARMLESS_KEYS, check_heads, read_rope, refuse_quantized
 from export.tensor_table import Part, Role, TensorSpec, concatenated, single
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def _read_transformers_config(raw: Mapping[str, Any]) -> Architecture:
     """`absent` values are those of transformers' PhiConfig (models/phi/configuration_phi.py)."""
     reader = ConfigReader(raw, "phi")
     reader.harmless(*HARMLESS_KEYS, "embd_pdrop", "resid_pdrop")
+    refuse_quantized(reader)
     hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
     reader.require("hidden_act", ["gelu_new"], absent="gelu_new")
     reader.require("qk_layernorm", [False], absent=False)
@@ -79,15 +80,15 @@ def _read_transformers_config(raw: Mapping[str, Any]) -> Architecture:
     architecture = Architecture(
         family="phi",
         hidden_size=hidden,
-        num_layers=reader.integer("num_hidden_layers"),
+        num_layers=reader.integer("num_hidden_layers", maximum=MAX_LAYERS),
         num_heads=heads,
         num_kv_heads=reader.integer("num_key_value_heads", absent=heads),
-        head_size=hidden // heads,
+        head_size=max(1, hidden // heads),
         ffn_size=reader.integer("intermediate_size"),
         vocab_size=reader.integer("vocab_size"),
         num_experts=0,
         experts_per_token=0,
-        rotary_dim=int(hidden // heads * rope.real("partial_rotary_factor", absent=0.5)),
+        rotary_dim=int(hidden // heads * rope.real("partial_rotary_factor", absent=0.5, maximum=1.0)),
         rope_base=rope.real("rope_theta", absent=10000.0),
         norm_epsilon=reader.real("layer_norm_eps", absent=1e-5),
         max_positions=reader.integer("max_position_embeddings", maximum=MAX_POSITIONS),

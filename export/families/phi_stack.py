@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from export.architecture import MAX_POSITIONS, Architecture, ConfigReader
-from export.families.transformers_config import check_heads
+from export.architecture import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, Architecture, ConfigReader
+from export.families.transformers_config import SCALED_ROTARY, check_heads, refuse_quantized
 from export.tensor_table import Role, TensorSpec, single
 from export.trtllm.network import TrtllmNetwork
 
@@ -53,8 +53,10 @@ def read_msft_config(raw: Mapping[str, Any], family: str) -> Architecture:
     """Facts of a phi-msft config.json, dense or with experts. Raises ConfigError."""
     reader = ConfigReader(raw, family)
     reader.harmless(*_HARMLESS_KEYS)
+    reader.explain("rope_scaling", f"scaled rotary embedding {SCALED_ROTARY}")
+    refuse_quantized(reader)
     hidden, heads = reader.integer("n_embd"), reader.integer("n_head")
-    experts = reader.integer("num_local_experts", absent=0, minimum=0)
+    experts = reader.integer("num_local_experts", absent=0, minimum=0, maximum=MAX_EXPERTS)
     reader.require("activation_function", ["gelu_new"])
     reader.require("tie_word_embeddings", [False], absent=False)
     reader.require("img_processor", [None])
@@ -68,10 +70,10 @@ def read_msft_config(raw: Mapping[str, Any], family: str) -> Architecture:
     architecture = Architecture(
         family=family,
         hidden_size=hidden,
-        num_layers=reader.integer("n_layer"),
+        num_layers=reader.integer("n_layer", maximum=MAX_LAYERS),
         num_heads=heads,
         num_kv_heads=reader.integer("n_head_kv", absent=heads),
-        head_size=hidden // heads,
+        head_size=max(1, hidden // heads),
         ffn_size=reader.integer("n_inner", absent=4 * hidden),
         vocab_size=reader.integer("vocab_size"),
         num_experts=experts if experts > 1 else 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from export.architecture import Architecture, ConfigReader
+from export.errors import named, names, shown
 
 # Keys that transformers' PretrainedConfig writes and that change nothing at inference.
 HARMLESS_KEYS = (
@@ -10,6 +11,7 @@ HARMLESS_KEYS = (
     "use_cache", "_name_or_path", "pad_token_id", "chunk_size_feed_forward", "id2label", "label2id",
     "is_encoder_decoder", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
 )  # fmt: skip
+SCALED_ROTARY = "is not supported yet, and without it the logits would be others"
 
 
 def read_rope(reader: ConfigReader, *keys: str) -> ConfigReader:
@@ -17,14 +19,35 @@ def read_rope(reader: ConfigReader, *keys: str) -> ConfigReader:
 
     transformers 5 nests them in rope_parameters, transformers 4 kept them at the top.
     """
-    reader.require("rope_scaling", [None])
+    _refuse_rotary_scaling(reader)
     rope = reader.nested("rope_parameters")
     reader.harmless(*keys)
     rope.require("rope_type", ["default"], absent="default")
     unknown = rope.overlaid - {*keys, "rope_type"}
     if unknown:
-        reader.problem(f"rope_parameters holds {', '.join(sorted(unknown))}, which this family does not honour")
+        reader.problem(f"rope_parameters holds {names(sorted(unknown))}, which this family does not honour")
     return rope
+
+
+def _refuse_rotary_scaling(reader: ConfigReader) -> None:
+    """Null and an empty object are unscaled, as for transformers."""
+    scaling = reader.mapping("rope_scaling")
+    if scaling:
+        kind = scaling.get("rope_type") or scaling.get("type")
+        reader.problem(f"rope_scaling is {shown(scaling)}: its kind, {shown(kind, 40)}, {SCALED_ROTARY}")
+
+
+def refuse_quantized(reader: ConfigReader) -> None:
+    """Weights that are stored quantised are not read; null or an empty object says that they are not."""
+    for key in ("quantization_config", "compression_config"):
+        value = reader.raw.get(key)
+        fields = value if isinstance(value, dict) else {}
+        method = fields.get("quant_method") or fields.get("quant_algo")
+        reader.explain(
+            key,
+            f"the weights are quantised by {named(method, 40) if method else 'an unnamed method'}, which is not read "
+            "yet; take the checkpoint as it was before, moeship quantises it itself",
+        )
 
 
 def check_heads(reader: ConfigReader, architecture: Architecture) -> None:
@@ -33,7 +56,7 @@ def check_heads(reader: ConfigReader, architecture: Architecture) -> None:
         reader.problem(
             f"{architecture.num_heads} query heads do not divide among {architecture.num_kv_heads} key heads"
         )
-    if architecture.rotary_dim % 2 or architecture.rotary_dim > architecture.head_size:
+    if architecture.rotary_dim % 2 or not 2 <= architecture.rotary_dim <= architecture.head_size:
         reader.problem(
             f"rotary dimension {architecture.rotary_dim}, expected an even number up to the head size "
             f"{architecture.head_size}"

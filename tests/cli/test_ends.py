@@ -1,0 +1,111 @@
+"""How commands end when nobody reads on, the disk is full, memory is short, or moeship itself is at fault."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import write_phixtral_checkpoint
+
+from cli.main import COMMANDS
+from export.command import INTERNAL_ERROR, READER_GONE, run_command
+from export.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ends") / "mixture"
+    return write_phixtral_checkpoint(folder, seed=3, num_experts=3, experts_per_token=2)
+
+
+def with_closed_stdout(words, stderr=subprocess.PIPE):
+    """A command whose stdout nobody reads: its status and what it said on stderr."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "cli.main", *map(str, words)]
+    done = subprocess.run(command, stdout=writing, stderr=stderr, check=False, timeout=60, stdin=subprocess.DEVNULL)
+    os.close(writing)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_inspect_ends_quietly_when_its_reader_has_gone(mixture, options):
+    assert with_closed_stdout(["inspect", mixture, *options]) == (READER_GONE, b"")
+
+
+def test_head_gets_its_lines_and_the_shell_no_complaint(mixture):
+    line = f"{sys.executable} -m cli.main inspect {mixture} | head -2; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stderr == ""
+    *lines, status = done.stdout.splitlines()
+    assert len(lines) == 2
+    assert status in ("0", str(READER_GONE))  # 0 where all was written before head ended
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_help_ends_quietly_when_its_reader_has_gone(words):
+    assert with_closed_stdout(words) == (READER_GONE, b"")
+
+
+def test_an_error_is_told_though_stdout_is_closed(tmp_path):
+    status, said = with_closed_stdout(["inspect", tmp_path / "absent" / "folder"])
+    assert status == 2
+    assert said.startswith(b"CheckpointError: opening the checkpoint")
+    assert b"Traceback" not in said
+
+
+def test_both_streams_may_be_closed(mixture):
+    assert with_closed_stdout(["inspect", mixture], stderr=subprocess.DEVNULL)[0] == READER_GONE
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert with_closed_stdout(["inspect", "absent/folder/x"], stderr=writing)[0] == 2
+    os.close(writing)
+
+
+def test_a_full_disk_is_one_line_and_status_2(mixture):
+    with Path("/dev/full").open("wb") as full:
+        command = [sys.executable, "-m", "cli.main", "inspect", str(mixture)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "OSError: No space left on device; name another path, or mend it\n"
+
+
+def test_names_that_the_terminal_cannot_show_do_not_end_a_command(tmp_path):
+    plain = write_phixtral_checkpoint(tmp_path / "plain", seed=3, num_experts=2, experts_per_token=1)
+    folder = plain.rename(tmp_path / "ä\udcff")
+    for encoding in ("ascii", "utf-8"):
+        done = subprocess.run(
+            [sys.executable, "-m", "cli.main", "inspect", os.fsencode(folder)],
+            capture_output=True, check=False, timeout=60, env={**os.environ, "PYTHONIOENCODING": encoding},
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert rb"\udcff" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), ConfigError("reading it: x"), OSError(36, "File name too long", "n" * 999)]
+)
+def test_errors_of_input_and_machine_are_one_line_with_status_2(capsys, error):
+    def run():
+        raise error
+
+    assert run_command(run) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert len(said) < 400
+
+
+def test_a_fault_of_moeships_own_says_what_to_report(capsys, caplog):
+    def run():
+        return {}["key\x1b[0m" + "x" * 5000]
+
+    with caplog.at_level("DEBUG"):
+        assert run_command(run) == INTERNAL_ERROR
+    said = capsys.readouterr().err
+    assert said.startswith("internal error: KeyError: 'key\\x1b[0mxxx")
+    assert "report it with the command" in said
+    assert len(said) < 700
+    assert "Traceback" in caplog.text
