@@ -22,6 +22,10 @@ MAX_LISTED = 12  # unknown keys that are named
 MAX_POSITIONS = 1 << 20  # the rotary tables of as many positions are written into every graph
 
 
+# Keys of config.json that export/settings.py reads, since other files can state them too.
+SETTINGS_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """The facts of one decoder. `num_experts` is 0 for a dense model. Raises ValueError for sizes that no model has,
@@ -41,11 +45,11 @@ class Architecture:
     rope_base: float
     norm_epsilon: float
     max_positions: int
-    bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
     source_dtype: str | None  # what the config claims; the tensors themselves decide
     sliding_window: int | None = None  # positions that attention looks back on, its own included; None for all
     tied_head: bool = False  # the head is the embedding
+    bos_token_id: int | None = None  # this and the end tokens come from export/settings.py, which joins several files
+    eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         most = {"num_layers": MAX_LAYERS, "num_experts": MAX_EXPERTS, "max_positions": MAX_POSITIONS}
@@ -114,16 +118,6 @@ class ConfigReader:
         self._seen.add(key)
         value = self.raw.get(key)
         return value if isinstance(value, str) else None
-
-    def token_ids(self, key: str) -> tuple[int, ...]:
-        """Zero, one or several token ids."""
-        self._seen.add(key)
-        value = self.raw.get(key)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(is_token_id(item) for item in ids):
-            self._problems.append(f"{key} is {shown(value)}, expected a token id or a list of them")
-            return ()
-        return tuple(ids)
 
     def mapping(self, key: str) -> Mapping[str, Any]:
         """A nested object; empty when the key is missing or null."""

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from export.checkpoint_files import DOWNLOAD_EXCEPTIONS, DOWNLOAD_PATTERNS, INDEX_FILE, text_files
 from export.errors import CheckpointError, listing, named, names, shown
 from export.floats import all_finite, widen
 from export.reading import is_folder, is_regular, open_regular, read_json
@@ -32,15 +33,9 @@ from export.safetensors_header import StoredTensor, numpy_dtype, read_header
 
 logger = logging.getLogger(__name__)
 
-INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 _SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "generation_config.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +100,7 @@ class Checkpoint:
 
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer and generation files that travel with the model."""
-        return [self.folder / name for name in TOKENIZER_FILES if is_regular(self.folder / name)]
+        return [self.folder / name for name in text_files(self.folder)]
 
 
 def file_digest(path: Path) -> str:
@@ -159,7 +154,11 @@ def _download(location: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(location, allow_patterns=HUB_FILES))
+        return Path(
+            huggingface_hub.snapshot_download(
+                location, allow_patterns=list(DOWNLOAD_PATTERNS), ignore_patterns=list(DOWNLOAD_EXCEPTIONS)
+            )
+        )
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

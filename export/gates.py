@@ -17,17 +17,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from export.checkpoint import read_json
 from export.errors import MergeError
 from export.families import Model
 from export.hidden_states import States, embedding_rows, layer_inputs
 from export.merge_config import GateMode, MergeConfig
-from export.tokenizer import SETTINGS_FILE, Tokenizer, load_tokenizer
+from export.settings import Settings, read_settings
 
 _SMALLEST_LENGTH = 1e-8
 Vector = npt.NDArray[np.float32]
@@ -37,8 +35,8 @@ Prompts = list[list[int]]
 def gate_matrices(config: MergeConfig, base: Model, *, seed: int) -> dict[int, npt.NDArray[np.float32]]:
     """Layer -> gate, float32 [E, H]. Raises MergeError for prompts that the base cannot take."""
     if config.gate_mode.reads_prompts:
-        tokenizer = load_tokenizer(base.weights.checkpoint.folder)
-        positives, negatives = tokenize_prompts(config, base, tokenizer)
+        checkpoint = base.weights.checkpoint
+        positives, negatives = tokenize_prompts(config, base, read_settings(checkpoint.folder, checkpoint.config))
         if config.gate_mode is GateMode.CHEAP_EMBED:
             return _cheap_embed(base, positives, negatives)
         return _hidden(base, positives, negatives, average=config.gate_mode is GateMode.HIDDEN_AVG)
@@ -51,12 +49,12 @@ def gate_matrices(config: MergeConfig, base: Model, *, seed: int) -> dict[int, n
     return {layer: rng.uniform(-bound, bound, shape).astype(np.float32) for layer in layers}
 
 
-def tokenize_prompts(config: MergeConfig, base: Model, tokenizer: Tokenizer) -> tuple[list[Prompts], list[Prompts]]:
+def tokenize_prompts(config: MergeConfig, base: Model, settings: Settings) -> tuple[list[Prompts], list[Prompts]]:
     """Token ids of every expert's positive and negative prompts, each with the start token before it."""
-    start = start_token(base.weights.checkpoint.folder)
+    start = settings.facts.special_tokens.get("bos_token", "")
 
     def encode(prompts: Sequence[str], what: str) -> Prompts:
-        encoded = [tokenizer.encode(start + prompt) for prompt in prompts]
+        encoded = [settings.tokenizer.encode(start + prompt) for prompt in prompts]
         for prompt, ids in zip(prompts, encoded, strict=True):
             _check_prompt(prompt, ids, what, base)
         return encoded
@@ -66,17 +64,6 @@ def tokenize_prompts(config: MergeConfig, base: Model, tokenizer: Tokenizer) -> 
         sides[0].append(encode(expert.positive_prompts, f"positive prompt of expert {index}"))
         sides[1].append(encode(expert.negative_prompts, f"negative prompt of expert {index}"))
     return sides
-
-
-def start_token(folder: Path) -> str:
-    """The text of the tokenizer's bos_token, as its settings have it; empty where they name none."""
-    for name in (SETTINGS_FILE, "special_tokens_map.json"):
-        if (folder / name).is_file():
-            token = read_json(folder / name, "the tokenizer's settings").get("bos_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str):
-                return token
-    return ""
 
 
 def _check_prompt(prompt: str, ids: Sequence[int], what: str, base: Model) -> None:

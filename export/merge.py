@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,8 +31,8 @@ from export.merge_checks import check_models, measure_lost_training, output_dtyp
 from export.merge_config import GateMode, MergeConfig
 from export.merge_layout import MergedTensor, MergeSources, cast, config_json, merged_tensors
 from export.output import refuse_existing, require_space, staged_directory
+from export.settings import Settings, read_settings
 from export.shard_writer import write_sharded
-from export.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +66,13 @@ def merge(
     refuse_existing(output, _WHAT)
     base, experts = _open_models(config)
     check_models(base, experts)
-    load_tokenizer(base.weights.checkpoint.folder)  # refused before anything is computed
+    checkpoint = base.weights.checkpoint
+    settings = read_settings(checkpoint.folder, checkpoint.config)  # refused before anything is computed
     dtype = output_dtype(config.dtype, base)
     architecture = replace(
         base.architecture,
         family="phixtral",
+        eos_token_ids=settings.ids.eos,
         num_experts=len(experts),
         experts_per_token=config.experts_per_token,
     )
@@ -84,7 +85,8 @@ def merge(
         logger.warning("routing: %s", sentence)
     sources = MergeSources(base=base, experts=experts, settings=config.experts, gates=gates, seed=seed)
     with staged_directory(output, _WHAT) as folder:
-        _write_folder(folder, config, config_json(architecture, dtype), tensors, sources, max_shard_bytes)
+        values = config_json(architecture, dtype, settings.ids.pad)
+        _write_folder(folder, config, values, settings, tensors, sources, max_shard_bytes)
     result = MergeResult(
         folder=output,
         architecture=architecture,
@@ -106,11 +108,12 @@ def _write_folder(
     folder: Path,
     config: MergeConfig,
     config_values: Mapping[str, Any],
+    settings: Settings,
     tensors: Sequence[MergedTensor],
     sources: MergeSources,
     max_shard_bytes: int,
 ) -> None:
-    """Shards, config.json, the base's tokenizer files and a copy of the YAML."""
+    """Shards, config.json, the base's tokenizer and settings, and a copy of the YAML."""
     by_name = {tensor.planned.name: tensor for tensor in tensors}
     write_sharded(
         folder,
@@ -120,8 +123,7 @@ def _write_folder(
     )
     (folder / "config.json").write_text(json.dumps(config_values, indent=2) + "\n", encoding="utf-8")
     (folder / YAML_FILE).write_text(config.text, encoding="utf-8")
-    for path in sources.base.weights.checkpoint.tokenizer_files():
-        shutil.copyfile(path, folder / path.name)
+    settings.write(folder)
 
 
 def _open_models(config: MergeConfig) -> tuple[Model, list[Model]]:

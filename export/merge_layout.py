@@ -31,14 +31,13 @@ _DTYPE_NAMES = {label: name for name, label in DTYPES.items()}
 _EXPONENTS = {"F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000)}
 
 
-def config_json(architecture: Architecture, dtype: str) -> dict[str, Any]:
-    """config.json of the merged checkpoint. `dtype` is a safetensors label."""
-    tokens: dict[str, Any] = {}
-    if architecture.bos_token_id is not None:
-        tokens["bos_token_id"] = architecture.bos_token_id
-    if architecture.eos_token_ids:
-        ids = list(architecture.eos_token_ids)
-        tokens["eos_token_id"] = ids[0] if len(ids) == 1 else ids
+def config_json(architecture: Architecture, dtype: str, pad_token_id: int | None = None) -> dict[str, Any]:
+    """config.json of the merged checkpoint. `dtype` is a safetensors label. The token ids are the
+    base's after all precedence, so that a reader of config.json alone finds them too."""
+    ids = architecture.eos_token_ids
+    end = ids[0] if len(ids) == 1 else list(ids) or None
+    stated = {"bos_token_id": architecture.bos_token_id, "eos_token_id": end, "pad_token_id": pad_token_id}
+    tokens = {name: value for name, value in stated.items() if value is not None}
     heads, width = architecture.num_kv_heads, architecture.ffn_size
     return {
         "activation_function": "gelu_new",

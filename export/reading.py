@@ -59,6 +59,11 @@ def is_regular(path: Path) -> bool:
         return False
 
 
+def is_there(path: Path) -> bool:
+    """Whether anything lies there, of whatever kind; false for a name that no file can have."""
+    return os.path.exists(path)  # noqa: PTH110 - Path.exists raises for such a name
+
+
 def is_folder(path: Path) -> bool:
     """Whether a folder lies there; false for a name that no file can have."""
     return os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises for such a name

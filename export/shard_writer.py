@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.checkpoint import INDEX_FILE, numpy_dtype
+from export.checkpoint import numpy_dtype
+from export.checkpoint_files import INDEX_FILE
 from export.errors import OutputError
 
 Chunks = Callable[["PlannedTensor"], Iterable[npt.NDArray[Any]]]

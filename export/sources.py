@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-from export.checkpoint import INDEX_FILE, Checkpoint, file_digest
+from export.checkpoint import Checkpoint, file_digest
+from export.checkpoint_files import INDEX_FILE
 from export.errors import CheckpointError
 from export.reading import is_regular
 from export.resume import SourceFile
@@ -20,7 +21,9 @@ def source_files(checkpoint: Checkpoint) -> dict[str, SourceFile]:
         shard = path in checkpoint.shards
         digest = hashlib.sha256(header_bytes(path)).hexdigest() if shard else file_digest(path)
         facts = path.stat()
-        found[path.name] = SourceFile(bytes=facts.st_size, modified_ns=facts.st_mtime_ns, sha256=digest)
+        found[path.relative_to(checkpoint.folder).as_posix()] = SourceFile(
+            bytes=facts.st_size, modified_ns=facts.st_mtime_ns, sha256=digest
+        )
     return found
 
 

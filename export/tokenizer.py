@@ -1,30 +1,33 @@
-"""The tokenizer that travels with a checkpoint or an engine, loaded without executing anything from it."""
+"""The tokenizer of an engine, loaded without executing anything: its tokenizer.json says everything.
+
+A checkpoint's tokenizer is spread over several files; `export.settings` joins them, and what is made of the checkpoint
+gets a tokenizer.json that needs no other.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from export.checkpoint import read_json
-from export.errors import CheckpointError
+from export.checkpoint_files import TOKENIZER_FILE
+from export.errors import CheckpointError, named
+from export.reading import is_there, read_text
 from export.token_lengths import most_bytes_per_token
 
 if TYPE_CHECKING:
     import tokenizers
 
-TOKENIZER_FILE = "tokenizer.json"
-SETTINGS_FILE = "tokenizer_config.json"
+MAX_TOKENIZER_BYTES = 128 << 20  # vocabularies of 260,000 tokens take some 35 MB
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tokenizer:
     """Text to token ids and back. `size` counts the ids that stand for text: ids from there on are padding rows."""
 
     backend: tokenizers.Tokenizer
     size: int
-    eos_token_id: int | None
 
     @cached_property
     def most_bytes_per_token(self) -> int | None:
@@ -49,37 +52,42 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read tokenizer.json, and the end token's name from tokenizer_config.json. Raises CheckpointError."""
-    import tokenizers
+    """Read tokenizer.json as it stands. Raises CheckpointError."""
+    return make_tokenizer(tokenizer_text(folder), f"loading the tokenizer of {named(folder)}")
 
+
+def tokenizer_text(folder: Path) -> str:
+    """The text of tokenizer.json. Raises CheckpointError."""
     path = folder / TOKENIZER_FILE
-    if not path.is_file():
+    if not is_there(path):
         raise CheckpointError(
-            f"loading the tokenizer of {folder}: no {TOKENIZER_FILE}; save one beside the weights with "
+            f"loading the tokenizer of {named(folder)}: no {TOKENIZER_FILE}; save one beside the weights with "
             "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
         )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except ValueError as error:
-        raise CheckpointError(f"loading the tokenizer of {folder}: {TOKENIZER_FILE} is not UTF-8 ({error})") from error
+    return read_text(path, "the tokenizer", most=MAX_TOKENIZER_BYTES, error=CheckpointError)
+
+
+def make_backend(text: str, where: str) -> tokenizers.Tokenizer:
+    """The library's tokenizer of a tokenizer.json's text, without padding and truncation. Raises CheckpointError."""
+    import tokenizers
+
     try:
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception for every damaged file
-        raise CheckpointError(f"loading the tokenizer of {folder}: {TOKENIZER_FILE} is damaged ({error})") from error
+        raise CheckpointError(f"{where}: {TOKENIZER_FILE} is damaged ({named(error)})") from error
     backend.no_padding()
     backend.no_truncation()
+    return backend
+
+
+def make_tokenizer(text: str, where: str) -> Tokenizer:
+    """A tokenizer of a tokenizer.json's text. Raises CheckpointError beginning with `where`."""
+    return tokenizer_of(make_backend(text, where), where)
+
+
+def tokenizer_of(backend: tokenizers.Tokenizer, where: str) -> Tokenizer:
+    """Raises CheckpointError for a tokenizer without a token."""
     size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     if not size:
-        raise CheckpointError(f"loading the tokenizer of {folder}: {TOKENIZER_FILE} has an empty vocabulary")
-    return Tokenizer(backend=backend, size=size, eos_token_id=_end_token(folder, backend))
-
-
-def _end_token(folder: Path, backend: tokenizers.Tokenizer) -> int | None:
-    """The id of the settings' eos_token, which may be a string or an object with its content."""
-    path = folder / SETTINGS_FILE
-    if not path.is_file():
-        return None
-    token: Any = read_json(path, "the tokenizer's settings").get("eos_token")
-    if isinstance(token, dict):
-        token = token.get("content")
-    return backend.token_to_id(token) if isinstance(token, str) else None
+        raise CheckpointError(f"{where}: {TOKENIZER_FILE} has an empty vocabulary")
+    return Tokenizer(backend=backend, size=size)

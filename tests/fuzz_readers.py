@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -15,11 +16,13 @@ from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from fuzzing import Reader, mutated_bytes, mutated_json
 from mixtral_checkpoints import write_mixtral_checkpoint
 
-from export.checkpoint import INDEX_FILE, open_checkpoint
+from export.checkpoint import open_checkpoint
+from export.checkpoint_files import INDEX_FILE
 from export.families import read_model
-from export.gates import start_token
 from export.merge_config import read_merge_config
+from export.reading import read_json
 from export.safetensors_header import read_header
+from export.settings import check_token_ids, read_settings
 from export.tokenizer import load_tokenizer
 
 SIZES = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "ffn_size": 8, "vocab_size": 260, "rotary_dim": 2}
@@ -115,11 +118,36 @@ def read_tokenizer(data: bytes, folder: Path) -> None:
     tokenizer.decode(tokenizer.encode_prompt("def main():\n    return 1   # one" * 3))
 
 
-def read_settings(data: bytes, folder: Path) -> None:
-    path = folder / "phixtral"
-    (path / "tokenizer_config.json").write_bytes(data)
-    load_tokenizer(path)
-    start_token(path)
+def reader_of(name: str) -> Callable[[bytes, Path], None]:
+    """Reads all settings of a checkpoint in which the file `name` holds the bytes."""
+
+    def read(data: bytes, folder: Path) -> None:
+        path = folder / "phixtral"
+        (path / name).write_bytes(data)
+        settings = read_settings(path, read_json(path / "config.json", "config.json"))
+        check_token_ids(settings, 352)
+        settings.tokenizer.decode(settings.tokenizer.encode_prompt("def main(): <|endoftext|>"))
+
+    return read
+
+
+def settings_texts() -> dict[str, list[dict[str, object]]]:
+    """File -> good contents of it, for the files that state a tokenizer's facts beside tokenizer.json."""
+    flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    end = {"content": "<|endoftext|>", **flags}
+    listed = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": {"256": {**end, "special": True}}}
+    named_templates = [{"name": "default", "template": "{{ x }}"}, {"name": "tools", "template": "y"}]
+    return {
+        "tokenizer_config.json": [
+            {"tokenizer_class": "CodeGenTokenizer", "add_prefix_space": False, "eos_token": "<|endoftext|>"},
+            {**listed, "bos_token": {"__type": "AddedToken", **end}, "chat_template": named_templates},
+        ],
+        "special_tokens_map.json": [
+            {"bos_token": end, "eos_token": "<|endoftext|>", "additional_special_tokens": ["<x>"]}
+        ],
+        "added_tokens.json": [{"<x>": 257, "<y>": 258}],
+        "generation_config.json": [{"eos_token_id": [256, 3], "bos_token_id": 256, "pad_token_id": None}],
+    }
 
 
 READERS = (
@@ -131,8 +159,11 @@ READERS = (
         name="tokenizer", seeds=lambda: files("tokenizer.json")[:1], read=read_tokenizer, mutate=mutated_json,
         setup=copies,
     ),
-    Reader(
-        name="tokenizer settings", seeds=lambda: files("tokenizer_config.json")[:1], read=read_settings,
-        mutate=mutated_json, setup=copies,
+    *(
+        Reader(
+            name=name, seeds=lambda texts=texts: [json.dumps(text).encode() for text in texts], read=reader_of(name),
+            mutate=mutated_json, setup=copies,
+        )
+        for name, texts in settings_texts().items()
     ),
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.tokenizer import SETTINGS_FILE, TOKENIZER_FILE
+from export.checkpoint_files import is_text_file
 from trt_build.engine import MANIFEST_FILE, open_engine
 from trt_build.trtllm.engine import TRTLLM_BACKEND, engine_backend, open_trtllm_engine
 
@@ -39,8 +39,8 @@ class EngineFacts:
 
     @property
     def tokenizer_files(self) -> tuple[str, ...]:
-        """Those that the text's side reads."""
-        return tuple(name for name in (TOKENIZER_FILE, SETTINGS_FILE) if name in self.files)
+        """The tokenizer, and the settings and chat templates that travel with it."""
+        return tuple(name for name in self.files if is_text_file(name))
 
 
 def read_engine_facts(folder: Path) -> EngineFacts:

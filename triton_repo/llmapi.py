@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.checkpoint import INDEX_FILE
+from export.checkpoint_files import INDEX_FILE
 from export.errors import listing
 from export.trtllm.parallel import Parallelism
 from triton_repo.contract import COMPATIBILITY_INPUTS, INPUTS, OURS, OUTPUTS, WireTensor
@@ -79,15 +79,17 @@ def package_llmapi(options: LlmApiOptions) -> Package:
         (version / CHECKPOINT_FOLDER).mkdir(parents=True)
         shutil.copyfile(_MODEL_SOURCE, version / MODEL_FILE)
         (version / SETTINGS_FILE).write_text(settings.to_yaml(), encoding="utf-8")
-        files = list(_files(source))
-        copied = sum(place(path, version / CHECKPOINT_FOLDER / path.name, copy=options.copy) for path in files)
-    num_bytes = sum(path.stat().st_size for path in files)
+        target = version / CHECKPOINT_FOLDER
+        copied = sum(place(path, target / path.name, copy=options.copy) for path in _model_files(source))
+        texts: list[int] = []
+        source.settings.write(target, lambda path, made: texts.append(place(path, made, copy=options.copy)))
+        num_bytes = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     return Package(
         folder=options.output / options.name,
         name=options.name,
         steps=(),
         engine_bytes=num_bytes,
-        copied_bytes=copied,
+        copied_bytes=copied + sum(texts),
     )
 
 
@@ -150,6 +152,11 @@ def _check_model(options: LlmApiOptions, source: SourceModel) -> None:
             f"its attention sees {facts.sliding_window} tokens back, TensorRT-LLM's sees all {source.max_sequence}; "
             f"ask for a max_seq_len of at most {facts.sliding_window}"
         )
+    if not source.end_ids:
+        problems.append(
+            "no file names an end token, and the LLM API takes no request without one; add eos_token_id to "
+            "generation_config.json"
+        )
     if problems:
         raise RepositoryError(f"packaging {options.checkpoint} for TensorRT-LLM's LLM API:{listing(problems)}")
 
@@ -177,11 +184,10 @@ def _settings(options: LlmApiOptions, source: SourceModel) -> LlmSettings:
     )
 
 
-def _files(source: SourceModel) -> Iterator[Path]:
-    """The checkpoint's files that are read: no code is among them."""
+def _model_files(source: SourceModel) -> Iterator[Path]:
+    """config.json, the weights and their index."""
     folder = source.checkpoint.folder
     yield folder / CONFIG_JSON
     if (folder / INDEX_FILE).is_file():
         yield folder / INDEX_FILE
     yield from source.checkpoint.shards
-    yield from source.checkpoint.tokenizer_files()

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from export.checkpoint_files import TOKENIZER_FILE
 from export.errors import listing
-from export.tokenizer import TOKENIZER_FILE
 from triton_repo.deployment import TRITON_BACKEND, WORLD_SIZE_KEY
 from triton_repo.errors import RepositoryError
 from triton_repo.model_config import CONFIG_FILE, packaged_parameters, read_config

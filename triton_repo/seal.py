@@ -29,5 +29,6 @@ def _seal_path(engine: Path) -> Path:
 
 
 def _states(engine: Path) -> dict[str, list[int]]:
-    states = {path.name: path.stat() for path in sorted(engine.iterdir())}
+    files = [path for path in sorted(engine.rglob("*")) if not path.is_dir()]
+    states = {path.relative_to(engine).as_posix(): path.stat() for path in files}
     return {name: [state.st_size, state.st_mtime_ns, state.st_ino] for name, state in states.items()}

@@ -51,7 +51,9 @@ def staged_models(repository: Path, names: Sequence[str]) -> Iterator[Path]:
 
 
 def place(source: Path, target: Path, *, copy: bool) -> int:
-    """A hard link, or a copy where one is asked for or links are refused; returns the bytes copied."""
+    """A hard link, or a copy where one is asked for or links are refused; returns the bytes copied. The folder that
+    `target` lies in is made where its parent exists."""
+    target.parent.mkdir(exist_ok=True)
     if not copy:
         with contextlib.suppress(OSError):
             os.link(source.resolve(), target)

@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import hashlib
 import logging
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,8 +64,7 @@ def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | N
     fingerprint = Fingerprint(settings=_settings(build), sources=source_files(checkpoint))
     with partial_folder(options.output, "the engine", fingerprint, keep=(DATA_FILE,), num_bytes=space) as folder:
         records = write_export(build.export, build.model, folder, progress or (lambda _: None))
-        for path in checkpoint.tokenizer_files():
-            shutil.copyfile(path, folder.content / path.name)
+        build.settings.write(folder.content)
         (folder.content / GENAI_FILE).write_text(build.genai_text(), encoding="utf-8")
         manifest = build.manifest(_source(checkpoint, records), record_files(folder.content))
         check_unchanged(checkpoint, fingerprint.sources)

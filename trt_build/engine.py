@@ -18,20 +18,21 @@ from typing import Any
 
 from export.architecture import Architecture
 from export.checkpoint import file_digest, read_json
+from export.checkpoint_files import TEMPLATE_FOLDER, TOKENIZER_FILE
 from export.conversion.parts import PartRecord, Region, damaged_regions, read_records
 from export.digests import num_cores
 from export.errors import ConfigError, listing
 from export.onnx_graph.exporter import DATA_FILE, RECORDS_FILE, SCORING_GRAPH, SERVING_GRAPH
 from export.output import replace_file
 from export.provider import PROVIDERS
-from export.tokenizer import TOKENIZER_FILE
+from export.settings import TokenizerFacts
 from export.typed_json import read_typed
 from trt_build.errors import EngineError
 
 MANIFEST_FILE = "engine.json"
 REQUIRED_FILES = (SERVING_GRAPH, SCORING_GRAPH, DATA_FILE, RECORDS_FILE, TOKENIZER_FILE)
 FORMAT_VERSION = 3
-PACKED_ALONE = 2  # the format whose packed weights have no second form
+PACKED_ALONE = 2  # the format whose packed weights have no second form, and which says nothing of the tokenizer
 READABLE_VERSIONS = (PACKED_ALONE, FORMAT_VERSION)
 BACKEND = "onnxruntime"
 
@@ -91,6 +92,7 @@ class Manifest:
     stages: tuple[str, ...]  # the serving graph's files, which run one after the other
     kernel_layout: str | None  # of the CPU kernels that the weights are packed for (export/onnx_graph/packing.py)
     resident_bytes: int | None = None
+    tokenizer: TokenizerFacts | None = None  # None in a PACKED_ALONE engine
     verification: Mapping[str, Any] | None = None
 
 
@@ -117,12 +119,19 @@ class Engine:
 
 
 def record_files(folder: Path) -> dict[str, FileRecord]:
-    """Every file of a folder, the manifest aside, by name."""
+    """Every file of an engine's folder, the manifest aside, by its path inside the folder."""
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
-        path.name: FileRecord(bytes=path.stat().st_size, sha256=None if path.name == DATA_FILE else file_digest(path))
-        for path in sorted(folder.iterdir())
-        if path.name != MANIFEST_FILE
+        name: FileRecord(bytes=path.stat().st_size, sha256=None if name == DATA_FILE else file_digest(path))
+        for name, path in paths.items()
+        if name != MANIFEST_FILE
     }
+
+
+def lies_inside(name: str) -> bool:
+    """Whether a name of `files` is that of a file in the engine's folder, or of a chat template in its own folder."""
+    folder, _, file = name.rpartition("/")
+    return folder in ("", TEMPLATE_FOLDER) and Path(file).name == file and file not in ("", ".", "..")
 
 
 def manifest_text(manifest: Manifest) -> str:
@@ -226,7 +235,7 @@ def _parse(raw: dict[str, Any], folder: Path) -> Manifest:
 def _check_facts(manifest: Manifest) -> None:
     """What types cannot say. Raises ValueError; a file outside the engine's folder is the gravest of these."""
     facts = manifest.architecture
-    strangers = [name for name in manifest.files if Path(name).name != name or name in ("", ".", "..")]
+    strangers = [name for name in manifest.files if not lies_inside(name)]
     absent = [name for name in REQUIRED_FILES if name not in manifest.files]
     if strangers or absent:
         raise ValueError(f"files outside the folder: {strangers}, files not listed: {absent}")
@@ -245,9 +254,19 @@ def _check_facts(manifest: Manifest) -> None:
     data_bytes, resident_bytes = manifest.files[DATA_FILE].bytes, manifest.resident_bytes
     if resident_bytes is None and manifest.format_version != PACKED_ALONE:
         raise ValueError("resident_bytes is missing")
+    if manifest.tokenizer is None and manifest.format_version != PACKED_ALONE:
+        raise ValueError("tokenizer is missing")
     if resident_bytes is not None and not 0 < resident_bytes <= data_bytes:
         raise ValueError(f"resident_bytes is {resident_bytes}, expected 1 to {data_bytes}, the bytes of {DATA_FILE}")
     if not 1 <= manifest.max_sequence <= facts.max_positions:
         raise ValueError(f"max_sequence is {manifest.max_sequence}, expected 1 to {facts.max_positions}")
     if manifest.max_batch < 1 or not 1 <= manifest.tokenizer_size <= facts.vocab_size:
         raise ValueError(f"max_batch {manifest.max_batch} or tokenizer_size {manifest.tokenizer_size} is out of range")
+    check_end_tokens(manifest.eos_token_ids, manifest.tokenizer_size)
+
+
+def check_end_tokens(ids: tuple[int, ...], tokenizer_size: int) -> None:
+    """Raises ValueError for an end token that an engine never chooses: it stands for no text."""
+    never = [item for item in ids if not 0 <= item < tokenizer_size]
+    if never:
+        raise ValueError(f"eos_token_ids holds {never[0]}, expected ids below {tokenizer_size}, which stand for text")

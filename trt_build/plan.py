@@ -177,7 +177,7 @@ def _files(build: PreparedBuild) -> dict[str, int]:
         RECORDS_FILE: len(records_text(_records(build)).encode()),
         GENAI_FILE: len(build.genai_text().encode()),
         **({PROBE_GRAPH: len(export.probe)} if export.probe is not None else {}),
-        **{path.name: path.stat().st_size for path in checkpoint.tokenizer_files()},
+        **build.settings.sizes(),
     }
     records = {
         name: FileRecord(bytes=size, sha256=None if name == DATA_FILE else _DIGEST)

@@ -5,16 +5,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from export.architecture import is_token_id
-from export.checkpoint import Checkpoint, open_checkpoint, read_json
+from export.checkpoint import Checkpoint, open_checkpoint
 from export.errors import ConfigError
 from export.families import Model, read_model
 from export.onnx_graph.exporter import ExportPlan, plan_export
@@ -22,8 +21,9 @@ from export.onnx_graph.packing import kernel_layout
 from export.provider import Provider, provider_of
 from export.quantize.recipe import QuantPlan, plan_for
 from export.routing import RoutingReport, diagnose
+from export.settings import Settings, check_token_ids, read_settings
 from export.tensor_table import Weights
-from export.tokenizer import Tokenizer, load_tokenizer
+from export.tokenizer import Tokenizer
 from trt_build.engine import BACKEND, FORMAT_VERSION, FileRecord, Manifest, Precision, Source
 from trt_build.errors import EngineError
 from trt_build.ort.genai_config import genai_config
@@ -50,13 +50,21 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceModel:
-    """A checkpoint understood, with its tokenizer, the context asked for (tokens) and the ids that end a text."""
+    """A checkpoint understood, with its settings and the context asked for (tokens)."""
 
     checkpoint: Checkpoint
     model: Model
-    tokenizer: Tokenizer
+    settings: Settings
     max_sequence: int
-    end_ids: tuple[int, ...]
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a text; none where no file of the checkpoint names one."""
+        return self.settings.ids.eos
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.settings.tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +76,13 @@ class PreparedBuild:
     quantization: QuantPlan
     checkpoint: Checkpoint
     model: Model
-    tokenizer: Tokenizer
+    settings: Settings
     max_sequence: int
-    end_ids: tuple[int, ...]
     export: ExportPlan
 
     def genai_text(self) -> str:
         """The text of genai_config.json."""
-        config = genai_config(self.model.architecture, self.max_sequence, self.end_ids, self.provider)
+        config = genai_config(self.model.architecture, self.max_sequence, self.settings.ids, self.provider)
         return json.dumps(config, indent=2) + "\n"
 
     def manifest(self, source: Source, files: Mapping[str, FileRecord]) -> Manifest:
@@ -92,8 +99,9 @@ class PreparedBuild:
             expert_order=self.provider.expert_order(architecture.num_experts),
             max_sequence=self.max_sequence,
             max_batch=1,
-            tokenizer_size=self.tokenizer.size,
-            eos_token_ids=self.end_ids,
+            tokenizer_size=self.settings.tokenizer.size,
+            eos_token_ids=self.settings.ids.eos,
+            tokenizer=self.settings.facts,
             source=source,
             routing=routing_facts(self.model),
             libraries=libraries(),
@@ -124,9 +132,8 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
         quantization=quantization,
         checkpoint=source.checkpoint,
         model=source.model,
-        tokenizer=source.tokenizer,
+        settings=source.settings,
         max_sequence=source.max_sequence,
-        end_ids=source.end_ids,
         export=plan_export(
             source.model, quantization, provider, max_sequence=source.max_sequence, portable=options.portable
         ),
@@ -137,15 +144,19 @@ def open_source(location: str, experts_per_token: int | None, max_sequence: int 
     """Open a checkpoint for building. Raises CheckpointError and ConfigError."""
     checkpoint = open_checkpoint(location)
     model = read_model(checkpoint, experts_per_token)
-    tokenizer = load_tokenizer(checkpoint.folder)
+    settings = read_settings(checkpoint.folder, checkpoint.config)
     longest = _max_sequence(max_sequence, model)
-    end_ids = end_token_ids(checkpoint, model, tokenizer)
-    if tokenizer.size > model.architecture.vocab_size:
+    size, vocab = settings.tokenizer.size, model.architecture.vocab_size
+    if size > vocab:
         raise ConfigError(
-            f"reading the tokenizer of {checkpoint.folder}: it has {tokenizer.size} ids, the model's vocabulary "
-            f"{model.architecture.vocab_size}; they are not of the same model"
+            f"reading the tokenizer of {checkpoint.folder}: it has {size} ids, the model's vocabulary {vocab}; they "
+            "are not of the same model, or a special token that the tokenizer lacks was added behind its last id"
         )
-    return SourceModel(checkpoint=checkpoint, model=model, tokenizer=tokenizer, max_sequence=longest, end_ids=end_ids)
+    check_token_ids(settings, vocab)
+    model = dataclasses.replace(
+        model, architecture=dataclasses.replace(model.architecture, eos_token_ids=settings.ids.eos)
+    )
+    return SourceModel(checkpoint=checkpoint, model=model, settings=settings, max_sequence=longest)
 
 
 def libraries() -> dict[str, str]:
@@ -157,33 +168,6 @@ def libraries() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def end_token_ids(checkpoint: Checkpoint, model: Model, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids that end a text: of config.json, else generation_config.json, else the tokenizer's own end token.
-
-    Raises ConfigError when none names one, or one is not a row of the vocabulary.
-    """
-    found: Any = list(model.architecture.eos_token_ids)
-    generation = checkpoint.folder / "generation_config.json"
-    if not found and generation.is_file():
-        found = read_json(generation, "generation_config.json").get("eos_token_id")
-    if found in (None, []) and tokenizer.eos_token_id is not None:
-        found = tokenizer.eos_token_id
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    vocab = model.architecture.vocab_size
-    wrong = [item for item in ids if not (is_token_id(item) and item < vocab)]
-    if wrong:
-        raise ConfigError(
-            f"looking for the end token of {checkpoint.folder}: eos_token_id holds {wrong[0]!r}, expected token ids "
-            f"below {vocab}; correct it in config.json or generation_config.json"
-        )
-    if not ids:
-        raise ConfigError(
-            f"looking for the end token of {checkpoint.folder}: neither config.json, generation_config.json nor "
-            "tokenizer_config.json names one; add eos_token_id to config.json"
-        )
-    return tuple(ids)
 
 
 def _max_sequence(asked: int | None, model: Model) -> int:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from export.architecture import Architecture
 from export.checkpoint import Checkpoint
 from export.errors import CheckpointError, ConfigError, named, shown
+from export.settings import read_token_ids
 from export.tensor_table import Role, TensorSpec, Weights, open_weights
 from export.trtllm.network import TrtllmNetwork
 
@@ -84,7 +85,8 @@ def read_model(checkpoint: Checkpoint, experts_per_token: int | None = None) -> 
     `experts_per_token` overrides the config's K. Raises ConfigError and CheckpointError.
     """
     family = detect(checkpoint.config, str(checkpoint.folder))
-    architecture = family.read_config(checkpoint.config)
+    ids = read_token_ids(checkpoint.folder, checkpoint.config)
+    architecture = replace(family.read_config(checkpoint.config), bos_token_id=ids.bos, eos_token_ids=ids.eos)
     if experts_per_token is not None:
         architecture = _with_experts_per_token(architecture, experts_per_token)
     _check_counts(checkpoint, architecture)

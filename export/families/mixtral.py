@@ -61,7 +61,6 @@ def read_config(raw: Mapping[str, Any]) -> Architecture:
     if per_token > experts:
         reader.problem(f"num_experts_per_tok is {per_token}, expected 1 to num_local_experts = {experts}")
     rope = read_rope(reader, "rope_theta")
-    bos = reader.token_ids("bos_token_id")
     architecture = Architecture(
         family="mixtral",
         hidden_size=hidden,
@@ -78,8 +77,6 @@ def read_config(raw: Mapping[str, Any]) -> Architecture:
         rope_base=rope.real("rope_theta", absent=1e6),
         norm_epsilon=reader.real("rms_norm_eps", absent=1e-5),
         max_positions=reader.integer("max_position_embeddings", maximum=MAX_POSITIONS),
-        bos_token_id=bos[0] if bos else None,
-        eos_token_ids=reader.token_ids("eos_token_id"),
         source_dtype=reader.text("dtype") or reader.text("torch_dtype"),
         sliding_window=None if raw.get("sliding_window") is None else reader.integer("sliding_window"),
         tied_head=bool(raw.get("tie_word_embeddings")),

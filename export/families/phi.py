@@ -76,7 +76,6 @@ def _read_transformers_config(raw: Mapping[str, Any]) -> Architecture:
     rope = read_rope(reader, "rope_theta", "partial_rotary_factor")
     if hidden % heads:
         reader.problem(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-    bos = reader.token_ids("bos_token_id")
     architecture = Architecture(
         family="phi",
         hidden_size=hidden,
@@ -92,8 +91,6 @@ def _read_transformers_config(raw: Mapping[str, Any]) -> Architecture:
         rope_base=rope.real("rope_theta", absent=10000.0),
         norm_epsilon=reader.real("layer_norm_eps", absent=1e-5),
         max_positions=reader.integer("max_position_embeddings", maximum=MAX_POSITIONS),
-        bos_token_id=bos[0] if bos else None,
-        eos_token_ids=reader.token_ids("eos_token_id"),
         source_dtype=reader.text("dtype") or reader.text("torch_dtype"),
     )
     reader.harmless("torch_dtype", "dtype")

@@ -18,7 +18,14 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from export.architecture import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, Architecture, ConfigReader
+from export.architecture import (
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    MAX_POSITIONS,
+    SETTINGS_KEYS,
+    Architecture,
+    ConfigReader,
+)
 from export.families.transformers_config import SCALED_ROTARY, check_heads, refuse_quantized
 from export.tensor_table import Role, TensorSpec, single
 from export.trtllm.network import TrtllmNetwork
@@ -35,7 +42,7 @@ HARMLESS_TENSORS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.
 _HARMLESS_KEYS = (
     "architectures", "auto_map", "model_type", "attn_pdrop", "embd_pdrop", "resid_pdrop", "initializer_range",
     "flash_attn", "flash_rotary", "fused_dense", "transformers_version", "use_cache", "_name_or_path",
-    "pad_token_id",
+    *SETTINGS_KEYS,
 )  # fmt: skip
 
 
@@ -66,7 +73,6 @@ def read_msft_config(raw: Mapping[str, Any], family: str) -> Architecture:
     per_token = reader.integer("num_experts_per_tok", absent=2, minimum=1 if experts > 1 else 0)
     if experts > 1 and per_token > experts:
         reader.problem(f"num_experts_per_tok is {per_token}, expected 1 to num_local_experts = {experts}")
-    bos = reader.token_ids("bos_token_id")
     architecture = Architecture(
         family=family,
         hidden_size=hidden,
@@ -82,8 +88,6 @@ def read_msft_config(raw: Mapping[str, Any], family: str) -> Architecture:
         rope_base=ROPE_BASE,
         norm_epsilon=reader.real("layer_norm_epsilon"),
         max_positions=reader.integer("n_positions", maximum=MAX_POSITIONS),
-        bos_token_id=bos[0] if bos else None,
-        eos_token_ids=reader.token_ids("eos_token_id"),
         source_dtype=reader.text("torch_dtype") or reader.text("dtype"),
     )
     reader.harmless("torch_dtype", "dtype")

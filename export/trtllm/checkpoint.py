@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from export.digests import Run, source_digests
 from export.errors import ConfigError, ExportError, listing
 from export.families import Model
 from export.resume import Fingerprint, SourceFile, partial_folder, refuse_made
+from export.settings import read_settings
 from export.shard_writer import header_of
 from export.sources import check_unchanged, source_files
 from export.tensor_table import Weights
@@ -221,6 +221,7 @@ def write_checkpoint(
     refuse_made(output, what)
     plan = plan_checkpoint(model, options)
     checkpoint = model.weights.checkpoint
+    settings = read_settings(checkpoint.folder, checkpoint.config)
     fingerprint = Fingerprint(settings=checkpoint_settings(plan), sources=source_files(checkpoint))
     keep = tuple(rank_file(rank) for rank in plan.headers)
     with partial_folder(output, what, fingerprint, keep, sum(plan.rank_bytes.values())) as folder:
@@ -229,8 +230,7 @@ def write_checkpoint(
             with (folder.content / rank_file(rank)).open("r+b") as file:
                 file.write(header)
         (folder.content / CONFIG_FILE).write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
-        for path in checkpoint.tokenizer_files():
-            shutil.copyfile(path, folder.content / path.name)
+        settings.write(folder.content)
         runs = {name: found for record in records for name, found in record.sources.items()}
         manifest = {
             "format_version": FORMAT_VERSION,

@@ -9,7 +9,8 @@ import pytest
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from safetensors.numpy import load_file, save_file
 
-from export.checkpoint import INDEX_FILE, open_checkpoint
+from export.checkpoint import open_checkpoint
+from export.checkpoint_files import INDEX_FILE
 from export.errors import CheckpointError, ConfigError
 from export.families import read_model
 from export.tokenizer import load_tokenizer
@@ -248,7 +249,7 @@ def test_a_hub_id_fetches_no_code_and_no_pickles(monkeypatch, phixtral):
     monkeypatch.setattr(
         huggingface_hub,
         "snapshot_download",
-        lambda name, allow_patterns: asked.update({name: allow_patterns}) or phixtral,
+        lambda name, allow_patterns, ignore_patterns: asked.update({name: allow_patterns}) or phixtral,
     )
     assert open_checkpoint("mlabonne/phixtral-4x2_8").folder == phixtral
     (patterns,) = asked.values()

@@ -17,9 +17,10 @@ from transformers import PhiForCausalLM
 from export.checkpoint import open_checkpoint
 from export.errors import CheckpointError, MergeError, MissingPackageError
 from export.families import read_model
-from export.gates import gate_matrices, start_token
+from export.gates import gate_matrices, tokenize_prompts
 from export.hidden_states import layer_inputs
 from export.merge_config import ExpertSource, GateMode, MergeConfig
+from export.settings import read_settings
 
 POSITIVE = (("def f(x):", "import os"), ("A quiet evening.",), ("#include <a.h>", "int x;", "void"))
 NEGATIVE = ((), ("def g():", "x"), ())
@@ -133,7 +134,7 @@ def test_an_empty_prompt_is_the_start_token_alone(base):
 @pytest.mark.parametrize("mode", [GateMode.CHEAP_EMBED, GateMode.HIDDEN, GateMode.HIDDEN_AVG])
 def test_a_prompt_without_a_token_counts_as_zeros(base, tmp_path, mode):
     folder = write_phi_checkpoint(tmp_path / "a", seed=5)
-    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text('{"bos_token": null}')
     model = read_model(open_checkpoint(folder))
     gates = gate_matrices(merge_config(mode, (("",), ("ab",)), ((), ())), model, seed=0)
     for gate in gates.values():
@@ -187,8 +188,12 @@ def test_a_base_without_a_tokenizer_is_refused(tmp_path):
 @pytest.mark.parametrize("token", [END_OF_TEXT, {"content": END_OF_TEXT, "lstrip": False}])
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
 def test_the_start_token_is_read_from_either_file_in_either_form(tmp_path, token, name):
-    (tmp_path / name).write_text(json.dumps({"bos_token": token}))
-    assert start_token(tmp_path) == END_OF_TEXT
+    folder = write_phi_checkpoint(tmp_path / "a", seed=1, spelling="phi-msft")
+    (folder / "tokenizer_config.json").unlink()
+    (folder / name).write_text(json.dumps({"bos_token": token}))
+    config, model = merge_config(GateMode.HIDDEN, (("a",),), ((),)), read_model(open_checkpoint(folder))
+    settings = read_settings(folder, model.weights.checkpoint.config)
+    assert tokenize_prompts(config, model, settings)[0] == [[[START, settings.tokenizer.encode("a")[0]]]]
 
 
 def test_cheap_embed_loads_neither_torch_nor_transformers(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -135,8 +136,8 @@ def test_an_existing_output_is_refused_and_kept(five):
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(five, monkeypatch):
-    usage = merge_module.shutil.disk_usage(five)._replace(free=1000)
-    monkeypatch.setattr(merge_module.shutil, "disk_usage", lambda _: usage)
+    usage = shutil.disk_usage(five)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OutputError, match=r"it takes 0\.00 GB, .* has 0\.00 GB free; make room"):
         run(five)
     assert leftovers(five.parent) == []
@@ -160,6 +161,7 @@ def test_an_interruption_half_way_leaves_nothing_behind(five, monkeypatch, failu
 def test_a_killed_merge_leaves_nothing_under_the_final_name(five):
     script = f"""
 import os, signal
+import shutil
 from pathlib import Path
 from export import merge
 from export.merge_config import read_merge_config

@@ -13,10 +13,11 @@ import tokenizers
 from live_triton import LiveTriton
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from export.tokenizer import SETTINGS_FILE, TOKENIZER_FILE, Tokenizer
+from export.checkpoint_files import SETTINGS_FILE, TOKENIZER_FILE
+from export.tokenizer import Tokenizer
 from triton_repo.package import PackageOptions, package_engine
 from triton_repo.server import ServerOptions, running_server
-from trt_build.engine import open_engine
+from trt_build.engine import open_engine, record_files
 from trt_build.trtllm.engine import (
     FORMAT_VERSION,
     TRTLLM_BACKEND,
@@ -24,7 +25,6 @@ from trt_build.trtllm.engine import (
     ParallelRecord,
     TrtllmManifest,
     TrtllmPrecisionRecord,
-    record_engine_files,
     write_trtllm_manifest,
 )
 
@@ -37,8 +37,15 @@ CORPUS = [
 ]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EndedTokenizer(Tokenizer):
+    """A tokenizer, and the id that ends a text in these tests."""
+
+    eos_token_id: int
+
+
 @pytest.fixture(scope="session")
-def byte_level() -> Tokenizer:
+def byte_level() -> EndedTokenizer:
     """A trained byte-level BPE, so that tokens end inside characters and characters inside tokens."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -48,11 +55,11 @@ def byte_level() -> Tokenizer:
     )
     backend.train_from_iterator(CORPUS, trainer)
     size = backend.get_vocab_size()
-    return Tokenizer(backend=backend, size=size, eos_token_id=backend.token_to_id(END))
+    return EndedTokenizer(backend=backend, size=size, eos_token_id=backend.token_to_id(END))
 
 
 @pytest.fixture(scope="session")
-def byte_fallback() -> Tokenizer:
+def byte_fallback() -> EndedTokenizer:
     """A tokenizer as Llama's and Mixtral's: words with a marked space, and bytes as tokens of their own."""
     tokens = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁a", "a", "b", "▁b", "é"]
     backend = tokenizers.Tokenizer(
@@ -65,7 +72,7 @@ def byte_fallback() -> Tokenizer:
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    return Tokenizer(backend=backend, size=len(tokens), eos_token_id=1)
+    return EndedTokenizer(backend=backend, size=len(tokens), eos_token_id=1)
 
 
 class ScriptedSession:
@@ -141,8 +148,9 @@ def trtllm_engine(tmp_path, tiny_engine):
             precision=precision, architecture=tiny.architecture, parallel=parallel,
             gpu=GpuRecord(name="NVIDIA A100", sm=80), max_sequence=640, max_batch=8, max_num_tokens=512,
             kv_cache_fraction=0.85, use_paged_context_fmha=True, tokenizer_size=tiny.tokenizer_size,
-            head_masks_unused_ids=True, eos_token_ids=(0, 7), source=tiny.source, routing=None, left_out_experts=(),
-            libraries={"tensorrt_llm": "1.2.0"}, flags=(), settings={}, files=record_engine_files(folder),
+            head_masks_unused_ids=True, eos_token_ids=(0, 7), tokenizer=tiny.tokenizer,
+            source=tiny.source, routing=None, left_out_experts=(),
+            libraries={"tensorrt_llm": "1.2.0"}, flags=(), settings={}, files=record_files(folder),
         )  # fmt: skip
         write_trtllm_manifest(folder, dataclasses.replace(manifest, **fields))
         return folder

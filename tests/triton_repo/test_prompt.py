@@ -27,7 +27,7 @@ def trained(model, trainer, pre_tokenizer=None, normalizer=None) -> Tokenizer:
     if normalizer is not None:
         backend.normalizer = normalizer
     backend.train_from_iterator(CORPUS, trainer)
-    return Tokenizer(backend=backend, size=backend.get_vocab_size(), eos_token_id=None)
+    return Tokenizer(backend=backend, size=backend.get_vocab_size())
 
 
 def byte_trainer():
@@ -115,7 +115,7 @@ class CountingBackend:
 @pytest.mark.parametrize("letter", ["a", "def ", "q-"])
 def test_what_is_refused_is_not_encoded_whole(kinds, name, letter):
     counted = CountingBackend(kinds[name].backend)
-    tokenizer = Tokenizer(backend=counted, size=1, eos_token_id=None)
+    tokenizer = Tokenizer(backend=counted, size=1)
     text = (letter * 15_000_000)[:15_000_000] if name != "word pieces" else ((letter * 9)[:9] + " ") * 1_500_000
     with pytest.raises(PromptTooLongError):
         encode_prompt(tokenizer, text, 64)

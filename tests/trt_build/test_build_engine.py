@@ -233,28 +233,38 @@ def test_a_checkpoint_without_tokenizer_is_refused(tmp_path, tiny_checkpoint):
         build(checkpoint, tmp_path / "engine")
 
 
-def test_the_end_token_falls_back_to_the_tokenizers_own(tmp_path, tiny_checkpoint):
+def test_the_end_token_falls_back_to_the_tokenizers_own(tmp_path, tiny_checkpoint, caplog):
     checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
     config = json.loads((checkpoint / "config.json").read_text())
     del config["eos_token_id"]
     (checkpoint / "config.json").write_text(json.dumps(config))
     assert build(checkpoint, tmp_path / "engine").manifest.eos_token_ids == (256,)
     (checkpoint / "tokenizer_config.json").unlink()
-    with pytest.raises(
-        ConfigError, match="neither config.json, generation_config.json nor tokenizer_config.json names one"
-    ):
-        build(checkpoint, tmp_path / "other")
+    with caplog.at_level("WARNING"):
+        engine = build(checkpoint, tmp_path / "other")
+    assert engine.manifest.eos_token_ids == ()
+    assert "no file names one, so every answer runs to its limit of tokens" in caplog.text
+    genai = json.loads((engine.folder / "genai_config.json").read_text())["model"]
+    assert (genai["eos_token_id"], genai["bos_token_id"], "pad_token_id" in genai) == ([], 256, False)
 
 
-@pytest.mark.parametrize("found", ["abc", [1.5], -1, 352, True, {"a": 1}])
-def test_an_end_token_that_is_no_row_of_the_vocabulary_is_refused(tmp_path, tiny_checkpoint, found):
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        *((found, "expected a token id or a list of them") for found in ("abc", [1.5], -1, True, {"a": 1})),
+        (352, "eos_token_id holds 352, expected token ids below 352"),
+        ([256, 300], "eos_token_id holds 300, and the tokenizer has ids below 257 alone"),
+    ],
+)
+def test_an_end_token_that_is_never_produced_is_refused(tmp_path, tiny_checkpoint, found, text):
     checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
     config = json.loads((checkpoint / "config.json").read_text())
     del config["eos_token_id"]
     (checkpoint / "config.json").write_text(json.dumps(config))
     (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": found}))
-    with pytest.raises(ConfigError, match=r"eos_token_id holds .*, expected token ids below 352"):
+    with pytest.raises(ConfigError, match=text):
         build(checkpoint, tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
     (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 256]}))
     assert build(checkpoint, tmp_path / "engine").manifest.eos_token_ids == (3, 256)
 
@@ -318,9 +328,9 @@ def edit_manifest(folder, **changes):
         ({"expert_order": "abcde"}, "expert_order is 'abcde', expected"),
         ({"verification": 5}, "verification is 5, expected"),
         ({"provider": "rocm"}, "provider is 'rocm', expected one of cpu, cuda"),
-        ({"architecture": {"family": "phixtral"}}, "architecture: keys missing or unknown: bos_token_id"),
+        ({"architecture": {"family": "phixtral"}}, "architecture: keys missing or unknown: experts_per_token"),
         ({"colour": "red"}, "keys missing or unknown: colour"),
-        ({"format_version": True}, "format version True, this moeship reads 2"),
+        ({"format_version": True}, "format version True, this moeship reads 2 and 3"),
     ],
 )
 def test_a_manifest_that_lies_about_itself_is_refused(engine_copy, changes, text):

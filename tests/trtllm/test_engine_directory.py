@@ -97,8 +97,8 @@ DAMAGES = {
     "a file ends early": (lambda e: cut(e, "rank0.engine", 9), r"\n  - rank0.engine: found 9 bytes, expected \d+"),
     "a byte differs": (lambda e: flip(e, "rank0.engine"), r"\n  - rank0.engine: found SHA-256 \w{12}…, expected"),
     "a tokenizer differs": (lambda e: flip(e, "tokenizer.json"), "\n  - tokenizer.json: found SHA-256"),
-    "another version": (lambda e: edit(e, format_version=2), "of format 2, expected 'tensorrt-llm' of format 1"),
-    "another backend": (lambda e: edit(e, backend="onnxruntime"), "backend 'onnxruntime' of format 1, expected"),
+    "another version": (lambda e: edit(e, format_version=1), "of format 1, expected 'tensorrt-llm' of format 2"),
+    "another backend": (lambda e: edit(e, backend="onnxruntime"), "backend 'onnxruntime' of format 2, expected"),
     "an unknown key": (lambda e: edit(e, speed=3), "keys missing or unknown: speed"),
     "a rank is not listed": (lambda e: without(e, "rank0.engine"), r"files not listed: \['rank0.engine'\]"),
     "a file outside": (

@@ -11,16 +11,21 @@ from export.architecture import Architecture
 from export.onnx_graph import names
 from export.onnx_graph.exporter import SERVING_GRAPH
 from export.provider import Provider
+from export.settings import TokenIds
 
 GENAI_FILE = "genai_config.json"
 
 
-def genai_config(
-    architecture: Architecture, max_sequence: int, eos_token_ids: tuple[int, ...], provider: Provider
-) -> dict[str, Any]:
-    """The file's content as a JSON object."""
-    end = list(eos_token_ids)
-    bos = architecture.bos_token_id if architecture.bos_token_id is not None else end[0]
+def genai_config(architecture: Architecture, max_sequence: int, ids: TokenIds, provider: Provider) -> dict[str, Any]:
+    """The file's content as a JSON object. A token that the checkpoint does not name is left to the library."""
+    end = ids.eos[0] if len(ids.eos) == 1 else list(ids.eos)
+    first_end = ids.eos[0] if ids.eos else None
+    # What fills a batch up is the end token where no file names another, as in transformers' `generate`.
+    tokens = {
+        "bos_token_id": first_end if ids.bos is None else ids.bos,
+        "eos_token_id": end,
+        "pad_token_id": first_end if ids.pad is None else ids.pad,
+    }
     pattern = {"past_key": names.past_key, "past_value": names.past_value,
                "present_key": names.present_key, "present_value": names.present_value}  # fmt: skip
     # The layer's number is a format directive there.
@@ -52,9 +57,7 @@ def genai_config(
             "type": "decoder",
             "vocab_size": architecture.vocab_size,
             "context_length": max_sequence,
-            "bos_token_id": bos,
-            "eos_token_id": end if len(end) > 1 else end[0],
-            "pad_token_id": end[0],
+            **{name: value for name, value in tokens.items() if value is not None},
             "decoder": decoder,
         },
         "search": {

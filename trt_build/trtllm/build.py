@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import shlex
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -31,7 +30,7 @@ from export.trtllm.checkpoint import (
     require_written,
     write_checkpoint,
 )
-from trt_build.engine import Source
+from trt_build.engine import Source, record_files
 from trt_build.errors import EngineError
 from trt_build.evaluation_text import standard_text
 from trt_build.machine import LIBRARY, Machine, read_machine, release
@@ -49,7 +48,6 @@ from trt_build.trtllm.engine import (
     TrtllmPrecisionRecord,
     open_trtllm_engine,
     rank_engine,
-    record_engine_files,
     write_trtllm_manifest,
 )
 from trt_build.trtllm.library import Library, find_library, library_missing, run_build
@@ -243,7 +241,7 @@ def _library(build: _Build) -> Library:
 
 def _build_engine(build: _Build, digests: Mapping[str, str]) -> TrtllmEngine:
     """Have the library build every rank, and make the engine directory. Raises LibraryMissing, EngineError."""
-    library, options, checkpoint = _library(build), build.options, build.source.checkpoint
+    library, options = _library(build), build.options
     logger.info("building %d rank(s) with TensorRT-LLM %s", options.parallel.world_size, library.version)
     with staged_directory(options.output, "the engine") as folder:
         flags = build.flags()
@@ -262,8 +260,7 @@ def _build_engine(build: _Build, digests: Mapping[str, str]) -> TrtllmEngine:
         absent = [name for name in wanted if not (folder / name).is_file()]
         if absent:
             raise EngineError(f"building the engine: trtllm-build ended well and left no {', '.join(absent)}")
-        for path in checkpoint.tokenizer_files():
-            shutil.copyfile(path, folder / path.name)
+        build.source.settings.write(folder)
         write_trtllm_manifest(folder, _manifest(build, library, digests, folder))
     return open_trtllm_engine(options.output, check_digests=False)
 
@@ -300,13 +297,14 @@ def _manifest(build: _Build, library: Library, digests: Mapping[str, str], folde
         tokenizer_size=source.tokenizer.size,
         head_masks_unused_ids=has_biased_head(source.model),
         eos_token_ids=source.end_ids,
+        tokenizer=source.settings.facts,
         source=_source(source.checkpoint, digests),
         routing=build.routing.to_json() if build.routing else None,
         left_out_experts=build.checkpoint.options.left_out,
         libraries={**libraries(), "tensorrt_llm": library.version},
         flags=tuple(build.settings()["flags"]),
         settings=build.settings(),
-        files=record_engine_files(folder),
+        files=record_files(folder),
     )
 
 

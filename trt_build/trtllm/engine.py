@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from export.architecture import Architecture
-from export.checkpoint import file_digest, read_json
+from export.checkpoint import read_json
+from export.checkpoint_files import TOKENIZER_FILE
 from export.errors import ConfigError, listing
 from export.output import replace_file
-from export.tokenizer import TOKENIZER_FILE
+from export.settings import TokenizerFacts
 from export.typed_json import read_typed
-from trt_build.engine import MANIFEST_FILE, FileRecord, Source, file_problem
+from trt_build.engine import MANIFEST_FILE, FileRecord, Source, check_end_tokens, file_problem, lies_inside
 from trt_build.errors import EngineError
 
 TRTLLM_BACKEND = "tensorrt-llm"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_FILE = "config.json"
 
 
@@ -83,6 +84,7 @@ class TrtllmManifest:
     tokenizer_size: int
     head_masks_unused_ids: bool  # those from tokenizer_size on, which stand for no text; else serving must
     eos_token_ids: tuple[int, ...]
+    tokenizer: TokenizerFacts
     source: Source
     routing: Mapping[str, Any] | None
     left_out_experts: tuple[int, ...]  # that no layer can choose; the others are numbered without them
@@ -124,15 +126,6 @@ def write_trtllm_manifest(folder: Path, manifest: TrtllmManifest) -> None:
     replace_file(folder / MANIFEST_FILE, json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
 
 
-def record_engine_files(folder: Path) -> dict[str, FileRecord]:
-    """Every file of a folder, the manifest aside, by name."""
-    return {
-        path.name: FileRecord(bytes=path.stat().st_size, sha256=file_digest(path))
-        for path in sorted(folder.iterdir())
-        if path.name != MANIFEST_FILE
-    }
-
-
 def open_trtllm_engine(folder: Path | str, check_digests: bool = True) -> TrtllmEngine:
     """Read the manifest and check the files against it. Raises EngineError listing every problem."""
     folder = Path(folder)
@@ -163,7 +156,7 @@ def open_trtllm_engine(folder: Path | str, check_digests: bool = True) -> Trtllm
 def _check_facts(manifest: TrtllmManifest) -> None:
     """What types cannot say. Raises ValueError."""
     ranks = [rank_engine(rank) for rank in range(manifest.parallel.world_size)]
-    strangers = [name for name in manifest.files if Path(name).name != name or name in ("", ".", "..")]
+    strangers = [name for name in manifest.files if not lies_inside(name)]
     absent = [name for name in (CONFIG_FILE, TOKENIZER_FILE, *ranks) if name not in manifest.files]
     if strangers or absent:
         raise ValueError(f"files outside the folder: {strangers}, files not listed: {absent}")
@@ -173,3 +166,4 @@ def _check_facts(manifest: TrtllmManifest) -> None:
         raise ValueError(
             f"tokenizer_size is {manifest.tokenizer_size}, expected 1 to {manifest.architecture.vocab_size}"
         )
+    check_end_tokens(manifest.eos_token_ids, manifest.tokenizer_size)
