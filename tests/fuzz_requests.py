@@ -1,0 +1,181 @@
+"""Damaged wire requests: the readers of them for `fuzz_readers.READERS`, which get them as Triton hands them to a
+model, and what ci/fuzz_wire.py sends to a live server.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import tokenizers
+from fuzzing import HOSTILE_VALUES, Reader, mutated_json
+from tokenizers import decoders, models, pre_tokenizers
+
+from export.tokenizer import Tokenizer
+from triton_repo.contract import COMPATIBILITY_INPUTS, INPUTS, TritonDtype, WireTensor
+from triton_repo.runtime.answer import Answer, AnswerPlan
+from triton_repo.runtime.generation import generate, never
+from triton_repo.runtime.options import read_options
+from triton_repo.runtime.parameters import TextParameters
+from triton_repo.runtime.preprocessing import Preprocessor
+from triton_repo.runtime.prompt import most_bytes
+from triton_repo.runtime.token_engine import respond
+from triton_repo.runtime.token_request import read_token_request
+from triton_repo.token_contract import ENGINE_NAMES, QUERY_NAMES
+
+MAX_SEQUENCE = 64
+DTYPES: Mapping[TritonDtype, Any] = {
+    "STRING": np.object_, "INT32": np.int32, "INT64": np.int64, "UINT64": np.uint64, "FP32": np.float32,
+    "BOOL": np.bool_,
+}  # fmt: skip
+TENSORS: Mapping[str, WireTensor] = {tensor.name: tensor for tensor in (*INPUTS, *COMPATIBILITY_INPUTS)}
+GOOD: tuple[dict[str, Any], ...] = (
+    {"text_input": ["def main("], "max_tokens": [4]},
+    {"text_input": ["naïve 😀"], "max_tokens": [6], "stream": [True], "temperature": [0.7], "top_k": [40],
+     "top_p": [0.9], "seed": [7], "min_tokens": [2], "stop_words": ["zz", "\n\n"], "bad_words": ["qq", "ab"]},
+    {"text_input": ["x"], "max_tokens": [3], "repetition_penalty": [1.1], "presence_penalty": [0.5],
+     "frequency_penalty": [-0.5], "return_log_probs": [True], "exclude_input_in_output": [False], "end_id": [-1],
+     "pad_id": [0], "beam_width": [1]},
+    {"text_input": ["x"], "max_tokens": [3], "min_length": [1], "random_seed": [3], "num_return_sequences": [1],
+     "length_penalty": [1.0], "return_num_input_tokens": [True], "return_context_logits": [False]},
+)  # fmt: skip
+# Values at the ends of what each data type holds.
+_ENDS: Mapping[TritonDtype, tuple[Any, ...]] = {
+    "INT32": (0, 1, -1, 2, 3, 1024, 1025, 2**31 - 1, -(2**31)),
+    "UINT64": (0, 1, 2**63, 2**64 - 1),
+    "FP32": (0.0, -0.0, 1.0, -1.0, 0.5, 1e-38, 1e-45, 3e38, 1000.0, float("nan"), float("inf"), -float("inf")),
+    "BOOL": (True, False),
+    "STRING": (
+        "", "a", " ", "\x00", "\x1b[2J", "é" * 600, "ab" * 5000, "q" * 300_000, " " * 100_000, "<|end|>" * 300,
+        b"\xff", b"\xf0\x9f\x98", "\u202e", "ValueError", "語" * 300,
+    ),
+}  # fmt: skip
+
+
+def array_of(tensor: WireTensor, values: Any) -> np.ndarray | None:
+    """A tensor as Triton would hand it to a model: of its data type, [1, n]; None for what cannot be one."""
+    items = values if isinstance(values, list) else [values]
+    try:
+        if tensor.dtype == "STRING":
+            items = [item.encode(errors="surrogatepass") if isinstance(item, str) else item for item in items]
+            if not all(isinstance(item, bytes) for item in items):
+                return None
+            made = np.empty((1, len(items)), dtype=np.object_)
+            made[0, :] = items
+            return made
+        target = np.dtype(DTYPES[tensor.dtype])
+        if target.kind in "iu" and not all(np.iinfo(target).min <= item <= np.iinfo(target).max for item in items):
+            return None
+        with np.errstate(all="ignore"):
+            return np.array([items], dtype=target)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def tensors_of(request: Any) -> dict[str, np.ndarray]:
+    """The tensors of a request that is a mapping from names to values; what is no tensor is left out."""
+    made = {name: array_of(TENSORS[name], values) for name, values in dict(request).items() if name in TENSORS}
+    return {name: tensor for name, tensor in made.items() if tensor is not None and tensor.ndim == 2}
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    """Bytes as tokens, and an end token."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|end|>"])
+    return Tokenizer(backend=backend, size=len(letters) + 1, eos_token_id=len(letters))
+
+
+class _Session:
+    """Logits drawn from the tokens that it is given."""
+
+    max_sequence = MAX_SEQUENCE
+
+    def __init__(self) -> None:
+        manifest = SimpleNamespace(eos_token_ids=(tokenizer().eos_token_id,), tokenizer_size=tokenizer().size)
+        self.engine = SimpleNamespace(manifest=manifest)
+
+    def new_cache(self) -> SimpleNamespace:
+        return SimpleNamespace(reset=lambda: None)
+
+    def run(self, cache: Any, token_ids: Any) -> np.ndarray:
+        seed = int(sum(token_ids)) % 1000
+        return np.random.default_rng(seed).normal(size=tokenizer().size).astype(np.float32)
+
+
+def answer_alone(request: Any) -> list[Any]:
+    """What the model without steps does with a request."""
+    options = read_options(tensors_of(request), most_bytes(tokenizer(), MAX_SEQUENCE - 1))
+    return list(generate(_Session(), tokenizer(), options))
+
+
+@cache
+def _preprocessor() -> Preprocessor:
+    parameters = TextParameters(
+        max_sequence=MAX_SEQUENCE, max_prompt=MAX_SEQUENCE - 1, end_ids=(tokenizer().eos_token_id, 5),
+        num_ids=tokenizer().size,
+    )  # fmt: skip
+    return Preprocessor(tokenizer(), parameters)
+
+
+def answer_in_steps(request: Any) -> list[Any]:
+    """What the steps of an ensemble do with it."""
+    prepared = _preprocessor().prepare({QUERY_NAMES[name]: array for name, array in tensors_of(request).items()})
+    tensors = {ENGINE_NAMES[name]: tensor for name, tensor in prepared.items() if name in ENGINE_NAMES}
+    answer = Answer(AnswerPlan.from_json(prepared["ANSWER"].reshape(-1)[0].decode()), tokenizer())
+    session = _Session()
+    asked = read_token_request(tensors, MAX_SEQUENCE, tokenizer().size, (tokenizer().eos_token_id, 5))
+    pieces = []
+    for response, _ in respond(session, asked, never, session.new_cache()):
+        for token in response["output_ids"].reshape(-1).tolist():
+            pieces.append(answer.extend(token))
+    return pieces
+
+
+def _read(data: bytes) -> Any:
+    """A request written as JSON; None for what is no object."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _reader(name: str, answer: Any) -> Reader:
+    def read(data: bytes, folder: Path) -> None:
+        request = _read(data)
+        if request is not None:
+            answer(request)
+
+    return Reader(name=name, seeds=lambda: [json.dumps(good).encode() for good in GOOD], read=read, mutate=mutated_json)
+
+
+READERS = (_reader("wire requests", answer_alone), _reader("wire requests in steps", answer_in_steps))
+
+
+def damaged_requests(seed: int, count: int) -> Iterator[dict[str, Any]]:
+    """Requests of which some tensors hold values that they should not, or are absent; always the same for a seed."""
+    rng = random.Random(f"wire {seed}")
+    for _ in range(count):
+        request: dict[str, Any] = {name: list(values) for name, values in rng.choice(GOOD).items()}
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            name = rng.choice(list(TENSORS))
+            kind = rng.randrange(5)
+            if kind == 0:
+                request.pop(name, None)
+            elif kind == 1:
+                request[name] = [rng.choice(_ENDS[TENSORS[name].dtype])] * rng.choice((0, 1, 2, 1000, 5000))
+            elif kind == 2:
+                request[name] = [rng.choice(HOSTILE_VALUES)]
+            else:
+                request[name] = [rng.choice(_ENDS[TENSORS[name].dtype])]
+        yield request
