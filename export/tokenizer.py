@@ -6,6 +6,7 @@ gets a tokenizer.json that needs no other.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +16,13 @@ from export.checkpoint_files import TOKENIZER_FILE
 from export.errors import CheckpointError, named
 from export.reading import is_there, read_text
 from export.token_lengths import most_bytes_per_token
+from export.tokenizer_patterns import check_patterns
 
 if TYPE_CHECKING:
     import tokenizers
 
 MAX_TOKENIZER_BYTES = 128 << 20  # vocabularies of 260,000 tokens take some 35 MB
+_TRIAL = "A text, in two lines:\n 1 + 1 == 2  # café"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +71,22 @@ def tokenizer_text(folder: Path) -> str:
 
 
 def make_backend(text: str, where: str) -> tokenizers.Tokenizer:
-    """The library's tokenizer of a tokenizer.json's text, without padding and truncation. Raises CheckpointError."""
+    """The library's tokenizer of a tokenizer.json's text, without padding and truncation, after it was tried on a text.
+    Raises CheckpointError, also for patterns that take for ever on some text."""
     import tokenizers
 
     try:
         backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exception for every damaged file
-        raise CheckpointError(f"{where}: {TOKENIZER_FILE} is damaged ({named(error)})") from error
-    backend.no_padding()
-    backend.no_truncation()
+        backend.no_padding()
+        backend.no_truncation()
+        for component in (backend.normalizer, backend.pre_tokenizer, backend.decoder):
+            if component is not None:
+                check_patterns(json.loads(component.__getstate__()))
+        backend.decode(backend.encode(_TRIAL, add_special_tokens=True).ids)
+    except BaseException as error:  # the library raises bare Exception, and Rust's panics are not even that
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{where}: {TOKENIZER_FILE} is damaged ({named(error, 400)})") from error
     return backend
 
 

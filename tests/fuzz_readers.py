@@ -112,6 +112,15 @@ def read_merge(data: bytes, folder: Path) -> None:
     read_merge_config(path)
 
 
+def tokenizer_texts() -> list[bytes]:
+    """A byte-level and a Llama tokenizer, and the first with patterns in every place that takes one."""
+    plain, *_, llama = files("tokenizer.json")
+    replace = {"type": "Replace", "pattern": {"Regex": r" {2,}|\s+(?!\S)"}, "content": "x"}
+    split = {"type": "Split", "pattern": {"Regex": r"\p{N}{1,3}| ?\p{L}+"}, "behavior": "Isolated", "invert": False}
+    patterned = {**json.loads(plain), "normalizer": replace, "pre_tokenizer": split, "decoder": replace}
+    return [plain, llama, json.dumps(patterned).encode()]
+
+
 def read_tokenizer(data: bytes, folder: Path) -> None:
     path = folder / "phixtral"
     (path / "tokenizer.json").write_bytes(data)
@@ -157,7 +166,7 @@ READERS = (
     Reader(name="config", seeds=lambda: files("config.json"), read=read_config, mutate=mutated_json, setup=copies),
     Reader(name="merge YAML", seeds=merge_texts, read=read_merge),
     Reader(
-        name="tokenizer", seeds=lambda: files("tokenizer.json")[:1], read=read_tokenizer, mutate=mutated_json,
+        name="tokenizer", seeds=tokenizer_texts, read=read_tokenizer, mutate=mutated_json,
         setup=copies,
     ),
     *(
