@@ -7,17 +7,18 @@ for which GPU and by which library the engine was built. Nothing is judged here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.errors import shown
+from export.typed_json import read_typed
 from triton_repo.errors import RepositoryError
 from triton_repo.model_config import CONFIG_FILE, read_config
 from triton_repo.runtime.parameters import ENGINE_KEY, NUM_IDS_KEY
-from trt_build.engine import MANIFEST_FILE
-from trt_build.trtllm.engine import TRTLLM_BACKEND
+from trt_build.manifest import MANIFEST_FILE, check_range, read_manifest
+from trt_build.trtllm.engine import MAX_RANKS, TRTLLM_BACKEND, GpuRecord, ParallelRecord
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -124,24 +125,26 @@ def _engine_origin(folder: Path) -> EngineOrigin | None:
     if not found:
         return None
     path = found[max(found)]
+    manifest = read_manifest(path.parent, f"reading {path}", RepositoryError)
+    if manifest.get("backend") != TRTLLM_BACKEND:
+        return None
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["backend"] != TRTLLM_BACKEND:
-            return None
         return _origin(manifest)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise RepositoryError(
-            f"reading {path}: no manifest of a TensorRT-LLM engine ({type(error).__name__}: {error}); package the "
-            "engine again"
+            f"reading {path}: no manifest of a TensorRT-LLM engine ({error}); package the engine again"
         ) from error
 
 
 def _origin(manifest: Mapping[str, Any]) -> EngineOrigin:
-    gpu, parallel = manifest["gpu"], manifest["parallel"]
-    sm = gpu["sm"]
-    return EngineOrigin(
-        gpu=gpu["name"],
-        sm=None if sm is None else int(sm),
-        library=manifest["libraries"].get("tensorrt_llm"),
-        world_size=int(parallel["tp_size"]) * int(parallel["pp_size"]),
-    )
+    """Raises ValueError."""
+    gpu = read_typed(GpuRecord, manifest.get("gpu"), "gpu")
+    parallel = read_typed(ParallelRecord, manifest.get("parallel"), "parallel")
+    check_range("ranks", parallel.world_size, 1, MAX_RANKS)
+    libraries = manifest.get("libraries")
+    if not isinstance(libraries, dict):
+        raise ValueError(f"libraries is {shown(libraries, 60)}, expected an object")
+    library = libraries.get("tensorrt_llm")
+    if not isinstance(library, str | None):
+        raise ValueError(f"libraries.tensorrt_llm is {shown(library, 60)}, expected a version")
+    return EngineOrigin(gpu=gpu.name, sm=gpu.sm, library=library, world_size=parallel.world_size)

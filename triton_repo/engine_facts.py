@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.checkpoint_files import is_text_file
-from trt_build.engine import MANIFEST_FILE, open_engine
+from trt_build.engine import open_engine
+from trt_build.manifest import MANIFEST_FILE
 from trt_build.trtllm.engine import TRTLLM_BACKEND, engine_backend, open_trtllm_engine
 
 

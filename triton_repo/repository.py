@@ -16,7 +16,7 @@ from triton_repo.errors import RepositoryError
 from triton_repo.model_config import CONFIG_FILE, packaged_parameters, read_config
 from triton_repo.runtime.parameters import NUM_IDS_KEY, TOKENIZER_KEY
 from triton_repo.trtllm_parameters import ENGINE_PATH_KEY
-from trt_build.engine import MANIFEST_FILE
+from trt_build.manifest import MANIFEST_FILE
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig

@@ -20,7 +20,7 @@ from triton_repo.errors import RepositoryError, ServerError
 from triton_repo.seal import is_sealed
 from triton_repo.server import Server, ServerOptions, prepared
 from triton_repo.supervision import Limits, Watch
-from trt_build.engine import MANIFEST_FILE
+from trt_build.manifest import MANIFEST_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -3,38 +3,48 @@
 An engine is a folder with a valid engine.json; the manifest is written last and the folder appears by rename, so a
 folder without one is no engine and every later stage says so. The manifest names every file with its bytes and
 SHA-256; that of the weights has a digest for each initializer, in weights.jsonl, so that it is checked on all cores.
-`open_engine` checks sizes always and digests unless told otherwise.
+`open_engine` checks the manifest's own digest and the files' sizes always, and their digests unless told otherwise.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.architecture import Architecture
-from export.checkpoint import file_digest, read_json
-from export.checkpoint_files import TEMPLATE_FOLDER, TOKENIZER_FILE
+from export.architecture import MAX_DIMENSION, Architecture
+from export.checkpoint import file_digest
+from export.checkpoint_files import TOKENIZER_FILE
 from export.conversion.parts import PartRecord, Region, damaged_regions, read_records
 from export.digests import num_cores
-from export.errors import ConfigError, listing
-from export.onnx_graph.exporter import DATA_FILE, RECORDS_FILE, SCORING_GRAPH, SERVING_GRAPH
+from export.errors import listing, named, shown
+from export.onnx_graph.exporter import DATA_FILE, PROBE_GRAPH, RECORDS_FILE, SCORING_GRAPH, SERVING_GRAPH
 from export.output import replace_file
 from export.provider import PROVIDERS
 from export.settings import TokenizerFacts
 from export.typed_json import read_typed
 from trt_build.errors import EngineError
+from trt_build.manifest import (
+    MANIFEST_FILE,
+    changed_meanwhile,
+    check_architecture,
+    check_digest,
+    check_end_tokens,
+    check_file_records,
+    check_range,
+    digested_text,
+    read_manifest,
+)
 
-MANIFEST_FILE = "engine.json"
 REQUIRED_FILES = (SERVING_GRAPH, SCORING_GRAPH, DATA_FILE, RECORDS_FILE, TOKENIZER_FILE)
 FORMAT_VERSION = 3
 PACKED_ALONE = 2  # the format whose packed weights have no second form, and which says nothing of the tokenizer
 READABLE_VERSIONS = (PACKED_ALONE, FORMAT_VERSION)
 BACKEND = "onnxruntime"
+MAX_BATCH = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,20 +138,27 @@ def record_files(folder: Path) -> dict[str, FileRecord]:
     }
 
 
-def lies_inside(name: str) -> bool:
-    """Whether a name of `files` is that of a file in the engine's folder, or of a chat template in its own folder."""
-    folder, _, file = name.rpartition("/")
-    return folder in ("", TEMPLATE_FOLDER) and Path(file).name == file and file not in ("", ".", "..")
-
-
 def manifest_text(manifest: Manifest) -> str:
     """The text of engine.json."""
-    return json.dumps(dataclasses.asdict(manifest), indent=2) + "\n"
+    values = dataclasses.asdict(manifest)
+    if manifest.format_version == PACKED_ALONE:
+        added = [field.name for field in dataclasses.fields(Manifest) if field.default is None]
+        values = {name: value for name, value in values.items() if name == "verification" or name not in added}
+    return digested_text(values)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write or replace engine.json by rename."""
     replace_file(folder / MANIFEST_FILE, manifest_text(manifest))
+
+
+def record_verification(engine: Engine, verification: Mapping[str, Any]) -> None:
+    """Write the result of a comparison into engine.json, in place of an earlier one. Raises EngineError where
+    engine.json is no longer what was opened."""
+    found = open_engine(engine.folder, check_digests=False).manifest
+    if manifest_text(found) != manifest_text(engine.manifest):
+        raise changed_meanwhile(engine.folder)
+    write_manifest(engine.folder, dataclasses.replace(engine.manifest, verification=verification))
 
 
 def open_engine(folder: Path | str, check_digests: bool = True) -> Engine:
@@ -152,16 +169,13 @@ def open_engine(folder: Path | str, check_digests: bool = True) -> Engine:
             f"opening the engine {folder}: no {MANIFEST_FILE} there; "
             + ("a build did not finish, build it again" if folder.is_dir() else "no such folder, check the path")
         )
-    try:
-        raw = read_json(folder / MANIFEST_FILE, "the engine's manifest")
-        if raw.get("backend", BACKEND) != BACKEND:
-            raise EngineError(
-                f"opening the engine {folder}: it is of the backend {raw['backend']}, expected {BACKEND}; moeship "
-                "package and serve take it, and build_engine.py --backend tensorrt-llm verifies it on a GPU"
-            )
-        manifest = _parse(raw, folder)
-    except ConfigError as error:
-        raise EngineError(f"opening the engine {folder}: {error}; build it again") from error
+    raw = read_manifest(folder, f"opening the engine {folder}")
+    if raw.get("backend") != BACKEND:
+        raise EngineError(
+            f"opening the engine {folder}: it is of the backend {named(raw.get('backend'), 40)}, expected {BACKEND}; "
+            "moeship package and serve take it, and build_engine.py --backend tensorrt-llm verifies it on a GPU"
+        )
+    manifest = _parse(raw, folder)
     found = {name: file_problem(folder / name, record, check_digests) for name, record in manifest.files.items()}
     problems = [f"{name}: {problem}" for name, problem in found.items() if problem]
     if check_digests and not found[DATA_FILE] and not found[RECORDS_FILE]:
@@ -219,7 +233,7 @@ def _parse(raw: dict[str, Any], folder: Path) -> Manifest:
     version = raw.get("format_version")
     if type(version) is not int or version not in READABLE_VERSIONS:
         raise EngineError(
-            f"opening the engine {folder}: format version {version!r:.20}, this moeship reads "
+            f"opening the engine {folder}: format version {shown(version, 40)}, this moeship reads "
             f"{' and '.join(map(str, READABLE_VERSIONS))}; build it again with this version"
         )
     try:
@@ -233,40 +247,44 @@ def _parse(raw: dict[str, Any], folder: Path) -> Manifest:
 
 
 def _check_facts(manifest: Manifest) -> None:
-    """What types cannot say. Raises ValueError; a file outside the engine's folder is the gravest of these."""
+    """What types cannot say. Raises ValueError."""
     facts = manifest.architecture
-    strangers = [name for name in manifest.files if not lies_inside(name)]
-    absent = [name for name in REQUIRED_FILES if name not in manifest.files]
-    if strangers or absent:
-        raise ValueError(f"files outside the folder: {strangers}, files not listed: {absent}")
-    if not manifest.stages or set(manifest.stages) - set(manifest.files):
-        raise ValueError(f"stages are {manifest.stages}, expected files of the engine")
-    bare = [name for name, record in manifest.files.items() if (record.sha256 is None) is not (name == DATA_FILE)]
-    if bare:
-        raise ValueError(f"files.{bare[0]}: a digest is {'missing' if bare[0] != DATA_FILE else 'not expected'}")
-    if sorted(manifest.expert_order) != list(range(facts.num_experts)):
-        raise ValueError(f"expert_order is {manifest.expert_order}, expected each of {facts.num_experts} experts once")
-    provider = PROVIDERS.get(manifest.provider)
+    check_architecture(facts)
+    _check_files(manifest)
+    order = manifest.expert_order
+    if len(order) != facts.num_experts or sorted(order) != list(range(facts.num_experts)):
+        raise ValueError(f"expert_order is {shown(order)}, expected each of {facts.num_experts} experts once")
+    provider, precision = PROVIDERS.get(manifest.provider), manifest.precision
     if provider is None:
-        raise ValueError(f"provider is {manifest.provider!r}, expected one of {', '.join(PROVIDERS)}")
-    if manifest.precision.name not in provider.precisions:
-        raise ValueError(f"precision is {manifest.precision.name!r}, expected one of {', '.join(provider.precisions)}")
+        raise ValueError(f"provider is {shown(manifest.provider)}, expected one of {', '.join(PROVIDERS)}")
+    if precision.name not in provider.precisions:
+        raise ValueError(f"precision is {shown(precision.name)}, expected one of {', '.join(provider.precisions)}")
+    for role, bits in precision.bits.items():
+        check_range(f"precision.bits.{named(role, 40)}", bits, 1, 64)
+    for size in precision.block_sizes:
+        check_range("precision.block_sizes", size, 1, MAX_DIMENSION)
+    check_range("precision.accuracy_level", precision.accuracy_level, 0, 4)
+    check_range("precision.average_bits_per_weight", precision.average_bits_per_weight, 0, 64)
+    check_range("max_sequence", manifest.max_sequence, 1, facts.max_positions)
+    check_range("max_batch", manifest.max_batch, 1, MAX_BATCH)
+    check_range("tokenizer_size", manifest.tokenizer_size, 1, facts.vocab_size)
+    check_end_tokens(manifest.eos_token_ids, manifest.tokenizer_size)
+    for name, digest in manifest.source.digests.items():
+        check_digest(f"source.digests.{named(name, 80)}", digest)
+
+
+def _check_files(manifest: Manifest) -> None:
+    """Files and what is said of them. Raises ValueError."""
+    needed = REQUIRED_FILES if manifest.kernel_layout is None else (*REQUIRED_FILES, PROBE_GRAPH)
+    check_file_records(manifest.files, needed, undigested=(DATA_FILE,))
+    if not manifest.stages or set(manifest.stages) - set(manifest.files):
+        raise ValueError(f"stages are {shown(manifest.stages)}, expected files of the engine")
+    if manifest.kernel_layout is not None:
+        check_digest("kernel_layout", manifest.kernel_layout)
     data_bytes, resident_bytes = manifest.files[DATA_FILE].bytes, manifest.resident_bytes
     if resident_bytes is None and manifest.format_version != PACKED_ALONE:
         raise ValueError("resident_bytes is missing")
     if manifest.tokenizer is None and manifest.format_version != PACKED_ALONE:
         raise ValueError("tokenizer is missing")
-    if resident_bytes is not None and not 0 < resident_bytes <= data_bytes:
-        raise ValueError(f"resident_bytes is {resident_bytes}, expected 1 to {data_bytes}, the bytes of {DATA_FILE}")
-    if not 1 <= manifest.max_sequence <= facts.max_positions:
-        raise ValueError(f"max_sequence is {manifest.max_sequence}, expected 1 to {facts.max_positions}")
-    if manifest.max_batch < 1 or not 1 <= manifest.tokenizer_size <= facts.vocab_size:
-        raise ValueError(f"max_batch {manifest.max_batch} or tokenizer_size {manifest.tokenizer_size} is out of range")
-    check_end_tokens(manifest.eos_token_ids, manifest.tokenizer_size)
-
-
-def check_end_tokens(ids: tuple[int, ...], tokenizer_size: int) -> None:
-    """Raises ValueError for an end token that an engine never chooses: it stands for no text."""
-    never = [item for item in ids if not 0 <= item < tokenizer_size]
-    if never:
-        raise ValueError(f"eos_token_ids holds {never[0]}, expected ids below {tokenizer_size}, which stand for text")
+    if resident_bytes is not None:
+        check_range("resident_bytes", resident_bytes, 1, data_bytes)

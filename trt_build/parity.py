@@ -20,7 +20,7 @@ from export.errors import ConfigError
 from export.families import Model, read_model
 from export.optional import optional_package
 from export.tokenizer import load_tokenizer
-from trt_build.engine import Engine, read_part_records, write_manifest
+from trt_build.engine import Engine, read_part_records, record_verification
 from trt_build.errors import EngineError
 from trt_build.ort.device import open_device
 from trt_build.ort.session import ScoringSession, Session
@@ -169,7 +169,7 @@ def verify_engine(
 
 def record(engine: Engine, verification: Verification) -> None:
     """Write the result into engine.json, in place of an earlier one."""
-    write_manifest(engine.folder, dataclasses.replace(engine.manifest, verification=verification.to_json()))
+    record_verification(engine, verification.to_json())
 
 
 def compare(

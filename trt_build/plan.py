@@ -24,7 +24,8 @@ from export.onnx_graph.exporter import DATA_FILE, PROBE_GRAPH, RECORDS_FILE
 from export.onnx_graph.packing import NO_KEY
 from export.onnx_graph.weights import WeightJob
 from export.tensor_table import Role, Weights
-from trt_build.engine import MANIFEST_FILE, FileRecord, Source, manifest_text
+from trt_build.engine import FileRecord, Source, manifest_text
+from trt_build.manifest import MANIFEST_FILE
 from trt_build.memory import kv_bytes_per_token
 from trt_build.ort.genai_config import GENAI_FILE
 from trt_build.prepare import PreparedBuild

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from export.errors import MoeshipError
-from trt_build.engine import MANIFEST_FILE
+from trt_build.manifest import MANIFEST_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD_PROGRAM = ROOT / "trt_build" / "build_engine.py"

@@ -42,7 +42,7 @@ def test_the_bandwidth_is_measured_when_asked(capsys, tiny_checkpoint, monkeypat
 
 def test_sequences_that_do_not_fit_end_with_status_1_and_say_so(capsys, tiny_checkpoint):
     _, report = planned(capsys, tiny_checkpoint, "--max-seq-len", "64")
-    token, data = report["kv_bytes_per_token"], report["files"]["model.onnx.data"]
+    token, data = report["kv_bytes_per_token"], report["resident_bytes"]
     memory = ["--max-seq-len", "64", "--device-memory", str((data + 3 * 64 * token) / 1e9)]
     assert planned(capsys, tiny_checkpoint, *memory, "--max-batch-size", "3")[0] == 0
     status, report = planned(capsys, tiny_checkpoint, *memory, "--max-batch-size", "4")
@@ -53,7 +53,7 @@ def test_sequences_that_do_not_fit_end_with_status_1_and_say_so(capsys, tiny_che
 
 def test_the_longest_sequence_that_fits_is_told_where_none_does(capsys, tiny_checkpoint):
     _, report = planned(capsys, tiny_checkpoint)
-    token, data = report["kv_bytes_per_token"], report["files"]["model.onnx.data"]
+    token, data = report["kv_bytes_per_token"], report["resident_bytes"]
     main([*PLAN, str(tiny_checkpoint), "--device-memory", str((data + 10.5 * token) / 1e9)])
     assert "longest sequence that fits    10 tokens" in capsys.readouterr().out
     main([*PLAN, str(tiny_checkpoint), "--device-memory", str(data / 2e9)])

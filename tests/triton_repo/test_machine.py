@@ -11,6 +11,7 @@ from triton_repo.deployment import EngineOrigin, GpuModel, read_deployment
 from triton_repo.errors import RepositoryError, ServerError
 from triton_repo.machine import check_machine
 from trt_build.machine import Gpu, Machine
+from trt_build.manifest import digested_text
 
 A100 = Gpu(index=0, name="NVIDIA A100-SXM4-80GB", sm=80, uuid="GPU-a")
 H100 = Gpu(index=1, name="NVIDIA H100 80GB HBM3", sm=90, uuid="GPU-h")
@@ -19,7 +20,7 @@ PARAMETERS = {"moeship_world_size": "2"}
 
 def engine_json(**changes) -> dict:
     return {
-        "backend": "tensorrt-llm", "gpu": {"name": "NVIDIA H100 80GB HBM3", "sm": 90},
+        "format_version": 1, "backend": "tensorrt-llm", "gpu": {"name": "NVIDIA H100 80GB HBM3", "sm": 90},
         "libraries": {"tensorrt_llm": "1.2.0", "tensorrt": "10.14.1.48"},
         "parallel": {"tp_size": 2, "pp_size": 1, "moe_tp_size": 1, "moe_ep_size": 2}, **changes,
     }  # fmt: skip
@@ -166,3 +167,15 @@ def test_a_model_that_says_nothing_of_its_ranks_is_judged_by_those_asked_for(tmp
     check_machine(other, Machine(gpus=(H100,)), backends)
     with pytest.raises(ServerError, match=r"runs on 4 GPU\(s\), one a rank, and this machine has 1"):
         check_machine(other, Machine(gpus=(H100,)), backends, ranks=4)
+
+
+def test_an_edited_engine_json_is_refused(tmp_path):
+    values = engine_json(format_version=2)
+    repository = write_model(tmp_path / "r" / "llm", "tensorrtllm", PARAMETERS)
+    path = repository / "llm" / "1" / "engine" / "engine.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(digested_text(values))
+    assert read_deployment(repository).gpu_models[0].engine is not None
+    path.write_text(path.read_text().replace('"sm": 90', '"sm": 80'))
+    with pytest.raises(RepositoryError, match=r"reading .*engine.json: .* was edited or is damaged: found the digest"):
+        read_deployment(repository)

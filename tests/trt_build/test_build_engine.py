@@ -23,6 +23,7 @@ from cli.main import main
 from conversion import watch
 from export.errors import CheckpointError, ConfigError, ExportError, OutputError, QuantizationError
 from export.quantize.grid import dequantize_blocks, unpack
+from tests.manifests import edit_manifest
 from trt_build.build_engine import BuildOptions, build_engine
 from trt_build.engine import open_engine
 from trt_build.errors import EngineError, SequenceError
@@ -312,11 +313,6 @@ def test_a_folder_without_manifest_is_no_engine(engine_copy, tmp_path):
         open_engine(tmp_path / "absent")
 
 
-def edit_manifest(folder, **changes):
-    path = folder / "engine.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
@@ -383,8 +379,7 @@ def test_only_the_weights_have_their_digests_elsewhere(engine_copy, name, digest
 
 
 def test_a_manifest_of_another_version_is_refused(engine_copy):
-    manifest = json.loads((engine_copy / "engine.json").read_text())
-    (engine_copy / "engine.json").write_text(json.dumps({**manifest, "format_version": 99}))
+    edit_manifest(engine_copy, format_version=99)
     with pytest.raises(EngineError, match="format version 99, this moeship reads 2 and 3; build it again"):
         open_engine(engine_copy)
 

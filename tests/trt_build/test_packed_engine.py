@@ -6,7 +6,6 @@ Engines of format 2 hold the packed form alone; they are made here from those of
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from export.onnx_graph.packing import (
 )
 from export.output import forget_pages
 from tests.checkpoints import write_phixtral_checkpoint
+from tests.manifests import edit_manifest, read_values, write_values
 from trt_build.build_engine import BuildOptions, build_engine
 from trt_build.engine import open_engine
 from trt_build.errors import EngineError
@@ -43,7 +43,7 @@ def copies(tmp_path, tiny_engines):
 def edit_graphs(folder, edit):
     """Change the packed initializers of what a session loads: `edit` gets a name and its external data as a mapping.
     Digests are left as they were."""
-    manifest = json.loads((folder / "engine.json").read_text())
+    manifest = read_values(folder)
     for name in manifest["stages"]:
         model = onnx.load(str(folder / name), load_external_data=False)
         for tensor in model.graph.initializer:
@@ -55,7 +55,7 @@ def edit_graphs(folder, edit):
                     tensor.external_data.add(key=key, value=value)
         (folder / name).write_bytes(model.SerializeToString())
         manifest["files"][name]["bytes"] = (folder / name).stat().st_size
-    (folder / "engine.json").write_text(json.dumps(manifest))
+    write_values(folder, manifest)
 
 
 def logits(folder):
@@ -112,8 +112,7 @@ def test_kernels_that_meet_no_key_pack_for_themselves(copies, tiny_engines):
 
 def test_an_engine_packed_for_other_kernels_is_refused_before_it_is_loaded(copies):
     folder = copies("int8")
-    manifest = json.loads((folder / "engine.json").read_text())
-    (folder / "engine.json").write_text(json.dumps({**manifest, "kernel_layout": "0" * 64}))
+    edit_manifest(folder, kernel_layout="0" * 64)
     for session in (Session, ScoringSession):
         with pytest.raises(EngineError, match=r"packed for the kernels of another CPU .* or anywhere with --portable"):
             session(open_engine(folder))

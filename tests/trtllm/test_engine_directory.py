@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from trtllm.building import manifest_of, options_of
 from trtllm.library import ROOT
 
+from tests.manifests import edit_manifest
 from trt_build.engine import open_engine
 from trt_build.errors import EngineError
 from trt_build.trtllm.build import build_trtllm
@@ -69,8 +71,7 @@ def test_the_same_build_gives_the_same_bytes(tmp_path, small_phixtral, built_eng
     }
 
 
-def edit(folder, **changed):
-    (folder / "engine.json").write_text(json.dumps({**manifest_of(folder), **changed}))
+edit = edit_manifest
 
 
 def cut(folder, name, size):
@@ -92,7 +93,7 @@ def without(folder, name):
 
 DAMAGES = {
     "no manifest": (lambda e: (e / "engine.json").unlink(), "no engine.json there; a build did not finish, build it"),
-    "no JSON": (lambda e: (e / "engine.json").write_text("{"), "engine.json is not one that this moeship reads"),
+    "no JSON": (lambda e: (e / "engine.json").write_text("{"), r"engine.json is damaged \(Expecting property"),
     "a file is missing": (lambda e: (e / "rank0.engine").unlink(), "\n  - rank0.engine: missing"),
     "a file ends early": (lambda e: cut(e, "rank0.engine", 9), r"\n  - rank0.engine: found 9 bytes, expected \d+"),
     "a byte differs": (lambda e: flip(e, "rank0.engine"), r"\n  - rank0.engine: found SHA-256 \w{12}…, expected"),
@@ -134,3 +135,42 @@ def test_engines_of_the_other_backend_are_told_apart(tmp_path, built_engine, tin
     assert engine_backend(tmp_path) is None
     with pytest.raises(EngineError, match="no engine.json there; no such folder, check the path"):
         open_trtllm_engine(tmp_path / "nowhere")
+
+
+def test_a_flipped_bit_of_the_manifest_is_refused(copied_engine):
+    path, draw = copied_engine / "engine.json", random.Random(5)
+    data = path.read_bytes()
+    passed = []
+    for place, byte in enumerate(data):
+        path.write_bytes(data[:place] + bytes([byte ^ 1 << draw.randrange(8)]) + data[place + 1 :])
+        try:
+            open_trtllm_engine(copied_engine, check_digests=False)
+            passed.append(place)
+        except EngineError:
+            assert engine_backend(copied_engine) is None
+    assert passed == []
+
+
+def test_a_manifest_without_its_digest_is_refused(copied_engine):
+    values = manifest_of(copied_engine)
+    del values["digest"]
+    (copied_engine / "engine.json").write_text(json.dumps(values))
+    with pytest.raises(EngineError, match="engine.json has no digest: it was edited or is damaged"):
+        open_trtllm_engine(copied_engine)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"parallel": {"tp_size": 10**9, "pp_size": 1, "moe_tp_size": 1, "moe_ep_size": 1}}, "parallel.tp_size is 10"),
+        ({"kv_cache_fraction": float("nan")}, "kv_cache_fraction is nan, expected a finite number"),
+        ({"kv_cache_fraction": 1.5}, "kv_cache_fraction is 1.5, expected 0 to 1"),
+        ({"max_num_tokens": 0}, "max_num_tokens is 0, expected 1 to"),
+        ({"gpu": {"name": None, "sm": -90}}, "gpu.sm is -90, expected 1 to 1000"),
+        ({"eos_token_ids": [10**9]}, "eos_token_ids holds 1000000000, expected ids below"),
+    ],
+)
+def test_values_that_no_engine_has_are_refused(copied_engine, changes, text):
+    edit(copied_engine, **changes)
+    with pytest.raises(EngineError, match=re.escape(text)):
+        open_trtllm_engine(copied_engine)

@@ -10,8 +10,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from export.trtllm.precision import TRTLLM_PRECISIONS
-from trt_build.engine import MANIFEST_FILE
 from trt_build.errors import EngineError, VerificationFailed
+from trt_build.manifest import MANIFEST_FILE
 from trt_build.progress_line import ProgressLine
 from trt_build.trtllm.build import Outcome, build_trtllm
 from trt_build.trtllm.engine import TRTLLM_BACKEND

@@ -8,24 +8,33 @@ the folder appears by rename, as any engine's.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.architecture import Architecture
-from export.checkpoint import read_json
+from export.architecture import MAX_DIMENSION, Architecture
 from export.checkpoint_files import TOKENIZER_FILE
-from export.errors import ConfigError, listing
+from export.errors import listing, named, shown
 from export.output import replace_file
 from export.settings import TokenizerFacts
 from export.typed_json import read_typed
-from trt_build.engine import MANIFEST_FILE, FileRecord, Source, check_end_tokens, file_problem, lies_inside
+from trt_build.engine import FileRecord, Source, file_problem
 from trt_build.errors import EngineError
+from trt_build.manifest import (
+    MANIFEST_FILE,
+    check_architecture,
+    check_digest,
+    check_end_tokens,
+    check_file_records,
+    check_range,
+    digested_text,
+    read_manifest,
+)
 
 TRTLLM_BACKEND = "tensorrt-llm"
 FORMAT_VERSION = 2
+MAX_RANKS = 4096
 CONFIG_FILE = "config.json"
 
 
@@ -110,8 +119,8 @@ class TrtllmEngine:
 def engine_backend(folder: Path) -> str | None:
     """The backend that an engine directory says it is for; None where there is no readable engine.json."""
     try:
-        backend = read_json(folder / MANIFEST_FILE, "the engine's manifest").get("backend")
-    except ConfigError:
+        backend = read_manifest(folder, f"opening the engine {folder}").get("backend")
+    except EngineError:
         return None
     return backend if isinstance(backend, str) else None
 
@@ -123,7 +132,7 @@ def rank_engine(rank: int) -> str:
 
 def write_trtllm_manifest(folder: Path, manifest: TrtllmManifest) -> None:
     """Write or replace engine.json by rename."""
-    replace_file(folder / MANIFEST_FILE, json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
+    replace_file(folder / MANIFEST_FILE, digested_text(dataclasses.asdict(manifest)))
 
 
 def open_trtllm_engine(folder: Path | str, check_digests: bool = True) -> TrtllmEngine:
@@ -133,16 +142,17 @@ def open_trtllm_engine(folder: Path | str, check_digests: bool = True) -> Trtllm
     if not (folder / MANIFEST_FILE).is_file():
         remedy = "a build did not finish, build it again" if folder.is_dir() else "no such folder, check the path"
         raise EngineError(f"{where}: no {MANIFEST_FILE} there; {remedy}")
+    raw = read_manifest(folder, where)
+    backend, version = raw.get("backend"), raw.get("format_version")
     try:
-        raw = read_json(folder / MANIFEST_FILE, "the engine's manifest")
-        if raw.get("backend") != TRTLLM_BACKEND or raw.get("format_version") != FORMAT_VERSION:
+        if backend != TRTLLM_BACKEND or type(version) is not int or version != FORMAT_VERSION:
             raise ValueError(
-                f"backend {raw.get('backend')!r} of format {raw.get('format_version')!r}, expected {TRTLLM_BACKEND!r} "
-                f"of format {FORMAT_VERSION}"
+                f"backend {shown(backend, 40)} of format {shown(version, 40)}, expected {TRTLLM_BACKEND!r} of format "
+                f"{FORMAT_VERSION}"
             )
         manifest = read_typed(TrtllmManifest, raw)
         _check_facts(manifest)
-    except (ConfigError, ValueError) as error:
+    except ValueError as error:
         raise EngineError(
             f"{where}: {MANIFEST_FILE} is not one that this moeship reads ({error}); build it again"
         ) from error
@@ -155,15 +165,23 @@ def open_trtllm_engine(folder: Path | str, check_digests: bool = True) -> Trtllm
 
 def _check_facts(manifest: TrtllmManifest) -> None:
     """What types cannot say. Raises ValueError."""
+    facts = manifest.architecture
+    check_architecture(facts)
+    for name, value in dataclasses.asdict(manifest.parallel).items():
+        check_range(f"parallel.{name}", value, 1, MAX_RANKS)
+    check_range("ranks", manifest.parallel.world_size, 1, MAX_RANKS)
     ranks = [rank_engine(rank) for rank in range(manifest.parallel.world_size)]
-    strangers = [name for name in manifest.files if not lies_inside(name)]
-    absent = [name for name in (CONFIG_FILE, TOKENIZER_FILE, *ranks) if name not in manifest.files]
-    if strangers or absent:
-        raise ValueError(f"files outside the folder: {strangers}, files not listed: {absent}")
-    if not 1 <= manifest.max_sequence <= manifest.architecture.max_positions or manifest.max_batch < 1:
-        raise ValueError(f"max_sequence {manifest.max_sequence} or max_batch {manifest.max_batch} is out of range")
-    if not 1 <= manifest.tokenizer_size <= manifest.architecture.vocab_size:
+    check_file_records(manifest.files, (CONFIG_FILE, TOKENIZER_FILE, *ranks))
+    if manifest.gpu.sm is not None:
+        check_range("gpu.sm", manifest.gpu.sm, 1, 1000)
+    if not 1 <= manifest.max_sequence <= facts.max_positions or not 1 <= manifest.max_batch <= MAX_DIMENSION:
         raise ValueError(
-            f"tokenizer_size is {manifest.tokenizer_size}, expected 1 to {manifest.architecture.vocab_size}"
+            f"max_sequence {shown(manifest.max_sequence)} or max_batch {shown(manifest.max_batch)} is out of range"
         )
+    check_range("max_num_tokens", manifest.max_num_tokens, 1, MAX_DIMENSION)
+    check_range("kv_cache_fraction", manifest.kv_cache_fraction, 0, 1)
+    check_range("precision.average_bits_per_weight", manifest.precision.average_bits_per_weight, 0, 64)
+    check_range("tokenizer_size", manifest.tokenizer_size, 1, facts.vocab_size)
     check_end_tokens(manifest.eos_token_ids, manifest.tokenizer_size)
+    for name, digest in manifest.source.digests.items():
+        check_digest(f"source.digests.{named(name, 80)}", digest)

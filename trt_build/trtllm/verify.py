@@ -23,6 +23,7 @@ from export.tokenizer import load_tokenizer
 from trt_build.child import child_program
 from trt_build.errors import EngineError
 from trt_build.machine import MPIRUN
+from trt_build.manifest import changed_meanwhile
 from trt_build.parity import (
     MIN_TOKENS,
     THRESHOLDS,
@@ -35,7 +36,7 @@ from trt_build.parity import (
     run_reference,
     split_windows,
 )
-from trt_build.trtllm.engine import TrtllmEngine, write_trtllm_manifest
+from trt_build.trtllm.engine import TrtllmEngine, open_trtllm_engine, write_trtllm_manifest
 
 # As the same precisions elsewhere. bfloat16 has 8 bits where float16 has 11. With one scale for a whole channel int4
 # costs the tiny phixtral 3.7 % of perplexity, where blocks of 64 cost 2.5 %.
@@ -93,6 +94,8 @@ def verify_trtllm(
 
 def record_trtllm(engine: TrtllmEngine, verification: Verification) -> None:
     """Write the result into engine.json, in place of an earlier one."""
+    if open_trtllm_engine(engine.folder, check_digests=False).manifest != engine.manifest:
+        raise changed_meanwhile(engine.folder)
     manifest = dataclasses.replace(engine.manifest, verification=verification.to_json())
     write_trtllm_manifest(engine.folder, manifest)
 

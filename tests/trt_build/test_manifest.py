@@ -1,0 +1,152 @@
+"""engine.json says what was built: no bit of it changes unnoticed, and what it says is checked before it is used."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+
+import pytest
+
+from tests.manifests import edit_manifest, read_values, write_values
+from trt_build.engine import open_engine, record_verification, write_manifest
+from trt_build.errors import EngineError
+
+
+@pytest.fixture
+def engine(tmp_path, tiny_engine):
+    return shutil.copytree(tiny_engine, tmp_path / "engine")
+
+
+def refused(folder):
+    with pytest.raises(EngineError) as caught:
+        open_engine(folder, check_digests=False)
+    return str(caught.value)
+
+
+def test_a_flipped_bit_anywhere_is_refused(engine):
+    path, draw = engine / "engine.json", random.Random(3)
+    data = path.read_bytes()
+    passed = []
+    for place, byte in enumerate(data):
+        path.write_bytes(data[:place] + bytes([byte ^ 1 << draw.randrange(8)]) + data[place + 1 :])
+        try:
+            open_engine(engine, check_digests=False)
+            passed.append(place)
+        except EngineError:
+            continue
+    assert passed == []
+
+
+def test_every_value_that_is_edited_is_refused(engine):
+    values = json.loads((engine / "engine.json").read_text())
+    edits = {"expert_order": values["expert_order"][::-1], "max_sequence": 600, "verification": {"failures": []}}
+    for key, value in edits.items():
+        (engine / "engine.json").write_text(json.dumps({**values, key: value}, indent=2) + "\n")
+        assert f"{engine / 'engine.json'} was edited or is damaged: found the digest '" in refused(engine)
+    (engine / "engine.json").write_text(json.dumps(values))  # the same values, written otherwise
+    assert "was edited or is damaged" in refused(engine)
+
+
+@pytest.mark.parametrize("digest", [None, "", 7, ["0" * 64], "0" * 64])
+def test_a_digest_of_another_kind_is_none(engine, digest):
+    values = json.loads((engine / "engine.json").read_text())
+    (engine / "engine.json").write_text(json.dumps({**values, "digest": digest}, indent=2) + "\n")
+    assert "was edited or is damaged" in refused(engine)
+
+
+def test_a_missing_digest_is_told(engine):
+    values = read_values(engine)
+    (engine / "engine.json").write_text(json.dumps(values, indent=2) + "\n")
+    assert "engine.json has no digest: it was edited or is damaged; put back the file" in refused(engine)
+
+
+def test_a_manifest_of_format_2_is_read_without_a_digest_and_written_back_so(tmp_path, tiny_engines):
+    engine = shutil.copytree(tiny_engines("int4", portable=True), tmp_path / "engine")
+    values = read_values(engine)
+    values |= {"format_version": 2}
+    del values["resident_bytes"], values["tokenizer"]
+    write_values(engine, values)
+    assert "digest" not in json.loads((engine / "engine.json").read_text())
+    record_verification(open_engine(engine), {"failures": ["perplexity"]})
+    assert json.loads((engine / "engine.json").read_text()) == {**values, "verification": {"failures": ["perplexity"]}}
+    assert open_engine(engine).manifest.verification == {"failures": ["perplexity"]}
+    (engine / "engine.json").write_text(json.dumps({**values, "digest": None}))
+    assert "was edited or is damaged" in refused(engine)
+
+
+def test_the_digest_covers_what_verify_writes(engine):
+    record_verification(open_engine(engine), {"mean_kl": 0.25, "failures": []})
+    assert open_engine(engine).manifest.verification == {"mean_kl": 0.25, "failures": []}
+    text = (engine / "engine.json").read_text()
+    (engine / "engine.json").write_text(text.replace("0.25", "0.05"))
+    assert "was edited or is damaged" in refused(engine)
+
+
+def test_a_result_is_not_written_over_another_engines_manifest(engine):
+    opened = open_engine(engine)
+    edit_manifest(engine, model="another")
+    with pytest.raises(EngineError, match="it changed since it was read; verify again when no other process writes"):
+        record_verification(opened, {"failures": []})
+    assert open_engine(engine).manifest.model == "another"
+
+
+def test_writing_gives_the_same_bytes_again(engine):
+    before = (engine / "engine.json").read_bytes()
+    write_manifest(engine, open_engine(engine).manifest)
+    assert (engine / "engine.json").read_bytes() == before
+
+
+def architecture(**changes):
+    return lambda values: {"architecture": {**values["architecture"], **changes}}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (architecture(norm_epsilon=float("nan")), "architecture.norm_epsilon is nan, expected a finite number"),
+        (architecture(norm_epsilon=-1e-5), "architecture.norm_epsilon is -1e-05, expected a positive, finite number"),
+        (architecture(rope_base=10**400), "architecture.rope_base is a whole number of 1329 bits, expected a finite"),
+        (architecture(num_experts=10**9), "architecture.num_experts is 1000000000, expected 0 to 16777216"),
+        (architecture(num_experts=10**7), "expert_order is (4, 3, 2, 1, ...), expected each of 10000000 experts once"),
+        (architecture(num_layers=10**6), "architecture.num_layers is 1000000, expected 1 to 10000"),
+        (architecture(head_size=0), "architecture.head_size is 0, expected 1 to"),
+        (architecture(num_kv_heads=-1), "architecture.num_kv_heads is -1, expected 1 to"),
+        (architecture(experts_per_token=6), "architecture.experts_per_token is 6, expected 0 to 5"),
+        (lambda values: {"expert_order": [0, 1, 2, 3, 3]}, "expert_order is (0, 1, 2, 3, ...), expected each of 5"),
+        (lambda values: {"expert_order": [0, 1, 2, 3, True]}, "expert_order[4] is True, expected int"),
+        (lambda values: {"eos_token_ids": [10**6]}, "eos_token_ids holds 1000000, expected ids below"),
+        (lambda values: {"max_batch": 0}, "max_batch is 0, expected 1 to 65536"),
+        (lambda values: {"max_batch": 1.0}, "max_batch is 1.0, expected int"),
+        (lambda values: {"resident_bytes": 0}, "resident_bytes is 0, expected 1 to"),
+        (lambda values: {"kernel_layout": "x"}, "kernel_layout is 'x', expected a SHA-256"),
+        (lambda values: {"stages": ["model.onnx", "../model.onnx"]}, "stages are ('model.onnx', '../model.onnx')"),
+        (
+            lambda values: {"files": {**values["files"], "a/../../x": {"bytes": 1, "sha256": "0" * 64}}},
+            "files outside the folder: ['a/../../x']",
+        ),
+        (
+            lambda values: {"files": {**values["files"], "tokenizer.json": {"bytes": 1, "sha256": "zz"}}},
+            "files.tokenizer.json: 'zz' is no SHA-256",
+        ),
+        (
+            lambda values: {"files": {name: record for name, record in values["files"].items() if name[0] != "k"}},
+            "files not listed: ['kernels.onnx']",
+        ),
+    ],
+)  # fmt: skip
+def test_values_that_no_engine_has_are_refused_at_once(engine, change, text):
+    values = read_values(engine)
+    write_values(engine, {**values, **change(values)})
+    started = time.process_time()
+    message = refused(engine)
+    assert time.process_time() - started < 1
+    assert text in message
+    assert "engine.json is malformed (" in message
+
+
+def test_a_key_that_stands_twice_is_refused(engine):
+    text = (engine / "engine.json").read_text()
+    (engine / "engine.json").write_text(text.replace('{\n  "format_version"', '{\n  "model": "x",\n  "format_version"'))
+    assert "the key 'model' stands twice in one object" in refused(engine)

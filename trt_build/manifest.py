@@ -1,0 +1,146 @@
+"""engine.json as text: written with a digest of itself, and read only where the digest is right.
+
+The digest is the last value of the object. It is SHA-256 over every byte before it, so that no bit of the file can
+change unnoticed; the three bytes after it are fixed. The digest finds damage and careless edits. It is no signature:
+whoever means to deceive can compute it too.
+
+Formats up to UNDIGESTED have none and are read without; the one after them is the present one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from export.architecture import MAX_DIMENSION, MAX_POSITIONS, Architecture
+from export.checkpoint_files import TEMPLATE_FOLDER
+from export.errors import MoeshipError, named, shown
+from export.reading import parse_json, read_text
+from trt_build.errors import EngineError
+
+MANIFEST_FILE = "engine.json"
+UNDIGESTED: Mapping[str, int] = {"onnxruntime": 2, "tensorrt-llm": 1}  # backend -> the last format without a digest
+_MAX_LAYERS = 10_000
+_DIGEST = re.compile(r'(?<=,\n  "digest": ")[0-9a-f]{64}(?="\n}\n\Z)')
+_HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def digested_text(values: Mapping[str, Any]) -> str:
+    """The text of an engine.json with these values, its digest last; without one in a format that has none."""
+    version = values["format_version"]
+    if version <= UNDIGESTED[values["backend"]]:
+        return json.dumps(values, indent=2) + "\n"
+    text = json.dumps({**values, "digest": "0" * 64}, indent=2) + "\n"
+    return _DIGEST.sub(_digest_of(text), text)
+
+
+def read_manifest(folder: Path, doing: str, error: type[MoeshipError] = EngineError) -> dict[str, Any]:
+    """The values of a folder's engine.json, the digest aside. Raises `error`, which says what was being done, where the
+    file is no JSON object or not as it was written."""
+    path = folder / MANIFEST_FILE
+    text = read_text(path, "the engine's manifest", error=error)
+    try:
+        values = parse_json(text)
+    except ValueError as reason:
+        raise error(f"{doing}: {named(path)} is damaged ({reason}); {_REMEDY}") from reason
+    if not isinstance(values, dict):
+        raise error(f"{doing}: {named(path)} holds a {type(values).__name__}, expected an object; {_REMEDY}")
+    if "digest" not in values:
+        backend, version = values.get("backend"), values.get("format_version")
+        if isinstance(backend, str) and type(version) is int and version == UNDIGESTED.get(backend, version) + 1:
+            raise error(f"{doing}: {named(path)} has no digest: it was edited or is damaged; {_REMEDY}")
+        return values
+    given, expected = values.pop("digest"), _digest_of(text)
+    if given != expected or not _DIGEST.search(text):
+        raise error(
+            f"{doing}: {named(path)} was edited or is damaged: found the digest {shown(given, 20)}, expected "
+            f"{expected[:12]}…, that of its bytes; {_REMEDY}"
+        )
+    return values
+
+
+_REMEDY = "put back the file that the build or verify wrote, or build it again"
+
+
+def _digest_of(text: str) -> str:
+    """Of the bytes before the digest's value; of the whole text where it does not end with one."""
+    place = _DIGEST.search(text)
+    return hashlib.sha256(text[: place.start() if place else len(text)].encode()).hexdigest()
+
+
+def changed_meanwhile(folder: Path) -> EngineError:
+    """The error for an engine.json that another process wrote since it was read."""
+    return EngineError(
+        f"writing the comparison's result into {folder / MANIFEST_FILE}: it changed since it was read; verify again "
+        "when no other process writes to it"
+    )
+
+
+def check_file_records(files: Mapping[str, Any], needed: Sequence[str], undigested: Sequence[str] = ()) -> None:
+    """Check the records of an engine's files: names, bytes, SHA-256, which those in `undigested` have not.
+
+    Raises ValueError; a file outside the engine's folder is the gravest of these.
+    """
+    strangers = [name for name in files if not _is_inside(name) or name == MANIFEST_FILE]
+    absent = [name for name in needed if name not in files]
+    if strangers or absent:
+        raise ValueError(f"files outside the folder: {shown(strangers)}, files not listed: {shown(absent)}")
+    for name, record in files.items():
+        if record.bytes < 0:
+            raise ValueError(f"files.{named(name, 80)}: it has {record.bytes} bytes")
+        if (record.sha256 is None) is not (name in undigested):
+            raise ValueError(
+                f"files.{named(name, 80)}: a digest is {'not expected' if name in undigested else 'missing'}"
+            )
+        if record.sha256 is not None and not _HEX_DIGEST.fullmatch(record.sha256):
+            raise ValueError(f"files.{named(name, 80)}: {shown(record.sha256, 80)} is no SHA-256")
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is that of a file in the engine's folder, or of a chat template in its own folder."""
+    folder, _, file = name.rpartition("/")
+    return folder in ("", TEMPLATE_FOLDER) and file not in ("", ".", "..") and "\0" not in file
+
+
+def check_digest(name: str, text: str) -> None:
+    """Raise ValueError where a text is no SHA-256 in hexadecimal."""
+    if not _HEX_DIGEST.fullmatch(text):
+        raise ValueError(f"{name} is {shown(text, 80)}, expected a SHA-256")
+
+
+def check_range(name: str, value: float, least: float, most: float) -> None:
+    """Raise ValueError where a number is not from `least` to `most`."""
+    if not least <= value <= most:
+        raise ValueError(f"{name} is {shown(value, 40)}, expected {least} to {most}")
+
+
+def check_architecture(facts: Architecture) -> None:
+    """Raise ValueError where a model's facts cannot be those of any: what types cannot say."""
+    for name in ("hidden_size", "num_heads", "num_kv_heads", "head_size", "ffn_size", "vocab_size"):
+        check_range(f"architecture.{name}", getattr(facts, name), 1, MAX_DIMENSION)
+    check_range("architecture.num_layers", facts.num_layers, 1, _MAX_LAYERS)
+    check_range("architecture.num_experts", facts.num_experts, 0, MAX_DIMENSION)
+    check_range("architecture.experts_per_token", facts.experts_per_token, 0, max(1, facts.num_experts))
+    check_range("architecture.rotary_dim", facts.rotary_dim, 0, facts.head_size)
+    check_range("architecture.max_positions", facts.max_positions, 1, MAX_POSITIONS)
+    if facts.num_heads % facts.num_kv_heads:
+        raise ValueError(f"architecture.num_heads is {facts.num_heads}, no multiple of num_kv_heads")
+    for name, value in (("rope_base", facts.rope_base), ("norm_epsilon", facts.norm_epsilon)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"architecture.{name} is {value}, expected a positive, finite number")
+    if facts.sliding_window is not None:
+        check_range("architecture.sliding_window", facts.sliding_window, 1, MAX_DIMENSION)
+
+
+def check_end_tokens(ids: tuple[int, ...], tokenizer_size: int) -> None:
+    """Raise ValueError for an end token that an engine never chooses: it stands for no text."""
+    never = [item for item in ids if not 0 <= item < tokenizer_size]
+    if never:
+        raise ValueError(
+            f"eos_token_ids holds {shown(never[0])}, expected ids below {tokenizer_size}, which stand for text"
+        )
