@@ -93,7 +93,8 @@ def read_merge_config(path: Path) -> MergeConfig:
     reader = _Reader(path.parent)
     config = reader.config(raw, text)
     if reader.problems:
-        raise ConfigError(f"reading {_WHAT} {named(path)}: correct or remove:{listing(reader.problems, 20)}")
+        asked = listing(reader.problems, 20)
+        raise ConfigError(f"reading {_WHAT} {named(path)}: it asks for what moeship does not do:{asked}")
     return config
 
 

@@ -151,9 +151,9 @@ def _refuse_settings(files: TokenizerFiles, content: Mapping[str, Any]) -> None:
     """Settings under which transformers would do what an engine's tokenizer.json cannot say."""
     settings = files.settings
     if settings.get("split_special_tokens"):
-        raise files.refuse(SETTINGS_FILE, "sets split_special_tokens, which is not honoured; remove it")
+        raise files.refuse(SETTINGS_FILE, "sets split_special_tokens, which is not honoured yet")
     if settings.get("init_inputs"):
-        raise files.refuse(SETTINGS_FILE, "holds init_inputs, which are not honoured; remove them")
+        raise files.refuse(SETTINGS_FILE, "holds init_inputs, which are not honoured yet")
     others = settings.get("fast_tokenizer_files")
     if others not in (None, [], [TOKENIZER_FILE]):
         raise files.refuse(

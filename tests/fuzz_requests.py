@@ -84,6 +84,9 @@ def tensors_of(request: Any) -> dict[str, np.ndarray]:
     return {name: tensor for name, tensor in made.items() if tensor is not None and tensor.ndim == 2}
 
 
+END_ID = 256  # of the end token, behind a token for each byte
+
+
 @cache
 def tokenizer() -> Tokenizer:
     """Bytes as tokens, and an end token."""
@@ -92,7 +95,7 @@ def tokenizer() -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<|end|>"])
-    return Tokenizer(backend=backend, size=len(letters) + 1, eos_token_id=len(letters))
+    return Tokenizer(backend=backend, size=len(letters) + 1)
 
 
 class _Session:
@@ -101,7 +104,7 @@ class _Session:
     max_sequence = MAX_SEQUENCE
 
     def __init__(self) -> None:
-        manifest = SimpleNamespace(eos_token_ids=(tokenizer().eos_token_id,), tokenizer_size=tokenizer().size)
+        manifest = SimpleNamespace(eos_token_ids=(END_ID,), tokenizer_size=tokenizer().size)
         self.engine = SimpleNamespace(manifest=manifest)
 
     def new_cache(self) -> SimpleNamespace:
@@ -121,7 +124,7 @@ def answer_alone(request: Any) -> list[Any]:
 @cache
 def _preprocessor() -> Preprocessor:
     parameters = TextParameters(
-        max_sequence=MAX_SEQUENCE, max_prompt=MAX_SEQUENCE - 1, end_ids=(tokenizer().eos_token_id, 5),
+        max_sequence=MAX_SEQUENCE, max_prompt=MAX_SEQUENCE - 1, end_ids=(END_ID, 5),
         num_ids=tokenizer().size,
     )  # fmt: skip
     return Preprocessor(tokenizer(), parameters)
@@ -133,7 +136,7 @@ def answer_in_steps(request: Any) -> list[Any]:
     tensors = {ENGINE_NAMES[name]: tensor for name, tensor in prepared.items() if name in ENGINE_NAMES}
     answer = Answer(AnswerPlan.from_json(prepared["ANSWER"].reshape(-1)[0].decode()), tokenizer())
     session = _Session()
-    asked = read_token_request(tensors, MAX_SEQUENCE, tokenizer().size, (tokenizer().eos_token_id, 5))
+    asked = read_token_request(tensors, MAX_SEQUENCE, tokenizer().size, (END_ID, 5))
     pieces = []
     for response, _ in respond(session, asked, never, session.new_cache()):
         for token in response["output_ids"].reshape(-1).tolist():
