@@ -23,6 +23,7 @@ from triton_repo.processes import MARK_VARIABLE, Process, bears, descendants_of,
 from triton_repo.readiness import SERVER_PROGRAM, model_of
 from triton_repo.server import Server
 
+_NEVER = -1  # no process started then
 _LAUNCHER_WORDS = ("mpirun", "mpiexec", "prterun", "orterun")
 
 
@@ -121,7 +122,12 @@ def _members(server: Server) -> dict[int, _Member]:
         for pid, process in found.items()
         if not process.has_ended and bears(pid, mark) and (role := _role(process))
     }
-    return {pid: _Member(role, found[pid].start_time) for pid, role in roles.items()} | _program(server)
+    members = {pid: _Member(role, found[pid].start_time) for pid, role in roles.items()}
+    # An instance that beat and ended before this look; its model was loaded, so that Triton did not end it.
+    loaded = {model.name for model in server.models if model.ready}
+    beats = [beat for beat in read_beats(server.heartbeats) if beat.model in loaded and beat.pid not in members]
+    ended = {beat.pid: _Member(f"the Python process of the model {beat.model}", _NEVER) for beat in beats}
+    return members | ended | _program(server)
 
 
 def _program(server: Server) -> dict[int, _Member]:

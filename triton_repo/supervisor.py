@@ -70,8 +70,10 @@ def supervise(options: ServerOptions, policy: RestartPolicy, reporter: Reporter)
             try:
                 with preparation.started() as server:
                     began = time.monotonic()
+                    # First, so that what dies as soon as others know of the server is seen.
+                    watch = Watch(server, policy.limits)
                     reporter.ready(server, restarts)
-                    fault = _watch(server, policy, reporter, options.drain_timeout_s)
+                    fault = _wait(watch, server, reporter, options.drain_timeout_s)
                     tail = server.log_tail()
                     server.kill()
                 if time.monotonic() - began >= policy.healthy_s:
@@ -89,10 +91,10 @@ def supervise(options: ServerOptions, policy: RestartPolicy, reporter: Reporter)
             time.sleep(policy.pause_s(restarts))
 
 
-def _watch(server: Server, policy: RestartPolicy, reporter: Reporter, drain_timeout_s: float) -> str:
+def _wait(watch: Watch, server: Server, reporter: Reporter, drain_timeout_s: float) -> str:
     """What failed. When interrupted, drain the server first."""
     try:
-        return Watch(server, policy.limits).wait()
+        return watch.wait()
     except KeyboardInterrupt:
         reporter.draining(drain_timeout_s)
         try:

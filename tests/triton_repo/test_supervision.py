@@ -19,7 +19,7 @@ from serve_command import wait_until
 
 from triton_repo import supervisor
 from triton_repo.errors import RepositoryError, ServerError
-from triton_repo.health import HealthEndpoint
+from triton_repo.health import HealthEndpoint, ModelState
 from triton_repo.heartbeat import FOLDER_VARIABLE, make_folder, read_beats
 from triton_repo.package import PackageOptions, package_engine
 from triton_repo.processes import MARK_VARIABLE
@@ -49,6 +49,9 @@ heartbeat = Heartbeat.start("tiny", "tiny_0_0")
 heartbeat.report(running=1, waiting=100)
 {step}
 """
+
+
+LOADED = ModelState(name="tiny", version="1", state="READY", reason="")
 
 
 class Live(http.server.BaseHTTPRequestHandler):
@@ -85,7 +88,7 @@ def serving(tmp_path, endpoint):
         )
         assert wait_until(lambda: read_beats(tmp_path / "beats"))
         server = Server(
-            grpc_url="", http_url=None, metrics_url="", models=(), process=process, program="tritonserver",
+            grpc_url="", http_url=None, metrics_url="", models=(LOADED,), process=process, program="tritonserver",
             world_size=1, log=None, mark=mark, heartbeats=tmp_path / "beats", endpoint=endpoint,
         )  # fmt: skip
         started.append(server)
@@ -112,6 +115,12 @@ def test_a_killed_model_is_named_with_its_process(serving):
     assert watch.look() is None
     os.kill(pid, signal.SIGKILL)
     assert watch.wait() == f"the Python process of the model tiny (pid {pid}) has ended"
+
+
+def test_a_model_that_died_before_the_first_look_is_seen(serving):
+    server, pid = serving("sleeps")
+    os.kill(pid, signal.SIGKILL)
+    assert Watch(server, LIMITS).wait() == f"the Python process of the model tiny (pid {pid}) has ended"
 
 
 def test_a_killed_server_is_told_with_its_signal(serving):
