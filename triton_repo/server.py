@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 LOCALHOST = "127.0.0.1"
 LOG_TAIL_LINES = 15
 DEFAULT_DRAIN_TIMEOUT_S = 30.0
+# What the engine's last tokens have to pass the step behind it and reach their clients.
+SETTLE_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +106,10 @@ class Server:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             beats = [beat for beat in read_beats(self.heartbeats) if start_time(beat.pid) is not None]
-            if self.process.poll() is not None or all(beat.draining and not beat.running for beat in beats):
+            if self.process.poll() is not None:
+                return True
+            if all(beat.draining and not beat.running for beat in beats):
+                time.sleep(SETTLE_S)
                 return True
             time.sleep(POLL_INTERVAL_S)
         return False

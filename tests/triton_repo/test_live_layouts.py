@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 import time
 import urllib.error
 import urllib.request
 
 import pytest
-from live_triton import LiveTriton, Refused, read
+from live_requests import PATIENCE_S, Asked, slow_down
+from live_triton import LiveTriton, Refused
 from serve_command import wait_until
 
 from clients.errors import without_ensemble
@@ -23,25 +23,9 @@ from triton_repo.server import ServerOptions, running_server
 
 SINGLE, STEPS = "alone", "steps"
 ENDLESS = {"text_input": "def ", "max_tokens": 600, "end_id": -1}
-PATIENCE_S = 30
 NO_TOKENS = (
     "INVALID_ARGUMENT: reading the request:\n  - max_tokens: found 0, expected 1 or more; ask for at least one token"
 )
-# Put into the served models: a step of the engine takes 10 ms more, so that 600 tokens are under way for a while.
-SLOW = """
-import time
-from trt_build.ort import session
-
-run = session.Session.run
-
-
-def slow(self, *given):
-    time.sleep(0.01)
-    return run(self, *given)
-
-
-session.Session.run = slow
-"""
 
 
 @pytest.fixture(scope="module")
@@ -50,57 +34,9 @@ def live(tmp_path_factory, tiny_engine):
     package_engine(PackageOptions(engine=tiny_engine, name=SINGLE, output=folder, threads=1))
     package_engine(PackageOptions(engine=tiny_engine, name=STEPS, output=folder, threads=1, layout="ensemble"))
     for name in (SINGLE, "tensorrt_llm"):
-        model = folder / name / "1" / "model.py"
-        model.write_text(model.read_text(encoding="utf-8").replace("\nLAST = ", f"{SLOW}\nLAST = "), encoding="utf-8")
+        slow_down(folder / name)
     with running_server(ServerOptions(repository=folder)) as server, LiveTriton(server) as triton:
         yield triton
-
-
-class Asked:
-    """A request under way, whose responses are read in a thread."""
-
-    def __init__(self, live: LiveTriton, model: str, request_id: str = "", **tensors) -> None:
-        self.begun = threading.Event()
-        self.responses, self.refusal = [], ""
-        self.call, self._half_close = live.call(model, request_id, **tensors)
-        self._thread = threading.Thread(target=self._read)
-        self._thread.start()
-
-    def _read(self) -> None:
-        try:
-            for message in self.call:
-                self.begun.set()
-                if message.error_message:
-                    self.refusal = without_ensemble(message.error_message)
-                    self._half_close.set()
-                    continue
-                self.responses.append(read(message.infer_response))
-                if self.responses[-1].final:
-                    self._half_close.set()
-        except Exception as error:  # of gRPC's, where the test cancels the call
-            self.refusal = type(error).__name__
-
-    def end(self) -> dict:
-        """What the answer came to, once it has ended."""
-        self._thread.join(PATIENCE_S)
-        assert not self._thread.is_alive()
-        if self.refusal:
-            return {"refusal": self.refusal}
-        filled = [response for response in self.responses if response.outputs]
-        tokens = [token for response in filled for token in response.outputs["token_ids"]]
-        last = filled[-1].outputs
-        assert last["num_output_tokens"] == [len(tokens)]
-        assert [response.final for response in self.responses] == [False] * (len(self.responses) - 1) + [True]
-        return {
-            "reason": last["finish_reason"][0].decode(),
-            "num_input": last["num_input_tokens"][0],
-            "num_output": len(tokens),
-            "num_responses": len(filled),
-            "text": "".join(response.text for response in filled),
-        }
-
-    def is_over(self) -> bool:
-        return not self._thread.is_alive()
 
 
 @pytest.fixture(params=[SINGLE, STEPS])
