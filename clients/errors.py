@@ -142,6 +142,8 @@ BY_STATUS: dict[str, type[ClientError]] = {
 _ENSEMBLE = re.compile(r"in ensemble '[^']*', ")
 # A full queue, whatever the status: Triton's own (core, src/scheduler_utils.cc) and TensorRT-LLM's executor's.
 _QUEUE_FULL = ("Exceeds maximum queue size", "Maximum queue size of")
+# What our models say when their server is about to end (`server_stopping` of triton_repo/runtime/responses.py).
+_STOPPING = "the server is stopping"
 # What gRPC says of a connection that broke, as opposed to one that never stood ("failed to connect to all addresses").
 _LOST = re.compile(r"Socket closed|Connection reset|Broken pipe|recvmsg|GOAWAY|RST_STREAM|Stream removed|keepalive")
 _NEVER_CONNECTED = "failed to connect"
@@ -164,7 +166,7 @@ def error_of(
     """
     details = without_ensemble(details).removeprefix(f"{status}: ")
     message = f"{doing}: {status}: {details}"
-    if any(text in details for text in _QUEUE_FULL):
+    if any(text in details for text in (*_QUEUE_FULL, _STOPPING)):
         return ServerOverloaded(message, status=status)
     if _is_lost(status, details):
         return ConnectionLost(message, status=status)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import grpc
 from live_triton import LiveTriton, read
 
 from clients.errors import without_ensemble
@@ -54,8 +55,8 @@ class Asked:
                 self.responses.append(read(message.infer_response))
                 if self.responses[-1].final:
                     self._half_close.set()
-        except Exception as error:  # of gRPC's, where the test cancels the call
-            self.refusal = type(error).__name__
+        except grpc.RpcError as error:
+            self.refusal = error.code().name
 
     def end(self) -> dict:
         """What the answer came to, once it has ended."""

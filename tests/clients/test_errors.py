@@ -11,6 +11,7 @@ from clients import errors
 from clients.errors import ClientError, error_of
 from clients.messages import ModelState
 from export.errors import MoeshipError
+from triton_repo.runtime.responses import failure, server_stopping
 
 DOING = "generating with phixtrl at 127.0.0.1:8001"
 READY = ModelState(name="phixtral", version="1", state="READY")
@@ -97,3 +98,12 @@ def test_an_ensemble_passes_on_the_words_of_the_step_that_failed():
 def test_a_full_queue_is_an_overload_whatever_its_status(status, text):
     error = error_of(doing=DOING, status=status, details=text, model="phixtral", models=(READY,))
     assert isinstance(error, errors.ServerOverloaded)
+
+
+@pytest.mark.parametrize("models", [None, (READY,), ()])
+@pytest.mark.parametrize("prefix", ["", "in ensemble 'phixtral', "])
+def test_a_server_that_is_about_to_end_is_told_from_one_that_is_not_there(models, prefix):
+    _, details = failure(server_stopping())
+    error = error_of(doing=DOING, status="UNAVAILABLE", details=f"{prefix}{details}", model="phixtral", models=models)
+    assert isinstance(error, errors.ServerOverloaded)
+    assert "UNAVAILABLE: answering the request: the server is stopping; send the request to another" in str(error)

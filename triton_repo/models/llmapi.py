@@ -21,7 +21,8 @@ from triton_repo.errors import RepositoryError
 from triton_repo.heartbeat import Heartbeat
 from triton_repo.runtime.llmapi import LlmService
 from triton_repo.runtime.llmapi_settings import SETTINGS_FILE, read_settings
-from triton_repo.runtime.responses import error_response
+from triton_repo.runtime.responses import error_response, server_stopping
+from triton_repo.runtime.stop_requests import asks_to_stop
 from trt_build.machine import container
 
 LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -54,6 +55,9 @@ class TritonPythonModel:
             ) from error
         self._llm = LLM(**{**settings.llm, "model": str(model)}, skip_tokenizer_init=True, trust_remote_code=False)
         self._service = LlmService(self._llm, SamplingParams, tokenizer, settings)
+        self._num_running = 0  # known to the event loop alone
+        self._draining = threading.Event()
+        self._heartbeat.on_drain(self._draining.set)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="llmapi")
         self._thread.start()
@@ -65,9 +69,22 @@ class TritonPythonModel:
             asyncio.run_coroutine_threadsafe(self._answer(request), self._loop)
 
     async def _answer(self, request: Any) -> None:  # noqa: ANN401 - the backend's type exists inside Triton only
+        self._count(1)
+        try:
+            await self._respond(request)
+        finally:
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        self._num_running += change
+        self._heartbeat.report(running=self._num_running, waiting=0)
+
+    async def _respond(self, request: Any) -> None:  # noqa: ANN401
         sender = request.get_response_sender()
         try:
             tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            if self._draining.is_set() and not asks_to_stop(tensors):
+                raise server_stopping()
             async for response in self._service.respond(tensors, request.request_id(), request.is_cancelled):
                 outputs = [pb_utils.Tensor(name, value) for name, value in response.outputs.items()]
                 await self._send(sender, pb_utils.InferenceResponse(outputs), LAST if response.is_last else 0)
@@ -85,3 +102,4 @@ class TritonPythonModel:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._llm.shutdown()
+        self._heartbeat.stop()

@@ -14,14 +14,12 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from export.tokenizer import load_tokenizer
-from triton_repo.errors import RequestError
 from triton_repo.heartbeat import Heartbeat
 from triton_repo.runtime.answer_keys import CORRELATION_PARAMETER, draw_key, key_tensor, takes_response_parameters
 from triton_repo.runtime.parameters import TextParameters
 from triton_repo.runtime.preprocessing import Preprocessor, Tensors, prepare_stop
-from triton_repo.runtime.responses import error_response
+from triton_repo.runtime.responses import error_response, server_stopping
 from triton_repo.runtime.stop_requests import STOP, asks_to_stop, check_stop_id
-from triton_repo.runtime.workers import STOPPING
 from triton_repo.token_contract import ANSWER_KEY, QUERY_NAMES
 
 
@@ -61,7 +59,7 @@ class TritonPythonModel:
             check_stop_id(request_id)
             return prepare_stop()
         if self._draining.is_set():
-            raise RequestError(f"answering the request: {STOPPING}", kind="UNAVAILABLE")
+            raise server_stopping()
         return self._preprocessor.prepare(tensors)
 
     def finalize(self) -> None:

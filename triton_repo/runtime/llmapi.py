@@ -31,6 +31,7 @@ from triton_repo.runtime.llmapi_response import Response, Writer, stopped_respon
 from triton_repo.runtime.llmapi_settings import LlmSettings
 from triton_repo.runtime.options import GenerationPlan, plan_generation
 from triton_repo.runtime.prompt import most_bytes
+from triton_repo.runtime.stop_requests import asks_to_stop, check_stop_id
 
 
 @dataclass(eq=False)
@@ -66,7 +67,8 @@ class LlmService:
         """The responses to one request, the last one marked. Raises RequestError for a request that cannot be answered,
         and what the LLM raises.
         """
-        if "stop" in tensors and tensors["stop"].any():
+        if asks_to_stop(tensors):
+            check_stop_id(request_id)
             self._stop(request_id)
             yield stopped_response()
             return
@@ -105,12 +107,8 @@ class LlmService:
                 del self._runs[request_id]
 
     def _stop(self, request_id: str) -> None:
-        """End the requests that bear the id. Raises RequestError where there is none."""
-        if not request_id or request_id not in self._runs:
-            raise RequestError(
-                f"stopping the request {request_id!r}: none of that id is under way; send the id of the request to end"
-            )
-        for run in self._runs[request_id]:
+        """End the requests that bear the id."""
+        for run in self._runs.get(request_id, ()):
             run.is_stopped = True
 
     async def _pieces(

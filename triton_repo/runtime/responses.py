@@ -50,6 +50,14 @@ def failure(error: Exception) -> tuple[RequestErrorKind, str]:
     return "INTERNAL", f"{GRPC_STATUS['INTERNAL']}: answering the request: {reason}"
 
 
+def server_stopping() -> RequestError:
+    """The error of a request that comes, or still waits, when the server is about to end."""
+    return RequestError(
+        "answering the request: the server is stopping; send the request to another server or again later",
+        kind="UNAVAILABLE",
+    )
+
+
 def error_response(backend: ModuleType, error: Exception) -> Any:  # noqa: ANN401 - its types exist inside Triton only
     """The response that refuses a request; `backend` is triton_python_backend_utils."""
     kind, message = failure(error)

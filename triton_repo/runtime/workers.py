@@ -20,11 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from triton_repo.errors import RequestError
+from triton_repo.runtime.responses import server_stopping
 
 logger = logging.getLogger(__name__)
 
-STOPPING = "the server is stopping; send the request to another server or again later"
 # How often it is asked whether the clients of waiting requests have gone. To ask takes about 0.1 ms each.
 LOOK_INTERVAL_S = 0.2
 
@@ -249,7 +248,7 @@ def _withdraw(job: Job[Any, Any]) -> None:
 
 
 def _refuse(job: Job[Any, Any]) -> None:
-    _fail(job, RequestError(f"answering the request: {STOPPING}", kind="UNAVAILABLE"))
+    _fail(job, server_stopping())
 
 
 def _fail(job: Job[Any, Any], error: Exception) -> None:
