@@ -7,6 +7,7 @@ Beside the output NAME lies `.NAME.partial` while it is made:
     content   the folder that becomes NAME by rename when it is whole
     scratch   working files of one run
 
+Folder and files are this user's alone; a link or another user's file in their place is refused (`export/own_files.py`).
 A line is appended when its part is written. What a kill tears off the journal's end is cut off; what a crash of the
 machine leaves unwritten of a part is found by whoever checks the record's digests. Runs that would make other bytes
 start anew; a source that changed meanwhile is refused, and the parts are kept.
@@ -23,13 +24,14 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from export.errors import CheckpointError, MoeshipError, OutputError, listing
 from export.output import flush_to_disk, refuse_existing, require_space
+from export.own_files import open_own, own_folder, remove, require_own_file, require_own_folder, write_all
 
 logger = logging.getLogger(__name__)
 
@@ -101,10 +103,12 @@ def partial_folder(
     refuse_made(final, what)
     require_space(final, num_bytes - held_bytes(final), what)
     final, partial = final.resolve(), partial_path(final)
+    doing = f"writing {what} to {final}"
     try:
-        with _locked(partial, final, what):
-            records = _open_journal(partial, final, what, fingerprint, keep)
-            with (partial / "journal").open("ab") as journal:
+        with _locked(partial, doing) as held:
+            records = _open_journal(partial, held, final, what, fingerprint, keep)
+            path, flags = partial / "journal", os.O_WRONLY | os.O_APPEND
+            with open_own("journal", held, flags, path, doing) as opened, os.fdopen(os.dup(opened), "ab") as journal:
                 folder = PartialFolder(
                     content=partial / "content", scratch=partial / "scratch", records=tuple(records), _journal=journal
                 )
@@ -115,7 +119,7 @@ def partial_folder(
                     folder.content.rename(final)
                 except BaseException as error:
                     journal.close()
-                    _leave(partial, what, error)
+                    _leave(partial, held, doing, what, error)
                     raise
             flush_to_disk(final.parent, contents=False)
             shutil.rmtree(partial)
@@ -126,44 +130,54 @@ def partial_folder(
 
 
 @contextmanager
-def _locked(partial: Path, final: Path, what: str) -> Iterator[None]:
-    """Hold the lock of the folder, made if need be."""
-    while True:
-        partial.mkdir(exist_ok=True)
-        with (partial / "lock").open("a+b") as lock:
+def _locked(partial: Path, doing: str) -> Iterator[int]:
+    """Hold the lock of the folder, made if need be; yields the folder's descriptor."""
+    with ExitStack() as files:
+        while True:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                lock.seek(0)
-                raise OutputError(
-                    f"writing {what} to {final}: process {lock.read().decode(errors='replace').strip() or 'unknown'} "
-                    "is writing it; wait until it has finished, or name another output"
-                ) from error
-            if not _is_at(lock, partial / "lock"):
-                continue  # another process finished and removed the folder before the lock was ours
-            lock.truncate(0)
-            lock.write(str(os.getpid()).encode())
-            lock.flush()
-            yield
-            return
+                held = files.enter_context(own_folder(partial, doing))
+                lock = files.enter_context(open_own("lock", held, os.O_RDWR | os.O_CREAT, partial / "lock", doing))
+                _take(lock, doing)
+            except FileNotFoundError:
+                if partial.exists():
+                    raise
+            else:
+                if _is_at(lock, partial / "lock"):
+                    break
+            files.close()  # another process finished and removed the folder before the lock was ours
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
+        yield held
 
 
-def _is_at(file: BinaryIO, path: Path) -> bool:
+def _take(lock: int, doing: str) -> None:
     try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        process = os.pread(lock, 20, 0).decode(errors="replace").strip()
+        raise OutputError(
+            f"{doing}: process {process if process.isdecimal() else 'unknown'} is writing it; wait until it has "
+            "finished, or name another output"
+        ) from error
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
         return False
 
 
 def _open_journal(
-    partial: Path, final: Path, what: str, fingerprint: Fingerprint, keep: tuple[str, ...]
+    partial: Path, held: int, final: Path, what: str, fingerprint: Fingerprint, keep: tuple[str, ...]
 ) -> list[Mapping[str, Any]]:
     """The records of an earlier run's finished parts; the content is emptied of all but what is kept."""
     refuse_existing(final, what)
+    doing = f"writing {what} to {final}"
     journal, content = partial / "journal", partial / "content"
-    shutil.rmtree(partial / "scratch", ignore_errors=True)
-    (partial / "scratch").mkdir()
-    lines, num_bytes = _whole_lines(journal)
+    remove(partial / "scratch")
+    (partial / "scratch").mkdir(mode=0o700)
+    lines, num_bytes = _read_journal(journal, held, doing)
     found = lines[0] if lines else None
     expected = json.loads(json.dumps(asdict(fingerprint)))
     if found is not None and found.get("settings") != expected["settings"]:
@@ -171,11 +185,13 @@ def _open_journal(
                        listing(_differences(found.get("settings"), expected["settings"])))  # fmt: skip
         found = None
     if found is None:
-        shutil.rmtree(content, ignore_errors=True)
-        journal.unlink(missing_ok=True)
-        content.mkdir()
+        remove(content)
+        remove(journal)
+        content.mkdir(mode=0o755)
         first = partial / "journal.new"
-        first.write_text(json.dumps(expected) + "\n", encoding="utf-8")
+        remove(first)
+        with open_own(first.name, held, os.O_WRONLY | os.O_CREAT | os.O_EXCL, first, doing) as descriptor:
+            write_all(descriptor, (json.dumps(expected) + "\n").encode())
         first.replace(journal)
         return []
     changed = _differences(found.get("sources"), expected["sources"])
@@ -184,23 +200,36 @@ def _open_journal(
             f"resuming {what} {final}: its source changed since the run was interrupted; put back what was there, or "
             f"discard the finished parts (rm -r {shlex.quote(str(partial))}) and build anew:{listing(changed)}"
         )
-    with journal.open("r+b") as file:
-        file.truncate(num_bytes)
-    content.mkdir(exist_ok=True)
+    with open_own("journal", held, os.O_WRONLY, journal, doing) as descriptor:
+        os.ftruncate(descriptor, num_bytes)
+    try:
+        content.mkdir(mode=0o755)
+    except FileExistsError:
+        require_own_folder(content, doing)
     for path in content.iterdir():
-        if path.name not in keep:
-            path.unlink()
+        if path.name in keep:
+            require_own_file(path, doing)
+        else:
+            remove(path)
     return lines[1:]
 
 
-def _whole_lines(journal: Path) -> tuple[list[Mapping[str, Any]], int]:
-    """The journal's objects up to the first line that is not one, and the bytes that they take."""
+def _read_journal(journal: Path, held: int, doing: str) -> tuple[list[Mapping[str, Any]], int]:
+    """The journal's objects up to the first line that is not one, and the bytes that they take; none without it."""
+    try:
+        with open_own("journal", held, os.O_RDONLY, journal, doing) as opened, os.fdopen(os.dup(opened), "rb") as file:
+            return _whole_lines(file.read())
+    except FileNotFoundError:
+        return [], 0
+
+
+def _whole_lines(data: bytes) -> tuple[list[Mapping[str, Any]], int]:
     lines: list[Mapping[str, Any]] = []
     num_bytes = 0
-    for line in journal.read_bytes().splitlines(keepends=True) if journal.is_file() else ():
+    for line in data.splitlines(keepends=True):
         try:
             value = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
             break
@@ -227,10 +256,10 @@ def _short(value: Any) -> str:  # noqa: ANN401 - JSON value
     return "absent" if value is None else f"{value}"[:80]
 
 
-def _leave(partial: Path, what: str, error: BaseException) -> None:
+def _leave(partial: Path, held: int, doing: str, what: str, error: BaseException) -> None:
     """Say how to go on. Nothing is kept without a finished part, or where the source must change: what was made of the
     old one is of no use then."""
-    lines, _ = _whole_lines(partial / "journal")
+    lines, _ = _read_journal(partial / "journal", held, doing)
     if len(lines) < 2 or (isinstance(error, MoeshipError) and not isinstance(error, OutputError)):
         shutil.rmtree(partial, ignore_errors=True)
         return
@@ -242,7 +271,7 @@ def _leave(partial: Path, what: str, error: BaseException) -> None:
 
 def held_bytes(final: Path) -> int:
     """Bytes on disk of what an interrupted run left: the next run writes over them, or frees them."""
-    return sum(512 * path.stat().st_blocks for path in (partial_path(final) / "content").glob("*"))
+    return sum(512 * path.lstat().st_blocks for path in (partial_path(final) / "content").glob("*"))
 
 
 def _refusal(error: OSError, final: Path, what: str, num_bytes: int) -> str:

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from export.own_files import open_log
 from triton_repo.errors import ServerError
 from trt_build.child import following
 
@@ -60,10 +61,10 @@ def running_program(program: Program, log: Path | None, mark: str) -> Iterator[s
     logger.debug("starting %s", " ".join(program.arguments))
     watched = [sys.executable, "-m", WATCHER, mark, f"{program.end_timeout_s:g}"] if program.is_launcher else []
     with contextlib.ExitStack() as files:
-        try:
-            output = sys.stderr.fileno() if log is None else files.enter_context(log.open("ab")).fileno()
-        except OSError as error:
-            raise ServerError(f"opening the server's log {log}: {error.strerror}; name another file") from error
+        if log is None:
+            output = sys.stderr.fileno()
+        else:
+            output = files.enter_context(open_log(log, "opening the server's log", ServerError))
         try:
             process = subprocess.Popen(
                 following([*watched, *program.arguments]),
