@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="copy the engine rather than link to its files; the onnx package refuses to read linked ones",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="the result as JSON")
+    parser.add_argument(
+        "--unary", action="store_true",
+        help="one response a request, for clients of Triton's plain infer (ModelInfer, /v2/models/NAME/infer), which "
+        "have no streams",
+    )  # fmt: skip
     _add_onnxruntime_arguments(parser.add_argument_group("ONNX Runtime"))
     _add_tensorrt_llm_arguments(
         parser.add_argument_group("TensorRT-LLM", "what is left out takes the backend's default")
@@ -91,6 +96,7 @@ def read_options(arguments: argparse.Namespace) -> PackageOptions:
         instances=arguments.instances,
         threads=arguments.threads,
         copy=arguments.copy,
+        unary=arguments.unary,
         served_from=arguments.served_from,
         tensorrt_llm=parameters,
     )

@@ -31,18 +31,19 @@ class ServedModel:
     workers: int  # requests at the same time, on the CPU or on each GPU
     parameters: ModelParameters
     provider: str = "cpu"
+    unary: bool = False  # one response a request, for Triton's plain infer
 
 
 def model_config(model: ServedModel) -> ModelConfig:
-    """The ModelConfig of a packaged engine: decoupled, on its provider's devices, with every tensor of the contract. It
-    is one instance, or one on each GPU, whose workers answer as many requests at a time: a request to stop another
+    """The ModelConfig of a packaged engine: decoupled unless unary, with every tensor of the contract. It is one
+    instance on the CPU, or one on each GPU, whose workers answer as many requests at a time: a request to stop another
     must reach the process that answers it, and each process has a queue of its own."""
     pb = messages()
     config = pb.ModelConfig(name=model.name, backend="python", max_batch_size=model.max_batch)
     declare(config, (*INPUTS, *COMPATIBILITY_INPUTS), (*OUTPUTS, *OURS))
     kind = pb.ModelInstanceGroup.KIND_CPU if model.provider == "cpu" else pb.ModelInstanceGroup.KIND_GPU
     config.instance_group.add(kind=kind, count=1)
-    config.model_transaction_policy.decoupled = True
+    config.model_transaction_policy.decoupled = not model.unary
     set_parameters(config, {**model.parameters.to_texts(), WORKERS_KEY: str(model.workers)})
     return config
 

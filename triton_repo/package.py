@@ -47,7 +47,8 @@ class PackageOptions:
     """`instances` requests run at the same time (on each GPU, where the engine is for GPUs), each with keys and values
     of its own; `threads` of each of them, None to share the machine's cores out. `copy` makes the repository
     independent of the engine directory, where a hard link would share its disk space. `layout` None is what suits the
-    engine's backend. `served_from` is where the repository will lie when it is served, None for `output` itself.
+    engine's backend. `unary`: the model gives one response a request, for Triton's plain infer. `served_from` is where
+    the repository will lie when it is served, None for `output` itself.
 
     `instances` and `threads` are for ONNX Runtime alone, `served_from` and `tensorrt_llm` for TensorRT-LLM.
     """
@@ -59,6 +60,7 @@ class PackageOptions:
     instances: int = 1
     threads: int | None = None
     copy: bool = False
+    unary: bool = False
     served_from: Path | None = None
     tensorrt_llm: TensorrtLlmParameters = field(default_factory=TensorrtLlmParameters)
 
@@ -144,6 +146,11 @@ def _check_engine(options: PackageOptions, facts: EngineFacts, layout: str) -> N
             f"this engine is for {facts.backend}, and where it is served from and the parameters of tensorrt_llm are "
             "for TensorRT-LLM's; leave them out"
         )
+    if layout == ENSEMBLE and options.unary:
+        problems.append(
+            "it is to be unary, and Triton's plain infer refuses an ensemble of decoupled steps; package an engine "
+            "for ONNX Runtime as one model, or ask by HTTP's generate"
+        )
     if layout == ENSEMBLE and options.name in STEP_MODELS:
         problems.append(f"the name is {options.name}, which one of the ensemble's steps bears; choose another")
     if problems:
@@ -177,6 +184,7 @@ def _write_model(folder: Path, facts: EngineFacts, options: PackageOptions) -> i
         workers=options.instances,
         parameters=parameters,
         provider=facts.provider,
+        unary=options.unary,
     )
     (folder / CONFIG_FILE).write_text(config_text(model_config(model)), encoding="utf-8")
     version = folder / VERSION

@@ -37,6 +37,22 @@ def test_the_configuration_reads_back_to_the_same_message():
     assert packaged_parameters(config, "m.1-x") == model.parameters
 
 
+def test_a_unary_model_is_not_decoupled_and_otherwise_the_same(tmp_path, tiny_engine):
+    words = ["package", str(tiny_engine), "--name", "phixtral"]
+    assert main([*words, "--output", str(tmp_path / "unary"), "--unary"]) == 0
+    package(tiny_engine, tmp_path / "streams")
+    unary, streams = (read_config(tmp_path / name / "phixtral" / "config.pbtxt") for name in ("unary", "streams"))
+    assert not unary.model_transaction_policy.decoupled
+    unary.model_transaction_policy.decoupled = True
+    assert unary == streams
+
+
+def test_an_ensemble_cannot_be_unary(tmp_path, tiny_engine):
+    with pytest.raises(RepositoryError, match=r"it is to be unary, and Triton's plain infer refuses an ensemble"):
+        package(tiny_engine, tmp_path / "repository", unary=True, layout="ensemble")
+    assert not (tmp_path / "repository").exists()
+
+
 def test_the_configuration_says_all_that_triton_would_else_guess(tmp_path, tiny_engine):
     package(tiny_engine, tmp_path / "repository", instances=2, threads=3)
     config = read_config(tmp_path / "repository" / "phixtral" / "config.pbtxt")

@@ -34,7 +34,8 @@ class TritonPythonModel:
         folder = Path(args["model_repository"]) / args["model_version"] / parameters.engine
         device_index = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else 0
         threads = parameters.threads_of_one(workers)
-        self._service = Service.open(folder, threads, workers, device_index, self._heartbeat)
+        unary = not config["model_transaction_policy"]["decoupled"]
+        self._service = Service.open(folder, threads, workers, device_index, self._heartbeat, unary=unary)
         self._heartbeat.on_drain(self._service.workers.drain)
         pb_utils.Logger.log_info(f"{args['model_instance_name']}: {folder} is loaded")
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from export.tokenizer import Tokenizer, load_tokenizer
 from triton_repo.runtime.answer import Answer, Piece, answer_plan, join
 from triton_repo.runtime.generation import pieces_of
-from triton_repo.runtime.options import GenerationPlan, plan_generation, read_options
+from triton_repo.runtime.options import GenerationPlan, plan_generation, read_options, refusal
 from triton_repo.runtime.prompt import most_bytes
 from triton_repo.runtime.seats import Seat, open_sessions, seat
 from triton_repo.runtime.workers import Job, Outlet, Pulse, Workers
@@ -37,10 +37,14 @@ class Request:
 
 
 class Service:
-    """A loaded engine, its tokenizer and its workers."""
+    """A loaded engine, its tokenizer and its workers. One that is `unary` gives one response to a request, and refuses
+    those that ask for a stream."""
 
-    def __init__(self, sessions: Sequence[Session], tokenizer: Tokenizer, pulse: Pulse | None = None) -> None:
+    def __init__(
+        self, sessions: Sequence[Session], tokenizer: Tokenizer, pulse: Pulse | None = None, *, unary: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
+        self._unary = unary
         self._max_sequence = sessions[0].max_sequence
         self._most_prompt_bytes = most_bytes(tokenizer, self._max_sequence - 1)
         self._end_token_ids = sessions[0].engine.manifest.eos_token_ids
@@ -48,10 +52,18 @@ class Service:
 
     @classmethod
     def open(
-        cls, folder: Path, threads: int | None, workers: int = 1, device_index: int = 0, pulse: Pulse | None = None
+        cls,
+        folder: Path,
+        threads: int | None,
+        workers: int = 1,
+        device_index: int = 0,
+        pulse: Pulse | None = None,
+        *,
+        unary: bool = False,
     ) -> Service:
         """Load the engine (`open_sessions`). Raises EngineError, CheckpointError, MissingPackageError."""
-        return cls(open_sessions(folder, threads, workers, device_index), load_tokenizer(folder), pulse)
+        sessions = open_sessions(folder, threads, workers, device_index)
+        return cls(sessions, load_tokenizer(folder), pulse, unary=unary)
 
     def submit(self, request: Request) -> None:
         """Check a request and have it answered: piece by piece where it streams, else by one piece. One that cannot be
@@ -77,8 +89,16 @@ class Service:
         )
 
     def _plan(self, tensors: Mapping[str, npt.NDArray[Any]]) -> GenerationPlan:
+        options = read_options(tensors, self._most_prompt_bytes)
+        if self._unary and options.stream:
+            raise refusal(
+                [
+                    "stream: found true, expected false: this model was packaged with --unary and gives one response a "
+                    "request; leave stream out, or package the engine without --unary"
+                ]
+            )
         return plan_generation(
-            read_options(tensors, self._most_prompt_bytes),
+            options,
             self._tokenizer,
             max_sequence=self._max_sequence,
             end_token_ids=self._end_token_ids,
