@@ -20,7 +20,9 @@ here are those of transformers 5.24, in the order in which they are applied:
                   normalizer, pre_tokenizer and decoder, made with add_prefix_space and legacy of tokenizer_config.json
                   (models/gpt2, models/codegen, models/llama)
 
-What these rules cannot follow is refused by name: another class, code in the checkpoint, split_special_tokens.
+What these rules cannot follow is refused by name: another class, code in the checkpoint, split_special_tokens, and a
+token that the vocabulary lacks and two files state with different flags. One thing is not followed: where the package
+mistral-common is installed, transformers reads tekken.json instead, if the folder has one.
 """
 
 from __future__ import annotations

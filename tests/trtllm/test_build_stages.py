@@ -129,6 +129,7 @@ def test_a_mixtral_is_built_by_the_librarys_own_class(tmp_path, trained_mixtral)
     assert (manifest.family, manifest.precision.quant_algo) == ("mixtral", "W8A16")
     assert not any("model_cls" in word for word in manifest.flags)
     assert not manifest.head_masks_unused_ids
+    assert (manifest.eos_token_ids, manifest.tokenizer.bos_token_id, manifest.tokenizer.begins_with) == ((2,), 1, (1,))
 
 
 def test_an_engine_that_differs_ends_with_status_1_and_keeps_what_was_found(tmp_path, small_phixtral, capfd):
