@@ -109,6 +109,19 @@ def source_digests(checkpoint: Checkpoint, runs: Runs, read: bool = True) -> dic
     return found
 
 
+def shards_read_otherwise(checkpoint: Checkpoint, runs: Runs, shards: Collection[str]) -> list[str]:
+    """Of the shards with these names those that hold other bytes than were read, by the tensors in `runs`; reads them.
+
+    Raises CheckpointError when a file ends early.
+    """
+    stored = [item for item in checkpoint.tensors.values() if item.shard.name in shards and item.name in runs]
+    with ThreadPoolExecutor(max_workers=num_cores()) as pool:
+        same = pool.map(
+            lambda item: _run_digests(item, runs[item.name], True) == _run_digests(item, runs[item.name], False), stored
+        )
+        return sorted({item.shard.name for item, is_same in zip(stored, same, strict=True) if not is_same})
+
+
 def range_digest(path: Path, offset: int, num_bytes: int) -> bytes:
     """SHA-256 of a part of a file. Raises CheckpointError when the file ends before it."""
     sha = hashlib.sha256()

@@ -33,6 +33,7 @@ from export.merge_layout import MergedTensor, MergeSources, cast, config_json, m
 from export.output import refuse_existing, require_space, staged_directory
 from export.settings import Settings, read_settings
 from export.shard_writer import write_sharded
+from export.sources import check_unchanged, source_files
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ def merge(
     started = time.monotonic()
     refuse_existing(output, _WHAT)
     base, experts = _open_models(config)
+    read = {model.weights.checkpoint.folder: model.weights.checkpoint for model in (base, *experts)}.values()
+    states = [(source, source_files(source)) for source in read]
     check_models(base, experts)
     checkpoint = base.weights.checkpoint
     settings = read_settings(checkpoint.folder, checkpoint.config)  # refused before anything is computed
@@ -87,6 +90,8 @@ def merge(
     with staged_directory(output, _WHAT) as folder:
         values = config_json(architecture, dtype, settings.ids.pad)
         _write_folder(folder, config, values, settings, tensors, sources, max_shard_bytes)
+        for source, state in states:
+            check_unchanged(source, state)
     result = MergeResult(
         folder=output,
         architecture=architecture,

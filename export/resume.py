@@ -41,12 +41,20 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """What tells one state of a source file from another: bytes, time of change in ns, SHA-256 of what is cheap to
-    read of it (a shard's header, all of a small file)."""
+    """What tells one state of a source file from another: bytes, time of the last write in ns, SHA-256 of what is cheap
+    to read of it (a shard's header, all of a small file).
+
+    A writer can put that time back. What it cannot put back is `changed_ns`, when anything of the file changed, and
+    what another file in its place does not have is `inode`. A change of `access` (mode, user, group, number of names)
+    moves `changed_ns` too and leaves the content alone.
+    """
 
     bytes: int
     modified_ns: int
     sha256: str
+    changed_ns: int = 0
+    inode: int = 0
+    access: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +67,14 @@ class Fingerprint:
 
 @dataclass(frozen=True, kw_only=True)
 class PartialFolder:
-    """The folder under construction: write into `content`, tell each finished part to `append`."""
+    """The folder under construction: write into `content`, tell each finished part to `append`. `moved` names source
+    files that look as they did when the earlier run began, but for their inode or time of change: only digests can tell
+    whether their content is the same."""
 
     content: Path
     scratch: Path
     records: tuple[Mapping[str, Any], ...]  # of the parts that an earlier run finished
+    moved: tuple[str, ...]
     _journal: BinaryIO
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -106,11 +117,15 @@ def partial_folder(
     doing = f"writing {what} to {final}"
     try:
         with _locked(partial, doing) as held:
-            records = _open_journal(partial, held, final, what, fingerprint, keep)
+            records, moved = _open_journal(partial, held, final, what, fingerprint, keep)
             path, flags = partial / "journal", os.O_WRONLY | os.O_APPEND
             with open_own("journal", held, flags, path, doing) as opened, os.fdopen(os.dup(opened), "ab") as journal:
                 folder = PartialFolder(
-                    content=partial / "content", scratch=partial / "scratch", records=tuple(records), _journal=journal
+                    content=partial / "content",
+                    scratch=partial / "scratch",
+                    records=tuple(records),
+                    moved=moved,
+                    _journal=journal,
                 )
                 try:
                     yield folder
@@ -170,8 +185,9 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def _open_journal(
     partial: Path, held: int, final: Path, what: str, fingerprint: Fingerprint, keep: tuple[str, ...]
-) -> list[Mapping[str, Any]]:
-    """The records of an earlier run's finished parts; the content is emptied of all but what is kept."""
+) -> tuple[list[Mapping[str, Any]], tuple[str, ...]]:
+    """The records of an earlier run's finished parts, and which source files were moved since; the content is emptied
+    of all but what is kept."""
     refuse_existing(final, what)
     doing = f"writing {what} to {final}"
     journal, content = partial / "journal", partial / "content"
@@ -193,8 +209,9 @@ def _open_journal(
         with open_own(first.name, held, os.O_WRONLY | os.O_CREAT | os.O_EXCL, first, doing) as descriptor:
             write_all(descriptor, (json.dumps(expected) + "\n").encode())
         first.replace(journal)
-        return []
-    changed = _differences(found.get("sources"), expected["sources"])
+        return [], ()
+    before, after = _sources(found), _sources(expected)
+    changed = _differences(*({name: _lasting(facts) for name, facts in each.items()} for each in (before, after)))
     if changed:
         raise CheckpointError(
             f"resuming {what} {final}: its source changed since the run was interrupted; put back what was there, or "
@@ -211,7 +228,17 @@ def _open_journal(
             require_own_file(path, doing)
         else:
             remove(path)
-    return lines[1:]
+    return lines[1:], tuple(name for name in after if before[name] != after[name])
+
+
+def _sources(line: Mapping[str, Any]) -> Mapping[str, Any]:
+    sources = line.get("sources")
+    return sources if isinstance(sources, dict) else {}
+
+
+def _lasting(facts: Any) -> Any:  # noqa: ANN401 - JSON value
+    """Of a source file's state what a copy of it with its times has too."""
+    return {key: facts.get(key) for key in ("bytes", "modified_ns", "sha256")} if isinstance(facts, dict) else facts
 
 
 def _read_journal(journal: Path, held: int, doing: str) -> tuple[list[Mapping[str, Any]], int]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from export.checkpoint import Checkpoint, file_digest
 from export.checkpoint_files import INDEX_FILE
-from export.errors import CheckpointError
+from export.conversion.parts import PartRecord, read_record
+from export.digests import Run, shards_read_otherwise
+from export.errors import CheckpointError, names
 from export.reading import is_regular
-from export.resume import SourceFile
+from export.resume import PartialFolder, SourceFile
 from export.safetensors_header import header_bytes
 
 
@@ -22,17 +25,54 @@ def source_files(checkpoint: Checkpoint) -> dict[str, SourceFile]:
         digest = hashlib.sha256(header_bytes(path)).hexdigest() if shard else file_digest(path)
         facts = path.stat()
         found[path.relative_to(checkpoint.folder).as_posix()] = SourceFile(
-            bytes=facts.st_size, modified_ns=facts.st_mtime_ns, sha256=digest
+            bytes=facts.st_size,
+            modified_ns=facts.st_mtime_ns,
+            sha256=digest,
+            changed_ns=facts.st_ctime_ns,
+            inode=facts.st_ino,
+            access=(facts.st_mode, facts.st_uid, facts.st_gid, facts.st_nlink),
         )
     return found
 
 
-def check_unchanged(checkpoint: Checkpoint, before: Mapping[str, SourceFile]) -> None:
-    """Raise CheckpointError where a file is not what it was when the conversion began."""
-    after = source_files(checkpoint)
-    changed = [name for name in before if after.get(name) != before[name]]
+def check_resumed(folder: PartialFolder, checkpoint: Checkpoint, what: str) -> None:
+    """Raise CheckpointError where the parts that an earlier run finished were made of other bytes than the source has,
+    though its files look alike: a writer can put a file's size and time back."""
+    moved = [shard for shard in folder.moved if any(shard == path.name for path in checkpoint.shards)]
+    records = [record for record in map(read_record, folder.records) if record is not None]
+    changed = shards_read_otherwise(checkpoint, _runs(records), moved) if moved else []
     if changed:
         raise CheckpointError(
-            f"building from {checkpoint.folder}: {', '.join(changed)} changed while it was read, and the engine would "
-            "be of two checkpoints; build again when nothing writes to the folder"
+            f"resuming {what}: {names(changed)} of {checkpoint.folder} changed since the run was interrupted, though "
+            "size and time are the same; the parts that were made of it are discarded: build again"
         )
+
+
+def check_unchanged(
+    checkpoint: Checkpoint, before: Mapping[str, SourceFile], records: Sequence[PartRecord] | None = None
+) -> None:
+    """Raise CheckpointError where a file is not what it was when the conversion began.
+
+    A file of which only mode, user, group or the number of its names changed is compared with the digests of what was
+    read of it, which `records` has; without them that passes too.
+    """
+    after = source_files(checkpoint)
+    changed: list[str] = []
+    touched: list[str] = []
+    for name, old in before.items():
+        new = after.get(name)
+        if new is None or replace(new, changed_ns=old.changed_ns, access=old.access) != old:
+            changed.append(name)
+        elif new.changed_ns != old.changed_ns:
+            (changed if new.access == old.access else touched).append(name)
+    if touched and records is not None:
+        changed += shards_read_otherwise(checkpoint, _runs(records), touched)
+    if changed:
+        raise CheckpointError(
+            f"reading {checkpoint.folder}: {names(changed)} changed while it was read, and what is made of it would be "
+            "of two checkpoints; it is discarded: build again when nothing writes to the folder"
+        )
+
+
+def _runs(records: Sequence[PartRecord]) -> dict[str, tuple[Run, ...]]:
+    return {name: found for record in records for name, found in record.sources.items()}

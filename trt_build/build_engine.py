@@ -31,7 +31,7 @@ from export.onnx_graph.converter import disk_bytes
 from export.onnx_graph.exporter import DATA_FILE, write_export
 from export.output import forget_pages
 from export.resume import Fingerprint, partial_folder, refuse_made
-from export.sources import check_unchanged, source_files
+from export.sources import check_resumed, check_unchanged, source_files
 from trt_build.engine import FORMAT_VERSION, Engine, Source, open_engine, record_files, write_manifest
 from trt_build.engine_flags import add_engine_arguments, read_checkpoint, read_engine_options
 from trt_build.ort.genai_config import GENAI_FILE
@@ -63,11 +63,12 @@ def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | N
     space = disk_bytes(build.export.jobs, build.export.placement)
     fingerprint = Fingerprint(settings=_settings(build), sources=source_files(checkpoint))
     with partial_folder(options.output, "the engine", fingerprint, keep=(DATA_FILE,), num_bytes=space) as folder:
+        check_resumed(folder, checkpoint, f"the engine {options.output}")
         records = write_export(build.export, build.model, folder, progress or (lambda _: None))
         build.settings.write(folder.content)
         (folder.content / GENAI_FILE).write_text(build.genai_text(), encoding="utf-8")
         manifest = build.manifest(_source(checkpoint, records), record_files(folder.content))
-        check_unchanged(checkpoint, fingerprint.sources)
+        check_unchanged(checkpoint, fingerprint.sources, records)
         write_manifest(folder.content, manifest)
     engine = open_engine(options.output, check_digests=False)
     if engine.manifest.kernel_layout:

@@ -28,7 +28,7 @@ from export.families import Model
 from export.resume import Fingerprint, SourceFile, partial_folder, refuse_made
 from export.settings import read_settings
 from export.shard_writer import header_of
-from export.sources import check_unchanged, source_files
+from export.sources import check_resumed, check_unchanged, source_files
 from export.tensor_table import Weights
 from export.trtllm.config import checkpoint_config
 from export.trtllm.converter import RankConverter, rank_file
@@ -225,6 +225,7 @@ def write_checkpoint(
     fingerprint = Fingerprint(settings=checkpoint_settings(plan), sources=source_files(checkpoint))
     keep = tuple(rank_file(rank) for rank in plan.headers)
     with partial_folder(output, what, fingerprint, keep, sum(plan.rank_bytes.values())) as folder:
+        check_resumed(folder, checkpoint, f"{what} {output}")
         records = write_parts(plan.converter(folder.content), plan.layout.jobs, folder, progress or (lambda _: None))
         for rank, header in plan.headers.items():
             with (folder.content / rank_file(rank)).open("r+b") as file:
@@ -241,7 +242,7 @@ def write_checkpoint(
             "read_from": _states(fingerprint.sources),
             "files": {rank_file(rank): num_bytes for rank, num_bytes in plan.rank_bytes.items()},
         }
-        check_unchanged(checkpoint, fingerprint.sources)
+        check_unchanged(checkpoint, fingerprint.sources, records)
         (folder.content / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     logger.debug("%s: %d ranks, %d bytes", output, len(plan.headers), sum(plan.rank_bytes.values()))
     return plan

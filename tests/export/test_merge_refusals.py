@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -195,3 +196,20 @@ def test_a_shard_size_that_is_none_is_refused(five, capsys, size):
     with pytest.raises(SystemExit):
         main(["merge", str(five), str(five.parent / "out"), f"--max-shard-size={size}"])
     assert "is no size; write for instance 5GB, 500MB or 2GiB" in capsys.readouterr().err
+
+
+def test_an_expert_that_is_rewritten_while_it_is_read_leaves_nothing(tmp_path, five, monkeypatch):
+    shard, write_sharded = tmp_path / "e3" / "model.safetensors", merge_module.write_sharded
+
+    def rewriting(*arguments, **options):
+        write_sharded(*arguments, **options)
+        facts = shard.stat()
+        with shard.open("r+b") as file:
+            file.seek(-4, os.SEEK_END)
+            file.write(b"\1\1")
+        os.utime(shard, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+    monkeypatch.setattr(merge_module, "write_sharded", rewriting)
+    with pytest.raises(CheckpointError, match=r"reading .*e3: model.safetensors changed while it was read"):
+        run(five)
+    assert leftovers(tmp_path) == []

@@ -17,6 +17,7 @@ from conftest import QUANTIZABLE
 from mixtral_checkpoints import write_mixtral_checkpoint
 
 from ci.kill_builds import DifferentEngine, compare, kill_builds
+from export.checkpoint import open_checkpoint
 from export.errors import CheckpointError, OutputError
 from export.resume import partial_path
 from trt_build.build_engine import BuildOptions, build_engine
@@ -215,6 +216,84 @@ def test_a_checkpoint_that_changes_while_it_is_read_makes_no_engine(tmp_path, ch
     with pytest.raises(CheckpointError, match="model.safetensors changed while it was read, .* of two checkpoints"):
         build(checkpoint, tmp_path / "engine", touch)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny-phixtral"]
+
+
+def rewrite(path, place, data):
+    """Write into a file as it lies, and put its time back."""
+    facts = path.stat()
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(data)
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+
+@pytest.mark.parametrize("place", [-8, 5000])
+def test_a_source_that_is_rewritten_under_a_build_with_its_time_put_back_makes_no_engine(tmp_path, checkpoint, place):
+    """Near its start, and at its end, which the build reads later."""
+    shard = checkpoint / "model.safetensors"
+
+    def write(_progress):
+        rewrite(shard, shard.stat().st_size + place if place < 0 else 100_000 + place, b"\1\1")
+
+    with pytest.raises(CheckpointError, match="model.safetensors changed while it was read, .* it is discarded"):
+        build(checkpoint, tmp_path / "engine", write)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-phixtral"]
+
+
+def test_a_source_that_is_replaced_under_a_build_by_its_like_makes_no_engine(tmp_path, checkpoint):
+    shard = checkpoint / "model.safetensors"
+
+    def replace(_progress):
+        if not (tmp_path / "old").exists():
+            shutil.copy2(shard, checkpoint / "copy")
+            rewrite(checkpoint / "copy", shard.stat().st_size - 4, b"\1\1")
+            shard.rename(tmp_path / "old")
+            (checkpoint / "copy").rename(shard)
+
+    with pytest.raises(CheckpointError, match="model.safetensors changed while it was read"):
+        build(checkpoint, tmp_path / "engine", replace)
+
+
+def test_a_source_that_gets_another_name_or_mode_is_the_same(tmp_path, checkpoint, expected):
+    """What a backup that links does, say: only then are the digests asked."""
+    shard = checkpoint / "model.safetensors"
+
+    def link(progress):
+        if progress.parts == 3:
+            (tmp_path / "backup").unlink(missing_ok=True)
+            (tmp_path / "backup").hardlink_to(shard)
+            shard.chmod(0o600)
+
+    build(checkpoint, tmp_path / "engine", link)
+    compare(tmp_path / "engine", expected)
+
+
+def test_a_source_that_gets_another_mode_and_other_bytes_makes_no_engine(tmp_path, checkpoint):
+    shard = checkpoint / "model.safetensors"
+
+    def write(progress):
+        if progress.parts == progress.num_parts:
+            rewrite(shard, shard.stat().st_size - 4, b"\1\1")
+            shard.chmod(0o600)
+
+    with pytest.raises(CheckpointError, match="model.safetensors changed while it was read"):
+        build(checkpoint, tmp_path / "engine", write)
+
+
+def test_parts_of_a_source_that_changed_between_two_runs_with_its_time_put_back_are_discarded(tmp_path, checkpoint):
+    output, shard, seen = tmp_path / "engine", checkpoint / "model.safetensors", []
+    partial = interrupt(checkpoint, output)
+    [run, *_] = json.loads((partial / "journal").read_text().splitlines()[1])["sources"]
+    tensor = open_checkpoint(checkpoint).tensors[run]
+    before = shard.read_bytes()[tensor.offset : tensor.offset + 2]
+    rewrite(shard, tensor.offset, b"\1\1")
+    with pytest.raises(CheckpointError, match="model.safetensors of .* changed since the run was interrupted, though"):
+        build(checkpoint, output)
+    assert not partial.exists()
+    assert not output.exists()
+    rewrite(shard, tensor.offset, before)
+    build(checkpoint, output, seen.append)
+    assert seen[0].resumed_parts == 0
 
 
 def test_a_full_disk_tells_what_is_missing_keeps_the_parts_and_is_resumed(tmp_path, checkpoint, expected, monkeypatch):
