@@ -119,6 +119,18 @@ def test_the_rest_is_passed_on():
     assert (without_end["ignore_eos"], without_end["end_id"], without_end.get("stop_token_ids")) == (True, 2, None)
 
 
+@pytest.mark.parametrize(
+    ("given", "temperature"), [({}, 0.0), ({"temperature": 0.7}, 0.7), ({"temperature": 0.7, "top_k": 1}, 0.0)]
+)
+def test_a_temperature_alone_draws_in_the_llm_apis_tensors_and_not_in_the_wires(given, temperature):
+    dtypes = {"temperature": "float32", "top_k": "int32"}
+    theirs = {f"sampling_param_{name}": number(value, dtypes[name]) for name, value in given.items()}
+    assert read_request({"text_input": text("x"), **theirs}).options.sampling_temperature == temperature
+    ours = {name: number(value, dtypes[name]) for name, value in given.items()}
+    wire = read_request({"text_input": text("x"), "max_tokens": number(1, "int32"), **ours})
+    assert wire.options.sampling_temperature == 0
+
+
 def test_a_minimum_that_the_llm_would_keep_from_one_end_token_alone_is_refused():
     with pytest.raises(RequestError, match="min_tokens: found 2 beside the end tokens 2, 7, expected 0"):
         fields(min_length=2)

@@ -1,8 +1,9 @@
 """A prompt's text in, its token ids out, or what is wrong with its length. What is refused costs little at any length.
 
 A text that is too long is refused by its bytes where the tokenizer's longest token bounds them
-(`export/token_lengths.py`), and by the tokens of its beginning elsewhere: beginnings are encoded, each several times
-longer than the one before, until they hold far more tokens than may be.
+(`export/token_lengths.py`), and by the tokens of its beginning elsewhere: beginnings are encoded, each half longer than
+the one before, until one holds clearly more tokens than may be. Encoding a word costs more than its length, so that the
+whole of a long text would cost far more than its beginning.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from export.tokenizer import Tokenizer
 # Where no token bounds the bytes, since a tokenizer drops or fuses text, no more are read.
 MOST_BYTES = 1 << 24
 _FIRST_LETTERS, _LETTERS_PER_TOKEN = 1024, 8  # of the first beginning
-_GROWTH = 4
-# What follows a beginning changes its last word's tokens alone, far fewer than these.
-_TOKENS_FOR_CERTAIN, _SLACK = 2, 256
+# What follows a beginning changes its last word's tokens alone, far fewer than a sixteenth of what may be and these.
+_SLACK = 256
 
 
 class PromptTooLongError(ValueError):
@@ -44,10 +44,10 @@ def encode_prompt(tokenizer: Tokenizer, text: str, most_tokens: int) -> list[int
     letters = _FIRST_LETTERS + _LETTERS_PER_TOKEN * most_tokens
     while letters < len(text):
         count = len(tokenizer.encode_prompt(text[:letters]))
-        if count > _TOKENS_FOR_CERTAIN * most_tokens + _SLACK:
+        if count > most_tokens + most_tokens // 16 + _SLACK:
             raise PromptTooLongError(
                 f"found a prompt of {len(text)} characters, whose first {letters} are {count} tokens, expected at most "
                 f"{most_tokens} tokens; shorten it"
             )
-        letters *= _GROWTH
+        letters += letters // 2
     return tokenizer.encode_prompt(text)
