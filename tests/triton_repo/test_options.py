@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from wire_tensors import wire
 
+from triton_repo.contract import INPUTS
 from triton_repo.errors import RequestError
 from triton_repo.runtime.options import (
     MAX_WORD_BYTES,
@@ -15,6 +18,7 @@ from triton_repo.runtime.options import (
     plan_generation,
     read_options,
 )
+from triton_repo.runtime.prompt import MOST_BYTES
 
 
 def refusal(**values) -> str:
@@ -198,3 +202,13 @@ def test_as_many_and_as_long_words_as_there_may_be_are_taken(byte_level):
         options = read_options(wire(text_input="x", max_tokens=1, stop_words=words, bad_words=words))
         assert len(options.stop_words) == len(options.bad_words) == len(words)
         plan_generation(options, byte_level, max_sequence=64, end_token_ids=())
+
+
+def test_the_docs_say_the_bounds_and_every_difference_that_people_meet():
+    text = (Path(__file__).parents[2] / "docs" / "wire.md").read_text(encoding="utf-8")
+    bounds = f"{MAX_WORDS:,} words each, of {MAX_WORD_BYTES:,} bytes, {MAX_WORD_BYTES_IN_ALL:,} bytes in all"
+    assert bounds in text
+    assert f"with {MOST_BYTES >> 20} MiB" in text
+    for name in ("seed", "min_tokens", "stop_words", "bad_words", "exclude_input_in_output", "top_k"):
+        assert f"| `{name}`" in text
+        assert next(tensor for tensor in INPUTS if tensor.name == name).differs

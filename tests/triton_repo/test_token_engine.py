@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -97,6 +98,17 @@ def test_a_padded_prompt_is_cut_and_an_output_beyond_the_context_too():
 )
 def test_a_bad_value_is_named_as_its_tensor(given, message):
     assert message in refusal(**given)
+
+
+def test_a_prompt_and_words_of_any_size_are_refused_before_they_are_read():
+    huge = {"input_ids": np.zeros((1, 20_000_000), np.int32), "request_output_len": np.array([[4]])}
+    words = {"stop_words_list": np.zeros((1, 2, 10_000_000), np.int32)}
+    started = time.process_time()
+    with pytest.raises(RequestError, match="input_ids: found 20000000 tokens, expected at most 63") as caught:
+        read_token_request({**huge, **words}, 64, 300)
+    assert "stop_words_list: found 20000000 values, expected two rows of at most 131072 each" in str(caught.value)
+    # Reading them into Python takes seconds.
+    assert time.process_time() - started < 0.5
 
 
 def test_every_problem_is_reported_and_so_is_a_missing_prompt():

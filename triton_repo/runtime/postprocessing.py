@@ -64,10 +64,10 @@ def read_tokens(tensors: Mapping[str, npt.NDArray[Any]]) -> Tokens:
         )
     count = int(tensors[TOKEN_NAMES["sequence_length"]].reshape(-1)[0])
     log_probs, cum = (tensors.get(TOKEN_NAMES[name]) for name in ("output_log_probs", "cum_log_probs"))
-    values = None if log_probs is None else log_probs.reshape(-1).tolist()
+    values = None if log_probs is None else log_probs.reshape(-1)
     return Tokens(
         token_ids=tuple(ids[0, 0, :count].tolist()),
-        log_probs=None if values is None else tuple(values[len(values) - count :]),
+        log_probs=None if values is None else tuple(values[max(0, len(values) - count) :].tolist()),
         cum_log_prob=None if cum is None or not cum.size else float(cum.reshape(-1)[0]),
         is_cancelled=CANCELLED.name in tensors and bool(tensors[CANCELLED.name].any()),
     )

@@ -65,13 +65,11 @@ def read_token_request(
     """
     problems: list[str] = []
     given = {name: tensor.reshape(-1)[0].item() for name, tensor in tensors.items() if tensor.size == 1}
-    prompt_ids = _prompt(tensors, given, problems)
+    prompt_ids = _prompt(tensors, given, problems, max_sequence)
     room = max_sequence - len(prompt_ids)
     most_tokens = given.get("request_output_len", 0)
     if prompt_ids and not all(0 <= token < num_tokens for token in prompt_ids):
         problems.append(f"input_ids: found an id outside 0 to {num_tokens - 1}; encode with the engine's tokenizer")
-    if room < 1:
-        problems.append(f"input_ids: found {len(prompt_ids)} tokens, expected at most {max_sequence - 1}; send fewer")
     if most_tokens < 1:
         problems.append(f"request_output_len: found {most_tokens}, expected 1 or more; ask for at least one token")
     problems += [f"{name}: found {given[name]}, expected 1" for name in _ONE_ONLY if given.get(name, 1) != 1]
@@ -110,7 +108,9 @@ def _end_ids(end_id: int, stop_words: Words, model_end_ids: tuple[int, ...]) -> 
     return (end_id, *(token for token in more if token != end_id and (token,) in stop_words))
 
 
-def _prompt(tensors: Mapping[str, npt.NDArray[Any]], given: Mapping[str, Any], problems: list[str]) -> tuple[int, ...]:
+def _prompt(
+    tensors: Mapping[str, npt.NDArray[Any]], given: Mapping[str, Any], problems: list[str], max_sequence: int
+) -> tuple[int, ...]:
     if "input_ids" not in tensors or not tensors["input_ids"].size:
         problems.append("input_ids: found no token, expected at least one; send the prompt's")
         return ()
@@ -120,6 +120,9 @@ def _prompt(tensors: Mapping[str, npt.NDArray[Any]], given: Mapping[str, Any], p
     length = given.get("input_lengths", ids.size)
     if not 1 <= length <= ids.size:
         problems.append(f"input_lengths: found {length}, expected 1 to the {ids.size} tokens of input_ids")
+    if min(length, ids.size) >= max_sequence:
+        problems.append(f"input_ids: found {length} tokens, expected at most {max_sequence - 1}; send fewer")
+        return ()
     return tuple(ids.reshape(-1)[:length].tolist())
 
 
