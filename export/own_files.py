@@ -113,6 +113,14 @@ def write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
+def write_all_at(descriptor: int, data: bytes, position: int) -> None:
+    """Write all of the bytes from a position of the file on."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, position)
+        view, position = view[written:], position + written
+
+
 def remove(path: Path) -> None:
     """Remove a file, a folder with all in it, or a link and not what it points to; nothing where nothing is."""
     facts = _lstat(os.fspath(path), None)

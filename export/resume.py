@@ -24,7 +24,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -161,7 +161,8 @@ def _locked(partial: Path, doing: str) -> Iterator[int]:
                     break
             files.close()  # another process finished and removed the folder before the lock was ours
         os.ftruncate(lock, 0)
-        os.pwrite(lock, str(os.getpid()).encode(), 0)
+        with suppress(OSError):  # where the disk is full; the number only helps others to find this process
+            os.pwrite(lock, str(os.getpid()).encode(), 0)
         yield held
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from export.checkpoint_files import is_text_file
-from trt_build.engine import open_engine
+from trt_build.engine import FileRecord, open_engine
 from trt_build.manifest import MANIFEST_FILE
 from trt_build.trtllm.engine import TRTLLM_BACKEND, engine_backend, open_trtllm_engine
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineFacts:
-    """`files` are all of the folder's that belong to the engine, its manifest among them. `num_ids`: how many ids it
+    """`num_ids`: how many ids it
     chooses from, those past the tokenizer's size included where it does not mask them itself. `max_num_tokens`: of all
     requests in a step, None where prompts are read in parts anyway; `world_size`: ranks that run it;
     `paged_context_fmha`: it can read a prompt's cache in parts; `kv_cache_fraction`: the share of the GPU memory left
@@ -27,12 +28,17 @@ class EngineFacts:
     max_batch: int
     end_token_ids: tuple[int, ...]
     num_ids: int
-    files: tuple[str, ...]
+    records: Mapping[str, FileRecord]  # of its files, the manifest aside
     num_bytes: int
     max_num_tokens: int | None = None
     world_size: int = 1
     paged_context_fmha: bool = False
     kv_cache_fraction: float | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All of the folder's that belong to the engine, its manifest among them."""
+        return (*self.records, MANIFEST_FILE)
 
     @property
     def runs_on_tensorrt_llm(self) -> bool:
@@ -44,13 +50,14 @@ class EngineFacts:
         return tuple(name for name in self.files if is_text_file(name))
 
 
-def read_engine_facts(folder: Path) -> EngineFacts:
-    """Open an engine of either backend and check every digest. Raises EngineError."""
-    return _of_tensorrt_llm(folder) if engine_backend(folder) == TRTLLM_BACKEND else _of_onnxruntime(folder)
+def read_engine_facts(folder: Path, check_digests: bool = True) -> EngineFacts:
+    """Open an engine of either backend and check every digest, unless told otherwise. Raises EngineError."""
+    read = _of_tensorrt_llm if engine_backend(folder) == TRTLLM_BACKEND else _of_onnxruntime
+    return read(folder, check_digests)
 
 
-def _of_onnxruntime(folder: Path) -> EngineFacts:
-    engine = open_engine(folder)
+def _of_onnxruntime(folder: Path, check_digests: bool) -> EngineFacts:
+    engine = open_engine(folder, check_digests)
     manifest = engine.manifest
     return EngineFacts(
         folder=engine.folder,
@@ -60,13 +67,13 @@ def _of_onnxruntime(folder: Path) -> EngineFacts:
         max_batch=manifest.max_batch,
         end_token_ids=manifest.eos_token_ids,
         num_ids=manifest.tokenizer_size,
-        files=(*manifest.files, MANIFEST_FILE),
+        records=manifest.files,
         num_bytes=engine.num_bytes,
     )
 
 
-def _of_tensorrt_llm(folder: Path) -> EngineFacts:
-    engine = open_trtllm_engine(folder)
+def _of_tensorrt_llm(folder: Path, check_digests: bool) -> EngineFacts:
+    engine = open_trtllm_engine(folder, check_digests)
     manifest = engine.manifest
     return EngineFacts(
         folder=engine.folder,
@@ -76,7 +83,7 @@ def _of_tensorrt_llm(folder: Path) -> EngineFacts:
         max_batch=manifest.max_batch,
         end_token_ids=manifest.eos_token_ids,
         num_ids=manifest.tokenizer_size if manifest.head_masks_unused_ids else manifest.architecture.vocab_size,
-        files=(*manifest.files, MANIFEST_FILE),
+        records=manifest.files,
         num_bytes=engine.num_bytes,
         max_num_tokens=manifest.max_num_tokens,
         world_size=manifest.parallel.world_size,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +18,9 @@ from triton_repo.deployment import ENGINE_FOLDER
 from triton_repo.engine_facts import EngineFacts
 from triton_repo.ensemble_config import ensemble_config, onnxruntime_config, tensorrt_llm_config, text_model_config
 from triton_repo.model_config import CONFIG_FILE, config_text
+from triton_repo.placing import place_files
 from triton_repo.runtime.parameters import ModelParameters, TextParameters
 from triton_repo.seal import write_seal
-from triton_repo.staging import place
 from triton_repo.token_contract import POSTPROCESSING, PREPROCESSING, TOKEN_ENGINE
 from triton_repo.trtllm_parameters import TensorrtLlmParameters
 
@@ -65,7 +64,7 @@ def write_ensemble(folder: Path, facts: EngineFacts, options: EnsembleOptions) -
     for name in (PREPROCESSING, POSTPROCESSING):
         _write_config(folder / name, text_model_config(name, facts.max_batch, text))
         version = _write_model_file(folder / name)
-        copied += _place_all(facts, facts.tokenizer_files, version / text.tokenizer, copy=options.copy)
+        copied += place_files(facts, facts.tokenizer_files, version / text.tokenizer, copy=options.copy).copied_bytes
     copied += _write_token_engine(folder / TOKEN_ENGINE, facts, options)
     config = ensemble_config(options.name, facts.max_batch, echoes_keys=text.echoes_keys)
     _write_config(folder / options.name, config)
@@ -93,13 +92,13 @@ def _write_token_engine(folder: Path, facts: EngineFacts, options: EnsembleOptio
             paged_context_fmha=facts.paged_context_fmha,
         )
         _write_config(folder, tensorrt_llm_config(facts.max_batch, parameters, texts))
-        return _place_all(facts, facts.files, _make_version(folder) / ENGINE_FOLDER, copy=options.copy)
+        return place_files(facts, facts.files, _make_version(folder) / ENGINE_FOLDER, copy=options.copy).copied_bytes
     model = ModelParameters(engine=ENGINE_FOLDER, threads=options.threads)
     _write_config(folder, onnxruntime_config(facts.max_batch, model, options.workers, facts.provider))
     engine = _write_model_file(folder) / model.engine
-    copied = _place_all(facts, facts.files, engine, copy=options.copy)
-    write_seal(engine)
-    return copied
+    placed = place_files(facts, facts.files, engine, copy=options.copy)
+    write_seal(engine, placed.states)
+    return placed.copied_bytes
 
 
 def _write_config(folder: Path, config: ModelConfig) -> None:
@@ -117,8 +116,3 @@ def _write_model_file(folder: Path) -> Path:
     version = _make_version(folder)
     shutil.copyfile(MODELS_FOLDER / f"{folder.name}.py", version / MODEL_FILE)
     return version
-
-
-def _place_all(facts: EngineFacts, names: Sequence[str], target: Path, *, copy: bool) -> int:
-    target.mkdir()
-    return sum(place(facts.folder / name, target / name, copy=copy) for name in names)

@@ -26,9 +26,10 @@ from triton_repo.engine_facts import EngineFacts, read_engine_facts
 from triton_repo.ensemble_package import MODEL_FILE, MODELS_FOLDER, VERSION, EnsembleOptions, write_ensemble
 from triton_repo.errors import RepositoryError
 from triton_repo.model_config import CONFIG_FILE, ServedModel, config_text, model_config
+from triton_repo.placing import place_files
 from triton_repo.runtime.parameters import MAX_THREADS, ModelParameters
 from triton_repo.seal import write_seal
-from triton_repo.staging import place, staged_models
+from triton_repo.staging import staged_models
 from triton_repo.token_contract import STEP_MODELS
 from triton_repo.trtllm_parameters import TensorrtLlmParameters
 
@@ -81,7 +82,7 @@ def package_engine(options: PackageOptions) -> Package:
     """Write the models. Raises RepositoryError for unusable options, EngineError for a damaged engine, OutputError."""
     _check(options)
     check_output(options.output)
-    facts = read_engine_facts(options.engine)
+    facts = read_engine_facts(options.engine, check_digests=False)  # they are checked as the files are placed
     layout = options.layout or (ENSEMBLE if facts.runs_on_tensorrt_llm else SINGLE)
     steps = STEP_MODELS if layout == ENSEMBLE else ()
     _check_engine(options, facts, layout)
@@ -191,7 +192,6 @@ def _write_model(folder: Path, facts: EngineFacts, options: PackageOptions) -> i
     version.mkdir()
     shutil.copyfile(MODELS_FOLDER / MODEL_FILE, version / MODEL_FILE)
     target = version / parameters.engine
-    target.mkdir()
-    copied = sum(place(facts.folder / name, target / name, copy=options.copy) for name in facts.files)
-    write_seal(target)
-    return copied
+    placed = place_files(facts, facts.files, target, copy=options.copy)
+    write_seal(target, placed.states)
+    return placed.copied_bytes

@@ -205,26 +205,42 @@ def read_part_records(folder: Path) -> list[PartRecord]:
     """What each part of an engine's weights was made of. Raises EngineError for a file that no build wrote."""
     try:
         return read_records(folder / RECORDS_FILE)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EngineError(
             f"opening the engine {folder}: {RECORDS_FILE} is malformed ({error}); build it again"
         ) from error
 
 
-def _weight_problems(folder: Path, manifest: Manifest) -> list[str]:
-    """Regions of the data file that differ from the build's, or do not cover it."""
-    regions = [region for record in read_part_records(folder) for region in record.regions]
-    position = 0
-    for region in sorted(regions, key=lambda region: region.offset):
-        if region.offset != position:
-            return [f"{RECORDS_FILE} leaves bytes {position} to {region.offset} without a digest"]
+def weight_regions(folder: Path, num_bytes: int) -> list[Region]:
+    """The regions of an engine's weights with their digests, as its weights.jsonl has them, in order of place.
+
+    Raises EngineError for a file that no build wrote, and where the regions are not all `num_bytes` of the weights.
+    """
+    found = [region for record in read_part_records(folder) for region in record.regions]
+    regions, position = sorted(found, key=lambda region: region.offset), 0
+    for region in regions:
+        if region.offset != position or region.bytes < 0:
+            raise _uncovered(folder, f"leaves bytes {position} to {region.offset} without a digest")
         position += region.bytes
-    if position != manifest.files[DATA_FILE].bytes:
-        return [f"{RECORDS_FILE} covers {position} bytes, the file has {manifest.files[DATA_FILE].bytes}"]
+    if position != num_bytes:
+        raise _uncovered(folder, f"covers {position} bytes, the file has {num_bytes}")
+    return regions
+
+
+def _uncovered(folder: Path, problem: str) -> EngineError:
+    return EngineError(
+        f"opening the engine {folder}: its files are not those of the build; build it again:"
+        f"{listing([f'{DATA_FILE}: {RECORDS_FILE} {problem}'])}"
+    )
+
+
+def _weight_problems(folder: Path, manifest: Manifest) -> list[str]:
+    """Regions of the data file that differ from the build's. Raises EngineError as `weight_regions` does."""
 
     def problems(region: Region) -> list[str]:
         return damaged_regions(folder / DATA_FILE, [region])
 
+    regions = weight_regions(folder, manifest.files[DATA_FILE].bytes)
     with ThreadPoolExecutor(max_workers=num_cores()) as pool:
         return [problem for found in pool.map(problems, regions) for problem in found]
 

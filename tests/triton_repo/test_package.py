@@ -113,7 +113,7 @@ def test_the_engine_is_copied_where_links_are_refused(tmp_path, tiny_engine, mon
     def refuse(source, target):
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr("triton_repo.staging.os.link", refuse)
+    monkeypatch.setattr("os.link", refuse)
     result = package(tiny_engine, tmp_path / "repository")
     engine = tmp_path / "repository" / "phixtral" / "1" / "engine"
     open_engine(engine)
