@@ -295,7 +295,7 @@ def test_nvidias_stop_request_ends_the_one_of_its_id(live, tiny_engine):
         last = message.infer_response if message.infer_response.outputs else last
         if message.infer_response.parameters["triton_final_response"].bool_param:
             ended.set()
-    assert "stopped the request stop-me (1 under way)" in live.server.log.read_text()
+    assert "stopped the request 'stop-me' (1 under way)" in live.server.log.read_text()
     assert b"cancelled" in b"".join(last.raw_output_contents)
 
 

@@ -55,7 +55,7 @@ class TritonPythonModel:
     def _stop(self, request: Request) -> None:
         check_stop_id(request.request_id)
         count = self._service.workers.stop(request.request_id)
-        pb_utils.Logger.log_info(f"stopped the request {request.request_id} ({count} under way)")
+        pb_utils.Logger.log_info(f"stopped the request {request.request_id!r} ({count} under way)")
         request.send(STOPPED, True)
 
     def finalize(self) -> None:

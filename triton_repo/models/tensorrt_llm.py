@@ -54,7 +54,7 @@ class TritonPythonModel:
     def _stop(self, request: Request, sender: Any) -> None:  # noqa: ANN401 - Triton's type
         check_stop_id(request.request_id)
         count = self._engine.workers.stop(request.request_id)
-        pb_utils.Logger.log_info(f"stopped the request {request.request_id} ({count} under way)")
+        pb_utils.Logger.log_info(f"stopped the request {request.request_id!r} ({count} under way)")
         response = stopped_response(request.tensors)
         if response is None:
             sender.send(flags=LAST)
