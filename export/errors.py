@@ -18,7 +18,7 @@ import difflib
 import reprlib
 from collections.abc import Iterable, Sequence
 
-_MOST_PROBLEM = 320  # characters of one line of a listing
+_MOST_PROBLEM = 600  # characters of one line of a listing
 _MOST_SUGGESTED = 64  # characters of a word for which a similar one is looked for: the search is quadratic in them
 
 
