@@ -13,6 +13,7 @@ from pathlib import Path
 import safetensors
 import yaml
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
+from fuzz_engines import READERS as ENGINE_READERS
 from fuzz_requests import READERS as REQUEST_READERS
 from fuzzing import Reader, mutated_bytes, mutated_json
 from mixtral_checkpoints import write_mixtral_checkpoint
@@ -177,4 +178,5 @@ READERS = (
         for name, texts in settings_texts().items()
     ),
     *REQUEST_READERS,
+    *ENGINE_READERS,
 )  # fmt: skip

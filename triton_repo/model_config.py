@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from export.errors import named
 from export.optional import optional_package
+from export.reading import read_text
 from triton_repo.contract import COMPATIBILITY_INPUTS, INPUTS, OURS, OUTPUTS, WireTensor
 from triton_repo.errors import RepositoryError
 from triton_repo.runtime.parameters import ENGINE_KEY, WORKERS_KEY, ModelParameters
@@ -19,6 +21,7 @@ from triton_repo.token_contract import ModelTensor
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+MAX_CONFIG_BYTES = 4 << 20
 CONFIG_FILE = "config.pbtxt"
 
 
@@ -82,11 +85,13 @@ def read_config(path: Path) -> ModelConfig:
     """Parse a config.pbtxt. Raises RepositoryError for one that is absent, unreadable or of unknown fields."""
     from google.protobuf import text_format
 
+    text = read_text(path, "a model's configuration", most=MAX_CONFIG_BYTES, error=RepositoryError)
     try:
-        return text_format.Parse(path.read_text(encoding="utf-8"), messages().ModelConfig())
-    except (OSError, ValueError, text_format.ParseError) as error:
+        return text_format.Parse(text, messages().ModelConfig())
+    except (ValueError, OverflowError, RecursionError, text_format.ParseError) as error:
         raise RepositoryError(
-            f"reading {path}: not a model configuration that Triton takes ({error}); package the engine again"
+            f"reading {named(path)}: not a model configuration that Triton takes ({named(error, 300)}); package the "
+            "engine again"
         ) from error
 
 
