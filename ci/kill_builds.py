@@ -87,7 +87,8 @@ def kill(checkpoint: Path, output: Path, precision: str, delay_s: float) -> Kill
 
 def compare(found: Path, expected: Path) -> None:
     """Raise DifferentEngine naming the files that differ, byte for byte, or stand in one folder only."""
-    names = {path.name for folder in (found, expected) for path in folder.iterdir()}
+    paths = [(folder, path) for folder in (found, expected) for path in folder.rglob("*") if not path.is_dir()]
+    names = {path.relative_to(folder).as_posix() for folder, path in paths}
     different = [name for name in sorted(names) if not _same(found / name, expected / name)]
     if different:
         raise DifferentEngine(f"comparing {found} with {expected}: {', '.join(different)} differ")

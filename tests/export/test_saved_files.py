@@ -234,3 +234,18 @@ def test_the_patterns_of_a_download_are_the_tables(tmp_path):
     assert {rule.pattern for rule in FILE_RULES if rule.fate is not Fate.REFUSED} == set(DOWNLOAD_PATTERNS)
     for name in ("modeling_phi.py", "pytorch_model.bin", "model.pt", "tokenizer.pkl", "custom_generate/generate.py"):
         assert rule_of(name).fate is Fate.REFUSED
+
+
+def test_a_build_that_is_interrupted_after_the_settings_is_resumed(saved_phi, tmp_path, monkeypatch):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    options = BuildOptions(checkpoint=str(saved_phi), output=tmp_path / "engine", precision="fp32")
+    with monkeypatch.context() as patch:
+        patch.setattr("trt_build.build_engine.write_manifest", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build_engine(options)
+    expect_taken(saved_phi, build_engine(options).folder)
+    untouched = build_engine(BuildOptions(checkpoint=str(saved_phi), output=tmp_path / "other", precision="fp32"))
+    assert names_in(tmp_path / "engine") == names_in(untouched.folder)
+    assert (tmp_path / "engine" / "engine.json").read_bytes() == (untouched.folder / "engine.json").read_bytes()
