@@ -283,6 +283,15 @@ def test_a_request_to_stop_without_an_id_is_refused(models):
     assert "send the id of the request to end" in refused.error.message
 
 
+def test_the_answers_under_way_are_reported_where_the_engine_has_no_heartbeat(backend, models, byte_level):
+    reported = []
+    models[1]._heartbeat = SimpleNamespace(report=lambda **numbers: reported.append(numbers["running"]))
+    begun = [Begun(models, request_id) for request_id in ("a", "b")]
+    for request in begun:
+        models[1].execute([request.step(*byte_level.encode("x"))])
+    assert reported == ([] if backend.InferenceResponse is OldResponse else [1, 2, 1, 0])
+
+
 def test_while_the_server_stops_new_requests_are_refused_and_requests_to_stop_pass(models):
     preprocessing, _ = models
     preprocessing._draining.set()

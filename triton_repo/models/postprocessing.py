@@ -58,6 +58,8 @@ class TritonPythonModel:
                 step(request, tensors, sender)
             except Exception as error:  # whatever one request does, the instance goes on with the next
                 sender.send(error_response(pb_utils, error), flags=LAST)
+        if not self._echoes_keys:  # TensorRT-LLM's backend has no heartbeat that would say how many it answers
+            self._heartbeat.report(running=len(self._postprocessor), waiting=0)
 
     def _register(self, request: Any, tensors: dict[str, Any], sender: Any) -> None:  # noqa: ANN401 - Triton's types
         """Begin an answer, and let the engine begin."""
