@@ -16,6 +16,7 @@ from triton_repo.errors import RepositoryError
 from triton_repo.model_config import CONFIG_FILE, packaged_parameters, read_config
 from triton_repo.runtime.parameters import NUM_IDS_KEY, TOKENIZER_KEY
 from triton_repo.trtllm_parameters import ENGINE_PATH_KEY
+from triton_repo.workspace import is_plain
 from trt_build.manifest import MANIFEST_FILE
 
 if TYPE_CHECKING:
@@ -51,6 +52,11 @@ def _model_problems(folder: Path) -> list[str]:
     problems = []
     if config.name not in ("", folder.name):
         problems.append(f"{folder.name}: its {CONFIG_FILE} bears the name {config.name}; name the folder so")
+    if not is_plain(Path(folder.name)):
+        problems.append(
+            f"{folder.name!r}: Triton's Python backend cannot take this name, only ASCII letters, digits and "
+            "_./+,:@%=-; name the folder so"
+        )
     versions = [path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()]
     if not versions:
         problems.append(f"{folder.name}: no version folder such as {folder.name}/1; package the engine again")

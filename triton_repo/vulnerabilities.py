@@ -36,8 +36,12 @@ class Hole:
     fixed_in: tuple[int, int, int]
     container: str
 
+    def __str__(self) -> str:
+        return f"{self.names}, mended in {self.container}: {self.what}"
 
-# NVIDIA's security bulletin of August 2025 for Triton. 2.59.0 is 25.06, 2.59.1 is 25.07.
+
+# NVIDIA's security bulletins for Triton of August 2025 and of May 2026 (5828). 2.59.0 is 25.06 and 2.59.1 is 25.07;
+# 2.71.0 is 26.07 and 2.74.0 is 26.10, one a month, so that 26.03 is 2.67.0.
 KNOWN_HOLES = (
     Hole(
         names="CVE-2025-23310, CVE-2025-23311",
@@ -51,6 +55,12 @@ KNOWN_HOLES = (
         "moeship serve restricts the shared-memory API",
         fixed_in=(2, 59, 1),
         container="25.07",
+    ),
+    Hole(
+        names="CVE-2026-24206, CVE-2026-24207",
+        what="what a server restricts to those who know a header can be had without it",
+        fixed_in=(2, 67, 0),
+        container="26.03",
     ),
 )
 IMAGE = "nvcr.io/nvidia/tritonserver"
@@ -79,7 +89,7 @@ def refuse_known_holes(version: str | None, address: Address, *, accepted: bool)
     if holes is None:
         what, problems = "a tritonserver that does not say its version, so that its holes are unknown", []
     else:
-        what, problems = f"tritonserver {version}, which has known holes", [f"{h.names}: {h.what}" for h in holes]
+        what, problems = f"tritonserver {version}, which has known holes", list(map(str, holes))
     if not accepted:
         raise ServerError(f"listening on {address.text} with {what}; {remedy}{listing(problems) if problems else ''}")
     logger.warning("listening on %s with %s%s", address.text, what, listing(problems) if problems else "")

@@ -116,6 +116,20 @@ def test_a_killed_model_and_a_stopped_server_are_served_again_on_the_same_ports(
     assert not list(tmp_path.glob("moeship-serve-*"))
 
 
+def test_a_second_request_to_stop_ends_at_once(start, package, tmp_path):
+    command, ready = start(package(SINGLE))
+    os.kill(next(iter(stubs(ready["pid"]).values())).pid, signal.SIGSTOP)  # it would never say that it drains
+    command.terminate()
+    time.sleep(0.5)
+    began = time.monotonic()
+    command.terminate()
+    command.communicate(timeout=PATIENCE_S)
+    assert time.monotonic() - began < SEEN_S
+    assert command.returncode == 0
+    assert not psutil.pid_exists(ready["pid"])
+    assert not list(tmp_path.glob("moeship-serve-*"))
+
+
 def test_a_data_file_that_is_cut_under_a_running_server_ends_it_and_is_named(start, package):
     repository = package(SINGLE, copy=True)
     command, ready = start(repository)
