@@ -25,6 +25,7 @@ from fuzz_readers import READERS  # noqa: E402 - found through the path above
 from fuzzing import Reader, fault, inputs_of  # noqa: E402
 
 HANG_SECONDS = 30
+MOST_FAULTS = 20
 
 
 def work(reader: Reader, seed: int, inputs: int, begin: int) -> None:
@@ -44,20 +45,26 @@ def run(reader: Reader, seed: int, inputs: int) -> Iterator[tuple[int, str]]:
     begin = 0
     while begin < inputs:
         words = [reader.name, "--seed", str(seed), "--inputs", str(inputs), "--begin", str(begin)]
-        with subprocess.Popen(
-            [sys.executable, __file__, "--worker", *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        ) as process:
+        command = [sys.executable, __file__, "--worker", *words]
+        # Without a buffer, since a line in one would not be seen by select.
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0) as process:
             assert process.stdout is not None
-            last = begin
-            while select.select([process.stdout], [], [], HANG_SECONDS)[0] and (line := process.stdout.readline()):
-                told = json.loads(line)
-                last = told["input"]
-                if "fault" in told:
-                    yield last, told["fault"]
-            hung = process.poll() is None and not select.select([process.stdout], [], [], 1)[0]
-            if hung:
-                process.kill()
-                yield last, f"no answer within {HANG_SECONDS} s"
+            last, hung = begin, True
+            try:
+                while select.select([process.stdout], [], [], HANG_SECONDS)[0]:
+                    line = process.stdout.readline()
+                    if not line:
+                        hung = False
+                        break
+                    told = json.loads(line)
+                    last = told["input"]
+                    if "fault" in told:
+                        yield last, told["fault"]
+                if hung:
+                    yield last, f"no answer within {HANG_SECONDS} s"
+            finally:
+                if hung:
+                    process.kill()
         if not hung and process.returncode:
             yield last, f"its process died with status {process.returncode}"
         elif not hung:
@@ -95,6 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         started, count = time.perf_counter(), 0
         for index, problem in run(reader, options.seed, share):
             count += 1
+            if count > MOST_FAULTS:
+                print(f"{reader.name}: more than {MOST_FAULTS} faults; the rest of its inputs is left out")
+                break
             print(
                 f"{reader.name}, input {index}: {problem}\n  {keep(reader, options.seed, share, index, options.keep)}"
             )

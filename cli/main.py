@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from export.command import run_command
+from export.errors import named, printable
 
 # In the order of the pipeline: name -> (module, what it does).
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -30,6 +31,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("cli.generate", "stream a completion from a served model"),
     "demo": ("cli.demo", "the whole road on four small experts"),
 }
+
+
+class _Printable(logging.Formatter):
+    """Names from files stand in what is logged; a terminal obeys none of them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def overview() -> str:
@@ -51,7 +59,9 @@ def _run(argv: Sequence[str] | None) -> int:
     level = logging.INFO
     while words and words[0] in ("-v", "-q", "--verbose", "--quiet"):
         level = logging.DEBUG if words.pop(0) in ("-v", "--verbose") else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
     for noisy in ("httpx", "httpcore", "urllib3", "huggingface_hub", "transformers", "torch"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     if words[:1] in (["--version"], ["version"]):
@@ -64,7 +74,7 @@ def _run(argv: Sequence[str] | None) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"; did you mean {near[0]}?" if near else "."
-        print(f"moeship: unknown command {name}{hint} There are: {', '.join(COMMANDS)}.", file=sys.stderr)
+        print(f"moeship: unknown command {named(name, 60)}{hint} There are: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     return _run_one(name, rest)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from export.errors import printable
+
 Rows = list[tuple[str, str]]
 
 
@@ -17,7 +19,7 @@ def print_rows(title: str, rows: Rows) -> None:
     """A heading and its rows, in plain text: a terminal wraps it, a pipe gets it whole."""
     if not rows:
         return
-    print(title)
+    print(printable(title))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        print(f"  {name:<{width}}  {value}" if width else f"  {value}")
+        print(printable(f"  {name:<{width}}  {value}" if width else f"  {value}"))

@@ -33,7 +33,7 @@ class MoeshipError(Exception):
     most_bytes = 2000
 
     def __str__(self) -> str:
-        return _cut(_escaped(super().__str__(), keep="\n\t"), self.most_bytes)
+        return _cut(printable(super().__str__()), self.most_bytes)
 
 
 class ConfigError(MoeshipError):
@@ -78,6 +78,11 @@ def listing(problems: Sequence[str], most: int = 8, of: int | None = None) -> st
     if total > most:
         lines.append(f"\n  - and {total - most} more")
     return "".join(lines)
+
+
+def printable(text: str) -> str:
+    """A text of several lines in which what a terminal would obey is written as escapes."""
+    return _escaped(text, keep="\n\t")
 
 
 def named(name: object, most: int = 160) -> str:

@@ -18,7 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from export.digests import Run, range_digest
+from export.errors import ConfigError, named
+from export.reading import parse_json, read_text
 from export.typed_json import read_typed
+
+MAX_RECORDS_BYTES = 256 << 20  # some hundred thousand parts
 
 
 class PlannedRegion(NamedTuple):
@@ -100,7 +104,16 @@ def records_text(records: Iterable[PartRecord]) -> str:
 
 def read_records(path: Path) -> list[PartRecord]:
     """The records of a file of `records_text`. Raises ValueError for anything else."""
-    return [read_typed(PartRecord, json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        text = read_text(path, "what parts were made of", most=MAX_RECORDS_BYTES)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    records = [read_typed(PartRecord, parse_json(line)) for line in text.splitlines()]
+    for record in records:
+        for region in record.regions:
+            if min(region.offset, region.bytes) < 0:
+                raise ValueError(f"{named(region.name)} has {region.bytes} bytes at {region.offset}")
+    return records
 
 
 def read_record(line: Mapping[str, Any]) -> PartRecord | None:

@@ -109,3 +109,20 @@ def test_a_fault_of_moeships_own_says_what_to_report(capsys, caplog):
     assert "report it with the command" in said
     assert len(said) < 700
     assert "Traceback" in caplog.text
+
+
+def test_what_is_logged_and_printed_is_nothing_that_a_terminal_obeys(tmp_path):
+    folder = write_phixtral_checkpoint(tmp_path / "c", seed=3, num_experts=2, experts_per_token=1)
+    (folder / "x\x1b[2J\r.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    moved = folder.rename(tmp_path / "d\x1b[31m")
+    for words in (["inspect", moved], ["x\x1b[31m"], ["inspect", tmp_path / "absent\x1b[31m"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "cli.main", *map(str, words)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert "\\x1b[31m" in done.stdout + done.stderr
+        assert (done.stdout + done.stderr).replace("\n", "").isprintable()
+    assert done.returncode == 2
