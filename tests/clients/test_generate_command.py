@@ -299,6 +299,20 @@ def test_ctrl_c_cancels_on_the_server_keeps_the_text_and_exits_130(server):
     assert (process.returncode, out, err) == (130, b"\n", b"")
 
 
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_ctrl_c_asks_a_server_to_stop_that_may_not_survive_a_cancelled_call(server, options):
+    server.version, server.answer = "2.51.0", server.stoppable
+    with started(server, *options) as process:
+        assert server.started.wait(PATIENCE_S)
+        assert options or process.stdout.read(4) == b"def "
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, err) == (130, b"")
+    assert json.loads(out)["finish_reason"] == "cancelled" if options else out == b"\n"
+    assert server.stops == [request.id for request in server.requests]
+    assert not server.cancelled.is_set()
+
+
 def test_ctrl_c_with_json_still_prints_the_object(server):
     server.answer = server.endless
     with started(server, "--json") as process:
