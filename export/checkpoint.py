@@ -28,7 +28,7 @@ import numpy.typing as npt
 from export.checkpoint_files import DOWNLOAD_EXCEPTIONS, DOWNLOAD_PATTERNS, INDEX_FILE, text_files
 from export.errors import CheckpointError, listing, named, names, shown
 from export.floats import all_finite, widen
-from export.reading import is_folder, is_regular, open_regular, read_json
+from export.reading import is_folder, is_regular, is_there, open_regular, read_json
 from export.safetensors_header import StoredTensor, numpy_dtype, read_header
 
 logger = logging.getLogger(__name__)
@@ -244,7 +244,7 @@ def _no_weights(folder: Path, found: list[Path]) -> str:
 def _refuse_adapter(folder: Path) -> None:
     """Raise CheckpointError for a folder that holds an adapter and no model."""
     settings = folder / "adapter_config.json"
-    if not is_regular(settings) or is_regular(folder / "config.json"):
+    if not is_regular(settings) or any(is_there(folder / name) for name in (WEIGHTS_FILE, INDEX_FILE)):
         return
     adapter = read_json(settings, "the adapter's settings")
     raise CheckpointError(

@@ -30,7 +30,7 @@ class MoeshipError(Exception):
     """
 
     exit_status = 2
-    most_bytes = 2000
+    most_bytes = 1900  # with the name of the class and what a command adds, 2 kB
 
     def __str__(self) -> str:
         return _cut(printable(super().__str__()), self.most_bytes)

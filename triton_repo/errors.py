@@ -26,7 +26,9 @@ class RepositoryError(MoeshipError):
 
 
 class ServerError(MoeshipError):
-    """A server that is not there, cannot start, or ended unasked."""
+    """A server that is not there, cannot start, or ended unasked. The end of its log may stand in the message."""
+
+    most_bytes = 8000
 
 
 class RequestError(MoeshipError):

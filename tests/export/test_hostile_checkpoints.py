@@ -155,8 +155,11 @@ def load_file_of(folder, number):
     return dict(list(load_file(folder / "model.safetensors").items())[:number])
 
 
-def test_an_adapter_is_named_with_its_base(tmp_path, phixtral):
+@pytest.mark.parametrize("with_config", [False, True])
+def test_an_adapter_is_named_with_its_base(tmp_path, phixtral, with_config):
     write_adapter(tmp_path / "adapter")
+    if with_config:
+        (tmp_path / "adapter" / "config.json").write_bytes((phixtral / "config.json").read_bytes())
     text = refusal(tmp_path / "adapter")
     assert "it is no model but an adapter of type 'LORA' for the base model 'mistralai/Mixtral-8x7B-v0.1'" in text
     assert "merge it into that model" in text
