@@ -33,7 +33,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, o
     onnxruntime = parser.add_argument_group("onnxruntime", "for --backend onnxruntime")
     onnxruntime.add_argument("--provider", help=f"{' or '.join(PROVIDERS)} (default: {DEFAULT_PROVIDER})")
     onnxruntime.add_argument(
-        "--portable", action="store_true", help="an engine for any CPU: slower to start, its weights not shared"
+        "--portable",
+        action="store_true",
+        help="an engine for any CPU, of half the size: each process packs its weights into memory of its own",
     )
     add_trtllm_arguments(parser)
 

@@ -5,6 +5,7 @@ packed form: a graph saved with `session.save_external_prepacked_constant_initia
 place in the data file, the packed blobs and a key (operator + hash of the packed bytes). On loading, the kernel packs
 the initializer's bytes. Where the result has that key and, from ONNX Runtime 1.32 on, is equal to the blobs byte for
 byte, the copy is dropped for the blobs, which are mapped and so shared by every process (microsoft/onnxruntime#23069).
+A blob must begin at a multiple of 256 bytes of the file: 1.32 keeps its own copy of any other.
 
 So an engine holds both forms. The blobs lie in the first part of the data file, which serving reads; the codes and
 scales lie behind them and are read only while a graph is loaded. Kernels that pack otherwise would meet no key and

@@ -21,7 +21,7 @@ from export.provider import FLOAT16_MAX
 from export.quantize.grid import pack, quantize_blocks
 from export.tensor_table import Role, Weights
 
-ALIGNMENT_BYTES = 64  # a cache line, and the widest vector register
+ALIGNMENT_BYTES = 256  # ONNX Runtime 1.32 copies a packed weight into private memory that is mapped at less than this
 _ITEM_BYTES = {"float32": 4, "float16": 2, "uint8": 1}
 
 

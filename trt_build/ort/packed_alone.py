@@ -22,7 +22,6 @@ import numpy.typing as npt
 
 from export.errors import ExportError
 from export.onnx_graph.packing import TILE_ROWS, QuantizedWeight, pack_in_memory, save_with_packed_forms
-from export.onnx_graph.weights import aligned
 from export.optional import optional_package
 from export.quantize.grid import pack, unpack
 from trt_build.errors import EngineError
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     import onnx
 
 _ONE = np.uint32(0x3F800000)  # the float32 1.0; the 2^23 floats from there on have neighbouring bits
+_EXPERT_ALIGNMENT = 64  # bytes, of an expert's values in the packed form of all of them
 _SECTION_BYTES = 8  # in a file that ONNX Runtime 1.31 wrote, an initializer begins at a multiple of so many bytes
 _WORK_BYTES = 1 << 24
 # Operator -> the places of a weight's codes and scales among its inputs, and the attribute that has the bits.
@@ -90,7 +90,8 @@ def _unpacked(
     try:
         layout = _learn(one)
         # Each expert has as many bytes of the blob, and in them its values begin at an aligned address.
-        starts = [aligned(index * (len(blob) // experts)) for index in range(experts)]
+        share = len(blob) // experts
+        starts = [-(-index * share // _EXPERT_ALIGNMENT) * _EXPERT_ALIGNMENT for index in range(experts)]
         parts = [layout.unpack(one, blob[start:]) for start in starts]
     except (ExportError, ValueError) as error:
         raise EngineError(f"loading {path}: {error}; build the engine again") from error
