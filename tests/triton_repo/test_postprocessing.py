@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from triton_repo.errors import RequestError
+from triton_repo.runtime import stopping
 from triton_repo.runtime.answer import answer_plan
+from triton_repo.runtime.automaton import Automaton
 from triton_repo.runtime.options import GenerationOptions, plan_generation
 from triton_repo.runtime.postprocessing import (
     CANCELLATION_PERIOD_S,
@@ -75,6 +77,21 @@ def test_pieces_are_whole_characters_and_the_end_token_which_no_engine_shows_is_
     assert [step.piece is None for step in steps].count(True) > 0
     assert not any(step.stop for step in steps)
     assert len(post) == 0
+
+
+def test_answers_that_wait_for_their_engine_hold_no_automata(post, begin, byte_level, monkeypatch):
+    made = []
+
+    def count(words):
+        made.append(words)
+        return Automaton(words)
+
+    monkeypatch.setattr(stopping, "Automaton", count)
+    for number in range(20):
+        begin(post, key=f"k{number}", request_id=f"r{number}", stop_words=("zz", "qq"))
+    assert not made
+    feed(post, byte_level.encode("x"), key="k3")
+    assert ("zz", "qq") in made
 
 
 def test_the_end_tokens_log_probability_is_what_the_sum_grew_by(post, begin, byte_level):

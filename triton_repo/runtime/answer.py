@@ -14,6 +14,7 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from export.tokenizer import Tokenizer
 from export.typed_json import read_typed
@@ -116,14 +117,26 @@ class Answer:
     def __init__(self, plan: AnswerPlan, tokenizer: Tokenizer, bad_words: tuple[str, ...] = ()) -> None:
         self.plan = plan
         self._detokenizer = Detokenizer(tokenizer, plan.context_ids)
-        self._stop = StopWatcher(plan.stop_words)
-        self._stop_tokens = TokenWatcher(plan.stop_tokens)
-        self._bad = TextWatcher(bad_words)
+        self._bad_words = bad_words
         self._unsent: list[tuple[int, float]] = []
         self._prefix = plan.prefix
         self._num_tokens = 0
         self._cum_log_prob = 0.0
         self._complete = False
+
+    # Watchers are made with the first token. Those of as many words as there may be take 8 MB, and many answers may
+    # wait for their engine.
+    @cached_property
+    def _stop(self) -> StopWatcher:
+        return StopWatcher(self.plan.stop_words)
+
+    @cached_property
+    def _stop_tokens(self) -> TokenWatcher:
+        return TokenWatcher(self.plan.stop_tokens)
+
+    @cached_property
+    def _bad(self) -> TextWatcher:
+        return TextWatcher(self._bad_words)
 
     @property
     def cum_log_prob(self) -> float:
