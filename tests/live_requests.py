@@ -77,5 +77,9 @@ class Asked:
             "text": "".join(response.text for response in filled),
         }
 
+    def wait(self, timeout_s: float) -> None:
+        """Return when the answer has ended, or after so many seconds."""
+        self._thread.join(timeout_s)
+
     def is_over(self) -> bool:
         return not self._thread.is_alive()

@@ -17,6 +17,7 @@ from triton_repo.package import PackageOptions, package_engine
 
 ENGINES = {"single": "tiny", "ensemble": "tensorrt_llm"}  # the model that holds the engine, by layout
 STREAMS, WHOLE, QUEUED = 10, 2, 3
+NUM_TOKENS = 400  # of which each takes 10 ms
 
 
 @pytest.fixture(params=ENGINES)
@@ -39,21 +40,23 @@ def served(request, tmp_path, tiny_engine):
 
 
 def ask(served, **tensors) -> Asked:
-    return Asked(served.live, "tiny", **{"text_input": "def ", "max_tokens": 300, "end_id": -1, **tensors})
+    return Asked(served.live, "tiny", **{"text_input": "def ", "max_tokens": NUM_TOKENS, "end_id": -1, **tensors})
 
 
 def test_a_server_that_is_asked_to_stop_finishes_what_is_in_flight_and_refuses_the_rest(served):
     streams = [ask(served, stream=True) for _ in range(STREAMS)]
     whole = [ask(served) for _ in range(WHOLE)]
     assert all(stream.begun.wait(PATIENCE_S) for stream in streams)
-    time.sleep(0.3)
+    time.sleep(1)
     queued = [ask(served, stream=stream) for stream in (True, False, True)]
     assert len(queued) == QUEUED
     time.sleep(0.3)
     processes = [psutil.Process(served.pid), *psutil.Process(served.pid).children(recursive=True)]
     served.command.send_signal(signal.SIGTERM)
     found = [asked.end() for asked in (*streams, *whole)]
-    assert [(answer.get("reason"), answer.get("num_output")) for answer in found] == [("length", 300)] * len(found)
+    assert [(answer.get("reason"), answer.get("num_output")) for answer in found] == [("length", NUM_TOKENS)] * len(
+        found
+    )
     refused = "answering the request: the server is stopping; send the request to another server or again later"
     assert [asked.end() for asked in queued] == [{"refusal": f"UNAVAILABLE: {refused}"}] * QUEUED
     assert served.command.wait(PATIENCE_S) == 0
