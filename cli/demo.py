@@ -71,7 +71,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _road(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    console = Console(stderr=arguments.json, highlight=False, soft_wrap=True)
+    class PipedConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # so that the demo ends as every command does; rich would exit with status 1
+
+    console = PipedConsole(stderr=arguments.json, highlight=False, soft_wrap=True)
     started = time.monotonic()
     precision = arguments.precision
     steps = [

@@ -50,6 +50,10 @@ def test_help_ends_quietly_when_its_reader_has_gone(words):
     assert with_closed_stdout(words) == (READER_GONE, b"")
 
 
+def test_the_demo_ends_as_every_command(tmp_path):
+    assert with_closed_stdout(["demo", "--output", tmp_path / "demo"]) == (READER_GONE, b"")
+
+
 def test_an_error_is_told_though_stdout_is_closed(tmp_path):
     status, said = with_closed_stdout(["inspect", tmp_path / "absent" / "folder"])
     assert status == 2
