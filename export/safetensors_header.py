@@ -31,7 +31,6 @@ _ITEM_BITS = {
 FLOAT_DTYPES = ("F16", "BF16", "F32")  # what weights may be stored in
 MAX_RANK = 32  # numpy's, before 2.0
 _MAX_SIZE = 1 << 48  # of one dimension: far above any file's values
-_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _METADATA = "__metadata__"
 
 
@@ -128,17 +127,13 @@ def _check_metadata(doing: str, header: dict[str, Any]) -> None:
 def _read_entry(shard: Path, name: str, entry: Any, data_offset: int) -> StoredTensor:  # noqa: ANN401 - JSON value
     """One tensor's entry of the header, every value of the type that the format asks for."""
 
-    def counts(value: Any) -> bool:  # noqa: ANN401 - JSON value
-        few = isinstance(value, list) and len(value) <= MAX_RANK
-        return few and all(type(item) is int and 0 <= item < _MAX_SIZE for item in value)
-
     fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape", ""), fields.get("data_offsets", "")
     well_formed = (
-        fields.keys() == _ENTRY_KEYS
+        len(fields) == 3
         and isinstance(dtype, str)
-        and counts(shape)
-        and counts(offsets)
+        and _are_counts(shape)
+        and _are_counts(offsets)
         and len(offsets) == 2
     )
     if not well_formed:
@@ -155,6 +150,12 @@ def _read_entry(shard: Path, name: str, entry: Any, data_offset: int) -> StoredT
         name=name, dtype=dtype, shape=tuple(shape), shard=shard, offset=data_offset + offsets[0],
         num_bytes=offsets[1] - offsets[0],
     )  # fmt: skip
+
+
+def _are_counts(value: Any) -> bool:  # noqa: ANN401 - JSON value
+    """Whether a JSON value is a list of few whole numbers that can be sizes or places in a file."""
+    few = isinstance(value, list) and len(value) <= MAX_RANK
+    return few and all(type(item) is int and 0 <= item < _MAX_SIZE for item in value)
 
 
 def _layout_problems(tensors: list[StoredTensor], begin: int, size: int) -> list[str]:

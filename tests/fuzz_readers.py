@@ -20,17 +20,13 @@ from mixtral_checkpoints import write_mixtral_checkpoint
 
 from export.checkpoint import open_checkpoint
 from export.checkpoint_files import INDEX_FILE
-from export.conversion.parts import PartRecord, Region, damaged_regions, records_text
-from export.digests import Run
 from export.errors import MoeshipError
 from export.families import read_model
 from export.merge_config import read_merge_config
-from export.onnx_graph.exporter import RECORDS_FILE
 from export.reading import read_json
 from export.safetensors_header import read_header
 from export.settings import check_token_ids, read_settings
 from export.tokenizer import load_tokenizer
-from trt_build.engine import read_part_records
 
 SIZES = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "ffn_size": 8, "vocab_size": 260, "rotary_dim": 2}
 
@@ -134,20 +130,6 @@ def read_tokenizer(data: bytes, folder: Path) -> None:
     tokenizer.decode(tokenizer.encode_prompt("def main():\n    return 1   # one" * 3))
 
 
-def records() -> list[bytes]:
-    """Records of two parts, as an engine's weights.jsonl has them."""
-    regions = [Region(name=f"w{at}", offset=at, bytes=8, sha256="0" * 64) for at in (0, 8)]
-    sources = {"lm_head.weight": (Run(bytes=8, sha256="1" * 64),)}
-    made = [PartRecord(part=region.name, sources=sources, regions=(region,)) for region in regions]
-    return [records_text(made).encode(), records_text(made[:1]).encode()]
-
-
-def read_part_file(data: bytes, folder: Path) -> None:
-    (folder / RECORDS_FILE).write_bytes(data)
-    for record in read_part_records(folder):
-        damaged_regions(folder / RECORDS_FILE, record.regions)
-
-
 def reader_of(name: str) -> Callable[[bytes, Path], None]:
     """Reads all settings of a checkpoint in which the file `name` holds the bytes."""
 
@@ -196,7 +178,6 @@ READERS = (
         )
         for name, texts in settings_texts().items()
     ),
-    Reader(name="records of parts", seeds=records, read=read_part_file, mutate=mutated_json),
     *REQUEST_READERS,
     *ENGINE_READERS,
 )  # fmt: skip
