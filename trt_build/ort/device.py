@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.metadata
 import io
 import logging
 import mmap
@@ -124,10 +123,10 @@ def load_graphs(
     keeping: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if engine.is_packed_alone:
         logger.warning(
-            "%s holds its weights in the packed form alone, which ONNX Runtime %s takes no more: they are unpacked at "
-            "every start and take this process's own memory; build it again to have them mapped",
-            engine.folder, importlib.metadata.version("onnxruntime"),
-        )  # fmt: skip
+            "%s holds its weights in the packed form alone, which ONNX Runtime takes no more from 1.32 on: they are "
+            "unpacked at every start into memory of this process; build the engine again to have them mapped",
+            engine.folder,
+        )
     elif engine.manifest.kernel_layout:
         read_in_huge_pages(engine.folder / DATA_FILE, engine.resident_bytes)
         keeping = _memory_kept()
