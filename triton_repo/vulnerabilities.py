@@ -37,7 +37,7 @@ class Hole:
     container: str
 
     def __str__(self) -> str:
-        return f"{self.names}, mended in {self.container}: {self.what}"
+        return f"{self.names}, mended in tritonserver:{self.container}-py3: {self.what}"
 
 
 # NVIDIA's security bulletins for Triton of August 2025 and of May 2026 (5828). 2.59.0 is 25.06 and 2.59.1 is 25.07;

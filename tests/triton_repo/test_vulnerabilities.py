@@ -42,7 +42,7 @@ def test_an_address_that_others_reach_is_refused_unless_that_is_accepted(address
         refuse_known_holes("2.51.0", Address(address), accepted=False)
     assert f"listening on {address} with tritonserver 2.51.0, which has known holes" in str(caught.value)
     assert "nvcr.io/nvidia/tritonserver:26.03-py3" in str(caught.value)
-    assert f"{CHUNKS}, CVE-2025-23311, mended in 25.07: an HTTP body in chunks" in str(caught.value)
+    assert f"{CHUNKS}, CVE-2025-23311, mended in tritonserver:25.07-py3: an HTTP body in chunks" in str(caught.value)
     refuse_known_holes("2.51.0", Address(address), accepted=True)
     assert CHUNKS in caplog.text
     refuse_known_holes("2.74.0", Address(address), accepted=False)
