@@ -29,6 +29,8 @@ from clients.streams import STOP_PATIENCE_S
 
 NO_END_ID = -1
 BATCH = 100
+# A server that gives a request nothing for so long hangs.
+HANG_S = 60.0
 # No way of ending may take as long as a server has before its call is cancelled.
 LONGEST_END_S = STOP_PATIENCE_S - 1
 
@@ -63,7 +65,13 @@ class EarlyEnds:
             self.problems.append(f"{way.__name__}: the end took {took_s:.1f} s")
 
     def request(self, **fields: object) -> GenerationRequest:
-        given = {"model": self._model, "prompt": "def main(", "max_tokens": self._max_tokens, "end_id": NO_END_ID}
+        given = {
+            "model": self._model,
+            "prompt": "def main(",
+            "max_tokens": self._max_tokens,
+            "end_id": NO_END_ID,
+            "timeout_s": HANG_S,
+        }
         return GenerationRequest(**{**given, **fields})  # type: ignore[arg-type]
 
     def _close(self, client: Client, moment_s: float, _stream: bool) -> float:
@@ -161,7 +169,7 @@ def main() -> int:
 def whole_answer(client: Client, ends: EarlyEnds) -> Generation | None:
     """A short answer; None where the server gives none, which is noted."""
     try:
-        return client.generate(ends.request(max_tokens=8, timeout_s=60.0))
+        return client.generate(ends.request(max_tokens=8))
     except ClientError as error:
         ends.problems.append(str(error))
         return None
