@@ -31,7 +31,7 @@ _LAUNCHER_WORDS = ("mpirun", "mpiexec", "prterun", "orterun")
 class Limits:
     """Seconds. A dead process is seen at the next look. A process is stopped only by a signal that somebody sent, so
     that a short time suffices. A heartbeat or an answer may be late by some seconds where the machine is overloaded or
-    swaps, so that these limits are many times what was seen there (beats 3 s late with 40 busy processes on two cores).
+    swaps, so that these limits are 60 beats long.
     """
 
     interval: float = 0.5
