@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from export.errors import MissingPackageError
+
+# Read when ONNX Runtime is imported (onnxruntime/core/platform/posix/telemetry_1ds.cc; releases from 1.29 on).
+_TELEMETRY_VARIABLE = "ORT_DISABLE_TELEMETRY"
 
 
 @contextmanager
@@ -24,6 +28,18 @@ def optional_package(package: str, purpose: str, extra: str) -> Iterator[None]:
             raise MissingPackageError(package, purpose, extra) from error
         except ImportError as error:
             raise MissingPackageError(package, purpose, extra, reason=str(error)) from error
+
+
+@contextmanager
+def onnx_runtime(package: str, purpose: str, extra: str) -> Iterator[None]:
+    """`optional_package` for the block that imports ONNX Runtime first.
+
+    Its Linux wheels report to Microsoft which models are loaded, and leave a file `.ses` in the temporary folder. That
+    is off here, unless ORT_DISABLE_TELEMETRY is set to another value.
+    """
+    os.environ.setdefault(_TELEMETRY_VARIABLE, "1")
+    with optional_package(package, purpose, extra):
+        yield
 
 
 @contextmanager

@@ -35,7 +35,7 @@ import numpy.typing as npt
 
 from export.errors import ExportError, MoeshipError
 from export.onnx_graph import names
-from export.optional import optional_package
+from export.optional import onnx_runtime
 
 if TYPE_CHECKING:
     import onnx
@@ -234,7 +234,7 @@ def _pack(weight: QuantizedWeight, tensors: Sequence[onnx.TensorProto], output: 
 
 def save_with_packed_forms(graph: bytes, output: Path, folder: Path) -> None:
     """Let ONNX Runtime load a graph, its data in `folder`, and save it with what it packed in the file `output`."""
-    with optional_package("onnxruntime", "packing weights for the CPU", "cpu"):
+    with onnx_runtime("onnxruntime", "packing weights for the CPU", "cpu"):
         import onnxruntime
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from export.onnx_graph.exporter import DATA_FILE, PROBE_GRAPH
 from export.onnx_graph.packing import kernel_layout
-from export.optional import optional_package
+from export.optional import onnx_runtime
 from export.provider import PROVIDERS, Provider
 from trt_build.engine import Engine
 from trt_build.errors import EngineError
@@ -62,7 +62,7 @@ class Device:
 def open_device(engine: Engine, index: int = 0) -> Device:
     """The device of an engine's provider. Raises MissingPackageError or EngineError where it cannot be used."""
     provider = PROVIDERS[engine.manifest.provider]
-    with optional_package(provider.package, "running an engine", provider.extra):
+    with onnx_runtime(provider.package, "running an engine", provider.extra):
         import onnxruntime
     device = Device(provider=provider, kind=provider.name, index=index)
     _check_kernels(engine)

@@ -1,0 +1,26 @@
+"""ONNX Runtime from 1.29 on tells Microsoft of the models that it loads, unless it is told not to."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+FIRST_IMPORTS = {
+    "serving": "from pathlib import Path; from triton_repo.runtime.seats import open_sessions\n"
+    "open_sessions(Path(sys.argv[1]), 1, 1)",
+    "building": "from pathlib import Path; from export.onnx_graph.packing import kernel_layout\n"
+    "kernel_layout(Path(sys.argv[1], 'kernels.onnx').read_bytes())",
+}
+# ONNX Runtime looks at these too, and is silent where tests run.
+SILENCERS = ("ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS", "CI")
+
+
+@pytest.mark.parametrize("code", FIRST_IMPORTS.values(), ids=FIRST_IMPORTS)
+def test_nothing_is_reported_and_no_session_file_is_left(tiny_engine, tmp_path, code):
+    environment = {name: value for name, value in os.environ.items() if name not in SILENCERS}
+    command = [sys.executable, "-c", f"import sys\n{code}", str(tiny_engine)]
+    subprocess.run(command, check=True, env={**environment, "TMPDIR": str(tmp_path)}, timeout=120)
+    assert [path.name for path in tmp_path.iterdir()] == []
