@@ -10,22 +10,30 @@ import argparse
 import re
 from pathlib import Path
 
+from export.errors import named
+from export.reading import whole_number
+
+_MAX_SEED = 2**63 - 1
+_MAX_SIZE = 2**63  # bytes
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def byte_count(text: str) -> int:
     """A size such as 5GB, 500MB, 2GiB or 1000000, in bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write for instance 5GB, 500MB or 2GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    unit = _UNITS.get(match[2].upper()) if match else None
+    size = float(match[1]) * unit if match and unit else 0.0
+    if not 1 <= size < _MAX_SIZE:
+        raise argparse.ArgumentTypeError(f"{named(text, 60)} is no size; write for instance 5GB, 500MB or 2GiB")
+    return int(size)
 
 
 def seed(text: str) -> int:
     """A whole number of 0 or more."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no seed; give a whole number of 0 or more")
-    return int(text)
+    number = whole_number(text, 0, _MAX_SEED)
+    if number is None:
+        raise argparse.ArgumentTypeError(f"{named(text, 60)} is no seed; give a whole number of 0 to {_MAX_SEED}")
+    return number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -176,7 +176,7 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     """
     index, whole = folder / INDEX_FILE, folder / WEIGHTS_FILE
     found = sorted(folder.glob("*.safetensors"))
-    weight_map = _weight_map(folder, index) if is_regular(index) else None
+    weight_map = _weight_map(folder, index) if is_there(index) else None
     indexed = [] if weight_map is None else _indexed_shards(folder, weight_map)
     if indexed and (whole in indexed or not is_regular(whole)):
         shards = indexed
@@ -244,7 +244,7 @@ def _no_weights(folder: Path, found: list[Path]) -> str:
 def _refuse_adapter(folder: Path) -> None:
     """Raise CheckpointError for a folder that holds an adapter and no model."""
     settings = folder / "adapter_config.json"
-    if not is_regular(settings) or any(is_there(folder / name) for name in (WEIGHTS_FILE, INDEX_FILE)):
+    if not is_there(settings) or any(is_there(folder / name) for name in (WEIGHTS_FILE, INDEX_FILE)):
         return
     adapter = read_json(settings, "the adapter's settings")
     raise CheckpointError(

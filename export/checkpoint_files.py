@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from export.errors import ConfigError, named, names
+from export.reading import is_folder, is_regular, is_there
+
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
@@ -96,6 +99,20 @@ def is_text_file(name: str) -> bool:
 
 
 def text_files(folder: Path) -> list[str]:
-    """The tokenizer and settings files of a folder that travel with the model, as paths inside the folder."""
-    paths = [path for rule in FILE_RULES if is_text_file(rule.pattern) for path in sorted(folder.glob(rule.pattern))]
-    return [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
+    """The tokenizer and settings files of a folder that travel with the model, as paths inside the folder.
+
+    Raises ConfigError where something else than a regular file lies under the name of one, a link to nothing say: what
+    is made would lack it without a word.
+    """
+    patterns = [rule.pattern for rule in FILE_RULES if is_text_file(rule.pattern)]
+    # A link to nothing is in what `glob` lists, and not where it looks for one name.
+    found = [sorted(folder.glob(pattern)) if "*" in pattern else [folder / pattern] for pattern in patterns]
+    paths = [path for some in found for path in some if is_there(path)]
+    templates = folder / TEMPLATE_FOLDER
+    wrong = [path for path in paths if not is_regular(path)]
+    if wrong or (is_there(templates) and not is_folder(templates)):
+        raise ConfigError(
+            f"reading the settings of {named(folder)}: {names(path.name for path in wrong or [templates])} there is no "
+            f"{'regular file' if wrong else 'folder'}, or a link to nothing; put what it stands for there, or remove it"
+        )
+    return [path.relative_to(folder).as_posix() for path in paths]

@@ -60,8 +60,9 @@ def is_regular(path: Path) -> bool:
 
 
 def is_there(path: Path) -> bool:
-    """Whether anything lies there, of whatever kind; false for a name that no file can have."""
-    return os.path.exists(path)  # noqa: PTH110 - Path.exists raises for such a name
+    """Whether anything lies there, of whatever kind, a link to nothing too: whoever put it there meant a file, and to
+    do without would lose what the file says. False for a name that no file can have."""
+    return os.path.lexists(path)
 
 
 def is_folder(path: Path) -> bool:
@@ -115,6 +116,16 @@ def read_json(path: Path, what: str, error: Kind = ConfigError) -> dict[str, Any
     if not isinstance(value, dict):
         raise error(f"reading {what}: {named(path)} holds a {type(value).__name__}, expected a JSON object")
     return value
+
+
+def whole_number(text: str, least: int, most: int) -> int | None:
+    """The number that a text of digits alone says, where it lies between the two; None for any other text. The time it
+    takes does not grow with the text."""
+    digits = text.lstrip("0") or text[:1]
+    if not text.isdecimal() or len(digits) > len(str(most)):
+        return None
+    number = int(digits)
+    return number if least <= number <= most else None
 
 
 def parse_json(text: str, *, standard: bool = False) -> Any:  # noqa: ANN401 - JSON value

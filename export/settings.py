@@ -93,10 +93,12 @@ class TokenizerFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A checkpoint's settings after all precedence. `tokenizer_json` is the text of a tokenizer.json that needs no
-    other file; None where the checkpoint's own is that already."""
+    """A checkpoint's settings after all precedence. `files` travel with the model, by their paths inside the folder.
+    `tokenizer_json` is the text of a tokenizer.json that needs no other file; None where the checkpoint's own is that
+    already."""
 
     folder: Path
+    files: tuple[str, ...]
     ids: TokenIds
     facts: TokenizerFacts
     tokenizer: Tokenizer
@@ -104,12 +106,12 @@ class Settings:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file that `write` makes, by its path inside the folder."""
-        sizes = {name: (self.folder / name).stat().st_size for name in text_files(self.folder)}
+        sizes = {name: (self.folder / name).stat().st_size for name in self.files}
         return sizes if self.tokenizer_json is None else {**sizes, TOKENIZER_FILE: len(self.tokenizer_json.encode())}
 
     def write(self, folder: Path, place: Callable[[Path, Path], object] = shutil.copyfile) -> None:
         """Write the tokenizer and copy the settings that travel with it; `place(source, target)` makes a copy."""
-        for name in text_files(self.folder):
+        for name in self.files:
             target = folder / name
             target.parent.mkdir(exist_ok=True)
             if name == TOKENIZER_FILE and self.tokenizer_json is not None:
@@ -146,6 +148,7 @@ def _ids(raw: Mapping[str, Any], key: str, name: str) -> tuple[int, ...]:
 
 def read_settings(folder: Path, config: Mapping[str, Any]) -> Settings:
     """All settings of the checkpoint in `folder` with this config.json. Raises CheckpointError and ConfigError."""
+    travelling = text_files(folder)
     files = read_tokenizer_files(folder)
     built = build_tokenizer(files, config)
     tokenizer = tokenizer_of(built.backend, f"loading the tokenizer of {named(folder)}")
@@ -157,6 +160,7 @@ def read_settings(folder: Path, config: Mapping[str, Any]) -> Settings:
     _warn(files, facts)
     return Settings(
         folder=folder,
+        files=tuple(travelling),
         ids=ids,
         facts=facts,
         tokenizer=tokenizer,

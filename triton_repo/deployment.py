@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.errors import shown
+from export.reading import whole_number
 from export.typed_json import read_typed
 from triton_repo.errors import RepositoryError
 from triton_repo.model_config import CONFIG_FILE, read_config
@@ -107,12 +108,13 @@ def _gpu_models(folder: Path, config: ModelConfig) -> Iterator[GpuModel]:
 
 
 def _number(folder: Path, key: str, text: str) -> int:
-    if not text.isdecimal() or not int(text):
+    number = whole_number(text, 1, MAX_RANKS)
+    if number is None:
         raise RepositoryError(
-            f"reading {folder / CONFIG_FILE}: its parameter {key} is {text!r}, expected a number of 1 or more; "
+            f"reading {folder / CONFIG_FILE}: its parameter {key} is {shown(text)}, expected a number of 1 or more; "
             "package the model again"
         )
-    return int(text)
+    return number
 
 
 def _engine_origin(folder: Path) -> EngineOrigin | None:

@@ -30,10 +30,17 @@ def read_rope(reader: ConfigReader, *keys: str) -> ConfigReader:
 
 
 def _refuse_rotary_scaling(reader: ConfigReader) -> None:
-    """Null and an empty object are unscaled, as for transformers."""
+    """Null, an empty object and the kind "default" by itself are unscaled, as for transformers."""
     scaling = reader.mapping("rope_scaling")
     if scaling:
         kind = scaling.get("rope_type") or scaling.get("type")
+        more = sorted(set(scaling) - {"rope_type", "type"})
+        if kind == "default":
+            if more:
+                reader.problem(f"rope_scaling of the kind 'default' holds {names(more)}, which is not honoured there")
+            if reader.mapping("rope_parameters"):
+                reader.problem("rope_scaling and rope_parameters both say how positions are turned; state it in one")
+            return
         reader.problem(f"rope_scaling is {shown(scaling)}: its kind, {shown(kind, 40)}, {SCALED_ROTARY}")
 
 

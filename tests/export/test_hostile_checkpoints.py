@@ -12,12 +12,13 @@ import pytest
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from export.architecture import MAX_EXPERTS, MAX_LAYERS, Architecture
 from export.checkpoint import INDEX_FILE, open_checkpoint
 from export.errors import CheckpointError, ConfigError, MoeshipError
 from export.families import read_model
+from export.settings import read_settings
 from export.typed_json import read_typed
 
 
@@ -264,3 +265,61 @@ def test_an_unreadable_config_is_our_error(phixtral):
     (phixtral / "config.json").write_bytes(json.dumps({"model_type": "phi"}).encode("utf-16"))
     with pytest.raises(ConfigError, match="config.json is not UTF-8"):
         open_checkpoint(phixtral)
+
+
+@pytest.mark.parametrize("target", ["nowhere", "itself"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+        "chat_template.jinja", "additional_chat_templates", "additional_chat_templates/tool.jinja", "vocab.json",
+        "tokenizer.model", "merges.txt",
+    ],
+)  # fmt: skip
+def test_settings_that_are_links_to_nothing_are_refused_and_not_left_out(phixtral, name, target):
+    """As in a hub's cache whose blobs were cleared: to do without the file would lose its end tokens, say."""
+    path = phixtral / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.symlink_to(path.name if target == "itself" else "nowhere")
+    checkpoint = open_checkpoint(phixtral)
+    with pytest.raises(MoeshipError, match=name.rpartition("/")[2]):
+        read_settings(phixtral, checkpoint.config)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.model", "additional_chat_templates"])
+def test_files_that_travel_are_regular_ones(phixtral, name):
+    if name == "vocab.json":
+        os.mkfifo(phixtral / name)
+    elif name == "tokenizer.model":
+        (phixtral / name).mkdir()
+    else:
+        (phixtral / name).write_text("{{ messages }}")
+    with pytest.raises(ConfigError, match=f"{name} there is no"):
+        open_checkpoint(phixtral).tokenizer_files()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to nothing"])
+def test_an_index_that_is_no_file_is_refused_also_beside_the_weights(phixtral, kind):
+    path = phixtral / INDEX_FILE
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("nowhere")
+    assert INDEX_FILE in refusal(phixtral)
+
+
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_rotary_scaling_of_the_default_kind_scales_nothing(tmp_path, key):
+    folder = write_mixtral_checkpoint(tmp_path / "c", seed=1)
+    plain = read_model(open_checkpoint(folder)).architecture
+    edit_config(folder, rope_scaling={key: "default"})
+    assert read_model(open_checkpoint(folder)).architecture == plain
+    stated = AutoConfig.from_pretrained(folder).rope_parameters
+    assert (stated["rope_type"], stated["rope_theta"]) == ("default", plain.rope_base)
+    edit_config(folder, rope_scaling={key: "default", "rope_theta": 5.0})
+    assert "rope_scaling of the kind 'default' holds rope_theta" in refusal(folder)
+    edit_config(folder, rope_scaling={key: "default"}, rope_parameters={"rope_theta": 5.0})
+    assert "both say how positions are turned" in refusal(folder)

@@ -191,11 +191,22 @@ def test_the_command_exits_with_2_and_one_error_for_a_wrong_yaml(five, capsys):
     assert "expert: no such key (did you mean experts?)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("size", ["0", "5 apples", "-1GB", "GB"])
+@pytest.mark.parametrize("size", ["0", "0.5", "5 apples", "-1GB", "GB", "9" * 400, "9" * 5000 + "GB"])
 def test_a_shard_size_that_is_none_is_refused(five, capsys, size):
     with pytest.raises(SystemExit):
         main(["merge", str(five), str(five.parent / "out"), f"--max-shard-size={size}"])
-    assert "is no size; write for instance 5GB, 500MB or 2GiB" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "is no size; write for instance 5GB, 500MB or 2GiB" in said
+    assert len(said) < 1000
+
+
+@pytest.mark.parametrize("seed", ["-1", "1.5", "x", "9" * 5000])
+def test_a_seed_that_is_none_is_refused(five, capsys, seed):
+    with pytest.raises(SystemExit):
+        main(["merge", str(five), str(five.parent / "out"), f"--seed={seed}"])
+    said = capsys.readouterr().err
+    assert "is no seed; give a whole number of 0 to" in said
+    assert len(said) < 1000
 
 
 def test_an_expert_that_is_rewritten_while_it_is_read_leaves_nothing(tmp_path, five, monkeypatch):

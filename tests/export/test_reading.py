@@ -10,7 +10,7 @@ import pytest
 
 from export import reading
 from export.errors import ConfigError, MoeshipError, listing, named, shown
-from export.reading import parse_json, read_bytes, read_json, read_text
+from export.reading import parse_json, read_bytes, read_json, read_text, whole_number
 from export.yaml_reading import read_yaml
 
 
@@ -195,3 +195,18 @@ def test_bytes_and_text_have_the_bound_that_is_asked_for(tmp_path):
     path = written(tmp_path, "12345")
     assert read_bytes(path, "it", most=5) == b"12345"
     assert "has 5 bytes, expected at most 4" in refusal(lambda path: read_text(path, "it", most=4), path)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("1", 1), ("4096", 4096), ("0004", 4), ("0", None), ("4097", None), ("9" * 5000, None), ("", None),
+        ("-1", None), ("1.0", None), (" 1", None), ("auto", None), ("٣", 3), ("²", None), ("0" * 5000 + "7", 7),
+    ],
+)  # fmt: skip
+def test_a_whole_number_is_read_within_its_range(text, number):
+    assert whole_number(text, 1, 4096) == number
+
+
+def test_zero_is_a_whole_number_where_the_range_holds_it():
+    assert whole_number("000", 0, 9) == 0

@@ -189,7 +189,15 @@ def test_every_unusable_option_is_reported(tmp_path, tiny_engine):
         assert problem in str(caught.value)
 
 
-@pytest.mark.parametrize("texts", [{}, {"moeship_engine": "engine"}, {"moeship_engine": "e", "moeship_threads": "-1"}])
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {},
+        {"moeship_engine": "engine"},
+        {"moeship_engine": "e", "moeship_threads": "-1"},
+        {"moeship_engine": "e", "moeship_threads": "9" * 5000},
+    ],
+)
 def test_parameters_that_are_absent_or_no_values_are_refused(texts):
     with pytest.raises(RepositoryError, match="reading the parameters of the model m: .*package the engine again"):
         ModelParameters.from_texts(texts, "m")
@@ -200,7 +208,7 @@ def test_workers_are_read_as_they_are_written_or_refused():
         return {"name": "m", "parameters": {key: {"string_value": text} for key, text in parameters.items()}}
 
     assert read_workers(config({"moeship_workers": "3"})) == 3
-    for wrong in ({}, {"moeship_workers": "0"}, {"moeship_workers": "two"}, {"moeship_workers": ""}):
+    for wrong in ({}, *({"moeship_workers": text} for text in ("0", "two", "", "9" * 5000))):
         with pytest.raises(RepositoryError, match="of the model m: moeship_workers is .*, expected a number of 1 or"):
             read_workers(config(wrong))
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from export.errors import shown
+from export.reading import whole_number
 from triton_repo.errors import RepositoryError
 
 ENGINE_KEY = "moeship_engine"
@@ -23,6 +25,7 @@ NUM_IDS_KEY = "moeship_num_ids"
 ONE_END_ID_KEY = "moeship_one_end_id"
 ECHOES_KEYS_KEY = "moeship_echoes_keys"
 MAX_THREADS = 4096  # of one instance
+MAX_WORKERS = 4096  # of one instance
 _AUTOMATIC = "auto"
 
 
@@ -42,13 +45,14 @@ class ModelParameters:
         """Raises RepositoryError for an absent key or a text that is no value of it."""
         absent = [key for key in (ENGINE_KEY, THREADS_KEY) if key not in texts]
         threads = texts.get(THREADS_KEY, "")
-        if absent or not (threads == _AUTOMATIC or (threads.isdecimal() and 0 < int(threads) <= MAX_THREADS)):
-            problem = f"absent: {', '.join(absent)}" if absent else f"{THREADS_KEY} is {threads!r}"
+        number = whole_number(threads, 1, MAX_THREADS)
+        if absent or (number is None and threads != _AUTOMATIC):
+            problem = f"absent: {', '.join(absent)}" if absent else f"{THREADS_KEY} is {shown(threads)}"
             raise RepositoryError(
                 f"reading the parameters of the model {model}: {problem}; expected {ENGINE_KEY} with a folder's name "
                 f"and {THREADS_KEY} with a number of 1 to {MAX_THREADS} or {_AUTOMATIC!r}: package the engine again"
             )
-        return cls(engine=texts[ENGINE_KEY], threads=None if threads == _AUTOMATIC else int(threads))
+        return cls(engine=texts[ENGINE_KEY], threads=number)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelParameters:
@@ -117,12 +121,13 @@ def read_workers(config: Mapping[str, Any]) -> int:
     """How many requests an instance answers at a time where ONNX Runtime runs the engine, from the JSON form of its
     model's configuration. Raises RepositoryError."""
     text = config_texts(config).get(WORKERS_KEY)
-    if text is None or not text.isdecimal() or not int(text):
+    workers = None if text is None else whole_number(text, 1, MAX_WORKERS)
+    if workers is None:
         raise RepositoryError(
-            f"reading the parameters of the model {config['name']}: {WORKERS_KEY} is {text!r}, expected a number of 1 "
-            "or more: package the engine again"
+            f"reading the parameters of the model {config['name']}: {WORKERS_KEY} is {shown(text)}, expected a number "
+            "of 1 or more: package the engine again"
         )
-    return int(text)
+    return workers
 
 
 def config_texts(config: Mapping[str, Any]) -> dict[str, str]:
