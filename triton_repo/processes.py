@@ -41,6 +41,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 class Program:
     """`arguments`, the program first; `folder` is where it works. A launcher, as mpirun, starts what does the work.
     `end_timeout_s`: seconds that it has to end in when it is asked to, before it is killed a little later.
+    `stack_bytes`: of each of its threads, at least.
     """
 
     arguments: Sequence[str]
@@ -48,6 +49,7 @@ class Program:
     folder: Path
     is_launcher: bool = False
     end_timeout_s: float = DRAIN_TIMEOUT_S
+    stack_bytes: int = 0
 
 
 @contextlib.contextmanager
@@ -67,7 +69,7 @@ def running_program(program: Program, log: Path | None, mark: str) -> Iterator[s
             output = files.enter_context(open_log(log, "opening the server's log", ServerError))
         try:
             process = subprocess.Popen(
-                following([*watched, *program.arguments]),
+                following([*watched, *program.arguments], program.stack_bytes),
                 env={**program.environment, MARK_VARIABLE: mark},
                 cwd=program.folder,
                 stdin=subprocess.DEVNULL,

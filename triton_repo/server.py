@@ -46,6 +46,11 @@ DEFAULT_DRAIN_TIMEOUT_S = 30.0
 # What the engine's last tokens have to pass the step behind it and reach their clients.
 SETTLE_S = 0.5
 
+# Triton's HTTP puts parts of a request on its thread's stack before it looks at them: twice the body where that calls
+# itself a form, as curl -d and urllib do (libevhtp, evhtp_parse_query_wflags), and 16 bytes a chunk. On the usual 8 MiB
+# a body of 4.2 MB ends the server (triton-inference-server/server#5840). A stack takes memory as it is used.
+STACK_BYTES = 256 << 20
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
@@ -208,6 +213,7 @@ class Preparation:
             folder=packages_folder(),
             is_launcher=self.launch.mpirun is not None,
             end_timeout_s=exit_timeout_s,
+            stack_bytes=STACK_BYTES,
         )
 
     def _plain_repository(self) -> Path:

@@ -24,8 +24,12 @@ END_GRACE_S = 10  # a call into TensorRT sees no signal before it returns
 # Python ignores these two signals, and a program that it becomes would go on ignoring them. 1 is PR_SET_PDEATHSIG of
 # linux/prctl.h; a parent that ended before the kernel was asked is another by now.
 _FOLLOW = """
-import ctypes, os, signal, sys
-parent, program, *command = sys.argv[1:]
+import ctypes, os, resource, signal, sys
+parent, stack_bytes, program, *command = sys.argv[1:]
+soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+wanted = int(stack_bytes) if hard == resource.RLIM_INFINITY else min(int(stack_bytes), hard)
+if soft != resource.RLIM_INFINITY and soft < wanted:
+    resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))
 for number in (signal.SIGPIPE, signal.SIGXFSZ):
     signal.signal(number, signal.SIG_DFL)
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)
@@ -48,8 +52,9 @@ def child_program(command: Sequence[str], **options: Any) -> Iterator[subprocess
             raise
 
 
-def following(command: Sequence[str]) -> list[str]:
-    """The command, started by one that has the kernel send SIGTERM when this process ends (Linux).
+def following(command: Sequence[str], stack_bytes: int = 0) -> list[str]:
+    """The command, started by one that has the kernel send SIGTERM when this process ends (Linux). Its threads get
+    stacks of at least `stack_bytes`, where this user may have them.
 
     It is asked in a program of its own and not between fork and exec: there the handlers of libraries that this process
     has loaded would run, and gRPC's may abort. Raises FileNotFoundError where there is no such program.
@@ -59,7 +64,7 @@ def following(command: Sequence[str]) -> list[str]:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), command[0])
     if sys.platform != "linux":
         return list(command)
-    return [sys.executable, "-I", "-S", "-c", _FOLLOW, str(os.getpid()), program, *command]
+    return [sys.executable, "-I", "-S", "-c", _FOLLOW, str(os.getpid()), str(stack_bytes), program, *command]
 
 
 def _end(process: subprocess.Popen[str]) -> None:
