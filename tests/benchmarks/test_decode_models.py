@@ -111,7 +111,7 @@ def test_a_row_that_is_no_whole_block_and_a_disk_too_small_leave_nothing(tmp_pat
     odd = replace(SMALL, ffn_size=40)
     with pytest.raises(CheckpointError, match=r"blk.0.ffn_down_exps.weight: rows of 40, Q4_0 needs a multiple of 32"):
         write_model(tmp_path / "odd.gguf", odd, types_of(odd), pack, file_type=2)
-    endless = replace(SMALL, vocab_size=1 << 45)
+    endless = replace(SMALL, vocab_size=1 << 24, hidden_size=1 << 22)
     with pytest.raises(OutputError, match="GB free; make room"):
         write_model(tmp_path / "endless.gguf", endless, types_of(endless), pack, file_type=2)
     assert list(tmp_path.iterdir()) == []
