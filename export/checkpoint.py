@@ -28,7 +28,7 @@ import numpy.typing as npt
 from export.checkpoint_files import DOWNLOAD_EXCEPTIONS, DOWNLOAD_PATTERNS, INDEX_FILE, text_files
 from export.errors import CheckpointError, listing, named, names, shown
 from export.floats import all_finite, widen
-from export.reading import is_folder, is_regular, is_there, open_regular, read_json
+from export.reading import check_name, is_folder, is_regular, is_there, open_regular, read_json
 from export.safetensors_header import StoredTensor, numpy_dtype, read_header
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,7 @@ def open_checkpoint(location: str | Path) -> Checkpoint:
     Raises ConfigError for an unreadable config.json and CheckpointError for missing or damaged shards.
     """
     folder, revision = Path(location), None
+    check_name(folder, f"opening the checkpoint {named(location)}", CheckpointError)
     if is_regular(folder):
         raise CheckpointError(f"opening the checkpoint {named(location)}: it is a file; pass the folder that holds it")
     if not is_folder(folder):
@@ -125,6 +126,7 @@ def open_checkpoint(location: str | Path) -> Checkpoint:
     shards, weight_map = _shards(folder)
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
+        check_name(shard, f"opening {named(folder)}", CheckpointError)
         for stored in read_header(shard):
             if stored.name in tensors:
                 raise CheckpointError(

@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from export.errors import ConfigError, named, names
-from export.reading import is_folder, is_regular, is_there
+from export.reading import check_name, is_folder, is_regular, is_there
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
@@ -101,8 +101,8 @@ def is_text_file(name: str) -> bool:
 def text_files(folder: Path) -> list[str]:
     """The tokenizer and settings files of a folder that travel with the model, as paths inside the folder.
 
-    Raises ConfigError where something else than a regular file lies under the name of one, a link to nothing say: what
-    is made would lack it without a word.
+    Raises ConfigError for a name that is no UTF-8, and where something else than a regular file lies under the name of
+    one, a link to nothing say: what is made would lack it without a word.
     """
     patterns = [rule.pattern for rule in FILE_RULES if is_text_file(rule.pattern)]
     # A link to nothing is in what `glob` lists, and not where it looks for one name.
@@ -115,4 +115,6 @@ def text_files(folder: Path) -> list[str]:
             f"reading the settings of {named(folder)}: {names(path.name for path in wrong or [templates])} there is no "
             f"{'regular file' if wrong else 'folder'}, or a link to nothing; put what it stands for there, or remove it"
         )
+    for path in paths:
+        check_name(path, f"reading the settings of {named(folder)}")
     return [path.relative_to(folder).as_posix() for path in paths]

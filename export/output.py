@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from export.errors import OutputError
+from export.reading import check_name
 
 
 def refuse_existing(final: Path, what: str) -> None:
-    """Raise OutputError where `final` exists or its parent cannot hold it."""
+    """Raise OutputError where `final` exists, its name is no UTF-8 or its parent cannot hold it."""
+    check_name(final.resolve(), f"writing {what}", OutputError)
     if final.exists() or final.is_symlink():
         raise OutputError(f"writing {what}: {final} exists already; name another output or remove it first")
     parent = final.resolve().parent

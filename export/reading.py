@@ -70,6 +70,14 @@ def is_folder(path: Path) -> bool:
     return os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises for such a name
 
 
+def check_name(path: Path | str, doing: str, error: Kind = ConfigError) -> None:
+    """Raise `error` for a path with bytes that are no UTF-8: manifests are text, and ONNX Runtime takes text."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as reason:
+        raise error(f"{doing}: the name {named(path)} is not UTF-8; rename it") from reason
+
+
 def read_bytes(path: Path, what: str, *, most: int = MAX_JSON_BYTES, error: Kind = ConfigError) -> bytes:
     """The bytes of a regular file of at most `most`. Raises `error`, also where the file changes meanwhile."""
     doing = f"reading {what}"

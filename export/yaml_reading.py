@@ -9,6 +9,7 @@ the document as it would stand without them: ten lines of merge keys can ask for
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from export.reading import read_text
 MAX_YAML_BYTES = 256 << 10  # some thousand prompts
 MAX_NODES = 20_000
 MAX_DEPTH = 32
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _MAX_BITS = 64  # of a whole number: larger ones count nothing here
 
 
@@ -76,6 +78,9 @@ class _BoundedLoader(yaml.SafeLoader):
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             text = f"{shown(node.value)} is no {named(node.tag).removeprefix('tag:yaml.org,2002:')}"
             raise yaml.constructor.ConstructorError(None, None, text, node.start_mark) from error
+        if isinstance(value, str) and _SURROGATE.search(value):
+            text = f"{shown(value)} holds half of a surrogate pair, which is no character"
+            raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
         if isinstance(value, int) and value.bit_length() > _MAX_BITS:
             text = f"a whole number of {value.bit_length()} bits"
             raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from export.errors import OutputError, listing
+from export.reading import check_name
 from triton_repo.engine_facts import EngineFacts, read_engine_facts
 from triton_repo.ensemble_package import MODEL_FILE, MODELS_FOLDER, VERSION, EnsembleOptions, write_ensemble
 from triton_repo.errors import RepositoryError
@@ -124,7 +125,8 @@ def name_problems(name: str) -> list[str]:
 
 
 def check_output(output: Path) -> None:
-    """Refuse a folder that holds other things than models. Raises OutputError."""
+    """Refuse a folder that holds other things than models, or whose name is no UTF-8. Raises OutputError."""
+    check_name(output.resolve(), "writing a model repository", OutputError)
     if not output.exists():
         return
     entries = sorted(path for path in output.iterdir() if not path.name.startswith(".")) if output.is_dir() else []

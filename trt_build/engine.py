@@ -24,6 +24,7 @@ from export.errors import listing, named, shown
 from export.onnx_graph.exporter import DATA_FILE, PROBE_GRAPH, RECORDS_FILE, SCORING_GRAPH, SERVING_GRAPH
 from export.output import replace_file
 from export.provider import PROVIDERS
+from export.reading import check_name
 from export.settings import TokenizerFacts
 from export.typed_json import read_typed
 from trt_build.errors import EngineError
@@ -164,6 +165,7 @@ def record_verification(engine: Engine, verification: Mapping[str, Any]) -> None
 def open_engine(folder: Path | str, check_digests: bool = True) -> Engine:
     """Read the manifest and check the files against it. Raises EngineError listing every problem."""
     folder = Path(folder)
+    check_name(folder, f"opening the engine {named(folder)}", EngineError)
     if not (folder / MANIFEST_FILE).is_file():
         raise EngineError(
             f"opening the engine {folder}: no {MANIFEST_FILE} there; "

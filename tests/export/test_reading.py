@@ -138,6 +138,8 @@ def test_the_standards_json_has_no_other_numbers(text):
         ("a: 1\nb: 2\na: 3\n", "a stands twice"),
         ("a: 1\n---\nb: 2\n", "expected a single document"),
         ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ('a: "\\ud800"', "holds half of a surrogate pair"),
+        ('"\\udfff": a', "holds half of a surrogate pair"),
         ("a: \x07", "special characters are not allowed"),
     ],
 )

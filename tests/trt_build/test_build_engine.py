@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -180,6 +181,26 @@ def test_an_output_that_exists_is_kept(tmp_path, tiny_checkpoint):
     with pytest.raises(OutputError, match=r"engine exists already; name another output or remove it first"):
         build(tiny_checkpoint, tmp_path / "engine")
     assert (tmp_path / "engine" / "precious").read_text() == "kept"
+
+
+NOT_UTF8 = os.fsdecode(b"caf\xe9")  # as Latin-1 has it
+
+
+def test_names_that_no_manifest_can_hold_are_refused(tmp_path, tiny_checkpoint, tiny_engine):
+    """What was built of such a checkpoint could not be opened, since no JSON text holds half of a surrogate pair."""
+    source = Path(shutil.copytree(tiny_checkpoint, tmp_path / NOT_UTF8))
+    with pytest.raises(CheckpointError, match="is not UTF-8; rename it"):
+        build(source, tmp_path / "engine")
+    source.rename(tmp_path / "source")
+    with pytest.raises(OutputError, match="is not UTF-8; rename it"):
+        build(tmp_path / "source", tmp_path / NOT_UTF8)
+    weights = tmp_path / "source" / "model.safetensors"
+    weights.rename(weights.with_name(f"{NOT_UTF8}.safetensors"))
+    with pytest.raises(CheckpointError, match="is not UTF-8; rename it"):
+        build(tmp_path / "source", tmp_path / "engine")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    with pytest.raises(EngineError, match="is not UTF-8; rename it"):
+        open_engine(shutil.copytree(tiny_engine, tmp_path / NOT_UTF8))
 
 
 def test_an_output_in_a_folder_that_is_not_there_is_refused(tmp_path, tiny_checkpoint):
