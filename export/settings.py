@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.json"
 DEFAULT_TEMPLATE = "default"
 MAX_TEMPLATE_BYTES = 1 << 20  # the longest templates on the hub have some 20,000
-_MAX_LENGTH = 1 << 53  # transformers writes 10**30 for "no limit"
+MAX_TOKENS = 1 << 53  # transformers writes 10**30 for "no limit"
 _PROBE = "a"
 
 
@@ -193,7 +193,7 @@ def check_token_ids(settings: Settings, vocab_size: int) -> None:
 
 def _facts(files: TokenizerFiles, built: BuiltTokenizer, ids: TokenIds) -> TokenizerFacts:
     longest = files.settings.get("model_max_length")
-    if isinstance(longest, bool) or not isinstance(longest, int | float) or not 0 < longest < _MAX_LENGTH:
+    if isinstance(longest, bool) or not isinstance(longest, int | float) or not 1 <= longest < MAX_TOKENS:
         longest = None
     begins, ends = _surroundings(built)
     return TokenizerFacts(

@@ -34,8 +34,10 @@ from trt_build.manifest import (
     check_architecture,
     check_digest,
     check_end_tokens,
+    check_family,
     check_file_records,
     check_range,
+    check_tokenizer,
     digested_text,
     read_manifest,
 )
@@ -268,6 +270,9 @@ def _check_facts(manifest: Manifest) -> None:
     """What types cannot say. Raises ValueError."""
     facts = manifest.architecture
     check_architecture(facts)
+    check_family(manifest.family, facts)
+    if manifest.tokenizer is not None:
+        check_tokenizer(manifest.tokenizer)
     _check_files(manifest)
     order = manifest.expert_order
     if len(order) != facts.num_experts or sorted(order) != list(range(facts.num_experts)):

@@ -16,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from export.architecture import Architecture
+from export.architecture import Architecture, is_token_id
 from export.checkpoint_files import TEMPLATE_FOLDER
 from export.errors import MoeshipError, named, shown
 from export.reading import parse_json, read_text
+from export.settings import MAX_TOKENS, TokenizerFacts
 from trt_build.errors import EngineError
 
 MANIFEST_FILE = "engine.json"
@@ -119,10 +120,35 @@ def check_range(name: str, value: float, least: float, most: float) -> None:
 
 def check_architecture(facts: Architecture) -> None:
     """Raise ValueError where a model's facts do not go together; each by itself is checked when they are made."""
-    check_range("architecture.experts_per_token", facts.experts_per_token, 0, max(1, facts.num_experts))
-    check_range("architecture.rotary_dim", facts.rotary_dim, 0, facts.head_size)
+    check_range("architecture.experts_per_token", facts.experts_per_token, int(facts.is_moe), facts.num_experts)
+    check_range("architecture.rotary_dim", facts.rotary_dim, 2, facts.head_size)
+    if facts.rotary_dim % 2:
+        raise ValueError(f"architecture.rotary_dim is {facts.rotary_dim}, expected an even number")
     if facts.num_heads % facts.num_kv_heads:
         raise ValueError(f"architecture.num_heads is {facts.num_heads}, no multiple of num_kv_heads")
+
+
+def check_family(family: str, facts: Architecture) -> None:
+    """Raise ValueError where the family is not that of the model's facts."""
+    if family != facts.family:
+        raise ValueError(f"family is {shown(family)}, expected {shown(facts.family)}, as in architecture")
+
+
+def check_tokenizer(facts: TokenizerFacts) -> None:
+    """Raise ValueError for numbers that count no row of a vocabulary, and for a limit of tokens that is none."""
+    stated: dict[str, Sequence[int | None]] = {
+        "bos_token_id": [facts.bos_token_id],
+        "pad_token_id": [facts.pad_token_id],
+        "added_tokens": [token.id for token in facts.added_tokens],
+        "begins_with": facts.begins_with,
+        "ends_with": facts.ends_with,
+    }
+    for name, ids in stated.items():
+        wrong = [item for item in ids if item is not None and not is_token_id(item)]
+        if wrong:
+            raise ValueError(f"tokenizer.{name} holds {shown(wrong[0], 40)}, expected token ids")
+    if facts.model_max_length is not None:
+        check_range("tokenizer.model_max_length", facts.model_max_length, 1, MAX_TOKENS)
 
 
 def check_end_tokens(ids: tuple[int, ...], tokenizer_size: int) -> None:

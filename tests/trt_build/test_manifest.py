@@ -102,6 +102,10 @@ def architecture(**changes):
     return lambda values: {"architecture": {**values["architecture"], **changes}}
 
 
+def tokenizer(**changes):
+    return lambda values: {"tokenizer": {**values["tokenizer"], **changes}}
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -113,7 +117,17 @@ def architecture(**changes):
         (architecture(num_layers=10**6), "num_layers is 1000000"),
         (architecture(head_size=0), "head_size is 0"),
         (architecture(num_kv_heads=-1), "num_kv_heads is -1"),
-        (architecture(experts_per_token=6), "architecture.experts_per_token is 6, expected 0 to 5"),
+        (architecture(experts_per_token=6), "architecture.experts_per_token is 6, expected 1 to 5"),
+        (architecture(experts_per_token=0), "architecture.experts_per_token is 0, expected 1 to 5"),
+        (architecture(rotary_dim=0), "architecture.rotary_dim is 0, expected 2 to"),
+        (architecture(rotary_dim=3), "architecture.rotary_dim is 3, expected an even number"),
+        (architecture(family="../x"), "family is 'phixtral', expected '../x', as in architecture"),
+        (tokenizer(bos_token_id=-1), "tokenizer.bos_token_id holds -1, expected token ids"),
+        (tokenizer(pad_token_id=10**4000), "tokenizer.pad_token_id holds a whole number of 13288 bits"),
+        (tokenizer(begins_with=[2, 10**30]), "tokenizer.begins_with holds 1000000000"),
+        (tokenizer(ends_with=[-5]), "tokenizer.ends_with holds -5"),
+        (tokenizer(added_tokens=[{"id": -1, "content": "x", "special": True}]), "tokenizer.added_tokens holds -1"),
+        (tokenizer(model_max_length=0), "tokenizer.model_max_length is 0, expected 1 to"),
         (lambda values: {"expert_order": [0, 1, 2, 3, 3]}, "expert_order is (0, 1, 2, 3, ...), expected each of 5"),
         (lambda values: {"expert_order": [0, 1, 2, 3, True]}, "expert_order[4] is True, expected int"),
         (lambda values: {"eos_token_ids": [10**6]}, "eos_token_ids holds 1000000, expected ids below"),

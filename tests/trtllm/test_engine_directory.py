@@ -167,6 +167,13 @@ def test_a_manifest_without_its_digest_is_refused(copied_engine):
         ({"kv_cache_fraction": 1.5}, "kv_cache_fraction is 1.5, expected 0 to 1"),
         ({"max_num_tokens": 0}, "max_num_tokens is 0, expected 1 to"),
         ({"gpu": {"name": None, "sm": -90}}, "gpu.sm is -90, expected 1 to 1000"),
+        ({"family": "x"}, "family is 'x', expected"),
+        ({"left_out_experts": [1, 1]}, "left_out_experts are (1, 1), expected the numbers of experts, each once"),
+        ({"left_out_experts": [-1]}, "left_out_experts are (-1,), expected the numbers of experts, each once"),
+        (
+            {"parallel": {"tp_size": 2, "pp_size": 1, "moe_tp_size": 2, "moe_ep_size": 2}},
+            "parallel.moe_tp_size times moe_ep_size is not tp_size, 2",
+        ),
         ({"eos_token_ids": [10**9]}, "eos_token_ids holds 1000000000, expected ids below"),
     ],
 )

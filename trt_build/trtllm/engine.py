@@ -26,8 +26,10 @@ from trt_build.manifest import (
     check_architecture,
     check_digest,
     check_end_tokens,
+    check_family,
     check_file_records,
     check_range,
+    check_tokenizer,
     digested_text,
     read_manifest,
 )
@@ -167,9 +169,17 @@ def _check_facts(manifest: TrtllmManifest) -> None:
     """What types cannot say. Raises ValueError."""
     facts = manifest.architecture
     check_architecture(facts)
+    check_family(manifest.family, facts)
+    check_tokenizer(manifest.tokenizer)
+    left_out = manifest.left_out_experts
+    if len(set(left_out)) != len(left_out) or not all(expert >= 0 for expert in left_out):
+        raise ValueError(f"left_out_experts are {shown(left_out)}, expected the numbers of experts, each once")
     for name, value in dataclasses.asdict(manifest.parallel).items():
         check_range(f"parallel.{name}", value, 1, MAX_RANKS)
     check_range("ranks", manifest.parallel.world_size, 1, MAX_RANKS)
+    parallel = manifest.parallel
+    if parallel.moe_tp_size * parallel.moe_ep_size != parallel.tp_size:
+        raise ValueError(f"parallel.moe_tp_size times moe_ep_size is not tp_size, {parallel.tp_size}")
     ranks = [rank_engine(rank) for rank in range(manifest.parallel.world_size)]
     check_file_records(manifest.files, (CONFIG_FILE, TOKENIZER_FILE, *ranks))
     if manifest.gpu.sm is not None:
