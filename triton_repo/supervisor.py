@@ -2,21 +2,27 @@
 
     supervise(options, RestartPolicy(), reporter)      # returns when it is interrupted
 
-Before a server is started again the packaged engines are looked at: a file that is not what was packaged would end the
-next server as well, so that it is named and nothing is started.
+Before a server is started again the repository is looked at: a file that is missing, or not what was packaged, would
+end the next server as well, so that it is named and nothing is started.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from export.checkpoint_files import TOKENIZER_FILE
 from export.errors import MoeshipError, listing
+from export.tokenizer import load_tokenizer
 from triton_repo.engine_facts import read_engine_facts
 from triton_repo.errors import RepositoryError, ServerError
+from triton_repo.repository import check_repository
+from triton_repo.runtime.parameters import TextParameters
 from triton_repo.seal import is_sealed
 from triton_repo.server import Server, ServerOptions, prepared
 from triton_repo.supervision import Limits, Watch
@@ -110,19 +116,35 @@ def _given_up(restarts: int) -> str:
 
 
 def _refuse_damaged(repository: Path, fault: str) -> None:
-    """Raise RepositoryError naming the files of packaged engines that are not what was packaged. Digests are computed
-    only where a file's size, time or inode changed."""
-    problems = []
-    for manifest in sorted(repository.glob(f"[!.]*/[0-9]*/*/{MANIFEST_FILE}")):
-        engine = manifest.parent
-        if is_sealed(engine):
-            continue
-        try:
-            read_engine_facts(engine)
-        except MoeshipError as error:
-            problems.append(str(error))
-    if problems:
+    """Raise RepositoryError naming the files of the repository that are not what was packaged: what is missing, what
+    tokenizers cannot be read, and what engines hold. Digests are computed only where a file's size, time or inode
+    changed."""
+    damaged = [problem for engine in _folders_of(repository, f"*/{MANIFEST_FILE}") if (problem := _damage(engine))]
+    tokenizers = _folders_of(repository, f"{TextParameters.tokenizer}/{TOKENIZER_FILE}")
+    looks: list[Callable[[], object]] = [partial(load_tokenizer, folder) for folder in tokenizers]
+    looks.append(partial(check_repository, repository))
+    others = [problem for look in looks if (problem := _problem(look))]
+    if damaged or others:
+        what = "an engine's files are damaged" if damaged else "files that it needs are missing or damaged"
         raise RepositoryError(
-            f"serving {repository}: {fault}, and it is not started again: an engine's files are damaged; package the "
-            f"engine again:{listing(problems)}"
+            f"serving {repository}: {fault}, and it is not started again: {what}; package the engine again:"
+            f"{listing([*damaged, *others])}"
         )
+
+
+def _folders_of(repository: Path, pattern: str) -> list[Path]:
+    """The folders of the files that match a pattern below the models' versions."""
+    return [path.parent for path in sorted(repository.glob(f"[!.]*/[0-9]*/{pattern}"))]
+
+
+def _damage(engine: Path) -> str | None:
+    return None if is_sealed(engine) else _problem(partial(read_engine_facts, engine))
+
+
+def _problem(look: Callable[[], object]) -> str | None:
+    """What is wrong, as the look says."""
+    try:
+        look()
+    except MoeshipError as error:
+        return str(error)
+    return None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import http.server
 import os
+import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -208,6 +210,8 @@ def clock(monkeypatch):
 @pytest.fixture
 def life(monkeypatch, clock, tmp_path):
     """Supervises servers with these lives; gives what was told, what was raised, and the preparation."""
+    (tmp_path / "another" / "1").mkdir(parents=True)
+    (tmp_path / "another" / "config.pbtxt").write_text('backend: "onnxruntime"')
 
     def live(*lives, policy=None, repository=tmp_path):
         preparation, told = Failing(lives, repository), Told()
@@ -286,3 +290,36 @@ def test_damaged_files_are_named_and_nothing_is_started_again(life, tmp_path, ti
     assert "the process died, and it is not started again: an engine's files are damaged" in str(error)
     assert f"model.onnx.data: found {data.stat().st_size} bytes, expected {data.stat().st_size + 4096}" in str(error)
     assert error.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    ("lost", "named"),
+    [
+        ("m/1/engine/engine.json", r"no engine at .*/m/1/engine \(engine.json is missing\)"),
+        ("m/config.pbtxt", r"found no model, expected folders with a config.pbtxt"),
+        ("preprocessing/1/tokenizer/tokenizer.json", r"preprocessing: no tokenizer at .*/preprocessing/1/tokenizer"),
+        ("m/1", "m: no version folder"),
+        ("", "no such folder"),
+    ],
+)
+def test_what_is_gone_is_named_and_nothing_is_started_again(life, tmp_path, tiny_engine, lost, named):
+    repository = tmp_path / "repository"
+    layout = "ensemble" if lost.startswith("preprocessing") else None
+    package_engine(PackageOptions(engine=tiny_engine, name="m", output=repository, layout=layout))
+    path = repository / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    events, error, _ = life((1, "the process died"), repository=repository)
+    assert events == [("ready", 0)]
+    assert isinstance(error, RepositoryError)
+    assert re.search(f"the process died, and it is not started again: .*missing(.|\n)*{named}", str(error))
+
+
+def test_a_steps_tokenizer_that_cannot_be_read_is_named(life, tmp_path, tiny_engine):
+    repository = tmp_path / "repository"
+    package_engine(PackageOptions(engine=tiny_engine, name="m", output=repository, layout="ensemble", copy=True))
+    tokenizer = repository / "postprocessing" / "1" / "tokenizer" / "tokenizer.json"
+    os.truncate(tokenizer, 100)
+    events, error, _ = life((1, "the process died"), repository=repository)
+    assert events == [("ready", 0)]
+    assert isinstance(error, RepositoryError)
+    assert str(tokenizer.parent) in str(error)
