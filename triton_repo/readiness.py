@@ -10,11 +10,13 @@ from pathlib import Path
 
 from triton_repo.health import HealthEndpoint, ModelState, is_listening, model_states
 from triton_repo.ports import Address, ChosenPorts
-from triton_repo.processes import POLL_INTERVAL_S, Process, descendants_of, protect_memory
+from triton_repo.processes import POLL_INTERVAL_S, Process, descendants_of, protect_memory, read_process
 
 # Triton 2.51 takes back a Python process that ends while its model loads within 2 s, and reports the model as failed.
 # Where the process ended before it made its shared memory, Triton waits for it for ever.
 LOST_LOAD_S = 5.0
+# A process is stopped only by a signal that somebody sent: one that loads nothing for so long will not be continued.
+STOPPED_LOAD_S = 5.0
 SERVER_PROGRAM = "tritonserver"
 STUB_PROGRAM = "triton_python_backend_stub"
 
@@ -51,6 +53,8 @@ def wait_until_ready(waiting: Waiting) -> tuple[ModelState, ...]:
             raise NotReady(
                 f"the Python process of {lost} ended while it was loading, and {waiting.program} waits for it for ever"
             )
+        if stopped := loads.stopped():
+            raise NotReady(f"{stopped} is stopped (state T) while models load, and has been for {STOPPED_LOAD_S:g} s")
         if time.monotonic() > deadline:
             raise NotReady(
                 f"{waiting.program} was still loading models after {waiting.timeout_s:g} s; allow more time, or look "
@@ -76,6 +80,7 @@ class _Loads:
 
     models: dict[int, str] = field(default_factory=dict)
     ended: dict[int, float] = field(default_factory=dict)
+    stopped_since: dict[int, float] = field(default_factory=dict)
     looked: float = -1.0
 
     def lost(self, root: int) -> str | None:
@@ -85,6 +90,8 @@ class _Loads:
             return None
         self.looked = now
         found = descendants_of(root)
+        stopped = [pid for pid in (root, *(process.pid for process in found)) if _is_stopped(pid)]
+        self.stopped_since = {pid: self.stopped_since.get(pid, now) for pid in stopped}
         servers = {p.pid for p in found if _is_server(p)} | {root}
         children = [process for process in found if process.parent in servers]
         for child in children:
@@ -96,6 +103,18 @@ class _Loads:
             if now - since >= LOST_LOAD_S:
                 return f"the model {self.models[pid]}" if pid in self.models else "a model"
         return None
+
+    def stopped(self) -> str | None:
+        """The process that has been stopped for too long, as the last look of `lost` had it."""
+        for pid, since in self.stopped_since.items():
+            if self.looked - since >= STOPPED_LOAD_S:
+                return f"the Python process of the model {self.models[pid]}" if pid in self.models else f"process {pid}"
+        return None
+
+
+def _is_stopped(pid: int) -> bool:
+    found = read_process(pid)
+    return found is not None and found.state == "T"
 
 
 def _is_server(process: Process) -> bool:

@@ -19,12 +19,14 @@ from pathlib import Path
 import pytest
 from serve_command import wait_until
 
-from triton_repo import supervisor
+from triton_repo import readiness, supervisor
 from triton_repo.errors import RepositoryError, ServerError
 from triton_repo.health import HealthEndpoint, ModelState
 from triton_repo.heartbeat import FOLDER_VARIABLE, make_folder, read_beats
 from triton_repo.package import PackageOptions, package_engine
+from triton_repo.ports import Address, ChosenPorts
 from triton_repo.processes import MARK_VARIABLE
+from triton_repo.readiness import NotReady, Waiting, wait_until_ready
 from triton_repo.server import Server, ServerOptions
 from triton_repo.supervision import Limits, Watch
 from triton_repo.supervisor import RestartPolicy, supervise
@@ -323,3 +325,23 @@ def test_a_steps_tokenizer_that_cannot_be_read_is_named(life, tmp_path, tiny_eng
     assert events == [("ready", 0)]
     assert isinstance(error, RepositoryError)
     assert str(tokenizer.parent) in str(error)
+
+
+def test_a_process_that_is_stopped_while_models_load_ends_the_wait(monkeypatch):
+    monkeypatch.setattr(readiness, "STOPPED_LOAD_S", 1.0)
+    process = subprocess.Popen(["sleep", "1000"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # and nobody listens
+        port = free.getsockname()[1]
+        waiting = Waiting(
+            process=process, program="tritonserver", address=Address("127.0.0.1"),
+            ports=ChosenPorts(grpc=port, http=None, metrics=port), endpoint=HealthEndpoint(http=None, grpc=""),
+            steps=frozenset(), timeout_s=60, mark=f"moeship_{secrets.token_hex(8)}_",
+        )  # fmt: skip
+        try:
+            process.send_signal(signal.SIGSTOP)
+            with pytest.raises(NotReady, match=rf"process {process.pid} is stopped \(state T\) while models load"):
+                wait_until_ready(waiting)
+        finally:
+            process.kill()
+            process.wait()
