@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -70,7 +70,7 @@ def supervise(options: ServerOptions, policy: RestartPolicy, reporter: Reporter)
     policy allows, and RepositoryError where an engine's files are damaged.
     """
     with prepared(options) as preparation:
-        restarts = 0
+        restarts, unserved = 0, frozenset[str]()
         while True:
             tail = ""
             try:
@@ -78,6 +78,8 @@ def supervise(options: ServerOptions, policy: RestartPolicy, reporter: Reporter)
                     began = time.monotonic()
                     # First, so that what dies as soon as others know of the server is seen.
                     watch = Watch(server, policy.limits)
+                    if not restarts:
+                        unserved = frozenset(model.name for model in server.models if not model.ready)
                     reporter.ready(server, restarts)
                     fault = _wait(watch, server, reporter, options.drain_timeout_s)
                     tail = server.log_tail()
@@ -89,7 +91,7 @@ def supervise(options: ServerOptions, policy: RestartPolicy, reporter: Reporter)
                     raise
                 fault, _, tail = str(error).removeprefix(f"serving {options.repository}: ").partition("\n")
                 tail = f"\n{tail}" if tail else ""
-            _refuse_damaged(options.repository, fault)
+            _refuse_damaged(options.repository, fault, unserved)
             if restarts >= policy.max_restarts:
                 raise ServerError(f"serving {options.repository}: {fault}{_given_up(policy.max_restarts)}{tail}")
             restarts += 1
@@ -115,13 +117,16 @@ def _given_up(restarts: int) -> str:
     return f"; it was started again {restarts} times, and is not any more" if restarts else ""
 
 
-def _refuse_damaged(repository: Path, fault: str) -> None:
+def _refuse_damaged(repository: Path, fault: str, unserved: Set[str]) -> None:
     """Raise RepositoryError naming the files of the repository that are not what was packaged: what is missing, what
     tokenizers cannot be read, and what engines hold. Digests are computed only where a file's size, time or inode
-    changed."""
-    damaged = [problem for engine in _folders_of(repository, f"*/{MANIFEST_FILE}") if (problem := _damage(engine))]
+    changed. Models that were not served are passed over: the others were served without them."""
+    engines = [folder for folder in _folders_of(repository, f"*/{MANIFEST_FILE}") if _model_of(folder) not in unserved]
+    damaged = [problem for engine in engines if (problem := _damage(engine))]
     tokenizers = _folders_of(repository, f"{TextParameters.tokenizer}/{TOKENIZER_FILE}")
-    looks: list[Callable[[], object]] = [partial(load_tokenizer, folder) for folder in tokenizers]
+    looks: list[Callable[[], object]] = [
+        partial(load_tokenizer, folder) for folder in tokenizers if _model_of(folder) not in unserved
+    ]
     looks.append(partial(check_repository, repository))
     others = [problem for look in looks if (problem := _problem(look))]
     if damaged or others:
@@ -135,6 +140,11 @@ def _refuse_damaged(repository: Path, fault: str) -> None:
 def _folders_of(repository: Path, pattern: str) -> list[Path]:
     """The folders of the files that match a pattern below the models' versions."""
     return [path.parent for path in sorted(repository.glob(f"[!.]*/[0-9]*/{pattern}"))]
+
+
+def _model_of(folder: Path) -> str:
+    """The model whose version's folder holds this one."""
+    return folder.parents[1].name
 
 
 def _damage(engine: Path) -> str | None:

@@ -179,6 +179,8 @@ class Told:
 class Failing:
     """Stands for a Preparation and its servers, each of which lives so long and fails for the reason; None drains."""
 
+    models: tuple[ModelState, ...] = (LOADED,)
+
     def __init__(self, lives, repository):
         self.lives, self.repository, self.killed, self.drained = iter(lives), repository, 0, []
 
@@ -292,6 +294,20 @@ def test_damaged_files_are_named_and_nothing_is_started_again(life, tmp_path, ti
     assert "the process died, and it is not started again: an engine's files are damaged" in str(error)
     assert f"model.onnx.data: found {data.stat().st_size} bytes, expected {data.stat().st_size + 4096}" in str(error)
     assert error.exit_status == 2
+
+
+def test_a_model_that_never_loaded_does_not_keep_the_others_from_being_served_again(
+    life, tmp_path, tiny_engine, monkeypatch
+):
+    repository = tmp_path / "repository"
+    for name in ("tiny", "damaged"):
+        package_engine(PackageOptions(engine=tiny_engine, name=name, output=repository, copy=True))
+    os.truncate(repository / "damaged" / "1" / "engine" / "model.onnx.data", 4096)
+    unloaded = ModelState(name="damaged", version="1", state="UNAVAILABLE", reason="it is damaged")
+    monkeypatch.setattr(Failing, "models", (LOADED, unloaded))
+    events, error, _ = life((1, "a"), (1, None), repository=repository)
+    assert ("ready", 1) in events
+    assert isinstance(error, KeyboardInterrupt)
 
 
 @pytest.mark.parametrize(
