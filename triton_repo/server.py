@@ -41,7 +41,7 @@ from trt_build.machine import Machine, read_machine
 logger = logging.getLogger(__name__)
 
 LOCALHOST = "127.0.0.1"
-LOG_TAIL_LINES = 15
+LOG_TAIL_LINES, LOG_TAIL_BYTES = 15, 1 << 16
 DEFAULT_DRAIN_TIMEOUT_S = 30.0
 # What the engine's last tokens have to pass the step behind it and reach their clients.
 SETTLE_S = 0.5
@@ -284,7 +284,14 @@ def _check_times(options: ServerOptions) -> None:
 
 
 def _tail(log: Path | None) -> str:
-    if log is None or not log.is_file():
+    """Of a log that may have grown for months, or have gone."""
+    try:
+        if log is None or not log.is_file():
+            return ""
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
+            text = file.read(LOG_TAIL_BYTES).decode("utf-8", errors="replace")
+    except OSError:
         return ""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
-    return "\n  the end of its log:" + "".join(f"\n    {line}" for line in lines)
+    lines = text.splitlines()[-LOG_TAIL_LINES:]
+    return "\n  the end of its log:" + "".join(f"\n    {line}" for line in lines) if lines else ""

@@ -22,7 +22,7 @@ from triton_repo.errors import RepositoryError, ServerError
 from triton_repo.installation import find_installation
 from triton_repo.package import PackageOptions, package_engine
 from triton_repo.ports import Address, Ports, choose_ports, resolve_host
-from triton_repo.server import ServerOptions, running_server
+from triton_repo.server import ServerOptions, _tail, running_server
 
 
 @pytest.fixture
@@ -293,3 +293,15 @@ def test_the_steps_of_an_ensemble_alone_are_no_model_that_is_ready(small_reposit
     assert "no model is ready" in str(caught.value)
     # Triton gives no reason for an ensemble.
     assert "front is UNAVAILABLE\n" in str(caught.value)
+
+
+def test_the_end_of_a_log_is_read_without_the_rest(tmp_path):
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        file.seek(1 << 30)  # of a sparse file
+        file.write(b"\nthe cause\nthe end\n")
+    assert _tail(log).endswith("\n    the cause\n    the end")
+    log.unlink()
+    assert _tail(log) == ""
+    log.touch()
+    assert _tail(log) == ""
