@@ -104,8 +104,9 @@ class Checkpoint:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
+    """SHA-256 of a regular file's bytes, in hexadecimal. Raises CheckpointError for anything else: it may have taken
+    the file's place since it was looked at, and a pipe would block for ever."""
+    with open_regular(path, f"reading {named(path)}", CheckpointError) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

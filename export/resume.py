@@ -35,6 +35,7 @@ from export.own_files import open_own, own_folder, remove, require_own_file, req
 
 logger = logging.getLogger(__name__)
 
+MAX_JOURNAL_BYTES = 64 << 20  # some thousand parts of a kilobyte each
 _MAX_NAME_BYTES = 255  # of one name, on the usual file systems
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -243,10 +244,11 @@ def _lasting(facts: Any) -> Any:  # noqa: ANN401 - JSON value
 
 
 def _read_journal(journal: Path, held: int, doing: str) -> tuple[list[Mapping[str, Any]], int]:
-    """The journal's objects up to the first line that is not one, and the bytes that they take; none without it."""
+    """The journal's objects up to the first line that is not one, and the bytes that they take; none without it. What
+    lies beyond MAX_JOURNAL_BYTES is no line of a build's."""
     try:
         with open_own("journal", held, os.O_RDONLY, journal, doing) as opened, os.fdopen(os.dup(opened), "rb") as file:
-            return _whole_lines(file.read())
+            return _whole_lines(file.read(MAX_JOURNAL_BYTES))
     except FileNotFoundError:
         return [], 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -140,3 +141,13 @@ def test_a_value_that_is_not_finite_is_refused_while_recording(checkpoint):
     shard.write_bytes(data)
     with pytest.raises(CheckpointError, match="1 of 2240 values are NaN or infinite"):
         recorded(checkpoint, lambda _: None).read_float32(FC1)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "nothing"])
+def test_the_digest_of_a_file_that_has_gone_is_refused_at_once(tmp_path, kind):
+    """As where config.json is replaced while a build reads the weights."""
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "config.json")
+    reason = "expected a regular file" if kind == "pipe" else "does not exist"
+    with pytest.raises(CheckpointError, match=reason):
+        file_digest(tmp_path / "config.json")

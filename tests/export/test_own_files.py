@@ -108,6 +108,13 @@ def test_a_link_in_the_place_of_what_is_made_anew_goes_and_what_it_points_to_sta
     assert (final / "data").read_bytes() == b"whole"
 
 
+def test_a_journal_of_any_size_is_read_within_bounds(final):
+    partial = interrupted(final)
+    os.truncate(partial / "journal", 1 << 42)  # zeros that take no room on the disk
+    write(final)
+    assert (final / "data").read_bytes() == b"whole"
+
+
 def test_a_lock_that_waits_as_a_link_before_the_first_run_is_refused(final, victim):
     partial = partial_path(final)
     partial.mkdir(mode=0o700)
