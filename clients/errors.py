@@ -6,6 +6,7 @@
     ├── ModelNotReady           it has the model, but not loaded
     ├── MethodNotSupported      the server or the model does not offer what was asked
     ├── AccessDenied            credentials are missing or not enough
+    ├── AddressInvalid          the server's address is not HOST:PORT
     ├── ConnectionFailed        nothing answers at that address
     ├── ConnectionLost          the server ended, or the connection to it, after the request was sent
     ├── DeadlineExceeded        `timeout_s` ran out; the server has been told to stop
@@ -73,6 +74,12 @@ class AccessDenied(ClientError):
     """Credentials are missing or not enough."""
 
     remedy = "give the client credentials that this server accepts"
+
+
+class AddressInvalid(ClientError):
+    """The server's address is not one that a connection could be opened to; nothing was sent."""
+
+    exit_status = 2
 
 
 class ConnectionFailed(ClientError):

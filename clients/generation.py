@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from clients import wire
 from clients._tritonclient import require_grpc, require_messages, require_services
-from clients.errors import ClientError, ConnectionFailed, RequestRejected, depends_on_models, error_of
+from clients.errors import AddressInvalid, ClientError, ConnectionFailed, RequestRejected, depends_on_models, error_of
 from clients.messages import Generation, GenerationRequest, ModelState, Piece, check_text, collect
 from clients.streams import AsyncStream, Stream
 
@@ -325,14 +325,14 @@ class AsyncClient:
 def _open(
     library: ModuleType, url: str, credentials: grpc.ChannelCredentials | None
 ) -> grpc.Channel | grpc.aio.Channel:
-    """A channel of `grpc` or `grpc.aio`. Raises ConnectionFailed for a URL that gRPC could only fail to resolve."""
+    """A channel of `grpc` or `grpc.aio`. Raises AddressInvalid for a URL that gRPC could only fail to resolve."""
     if not isinstance(url, str):
-        raise ConnectionFailed(f"connecting to {url!r}: found no text, expected HOST:PORT")
+        raise AddressInvalid(f"connecting to {url!r}: found no text, expected HOST:PORT")
     if url.startswith(("http://", "https://", "grpc://")):
-        raise ConnectionFailed(f"connecting to {url}: found a scheme; give HOST:PORT")
+        raise AddressInvalid(f"connecting to {url}: found a scheme; give HOST:PORT")
     address = ADDRESS.fullmatch(url)
     if address is None or not 0 < int(address["port"]) < 2**16:
-        raise ConnectionFailed(
+        raise AddressInvalid(
             f"connecting to {url!r}: expected HOST:PORT, such as 127.0.0.1:8001 or [::1]:8001, with a port below 65536"
         )
     if credentials is None:

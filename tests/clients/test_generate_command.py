@@ -208,9 +208,10 @@ def test_a_timeout_that_is_no_duration_is_wrong_input(server, capsys, seconds):
     assert "expected a finite number of seconds above 0" in capsys.readouterr().err
 
 
-def test_an_address_without_a_port_is_refused(capsys):
-    assert main(["generate", "--url", "", "x"]) == 1
-    assert capsys.readouterr().err.startswith("ConnectionFailed: connecting to '': expected HOST:PORT")
+@pytest.mark.parametrize("url", ["", "127.0.0.1", "127.0.0.1:99999", "a b:1"])
+def test_an_address_that_is_none_is_wrong_input(capsys, url):
+    assert main(["generate", "--url", url, "x"]) == 2
+    assert capsys.readouterr().err.startswith(f"AddressInvalid: connecting to {url!r}: expected HOST:PORT")
 
 
 def test_a_failure_before_the_first_piece_prints_nothing(server, capsys):

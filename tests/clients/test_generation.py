@@ -218,13 +218,13 @@ def test_a_server_that_is_not_there_is_a_failed_connection_and_not_ready(request
 
 
 def test_an_address_with_a_scheme_is_refused():
-    with pytest.raises(errors.ConnectionFailed, match="http://x:8000: found a scheme; give HOST:PORT"):
+    with pytest.raises(errors.AddressInvalid, match="http://x:8000: found a scheme; give HOST:PORT"):
         Client("http://x:8000")
 
 
 @pytest.mark.parametrize("url", ["", "localhost", ":8001", "::1:8001", "x:0", "x:65536", "a b:1", "\udc80:1", None])
 def test_an_address_without_host_and_port_is_refused(url):
-    with pytest.raises(errors.ConnectionFailed, match=r"expected HOST:PORT"):
+    with pytest.raises(errors.AddressInvalid, match=r"expected HOST:PORT"):
         Client(url)
 
 
