@@ -39,8 +39,8 @@ from export.checkpoint_files import (
     TOKENIZER_FILE,
     text_files,
 )
-from export.errors import ConfigError, named, shown
-from export.reading import is_there, read_json, read_text
+from export.errors import ConfigError, named, names, shown
+from export.reading import is_regular, is_there, read_json, read_text
 from export.tokenizer import Tokenizer, tokenizer_of
 from export.tokenizer_rules import BuiltTokenizer, TokenizerFiles, build_tokenizer, read_tokenizer_files
 
@@ -110,7 +110,16 @@ class Settings:
         return sizes if self.tokenizer_json is None else {**sizes, TOKENIZER_FILE: len(self.tokenizer_json.encode())}
 
     def write(self, folder: Path, place: Callable[[Path, Path], object] = shutil.copyfile) -> None:
-        """Write the tokenizer and copy the settings that travel with it; `place(source, target)` makes a copy."""
+        """Write the tokenizer and copy the settings that travel with it; `place(source, target)` makes a copy.
+
+        Raises ConfigError where a file is no regular one by now: a copy of a device has no end.
+        """
+        gone = [name for name in self.files if not is_regular(self.folder / name)]
+        if gone:
+            raise ConfigError(
+                f"copying the settings of {named(self.folder)}: {names(gone)} changed since they were read, and are no "
+                "regular files any more; put them back and start again"
+            )
         for name in self.files:
             target = folder / name
             target.parent.mkdir(exist_ok=True)

@@ -323,3 +323,17 @@ def test_rotary_scaling_of_the_default_kind_scales_nothing(tmp_path, key):
     assert "rope_scaling of the kind 'default' holds rope_theta" in refusal(folder)
     edit_config(folder, rope_scaling={key: "default"}, rope_parameters={"rope_theta": 5.0})
     assert "both say how positions are turned" in refusal(folder)
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "nothing"])
+def test_settings_that_are_no_files_by_the_time_they_are_copied_are_refused(phixtral, tmp_path, kind):
+    settings = read_settings(phixtral, open_checkpoint(phixtral).config)
+    path = phixtral / "tokenizer_config.json"
+    path.unlink()
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigError, match="tokenizer_config.json changed since they were read"):
+        settings.write(tmp_path / "out")
