@@ -9,7 +9,7 @@ demo: $(VENV)/.demo
 	$(BIN)/moeship demo
 
 test: $(VENV)/.dev check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
