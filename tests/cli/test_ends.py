@@ -77,16 +77,22 @@ def test_a_full_disk_is_one_line_and_status_2(mixture):
     assert done.stderr == "OSError: No space left on device; name another path, or mend it\n"
 
 
-def test_names_that_the_terminal_cannot_show_do_not_end_a_command(tmp_path):
-    plain = write_phixtral_checkpoint(tmp_path / "plain", seed=3, num_experts=2, experts_per_token=1)
-    folder = plain.rename(tmp_path / "ä\udcff")
-    for encoding in ("ascii", "utf-8"):
-        done = subprocess.run(
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_names_that_the_terminal_cannot_show_do_not_end_a_command(tmp_path, encoding):
+    def inspected(folder):
+        return subprocess.run(
             [sys.executable, "-m", "cli.main", "inspect", os.fsencode(folder)],
             capture_output=True, check=False, timeout=60, env={**os.environ, "PYTHONIOENCODING": encoding},
         )  # fmt: skip
-        assert (done.returncode, done.stderr) == (0, b"")
-        assert rb"\udcff" in done.stdout
+
+    plain = write_phixtral_checkpoint(tmp_path / "plain", seed=3, num_experts=2, experts_per_token=1)
+    shown = inspected(folder := plain.rename(tmp_path / "ä"))
+    assert (shown.returncode, shown.stderr) == (0, b"")
+    assert (rb"\xe4" if encoding == "ascii" else "ä".encode()) in shown.stdout
+    refused = inspected(folder.rename(tmp_path / "ä\udcff"))  # a byte that is no UTF-8
+    assert (refused.returncode, refused.stdout) == (2, b"")
+    assert rb"\udcff" in refused.stderr
+    assert refused.stderr.count(b"\n") == 1
 
 
 @pytest.mark.parametrize(
