@@ -1,0 +1,48 @@
+// What AVX-512 with and without VNNI have in common: a group's sixteen rows are the lanes of one register.
+#pragma once
+
+#include <immintrin.h>
+
+#include "products.h"
+
+namespace moeship {
+namespace {
+
+struct Avx512 {
+  static constexpr int kLanes = 16, kRows = 8;
+  using I = __m512i;
+  using F = __m512;
+
+  static I load_line(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static I load_bytes(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static I broadcast(int32_t value) { return _mm512_set1_epi32(value); }
+  static I broadcast_quad(const int8_t* p) {
+    int32_t quad;
+    std::memcpy(&quad, p, 4);
+    return _mm512_set1_epi32(quad);
+  }
+  template <int kBits>
+  static I plane(I codes, int plane) {
+    if (kBits == 8) return codes;
+    return _mm512_and_si512(_mm512_srli_epi16(codes, kBits * plane), _mm512_set1_epi8((1 << kBits) - 1));
+  }
+  static I byte(I q, int j) { return _mm512_and_si512(_mm512_srli_epi32(q, 8 * j), _mm512_set1_epi32(255)); }
+  static I multiply(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  static I subtract(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+  static F zero() { return _mm512_setzero_ps(); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static F load_half(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static F broadcast(float value) { return _mm512_set1_ps(value); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+};
+
+}  // namespace
+}  // namespace moeship

@@ -1,0 +1,117 @@
+// What is done value by value, as plain loops that each level's file compiles for its instruction set. Nothing here
+// sums floats, so any vector width gives the same bits.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "layout.h"
+
+namespace moeship {
+namespace {
+
+inline float as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint32_t as_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+// A builtin: std::fma, where it is not inlined, would be one function for all files, of any file's instruction set.
+inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
+constexpr float kRoundingMagic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+
+// e^x to about one unit in the last place, saturating near the ends of float32; NaN stays NaN.
+// Polynomial: Cephes' expf.
+inline float exponential(float x) {
+  x = 88.3762626f < x ? 88.3762626f : x;
+  x = -87.3365448f > x ? -87.3365448f : x;
+  const float shifted = fused(x, 1.44269504f, kRoundingMagic);
+  const float n = shifted - kRoundingMagic;
+  float r = fused(n, -0.693359375f, x);
+  r = fused(n, 2.12194440e-4f, r);
+  float p = 1.9875691500e-4f;
+  p = fused(p, r, 1.3981999507e-3f);
+  p = fused(p, r, 8.3334519073e-3f);
+  p = fused(p, r, 4.1665795894e-2f);
+  p = fused(p, r, 1.6666665459e-1f);
+  p = fused(p, r, 5.0000001201e-1f);
+  p = fused(p, r * r, r) + 1.0f;
+  return p * as_float((as_bits(shifted) << 23) + 0x3F800000u);
+}
+
+inline float gelu(float x) {  // 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), as x times a sigmoid
+  const float inner = fused(0.044715f * (x * x), x, x);
+  return x / (1.0f + exponential(-1.59576912f * inner));
+}
+
+inline float silu(float x, float alpha) { return x / (1.0f + exponential(-alpha * x)); }
+
+inline void activate(const Nonlinearity& f, float* y, int64_t count) {
+  switch (f.kind) {
+    case Activation::kGelu:
+      for (int64_t i = 0; i < count; ++i) y[i] = gelu(y[i]);
+      return;
+    case Activation::kSilu:
+      for (int64_t i = 0; i < count; ++i) y[i] = silu(y[i], 1.0f);
+      return;
+    case Activation::kSwiglu:
+      for (int64_t i = 0; i < count / 2; ++i) {
+        float gate = y[2 * i], up = y[2 * i + 1];
+        gate = f.limit < gate ? f.limit : gate;
+        up = f.limit < up ? f.limit : up;
+        up = -f.limit > up ? -f.limit : up;
+        y[i] = silu(gate, f.alpha) * (up + f.beta);
+      }
+  }
+}
+
+// Scale: the block's largest magnitude / 127; codes: the nearest integers to x / scale. A block that holds an infinity
+// or NaN has the scale NaN, which every product takes over.
+inline void quantize(const float* x, int64_t count, int block, int64_t first_block, int row, const Tile& tile) {
+  for (int64_t b = 0; b * block < count; ++b) {
+    const int64_t left = count - b * block;
+    const int here = left < block ? static_cast<int>(left) : block;
+    const float* v = x + b * block;
+    int32_t largest = 0;  // of magnitudes, whose bits have their order, infinity and NaN above all others
+    for (int i = 0; i < here; ++i) {
+      const int32_t bits = static_cast<int32_t>(as_bits(v[i]) & 0x7FFFFFFFu);
+      largest = largest < bits ? bits : largest;
+    }
+    float scale = as_float(static_cast<uint32_t>(largest)) / 127.0f;
+    int8_t codes[128] = {};
+    int32_t sum = 0;
+    if (largest >= 0x7F800000) {
+      scale = as_float(0x7FC00000u);
+    } else if (largest > 0) {
+      scale = scale < 1.40129846e-45f ? 1.40129846e-45f : scale;
+      int32_t rounded[128];
+      for (int i = 0; i < here; ++i) {
+        float q = v[i] / scale;
+        q = q > 127.0f ? 127.0f : q;
+        q = q < -127.0f ? -127.0f : q;
+        rounded[i] = static_cast<int32_t>(as_bits(q + kRoundingMagic) - as_bits(kRoundingMagic));
+        sum += rounded[i];
+      }
+      for (int i = 0; i < here; ++i) codes[i] = static_cast<int8_t>(rounded[i]);
+    }
+    const int64_t place = (first_block + b) * tile.rows + row;
+    tile.scales[place] = scale;
+    tile.sums[place] = sum;
+    int8_t* to = tile.codes + ((first_block + b) * (block / 4) * tile.rows + row) * 4;
+    for (int quad = 0; quad < block / 4; ++quad) std::memcpy(to + int64_t{4} * quad * tile.rows, codes + 4 * quad, 4);
+  }
+}
+
+inline void accumulate(const float* y, float factor, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = fused(factor, y[i], out[i]);
+}
+
+}  // namespace
+}  // namespace moeship

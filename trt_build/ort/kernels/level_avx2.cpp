@@ -1,0 +1,71 @@
+// AVX2 with FMA and F16C: eight lanes, byte products in pairs of 16 bits.
+#include <immintrin.h>
+
+#include "products.h"
+
+namespace moeship {
+namespace {
+
+struct Avx2 {
+  static constexpr int kLanes = 8, kRows = 4;
+  using I = __m256i;
+  using F = __m256;
+
+  static I load_line(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static I load_bytes(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  static I broadcast(int32_t value) { return _mm256_set1_epi32(value); }
+  static I broadcast_quad(const int8_t* p) {
+    int32_t quad;
+    std::memcpy(&quad, p, 4);
+    return _mm256_set1_epi32(quad);
+  }
+  template <int kBits>
+  static I plane(I codes, int plane) {
+    if (kBits == 8) return codes;
+    return _mm256_and_si256(_mm256_srli_epi16(codes, kBits * plane), _mm256_set1_epi8((1 << kBits) - 1));
+  }
+  static I byte(I q, int j) { return _mm256_and_si256(_mm256_srli_epi32(q, 8 * j), _mm256_set1_epi32(255)); }
+  static I multiply(I a, I b) { return _mm256_mullo_epi32(a, b); }
+  static I subtract(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
+  static F zero() { return _mm256_setzero_ps(); }
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static F load_half(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static F broadcast(float value) { return _mm256_set1_ps(value); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F multiply(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static void store(float* p, F a) { _mm256_storeu_ps(p, a); }
+
+  // A unit's products of codes up to 15 fit in 16 bits: 8 * 2 * 15 * 127 < 2^15. Codes of 8 bits are taken as two
+  // halves of 4.
+  template <int kBits>
+  struct Sum {
+    I sum, low, high;
+    void start(I first) { sum = first; }
+    void begin_unit() { low = high = _mm256_setzero_si256(); }
+    void add(I q, I a) {
+      if (kBits == 8) {
+        const I mask = _mm256_set1_epi8(15);
+        const I upper = _mm256_and_si256(_mm256_srli_epi16(q, 4), mask);
+        high = _mm256_add_epi16(high, _mm256_maddubs_epi16(upper, a));
+        q = _mm256_and_si256(q, mask);
+      }
+      low = _mm256_add_epi16(low, _mm256_maddubs_epi16(q, a));
+    }
+    void end_unit() {
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
+      if (kBits == 8) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
+    }
+  };
+};
+
+}  // namespace
+
+const Level kAvx2 = {"avx2", product<Avx2>, quantize, activate, accumulate};
+
+}  // namespace moeship

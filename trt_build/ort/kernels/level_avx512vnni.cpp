@@ -1,0 +1,22 @@
+// AVX-512 with VNNI: four byte products are added to an int32 by one instruction.
+#include "avx512.h"
+
+namespace moeship {
+namespace {
+
+struct Avx512vnni : Avx512 {
+  template <int kBits>
+  struct Sum {
+    I sum;
+    void start(I first) { sum = first; }
+    void begin_unit() {}
+    void end_unit() {}
+    void add(I q, I a) { sum = _mm512_dpbusd_epi32(sum, q, a); }
+  };
+};
+
+}  // namespace
+
+const Level kAvx512vnni = {"avx512vnni", product<Avx512vnni>, quantize, activate, accumulate};
+
+}  // namespace moeship

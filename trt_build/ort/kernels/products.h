@@ -1,0 +1,156 @@
+// The two products, for any instruction set V. V has kLanes int32 or float lanes a register (I, F) and multiplies
+// kRows rows of activations for one decoding of the weights; V::Sum<bits> adds products of unsigned and signed bytes.
+#pragma once
+
+#include <cstring>
+#include <utility>
+
+#include "elementwise.h"
+#include "layout.h"
+
+namespace moeship {
+namespace {
+
+constexpr int kPrefetchBytes = 4096;
+
+inline void prefetch(const void* place) { __builtin_prefetch(place); }
+
+template <class V>
+inline typename V::F scales_at(const Matrix& w, int64_t place) {
+  return w.half_scales ? V::load_half(static_cast<const uint16_t*>(w.scales) + place)
+                       : V::load(static_cast<const float*>(w.scales) + place);
+}
+
+template <class V, int kRows>
+inline void store(const Matrix& w, int64_t group, int64_t index, int64_t count, const typename V::F (*sums)[kRows],
+                  float* y) {
+  float bias[kGroupRows] = {};
+  if (w.bias) {
+    const int64_t left = w.rows - group * kGroupRows;
+    std::memcpy(bias, w.bias + group * kGroupRows, sizeof(float) * (left < kGroupRows ? left : kGroupRows));
+  }
+  for (int h = 0; h < kGroupRows / V::kLanes; ++h)
+    for (int r = 0; r < kRows; ++r)
+      V::store(y + (r * count + index) * kGroupRows + h * V::kLanes,
+               V::add(sums[h][r], V::load(bias + h * V::kLanes)));
+}
+
+// Int8 activations: for each block fma(float(sum of codes), weight scale * activation scale, y), blocks in order.
+template <class V, int kBits, int kRows>
+void product_int8(const Matrix& w, int64_t first, int64_t count, const Tile& x, float* y) {
+  using I = typename V::I;
+  using F = typename V::F;
+  constexpr int kHalves = kGroupRows / V::kLanes, kPlanes = 8 / kBits;
+  constexpr int kTogether = kRows < V::kRows ? kRows : V::kRows;
+  const int units = w.block / kUnit;
+  const int64_t block_bytes = int64_t{units} * kBits * kLineBytes;
+  for (int64_t index = 0; index < count; ++index) {
+    const uint8_t* line = w.codes + (first + index) * w.blocks * block_bytes;
+    const int8_t* a = x.codes;
+    F sums[kHalves][kRows];
+    for (auto& half : sums)
+      for (F& sum : half) sum = V::zero();
+    for (int64_t b = 0; b < w.blocks; ++b, line += block_bytes, a += w.block * kRows) {
+      const int64_t place = ((first + index) * w.blocks + b) * kGroupRows;
+      prefetch(static_cast<const char*>(w.scales) + (place + 256) * (w.half_scales ? 2 : 4));
+#pragma GCC unroll 2
+      for (int h = 0; h < kHalves; ++h) {
+        const F scale = scales_at<V>(w, place + h * V::kLanes);
+        const I zero = w.zeros ? V::load_bytes(w.zeros + place + h * V::kLanes) : V::broadcast(1 << (kBits - 1));
+#pragma GCC unroll 2
+        for (int r0 = 0; r0 < kRows; r0 += kTogether) {
+          typename V::template Sum<kBits> sum[kTogether];
+#pragma GCC unroll 8
+          for (int r = 0; r < kTogether; ++r)
+            if (r0 + r < kRows) sum[r].start(V::multiply(zero, V::broadcast(-x.sums[b * kRows + r0 + r])));
+          for (int u = 0; u < units; ++u) {
+#pragma GCC unroll 8
+            for (int r = 0; r < kTogether; ++r) sum[r].begin_unit();
+#pragma GCC unroll 8
+            for (int t = 0; t < kBits; ++t) {
+              const uint8_t* p = line + (u * kBits + t) * kLineBytes;
+              if (h == 0 && r0 == 0) prefetch(p + kPrefetchBytes);
+              const I codes = V::load_line(p + h * V::kLanes * 4);
+#pragma GCC unroll 4
+              for (int plane = 0; plane < kPlanes; ++plane) {
+                const I q = V::template plane<kBits>(codes, plane);
+                const int8_t* quad = a + (u * 8 + t * kPlanes + plane) * kRows * 4;
+#pragma GCC unroll 8
+                for (int r = 0; r < kTogether; ++r)
+                  if (r0 + r < kRows) sum[r].add(q, V::broadcast_quad(quad + (r0 + r) * 4));
+              }
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < kTogether; ++r) sum[r].end_unit();
+          }
+#pragma GCC unroll 8
+          for (int r = 0; r < kTogether; ++r)
+            if (r0 + r < kRows)
+              sums[h][r0 + r] =
+                  V::fma(V::to_float(sum[r].sum), V::multiply(scale, V::broadcast(x.scales[b * kRows + r0 + r])),
+                         sums[h][r0 + r]);
+        }
+      }
+    }
+    store<V, kRows>(w, first + index, index, count, sums, y);
+  }
+}
+
+// Float32 activations: within a block features in order, fma(code - zero, x, s); then fma(s, scale, y).
+template <class V, int kBits, int kRows>
+void product_float(const Matrix& w, int64_t first, int64_t count, const Tile& x, float* y) {
+  using I = typename V::I;
+  using F = typename V::F;
+  constexpr int kHalves = kGroupRows / V::kLanes, kPlanes = 8 / kBits;
+  for (int64_t index = 0; index < count; ++index) {
+    const uint8_t* line = w.codes + (first + index) * w.group_bytes();
+    const float* a = x.values;
+    F sums[kHalves][kRows];
+    for (auto& half : sums)
+      for (F& sum : half) sum = V::zero();
+    for (int64_t b = 0; b < w.blocks; ++b, line += w.block * kBits * 2, a += w.block * kRows) {
+      const int64_t place = ((first + index) * w.blocks + b) * kGroupRows;
+      for (int h = 0; h < kHalves; ++h) {
+        const I zero = w.zeros ? V::load_bytes(w.zeros + place + h * V::kLanes) : V::broadcast(1 << (kBits - 1));
+        F inside[kRows];
+        for (F& sum : inside) sum = V::zero();
+        for (int t = 0; t < w.block * kBits / 32; ++t) {
+          const I codes = V::load_line(line + t * kLineBytes + h * V::kLanes * 4);
+          for (int plane = 0; plane < kPlanes; ++plane) {
+            const I q = V::template plane<kBits>(codes, plane);
+            for (int j = 0; j < 4; ++j) {
+              const F weight = V::to_float(V::subtract(V::byte(q, j), zero));
+              const float* from = a + ((t * kPlanes + plane) * 4 + j) * kRows;
+#pragma GCC unroll 8
+              for (int r = 0; r < kRows; ++r) inside[r] = V::fma(weight, V::broadcast(from[r]), inside[r]);
+            }
+          }
+        }
+        const F scale = scales_at<V>(w, place + h * V::kLanes);
+        for (int r = 0; r < kRows; ++r) sums[h][r] = V::fma(inside[r], scale, sums[h][r]);
+      }
+    }
+    store<V, kRows>(w, first + index, index, count, sums, y);
+  }
+}
+
+using Product = void (*)(const Matrix&, int64_t, int64_t, const Tile&, float*);
+
+template <class V, int kBits, int... kRows>
+inline void product_of_bits(const Matrix& w, int64_t first, int64_t count, const Tile& x, float* y,
+                            std::integer_sequence<int, kRows...>) {
+  static constexpr Product kInt8[] = {product_int8<V, kBits, kRows + 1>...};
+  static constexpr Product kFloat[] = {product_float<V, kBits, kRows + 1>...};
+  (x.values ? kFloat : kInt8)[x.rows - 1](w, first, count, x, y);
+}
+
+template <class V>
+void product(const Matrix& w, int64_t first, int64_t count, const Tile& x, float* y) {
+  constexpr auto rows = std::make_integer_sequence<int, kTileRows>();
+  if (w.bits == 4) return product_of_bits<V, 4>(w, first, count, x, y, rows);
+  if (w.bits == 8) return product_of_bits<V, 8>(w, first, count, x, y, rows);
+  product_of_bits<V, 2>(w, first, count, x, y, rows);
+}
+
+}  // namespace
+}  // namespace moeship

@@ -1,0 +1,286 @@
+#include "runtime.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+namespace moeship {
+namespace {
+
+constexpr int64_t kFewRowsBytes = 128 << 10, kManyRowsBytes = 256 << 10;
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+thread_local std::unique_ptr<char, Free> memory;
+thread_local size_t memory_bytes = 0;
+
+Tensor describe(const OrtApi& api, const OrtValue* value) {
+  OrtTensorTypeAndShapeInfo* info = nullptr;
+  check(api, api.GetTensorTypeAndShape(value, &info));
+  Tensor tensor{nullptr, ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, {}};
+  size_t axes = 0;
+  OrtStatus* status = api.GetTensorElementType(info, &tensor.type);
+  if (!status) status = api.GetDimensionsCount(info, &axes);
+  tensor.shape.resize(axes);
+  if (!status) status = api.GetDimensions(info, tensor.shape.data(), axes);
+  if (!status) status = api.GetTensorMutableData(const_cast<OrtValue*>(value), &tensor.data);
+  api.ReleaseTensorTypeAndShapeInfo(info);
+  check(api, status);
+  return tensor;
+}
+
+const char* type_name(ONNXTensorElementDataType type) {
+  switch (type) {
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: return "float32";
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return "float16";
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8: return "uint8";
+    default: return "another type";
+  }
+}
+
+}  // namespace
+
+void check(const OrtApi& api, OrtStatus* status) {
+  if (!status) return;
+  Failure failure{api.GetErrorMessage(status)};
+  api.ReleaseStatus(status);
+  throw failure;
+}
+
+std::string in_brackets(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+Node::Node(const OrtApi& api, const OrtKernelInfo* info, const char* op) : api_(api), info_(info), name_(op) {
+  size_t size = 0;
+  check(api, api.KernelInfo_GetNodeName(info, nullptr, &size));
+  std::string name(size, '\0');
+  check(api, api.KernelInfo_GetNodeName(info, &name[0], &size));
+  if (size > 1) name_ += " " + name.substr(0, size - 1);
+}
+
+void Node::fail(const std::string& problem) const {
+  throw Failure{"loading " + name_ + ": " + problem + "; export the engine again with this version's moeship"};
+}
+
+int64_t Node::integer(const char* name, int64_t least, int64_t most) const {
+  int64_t value = 0;
+  if (OrtStatus* status = api_.KernelInfoGetAttribute_int64(info_, name, &value)) {
+    api_.ReleaseStatus(status);
+    fail(std::string("the attribute ") + name + " is missing");
+  }
+  if (value < least || value > most)
+    fail(std::string("found ") + name + " " + std::to_string(value) + ", expected " + std::to_string(least) +
+         (least == most ? "" : " to " + std::to_string(most)));
+  return value;
+}
+
+float Node::real(const char* name) const {
+  float value = 0;
+  if (OrtStatus* status = api_.KernelInfoGetAttribute_float(info_, name, &value)) {
+    api_.ReleaseStatus(status);
+    fail(std::string("the attribute ") + name + " is missing");
+  }
+  return value;
+}
+
+std::string Node::choice(const char* name, const std::vector<std::string>& choices) const {
+  char text[32] = {};
+  size_t size = sizeof text;
+  std::string found, expected;
+  if (OrtStatus* status = api_.KernelInfoGetAttribute_string(info_, name, text, &size)) {
+    api_.ReleaseStatus(status);
+  } else {
+    found = text;
+  }
+  for (const std::string& choice : choices) {
+    if (found == choice) return found;
+    expected += (expected.empty() ? "" : " or ") + choice;
+  }
+  fail(std::string("found ") + name + " \"" + found + "\", expected " + expected);
+}
+
+bool Node::has_input(size_t index) const {
+  size_t count = 0, size = 0;
+  check(api_, api_.KernelInfo_GetInputCount(info_, &count));
+  if (index >= count) return false;
+  check(api_, api_.KernelInfo_GetInputName(info_, index, nullptr, &size));
+  return size > 1;
+}
+
+Tensor Node::constant(size_t index, const char* what, const std::vector<ONNXTensorElementDataType>& types,
+                      const std::vector<int64_t>& shape) const {
+  int is_constant = 0;
+  const OrtValue* value = nullptr;
+  if (has_input(index)) check(api_, api_.KernelInfoGetConstantInput_tensor(info_, index, &is_constant, &value));
+  if (!is_constant || !value) fail(std::string(what) + " is no initializer of the graph");
+  Tensor tensor = describe(api_, value);
+  if (std::find(types.begin(), types.end(), tensor.type) == types.end()) {
+    std::string expected;
+    for (auto type : types) expected += (expected.empty() ? "" : " or ") + std::string(type_name(type));
+    fail(std::string(what) + " is of " + type_name(tensor.type) + ", expected " + expected);
+  }
+  if (tensor.shape != shape)
+    fail(std::string(what) + " has the shape " + in_brackets(tensor.shape) + ", expected " + in_brackets(shape));
+  return tensor;
+}
+
+Settings read_settings(const Node& node) {
+  node.integer("layout", kLayout, kLayout);
+  Settings settings{};
+  settings.bits = static_cast<int>(node.integer("bits", 2, 8));
+  settings.block = static_cast<int>(node.integer("block_size", 32, 128));
+  if (settings.bits != 2 && settings.bits != 4 && settings.bits != 8)
+    node.fail("found bits " + std::to_string(settings.bits) + ", expected 2, 4 or 8");
+  if (settings.block != 32 && settings.block != 64 && settings.block != 128)
+    node.fail("found block_size " + std::to_string(settings.block) + ", expected 32, 64 or 128");
+  settings.floats = node.choice("activations", {"int8", "float32"}) == "float32";
+  settings.level = &chosen_level();
+  return settings;
+}
+
+Weights::Weights(const Node& node, const Settings& settings, size_t first_input, int64_t experts, int64_t rows,
+                 int64_t features, bool stacked) {
+  first_.bits = settings.bits;
+  first_.block = settings.block;
+  first_.rows = rows;
+  first_.groups = (rows + kGroupRows - 1) / kGroupRows;
+  first_.blocks = (features + settings.block - 1) / settings.block;
+  auto shape = [&](std::vector<int64_t> axes) {
+    if (stacked) axes.insert(axes.begin(), experts);
+    return axes;
+  };
+  const int64_t block_bytes = int64_t{settings.block} * kGroupRows * settings.bits / 8;
+  const auto uint8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, float32 = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
+             float16 = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+  const Tensor codes = node.constant(first_input, "the codes' tensor", {uint8},
+                                     shape({first_.groups, first_.blocks, block_bytes}));
+  const Tensor scales = node.constant(first_input + 1, "the scales' tensor", {float16, float32},
+                                      shape({first_.groups, first_.blocks, kGroupRows}));
+  first_.codes = static_cast<const uint8_t*>(codes.data);
+  first_.scales = scales.data;
+  first_.half_scales = scales.type == float16;
+  if (node.has_input(first_input + 2))
+    first_.zeros = static_cast<const uint8_t*>(
+        node.constant(first_input + 2, "the zero points' tensor", {uint8},
+                      shape({first_.groups, first_.blocks, kGroupRows})).data);
+  if (node.has_input(first_input + 3))
+    first_.bias =
+        static_cast<const float*>(node.constant(first_input + 3, "the bias", {float32}, shape({rows})).data);
+}
+
+Matrix Weights::of(int64_t expert) const {
+  Matrix matrix = first_;
+  const int64_t scales = expert * first_.groups * first_.blocks * kGroupRows;
+  matrix.codes += expert * first_.groups * first_.group_bytes();
+  matrix.scales = static_cast<const char*>(first_.scales) + scales * (first_.half_scales ? 2 : 4);
+  if (first_.zeros) matrix.zeros += scales;
+  if (first_.bias) matrix.bias += expert * first_.rows;
+  return matrix;
+}
+
+Tensor Call::input(size_t index, const char* what, int64_t width) const {
+  const OrtValue* value = nullptr;
+  size_t count = 0;
+  check(api_, api_.KernelContext_GetInputCount(context_, &count));
+  if (index < count) check(api_, api_.KernelContext_GetInput(context_, index, &value));
+  if (!value) return {nullptr, ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, {}};
+  Tensor tensor = describe(api_, value);
+  if (tensor.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT)
+    throw Failure{std::string(what) + " is of " + type_name(tensor.type) + ", expected float32"};
+  if (tensor.shape.empty() || tensor.shape.back() != width)
+    throw Failure{std::string(what) + " has the shape " + in_brackets(tensor.shape) + ", expected " +
+                  std::to_string(width) + " values along its last axis"};
+  return tensor;
+}
+
+float* Call::output(size_t index, const std::vector<int64_t>& shape) const {
+  OrtValue* value = nullptr;
+  void* data = nullptr;
+  check(api_, api_.KernelContext_GetOutput(context_, index, shape.data(), shape.size(), &value));
+  check(api_, api_.GetTensorMutableData(value, &data));
+  return static_cast<float*>(data);
+}
+
+void Scratch::reserve(size_t bytes) {
+  if (bytes <= memory_bytes) return;
+  memory.reset();
+  memory_bytes = 0;
+  memory.reset(static_cast<char*>(std::aligned_alloc(64, rounded(bytes))));
+  if (!memory) throw Failure{"no memory for " + std::to_string(bytes) + " bytes of activations"};
+  memory_bytes = bytes;
+}
+
+void* Scratch::take(size_t bytes) {
+  void* place = memory.get() + used_;
+  used_ += rounded(bytes);
+  if (used_ > rounded(memory_bytes)) throw Failure{"more scratch memory taken than reserved"};
+  return place;
+}
+
+size_t Activations::bytes(const Settings& settings, int64_t rows, const Matrix& weights) {
+  const size_t features = static_cast<size_t>(rows * weights.features());
+  const size_t blocks = static_cast<size_t>(rows * weights.blocks);
+  if (settings.floats) return Scratch::rounded(4 * features);
+  return Scratch::rounded(features) + 2 * Scratch::rounded(4 * blocks);
+}
+
+Activations::Activations(const Settings& settings, int64_t rows, const Matrix& weights, Scratch& scratch)
+    : settings_(settings), blocks_(weights.blocks) {
+  const size_t features = static_cast<size_t>(rows * weights.features());
+  const size_t blocks = static_cast<size_t>(rows * weights.blocks);
+  if (settings.floats) {
+    values_ = static_cast<float*>(scratch.take(4 * features));
+  } else {
+    codes_ = static_cast<int8_t*>(scratch.take(features));
+    scales_ = static_cast<float*>(scratch.take(4 * blocks));
+    sums_ = static_cast<int32_t*>(scratch.take(4 * blocks));
+  }
+}
+
+Tile Activations::tile(int64_t first_row, int rows) const {
+  const int64_t features = first_row * blocks_ * settings_.block, blocks = first_row * blocks_;
+  if (settings_.floats) return {rows, nullptr, nullptr, nullptr, values_ + features};
+  return {rows, codes_ + features, scales_ + blocks, sums_ + blocks, nullptr};
+}
+
+void Activations::put(const float* x, int64_t count, int64_t first_block, int row, const Tile& tile) const {
+  if (!settings_.floats) return settings_.level->quantize(x, count, settings_.block, first_block, row, tile);
+  float* to = tile.values + first_block * settings_.block * tile.rows + row;
+  const int64_t padded = (count + settings_.block - 1) / settings_.block * settings_.block;
+  for (int64_t i = 0; i < padded; ++i) to[i * tile.rows] = i < count ? x[i] : 0.0f;
+}
+
+int64_t groups_of_task(const Matrix& weights, int64_t rows, int64_t multiple) {
+  const int64_t bytes = rows <= kTileRows ? kFewRowsBytes : kManyRowsBytes;
+  int64_t groups = std::max<int64_t>(1, bytes / weights.group_bytes());
+  groups = std::min<int64_t>(groups, kMostGroups);
+  return std::max(multiple, groups / multiple * multiple);
+}
+
+const Level& chosen_level() {
+  std::vector<const Level*> levels = {&kPlain};
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2) levels.push_back(&kAvx2);
+  if (avx512) levels.push_back(&kAvx512bw);
+  if (avx512 && __builtin_cpu_supports("avx512vnni")) levels.push_back(&kAvx512vnni);
+#endif
+  const char* asked = std::getenv("MOESHIP_KERNELS_LEVEL");
+  if (!asked || !*asked) return *levels.back();
+  std::string have;
+  for (const Level* level : levels) {
+    if (std::strcmp(asked, level->name) == 0) return *level;
+    have += (have.empty() ? "" : ", ") + std::string(level->name);
+  }
+  throw Failure{std::string("choosing the kernels' instruction set: MOESHIP_KERNELS_LEVEL is ") + asked +
+                ", this CPU has " + have};
+}
+
+}  // namespace moeship
