@@ -42,7 +42,7 @@ class BlockLinear : public Kernel {
       for (int r = 0; r < tile.rows; ++r)
         activations.put(static_cast<const float*>(x.data) + (t * kTileRows + r) * features_, features_, 0, r, tile);
     });
-    const int64_t step = groups_of_task(w, tokens, 1);
+    const int64_t step = groups_of_task(w, 1);
     call.parallel((w.groups + step - 1) / step, [&](int64_t task) {
       alignas(64) float sums[kTileRows * kMostGroups * kGroupRows];
       const int64_t first = task * step, count = std::min(step, w.groups - first);

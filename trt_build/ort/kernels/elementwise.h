@@ -74,7 +74,8 @@ inline void activate(const Nonlinearity& f, float* y, int64_t count) {
 
 // Scale: the block's largest magnitude / 127; codes: the nearest integers to x / scale. A block that holds an infinity
 // or NaN has the scale NaN, which every product takes over.
-inline void quantize(const float* x, int64_t count, int block, int64_t first_block, int row, const Tile& tile) {
+inline void quantize(const float* x, int64_t count, int block, int zero, int64_t first_block, int row,
+                     const Tile& tile) {
   for (int64_t b = 0; b * block < count; ++b) {
     const int64_t left = count - b * block;
     const int here = left < block ? static_cast<int>(left) : block;
@@ -103,7 +104,7 @@ inline void quantize(const float* x, int64_t count, int block, int64_t first_blo
     }
     const int64_t place = (first_block + b) * tile.rows + row;
     tile.scales[place] = scale;
-    tile.sums[place] = sum;
+    tile.offsets[place] = -zero * sum;
     int8_t* to = tile.codes + ((first_block + b) * (block / 4) * tile.rows + row) * 4;
     for (int quad = 0; quad < block / 4; ++quad) std::memcpy(to + int64_t{4} * quad * tile.rows, codes + 4 * quad, 4);
   }

@@ -152,7 +152,7 @@ class Experts : public Kernel {
                      const Activations& inner) const {
     const Matrix& shape = in_.shape();
     const int64_t values = kGroupRows / gated_;  // that a group leaves
-    const int64_t step = groups_of_task(shape, mean_rows(routing), settings_.block / values);
+    const int64_t step = groups_of_task(shape, settings_.block / values);
     const int64_t tasks = (shape.groups + step - 1) / step;
     const auto& active = routing.active();
     call.parallel(tasks * static_cast<int64_t>(active.size()), [&](int64_t task) {
@@ -178,7 +178,7 @@ class Experts : public Kernel {
   void second_product(const Call& call, const Routing& routing, const Activations& inner, int64_t tokens,
                       float* y) const {
     const Matrix& shape = out_.shape();
-    const int64_t step = groups_of_task(shape, mean_rows(routing), 1);
+    const int64_t step = groups_of_task(shape, 1);
     call.parallel((shape.groups + step - 1) / step, [&](int64_t task) {
       alignas(64) float sums[kTileRows * kMostGroups * kGroupRows];
       const int64_t first = task * step, count = std::min(step, shape.groups - first);
@@ -193,10 +193,6 @@ class Experts : public Kernel {
         }
       }
     });
-  }
-
-  static int64_t mean_rows(const Routing& routing) {
-    return static_cast<int64_t>(routing.choices().size() / routing.active().size());
   }
 
   Settings settings_;

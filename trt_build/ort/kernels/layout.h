@@ -36,13 +36,13 @@ struct Matrix {
 };
 
 // Up to kTileRows rows of activations, side by side so that one pointer walks through all of them. Int8 codes
-// [features / 4][rows][4] with a scale and the codes' sum for each block, [blocks][rows]; or float values
+// [features / 4][rows][4] with a scale and what a block's zero point adds, both [blocks][rows]; or float values
 // [features][rows].
 struct Tile {
   int rows;
   int8_t* codes;
   float* scales;
-  int32_t* sums;
+  int32_t* offsets;  // the codes' sum times -2^(bits - 1), or times -1 where the weights have zero points
   float* values;
 };
 
@@ -59,8 +59,9 @@ struct Level {
   const char* name;
   // y[row][count * 16] = the tile's rows times the groups [first, first + count), bias added.
   void (*product)(const Matrix& w, int64_t first, int64_t count, const Tile& x, float* y);
-  // Round x[count] to int8 into row `row` of a tile from block `first_block` on, zeros up to the end of a block.
-  void (*quantize)(const float* x, int64_t count, int block, int64_t first_block, int row, const Tile& tile);
+  // Round x[count] to int8 into row `row` of a tile from block `first_block` on, zeros up to the end of a block. `zero`
+  // is the zero point of all weights, or 1.
+  void (*quantize)(const float* x, int64_t count, int block, int zero, int64_t first_block, int row, const Tile& tile);
   // y[count] in place; with kSwiglu gate and up lie in turn and count / 2 values are left.
   void (*activate)(const Nonlinearity& f, float* y, int64_t count);
   // out[count] = factor * y[count] + out[count], fused.

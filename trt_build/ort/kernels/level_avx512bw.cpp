@@ -5,6 +5,7 @@ namespace moeship {
 namespace {
 
 struct Avx512bw : Avx512 {
+  static constexpr int kRows = 4;  // a row has two or three sums in work
   // As in level_avx2.cpp: a unit's products of codes up to 15 fit in 16 bits, codes of 8 bits are two halves of 4.
   template <int kBits>
   struct Sum {

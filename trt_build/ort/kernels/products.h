@@ -52,17 +52,24 @@ void product_int8(const Matrix& w, int64_t first, int64_t count, const Tile& x, 
       for (F& sum : half) sum = V::zero();
     for (int64_t b = 0; b < w.blocks; ++b, line += block_bytes, a += w.block * kRows) {
       const int64_t place = ((first + index) * w.blocks + b) * kGroupRows;
+      const float* const a_scales = x.scales + b * kRows;
+      const int32_t* const a_offsets = x.offsets + b * kRows;
       prefetch(static_cast<const char*>(w.scales) + (place + 256) * (w.half_scales ? 2 : 4));
 #pragma GCC unroll 2
       for (int h = 0; h < kHalves; ++h) {
         const F scale = scales_at<V>(w, place + h * V::kLanes);
-        const I zero = w.zeros ? V::load_bytes(w.zeros + place + h * V::kLanes) : V::broadcast(1 << (kBits - 1));
 #pragma GCC unroll 2
         for (int r0 = 0; r0 < kRows; r0 += kTogether) {
           typename V::template Sum<kBits> sum[kTogether];
 #pragma GCC unroll 8
           for (int r = 0; r < kTogether; ++r)
-            if (r0 + r < kRows) sum[r].start(V::multiply(zero, V::broadcast(-x.sums[b * kRows + r0 + r])));
+            if (r0 + r < kRows) sum[r].start(V::broadcast(a_offsets[r0 + r]));
+          if (w.zeros) {
+            const I zeros = V::load_bytes(w.zeros + place + h * V::kLanes);
+#pragma GCC unroll 8
+            for (int r = 0; r < kTogether; ++r)
+              if (r0 + r < kRows) sum[r].start(V::multiply(zeros, sum[r].sum));
+          }
           for (int u = 0; u < units; ++u) {
 #pragma GCC unroll 8
             for (int r = 0; r < kTogether; ++r) sum[r].begin_unit();
@@ -86,9 +93,8 @@ void product_int8(const Matrix& w, int64_t first, int64_t count, const Tile& x, 
 #pragma GCC unroll 8
           for (int r = 0; r < kTogether; ++r)
             if (r0 + r < kRows)
-              sums[h][r0 + r] =
-                  V::fma(V::to_float(sum[r].sum), V::multiply(scale, V::broadcast(x.scales[b * kRows + r0 + r])),
-                         sums[h][r0 + r]);
+              sums[h][r0 + r] = V::fma(V::to_float(sum[r].sum), V::multiply(scale, V::broadcast(a_scales[r0 + r])),
+                                       sums[h][r0 + r]);
         }
       }
     }

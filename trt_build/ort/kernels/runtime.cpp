@@ -8,7 +8,7 @@
 namespace moeship {
 namespace {
 
-constexpr int64_t kFewRowsBytes = 128 << 10, kManyRowsBytes = 256 << 10;
+constexpr int64_t kTaskBytes = 256 << 10;
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -230,7 +230,7 @@ size_t Activations::bytes(const Settings& settings, int64_t rows, const Matrix& 
 }
 
 Activations::Activations(const Settings& settings, int64_t rows, const Matrix& weights, Scratch& scratch)
-    : settings_(settings), blocks_(weights.blocks) {
+    : settings_(settings), blocks_(weights.blocks), zero_(weights.zeros ? 1 : 1 << (weights.bits - 1)) {
   const size_t features = static_cast<size_t>(rows * weights.features());
   const size_t blocks = static_cast<size_t>(rows * weights.blocks);
   if (settings.floats) {
@@ -238,26 +238,25 @@ Activations::Activations(const Settings& settings, int64_t rows, const Matrix& w
   } else {
     codes_ = static_cast<int8_t*>(scratch.take(features));
     scales_ = static_cast<float*>(scratch.take(4 * blocks));
-    sums_ = static_cast<int32_t*>(scratch.take(4 * blocks));
+    offsets_ = static_cast<int32_t*>(scratch.take(4 * blocks));
   }
 }
 
 Tile Activations::tile(int64_t first_row, int rows) const {
   const int64_t features = first_row * blocks_ * settings_.block, blocks = first_row * blocks_;
   if (settings_.floats) return {rows, nullptr, nullptr, nullptr, values_ + features};
-  return {rows, codes_ + features, scales_ + blocks, sums_ + blocks, nullptr};
+  return {rows, codes_ + features, scales_ + blocks, offsets_ + blocks, nullptr};
 }
 
 void Activations::put(const float* x, int64_t count, int64_t first_block, int row, const Tile& tile) const {
-  if (!settings_.floats) return settings_.level->quantize(x, count, settings_.block, first_block, row, tile);
+  if (!settings_.floats) return settings_.level->quantize(x, count, settings_.block, zero_, first_block, row, tile);
   float* to = tile.values + first_block * settings_.block * tile.rows + row;
   const int64_t padded = (count + settings_.block - 1) / settings_.block * settings_.block;
   for (int64_t i = 0; i < padded; ++i) to[i * tile.rows] = i < count ? x[i] : 0.0f;
 }
 
-int64_t groups_of_task(const Matrix& weights, int64_t rows, int64_t multiple) {
-  const int64_t bytes = rows <= kTileRows ? kFewRowsBytes : kManyRowsBytes;
-  int64_t groups = std::max<int64_t>(1, bytes / weights.group_bytes());
+int64_t groups_of_task(const Matrix& weights, int64_t multiple) {
+  int64_t groups = std::max<int64_t>(1, kTaskBytes / weights.group_bytes());
   groups = std::min<int64_t>(groups, kMostGroups);
   return std::max(multiple, groups / multiple * multiple);
 }

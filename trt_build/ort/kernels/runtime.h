@@ -113,14 +113,15 @@ class Activations {
  private:
   const Settings& settings_;
   int64_t blocks_;
+  int zero_;  // see Level::quantize
   int8_t* codes_ = nullptr;
   float* scales_ = nullptr;
-  int32_t* sums_ = nullptr;
+  int32_t* offsets_ = nullptr;
   float* values_ = nullptr;
 };
 
 // How many groups a task takes: about a share of the second-level cache, a multiple of `multiple`.
-int64_t groups_of_task(const Matrix& weights, int64_t rows, int64_t multiple);
+int64_t groups_of_task(const Matrix& weights, int64_t multiple);
 
 // The best level that this CPU has, or the one that MOESHIP_KERNELS_LEVEL names. Throws Failure.
 const Level& chosen_level();

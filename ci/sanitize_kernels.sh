@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Run the CPU kernels' tests on a library built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the
+# sources. Needs g++ and what the tests need; PYTHON names the interpreter. Takes some minutes.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=$(command -v "${PYTHON:-python3}")
+[[ $python = /* ]] || python=$PWD/$python
+copy=$(mktemp -d)
+trap 'rm -rf "$copy"' EXIT
+git ls-files -z export trt_build tests/conftest.py tests/kernel_nodes.py tests/trt_build/kernels pyproject.toml setup.py |
+  xargs -0 cp --parents -t "$copy"
+cd "$copy"
+sanitizers="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+CXX=g++ CC=g++ CFLAGS="$sanitizers -fno-omit-frame-pointer" LDFLAGS="$sanitizers" "$python" setup.py -q build_ext --inplace
+grep -q __asan_init trt_build/ort/kernels/moeship_kernels.so
+# Python and ONNX Runtime keep what they allocate: leaks are not looked for.
+LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+  "$python" -m pytest -q -p no:cacheprovider tests/trt_build/kernels -k "not torch and not missing_library"

@@ -1,0 +1,141 @@
+"""What does not fit is refused with one clear sentence, when the graph is loaded or run: never wrong numbers."""
+
+import numpy as np
+import pytest
+from kernel_nodes import block_linear, experts, levels, random_matrices
+
+from trt_build.errors import EngineError
+from trt_build.ort import kernels
+
+
+def linear():
+    return block_linear(random_matrices(np.random.default_rng(0), 1, 40, 96, 4, 32, zeros=True))
+
+
+def mixture():
+    draw = np.random.default_rng(0)
+    return experts(random_matrices(draw, 3, 48, 64, 4, 32), random_matrices(draw, 3, 64, 48, 4, 32), 2)
+
+
+def with_attribute(node, name, value):
+    if value is None:
+        del node.attributes[name]
+    else:
+        node.attributes[name] = value
+
+
+BAD_ATTRIBUTES = [
+    ("layout", 2, "found layout 2, expected 1"),
+    ("layout", None, "the attribute layout is missing"),
+    ("bits", 3, "found bits 3, expected 2, 4 or 8"),
+    ("bits", 8, "codes' tensor has the shape"),
+    ("block_size", 48, "found block_size 48, expected 32, 64 or 128"),
+    ("block_size", 64, "codes' tensor has the shape"),
+    ("activations", "int4", 'found activations "int4", expected int8 or float32'),
+]
+
+
+@pytest.mark.parametrize("make", [linear, mixture])
+@pytest.mark.parametrize(("name", "value", "message"), BAD_ATTRIBUTES)
+def test_attributes_of_both(make, name, value, message):
+    node = make()
+    with_attribute(node, name, value)
+    with pytest.raises(Exception, match=message) as error:
+        node.session()
+    assert "layer/mlp" in str(error.value)
+    assert "export the engine again" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "value", "message"),
+    [
+        (linear, "in_features", 128, "codes' tensor has the shape"),
+        (linear, "in_features", 0, "found in_features 0"),
+        (linear, "out_features", 49, "codes' tensor has the shape"),
+        (linear, "out_features", 41, r"bias has the shape \[40\], expected \[41\]"),
+        (linear, "out_features", -1, "found out_features -1"),
+        (mixture, "k", 4, "found k 4, expected 1 to 3"),
+        (mixture, "k", 0, "found k 0, expected 1 to 3"),
+        (mixture, "experts", 2, "codes' tensor has the shape"),
+        (mixture, "hidden_size", 1 << 40, "found hidden_size"),
+        (mixture, "expert_size", 96, "codes' tensor has the shape"),
+        (mixture, "activation", "relu", 'found activation "relu", expected gelu or silu or swiglu'),
+        (mixture, "activation", "swiglu", "codes' tensor has the shape"),
+        (mixture, "activation_limit", -1.0, "activation_limit"),
+        (mixture, "activation_limit", float("nan"), "activation_limit"),
+    ],
+)
+def test_attributes_of_one(make, name, value, message):
+    node = make()
+    with_attribute(node, name, value)
+    with pytest.raises(Exception, match=message):
+        node.session()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("codes", lambda array: array[..., :-1], r"\[3, 3, 255\], expected \[3, 3, 256\]"),
+        ("codes", lambda array: array[:-1], r"\[2, 3, 256\], expected \[3, 3, 256\]"),
+        ("codes", lambda array: array.astype(np.float32), "is of float32, expected uint8"),
+        ("scales", lambda array: array[:, :, :8], r"\[3, 3, 8\], expected \[3, 3, 16\]"),
+        ("scales", lambda array: array.astype(np.float64), "expected float16 or float32"),
+        ("scales", lambda array: array.view(np.uint8)[..., ::2].copy(), "is of uint8"),
+        ("zeros", lambda array: array[None], r"\[1, 3, 3, 16\], expected \[3, 3, 16\]"),
+        ("zeros", lambda array: array.astype(np.float32), "is of float32, expected uint8"),
+        ("bias", lambda array: array[:-1], r"\[39\], expected \[40\]"),
+        ("bias", lambda array: array[None], r"\[1, 40\], expected \[40\]"),
+    ],
+)
+def test_tensors_of_another_shape_or_dtype(name, change, message):
+    node = linear()
+    node.initializers[name] = change(node.initializers[name])
+    with pytest.raises(Exception, match=message):
+        node.session()
+
+
+def test_weights_that_the_graph_does_not_hold():
+    node = linear()
+    node.inputs[1] = "fed_codes"
+    del node.initializers["codes"]
+    with pytest.raises(Exception, match="codes' tensor is no initializer"):
+        node.session()
+
+
+def test_several_experts_without_a_router():
+    node = mixture()
+    node.inputs[1] = ""
+    with pytest.raises(Exception, match="router's logits are missing"):
+        node.session()
+
+
+@pytest.mark.parametrize(
+    ("make", "feeds", "message"),
+    [
+        (linear, {"x": (2, 95)}, r"\[2, 95\], expected 96 values"),
+        (linear, {"x": ()}, r"\[\], expected 96 values"),
+        (mixture, {"x": (2, 63), "router": (2, 3)}, r"\[2, 63\], expected 64 values"),
+        (mixture, {"x": (2, 64), "router": (2, 4)}, r"\[2, 4\], expected 3 values"),
+        (mixture, {"x": (2, 64), "router": (3, 3)}, r"\[3, 3\], expected 2 rows"),
+    ],
+)
+def test_activations_of_another_shape(make, feeds, message):
+    session = make().session()
+    with pytest.raises(Exception, match=message):
+        session.run(None, {name: np.ones(shape, np.float32) for name, shape in feeds.items()})
+
+
+def test_an_instruction_set_that_is_unknown():
+    with pytest.raises(Exception, match="MOESHIP_KERNELS_LEVEL is sse9, this CPU has plain"):
+        linear().session(level="sse9")
+
+
+def test_every_instruction_set_of_this_cpu_is_there():
+    for level in levels():
+        linear().session(level=level)
+
+
+def test_a_missing_library_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "_LIBRARY", tmp_path / "moeship_kernels.so")
+    with pytest.raises(EngineError, match=r"does not exist.*C\+\+17 compiler.*install one"):
+        kernels.library()
