@@ -7,12 +7,12 @@ python=$(command -v "${PYTHON:-python3}")
 [[ $python = /* ]] || python=$PWD/$python
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
-git ls-files -z export trt_build tests/conftest.py tests/kernel_nodes.py tests/trt_build/kernels pyproject.toml setup.py |
+git ls-files -z export trt_build tests/kernel_nodes.py tests/trt_build/kernels pyproject.toml setup.py README.md LICENSE |
   xargs -0 cp --parents -t "$copy"
 cd "$copy"
 sanitizers="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
-CXX=g++ CC=g++ CFLAGS="$sanitizers -fno-omit-frame-pointer" LDFLAGS="$sanitizers" "$python" setup.py -q build_ext --inplace
-grep -q __asan_init trt_build/ort/kernels/moeship_kernels.so
+CXX=g++ CC=g++ CFLAGS="$sanitizers" CXXFLAGS="$sanitizers" LDFLAGS="$sanitizers" "$python" setup.py -q build_ext --inplace
+nm -D trt_build/ort/kernels/moeship_kernels.so | grep __asan_init >/dev/null
 # Python and ONNX Runtime keep what they allocate: leaks are not looked for.
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-  "$python" -m pytest -q -p no:cacheprovider tests/trt_build/kernels -k "not torch and not missing_library"
+  "$python" -m pytest -q --noconftest -p no:cacheprovider tests/trt_build/kernels -k "not torch and not missing_library"

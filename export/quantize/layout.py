@@ -74,7 +74,7 @@ class MatrixLayout:
         return self.block_size * self.bits // (LINE_BYTES // 2), 8 // self.bits
 
     def pack_codes(self, codes: ByteArray, zeros: ByteArray | None = None) -> ByteArray:
-        """uint8 codes [..., N, K] to [..., G, P, 2 * B * b]; padding is `zeros` [..., N, P] where given, else 2^(b-1)."""
+        """uint8 codes [..., N, K] to [..., G, P, 2 * B * b]; `zeros` [..., N, P] pad it, or 2^(b-1)."""
         stack = codes.shape[:-2]
         padded = self._padding(stack, zeros)
         padded[..., : self.rows, : self.features] = codes
