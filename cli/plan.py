@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli.rows import Rows, in_units, print_rows
 from cli.trtllm_plan import run_trtllm_plan
+from export.provider import named_with_kernels
 from trt_build.engine_flags import add_engine_arguments, read_checkpoint, read_engine_options
 from trt_build.trtllm.command import refuse_trtllm_flags
 from trt_build.trtllm.engine import TRTLLM_BACKEND
@@ -91,7 +92,9 @@ def _machine(arguments: argparse.Namespace, plan: EnginePlan) -> dict[str, Any]:
 
 
 def _print_plan(checkpoint: str, plan: EnginePlan, machine: dict[str, Any]) -> None:
-    print_rows(f"{checkpoint} as {plan.precision} for {plan.provider}", _role_rows(plan))
+    print_rows(
+        f"{checkpoint} as {plan.precision} for {named_with_kernels(plan.provider, plan.kernels)}", _role_rows(plan)
+    )
     print_rows("engine", _engine_rows(plan))
     print_rows(f"decoding one sequence of up to {plan.max_sequence} tokens", _decoding_rows(plan, machine))
     if machine["device_memory_bytes"] is not None:

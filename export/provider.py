@@ -15,7 +15,7 @@ Facts of 1.31, from its sources and documentation (docs/contrib_ops/cuda/{moe_qm
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from export.errors import ExportError
@@ -27,7 +27,8 @@ FLOAT16_MAX = 65504.0
 class Provider:
     """`float_type` is that of matrices, of the activations between them and of the key/value cache; the residual
     stream, the norms, the router and the logits are float32 on every provider. `block_sizes` lists what
-    quantised matrices may take, the first that divides their input features; `accuracy_level` is theirs."""
+    quantised matrices may take, the first that divides their input features; `accuracy_level` is theirs, `kernels`
+    says whose kernels multiply them (export/onnx_graph/kernels.py)."""
 
     name: str
     runtime_name: str  # ONNX Runtime's
@@ -41,6 +42,7 @@ class Provider:
     package: str  # that has it
     extra: str  # of moeship, that brings the package
     options: Mapping[str, str] = field(default_factory=dict)  # of a session
+    kernels: str = "onnxruntime"
 
     def expert_order(self, num_experts: int) -> tuple[int, ...]:
         """Which expert stands at each place, so that of equal router logits the lowest expert index wins."""
@@ -71,9 +73,37 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
     }
 )  # fmt: skip
 
+# By whose kernels, the providers that have them. Moeship's own multiply quantised matrices alone, read them as they lie
+# in the file, and of equal router logits choose the lowest place.
+KERNELS: Mapping[str, Mapping[str, Provider]] = MappingProxyType(
+    {
+        "onnxruntime": PROVIDERS,
+        "moeship": MappingProxyType(
+            {
+                "cpu": replace(
+                    PROVIDERS["cpu"], kernels="moeship", precisions=("int8", "int4"), prefers_highest_place=False,
+                    packs_weights=False,
+                )
+            }
+        ),
+    }
+)  # fmt: skip
 
-def provider_of(name: str) -> Provider:
-    """The record of a provider's name. Raises ExportError that lists what exists."""
+
+def provider_of(name: str, kernels: str = "onnxruntime") -> Provider:
+    """The record of a provider's name with the kernels of that name. Raises ExportError that lists what exists."""
     if name not in PROVIDERS:
         raise ExportError(f"choosing the provider: {name!r} is unknown. There are: {', '.join(PROVIDERS)}")
-    return PROVIDERS[name]
+    if kernels not in KERNELS:
+        raise ExportError(f"choosing the kernels: {kernels!r} is unknown. There are: {', '.join(KERNELS)}")
+    if name not in KERNELS[kernels]:
+        raise ExportError(
+            f"choosing the kernels: those of {kernels} are for the provider {', '.join(KERNELS[kernels])}, found "
+            f"{name}; leave --kernels out, or build for that provider"
+        )
+    return KERNELS[kernels][name]
+
+
+def named_with_kernels(provider: str, kernels: str) -> str:
+    """What an engine runs on, for people."""
+    return provider if kernels == "onnxruntime" else f"{provider} with the kernels of {kernels}"

@@ -155,12 +155,15 @@ class Weights:
             done += chunk.size
         return whole
 
-    def chunks(self, name: str, expert_order: Sequence[int] | None = None) -> Iterator[npt.NDArray[np.float32]]:
+    def chunks(
+        self, name: str, expert_order: Sequence[int] | None = None, multiple: int = 1
+    ) -> Iterator[npt.NDArray[np.float32]]:
         """The tensor's rows in order, float32, at most CHUNK_ELEMENTS at a time; stacked experts in `expert_order`.
 
-        A chunk of a stacked tensor holds rows of one expert, without the expert axis.
+        A chunk of a stacked tensor holds rows of one expert, without the expert axis. All but the last of a part have
+        a multiple of `multiple` rows.
         """
-        for _, _, parts in self.placed_chunks(name, expert_order):
+        for _, _, parts in self.placed_chunks(name, expert_order, multiple):
             if len(parts) == 1:
                 yield widen(parts[0])
                 continue

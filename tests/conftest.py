@@ -34,16 +34,16 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_engines(tmp_path_factory, tiny_checkpoint):
-    """precision, provider and BuildOptions' portable -> engine directory of `tiny_checkpoint`, built when first asked
-    for."""
+    """precision, provider and BuildOptions' portable and kernels -> engine directory of `tiny_checkpoint`, built when
+    first asked for."""
     folder, built = tmp_path_factory.mktemp("engines"), {}
 
-    def engine(precision: str, provider: str = "cpu", *, portable: bool = False) -> Path:
-        name = f"{provider}-{precision}-{portable}"
+    def engine(precision: str, provider: str = "cpu", *, portable: bool = False, kernels: str = "onnxruntime") -> Path:
+        name = f"{provider}-{precision}-{portable}-{kernels}"
         if name not in built:
             options = BuildOptions(
                 checkpoint=str(tiny_checkpoint), output=folder / name, precision=precision, provider=provider,
-                portable=portable,
+                portable=portable, kernels=kernels,
             )  # fmt: skip
             built[name] = build_engine(options).folder
         return built[name]

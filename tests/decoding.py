@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trt_build.engine import open_engine
+from trt_build.ort.genai_config import with_library
+from trt_build.ort.kernels import library
 from trt_build.ort.session import Session
+
+# Precisions by whose kernels: every kind of engine for the CPU, and those that are quantised.
+QUANTISED = (("int8", "onnxruntime"), ("int4", "onnxruntime"), ("int8", "moeship"), ("int4", "moeship"))
+KINDS = (("fp32", "onnxruntime"), *QUANTISED)
 
 
 def greedy(session: Session, prompt: Sequence[int], num_tokens: int) -> list[int]:
@@ -36,4 +44,7 @@ def load_genai(folder: Path) -> Any:
     """An engine directory as onnxruntime-genai loads it."""
     import onnxruntime_genai as genai
 
-    return genai.Model(str(folder))
+    config = genai.Config(str(folder))
+    if open_engine(folder, check_digests=False).has_own_kernels:
+        config.overlay(json.dumps(with_library(library())))
+    return genai.Model(config)

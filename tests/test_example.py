@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from decoding import genai_greedy, greedy, load_genai
+from decoding import KINDS, QUANTISED, genai_greedy, greedy, load_genai
 
 from export.checkpoint import open_checkpoint
 from export.families import read_model
@@ -24,6 +24,7 @@ from trt_build.ort.session import Session
 from trt_build.torch_reference import load_reference
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-phixtral"
+FP32 = KINDS[0]
 SLICES = ("code", "prose", "tests", "headers")
 PROMPTS = (
     "def main(", "import os\n", "class Queue:\n    def ", "Return the ", "self.assertEqual(", "#include <",
@@ -57,12 +58,16 @@ def mixture(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory, mixture) -> dict[str, Engine]:
+def engines(tmp_path_factory, mixture) -> dict[tuple[str, str], Engine]:
     folder = tmp_path_factory.mktemp("engines")
     return {
-        precision: build_engine(BuildOptions(checkpoint=str(mixture), output=folder / precision, precision=precision))
-        for precision in ("fp32", "int8", "int4")
-    }
+        kind: build_engine(
+            BuildOptions(
+                checkpoint=str(mixture), output=folder / "-".join(kind), precision=kind[0], kernels=kind[1]
+            )
+        )
+        for kind in KINDS
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -88,21 +93,21 @@ def test_each_expert_is_the_best_of_the_four_on_its_own_slice(tmp_path, held_out
         assert min(SLICES, key=lambda name: found[name][slice_name]) == slice_name
 
 
-@pytest.mark.parametrize(("precision", "allowed"), [("int8", 0.003), ("int4", 0.03)])
-def test_quantised_perplexity_stays_near_fp32(engines, held_out, precision, allowed):
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_perplexity_stays_near_fp32(engines, held_out, kind):
     windows = [window for part in held_out.values() for window in part]
-    exact = parity.perplexity(engines["fp32"], windows)
-    assert parity.perplexity(engines[precision], windows) / exact - 1 <= allowed
+    exact = parity.perplexity(engines[FP32], windows)
+    assert parity.perplexity(engines[kind], windows) / exact - 1 <= {"int8": 0.003, "int4": 0.03}[kind[0]]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-def test_parity_holds_on_held_out_text(engines, reference, held_out, precision):
+@pytest.mark.parametrize("kind", KINDS)
+def test_parity_holds_on_held_out_text(engines, reference, held_out, kind):
     text = [token for part in held_out.values() for window in part[:2] for token in window]
     windows = list(parity.split_windows(text, 512, 1536))
-    report = parity.compare(engines[precision], reference, windows, lambda _text: None)
+    report = parity.compare(engines[kind], reference, windows, lambda _text: None)
     assert report.num_tokens >= 1024
     assert report.num_decoded_tokens == 256
-    assert report.failures(parity.THRESHOLDS[precision]) == []
+    assert report.failures(parity.THRESHOLDS[kind[0]]) == []
 
 
 def test_greedy_text_of_eight_prompts_is_that_of_transformers_generate(engines, reference):
@@ -115,14 +120,14 @@ def test_greedy_text_of_eight_prompts_is_that_of_transformers_generate(engines, 
         )[0, len(ids):].tolist()
         for ids in encoded
     ]  # fmt: skip
-    session = Session(engines["fp32"])
+    session = Session(engines[FP32])
     assert [greedy(session, ids, 64) for ids in encoded] == expected
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_onnxruntime_genai_writes_the_same_tokens(engines, precision):
-    model, session = load_genai(engines[precision].folder), Session(engines[precision])
-    tokenizer = load_tokenizer(engines[precision].folder)
+@pytest.mark.parametrize("kind", [FP32, ("int4", "onnxruntime"), ("int4", "moeship")])
+def test_onnxruntime_genai_writes_the_same_tokens(engines, kind):
+    model, session = load_genai(engines[kind].folder), Session(engines[kind])
+    tokenizer = load_tokenizer(engines[kind].folder)
     for prompt in PROMPTS:
         found = genai_greedy(model, tokenizer.encode(prompt), 48)
         assert len(found) > 0

@@ -30,11 +30,13 @@ from export.digests import source_digests
 from export.onnx_graph.converter import disk_bytes
 from export.onnx_graph.exporter import DATA_FILE, write_export
 from export.output import forget_pages
+from export.provider import named_with_kernels
 from export.resume import Fingerprint, partial_folder, refuse_made
 from export.sources import check_resumed, check_unchanged, source_files
 from trt_build.engine import FORMAT_VERSION, Engine, Source, open_engine, record_files, write_manifest
 from trt_build.engine_flags import add_engine_arguments, read_checkpoint, read_engine_options
 from trt_build.ort.genai_config import GENAI_FILE
+from trt_build.ort.kernels import is_compiled
 from trt_build.prepare import EngineOptions, PreparedBuild, check_options, libraries, prepare_build
 from trt_build.progress_line import ProgressLine
 from trt_build.trtllm.command import refuse_trtllm_flags, run_trtllm
@@ -56,7 +58,12 @@ def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | N
     Raises MoeshipError of the stage that found fault. Nothing appears at the output then; the parts that were finished
     lie beside it, and the same options take them up.
     """
-    check_options(options)
+    provider, _ = check_options(options)
+    if provider.kernels == "moeship" and not is_compiled():
+        logger.warning(
+            "moeship's CPU kernels are not compiled here: the engine is written, and loads where they are; install a "
+            "C++17 compiler (g++ or clang++) and moeship again to verify and serve it here"
+        )
     refuse_made(options.output, "the engine")
     build = prepare_build(options)
     checkpoint = build.checkpoint
@@ -71,7 +78,7 @@ def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | N
         check_unchanged(checkpoint, fingerprint.sources, records)
         write_manifest(folder.content, manifest)
     engine = open_engine(options.output, check_digests=False)
-    if engine.manifest.kernel_layout:
+    if engine.is_mapped:
         forget_pages(engine.folder / DATA_FILE)  # written in small pages; a session reads it into huge ones
     return engine
 
@@ -114,7 +121,8 @@ def summary(engine: Engine) -> str:
     """One line on what was built."""
     manifest = engine.manifest
     return (
-        f"{engine.folder}: {manifest.family} {manifest.precision.name} for {manifest.provider}, "
+        f"{engine.folder}: {manifest.family} {manifest.precision.name} for "
+        f"{named_with_kernels(manifest.provider, manifest.kernels)}, "
         f"{engine.num_bytes / 1e6:.1f} MB, {manifest.precision.average_bits_per_weight:.2f} bits per weight, "
         f"context {manifest.max_sequence} tokens"
     )

@@ -23,7 +23,7 @@ from export.digests import num_cores
 from export.errors import listing, named, shown
 from export.onnx_graph.exporter import DATA_FILE, PROBE_GRAPH, RECORDS_FILE, SCORING_GRAPH, SERVING_GRAPH
 from export.output import replace_file
-from export.provider import PROVIDERS
+from export.provider import KERNELS
 from export.reading import check_name
 from export.settings import TokenizerFacts
 from export.typed_json import read_typed
@@ -105,6 +105,7 @@ class Manifest:
     stages: tuple[str, ...]  # the serving graph's files, which run one after the other
     kernel_layout: str | None  # of the CPU kernels that the weights are packed for (export/onnx_graph/packing.py)
     resident_bytes: int | None = None
+    kernels: str = "onnxruntime"  # whose multiply its quantised matrices
     tokenizer: TokenizerFacts | None = None  # None in a PACKED_ALONE engine
     verification: Mapping[str, Any] | None = None
 
@@ -126,6 +127,16 @@ class Engine:
         return self.manifest.resident_bytes or self.manifest.files[DATA_FILE].bytes
 
     @property
+    def has_own_kernels(self) -> bool:
+        """Whether moeship's kernels multiply its quantised matrices."""
+        return self.manifest.kernels == "moeship"
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether serving reads its weights where they lie in the file."""
+        return self.has_own_kernels or (self.manifest.kernel_layout is not None and not self.is_packed_alone)
+
+    @property
     def is_packed_alone(self) -> bool:
         """Whether its packed weights have no second form, as ONNX Runtime 1.31 took them and 1.32 does not."""
         return self.manifest.format_version == PACKED_ALONE and self.manifest.kernel_layout is not None
@@ -145,7 +156,7 @@ def manifest_text(manifest: Manifest) -> str:
     """The text of engine.json."""
     values = dataclasses.asdict(manifest)
     if manifest.format_version == PACKED_ALONE:
-        added = [field.name for field in dataclasses.fields(Manifest) if field.default is None]
+        added = [field.name for field in dataclasses.fields(Manifest) if field.default is not dataclasses.MISSING]
         values = {name: value for name, value in values.items() if name == "verification" or name not in added}
     return digested_text(values)
 
@@ -277,11 +288,16 @@ def _check_facts(manifest: Manifest) -> None:
     order = manifest.expert_order
     if len(order) != facts.num_experts or sorted(order) != list(range(facts.num_experts)):
         raise ValueError(f"expert_order is {shown(order)}, expected each of {facts.num_experts} experts once")
-    provider, precision = PROVIDERS.get(manifest.provider), manifest.precision
+    if manifest.kernels not in KERNELS:
+        raise ValueError(f"kernels is {shown(manifest.kernels)}, expected one of {', '.join(KERNELS)}")
+    providers, precision = KERNELS[manifest.kernels], manifest.precision
+    provider = providers.get(manifest.provider)
     if provider is None:
-        raise ValueError(f"provider is {shown(manifest.provider)}, expected one of {', '.join(PROVIDERS)}")
+        raise ValueError(f"provider is {shown(manifest.provider)}, expected one of {', '.join(providers)}")
     if precision.name not in provider.precisions:
         raise ValueError(f"precision is {shown(precision.name)}, expected one of {', '.join(provider.precisions)}")
+    if manifest.kernel_layout is not None and not provider.packs_weights:
+        raise ValueError(f"kernel_layout is {shown(manifest.kernel_layout)}, those of {manifest.kernels} have none")
     for role, bits in precision.bits.items():
         check_range(f"precision.bits.{named(role, 40)}", bits, 1, 64)
     for size in precision.block_sizes:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from export.provider import PROVIDERS
+from export.provider import KERNELS, PROVIDERS
 from export.quantize.recipe import PLANS
 from trt_build.errors import EngineError
 from trt_build.prepare import BACKENDS, EngineOptions
 from trt_build.trtllm.command import add_trtllm_arguments
 
 DEFAULT_PROVIDER = "cpu"
+DEFAULT_KERNELS = "onnxruntime"
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, output_required: bool) -> None:
@@ -32,6 +33,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, o
     )  # fmt: skip
     onnxruntime = parser.add_argument_group("onnxruntime", "for --backend onnxruntime")
     onnxruntime.add_argument("--provider", help=f"{' or '.join(PROVIDERS)} (default: {DEFAULT_PROVIDER})")
+    onnxruntime.add_argument(
+        "--kernels",
+        metavar="K",
+        help=f"{' or '.join(KERNELS)}: whose multiply the quantised matrices on the CPU (default: {DEFAULT_KERNELS})",
+    )
     onnxruntime.add_argument(
         "--portable",
         action="store_true",
@@ -65,4 +71,5 @@ def read_engine_options(arguments: argparse.Namespace) -> EngineOptions:
         experts_per_token=arguments.experts_per_token,
         max_sequence=arguments.max_sequence,
         portable=arguments.portable,
+        kernels=arguments.kernels or DEFAULT_KERNELS,
     )

@@ -61,6 +61,7 @@ class EnginePlan:
     family: str
     precision: str
     provider: str
+    kernels: str
     max_sequence: int
     roles: Mapping[str, RolePlan]
     average_bits_per_weight: float
@@ -129,6 +130,7 @@ def plan_engine(build: PreparedBuild) -> EnginePlan:
         family=build.model.family.name,
         precision=build.quantization.name,
         provider=build.provider.name,
+        kernels=build.provider.kernels,
         max_sequence=build.max_sequence,
         roles=roles,
         average_bits_per_weight=8 * total.total_bytes / total.num_weights,

@@ -37,7 +37,8 @@ _LIBRARIES = ("moeship", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tok
 class EngineOptions:
     """What an engine is to be. `experts_per_token` and `max_sequence` (tokens) None take the checkpoint's own.
     `portable` leaves the weights in the form that any CPU takes, which each process packs for itself when it loads
-    the engine."""
+    the engine. `kernels` names whose kernels multiply its quantised matrices: those of moeship read one layout on any
+    CPU, and need no `portable`."""
 
     checkpoint: str
     precision: str = "int4"
@@ -46,6 +47,7 @@ class EngineOptions:
     experts_per_token: int | None = None
     max_sequence: int | None = None
     portable: bool = False
+    kernels: str = "onnxruntime"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,7 @@ class PreparedBuild:
             family=self.model.family.name,
             backend=self.options.backend,
             provider=self.provider.name,
+            kernels=self.provider.kernels,
             precision=_precision(self.quantization, self.export, self.model.weights),
             architecture=architecture,
             expert_order=self.provider.expert_order(architecture.num_experts),
@@ -118,7 +121,7 @@ def check_options(options: EngineOptions) -> tuple[Provider, QuantPlan]:
         raise EngineError(f"choosing the backend: {options.backend!r} is unknown. There are: {', '.join(BACKENDS)}")
     if options.backend != BACKEND:
         raise EngineError(f"choosing the backend: {options.backend} engines are built by trt_build.trtllm.build")
-    provider = provider_of(options.provider)
+    provider = provider_of(options.provider, options.kernels)
     return provider, plan_for(options.precision, provider)
 
 

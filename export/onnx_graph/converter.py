@@ -49,12 +49,15 @@ class OnnxConverter(Converter[WeightJob]):
         made of it, its codes twice, a byte each and as they are stored, and the slices that they are made in. To pack
         a weight its codes and scales are mapped whole, and its packed form is held beside them."""
         row = self.weights.table[job.source]
-        chunk = min(CHUNK_ELEMENTS, row.num_elements)
+        least = job.row_multiple * len(row.groups[0]) * row.shape[-1]  # of a chunk's values
+        chunk = min(max(CHUNK_ELEMENTS, least), row.num_elements)
         stored = max(self.weights.checkpoint.tensors[part.name].itemsize for part in row.parts)
         plain = chunk * (stored + 2 * 4)
         if job.packing is Packing.PLAIN:
             return plain
         blocks = plain + chunk * (1 + 1 + 1) + 3 * 4 * SLICE_VALUES
+        if job.packing is Packing.GROUPS:  # once more padded to whole groups
+            return blocks + chunk
         if job.packed is None:
             return blocks
         return blocks + job.packed.codes_bytes + job.packed.scales_bytes + sum(item.num_bytes for item in job.outputs)

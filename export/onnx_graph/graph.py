@@ -20,7 +20,8 @@ import numpy.typing as npt
 from export.architecture import Architecture
 from export.errors import ExportError
 from export.onnx_graph import names
-from export.onnx_graph.initializers import onnx_type, packed_blobs, quantized_initializers, tensors
+from export.onnx_graph.initializers import onnx_type, packed_blobs, tensors
+from export.onnx_graph.kernels import BY_NAME, Matrix, Operation, Routed, mixture_attributes
 from export.onnx_graph.packing import PACKING_OPERATORS, QuantizedWeight
 from export.onnx_graph.weights import Initializer, Packing, Placement, WeightJob
 from export.provider import Provider
@@ -54,6 +55,7 @@ class GraphBuilder:
         self._table = table
         self._plan = plan
         self._provider = provider
+        self._kernels = BY_NAME[provider.kernels]
         self._expert_order = provider.expert_order(architecture.num_experts)
         self._float_type = provider.float_type
         self._float_types: dict[str, str] = {}  # of values, where known
@@ -106,13 +108,8 @@ class GraphBuilder:
                 transA=0, transB=1, transBatchA=0, transBatchB=0, alpha=1.0,
             )  # fmt: skip
             return self._node("Add", [product, bias], path, float_type=self._float_type) if bias else product
-        rows, columns = self._table[f"{path}.weight"].shape
-        inputs = [x, *outputs, *(("", "", bias) if bias else ())]
-        return self._node(
-            "MatMulNBits", inputs, path, microsoft=True, float_type=self._float_type,
-            N=rows, K=columns, bits=job.bits, block_size=job.block_size, accuracy_level=self._plan.accuracy_level,
-            weight_prepacked=0,
-        )  # fmt: skip
+        matrix = self._matrix(path, outputs, job, bias)
+        return self._operation(self._kernels.linear(x, matrix, self._plan.accuracy_level), path)
 
     def query_key_value(self, x: str, path: str) -> str:
         """The packed input of `attention`: [B, S, H] to [B, S, (N+2G)*D].
@@ -167,22 +164,16 @@ class GraphBuilder:
         router = self._router(x, gate, name)
         x = self._cast(x, self._float_type)
         features = [self._table[f"{fc}.weight"].shape[-1] for fc in (fc1, fc2)]
-        (weight1, job1), (weight2, _) = (self._weight(f"{fc}.weight", "QMoE", features) for fc in (fc1, fc2))
+        (weight1, job1), (weight2, job2) = (self._weight(f"{fc}.weight", "QMoE", features) for fc in (fc1, fc2))
         bias1, bias2 = self._bias(fc1), self._bias(fc2)
-        common: dict[str, Any] = {
-            "k": self.architecture.experts_per_token, "activation_type": activation, "normalize_routing_weights": 1,
-            "use_sparse_mixer": 0, "swiglu_fusion": 0, "float_type": self._float_type,
-        }  # fmt: skip
-        if activation == "swiglu":  # gate * sigmoid(alpha * gate) * (up + beta), neither of the two clamped
-            common |= {"swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0, "swiglu_limit": math.inf}
+        routed = Routed(router=router, k=self.architecture.experts_per_token, activation=activation)
         if job1.packing is Packing.PLAIN:
             inputs = [x, router, weight1[0], bias1, weight2[0], bias2]
-            return self._node("MoE", inputs, name, microsoft=True, **common)
-        return self._node(
-            "QMoE", [x, router, *weight1, bias1, *weight2, bias2], name, microsoft=True, **common,
-            expert_weight_bits=job1.bits, block_size=job1.block_size, quant_type="int", weights_prepacked=0,
-            accuracy_level=self._plan.accuracy_level,
-        )  # fmt: skip
+            return self._node(
+                "MoE", inputs, name, microsoft=True, float_type=self._float_type, **mixture_attributes(routed)
+            )
+        first, second = self._matrix(fc1, weight1, job1, bias1), self._matrix(fc2, weight2, job2, bias2)
+        return self._operation(self._kernels.experts(x, routed, first, second, self._plan.accuracy_level), name)
 
     def last_position(self, x: str) -> str:
         """[B, S, H] to [B, 1, H]."""
@@ -216,6 +207,7 @@ class GraphBuilder:
         outputs += [value(name, float32, ["tokens", facts.num_experts]) for name in self._router_outputs]
         graph = helper.make_graph(self._nodes, facts.family, inputs, outputs, initializers)
         opsets = [helper.make_opsetid("", names.OPSET), helper.make_opsetid(names.MICROSOFT_DOMAIN, 1)]
+        opsets += [helper.make_opsetid(domain, 1) for domain in {self._kernels.domain} - {names.MICROSOFT_DOMAIN}]
         return helper.make_model(graph, opset_imports=opsets, ir_version=names.IR_VERSION, producer_name="moeship")
 
     # Parts of the above.
@@ -312,7 +304,8 @@ class GraphBuilder:
             self.jobs.append(job)
             return [name], job
         block = block_size(name, features or spec.shape[-1:], self._plan.block_sizes)
-        initializers = quantized_initializers(spec, bits, block, self._provider)
+        kernels = BY_NAME["onnxruntime"] if spec.role is Role.EMBEDDING else self._kernels
+        initializers = kernels.initializers(spec, bits, block, self._provider)
         packed = None
         if self._packs and operator in PACKING_OPERATORS:
             packed = QuantizedWeight(
@@ -320,12 +313,15 @@ class GraphBuilder:
                 block_size=block, accuracy_level=self._plan.accuracy_level,
             )  # fmt: skip
         job = WeightJob(
-            source=name, role=spec.role, packing=Packing.BLOCKS, bits=bits, block_size=block, expert_order=order,
+            source=name, role=spec.role, packing=kernels.packing, bits=bits, block_size=block, expert_order=order,
             outputs=packed_blobs(name, packed) if packed else initializers, packed=packed,
             unpacked=initializers if packed else (), **scaled,
         )  # fmt: skip
         self.jobs.append(job)
         return [initializer.name for initializer in initializers], job
+
+    def _matrix(self, path: str, initializers: list[str], job: WeightJob, bias: str) -> Matrix:
+        return Matrix(job=job, initializers=initializers, shape=self._table[f"{path}.weight"].shape, bias=bias)
 
     def _bias(self, path: str, **scaled: Any) -> str:  # noqa: ANN401 - WeightJob's fields
         """Plan path.bias; an empty name where the table has none, as ONNX writes an absent input."""
@@ -352,6 +348,13 @@ class GraphBuilder:
             self._constants.append(numpy_helper.from_array(value, name))
         return name
 
+    def _operation(self, operation: Operation, path: str) -> str:
+        """A node that multiplies quantised matrices."""
+        return self._node(
+            operation.operator, operation.inputs, path, domain=operation.domain, float_type=self._float_type,
+            **operation.attributes,
+        )  # fmt: skip
+
     def _node(
         self,
         operator: str,
@@ -359,6 +362,7 @@ class GraphBuilder:
         path: str,
         *,
         microsoft: bool = False,
+        domain: str = "",
         output: str | None = None,
         more_outputs: list[str] | None = None,
         float_type: str | None = None,
@@ -367,7 +371,7 @@ class GraphBuilder:
         from onnx import helper
 
         first = output or f"{path}/output_0"
-        domain = names.MICROSOFT_DOMAIN if microsoft else ""
+        domain = names.MICROSOFT_DOMAIN if microsoft else domain
         node = helper.make_node(
             operator, inputs, [first, *(more_outputs or [])], name=path, domain=domain, **attributes
         )

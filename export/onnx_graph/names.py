@@ -8,6 +8,7 @@ LOGITS = "logits"
 OPSET = 21
 IR_VERSION = 10
 MICROSOFT_DOMAIN = "com.microsoft"
+MOESHIP_DOMAIN = "moeship"  # of the kernels in trt_build/ort/kernels
 
 BATCH = "batch_size"
 SEQUENCE = "sequence_length"

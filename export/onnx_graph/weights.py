@@ -19,6 +19,7 @@ from export.errors import QuantizationError
 from export.onnx_graph.packing import QuantizedWeight
 from export.provider import FLOAT16_MAX
 from export.quantize.grid import pack, quantize_blocks
+from export.quantize.layout import GROUP_ROWS, MatrixLayout
 from export.tensor_table import Role, Weights
 
 ALIGNMENT_BYTES = 256  # ONNX Runtime 1.32 copies a packed weight into private memory that is mapped at less than this
@@ -30,6 +31,7 @@ class Packing(StrEnum):
 
     PLAIN = "plain"
     BLOCKS = "blocks"
+    GROUPS = "groups"  # blocks in the layout of export/quantize/layout.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,11 @@ class WeightJob:
     unpacked: tuple[Initializer, ...] = ()
 
     @property
+    def row_multiple(self) -> int:
+        """Of how many rows a multiple is taken together."""
+        return GROUP_ROWS if self.packing is Packing.GROUPS else 1
+
+    @property
     def stored(self) -> tuple[Initializer, ...]:
         """Everything that the job writes."""
         return (*self.outputs, *self.unpacked)
@@ -78,7 +85,7 @@ class WeightJob:
             yield (gate[list(self.expert_order)] if self.expert_order else gate,)
             return
         row = 0
-        for chunk in weights.chunks(self.source, self.expert_order):
+        for chunk in weights.chunks(self.source, self.expert_order, self.row_multiple):
             if row < self.scaled_rows:
                 chunk[: self.scaled_rows - row] *= np.float32(self.row_factor)
             row += len(chunk)
@@ -92,7 +99,12 @@ class WeightJob:
             )
 
     def _blocks(self, chunk: npt.NDArray[np.float32]) -> tuple[npt.NDArray[Any], ...]:
-        codes, scales = quantize_blocks(chunk, self.bits, self.block_size)
+        half_scales = self.packing is Packing.GROUPS
+        codes, scales = quantize_blocks(chunk, self.bits, self.block_size, half_scales=half_scales)
+        if self.packing is Packing.GROUPS:
+            rows, features = chunk.shape
+            layout = MatrixLayout(rows=rows, features=features, bits=self.bits, block_size=self.block_size)
+            return layout.pack_codes(codes), layout.pack_scales(scales)
         if self.packed or len(self.outputs) == 2:
             return pack(codes, self.bits), scales
         zero_points = np.full_like(scales, 1 << (self.bits - 1), dtype=np.uint8)
@@ -105,7 +117,7 @@ def _as_float16(values: npt.NDArray[np.float32], source: str) -> npt.NDArray[np.
     if not largest <= FLOAT16_MAX:
         raise QuantizationError(
             f"writing {source}: a value or scale of magnitude {largest:.6g} is beyond float16's {FLOAT16_MAX:.0f}; "
-            "a graph of the cuda provider cannot hold this tensor, build it for the cpu provider"
+            "build it for the cpu provider and ONNX Runtime's kernels, whose graphs hold float32"
         )
     return values.astype(np.float16)
 

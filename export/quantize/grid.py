@@ -40,12 +40,15 @@ def block_size(name: str, features: Sequence[int], allowed: Sequence[int]) -> in
     )
 
 
-def quantize_blocks(values: FloatArray, bits: int, block_size: int) -> tuple[ByteArray, FloatArray]:
+def quantize_blocks(
+    values: FloatArray, bits: int, block_size: int, *, half_scales: bool = False
+) -> tuple[ByteArray, FloatArray]:
     """Round to the nearest grid point: [..., K] to uint8 [..., K] and scales [..., K / block_size].
 
     A scale of stretch 1 maps the block's largest magnitude, with its sign, onto the grid's end that has one value
     more (-2^(b-1)), so that this value is met exactly and no code is wasted. Of the stretches tried for these bits
-    the one with the least squared error over the block is taken. `block_size` is a multiple of 4.
+    the one with the least squared error over the block is taken. `block_size` is a multiple of 4. With `half_scales`
+    every scale that is tried is a float16, infinite beyond its range: codes are those of the scale that is stored.
     """
     blocks = np.ascontiguousarray(values).reshape(-1, block_size)
     codes, scales = np.empty(blocks.shape, dtype=np.uint8), np.empty(len(blocks), dtype=np.float32)
@@ -53,11 +56,11 @@ def quantize_blocks(values: FloatArray, bits: int, block_size: int) -> tuple[Byt
     with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
         for start in range(0, len(blocks), step):
             part = slice(start, start + step)
-            scales[part] = _quantize_slice(blocks[part], bits, codes[part])
+            scales[part] = _quantize_slice(blocks[part], bits, codes[part], half_scales=half_scales)
     return codes.reshape(values.shape), scales.reshape(*values.shape[:-1], -1)
 
 
-def _quantize_slice(blocks: FloatArray, bits: int, codes: ByteArray) -> FloatArray:
+def _quantize_slice(blocks: FloatArray, bits: int, codes: ByteArray, *, half_scales: bool) -> FloatArray:
     """Fill the codes of contiguous blocks [n, block_size]; returns their scales [n].
 
     Works on the blocks turned to [block_size / 4, n * 4], four neighbours of a block together: every operation then
@@ -69,7 +72,7 @@ def _quantize_slice(blocks: FloatArray, bits: int, codes: ByteArray) -> FloatArr
     low = _across_lanes(np.minimum, np.minimum.reduce(turned, axis=0))
     high = _across_lanes(np.maximum, np.maximum.reduce(turned, axis=0))
     unit = np.where(-low >= high, low, high) / np.float32(-half) + np.float32(0)  # of zeros +0, whatever their signs
-    scales, grid = _best_scales(turned, unit, bits), np.empty_like(turned)
+    scales, grid = _best_scales(turned, unit, bits, half_scales=half_scales), np.empty_like(turned)
     _round(turned, _in_lanes(scales), _ends(scales, half), grid)
     unsigned = grid.astype(np.int8).view(np.uint8)
     np.bitwise_xor(unsigned, np.uint8(half), out=unsigned)
@@ -93,28 +96,34 @@ def _in_order_of_sum(turned: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return turned.reshape(rows // group, group, count)[:, ::-1]
 
 
-def _best_scales(turned: FloatArray, unit: FloatArray, bits: int) -> FloatArray:
+def _best_scales(turned: FloatArray, unit: FloatArray, bits: int, *, half_scales: bool) -> FloatArray:
     """Of the stretches of `unit` [n] the one with the least squared error over each block."""
     # The first is taken whatever its error, which overflows for weights past 1e18.
-    scales = unit * np.float32(STRETCHES[bits][0])
+    scales = _stretched(unit, STRETCHES[bits][0], half=half_scales)
     if len(STRETCHES[bits]) == 1:
         return scales
-    wide, grid = _in_lanes(unit), np.empty_like(turned)
+    grid = np.empty_like(turned)
     lowest, highest = _ends(unit, 1 << (bits - 1))
     # Under a stretch of 1 or more no code falls below the grid, and under a greater one none above it, as long as
-    # the scale's inverse is exact to some digits.
-    every = float(np.abs(unit).min(initial=1)) < SMALLEST_SCALE
+    # the scale and its inverse are exact to some digits, which a small float16 is not.
+    every = half_scales or float(np.abs(unit).min(initial=1)) < SMALLEST_SCALE
     least = None
     for stretch in STRETCHES[bits]:
         ends = lowest if every or stretch < 1 else None, highest if every or stretch <= 1 else None
-        error = _squared_errors(turned, wide * np.float32(stretch), ends, grid)
+        tried = _stretched(unit, stretch, half=half_scales)
+        error = _squared_errors(turned, _in_lanes(tried), ends, grid)
         if least is None:
             least = error
             continue
         better = error < least
         np.copyto(least, error, where=better)
-        np.copyto(scales, unit * np.float32(stretch), where=better)
+        np.copyto(scales, tried, where=better)
     return scales
+
+
+def _stretched(unit: FloatArray, stretch: float, *, half: bool) -> FloatArray:
+    scales: FloatArray = unit * np.float32(stretch)
+    return scales.astype(np.float16).astype(np.float32) if half else scales
 
 
 def _squared_errors(turned: FloatArray, scales: FloatArray, ends: _Ends, grid: FloatArray) -> FloatArray:

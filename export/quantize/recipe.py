@@ -56,6 +56,11 @@ def plan_for(precision: str, provider: Provider = PROVIDERS["cpu"]) -> QuantPlan
         raise QuantizationError(
             f"choosing the precision: {precision!r} is unknown{hint} There are: {', '.join(provider.precisions)}"
         )
+    if precision not in provider.precisions and provider.kernels != "onnxruntime":
+        raise QuantizationError(
+            f"choosing the precision: the kernels of {provider.kernels} multiply quantised matrices, found "
+            f"{precision}, expected {' or '.join(provider.precisions)}; leave --kernels out to build {precision}"
+        )
     if precision not in provider.precisions:
         others = [f"--provider {other.name}" for other in PROVIDERS.values() if precision in other.precisions]
         raise QuantizationError(

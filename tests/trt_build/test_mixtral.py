@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from cuda_kernels import check_types
-from decoding import genai_greedy, greedy, load_genai
+from decoding import KINDS, QUANTISED, genai_greedy, greedy, load_genai
 from mixtral_checkpoints import SPELLINGS, write_llama_tokenizer, write_mixtral_checkpoint
 from safetensors.numpy import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -47,8 +47,8 @@ def outside(checkpoint):
     ).eval()
 
 
-def build(checkpoint, output, precision="fp32"):
-    return build_engine(BuildOptions(checkpoint=str(checkpoint), output=output, precision=precision))
+def build(checkpoint, output, precision="fp32", kernels="onnxruntime"):
+    return build_engine(BuildOptions(checkpoint=str(checkpoint), output=output, precision=precision, kernels=kernels))
 
 
 def edited(source, folder, edit):
@@ -76,7 +76,8 @@ def engine(tmp_path_factory, checkpoint):
 @pytest.fixture(scope="module")
 def example_engines(tmp_path_factory):
     folder = tmp_path_factory.mktemp("example")
-    return {precision: build(EXAMPLE, folder / precision, precision) for precision in ("fp32", "int8", "int4")}
+    built = {kind: build(EXAMPLE, folder / "-".join(kind), *kind) for kind in KINDS}
+    return {"fp32": built[KINDS[0]], "int8": built[KINDS[1]], "int4": built[KINDS[2]], **built}
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -186,8 +187,9 @@ def test_a_seeded_fault_in_the_reference_is_caught(tmp_path, checkpoint, engine,
 def test_a_seeded_fault_in_the_engine_is_caught_at_every_precision(tmp_path, fault):
     wrong, reference = edited(EXAMPLE, tmp_path / "wrong", fault_of_example(fault)), outside(EXAMPLE)
     window = load_tokenizer(EXAMPLE).encode_prompt(TEXT)[:384]
-    for precision in ("fp32", "int8", "int4"):
-        report = parity.compare(build(wrong, tmp_path / precision, precision), reference, [window], quiet)
+    for precision, kernels in KINDS:
+        engine = build(wrong, tmp_path / f"{precision}-{kernels}", precision, kernels)
+        report = parity.compare(engine, reference, [window], quiet)
         assert report.failures(parity.THRESHOLDS[precision])
 
 
@@ -202,18 +204,18 @@ def fault_of_example(fault):
     return edit
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-def test_a_trained_mixtral_keeps_parity_at_every_precision(example_engines, precision):
+@pytest.mark.parametrize(("precision", "kernels"), KINDS)
+def test_a_trained_mixtral_keeps_parity_at_every_precision(example_engines, precision, kernels):
     ids = load_tokenizer(EXAMPLE).encode_prompt(TEXT)
     windows = list(parity.split_windows(ids, 512, 2048))
-    report = parity.compare(example_engines[precision], outside(EXAMPLE), windows, quiet)
+    report = parity.compare(example_engines[precision, kernels], outside(EXAMPLE), windows, quiet)
     assert report.num_tokens > 1500
     assert report.reference_perplexity < 120  # of 1024 tokens: it did learn
     assert report.failures(parity.THRESHOLDS[precision]) == []
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-def test_equal_router_logits_go_to_the_lowest_expert_index(tmp_path, precision):
+@pytest.mark.parametrize(("precision", "kernels"), KINDS)
+def test_equal_router_logits_go_to_the_lowest_expert_index(tmp_path, precision, kernels):
     def tie_every_gate(tensors, config):
         for name in tensors:
             if name.endswith("gate.weight"):
@@ -229,8 +231,8 @@ def test_equal_router_logits_go_to_the_lowest_expert_index(tmp_path, precision):
 
     sizes = {"hidden_size": 96, "ffn_size": 64, "head_dim": 32}
     source = write_mixtral_checkpoint(tmp_path / "source", seed=1, **sizes)
-    tied = build(edited(source, tmp_path / "tied", tie_every_gate), tmp_path / "a", precision)
-    two = build(edited(source, tmp_path / "two", keep_the_first_two), tmp_path / "b", precision)
+    tied = build(edited(source, tmp_path / "tied", tie_every_gate), tmp_path / "a", precision, kernels)
+    two = build(edited(source, tmp_path / "two", keep_the_first_two), tmp_path / "b", precision, kernels)
 
     logits = [session.run(session.new_cache(), TOKENS[:50]).copy() for session in (Session(tied), Session(two))]
 
@@ -253,9 +255,9 @@ def test_greedy_text_is_that_of_transformers_generate(example_engines):
         assert greedy(session, ids, 64) == expected
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_onnxruntime_genai_runs_the_engine_directory_to_the_same_tokens(example_engines, precision):
-    model, session = load_genai(example_engines[precision].folder), Session(example_engines[precision])
+@pytest.mark.parametrize("kind", ["fp32", "int4", QUANTISED[-1]])
+def test_onnxruntime_genai_runs_the_engine_directory_to_the_same_tokens(example_engines, kind):
+    model, session = load_genai(example_engines[kind].folder), Session(example_engines[kind])
     tokenizer = load_tokenizer(EXAMPLE)
     for prompt in ("def main(", "import os\n", "Return the "):
         ids = tokenizer.encode_prompt(prompt)

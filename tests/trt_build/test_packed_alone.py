@@ -52,7 +52,7 @@ def as_format_2(engine, folder):
     nan["sha256"] = hashlib.sha256((folder / "model.onnx.data").read_bytes()[nan_start:]).hexdigest()
     records.append({"part": "unread_scales", "sources": {}, "regions": [nan], "key": None})
     (folder / "weights.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    del manifest["resident_bytes"], manifest["tokenizer"]
+    del manifest["resident_bytes"], manifest["tokenizer"], manifest["kernels"]
     manifest.pop("digest", None)
     manifest |= {"format_version": 2, "kernel_layout": layout_of_1_31((folder / "kernels.onnx").read_bytes(), folder)}
     write_manifest(folder, manifest)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from conftest import QUANTIZABLE
-from decoding import genai_greedy, greedy, load_genai
+from decoding import KINDS, QUANTISED, genai_greedy, greedy, load_genai
 from safetensors.numpy import load_file, save_file
 from transformers import PhiForCausalLM
 
@@ -37,8 +37,8 @@ def reference_of(checkpoint):
     return load_reference(read_model(open_checkpoint(checkpoint)))
 
 
-def build(checkpoint, output, precision="fp32"):
-    return build_engine(BuildOptions(checkpoint=str(checkpoint), output=output, precision=precision))
+def build(checkpoint, output, precision="fp32", kernels="onnxruntime"):
+    return build_engine(BuildOptions(checkpoint=str(checkpoint), output=output, precision=precision, kernels=kernels))
 
 
 def edited(source, folder, edit):
@@ -159,8 +159,8 @@ def test_a_seeded_fault_in_the_reference_is_caught(tmp_path, tiny_checkpoint, ti
 def test_a_seeded_fault_in_the_engine_is_caught_at_every_precision(tmp_path, tiny_checkpoint, fault):
     wrong = edited(tiny_checkpoint, tmp_path / "wrong", fault)
     reference = reference_of(tiny_checkpoint)
-    for precision in ("fp32", "int8", "int4"):
-        engine = build(wrong, tmp_path / precision, precision)
+    for precision, kernels in KINDS:
+        engine = build(wrong, tmp_path / f"{precision}-{kernels}", precision, kernels)
         report = parity.compare(engine, reference, [TOKENS[:128]], quiet)
         assert report.failures(parity.THRESHOLDS[precision])
 
@@ -173,8 +173,8 @@ def test_erf_gelu_in_place_of_tanh_is_caught(tiny_checkpoint, tiny_engines, monk
     assert report.failures(FP32)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-def test_equal_router_logits_go_to_the_lowest_expert_index(tmp_path, tiny_checkpoint, precision):
+@pytest.mark.parametrize(("precision", "kernels"), KINDS)
+def test_equal_router_logits_go_to_the_lowest_expert_index(tmp_path, tiny_checkpoint, precision, kernels):
     def tie_every_gate(tensors, config):
         for name in tensors:
             if name.endswith("gate.weight"):
@@ -188,8 +188,8 @@ def test_equal_router_logits_go_to_the_lowest_expert_index(tmp_path, tiny_checkp
                 tensors[name] = np.tile(tensors[name][:1], (2, 1))
         config["num_local_experts"] = 2
 
-    tied = build(edited(tiny_checkpoint, tmp_path / "tied", tie_every_gate), tmp_path / "a", precision)
-    two = build(edited(tiny_checkpoint, tmp_path / "two", keep_the_first_two), tmp_path / "b", precision)
+    tied = build(edited(tiny_checkpoint, tmp_path / "tied", tie_every_gate), tmp_path / "a", precision, kernels)
+    two = build(edited(tiny_checkpoint, tmp_path / "two", keep_the_first_two), tmp_path / "b", precision, kernels)
 
     found, expected = (Session(engine) for engine in (tied, two))
     np.testing.assert_allclose(
@@ -207,9 +207,10 @@ def test_greedy_text_is_that_of_transformers_generate(tiny_checkpoint, tiny_engi
     assert [greedy(session, prompt, 64) for prompt in prompts.tolist()] == expected.tolist()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_onnxruntime_genai_runs_the_engine_directory_to_the_same_tokens(tiny_engines, precision):
-    session, model = Session(open_engine(tiny_engines(precision))), load_genai(tiny_engines(precision))
+@pytest.mark.parametrize(("precision", "kernels"), [("fp32", "onnxruntime"), ("int4", "onnxruntime"), QUANTISED[-1]])
+def test_onnxruntime_genai_runs_the_engine_directory_to_the_same_tokens(tiny_engines, precision, kernels):
+    folder = tiny_engines(precision, kernels=kernels)
+    session, model = Session(open_engine(folder)), load_genai(folder)
     for prompt in np.random.default_rng(9).integers(0, 256, (4, 10)).tolist():
         found = genai_greedy(model, prompt, 32)
         assert len(found) > 0

@@ -29,6 +29,8 @@ def plan(checkpoint, **options):
         {"precision": "fp32", "experts_per_token": 3},
         {"precision": "int4", "provider": "cuda"},
         {"precision": "fp16", "provider": "cuda"},
+        {"precision": "int4", "kernels": "moeship"},
+        {"precision": "int8", "kernels": "moeship"},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
@@ -49,11 +51,11 @@ def test_a_dense_model_is_planned_to_the_byte(tmp_path):
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-@pytest.mark.parametrize("provider", ["cpu", "cuda"])
-def test_a_mixtral_is_planned_to_the_byte_in_both_spellings(tmp_path, spelling, provider):
+@pytest.mark.parametrize("asked", [{"provider": "cpu"}, {"provider": "cuda"}, {"kernels": "moeship"}], ids=str)
+def test_a_mixtral_is_planned_to_the_byte_in_both_spellings(tmp_path, spelling, asked):
     sizes = {"hidden_size": 128, "num_heads": 8, "ffn_size": 192}
     checkpoint = write_mixtral_checkpoint(tmp_path / "c", seed=1, spelling=spelling, **sizes)
-    options = {"precision": "int4", "provider": provider}
+    options = {"precision": "int4", **asked}
     planned = plan(checkpoint, **options)
     built = build_engine(BuildOptions(checkpoint=str(checkpoint), output=tmp_path / "engine", **options))
     assert planned.files == {path.name: path.stat().st_size for path in built.folder.iterdir()}
@@ -101,16 +103,20 @@ def test_sequences_and_tokens_fit_beside_the_weights(tiny_checkpoint):
     assert planned.tokens_in(data - 1) < 0
 
 
-@pytest.mark.parametrize("precision", ["int4", "int8", "fp32"])
-def test_the_planned_peak_memory_is_within_15_percent_of_a_builds(tmp_path, precision):
+@pytest.mark.parametrize(
+    "flags",
+    [["--precision", "int4"], ["--precision", "int8"], ["--precision", "fp32"], ["--kernels", "moeship"]],
+    ids=" ".join,
+)
+def test_the_planned_peak_memory_is_within_15_percent_of_a_builds(tmp_path, flags):
     sizes = {"hidden_size": 1024, "num_heads": 16, "ffn_size": 4096, "num_layers": 3, "rotary_dim": 32}
     large = write_phixtral_checkpoint(
         tmp_path / "large", seed=1, num_experts=4, experts_per_token=2, dtype="float16", **sizes
     )
     command = [sys.executable, "-m", "cli.main"]
-    words = [*command, "plan", large, "--precision", precision, "--json"]
+    words = [*command, "plan", large, *flags, "--json"]
     planned = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)["conversion_bytes"]
-    words = [*command, "build", "--checkpoint", large, "--precision", precision, "--output", tmp_path / "engine"]
+    words = [*command, "build", "--checkpoint", large, *flags, "--output", tmp_path / "engine"]
     found = watch([str(word) for word in words])["peak_bytes"]
     assert abs(planned - found) <= 0.15 * found
 

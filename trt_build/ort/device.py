@@ -25,6 +25,7 @@ from export.optional import onnx_runtime
 from export.provider import PROVIDERS, Provider
 from trt_build.engine import Engine
 from trt_build.errors import EngineError
+from trt_build.ort.kernels import library
 from trt_build.ort.packed_alone import file_layouts, unpacked_weights
 
 if TYPE_CHECKING:
@@ -118,7 +119,9 @@ def load_graphs(
 
     def load(name: str) -> onnxruntime.InferenceSession:
         weights = unpacked_weights(engine.folder / name) if engine.is_packed_alone else {}
-        return _load_graph(engine.folder / name, device, threads, weights, alone=len(graphs) == 1)
+        return _load_graph(engine.folder / name, device, threads, weights, kernels, alone=len(graphs) == 1)
+
+    kernels = library() if engine.has_own_kernels else None
 
     keeping: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if engine.is_packed_alone:
@@ -127,17 +130,24 @@ def load_graphs(
             "unpacked at every start into memory of this process; build the engine again to have them mapped",
             engine.folder,
         )
-    elif engine.manifest.kernel_layout:
+    elif engine.is_mapped:
         read_in_huge_pages(engine.folder / DATA_FILE, engine.resident_bytes)
-        keeping = _memory_kept()
+        if engine.manifest.kernel_layout:
+            keeping = _memory_kept()
     with keeping, ThreadPoolExecutor(max_workers=len(graphs)) as pool:
         return list(pool.map(load, graphs))
 
 
 def _load_graph(
-    path: Path, device: Device, threads: int | None, weights: Mapping[str, npt.NDArray[Any]], *, alone: bool
+    path: Path,
+    device: Device,
+    threads: int | None,
+    weights: Mapping[str, npt.NDArray[Any]],
+    kernels: Path | None,
+    *,
+    alone: bool,
 ) -> onnxruntime.InferenceSession:
-    """`weights` take the place of the graph's own under these names."""
+    """`weights` take the place of the graph's own under these names; `kernels` is a library of operators."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -155,6 +165,14 @@ def _load_graph(
     settings = dict(device.provider.options)
     if device.kind != "cpu":
         settings["device_id"] = str(device.index)
+    if kernels is not None:
+        try:
+            options.register_custom_ops_library(str(kernels))
+        except Exception as error:  # as below
+            raise EngineError(
+                f"loading {path}: ONNX Runtime {onnxruntime.__version__} does not take the CPU kernels {kernels} "
+                f"({error}); install moeship again, which compiles them"
+            ) from error
     try:
         graph = onnxruntime.InferenceSession(
             str(path), options, providers=[(runtime_name, settings)], enable_fallback=0

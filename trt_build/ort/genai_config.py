@@ -1,10 +1,18 @@
 """genai_config.json: what lets onnxruntime-genai load an engine directory as it is.
 
 Fields: microsoft/onnxruntime-genai, src/config.h and its model builder's output for decoder-only models.
+
+An engine for moeship's kernels names their library without a folder, as it is the same on any machine: genai looks for
+it in the engine's folder, then where the linker does (LD_LIBRARY_PATH). A program can say where it lies:
+
+    config = onnxruntime_genai.Config("engine")
+    config.overlay(json.dumps(with_library(trt_build.ort.kernels.library())))
+    model = onnxruntime_genai.Model(config)
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from export.architecture import Architecture
@@ -12,6 +20,7 @@ from export.onnx_graph import names
 from export.onnx_graph.exporter import SERVING_GRAPH
 from export.provider import Provider
 from export.settings import TokenIds
+from trt_build.ort.kernels import LIBRARY_FILE
 
 GENAI_FILE = "genai_config.json"
 
@@ -32,8 +41,11 @@ def genai_config(architecture: Architecture, max_sequence: int, ids: TokenIds, p
     cache_names = {key: name(0).replace("0", "%d", 1) for key, name in pattern.items()}
     # The CPU is what is left when none is named.
     provider_options = [] if provider.name == "cpu" else [{provider.name: dict(provider.options)}]
+    session_options = {"log_id": "onnxruntime-genai", "provider_options": provider_options}
+    if provider.kernels == "moeship":
+        session_options["custom_ops_library"] = LIBRARY_FILE
     decoder = {
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": provider_options},
+        "session_options": session_options,
         "filename": SERVING_GRAPH,
         "head_size": architecture.head_size,
         "hidden_size": architecture.hidden_size,
@@ -71,3 +83,8 @@ def genai_config(architecture: Architecture, max_sequence: int, ids: TokenIds, p
             "top_p": 1.0,
         },
     }
+
+
+def with_library(library: Path) -> dict[str, Any]:
+    """What is laid over the file's content so that the kernels' library is looked for in its place."""
+    return {"model": {"decoder": {"session_options": {"custom_ops_library": str(library)}}}}

@@ -69,7 +69,11 @@ def refuse_trtllm_flags(arguments: argparse.Namespace, allowed: Collection[str] 
 
 def read_trtllm_options(arguments: argparse.Namespace, checkpoint: str, output: Path) -> TrtllmOptions:
     """The options; what was not given is the dataclass's own. Raises EngineError for the other backend's flags."""
-    others = {"--provider": arguments.provider is not None, "--portable": arguments.portable}
+    others = {
+        "--provider": arguments.provider is not None,
+        "--kernels": arguments.kernels is not None,
+        "--portable": arguments.portable,
+    }
     strangers = [flag for flag, is_given in others.items() if is_given]
     if strangers:
         raise EngineError(f"reading the flags: {', '.join(strangers)}: for --backend onnxruntime only; leave them out")

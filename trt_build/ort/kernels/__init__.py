@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from export.onnx_graph import names
 from trt_build.errors import EngineError
 
-DOMAIN = "moeship"
+DOMAIN = names.MOESHIP_DOMAIN
 LEVEL_VARIABLE = "MOESHIP_KERNELS_LEVEL"
-_LIBRARY = Path(__file__).with_name("moeship_kernels.so")
+LIBRARY_FILE = "moeship_kernels.so"
+_LIBRARY = Path(__file__).with_name(LIBRARY_FILE)
 
 
 def library() -> Path:
@@ -24,6 +26,10 @@ def library() -> Path:
     if not _LIBRARY.is_file():
         raise EngineError(
             f"loading the CPU kernels: {_LIBRARY} does not exist; installing moeship compiles it if there is a C++17 "
-            "compiler (g++ or clang++): install one and moeship again"
+            "compiler (g++ or clang++): install one and moeship again, or build the engine without --kernels moeship"
         )
     return _LIBRARY
+
+
+def is_compiled() -> bool:
+    return _LIBRARY.is_file()
