@@ -1,4 +1,4 @@
-# `make demo` and `make test` do all their own set-up; they need Python >= 3.11, make and a C compiler, tests C++17 too.
+# `make demo` and `make test` set themselves up. They need Python >= 3.11, make and a C compiler; the tests need g++ too.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
