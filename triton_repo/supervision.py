@@ -81,7 +81,8 @@ class Watch:
         for pid, member in self._members.items():
             found = read_process(pid)
             if found is None or found.has_ended or found.start_time != member.start_time:
-                return f"{member.role} (pid {pid}) has ended"
+                # The program may have ended since it was asked for its status.
+                return self._ended_program() or f"{member.role} (pid {pid}) has ended"
             if found.state != "T":
                 self._stopped_since.pop(pid, None)
             elif now - self._stopped_since.setdefault(pid, now) >= self._limits.stopped:

@@ -106,9 +106,13 @@ async def leave_by_the_async_deadline(client, request):
 
 
 async def leave_by_closing_the_async_client(client, request):
-    task = asyncio.create_task(client.generate(request()))
-    while not client._streams:
-        await asyncio.sleep(0.01)
+    async def read_on():
+        async for _ in pieces:
+            pass
+
+    pieces = client.stream(request())
+    await anext(pieces)  # the server has the request
+    task = asyncio.create_task(read_on())
     await client.close()
     with pytest.raises(errors.RequestCancelled):
         await task

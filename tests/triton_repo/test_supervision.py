@@ -134,6 +134,24 @@ def test_a_killed_server_is_told_with_its_signal(serving):
     assert watch.wait() == "tritonserver ended with status -9 (SIGKILL)"
 
 
+def test_a_server_that_is_killed_between_two_questions_is_told_with_its_signal(serving, monkeypatch):
+    server, _ = serving("sleeps")
+    watch = Watch(server, LIMITS)
+    poll, asked = server.process.poll, []
+
+    def poll_and_kill():
+        status = poll()
+        if not asked:
+            os.kill(server.process.pid, signal.SIGKILL)
+            os.waitid(os.P_PID, server.process.pid, os.WEXITED | os.WNOWAIT)
+        asked.append(status)
+        return status
+
+    monkeypatch.setattr(server.process, "poll", poll_and_kill)
+    assert watch.look() == "tritonserver ended with status -9 (SIGKILL)"
+    assert asked == [None, -9]
+
+
 @pytest.mark.parametrize("which", ["model", "server"])
 def test_a_stopped_process_is_a_fault_after_a_while_and_none_when_it_goes_on(serving, which):
     server, pid = serving("sleeps")
