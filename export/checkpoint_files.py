@@ -113,7 +113,7 @@ def text_files(folder: Path) -> list[str]:
     if wrong or (is_there(templates) and not is_folder(templates)):
         raise ConfigError(
             f"reading the settings of {named(folder)}: {names(path.name for path in wrong or [templates])} there is no "
-            f"{'regular file' if wrong else 'folder'}, or a link to nothing; put what it stands for there, or remove it"
+            f"{'regular file' if wrong else 'folder'}, or a link to nothing; put the right one there, or remove it"
         )
     for path in paths:
         check_name(path, f"reading the settings of {named(folder)}")

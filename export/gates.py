@@ -51,7 +51,7 @@ def gate_matrices(config: MergeConfig, base: Model, *, seed: int) -> dict[int, n
 
 def tokenize_prompts(config: MergeConfig, base: Model, settings: Settings) -> tuple[list[Prompts], list[Prompts]]:
     """Token ids of every expert's positive and negative prompts, each with the start token before it."""
-    start = settings.facts.special_tokens.get("bos_token", "")
+    start = settings.facts.special_tokens.get("bos_token", "")  # a tokenizer without a begin token puts nothing there
 
     def encode(prompts: Sequence[str], what: str) -> Prompts:
         encoded = [settings.tokenizer.encode(start + prompt) for prompt in prompts]

@@ -4,7 +4,7 @@
     results.step(("small", "fp16", "engine"), inputs, work)
 
 A step has a `status` (done, failed, or running where the run was cut off), the `inputs` that decide it, the `moeship`
-that did it, `seconds`, and what its work found, of which `failures` are checks that were not passed. A later run with
+that did it, `seconds`, and what its work found; `failures` lists the checks that were not passed. A later run with
 the same inputs takes up what is done and passed. The file is replaced by rename, never written in place.
 """
 
@@ -94,7 +94,7 @@ class Results:
 
 
 def open_results(path: Path, about: Mapping[str, Any], moeship: str) -> Results:
-    """The results in a folder, or new ones, of the machine that `about` tells of. Raises ConfigError for another's."""
+    """The results in a folder, or new ones. Raises ConfigError where they are of another machine than `about` names."""
     if not path.is_file():
         data = {"format_version": FORMAT_VERSION, "machine": dict(about), "runs": [], "models": {}}
         return Results(path, data, moeship)

@@ -68,8 +68,8 @@ def served_by_triton(engine: Path, repository: Path, log: Path) -> Iterator[Endp
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What an engine's server is asked. `answers`: the reference's, of which `judged` says whether the engine's must be
-    the same but for choices by less than `rounding` of a logit."""
+    """What an engine's server is asked. `answers` are the reference's. Where `judged`, the engine's must be the same,
+    apart from choices by less than `rounding` of a logit."""
 
     engine: Path
     repository: Path

@@ -12,7 +12,8 @@ import numpy as np
 
 from export.quantize.grid import SLICE_VALUES, ByteArray, FloatArray
 
-# With a half it still sums up to one; with itself, unlike a half, it does not.
+# Adding 0.5 here would round up values just below a half. Adding the largest float32 below 0.5 rounds exact halves up
+# and everything below them down.
 _BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 
 
