@@ -122,6 +122,11 @@ def check_options(options: EngineOptions) -> tuple[Provider, QuantPlan]:
     if options.backend != BACKEND:
         raise EngineError(f"choosing the backend: {options.backend} engines are built by trt_build.trtllm.build")
     provider = provider_of(options.provider, options.kernels)
+    if options.portable and options.kernels != BACKEND:
+        raise EngineError(
+            f"choosing the weights' form: --portable beside the kernels of {options.kernels}, which read one form on "
+            "any CPU; leave --portable out"
+        )
     return provider, plan_for(options.precision, provider)
 
 

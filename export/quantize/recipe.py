@@ -52,14 +52,16 @@ def plan_for(precision: str, provider: Provider = PROVIDERS["cpu"]) -> QuantPlan
     """The plan of a precision's name on a provider. Raises QuantizationError that lists what exists."""
     if precision not in PLANS:
         near = difflib.get_close_matches(precision, provider.precisions, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         raise QuantizationError(
             f"choosing the precision: {precision!r} is unknown{hint} There are: {', '.join(provider.precisions)}"
         )
     if precision not in provider.precisions and provider.kernels != "onnxruntime":
+        without = PROVIDERS[provider.name].precisions
+        remedy = f"leave --kernels out to build {precision}" if precision in without else "choose one of these"
         raise QuantizationError(
             f"choosing the precision: the kernels of {provider.kernels} multiply quantised matrices, found "
-            f"{precision}, expected {' or '.join(provider.precisions)}; leave --kernels out to build {precision}"
+            f"{precision}, expected {' or '.join(provider.precisions)}; {remedy}"
         )
     if precision not in provider.precisions:
         others = [f"--provider {other.name}" for other in PROVIDERS.values() if precision in other.precisions]

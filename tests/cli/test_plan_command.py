@@ -85,6 +85,19 @@ def test_nothing_is_written(capsys, tmp_path, tiny_checkpoint, monkeypatch):
         (["--device-memory", "nan"], "ConfigError: planning: --device-memory is nan, expected"),
         (["--bandwidth", "inf"], "ConfigError: planning: --bandwidth is inf, expected a number above 0"),
         (["--max-seq-len", "641"], "ConfigError: setting the longest sequence: found 641 tokens, expected 1 to 640"),
+        (
+            ["--precision", "zz"],
+            "QuantizationError: choosing the precision: 'zz' is unknown. There are: fp32, int8, int4",
+        ),
+        (
+            ["--precision", "fp16", "--kernels", "moeship"],
+            "QuantizationError: choosing the precision: the kernels of "
+            "moeship multiply quantised matrices, found fp16, expected int8 or int4; choose one of these",
+        ),
+        (
+            ["--portable", "--kernels", "moeship"],
+            "EngineError: choosing the weights' form: --portable beside the kernels",
+        ),
         (["--precision", "int5"], "QuantizationError: choosing the precision: 'int5' is unknown"),
         (["--provider", "tpu"], "ExportError: choosing the provider: 'tpu' is unknown"),
         (["--backend", "x"], "EngineError: choosing the backend: 'x' is unknown"),
