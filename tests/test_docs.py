@@ -1,30 +1,133 @@
-"""What people read first: the README's length, and that every link to a file of the project leads to one."""
+"""What people read: the length of the README, that links lead somewhere, and that the tour of the code and each command
+and flag in the docs name what exists."""
 
 from __future__ import annotations
 
+import argparse
+import ast
+import importlib
 import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
+
+from cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 MOST_README_LINES = 150
 FOLDERS = (".", "docs", "ci/gpu", "examples/tiny-phixtral", "examples/tiny-mixtral")
 PAGES = sorted(str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
+TOUR = ROOT / "docs" / "architecture.md"
+# Folders of the project whose files pages name.
+SOURCES = ("benchmarks", "ci", "cli", "clients", "examples", "export", "tests", "triton_repo", "trt_build")
+
 _LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+_PLACE = re.compile(r"`([\w./]+\.py): ([\w., ]+)`")
+_FILE = re.compile(rf"\b(?:{'|'.join(SOURCES)})/[\w./*-]+\.(?:py|cpp|h|sh|json|svg|md|yml)\b")
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
+_INLINE = re.compile(r"`([^`\n]+)`")
+
+
+def _text(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
 def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= MOST_README_LINES
+    assert len(_text("README.md").splitlines()) <= MOST_README_LINES
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files(page):
-    path = ROOT / page
-    links = [link for link in _LINK.findall(path.read_text(encoding="utf-8")) if ":" not in link]
-    assert [link for link in links if not (path.parent / link).exists()] == []
+    links = [link for link in _LINK.findall(_text(page)) if ":" not in link]
+    assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
 
 
 def test_every_page_of_the_docs_is_linked_from_the_readme():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = _text("README.md")
     assert [path.name for path in (ROOT / "docs").glob("*.md") if f"(docs/{path.name})" not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_pages_name_exist(page):
+    named = set(_FILE.findall(_text(page)))
+    assert [path for path in sorted(named) if not list(ROOT.glob(path))] == []
+
+
+def test_the_tour_names_functions_that_exist():
+    places = [(path, name) for path, names in _PLACE.findall(TOUR.read_text("utf-8")) for name in names.split(", ")]
+    assert len(places) > 30, "the lives of a weight and of a request name their functions as `file.py: function`"
+    assert [f"{path}: {name}" for path, name in places if name not in _definitions(path)] == []
+
+
+def _definitions(path: str) -> set[str]:
+    """Functions and classes of a module, methods as Class.method."""
+    found = set()
+    for node in ast.parse(_text(path)).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{item.name}" for item in node.body if isinstance(item, ast.FunctionDef)}
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_and_flags_that_pages_name_exist(page):
+    problems = [f"{' '.join(words)}: {problem}" for words in _commands(_text(page)) if (problem := _problem_of(words))]
+    assert problems == []
+
+
+def test_a_flag_that_no_command_has_is_found():
+    page = "```sh\n$ moeship build --checkpoint X \\\n  --presicion int4   # a comment\n```\nand `moeship severe X`"
+    assert [_problem_of(words) for words in _commands(page)] == ["no flag --presicion", "no such command"]
+
+
+def _commands(text: str) -> Iterator[list[str]]:
+    """The words of each command of the project in a page's shell blocks and inline code."""
+    blocks = [block.replace("\\\n", " ") for language, block in _BLOCK.findall(text) if language in ("sh", "text")]
+    lines = [line for block in blocks for line in block.splitlines()]
+    for line in [*lines, *_INLINE.findall(_BLOCK.sub("", text))]:
+        yield from _commands_of_line(line.strip().removeprefix("$ "))
+
+
+def _commands_of_line(line: str) -> Iterator[list[str]]:
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError:  # an apostrophe in a program's output
+        return
+    while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        words.pop(0)
+    if not words:
+        return
+    ends = [at for at, word in enumerate(words) if word in ("&&", "|", ";", "&", ">")]
+    command = words[: ends[0]] if ends else words
+    if Path(command[0]).name in ("moeship", "make") or (command[0] in ("python", "bash") and len(command) > 1):
+        yield command
+    if ends:
+        yield from _commands_of_line(shlex.join(words[ends[0] + 1 :]))
+
+
+def _problem_of(words: list[str]) -> str | None:
+    program, *rest = words
+    if program == "make":
+        targets = set(re.findall(r"^(\w+):", _text("Makefile"), re.M))
+        return next((f"no target {word}" for word in rest if "=" not in word and word not in targets), None)
+    if program in ("python", "bash"):
+        script = next((word for word in rest if word.endswith((".py", ".sh"))), None)
+        return None if script is None or (ROOT / script).is_file() else "no such script"
+    rest = [word for word in rest if word not in ("-v", "-q")]
+    if not rest or rest[0] in ("COMMAND", "X", "--version", "--help"):
+        return None
+    if rest[0] not in COMMANDS:
+        return "no such command"
+    flags = [word.partition("=")[0] for word in rest[1:] if re.match(r"--\w", word)]
+    return next((f"no flag {flag}" for flag in flags if flag not in _flags(rest[0])), None)
+
+
+@cache
+def _flags(command: str) -> set[str]:
+    parser = argparse.ArgumentParser()
+    importlib.import_module(COMMANDS[command][0]).add_arguments(parser)
+    return set(parser._option_string_actions)
