@@ -30,9 +30,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from fuzz_requests import GOOD, TENSORS, damaged_requests, tensors_of  # noqa: E402 - found through the path above
 from fuzzing import MAX_MESSAGE_BYTES, MAX_SECONDS  # noqa: E402
 
-from triton_repo.contract import WIRE_DTYPES  # noqa: E402
-from triton_repo.server import Server, ServerOptions, running_server  # noqa: E402
-from triton_repo.token_contract import STEP_MODELS  # noqa: E402
+from triton_repo.contracts.ensemble import STEP_MODELS  # noqa: E402
+from triton_repo.contracts.wire import WIRE_DTYPES  # noqa: E402
+from triton_repo.serving.server import Server, ServerOptions, running_server  # noqa: E402
 
 if TYPE_CHECKING:
     from tritonclient.grpc.service_pb2 import ModelInferRequest

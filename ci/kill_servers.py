@@ -23,9 +23,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from triton_repo.package import LAYOUTS, PackageOptions, package_engine
-from triton_repo.processes import children_of, read_process
-from triton_repo.readiness import model_of
+from triton_repo.packaging.package import LAYOUTS, PackageOptions, package_engine
+from triton_repo.processes.program import children_of, read_process
+from triton_repo.serving.readiness import model_of
 
 SEEN_BAR_S, SERVED_BAR_S = 10.0, 40.0
 NAME = "tiny"

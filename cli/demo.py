@@ -123,7 +123,7 @@ def _quoted(word: str) -> str:
 
 
 def _serve_and_stream(console: Console, repository: Path, prompt: str) -> Streamed:
-    from triton_repo.server import ServerOptions, running_server
+    from triton_repo.serving.server import ServerOptions, running_server
 
     with running_server(ServerOptions(repository=repository)) as server:
         flags = [word for name, value in SAMPLING.items() for word in (f"--{name.replace('_', '-')}", str(value))]

@@ -158,7 +158,7 @@ def the_one_ready(models: Sequence[ModelState], url: str) -> str:
     """The name of the server's only ready model, steps of an ensemble not counted. Raises ModelNotFound if there are
     none or several."""
     from clients.errors import ModelNotFound
-    from triton_repo.token_contract import STEP_MODELS
+    from triton_repo.contracts.ensemble import STEP_MODELS
 
     ready = sorted({model.name for model in models if model.ready and model.name not in STEP_MODELS})
     if len(ready) == 1:

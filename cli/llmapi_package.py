@@ -8,8 +8,8 @@ import dataclasses
 from export.errors import listing
 from export.trtllm.parallel import Parallelism
 from triton_repo.errors import RepositoryError
-from triton_repo.llmapi import LlmApiOptions
-from triton_repo.package import PackageOptions
+from triton_repo.packaging.llmapi_package import LlmApiOptions
+from triton_repo.packaging.package import PackageOptions
 
 BACKEND = "llmapi"
 _PARALLEL = {

@@ -14,9 +14,9 @@ import json
 from pathlib import Path
 
 from cli import llmapi_package
-from triton_repo.llmapi import package_llmapi
-from triton_repo.package import LAYOUTS, Package, PackageOptions, package_engine
-from triton_repo.trtllm_parameters import TensorrtLlmParameters, value_types
+from triton_repo.contracts.trtllm_parameters import TensorrtLlmParameters, value_types
+from triton_repo.packaging.llmapi_package import package_llmapi
+from triton_repo.packaging.package import LAYOUTS, Package, PackageOptions, package_engine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,9 +26,9 @@ from types import FrameType
 from typing import Any
 
 from triton_repo.errors import ServerError
-from triton_repo.ports import Ports
-from triton_repo.server import DEFAULT_DRAIN_TIMEOUT_S, LOCALHOST, Server, ServerOptions
-from triton_repo.supervisor import RestartPolicy, supervise
+from triton_repo.serving.ports import Ports
+from triton_repo.serving.server import DEFAULT_DRAIN_TIMEOUT_S, LOCALHOST, Server, ServerOptions
+from triton_repo.supervision.supervisor import RestartPolicy, supervise
 
 logger = logging.getLogger(__name__)
 

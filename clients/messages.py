@@ -20,8 +20,8 @@ class GenerationRequest:
     """One prompt for one model. A field that is None is not sent, and the server's own default holds.
 
     Apart from `model`, `prompt`, `request_id` and `timeout_s`, fields bear the names of the tensors in
-    `triton_repo/contract.py`, which says their ranges; the server checks those. A temperature alone draws among all
-    tokens: it is sent with top_p 1, without which servers of this contract are greedy.
+    `triton_repo/contracts/wire.py`, which says their ranges; the server checks those. A temperature alone draws among
+    all tokens: it is sent with top_p 1, without which servers of this contract are greedy.
     Raises RequestRejected for what is wrong for every server.
     """
 

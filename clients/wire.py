@@ -1,6 +1,6 @@
 """Generation request in, protobuf request out; protobuf response in, piece out. Nothing here talks to anyone.
 
-Names, dtypes and dims are those of `triton_repo/contract.py`. Tensors travel in `raw_input_contents` and
+Names, dtypes and dims are those of `triton_repo/contracts/wire.py`. Tensors travel in `raw_input_contents` and
 `raw_output_contents`: little-endian numbers, and texts each behind its length in bytes (4 bytes, little-endian).
 An output that the contract does not know is left alone; one that it knows must be as it says.
 """
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from clients._tritonclient import require_messages, require_utils
 from clients.errors import BY_STATUS, RequestRejected, StreamBroken, without_ensemble
 from clients.messages import GenerationRequest, ModelState, Piece
-from triton_repo.contract import (
+from triton_repo.contracts.wire import (
     COMPATIBILITY_INPUTS,
     FIELD_NAMES,
     INPUTS,

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from checkpoints import write_phixtral_checkpoint
 
-from triton_repo.package import PackageOptions, package_engine
-from triton_repo.server import ServerOptions, running_server
+from triton_repo.packaging.package import PackageOptions, package_engine
+from triton_repo.serving.server import ServerOptions, running_server
 from trt_build.build_engine import BuildOptions, build_engine
 
 # A shell starts background jobs with SIGINT ignored, which programs inherit and ours respect. The commands that tests

@@ -20,15 +20,20 @@ from fuzzing import Reader, mutated_bytes, mutated_json
 
 from export.checkpoint import file_digest
 from tests.manifests import read_values
-from triton_repo.deployment import read_deployment
-from triton_repo.engine_facts import read_engine_facts
-from triton_repo.ensemble_config import ensemble_config, onnxruntime_config, tensorrt_llm_config, text_model_config
+from triton_repo.contracts.model_parameters import ModelParameters, TextParameters
+from triton_repo.contracts.seal import is_sealed
+from triton_repo.contracts.trtllm_parameters import TensorrtLlmParameters
 from triton_repo.errors import RepositoryError
-from triton_repo.model_config import ServedModel, config_text, model_config, packaged_parameters, read_config
-from triton_repo.repository import check_repository
-from triton_repo.runtime.parameters import ModelParameters, TextParameters
-from triton_repo.seal import is_sealed
-from triton_repo.trtllm_parameters import TensorrtLlmParameters
+from triton_repo.packaging.engine_facts import read_engine_facts
+from triton_repo.packaging.ensemble_config import (
+    ensemble_config,
+    onnxruntime_config,
+    tensorrt_llm_config,
+    text_model_config,
+)
+from triton_repo.packaging.model_config import ServedModel, config_text, model_config, packaged_parameters, read_config
+from triton_repo.serving.deployment import read_deployment
+from triton_repo.serving.repository_check import check_repository
 from trt_build.build_engine import BuildOptions, build_engine
 from trt_build.engine import open_engine
 from trt_build.errors import EngineError

@@ -18,16 +18,16 @@ from fuzzing import HOSTILE_VALUES, Reader, mutated_json
 from tokenizers import decoders, models, pre_tokenizers
 
 from export.tokenizer import Tokenizer
-from triton_repo.contract import COMPATIBILITY_INPUTS, INPUTS, TritonDtype, WireTensor
+from triton_repo.contracts.ensemble import ENGINE_NAMES, QUERY_NAMES
+from triton_repo.contracts.model_parameters import TextParameters
+from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, INPUTS, TritonDtype, WireTensor
 from triton_repo.runtime.answer import Answer, AnswerPlan
 from triton_repo.runtime.generation import generate, never
 from triton_repo.runtime.options import read_options
-from triton_repo.runtime.parameters import TextParameters
-from triton_repo.runtime.preprocessing import Preprocessor
-from triton_repo.runtime.prompt import most_bytes
-from triton_repo.runtime.token_engine import respond
-from triton_repo.runtime.token_request import read_token_request
-from triton_repo.token_contract import ENGINE_NAMES, QUERY_NAMES
+from triton_repo.runtime.steps.preprocessing import Preprocessor
+from triton_repo.runtime.steps.token_engine import respond
+from triton_repo.runtime.steps.token_request import read_token_request
+from triton_repo.runtime.text.prompt import most_bytes
 
 MAX_SEQUENCE = 64
 DTYPES: Mapping[TritonDtype, Any] = {

@@ -11,7 +11,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import triton_to_np_dtype
 
-from triton_repo.server import Server
+from triton_repo.serving.server import Server
 
 # Tensor names by datatype on the wire and field of InferTensorContents; texts are the rest.
 _NUMBERS = {

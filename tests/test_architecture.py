@@ -29,6 +29,23 @@ ARROWS = {
 }
 
 
+# The same within triton_repo, whose errors every folder may import. runtime/ holds three folders of its own.
+TRITON_REPO_ARROWS = {
+    "errors": set(),
+    "contracts": set(),
+    "processes": set(),
+    "runtime.text": set(),
+    "runtime": {"contracts", "runtime.text"},
+    "runtime.steps": {"contracts", "runtime", "runtime.text"},
+    "runtime.llmapi": {"contracts", "runtime", "runtime.text"},
+    "models": {"contracts", "processes", "runtime", "runtime.steps", "runtime.llmapi"},
+    "packaging": {"contracts", "runtime.steps"},
+    "serving": {"contracts", "packaging", "processes"},
+    "supervision": {"contracts", "packaging", "processes", "serving"},
+}
+MAX_MODULES = 12  # in one folder, so that one look finds the right one
+
+
 def sources(package):
     return sorted((ROOT / package).rglob("*.py"))
 
@@ -75,12 +92,38 @@ def test_arrows_run_one_way(package):
     assert wrong == []
 
 
+def triton_repo_folder(name):
+    """The key of TRITON_REPO_ARROWS that a module of triton_repo belongs to."""
+    parts = name.split(".")[1:]
+    return next((key for n in (2, 1) if (key := ".".join(parts[:n])) in TRITON_REPO_ARROWS), None)
+
+
+def test_arrows_run_one_way_within_triton_repo():
+    wrong = []
+    for path in sources("triton_repo"):
+        own = triton_repo_folder(module_name(path))
+        allowed = TRITON_REPO_ARROWS.get(own, set()) | {own, "errors"}
+        wrong += [
+            f"{path.relative_to(ROOT)} imports {name}"
+            for name in imported_names(path)
+            if name.split(".")[0] == "triton_repo" and triton_repo_folder(name) not in allowed
+        ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("package", ["triton_repo", "clients"])
+def test_a_folder_has_few_modules(package):
+    folders = {path.parent for path in sources(package)}
+    counts = {folder: len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) for folder in folders}
+    assert {str(folder): count for folder, count in counts.items() if count > MAX_MODULES} == {}
+
+
 def test_clients_use_of_triton_repo_only_the_contract():
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in sources("clients")
         for name in imported_names(path)
-        if name.startswith("triton_repo") and name != "triton_repo.contract"
+        if name.startswith("triton_repo") and name != "triton_repo.contracts.wire"
     ]
     assert wrong == []
 

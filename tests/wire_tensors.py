@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from triton_repo.contract import COMPATIBILITY_INPUTS, INPUTS
+from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, INPUTS
 
 
 def wire(**values):

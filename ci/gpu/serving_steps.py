@@ -26,8 +26,8 @@ from clients.errors import ClientError
 from clients.generation import AsyncClient, Client, Generation, GenerationRequest, collect
 from export.errors import ConfigError, MoeshipError
 from export.tokenizer import load_tokenizer
-from triton_repo.package import PackageOptions, package_engine
-from triton_repo.server import ServerOptions, running_server
+from triton_repo.packaging.package import PackageOptions, package_engine
+from triton_repo.serving.server import ServerOptions, running_server
 from trt_build.evaluation_text import standard_text
 
 MODEL = "ensemble"  # the name that NVIDIA's own clients ask for

@@ -15,8 +15,8 @@ from safetensors.torch import load, save
 
 from export.tokenizer import load_tokenizer
 from triton_repo.errors import ServerError
-from triton_repo.package import PackageOptions, package_engine
-from triton_repo.server import ServerOptions, running_server
+from triton_repo.packaging.package import PackageOptions, package_engine
+from triton_repo.serving.server import ServerOptions, running_server
 from trt_build.engine import open_engine
 from trt_build.ort.session import Session
 

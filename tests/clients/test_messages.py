@@ -9,7 +9,7 @@ import pytest
 
 from clients.errors import RequestRejected
 from clients.messages import GenerationRequest, ModelState, Piece, collect
-from triton_repo.contract import FIELD_NAMES, INPUTS
+from triton_repo.contracts.wire import FIELD_NAMES, INPUTS
 
 
 def test_every_input_of_the_contract_is_a_field_of_the_request_or_set_by_the_client():

@@ -33,8 +33,8 @@ from export.checkpoint_files import DOWNLOAD_PATTERNS, FILE_RULES, Fate, rule_of
 from export.families import read_model
 from export.tokenizer import load_tokenizer
 from export.trtllm.checkpoint import CheckpointOptions, write_checkpoint
-from triton_repo.llmapi import LlmApiOptions, package_llmapi
-from triton_repo.package import PackageOptions, package_engine
+from triton_repo.packaging.llmapi_package import LlmApiOptions, package_llmapi
+from triton_repo.packaging.package import PackageOptions, package_engine
 from trt_build.build_engine import BuildOptions, build_engine
 from trt_build.engine import open_engine
 

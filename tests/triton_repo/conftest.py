@@ -15,8 +15,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from export.checkpoint_files import SETTINGS_FILE, TOKENIZER_FILE
 from export.tokenizer import Tokenizer
-from triton_repo.package import PackageOptions, package_engine
-from triton_repo.server import ServerOptions, running_server
+from triton_repo.packaging.package import PackageOptions, package_engine
+from triton_repo.serving.server import ServerOptions, running_server
 from trt_build.engine import open_engine, record_files
 from trt_build.trtllm.engine import (
     FORMAT_VERSION,

@@ -25,8 +25,8 @@ from export.quantize.grid import quantize_blocks
 from export.quantize.layout import MatrixLayout
 from export.tokenizer import load_tokenizer
 from tests.manifests import edit_manifest, read_values, write_values
-from triton_repo.package import PackageOptions, package_engine
-from triton_repo.server import ServerOptions, running_server
+from triton_repo.packaging.package import PackageOptions, package_engine
+from triton_repo.serving.server import ServerOptions, running_server
 from trt_build.build_engine import BuildOptions, build_engine
 from trt_build.engine import open_engine
 from trt_build.errors import EngineError

@@ -2,7 +2,7 @@
 
 Lies in a model repository as postprocessing/<version>/model.py beside the tokenizer. As second step it takes what
 preprocessing says of the answer, as last step each response of the engine's. One instance holds all answers under way.
-What can be understood without Triton lives in triton_repo.runtime.postprocessing.
+What can be understood without Triton lives in triton_repo.runtime.steps.postprocessing.
 """
 
 from __future__ import annotations
@@ -15,13 +15,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from export.tokenizer import load_tokenizer
-from triton_repo.heartbeat import Heartbeat
-from triton_repo.runtime.answer_keys import read_key, require_response_parameters
-from triton_repo.runtime.parameters import TextParameters
-from triton_repo.runtime.postprocessing import Postprocessor, read_tokens
-from triton_repo.runtime.responses import error_response, wire_outputs
-from triton_repo.runtime.stop_requests import asks_to_stop
-from triton_repo.token_contract import (
+from triton_repo.contracts.ensemble import (
     ANSWER,
     ANSWER_KEY,
     ANSWER_OUTPUTS,
@@ -31,6 +25,12 @@ from triton_repo.token_contract import (
     TEXT_NAMES,
     TOKEN_ENGINE,
 )
+from triton_repo.contracts.model_parameters import TextParameters
+from triton_repo.processes.heartbeat import Heartbeat
+from triton_repo.runtime.responses import error_response, wire_outputs
+from triton_repo.runtime.steps.answer_keys import read_key, require_response_parameters
+from triton_repo.runtime.steps.postprocessing import Postprocessor, read_tokens
+from triton_repo.runtime.stop_requests import asks_to_stop
 
 LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 

@@ -1,7 +1,7 @@
 """The first step of an ensemble, as Triton's Python backend runs it: a request's text and options to token ids.
 
 Lies in a model repository as preprocessing/<version>/model.py beside the tokenizer. What can be understood without
-Triton lives in triton_repo.runtime.preprocessing.
+Triton lives in triton_repo.runtime.steps.preprocessing.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from export.tokenizer import load_tokenizer
-from triton_repo.heartbeat import Heartbeat
-from triton_repo.runtime.answer_keys import CORRELATION_PARAMETER, draw_key, key_tensor, takes_response_parameters
-from triton_repo.runtime.parameters import TextParameters
-from triton_repo.runtime.preprocessing import Preprocessor, Tensors, prepare_stop
+from triton_repo.contracts.ensemble import ANSWER_KEY, QUERY_NAMES
+from triton_repo.contracts.model_parameters import TextParameters
+from triton_repo.processes.heartbeat import Heartbeat
 from triton_repo.runtime.responses import error_response, server_stopping
+from triton_repo.runtime.steps.answer_keys import CORRELATION_PARAMETER, draw_key, key_tensor, takes_response_parameters
+from triton_repo.runtime.steps.preprocessing import Preprocessor, Tensors, prepare_stop
 from triton_repo.runtime.stop_requests import STOP, asks_to_stop, check_stop_id
-from triton_repo.token_contract import ANSWER_KEY, QUERY_NAMES
 
 
 class TritonPythonModel:

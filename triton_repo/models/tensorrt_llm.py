@@ -1,7 +1,7 @@
 """The third step of an ensemble where ONNX Runtime runs the engine, as Triton's Python backend runs it.
 
 Lies in a model repository as tensorrt_llm/<version>/model.py beside the engine, in the place of TensorRT-LLM's C++
-backend and with its tensors. What can be understood without Triton lives in triton_repo.runtime.token_engine.
+backend and with its tensors. What can be understood without Triton lives in triton_repo.runtime.steps.token_engine.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from triton_repo.heartbeat import Heartbeat
-from triton_repo.runtime.parameters import ModelParameters, read_workers
+from triton_repo.contracts.model_parameters import ModelParameters, read_workers
+from triton_repo.processes.heartbeat import Heartbeat
 from triton_repo.runtime.responses import error_response
+from triton_repo.runtime.steps.token_engine import Request, Tensors, TokenEngine, stopped_response
 from triton_repo.runtime.stop_requests import asks_to_stop, check_stop_id
-from triton_repo.runtime.token_engine import Request, Tensors, TokenEngine, stopped_response
 
 LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 

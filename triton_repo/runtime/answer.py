@@ -18,10 +18,10 @@ from functools import cached_property
 
 from export.tokenizer import Tokenizer
 from export.typed_json import read_typed
-from triton_repo.runtime.detokenizer import Detokenizer, last_text_token
 from triton_repo.runtime.options import GenerationPlan
-from triton_repo.runtime.stopping import StopWatcher, TextWatcher, TokenWatcher
-from triton_repo.runtime.words import Words, not_starting_in, spell
+from triton_repo.runtime.text.detokenizer import Detokenizer, last_text_token
+from triton_repo.runtime.text.stopping import StopWatcher, TextWatcher, TokenWatcher
+from triton_repo.runtime.text.words import Words, not_starting_in, spell
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import numpy as np
 from triton_repo.runtime.answer import Answer, Piece, answer_plan
 from triton_repo.runtime.options import GenerationOptions, GenerationPlan, plan_generation
 from triton_repo.runtime.sampling import Floats, Sampler
-from triton_repo.runtime.stopping import TextWatcher
+from triton_repo.runtime.text.stopping import TextWatcher
 from trt_build.ort.session import PREFILL_CHUNK_TOKENS
 
 if TYPE_CHECKING:

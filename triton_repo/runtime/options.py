@@ -20,9 +20,9 @@ import numpy.typing as npt
 
 from export.errors import listing
 from export.tokenizer import Tokenizer
-from triton_repo.contract import COMPATIBILITY_INPUTS, FIELD_NAMES, INPUTS, WireTensor
+from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, FIELD_NAMES, INPUTS, WireTensor
 from triton_repo.errors import RequestError
-from triton_repo.runtime.prompt import PromptTooLongError, check_bytes, encode_prompt
+from triton_repo.runtime.text.prompt import PromptTooLongError, check_bytes, encode_prompt
 
 NO_END_ID = -1
 _MAX_SEED = 2**64 - 1

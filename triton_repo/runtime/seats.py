@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from triton_repo.seal import is_sealed
+from triton_repo.contracts.seal import is_sealed
 from trt_build.engine import open_engine
 from trt_build.ort.session import Session
 

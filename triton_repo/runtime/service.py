@@ -18,8 +18,8 @@ from export.tokenizer import Tokenizer, load_tokenizer
 from triton_repo.runtime.answer import Answer, Piece, answer_plan, join
 from triton_repo.runtime.generation import pieces_of
 from triton_repo.runtime.options import GenerationPlan, plan_generation, read_options, refusal
-from triton_repo.runtime.prompt import most_bytes
 from triton_repo.runtime.seats import Seat, open_sessions, seat
+from triton_repo.runtime.text.prompt import most_bytes
 from triton_repo.runtime.workers import Job, Outlet, Pulse, Workers
 from trt_build.ort.session import Session
 

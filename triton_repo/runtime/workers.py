@@ -32,7 +32,7 @@ Response = TypeVar("Response")
 
 
 class Pulse(Protocol):
-    """What `triton_repo.heartbeat.Heartbeat` has of use here."""
+    """What `triton_repo.processes.heartbeat.Heartbeat` has of use here."""
 
     def report(self, *, running: int, waiting: int) -> None:
         """Note the numbers of requests."""

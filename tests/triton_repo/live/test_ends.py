@@ -1,0 +1,79 @@
+"""How requests end with their server, in both layouts: it is asked to stop, or the process that computes them dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from live_requests import Asked, slow_down
+from live_triton import LiveTriton
+from serve_command import PATIENCE_S, start_command
+
+from triton_repo.packaging.package import PackageOptions, package_engine
+
+ENGINES = {"single": "tiny", "ensemble": "tensorrt_llm"}  # the model that holds the engine, by layout
+STREAMS, WHOLE, QUEUED = 10, 2, 3
+NUM_TOKENS = 400  # of which each takes 10 ms
+
+
+@pytest.fixture(params=ENGINES)
+def served(request, tmp_path, tiny_engine):
+    """`moeship serve` on a model that answers as many at a time as are in flight here, each for some seconds."""
+    repository, layout = tmp_path / "repository", request.param
+    package_engine(
+        PackageOptions(
+            engine=tiny_engine, name="tiny", output=repository, threads=1, layout=layout, instances=STREAMS + WHOLE
+        )
+    )
+    slow_down(repository / ENGINES[layout])
+    command, said = start_command(repository, "--no-restart")
+    server = SimpleNamespace(grpc_url=said["grpc"])
+    with LiveTriton(server) as live:
+        yield SimpleNamespace(live=live, command=command, pid=said["pid"], folder=tmp_path, engine=ENGINES[layout])
+    if command.poll() is None:
+        command.kill()
+    command.communicate(timeout=PATIENCE_S)
+
+
+def ask(served, **tensors) -> Asked:
+    return Asked(served.live, "tiny", **{"text_input": "def ", "max_tokens": NUM_TOKENS, "end_id": -1, **tensors})
+
+
+def test_a_server_that_is_asked_to_stop_finishes_what_is_in_flight_and_refuses_the_rest(served):
+    streams = [ask(served, stream=True) for _ in range(STREAMS)]
+    whole = [ask(served) for _ in range(WHOLE)]
+    assert all(stream.begun.wait(PATIENCE_S) for stream in streams)
+    time.sleep(1)
+    queued = [ask(served, stream=stream) for stream in (True, False, True)]
+    assert len(queued) == QUEUED
+    time.sleep(0.3)
+    processes = [psutil.Process(served.pid), *psutil.Process(served.pid).children(recursive=True)]
+    served.command.send_signal(signal.SIGTERM)
+    found = [asked.end() for asked in (*streams, *whole)]
+    assert [(answer.get("reason"), answer.get("num_output")) for answer in found] == [("length", NUM_TOKENS)] * len(
+        found
+    )
+    refused = "answering the request: the server is stopping; send the request to another server or again later"
+    assert [asked.end() for asked in queued] == [{"refusal": f"UNAVAILABLE: {refused}"}] * QUEUED
+    assert served.command.wait(PATIENCE_S) == 0
+    assert not [process for process in processes if process.is_running()]
+    assert not list(served.folder.glob("moeship-serve-*"))
+
+
+def test_the_requests_of_a_process_that_dies_end_with_an_error(served):
+    stub = next(
+        child
+        for child in psutil.Process(served.pid).children(recursive=True)
+        if f"/{served.engine}/" in " ".join(child.cmdline())
+    )
+    asked = [ask(served, stream=True), ask(served)]
+    assert asked[0].begun.wait(PATIENCE_S)
+    time.sleep(0.3)
+    os.kill(stub.pid, signal.SIGKILL)
+    assert [one.end() for one in asked] == [{"refusal": "UNAVAILABLE"}] * 2
+    # Without restarts the command says so and ends.
+    assert served.command.wait(PATIENCE_S) != 0

@@ -1,0 +1,312 @@
+"""Tokens of many answers to their pieces: ends, stops, cancellations, and what is forgotten when."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from triton_repo.contracts.ensemble import TOKEN_NAMES
+from triton_repo.errors import RequestError
+from triton_repo.runtime.answer import answer_plan
+from triton_repo.runtime.options import GenerationOptions, plan_generation
+from triton_repo.runtime.steps.postprocessing import (
+    CANCELLATION_PERIOD_S,
+    LONGEST_SILENCE_S,
+    Postprocessor,
+    Tokens,
+    read_tokens,
+)
+from triton_repo.runtime.text import stopping
+from triton_repo.runtime.text.automaton import Automaton
+
+
+class Clock:
+    """Seconds that pass when they are told to."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def post(byte_level, clock):
+    return Postprocessor(byte_level, clock=clock)
+
+
+@pytest.fixture
+def begin(byte_level):
+    """Registers an answer to "def " that streams, unless told otherwise; the engine has one end token."""
+
+    def register(post, key="k", request_id="r", end_token_ids=(byte_level.eos_token_id,), **fields):
+        options = GenerationOptions(**{"prompt": "def ", "max_tokens": 50, "stream": True, **fields})
+        plan = plan_generation(options, byte_level, max_sequence=512, end_token_ids=end_token_ids)
+        post.register(key, request_id, answer_plan(plan, byte_level).to_json())
+
+    return register
+
+
+def never() -> bool:
+    return False
+
+
+def one(token: int, **fields) -> Tokens:
+    return Tokens(token_ids=(token,), **fields)
+
+
+def feed(post, ids, key="k"):
+    """The steps of an engine that gives one token a response."""
+    return [post.extend(key, one(token), never) for token in ids]
+
+
+def test_pieces_are_whole_characters_and_the_end_token_which_no_engine_shows_is_added(post, begin, byte_level):
+    begin(post)
+    ids = byte_level.encode("a 😀語")
+    steps = [*feed(post, ids), post.extend("k", Tokens(token_ids=()), never)]
+    pieces = [step.piece for step in steps if step.piece]
+    assert "".join(piece.text for piece in pieces) == "a 😀語"
+    assert not any("\ufffd" in piece.text for piece in pieces)
+    assert [token for piece in pieces for token in piece.token_ids] == [*ids, byte_level.eos_token_id]
+    assert (pieces[-1].finish_reason, pieces[-1].num_output_tokens) == ("stop", len(ids) + 1)
+    assert [step.piece is None for step in steps].count(True) > 0
+    assert not any(step.stop for step in steps)
+    assert len(post) == 0
+
+
+def test_answers_that_wait_for_their_engine_hold_no_automata(post, begin, byte_level, monkeypatch):
+    made = []
+
+    def count(words):
+        made.append(words)
+        return Automaton(words)
+
+    monkeypatch.setattr(stopping, "Automaton", count)
+    for number in range(20):
+        begin(post, key=f"k{number}", request_id=f"r{number}", stop_words=("zz", "qq"))
+    assert not made
+    feed(post, byte_level.encode("x"), key="k3")
+    assert ("zz", "qq") in made
+
+
+def test_the_end_tokens_log_probability_is_what_the_sum_grew_by(post, begin, byte_level):
+    begin(post, return_log_probs=True)
+    [a, b] = byte_level.encode("xy")
+    post.extend("k", one(a, log_probs=(-0.5,), cum_log_prob=-0.5), never)
+    post.extend("k", one(b, log_probs=(-0.25,), cum_log_prob=-0.75), never)
+    last = post.extend("k", Tokens(token_ids=(), cum_log_prob=-2.75), never).piece
+    assert (last.log_probs, last.cum_log_prob) == ((-2.0,), -2.75)
+
+
+def test_the_length_ends_an_answer_with_the_token_that_reaches_it(post, begin, byte_level):
+    begin(post, max_tokens=2)
+    steps = feed(post, byte_level.encode("xy"))
+    assert (steps[-1].piece.finish_reason, steps[-1].stop, len(post)) == ("length", "", 0)
+
+
+def test_a_whole_answer_of_one_response_ends_with_it(post, begin, byte_level):
+    begin(post, stream=False)
+    ids = tuple(byte_level.encode("a 😀"))
+    [step] = [post.extend("k", Tokens(token_ids=ids), never)]
+    assert (step.piece.text, step.piece.finish_reason) == ("a 😀", "stop")
+    assert step.piece.token_ids == (*ids, byte_level.eos_token_id)
+    assert len(post) == 0
+
+
+def test_a_whole_answer_with_stop_words_is_watched_and_sent_once(post, begin, byte_level):
+    begin(post, stream=False, stop_words=("lo w",))
+    steps = feed(post, byte_level.encode("hello world")[:-1])
+    pieces = [step.piece for step in steps if step.piece]
+    assert [piece.text for piece in pieces] == ["hel"]
+    assert [step.stop for step in steps].count("k") == 1
+
+
+def test_a_stop_word_across_tokens_ends_the_answer_and_stops_the_engine(post, begin, byte_level):
+    begin(post, stop_words=("lo w",))
+    ids = byte_level.encode("hello world")
+    steps = feed(post, ids)
+    ends = [index for index, step in enumerate(steps) if step.piece and step.piece.finish_reason]
+    assert len(ends) == 1
+    assert steps[ends[0]].stop == "k"
+    assert "".join(step.piece.text for step in steps if step.piece) == "hel"
+    # What the engine had under way is swallowed until its last response, which is empty.
+    assert all(step.piece is None and not step.stop for step in steps[ends[0] + 1 :])
+    assert len(post) == 1
+    assert post.extend("k", Tokens(token_ids=()), never).piece is None
+    assert len(post) == 0
+
+
+def test_stop_words_that_the_engine_knows_stop_nothing_since_it_has_ended(post, begin, byte_level):
+    begin(post, stop_words=("hello",))
+    steps = feed(post, byte_level.encode("hello"))
+    assert (steps[-1].piece.finish_reason, steps[-1].stop, len(post)) == ("stop", "", 0)
+
+
+def test_an_end_token_beyond_the_first_comes_as_a_token_and_shows_in_no_text(post, begin, byte_level):
+    begin(post, end_token_ids=(byte_level.eos_token_id, byte_level.encode("q")[0]))
+    steps = feed(post, byte_level.encode("xq"))
+    assert [step.piece.text for step in steps] == ["x", ""]
+    assert (steps[-1].piece.finish_reason, steps[-1].stop, len(post)) == ("stop", "", 0)
+
+
+def test_an_engine_that_is_stopped_by_others_ends_an_answer_that_no_end_token_can(post, begin, byte_level):
+    begin(post, end_id=-1)
+    feed(post, byte_level.encode("x"))
+    assert post.extend("k", Tokens(token_ids=()), never).piece.finish_reason == "cancelled"
+
+
+def test_a_cancelled_request_stops_the_engine_and_is_asked_about_now_and_then(post, begin, clock, byte_level):
+    begin(post)
+    asked = []
+
+    def cancelled() -> bool:
+        asked.append(clock.seconds)
+        return True
+
+    [x] = byte_level.encode("x")
+    assert post.extend("k", one(x), cancelled).piece.finish_reason == ""
+    clock.seconds += CANCELLATION_PERIOD_S
+    step = post.extend("k", one(x), cancelled)
+    assert (step.piece.finish_reason, step.stop, asked) == ("cancelled", "k", [CANCELLATION_PERIOD_S])
+    assert post.extend("k", one(x), cancelled).piece is None
+
+
+def test_several_tokens_of_one_response_are_one_piece(post, begin, byte_level):
+    begin(post)
+    step = post.extend("k", Tokens(token_ids=tuple(byte_level.encode("x y z"))), never)
+    assert step.piece.text == "x y z"
+
+
+def test_answers_do_not_mix(post, begin, byte_level):
+    texts = {"a": "one 😀 ", "b": "語 two"}
+    for key in texts:
+        begin(post, key=key, request_id=key)
+    found = dict.fromkeys(texts, "")
+    queues = {key: byte_level.encode(text) for key, text in texts.items()}
+    while any(queues.values()):
+        for key, queue in queues.items():
+            if queue:
+                piece = post.extend(key, one(queue.pop(0)), never).piece
+                found[key] += piece.text if piece else ""
+    assert found == texts
+
+
+def test_an_engine_that_knows_no_keys_is_told_to_stop_only_a_request_that_its_id_names(byte_level, begin):
+    post = Postprocessor(byte_level, knows_keys=False)
+    begin(post, key="alone", request_id="once", stop_words=("lo w",))
+    # Clients may use an id twice; the engine would stop the other one too.
+    for key in ("k", "other"):
+        begin(post, key=key, request_id="twice", stop_words=("lo w",))
+    begin(post, key="nameless", request_id="", stop_words=("lo w",))
+    stops = {
+        key: {step.stop for step in feed(post, byte_level.encode("hello world"), key)}
+        for key in ("alone", "k", "nameless")
+    }
+    assert stops == {"alone": {"", "once"}, "k": {""}, "nameless": {""}}
+
+
+@pytest.mark.parametrize("says_so", [True, False], ids=["our engine", "an engine that does not say why it ended"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_engine_that_was_stopped_ends_an_answer_as_cancelled_and_not_by_its_end_token(
+    post, begin, byte_level, stream, says_so
+):
+    """An engine that is stopped sends what an engine sends that has met its end token."""
+    begin(post, stream=stream, request_id="mine")
+    begin(post, key="other", stream=stream, request_id="another")
+    ids = byte_level.encode("xy")
+    if stream:
+        feed(post, ids)
+    if not says_so:
+        post.note_stop("mine")
+    step = post.extend("k", Tokens(token_ids=() if stream else tuple(ids), is_cancelled=says_so), never)
+    assert (step.piece.finish_reason, step.piece.num_output_tokens, step.stop) == ("cancelled", 2, "")
+    assert len(post) == 1
+    assert post.extend("other", Tokens(token_ids=()), never).piece.finish_reason == "stop"
+
+
+def test_a_probe_stops_the_engine_of_a_client_that_has_gone(post, begin, clock):
+    begin(post)
+    assert post.look("k", never) == ""
+    assert post.look("k", lambda: True) == "k"
+    assert post.look("of no answer", lambda: True) == "of no answer"
+    # An answer that waits for long is no stale one while its engine probes.
+    for _ in range(3):
+        clock.seconds += LONGEST_SILENCE_S / 2
+        post.look("k", never)
+    begin(post, key="new")
+    assert len(post) == 2
+
+
+def test_tokens_of_no_answer_are_an_error_of_the_servers_own(post):
+    with pytest.raises(RequestError, match="none waits for tokens") as caught:
+        post.extend("k", one(5), never)
+    assert caught.value.kind == "INTERNAL"
+
+
+def test_what_an_engine_leaves_behind_is_forgotten_after_a_time(post, begin, clock, byte_level):
+    begin(post, key="left", request_id="left")
+    clock.seconds += LONGEST_SILENCE_S
+    begin(post, key="alive", request_id="alive")
+    assert len(post) == 2
+    clock.seconds += 1
+    feed(post, byte_level.encode("x"), key="alive")
+    begin(post, key="new", request_id="new")
+    assert len(post) == 2
+    with pytest.raises(RequestError, match="it was silent for 3600 s"):
+        feed(post, byte_level.encode("x"), key="left")
+
+
+def test_there_are_never_more_answers_than_the_limit_and_the_stalest_goes_first(byte_level, begin, clock):
+    post = Postprocessor(byte_level, clock=clock, most_answers=3)
+    for number in range(3):
+        begin(post, key=str(number), request_id=str(number))
+    feed(post, byte_level.encode("x"), key="0")
+    begin(post, key="3", request_id="3")
+    assert len(post) == 3
+    feed(post, byte_level.encode("x"), key="0")
+    with pytest.raises(RequestError, match="3 others came since"):
+        feed(post, byte_level.encode("x"), key="1")
+
+
+def test_an_answer_that_cannot_be_written_is_given_up_and_its_engine_stopped(post, begin):
+    begin(post, return_log_probs=True)
+    with pytest.raises(RequestError, match="gave 0 log-probabilities for 1 tokens"):
+        post.extend("k", one(5), never)
+    assert [post.abandon("k"), post.abandon("k"), post.abandon("unknown")] == ["k", "", ""]
+
+
+def response(ids, **arrays) -> dict[str, np.ndarray]:
+    made = {
+        "output_ids": np.array([[ids]], dtype=np.int32),
+        "sequence_length": np.array([[len(ids)]], dtype=np.int32),
+        **arrays,
+    }
+    return {TOKEN_NAMES[name]: array for name, array in made.items()}
+
+
+def test_of_log_probabilities_of_all_tokens_so_far_the_last_are_this_responses():
+    logs = np.array([[[-1.0, -2.0, -3.0]]], dtype=np.float32)
+    cum = np.array([[-6.0]], dtype=np.float32)
+    assert read_tokens(response([7], output_log_probs=logs, cum_log_probs=cum)) == Tokens(
+        token_ids=(7,), log_probs=(-3.0,), cum_log_prob=-6.0
+    )
+    assert read_tokens(response([5, 6, 7], output_log_probs=logs)).log_probs == (-1.0, -2.0, -3.0)
+    assert read_tokens(response([], output_log_probs=logs)).log_probs == ()
+
+
+def test_padding_past_the_sequences_length_is_cut_off():
+    tensors = {**response([7, 8, -1]), TOKEN_NAMES["sequence_length"]: np.array([[2]], dtype=np.int32)}
+    assert read_tokens(tensors).token_ids == (7, 8)
+
+
+def test_responses_of_several_beams_or_without_their_tensors_are_refused():
+    beams = {**response([7]), TOKEN_NAMES["output_ids"]: np.zeros((1, 2, 1), dtype=np.int32)}
+    with pytest.raises(RequestError, match=r"shape \[1, 2, 1\], expected \[1, 1, n\]; is the engine's beam width 1"):
+        read_tokens(beams)
+    with pytest.raises(RequestError, match="TOKENS_BATCH, SEQUENCE_LENGTH absent"):
+        read_tokens({})

@@ -1,0 +1,200 @@
+"""What preprocessing tells an engine: TensorRT-LLM's tensors, worked by hand from its rules."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from wire_tensors import wire
+
+from triton_repo.contracts.ensemble import PREPROCESSING_INPUTS, PREPROCESSING_OUTPUTS, QUERY_NAMES
+from triton_repo.contracts.model_parameters import TextParameters
+from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, INPUTS
+from triton_repo.errors import RequestError
+from triton_repo.runtime.answer import AnswerPlan
+from triton_repo.runtime.options import plan_generation, read_options
+from triton_repo.runtime.steps.preprocessing import Preprocessor, prepare_stop
+from triton_repo.runtime.text.words import unpack_words
+
+ALWAYS = {
+    "INPUT_ID", "REQUEST_INPUT_LEN", "REQUEST_OUTPUT_LEN", "OUT_END_ID", "OUT_PAD_ID", "STREAMING", "RETURN_LOG_PROBS",
+    "RUNTIME_TOP_K", "ANSWER",
+}  # fmt: skip
+
+
+@pytest.fixture
+def prepare(byte_level):
+    """Prepares a request of wire values for a model of 64 tokens, by default with the tokenizer's own end token."""
+
+    def prepared(end_token_ids=(byte_level.eos_token_id,), max_prompt=63, num_unused_ids=0, one_end_id=False, **values):
+        parameters = TextParameters(
+            max_sequence=64, max_prompt=max_prompt, end_ids=end_token_ids, num_ids=byte_level.size + num_unused_ids,
+            one_end_id=one_end_id,
+        )  # fmt: skip
+        preprocessor = Preprocessor(byte_level, parameters)
+        tensors = wire(**{"text_input": "def ", "max_tokens": 8, **values})
+        return preprocessor.prepare({QUERY_NAMES[name]: tensor for name, tensor in tensors.items()})
+
+    return prepared
+
+
+def values_of(outputs) -> dict:
+    return {name: tensor.reshape(-1).tolist() for name, tensor in outputs.items() if name != "ANSWER"}
+
+
+def test_the_outputs_have_the_types_and_dims_that_are_declared(prepare):
+    outputs = prepare(
+        temperature=0.5, top_k=4, top_p=0.9, seed=2**64 - 1, min_tokens=1, repetition_penalty=1.5, presence_penalty=0.5,
+        frequency_penalty=0.25, stop_words=["a", "bc"], bad_words=["d"], return_log_probs=True, stream=True,
+    )  # fmt: skip
+    dtypes = {"INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BOOL": np.bool_, "STRING": np.object_}
+    declared = {tensor.name: tensor for tensor in PREPROCESSING_OUTPUTS}
+    # The key of the answer is drawn beside these; a request to stop others has outputs of its own.
+    outputs |= prepare_stop()
+    assert set(outputs) == set(declared) - {"ANSWER_KEY"}
+    for name, tensor in outputs.items():
+        assert tensor.dtype == dtypes[declared[name].dtype]
+        assert tensor.shape[0] == 1
+        dims = declared[name].dims
+        assert len(tensor.shape) == len(dims) + 1
+        assert all(dim in (-1, size) for dim, size in zip(dims, tensor.shape[1:], strict=True))
+
+
+def test_a_greedy_request_says_no_more_than_it_must(prepare, byte_level):
+    outputs = prepare()
+    assert set(outputs) == ALWAYS
+    ids, end = byte_level.encode("def "), byte_level.eos_token_id
+    assert values_of(outputs) == {
+        "INPUT_ID": ids, "REQUEST_INPUT_LEN": [len(ids)], "REQUEST_OUTPUT_LEN": [8], "OUT_END_ID": [end],
+        "OUT_PAD_ID": [end], "STREAMING": [False], "RETURN_LOG_PROBS": [False], "RUNTIME_TOP_K": [1],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"temperature": 0.0, "top_k": 5}, {"RUNTIME_TOP_K": [1]}),
+        ({"temperature": 0.5}, {"RUNTIME_TOP_K": [1]}),
+        (
+            {"temperature": 0.5, "top_p": 1.0},
+            {"RUNTIME_TOP_K": [0], "RUNTIME_TOP_P": [1.0], "TEMPERATURE": [0.5]},
+        ),
+        ({"top_k": 5}, {"RUNTIME_TOP_K": [5], "RUNTIME_TOP_P": [1.0], "TEMPERATURE": [1.0]}),
+        ({"top_p": 0.25}, {"RUNTIME_TOP_K": [0], "RUNTIME_TOP_P": [0.25], "TEMPERATURE": [1.0]}),
+        ({"temperature": 2.0, "top_p": 0.0}, {"RUNTIME_TOP_K": [1]}),
+    ],
+)
+def test_an_engine_that_is_greedy_unless_told_otherwise_is_told(prepare, given, expected):
+    found = values_of(prepare(seed=7, **given))
+    sampled = {"RUNTIME_TOP_K", "RUNTIME_TOP_P", "TEMPERATURE"} & set(found)
+    assert {name: found[name] for name in sampled} == expected
+    assert found.get("SEED") == (None if expected == {"RUNTIME_TOP_K": [1]} else [7])
+
+
+def test_a_minimum_that_tensorrt_llm_would_not_keep_is_refused(prepare, byte_level):
+    end = byte_level.eos_token_id
+    message = f"min_tokens: found 3 beside the end tokens {end}, 7, expected 0: .* name one in end_id"
+    with pytest.raises(RequestError, match=message):
+        prepare(min_tokens=3, end_token_ids=(end, 7), one_end_id=True)
+    for allowed in ({"end_id": 7}, {"end_id": -1}, {"min_tokens": 0}, {"one_end_id": False}, {"end_token_ids": (end,)}):
+        asked = {"min_tokens": 3, "end_token_ids": (end, 7), "one_end_id": True, **allowed}
+        assert prepare(**asked)["REQUEST_OUTPUT_LEN"].item() == 8
+
+
+def test_a_seed_is_drawn_for_a_sample_without_one_since_an_engine_would_take_0(prepare):
+    seeds = {int(prepare(top_p=1.0)["SEED"][0, 0]) for _ in range(5)}
+    assert len(seeds) == 5
+
+
+def test_end_tokens_beyond_the_first_are_stop_words_of_one_token(prepare, byte_level):
+    spelled = tuple(byte_level.encode("stop"))
+    outputs = prepare(end_token_ids=(3, 5, 9), stop_words=["stop"])
+    assert outputs["OUT_END_ID"].tolist() == [[3]]
+    words = unpack_words(outputs["STOP_WORDS_IDS"])
+    assert words[-2:] == ((5,), (9,))
+    assert spelled in words
+    assert AnswerPlan.from_json(outputs["ANSWER"][0, 0].decode()).end_ids == (3, 5, 9)
+
+
+def test_no_end_token_is_minus_one_which_an_engine_never_meets(prepare):
+    outputs = prepare(end_id=-1)
+    assert outputs["OUT_END_ID"].tolist() == [[-1]]
+    assert outputs["OUT_PAD_ID"].tolist() == [[0]]
+
+
+def test_the_output_is_cut_to_the_room_that_the_prompt_leaves(prepare, byte_level):
+    room = 64 - len(byte_level.encode("def "))
+    assert prepare(max_tokens=1000)["REQUEST_OUTPUT_LEN"].tolist() == [[room]]
+
+
+@pytest.mark.parametrize(
+    ("given", "streaming"),
+    [({}, False), ({"stream": True}, True), ({"stop_words": ["a"]}, True), ({"stream": False}, False)],
+)
+def test_an_engine_streams_where_each_token_is_looked_at(prepare, given, streaming):
+    assert prepare(**given)["STREAMING"].tolist() == [[streaming]]
+
+
+def test_a_stop_word_that_could_begin_in_the_prompt_is_left_to_the_text(prepare, byte_level):
+    ids = byte_level.encode("def ")
+    word = byte_level.decode([ids[-1], *byte_level.encode("q")])
+    assert byte_level.encode(word)[:1] == [ids[-1]]
+    outputs = prepare(stop_words=[word])
+    words = unpack_words(outputs["STOP_WORDS_IDS"]) if "STOP_WORDS_IDS" in outputs else ()
+    assert all(sequence[0] != ids[-1] for sequence in words)
+    assert AnswerPlan.from_json(outputs["ANSWER"][0, 0].decode()).stop_words == (word,)
+
+
+def test_bad_words_are_spelled(prepare, byte_level):
+    words = unpack_words(prepare(bad_words=["語"])["BAD_WORDS_IDS"])
+    assert tuple(byte_level.encode("語")) in words
+
+
+def test_ids_that_stand_for_no_text_are_bad_words_where_the_engine_does_not_mask_them(prepare, byte_level):
+    size = byte_level.size
+    words = unpack_words(prepare(num_unused_ids=3, bad_words=["q"])["BAD_WORDS_IDS"])
+    assert words[-3:] == ((size,), (size + 1,), (size + 2,))
+    assert tuple(byte_level.encode("q")) in words
+    assert "BAD_WORDS_IDS" not in prepare()
+
+
+def test_a_prompt_longer_than_the_engine_reads_at_a_time_is_refused(prepare, byte_level):
+    size = len(byte_level.encode("def "))
+    assert prepare(max_prompt=size)
+    with pytest.raises(RequestError, match=f"found a prompt of {size} tokens, expected at most {size - 1}, which the"):
+        prepare(max_prompt=size - 1)
+
+
+def test_the_answers_plan_survives_its_json(prepare):
+    text = prepare(
+        text_input="naïve 😀 ",
+        stop_words=["語", "\n"],
+        exclude_input_in_output=False,
+        return_log_probs=True,
+    )["ANSWER"][0, 0].decode()
+    plan = AnswerPlan.from_json(text)
+    assert (plan.prefix, plan.stop_words, plan.most_tokens) == ("naïve 😀 ", ("語", "\n"), 8)
+    assert plan.to_json() == text
+    with pytest.raises(ValueError, match="keys missing or unknown: num_input_tokens"):
+        AnswerPlan.from_json(text.replace("num_input_tokens", "other"))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"max_tokens": 0, "top_p": 7.0}, {"text_input": ""}, {"end_id": 99999}, {"text_input": "x" * 200}]
+)
+def test_a_refusal_is_word_for_word_that_of_a_model_without_steps(prepare, byte_level, bad):
+    def plan():
+        options = read_options(wire(**{"text_input": "def ", "max_tokens": 8, **bad}))
+        plan_generation(options, byte_level, max_sequence=64, end_token_ids=(byte_level.eos_token_id,))
+
+    with pytest.raises(RequestError) as single:
+        plan()
+    with pytest.raises(RequestError) as first_step:
+        prepare(**bad)
+    assert str(first_step.value) == str(single.value)
+
+
+def test_every_tensor_of_the_wire_has_a_name_here():
+    assert [tensor.name for tensor in PREPROCESSING_INPUTS] == [
+        QUERY_NAMES[tensor.name] for tensor in (*INPUTS, *COMPATIBILITY_INPUTS)
+    ]
+    assert len(set(QUERY_NAMES.values())) == len(QUERY_NAMES)

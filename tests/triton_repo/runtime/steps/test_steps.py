@@ -1,0 +1,129 @@
+"""The three steps of an ensemble one after the other, without Triton, against the model without steps."""
+
+from __future__ import annotations
+
+import pytest
+from served import answers
+from wire_tensors import wire
+
+from triton_repo.contracts.ensemble import ENGINE_NAMES, QUERY_NAMES, TOKEN_NAMES
+from triton_repo.contracts.model_parameters import TextParameters
+from triton_repo.runtime import answer as answer_module
+from triton_repo.runtime.answer import Piece, join
+from triton_repo.runtime.steps.postprocessing import Postprocessor, read_tokens
+from triton_repo.runtime.steps.preprocessing import Preprocessor
+from triton_repo.runtime.steps.token_engine import respond
+from triton_repo.runtime.steps.token_request import read_token_request
+from triton_repo.runtime.text.detokenizer import Detokenizer
+
+TEXTS = (
+    "return hello", "smile 😀 and 😀😁 again", "日本語の文章", "cafe\u0301 nai\u0308ve Ångström", "👩‍👩‍👧 🏳️‍🌈",
+    "  a b \n\t b", "é",
+)  # fmt: skip
+OPTIONS = (
+    {},
+    {"stream": True},
+    {"stream": True, "return_log_probs": True},
+    {"return_log_probs": True},
+    {"stream": True, "stop_words": ["b", "文章", "😁", "ll"]},
+    {"stop_words": ["nai", "\n", " and "]},
+    {"stream": True, "max_tokens": 3},
+    {"max_tokens": 4, "exclude_input_in_output": False, "stream": True},
+    {"stream": True, "end_id": -1, "max_tokens": 12, "temperature": 1.0, "seed": 3, "top_k": 40},
+    {"min_tokens": 4, "repetition_penalty": 1.3, "stream": True},
+)
+
+
+def single(session, tokenizer, values) -> list[Piece]:
+    return answers(session, tokenizer, wire(**values))
+
+
+def in_steps(session, tokenizer, values) -> list[Piece]:
+    """What an ensemble of the same engine would send."""
+    parameters = TextParameters(
+        max_sequence=session.max_sequence, max_prompt=session.max_sequence - 1,
+        end_ids=session.engine.manifest.eos_token_ids, num_ids=tokenizer.size,
+    )  # fmt: skip
+    preprocessor = Preprocessor(tokenizer, parameters)
+    postprocessor = Postprocessor(tokenizer)
+    prepared = preprocessor.prepare({QUERY_NAMES[name]: tensor for name, tensor in wire(**values).items()})
+    postprocessor.register("k", "r", prepared["ANSWER"][0, 0].decode())
+    tensors = {ENGINE_NAMES[name]: tensor for name, tensor in prepared.items() if name in ENGINE_NAMES}
+    manifest = session.engine.manifest
+    request = read_token_request(tensors, session.max_sequence, tokenizer.size, manifest.eos_token_ids)
+    pieces, stopped = [], []
+
+    def is_stopped() -> bool:
+        return bool(stopped)
+
+    for response, _ in respond(session, request, is_stopped, session.new_cache()):
+        tokens = read_tokens({TOKEN_NAMES[name]: array for name, array in response.items() if name in TOKEN_NAMES})
+        step = postprocessor.extend("k", tokens, lambda: False)
+        pieces += [step.piece] if step.piece else []
+        stopped += [step.stop] if step.stop else []
+    assert len(postprocessor) == 0
+    return pieces
+
+
+@pytest.mark.parametrize("layout", [single, in_steps])
+@pytest.mark.parametrize("end", [1, 2], ids=["second", "third"])
+def test_the_least_number_of_tokens_keeps_every_end_token_away(scripted_with, byte_level, layout, end):
+    """An engine knows one end token; the model's others reach it as stop words (NVIDIA/TensorRT-LLM#4776)."""
+    ids = [*byte_level.encode("ab"), byte_level.eos_token_id]
+    end_ids = (byte_level.eos_token_id, *byte_level.encode("q~"))
+
+    def answer(**values):
+        session = scripted_with(byte_level, "ab")
+        # After two tokens the script says one of the further end tokens for ever.
+        session.script = [*ids[:2], end_ids[end]]
+        session.engine.manifest.eos_token_ids = end_ids
+        return join(layout(session, byte_level, {"text_input": "def a ", "max_tokens": 9, "stream": True, **values}))
+
+    assert answer().token_ids == (*ids[:2], end_ids[end])
+    late = answer(min_tokens=6)
+    assert len(late.token_ids) == 7
+    assert not set(end_ids) & set(late.token_ids[:6])
+    assert (late.token_ids[-1], late.finish_reason) == (end_ids[end], "stop")
+    # A stop word ends an answer at any time, though it be one token.
+    assert answer(min_tokens=6, stop_words=["b"]).text == "a"
+
+
+def without_log_probs(pieces):
+    return [(piece.text, piece.token_ids, piece.finish_reason, piece.num_output_tokens) for piece in pieces]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
+def test_steps_send_the_pieces_of_a_model_without_steps(request, scripted_with, name, options):
+    tokenizer = request.getfixturevalue(name)
+    for text in TEXTS:
+        values = {"text_input": "def a ", "max_tokens": 60, **options}
+        expected = single(scripted_with(tokenizer, text), tokenizer, values)
+        found = in_steps(scripted_with(tokenizer, text), tokenizer, values)
+        assert without_log_probs(found) == without_log_probs(expected)
+        assert {piece.num_input_tokens for piece in found} == {expected[0].num_input_tokens}
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.log_probs == (theirs.log_probs and pytest.approx(theirs.log_probs, rel=1e-5, abs=1e-6))
+            assert ours.cum_log_prob == (theirs.cum_log_prob and pytest.approx(theirs.cum_log_prob, rel=1e-5))
+
+
+class DeltaDetokenizer(Detokenizer):
+    """The fault to be seen: each token decoded alone."""
+
+    def push(self, token_id: int) -> str:
+        return self._tokenizer.decode([token_id])
+
+    def flush(self) -> str:
+        return ""
+
+
+@pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
+def test_decoding_each_token_alone_would_break_characters_and_be_seen(request, scripted_with, name, monkeypatch):
+    tokenizer = request.getfixturevalue(name)
+    values = {"text_input": "def a ", "max_tokens": 60, "stream": True}
+    expected = [single(scripted_with(tokenizer, text), tokenizer, values) for text in TEXTS]
+    monkeypatch.setattr(answer_module, "Detokenizer", DeltaDetokenizer)
+    found = [in_steps(scripted_with(tokenizer, text), tokenizer, values) for text in TEXTS]
+    broken = ["".join(piece.text for piece in pieces) for pieces in found]
+    assert sum("\ufffd" in text for text in broken) >= 4
+    assert without_log_probs(found[1]) != without_log_probs(expected[1])

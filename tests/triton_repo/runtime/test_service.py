@@ -1,0 +1,68 @@
+"""From wire tensors to wire tensors without Triton."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from served import answers
+
+from export.errors import MoeshipError
+from triton_repo.contracts.wire import OURS, OUTPUTS
+from triton_repo.errors import RequestError
+from triton_repo.runtime.answer import Piece
+from triton_repo.runtime.responses import failure, wire_outputs
+
+
+def request(**values) -> dict:
+    return {
+        name: np.array([[value]], dtype=object if isinstance(value, bytes) else None) for name, value in values.items()
+    }
+
+
+def test_a_request_that_does_not_stream_has_one_piece_with_all(scripted, byte_level):
+    asked = {"text_input": b"def ", "max_tokens": 50}
+    [whole] = answers(scripted("return hello"), byte_level, request(**asked))
+    pieces = answers(scripted("return hello"), byte_level, request(**asked, stream=True))
+    assert whole.text == "".join(piece.text for piece in pieces) == "return hello"
+    assert len(pieces) > 1
+    assert whole.finish_reason == "stop"
+
+
+def test_outputs_are_those_of_the_contract_with_its_types():
+    piece = Piece(
+        text="né", token_ids=(4, 5), log_probs=(-0.5, -0.25), cum_log_prob=-2.0, finish_reason="length",
+        num_input_tokens=3, num_output_tokens=9,
+    )  # fmt: skip
+    outputs = wire_outputs(piece)
+    dtypes = {"STRING": np.object_, "INT32": np.int32, "FP32": np.float32}
+    assert {name: value.dtype.type for name, value in outputs.items()} == {
+        tensor.name: dtypes[tensor.dtype] for tensor in (*OUTPUTS, *OURS)
+    }
+    assert outputs["text_output"].tolist() == ["né".encode()]
+    assert outputs["token_ids"].tolist() == [[4, 5]]
+    assert outputs["output_log_probs"].tolist() == [[-0.5, -0.25]]
+    assert outputs["cum_log_probs"].tolist() == [[-2.0]]
+    assert outputs["finish_reason"].tolist() == [[b"length"]]
+    assert (outputs["num_input_tokens"].tolist(), outputs["num_output_tokens"].tolist()) == ([[3]], [[9]])
+
+
+def test_a_failure_of_the_requests_own_keeps_its_status_and_text():
+    assert failure(RequestError("found 0")) == ("INVALID_ARG", "INVALID_ARGUMENT: found 0")
+    assert failure(RequestError("NaN", kind="INTERNAL")) == ("INTERNAL", "INTERNAL: NaN")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), MoeshipError("by zero")])
+def test_any_other_failure_is_internal_and_logged(error, caplog):
+    ours = isinstance(error, MoeshipError)
+    reason = "by zero" if ours else "the server failed; its log has the reason"
+    assert failure(error) == ("INTERNAL", f"INTERNAL: answering the request: {reason}")
+    assert "for a reason of the server's own" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["INVALID_ARG", "INTERNAL"])
+def test_a_message_stays_below_2_kb_and_has_no_control_characters(kind):
+    for text in ("日" * 5000, "a" * 5000, "a\x00\x1b[2Jb\u202e\n  - c" * 900):
+        _, message = failure(RequestError(text, kind=kind))
+        assert len(message.encode()) < 2000
+        assert all(letter == "\n" or letter.isprintable() for letter in message)
+    assert failure(RequestError("a\x07\n  - né"))[1] == "INVALID_ARGUMENT: a\\x07\n  - né"

@@ -1,0 +1,220 @@
+"""The tensors between the models of an ensemble: text to tokens, tokens to tokens, tokens to text.
+
+The ensemble bears the deployment's name and has the tensors of `contract`. Its steps:
+
+    preprocessing   a request's text and options   -> token ids and options, and what the answer takes (ANSWER)
+    postprocessing  ANSWER, token ids and options  -> the same token ids and options, once it knows of the answer
+    tensorrt_llm    token ids and options          -> token ids, a response each
+    postprocessing  token ids                      -> the tensors of `contract`
+
+`tensorrt_llm` has the tensors of TensorRT-LLM 1.2's model of that name, whether its C++ backend or ONNX Runtime runs
+(triton_backend/all_models/inflight_batcher_llm/tensorrt_llm/config.pbtxt upstream); names of the others are upstream's
+where upstream has them (ensemble/, preprocessing/ and postprocessing/config.pbtxt there). Dims exclude the batch
+dimension. This module imports the contract alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, INPUTS, OURS, OUTPUTS
+
+PREPROCESSING = "preprocessing"
+TOKEN_ENGINE = "tensorrt_llm"
+POSTPROCESSING = "postprocessing"
+STEP_MODELS = (PREPROCESSING, TOKEN_ENGINE, POSTPROCESSING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTensor:
+    """One input or output. `dims` without the batch dimension, -1 is any length; `scalar`: on the wire [1], to the
+    model []; `ragged`: requests of several lengths may be batched.
+    """
+
+    name: str
+    dtype: str
+    dims: tuple[int, ...] = (1,)
+    optional: bool = False
+    scalar: bool = False
+    ragged: bool = False
+
+
+def _scalar(name: str, dtype: str, *, optional: bool = True) -> ModelTensor:
+    return ModelTensor(name=name, dtype=dtype, optional=optional, scalar=True)
+
+
+def _ragged(name: str, dtype: str, *dims: int) -> ModelTensor:
+    return ModelTensor(name=name, dtype=dtype, dims=dims, optional=True, ragged=True)
+
+
+# The data types that upstream leaves open: those of logits in float32, and of prompt tables and features in float16.
+LOGITS_DTYPE = "FP32"
+_TABLE_DTYPE = "FP16"
+
+# Of tensorrt_llm, in upstream's order.
+TOKEN_INPUTS: tuple[ModelTensor, ...] = (
+    _ragged("input_ids", "INT32", -1),
+    _ragged("encoder_input_features", _TABLE_DTYPE, -1, -1),
+    _scalar("encoder_output_lengths", "INT32"),
+    _scalar("input_lengths", "INT32", optional=False),
+    _scalar("request_output_len", "INT32", optional=False),
+    _scalar("num_return_sequences", "INT32"),
+    _ragged("draft_input_ids", "INT32", -1),
+    _ragged("decoder_input_ids", "INT32", -1),
+    _scalar("decoder_input_lengths", "INT32"),
+    _ragged("draft_logits", LOGITS_DTYPE, -1, -1),
+    _scalar("draft_acceptance_threshold", "FP32"),
+    _scalar("end_id", "INT32"),
+    _scalar("pad_id", "INT32"),
+    _ragged("stop_words_list", "INT32", 2, -1),
+    _ragged("bad_words_list", "INT32", 2, -1),
+    _ragged("embedding_bias", "FP32", -1),
+    _scalar("beam_width", "INT32"),
+    _scalar("temperature", "FP32"),
+    _scalar("runtime_top_k", "INT32"),
+    _scalar("runtime_top_p", "FP32"),
+    _scalar("runtime_top_p_min", "FP32"),
+    _scalar("runtime_top_p_decay", "FP32"),
+    _scalar("runtime_top_p_reset_ids", "INT32"),
+    _scalar("len_penalty", "FP32"),
+    _scalar("early_stopping", "BOOL"),
+    _scalar("repetition_penalty", "FP32"),
+    _scalar("min_tokens", "INT32"),
+    _scalar("beam_search_diversity_rate", "FP32"),
+    _scalar("presence_penalty", "FP32"),
+    _scalar("frequency_penalty", "FP32"),
+    _scalar("seed", "UINT64"),
+    _scalar("return_log_probs", "BOOL"),
+    _scalar("return_context_logits", "BOOL"),
+    _scalar("return_generation_logits", "BOOL"),
+    _scalar("return_perf_metrics", "BOOL"),
+    _scalar("return_num_input_tokens", "BOOL"),
+    _scalar("return_num_output_tokens", "BOOL"),
+    _scalar("exclude_input_in_output", "BOOL"),
+    _scalar("stop", "BOOL"),
+    _scalar("streaming", "BOOL"),
+    _ragged("prompt_embedding_table", _TABLE_DTYPE, -1, -1),
+    _ragged("prompt_table_extra_ids", "UINT64", -1),
+    _scalar("prompt_vocab_size", "INT32"),
+    _ragged("cross_attention_mask", "BOOL", -1, -1),
+    ModelTensor(name="mrope_rotary_cos_sin", dtype="FP32", dims=(-1,), optional=True),
+    ModelTensor(name="mrope_position_deltas", dtype="INT64", optional=True),
+    _scalar("lora_task_id", "UINT64"),
+    _ragged("lora_weights", "FP16", -1, -1),
+    _ragged("lora_config", "INT32", -1, 3),
+    _ragged("context_phase_params", "UINT8", -1),
+    _ragged("skip_cross_attn_blocks", "BOOL", 1),
+    _ragged("retention_token_range_starts", "INT32", -1),
+    _ragged("retention_token_range_ends", "INT32", -1),
+    _ragged("retention_token_range_priorities", "INT32", -1),
+    _ragged("retention_token_range_durations_ms", "INT32", -1),
+    _ragged("retention_decode_priority", "INT32", 1),
+    _ragged("retention_decode_duration_ms", "INT32", 1),
+    _ragged("guided_decoding_guide_type", "STRING", 1),
+    _ragged("guided_decoding_guide", "STRING", 1),
+    _ragged("lookahead_window_size", "INT32", 1),
+    _ragged("lookahead_ngram_size", "INT32", 1),
+    _ragged("lookahead_verification_set_size", "INT32", 1),
+)
+
+
+def _output(name: str, dtype: str, *dims: int) -> ModelTensor:
+    return ModelTensor(name=name, dtype=dtype, dims=dims or (1,))
+
+
+TOKEN_OUTPUTS: tuple[ModelTensor, ...] = (
+    _output("output_ids", "INT32", -1, -1),
+    _output("sequence_length", "INT32", -1),
+    _output("cum_log_probs", "FP32", -1),
+    _output("output_log_probs", "FP32", -1, -1),
+    _output("context_logits", LOGITS_DTYPE, -1, -1),
+    _output("generation_logits", LOGITS_DTYPE, -1, -1, -1),
+    _output("batch_index", "INT32"),
+    _output("sequence_index", "INT32"),
+    _output("context_phase_params", "UINT8", -1),
+    _output("kv_cache_alloc_new_blocks", "INT32"),
+    _output("kv_cache_reused_blocks", "INT32"),
+    _output("kv_cache_alloc_total_blocks", "INT32"),
+    _output("arrival_time_ns", "INT64"),
+    _output("first_scheduled_time_ns", "INT64"),
+    _output("first_token_time_ns", "INT64"),
+    _output("last_token_time_ns", "INT64"),
+    _output("acceptance_rate", "FP32"),
+    _output("total_accepted_draft_tokens", "INT32"),
+    _output("total_draft_tokens", "INT32"),
+    _output("num_input_tokens", "INT32"),
+    _output("num_output_tokens", "INT32"),
+)
+# Beside upstream's, of an engine that ONNX Runtime runs: the key of the answer, which it gives back with each response
+# to a request that has one, whether the response ends an answer that nobody waits for, and whether it is a probe, which
+# has no tokens and asks if somebody waits.
+ENGINE_KEY_INPUT = _scalar("answer_key", "STRING")
+ENGINE_KEY_OUTPUT = _output("answer_key", "STRING")
+ENGINE_CANCELLED = _output("is_cancelled", "BOOL")
+ENGINE_PROBE = _output("is_probe", "BOOL")
+# What answers are made of; an engine that has no more to tell gives these.
+ANSWER_OUTPUTS = ("output_ids", "sequence_length", "cum_log_probs", "output_log_probs")
+
+# The wire's tensors under the names that preprocessing has for them.
+_UPSTREAM_QUERY_NAMES = {
+    "text_input": "QUERY", "max_tokens": "REQUEST_OUTPUT_LEN", "stop_words": "STOP_WORDS_DICT",
+    "bad_words": "BAD_WORDS_DICT",
+}  # fmt: skip
+QUERY_NAMES: dict[str, str] = {
+    tensor.name: _UPSTREAM_QUERY_NAMES.get(tensor.name, tensor.name.upper())
+    for tensor in (*INPUTS, *COMPATIBILITY_INPUTS)
+}
+PREPROCESSING_INPUTS: tuple[ModelTensor, ...] = tuple(
+    ModelTensor(name=QUERY_NAMES[tensor.name], dtype=tensor.dtype, dims=tensor.dims, optional=tensor.optional)
+    for tensor in (*INPUTS, *COMPATIBILITY_INPUTS)
+)
+
+STOP_REQUESTS = "STOP_REQUESTS"
+# What preprocessing gives to the engine: its own name and the engine's.
+ENGINE_NAMES: dict[str, str] = {
+    "INPUT_ID": "input_ids", "REQUEST_INPUT_LEN": "input_lengths", "REQUEST_OUTPUT_LEN": "request_output_len",
+    "STOP_WORDS_IDS": "stop_words_list", "BAD_WORDS_IDS": "bad_words_list", "OUT_END_ID": "end_id",
+    "OUT_PAD_ID": "pad_id", "RUNTIME_TOP_K": "runtime_top_k", "RUNTIME_TOP_P": "runtime_top_p",
+    "TEMPERATURE": "temperature", "SEED": "seed", "MIN_TOKENS": "min_tokens",
+    "REPETITION_PENALTY": "repetition_penalty", "PRESENCE_PENALTY": "presence_penalty",
+    "FREQUENCY_PENALTY": "frequency_penalty", "RETURN_LOG_PROBS": "return_log_probs", "STREAMING": "streaming",
+    STOP_REQUESTS: "stop",
+}  # fmt: skip
+ANSWER = ModelTensor(name="ANSWER", dtype="STRING")
+ANSWER_KEY = ModelTensor(name="ANSWER_KEY", dtype="STRING", optional=True)
+CANCELLED = ModelTensor(name="CANCELLED", dtype="BOOL", optional=True)
+PROBE = ModelTensor(name="PROBE", dtype="BOOL", optional=True)
+_BY_NAME = {tensor.name: tensor for tensor in TOKEN_INPUTS}
+_ENGINE_TENSORS: tuple[ModelTensor, ...] = tuple(
+    ModelTensor(name=ours, dtype=_BY_NAME[theirs].dtype, dims=_BY_NAME[theirs].dims, optional=True)
+    for ours, theirs in ENGINE_NAMES.items()
+)
+PREPROCESSING_OUTPUTS: tuple[ModelTensor, ...] = (*_ENGINE_TENSORS, ANSWER, ANSWER_KEY)
+
+# The engine's tensors under the names that postprocessing has for them.
+TOKEN_NAMES: dict[str, str] = {
+    "output_ids": "TOKENS_BATCH", "sequence_length": "SEQUENCE_LENGTH", "cum_log_probs": "CUM_LOG_PROBS",
+    "output_log_probs": "OUTPUT_LOG_PROBS",
+}  # fmt: skip
+# Before the engine begins ANSWER and all that goes to the engine, which passes through: an ensemble's step may not take
+# some inputs from before a decoupled step and some from it. Then a response of the engine's.
+POSTPROCESSING_INPUTS: tuple[ModelTensor, ...] = (
+    ModelTensor(name=ANSWER.name, dtype=ANSWER.dtype, optional=True),
+    ANSWER_KEY,
+    *_ENGINE_TENSORS,
+    *(
+        ModelTensor(name=TOKEN_NAMES[tensor.name], dtype=tensor.dtype, dims=tensor.dims, optional=True)
+        for tensor in TOKEN_OUTPUTS
+        if tensor.name in TOKEN_NAMES
+    ),
+    CANCELLED,
+    PROBE,
+)
+TEXT_NAMES: dict[str, str] = {
+    tensor.name: "OUTPUT" if tensor.name == "text_output" else tensor.name.upper() for tensor in (*OUTPUTS, *OURS)
+}
+POSTPROCESSING_OUTPUTS: tuple[ModelTensor, ...] = (
+    *(ModelTensor(name=TEXT_NAMES[tensor.name], dtype=tensor.dtype, dims=tensor.dims) for tensor in (*OUTPUTS, *OURS)),
+    *_ENGINE_TENSORS,
+    ANSWER_KEY,
+)

@@ -1,0 +1,140 @@
+"""What a packaged model needs to know of itself, to and from the parameters of its config.pbtxt.
+
+Triton's parameters are texts; these dataclasses are the one place where they become values and back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from export.errors import shown
+from export.reading import whole_number
+from triton_repo.errors import RepositoryError
+
+TRITON_BACKEND = "tensorrtllm"  # what config.pbtxt calls TensorRT-LLM's C++ backend; engine.json has another word
+MODEL_FILE = "model.py"  # a model's program, within a version's folder
+ENGINE_FOLDER = "engine"  # within a version's folder
+ENGINE_KEY = "moeship_engine"
+THREADS_KEY = "moeship_threads"
+WORKERS_KEY = "moeship_workers"
+TOKENIZER_KEY = "tokenizer_dir"
+MAX_SEQUENCE_KEY = "moeship_max_sequence"
+MAX_PROMPT_KEY = "moeship_max_prompt"
+END_IDS_KEY = "moeship_end_ids"
+NUM_IDS_KEY = "moeship_num_ids"
+WORLD_SIZE_KEY = "moeship_world_size"
+GPUS_KEY = "moeship_gpus"
+ONE_END_ID_KEY = "moeship_one_end_id"
+ECHOES_KEYS_KEY = "moeship_echoes_keys"
+MAX_THREADS = 4096  # of one instance
+MAX_WORKERS = 4096  # of one instance
+_AUTOMATIC = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelParameters:
+    """`engine`: the engine's folder within the version's. `threads`: of one worker; None shares the cores out."""
+
+    engine: str = "engine"
+    threads: int | None = None
+
+    def to_texts(self) -> dict[str, str]:
+        """Parameter key to text."""
+        return {ENGINE_KEY: self.engine, THREADS_KEY: _AUTOMATIC if self.threads is None else str(self.threads)}
+
+    @classmethod
+    def from_texts(cls, texts: Mapping[str, str], model: str) -> ModelParameters:
+        """Raises RepositoryError for an absent key or a text that is no value of it."""
+        absent = [key for key in (ENGINE_KEY, THREADS_KEY) if key not in texts]
+        threads = texts.get(THREADS_KEY, "")
+        number = whole_number(threads, 1, MAX_THREADS)
+        if absent or (number is None and threads != _AUTOMATIC):
+            problem = f"absent: {', '.join(absent)}" if absent else f"{THREADS_KEY} is {shown(threads)}"
+            raise RepositoryError(
+                f"reading the parameters of the model {model}: {problem}; expected {ENGINE_KEY} with a folder's name "
+                f"and {THREADS_KEY} with a number of 1 to {MAX_THREADS} or {_AUTOMATIC!r}: package the engine again"
+            )
+        return cls(engine=texts[ENGINE_KEY], threads=number)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelParameters:
+        """From the JSON form of a model configuration that Triton hands to a model."""
+        return cls.from_texts(config_texts(config), config["name"])
+
+    def threads_of_one(self, count: int) -> int | None:
+        """Threads for one of `count` that run at the same time: as packaged, else the usable cores shared out; None
+        leaves it to the runtime."""
+        if self.threads is not None or count == 1:
+            return self.threads
+        return max(1, len(os.sched_getaffinity(0)) // count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextParameters:
+    """Of the models that turn text into tokens and back. `tokenizer`: its folder within the version's; `max_sequence`:
+    tokens of prompt and output together, `max_prompt` of the prompt; `end_ids`: the model's end tokens; `num_ids`: how
+    many ids the engine chooses from, those past the tokenizer's size included where it does not mask them;
+    `one_end_id`: the engine keeps a minimum of new tokens from one end token alone, as TensorRT-LLM does;
+    `echoes_keys`: the engine gives the key of an answer back with each response.
+    """
+
+    tokenizer: str = "tokenizer"
+    max_sequence: int
+    max_prompt: int
+    end_ids: tuple[int, ...]
+    num_ids: int
+    one_end_id: bool = False
+    echoes_keys: bool = True
+
+    def to_texts(self) -> dict[str, str]:
+        """Parameter key to text."""
+        return {
+            TOKENIZER_KEY: self.tokenizer,
+            MAX_SEQUENCE_KEY: str(self.max_sequence),
+            MAX_PROMPT_KEY: str(self.max_prompt),
+            END_IDS_KEY: ",".join(map(str, self.end_ids)),
+            NUM_IDS_KEY: str(self.num_ids),
+            ONE_END_ID_KEY: str(int(self.one_end_id)),
+            ECHOES_KEYS_KEY: str(int(self.echoes_keys)),
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> TextParameters:
+        """From the JSON form of a model configuration. Raises RepositoryError for what `to_texts` did not write."""
+        texts = config_texts(config)
+        try:
+            return cls(
+                tokenizer=texts[TOKENIZER_KEY],
+                max_sequence=int(texts[MAX_SEQUENCE_KEY]),
+                max_prompt=int(texts[MAX_PROMPT_KEY]),
+                end_ids=tuple(int(text) for text in texts[END_IDS_KEY].split(",") if text),
+                num_ids=int(texts[NUM_IDS_KEY]),
+                one_end_id=bool(int(texts[ONE_END_ID_KEY])),
+                echoes_keys=bool(int(texts[ECHOES_KEYS_KEY])),
+            )
+        except (KeyError, ValueError) as error:
+            raise RepositoryError(
+                f"reading the parameters of the model {config['name']}: {type(error).__name__}: {error}; expected "
+                "those that packaging writes: package the engine again"
+            ) from error
+
+
+def read_workers(config: Mapping[str, Any]) -> int:
+    """How many requests an instance answers at a time where ONNX Runtime runs the engine, from the JSON form of its
+    model's configuration. Raises RepositoryError."""
+    text = config_texts(config).get(WORKERS_KEY)
+    workers = None if text is None else whole_number(text, 1, MAX_WORKERS)
+    if workers is None:
+        raise RepositoryError(
+            f"reading the parameters of the model {config['name']}: {WORKERS_KEY} is {shown(text)}, expected a number "
+            "of 1 or more: package the engine again"
+        )
+    return workers
+
+
+def config_texts(config: Mapping[str, Any]) -> dict[str, str]:
+    """The parameters of a model configuration's JSON form as texts."""
+    return {key: value["string_value"] for key, value in config["parameters"].items()}

@@ -1,0 +1,1 @@
+"""Engine directory in, models of a Triton model repository out."""

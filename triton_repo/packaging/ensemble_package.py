@@ -1,0 +1,121 @@
+"""An engine's facts in, the four models of an ensemble out, in a folder that becomes a repository.
+
+preprocessing/1/model.py, tokenizer/       text to tokens
+tensorrt_llm/1/engine/                     the engine's files, linked; with ONNX Runtime model.py beside them
+postprocessing/1/model.py, tokenizer/      tokens to text
+NAME/1/                                    the ensemble, which has no file of its own
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from triton_repo.contracts.ensemble import POSTPROCESSING, PREPROCESSING, TOKEN_ENGINE
+from triton_repo.contracts.model_parameters import ENGINE_FOLDER, MODEL_FILE, ModelParameters, TextParameters
+from triton_repo.contracts.seal import write_seal
+from triton_repo.contracts.trtllm_parameters import TensorrtLlmParameters
+from triton_repo.packaging.engine_facts import EngineFacts
+from triton_repo.packaging.ensemble_config import (
+    ensemble_config,
+    onnxruntime_config,
+    tensorrt_llm_config,
+    text_model_config,
+)
+from triton_repo.packaging.model_config import CONFIG_FILE, config_text
+from triton_repo.packaging.placing import place_files
+
+if TYPE_CHECKING:
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+VERSION = "1"
+MODELS_FOLDER = Path(__file__).parents[1] / "models"
+# Version folders without a file are lost where repositories lie in object storage.
+KEEP_FILE = ".keep"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnsembleOptions:
+    """`served_from`: where the repository lies when it is served, an absolute path; `workers` and `threads` are for
+    ONNX Runtime, `tensorrt_llm` for the C++ backend."""
+
+    name: str
+    served_from: Path
+    workers: int = 1
+    threads: int | None = None
+    copy: bool = False
+    tensorrt_llm: TensorrtLlmParameters = field(default_factory=TensorrtLlmParameters)
+
+
+def write_ensemble(folder: Path, facts: EngineFacts, options: EnsembleOptions) -> int:
+    """Fill the four models' folders, which exist; returns the bytes that were copied rather than linked.
+
+    Raises RepositoryError for parameters that do not go with the engine.
+    """
+    text = TextParameters(
+        max_sequence=facts.max_sequence,
+        max_prompt=_max_prompt(facts, options.tensorrt_llm),
+        end_ids=facts.end_token_ids,
+        num_ids=facts.num_ids,
+        one_end_id=facts.runs_on_tensorrt_llm,
+        echoes_keys=not facts.runs_on_tensorrt_llm,
+    )
+    copied = 0
+    for name in (PREPROCESSING, POSTPROCESSING):
+        _write_config(folder / name, text_model_config(name, facts.max_batch, text))
+        version = _write_model_file(folder / name)
+        copied += place_files(facts, facts.tokenizer_files, version / text.tokenizer, copy=options.copy).copied_bytes
+    copied += _write_token_engine(folder / TOKEN_ENGINE, facts, options)
+    config = ensemble_config(options.name, facts.max_batch, echoes_keys=text.echoes_keys)
+    _write_config(folder / options.name, config)
+    (_make_version(folder / options.name) / KEEP_FILE).touch()
+    return copied
+
+
+def _max_prompt(facts: EngineFacts, parameters: TensorrtLlmParameters) -> int:
+    """Tokens of the longest prompt: at least one new token must fit behind it, and TensorRT-LLM reads it in one step
+    unless it is told to read it in parts (cpp/tensorrt_llm/batch_manager/trtGptModel.h)."""
+    longest = facts.max_sequence - 1
+    if facts.max_num_tokens is None or parameters.enable_chunked_context:
+        return longest
+    return min(longest, facts.max_num_tokens)
+
+
+def _write_token_engine(folder: Path, facts: EngineFacts, options: EnsembleOptions) -> int:
+    if facts.runs_on_tensorrt_llm:
+        parameters = options.tensorrt_llm
+        if parameters.kv_cache_free_gpu_mem_fraction is None:
+            parameters = dataclasses.replace(parameters, kv_cache_free_gpu_mem_fraction=facts.kv_cache_fraction)
+        texts = parameters.to_texts(
+            engine_path=str(options.served_from / TOKEN_ENGINE / VERSION / ENGINE_FOLDER),
+            world_size=facts.world_size,
+            paged_context_fmha=facts.paged_context_fmha,
+        )
+        _write_config(folder, tensorrt_llm_config(facts.max_batch, parameters, texts))
+        return place_files(facts, facts.files, _make_version(folder) / ENGINE_FOLDER, copy=options.copy).copied_bytes
+    model = ModelParameters(engine=ENGINE_FOLDER, threads=options.threads)
+    _write_config(folder, onnxruntime_config(facts.max_batch, model, options.workers, facts.provider))
+    engine = _write_model_file(folder) / model.engine
+    placed = place_files(facts, facts.files, engine, copy=options.copy)
+    write_seal(engine, placed.states)
+    return placed.copied_bytes
+
+
+def _write_config(folder: Path, config: ModelConfig) -> None:
+    (folder / CONFIG_FILE).write_text(config_text(config), encoding="utf-8")
+
+
+def _make_version(folder: Path) -> Path:
+    version = folder / VERSION
+    version.mkdir()
+    return version
+
+
+def _write_model_file(folder: Path) -> Path:
+    """A copy of the model's thin entry; returns the version's folder."""
+    version = _make_version(folder)
+    shutil.copyfile(MODELS_FOLDER / f"{folder.name}.py", version / MODEL_FILE)
+    return version

@@ -1,0 +1,193 @@
+"""Checkpoint in, model of a Triton repository out that TensorRT-LLM serves without an engine, through its LLM API.
+
+    package_llmapi(LlmApiOptions(checkpoint="mistralai/Mixtral-8x7B-v0.1", name="mixtral", output=Path("repository")))
+
+    repository/mixtral/config.pbtxt       everything stated: nothing is left to auto-completion
+    repository/mixtral/1/model.py         a copy of triton_repo/models/llmapi.py
+    repository/mixtral/1/model.yaml       the arguments of tensorrt_llm.LLM and our settings
+    repository/mixtral/1/checkpoint/      hard links to config, weights and tokenizer, or copies; no code
+
+This is the layout for TensorRT-LLM after 1.2, which has no engines, and works from 1.0 on. Mixtrals alone: its PyTorch
+backend has no phixtral (tensorrt_llm/_torch/models).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.checkpoint_files import INDEX_FILE
+from export.errors import listing
+from export.trtllm.parallel import Parallelism
+from triton_repo.contracts.llmapi import LLMAPI_INPUTS, LLMAPI_OUTPUTS, METRICS
+from triton_repo.contracts.llmapi_settings import SETTINGS_FILE, LlmSettings, TextSettings, TritonSettings
+from triton_repo.contracts.model_parameters import GPUS_KEY, MODEL_FILE
+from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, INPUTS, OURS, OUTPUTS, WireTensor
+from triton_repo.errors import RepositoryError
+from triton_repo.packaging.ensemble_package import MODELS_FOLDER, VERSION
+from triton_repo.packaging.model_config import CONFIG_FILE, config_text, declare, messages, set_parameters
+from triton_repo.packaging.package import Package, check_output, name_problems
+from triton_repo.packaging.staging import place, staged_models
+from trt_build.prepare import SourceModel, open_source
+
+if TYPE_CHECKING:
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+CHECKPOINT_FOLDER = "checkpoint"
+CONFIG_JSON = "config.json"
+ARCHITECTURE = "MixtralForCausalLM"
+_MODEL_SOURCE = MODELS_FOLDER / "llmapi.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlmApiOptions:
+    """`checkpoint` is a folder or a hub id. `max_seq_len`: tokens of prompt and output together, None for the model's
+    own. `max_batch_size` is Triton's: 1 has the wire contract beside the LLM API's tensors, 0 these alone, shaped as
+    upstream's. `kv_cache_fraction`: of the GPU memory that the weights leave, None for the library's own. `copy` makes
+    the repository independent of the checkpoint's files.
+    """
+
+    checkpoint: str
+    name: str
+    output: Path
+    parallel: Parallelism = field(default_factory=Parallelism)
+    max_seq_len: int | None = None
+    max_batch_size: int = 1
+    kv_cache_fraction: float | None = None
+    cancellation_check_period_ms: int = 100
+    copy: bool = False
+
+
+def package_llmapi(options: LlmApiOptions) -> Package:
+    """Write the model. Raises RepositoryError for what the LLM API cannot serve, CheckpointError, ConfigError,
+    OutputError.
+    """
+    problems = [*name_problems(options.name), *_option_problems(options)]
+    if problems:
+        raise RepositoryError(f"packaging {options.checkpoint}:{listing(problems)}")
+    check_output(options.output)
+    source = open_source(options.checkpoint, None, options.max_seq_len)
+    _check_model(options, source)
+    settings = _settings(options, source)
+    with staged_models(options.output, (options.name,)) as staging:
+        folder = staging / options.name
+        (folder / CONFIG_FILE).write_text(config_text(llmapi_config(options.name, settings)), encoding="utf-8")
+        version = folder / VERSION
+        (version / CHECKPOINT_FOLDER).mkdir(parents=True)
+        shutil.copyfile(_MODEL_SOURCE, version / MODEL_FILE)
+        (version / SETTINGS_FILE).write_text(settings.to_yaml(), encoding="utf-8")
+        target = version / CHECKPOINT_FOLDER
+        copied = sum(place(path, target / path.name, copy=options.copy) for path in _model_files(source))
+        texts: list[int] = []
+        source.settings.write(target, lambda path, made: texts.append(place(path, made, copy=options.copy)))
+        num_bytes = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    return Package(
+        folder=options.output / options.name,
+        name=options.name,
+        steps=(),
+        engine_bytes=num_bytes,
+        copied_bytes=copied + sum(texts),
+    )
+
+
+def llmapi_config(name: str, settings: LlmSettings) -> ModelConfig:
+    """The ModelConfig of a model on the LLM API: decoupled, one instance, which has every GPU that it asks for. With a
+    batch dimension it has the wire contract's tensors beside the LLM API's.
+    """
+    pb = messages()
+    config = pb.ModelConfig(name=name, backend="python", max_batch_size=settings.triton.max_batch_size)
+    # A request in the LLM API's tensors has another for max_tokens.
+    ours = [replace(tensor, optional=tensor.name != "text_input") for tensor in (*INPUTS, *COMPATIBILITY_INPUTS)]
+    batched = settings.triton.max_batch_size > 0
+    declare(
+        config,
+        _once([*(ours if batched else ()), *LLMAPI_INPUTS]),
+        _once([*((*OUTPUTS, *OURS) if batched else ()), *LLMAPI_OUTPUTS, *METRICS]),
+    )
+    config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=1)
+    config.model_transaction_policy.decoupled = True
+    num_gpus = settings.llm["tensor_parallel_size"] * settings.llm["pipeline_parallel_size"]
+    set_parameters(config, {GPUS_KEY: str(num_gpus)})
+    return config
+
+
+def _once(tensors: Sequence[WireTensor]) -> list[WireTensor]:
+    """Without the later ones of the same name."""
+    return list({tensor.name: tensor for tensor in reversed(tensors)}.values())[::-1]
+
+
+def _option_problems(options: LlmApiOptions) -> Iterator[str]:
+    if options.max_batch_size < 0:
+        yield f"max_batch_size is {options.max_batch_size}, expected 0 or more"
+    if options.kv_cache_fraction is not None and not 0 < options.kv_cache_fraction <= 1:
+        yield f"kv_cache_fraction is {options.kv_cache_fraction}, expected above 0, up to 1"
+    if options.cancellation_check_period_ms < 1:
+        yield f"cancellation_check_period_ms is {options.cancellation_check_period_ms}, expected 1 or more"
+
+
+def _check_model(options: LlmApiOptions, source: SourceModel) -> None:
+    """Refuse what TensorRT-LLM's own Mixtral (tensorrt_llm/_torch/models/modeling_mixtral.py) would not load, or would
+    compute otherwise.
+    """
+    family, facts = source.model.family.name, source.model.architecture
+    if family != "mixtral":
+        raise RepositoryError(
+            f"packaging {options.checkpoint}: it is a {family}, and TensorRT-LLM's PyTorch backend has none; build an "
+            "engine with TensorRT-LLM 1.2 or an ONNX Runtime engine, and package that"
+        )
+    config = source.checkpoint.config
+    problems = options.parallel.problems(facts, pipeline=True)
+    if config.get("architectures") != [ARCHITECTURE]:
+        problems.append(f"architectures is {config.get('architectures')} in {CONFIG_JSON}, expected ['{ARCHITECTURE}']")
+    if any(name.endswith(".mlp.experts.gate_up_proj") for name in source.checkpoint.tensors):
+        problems.append(
+            "its experts are packed as transformers 5 packs them, and TensorRT-LLM looks for block_sparse_moe.experts; "
+            "take the checkpoint as it was published"
+        )
+    if facts.sliding_window is not None and facts.sliding_window < source.max_sequence:
+        problems.append(
+            f"its attention sees {facts.sliding_window} tokens back, TensorRT-LLM's sees all {source.max_sequence}; "
+            f"ask for a max_seq_len of at most {facts.sliding_window}"
+        )
+    if not source.end_ids:
+        problems.append(
+            "no file names an end token, and the LLM API takes no request without one; add eos_token_id to "
+            "generation_config.json"
+        )
+    if problems:
+        raise RepositoryError(f"packaging {options.checkpoint} for TensorRT-LLM's LLM API:{listing(problems)}")
+
+
+def _settings(options: LlmApiOptions, source: SourceModel) -> LlmSettings:
+    parallel = options.parallel
+    llm: dict[str, Any] = {
+        "model": CHECKPOINT_FOLDER,
+        "backend": "pytorch",
+        "tensor_parallel_size": parallel.tp_size,
+        "pipeline_parallel_size": parallel.pp_size,
+        "moe_tensor_parallel_size": parallel.moe_tp,
+        "moe_expert_parallel_size": parallel.moe_ep,
+        "max_seq_len": source.max_sequence,
+    }
+    if options.kv_cache_fraction is not None:
+        llm["kv_cache_config"] = {"free_gpu_memory_fraction": options.kv_cache_fraction}
+    return LlmSettings(
+        llm=llm,
+        triton=TritonSettings(
+            max_batch_size=options.max_batch_size,
+            cancellation_check_period_ms=options.cancellation_check_period_ms,
+        ),
+        text=TextSettings(end_token_ids=source.end_ids, max_sequence=source.max_sequence),
+    )
+
+
+def _model_files(source: SourceModel) -> Iterator[Path]:
+    """config.json, the weights and their index."""
+    folder = source.checkpoint.folder
+    yield folder / CONFIG_JSON
+    if (folder / INDEX_FILE).is_file():
+        yield folder / INDEX_FILE
+    yield from source.checkpoint.shards

@@ -1,0 +1,199 @@
+"""Engine directory in, models of a Triton model repository out.
+
+    package_engine(PackageOptions(engine=Path("engine"), name="phixtral", output=Path("repository")))
+
+An engine for ONNX Runtime becomes one model:
+
+    repository/phixtral/config.pbtxt      from the engine's manifest and the wire contract
+    repository/phixtral/1/model.py        a copy of triton_repo/models/model.py
+    repository/phixtral/1/engine/         hard links to the engine's files, or copies on another file system
+
+one for TensorRT-LLM, or where it is asked for, an ensemble of the same name over three others (`ensemble_package`).
+A repository that does not exist is made; to one that exists the models are added, and one of the same name is never
+overwritten. What is new appears whole, by rename, or not at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from export.errors import OutputError, listing
+from export.reading import check_name
+from triton_repo.contracts.ensemble import STEP_MODELS
+from triton_repo.contracts.model_parameters import MAX_THREADS, MODEL_FILE, ModelParameters
+from triton_repo.contracts.seal import write_seal
+from triton_repo.contracts.trtllm_parameters import TensorrtLlmParameters
+from triton_repo.errors import RepositoryError
+from triton_repo.packaging.engine_facts import EngineFacts, read_engine_facts
+from triton_repo.packaging.ensemble_package import MODELS_FOLDER, VERSION, EnsembleOptions, write_ensemble
+from triton_repo.packaging.model_config import CONFIG_FILE, ServedModel, config_text, model_config
+from triton_repo.packaging.placing import place_files
+from triton_repo.packaging.staging import staged_models
+
+logger = logging.getLogger(__name__)
+
+SINGLE = "single"
+ENSEMBLE = "ensemble"
+LAYOUTS = (SINGLE, ENSEMBLE)
+MAX_NAME_CHARACTERS = 128
+MAX_INSTANCES = 1024
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackageOptions:
+    """`instances` requests run at the same time (on each GPU, where the engine is for GPUs), each with keys and values
+    of its own; `threads` of each of them, None to share the machine's cores out. `copy` makes the repository
+    independent of the engine directory, where a hard link would share its disk space. `layout` None is what suits the
+    engine's backend. `unary`: the model gives one response a request, for Triton's plain infer. `served_from` is where
+    the repository will lie when it is served, None for `output` itself.
+
+    `instances` and `threads` are for ONNX Runtime alone, `served_from` and `tensorrt_llm` for TensorRT-LLM.
+    """
+
+    engine: Path
+    name: str
+    output: Path
+    layout: str | None = None
+    instances: int = 1
+    threads: int | None = None
+    copy: bool = False
+    unary: bool = False
+    served_from: Path | None = None
+    tensorrt_llm: TensorrtLlmParameters = field(default_factory=TensorrtLlmParameters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """What was written: the folder of the model that clients ask, the models of its steps, and how many bytes of the
+    engine had to be copied."""
+
+    folder: Path
+    name: str
+    steps: tuple[str, ...]
+    engine_bytes: int
+    copied_bytes: int
+
+
+def package_engine(options: PackageOptions) -> Package:
+    """Write the models. Raises RepositoryError for unusable options, EngineError for a damaged engine, OutputError."""
+    _check(options)
+    check_output(options.output)
+    facts = read_engine_facts(options.engine, check_digests=False)  # they are checked as the files are placed
+    layout = options.layout or (ENSEMBLE if facts.runs_on_tensorrt_llm else SINGLE)
+    steps = STEP_MODELS if layout == ENSEMBLE else ()
+    _check_engine(options, facts, layout)
+    with staged_models(options.output, (*steps, options.name)) as staging:
+        if layout == ENSEMBLE:
+            copied = write_ensemble(staging, facts, _ensemble_options(options))
+        else:
+            copied = _write_model(staging / options.name, facts, options)
+    folder = options.output / options.name
+    logger.debug("%s: engine of %d bytes, %d of them copied", folder, facts.num_bytes, copied)
+    return Package(folder=folder, name=options.name, steps=steps, engine_bytes=facts.num_bytes, copied_bytes=copied)
+
+
+def _check(options: PackageOptions) -> None:
+    """What can be said without the engine."""
+    problems = name_problems(options.name)
+    if options.layout not in (None, *LAYOUTS):
+        problems.append(f"the layout is {options.layout!r}; expected one of {', '.join(LAYOUTS)}")
+    if not 1 <= options.instances <= MAX_INSTANCES:
+        problems.append(f"instances is {options.instances}; expected 1 to {MAX_INSTANCES}")
+    if options.threads is not None and not 1 <= options.threads <= MAX_THREADS:
+        problems.append(
+            f"threads is {options.threads}; expected 1 to {MAX_THREADS}, or none given to share the cores out"
+        )
+    if options.served_from is not None and not options.served_from.is_absolute():
+        problems.append(f"the repository is to be served from {options.served_from}; expected an absolute path")
+    if problems:
+        raise RepositoryError(f"packaging {options.engine}:{listing(problems)}")
+
+
+def name_problems(name: str) -> list[str]:
+    """What is wrong with a model's name."""
+    if _NAME.fullmatch(name) and len(name) <= MAX_NAME_CHARACTERS:
+        return []
+    return [
+        f"the name is {name!r}; expected up to {MAX_NAME_CHARACTERS} letters, digits, '_', '.' or '-', "
+        "the first a letter or digit"
+    ]
+
+
+def check_output(output: Path) -> None:
+    """Refuse a folder that holds other things than models, or whose name is no UTF-8. Raises OutputError."""
+    check_name(output.resolve(), "writing a model repository", OutputError)
+    if not output.exists():
+        return
+    entries = sorted(path for path in output.iterdir() if not path.name.startswith(".")) if output.is_dir() else []
+    strangers = [path.name for path in entries if not (path / CONFIG_FILE).is_file()]
+    if not output.is_dir() or strangers:
+        what = f"it holds {', '.join(strangers[:4])} without a {CONFIG_FILE}" if output.is_dir() else "it is a file"
+        raise OutputError(f"writing into {output}: not a model repository, {what}; name another output")
+
+
+def _check_engine(options: PackageOptions, facts: EngineFacts, layout: str) -> None:
+    """What goes with the engine and the layout. Raises RepositoryError, OutputError for a second ensemble."""
+    problems = []
+    if facts.runs_on_tensorrt_llm:
+        if layout == SINGLE:
+            problems.append("TensorRT-LLM's backend runs an engine of tokens; leave the layout out, or take ensemble")
+        if options.instances != 1 or options.threads is not None:
+            problems.append("instances and threads are for ONNX Runtime; TensorRT-LLM batches requests by itself")
+    elif options.served_from is not None or options.tensorrt_llm != TensorrtLlmParameters():
+        problems.append(
+            f"this engine is for {facts.backend}, and where it is served from and the parameters of tensorrt_llm are "
+            "for TensorRT-LLM's; leave them out"
+        )
+    if layout == ENSEMBLE and options.unary:
+        problems.append(
+            "it is to be unary, and Triton's plain infer refuses an ensemble of decoupled steps; package an engine "
+            "for ONNX Runtime as one model, or ask by HTTP's generate"
+        )
+    if layout == ENSEMBLE and options.name in STEP_MODELS:
+        problems.append(f"the name is {options.name}, which one of the ensemble's steps bears; choose another")
+    if problems:
+        raise RepositoryError(f"packaging {options.engine}:{listing(problems)}")
+    there = [name for name in STEP_MODELS if (options.output / name).exists()]
+    if layout == ENSEMBLE and there:
+        raise OutputError(
+            f"writing into {options.output}: it has {', '.join(there)} already; the steps of an ensemble find each "
+            "other by these names, which NVIDIA's tools expect too, so that a repository holds one ensemble: name "
+            "another output"
+        )
+
+
+def _ensemble_options(options: PackageOptions) -> EnsembleOptions:
+    return EnsembleOptions(
+        name=options.name,
+        served_from=options.served_from or options.output.resolve(),
+        workers=options.instances,
+        threads=options.threads,
+        copy=options.copy,
+        tensorrt_llm=options.tensorrt_llm,
+    )
+
+
+def _write_model(folder: Path, facts: EngineFacts, options: PackageOptions) -> int:
+    """Fill a model's folder; returns the bytes that were copied rather than linked."""
+    parameters = ModelParameters(threads=options.threads)
+    model = ServedModel(
+        name=options.name,
+        max_batch=facts.max_batch,
+        workers=options.instances,
+        parameters=parameters,
+        provider=facts.provider,
+        unary=options.unary,
+    )
+    (folder / CONFIG_FILE).write_text(config_text(model_config(model)), encoding="utf-8")
+    version = folder / VERSION
+    version.mkdir()
+    shutil.copyfile(MODELS_FOLDER / MODEL_FILE, version / MODEL_FILE)
+    target = version / parameters.engine
+    placed = place_files(facts, facts.files, target, copy=options.copy)
+    write_seal(target, placed.states)
+    return placed.copied_bytes

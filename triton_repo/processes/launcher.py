@@ -1,0 +1,68 @@
+"""Runs a launcher for a server's parent: python -m triton_repo.processes.launcher MARK SECONDS mpirun ...
+
+When this process is asked to end, by the kernel where the parent has ended, the launcher's children are asked in its
+stead: mpirun kills its ranks half a second after it was asked (Open MPI 5.0.11, measured), and a server needs longer.
+However the launcher ends, nothing that it started is left; its status is this process's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from triton_repo.processes.program import KILL_GRACE_S, children_of, clear_memory, kill_left, send_signal
+from trt_build.child import following
+
+
+class _Asked(BaseException):
+    """This process was asked to end."""
+
+
+def watch(mark: str, end_timeout_s: float, command: Sequence[str]) -> int:
+    """Run the command; its status, negative for a signal. Its children have `end_timeout_s` to end in when asked."""
+    signal.signal(signal.SIGTERM, _ask)
+    process = None
+    try:
+        process = subprocess.Popen(following(command))
+        return process.wait()
+    except _Asked:
+        return 0 if process is None else _end(process, end_timeout_s)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        kill_left(os.getsid(0), mark)
+        clear_memory(mark)
+
+
+def _end(process: subprocess.Popen[bytes], end_timeout_s: float) -> int:
+    """Ask the launcher's children to end, and wait for it, half the time that this process has before it is killed."""
+    for pid in children_of(process.pid) or [process.pid]:
+        send_signal(pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(end_timeout_s + KILL_GRACE_S / 2)
+    return process.returncode or 0
+
+
+def _ask(_number: int, _frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise _Asked
+
+
+def main(words: Sequence[str]) -> int:
+    """Returns the launcher's status, or ends by the signal that ended it."""
+    mark, end_timeout_s, *command = words
+    status = watch(mark, float(end_timeout_s), command)
+    if status < 0:
+        number = -status
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

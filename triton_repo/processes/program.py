@@ -1,0 +1,218 @@
+"""A program with every process that it starts: a command in, a running process out; none of them left afterwards.
+
+    with running_program(Program(arguments=["tritonserver", ...], environment=environment, ...), log, mark) as process:
+        process.wait()
+
+The program leads a session of its own. Its processes are known by the session or by a mark in their environment, since
+mpirun gives each of its ranks a process group, and what MPI spawns may leave the session too. Where the parent process
+is killed outright, the kernel asks the program to end (Linux); it is bound to the thread that started it, so start it
+from one that lives as long as it should. A launcher such as mpirun is run by `launcher.py`, so that its ranks end in
+order then too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.own_files import open_log
+from triton_repo.errors import ServerError
+from trt_build.child import following
+
+logger = logging.getLogger(__name__)
+
+DRAIN_TIMEOUT_S = 5  # what requests in flight have to finish in when the server is asked to stop
+PRIVATE_UMASK = 0o077
+KILL_GRACE_S = 10  # on top of it, before every process is killed
+POLL_INTERVAL_S = 0.1
+MARK_VARIABLE = "MOESHIP_SERVER"
+LAUNCHER = "triton_repo.processes.launcher"
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """`arguments`, the program first; `folder` is where it works. A launcher, as mpirun, starts what does the work.
+    `end_timeout_s`: seconds that it has to end in when it is asked to, before it is killed a little later.
+    `stack_bytes`: of each of its threads, at least.
+    """
+
+    arguments: Sequence[str]
+    environment: Mapping[str, str]
+    folder: Path
+    is_launcher: bool = False
+    end_timeout_s: float = DRAIN_TIMEOUT_S
+    stack_bytes: int = 0
+
+
+@contextlib.contextmanager
+def running_program(program: Program, log: Path | None, mark: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a program; end it with all that it started, and its shared memory, when the block ends. No other user can
+    read the files and the shared memory that it makes.
+
+    `log` gets the output, None is stderr. `mark` is unlike any other program's and begins the names of its shared
+    memory. Raises ServerError where the log cannot be opened or the program not be started.
+    """
+    logger.debug("starting %s", " ".join(program.arguments))
+    watched = [sys.executable, "-m", LAUNCHER, mark, f"{program.end_timeout_s:g}"] if program.is_launcher else []
+    with contextlib.ExitStack() as files:
+        if log is None:
+            output = sys.stderr.fileno()
+        else:
+            output = files.enter_context(open_log(log, "opening the server's log", ServerError))
+        try:
+            process = subprocess.Popen(
+                following([*watched, *program.arguments], program.stack_bytes),
+                env={**program.environment, MARK_VARIABLE: mark},
+                cwd=program.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                umask=PRIVATE_UMASK,
+            )
+        except OSError as error:
+            raise ServerError(f"starting {program.arguments[0]}: {error.strerror} ({error.filename})") from error
+    try:
+        yield process
+    finally:
+        try:
+            _stop(process, mark, program.end_timeout_s)
+        finally:
+            clear_memory(mark)
+
+
+def _stop(process: subprocess.Popen[bytes], mark: str, end_timeout_s: float) -> None:
+    """Ask for an orderly end, then kill what is left. A second interrupt kills at once."""
+    patience = end_timeout_s + KILL_GRACE_S
+    with contextlib.suppress(KeyboardInterrupt):
+        process.terminate()
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            logger.warning("the server had not ended %g s after it was asked to; killed", patience)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kill_left(process.pid, mark)
+
+
+def kill_left(session: int | None, mark: str) -> None:
+    """Kill every process of a session or with the mark but this one, and wait until they have ended."""
+    deadline = time.monotonic() + KILL_GRACE_S
+    while left := [pid for pid in _left(session, mark) if pid != os.getpid()]:
+        if time.monotonic() > deadline:
+            logger.warning("processes of the server are still ending: %s", ", ".join(map(str, left)))
+            return
+        for pid in left:
+            send_signal(pid, signal.SIGKILL)
+        time.sleep(POLL_INTERVAL_S)
+
+
+def clear_memory(mark: str) -> None:
+    """Give back the shared memory whose names begin with the mark."""
+    for region in _SHARED_MEMORY.glob(f"{mark}*"):
+        region.unlink(missing_ok=True)
+
+
+def protect_memory(mark: str) -> None:
+    """Take other users' permission to read the shared memory whose names begin with the mark.
+
+    Boost, by which Triton's Python backend makes it, sets the mode after the creation, whatever the umask
+    (boost/interprocess/shared_memory_object.hpp). Call it while models load: a region is empty when it is made.
+    """
+    for region in _SHARED_MEMORY.glob(f"{mark}*"):
+        with contextlib.suppress(OSError):  # it went meanwhile
+            if region.stat().st_mode & PRIVATE_UMASK:
+                region.chmod(0o600)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """A process of this machine. `state` is proc(5)'s letter: T is stopped, Z has ended and was not yet reaped by its
+    parent. `start_time`, in clock ticks since the machine's start, tells it from another that got its pid later.
+    """
+
+    pid: int
+    parent: int
+    session: int
+    state: str
+    start_time: int
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state in "ZX"
+
+    def words(self) -> list[str]:
+        """The program and its arguments; empty where it has ended."""
+        try:
+            text = Path(f"/proc/{self.pid}/cmdline").read_bytes()
+        except OSError:
+            return []
+        return [word.decode(errors="replace") for word in text.split(b"\0")[:-1]]
+
+
+def read_process(pid: int) -> Process | None:
+    """None where there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    # proc(5): after the name in parentheses come state, parent, process group, session; the start time is the 20th.
+    fields = text.rpartition(")")[2].split()
+    return Process(pid=pid, state=fields[0], parent=int(fields[1]), session=int(fields[3]), start_time=int(fields[19]))
+
+
+def start_time(pid: int) -> int | None:
+    """When a living process began, as `Process` has it; None where there is none."""
+    found = read_process(pid)
+    return None if found is None or found.has_ended else found.start_time
+
+
+def all_processes() -> Iterator[Process]:
+    """Every process of this machine, those among them that have ended and were not yet reaped."""
+    for path in Path("/proc").glob("[0-9]*"):
+        if found := read_process(int(path.name)):
+            yield found
+
+
+def children_of(parent: int) -> list[int]:
+    """The living processes that a process started."""
+    return [found.pid for found in all_processes() if found.parent == parent and not found.has_ended]
+
+
+def descendants_of(ancestor: int) -> list[Process]:
+    """The processes that a process started, those that these started, and so on; ended ones among them."""
+    found, family = list(all_processes()), {ancestor}
+    while grown := {process.pid for process in found if process.parent in family} - family:
+        family |= grown
+    return [process for process in found if process.pid in family and process.pid != ancestor]
+
+
+def _left(session: int | None, mark: str) -> list[int]:
+    """The living processes of a session, and those that bear the mark."""
+    variable = f"{MARK_VARIABLE}={mark}".encode()
+    living = (found for found in all_processes() if not found.has_ended)
+    return [found.pid for found in living if found.session == session or bears(found.pid, variable)]
+
+
+def bears(pid: int, variable: bytes) -> bool:
+    """Whether a process has a variable of that value in its environment, as b"NAME=value"."""
+    try:
+        return variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:  # another user's process, or it ended meanwhile
+        return False
+
+
+def send_signal(pid: int, number: signal.Signals) -> None:
+    """Nothing where the process has ended or is another user's."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)

@@ -1,0 +1,1 @@
+"""Answers requests on TensorRT-LLM's LLM API."""

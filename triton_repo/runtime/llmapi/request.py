@@ -1,0 +1,138 @@
+"""One request to a model on TensorRT-LLM's LLM API: tensors in, checked options and the library's SamplingParams out.
+
+    request = read_request({"text_input": array([b"def "]), "sampling_param_max_tokens": array([32])})
+    fields = sampling_fields(plan_generation(request.options, ...), model_end_ids=(2,), penalties=False)
+    SamplingParams(**fields)
+
+Names of fields are those of tensorrt_llm/sampling_params.py, 1.0 to 1.2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from triton_repo.contracts.llmapi import DEFAULT_EXCLUDE_INPUT, DEFAULT_MAX_TOKENS, SAME_AS
+from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, INPUTS
+from triton_repo.errors import RequestError
+from triton_repo.runtime.options import (
+    GenerationOptions,
+    GenerationPlan,
+    read_options,
+    refusal,
+    refuse_minimum_of_several,
+)
+
+Tensors = Mapping[str, npt.NDArray[Any]]
+# The LLM API's inputs that ask for outputs.
+FINISH_REASON, STOP_REASON, LOGPROB = "return_finish_reason", "return_stop_reason", "return_cumulative_logprob"
+PERF_METRICS = "sampling_param_return_perf_metrics"
+# Inputs that both contracts have.
+_SHARED = {"text_input", "stop"}
+_OF_CONTRACT = {tensor.name for tensor in (*INPUTS, *COMPATIBILITY_INPUTS)} - _SHARED
+_THEIR_NAMES = {ours: theirs for theirs, ours in SAME_AS.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlmRequest:
+    """What a request asks for. `wanted` are the LLM API's inputs that ask for outputs; None where it speaks the wire
+    contract.
+    """
+
+    options: GenerationOptions
+    wanted: frozenset[str] | None = None
+
+
+def read_request(tensors: Tensors, most_prompt_bytes: int | None = None) -> LlmRequest:
+    """Tell the contracts apart and read the options, as `read_options` does. Raises RequestError listing every problem
+    under the names that the request used.
+    """
+    ours, theirs = _OF_CONTRACT & tensors.keys(), tensors.keys() - _OF_CONTRACT - _SHARED
+    if ours and theirs:
+        raise refusal(
+            [f"found {sorted(ours)[0]} beside {sorted(theirs)[0]}, expected the tensors of one contract; send its own"]
+        )
+    if ours:
+        return LlmRequest(options=read_options(tensors, most_prompt_bytes))
+    renamed = {SAME_AS.get(name, name): tensor for name, tensor in tensors.items()}
+    renamed.setdefault("max_tokens", np.array([DEFAULT_MAX_TOKENS], dtype=np.int32))
+    renamed.setdefault("exclude_input_in_output", np.array([DEFAULT_EXCLUDE_INPUT]))
+    if "temperature" in renamed:  # which draws by itself in the LLM API, unlike on the wire
+        renamed.setdefault("top_p", np.array([1.0], dtype=np.float32))
+    asking = (FINISH_REASON, STOP_REASON, LOGPROB, PERF_METRICS)
+    wanted = frozenset(name for name in asking if name in tensors and tensors[name].any())
+    try:
+        return LlmRequest(options=read_options(renamed, most_prompt_bytes), wanted=wanted)
+    except RequestError as error:
+        raise RequestError(_in_their_words(str(error)), kind=error.kind) from error
+
+
+def _in_their_words(message: str) -> str:
+    """A refusal with the names of the LLM API's tensors in place of ours, where it lists problems."""
+    return re.sub(r"(?<=\n  - )\w+(?=: )", lambda found: _THEIR_NAMES.get(found[0], found[0]), message)
+
+
+def sampling_fields(plan: GenerationPlan, model_end_ids: tuple[int, ...], *, penalties: bool) -> dict[str, Any]:
+    """The fields of SamplingParams for a request, those that say something. `model_end_ids` are the model's own.
+
+    Stop words are not among them: the LLM knows them as tokens, and texts have more spellings. Raises RequestError for
+    what the LLM would take and not do.
+    """
+    options = plan.options
+    problems = [
+        f"{name}: found {value:g}, expected {neutral:g}; TensorRT-LLM's PyTorch sampler ignores it up to 1.2 "
+        "(NVIDIA/TensorRT-LLM#16485): leave it out"
+        for name, value, neutral in (
+            ("repetition_penalty", options.repetition_penalty, 1.0),
+            ("presence_penalty", options.presence_penalty, 0.0),
+            ("frequency_penalty", options.frequency_penalty, 0.0),
+        )
+        if value != neutral and not penalties
+    ]
+    if options.bad_words:
+        problems.append(
+            f"bad_words: found {options.bad_words[0]!r}, expected none; TensorRT-LLM's PyTorch sampler keeps no text "
+            "out: leave them out"
+        )
+    if problems:
+        raise refusal(problems)
+    refuse_minimum_of_several(plan)
+    end_ids = plan.end_ids or model_end_ids
+    fields = {
+        "max_tokens": plan.most_tokens,
+        "end_id": end_ids[0],
+        "stop_token_ids": list(plan.end_ids[1:]) or None,
+        "ignore_eos": not plan.end_ids or None,
+        "include_stop_str_in_output": True,  # or the end token that it met would be missing
+        "detokenize": False,
+        "min_tokens": options.min_length or None,
+        "repetition_penalty": options.repetition_penalty if options.repetition_penalty != 1 else None,
+        "presence_penalty": options.presence_penalty or None,
+        "frequency_penalty": options.frequency_penalty or None,
+        "seed": options.random_seed,
+        "logprobs": 1 if options.return_log_probs else None,
+        **_choice_fields(options),
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _choice_fields(options: GenerationOptions) -> dict[str, Any]:
+    """Greedy is said by top_k, which every release takes so; a temperature of 0 is refused by some. To some samplers a
+    temperature alone is greedy too, beside neither top_k nor top_p: TRTLLMSampler (regularizeTopKTopP of
+    cpp/tensorrt_llm/kernels/samplingTopKKernels.h) and PyTorch's before 1.1 (request_strategy of
+    tensorrt_llm/_torch/pyexecutor/sampler.py).
+    """
+    temperature = options.sampling_temperature
+    if not temperature:
+        return {"top_k": 1}
+    cut = 0 < options.top_p < 1
+    return {
+        "temperature": temperature,
+        "top_k": options.top_k or None,
+        "top_p": options.top_p if cut else None if options.top_k else 1.0,
+    }

@@ -1,0 +1,119 @@
+"""A request's text and options in, what an engine of tokens takes out, and what its answer takes.
+
+    preprocessor = Preprocessor(tokenizer, parameters)
+    tensors = preprocessor.prepare({"QUERY": array([[b"def "]], dtype=object), "REQUEST_OUTPUT_LEN": array([[32]])})
+
+Names of tensors are those of `token_contract`. An option that changes nothing is not sent. An engine is asked to stream
+for a request that streams, and for one with stop words, whose text may end its work at any token; else it is asked for
+all tokens at once, which costs the steps after it next to nothing.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.tokenizer import Tokenizer
+from triton_repo.contracts.ensemble import ANSWER, PREPROCESSING_OUTPUTS, QUERY_NAMES, STOP_REQUESTS
+from triton_repo.contracts.model_parameters import TextParameters
+from triton_repo.runtime.answer import answer_plan
+from triton_repo.runtime.options import (
+    NO_END_ID,
+    SamplingOptions,
+    plan_generation,
+    read_options,
+    refuse_minimum_of_several,
+)
+from triton_repo.runtime.stop_requests import STOPPED_PLAN
+from triton_repo.runtime.text.prompt import most_bytes
+from triton_repo.runtime.text.words import pack_words, spell
+
+Tensors = dict[str, npt.NDArray[Any]]
+_WIRE_NAMES = {ours: wire for wire, ours in QUERY_NAMES.items()}
+_DTYPES = {"INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BOOL": np.bool_, "STRING": np.object_}
+_OUTPUT_DTYPES = {tensor.name: _DTYPES[tensor.dtype] for tensor in PREPROCESSING_OUTPUTS}
+_SEED_BITS = 64
+
+
+class Preprocessor:
+    """Reads requests for one model."""
+
+    def __init__(self, tokenizer: Tokenizer, parameters: TextParameters) -> None:
+        self._tokenizer = tokenizer
+        self._parameters = parameters
+        self._most_prompt_bytes = most_bytes(tokenizer, min(parameters.max_prompt, parameters.max_sequence - 1))
+        # Ids that stand for no text, which the engine must be kept from.
+        self._unused_ids = tuple((token,) for token in range(tokenizer.size, parameters.num_ids))
+
+    def prepare(self, tensors: Mapping[str, npt.NDArray[Any]]) -> Tensors:
+        """The outputs of preprocessing for its inputs. Raises RequestError listing every problem of the request."""
+        named = {_WIRE_NAMES[name]: tensor for name, tensor in tensors.items()}
+        options = read_options(named, self._most_prompt_bytes)
+        plan = plan_generation(
+            options,
+            self._tokenizer,
+            max_sequence=self._parameters.max_sequence,
+            end_token_ids=self._parameters.end_ids,
+            max_prompt=self._parameters.max_prompt,
+        )
+        if self._parameters.one_end_id:
+            refuse_minimum_of_several(plan)
+        answer = answer_plan(plan, self._tokenizer)
+        # An engine knows one end token.
+        end_id, *more_end_ids = plan.end_ids or (NO_END_ID,)
+        values: dict[str, Any] = {
+            "INPUT_ID": [plan.prompt_ids],
+            "REQUEST_INPUT_LEN": [[len(plan.prompt_ids)]],
+            "REQUEST_OUTPUT_LEN": [[plan.most_tokens]],
+            "OUT_END_ID": [[end_id]],
+            "OUT_PAD_ID": [[max(end_id, 0)]],
+            "STREAMING": [[answer.is_watched]],
+            "RETURN_LOG_PROBS": [[options.return_log_probs]],
+            **_sampling(options),
+            ANSWER.name: [[answer.to_json().encode()]],
+        }
+        words = {
+            "STOP_WORDS_IDS": (*answer.stop_tokens, *((token,) for token in more_end_ids)),
+            "BAD_WORDS_IDS": (*spell(self._tokenizer, options.bad_words), *self._unused_ids),
+        }
+        values |= {name: [pack_words(sequences)] for name, sequences in words.items() if sequences}
+        return {name: np.array(value, dtype=_OUTPUT_DTYPES[name]) for name, value in values.items()}
+
+
+def prepare_stop() -> Tensors:
+    """The outputs of preprocessing for a request to stop others, which goes the way of every request: the engine's
+    response to it becomes the answer."""
+    values: dict[str, Any] = {
+        "INPUT_ID": [[0]],
+        "REQUEST_INPUT_LEN": [[1]],
+        "REQUEST_OUTPUT_LEN": [[1]],
+        STOP_REQUESTS: [[True]],
+        ANSWER.name: [[STOPPED_PLAN.to_json().encode()]],
+    }
+    return {name: np.array(value, dtype=_OUTPUT_DTYPES[name]) for name, value in values.items()}
+
+
+def _sampling(options: SamplingOptions) -> dict[str, Any]:
+    """The tensors that choose tokens. An engine that is told of neither top_k nor top_p is greedy, and one without a
+    seed takes 0 (TensorRT-LLM, executor::SamplingConfig)."""
+    penalties = {
+        "REPETITION_PENALTY": (options.repetition_penalty, 1.0),
+        "PRESENCE_PENALTY": (options.presence_penalty, 0.0),
+        "FREQUENCY_PENALTY": (options.frequency_penalty, 0.0),
+        "MIN_TOKENS": (options.min_length, 0),
+    }
+    values: dict[str, Any] = {name: [[value]] for name, (value, neutral) in penalties.items() if value != neutral}
+    if options.sampling_temperature == 0:
+        return {**values, "RUNTIME_TOP_K": [[1]]}
+    seed = secrets.randbits(_SEED_BITS) if options.random_seed is None else options.random_seed
+    return {
+        **values,
+        "RUNTIME_TOP_K": [[options.top_k]],
+        "RUNTIME_TOP_P": [[options.top_p or 1.0]],
+        "TEMPERATURE": [[options.sampling_temperature]],
+        "SEED": [[seed]],
+    }

@@ -1,0 +1,195 @@
+"""ONNX Runtime behind the tensors of TensorRT-LLM's `tensorrt_llm`: token ids in, the next ones out.
+
+    engine = TokenEngine.open(folder, threads=None, workers=1)
+    engine.submit(Request(request_id="7", tensors={"input_ids": ...}, send=..., fail=..., is_cancelled=...))
+    engine.workers.stop("7")
+
+Responses are those of the C++ backend (triton_backend/inflight_batcher_llm/src/model_instance_state.cc and
+cpp/tensorrt_llm/batch_manager/llmRequest.cpp upstream): to a request that streams, one a token, whose log-probabilities
+are all so far; else one in all. The end token is not among the tokens: an answer that it ends, ends with a response of
+none, and so does one that is stopped. Tokens of stop words are. A request that brings the key of its answer gets it
+back with each response, beside whether the response ends an answer that nobody waits for.
+
+Such a request is a step of an ensemble. Triton 2.51 tells a step that its client has gone only when it makes the step's
+request (triton-inference-server/core, src/ensemble_scheduler/ensemble_scheduler.cc), so that this step, which lasts as
+long as the answer, never hears of it. While it has nothing to send it therefore sends a probe now and then: a response
+without tokens, for which Triton makes a request to the step behind it. That step hears of the client, and has this one
+stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from triton_repo.contracts.ensemble import ENGINE_CANCELLED, ENGINE_KEY_INPUT, ENGINE_KEY_OUTPUT, ENGINE_PROBE
+from triton_repo.runtime.generation import feed
+from triton_repo.runtime.sampling import Choice, Sampler
+from triton_repo.runtime.seats import Seat, open_sessions, seat
+from triton_repo.runtime.steps.answer_keys import key_tensor, read_key
+from triton_repo.runtime.steps.token_request import TokenRequest, read_token_request
+from triton_repo.runtime.text.stopping import TokenWatcher
+from triton_repo.runtime.workers import Job, Outlet, Pulse, Workers
+from trt_build.ort.session import Session
+
+if TYPE_CHECKING:
+    from trt_build.ort.session import Cache
+
+Tensors = dict[str, npt.NDArray[Any]]
+PROBE_INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One request. `send` takes a response's tensors and whether it is the last, `fail` the error that ends it; both
+    may be called in any thread."""
+
+    request_id: str
+    tensors: Mapping[str, npt.NDArray[Any]]
+    send: Callable[[Tensors, bool], None]
+    fail: Callable[[Exception], None]
+    is_cancelled: Callable[[], bool]
+
+
+class TokenEngine:
+    """An engine and its workers, each with a cache of its own; requests wait in their order for a free one."""
+
+    def __init__(self, sessions: Sequence[Session], pulse: Pulse | None = None) -> None:
+        self._max_sequence = sessions[0].max_sequence
+        manifest = sessions[0].engine.manifest
+        self._num_tokens, self._end_token_ids = manifest.tokenizer_size, manifest.eos_token_ids
+        self.workers: Workers[Seat] = Workers([seat(session) for session in sessions], pulse)
+
+    @classmethod
+    def open(
+        cls, folder: Path, threads: int | None, workers: int, device_index: int = 0, pulse: Pulse | None = None
+    ) -> TokenEngine:
+        """Load the engine (`open_sessions`). Raises EngineError, MissingPackageError."""
+        return cls(open_sessions(folder, threads, workers, device_index), pulse)
+
+    def submit(self, request: Request) -> None:
+        """Check a request and have it answered. One that cannot be answered fails at once, whatever else is computed.
+        A request to stop others is for `workers.stop` and `stopped_response`."""
+        key = read_key(request.tensors, ENGINE_KEY_INPUT.name)
+        tensors = {name: tensor for name, tensor in request.tensors.items() if name != ENGINE_KEY_INPUT.name}
+        try:
+            asked = read_token_request(tensors, self._max_sequence, self._num_tokens, self._end_token_ids)
+        except Exception as error:  # of any kind: its client is told
+            request.fail(error)
+            return
+        self.workers.submit(
+            Job(
+                names=frozenset({request.request_id, key or ""} - {""}),
+                respond=lambda used, is_over: respond(used.session, asked, is_over, used.cache),
+                withdrawn=lambda: _Progress(request=asked).take(is_cancelled=True),
+                outlet=_outlet(request, key),
+            )
+        )
+
+
+def _outlet(request: Request, key: str | None) -> Outlet[Tensors]:
+    """Where the responses to a request go, and the probes of one that brings a key."""
+    sent_s = time.monotonic()
+
+    def send(tensors: Tensors, is_last: bool) -> None:
+        nonlocal sent_s
+        sent_s = time.monotonic()
+        request.send(_with_key(tensors, key), is_last)
+
+    def is_cancelled() -> bool:
+        if key is not None and time.monotonic() - sent_s >= PROBE_INTERVAL_S:
+            send({ENGINE_PROBE.name: np.ones((1, 1), dtype=np.bool_)}, False)
+        return request.is_cancelled()
+
+    return Outlet(send, request.fail, is_cancelled)
+
+
+def stopped_response(tensors: Mapping[str, npt.NDArray[Any]]) -> Tensors | None:
+    """The response to a request to stop others: no tokens for one that brings a key; as the C++ backend's, none at all
+    for one that does not."""
+    key = read_key(tensors, ENGINE_KEY_INPUT.name)
+    if key is None:
+        return None
+    nothing = {
+        "output_ids": np.zeros((1, 1, 0), dtype=np.int32),
+        "sequence_length": np.zeros((1, 1), dtype=np.int32),
+        ENGINE_CANCELLED.name: np.ones((1, 1), dtype=np.bool_),
+    }
+    return _with_key(nothing, key)
+
+
+def _with_key(tensors: Tensors, key: str | None) -> Tensors:
+    """A response's tensors as the request may have them: what is not upstream's, only beside a key."""
+    if key is None:
+        return {name: tensor for name, tensor in tensors.items() if name != ENGINE_CANCELLED.name}
+    return {**tensors, ENGINE_KEY_OUTPUT.name: key_tensor(key)}
+
+
+@dataclass(kw_only=True)
+class _Progress:
+    """What was chosen so far for one request, the end token only in the sum; `num_sent` tokens were given out."""
+
+    request: TokenRequest
+    token_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    cum_log_prob: float = 0.0
+    num_sent: int = 0
+
+    def add(self, choice: Choice, *, shown: bool) -> None:
+        self.cum_log_prob += choice.log_prob or 0.0
+        if shown:
+            self.token_ids.append(choice.token_id)
+            self.log_probs.append(choice.log_prob or 0.0)
+
+    def take(self, *, is_cancelled: bool = False) -> Tensors:
+        """A response with the tokens that were not given out yet."""
+        request = self.request
+        new = self.token_ids[self.num_sent :]
+        self.num_sent = len(self.token_ids)
+        echo = request.plan.prompt_ids if request.echo and not request.streaming else ()
+        tensors: Tensors = {
+            "output_ids": np.array([[[*echo, *new]]], dtype=np.int32),
+            "sequence_length": np.array([[len(echo) + len(new)]], dtype=np.int32),
+            ENGINE_CANCELLED.name: np.array([[is_cancelled]], dtype=np.bool_),
+        }
+        if request.plan.options.return_log_probs:
+            tensors["cum_log_probs"] = np.array([[self.cum_log_prob]], dtype=np.float32)
+            tensors["output_log_probs"] = np.array([[self.log_probs]], dtype=np.float32)
+        if request.count_input_tokens:
+            tensors["num_input_tokens"] = np.array([[len(request.plan.prompt_ids)]], dtype=np.int32)
+        if request.count_output_tokens:
+            tensors["num_output_tokens"] = np.array([[len(new)]], dtype=np.int32)
+        return tensors
+
+
+def respond(
+    session: Session, request: TokenRequest, is_cancelled: Callable[[], bool], cache: Cache
+) -> Iterator[tuple[Tensors, bool]]:
+    """The responses to a request, each with whether it is the last. Raises RequestError for logits that are no
+    numbers."""
+    cache.reset()
+    plan, progress = request.plan, _Progress(request=request)
+    sampler = Sampler(plan, session.engine.manifest.tokenizer_size)
+    stop_words, bad_words = TokenWatcher(request.stop_words), TokenWatcher(request.bad_words)
+    pending: Sequence[int] = plan.prompt_ids
+    while True:
+        logits = feed(session, cache, pending, is_cancelled)
+        if logits is None:
+            yield progress.take(is_cancelled=True), True
+            return
+        choice = sampler.choose(logits, banned=bad_words.completing())
+        ended = choice.token_id == request.end_id
+        progress.add(choice, shown=not ended)
+        bad_words.push(choice.token_id)
+        ended = stop_words.push(choice.token_id) or ended or len(progress.token_ids) == request.most_tokens
+        if request.streaming or ended:
+            yield progress.take(), ended
+        if ended:
+            return
+        pending = [choice.token_id]

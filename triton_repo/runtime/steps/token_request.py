@@ -1,0 +1,143 @@
+"""A request of `tensorrt_llm`'s tensors in, checked options of an engine of tokens out.
+
+Defaults are the C++ backend's (triton_backend/inflight_batcher_llm/src/utils.cc upstream): greedy without runtime_top_k
+and runtime_top_p, no end token, seed 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+
+from triton_repo.runtime.options import NO_END_ID, SamplingOptions, SamplingPlan, refusal, shortest, value_problems
+from triton_repo.runtime.text.words import Words, unpack_words
+
+# Tensor to field of SamplingOptions.
+_SAMPLING = {
+    "temperature": "temperature", "runtime_top_k": "top_k", "runtime_top_p": "top_p", "min_tokens": "min_length",
+    "repetition_penalty": "repetition_penalty", "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty", "seed": "random_seed", "return_log_probs": "return_log_probs",
+}  # fmt: skip
+_ONE_ONLY = ("beam_width", "num_return_sequences")
+_FALSE_ONLY = ("return_context_logits", "return_generation_logits", "return_perf_metrics")
+# All that an engine here takes, in no order; the token contract's other inputs are not declared where it serves.
+TAKEN_INPUTS = frozenset(
+    {
+        "input_ids", "input_lengths", "request_output_len", "end_id", "pad_id", "stop_words_list", "bad_words_list",
+        "len_penalty", "return_num_input_tokens", "return_num_output_tokens", "exclude_input_in_output", "stop",
+        "streaming", *_SAMPLING, *_ONE_ONLY, *_FALSE_ONLY,
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRequest:
+    """`end_id`: the end token, which is not among an answer's tokens; None for none. The plan's end tokens, which its
+    minimum of new tokens keeps away, are more where stop words are end tokens too. `echo`: the prompt's tokens begin an
+    answer that is sent whole.
+    """
+
+    plan: SamplingPlan
+    end_id: int | None
+    most_tokens: int  # new ones
+    streaming: bool
+    stop_words: Words
+    bad_words: Words
+    echo: bool
+    count_input_tokens: bool
+    count_output_tokens: bool
+
+
+def read_token_request(
+    tensors: Mapping[str, npt.NDArray[Any]],
+    max_sequence: int,
+    num_tokens: int,
+    model_end_ids: tuple[int, ...] = (),
+) -> TokenRequest:
+    """Raises RequestError listing every problem. An output that would leave `max_sequence` tokens is cut to fit;
+    token ids are below `num_tokens`.
+
+    A request names one end token. Where that is one of `model_end_ids`, those of them that come as stop words of one
+    token are end tokens too. TensorRT-LLM's minimum holds for the one alone (NVIDIA/TensorRT-LLM#4776).
+    """
+    problems: list[str] = []
+    given = {name: tensor.reshape(-1)[0].item() for name, tensor in tensors.items() if tensor.size == 1}
+    prompt_ids = _prompt(tensors, given, problems, max_sequence)
+    room = max_sequence - len(prompt_ids)
+    most_tokens = given.get("request_output_len", 0)
+    if prompt_ids and not all(0 <= token < num_tokens for token in prompt_ids):
+        problems.append(f"input_ids: found an id outside 0 to {num_tokens - 1}; encode with the engine's tokenizer")
+    if most_tokens < 1:
+        problems.append(f"request_output_len: found {most_tokens}, expected 1 or more; ask for at least one token")
+    problems += [f"{name}: found {given[name]}, expected 1" for name in _ONE_ONLY if given.get(name, 1) != 1]
+    problems += [
+        f"{name}: found true, expected false; there is no such output" for name in _FALSE_ONLY if given.get(name)
+    ]
+    end_id = given.get("end_id", NO_END_ID)
+    if not NO_END_ID <= end_id < num_tokens:
+        problems.append(f"end_id: found {end_id}, expected a token id below {num_tokens}, or -1 for none")
+    values = _sampling(given)
+    problems += value_problems(values, {field: name for name, field in _SAMPLING.items()})
+    words = {name: _words(name, tensors, problems) for name in ("stop_words_list", "bad_words_list")}
+    if problems:
+        raise refusal(problems)
+    return TokenRequest(
+        plan=SamplingPlan(
+            options=SamplingOptions(**values),
+            prompt_ids=prompt_ids,
+            end_ids=_end_ids(end_id, words["stop_words_list"], model_end_ids),
+        ),
+        end_id=None if end_id == NO_END_ID else end_id,
+        most_tokens=min(most_tokens, room),
+        streaming=given.get("streaming", False),
+        stop_words=words["stop_words_list"],
+        bad_words=words["bad_words_list"],
+        echo=not given.get("exclude_input_in_output", True),
+        count_input_tokens=given.get("return_num_input_tokens", False),
+        count_output_tokens=given.get("return_num_output_tokens", False),
+    )
+
+
+def _end_ids(end_id: int, stop_words: Words, model_end_ids: tuple[int, ...]) -> tuple[int, ...]:
+    if end_id == NO_END_ID:
+        return ()
+    more = model_end_ids if end_id in model_end_ids else ()
+    return (end_id, *(token for token in more if token != end_id and (token,) in stop_words))
+
+
+def _prompt(
+    tensors: Mapping[str, npt.NDArray[Any]], given: Mapping[str, Any], problems: list[str], max_sequence: int
+) -> tuple[int, ...]:
+    if "input_ids" not in tensors or not tensors["input_ids"].size:
+        problems.append("input_ids: found no token, expected at least one; send the prompt's")
+        return ()
+    ids = tensors["input_ids"]
+    if ids.ndim == 2 and ids.shape[0] != 1:
+        problems.append(f"input_ids: found a batch of {ids.shape[0]}, expected 1; send one request for each prompt")
+    length = given.get("input_lengths", ids.size)
+    if not 1 <= length <= ids.size:
+        problems.append(f"input_lengths: found {length}, expected 1 to the {ids.size} tokens of input_ids")
+    if min(length, ids.size) >= max_sequence:
+        problems.append(f"input_ids: found {length} tokens, expected at most {max_sequence - 1}; send fewer")
+        return ()
+    return tuple(ids.reshape(-1)[:length].tolist())
+
+
+def _sampling(given: Mapping[str, Any]) -> dict[str, Any]:
+    values = {field: given[name] for name, field in _SAMPLING.items() if name in given}
+    values |= {field: shortest(value) for field, value in values.items() if isinstance(value, float)}
+    # A top_p of 0 or less counts as absent (getSamplingConfigFromTensors of utils.cc).
+    return {"random_seed": 0, **values, "top_p": max(values.get("top_p", 0.0), 0.0)}
+
+
+def _words(name: str, tensors: Mapping[str, npt.NDArray[Any]], problems: list[str]) -> Words:
+    if name not in tensors or not tensors[name].size:
+        return ()
+    try:
+        return unpack_words(tensors[name])
+    except ValueError as error:
+        problems.append(f"{name}: {error}")
+        return ()

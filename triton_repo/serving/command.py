@@ -1,0 +1,75 @@
+"""The command line of a tritonserver: what every rank is told, and where the one that answers listens.
+
+The options are those of triton-inference-server/server, src/command_line_parser.cc, the same from 2.41 (December 2023)
+on.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from triton_repo.serving.installation import Installation
+from triton_repo.serving.ports import Address, ChosenPorts
+
+# What a client of a model needs nothing of. `model-repository` stays open: its index tells whether a model is ready.
+RESTRICTED_APIS = ("shared-memory", "trace", "logging")
+_RESTRICTION_HEADER = "moeship-admin"
+
+
+def server_arguments(
+    installation: Installation, repository: Path, *, memory_prefix: str, exit_timeout_s: int
+) -> list[str]:
+    """The program and what every rank is told. `memory_prefix` begins the names of its shared memory;
+    `exit_timeout_s` is what requests in flight have to finish in."""
+    backends = [f"--backend-directory={installation.backends}"] if installation.backends else []
+    return [
+        str(installation.program),
+        f"--model-repository={repository}",
+        *backends,
+        "--disable-auto-complete-config",
+        f"--exit-timeout-secs={exit_timeout_s}",
+        f"--backend-config=python,shm-region-prefix-name={memory_prefix}",
+    ]
+
+
+def endpoint_arguments(address: Address, ports: ChosenPorts) -> list[str]:
+    """What the rank is told that answers: a model that does not load leaves the others, and the APIs that only an
+    administrator needs ask for a header that nobody else knows."""
+    return [
+        "--exit-on-error=false",
+        *_grpc(address, ports.grpc),
+        *_http(address, ports.http),
+        *_metrics(address, ports),
+    ]
+
+
+def _grpc(address: Address, port: int) -> Iterator[str]:
+    yield f"--grpc-address={address.in_url}"
+    yield f"--grpc-port={port}"
+    yield f"--grpc-restricted-protocol={_restriction()}"
+
+
+def _http(address: Address, port: int | None) -> Iterator[str]:
+    if port is None:
+        yield "--allow-http=false"
+        return
+    yield f"--http-address={_http_address(address)}"
+    yield f"--http-port={port}"
+    yield f"--http-restricted-api={_restriction()}"
+
+
+def _metrics(address: Address, ports: ChosenPorts) -> Iterator[str]:
+    yield "--allow-metrics=true"
+    yield f"--metrics-address={_http_address(address)}"
+    yield f"--metrics-port={ports.metrics}"
+
+
+def _http_address(address: Address) -> str:
+    """As evhtp, Triton's HTTP library, takes it (evhtp.c, evhtp_bind_socket)."""
+    return f"ipv6:{address.text}" if address.is_ipv6 else address.text
+
+
+def _restriction() -> str:
+    return f"{','.join(RESTRICTED_APIS)}:{_RESTRICTION_HEADER}={secrets.token_hex(16)}"

@@ -1,0 +1,99 @@
+"""Finds a tritonserver and what it needs around it: libraries, a Python backend, an import path.
+
+One on PATH comes first (a container, a system install). Else the nvidia-pytriton wheel's is run in place: that wheel
+keeps a Python backend stub for each Python version apart, so a backend folder is put together from links.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.errors import MissingPackageError
+from triton_repo.errors import ServerError
+
+_STUB = "triton_python_backend_stub"
+_BACKEND_FILES = ("libtriton_python.so", "triton_python_backend_utils.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Installation:
+    """A tritonserver: its program, its backends' folder (None: its own default), and folders of shared libraries."""
+
+    program: Path
+    backends: Path | None
+    library_folders: tuple[Path, ...]
+
+    def environment(self) -> dict[str, str]:
+        """This process's environment with what the server and its Python stubs look for."""
+        environment = dict(os.environ)
+        # The stub takes the site-packages of the first python3 on PATH.
+        _put_first(environment, "PATH", [Path(sys.executable).parent])
+        _put_first(environment, "LD_LIBRARY_PATH", list(self.library_folders))
+        return environment
+
+
+def find_installation(workspace: Path) -> Installation:
+    """The tritonserver to run; `workspace` may be written to. Raises MissingPackageError or ServerError."""
+    on_path = shutil.which("tritonserver")
+    if on_path:
+        program = Path(on_path).resolve()
+        backends = program.parent.parent / "backends"
+        return Installation(program=program, backends=backends if backends.is_dir() else None, library_folders=())
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingPackageError("nvidia-pytriton", "serving without a tritonserver on PATH", "server")
+    return _installation_of_wheel(Path(spec.submodule_search_locations[0]), workspace)
+
+
+def _installation_of_wheel(package: Path, workspace: Path) -> Installation:
+    server = package / "tritonserver"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = server / "python_backend_stubs" / version / _STUB
+    if not stub.is_file():
+        found = sorted(path.name for path in (server / "python_backend_stubs").glob("*"))
+        raise ServerError(
+            f"finding a tritonserver: {package} has no Python backend for Python {version}, only for "
+            f"{', '.join(found)}; use one of these, or put a tritonserver on PATH"
+        )
+    backend = workspace / "backends" / "python"
+    backend.mkdir(parents=True)
+    for source in [*(server / "backends" / "python" / name for name in _BACKEND_FILES), stub]:
+        (backend / source.name).symlink_to(source)
+    libraries = (package.parent / "nvidia_pytriton.libs", *_libpython_folders(version))
+    return Installation(
+        program=server / "bin" / "tritonserver", backends=workspace / "backends", library_folders=libraries
+    )
+
+
+def _libpython_folders(version: str) -> list[Path]:
+    """Where the stub finds its libpython; none if the system's loader knows. Raises ServerError if nobody does."""
+    library = f"libpython{version}.so.1.0"
+    folder = Path(sysconfig.get_config_var("LIBDIR") or sys.base_prefix)
+    if (folder / library).is_file():
+        return [folder]
+    if ctypes.util.find_library(f"python{version}") is None:
+        raise ServerError(
+            f"finding a tritonserver: its Python backend needs {library}, which is neither in {folder} nor in the "
+            f"system's folders; install libpython{version}, or use a Python built with --enable-shared"
+        )
+    return []
+
+
+def packages_folder() -> Path:
+    """The folder of the moeship that runs here. Triton's Python stub ignores PYTHONPATH and looks for modules in its
+    working directory first: started there, a model runs the same moeship as its server's parent, and no module of
+    the caller's working directory stands in for a library."""
+    return Path(__file__).resolve().parents[2]
+
+
+def _put_first(environment: dict[str, str], variable: str, folders: list[Path]) -> None:
+    before = [environment[variable]] if environment.get(variable) else []
+    if folders or before:
+        environment[variable] = os.pathsep.join([*map(str, folders), *before])

@@ -1,0 +1,122 @@
+"""Waits until a server that was started answers, and says why where it never will."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Set
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from triton_repo.processes.program import POLL_INTERVAL_S, Process, descendants_of, protect_memory, read_process
+from triton_repo.serving.health import HealthEndpoint, ModelState, is_listening, model_states
+from triton_repo.serving.ports import Address, ChosenPorts
+
+# Triton 2.51 takes back a Python process that ends while its model loads within 2 s, and reports the model as failed.
+# Where the process ended before it made its shared memory, Triton waits for it for ever.
+LOST_LOAD_S = 5.0
+# A process is stopped only by a signal that somebody sent: one that loads nothing for so long will not be continued.
+STOPPED_LOAD_S = 5.0
+SERVER_PROGRAM = "tritonserver"
+STUB_PROGRAM = "triton_python_backend_stub"
+
+
+class NotReady(Exception):  # noqa: N818 - what a server is, until its parent says it in its own words
+    """Why a server will not be ready."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waiting:
+    """What is waited for. `steps` are models that are nothing but parts of another."""
+
+    process: subprocess.Popen[bytes]
+    program: str
+    address: Address
+    ports: ChosenPorts
+    endpoint: HealthEndpoint
+    steps: Set[str]
+    timeout_s: float
+    mark: str
+
+
+def wait_until_ready(waiting: Waiting) -> tuple[ModelState, ...]:
+    """The models' states once every one was loaded or refused. Raises NotReady unless one is ready that is more than a
+    step of another, and ServerError where the server does not answer as Triton does."""
+    deadline = time.monotonic() + waiting.timeout_s
+    loads = _Loads()
+    listening = [port for port in vars(waiting.ports).values() if port is not None]
+    while not all(is_listening(waiting.address.to_ask.text, port) for port in listening):
+        protect_memory(waiting.mark)
+        if waiting.process.poll() is not None:
+            raise NotReady(f"{waiting.program} ended with status {waiting.process.returncode} before it was ready")
+        if lost := loads.lost(waiting.process.pid):
+            raise NotReady(
+                f"the Python process of {lost} ended while it was loading, and {waiting.program} waits for it for ever"
+            )
+        if stopped := loads.stopped():
+            raise NotReady(f"{stopped} is stopped (state T) while models load, and has been for {STOPPED_LOAD_S:g} s")
+        if time.monotonic() > deadline:
+            raise NotReady(
+                f"{waiting.program} was still loading models after {waiting.timeout_s:g} s; allow more time, or look "
+                "at its log"
+            )
+        time.sleep(POLL_INTERVAL_S)
+    protect_memory(waiting.mark)
+    return model_states(waiting.endpoint)
+
+
+def model_of(words: list[str]) -> str | None:
+    """The model that a Python process of Triton runs, from its command line: STUB .../MODEL/VERSION/model.py ...;
+    None for another program's."""
+    if len(words) < 2 or Path(words[0]).name != STUB_PROGRAM:
+        return None
+    path = Path(words[1])
+    return path.parent.parent.name or None
+
+
+@dataclass
+class _Loads:
+    """The Python processes of a server that loads its models: which ended and are not taken back."""
+
+    models: dict[int, str] = field(default_factory=dict)
+    ended: dict[int, float] = field(default_factory=dict)
+    stopped_since: dict[int, float] = field(default_factory=dict)
+    looked: float = -1.0
+
+    def lost(self, root: int) -> str | None:
+        """The model whose process ended longer ago than Triton takes to notice; looks twice a second at most."""
+        now = time.monotonic()
+        if now - self.looked < LOST_LOAD_S / 10:
+            return None
+        self.looked = now
+        found = descendants_of(root)
+        stopped = [pid for pid in (root, *(process.pid for process in found)) if _is_stopped(pid)]
+        self.stopped_since = {pid: self.stopped_since.get(pid, now) for pid in stopped}
+        servers = {p.pid for p in found if _is_server(p)} | {root}
+        children = [process for process in found if process.parent in servers]
+        for child in children:
+            if name := model_of(child.words()):
+                self.models[child.pid] = name
+        gone = {child.pid for child in children if child.has_ended}
+        self.ended = {pid: self.ended.get(pid, now) for pid in gone}
+        for pid, since in self.ended.items():
+            if now - since >= LOST_LOAD_S:
+                return f"the model {self.models[pid]}" if pid in self.models else "a model"
+        return None
+
+    def stopped(self) -> str | None:
+        """The process that has been stopped for too long, as the last look of `lost` had it."""
+        for pid, since in self.stopped_since.items():
+            if self.looked - since >= STOPPED_LOAD_S:
+                return f"the Python process of the model {self.models[pid]}" if pid in self.models else f"process {pid}"
+        return None
+
+
+def _is_stopped(pid: int) -> bool:
+    found = read_process(pid)
+    return found is not None and found.state == "T"
+
+
+def _is_server(process: Process) -> bool:
+    words = process.words()
+    return bool(words) and Path(words[0]).name == SERVER_PROGRAM

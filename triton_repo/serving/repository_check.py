@@ -1,0 +1,107 @@
+"""A look at a model repository before a server is started on it: what would fail for certain is told at once.
+
+Weights are not read here: a model checks its engine's digests when it is loaded, and a damaged one leaves the others
+running.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from export.checkpoint_files import TOKENIZER_FILE
+from export.errors import listing
+from triton_repo.contracts.model_parameters import NUM_IDS_KEY, TOKENIZER_KEY, TRITON_BACKEND, WORLD_SIZE_KEY
+from triton_repo.contracts.trtllm_parameters import ENGINE_PATH_KEY
+from triton_repo.errors import RepositoryError
+from triton_repo.packaging.model_config import CONFIG_FILE, packaged_parameters, read_config
+from triton_repo.processes.workspace import is_plain
+from triton_repo.serving.deployment import runs_moeship
+from triton_repo.serving.program_check import program_problems
+from trt_build.manifest import MANIFEST_FILE
+
+if TYPE_CHECKING:
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+
+def check_repository(repository: Path) -> tuple[str, ...]:
+    """The names of the repository's models. Raises RepositoryError listing every problem of every model."""
+    if not repository.is_dir():
+        raise RepositoryError(f"serving {repository}: no such folder; make one with: moeship package")
+    folders = sorted(path for path in repository.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not any((folder / CONFIG_FILE).is_file() for folder in folders):
+        raise RepositoryError(
+            f"serving {repository}: found no model, expected folders with a {CONFIG_FILE}; is it the repository itself "
+            "rather than the folder above it, or a model in it? Make one with: moeship package"
+        )
+    problems = [problem for folder in folders for problem in _model_problems(folder)]
+    names = {folder.name for folder in folders}
+    problems += [problem for folder in folders for problem in _step_problems(folder, names)]
+    if problems:
+        raise RepositoryError(f"serving {repository}: not every model can be served:{listing(problems)}")
+    return tuple(folder.name for folder in folders)
+
+
+def _model_problems(folder: Path) -> list[str]:
+    if not (folder / CONFIG_FILE).is_file():
+        return [f"{folder.name}: no {CONFIG_FILE}; remove the folder or package the engine again"]
+    try:
+        config = read_config(folder / CONFIG_FILE)
+        parameters = packaged_parameters(config, folder.name)
+    except RepositoryError as error:
+        return [f"{folder.name}: {error}"]
+    problems = []
+    if config.name not in ("", folder.name):
+        problems.append(f"{folder.name}: its {CONFIG_FILE} bears the name {config.name}; name the folder so")
+    if not is_plain(Path(folder.name)):
+        problems.append(
+            f"{folder.name!r}: Triton's Python backend cannot take this name, only ASCII letters, digits and "
+            "_./+,:@%=-; name the folder so"
+        )
+    versions = [path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()]
+    if not versions:
+        problems.append(f"{folder.name}: no version folder such as {folder.name}/1; package the engine again")
+    if runs_moeship(config):
+        problems += [problem for version in versions for problem in program_problems(folder.name, version)]
+    # Another maker's model has no engine that could be looked for.
+    engines = [version / parameters.engine for version in versions] if parameters is not None else []
+    problems += [
+        f"{folder.name}: no engine at {engine} ({MANIFEST_FILE} is missing); package it again"
+        for engine in engines
+        if not (engine / MANIFEST_FILE).is_file()
+    ]
+    tokenizers = [version / config.parameters[TOKENIZER_KEY].string_value for version in versions if _is_text(config)]
+    problems += [
+        f"{folder.name}: no tokenizer at {tokenizer} ({TOKENIZER_FILE} is missing); package it again"
+        for tokenizer in tokenizers
+        if not (tokenizer / TOKENIZER_FILE).is_file()
+    ]
+    return [*problems, *_path_problems(folder.name, config)]
+
+
+def _is_text(config: ModelConfig) -> bool:
+    """Whether it is one of our models that turn text into tokens or back."""
+    return TOKENIZER_KEY in config.parameters and NUM_IDS_KEY in config.parameters
+
+
+def _path_problems(name: str, config: ModelConfig) -> list[str]:
+    """What is wrong with the path of an engine of ours that TensorRT-LLM runs."""
+    if config.backend != TRITON_BACKEND or WORLD_SIZE_KEY not in config.parameters:
+        return []
+    engine = Path(config.parameters[ENGINE_PATH_KEY].string_value)
+    if (engine / MANIFEST_FILE).is_file():
+        return []
+    return [
+        f"{name}: no engine at {engine}, where its {CONFIG_FILE} says that it lies; package it again where it is "
+        "served, or with --served-from"
+    ]
+
+
+def _step_problems(folder: Path, names: set[str]) -> list[str]:
+    """The steps of an ensemble that are not in the repository."""
+    try:
+        steps = read_config(folder / CONFIG_FILE).ensemble_scheduling.step
+    except RepositoryError:  # reported as the model's own problem
+        return []
+    absent = dict.fromkeys(step.model_name for step in steps if step.model_name not in names)
+    return [f"{folder.name}: its step {name} is not in the repository; package the engine again" for name in absent]

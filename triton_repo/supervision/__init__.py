@@ -1,0 +1,1 @@
+"""Keeps a server running: watches its processes and starts it again."""

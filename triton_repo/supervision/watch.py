@@ -1,0 +1,182 @@
+"""Watches a server that answers, and says which of its processes is dead or hangs.
+
+    watch = Watch(server, Limits())
+    fault = watch.wait()      # "the Python process of the model phixtral (pid 4711) has ended"
+
+Three things are looked at. Each process that was there when the server was ready: whether it is gone, or stopped. The
+heartbeats of the models (heartbeat.py). Whether tritonserver answers its liveness. A model that computes is none of
+these: its process lives, its heartbeat's thread gets the interpreter's lock while the engine computes, and tritonserver
+answers beside it.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from triton_repo.processes.heartbeat import read_beats
+from triton_repo.processes.program import MARK_VARIABLE, Process, bears, descendants_of, protect_memory, read_process
+from triton_repo.serving.health import HealthEndpoint, is_live
+from triton_repo.serving.readiness import SERVER_PROGRAM, model_of
+from triton_repo.serving.server import Server
+
+_NEVER = -1  # no process started then
+_LAUNCHER_WORDS = ("mpirun", "mpiexec", "prterun", "orterun")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Seconds. A dead process is seen at the next look. A process is stopped only by a signal that somebody sent, so
+    that a short time suffices. A heartbeat or an answer may be late by some seconds where the machine is overloaded or
+    swaps, so that these limits are 60 beats long.
+    """
+
+    interval: float = 0.5
+    stopped: float = 3.0
+    beat: float = 30.0
+    liveness: float = 30.0
+
+
+class Watch:
+    """What is known of one server from one look to the next."""
+
+    def __init__(self, server: Server, limits: Limits) -> None:
+        self._server, self._limits = server, limits
+        self._members = _members(server)
+        self._stopped_since: dict[int, float] = {}
+        self._looked = time.monotonic()
+        self._late_looks = 0
+        self._prober = _Prober(server.endpoint, limits)
+
+    def wait(self) -> str:
+        """Look until something is dead or hangs; says what, and of which model."""
+        try:
+            while not (fault := self.look()):
+                time.sleep(self._limits.interval)
+            return fault
+        finally:
+            self._prober.stop()
+
+    def look(self) -> str | None:
+        """What is dead or hangs, if anything."""
+        now = time.monotonic()
+        # Where this process itself was kept waiting, so were the others: they get another while.
+        if now - self._looked > 4 * self._limits.interval + 2:
+            self._stopped_since, self._late_looks = {}, 0
+            self._prober.forgive()
+        self._looked = now
+        protect_memory(self._server.mark)
+        return self._ended_program() or self._dead_or_stopped(now) or self._late_beat() or self._no_answer()
+
+    def _ended_program(self) -> str | None:
+        status = self._server.process.poll()
+        if status is None:
+            return None
+        return f"{self._server.program} ended with status {status}{_signal_name(status)}"
+
+    def _dead_or_stopped(self, now: float) -> str | None:
+        for pid, member in self._members.items():
+            found = read_process(pid)
+            if found is None or found.has_ended or found.start_time != member.start_time:
+                # The program may have ended since it was asked for its status.
+                return self._ended_program() or f"{member.role} (pid {pid}) has ended"
+            if found.state != "T":
+                self._stopped_since.pop(pid, None)
+            elif now - self._stopped_since.setdefault(pid, now) >= self._limits.stopped:
+                return f"{member.role} (pid {pid}) is stopped (state T), and has been for {self._limits.stopped:g} s"
+        return None
+
+    def _late_beat(self) -> str | None:
+        """A model whose process lives and does not beat, seen in three looks."""
+        late = [
+            beat
+            for beat in read_beats(self._server.heartbeats)
+            if beat.pid in self._members and beat.age_s > self._limits.beat
+        ]
+        self._late_looks = self._late_looks + 1 if late else 0
+        if self._late_looks < 3:
+            return None
+        return f"the model {late[0].model} (pid {late[0].pid}) hangs: no heartbeat for {late[0].age_s:.0f} s"
+
+    def _no_answer(self) -> str | None:
+        silent_s = self._prober.silent_s()
+        if silent_s <= self._limits.liveness:
+            return None
+        return f"{SERVER_PROGRAM} hangs: it has not answered its liveness for {silent_s:.0f} s"
+
+
+@dataclass(frozen=True)
+class _Member:
+    role: str
+    start_time: int
+
+
+def _members(server: Server) -> dict[int, _Member]:
+    """The processes that a server lives by, by pid: tritonservers, the models' Python processes, and launchers."""
+    found = {process.pid: process for process in descendants_of(server.process.pid)}
+    mark = f"{MARK_VARIABLE}={server.mark}".encode()
+    roles = {
+        pid: role
+        for pid, process in found.items()
+        if not process.has_ended and bears(pid, mark) and (role := _role(process))
+    }
+    members = {pid: _Member(role, found[pid].start_time) for pid, role in roles.items()}
+    # An instance that beat and ended before this look; its model was loaded, so that Triton did not end it.
+    loaded = {model.name for model in server.models if model.ready}
+    beats = [beat for beat in read_beats(server.heartbeats) if beat.model in loaded and beat.pid not in members]
+    ended = {beat.pid: _Member(f"the Python process of the model {beat.model}", _NEVER) for beat in beats}
+    return members | ended | _program(server)
+
+
+def _program(server: Server) -> dict[int, _Member]:
+    """The program itself, which may hang too."""
+    process = read_process(server.process.pid)
+    return {} if process is None else {process.pid: _Member(server.program, process.start_time)}
+
+
+def _role(process: Process) -> str | None:
+    """What a process is to the server; None for one that the server can do without, as those that libraries start."""
+    words = process.words()
+    if model := model_of(words):
+        return f"the Python process of the model {model}"
+    name = Path(words[0]).name if words else ""
+    return name if name == SERVER_PROGRAM or name in _LAUNCHER_WORDS else None
+
+
+def _signal_name(status: int) -> str:
+    """The name of the signal that a process ended by, in brackets."""
+    if status >= 0:
+        return ""
+    try:
+        return f" ({signal.Signals(-status).name})"
+    except ValueError:  # a real-time signal has no name
+        return ""
+
+
+class _Prober:
+    """Asks for the liveness in a thread of its own, since a server that hangs answers after a while or never."""
+
+    def __init__(self, endpoint: HealthEndpoint, limits: Limits) -> None:
+        self._endpoint, self._limits = endpoint, limits
+        self._answered = time.monotonic()
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name="liveness", daemon=True).start()
+
+    def _run(self) -> None:
+        while not self._ended.wait(max(self._limits.interval, self._limits.liveness / 15)):
+            if is_live(self._endpoint, self._limits.liveness / 3):
+                self._answered = time.monotonic()
+
+    def silent_s(self) -> float:
+        """Seconds since the last answer."""
+        return time.monotonic() - self._answered
+
+    def forgive(self) -> None:
+        """Count from now."""
+        self._answered = time.monotonic()
+
+    def stop(self) -> None:
+        self._ended.set()
