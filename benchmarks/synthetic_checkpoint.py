@@ -30,7 +30,7 @@ from export.architecture import Architecture
 from export.checkpoint import numpy_dtype
 from export.command import run_command
 from export.families import families
-from export.merge_layout import config_json as phixtral_config
+from export.merge.layout import config_json as phixtral_config
 from export.output import require_space, staged_directory
 from export.shard_writer import PlannedTensor, write_sharded
 

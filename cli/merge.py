@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from export.merge import merge
-    from export.merge_config import read_merge_config
+    from export.merge.config import read_merge_config
+    from export.merge.merge import merge
 
     config = read_merge_config(arguments.config)
     result = merge(config, arguments.output, seed=arguments.seed, max_shard_bytes=arguments.max_shard_size)

@@ -22,7 +22,7 @@ from export.checkpoint import open_checkpoint
 from export.checkpoint_files import INDEX_FILE
 from export.errors import MoeshipError
 from export.families import read_model
-from export.merge_config import read_merge_config
+from export.merge.config import read_merge_config
 from export.reading import read_json
 from export.safetensors_header import read_header
 from export.settings import check_token_ids, read_settings

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 from checkpoints import write_phi_checkpoint
 
-from export.merge import MergeResult, merge
-from export.merge_config import read_merge_config
+from export.merge.config import read_merge_config
+from export.merge.merge import MergeResult, merge
 
 SPELLINGS = ("transformers", "phi-msft")
 

@@ -14,8 +14,8 @@ from decoding import KINDS, QUANTISED, genai_greedy, greedy, load_genai
 
 from export.checkpoint import open_checkpoint
 from export.families import read_model
-from export.merge import merge
-from export.merge_config import read_merge_config
+from export.merge.config import read_merge_config
+from export.merge.merge import merge
 from export.tokenizer import load_tokenizer
 from trt_build import parity
 from trt_build.build_engine import BuildOptions, build_engine

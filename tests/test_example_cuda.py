@@ -11,8 +11,8 @@ import torch
 
 from export.checkpoint import open_checkpoint
 from export.families import read_model
-from export.merge import merge
-from export.merge_config import read_merge_config
+from export.merge.config import read_merge_config
+from export.merge.merge import merge
 from export.provider import PROVIDERS
 from export.tokenizer import load_tokenizer
 from trt_build import parity

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import corpus
 
-from export.merge import merge
-from export.merge_config import read_merge_config
+from export.merge.config import read_merge_config
+from export.merge.merge import merge
 from export.tokenizer import load_tokenizer
 from trt_build.build_engine import BuildOptions, build_engine
 from trt_build.engine import Engine

@@ -15,8 +15,8 @@ from export.checkpoint import open_checkpoint
 from export.errors import CheckpointError, ConfigError, MergeError
 from export.families import mixtral, read_model
 from export.inspection import describe
-from export.merge import merge
-from export.merge_config import read_merge_config
+from export.merge.config import read_merge_config
+from export.merge.merge import merge
 
 # config.json of mistralai/Mixtral-8x7B-v0.1.
 PUBLISHED = MixtralSizes(

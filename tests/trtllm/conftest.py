@@ -16,8 +16,8 @@ from trtllm.building import build
 from trtllm.library import NETWORK, ROOT, install_programs, standin
 from trtllm.ranks import understood
 
-from export.merge import merge
-from export.merge_config import read_merge_config
+from export.merge.config import read_merge_config
+from export.merge.merge import merge
 from export.trtllm.checkpoint import CheckpointOptions, write_checkpoint
 
 # The packed layouts take these on up to four ranks (H a multiple of 64 for each), or two slices of F; else unequal.

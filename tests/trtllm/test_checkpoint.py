@@ -21,7 +21,7 @@ from trtllm.weight_layout import BITS_OF, CONTRACT, read_ranks
 import synthetic_checkpoint
 from conversion import watch
 from export.conversion import writer
-from export.merge_layout import config_json
+from export.merge.layout import config_json
 from export.shard_writer import header_of
 from export.trtllm.checkpoint import CheckpointOptions, plan_checkpoint, write_checkpoint
 from export.trtllm.config import rotary_share

@@ -24,8 +24,8 @@ SCRIPT = """
 import json, sys, threading
 import numpy, ml_dtypes, tokenizers, yaml
 from pathlib import Path
-from export.merge import merge
-from export.merge_config import read_merge_config
+from export.merge.merge import merge
+from export.merge.config import read_merge_config
 if sys.argv[3] == "hidden":
     import torch, transformers
     from transformers.models.phi.modeling_phi import PhiDecoderLayer

@@ -23,8 +23,8 @@ import numpy.typing as npt
 
 from export.errors import MergeError
 from export.families import Model
-from export.hidden_states import States, embedding_rows, layer_inputs
-from export.merge_config import GateMode, MergeConfig
+from export.merge.config import GateMode, MergeConfig
+from export.merge.hidden_states import States, embedding_rows, layer_inputs
 from export.settings import Settings, read_settings
 
 _SMALLEST_LENGTH = 1e-8

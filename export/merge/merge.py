@@ -26,10 +26,10 @@ from export import routing
 from export.architecture import Architecture
 from export.checkpoint import open_checkpoint
 from export.families import Model, read_model
-from export.gates import gate_matrices
-from export.merge_checks import check_models, measure_lost_training, output_dtype
-from export.merge_config import GateMode, MergeConfig
-from export.merge_layout import MergedTensor, MergeSources, cast, config_json, merged_tensors
+from export.merge.checks import check_models, measure_lost_training, output_dtype
+from export.merge.config import GateMode, MergeConfig
+from export.merge.gates import gate_matrices
+from export.merge.layout import MergedTensor, MergeSources, cast, config_json, merged_tensors
 from export.output import refuse_existing, require_space, staged_directory
 from export.settings import Settings, read_settings
 from export.shard_writer import write_sharded

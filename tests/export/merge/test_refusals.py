@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
 from cli.main import main
-from export import merge as merge_module
 from export.errors import CheckpointError, ConfigError, MergeError, OutputError
+from export.merge import merge as merge_module
 
 
 @pytest.fixture
@@ -164,8 +164,8 @@ def test_a_killed_merge_leaves_nothing_under_the_final_name(five):
 import os, signal
 import shutil
 from pathlib import Path
-from export import merge
-from export.merge_config import read_merge_config
+from export.merge import merge
+from export.merge.config import read_merge_config
 chunks = merge.MergeSources.chunks
 def kill_at_layer_2(self, tensor):
     if tensor.layer == 2:

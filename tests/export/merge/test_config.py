@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from export.errors import ConfigError
-from export.merge_config import GateMode, read_merge_config
+from export.merge.config import GateMode, read_merge_config
 
 # As published on the card of mlabonne/phixtral-4x2_8.
 PHIXTRAL_YAML = """

@@ -14,11 +14,11 @@ from merging import run, write_five_experts, write_yaml
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from export import merge as merge_module
 from export.checkpoint import open_checkpoint
 from export.families import read_model
-from export.merge import merge
-from export.merge_config import read_merge_config
+from export.merge import merge as merge_module
+from export.merge.config import read_merge_config
+from export.merge.merge import merge
 
 CONFIG_KEYS = {  # of mlabonne/phixtral-4x2_8's config.json, auto_map aside, and the token ids beside them
     "activation_function", "architectures", "attn_pdrop", "bos_token_id", "embd_pdrop", "eos_token_id", "flash_attn",
@@ -59,7 +59,7 @@ def test_every_merged_tensor_is_byte_for_byte_an_experts_or_the_bases(five, tmp_
 
 def test_phi_2_gives_phixtrals_count_of_tensors_and_parameters():
     from export.architecture import Architecture
-    from export.merge_layout import merged_tensors
+    from export.merge.layout import merged_tensors
 
     phixtral = Architecture(
         family="phixtral", hidden_size=2560, num_layers=32, num_heads=32, num_kv_heads=32, head_size=80,

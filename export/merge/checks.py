@@ -11,7 +11,7 @@ import numpy.typing as npt
 from export.errors import MergeError, listing
 from export.families import Model
 from export.families.phi_stack import ROPE_BASE
-from export.merge_config import DTYPES
+from export.merge.config import DTYPES
 
 SAMPLED_ROWS = 16
 _COMPARED = (

@@ -22,7 +22,7 @@ from export.architecture import Architecture
 from export.checkpoint import numpy_dtype
 from export.errors import CheckpointError, MergeError
 from export.families import Model, phixtral
-from export.merge_config import DTYPES, ExpertSource
+from export.merge.config import DTYPES, ExpertSource
 from export.shard_writer import PlannedTensor
 from export.tensor_table import CHUNK_ELEMENTS, Join, Part, Role
 

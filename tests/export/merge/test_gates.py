@@ -17,9 +17,9 @@ from transformers import PhiForCausalLM
 from export.checkpoint import open_checkpoint
 from export.errors import CheckpointError, MergeError, MissingPackageError
 from export.families import read_model
-from export.gates import gate_matrices, tokenize_prompts
-from export.hidden_states import layer_inputs
-from export.merge_config import ExpertSource, GateMode, MergeConfig
+from export.merge.config import ExpertSource, GateMode, MergeConfig
+from export.merge.gates import gate_matrices, tokenize_prompts
+from export.merge.hidden_states import layer_inputs
 from export.settings import read_settings
 
 POSITIVE = (("def f(x):", "import os"), ("A quiet evening.",), ("#include <a.h>", "int x;", "void"))
@@ -202,8 +202,8 @@ def test_cheap_embed_loads_neither_torch_nor_transformers(tmp_path):
 import sys
 from export.checkpoint import open_checkpoint
 from export.families import read_model
-from export.gates import gate_matrices
-from export.merge_config import ExpertSource, GateMode, MergeConfig
+from export.merge.gates import gate_matrices
+from export.merge.config import ExpertSource, GateMode, MergeConfig
 expert = ExpertSource(location="", positive_prompts=("x",), negative_prompts=(), noise_scale=0.0, residual_scale=1.0)
 config = MergeConfig(
     base="", experts=(expert, expert), gate_mode=GateMode.CHEAP_EMBED, dtype=None, experts_per_token=1, text=""
