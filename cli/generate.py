@@ -22,7 +22,8 @@ from export.command import INTERRUPTED, READER_GONE, leave_stdout
 
 if TYPE_CHECKING:
     from clients.generation import Client
-    from clients.messages import GenerationRequest, ModelState
+    from clients.messages import GenerationRequest
+    from triton_repo.contracts.model_state import ModelState
 
 POLL_INTERVAL_S = 0.1
 

@@ -9,7 +9,6 @@ it is the one asked for.
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import importlib.metadata
 import logging
@@ -17,7 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from export.command import run_command
-from export.errors import named, printable
+from export.errors import named, near_match, printable
 
 # In the order of the pipeline: name -> (module, what it does).
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -72,8 +71,8 @@ def _run(argv: Sequence[str] | None) -> int:
         return 0 if words else 2
     name, *rest = words
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "."
+        near = near_match(name, COMMANDS)
+        hint = f"; did you mean {near}?" if near else "."
         print(f"moeship: unknown command {named(name, 60)}{hint} There are: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     return _run_one(name, rest)

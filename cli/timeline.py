@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from clients.messages import Piece
+    from triton_repo.contracts.piece import Piece
 
 
 @dataclass

@@ -24,15 +24,14 @@ UNAVAILABLE is said by Triton, by its queue and by gRPC itself; the list of the 
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, TypeGuard
 
-from export.errors import MoeshipError
+from export.errors import MoeshipError, near_match
 
 if TYPE_CHECKING:
-    from clients.messages import ModelState
+    from triton_repo.contracts.model_state import ModelState
 
 
 class ClientError(MoeshipError):
@@ -205,6 +204,6 @@ def without_ensemble(details: str) -> str:
 def what_exists(model: str, models: Sequence[ModelState]) -> str:
     """Near matches of a name and the names there are, for the end of a message."""
     names = sorted({state.name for state in models})
-    near = difflib.get_close_matches(model, names, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    near = near_match(model, names)
+    hint = f"did you mean {near}? " if near else ""
     return f"{hint}The server has: {', '.join(names)}" if names else "the server has no models"

@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING
 from clients import wire
 from clients._tritonclient import require_grpc, require_messages, require_services
 from clients.errors import AddressInvalid, ClientError, ConnectionFailed, RequestRejected, depends_on_models, error_of
-from clients.messages import Generation, GenerationRequest, ModelState, Piece, check_text, collect
+from clients.messages import Generation, GenerationRequest, check_text, collect
 from clients.streams import AsyncStream, Stream
+from triton_repo.contracts.model_state import ModelState
+from triton_repo.contracts.piece import Piece
 
 if TYPE_CHECKING:
     import grpc

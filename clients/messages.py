@@ -1,6 +1,4 @@
-"""What a caller gives and gets: a generation request, the pieces of its answer, the answer as a whole, and the state
-of a server's models. Plain data: no numpy, no protobuf.
-"""
+"""What a caller gives and gets: a generation request, and its answer as a whole. Plain data: no numpy, no protobuf."""
 
 from __future__ import annotations
 
@@ -8,11 +6,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any
 
 from clients.errors import RequestRejected
-
-_Value = TypeVar("_Value")
+from triton_repo.contracts.piece import Piece, join
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,24 +62,6 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
-    """What one response adds. Fields that the server did not send are None or empty; so are the log-probabilities
-    unless the request asked for them.
-    """
-
-    text: str
-    token_ids: tuple[int, ...] = ()
-    # None until the last piece.
-    finish_reason: str | None = None
-    num_input_tokens: int | None = None
-    # Tokens produced so far.
-    num_output_tokens: int | None = None
-    # Natural logarithms: the sum so far, and one a token of this piece.
-    cum_log_prob: float | None = None
-    log_probs: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
 class Generation:
     """A whole answer."""
 
@@ -95,36 +74,9 @@ class Generation:
     log_probs: tuple[float, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelState:
-    """One version of a model as the server's repository index tells it."""
-
-    name: str
-    version: str
-    state: str
-    reason: str = ""
-
-    @property
-    def ready(self) -> bool:
-        return self.state == "READY"
-
-    def __str__(self) -> str:
-        version = f" version {self.version}" if self.version else ""
-        return f"{self.name}{version} {self.state or 'not loaded'}{f' ({self.reason})' if self.reason else ''}"
-
-
 def collect(pieces: Iterable[Piece]) -> Generation:
-    """The pieces of one answer, in order, as a whole; of the running counts, the last that was said."""
-    parts = tuple(pieces)
-    return Generation(
-        text="".join(part.text for part in parts),
-        token_ids=tuple(token for part in parts for token in part.token_ids),
-        finish_reason=_last(part.finish_reason for part in parts),
-        num_input_tokens=_last(part.num_input_tokens for part in parts),
-        num_output_tokens=_last(part.num_output_tokens for part in parts),
-        cum_log_prob=_last(part.cum_log_prob for part in parts),
-        log_probs=tuple(value for part in parts for value in part.log_probs),
-    )
+    """The pieces of one answer, in order, as a whole."""
+    return Generation(**vars(join(pieces)))
 
 
 def check_text(what: str, value: object) -> None:
@@ -141,8 +93,3 @@ def check_text(what: str, value: object) -> None:
 def _is_duration(seconds: Any) -> bool:  # noqa: ANN401 - whatever the caller gave
     is_number = isinstance(seconds, Real) and not isinstance(seconds, bool)
     return is_number and bool(0 < seconds < math.inf)
-
-
-def _last(values: Iterable[_Value | None]) -> _Value | None:
-    said = [value for value in values if value is not None]
-    return said[-1] if said else None

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from clients._tritonclient import require_messages, require_utils
 from clients.errors import BY_STATUS, RequestRejected, StreamBroken, without_ensemble
-from clients.messages import GenerationRequest, ModelState, Piece
+from clients.messages import GenerationRequest
+from triton_repo.contracts.model_state import ModelState
+from triton_repo.contracts.piece import Piece
 from triton_repo.contracts.wire import (
     COMPATIBILITY_INPUTS,
     FIELD_NAMES,

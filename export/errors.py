@@ -105,12 +105,24 @@ def shown(value: object, most: int = 100) -> str:
     return _cut(_BOUNDED.repr(value), most)
 
 
+def near_match(word: object, known: Iterable[str]) -> str | None:
+    """The known word that is most like `word`; None where none is like it, and for a very long word."""
+    if not isinstance(word, str) or len(word) > _MOST_SUGGESTED:
+        return None
+    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+
+
 def suggestion(word: object, known: Iterable[str]) -> str:
     """ " (did you mean ...?)" with the known word that is most like `word`; empty where none is."""
-    if not isinstance(word, str) or len(word) > _MOST_SUGGESTED:
-        return ""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
+    near = near_match(word, known)
+    return f" (did you mean {near}?)" if near else ""
+
+
+def unknown(word: str, known: Iterable[str], there_are: str = "There are") -> str:
+    """ "WORD is unknown; did you mean ...? There are: ...", as the end of a message."""
+    near = near_match(word, known)
+    hint = f"; did you mean {near}?" if near else "."
+    return f"{shown(word)} is unknown{hint} {there_are}: {', '.join(known)}"
 
 
 class _Bounded(reprlib.Repr):

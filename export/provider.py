@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from export.errors import ExportError
+from export.errors import ExportError, unknown
 
 FLOAT16_MAX = 65504.0
 
@@ -93,9 +93,9 @@ KERNELS: Mapping[str, Mapping[str, Provider]] = MappingProxyType(
 def provider_of(name: str, kernels: str = "onnxruntime") -> Provider:
     """The record of a provider's name with the kernels of that name. Raises ExportError that lists what exists."""
     if name not in PROVIDERS:
-        raise ExportError(f"choosing the provider: {name!r} is unknown. There are: {', '.join(PROVIDERS)}")
+        raise ExportError(f"choosing the provider: {unknown(name, PROVIDERS)}")
     if kernels not in KERNELS:
-        raise ExportError(f"choosing the kernels: {kernels!r} is unknown. There are: {', '.join(KERNELS)}")
+        raise ExportError(f"choosing the kernels: {unknown(kernels, KERNELS)}")
     if name not in KERNELS[kernels]:
         raise ExportError(
             f"choosing the kernels: those of {kernels} are for the provider {', '.join(KERNELS[kernels])}, found "

@@ -28,10 +28,17 @@ _ITEM_BITS = {
     "U16": 16, "U8": 8, "BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
     "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
-FLOAT_DTYPES = ("F16", "BF16", "F32")  # what weights may be stored in
+# What weights may be stored in: the name that numpy and config.json have for it to the label of the format.
+FLOAT_LABELS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+FLOAT_DTYPES = tuple(FLOAT_LABELS.values())
 MAX_RANK = 32  # numpy's, before 2.0
 _MAX_SIZE = 1 << 48  # of one dimension: far above any file's values
 _METADATA = "__metadata__"
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one value of a label whose values take whole bytes."""
+    return _ITEM_BITS[dtype] // 8
 
 
 def numpy_dtype(dtype: str) -> npt.DTypeLike:
@@ -57,8 +64,8 @@ class StoredTensor:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one value of a dtype that takes whole bytes."""
-        return _ITEM_BITS[self.dtype] // 8
+        """Bytes of one value."""
+        return itemsize(self.dtype)
 
 
 def header_bytes(shard: Path) -> bytes:

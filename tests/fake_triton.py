@@ -10,7 +10,7 @@ import grpc
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
-from triton_repo.runtime.answer import Piece
+from triton_repo.contracts.piece import Piece
 from triton_repo.runtime.responses import wire_outputs
 
 # numpy's names of the dtypes of the outputs and the protocol's.
@@ -32,7 +32,7 @@ def piece(
     made = Piece(
         text=text,
         token_ids=tuple(token_ids),
-        log_probs=(-0.5,) * len(token_ids) if log_probs else None,
+        log_probs=(-0.5,) * len(token_ids) if log_probs else (),
         cum_log_prob=-0.5 if log_probs else None,
         finish_reason=finish_reason,
         num_input_tokens=3,

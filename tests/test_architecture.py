@@ -118,12 +118,12 @@ def test_a_folder_has_few_modules(package):
     assert {str(folder): count for folder, count in counts.items() if count > MAX_MODULES} == {}
 
 
-def test_clients_use_of_triton_repo_only_the_contract():
+def test_clients_use_of_triton_repo_only_the_contracts():
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in sources("clients")
         for name in imported_names(path)
-        if name.startswith("triton_repo") and name != "triton_repo.contracts.wire"
+        if name.startswith("triton_repo") and not name.startswith("triton_repo.contracts.")
     ]
     assert wrong == []
 

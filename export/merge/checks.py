@@ -11,7 +11,7 @@ import numpy.typing as npt
 from export.errors import MergeError, listing
 from export.families import Model
 from export.families.phi_stack import ROPE_BASE
-from export.merge.config import DTYPES
+from export.safetensors_header import FLOAT_LABELS
 
 SAMPLED_ROWS = 16
 _COMPARED = (
@@ -62,7 +62,7 @@ def output_dtype(asked: str | None, base: Model) -> str:
     if len(stored) != 1:
         raise MergeError(
             f"merging into {_where(base)}: it stores {' and '.join(stored)}; "
-            f"say which to write with dtype in the YAML: {', '.join(DTYPES)}"
+            f"say which to write with dtype in the YAML: {', '.join(FLOAT_LABELS)}"
         )
     return stored[0]
 

@@ -27,9 +27,9 @@ from typing import Any
 from export.checkpoint import HUB_ID
 from export.errors import ConfigError, listing, named, shown, suggestion
 from export.reading import is_folder, read_text
+from export.safetensors_header import FLOAT_LABELS
 from export.yaml_reading import MAX_YAML_BYTES, parse_yaml
 
-DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _TOP_KEYS = (
     "base_model", "gate_mode", "dtype", "experts_per_token", "experts", "shared_experts", "architecture",
     "tokenizer_source",
@@ -120,12 +120,12 @@ class _Reader:
             self.problems.append(
                 f"tokenizer_source is {shown(raw['tokenizer_source'])}; the base's tokenizer is kept: base"
             )
-        dtype = self._choice(raw, "dtype", list(DTYPES), default=None)
+        dtype = self._choice(raw, "dtype", list(FLOAT_LABELS), default=None)
         return MergeConfig(
             base=self._location(raw, "base_model", ""),
             experts=experts,
             gate_mode=gate_mode,
-            dtype=DTYPES[dtype] if dtype else None,
+            dtype=FLOAT_LABELS[dtype] if dtype else None,
             experts_per_token=self._experts_per_token(raw, len(experts)),
             text=text,
         )

@@ -22,13 +22,13 @@ from export.architecture import Architecture
 from export.checkpoint import numpy_dtype
 from export.errors import CheckpointError, MergeError
 from export.families import Model, phixtral
-from export.merge.config import DTYPES, ExpertSource
+from export.floats import all_finite
+from export.merge.config import ExpertSource
+from export.safetensors_header import FLOAT_LABELS
 from export.shard_writer import PlannedTensor
 from export.tensor_table import CHUNK_ELEMENTS, Join, Part, Role
 
-_DTYPE_NAMES = {label: name for name, label in DTYPES.items()}
-# Bits of the exponent; all of them set means NaN or infinite.
-_EXPONENTS = {"F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000)}
+_DTYPE_NAMES = {label: name for name, label in FLOAT_LABELS.items()}
 
 
 def config_json(architecture: Architecture, dtype: str, pad_token_id: int | None = None) -> dict[str, Any]:
@@ -137,19 +137,13 @@ def cast(values: npt.NDArray[Any], dtype: str, name: str) -> npt.NDArray[Any]:
     """Finite values in another float dtype, to nearest even. Raises MergeError when one is too large for it."""
     with np.errstate(over="ignore"):
         converted = values.astype(numpy_dtype(dtype), copy=False)
-    if _any_non_finite(converted, dtype):
+    if not all_finite(converted):
         largest = float(np.abs(values).max())
         raise MergeError(
             f"merging {name}: a value of magnitude {largest:g} does not fit {_DTYPE_NAMES[dtype]}; "
             "set dtype to bfloat16 or float32"
         )
     return converted
-
-
-def _any_non_finite(values: npt.NDArray[Any], dtype: str) -> bool:
-    integer, exponent = _EXPONENTS[dtype]
-    bits = np.ascontiguousarray(values).reshape(-1).view(integer)
-    return bool(((bits & integer(exponent)) == exponent).any())
 
 
 def _row_slices(model: Model, row: str) -> Iterator[tuple[Part, slice]]:
@@ -168,7 +162,7 @@ def _plain_chunks(model: Model, row: str, dtype: str) -> Iterator[npt.NDArray[An
             yield cast(checkpoint.read_float32(part.name, rows), dtype, row)
             continue
         values = checkpoint.read(part.name, rows)
-        if _any_non_finite(values, dtype):
+        if not all_finite(values):
             raise CheckpointError(
                 f"merging {part.name} from {checkpoint.tensors[part.name].shard}: it holds values that are NaN or "
                 "infinite; the checkpoint is damaged or its training diverged: download it again or leave it out"

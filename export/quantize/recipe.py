@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from export.errors import QuantizationError
+from export.errors import QuantizationError, unknown
 from export.provider import PROVIDERS, Provider
 from export.tensor_table import Role
 
@@ -51,11 +50,7 @@ PLANS: Mapping[str, QuantPlan] = MappingProxyType(
 def plan_for(precision: str, provider: Provider = PROVIDERS["cpu"]) -> QuantPlan:
     """The plan of a precision's name on a provider. Raises QuantizationError that lists what exists."""
     if precision not in PLANS:
-        near = difflib.get_close_matches(precision, provider.precisions, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "."
-        raise QuantizationError(
-            f"choosing the precision: {precision!r} is unknown{hint} There are: {', '.join(provider.precisions)}"
-        )
+        raise QuantizationError(f"choosing the precision: {unknown(precision, provider.precisions)}")
     if precision not in provider.precisions and provider.kernels != "onnxruntime":
         without = PROVIDERS[provider.name].precisions
         remedy = f"leave --kernels out to build {precision}" if precision in without else "choose one of these"

@@ -26,11 +26,12 @@ from enum import StrEnum
 
 from export.architecture import Architecture
 from export.families import Model
+from export.safetensors_header import FLOAT_LABELS
 from export.shard_writer import PlannedTensor
 from export.tensor_table import Join, TensorSpec
 from export.trtllm.packing import interleaves_columns
 from export.trtllm.parallel import Parallelism
-from export.trtllm.precision import FLOATS, TrtllmPrecision
+from export.trtllm.precision import TrtllmPrecision
 
 ROUTER, HEAD, QKV, DENSE = "mlp.router", "lm_head", "attention.qkv", "attention.dense"
 QUANTISED = (QKV, DENSE, "mlp.fc", "mlp.proj")
@@ -240,7 +241,7 @@ class _Row:
 
     def _tensor(self, rank: int, name: str, form: Form, rows: int, width: int, groups: int) -> RankTensor:
         lead, each = ((groups,), rows // groups) if groups else ((), rows)
-        dtype = FLOATS["float32" if self.module == ROUTER else self.options.dtype]
+        dtype = FLOAT_LABELS["float32" if self.module == ROUTER else self.options.dtype]
         shape: tuple[int, ...] = (*lead, each, width)
         if form is Form.CHANNELS:
             shape, dtype = (*lead, width, each * self.options.precision.bits // 8), "I8"
@@ -255,7 +256,7 @@ class _Row:
     def _side_shapes(self, form: Form, rows: int, width: int, groups: int) -> list[tuple[str, tuple[int, ...], str]]:
         """Ending of the name, shape and dtype of what stands beside a weight."""
         lead, each = ((groups,), rows // groups) if groups else ((), rows)
-        dtype = FLOATS[self.options.dtype]
+        dtype = FLOAT_LABELS[self.options.dtype]
         if form is Form.CHANNELS:
             return [("per_channel_scale", (*lead, each), dtype)]
         if form is Form.GROUPS:

@@ -15,20 +15,18 @@ cpp/tensorrt_llm/kernels/cutlass_kernels/cutlass_preprocessors.cpp (packing), la
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from export.errors import QuantizationError
+from export.errors import QuantizationError, unknown
 
 GROUP_SIZES = (128, 64)  # for which the library has products; NVIDIA/TensorRT-LLM#988
 # The library's own list (quantization/quantize.py); one that is given replaces it, so it is given whole.
 EXCLUDED_MODULES = (
     "*lm_head", "*router", "*vocab_embedding", "*position_embedding", "*block_embedding", "*shared_expert_gate",
 )  # fmt: skip
-FLOATS: Mapping[str, str] = MappingProxyType({"float32": "F32", "float16": "F16", "bfloat16": "BF16"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +79,7 @@ TRTLLM_PRECISIONS: Mapping[str, TrtllmPrecision] = MappingProxyType(
 def trtllm_precision(name: str) -> TrtllmPrecision:
     """The precision of a name. Raises QuantizationError that lists what exists."""
     if name not in TRTLLM_PRECISIONS:
-        near = difflib.get_close_matches(name, TRTLLM_PRECISIONS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "."
-        raise QuantizationError(
-            f"choosing the precision: {name!r} is unknown{hint} TensorRT-LLM has: {', '.join(TRTLLM_PRECISIONS)}"
-        )
+        raise QuantizationError(f"choosing the precision: {unknown(name, TRTLLM_PRECISIONS, 'TensorRT-LLM has')}")
     return TRTLLM_PRECISIONS[name]
 
 

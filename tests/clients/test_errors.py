@@ -9,8 +9,8 @@ import pytest
 
 from clients import errors
 from clients.errors import ClientError, error_of
-from clients.messages import ModelState
 from export.errors import MoeshipError
+from triton_repo.contracts.model_state import ModelState
 from triton_repo.runtime.responses import failure, server_stopping
 
 DOING = "generating with phixtrl at 127.0.0.1:8001"

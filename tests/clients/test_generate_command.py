@@ -20,7 +20,7 @@ from fake_triton import empty_final, piece
 
 from cli.generate import Timeline, statistics
 from cli.main import main
-from clients.messages import Piece
+from triton_repo.contracts.piece import Piece
 
 # Long enough for a busy machine; a test that waits so long has failed.
 PATIENCE_S = 60

@@ -8,7 +8,9 @@ import math
 import pytest
 
 from clients.errors import RequestRejected
-from clients.messages import GenerationRequest, ModelState, Piece, collect
+from clients.messages import GenerationRequest, collect
+from triton_repo.contracts.model_state import ModelState
+from triton_repo.contracts.piece import Piece
 from triton_repo.contracts.wire import FIELD_NAMES, INPUTS
 
 

@@ -23,6 +23,10 @@ TritonDtype = Literal["STRING", "INT32", "INT64", "UINT64", "FP32", "BOOL"]
 WIRE_DTYPES: dict[TritonDtype, str] = {
     "STRING": "BYTES", "INT32": "INT32", "INT64": "INT64", "UINT64": "UINT64", "FP32": "FP32", "BOOL": "BOOL",
 }  # fmt: skip
+# The names of numpy's dtypes; a text is an object.
+NUMPY_DTYPES: dict[str, str] = {
+    "STRING": "object", "INT32": "int32", "INT64": "int64", "UINT64": "uint64", "FP32": "float32", "BOOL": "bool",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from triton_repo.contracts.model_parameters import ModelParameters, read_workers
+from triton_repo.contracts.piece import Piece
 from triton_repo.processes.heartbeat import Heartbeat
-from triton_repo.runtime.answer import Piece
 from triton_repo.runtime.responses import error_response, wire_outputs
 from triton_repo.runtime.service import Request, Service
 from triton_repo.runtime.stop_requests import STOPPED, asks_to_stop, check_stop_id

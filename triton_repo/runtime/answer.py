@@ -12,48 +12,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 from export.tokenizer import Tokenizer
 from export.typed_json import read_typed
+from triton_repo.contracts.piece import Piece
 from triton_repo.runtime.options import GenerationPlan
 from triton_repo.runtime.text.detokenizer import Detokenizer, last_text_token
 from triton_repo.runtime.text.stopping import StopWatcher, TextWatcher, TokenWatcher
 from triton_repo.runtime.text.words import Words, not_starting_in, spell
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """What one step adds. `token_ids` and `log_probs` are those since the piece before, an end token included;
-    `log_probs` and `cum_log_prob` (natural logarithm, sum so far) are None unless asked for; `num_output_tokens` counts
-    all so far; `finish_reason` is empty until the last piece.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    log_probs: tuple[float, ...] | None
-    cum_log_prob: float | None
-    finish_reason: str
-    num_input_tokens: int
-    num_output_tokens: int
-
-
-def join(pieces: Iterable[Piece]) -> Piece:
-    """All pieces of one answer as one."""
-    parts = list(pieces)
-    last = parts[-1]
-    wanted = last.log_probs is not None
-    return Piece(
-        text="".join(part.text for part in parts),
-        token_ids=tuple(token for part in parts for token in part.token_ids),
-        log_probs=tuple(value for part in parts for value in part.log_probs or ()) if wanted else None,
-        cum_log_prob=last.cum_log_prob,
-        finish_reason=last.finish_reason,
-        num_input_tokens=last.num_input_tokens,
-        num_output_tokens=last.num_output_tokens,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,13 +129,18 @@ class Answer:
             return self._piece(text, "stop")
         if self._complete:
             return self._last_piece(text, "stop" if met else "length")
-        return self._piece(text, "") if text else None
+        return self._piece(text, None) if text else None
 
     def end(self, end_id: int, log_prob: float = 0.0) -> Piece:
         """Take an end token, which shows in no text; the last piece."""
         self._take(end_id, log_prob)
         self._complete = True
         return self._last_piece("", "stop")
+
+    def end_at_limit(self) -> Piece:
+        """The last piece of an answer that its engine ended before `most_tokens`, at a limit of its own."""
+        self._complete = True
+        return self._last_piece("", "length")
 
     def cancel(self) -> Piece:
         """The last piece of an answer that nobody waits for."""
@@ -193,14 +166,14 @@ class Answer:
         self._bad.push(text)
         return self._stop.push(text)
 
-    def _piece(self, text: str, finish_reason: str) -> Piece:
+    def _piece(self, text: str, finish_reason: str | None) -> Piece:
         unsent, self._unsent = self._unsent, []
         prefix, self._prefix = self._prefix, ""
         wanted = self.plan.return_log_probs
         return Piece(
             text=prefix + text,
             token_ids=tuple(token for token, _ in unsent),
-            log_probs=tuple(log_prob for _, log_prob in unsent) if wanted else None,
+            log_probs=tuple(log_prob for _, log_prob in unsent) if wanted else (),
             cum_log_prob=self._cum_log_prob if wanted else None,
             finish_reason=finish_reason,
             num_input_tokens=self.plan.num_input_tokens,

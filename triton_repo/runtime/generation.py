@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from triton_repo.runtime.answer import Answer, Piece, answer_plan
+from triton_repo.contracts.piece import Piece
+from triton_repo.runtime.answer import Answer, answer_plan
 from triton_repo.runtime.options import GenerationOptions, GenerationPlan, plan_generation
 from triton_repo.runtime.sampling import Floats, Sampler
 from triton_repo.runtime.text.stopping import TextWatcher

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from export.errors import MoeshipError
+from triton_repo.contracts.piece import Piece
 from triton_repo.errors import GRPC_STATUS, RequestError, RequestErrorKind
-from triton_repo.runtime.answer import Piece
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +25,12 @@ def wire_outputs(piece: Piece) -> dict[str, npt.NDArray[Any]]:
         "text_output": np.array([piece.text.encode()], dtype=np.object_),
         "sequence_index": np.zeros((1, 1), dtype=np.int32),
         "batch_index": np.zeros((1, 1), dtype=np.int32),
-        "finish_reason": np.array([[piece.finish_reason.encode()]], dtype=np.object_),
+        "finish_reason": np.array([[(piece.finish_reason or "").encode()]], dtype=np.object_),
         "token_ids": np.array([piece.token_ids], dtype=np.int32),
         "num_input_tokens": np.array([[piece.num_input_tokens]], dtype=np.int32),
         "num_output_tokens": np.array([[piece.num_output_tokens]], dtype=np.int32),
     }
-    if piece.log_probs is not None:
+    if piece.cum_log_prob is not None:
         outputs["cum_log_probs"] = np.array([[piece.cum_log_prob]], dtype=np.float32)
         outputs["output_log_probs"] = np.array([piece.log_probs], dtype=np.float32)
     return outputs

@@ -15,7 +15,8 @@ from typing import Any
 import numpy.typing as npt
 
 from export.tokenizer import Tokenizer, load_tokenizer
-from triton_repo.runtime.answer import Answer, Piece, answer_plan, join
+from triton_repo.contracts.piece import Piece, join
+from triton_repo.runtime.answer import Answer, answer_plan
 from triton_repo.runtime.generation import pieces_of
 from triton_repo.runtime.options import GenerationPlan, plan_generation, read_options, refusal
 from triton_repo.runtime.seats import Seat, open_sessions, seat

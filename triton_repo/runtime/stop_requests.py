@@ -10,16 +10,14 @@ from typing import Any
 
 import numpy.typing as npt
 
+from triton_repo.contracts.piece import Piece
 from triton_repo.errors import RequestError
-from triton_repo.runtime.answer import AnswerPlan, Piece
+from triton_repo.runtime.answer import AnswerPlan
 
 STOP = "stop"
 # The answer to a request to stop, and the plan of an answer that becomes it.
 STOPPED = Piece(
     text="",
-    token_ids=(),
-    log_probs=None,
-    cum_log_prob=None,
     finish_reason="cancelled",
     num_input_tokens=0,
     num_output_tokens=0,

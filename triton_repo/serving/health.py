@@ -12,27 +12,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from triton_repo.contracts.model_state import ModelState
 from triton_repo.errors import ServerError
 
 _TIMEOUT_S = 10
 # A server of this machine is never asked through a proxy.
 _NO_PROXY = (("grpc.enable_http_proxy", 0),)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelState:
-    """One model as the repository index has it: `state` is READY, UNAVAILABLE or on the way between; `reason` says why
-    it is not ready.
-    """
-
-    name: str
-    version: str
-    state: str
-    reason: str
-
-    @property
-    def ready(self) -> bool:
-        return self.state == "READY"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,9 @@ from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from triton_repo.contracts.model_state import ModelState
 from triton_repo.processes.program import POLL_INTERVAL_S, Process, descendants_of, protect_memory, read_process
-from triton_repo.serving.health import HealthEndpoint, ModelState, is_listening, model_states
+from triton_repo.serving.health import HealthEndpoint, is_listening, model_states
 from triton_repo.serving.ports import Address, ChosenPorts
 
 # Triton 2.51 takes back a Python process that ends while its model loads within 2 s, and reports the model as failed.

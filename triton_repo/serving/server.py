@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from export.errors import listing
+from triton_repo.contracts.model_state import ModelState
 from triton_repo.errors import ServerError
 from triton_repo.processes.heartbeat import FOLDER_VARIABLE, announce_drain, read_beats
 from triton_repo.processes.program import (
@@ -35,7 +36,7 @@ from triton_repo.processes.program import (
 from triton_repo.processes.workspace import is_plain, private_workspace
 from triton_repo.serving.command import endpoint_arguments, server_arguments
 from triton_repo.serving.deployment import Deployment, read_deployment
-from triton_repo.serving.health import HealthEndpoint, ModelState
+from triton_repo.serving.health import HealthEndpoint
 from triton_repo.serving.installation import Installation, find_installation, packages_folder
 from triton_repo.serving.machine_fit import check_machine
 from triton_repo.serving.mpi import Launch, plan_launch

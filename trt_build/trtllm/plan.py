@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from export.routing import RoutingReport
+from export.safetensors_header import FLOAT_LABELS, itemsize
 from export.tensor_table import Join, Role, TensorSpec
 from export.trtllm.checkpoint import CheckpointPlan
 from export.trtllm.converter import rank_file
 from trt_build.trtllm.options import TrtllmOptions
-
-_FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +82,7 @@ def plan_trtllm(
         weights_bytes_per_token=_bytes_per_token(checkpoint),
         source_bytes=sum(stored.num_bytes for stored in model.weights.checkpoint.tensors.values()),
         conversion_bytes=checkpoint.conversion_bytes(),
-        kv_bytes_per_token=2 * layers * heads * facts.head_size * _FLOAT_BYTES[config["dtype"]],
+        kv_bytes_per_token=2 * layers * heads * facts.head_size * itemsize(FLOAT_LABELS[config["dtype"]]),
         notes=_notes(checkpoint, routing, grouped=grouped),
     )
 

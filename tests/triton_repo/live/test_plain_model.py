@@ -15,8 +15,8 @@ from live_triton import Refused
 from tritonclient.grpc import model_config_pb2, service_pb2
 
 from export.tokenizer import load_tokenizer
+from triton_repo.contracts.piece import join
 from triton_repo.packaging.model_config import read_config
-from triton_repo.runtime.answer import join
 from triton_repo.runtime.generation import generate
 from triton_repo.runtime.options import GenerationOptions
 from trt_build.engine import open_engine

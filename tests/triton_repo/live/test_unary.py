@@ -16,8 +16,8 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from clients.errors import RequestRejected
 from clients.generation import Client, GenerationRequest
 from export.tokenizer import load_tokenizer
+from triton_repo.contracts.piece import join
 from triton_repo.packaging.package import PackageOptions, package_engine
-from triton_repo.runtime.answer import join
 from triton_repo.runtime.generation import generate
 from triton_repo.runtime.options import GenerationOptions
 from triton_repo.serving.server import ServerOptions, running_server

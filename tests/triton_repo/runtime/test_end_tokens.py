@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, PhiForCausalLM
 
 from export.tokenizer import load_tokenizer
-from triton_repo.runtime.answer import join
+from triton_repo.contracts.piece import join
 from triton_repo.runtime.generation import generate
 from triton_repo.runtime.options import GenerationOptions
 from trt_build.build_engine import BuildOptions, build_engine

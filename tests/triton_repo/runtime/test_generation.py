@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from triton_repo.contracts.piece import join
 from triton_repo.errors import RequestError
-from triton_repo.runtime.answer import join
 from triton_repo.runtime.generation import PREFILL_CHUNK_TOKENS, generate
 from triton_repo.runtime.options import GenerationOptions
 
@@ -23,7 +23,7 @@ def test_the_pieces_are_the_text_in_whole_characters(scripted, byte_level):
     assert all(piece.text and "\ufffd" not in piece.text for piece in pieces[:-1])
     ids = [token for piece in pieces for token in piece.token_ids]
     assert ids == [*byte_level.encode(TEXT), byte_level.eos_token_id]
-    assert [piece.finish_reason for piece in pieces] == [""] * (len(pieces) - 1) + ["stop"]
+    assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
     assert pieces[-1].num_output_tokens == len(ids)
     assert {piece.num_input_tokens for piece in pieces} == {len(byte_level.encode("def "))}
 
@@ -90,7 +90,7 @@ def test_log_probabilities_are_one_a_token_and_sum_up(scripted, byte_level):
     assert answer.cum_log_prob == pytest.approx(sum(answer.log_probs))
     assert len(answer.log_probs) == answer.num_output_tokens
     silent = join(pieces_of(scripted(TEXT), byte_level))
-    assert (silent.log_probs, silent.cum_log_prob) == (None, None)
+    assert (silent.log_probs, silent.cum_log_prob) == ((), None)
 
 
 def test_a_long_prompt_is_fed_in_steps_and_in_order(scripted, byte_level):

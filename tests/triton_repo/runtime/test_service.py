@@ -7,9 +7,9 @@ import pytest
 from served import answers
 
 from export.errors import MoeshipError
+from triton_repo.contracts.piece import Piece
 from triton_repo.contracts.wire import OURS, OUTPUTS
 from triton_repo.errors import RequestError
-from triton_repo.runtime.answer import Piece
 from triton_repo.runtime.responses import failure, wire_outputs
 
 

@@ -19,12 +19,13 @@ from pathlib import Path
 import pytest
 from serve_command import wait_until
 
+from triton_repo.contracts.model_state import ModelState
 from triton_repo.errors import RepositoryError, ServerError
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.processes.heartbeat import FOLDER_VARIABLE, make_folder, read_beats
 from triton_repo.processes.program import MARK_VARIABLE
 from triton_repo.serving import readiness
-from triton_repo.serving.health import HealthEndpoint, ModelState
+from triton_repo.serving.health import HealthEndpoint
 from triton_repo.serving.ports import Address, ChosenPorts
 from triton_repo.serving.readiness import NotReady, Waiting, wait_until_ready
 from triton_repo.serving.server import Server, ServerOptions

@@ -15,7 +15,6 @@ Names of the library are those of tensorrt_llm/llmapi/llm.py (LLM.generate_async
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
@@ -25,8 +24,9 @@ from typing import Any
 
 from export.tokenizer import Tokenizer
 from triton_repo.contracts.llmapi_settings import LlmSettings
+from triton_repo.contracts.piece import Piece, join
 from triton_repo.errors import RequestError
-from triton_repo.runtime.answer import Answer, Piece, answer_plan, join
+from triton_repo.runtime.answer import Answer, answer_plan
 from triton_repo.runtime.llmapi.request import PERF_METRICS, Tensors, read_request, sampling_fields
 from triton_repo.runtime.llmapi.response import Response, Writer, stopped_response
 from triton_repo.runtime.options import GenerationPlan, plan_generation
@@ -203,12 +203,4 @@ def _ended(answer: Answer, output: Any) -> Piece:  # noqa: ANN401
         return answer.end(end_id)
     if reason != "length":
         return answer.cancel()
-    # What was kept back is given out by an end; the token that stood for it is taken off again.
-    piece = answer.end(end_id)
-    return dataclasses.replace(
-        piece,
-        token_ids=piece.token_ids[:-1],
-        log_probs=None if piece.log_probs is None else piece.log_probs[:-1],
-        finish_reason="length",
-        num_output_tokens=piece.num_output_tokens - 1,
-    )
+    return answer.end_at_limit()

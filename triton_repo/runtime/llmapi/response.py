@@ -15,13 +15,14 @@ import numpy.typing as npt
 
 from export.tokenizer import Tokenizer
 from triton_repo.contracts.llmapi import METRIC_PATHS, METRICS
-from triton_repo.runtime.answer import Piece, answer_plan
+from triton_repo.contracts.piece import Piece
+from triton_repo.contracts.wire import NUMPY_DTYPES
+from triton_repo.runtime.answer import answer_plan
 from triton_repo.runtime.llmapi.request import FINISH_REASON, LOGPROB, PERF_METRICS, STOP_REASON, LlmRequest, Tensors
 from triton_repo.runtime.options import GenerationPlan
 from triton_repo.runtime.responses import wire_outputs
 
-_DTYPES = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
-_METRIC_DTYPES = {tensor.name: _DTYPES[tensor.dtype] for tensor in METRICS}
+_METRIC_DTYPES = {tensor.name: NUMPY_DTYPES[tensor.dtype] for tensor in METRICS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +31,8 @@ class Response:
 
     outputs: Tensors
     is_last: bool
-    finish_reason: str
-    num_output_tokens: int
+    finish_reason: str | None
+    num_output_tokens: int | None
 
 
 def stopped_response() -> Response:

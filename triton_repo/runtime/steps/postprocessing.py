@@ -25,8 +25,9 @@ import numpy.typing as npt
 
 from export.tokenizer import Tokenizer
 from triton_repo.contracts.ensemble import CANCELLED, TOKEN_NAMES
+from triton_repo.contracts.piece import Piece, join
 from triton_repo.errors import RequestError
-from triton_repo.runtime.answer import Answer, AnswerPlan, Piece, join
+from triton_repo.runtime.answer import Answer, AnswerPlan
 
 # An answer whose engine fails, or ends without a token that shows it, is never completed here. Ten thousand are more
 # than engines and their queues hold, and take about 50 MB; an hour is longer than a client waits for the next token.

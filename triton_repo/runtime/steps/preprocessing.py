@@ -20,6 +20,7 @@ import numpy.typing as npt
 from export.tokenizer import Tokenizer
 from triton_repo.contracts.ensemble import ANSWER, PREPROCESSING_OUTPUTS, QUERY_NAMES, STOP_REQUESTS
 from triton_repo.contracts.model_parameters import TextParameters
+from triton_repo.contracts.wire import NUMPY_DTYPES
 from triton_repo.runtime.answer import answer_plan
 from triton_repo.runtime.options import (
     NO_END_ID,
@@ -34,8 +35,7 @@ from triton_repo.runtime.text.words import pack_words, spell
 
 Tensors = dict[str, npt.NDArray[Any]]
 _WIRE_NAMES = {ours: wire for wire, ours in QUERY_NAMES.items()}
-_DTYPES = {"INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BOOL": np.bool_, "STRING": np.object_}
-_OUTPUT_DTYPES = {tensor.name: _DTYPES[tensor.dtype] for tensor in PREPROCESSING_OUTPUTS}
+_OUTPUT_DTYPES = {tensor.name: NUMPY_DTYPES[tensor.dtype] for tensor in PREPROCESSING_OUTPUTS}
 _SEED_BITS = 64
 
 

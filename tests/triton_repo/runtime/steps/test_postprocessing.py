@@ -169,7 +169,7 @@ def test_a_cancelled_request_stops_the_engine_and_is_asked_about_now_and_then(po
         return True
 
     [x] = byte_level.encode("x")
-    assert post.extend("k", one(x), cancelled).piece.finish_reason == ""
+    assert post.extend("k", one(x), cancelled).piece.finish_reason is None
     clock.seconds += CANCELLATION_PERIOD_S
     step = post.extend("k", one(x), cancelled)
     assert (step.piece.finish_reason, step.stop, asked) == ("cancelled", "k", [CANCELLATION_PERIOD_S])

@@ -8,8 +8,8 @@ from wire_tensors import wire
 
 from triton_repo.contracts.ensemble import ENGINE_NAMES, QUERY_NAMES, TOKEN_NAMES
 from triton_repo.contracts.model_parameters import TextParameters
+from triton_repo.contracts.piece import Piece, join
 from triton_repo.runtime import answer as answer_module
-from triton_repo.runtime.answer import Piece, join
 from triton_repo.runtime.steps.postprocessing import Postprocessor, read_tokens
 from triton_repo.runtime.steps.preprocessing import Preprocessor
 from triton_repo.runtime.steps.token_engine import respond

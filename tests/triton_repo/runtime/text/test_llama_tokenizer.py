@@ -10,7 +10,7 @@ from mixtral_checkpoints import write_llama_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from export.tokenizer import load_tokenizer
-from triton_repo.runtime.answer import join
+from triton_repo.contracts.piece import join
 from triton_repo.runtime.generation import generate
 from triton_repo.runtime.options import GenerationOptions
 from triton_repo.runtime.text.detokenizer import Detokenizer, last_text_token

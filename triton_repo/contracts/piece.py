@@ -1,0 +1,43 @@
+"""One piece of an answer, as a server writes it and a client reads it, and pieces joined to a whole answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What one response adds. A field that the server did not send is None or empty. The log-probabilities are absent
+    unless the request asked for them.
+    """
+
+    text: str
+    token_ids: tuple[int, ...] = ()  # since the piece before, an end token included
+    finish_reason: str | None = None  # "stop", "length" or "cancelled" in the last piece, None before
+    num_input_tokens: int | None = None  # of the prompt
+    num_output_tokens: int | None = None  # of the answer so far
+    cum_log_prob: float | None = None  # natural logarithm, the sum so far
+    log_probs: tuple[float, ...] = ()  # natural logarithms, one a token of this piece
+
+
+def join(pieces: Iterable[Piece]) -> Piece:
+    """The pieces of one answer, in order, as one; of the running counts, the last that was sent."""
+    parts = tuple(pieces)
+    return Piece(
+        text="".join(part.text for part in parts),
+        token_ids=tuple(token for part in parts for token in part.token_ids),
+        finish_reason=_last(part.finish_reason for part in parts),
+        num_input_tokens=_last(part.num_input_tokens for part in parts),
+        num_output_tokens=_last(part.num_output_tokens for part in parts),
+        cum_log_prob=_last(part.cum_log_prob for part in parts),
+        log_probs=tuple(value for part in parts for value in part.log_probs),
+    )
+
+
+def _last(values: Iterable[_Value | None]) -> _Value | None:
+    sent = [value for value in values if value is not None]
+    return sent[-1] if sent else None
