@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "package": ("cli.package", "make a Triton model repository from an engine"),
     "serve": ("cli.serve", "run Triton Inference Server on a model repository"),
     "generate": ("cli.generate", "stream a completion from a served model"),
+    "doctor": ("cli.doctor", "print what a bug report needs, and what is wrong here"),
     "demo": ("cli.demo", "the whole road on four small experts"),
 }
 

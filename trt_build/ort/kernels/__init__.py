@@ -10,6 +10,8 @@ the best that the CPU has; all of them give the same bits.
 
 from __future__ import annotations
 
+import ctypes
+import os
 from pathlib import Path
 
 from export.onnx_graph import names
@@ -33,3 +35,24 @@ def library() -> Path:
 
 def is_compiled() -> bool:
     return _LIBRARY.is_file()
+
+
+def chosen_level() -> str:
+    """The instruction set that the compiled kernels run with in this process. Raises EngineError where the library is
+    missing, another moeship's, or asked for an instruction set that this CPU does not have."""
+    path = library()
+    try:
+        ask = ctypes.CDLL(str(path)).MoeshipKernelsLevel
+    except (OSError, AttributeError) as error:
+        raise EngineError(
+            f"loading the CPU kernels: {path} was compiled from another moeship or for another system ({error}); "
+            "install moeship again, which compiles them"
+        ) from error
+    ask.restype = ctypes.c_char_p
+    name: bytes | None = ask()
+    if name is None:
+        raise EngineError(
+            f"choosing the kernels' instruction set: this CPU does not have {LEVEL_VARIABLE}="
+            f"{os.environ.get(LEVEL_VARIABLE)}; unset it to take the best that the CPU has"
+        )
+    return name.decode()

@@ -1,4 +1,5 @@
-// The library's only door: ONNX Runtime calls RegisterCustomOps with the options of each session.
+// The library's doors: ONNX Runtime calls RegisterCustomOps with the options of each session, and `moeship doctor` asks
+// for the instruction set.
 #include <climits>
 #include <exception>
 #include <string>
@@ -101,4 +102,14 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     static OrtCustomOpDomain* const domain = make_domain();  // sessions look into it for as long as they live
     check(*api, api->AddCustomOpDomain(options, domain));
   });
+}
+
+// The name of the instruction set that kernels are run with here; null where MOESHIP_KERNELS_LEVEL names one that this
+// CPU does not have.
+extern "C" __attribute__((visibility("default"))) const char* MoeshipKernelsLevel() {
+  try {
+    return moeship::chosen_level().name;
+  } catch (const moeship::Failure&) {
+    return nullptr;
+  }
 }
