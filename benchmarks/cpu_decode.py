@@ -1,13 +1,14 @@
-"""Decode and prefill on the CPU, side by side: our engine, llama.cpp, transformers.
+"""Decode and prefill on the CPU, side by side: our engine, llama.cpp, ik_llama.cpp, transformers.
 
     python benchmarks/cpu_decode.py --engine ENGINE --gguf CACHE [--rounds 5] [--contenders ours,llama-q4_0,...]
     python benchmarks/cpu_decode.py --plot benchmarks/results/cpu_decode-NAME.json
     python benchmarks/cpu_decode.py --check --gguf CACHE
 
-llama.cpp has no phixtral: it and transformers run a Mixtral with as many weights, in all and for one token, which is
-shaped after the engine (decode/shape.py), written as GGUF with random weights into the cache folder, and quantised by
-llama.cpp's own quantiser. Each turn is a process of its own, and nothing else runs meanwhile. The result is rewritten
-after every round. `--check` compares llama.cpp's logits with transformers' on a small such model instead.
+llama.cpp has no phixtral: it, ik_llama.cpp and transformers run a Mixtral with as many weights, in all and for one
+token, which is shaped after the engine (decode/shape.py), written as GGUF with random weights into the cache folder,
+and quantised by llama.cpp's own quantiser; ik_llama.cpp reads the same files. Each turn is a process of its own, and
+nothing else runs meanwhile. The result is rewritten after every round. `--check` compares the logits of both with
+transformers' on a small such model instead.
 
 Needs the extra `bench`. Exit status 0 done, 1 a contender failed or the check did, 2 wrong input.
 """
@@ -156,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="buffer of the bandwidth measurement (default: %(default)s)")  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: benchmarks/results/cpu_decode-NAME.json")
     parser.add_argument("--plot", type=Path, metavar="RESULT", help="only draw a kept result again")
-    parser.add_argument("--check", action="store_true", help="only compare llama.cpp with transformers")
+    parser.add_argument("--check", action="store_true", help="only compare the logits with transformers'")
     return parser
 
 

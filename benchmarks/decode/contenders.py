@@ -6,6 +6,7 @@ Imported in the contender's own process; a runtime's library loads with its cont
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from decode.llama_formats import LOG, llama_cpp, log_tail
+from decode.libraries import LOG, ik_llama_cpp, llama_cpp, log_tail
 from export.architecture import Architecture
 from export.errors import ConfigError
 
@@ -48,14 +49,19 @@ class Contender(Protocol):
 CHOICES: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "ours": [{}],
     "llama": [{"flash_attention": True}, {"flash_attention": False}],
+    "ik": [
+        {"flash_attention": flash_attention, "repack": repack}
+        for repack in (False, True)
+        for flash_attention in (True, False)
+    ],
     "transformers": [{"experts": "grouped_mm"}, {"experts": "eager"}],
 }
 
 
 def load(task: Task) -> Contender:
-    """The contender of a name like ours, llama-q4_0, transformers-bf16."""
+    """The contender of a name like ours, llama-q4_0, ik-q4_0, transformers-bf16."""
     runtime = task.contender.partition("-")[0]
-    return {"ours": Ours, "llama": Llama, "transformers": Transformers}[runtime](task)
+    return {"ours": Ours, "llama": Llama, "ik": IkLlama, "transformers": Transformers}[runtime](task)
 
 
 class Ours:
@@ -92,26 +98,32 @@ class Ours:
 class Llama:
     """A GGUF file through llama.cpp's C interface: mapped, repacked where its kernels want it, no sampler."""
 
+    runtime = "llama.cpp"
+
     def __init__(self, task: Task) -> None:
-        self._library = library = llama_cpp()
-        library.llama_backend_init()
-        self._model = library.llama_model_load_from_file(bytes(task.source or ""), library.llama_model_default_params())
-        if not self._model:
-            raise ConfigError(f"loading {task.source}: llama.cpp refuses it: {log_tail()}")
+        self._library = library = self._load()
+        self._length = 0
         self._vocab_size = task.model.vocab_size
+        library.llama_backend_init()
+        parameters = library.llama_model_default_params()
+        self._set_model(parameters, task.settings)
+        self._model = library.llama_model_load_from_file(bytes(task.source or ""), parameters)
+        if not self._model:
+            raise ConfigError(f"loading {task.source}: {self.runtime} refuses it: {log_tail()}")
         parameters = library.llama_context_default_params()
         parameters.n_ctx = task.positions
         parameters.n_batch = parameters.n_ubatch = UBATCH_TOKENS
         parameters.n_threads = parameters.n_threads_batch = task.threads
-        parameters.flash_attn_type = int(task.settings["flash_attention"])
         if "cache_type" in task.settings:
             parameters.type_k = parameters.type_v = task.settings["cache_type"]
+        self._set_context(parameters, task.settings)
         self._context = library.llama_init_from_model(self._model, parameters)
         if not self._context:
-            raise ConfigError(f"loading {task.source}: llama.cpp makes no context: {log_tail()}")
+            raise ConfigError(f"loading {task.source}: {self.runtime} makes no context: {log_tail()}")
 
     def forget(self) -> None:
-        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), False)
+        self._length = 0
+        self._clear()
 
     def run(self, tokens: Sequence[int]) -> int:
         return int(self.logits(tokens).argmax())
@@ -122,19 +134,71 @@ class Llama:
         for start in range(0, len(tokens), UBATCH_TOKENS):
             part = tokens[start : start + UBATCH_TOKENS]
             ids = (library.llama_token * len(part))(*part)
-            status = library.llama_decode(self._context, library.llama_batch_get_one(ids, len(part)))
+            status = library.llama_decode(self._context, self._batch(ids))
             if status:
                 raise AssertionError(f"llama_decode ended with status {status}")
+            self._length += len(part)
         pointer = library.llama_get_logits_ith(self._context, -1)
         return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), (self._vocab_size,))
 
     def facts(self) -> dict[str, Any]:
         lines = [line.strip() for line in "".join(LOG).splitlines()]
         return {
-            "version": f"llama-cpp-python {self._library.__version__}",
-            "system_info": self._library.llama_print_system_info().decode().strip(" |"),
+            "version": self._version(),
+            "system_info": self._system_info().strip(" |"),
             "buffers": [line for line in lines if "buffer size" in line],
         }
+
+    def _load(self) -> Any:  # noqa: ANN401 - an untyped package
+        return llama_cpp()
+
+    def _set_model(self, parameters: Any, settings: Mapping[str, Any]) -> None:  # noqa: ANN401 - a ctypes struct
+        """The defaults are taken: weights are mapped, and those that have packed kernels repacked."""
+
+    def _set_context(self, parameters: Any, settings: Mapping[str, Any]) -> None:  # noqa: ANN401 - a ctypes struct
+        parameters.flash_attn_type = int(settings["flash_attention"])
+
+    def _batch(self, ids: Any) -> Any:  # noqa: ANN401 - a ctypes array and a struct
+        return self._library.llama_batch_get_one(ids, len(ids))
+
+    def _clear(self) -> None:
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), False)
+
+    def _version(self) -> str:
+        return f"llama-cpp-python {self._library.__version__}"
+
+    def _system_info(self) -> str:
+        text: str = self._library.llama_print_system_info().decode()
+        return text
+
+
+class IkLlama(Llama):
+    """The same through ik_llama.cpp's, of an older interface. `repack` interleaves the rows of weights when they are
+    loaded (its --run-time-repack); fused experts are its default."""
+
+    runtime = "ik_llama.cpp"
+
+    def _load(self) -> Any:  # noqa: ANN401 - an untyped module
+        return ik_llama_cpp()
+
+    def _set_model(self, parameters: Any, settings: Mapping[str, Any]) -> None:  # noqa: ANN401 - a ctypes struct
+        parameters.repack_tensors = settings["repack"]
+
+    def _set_context(self, parameters: Any, settings: Mapping[str, Any]) -> None:  # noqa: ANN401 - a ctypes struct
+        parameters.flash_attn = settings["flash_attention"]
+
+    def _batch(self, ids: Any) -> Any:  # noqa: ANN401 - a ctypes array and a struct
+        return self._library._lib.llama_batch_get_one(ids, len(ids), self._length, 0)
+
+    def _clear(self) -> None:
+        self._library.llama_kv_cache_clear(self._context)
+
+    def _version(self) -> str:
+        return f"ik-llama-cpp-python {importlib.metadata.version('ik-llama-cpp-python')}"
+
+    def _system_info(self) -> str:
+        text: str = self._library._lib.llama_print_system_info().decode()
+        return text
 
 
 class Transformers:

@@ -18,7 +18,9 @@ from export.errors import ConfigError
 from export.onnx_graph.exporter import SERVING_GRAPH
 from trt_build.engine import Engine, open_engine
 
-NAMES = ("ours", "llama-q4_0", "llama-q4_k_m", "transformers-bf16", "transformers-fp32")
+NAMES = (
+    "ours", "llama-q4_0", "llama-q4_k_m", "ik-q4_0", "ik-q4_k_m", "ik-iq4_xs", "transformers-bf16", "transformers-fp32",
+)  # fmt: skip
 SPARE_BYTES = 1_500_000_000  # activations, libraries and the system, beside a model in memory
 _ITEM_BYTES = {"bf16": 2, "fp32": 4}
 _HALF = 2  # llama.cpp keeps keys and values in float16
@@ -57,7 +59,9 @@ def prepare(name: str, engine: Path | None, facts: Architecture, folder: Path, s
             raise ConfigError("choosing contenders: 'ours' needs an engine; name one with --engine, or leave it out")
         return _ours(open_engine(engine, check_digests=False))
     peer = mixtral_of_equal_weights(facts)
-    return _llama(name, precision, peer, folder) if runtime == "llama" else _transformers(name, peer, scaled_layers)
+    if runtime == "transformers":
+        return _transformers(name, peer, scaled_layers)
+    return _llama(name, precision, peer, folder)
 
 
 def _ours(engine: Engine) -> Entrant:
@@ -78,6 +82,7 @@ def _ours(engine: Engine) -> Entrant:
 
 
 def _llama(name: str, precision: str, model: Architecture, folder: Path) -> Entrant:
+    """llama.cpp's quantiser makes the file, also of those that ik_llama.cpp runs: the two read the same."""
     path = gguf_path(folder, model, precision)
     if not path.is_file():
         types = llama_formats.chosen_types(model, precision)
@@ -89,7 +94,7 @@ def _llama(name: str, precision: str, model: Architecture, folder: Path) -> Entr
         source=path,
         model=model,
         files=(path,),
-        choices=tuple(CHOICES["llama"]),
+        choices=tuple(CHOICES[name.partition("-")[0]]),
         weights=count_weights(model),
         weight_bytes=contents.weight_bytes,
         read_per_token=contents.bytes_read_per_token,

@@ -8,47 +8,26 @@ depth, heads and experts, and what it chose there is read back. Bytes come from 
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from decode.gguf_model import gguf, write_model
+from decode.libraries import llama_cpp, log_tail
 from decode.shape import ROW_MULTIPLE, tensors
 from export.architecture import Architecture
 from export.errors import CheckpointError
-from export.optional import optional_package
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
-FILE_TYPES = {"f32": 0, "q4_0": 2, "q4_k_m": 15}  # llama_ftype in llama.h
-LOG: list[str] = []  # what llama.cpp said, in pieces of lines
-
-
-@functools.cache
-def llama_cpp() -> Any:  # noqa: ANN401 - the package, untyped
-    """The package, its log kept in LOG. Raises MissingPackageError."""
-    with optional_package("llama-cpp-python", "measuring llama.cpp", "bench"):
-        import llama_cpp
-    llama_cpp.llama_log_set(_keep_log(llama_cpp), None)
-    return llama_cpp
-
-
-@functools.cache  # llama.cpp calls it as long as the process lives
-def _keep_log(library: Any) -> Any:  # noqa: ANN401 - the package and a ctypes function
-    return library.llama_log_callback(lambda _level, text, _data: LOG.append(text.decode(errors="replace")))
-
-
-def log_tail() -> str:
-    """The last lines of llama.cpp's log."""
-    return "".join(LOG[-10:]).strip()
+FILE_TYPES = {"f32": 0, "q4_0": 2, "q4_k_m": 15, "iq4_xs": 30}  # llama_ftype in llama.h
 
 
 def chosen_types(model: Architecture, precision: str) -> Mapping[str, GGMLQuantizationType]:

@@ -18,7 +18,9 @@ import numpy as np
 
 from trt_build.bandwidth import NUM_BYTES, NUM_TURNS, measure_read_bandwidth
 
-PACKAGES = ("moeship", "numpy", "onnxruntime", "llama-cpp-python", "gguf", "torch", "transformers")
+PACKAGES = (
+    "moeship", "numpy", "onnxruntime", "llama-cpp-python", "ik-llama-cpp-python", "gguf", "torch", "transformers",
+)  # fmt: skip
 _PIECE_WEIGHTS = 1 << 20
 _BENCHMARKS = Path(__file__).resolve().parent.parent
 _CPU = Path("/sys/devices/system/cpu/cpu0/cache")

@@ -7,6 +7,7 @@ a short prompt; prefill; decode at a long context.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -101,11 +102,14 @@ def task_from_json(raw: dict[str, Any]) -> Task:
 
 def main() -> None:
     raw = json.loads(sys.argv[1])
-    task = task_from_json(raw["task"])
-    lengths = read_typed(Lengths, raw["lengths"])
-    contender = load(task)
-    turn = measure(contender, lengths, raw["started"], task.model.vocab_size)
-    print(json.dumps({"turn": vars(turn), "facts": contender.facts()}))
+    # Libraries write to the standard output too, some when the process ends: theirs goes where errors go.
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w") as answer:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        task = task_from_json(raw["task"])
+        lengths = read_typed(Lengths, raw["lengths"])
+        contender = load(task)
+        turn = measure(contender, lengths, raw["started"], task.model.vocab_size)
+        print(json.dumps({"turn": vars(turn), "facts": contender.facts()}), file=answer)
 
 
 if __name__ == "__main__":

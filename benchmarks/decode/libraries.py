@@ -1,0 +1,69 @@
+"""llama.cpp's library and ik_llama.cpp's: one of the two to a process, its log kept.
+
+Their files and functions have the same names, with other layouts of the same structs: in a process that loads both, one
+would call the other's functions. Whoever needs the second starts a process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from export.optional import optional_package
+
+LOG: list[str] = []  # what the library said, in pieces of lines
+_PACKAGES = ("llama_cpp", "ik_llama_cpp")
+
+
+@functools.cache
+def llama_cpp() -> Any:  # noqa: ANN401 - the package, untyped
+    """llama-cpp-python. Raises MissingPackageError."""
+    _alone("llama_cpp")
+    with optional_package("llama-cpp-python", "measuring llama.cpp", "bench"):
+        library = importlib.import_module("llama_cpp")
+    library.llama_log_set(ctypes.cast(_keep_log, library.llama_log_callback), None)
+    return library
+
+
+@functools.cache
+def ik_llama_cpp() -> Any:  # noqa: ANN401 - a module of the package, untyped
+    """ik-llama-cpp-python's declarations of llama.h, whose `_lib` has every function. Raises MissingPackageError."""
+    _alone("ik_llama_cpp")
+    with optional_package("ik-llama-cpp-python", "measuring ik_llama.cpp", "bench"):
+        _load_ggml()
+        library = importlib.import_module("ik_llama_cpp._ctypes_api")
+    functions = library._lib
+    functions.llama_batch_get_one.argtypes = [library.llama_token_p, ctypes.c_int32, library.llama_pos, ctypes.c_int32]
+    functions.llama_batch_get_one.restype = library.llama_batch
+    functions.llama_print_system_info.restype = ctypes.c_char_p
+    functions.llama_log_set(_keep_log, None)
+    return library
+
+
+def log_tail() -> str:
+    """The last lines of the library's log."""
+    return "".join(LOG[-10:]).strip()
+
+
+def _alone(package: str) -> None:
+    [other] = set(_PACKAGES) - {package}
+    if other in sys.modules:
+        raise AssertionError(f"loading {package}: this process has loaded {other}, load it in another")
+
+
+def _load_ggml() -> None:
+    """libllama.so as the package's sdist installs it names libggml.so, which lies beside it, without a path."""
+    spec = importlib.util.find_spec("ik_llama_cpp")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in (Path(folder) / "lib").glob("libggml.*"):
+            ctypes.CDLL(str(path))
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)  # ggml_log_callback
+def _keep_log(_level: int, text: bytes, _data: None) -> None:
+    LOG.append(text.decode(errors="replace"))

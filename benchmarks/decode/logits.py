@@ -1,0 +1,48 @@
+"""Logits of a text in a process of its own, which loads one library: `python -m decode.logits ORDER FILE`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from decode.contenders import Llama, Task, load
+from decode.worker import task_from_json
+
+_BENCHMARKS = Path(__file__).resolve().parent.parent
+
+
+def logits_of(task: Task, tokens: Sequence[int]) -> dict[str, npt.NDArray[np.float32]]:
+    """Logits of `tokens` decoded one by one, [S, V], and those of the last one as a prompt, [1, V]."""
+    order = {"task": {**dataclasses.asdict(task), "source": str(task.source)}, "tokens": list(tokens)}
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "logits.npz"
+        command = [sys.executable, "-m", "decode.logits", json.dumps(order), str(answer)]
+        # ggml otherwise starts a debugger where it aborts.
+        environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
+        done = subprocess.run(command, cwd=_BENCHMARKS, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise AssertionError(f"{task.contender} {dict(task.settings)} gave no logits: {done.stderr.strip()[-600:]}")
+        return dict(np.load(answer))
+
+
+def main() -> None:
+    order: dict[str, Any] = json.loads(sys.argv[1])
+    contender = load(task_from_json(order["task"]))
+    assert isinstance(contender, Llama)
+    singly = [contender.logits([token]).copy() for token in order["tokens"]]
+    contender.forget()
+    np.savez(sys.argv[2], **{"decoded": np.stack(singly), "as a prompt": contender.logits(order["tokens"])[None]})
+
+
+if __name__ == "__main__":
+    main()
