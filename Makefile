@@ -1,26 +1,36 @@
-# `make demo` and `make test` set themselves up. They need Python >= 3.11, make and a C compiler; the tests need g++ too.
+# Every target sets itself up in $(VENV). They need Python >= 3.11, make and a C compiler; the tests need g++ too.
+# A target's line after ## is what `make help` prints.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+QUICK := tests/test_architecture.py tests/test_docs.py tests/export tests/clients/test_wire.py \
+  tests/clients/test_messages.py tests/clients/test_errors.py tests/triton_repo/contracts tests/triton_repo/runtime
 
-.PHONY: demo test check format clean
+.PHONY: help demo test check quick format clean
 
-demo: $(VENV)/.demo
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@echo "PYTHON=python3.12 names another Python, VENV=DIR another environment (default: .venv)."
+
+demo: $(VENV)/.demo  ## four small experts become a served phixtral, in ten seconds
 	$(BIN)/moeship demo
 
-test: $(VENV)/.dev check
+test: $(VENV)/.dev check  ## what CI runs: check, and every test (minutes)
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
-check: $(VENV)/.dev
+check: $(VENV)/.dev  ## lint, format and types (seconds)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/.dev
+quick: $(VENV)/.dev check  ## check, and the tests that build no engine and start no server (about a minute)
+	$(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile $(QUICK)
+
+format: $(VENV)/.dev  ## mend what lint and format can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:
+clean:  ## remove the environment and what tools leave
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(BIN)/python:
