@@ -22,10 +22,10 @@ from clients.messages import GenerationRequest
 from triton_repo.contracts.model_state import ModelState
 from triton_repo.contracts.piece import Piece
 from triton_repo.contracts.wire import (
+    ADDED_OUTPUTS,
     COMPATIBILITY_INPUTS,
     FIELD_NAMES,
     INPUTS,
-    OURS,
     OUTPUTS,
     WIRE_DTYPES,
     TritonDtype,
@@ -46,7 +46,7 @@ ERROR_STATUS_METADATA = (("triton_grpc_error", "true"),)
 ERROR_STATUS_SINCE = (2, 68)
 # Before, a call that is cancelled may crash Triton (triton-inference-server/server#8078).
 SAFE_CANCELLATION_SINCE = (2, 57)
-KNOWN_OUTPUTS = {tensor.name: tensor for tensor in (*OUTPUTS, *OURS)}
+KNOWN_OUTPUTS = {tensor.name: tensor for tensor in (*OUTPUTS, *ADDED_OUTPUTS)}
 
 
 def build_request(request: GenerationRequest, *, stream: bool) -> pb.ModelInferRequest:

@@ -42,7 +42,7 @@ if os.getppid() == int(parent):
 def child_program(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:  # noqa: ANN401 - Popen's
     """Start a program that reads nothing; `options` are Popen's. Raises OSError where it cannot be started."""
     process = subprocess.Popen(
-        following(command), stdin=subprocess.DEVNULL, text=True, errors="replace", process_group=0, **options
+        ending_with_parent(command), stdin=subprocess.DEVNULL, text=True, errors="replace", process_group=0, **options
     )
     with process:
         try:
@@ -52,7 +52,7 @@ def child_program(command: Sequence[str], **options: Any) -> Iterator[subprocess
             raise
 
 
-def following(command: Sequence[str], stack_bytes: int = 0) -> list[str]:
+def ending_with_parent(command: Sequence[str], stack_bytes: int = 0) -> list[str]:
     """The command, started by one that has the kernel send SIGTERM when this process ends (Linux). Its threads get
     stacks of at least `stack_bytes`, where this user may have them.
 

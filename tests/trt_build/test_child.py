@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trt_build.child import child_program, following
+from trt_build.child import child_program, ending_with_parent
 
 ROOT = Path(__file__).parents[2]
 # A process that is in the midst of calls, in several threads.
@@ -19,7 +19,7 @@ import os, subprocess, sys, threading
 from concurrent.futures import ThreadPoolExecutor
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
-from trt_build.child import following
+from trt_build.child import ending_with_parent
 
 class Service(service_pb2_grpc.GRPCInferenceServiceServicer):
     def ServerLive(self, request, context):
@@ -36,7 +36,7 @@ def call():
         stub.ServerLive(service_pb2.ServerLiveRequest())
 
 threading.Thread(target=call, daemon=True).start()
-statuses = {subprocess.Popen(following(["true"])).wait(60) for _ in range(60)}
+statuses = {subprocess.Popen(ending_with_parent(["true"])).wait(60) for _ in range(60)}
 print(statuses, flush=True)
 os._exit(0)
 """
@@ -64,7 +64,7 @@ def test_no_signal_is_ignored_that_a_shell_would_not_have_ignored():
 
 def test_a_program_that_is_not_there_is_told_before_anything_starts():
     with pytest.raises(FileNotFoundError, match="no-such-program"):
-        following(["no-such-program"])
+        ending_with_parent(["no-such-program"])
 
 
 def test_programs_start_beside_calls_in_grpc():

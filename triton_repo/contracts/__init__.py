@@ -1,1 +1,1 @@
-"""What two sides agree on: tensors between client, server and models; parameters and files that a package holds."""
+"""What two sides agree on: tensors between clients and models, parameters and files of a packaged model."""

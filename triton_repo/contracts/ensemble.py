@@ -1,23 +1,23 @@
 """The tensors between the models of an ensemble: text to tokens, tokens to tokens, tokens to text.
 
-The ensemble bears the deployment's name and has the tensors of `contract`. Its steps:
+The ensemble has the name of the deployment and the tensors of `wire.py`. Its steps:
 
-    preprocessing   a request's text and options   -> token ids and options, and what the answer takes (ANSWER)
-    postprocessing  ANSWER, token ids and options  -> the same token ids and options, once it knows of the answer
-    tensorrt_llm    token ids and options          -> token ids, a response each
-    postprocessing  token ids                      -> the tensors of `contract`
+    preprocessing   text and options of a request  -> token ids and options, and the plan of the answer (ANSWER)
+    postprocessing  ANSWER, token ids and options  -> the same token ids and options, after ANSWER is registered
+    tensorrt_llm    token ids and options          -> responses with token ids
+    postprocessing  token ids                      -> the tensors of `wire.py`
 
-`tensorrt_llm` has the tensors of TensorRT-LLM 1.2's model of that name, whether its C++ backend or ONNX Runtime runs
-(triton_backend/all_models/inflight_batcher_llm/tensorrt_llm/config.pbtxt upstream); names of the others are upstream's
-where upstream has them (ensemble/, preprocessing/ and postprocessing/config.pbtxt there). Dims exclude the batch
-dimension. This module imports the contract alone.
+`tensorrt_llm` has the tensors of TensorRT-LLM 1.2's model of that name, whichever runs the engine: TensorRT-LLM's C++
+backend or ONNX Runtime (triton_backend/all_models/inflight_batcher_llm/tensorrt_llm/config.pbtxt upstream). The tensors
+of the other steps have upstream's names where upstream has them (ensemble/, preprocessing/ and
+postprocessing/config.pbtxt there). Dims exclude the batch dimension. This module imports only `wire.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, INPUTS, OURS, OUTPUTS
+from triton_repo.contracts.wire import ADDED_OUTPUTS, COMPATIBILITY_INPUTS, INPUTS, OUTPUTS
 
 PREPROCESSING = "preprocessing"
 TOKEN_ENGINE = "tensorrt_llm"
@@ -27,16 +27,14 @@ STEP_MODELS = (PREPROCESSING, TOKEN_ENGINE, POSTPROCESSING)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelTensor:
-    """One input or output. `dims` without the batch dimension, -1 is any length; `scalar`: on the wire [1], to the
-    model []; `ragged`: requests of several lengths may be batched.
-    """
+    """One input or output of a step."""
 
     name: str
     dtype: str
-    dims: tuple[int, ...] = (1,)
+    dims: tuple[int, ...] = (1,)  # without the batch dimension; -1 is any length
     optional: bool = False
-    scalar: bool = False
-    ragged: bool = False
+    scalar: bool = False  # shape [1] in a request, [] for the model
+    ragged: bool = False  # requests of different lengths may be batched
 
 
 def _scalar(name: str, dtype: str, *, optional: bool = True) -> ModelTensor:
@@ -47,11 +45,11 @@ def _ragged(name: str, dtype: str, *dims: int) -> ModelTensor:
     return ModelTensor(name=name, dtype=dtype, dims=dims, optional=True, ragged=True)
 
 
-# The data types that upstream leaves open: those of logits in float32, and of prompt tables and features in float16.
+# Upstream's template leaves two data types open: that of logits, and that of prompt tables and encoder features.
 LOGITS_DTYPE = "FP32"
 _TABLE_DTYPE = "FP16"
 
-# Of tensorrt_llm, in upstream's order.
+# Inputs of `tensorrt_llm`, in upstream's order.
 TOKEN_INPUTS: tuple[ModelTensor, ...] = (
     _ragged("input_ids", "INT32", -1),
     _ragged("encoder_input_features", _TABLE_DTYPE, -1, -1),
@@ -145,17 +143,17 @@ TOKEN_OUTPUTS: tuple[ModelTensor, ...] = (
     _output("num_input_tokens", "INT32"),
     _output("num_output_tokens", "INT32"),
 )
-# Beside upstream's, of an engine that ONNX Runtime runs: the key of the answer, which it gives back with each response
-# to a request that has one, whether the response ends an answer that nobody waits for, and whether it is a probe, which
-# has no tokens and asks if somebody waits.
+# Tensors that only an engine on ONNX Runtime has, beside upstream's. It sends the answer's key back with each response
+# to a request that has a key. `is_cancelled`: the response ends an answer that no client waits for. `is_probe`: the
+# response has no tokens and asks whether a client still waits.
 ENGINE_KEY_INPUT = _scalar("answer_key", "STRING")
 ENGINE_KEY_OUTPUT = _output("answer_key", "STRING")
 ENGINE_CANCELLED = _output("is_cancelled", "BOOL")
 ENGINE_PROBE = _output("is_probe", "BOOL")
-# What answers are made of; an engine that has no more to tell gives these.
+# The outputs that answers are made of. Every engine gives them.
 ANSWER_OUTPUTS = ("output_ids", "sequence_length", "cum_log_probs", "output_log_probs")
 
-# The wire's tensors under the names that preprocessing has for them.
+# Name on the wire to name in preprocessing.
 _UPSTREAM_QUERY_NAMES = {
     "text_input": "QUERY", "max_tokens": "REQUEST_OUTPUT_LEN", "stop_words": "STOP_WORDS_DICT",
     "bad_words": "BAD_WORDS_DICT",
@@ -170,7 +168,7 @@ PREPROCESSING_INPUTS: tuple[ModelTensor, ...] = tuple(
 )
 
 STOP_REQUESTS = "STOP_REQUESTS"
-# What preprocessing gives to the engine: its own name and the engine's.
+# Outputs of preprocessing that go to the engine: name in preprocessing to name in the engine.
 ENGINE_NAMES: dict[str, str] = {
     "INPUT_ID": "input_ids", "REQUEST_INPUT_LEN": "input_lengths", "REQUEST_OUTPUT_LEN": "request_output_len",
     "STOP_WORDS_IDS": "stop_words_list", "BAD_WORDS_IDS": "bad_words_list", "OUT_END_ID": "end_id",
@@ -186,18 +184,19 @@ CANCELLED = ModelTensor(name="CANCELLED", dtype="BOOL", optional=True)
 PROBE = ModelTensor(name="PROBE", dtype="BOOL", optional=True)
 _BY_NAME = {tensor.name: tensor for tensor in TOKEN_INPUTS}
 _ENGINE_TENSORS: tuple[ModelTensor, ...] = tuple(
-    ModelTensor(name=ours, dtype=_BY_NAME[theirs].dtype, dims=_BY_NAME[theirs].dims, optional=True)
-    for ours, theirs in ENGINE_NAMES.items()
+    ModelTensor(name=name, dtype=_BY_NAME[engine_name].dtype, dims=_BY_NAME[engine_name].dims, optional=True)
+    for name, engine_name in ENGINE_NAMES.items()
 )
 PREPROCESSING_OUTPUTS: tuple[ModelTensor, ...] = (*_ENGINE_TENSORS, ANSWER, ANSWER_KEY)
 
-# The engine's tensors under the names that postprocessing has for them.
+# Name in the engine to name in postprocessing.
 TOKEN_NAMES: dict[str, str] = {
     "output_ids": "TOKENS_BATCH", "sequence_length": "SEQUENCE_LENGTH", "cum_log_probs": "CUM_LOG_PROBS",
     "output_log_probs": "OUTPUT_LOG_PROBS",
 }  # fmt: skip
-# Before the engine begins ANSWER and all that goes to the engine, which passes through: an ensemble's step may not take
-# some inputs from before a decoupled step and some from it. Then a response of the engine's.
+# Postprocessing is two steps of the ensemble. Before the engine it takes ANSWER and all that goes to the engine, and
+# passes the latter on: a step after a decoupled step may not also take inputs from steps before that one. After the
+# engine it takes one response of the engine at a time.
 POSTPROCESSING_INPUTS: tuple[ModelTensor, ...] = (
     ModelTensor(name=ANSWER.name, dtype=ANSWER.dtype, optional=True),
     ANSWER_KEY,
@@ -210,11 +209,12 @@ POSTPROCESSING_INPUTS: tuple[ModelTensor, ...] = (
     CANCELLED,
     PROBE,
 )
+_WIRE_OUTPUTS = (*OUTPUTS, *ADDED_OUTPUTS)
 TEXT_NAMES: dict[str, str] = {
-    tensor.name: "OUTPUT" if tensor.name == "text_output" else tensor.name.upper() for tensor in (*OUTPUTS, *OURS)
+    tensor.name: "OUTPUT" if tensor.name == "text_output" else tensor.name.upper() for tensor in _WIRE_OUTPUTS
 }
 POSTPROCESSING_OUTPUTS: tuple[ModelTensor, ...] = (
-    *(ModelTensor(name=TEXT_NAMES[tensor.name], dtype=tensor.dtype, dims=tensor.dims) for tensor in (*OUTPUTS, *OURS)),
+    *(ModelTensor(name=TEXT_NAMES[tensor.name], dtype=tensor.dtype, dims=tensor.dims) for tensor in _WIRE_OUTPUTS),
     *_ENGINE_TENSORS,
     ANSWER_KEY,
 )

@@ -1,10 +1,10 @@
-"""model.yaml of a model on TensorRT-LLM's LLM API: what a deployment is, to and from the file.
+"""model.yaml of a model on TensorRT-LLM's LLM API: reads and writes the settings of one packaged model.
 
     settings = read_settings(Path("repository/mixtral/1/model.yaml"))
     LLM(**settings.llm)
 
-Keys at the top are the arguments of `tensorrt_llm.LLM` and may be added to; `triton_config` is upstream's section
-(triton_backend/all_models/llmapi/tensorrt_llm/1/model.yaml); `moeship` is ours.
+The keys at the top are arguments of `tensorrt_llm.LLM`; users may add others. `triton_config` is a section that
+upstream has too (triton_backend/all_models/llmapi/tensorrt_llm/1/model.yaml). `moeship` is a section of ours.
 """
 
 from __future__ import annotations
@@ -23,35 +23,33 @@ from export.yaml_reading import read_yaml
 from triton_repo.errors import RepositoryError
 
 SETTINGS_FILE = "model.yaml"
-# What a model of ours decides itself: text is ours, and nothing of a checkpoint is executed.
-_OURS = ("tokenizer", "skip_tokenizer_init", "trust_remote_code")
+# Arguments that users may not set: moeship itself encodes and decodes text, and runs no code of a checkpoint.
+_DECIDED_BY_MOESHIP = ("tokenizer", "skip_tokenizer_init", "trust_remote_code")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TritonSettings:
-    """`max_batch_size` 0 is upstream's layout, without a batch dimension. `decoupled` is always true."""
+    """The section `triton_config`."""
 
-    max_batch_size: int = 1
-    decoupled: bool = True
+    max_batch_size: int = 1  # 0: no batch dimension, as in upstream's layout
+    decoupled: bool = True  # always true
     cancellation_check_period_ms: int = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings:
-    """`max_sequence`: tokens of prompt and output together. `penalties`: whether the LLM's sampler applies repetition,
-    presence and frequency penalties.
-    """
+    """The section `moeship`."""
 
     end_token_ids: tuple[int, ...]
-    max_sequence: int
-    penalties: bool = False
+    max_sequence: int  # tokens of prompt and output together
+    penalties: bool = False  # whether the LLM's sampler applies repetition, presence and frequency penalties
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlmSettings:
-    """`llm`: the arguments of tensorrt_llm.LLM, `model` among them, a folder beside model.yaml or an absolute path."""
+    """All of model.yaml."""
 
-    llm: Mapping[str, Any]
+    llm: Mapping[str, Any]  # arguments of tensorrt_llm.LLM; `model` is a folder beside model.yaml or an absolute path
     triton: TritonSettings
     text: TextSettings
 
@@ -66,7 +64,7 @@ class LlmSettings:
 
 
 def read_settings(path: Path) -> LlmSettings:
-    """Raises RepositoryError for a file that is absent, no such settings, or that says what is not done here."""
+    """The settings in a model.yaml. Raises RepositoryError for a file that is absent or holds what is not supported."""
     try:
         raw = read_yaml(path, "the model's settings")
         if not isinstance(raw, dict):
@@ -88,7 +86,7 @@ def _check(settings: LlmSettings) -> None:
         raise ValueError(f"model is {shown(model)}, expected a folder beside {SETTINGS_FILE} or an absolute path")
     if settings.llm.get("backend", "pytorch") != "pytorch":
         raise ValueError(f"backend is {shown(settings.llm['backend'])}, expected 'pytorch'")
-    refused = [key for key in _OURS if key in settings.llm]
+    refused = [key for key in _DECIDED_BY_MOESHIP if key in settings.llm]
     if refused:
         raise ValueError(f"{', '.join(refused)} cannot be set: moeship reads and writes the text itself")
     if not settings.triton.decoupled:

@@ -1,6 +1,6 @@
-"""What a packaged model needs to know of itself, to and from the parameters of its config.pbtxt.
+"""The parameters in the config.pbtxt of a packaged model: reads and writes them.
 
-Triton's parameters are texts; these dataclasses are the one place where they become values and back.
+Triton's parameters are texts. These dataclasses are the one place where texts become values and back.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _AUTOMATIC = "auto"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelParameters:
-    """`engine`: the engine's folder within the version's. `threads`: of one worker; None shares the cores out."""
+    """The parameters of a model in which ONNX Runtime runs the engine."""
 
-    engine: str = "engine"
-    threads: int | None = None
+    engine: str = ENGINE_FOLDER  # within the version's folder
+    threads: int | None = None  # of one worker; None shares the cores among the workers
 
     def to_texts(self) -> dict[str, str]:
         """Parameter key to text."""
@@ -47,7 +47,7 @@ class ModelParameters:
 
     @classmethod
     def from_texts(cls, texts: Mapping[str, str], model: str) -> ModelParameters:
-        """Raises RepositoryError for an absent key or a text that is no value of it."""
+        """From parameter key to text. Raises RepositoryError for an absent key or a text that is not a valid value."""
         absent = [key for key in (ENGINE_KEY, THREADS_KEY) if key not in texts]
         threads = texts.get(THREADS_KEY, "")
         number = whole_number(threads, 1, MAX_THREADS)
@@ -61,12 +61,12 @@ class ModelParameters:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelParameters:
-        """From the JSON form of a model configuration that Triton hands to a model."""
+        """From the JSON form of a model configuration, which Triton gives to a model."""
         return cls.from_texts(config_texts(config), config["name"])
 
     def threads_of_one(self, count: int) -> int | None:
-        """Threads for one of `count` that run at the same time: as packaged, else the usable cores shared out; None
-        leaves it to the runtime."""
+        """Threads of one worker where `count` workers run at the same time: as packaged, else an equal share of the
+        usable cores. None lets ONNX Runtime decide."""
         if self.threads is not None or count == 1:
             return self.threads
         return max(1, len(os.sched_getaffinity(0)) // count)
@@ -74,20 +74,15 @@ class ModelParameters:
 
 @dataclass(frozen=True, kw_only=True)
 class TextParameters:
-    """Of the models that turn text into tokens and back. `tokenizer`: its folder within the version's; `max_sequence`:
-    tokens of prompt and output together, `max_prompt` of the prompt; `end_ids`: the model's end tokens; `num_ids`: how
-    many ids the engine chooses from, those past the tokenizer's size included where it does not mask them;
-    `one_end_id`: the engine keeps a minimum of new tokens from one end token alone, as TensorRT-LLM does;
-    `echoes_keys`: the engine gives the key of an answer back with each response.
-    """
+    """The parameters of a model that turns text into tokens or tokens into text."""
 
-    tokenizer: str = "tokenizer"
-    max_sequence: int
-    max_prompt: int
-    end_ids: tuple[int, ...]
-    num_ids: int
-    one_end_id: bool = False
-    echoes_keys: bool = True
+    tokenizer: str = "tokenizer"  # the tokenizer's folder within the version's
+    max_sequence: int  # tokens of prompt and output together
+    max_prompt: int  # tokens of the prompt
+    end_ids: tuple[int, ...]  # the model's end tokens
+    num_ids: int  # ids that the engine chooses from; more than the tokenizer has where the engine does not mask them
+    one_end_id: bool = False  # the engine's minimum of new tokens holds back only one end token, as in TensorRT-LLM
+    echoes_keys: bool = True  # the engine sends the key of an answer back with each response
 
     def to_texts(self) -> dict[str, str]:
         """Parameter key to text."""
@@ -123,8 +118,8 @@ class TextParameters:
 
 
 def read_workers(config: Mapping[str, Any]) -> int:
-    """How many requests an instance answers at a time where ONNX Runtime runs the engine, from the JSON form of its
-    model's configuration. Raises RepositoryError."""
+    """How many requests an instance answers at the same time where ONNX Runtime runs the engine. `config` is the JSON
+    form of a model configuration. Raises RepositoryError."""
     text = config_texts(config).get(WORKERS_KEY)
     workers = None if text is None else whole_number(text, 1, MAX_WORKERS)
     if workers is None:
@@ -136,5 +131,5 @@ def read_workers(config: Mapping[str, Any]) -> int:
 
 
 def config_texts(config: Mapping[str, Any]) -> dict[str, str]:
-    """The parameters of a model configuration's JSON form as texts."""
+    """Parameter key to text, from the JSON form of a model configuration."""
     return {key: value["string_value"] for key, value in config["parameters"].items()}

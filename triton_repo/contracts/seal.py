@@ -1,14 +1,15 @@
-"""What a packaged engine's files looked like when their digests were checked, so that a start need not hash them again.
+"""The seal of a packaged engine: the state of its files when their digests were checked.
 
-Beside the engine's folder lies a file of one line for each of its files: bytes, time of the last write in nanoseconds
-and inode. Who writes to a file in the usual way, or brings it to another place, changes one of them.
+A start that finds every file in that state need not hash the files again. The seal is a JSON file beside the engine's
+folder. It holds three numbers for each file: bytes, time of the last write in nanoseconds, and inode. Writing to a file
+in the usual way, or moving it to another file system, changes one of the three.
 
-What the seal does not see, and a start with it does not either:
-- a write that puts size and time back as they were, in the same file (`touch -d`, `cp --preserve` over it);
-- a write within the same tick of the kernel's clock, some milliseconds, as the one before it;
-- bytes that a disk gives back otherwise than it was given them.
-It is a way to start quickly and no protection from whoever may write to the repository. Without the seal's file every
-start checks every digest.
+Changes that the seal does not detect, so that a start does not detect them either:
+- a write to the same file after which size and time are set back (`touch -d`, `cp --preserve` over it);
+- a write within the same tick of the kernel's clock (some milliseconds) as the write before;
+- a disk that returns other bytes than were written.
+The seal makes a start quick. It does not protect from anyone who may write to the repository. If the seal's file is
+removed, every start checks every digest.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from trt_build.manifest import MANIFEST_FILE
 
 
 class FileState(NamedTuple):
-    """Bytes, time of the last write in ns, inode."""
+    """The state of one file: bytes, time of the last write in ns, inode."""
 
     num_bytes: int
     modified_ns: int
@@ -34,19 +35,19 @@ class FileState(NamedTuple):
 
     @classmethod
     def of(cls, facts: os.stat_result) -> FileState:
-        """The state that a file has."""
+        """The state in the facts that stat(2) gives of a file."""
         return cls(facts.st_size, facts.st_mtime_ns, facts.st_ino)
 
 
 def write_seal(engine: Path, states: Mapping[str, FileState]) -> None:
-    """Note the states in which the engine's files, by name, were checked. Raises OSError where a seal is there."""
+    """Write the states, by file name, in which an engine's files were checked. Raises OSError if there is a seal."""
     descriptor = os.open(_seal_path(engine), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(json.dumps(dict(sorted(states.items())), indent=2) + "\n")
 
 
 def is_sealed(engine: Path) -> bool:
-    """Whether the engine's files, each of them and no other, are as they were when the seal was written."""
+    """Whether the engine has the same files as when the seal was written, each in the same state."""
     try:
         noted = read_json(_seal_path(engine), "the engine's seal")
         found = _states(engine)
@@ -61,7 +62,7 @@ def _seal_path(engine: Path) -> Path:
 
 
 def _states(engine: Path) -> dict[str, FileState]:
-    """Of everything in the engine's folder but folders. A link is no file of an engine and has no state that fits."""
+    """The state of everything in the engine's folder except folders. A link gets a state that no seal holds."""
     states = {}
     for path in engine.rglob("*"):
         facts = path.lstat()

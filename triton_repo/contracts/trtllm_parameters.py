@@ -1,9 +1,9 @@
 """The parameters of TensorRT-LLM 1.2's `tensorrt_llm` model: typed values in, the texts of config.pbtxt out.
 
 Names and meanings are upstream's (triton_backend/all_models/inflight_batcher_llm/tensorrt_llm/config.pbtxt, read by
-triton_backend/inflight_batcher_llm/src/model_instance_state.cc and model_state.cc). A value that is None is absent
-from the file, and the backend's own default holds. What concerns encoders, draft models and guided decoding is not
-offered: no engine of ours has them.
+triton_backend/inflight_batcher_llm/src/model_instance_state.cc and model_state.cc). A value that is None is not written
+to the file, and the backend uses its own default. There are no parameters for encoders, draft models and guided
+decoding, since no engine of ours has them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from triton_repo.contracts.model_parameters import WORLD_SIZE_KEY
 from triton_repo.errors import RepositoryError
 
 ENGINE_PATH_KEY = "gpt_model_path"
-# Field to key, where they differ.
+# Field to key in config.pbtxt, where the two differ.
 _KEYS = {"batching_strategy": "gpt_model_type"}
-# Fields of `dynamic_batching`, not of the parameters.
+# Fields that config.pbtxt has in `dynamic_batching`, not among the parameters.
 _QUEUE = ("max_queue_size", "max_queue_delay_microseconds")
-# What every repository of ours says. Log-probabilities are those over the vocabulary: normalised ones are over the
-# top-k alone, 0 where the choice is greedy (cpp/tensorrt_llm/kernels/samplingTopKKernels.cu). The backend reads the
-# last three without a default; empty means none.
+# Parameters that are the same in every repository of ours. Normalised log-probabilities would be over the top-k alone,
+# and so always 0 for a greedy choice (cpp/tensorrt_llm/kernels/samplingTopKKernels.cu); ours are over the vocabulary.
+# The backend has no default for the last three; an empty text means none.
 _FIXED = {
     "FORCE_CPU_ONLY_INPUT_TENSORS": "no",
     "max_beam_width": "1",
@@ -43,43 +43,48 @@ def _option(default: Any, text: str, *, choices: tuple[str, ...] = (), above_zer
 
 @dataclass(frozen=True, kw_only=True)
 class TensorrtLlmParameters:
-    """Each field's metadata has its help text, its choices, and whether 0 is too little; a float is 1 at most."""
+    """The metadata of a field holds its help text, its choices, and whether it must be above 0. A float is at most
+    1."""
 
     batching_strategy: str = _option(
         "inflight_fused_batching", "how requests share the engine", choices=("inflight_fused_batching", "V1")
     )
     batch_scheduler_policy: str = _option(
         "guaranteed_no_evict",
-        "what begins while the key/value cache is short",
+        "which requests may begin while the key/value cache is nearly full",
         choices=("guaranteed_no_evict", "max_utilization"),
     )
-    max_queue_size: int = _option(0, "requests that may wait, 0 any number")
+    max_queue_size: int = _option(0, "requests that may wait; 0 is any number")
     max_queue_delay_microseconds: int = _option(0, "microseconds to wait for a fuller batch")
     kv_cache_free_gpu_mem_fraction: float | None = _option(
-        None, "share of the GPU memory left beside the weights for the key/value cache", above_zero=True
+        None, "share of the GPU memory that the weights leave free, for the key/value cache", above_zero=True
     )
     max_tokens_in_paged_kv_cache: int | None = _option(None, "tokens in the key/value cache", above_zero=True)
     max_attention_window_size: tuple[int, ...] | None = _option(
-        None, "tokens that attention looks back, by layer, repeated over the layers", above_zero=True
+        None, "tokens that attention looks back, one number a layer; fewer numbers are repeated", above_zero=True
     )
     sink_token_length: int | None = _option(None, "first tokens that stay in a sliding window")
-    kv_cache_host_memory_bytes: int | None = _option(None, "bytes of host memory for cache blocks that may be reused")
-    kv_cache_onboard_blocks: bool | None = _option(None, "bring reused blocks back to the GPU")
-    enable_kv_cache_reuse: bool | None = _option(None, "keep the cache of prompts for others (where the engine can)")
+    kv_cache_host_memory_bytes: int | None = _option(
+        None, "bytes of host memory for cache blocks that later requests may reuse"
+    )
+    kv_cache_onboard_blocks: bool | None = _option(None, "copy reused blocks from host memory back to the GPU")
+    enable_kv_cache_reuse: bool | None = _option(
+        None, "keep the cache of a prompt for later requests that begin alike (if the engine can)"
+    )
     enable_chunked_context: bool | None = _option(None, "read long prompts in parts between other requests' steps")
-    gpu_device_ids: tuple[int, ...] | None = _option(None, "GPUs, one a rank")
-    participant_ids: tuple[int, ...] | None = _option(None, "MPI ranks, one a rank of the engine")
+    gpu_device_ids: tuple[int, ...] | None = _option(None, "GPUs, one for each rank")
+    participant_ids: tuple[int, ...] | None = _option(None, "MPI ranks, one for each rank of the engine")
     num_nodes: int | None = _option(None, "machines that share the engine", above_zero=True)
     gpu_weights_percent: float | None = _option(
-        None, "share of the weights on the GPU, of an engine built for streaming them"
+        None, "share of the weights kept on the GPU, for an engine that was built to stream weights"
     )
     decoding_mode: str | None = _option(None, "how tokens are drawn", choices=("top_k", "top_p", "top_k_top_p"))
     enable_context_fmha_fp32_acc: bool | None = _option(None, "sum attention over prompts in float32")
-    multi_block_mode: bool | None = _option(None, "spread a step's attention over more of the GPU")
-    cuda_graph_mode: bool | None = _option(None, "replay steps as CUDA graphs")
+    multi_block_mode: bool | None = _option(None, "spread the attention of one step over more blocks of the GPU")
+    cuda_graph_mode: bool | None = _option(None, "record steps as CUDA graphs and replay them")
     cuda_graph_cache_size: int | None = _option(None, "CUDA graphs kept")
     cancellation_check_period_ms: int | None = _option(
-        None, "milliseconds between looks for cancelled requests", above_zero=True
+        None, "milliseconds between checks for cancelled requests", above_zero=True
     )
     stats_check_period_ms: int | None = _option(None, "milliseconds between readings of statistics", above_zero=True)
     iter_stats_max_iterations: int | None = _option(None, "iterations whose statistics are kept")
@@ -87,18 +92,18 @@ class TensorrtLlmParameters:
     lora_cache_optimal_adapter_size: int | None = _option(None, "rank that LoRA's cache is laid out for")
     lora_cache_max_adapter_size: int | None = _option(None, "highest rank of a LoRA")
     lora_cache_gpu_memory_fraction: float | None = _option(
-        None, "share of the GPU memory left beside the weights for LoRA's cache", above_zero=True
+        None, "share of the GPU memory that the weights leave free, for LoRA's cache", above_zero=True
     )
     lora_cache_host_memory_bytes: int | None = _option(None, "bytes of host memory for LoRA's cache")
     lora_prefetch_dir: str | None = _option(None, "folder of LoRAs to load at the start")
 
     def to_texts(self, *, engine_path: str, world_size: int, paged_context_fmha: bool) -> dict[str, str]:
-        """Key to text, of all that is not None. Raises RepositoryError listing every value that the backend or this
-        engine would not take."""
+        """Key to text, of all values that are not None. Raises RepositoryError that lists every value that the backend
+        or this engine would refuse."""
         problems = [*_value_problems(self), *self._engine_problems(world_size, paged_context_fmha)]
         if problems:
             raise RepositoryError(f"setting up tensorrt_llm:{listing(problems, most=len(problems))}")
-        # The backend's own default is to reuse, whatever the engine was built for.
+        # The backend's own default is to reuse the cache, even if the engine was built without support for it.
         reuse = paged_context_fmha if self.enable_kv_cache_reuse is None else self.enable_kv_cache_reuse
         values = {**vars(self), "enable_kv_cache_reuse": reuse}
         texts = {

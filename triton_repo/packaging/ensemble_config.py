@@ -41,7 +41,7 @@ from triton_repo.contracts.ensemble import (
 )
 from triton_repo.contracts.model_parameters import TRITON_BACKEND, WORKERS_KEY, ModelParameters, TextParameters
 from triton_repo.contracts.trtllm_parameters import TensorrtLlmParameters
-from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, INPUTS, OURS, OUTPUTS
+from triton_repo.contracts.wire import ADDED_OUTPUTS, COMPATIBILITY_INPUTS, INPUTS, OUTPUTS
 from triton_repo.packaging.model_config import declare, messages, set_parameters
 from triton_repo.runtime.steps.token_request import TAKEN_INPUTS
 
@@ -55,11 +55,11 @@ _COUNTS = ("num_input_tokens", "num_output_tokens")
 def ensemble_config(name: str, max_batch: int, *, echoes_keys: bool) -> ModelConfig:
     """The model that clients ask. `echoes_keys`: its engine gives the key of an answer back with each response."""
     config = messages().ModelConfig(name=name, platform="ensemble", max_batch_size=max_batch)
-    declare(config, (*INPUTS, *COMPATIBILITY_INPUTS), (*OUTPUTS, *OURS))
+    declare(config, (*INPUTS, *COMPATIBILITY_INPUTS), (*OUTPUTS, *ADDED_OUTPUTS))
     # What goes from step to step, told apart from the ensemble's own tensors.
     prepared = {tensor.name: f"_{tensor.name}" for tensor in PREPROCESSING_OUTPUTS}
-    registered = {ours: f"_REGISTERED_{ours}" for ours in ENGINE_NAMES}
-    to_engine = {theirs: registered[ours] for ours, theirs in ENGINE_NAMES.items()}
+    registered = {name: f"_REGISTERED_{name}" for name in ENGINE_NAMES}
+    to_engine = {engine_name: registered[name] for name, engine_name in ENGINE_NAMES.items()}
     from_engine = dict(TOKEN_NAMES)
     if echoes_keys:
         registered[ANSWER_KEY.name] = to_engine[ENGINE_KEY_INPUT.name] = f"_REGISTERED_{ANSWER_KEY.name}"
@@ -68,11 +68,11 @@ def ensemble_config(name: str, max_batch: int, *, echoes_keys: bool) -> ModelCon
             ENGINE_CANCELLED.name: CANCELLED.name,
             ENGINE_PROBE.name: PROBE.name,
         }
-    tokens = {ours: f"_TOKENS_{ours}" for ours in from_engine.values()}
-    _add_step(config, PREPROCESSING, {ours: wire for wire, ours in QUERY_NAMES.items()}, prepared)
+    tokens = {name: f"_TOKENS_{name}" for name in from_engine.values()}
+    _add_step(config, PREPROCESSING, {name: wire_name for wire_name, name in QUERY_NAMES.items()}, prepared)
     _add_step(config, POSTPROCESSING, prepared, registered)
-    _add_step(config, TOKEN_ENGINE, to_engine, {theirs: tokens[ours] for theirs, ours in from_engine.items()})
-    _add_step(config, POSTPROCESSING, tokens, {ours: wire for wire, ours in TEXT_NAMES.items()})
+    _add_step(config, TOKEN_ENGINE, to_engine, {engine_name: tokens[name] for engine_name, name in from_engine.items()})
+    _add_step(config, POSTPROCESSING, tokens, {name: wire_name for wire_name, name in TEXT_NAMES.items()})
     return config
 
 

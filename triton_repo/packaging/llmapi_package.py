@@ -25,7 +25,7 @@ from export.trtllm.parallel import Parallelism
 from triton_repo.contracts.llmapi import LLMAPI_INPUTS, LLMAPI_OUTPUTS, METRICS
 from triton_repo.contracts.llmapi_settings import SETTINGS_FILE, LlmSettings, TextSettings, TritonSettings
 from triton_repo.contracts.model_parameters import GPUS_KEY, MODEL_FILE
-from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, INPUTS, OURS, OUTPUTS, WireTensor
+from triton_repo.contracts.wire import ADDED_OUTPUTS, COMPATIBILITY_INPUTS, INPUTS, OUTPUTS, WireTensor
 from triton_repo.errors import RepositoryError
 from triton_repo.packaging.ensemble_package import MODELS_FOLDER, VERSION
 from triton_repo.packaging.model_config import CONFIG_FILE, config_text, declare, messages, set_parameters
@@ -99,13 +99,13 @@ def llmapi_config(name: str, settings: LlmSettings) -> ModelConfig:
     """
     pb = messages()
     config = pb.ModelConfig(name=name, backend="python", max_batch_size=settings.triton.max_batch_size)
-    # A request in the LLM API's tensors has another for max_tokens.
-    ours = [replace(tensor, optional=tensor.name != "text_input") for tensor in (*INPUTS, *COMPATIBILITY_INPUTS)]
+    # A request in the LLM API's tensors sends sampling_param_max_tokens in place of max_tokens.
+    wire_inputs = [replace(tensor, optional=tensor.name != "text_input") for tensor in (*INPUTS, *COMPATIBILITY_INPUTS)]
     batched = settings.triton.max_batch_size > 0
     declare(
         config,
-        _once([*(ours if batched else ()), *LLMAPI_INPUTS]),
-        _once([*((*OUTPUTS, *OURS) if batched else ()), *LLMAPI_OUTPUTS, *METRICS]),
+        _once([*(wire_inputs if batched else ()), *LLMAPI_INPUTS]),
+        _once([*((*OUTPUTS, *ADDED_OUTPUTS) if batched else ()), *LLMAPI_OUTPUTS, *METRICS]),
     )
     config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=1)
     config.model_transaction_policy.decoupled = True

@@ -15,7 +15,7 @@ from export.optional import optional_package
 from export.reading import read_text
 from triton_repo.contracts.ensemble import ModelTensor
 from triton_repo.contracts.model_parameters import ENGINE_KEY, WORKERS_KEY, ModelParameters
-from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, INPUTS, OURS, OUTPUTS, WireTensor
+from triton_repo.contracts.wire import ADDED_OUTPUTS, COMPATIBILITY_INPUTS, INPUTS, OUTPUTS, WireTensor
 from triton_repo.errors import RepositoryError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def model_config(model: ServedModel) -> ModelConfig:
     must reach the process that answers it, and each process has a queue of its own."""
     pb = messages()
     config = pb.ModelConfig(name=model.name, backend="python", max_batch_size=model.max_batch)
-    declare(config, (*INPUTS, *COMPATIBILITY_INPUTS), (*OUTPUTS, *OURS))
+    declare(config, (*INPUTS, *COMPATIBILITY_INPUTS), (*OUTPUTS, *ADDED_OUTPUTS))
     kind = pb.ModelInstanceGroup.KIND_CPU if model.provider == "cpu" else pb.ModelInstanceGroup.KIND_GPU
     config.instance_group.add(kind=kind, count=1)
     config.model_transaction_policy.decoupled = not model.unary

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from triton_repo.processes.program import KILL_GRACE_S, children_of, clear_memory, kill_left, send_signal
-from trt_build.child import following
+from trt_build.child import ending_with_parent
 
 
 class _Asked(BaseException):
@@ -28,7 +28,7 @@ def watch(mark: str, end_timeout_s: float, command: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, _ask)
     process = None
     try:
-        process = subprocess.Popen(following(command))
+        process = subprocess.Popen(ending_with_parent(command))
         return process.wait()
     except _Asked:
         return 0 if process is None else _end(process, end_timeout_s)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from export.own_files import open_log
 from triton_repo.errors import ServerError
-from trt_build.child import following
+from trt_build.child import ending_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def running_program(program: Program, log: Path | None, mark: str) -> Iterator[s
             output = files.enter_context(open_log(log, "opening the server's log", ServerError))
         try:
             process = subprocess.Popen(
-                following([*watched, *program.arguments], program.stack_bytes),
+                ending_with_parent([*watched, *program.arguments], program.stack_bytes),
                 env={**program.environment, MARK_VARIABLE: mark},
                 cwd=program.folder,
                 stdin=subprocess.DEVNULL,

@@ -124,16 +124,16 @@ def _refuse_damaged(repository: Path, fault: str, unserved: Set[str]) -> None:
     engines = [folder for folder in _folders_of(repository, f"*/{MANIFEST_FILE}") if _model_of(folder) not in unserved]
     damaged = [problem for engine in engines if (problem := _damage(engine))]
     tokenizers = _folders_of(repository, f"{TextParameters.tokenizer}/{TOKENIZER_FILE}")
-    looks: list[Callable[[], object]] = [
+    checks: list[Callable[[], object]] = [
         partial(load_tokenizer, folder) for folder in tokenizers if _model_of(folder) not in unserved
     ]
-    looks.append(partial(check_repository, repository))
-    others = [problem for look in looks if (problem := _problem(look))]
-    if damaged or others:
+    checks.append(partial(check_repository, repository))
+    missing = [problem for check in checks if (problem := _problem(check))]
+    if damaged or missing:
         what = "an engine's files are damaged" if damaged else "files that it needs are missing or damaged"
         raise RepositoryError(
             f"serving {repository}: {fault}, and it is not started again: {what}; package the engine again:"
-            f"{listing([*damaged, *others])}"
+            f"{listing([*damaged, *missing])}"
         )
 
 
@@ -151,10 +151,10 @@ def _damage(engine: Path) -> str | None:
     return None if is_sealed(engine) else _problem(partial(read_engine_facts, engine))
 
 
-def _problem(look: Callable[[], object]) -> str | None:
-    """What is wrong, as the look says."""
+def _problem(check: Callable[[], object]) -> str | None:
+    """The message of the error that `check` raises; None where it raises none."""
     try:
-        look()
+        check()
     except MoeshipError as error:
         return str(error)
     return None

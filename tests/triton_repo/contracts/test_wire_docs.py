@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, INPUTS, OURS, OUTPUTS
+from triton_repo.contracts.wire import ADDED_OUTPUTS, COMPATIBILITY_INPUTS, INPUTS, OUTPUTS
 
 ROOT = Path(__file__).parents[3]
 UPSTREAM = json.loads((ROOT / "tests/trtllm/contract.json").read_text(encoding="utf-8"))["triton"]["models"]["ensemble"]
@@ -27,7 +27,7 @@ def test_the_inputs_that_are_not_taken_are_listed():
 
 def test_the_outputs_that_are_not_given_are_listed():
     upstream = {tensor["name"] for tensor in UPSTREAM["outputs"]}
-    ours = {tensor.name for tensor in (*OUTPUTS, *OURS)}
+    ours = {tensor.name for tensor in (*OUTPUTS, *ADDED_OUTPUTS)}
     assert listed("Outputs of upstream's ensemble that are not given") == upstream - ours
 
 
@@ -35,4 +35,4 @@ def test_our_own_outputs_are_listed():
     text = (ROOT / "docs/wire.md").read_text(encoding="utf-8").partition("## Outputs that are ours alone")[2]
     upstream = {tensor["name"] for tensor in UPSTREAM["outputs"]}
     named = set(re.findall(r"`(\w+)`", text))
-    assert {tensor.name for tensor in OURS if tensor.name not in upstream} <= named
+    assert {tensor.name for tensor in ADDED_OUTPUTS if tensor.name not in upstream} <= named

@@ -14,7 +14,7 @@ from export.errors import OutputError
 from triton_repo.contracts.ensemble import STEP_MODELS
 from triton_repo.contracts.seal import is_sealed
 from triton_repo.contracts.trtllm_parameters import TensorrtLlmParameters
-from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, INPUTS, OURS, OUTPUTS
+from triton_repo.contracts.wire import ADDED_OUTPUTS, COMPATIBILITY_INPUTS, INPUTS, OUTPUTS
 from triton_repo.errors import RepositoryError
 from triton_repo.packaging.model_config import read_config
 from triton_repo.packaging.package import PackageOptions, package_engine
@@ -153,7 +153,7 @@ def test_the_ensemble_has_the_wires_tensors_and_fits_its_steps(request, kind):
     inputs = [(item.name, labels.Name(item.data_type), tuple(item.dims), item.optional) for item in ensemble.input]
     assert inputs == [(t.name, f"TYPE_{t.dtype}", t.dims, t.optional) for t in (*INPUTS, *COMPATIBILITY_INPUTS)]
     outputs = [(item.name, labels.Name(item.data_type), tuple(item.dims)) for item in ensemble.output]
-    assert outputs == [(t.name, f"TYPE_{t.dtype}", t.dims) for t in (*OUTPUTS, *OURS)]
+    assert outputs == [(t.name, f"TYPE_{t.dtype}", t.dims) for t in (*OUTPUTS, *ADDED_OUTPUTS)]
     steps = ensemble.ensemble_scheduling.step
     assert [step.model_name for step in steps] == ["preprocessing", "postprocessing", "tensorrt_llm", "postprocessing"]
     # The ensemble's tensors have one type each, whichever step gives or takes them.

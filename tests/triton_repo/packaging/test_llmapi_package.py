@@ -11,7 +11,7 @@ from mixtral_checkpoints import write_mixtral_checkpoint
 
 from export.errors import CheckpointError, MoeshipError, OutputError
 from export.trtllm.parallel import Parallelism
-from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, INPUTS, OURS, OUTPUTS
+from triton_repo.contracts.wire import ADDED_OUTPUTS, COMPATIBILITY_INPUTS, INPUTS, OUTPUTS
 from triton_repo.errors import RepositoryError
 from triton_repo.packaging.llmapi_package import LlmApiOptions, package_llmapi
 from triton_repo.packaging.model_config import read_config
@@ -131,7 +131,7 @@ def test_with_one_the_wire_contract_is_served_beside_them(checkpoint, tmp_path):
     assert len(set(outputs)) == len(outputs)
     assert {tensor.name for tensor in (*INPUTS, *COMPATIBILITY_INPUTS)} < set(inputs)
     assert {line.split()[0] for line in UPSTREAM_INPUTS.strip().splitlines()} < set(inputs)
-    assert {tensor.name for tensor in (*OUTPUTS, *OURS)} < set(outputs)
+    assert {tensor.name for tensor in (*OUTPUTS, *ADDED_OUTPUTS)} < set(outputs)
     assert [tensor.name for tensor in config.input if not tensor.optional] == ["text_input"]
     assert config.max_batch_size == 1
 

@@ -14,7 +14,7 @@ from tritonclient.grpc import model_config_pb2
 from cli.main import main
 from export.errors import OutputError
 from triton_repo.contracts.model_parameters import ModelParameters, read_workers
-from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, INPUTS, OURS, OUTPUTS
+from triton_repo.contracts.wire import ADDED_OUTPUTS, COMPATIBILITY_INPUTS, INPUTS, OUTPUTS
 from triton_repo.errors import RepositoryError
 from triton_repo.packaging.model_config import ServedModel, config_text, model_config, packaged_parameters, read_config
 from triton_repo.packaging.package import PackageOptions, package_engine
@@ -70,7 +70,7 @@ def test_the_configuration_says_all_that_triton_would_else_guess(tmp_path, tiny_
     inputs = [(item.name, labels.Name(item.data_type), tuple(item.dims), item.optional) for item in config.input]
     assert inputs == [(t.name, f"TYPE_{t.dtype}", t.dims, t.optional) for t in (*INPUTS, *COMPATIBILITY_INPUTS)]
     outputs = [(item.name, labels.Name(item.data_type), tuple(item.dims)) for item in config.output]
-    assert outputs == [(t.name, f"TYPE_{t.dtype}", t.dims) for t in (*OUTPUTS, *OURS)]
+    assert outputs == [(t.name, f"TYPE_{t.dtype}", t.dims) for t in (*OUTPUTS, *ADDED_OUTPUTS)]
 
 
 def test_an_engine_for_cuda_gets_its_instances_on_each_gpu(tmp_path, tiny_engines):
@@ -82,7 +82,7 @@ def test_an_engine_for_cuda_gets_its_instances_on_each_gpu(tmp_path, tiny_engine
 
 
 def test_no_tensor_is_named_twice():
-    for tensors in ((*INPUTS, *COMPATIBILITY_INPUTS), (*OUTPUTS, *OURS)):
+    for tensors in ((*INPUTS, *COMPATIBILITY_INPUTS), (*OUTPUTS, *ADDED_OUTPUTS)):
         names = [tensor.name for tensor in tensors]
         assert len(set(names)) == len(names)
 

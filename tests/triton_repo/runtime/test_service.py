@@ -8,7 +8,7 @@ from served import answers
 
 from export.errors import MoeshipError
 from triton_repo.contracts.piece import Piece
-from triton_repo.contracts.wire import OURS, OUTPUTS
+from triton_repo.contracts.wire import ADDED_OUTPUTS, OUTPUTS
 from triton_repo.errors import RequestError
 from triton_repo.runtime.responses import failure, wire_outputs
 
@@ -36,7 +36,7 @@ def test_outputs_are_those_of_the_contract_with_its_types():
     outputs = wire_outputs(piece)
     dtypes = {"STRING": np.object_, "INT32": np.int32, "FP32": np.float32}
     assert {name: value.dtype.type for name, value in outputs.items()} == {
-        tensor.name: dtypes[tensor.dtype] for tensor in (*OUTPUTS, *OURS)
+        tensor.name: dtypes[tensor.dtype] for tensor in (*OUTPUTS, *ADDED_OUTPUTS)
     }
     assert outputs["text_output"].tolist() == ["né".encode()]
     assert outputs["token_ids"].tolist() == [[4, 5]]

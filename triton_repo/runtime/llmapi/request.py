@@ -34,8 +34,8 @@ FINISH_REASON, STOP_REASON, LOGPROB = "return_finish_reason", "return_stop_reaso
 PERF_METRICS = "sampling_param_return_perf_metrics"
 # Inputs that both contracts have.
 _SHARED = {"text_input", "stop"}
-_OF_CONTRACT = {tensor.name for tensor in (*INPUTS, *COMPATIBILITY_INPUTS)} - _SHARED
-_THEIR_NAMES = {ours: theirs for theirs, ours in SAME_AS.items()}
+_WIRE_ONLY = {tensor.name for tensor in (*INPUTS, *COMPATIBILITY_INPUTS)} - _SHARED
+_LLMAPI_NAMES = {wire_name: llmapi_name for llmapi_name, wire_name in SAME_AS.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +52,12 @@ def read_request(tensors: Tensors, most_prompt_bytes: int | None = None) -> LlmR
     """Tell the contracts apart and read the options, as `read_options` does. Raises RequestError listing every problem
     under the names that the request used.
     """
-    ours, theirs = _OF_CONTRACT & tensors.keys(), tensors.keys() - _OF_CONTRACT - _SHARED
-    if ours and theirs:
+    wire, llmapi = _WIRE_ONLY & tensors.keys(), tensors.keys() - _WIRE_ONLY - _SHARED
+    if wire and llmapi:
         raise refusal(
-            [f"found {sorted(ours)[0]} beside {sorted(theirs)[0]}, expected the tensors of one contract; send its own"]
+            [f"found {sorted(wire)[0]} beside {sorted(llmapi)[0]}, expected the tensors of one contract; send its own"]
         )
-    if ours:
+    if wire:
         return LlmRequest(options=read_options(tensors, most_prompt_bytes))
     renamed = {SAME_AS.get(name, name): tensor for name, tensor in tensors.items()}
     renamed.setdefault("max_tokens", np.array([DEFAULT_MAX_TOKENS], dtype=np.int32))
@@ -69,12 +69,12 @@ def read_request(tensors: Tensors, most_prompt_bytes: int | None = None) -> LlmR
     try:
         return LlmRequest(options=read_options(renamed, most_prompt_bytes), wanted=wanted)
     except RequestError as error:
-        raise RequestError(_in_their_words(str(error)), kind=error.kind) from error
+        raise RequestError(_with_llmapi_names(str(error)), kind=error.kind) from error
 
 
-def _in_their_words(message: str) -> str:
+def _with_llmapi_names(message: str) -> str:
     """A refusal with the names of the LLM API's tensors in place of ours, where it lists problems."""
-    return re.sub(r"(?<=\n  - )\w+(?=: )", lambda found: _THEIR_NAMES.get(found[0], found[0]), message)
+    return re.sub(r"(?<=\n  - )\w+(?=: )", lambda found: _LLMAPI_NAMES.get(found[0], found[0]), message)
 
 
 def sampling_fields(plan: GenerationPlan, model_end_ids: tuple[int, ...], *, penalties: bool) -> dict[str, Any]:

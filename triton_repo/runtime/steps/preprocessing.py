@@ -34,7 +34,7 @@ from triton_repo.runtime.text.prompt import most_bytes
 from triton_repo.runtime.text.words import pack_words, spell
 
 Tensors = dict[str, npt.NDArray[Any]]
-_WIRE_NAMES = {ours: wire for wire, ours in QUERY_NAMES.items()}
+_WIRE_NAMES = {name: wire_name for wire_name, name in QUERY_NAMES.items()}
 _OUTPUT_DTYPES = {tensor.name: NUMPY_DTYPES[tensor.dtype] for tensor in PREPROCESSING_OUTPUTS}
 _SEED_BITS = 64
 

@@ -39,15 +39,15 @@ class Automaton(Generic[Symbol]):
     def _add(self, sequence: Sequence[Symbol]) -> None:
         state = ROOT
         for symbol in sequence:
-            following = self.edges[state].get(symbol)
-            if following is None:
-                following = len(self.edges)
-                self.edges[state][symbol] = following
+            next_state = self.edges[state].get(symbol)
+            if next_state is None:
+                next_state = len(self.edges)
+                self.edges[state][symbol] = next_state
                 self.edges.append({})
                 self.depth.append(self.depth[state] + 1)
                 self.matched.append(0)
                 self.ends.append(False)
-            state = following
+            state = next_state
         if state != ROOT:
             self.matched[state] = self.depth[state]
             self.ends[state] = True
@@ -56,17 +56,17 @@ class Automaton(Generic[Symbol]):
         waiting = deque(self.edges[ROOT].values())
         while waiting:
             state = waiting.popleft()
-            for symbol, following in self.edges[state].items():
-                self.fallback[following] = self.step(self.fallback[state], symbol)
-                self.matched[following] = self.matched[following] or self.matched[self.fallback[following]]
-                waiting.append(following)
+            for symbol, next_state in self.edges[state].items():
+                self.fallback[next_state] = self.step(self.fallback[state], symbol)
+                self.matched[next_state] = self.matched[next_state] or self.matched[self.fallback[next_state]]
+                waiting.append(next_state)
 
     def step(self, state: int, symbol: Symbol) -> int:
         """The state after one more symbol."""
         while True:
-            following = self.edges[state].get(symbol)
-            if following is not None:
-                return following
+            next_state = self.edges[state].get(symbol)
+            if next_state is not None:
+                return next_state
             if state == ROOT:
                 return ROOT
             state = self.fallback[state]
