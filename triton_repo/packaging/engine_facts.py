@@ -1,4 +1,4 @@
-"""What packaging needs to know of an engine, whichever backend runs it: an engine's folder in, its facts out."""
+"""The facts of an engine that packaging needs, the same for both backends: reads them from the engine's folder."""
 
 from __future__ import annotations
 
@@ -14,30 +14,26 @@ from trt_build.trtllm.engine import TRTLLM_BACKEND, engine_backend, open_trtllm_
 
 @dataclass(frozen=True, kw_only=True)
 class EngineFacts:
-    """`num_ids`: how many ids it
-    chooses from, those past the tokenizer's size included where it does not mask them itself. `max_num_tokens`: of all
-    requests in a step, None where prompts are read in parts anyway; `world_size`: ranks that run it;
-    `paged_context_fmha`: it can read a prompt's cache in parts; `kv_cache_fraction`: the share of the GPU memory left
-    beside the weights that it was planned with, None where the backend does not ask.
-    """
+    """The facts of one engine."""
 
     folder: Path
-    backend: str  # engine.json's word
+    backend: str  # as engine.json names it
     provider: str  # "cpu" or "cuda"
-    max_sequence: int  # tokens, prompt and output together
+    max_sequence: int  # tokens of prompt and output together
     max_batch: int
     end_token_ids: tuple[int, ...]
-    num_ids: int
-    records: Mapping[str, FileRecord]  # of its files, the manifest aside
+    num_ids: int  # ids that the engine chooses from; more than the tokenizer has where the engine does not mask them
+    records: Mapping[str, FileRecord]  # of its files except the manifest
     num_bytes: int
-    max_num_tokens: int | None = None
-    world_size: int = 1
-    paged_context_fmha: bool = False
+    max_num_tokens: int | None = None  # of all requests in one step; None where prompts are always read in parts
+    world_size: int = 1  # ranks that run the engine
+    paged_context_fmha: bool = False  # whether the engine can read the cache of a prompt in parts
+    # planned share of the GPU memory that the weights leave; None on ONNX Runtime
     kv_cache_fraction: float | None = None
 
     @property
     def files(self) -> tuple[str, ...]:
-        """All of the folder's that belong to the engine, its manifest among them."""
+        """The names of all files of the engine, including its manifest."""
         return (*self.records, MANIFEST_FILE)
 
     @property
@@ -46,12 +42,12 @@ class EngineFacts:
 
     @property
     def tokenizer_files(self) -> tuple[str, ...]:
-        """The tokenizer, and the settings and chat templates that travel with it."""
+        """The names of the tokenizer's files, including settings and chat templates."""
         return tuple(name for name in self.files if is_text_file(name))
 
 
 def read_engine_facts(folder: Path, check_digests: bool = True) -> EngineFacts:
-    """Open an engine of either backend and check every digest, unless told otherwise. Raises EngineError."""
+    """Open an engine of either backend and, if `check_digests`, check every digest. Raises EngineError."""
     read = _of_tensorrt_llm if engine_backend(folder) == TRTLLM_BACKEND else _of_onnxruntime
     return read(folder, check_digests)
 

@@ -1,14 +1,14 @@
 """The four models of an ensemble as protobuf messages: an engine's facts in, each model's ModelConfig out.
 
-    ensemble_config("phixtral", max_batch, ...) platform ensemble, with the tensors of `contract`
-    text_model_config(PREPROCESSING, ...)       Python backend
-    text_model_config(POSTPROCESSING, ...)      Python backend, decoupled, one instance that holds all answers under way
-    onnxruntime_config(...)                     tensorrt_llm by the Python backend, or
-    tensorrt_llm_config(...)                    tensorrt_llm by TensorRT-LLM's C++ backend
+    ensemble_config("phixtral", max_batch, ...) platform ensemble, with the tensors of contracts/wire.py
+    text_model_config(PREPROCESSING, ...)       Python backend text_model_config(POSTPROCESSING, ...)      Python
+    backend, decoupled, one instance that holds all answers in progress onnxruntime_config(...)
+    tensorrt_llm on the Python backend, or tensorrt_llm_config(...)                    tensorrt_llm on TensorRT-LLM's
+    C++ backend
 
-An ensemble is decoupled where a step is. Its outputs all come from the last step, which gives none for some responses
-of the engine's; whatever else a later step took from an earlier one would be there for the first response alone
-(triton-inference-server/core, src/ensemble_scheduler/ensemble_scheduler.cc).
+An ensemble is decoupled if one of its steps is. All outputs of ours come from the last step, which sends no output for
+some responses of the engine. The last step takes inputs only from the engine: outputs of earlier steps would reach it
+only with the engine's first response (triton-inference-server/core, src/ensemble_scheduler/ensemble_scheduler.cc).
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ from triton_repo.runtime.steps.token_request import TAKEN_INPUTS
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-_NEWEST = -1  # of a step model's versions
+_NEWEST = -1  # the newest version of a step's model
 _COUNTS = ("num_input_tokens", "num_output_tokens")
 
 
 def ensemble_config(name: str, max_batch: int, *, echoes_keys: bool) -> ModelConfig:
-    """The model that clients ask. `echoes_keys`: its engine gives the key of an answer back with each response."""
+    """The model that clients ask. `echoes_keys`: the engine sends the key of an answer back with each response."""
     config = messages().ModelConfig(name=name, platform="ensemble", max_batch_size=max_batch)
     declare(config, (*INPUTS, *COMPATIBILITY_INPUTS), (*OUTPUTS, *ADDED_OUTPUTS))
-    # What goes from step to step, told apart from the ensemble's own tensors.
+    # Tensors between steps. Their names differ from those of the ensemble's own tensors.
     prepared = {tensor.name: f"_{tensor.name}" for tensor in PREPROCESSING_OUTPUTS}
     registered = {name: f"_REGISTERED_{name}" for name in ENGINE_NAMES}
     to_engine = {engine_name: registered[name] for name, engine_name in ENGINE_NAMES.items()}
@@ -77,7 +77,7 @@ def ensemble_config(name: str, max_batch: int, *, echoes_keys: bool) -> ModelCon
 
 
 def text_model_config(name: str, max_batch: int, parameters: TextParameters) -> ModelConfig:
-    """`preprocessing` or `postprocessing`."""
+    """The ModelConfig of `preprocessing` or of `postprocessing`."""
     pb = messages()
     config = pb.ModelConfig(name=name, backend="python", max_batch_size=max_batch)
     if name == PREPROCESSING:
@@ -91,8 +91,8 @@ def text_model_config(name: str, max_batch: int, parameters: TextParameters) -> 
 
 
 def onnxruntime_config(max_batch: int, parameters: ModelParameters, workers: int, provider: str) -> ModelConfig:
-    """`tensorrt_llm` where ONNX Runtime runs the engine: one instance, on the first GPU where it is for GPUs, whose
-    workers answer as many requests at a time."""
+    """The ModelConfig of `tensorrt_llm` where ONNX Runtime runs the engine: one instance, on the CPU or on the first
+    GPU, with `workers` that answer one request each at a time."""
     pb = messages()
     config = pb.ModelConfig(name=TOKEN_ENGINE, backend="python", max_batch_size=max_batch)
     outputs = (*ANSWER_OUTPUTS, *_COUNTS)
@@ -116,7 +116,7 @@ def onnxruntime_config(max_batch: int, parameters: ModelParameters, workers: int
 
 
 def tensorrt_llm_config(max_batch: int, parameters: TensorrtLlmParameters, texts: Mapping[str, str]) -> ModelConfig:
-    """`tensorrt_llm` where TensorRT-LLM's C++ backend runs the engine; `texts` are the parameters' own."""
+    """The ModelConfig of `tensorrt_llm` on TensorRT-LLM's C++ backend. `texts`: parameter key to text."""
     pb = messages()
     config = pb.ModelConfig(name=TOKEN_ENGINE, backend=TRITON_BACKEND, max_batch_size=max_batch)
     declare(config, TOKEN_INPUTS, TOKEN_OUTPUTS)
@@ -132,7 +132,7 @@ def tensorrt_llm_config(max_batch: int, parameters: TensorrtLlmParameters, texts
 
 
 def _add_step(config: ModelConfig, model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
-    """A step whose inputs and outputs, by the model's names, are the ensemble's tensors."""
+    """Add a step. `inputs` and `outputs` map names of the model's tensors to names of the ensemble's tensors."""
     step = config.ensemble_scheduling.step.add(model_name=model, model_version=_NEWEST)
     for name, tensor in inputs.items():
         step.input_map[name] = tensor

@@ -1,9 +1,9 @@
-"""An engine's facts in, the four models of an ensemble out, in a folder that becomes a repository.
+"""Writes the four models of an ensemble, from an engine's facts, into a folder that becomes a repository.
 
 preprocessing/1/model.py, tokenizer/       text to tokens
-tensorrt_llm/1/engine/                     the engine's files, linked; with ONNX Runtime model.py beside them
+tensorrt_llm/1/engine/                     the engine's files, linked; on ONNX Runtime also model.py
 postprocessing/1/model.py, tokenizer/      tokens to text
-NAME/1/                                    the ensemble, which has no file of its own
+NAME/1/                                    the ensemble, which needs no file
 """
 
 from __future__ import annotations
@@ -33,25 +33,24 @@ if TYPE_CHECKING:
 
 VERSION = "1"
 MODELS_FOLDER = Path(__file__).parents[1] / "models"
-# Version folders without a file are lost where repositories lie in object storage.
+# Object storage does not keep a version folder that holds no file.
 KEEP_FILE = ".keep"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnsembleOptions:
-    """`served_from`: where the repository lies when it is served, an absolute path; `workers` and `threads` are for
-    ONNX Runtime, `tensorrt_llm` for the C++ backend."""
+    """What a caller chooses for an ensemble."""
 
     name: str
-    served_from: Path
-    workers: int = 1
-    threads: int | None = None
-    copy: bool = False
-    tensorrt_llm: TensorrtLlmParameters = field(default_factory=TensorrtLlmParameters)
+    served_from: Path  # absolute path of the repository when it is served
+    workers: int = 1  # for ONNX Runtime
+    threads: int | None = None  # of each worker, for ONNX Runtime
+    copy: bool = False  # copy the engine's files instead of linking them
+    tensorrt_llm: TensorrtLlmParameters = field(default_factory=TensorrtLlmParameters)  # for the C++ backend
 
 
 def write_ensemble(folder: Path, facts: EngineFacts, options: EnsembleOptions) -> int:
-    """Fill the four models' folders, which exist; returns the bytes that were copied rather than linked.
+    """Fill the folders of the four models, which must exist. Returns the bytes that were copied instead of linked.
 
     Raises RepositoryError for parameters that do not go with the engine.
     """
@@ -76,8 +75,8 @@ def write_ensemble(folder: Path, facts: EngineFacts, options: EnsembleOptions) -
 
 
 def _max_prompt(facts: EngineFacts, parameters: TensorrtLlmParameters) -> int:
-    """Tokens of the longest prompt: at least one new token must fit behind it, and TensorRT-LLM reads it in one step
-    unless it is told to read it in parts (cpp/tensorrt_llm/batch_manager/trtGptModel.h)."""
+    """Tokens of the longest prompt. At least one new token must fit after it. TensorRT-LLM reads a prompt in one step
+    unless `enable_chunked_context` is set (cpp/tensorrt_llm/batch_manager/trtGptModel.h)."""
     longest = facts.max_sequence - 1
     if facts.max_num_tokens is None or parameters.enable_chunked_context:
         return longest
@@ -115,7 +114,7 @@ def _make_version(folder: Path) -> Path:
 
 
 def _write_model_file(folder: Path) -> Path:
-    """A copy of the model's thin entry; returns the version's folder."""
+    """Copy the model's program. Returns the version's folder."""
     version = _make_version(folder)
     shutil.copyfile(MODELS_FOLDER / f"{folder.name}.py", version / MODEL_FILE)
     return version

@@ -1,14 +1,15 @@
-"""Checkpoint in, model of a Triton repository out that TensorRT-LLM serves without an engine, through its LLM API.
+"""Checkpoint in, model of a Triton repository out, which TensorRT-LLM's LLM API serves without an engine.
 
     package_llmapi(LlmApiOptions(checkpoint="mistralai/Mixtral-8x7B-v0.1", name="mixtral", output=Path("repository")))
 
-    repository/mixtral/config.pbtxt       everything stated: nothing is left to auto-completion
+    repository/mixtral/config.pbtxt       complete: Triton's auto-completion is not needed
     repository/mixtral/1/model.py         a copy of triton_repo/models/llmapi.py
     repository/mixtral/1/model.yaml       the arguments of tensorrt_llm.LLM and our settings
-    repository/mixtral/1/checkpoint/      hard links to config, weights and tokenizer, or copies; no code
+    repository/mixtral/1/checkpoint/      hard links to config, weights and tokenizer, or copies; none of the
+                                          checkpoint's code
 
-This is the layout for TensorRT-LLM after 1.2, which has no engines, and works from 1.0 on. Mixtrals alone: its PyTorch
-backend has no phixtral (tensorrt_llm/_torch/models).
+This layout works with TensorRT-LLM from 1.0 on. TensorRT-LLM after 1.2 has no engines and needs it. Only Mixtrals can
+be served: the PyTorch backend of TensorRT-LLM has no phixtral (tensorrt_llm/_torch/models).
 """
 
 from __future__ import annotations
@@ -44,21 +45,21 @@ _MODEL_SOURCE = MODELS_FOLDER / "llmapi.py"
 
 @dataclass(frozen=True, kw_only=True)
 class LlmApiOptions:
-    """`checkpoint` is a folder or a hub id. `max_seq_len`: tokens of prompt and output together, None for the model's
-    own. `max_batch_size` is Triton's: 1 has the wire contract beside the LLM API's tensors, 0 these alone, shaped as
-    upstream's. `kv_cache_fraction`: of the GPU memory that the weights leave, None for the library's own. `copy` makes
-    the repository independent of the checkpoint's files.
+    """What a caller chooses.
+
+    `max_batch_size` is Triton's. 1 gives the model the wire contract's tensors as well as the LLM API's. 0 gives it
+    only the LLM API's tensors, in upstream's shapes.
     """
 
-    checkpoint: str
+    checkpoint: str  # a folder or a hub id
     name: str
     output: Path
     parallel: Parallelism = field(default_factory=Parallelism)
-    max_seq_len: int | None = None
+    max_seq_len: int | None = None  # tokens of prompt and output together; None: as many as the model has positions
     max_batch_size: int = 1
-    kv_cache_fraction: float | None = None
+    kv_cache_fraction: float | None = None  # of the GPU memory that the weights leave; None: the library's default
     cancellation_check_period_ms: int = 100
-    copy: bool = False
+    copy: bool = False  # copy the checkpoint's files instead of linking them
 
 
 def package_llmapi(options: LlmApiOptions) -> Package:
@@ -94,8 +95,8 @@ def package_llmapi(options: LlmApiOptions) -> Package:
 
 
 def llmapi_config(name: str, settings: LlmSettings) -> ModelConfig:
-    """The ModelConfig of a model on the LLM API: decoupled, one instance, which has every GPU that it asks for. With a
-    batch dimension it has the wire contract's tensors beside the LLM API's.
+    """The ModelConfig of a model on the LLM API: decoupled, one instance for all of its GPUs. With a batch dimension
+    the model has the wire contract's tensors as well as the LLM API's.
     """
     pb = messages()
     config = pb.ModelConfig(name=name, backend="python", max_batch_size=settings.triton.max_batch_size)
@@ -115,7 +116,7 @@ def llmapi_config(name: str, settings: LlmSettings) -> ModelConfig:
 
 
 def _once(tensors: Sequence[WireTensor]) -> list[WireTensor]:
-    """Without the later ones of the same name."""
+    """The tensors without those that repeat an earlier name."""
     return list({tensor.name: tensor for tensor in reversed(tensors)}.values())[::-1]
 
 
@@ -129,8 +130,8 @@ def _option_problems(options: LlmApiOptions) -> Iterator[str]:
 
 
 def _check_model(options: LlmApiOptions, source: SourceModel) -> None:
-    """Refuse what TensorRT-LLM's own Mixtral (tensorrt_llm/_torch/models/modeling_mixtral.py) would not load, or would
-    compute otherwise.
+    """Raise RepositoryError for a checkpoint that TensorRT-LLM's Mixtral
+    (tensorrt_llm/_torch/models/modeling_mixtral.py) would not load, or would compute differently.
     """
     family, facts = source.model.family.name, source.model.architecture
     if family != "mixtral":

@@ -1,6 +1,6 @@
-"""config.pbtxt as protobuf messages: a packaged model's facts in, Triton's ModelConfig and its text out, and back.
+"""config.pbtxt as protobuf messages: builds Triton's ModelConfig, writes it as text, and reads it back.
 
-Never text by hand: a misspelt field or a wrong type fails here, not in the server.
+The text is never put together by hand, so that a misspelt field or a wrong type fails here and not in the server.
 """
 
 from __future__ import annotations
@@ -27,20 +27,22 @@ CONFIG_FILE = "config.pbtxt"
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """What distinguishes one packaged model from another."""
+    """What differs between packaged models."""
 
     name: str
     max_batch: int
-    workers: int  # requests at the same time, on the CPU or on each GPU
+    workers: int  # requests answered at the same time, on the CPU or on each GPU
     parameters: ModelParameters
     provider: str = "cpu"
-    unary: bool = False  # one response a request, for Triton's plain infer
+    unary: bool = False  # one response for each request, for Triton's plain infer
 
 
 def model_config(model: ServedModel) -> ModelConfig:
-    """The ModelConfig of a packaged engine: decoupled unless unary, with every tensor of the contract. It is one
-    instance on the CPU, or one on each GPU, whose workers answer as many requests at a time: a request to stop another
-    must reach the process that answers it, and each process has a queue of its own."""
+    """The ModelConfig of a packaged engine: decoupled unless unary, with every tensor of contracts/wire.py.
+
+    There is one instance on the CPU, or one on each GPU, and its workers answer one request each at a time. More
+    instances would be more processes with queues of their own, and a request to stop another could reach the wrong one.
+    """
     pb = messages()
     config = pb.ModelConfig(name=model.name, backend="python", max_batch_size=model.max_batch)
     declare(config, (*INPUTS, *COMPATIBILITY_INPUTS), (*OUTPUTS, *ADDED_OUTPUTS))
@@ -54,7 +56,7 @@ def model_config(model: ServedModel) -> ModelConfig:
 def declare(
     config: ModelConfig, inputs: Sequence[WireTensor | ModelTensor], outputs: Sequence[WireTensor | ModelTensor]
 ) -> None:
-    """Add a model's tensors."""
+    """Add a model's inputs and outputs."""
     for tensor in inputs:
         added = config.input.add(
             name=tensor.name, data_type=f"TYPE_{tensor.dtype}", dims=tensor.dims, optional=tensor.optional
@@ -68,13 +70,13 @@ def declare(
 
 
 def set_parameters(config: ModelConfig, texts: Mapping[str, str]) -> None:
-    """Add a model's parameters; an empty text is one too."""
+    """Add a model's parameters. An empty text is a valid value."""
     for key, text in texts.items():
         config.parameters[key].string_value = text
 
 
 def config_text(config: ModelConfig) -> str:
-    """The text of config.pbtxt: fields by number, parameters by key."""
+    """The text of config.pbtxt, with fields in the order of their numbers and parameters in the order of their keys."""
     from google.protobuf import text_format
 
     text: str = text_format.MessageToString(config, use_short_repeated_primitives=True)
@@ -82,7 +84,7 @@ def config_text(config: ModelConfig) -> str:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Parse a config.pbtxt. Raises RepositoryError for one that is absent, unreadable or of unknown fields."""
+    """Parse a config.pbtxt. Raises RepositoryError for a file that is absent, unreadable or has unknown fields."""
     from google.protobuf import text_format
 
     text = read_text(path, "a model's configuration", most=MAX_CONFIG_BYTES, error=RepositoryError)
@@ -96,7 +98,7 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def packaged_parameters(config: ModelConfig, model: str) -> ModelParameters | None:
-    """The parameters of a model that moeship packaged; None for anyone else's. Raises RepositoryError."""
+    """The parameters of a model that moeship packaged; None for another maker's model. Raises RepositoryError."""
     if ENGINE_KEY not in config.parameters:
         return None
     texts = {key: value.string_value for key, value in config.parameters.items()}
@@ -104,7 +106,7 @@ def packaged_parameters(config: ModelConfig, model: str) -> ModelParameters | No
 
 
 def messages():  # type: ignore[no-untyped-def]  # noqa: ANN201 - a generated module
-    """Triton's own message types. Raises MissingPackageError."""
+    """The module of Triton's message types. Raises MissingPackageError."""
     with optional_package("tritonclient[grpc]", "reading or writing a model's configuration", "client"):
         from tritonclient.grpc import model_config_pb2
     return model_config_pb2

@@ -4,13 +4,14 @@
 
 An engine for ONNX Runtime becomes one model:
 
-    repository/phixtral/config.pbtxt      from the engine's manifest and the wire contract
+    repository/phixtral/config.pbtxt      made from the engine's manifest and the wire contract
     repository/phixtral/1/model.py        a copy of triton_repo/models/model.py
     repository/phixtral/1/engine/         hard links to the engine's files, or copies on another file system
 
-one for TensorRT-LLM, or where it is asked for, an ensemble of the same name over three others (`ensemble_package`).
-A repository that does not exist is made; to one that exists the models are added, and one of the same name is never
-overwritten. What is new appears whole, by rename, or not at all.
+An engine for TensorRT-LLM becomes an ensemble with that name and three models as its steps (`ensemble_package.py`). So
+does an engine for ONNX Runtime if that layout is asked for.
+The repository is made if it does not exist. A model in it is never overwritten. New models appear whole, by rename, or
+not at all.
 """
 
 from __future__ import annotations
@@ -46,44 +47,38 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 @dataclass(frozen=True, kw_only=True)
 class PackageOptions:
-    """`instances` requests run at the same time (on each GPU, where the engine is for GPUs), each with keys and values
-    of its own; `threads` of each of them, None to share the machine's cores out. `copy` makes the repository
-    independent of the engine directory, where a hard link would share its disk space. `layout` None is what suits the
-    engine's backend. `unary`: the model gives one response a request, for Triton's plain infer. `served_from` is where
-    the repository will lie when it is served, None for `output` itself.
-
-    `instances` and `threads` are for ONNX Runtime alone, `served_from` and `tensorrt_llm` for TensorRT-LLM.
+    """What a caller chooses. `instances`, `threads` and `unary` are only for ONNX Runtime; `served_from` and
+    `tensorrt_llm` are only for TensorRT-LLM.
     """
 
     engine: Path
     name: str
     output: Path
-    layout: str | None = None
-    instances: int = 1
-    threads: int | None = None
-    copy: bool = False
-    unary: bool = False
-    served_from: Path | None = None
+    layout: str | None = None  # one of LAYOUTS; None takes the one for the engine's backend
+    instances: int = 1  # requests answered at the same time (on each GPU), each with its own key/value cache
+    threads: int | None = None  # of each of these requests; None shares the machine's cores among them
+    copy: bool = False  # copy the engine's files; a hard link would share its disk space with the engine directory
+    unary: bool = False  # one response for each request, for Triton's plain infer
+    served_from: Path | None = None  # where the repository will be when it is served; None: at `output`
     tensorrt_llm: TensorrtLlmParameters = field(default_factory=TensorrtLlmParameters)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """What was written: the folder of the model that clients ask, the models of its steps, and how many bytes of the
-    engine had to be copied."""
+    """What was written."""
 
-    folder: Path
-    name: str
-    steps: tuple[str, ...]
+    folder: Path  # of the model that clients ask
+    name: str  # of that model
+    steps: tuple[str, ...]  # the models that are its steps
     engine_bytes: int
-    copied_bytes: int
+    copied_bytes: int  # of the engine's bytes, those that were copied instead of linked
 
 
 def package_engine(options: PackageOptions) -> Package:
     """Write the models. Raises RepositoryError for unusable options, EngineError for a damaged engine, OutputError."""
     _check(options)
     check_output(options.output)
-    facts = read_engine_facts(options.engine, check_digests=False)  # they are checked as the files are placed
+    facts = read_engine_facts(options.engine, check_digests=False)  # place_files checks them
     layout = options.layout or (ENSEMBLE if facts.runs_on_tensorrt_llm else SINGLE)
     steps = STEP_MODELS if layout == ENSEMBLE else ()
     _check_engine(options, facts, layout)
@@ -98,7 +93,7 @@ def package_engine(options: PackageOptions) -> Package:
 
 
 def _check(options: PackageOptions) -> None:
-    """What can be said without the engine."""
+    """Check the options that can be checked without the engine. Raises RepositoryError that lists every problem."""
     problems = name_problems(options.name)
     if options.layout not in (None, *LAYOUTS):
         problems.append(f"the layout is {options.layout!r}; expected one of {', '.join(LAYOUTS)}")
@@ -125,19 +120,19 @@ def name_problems(name: str) -> list[str]:
 
 
 def check_output(output: Path) -> None:
-    """Refuse a folder that holds other things than models, or whose name is no UTF-8. Raises OutputError."""
+    """Raise OutputError for a folder that holds anything but models, or has a name that is not UTF-8."""
     check_name(output.resolve(), "writing a model repository", OutputError)
     if not output.exists():
         return
     entries = sorted(path for path in output.iterdir() if not path.name.startswith(".")) if output.is_dir() else []
-    strangers = [path.name for path in entries if not (path / CONFIG_FILE).is_file()]
-    if not output.is_dir() or strangers:
-        what = f"it holds {', '.join(strangers[:4])} without a {CONFIG_FILE}" if output.is_dir() else "it is a file"
+    not_models = [path.name for path in entries if not (path / CONFIG_FILE).is_file()]
+    if not output.is_dir() or not_models:
+        what = f"it holds {', '.join(not_models[:4])} without a {CONFIG_FILE}" if output.is_dir() else "it is a file"
         raise OutputError(f"writing into {output}: not a model repository, {what}; name another output")
 
 
 def _check_engine(options: PackageOptions, facts: EngineFacts, layout: str) -> None:
-    """What goes with the engine and the layout. Raises RepositoryError, OutputError for a second ensemble."""
+    """Raise RepositoryError for options that do not fit the engine or the layout, OutputError for a second ensemble."""
     problems = []
     if facts.runs_on_tensorrt_llm:
         if layout == SINGLE:
@@ -155,7 +150,7 @@ def _check_engine(options: PackageOptions, facts: EngineFacts, layout: str) -> N
             "for ONNX Runtime as one model, or ask by HTTP's generate"
         )
     if layout == ENSEMBLE and options.name in STEP_MODELS:
-        problems.append(f"the name is {options.name}, which one of the ensemble's steps bears; choose another")
+        problems.append(f"the name is {options.name}, the name of one of the ensemble's steps; choose another")
     if problems:
         raise RepositoryError(f"packaging {options.engine}:{listing(problems)}")
     there = [name for name in STEP_MODELS if (options.output / name).exists()]
@@ -179,7 +174,7 @@ def _ensemble_options(options: PackageOptions) -> EnsembleOptions:
 
 
 def _write_model(folder: Path, facts: EngineFacts, options: PackageOptions) -> int:
-    """Fill a model's folder; returns the bytes that were copied rather than linked."""
+    """Fill the folder of a model without steps. Returns the bytes that were copied instead of linked."""
     parameters = ModelParameters(threads=options.threads)
     model = ServedModel(
         name=options.name,

@@ -1,9 +1,8 @@
-"""An engine's files into a model repository: linked or copied, and checked as they are.
+"""Links or copies an engine's files into a model repository, and checks their digests.
 
-A copy is hashed while it is copied, so that the bytes that were written are the bytes that were checked. A link shares
-its bytes with the engine directory: it is looked at before and after it is hashed, and refused where it changed
-meanwhile. What is noted of each file for the seal comes from the same open file, so that nothing can be exchanged
-between the check and the seal.
+A copy is hashed while it is written, so that exactly the written bytes are checked. A link shares its bytes with the
+engine directory: its state is read before and after it is hashed, and a file that changed in between is refused. The
+state for the seal is read from the same open file, so that nobody can exchange the file between the check and the seal.
 """
 
 from __future__ import annotations
@@ -33,21 +32,21 @@ _PIECE_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Placed:
-    """How many bytes were copied, and the state of every file as it was checked, by name."""
+    """What `place_files` did."""
 
     copied_bytes: int
-    states: Mapping[str, FileState]
+    states: Mapping[str, FileState]  # file name to the state in which the file was checked
 
 
 def place_files(facts: EngineFacts, names: Sequence[str], target: Path, *, copy: bool) -> Placed:
-    """Put files of an engine into the new folder `target`: hard links, or copies where they are asked for or links are
-    refused. Raises EngineError where a file is not the build's, or changes meanwhile, and OSError."""
+    """Put files of an engine into the new folder `target`: hard links, or copies if `copy` or if links are refused.
+    Raises EngineError for a file that is not as it was built, or that changes meanwhile, and OSError."""
     target.mkdir()
     doing = f"opening the engine {facts.folder}"
     states: dict[str, FileState] = {}
     problems: list[str] = []
     copied = 0
-    # The weights come last: their digests lie in another file, which must have been checked.
+    # The weights come last, since their digests are in another file, which must be checked first.
     for name in sorted(names, key=lambda name: name == DATA_FILE):
         if name == DATA_FILE and not problems:
             regions = weight_regions(target, facts.records[DATA_FILE].bytes)
@@ -65,7 +64,7 @@ def place_files(facts: EngineFacts, names: Sequence[str], target: Path, *, copy:
 
 
 def _whole(facts: EngineFacts, name: str) -> list[Region]:
-    """The digest of a whole file, a region without a name; none of engine.json, which has its own in it."""
+    """The whole file as one region without a name. None for engine.json, which holds its own digest."""
     record = facts.records.get(name)
     if record is None or record.sha256 is None:
         return []
@@ -73,7 +72,7 @@ def _whole(facts: EngineFacts, name: str) -> list[Region]:
 
 
 def _place(source: Path, target: Path, regions: Sequence[Region], *, copy: bool) -> tuple[int, FileState, list[str]]:
-    """Bytes copied, the file's state, and what is wrong with it."""
+    """Returns the bytes that were copied, the state of the file, and what is wrong with it."""
     if not copy:
         with contextlib.suppress(OSError):
             os.link(source.resolve(), target)
@@ -92,8 +91,8 @@ def _check_link(target: Path, regions: Sequence[Region]) -> tuple[FileState, lis
 
 
 def _may_have_changed(before: os.stat_result, after: os.stat_result) -> bool:
-    """A new time of change alone is no sign where mode, owner or the number of names is new too: another process links
-    the file."""
+    """Whether the content may have changed between two readings. A new time of change does not count if mode, owner or
+    number of links changed too: then another process has linked the file."""
     if FileState.of(before) != FileState.of(after):
         return True
     access = [(facts.st_mode, facts.st_uid, facts.st_gid, facts.st_nlink) for facts in (before, after)]
@@ -114,7 +113,7 @@ def _copy(source: Path, target: Path, regions: Sequence[Region]) -> tuple[int, F
 
 
 def _check(descriptor: int, copy: int | None, regions: Sequence[Region]) -> list[str]:
-    """What is wrong with the regions of a file, which are also written to `copy`. On all cores."""
+    """What is wrong with the regions of a file. Writes the regions to `copy` too, if given. Uses all cores."""
 
     def problem(region: Region) -> str | None:
         sha, position, end = hashlib.sha256(), region.offset, region.offset + region.bytes

@@ -1,4 +1,4 @@
-"""Models that appear in a repository together, whole, or not at all; and files that are linked into it."""
+"""Adds models to a repository all together or not at all; links or copies files into it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from export.output import flush_to_disk, refuse_existing, staged_directory
 
 @contextlib.contextmanager
 def staged_models(repository: Path, names: Sequence[str]) -> Iterator[Path]:
-    """Yield a folder with an empty one for each model; they move into the repository, which is made where it does not
-    exist, when the block ends well, the last one last. What is there already stays, and nothing half-written does.
+    """Yield a folder that holds an empty folder for each model. When the block ends without an error, the models'
+    folders move into the repository in the order of `names`. The repository is made if it does not exist. Models that
+    are there already stay, and after an error none of the new ones does.
 
-    Raises OutputError where a model of such a name exists, at the start and again before the move, and when the disk
-    refuses.
+    Raises OutputError if a model with one of the names exists, at the start or before the move, and for an error of the
+    disk.
     """
     if not repository.is_dir():
         with staged_directory(repository, "the model repository") as staging:
@@ -51,8 +52,8 @@ def staged_models(repository: Path, names: Sequence[str]) -> Iterator[Path]:
 
 
 def place(source: Path, target: Path, *, copy: bool) -> int:
-    """A hard link, or a copy where one is asked for or links are refused; returns the bytes copied. The folder that
-    `target` lies in is made where its parent exists."""
+    """Make a hard link, or a copy if `copy` or if links are refused. Returns the bytes that were copied. Makes the
+    folder of `target` if that folder's parent exists."""
     target.parent.mkdir(exist_ok=True)
     if not copy:
         with contextlib.suppress(OSError):

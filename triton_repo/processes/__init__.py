@@ -1,1 +1,1 @@
-"""Processes of the operating system: programs with all their children, private folders, signs of life."""
+"""Processes of the operating system: programs with all their children, private folders, heartbeats."""

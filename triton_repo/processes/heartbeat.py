@@ -1,4 +1,4 @@
-"""A model's sign of life beside its work: a small file that is written anew every half second, and the reader of them.
+"""Heartbeats: a model writes a small file every half second, which says what it computes; `serve` reads the files.
 
 In a model's process:
 
@@ -8,10 +8,12 @@ In a model's process:
     heartbeat.step()                            # after each step of the engine
 
 `moeship serve` names a folder in the variable MOESHIP_HEARTBEATS of its server's environment, and reads the files with
-`read_beats`. Where the variable is absent, as in a tritonserver that somebody else started, nothing is written. A file
-named `draining` in the folder tells the models that the server is about to end. The thread that beats needs the
-interpreter's lock for microseconds: it goes on while the engine computes, which releases the lock, so that a busy model
-is told from one that hangs. Times are CLOCK_MONOTONIC's, which all processes of a machine share (clock_gettime(2)).
+`read_beats`. If the variable is absent, as in a tritonserver that moeship did not start, nothing is written. A file
+named `draining` in the folder tells the models that the server is about to end.
+
+The heartbeat's thread needs the interpreter's lock for microseconds. The engine releases the lock while it computes, so
+a busy model still beats and a hung one does not. Times are those of CLOCK_MONOTONIC, which all processes of a machine
+share (clock_gettime(2)).
 """
 
 from __future__ import annotations
@@ -34,20 +36,17 @@ _DRAINING_FILE = "draining"
 
 @dataclass(frozen=True, kw_only=True)
 class Beat:
-    """What a model's instance said last. `beat_at` and `step_at` are seconds of CLOCK_MONOTONIC: when the file was
-    written, and when the number of steps was last seen to grow, or the model's start. `draining` is true once the
-    instance has been told that the server is about to end.
-    """
+    """The last heartbeat of one instance of a model."""
 
     pid: int
     model: str
     instance: str
-    running: int
-    waiting: int
-    steps: int
-    beat_at: float
-    step_at: float
-    draining: bool
+    running: int  # requests that are computed
+    waiting: int  # requests that wait
+    steps: int  # of the engine, since the model's start
+    beat_at: float  # when the file was written; seconds of CLOCK_MONOTONIC
+    step_at: float  # when `steps` was last seen to grow, or the model's start; seconds of CLOCK_MONOTONIC
+    draining: bool  # whether the instance knows that the server is about to end
 
     @property
     def age_s(self) -> float:
@@ -56,10 +55,10 @@ class Beat:
 
 
 class Heartbeat:
-    """The sign of life of one instance of a model. Make it with `start`. All methods may be called from any thread."""
+    """Writes the heartbeats of one instance of a model. Make it with `start`. Any thread may call the methods."""
 
     def __init__(self, model_name: str, instance_name: str, folder: Path | None) -> None:
-        """`folder` None makes an object that does nothing."""
+        """Without a `folder` the object does nothing."""
         self._model, self._instance, self._folder = model_name, instance_name, folder
         self._running = self._waiting = self._steps = 0
         self._seen_steps, self._step_at = 0, time.monotonic()
@@ -73,8 +72,8 @@ class Heartbeat:
 
     @classmethod
     def start(cls, model_name: str, instance_name: str) -> Heartbeat:
-        """Begin to beat in a daemon thread; an object that does nothing where no folder is named or it cannot be
-        written to."""
+        """Begin to beat in a daemon thread. Returns an object that does nothing if the environment names no folder or
+        the folder cannot be written to."""
         named = os.environ.get(FOLDER_VARIABLE)
         heartbeat = cls(model_name, instance_name, Path(named) if named else None)
         if heartbeat._folder is not None and not heartbeat._beat():
@@ -85,18 +84,19 @@ class Heartbeat:
         return heartbeat
 
     def report(self, *, running: int, waiting: int) -> None:
-        """Note how many requests are computed and how many wait; the next beat says so."""
+        """Set how many requests are computed and how many wait, for the next beat."""
         self._running, self._waiting = running, waiting
 
     def step(self) -> None:
-        """Count a step of the engine. Costs an addition; two threads that count at once may lose one of the two."""
+        """Count a step of the engine. Costs one addition; if two threads count at the same time, one step may be
+        lost."""
         self._steps += 1
 
     def on_drain(self, callback: Callable[[], object]) -> None:
-        """Call `callback` once, when the server is about to end; at once, in this thread, if it is already.
+        """Have `callback` called once, when the server is about to end. If that is known already, call it here.
 
-        The heartbeat's thread calls it, and does not beat meanwhile: it must be quick. What it raises goes to stderr,
-        the server's log.
+        The heartbeat's thread calls it and does not beat meanwhile, so it must be quick. An exception that it raises is
+        printed to stderr, which is the server's log.
         """
         with self._lock:
             if not self._draining:
@@ -105,7 +105,7 @@ class Heartbeat:
         callback()
 
     def stop(self) -> None:
-        """End the thread and remove the file: this instance is no longer there to be watched."""
+        """End the thread and remove the file, so that nobody watches this instance any more."""
         self._stopped.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
@@ -132,7 +132,7 @@ class Heartbeat:
                 traceback.print_exc()
 
     def _beat(self) -> bool:
-        """Write the file; whether that was possible."""
+        """Write the file. Returns whether that was possible."""
         assert self._folder is not None
         now, steps = time.monotonic(), self._steps
         if steps != self._seen_steps:
@@ -152,18 +152,18 @@ class Heartbeat:
         try:
             partial.write_text(json.dumps(asdict(beat)), encoding="utf-8")
             partial.replace(self._folder / self._file_name)
-        except OSError:  # the folder went with the server's parent
+        except OSError:  # `serve` has ended and removed the folder
             return False
         return True
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder of a server's heartbeats, which no other user can read or write. Raises OSError."""
+    """Make a folder for heartbeats that no other user can read or write. Raises OSError."""
     folder.mkdir(mode=0o700)
 
 
 def read_beats(folder: Path) -> tuple[Beat, ...]:
-    """The last beat of every instance, by pid. A file that is no beat is passed over."""
+    """The last beat of every instance, in the order of pids. A file that is not a beat is skipped."""
     beats = []
     for path in folder.glob("*.json"):
         with contextlib.suppress(OSError, ValueError, TypeError):
@@ -172,5 +172,5 @@ def read_beats(folder: Path) -> tuple[Beat, ...]:
 
 
 def announce_drain(folder: Path) -> None:
-    """Tell the models whose heartbeats are in the folder that the server is about to end. Raises OSError."""
+    """Tell the models that write to the folder that the server is about to end. Raises OSError."""
     (folder / _DRAINING_FILE).touch()

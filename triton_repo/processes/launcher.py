@@ -1,8 +1,11 @@
-"""Runs a launcher for a server's parent: python -m triton_repo.processes.launcher MARK SECONDS mpirun ...
+"""Runs a launcher such as mpirun, and ends its ranks in order.
 
-When this process is asked to end, by the kernel where the parent has ended, the launcher's children are asked in its
-stead: mpirun kills its ranks half a second after it was asked (Open MPI 5.0.11, measured), and a server needs longer.
-However the launcher ends, nothing that it started is left; its status is this process's own.
+    python -m triton_repo.processes.launcher MARK SECONDS mpirun ...
+
+This process gets SIGTERM when the server is to end; the kernel sends it too if the parent has ended. It then passes the
+signal to the launcher's children and not to the launcher: mpirun kills its ranks half a second after its own SIGTERM
+(Open MPI 5.0.11, measured), and a server needs longer. However the launcher ends, every process that it started is
+ended, and this process ends with the launcher's status.
 """
 
 from __future__ import annotations
@@ -20,11 +23,11 @@ from trt_build.child import ending_with_parent
 
 
 class _Asked(BaseException):
-    """This process was asked to end."""
+    """This process got SIGTERM."""
 
 
 def watch(mark: str, end_timeout_s: float, command: Sequence[str]) -> int:
-    """Run the command; its status, negative for a signal. Its children have `end_timeout_s` to end in when asked."""
+    """Run the command. Returns its status, negative for a signal. After SIGTERM its children have `end_timeout_s`."""
     signal.signal(signal.SIGTERM, _ask)
     process = None
     try:
@@ -39,7 +42,8 @@ def watch(mark: str, end_timeout_s: float, command: Sequence[str]) -> int:
 
 
 def _end(process: subprocess.Popen[bytes], end_timeout_s: float) -> int:
-    """Ask the launcher's children to end, and wait for it, half the time that this process has before it is killed."""
+    """Send SIGTERM to the launcher's children and wait for the launcher. This process is killed only later: of the
+    KILL_GRACE_S that it has besides `end_timeout_s`, it waits half."""
     for pid in children_of(process.pid) or [process.pid]:
         send_signal(pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -53,7 +57,7 @@ def _ask(_number: int, _frame: FrameType | None) -> None:
 
 
 def main(words: Sequence[str]) -> int:
-    """Returns the launcher's status, or ends by the signal that ended it."""
+    """Returns the launcher's status, or ends by the signal that ended the launcher."""
     mark, end_timeout_s, *command = words
     status = watch(mark, float(end_timeout_s), command)
     if status < 0:

@@ -1,13 +1,13 @@
-"""A program with every process that it starts: a command in, a running process out; none of them left afterwards.
+"""Runs a program, and afterwards ends it together with every process that it started.
 
     with running_program(Program(arguments=["tritonserver", ...], environment=environment, ...), log, mark) as process:
         process.wait()
 
-The program leads a session of its own. Its processes are known by the session or by a mark in their environment, since
-mpirun gives each of its ranks a process group, and what MPI spawns may leave the session too. Where the parent process
-is killed outright, the kernel asks the program to end (Linux); it is bound to the thread that started it, so start it
-from one that lives as long as it should. A launcher such as mpirun is run by `launcher.py`, so that its ranks end in
-order then too.
+The program leads a session of its own. Its processes are found by the session or by a mark in their environment:
+mpirun gives each rank a process group, and processes that MPI spawns may leave the session too. If the parent process
+is killed, the kernel sends the program SIGTERM (Linux). The kernel does so already when the thread that started the
+program ends, so start it from a thread that lives as long as the program. `launcher.py` runs a launcher such as mpirun,
+so that its ranks end in order then too.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from trt_build.child import ending_with_parent
 
 logger = logging.getLogger(__name__)
 
-DRAIN_TIMEOUT_S = 5  # what requests in flight have to finish in when the server is asked to stop
+DRAIN_TIMEOUT_S = 5  # for requests in flight to finish after the server was asked to stop
 PRIVATE_UMASK = 0o077
-KILL_GRACE_S = 10  # on top of it, before every process is killed
+KILL_GRACE_S = 10  # after that time, before every process is killed
 POLL_INTERVAL_S = 0.1
 MARK_VARIABLE = "MOESHIP_SERVER"
 LAUNCHER = "triton_repo.processes.launcher"
@@ -40,26 +40,23 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """`arguments`, the program first; `folder` is where it works. A launcher, as mpirun, starts what does the work.
-    `end_timeout_s`: seconds that it has to end in when it is asked to, before it is killed a little later.
-    `stack_bytes`: of each of its threads, at least.
-    """
+    """A command and how to run it."""
 
-    arguments: Sequence[str]
+    arguments: Sequence[str]  # the program first
     environment: Mapping[str, str]
-    folder: Path
-    is_launcher: bool = False
-    end_timeout_s: float = DRAIN_TIMEOUT_S
-    stack_bytes: int = 0
+    folder: Path  # working directory
+    is_launcher: bool = False  # the program starts the processes that do the work, as mpirun does
+    end_timeout_s: float = DRAIN_TIMEOUT_S  # seconds to end in after SIGTERM; KILL_GRACE_S later it is killed
+    stack_bytes: int = 0  # the least stack of each of its threads
 
 
 @contextlib.contextmanager
 def running_program(program: Program, log: Path | None, mark: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a program; end it with all that it started, and its shared memory, when the block ends. No other user can
-    read the files and the shared memory that it makes.
+    """Start a program. When the block ends, end it and every process that it started, and remove its shared memory. No
+    other user can read the files and the shared memory that it makes.
 
-    `log` gets the output, None is stderr. `mark` is unlike any other program's and begins the names of its shared
-    memory. Raises ServerError where the log cannot be opened or the program not be started.
+    `log` gets the output; None is stderr. `mark` must be unique; the names of the program's shared memory begin with
+    it. Raises ServerError if the log cannot be opened or the program cannot be started.
     """
     logger.debug("starting %s", " ".join(program.arguments))
     watched = [sys.executable, "-m", LAUNCHER, mark, f"{program.end_timeout_s:g}"] if program.is_launcher else []
@@ -91,7 +88,7 @@ def running_program(program: Program, log: Path | None, mark: str) -> Iterator[s
 
 
 def _stop(process: subprocess.Popen[bytes], mark: str, end_timeout_s: float) -> None:
-    """Ask for an orderly end, then kill what is left. A second interrupt kills at once."""
+    """Send SIGTERM, wait, then kill the processes that are left. A second interrupt kills at once."""
     patience = end_timeout_s + KILL_GRACE_S
     with contextlib.suppress(KeyboardInterrupt):
         process.terminate()
@@ -106,7 +103,7 @@ def _stop(process: subprocess.Popen[bytes], mark: str, end_timeout_s: float) -> 
 
 
 def kill_left(session: int | None, mark: str) -> None:
-    """Kill every process of a session or with the mark but this one, and wait until they have ended."""
+    """Kill every process that is in the session or has the mark, except this one, and wait until they have ended."""
     deadline = time.monotonic() + KILL_GRACE_S
     while left := [pid for pid in _left(session, mark) if pid != os.getpid()]:
         if time.monotonic() > deadline:
@@ -118,41 +115,39 @@ def kill_left(session: int | None, mark: str) -> None:
 
 
 def clear_memory(mark: str) -> None:
-    """Give back the shared memory whose names begin with the mark."""
+    """Remove the shared memory whose names begin with the mark."""
     for region in _SHARED_MEMORY.glob(f"{mark}*"):
         region.unlink(missing_ok=True)
 
 
 def protect_memory(mark: str) -> None:
-    """Take other users' permission to read the shared memory whose names begin with the mark.
+    """Forbid other users to read the shared memory whose names begin with the mark.
 
-    Boost, by which Triton's Python backend makes it, sets the mode after the creation, whatever the umask
-    (boost/interprocess/shared_memory_object.hpp). Call it while models load: a region is empty when it is made.
+    Triton's Python backend makes shared memory with Boost, which sets the mode after the creation and ignores the umask
+    (boost/interprocess/shared_memory_object.hpp). Call this while models load, when the regions are still empty.
     """
     for region in _SHARED_MEMORY.glob(f"{mark}*"):
-        with contextlib.suppress(OSError):  # it went meanwhile
+        with contextlib.suppress(OSError):  # it was removed meanwhile
             if region.stat().st_mode & PRIVATE_UMASK:
                 region.chmod(0o600)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """A process of this machine. `state` is proc(5)'s letter: T is stopped, Z has ended and was not yet reaped by its
-    parent. `start_time`, in clock ticks since the machine's start, tells it from another that got its pid later.
-    """
+    """A process of this machine, as proc(5) describes it."""
 
     pid: int
     parent: int
     session: int
-    state: str
-    start_time: int
+    state: str  # proc(5)'s letter: T is stopped; Z has ended, and its parent has not asked for its status
+    start_time: int  # clock ticks since the machine's start; differs where a later process got the same pid
 
     @property
     def has_ended(self) -> bool:
         return self.state in "ZX"
 
     def words(self) -> list[str]:
-        """The program and its arguments; empty where it has ended."""
+        """The program and its arguments; empty if the process has ended."""
         try:
             text = Path(f"/proc/{self.pid}/cmdline").read_bytes()
         except OSError:
@@ -161,7 +156,7 @@ class Process:
 
 
 def read_process(pid: int) -> Process | None:
-    """None where there is no such process."""
+    """The process of a pid; None if there is none."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -172,25 +167,25 @@ def read_process(pid: int) -> Process | None:
 
 
 def start_time(pid: int) -> int | None:
-    """When a living process began, as `Process` has it; None where there is none."""
+    """The start time of a living process, as in `Process`; None if there is none."""
     found = read_process(pid)
     return None if found is None or found.has_ended else found.start_time
 
 
 def all_processes() -> Iterator[Process]:
-    """Every process of this machine, those among them that have ended and were not yet reaped."""
+    """Every process of this machine, including those in state Z."""
     for path in Path("/proc").glob("[0-9]*"):
         if found := read_process(int(path.name)):
             yield found
 
 
 def children_of(parent: int) -> list[int]:
-    """The living processes that a process started."""
+    """The pids of the living processes that a process started."""
     return [found.pid for found in all_processes() if found.parent == parent and not found.has_ended]
 
 
 def descendants_of(ancestor: int) -> list[Process]:
-    """The processes that a process started, those that these started, and so on; ended ones among them."""
+    """The processes that a process started, those that these started, and so on, including those in state Z."""
     found, family = list(all_processes()), {ancestor}
     while grown := {process.pid for process in found if process.parent in family} - family:
         family |= grown
@@ -198,14 +193,14 @@ def descendants_of(ancestor: int) -> list[Process]:
 
 
 def _left(session: int | None, mark: str) -> list[int]:
-    """The living processes of a session, and those that bear the mark."""
+    """The pids of the living processes that are in a session or have the mark."""
     variable = f"{MARK_VARIABLE}={mark}".encode()
     living = (found for found in all_processes() if not found.has_ended)
-    return [found.pid for found in living if found.session == session or bears(found.pid, variable)]
+    return [found.pid for found in living if found.session == session or has_variable(found.pid, variable)]
 
 
-def bears(pid: int, variable: bytes) -> bool:
-    """Whether a process has a variable of that value in its environment, as b"NAME=value"."""
+def has_variable(pid: int, variable: bytes) -> bool:
+    """Whether the environment of a process holds `variable`, which is b"NAME=value"."""
     try:
         return variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:  # another user's process, or it ended meanwhile
@@ -213,6 +208,6 @@ def bears(pid: int, variable: bytes) -> bool:
 
 
 def send_signal(pid: int, number: signal.Signals) -> None:
-    """Nothing where the process has ended or is another user's."""
+    """Send a signal. Does nothing if the process has ended or belongs to another user."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, number)

@@ -1,11 +1,11 @@
-"""A server's private folder below the temporary one, and what servers left there whose `moeship serve` was killed.
+"""The private folder of a server, in the temporary folder; removes what servers left whose `moeship serve` was killed.
 
     with private_workspace(mark) as workspace:
         (workspace / "backends").mkdir()
 
-Each folder has a file `owner`, which the process that made the folder keeps locked (flock(2)) until it ends: the kernel
-gives a lock back however its holder dies. A folder whose lock is free belongs to nobody. Whoever makes the next one
-kills what is left of that server, and removes its shared memory and its folder.
+Each folder has a file `owner`. The process that made the folder keeps that file locked (flock(2)) until it ends; the
+kernel releases the lock however the process dies. If the lock is free, the folder is abandoned. Whoever makes the next
+folder kills the processes that are left of that server, and removes its shared memory and its folder.
 """
 
 from __future__ import annotations
@@ -35,16 +35,15 @@ _FALLBACKS = (Path("/tmp"), Path("/var/tmp"))
 
 
 def is_plain(path: Path) -> bool:
-    """Whether Triton's Python backend can be given this path: ASCII letters, digits and `_./+,:@%=-`."""
+    """Whether Triton's Python backend can use this path: only ASCII letters, digits and `_./+,:@%=-`."""
     return _PLAIN_PATH.fullmatch(str(path)) is not None
 
 
 @contextlib.contextmanager
 def private_workspace(mark: str) -> Iterator[Path]:
-    """Make a folder that no other user can enter, with a plain path; remove it when the block ends.
+    """Make a folder with a plain path that no other user can enter. Remove it when the block ends.
 
-    `mark` is the one that this server's processes and shared memory bear. Raises ServerError where no folder can be
-    made.
+    `mark` is the mark of this server's processes and shared memory. Raises ServerError if no folder can be made.
     """
     parent = _parent()
     _remove_abandoned(parent)
@@ -62,7 +61,7 @@ def private_workspace(mark: str) -> Iterator[Path]:
 
 
 def _parent() -> Path:
-    """The temporary folder, or a standard one where its path is not plain."""
+    """The temporary folder if its path is plain, else a standard one."""
     asked = Path(tempfile.gettempdir()).resolve()
     for folder in (asked, *_FALLBACKS):
         if is_plain(folder) and os.access(folder, os.W_OK | os.X_OK):
@@ -75,7 +74,7 @@ def _parent() -> Path:
 
 @contextlib.contextmanager
 def _owned(workspace: Path, mark: str) -> Iterator[None]:
-    """Hold the folder's lock. The file gets its name when it is locked, so that nobody finds it free meanwhile."""
+    """Hold the folder's lock. The file gets its name only after it is locked, so that nobody finds it unlocked."""
     partial = workspace / f".{_OWNER_FILE}"
     with partial.open("w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -86,9 +85,9 @@ def _owned(workspace: Path, mark: str) -> Iterator[None]:
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Remove this user's folders whose owner has ended, with the processes and the shared memory of their servers."""
+    """Remove this user's abandoned folders, and the processes and shared memory of their servers."""
     for folder in parent.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):  # it went meanwhile, or is another user's
+        with contextlib.suppress(OSError):  # it was removed meanwhile, or belongs to another user
             if not folder.is_symlink() and folder.stat().st_uid == os.getuid():
                 _remove_if_abandoned(folder)
 
@@ -103,8 +102,8 @@ def _remove_if_abandoned(folder: Path) -> None:
             owner = json.load(file)
             pid, started, mark = int(owner["pid"]), owner["start_time"], str(owner["mark"])
         except (ValueError, LookupError, TypeError):
-            return  # no file of ours
-    if start_time(pid) == started:  # on a file system without locks
+            return  # moeship did not write this file
+    if start_time(pid) == started:  # the owner lives, on a file system without locks
         return
     if not re.fullmatch(r"moeship_[0-9a-f]{16}_", mark):
         return

@@ -52,11 +52,11 @@ def _model_problems(folder: Path) -> list[str]:
         return [f"{folder.name}: {error}"]
     problems = []
     if config.name not in ("", folder.name):
-        problems.append(f"{folder.name}: its {CONFIG_FILE} bears the name {config.name}; name the folder so")
+        problems.append(f"{folder.name}: its {CONFIG_FILE} has the name {config.name}; give the folder that name")
     if not is_plain(Path(folder.name)):
         problems.append(
             f"{folder.name!r}: Triton's Python backend cannot take this name, only ASCII letters, digits and "
-            "_./+,:@%=-; name the folder so"
+            "_./+,:@%=-; rename the folder"
         )
     versions = [path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()]
     if not versions:

@@ -18,7 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from triton_repo.processes.heartbeat import read_beats
-from triton_repo.processes.program import MARK_VARIABLE, Process, bears, descendants_of, protect_memory, read_process
+from triton_repo.processes.program import (
+    MARK_VARIABLE,
+    Process,
+    descendants_of,
+    has_variable,
+    protect_memory,
+    read_process,
+)
 from triton_repo.serving.health import HealthEndpoint, is_live
 from triton_repo.serving.readiness import SERVER_PROGRAM, model_of
 from triton_repo.serving.server import Server
@@ -121,7 +128,7 @@ def _members(server: Server) -> dict[int, _Member]:
     roles = {
         pid: role
         for pid, process in found.items()
-        if not process.has_ended and bears(pid, mark) and (role := _role(process))
+        if not process.has_ended and has_variable(pid, mark) and (role := _role(process))
     }
     members = {pid: _Member(role, found[pid].start_time) for pid, role in roles.items()}
     # An instance that beat and ended before this look; its model was loaded, so that Triton did not end it.

@@ -230,7 +230,7 @@ def test_an_ensemble_joins_other_models_and_a_second_one_is_refused_with_the_rea
 
 @pytest.mark.parametrize("name", STEP_MODELS)
 def test_the_ensemble_does_not_bear_the_name_of_a_step(tmp_path, tiny_engine, name):
-    with pytest.raises(RepositoryError, match=f"the name is {name}, which one of the ensemble's steps bears"):
+    with pytest.raises(RepositoryError, match=f"the name is {name}, the name of one of the ensemble's steps"):
         package(tiny_engine, tmp_path / "repository", name=name, layout="ensemble")
 
 

@@ -55,7 +55,7 @@ def test_a_renamed_folder_and_a_missing_version_are_refused(repository):
     (repository / "first").rename(repository / "renamed")
     (repository / "second" / "1").rename(repository / "second" / "latest")
     text = refusal(repository)
-    assert "renamed: its config.pbtxt bears the name first" in text
+    assert "renamed: its config.pbtxt has the name first" in text
     assert "second: no version folder such as second/1" in text
 
 
