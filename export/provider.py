@@ -21,6 +21,7 @@ from types import MappingProxyType
 from export.errors import ExportError, unknown
 
 FLOAT16_MAX = 65504.0
+ONNX_RUNTIME, OWN_KERNELS = "onnxruntime", "moeship"  # whose kernels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +39,10 @@ class Provider:
     accuracy_level: int
     prefers_highest_place: bool  # of equal router logits
     writes_zero_points: bool  # of the embedding
-    packs_weights: bool  # when a graph is loaded, into a form that an engine can hold instead
     package: str  # that has it
     extra: str  # of moeship, that brings the package
     options: Mapping[str, str] = field(default_factory=dict)  # of a session
-    kernels: str = "onnxruntime"
+    kernels: str = ONNX_RUNTIME
 
     def expert_order(self, num_experts: int) -> tuple[int, ...]:
         """Which expert stands at each place, so that of equal router logits the lowest expert index wins."""
@@ -59,14 +59,13 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             # more bytes.
             # The kernels round activations to int8 in the same blocks, which int8 feels.
             block_sizes=MappingProxyType({"int8": (32,), "int4": (64, 32)}),
-            prefers_highest_place=True, writes_zero_points=False, packs_weights=True, package="onnxruntime",
-            extra="cpu",
+            prefers_highest_place=True, writes_zero_points=False, package="onnxruntime", extra="cpu",
         ),
         "cuda": Provider(
             name="cuda", runtime_name="CUDAExecutionProvider", float_type="float16",
             precisions=("fp16", "int8", "int4"), accuracy_level=0,
             block_sizes=MappingProxyType({"int8": (64,), "int4": (64,)}),
-            prefers_highest_place=False, writes_zero_points=True, packs_weights=False, package="onnxruntime-gpu",
+            prefers_highest_place=False, writes_zero_points=True, package="onnxruntime-gpu",
             extra="cuda",
             options=MappingProxyType({"use_tf32": "0"}),
         ),
@@ -77,12 +76,11 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
 # in the file, and of equal router logits choose the lowest place.
 KERNELS: Mapping[str, Mapping[str, Provider]] = MappingProxyType(
     {
-        "onnxruntime": PROVIDERS,
-        "moeship": MappingProxyType(
+        ONNX_RUNTIME: PROVIDERS,
+        OWN_KERNELS: MappingProxyType(
             {
                 "cpu": replace(
-                    PROVIDERS["cpu"], kernels="moeship", precisions=("int8", "int4"), prefers_highest_place=False,
-                    packs_weights=False,
+                    PROVIDERS["cpu"], kernels=OWN_KERNELS, precisions=("int8", "int4"), prefers_highest_place=False
                 )
             }
         ),
@@ -90,7 +88,7 @@ KERNELS: Mapping[str, Mapping[str, Provider]] = MappingProxyType(
 )  # fmt: skip
 
 
-def provider_of(name: str, kernels: str = "onnxruntime") -> Provider:
+def provider_of(name: str, kernels: str = ONNX_RUNTIME) -> Provider:
     """The record of a provider's name with the kernels of that name. Raises ExportError that lists what exists."""
     if name not in PROVIDERS:
         raise ExportError(f"choosing the provider: {unknown(name, PROVIDERS)}")
@@ -106,4 +104,4 @@ def provider_of(name: str, kernels: str = "onnxruntime") -> Provider:
 
 def named_with_kernels(provider: str, kernels: str) -> str:
     """What an engine runs on, for people."""
-    return provider if kernels == "onnxruntime" else f"{provider} with the kernels of {kernels}"
+    return provider if kernels == ONNX_RUNTIME else f"{provider} with the kernels of {kernels}"

@@ -5,7 +5,6 @@ Beside the output NAME lies `.NAME.partial` while it is made:
     lock      held (flock) by the process that writes, and released by its death
     journal   one JSON object a line: first what the parts are made from, then a record of every finished part
     content   the folder that becomes NAME by rename when it is whole
-    scratch   working files of one run
 
 Folder and files are this user's alone; a link or another user's file in their place is refused (`export/own_files.py`).
 A line is appended when its part is written. What a kill tears off the journal's end is cut off; what a crash of the
@@ -73,7 +72,6 @@ class PartialFolder:
     whether their content is the same."""
 
     content: Path
-    scratch: Path
     records: tuple[Mapping[str, Any], ...]  # of the parts that an earlier run finished
     moved: tuple[str, ...]
     _journal: BinaryIO
@@ -123,7 +121,6 @@ def partial_folder(
             with open_own("journal", held, flags, path, doing) as opened, os.fdopen(os.dup(opened), "ab") as journal:
                 folder = PartialFolder(
                     content=partial / "content",
-                    scratch=partial / "scratch",
                     records=tuple(records),
                     moved=moved,
                     _journal=journal,
@@ -193,8 +190,6 @@ def _open_journal(
     refuse_existing(final, what)
     doing = f"writing {what} to {final}"
     journal, content = partial / "journal", partial / "content"
-    remove(partial / "scratch")
-    (partial / "scratch").mkdir(mode=0o700)
     lines, num_bytes = _read_journal(journal, held, doing)
     found = lines[0] if lines else None
     expected = json.loads(json.dumps(asdict(fingerprint)))

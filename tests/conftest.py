@@ -13,6 +13,7 @@ from checkpoints import write_phixtral_checkpoint
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.serving.server import ServerOptions, running_server
 from trt_build.build_engine import BuildOptions, build_engine
+from trt_build.prepare import chosen_kernels
 
 # A shell starts background jobs with SIGINT ignored, which programs inherit and ours respect. The commands that tests
 # interrupt must not inherit it, however the suite was started.
@@ -34,16 +35,17 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_engines(tmp_path_factory, tiny_checkpoint):
-    """precision, provider and BuildOptions' portable and kernels -> engine directory of `tiny_checkpoint`, built when
-    first asked for."""
+    """precision, provider and kernels (None: the default) -> engine directory of `tiny_checkpoint`, built when first
+    asked for."""
     folder, built = tmp_path_factory.mktemp("engines"), {}
 
-    def engine(precision: str, provider: str = "cpu", *, portable: bool = False, kernels: str = "onnxruntime") -> Path:
-        name = f"{provider}-{precision}-{portable}-{kernels}"
+    def engine(precision: str, provider: str = "cpu", kernels: str | None = None) -> Path:
+        kernels = kernels or chosen_kernels(provider, precision)
+        name = f"{provider}-{precision}-{kernels}"
         if name not in built:
             options = BuildOptions(
                 checkpoint=str(tiny_checkpoint), output=folder / name, precision=precision, provider=provider,
-                portable=portable, kernels=kernels,
+                kernels=kernels,
             )  # fmt: skip
             built[name] = build_engine(options).folder
         return built[name]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.checkpoint import open_checkpoint
-from export.conversion.parts import PartRecord
+from export.conversion.parts import PartRecord, Region
 from export.errors import MissingPackageError, QuantizationError
 from export.families import read_model
 from export.onnx_graph.converter import OnnxConverter
@@ -31,17 +31,17 @@ class OddConverter(OnnxConverter):
             case "refuse":
                 raise QuantizationError("quantising w: its values are odd")
             case "lack":
-                raise MissingPackageError("onnxruntime", "packing", "cpu")
+                raise MissingPackageError("onnxruntime", "converting", "cpu")
             case "fill":
                 raise OSError(28, "No space left on device", "data")
             case "break":
                 raise ValueError("a fault of ours")
             case "sleep":
                 time.sleep(3600)
-        return PartRecord(part=job.source, sources={}, regions=(), key=str(os.getpid()))
+        process = Region(name=str(os.getpid()), offset=0, bytes=0, sha256="")
+        return PartRecord(part=job.source, sources={}, regions=(process,))
 
 
 def odd_converter(checkpoint):
     weights = read_model(open_checkpoint(checkpoint)).weights
-    placement = Placement(offsets={}, resident_bytes=0, total_bytes=0)
-    return OddConverter(data=Path("data"), placement=placement, weights=weights, scratch=Path(), packs=None)
+    return OddConverter(data=Path("data"), placement=Placement(offsets={}, total_bytes=0), weights=weights)

@@ -27,10 +27,9 @@ from export.command import run_command
 from export.conversion.parts import PartRecord
 from export.conversion.writer import Progress
 from export.digests import source_digests
-from export.onnx_graph.converter import disk_bytes
 from export.onnx_graph.exporter import DATA_FILE, write_export
 from export.output import forget_pages
-from export.provider import named_with_kernels
+from export.provider import OWN_KERNELS, named_with_kernels
 from export.resume import Fingerprint, partial_folder, refuse_made
 from export.sources import check_resumed, check_unchanged, source_files
 from trt_build.engine import FORMAT_VERSION, Engine, Source, open_engine, record_files, write_manifest
@@ -59,7 +58,7 @@ def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | N
     lie beside it, and the same options take them up.
     """
     provider, _ = check_options(options)
-    if provider.kernels == "moeship" and not is_compiled():
+    if provider.kernels == OWN_KERNELS and not is_compiled():
         logger.warning(
             "moeship's CPU kernels are not compiled here: the engine is written, and loads where they are; install a "
             "C++17 compiler (g++ or clang++) and moeship again to verify and serve it here"
@@ -67,7 +66,7 @@ def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | N
     refuse_made(options.output, "the engine")
     build = prepare_build(options)
     checkpoint = build.checkpoint
-    space = disk_bytes(build.export.jobs, build.export.placement)
+    space = build.export.placement.total_bytes
     fingerprint = Fingerprint(settings=_settings(build), sources=source_files(checkpoint))
     with partial_folder(options.output, "the engine", fingerprint, keep=(DATA_FILE,), num_bytes=space) as folder:
         check_resumed(folder, checkpoint, f"the engine {options.output}")
@@ -78,7 +77,7 @@ def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | N
         check_unchanged(checkpoint, fingerprint.sources, records)
         write_manifest(folder.content, manifest)
     engine = open_engine(options.output, check_digests=False)
-    if engine.is_mapped:
+    if engine.has_own_kernels:
         forget_pages(engine.folder / DATA_FILE)  # written in small pages; a session reads it into huge ones
     return engine
 

@@ -21,9 +21,9 @@ from export.checkpoint_files import TOKENIZER_FILE
 from export.conversion.parts import PartRecord, Region, damaged_regions, read_records
 from export.digests import num_cores
 from export.errors import listing, named, shown
-from export.onnx_graph.exporter import DATA_FILE, PROBE_GRAPH, RECORDS_FILE, SCORING_GRAPH, SERVING_GRAPH
+from export.onnx_graph.exporter import DATA_FILE, RECORDS_FILE, SCORING_GRAPH, SERVING_GRAPH
 from export.output import replace_file
-from export.provider import KERNELS
+from export.provider import KERNELS, OWN_KERNELS
 from export.reading import check_name
 from export.settings import TokenizerFacts
 from export.typed_json import read_typed
@@ -41,11 +41,12 @@ from trt_build.manifest import (
     digested_text,
     read_manifest,
 )
+from trt_build.old_formats.manifest import VERSIONS as OLD_VERSIONS
+from trt_build.old_formats.manifest import OldFormat, split_old_values
 
 REQUIRED_FILES = (SERVING_GRAPH, SCORING_GRAPH, DATA_FILE, RECORDS_FILE, TOKENIZER_FILE)
-FORMAT_VERSION = 3
-PACKED_ALONE = 2  # the format whose packed weights have no second form, and which says nothing of the tokenizer
-READABLE_VERSIONS = (PACKED_ALONE, FORMAT_VERSION)
+FORMAT_VERSION = 4
+READABLE_VERSIONS = (*OLD_VERSIONS, FORMAT_VERSION)
 BACKEND = "onnxruntime"
 MAX_BATCH = 1 << 16
 
@@ -83,8 +84,7 @@ class Source:
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """engine.json. `expert_order` lists which expert stands at each place of the stacked weights; `routing` is the
-    gates' diagnosis; `resident_bytes` are the first ones of model.onnx.data, which serving reads (all of them in format
-    2, which does not say); `verification` is the last result of `moeship verify`, if any."""
+    gates' diagnosis; `verification` is the last result of `moeship verify`, if any."""
 
     format_version: int
     model: str
@@ -102,20 +102,18 @@ class Manifest:
     routing: Mapping[str, Any] | None
     libraries: Mapping[str, str]
     files: Mapping[str, FileRecord]
-    stages: tuple[str, ...]  # the serving graph's files, which run one after the other
-    kernel_layout: str | None  # of the CPU kernels that the weights are packed for (export/onnx_graph/packing.py)
-    resident_bytes: int | None = None
-    kernels: str = "onnxruntime"  # whose multiply its quantised matrices
-    tokenizer: TokenizerFacts | None = None  # None in a PACKED_ALONE engine
+    kernels: str  # whose multiply its quantised matrices
+    tokenizer: TokenizerFacts | None  # None in an old engine whose engine.json does not say
     verification: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """An opened engine directory."""
+    """An opened engine directory; `old` says what else its engine.json has, where that is of an earlier format."""
 
     folder: Path
     manifest: Manifest
+    old: OldFormat | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -123,23 +121,20 @@ class Engine:
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of the weights that serving reads, from the start of model.onnx.data on."""
-        return self.manifest.resident_bytes or self.manifest.files[DATA_FILE].bytes
+        """Bytes of the weights that serving keeps in memory, mapped or not."""
+        kept = self.old.resident_bytes if self.old else None
+        return kept or self.manifest.files[DATA_FILE].bytes
 
     @property
     def has_own_kernels(self) -> bool:
-        """Whether moeship's kernels multiply its quantised matrices."""
-        return self.manifest.kernels == "moeship"
+        """Whether moeship's kernels multiply its quantised matrices, which they read where they lie in the file."""
+        return self.manifest.kernels == OWN_KERNELS
 
-    @property
-    def is_mapped(self) -> bool:
-        """Whether serving reads its weights where they lie in the file."""
-        return self.has_own_kernels or (self.manifest.kernel_layout is not None and not self.is_packed_alone)
-
-    @property
-    def is_packed_alone(self) -> bool:
-        """Whether its packed weights have no second form, as ONNX Runtime 1.31 took them and 1.32 does not."""
-        return self.manifest.format_version == PACKED_ALONE and self.manifest.kernel_layout is not None
+    def text(self, verification: Mapping[str, Any] | None) -> str:
+        """engine.json with this result of a comparison."""
+        if self.old:
+            return self.old.text(verification)
+        return manifest_text(dataclasses.replace(self.manifest, verification=verification))
 
 
 def record_files(folder: Path) -> dict[str, FileRecord]:
@@ -154,25 +149,21 @@ def record_files(folder: Path) -> dict[str, FileRecord]:
 
 def manifest_text(manifest: Manifest) -> str:
     """The text of engine.json."""
-    values = dataclasses.asdict(manifest)
-    if manifest.format_version == PACKED_ALONE:
-        added = [field.name for field in dataclasses.fields(Manifest) if field.default is not dataclasses.MISSING]
-        values = {name: value for name, value in values.items() if name == "verification" or name not in added}
-    return digested_text(values)
+    return digested_text(dataclasses.asdict(manifest))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write or replace engine.json by rename."""
+    """Write engine.json by rename."""
     replace_file(folder / MANIFEST_FILE, manifest_text(manifest))
 
 
 def record_verification(engine: Engine, verification: Mapping[str, Any]) -> None:
     """Write the result of a comparison into engine.json, in place of an earlier one. Raises EngineError where
     engine.json is no longer what was opened."""
-    found = open_engine(engine.folder, check_digests=False).manifest
-    if manifest_text(found) != manifest_text(engine.manifest):
+    found = open_engine(engine.folder, check_digests=False)
+    if found.text(found.manifest.verification) != engine.text(engine.manifest.verification):
         raise changed_meanwhile(engine.folder)
-    write_manifest(engine.folder, dataclasses.replace(engine.manifest, verification=verification))
+    replace_file(engine.folder / MANIFEST_FILE, engine.text(verification))
 
 
 def open_engine(folder: Path | str, check_digests: bool = True) -> Engine:
@@ -190,7 +181,8 @@ def open_engine(folder: Path | str, check_digests: bool = True) -> Engine:
             f"opening the engine {folder}: it is of the backend {named(raw.get('backend'), 40)}, expected {BACKEND}; "
             "moeship package and serve take it, and build_engine.py --backend tensorrt-llm verifies it on a GPU"
         )
-    manifest = _parse(raw, folder)
+    engine = _parse(raw, folder)
+    manifest = engine.manifest
     found = {name: file_problem(folder / name, record, check_digests) for name, record in manifest.files.items()}
     problems = [f"{name}: {problem}" for name, problem in found.items() if problem]
     if check_digests and not found[DATA_FILE] and not found[RECORDS_FILE]:
@@ -199,7 +191,7 @@ def open_engine(folder: Path | str, check_digests: bool = True) -> Engine:
         raise EngineError(
             f"opening the engine {folder}: its files are not those of the build; build it again:{listing(problems)}"
         )
-    return Engine(folder=folder, manifest=manifest)
+    return engine
 
 
 def file_problem(path: Path, record: FileRecord, check_digest: bool) -> str | None:
@@ -260,7 +252,7 @@ def _weight_problems(folder: Path, manifest: Manifest) -> list[str]:
         return [problem for found in pool.map(problems, regions) for problem in found]
 
 
-def _parse(raw: dict[str, Any], folder: Path) -> Manifest:
+def _parse(raw: dict[str, Any], folder: Path) -> Engine:
     version = raw.get("format_version")
     if type(version) is not int or version not in READABLE_VERSIONS:
         raise EngineError(
@@ -268,23 +260,28 @@ def _parse(raw: dict[str, Any], folder: Path) -> Manifest:
             f"{' and '.join(map(str, READABLE_VERSIONS))}; build it again with this version"
         )
     try:
-        manifest = read_typed(Manifest, raw)
-        _check_facts(manifest)
+        values, old = split_old_values(raw)
+        manifest = read_typed(Manifest, values)
+        _check_facts(manifest, old)
     except ValueError as error:
         raise EngineError(
             f"opening the engine {folder}: {MANIFEST_FILE} is malformed ({error}); build it again"
         ) from error
-    return manifest
+    return Engine(folder=folder, manifest=manifest, old=old)
 
 
-def _check_facts(manifest: Manifest) -> None:
+def _check_facts(manifest: Manifest, old: OldFormat | None) -> None:
     """What types cannot say. Raises ValueError."""
     facts = manifest.architecture
     check_architecture(facts)
     check_family(manifest.family, facts)
     if manifest.tokenizer is not None:
         check_tokenizer(manifest.tokenizer)
-    _check_files(manifest)
+    elif old is None or old.names_tokenizer:
+        raise ValueError("tokenizer is missing")
+    check_file_records(manifest.files, (*REQUIRED_FILES, *(old.files if old else ())), undigested=(DATA_FILE,))
+    if old and old.resident_bytes is not None:
+        check_range("resident_bytes", old.resident_bytes, 1, manifest.files[DATA_FILE].bytes)
     order = manifest.expert_order
     if len(order) != facts.num_experts or sorted(order) != list(range(facts.num_experts)):
         raise ValueError(f"expert_order is {shown(order)}, expected each of {facts.num_experts} experts once")
@@ -296,8 +293,6 @@ def _check_facts(manifest: Manifest) -> None:
         raise ValueError(f"provider is {shown(manifest.provider)}, expected one of {', '.join(providers)}")
     if precision.name not in provider.precisions:
         raise ValueError(f"precision is {shown(precision.name)}, expected one of {', '.join(provider.precisions)}")
-    if manifest.kernel_layout is not None and not provider.packs_weights:
-        raise ValueError(f"kernel_layout is {shown(manifest.kernel_layout)}, those of {manifest.kernels} have none")
     for role, bits in precision.bits.items():
         check_range(f"precision.bits.{named(role, 40)}", bits, 1, 64)
     for size in precision.block_sizes:
@@ -310,20 +305,3 @@ def _check_facts(manifest: Manifest) -> None:
     check_end_tokens(manifest.eos_token_ids, manifest.tokenizer_size)
     for name, digest in manifest.source.digests.items():
         check_digest(f"source.digests.{named(name, 80)}", digest)
-
-
-def _check_files(manifest: Manifest) -> None:
-    """Files and what is said of them. Raises ValueError."""
-    needed = REQUIRED_FILES if manifest.kernel_layout is None else (*REQUIRED_FILES, PROBE_GRAPH)
-    check_file_records(manifest.files, needed, undigested=(DATA_FILE,))
-    if not manifest.stages or set(manifest.stages) - set(manifest.files):
-        raise ValueError(f"stages are {shown(manifest.stages)}, expected files of the engine")
-    if manifest.kernel_layout is not None:
-        check_digest("kernel_layout", manifest.kernel_layout)
-    data_bytes, resident_bytes = manifest.files[DATA_FILE].bytes, manifest.resident_bytes
-    if resident_bytes is None and manifest.format_version != PACKED_ALONE:
-        raise ValueError("resident_bytes is missing")
-    if manifest.tokenizer is None and manifest.format_version != PACKED_ALONE:
-        raise ValueError("tokenizer is missing")
-    if resident_bytes is not None:
-        check_range("resident_bytes", resident_bytes, 1, data_bytes)

@@ -15,7 +15,6 @@ from trt_build.prepare import BACKENDS, EngineOptions
 from trt_build.trtllm.command import add_trtllm_arguments
 
 DEFAULT_PROVIDER = "cpu"
-DEFAULT_KERNELS = "onnxruntime"
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, output_required: bool) -> None:
@@ -36,12 +35,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, o
     onnxruntime.add_argument(
         "--kernels",
         metavar="K",
-        help=f"{' or '.join(KERNELS)}: whose multiply the quantised matrices on the CPU (default: {DEFAULT_KERNELS})",
-    )
-    onnxruntime.add_argument(
-        "--portable",
-        action="store_true",
-        help="an engine for any CPU, of half the size: each process packs its weights into memory of its own",
+        help=f"{' or '.join(KERNELS)}: whose kernels multiply quantised matrices on the CPU (default: moeship's, "
+        "where this install has compiled them)",
     )
     add_trtllm_arguments(parser)
 
@@ -70,6 +65,5 @@ def read_engine_options(arguments: argparse.Namespace) -> EngineOptions:
         provider=arguments.provider or DEFAULT_PROVIDER,
         experts_per_token=arguments.experts_per_token,
         max_sequence=arguments.max_sequence,
-        portable=arguments.portable,
-        kernels=arguments.kernels or DEFAULT_KERNELS,
+        kernels=arguments.kernels,
     )

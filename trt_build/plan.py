@@ -19,9 +19,8 @@ from typing import Any
 from export.conversion.parts import PartRecord, Region, records_text
 from export.conversion.writer import conversion_bytes
 from export.digests import Run
-from export.onnx_graph.converter import onnx_converter, planned_regions, run_starts
-from export.onnx_graph.exporter import DATA_FILE, PROBE_GRAPH, RECORDS_FILE
-from export.onnx_graph.packing import NO_KEY
+from export.onnx_graph.converter import OnnxConverter, planned_regions, run_starts
+from export.onnx_graph.exporter import DATA_FILE, RECORDS_FILE
 from export.onnx_graph.weights import WeightJob
 from export.tensor_table import Role, Weights
 from trt_build.engine import FileRecord, Source, manifest_text
@@ -36,7 +35,7 @@ _DIGEST = "0" * 64  # as long as any SHA-256
 @dataclass(frozen=True, kw_only=True)
 class RolePlan:
     """The weights of one role: how many, the bytes of codes, scales and plain values that hold them, and the bytes that
-    decoding one token reads of them. With the scales of packed weights count the sums that kernels keep of blocks."""
+    decoding one token reads of them."""
 
     num_weights: int = 0
     codes_bytes: int = 0
@@ -55,8 +54,7 @@ class RolePlan:
 @dataclass(frozen=True, kw_only=True)
 class EnginePlan:
     """What `moeship plan` tells. `kv_bytes_per_token` is the cache of one position; `conversion_bytes` the peak
-    resident memory of the build's process; `files` the bytes of each file of the engine; `resident_bytes` what serving
-    holds of its weights."""
+    resident memory of the build's process; `files` the bytes of each file of the engine."""
 
     family: str
     precision: str
@@ -66,7 +64,6 @@ class EnginePlan:
     roles: Mapping[str, RolePlan]
     average_bits_per_weight: float
     files: Mapping[str, int]
-    resident_bytes: int
     source_bytes: int
     conversion_bytes: int
     kv_bytes_per_token: int
@@ -74,6 +71,11 @@ class EnginePlan:
     @property
     def engine_bytes(self) -> int:
         return sum(self.files.values())
+
+    @property
+    def resident_bytes(self) -> int:
+        """What serving holds in memory of the weights, the gaps between them among it."""
+        return self.files[DATA_FILE]
 
     @property
     def weights_bytes(self) -> int:
@@ -110,6 +112,7 @@ class EnginePlan:
             **dataclasses.asdict(self),
             "roles": roles,
             "engine_bytes": self.engine_bytes,
+            "resident_bytes": self.resident_bytes,
             "weights_bytes": self.weights_bytes,
             "weights_bytes_per_token": self.weights_bytes_per_token,
             "bytes_per_token_at_end": self.bytes_per_token(self.max_sequence - 1),
@@ -125,7 +128,7 @@ def plan_engine(build: PreparedBuild) -> EnginePlan:
         roles[str(job.role)] = roles.get(str(job.role), RolePlan()) + _role_plan(job, weights, share)
     total = sum((role for role in roles.values()), RolePlan())
     files = _files(build)
-    converter = onnx_converter(export.jobs, export.placement, weights, Path(), Path())
+    converter = OnnxConverter(weights=weights, data=Path(), placement=export.placement)
     return EnginePlan(
         family=build.model.family.name,
         precision=build.quantization.name,
@@ -135,7 +138,6 @@ def plan_engine(build: PreparedBuild) -> EnginePlan:
         roles=roles,
         average_bits_per_weight=8 * total.total_bytes / total.num_weights,
         files=files,
-        resident_bytes=export.placement.resident_bytes,
         source_bytes=sum(stored.num_bytes for stored in build.checkpoint.tensors.values()),
         conversion_bytes=conversion_bytes(converter, export.jobs),
         kv_bytes_per_token=kv_bytes_per_token(build.model.architecture, build.provider),
@@ -159,9 +161,6 @@ def _role_plan(job: WeightJob, weights: Weights, share: float) -> RolePlan:
 
     total = sum(output.num_bytes for output in job.outputs)
     codes, scales = bytes_of(".codes"), bytes_of(".scales")
-    if job.packed:
-        codes = job.packed.codes_bytes
-        scales = total - codes
     return RolePlan(
         num_weights=weights.table[job.source].num_elements,
         codes_bytes=codes,
@@ -175,11 +174,10 @@ def _files(build: PreparedBuild) -> dict[str, int]:
     """Every file of the engine with its bytes: texts are written out with digests of the right length."""
     export, checkpoint = build.export, build.checkpoint
     sizes = {
-        **{name: graph.ByteSize() for name, graph in export.graphs().items()},
+        **{name: graph.ByteSize() for name, graph in export.graphs.items()},
         DATA_FILE: export.placement.total_bytes,
         RECORDS_FILE: len(records_text(_records(build)).encode()),
         GENAI_FILE: len(build.genai_text().encode()),
-        **({PROBE_GRAPH: len(export.probe)} if export.probe is not None else {}),
         **build.settings.sizes(),
     }
     records = {
@@ -205,7 +203,6 @@ def _records(build: PreparedBuild) -> list[PartRecord]:
                      for name, starts in run_starts(job, weights).items()},
             regions=tuple(Region(name=name, offset=offset, bytes=size, sha256=_DIGEST)
                           for name, offset, size in planned_regions(job, build.export.placement)),
-            key=NO_KEY.format(job.packed.operator) if job.packed else None,
         )
         for job in build.export.jobs
     ]  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,8 +18,7 @@ from export.checkpoint import Checkpoint, open_checkpoint
 from export.errors import ConfigError
 from export.families import Model, read_model
 from export.onnx_graph.exporter import ExportPlan, plan_export
-from export.onnx_graph.packing import kernel_layout
-from export.provider import Provider, provider_of
+from export.provider import KERNELS, ONNX_RUNTIME, OWN_KERNELS, Provider, provider_of
 from export.quantize.recipe import QuantPlan, plan_for
 from export.routing import RoutingReport, diagnose
 from export.settings import Settings, check_token_ids, read_settings
@@ -27,7 +27,10 @@ from export.tokenizer import Tokenizer
 from trt_build.engine import BACKEND, FORMAT_VERSION, FileRecord, Manifest, Precision, Source
 from trt_build.errors import EngineError
 from trt_build.ort.genai_config import genai_config
+from trt_build.ort.kernels import is_compiled
 from trt_build.trtllm.engine import TRTLLM_BACKEND
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = (BACKEND, TRTLLM_BACKEND)  # the second is trt_build/trtllm's
 _LIBRARIES = ("moeship", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tokenizers")
@@ -36,9 +39,7 @@ _LIBRARIES = ("moeship", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tok
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """What an engine is to be. `experts_per_token` and `max_sequence` (tokens) None take the checkpoint's own.
-    `portable` leaves the weights in the form that any CPU takes, which each process packs for itself when it loads
-    the engine. `kernels` names whose kernels multiply its quantised matrices: those of moeship read one layout on any
-    CPU, and need no `portable`."""
+    `kernels` names whose kernels multiply its quantised matrices; None leaves it to `chosen_kernels`."""
 
     checkpoint: str
     precision: str = "int4"
@@ -46,8 +47,7 @@ class EngineOptions:
     provider: str = "cpu"
     experts_per_token: int | None = None
     max_sequence: int | None = None
-    portable: bool = False
-    kernels: str = "onnxruntime"
+    kernels: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +109,6 @@ class PreparedBuild:
             routing=routing_facts(self.model),
             libraries=libraries(),
             files=files,
-            stages=self.export.stage_names,
-            kernel_layout=kernel_layout(self.export.probe) if self.export.probe else None,
-            resident_bytes=self.export.placement.resident_bytes,
         )
 
 
@@ -121,30 +118,43 @@ def check_options(options: EngineOptions) -> tuple[Provider, QuantPlan]:
         raise EngineError(f"choosing the backend: {options.backend!r} is unknown. There are: {', '.join(BACKENDS)}")
     if options.backend != BACKEND:
         raise EngineError(f"choosing the backend: {options.backend} engines are built by trt_build.trtllm.build")
-    provider = provider_of(options.provider, options.kernels)
-    if options.portable and options.kernels != BACKEND:
-        raise EngineError(
-            f"choosing the weights' form: --portable beside the kernels of {options.kernels}, which read one form on "
-            "any CPU; leave --portable out"
-        )
+    kernels = options.kernels or chosen_kernels(options.provider, options.precision)
+    provider = provider_of(options.provider, kernels)
     return provider, plan_for(options.precision, provider)
 
 
+def chosen_kernels(provider: str, precision: str) -> str:
+    """Whose kernels multiply quantised matrices where nobody says: moeship's, where they have the provider and the
+    precision and are compiled in this install; else ONNX Runtime's."""
+    return OWN_KERNELS if _fit_own_kernels(provider, precision) and is_compiled() else ONNX_RUNTIME
+
+
+def _fit_own_kernels(provider: str, precision: str) -> bool:
+    record = KERNELS[OWN_KERNELS].get(provider)
+    return record is not None and precision in record.precisions
+
+
 def prepare_build(options: EngineOptions) -> PreparedBuild:
-    """Open the checkpoint and lay the engine out. Raises MoeshipError of the stage that found fault."""
+    """Open the checkpoint and lay the engine out; warns where moeship's kernels would be chosen and are not compiled.
+
+    Raises MoeshipError of the stage that found fault.
+    """
     provider, quantization = check_options(options)
+    if options.kernels is None and not is_compiled() and _fit_own_kernels(options.provider, options.precision):
+        logger.warning(
+            "moeship's CPU kernels are not compiled in this install, so the engine is for ONNX Runtime's, which decode "
+            "at two thirds of the speed or less: install a C++17 compiler (g++ or clang++) and moeship again"
+        )
     source = open_source(options.checkpoint, options.experts_per_token, options.max_sequence)
     return PreparedBuild(
-        options=options,
+        options=dataclasses.replace(options, kernels=provider.kernels),
         provider=provider,
         quantization=quantization,
         checkpoint=source.checkpoint,
         model=source.model,
         settings=source.settings,
         max_sequence=source.max_sequence,
-        export=plan_export(
-            source.model, quantization, provider, max_sequence=source.max_sequence, portable=options.portable
-        ),
+        export=plan_export(source.model, quantization, provider, max_sequence=source.max_sequence),
     )
 
 

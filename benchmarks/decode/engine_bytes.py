@@ -12,14 +12,9 @@ from export.optional import optional_package
 if TYPE_CHECKING:
     import onnx
 
-EXPERT_OPS = ("MoE", "QMoE")
+EXPERT_OPS = ("MoE", "QMoE", "Experts")
 ROW_OPS = ("Gather", "GatherBlockQuantized")  # the embedding: one row of each operand
 ATTENTION_OPS = ("GroupQueryAttention",)  # its constants are the rotary tables: one row of each
-
-# Operator -> operand of scales -> its weight's operand (com.microsoft schemas). A weight that is stored packed for the
-# CPU's kernels carries its scales; the operand is then a shape without bytes of its own.
-SCALES_OF = {"MatMulNBits": {2: 1}, "QMoE": {3: 2, 6: 5, 9: 8}}
-_PACKED_KEY = "prepacked_"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +32,10 @@ def count_bytes(graph: Path, num_experts: int, experts_per_token: int) -> Engine
         import onnx
     model = onnx.load(str(graph), load_external_data=False)
     constants = {constant.name: constant for constant in model.graph.initializer}
-    packed = {name: length for name, constant in constants.items() if (length := _packed_bytes(constant))}
     share: dict[str, float] = {}
-    carried = set()
     for node in model.graph.node:
-        for place, name in enumerate(node.input):
+        for name in node.input:
             if name not in constants:
-                continue
-            if place in SCALES_OF.get(node.op_type, {}) and node.input[SCALES_OF[node.op_type][place]] in packed:
-                carried.add(name)
                 continue
             rows = constants[name].dims[0] if constants[name].dims else 1
             used = 1.0
@@ -54,11 +44,7 @@ def count_bytes(graph: Path, num_experts: int, experts_per_token: int) -> Engine
             elif node.op_type in (*ROW_OPS, *ATTENTION_OPS):
                 used = 1 / max(rows, 1)
             share[name] = max(share.get(name, 0.0), used)
-    sizes = {
-        name: packed.get(name) or _num_bytes(constant.data_type, list(constant.dims))
-        for name, constant in constants.items()
-        if name not in carried
-    }
+    sizes = {name: _num_bytes(constant.data_type, list(constant.dims)) for name, constant in constants.items()}
     return EngineBytes(
         weight_bytes=sum(sizes.values()),
         read_per_token=round(sum(sizes[name] * used for name, used in share.items())),
@@ -72,13 +58,6 @@ def _cache_bytes(model: onnx.ModelProto) -> Iterator[int]:
         if value.name.startswith("past_key_values."):
             _, heads, _, size = value.type.tensor_type.shape.dim
             yield _num_bytes(value.type.tensor_type.elem_type, [heads.dim_value, size.dim_value])
-
-
-def _packed_bytes(constant: onnx.TensorProto) -> int:
-    """Bytes of a weight's packed form, 0 where it has none: ONNX Runtime notes it with the external data as
-    `kernel|offset;bytes;checksum|...`."""
-    notes = (entry.value for entry in constant.external_data if entry.key.startswith(_PACKED_KEY))
-    return sum(int(blob.split(";")[1]) for note in notes for blob in note.split("|")[1:])
 
 
 def _num_bytes(data_type: int, dims: list[int]) -> int:

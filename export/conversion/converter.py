@@ -55,6 +55,3 @@ class Converter(ABC, Generic[J]):
     @abstractmethod
     def convert(self, job: J, count: Callable[[int], None]) -> PartRecord:
         """Write one part; `count` gets the bytes of each read. Raises as reading and quantising do."""
-
-    def prepare(self) -> None:
-        """Load what converting needs, in a worker that then says how much memory it takes."""

@@ -50,7 +50,6 @@ class PartRecord:
     part: str
     sources: Mapping[str, tuple[Run, ...]]
     regions: tuple[Region, ...]
-    key: str | None = None  # of a weight packed for the CPU: under it ONNX Runtime finds the packed form
 
 
 class OpenRegion:
@@ -108,12 +107,17 @@ def read_records(path: Path) -> list[PartRecord]:
         text = read_text(path, "what parts were made of", most=MAX_RECORDS_BYTES)
     except ConfigError as error:
         raise ValueError(str(error)) from error
-    records = [read_typed(PartRecord, parse_json(line)) for line in text.splitlines()]
+    records = [read_typed(PartRecord, _without_key(parse_json(line))) for line in text.splitlines()]
     for record in records:
         for region in record.regions:
             if min(region.offset, region.bytes) < 0:
                 raise ValueError(f"{named(region.name)} has {region.bytes} bytes at {region.offset}")
     return records
+
+
+def _without_key(record: Any) -> Any:  # noqa: ANN401 - JSON value
+    """A part's record without the key that engines of formats 2 and 3 have of a packed weight."""
+    return {name: value for name, value in record.items() if name != "key"} if isinstance(record, dict) else record
 
 
 def read_record(line: Mapping[str, Any]) -> PartRecord | None:

@@ -139,7 +139,6 @@ def serve(descriptor: int) -> None:
     messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, messages), daemon=True).start()
     converter = messages.get()
-    converter.prepare()
     _send(connection, "ready", peak_memory())
     while True:
         job = messages.get()

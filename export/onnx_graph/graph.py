@@ -20,11 +20,10 @@ import numpy.typing as npt
 from export.architecture import Architecture
 from export.errors import ExportError
 from export.onnx_graph import names
-from export.onnx_graph.initializers import onnx_type, packed_blobs, tensors
+from export.onnx_graph.initializers import onnx_type, tensors
 from export.onnx_graph.kernels import BY_NAME, Matrix, Operation, Routed, mixture_attributes
-from export.onnx_graph.packing import PACKING_OPERATORS, QuantizedWeight
-from export.onnx_graph.weights import Initializer, Packing, Placement, WeightJob
-from export.provider import Provider
+from export.onnx_graph.weights import Initializer, Layout, Placement, WeightJob
+from export.provider import ONNX_RUNTIME, Provider
 from export.quantize.grid import block_size
 from export.quantize.recipe import QuantPlan
 from export.tensor_table import Join, Role, TensorSpec
@@ -44,12 +43,10 @@ class GraphBuilder:
         provider: Provider,
         *,
         scoring: bool,
-        packs: bool,
         max_sequence: int | None = None,
     ) -> None:
         self.architecture = architecture
         self.scoring = scoring
-        self._packs = packs
         self._max_sequence = max_sequence or architecture.max_positions
         self.jobs: list[WeightJob] = []
         self._table = table
@@ -70,8 +67,8 @@ class GraphBuilder:
 
     def embedding(self, weight: str) -> str:
         """Token ids int64 [B, S] to float32 [B, S, H]."""
-        outputs, job = self._weight(weight, "GatherBlockQuantized")
-        if job.packing is Packing.PLAIN:
+        outputs, job = self._weight(weight)
+        if job.layout is Layout.PLAIN:
             rows = self._node("Gather", [outputs[0], names.INPUT_IDS], weight, float_type=self._float_type, axis=0)
             return self._cast(rows, "float32")
         inputs = [outputs[0], names.INPUT_IDS, *outputs[1:]]
@@ -99,10 +96,10 @@ class GraphBuilder:
         """x @ path.weight.T + path.bias, where the table has a bias: [B, S, in] to [B, S, out]; its first `scaled_rows`
         outputs are multiplied by `row_factor`, which the stored weight and bias take in."""
         scaled: dict[str, Any] = {"scaled_rows": scaled_rows, "row_factor": row_factor}
-        outputs, job = self._weight(f"{path}.weight", "MatMulNBits", **scaled)
+        outputs, job = self._weight(f"{path}.weight", **scaled)
         bias = self._bias(path, **scaled)
         x = self._cast(x, self._float_type)
-        if job.packing is Packing.PLAIN:
+        if job.layout is Layout.PLAIN:
             product = self._node(
                 "FusedMatMul", [x, outputs[0]], f"{path}.product", microsoft=True, float_type=self._float_type,
                 transA=0, transB=1, transBatchA=0, transBatchB=0, alpha=1.0,
@@ -164,10 +161,10 @@ class GraphBuilder:
         router = self._router(x, gate, name)
         x = self._cast(x, self._float_type)
         features = [self._table[f"{fc}.weight"].shape[-1] for fc in (fc1, fc2)]
-        (weight1, job1), (weight2, job2) = (self._weight(f"{fc}.weight", "QMoE", features) for fc in (fc1, fc2))
+        (weight1, job1), (weight2, job2) = (self._weight(f"{fc}.weight", features) for fc in (fc1, fc2))
         bias1, bias2 = self._bias(fc1), self._bias(fc2)
         routed = Routed(router=router, k=self.architecture.experts_per_token, activation=activation)
-        if job1.packing is Packing.PLAIN:
+        if job1.layout is Layout.PLAIN:
             inputs = [x, router, weight1[0], bias1, weight2[0], bias2]
             return self._node(
                 "MoE", inputs, name, microsoft=True, float_type=self._float_type, **mixture_attributes(routed)
@@ -220,7 +217,7 @@ class GraphBuilder:
         is finer than float32 is beside the logits, and so the kernel chooses the experts that float32 would.
         """
         job = WeightJob(
-            source=gate, role=Role.ROUTER, packing=Packing.PLAIN, expert_order=self._expert_order,
+            source=gate, role=Role.ROUTER, layout=Layout.PLAIN, expert_order=self._expert_order,
             outputs=(Initializer(name=gate, dtype="float32", shape=self._table[gate].shape),),
         )  # fmt: skip
         self.jobs.append(job)
@@ -287,35 +284,27 @@ class GraphBuilder:
     def _weight(
         self,
         name: str,
-        operator: str,
         features: Sequence[int] | None = None,
         **scaled: Any,  # noqa: ANN401 - WeightJob's fields
     ) -> tuple[list[str], WeightJob]:
-        """Plan a matrix in the precision its role has, for the operator that reads it when quantised; returns its
-        initializers' names. `features` are those of all matrices that share its block size."""
+        """Plan a matrix in the precision its role has; returns its initializers' names. `features` are those of all
+        matrices that share its block size."""
         spec = self._table[name]
         bits = self._plan.bits_of(spec.role)
         order = self._expert_order if spec.role is Role.EXPERT else None
         if bits is None:
             outputs: tuple[Initializer, ...] = (Initializer(name=name, dtype=self._float_type, shape=spec.shape),)
             job = WeightJob(
-                source=name, role=spec.role, packing=Packing.PLAIN, outputs=outputs, expert_order=order, **scaled
+                source=name, role=spec.role, layout=Layout.PLAIN, outputs=outputs, expert_order=order, **scaled
             )
             self.jobs.append(job)
             return [name], job
         block = block_size(name, features or spec.shape[-1:], self._plan.block_sizes)
-        kernels = BY_NAME["onnxruntime"] if spec.role is Role.EMBEDDING else self._kernels
+        kernels = BY_NAME[ONNX_RUNTIME] if spec.role is Role.EMBEDDING else self._kernels
         initializers = kernels.initializers(spec, bits, block, self._provider)
-        packed = None
-        if self._packs and operator in PACKING_OPERATORS:
-            packed = QuantizedWeight(
-                operator=operator, codes=initializers[0].shape, scales=initializers[1].shape, bits=bits,
-                block_size=block, accuracy_level=self._plan.accuracy_level,
-            )  # fmt: skip
         job = WeightJob(
-            source=name, role=spec.role, packing=kernels.packing, bits=bits, block_size=block, expert_order=order,
-            outputs=packed_blobs(name, packed) if packed else initializers, packed=packed,
-            unpacked=initializers if packed else (), **scaled,
+            source=name, role=spec.role, layout=kernels.layout, bits=bits, block_size=block, expert_order=order,
+            outputs=initializers, **scaled,
         )  # fmt: skip
         self.jobs.append(job)
         return [initializer.name for initializer in initializers], job
@@ -335,9 +324,7 @@ class GraphBuilder:
         order = self._expert_order if spec.join is Join.STACK else None
         output = Initializer(name=name, dtype=float_type, shape=spec.shape)
         self.jobs.append(
-            WeightJob(
-                source=name, role=spec.role, packing=Packing.PLAIN, outputs=(output,), expert_order=order, **scaled
-            )
+            WeightJob(source=name, role=spec.role, layout=Layout.PLAIN, outputs=(output,), expert_order=order, **scaled)
         )
         return name
 

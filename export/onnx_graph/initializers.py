@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from export.onnx_graph.packing import HASH_DIGITS, QuantizedWeight, packed_bytes
 from export.onnx_graph.weights import Initializer, Placement, WeightJob
 from export.provider import Provider
 from export.tensor_table import Role, TensorSpec
@@ -43,41 +42,12 @@ def onnx_type(dtype: str) -> int:
     return int(types[dtype])
 
 
-def packed_blobs(source: str, weight: QuantizedWeight) -> tuple[Initializer, ...]:
-    """The blobs of a packed weight, in the data file under names of their own."""
-    return tuple(
-        Initializer(name=f"{source}.packed.{number}", dtype="uint8", shape=(num_bytes,))
-        for number, num_bytes in enumerate(packed_bytes(weight))
-    )
-
-
 def tensors(job: WeightJob, placement: Placement, data_file: str) -> list[onnx.TensorProto]:
-    """A job's initializers as tensors whose values lie in `data_file` as placed; a packed weight's are its codes and
-    scales."""
+    """A job's initializers as tensors whose values lie in `data_file` as placed."""
     return [
-        _external(form.name, form.dtype, form.shape, placement.offsets[form.name], data_file)
-        for form in (job.unpacked or job.outputs)
+        _external(output.name, output.dtype, output.shape, placement.offsets[output.name], data_file)
+        for output in job.outputs
     ]
-
-
-def with_packed_forms(
-    plain: onnx.ModelProto, jobs: Sequence[WeightJob], placement: Placement, keys: Mapping[str, str]
-) -> onnx.ModelProto:
-    """A copy of the graph that says beside the codes of every packed weight where its blobs lie and under which key."""
-    graph = type(plain)()
-    graph.CopyFrom(plain)
-    packed = {initializer_names(job.source)[0]: job for job in jobs if job.packed}
-    for tensor in graph.graph.initializer:
-        if tensor.name in packed:
-            job = packed[tensor.name]
-            operator, digits = keys[job.source].split("+")
-            number = str(int(digits))
-            blobs = ["{};{};0".format(*placement.offsets[output.name]) for output in job.outputs]
-            # A blob's third figure is a checksum, which ONNX Runtime writes as 0 and does not read. More zeros make the
-            # text as long for any key, so that a graph's size is known before its weights are.
-            blobs[-1] += "0" * (HASH_DIGITS - len(number))
-            tensor.external_data.add(key="prepacked_0", value="|".join([f"{operator}+{number}", *blobs]))
-    return graph
 
 
 def initializer_names(source: str) -> tuple[str, str]:

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 
 from export.onnx_graph import names
 from export.onnx_graph.initializers import initializer_names, quantized_initializers
-from export.onnx_graph.weights import Initializer, Packing, WeightJob
-from export.provider import Provider
+from export.onnx_graph.weights import Initializer, Layout, WeightJob
+from export.provider import ONNX_RUNTIME, OWN_KERNELS, Provider
 from export.quantize.layout import LAYOUT, MatrixLayout
 from export.tensor_table import TensorSpec
 
@@ -55,7 +55,7 @@ class Kernels(ABC):
     """One kind of kernels. `accuracy_level` is the recipe's."""
 
     domain: ClassVar[str]
-    packing: ClassVar[Packing]
+    layout: ClassVar[Layout]
 
     @abstractmethod
     def initializers(self, spec: TensorSpec, bits: int, block: int, provider: Provider) -> tuple[Initializer, ...]:
@@ -83,7 +83,7 @@ def mixture_attributes(routed: Routed) -> dict[str, Any]:
 
 class _OnnxRuntime(Kernels):
     domain = names.MICROSOFT_DOMAIN
-    packing = Packing.BLOCKS
+    layout = Layout.BLOCKS
 
     def initializers(self, spec: TensorSpec, bits: int, block: int, provider: Provider) -> tuple[Initializer, ...]:
         return quantized_initializers(spec, bits, block, provider)
@@ -108,15 +108,15 @@ class _OnnxRuntime(Kernels):
 
 class _Moeship(Kernels):
     domain = names.MOESHIP_DOMAIN
-    packing = Packing.GROUPS
+    layout = Layout.GROUPS
 
     def initializers(self, spec: TensorSpec, bits: int, block: int, provider: Provider) -> tuple[Initializer, ...]:  # noqa: ARG002 - the layout is one for all
         *stack, rows, features = spec.shape
-        layout = MatrixLayout(rows=rows, features=features, bits=bits, block_size=block)
+        matrix = MatrixLayout(rows=rows, features=features, bits=bits, block_size=block)
         of_codes, of_scales = initializer_names(spec.name)
         return (
-            Initializer(name=of_codes, dtype="uint8", shape=(*stack, *layout.codes_shape)),
-            Initializer(name=of_scales, dtype="float16", shape=(*stack, *layout.scales_shape)),
+            Initializer(name=of_codes, dtype="uint8", shape=(*stack, *matrix.codes_shape)),
+            Initializer(name=of_scales, dtype="float16", shape=(*stack, *matrix.scales_shape)),
         )
 
     def linear(self, x: str, matrix: Matrix, accuracy_level: int) -> Operation:
@@ -144,4 +144,4 @@ class _Moeship(Kernels):
         }  # fmt: skip
 
 
-BY_NAME: Mapping[str, Kernels] = MappingProxyType({"onnxruntime": _OnnxRuntime(), "moeship": _Moeship()})
+BY_NAME: Mapping[str, Kernels] = MappingProxyType({ONNX_RUNTIME: _OnnxRuntime(), OWN_KERNELS: _Moeship()})

@@ -16,18 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from export.errors import QuantizationError
-from export.onnx_graph.packing import QuantizedWeight
 from export.provider import FLOAT16_MAX
 from export.quantize.grid import pack, quantize_blocks
 from export.quantize.layout import GROUP_ROWS, MatrixLayout
 from export.tensor_table import Role, Weights
 
-ALIGNMENT_BYTES = 256  # ONNX Runtime 1.32 copies a packed weight into private memory that is mapped at less than this
+ALIGNMENT_BYTES = 256  # what CUDA's own allocations begin at; a multiple of the 64 bytes of a cache line and a register
 _ITEM_BYTES = {"float32": 4, "float16": 2, "uint8": 1}
 
 
-class Packing(StrEnum):
-    """How values become initializers."""
+class Layout(StrEnum):
+    """How a weight's values lie in its initializers."""
 
     PLAIN = "plain"
     BLOCKS = "blocks"
@@ -50,33 +49,25 @@ class Initializer:
 @dataclass(frozen=True, kw_only=True)
 class WeightJob:
     """One table row to its initializers. `expert_order` lists, for a stacked row, which expert stands at each place;
-    for the router, which of its rows does. The first `scaled_rows` rows are multiplied by `row_factor`. A job with
-    `packed` produces the codes and scales in `unpacked`; its outputs are the blobs that they are packed into."""
+    for the router, which of its rows does. The first `scaled_rows` rows are multiplied by `row_factor`."""
 
     source: str
     role: Role
-    packing: Packing
+    layout: Layout
     outputs: tuple[Initializer, ...]
     bits: int = 32
     block_size: int = 0
     expert_order: tuple[int, ...] | None = None
     scaled_rows: int = 0
     row_factor: float = 1.0
-    packed: QuantizedWeight | None = None
-    unpacked: tuple[Initializer, ...] = ()
 
     @property
     def row_multiple(self) -> int:
         """Of how many rows a multiple is taken together."""
-        return GROUP_ROWS if self.packing is Packing.GROUPS else 1
-
-    @property
-    def stored(self) -> tuple[Initializer, ...]:
-        """Everything that the job writes."""
-        return (*self.outputs, *self.unpacked)
+        return GROUP_ROWS if self.layout is Layout.GROUPS else 1
 
     def produce(self, weights: Weights) -> Iterator[tuple[npt.NDArray[Any], ...]]:
-        """Consecutive pieces of every output (of codes and scales, where they are to be packed), in step.
+        """Consecutive pieces of every output, in step.
 
         Raises QuantizationError for values that the output's dtype cannot hold.
         """
@@ -89,23 +80,20 @@ class WeightJob:
             if row < self.scaled_rows:
                 chunk[: self.scaled_rows - row] *= np.float32(self.row_factor)
             row += len(chunk)
-            pieces = (chunk,) if self.packing is Packing.PLAIN else self._blocks(chunk)
-            if self.packed:
-                yield pieces
-                continue
+            pieces = (chunk,) if self.layout is Layout.PLAIN else self._blocks(chunk)
             yield tuple(
                 _as_float16(piece, self.source) if output.dtype == "float16" else piece
                 for piece, output in zip(pieces, self.outputs, strict=True)
             )
 
     def _blocks(self, chunk: npt.NDArray[np.float32]) -> tuple[npt.NDArray[Any], ...]:
-        half_scales = self.packing is Packing.GROUPS
+        half_scales = self.layout is Layout.GROUPS
         codes, scales = quantize_blocks(chunk, self.bits, self.block_size, half_scales=half_scales)
-        if self.packing is Packing.GROUPS:
+        if self.layout is Layout.GROUPS:
             rows, features = chunk.shape
-            layout = MatrixLayout(rows=rows, features=features, bits=self.bits, block_size=self.block_size)
-            return layout.pack_codes(codes), layout.pack_scales(scales)
-        if self.packed or len(self.outputs) == 2:
+            matrix = MatrixLayout(rows=rows, features=features, bits=self.bits, block_size=self.block_size)
+            return matrix.pack_codes(codes), matrix.pack_scales(scales)
+        if len(self.outputs) == 2:
             return pack(codes, self.bits), scales
         zero_points = np.full_like(scales, 1 << (self.bits - 1), dtype=np.uint8)
         return pack(codes, self.bits), scales, pack(zero_points, self.bits)
@@ -117,19 +105,16 @@ def _as_float16(values: npt.NDArray[np.float32], source: str) -> npt.NDArray[np.
     if not largest <= FLOAT16_MAX:
         raise QuantizationError(
             f"writing {source}: a value or scale of magnitude {largest:.6g} is beyond float16's {FLOAT16_MAX:.0f}; "
-            "build it for the cpu provider and ONNX Runtime's kernels, whose graphs hold float32"
+            "build it with --provider cpu --kernels onnxruntime, whose graphs hold float32"
         )
     return values.astype(np.float16)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where every initializer lies in the data file: name -> (offset, bytes). What follows up to the next is zeros.
-    The first `resident_bytes` of the file are what serving reads; the unpacked forms of packed weights follow, which
-    are read when a graph is loaded."""
+    """Where every initializer lies in the data file: name -> (offset, bytes). What follows up to the next is zeros."""
 
     offsets: dict[str, tuple[int, int]]
-    resident_bytes: int
     total_bytes: int
 
 
@@ -139,20 +124,11 @@ def aligned(num_bytes: int) -> int:
 
 
 def place(jobs: Sequence[WeightJob]) -> Placement:
-    """Lay the initializers out one after the other, aligned; unpacked forms behind all others."""
+    """Lay the initializers out one after the other, aligned."""
     offsets: dict[str, tuple[int, int]] = {}
     position = 0
-
-    def append(initializer: Initializer) -> None:
-        nonlocal position
-        offsets[initializer.name] = (position, initializer.num_bytes)
-        position += aligned(initializer.num_bytes)
-
     for job in jobs:
         for output in job.outputs:
-            append(output)
-    resident_bytes = position
-    for job in jobs:
-        for form in job.unpacked:
-            append(form)
-    return Placement(offsets=offsets, resident_bytes=resident_bytes, total_bytes=position)
+            offsets[output.name] = (position, output.num_bytes)
+            position += aligned(output.num_bytes)
+    return Placement(offsets=offsets, total_bytes=position)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from export.errors import QuantizationError, unknown
-from export.provider import PROVIDERS, Provider
+from export.provider import ONNX_RUNTIME, PROVIDERS, Provider
 from export.tensor_table import Role
 
 
@@ -51,7 +51,7 @@ def plan_for(precision: str, provider: Provider = PROVIDERS["cpu"]) -> QuantPlan
     """The plan of a precision's name on a provider. Raises QuantizationError that lists what exists."""
     if precision not in PLANS:
         raise QuantizationError(f"choosing the precision: {unknown(precision, provider.precisions)}")
-    if precision not in provider.precisions and provider.kernels != "onnxruntime":
+    if precision not in provider.precisions and provider.kernels != ONNX_RUNTIME:
         without = PROVIDERS[provider.name].precisions
         remedy = f"leave --kernels out to build {precision}" if precision in without else "choose one of these"
         raise QuantizationError(

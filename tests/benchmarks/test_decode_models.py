@@ -169,22 +169,6 @@ def test_an_engines_bytes_are_those_worked_by_hand(tmp_path):
     )
 
 
-def test_packed_weights_count_as_packed_and_their_scales_with_them(tmp_path):
-    kinds = onnx.TensorProto
-    weight = constant("weight", kinds.UINT8, 4, 6, 8)
-    weight.external_data.add(key="prepacked_0", value="QMoE+17|64;1000;0|1088;56;0")
-    other, other_scales = constant("other", kinds.UINT8, 7, 16), constant("other_scales", kinds.FLOAT, 7)
-    inputs = ["x", "routed", "weight", "scales", "", "other", "other_scales"]
-    node = onnx.helper.make_node("QMoE", inputs, ["y"], domain="com.microsoft")
-    constants = [weight, constant("scales", kinds.FLOAT, 4, 6, 1), other, other_scales]
-    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], [], constants))
-    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
-    # 1000 and 56 bytes packed, the 96 of its scales within; 112 and 28 of a weight that is not packed.
-    assert count_bytes(tmp_path / "model.onnx", num_experts=4, experts_per_token=2) == EngineBytes(
-        weight_bytes=1056 + 112 + 28, read_per_token=528 + 56 + 14, cache_per_position=0
-    )
-
-
 @pytest.mark.parametrize("precision", ["int4", "fp32"])
 def test_an_engines_bytes_are_those_that_its_plan_foretold(precision, tiny_checkpoint, tiny_engines, tmp_path):
     entrant = prepare("ours", tiny_engines(precision), PHIXTRAL, tmp_path, scaled_layers=1)

@@ -66,9 +66,9 @@ def test_plan_takes_every_flag_of_build(capsys):
 @pytest.mark.parametrize(
     "words",
     [
-        ["--precision", "int8", "--portable", "--max-sequence", "64"],
+        ["--precision", "int8", "--kernels", "onnxruntime", "--max-sequence", "64"],
         ["--precision", "int8", "--max-seq-len", "64", "--provider", "cuda"],
-        ["--precision", "int4", "--max-seq-len", "64", "--kernels", "moeship"],
+        ["--precision", "int4", "--max-seq-len", "64"],
         ["--backend", "tensorrt-llm", "--precision", "fp16", "--max-sequence", "64", "--workers", "1"],
     ],
 )

@@ -94,10 +94,6 @@ def test_nothing_is_written(capsys, tmp_path, tiny_checkpoint, monkeypatch):
             "QuantizationError: choosing the precision: the kernels of "
             "moeship multiply quantised matrices, found fp16, expected int8 or int4; choose one of these",
         ),
-        (
-            ["--portable", "--kernels", "moeship"],
-            "EngineError: choosing the weights' form: --portable beside the kernels",
-        ),
         (["--precision", "int5"], "QuantizationError: choosing the precision: 'int5' is unknown"),
         (["--provider", "tpu"], "ExportError: choosing the provider: 'tpu' is unknown"),
         (["--backend", "x"], "EngineError: choosing the backend: 'x' is unknown"),

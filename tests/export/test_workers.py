@@ -32,7 +32,7 @@ def test_every_job_is_done_once_by_processes_of_their_own(converter):
     records, counted = convert(converter, *names)
     assert sorted(record.part for record in records) == sorted(names)
     assert sum(counted) == sum(map(len, names))
-    workers = {record.key for record in records}
+    workers = {record.regions[0].name for record in records}
     assert len(workers) <= 2
     assert str(os.getpid()) not in workers
 
@@ -68,7 +68,7 @@ from odd_converter import OddJob, odd_converter
 from export.conversion.workers import convert_in_workers
 for record in convert_in_workers(odd_converter(sys.argv[1]), [OddJob(source="one"), OddJob(source="sleep")], 1, print):
     if record is not None:
-        print("record", record.key, flush=True)
+        print("record", record.regions[0].name, flush=True)
 """
 
 

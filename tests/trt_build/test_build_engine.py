@@ -31,7 +31,9 @@ from trt_build.errors import EngineError, SequenceError
 from trt_build.ort.session import Session
 
 SCRIPT = Path(__file__).parents[2] / "trt_build" / "build_engine.py"
-BUILT = (("fp32", "cpu"), ("int4", "cpu"), ("fp16", "cuda"), ("int4", "cuda"))
+BUILT = (
+    ("fp32", "cpu"), ("int4", "cpu", "onnxruntime"), ("int4", "cpu", "moeship"), ("fp16", "cuda"), ("int4", "cuda"),
+)  # fmt: skip
 
 
 def build(checkpoint, output, **options):
@@ -47,9 +49,8 @@ def engine_copy(tmp_path, tiny_engine):
 def unlinked_engines(tmp_path, tiny_engines):
     """What `tiny_engines` takes -> a copy: onnx refuses files that other tests have packaged by hard links."""
 
-    def copy(*built, portable=False):
-        name = "-".join([*built, "portable" if portable else "packed"])
-        return Path(shutil.copytree(tiny_engines(*built, portable=portable), tmp_path / name, dirs_exist_ok=True))
+    def copy(*built):
+        return Path(shutil.copytree(tiny_engines(*built), tmp_path / "-".join(built), dirs_exist_ok=True))
 
     return copy
 
@@ -105,7 +106,7 @@ def test_every_attribute_that_bears_on_the_result_is_written(tiny_engines):
 def test_stored_experts_stand_in_the_manifests_order_with_the_grids_error(
     tiny_checkpoint, unlinked_engines, precision, bits, relative_error
 ):
-    folder = unlinked_engines(precision, portable=True)
+    folder = unlinked_engines(precision, "cpu", "onnxruntime")
     found, outside = initializers(folder), load_file(tiny_checkpoint / "model.safetensors")
     order = open_engine(folder).manifest.expert_order
     assert order == (4, 3, 2, 1, 0)
@@ -120,13 +121,13 @@ def test_stored_experts_stand_in_the_manifests_order_with_the_grids_error(
 
 
 def test_router_norms_and_biases_stay_float32(unlinked_engines):
-    for name, values in initializers(unlinked_engines("int4", portable=True)).items():
+    for name, values in initializers(unlinked_engines("int4", "cpu", "onnxruntime")).items():
         if name.endswith((".bias", "gate.weight", ".ln.weight")):
             assert values.dtype == np.float32
 
 
 def test_the_manifest_counts_the_bits_that_the_data_file_holds(unlinked_engines):
-    engine = unlinked_engines("int4", portable=True)
+    engine = unlinked_engines("int4", "cpu", "onnxruntime")
     manifest = open_engine(engine).manifest
     stored = sum(values.nbytes for name, values in initializers(engine).items() if "." in name)
     num_weights = sum(values.size for values in initializers(unlinked_engines("fp32")).values())

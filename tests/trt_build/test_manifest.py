@@ -63,10 +63,10 @@ def test_a_missing_digest_is_told(engine):
 
 
 def test_a_manifest_of_format_2_is_read_without_a_digest_and_written_back_so(tmp_path, tiny_engines):
-    engine = shutil.copytree(tiny_engines("int4", portable=True), tmp_path / "engine")
+    engine = shutil.copytree(tiny_engines("int4", kernels="onnxruntime"), tmp_path / "engine")
     values = read_values(engine)
-    values |= {"format_version": 2}
-    del values["resident_bytes"], values["tokenizer"], values["kernels"]
+    values |= {"format_version": 2, "stages": ["model.onnx"], "kernel_layout": None}
+    del values["tokenizer"], values["kernels"]
     write_values(engine, values)
     assert "digest" not in json.loads((engine / "engine.json").read_text())
     record_verification(open_engine(engine), {"failures": ["perplexity"]})
@@ -133,9 +133,10 @@ def tokenizer(**changes):
         (lambda values: {"eos_token_ids": [10**6]}, "eos_token_ids holds 1000000, expected ids below"),
         (lambda values: {"max_batch": 0}, "max_batch is 0, expected 1 to 65536"),
         (lambda values: {"max_batch": 1.0}, "max_batch is 1.0, expected int"),
-        (lambda values: {"resident_bytes": 0}, "resident_bytes is 0, expected 1 to"),
-        (lambda values: {"kernel_layout": "x"}, "kernel_layout is 'x', expected a SHA-256"),
-        (lambda values: {"stages": ["model.onnx", "../model.onnx"]}, "stages are ('model.onnx', '../model.onnx')"),
+        (lambda values: {"tokenizer": None}, "tokenizer is missing"),
+        (lambda values: {"stages": ["model.onnx"]}, "keys missing or unknown: 'stages'"),
+        (lambda values: {"kernels": "mlas"}, "kernels is 'mlas', expected one of onnxruntime, moeship"),
+        (lambda values: {"format_version": 3}, "keys missing: "),
         (
             lambda values: {"files": {**values["files"], "a/../../x": {"bytes": 1, "sha256": "0" * 64}}},
             "files outside the folder: ['a/../../x']",
@@ -145,8 +146,8 @@ def tokenizer(**changes):
             "files.tokenizer.json: 'zz' is no SHA-256",
         ),
         (
-            lambda values: {"files": {name: record for name, record in values["files"].items() if name[0] != "k"}},
-            "files not listed: ['kernels.onnx']",
+            lambda values: {"files": {name: record for name, record in values["files"].items() if name[0] != "w"}},
+            "files not listed: ['weights.jsonl']",
         ),
     ],
 )  # fmt: skip

@@ -24,7 +24,7 @@ from export.errors import ExportError, QuantizationError
 from export.quantize.grid import quantize_blocks
 from export.quantize.layout import MatrixLayout
 from export.tokenizer import load_tokenizer
-from tests.manifests import edit_manifest, read_values, write_values
+from tests.manifests import edit_manifest
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.serving.server import ServerOptions, running_server
 from trt_build.build_engine import BuildOptions, build_engine
@@ -32,6 +32,7 @@ from trt_build.engine import open_engine
 from trt_build.errors import EngineError
 from trt_build.ort import kernels
 from trt_build.ort.session import ScoringSession, Session
+from trt_build.prepare import chosen_kernels
 
 PROMPT = [11, 5, 300, 42, 7, 8, 9, 150]
 GRAPHS = ("model.onnx", "model_scoring.onnx")
@@ -81,7 +82,7 @@ def edit_graph(folder, edit):
 def test_every_product_but_the_embedding_is_of_the_kernels_in_both_graphs(tiny_engines, precision):
     folder = tiny_engines(precision, kernels="moeship")
     manifest = open_engine(folder).manifest
-    assert (manifest.kernels, manifest.stages, manifest.kernel_layout) == ("moeship", ("model.onnx",), None)
+    assert manifest.kernels == "moeship"
     assert manifest.expert_order == (0, 1, 2, 3, 4)
     assert {path.name for path in folder.glob("*.onnx")} == set(GRAPHS)
     for name in GRAPHS:
@@ -92,7 +93,6 @@ def test_every_product_but_the_embedding_is_of_the_kernels_in_both_graphs(tiny_e
         assert {opset.domain: opset.version for opset in model.opset_import}["moeship"] == 1
         for tensor in model.graph.initializer:
             entries = {entry.key: entry.value for entry in tensor.external_data}
-            assert "prepacked_0" not in entries
             assert int(entries.get("offset", 0)) % 256 == 0
 
 
@@ -209,8 +209,52 @@ def test_without_the_compiled_library_an_engine_is_written_and_refused_when_it_i
     assert "CPU kernels are not compiled here: the engine is written, and loads where they are" in caplog.text
     compare(engine.folder, tiny_engines("int4", kernels="moeship"))
     for session in (Session, ScoringSession):
-        with pytest.raises(EngineError, match=r"absent\.so does not exist; .* C\+\+17 compiler .* without --kernels"):
+        with pytest.raises(EngineError, match=r"absent\.so does not exist; .* C\+\+17 compiler .* with --kernels"):
             session(engine)
+
+
+@pytest.mark.parametrize(
+    ("provider", "precision", "compiled", "expected"),
+    [
+        ("cpu", "int4", True, "moeship"),
+        ("cpu", "int8", True, "moeship"),
+        ("cpu", "fp32", True, "onnxruntime"),
+        ("cuda", "int4", True, "onnxruntime"),
+        ("cpu", "int4", False, "onnxruntime"),
+        ("tpu", "int4", True, "onnxruntime"),  # refused after
+        ("cpu", "int5", True, "onnxruntime"),
+    ],
+)
+def test_the_kernels_that_nobody_names(tmp_path, monkeypatch, provider, precision, compiled, expected):
+    (tmp_path / "there.so").touch()
+    monkeypatch.setattr(kernels, "_LIBRARY", tmp_path / ("there.so" if compiled else "absent.so"))
+    assert chosen_kernels(provider, precision) == expected
+
+
+@pytest.mark.parametrize("command", ["plan", "build"])
+@pytest.mark.parametrize(
+    ("words", "is_told"),
+    [
+        ([], True),
+        (["--precision", "int8"], True),
+        (["--kernels", "onnxruntime"], False),
+        (["--precision", "fp32"], False),
+        (["--provider", "cuda"], False),
+    ],
+    ids=str,
+)
+def test_without_the_library_the_default_is_onnx_runtimes_kernels_and_one_sentence_says_what_that_costs(
+    tmp_path, tiny_checkpoint, tiny_engines, monkeypatch, capsys, command, words, is_told
+):
+    monkeypatch.setattr(kernels, "_LIBRARY", tmp_path / "absent.so")
+    output = tmp_path / "engine"
+    assert main([command, "--checkpoint", str(tiny_checkpoint), "--output", str(output), *words]) == 0
+    told = capsys.readouterr().err.splitlines()
+    found = [line for line in told if "kernels are not compiled in this install" in line]
+    assert len(found) == is_told
+    assert all("two thirds of the speed or less: install a C++17 compiler (g++ or clang++)" in line for line in found)
+    if command == "build" and words == []:
+        compare(output, tiny_engines("int4", kernels="onnxruntime"))
 
 
 def test_a_library_that_is_none_is_refused(tmp_path, tiny_engines, monkeypatch):
@@ -257,28 +301,16 @@ def test_weights_of_another_shape_are_refused(copies):
     ("change", "text"),
     [
         ({"kernels": "mlas"}, "kernels is 'mlas', expected one of onnxruntime, moeship"),
-        ({"kernels": "mlas", "kernel_layout": "0" * 64}, "kernels is 'mlas', expected one of onnxruntime, moeship"),
         ({"provider": "cuda"}, "provider is 'cuda', expected one of cpu"),
-        ({"kernel_layout": "0" * 64}, "those of moeship have none"),
     ],
     ids=str,
 )
 def test_a_manifest_that_says_what_no_such_engine_has_is_refused(copies, change, text):
     folder = copies()
-    shutil.copy(folder / "model.onnx", folder / "kernels.onnx")
-    files = json.loads((folder / "engine.json").read_text())["files"]
-    edit_manifest(folder, **change, files={**files, "kernels.onnx": files["model.onnx"]})
+    edit_manifest(folder, **change)
     with pytest.raises(EngineError) as caught:
         open_engine(folder)
     assert text in str(caught.value)
-
-
-def test_an_engine_that_does_not_say_whose_kernels_is_for_onnx_runtimes(tmp_path, tiny_engines):
-    folder = shutil.copytree(tiny_engines("int4"), tmp_path / "engine")
-    values = read_values(folder)
-    assert values.pop("kernels") == "onnxruntime"
-    write_values(folder, values)
-    assert open_engine(folder).manifest.kernels == "onnxruntime"
 
 
 def test_a_manifest_that_names_the_other_kernels_does_not_load_the_graph(copies):
@@ -291,7 +323,7 @@ def test_a_manifest_that_names_the_other_kernels_does_not_load_the_graph(copies)
 def test_genai_is_told_the_librarys_name_and_no_folder_of_this_machine(tiny_engines):
     config = json.loads((tiny_engines("int4", kernels="moeship") / "genai_config.json").read_text())
     assert config["model"]["decoder"]["session_options"]["custom_ops_library"] == kernels.library().name
-    config = json.loads((tiny_engines("int4") / "genai_config.json").read_text())
+    config = json.loads((tiny_engines("int4", kernels="onnxruntime") / "genai_config.json").read_text())
     assert "custom_ops_library" not in config["model"]["decoder"]["session_options"]
 
 

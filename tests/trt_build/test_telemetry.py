@@ -11,8 +11,8 @@ import pytest
 FIRST_IMPORTS = {
     "serving": "from pathlib import Path; from triton_repo.runtime.seats import open_sessions\n"
     "open_sessions(Path(sys.argv[1]), 1, 1)",
-    "building": "from pathlib import Path; from export.onnx_graph.packing import kernel_layout\n"
-    "kernel_layout(Path(sys.argv[1], 'kernels.onnx').read_bytes())",
+    "verifying": "from trt_build.engine import open_engine; from trt_build.ort.session import ScoringSession\n"
+    "ScoringSession(open_engine(sys.argv[1]))",
 }
 # ONNX Runtime looks at these too, and is silent where tests run.
 SILENCERS = ("ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS", "CI")

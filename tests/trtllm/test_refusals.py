@@ -396,7 +396,10 @@ def test_how_experts_are_shared_follows_from_what_is_given():
             ["--backend", "tensorrt-llm", "--provider", "cpu"],
             "--provider: for --backend onnxruntime only; leave them out",
         ),
-        (["--backend", "tensorrt-llm", "--portable"], "reading the flags: --portable: for --backend onnxruntime only"),
+        (
+            ["--backend", "tensorrt-llm", "--kernels", "moeship"],
+            "reading the flags: --kernels: for --backend onnxruntime",
+        ),
         (["--backend", "tensorrt"], "'tensorrt' is unknown. There are: onnxruntime, tensorrt-llm"),
         (["--backend", "tensorrt-llm", "--precision", "int3"], "QuantizationError: choosing the precision: 'int3'"),
     ],

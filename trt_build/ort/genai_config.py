@@ -18,7 +18,7 @@ from typing import Any
 from export.architecture import Architecture
 from export.onnx_graph import names
 from export.onnx_graph.exporter import SERVING_GRAPH
-from export.provider import Provider
+from export.provider import OWN_KERNELS, Provider
 from export.settings import TokenIds
 from trt_build.ort.kernels import LIBRARY_FILE
 
@@ -42,7 +42,7 @@ def genai_config(architecture: Architecture, max_sequence: int, ids: TokenIds, p
     # The CPU is what is left when none is named.
     provider_options = [] if provider.name == "cpu" else [{provider.name: dict(provider.options)}]
     session_options = {"log_id": "onnxruntime-genai", "provider_options": provider_options}
-    if provider.kernels == "moeship":
+    if provider.kernels == OWN_KERNELS:
         session_options["custom_ops_library"] = LIBRARY_FILE
     decoder = {
         "session_options": session_options,

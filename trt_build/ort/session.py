@@ -12,21 +12,18 @@ buffers and mask lie on the device; a step carries token ids there and one row o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from export.onnx_graph import names
-from export.onnx_graph.exporter import SCORING_GRAPH
+from export.onnx_graph.exporter import SCORING_GRAPH, SERVING_GRAPH
 from trt_build.engine import Engine
 from trt_build.errors import EngineError, SequenceError
 from trt_build.memory import require_memory
-from trt_build.ort.device import Device, load_graphs, open_device
-
-if TYPE_CHECKING:
-    import onnxruntime
+from trt_build.ort.device import Device, load_graph, open_device
 
 PREFILL_CHUNK_TOKENS = 128  # bounds the activations of a long prompt, and a server's time between two looks around
 
@@ -39,7 +36,7 @@ class Cache:
         facts = session.engine.manifest.architecture
         shape = (1, facts.num_kv_heads, session.max_sequence, facts.head_size)
         self.length = 0
-        self.bindings: list[Any] = [stage.backend.io_binding() for stage in session.stages]
+        self.binding = session.backend.io_binding()
         self._buffers = []
         for layer in range(facts.num_layers):
             for past, present in (
@@ -48,37 +45,16 @@ class Cache:
             ):
                 buffer = session.device.zeros(shape)
                 self._buffers.append(buffer)
-                binding = next(
-                    binding
-                    for stage, binding in zip(session.stages, self.bindings, strict=True)
-                    if past in stage.inputs
-                )
-                binding.bind_ortvalue_input(past, buffer)
-                binding.bind_ortvalue_output(present, buffer)
+                self.binding.bind_ortvalue_input(past, buffer)
+                self.binding.bind_ortvalue_output(present, buffer)
 
     def reset(self) -> None:
         """Forget every position; the buffers stay."""
         self.length = 0
 
 
-class _Stage:
-    """A graph that runs a part of the layers. `takes` and `gives` name the hidden states [1, S, H] that come from the
-    stage before and go to the next."""
-
-    def __init__(self, backend: onnxruntime.InferenceSession) -> None:
-        self.backend = backend
-        self.inputs = {value.name for value in backend.get_inputs()}
-        outputs = {value.name for value in backend.get_outputs()}
-        self.takes = _hidden_states(self.inputs - {names.INPUT_IDS, names.ATTENTION_MASK})
-        self.gives = _hidden_states(outputs - {names.LOGITS})
-
-
-def _hidden_states(ends: Collection[str]) -> str | None:
-    return next((name for name in ends if not name.startswith((names.PAST_PREFIX, names.PRESENT_PREFIX))), None)
-
-
 class Session:
-    """An engine's serving graph, loaded in its stages. `threads` None lets ONNX Runtime use every physical core;
+    """An engine's serving graph, loaded. `threads` None lets ONNX Runtime use every physical core;
     `device_index` tells which of several GPUs."""
 
     def __init__(self, engine: Engine, threads: int | None = None, device_index: int = 0) -> None:
@@ -92,9 +68,7 @@ class Session:
         self.max_sequence = engine.manifest.max_sequence
         self.vocab_size = engine.manifest.architecture.vocab_size
         self.device = open_device(engine, device_index)
-        self.stages = [_Stage(graph) for graph in load_graphs(engine, engine.manifest.stages, self.device, threads)]
-        hidden = (1, PREFILL_CHUNK_TOKENS, engine.manifest.architecture.hidden_size)
-        self._hidden = [np.zeros(hidden, dtype=np.float32) for _ in self.stages[1:]]
+        self.backend = load_graph(engine, SERVING_GRAPH, self.device, threads)
         self._mask = self.device.place(np.ones((1, self.max_sequence), dtype=np.int64))
         self._logits = np.zeros((1, 1, self.vocab_size), dtype=np.float32)
 
@@ -121,26 +95,12 @@ class Session:
     def _step(self, cache: Cache, ids: npt.NDArray[np.int64]) -> None:
         total = cache.length + ids.shape[1]
         ids = np.ascontiguousarray(ids)
-        device, mask_shape = self.device, (1, total)
-        for index, (stage, binding) in enumerate(zip(self.stages, cache.bindings, strict=True)):
-            if names.INPUT_IDS in stage.inputs:
-                binding.bind_input(names.INPUT_IDS, "cpu", 0, np.int64, ids.shape, ids.ctypes.data)
-            binding.bind_input(
-                names.ATTENTION_MASK, device.kind, device.index, np.int64, mask_shape, self._mask.data_ptr()
-            )
-            if stage.takes:
-                before = self._hidden[index - 1]
-                binding.bind_input(stage.takes, "cpu", 0, np.float32, self._rows(ids), before.ctypes.data)
-            if stage.gives:
-                after = self._hidden[index]
-                binding.bind_output(stage.gives, "cpu", 0, np.float32, self._rows(ids), after.ctypes.data)
-            else:
-                binding.bind_output(names.LOGITS, "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data)
-            stage.backend.run_with_iobinding(binding)
+        binding, device = cache.binding, self.device
+        binding.bind_input(names.INPUT_IDS, "cpu", 0, np.int64, ids.shape, ids.ctypes.data)
+        binding.bind_input(names.ATTENTION_MASK, device.kind, device.index, np.int64, (1, total), self._mask.data_ptr())
+        binding.bind_output(names.LOGITS, "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data)
+        self.backend.run_with_iobinding(binding)
         cache.length = total
-
-    def _rows(self, ids: npt.NDArray[np.int64]) -> tuple[int, int, int]:
-        return (1, ids.shape[1], self.engine.manifest.architecture.hidden_size)
 
     def _check(self, cache: Cache, ids: npt.NDArray[np.int64]) -> None:
         if not ids.size:
@@ -165,7 +125,7 @@ class ScoringSession:
     def __init__(self, engine: Engine, threads: int | None = None, device: Device | None = None) -> None:
         self.engine = engine
         device = device or open_device(engine)
-        (self._backend,) = load_graphs(engine, (SCORING_GRAPH,), device, threads)
+        self._backend = load_graph(engine, SCORING_GRAPH, device, threads)
         facts = engine.manifest.architecture
         self._empty = np.zeros((1, facts.num_kv_heads, 0, facts.head_size), dtype=device.provider.float_type)
         self._layers = facts.num_layers

@@ -72,7 +72,6 @@ def read_trtllm_options(arguments: argparse.Namespace, checkpoint: str, output: 
     others = {
         "--provider": arguments.provider is not None,
         "--kernels": arguments.kernels is not None,
-        "--portable": arguments.portable,
     }
     strangers = [flag for flag, is_given in others.items() if is_given]
     if strangers:

@@ -28,7 +28,7 @@ def library() -> Path:
     if not _LIBRARY.is_file():
         raise EngineError(
             f"loading the CPU kernels: {_LIBRARY} does not exist; installing moeship compiles it if there is a C++17 "
-            "compiler (g++ or clang++): install one and moeship again, or build the engine without --kernels moeship"
+            "compiler (g++ or clang++): install one and moeship again, or build the engine with --kernels onnxruntime"
         )
     return _LIBRARY
 

@@ -1,0 +1,53 @@
+"""Where the weights of a running engine lie: mapped from their file, or in memory of the process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from export.output import forget_pages
+from tests.checkpoints import write_phixtral_checkpoint
+from trt_build.build_engine import BuildOptions, build_engine
+from trt_build.ort.device import read_in_huge_pages
+
+MEMORY_PROGRAM = """
+import sys
+from trt_build.engine import open_engine
+from trt_build.ort.session import Session
+
+def private():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+
+import onnxruntime, numpy
+before = private()
+session = Session(open_engine(sys.argv[1], check_digests=False), threads=1)
+cache = session.new_cache()
+session.run(cache, list(range(5, 40)))
+print(private() - before)
+"""
+
+
+def test_our_kernels_read_mapped_weights_and_onnx_runtimes_hold_them_in_private_memory(tmp_path):
+    sizes = {
+        "hidden_size": 512, "num_heads": 8, "num_kv_heads": 8, "rotary_dim": 32, "ffn_size": 2048, "num_layers": 4,
+        "max_positions": 64,
+    }  # fmt: skip
+    checkpoint = write_phixtral_checkpoint(tmp_path / "c", seed=1, num_experts=8, experts_per_token=2, **sizes)
+    private = {}
+    for name in ("moeship", "onnxruntime"):
+        output = tmp_path / name
+        engine = build_engine(BuildOptions(checkpoint=str(checkpoint), output=output, kernels=name))
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY_PROGRAM, output], capture_output=True, text=True, check=True
+        )
+        private[name] = int(done.stdout) / engine.resident_bytes
+    assert private["moeship"] < 0.2 < 1.0 < private["onnxruntime"]
+
+
+def test_reading_ahead_takes_any_file_and_changes_nothing(tmp_path):
+    path = tmp_path / "data"
+    for num_bytes in (1, 5000, (1 << 21) + 1):
+        path.write_bytes(bytes(range(256)) * (num_bytes // 256 + 1))
+        forget_pages(path)
+        read_in_huge_pages(path)
+        assert path.read_bytes() == bytes(range(256)) * (num_bytes // 256 + 1)
