@@ -4,7 +4,7 @@ The digest is the last value of the object. It is SHA-256 over every byte before
 change unnoticed; the three bytes after it are fixed. The digest finds damage and careless edits. It is no signature:
 whoever means to deceive can compute it too.
 
-Formats up to UNDIGESTED have none and are read without; the one after them is the present one.
+Formats up to UNDIGESTED have none and are read without.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def read_manifest(folder: Path, doing: str, error: type[MoeshipError] = EngineEr
         raise error(f"{doing}: {named(path)} holds a {type(values).__name__}, expected an object; {_REMEDY}")
     if "digest" not in values:
         backend, version = values.get("backend"), values.get("format_version")
-        if isinstance(backend, str) and type(version) is int and version == UNDIGESTED.get(backend, version) + 1:
+        if isinstance(backend, str) and type(version) is int and version > UNDIGESTED.get(backend, version):
             raise error(f"{doing}: {named(path)} has no digest: it was edited or is damaged; {_REMEDY}")
         return values
     given, expected = values.pop("digest"), _digest_of(text)

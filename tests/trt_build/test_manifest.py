@@ -134,7 +134,7 @@ def tokenizer(**changes):
         (lambda values: {"max_batch": 0}, "max_batch is 0, expected 1 to 65536"),
         (lambda values: {"max_batch": 1.0}, "max_batch is 1.0, expected int"),
         (lambda values: {"tokenizer": None}, "tokenizer is missing"),
-        (lambda values: {"stages": ["model.onnx"]}, "keys missing or unknown: 'stages'"),
+        (lambda values: {"stages": ["model.onnx"]}, "keys missing or unknown: stages"),
         (lambda values: {"kernels": "mlas"}, "kernels is 'mlas', expected one of onnxruntime, moeship"),
         (lambda values: {"format_version": 3}, "keys missing: "),
         (
