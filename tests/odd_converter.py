@@ -31,7 +31,7 @@ class OddConverter(OnnxConverter):
             case "refuse":
                 raise QuantizationError("quantising w: its values are odd")
             case "lack":
-                raise MissingPackageError("onnxruntime", "converting", "cpu")
+                raise MissingPackageError("onnxruntime", "packing", "cpu")
             case "fill":
                 raise OSError(28, "No space left on device", "data")
             case "break":
