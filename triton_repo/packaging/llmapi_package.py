@@ -55,7 +55,7 @@ class LlmApiOptions:
     name: str
     output: Path
     parallel: Parallelism = field(default_factory=Parallelism)
-    max_seq_len: int | None = None  # tokens of prompt and output together; None: as many as the model has positions
+    max_seq_len: int | None = None  # tokens of prompt and output together; None: the model's own limit
     max_batch_size: int = 1
     kv_cache_fraction: float | None = None  # of the GPU memory that the weights leave; None: the library's default
     cancellation_check_period_ms: int = 100

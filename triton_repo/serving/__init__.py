@@ -1,1 +1,1 @@
-"""Model repository in, running tritonserver out: checks before the start, the start, the wait until it is ready."""
+"""Model repository in, running tritonserver out: checks what would fail, starts the server, waits until it is ready."""

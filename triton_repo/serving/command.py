@@ -1,4 +1,4 @@
-"""The command line of a tritonserver: what every rank is told, and where the one that answers listens.
+"""The command line of a tritonserver: arguments of every rank, and arguments of the rank that answers clients.
 
 The options are those of triton-inference-server/server, src/command_line_parser.cc, the same from 2.41 (December 2023)
 on.
@@ -13,7 +13,7 @@ from pathlib import Path
 from triton_repo.serving.installation import Installation
 from triton_repo.serving.ports import Address, ChosenPorts
 
-# What a client of a model needs nothing of. `model-repository` stays open: its index tells whether a model is ready.
+# APIs that no client of a model needs. `model-repository` stays open, since its index says whether a model is ready.
 RESTRICTED_APIS = ("shared-memory", "trace", "logging")
 _RESTRICTION_HEADER = "moeship-admin"
 
@@ -21,8 +21,8 @@ _RESTRICTION_HEADER = "moeship-admin"
 def server_arguments(
     installation: Installation, repository: Path, *, memory_prefix: str, exit_timeout_s: int
 ) -> list[str]:
-    """The program and what every rank is told. `memory_prefix` begins the names of its shared memory;
-    `exit_timeout_s` is what requests in flight have to finish in."""
+    """The program and the arguments that every rank has. The names of its shared memory begin with `memory_prefix`.
+    Requests in flight have `exit_timeout_s` seconds to finish when the server is asked to end."""
     backends = [f"--backend-directory={installation.backends}"] if installation.backends else []
     return [
         str(installation.program),
@@ -35,8 +35,8 @@ def server_arguments(
 
 
 def endpoint_arguments(address: Address, ports: ChosenPorts) -> list[str]:
-    """What the rank is told that answers: a model that does not load leaves the others, and the APIs that only an
-    administrator needs ask for a header that nobody else knows."""
+    """The arguments of the rank that answers clients. A model that does not load does not end the server. The
+    restricted APIs ask for a header with a random value, which nobody knows."""
     return [
         "--exit-on-error=false",
         *_grpc(address, ports.grpc),
@@ -67,7 +67,7 @@ def _metrics(address: Address, ports: ChosenPorts) -> Iterator[str]:
 
 
 def _http_address(address: Address) -> str:
-    """As evhtp, Triton's HTTP library, takes it (evhtp.c, evhtp_bind_socket)."""
+    """The address in the form that Triton's HTTP library takes (evhtp.c, evhtp_bind_socket)."""
     return f"ipv6:{address.text}" if address.is_ipv6 else address.text
 
 

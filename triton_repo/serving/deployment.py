@@ -1,8 +1,9 @@
-"""What the models of a repository ask of the machine that serves them: their folders in, a Deployment out.
+"""What a repository needs of the machine that serves it: the models' folders in, a Deployment out.
 
-A model of TensorRT-LLM says in its config.pbtxt's parameters how many ranks run it (`moeship_world_size`, tensor times
-pipeline parallelism), one of the LLM API how many GPUs its workers take (`moeship_gpus`). Its engine's engine.json says
-for which GPU and by which library the engine was built. Nothing is judged here.
+The config.pbtxt of a model on TensorRT-LLM's C++ backend says how many ranks run the model (parameter
+`moeship_world_size`, tensor times pipeline parallelism). That of a model on the LLM API says how many GPUs its workers
+take (`moeship_gpus`). engine.json says for which GPU and by which library the engine was built. This module only reads;
+`machine_fit.py` compares.
 """
 
 from __future__ import annotations
@@ -34,38 +35,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOrigin:
-    """For what an engine was built: the GPU's name and SM (90 is compute capability 9.0), the version of TensorRT-LLM,
-    each None where engine.json does not say, and the ranks that run it.
-    """
+    """For what an engine was built. A value is None if engine.json does not say it."""
 
-    gpu: str | None
-    sm: int | None
-    library: str | None
-    world_size: int
+    gpu: str | None  # name of the GPU
+    sm: int | None  # 90 is compute capability 9.0
+    library: str | None  # version of TensorRT-LLM
+    world_size: int  # ranks that run the engine
 
 
 @dataclass(frozen=True, kw_only=True)
 class GpuModel:
-    """A model that runs on TensorRT-LLM. `world_size`: ranks, one a GPU; None where its config does not say, as another
-    maker's. `spawns`: it starts its ranks itself, as the LLM API does.
-    """
+    """A model that runs on TensorRT-LLM."""
 
     name: str
     backend: str
-    world_size: int | None
-    spawns: bool
+    world_size: int | None  # ranks, one for each GPU; None if the config does not say, as in another maker's model
+    spawns: bool  # whether the model starts its ranks itself, as the LLM API does
     engine: EngineOrigin | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """The models on TensorRT-LLM, and the models that are only steps of an ensemble in the same repository. `beats`:
-    every request is a matter of a model that moeship packaged, which says in its heartbeat what it computes.
-    """
+    """What a repository needs."""
 
-    gpu_models: tuple[GpuModel, ...]
-    steps: frozenset[str]
-    beats: bool = True
+    gpu_models: tuple[GpuModel, ...]  # the models on TensorRT-LLM
+    steps: frozenset[str]  # models that are steps of an ensemble in the repository
+    beats: bool = True  # every request passes a model that moeship packaged, whose heartbeats say what it computes
 
     @property
     def ranked(self) -> tuple[GpuModel, ...]:
@@ -74,7 +69,7 @@ class Deployment:
 
 
 def read_deployment(repository: Path) -> Deployment:
-    """Read every model's config.pbtxt and, of those on TensorRT-LLM, engine.json. Raises RepositoryError."""
+    """Read config.pbtxt of every model, and engine.json of models on TensorRT-LLM. Raises RepositoryError."""
     configs = {
         path.parent: read_config(path)
         for path in sorted(repository.glob(f"*/{CONFIG_FILE}"))
@@ -88,17 +83,18 @@ def read_deployment(repository: Path) -> Deployment:
 
 
 def runs_moeship(config: ModelConfig) -> bool:
-    """Whether the model's program is one that moeship packaged, which imports the installed moeship."""
+    """Whether the model's program is one that moeship packaged. Such a program imports the installed moeship."""
     return any(key in config.parameters for key in (ENGINE_KEY, NUM_IDS_KEY, GPUS_KEY))
 
 
 def _beats(config: ModelConfig) -> bool:
-    """Whether it is a model of ours in Python, or an ensemble or TensorRT-LLM's backend, whose steps around it are."""
+    """Whether the requests of a model pass a program of ours. Those of an ensemble, and of TensorRT-LLM's C++ backend
+    within one, pass the steps around it."""
     return config.platform == "ensemble" or config.backend == TRITON_BACKEND or runs_moeship(config)
 
 
 def _gpu_models(folder: Path, config: ModelConfig) -> Iterator[GpuModel]:
-    """The model, if it runs on TensorRT-LLM."""
+    """Yields the model if it runs on TensorRT-LLM."""
     texts = {key: value.string_value for key, value in config.parameters.items()}
     spawns = GPUS_KEY in texts
     if config.backend == TRITON_BACKEND or spawns or WORLD_SIZE_KEY in texts:
@@ -124,7 +120,7 @@ def _number(folder: Path, key: str, text: str) -> int:
 
 
 def _engine_origin(folder: Path) -> EngineOrigin | None:
-    """What the engine of a model's only or newest version says; None without one, and for another backend's."""
+    """What engine.json of the model's newest version says; None without an engine, or for an engine of ONNX Runtime."""
     found = {
         int(version.name): path
         for version in folder.iterdir()
@@ -145,7 +141,7 @@ def _engine_origin(folder: Path) -> EngineOrigin | None:
 
 
 def _origin(manifest: Mapping[str, Any]) -> EngineOrigin:
-    """Raises ValueError."""
+    """The facts in a manifest. Raises ValueError."""
     gpu = read_typed(GpuRecord, manifest.get("gpu"), "gpu")
     parallel = read_typed(ParallelRecord, manifest.get("parallel"), "parallel")
     check_range("ranks", parallel.world_size, 1, MAX_RANKS)

@@ -1,6 +1,6 @@
-"""What a running Triton says of itself: whether it listens and lives, and the state of each of its models.
+"""Asks a running Triton whether it listens, whether it is live, and in what state its models are.
 
-It is asked over HTTP, or over gRPC where HTTP is off.
+It is asked over HTTP, or over gRPC if HTTP is off.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from triton_repo.contracts.model_state import ModelState
 from triton_repo.errors import ServerError
 
 _TIMEOUT_S = 10
-# A server of this machine is never asked through a proxy.
+# A server on this machine is never asked through a proxy.
 _NO_PROXY = (("grpc.enable_http_proxy", 0),)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HealthEndpoint:
-    """Where a server is asked: `http` as http://host:port, None where HTTP is off, and `grpc` as host:port."""
+    """Where a server answers."""
 
-    http: str | None
-    grpc: str
+    http: str | None  # http://host:port; None if HTTP is off
+    grpc: str  # host:port
 
 
 def is_listening(host: str, port: int) -> bool:
-    """Whether something accepts TCP connections there."""
+    """Whether a process accepts TCP connections at this host and port."""
     try:
         with socket.create_connection((host, port), timeout=_TIMEOUT_S):
             return True
@@ -38,7 +38,7 @@ def is_listening(host: str, port: int) -> bool:
 
 
 def is_live(endpoint: HealthEndpoint, timeout_s: float) -> bool:
-    """Whether the server answers its liveness within a time."""
+    """Whether the server says within `timeout_s` that it is live."""
     if endpoint.http is None:
         return _is_live_by_grpc(endpoint.grpc, timeout_s)
     try:
@@ -49,7 +49,7 @@ def is_live(endpoint: HealthEndpoint, timeout_s: float) -> bool:
 
 
 def model_states(endpoint: HealthEndpoint) -> tuple[ModelState, ...]:
-    """The repository index of a server. Raises ServerError when it does not answer as Triton does."""
+    """The states in the server's repository index. Raises ServerError if it does not answer as Triton does."""
     entries = _index_by_grpc(endpoint.grpc) if endpoint.http is None else _index_by_http(endpoint.http)
     return tuple(
         ModelState(
@@ -64,7 +64,7 @@ def model_states(endpoint: HealthEndpoint) -> tuple[ModelState, ...]:
 
 
 def server_version(http_url: str) -> str | None:
-    """The version that a server says it has; None where nothing answers as Triton does."""
+    """The version that a server reports; None if it does not answer as Triton does."""
     try:
         with _opener().open(f"{http_url}/v2", timeout=_TIMEOUT_S) as response:
             return str(json.load(response)["version"])

@@ -1,7 +1,8 @@
 """Finds a tritonserver and what it needs around it: libraries, a Python backend, an import path.
 
-One on PATH comes first (a container, a system install). Else the nvidia-pytriton wheel's is run in place: that wheel
-keeps a Python backend stub for each Python version apart, so a backend folder is put together from links.
+A tritonserver on PATH comes first (a container, a system install). Without one, that of the nvidia-pytriton wheel is
+run in place. The wheel has a Python backend stub for each Python version in a separate folder, so a backend folder is
+made of links.
 """
 
 from __future__ import annotations
@@ -24,23 +25,23 @@ _BACKEND_FILES = ("libtriton_python.so", "triton_python_backend_utils.py")
 
 @dataclass(frozen=True, kw_only=True)
 class Installation:
-    """A tritonserver: its program, its backends' folder (None: its own default), and folders of shared libraries."""
+    """A tritonserver."""
 
     program: Path
-    backends: Path | None
-    library_folders: tuple[Path, ...]
+    backends: Path | None  # folder of its backends; None: the server's default
+    library_folders: tuple[Path, ...]  # folders of shared libraries that it needs
 
     def environment(self) -> dict[str, str]:
-        """This process's environment with what the server and its Python stubs look for."""
+        """This process's environment with the folders that the server and its Python stubs need."""
         environment = dict(os.environ)
-        # The stub takes the site-packages of the first python3 on PATH.
+        # The stub uses the site-packages of the first python3 on PATH.
         _put_first(environment, "PATH", [Path(sys.executable).parent])
         _put_first(environment, "LD_LIBRARY_PATH", list(self.library_folders))
         return environment
 
 
 def find_installation(workspace: Path) -> Installation:
-    """The tritonserver to run; `workspace` may be written to. Raises MissingPackageError or ServerError."""
+    """The tritonserver to run. May write to `workspace`. Raises MissingPackageError or ServerError."""
     on_path = shutil.which("tritonserver")
     if on_path:
         program = Path(on_path).resolve()
@@ -73,7 +74,8 @@ def _installation_of_wheel(package: Path, workspace: Path) -> Installation:
 
 
 def _libpython_folders(version: str) -> list[Path]:
-    """Where the stub finds its libpython; none if the system's loader knows. Raises ServerError if nobody does."""
+    """The folder of the libpython that the stub needs; none if the system's loader finds it. Raises ServerError if it
+    is not installed."""
     library = f"libpython{version}.so.1.0"
     folder = Path(sysconfig.get_config_var("LIBDIR") or sys.base_prefix)
     if (folder / library).is_file():
@@ -87,9 +89,9 @@ def _libpython_folders(version: str) -> list[Path]:
 
 
 def packages_folder() -> Path:
-    """The folder of the moeship that runs here. Triton's Python stub ignores PYTHONPATH and looks for modules in its
-    working directory first: started there, a model runs the same moeship as its server's parent, and no module of
-    the caller's working directory stands in for a library."""
+    """The folder that holds moeship's packages. It is the working directory of the server, since Triton's Python stub
+    ignores PYTHONPATH and looks for modules in its working directory first. So models import the same moeship as this
+    process, and no module in the caller's working directory is imported in place of a library."""
     return Path(__file__).resolve().parents[2]
 
 

@@ -1,6 +1,6 @@
-"""Whether this machine can run what a repository holds: a Deployment and the machine's readings in, refusals out.
+"""Whether this machine can run a repository: compares a Deployment with the readings of the machine.
 
-What could not be read is not judged.
+A reading that is missing is not compared.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from trt_build.machine import Machine, container, release
 
 
 def check_machine(deployment: Deployment, machine: Machine, backends: Path | None, ranks: int = 1) -> None:
-    """Refuse what would fail for certain when it is loaded. `backends`: the server's folder of them, None if unknown;
-    `ranks` of a model that does not say how many it has.
+    """Raise ServerError that lists every model that would certainly fail to load: no tensorrtllm backend, an engine of
+    another TensorRT-LLM or for another GPU, more ranks than GPUs.
 
-    Raises ServerError listing every problem: no tensorrtllm backend, an engine of another TensorRT-LLM or for another
-    GPU, more ranks than GPUs.
+    `backends` is the server's folder of backends, None if unknown. `ranks` is the number for a model that does not say
+    how many ranks it has.
     """
     problems = [
         problem
@@ -45,7 +45,7 @@ def _library(model: GpuModel, machine: Machine) -> Iterator[str]:
     if built_by and installed and release(built_by) != release(installed):
         yield (
             f"{model.name}: its engine was built by TensorRT-LLM {built_by}, {installed} is installed here, and an "
-            f"engine runs on its own release alone; serve it in {container(built_by)}, or build it again here"
+            f"engine runs only on the release that built it; serve it in {container(built_by)}, or build it again here"
         )
 
 
@@ -58,8 +58,11 @@ def _gpus(model: GpuModel, machine: Machine, ranks: int) -> Iterator[str]:
     sm = model.engine.sm if model.engine else None
     fitting = sum(sm in (None, gpu.sm) for gpu in machine.gpus)
     if needed > available:
-        hidden = "" if machine.visible is None else " as CUDA_VISIBLE_DEVICES has it"
-        yield f"{model.name}: runs on {needed} GPU(s), one a rank, and this machine has {available}{hidden}: {found}"
+        hidden = "" if machine.visible is None else " (limited by CUDA_VISIBLE_DEVICES)"
+        yield (
+            f"{model.name}: runs on {needed} GPU(s), one for each rank, and this machine has {available}{hidden}: "
+            f"{found}"
+        )
     elif needed > fitting and model.engine:
         yield (
             f"{model.name}: its engine was built for SM {sm} ({model.engine.gpu or 'name not noted'}), needs {needed} "

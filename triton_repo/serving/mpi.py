@@ -1,12 +1,12 @@
-"""How many processes a deployment takes, and the command that starts them: leader or orchestrator mode.
+"""How many ranks a deployment needs, and the command that starts them: leader mode or orchestrator mode.
 
     launch = plan_launch(repository, deployment, world_size=None, multi_model=False)
     launch.command(ranks, num_gpus=2)    # mpirun ... -n 1 tritonserver ... : -n 1 tritonserver ...
 
-Leader mode: one tritonserver a rank; rank 0 holds every model and answers clients, the others hold the model that is
-run in parallel and listen to nobody. Orchestrator mode, for several TensorRT-LLM models in one server: one tritonserver
-that has MPI spawn a worker for each rank of each model. Both as NVIDIA/TensorRT-LLM 1.2's
-triton_backend/scripts/launch_triton_server.py starts them.
+Leader mode: one tritonserver for each rank. Rank 0 loads every model and answers clients. The other ranks load only the
+model that runs on several GPUs, and listen on no port. Orchestrator mode, for several TensorRT-LLM models in one
+server: one tritonserver, which has MPI spawn a worker for each rank of each model. Both modes start the programs as
+triton_backend/scripts/launch_triton_server.py of NVIDIA/TensorRT-LLM 1.2 does.
 """
 
 from __future__ import annotations
@@ -21,25 +21,23 @@ from triton_repo.errors import ServerError
 from triton_repo.serving.deployment import Deployment, GpuModel
 from trt_build.machine import MPIRUN
 
-# Open MPI refuses more ranks than cores, where GPUs are what counts, and binds one or two ranks to a core each, where a
-# server's threads need them all (mpirun(1), "Mapping, Ranking, and Binding").
+# By default Open MPI refuses more ranks than cores, but ranks here need GPUs. It also binds one or two ranks to one
+# core each, but a server's threads need all cores (mpirun(1), "Mapping, Ranking, and Binding").
 _MPIRUN_OPTIONS = ("--allow-run-as-root", "--oversubscribe", "--bind-to", "none")
 _ORCHESTRATOR = {"TRTLLM_ORCHESTRATOR": "1", "TRTLLM_ORCHESTRATOR_SPAWN_PROCESSES": "1"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """`world_size` ranks, one tritonserver each. `parallel_models` are what ranks other than 0 load. `mpirun` is None
-    where one process without MPI is all.
-    """
+    """How the ranks of a deployment are started."""
 
-    world_size: int
-    parallel_models: tuple[str, ...]
+    world_size: int  # ranks; each is one tritonserver
+    parallel_models: tuple[str, ...]  # the models that ranks other than 0 load
     orchestrator: bool
-    mpirun: Path | None
+    mpirun: Path | None  # None if there is one process and no MPI
 
     def command(self, ranks: Sequence[Sequence[str]], num_gpus: int) -> list[str]:
-        """The program to start and its arguments, from each rank's own program and arguments."""
+        """The command that starts all ranks. `ranks` holds the program and arguments of each rank."""
         servers = [[*arguments, *self._mode_arguments(rank, num_gpus)] for rank, arguments in enumerate(ranks)]
         if self.mpirun is None:
             return servers[0]
@@ -49,8 +47,9 @@ class Launch:
         return command
 
     def _mode_arguments(self, rank: int, num_gpus: int) -> list[str]:
-        """What the mode adds. A rank other than 0 that does not load its model ends, and MPI the others with it, where
-        all would wait for it for ever. An orchestrator keeps no memory of its own on the GPUs: its workers need it.
+        """The arguments that the mode adds. A rank other than 0 that cannot load its model ends, and MPI then ends the
+        others, which would otherwise wait for it for ever. An orchestrator reserves no GPU memory, since its workers
+        need it.
         """
         if rank:
             closed = [f"--allow-{endpoint}=false" for endpoint in ("grpc", "http", "metrics")]
@@ -62,25 +61,26 @@ class Launch:
         return []
 
     def environment(self) -> dict[str, str]:
-        """Variables beside the server's own."""
+        """Environment variables that the mode adds."""
         return dict(_ORCHESTRATOR) if self.orchestrator else {}
 
 
 def plan_launch(repository: Path, deployment: Deployment, *, world_size: int | None, multi_model: bool) -> Launch:
-    """Decide the ranks. `world_size` None takes what the repository says; `multi_model` asks for an orchestrator.
+    """Decide how many ranks there are. `world_size` None takes the number in the repository. `multi_model` asks for an
+    orchestrator.
 
-    Raises ServerError for a world size that is not the repository's, for several models in leader mode of which one
-    needs ranks, and where mpirun is needed and not there.
+    Raises ServerError for a world size that is not that of the repository, for several models in leader mode if one of
+    them needs several ranks, and if mpirun is needed and absent.
     """
     models = deployment.ranked
     ranks = 1 if multi_model else world_size or max((model.world_size or 1 for model in models), default=1)
     problems = list(_orchestrator_problems(models, world_size) if multi_model else _leader_problems(models, world_size))
     if not multi_model and len(models) > 1 and ranks > 1:
         names = ", ".join(model.name for model in models)
-        problems.append(f"{names} all run on TensorRT-LLM, {ranks} ranks at most; serve them with --multi-model")
+        problems.append(f"{names} all run on TensorRT-LLM, on up to {ranks} ranks; serve them with --multi-model")
     needs_mpirun = ranks > 1 or multi_model
     problems += [
-        f"{model.name} runs on TensorRT-LLM's LLM API, which starts its processes itself and cannot below mpirun; "
+        f"{model.name} runs on TensorRT-LLM's LLM API, which starts its own processes and cannot do so under mpirun; "
         "serve it from a repository of its own"
         for model in deployment.gpu_models
         if model.spawns and needs_mpirun

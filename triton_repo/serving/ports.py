@@ -1,6 +1,6 @@
-"""Where a server listens: an address of this machine for a host's name, and a port for each kind of client.
+"""Chooses where a server listens: the address of a host, and a port each for gRPC, HTTP and metrics.
 
-Ports that are asked for are checked to be free; where none is asked for, a free one is taken.
+A port that is asked for must be free. If none is asked for, a free one is chosen.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from triton_repo.errors import ServerError
 
 HIGHEST_PORT = 65535
 EVERY_ADDRESS = ("0.0.0.0", "::")
-_OF_EVERY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+_LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Ports:
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenPorts:
-    """TCP ports that were free when they were looked at; `http` is None where HTTP is off."""
+    """TCP ports that were free when they were chosen. `http` is None if HTTP is off."""
 
     grpc: int
     http: int | None
@@ -48,26 +48,27 @@ class Address:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine's own processes reach it."""
+        """Whether only processes of this machine can reach the address."""
         return ipaddress.ip_address(self.text).is_loopback
 
     @property
     def in_url(self) -> str:
-        """As it stands before a port: IPv6 in brackets (RFC 3986, 3.2.2)."""
+        """The form that is put before a port in a URL: IPv6 in brackets (RFC 3986, 3.2.2)."""
         return f"[{self.text}]" if self.is_ipv6 else self.text
 
     @property
     def to_ask(self) -> Address:
-        """Where this machine reaches a server that listens here; one on every address is reached by the loopback's."""
-        return Address(_OF_EVERY.get(self.text, self.text))
+        """The address at which this machine reaches a server that listens here: for all addresses, the loopback
+        address."""
+        return Address(_LOOPBACK_OF.get(self.text, self.text))
 
 
 def resolve_host(host: str) -> Address:
-    """The address of a name or an address, an IPv4 one where the name has both. Raises ServerError."""
+    """The address of a host. An IPv4 address is preferred if the name has both kinds. Raises ServerError."""
     if not host:
         raise ServerError("choosing ports: the host is empty; give 127.0.0.1, or 0.0.0.0 for all addresses")
     try:
-        # idna limits the parts of a name; other codecs do not come in.
+        # The codec idna limits the length of each part of a name, and raises UnicodeError.
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
@@ -76,7 +77,7 @@ def resolve_host(host: str) -> Address:
             "give one such as 127.0.0.1, or 0.0.0.0 for all"
         ) from error
     family, *_, place = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-    if family == socket.AF_INET6 and place[-1]:  # the scope, which an address of one link needs
+    if family == socket.AF_INET6 and place[-1]:  # a scope: the address is valid on one link only
         raise ServerError(
             f"choosing ports: {host!r} is an IPv6 address of one link, which Triton cannot listen on; give another "
             "address of this machine, such as 127.0.0.1"
@@ -85,8 +86,8 @@ def resolve_host(host: str) -> Address:
 
 
 def choose_ports(address: Address, wanted: Ports, *, http: bool = True) -> ChosenPorts:
-    """Choose the ports that are not given, none for HTTP where `http` is False. Raises ServerError listing every port
-    that cannot be had."""
+    """Check the ports that are given and choose the others. If `http` is False there is no HTTP port. Raises
+    ServerError that lists every port that cannot be used."""
     wishes = {name: port for name, port in vars(wanted).items() if http or name != "http"}
     asked = {name: port for name, port in vars(wanted).items() if port is not None}
     problems = [
@@ -101,7 +102,7 @@ def choose_ports(address: Address, wanted: Ports, *, http: bool = True) -> Chose
     if problems:
         raise ServerError(f"choosing ports:{listing(problems)}")
     chosen: dict[str, int | None] = {"http": None}
-    with contextlib.ExitStack() as held:  # all are held until the last is chosen, so that no two are the same
+    with contextlib.ExitStack() as held:  # each is held until the last is chosen, so that no two are equal
         for name, port in sorted(wishes.items(), key=lambda item: item[1] is None):
             family = socket.AF_INET6 if address.is_ipv6 else socket.AF_INET
             try:
@@ -110,9 +111,9 @@ def choose_ports(address: Address, wanted: Ports, *, http: bool = True) -> Chose
                 probe.bind((address.text, port or 0))
             except OSError as error:
                 what = f"the {name} port {port}" if port else f"a port for {name}"
-                problems.append(f"{what} on {address.text} cannot be had ({error.strerror})")
+                problems.append(f"{what} on {address.text} cannot be used ({error.strerror})")
             else:
                 chosen[name] = probe.getsockname()[1]
     if problems:
-        raise ServerError(f"choosing ports: name others, or none to have free ones chosen:{listing(problems)}")
+        raise ServerError(f"choosing ports: give other ports, or none to have free ones chosen:{listing(problems)}")
     return ChosenPorts(**chosen)  # type: ignore[arg-type]  # only `http` may be None

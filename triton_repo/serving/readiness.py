@@ -1,4 +1,4 @@
-"""Waits until a server that was started answers, and says why where it never will."""
+"""Waits until a started server answers, and says why if it never will."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from triton_repo.processes.program import POLL_INTERVAL_S, Process, descendants_
 from triton_repo.serving.health import HealthEndpoint, is_listening, model_states
 from triton_repo.serving.ports import Address, ChosenPorts
 
-# Triton 2.51 takes back a Python process that ends while its model loads within 2 s, and reports the model as failed.
-# Where the process ended before it made its shared memory, Triton waits for it for ever.
+# If a Python process ends while its model loads, Triton 2.51 notices within 2 s and reports the model as failed. But if
+# the process ended before it made its shared memory, Triton waits for it for ever.
 LOST_LOAD_S = 5.0
-# A process is stopped only by a signal that somebody sent: one that loads nothing for so long will not be continued.
+# A process is stopped (state T) only by a signal that somebody sent. After this time nobody will continue it.
 STOPPED_LOAD_S = 5.0
 SERVER_PROGRAM = "tritonserver"
 STUB_PROGRAM = "triton_python_backend_stub"
 
 
-class NotReady(Exception):  # noqa: N818 - what a server is, until its parent says it in its own words
+class NotReady(Exception):  # noqa: N818 - the caller turns it into a ServerError
     """Why a server will not be ready."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Waiting:
-    """What is waited for. `steps` are models that are nothing but parts of another."""
+    """The server that is waited for."""
 
     process: subprocess.Popen[bytes]
-    program: str
+    program: str  # its name, for messages
     address: Address
     ports: ChosenPorts
     endpoint: HealthEndpoint
-    steps: Set[str]
+    steps: Set[str]  # models that are only steps of an ensemble
     timeout_s: float
-    mark: str
+    mark: str  # with which the names of its shared memory begin
 
 
 def wait_until_ready(waiting: Waiting) -> tuple[ModelState, ...]:
-    """The models' states once every one was loaded or refused. Raises NotReady unless one is ready that is more than a
-    step of another, and ServerError where the server does not answer as Triton does."""
+    """Wait until the server listens, which it does after every model was loaded or refused. Returns the models' states.
+    Raises NotReady if the server ends or takes too long, and ServerError if it does not answer as Triton does."""
     deadline = time.monotonic() + waiting.timeout_s
     loads = _Loads()
     listening = [port for port in vars(waiting.ports).values() if port is not None]
@@ -67,8 +67,8 @@ def wait_until_ready(waiting: Waiting) -> tuple[ModelState, ...]:
 
 
 def model_of(words: list[str]) -> str | None:
-    """The model that a Python process of Triton runs, from its command line: STUB .../MODEL/VERSION/model.py ...;
-    None for another program's."""
+    """The model that a Python process of Triton runs, from its command line STUB .../MODEL/VERSION/model.py ...; None
+    for the command line of another program."""
     if len(words) < 2 or Path(words[0]).name != STUB_PROGRAM:
         return None
     path = Path(words[1])
@@ -77,15 +77,15 @@ def model_of(words: list[str]) -> str | None:
 
 @dataclass
 class _Loads:
-    """The Python processes of a server that loads its models: which ended and are not taken back."""
+    """Watches the Python processes of a server that loads its models. Keys are pids, times are of CLOCK_MONOTONIC."""
 
     models: dict[int, str] = field(default_factory=dict)
-    ended: dict[int, float] = field(default_factory=dict)
+    ended: dict[int, float] = field(default_factory=dict)  # since when a process has been seen in state Z
     stopped_since: dict[int, float] = field(default_factory=dict)
-    looked: float = -1.0
+    looked: float = -1.0  # time of the last look
 
     def lost(self, root: int) -> str | None:
-        """The model whose process ended longer ago than Triton takes to notice; looks twice a second at most."""
+        """The model whose process ended longer ago than Triton needs to notice. Looks at most twice a second."""
         now = time.monotonic()
         if now - self.looked < LOST_LOAD_S / 10:
             return None
@@ -106,7 +106,7 @@ class _Loads:
         return None
 
     def stopped(self) -> str | None:
-        """The process that has been stopped for too long, as the last look of `lost` had it."""
+        """The process that was stopped for too long at the last look of `lost`."""
         for pid, since in self.stopped_since.items():
             if self.looked - since >= STOPPED_LOAD_S:
                 return f"the Python process of the model {self.models[pid]}" if pid in self.models else f"process {pid}"

@@ -1,7 +1,7 @@
-"""A look at a model repository before a server is started on it: what would fail for certain is told at once.
+"""Checks a model repository before a server is started on it, and lists what would certainly fail.
 
-Weights are not read here: a model checks its engine's digests when it is loaded, and a damaged one leaves the others
-running.
+Weights are not read here. A model checks its engine's digests when it is loaded; if they are wrong, the other models
+are served without it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def check_repository(repository: Path) -> tuple[str, ...]:
-    """The names of the repository's models. Raises RepositoryError listing every problem of every model."""
+    """The names of the repository's models. Raises RepositoryError that lists every problem of every model."""
     if not repository.is_dir():
         raise RepositoryError(f"serving {repository}: no such folder; make one with: moeship package")
     folders = sorted(path for path in repository.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -63,7 +63,7 @@ def _model_problems(folder: Path) -> list[str]:
         problems.append(f"{folder.name}: no version folder such as {folder.name}/1; package the engine again")
     if runs_moeship(config):
         problems += [problem for version in versions for problem in program_problems(folder.name, version)]
-    # Another maker's model has no engine that could be looked for.
+    # A model of another maker has no parameter that names an engine.
     engines = [version / parameters.engine for version in versions] if parameters is not None else []
     problems += [
         f"{folder.name}: no engine at {engine} ({MANIFEST_FILE} is missing); package it again"
@@ -80,20 +80,20 @@ def _model_problems(folder: Path) -> list[str]:
 
 
 def _is_text(config: ModelConfig) -> bool:
-    """Whether it is one of our models that turn text into tokens or back."""
+    """Whether it is a model of ours that turns text into tokens or tokens into text."""
     return TOKENIZER_KEY in config.parameters and NUM_IDS_KEY in config.parameters
 
 
 def _path_problems(name: str, config: ModelConfig) -> list[str]:
-    """What is wrong with the path of an engine of ours that TensorRT-LLM runs."""
+    """What is wrong with the path of an engine of ours on TensorRT-LLM's C++ backend."""
     if config.backend != TRITON_BACKEND or WORLD_SIZE_KEY not in config.parameters:
         return []
     engine = Path(config.parameters[ENGINE_PATH_KEY].string_value)
     if (engine / MANIFEST_FILE).is_file():
         return []
     return [
-        f"{name}: no engine at {engine}, where its {CONFIG_FILE} says that it lies; package it again where it is "
-        "served, or with --served-from"
+        f"{name}: no engine at {engine}, which its {CONFIG_FILE} names; package it again where it is served, or "
+        "with --served-from"
     ]
 
 
@@ -101,7 +101,7 @@ def _step_problems(folder: Path, names: set[str]) -> list[str]:
     """The steps of an ensemble that are not in the repository."""
     try:
         steps = read_config(folder / CONFIG_FILE).ensemble_scheduling.step
-    except RepositoryError:  # reported as the model's own problem
+    except RepositoryError:  # _model_problems reports it
         return []
     absent = dict.fromkeys(step.model_name for step in steps if step.model_name not in names)
     return [f"{folder.name}: its step {name} is not in the repository; package the engine again" for name in absent]

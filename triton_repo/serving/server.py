@@ -1,11 +1,12 @@
-"""Model repository in, running tritonserver out; stopped again, with every process of it, when the block ends.
+"""Model repository in, running tritonserver out. The server and all of its processes end with the block.
 
     with running_server(ServerOptions(repository=Path("repository"))) as server:
         print(server.grpc_url, server.http_url, server.metrics_url, server.models)
 
-The server is told the whole truth in config.pbtxt (no auto-completion), goes on when a model does not load, and
-listens on this machine alone unless told otherwise. A model that runs on several GPUs has a server on each, started by
-mpirun (mpi.py), of which the first answers. `processes/program.py` says how they end, `supervision/` starts them again.
+config.pbtxt is complete, so Triton's auto-completion is off. A model that does not load does not end the server. The
+server listens only on this machine unless a host is given. A model on several GPUs has one server for each, started by
+mpirun (`mpi.py`); the first of them answers clients. `processes/program.py` ends them, and `supervision/` starts them
+again after a fault.
 """
 
 from __future__ import annotations
@@ -51,70 +52,61 @@ logger = logging.getLogger(__name__)
 LOCALHOST = "127.0.0.1"
 LOG_TAIL_LINES, LOG_TAIL_BYTES = 15, 1 << 16
 DEFAULT_DRAIN_TIMEOUT_S = 30.0
-# What the engine's last tokens have to pass the step behind it and reach their clients.
+# Time for the engine's last tokens to pass postprocessing and to reach the clients.
 SETTLE_S = 0.5
 
-# Triton's HTTP puts parts of a request on its thread's stack before it looks at them: twice the body where that calls
-# itself a form, as curl -d and urllib do (libevhtp, evhtp_parse_query_wflags), and 16 bytes a chunk. On the usual 8 MiB
-# a body of 4.2 MB ends the server (triton-inference-server/server#5840). A stack takes memory as it is used.
+# Triton's HTTP library copies parts of a request to its thread's stack before it checks them: twice the body if the
+# body is declared as a form, as curl -d and urllib do (libevhtp, evhtp_parse_query_wflags), and 16 bytes for each
+# chunk. With the usual stack of 8 MiB a body of 4.2 MB ends the server (triton-inference-server/server#5840). Only the
+# used part of a stack takes memory.
 STACK_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """`host`: a name or an address of this machine. `http` False leaves gRPC and the metrics. `log`: a file for the
-    server's log; None keeps it until the server ends. `verbose` sends it to stderr instead.
-
-    `world_size`: ranks of a model that runs on several GPUs; None takes what the repository says. `multi_model` serves
-    several TensorRT-LLM models, in orchestrator mode. `accept_known_vulnerabilities` lets a tritonserver with known
-    holes listen beyond this machine.
-    """
+    """What a caller chooses."""
 
     repository: Path
-    host: str = LOCALHOST
+    host: str = LOCALHOST  # a name or an address of this machine
     ports: Ports = field(default_factory=Ports)
-    http: bool = True
+    http: bool = True  # False: only gRPC and metrics
     ready_timeout_s: float = 600
     drain_timeout_s: float = DEFAULT_DRAIN_TIMEOUT_S
-    log: Path | None = None
-    verbose: bool = False
-    world_size: int | None = None
-    multi_model: bool = False
-    accept_known_vulnerabilities: bool = False
+    log: Path | None = None  # file for the server's log; None: a temporary file, removed when the server ends
+    verbose: bool = False  # send the server's log to stderr instead
+    world_size: int | None = None  # ranks of a model on several GPUs; None takes the number in the repository
+    multi_model: bool = False  # orchestrator mode, for several TensorRT-LLM models
+    accept_known_vulnerabilities: bool = False  # let a tritonserver with known holes listen beyond this machine
 
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """A server that answers. Urls are host:port for gRPC and http://host:port[/path] for the others; `http_url` is None
-    where HTTP is off. `process` runs `program`, the tritonserver, or watches over it, the mpirun that started
-    `world_size` of them. Its processes bear `mark`, and its models beat in the folder `heartbeats`. `endpoint` is where
-    this machine asks for its health.
-    """
+    """A server that answers."""
 
-    grpc_url: str
-    http_url: str | None
-    metrics_url: str
+    grpc_url: str  # host:port
+    http_url: str | None  # http://host:port; None if HTTP is off
+    metrics_url: str  # http://host:port/metrics
     models: tuple[ModelState, ...]
-    process: subprocess.Popen[bytes]
-    program: str
-    world_size: int
-    log: Path | None
-    mark: str
-    heartbeats: Path
-    endpoint: HealthEndpoint
+    process: subprocess.Popen[bytes]  # the tritonserver, or the launcher of mpirun
+    program: str  # name of the program that was started: tritonserver or mpirun
+    world_size: int  # number of tritonservers
+    log: Path | None  # None if the log goes to stderr
+    mark: str  # in the environment of its processes, and at the start of the names of its shared memory
+    heartbeats: Path  # folder of its models' heartbeats
+    endpoint: HealthEndpoint  # where this machine asks for its health
 
     def log_tail(self) -> str:
-        """The last lines of the server's log, indented; empty where it goes to stderr."""
+        """The last lines of the server's log, indented; empty if the log goes to stderr."""
         return _tail(self.log)
 
     def kill(self) -> None:
-        """End every process of the server at once."""
+        """Kill every process of the server."""
         kill_left(self.process.pid, self.mark)
         self.process.wait()
 
     def drain(self, timeout_s: float) -> bool:
-        """Have the models refuse what waits and what comes, and wait until nothing is computed any more; whether that
-        was so within the time."""
+        """Have the models refuse waiting and further requests, and wait until they compute nothing. Returns whether
+        that was so within `timeout_s`."""
         announce_drain(self.heartbeats)
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -130,11 +122,11 @@ class Server:
 
 @contextlib.contextmanager
 def running_server(options: ServerOptions) -> Iterator[Server]:
-    """Start a server and wait until its models are loaded; stop it when the block ends.
+    """Start a server and wait until its models are loaded. End it when the block ends.
 
-    Raises RepositoryError for a repository that cannot be served, MissingPackageError without a tritonserver, and
-    ServerError for a port in use, what this machine cannot run, a server that ends or takes too long, one with known
-    holes that others could reach, and when no model at all is ready.
+    Raises RepositoryError for a repository that cannot be served, and MissingPackageError if there is no tritonserver.
+    Raises ServerError for a port in use, a model that this machine cannot run, a server that ends or takes too long, a
+    server with known holes that other machines could reach, and if no model is ready.
     """
     with prepared(options) as preparation, preparation.started() as server:
         yield server
@@ -142,7 +134,8 @@ def running_server(options: ServerOptions) -> Iterator[Server]:
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """All that is decided before a server starts, and stays when it is started again: its ports among it."""
+    """Everything that is decided before a server starts and stays the same when it is started again, such as its
+    ports."""
 
     options: ServerOptions
     deployment: Deployment
@@ -156,7 +149,7 @@ class Preparation:
 
     @contextlib.contextmanager
     def started(self) -> Iterator[Server]:
-        """Start the server, wait until its models are loaded, and end it when the block ends. Raises ServerError."""
+        """Start the server and wait until its models are loaded. End it when the block ends. Raises ServerError."""
         options, ports = self.options, self.ports
         heartbeats = Path(tempfile.mkdtemp(prefix="heartbeats-", dir=self.workspace))
         program = self._program(heartbeats)
@@ -197,7 +190,7 @@ class Preparation:
             )
 
     def _program(self, heartbeats: Path) -> Program:
-        # Requests of models that do not beat are waited for by the server itself.
+        # `Server.drain` cannot see the requests of models without heartbeats. For those, the server itself waits.
         exit_timeout_s = DRAIN_TIMEOUT_S if self.deployment.beats else math.ceil(self.options.drain_timeout_s)
         ranks = [
             [
@@ -225,7 +218,7 @@ class Preparation:
         )
 
     def _plain_repository(self) -> Path:
-        """The repository's path, or a link to it where Triton's Python backend could not take its path."""
+        """The repository's path, or that of a link to it if Triton's Python backend cannot use the path."""
         repository = self.options.repository.resolve()
         if is_plain(repository):
             return repository
@@ -235,7 +228,8 @@ class Preparation:
         return link
 
     def _check(self, models: tuple[ModelState, ...], log: Path | None) -> None:
-        """Raise ServerError unless a model is ready that is more than a step of another; name those that are not."""
+        """Raise ServerError if no model is ready other than steps of an ensemble. Warn of each model that is not
+        ready."""
         failed = [
             f"{model.name} is {model.state}" + (f": {model.reason}" if model.reason else "")
             for model in models
@@ -249,7 +243,7 @@ class Preparation:
 
 @contextlib.contextmanager
 def prepared(options: ServerOptions) -> Iterator[Preparation]:
-    """Check everything that can be checked before a server starts, and make its folder. Raises as running_server."""
+    """Check everything that can be checked before a server starts, and make its workspace. Raises as running_server."""
     _check_times(options)
     check_repository(options.repository)
     deployment = read_deployment(options.repository)
@@ -259,7 +253,7 @@ def prepared(options: ServerOptions) -> Iterator[Preparation]:
     mark = f"moeship_{secrets.token_hex(8)}_"
     with private_workspace(mark) as workspace:
         installation = find_installation(workspace)
-        # Where no model needs a GPU, none is asked for.
+        # If no model needs a GPU, nvidia-smi is not run.
         machine = read_machine() if deployment.gpu_models else Machine(gpus=None)
         check_machine(deployment, machine, installation.backends, launch.world_size)
         if not address.is_loopback:
@@ -292,7 +286,7 @@ def _check_times(options: ServerOptions) -> None:
 
 
 def _tail(log: Path | None) -> str:
-    """Of a log that may have grown for months, or have gone."""
+    """The last lines of a log, which may be large or absent."""
     try:
         if log is None or not log.is_file():
             return ""

@@ -1,6 +1,6 @@
-"""Known holes of Triton releases, and whether a server may listen beyond this machine all the same.
+"""Known holes of Triton releases, and whether a server that has some may listen beyond this machine.
 
-The version is asked of the program itself, started for a moment with no model, on the loopback address alone.
+To learn its version, the program is started for a moment without models, on the loopback address.
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ _EMPTY_REPOSITORY = "no-models"
 
 @dataclass(frozen=True, kw_only=True)
 class Hole:
-    """A fault of Triton that strangers can use: `fixed_in` is the first release without it, as (2, 59, 1), and
-    `container` that release's tag."""
+    """A fault of Triton that strangers can use."""
 
-    names: str
+    names: str  # of the CVEs
     what: str
-    fixed_in: tuple[int, int, int]
-    container: str
+    fixed_in: tuple[int, int, int]  # the first release without it, such as (2, 59, 1)
+    container: str  # that release's tag
 
     def __str__(self) -> str:
-        return f"{self.names}, mended in tritonserver:{self.container}-py3: {self.what}"
+        return f"{self.names}, fixed in tritonserver:{self.container}-py3: {self.what}"
 
 
 # NVIDIA's security bulletins for Triton of August 2025 and of May 2026 (5828). 2.59.0 is 25.06 and 2.59.1 is 25.07;
@@ -58,7 +57,7 @@ KNOWN_HOLES = (
     ),
     Hole(
         names="CVE-2026-24206, CVE-2026-24207",
-        what="what a server restricts to those who know a header can be had without it",
+        what="APIs that are restricted to those who know a header can be used without it",
         fixed_in=(2, 67, 0),
         container="26.03",
     ),
@@ -68,7 +67,7 @@ NEWEST_FIX = max(KNOWN_HOLES, key=lambda hole: hole.fixed_in)
 
 
 def holes_of(version: str | None) -> tuple[Hole, ...] | None:
-    """The known holes of a release such as 2.51.0; None where the version is not one."""
+    """The known holes of a release such as 2.51.0; None if `version` is not a version."""
     found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version or "")
     if found is None:
         return None
@@ -77,8 +76,8 @@ def holes_of(version: str | None) -> tuple[Hole, ...] | None:
 
 
 def refuse_known_holes(version: str | None, address: Address, *, accepted: bool) -> None:
-    """Raise ServerError for a server with known holes, or of an unknown version, that others could reach; where that
-    was accepted, say so."""
+    """Raise ServerError for a server with known holes, or with an unknown version, that other machines could reach. If
+    the caller has accepted that, log a warning."""
     holes = holes_of(version)
     if address.is_loopback or holes == ():
         return
@@ -87,7 +86,7 @@ def refuse_known_holes(version: str | None, address: Address, *, accepted: bool)
         "accept it with --accept-known-vulnerabilities (docs/security.md)"
     )
     if holes is None:
-        what, problems = "a tritonserver that does not say its version, so that its holes are unknown", []
+        what, problems = "a tritonserver that does not report its version, so its holes are unknown", []
     else:
         what, problems = f"tritonserver {version}, which has known holes", list(map(str, holes))
     if not accepted:
@@ -96,7 +95,7 @@ def refuse_known_holes(version: str | None, address: Address, *, accepted: bool)
 
 
 def read_version(installation: Installation, workspace: Path, mark: str) -> str | None:
-    """The version of a tritonserver, which is started and ended for it. None where it does not say."""
+    """Start a tritonserver to ask for its version, and end it. None if it does not report one."""
     repository = workspace / _EMPTY_REPOSITORY
     repository.mkdir()
     address = Address("127.0.0.1")

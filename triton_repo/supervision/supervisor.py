@@ -1,9 +1,9 @@
-"""Keeps a server running: starts it, watches it, and starts it again on the same ports where it died or hangs.
+"""Keeps a server running: starts it, watches it, and starts it again on the same ports if it dies or hangs.
 
     supervise(options, RestartPolicy(), reporter)      # returns when it is interrupted
 
-Before a server is started again the repository is looked at: a file that is missing, or not what was packaged, would
-end the next server as well, so that it is named and nothing is started.
+Before a server is started again the repository is checked. A file that is missing or damaged would end the next server
+too, so an error names the file and no server is started.
 """
 
 from __future__ import annotations
@@ -33,41 +33,39 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class RestartPolicy:
-    """A server is started again up to `max_restarts` times, after 1, 2, 4 ... seconds, `longest_pause_s` at most. The
-    count begins anew where a server was healthy for `healthy_s` seconds.
-    """
+    """How often and after what pauses a server is started again. Each pause is twice the one before."""
 
     max_restarts: int = 5
     first_pause_s: float = 1.0
     longest_pause_s: float = 30.0
-    healthy_s: float = 300.0
+    healthy_s: float = 300.0  # after so many healthy seconds the count of restarts begins again at 0
     limits: Limits = field(default_factory=Limits)
 
     def pause_s(self, restart: int) -> float:
-        """The pause before a restart; the first is number 1."""
+        """The pause before a restart. The first restart is number 1."""
         doublings = min(restart - 1, 30)
         return min(self.first_pause_s * 2.0**doublings, self.longest_pause_s)
 
 
 class Reporter(Protocol):
-    """Who is told what happens."""
+    """Is told what happens to the server."""
 
     def ready(self, server: Server, restarts: int) -> None:
-        """The server answers, after so many restarts."""
+        """The server answers. `restarts` is how often it was started again before."""
 
     def failed(self, fault: str, restart: int, pause_s: float) -> None:
-        """The server has failed and was ended; it is started again after a pause."""
+        """The server failed and was ended. It will be started again after a pause."""
 
     def draining(self, timeout_s: float) -> None:
-        """No more requests are taken; those that are computed have so long to finish."""
+        """The server refuses further requests. Those that are computed have `timeout_s` to finish."""
 
 
 def supervise(options: ServerOptions, policy: RestartPolicy, reporter: Reporter) -> None:
-    """Serve until interrupted. A first KeyboardInterrupt drains the server, a second ends it at once; both are passed
-    on.
+    """Serve until interrupted. A first KeyboardInterrupt drains the server and a second ends it at once; both are
+    raised again.
 
-    Raises what running_server raises where the server does not start, ServerError where it failed more often than the
-    policy allows, and RepositoryError where an engine's files are damaged.
+    Raises what running_server raises if the server does not start, ServerError if it failed more often than the policy
+    allows, and RepositoryError if files of the repository are damaged.
     """
     with prepared(options) as preparation:
         restarts, unserved = 0, frozenset[str]()
@@ -76,7 +74,7 @@ def supervise(options: ServerOptions, policy: RestartPolicy, reporter: Reporter)
             try:
                 with preparation.started() as server:
                     began = time.monotonic()
-                    # First, so that what dies as soon as others know of the server is seen.
+                    # Before anyone is told of the server, so that a process that dies right afterwards is noticed.
                     watch = Watch(server, policy.limits)
                     if not restarts:
                         unserved = frozenset(model.name for model in server.models if not model.ready)
@@ -100,27 +98,27 @@ def supervise(options: ServerOptions, policy: RestartPolicy, reporter: Reporter)
 
 
 def _wait(watch: Watch, server: Server, reporter: Reporter, drain_timeout_s: float) -> str:
-    """What failed. When interrupted, drain the server first."""
+    """Wait for a fault and return it. On an interrupt, drain the server and raise the interrupt again."""
     try:
         return watch.wait()
     except KeyboardInterrupt:
         reporter.draining(drain_timeout_s)
         try:
             if not server.drain(drain_timeout_s):
-                logger.warning("requests were still being answered after %g s; they are cut off", drain_timeout_s)
+                logger.warning("requests were still being answered after %g s; they are ended", drain_timeout_s)
         except KeyboardInterrupt:
             server.kill()
         raise
 
 
 def _given_up(restarts: int) -> str:
-    return f"; it was started again {restarts} times, and is not any more" if restarts else ""
+    return f"; it was started again {restarts} times and will not be started again" if restarts else ""
 
 
 def _refuse_damaged(repository: Path, fault: str, unserved: Set[str]) -> None:
-    """Raise RepositoryError naming the files of the repository that are not what was packaged: what is missing, what
-    tokenizers cannot be read, and what engines hold. Digests are computed only where a file's size, time or inode
-    changed. Models that were not served are passed over: the others were served without them."""
+    """Raise RepositoryError that names the files of the repository that are missing or not as they were packaged. An
+    engine's files are hashed only if size, time or inode of one changed. Models in `unserved` are skipped, since the
+    other models were served without them."""
     engines = [folder for folder in _folders_of(repository, f"*/{MANIFEST_FILE}") if _model_of(folder) not in unserved]
     damaged = [problem for engine in engines if (problem := _damage(engine))]
     tokenizers = _folders_of(repository, f"{TextParameters.tokenizer}/{TOKENIZER_FILE}")
@@ -132,18 +130,18 @@ def _refuse_damaged(repository: Path, fault: str, unserved: Set[str]) -> None:
     if damaged or missing:
         what = "an engine's files are damaged" if damaged else "files that it needs are missing or damaged"
         raise RepositoryError(
-            f"serving {repository}: {fault}, and it is not started again: {what}; package the engine again:"
+            f"serving {repository}: {fault}; it is not started again, because {what}; package the engine again:"
             f"{listing([*damaged, *missing])}"
         )
 
 
 def _folders_of(repository: Path, pattern: str) -> list[Path]:
-    """The folders of the files that match a pattern below the models' versions."""
+    """The folders of the files that match a pattern within the version folders of the models."""
     return [path.parent for path in sorted(repository.glob(f"[!.]*/[0-9]*/{pattern}"))]
 
 
 def _model_of(folder: Path) -> str:
-    """The model whose version's folder holds this one."""
+    """The model whose version folder holds this folder."""
     return folder.parents[1].name
 
 

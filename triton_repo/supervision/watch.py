@@ -1,12 +1,12 @@
-"""Watches a server that answers, and says which of its processes is dead or hangs.
+"""Watches a server that answers, and reports which of its processes is dead or hangs.
 
     watch = Watch(server, Limits())
     fault = watch.wait()      # "the Python process of the model phixtral (pid 4711) has ended"
 
-Three things are looked at. Each process that was there when the server was ready: whether it is gone, or stopped. The
-heartbeats of the models (heartbeat.py). Whether tritonserver answers its liveness. A model that computes is none of
-these: its process lives, its heartbeat's thread gets the interpreter's lock while the engine computes, and tritonserver
-answers beside it.
+Three things are checked: whether each process that was there when the server was ready still runs and is not stopped;
+whether the models' heartbeats are recent (processes/heartbeat.py); and whether tritonserver says that it is live. A
+model that computes passes all three: its process runs, the heartbeat's thread gets the interpreter's lock while the
+engine computes, and tritonserver answers at the same time.
 """
 
 from __future__ import annotations
@@ -30,25 +30,24 @@ from triton_repo.serving.health import HealthEndpoint, is_live
 from triton_repo.serving.readiness import SERVER_PROGRAM, model_of
 from triton_repo.serving.server import Server
 
-_NEVER = -1  # no process started then
+_NEVER = -1  # a start time that no process has
 _LAUNCHER_WORDS = ("mpirun", "mpiexec", "prterun", "orterun")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Seconds. A dead process is seen at the next look. A process is stopped only by a signal that somebody sent, so
-    that a short time suffices. A heartbeat or an answer may be late by some seconds where the machine is overloaded or
-    swaps, so that these limits are 60 beats long.
+    """Limits in seconds. On a machine that is overloaded or swaps, a heartbeat or an answer may be late by some
+    seconds, so these limits are as long as 60 beats.
     """
 
-    interval: float = 0.5
-    stopped: float = 3.0
+    interval: float = 0.5  # between two looks; a dead process is noticed at the next look
+    stopped: float = 3.0  # short, since a process is stopped only by a signal that somebody sent
     beat: float = 30.0
     liveness: float = 30.0
 
 
 class Watch:
-    """What is known of one server from one look to the next."""
+    """Watches one server."""
 
     def __init__(self, server: Server, limits: Limits) -> None:
         self._server, self._limits = server, limits
@@ -59,7 +58,7 @@ class Watch:
         self._prober = _Prober(server.endpoint, limits)
 
     def wait(self) -> str:
-        """Look until something is dead or hangs; says what, and of which model."""
+        """Look until a process is dead or hangs. Returns which, and of which model."""
         try:
             while not (fault := self.look()):
                 time.sleep(self._limits.interval)
@@ -68,9 +67,9 @@ class Watch:
             self._prober.stop()
 
     def look(self) -> str | None:
-        """What is dead or hangs, if anything."""
+        """The process that is dead or hangs; None if there is none."""
         now = time.monotonic()
-        # Where this process itself was kept waiting, so were the others: they get another while.
+        # If this process got no processor time, neither did the others: their times begin again.
         if now - self._looked > 4 * self._limits.interval + 2:
             self._stopped_since, self._late_looks = {}, 0
             self._prober.forgive()
@@ -88,7 +87,7 @@ class Watch:
         for pid, member in self._members.items():
             found = read_process(pid)
             if found is None or found.has_ended or found.start_time != member.start_time:
-                # The program may have ended since it was asked for its status.
+                # The program may have ended since its status was read.
                 return self._ended_program() or f"{member.role} (pid {pid}) has ended"
             if found.state != "T":
                 self._stopped_since.pop(pid, None)
@@ -97,7 +96,7 @@ class Watch:
         return None
 
     def _late_beat(self) -> str | None:
-        """A model whose process lives and does not beat, seen in three looks."""
+        """A model whose process lives but does not beat; it must be late at three looks in a row."""
         late = [
             beat
             for beat in read_beats(self._server.heartbeats)
@@ -117,12 +116,12 @@ class Watch:
 
 @dataclass(frozen=True)
 class _Member:
-    role: str
+    role: str  # what it is to the server, for messages
     start_time: int
 
 
 def _members(server: Server) -> dict[int, _Member]:
-    """The processes that a server lives by, by pid: tritonservers, the models' Python processes, and launchers."""
+    """Pid to process, of the processes that a server needs: tritonservers, the models' Python processes, launchers."""
     found = {process.pid: process for process in descendants_of(server.process.pid)}
     mark = f"{MARK_VARIABLE}={server.mark}".encode()
     roles = {
@@ -131,7 +130,7 @@ def _members(server: Server) -> dict[int, _Member]:
         if not process.has_ended and has_variable(pid, mark) and (role := _role(process))
     }
     members = {pid: _Member(role, found[pid].start_time) for pid, role in roles.items()}
-    # An instance that beat and ended before this look; its model was loaded, so that Triton did not end it.
+    # Instances that beat and then ended before this look. Their models are loaded, so Triton did not end them.
     loaded = {model.name for model in server.models if model.ready}
     beats = [beat for beat in read_beats(server.heartbeats) if beat.model in loaded and beat.pid not in members]
     ended = {beat.pid: _Member(f"the Python process of the model {beat.model}", _NEVER) for beat in beats}
@@ -139,13 +138,13 @@ def _members(server: Server) -> dict[int, _Member]:
 
 
 def _program(server: Server) -> dict[int, _Member]:
-    """The program itself, which may hang too."""
+    """The program that was started, which may hang too."""
     process = read_process(server.process.pid)
     return {} if process is None else {process.pid: _Member(server.program, process.start_time)}
 
 
 def _role(process: Process) -> str | None:
-    """What a process is to the server; None for one that the server can do without, as those that libraries start."""
+    """What a process is to the server; None for a process that the server does not need, such as a library's helper."""
     words = process.words()
     if model := model_of(words):
         return f"the Python process of the model {model}"
@@ -154,7 +153,7 @@ def _role(process: Process) -> str | None:
 
 
 def _signal_name(status: int) -> str:
-    """The name of the signal that a process ended by, in brackets."""
+    """The name, in brackets, of the signal that ended a process; empty if none did."""
     if status >= 0:
         return ""
     try:
@@ -164,7 +163,7 @@ def _signal_name(status: int) -> str:
 
 
 class _Prober:
-    """Asks for the liveness in a thread of its own, since a server that hangs answers after a while or never."""
+    """Asks in its own thread whether the server is live, since a hung server answers late or never."""
 
     def __init__(self, endpoint: HealthEndpoint, limits: Limits) -> None:
         self._endpoint, self._limits = endpoint, limits
@@ -178,11 +177,11 @@ class _Prober:
                 self._answered = time.monotonic()
 
     def silent_s(self) -> float:
-        """Seconds since the last answer."""
+        """Seconds since the server last said that it is live."""
         return time.monotonic() - self._answered
 
     def forgive(self) -> None:
-        """Count from now."""
+        """Count the seconds from this moment on."""
         self._answered = time.monotonic()
 
     def stop(self) -> None:

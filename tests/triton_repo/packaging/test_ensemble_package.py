@@ -211,7 +211,7 @@ def test_a_repository_may_be_made_for_another_place(tmp_path, trtllm_engine):
     found = parameters(configs(tmp_path / "repository")["tensorrt_llm"])["gpt_model_path"]
     assert found == "/models/tensorrt_llm/1/engine"
     with pytest.raises(
-        RepositoryError, match="no engine at /models/tensorrt_llm/1/engine, where its config.pbtxt says"
+        RepositoryError, match="no engine at /models/tensorrt_llm/1/engine, which its config.pbtxt names"
     ):
         check_repository(tmp_path / "repository")
 

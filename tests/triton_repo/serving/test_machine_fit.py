@@ -149,12 +149,12 @@ def test_an_engine_that_notes_no_gpu_is_not_judged_by_it(tmp_path, backends):
     [
         (Machine(gpus=(H100,)), "this machine has 1: NVIDIA H100 80GB HBM3 (SM 90)"),
         (Machine(gpus=()), "this machine has 0: none"),
-        (Machine(gpus=(H100, H100), visible=1), "this machine has 1 as CUDA_VISIBLE_DEVICES has it: NVIDIA H100"),
+        (Machine(gpus=(H100, H100), visible=1), "this machine has 1 (limited by CUDA_VISIBLE_DEVICES): NVIDIA H100"),
     ],
 )
 def test_more_ranks_than_gpus_are_refused_with_both_numbers(deployment, backends, machine, found):
     text = refusal(deployment, machine, backends)
-    assert "runs on 2 GPU(s), one a rank, and " + found in text
+    assert "runs on 2 GPU(s), one for each rank, and " + found in text
 
 
 def test_every_problem_is_told_at_once(deployment, tmp_path):
@@ -165,7 +165,7 @@ def test_every_problem_is_told_at_once(deployment, tmp_path):
 def test_a_model_that_says_nothing_of_its_ranks_is_judged_by_those_asked_for(tmp_path, backends):
     other = read_deployment(write_model(tmp_path / "r" / "tensorrt_llm", "tensorrtllm", {}))
     check_machine(other, Machine(gpus=(H100,)), backends)
-    with pytest.raises(ServerError, match=r"runs on 4 GPU\(s\), one a rank, and this machine has 1"):
+    with pytest.raises(ServerError, match=r"runs on 4 GPU\(s\), one for each rank, and this machine has 1"):
         check_machine(other, Machine(gpus=(H100,)), backends, ranks=4)
 
 

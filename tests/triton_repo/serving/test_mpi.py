@@ -89,7 +89,7 @@ def test_a_world_size_is_taken_where_the_repository_says_none_or_the_same():
         (TWO, {"world_size": 0}, "the world size is 0, expected 1 or more"),
         (ONE, {"world_size": 2}, "2 ranks were asked for, and tensorrt_llm is made for 1"),
         (deployment(), {"world_size": 2}, "2 ranks were asked for, and no model here runs an engine of TensorRT-LLM"),
-        (SEVERAL, {}, "first, second all run on TensorRT-LLM, 2 ranks at most; serve them with --multi-model"),
+        (SEVERAL, {}, "first, second all run on TensorRT-LLM, on up to 2 ranks; serve them with --multi-model"),
         (
             SEVERAL,
             {"world_size": 2, "multi_model": True},

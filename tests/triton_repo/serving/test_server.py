@@ -61,7 +61,7 @@ def test_ports_in_use_are_told_together_before_anything_starts(small_repository,
     options = ServerOptions(repository=small_repository, ports=Ports(grpc=taken_port))
     with pytest.raises(ServerError) as caught, running_server(options):
         pass
-    assert f"the grpc port {taken_port} on 127.0.0.1 cannot be had (Address already in use)" in str(caught.value)
+    assert f"the grpc port {taken_port} on 127.0.0.1 cannot be used (Address already in use)" in str(caught.value)
     assert "or none to have free ones chosen" in str(caught.value)
 
 
@@ -70,7 +70,7 @@ def test_impossible_ports_are_refused():
         choose_ports(Address("127.0.0.1"), Ports(http=70000))
     with pytest.raises(ServerError, match="found the same port twice: grpc 9000, metrics 9000"):
         choose_ports(Address("127.0.0.1"), Ports(grpc=9000, metrics=9000))
-    with pytest.raises(ServerError, match="on 192.0.2.1 cannot be had"):
+    with pytest.raises(ServerError, match="on 192.0.2.1 cannot be used"):
         choose_ports(Address("192.0.2.1"), Ports())
 
 

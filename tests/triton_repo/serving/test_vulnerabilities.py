@@ -31,7 +31,7 @@ def test_the_holes_of_a_release_are_those_that_later_ones_mended(version, names)
 @pytest.mark.parametrize("version", [None, "", "unknown", "r25.07"])
 def test_a_version_that_is_none_is_its_own_case(version):
     assert holes_of(version) is None
-    with pytest.raises(ServerError, match="does not say its version, so that its holes are unknown; use the container"):
+    with pytest.raises(ServerError, match="does not report its version, so its holes are unknown; use the container"):
         refuse_known_holes(version, Address("0.0.0.0"), accepted=False)
     refuse_known_holes(version, Address("127.0.0.1"), accepted=False)
 
@@ -42,7 +42,7 @@ def test_an_address_that_others_reach_is_refused_unless_that_is_accepted(address
         refuse_known_holes("2.51.0", Address(address), accepted=False)
     assert f"listening on {address} with tritonserver 2.51.0, which has known holes" in str(caught.value)
     assert "nvcr.io/nvidia/tritonserver:26.03-py3" in str(caught.value)
-    assert f"{CHUNKS}, CVE-2025-23311, mended in tritonserver:25.07-py3: an HTTP body in chunks" in str(caught.value)
+    assert f"{CHUNKS}, CVE-2025-23311, fixed in tritonserver:25.07-py3: an HTTP body in chunks" in str(caught.value)
     refuse_known_holes("2.51.0", Address(address), accepted=True)
     assert CHUNKS in caplog.text
     refuse_known_holes("2.74.0", Address(address), accepted=False)

@@ -267,7 +267,9 @@ def test_pauses_grow_and_after_the_last_restart_it_ends_with_the_reason_and_the_
         ("ready", 2), ("a fault", 3, 4.0),
         ("ready", 3),
     ]  # fmt: skip
-    assert str(error) == (f"serving {tmp_path}: a fault; it was started again 3 times, and is not any more\n  its log")
+    assert str(error) == (
+        f"serving {tmp_path}: a fault; it was started again 3 times and will not be started again\n  its log"
+    )
     assert error.exit_status == 2
     assert preparation.killed == 4
 
@@ -311,7 +313,7 @@ def test_damaged_files_are_named_and_nothing_is_started_again(life, tmp_path, ti
     events, error, _ = life((1, "the process died"), policy=policy, repository=repository)
     assert events == [("ready", 0)]
     assert isinstance(error, RepositoryError)
-    assert "the process died, and it is not started again: an engine's files are damaged" in str(error)
+    assert "the process died; it is not started again, because an engine's files are damaged" in str(error)
     assert f"model.onnx.data: found {data.stat().st_size} bytes, expected {data.stat().st_size + 4096}" in str(error)
     assert error.exit_status == 2
 
@@ -349,7 +351,7 @@ def test_what_is_gone_is_named_and_nothing_is_started_again(life, tmp_path, tiny
     events, error, _ = life((1, "the process died"), repository=repository)
     assert events == [("ready", 0)]
     assert isinstance(error, RepositoryError)
-    assert re.search(f"the process died, and it is not started again: .*missing(.|\n)*{named}", str(error))
+    assert re.search(f"the process died; it is not started again, because .*missing(.|\n)*{named}", str(error))
 
 
 def test_a_steps_tokenizer_that_cannot_be_read_is_named(life, tmp_path, tiny_engine):
