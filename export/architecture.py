@@ -6,6 +6,7 @@ G key/value heads, D head size, E experts, K experts per token, F expert width, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -18,12 +19,60 @@ MAX_EXPERTS = 1 << 12  # the experts of a layer are compared with each other, pa
 # Numbers reach the kernels as float32: those that are 0 or infinite there are no facts of a model.
 MIN_REAL, MAX_REAL = 2.0**-126, 3.4e38
 
+SCORES = ("softmax", "sigmoid")  # of a router
 MAX_LISTED = 12  # unknown keys that are named
 MAX_POSITIONS = 1 << 20  # the rotary tables of as many positions are written into every graph
 
 
 # Keys of config.json that export/settings.py reads, since other files can state them too.
 SETTINGS_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class")
+
+
+def _check_real(name: str, value: float) -> None:
+    if not MIN_REAL <= value <= MAX_REAL:
+        raise ValueError(f"{name} is {value}, expected a positive number of float32's range")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Router:
+    """How a mixture chooses K of its experts by their logits, and weighs them.
+
+    `score` makes scores of all logits: "softmax" or "sigmoid". The K largest are chosen, with `bias` after a vector
+    was added to the scores, of several `groups` from the best of these alone; their scores without that vector,
+    divided by their sum where `normalise` says so and multiplied by `scale`, weigh the experts.
+    Raises ValueError for what is no router.
+    """
+
+    score: str = "softmax"
+    normalise: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.score not in SCORES:
+            raise ValueError(f"score is {shown(self.score)}, expected {' or '.join(SCORES)}")
+        _check_real("scale", self.scale)
+        if not 1 <= self.groups <= MAX_EXPERTS:
+            raise ValueError(f"groups is {shown(self.groups)}, which no router has")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scales:
+    """Numbers that a network multiplies by: the embedding's rows, what attention and MLP or mixture each add to the
+    residual, and the products of query and key (None: by 1/sqrt(D)). Logits are divided by `logits`.
+    Raises ValueError for what is no positive number of float32's range."""
+
+    embedding: float = 1.0
+    residual: float = 1.0
+    attention: float | None = None
+    logits: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                _check_real(field.name, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +97,9 @@ class Architecture:
     source_dtype: str | None  # what the config claims; the tensors themselves decide
     sliding_window: int | None = None  # positions that attention looks back on, its own included; None for all
     tied_head: bool = False  # the head is the embedding
+    dense_layers: tuple[int, ...] = ()  # of a model with experts: layers that have one MLP in the mixture's place
+    router: Router = Router()
+    scales: Scales = Scales()
     bos_token_id: int | None = None  # this and the end tokens come from export/settings.py, which joins several files
     eos_token_ids: tuple[int, ...] = ()
 
@@ -56,14 +108,33 @@ class Architecture:
         least = {"num_experts": 0, "experts_per_token": 0, "bos_token_id": 0, "rotary_dim": 0}
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, float) and not MIN_REAL <= value <= MAX_REAL:
-                raise ValueError(f"{field.name} is {value}, expected a positive number of float32's range")
+            if isinstance(value, float):
+                _check_real(field.name, value)
             if isinstance(value, bool) or not isinstance(value, int):
                 continue
             if not least.get(field.name, 1) <= value <= most.get(field.name, MAX_DIMENSION):
                 raise ValueError(f"{field.name} is {shown(value)}, which no model has")
         if not all(map(is_token_id, self.eos_token_ids)):
             raise ValueError(f"eos_token_ids is {shown(self.eos_token_ids)}, expected token ids")
+
+        if not all(0 <= layer < self.num_layers for layer in self.dense_layers):
+            raise ValueError(f"dense_layers is {shown(self.dense_layers)}, expected layers below {self.num_layers}")
+
+    @property
+    def num_mixtures(self) -> int:
+        """Layers that have experts."""
+        return self.num_layers - len(set(self.dense_layers)) if self.is_moe else 0
+
+    @property
+    def attention_scale(self) -> float:
+        """What the products of query and key are multiplied by."""
+        return 1 / math.sqrt(self.head_size) if self.scales.attention is None else self.scales.attention
+
+    @property
+    def qkv_rows(self) -> tuple[int, int, int]:
+        """Rows of query, key and value in a packed matrix."""
+        keys = self.num_kv_heads * self.head_size
+        return self.num_heads * self.head_size, keys, keys
 
     @property
     def is_moe(self) -> bool:

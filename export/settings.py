@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.architecture import is_token_id
 from export.checkpoint_files import (
     GENERATION_FILE,
     PROCESSOR_TEMPLATE_FILE,
@@ -40,26 +39,17 @@ from export.checkpoint_files import (
     text_files,
 )
 from export.errors import ConfigError, named, names, shown
-from export.reading import is_regular, is_there, read_json, read_text
+from export.reading import is_regular, is_there, read_text
+from export.token_ids import CONFIG_FILE, TokenIds, read_token_ids
 from export.tokenizer import Tokenizer, tokenizer_of
 from export.tokenizer_rules import BuiltTokenizer, TokenizerFiles, build_tokenizer, read_tokenizer_files
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.json"
 DEFAULT_TEMPLATE = "default"
 MAX_TEMPLATE_BYTES = 1 << 20  # the longest templates on the hub have some 20,000
 MAX_TOKENS = 1 << 53  # transformers writes 10**30 for "no limit"
 _PROBE = "a"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenIds:
-    """Ids that end a text, begin one, and fill a batch up; empty or None where no file names one."""
-
-    eos: tuple[int, ...]
-    bos: int | None
-    pad: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,32 +117,6 @@ class Settings:
                 target.write_text(self.tokenizer_json, encoding="utf-8")
             else:
                 place(self.folder / name, target)
-
-
-def read_token_ids(folder: Path, config: Mapping[str, Any]) -> TokenIds:
-    """The ids that config.json and generation_config.json state. Raises ConfigError for what is no token id."""
-    path = folder / GENERATION_FILE
-    generation = read_json(path, GENERATION_FILE) if is_there(path) else {}
-
-    def stated(key: str) -> tuple[int, ...]:
-        found = [_ids(raw, key, name) for raw, name in ((generation, GENERATION_FILE), (config, CONFIG_FILE))]
-        return next(filter(None, found), ())
-
-    def single(key: str) -> int | None:
-        ids = stated(key)
-        return ids[0] if ids else None
-
-    return TokenIds(eos=stated("eos_token_id"), bos=single("bos_token_id"), pad=single("pad_token_id"))
-
-
-def _ids(raw: Mapping[str, Any], key: str, name: str) -> tuple[int, ...]:
-    value = raw.get(key)
-    if value == -1 and type(value) is int and key == "pad_token_id":
-        return ()  # phi's and Llama's older files for "none"
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(is_token_id(item) for item in ids):
-        raise ConfigError(f"reading {name}: {key} is {shown(value)}, expected a token id or a list of them")
-    return tuple(dict.fromkeys(ids))
 
 
 def read_settings(folder: Path, config: Mapping[str, Any]) -> Settings:

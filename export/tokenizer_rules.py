@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from export.checkpoint_files import ADDED_TOKENS_FILE, SETTINGS_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_FILE
 from export.errors import ConfigError, named, shown
+from export.families import registered_tokenizer
 from export.reading import is_there, read_json
 from export.tokenizer import make_backend, tokenizer_text
 
@@ -53,7 +54,6 @@ _DEFAULTS: Mapping[str, Mapping[str, str]] = {
 }
 # Other names of TokenizersBackend; a trailing "Fast" is dropped before one is looked up.
 _NAMES_OF_AS_IT_IS = (AS_IT_IS, "PythonBackend", "PreTrainedTokenizer")
-_REGISTERED = {"phi": GPT2, "mixtral": AS_IT_IS}  # TOKENIZER_MAPPING_NAMES, for the model types that moeship reads
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MAX_ID_DIGITS = 10
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -125,7 +125,7 @@ def tokenizer_class(files: TokenizerFiles, config: Mapping[str, Any]) -> str:
     asked = files.settings.get("tokenizer_class") or config.get("tokenizer_class")
     auto_map = files.settings.get("auto_map")
     remote = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
-    registered = _REGISTERED.get(str(config.get("model_type")))
+    registered = registered_tokenizer(config)
     if asked is None:
         if remote:
             raise files.refuse(

@@ -23,6 +23,8 @@ KERNELS = {
     "Gather": {"T": {"float", "float16", "int64"}, "Tind": {"int32", "int64"}},
     "Add": {"T": {"float", "float16", "bfloat16", "double", "int32", "int64"}},
     "Sub": {"T": {"float", "float16", "bfloat16", "double", "int32", "int64"}},
+    "Mul": {"T": {"float", "float16", "bfloat16", "double", "int32", "int64"}},
+    "Div": {"T": {"float", "float16", "bfloat16", "double", "int32", "int64"}},
     "ReduceSum": {"T": {"float", "float16", "double", "int32", "int64"}},
     "Cast": {"T1": {"float", "float16", "int64", "int32"}, "T2": {"float", "float16", "int64", "int32"}},
     "Reshape": {"T": {"float"}},

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors, tra
 
 Array = npt.NDArray[Any]
 SPELLINGS = ("published", "packed")
-_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 _CORPUS = [
     "the quick brown fox jumps over the lazy dog and the dog looks at the fox",
     "def main() -> None: return the value of the first word in the list of words",
@@ -78,10 +78,10 @@ def write_mixtral_checkpoint(
 ) -> Path:
     """config.json with `config` laid over it, model.safetensors and the tokenizer; returns `folder`."""
     facts = MixtralSizes(**sizes)
-    tensors = _tensors(facts, np.random.default_rng(seed))
+    tensors = random_tensors(facts, np.random.default_rng(seed))
     write_llama_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(published_config(facts) | (config or {}), indent=2))
-    stored = {name: values.astype(_DTYPES[facts.dtype]) for name, values in tensors.items()}
+    stored = {name: values.astype(DTYPES[facts.dtype]) for name, values in tensors.items()}
     save_file(packed(stored) if spelling == "packed" else stored, folder / "model.safetensors")
     return folder
 
@@ -139,7 +139,7 @@ def packed(tensors: dict[str, Array]) -> dict[str, Array]:
     return result
 
 
-def _tensors(sizes: MixtralSizes, rng: np.random.Generator) -> dict[str, Array]:
+def random_tensors(sizes: MixtralSizes, rng: np.random.Generator) -> dict[str, Array]:
     """Every tensor in the published spelling, float32."""
 
     def matrix(rows: int, columns: int, gain: float = 1.0) -> Array:

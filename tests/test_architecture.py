@@ -16,6 +16,7 @@ HEAVY = ("torch", "transformers", "onnxruntime", "tensorrt_llm", "onnx", "triton
 # Read by no one but the function that asks for the reference, and by Triton's stub.
 IMPORTED_BY_NEED = {
     "trt_build.torch_reference": {"torch", "transformers"},
+    "trt_build.references.phixtral": {"torch", "transformers"},
     "export.merge.hidden_states": {"torch", "transformers"},
     "trt_build.trtllm.phixtral": {"tensorrt_llm"},
 }

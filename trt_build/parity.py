@@ -17,7 +17,7 @@ import numpy.typing as npt
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.digests import source_digests
 from export.errors import ConfigError
-from export.families import Model, read_model
+from export.families import Model, family_named, read_model
 from export.optional import optional_package
 from export.tokenizer import load_tokenizer
 from trt_build.engine import Engine, read_part_records, record_verification
@@ -183,10 +183,11 @@ def compare(
         raise ConfigError(f"measuring {engine.folder}: no window of at least two tokens; pass a longer text")
     scoring = ScoringSession(engine)
     experts_per_token = engine.manifest.architecture.experts_per_token
+    router = family_named(engine.manifest.family).reference.router
     sums, first_logits = [], np.empty(0, dtype=np.float32)
     for index, window in enumerate(windows):
         progress(f"scored {index} of {len(windows)} windows of text")
-        expected, expected_routing = run_reference(reference, window)
+        expected, expected_routing = run_reference(reference, window, router)
         found, found_routing = scoring.run(window)
         sums.append(measure(found, expected, window, found_routing, expected_routing, experts_per_token))
         if index == 0:
@@ -199,9 +200,9 @@ def compare(
 
 
 def run_reference(
-    reference: transformers.PreTrainedModel, window: Sequence[int]
+    reference: transformers.PreTrainedModel, window: Sequence[int], router: str | None = None
 ) -> tuple[FloatArray, FloatArray | None]:
-    """The reference's logits [S, V] and, where it routes, router logits [L, S, E]."""
+    """The reference's logits [S, V] and router logits [L, S, E], of the layers that have the module `router`."""
     import torch
 
     routed: list[FloatArray] = []
@@ -210,10 +211,8 @@ def run_reference(
         logits = output if isinstance(output, torch.Tensor) else output[0]  # [S, E]; transformers adds its choice
         routed.append(logits.numpy())
 
-    hooks = []
-    for layer in reference.model.layers:
-        if hasattr(layer.mlp, "gate"):
-            hooks.append(layer.mlp.gate.register_forward_hook(keep))
+    layers = [dict(layer.named_modules()) for layer in reference.model.layers]
+    hooks = [modules[router].register_forward_hook(keep) for modules in layers if router in modules]
     try:
         with torch.no_grad():
             logits = reference(torch.tensor([list(window)]), use_cache=False).logits[0].numpy()

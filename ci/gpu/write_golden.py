@@ -56,7 +56,7 @@ def by_transformers(engine: Engine, checkpoint: str, token_ids: list[int]) -> tu
     model = read_model(open_checkpoint(checkpoint), engine.manifest.architecture.experts_per_token or None)
     if model.architecture != engine.manifest.architecture:
         raise EngineError(f"writing golden logits: {checkpoint} is not the model of {engine.folder}")
-    return run_reference(load_reference(model), token_ids)
+    return run_reference(load_reference(model), token_ids, model.family.reference.router)
 
 
 def limits(precision: str) -> dict[str, float]:

@@ -21,10 +21,7 @@ from typing import TYPE_CHECKING, Any
 from export.architecture import MAX_LAYERS, MAX_POSITIONS, Architecture, ConfigReader
 from export.families import Family
 from export.families.phi_stack import (
-    EMBEDDING,
-    FINAL_NORM,
     HARMLESS_TENSORS,
-    HEAD,
     has_experts,
     layer_name,
     read_msft_config,
@@ -32,25 +29,15 @@ from export.families.phi_stack import (
     stack_head,
     stack_tensors,
     stack_trtllm,
+    transformers_config,
+    transformers_name,
 )
+from export.families.reference import Reference
 from export.families.transformers_config import HARMLESS_KEYS, check_heads, read_rope, refuse_quantized
 from export.tensor_table import Part, Role, TensorSpec, concatenated, single
 
 if TYPE_CHECKING:
     from export.onnx_graph.graph import GraphBuilder
-
-# Our module names to transformers', at the top of the model and inside a layer; Wqkv is three there.
-TRANSFORMERS_TOP = {
-    EMBEDDING.rpartition(".")[0]: "model.embed_tokens",
-    FINAL_NORM: "model.final_layernorm",
-    HEAD: "lm_head",
-}
-TRANSFORMERS_MODULES = {
-    "ln": "input_layernorm",
-    "mixer.out_proj": "self_attn.dense",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
 
 
 def matches(config: Mapping[str, Any]) -> bool:
@@ -118,20 +105,15 @@ def tensors(architecture: Architecture, names: Sequence[str]) -> list[TensorSpec
 
 
 def _in_transformers_spelling(spec: TensorSpec, architecture: Architecture) -> TensorSpec:
-    stem, _, kind = spec.name.rpartition(".")
-    if stem in TRANSFORMERS_TOP:
-        return replace(spec, parts=(Part(name=f"{TRANSFORMERS_TOP[stem]}.{kind}", shape=spec.shape),))
-    layer, module = stem.removeprefix("transformer.h.").split(".", 1)
-    prefix = f"model.layers.{layer}"
-    if module == "mixer.Wqkv":
-        queries = architecture.num_heads * architecture.head_size
-        keys = architecture.num_kv_heads * architecture.head_size
-        parts = [
-            Part(name=f"{prefix}.self_attn.{letter}_proj.{kind}", shape=(rows, *spec.shape[1:]))
-            for letter, rows in (("q", queries), ("k", keys), ("v", keys))
-        ]
-        return concatenated(spec.name, parts, spec.letters, spec.role)
-    return replace(spec, parts=(Part(name=f"{prefix}.{TRANSFORMERS_MODULES[module]}.{kind}", shape=spec.shape),))
+    name = transformers_name(spec.name)
+    assert name is not None  # every row of a dense Phi-2 has one
+    if "{}" not in name:
+        return replace(spec, parts=(Part(name=name, shape=spec.shape),))
+    parts = [
+        Part(name=name.format(letter), shape=(rows, *spec.shape[1:]))
+        for letter, rows in zip("qkv", architecture.qkv_rows, strict=True)
+    ]
+    return concatenated(spec.name, parts, spec.letters, spec.role)
 
 
 def _mlp(graph: GraphBuilder, layer: int, normed: str) -> str:
@@ -150,6 +132,9 @@ FAMILY = Family(
     tensors=tensors,
     decoder=decoder,
     head=stack_head,
+    layer=layer_name,
+    reference=Reference(model="PhiForCausalLM", name=transformers_name, config=transformers_config),
+    tokenizers={"phi": "GPT2Tokenizer"},
     harmless_tensors=HARMLESS_TENSORS,
-    trtllm=stack_trtllm("PhiForCausalLM", {"mlp.fc1": "mlp.fc", "mlp.fc2": "mlp.proj"}, in_library=True),
+    trtllm=stack_trtllm("PhiForCausalLM", {"mlp.fc1": "mlp.fc", "mlp.fc2": "mlp.proj"}),
 )

@@ -38,6 +38,18 @@ FINAL_NORM = "lm_head.ln"
 HEAD = "lm_head.linear"
 ROPE_BASE = 10000.0
 # Buffers that some exports keep; every engine recomputes them.
+# Our module names to transformers' Phi, at the top of the model and inside a layer.
+TRANSFORMERS_TOP = {
+    EMBEDDING.rpartition(".")[0]: "model.embed_tokens",
+    FINAL_NORM: "model.final_layernorm",
+    HEAD: "lm_head",
+}
+TRANSFORMERS_MODULES = {
+    "ln": "input_layernorm",
+    "mixer.out_proj": "self_attn.dense",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
 HARMLESS_TENSORS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "causal_mask", "mask")
 _HARMLESS_KEYS = (
     "architectures", "auto_map", "model_type", "attn_pdrop", "embd_pdrop", "resid_pdrop", "initializer_range",
@@ -48,6 +60,41 @@ _HARMLESS_KEYS = (
 
 def layer_name(layer: int) -> str:
     return f"transformer.h.{layer}"
+
+
+def transformers_name(name: str) -> str | None:
+    """A row's name in transformers' Phi, as Reference.name has it; None for a mixture's."""
+    stem, _, kind = name.rpartition(".")
+    if stem in TRANSFORMERS_TOP:
+        return f"{TRANSFORMERS_TOP[stem]}.{kind}"
+    layer, module = stem.removeprefix(layer_name(0)[:-1]).split(".", 1)
+    theirs = "self_attn.{}_proj" if module == "mixer.Wqkv" else TRANSFORMERS_MODULES.get(module)
+    return f"model.layers.{layer}.{theirs}.{kind}" if theirs else None
+
+
+def transformers_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config.json in the words of transformers' PhiConfig, from its own words alone; what a phi-msft one may leave
+    out is as in the published configuration_phi.py."""
+    if raw["model_type"] == "phi":
+        return raw
+    hidden, heads = raw["n_embd"], raw["n_head"]
+    return {
+        "vocab_size": raw["vocab_size"],
+        "hidden_size": hidden,
+        "intermediate_size": raw.get("n_inner") or 4 * hidden,
+        "num_hidden_layers": raw["n_layer"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": raw.get("n_head_kv") or heads,
+        "max_position_embeddings": raw["n_positions"],
+        "layer_norm_eps": raw["layer_norm_epsilon"],
+        "hidden_act": raw["activation_function"],
+        "tie_word_embeddings": raw.get("tie_word_embeddings", False),
+        "bos_token_id": raw.get("bos_token_id"),
+        "eos_token_id": raw.get("eos_token_id"),
+        "rope_theta": 10000.0,
+        # transformers takes int(D * factor); the quarter keeps a rounded quotient from losing a dimension.
+        "partial_rotary_factor": (raw["rotary_dim"] + 0.25) / (hidden // heads),
+    }
 
 
 def has_experts(config: Mapping[str, Any]) -> bool:
@@ -129,7 +176,7 @@ def stack_graph(graph: GraphBuilder, architecture: Architecture, mlp: Callable[[
         name = layer_name(layer)
         normed = graph.layer_norm(x, f"{name}.ln", architecture.norm_epsilon)
         qkv = graph.query_key_value(normed, f"{name}.mixer.Wqkv")  # [B, S, (N+2G)*D]
-        heads = graph.attention(qkv, f"{name}.mixer", layer)  # [B, S, N*D]
+        heads = graph.attention(qkv, f"{name}.mixer", layer, window=architecture.sliding_window)  # [B, S, N*D]
         attended = graph.linear(heads, f"{name}.mixer.out_proj")
         x = graph.add(graph.add(x, attended, f"{name}.attention_residual"), mlp(graph, layer, normed), name)
     return x
@@ -140,13 +187,14 @@ def stack_head(graph: GraphBuilder, architecture: Architecture, x: str) -> str:
     return graph.linear(graph.layer_norm(x, FINAL_NORM, architecture.norm_epsilon), HEAD)
 
 
-def stack_trtllm(architecture: str, mlp: Mapping[str, str], *, in_library: bool) -> TrtllmNetwork:
-    """TensorRT-LLM's network (tensorrt_llm/models/phi/model.py); `mlp` names the modules that differ between families.
+def stack_trtllm(architecture: str, mlp: Mapping[str, str], module: str | None = None) -> TrtllmNetwork:
+    """TensorRT-LLM's network (tensorrt_llm/models/phi/model.py), or ours in `module`; `mlp` names the modules that
+    differ between families.
     It has no sending and receiving between layers, and so no pipeline parallelism. The library's own leaves the norms'
     epsilon and the number of key/value heads at what its layers have by default."""
     return TrtllmNetwork(
         architecture=architecture,
-        in_library=in_library,
+        module=module,
         hidden_act="gelu_new",
         pipeline=False,
         gated=False,
@@ -161,6 +209,6 @@ def stack_trtllm(architecture: str, mlp: Mapping[str, str], *, in_library: bool)
         modules=MappingProxyType(
             {"ln": "input_layernorm", "mixer.Wqkv": "attention.qkv", "mixer.out_proj": "attention.dense", **mlp}
         ),
-        norm_epsilon=1e-5 if in_library else None,
-        grouped_heads=not in_library,
+        norm_epsilon=1e-5 if module is None else None,
+        grouped_heads=module is not None,
     )

@@ -24,7 +24,10 @@ from export.families.phi_stack import (
     stack_head,
     stack_tensors,
     stack_trtllm,
+    transformers_config,
+    transformers_name,
 )
+from export.families.reference import Reference
 from export.tensor_table import Part, Role, TensorSpec, single, stacked
 
 if TYPE_CHECKING:
@@ -78,10 +81,18 @@ FAMILY = Family(
     tensors=tensors,
     decoder=decoder,
     head=stack_head,
+    layer=layer_name,
+    reference=Reference(
+        model="PhiForCausalLM",
+        name=transformers_name,
+        router="mlp.gate",
+        config=transformers_config,
+        additions="phixtral",
+    ),
     harmless_tensors=HARMLESS_TENSORS,
     trtllm=stack_trtllm(
         "PhixtralForCausalLM",
         {"moe.gate": "mlp.router", "moe.mlp.fc1": "mlp.fc", "moe.mlp.fc2": "mlp.proj"},
-        in_library=False,
+        module="phixtral",
     ),
 )

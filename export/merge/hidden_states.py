@@ -18,8 +18,7 @@ import numpy.typing as npt
 
 from export.architecture import Architecture
 from export.families import Model
-from export.families.phi import TRANSFORMERS_MODULES
-from export.families.phi_stack import EMBEDDING, layer_name
+from export.families.phi_stack import EMBEDDING, TRANSFORMERS_MODULES, layer_name
 from export.optional import optional_package
 
 if TYPE_CHECKING:

@@ -109,21 +109,32 @@ class GraphBuilder:
         return self._operation(self._kernels.linear(x, matrix, self._plan.accuracy_level), path)
 
     def query_key_value(self, x: str, path: str) -> str:
-        """The packed input of `attention`: [B, S, H] to [B, S, (N+2G)*D].
+        """Queries, keys and values for `attention`, of one matrix: [B, S, H] to [B, S, (N+2G)*D].
 
-        In float16 the queries carry the power of two nearest to 1/sqrt(D), which rounds nothing: their products with
-        the keys are then of the scores' own magnitude, where Phi-2's raw products pass 65504 in its last layers
+        In float16 the queries carry the power of two nearest to attention's scale, which rounds nothing: their products
+        with the keys are then of the scores' own magnitude, where Phi-2's raw products pass 65504 in its last layers
         (huggingface/transformers#28163). ONNX Runtime's own attention kernels sum in float32; others need not.
         """
         facts = self.architecture
-        factor = 2.0 ** -round(math.log2(math.sqrt(facts.head_size))) if self._float_type == "float16" else 1.0
-        rows = facts.num_heads * facts.head_size if factor != 1.0 else 0
-        packed = self.linear(x, path, scaled_rows=rows, row_factor=factor)
-        self._query_factors[packed] = factor
-        return packed
+        factor = 2.0 ** round(math.log2(facts.attention_scale)) if self._float_type == "float16" else 1.0
+        rows = facts.qkv_rows[0] if factor != 1.0 else 0
+        queries = self.linear(x, path, scaled_rows=rows, row_factor=factor)
+        self._query_factors[queries] = factor
+        return queries
 
-    def attention(self, qkv: str, path: str, layer: int) -> str:
-        """What `query_key_value` gave, [B, S, (N+2G)*D], to [B, S, N*D], through the cache of `layer`."""
+    def query(self, x: str, path: str) -> str:
+        """The queries alone, [B, S, H] to [B, S, N*D], carrying what those of `query_key_value` do; for attention whose
+        keys and values have matrices of their own (`linear`)."""
+        return self.query_key_value(x, path)
+
+    def attention(
+        self, query: str, path: str, layer: int, *, window: int | None, key: str = "", value: str = ""
+    ) -> str:
+        """Queries to [B, S, N*D], through the cache of `layer`, looking back on `window` positions (None: on all).
+
+        `query` is what `query_key_value` gave, [B, S, (N+2G)*D]; or queries alone, [B, S, N*D], with `key` and `value`
+        [B, S, G*D]. Both are turned by the rotary embedding here.
+        """
         facts = self.architecture
         if facts.head_size % 16 or facts.rotary_dim % 16:
             raise ExportError(
@@ -131,15 +142,16 @@ class GraphBuilder:
                 "GroupQueryAttention takes multiples of 16; this model cannot be built for it"
             )
         inputs = [
-            qkv, "", "", names.past_key(layer), names.past_value(layer),
+            *(self._cast(part, self._float_type) if part else "" for part in (query, key, value)),
+            names.past_key(layer), names.past_value(layer),
             "attention/seqlens_k", "attention/total_sequence_length", "rotary/cos_cache", "rotary/sin_cache",
         ]  # fmt: skip
         return self._node(
             "GroupQueryAttention", inputs, f"{path}.attention", microsoft=True,
             more_outputs=[names.present_key(layer), names.present_value(layer)],
             float_type=self._float_type, num_heads=facts.num_heads, kv_num_heads=facts.num_kv_heads,
-            scale=1 / math.sqrt(facts.head_size) / self._query_factors[qkv],
-            softcap=0.0, local_window_size=facts.sliding_window or -1, do_rotary=1, rotary_interleaved=0,
+            scale=facts.attention_scale / self._query_factors.get(query, 1.0),
+            softcap=0.0, local_window_size=window or -1, do_rotary=1, rotary_interleaved=0,
             smooth_softmax=0,
         )  # fmt: skip
 
@@ -152,25 +164,39 @@ class GraphBuilder:
         inputs = [self._cast(left, "float32"), self._cast(right, "float32")]
         return self._node("Add", inputs, f"{path}.sum", float_type="float32")
 
+    def scale(self, x: str, factor: float, path: str) -> str:
+        """x times a number, float32; x itself where the number is 1."""
+        return self._by_number("Mul", x, factor, f"{path}.scaled")
+
+    def divide(self, x: str, divisor: float, path: str) -> str:
+        """x by a number, float32; x itself where the number is 1."""
+        return self._by_number("Div", x, divisor, f"{path}.divided")
+
     def experts(self, x: str, *, gate: str, fc1: str, fc2: str, name: str, activation: str) -> str:
-        """Route [B, S, H] to the K experts of the largest gate logits, weighted by the softmax over those K.
+        """Route [B, S, H] to K experts, chosen and weighted as the architecture's router says.
 
         `activation` between fc1 and fc2 is "gelu" in its tanh form, or "swiglu", silu(gate) * up, where fc1 gives gate
-        and up in turn. A bias is added where the table has one.
+        and up in turn. A bias is added where the table has one. Raises ExportError for a router that the kernels lack.
         """
+        rule = self.architecture.router
+        self._kernels.check_router(rule, name)
         router = self._router(x, gate, name)
         x = self._cast(x, self._float_type)
         features = [self._table[f"{fc}.weight"].shape[-1] for fc in (fc1, fc2)]
         (weight1, job1), (weight2, job2) = (self._weight(f"{fc}.weight", features) for fc in (fc1, fc2))
         bias1, bias2 = self._bias(fc1), self._bias(fc2)
-        routed = Routed(router=router, k=self.architecture.experts_per_token, activation=activation)
+        routed = Routed(
+            router=router, k=self.architecture.experts_per_token, activation=activation, normalise=rule.normalise
+        )
         if job1.layout is Layout.PLAIN:
             inputs = [x, router, weight1[0], bias1, weight2[0], bias2]
-            return self._node(
+            mixed = self._node(
                 "MoE", inputs, name, microsoft=True, float_type=self._float_type, **mixture_attributes(routed)
             )
-        first, second = self._matrix(fc1, weight1, job1, bias1), self._matrix(fc2, weight2, job2, bias2)
-        return self._operation(self._kernels.experts(x, routed, first, second, self._plan.accuracy_level), name)
+        else:
+            first, second = self._matrix(fc1, weight1, job1, bias1), self._matrix(fc2, weight2, job2, bias2)
+            mixed = self._operation(self._kernels.experts(x, routed, first, second, self._plan.accuracy_level), name)
+        return self.scale(mixed, rule.scale, f"{name}.routed")
 
     def last_position(self, x: str) -> str:
         """[B, S, H] to [B, 1, H]."""
@@ -208,6 +234,12 @@ class GraphBuilder:
         return helper.make_model(graph, opset_imports=opsets, ir_version=names.IR_VERSION, producer_name="moeship")
 
     # Parts of the above.
+
+    def _by_number(self, operator: str, x: str, number: float, path: str) -> str:
+        if number == 1.0:
+            return x
+        constant = self._constant(f"number/{number!r}", np.array(number, np.float32))
+        return self._node(operator, [self._cast(x, "float32"), constant], path, float_type="float32")
 
     def _router(self, x: str, gate: str, name: str) -> str:
         """Router logits [B*S, E], in the engine's expert order and the provider's float type.

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+from export.architecture import Router
+from export.errors import ExportError
 from export.onnx_graph import names
 from export.onnx_graph.initializers import initializer_names, quantized_initializers
 from export.onnx_graph.weights import Initializer, Layout, WeightJob
@@ -44,11 +46,12 @@ class Operation:
 @dataclass(frozen=True, kw_only=True)
 class Routed:
     """What experts do beside their two products: the `k` best of them are taken, with `activation` between the
-    products; `router` names the logits."""
+    products; `router` names the logits. `normalise`: the softmax is one over these k, else over all experts."""
 
     router: str
     k: int
     activation: str
+    normalise: bool
 
 
 class Kernels(ABC):
@@ -56,6 +59,22 @@ class Kernels(ABC):
 
     domain: ClassVar[str]
     layout: ClassVar[Layout]
+    normalises: ClassVar[tuple[bool, ...]]  # the values of Router.normalise that the experts' kernel has
+
+    def check_router(self, router: Router, path: str) -> None:
+        """Raise ExportError naming what of a router these kernels lack."""
+        lacking = {
+            "score": (router.score, ("softmax",)),
+            "normalise": (router.normalise, self.normalises),
+            "groups": (router.groups, (1,)),
+            "bias": (router.bias, (False,)),
+        }
+        for name, (value, known) in lacking.items():
+            if value not in known:
+                raise ExportError(
+                    f"planning {path}: its router's {name} is {value}, and these kernels have only "
+                    f"{' and '.join(map(str, known))}; this model cannot be built for them"
+                )
 
     @abstractmethod
     def initializers(self, spec: TensorSpec, bits: int, block: int, provider: Provider) -> tuple[Initializer, ...]:
@@ -73,8 +92,8 @@ class Kernels(ABC):
 def mixture_attributes(routed: Routed) -> dict[str, Any]:
     """What ONNX Runtime's MoE and QMoE are both told."""
     attributes: dict[str, Any] = {
-        "k": routed.k, "activation_type": routed.activation, "normalize_routing_weights": 1, "use_sparse_mixer": 0,
-        "swiglu_fusion": 0,
+        "k": routed.k, "activation_type": routed.activation,
+        "normalize_routing_weights": int(routed.normalise), "use_sparse_mixer": 0, "swiglu_fusion": 0,
     }  # fmt: skip
     if routed.activation == "swiglu":  # gate * sigmoid(alpha * gate) * (up + beta), neither of the two clamped
         attributes |= {"swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0, "swiglu_limit": math.inf}
@@ -84,6 +103,7 @@ def mixture_attributes(routed: Routed) -> dict[str, Any]:
 class _OnnxRuntime(Kernels):
     domain = names.MICROSOFT_DOMAIN
     layout = Layout.BLOCKS
+    normalises = (True, False)
 
     def initializers(self, spec: TensorSpec, bits: int, block: int, provider: Provider) -> tuple[Initializer, ...]:
         return quantized_initializers(spec, bits, block, provider)
@@ -109,6 +129,7 @@ class _OnnxRuntime(Kernels):
 class _Moeship(Kernels):
     domain = names.MOESHIP_DOMAIN
     layout = Layout.GROUPS
+    normalises = (True,)
 
     def initializers(self, spec: TensorSpec, bits: int, block: int, provider: Provider) -> tuple[Initializer, ...]:  # noqa: ARG002 - the layout is one for all
         *stack, rows, features = spec.shape

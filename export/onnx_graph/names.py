@@ -36,6 +36,7 @@ def present_value(layer: int) -> str:
     return f"{PRESENT_PREFIX}{layer}.value"
 
 
-def router_logits(layer: int) -> str:
-    """Output of the scoring graph alone: [B*S, E] in the engine's expert order."""
-    return f"router_logits.{layer}"
+def router_logits(number: int) -> str:
+    """Output of the scoring graph alone, of each layer that has experts, in turn: [B*S, E] in the engine's expert
+    order."""
+    return f"router_logits.{number}"

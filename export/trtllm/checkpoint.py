@@ -110,7 +110,7 @@ def plan_checkpoint(model: Model, options: CheckpointOptions) -> CheckpointPlan:
     what = f"laying out a TensorRT-LLM checkpoint of {model.weights.checkpoint.identity}"
     experts = tuple(e for e in range(model.architecture.num_experts) if e not in options.left_out)
     facts = dataclasses.replace(model.architecture, num_experts=len(experts))
-    network = model.family.trtllm
+    network = model.family.trtllm_network()
     problems = network.problems(facts) + options.parallel.problems(facts, pipeline=network.pipeline)
     problems += architecture_problems(precision, options.sm, dtype)
     if options.plain and (precision.grouped or not precision.bits):

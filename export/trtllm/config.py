@@ -18,7 +18,7 @@ RENORMALIZE = 1  # MoeConfig.ExpertScaleNormalizationMode: the K largest first, 
 
 def checkpoint_config(model: Model, options: LayoutOptions) -> dict[str, Any]:
     """The whole config.json, as plain JSON values."""
-    facts, network = model.architecture, model.family.trtllm
+    facts, network = model.architecture, model.family.trtllm_network()
     config: dict[str, Any] = {
         "architecture": network.architecture,
         "dtype": options.dtype,

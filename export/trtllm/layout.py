@@ -137,7 +137,7 @@ class LayoutOptions:
 
 def plan_layout(model: Model, options: LayoutOptions) -> Layout:
     """Lay every tensor out. The parallelism must fit the model."""
-    network = model.family.trtllm
+    network = model.family.trtllm_network()
     names = network.names(model.architecture.num_layers)
     jobs = []
     for spec in model.weights.table.values():

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GenerationConfig
 
 from export.errors import CheckpointError, ConfigError
-from export.settings import check_token_ids, read_settings, read_token_ids
+from export.settings import check_token_ids, read_settings
+from export.token_ids import read_token_ids
 from export.tokenizer import load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
+from safetensors.numpy import load_file, save_file
 
 from export.checkpoint import open_checkpoint
 from export.families import read_model
@@ -57,3 +58,20 @@ def test_the_number_of_experts_a_token_is_the_one_asked_for(tmp_path):
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"num_experts_per_tok": 1}))
         assert torch.equal(asked, logits_of(read_model(open_checkpoint(folder))))
+
+
+@pytest.mark.parametrize("family", ["mixtral"])
+def test_of_equal_router_logits_the_lowest_experts_are_chosen(tmp_path, family):
+    folder = WRITERS[family](tmp_path / "c")
+    tensors = load_file(folder / "model.safetensors")
+    routers = [name for name, values in tensors.items() if values.shape[0] == 5 and values.ndim == 2]
+    assert len(routers) == 2
+    for name in routers:
+        tensors[name][:] = 0  # sums of the same products may differ in their last bit, those of zeros do not
+    save_file(tensors, folder / "model.safetensors")
+    model = read_model(open_checkpoint(folder), 3)
+    for layer in load_reference(model).model.layers:
+        with torch.no_grad():
+            _, shares, chosen = layer.get_submodule(model.family.reference.router)(torch.ones(64, 80))
+        assert torch.equal(chosen, torch.arange(3).expand(64, 3))
+        torch.testing.assert_close(shares, torch.full((64, 3), 1 / 3))

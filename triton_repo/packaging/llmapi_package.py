@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 CHECKPOINT_FOLDER = "checkpoint"
 CONFIG_JSON = "config.json"
-ARCHITECTURE = "MixtralForCausalLM"
 _MODEL_SOURCE = MODELS_FOLDER / "llmapi.py"
 
 
@@ -130,24 +129,21 @@ def _option_problems(options: LlmApiOptions) -> Iterator[str]:
 
 
 def _check_model(options: LlmApiOptions, source: SourceModel) -> None:
-    """Raise RepositoryError for a checkpoint that TensorRT-LLM's Mixtral
-    (tensorrt_llm/_torch/models/modeling_mixtral.py) would not load, or would compute differently.
+    """Raise RepositoryError for a checkpoint that TensorRT-LLM's own class of the family (tensorrt_llm/_torch/models)
+    would not load, or would compute differently.
     """
-    family, facts = source.model.family.name, source.model.architecture
-    if family != "mixtral":
+    family, facts = source.model.family, source.model.architecture
+    if family.llm_api is None:
         raise RepositoryError(
-            f"packaging {options.checkpoint}: it is a {family}, and TensorRT-LLM's PyTorch backend has none; build an "
-            "engine with TensorRT-LLM 1.2 or an ONNX Runtime engine, and package that"
+            f"packaging {options.checkpoint}: it is a {family.name}, and TensorRT-LLM's PyTorch backend has none; "
+            "build an engine with TensorRT-LLM 1.2 or an ONNX Runtime engine, and package that"
         )
     config = source.checkpoint.config
     problems = options.parallel.problems(facts, pipeline=True)
-    if config.get("architectures") != [ARCHITECTURE]:
-        problems.append(f"architectures is {config.get('architectures')} in {CONFIG_JSON}, expected ['{ARCHITECTURE}']")
-    if any(name.endswith(".mlp.experts.gate_up_proj") for name in source.checkpoint.tensors):
-        problems.append(
-            "its experts are packed as transformers 5 packs them, and TensorRT-LLM looks for block_sparse_moe.experts; "
-            "take the checkpoint as it was published"
-        )
+    expected = [family.llm_api.architecture]
+    if config.get("architectures") != expected:
+        problems.append(f"architectures is {config.get('architectures')} in {CONFIG_JSON}, expected {expected}")
+    problems += family.llm_api.problems(source.checkpoint.tensors)
     if facts.sliding_window is not None and facts.sliding_window < source.max_sequence:
         problems.append(
             f"its attention sees {facts.sliding_window} tokens back, TensorRT-LLM's sees all {source.max_sequence}; "

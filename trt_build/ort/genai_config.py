@@ -19,7 +19,7 @@ from export.architecture import Architecture
 from export.onnx_graph import names
 from export.onnx_graph.exporter import SERVING_GRAPH
 from export.provider import OWN_KERNELS, Provider
-from export.settings import TokenIds
+from export.token_ids import TokenIds
 from trt_build.ort.kernels import LIBRARY_FILE
 
 GENAI_FILE = "genai_config.json"

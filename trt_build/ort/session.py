@@ -129,13 +129,14 @@ class ScoringSession:
         facts = engine.manifest.architecture
         self._empty = np.zeros((1, facts.num_kv_heads, 0, facts.head_size), dtype=device.provider.float_type)
         self._layers = facts.num_layers
-        self._routers = [names.router_logits(layer) for layer in range(facts.num_layers if facts.is_moe else 0)]
+        self._routers = [names.router_logits(number) for number in range(facts.num_mixtures)]
         places = np.empty(len(engine.manifest.expert_order), dtype=np.int64)
         places[list(engine.manifest.expert_order)] = np.arange(len(places))
         self._place_of_expert = places
 
     def run(self, token_ids: Sequence[int]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
-        """Logits [S, V], and the router's logits [L, S, E] in the checkpoint's expert order (None when dense)."""
+        """Logits [S, V], and the router's logits [L, S, E] of the layers that have experts, in the checkpoint's expert
+        order (None when dense)."""
         ids = np.asarray(token_ids, dtype=np.int64).reshape(1, -1)
         feeds: dict[str, Any] = {names.INPUT_IDS: ids, names.ATTENTION_MASK: np.ones_like(ids)}
         for layer in range(self._layers):

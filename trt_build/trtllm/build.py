@@ -36,7 +36,6 @@ from trt_build.evaluation_text import standard_text
 from trt_build.machine import LIBRARY, Machine, read_machine, release
 from trt_build.parity import Verification
 from trt_build.prepare import SourceModel, libraries, open_source, routing_report
-from trt_build.trtllm import NETWORKS
 from trt_build.trtllm.engine import (
     CONFIG_FILE,
     FORMAT_VERSION,
@@ -86,10 +85,10 @@ class _Build:
 
     def flags(self) -> list[str]:
         """What trtllm-build is called with, the folders aside."""
-        options, network = self.options, self.source.model.family.trtllm
-        ours, own_class = NETWORKS.get(network.architecture), list[str]()
-        if ours is not None:
-            own_class += _words("model_cls_file", Path(__file__).with_name(f"{ours}.py"))
+        options, network = self.options, self.source.model.family.trtllm_network()
+        own_class = list[str]()
+        if network.module is not None:
+            own_class += _words("model_cls_file", Path(__file__).with_name(f"{network.module}.py"))
             own_class += _words("model_cls_name", network.architecture)
         return [
             *own_class,

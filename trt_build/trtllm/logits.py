@@ -1,6 +1,8 @@
 """A program that asks a TensorRT-LLM engine for logits: an engine and prompts in, logits out, as numpy files.
 
-    python -m trt_build.trtllm.logits ENGINE REQUESTS.npz ANSWERS.npz      (under mpirun, one process a rank)
+    python -m trt_build.trtllm.logits ENGINE REQUESTS.npz ANSWERS.npz [MODULE]      (under mpirun, one process a rank)
+
+MODULE is the file of trt_build/trtllm that has the engine's network, where the library lacks it.
 
 It is a process of its own, so that the library, its MPI and the GPU's memory are gone when it ends. Logits are those of
 the positions that the engine generates at, which every engine gives: no engine is built for the comparison alone.
@@ -18,14 +20,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trt_build.trtllm import NETWORKS
-
 FloatArray = npt.NDArray[np.float32]
 KV_CACHE_FRACTION = 0.5  # of the free memory: more than a few short sequences need
 
 
 def ask(
-    engine: Path, prompts: list[npt.NDArray[np.int32]], decoded: npt.NDArray[np.int32], steps: int
+    engine: Path,
+    prompts: list[npt.NDArray[np.int32]],
+    decoded: npt.NDArray[np.int32],
+    steps: int,
+    module: str | None,
 ) -> dict[str, Any]:
     """Logits [len(prompts), V] after each prompt, and of `steps` tokens generated after `decoded`: their ids [n] and
     logits [n, V]. Empty on ranks other than the first."""
@@ -34,9 +38,10 @@ def ask(
     import torch
 
     config = json.loads((engine / "config.json").read_text())
-    ours = NETWORKS.get(config["pretrained_config"]["architecture"])
-    if ours is not None:
-        importlib.import_module(f"trt_build.trtllm.{ours}")  # the library looks the architecture up in this process too
+    if module is not None:
+        importlib.import_module(
+            f"trt_build.trtllm.{module}"
+        )  # the library looks the architecture up in this process too
     from tensorrt_llm.runtime import ModelRunnerCpp
 
     runner = ModelRunnerCpp.from_dir(
@@ -75,11 +80,12 @@ def _rows(logits: Any) -> FloatArray:  # noqa: ANN401 - a torch.Tensor
 
 
 def main() -> int:
-    engine, requests, answers = map(Path, sys.argv[1:])
+    engine, requests, answers = map(Path, sys.argv[1:4])
+    module = sys.argv[4] if len(sys.argv) > 4 else None
     with np.load(requests) as asked:
         ends = np.cumsum(asked["lengths"])
         prompts = [asked["tokens"][end - length : end] for end, length in zip(ends, asked["lengths"], strict=True)]
-        found = ask(engine, prompts, asked["decoded"], int(asked["steps"]))
+        found = ask(engine, prompts, asked["decoded"], int(asked["steps"]), module)
     if found:
         np.savez(answers, **found)
     return 0

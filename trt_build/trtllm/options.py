@@ -138,8 +138,8 @@ def _folder_problems(options: TrtllmOptions, source: Path) -> Iterator[str]:
 
 
 def _model_problems(options: TrtllmOptions, model: Model) -> Iterator[str]:
-    network, facts = model.family.trtllm, model.architecture
-    if options.workers > 1 and not network.in_library:
+    network, facts = model.family.trtllm_network(), model.architecture
+    if options.workers > 1 and network.module is not None:
         yield (
             f"--workers is {options.workers}: trtllm-build starts workers that do not know {network.architecture}, "
             "which the library lacks; use --workers 1, which builds the ranks one after the other"

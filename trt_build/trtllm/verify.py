@@ -72,7 +72,8 @@ def verify_trtllm(
         )
     half, ids = len(windows[0]) // 2, slice(manifest.tokenizer_size)  # the other ids stand for no text, and are masked
     progress(f"asking the engine for the logits of {sum(map(len, windows))} positions")
-    answer = _ask(engine, python, windows, windows[0][:half])
+    module = model.family.trtllm_network().module
+    answer = _ask(engine, python, module, windows, windows[0][:half])
     progress("loading the reference")
     reference = load_torch_reference(model)
     sums, start = [], 0
@@ -109,9 +110,11 @@ class _Answer:
     decoded: npt.NDArray[np.float32]
 
 
-def _ask(engine: TrtllmEngine, python: Path, windows: Sequence[Sequence[int]], prompt: Sequence[int]) -> _Answer:
+def _ask(
+    engine: TrtllmEngine, python: Path, module: str | None, windows: Sequence[Sequence[int]], prompt: Sequence[int]
+) -> _Answer:
     """Run the engine in a process of the library's Python, or as many as it has ranks. As many tokens are added to the
-    prompt as it has."""
+    prompt as it has. `module` has the engine's network, where the library lacks it."""
     world_size = engine.manifest.parallel.world_size
     prefixes = [window[:length] for window in windows for length in range(1, len(window) + 1)]
     with tempfile.TemporaryDirectory(prefix="moeship-verify-") as name:
@@ -124,7 +127,7 @@ def _ask(engine: TrtllmEngine, python: Path, windows: Sequence[Sequence[int]], p
             steps=np.int64(len(prompt)),
         )
         words = ["-m", "trt_build.trtllm.logits", str(engine.folder.resolve()), str(requests), str(answers)]
-        program = [str(python), *words]
+        program = [str(python), *words, *([] if module is None else [module])]
         if world_size > 1:
             program = [MPIRUN, "--allow-run-as-root", "-n", str(world_size), *program]
         path = os.pathsep.join(filter(None, [str(_HOME), os.environ.get("PYTHONPATH")]))

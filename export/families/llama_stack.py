@@ -1,0 +1,181 @@
+"""What Mixtral and the families that followed it share: Llama's attention, RMSNorm and experts with SwiGLU.
+
+  ours                          in layer i, under model.layers.{i}
+  self_attn.qkv_proj            q, k and v one after the other, [(N+2G)*D, H]; self_attn.o_proj [H, N*D]
+  mlp.gate                      the router, [E, H]
+  mlp.experts.gate_up           [E, 2F, H], rows of gate and up in turn; mlp.experts.down [E, H, F]
+
+beside model.embed_tokens and lm_head [V, H], model.norm, and two norms in each layer. Nothing has a bias. An expert is
+down(silu(gate x) * up x). Attention and mixture each add to the residual what they make of its RMSNorm; rotary
+embedding turns the whole of each head, in half-split order. Scales are those of `export.architecture.Scales`.
+Source: transformers, models/llama and models/mixtral.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from export.architecture import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, Architecture, ConfigReader, Scales
+from export.families.transformers_config import HARMLESS_KEYS, check_heads, read_rope, refuse_quantized
+from export.tensor_table import Part, Role, TensorSpec, concatenated, interleaved, single, stacked
+
+if TYPE_CHECKING:
+    from export.onnx_graph.graph import GraphBuilder
+
+EMBEDDING = "model.embed_tokens"
+FINAL_NORM = "model.norm"
+HEAD = "lm_head"
+HARMLESS_TENSORS = ("rotary_emb.inv_freq",)
+# What only training reads.
+_TRAINING_KEYS = ("output_router_logits", "router_aux_loss_coef", "router_jitter_noise")
+
+
+def layer_name(layer: int) -> str:
+    return f"model.layers.{layer}"
+
+
+def transformers_name(name: str) -> str:
+    """A row's name in transformers' classes, as Reference.name has it."""
+    for ours, theirs in (("qkv_proj", "{}_proj"), ("gate_up.weight", "gate_up_proj"), ("down.weight", "down_proj")):
+        name = name.replace(ours, theirs)
+    return name
+
+
+def read_stack_config(
+    reader: ConfigReader,
+    family: str,
+    *,
+    rope_base: float,
+    norm_epsilon: float,
+    num_kv_heads: int | None = None,
+    sliding_window: int | None = None,
+    scales: Scales | None = None,
+) -> Architecture:
+    """Facts of a config.json in transformers' words. `rope_base`, `norm_epsilon` and `num_kv_heads` (None: as many as
+    query heads) are what the family's configuration class takes where the key is missing. Raises ConfigError."""
+    raw = reader.raw
+    reader.harmless(*HARMLESS_KEYS, *_TRAINING_KEYS)
+    refuse_quantized(reader)
+    hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
+    reader.require("hidden_act", ["silu"], absent="silu")
+    reader.require("attention_bias", [False], absent=False)
+    reader.require("tie_word_embeddings", [False, True], absent=False)
+    head_size = reader.integer("head_dim", absent=hidden // heads)
+    if raw.get("head_dim") is None and hidden % heads:
+        reader.problem(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    experts = reader.integer("num_local_experts", absent=8, maximum=MAX_EXPERTS)
+    per_token = reader.integer("num_experts_per_tok", absent=2)
+    if per_token > experts:
+        reader.problem(f"num_experts_per_tok is {per_token}, expected 1 to num_local_experts = {experts}")
+    rope = read_rope(reader, "rope_theta")
+    architecture = Architecture(
+        family=family,
+        hidden_size=hidden,
+        num_layers=reader.integer("num_hidden_layers", maximum=MAX_LAYERS),
+        num_heads=heads,
+        num_kv_heads=reader.integer("num_key_value_heads", absent=num_kv_heads or heads),
+        head_size=head_size,
+        ffn_size=reader.integer("intermediate_size"),
+        vocab_size=reader.integer("vocab_size"),
+        num_experts=experts,
+        experts_per_token=per_token,
+        rotary_dim=head_size,
+        rope_base=rope.real("rope_theta", absent=rope_base),
+        norm_epsilon=reader.real("rms_norm_eps", absent=norm_epsilon),
+        max_positions=reader.integer("max_position_embeddings", maximum=MAX_POSITIONS),
+        source_dtype=reader.text("dtype") or reader.text("torch_dtype"),
+        sliding_window=sliding_window,
+        tied_head=bool(raw.get("tie_word_embeddings")),
+        scales=scales or Scales(),
+    )
+    reader.harmless("torch_dtype", "dtype")
+    check_heads(reader, architecture)
+    reader.finish()
+    return architecture
+
+
+def stack_tensors(
+    architecture: Architecture, mixture: Callable[[Architecture, str], list[TensorSpec]]
+) -> list[TensorSpec]:
+    """The table; `mixture(architecture, layer_name)` gives the rows of a layer's router and experts."""
+    hidden, vocab = architecture.hidden_size, architecture.vocab_size
+    specs = [single(f"{EMBEDDING}.weight", (vocab, hidden), "V H", Role.EMBEDDING)]
+    for layer in range(architecture.num_layers):
+        name = layer_name(layer)
+        specs += [
+            single(f"{name}.input_layernorm.weight", (hidden,), "H", Role.NORM),
+            *_attention_tensors(architecture, f"{name}.self_attn"),
+            single(f"{name}.post_attention_layernorm.weight", (hidden,), "H", Role.NORM),
+            *mixture(architecture, name),
+        ]
+    head = EMBEDDING if architecture.tied_head else HEAD
+    return [
+        *specs,
+        single(f"{FINAL_NORM}.weight", (hidden,), "H", Role.NORM),
+        single(f"{HEAD}.weight", (vocab, hidden), "V H", Role.HEAD, stored_name=f"{head}.weight"),
+    ]
+
+
+def _attention_tensors(architecture: Architecture, name: str) -> list[TensorSpec]:
+    hidden, rows = architecture.hidden_size, architecture.qkv_rows
+    parts = [
+        Part(name=f"{name}.{letter}_proj.weight", shape=(number, hidden))
+        for letter, number in zip("qkv", rows, strict=True)
+    ]
+    return [
+        concatenated(f"{name}.qkv_proj.weight", parts, "(N+2G)D H", Role.ATTENTION),
+        single(f"{name}.o_proj.weight", (hidden, rows[0]), "H ND", Role.ATTENTION),
+    ]
+
+
+def packed_experts(architecture: Architecture, layer: str, gate: str, gate_up: str, down: str) -> list[TensorSpec]:
+    """A layer's rows where all experts lie in two tensors of the checkpoint: `gate_up` [E, 2F, H], in each expert F
+    rows of gate and then F of up, and `down` [E, H, F]; `gate` is the router."""
+    width, hidden, number = architecture.ffn_size, architecture.hidden_size, architecture.num_experts
+
+    def half(row: int) -> Part:
+        return Part(name=gate_up, shape=(width, hidden), stored_shape=(number, 2 * width, hidden), first_row=row)
+
+    pairs = [(half(2 * e * width), half((2 * e + 1) * width)) for e in range(number)]
+    shape, stored = (hidden, width), (number, hidden, width)
+    parts = [Part(name=down, shape=shape, stored_shape=stored, first_row=e * hidden) for e in range(number)]
+    return expert_tensors(architecture, layer, gate, pairs, parts)
+
+
+def expert_tensors(
+    architecture: Architecture, layer: str, gate: str, pairs: Sequence[tuple[Part, Part]], down: Sequence[Part]
+) -> list[TensorSpec]:
+    """A layer's rows of the router `gate`, and of experts whose gates and ups are `pairs`."""
+    shape = (architecture.num_experts, architecture.hidden_size)
+    return [
+        single(f"{layer}.mlp.gate.weight", shape, "E H", Role.ROUTER, stored_name=gate),
+        interleaved(f"{layer}.mlp.experts.gate_up.weight", pairs, "E 2F H", Role.EXPERT),
+        stacked(f"{layer}.mlp.experts.down.weight", down, "E H F", Role.EXPERT),
+    ]
+
+
+def stack_graph(graph: GraphBuilder, architecture: Architecture) -> str:
+    """Token ids to the last layer's output [B, S, H]."""
+    epsilon, scales = architecture.norm_epsilon, architecture.scales
+    x = graph.scale(graph.embedding(f"{EMBEDDING}.weight"), scales.embedding, EMBEDDING)  # [B, S, H]
+    for layer in range(architecture.num_layers):
+        name = layer_name(layer)
+        normed = graph.rms_norm(x, f"{name}.input_layernorm", epsilon)
+        qkv = graph.query_key_value(normed, f"{name}.self_attn.qkv_proj")  # [B, S, (N+2G)*D]
+        heads = graph.attention(qkv, f"{name}.self_attn", layer, window=architecture.sliding_window)  # [B, S, N*D]
+        attended = graph.scale(graph.linear(heads, f"{name}.self_attn.o_proj"), scales.residual, f"{name}.self_attn")
+        x = graph.add(x, attended, f"{name}.attention_residual")
+        normed = graph.rms_norm(x, f"{name}.post_attention_layernorm", epsilon)
+        mixed = graph.experts(
+            normed, gate=f"{name}.mlp.gate.weight", fc1=f"{name}.mlp.experts.gate_up", fc2=f"{name}.mlp.experts.down",
+            name=f"{name}.mlp", activation="swiglu",
+        )  # fmt: skip
+        x = graph.add(x, graph.scale(mixed, scales.residual, f"{name}.mlp"), name)
+    return x
+
+
+def stack_head(graph: GraphBuilder, architecture: Architecture, x: str) -> str:
+    """Hidden state [B, S, H] to logits [B, S, V]."""
+    logits = graph.linear(graph.rms_norm(x, FINAL_NORM, architecture.norm_epsilon), HEAD)
+    return graph.divide(logits, architecture.scales.logits, HEAD)
