@@ -16,6 +16,7 @@ from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from fuzz_engines import READERS as ENGINE_READERS
 from fuzz_requests import READERS as REQUEST_READERS
 from fuzzing import Reader, mutated_bytes, mutated_json
+from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
 
 from export.checkpoint import open_checkpoint
@@ -39,6 +40,7 @@ def checkpoints() -> tuple[Path, ...]:
         write_phi_checkpoint(folder / "phi", seed=1, **SIZES),
         write_phixtral_checkpoint(folder / "phixtral", seed=1, num_experts=3, experts_per_token=2, **SIZES),
         write_mixtral_checkpoint(folder / "mixtral", seed=1),
+        write_granitemoe_checkpoint(folder / "granitemoe", seed=1),
     )
 
 

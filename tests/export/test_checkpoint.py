@@ -258,7 +258,9 @@ def test_a_hub_id_fetches_no_code_and_no_pickles(monkeypatch, phixtral):
 
 def test_an_unknown_model_type_lists_what_exists(phixtral):
     edit_config(phixtral, model_type="mamba")
-    with pytest.raises(ConfigError, match=r"model_type 'mamba' is none that moeship builds \(mixtral, phi, phixtral\)"):
+    with pytest.raises(
+        ConfigError, match=r"model_type 'mamba' is none that moeship builds \(granitemoe, mixtral, phi, phixtral\)"
+    ):
         read(phixtral)
 
 

@@ -215,6 +215,8 @@ def test_merging_into_a_mixtral_is_refused(tmp_path):
     with pytest.raises(MergeError, match=r"the base .* is of family mixtral; moeship merges dense Phi-2s \(phi\)"):
         merge(read_merge_config(yaml), tmp_path / "out")
     edit_config(tmp_path / "mixture", model_type="mistral")
-    with pytest.raises(ConfigError, match=r"model_type 'mistral' is none that moeship builds \(mixtral, phi, phixtral"):
+    with pytest.raises(
+        ConfigError, match=r"model_type 'mistral' is none that moeship builds \(granitemoe, mixtral, phi, phixtral"
+    ):
         merge(read_merge_config(yaml), tmp_path / "out")
     assert not (tmp_path / "out").exists()

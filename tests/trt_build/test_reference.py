@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
+from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
 from safetensors.numpy import load_file, save_file
 
@@ -21,6 +22,7 @@ WRITERS = {
     "phi-msft": lambda folder: write_phi_checkpoint(folder, seed=1, spelling="phi-msft"),
     "phixtral": lambda folder: write_phixtral_checkpoint(folder, seed=1, num_experts=3, experts_per_token=2),
     "mixtral": lambda folder: write_mixtral_checkpoint(folder, seed=1),
+    "granitemoe": lambda folder: write_granitemoe_checkpoint(folder, seed=1),
 }
 
 
@@ -43,7 +45,7 @@ def test_what_a_config_says_of_loading_and_training_changes_nothing(tmp_path, fa
     path = folder / "config.json"
     config = json.loads(path.read_text())
     more = {"torch_dtype": "float16", "use_cache": False, "auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}
-    if family in ("phi", "mixtral"):
+    if family in ("phi", "mixtral", "granitemoe"):
         more |= {"return_dict": False, "output_attentions": True, "is_encoder_decoder": True}
     if family == "mixtral":
         more |= {"output_router_logits": True, "router_jitter_noise": 0.5}
@@ -52,7 +54,7 @@ def test_what_a_config_says_of_loading_and_training_changes_nothing(tmp_path, fa
 
 
 def test_the_number_of_experts_a_token_is_the_one_asked_for(tmp_path):
-    for family in ("phixtral", "mixtral"):
+    for family in ("phixtral", "mixtral", "granitemoe"):
         folder = WRITERS[family](tmp_path / family)
         asked = logits_of(read_model(open_checkpoint(folder), 1))
         path = folder / "config.json"
@@ -60,7 +62,7 @@ def test_the_number_of_experts_a_token_is_the_one_asked_for(tmp_path):
         assert torch.equal(asked, logits_of(read_model(open_checkpoint(folder))))
 
 
-@pytest.mark.parametrize("family", ["mixtral"])
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe"])
 def test_of_equal_router_logits_the_lowest_experts_are_chosen(tmp_path, family):
     folder = WRITERS[family](tmp_path / "c")
     tensors = load_file(folder / "model.safetensors")

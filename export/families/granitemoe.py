@@ -1,0 +1,95 @@
+"""granitemoe (GraniteMoeForCausalLM, ibm-granite/granite-3.0-1b-a400m): Mixtral's network with four scalars.
+
+  config.json             in the network
+  embedding_multiplier    the embedding's rows are multiplied by it
+  attention_multiplier    multiplies the products of query and key, in place of 1/sqrt(D)
+  residual_multiplier     multiplies what attention and mixture each add to the residual
+  logits_scaling          the logits are divided by it
+
+  ours                            published                                     transformers 5's own, in memory
+  mlp.gate [E, H]                 block_sparse_moe.router.layer.weight          block_sparse_moe.router.weight
+  mlp.experts.gate_up             block_sparse_moe.input_linear.weight          block_sparse_moe.experts.gate_up_proj
+    [E, 2F, H], rows in turn        [E, 2F, H]: F rows of gate, then F of up
+  mlp.experts.down [E, H, F]      block_sparse_moe.output_linear.weight         block_sparse_moe.experts.down_proj
+all under model.layers.{i}. The router takes the K largest logits, then the softmax over those K. The rest is that of
+`export.families.llama_stack`.
+Source: transformers, models/granitemoe and conversion_mapping.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from export.architecture import Architecture, ConfigReader, Scales
+from export.families import Family
+from export.families.llama_stack import (
+    HARMLESS_TENSORS,
+    layer_name,
+    packed_experts,
+    read_stack_config,
+    stack_graph,
+    stack_head,
+    stack_tensors,
+    transformers_name,
+)
+from export.families.reference import Reference
+from export.tensor_table import TensorSpec
+
+_SCALARS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+
+
+def matches(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") == "granitemoe"
+
+
+def read_config(raw: Mapping[str, Any]) -> Architecture:
+    """Facts of a granitemoe config.json; what may be absent is as in transformers' GraniteMoeConfig, whose attention
+    multiplier is 1 and not 1/sqrt(D). Raises ConfigError."""
+    reader = ConfigReader(raw, "granitemoe")
+    for key in _SCALARS:
+        if key in raw and raw[key] is None:
+            reader.problem(f"{key} is null, and transformers has no number for it; state one")
+    embedding, residual, attention, logits = (reader.real(key, absent=1.0) for key in _SCALARS)
+    return read_stack_config(
+        reader,
+        "granitemoe",
+        rope_base=1e4,
+        norm_epsilon=1e-6,
+        scales=Scales(embedding=embedding, residual=residual, attention=attention, logits=logits),
+    )
+
+
+def tensors(architecture: Architecture, names: Sequence[str]) -> list[TensorSpec]:
+    """The table in the published spelling, or in that of transformers 5's modules where the checkpoint has it."""
+    packed = any(name.endswith(".block_sparse_moe.experts.gate_up_proj") for name in names)
+    gate, gate_up, down = (
+        ("router.weight", "experts.gate_up_proj", "experts.down_proj")
+        if packed
+        else ("router.layer.weight", "input_linear.weight", "output_linear.weight")
+    )
+
+    def mixture(facts: Architecture, layer: str) -> list[TensorSpec]:
+        name = f"{layer}.block_sparse_moe"
+        return packed_experts(facts, layer, f"{name}.{gate}", f"{name}.{gate_up}", f"{name}.{down}")
+
+    return stack_tensors(architecture, mixture)
+
+
+def _reference_name(name: str) -> str:
+    name = transformers_name(name).replace(".mlp.gate.", ".block_sparse_moe.router.")
+    return name.replace(".mlp.", ".block_sparse_moe.")
+
+
+FAMILY = Family(
+    name="granitemoe",
+    matches=matches,
+    read_config=read_config,
+    tensors=tensors,
+    decoder=stack_graph,
+    head=stack_head,
+    layer=layer_name,
+    reference=Reference(model="GraniteMoeForCausalLM", name=_reference_name, router="block_sparse_moe.router"),
+    tokenizers={"granitemoe": "TokenizersBackend"},
+    harmless_tensors=HARMLESS_TENSORS,
+)
