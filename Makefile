@@ -1,10 +1,14 @@
-# Every target sets itself up in $(VENV). They need Python >= 3.11, make and a C compiler; the tests need g++ too.
-# A target's line after ## is what `make help` prints.
+# Every target sets itself up in $(VENV). They need Python >= 3.11 and make. Where there is a C++17 compiler (g++ or
+# clang++), moeship's CPU kernels are compiled; where not, one line says what that costs, ONNX Runtime's kernels compute,
+# and the tests that need a compiler are skipped. From Python 3.13 on a compiler is needed: nvidia-pytriton asks for
+# numpy 1.26, which has no wheels there. A target's line after ## is what `make help` prints.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 QUICK := tests/test_architecture.py tests/test_docs.py tests/export tests/clients/test_wire.py \
   tests/clients/test_messages.py tests/clients/test_errors.py tests/triton_repo/contracts tests/triton_repo/runtime
+# What an install is made of: where one of them changes, it is made again.
+SOURCES := pyproject.toml setup.py $(wildcard trt_build/ort/kernels/*.cpp trt_build/ort/kernels/*.h)
 
 .PHONY: help demo test check quick format clean
 
@@ -13,9 +17,11 @@ help:  ## list the targets
 	@echo "PYTHON=python3.12 names another Python, VENV=DIR another environment (default: .venv)."
 
 demo: $(VENV)/.demo  ## four small experts become a served phixtral, in ten seconds
+	@$(BIN)/python -m trt_build.ort.kernels
 	$(BIN)/moeship demo
 
 test: $(VENV)/.dev check  ## what CI runs: check, and every test (minutes)
+	@$(BIN)/python -m trt_build.ort.kernels
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 check: $(VENV)/.dev  ## lint, format and types (seconds)
@@ -31,16 +37,16 @@ format: $(VENV)/.dev  ## mend what lint and format can mend
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and what tools leave
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build trt_build/ort/kernels/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moeship needs Python 3.11 or newer; name one with: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml | $(BIN)/python
+$(VENV)/.demo: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[cpu,verify,client,server]'
 	touch $@
 
-$(VENV)/.dev: pyproject.toml | $(BIN)/python
+$(VENV)/.dev: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@

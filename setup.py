@@ -1,12 +1,16 @@
 """The one thing that pyproject.toml cannot say: how the CPU kernels are compiled.
 
 They are a plain shared library that ONNX Runtime loads, one file of it for each instruction set. Where there is no
-C++17 compiler the install goes on without it, and loading it says what is missing.
+C++17 compiler, or it fails, the install goes on without the library. pip hides why: `pip install -v --no-deps -e .`
+shows what the compiler said, and `python -m trt_build.ort.kernels` whether there is a library.
 """
 
+import os
+import shutil
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("trt_build/ort/kernels")
@@ -24,12 +28,23 @@ X86 = ("x86_64", "amd64")
 
 
 class BuildKernels(build_ext):
-    """Compiles each source with its own instructions, and names the library without Python's version."""
+    """Compiles each source with its own instructions, and names the library without Python's version.
+
+    A library is there whole or not at all: a failure leaves neither half a file nor that of an earlier install.
+    """
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")).with_suffix(".so"))
 
+    def run(self) -> None:
+        if self.inplace:
+            for ext in self.extensions:
+                Path(self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
+        built = Path(self.get_ext_fullpath(ext.name))
+        built.unlink(missing_ok=True)
         sources = [Path(source) for source in ext.sources]
         if not any(self.plat_name.endswith(name) for name in X86):
             sources = [source for source in sources if not INSTRUCTIONS.get(source.stem)]
@@ -39,7 +54,30 @@ class BuildKernels(build_ext):
             objects += self.compiler.compile(
                 [str(source)], output_dir=self.build_temp, extra_postargs=flags, depends=ext.depends
             )
-        self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), target_lang="c++")
+        linked = Path(self.build_temp, built.name)
+        self.compiler.link_shared_object(objects, str(linked), target_lang="c++")
+        _copy(linked, built)
+
+    def copy_extensions_to_source(self) -> None:
+        for ext in self.extensions:
+            name = self.get_ext_filename(ext.name)
+            if Path(self.build_lib, name).is_file():  # it is not where the compiler failed
+                _copy(Path(self.build_lib, name), Path(name))
+
+
+def _copy(source: Path, to: Path) -> None:
+    """Copy a file to a place where it appears whole."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    partial = to.with_name(f"{to.name}.partial-{os.getpid()}")
+    shutil.copy(source, partial)
+    partial.replace(to)
+
+
+class PlatformWheel(bdist_wheel):
+    """One wheel a platform: the library is compiled for a processor, and knows nothing of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
 
 
 setup(
@@ -52,5 +90,5 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
 )

@@ -42,7 +42,6 @@ VARIABLES = (
     "CUDA_DEVICE_ORDER", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "LD_LIBRARY_PATH", "PYTHONPATH",
     "TRITON_SERVER_VERSION", "NVIDIA_TRITON_SERVER_VERSION", "TRTLLM_ORCHESTRATOR",
 )  # fmt: skip
-COMPILERS = ("g++", "clang++")
 Facts = dict[str, Any]
 
 
@@ -133,26 +132,23 @@ def _system_name() -> str:
 
 
 def _add_kernels(report: Report) -> None:
-    from trt_build.ort.kernels import chosen_level, is_compiled
+    from trt_build.ort.kernels import COMPILERS, chosen_level, found_fault, remedy
 
     info = _proc("cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", info, re.M)
     flags = re.search(r"^flags\s*:\s*(.+)$", info, re.M)
     has = set(flags[1].split()) if flags else set()
     compiler = next((name for name in COMPILERS if shutil.which(name)), None)
+    fault = found_fault()
     facts: Facts = {
         "processor": f"{model[1] if model else platform.machine()}, {len(os.sched_getaffinity(0))} core(s) for moeship",
         "instructions": " ".join(flag for flag in CPU_FLAGS if flag in has) or "none of those that kernels use",
-        "kernels library": "compiled" if is_compiled() else "not compiled",
+        "kernels library": "compiled" if fault is None else "missing or not of this moeship",
         "C++ compiler": compiler or "none on PATH",
     }
     report.sections["CPU"] = facts
-    if not is_compiled():
-        install = "" if compiler else "install g++ or clang++, then "
-        report.problems.append(
-            f"moeship's CPU kernels are not compiled: {install}install moeship again (pip install -v shows what the "
-            "compiler says)"
-        )
+    if fault is not None:
+        report.problems.append(f"moeship's CPU kernels are not used: {fault}; {remedy()}")
         return
     try:
         facts["kernels run with"] = chosen_level()

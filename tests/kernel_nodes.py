@@ -9,10 +9,15 @@ from unittest import mock
 
 import numpy as np
 import onnxruntime
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export.quantize.layout import LAYOUT, MatrixLayout
-from trt_build.ort.kernels import DOMAIN, LEVEL_VARIABLE, library
+from trt_build.ort.kernels import DOMAIN, LEVEL_VARIABLE, is_compiled, library
+
+needs_kernels = pytest.mark.skipif(
+    not is_compiled(), reason="moeship's CPU kernels are not compiled here (python -m trt_build.ort.kernels says why)"
+)
 
 LEVELS = {  # and the flags of /proc/cpuinfo that each needs
     "plain": set(),

@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-from kernel_nodes import block_linear, experts, levels, random_matrices
+from kernel_nodes import block_linear, experts, levels, needs_kernels, random_matrices
 
-from trt_build.errors import EngineError
-from trt_build.ort import kernels
+pytestmark = needs_kernels
 
 
 def linear():
@@ -133,9 +132,3 @@ def test_an_instruction_set_that_is_unknown():
 def test_every_instruction_set_of_this_cpu_is_there():
     for level in levels():
         linear().session(level=level)
-
-
-def test_a_missing_library_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setattr(kernels, "_LIBRARY", tmp_path / "moeship_kernels.so")
-    with pytest.raises(EngineError, match=r"does not exist.*C\+\+17 compiler.*install one"):
-        kernels.library()

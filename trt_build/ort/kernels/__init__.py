@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 from pathlib import Path
 
 from export.onnx_graph import names
@@ -20,34 +21,59 @@ from trt_build.errors import EngineError
 DOMAIN = names.MOESHIP_DOMAIN
 LEVEL_VARIABLE = "MOESHIP_KERNELS_LEVEL"
 LIBRARY_FILE = "moeship_kernels.so"
+INTERFACE = 1  # of the library that this version of moeship takes: kInterface in layout.h
+COMPILERS = ("g++", "clang++")
 _LIBRARY = Path(__file__).with_name(LIBRARY_FILE)
 
 
 def library() -> Path:
-    """Where the compiled library lies. Raises EngineError where the install could not compile it."""
-    if not _LIBRARY.is_file():
+    """Where the compiled library lies. Raises EngineError where it is missing or another version's."""
+    problem = found_fault()
+    if problem is not None:
         raise EngineError(
+<<<<<<< HEAD
             f"loading the CPU kernels: {_LIBRARY} does not exist; installing moeship compiles it if there is a C++17 "
             "compiler (g++ or clang++): install one and moeship again, or build the engine with --kernels onnxruntime"
+=======
+            f"loading the CPU kernels: {problem}; {remedy()}; or build the engine with --kernels onnxruntime"
+>>>>>>> a2b4f1a (Leave no library behind a compiler that fails, refuse one of another moeship by a sentence, and say in one line where there is none)
         )
     return _LIBRARY
 
 
 def is_compiled() -> bool:
-    return _LIBRARY.is_file()
+    """Whether the library is there and this version's."""
+    return found_fault() is None
+
+
+def found_fault() -> str | None:
+    """Why the library cannot be used; None where it can."""
+    if not _LIBRARY.is_file():
+        return f"{_LIBRARY} does not exist, as no C++17 compiler worked when moeship was installed"
+    try:
+        found = ctypes.CDLL(str(_LIBRARY)).MoeshipKernelsInterface
+    except OSError as error:
+        return f"{_LIBRARY} is no library that this machine loads ({error})"
+    except AttributeError:
+        return f"{_LIBRARY} does not say which interface it has, expected {INTERFACE}: it is another moeship's"
+    found.restype = ctypes.c_int64
+    if found() != INTERFACE:
+        return f"{_LIBRARY} has interface {found()}, expected {INTERFACE}: it was compiled for another moeship"
+    return None
+
+
+def remedy() -> str:
+    """What to do about a fault."""
+    compiler = (
+        "" if any(map(shutil.which, COMPILERS)) else f"install a C++17 compiler ({' or '.join(COMPILERS)}), then "
+    )
+    return f"{compiler}install moeship again; in a clone `pip install -v --no-deps -e .` shows what the compiler says"
 
 
 def chosen_level() -> str:
-    """The instruction set that the compiled kernels run with in this process. Raises EngineError where the library is
-    missing, another moeship's, or asked for an instruction set that this CPU does not have."""
-    path = library()
-    try:
-        ask = ctypes.CDLL(str(path)).MoeshipKernelsLevel
-    except (OSError, AttributeError) as error:
-        raise EngineError(
-            f"loading the CPU kernels: {path} was compiled from another moeship or for another system ({error}); "
-            "install moeship again, which compiles them"
-        ) from error
+    """The instruction set that the compiled kernels run with in this process. Raises EngineError where the library
+    cannot be used, or is asked for an instruction set that this CPU does not have."""
+    ask = ctypes.CDLL(str(library())).MoeshipKernelsLevel
     ask.restype = ctypes.c_char_p
     name: bytes | None = ask()
     if name is None:

@@ -13,6 +13,7 @@
 namespace moeship {
 
 constexpr int64_t kLayout = 1;
+constexpr int64_t kInterface = 1;  // counted up with kLayout, and where an operator's inputs or attributes change
 constexpr int kGroupRows = 16;
 constexpr int kLineBytes = 64;
 constexpr int kUnit = 32;      // input features that every block size is a multiple of; they have `bits` lines

@@ -1,5 +1,6 @@
-// The library's doors: ONNX Runtime calls RegisterCustomOps with the options of each session, and `moeship doctor` asks
-// for the instruction set.
+// The library's doors: ONNX Runtime calls RegisterCustomOps with the options of each session; Python asks for the
+// interface before that (trt_build/ort/kernels/__init__.py), so that a library of another version is refused, and
+// `moeship doctor` for the instruction set.
 #include <climits>
 #include <exception>
 #include <string>
@@ -89,15 +90,17 @@ OrtCustomOpDomain* make_domain() {
 }  // namespace
 }  // namespace moeship
 
-extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
+extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
+                                                                               const OrtApiBase* base) {
   using namespace moeship;
-  api = base->GetApi(kOldestApi);
-  if (!api) {
+  const OrtApi* found = base->GetApi(kOldestApi);
+  if (!found) {
     const OrtApi* oldest = base->GetApi(1);
     const std::string text = std::string("registering moeship's kernels: they need ONNX Runtime 1.17 or later, found ") +
                              base->GetVersionString();
     return oldest ? oldest->CreateStatus(ORT_FAIL, text.c_str()) : nullptr;
   }
+  api = found;
   return guarded([&] {
     static OrtCustomOpDomain* const domain = make_domain();  // sessions look into it for as long as they live
     check(*api, api->AddCustomOpDomain(options, domain));
@@ -113,3 +116,5 @@ extern "C" __attribute__((visibility("default"))) const char* MoeshipKernelsLeve
     return nullptr;
   }
 }
+
+extern "C" __attribute__((visibility("default"))) int64_t MoeshipKernelsInterface() { return moeship::kInterface; }

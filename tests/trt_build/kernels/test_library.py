@@ -1,0 +1,113 @@
+"""Whether the compiled library fits: a missing one, one of another moeship, and an ONNX Runtime that is too old."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kernel_nodes import block_linear, needs_kernels, random_matrices
+
+from trt_build.errors import EngineError
+from trt_build.ort import kernels
+
+SOURCES = Path(kernels.__file__).parent
+needs_cc = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler: cc is not on PATH")
+
+
+@pytest.fixture
+def library_of(tmp_path, monkeypatch):
+    """A library with this C source in the place of ours."""
+
+    def build(text):
+        path = tmp_path / "moeship_kernels.so"
+        path.with_suffix(".c").write_text(text)
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", path, path.with_suffix(".c")], check=True)
+        monkeypatch.setattr(kernels, "_LIBRARY", path)
+
+    return build
+
+
+def refused(text):
+    with pytest.raises(EngineError, match=text) as error:
+        kernels.library()
+    assert not kernels.is_compiled()
+    message = str(error.value)
+    assert message.startswith("loading the CPU kernels: ")
+    assert "install moeship again" in message
+    assert "\n" not in message
+
+
+def test_a_missing_library_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "_LIBRARY", tmp_path / "moeship_kernels.so")
+    refused(r"moeship_kernels\.so does not exist, as no C\+\+17 compiler worked when moeship was installed")
+
+
+def test_half_a_library_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "half.so").write_bytes(b"\x7fELF" + bytes(60))
+    monkeypatch.setattr(kernels, "_LIBRARY", tmp_path / "half.so")
+    refused(r"half\.so is no library that this machine loads")
+
+
+@needs_cc
+@pytest.mark.parametrize("number", [kernels.INTERFACE + 1, kernels.INTERFACE - 1, -1, (1 << 32) + kernels.INTERFACE])
+def test_another_versions_library_is_refused(library_of, number):
+    library_of(f"long MoeshipKernelsInterface(void) {{ return {number}; }}")
+    refused(rf"has interface {number}, expected {kernels.INTERFACE}: it was compiled for another moeship")
+
+
+@needs_cc
+def test_a_library_that_does_not_say_its_interface_is_refused(library_of):
+    library_of("void *RegisterCustomOps(void *options, void *base) { return 0; }")
+    refused(rf"does not say which interface it has, expected {kernels.INTERFACE}")
+
+
+def test_the_sources_have_the_interface_and_the_layout_that_python_expects():
+    from export.quantize.layout import LAYOUT
+
+    numbers = dict(re.findall(r"int64_t (\w+) = (\d+);", (SOURCES / "layout.h").read_text()))
+    assert int(numbers["kInterface"]) == kernels.INTERFACE
+    assert int(numbers["kLayout"]) == LAYOUT
+
+
+def test_the_command_says_in_one_line_what_is_missing_or_that_nothing_is(tmp_path):
+    shutil.copytree(SOURCES, tmp_path / "trt_build/ort/kernels", ignore=shutil.ignore_patterns("*.so"))
+    for package in ("trt_build", "trt_build/ort"):
+        shutil.copy(SOURCES.parents[1] / "errors.py", tmp_path / "trt_build")
+        (tmp_path / package / "__init__.py").touch()
+    shutil.copytree(SOURCES.parents[2] / "export", tmp_path / "export")
+    command = [sys.executable, "-m", "trt_build.ort.kernels"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr.count("\n")) == ("", 1)
+    for text in ("does not exist", "run on ONNX Runtime's kernels, which decode slower", "install moeship again"):
+        assert text in done.stderr
+    done = subprocess.run(command, cwd=SOURCES.parents[2], capture_output=True, text=True, check=True)
+    assert (done.stdout + done.stderr).count("\n") == 1
+    assert bool(done.stdout) == kernels.is_compiled()
+
+
+@needs_kernels
+def test_an_onnx_runtime_that_is_too_old_is_told_and_sessions_of_another_go_on():
+    node = block_linear(random_matrices(np.random.default_rng(0), 1, 16, 32, 4, 32))
+    session, feeds = node.session(), {"x": np.ones((1, 32), np.float32)}
+    before, said = session.run(None, feeds)[0], []
+
+    @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)
+    def create_status(code, message):
+        said.append(message.decode())
+        return 1
+
+    # An ONNX Runtime as the library sees it: version 1 of the API alone, of which CreateStatus is the first function.
+    api = (ctypes.c_void_p * 1)(ctypes.cast(create_status, ctypes.c_void_p))
+    get_api = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)(lambda n: ctypes.addressof(api) if n == 1 else None)
+    text = ctypes.create_string_buffer(b"1.16.3")
+    get_version = ctypes.CFUNCTYPE(ctypes.c_void_p)(lambda: ctypes.addressof(text))
+    base = (ctypes.c_void_p * 2)(*(ctypes.cast(function, ctypes.c_void_p) for function in (get_api, get_version)))
+    register = ctypes.CDLL(str(kernels.library())).RegisterCustomOps
+    register.restype = ctypes.c_void_p
+    assert register(None, base) == 1
+    assert said == ["registering moeship's kernels: they need ONNX Runtime 1.17 or later, found 1.16.3"]
+    np.testing.assert_array_equal(session.run(None, feeds)[0], before)

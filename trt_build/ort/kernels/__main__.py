@@ -1,0 +1,17 @@
+"""Say in one line whether moeship's CPU kernels are there: python -m trt_build.ort.kernels.
+
+The line goes to stdout where they are, to stderr where not, with what that costs and what to do. Exit status 0.
+"""
+
+import sys
+
+from trt_build.ort.kernels import found_fault, library, remedy
+
+fault = found_fault()
+if fault is None:
+    sys.stdout.write(f"moeship's CPU kernels: {library()}\n")
+else:
+    sys.stderr.write(
+        f"moeship's CPU kernels are not used: {fault}; quantised engines for the CPU run on ONNX Runtime's kernels, "
+        f"which decode slower; {remedy()}\n"
+    )
