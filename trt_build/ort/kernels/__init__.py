@@ -31,12 +31,7 @@ def library() -> Path:
     problem = found_fault()
     if problem is not None:
         raise EngineError(
-<<<<<<< HEAD
-            f"loading the CPU kernels: {_LIBRARY} does not exist; installing moeship compiles it if there is a C++17 "
-            "compiler (g++ or clang++): install one and moeship again, or build the engine with --kernels onnxruntime"
-=======
             f"loading the CPU kernels: {problem}; {remedy()}; or build the engine with --kernels onnxruntime"
->>>>>>> a2b4f1a (Leave no library behind a compiler that fails, refuse one of another moeship by a sentence, and say in one line where there is none)
         )
     return _LIBRARY
 
