@@ -46,7 +46,6 @@ from trt_build.old_formats.manifest import OldFormat, split_old_values
 
 REQUIRED_FILES = (SERVING_GRAPH, SCORING_GRAPH, DATA_FILE, RECORDS_FILE, TOKENIZER_FILE)
 FORMAT_VERSION = 4
-READABLE_VERSIONS = (*OLD_VERSIONS, FORMAT_VERSION)
 BACKEND = "onnxruntime"
 MAX_BATCH = 1 << 16
 
@@ -254,10 +253,10 @@ def _weight_problems(folder: Path, manifest: Manifest) -> list[str]:
 
 def _parse(raw: dict[str, Any], folder: Path) -> Engine:
     version = raw.get("format_version")
-    if type(version) is not int or version not in READABLE_VERSIONS:
+    if type(version) is not int or version not in (*OLD_VERSIONS, FORMAT_VERSION):
         raise EngineError(
             f"opening the engine {folder}: format version {shown(version, 40)}, this moeship reads "
-            f"{' and '.join(map(str, READABLE_VERSIONS))}; build it again with this version"
+            f"{', '.join(map(str, OLD_VERSIONS))} and {FORMAT_VERSION}; build it again with this version"
         )
     try:
         values, old = split_old_values(raw)
