@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from cli.rows import Rows, in_units, print_rows
@@ -53,6 +54,8 @@ def _print_report(report: CheckpointReport) -> None:
 
 
 def _size_rows(report: CheckpointReport) -> Rows:
+    from export.architecture import Scales
+
     facts = report.architecture
     rows = [
         ("family", facts.family),
@@ -68,6 +71,9 @@ def _size_rows(report: CheckpointReport) -> Rows:
         rows.append(("sliding window", f"{facts.sliding_window}"))
     if facts.is_moe:
         rows.append(("experts", f"{facts.num_experts}, {facts.experts_per_token} per token"))
+    if facts.scales != Scales():
+        scales = {**asdict(facts.scales), "attention": facts.attention_scale}
+        rows.append(("scales", ", ".join(f"{name} {value:g}" for name, value in scales.items())))
     dtypes = ", ".join(f"{dtype} {in_units(count)}" for dtype, count in report.dtype_bytes.items())
     return [
         *rows,

@@ -270,7 +270,9 @@ def test_it_is_described_as_any_mixture(checkpoint):
 
 def test_the_commands_take_a_granitemoe_from_inspect_to_a_repository(tmp_path, trained, capsys):
     assert main(["inspect", str(trained)]) == 0
-    assert "experts           4, 2 per token" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "experts           4, 2 per token" in told
+    assert "scales            embedding 8, residual 0.25, attention 0.125, logits 4" in told
     words = ["--checkpoint", str(trained), "--precision", "int8"]
     assert main(["plan", *words]) == 0
     assert "as int8 for cpu" in capsys.readouterr().out
