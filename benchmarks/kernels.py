@@ -1,153 +1,96 @@
-"""One layer's experts on the CPU, by rows: our kernels and ONNX Runtime's QMoE beside the rate of reading memory.
+"""One layer's experts on the CPU by rows: moeship, ONNX Runtime, llama.cpp, ik_llama.cpp, and the processor's limits.
 
     python benchmarks/kernels.py --output benchmarks/results/kernels-PROCESSOR.json
 
-The layer is a phixtral-4x2_8's: H 2560, F 10240, 4 experts of which 2 are chosen, int4 in blocks of 64. Every row
-chooses the same two, so that the bytes read are those of one row whatever their number; calls choose the one and the
-other two in turn, so that no cache holds them. A round measures the bandwidth and every contender. As in McCalpin's
-STREAM the fastest of the rounds counts, of reading and of every contender alike; medians and quartiles are kept beside
-it. A picture is drawn beside the JSON file where matplotlib is installed.
+The layer is a phixtral-4x2_8's: H 2560, F 10240, 4 experts of which 2 are chosen; int4 in blocks of 64 for moeship and
+ONNX Runtime's QMoE, ggml's 4-bit types for the other two, which hold as many weights. Every row chooses the same two
+experts, so that the bytes read are those of one row whatever their number; calls choose the one pair and the other in
+turn, so that no cache holds them.
+
+Each contender is a process of its own and sleeps while another works. A round measures what no kernel can exceed, the
+rate of reading memory and the rate of the processor's int8 products, and every contender at every number of rows. The
+figures, and the ratios to one row, are the medians of all rounds' calls; the best call is printed beside them. The
+bandwidth is the median of the rounds, of which each is the fastest of several turns (trt_build/bandwidth.py): a share
+of it is stated low rather than high. A picture is drawn beside the JSON file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from unittest import mock
-
-import numpy as np
-import numpy.typing as npt
 
 from decode.machine import describe
-from export.quantize.layout import LAYOUT, MatrixLayout
+from export.command import run_command
+from export.errors import ConfigError, MoeshipError
+from export.optional import optional_package
+from export.output import replace_file
+from layer.peak import Peak
+from layer.process import NAMES, Contender, started
+from layer.shape import WEIGHTS
 from trt_build.bandwidth import measure_read_bandwidth
-from trt_build.ort.kernels import DOMAIN, LEVEL_VARIABLE, library
 
-HIDDEN, WIDTH, EXPERTS, CHOSEN, BITS, BLOCK = 2560, 10240, 4, 2, 4, 64
-WEIGHTS = 2 * HIDDEN * WIDTH * CHOSEN  # that one row is multiplied by
-SHAPES = {"fc1": (WIDTH, HIDDEN), "fc2": (HIDDEN, WIDTH)}
 BANDWIDTH_BYTES = 1 << 28
 MANY_ROWS = 16
 ROWS = (1, 2, 4, 8, 16, 32, 128, 512)
-Arrays = dict[str, tuple[npt.DTypeLike, tuple[int, ...]]]
+
+logger = logging.getLogger(__name__)
 
 
-def our_arrays() -> Arrays:
-    """Initializers of one layer in our layout, by name."""
-    arrays: Arrays = {}
-    for name, (rows, features) in SHAPES.items():
-        layout = MatrixLayout(rows=rows, features=features, bits=BITS, block_size=BLOCK)
-        arrays[f"{name}_codes"] = (np.uint8, (EXPERTS, *layout.codes_shape))
-        arrays[f"{name}_scales"] = (np.float16, (EXPERTS, *layout.scales_shape))
-    return arrays
+def benchmark(options: argparse.Namespace) -> int:
+    """Measure, print and write; 1 where a contender could not run."""
+    with ExitStack() as stack:
+        peak = None if options.no_peak else Peak(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        contenders, refused = [], {}
+        for name in options.contenders:
+            try:
+                contenders.append(stack.enter_context(started(name, options.threads)))
+            except MoeshipError as error:
+                refused[name] = str(error)
+                logger.info("%s is left out: %s", name, error)
+        if not contenders:
+            raise ConfigError(f"measuring kernels: no contender can run: {next(iter(refused.values()), 'none named')}")
+        result = measure(contenders, peak, options.rows, options.rounds, options.threads)
+    result["not_run"] = refused
+    print(report(result))
+    if options.output:
+        replace_file(options.output, json.dumps(result, indent=1) + "\n")
+        draw(result, options.output.with_suffix(".svg"))
+    return 1 if refused else 0
 
 
-def their_arrays() -> Arrays:
-    """Those of QMoE."""
-    arrays: Arrays = {}
-    for name, (rows, features) in SHAPES.items():
-        arrays[f"{name}_codes"] = (np.uint8, (EXPERTS, rows, features * BITS // 8))
-        arrays[f"{name}_scales"] = (np.float32, (EXPERTS, rows, features // BLOCK))
-    return arrays
-
-
-def our_node(names: Mapping[str, str], output: str) -> Any:  # noqa: ANN401 - an onnx.NodeProto
-    from onnx import helper
-
-    inputs = ["x", "router", names["fc1_codes"], names["fc1_scales"], "", "", names["fc2_codes"], names["fc2_scales"]]
-    return helper.make_node(
-        "Experts", inputs, [output], domain=DOMAIN, layout=LAYOUT, bits=BITS, block_size=BLOCK, activations="int8",
-        hidden_size=HIDDEN, expert_size=WIDTH, experts=EXPERTS, k=CHOSEN, activation="gelu", activation_alpha=1.0,
-        activation_beta=0.0, activation_limit=float("inf"),
-    )  # fmt: skip
-
-
-def their_node(names: Mapping[str, str], output: str) -> Any:  # noqa: ANN401 - an onnx.NodeProto
-    from onnx import helper
-
-    inputs = ["x", "router", names["fc1_codes"], names["fc1_scales"], "", names["fc2_codes"], names["fc2_scales"]]
-    return helper.make_node(
-        "QMoE", inputs, [output], domain="com.microsoft", k=CHOSEN, activation_type="gelu", swiglu_fusion=0,
-        normalize_routing_weights=1, use_sparse_mixer=0, expert_weight_bits=BITS, block_size=BLOCK, quant_type="int",
-        accuracy_level=4,
-    )  # fmt: skip
-
-
-def session(arrays: Arrays, node: Callable[..., Any], folder: Path, threads: int, level: str = "") -> tuple[Any, int]:
-    """A graph of one layer on mapped random weights; also the bytes of the chosen experts."""
-    import onnxruntime
-    from onnx import TensorProto, helper
-
-    data, draw = folder / f"{node.__name__}.bin", np.random.default_rng(0)
-    fresh = not data.exists()
-    types = {"uint8": TensorProto.UINT8, "float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}
-    tensors, position = [], 0
-    with data.open("ab") as file:
-        for name, (dtype, shape) in arrays.items():
-            kind, count = np.dtype(dtype), int(np.prod(shape))
-            if fresh:
-                random = draw.integers(0, 256, count, dtype=np.uint8) if kind == np.uint8 else draw.random(count)
-                file.write((random if kind == np.uint8 else random * 0.01).astype(kind).tobytes())
-            tensor = TensorProto(name=name, data_type=types[kind.name], dims=shape, data_location=1)
-            places = {"location": data.name, "offset": position, "length": count * kind.itemsize}
-            for key, place in places.items():
-                tensor.external_data.add(key=key, value=str(place))
-            tensors.append(tensor)
-            position += count * kind.itemsize
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        [node({name: name for name in arrays}, "y")], "layer",
-        [value("x", TensorProto.FLOAT, ["t", HIDDEN]), value("router", TensorProto.FLOAT, None)],
-        [value("y", TensorProto.FLOAT, None)], tensors,
-    )  # fmt: skip
-    opsets = [helper.make_opsetid(*opset) for opset in (("", 21), ("com.microsoft", 1), (DOMAIN, 1))]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    # The threads of one session must not wait for work on the cores that the next one needs.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    options.register_custom_ops_library(str(library()))
-    with mock.patch.dict(os.environ, {LEVEL_VARIABLE: level}):
-        opened = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return opened, position * CHOSEN // EXPERTS
-
-
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Seconds of a layer by contender and rows, and bytes per second of reading, round by round."""
-    sessions, num_bytes = {}, {}
-    for level in options.levels.split(","):
-        name = f"moeship {level}".strip()
-        sessions[name], num_bytes[name] = session(our_arrays(), our_node, folder, options.threads, level)
-    name = "onnxruntime QMoE"
-    sessions[name], num_bytes[name] = session(their_arrays(), their_node, folder, options.threads)
-    seconds: dict[str, dict[int, list[float]]] = {name: {rows: [] for rows in options.rows} for name in sessions}
-    bandwidth, draw = [], np.random.default_rng(1)
-    order = np.arange(EXPERTS, dtype=np.float32)
-    for _ in range(options.rounds):
-        bandwidth.append(measure_read_bandwidth(BANDWIDTH_BYTES, options.threads))
-        for rows in options.rows:
-            x = draw.normal(size=(rows, HIDDEN)).astype(np.float32)
-            for name, opened in sessions.items():
-                for logits in [order, order[::-1]] * (1 if rows > MANY_ROWS else 3):
-                    feeds = {"x": x, "router": np.tile(logits, (rows, 1))}
-                    started = time.perf_counter()
-                    opened.run(None, feeds)
-                    seconds[name][rows].append(time.perf_counter() - started)
+def measure(
+    contenders: Sequence[Contender], peak: Peak | None, numbers: Sequence[int], rounds: int, threads: int
+) -> dict[str, Any]:
+    """Seconds of a layer by contender and rows, and the processor's limits, round by round."""
+    seconds: dict[str, dict[int, list[float]]] = {one.name: {rows: [] for rows in numbers} for one in contenders}
+    bandwidth, products = [], []
+    for number in range(rounds):
+        logger.info("round %d of %d", number + 1, rounds)
+        bandwidth.append(measure_read_bandwidth(BANDWIDTH_BYTES, threads))
+        if peak is not None:
+            products.append(peak.measure(threads))
+        for rows in numbers:
+            for place in range(len(contenders)):
+                contender = contenders[(place + number) % len(contenders)]
+                seconds[contender.name][rows] += contender.seconds(rows, 2 if rows > MANY_ROWS else 6)
     return {
+        "benchmark": "kernels",
         "machine": describe(),
-        "threads": options.threads,
-        "rounds": options.rounds,
+        "threads": threads,
+        "rounds": rounds,
         "bandwidth": _spread(bandwidth),
-        "bytes_of_two_experts": num_bytes,
+        "int8_products": {"instructions": peak.instructions, **_spread(products)} if peak is not None else None,
+        "bytes_of_two_experts": {contender.name: contender.num_bytes for contender in contenders},
+        "facts": {contender.name: contender.facts for contender in contenders},
         "seconds": {name: {rows: _spread(found) for rows, found in by.items()} for name, by in seconds.items()},
     }
 
@@ -159,62 +102,78 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def report(result: Mapping[str, Any]) -> str:
-    """The figures as a table."""
-    read = result["bandwidth"]["most"]
-    lines = [f"read {read / 1e9:.1f} GB/s on {result['threads']} threads: {result['machine']['processor']}"]
+    """The figures as a table: medians, the best call beside them."""
+    read, peak = result["bandwidth"]["median"], result["int8_products"]
+    lines = [f"{result['machine']['processor']}, {result['threads']} threads, medians of {result['rounds']} rounds",
+             f"reads {read / 1e9:.1f} GB/s (most {result['bandwidth']['most'] / 1e9:.1f})"]  # fmt: skip
+    if peak is not None:
+        lines.append(
+            f"multiplies {peak['median'] / 1e9:.0f} G int8 a second (most {peak['most'] / 1e9:.0f}): "
+            f"{peak['instructions']}"
+        )
+    lines.append("every row chooses the same two experts; G weights/s count a weight once for each row")
+    lines.append(f"{'':20} rows        ms  x one row  G weights/s   GB/s  of reading  of peak   best ms")
     for name, by_rows in result["seconds"].items():
-        first = next(iter(by_rows.values()))["least"]
+        first = next(iter(by_rows.values()))["median"]
         for rows, found in by_rows.items():
-            rate = result["bytes_of_two_experts"][name] / found["least"]
+            seconds = found["median"]
+            rate, products = result["bytes_of_two_experts"][name] / seconds, WEIGHTS * int(rows) / seconds
+            of_peak = f"{products / peak['median']:8.0%}" if peak is not None else f"{'':8}"
             lines.append(
-                f"{name:22} {rows:4} rows {found['least'] * 1e3:8.2f} ms (median "
-                f"{found['median'] * 1e3:8.2f})  {WEIGHTS * int(rows) / found['least'] / 1e9:6.1f} G weights/s  "
-                f"{rate / 1e9:5.1f} GB/s = {rate / read:4.0%} of reading  {found['least'] / first:5.2f} x one row"
+                f"{name:20} {rows:>4}  {seconds * 1e3:8.2f}  {seconds / first:9.2f}  {products / 1e9:11.1f}  "
+                f"{rate / 1e9:5.1f}  {rate / read:10.0%} {of_peak}  {found['least'] * 1e3:8.2f}"
             )
+    lines += [f"{name} not run: {reason}" for name, reason in result["not_run"].items()]
     return "\n".join(lines)
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """A roofline: weights a second over rows, below the slope that the bandwidth sets and the best rate measured."""
-    from matplotlib.figure import Figure
+    """A roofline: weights a second over rows, below the slope that reading sets and the level of the int8 products."""
+    with optional_package("matplotlib", "drawing the benchmark", "bench"):
+        from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    figure = Figure(figsize=(8.5, 6), layout="constrained")
     axes = figure.subplots()
-    bytes_a_weight = min(result["bytes_of_two_experts"].values()) / WEIGHTS
-    best = 0.0
+    best, last = 0.0, 1
     for name, by_rows in result["seconds"].items():
-        rows = [int(number) for number in by_rows]
-        rates = [WEIGHTS * number / found["least"] / 1e9 for number, found in zip(rows, by_rows.values(), strict=True)]
-        axes.plot(rows, rates, marker="o", label=name)
-        best = max(best, *rates)
-    slope = result["bandwidth"]["most"] / bytes_a_weight / 1e9
-    ends = np.array([1.0, best / slope])
-    axes.plot(ends, slope * ends, color="#c0392b", label=f"reading {result['bandwidth']['most'] / 1e9:.1f} GB/s")
-    axes.set(xscale="log", yscale="log", xlabel="rows that are multiplied together", ylabel="G weights/s, times rows")
-    axes.set_title(f"a phixtral layer's experts at int4: {result['machine']['processor']}, {result['threads']} threads")
-    axes.legend()
+        numbers = [int(rows) for rows in by_rows]
+        rates = [WEIGHTS * rows / found["median"] / 1e9 for rows, found in zip(numbers, by_rows.values(), strict=True)]
+        axes.plot(numbers, rates, marker="o", markersize=4, linewidth=2.5 if name.startswith("moeship") else 1.2,
+                  label=name)  # fmt: skip
+        best, last = max(best, *rates), max(last, *numbers)
+    read, peak = result["bandwidth"]["median"] / 1e9, result["int8_products"]
+    top = peak["median"] / 1e9 if peak is not None else best
+    slope = read * WEIGHTS / min(result["bytes_of_two_experts"].values())
+    corner = top / slope
+    axes.plot([1, corner], [slope, top], color="#c0392b", linestyle="--", label=f"reading {read:.1f} GB/s")
+    if peak is not None:
+        axes.plot([corner, max(last, corner)], [top, top], color="black", linestyle="--",
+                  label=f"{top:.0f} G int8 products/s, {peak['instructions']}")  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="rows that are multiplied together, all by the same two experts",
+             ylabel="G weights/s, times rows")  # fmt: skip
+    axes.set_title(
+        f"a phixtral layer's experts at 4 bits: {result['machine']['processor']}, {result['threads']} threads, medians"
+    )
+    axes.legend(fontsize=8)
     axes.grid(visible=True, which="both", alpha=0.3)
     figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="JSON file to write; the picture lies beside it")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--levels", default="", help="instruction sets, with commas between; the CPU's best by default")
-    parser.add_argument("--rows", type=lambda text: [int(part) for part in text.split(",")], default=list(ROWS))
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write; the picture lies beside it")
+    parser.add_argument("--rounds", type=int, default=11, metavar="N", help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+                        help="default: every core")  # fmt: skip
+    parser.add_argument("--contenders", type=lambda text: text.split(","), default=list(NAMES), metavar="A,B",
+                        help=f"of {', '.join(NAMES)} (default: all), or moeship LEVEL for an instruction set of "
+                        "ours")  # fmt: skip
+    parser.add_argument("--rows", type=lambda text: [int(part) for part in text.split(",")], default=list(ROWS),
+                        metavar="N,N")  # fmt: skip
+    parser.add_argument("--no-peak", action="store_true", help="do not measure int8 products, which needs a C compiler")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(options, Path(folder))
-    print(report(result))
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
-        try:
-            draw(result, options.output.with_suffix(".svg"))
-        except ImportError:
-            print("no picture: install matplotlib to draw it", file=sys.stderr)
-    return 0
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    return run_command(lambda: benchmark(options))
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-import importlib.util
 import sys
-from pathlib import Path
 from typing import Any
 
+from decode import machine
+from export.errors import ConfigError
 from export.optional import optional_package
 
 LOG: list[str] = []  # what the library said, in pieces of lines
@@ -32,16 +32,24 @@ def llama_cpp() -> Any:  # noqa: ANN401 - the package, untyped
 
 @functools.cache
 def ik_llama_cpp() -> Any:  # noqa: ANN401 - a module of the package, untyped
-    """ik-llama-cpp-python's declarations of llama.h, whose `_lib` has every function. Raises MissingPackageError."""
+    """ik-llama-cpp-python's declarations of llama.h, whose `_lib` has every function.
+
+    Raises MissingPackageError, and ConfigError where the library was compiled for another processor.
+    """
     _alone("ik_llama_cpp")
     with optional_package("ik-llama-cpp-python", "measuring ik_llama.cpp", "bench"):
-        _load_ggml()
         library = importlib.import_module("ik_llama_cpp._ctypes_api")
     functions = library._lib
     functions.llama_batch_get_one.argtypes = [library.llama_token_p, ctypes.c_int32, library.llama_pos, ctypes.c_int32]
     functions.llama_batch_get_one.restype = library.llama_batch
     functions.llama_print_system_info.restype = ctypes.c_char_p
     functions.llama_log_set(_keep_log, None)
+    system = functions.llama_print_system_info().decode()
+    if "avx512_vnni" in machine.vector_extensions() and "AVX512_VNNI = 1" not in system:
+        raise ConfigError(
+            "measuring ik_llama.cpp: this processor has AVX-512 VNNI, the library is compiled without, as the wheel "
+            "is; compile it with benchmarks/decode/compile_ik_llama.sh and set the variable that it prints"
+        )
     return library
 
 
@@ -54,14 +62,6 @@ def _alone(package: str) -> None:
     [other] = set(_PACKAGES) - {package}
     if other in sys.modules:
         raise AssertionError(f"loading {package}: this process has loaded {other}, load it in another")
-
-
-def _load_ggml() -> None:
-    """libllama.so as the package's sdist installs it names libggml.so, which lies beside it, without a path."""
-    spec = importlib.util.find_spec("ik_llama_cpp")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        for path in (Path(folder) / "lib").glob("libggml.*"):
-            ctypes.CDLL(str(path))
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)  # ggml_log_callback

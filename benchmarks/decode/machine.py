@@ -28,19 +28,23 @@ _CPU = Path("/sys/devices/system/cpu/cpu0/cache")
 
 def describe() -> dict[str, Any]:
     """The machine, as far as Linux tells."""
-    processor = Path("/proc/cpuinfo").read_text()
-    flags = set(_first(processor, "flags").split())
-    known = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
     return {
-        "processor": _first(processor, "model name") or platform.processor(),
+        "processor": _first(Path("/proc/cpuinfo").read_text(), "model name") or platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
-        "vector_extensions": [flag for flag in known if flag in flags],
+        "vector_extensions": vector_extensions(),
         "caches": _caches(),
         "memory_bytes": memory("MemTotal"),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
     }
+
+
+def vector_extensions() -> list[str]:
+    """Those of the processor that kernels here choose by, as Linux names them."""
+    flags = set(_first(Path("/proc/cpuinfo").read_text(), "flags").split())
+    known = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+    return [flag for flag in known if flag in flags]
 
 
 def slug(machine: dict[str, Any]) -> str:

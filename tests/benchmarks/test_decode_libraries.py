@@ -6,7 +6,7 @@ import ctypes
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +20,7 @@ from decode.contenders import CHOICES, IkLlama, Task
 from decode.entrants import gguf_path, prepare
 from decode.gguf_model import write_model
 from decode.shape import tensors
+from export.errors import ConfigError
 from synthetic_checkpoint import PHIXTRAL
 
 BENCHMARKS = Path(check.__file__).resolve().parent.parent
@@ -36,6 +37,25 @@ def test_a_process_that_has_one_library_does_not_load_the_other(monkeypatch, loa
     monkeypatch.setitem(sys.modules, other, SimpleNamespace())
     with pytest.raises(AssertionError, match=rf"this process has loaded {other}, load it in another"):
         load.__wrapped__()
+
+
+@pytest.mark.parametrize(("info", "refused"), [("AVX2 = 1 | AVX512_VNNI = 0", True), ("AVX512_VNNI = 1", False)])
+def test_a_library_compiled_for_a_lesser_processor_is_refused(monkeypatch, info, refused):
+    functions = SimpleNamespace(
+        llama_log_set=lambda *_: None, llama_batch_get_one=SimpleNamespace(),
+        llama_print_system_info=lambda: info.encode(),
+    )  # fmt: skip
+    monkeypatch.setattr(functions.llama_print_system_info, "restype", None, raising=False)
+    package = SimpleNamespace(
+        _lib=functions, llama_token_p=ctypes.c_void_p, llama_pos=ctypes.c_int32, llama_batch=ctypes.Structure
+    )
+    monkeypatch.setattr(libraries.importlib, "import_module", lambda name: package)
+    monkeypatch.setattr(libraries.machine, "vector_extensions", lambda: ["avx2", "avx512_vnni"])
+    if refused:
+        with pytest.raises(ConfigError, match="the library is compiled without.*compile_ik_llama.sh"):
+            libraries.ik_llama_cpp.__wrapped__()
+    else:
+        assert libraries.ik_llama_cpp.__wrapped__() is package
 
 
 def test_both_read_the_same_file_and_each_tries_its_own_settings(tmp_path):
@@ -107,7 +127,7 @@ atexit.register(lambda: os.write(1, b"goodbye\\n"))
 worker.main()
 """
     task = {
-        "contender": "ours", "source": None, "model": vars(SMALL), "positions": 100, "threads": 1, "settings": {},
+        "contender": "ours", "source": None, "model": asdict(SMALL), "positions": 100, "threads": 1, "settings": {},
     }  # fmt: skip
     lengths = {"first": 2, "short_context": 12, "long_context": 20, "decode": 4, "prefill": 8}
     order = json.dumps({"task": task, "lengths": lengths, "started": 0.0})
