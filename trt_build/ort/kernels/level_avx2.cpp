@@ -41,27 +41,16 @@ struct Avx2 {
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static void store(float* p, F a) { _mm256_storeu_ps(p, a); }
 
-  // A unit's products of codes up to 15 fit in 16 bits: 8 * 2 * 15 * 127 < 2^15. Codes of 8 bits are taken as two
-  // halves of 4.
+  static I add_products(I codes, I a, I pairs) {
+    pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(codes, a));
+    asm("" : "+x"(pairs));  // or GCC sums a unit's products as a tree, for which it has too few registers
+    return pairs;
+  }
+  static I add_pairs(I pairs, int16_t factor, I sum) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(factor)));
+  }
   template <int kBits>
-  struct Sum {
-    I sum, low, high;
-    void start(I first) { sum = first; }
-    void begin_unit() { low = high = _mm256_setzero_si256(); }
-    void add(I q, I a) {
-      if (kBits == 8) {
-        const I mask = _mm256_set1_epi8(15);
-        const I upper = _mm256_and_si256(_mm256_srli_epi16(q, 4), mask);
-        high = _mm256_add_epi16(high, _mm256_maddubs_epi16(upper, a));
-        q = _mm256_and_si256(q, mask);
-      }
-      low = _mm256_add_epi16(low, _mm256_maddubs_epi16(q, a));
-    }
-    void end_unit() {
-      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
-      if (kBits == 8) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
-    }
-  };
+  using Sum = PairSum<Avx2, kBits>;
 };
 
 }  // namespace

@@ -15,6 +15,27 @@ constexpr int kPrefetchBytes = 4096;
 
 inline void prefetch(const void* place) { __builtin_prefetch(place); }
 
+// Byte products without VNNI: V adds them in pairs of 16 bits. A unit's products of codes up to 15 fit: 8 * 2 * 15 * 127
+// < 2^15. Codes of 8 bits are taken as two halves of 4.
+template <class V, int kBits>
+struct PairSum {
+  typename V::I sum, low, high;
+
+  void start(typename V::I first) { sum = first; }
+  void begin_unit() { low = high = V::broadcast(0); }
+  void add(typename V::I q, typename V::I a) {
+    if (kBits == 8) {
+      high = V::add_products(V::template plane<4>(q, 1), a, high);
+      q = V::template plane<4>(q, 0);
+    }
+    low = V::add_products(q, a, low);
+  }
+  void end_unit() {
+    sum = V::add_pairs(low, 1, sum);
+    if (kBits == 8) sum = V::add_pairs(high, 16, sum);
+  }
+};
+
 template <class V>
 inline typename V::F scales_at(const Matrix& w, int64_t place) {
   return w.half_scales ? V::load_half(static_cast<const uint16_t*>(w.scales) + place)
