@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import importlib
 import re
 import shlex
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from cli.main import COMMANDS
+from trt_build.engine import Manifest
+from trt_build.trtllm.engine import TrtllmManifest
 
 ROOT = Path(__file__).parents[1]
 MOST_README_LINES = 150
@@ -56,6 +59,14 @@ def test_files_that_pages_name_exist(page):
     assert [path for path in sorted(named) if not list(ROOT.glob(path))] == []
 
 
+def test_the_tour_names_files_by_paths_that_end_as_theirs():
+    """Also those without their folder, as `resume.py` beside export/."""
+    files = [f"/{path.relative_to(ROOT)}" for folder in SOURCES for path in (ROOT / folder).rglob("*.*")]
+    named = set(re.findall(r"(?<![\w/*.])[\w/]+\.(?:py|cpp)\b", TOUR.read_text("utf-8")))
+    assert len(named) > 80
+    assert [path for path in sorted(named) if not any(file.endswith(f"/{path}") for file in files)] == []
+
+
 def test_the_tour_names_functions_that_exist():
     places = [(path, name) for path, names in _PLACE.findall(TOUR.read_text("utf-8")) for name in names.split(", ")]
     assert len(places) > 30, "the lives of a weight and of a request name their functions as `file.py: function`"
@@ -73,6 +84,37 @@ def _definitions(path: str) -> set[str]:
     return found
 
 
+def test_the_messages_of_the_troubleshooting_page_are_in_the_source():
+    symptoms = re.findall(r"^\| `([^`]+)`", _text("docs/troubleshooting.md"), re.M)
+    assert len(symptoms) > 25
+    texts = _messages()
+    assert [symptom for symptom in symptoms if not any(symptom in text for text in texts)] == []
+
+
+def _messages() -> list[str]:
+    """The texts in the source of the product, each up to the next value that is put into it."""
+    folders = ("cli", "clients", "export", "triton_repo", "trt_build")
+    trees = [ast.parse(path.read_text("utf-8")) for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+@pytest.mark.parametrize(
+    ("manifest", "heading"),
+    [
+        (Manifest, "## engine.json of an engine for ONNX Runtime"),
+        (TrtllmManifest, "## engine.json of an engine for TensorRT-LLM"),
+    ],
+)
+def test_the_fields_of_engine_json_are_described_and_no_others(manifest, heading):
+    text = _text("docs/engine-format.md")
+    section = text.partition(f"{heading}\n")[2].partition("\n## ")[0]
+    shared, _, table = section.rpartition("Beside them:") if "Beside them:" in section else ("", "", section)
+    named = set(re.findall(r"^\| `(\w+)`", table, re.M)) | set(re.findall(r"^\| `\w+`, `(\w+)`", table, re.M))
+    named |= set(re.findall(r"`(\w+)`", shared))
+    assert named == {field.name for field in dataclasses.fields(manifest)} | {"digest"}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_and_flags_that_pages_name_exist(page):
     problems = [f"{' '.join(words)}: {problem}" for words in _commands(_text(page)) if (problem := _problem_of(words))]
@@ -85,9 +127,12 @@ def test_a_flag_that_no_command_has_is_found():
 
 
 def _commands(text: str) -> Iterator[list[str]]:
-    """The words of each command of the project in a page's shell blocks and inline code."""
-    blocks = [block.replace("\\\n", " ") for language, block in _BLOCK.findall(text) if language in ("sh", "text")]
-    lines = [line for block in blocks for line in block.splitlines()]
+    """The words of each command of the project in a page's shell blocks, behind $ in its other blocks, and in inline
+    code."""
+    lines = []
+    for language, block in _BLOCK.findall(text):
+        whole = block.replace("\\\n", " ").splitlines()
+        lines += [line for line in whole if language == "sh" or line.strip().startswith("$ ")]
     for line in [*lines, *_INLINE.findall(_BLOCK.sub("", text))]:
         yield from _commands_of_line(line.strip().removeprefix("$ "))
 
