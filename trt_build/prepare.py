@@ -27,7 +27,7 @@ from export.tokenizer import Tokenizer
 from trt_build.engine import BACKEND, FORMAT_VERSION, FileRecord, Manifest, Precision, Source
 from trt_build.errors import EngineError
 from trt_build.ort.genai_config import genai_config
-from trt_build.ort.kernels import is_compiled
+from trt_build.ort.kernels import found_fault, is_compiled, remedy
 from trt_build.trtllm.engine import TRTLLM_BACKEND
 
 logger = logging.getLogger(__name__)
@@ -135,17 +135,20 @@ def _fit_own_kernels(provider: str, precision: str) -> bool:
 
 
 def prepare_build(options: EngineOptions) -> PreparedBuild:
-    """Open the checkpoint and lay the engine out; warns where moeship's kernels would be chosen and are not compiled.
+    """Open the checkpoint and lay the engine out; warns where moeship's kernels would be chosen and cannot be used.
 
     Raises MoeshipError of the stage that found fault.
     """
     provider, quantization = check_options(options)
-    if options.kernels is None and not is_compiled() and _fit_own_kernels(options.provider, options.precision):
-        logger.warning(
-            "moeship's CPU kernels are not compiled in this install, so the engine is for ONNX Runtime's, which decode "
-            "at two thirds of the speed or less: install a C++17 compiler (g++ or clang++) and moeship again"
-        )
     source = open_source(options.checkpoint, options.experts_per_token, options.max_sequence)
+    fault = found_fault()
+    if fault and options.kernels is None and _fit_own_kernels(options.provider, options.precision):
+        logger.warning(
+            "the engine is for ONNX Runtime's CPU kernels, which decode at two thirds of the speed of moeship's or less, "
+            "as moeship's cannot be used here (%s); %s",
+            fault,
+            remedy(),
+        )
     return PreparedBuild(
         options=dataclasses.replace(options, kernels=provider.kernels),
         provider=provider,

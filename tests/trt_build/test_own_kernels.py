@@ -228,9 +228,8 @@ def test_without_the_compiled_library_an_engine_is_written_and_refused_when_it_i
         ("cpu", "int5", True, "onnxruntime"),
     ],
 )
-def test_the_kernels_that_nobody_names(tmp_path, monkeypatch, provider, precision, compiled, expected):
-    (tmp_path / "there.so").touch()
-    monkeypatch.setattr(kernels, "_LIBRARY", tmp_path / ("there.so" if compiled else "absent.so"))
+def test_the_kernels_that_nobody_names(monkeypatch, provider, precision, compiled, expected):
+    monkeypatch.setattr(kernels, "found_fault", lambda: None if compiled else "absent")
     assert chosen_kernels(provider, precision) == expected
 
 
@@ -252,9 +251,12 @@ def test_without_the_library_the_default_is_onnx_runtimes_kernels_and_one_senten
     monkeypatch.setattr(kernels, "_LIBRARY", tmp_path / "absent.so")
     output = tmp_path / "engine"
     assert main([command, "--checkpoint", str(tiny_checkpoint), "--output", str(output), *words]) == 0
-    found = [line for line in caplog.messages if "kernels are not compiled in this install" in line]
+    found = [line for line in caplog.messages if "the engine is for ONNX Runtime's CPU kernels" in line]
     assert len(found) == is_told
-    assert all("two thirds of the speed or less: install a C++17 compiler (g++ or clang++)" in line for line in found)
+    for line in found:
+        assert "two thirds of the speed of moeship's or less" in line
+        assert "absent.so does not exist" in line
+        assert line.endswith(kernels.remedy())
     if command == "build" and words == []:
         compare(output, tiny_engines("int4", kernels="onnxruntime"))
 
