@@ -144,8 +144,8 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
     fault = found_fault()
     if fault and options.kernels is None and _fit_own_kernels(options.provider, options.precision):
         logger.warning(
-            "the engine is for ONNX Runtime's CPU kernels, which decode at two thirds of the speed of moeship's or less, "
-            "as moeship's cannot be used here (%s); %s",
+            "the engine is for ONNX Runtime's CPU kernels, which decode at two thirds of the speed of moeship's or "
+            "less, as moeship's cannot be used here (%s); %s",
             fault,
             remedy(),
         )
