@@ -7,11 +7,17 @@ import sys
 
 from trt_build.ort.kernels import found_fault, library, remedy
 
-fault = found_fault()
-if fault is None:
-    sys.stdout.write(f"moeship's CPU kernels: {library()}\n")
-else:
+
+def main() -> None:
+    fault = found_fault()
+    if fault is None:
+        sys.stdout.write(f"moeship's CPU kernels: {library()}\n")
+        return
     sys.stderr.write(
         f"moeship's CPU kernels are not used: {fault}; quantised engines for the CPU run on ONNX Runtime's kernels, "
         f"which decode slower; {remedy()}\n"
     )
+
+
+if __name__ == "__main__":
+    main()
