@@ -29,7 +29,7 @@ check: $(VENV)/.dev  ## lint, format and types (seconds)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-quick: $(VENV)/.dev check  ## check, and the tests that build no engine and start no server (about a minute)
+quick: $(VENV)/.dev check  ## check, and the tests that build no engine and start no server (two minutes)
 	$(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile $(QUICK)
 
 format: $(VENV)/.dev  ## mend what lint and format can mend
