@@ -25,7 +25,7 @@ from typing import Any
 from decode import machine
 from export.command import run_command
 from export.errors import ConfigError
-from export.output import replace_file
+from export.files.output import replace_file
 from trt_build.prepare import BACKENDS
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -33,13 +33,13 @@ from decode.results import FORMAT_VERSION, assemble, table
 from decode.rounds import Record, run_rounds
 from decode.worker import Lengths
 from export.architecture import Architecture
-from export.checkpoint import read_json
+from export.checkpoint.folder import read_json
 from export.command import run_command
 from export.errors import ConfigError, MoeshipError
-from export.output import replace_file
+from export.files.output import replace_file
 from synthetic_checkpoint import PHIXTRAL
-from trt_build.bandwidth import NUM_BYTES
 from trt_build.engine import open_engine
+from trt_build.machine.bandwidth import NUM_BYTES
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -10,8 +10,8 @@ turn, so that no cache holds them.
 Each contender is a process of its own and sleeps while another works. A round measures what no kernel can exceed, the
 rate of reading memory and the rate of the processor's int8 products, and every contender at every number of rows. The
 figures, and the ratios to one row, are the medians of all rounds' calls; the best call is printed beside them. The
-bandwidth is the median of the rounds, of which each is the fastest of several turns (trt_build/bandwidth.py): a share
-of it is stated low rather than high. A picture is drawn beside the JSON file.
+bandwidth is the median of the rounds, of which each is the fastest of several turns (trt_build/machine/bandwidth.py): a
+share of it is stated low rather than high. A picture is drawn beside the JSON file.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from typing import Any
 from decode.machine import describe
 from export.command import run_command
 from export.errors import ConfigError, MoeshipError
+from export.files.output import replace_file
 from export.optional import optional_package
-from export.output import replace_file
 from layer.peak import Peak
 from layer.process import NAMES, Contender, started
 from layer.shape import WEIGHTS
-from trt_build.bandwidth import measure_read_bandwidth
+from trt_build.machine.bandwidth import measure_read_bandwidth
 
 BANDWIDTH_BYTES = 1 << 28
 MANY_ROWS = 16

@@ -27,12 +27,12 @@ import numpy as np
 import numpy.typing as npt
 
 from export.architecture import Architecture
-from export.checkpoint import numpy_dtype
+from export.checkpoint.folder import numpy_dtype
+from export.checkpoint.shard_writer import PlannedTensor, write_sharded
 from export.command import run_command
 from export.families import families
+from export.files.output import require_space, staged_directory
 from export.merge.layout import config_json as phixtral_config
-from export.output import require_space, staged_directory
-from export.shard_writer import PlannedTensor, write_sharded
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-phixtral" / "experts" / "code"
 SHARD_BYTES = 5_000_000_000

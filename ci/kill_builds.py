@@ -21,7 +21,7 @@ from pathlib import Path
 
 from export.command import run_command
 from export.errors import MoeshipError
-from export.resume import partial_path
+from export.files.resume import partial_path
 from trt_build.engine import open_engine
 from trt_build.errors import EngineError
 

@@ -164,8 +164,8 @@ def _proc(name: str) -> str:
 
 
 def _add_machine(report: Report) -> None:
-    from trt_build.machine import read_machine
-    from trt_build.memory import available_memory
+    from trt_build.machine.memory import available_memory
+    from trt_build.machine.readings import read_machine
 
     total = re.search(r"^MemTotal:\s*(\d+) kB$", _proc("meminfo"), re.M)
     machine = read_machine()
@@ -290,7 +290,7 @@ def _verified(verification: object) -> str:
 def _what_it_lacks(folder: Path, facts: Facts) -> Iterator[str]:
     """What would keep this machine from loading a whole engine of ONNX Runtime."""
     from trt_build.engine import BACKEND, open_engine
-    from trt_build.memory import require_memory
+    from trt_build.engine_memory import require_memory
     from trt_build.ort.kernels import is_compiled
 
     if facts.get("backend") != BACKEND:

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from export.checkpoint import open_checkpoint
+    from export.checkpoint.folder import open_checkpoint
     from export.inspection import describe
 
     report = describe(open_checkpoint(arguments.checkpoint), arguments.experts_per_token)

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from export.errors import named
-from export.reading import whole_number
+from export.files.reading import whole_number
 
 _MAX_SEED = 2**63 - 1
 _MAX_SIZE = 2**63  # bytes

@@ -71,8 +71,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _machine(arguments: argparse.Namespace, plan: EnginePlan) -> dict[str, Any]:
     """What the machine's memory and bandwidth make of a plan; None for what is not known."""
-    from trt_build.bandwidth import measure_read_bandwidth
-    from trt_build.memory import available_memory
+    from trt_build.machine.bandwidth import measure_read_bandwidth
+    from trt_build.machine.memory import available_memory
 
     memory = arguments.device_memory and round(arguments.device_memory * GB)
     if memory is None and plan.provider == "cpu":

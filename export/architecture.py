@@ -24,7 +24,7 @@ MAX_LISTED = 12  # unknown keys that are named
 MAX_POSITIONS = 1 << 20  # the rotary tables of as many positions are written into every graph
 
 
-# Keys of config.json that export/settings.py reads, since other files can state them too.
+# Keys of config.json that export/tokenizer/settings.py reads, since other files can state them too.
 SETTINGS_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class")
 
 
@@ -100,7 +100,8 @@ class Architecture:
     dense_layers: tuple[int, ...] = ()  # of a model with experts: layers that have one MLP in the mixture's place
     router: Router = Router()
     scales: Scales = Scales()
-    bos_token_id: int | None = None  # this and the end tokens come from export/settings.py, which joins several files
+    # This and the end tokens come from export/tokenizer/settings.py, which joins several files.
+    bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 from export import routing
 from export.architecture import Architecture
-from export.checkpoint import Checkpoint
+from export.checkpoint.folder import Checkpoint
+from export.checkpoint.tensor_table import Part, Role, TensorSpec
 from export.families import Model, read_model
-from export.tensor_table import Part, Role, TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)

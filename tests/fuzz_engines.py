@@ -18,7 +18,7 @@ from pathlib import Path
 from checkpoints import write_phixtral_checkpoint
 from fuzzing import Reader, mutated_bytes, mutated_json
 
-from export.checkpoint import file_digest
+from export.checkpoint.folder import file_digest
 from tests.manifests import read_values
 from triton_repo.contracts.model_parameters import ModelParameters, TextParameters
 from triton_repo.contracts.seal import is_sealed

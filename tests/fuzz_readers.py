@@ -19,15 +19,15 @@ from fuzzing import Reader, mutated_bytes, mutated_json
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
 
-from export.checkpoint import open_checkpoint
-from export.checkpoint_files import INDEX_FILE
+from export.checkpoint.file_table import INDEX_FILE
+from export.checkpoint.folder import open_checkpoint
+from export.checkpoint.safetensors_header import read_header
 from export.errors import MoeshipError
 from export.families import read_model
+from export.files.reading import read_json
 from export.merge.config import read_merge_config
-from export.reading import read_json
-from export.safetensors_header import read_header
-from export.settings import check_token_ids, read_settings
-from export.tokenizer import load_tokenizer
+from export.tokenizer.loading import load_tokenizer
+from export.tokenizer.settings import check_token_ids, read_settings
 
 SIZES = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "ffn_size": 8, "vocab_size": 260, "rotary_dim": 2}
 

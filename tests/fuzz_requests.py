@@ -17,7 +17,7 @@ import tokenizers
 from fuzzing import HOSTILE_VALUES, Reader, mutated_json
 from tokenizers import decoders, models, pre_tokenizers
 
-from export.tokenizer import Tokenizer
+from export.tokenizer.loading import Tokenizer
 from triton_repo.contracts.ensemble import ENGINE_NAMES, QUERY_NAMES
 from triton_repo.contracts.model_parameters import TextParameters
 from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, INPUTS, TritonDtype, WireTensor

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.checkpoint import open_checkpoint
+from export.checkpoint.folder import open_checkpoint
 from export.conversion.parts import PartRecord, Region
 from export.errors import MissingPackageError, QuantizationError
 from export.families import read_model

@@ -15,8 +15,8 @@ PACKAGES = ("export", "trt_build", "triton_repo", "clients", "cli")
 HEAVY = ("torch", "transformers", "onnxruntime", "tensorrt_llm", "onnx", "tritonclient", "grpc", "tokenizers")
 # Read by no one but the function that asks for the reference, and by Triton's stub.
 IMPORTED_BY_NEED = {
-    "trt_build.torch_reference": {"torch", "transformers"},
-    "trt_build.references.phixtral": {"torch", "transformers"},
+    "trt_build.comparison.torch_reference": {"torch", "transformers"},
+    "trt_build.comparison.references.phixtral": {"torch", "transformers"},
     "export.merge.hidden_states": {"torch", "transformers"},
     "trt_build.trtllm.phixtral": {"tensorrt_llm"},
 }
@@ -28,21 +28,39 @@ ARROWS = {
     "clients": {"export", "triton_repo"},
     "cli": {"export", "trt_build", "triton_repo", "clients"},
 }
-
-
-# The same within triton_repo, whose errors every folder may import. runtime/ holds three folders of its own.
-TRITON_REPO_ARROWS = {
-    "errors": set(),
-    "contracts": set(),
-    "processes": set(),
-    "runtime.text": set(),
-    "runtime": {"contracts", "runtime.text"},
-    "runtime.steps": {"contracts", "runtime", "runtime.text"},
-    "runtime.llmapi": {"contracts", "runtime", "runtime.text"},
-    "models": {"contracts", "processes", "runtime", "runtime.steps", "runtime.llmapi"},
-    "packaging": {"contracts", "runtime.steps"},
-    "serving": {"contracts", "packaging", "processes"},
-    "supervision": {"contracts", "packaging", "processes", "serving"},
+# The same between the folders of a package and the modules beside them. The modules in COMMON are for all, and use only
+# one another. A folder in a folder belongs to that folder, unless it has a row of its own.
+COMMON = {
+    "export": {"architecture", "command", "errors", "floats", "optional", "provider", "routing"},
+    "trt_build": {"errors"},
+    "triton_repo": {"errors"},
+}
+WITHIN = {
+    "export": {
+        "files": set(),
+        "checkpoint": {"files"},
+        "conversion": {"checkpoint", "files"},
+        "quantize": {"checkpoint"},
+        "onnx_graph": {"checkpoint", "conversion", "quantize"},
+        "families": {"checkpoint", "onnx_graph"},
+        "exporter": {"checkpoint", "conversion", "families", "files", "onnx_graph", "quantize"},
+        "inspection": {"checkpoint", "families"},
+        "tokenizer": {"checkpoint", "families", "files"},
+        "trtllm": {"checkpoint", "conversion", "families", "files", "quantize", "tokenizer"},
+        "merge": {"checkpoint", "conversion", "families", "files", "tokenizer"},
+    },
+    "triton_repo": {
+        "contracts": set(),
+        "processes": set(),
+        "runtime.text": set(),
+        "runtime": {"contracts", "runtime.text"},
+        "runtime.steps": {"contracts", "runtime", "runtime.text"},
+        "runtime.llmapi": {"contracts", "runtime", "runtime.text"},
+        "models": {"contracts", "processes", "runtime", "runtime.steps", "runtime.llmapi"},
+        "packaging": {"contracts", "runtime.steps"},
+        "serving": {"contracts", "packaging", "processes"},
+        "supervision": {"contracts", "packaging", "processes", "serving"},
+    },
 }
 MAX_MODULES = 12  # in one folder, so that one look finds the right one
 
@@ -93,26 +111,54 @@ def test_arrows_run_one_way(package):
     assert wrong == []
 
 
-def triton_repo_folder(name):
-    """The key of TRITON_REPO_ARROWS that a module of triton_repo belongs to."""
+def place_of(package, name):
+    """The key of WITHIN that a module belongs to, the name of a module that is for all, or None for neither."""
     parts = name.split(".")[1:]
-    return next((key for n in (2, 1) if (key := ".".join(parts[:n])) in TRITON_REPO_ARROWS), None)
+    if parts and parts[0] in COMMON[package]:
+        return parts[0]
+    return next((key for n in (2, 1) if (key := ".".join(parts[:n])) in WITHIN[package]), None)
 
 
-def test_arrows_run_one_way_within_triton_repo():
+def imported_modules(path):
+    """As imported_names, with `from package import module` as the module."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            folder = ROOT.joinpath(*node.module.split("."))
+            inner = [alias.name for alias in node.names if (folder / f"{alias.name}.py").exists()]
+            yield from (f"{node.module}.{name}" for name in inner)
+            if len(inner) < len(node.names):
+                yield node.module
+
+
+@pytest.mark.parametrize("package", WITHIN)
+def test_arrows_run_one_way_within_a_package(package):
     wrong = []
-    for path in sources("triton_repo"):
-        own = triton_repo_folder(module_name(path))
-        allowed = TRITON_REPO_ARROWS.get(own, set()) | {own, "errors"}
+    for path in sources(package):
+        name = module_name(path)
+        own = place_of(package, name)
+        if own is None and name != package:
+            wrong.append(f"{path.relative_to(ROOT)} has no row in WITHIN")
+        allowed = WITHIN[package].get(own, set()) | {own} | COMMON[package]
         wrong += [
-            f"{path.relative_to(ROOT)} imports {name}"
-            for name in imported_names(path)
-            if name.split(".")[0] == "triton_repo" and triton_repo_folder(name) not in allowed
+            f"{path.relative_to(ROOT)} imports {imported}"
+            for imported in imported_modules(path)
+            if imported.split(".")[0] == package and place_of(package, imported) not in allowed
         ]
     assert wrong == []
 
 
-@pytest.mark.parametrize("package", ["triton_repo", "clients"])
+@pytest.mark.parametrize("package", WITHIN)
+def test_the_order_within_a_package_has_no_circle(package):
+    left = {key: set(uses) for key, uses in WITHIN[package].items()}
+    while free := [key for key, uses in left.items() if not uses & set(left)]:
+        for key in free:
+            del left[key]
+    assert left == {}
+
+
+@pytest.mark.parametrize("package", ["export", "trt_build", "triton_repo", "clients"])
 def test_a_folder_has_few_modules(package):
     folders = {path.parent for path in sources(package)}
     counts = {folder: len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) for folder in folders}

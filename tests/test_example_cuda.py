@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from export.checkpoint import open_checkpoint
+from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.merge.config import read_merge_config
 from export.merge.merge import merge
 from export.provider import PROVIDERS
-from export.tokenizer import load_tokenizer
-from trt_build import parity
+from export.tokenizer.loading import load_tokenizer
 from trt_build.build_engine import BuildOptions, build_engine
-from trt_build.evaluation_text import standard_text
+from trt_build.comparison import parity
+from trt_build.comparison.evaluation_text import standard_text
+from trt_build.comparison.torch_reference import load_reference
 from trt_build.ort.device import Device
-from trt_build.torch_reference import load_reference
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-phixtral"
 

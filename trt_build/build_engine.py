@@ -22,16 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.checkpoint import Checkpoint
+from export.checkpoint.digests import source_digests
+from export.checkpoint.folder import Checkpoint
 from export.command import run_command
 from export.conversion.parts import PartRecord
+from export.conversion.sources import check_resumed, check_unchanged, source_files
 from export.conversion.writer import Progress
-from export.digests import source_digests
-from export.onnx_graph.exporter import DATA_FILE, write_export
-from export.output import forget_pages
+from export.exporter import DATA_FILE, write_export
+from export.files.output import forget_pages
+from export.files.resume import Fingerprint, partial_folder, refuse_made
 from export.provider import OWN_KERNELS, named_with_kernels
-from export.resume import Fingerprint, partial_folder, refuse_made
-from export.sources import check_resumed, check_unchanged, source_files
 from trt_build.engine import FORMAT_VERSION, Engine, Source, open_engine, record_files, write_manifest
 from trt_build.engine_flags import add_engine_arguments, read_checkpoint, read_engine_options
 from trt_build.ort.genai_config import GENAI_FILE

@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from export.architecture import MAX_DIMENSION, Architecture
-from export.checkpoint import file_digest
-from export.checkpoint_files import TOKENIZER_FILE
+from export.checkpoint.digests import num_cores
+from export.checkpoint.file_table import TOKENIZER_FILE
+from export.checkpoint.folder import file_digest
 from export.conversion.parts import PartRecord, Region, damaged_regions, read_records
-from export.digests import num_cores
 from export.errors import listing, named, shown
-from export.onnx_graph.exporter import DATA_FILE, RECORDS_FILE, SCORING_GRAPH, SERVING_GRAPH
-from export.output import replace_file
+from export.exporter import DATA_FILE, RECORDS_FILE, SCORING_GRAPH, SERVING_GRAPH
+from export.files.output import replace_file
+from export.files.reading import check_name
+from export.files.typed_json import read_typed
 from export.provider import KERNELS, OWN_KERNELS
-from export.reading import check_name
-from export.settings import TokenizerFacts
-from export.typed_json import read_typed
+from export.tokenizer.settings import TokenizerFacts
 from trt_build.errors import EngineError
 from trt_build.manifest import (
     MANIFEST_FILE,
@@ -72,8 +72,8 @@ class Precision:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where the weights came from: digests by file name as `export.digests` describes them, `revision` the commit of a
-    hub id."""
+    """Where the weights came from: digests by file name as `export.checkpoint.digests` describes them, `revision` the
+    commit of a hub id."""
 
     checkpoint: str
     revision: str | None

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from export.architecture import Architecture, is_token_id
-from export.checkpoint_files import TEMPLATE_FOLDER
+from export.checkpoint.file_table import TEMPLATE_FOLDER
 from export.errors import MoeshipError, named, shown
-from export.reading import parse_json, read_text
-from export.settings import MAX_TOKENS, TokenizerFacts
+from export.files.reading import parse_json, read_text
+from export.tokenizer.settings import MAX_TOKENS, TokenizerFacts
 from trt_build.errors import EngineError
 
 MANIFEST_FILE = "engine.json"

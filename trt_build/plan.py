@@ -16,16 +16,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from export.checkpoint.digests import Run
+from export.checkpoint.tensor_table import Role, Weights
 from export.conversion.parts import PartRecord, Region, records_text
 from export.conversion.writer import conversion_bytes
-from export.digests import Run
+from export.exporter import DATA_FILE, RECORDS_FILE
 from export.onnx_graph.converter import OnnxConverter, planned_regions, run_starts
-from export.onnx_graph.exporter import DATA_FILE, RECORDS_FILE
 from export.onnx_graph.weights import WeightJob
-from export.tensor_table import Role, Weights
 from trt_build.engine import FileRecord, Source, manifest_text
+from trt_build.engine_memory import kv_bytes_per_token
 from trt_build.manifest import MANIFEST_FILE
-from trt_build.memory import kv_bytes_per_token
 from trt_build.ort.genai_config import GENAI_FILE
 from trt_build.prepare import PreparedBuild
 

@@ -14,16 +14,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.checkpoint import Checkpoint, open_checkpoint
+from export.checkpoint.folder import Checkpoint, open_checkpoint
+from export.checkpoint.tensor_table import Weights
 from export.errors import ConfigError
+from export.exporter import ExportPlan, plan_export
 from export.families import Model, read_model
-from export.onnx_graph.exporter import ExportPlan, plan_export
 from export.provider import KERNELS, ONNX_RUNTIME, OWN_KERNELS, Provider, provider_of
 from export.quantize.recipe import QuantPlan, plan_for
 from export.routing import RoutingReport, diagnose
-from export.settings import Settings, check_token_ids, read_settings
-from export.tensor_table import Weights
-from export.tokenizer import Tokenizer
+from export.tokenizer.loading import Tokenizer
+from export.tokenizer.settings import Settings, check_token_ids, read_settings
 from trt_build.engine import BACKEND, FORMAT_VERSION, FileRecord, Manifest, Precision, Source
 from trt_build.errors import EngineError
 from trt_build.ort.genai_config import genai_config

@@ -15,7 +15,7 @@ from decode.gguf_model import read_contents, write_model
 from decode.shape import Weights, count_weights, mixtral_of_equal_weights
 from export.architecture import Architecture
 from export.errors import ConfigError
-from export.onnx_graph.exporter import SERVING_GRAPH
+from export.exporter import SERVING_GRAPH
 from trt_build.engine import Engine, open_engine
 
 NAMES = (

@@ -20,8 +20,8 @@ import numpy.typing as npt
 from decode.shape import EMBEDDING, ROW_MULTIPLE, Tensor, share_read, tensors
 from export.architecture import Architecture
 from export.errors import CheckpointError
+from export.files.output import require_space
 from export.optional import optional_package
-from export.output import require_space
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter

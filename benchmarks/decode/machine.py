@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from trt_build.bandwidth import NUM_BYTES, NUM_TURNS, measure_read_bandwidth
+from trt_build.machine.bandwidth import NUM_BYTES, NUM_TURNS, measure_read_bandwidth
 
 PACKAGES = (
     "moeship", "numpy", "onnxruntime", "llama-cpp-python", "ik-llama-cpp-python", "gguf", "torch", "transformers",
@@ -68,8 +68,8 @@ def busy_seconds() -> float:
 def read_bandwidth(threads: int, num_bytes: int = NUM_BYTES) -> dict[str, float]:
     """Bytes per second of every method tried, measured in a process of its own.
 
-    Two methods, since none is the fastest everywhere: summing integers (trt_build/bandwidth.py), and BLAS's dot product
-    of each thread's floats with themselves.
+    Two methods, since none is the fastest everywhere: summing integers (trt_build/machine/bandwidth.py), and BLAS's
+    dot product of each thread's floats with themselves.
     """
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     code = f"import json; from decode.machine import methods; print(json.dumps(methods({threads}, {num_bytes})))"

@@ -19,7 +19,7 @@ import numpy as np
 
 from decode.contenders import Contender, Task, load
 from export.architecture import Architecture
-from export.typed_json import read_typed
+from export.files.typed_json import read_typed
 
 _KIB = 1024
 

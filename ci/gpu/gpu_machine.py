@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trt_build.machine import BUILD_PROGRAM, LIBRARY, MPIRUN, Machine, container, library_python, read_machine
+from trt_build.machine.readings import BUILD_PROGRAM, LIBRARY, MPIRUN, Machine, container, library_python, read_machine
 
 BACKEND = "tensorrtllm"  # Triton's, in C++
 PACKAGES = (LIBRARY, "tensorrt", "torch", "transformers", "nvidia-modelopt")  # of TensorRT-LLM's own Python
@@ -211,7 +211,7 @@ def _version_problems(readings: Readings) -> Iterator[str]:
 
 
 def _space_problems(needs: Needs) -> Iterator[str]:
-    from trt_build.memory import available_memory
+    from trt_build.machine.memory import available_memory
 
     memory = available_memory()
     if memory < needs.memory:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from export.errors import ConfigError, MoeshipError
-from export.output import replace_file
+from export.files.output import replace_file
 
 logger = logging.getLogger(__name__)
 

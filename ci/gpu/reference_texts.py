@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from export.command import run_command
-from trt_build.parity import load_torch_reference
+from trt_build.comparison.parity import load_torch_reference
 from trt_build.prepare import open_source
 
 

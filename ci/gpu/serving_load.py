@@ -18,7 +18,7 @@ from typing import Any
 from clients.errors import ClientError
 from clients.generation import AsyncClient, GenerationRequest
 from export.errors import ConfigError
-from export.tokenizer import Tokenizer
+from export.tokenizer.loading import Tokenizer
 
 TIMEOUT_S = 600
 MICROSECONDS = 6  # decimals of a second

@@ -25,10 +25,10 @@ from serving_load import Load, different_prompts, measure_level, summarise
 from clients.errors import ClientError
 from clients.generation import AsyncClient, Client, Generation, GenerationRequest, collect
 from export.errors import ConfigError, MoeshipError
-from export.tokenizer import load_tokenizer
+from export.tokenizer.loading import load_tokenizer
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.serving.server import ServerOptions, running_server
-from trt_build.evaluation_text import standard_text
+from trt_build.comparison.evaluation_text import standard_text
 
 MODEL = "ensemble"  # the name that NVIDIA's own clients ask for
 READY_TIMEOUT_S = 1800

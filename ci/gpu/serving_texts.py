@@ -19,7 +19,7 @@ from pathlib import Path
 
 from export.command import run_command
 from export.errors import OutputError
-from export.tokenizer import load_tokenizer
+from export.tokenizer.loading import load_tokenizer
 from triton_repo.runtime.generation import generate
 from triton_repo.runtime.options import GenerationOptions
 from trt_build.engine import open_engine

@@ -2,8 +2,8 @@
 
     python ci/gpu/transformers_fp16.py CHECKPOINT --output benchmarks/results
 
-transformers' own attention, norms and head, the mixture expert by expert as in trt_build/torch_reference.py: no
-transformers release has a phixtral of its own. Prompts are prefilled and tokens decoded as in onnxruntime_cuda.py,
+transformers' own attention, norms and head, the mixture expert by expert as in trt_build/comparison/torch_reference.py:
+no transformers release has a phixtral of its own. Prompts are prefilled and tokens decoded as in onnxruntime_cuda.py,
 without sampling. Needs moeship with the extra `verify` and a CUDA build of torch; loads the checkpoint in float32 in
 main memory first. Exit status 0 done, 2 wrong input.
 """
@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from onnxruntime_cuda import PREFILL_RUNS, WARM_UP_STEPS, describe_device, positive, report_file
 
-from export.checkpoint import open_checkpoint
+from export.checkpoint.folder import open_checkpoint
 from export.command import run_command
 from export.errors import ConfigError, OutputError
 from export.families import read_model
-from trt_build.torch_reference import load_reference
+from trt_build.comparison.torch_reference import load_reference
 
 
 def measure(reference: torch.nn.Module, device: str, batch: int, prompt: int, steps: int) -> dict[str, Any]:

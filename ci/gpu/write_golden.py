@@ -21,18 +21,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from export.checkpoint import open_checkpoint
+from export.checkpoint.folder import open_checkpoint
 from export.command import run_command
+from export.exporter import SERVING_GRAPH
 from export.families import read_model
-from export.onnx_graph.exporter import SERVING_GRAPH
 from export.provider import PROVIDERS
-from export.tokenizer import load_tokenizer
+from export.tokenizer.loading import load_tokenizer
+from trt_build.comparison.evaluation_text import standard_text
+from trt_build.comparison.parity import THRESHOLDS
 from trt_build.engine import Engine, open_engine
 from trt_build.errors import EngineError
-from trt_build.evaluation_text import standard_text
 from trt_build.ort.device import Device
 from trt_build.ort.session import ScoringSession
-from trt_build.parity import THRESHOLDS
 
 GOLDEN_FILE = "golden.npz"
 # Where the weights are the same: rounding between operations, and on Hopper's float16 product the erf form of GELU,
@@ -50,8 +50,8 @@ def through_the_cpus_kernels(engine: Engine, token_ids: list[int]) -> tuple[Floa
 
 def by_transformers(engine: Engine, checkpoint: str, token_ids: list[int]) -> tuple[FloatArray, FloatArray | None]:
     """The same of the checkpoint, by the reference. Raises EngineError for a checkpoint of another model."""
-    from trt_build.parity import run_reference
-    from trt_build.torch_reference import load_reference
+    from trt_build.comparison.parity import run_reference
+    from trt_build.comparison.torch_reference import load_reference
 
     model = read_model(open_checkpoint(checkpoint), engine.manifest.architecture.experts_per_token or None)
     if model.architecture != engine.manifest.architecture:

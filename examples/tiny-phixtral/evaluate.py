@@ -18,10 +18,10 @@ import corpus
 
 from export.merge.config import read_merge_config
 from export.merge.merge import merge
-from export.tokenizer import load_tokenizer
+from export.tokenizer.loading import load_tokenizer
 from trt_build.build_engine import BuildOptions, build_engine
+from trt_build.comparison.parity import perplexity, split_windows
 from trt_build.engine import Engine
-from trt_build.parity import perplexity, split_windows
 
 HERE = Path(__file__).resolve().parent
 WINDOW_TOKENS = 256

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
+from export.checkpoint.tensor_table import Weights
 from export.conversion.parts import PartRecord, PlannedRegion
-from export.tensor_table import Weights
 
 
 class Job(Protocol):

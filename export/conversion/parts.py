@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from export.digests import Run, range_digest
+from export.checkpoint.digests import Run, range_digest
 from export.errors import ConfigError, named
-from export.reading import parse_json, read_text
-from export.typed_json import read_typed
+from export.files.reading import parse_json, read_text
+from export.files.typed_json import read_typed
 
 MAX_RECORDS_BYTES = 256 << 20  # some hundred thousand parts
 

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
+from export.checkpoint.digests import num_cores
 from export.conversion.converter import Converter, J
 from export.conversion.parts import PartRecord, damaged_regions, read_record
 from export.conversion.workers import convert_in_workers, peak_memory, worker_memory
-from export.digests import num_cores
-from export.resume import PartialFolder
+from export.files.resume import PartialFolder
 
 MAX_WORKERS = 4  # each holds what one job does
 WORKER_BYTES = 1 << 26  # of source tensors, which a process converts in less time than another takes to start

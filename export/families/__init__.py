@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from export.architecture import Architecture
-from export.checkpoint import Checkpoint
+from export.checkpoint.folder import Checkpoint
+from export.checkpoint.tensor_table import Role, TensorSpec, Weights, open_weights
+from export.checkpoint.token_ids import read_token_ids
 from export.errors import CheckpointError, ConfigError, ExportError, named, shown
 from export.families.reference import Reference
-from export.tensor_table import Role, TensorSpec, Weights, open_weights
-from export.token_ids import read_token_ids
-from export.trtllm.network import LlmApiModel, TrtllmNetwork
+from export.families.trtllm_network import LlmApiModel, TrtllmNetwork
 
 if TYPE_CHECKING:
     from export.onnx_graph.graph import GraphBuilder

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from export.architecture import Architecture, ConfigReader, Scales
+from export.checkpoint.tensor_table import TensorSpec
 from export.families import Family
 from export.families.llama_stack import (
     HARMLESS_TENSORS,
@@ -34,7 +35,6 @@ from export.families.llama_stack import (
     transformers_name,
 )
 from export.families.reference import Reference
-from export.tensor_table import TensorSpec
 
 _SCALARS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 

@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from export.architecture import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, Architecture, ConfigReader, Scales
+from export.checkpoint.tensor_table import Part, Role, TensorSpec, concatenated, interleaved, single, stacked
 from export.families.transformers_config import HARMLESS_KEYS, check_heads, read_rope, refuse_quantized
-from export.tensor_table import Part, Role, TensorSpec, concatenated, interleaved, single, stacked
 
 if TYPE_CHECKING:
     from export.onnx_graph.graph import GraphBuilder

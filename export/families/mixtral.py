@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 from export.architecture import Architecture, ConfigReader
+from export.checkpoint.tensor_table import Part, TensorSpec
 from export.families import Family
 from export.families.llama_stack import (
     EMBEDDING,
@@ -36,8 +37,7 @@ from export.families.llama_stack import (
     transformers_name,
 )
 from export.families.reference import Reference
-from export.tensor_table import Part, TensorSpec
-from export.trtllm.network import LlmApiModel, TrtllmNetwork
+from export.families.trtllm_network import LlmApiModel, TrtllmNetwork
 
 
 def matches(config: Mapping[str, Any]) -> bool:

@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from export.architecture import MAX_LAYERS, MAX_POSITIONS, Architecture, ConfigReader
+from export.checkpoint.tensor_table import Part, Role, TensorSpec, concatenated, single
 from export.families import Family
 from export.families.phi_stack import (
     HARMLESS_TENSORS,
@@ -34,7 +35,6 @@ from export.families.phi_stack import (
 )
 from export.families.reference import Reference
 from export.families.transformers_config import HARMLESS_KEYS, check_heads, read_rope, refuse_quantized
-from export.tensor_table import Part, Role, TensorSpec, concatenated, single
 
 if TYPE_CHECKING:
     from export.onnx_graph.graph import GraphBuilder

@@ -26,9 +26,9 @@ from export.architecture import (
     Architecture,
     ConfigReader,
 )
+from export.checkpoint.tensor_table import Role, TensorSpec, single
 from export.families.transformers_config import SCALED_ROTARY, check_heads, refuse_quantized
-from export.tensor_table import Role, TensorSpec, single
-from export.trtllm.network import TrtllmNetwork
+from export.families.trtllm_network import TrtllmNetwork
 
 if TYPE_CHECKING:
     from export.onnx_graph.graph import GraphBuilder

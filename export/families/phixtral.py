@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from export.architecture import Architecture
+from export.checkpoint.tensor_table import Part, Role, TensorSpec, single, stacked
 from export.families import Family
 from export.families.phi_stack import (
     HARMLESS_TENSORS,
@@ -28,7 +29,6 @@ from export.families.phi_stack import (
     transformers_name,
 )
 from export.families.reference import Reference
-from export.tensor_table import Part, Role, TensorSpec, single, stacked
 
 if TYPE_CHECKING:
     from export.onnx_graph.graph import GraphBuilder

@@ -17,7 +17,7 @@ class Reference:
     stands for q, k and v, which are one row here and three tensors there; None for a row that the class has no place
     for. `router` is the path of the router's module inside a layer, of families that route. `config` puts a config.json
     into the words of the class's configuration, from the JSON alone. `additions` names the module of
-    trt_build/references that puts in what the class lacks."""
+    trt_build/comparison/references that puts in what the class lacks."""
 
     model: str
     name: Callable[[str], str | None]

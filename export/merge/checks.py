@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from export.checkpoint.safetensors_header import FLOAT_LABELS
 from export.errors import MergeError, listing
 from export.families import Model
 from export.families.phi_stack import ROPE_BASE
-from export.safetensors_header import FLOAT_LABELS
 
 SAMPLED_ROWS = 16
 _COMPARED = (

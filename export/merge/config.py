@@ -24,11 +24,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from export.checkpoint import HUB_ID
+from export.checkpoint.folder import HUB_ID
+from export.checkpoint.safetensors_header import FLOAT_LABELS
 from export.errors import ConfigError, listing, named, shown, suggestion
-from export.reading import is_folder, read_text
-from export.safetensors_header import FLOAT_LABELS
-from export.yaml_reading import MAX_YAML_BYTES, parse_yaml
+from export.files.reading import is_folder, read_text
+from export.files.yaml_reading import MAX_YAML_BYTES, parse_yaml
 
 _TOP_KEYS = (
     "base_model", "gate_mode", "dtype", "experts_per_token", "experts", "shared_experts", "architecture",

@@ -25,7 +25,7 @@ from export.errors import MergeError
 from export.families import Model
 from export.merge.config import GateMode, MergeConfig
 from export.merge.hidden_states import States, embedding_rows, layer_inputs
-from export.settings import Settings, read_settings
+from export.tokenizer.settings import Settings, read_settings
 
 _SMALLEST_LENGTH = 1e-8
 Vector = npt.NDArray[np.float32]

@@ -19,14 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from export.architecture import Architecture
-from export.checkpoint import numpy_dtype
+from export.checkpoint.folder import numpy_dtype
+from export.checkpoint.safetensors_header import FLOAT_LABELS
+from export.checkpoint.shard_writer import PlannedTensor
+from export.checkpoint.tensor_table import CHUNK_ELEMENTS, Join, Part, Role
 from export.errors import CheckpointError, MergeError
 from export.families import Model, phixtral
 from export.floats import all_finite
 from export.merge.config import ExpertSource
-from export.safetensors_header import FLOAT_LABELS
-from export.shard_writer import PlannedTensor
-from export.tensor_table import CHUNK_ELEMENTS, Join, Part, Role
 
 _DTYPE_NAMES = {label: name for name, label in FLOAT_LABELS.items()}
 

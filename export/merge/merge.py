@@ -24,16 +24,16 @@ import numpy.typing as npt
 
 from export import routing
 from export.architecture import Architecture
-from export.checkpoint import open_checkpoint
+from export.checkpoint.folder import open_checkpoint
+from export.checkpoint.shard_writer import write_sharded
+from export.conversion.sources import check_unchanged, source_files
 from export.families import Model, read_model
+from export.files.output import refuse_existing, require_space, staged_directory
 from export.merge.checks import check_models, measure_lost_training, output_dtype
 from export.merge.config import GateMode, MergeConfig
 from export.merge.gates import gate_matrices
 from export.merge.layout import MergedTensor, MergeSources, cast, config_json, merged_tensors
-from export.output import refuse_existing, require_space, staged_directory
-from export.settings import Settings, read_settings
-from export.shard_writer import write_sharded
-from export.sources import check_unchanged, source_files
+from export.tokenizer.settings import Settings, read_settings
 
 logger = logging.getLogger(__name__)
 

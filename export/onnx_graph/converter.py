@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from export.checkpoint.digests import recorded
+from export.checkpoint.tensor_table import CHUNK_ELEMENTS, Weights
 from export.conversion.converter import Converter
 from export.conversion.parts import OpenRegion, PartRecord, PlannedRegion
-from export.digests import recorded
 from export.onnx_graph.weights import Layout, Placement, WeightJob, aligned
 from export.quantize.grid import SLICE_VALUES
-from export.tensor_table import CHUNK_ELEMENTS, Weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.architecture import Architecture
+from export.checkpoint.tensor_table import Join, Role, TensorSpec
 from export.errors import ExportError
 from export.onnx_graph import names
 from export.onnx_graph.initializers import onnx_type, tensors
@@ -26,7 +27,6 @@ from export.onnx_graph.weights import Initializer, Layout, Placement, WeightJob
 from export.provider import ONNX_RUNTIME, Provider
 from export.quantize.grid import block_size
 from export.quantize.recipe import QuantPlan
-from export.tensor_table import Join, Role, TensorSpec
 
 if TYPE_CHECKING:
     import onnx

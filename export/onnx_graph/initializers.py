@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from export.checkpoint.tensor_table import Role, TensorSpec
 from export.onnx_graph.weights import Initializer, Placement, WeightJob
 from export.provider import Provider
-from export.tensor_table import Role, TensorSpec
 
 if TYPE_CHECKING:
     import onnx

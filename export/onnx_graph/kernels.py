@@ -14,13 +14,13 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from export.architecture import Router
+from export.checkpoint.tensor_table import TensorSpec
 from export.errors import ExportError
 from export.onnx_graph import names
 from export.onnx_graph.initializers import initializer_names, quantized_initializers
 from export.onnx_graph.weights import Initializer, Layout, WeightJob
 from export.provider import ONNX_RUNTIME, OWN_KERNELS, Provider
 from export.quantize.layout import LAYOUT, MatrixLayout
-from export.tensor_table import TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from export.checkpoint.tensor_table import Role, Weights
 from export.errors import QuantizationError
 from export.provider import FLOAT16_MAX
 from export.quantize.grid import pack, quantize_blocks
 from export.quantize.layout import GROUP_ROWS, MatrixLayout
-from export.tensor_table import Role, Weights
 
 ALIGNMENT_BYTES = 256  # what CUDA's own allocations begin at; a multiple of the 64 bytes of a cache line and a register
 _ITEM_BYTES = {"float32": 4, "float16": 2, "uint8": 1}

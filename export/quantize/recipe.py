@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from export.checkpoint.tensor_table import Role
 from export.errors import QuantizationError, unknown
 from export.provider import ONNX_RUNTIME, PROVIDERS, Provider
-from export.tensor_table import Role
 
 
 @dataclass(frozen=True, kw_only=True)

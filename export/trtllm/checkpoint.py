@@ -20,16 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from export.checkpoint import read_json
+from export.checkpoint.digests import Run, source_digests
+from export.checkpoint.folder import read_json
+from export.checkpoint.shard_writer import header_of
+from export.checkpoint.tensor_table import Weights
+from export.conversion.sources import check_resumed, check_unchanged, source_files
 from export.conversion.writer import Progress, conversion_bytes, write_parts
-from export.digests import Run, source_digests
 from export.errors import ConfigError, ExportError, listing
 from export.families import Model
-from export.resume import Fingerprint, SourceFile, partial_folder, refuse_made
-from export.settings import read_settings
-from export.shard_writer import header_of
-from export.sources import check_resumed, check_unchanged, source_files
-from export.tensor_table import Weights
+from export.files.resume import Fingerprint, SourceFile, partial_folder, refuse_made
+from export.tokenizer.settings import read_settings
 from export.trtllm.config import checkpoint_config
 from export.trtllm.converter import RankConverter, rank_file
 from export.trtllm.layout import DENSE, QKV, Layout, LayoutOptions, matrix_shapes, plan_layout

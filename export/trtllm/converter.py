@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.checkpoint import numpy_dtype
+from export.checkpoint.digests import recorded
+from export.checkpoint.folder import numpy_dtype
+from export.checkpoint.tensor_table import CHUNK_ELEMENTS, Weights
 from export.conversion.converter import Converter
 from export.conversion.parts import OpenRegion, PartRecord, PlannedRegion
-from export.digests import recorded
 from export.errors import QuantizationError
 from export.floats import widen
 from export.quantize.channels import quantize_channels
 from export.quantize.grid import FloatArray, quantize_blocks
-from export.tensor_table import CHUNK_ELEMENTS, Weights
 from export.trtllm.layout import Form, RankTensor, Slice, TensorJob
 from export.trtllm.packing import TILE, pack, pack_pairs
 

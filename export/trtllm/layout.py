@@ -25,10 +25,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from export.architecture import Architecture
+from export.checkpoint.safetensors_header import FLOAT_LABELS
+from export.checkpoint.shard_writer import PlannedTensor
+from export.checkpoint.tensor_table import Join, TensorSpec
 from export.families import Model
-from export.safetensors_header import FLOAT_LABELS
-from export.shard_writer import PlannedTensor
-from export.tensor_table import Join, TensorSpec
 from export.trtllm.packing import interleaves_columns
 from export.trtllm.parallel import Parallelism
 from export.trtllm.precision import TrtllmPrecision

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from export.trtllm.precision import TRTLLM_PRECISIONS
-from trt_build.machine import Gpu, Machine
+from trt_build.machine.readings import Gpu, Machine
 
 SCRIPTS = Path(__file__).parents[2] / "ci" / "gpu"
 GIB = 1 << 30

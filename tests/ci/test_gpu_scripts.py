@@ -14,8 +14,8 @@ import numpy as np
 import onnx
 import pytest
 
+from trt_build.comparison.parity import THRESHOLDS
 from trt_build.engine import open_engine
-from trt_build.parity import THRESHOLDS
 
 SCRIPTS = Path(__file__).parents[2] / "ci" / "gpu"
 

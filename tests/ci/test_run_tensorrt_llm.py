@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load, save
 
-from export.tokenizer import load_tokenizer
+from export.tokenizer.loading import load_tokenizer
 from triton_repo.errors import ServerError
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.serving.server import ServerOptions, running_server

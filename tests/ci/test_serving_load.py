@@ -21,7 +21,7 @@ from tritonclient.grpc import service_pb2_grpc
 
 from clients.generation import AsyncClient, Client, Generation
 from export.errors import ConfigError
-from export.tokenizer import load_tokenizer
+from export.tokenizer.loading import load_tokenizer
 
 SCRIPTS = Path(__file__).parents[2] / "ci" / "gpu"
 ANSWER = {

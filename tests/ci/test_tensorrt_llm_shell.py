@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from trt_build.machine import container as container_of
+from trt_build.machine.readings import container as container_of
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "ci" / "gpu" / "tensorrt_llm.sh"

@@ -13,7 +13,7 @@ from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from safetensors.numpy import load_file, save_file
 
 from cli.main import main
-from export.checkpoint import open_checkpoint
+from export.checkpoint.folder import open_checkpoint
 from export.inspection import describe
 
 

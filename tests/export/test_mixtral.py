@@ -10,8 +10,8 @@ from checkpoints import write_phi_checkpoint
 from mixtral_checkpoints import SPELLINGS, MixtralSizes, published_config, write_mixtral_checkpoint
 from safetensors.numpy import load_file, save_file
 
-from export import tensor_table
-from export.checkpoint import open_checkpoint
+from export.checkpoint import tensor_table
+from export.checkpoint.folder import open_checkpoint
 from export.errors import CheckpointError, ConfigError, MergeError
 from export.families import mixtral, read_model
 from export.inspection import describe

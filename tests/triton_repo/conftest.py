@@ -13,8 +13,8 @@ import tokenizers
 from live_triton import LiveTriton
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from export.checkpoint_files import SETTINGS_FILE, TOKENIZER_FILE
-from export.tokenizer import Tokenizer
+from export.checkpoint.file_table import SETTINGS_FILE, TOKENIZER_FILE
+from export.tokenizer.loading import Tokenizer
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.serving.server import ServerOptions, running_server
 from trt_build.engine import open_engine, record_files

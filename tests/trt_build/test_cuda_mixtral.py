@@ -10,13 +10,13 @@ import pytest
 from cuda_kernels import check_types
 from mixtral_checkpoints import write_mixtral_checkpoint
 
-from export.checkpoint import open_checkpoint
+from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.provider import PROVIDERS
-from trt_build import parity
 from trt_build.build_engine import BuildOptions, build_engine
+from trt_build.comparison import parity
+from trt_build.comparison.torch_reference import load_reference
 from trt_build.ort.device import Device
-from trt_build.torch_reference import load_reference
 
 TOKENS = np.random.default_rng(4).integers(0, 250, 160).tolist()
 # In blocks of 64; fewer key heads than query heads.

@@ -20,15 +20,15 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 from transformers import PhiForCausalLM
 
-from export.checkpoint import open_checkpoint
+from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.provider import PROVIDERS
-from trt_build import parity
 from trt_build.build_engine import BuildOptions, build_engine
+from trt_build.comparison import parity
+from trt_build.comparison.torch_reference import load_reference
 from trt_build.engine import open_engine
 from trt_build.ort.device import Device
 from trt_build.ort.session import Session
-from trt_build.torch_reference import load_reference
 
 TOKENS = np.random.default_rng(3).integers(0, 256, 600).tolist()
 # What rounding to float16 between the operations costs where the weights are the same: no other expert, no other token.
@@ -41,7 +41,7 @@ PRECISIONS = ("fp16", "int8", "int4")
 @pytest.fixture(autouse=True)
 def cuda_engines_run_on_the_cpu(monkeypatch):
     provider = dataclasses.replace(PROVIDERS["cuda"], runtime_name="CPUExecutionProvider", options={})
-    for module in ("trt_build.ort.session", "trt_build.parity"):
+    for module in ("trt_build.ort.session", "trt_build.comparison.parity"):
         monkeypatch.setattr(f"{module}.open_device", lambda *_: Device(provider=provider, kind="cpu"))
 
 

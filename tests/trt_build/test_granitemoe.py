@@ -18,19 +18,19 @@ from safetensors.numpy import load_file, save_file
 from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
 from cli.main import main
-from export.checkpoint import open_checkpoint
+from export.checkpoint.folder import open_checkpoint
 from export.errors import ConfigError, ExportError
 from export.families import granitemoe, read_model
 from export.inspection import describe
 from export.provider import PROVIDERS
-from export.tokenizer import load_tokenizer
+from export.tokenizer.loading import load_tokenizer
 from export.trtllm.checkpoint import CheckpointOptions, plan_checkpoint
-from trt_build import parity
 from trt_build.build_engine import BuildOptions, build_engine
+from trt_build.comparison import parity
+from trt_build.comparison.torch_reference import load_reference
 from trt_build.engine import open_engine
 from trt_build.ort.device import Device
 from trt_build.ort.session import Session
-from trt_build.torch_reference import load_reference
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-mixtral" / "checkpoint"
 TEXT = (EXAMPLE.parent / "train.py").read_text()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from export.output import forget_pages
+from export.files.output import forget_pages
 from tests.checkpoints import write_phixtral_checkpoint
 from trt_build.build_engine import BuildOptions, build_engine
 from trt_build.ort.device import read_in_huge_pages

@@ -20,15 +20,15 @@ from safetensors.numpy import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from cli.main import main
-from export.checkpoint import open_checkpoint
+from export.checkpoint.folder import open_checkpoint
 from export.errors import ExportError
 from export.families import read_model
-from export.tokenizer import load_tokenizer
-from trt_build import parity
+from export.tokenizer.loading import load_tokenizer
 from trt_build.build_engine import BuildOptions, build_engine
+from trt_build.comparison import parity
+from trt_build.comparison.torch_reference import load_reference
 from trt_build.engine import open_engine
 from trt_build.ort.session import Session
-from trt_build.torch_reference import load_reference
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-mixtral" / "checkpoint"
 TOKENS = np.random.default_rng(3).integers(0, 365, 300).tolist()

@@ -23,7 +23,7 @@ from clients.generation import Client, GenerationRequest
 from export.errors import ExportError, QuantizationError
 from export.quantize.grid import quantize_blocks
 from export.quantize.layout import MatrixLayout
-from export.tokenizer import load_tokenizer
+from export.tokenizer.loading import load_tokenizer
 from tests.manifests import edit_manifest
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.serving.server import ServerOptions, running_server

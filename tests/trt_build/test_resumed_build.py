@@ -17,9 +17,9 @@ from conftest import QUANTIZABLE
 from mixtral_checkpoints import write_mixtral_checkpoint
 
 from ci.kill_builds import DifferentEngine, compare, kill_builds
-from export.checkpoint import open_checkpoint
+from export.checkpoint.folder import open_checkpoint
 from export.errors import CheckpointError, OutputError
-from export.resume import partial_path
+from export.files.resume import partial_path
 from trt_build.build_engine import BuildOptions, build_engine
 from trt_build.engine import open_engine
 from trt_build.errors import EngineError
@@ -76,7 +76,7 @@ MOMENTS = {
 PROGRAM = """
 import os, signal, sys
 from pathlib import Path
-from export.resume import PartialFolder
+from export.files.resume import PartialFolder
 from trt_build.build_engine import BuildOptions, build_engine
 TORN = b'{{"part":"tra'
 def die():
@@ -332,7 +332,7 @@ def test_a_packed_checkpoints_digests_are_the_same_whatever_order_a_provider_sto
 
 
 def test_each_source_tensor_is_read_once_from_start_to_end(tmp_path, checkpoint, monkeypatch):
-    from export.checkpoint import Checkpoint
+    from export.checkpoint.folder import Checkpoint
 
     read, read_into = [], Checkpoint.read_into
 

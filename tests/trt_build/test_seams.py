@@ -18,15 +18,15 @@ from torch import nn
 from transformers import MixtralForCausalLM
 
 from export.architecture import Router
-from export.checkpoint import open_checkpoint
+from export.checkpoint.folder import open_checkpoint
+from export.checkpoint.tensor_table import Role, single
 from export.errors import ExportError
 from export.families import families, llama_stack, mixtral, phi, phi_stack, phixtral, read_model
-from export.tensor_table import Role, single
-from trt_build import parity
 from trt_build.build_engine import BuildOptions, build_engine
+from trt_build.comparison import parity
+from trt_build.comparison.torch_reference import load_reference
 from trt_build.engine import open_engine
 from trt_build.manifest import digested_text
-from trt_build.torch_reference import load_reference
 
 TOKENS = np.random.default_rng(3).integers(0, 250, 60).tolist()
 FP32 = parity.THRESHOLDS["fp32"]

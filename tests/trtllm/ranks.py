@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from export.checkpoint import open_checkpoint
+from export.checkpoint.folder import open_checkpoint
 from export.families import Model, read_model
 from export.trtllm.parallel import Parallelism
 

@@ -21,7 +21,7 @@ from trtllm.library import ROOT, install_programs
 from cli.main import main
 from export.errors import ExportError, OutputError
 from trt_build.errors import EngineError
-from trt_build.machine import read_machine
+from trt_build.machine.readings import read_machine
 from trt_build.trtllm.engine import open_trtllm_engine
 
 

@@ -20,9 +20,9 @@ from trtllm.weight_layout import BITS_OF, CONTRACT, read_ranks
 
 import synthetic_checkpoint
 from conversion import watch
+from export.checkpoint.shard_writer import header_of
 from export.conversion import writer
 from export.merge.layout import config_json
-from export.shard_writer import header_of
 from export.trtllm.checkpoint import CheckpointOptions, plan_checkpoint, write_checkpoint
 from export.trtllm.config import rotary_share
 from export.trtllm.parallel import Parallelism
@@ -194,7 +194,7 @@ SCRIPT = """
 import json, sys
 import numpy, ml_dtypes, tokenizers
 from pathlib import Path
-from export.checkpoint import open_checkpoint
+from export.checkpoint.folder import open_checkpoint
 from export.conversion import writer
 from export.families import read_model
 from export.trtllm.checkpoint import CheckpointOptions, write_checkpoint

@@ -15,7 +15,7 @@ from trtllm.ranks import Ranks, largest_difference, understood
 from trtllm.references import logits_of
 
 from export.trtllm.parallel import Parallelism
-from trt_build.torch_reference import load_reference
+from trt_build.comparison.torch_reference import load_reference
 
 CLASS_FILE = ROOT / "trt_build/trtllm/phixtral.py"
 CLASS_FLAGS = ["--model_cls_file", str(CLASS_FILE), "--model_cls_name", "PhixtralForCausalLM"]

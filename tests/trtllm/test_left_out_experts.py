@@ -11,7 +11,7 @@ from checkpoints import write_phixtral_checkpoint
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from export.checkpoint import open_checkpoint
+from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.trtllm.checkpoint import CheckpointOptions, write_checkpoint
 from export.trtllm.parallel import Parallelism

@@ -12,10 +12,10 @@ from decoding import greedy
 from trtllm.ranks import Ranks, largest_difference, shares, understood
 from trtllm.references import answer_of, logits_of
 
-from export.tokenizer import load_tokenizer
+from export.tokenizer.loading import load_tokenizer
 from trt_build.build_engine import BuildOptions, build_engine
+from trt_build.comparison.torch_reference import load_reference
 from trt_build.ort.session import ScoringSession, Session
-from trt_build.torch_reference import load_reference
 
 BAR = 1e-4  # the largest absolute difference of a logit
 TEXT = '''class Reader:

@@ -19,7 +19,7 @@ from cli.main import main
 from export.errors import ConfigError, ExportError, QuantizationError
 from export.trtllm.parallel import Parallelism
 from trt_build.errors import EngineError
-from trt_build.machine import Gpu, Machine
+from trt_build.machine.readings import Gpu, Machine
 from trt_build.trtllm.build import build_trtllm
 from trt_build.trtllm.options import TrtllmOptions
 

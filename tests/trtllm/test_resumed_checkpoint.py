@@ -17,7 +17,7 @@ from trtllm.conftest import SMALL
 from trtllm.ranks import understood
 
 from export.errors import CheckpointError, ExportError, OutputError, QuantizationError
-from export.resume import partial_path
+from export.files.resume import partial_path
 from export.trtllm.checkpoint import CheckpointOptions, plan_checkpoint, require_written, write_checkpoint
 from export.trtllm.parallel import Parallelism
 
@@ -65,9 +65,9 @@ MOMENTS = {
 PROGRAM = """
 import os, signal, sys
 from pathlib import Path
-from export.checkpoint import open_checkpoint
+from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
-from export.resume import PartialFolder
+from export.files.resume import PartialFolder
 from export.trtllm.checkpoint import CheckpointOptions, write_checkpoint
 from export.trtllm.parallel import Parallelism
 TORN = b'{{"part":"tra'

@@ -20,7 +20,7 @@ from trtllm.references import groupwise, logits_of, reference_with
 
 from export.trtllm.checkpoint import CheckpointOptions, write_checkpoint
 from export.trtllm.parallel import Parallelism
-from trt_build.torch_reference import load_reference
+from trt_build.comparison.torch_reference import load_reference
 
 BAR = 1e-4
 IDS = np.random.default_rng(9).integers(0, 1000, 48).tolist()

@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 
 from export.errors import ConfigError, shown
-from export.typed_json import read_typed
-from export.yaml_reading import read_yaml
+from export.files.typed_json import read_typed
+from export.files.yaml_reading import read_yaml
 from triton_repo.errors import RepositoryError
 
 SETTINGS_FILE = "model.yaml"

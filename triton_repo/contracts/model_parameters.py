@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from export.errors import shown
-from export.reading import whole_number
+from export.files.reading import whole_number
 from triton_repo.errors import RepositoryError
 
 TRITON_BACKEND = "tensorrtllm"  # what config.pbtxt calls TensorRT-LLM's C++ backend; engine.json has another word

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from export.errors import ConfigError
-from export.reading import read_json
+from export.files.reading import read_json
 from trt_build.manifest import MANIFEST_FILE
 
 

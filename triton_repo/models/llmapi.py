@@ -16,14 +16,14 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from export.tokenizer import load_tokenizer
+from export.tokenizer.loading import load_tokenizer
 from triton_repo.contracts.llmapi_settings import SETTINGS_FILE, read_settings
 from triton_repo.errors import RepositoryError
 from triton_repo.processes.heartbeat import Heartbeat
 from triton_repo.runtime.llmapi.model import LlmService
 from triton_repo.runtime.responses import error_response, server_stopping
 from triton_repo.runtime.stop_requests import asks_to_stop
-from trt_build.machine import container
+from trt_build.machine.readings import container
 
 LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from export.tokenizer import load_tokenizer
+from export.tokenizer.loading import load_tokenizer
 from triton_repo.contracts.ensemble import ANSWER_KEY, QUERY_NAMES
 from triton_repo.contracts.model_parameters import TextParameters
 from triton_repo.processes.heartbeat import Heartbeat

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.checkpoint_files import is_text_file
+from export.checkpoint.file_table import is_text_file
 from trt_build.engine import FileRecord, open_engine
 from trt_build.manifest import MANIFEST_FILE
 from trt_build.trtllm.engine import TRTLLM_BACKEND, engine_backend, open_trtllm_engine

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.checkpoint_files import INDEX_FILE
+from export.checkpoint.file_table import INDEX_FILE
 from export.errors import listing
 from export.trtllm.parallel import Parallelism
 from triton_repo.contracts.llmapi import LLMAPI_INPUTS, LLMAPI_OUTPUTS, METRICS

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.errors import named
+from export.files.reading import read_text
 from export.optional import optional_package
-from export.reading import read_text
 from triton_repo.contracts.ensemble import ModelTensor
 from triton_repo.contracts.model_parameters import ENGINE_KEY, WORKERS_KEY, ModelParameters
 from triton_repo.contracts.wire import ADDED_OUTPUTS, COMPATIBILITY_INPUTS, INPUTS, OUTPUTS, WireTensor

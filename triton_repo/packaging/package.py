@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from export.errors import OutputError, listing
-from export.reading import check_name
+from export.files.reading import check_name
 from triton_repo.contracts.ensemble import STEP_MODELS
 from triton_repo.contracts.model_parameters import MAX_THREADS, MODEL_FILE, ModelParameters
 from triton_repo.contracts.seal import write_seal

@@ -15,12 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from export.checkpoint.digests import num_cores
 from export.conversion.parts import Region
-from export.digests import num_cores
 from export.errors import listing
-from export.onnx_graph.exporter import DATA_FILE
-from export.own_files import write_all_at
-from export.reading import open_regular
+from export.exporter import DATA_FILE
+from export.files.own_files import write_all_at
+from export.files.reading import open_regular
 from triton_repo.contracts.seal import FileState
 from triton_repo.packaging.engine_facts import EngineFacts, read_engine_facts
 from trt_build.engine import weight_regions

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from export.errors import OutputError
-from export.output import flush_to_disk, refuse_existing, staged_directory
+from export.files.output import flush_to_disk, refuse_existing, staged_directory
 
 
 @contextlib.contextmanager

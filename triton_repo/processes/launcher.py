@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from triton_repo.processes.program import KILL_GRACE_S, children_of, clear_memory, kill_left, send_signal
-from trt_build.child import ending_with_parent
+from trt_build.machine.child import ending_with_parent
 
 
 class _Asked(BaseException):

@@ -23,9 +23,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.own_files import open_log
+from export.files.own_files import open_log
 from triton_repo.errors import ServerError
-from trt_build.child import ending_with_parent
+from trt_build.machine.child import ending_with_parent
 
 logger = logging.getLogger(__name__)
 

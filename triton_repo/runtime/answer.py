@@ -15,8 +15,8 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 
-from export.tokenizer import Tokenizer
-from export.typed_json import read_typed
+from export.files.typed_json import read_typed
+from export.tokenizer.loading import Tokenizer
 from triton_repo.contracts.piece import Piece
 from triton_repo.runtime.options import GenerationPlan
 from triton_repo.runtime.text.detokenizer import Detokenizer, last_text_token

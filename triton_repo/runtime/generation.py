@@ -19,7 +19,7 @@ from triton_repo.runtime.text.stopping import TextWatcher
 from trt_build.ort.session import PREFILL_CHUNK_TOKENS
 
 if TYPE_CHECKING:
-    from export.tokenizer import Tokenizer
+    from export.tokenizer.loading import Tokenizer
     from trt_build.ort.session import Cache, Session
 
 

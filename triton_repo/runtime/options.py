@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.errors import listing
-from export.tokenizer import Tokenizer
+from export.tokenizer.loading import Tokenizer
 from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, FIELD_NAMES, INPUTS, WireTensor
 from triton_repo.errors import RequestError
 from triton_repo.runtime.text.prompt import PromptTooLongError, check_bytes, encode_prompt

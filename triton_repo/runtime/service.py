@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from export.tokenizer import Tokenizer, load_tokenizer
+from export.tokenizer.loading import Tokenizer, load_tokenizer
 from triton_repo.contracts.piece import Piece, join
 from triton_repo.runtime.answer import Answer, answer_plan
 from triton_repo.runtime.generation import pieces_of

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.errors import shown
-from export.reading import whole_number
-from export.typed_json import read_typed
+from export.files.reading import whole_number
+from export.files.typed_json import read_typed
 from triton_repo.contracts.model_parameters import (
     ENGINE_FOLDER,
     ENGINE_KEY,

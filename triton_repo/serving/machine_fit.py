@@ -12,7 +12,7 @@ from export.errors import listing
 from triton_repo.contracts.model_parameters import TRITON_BACKEND
 from triton_repo.errors import ServerError
 from triton_repo.serving.deployment import Deployment, GpuModel
-from trt_build.machine import Machine, container, release
+from trt_build.machine.readings import Machine, container, release
 
 
 def check_machine(deployment: Deployment, machine: Machine, backends: Path | None, ranks: int = 1) -> None:

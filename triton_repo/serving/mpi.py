@@ -19,7 +19,7 @@ from pathlib import Path
 from export.errors import listing
 from triton_repo.errors import ServerError
 from triton_repo.serving.deployment import Deployment, GpuModel
-from trt_build.machine import MPIRUN
+from trt_build.machine.readings import MPIRUN
 
 # By default Open MPI refuses more ranks than cores, but ranks here need GPUs. It also binds one or two ranks to one
 # core each, but a server's threads need all cores (mpirun(1), "Mapping, Ranking, and Binding").

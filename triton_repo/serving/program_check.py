@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from export.errors import ConfigError
-from export.reading import read_text
+from export.files.reading import read_text
 from triton_repo.contracts.model_parameters import MODEL_FILE
 
 MAX_PROGRAM_BYTES = 1 << 20

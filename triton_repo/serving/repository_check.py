@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.checkpoint_files import TOKENIZER_FILE
+from export.checkpoint.file_table import TOKENIZER_FILE
 from export.errors import listing
 from triton_repo.contracts.model_parameters import NUM_IDS_KEY, TOKENIZER_KEY, TRITON_BACKEND, WORLD_SIZE_KEY
 from triton_repo.contracts.trtllm_parameters import ENGINE_PATH_KEY

@@ -45,7 +45,7 @@ from triton_repo.serving.ports import Address, ChosenPorts, Ports, choose_ports,
 from triton_repo.serving.readiness import NotReady, Waiting, wait_until_ready
 from triton_repo.serving.repository_check import check_repository
 from triton_repo.serving.vulnerabilities import read_version, refuse_known_holes
-from trt_build.machine import Machine, read_machine
+from trt_build.machine.readings import Machine, read_machine
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from export.checkpoint_files import TOKENIZER_FILE
+from export.checkpoint.file_table import TOKENIZER_FILE
 from export.errors import MoeshipError, listing
-from export.tokenizer import load_tokenizer
+from export.tokenizer.loading import load_tokenizer
 from triton_repo.contracts.model_parameters import TextParameters
 from triton_repo.contracts.seal import is_sealed
 from triton_repo.errors import RepositoryError, ServerError

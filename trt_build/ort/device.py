@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from export.onnx_graph.exporter import DATA_FILE
+from export.exporter import DATA_FILE
 from export.optional import onnx_runtime
 from export.provider import PROVIDERS, Provider
 from trt_build.engine import Engine

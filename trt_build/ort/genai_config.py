@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from export.architecture import Architecture
+from export.checkpoint.token_ids import TokenIds
+from export.exporter import SERVING_GRAPH
 from export.onnx_graph import names
-from export.onnx_graph.exporter import SERVING_GRAPH
 from export.provider import OWN_KERNELS, Provider
-from export.token_ids import TokenIds
 from trt_build.ort.kernels import LIBRARY_FILE
 
 GENAI_FILE = "genai_config.json"

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from export.exporter import SCORING_GRAPH, SERVING_GRAPH
 from export.onnx_graph import names
-from export.onnx_graph.exporter import SCORING_GRAPH, SERVING_GRAPH
 from trt_build.engine import Engine
+from trt_build.engine_memory import require_memory
 from trt_build.errors import EngineError, SequenceError
-from trt_build.memory import require_memory
 from trt_build.ort.device import Device, load_graph, open_device
 
 PREFILL_CHUNK_TOKENS = 128  # bounds the activations of a long prompt, and a server's time between two looks around

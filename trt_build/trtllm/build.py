@@ -16,10 +16,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from export.checkpoint import Checkpoint
+from export.checkpoint.folder import Checkpoint
 from export.conversion.writer import Progress
 from export.errors import OutputError, listing
-from export.output import refuse_existing, staged_directory
+from export.files.output import refuse_existing, staged_directory
 from export.routing import RoutingReport
 from export.trtllm.checkpoint import (
     CheckpointPlan,
@@ -30,11 +30,11 @@ from export.trtllm.checkpoint import (
     require_written,
     write_checkpoint,
 )
+from trt_build.comparison.evaluation_text import standard_text
+from trt_build.comparison.parity import Verification
 from trt_build.engine import Source, record_files
 from trt_build.errors import EngineError
-from trt_build.evaluation_text import standard_text
-from trt_build.machine import LIBRARY, Machine, read_machine, release
-from trt_build.parity import Verification
+from trt_build.machine.readings import LIBRARY, Machine, read_machine, release
 from trt_build.prepare import SourceModel, libraries, open_source, routing_report
 from trt_build.trtllm.engine import (
     CONFIG_FILE,

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from export.architecture import MAX_DIMENSION, Architecture
-from export.checkpoint_files import TOKENIZER_FILE
+from export.checkpoint.file_table import TOKENIZER_FILE
 from export.errors import listing, named, shown
-from export.output import replace_file
-from export.settings import TokenizerFacts
-from export.typed_json import read_typed
+from export.files.output import replace_file
+from export.files.typed_json import read_typed
+from export.tokenizer.settings import TokenizerFacts
 from trt_build.engine import FileRecord, Source, file_problem
 from trt_build.errors import EngineError
 from trt_build.manifest import (

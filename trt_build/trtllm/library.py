@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trt_build.child import child_program
 from trt_build.errors import EngineError, LibraryMissing
-from trt_build.machine import BUILD_PROGRAM, LIBRARY, Machine, container, library_python
+from trt_build.machine.child import child_program
+from trt_build.machine.readings import BUILD_PROGRAM, LIBRARY, Machine, container, library_python
 from trt_build.trtllm.options import SUPPORTED
 
 LOG_TAIL_LINES = 15

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.architecture import Architecture
+from export.checkpoint.tensor_table import Role
 from export.errors import listing
 from export.families import Model
-from export.tensor_table import Role
 from export.trtllm.checkpoint import DEFAULT_SM, CheckpointOptions
 from export.trtllm.parallel import Parallelism
+from trt_build.comparison.parity import MIN_TOKENS
 from trt_build.errors import EngineError
-from trt_build.machine import MPIRUN, Machine
-from trt_build.parity import MIN_TOKENS
+from trt_build.machine.readings import MPIRUN, Machine
 
 STAGES = ("plan", "checkpoint", "engine", "verify")
 SUPPORTED = ("1.0", "1.1", "1.2")  # later releases have no engines: NVIDIA/TensorRT-LLM#15907, #15918

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from export.checkpoint.safetensors_header import FLOAT_LABELS, itemsize
+from export.checkpoint.tensor_table import Join, Role, TensorSpec
 from export.routing import RoutingReport
-from export.safetensors_header import FLOAT_LABELS, itemsize
-from export.tensor_table import Join, Role, TensorSpec
 from export.trtllm.checkpoint import CheckpointPlan
 from export.trtllm.converter import rank_file
 from trt_build.trtllm.options import TrtllmOptions

@@ -19,12 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from export.families import Model
-from export.tokenizer import load_tokenizer
-from trt_build.child import child_program
-from trt_build.errors import EngineError
-from trt_build.machine import MPIRUN
-from trt_build.manifest import changed_meanwhile
-from trt_build.parity import (
+from export.tokenizer.loading import load_tokenizer
+from trt_build.comparison.parity import (
     MIN_TOKENS,
     THRESHOLDS,
     WINDOW_TOKENS,
@@ -36,6 +32,10 @@ from trt_build.parity import (
     run_reference,
     split_windows,
 )
+from trt_build.errors import EngineError
+from trt_build.machine.child import child_program
+from trt_build.machine.readings import MPIRUN
+from trt_build.manifest import changed_meanwhile
 from trt_build.trtllm.engine import TrtllmEngine, open_trtllm_engine, write_trtllm_manifest
 
 # As the same precisions elsewhere. bfloat16 has 8 bits where float16 has 11. With one scale for a whole channel int4

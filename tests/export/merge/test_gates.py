@@ -14,13 +14,13 @@ from checkpoints import END_OF_TEXT, NUM_BYTE_TOKENS, write_phi_checkpoint
 from safetensors.numpy import load_file
 from transformers import PhiForCausalLM
 
-from export.checkpoint import open_checkpoint
+from export.checkpoint.folder import open_checkpoint
 from export.errors import CheckpointError, MergeError, MissingPackageError
 from export.families import read_model
 from export.merge.config import ExpertSource, GateMode, MergeConfig
 from export.merge.gates import gate_matrices, tokenize_prompts
 from export.merge.hidden_states import layer_inputs
-from export.settings import read_settings
+from export.tokenizer.settings import read_settings
 
 POSITIVE = (("def f(x):", "import os"), ("A quiet evening.",), ("#include <a.h>", "int x;", "void"))
 NEGATIVE = ((), ("def g():", "x"), ())
@@ -200,7 +200,7 @@ def test_cheap_embed_loads_neither_torch_nor_transformers(tmp_path):
     folder = write_phi_checkpoint(tmp_path / "a", seed=1)
     script = f"""
 import sys
-from export.checkpoint import open_checkpoint
+from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.merge.gates import gate_matrices
 from export.merge.config import ExpertSource, GateMode, MergeConfig

@@ -14,7 +14,7 @@ from merging import run, write_five_experts, write_yaml
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from export.checkpoint import open_checkpoint
+from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.merge import merge as merge_module
 from export.merge.config import read_merge_config

@@ -18,7 +18,7 @@ from tritonclient.utils import np_to_triton_dtype
 
 from clients import errors
 from clients.generation import Client, GenerationRequest
-from export.tokenizer import load_tokenizer
+from export.tokenizer.loading import load_tokenizer
 from triton_repo.packaging.model_config import read_config
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.serving.server import ServerOptions, running_server

@@ -20,7 +20,7 @@ from tritonclient.grpc import service_pb2
 
 from clients.generation import Client
 from clients.messages import GenerationRequest
-from export.tokenizer import load_tokenizer
+from export.tokenizer.loading import load_tokenizer
 from triton_repo.errors import ServerError
 from triton_repo.packaging.llmapi_package import LlmApiOptions, package_llmapi
 from triton_repo.packaging.model_config import read_config

@@ -14,7 +14,7 @@ from google.protobuf import text_format
 from live_triton import Refused
 from tritonclient.grpc import model_config_pb2, service_pb2
 
-from export.tokenizer import load_tokenizer
+from export.tokenizer.loading import load_tokenizer
 from triton_repo.contracts.piece import join
 from triton_repo.packaging.model_config import read_config
 from triton_repo.runtime.generation import generate

@@ -15,7 +15,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from clients.errors import RequestRejected
 from clients.generation import Client, GenerationRequest
-from export.tokenizer import load_tokenizer
+from export.tokenizer.loading import load_tokenizer
 from triton_repo.contracts.piece import join
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.runtime.generation import generate

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PhiForCausalLM
 
-from export.tokenizer import load_tokenizer
+from export.tokenizer.loading import load_tokenizer
 from triton_repo.contracts.piece import join
 from triton_repo.runtime.generation import generate
 from triton_repo.runtime.options import GenerationOptions

@@ -10,7 +10,7 @@ import pytest
 from triton_repo.errors import RepositoryError, ServerError
 from triton_repo.serving.deployment import EngineOrigin, GpuModel, read_deployment
 from triton_repo.serving.machine_fit import check_machine
-from trt_build.machine import Gpu, Machine
+from trt_build.machine.readings import Gpu, Machine
 from trt_build.manifest import digested_text
 
 A100 = Gpu(index=0, name="NVIDIA A100-SXM4-80GB", sm=80, uuid="GPU-a")

@@ -22,7 +22,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from export.tokenizer import Tokenizer
+from export.tokenizer.loading import Tokenizer
 from triton_repo.contracts.llmapi_settings import LlmSettings
 from triton_repo.contracts.piece import Piece, join
 from triton_repo.errors import RequestError

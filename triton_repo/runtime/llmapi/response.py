@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.tokenizer import Tokenizer
+from export.tokenizer.loading import Tokenizer
 from triton_repo.contracts.llmapi import METRIC_PATHS, METRICS
 from triton_repo.contracts.piece import Piece
 from triton_repo.contracts.wire import NUMPY_DTYPES

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from export.tokenizer import Tokenizer
+from export.tokenizer.loading import Tokenizer
 from triton_repo.contracts.ensemble import CANCELLED, TOKEN_NAMES
 from triton_repo.contracts.piece import Piece, join
 from triton_repo.errors import RequestError

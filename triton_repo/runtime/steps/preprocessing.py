@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.tokenizer import Tokenizer
+from export.tokenizer.loading import Tokenizer
 from triton_repo.contracts.ensemble import ANSWER, PREPROCESSING_OUTPUTS, QUERY_NAMES, STOP_REQUESTS
 from triton_repo.contracts.model_parameters import TextParameters
 from triton_repo.contracts.wire import NUMPY_DTYPES

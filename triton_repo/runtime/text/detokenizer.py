@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from export.tokenizer import Tokenizer
+from export.tokenizer.loading import Tokenizer
 
 _UNDECIDED = "\ufffd"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")

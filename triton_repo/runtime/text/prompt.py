@@ -1,14 +1,14 @@
 """A prompt's text in, its token ids out, or what is wrong with its length. What is refused costs little at any length.
 
 A text that is too long is refused by its bytes where the tokenizer's longest token bounds them
-(`export/token_lengths.py`), and by the tokens of its beginning elsewhere: beginnings are encoded, each half longer than
-the one before, until one holds clearly more tokens than may be. Encoding a word costs more than its length, so that the
-whole of a long text would cost far more than its beginning.
+(`export/tokenizer/token_lengths.py`), and by the tokens of its beginning elsewhere: beginnings are encoded,
+each half longer than the one before, until one holds clearly more tokens than may be. Encoding a word costs more than
+its length, so that the whole of a long text would cost far more than its beginning.
 """
 
 from __future__ import annotations
 
-from export.tokenizer import Tokenizer
+from export.tokenizer.loading import Tokenizer
 
 # Where no token bounds the bytes, since a tokenizer drops or fuses text, no more are read.
 MOST_BYTES = 1 << 24

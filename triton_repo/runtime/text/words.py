@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.tokenizer import Tokenizer
+from export.tokenizer.loading import Tokenizer
 from triton_repo.runtime.text.automaton import ROOT, Automaton
 from triton_repo.runtime.text.detokenizer import has_text
 

@@ -11,7 +11,7 @@ import pytest
 from llmapi_library import load_standin
 from mixtral_checkpoints import write_llama_tokenizer
 
-from export.tokenizer import load_tokenizer
+from export.tokenizer.loading import load_tokenizer
 from triton_repo.contracts.llmapi_settings import LlmSettings, TextSettings, TritonSettings
 from triton_repo.errors import RequestError
 from triton_repo.runtime.generation import never

@@ -9,7 +9,7 @@ import pytest
 from mixtral_checkpoints import write_llama_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from export.tokenizer import load_tokenizer
+from export.tokenizer.loading import load_tokenizer
 from triton_repo.contracts.piece import join
 from triton_repo.runtime.generation import generate
 from triton_repo.runtime.options import GenerationOptions

@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 from wire_tensors import wire
 
-from export.tokenizer import Tokenizer
+from export.tokenizer.loading import Tokenizer
 from triton_repo.errors import RequestError
 from triton_repo.runtime.options import GenerationOptions, plan_generation, read_options
 from triton_repo.runtime.text import prompt

@@ -1,0 +1,272 @@
+"""A checkpoint folder as lazily read tensors: config.json and safetensors shards in, numpy arrays out.
+
+Nothing from a checkpoint is executed: pickled weights (.bin, .pt) and remote code are refused. Headers are read when
+the checkpoint is opened and checked against the files' sizes and the index; a tensor's bytes are read when it is
+asked for, into memory of its own rather than a mapping, so resident memory is what the caller holds.
+
+    checkpoint = open_checkpoint("mlabonne/phixtral-4x2_8")      # a folder or a hub id
+    checkpoint.tensors["lm_head.linear.bias"].shape               # (51200,)
+    checkpoint.read_float32("lm_head.linear.bias")                # numpy float32 [V], every value finite
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.checkpoint.file_table import DOWNLOAD_EXCEPTIONS, DOWNLOAD_PATTERNS, INDEX_FILE, text_files
+from export.checkpoint.safetensors_header import StoredTensor, numpy_dtype, read_header
+from export.errors import CheckpointError, listing, named, names, shown
+from export.files.reading import check_name, is_folder, is_regular, is_there, open_regular, read_json
+from export.floats import all_finite, widen
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_FILE = "model.safetensors"
+_SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An opened checkpoint: its raw config and the place of every tensor."""
+
+    folder: Path
+    identity: str
+    revision: str | None  # the commit of a hub id
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    shards: tuple[Path, ...]
+
+    def read(self, name: str, rows: slice | None = None, row_shape: tuple[int, ...] | None = None) -> npt.NDArray[Any]:
+        """The tensor, or `rows` of its first axis, in the stored dtype. Raises CheckpointError when the file ends.
+
+        `row_shape` sees the tensor as [rows, *row_shape]: with [H] the E experts of [E, F, H] are E*F rows.
+        """
+        stored = self.tensors[name]
+        inner = stored.shape[1:] if row_shape is None else row_shape
+        num_rows = math.prod(stored.shape[: len(stored.shape) - len(inner)])
+        first, last, _ = (rows or slice(None)).indices(num_rows)
+        shape = (last - first, *inner) if stored.shape else ()
+        array = np.empty(shape, dtype=numpy_dtype(stored.dtype))
+        view = memoryview(array.reshape(-1).view(np.uint8).data)
+        self.read_into(stored, first * (math.prod(inner) * array.itemsize), view)
+        return array
+
+    def read_into(self, stored: StoredTensor, start: int, view: memoryview) -> None:
+        """Fill `view` with a tensor's bytes from its byte `start` on. Raises CheckpointError when the file ends."""
+        done = 0
+        doing = f"reading {named(stored.name)} from {named(stored.shard)}"
+        with open_regular(stored.shard, doing, CheckpointError) as file:
+            file.seek(stored.offset + start)
+            while done < len(view):
+                got = file.readinto(view[done:])
+                if not got:
+                    raise CheckpointError(
+                        f"{doing}: the file ended {len(view) - done} bytes early; it changed while it was read or is "
+                        "damaged: download it again"
+                    )
+                done += got
+
+    def read_finite(
+        self, name: str, rows: slice | None = None, row_shape: tuple[int, ...] | None = None
+    ) -> npt.NDArray[Any]:
+        """What `read` gives. Raises CheckpointError when a value is not finite."""
+        stored = self.read(name, rows, row_shape)
+        if not all_finite(stored):
+            bad = int(stored.size - np.isfinite(stored.astype(np.float32)).sum())
+            raise CheckpointError(
+                f"reading {named(name)} from {named(self.tensors[name].shard)}: {bad} of {stored.size} values are "
+                "NaN or infinite; the checkpoint is damaged or its training diverged, no engine can be built from it"
+            )
+        return stored
+
+    def read_float32(
+        self, name: str, rows: slice | None = None, row_shape: tuple[int, ...] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """What `read_finite` gives, as float32."""
+        return widen(self.read_finite(name, rows, row_shape))
+
+    def tokenizer_files(self) -> list[Path]:
+        """The tokenizer and generation files that travel with the model."""
+        return [self.folder / name for name in text_files(self.folder)]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a regular file's bytes, in hexadecimal. Raises CheckpointError for anything else: it may have taken
+    the file's place since it was looked at, and a pipe would block for ever."""
+    with open_regular(path, f"reading {named(path)}", CheckpointError) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_checkpoint(location: str | Path) -> Checkpoint:
+    """Open a checkpoint folder, or download a hub id into the hub's cache first.
+
+    Raises ConfigError for an unreadable config.json and CheckpointError for missing or damaged shards.
+    """
+    folder, revision = Path(location), None
+    check_name(folder, f"opening the checkpoint {named(location)}", CheckpointError)
+    if is_regular(folder):
+        raise CheckpointError(f"opening the checkpoint {named(location)}: it is a file; pass the folder that holds it")
+    if not is_folder(folder):
+        folder = _download(str(location))
+        revision = folder.name  # the hub's cache keeps each commit in a folder of its own
+    _refuse_adapter(folder)
+    config = read_json(folder / "config.json", "config.json of the checkpoint")
+    shards, weight_map = _shards(folder)
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
+        check_name(shard, f"opening {named(folder)}", CheckpointError)
+        for stored in read_header(shard):
+            if stored.name in tensors:
+                raise CheckpointError(
+                    f"opening {named(folder)}: {named(stored.name)} stands in {named(tensors[stored.name].shard.name)} "
+                    f"and again in {named(shard.name)}; remove the shard that does not belong to this checkpoint"
+                )
+            tensors[stored.name] = stored
+    if weight_map is not None:
+        _check_index(folder, weight_map, tensors)
+    return Checkpoint(
+        folder=folder,
+        identity=str(location),
+        revision=revision,
+        config=MappingProxyType(config),
+        tensors=MappingProxyType(tensors),
+        shards=tuple(shards),
+    )
+
+
+def _download(location: str) -> Path:
+    """Fetch a hub repository's configuration, safetensors and tokenizer; never its code or pickles."""
+    if not HUB_ID.fullmatch(location):
+        raise CheckpointError(
+            f"opening the checkpoint {named(location)}: no such folder, and not a hub id like owner/name; "
+            "check the path"
+        )
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                location, allow_patterns=list(DOWNLOAD_PATTERNS), ignore_patterns=list(DOWNLOAD_EXCEPTIONS)
+            )
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"opening the checkpoint {named(location)}: no such folder here, and the hub did not give it "
+            f"({named(reason)}); check the name and the network, or download it and pass its folder"
+        ) from error
+
+
+def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The shard files that transformers would read, and the index's weight map where it is the index that it reads.
+
+    They are model.safetensors, else those of the index (transformers/modeling_utils.py, `from_pretrained`), else the
+    one file there is. Others are named in a warning: what they hold is no part of the model. An index must be whole
+    even where it is not what is read.
+    """
+    index, whole = folder / INDEX_FILE, folder / WEIGHTS_FILE
+    found = sorted(folder.glob("*.safetensors"))
+    weight_map = _weight_map(folder, index) if is_there(index) else None
+    indexed = [] if weight_map is None else _indexed_shards(folder, weight_map)
+    if indexed and (whole in indexed or not is_regular(whole)):
+        shards = indexed
+    elif is_regular(whole):
+        shards, weight_map = [whole], None
+    elif len(found) == 1 and not _is_other_format(found[0]):
+        shards = found
+    else:
+        raise CheckpointError(f"opening {named(folder)}: {_no_weights(folder, found)}")
+    strays = [path.name for path in found if path not in shards]
+    if strays:
+        logger.warning(
+            "%s is read from %s as transformers reads it; %s beside it is not part of the model",
+            named(folder), names(path.name for path in shards), names(strays),
+        )  # fmt: skip
+    return shards, weight_map
+
+
+def _weight_map(folder: Path, index: Path) -> dict[str, str]:
+    weight_map = read_json(index, "the index of the checkpoint").get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
+        raise CheckpointError(f"opening {named(folder)}: {INDEX_FILE} has no weight_map from tensor name to shard name")
+    return dict(weight_map)
+
+
+def _indexed_shards(folder: Path, weight_map: Mapping[str, str]) -> list[Path]:
+    files = sorted(set(weight_map.values()))
+    outside = [name for name in files if "/" in name or name in ("", ".", "..")]
+    absent = [name for name in files if name not in outside and not os.path.exists(folder / name)]  # noqa: PTH110
+    if outside or absent:
+        problem = (
+            f"names files outside the folder: {shown(outside)}" if outside else f"names absent shards: {shown(absent)}"
+        )
+        raise CheckpointError(f"opening {named(folder)}: {INDEX_FILE} {problem}; download the checkpoint again, whole")
+    return [folder / name for name in files]
+
+
+def _is_other_format(path: Path) -> bool:
+    """Whether a safetensors file holds an adapter, or a model under names that are not transformers'."""
+    return path.name.startswith(("adapter_", "consolidated"))
+
+
+def _no_weights(folder: Path, found: list[Path]) -> str:
+    """What is wrong with a folder in which transformers would find no safetensors weights, and what to do."""
+    if any(_SHARD_NAME.fullmatch(path.name) for path in found):
+        return f"{len(found)} safetensors files but no {INDEX_FILE}; download the index too"
+    if found:
+        return (
+            f"neither {WEIGHTS_FILE} nor {INDEX_FILE}, only {names(path.name for path in found)}; download the "
+            "checkpoint in transformers' format"
+        )
+    pickles = [path.name for path in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))]
+    if pickles:
+        return (
+            f"no safetensors file; only pickled weights ({names(pickles, 3)}), which can execute code and are never "
+            "opened; convert them to safetensors first"
+        )
+    return "no safetensors file; is it a checkpoint?"
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Raise CheckpointError for a folder that holds an adapter and no model."""
+    settings = folder / "adapter_config.json"
+    if not is_there(settings) or any(is_there(folder / name) for name in (WEIGHTS_FILE, INDEX_FILE)):
+        return
+    adapter = read_json(settings, "the adapter's settings")
+    raise CheckpointError(
+        f"opening {named(folder)}: it is no model but an adapter of type {shown(adapter.get('peft_type'))} for the "
+        f"base model {shown(adapter.get('base_model_name_or_path'))}; merge it into that model (peft's "
+        "merge_and_unload), save the result, and pass its folder"
+    )
+
+
+def _check_index(folder: Path, weight_map: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> None:
+    problems = [
+        f"the index puts {named(name)} in {named(shard)}, "
+        + (f"it is in {named(tensors[name].shard.name)}" if name in tensors else "absent")
+        for name, shard in sorted(weight_map.items())
+        if name not in tensors or tensors[name].shard.name != shard
+    ]
+    problems += [
+        f"{named(name)} is in {named(tensors[name].shard.name)} but not in the index"
+        for name in sorted(set(tensors) - set(weight_map))
+    ]
+    if problems:
+        raise CheckpointError(f"opening {named(folder)}: {INDEX_FILE} and the shards disagree:{listing(problems)}")

@@ -1,0 +1,104 @@
+"""A model and a precision in, two ONNX graphs over one data file out.
+
+model.onnx          serving: logits of the last position, [B, 1, V]
+model_scoring.onnx  verification: logits of every position, and each layer's router logits
+model.onnx.data     the weights of both, written once, tensor by tensor
+weights.jsonl       what each part of them was made of, and where it lies, with digests of both
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from export.checkpoint.tensor_table import Role
+from export.conversion.parts import PartRecord, records_text
+from export.conversion.writer import Progress, write_parts
+from export.families import Model
+from export.files.resume import PartialFolder
+from export.onnx_graph.converter import OnnxConverter
+from export.onnx_graph.graph import GraphBuilder
+from export.onnx_graph.weights import Placement, WeightJob, place
+from export.optional import optional_package
+from export.provider import PROVIDERS, Provider
+from export.quantize.recipe import QuantPlan
+
+if TYPE_CHECKING:
+    import onnx
+
+SERVING_GRAPH = "model.onnx"
+SCORING_GRAPH = "model_scoring.onnx"
+DATA_FILE = "model.onnx.data"
+RECORDS_FILE = "weights.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportPlan:
+    """All that is decided before a weight is read."""
+
+    serving: onnx.ModelProto
+    scoring: onnx.ModelProto
+    jobs: tuple[WeightJob, ...]
+    placement: Placement
+
+    @property
+    def graphs(self) -> dict[str, onnx.ModelProto]:
+        """Both graphs by their files' names."""
+        return {SERVING_GRAPH: self.serving, SCORING_GRAPH: self.scoring}
+
+    @property
+    def bytes_by_role(self) -> dict[Role, int]:
+        totals: dict[Role, int] = {}
+        for job in self.jobs:
+            totals[job.role] = totals.get(job.role, 0) + sum(output.num_bytes for output in job.outputs)
+        return totals
+
+    @property
+    def num_weights_bytes(self) -> int:
+        return sum(self.bytes_by_role.values())
+
+
+def plan_export(
+    model: Model,
+    plan: QuantPlan,
+    provider: Provider = PROVIDERS["cpu"],
+    *,
+    max_sequence: int | None = None,
+) -> ExportPlan:
+    """Build both graphs and lay out their shared data file; reads no weights.
+
+    The graphs take sequences of `max_sequence` tokens (None: all of the model's positions).
+    """
+    with optional_package("onnx", "building an ONNX Runtime engine", "cpu"):
+        import onnx  # noqa: F401 - asked for here, so that its absence is told before any work
+    built = []
+    for scoring in (False, True):
+        graph = GraphBuilder(
+            model.architecture, model.weights.table, plan, provider, scoring=scoring, max_sequence=max_sequence
+        )
+        hidden = model.family.decoder(graph, model.architecture)
+        logits = model.family.head(graph, model.architecture, hidden if scoring else graph.last_position(hidden))
+        built.append((graph, logits))
+    (serving, serving_logits), (scoring_graph, scoring_logits) = built
+    jobs = tuple(serving.jobs)
+    placement = place(jobs)
+    return ExportPlan(
+        serving=serving.finish(serving_logits, placement, DATA_FILE),
+        scoring=scoring_graph.finish(scoring_logits, placement, DATA_FILE),
+        jobs=jobs,
+        placement=placement,
+    )
+
+
+def write_export(
+    plan: ExportPlan, model: Model, folder: PartialFolder, progress: Callable[[Progress], None]
+) -> list[PartRecord]:
+    """Write both graphs, the data file and its records; a worker holds a chunk of a weight."""
+    data = folder.content / DATA_FILE
+    converter = OnnxConverter(weights=model.weights, data=data, placement=plan.placement)
+    records = write_parts(converter, plan.jobs, folder, progress)
+    for name, graph in plan.graphs.items():
+        (folder.content / name).write_bytes(graph.SerializeToString())
+    (folder.content / RECORDS_FILE).write_text(records_text(records), encoding="utf-8")
+    return records

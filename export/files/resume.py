@@ -1,0 +1,307 @@
+"""A folder made in parts that outlives the process: an interrupted run is taken up by the next one.
+
+Beside the output NAME lies `.NAME.partial` while it is made:
+
+    lock      held (flock) by the process that writes, and released by its death
+    journal   one JSON object a line: first what the parts are made from, then a record of every finished part
+    content   the folder that becomes NAME by rename when it is whole
+
+Folder and files are this user's alone; a link or another user's file in their place is refused (`own_files.py`).
+A line is appended when its part is written. What a kill tears off the journal's end is cut off; what a crash of the
+machine leaves unwritten of a part is found by whoever checks the record's digests. Runs that would make other bytes
+start anew; a source that changed meanwhile is refused, and the parts are kept.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from export.errors import CheckpointError, MoeshipError, OutputError, listing
+from export.files.output import flush_to_disk, refuse_existing, require_space
+from export.files.own_files import open_own, own_folder, remove, require_own_file, require_own_folder, write_all
+
+logger = logging.getLogger(__name__)
+
+MAX_JOURNAL_BYTES = 64 << 20  # some thousand parts of a kilobyte each
+_MAX_NAME_BYTES = 255  # of one name, on the usual file systems
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFile:
+    """What tells one state of a source file from another: bytes, time of the last write in ns, SHA-256 of what is cheap
+    to read of it (a shard's header, all of a small file).
+
+    A writer can put that time back. What it cannot put back is `changed_ns`, when anything of the file changed, and
+    what another file in its place does not have is `inode`. A change of `access` (mode, user, group, number of names)
+    moves `changed_ns` too and leaves the content alone.
+    """
+
+    bytes: int
+    modified_ns: int
+    sha256: str
+    changed_ns: int = 0
+    inode: int = 0
+    access: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """Everything that decides the bytes: settings (plain JSON values), and source files by path."""
+
+    settings: Mapping[str, Any]
+    sources: Mapping[str, SourceFile]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialFolder:
+    """The folder under construction: write into `content`, tell each finished part to `append`. `moved` names source
+    files that look as they did when the earlier run began, but for their inode or time of change: only digests can tell
+    whether their content is the same."""
+
+    content: Path
+    records: tuple[Mapping[str, Any], ...]  # of the parts that an earlier run finished
+    moved: tuple[str, ...]
+    _journal: BinaryIO
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a finished part's record to the journal."""
+        self._journal.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        self._journal.flush()
+
+
+def partial_path(final: Path) -> Path:
+    """Where `final` is made: beside it, under a name that depends on its name alone."""
+    final = final.resolve()
+    name = f".{final.name}.partial"
+    if len(os.fsencode(name)) > _MAX_NAME_BYTES:
+        digest = hashlib.sha256(os.fsencode(final.name)).hexdigest()
+        name = f".{final.name[:40]}-{digest[:16]}.partial"
+    return final.parent / name
+
+
+def refuse_made(final: Path, what: str) -> None:
+    """As `refuse_existing`; removes what a kill just after the rename left beside `final`."""
+    if final.exists() and not (partial_path(final) / "content").exists():
+        shutil.rmtree(partial_path(final), ignore_errors=True)
+    refuse_existing(final, what)
+
+
+@contextmanager
+def partial_folder(
+    final: Path, what: str, fingerprint: Fingerprint, keep: tuple[str, ...], num_bytes: int
+) -> Iterator[PartialFolder]:
+    """Yield the folder that becomes `final` when the block ends well; when not, finished parts stay for the next run,
+    unless it was refused (any MoeshipError but OutputError).
+
+    Of the content that an earlier run left only the files named in `keep` are there. `num_bytes` is what making it
+    takes on the disk. Raises OutputError when `final` exists, when another process is making it, and when the disk
+    lacks room or refuses; CheckpointError when a source changed.
+    """
+    refuse_made(final, what)
+    require_space(final, num_bytes - held_bytes(final), what)
+    final, partial = final.resolve(), partial_path(final)
+    doing = f"writing {what} to {final}"
+    try:
+        with _locked(partial, doing) as held:
+            records, moved = _open_journal(partial, held, final, what, fingerprint, keep)
+            path, flags = partial / "journal", os.O_WRONLY | os.O_APPEND
+            with open_own("journal", held, flags, path, doing) as opened, os.fdopen(os.dup(opened), "ab") as journal:
+                folder = PartialFolder(
+                    content=partial / "content",
+                    records=tuple(records),
+                    moved=moved,
+                    _journal=journal,
+                )
+                try:
+                    yield folder
+                    refuse_existing(final, what)
+                    flush_to_disk(folder.content)
+                    folder.content.rename(final)
+                except BaseException as error:
+                    journal.close()
+                    _leave(partial, held, doing, what, error)
+                    raise
+            flush_to_disk(final.parent, contents=False)
+            shutil.rmtree(partial)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OutputError(_refusal(error, final, what, num_bytes)) from error
+
+
+@contextmanager
+def _locked(partial: Path, doing: str) -> Iterator[int]:
+    """Hold the lock of the folder, made if need be; yields the folder's descriptor."""
+    with ExitStack() as files:
+        while True:
+            try:
+                held = files.enter_context(own_folder(partial, doing))
+                lock = files.enter_context(open_own("lock", held, os.O_RDWR | os.O_CREAT, partial / "lock", doing))
+                _take(lock, doing)
+            except FileNotFoundError:
+                if partial.exists():
+                    raise
+            else:
+                if _is_at(lock, partial / "lock"):
+                    break
+            files.close()  # another process finished and removed the folder before the lock was ours
+        os.ftruncate(lock, 0)
+        with suppress(OSError):  # where the disk is full; the number only helps others to find this process
+            os.pwrite(lock, str(os.getpid()).encode(), 0)
+        yield held
+
+
+def _take(lock: int, doing: str) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        process = os.pread(lock, 20, 0).decode(errors="replace").strip()
+        raise OutputError(
+            f"{doing}: process {process if process.isdecimal() else 'unknown'} is writing it; wait until it has "
+            "finished, or name another output"
+        ) from error
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _open_journal(
+    partial: Path, held: int, final: Path, what: str, fingerprint: Fingerprint, keep: tuple[str, ...]
+) -> tuple[list[Mapping[str, Any]], tuple[str, ...]]:
+    """The records of an earlier run's finished parts, and which source files were moved since; the content is emptied
+    of all but what is kept."""
+    refuse_existing(final, what)
+    doing = f"writing {what} to {final}"
+    journal, content = partial / "journal", partial / "content"
+    lines, num_bytes = _read_journal(journal, held, doing)
+    found = lines[0] if lines else None
+    expected = json.loads(json.dumps(asdict(fingerprint)))
+    if found is not None and found.get("settings") != expected["settings"]:
+        logger.warning("starting %s anew: the interrupted run had other settings%s", what,
+                       listing(_differences(found.get("settings"), expected["settings"])))  # fmt: skip
+        found = None
+    if found is None:
+        remove(content)
+        remove(journal)
+        content.mkdir(mode=0o755)
+        first = partial / "journal.new"
+        remove(first)
+        with open_own(first.name, held, os.O_WRONLY | os.O_CREAT | os.O_EXCL, first, doing) as descriptor:
+            write_all(descriptor, (json.dumps(expected) + "\n").encode())
+        first.replace(journal)
+        return [], ()
+    before, after = _sources(found), _sources(expected)
+    changed = _differences(*({name: _lasting(facts) for name, facts in each.items()} for each in (before, after)))
+    if changed:
+        raise CheckpointError(
+            f"resuming {what} {final}: its source changed since the run was interrupted; put back what was there, or "
+            f"discard the finished parts (rm -r {shlex.quote(str(partial))}) and build anew:{listing(changed)}"
+        )
+    with open_own("journal", held, os.O_WRONLY, journal, doing) as descriptor:
+        os.ftruncate(descriptor, num_bytes)
+    try:
+        content.mkdir(mode=0o755)
+    except FileExistsError:
+        require_own_folder(content, doing)
+    for path in content.iterdir():
+        if path.name in keep:
+            require_own_file(path, doing)
+        else:
+            remove(path)
+    return lines[1:], tuple(name for name in after if before[name] != after[name])
+
+
+def _sources(line: Mapping[str, Any]) -> Mapping[str, Any]:
+    sources = line.get("sources")
+    return sources if isinstance(sources, dict) else {}
+
+
+def _lasting(facts: Any) -> Any:  # noqa: ANN401 - JSON value
+    """Of a source file's state what a copy of it with its times has too."""
+    return {key: facts.get(key) for key in ("bytes", "modified_ns", "sha256")} if isinstance(facts, dict) else facts
+
+
+def _read_journal(journal: Path, held: int, doing: str) -> tuple[list[Mapping[str, Any]], int]:
+    """The journal's objects up to the first line that is not one, and the bytes that they take; none without it. What
+    lies beyond MAX_JOURNAL_BYTES is no line of a build's."""
+    try:
+        with open_own("journal", held, os.O_RDONLY, journal, doing) as opened, os.fdopen(os.dup(opened), "rb") as file:
+            return _whole_lines(file.read(MAX_JOURNAL_BYTES))
+    except FileNotFoundError:
+        return [], 0
+
+
+def _whole_lines(data: bytes) -> tuple[list[Mapping[str, Any]], int]:
+    lines: list[Mapping[str, Any]] = []
+    num_bytes = 0
+    for line in data.splitlines(keepends=True):
+        try:
+            value = json.loads(line) if line.endswith(b"\n") else None
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            break
+        lines.append(value)
+        num_bytes += len(line)
+    return lines, num_bytes
+
+
+def _differences(found: Any, expected: Mapping[str, Any]) -> list[str]:  # noqa: ANN401 - JSON value
+    """What differs, key by key."""
+    before = found if isinstance(found, dict) else {}
+    return [
+        f"{key}: found {_short(expected.get(key))}, it was {_short(before.get(key))}"
+        for key in sorted({*before, *expected})
+        if before.get(key) != expected.get(key)
+    ]
+
+
+def _short(value: Any) -> str:  # noqa: ANN401 - JSON value
+    if isinstance(value, dict):
+        return ", ".join(
+            f"{key} {item:.12}" if isinstance(item, str) else f"{key} {item}" for key, item in value.items()
+        )
+    return "absent" if value is None else f"{value}"[:80]
+
+
+def _leave(partial: Path, held: int, doing: str, what: str, error: BaseException) -> None:
+    """Say how to go on. Nothing is kept without a finished part, or where the source must change: what was made of the
+    old one is of no use then."""
+    lines, _ = _read_journal(partial / "journal", held, doing)
+    if len(lines) < 2 or (isinstance(error, MoeshipError) and not isinstance(error, OutputError)):
+        shutil.rmtree(partial, ignore_errors=True)
+        return
+    logger.warning(
+        "%s is not finished; %d parts are kept: the same command resumes, rm -r %s discards them",
+        what, len(lines) - 1, shlex.quote(str(partial)),
+    )  # fmt: skip
+
+
+def held_bytes(final: Path) -> int:
+    """Bytes on disk of what an interrupted run left: the next run writes over them, or frees them."""
+    return sum(512 * path.lstat().st_blocks for path in (partial_path(final) / "content").glob("*"))
+
+
+def _refusal(error: OSError, final: Path, what: str, num_bytes: int) -> str:
+    reason = f"writing {what} to {final}: {error.strerror} ({error.filename or partial_path(final)})"
+    if error.errno not in _FULL:
+        return reason
+    missing, free = num_bytes - held_bytes(final), shutil.disk_usage(final.parent).free
+    return f"{reason}; it takes {missing / 1e9:.2f} GB more, {final.parent} has {free / 1e9:.2f} GB free: make room"

@@ -1,0 +1,95 @@
+"""YAML from a file, read within bounds: no tags that run code, no key twice, no expansion without measure.
+
+    values = read_yaml(folder / "merge.yml", "the merge configuration")
+
+PyYAML's own constructors raise whatever their scalars lead them to (KeyError for `!!bool x`, IndexError for
+`!!int ''`); here each becomes one YAML error that names the place. Aliases are followed as far as MAX_NODES of
+the document as it would stand without them: ten lines of merge keys can ask for billions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from export.errors import ConfigError, MoeshipError, named, names, shown
+from export.files.reading import read_text
+
+MAX_YAML_BYTES = 256 << 10  # some thousand prompts
+MAX_NODES = 20_000
+MAX_DEPTH = 32
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_MAX_BITS = 64  # of a whole number: larger ones count nothing here
+
+
+def read_yaml(path: Path, what: str, error: type[MoeshipError] = ConfigError) -> Any:  # noqa: ANN401 - YAML value
+    """The one document of a YAML file. Raises `error` when the file is absent, not YAML, or beyond the bounds."""
+    return parse_yaml(read_text(path, what, most=MAX_YAML_BYTES, error=error), path, what, error)
+
+
+def parse_yaml(text: str, path: Path, what: str, error: type[MoeshipError] = ConfigError) -> Any:  # noqa: ANN401
+    """The one document of a YAML text, which was read from `path`. Raises `error`."""
+    try:
+        return yaml.load(text, Loader=_BoundedLoader)
+    except (yaml.YAMLError, RecursionError) as reason:
+        words = "it is nested too deeply" if isinstance(reason, RecursionError) else " ".join(str(reason).split())
+        raise error(f"reading {what}: {named(path)} is not readable YAML ({named(words, 400)})") from reason
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    """A safe loader with the bounds of this module."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+        self._nodes = 0
+        self._sizes: dict[int, int] = {}  # id of a finished node -> nodes in it, aliases followed
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # noqa: ANN401 - as the base's
+        mark = self.peek_event().start_mark
+        if self.check_event(yaml.AliasEvent):
+            node = super().compose_node(parent, index)
+            if id(node) not in self._sizes:
+                raise yaml.composer.ComposerError(None, None, "an alias stands inside what it names", mark)
+            self._count(self._sizes[id(node)], mark)
+            return node
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"nested deeper than {MAX_DEPTH} levels", mark)
+        before = self._nodes
+        self._count(1, mark)
+        node = super().compose_node(parent, index)
+        self._sizes[id(node)] = self._nodes - before
+        self._depth -= 1
+        return node
+
+    def _count(self, nodes: int, mark: Any) -> None:  # noqa: ANN401 - yaml.Mark
+        self._nodes += nodes
+        if self._nodes > MAX_NODES:
+            raise yaml.composer.ComposerError(None, None, f"more than {MAX_NODES} values, aliases followed", mark)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: ANN401 - YAML value
+        try:
+            value = super().construct_object(node, deep)
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+            text = f"{shown(node.value)} is no {named(node.tag).removeprefix('tag:yaml.org,2002:')}"
+            raise yaml.constructor.ConstructorError(None, None, text, node.start_mark) from error
+        if isinstance(value, str) and _SURROGATE.search(value):
+            text = f"{shown(value)} holds half of a surrogate pair, which is no character"
+            raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
+        if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            text = f"a whole number of {value.bit_length()} bits"
+            raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
+        return value
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # noqa: ANN401 - a name or None
+        node = super().compose_mapping_node(anchor)
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        twice = sorted(key for key, count in counts.items() if count > 1)
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"{names(twice)} stands twice", node.start_mark)
+        return node

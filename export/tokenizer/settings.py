@@ -1,0 +1,240 @@
+"""Every fact that several files of a checkpoint can state, read in one place with transformers' own precedence.
+
+    settings = read_settings(checkpoint.folder, checkpoint.config)
+    settings.ids.eos            # (2, 32000): the ids that end a text
+    settings.facts              # what goes into engine.json
+    settings.tokenizer          # text to token ids, as AutoTokenizer has it
+
+What wins, and where transformers 5.24 says so:
+
+  end, begin, pad ids   generation_config.json alone where it is there, else config.json (GenerationMixin.
+                        adjust_generation_fn in generation/utils.py, GenerationConfig.from_model_config). An id that the
+                        winner does not name is looked for in the other file, and an end id in the tokenizer at last:
+                        `generate` would run to its limit then, and nobody who serves a model wants that.
+  tokenizer             `export.tokenizer.rules`
+  chat templates        chat_template.jinja and additional_chat_templates/*.jinja; where there is none of them,
+                        chat_template of tokenizer_config.json, a text or a list of texts with names
+                        (PreTrainedTokenizerBase._from_pretrained in tokenization_utils_base.py). chat_template.json is
+                        a processor's and never a tokenizer's.
+
+What is made of a checkpoint never looks at these files again: engine.json has the facts, tokenizer.json the tokenizer.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from export.checkpoint.file_table import (
+    GENERATION_FILE,
+    PROCESSOR_TEMPLATE_FILE,
+    SETTINGS_FILE,
+    TEMPLATE_FILE,
+    TEMPLATE_FOLDER,
+    TOKENIZER_FILE,
+    text_files,
+)
+from export.checkpoint.token_ids import CONFIG_FILE, TokenIds, read_token_ids
+from export.errors import ConfigError, named, names, shown
+from export.files.reading import is_regular, is_there, read_text
+from export.tokenizer.loading import Tokenizer, tokenizer_of
+from export.tokenizer.rules import BuiltTokenizer, TokenizerFiles, build_tokenizer, read_tokenizer_files
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TEMPLATE = "default"
+MAX_TEMPLATE_BYTES = 1 << 20  # the longest templates on the hub have some 20,000
+MAX_TOKENS = 1 << 53  # transformers writes 10**30 for "no limit"
+_PROBE = "a"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddedTokenRecord:
+    """A token beside the model's vocabulary; a special one is left out of decoded text."""
+
+    id: int
+    content: str
+    special: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFacts:
+    """What engine.json says of the tokenizer.
+
+    `special_tokens`: name -> text, as bos_token -> <s>. `begins_with` and `ends_with`: the ids that the tokenizer puts
+    before and behind every prompt. `model_max_length`: tokens, None where the checkpoint sets no limit.
+    `chat_templates`: name -> Jinja text, the usual one under "default".
+    """
+
+    tokenizer_class: str  # transformers' class, after which the tokenizer was built
+    bos_token_id: int | None
+    pad_token_id: int | None
+    special_tokens: Mapping[str, str]
+    added_tokens: tuple[AddedTokenRecord, ...]
+    begins_with: tuple[int, ...]
+    ends_with: tuple[int, ...]
+    model_max_length: int | None
+    chat_templates: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A checkpoint's settings after all precedence. `files` travel with the model, by their paths inside the folder.
+    `tokenizer_json` is the text of a tokenizer.json that needs no other file; None where the checkpoint's own is that
+    already."""
+
+    folder: Path
+    files: tuple[str, ...]
+    ids: TokenIds
+    facts: TokenizerFacts
+    tokenizer: Tokenizer
+    tokenizer_json: str | None
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file that `write` makes, by its path inside the folder."""
+        sizes = {name: (self.folder / name).stat().st_size for name in self.files}
+        return sizes if self.tokenizer_json is None else {**sizes, TOKENIZER_FILE: len(self.tokenizer_json.encode())}
+
+    def write(self, folder: Path, place: Callable[[Path, Path], object] = shutil.copyfile) -> None:
+        """Write the tokenizer and copy the settings that travel with it; `place(source, target)` makes a copy.
+
+        Raises ConfigError where a file is no regular one by now: a copy of a device has no end.
+        """
+        gone = [name for name in self.files if not is_regular(self.folder / name)]
+        if gone:
+            raise ConfigError(
+                f"copying the settings of {named(self.folder)}: {names(gone)} changed since they were read, and are no "
+                "regular files any more; put them back and start again"
+            )
+        for name in self.files:
+            target = folder / name
+            target.parent.mkdir(exist_ok=True)
+            if name == TOKENIZER_FILE and self.tokenizer_json is not None:
+                target.write_text(self.tokenizer_json, encoding="utf-8")
+            else:
+                place(self.folder / name, target)
+
+
+def read_settings(folder: Path, config: Mapping[str, Any]) -> Settings:
+    """All settings of the checkpoint in `folder` with this config.json. Raises CheckpointError and ConfigError."""
+    travelling = text_files(folder)
+    files = read_tokenizer_files(folder)
+    built = build_tokenizer(files, config)
+    tokenizer = tokenizer_of(built.backend, f"loading the tokenizer of {named(folder)}")
+    ids = read_token_ids(folder, config)
+    if not ids.eos and "eos_token" in built.special_tokens:
+        end = built.backend.token_to_id(built.special_tokens["eos_token"])
+        ids = TokenIds(eos=() if end is None else (end,), bos=ids.bos, pad=ids.pad)
+    facts = _facts(files, built, ids)
+    _warn(files, facts)
+    return Settings(
+        folder=folder,
+        files=tuple(travelling),
+        ids=ids,
+        facts=facts,
+        tokenizer=tokenizer,
+        tokenizer_json=None if built.as_stored else built.backend.to_str(pretty=True),
+    )
+
+
+def check_token_ids(settings: Settings, vocab_size: int) -> None:
+    """Refuse end tokens that could never be produced, and warn where there is none. Raises ConfigError."""
+    where, size = f"looking for the end token of {named(settings.folder)}", settings.tokenizer.size
+    outside = [item for item in settings.ids.eos if item >= vocab_size]
+    if outside:
+        raise ConfigError(
+            f"{where}: eos_token_id holds {outside[0]}, expected token ids below {vocab_size}; correct it in "
+            f"{GENERATION_FILE}, or in {CONFIG_FILE} where there is no {GENERATION_FILE}"
+        )
+    masked = [item for item in settings.ids.eos if item >= size]
+    if masked:
+        raise ConfigError(
+            f"{where}: eos_token_id holds {masked[0]}, and the tokenizer has ids below {size} alone; ids that stand "
+            f"for no text are never chosen, so no answer could end: correct it in {GENERATION_FILE} or {CONFIG_FILE}, "
+            "or add the token to the tokenizer"
+        )
+    if not settings.ids.eos:
+        logger.warning(
+            "%s: no file names one, so every answer runs to its limit of tokens; add eos_token_id to %s",
+            where, GENERATION_FILE,
+        )  # fmt: skip
+
+
+def _facts(files: TokenizerFiles, built: BuiltTokenizer, ids: TokenIds) -> TokenizerFacts:
+    longest = files.settings.get("model_max_length")
+    if isinstance(longest, bool) or not isinstance(longest, int | float) or not 1 <= longest < MAX_TOKENS:
+        longest = None
+    begins, ends = _surroundings(built)
+    return TokenizerFacts(
+        tokenizer_class=built.tokenizer_class,
+        bos_token_id=ids.bos,
+        pad_token_id=ids.pad,
+        special_tokens=built.special_tokens,
+        added_tokens=tuple(
+            AddedTokenRecord(id=index, content=token.content, special=token.special)
+            for index, token in sorted(built.backend.get_added_tokens_decoder().items())
+        ),
+        begins_with=begins,
+        ends_with=ends,
+        model_max_length=None if longest is None else int(longest),
+        chat_templates=read_chat_templates(files.folder, files.settings),
+    )
+
+
+def _surroundings(built: BuiltTokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that the post-processor puts before and behind a text."""
+    plain = built.backend.encode(_PROBE, add_special_tokens=False).ids
+    whole = built.backend.encode(_PROBE, add_special_tokens=True)
+    added = len(whole.ids) - len(plain)
+    before = next((place for place, marked in enumerate(whole.special_tokens_mask) if not marked), added)
+    before = min(before, added)
+    return tuple(whole.ids[:before]), tuple(whole.ids[before + len(plain) :])
+
+
+def read_chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> text of the chat templates. `settings` is tokenizer_config.json. Raises ConfigError."""
+    paths = {DEFAULT_TEMPLATE: folder / TEMPLATE_FILE}
+    paths |= {path.name.removesuffix(".jinja"): path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
+    found = {
+        name: read_text(path, "the chat template", most=MAX_TEMPLATE_BYTES)
+        for name, path in paths.items()
+        if is_there(path)
+    }
+    if found:
+        return found
+    stated = settings.get("chat_template")
+    if stated is None or stated == []:
+        return {}
+    if isinstance(stated, str):
+        return {DEFAULT_TEMPLATE: stated}
+    texts: Any = stated.items() if isinstance(stated, dict) else ()
+    if isinstance(stated, list):
+        texts = [
+            (item.get("name"), item.get("template")) if isinstance(item, dict) else (None, None) for item in stated
+        ]
+    if not texts or not all(isinstance(word, str) for pair in texts for word in pair):
+        raise ConfigError(
+            f"reading the chat template of {named(folder)}: chat_template in {SETTINGS_FILE} is {shown(stated)}, "
+            "expected a text, or a list of objects with name and template"
+        )
+    return dict(texts)
+
+
+def _warn(files: TokenizerFiles, facts: TokenizerFacts) -> None:
+    """Say which settings have no effect although whoever wrote them may expect one."""
+    for key, adds in (("add_bos_token", facts.begins_with), ("add_eos_token", facts.ends_with)):
+        asked = files.settings.get(key)
+        if isinstance(asked, bool) and asked != bool(adds):
+            logger.warning(
+                "%s of %s is %s, and %s puts %s there: transformers 5 follows %s, and so does this engine",
+                key, SETTINGS_FILE, asked, TOKENIZER_FILE, list(adds) or "nothing", TOKENIZER_FILE,
+            )  # fmt: skip
+    if not facts.chat_templates and is_there(files.folder / PROCESSOR_TEMPLATE_FILE):
+        logger.warning(
+            "%s holds a chat template in %s alone, which belongs to a processor; tokenizers do not read it. Write it "
+            "to %s for a model of text", named(files.folder), PROCESSOR_TEMPLATE_FILE, TEMPLATE_FILE,
+        )  # fmt: skip

@@ -1,0 +1,376 @@
+"""An engine against its reference: logits, KL divergence, top-1, perplexity and routing, and whether that is enough.
+
+Every window of the text is scored whole; the first one also runs through the serving graph, half of it prefilled and
+half decoded one token at a time through the key/value cache, as a server would.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.checkpoint.digests import source_digests
+from export.checkpoint.folder import Checkpoint, open_checkpoint
+from export.errors import ConfigError
+from export.families import Model, family_named, read_model
+from export.optional import optional_package
+from export.tokenizer.loading import load_tokenizer
+from trt_build.engine import Engine, read_part_records, record_verification
+from trt_build.errors import EngineError
+from trt_build.ort.device import open_device
+from trt_build.ort.session import ScoringSession, Session
+
+if TYPE_CHECKING:
+    import transformers
+
+FloatArray = npt.NDArray[np.float32]
+
+WINDOW_TOKENS = 512
+LONG_WINDOW_TOKENS = 2048  # of the first window; a Phi-2's whole context
+SLICE_TOKENS = 256  # positions compared at a time, which bounds the float64 copies of [S, V]
+MIN_TOKENS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """What a precision must reach. None: reported, not judged.
+
+    fp32 differs from the reference by the order of its sums alone. fp16 rounds what flows between its matrices to 11
+    bits: a logit moves by 1e-3 in the mean, and further where two experts were nearly level and the other is chosen.
+    int8 and int4 are held to the relative perplexity that these grids reach on trained models; their single logits are
+    not comparable.
+    """
+
+    max_logit_difference: float | None
+    mean_kl: float  # nats
+    perplexity_increase: float  # relative
+    top1_agreement: float  # share of positions
+    routing_agreement: float  # share of (layer, position) with the same set of K experts
+
+
+THRESHOLDS = {
+    "fp32": Thresholds(
+        max_logit_difference=1e-4, mean_kl=1e-6, perplexity_increase=1e-5, top1_agreement=0.999,
+        routing_agreement=0.999,
+    ),
+    "fp16": Thresholds(
+        max_logit_difference=None, mean_kl=1e-4, perplexity_increase=0.001, top1_agreement=0.99, routing_agreement=0.99
+    ),
+    "int8": Thresholds(
+        max_logit_difference=None, mean_kl=2e-3, perplexity_increase=0.003, top1_agreement=0.97, routing_agreement=0.97
+    ),
+    "int4": Thresholds(
+        max_logit_difference=None, mean_kl=0.06, perplexity_increase=0.03, top1_agreement=0.85, routing_agreement=0.85
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityReport:
+    """The figures over `num_tokens` scored and `num_decoded_tokens` decoded positions."""
+
+    num_tokens: int
+    num_decoded_tokens: int
+    max_logit_difference: float
+    mean_logit_difference: float
+    max_decoded_difference: float
+    mean_kl: float
+    mean_decoded_kl: float  # of the serving graph through its cache; held to the same limit as mean_kl
+    top1_agreement: float
+    engine_perplexity: float
+    reference_perplexity: float
+    routing_agreement: float | None
+    tied_routings: int | None  # (layer, position) whose K-th and next logits are equal
+
+    @property
+    def perplexity_increase(self) -> float:
+        return self.engine_perplexity / self.reference_perplexity - 1
+
+    def failures(self, limits: Thresholds) -> list[str]:
+        """What misses its threshold, each with found and expected; NaN misses every one."""
+        found = []
+        if limits.max_logit_difference is not None:
+            worst = max(self.max_logit_difference, self.max_decoded_difference)
+            if not worst <= limits.max_logit_difference:
+                found.append(f"max |logit difference| {worst:.3g}, allowed {limits.max_logit_difference:.3g}")
+        if not self.mean_kl <= limits.mean_kl:
+            found.append(f"mean KL {self.mean_kl:.3g} nats, allowed {limits.mean_kl:.3g}")
+        if not self.mean_decoded_kl <= limits.mean_kl:
+            found.append(f"mean KL of decoded tokens {self.mean_decoded_kl:.3g} nats, allowed {limits.mean_kl:.3g}")
+        if not self.perplexity_increase <= limits.perplexity_increase:
+            found.append(f"perplexity {self.perplexity_increase:+.3%}, allowed {limits.perplexity_increase:+.3%}")
+        if not self.top1_agreement >= limits.top1_agreement:
+            found.append(f"top-1 agreement {self.top1_agreement:.2%}, expected {limits.top1_agreement:.2%}")
+        if self.routing_agreement is not None and not self.routing_agreement >= limits.routing_agreement:
+            found.append(f"routing agreement {self.routing_agreement:.2%}, expected {limits.routing_agreement:.2%}")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "perplexity_increase": self.perplexity_increase}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowSums:
+    """Sums over one window of S tokens; the next-token loss has S - 1 terms."""
+
+    num_tokens: int
+    max_difference: float
+    sum_difference: float  # of each position's mean
+    sum_kl: float
+    num_top1: int
+    engine_loss: float
+    reference_loss: float
+    routing: tuple[int, int, int] | None  # agreeing, tied, all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """A report, what in it missed its threshold, and whether the reference has the very files the engine came from."""
+
+    report: ParityReport
+    failures: tuple[str, ...]
+    reference: str
+    reference_is_the_source: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **self.report.to_json(),
+            "failures": list(self.failures),
+            "reference": self.reference,
+            "reference_is_the_source": self.reference_is_the_source,
+        }
+
+
+def verify_engine(
+    engine: Engine, location: str, text: str, num_tokens: int, progress: Callable[[str], None]
+) -> Verification:
+    """Compare an engine with the checkpoint at `location`. Raises ConfigError for too little text, EngineError for
+    another model's checkpoint."""
+    windows = _windows(engine, text, num_tokens)
+    open_device(engine)  # what is missing is told before the reference is loaded
+    checkpoint = open_checkpoint(location)
+    reference = _open_reference(engine, checkpoint)
+    progress("checking whether the reference is what the engine was built from")
+    runs = {name: found for record in read_part_records(engine.folder) for name, found in record.sources.items()}
+    same = source_digests(checkpoint, runs) == dict(engine.manifest.source.digests)
+    report = compare(engine, reference, windows, progress)
+    return Verification(
+        report=report,
+        failures=tuple(report.failures(THRESHOLDS[engine.manifest.precision.name])),
+        reference=location,
+        reference_is_the_source=same,
+    )
+
+
+def record(engine: Engine, verification: Verification) -> None:
+    """Write the result into engine.json, in place of an earlier one."""
+    record_verification(engine, verification.to_json())
+
+
+def compare(
+    engine: Engine,
+    reference: transformers.PreTrainedModel,
+    windows: Sequence[Sequence[int]],
+    progress: Callable[[str], None],
+) -> ParityReport:
+    """Measure an engine against a loaded reference over windows of token ids."""
+    if not windows:
+        raise ConfigError(f"measuring {engine.folder}: no window of at least two tokens; pass a longer text")
+    scoring = ScoringSession(engine)
+    experts_per_token = engine.manifest.architecture.experts_per_token
+    router = family_named(engine.manifest.family).reference.router
+    sums, first_logits = [], np.empty(0, dtype=np.float32)
+    for index, window in enumerate(windows):
+        progress(f"scored {index} of {len(windows)} windows of text")
+        expected, expected_routing = run_reference(reference, window, router)
+        found, found_routing = scoring.run(window)
+        sums.append(measure(found, expected, window, found_routing, expected_routing, experts_per_token))
+        if index == 0:
+            first_logits = expected
+    del scoring
+    progress(f"scored {len(windows)} windows; decoding {len(windows[0]) // 2} tokens through the cache")
+    decoded = _decode(engine, windows[0])
+    rows = slice(-len(decoded), None)  # the window's last positions
+    return combine(sums, measure(decoded, first_logits[rows], windows[0][rows]))
+
+
+def run_reference(
+    reference: transformers.PreTrainedModel, window: Sequence[int], router: str | None = None
+) -> tuple[FloatArray, FloatArray | None]:
+    """The reference's logits [S, V] and router logits [L, S, E], of the layers that have the module `router`."""
+    import torch
+
+    routed: list[FloatArray] = []
+
+    def keep(_gate: torch.nn.Module, _inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        logits = output if isinstance(output, torch.Tensor) else output[0]  # [S, E]; transformers adds its choice
+        routed.append(logits.numpy())
+
+    layers = [dict(layer.named_modules()) for layer in reference.model.layers]
+    hooks = [modules[router].register_forward_hook(keep) for modules in layers if router in modules]
+    try:
+        with torch.no_grad():
+            logits = reference(torch.tensor([list(window)]), use_cache=False).logits[0].numpy()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, np.stack(routed) if routed else None
+
+
+def perplexity(engine: Engine, windows: Sequence[Sequence[int]]) -> float:
+    """exp of the mean next-token loss of an engine over windows of token ids."""
+    scoring = ScoringSession(engine)
+    losses = [_next_token_loss(log_softmax(scoring.run(window)[0]), np.asarray(window[1:])) for window in windows]
+    return float(np.exp(sum(losses) / sum(len(window) - 1 for window in windows)))
+
+
+def log_softmax(logits: FloatArray) -> npt.NDArray[np.float64]:
+    """Natural-log probabilities over the last axis, float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def chosen_experts(logits: FloatArray, experts_per_token: int) -> npt.NDArray[np.int64]:
+    """The set of K experts, ascending, of router logits [..., E]; of equal logits the lowest index is chosen."""
+    order = np.argsort(-logits, axis=-1, kind="stable")[..., :experts_per_token]
+    return np.sort(order, axis=-1)
+
+
+def split_windows(token_ids: Sequence[int], size: int, num_tokens: int) -> Iterator[Sequence[int]]:
+    """Consecutive windows of `size` tokens until `num_tokens` are covered or the text ends."""
+    limit = min(num_tokens, len(token_ids))
+    for start in range(0, limit, size):
+        window = token_ids[start : min(start + size, limit)]
+        if len(window) > 1:
+            yield window
+
+
+def _windows(engine: Engine, text: str, num_tokens: int) -> list[Sequence[int]]:
+    """The first window as long as the context allows, so that late positions and several prefill chunks are seen;
+    the others of WINDOW_TOKENS."""
+    token_ids = load_tokenizer(engine.folder).encode_prompt(text)
+    asked = min(num_tokens, len(token_ids))
+    if asked < MIN_TOKENS:
+        remedy = "pass a longer text" if num_tokens >= MIN_TOKENS else "ask for more tokens"
+        raise ConfigError(
+            f"measuring {engine.folder}: {asked} tokens to measure on, expected at least {MIN_TOKENS}; {remedy}"
+        )
+    longest = engine.manifest.max_sequence
+    first = min(longest, LONG_WINDOW_TOKENS, asked)
+    rest = split_windows(token_ids[first:asked], min(WINDOW_TOKENS, longest), asked - first)
+    windows = [token_ids[:first], *rest] if first > 1 else []
+    if not windows:
+        raise ConfigError(f"measuring {engine.folder}: its context of {longest} token leaves nothing to predict")
+    return windows
+
+
+def _open_reference(engine: Engine, checkpoint: Checkpoint) -> transformers.PreTrainedModel:
+    facts = engine.manifest.architecture
+    model = read_model(checkpoint)
+    if facts.is_moe and model.architecture.is_moe:  # K may have been overridden in the build
+        overridden = dataclasses.replace(model.architecture, experts_per_token=facts.experts_per_token)
+        model = dataclasses.replace(model, architecture=overridden)
+    if model.architecture != facts:
+        different = [
+            f"{field.name}: engine {getattr(facts, field.name)}, checkpoint {getattr(model.architecture, field.name)}"
+            for field in dataclasses.fields(facts)
+            if getattr(facts, field.name) != getattr(model.architecture, field.name)
+        ]
+        raise EngineError(
+            f"verifying {engine.folder} against {checkpoint.identity}: they are not the same model "
+            f"({'; '.join(different)}); name the checkpoint that the engine was built from"
+        )
+    return load_torch_reference(model)
+
+
+def load_torch_reference(model: Model) -> transformers.PreTrainedModel:
+    """The checkpoint as a transformers model in float32. Raises MissingPackageError."""
+    with optional_package("torch and transformers", "verifying against the reference", "verify"):
+        from trt_build.comparison.torch_reference import load_reference
+    return load_reference(model)
+
+
+def _decode(engine: Engine, window: Sequence[int]) -> FloatArray:
+    """Logits [S - S/2 + 1, V] of the serving graph: prefill the first half, then token by token."""
+    session = Session(engine)
+    cache = session.new_cache()
+    half = max(1, len(window) // 2)
+    rows = [session.run(cache, window[:half]).copy()]
+    rows += [session.run(cache, [token]).copy() for token in window[half:]]
+    return np.stack(rows)
+
+
+def measure(
+    found: FloatArray,
+    expected: FloatArray,
+    window: Sequence[int],
+    found_routing: FloatArray | None = None,
+    expected_routing: FloatArray | None = None,
+    experts_per_token: int = 0,
+) -> WindowSums:
+    """Sums over one window of S token ids: logits [S, V] of both, and router logits [L, S, E] where both are known."""
+    routing = None
+    if found_routing is not None and expected_routing is not None:
+        routing = _routing(found_routing, expected_routing, experts_per_token)
+    following = np.asarray(window[1:])
+    totals: dict[str, float] = dict.fromkeys(("difference", "kl", "top1", "engine_loss", "reference_loss"), 0.0)
+    largest = 0.0
+    for rows in (slice(start, start + SLICE_TOKENS) for start in range(0, len(window), SLICE_TOKENS)):
+        difference = np.abs(found[rows] - expected[rows])
+        largest = float(np.maximum(largest, difference.max()))  # NaN stays
+        found_log, expected_log = log_softmax(found[rows]), log_softmax(expected[rows])
+        totals["difference"] += float(difference.mean(axis=-1, dtype=np.float64).sum())
+        totals["kl"] += float((np.exp(expected_log) * (expected_log - found_log)).sum())
+        totals["top1"] += int((found[rows].argmax(axis=-1) == expected[rows].argmax(axis=-1)).sum())
+        totals["engine_loss"] += _next_token_loss(found_log, following[rows])
+        totals["reference_loss"] += _next_token_loss(expected_log, following[rows])
+    return WindowSums(
+        num_tokens=len(window),
+        max_difference=largest,
+        sum_difference=totals["difference"],
+        sum_kl=totals["kl"],
+        num_top1=int(totals["top1"]),
+        engine_loss=totals["engine_loss"],
+        reference_loss=totals["reference_loss"],
+        routing=routing,
+    )
+
+
+def _next_token_loss(log_probs: npt.NDArray[np.float64], following: npt.NDArray[np.int64]) -> float:
+    """Sum of -log p of each token in `following`; a last row that nothing follows does not count."""
+    return float(-log_probs[np.arange(len(following)), following].sum())
+
+
+def _routing(found: FloatArray, expected: FloatArray, experts_per_token: int) -> tuple[int, int, int]:
+    same = (chosen_experts(found, experts_per_token) == chosen_experts(expected, experts_per_token)).all(axis=-1)
+    ordered = -np.sort(-expected, axis=-1)
+    tied = 0
+    if expected.shape[-1] > experts_per_token:
+        tied = int((ordered[..., experts_per_token - 1] == ordered[..., experts_per_token]).sum())
+    return int(same.sum()), tied, same.size
+
+
+def combine(sums: Sequence[WindowSums], decoded: WindowSums) -> ParityReport:
+    """The report of the scored windows and of the decoded one, whose first row is the prefill's."""
+    num_tokens = sum(window.num_tokens for window in sums)
+    num_losses = num_tokens - len(sums)
+    routings = [window.routing for window in sums if window.routing is not None]
+    return ParityReport(
+        num_tokens=num_tokens,
+        num_decoded_tokens=decoded.num_tokens - 1,  # its first row is the prefill's
+        max_logit_difference=float(np.max([window.max_difference for window in sums])),
+        mean_logit_difference=sum(window.sum_difference for window in sums) / num_tokens,
+        max_decoded_difference=decoded.max_difference,
+        mean_kl=sum(window.sum_kl for window in sums) / num_tokens,
+        mean_decoded_kl=decoded.sum_kl / decoded.num_tokens,
+        top1_agreement=sum(window.num_top1 for window in sums) / num_tokens,
+        engine_perplexity=float(np.exp(sum(window.engine_loss for window in sums) / num_losses)),
+        reference_perplexity=float(np.exp(sum(window.reference_loss for window in sums) / num_losses)),
+        routing_agreement=sum(r[0] for r in routings) / sum(r[2] for r in routings) if routings else None,
+        tied_routings=sum(r[1] for r in routings) if routings else None,
+    )

@@ -1,0 +1,112 @@
+"""The reference: transformers' own model of the family, float32 on CPU.
+
+Independent of the engine but for the reading of tensors: its configuration is transformers' reading of config.json as
+it stands, not the facts that the engine was built from. Which class it is and how our rows are called there the
+family's record says (`export.families.reference`); what transformers lacks of a family is put in by a module of
+trt_build/comparison/references. Of equal router logits it prefers the lowest expert, as every engine does.
+
+This module imports torch and transformers; it is imported only where a reference is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import PretrainedConfig, PreTrainedModel
+
+from export.checkpoint.tensor_table import Join
+from export.families import Model
+
+_LOADING_KEYS = (
+    "dtype", "torch_dtype", "auto_map", "use_cache", "return_dict", "output_attentions", "output_hidden_states",
+    "output_router_logits", "is_encoder_decoder", "chunk_size_feed_forward", "problem_type",
+)  # fmt: skip
+
+
+def load_reference(model: Model) -> PreTrainedModel:
+    """The checkpoint as a transformers model in float32, with `generate` and all."""
+    record = model.family.reference
+    model_class = getattr(transformers, record.model)
+    config = _config(model, model_class.config_class)
+    with torch.device("meta"):
+        reference = model_class(config).eval()
+    if record.additions is not None:
+        importlib.import_module(f"trt_build.comparison.references.{record.additions}").add(reference, model)
+    elif record.router is not None:
+        for layer in reference.model.layers:
+            router = dict(layer.named_modules()).get(record.router)
+            if router is not None:
+                _prefer_the_lowest(router)
+    reference.model.rotary_emb = type(reference.model.rotary_emb)(config)
+    _, unexpected = reference.load_state_dict(dict(_state(model)), strict=False, assign=True)
+    tensors = chain(reference.named_parameters(), reference.named_buffers())
+    absent = [name for name, tensor in tensors if tensor.is_meta]
+    if absent or unexpected:
+        raise AssertionError(f"the reference and the table disagree: missing {absent}, unexpected {unexpected}")
+    return reference
+
+
+def _config(model: Model, config_class: type[PretrainedConfig]) -> PretrainedConfig:
+    """transformers' reading of config.json without what says how to load a model and what its calls return; the number
+    of experts a token is the model's, which may have been overridden."""
+    raw = model.family.reference.config(model.weights.checkpoint.config)
+    config = config_class.from_dict({key: value for key, value in raw.items() if key not in _LOADING_KEYS})
+    config._attn_implementation = "eager"
+    if model.architecture.is_moe:
+        config.num_experts_per_tok = model.architecture.experts_per_token
+        config._experts_implementation = "eager"
+    return config
+
+
+def _state(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
+    """transformers' names and tensors, each loaded when it is asked for."""
+    for name, spec in model.weights.table.items():
+        theirs = model.family.reference.name(name)
+        if theirs is None:
+            continue
+        tensor = torch.from_numpy(model.weights.load(name))
+        if "{}" in theirs:
+            for letter, part in zip("qkv", tensor.split(model.architecture.qkv_rows), strict=True):
+                yield theirs.format(letter), part.contiguous()
+        elif spec.join is Join.INTERLEAVE:  # rows in turn; transformers has all of gate, then all of up
+            yield theirs, torch.cat([tensor[:, 0::2], tensor[:, 1::2]], dim=1)
+        else:
+            yield theirs, tensor
+
+
+class _StableTopK(TorchFunctionMode):
+    """torch.topk that takes, of equal values, the one of the lowest index; it promises none otherwise."""
+
+    def __torch_function__(
+        self,
+        func: Any,  # noqa: ANN401 - any function of torch
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - what the function returns
+        if func not in (torch.topk, torch.Tensor.topk):
+            return func(*args, **(kwargs or {}))
+        return _stable_topk(*args, **(kwargs or {}))
+
+
+def _stable_topk(values: torch.Tensor, k: int, dim: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
+    ordered, places = torch.sort(values, dim=dim, descending=True, stable=True)
+    return ordered.narrow(dim, 0, k), places.narrow(dim, 0, k)
+
+
+def _prefer_the_lowest(router: nn.Module) -> None:
+    """Settle the order of equal logits in a router of transformers'."""
+    forward = router.forward
+
+    def settled(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - those of the module
+        with _StableTopK():
+            return forward(*args, **kwargs)
+
+    router.forward = settled

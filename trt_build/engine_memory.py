@@ -1,0 +1,44 @@
+"""What memory an engine takes to run, against what there is: told before anything is loaded."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from export.architecture import Architecture
+from export.provider import PROVIDERS, Provider
+from trt_build.engine import Engine
+from trt_build.errors import EngineError
+from trt_build.machine.memory import available_memory
+
+
+def kv_bytes_per_token(architecture: Architecture, provider: Provider) -> int:
+    """Key and value of one position in every layer, in the provider's float type."""
+    values = 2 * architecture.num_layers * architecture.num_kv_heads * architecture.head_size
+    return values * np.dtype(provider.float_type).itemsize
+
+
+def require_memory(engine: Engine, available: int | None = None) -> None:
+    """Raise EngineError where the weights and one sequence's cache exceed what is available (None: ask the machine).
+
+    An engine whose provider has memory of its own is not judged.
+    """
+    manifest = engine.manifest
+    if manifest.provider != "cpu":
+        return
+    have = available_memory() if available is None else available
+    weights = engine.resident_bytes
+    per_token = kv_bytes_per_token(manifest.architecture, PROVIDERS[manifest.provider])
+    cache = per_token * manifest.max_sequence
+    if weights + cache <= have:
+        return
+    fitting = (have - weights) // per_token
+    remedy = (
+        f"free memory, or build it with --max-sequence {fitting}, which fits"
+        if fitting > 0
+        else "free memory, or build a lower precision: the weights alone do not fit"
+    )
+    raise EngineError(
+        f"loading {engine.folder} for sequences of {manifest.max_sequence} tokens: found {have / 1e9:.2f} GB of memory "
+        f"available, expected {weights / 1e9:.2f} GB for the weights and {cache / 1e9:.2f} GB for keys and values; "
+        f"{remedy}"
+    )
