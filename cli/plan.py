@@ -16,8 +16,8 @@ from cli.rows import Rows, in_units, print_rows
 from cli.trtllm_plan import run_trtllm_plan
 from export.provider import named_with_kernels
 from trt_build.engine_flags import add_engine_arguments, read_checkpoint, read_engine_options
-from trt_build.trtllm.command import refuse_trtllm_flags
-from trt_build.trtllm.engine import TRTLLM_BACKEND
+from trt_build.manifest import TRTLLM_BACKEND
+from trt_build.trtllm_flags import refuse_trtllm_flags
 
 if TYPE_CHECKING:
     from trt_build.plan import EnginePlan

@@ -34,12 +34,12 @@ from export.files.resume import Fingerprint, partial_folder, refuse_made
 from export.provider import OWN_KERNELS, named_with_kernels
 from trt_build.engine import FORMAT_VERSION, Engine, Source, open_engine, record_files, write_manifest
 from trt_build.engine_flags import add_engine_arguments, read_checkpoint, read_engine_options
+from trt_build.manifest import TRTLLM_BACKEND
 from trt_build.ort.genai_config import GENAI_FILE
 from trt_build.ort.kernels import is_compiled
 from trt_build.prepare import EngineOptions, PreparedBuild, check_options, libraries, prepare_build
 from trt_build.progress_line import ProgressLine
-from trt_build.trtllm.command import refuse_trtllm_flags, run_trtllm
-from trt_build.trtllm.engine import TRTLLM_BACKEND
+from trt_build.trtllm_flags import refuse_trtllm_flags
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +105,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Build as the command line asks, and print what was built."""
     if arguments.backend == TRTLLM_BACKEND:
+        from trt_build.trtllm.command import run_trtllm
+
         return run_trtllm(arguments, read_checkpoint(arguments))
     refuse_trtllm_flags(arguments)
     options = BuildOptions(output=arguments.output, **vars(read_engine_options(arguments)))

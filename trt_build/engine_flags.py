@@ -12,7 +12,7 @@ from export.provider import KERNELS, PROVIDERS
 from export.quantize.recipe import PLANS
 from trt_build.errors import EngineError
 from trt_build.prepare import BACKENDS, EngineOptions
-from trt_build.trtllm.command import add_trtllm_arguments
+from trt_build.trtllm_flags import add_trtllm_arguments
 
 DEFAULT_PROVIDER = "cpu"
 

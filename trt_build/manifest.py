@@ -24,7 +24,8 @@ from export.tokenizer.settings import MAX_TOKENS, TokenizerFacts
 from trt_build.errors import EngineError
 
 MANIFEST_FILE = "engine.json"
-UNDIGESTED: Mapping[str, int] = {"onnxruntime": 2, "tensorrt-llm": 1}  # backend -> the last format without a digest
+TRTLLM_BACKEND = "tensorrt-llm"
+UNDIGESTED: Mapping[str, int] = {"onnxruntime": 2, TRTLLM_BACKEND: 1}  # backend -> the last format without a digest
 _DIGEST = re.compile(r'(?<=,\n  "digest": ")[0-9a-f]{64}(?="\n}\n\Z)')
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 

@@ -26,9 +26,9 @@ from export.tokenizer.loading import Tokenizer
 from export.tokenizer.settings import Settings, check_token_ids, read_settings
 from trt_build.engine import BACKEND, FORMAT_VERSION, FileRecord, Manifest, Precision, Source
 from trt_build.errors import EngineError
+from trt_build.manifest import TRTLLM_BACKEND
 from trt_build.ort.genai_config import genai_config
 from trt_build.ort.kernels import found_fault, is_compiled, remedy
-from trt_build.trtllm.engine import TRTLLM_BACKEND
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from export.checkpoint.file_table import is_text_file
 from trt_build.engine import FileRecord, open_engine
-from trt_build.manifest import MANIFEST_FILE
-from trt_build.trtllm.engine import TRTLLM_BACKEND, engine_backend, open_trtllm_engine
+from trt_build.manifest import MANIFEST_FILE, TRTLLM_BACKEND
+from trt_build.trtllm.engine import engine_backend, open_trtllm_engine
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,8 @@ from triton_repo.contracts.model_parameters import (
 )  # fmt: skip
 from triton_repo.errors import RepositoryError
 from triton_repo.packaging.model_config import CONFIG_FILE, read_config
-from trt_build.manifest import MANIFEST_FILE, check_range, read_manifest
-from trt_build.trtllm.engine import MAX_RANKS, TRTLLM_BACKEND, GpuRecord, ParallelRecord
+from trt_build.manifest import MANIFEST_FILE, TRTLLM_BACKEND, check_range, read_manifest
+from trt_build.trtllm.engine import MAX_RANKS, GpuRecord, ParallelRecord
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig

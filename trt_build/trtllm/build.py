@@ -35,11 +35,11 @@ from trt_build.comparison.parity import Verification
 from trt_build.engine import Source, record_files
 from trt_build.errors import EngineError
 from trt_build.machine.readings import LIBRARY, Machine, read_machine, release
+from trt_build.manifest import TRTLLM_BACKEND
 from trt_build.prepare import SourceModel, libraries, open_source, routing_report
 from trt_build.trtllm.engine import (
     CONFIG_FILE,
     FORMAT_VERSION,
-    TRTLLM_BACKEND,
     GpuRecord,
     ParallelRecord,
     TrtllmEngine,
@@ -50,9 +50,10 @@ from trt_build.trtllm.engine import (
     write_trtllm_manifest,
 )
 from trt_build.trtllm.library import Library, find_library, library_missing, run_build
-from trt_build.trtllm.options import STAGES, TrtllmOptions, check_options, has_biased_head
+from trt_build.trtllm.options import TrtllmOptions, check_options, has_biased_head
 from trt_build.trtllm.plan import TrtllmPlan, plan_trtllm
 from trt_build.trtllm.verify import record_trtllm, verify_trtllm
+from trt_build.trtllm_flags import STAGES
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What `build_engine.py --backend tensorrt-llm` takes from the command line, and what it prints."""
+"""Runs `build_engine.py --backend tensorrt-llm`: flags (`trt_build/trtllm_flags.py`) in, printed result out."""
 
 from __future__ import annotations
 
@@ -6,65 +6,17 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Collection
 from pathlib import Path
 
-from export.trtllm.precision import TRTLLM_PRECISIONS
 from trt_build.errors import EngineError, VerificationFailed
 from trt_build.manifest import MANIFEST_FILE
 from trt_build.progress_line import ProgressLine
 from trt_build.trtllm.build import Outcome, build_trtllm
-from trt_build.trtllm.engine import TRTLLM_BACKEND
-from trt_build.trtllm.options import STAGES, TrtllmOptions
+from trt_build.trtllm.options import TrtllmOptions
 from trt_build.trtllm.plan import TrtllmPlan
+from trt_build.trtllm_flags import STAGES
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrtllmOptions)}
-# Name, type, metavar and help of the flags that this backend alone has.
-_FLAGS: tuple[tuple[str, type, str, str], ...] = (
-    ("until", str, "STAGE", f"last stage: {', '.join(STAGES)}"),
-    ("dtype", str, "TYPE", "float16 or bfloat16, of what is not quantised"),
-    ("group_size", int, "G", "of int4_gptq and int4_awq: 128 or 64"),
-    ("tp_size", int, "N", "tensor parallelism"),
-    ("pp_size", int, "N", "pipeline parallelism, of Mixtrals"),
-    ("moe_tp_size", int, "N", "slices of each expert's width"),
-    ("moe_ep_size", int, "N", "blocks of experts; times --moe-tp-size it is --tp-size"),
-    ("gpu_sm", int, "SM", "compute capability of the GPU to build for, 90 for 9.0"),
-    ("max_batch_size", int, "B", "sequences in a step; in a plan, of either backend, how many should fit"),
-    ("max_num_tokens", int, "T", "tokens in a step, of all sequences together"),
-    ("kv_cache_fraction", float, "F", "of the GPU's free memory, for keys and values when it is served"),
-    ("workers", int, "N", "ranks that trtllm-build builds side by side"),
-    ("trtllm_checkpoint", Path, "DIR", "where the library's form of the checkpoint is kept"),
-    ("verify_tokens", int, "N", "positions to compare with the reference"),
-)
-
-
-def add_trtllm_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this backend; what is not given is None."""
-    group = parser.add_argument_group(
-        TRTLLM_BACKEND, f"for --backend {TRTLLM_BACKEND}; its precisions are {', '.join(TRTLLM_PRECISIONS)}"
-    )
-    absent = {"dtype": "float16", "group_size": "the larger that fits", "gpu_sm": "this machine's",
-              "trtllm_checkpoint": "OUTPUT.checkpoint"}  # fmt: skip
-    for name, kind, metavar, text in _FLAGS:
-        default = absent.get(name, _DEFAULTS[name] if _DEFAULTS[name] is not None else "what the other leaves")
-        group.add_argument(
-            f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=f"{text} (default: {default})"
-        )
-    group.add_argument(
-        "--plain-weights", action="store_true", default=None,
-        help="write int8 and int4 as floats, which the building machine quantises",
-    )  # fmt: skip
-
-
-def refuse_trtllm_flags(arguments: argparse.Namespace, allowed: Collection[str] = ()) -> None:
-    """Raise EngineError where a flag of this backend was given to the other, `allowed` ones apart."""
-    names = [name for name in (*(name for name, *_ in _FLAGS), "plain_weights") if name not in allowed]
-    strangers = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
-    if strangers:
-        raise EngineError(
-            f"reading the flags: {', '.join(strangers)}: for --backend {TRTLLM_BACKEND} only; leave them out, or name "
-            "that backend"
-        )
 
 
 def read_trtllm_options(arguments: argparse.Namespace, checkpoint: str, output: Path) -> TrtllmOptions:

@@ -23,6 +23,7 @@ from trt_build.engine import FileRecord, Source, file_problem
 from trt_build.errors import EngineError
 from trt_build.manifest import (
     MANIFEST_FILE,
+    TRTLLM_BACKEND,
     check_architecture,
     check_digest,
     check_end_tokens,
@@ -34,7 +35,6 @@ from trt_build.manifest import (
     read_manifest,
 )
 
-TRTLLM_BACKEND = "tensorrt-llm"
 FORMAT_VERSION = 2
 MAX_RANKS = 4096
 CONFIG_FILE = "config.json"

@@ -16,8 +16,8 @@ from export.trtllm.parallel import Parallelism
 from trt_build.comparison.parity import MIN_TOKENS
 from trt_build.errors import EngineError
 from trt_build.machine.readings import MPIRUN, Machine
+from trt_build.trtllm_flags import STAGES
 
-STAGES = ("plan", "checkpoint", "engine", "verify")
 SUPPORTED = ("1.0", "1.1", "1.2")  # later releases have no engines: NVIDIA/TensorRT-LLM#15907, #15918
 
 

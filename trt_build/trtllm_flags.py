@@ -1,0 +1,60 @@
+"""The flags of `--backend tensorrt-llm`, which every build and plan declares.
+
+They are not in `trt_build/trtllm`, so that a build for ONNX Runtime imports nothing of the other backend. The help
+texts name the stages, precisions and defaults of that backend; a test compares them with its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection
+from pathlib import Path
+
+from trt_build.errors import EngineError
+from trt_build.manifest import TRTLLM_BACKEND
+
+STAGES = ("plan", "checkpoint", "engine", "verify")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "int4_gptq", "int4_awq")
+# Name, type, metavar, help and default of the flags that only this backend has.
+FLAGS: tuple[tuple[str, type, str, str, str], ...] = (
+    ("until", str, "STAGE", f"last stage: {', '.join(STAGES)}", STAGES[-1]),
+    ("dtype", str, "TYPE", "float16 or bfloat16, of what is not quantised", "float16"),
+    ("group_size", int, "G", "of int4_gptq and int4_awq: 128 or 64", "the larger that fits"),
+    ("tp_size", int, "N", "tensor parallelism", "1"),
+    ("pp_size", int, "N", "pipeline parallelism, of Mixtrals", "1"),
+    ("moe_tp_size", int, "N", "slices of each expert's width", "what the other leaves"),
+    ("moe_ep_size", int, "N", "blocks of experts; times --moe-tp-size it is --tp-size", "what the other leaves"),
+    ("gpu_sm", int, "SM", "compute capability of the GPU to build for, 90 for 9.0", "this machine's"),
+    ("max_batch_size", int, "B", "sequences in a step; in a plan, of either backend, how many should fit", "32"),
+    ("max_num_tokens", int, "T", "tokens in a step, of all sequences together", "8192"),
+    ("kv_cache_fraction", float, "F", "of the GPU's free memory, for keys and values when it is served", "0.9"),
+    ("workers", int, "N", "ranks that trtllm-build builds side by side", "1"),
+    ("trtllm_checkpoint", Path, "DIR", "where the library's form of the checkpoint is kept", "OUTPUT.checkpoint"),
+    ("verify_tokens", int, "N", "positions to compare with the reference", "2048"),
+)
+
+
+def add_trtllm_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this backend. A flag that is not given is None."""
+    group = parser.add_argument_group(
+        TRTLLM_BACKEND, f"for --backend {TRTLLM_BACKEND}; its precisions are {', '.join(PRECISIONS)}"
+    )
+    for name, kind, metavar, text, default in FLAGS:
+        group.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=f"{text} (default: {default})"
+        )
+    group.add_argument(
+        "--plain-weights", action="store_true", default=None,
+        help="write int8 and int4 as floats, which the building machine quantises",
+    )  # fmt: skip
+
+
+def refuse_trtllm_flags(arguments: argparse.Namespace, allowed: Collection[str] = ()) -> None:
+    """Raise EngineError if a flag of this backend was given for the other one. `allowed` flags are accepted."""
+    names = [name for name in (*(name for name, *_ in FLAGS), "plain_weights") if name not in allowed]
+    refused = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
+    if refused:
+        raise EngineError(
+            f"reading the flags: {', '.join(refused)}: for --backend {TRTLLM_BACKEND} only; leave them out, or name "
+            "that backend"
+        )
