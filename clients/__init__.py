@@ -1,1 +1,1 @@
-"""Clients of a served model: gRPC streaming, sync and async."""
+"""Clients of a served model over gRPC, for threads and for asyncio."""

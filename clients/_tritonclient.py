@@ -1,5 +1,5 @@
-"""The one door to grpc and tritonclient, which are optional: each function returns a module, or raises
-MissingPackageError with the extra to install. Importing this module loads neither.
+"""Imports grpc and tritonclient, which are optional. Each function returns a module, or raises MissingPackageError that
+names the extra to install. Importing this module loads neither package.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def require_messages() -> ModuleType:
 
 
 def require_services() -> ModuleType:
-    """The stub and the servicer of the inference service; the stub takes a channel of `grpc` or of `grpc.aio`."""
+    """The stub and the servicer of the inference service. The stub takes a channel of `grpc` or of `grpc.aio`."""
     return _require("tritonclient.grpc.service_pb2_grpc")
 
 
 def require_utils() -> ModuleType:
-    """tritonclient's own (de)serialisers and names of dtypes."""
+    """tritonclient's functions that serialise and deserialise tensors, and its names of dtypes."""
     return _require("tritonclient.utils")
 
 

@@ -1,22 +1,22 @@
-"""What can go wrong between a client and a server, and the error that each gRPC status becomes.
+"""The errors of a client, and the error that each gRPC status becomes.
 
     ClientError                 under export.errors.MoeshipError
-    ├── RequestRejected         the request is wrong: found here before sending, or by the server
+    ├── RequestRejected         the request is wrong; the client finds this before sending, or the server does
     ├── ModelNotFound           the server has no model of that name
-    ├── ModelNotReady           it has the model, but not loaded
-    ├── MethodNotSupported      the server or the model does not offer what was asked
+    ├── ModelNotReady           the server has the model, but has not loaded it
+    ├── MethodNotSupported      the server or the model does not support what was asked
     ├── AccessDenied            credentials are missing or not enough
     ├── AddressInvalid          the server's address is not HOST:PORT
     ├── ConnectionFailed        nothing answers at that address
-    ├── ConnectionLost          the server ended, or the connection to it, after the request was sent
+    ├── ConnectionLost          after the request was sent, the server or the connection ended
     ├── DeadlineExceeded        `timeout_s` ran out; the server has been told to stop
     ├── RequestCancelled        the call was cancelled before its end
     ├── ServerOverloaded        the server is up but takes no more work now
     ├── ServerFailed            the server tried and failed
-    └── StreamBroken            the answer is cut short or is not what the wire contract says
+    └── StreamBroken            the answer is incomplete or does not follow the wire contract
 
-The exit status is 2 where the words of the command are wrong, 1 where the request was good and failed.
-UNAVAILABLE is said by Triton, by its queue and by gRPC itself; the list of the server's models tells them apart.
+A command exits with status 2 if its arguments are wrong, and with 1 if the request was good but failed. The status
+UNAVAILABLE may come from Triton, from its queue or from gRPC; the list of the server's models tells them apart.
 """
 
 # Named after what happened, as httpx and grpc do, and not with the suffix "Error".
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class ClientError(MoeshipError):
-    """A request that brought no complete answer. `status` is the gRPC status' name; None if gRPC was not asked."""
+    """A request that got no complete answer. `status` is the name of the gRPC status; None if there was no call."""
 
     exit_status = 1
     remedy: ClassVar[str] = ""
@@ -64,7 +64,7 @@ class ModelNotReady(ClientError):
 
 
 class MethodNotSupported(ClientError):
-    """The server or the model does not offer what was asked."""
+    """The server or the model does not support what was asked."""
 
     remedy = "is it Triton Inference Server, and is the model decoupled?"
 
@@ -76,7 +76,7 @@ class AccessDenied(ClientError):
 
 
 class AddressInvalid(ClientError):
-    """The server's address is not one that a connection could be opened to; nothing was sent."""
+    """The server's address is not valid; nothing was sent."""
 
     exit_status = 2
 
@@ -88,13 +88,13 @@ class ConnectionFailed(ClientError):
 
 
 class ConnectionLost(ClientError):
-    """The connection was there and broke: the server ended, or what lies between."""
+    """The connection broke: the server ended, or something between client and server did."""
 
-    remedy = "the answer is not complete: look whether the server ended, and send the request again once it is ready"
+    remedy = "the answer is incomplete: check whether the server ended, and send the request again once it is ready"
 
 
 class DeadlineExceeded(ClientError):
-    """The time allowed ran out before the answer was complete."""
+    """The allowed time was over before the answer was complete."""
 
     remedy = "allow more seconds or ask for fewer tokens"
 
@@ -118,12 +118,12 @@ class ServerFailed(ClientError):
 
 
 class StreamBroken(ClientError):
-    """The answer is cut short, or is not what the wire contract says."""
+    """The answer is incomplete, or does not follow the wire contract."""
 
     remedy = "is the model one that `moeship package` made, and was the server stopped meanwhile?"
 
 
-# Every name of grpc.StatusCode but OK. Names, not members, so that this module does not import grpc.
+# Every member of grpc.StatusCode except OK, by name, so that this module need not import grpc.
 BY_STATUS: dict[str, type[ClientError]] = {
     "CANCELLED": RequestCancelled,
     "UNKNOWN": ServerFailed,
@@ -146,19 +146,19 @@ BY_STATUS: dict[str, type[ClientError]] = {
 # What an ensemble puts before the error of one of its steps (triton-inference-server/core,
 # src/ensemble_scheduler/ensemble_scheduler.cc).
 _ENSEMBLE = re.compile(r"in ensemble '[^']*', ")
-# A full queue, whatever the status: Triton's own (core, src/scheduler_utils.cc) and TensorRT-LLM's executor's.
+# Texts for a full queue, with any status: of Triton (core, src/scheduler_utils.cc) and of TensorRT-LLM's executor.
 _QUEUE_FULL = ("Exceeds maximum queue size", "Maximum queue size of")
-# What our models say when their server is about to end (`server_stopping` of triton_repo/runtime/responses.py).
+# The text of our models when their server is about to end (`server_stopping` of triton_repo/runtime/responses.py).
 _STOPPING = "the server is stopping"
-# What gRPC says of a connection that broke, as opposed to one that never stood ("failed to connect to all addresses").
+# Texts of gRPC for a connection that broke. One that was never made is "failed to connect to all addresses".
 _LOST = re.compile(r"Socket closed|Connection reset|Broken pipe|recvmsg|GOAWAY|RST_STREAM|Stream removed|keepalive")
 _NEVER_CONNECTED = "failed to connect"
-# The statuses whose meaning depends on which models the server has; UNKNOWN is that of an error sent as a text.
+# Statuses whose meaning depends on which models the server has. UNKNOWN is the status of an error sent as text.
 NEEDS_MODELS = ("NOT_FOUND", "UNAVAILABLE", "UNKNOWN")
 
 
 def depends_on_models(model: str | None, status: str) -> TypeGuard[str]:
-    """Whether the error of a call that was about `model` cannot be told without the list of the server's models."""
+    """Whether the list of the server's models is needed to find the error of a call about `model`."""
     return model is not None and status in NEEDS_MODELS
 
 
@@ -167,8 +167,8 @@ def error_of(
 ) -> ClientError:
     """The error of one failed call.
 
-    `doing` names the action, the model and the server; `details` is the server's (or gRPC's) own text; `models` is
-    what the server said it has when asked afterwards, None if it was not asked or gave no answer.
+    `doing` names the action, the model and the server. `details` is the text of the server or of gRPC. `models` are the
+    models that the server listed afterwards; None if it was not asked or did not answer.
     """
     details = without_ensemble(details).removeprefix(f"{status}: ")
     message = f"{doing}: {status}: {details}"
@@ -184,25 +184,25 @@ def error_of(
         return ModelNotFound(f"{message}; {what_exists(model, models)}", status=status)
     if not any(state.ready for state in states):
         return ModelNotReady(f"{message} (the server lists it as: {'; '.join(map(str, states))})", status=status)
-    # A model that is ready and yet unavailable has a full queue.
+    # If a model is ready but UNAVAILABLE, its queue is full.
     return ServerOverloaded(message, status=status) if status == "UNAVAILABLE" else kind(message, status=status)
 
 
 def _is_lost(status: str, details: str) -> bool:
-    """Whether a call ended with its connection."""
+    """Whether a call ended because its connection broke."""
     if status not in ("UNAVAILABLE", "INTERNAL", "UNKNOWN") or details.startswith(_NEVER_CONNECTED):
         return False
     return _LOST.search(details) is not None
 
 
 def without_ensemble(details: str) -> str:
-    """The words of the step that failed, where an ensemble passes them on."""
+    """The text of the step that failed, without what an ensemble puts before it."""
     prefix = _ENSEMBLE.match(details)
     return details[prefix.end() :] if prefix else details
 
 
 def what_exists(model: str, models: Sequence[ModelState]) -> str:
-    """Near matches of a name and the names there are, for the end of a message."""
+    """A near match of a name, and the names of the server's models, for the end of a message."""
     names = sorted({state.name for state in models})
     near = near_match(model, names)
     hint = f"did you mean {near}? " if near else ""

@@ -1,13 +1,13 @@
-"""Streams text from a served model over gRPC: `Client` for threads, `AsyncClient` for asyncio, alike but for `await`.
+"""Streams text from a served model over gRPC: `Client` for threads, `AsyncClient` with the same methods for asyncio.
 
     with Client("127.0.0.1:8001") as client:
         for piece in client.stream(GenerationRequest(model="phixtral", prompt="def main(", max_tokens=64)):
             print(piece.text, end="", flush=True)
 
-Each request has a stream of its own. Whatever ends the reading early (closing the generator, an exception such as
-Ctrl-C, cancelling the task, the deadline, closing the client) ends the request on the server: `streams.py` says how,
-and that it may take some seconds. Failures are those of `clients/errors.py`.
-A `Client` may be shared by threads, an `AsyncClient` by the tasks of the loop in which it was made.
+Each request has its own stream. If the reading ends early (the generator or the client is closed, the task is
+cancelled, the deadline is over, or an exception such as Ctrl-C comes), the request is ended on the server too.
+`streams.py` says how; it may take some seconds. The errors are those of `clients/errors.py`. Threads may share a
+`Client`. Tasks of the loop in which an `AsyncClient` was made may share it.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ __all__ = ["AsyncClient", "Client", "Generation", "GenerationRequest", "ModelSta
 
 # A name or an IPv4 address, or an IPv6 address in brackets; then the port.
 ADDRESS = re.compile(r"([\w.-]+|\[[0-9A-Fa-f:.]+(%[\w.-]+)?\]):(?P<port>[0-9]{1,5})")
-# For calls that read a state and compute nothing.
+# For calls that only read a state.
 STATE_TIMEOUT_S = 5.0
-# What gRPC says of a call past its deadline, and what is said of one whose client was closed.
+# The text of gRPC for a call past its deadline, and our text for a call whose client was closed.
 DEADLINE_EXCEEDED = "Deadline Exceeded"
 CLOSED = "the client was closed before the answer's end"
 # Three years. From about 1e9 s on, gRPC's clock overflows and the call fails at once with DEADLINE_EXCEEDED.
 MAX_TIMEOUT_S = 1e8
-# A whole answer comes as one message, and gRPC's own bound is 4 MiB.
+# A whole answer comes as one message, and gRPC's default limit for a message is 4 MiB.
 CHANNEL_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 
 
 class Client:
-    """A connection to one server, HOST:PORT. `credentials` are gRPC channel credentials; None sends in the clear.
+    """A connection to one server, HOST:PORT. `credentials` are gRPC channel credentials; None sends without encryption.
 
-    Nothing is sent until the first call, so that a server may come up later.
+    Nothing is sent before the first call, so the server may start later than the client.
     """
 
     def __init__(self, url: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
@@ -60,8 +60,8 @@ class Client:
         self._channel = _open(self._grpc, url, credentials)
         self._stub = require_services().GRPCInferenceServiceStub(self._channel)
         self._traits: wire.ServerTraits | None = None
-        self._takes_stop: dict[str, bool] = {}  # by model
-        self._streams: dict[Stream, pb.ModelInferRequest] = {}  # under way
+        self._takes_stop: dict[str, bool] = {}  # model to whether it has the input `stop`
+        self._streams: dict[Stream, pb.ModelInferRequest] = {}  # in progress
 
     def __enter__(self) -> Client:
         return self
@@ -72,7 +72,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """End the requests under way, whose readers get RequestCancelled, and close the connection."""
+        """End the requests in progress and close the connection. Those who read their answers get RequestCancelled."""
         streams = dict(self._streams)
         for stream in streams:
             stream.is_abandoned = True
@@ -81,18 +81,19 @@ class Client:
         self._channel.close()
 
     def stream(self, request: GenerationRequest) -> Generator[Piece, None, None]:
-        """The answer piece by piece. The request is sent when the first piece is asked for; `close()` ends it."""
+        """The answer piece by piece. The request is sent when the first piece is read; `close()` of the generator ends
+        it."""
         return self._pieces(request, wire.build_request(request, stream=True))
 
     def generate(self, request: GenerationRequest) -> Generation:
-        """The whole answer, which the server sends at once."""
+        """The whole answer, which the server sends in one response."""
         return collect(self._pieces(request, wire.build_request(request, stream=False)))
 
     def _pieces(self, request: GenerationRequest, message: pb.ModelInferRequest) -> Generator[Piece, None, None]:
         doing, timeout_s = wire.doing(request.model, self.url), _deadline(request.timeout_s)
         reader = wire.StreamReader(doing, log_probs=bool(request.return_log_probs))
         traits = self._server_traits(doing, timeout_s)
-        # Past its deadline gRPC cancels a call, which an older server may not survive.
+        # After the deadline gRPC cancels a call, which may crash an older server.
         limit_s = timeout_s if traits.cancels_safely else None
         try:
             call = self._stub.ModelStreamInfer(iter((message,)), metadata=traits.metadata, timeout=limit_s)
@@ -118,19 +119,19 @@ class Client:
             self._streams.pop(stream, None)
 
     def _end(self, stream: Stream, message: pb.ModelInferRequest) -> None:
-        """See that a request has ended on the server."""
+        """Make sure that a request has ended on the server."""
         if stream.has_ended:
             return
         stop = wire.build_stop(message.model_name, message.id)
 
         def ask(timeout_s: float) -> None:
-            with suppress(self._grpc.RpcError, ValueError):  # the call is cancelled in the end, whatever went wrong
+            with suppress(self._grpc.RpcError, ValueError):  # if this fails, stream.end cancels the call
                 list(self._stub.ModelStreamInfer(iter((stop,)), timeout=timeout_s))
 
         stream.end(ask if self._must_ask_to_stop(message.model_name) else None)
 
     def _must_ask_to_stop(self, model: str) -> bool:
-        """Whether the server may not survive a call that is cancelled, and the model can be asked instead."""
+        """Whether a cancelled call may crash the server and the model can be asked to stop instead."""
         if self._traits is None or self._traits.cancels_safely:
             return False
         if model not in self._takes_stop:
@@ -143,19 +144,20 @@ class Client:
         return self._takes_stop[model]
 
     def server_ready(self) -> bool:
-        """Whether the server answers and says that it is ready. Raises what is neither yes nor no."""
+        """Whether the server answers and says that it is ready. Raises ClientError for an answer that is neither yes
+        nor no."""
         try:
             return bool(self._ask("ServerReady", f"asking {self.url} if it is ready").ready)
         except ConnectionFailed:
             return False
 
     def model_ready(self, model: str) -> bool:
-        """Whether the server says that the model is ready; False for a name that it does not know."""
+        """Whether the server says that the model is ready; False if it has no model with that name."""
         check_text(f"asking {self.url} if a model is ready: its name", model)
         return bool(self._ask("ModelReady", f"asking {self.url} if {model} is ready", name=model).ready)
 
     def models(self) -> tuple[ModelState, ...]:
-        """Every model in the server's repository, by name."""
+        """Every model in the server's repository, in the order of names."""
         return wire.read_models(self._ask("RepositoryIndex", f"listing the models of {self.url}"))
 
     def _server_traits(self, doing: str, timeout_s: float | None) -> wire.ServerTraits:
@@ -183,10 +185,10 @@ class Client:
 
 
 class AsyncClient:
-    """`Client` for asyncio; to be made inside the running loop.
+    """`Client` for asyncio. Make it inside the running loop.
 
-    A stream that is left early is ended when its generator is closed: use `contextlib.aclosing` to have that happen at
-    once, or cancel the task that reads it.
+    If you stop reading a stream early, it ends when its generator is closed. Use `contextlib.aclosing` to close the
+    generator at once, or cancel the task that reads it.
     """
 
     def __init__(self, url: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
@@ -195,8 +197,8 @@ class AsyncClient:
         self._channel = _open(self._grpc.aio, url, credentials)
         self._stub = require_services().GRPCInferenceServiceStub(self._channel)
         self._traits: wire.ServerTraits | None = None
-        self._takes_stop: dict[str, bool] = {}  # by model
-        self._streams: dict[AsyncStream, pb.ModelInferRequest] = {}  # under way
+        self._takes_stop: dict[str, bool] = {}  # model to whether it has the input `stop`
+        self._streams: dict[AsyncStream, pb.ModelInferRequest] = {}  # in progress
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -207,7 +209,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """End the requests under way, whose readers get RequestCancelled, and close the connection."""
+        """End the requests in progress and close the connection. Those who read their answers get RequestCancelled."""
         streams = dict(self._streams)
         for stream in streams:
             stream.is_abandoned = True
@@ -215,11 +217,12 @@ class AsyncClient:
         await self._channel.close()
 
     def stream(self, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
-        """The answer piece by piece. The request is sent when the first piece is asked for; `aclose()` ends it."""
+        """The answer piece by piece. The request is sent when the first piece is read; `aclose()` of the generator ends
+        it."""
         return self._pieces(request, wire.build_request(request, stream=True))
 
     async def generate(self, request: GenerationRequest) -> Generation:
-        """The whole answer, which the server sends at once."""
+        """The whole answer, which the server sends in one response."""
         async with aclosing(self._pieces(request, wire.build_request(request, stream=False))) as pieces:
             return collect([piece async for piece in pieces])
 
@@ -227,7 +230,7 @@ class AsyncClient:
         doing, timeout_s = wire.doing(request.model, self.url), _deadline(request.timeout_s)
         reader = wire.StreamReader(doing, log_probs=bool(request.return_log_probs))
         traits = await self._server_traits(doing, timeout_s)
-        # Past its deadline gRPC cancels a call, which an older server may not survive.
+        # After the deadline gRPC cancels a call, which may crash an older server.
         limit_s = timeout_s if traits.cancels_safely else None
         try:
             call = self._stub.ModelStreamInfer(iter((message,)), metadata=traits.metadata, timeout=limit_s)
@@ -254,13 +257,13 @@ class AsyncClient:
             self._streams.pop(stream, None)
 
     async def _end(self, stream: AsyncStream, message: pb.ModelInferRequest) -> None:
-        """See that a request has ended on the server."""
+        """Make sure that a request has ended on the server."""
         if stream.has_ended:
             return
         stop = wire.build_stop(message.model_name, message.id)
 
         async def ask(timeout_s: float) -> None:
-            # The call is cancelled in the end, whatever went wrong.
+            # If this fails, stream.end cancels the call.
             with suppress(self._grpc.RpcError, self._grpc.aio.UsageError):
                 async for _ in self._stub.ModelStreamInfer(iter((stop,)), timeout=timeout_s):
                     pass
@@ -273,7 +276,7 @@ class AsyncClient:
         await stream.end(ask if must_ask else None)
 
     async def _must_ask_to_stop(self, model: str) -> bool:
-        """Whether the server may not survive a call that is cancelled, and the model can be asked instead."""
+        """Whether a cancelled call may crash the server and the model can be asked to stop instead."""
         if self._traits is None or self._traits.cancels_safely:
             return False
         if model not in self._takes_stop:
@@ -285,19 +288,20 @@ class AsyncClient:
         return self._takes_stop[model]
 
     async def server_ready(self) -> bool:
-        """Whether the server answers and says that it is ready. Raises what is neither yes nor no."""
+        """Whether the server answers and says that it is ready. Raises ClientError for an answer that is neither yes
+        nor no."""
         try:
             return bool((await self._ask("ServerReady", f"asking {self.url} if it is ready")).ready)
         except ConnectionFailed:
             return False
 
     async def model_ready(self, model: str) -> bool:
-        """Whether the server says that the model is ready; False for a name that it does not know."""
+        """Whether the server says that the model is ready; False if it has no model with that name."""
         check_text(f"asking {self.url} if a model is ready: its name", model)
         return bool((await self._ask("ModelReady", f"asking {self.url} if {model} is ready", name=model)).ready)
 
     async def models(self) -> tuple[ModelState, ...]:
-        """Every model in the server's repository, by name."""
+        """Every model in the server's repository, in the order of names."""
         return wire.read_models(await self._ask("RepositoryIndex", f"listing the models of {self.url}"))
 
     async def _server_traits(self, doing: str, timeout_s: float | None) -> wire.ServerTraits:
@@ -327,7 +331,7 @@ class AsyncClient:
 def _open(
     library: ModuleType, url: str, credentials: grpc.ChannelCredentials | None
 ) -> grpc.Channel | grpc.aio.Channel:
-    """A channel of `grpc` or `grpc.aio`. Raises AddressInvalid for a URL that gRPC could only fail to resolve."""
+    """A channel of `grpc` or `grpc.aio`. Raises AddressInvalid for an address that gRPC could not resolve."""
     if not isinstance(url, str):
         raise AddressInvalid(f"connecting to {url!r}: found no text, expected HOST:PORT")
     if url.startswith(("http://", "https://", "grpc://")):
@@ -343,7 +347,7 @@ def _open(
 
 
 def _deadline(timeout_s: float | None) -> float | None:
-    """What gRPC is given for a request's `timeout_s`."""
+    """The timeout that is passed to gRPC for a request's `timeout_s`."""
     return None if timeout_s is None else float(min(timeout_s, MAX_TIMEOUT_S))
 
 

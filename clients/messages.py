@@ -1,4 +1,4 @@
-"""What a caller gives and gets: a generation request, and its answer as a whole. Plain data: no numpy, no protobuf."""
+"""A generation request and a whole answer, as plain data without numpy and protobuf."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from triton_repo.contracts.piece import Piece, join
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """One prompt for one model. A field that is None is not sent, and the server's own default holds.
+    """One prompt for one model. A field that is None is not sent, and the server uses its default.
 
-    Apart from `model`, `prompt`, `request_id` and `timeout_s`, fields bear the names of the tensors in
-    `triton_repo/contracts/wire.py`, which says their ranges; the server checks those. A temperature alone draws among
-    all tokens: it is sent with top_p 1, without which servers of this contract are greedy.
-    Raises RequestRejected for what is wrong for every server.
+    Except `model`, `prompt`, `request_id` and `timeout_s`, the fields have the names of tensors in
+    `triton_repo/contracts/wire.py`, which says their ranges; the server checks the ranges. A temperature without top_k
+    and top_p draws among all tokens: it is sent with top_p 1, since servers of this contract would be greedy without
+    it. Raises RequestRejected for values that every server would refuse.
     """
 
     model: str
@@ -40,10 +40,10 @@ class GenerationRequest:
     beam_width: int | None = None
     return_log_probs: bool | None = None
     exclude_input_in_output: bool | None = None
-    # Appears in the server's log and in its messages; no two requests under way may bear the same. Empty draws one
-    # whenever the request is sent.
+    # Appears in the server's log and messages. It must be unique among requests in flight. If it is empty, an id is
+    # drawn each time the request is sent.
     request_id: str = ""
-    # Seconds from sending to the last token; None waits as long as the server lives.
+    # Seconds from sending to the last token. None waits as long as the server runs.
     timeout_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -75,12 +75,12 @@ class Generation:
 
 
 def collect(pieces: Iterable[Piece]) -> Generation:
-    """The pieces of one answer, in order, as a whole."""
+    """The whole answer of which `pieces` are the pieces, in order."""
     return Generation(**vars(join(pieces)))
 
 
 def check_text(what: str, value: object) -> None:
-    """Raises RequestRejected for what cannot travel as a text; `what` names it in the message."""
+    """Raise RequestRejected for a value that cannot be sent as a text. `what` names the value in the message."""
     try:
         if isinstance(value, str):
             value.encode()

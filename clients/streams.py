@@ -1,9 +1,9 @@
-"""One request's ModelStreamInfer call, read to its end beside the one who waits for its pieces, in a thread or a task.
+"""Reads the ModelStreamInfer call of one request to its end, in a thread or task of its own.
 
-Whoever waits may leave at any moment, by Ctrl-C, a deadline, a cancelled task or a closed generator. Inside gRPC that
-would cancel the call, and Triton before 2.57 may not survive a call that is cancelled
-(triton-inference-server/server#8078): 2.51 died within 350 to 1,950 of them. On such a server a request is ended by
-another that asks for it (`wire.build_stop`), and its call ends as that of any answer does.
+The reader of the pieces may leave at any moment: by Ctrl-C, a deadline, a cancelled task or a closed generator. Inside
+gRPC that would cancel the call, and a cancelled call may crash Triton before 2.57
+(triton-inference-server/server#8078): 2.51 crashed within 350 to 1,950 of them. On such a server a request is ended by
+another request that asks for that (`wire.build_stop`), and the call ends as it does after a complete answer.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     import grpc
     from tritonclient.grpc import service_pb2 as pb
 
-# How long a server has to end a request that it is asked to end, before the call is cancelled after all. A model looks
-# up from its work after 128 tokens of a prompt, which take 5 s at phixtral-4x2_8's size on two cores.
+# Seconds that a server has to end a request after it was asked to. Then the call is cancelled after all. A model
+# notices after at most 128 tokens of a prompt, which take 5 s at phixtral-4x2_8's size on two cores.
 STOP_PATIENCE_S = 10.0
-# The request to stop is sent anew, since it may overtake the one that it names on the way to the model.
+# The request to stop is repeated, since it may reach the model before the request that it names.
 STOP_INTERVAL_S = 1.0
 
 
 class Stream:
-    """A call of a `grpc` channel. `is_abandoned`: the client was closed, and no more pieces are to be given out."""
+    """A call of a `grpc` channel. `is_abandoned`: the client was closed, so no more pieces are given out."""
 
     def __init__(self, call: Any) -> None:  # noqa: ANN401 - grpc's call is of a private class
         self.is_abandoned = False
@@ -43,7 +43,7 @@ class Stream:
         return self._ended.is_set()
 
     def responses(self, timeout_s: float | None) -> Iterator[pb.ModelStreamInferResponse]:
-        """The responses as they come. Raises TimeoutError after so many seconds from now, and grpc's RpcError."""
+        """The responses as they come. Raises TimeoutError `timeout_s` seconds from now, and grpc's RpcError."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             try:
@@ -57,21 +57,21 @@ class Stream:
             yield item
 
     def end(self, ask_to_stop: Callable[[float], None] | None) -> None:
-        """Return when the call has ended, which is cancelled unless `ask_to_stop(timeout_s)` ends it in time."""
+        """End the call: by `ask_to_stop(timeout_s)`, and if that does not end it in time, by cancelling it."""
         try:
             due = time.monotonic() + STOP_PATIENCE_S
             while ask_to_stop is not None and not self._ended.is_set() and (left := due - time.monotonic()) > 0:
                 ask_to_stop(left)
                 self._ended.wait(min(left, STOP_INTERVAL_S))
         finally:
-            self._call.cancel()  # changes nothing of one that has ended
+            self._call.cancel()  # has no effect on a call that has ended
 
     def _pump(self) -> None:
         last: Exception | None = None
         try:
             for response in self._call:
                 self._read.put(response)
-        except Exception as error:  # of gRPC's: whoever waits is told
+        except Exception as error:  # raised by gRPC: the reader gets it
             last = error
         self._ended.set()
         self._read.put(last)
@@ -93,7 +93,7 @@ class AsyncStream:
         return self._ended.is_set()
 
     async def responses(self, timeout_s: float | None) -> AsyncIterator[pb.ModelStreamInferResponse]:
-        """The responses as they come. Raises TimeoutError after so many seconds from now, and grpc's RpcError."""
+        """The responses as they come. Raises TimeoutError `timeout_s` seconds from now, and grpc's RpcError."""
         loop = asyncio.get_running_loop()
         deadline = None if timeout_s is None else loop.time() + timeout_s
         while True:
@@ -106,7 +106,7 @@ class AsyncStream:
             yield item
 
     async def end(self, ask_to_stop: Callable[[float], Awaitable[None]] | None) -> None:
-        """Return when the call has ended, which is cancelled unless `ask_to_stop(timeout_s)` ends it in time."""
+        """End the call: by `ask_to_stop(timeout_s)`, and if that does not end it in time, by cancelling it."""
         try:
             due = time.monotonic() + STOP_PATIENCE_S
             while ask_to_stop is not None and not self._ended.is_set() and (left := due - time.monotonic()) > 0:
@@ -114,14 +114,14 @@ class AsyncStream:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._ended.wait(), min(left, STOP_INTERVAL_S))
         finally:
-            self._call.cancel()  # changes nothing of one that has ended
+            self._call.cancel()  # has no effect on a call that has ended
 
     async def _pump(self) -> None:
         last: BaseException | None = None
         try:
             async for response in self._call:
                 self._read.put_nowait(response)
-        except (Exception, asyncio.CancelledError) as error:  # whoever waits is told
+        except (Exception, asyncio.CancelledError) as error:  # the reader gets it
             # grpc.aio raises CancelledError for a call that was cancelled here, as if the reader's task had been.
             last = None if self.is_abandoned else error
         self._ended.set()

@@ -1,8 +1,9 @@
-"""Generation request in, protobuf request out; protobuf response in, piece out. Nothing here talks to anyone.
+"""Turns generation requests into protobuf requests, and protobuf responses into pieces. Nothing here opens a
+connection.
 
-Names, dtypes and dims are those of `triton_repo/contracts/wire.py`. Tensors travel in `raw_input_contents` and
-`raw_output_contents`: little-endian numbers, and texts each behind its length in bytes (4 bytes, little-endian).
-An output that the contract does not know is left alone; one that it knows must be as it says.
+Names, dtypes and dims are those of `triton_repo/contracts/wire.py`. Tensors are in `raw_input_contents` and
+`raw_output_contents`: numbers are little-endian, and each text follows its length in bytes (4 bytes, little-endian). An
+output that the contract does not have is ignored; one that it has must be as the contract says.
 """
 
 from __future__ import annotations
@@ -37,27 +38,28 @@ if TYPE_CHECKING:
     from tritonclient.grpc import service_pb2 as pb
 
 Metadata = tuple[tuple[str, str], ...]
-# The input by which a request asks its model to end those that bear its id.
+# The input by which a request asks its model to end the requests with the same id.
 STOP = "stop"
-# Asks Triton to end a failed stream with a gRPC status; without it an error is a text among the responses.
+# Asks Triton to end a failed stream with a gRPC status. Without it an error is a text among the responses.
 ERROR_STATUS_METADATA = (("triton_grpc_error", "true"),)
-# An older Triton that is asked so uses freed memory and crashes within a few failed requests
+# An older Triton that gets this metadata uses freed memory and crashes within a few failed requests
 # (triton-inference-server/server#8708, in 26.04).
 ERROR_STATUS_SINCE = (2, 68)
-# Before, a call that is cancelled may crash Triton (triton-inference-server/server#8078).
+# In older releases a cancelled call may crash Triton (triton-inference-server/server#8078).
 SAFE_CANCELLATION_SINCE = (2, 57)
 KNOWN_OUTPUTS = {tensor.name: tensor for tensor in (*OUTPUTS, *ADDED_OUTPUTS)}
 
 
 def build_request(request: GenerationRequest, *, stream: bool) -> pb.ModelInferRequest:
-    """The ModelInferRequest of one generation; with `stream`, one response a piece instead of one in all.
+    """The ModelInferRequest of one generation. With `stream` there is one response for each piece instead of one in
+    all.
 
-    It bears an id in any case, by which it can be ended (`build_stop`).
+    It always has an id, so that it can be ended (`build_stop`).
     Raises RequestRejected for a value that its tensor cannot hold.
     """
     request_id = request.request_id or uuid.uuid4().hex
     message = require_messages().ModelInferRequest(model_name=request.model, id=request_id)
-    # The last response then always comes, empty if need be, and marks the end.
+    # With this parameter the last response always comes, if need be without outputs, and marks the end.
     message.parameters["triton_enable_empty_final_response"].bool_param = True
     for tensor, values in input_values(request, stream=stream):
         message.inputs.add(name=tensor.name, datatype=WIRE_DTYPES[tensor.dtype], shape=[1, len(values)])
@@ -71,7 +73,8 @@ def build_request(request: GenerationRequest, *, stream: bool) -> pb.ModelInferR
 
 
 def build_stop(model: str, request_id: str) -> pb.ModelInferRequest:
-    """The ModelInferRequest that ends the requests of that id; its prompt and length are there because they must be."""
+    """The ModelInferRequest that ends the requests with that id. It has a prompt and a length only because they are
+    required."""
     message = require_messages().ModelInferRequest(model_name=model, id=request_id)
     message.parameters["triton_enable_empty_final_response"].bool_param = True
     required = [tensor for tensor in INPUTS if not tensor.optional]
@@ -84,15 +87,15 @@ def build_stop(model: str, request_id: str) -> pb.ModelInferRequest:
 
 
 def takes_stop(metadata: pb.ModelMetadataResponse) -> bool:
-    """Whether a model has the input by which requests are ended."""
+    """Whether a model has the input `stop`."""
     return any(tensor.name == STOP for tensor in metadata.inputs)
 
 
 def input_values(request: GenerationRequest, *, stream: bool) -> list[tuple[WireTensor, list[Any]]]:
-    """Each tensor to be sent with its values, in the contract's order; what is None or empty is not sent.
+    """Each tensor to send and its values, in the order of the contract. Fields that are None or empty are not sent.
 
-    Servers of this contract are greedy where top_k and top_p are both absent or 0, so a temperature alone is sent with
-    top_p 1, which draws among all tokens.
+    Servers of this contract are greedy if top_k and top_p are both absent or 0. So a temperature without them is sent
+    with top_p 1, which draws among all tokens.
     """
     chosen: list[tuple[WireTensor, list[Any]]] = []
     given: dict[str, Any] = {"stream": stream}
@@ -139,7 +142,8 @@ def _check_number(value: Any, target: np.dtype[Any]) -> None:  # noqa: ANN401 - 
 
 
 def decode(raw: bytes, dtype: TritonDtype) -> list[Any]:
-    """The values of one tensor as Python's own. Raises ValueError or struct.error for bytes that are not of it."""
+    """The values of one tensor as Python objects. Raises ValueError or struct.error for bytes that do not fit the
+    dtype."""
     import numpy as np
 
     if dtype == "STRING":
@@ -155,7 +159,8 @@ def _numpy_dtype(dtype: TritonDtype) -> np.dtype[Any]:
 
 
 def read_outputs(response: pb.ModelInferResponse) -> dict[str, list[Any]]:
-    """The values of each known output of a ModelInferResponse. Raises StreamBroken where the contract is not kept."""
+    """The values of each known output of a ModelInferResponse. Raises StreamBroken if it does not follow the
+    contract."""
     if len(response.raw_output_contents) != len(response.outputs):
         raise StreamBroken(
             f"a response of {response.model_name}: found {len(response.raw_output_contents)} raw contents "
@@ -188,8 +193,8 @@ def _read_output(
 
 
 def read_piece(response: pb.ModelInferResponse, *, log_probs: bool) -> Piece | None:
-    """What one ModelInferResponse adds; None for the empty final one. Log-probabilities only if they were asked for,
-    since servers fill those outputs with zeros otherwise.
+    """The piece in one ModelInferResponse; None for the empty final one. `log_probs`: whether log-probabilities were
+    asked for. If not, they are not read, since TensorRT-LLM fills those outputs with zeros.
     """
     outputs = read_outputs(response)
     if not outputs:
@@ -210,15 +215,14 @@ def read_piece(response: pb.ModelInferResponse, *, log_probs: bool) -> Piece | N
 
 @dataclass(frozen=True, kw_only=True)
 class ServerTraits:
-    """What a Triton can be asked for: `metadata` goes with each stream; `cancels_safely`: it survives a call that is
-    cancelled."""
+    """What differs between releases of Triton."""
 
-    metadata: Metadata
-    cancels_safely: bool
+    metadata: Metadata  # sent with each stream
+    cancels_safely: bool  # whether Triton survives a cancelled call
 
 
 def server_traits(server_version: str) -> ServerTraits:
-    """The traits of a Triton of that version, such as "2.51.0". One that says something else is taken for old."""
+    """The traits of a Triton version such as "2.51.0". A text that is not a version counts as an old release."""
     numbers = re.match(r"(\d+)\.(\d+)", server_version)
     version = tuple(map(int, numbers.groups())) if numbers else (0, 0)
     return ServerTraits(
@@ -228,7 +232,7 @@ def server_traits(server_version: str) -> ServerTraits:
 
 
 class ErrorText(Exception):  # noqa: N818 - what the server sent, not yet one of our errors
-    """An error that came as a text among the responses. Its status is UNKNOWN unless the text starts with one."""
+    """An error that came as text among the responses. Its status is UNKNOWN unless the text starts with a status."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -238,10 +242,10 @@ class ErrorText(Exception):  # noqa: N818 - what the server sent, not yet one of
 
 
 class StreamReader:
-    """Reads the responses of one stream in their order, and knows whether its end was seen.
+    """Reads the responses of one stream in order, and notices its end.
 
-    The piece with the finish reason and an error's text are kept back until the stream has ended: whoever left at once
-    would end a request that is about to end by itself.
+    The piece with the finish reason, and the text of an error, are kept back until the stream has ended. Otherwise a
+    caller that leaves after them would ask the server to end a request that is about to end by itself.
     """
 
     def __init__(self, doing: str, *, log_probs: bool) -> None:
@@ -253,7 +257,7 @@ class StreamReader:
         self._final = False
 
     def read(self, message: pb.ModelStreamInferResponse) -> tuple[Piece, ...]:
-        """The pieces to hand out after a ModelStreamInferResponse. Raises StreamBroken."""
+        """The pieces to give out after a ModelStreamInferResponse. Raises StreamBroken."""
         if message.error_message:
             self._error = self._error or ErrorText(message.error_message)
             return ()
@@ -268,7 +272,8 @@ class StreamReader:
         return ready
 
     def finish(self) -> tuple[Piece, ...]:
-        """The last piece, once the stream has ended. Raises ErrorText, and StreamBroken without a final response."""
+        """The last piece. Call it after the stream has ended. Raises ErrorText, and StreamBroken if no final response
+        came."""
         if self._error is not None:
             raise self._error
         if not self._final:
@@ -281,7 +286,7 @@ def doing(model: str, server: str) -> str:
 
 
 def read_models(index: pb.RepositoryIndexResponse) -> tuple[ModelState, ...]:
-    """The states in a RepositoryIndexResponse, by name."""
+    """The states in a RepositoryIndexResponse, in the order of names."""
     states = (
         ModelState(name=model.name, version=model.version, state=model.state, reason=model.reason)
         for model in index.models

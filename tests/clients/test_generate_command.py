@@ -186,7 +186,7 @@ def test_a_server_that_dies_in_the_middle_of_a_stream_is_not_asked_about_its_por
     captured = capsys.readouterr()
     assert captured.out in ("def \n", "")
     assert captured.err.startswith(f"ConnectionLost: generating with phixtral at {between.url}: UNAVAILABLE: ")
-    assert "look whether the server ended" in captured.err
+    assert "check whether the server ended" in captured.err
     assert "port" not in captured.err
 
 

@@ -1,1 +1,1 @@
-"""What is copied into a model repository. Nothing here is imported by moeship."""
+"""The programs that packaging copies into a model repository. moeship itself imports none of them."""

@@ -1,8 +1,8 @@
-"""The served model on TensorRT-LLM's LLM API, as Triton's Python backend runs it: all requests in one event loop.
+"""The served model on TensorRT-LLM's LLM API and Triton's Python backend: one event loop answers all requests.
 
-Lies in a model repository as <name>/<version>/model.py beside model.yaml. Everything that can be understood without
-Triton and TensorRT-LLM lives in triton_repo.runtime; here the LLM is started, tensors are unwrapped, responses sent,
-and errors given their status. The LLM starts a process for each of its GPUs itself.
+Packaging copies this file to <name>/<version>/model.py, beside model.yaml. It only starts the LLM, unwraps tensors and
+sends responses and errors; triton_repo.runtime does the rest and depends neither on Triton nor on TensorRT-LLM. The LLM
+itself starts a process for each of its GPUs.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 class TritonPythonModel:
-    """The model's one instance: an LLM and the thread whose event loop its requests run in."""
+    """The only instance of the model: an LLM, and a thread with the event loop that answers the requests."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Start the LLM; what goes wrong becomes the reason in the repository index."""
+        """Start the LLM. The text of an exception becomes the reason in the repository index."""
         self._heartbeat = Heartbeat.start(args["model_name"], args["model_instance_name"])
         folder = Path(args["model_repository"]) / args["model_version"]
         settings = read_settings(folder / SETTINGS_FILE)
@@ -45,7 +45,7 @@ class TritonPythonModel:
         model = folder / settings.llm["model"]
         tokenizer = load_tokenizer(model)
 
-        # Imported last: it takes long, and a wrong model.yaml is told before.
+        # Imported last, since it takes long and a wrong model.yaml can be reported before.
         try:
             from tensorrt_llm import LLM, SamplingParams
         except ImportError as error:
@@ -55,7 +55,7 @@ class TritonPythonModel:
             ) from error
         self._llm = LLM(**{**settings.llm, "model": str(model)}, skip_tokenizer_init=True, trust_remote_code=False)
         self._service = LlmService(self._llm, SamplingParams, tokenizer, settings)
-        self._num_running = 0  # known to the event loop alone
+        self._num_running = 0  # used only in the event loop's thread
         self._draining = threading.Event()
         self._heartbeat.on_drain(self._draining.set)
         self._loop = asyncio.new_event_loop()
@@ -64,7 +64,7 @@ class TritonPythonModel:
         pb_utils.Logger.log_info(f"{args['model_instance_name']}: {model} is loaded")
 
     def execute(self, requests: list[Any]) -> None:
-        """Hand the requests to the event loop, which answers them side by side."""
+        """Give the requests to the event loop, which answers them concurrently."""
         for request in requests:
             asyncio.run_coroutine_threadsafe(self._answer(request), self._loop)
 
@@ -90,15 +90,15 @@ class TritonPythonModel:
                 await self._send(sender, pb_utils.InferenceResponse(outputs), LAST if response.is_last else 0)
                 if response.finish_reason == "cancelled":
                     pb_utils.Logger.log_info(f"a request was cancelled after {response.num_output_tokens} tokens")
-        except Exception as error:  # whatever one request does, the others go on
+        except Exception as error:  # the other requests go on
             await self._send(sender, error_response(pb_utils, error), LAST)
 
     async def _send(self, sender: Any, response: Any, flags: int) -> None:  # noqa: ANN401
-        """Send in another thread: it waits for the server, and the LLM's tokens go on meanwhile."""
+        """Send in another thread, since sending waits for the server and the event loop must not."""
         await asyncio.to_thread(sender.send, response, flags)
 
     def finalize(self) -> None:
-        """Stop the event loop, then the LLM with its processes."""
+        """Stop the event loop, then the LLM and its processes."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._llm.shutdown()

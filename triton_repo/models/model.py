@@ -1,7 +1,7 @@
-"""The served model, as Triton's Python backend runs it: requests wait in one queue, workers answer them.
+"""The served model on Triton's Python backend: requests wait in one queue, and workers answer them.
 
-Lies in a model repository as <name>/<version>/model.py beside the engine. Everything that can be understood without
-Triton lives in triton_repo.runtime; here tensors are unwrapped, responses sent, and errors given their status.
+Packaging copies this file to <name>/<version>/model.py, beside the engine. It only unwraps tensors and sends responses
+and errors; triton_repo.runtime does the rest and does not depend on Triton.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 class TritonPythonModel:
-    """One instance of the model: an engine in memory and its workers, each with the buffers of one sequence."""
+    """One instance of the model: a loaded engine and its workers, each with the buffers of one sequence."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the engine; what goes wrong becomes the reason in the repository index."""
+        """Load the engine. The text of an exception becomes the reason in the repository index."""
         self._heartbeat = Heartbeat.start(args["model_name"], args["model_instance_name"])
         config = json.loads(args["model_config"])
         parameters = ModelParameters.from_config(config)
@@ -40,8 +40,8 @@ class TritonPythonModel:
         pb_utils.Logger.log_info(f"{args['model_instance_name']}: {folder} is loaded")
 
     def execute(self, requests: list[Any]) -> None:
-        """Hand the requests to the workers; one to stop others is answered at once. A request's error is that request's
-        alone."""
+        """Give the requests to the workers. A request to stop others is answered at once. An error ends only its own
+        request."""
         for request in requests:
             made = _request(request)
             try:
@@ -49,13 +49,13 @@ class TritonPythonModel:
                     self._stop(made)
                 else:
                     self._service.submit(made)
-            except Exception as error:  # whatever one request does, the instance goes on with the next
+            except Exception as error:  # the instance goes on with the next request
                 made.fail(error)
 
     def _stop(self, request: Request) -> None:
         check_stop_id(request.request_id)
         count = self._service.workers.stop(request.request_id)
-        pb_utils.Logger.log_info(f"stopped the request {request.request_id!r} ({count} under way)")
+        pb_utils.Logger.log_info(f"stopped the request {request.request_id!r} ({count} in progress)")
         request.send(STOPPED, True)
 
     def finalize(self) -> None:

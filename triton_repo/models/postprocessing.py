@@ -1,8 +1,8 @@
-"""The second and the last step of an ensemble, as Triton's Python backend runs them: token ids to an answer's pieces.
+"""The second and the last step of an ensemble, on Triton's Python backend: turns token ids into pieces of answers.
 
-Lies in a model repository as postprocessing/<version>/model.py beside the tokenizer. As second step it takes what
-preprocessing says of the answer, as last step each response of the engine's. One instance holds all answers under way.
-What can be understood without Triton lives in triton_repo.runtime.steps.postprocessing.
+Packaging copies this file to postprocessing/<version>/model.py, beside the tokenizer. As the second step it takes the
+plan of an answer from preprocessing; as the last step it takes each response of the engine. One instance holds all
+answers in progress. triton_repo.runtime.steps.postprocessing does the work and does not depend on Triton.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 class TritonPythonModel:
-    """The one instance: a tokenizer and the answers under way."""
+    """The only instance: a tokenizer and the answers in progress."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the tokenizer; what goes wrong becomes the reason in the repository index."""
+        """Load the tokenizer. The text of an exception becomes the reason in the repository index."""
         self._heartbeat = Heartbeat.start(args["model_name"], args["model_instance_name"])
         parameters = TextParameters.from_config(json.loads(args["model_config"]))
         self._echoes_keys = parameters.echoes_keys
@@ -49,24 +49,24 @@ class TritonPythonModel:
         self._postprocessor = Postprocessor(load_tokenizer(folder), knows_keys=self._echoes_keys)
 
     def execute(self, requests: list[Any]) -> None:
-        """Take the requests in their order, in which the engine gave the tokens; an error is its request's alone."""
+        """Take the requests in order, which is the order of the engine's tokens. An error ends only its own request."""
         for request in requests:
             sender = request.get_response_sender()
             tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
             step = self._register if ANSWER.name in tensors else self._extend
             try:
                 step(request, tensors, sender)
-            except Exception as error:  # whatever one request does, the instance goes on with the next
+            except Exception as error:  # the instance goes on with the next request
                 sender.send(error_response(pb_utils, error), flags=LAST)
-        if not self._echoes_keys:  # TensorRT-LLM's backend has no heartbeat that would say how many it answers
+        if not self._echoes_keys:  # TensorRT-LLM's backend has no heartbeat of its own
             self._heartbeat.report(running=len(self._postprocessor), waiting=0)
 
     def _register(self, request: Any, tensors: dict[str, Any], sender: Any) -> None:  # noqa: ANN401 - Triton's types
-        """Begin an answer, and let the engine begin."""
+        """Register an answer and pass its tensors on to the engine."""
         is_stop = asks_to_stop(tensors, STOP_REQUESTS)
         if is_stop:
             self._postprocessor.note_stop(request.request_id())
-        # TensorRT-LLM's backend answers a request to stop by a response of nothing, which never comes here.
+        # TensorRT-LLM's backend answers a request to stop by an empty response, for which this step is not called.
         if self._echoes_keys or not is_stop:
             answer = tensors[ANSWER.name].reshape(-1)[0].decode()
             self._postprocessor.register(self._key(request, tensors), request.request_id(), answer)
@@ -75,7 +75,7 @@ class TritonPythonModel:
         sender.send(pb_utils.InferenceResponse(outputs), flags=LAST)
 
     def _extend(self, request: Any, tensors: dict[str, Any], sender: Any) -> None:  # noqa: ANN401
-        """Add tokens to an answer. Where they bring no piece, the response is none but its end."""
+        """Add tokens to an answer. If there is no piece to send, only the end of the response is sent."""
         key = self._key(request, tensors)
         if PROBE.name in tensors:
             name = self._postprocessor.look(key, request.is_cancelled)
@@ -97,24 +97,25 @@ class TritonPythonModel:
         self._stop(step.stop)
 
     def _key(self, request: Any, tensors: dict[str, Any]) -> str:  # noqa: ANN401
-        """The key of the answer that a request is about: an engine that does not give it back leaves the correlation
-        id, which is the same."""
+        """The key of the answer that a request is about. If the engine does not send it back, the correlation id is the
+        key."""
         key = read_key(tensors)
         return str(request.correlation_id()) if key is None else key
 
     def _stop(self, name: str) -> None:
-        """Have the engine end a request; "" is none. Where it does not, it works on for nobody, which the log tells."""
+        """Have the engine end a request; "" means none. If the engine does not end it, a warning is logged."""
         if not name:
             return
         try:
             problems = [response.error() for response in self._ask_to_stop(name) if response.has_error()]
-        except Exception as error:  # the answer has been sent, or its own error will be
+        except Exception as error:  # the client has its answer already, or gets the error of that
             problems = [error]
         for problem in problems:
             pb_utils.Logger.log_warn(f"the engine did not stop the request {name}: {problem}")
 
     def _ask_to_stop(self, name: str) -> Any:  # noqa: ANN401
-        """The engine's responses. Only the id and `stop` count of what a request must hold."""
+        """Send a request to stop. Returns the engine's responses. Of the inputs, which are all required, only `stop`
+        counts."""
         inputs = {
             "stop": np.ones((1, 1), dtype=np.bool_),
             "input_ids": np.zeros((1, 1), dtype=np.int32),

@@ -1,7 +1,7 @@
-"""The first step of an ensemble, as Triton's Python backend runs it: a request's text and options to token ids.
+"""The first step of an ensemble, on Triton's Python backend: turns text and options of a request into token ids.
 
-Lies in a model repository as preprocessing/<version>/model.py beside the tokenizer. What can be understood without
-Triton lives in triton_repo.runtime.steps.preprocessing.
+Packaging copies this file to preprocessing/<version>/model.py, beside the tokenizer.
+triton_repo.runtime.steps.preprocessing does the work and does not depend on Triton.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from triton_repo.runtime.stop_requests import STOP, asks_to_stop, check_stop_id
 
 
 class TritonPythonModel:
-    """One instance: a tokenizer and the model's limits. It remembers nothing of a request."""
+    """One instance: a tokenizer and the model's limits. It keeps no state between requests."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the tokenizer; what goes wrong becomes the reason in the repository index."""
+        """Load the tokenizer. The text of an exception becomes the reason in the repository index."""
         self._heartbeat = Heartbeat.start(args["model_name"], args["model_instance_name"])
         parameters = TextParameters.from_config(json.loads(args["model_config"]))
         folder = Path(args["model_repository"]) / args["model_version"] / parameters.tokenizer
@@ -37,14 +37,14 @@ class TritonPythonModel:
         self._heartbeat.on_drain(self._draining.set)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """A response to each request; a request's error is that request's alone."""
+        """A response to each request. An error ends only its own request."""
         return [self._response(request) for request in requests]
 
     def _response(self, request: Any) -> Any:  # noqa: ANN401 - the backend's types exist inside Triton only
         try:
             tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
             prepared = self._prepare(tensors, request.request_id())
-        except Exception as error:  # whatever one request does, the instance goes on with the next
+        except Exception as error:  # the instance goes on with the next request
             return error_response(pb_utils, error)
         key = draw_key()
         prepared[ANSWER_KEY.name] = key_tensor(key)
@@ -54,7 +54,7 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse(outputs, parameters={CORRELATION_PARAMETER: key})
 
     def _prepare(self, tensors: Tensors, request_id: str) -> Tensors:
-        """Raises RequestError."""
+        """The outputs for one request. Raises RequestError."""
         if asks_to_stop(tensors, QUERY_NAMES[STOP]):
             check_stop_id(request_id)
             return prepare_stop()

@@ -1,7 +1,8 @@
-"""The third step of an ensemble where ONNX Runtime runs the engine, as Triton's Python backend runs it.
+"""The third step of an ensemble on Triton's Python backend, if ONNX Runtime runs the engine.
 
-Lies in a model repository as tensorrt_llm/<version>/model.py beside the engine, in the place of TensorRT-LLM's C++
-backend and with its tensors. What can be understood without Triton lives in triton_repo.runtime.steps.token_engine.
+Packaging copies this file to tensorrt_llm/<version>/model.py, beside the engine. The model has the tensors of
+TensorRT-LLM's C++ backend and takes its place. triton_repo.runtime.steps.token_engine does the work and does not depend
+on Triton.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 class TritonPythonModel:
-    """The one instance: an engine in memory and its workers, so that a request to stop another reaches it."""
+    """The only instance: a loaded engine and its workers. With one instance, a request to stop reaches the right
+    queue."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the engine; what goes wrong becomes the reason in the repository index."""
+        """Load the engine. The text of an exception becomes the reason in the repository index."""
         self._heartbeat = Heartbeat.start(args["model_name"], args["model_instance_name"])
         config = json.loads(args["model_config"])
         parameters = ModelParameters.from_config(config)
@@ -38,8 +40,8 @@ class TritonPythonModel:
         pb_utils.Logger.log_info(f"{args['model_instance_name']}: {folder} is loaded")
 
     def execute(self, requests: list[Any]) -> None:
-        """Hand the requests to the workers; one to stop others is answered at once. A request's error is that request's
-        alone."""
+        """Give the requests to the workers. A request to stop others is answered at once. An error ends only its own
+        request."""
         for request in requests:
             sender = request.get_response_sender()
             made = _request(request, sender)
@@ -48,13 +50,13 @@ class TritonPythonModel:
                     self._stop(made, sender)
                 else:
                     self._engine.submit(made)
-            except Exception as error:  # whatever one request does, the instance goes on with the next
+            except Exception as error:  # the instance goes on with the next request
                 made.fail(error)
 
     def _stop(self, request: Request, sender: Any) -> None:  # noqa: ANN401 - Triton's type
         check_stop_id(request.request_id)
         count = self._engine.workers.stop(request.request_id)
-        pb_utils.Logger.log_info(f"stopped the request {request.request_id!r} ({count} under way)")
+        pb_utils.Logger.log_info(f"stopped the request {request.request_id!r} ({count} in progress)")
         response = stopped_response(request.tensors)
         if response is None:
             sender.send(flags=LAST)

@@ -1,1 +1,1 @@
-"""Answers one generation request on an engine: options, sampling, detokenising, stop words. Knows no Triton."""
+"""Answers generation requests on an engine: options, sampling, detokenising, stop words. Imports nothing of Triton."""

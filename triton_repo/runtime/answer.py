@@ -1,11 +1,11 @@
-"""Tokens in one by one, pieces of an answer out: what every engine's tokens become, wherever they were chosen.
+"""Turns the tokens of an answer into pieces of text, for every kind of engine.
 
     answer = Answer(answer_plan(plan, tokenizer), tokenizer)
     piece = answer.extend(token_id, log_prob)     # None while there is nothing to send
     if piece is not None and piece.finish_reason: ...
 
-A piece carries whole characters and the tokens since the piece before; the last one alone has a finish reason:
-"stop" (an end token or a stop word), "length" (max_tokens or the engine's context), "cancelled".
+A piece holds whole characters and the tokens since the piece before. Only the last piece has a finish reason: "stop"
+(an end token or a stop word), "length" (max_tokens or the engine's context) or "cancelled".
 """
 
 from __future__ import annotations
@@ -26,29 +26,28 @@ from triton_repo.runtime.text.words import Words, not_starting_in, spell
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerPlan:
-    """All that tokens need to become an answer; its JSON goes from the process that reads a request to the one that
-    writes the answer.
+    """Everything that is needed to turn tokens into an answer. Its JSON goes from the process that reads a request to
+    the process that writes the answer.
 
-    `stop_tokens` spell the stop words: for those that show in no text, and for engines, which end a sequence by
-    themselves. Engines look at the prompt's tokens too, so a word that could begin there is left to its text. `prefix`
-    is what the answer begins with beside what the engine writes: the prompt, if it is wanted and the answer is sent
-    whole. A stream never repeats the prompt (TensorRT-LLM, LlmRequest::createResult of
-    cpp/tensorrt_llm/batch_manager/llmRequest.cpp).
+    Engines match `stop_tokens` against the prompt's tokens too. So a stop word that could begin in the prompt is not in
+    `stop_tokens`, and is found only in the text.
     """
 
     num_input_tokens: int
-    context_ids: tuple[int, ...]  # of the prompt, for the detokenizer
-    most_tokens: int  # new ones
+    context_ids: tuple[int, ...]  # token of the prompt that the detokenizer begins with
+    most_tokens: int  # new tokens
     end_ids: tuple[int, ...]
     stop_words: tuple[str, ...]
-    stop_tokens: Words
+    stop_tokens: Words  # spellings of the stop words: for engines, and for words that show in no text
+    # Put before the text: the prompt, if it is asked for and the answer comes in one response. A stream never repeats
+    # the prompt (TensorRT-LLM, LlmRequest::createResult of cpp/tensorrt_llm/batch_manager/llmRequest.cpp).
     prefix: str
     return_log_probs: bool
     stream: bool
 
     @property
     def is_watched(self) -> bool:
-        """Whether the tokens are looked at one by one: to send them, or to find a stop word in their text."""
+        """Whether each token is looked at as it comes, to send it or to find a stop word in the text."""
         return self.stream or bool(self.stop_words)
 
     def to_json(self) -> str:
@@ -61,7 +60,7 @@ class AnswerPlan:
 
 
 def answer_plan(plan: GenerationPlan, tokenizer: Tokenizer) -> AnswerPlan:
-    """What the answer to a checked request takes."""
+    """The plan of the answer to a checked request."""
     options = plan.options
     return AnswerPlan(
         num_input_tokens=len(plan.prompt_ids),
@@ -77,9 +76,9 @@ def answer_plan(plan: GenerationPlan, tokenizer: Tokenizer) -> AnswerPlan:
 
 
 class Answer:
-    """The answer as it grows: from a token to its text and the piece that can be sent.
+    """An answer in progress: takes tokens, gives the pieces that can be sent.
 
-    `bad_words` are looked for by `would_write_bad_word`.
+    `bad_words` are only used by `would_write_bad_word`.
     """
 
     def __init__(self, plan: AnswerPlan, tokenizer: Tokenizer, bad_words: tuple[str, ...] = ()) -> None:
@@ -92,8 +91,8 @@ class Answer:
         self._cum_log_prob = 0.0
         self._complete = False
 
-    # Watchers are made with the first token. Those of as many words as there may be take 8 MB, and many answers may
-    # wait for their engine.
+    # The watchers are made with the first token. For as many words as are allowed they take 8 MB, and many answers may
+    # wait for their engine at the same time.
     @cached_property
     def _stop(self) -> StopWatcher:
         return StopWatcher(self.plan.stop_words)
@@ -108,17 +107,17 @@ class Answer:
 
     @property
     def cum_log_prob(self) -> float:
-        """The sum of their log-probabilities."""
+        """The sum of the log-probabilities of the tokens so far."""
         return self._cum_log_prob
 
     @property
     def is_complete(self) -> bool:
-        """Whether the tokens themselves ended the answer, so that an engine has ended too: its end token, its stop
-        words, or as many tokens as there may be. A stop word that is found in the text alone does not."""
+        """Whether the tokens ended the answer, so that the engine has ended too: by an end token, by the tokens of a
+        stop word, or by their number. A stop word that is found only in the text does not end the engine."""
         return self._complete
 
     def extend(self, token_id: int, log_prob: float = 0.0) -> Piece | None:
-        """Take a token; a piece if there is text to send or the answer ends."""
+        """Take a token. Returns a piece if there is text to send or the answer ends."""
         if token_id in self.plan.end_ids:
             return self.end(token_id, log_prob)
         self._take(token_id, log_prob)
@@ -132,7 +131,7 @@ class Answer:
         return self._piece(text, None) if text else None
 
     def end(self, end_id: int, log_prob: float = 0.0) -> Piece:
-        """Take an end token, which shows in no text; the last piece."""
+        """Take an end token, which adds no text. Returns the last piece."""
         self._take(end_id, log_prob)
         self._complete = True
         return self._last_piece("", "stop")
@@ -147,8 +146,7 @@ class Answer:
         return self._piece("", "cancelled")
 
     def would_write_bad_word(self, token_id: int) -> bool:
-        """Whether a bad word would be complete in the text with `token_id`, however the text is split into tokens.
-        Nothing is added."""
+        """Whether the text would contain a bad word after `token_id`, whatever tokens spell the word. Adds nothing."""
         return self._bad.would_match(self._detokenizer.preview(token_id))
 
     def _take(self, token_id: int, log_prob: float) -> None:
@@ -157,7 +155,8 @@ class Answer:
         self._cum_log_prob += log_prob
 
     def _last_piece(self, text: str, finish_reason: str) -> Piece:
-        """`text` and all that was kept back, in which a stop word may turn up."""
+        """A piece of `text` and of all text that was kept back. If that holds a stop word, the finish reason is
+        "stop"."""
         rest, stopped = self._add_text(self._detokenizer.flush())
         text += rest if stopped else rest + self._stop.flush()
         return self._piece(text, "stop" if stopped else finish_reason)

@@ -1,4 +1,4 @@
-"""One request through an engine: options in, pieces of text out. The server and every in-process caller run this.
+"""Answers one request on an engine: options in, pieces of text out. The server and in-process callers use it.
 
 for piece in generate(session, tokenizer, GenerationOptions(prompt="def ", max_tokens=32)):
     print(piece.text, end="")
@@ -35,10 +35,10 @@ def generate(
     is_cancelled: Callable[[], bool] = never,
     cache: Cache | None = None,
 ) -> Iterator[Piece]:
-    """Yield the pieces of one answer. `cache` is one of the session's to use again; its content is forgotten.
+    """Yield the pieces of one answer. `cache` is a cache of the session to reuse; its content is discarded.
 
-    `is_cancelled` is asked before every step. Raises RequestError at once for options that do not fit the model, and
-    later for logits that are no numbers.
+    `is_cancelled` is called before every step. Raises RequestError at once for options that do not fit the model, and
+    while the pieces are read for logits that are NaN or infinite.
     """
     plan = plan_generation(
         options,
@@ -52,7 +52,7 @@ def generate(
 def pieces_of(
     session: Session, cache: Cache, plan: GenerationPlan, tokenizer: Tokenizer, is_cancelled: Callable[[], bool]
 ) -> Iterator[Piece]:
-    """`generate` for a request that was checked before. Raises RequestError for logits that are no numbers."""
+    """`generate` for a request that is checked already. Raises RequestError for logits that are NaN or infinite."""
     cache.reset()
     writer = _Writer(plan, tokenizer)
     pending: Sequence[int] = plan.prompt_ids
@@ -70,9 +70,8 @@ def pieces_of(
 
 
 def feed(session: Session, cache: Cache, token_ids: Sequence[int], is_cancelled: Callable[[], bool]) -> Floats | None:
-    """Run tokens through the engine; the last one's logits [V], valid until the next run, or None once cancelled.
-
-    `is_cancelled` is asked before every step of a long prompt.
+    """Run tokens through the engine. Returns the logits [V] of the last token, which are valid until the next run; None
+    if the request was cancelled. `is_cancelled` is called before every step of a long prompt.
     """
     logits = None
     for start in range(0, len(token_ids), PREFILL_CHUNK_TOKENS):
@@ -83,7 +82,7 @@ def feed(session: Session, cache: Cache, token_ids: Sequence[int], is_cancelled:
 
 
 class _Writer:
-    """Chooses the tokens of one answer and has them written."""
+    """Chooses the tokens of one answer and adds them to the answer."""
 
     def __init__(self, plan: GenerationPlan, tokenizer: Tokenizer) -> None:
         self.plan = plan
@@ -92,16 +91,16 @@ class _Writer:
         self._sampler = Sampler(plan, tokenizer.size)
         self._tokenizer = tokenizer
         self._bad_alone = TextWatcher(self._bad_words)
-        self._bad_tokens: list[int] = []  # those met so far whose own text holds a bad word
+        self._bad_tokens: list[int] = []  # tokens met so far whose own text contains a bad word
 
     def write(self, logits: Floats) -> tuple[int, Piece | None]:
-        """Choose a token for logits [V]; returns it, and a piece if there is text to send or the answer ends."""
+        """Choose a token for logits [V]. Returns the token, and a piece if there is text to send or the answer ends."""
         refuses = self._completes_bad_word if self._bad_words else None
         choice = self._sampler.choose(logits, refuses, [np.array(self._bad_tokens, dtype=np.int64)])
         return choice.token_id, self.answer.extend(choice.token_id, choice.log_prob or 0.0)
 
     def _completes_bad_word(self, token: int) -> bool:
-        """Whether a bad word would stand in the text with `token`, however the text is split into tokens."""
+        """Whether the text would contain a bad word after `token`, whatever tokens spell the word."""
         if token in self.plan.end_ids or not self.answer.would_write_bad_word(token):
             return False
         if self._bad_alone.would_match(self._tokenizer.decode([token])):

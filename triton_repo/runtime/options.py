@@ -1,11 +1,11 @@
-"""What one generation request asks for: wire tensors or keyword arguments in, checked frozen options out.
+"""The options of one generation request: reads them from wire tensors or keyword arguments, and checks them.
 
     options = read_options({"text_input": array([[b"def "]]), "max_tokens": array([[32]])})
     options = GenerationOptions(prompt="def ", max_tokens=32, temperature=0.7, top_p=0.9)
     plan = plan_generation(options, tokenizer, max_sequence=2048, end_token_ids=(50256,))
 
-`read_options` reports what is wrong with the tensors, `plan_generation` what is wrong with the values once the model is
-known; each lists every problem it found in one RequestError.
+`read_options` checks what can be checked without the model, `plan_generation` what depends on the model. Each raises
+one RequestError that lists every problem.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _MAX_SEED = 2**64 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How tokens are chosen. Fields bear the names of the tensors in `contract`.
+    """How tokens are chosen. The fields have the names of tensors in contracts/wire.py.
 
-    As in TensorRT-LLM the choice is greedy where top_k and top_p are both 0, whatever the temperature: a caller who
-    wants to draw among all tokens says top_p 1.
+    As in TensorRT-LLM the choice is greedy if top_k and top_p are both 0, whatever the temperature. To draw among all
+    tokens, set top_p to 1.
     """
 
     temperature: float = 1.0
-    top_k: int = 0  # 0: no limit of its own
-    top_p: float = 0.0  # 0: no limit of its own
+    top_k: int = 0  # 0: sets no limit
+    top_p: float = 0.0  # 0: sets no limit
     min_length: int = 0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
@@ -48,7 +48,7 @@ class SamplingOptions:
 
     @property
     def sampling_temperature(self) -> float:
-        """The temperature in force; 0 is greedy (TensorRT-LLM, regularizeTopKTopP of
+        """The temperature that applies; 0 is greedy (TensorRT-LLM, regularizeTopKTopP of
         cpp/tensorrt_llm/kernels/samplingTopKKernels.h)."""
         is_greedy = self.top_k == 1 or (self.top_k == 0 and self.top_p == 0)
         return 0.0 if is_greedy else self.temperature
@@ -56,7 +56,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions(SamplingOptions):
-    """One request. Fields bear the names of the tensors in `contract`, apart from `prompt`."""
+    """One request. The fields have the names of tensors in contracts/wire.py, except `prompt`."""
 
     prompt: str
     max_tokens: int
@@ -69,7 +69,7 @@ class GenerationOptions(SamplingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingPlan:
-    """What choosing the tokens of one sequence takes: options, the prompt's token ids, and the end tokens."""
+    """Everything that is needed to choose the tokens of one sequence."""
 
     options: SamplingOptions
     prompt_ids: tuple[int, ...]
@@ -78,10 +78,10 @@ class SamplingPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationPlan(SamplingPlan):
-    """Checked options of a request with what the model adds."""
+    """The checked options of a request, and what follows from the model."""
 
     options: GenerationOptions
-    most_tokens: int  # new ones
+    most_tokens: int  # new tokens
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _above(low: float) -> Callable[[Any], bool]:
     return lambda value: math.isfinite(value) and value >= low
 
 
-# Wide enough for any use, narrow enough that no sum or product of them leaves float32.
+# Within these bounds no sum or product of penalties leaves the range of float32.
 _SHIFT = _Rule(lambda p: abs(p) <= 1000, "-1000 to 1000", "send 0 for no penalty")
 _FACTOR = _Rule(lambda p: 0.001 <= p <= 1000, "0.001 to 1000", "send 1 for no penalty")
 _RULES: dict[str, _Rule] = {
@@ -113,12 +113,13 @@ _RULES: dict[str, _Rule] = {
     "random_seed": _Rule(lambda seed: 0 <= seed <= _MAX_SEED, "0 to 2**64-1", "send another seed, or none"),
 }
 _WORDS = ("stop_words", "bad_words")
-# Enough for any use; each is looked for in all that is produced, by an automaton of as many states as there are
+# Limits for stop and bad words. One automaton looks for all of them; it has as many states as the words have
 # characters.
 MAX_WORDS = 1024
 MAX_WORD_BYTES = 1024
 MAX_WORD_BYTES_IN_ALL = 32_768
-# Tensors that change nothing here, and the one value that those of them allow which would change something elsewhere.
+# Inputs that are accepted for compatibility and have no effect. For _ONLY_ONE and _FALSE_ONLY, any value that would
+# change the output on TensorRT-LLM is refused.
 _ONLY_ONE = ("beam_width", "num_return_sequences")
 _FALSE_ONLY = ("return_context_logits", "return_generation_logits", "return_perf_metrics")
 _IGNORED = ("pad_id", "length_penalty", "return_num_input_tokens", "return_num_output_tokens", "stop")
@@ -126,10 +127,10 @@ _WIRE_NAMES = {field: tensor for tensor, field in FIELD_NAMES.items()}
 
 
 def read_options(tensors: Mapping[str, npt.NDArray[Any]], most_prompt_bytes: int | None = None) -> GenerationOptions:
-    """Options from wire tensors [1, *dims]; texts are object arrays of UTF-8 bytes. A prompt of more than
-    `most_prompt_bytes` is not even decoded.
+    """The options in wire tensors [1, *dims]; texts are object arrays of UTF-8 bytes. A prompt of more than
+    `most_prompt_bytes` is refused before it is decoded.
 
-    Raises RequestError listing every tensor that is absent, of another size, not UTF-8, or of a refused value.
+    Raises RequestError that lists every tensor that is absent, has another size, is not UTF-8, or has a refused value.
     """
     values: dict[str, Any] = {}
     problems: list[str] = []
@@ -148,7 +149,7 @@ def read_options(tensors: Mapping[str, npt.NDArray[Any]], most_prompt_bytes: int
             problems.append(f"{field}: found {value}, expected 1; send one request for each sequence that you want")
         if field in _FALSE_ONLY and value:
             problems.append(f"{field}: found true, expected false; this server has no such output")
-        given = _WIRE_NAMES.get(field, field)  # where two names mean the same, the one that came first
+        given = _WIRE_NAMES.get(field, field)  # if both names of a value are sent, the one that came first
         if field in values and values[field] != value:
             problems.append(f"{spec.name}: found {value}, but {given} says {values[field]}; send one of the two")
         if field not in (*_ONLY_ONE, *_FALSE_ONLY, *_IGNORED):
@@ -167,11 +168,11 @@ def plan_generation(
     end_token_ids: tuple[int, ...],
     max_prompt: int | None = None,
 ) -> GenerationPlan:
-    """Check the options against the model and encode the prompt. Raises RequestError listing every problem.
+    """Check the options against the model and encode the prompt. Raises RequestError that lists every problem.
 
-    `max_sequence` counts tokens of prompt and output together: a prompt that leaves no room is refused, one that
-    leaves less than max_tokens is not, and the output then ends at the limit. `max_prompt` is what an engine reads at a
-    time, where it is less.
+    `max_sequence` is the limit for the tokens of prompt and output together. A prompt that leaves no room for output is
+    refused. If a prompt leaves room for less than max_tokens, the output ends at the limit. `max_prompt` is the limit
+    for the prompt alone, if the engine reads fewer tokens at a time.
     """
     problems = value_problems(vars(options))
     if options.end_id is not None and not NO_END_ID <= options.end_id < tokenizer.size:
@@ -215,20 +216,20 @@ def _end_ids(options: GenerationOptions, of_model: tuple[int, ...]) -> tuple[int
 
 
 def refuse_minimum_of_several(plan: GenerationPlan) -> None:
-    """Raises RequestError for a minimum of new tokens where several tokens may end the answer: TensorRT-LLM would keep
-    the first of them out until then, and no other (NVIDIA/TensorRT-LLM#4776)."""
+    """Raise RequestError for a minimum of new tokens if several tokens may end the answer. TensorRT-LLM would hold back
+    only the first of them until the minimum is reached (NVIDIA/TensorRT-LLM#4776)."""
     least, end_ids = plan.options.min_length, plan.end_ids
     if least and len(end_ids) > 1:
         raise refusal(
             [
                 f"min_tokens: found {least} beside the end tokens {', '.join(map(str, end_ids[:8]))}, expected 0: "
-                "TensorRT-LLM holds to it for one end token alone; name one in end_id, or leave min_tokens out"
+                "TensorRT-LLM applies it to one end token only; name one in end_id, or leave min_tokens out"
             ]
         )
 
 
 def _read_value(spec: WireTensor, tensor: npt.NDArray[Any], most_prompt_bytes: int | None) -> Any:  # noqa: ANN401 - as many types as the contract has
-    """The Python value of one tensor. Raises ValueError with the problem's text."""
+    """The Python value of one tensor. The text of the ValueError that it raises is the problem."""
     if tensor.ndim == 2 and tensor.shape[0] != 1:
         raise ValueError(
             f"{spec.name}: found a batch of {tensor.shape[0]}, expected shape {[1, *spec.dims]}; "
@@ -252,12 +253,12 @@ def _read_value(spec: WireTensor, tensor: npt.NDArray[Any], most_prompt_bytes: i
         items = [shortest(item) for item in items]
     if spec.dims == (1,):
         return items[0]
-    # NVIDIA's examples send an empty text where they mean no word.
+    # NVIDIA's examples send an empty text to say that there is no word.
     return tuple(item for item in items if item != "")
 
 
 def shortest(value: float) -> float:
-    """The shortest spelling of a float32: 0.7 on the wire is the 0.7 that an in-process caller writes."""
+    """The float64 with the shortest decimal form of a float32, so that 0.7 on the wire equals 0.7 in Python."""
     return float(str(np.float32(value)))
 
 
@@ -274,7 +275,8 @@ def _text(name: str, item: bytes | str) -> str:
 
 
 def value_problems(values: Mapping[str, Any], names: Mapping[str, str] = _WIRE_NAMES) -> list[str]:
-    """What is wrong with the values of options by field; `names` are the tensors' where they differ."""
+    """What is wrong with the values of options. `names` maps a field to the name of its tensor, where the two
+    differ."""
     problems = [
         f"{names.get(field, field)}: found {values[field]!r}, expected {rule.expected}; {rule.remedy}"
         for field, rule in _RULES.items()
@@ -291,7 +293,7 @@ def value_problems(values: Mapping[str, Any], names: Mapping[str, str] = _WIRE_N
 
 
 def _surrogates(texts: Sequence[str]) -> list[str]:
-    """What is wrong with texts that are no Unicode, which callers in this process may hand in."""
+    """What is wrong with texts that are not valid Unicode, which in-process callers may pass."""
     try:
         for text in texts:
             text.encode()

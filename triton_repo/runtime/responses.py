@@ -1,4 +1,5 @@
-"""Pieces and errors in, what the client of a served model gets out: tensors of the wire contract, status and text."""
+"""What the client of a served model gets: turns pieces into tensors of the wire contract, and errors into status and
+text."""
 
 from __future__ import annotations
 
@@ -17,9 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 def wire_outputs(piece: Piece) -> dict[str, npt.NDArray[Any]]:
-    """The response's tensors. Log-probabilities are absent unless asked for.
+    """The tensors of one response. Log-probabilities are absent unless asked for.
 
-    text_output has shape [1], as TensorRT-LLM's postprocessing sends it and its clients read it; all others [1, n].
+    text_output has shape [1], as TensorRT-LLM's postprocessing sends it and its clients read it. All others have [1,
+    n].
     """
     outputs: dict[str, npt.NDArray[Any]] = {
         "text_output": np.array([piece.text.encode()], dtype=np.object_),
@@ -37,21 +39,22 @@ def wire_outputs(piece: Piece) -> dict[str, npt.NDArray[Any]]:
 
 
 def failure(error: Exception) -> tuple[RequestErrorKind, str]:
-    """The status and message that the client of a failed request sees. What is not the client's doing is logged, and
-    another library's words, which mean nothing to the client and may hold paths, are only there.
+    """The status and message that the client of a failed request sees. An error that is not the client's fault is
+    logged. The message of another library is only in the log, since it means nothing to the client and may contain
+    paths.
 
-    The message begins with the gRPC status' name: a Triton before 2.68 sends the errors of a stream as text alone, and
-    crashes when it is asked to do otherwise (triton-inference-server/server#8708).
+    The message begins with the name of the gRPC status. A Triton before 2.68 sends the errors of a stream only as text,
+    and crashes when it is asked for a real status (triton-inference-server/server#8708).
     """
     if isinstance(error, RequestError):
         return error.kind, f"{GRPC_STATUS[error.kind]}: {error}"
-    logger.error("a request failed for a reason of the server's own", exc_info=error)
+    logger.error("a request failed because of a fault in the server", exc_info=error)
     reason = str(error) if isinstance(error, MoeshipError) else "the server failed; its log has the reason"
     return "INTERNAL", f"{GRPC_STATUS['INTERNAL']}: answering the request: {reason}"
 
 
 def server_stopping() -> RequestError:
-    """The error of a request that comes, or still waits, when the server is about to end."""
+    """The error of a request that arrives or still waits when the server is about to end."""
     return RequestError(
         "answering the request: the server is stopping; send the request to another server or again later",
         kind="UNAVAILABLE",
@@ -59,6 +62,6 @@ def server_stopping() -> RequestError:
 
 
 def error_response(backend: ModuleType, error: Exception) -> Any:  # noqa: ANN401 - its types exist inside Triton only
-    """The response that refuses a request; `backend` is triton_python_backend_utils."""
+    """The response that tells the client of an error. `backend` is triton_python_backend_utils."""
     kind, message = failure(error)
     return backend.InferenceResponse(error=backend.TritonError(message, getattr(backend.TritonError, kind)))

@@ -1,14 +1,14 @@
-"""Logits in, the next token out: penalties, temperature, top-k, top-p, a seeded draw; all of it in vectorised numpy.
+"""Chooses the next token from logits: penalties, temperature, top-k, top-p and a seeded draw, in vectorised numpy.
 
     sampler = Sampler(plan, num_tokens=tokenizer.size)
     choice = sampler.choose(logits)          # logits float32 [V]
     choice.token_id, choice.log_prob
 
-Order of the steps: repetition, presence and frequency penalty, min_length, temperature, top-k, top-p. The repetition
-penalty looks at prompt and output, the other two at the output alone. Ids from the tokenizer's size on are the padding
-rows of the embedding: they are cut off before anything else, so they are never chosen and weigh nothing.
-Equal scores resolve to the lowest id where the choice is greedy. Log-probabilities are the model's own: of the logits
-before penalties, temperature and cuts.
+The steps, in order: repetition, presence and frequency penalty, min_length, temperature, top-k, top-p. The repetition
+penalty counts tokens of prompt and output, the other two only those of the output. Ids at and above the tokenizer's
+size are padding rows of the embedding. They are cut off first, so they are never chosen and have no probability. A
+greedy choice among equal scores takes the lowest id. Log-probabilities are those of the model: they are computed from
+the logits before penalties, temperature and cuts.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
-_NUCLEUS_START = 256  # how many of the heaviest tokens are sorted first when top-p looks for its share
+_NUCLEUS_START = 256  # how many of the likeliest tokens top-p sorts first
 _NUCLEUS_GROWTH = 8
-_FIRST_REFUSED = 64  # how many of the likeliest tokens are asked about when one was refused
+_FIRST_REFUSED = 64  # how many of the likeliest tokens are checked after one was refused
 _REFUSED_GROWTH = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A chosen token; `log_prob` is its natural logarithm, None unless the request asked."""
+    """A chosen token. `log_prob` is the natural logarithm of its probability, None unless the request asked for it."""
 
     token_id: int
     log_prob: float | None
 
 
 class Sampler:
-    """Chooses the tokens of one sequence; holds its random generator and what was chosen so far."""
+    """Chooses the tokens of one sequence. Holds its random generator and the tokens chosen so far."""
 
     def __init__(self, plan: SamplingPlan, num_tokens: int) -> None:
         self._options = plan.options
@@ -57,9 +57,8 @@ class Sampler:
     def choose(
         self, logits: Floats, refuses: Callable[[int], bool] | None = None, banned: Sequence[Ids] = ()
     ) -> Choice:
-        """The next token for logits [V], none of the ids in `banned` but end tokens, and none that `refuses` refuses.
-
-        Raises RequestError for logits that are NaN or infinite, and when every token is refused.
+        """The next token for logits [V]. No id in `banned` is chosen except end tokens, and no id for which `refuses`
+        is true. Raises RequestError for logits that are NaN or infinite, and if no token is left.
         """
         logits = logits[: self._num_tokens]
         # The largest value is NaN when any value is.
@@ -72,7 +71,7 @@ class Sampler:
         for ids in banned:
             self._ban(scores, ids)
         token = self._pick(scores)
-        # Several at a time, so that as many refused ones as there may be bad words do not take as many draws.
+        # Check several tokens at a time, so that many refused tokens do not take as many draws.
         count = _FIRST_REFUSED
         while refuses is not None and refuses(token):
             scores[token] = -np.inf
@@ -87,7 +86,7 @@ class Sampler:
         return Choice(token_id=token, log_prob=log_probability(logits, token) if wanted else None)
 
     def _ban(self, scores: Floats, ids: Ids) -> None:
-        """Take ids out, in place, but for end tokens that may come."""
+        """Exclude ids from the choice, in place, but leave end tokens as they are."""
         ids = ids[(ids >= 0) & (ids < self._num_tokens)]
         kept = scores[self._end_ids]
         scores[ids] = -np.inf
@@ -121,13 +120,13 @@ class Sampler:
 
 
 def penalise_repetition(scores: Floats, ids: Ids, penalty: float) -> None:
-    """Divide the positive scores of `ids` by `penalty` and multiply the others, in place."""
+    """Divide the positive scores of `ids` by `penalty` and multiply the other scores of `ids` by it, in place."""
     seen = scores[ids]
     scores[ids] = np.where(seen > 0, seen / penalty, seen * penalty)
 
 
 def top_k_ids(scores: Floats, k: int) -> Ids:
-    """Ids of the k highest scores in rising order, and of those that equal the k-th; k = 0 keeps all."""
+    """Ids of the k highest scores and of scores equal to the k-th, in rising order of ids. k = 0 keeps all."""
     if not 0 < k < len(scores):
         return np.arange(len(scores))
     threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
@@ -135,9 +134,9 @@ def top_k_ids(scores: Floats, k: int) -> Ids:
 
 
 def heaviest_share(weights: Doubles, share: float) -> Ids:
-    """Places of the fewest heaviest weights that together reach `share` of the sum, in falling order.
+    """Indices of the fewest heaviest weights that together reach `share` of the sum, in falling order of weight.
 
-    Equal weights keep their order within what was sorted. Only as many as needed are sorted.
+    Only as many weights as needed are sorted. Equal weights among them keep their order.
     """
     target = share * weights.sum()
     size = min(_NUCLEUS_START, len(weights))

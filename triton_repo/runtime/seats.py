@@ -1,4 +1,4 @@
-"""What one worker of a served engine uses alone: a session, whose weights are mapped and shared, and its cache."""
+"""The seat of a worker: a session and a key/value cache that only this worker uses. Sessions share mapped weights."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Seat:
-    """A session and one cache of it, which every request uses again."""
+    """A session and one cache of it, which is reused by every request."""
 
     session: Session
     cache: Cache
 
 
 def seat(session: Session) -> Seat:
-    """A session with a cache of its own."""
+    """A seat with a fresh cache."""
     return Seat(session=session, cache=session.new_cache())
 
 
 def open_sessions(folder: Path, threads: int | None, workers: int, device_index: int = 0) -> list[Session]:
-    """Load the engine once for each worker, on the GPU of that index where it is for GPUs. Every digest is checked
-    first, unless the files are as they were when the engine was packaged.
+    """Load the engine once for each worker. An engine for GPUs is loaded on the GPU `device_index`. Every digest is
+    checked first, unless the files are as they were when the engine was packaged.
 
     Raises EngineError, MissingPackageError.
     """

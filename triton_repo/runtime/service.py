@@ -1,4 +1,4 @@
-"""An engine ready to answer wire requests, one at a time for each of its workers: tensors in, pieces out.
+"""A loaded engine that answers wire requests: tensors in, pieces out. Each worker answers one request at a time.
 
 service = Service.open(engine_folder, threads=None)
 service.submit(Request(tensors={"text_input": ..., "max_tokens": ...}, request_id="7", send=..., ...))
@@ -27,19 +27,18 @@ from trt_build.ort.session import Session
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A wire request. `send` takes a piece and whether it is the last, `fail` the error that ends the request; both may
-    be called in any thread."""
+    """A wire request. Any thread may call its functions."""
 
     tensors: Mapping[str, npt.NDArray[Any]]
     request_id: str
-    send: Callable[[Piece, bool], None]
-    fail: Callable[[Exception], None]
+    send: Callable[[Piece, bool], None]  # takes a piece and whether it is the last
+    fail: Callable[[Exception], None]  # takes the error that ends the request
     is_cancelled: Callable[[], bool]
 
 
 class Service:
-    """A loaded engine, its tokenizer and its workers. One that is `unary` gives one response to a request, and refuses
-    those that ask for a stream."""
+    """A loaded engine, its tokenizer and its workers. If `unary`, it sends one response for each request, and refuses
+    requests that ask for a stream."""
 
     def __init__(
         self, sessions: Sequence[Session], tokenizer: Tokenizer, pulse: Pulse | None = None, *, unary: bool = False
@@ -67,11 +66,11 @@ class Service:
         return cls(sessions, load_tokenizer(folder), pulse, unary=unary)
 
     def submit(self, request: Request) -> None:
-        """Check a request and have it answered: piece by piece where it streams, else by one piece. One that cannot be
-        answered fails at once, whatever else is computed."""
+        """Check a request and have a worker answer it: piece by piece if it streams, else by one piece. A request that
+        cannot be answered fails at once, even if all workers are busy."""
         try:
             plan = self._plan(request.tensors)
-        except Exception as error:  # of any kind: its client is told
+        except Exception as error:  # whatever it is, the client is told
             request.fail(error)
             return
 
@@ -94,8 +93,8 @@ class Service:
         if self._unary and options.stream:
             raise refusal(
                 [
-                    "stream: found true, expected false: this model was packaged with --unary and gives one response a "
-                    "request; leave stream out, or package the engine without --unary"
+                    "stream: found true, expected false: this model was packaged with --unary and sends one response "
+                    "for each request; leave stream out, or package the engine without --unary"
                 ]
             )
         return plan_generation(

@@ -1,6 +1,7 @@
-"""Requests to stop others: they bear the id of those that they end, and `stop` beside inputs that nobody reads.
+"""Requests to stop other requests. Such a request has the id of those that it ends and the input `stop`; its other
+inputs are not read.
 
-A request to stop is answered at once, by a piece of nothing. One whose id no request in flight bears ends none.
+It is answered at once, by an empty piece. If no request in flight has its id, it ends nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from triton_repo.errors import RequestError
 from triton_repo.runtime.answer import AnswerPlan
 
 STOP = "stop"
-# The answer to a request to stop, and the plan of an answer that becomes it.
+# The answer to a request to stop, and the plan that produces this answer.
 STOPPED = Piece(
     text="",
     finish_reason="cancelled",
@@ -36,12 +37,12 @@ STOPPED_PLAN = AnswerPlan(
 
 
 def asks_to_stop(tensors: Mapping[str, npt.NDArray[Any]], name: str = STOP) -> bool:
-    """Whether a request's tensors ask to stop others; `name` is what the model calls the tensor."""
+    """Whether the tensors of a request ask to stop other requests. `name` is the name of that tensor in the model."""
     return name in tensors and bool(tensors[name].any())
 
 
 def check_stop_id(request_id: str) -> None:
-    """Raises RequestError for a request to stop that names no other."""
+    """Raise RequestError for a request to stop that has no id."""
     if not request_id:
         raise RequestError(
             "reading the request: stop is true and there is no request id; send the id of the request to end"

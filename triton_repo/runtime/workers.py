@@ -1,14 +1,14 @@
-"""Requests for one engine: each worker computes one at a time, and the others wait in their order.
+"""The workers of one engine: each computes one request at a time, and further requests wait in a queue.
 
     workers = Workers([seat, ...], heartbeat)
     workers.submit(Job(names=frozenset({"7"}), respond=..., withdrawn=..., outlet=Outlet(send, fail, is_cancelled)))
-    workers.stop("7")     # ends the requests of that name, whether they run or wait
-    workers.drain()       # refuses those that wait and those that come; those that run go on to their end
+    workers.stop("7")     # ends the requests with that name, whether they run or wait
+    workers.drain()       # refuses waiting and further requests; running ones are finished
     workers.close()
 
-Every call returns at once but `close`, so that a model's `execute` is always free for the next request. A request that
-waits is answered without a worker where it is stopped, where its client has gone, and where the server is about to end.
-No lock is held while an engine computes, and none but the request's own while a response is sent.
+Every method except `close` returns at once, so that a model's `execute` can always take the next request. A waiting
+request is answered without a worker if it is stopped, if its client has gone, or if the server is about to end. No lock
+is held while an engine computes. While a response is sent, only the lock of its request is held.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from triton_repo.runtime.responses import server_stopping
 
 logger = logging.getLogger(__name__)
 
-# How often it is asked whether the clients of waiting requests have gone. To ask takes about 0.1 ms each.
+# How often Triton is asked whether the clients of waiting requests have gone. It takes about 0.1 ms for each request.
 LOOK_INTERVAL_S = 0.2
 
 Seat = TypeVar("Seat")
@@ -32,17 +32,17 @@ Response = TypeVar("Response")
 
 
 class Pulse(Protocol):
-    """What `triton_repo.processes.heartbeat.Heartbeat` has of use here."""
+    """The methods of `triton_repo.processes.heartbeat.Heartbeat` that are used here."""
 
     def report(self, *, running: int, waiting: int) -> None:
-        """Note the numbers of requests."""
+        """Set the numbers of requests."""
 
     def step(self) -> None:
         """Count a step of the engine."""
 
 
 class NoPulse:
-    """A `Pulse` for callers that nobody watches."""
+    """A `Pulse` that does nothing, for callers without a supervisor."""
 
     def report(self, *, running: int, waiting: int) -> None:
         pass
@@ -52,11 +52,11 @@ class NoPulse:
 
 
 class Outlet(Generic[Response]):
-    """Where one request's responses go. Any thread may use it.
+    """Sends the responses of one request. Any thread may use it.
 
-    `send` takes a response and whether it is the last, `fail` the error that ends the request, and `is_cancelled` asks
-    Triton whether the client has gone. Triton 2.51 crashes where it is asked that of a request whose last response was
-    sent (TRITONBACKEND_ResponseFactoryIsCancelled of a factory that was freed), so nothing passes after it.
+    `send` takes a response and whether it is the last, `fail` takes the error that ends the request, and `is_cancelled`
+    asks Triton whether the client has gone. Triton 2.51 crashes if it is asked about a request whose last response was
+    sent (TRITONBACKEND_ResponseFactoryIsCancelled of a freed factory), so after that response it is not asked.
     """
 
     def __init__(
@@ -82,32 +82,32 @@ class Outlet(Generic[Response]):
             self._fail(error)
 
     def is_cancelled(self) -> bool:
-        """Whether the client has gone, or has all that it gets."""
+        """Whether the client has gone or has got its last response."""
         with self._lock:
             return self._is_closed or self._is_cancelled()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Job(Generic[Seat, Response]):
-    """One request, equal to itself alone.
+    """One request. Two jobs are never equal.
 
-    `respond(seat, is_over)` computes the responses, each with whether it is the last, and asks `is_over` before every
-    step of the engine. `withdrawn()` is the last response of a request that ended before it began.
+    `respond(seat, is_over)` computes the responses, each with whether it is the last, and calls `is_over` before every
+    step of the engine. `withdrawn()` gives the last response of a request that ended before it was computed.
     """
 
-    names: frozenset[str]  # what a request to stop may call this one: its id, the key of its answer
+    names: frozenset[str]  # names by which a request to stop may name this one: its id, the key of its answer
     respond: Callable[[Seat, Callable[[], bool]], Iterator[tuple[Response, bool]]]
     withdrawn: Callable[[], Response]
     outlet: Outlet[Response]
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def is_over(self) -> bool:
-        """Whether nobody waits for more."""
+        """Whether no client waits for further responses."""
         return self.stopped.is_set() or self.outlet.is_cancelled()
 
 
 class Workers(Generic[Seat]):
-    """A thread for each seat, which is what one worker alone uses: a session and its cache."""
+    """One thread for each seat. A seat is what one worker uses alone: a session and its cache."""
 
     def __init__(self, seats: Sequence[Seat], pulse: Pulse | None = None) -> None:
         self._pulse = pulse or NoPulse()
@@ -124,7 +124,7 @@ class Workers(Generic[Seat]):
             thread.start()
 
     def submit(self, job: Job[Seat, Any]) -> None:
-        """Have a request answered; one that comes while the server is about to end is refused."""
+        """Queue a request. It is refused if the server is about to end."""
         with self._changed:
             refused = self._draining or self._closed
             if not refused:
@@ -135,8 +135,8 @@ class Workers(Generic[Seat]):
             _refuse(job)
 
     def stop(self, name: str) -> int:
-        """End the requests of that name; returns how many there were. A waiting one is answered before this returns,
-        one that runs before its next step. No request has the name ""."""
+        """End the requests with a name. Returns how many there were. A waiting request is answered before this returns,
+        a running one ends before its next step. No request has the name ""."""
         with self._changed:
             running = [job for job in self._running if name in job.names]
             waiting = self._take_waiting(lambda job: name in job.names)
@@ -147,7 +147,7 @@ class Workers(Generic[Seat]):
         return len(running) + len(waiting)
 
     def drain(self) -> None:
-        """Refuse the requests that wait and those that come from now on."""
+        """Refuse the requests that wait and all further ones."""
         with self._changed:
             self._draining = True
             refused = self._take_waiting(lambda _job: True)
@@ -155,7 +155,7 @@ class Workers(Generic[Seat]):
             _refuse(job)
 
     def close(self) -> None:
-        """Stop what runs, withdraw what waits, and end the threads."""
+        """Stop the running requests, withdraw the waiting ones, and end the threads."""
         with self._changed:
             self._closed = True
             running, waiting = list(self._running), self._take_waiting(lambda _job: True)
@@ -179,7 +179,7 @@ class Workers(Generic[Seat]):
         self._pulse.report(running=len(self._running), waiting=len(self._waiting))
 
     def _next(self) -> Job[Seat, Any] | None:
-        """The request that has waited longest, as soon as there is one; None at the end."""
+        """Wait for a request and take the one that has waited longest. None once the workers are closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
@@ -201,8 +201,8 @@ class Workers(Generic[Seat]):
                     self._report()
 
     def _answer(self, job: Job[Seat, Any], seat: Seat) -> None:
-        """Send a request's responses, or the error that ends them. Raises what sending the error does: a sender that
-        failed at the last response takes no more."""
+        """Send the responses of a request, or the error that ends it. Raises what sending the error raises: after a
+        failure at the last response, nothing more can be sent."""
 
         def is_over() -> bool:
             self._pulse.step()
@@ -211,7 +211,7 @@ class Workers(Generic[Seat]):
         try:
             for response, is_last in job.respond(seat, is_over):
                 job.outlet.send(response, is_last)
-        except Exception as error:  # of any kind: its client is told
+        except Exception as error:  # whatever it is, the client is told
             job.outlet.fail(error)
 
     def _look_after_waiting(self) -> None:
@@ -234,8 +234,8 @@ class Workers(Generic[Seat]):
 def _has_gone(job: Job[Any, Any]) -> bool:
     try:
         return job.outlet.is_cancelled()
-    except Exception:  # what cannot be asked waits on
-        logger.exception("the client of the request %s cannot be looked after", _names(job))
+    except Exception:  # the request goes on waiting
+        logger.exception("cannot tell whether the client of the request %s has gone", _names(job))
         return False
 
 
@@ -243,7 +243,7 @@ def _withdraw(job: Job[Any, Any]) -> None:
     """End a request that no worker has begun."""
     try:
         job.outlet.send(job.withdrawn(), True)
-    except Exception as error:  # of any kind: its client is told
+    except Exception as error:  # whatever it is, the client is told
         _fail(job, error)
 
 
@@ -254,7 +254,7 @@ def _refuse(job: Job[Any, Any]) -> None:
 def _fail(job: Job[Any, Any], error: Exception) -> None:
     try:
         job.outlet.fail(error)
-    except Exception:  # whatever one request does, the others are still to be told
+    except Exception:  # the other requests must still be answered
         logger.exception("the request %s can be sent neither its answer nor an error", _names(job))
 
 

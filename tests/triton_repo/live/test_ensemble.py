@@ -186,7 +186,7 @@ def test_a_refusal_reads_the_same(client, bad):
 
 def num_stopped(live) -> int:
     """How many requests under way the engine was told to stop."""
-    return len(re.findall(r"stopped the request \S+ \(1 under way\)", live.server.log.read_text()))
+    return len(re.findall(r"stopped the request \S+ \(1 in progress\)", live.server.log.read_text()))
 
 
 def test_a_stop_word_across_tokens_frees_the_engine(live, free):
@@ -295,7 +295,7 @@ def test_nvidias_stop_request_ends_the_one_of_its_id(live, tiny_engine):
         last = message.infer_response if message.infer_response.outputs else last
         if message.infer_response.parameters["triton_final_response"].bool_param:
             ended.set()
-    assert "stopped the request 'stop-me' (1 under way)" in live.server.log.read_text()
+    assert "stopped the request 'stop-me' (1 in progress)" in live.server.log.read_text()
     assert b"cancelled" in b"".join(last.raw_output_contents)
 
 

@@ -230,4 +230,4 @@ def test_a_client_that_cannot_be_asked_after_waits_on(workers, running, caplog, 
     assert asked.wait(PATIENCE_S)
     running.run()
     assert call.next() == ("seat", True)
-    assert "the client of the request unasked cannot be looked after" in caplog.text
+    assert "cannot tell whether the client of the request unasked has gone" in caplog.text

@@ -1,1 +1,1 @@
-"""Answers requests on TensorRT-LLM's LLM API."""
+"""Answers requests with TensorRT-LLM's LLM API."""

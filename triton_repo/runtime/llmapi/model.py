@@ -1,12 +1,12 @@
-"""A model on TensorRT-LLM's LLM API: a request's tensors in, an LLM's tokens through, the responses' tensors out.
+"""A model on TensorRT-LLM's LLM API: tensors of a request in, tensors of the responses out.
 
     service = LlmService(llm, SamplingParams, tokenizer, settings)
     async for response in service.respond(tensors, request_id, is_cancelled):
         response.outputs["text_output"], response.is_last
 
-A request speaks the wire contract or the LLM API's own tensors (`llmapi_contract`), and its answer does too. Text is
-ours on both sides of the LLM: it takes token ids and gives token ids, so that prompts, characters, stop words and end
-tokens are those of every other engine.
+A request has the tensors of contracts/wire.py or those of contracts/llmapi.py, and its responses have the same kind.
+The LLM takes token ids and gives token ids. Text is encoded and decoded here, so that prompts, characters, stop words
+and end tokens are treated as with every other engine.
 
 Names of the library are those of tensorrt_llm/llmapi/llm.py (LLM.generate_async) and tensorrt_llm/executor/result.py
 (GenerationResult, CompletionOutput) of 1.2.
@@ -36,15 +36,15 @@ from triton_repo.runtime.text.prompt import most_bytes
 
 @dataclass(eq=False)
 class _Run:
-    """A request under way: whether another asked for its end, and the LLM's output as it was last seen."""
+    """A request in progress."""
 
-    is_stopped: bool = False
-    output: Any = None
-    num_taken: int = 0
+    is_stopped: bool = False  # another request asked to end it
+    output: Any = None  # the LLM's latest output
+    num_taken: int = 0  # tokens of the output that were taken
 
 
 class LlmService:
-    """An LLM that answers any number of requests at a time, all in one event loop."""
+    """An LLM that answers any number of requests at the same time, all in one event loop."""
 
     def __init__(
         self,
@@ -64,8 +64,8 @@ class LlmService:
     async def respond(
         self, tensors: Tensors, request_id: str, is_cancelled: Callable[[], bool]
     ) -> AsyncIterator[Response]:
-        """The responses to one request, the last one marked. Raises RequestError for a request that cannot be answered,
-        and what the LLM raises.
+        """The responses to one request; the last has `is_last`. Raises RequestError for a request that cannot be
+        answered, and what the LLM raises.
         """
         if asks_to_stop(tensors):
             check_stop_id(request_id)
@@ -96,7 +96,7 @@ class LlmService:
 
     @contextmanager
     def _running(self, request_id: str) -> Iterator[_Run]:
-        """A request that others can end by its id while the block lasts."""
+        """Register a request, so that other requests can end it by its id while the block lasts."""
         run = _Run()
         self._runs[request_id].add(run)
         try:
@@ -107,21 +107,21 @@ class LlmService:
                 del self._runs[request_id]
 
     def _stop(self, request_id: str) -> None:
-        """End the requests that bear the id."""
+        """End the requests with the id."""
         for run in self._runs.get(request_id, ()):
             run.is_stopped = True
 
     async def _pieces(
         self, plan: GenerationPlan, fields: Mapping[str, Any], run: _Run, is_cancelled: Callable[[], bool]
     ) -> AsyncGenerator[Piece, None]:
-        """The LLM's tokens as pieces. Whatever ends them before the LLM does, it is told."""
+        """The LLM's tokens as pieces. If the answer ends before the LLM does, the LLM is told to abort."""
         answer = Answer(answer_plan(plan, self._tokenizer), self._tokenizer)
-        # A stop word can end the LLM's work only where its tokens come one by one.
+        # A stop word in the text can end the LLM's work only if the tokens come one by one.
         streaming = plan.options.stream or bool(plan.options.stop_words)
         try:
             parameters = self._sampling_params(**fields)
             result = self._llm.generate_async(list(plan.prompt_ids), parameters, streaming=streaming)
-        except ValueError as error:  # of its checks of the arguments
+        except ValueError as error:  # the LLM checks its arguments
             raise RequestError(f"reading the request: TensorRT-LLM refuses it: {error}") from error
         finished = False
         try:
@@ -142,8 +142,8 @@ class LlmService:
 
 
 async def _steps(result: Any, period_s: float, is_cancelled: Callable[[], bool]) -> AsyncGenerator[bool, None]:  # noqa: ANN401
-    """True whenever the result has grown; False, and the end, once the request is cancelled, which is asked for every
-    period."""
+    """Yields True whenever the result has grown. If the request is cancelled, which is checked every period, yields
+    False and ends."""
     iterator, ended = aiter(result), object()
     due_s = time.monotonic() + period_s
     step: asyncio.Future[Any] | None = None
@@ -164,7 +164,8 @@ async def _steps(result: Any, period_s: float, is_cancelled: Callable[[], bool])
 
 
 def _take(answer: Answer, run: _Run, output: Any, *, finished: bool) -> Iterator[Piece]:  # noqa: ANN401
-    """The pieces of what a step added to a CompletionOutput; the last ends the answer where the LLM has finished."""
+    """The pieces of the tokens that a step added to a CompletionOutput. If the LLM has finished, the last piece ends
+    the answer."""
     run.output = output
     wanted = answer.plan.return_log_probs
     for place in range(run.num_taken, len(output.token_ids)):
@@ -180,22 +181,22 @@ def _take(answer: Answer, run: _Run, output: Any, *, finished: bool) -> Iterator
 
 
 def _log_prob(log_probs: Any, place: int, token: int) -> float:  # noqa: ANN401 - list[dict[int, Logprob]] or list[float]
-    """The log-probability of a token. Raises RequestError where the LLM does not give it."""
+    """The log-probability of a token. Raises RequestError if the LLM did not give it."""
     found = log_probs[place] if place < len(log_probs) else {}
     if isinstance(found, float):
         return found
     if token not in found:
         raise RequestError(
             f"answering the request: TensorRT-LLM gave no log-probability of the token {token}; its sampler gives "
-            "those of the likeliest tokens alone: ask for them without a temperature",
+            "only those of the likeliest tokens: ask for them without a temperature",
             kind="INTERNAL",
         )
     return float(found[token].logprob)
 
 
 def _ended(answer: Answer, output: Any) -> Piece:  # noqa: ANN401
-    """The last piece where the LLM finished by what its tokens do not show: an end token that it kept to itself, its
-    own limit, or another's order.
+    """The last piece if the LLM finished for a reason that its tokens do not show: an end token that it did not send, a
+    limit of its own, or an abort.
     """
     reason = output.finish_reason
     end_id = output.stop_reason if isinstance(output.stop_reason, int) else next(iter(answer.plan.end_ids), 0)

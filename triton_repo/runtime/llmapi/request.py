@@ -1,4 +1,4 @@
-"""One request to a model on TensorRT-LLM's LLM API: tensors in, checked options and the library's SamplingParams out.
+"""Reads one request to a model on TensorRT-LLM's LLM API: tensors in, checked options and fields of SamplingParams out.
 
     request = read_request({"text_input": array([b"def "]), "sampling_param_max_tokens": array([32])})
     fields = sampling_fields(plan_generation(request.options, ...), model_end_ids=(2,), penalties=False)
@@ -32,7 +32,7 @@ Tensors = Mapping[str, npt.NDArray[Any]]
 # The LLM API's inputs that ask for outputs.
 FINISH_REASON, STOP_REASON, LOGPROB = "return_finish_reason", "return_stop_reason", "return_cumulative_logprob"
 PERF_METRICS = "sampling_param_return_perf_metrics"
-# Inputs that both contracts have.
+# Inputs that both sets of tensors have.
 _SHARED = {"text_input", "stop"}
 _WIRE_ONLY = {tensor.name for tensor in (*INPUTS, *COMPATIBILITY_INPUTS)} - _SHARED
 _LLMAPI_NAMES = {wire_name: llmapi_name for llmapi_name, wire_name in SAME_AS.items()}
@@ -40,17 +40,15 @@ _LLMAPI_NAMES = {wire_name: llmapi_name for llmapi_name, wire_name in SAME_AS.it
 
 @dataclass(frozen=True, kw_only=True)
 class LlmRequest:
-    """What a request asks for. `wanted` are the LLM API's inputs that ask for outputs; None where it speaks the wire
-    contract.
-    """
+    """What a request asks for."""
 
     options: GenerationOptions
-    wanted: frozenset[str] | None = None
+    wanted: frozenset[str] | None = None  # inputs of the LLM API that ask for outputs; None for the wire's tensors
 
 
 def read_request(tensors: Tensors, most_prompt_bytes: int | None = None) -> LlmRequest:
-    """Tell the contracts apart and read the options, as `read_options` does. Raises RequestError listing every problem
-    under the names that the request used.
+    """Find out which of the two sets of tensors a request has, and read its options as `read_options` does. Raises
+    RequestError that lists every problem with the names of the tensors in the request.
     """
     wire, llmapi = _WIRE_ONLY & tensors.keys(), tensors.keys() - _WIRE_ONLY - _SHARED
     if wire and llmapi:
@@ -62,7 +60,7 @@ def read_request(tensors: Tensors, most_prompt_bytes: int | None = None) -> LlmR
     renamed = {SAME_AS.get(name, name): tensor for name, tensor in tensors.items()}
     renamed.setdefault("max_tokens", np.array([DEFAULT_MAX_TOKENS], dtype=np.int32))
     renamed.setdefault("exclude_input_in_output", np.array([DEFAULT_EXCLUDE_INPUT]))
-    if "temperature" in renamed:  # which draws by itself in the LLM API, unlike on the wire
+    if "temperature" in renamed:  # in the LLM API a temperature alone draws; on the wire it is greedy
         renamed.setdefault("top_p", np.array([1.0], dtype=np.float32))
     asking = (FINISH_REASON, STOP_REASON, LOGPROB, PERF_METRICS)
     wanted = frozenset(name for name in asking if name in tensors and tensors[name].any())
@@ -73,15 +71,16 @@ def read_request(tensors: Tensors, most_prompt_bytes: int | None = None) -> LlmR
 
 
 def _with_llmapi_names(message: str) -> str:
-    """A refusal with the names of the LLM API's tensors in place of ours, where it lists problems."""
+    """A refusal in which each problem has the name of the LLM API's tensor in place of the wire's."""
     return re.sub(r"(?<=\n  - )\w+(?=: )", lambda found: _LLMAPI_NAMES.get(found[0], found[0]), message)
 
 
 def sampling_fields(plan: GenerationPlan, model_end_ids: tuple[int, ...], *, penalties: bool) -> dict[str, Any]:
-    """The fields of SamplingParams for a request, those that say something. `model_end_ids` are the model's own.
+    """The fields of SamplingParams for a request; fields that keep their default are absent. `model_end_ids` are the
+    end tokens of the model.
 
-    Stop words are not among them: the LLM knows them as tokens, and texts have more spellings. Raises RequestError for
-    what the LLM would take and not do.
+    Stop words are not sent: the LLM would match one tokenisation of each, but a text has several. Raises RequestError
+    for options that the LLM would accept and ignore.
     """
     options = plan.options
     problems = [
@@ -96,8 +95,8 @@ def sampling_fields(plan: GenerationPlan, model_end_ids: tuple[int, ...], *, pen
     ]
     if options.bad_words:
         problems.append(
-            f"bad_words: found {options.bad_words[0]!r}, expected none; TensorRT-LLM's PyTorch sampler keeps no text "
-            "out: leave them out"
+            f"bad_words: found {options.bad_words[0]!r}, expected none; TensorRT-LLM's PyTorch sampler has no "
+            "bad words: leave them out"
         )
     if problems:
         raise refusal(problems)
@@ -108,7 +107,7 @@ def sampling_fields(plan: GenerationPlan, model_end_ids: tuple[int, ...], *, pen
         "end_id": end_ids[0],
         "stop_token_ids": list(plan.end_ids[1:]) or None,
         "ignore_eos": not plan.end_ids or None,
-        "include_stop_str_in_output": True,  # or the end token that it met would be missing
+        "include_stop_str_in_output": True,  # without it, the end token would be missing
         "detokenize": False,
         "min_tokens": options.min_length or None,
         "repetition_penalty": options.repetition_penalty if options.repetition_penalty != 1 else None,
@@ -122,10 +121,10 @@ def sampling_fields(plan: GenerationPlan, model_end_ids: tuple[int, ...], *, pen
 
 
 def _choice_fields(options: GenerationOptions) -> dict[str, Any]:
-    """Greedy is said by top_k, which every release takes so; a temperature of 0 is refused by some. To some samplers a
-    temperature alone is greedy too, beside neither top_k nor top_p: TRTLLMSampler (regularizeTopKTopP of
-    cpp/tensorrt_llm/kernels/samplingTopKKernels.h) and PyTorch's before 1.1 (request_strategy of
-    tensorrt_llm/_torch/pyexecutor/sampler.py).
+    """The fields that say how tokens are chosen. A greedy choice is sent as top_k 1, which every release takes; some
+    refuse a temperature of 0. For some samplers a temperature without top_k and top_p is greedy too, so top_p is sent
+    as well: TRTLLMSampler (regularizeTopKTopP of cpp/tensorrt_llm/kernels/samplingTopKKernels.h), and PyTorch's before
+    1.1 (request_strategy of tensorrt_llm/_torch/pyexecutor/sampler.py).
     """
     temperature = options.sampling_temperature
     if not temperature:

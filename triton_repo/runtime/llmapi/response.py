@@ -1,7 +1,8 @@
-"""Pieces of an answer in, responses of a model on TensorRT-LLM's LLM API out, in the contract that the request speaks.
+"""Turns pieces of an answer into responses of a model on TensorRT-LLM's LLM API, with the tensors of the request's
+kind.
 
-The LLM API's tensors hold all of the text so far in each response, as upstream's model sends them, the wire contract's
-what is new.
+With the LLM API's tensors each response holds all of the text so far, as upstream's model sends it. With the wire's
+tensors it holds the text that is new.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _METRIC_DTYPES = {tensor.name: NUMPY_DTYPES[tensor.dtype] for tensor in METRICS}
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """One response's tensors, and how many tokens the answer has so far."""
+    """The tensors of one response, and how many tokens the answer has so far."""
 
     outputs: Tensors
     is_last: bool
@@ -36,25 +37,25 @@ class Response:
 
 
 def stopped_response() -> Response:
-    """The answer to a request that only ended another."""
+    """The response to a request that only stops others."""
     outputs = {"text_output": _text(""), "finish_reason": _text("cancelled")}
     return Response(outputs=outputs, is_last=True, finish_reason="cancelled", num_output_tokens=0)
 
 
 class Writer:
-    """Pieces to tensors, in the contract that the request speaks."""
+    """Turns the pieces of one answer into tensors of the kind that the request has."""
 
     def __init__(self, request: LlmRequest, tokenizer: Tokenizer, plan: GenerationPlan) -> None:
         self._wanted = request.wanted
         self._tokenizer = tokenizer
         self._plan = plan
-        # A stream in the LLM API's tensors begins with the prompt, one in the wire's never does.
+        # A stream with the LLM API's tensors may begin with the prompt. A stream with the wire's tensors never does.
         options = plan.options
         self._text = options.prompt if options.stream and not options.exclude_input_in_output else ""
         self._token_ids: tuple[int, ...] = ()
 
     def response(self, piece: Piece, output: Any) -> Response:  # noqa: ANN401 - CompletionOutput, None before any
-        """One response; `output` is the LLM's, which knows its metrics."""
+        """One response. `output` is the output of the LLM, which holds the metrics."""
         outputs = wire_outputs(piece) if self._wanted is None else self._llmapi_outputs(piece, output)
         return Response(
             outputs=outputs,
@@ -78,7 +79,8 @@ class Writer:
         return outputs if metrics is None else outputs | _metrics(metrics)
 
     def _stop_word(self) -> str | None:
-        """The stop word that ended the answer: the one that was complete first, of the longest that end there."""
+        """The stop word that ended the answer: the one that was complete first, and of several that end there the
+        longest."""
         context = answer_plan(self._plan, self._tokenizer).context_ids
         before = self._tokenizer.decode(list(context))
         text = self._tokenizer.decode([*context, *self._token_ids])[len(before) :]
@@ -91,7 +93,7 @@ def _text(text: str) -> npt.NDArray[Any]:
 
 
 def _metrics(metrics: Any) -> dict[str, npt.NDArray[Any]]:  # noqa: ANN401 - RequestPerfMetrics
-    """The outputs of a request's metrics; times are durations of a steady clock, in nanoseconds."""
+    """The outputs for the metrics of a request. Times are those of a steady clock, in nanoseconds."""
     values = {name: getattr(getattr(metrics, group), key) for name, (group, key) in METRIC_PATHS.items()}
     numbers = {
         name: value // timedelta(microseconds=1) * 1000 if isinstance(value, timedelta) else value

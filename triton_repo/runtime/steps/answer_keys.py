@@ -1,10 +1,11 @@
-"""How the steps of one ensemble request know each other: the key of its answer, which preprocessing draws.
+"""The key of an answer, by which the steps of an ensemble recognise the same request. Preprocessing draws it.
 
-The key goes from step to step as a tensor. ONNX Runtime's engine gives it back with each response. TensorRT-LLM's C++
-backend does not, so there the key is the steps' correlation id as well: a step may set the response parameter
+The key goes from step to step as a tensor. An engine on ONNX Runtime sends it back with each response. TensorRT-LLM's
+C++ backend does not, so there the key is also the correlation id of the steps: a step may set the response parameter
 `sequence_id`, which becomes the correlation id of every step that depends on it (triton-inference-server/core,
-src/ensemble_scheduler/ensemble_scheduler.cc). Python backends without response parameters, as Triton 2.51's, cannot set
-it. The id that the client chose is no key: it may be absent, and several requests in flight may bear the same.
+src/ensemble_scheduler/ensemble_scheduler.cc). Python backends without response parameters, such as Triton 2.51's,
+cannot set it. The client's request id cannot be the key: it may be absent, and several requests in flight may have the
+same.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ CORRELATION_PARAMETER = "sequence_id"
 
 
 def takes_response_parameters(backend: ModuleType) -> bool:
-    """Whether a Python backend's responses can bear parameters; `backend` is triton_python_backend_utils."""
+    """Whether responses of the Python backend can have parameters. `backend` is triton_python_backend_utils."""
     try:
         backend.InferenceResponse(output_tensors=[], parameters={CORRELATION_PARAMETER: ""})
     except TypeError:
@@ -33,11 +34,11 @@ def takes_response_parameters(backend: ModuleType) -> bool:
 
 
 def require_response_parameters(backend: ModuleType, model: str) -> None:
-    """Raises RepositoryError where an engine gives no keys back and correlation ids cannot be set either."""
+    """Raise RepositoryError if correlation ids cannot be set. Call it for an engine that does not send keys back."""
     if not takes_response_parameters(backend):
         raise RepositoryError(
-            f"loading {model}: this Triton's Python backend takes no parameters of responses, by which the answers of "
-            "TensorRT-LLM's backend are told apart; serve the repository in a container of TensorRT-LLM 1.0 to 1.2"
+            f"loading {model}: this Triton's Python backend has no response parameters, which are needed to tell "
+            "answers of TensorRT-LLM's backend apart; serve the repository in a container of TensorRT-LLM 1.0 to 1.2"
         )
 
 
@@ -52,7 +53,7 @@ def key_tensor(key: str) -> npt.NDArray[np.object_]:
 
 
 def read_key(tensors: Mapping[str, npt.NDArray[Any]], name: str = ANSWER_KEY.name) -> str | None:
-    """The key in the tensor of that name, if a request has it."""
+    """The key in the tensor with that name; None if the request has no such tensor."""
     if name not in tensors:
         return None
     item = tensors[name].reshape(-1)[0]

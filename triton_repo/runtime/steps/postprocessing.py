@@ -1,15 +1,14 @@
-"""Tokens of many answers in, as engines give them, each answer's pieces out.
+"""The last step of an ensemble: turns the engine's tokens, of many answers at a time, into pieces of the answers.
 
-    postprocessor = Postprocessor(tokenizer)
-    postprocessor.register(key, request_id, answer_json)       # before the engine begins
-    step = postprocessor.extend(key, read_tokens(tensors), is_cancelled=request.is_cancelled)
-    step.piece, step.stop
-    postprocessor.note_stop(request_id)                        # somebody asked the engine to end these
+    postprocessor = Postprocessor(tokenizer) postprocessor.register(key, request_id, answer_json)       # before the
+    engine begins step = postprocessor.extend(key, read_tokens(tensors), is_cancelled=request.is_cancelled) step.piece,
+    step.stop postprocessor.note_stop(request_id)                        # a client asked the engine to end the requests
+    with this id
 
-A response of an engine that streams is new tokens; none at all means that it has met the end token, which it does not
-show (TensorRT-LLM: sampling kernels do not count it, and LlmRequest::createResult sends nothing else without a token),
-or that it was stopped. One of an engine that does not stream is all tokens. It says nothing of why it ended, so that is
-found here.
+A response of a streaming engine holds the new tokens. A response without tokens means that the engine met the end
+token, or that it was stopped. The end token itself is not in a response (TensorRT-LLM: sampling kernels do not count
+it, and LlmRequest::createResult sends nothing else without a token). A response of an engine that does not stream holds
+all tokens. Engines do not say why they ended, so the finish reason is found here.
 """
 
 from __future__ import annotations
@@ -29,29 +28,28 @@ from triton_repo.contracts.piece import Piece, join
 from triton_repo.errors import RequestError
 from triton_repo.runtime.answer import Answer, AnswerPlan
 
-# An answer whose engine fails, or ends without a token that shows it, is never completed here. Ten thousand are more
-# than engines and their queues hold, and take about 50 MB; an hour is longer than a client waits for the next token.
+# An answer is never completed here if its engine fails. So answers are forgotten: if there are more than ten thousand,
+# which is more than engines and their queues hold and takes about 50 MB, and after an hour without tokens.
 MOST_ANSWERS = 10_000
 LONGEST_SILENCE_S = 3600.0
-# To ask Triton whether a request was cancelled takes as long as to write a token.
+# Asking Triton whether a request was cancelled takes as long as writing a token, so it is not asked at every token.
 CANCELLATION_PERIOD_S = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """One response of an engine. `log_probs` are natural logarithms, one a token, and None unless asked for, as is the
-    sum over all tokens so far, the end token's included. `is_cancelled`: the engine says that it was stopped.
-    """
+    """One response of an engine. Log-probabilities are natural logarithms, and None unless asked for."""
 
     token_ids: tuple[int, ...]
-    log_probs: tuple[float, ...] | None = None
-    cum_log_prob: float | None = None
-    is_cancelled: bool = False
+    log_probs: tuple[float, ...] | None = None  # one for each token
+    cum_log_prob: float | None = None  # sum over all tokens so far, including the end token
+    is_cancelled: bool = False  # the engine says that it was stopped
 
 
 def read_tokens(tensors: Mapping[str, npt.NDArray[Any]]) -> Tokens:
-    """From postprocessing's inputs: TOKENS_BATCH [1, 1, n], of which SEQUENCE_LENGTH [1, 1] count; CUM_LOG_PROBS [1, 1]
-    and OUTPUT_LOG_PROBS [1, 1, m], where m is n or the number of all tokens so far. Raises RequestError.
+    """The engine's response in postprocessing's inputs: TOKENS_BATCH [1, 1, n], SEQUENCE_LENGTH [1, 1] (how many of the
+    n are valid), CUM_LOG_PROBS [1, 1] and OUTPUT_LOG_PROBS [1, 1, m], where m is n or the number of all tokens so far.
+    Raises RequestError.
     """
     absent = [TOKEN_NAMES[name] for name in ("output_ids", "sequence_length") if TOKEN_NAMES[name] not in tensors]
     if absent:
@@ -76,11 +74,10 @@ def read_tokens(tensors: Mapping[str, npt.NDArray[Any]]) -> Tokens:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one response brings: the piece to send, if any, and the name of the request that the engine must stop, ""
-    where there is none."""
+    """What follows from one response of the engine."""
 
-    piece: Piece | None = None
-    stop: str = ""
+    piece: Piece | None = None  # the piece to send, if any
+    stop: str = ""  # name of the request that the engine must stop; "" for none
 
 
 @dataclass(kw_only=True)
@@ -88,20 +85,20 @@ class _State:
     request_id: str
     answer: Answer
     touched_s: float
-    looked_s: float  # when it was last asked whether the request was cancelled
-    kept: list[Piece] = field(default_factory=list)  # not yet sent
-    ended: bool = False  # its last piece was sent, the engine's last tokens are still to come
-    stopped: bool = False  # somebody asked the engine to end it
+    looked_s: float  # when Triton was last asked whether the request was cancelled
+    kept: list[Piece] = field(default_factory=list)  # pieces that were not sent yet
+    ended: bool = False  # the last piece was sent, but the engine has not ended yet
+    stopped: bool = False  # a client asked the engine to end the request
 
     def take(self) -> Piece:
-        """What was kept, as one piece."""
+        """The kept pieces as one piece."""
         kept, self.kept = self.kept, []
         return join(kept)
 
 
 class Postprocessor:
-    """The answers under way, by key. `clock` gives seconds. `knows_keys`: the engine can be told by an answer's key to
-    stop; one that cannot knows the client's request id alone, which several requests may bear.
+    """The answers in progress, by key. `clock` gives seconds. `knows_keys`: the engine can be told to stop by the key
+    of an answer. An engine that cannot knows only the client's request id, which several requests may have.
     """
 
     def __init__(
@@ -116,14 +113,14 @@ class Postprocessor:
         self._knows_keys = knows_keys
         self._clock = clock
         self._most_answers = most_answers
-        self._states: dict[str, _State] = {}  # the one without tokens for longest first
+        self._states: dict[str, _State] = {}  # in the order of their latest response, the oldest first
         self._request_ids: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._states)
 
     def register(self, key: str, request_id: str, answer_json: str) -> None:
-        """Begin an answer, whose key no other has. Raises ValueError for another's JSON."""
+        """Begin an answer. Its key must be unique. Raises ValueError for JSON that is no AnswerPlan."""
         self._forget_stale()
         answer = Answer(AnswerPlan.from_json(answer_json), self._tokenizer)
         now = self._clock()
@@ -131,8 +128,8 @@ class Postprocessor:
         self._request_ids[request_id] += 1
 
     def look(self, key: str, is_cancelled: Callable[[], bool]) -> str:
-        """Whether somebody waits for an answer whose engine has nothing to say yet; the name of the request that the
-        engine must stop, if nobody does."""
+        """Check whether the client still waits for an answer, while its engine has no tokens to send. Returns the name
+        of the request that the engine must stop; "" if the client waits."""
         state = self._states.pop(key, None)
         if state is None:
             return key if self._knows_keys else ""
@@ -141,18 +138,18 @@ class Postprocessor:
         return self._stoppable(key, state) if is_cancelled() else ""
 
     def note_stop(self, request_id: str) -> None:
-        """Remember that the engine is asked to end the requests of that id, whose end it may not explain."""
+        """Remember that the engine is asked to end the requests with that id, since it may not say why they ended."""
         for state in self._states.values():
             if state.request_id == request_id:
                 state.stopped = True
 
     def extend(self, key: str, tokens: Tokens, is_cancelled: Callable[[], bool]) -> Step:
-        """Take an engine's response. Raises RequestError where no answer waits for it."""
+        """Take a response of the engine. Raises RequestError if no answer waits for it."""
         state = self._states.pop(key, None)
         if state is None:
             raise RequestError(
-                f"writing the answer {key!r}: none waits for tokens; it was silent for {LONGEST_SILENCE_S:g} s, or "
-                f"{self._most_answers} others came since",
+                f"writing the answer {key!r}: no such answer waits for tokens; it got none for {LONGEST_SILENCE_S:g} "
+                f"s, or {self._most_answers} others began since",
                 kind="INTERNAL",
             )
         self._states[key] = state
@@ -176,7 +173,8 @@ class Postprocessor:
         return Step(piece=state.take(), stop=stop)
 
     def abandon(self, key: str) -> str:
-        """Give up an answer that cannot be written; the name of the request that the engine must stop, if any."""
+        """Give up an answer that cannot be written. Returns the name of the request that the engine must stop, or
+        ""."""
         state = self._states.get(key)
         if state is None or state.ended:
             return ""
@@ -184,7 +182,8 @@ class Postprocessor:
         return self._stoppable(key, state)
 
     def _write(self, state: _State, tokens: Tokens) -> Piece | None:
-        """Take the tokens, and the end token where the engine has met it; the last piece, if any. Others are kept."""
+        """Take the tokens, and the end token if the engine met it. Returns the last piece, if there is one; other
+        pieces are kept."""
         answer = state.answer
         wanted = answer.plan.return_log_probs
         log_probs = tokens.log_probs or ()
@@ -203,14 +202,14 @@ class Postprocessor:
         return None if watched and tokens.token_ids else _end(answer, tokens)
 
     def _is_cancelled(self, state: _State, is_cancelled: Callable[[], bool]) -> bool:
-        """Whether nobody waits for the answer, asked now and then."""
+        """Whether the client has gone. Triton is asked only every CANCELLATION_PERIOD_S."""
         if state.touched_s - state.looked_s < CANCELLATION_PERIOD_S:
             return False
         state.looked_s = state.touched_s
         return is_cancelled()
 
     def _stoppable(self, key: str, state: _State) -> str:
-        """The name by which the engine stops this request and no other, if there is one."""
+        """The name by which the engine can stop this request and no other; "" if there is none."""
         if self._knows_keys:
             return key
         return state.request_id if self._request_ids[state.request_id] == 1 else ""
@@ -222,7 +221,7 @@ class Postprocessor:
             del self._request_ids[request_id]
 
     def _forget_stale(self) -> None:
-        """Make room for one more."""
+        """Forget old answers, until there is room for one more."""
         oldest_s = self._clock() - LONGEST_SILENCE_S
         while self._states:
             key, state = next(iter(self._states.items()))
@@ -232,8 +231,8 @@ class Postprocessor:
 
 
 def _end(answer: Answer, tokens: Tokens) -> Piece:
-    """The last piece of an answer whose engine gave no token: it met the end token, whose log-probability is what the
-    sum has grown by, or was stopped by another's request."""
+    """The last piece of an answer whose engine sent no token. Either the engine was stopped, or it met the end token,
+    whose log-probability is the growth of the sum."""
     if tokens.is_cancelled or not answer.plan.end_ids:
         return answer.cancel()
     grown = 0.0 if tokens.cum_log_prob is None else tokens.cum_log_prob - answer.cum_log_prob

@@ -1,11 +1,12 @@
-"""A request's text and options in, what an engine of tokens takes out, and what its answer takes.
+"""The first step of an ensemble: turns text and options of a request into tensors for the engine, and a plan of the
+answer.
 
     preprocessor = Preprocessor(tokenizer, parameters)
     tensors = preprocessor.prepare({"QUERY": array([[b"def "]], dtype=object), "REQUEST_OUTPUT_LEN": array([[32]])})
 
-Names of tensors are those of `token_contract`. An option that changes nothing is not sent. An engine is asked to stream
-for a request that streams, and for one with stop words, whose text may end its work at any token; else it is asked for
-all tokens at once, which costs the steps after it next to nothing.
+The names of tensors are those of contracts/ensemble.py. An option that has no effect is not sent. The engine is asked
+to stream if the request streams, and if it has stop words, since a stop word in the text may end the answer at any
+token. Otherwise the engine is asked for all tokens in one response, which costs the steps after it very little.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ class Preprocessor:
         self._tokenizer = tokenizer
         self._parameters = parameters
         self._most_prompt_bytes = most_bytes(tokenizer, min(parameters.max_prompt, parameters.max_sequence - 1))
-        # Ids that stand for no text, which the engine must be kept from.
+        # Ids without a text, which the engine must not choose. They are sent as bad words.
         self._unused_ids = tuple((token,) for token in range(tokenizer.size, parameters.num_ids))
 
     def prepare(self, tensors: Mapping[str, npt.NDArray[Any]]) -> Tensors:
-        """The outputs of preprocessing for its inputs. Raises RequestError listing every problem of the request."""
+        """The outputs of preprocessing for its inputs. Raises RequestError that lists every problem of the request."""
         named = {_WIRE_NAMES[name]: tensor for name, tensor in tensors.items()}
         options = read_options(named, self._most_prompt_bytes)
         plan = plan_generation(
@@ -63,7 +64,7 @@ class Preprocessor:
         if self._parameters.one_end_id:
             refuse_minimum_of_several(plan)
         answer = answer_plan(plan, self._tokenizer)
-        # An engine knows one end token.
+        # An engine takes one end token. The others are sent as stop words.
         end_id, *more_end_ids = plan.end_ids or (NO_END_ID,)
         values: dict[str, Any] = {
             "INPUT_ID": [plan.prompt_ids],
@@ -85,8 +86,8 @@ class Preprocessor:
 
 
 def prepare_stop() -> Tensors:
-    """The outputs of preprocessing for a request to stop others, which goes the way of every request: the engine's
-    response to it becomes the answer."""
+    """The outputs of preprocessing for a request to stop others. It passes all steps as every request does, and the
+    engine's response to it becomes the answer."""
     values: dict[str, Any] = {
         "INPUT_ID": [[0]],
         "REQUEST_INPUT_LEN": [[1]],
@@ -98,8 +99,8 @@ def prepare_stop() -> Tensors:
 
 
 def _sampling(options: SamplingOptions) -> dict[str, Any]:
-    """The tensors that choose tokens. An engine that is told of neither top_k nor top_p is greedy, and one without a
-    seed takes 0 (TensorRT-LLM, executor::SamplingConfig)."""
+    """The tensors that say how tokens are chosen. An engine that gets neither top_k nor top_p is greedy, and one that
+    gets no seed takes 0 (TensorRT-LLM, executor::SamplingConfig)."""
     penalties = {
         "REPETITION_PENALTY": (options.repetition_penalty, 1.0),
         "PRESENCE_PENALTY": (options.presence_penalty, 0.0),

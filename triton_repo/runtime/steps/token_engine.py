@@ -1,20 +1,20 @@
-"""ONNX Runtime behind the tensors of TensorRT-LLM's `tensorrt_llm`: token ids in, the next ones out.
+"""An engine on ONNX Runtime with the tensors of TensorRT-LLM's model `tensorrt_llm`: token ids in, new token ids out.
 
     engine = TokenEngine.open(folder, threads=None, workers=1)
     engine.submit(Request(request_id="7", tensors={"input_ids": ...}, send=..., fail=..., is_cancelled=...))
     engine.workers.stop("7")
 
-Responses are those of the C++ backend (triton_backend/inflight_batcher_llm/src/model_instance_state.cc and
-cpp/tensorrt_llm/batch_manager/llmRequest.cpp upstream): to a request that streams, one a token, whose log-probabilities
-are all so far; else one in all. The end token is not among the tokens: an answer that it ends, ends with a response of
-none, and so does one that is stopped. Tokens of stop words are. A request that brings the key of its answer gets it
-back with each response, beside whether the response ends an answer that nobody waits for.
+Responses are as the C++ backend sends them (triton_backend/inflight_batcher_llm/src/model_instance_state.cc and
+cpp/tensorrt_llm/batch_manager/llmRequest.cpp upstream). A request that streams gets one response for each token, with
+the log-probabilities of all tokens so far; another request gets one response. The tokens of stop words are sent, the
+end token is not: an answer that ends with it, or that is stopped, ends with a response without tokens. A request with
+the key of its answer gets the key back with each response, and `is_cancelled`.
 
-Such a request is a step of an ensemble. Triton 2.51 tells a step that its client has gone only when it makes the step's
-request (triton-inference-server/core, src/ensemble_scheduler/ensemble_scheduler.cc), so that this step, which lasts as
-long as the answer, never hears of it. While it has nothing to send it therefore sends a probe now and then: a response
-without tokens, for which Triton makes a request to the step behind it. That step hears of the client, and has this one
-stopped.
+A request with a key is a step of an ensemble. Triton 2.51 looks whether the client has gone only when it makes the
+request of a step (triton-inference-server/core, src/ensemble_scheduler/ensemble_scheduler.cc). The request of this step
+lasts as long as the answer, so this step is never told. While it has no tokens to send it therefore sends a probe now
+and then: a response without tokens, for which Triton makes a request to the next step. The next step is told that the
+client has gone, and has this one stopped.
 """
 
 from __future__ import annotations
@@ -47,18 +47,17 @@ PROBE_INTERVAL_S = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One request. `send` takes a response's tensors and whether it is the last, `fail` the error that ends it; both
-    may be called in any thread."""
+    """One request. Any thread may call its functions."""
 
     request_id: str
     tensors: Mapping[str, npt.NDArray[Any]]
-    send: Callable[[Tensors, bool], None]
-    fail: Callable[[Exception], None]
+    send: Callable[[Tensors, bool], None]  # takes the tensors of a response and whether it is the last
+    fail: Callable[[Exception], None]  # takes the error that ends the request
     is_cancelled: Callable[[], bool]
 
 
 class TokenEngine:
-    """An engine and its workers, each with a cache of its own; requests wait in their order for a free one."""
+    """An engine and its workers. Each worker has its own cache; requests wait in a queue for a free worker."""
 
     def __init__(self, sessions: Sequence[Session], pulse: Pulse | None = None) -> None:
         self._max_sequence = sessions[0].max_sequence
@@ -74,13 +73,13 @@ class TokenEngine:
         return cls(open_sessions(folder, threads, workers, device_index), pulse)
 
     def submit(self, request: Request) -> None:
-        """Check a request and have it answered. One that cannot be answered fails at once, whatever else is computed.
-        A request to stop others is for `workers.stop` and `stopped_response`."""
+        """Check a request and have a worker answer it. A request that cannot be answered fails at once, even if all
+        workers are busy. Use `workers.stop` and `stopped_response` for a request to stop others."""
         key = read_key(request.tensors, ENGINE_KEY_INPUT.name)
         tensors = {name: tensor for name, tensor in request.tensors.items() if name != ENGINE_KEY_INPUT.name}
         try:
             asked = read_token_request(tensors, self._max_sequence, self._num_tokens, self._end_token_ids)
-        except Exception as error:  # of any kind: its client is told
+        except Exception as error:  # whatever it is, the client is told
             request.fail(error)
             return
         self.workers.submit(
@@ -94,7 +93,7 @@ class TokenEngine:
 
 
 def _outlet(request: Request, key: str | None) -> Outlet[Tensors]:
-    """Where the responses to a request go, and the probes of one that brings a key."""
+    """The outlet of a request's responses. If the request has a key, it also sends the probes."""
     sent_s = time.monotonic()
 
     def send(tensors: Tensors, is_last: bool) -> None:
@@ -111,8 +110,8 @@ def _outlet(request: Request, key: str | None) -> Outlet[Tensors]:
 
 
 def stopped_response(tensors: Mapping[str, npt.NDArray[Any]]) -> Tensors | None:
-    """The response to a request to stop others: no tokens for one that brings a key; as the C++ backend's, none at all
-    for one that does not."""
+    """The response to a request to stop others: one without tokens if it has a key. Without a key there is no response,
+    as from the C++ backend."""
     key = read_key(tensors, ENGINE_KEY_INPUT.name)
     if key is None:
         return None
@@ -125,7 +124,7 @@ def stopped_response(tensors: Mapping[str, npt.NDArray[Any]]) -> Tensors | None:
 
 
 def _with_key(tensors: Tensors, key: str | None) -> Tensors:
-    """A response's tensors as the request may have them: what is not upstream's, only beside a key."""
+    """The tensors of a response to a request. Only a request with a key gets tensors that upstream does not have."""
     if key is None:
         return {name: tensor for name, tensor in tensors.items() if name != ENGINE_CANCELLED.name}
     return {**tensors, ENGINE_KEY_OUTPUT.name: key_tensor(key)}
@@ -133,7 +132,8 @@ def _with_key(tensors: Tensors, key: str | None) -> Tensors:
 
 @dataclass(kw_only=True)
 class _Progress:
-    """What was chosen so far for one request, the end token only in the sum; `num_sent` tokens were given out."""
+    """The tokens chosen so far for one request. The end token counts only in the sum of log-probabilities. `num_sent`
+    tokens were sent."""
 
     request: TokenRequest
     token_ids: list[int] = field(default_factory=list)
@@ -148,7 +148,7 @@ class _Progress:
             self.log_probs.append(choice.log_prob or 0.0)
 
     def take(self, *, is_cancelled: bool = False) -> Tensors:
-        """A response with the tokens that were not given out yet."""
+        """A response with the tokens that were not sent yet."""
         request = self.request
         new = self.token_ids[self.num_sent :]
         self.num_sent = len(self.token_ids)
@@ -171,8 +171,8 @@ class _Progress:
 def respond(
     session: Session, request: TokenRequest, is_cancelled: Callable[[], bool], cache: Cache
 ) -> Iterator[tuple[Tensors, bool]]:
-    """The responses to a request, each with whether it is the last. Raises RequestError for logits that are no
-    numbers."""
+    """The responses to a request, each with whether it is the last. Raises RequestError for logits that are NaN or
+    infinite."""
     cache.reset()
     plan, progress = request.plan, _Progress(request=request)
     sampler = Sampler(plan, session.engine.manifest.tokenizer_size)

@@ -1,7 +1,7 @@
-"""A request of `tensorrt_llm`'s tensors in, checked options of an engine of tokens out.
+"""Reads and checks the options in a request with the tensors of `tensorrt_llm`.
 
-Defaults are the C++ backend's (triton_backend/inflight_batcher_llm/src/utils.cc upstream): greedy without runtime_top_k
-and runtime_top_p, no end token, seed 0.
+The defaults are those of the C++ backend (triton_backend/inflight_batcher_llm/src/utils.cc upstream): greedy without
+runtime_top_k and runtime_top_p, no end token, seed 0.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _SAMPLING = {
 }  # fmt: skip
 _ONE_ONLY = ("beam_width", "num_return_sequences")
 _FALSE_ONLY = ("return_context_logits", "return_generation_logits", "return_perf_metrics")
-# All that an engine here takes, in no order; the token contract's other inputs are not declared where it serves.
+# The inputs that an engine on ONNX Runtime takes. Its config.pbtxt does not declare other inputs of
+# contracts/ensemble.py.
 TAKEN_INPUTS = frozenset(
     {
         "input_ids", "input_lengths", "request_output_len", "end_id", "pad_id", "stop_words_list", "bad_words_list",
@@ -35,18 +36,16 @@ TAKEN_INPUTS = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRequest:
-    """`end_id`: the end token, which is not among an answer's tokens; None for none. The plan's end tokens, which its
-    minimum of new tokens keeps away, are more where stop words are end tokens too. `echo`: the prompt's tokens begin an
-    answer that is sent whole.
-    """
+    """The checked options of a request."""
 
+    # its end tokens, which min_tokens holds back, include stop words that are end tokens of the model
     plan: SamplingPlan
-    end_id: int | None
-    most_tokens: int  # new ones
+    end_id: int | None  # the end token, which is not sent; None for none
+    most_tokens: int  # new tokens
     streaming: bool
     stop_words: Words
     bad_words: Words
-    echo: bool
+    echo: bool  # an answer in one response begins with the prompt's tokens
     count_input_tokens: bool
     count_output_tokens: bool
 
@@ -57,11 +56,12 @@ def read_token_request(
     num_tokens: int,
     model_end_ids: tuple[int, ...] = (),
 ) -> TokenRequest:
-    """Raises RequestError listing every problem. An output that would leave `max_sequence` tokens is cut to fit;
-    token ids are below `num_tokens`.
+    """The options in a request. Raises RequestError that lists every problem. Prompt and output have at most
+    `max_sequence` tokens together; the output is shortened if need be. Token ids are below `num_tokens`.
 
-    A request names one end token. Where that is one of `model_end_ids`, those of them that come as stop words of one
-    token are end tokens too. TensorRT-LLM's minimum holds for the one alone (NVIDIA/TensorRT-LLM#4776).
+    A request names one end token. If it is one of `model_end_ids`, the others of these that are stop words of one token
+    count as end tokens too, so that min_tokens holds them back. TensorRT-LLM holds back only the one
+    (NVIDIA/TensorRT-LLM#4776).
     """
     problems: list[str] = []
     given = {name: tensor.reshape(-1)[0].item() for name, tensor in tensors.items() if tensor.size == 1}

@@ -1,1 +1,1 @@
-"""Text to token ids and back, and the words that are looked for in both."""
+"""Prompts to token ids, token ids to text, and stop and bad words in both."""

@@ -1,14 +1,14 @@
-"""Many sequences looked for at once, in time that does not grow with their number: the automaton of Aho and Corasick
+"""Looks for many sequences at once, in time that does not grow with their number: the automaton of Aho and Corasick
 (Efficient string matching: an aid to bibliographic search, Communications of the ACM 18, 1975).
 
     automaton = Automaton(["he", "she"])
     state = automaton.step(automaton.step(ROOT, "h"), "e")
     automaton.matched[state]     # 2: "he" ends here
-    automaton.depth[state]       # 2: the longest end of what was read that begins a sequence
+    automaton.depth[state]       # 2: length of the longest end of the input that begins a sequence
 
-A sequence is a text or a sequence of token ids. Packages for this (pyahocorasick 2.3, ahocorasick-rs 1.0) tell the
-matches but neither a state, from which a candidate is tried without being taken, nor its depth, by which text is kept
-back.
+A sequence is a text or a sequence of token ids. Packages for this (pyahocorasick 2.3, ahocorasick-rs 1.0) report
+matches only. Here the state is needed too, to try a candidate without taking it, and so is its depth, which says how
+much text to keep back.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Symbol = TypeVar("Symbol", str, int)
 
 
 class Automaton(Generic[Symbol]):
-    """Built once in time linear in the sequences' total length; a step costs a constant on average over what is read,
-    and at most the longest sequence's length. Empty sequences are passed over.
+    """Building takes time linear in the total length of the sequences. A step takes constant time on average over the
+    input, and at most the length of the longest sequence. Empty sequences are ignored.
     """
 
     def __init__(self, sequences: Iterable[Sequence[Symbol]]) -> None:
@@ -33,7 +33,7 @@ class Automaton(Generic[Symbol]):
         self.ends = [False]  # whether the state is itself the end of a sequence
         for sequence in sequences:
             self._add(sequence)
-        self.fallback = [ROOT] * len(self.edges)  # of the longest proper end that begins a sequence
+        self.fallback = [ROOT] * len(self.edges)  # state of the longest proper end that begins a sequence
         self._link()
 
     def _add(self, sequence: Sequence[Symbol]) -> None:

@@ -1,13 +1,13 @@
-"""Token ids in one by one, text out as soon as it cannot change any more.
+"""Decodes token ids one by one, and gives text out as soon as later tokens cannot change it.
 
     detokenizer = Detokenizer(tokenizer, last_text_token(tokenizer, prompt_ids))
     pieces = [detokenizer.push(token) for token in ids] + [detokenizer.flush()]
     assert tokenizer.decode(prompt_ids) + "".join(pieces) == tokenizer.decode(prompt_ids + ids)
 
-A token may end in the middle of a UTF-8 character; such an end decodes to U+FFFD, so a text's trailing U+FFFD are kept
-back until the next token decides them or `flush` gives them out. Bytes written as tokens of their own (<0x0A>, the byte
-fallback of SentencePiece) are kept back until another token follows, since one wrong byte spoils the decoding of the
-whole run. Pieces are whole code points; an emoji of several may arrive in several pieces.
+A token may end in the middle of a UTF-8 character, which then decodes to U+FFFD. So U+FFFD at the end of a text are
+kept back until the next token decides them, or until `flush`. Tokens that are single bytes (<0x0A>, the byte fallback
+of SentencePiece) are kept back until another kind of token follows, since one wrong byte changes the decoding of all
+bytes in a row. Pieces hold whole code points; an emoji of several code points may arrive in several pieces.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from export.tokenizer.loading import Tokenizer
 
 _UNDECIDED = "\ufffd"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_TRIM_TOKENS = 16  # bounds what is decoded again at each step
+_TRIM_TOKENS = 16  # limits how many tokens are decoded again at each step
 
 
 class Detokenizer:
-    """Decodes a window of the latest tokens, so that a step's cost does not grow with the text.
+    """Decodes a window of the latest tokens, so that the cost of a step does not grow with the text.
 
-    The window always begins where a character does, and with tokens whose text was given out: decoders that strip the
-    first token's space then strip it from known text only. It begins with `context_ids`, a token of the prompt, since
-    the space that begins an answer parts the two.
+    The window always begins at a character's start, with tokens whose text was given out. So decoders that strip the
+    space of the first token strip only known text. At first the window holds `context_ids`, a token of the prompt:
+    otherwise the space between prompt and answer would be stripped.
     """
 
     def __init__(self, tokenizer: Tokenizer, context_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._window = list(context_ids)
         self._given = len(tokenizer.decode(self._window))  # characters of the window's text that were given out
-        self._boundary = len(self._window)  # a place in the window where a character begins
-        self._in_bytes = False  # the last token with a text is a byte
+        self._boundary = len(self._window)  # index in the window at which a character begins
+        self._in_bytes = False  # whether the last token with a text is a byte
 
     def push(self, token_id: int) -> str:
-        """Add a token; returns the text that it settles, which may be empty."""
+        """Add a token. Returns the text that cannot change any more, which may be empty."""
         self._window.append(token_id)
         is_byte = _is_byte(self._tokenizer, token_id)
         self._in_bytes = is_byte or (self._in_bytes and not self._tokenizer.decode([token_id]))
@@ -53,17 +53,18 @@ class Detokenizer:
         return piece
 
     def preview(self, token_id: int) -> str:
-        """The text not yet given out if `token_id` came next, what is undecided included. Nothing is added."""
+        """The text that would not be given out yet if `token_id` came next, including undecided characters. Adds
+        nothing."""
         return self._tokenizer.decode([*self._window, token_id])[self._given :]
 
     def flush(self) -> str:
-        """The text kept back so far, undecided characters as U+FFFD."""
+        """The text that was kept back, with undecided characters as U+FFFD."""
         text = self._tokenizer.decode(self._window)
         piece, self._given = text[self._given :], len(text)
         return piece
 
     def _trim(self) -> None:
-        """At a character's boundary: move the window's start to the last boundary, if there is text after it."""
+        """Move the window's start to the last boundary if there is text after it. Call it only at a character's end."""
         if len(self._window) - self._boundary < _TRIM_TOKENS:
             return
         context = self._window[self._boundary :]
@@ -74,8 +75,8 @@ class Detokenizer:
 
 
 def last_text_token(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> tuple[int, ...]:
-    """The prompt's last token that has a text and is no byte, whose run a wrong byte of the answer would spoil; none
-    where there is none."""
+    """The last token of the prompt that has a text and is not a byte; empty if there is none. A byte would not do,
+    since a wrong byte in the answer would change how it decodes."""
     for token in reversed(prompt_ids):
         if not _is_byte(tokenizer, token) and has_text(tokenizer, token):
             return (token,)
@@ -83,8 +84,8 @@ def last_text_token(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> tuple[in
 
 
 def has_text(tokenizer: Tokenizer, token_id: int) -> bool:
-    """Whether a token shows in a text; special tokens do not."""
-    # Twice, since a lone space is stripped where it comes first.
+    """Whether a token adds text. Special tokens do not."""
+    # Decoded twice in a row, since a single space is stripped at the start of a text.
     return bool(tokenizer.decode([token_id, token_id]))
 
 

@@ -1,44 +1,44 @@
-"""A prompt's text in, its token ids out, or what is wrong with its length. What is refused costs little at any length.
+"""Encodes a prompt, or says what is wrong with its length. To refuse a prompt costs little, however long it is.
 
-A text that is too long is refused by its bytes where the tokenizer's longest token bounds them
-(`export/tokenizer/token_lengths.py`), and by the tokens of its beginning elsewhere: beginnings are encoded,
-each half longer than the one before, until one holds clearly more tokens than may be. Encoding a word costs more than
-its length, so that the whole of a long text would cost far more than its beginning.
+If the tokenizer has a longest token (`export/tokenizer/token_lengths.py`), a text is refused by its number of bytes.
+Otherwise beginnings of the text are encoded, each longer by half than the one before, until one has clearly more tokens
+than are allowed. Encoding time grows faster than the length of a word, so encoding all of a long text would cost far
+more than encoding its beginning.
 """
 
 from __future__ import annotations
 
 from export.tokenizer.loading import Tokenizer
 
-# Where no token bounds the bytes, since a tokenizer drops or fuses text, no more are read.
+# The limit for tokenizers without a longest token, which drop or fuse text.
 MOST_BYTES = 1 << 24
-_FIRST_LETTERS, _LETTERS_PER_TOKEN = 1024, 8  # of the first beginning
-# What follows a beginning changes its last word's tokens alone, far fewer than a sixteenth of what may be and these.
+_FIRST_LETTERS, _LETTERS_PER_TOKEN = 1024, 8  # length of the first beginning
+# The rest of the text can change only the tokens of the last word of a beginning. That is far fewer tokens than a
+# sixteenth of the limit plus this number.
 _SLACK = 256
 
 
 class PromptTooLongError(ValueError):
-    """Says of a prompt what was found and what is possible."""
+    """A prompt is too long. The text says what was found and what is allowed."""
 
 
 def most_bytes(tokenizer: Tokenizer, most_tokens: int) -> int:
-    """Bytes of UTF-8 that no prompt of as many tokens exceeds."""
+    """The most bytes of UTF-8 that a prompt of `most_tokens` tokens can have."""
     longest = tokenizer.most_bytes_per_token
     return MOST_BYTES if longest is None else longest * most_tokens
 
 
 def check_bytes(found: int, most: int) -> None:
-    """Raises PromptTooLongError for more bytes than a prompt can have."""
+    """Raise PromptTooLongError for more bytes than a prompt can have."""
     if found > most:
         raise PromptTooLongError(
-            f"found a prompt of {found} bytes, expected at most {most}, since no longer one fits; shorten it"
+            f"found a prompt of {found} bytes, expected at most {most}, since a longer one cannot fit; shorten it"
         )
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, most_tokens: int) -> list[int]:
-    """The ids of a prompt, as the tokenizer gives them for the whole text. There may be a few more than `most_tokens`.
-
-    Raises PromptTooLongError where there would be many more.
+    """The token ids of a prompt. There may be a few more than `most_tokens`; if there would be many more, it raises
+    PromptTooLongError.
     """
     check_bytes(len(text.encode()), most_bytes(tokenizer, most_tokens))
     letters = _FIRST_LETTERS + _LETTERS_PER_TOKEN * most_tokens

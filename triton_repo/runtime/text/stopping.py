@@ -1,14 +1,14 @@
-"""Stop and bad words, as text and as tokens. What is read costs the same however many words there are.
+"""Finds stop and bad words in text and in tokens. The cost does not grow with the number of words.
 
-Pieces of text in, text without what follows a stop word out:
+`StopWatcher` takes pieces of text and gives the text before a stop word:
 
     watcher = StopWatcher(("\\n\\n",))
-    watcher.push("a\\n")   # ("a", False): the line feed may be the beginning of the stop word
+    watcher.push("a\\n")   # ("a", False): the line feed may begin the stop word
     watcher.push("\\n b")  # ("", True)
 
-The word that is complete first wins, whatever the pieces; of two that end together, the longer.
-`TextWatcher` tells whether a text would complete one of several words, `TokenWatcher` when the latest tokens are one of
-several sequences, as engines match them.
+The word that is complete first counts, whatever the pieces; if two end at the same place, the longer one does.
+`TextWatcher` says whether a text would complete one of several words. `TokenWatcher` says when the latest tokens are
+one of several sequences, as engines match them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Ids = npt.NDArray[np.int64]
 
 
 class StopWatcher:
-    """Keeps back what could be the beginning of a stop word, and nothing else."""
+    """Gives out text up to a stop word. Keeps back only what could be the beginning of a stop word."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self._automaton = Automaton(words)
@@ -32,7 +32,8 @@ class StopWatcher:
         self._kept = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Add text; returns what may be given out, and whether a stop word was met (the text then ends before it)."""
+        """Add text. Returns the text to give out, and whether a stop word was met; the text then ends before the
+        word."""
         automaton, state = self._automaton, self._state
         for place, letter in enumerate(text, start=1):
             state = automaton.step(state, letter)
@@ -47,13 +48,13 @@ class StopWatcher:
         return piece, False
 
     def flush(self) -> str:
-        """The text kept back, when no more is coming."""
+        """The text that was kept back. Call it when no more text comes."""
         piece, self._kept, self._state = self._kept, "", ROOT
         return piece
 
 
 class TextWatcher:
-    """Remembers of a text which beginnings of words it ends with."""
+    """Says whether further text would complete one of several words."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self._automaton = Automaton(words)
@@ -65,7 +66,7 @@ class TextWatcher:
             self._state = self._automaton.step(self._state, letter)
 
     def would_match(self, text: str) -> bool:
-        """Whether a word would be complete somewhere in `text` if it came next. Nothing is added."""
+        """Whether a word would become complete within `text` if `text` came next. Adds nothing."""
         state = self._state
         for letter in text:
             state = self._automaton.step(state, letter)
@@ -75,7 +76,7 @@ class TextWatcher:
 
 
 class TokenWatcher:
-    """Remembers of the tokens so far which beginnings of sequences they end with."""
+    """Says when the latest tokens are one of several sequences, and which tokens would complete one."""
 
     def __init__(self, sequences: Sequence[Sequence[int]]) -> None:
         self._automaton = Automaton(sequences)
@@ -83,17 +84,17 @@ class TokenWatcher:
         automaton = self._automaton
         self._last: dict[int, Ids] = {}  # state to the tokens that complete a sequence there
         for state, edges in enumerate(automaton.edges):
-            last = [token for token, following in edges.items() if automaton.ends[following]]
+            last = [token for token, next_state in edges.items() if automaton.ends[next_state]]
             if last:
                 self._last[state] = np.array(last, dtype=np.int64)
 
     def push(self, token_id: int) -> bool:
-        """Add a token; whether the tokens end with one of the sequences."""
+        """Add a token. Returns whether the tokens end with one of the sequences."""
         self._state = self._automaton.step(self._state, token_id)
         return self._automaton.matched[self._state] > 0
 
     def completing(self) -> list[Ids]:
-        """The tokens that would complete a sequence if they came next, as arrays that may overlap."""
+        """The tokens of which each would complete a sequence if it came next, as arrays that may overlap."""
         found, state = [], self._state
         while True:
             if state in self._last:

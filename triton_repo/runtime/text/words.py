@@ -1,7 +1,7 @@
-"""Stop and bad words as token sequences, and the tensor [2, n] in which engines take them.
+"""Stop and bad words as token sequences, and the tensor [2, n] that engines take them in.
 
-Row 0 holds the tokens of all words one after the other, row 1 where each word ends, then -1 to the end of the row
-(TensorRT-LLM, triton_backend/inflight_batcher_llm/src/utils.cc, convertWordList).
+Row 0 holds the tokens of all words one after the other. Row 1 holds the end of each word in row 0, then -1 up to its
+end (TensorRT-LLM, triton_backend/inflight_batcher_llm/src/utils.cc, convertWordList).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from triton_repo.runtime.text.detokenizer import has_text
 
 Words = tuple[tuple[int, ...], ...]
 _PADDING = -1
-# Words of a request have two spellings, of at most a token a byte: `options.MAX_WORD_BYTES_IN_ALL` twice, and spaces.
+# Each word has two spellings with at most one token for each byte: twice `options.MAX_WORD_BYTES_IN_ALL`, and spaces.
 MAX_SEQUENCE_TOKENS = 1 << 17
 
 
 def spell(tokenizer: Tokenizer, words: Iterable[str]) -> Words:
-    """The token sequences that write each word, as it is and after a space, in which tokenizers often have it.
+    """The token sequences of each word, as it is and after a space, since tokenizers often have a word with its space.
 
-    A sequence whose text does not hold its word (a tokenizer may rewrite letters) is left out, unless it is made of
-    special tokens, which show in no text.
+    A sequence is left out if its text does not contain the word, since a tokenizer may rewrite letters. It is kept if
+    it consists of special tokens, which have no text.
     """
     sequences = []
     for word in words:
@@ -39,14 +39,14 @@ def spell(tokenizer: Tokenizer, words: Iterable[str]) -> Words:
 
 
 def not_starting_in(prompt_ids: Sequence[int], words: Words) -> Words:
-    """The words that could not be complete across the prompt's end and the answer: those of which the prompt does not
-    end with a beginning."""
+    """The words that cannot begin in the prompt and end in the answer: those of which the prompt's end is no
+    beginning."""
     automaton = Automaton(words)
     longest = max(map(len, words), default=0)
     state = ROOT
     for token in prompt_ids[max(0, len(prompt_ids) - longest) :]:
         state = automaton.step(state, token)
-    begun = set()  # the states whose beginnings the prompt ends with
+    begun = set()  # states of the beginnings that the prompt ends with
     while state != ROOT:
         begun.add(state)
         state = automaton.fallback[state]
@@ -54,7 +54,7 @@ def not_starting_in(prompt_ids: Sequence[int], words: Words) -> Words:
 
 
 def _passes(automaton: Automaton[int], word: Sequence[int], states: set[int]) -> bool:
-    """Whether one of the states lies on the way to the word."""
+    """Whether the automaton passes one of the states while it reads the word."""
     state = ROOT
     for token in word:
         state = automaton.edges[state][token]
@@ -64,7 +64,7 @@ def _passes(automaton: Automaton[int], word: Sequence[int], states: set[int]) ->
 
 
 def pack_words(words: Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:
-    """int32 [2, n] of at least one word, n the tokens of all."""
+    """The tensor int32 [2, n] of at least one word; n is the number of tokens of all words."""
     tokens = [token for word in words for token in word]
     ends = np.cumsum([len(word) for word in words])
     packed = np.full((2, len(tokens)), _PADDING, dtype=np.int32)
@@ -74,8 +74,8 @@ def pack_words(words: Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:
 
 
 def unpack_words(packed: npt.NDArray[Any]) -> Words:
-    """The words of an integer tensor [2, n] or [1, 2, n]. Raises ValueError for another shape, for more than
-    MAX_SEQUENCE_TOKENS, and for ends that are not rising places."""
+    """The words in an integer tensor [2, n] or [1, 2, n]. Raises ValueError for another shape, for more than
+    MAX_SEQUENCE_TOKENS tokens, and for ends that do not rise."""
     if packed.size % 2 or packed.size > 2 * MAX_SEQUENCE_TOKENS:
         raise ValueError(f"found {packed.size} values, expected two rows of at most {MAX_SEQUENCE_TOKENS} each")
     tokens, row = packed.reshape(2, -1).tolist()

@@ -243,7 +243,7 @@ def test_a_probe_stops_the_engine_of_a_client_that_has_gone(post, begin, clock):
 
 
 def test_tokens_of_no_answer_are_an_error_of_the_servers_own(post):
-    with pytest.raises(RequestError, match="none waits for tokens") as caught:
+    with pytest.raises(RequestError, match="no such answer waits for tokens") as caught:
         post.extend("k", one(5), never)
     assert caught.value.kind == "INTERNAL"
 
@@ -257,7 +257,7 @@ def test_what_an_engine_leaves_behind_is_forgotten_after_a_time(post, begin, clo
     feed(post, byte_level.encode("x"), key="alive")
     begin(post, key="new", request_id="new")
     assert len(post) == 2
-    with pytest.raises(RequestError, match="it was silent for 3600 s"):
+    with pytest.raises(RequestError, match="it got none for 3600 s"):
         feed(post, byte_level.encode("x"), key="left")
 
 
@@ -269,7 +269,7 @@ def test_there_are_never_more_answers_than_the_limit_and_the_stalest_goes_first(
     begin(post, key="3", request_id="3")
     assert len(post) == 3
     feed(post, byte_level.encode("x"), key="0")
-    with pytest.raises(RequestError, match="3 others came since"):
+    with pytest.raises(RequestError, match="3 others began since"):
         feed(post, byte_level.encode("x"), key="1")
 
 

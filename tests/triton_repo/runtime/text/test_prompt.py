@@ -125,7 +125,7 @@ def test_what_is_refused_is_not_encoded_whole(kinds, name, letter):
 def test_the_refusal_says_the_bytes_found_and_what_is_possible(kinds):
     tokenizer = kinds["byte-level"]
     most = 63 * tokenizer.most_bytes_per_token
-    message = f"text_input: found a prompt of {3 * most} bytes, expected at most {most}, since no longer one fits"
+    message = f"text_input: found a prompt of {3 * most} bytes, expected at most {most}, since a longer one cannot fit"
     for text in ("é" * most + "a" * most, "a" * 3 * most):
         with pytest.raises(RequestError, match=message):
             plan_generation(GenerationOptions(prompt=text, max_tokens=1), tokenizer, max_sequence=64, end_token_ids=())
