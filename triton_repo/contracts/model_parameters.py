@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from export.errors import shown
@@ -115,6 +116,28 @@ class TextParameters:
                 f"reading the parameters of the model {config['name']}: {type(error).__name__}: {error}; expected "
                 "those that packaging writes: package the engine again"
             ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInstance:
+    """How one instance of a model loads its engine on ONNX Runtime."""
+
+    folder: Path  # of the engine
+    threads: int | None  # of each worker; None lets ONNX Runtime decide
+    workers: int
+    device_index: int  # of the GPU; 0 on the CPU
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, str], config: Mapping[str, Any]) -> EngineInstance:
+        """From the arguments that Triton gives to a model's `initialize`. `config` is the JSON form of the model's
+        configuration, which is one of them. Raises RepositoryError."""
+        parameters, workers = ModelParameters.from_config(config), read_workers(config)
+        return cls(
+            folder=Path(arguments["model_repository"]) / arguments["model_version"] / parameters.engine,
+            threads=parameters.threads_of_one(workers),
+            workers=workers,
+            device_index=int(arguments["model_instance_device_id"]) if arguments["model_instance_kind"] == "GPU" else 0,
+        )
 
 
 def read_workers(config: Mapping[str, Any]) -> int:

@@ -7,12 +7,11 @@ and errors; triton_repo.runtime does the rest and does not depend on Triton.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from triton_repo.contracts.model_parameters import ModelParameters, read_workers
+from triton_repo.contracts.model_parameters import EngineInstance
 from triton_repo.contracts.piece import Piece
 from triton_repo.processes.heartbeat import Heartbeat
 from triton_repo.runtime.responses import error_response, wire_outputs
@@ -29,15 +28,11 @@ class TritonPythonModel:
         """Load the engine. The text of an exception becomes the reason in the repository index."""
         self._heartbeat = Heartbeat.start(args["model_name"], args["model_instance_name"])
         config = json.loads(args["model_config"])
-        parameters = ModelParameters.from_config(config)
-        workers = read_workers(config)
-        folder = Path(args["model_repository"]) / args["model_version"] / parameters.engine
-        device_index = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else 0
-        threads = parameters.threads_of_one(workers)
+        instance = EngineInstance.from_arguments(args, config)
         unary = not config["model_transaction_policy"]["decoupled"]
-        self._service = Service.open(folder, threads, workers, device_index, self._heartbeat, unary=unary)
+        self._service = Service.open(**vars(instance), pulse=self._heartbeat, unary=unary)
         self._heartbeat.on_drain(self._service.workers.drain)
-        pb_utils.Logger.log_info(f"{args['model_instance_name']}: {folder} is loaded")
+        pb_utils.Logger.log_info(f"{args['model_instance_name']}: {instance.folder} is loaded")
 
     def execute(self, requests: list[Any]) -> None:
         """Give the requests to the workers. A request to stop others is answered at once. An error ends only its own

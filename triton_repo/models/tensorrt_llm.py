@@ -8,12 +8,11 @@ on Triton.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from triton_repo.contracts.model_parameters import ModelParameters, read_workers
+from triton_repo.contracts.model_parameters import EngineInstance
 from triton_repo.processes.heartbeat import Heartbeat
 from triton_repo.runtime.responses import error_response
 from triton_repo.runtime.steps.token_engine import Request, Tensors, TokenEngine, stopped_response
@@ -29,15 +28,10 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the engine. The text of an exception becomes the reason in the repository index."""
         self._heartbeat = Heartbeat.start(args["model_name"], args["model_instance_name"])
-        config = json.loads(args["model_config"])
-        parameters = ModelParameters.from_config(config)
-        workers = read_workers(config)
-        folder = Path(args["model_repository"]) / args["model_version"] / parameters.engine
-        device_index = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else 0
-        threads = parameters.threads_of_one(workers)
-        self._engine = TokenEngine.open(folder, threads, workers, device_index, self._heartbeat)
+        instance = EngineInstance.from_arguments(args, json.loads(args["model_config"]))
+        self._engine = TokenEngine.open(**vars(instance), pulse=self._heartbeat)
         self._heartbeat.on_drain(self._engine.workers.drain)
-        pb_utils.Logger.log_info(f"{args['model_instance_name']}: {folder} is loaded")
+        pb_utils.Logger.log_info(f"{args['model_instance_name']}: {instance.folder} is loaded")
 
     def execute(self, requests: list[Any]) -> None:
         """Give the requests to the workers. A request to stop others is answered at once. An error ends only its own

@@ -200,7 +200,7 @@ def test_requests_of_the_same_id_or_of_none_are_told_apart(models, byte_level):
 
 @pytest.mark.parametrize("backend", [OldResponse], indirect=True, ids=["older"])
 def test_an_engine_that_gives_no_keys_back_takes_a_backend_with_response_parameters(backend):
-    with pytest.raises(RepositoryError, match="loading m: this Triton's Python backend takes no parameters"):
+    with pytest.raises(RepositoryError, match="loading m: this Triton's Python backend has no response parameters"):
         answer_keys.require_response_parameters(backend, "m")
 
 
