@@ -31,5 +31,5 @@ def test_a_build_for_onnxruntime_imports_nothing_of_tensorrt_llm(tmp_path, check
     run = subprocess.run([sys.executable, "-c", BUILD, *map(str, words)], capture_output=True, text=True, check=True)
     status, modules = json.loads(run.stdout.splitlines()[-1])
     assert status == 0, run.stderr
-    assert "export.onnx_graph.exporter" in modules
+    assert "trt_build.prepare" in modules
     assert [name for name in modules if f"{name}.".startswith(tuple(f"{package}." for package in OTHER_BACKEND))] == []
