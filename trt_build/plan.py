@@ -21,7 +21,7 @@ from export.checkpoint.tensor_table import Role, Weights
 from export.conversion.parts import PartRecord, Region, records_text
 from export.conversion.writer import conversion_bytes
 from export.exporter import DATA_FILE, RECORDS_FILE
-from export.onnx_graph.converter import OnnxConverter, planned_regions, run_starts
+from export.onnx_graph.converter import OnnxConverter
 from export.onnx_graph.weights import WeightJob
 from trt_build.engine import FileRecord, Source, manifest_text
 from trt_build.engine_memory import kv_bytes_per_token
@@ -200,9 +200,9 @@ def _records(build: PreparedBuild) -> list[PartRecord]:
             part=job.source,
             sources={name: tuple(Run(bytes=end - start, sha256=_DIGEST)
                                  for start, end in pairwise([*starts, stored[name].num_bytes]))
-                     for name, starts in run_starts(job, weights).items()},
+                     for name, starts in weights.run_starts(job.source).items()},
             regions=tuple(Region(name=name, offset=offset, bytes=size, sha256=_DIGEST)
-                          for name, offset, size in planned_regions(job, build.export.placement)),
+                          for name, offset, size in build.export.placement.regions(job)),
         )
         for job in build.export.jobs
     ]  # fmt: skip

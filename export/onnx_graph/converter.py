@@ -11,7 +11,7 @@ from export.checkpoint.digests import recorded
 from export.checkpoint.tensor_table import CHUNK_ELEMENTS, Weights
 from export.conversion.converter import Converter
 from export.conversion.parts import OpenRegion, PartRecord, PlannedRegion
-from export.onnx_graph.weights import Layout, Placement, WeightJob, aligned
+from export.onnx_graph.weights import Layout, Placement, WeightJob
 from export.quantize.grid import SLICE_VALUES
 
 
@@ -32,7 +32,7 @@ class OnnxConverter(Converter[WeightJob]):
 
     def planned_regions(self, job: WeightJob) -> list[PlannedRegion]:
         """The job's initializers, each with the zeros up to the next."""
-        return planned_regions(job, self.placement)
+        return self.placement.regions(job)
 
     def source_bytes(self, job: WeightJob) -> int:
         """Bytes of the source tensors that the job reads."""
@@ -54,7 +54,7 @@ class OnnxConverter(Converter[WeightJob]):
 
     def convert(self, job: WeightJob, count: Callable[[int], None]) -> PartRecord:
         """Write one part. Raises as reading and quantising do."""
-        checkpoint = recorded(self.weights.checkpoint, count, run_starts(job, self.weights))
+        checkpoint = recorded(self.weights.checkpoint, count, self.weights.run_starts(job.source))
         regions = [OpenRegion(planned) for planned in self.planned_regions(job)]
         produced = job.produce(Weights(checkpoint=checkpoint, table=self.weights.table))
         with self.data.open("r+b", buffering=0) as file:
@@ -66,16 +66,3 @@ class OnnxConverter(Converter[WeightJob]):
             raise AssertionError(f"{job.source}: wrote to {[region.position for region in regions]}, planned {ends}")
         written = tuple(region.finish() for region in regions)
         return PartRecord(part=job.source, sources=checkpoint.runs(), regions=written)
-
-
-def planned_regions(job: WeightJob, placement: Placement) -> list[PlannedRegion]:
-    """Name, offset and bytes of what a job writes."""
-    return [
-        PlannedRegion(output.name, placement.offsets[output.name][0], aligned(output.num_bytes))
-        for output in job.outputs
-    ]
-
-
-def run_starts(job: WeightJob, weights: Weights) -> dict[str, list[int]]:
-    """At which bytes of each source tensor a run of reading begins: where one of the job's parts does."""
-    return weights.run_starts(job.source)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.checkpoint.tensor_table import Role, Weights
+from export.conversion.parts import PlannedRegion
 from export.errors import QuantizationError
 from export.provider import FLOAT16_MAX
 from export.quantize.grid import pack, quantize_blocks
@@ -116,6 +117,13 @@ class Placement:
 
     offsets: dict[str, tuple[int, int]]
     total_bytes: int
+
+    def regions(self, job: WeightJob) -> list[PlannedRegion]:
+        """What a job writes: its initializers, each with the zeros up to the next."""
+        return [
+            PlannedRegion(output.name, self.offsets[output.name][0], aligned(output.num_bytes))
+            for output in job.outputs
+        ]
 
 
 def aligned(num_bytes: int) -> int:
