@@ -36,7 +36,7 @@ from trt_build.engine import FORMAT_VERSION, Engine, Source, open_engine, record
 from trt_build.engine_flags import add_engine_arguments, read_checkpoint, read_engine_options
 from trt_build.manifest import TRTLLM_BACKEND
 from trt_build.ort.genai_config import GENAI_FILE
-from trt_build.ort.kernels import is_compiled
+from trt_build.ort.kernels import found_fault, remedy
 from trt_build.prepare import EngineOptions, PreparedBuild, check_options, libraries, prepare_build
 from trt_build.progress_line import ProgressLine
 from trt_build.trtllm_flags import refuse_trtllm_flags
@@ -58,11 +58,12 @@ def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | N
     lie beside it, and the same options take them up.
     """
     provider, _ = check_options(options)
-    if provider.kernels == OWN_KERNELS and not is_compiled():
+    fault = found_fault() if provider.kernels == OWN_KERNELS else None
+    if fault is not None:
         logger.warning(
-            "moeship's CPU kernels are not compiled here: the engine is written, and loads where they are; install a "
-            "C++17 compiler (g++ or clang++) and moeship again to verify and serve it here"
-        )
+            "moeship's CPU kernels cannot be used here: %s; the engine is written, and loads where they can; to verify "
+            "and serve it here, %s", fault, remedy(),
+        )  # fmt: skip
     refuse_made(options.output, "the engine")
     build = prepare_build(options)
     checkpoint = build.checkpoint

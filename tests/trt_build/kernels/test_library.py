@@ -4,7 +4,6 @@ import ctypes
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from kernel_nodes import block_linear, needs_kernels, random_matrices
 
 from trt_build.errors import EngineError
 from trt_build.ort import kernels
+from trt_build.ort.kernels import __main__  # noqa: F401 - an attribute of the package
 
 SOURCES = Path(kernels.__file__).parent
 needs_cc = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler: cc is not on PATH")
@@ -73,20 +73,16 @@ def test_the_sources_have_the_interface_and_the_layout_that_python_expects():
     assert int(numbers["kLayout"]) == LAYOUT
 
 
-def test_the_command_says_in_one_line_what_is_missing_or_that_nothing_is(tmp_path):
-    shutil.copytree(SOURCES, tmp_path / "trt_build/ort/kernels", ignore=shutil.ignore_patterns("*.so"))
-    for package in ("trt_build", "trt_build/ort"):
-        shutil.copy(SOURCES.parents[1] / "errors.py", tmp_path / "trt_build")
-        (tmp_path / package / "__init__.py").touch()
-    shutil.copytree(SOURCES.parents[2] / "export", tmp_path / "export")
-    command = [sys.executable, "-m", "trt_build.ort.kernels"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr.count("\n")) == ("", 1)
-    for text in ("does not exist", "run on ONNX Runtime's kernels, which decode slower", "install moeship again"):
-        assert text in done.stderr
-    done = subprocess.run(command, cwd=SOURCES.parents[2], capture_output=True, text=True, check=True)
-    assert (done.stdout + done.stderr).count("\n") == 1
-    assert bool(done.stdout) == kernels.is_compiled()
+@pytest.mark.parametrize("fault", [None, "there are none"])
+def test_the_command_says_in_one_line_what_is_missing_or_that_nothing_is(monkeypatch, capsys, fault):
+    monkeypatch.setattr(kernels.__main__, "found_fault", lambda: fault)
+    monkeypatch.setattr(kernels.__main__, "library", lambda: "moeship_kernels.so")
+    kernels.__main__.main()
+    out, err = capsys.readouterr()
+    assert out == ("" if fault else "moeship's CPU kernels: moeship_kernels.so\n")
+    assert err.count("\n") == bool(fault)
+    for text in ("there are none; ", "are built for ONNX Runtime's, which decode at", "install moeship again"):
+        assert (text in err) == bool(fault)
 
 
 @needs_kernels

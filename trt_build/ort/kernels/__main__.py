@@ -14,8 +14,8 @@ def main() -> None:
         sys.stdout.write(f"moeship's CPU kernels: {library()}\n")
         return
     sys.stderr.write(
-        f"moeship's CPU kernels are not used: {fault}; quantised engines for the CPU run on ONNX Runtime's kernels, "
-        f"which decode slower; {remedy()}\n"
+        f"moeship's CPU kernels are not used: {fault}; int8 and int4 engines for the CPU are built for ONNX "
+        f"Runtime's, which decode at two thirds of the speed or less; {remedy()}\n"
     )
 
 
