@@ -45,11 +45,12 @@ class Region:
 
 @dataclass(frozen=True, kw_only=True)
 class PartRecord:
-    """What one job read and wrote."""
+    """What one job read and wrote. `warning` is said when all parts are there; an engine's records leave it out."""
 
     part: str
     sources: Mapping[str, tuple[Run, ...]]
     regions: tuple[Region, ...]
+    warning: str | None = None
 
 
 class OpenRegion:
@@ -98,7 +99,12 @@ def damaged_regions(path: Path, regions: Iterable[Region]) -> list[str]:
 
 def records_text(records: Iterable[PartRecord]) -> str:
     """One JSON object a line."""
-    return "".join(json.dumps(asdict(record), separators=(",", ":")) + "\n" for record in records)
+    lines = []
+    for record in records:
+        values = asdict(record)
+        del values["warning"]
+        lines.append(json.dumps(values, separators=(",", ":")) + "\n")
+    return "".join(lines)
 
 
 def read_records(path: Path) -> list[PartRecord]:

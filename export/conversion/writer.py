@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,8 @@ from export.conversion.converter import Converter, J
 from export.conversion.parts import PartRecord, damaged_regions, read_record
 from export.conversion.workers import convert_in_workers, peak_memory, worker_memory
 from export.files.resume import PartialFolder
+
+logger = logging.getLogger(__name__)
 
 MAX_WORKERS = 4  # each holds what one job does
 WORKER_BYTES = 1 << 26  # of source tensors, which a process converts in less time than another takes to start
@@ -38,7 +41,7 @@ def write_parts(
 ) -> list[PartRecord]:
     """Write every part into the converter's files, but for those that are there already; returns all parts' records.
 
-    `progress` is called a few times a second.
+    Logs their warnings, also those of parts that an earlier run wrote. `progress` is called a few times a second.
     """
     records = _finished_parts(converter, jobs, folder.records)
     left = [job for job in jobs if job.source not in records]
@@ -63,7 +66,11 @@ def write_parts(
                 for file in opened:
                     os.fdatasync(file.fileno())
                 flushed = 0
-    return [records[job.source] for job in jobs]
+    finished = [records[job.source] for job in jobs]
+    for record in finished:
+        if record.warning is not None:
+            logger.warning("%s", record.warning)
+    return finished
 
 
 def _finished_parts(

@@ -13,6 +13,7 @@ from export.conversion.converter import Converter
 from export.conversion.parts import OpenRegion, PartRecord, PlannedRegion
 from export.onnx_graph.weights import Layout, Placement, WeightJob
 from export.quantize.grid import SLICE_VALUES
+from export.quantize.half_scales import SmallScales
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,8 @@ class OnnxConverter(Converter[WeightJob]):
         """Write one part. Raises as reading and quantising do."""
         checkpoint = recorded(self.weights.checkpoint, count, self.weights.run_starts(job.source))
         regions = [OpenRegion(planned) for planned in self.planned_regions(job)]
-        produced = job.produce(Weights(checkpoint=checkpoint, table=self.weights.table))
+        small = SmallScales()
+        produced = job.produce(Weights(checkpoint=checkpoint, table=self.weights.table), small)
         with self.data.open("r+b", buffering=0) as file:
             for pieces in produced:
                 for region, piece in zip(regions, pieces, strict=True):
@@ -65,4 +67,6 @@ class OnnxConverter(Converter[WeightJob]):
         if [region.position for region in regions] != ends:
             raise AssertionError(f"{job.source}: wrote to {[region.position for region in regions]}, planned {ends}")
         written = tuple(region.finish() for region in regions)
-        return PartRecord(part=job.source, sources=checkpoint.runs(), regions=written)
+        return PartRecord(
+            part=job.source, sources=checkpoint.runs(), regions=written, warning=small.warning(job.source)
+        )

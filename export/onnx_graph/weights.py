@@ -20,6 +20,7 @@ from export.conversion.parts import PlannedRegion
 from export.errors import QuantizationError
 from export.provider import FLOAT16_MAX
 from export.quantize.grid import pack, quantize_blocks
+from export.quantize.half_scales import SmallScales
 from export.quantize.layout import GROUP_ROWS, MatrixLayout
 
 ALIGNMENT_BYTES = 256  # what CUDA's own allocations begin at; a multiple of the 64 bytes of a cache line and a register
@@ -67,8 +68,8 @@ class WeightJob:
         """Of how many rows a multiple is taken together."""
         return GROUP_ROWS if self.layout is Layout.GROUPS else 1
 
-    def produce(self, weights: Weights) -> Iterator[tuple[npt.NDArray[Any], ...]]:
-        """Consecutive pieces of every output, in step.
+    def produce(self, weights: Weights, small: SmallScales) -> Iterator[tuple[npt.NDArray[Any], ...]]:
+        """Consecutive pieces of every output, in step; `small` takes in the scales that are stored as float16.
 
         Raises QuantizationError for values that the output's dtype cannot hold.
         """
@@ -81,16 +82,17 @@ class WeightJob:
             if row < self.scaled_rows:
                 chunk[: self.scaled_rows - row] *= np.float32(self.row_factor)
             row += len(chunk)
-            pieces = (chunk,) if self.layout is Layout.PLAIN else self._blocks(chunk)
+            pieces = (chunk,) if self.layout is Layout.PLAIN else self._blocks(chunk, small)
             yield tuple(
                 _as_float16(piece, self.source) if output.dtype == "float16" else piece
                 for piece, output in zip(pieces, self.outputs, strict=True)
             )
 
-    def _blocks(self, chunk: npt.NDArray[np.float32]) -> tuple[npt.NDArray[Any], ...]:
+    def _blocks(self, chunk: npt.NDArray[np.float32], small: SmallScales) -> tuple[npt.NDArray[Any], ...]:
         half_scales = self.layout is Layout.GROUPS
         codes, scales = quantize_blocks(chunk, self.bits, self.block_size, half_scales=half_scales)
         if self.layout is Layout.GROUPS:
+            small.add(chunk, scales, self.bits, self.block_size)
             rows, features = chunk.shape
             matrix = MatrixLayout(rows=rows, features=features, bits=self.bits, block_size=self.block_size)
             return matrix.pack_codes(codes), matrix.pack_scales(scales)

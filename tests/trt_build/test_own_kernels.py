@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -199,6 +200,28 @@ def test_a_weight_beyond_float16s_scales_is_refused(tmp_path, tiny_checkpoint):
     ):
         build(checkpoint, tmp_path / "engine")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_scales_too_small_for_float16_are_told_once_of_each_matrix_also_by_the_run_that_resumes(
+    tmp_path, tiny_checkpoint, caplog
+):
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    tensors = load_file(checkpoint / "model.safetensors")
+    weight = tensors["transformer.h.0.mixer.Wqkv.weight"]
+    weight[3] *= 1e-6 / np.abs(weight[3]).max()  # a row of 192 features: 3 blocks of 64
+    save_file(tensors, checkpoint / "model.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        build(checkpoint, tmp_path / "engine", interrupt)
+    engine = build(checkpoint, tmp_path / "engine")
+    found = [line for line in caplog.messages if "float16" in line]
+    assert len(found) == 1
+    assert re.match(
+        r"quantising transformer\.h\.0\.mixer\.Wqkv\.weight: 3 of 1728 blocks .* by up to \d+\.\d%", found[0]
+    )
+    assert "float16" not in (engine.folder / "weights.jsonl").read_text()
+    caplog.clear()
+    build(checkpoint, tmp_path / "onnxruntime", kernels="onnxruntime")
+    assert "float16" not in caplog.text
 
 
 def test_without_the_compiled_library_an_engine_is_written_and_refused_when_it_is_loaded(
