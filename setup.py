@@ -21,6 +21,7 @@ INSTRUCTIONS = {
     "level_avx2": AVX2,
     "level_avx512bw": AVX512,
     "level_avx512vnni": (*AVX512, "-mavx512vnni"),
+    "level_amx": (*AVX512, "-mavx512vnni"),
 }
 # No product and sum are contracted that the source does not fuse: every instruction set has to give the same bits.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-fno-math-errno", "-g0", "-w")

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
+import hashlib
 import os
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -13,7 +19,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export.quantize.layout import LAYOUT, MatrixLayout
-from trt_build.ort.kernels import DOMAIN, LEVEL_VARIABLE, is_compiled, library
+from trt_build.ort.kernels import COMPILERS, DOMAIN, LEVEL_VARIABLE, LIBRARY_FILE, is_compiled, library
 
 needs_kernels = pytest.mark.skipif(
     not is_compiled(), reason="moeship's CPU kernels are not compiled here (python -m trt_build.ort.kernels says why)"
@@ -24,7 +30,10 @@ LEVELS = {  # and the flags of /proc/cpuinfo that each needs
     "avx2": {"avx2", "fma", "f16c"},
     "avx512bw": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
     "avx512vnni": {"avx512_vnni"},
+    "amx": {"amx_tile", "amx_int8"},
 }
+EMULATED = "emulated "  # before the name of a level: that of `emulating_library`
+ROOT = Path(__file__).parents[1]
 
 
 def levels():
@@ -32,6 +41,37 @@ def levels():
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
     return [name for name, needed in LEVELS.items() if needed <= flags]
+
+
+def levels_and_emulations():
+    """Also the emulated AMX level, on a CPU with what the rest of that level is compiled for."""
+    found = levels()
+    if "avx512vnni" in found and any(map(shutil.which, COMPILERS)):
+        found.append(f"{EMULATED}amx")
+    return found
+
+
+@functools.cache
+def emulating_library() -> Path:
+    """The library as amx_tiles.h makes it for tests: AMX's instructions are computed, and it does without what
+    MOESHIP_CPU_WITHOUT names. Compiled once for the sources as they are, by whichever process comes first."""
+    kernels = ROOT / "trt_build/ort/kernels"
+    sources = sorted([*kernels.glob("*.cpp"), *kernels.glob("*.h"), ROOT / "setup.py"])
+    flags = {name: os.environ.get(name, "") + " -DMOESHIP_EMULATED_CPU" for name in ("CFLAGS", "CXXFLAGS")}
+    digest = hashlib.sha256(repr(flags).encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()
+    folder = ROOT / "build/emulating" / digest[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    made = folder / "trt_build/ort/kernels" / LIBRARY_FILE
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.is_file():
+            command = ["setup.py", "-q", "build_ext", f"--build-lib={folder}", f"--build-temp={folder / 'objects'}"]
+            environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"} | flags
+            ran = subprocess.run(
+                [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+            )
+            assert made.is_file(), ran.stderr
+    return made
 
 
 @dataclass
@@ -100,7 +140,7 @@ class Node:
     initializers: dict
     feeds: dict = field(default_factory=dict)
 
-    def session(self, level="", threads=2):
+    def session(self, level="", threads=2, path=None):
         inputs = list(self.inputs)
         while not inputs[-1]:
             inputs.pop()
@@ -117,7 +157,9 @@ class Node:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = threads
-        options.register_custom_ops_library(str(library()))
+        if level.startswith(EMULATED):
+            path, level = emulating_library(), level.removeprefix(EMULATED)
+        options.register_custom_ops_library(str(path or library()))
         with mock.patch.dict(os.environ, {LEVEL_VARIABLE: level}):
             return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
@@ -126,7 +168,7 @@ class Node:
 
     def run_everywhere(self, feeds):
         """The result, which every instruction set gives bit by bit; NaN is NaN, whatever its payload."""
-        found = {level: self.run(feeds, level) for level in levels()}
+        found = {level: self.run(feeds, level) for level in levels_and_emulations()}
         first = found["plain"]
         for level, other in found.items():
             numbers = ~np.isnan(first)

@@ -96,7 +96,10 @@ def _messages() -> list[str]:
     folders = ("cli", "clients", "export", "triton_repo", "trt_build")
     trees = [ast.parse(path.read_text("utf-8")) for folder in folders for path in (ROOT / folder).rglob("*.py")]
     nodes = [node for tree in trees for node in ast.walk(tree)]
-    return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    kernels = [path.read_text("utf-8") for path in (ROOT / "trt_build/ort/kernels").glob("*.cpp")]
+    return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)] + [
+        literal for text in kernels for literal in re.findall(r'"([^"\n]+)"', text)
+    ]
 
 
 @pytest.mark.parametrize(

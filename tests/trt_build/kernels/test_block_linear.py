@@ -11,7 +11,10 @@ from export.quantize.layout import BITS, BLOCK_SIZES
 
 pytestmark = needs_kernels
 # Rows below, at and above a tile; widths that are not whole groups and blocks.
-SHAPES = [(1, 16, 64), (2, 17, 96), (3, 40, 200), (5, 1, 33), (8, 33, 70), (9, 100, 384), (16, 48, 129), (40, 31, 257)]
+SHAPES = [
+    (1, 16, 64), (2, 17, 96), (3, 40, 200), (4, 18, 160), (5, 1, 33), (8, 33, 70), (9, 100, 384), (13, 20, 300),
+    (16, 48, 129), (40, 31, 257),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("bits", BITS)

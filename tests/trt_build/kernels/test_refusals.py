@@ -1,8 +1,21 @@
 """What does not fit is refused with one clear sentence, when the graph is loaded or run: never wrong numbers."""
 
+import platform
+
 import numpy as np
 import pytest
-from kernel_nodes import block_linear, experts, levels, needs_kernels, random_matrices
+from kernel_nodes import (
+    block_linear,
+    emulating_library,
+    experts,
+    levels,
+    levels_and_emulations,
+    needs_kernels,
+    random_matrices,
+)
+
+from trt_build.errors import EngineError
+from trt_build.ort import kernels
 
 pytestmark = needs_kernels
 
@@ -130,5 +143,21 @@ def test_an_instruction_set_that_is_unknown():
 
 
 def test_every_instruction_set_of_this_cpu_is_there():
-    for level in levels():
+    for level in levels_and_emulations():
         linear().session(level=level)
+    assert kernels.chosen_level() == levels()[-1]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="plain serves on what is no x86 CPU")
+@pytest.mark.parametrize("lacks", ["avx2", "fma", "f16c"])
+def test_an_x86_cpu_without_avx2_is_refused_but_for_plain(monkeypatch, lacks):
+    path = emulating_library()
+    monkeypatch.setenv("MOESHIP_CPU_WITHOUT", lacks)
+    with pytest.raises(Exception, match=f"this CPU lacks {lacks}; .* --kernels onnxruntime, .* plain, which is slow"):
+        linear().session(path=path)
+    with pytest.raises(Exception, match="LEVEL is avx2, this CPU has plain;"):
+        linear().session("avx2", path=path)
+    linear().session("plain", path=path)
+    monkeypatch.setattr(kernels, "_LIBRARY", path)
+    with pytest.raises(EngineError, match=f"this CPU lacks {lacks}; build the engine with"):
+        kernels.chosen_level()

@@ -4,14 +4,22 @@ Operators of the domain `moeship`, version 1: BlockLinear and Experts; block_lin
 takes. Their weights lie in the one layout of `export.quantize.layout`. A session finds them after
 `SessionOptions.register_custom_ops_library(str(library()))`.
 
-The environment variable MOESHIP_KERNELS_LEVEL names an instruction set (plain, avx2, avx512bw, avx512vnni) in place of
-the best that the CPU has; all of them give the same bits.
+The library has every product for several instruction sets (levels), and takes the last of these that the CPU has:
+
+| level | needs |
+|---|---|
+| plain | C++; for CPUs that are no x86, an x86 CPU is refused with it unless it is asked for |
+| avx2 | AVX2, FMA, F16C |
+| avx512bw | AVX-512 F, BW, DQ, VL |
+| avx512vnni | AVX-512 VNNI |
+| amx | AMX's int8 tiles, which Linux has to grant |
+
+The environment variable MOESHIP_KERNELS_LEVEL names another. All of them give the same bits.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import shutil
 from pathlib import Path
 
@@ -21,7 +29,7 @@ from trt_build.errors import EngineError
 DOMAIN = names.MOESHIP_DOMAIN
 LEVEL_VARIABLE = "MOESHIP_KERNELS_LEVEL"
 LIBRARY_FILE = "moeship_kernels.so"
-INTERFACE = 1  # of the library that this version of moeship takes: kInterface in layout.h
+INTERFACE = 2  # of the library that this version of moeship takes: kInterface in layout.h
 COMPILERS = ("g++", "clang++")
 _LIBRARY = Path(__file__).with_name(LIBRARY_FILE)
 
@@ -67,13 +75,10 @@ def remedy() -> str:
 
 def chosen_level() -> str:
     """The instruction set that the compiled kernels run with in this process. Raises EngineError where the library
-    cannot be used, or is asked for an instruction set that this CPU does not have."""
+    cannot be used, is asked for an instruction set that this CPU does not have, or is on an x86 CPU without AVX2."""
     ask = ctypes.CDLL(str(library())).MoeshipKernelsLevel
-    ask.restype = ctypes.c_char_p
-    name: bytes | None = ask()
+    ask.restype, problem = ctypes.c_char_p, ctypes.c_char_p()
+    name: bytes | None = ask(ctypes.byref(problem))
     if name is None:
-        raise EngineError(
-            f"choosing the kernels' instruction set: this CPU does not have {LEVEL_VARIABLE}="
-            f"{os.environ.get(LEVEL_VARIABLE)}; unset it to take the best that the CPU has"
-        )
+        raise EngineError((problem.value or b"choosing the kernels' instruction set").decode())
     return name.decode()

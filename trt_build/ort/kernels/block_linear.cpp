@@ -33,14 +33,14 @@ class BlockLinear : public Kernel {
     Scratch scratch;
     scratch.reserve(Activations::bytes(settings_, tokens, w));
     const Activations activations(settings_, tokens, w, scratch);
-    const int64_t tiles = (tokens + kTileRows - 1) / kTileRows;
+    const int64_t most = settings_.tile_rows, tiles = (tokens + most - 1) / most;
     auto tile_at = [&](int64_t t) {
-      return activations.tile(t * kTileRows, static_cast<int>(std::min<int64_t>(kTileRows, tokens - t * kTileRows)));
+      return activations.tile(t * most, static_cast<int>(std::min(most, tokens - t * most)));
     };
     call.parallel(tiles, [&](int64_t t) {
       const Tile tile = tile_at(t);
       for (int r = 0; r < tile.rows; ++r)
-        activations.put(static_cast<const float*>(x.data) + (t * kTileRows + r) * features_, features_, 0, r, tile);
+        activations.put(static_cast<const float*>(x.data) + (t * most + r) * features_, features_, 0, r, tile);
     });
     const int64_t step = groups_of_task(w, 1);
     call.parallel((w.groups + step - 1) / step, [&](int64_t task) {
@@ -51,7 +51,7 @@ class BlockLinear : public Kernel {
         const Tile tile = tile_at(t);
         settings_.level->product(w, first, count, tile, sums);
         for (int r = 0; r < tile.rows; ++r)
-          std::memcpy(y + (t * kTileRows + r) * rows_ + column, sums + r * count * kGroupRows,
+          std::memcpy(y + (t * most + r) * rows_ + column, sums + r * count * kGroupRows,
                       sizeof(float) * static_cast<size_t>(width));
       }
     });

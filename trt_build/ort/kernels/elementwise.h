@@ -74,8 +74,10 @@ inline void activate(const Nonlinearity& f, float* y, int64_t count) {
 
 // Scale: the block's largest magnitude / 127; codes: the nearest integers to x / scale. A block that holds an infinity
 // or NaN has the scale NaN, which every product takes over.
-inline void quantize(const float* x, int64_t count, int block, int zero, int64_t first_block, int row,
-                     const Tile& tile) {
+//
+// A block's codes begin row_bytes times the row behind the block's first; quads of them are quad_bytes apart.
+inline void quantize_quads(const float* x, int64_t count, int block, int zero, int64_t first_block, int row,
+                           const Tile& tile, int64_t row_bytes, int64_t quad_bytes) {
   for (int64_t b = 0; b * block < count; ++b) {
     const int64_t left = count - b * block;
     const int here = left < block ? static_cast<int>(left) : block;
@@ -105,9 +107,14 @@ inline void quantize(const float* x, int64_t count, int block, int zero, int64_t
     const int64_t place = (first_block + b) * tile.rows + row;
     tile.scales[place] = scale;
     tile.offsets[place] = -zero * sum;
-    int8_t* to = tile.codes + ((first_block + b) * (block / 4) * tile.rows + row) * 4;
-    for (int quad = 0; quad < block / 4; ++quad) std::memcpy(to + int64_t{4} * quad * tile.rows, codes + 4 * quad, 4);
+    int8_t* to = tile.codes + (first_block + b) * block * tile.rows + row * row_bytes;
+    for (int quad = 0; quad < block / 4; ++quad) std::memcpy(to + quad * quad_bytes, codes + 4 * quad, 4);
   }
+}
+
+inline void quantize(const float* x, int64_t count, int block, int zero, int64_t first_block, int row,
+                     const Tile& tile) {
+  quantize_quads(x, count, block, zero, first_block, row, tile, 4, int64_t{4} * tile.rows);
 }
 
 inline void accumulate(const float* y, float factor, float* out, int64_t count) {

@@ -35,7 +35,7 @@ struct Span {
 // The choices of every token, sorted by expert and then token.
 class Routing {
  public:
-  Routing(const float* logits, int64_t tokens, int64_t experts, int64_t k) : choices_(tokens * k) {
+  Routing(const float* logits, int64_t tokens, int64_t experts, int64_t k, int64_t tile_rows) : choices_(tokens * k) {
     std::vector<int64_t> chosen(tokens * k), ends(experts + 1, 0);
     std::vector<float> weights(tokens * k);
     for (int64_t t = 0; t < tokens; ++t) {
@@ -43,8 +43,8 @@ class Routing {
       for (int64_t i = 0; i < k; ++i) ++ends[chosen[t * k + i] + 1];
     }
     for (int64_t e = 0; e < experts; ++e) {
-      for (int64_t first = 0; first < ends[e + 1]; first += kTileRows)
-        spans_.push_back({e, ends[e] + first, static_cast<int>(std::min<int64_t>(kTileRows, ends[e + 1] - first))});
+      for (int64_t first = 0; first < ends[e + 1]; first += tile_rows)
+        spans_.push_back({e, ends[e] + first, static_cast<int>(std::min(tile_rows, ends[e + 1] - first))});
       if (ends[e + 1]) active_.push_back(e);
       ends[e + 1] += ends[e];
     }
@@ -110,7 +110,7 @@ class Experts : public Kernel {
     float* y = call.output(0, x.shape);
     if (!tokens) return;
 
-    const Routing routing(logits, tokens, experts_, k_);
+    const Routing routing(logits, tokens, experts_, k_, settings_.tile_rows);
     const auto rows = static_cast<int64_t>(routing.choices().size());
     Scratch scratch;
     scratch.reserve(Activations::bytes(settings_, rows, in_.shape()) +
@@ -140,7 +140,7 @@ class Experts : public Kernel {
         inputs.put(x + routing.choices()[spans[s].first + r].token * hidden_, hidden_, 0, r, tile);
     };
     const auto count = static_cast<int64_t>(spans.size());
-    if (routing.choices().size() <= kTileRows) {
+    if (routing.choices().size() <= kFewRows) {
       for (int64_t s = 0; s < count; ++s) fill(s);
     } else {
       call.parallel(count, fill);

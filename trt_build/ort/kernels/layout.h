@@ -13,11 +13,12 @@
 namespace moeship {
 
 constexpr int64_t kLayout = 1;
-constexpr int64_t kInterface = 1;  // counted up with kLayout, and where an operator's inputs or attributes change
+constexpr int64_t kInterface = 2;  // counted up with kLayout, and where an operator or a function of the library changes
 constexpr int kGroupRows = 16;
 constexpr int kLineBytes = 64;
 constexpr int kUnit = 32;      // input features that every block size is a multiple of; they have `bits` lines
-constexpr int kTileRows = 8;   // rows of activations that are multiplied together
+constexpr int kTileRows = 16;  // the most rows of activations that are multiplied together
+constexpr int kFewRows = 8;    // what registers have room for
 constexpr int kMostGroups = 32;  // groups of one task
 
 struct Matrix {
@@ -37,7 +38,7 @@ struct Matrix {
 };
 
 // Up to kTileRows rows of activations, side by side so that one pointer walks through all of them. Int8 codes
-// [features / 4][rows][4] with a scale and what a block's zero point adds, both [blocks][rows]; or float values
+// [features / 4][rows][4] (level_amx.cpp has an order of its own) with a scale and what a block's zero point adds, both [blocks][rows]; or float values
 // [features][rows].
 struct Tile {
   int rows;
@@ -58,6 +59,7 @@ struct Nonlinearity {
 // fused multiplications in the same places: all levels give the same bits.
 struct Level {
   const char* name;
+  int tile_rows;  // the most rows of a tile that its int8 products take; float32 activations: kFewRows
   // y[row][count * 16] = the tile's rows times the groups [first, first + count), bias added.
   void (*product)(const Matrix& w, int64_t first, int64_t count, const Tile& x, float* y);
   // Round x[count] to int8 into row `row` of a tile from block `first_block` on, zeros up to the end of a block. `zero`
@@ -71,7 +73,7 @@ struct Level {
 
 extern const Level kPlain;
 #if defined(__x86_64__)
-extern const Level kAvx2, kAvx512bw, kAvx512vnni;
+extern const Level kAvx2, kAvx512bw, kAvx512vnni, kAmx;
 #endif
 
 }  // namespace moeship

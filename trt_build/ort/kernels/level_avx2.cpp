@@ -55,6 +55,6 @@ struct Avx2 {
 
 }  // namespace
 
-const Level kAvx2 = {"avx2", product<Avx2>, quantize, activate, accumulate};
+const Level kAvx2 = {"avx2", kFewRows, product<Avx2>, quantize, activate, accumulate};
 
 }  // namespace moeship

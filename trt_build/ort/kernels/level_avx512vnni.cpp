@@ -17,6 +17,6 @@ struct Avx512vnni : Avx512 {
 
 }  // namespace
 
-const Level kAvx512vnni = {"avx512vnni", product<Avx512vnni>, quantize, activate, accumulate};
+const Level kAvx512vnni = {"avx512vnni", kFewRows, product<Avx512vnni>, quantize, activate, accumulate};
 
 }  // namespace moeship

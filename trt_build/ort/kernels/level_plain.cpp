@@ -69,6 +69,6 @@ void product(const Matrix& w, int64_t first, int64_t count, const Tile& x, float
 
 }  // namespace
 
-const Level kPlain = {"plain", product, quantize, activate, accumulate};
+const Level kPlain = {"plain", kFewRows, product, quantize, activate, accumulate};
 
 }  // namespace moeship

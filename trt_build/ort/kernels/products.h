@@ -173,7 +173,7 @@ inline void product_of_bits(const Matrix& w, int64_t first, int64_t count, const
 
 template <class V>
 void product(const Matrix& w, int64_t first, int64_t count, const Tile& x, float* y) {
-  constexpr auto rows = std::make_integer_sequence<int, kTileRows>();
+  constexpr auto rows = std::make_integer_sequence<int, kFewRows>();
   if (w.bits == 4) return product_of_bits<V, 4>(w, first, count, x, y, rows);
   if (w.bits == 8) return product_of_bits<V, 8>(w, first, count, x, y, rows);
   product_of_bits<V, 2>(w, first, count, x, y, rows);

@@ -107,12 +107,14 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   });
 }
 
-// The name of the instruction set that kernels are run with here; null where MOESHIP_KERNELS_LEVEL names one that this
-// CPU does not have.
-extern "C" __attribute__((visibility("default"))) const char* MoeshipKernelsLevel() {
+// The name of the instruction set that kernels are run with here; null where there is none, and `problem` says why.
+extern "C" __attribute__((visibility("default"))) const char* MoeshipKernelsLevel(const char** problem) {
   try {
     return moeship::chosen_level().name;
-  } catch (const moeship::Failure&) {
+  } catch (const moeship::Failure& failure) {
+    static thread_local std::string text;
+    text = failure.text;
+    *problem = text.c_str();
     return nullptr;
   }
 }

@@ -3,7 +3,15 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+#include "amx_tiles.h"
+#endif
 
 namespace moeship {
 namespace {
@@ -30,6 +38,25 @@ Tensor describe(const OrtApi& api, const OrtValue* value) {
   check(api, status);
   return tensor;
 }
+
+#if defined(__x86_64__)
+using Extension = std::pair<const char*, bool>;  // an extension of the instruction set: does the CPU have it?
+
+// A build for tests (amx_tiles.h) does without the extensions that MOESHIP_CPU_WITHOUT names.
+Extension extension(const char* name, bool has) {
+#if defined(MOESHIP_EMULATED_CPU)
+  const char* without = std::getenv("MOESHIP_CPU_WITHOUT");
+  if (without && std::strstr(without, name)) has = false;
+#endif
+  return {name, has};
+}
+#define CPU_HAS(name) extension(name, __builtin_cpu_supports(name))
+
+bool has_f16c() {  // GCC before 11 and clang before 17 do not know it by name
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
 
 const char* type_name(ONNXTensorElementDataType type) {
   switch (type) {
@@ -140,6 +167,7 @@ Settings read_settings(const Node& node) {
     node.fail("found block_size " + std::to_string(settings.block) + ", expected 32, 64 or 128");
   settings.floats = node.choice("activations", {"int8", "float32"}) == "float32";
   settings.level = &chosen_level();
+  settings.tile_rows = settings.floats ? kFewRows : settings.level->tile_rows;
   return settings;
 }
 
@@ -263,23 +291,34 @@ int64_t groups_of_task(const Matrix& weights, int64_t multiple) {
 
 const Level& chosen_level() {
   std::vector<const Level*> levels = {&kPlain};
+  std::string missing;
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx2) levels.push_back(&kAvx2);
-  if (avx512) levels.push_back(&kAvx512bw);
-  if (avx512 && __builtin_cpu_supports("avx512vnni")) levels.push_back(&kAvx512vnni);
+  static const bool has_tiles = tiles_usable();
+  for (const auto& [name, has] : {CPU_HAS("avx2"), CPU_HAS("fma"), extension("f16c", has_f16c())})
+    if (!has) missing += (missing.empty() ? "" : ", ") + std::string(name);
+  bool further = missing.empty();
+  const auto add = [&](const Level& level, std::initializer_list<Extension> needed) {
+    for (const Extension& extension : needed) further = further && extension.second;
+    if (further) levels.push_back(&level);
+  };
+  add(kAvx2, {});
+  add(kAvx512bw, {CPU_HAS("avx512f"), CPU_HAS("avx512bw"), CPU_HAS("avx512dq"), CPU_HAS("avx512vl")});
+  add(kAvx512vnni, {CPU_HAS("avx512vnni")});
+  add(kAmx, {extension("amx", has_tiles)});
 #endif
   const char* asked = std::getenv("MOESHIP_KERNELS_LEVEL");
-  if (!asked || !*asked) return *levels.back();
+  if (!asked || !*asked) {
+    if (missing.empty()) return *levels.back();
+    throw Failure{"choosing the kernels' instruction set: this CPU lacks " + missing +
+                  "; build the engine with --kernels onnxruntime, or set MOESHIP_KERNELS_LEVEL to plain, which is slow"};
+  }
   std::string have;
   for (const Level* level : levels) {
     if (std::strcmp(asked, level->name) == 0) return *level;
     have += (have.empty() ? "" : ", ") + std::string(level->name);
   }
   throw Failure{std::string("choosing the kernels' instruction set: MOESHIP_KERNELS_LEVEL is ") + asked +
-                ", this CPU has " + have};
+                ", this CPU has " + have + "; unset it to take the last of them"};
 }
 
 }  // namespace moeship

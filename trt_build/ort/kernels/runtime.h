@@ -48,6 +48,7 @@ struct Settings {
   int bits, block;
   bool floats;  // activations stay float32
   const Level* level;
+  int tile_rows;  // the most of a tile
 };
 Settings read_settings(const Node& node);
 
