@@ -73,6 +73,20 @@ def free(client):
     return client.generate(request_to(SINGLE, max_tokens=60, end_id=NO_END_ID))
 
 
+@pytest.fixture(scope="module")
+def in_text_alone(free, tiny_engine) -> str:
+    """Three characters of the answer that its tokens do not spell, so that the engine does not see them: among them is
+    what stands for bytes that are no character."""
+    tokenizer, tokens = load_tokenizer(tiny_engine), list(free.token_ids)
+
+    def is_spelled(word: str) -> bool:
+        ids = tokenizer.encode(word)
+        return any(tokens[start : start + len(ids)] == ids for start in range(len(tokens)))
+
+    words = (free.text[start : start + 3] for start in range(10, len(free.text) - 3))
+    return next(word for word in words if not is_spelled(word))
+
+
 def request_to(model: str, **fields) -> GenerationRequest:
     return GenerationRequest(**{"model": model, "prompt": "def ", "max_tokens": 24, **fields})
 
@@ -126,10 +140,10 @@ def test_an_end_token_ends_both_with_its_log_probability(client, free):
     ask_both(client, end_id=free.token_ids[0], max_tokens=60)
 
 
-def test_a_stop_word_of_one_token_and_one_across_tokens_end_both(client, tiny_engine, free):
+def test_a_stop_word_of_one_token_and_one_across_tokens_end_both(client, tiny_engine, free, in_text_alone):
     tokenizer = load_tokenizer(tiny_engine)
     token = next(token for token in free.token_ids[5:] if tokenizer.decode([token]).isalnum())
-    for word in (tokenizer.decode([token]), free.text[10:13], free.text[20:22]):
+    for word in (tokenizer.decode([token]), free.text[10:13], free.text[20:22], in_text_alone):
         pieces = ask_both(client, stop_words=("never there", word), max_tokens=60, end_id=NO_END_ID)
         assert pieces[-1].finish_reason == "stop"
         assert "".join(piece.text for piece in pieces) == free.text[: free.text.index(word)]
@@ -189,8 +203,8 @@ def num_stopped(live) -> int:
     return len(re.findall(r"stopped the request \S+ \(1 in progress\)", live.server.log.read_text()))
 
 
-def test_a_stop_word_across_tokens_frees_the_engine(live, free):
-    asked = {"text_input": "def ", "max_tokens": 600, "end_id": NO_END_ID, "stop_words": [free.text[10:13]]}
+def test_a_stop_word_that_the_text_alone_shows_frees_the_engine(live, in_text_alone):
+    asked = {"text_input": "def ", "max_tokens": 600, "end_id": NO_END_ID, "stop_words": [in_text_alone]}
     before = num_stopped(live)
     responses = live.ask(STEPS, stream=True, **asked)
     assert num_stopped(live) == before + 1
