@@ -184,7 +184,7 @@ def test_kernels_that_cannot_run_are_a_problem(doctor, monkeypatch, tmp_path, pr
 
 
 def test_an_engine_that_does_not_fit_into_memory_is_a_problem(doctor, engine, monkeypatch):
-    monkeypatch.setattr("trt_build.machine.memory.available_memory", lambda: 1000)
+    monkeypatch.setattr("trt_build.engine_memory.available_memory", lambda: 1000)
     status, report = doctor(engine)
     assert status == 1
     assert "of memory available" in report["problems"][0]
