@@ -1,4 +1,4 @@
-"""What a decoder's configuration says, in the field's words, and the strict reader that turns config.json into it.
+"""The `Architecture` record of a decoder's sizes and constants, and the strict reader of config.json that fills it.
 
 Letters used throughout the project: B batch, S new tokens, P past tokens, T = B*S, H hidden, N query heads,
 G key/value heads, D head size, E experts, K experts per token, F expert width, V vocabulary, L layers, C cache length.
@@ -13,15 +13,15 @@ from typing import Any
 
 from export.errors import ConfigError, listing, named, shown, suggestion
 
-MAX_DIMENSION = 1 << 24  # far above any model's, far below what would exhaust memory by a slip of a digit
+MAX_DIMENSION = 1 << 24  # far above any model's size, and low enough that a mistyped digit cannot exhaust memory
 MAX_LAYERS = 1 << 14
 MAX_EXPERTS = 1 << 12  # the experts of a layer are compared with each other, pair by pair
-# Numbers reach the kernels as float32: those that are 0 or infinite there are no facts of a model.
+# Smallest and largest accepted number: in float32, as the kernels get it, a smaller one is 0 and a larger one infinite.
 MIN_REAL, MAX_REAL = 2.0**-126, 3.4e38
 
-SCORES = ("softmax", "sigmoid")  # of a router
-MAX_LISTED = 12  # unknown keys that are named
-MAX_POSITIONS = 1 << 20  # the rotary tables of as many positions are written into every graph
+SCORES = ("softmax", "sigmoid")  # functions by which a router turns logits into scores
+MAX_LISTED = 12  # number of unknown keys that an error names
+MAX_POSITIONS = 1 << 20  # limit on positions: every graph holds rotary tables with one row a position
 
 
 # Keys of config.json that export/tokenizer/settings.py reads, since other files can state them too.
@@ -35,12 +35,13 @@ def _check_real(name: str, value: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Router:
-    """How a mixture chooses K of its experts by their logits, and weighs them.
+    """How a mixture chooses K experts by their logits, and which weights it gives them.
 
-    `score` makes scores of all logits: "softmax" or "sigmoid". The K largest are chosen, with `bias` after a vector
-    was added to the scores, of several `groups` from the best of these alone; their scores without that vector,
-    divided by their sum where `normalise` says so and multiplied by `scale`, weigh the experts.
-    Raises ValueError for what is no router.
+    `score` is the function that turns the logits into scores: "softmax" or "sigmoid". The K experts with the largest
+    scores are chosen. With `bias`, a vector is added to the scores for this choice only. With several `groups`, only
+    experts of the best groups can be chosen. An expert's weight is its score without the vector; if `normalise` is
+    set, it is divided by the sum of the chosen experts' scores. At last it is multiplied by `scale`.
+    Raises ValueError for an unknown score, and for a scale or number of groups out of range.
     """
 
     score: str = "softmax"
@@ -59,9 +60,10 @@ class Router:
 
 @dataclass(frozen=True, kw_only=True)
 class Scales:
-    """Numbers that a network multiplies by: the embedding's rows, what attention and MLP or mixture each add to the
-    residual, and the products of query and key (None: by 1/sqrt(D)). Logits are divided by `logits`.
-    Raises ValueError for what is no positive number of float32's range."""
+    """Constant factors of a network. Each field is named after the values that are multiplied: `embedding` the rows of
+    the embedding, `residual` the outputs of attention and of MLP or mixture before they are added to the residual,
+    `attention` the products of query and key (None: 1/sqrt(D)). The logits are divided by `logits`.
+    Raises ValueError for a factor that is not a positive number in float32's range."""
 
     embedding: float = 1.0
     residual: float = 1.0
@@ -77,8 +79,8 @@ class Scales:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The facts of one decoder. `num_experts` is 0 for a dense model. Raises ValueError for sizes that no model has,
-    whatever file they come from."""
+    """Sizes and constants of one decoder. `num_experts` is 0 for a dense model. Raises ValueError for a size out of
+    range, whichever file it comes from."""
 
     family: str
     hidden_size: int  # H
@@ -94,13 +96,13 @@ class Architecture:
     rope_base: float
     norm_epsilon: float
     max_positions: int
-    source_dtype: str | None  # what the config claims; the tensors themselves decide
-    sliding_window: int | None = None  # positions that attention looks back on, its own included; None for all
-    tied_head: bool = False  # the head is the embedding
-    dense_layers: tuple[int, ...] = ()  # of a model with experts: layers that have one MLP in the mixture's place
+    source_dtype: str | None  # dtype that config.json states; the stored tensors may have another, which counts
+    sliding_window: int | None = None  # number of positions a token attends to, its own included; None for all
+    tied_head: bool = False  # whether the head uses the embedding's matrix
+    dense_layers: tuple[int, ...] = ()  # in a model with experts, the layers that have one MLP instead of a mixture
     router: Router = Router()
     scales: Scales = Scales()
-    # This and the end tokens come from export/tokenizer/settings.py, which joins several files.
+    # export/tokenizer/settings.py reads the begin and end tokens, since several files can state them.
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -123,17 +125,17 @@ class Architecture:
 
     @property
     def num_mixtures(self) -> int:
-        """Layers that have experts."""
+        """Number of layers that have experts."""
         return self.num_layers - len(set(self.dense_layers)) if self.is_moe else 0
 
     @property
     def attention_scale(self) -> float:
-        """What the products of query and key are multiplied by."""
+        """The factor by which the products of query and key are multiplied."""
         return 1 / math.sqrt(self.head_size) if self.scales.attention is None else self.scales.attention
 
     @property
     def qkv_rows(self) -> tuple[int, int, int]:
-        """Rows of query, key and value in a packed matrix."""
+        """Numbers of rows of query, key and value in a matrix that stacks all three."""
         keys = self.num_kv_heads * self.head_size
         return self.num_heads * self.head_size, keys, keys
 
@@ -143,7 +145,7 @@ class Architecture:
 
 
 def is_token_id(value: Any) -> bool:  # noqa: ANN401 - JSON value
-    """Whether a JSON value is a whole number that can count rows of a vocabulary."""
+    """Whether a JSON value is a whole number from 0 to MAX_DIMENSION, so that it can be a token id."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_DIMENSION
 
 
@@ -159,10 +161,11 @@ class ConfigReader:
         self._seen: set[str] = set()
         self._problems: list[str] = []
         self._notes: dict[str, str] = {}
-        self.overlaid: frozenset[str] = frozenset()  # keys that a nested object laid over the rest
+        self.overlaid: frozenset[str] = frozenset()  # keys that come from the nested object of `nested`
 
     def nested(self, key: str) -> ConfigReader:
-        """A reader of this config with the keys of a nested object laid over it; its problems are this reader's."""
+        """A reader of this config in which the keys of a nested object replace those of the same name. Its problems
+        are added to the problems of this reader."""
         nested = self.mapping(key)
         reader = ConfigReader({**self.raw, **nested}, self._family)
         reader._problems = self._problems
@@ -170,7 +173,8 @@ class ConfigReader:
         return reader
 
     def integer(self, key: str, *, absent: int | None = None, minimum: int = 1, maximum: int = MAX_DIMENSION) -> int:
-        """A whole number in its range. `absent` is the value upstream's config class gives a missing or null key."""
+        """Read a whole number from `minimum` to `maximum`. `absent` is the default that transformers' config class
+        has for a missing or null key."""
         value = self._value(key, absent)
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
             self._problems.append(f"{key} is {shown(value)}, expected a whole number of {minimum} to {maximum}")
@@ -178,7 +182,7 @@ class ConfigReader:
         return value
 
     def real(self, key: str, *, absent: float | None = None, maximum: float = MAX_REAL) -> float:
-        """A positive number that float32 can hold. `absent` as for `integer`."""
+        """Read a positive number that float32 can hold. `absent` is the default, as for `integer`."""
         value = self._value(key, absent)
         if isinstance(value, bool) or not isinstance(value, int | float) or not MIN_REAL <= value <= maximum:
             most = "" if maximum == MAX_REAL else f" of at most {maximum:g}"
@@ -192,7 +196,7 @@ class ConfigReader:
         return value if isinstance(value, str) else None
 
     def mapping(self, key: str) -> Mapping[str, Any]:
-        """A nested object; empty when the key is missing or null."""
+        """Read a nested object; empty when the key is missing or null."""
         self._seen.add(key)
         value = self.raw.get(key)
         if value is not None and not isinstance(value, dict):
@@ -200,27 +204,28 @@ class ConfigReader:
         return value if isinstance(value, dict) else {}
 
     def require(self, key: str, allowed: Iterable[Any], *, absent: Any = None) -> None:  # noqa: ANN401 - JSON value
-        """The key may be missing only if `absent` is allowed; any other value is refused."""
+        """Refuse a key whose value is not one of `allowed`. A missing or null key counts as the value `absent`."""
         allowed = list(allowed)
         value = self._value(key, absent)
         if value not in allowed:
             self._problems.append(f"{key} is {shown(value)}; moeship builds only {' or '.join(map(repr, allowed))}")
 
     def harmless(self, *keys: str) -> None:
-        """Keys that change nothing at inference."""
+        """Accept and ignore keys that change nothing at inference."""
         self._seen.update(keys)
 
     def problem(self, text: str) -> None:
         self._problems.append(text)
 
     def explain(self, key: str, note: str) -> None:
-        """What to say of a key that is not honoured; null or an empty object is the same as no such key."""
+        """Set the reason that the error gives if a key is not honoured. The value null or {} is accepted like a
+        missing key."""
         self._notes[key] = note
         if self.raw.get(key) in (None, {}):
             self._seen.add(key)
 
     def finish(self) -> None:
-        """Raise one ConfigError that lists all problems, and every key that nobody asked for."""
+        """Raise one ConfigError that lists all problems and every key that was never read; return if there are none."""
         unknown = sorted(set(self.raw) - self._seen)
         for key in unknown[:MAX_LISTED]:
             self._problems.append(

@@ -1,4 +1,4 @@
-"""How a command ends: errors become one line on stderr and an exit status."""
+"""Runs a command: an error becomes one line on stderr and an exit status."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from typing import TextIO
 
 from export.errors import MoeshipError, named
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-READER_GONE = 141  # 128 + SIGPIPE, as shells have it for a program whose reader has gone
+INTERRUPTED = 130  # 128 + SIGINT, the status that shells report after Ctrl-C
+READER_GONE = 141  # 128 + SIGPIPE, the status that shells report when the reader of a pipe has closed it
 INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h
 
 logger = logging.getLogger(__name__)
 
 
 def run_command(run: Callable[[], int]) -> int:
-    """The exit status of `run`: its own, that of the MoeshipError it raises, 2 for a file or folder that the system
-    refuses and for want of memory, 130 when interrupted, 141 when nobody reads stdout any more, 70 for a fault of
-    moeship's own, whose traceback is logged at debug level. What `run` printed is flushed."""
+    """Call `run`, print its error if it raises one, flush stdout and return the exit status.
+
+    The status is what `run` returns; `exit_status` of a MoeshipError; 2 for an OSError and a MemoryError; 130 when
+    interrupted; 141 when the reader of stdout has closed it; 70 for any other exception, which is a bug of moeship
+    and whose traceback is logged at debug level.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name from a file may hold what the terminal's code lacks
+            stream.reconfigure(errors="backslashreplace")  # a name may hold characters the terminal's encoding lacks
     try:
         status = run()
         return status if _flushed() else READER_GONE
-    except SystemExit:  # argparse's, after a wrong option or its help, which it writes without looking at failures
+    except SystemExit:  # raised by argparse after a wrong option or --help; argparse ignores errors of writing
         if not _flushed() or _reader_gone(sys.stdout):
             raise SystemExit(READER_GONE) from None
         raise
@@ -57,8 +60,8 @@ def run_command(run: Callable[[], int]) -> int:
 
 
 def leave_stdout() -> None:
-    """Let nothing more be written to stdout, what is buffered included, which the interpreter would flush at its end
-    and complain of."""
+    """Discard everything that stdout still buffers or is given later. Otherwise the interpreter would flush the
+    buffer at its end, fail and print an error."""
     _leave(sys.stdout)
 
 
@@ -69,7 +72,7 @@ def _leave(stream: TextIO | None) -> None:
 
 
 def _flushed() -> bool:
-    """Whether stdout took what was printed; False where its reader has gone. Raises OSError where the disk is full."""
+    """Flush stdout; returns False if its reader has closed it. Raises OSError if the disk is full."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -84,13 +87,13 @@ def _reader_gone(stream: TextIO | None) -> bool:
     poll = select.poll()
     try:
         poll.register(stream.fileno() if stream else -1, 0)
-    except (OSError, ValueError):  # none that the system knows
+    except (OSError, ValueError):  # the stream has no file descriptor, or a closed one
         return False
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def _said(text: str, status: int) -> int:
-    """`status`, after the text was written to stderr, where that is open; what was printed comes before it."""
+    """Flush stdout, write the text to stderr if that is open, and return `status`."""
     try:
         _flushed()
     except OSError:
@@ -98,6 +101,6 @@ def _said(text: str, status: int) -> int:
     try:
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
-    except (OSError, AttributeError):  # None where it was closed before the start
+    except (OSError, AttributeError):  # sys.stderr is None if it was closed before Python started
         _leave(sys.stderr)
     return status

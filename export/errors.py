@@ -1,4 +1,5 @@
-"""The root of moeship's errors, and those of reading, merging, quantising and exporting.
+"""MoeshipError, the base class of moeship's errors; the errors of reading, merging, quantising and exporting; and the
+functions that format names, values and lists for messages.
 
     MoeshipError                 anything a user can mend; the command line prints it and exits with `exit_status`
     ├── ConfigError              config.json or a YAML says something that moeship does not honour
@@ -7,7 +8,7 @@
     ├── ExportError              a graph that cannot be written as planned
     ├── QuantizationError        a tensor that the asked precision cannot hold
     ├── OutputError              the output cannot be written where it was asked
-    └── MissingPackageError      an optional package is needed; the message names the extra that brings it
+    └── MissingPackageError      an optional package is needed; the message names the extra that installs it
 
 Every message says what was being done, to which object, what was found against what was expected, and what to do.
 """
@@ -18,19 +19,19 @@ import difflib
 import reprlib
 from collections.abc import Iterable, Sequence
 
-_MOST_PROBLEM = 600  # characters of one line of a listing
-_MOST_SUGGESTED = 64  # characters of a word for which a similar one is looked for: the search is quadratic in them
+_MOST_PROBLEM = 600  # bytes of one line of a listing
+_MOST_SUGGESTED = 64  # longest word for which a similar one is searched: the search takes quadratic time in its length
 
 
 class MoeshipError(Exception):
-    """Root of every error whose message is meant for the user.
+    """Base class of every error whose message is meant for the user.
 
-    As text, a message is without control characters, whatever the file holds that it speaks of: a terminal obeys
-    them. It is at most `most_bytes` long in UTF-8; what is left out is in the middle, since the advice is at the end.
+    The message as text has control characters escaped, since a terminal would obey those that a damaged file brings
+    in. It is at most `most_bytes` long in UTF-8. A longer message is cut in the middle, since the advice is at the end.
     """
 
     exit_status = 2
-    most_bytes = 1900  # with the name of the class and what a command adds, 2 kB
+    most_bytes = 1900  # longest message; with the name of the class and what a command adds, at most 2 kB
 
     def __str__(self) -> str:
         return _cut(printable(super().__str__()), self.most_bytes)
@@ -71,8 +72,8 @@ class MissingPackageError(MoeshipError):
 
 
 def listing(problems: Sequence[str], most: int = 8, of: int | None = None) -> str:
-    """Several problems as indented lines, the first `most` of them spelled out; `of` is how many there are, where
-    that is not how many are given."""
+    """The first `most` problems as indented lines, and a last line that counts the rest. `of` is the total number of
+    problems, if `problems` does not hold all of them."""
     total = len(problems) if of is None else of
     lines = [f"\n  - {_cut(problem, _MOST_PROBLEM)}" for problem in problems[:most]]
     if total > most:
@@ -81,39 +82,39 @@ def listing(problems: Sequence[str], most: int = 8, of: int | None = None) -> st
 
 
 def printable(text: str) -> str:
-    """A text of several lines in which what a terminal would obey is written as escapes."""
+    """The text with control characters escaped, except for line breaks and tabs."""
     return _escaped(text, keep="\n\t")
 
 
 def named(name: object, most: int = 160) -> str:
-    """A name or path from a file or the command line as part of one line: control characters escaped, cut in the
-    middle to about `most` bytes of UTF-8."""
+    """A name or path from a file or the command line, made safe for one line of a message: control characters are
+    escaped, and a long name is cut in the middle to about `most` bytes of UTF-8."""
     text = str(name)
     return _cut(_escaped(_cut(text, most)), most)
 
 
 def names(every: Iterable[object], most: int = 8) -> str:
-    """Several names with commas between them, the first `most` of them spelled out."""
+    """The first `most` names with commas between them, and "and N more" for the rest."""
     found = list(every)
     rest = [f"and {len(found) - most} more"] if len(found) > most else []
     return ", ".join([*(named(name, 80) for name in found[:most]), *rest])
 
 
 def shown(value: object, most: int = 100) -> str:
-    """A value from a file as Python writes it, on one line of at most `most` bytes, in time that does not grow with
-    the value."""
+    """The repr of a value from a file, on one line of at most `most` bytes. A large value takes no more time than a
+    small one."""
     return _cut(_BOUNDED.repr(value), most)
 
 
 def near_match(word: object, known: Iterable[str]) -> str | None:
-    """The known word that is most like `word`; None where none is like it, and for a very long word."""
+    """The known word that is most similar to `word`; None if none is similar, or if `word` is very long."""
     if not isinstance(word, str) or len(word) > _MOST_SUGGESTED:
         return None
     return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
 
 
 def suggestion(word: object, known: Iterable[str]) -> str:
-    """ " (did you mean ...?)" with the known word that is most like `word`; empty where none is."""
+    """ " (did you mean ...?)" with the known word that is most similar to `word`; empty if none is similar."""
     near = near_match(word, known)
     return f" (did you mean {near}?)" if near else ""
 
@@ -126,7 +127,7 @@ def unknown(word: str, known: Iterable[str], there_are: str = "There are") -> st
 
 
 class _Bounded(reprlib.Repr):
-    """repr of a few items a level and a few levels; a whole number of any size."""
+    """repr that shows a few items of a few levels, and a very large whole number as its number of bits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +150,7 @@ _BOUNDED = _Bounded()
 
 
 def _escaped(text: str, keep: str = "") -> str:
-    """The text with what no terminal shows (control, bidirectional and other unprintable characters) as escapes."""
+    """The text with unprintable characters (control, bidirectional and others) as escapes."""
     if text.isprintable():
         return text
     return "".join(
@@ -158,7 +159,7 @@ def _escaped(text: str, keep: str = "") -> str:
 
 
 def _cut(text: str, most: int) -> str:
-    """The text, without its middle where it takes more than `most` bytes of UTF-8."""
+    """The text, cut in the middle if it takes more than `most` bytes of UTF-8."""
     if len(text) <= most and (text.isascii() or len(text.encode("utf-8", "surrogatepass")) <= most):
         return text
     tail = most // 3

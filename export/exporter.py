@@ -1,9 +1,9 @@
-"""A model and a precision in, two ONNX graphs over one data file out.
+"""Exports a model at a precision: two ONNX graphs that share one data file of weights.
 
 model.onnx          serving: logits of the last position, [B, 1, V]
 model_scoring.onnx  verification: logits of every position, and each layer's router logits
-model.onnx.data     the weights of both, written once, tensor by tensor
-weights.jsonl       what each part of them was made of, and where it lies, with digests of both
+model.onnx.data     the weights of both graphs, stored once
+weights.jsonl       one line a part: digests of the source bytes that were read and of the regions that were written
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RECORDS_FILE = "weights.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class ExportPlan:
-    """All that is decided before a weight is read."""
+    """Both graphs, the jobs that produce their weights, and where each weight lies; made before a weight is read."""
 
     serving: onnx.ModelProto
     scoring: onnx.ModelProto
@@ -44,7 +44,7 @@ class ExportPlan:
 
     @property
     def graphs(self) -> dict[str, onnx.ModelProto]:
-        """Both graphs by their files' names."""
+        """Both graphs by file name."""
         return {SERVING_GRAPH: self.serving, SCORING_GRAPH: self.scoring}
 
     @property
@@ -71,7 +71,7 @@ def plan_export(
     The graphs take sequences of `max_sequence` tokens (None: all of the model's positions).
     """
     with optional_package("onnx", "building an ONNX Runtime engine", "cpu"):
-        import onnx  # noqa: F401 - asked for here, so that its absence is told before any work
+        import onnx  # noqa: F401 - imported here, so that a missing package is reported before any work
     built = []
     for scoring in (False, True):
         graph = GraphBuilder(
@@ -94,7 +94,8 @@ def plan_export(
 def write_export(
     plan: ExportPlan, model: Model, folder: PartialFolder, progress: Callable[[Progress], None]
 ) -> list[PartRecord]:
-    """Write both graphs, the data file and its records; a worker holds a chunk of a weight."""
+    """Write both graphs, the data file and weights.jsonl; returns the parts' records. Each worker holds one chunk of a
+    weight in memory at a time."""
     data = folder.content / DATA_FILE
     converter = OnnxConverter(weights=model.weights, data=data, placement=plan.placement)
     records = write_parts(converter, plan.jobs, folder, progress)

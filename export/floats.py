@@ -1,7 +1,7 @@
-"""Stored floats to float32, and whether all are finite, at the speed of memory.
+"""Converts float16 to float32 and checks that floats are finite, both at the speed of memory.
 
-numpy converts half precision one value at a time; on the integers that the values are made of, both questions are a
-few vectorised operations.
+numpy converts float16 one value at a time. On the values' bits, read as integers, both tasks take a few vectorised
+operations.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# The exponent's bits, all set in what is infinite or no number, and the integer that a float's bits are read as.
+# Bits of the exponent, read as an integer. All of them are set in an infinite number and in a NaN, and in no other.
 _EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F80_0000}
 _HALF_FRACTION_SHIFT = 13  # a float32 has 13 more bits of fraction than a float16
-_HALF_BITS = np.uint32(0x8FFF_E000).view(np.int32)  # sign, the low five bits of the exponent, ten of fraction
-_HALF_BIAS = np.float32(2.0**112)  # the exponents' biases differ by 127 - 15
+_HALF_BITS = np.uint32(0x8FFF_E000).view(np.int32)  # sign, low five bits of the exponent, high ten of the fraction
+_HALF_BIAS = np.float32(2.0**112)  # difference of the exponents' biases: 127 - 15
 
 
 def widen(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
@@ -37,6 +37,7 @@ def all_finite(values: npt.NDArray[Any]) -> bool:
     signed, unsigned = (np.int32, np.uint32) if values.itemsize == 4 else (np.int16, np.uint16)
     exponent = _EXPONENT[values.dtype.name]
     sign = 1 << (8 * values.itemsize - 1)
-    # Positive floats are ordered as their bits are; negative ones, read without a sign, lie above all positive ones.
+    # Read as signed integers, positive floats keep their order and are above all negative ones. Read as unsigned
+    # integers, negative floats are above all positive ones, ordered by magnitude. So the two maxima suffice.
     bits = np.ascontiguousarray(values)
     return int(bits.view(signed).max()) < exponent and int(bits.view(unsigned).max()) < sign + exponent

@@ -1,6 +1,6 @@
-"""An opened checkpoint in, a description out: family, sizes, bytes by role, and what its gates say of its routing.
+"""Describes an opened checkpoint: family, sizes, bytes by role, and a diagnosis of its routers.
 
-Only headers and the gates are read.
+Of the weights, only the headers and the gates are read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from export.families import Model, read_model
 
 @dataclass(frozen=True, kw_only=True)
 class RoleSize:
-    """What the tensors of one role take: values, and bytes as stored."""
+    """Number of values in all tensors of one role, and their bytes as stored."""
 
     num_parameters: int
     num_bytes: int
@@ -27,7 +27,7 @@ class RoleSize:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointReport:
-    """A checkpoint in figures. `active_parameters` are those that one token's step uses: K of E experts, all else."""
+    """Sizes of a checkpoint. `active_parameters` counts what one token uses: K of E experts and everything else."""
 
     location: str
     architecture: Architecture
@@ -91,7 +91,7 @@ def describe(checkpoint: Checkpoint, experts_per_token: int | None = None) -> Ch
 
 
 def _stored_once(table: Iterable[TensorSpec]) -> list[TensorSpec]:
-    """The table without rows that are another row's tensor again, as a tied head is."""
+    """The rows of the table without those that repeat the tensor of an earlier row, as a tied head does."""
     rows: dict[tuple[Part, ...], TensorSpec] = {}
     for spec in table:
         rows.setdefault(spec.parts, spec)
@@ -99,7 +99,7 @@ def _stored_once(table: Iterable[TensorSpec]) -> list[TensorSpec]:
 
 
 def _active_elements(spec: TensorSpec, architecture: Architecture) -> int:
-    """Values of a tensor that one token uses: of an expert tensor [E, ...] K in E, of any other all."""
+    """Number of a tensor's values that one token uses: the share K/E of an expert tensor [E, ...], all of any other."""
     if not spec.letters.startswith("E ") or spec.role is Role.ROUTER:
         return spec.num_elements
     return spec.num_elements // architecture.num_experts * architecture.experts_per_token

@@ -1,4 +1,4 @@
-"""Imports of packages that are optional, or slow to load: what goes wrong becomes one error, and Ctrl-C waits."""
+"""Guards imports of packages that are optional or slow to load: a failure raises one error, and Ctrl-C is delayed."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from contextlib import contextmanager
 
 from export.errors import MissingPackageError
 
-# Read when ONNX Runtime is imported (onnxruntime/core/platform/posix/telemetry_1ds.cc; releases from 1.29 on).
+# ONNX Runtime reads it when it is imported (onnxruntime/core/platform/posix/telemetry_1ds.cc; releases from 1.29 on).
 _TELEMETRY_VARIABLE = "ORT_DISABLE_TELEMETRY"
 
 
 @contextmanager
 def optional_package(package: str, purpose: str, extra: str) -> Iterator[None]:
-    """The block imports `package`, of the extra `extra`, for `purpose`. Raises MissingPackageError where it cannot.
+    """Guard a block that imports `package`: raises MissingPackageError if the package is missing or cannot be loaded.
+    The error names `purpose`, what the package is needed for, and `extra`, moeship's extra that installs it.
 
-    Ctrl-C raises KeyboardInterrupt after the block and not within it: an import that is broken off leaves half a module
-    behind, and compiled modules report an interrupt as an ImportError.
+    Ctrl-C raises KeyboardInterrupt after the block instead of within it. An interrupted import leaves a half loaded
+    module behind, and compiled modules report an interrupt as an ImportError.
     """
     with _interrupts_held():
         try:
@@ -32,10 +33,10 @@ def optional_package(package: str, purpose: str, extra: str) -> Iterator[None]:
 
 @contextmanager
 def onnx_runtime(package: str, purpose: str, extra: str) -> Iterator[None]:
-    """`optional_package` for the block that imports ONNX Runtime first.
+    """Guard the first import of ONNX Runtime like `optional_package`, and turn its telemetry off.
 
-    Its Linux wheels report to Microsoft which models are loaded, and leave a file `.ses` in the temporary folder. That
-    is off here, unless ORT_DISABLE_TELEMETRY is set to another value.
+    ONNX Runtime's Linux wheels report to Microsoft which models are loaded, and leave a file `.ses` in the temporary
+    folder. A value of ORT_DISABLE_TELEMETRY that the user has set is kept.
     """
     os.environ.setdefault(_TELEMETRY_VARIABLE, "1")
     with optional_package(package, purpose, extra):
@@ -44,7 +45,8 @@ def onnx_runtime(package: str, purpose: str, extra: str) -> Iterator[None]:
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Put off Ctrl-C until after the block, where it would raise KeyboardInterrupt in it."""
+    """Delay the KeyboardInterrupt of Ctrl-C until after the block. Does nothing outside the main thread, or if the
+    program handles SIGINT itself."""
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
         yield

@@ -1,15 +1,16 @@
-"""Gate matrices in, what can be said of their routing out: equal rows, condition, experts that are never chosen.
+"""Diagnoses routers from their gate matrices: equal rows, condition numbers, experts that are never chosen.
 
-A router takes the K largest of the logits gate @ x, equal ones in the order of their index. What is proved here holds
-for every x, in arithmetic that gives equal rows equal logits:
+A router takes the experts with the K largest logits gate @ x, and among equal logits those of lower index first.
 
-- never chosen: an expert whose row equals at least K rows of lower index. Those K always tie with it and come first.
-- near duplicates and condition numbers are measures, not proofs: they say how little separates experts.
+- An expert is never chosen if its row equals at least K rows of lower index: for every x those K have the same logit
+  and come first. This is a proof, for arithmetic in which equal rows give equal logits.
+- Near duplicates and condition numbers are measures, not proofs: they say how little separates experts.
 
-Only differences between rows route: a vector added to every row moves all logits alike. So a large condition number of
-the gate itself, mergekit's measure, does harm in two cases only: the differences are ill-conditioned too, or they are
-small beside what the rows share. Rows that add up to zero, as every expert's positives minus all others' give, have an
-infinite one and route well.
+Only differences between rows decide the routing, since a vector added to every row changes all logits equally. So a
+large condition number of the gate itself, mergekit's measure, does harm in two cases only: the differences between the
+rows are ill-conditioned too, or they are small compared with what the rows have in common. If every row is made of an
+expert's own prompts minus the prompts of all other experts, the rows add up to zero: the gate's condition number is
+infinite, and yet it routes well.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ Gate = npt.NDArray[Any]  # [E, H] of any float dtype, ml_dtypes' bfloat16 includ
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRouting:
-    """One layer's gate. A condition number is None where it is infinite: the rows are linearly dependent."""
+    """Diagnosis of one layer's gate. A condition number is None if it is infinite: the rows are linearly dependent."""
 
     layer: int
     duplicate_groups: tuple[tuple[int, ...], ...]  # experts with bitwise equal rows, lowest index first
     near_duplicates: tuple[tuple[int, int, float], ...]  # (expert, expert, cosine), not counting exact duplicates
     never_chosen: tuple[int, ...]
-    condition_number: float | None  # of the gate
-    difference_condition_number: float | None  # of gate - mean row, over its E-1 directions
+    condition_number: float | None  # condition number of the gate
+    difference_condition_number: float | None  # condition number of gate - mean row, over its E-1 directions
     spread: float  # |gate - mean row| / |gate|, Frobenius; 0 when all rows are equal
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingReport:
-    """Every layer's gate, for one K."""
+    """Diagnoses of the gates of all layers, for one K."""
 
     num_experts: int
     experts_per_token: int
@@ -75,7 +76,7 @@ def diagnose(gates: Mapping[int, Gate], experts_per_token: int) -> RoutingReport
 
 
 def warnings(report: RoutingReport) -> list[str]:
-    """What a user should know before relying on this routing, one sentence a finding, layers gathered."""
+    """Warnings about a model's routing, one sentence a finding; a finding of several layers is one sentence."""
     return [*_duplicate_warnings(report), *_near_duplicate_warnings(report), *_condition_warnings(report)]
 
 
@@ -97,7 +98,7 @@ def _diagnose_layer(layer: int, gate: Gate, experts_per_token: int) -> LayerRout
 
 def _duplicate_groups(gate: npt.NDArray[np.float64]) -> tuple[tuple[int, ...], ...]:
     groups: dict[bytes, list[int]] = {}
-    for expert, row in enumerate(gate + 0.0):  # + 0.0 makes one zero of -0.0 and 0.0
+    for expert, row in enumerate(gate + 0.0):  # + 0.0 turns -0.0 into 0.0, so that equal rows have equal bytes
         groups.setdefault(row.tobytes(), []).append(expert)
     return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
@@ -105,10 +106,10 @@ def _duplicate_groups(gate: npt.NDArray[np.float64]) -> tuple[tuple[int, ...], .
 def _near_duplicates(
     gate: npt.NDArray[np.float64], duplicates: Sequence[Sequence[int]]
 ) -> tuple[tuple[int, int, float], ...]:
-    """Pairs of rows with a cosine above NEAR_DUPLICATE_COSINE and lengths within the same measure of each other.
+    """Pairs of rows with both their cosine and the ratio of their lengths above NEAR_DUPLICATE_COSINE.
 
-    Rows that point alike but differ in length are told apart by every token, so they are not near duplicates. Of
-    exact duplicates only the first is compared.
+    Rows of the same direction and different lengths give different logits for every token, so they are not near
+    duplicates. Of a group of exact duplicates only the first row is compared.
     """
     repeated = {expert for group in duplicates for expert in group[1:]}
     lengths = np.linalg.norm(gate, axis=1)
@@ -124,7 +125,7 @@ def _near_duplicates(
 
 
 def _condition_number(matrix: npt.NDArray[np.float64], rank: int) -> float | None:
-    """Largest singular value over the one at `rank`, as numpy.linalg.cond has it for full rank; None for infinite."""
+    """The largest singular value divided by the `rank`-th; None for infinite. Equals numpy.linalg.cond at full rank."""
     if rank == 0:
         return 1.0
     values = np.linalg.svd(matrix, compute_uv=False)
@@ -168,7 +169,8 @@ def _near_duplicate_warnings(report: RoutingReport) -> list[str]:
 
 
 def _condition_warnings(report: RoutingReport) -> list[str]:
-    """Layers with exact duplicates are left out: their infinite condition is told already."""
+    """Warnings about large condition numbers. Layers with exact duplicates are left out: their condition number is
+    infinite for that reason, which another warning tells already."""
     found = [layer for layer in report.layers if not layer.duplicate_groups and _is_large(layer.condition_number)]
     alike = [layer for layer in found if _is_large(layer.difference_condition_number)]
     close = [layer for layer in found if layer.spread < SMALL_SPREAD]
@@ -215,7 +217,7 @@ def _layers(layers: Sequence[int], report: RoutingReport) -> str:
 
 
 def number_ranges(numbers: Iterable[int]) -> str:
-    """Whole numbers as text with runs drawn together: 0-3, 7."""
+    """Whole numbers as text, with consecutive ones as a range: 0-3, 7."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:

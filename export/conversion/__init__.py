@@ -1,1 +1,1 @@
-"""Weights converted part by part, in processes of their own, into files that an interrupted run can take up again."""
+"""Converts weights part by part, in processes of their own; an interrupted conversion can be resumed."""

@@ -1,7 +1,7 @@
-"""What a conversion into any format has in common: jobs, each of which reads some tensors once and writes some bytes.
+"""The interface of a converter, the same for every output format. A converter turns jobs into bytes of output files.
 
-A job is one part of the output: the weights of one row of the tensor table. A converter knows from headers alone which
-bytes of which files a job fills, and fills them.
+A job produces one weight of the tensor table: it reads the weight's source tensors once and writes some bytes. From the
+headers alone a converter knows which bytes of which files a job will write.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from export.conversion.parts import PartRecord, PlannedRegion
 
 
 class Job(Protocol):
-    """One part of a conversion; `source` is the table row that it is made of, or a name of its own."""
+    """The work of producing one weight. `source` is the name of its row in the tensor table, or another unique name."""
 
     @property
     def source(self) -> str: ...
@@ -28,21 +28,22 @@ J = TypeVar("J", bound=Job)
 
 @dataclass(frozen=True, kw_only=True)
 class Converter(ABC, Generic[J]):
-    """Converts jobs into files that have their full length already. It travels to workers: fields are plain data."""
+    """Converts jobs into files that already have their full length. A converter is pickled and sent to the workers, so
+    its fields are plain data."""
 
     weights: Weights
 
     @abstractmethod
     def files(self) -> Mapping[Path, int]:
-        """The files that the jobs fill, with their bytes."""
+        """The output files and their lengths in bytes."""
 
     @abstractmethod
     def file_of(self, region: str) -> Path:
-        """The file that a region of this name lies in."""
+        """The output file that holds the region of this name."""
 
     @abstractmethod
     def planned_regions(self, job: J) -> list[PlannedRegion]:
-        """What the job writes."""
+        """The regions that the job writes."""
 
     @abstractmethod
     def source_bytes(self, job: J) -> int:
@@ -50,8 +51,11 @@ class Converter(ABC, Generic[J]):
 
     @abstractmethod
     def working_bytes(self, job: J) -> int:
-        """What converting the job holds in memory at the most."""
+        """The most memory that converting the job takes, in bytes."""
 
     @abstractmethod
     def convert(self, job: J, count: Callable[[int], None]) -> PartRecord:
-        """Write one part; `count` gets the bytes of each read. Raises as reading and quantising do."""
+        """Do the job: read, quantise, write. `count` is called with the number of bytes of each read.
+
+        Raises CheckpointError when reading fails and QuantizationError when a value does not fit.
+        """

@@ -1,7 +1,7 @@
-"""Parts of a conversion: what one job read and wrote, with digests of both.
+"""Parts: finished jobs of a conversion. A part's record holds digests of what the job read and of what it wrote.
 
-A part's record goes into the journal of the folder under construction when the part is written; all records together,
-in the order of the jobs, are an engine's weights.jsonl.
+When a part is written, its record is appended to the journal of the partial folder. An engine's weights.jsonl holds the
+records of all parts, in the order of the jobs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PlannedRegion(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """What became of a planned region: its bytes from `offset` on, and their SHA-256."""
+    """A region that is written: its `bytes` bytes from `offset` on have the SHA-256 `sha256`."""
 
     name: str
     offset: int
@@ -45,7 +45,7 @@ class Region:
 
 @dataclass(frozen=True, kw_only=True)
 class PartRecord:
-    """What one job read and wrote. `warning` is said when all parts are there; an engine's records leave it out."""
+    """What one job read and wrote. `warning` is logged when all parts are written; it is not in weights.jsonl."""
 
     part: str
     sources: Mapping[str, tuple[Run, ...]]
@@ -63,11 +63,11 @@ class OpenRegion:
 
     @property
     def bytes_left(self) -> int:
-        """What is not written yet."""
+        """The number of bytes that are not written yet."""
         return self._planned.offset + self._planned.num_bytes - self.position
 
     def write(self, descriptor: int, array: npt.NDArray[Any]) -> None:
-        """Write an array's bytes behind those written before."""
+        """Write an array's bytes after those that were written before."""
         view = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         self._sha.update(view)
         while len(view):
@@ -76,14 +76,14 @@ class OpenRegion:
             self.position += written
 
     def finish(self) -> Region:
-        """The record; what was not written up to the region's end is zeros."""
+        """The region's record, with the digest. Bytes that were not written, up to the region's end, count as zeros."""
         name, offset, num_bytes = self._planned
         self._sha.update(bytes(self.bytes_left))
         return Region(name=name, offset=offset, bytes=num_bytes, sha256=self._sha.hexdigest())
 
 
 def damaged_regions(path: Path, regions: Iterable[Region]) -> list[str]:
-    """Of each region whose bytes are not those of its digest: where it is, and both digests."""
+    """One problem for each region of the file whose bytes do not have its digest: the place and both digests."""
     problems = []
     for region in regions:
         within = path.is_file() and region.offset + region.bytes <= path.stat().st_size
@@ -98,7 +98,7 @@ def damaged_regions(path: Path, regions: Iterable[Region]) -> list[str]:
 
 
 def records_text(records: Iterable[PartRecord]) -> str:
-    """One JSON object a line."""
+    """The text of weights.jsonl: one record a line, as a JSON object without its warning."""
     lines = []
     for record in records:
         values = asdict(record)
@@ -108,7 +108,7 @@ def records_text(records: Iterable[PartRecord]) -> str:
 
 
 def read_records(path: Path) -> list[PartRecord]:
-    """The records of a file of `records_text`. Raises ValueError for anything else."""
+    """Read weights.jsonl, as `records_text` wrote it. Raises ValueError for anything else."""
     try:
         text = read_text(path, "what parts were made of", most=MAX_RECORDS_BYTES)
     except ConfigError as error:
@@ -122,12 +122,12 @@ def read_records(path: Path) -> list[PartRecord]:
 
 
 def _without_key(record: Any) -> Any:  # noqa: ANN401 - JSON value
-    """A part's record without the key that engines of formats 2 and 3 have of a packed weight."""
+    """A part's record without the field "key", which engines of formats 2 and 3 have for packed weights."""
     return {name: value for name, value in record.items() if name != "key"} if isinstance(record, dict) else record
 
 
 def read_record(line: Mapping[str, Any]) -> PartRecord | None:
-    """The record of a journal's line; None for anything else."""
+    """The part's record in one line of a journal; None if the line is anything else."""
     try:
         return read_typed(PartRecord, line)
     except ValueError:

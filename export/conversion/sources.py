@@ -1,4 +1,4 @@
-"""The files that a conversion reads: what tells one state of them from another, before and after."""
+"""Checks that the files which a conversion reads do not change: during the conversion, or before it is resumed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from export.files.resume import PartialFolder, SourceFile
 
 
 def source_files(checkpoint: Checkpoint) -> dict[str, SourceFile]:
-    """The state of every file that a conversion reads; of a shard the header stands for the whole."""
+    """The state of every file that a conversion reads. Of a shard only the header is hashed, of other files all."""
     found = {}
     small = [checkpoint.folder / "config.json", checkpoint.folder / INDEX_FILE, *checkpoint.tokenizer_files()]
     for path in [*checkpoint.shards, *(path for path in small if is_regular(path))]:
@@ -36,8 +36,11 @@ def source_files(checkpoint: Checkpoint) -> dict[str, SourceFile]:
 
 
 def check_resumed(folder: PartialFolder, checkpoint: Checkpoint, what: str) -> None:
-    """Raise CheckpointError where the parts that an earlier run finished were made of other bytes than the source has,
-    though its files look alike: a writer can put a file's size and time back."""
+    """Raise CheckpointError if an earlier run made its finished parts from other bytes than the shards hold.
+
+    Only shards with a changed inode or time of change are read and hashed: a writer can restore a file's size and
+    time of modification.
+    """
     moved = [shard for shard in folder.moved if any(shard == path.name for path in checkpoint.shards)]
     records = [record for record in map(read_record, folder.records) if record is not None]
     changed = shards_read_otherwise(checkpoint, _runs(records), moved) if moved else []
@@ -51,10 +54,10 @@ def check_resumed(folder: PartialFolder, checkpoint: Checkpoint, what: str) -> N
 def check_unchanged(
     checkpoint: Checkpoint, before: Mapping[str, SourceFile], records: Sequence[PartRecord] | None = None
 ) -> None:
-    """Raise CheckpointError where a file is not what it was when the conversion began.
+    """Raise CheckpointError if a file has changed since the conversion began, when its state was `before`.
 
-    A file of which only mode, user, group or the number of its names changed is compared with the digests of what was
-    read of it, which `records` has; without them that passes too.
+    If only mode, user, group or number of links of a file changed, the file is hashed again and compared with the
+    digests in `records`. Without `records` such a change is accepted.
     """
     after = source_files(checkpoint)
     changed: list[str] = []

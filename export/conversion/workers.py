@@ -1,8 +1,8 @@
-"""Converts jobs in processes of their own: numpy's short operations would wait for one interpreter's lock in threads.
+"""Converts jobs in worker processes. In threads, numpy's short operations would wait for the interpreter's lock.
 
-A worker is a Python that imports the converter and nothing of the main program, takes a `Converter` and then jobs over
-a pipe, and sends back bytes read, records and refusals. It ends when the pipe does, and so with its parent, however
-that ends.
+A worker is a Python process that imports the converter's modules and not the main program. Over a pipe it receives a
+`Converter` and then jobs, and sends back numbers of bytes read, records and errors. It ends when the pipe is closed, so
+it ends with its parent even if the parent is killed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from export.conversion.parts import PartRecord
 from export.errors import MoeshipError, OutputError
 
 POLL_INTERVAL_S = 0.2
-# The parent's own path, and not the working folder, is where the worker finds its modules.
+# The worker gets the parent's sys.path, so that it imports the same modules and none from the working folder.
 _PROGRAM = "import sys; sys.path[:] = {path!r}; from export.conversion.workers import serve; serve({descriptor})"
 
 
@@ -39,9 +39,10 @@ class _Worker:
 def convert_in_workers(
     converter: Converter[J], jobs: Sequence[J], num_workers: int, count: Callable[[int], None]
 ) -> Iterator[PartRecord | None]:
-    """Yield the record of each job as it is done, and None a few times a second; `count` gets the bytes of each read.
+    """Yield the record of each job when it is done, and None a few times a second in between. `count` is called with
+    the number of bytes of each read.
 
-    Raises what a job raised, and OutputError where a worker died.
+    Raises what a job raised, and OutputError if a worker died.
     """
     waiting = list(reversed(jobs))
     workers: list[_Worker] = []
@@ -68,7 +69,7 @@ def convert_in_workers(
 
 
 def worker_memory(converter: Converter[J]) -> int:
-    """Peak resident bytes of a worker that has loaded what converting needs and converted nothing yet."""
+    """Peak resident bytes of a worker that has loaded all libraries and not converted anything yet."""
     worker = _start(converter)
     try:
         kind, found = worker.connection.recv()
@@ -96,13 +97,13 @@ def _start(converter: Converter[J]) -> _Worker:
     theirs.close()
     worker = _Worker(process=process, connection=ours)
     checkpoint = converter.weights.checkpoint
-    plain = replace(checkpoint, config={}, tensors=dict(checkpoint.tensors))  # without views, which no pipe takes
+    plain = replace(checkpoint, config={}, tensors=dict(checkpoint.tensors))  # mapping proxies cannot be pickled
     ours.send(replace(converter, weights=replace(converter.weights, checkpoint=plain)))
     return worker
 
 
 def _receive(worker: _Worker, count: Callable[[int], None]) -> PartRecord | None:
-    """Take one message. Raises what it reports."""
+    """Receive one message from a worker; returns the record if a job is done. Raises the error that it reports."""
     try:
         kind, *what = worker.connection.recv()
     except (EOFError, OSError) as error:
@@ -133,7 +134,7 @@ def _raise(kind: str, what: list[Any]) -> NoReturn:
 
 
 def serve(descriptor: int) -> None:
-    """A worker's life: jobs in, records out, until the pipe ends."""
+    """Run a worker: receive jobs and send records over the pipe until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     connection = Connection(descriptor)
     messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -156,7 +157,8 @@ def serve(descriptor: int) -> None:
 
 
 def _listen(connection: Connection, messages: queue.SimpleQueue[Any]) -> None:
-    """Pass on what comes; when the parent is gone, so is the worker, in the midst of whatever it does."""
+    """Pass messages on to the worker's main thread. When the parent has gone, end the process at once, even within a
+    job."""
     try:
         while True:
             messages.put(connection.recv())

@@ -1,4 +1,4 @@
-"""Has jobs converted, several at a time, and journals each part when it is written."""
+"""Runs the jobs of a conversion, several at a time, and adds each part to the journal when it is written."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from export.files.resume import PartialFolder
 
 logger = logging.getLogger(__name__)
 
-MAX_WORKERS = 4  # each holds what one job does
-WORKER_BYTES = 1 << 26  # of source tensors, which a process converts in less time than another takes to start
+MAX_WORKERS = 4  # most workers: each holds one job's arrays in memory
+WORKER_BYTES = 1 << 26  # source bytes up to which no worker is started: starting one would take longer
 PROGRESS_INTERVAL_S = 0.2
-FLUSH_BYTES = 1 << 28  # written between two flushes, so that the disk works while tensors are converted
+FLUSH_BYTES = 1 << 28  # bytes between two flushes, so that the disk writes while tensors are converted
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a conversion is: parts, and bytes of source tensors. `resumed` of either were there at the start."""
+    """Progress of a conversion: finished and all parts, and bytes of source tensors. `resumed_parts` and
+    `resumed_bytes` count what an earlier run had finished."""
 
     parts: int
     num_parts: int
@@ -39,9 +40,9 @@ class Progress:
 def write_parts(
     converter: Converter[J], jobs: Sequence[J], folder: PartialFolder, progress: Callable[[Progress], None]
 ) -> list[PartRecord]:
-    """Write every part into the converter's files, but for those that are there already; returns all parts' records.
+    """Write every part that an earlier run did not finish into the converter's files; returns the records of all parts.
 
-    Logs their warnings, also those of parts that an earlier run wrote. `progress` is called a few times a second.
+    Logs the warnings of all parts, also of those that an earlier run wrote. `progress` is called a few times a second.
     """
     records = _finished_parts(converter, jobs, folder.records)
     left = [job for job in jobs if job.source not in records]
@@ -76,7 +77,7 @@ def write_parts(
 def _finished_parts(
     converter: Converter[J], jobs: Sequence[J], lines: Sequence[Mapping[str, object]]
 ) -> dict[str, PartRecord]:
-    """Of an earlier run's records those whose bytes lie in the files as recorded, checked on all cores."""
+    """The records of an earlier run whose regions are as planned and have the recorded digests; hashed on all cores."""
     planned = {job.source: converter.planned_regions(job) for job in jobs}
     records = {record.part: record for record in map(read_record, lines) if record is not None}
     fitting = [
@@ -94,7 +95,7 @@ def _finished_parts(
 
 
 def _converted(converter: Converter[J], jobs: Sequence[J], count: Callable[[int], None]) -> Iterator[PartRecord | None]:
-    """The records of the jobs as they are done: in workers, or here where there is little to do."""
+    """Yield the record of each job when it is done: in workers, or in this process if there is little to do."""
     workers = num_workers(converter, jobs)
     if workers:
         yield from convert_in_workers(converter, jobs, workers, count)
@@ -104,16 +105,16 @@ def _converted(converter: Converter[J], jobs: Sequence[J], count: Callable[[int]
 
 
 def num_workers(converter: Converter[J], jobs: Sequence[J]) -> int:
-    """How many processes convert side by side; 0 where this one does it alone."""
+    """The number of worker processes; 0 if this process converts alone."""
     if sum(map(converter.source_bytes, jobs)) <= WORKER_BYTES:
         return 0
     return min(MAX_WORKERS, num_cores(), len(jobs))
 
 
 def conversion_bytes(converter: Converter[J], jobs: Sequence[J]) -> int:
-    """Peak resident memory of a conversion, all its processes together: what this process, which has loaded the same
-    libraries and laid out the same output, has taken so far; what a worker takes before it converts anything, measured
-    on one; and what the largest parts hold that workers may convert side by side."""
+    """Peak resident memory of a conversion in bytes, the sum over all of its processes. It adds up the peak of this
+    process so far, which has loaded the same libraries and planned the same output; the memory of the idle workers,
+    measured on one; and the working memory of the largest jobs, as many as run at the same time."""
     held = sorted(map(converter.working_bytes, jobs), reverse=True)
     workers = num_workers(converter, jobs)
     if not workers:
@@ -122,7 +123,7 @@ def conversion_bytes(converter: Converter[J], jobs: Sequence[J]) -> int:
 
 
 class _Tally:
-    """How far the work is, told a few times a second."""
+    """Counts the progress and calls `progress` a few times a second."""
 
     def __init__(
         self, sizes: Mapping[str, int], finished: Mapping[str, PartRecord], progress: Callable[[Progress], None]

@@ -1,9 +1,10 @@
-"""One scale an output channel, as TensorRT-LLM's weight-only products have it: float32 rows in, unsigned codes out.
+"""Quantises float32 rows with one scale an output channel, for TensorRT-LLM's weight-only matrix products.
 
-b bits: value = (code - 2^(b-1)) * scale. The scale is the row's largest magnitude over 2^(b-1); a value is rounded to
-the nearest code, halves away from zero, and the one that would need a code too many takes the last.
-Source: symmetric_quantize in cpp/tensorrt_llm/kernels/cutlass_kernels/cutlass_preprocessors.cpp, whose codes and scales
-these are, so that a packed checkpoint holds what the library itself would make of the floats.
+b bits: value = (code - 2^(b-1)) * scale. The scale is the row's largest magnitude divided by 2^(b-1). A value is
+rounded to the nearest code, halves away from zero. A value that would need the code 2^b gets the largest code,
+2^b - 1.
+Source: symmetric_quantize in cpp/tensorrt_llm/kernels/cutlass_kernels/cutlass_preprocessors.cpp. Codes and scales are
+equal to those of that function, so that a checkpoint packed here is the one that the library itself would write.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 
 
 def quantize_channels(rows: FloatArray, bits: int) -> tuple[ByteArray, FloatArray]:
-    """Rows [n, K] to codes uint8 [n, K] and scales [n]; a row of zeros has scale 0."""
+    """Quantise rows [n, K] to codes uint8 [n, K] and scales float32 [n]; a row of zeros has scale 0."""
     half = 1 << (bits - 1)
     codes, scales = np.empty(rows.shape, dtype=np.uint8), np.empty(len(rows), dtype=np.float32)
     step = max(1, SLICE_VALUES // max(1, rows.shape[1]))
@@ -31,7 +32,7 @@ def quantize_channels(rows: FloatArray, bits: int) -> tuple[ByteArray, FloatArra
         units = scales[start : start + step, None]
         np.divide(part, np.where(units == 0, np.float32(1), units), out=found)
         found += np.copysign(_BELOW_HALF, found, out=away)  # truncation then rounds halves away from zero
-        # Under a scale below the normal floats codes may be out of range on either side.
+        # A subnormal scale is so inexact that a code may be out of range on either side.
         np.clip(found, np.float32(-half), np.float32(half - 0.5), out=found)
         np.copyto(codes[start : start + step].view(np.int8), found, casting="unsafe")
     codes += np.uint8(half)  # q + half, modulo 256

@@ -1,4 +1,4 @@
-"""The integer grid: float32 blocks to packed unsigned integers with one scale a block, and back.
+"""Block quantisation: float32 to unsigned integer codes with one scale a block, packing of the codes, and the inverses.
 
 Symmetric, b bits: value = (q - 2^(b-1)) * scale, 0 <= q < 2^b, one float32 scale for each `block_size` neighbours
 along the last axis (the input features). Packing puts the lower index in the lower bits of a byte.
@@ -18,18 +18,20 @@ from export.errors import QuantizationError
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
 _Ends = tuple[FloatArray | None, FloatArray | None]
-# At 4 bits a block whose extreme is an outlier gains by clipping it: five stretches take a quarter off the perplexity
-# that plain rounding costs the tiny phixtral (+2.4 % instead of +3.4 %). At 8 bits nothing is to be gained.
+# Factors by which a block's scale is multiplied on trial. At 4 bits a smaller scale, which clips an outlier, is often
+# better for the rest of the block: with five factors int4 raises the perplexity of the tiny phixtral by 2.4 %, with
+# plain rounding by 3.4 %. At 8 bits other factors than 1 gain nothing.
 STRETCHES = {4: (1.0, 0.93, 0.87, 0.8, 1.07), 8: (1.0,)}
-LANES = 4  # neighbours of a block that stay together
+LANES = 4  # number of neighbouring values of a block that are moved together
 SMALLEST_SCALE = 1e-36  # below it a stretched scale may have no exact inverse
-SLICE_VALUES = 1 << 16  # 256 kB as float32, so that the arrays worked on stay in a core's own cache
+SLICE_VALUES = 1 << 16  # values quantised at a time: 256 kB as float32, so that the arrays stay in a core's own cache
 
 
 def block_size(name: str, features: Sequence[int], allowed: Sequence[int]) -> int:
-    """The first of the allowed block sizes that divides the input features of all matrices that share it.
+    """The first allowed block size that divides every number in `features`: the input features of the matrices that
+    must have the same block size.
 
-    Raises QuantizationError where none does.
+    Raises QuantizationError if none does.
     """
     for size in allowed:
         if not any(number % size for number in features):
@@ -43,12 +45,13 @@ def block_size(name: str, features: Sequence[int], allowed: Sequence[int]) -> in
 def quantize_blocks(
     values: FloatArray, bits: int, block_size: int, *, half_scales: bool = False
 ) -> tuple[ByteArray, FloatArray]:
-    """Round to the nearest grid point: [..., K] to uint8 [..., K] and scales [..., K / block_size].
+    """Quantise float32 [..., K] to codes uint8 [..., K] and scales float32 [..., K / block_size], `block_size` a
+    multiple of 4.
 
-    A scale of stretch 1 maps the block's largest magnitude, with its sign, onto the grid's end that has one value
-    more (-2^(b-1)), so that this value is met exactly and no code is wasted. Of the stretches tried for these bits
-    the one with the least squared error over the block is taken. `block_size` is a multiple of 4. With `half_scales`
-    every scale that is tried is a float16, infinite beyond its range: codes are those of the scale that is stored.
+    The scale of stretch 1 maps the value of largest magnitude, whatever its sign, onto the signed code -2^(b-1), the
+    end of the grid without a counterpart on the other side. So that value is exact and no code is unused. Each block
+    takes the stretch of STRETCHES with the least squared error. With `half_scales` every scale is rounded to float16
+    (infinite beyond its range) before the codes are computed, so that they fit the scale that is stored.
     """
     blocks = np.ascontiguousarray(values).reshape(-1, block_size)
     codes, scales = np.empty(blocks.shape, dtype=np.uint8), np.empty(len(blocks), dtype=np.float32)
@@ -61,17 +64,17 @@ def quantize_blocks(
 
 
 def _quantize_slice(blocks: FloatArray, bits: int, codes: ByteArray, *, half_scales: bool) -> FloatArray:
-    """Fill the codes of contiguous blocks [n, block_size]; returns their scales [n].
+    """Write the codes of contiguous blocks [n, block_size] into `codes`; returns the blocks' scales [n].
 
-    Works on the blocks turned to [block_size / 4, n * 4], four neighbours of a block together: every operation then
-    runs along long rows, against scales that are repeated four times only.
+    The blocks are transposed to [block_size / 4, n * 4], four neighbouring values of a block side by side. So numpy's
+    loops run along long rows, and each scale has to be repeated only four times.
     """
     half = 1 << (bits - 1)
     turned = np.empty((blocks.shape[1] // LANES, len(blocks) * LANES), dtype=np.float32)
     np.copyto(_in_order_of_sum(turned.view(np.complex128)), _in_groups(blocks.view(np.complex128)))
     low = _across_lanes(np.minimum, np.minimum.reduce(turned, axis=0))
     high = _across_lanes(np.maximum, np.maximum.reduce(turned, axis=0))
-    unit = np.where(-low >= high, low, high) / np.float32(-half) + np.float32(0)  # of zeros +0, whatever their signs
+    unit = np.where(-low >= high, low, high) / np.float32(-half) + np.float32(0)  # + 0 turns a scale of -0 into +0
     scales, grid = _best_scales(turned, unit, bits, half_scales=half_scales), np.empty_like(turned)
     _round(turned, _in_lanes(scales), _ends(scales, half), grid)
     unsigned = grid.astype(np.int8).view(np.uint8)
@@ -82,30 +85,30 @@ def _quantize_slice(blocks: FloatArray, bits: int, codes: ByteArray, *, half_sca
 
 
 def _in_groups(blocks: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """[n, r] as [r / 4, 4, n]; the values are four neighbours each, moved together."""
+    """View [n, r] as [r / 4, 4, n], where each of the r items is four neighbouring values."""
     count, rows = blocks.shape
     group = 4 if rows % 4 == 0 else 1
     return blocks.reshape(count, rows // group, group).transpose(1, 2, 0)
 
 
 def _in_order_of_sum(turned: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """[r, n] as [r / 4, 4, n], each four rows from the last to the first: so errors are summed in the order in which
-    numpy sums the products of one block."""
+    """View [r, n] as [r / 4, 4, n] with each group of four rows reversed. A sum over the rows then adds the errors in
+    the same order as numpy's sum over one block."""
     rows, count = turned.shape
     group = 4 if rows % 4 == 0 else 1
     return turned.reshape(rows // group, group, count)[:, ::-1]
 
 
 def _best_scales(turned: FloatArray, unit: FloatArray, bits: int, *, half_scales: bool) -> FloatArray:
-    """Of the stretches of `unit` [n] the one with the least squared error over each block."""
-    # The first is taken whatever its error, which overflows for weights past 1e18.
+    """The scales [n]: for each block `unit` [n] times the stretch with the least squared error."""
+    # The first stretch is taken without a comparison, since errors overflow for weights past 1e18.
     scales = _stretched(unit, STRETCHES[bits][0], half=half_scales)
     if len(STRETCHES[bits]) == 1:
         return scales
     grid = np.empty_like(turned)
     lowest, highest = _ends(unit, 1 << (bits - 1))
-    # Under a stretch of 1 or more no code falls below the grid, and under a greater one none above it, as long as
-    # the scale and its inverse are exact to some digits, which a small float16 is not.
+    # With a stretch of 1 or more no code is below the lowest, and with more than 1 none is above the highest, so
+    # clipping can be left out. A float16 scale or a very small one is too inexact for that.
     every = half_scales or float(np.abs(unit).min(initial=1)) < SMALLEST_SCALE
     least = None
     for stretch in STRETCHES[bits]:
@@ -127,7 +130,7 @@ def _stretched(unit: FloatArray, stretch: float, *, half: bool) -> FloatArray:
 
 
 def _squared_errors(turned: FloatArray, scales: FloatArray, ends: _Ends, grid: FloatArray) -> FloatArray:
-    """What rounding to `scales` [n * 4] costs each block, [n]."""
+    """The squared error of each block, [n], when its values are rounded with `scales` [n * 4]."""
     _round(turned, scales, ends, grid)
     grid *= scales
     grid -= turned
@@ -135,7 +138,7 @@ def _squared_errors(turned: FloatArray, scales: FloatArray, ends: _Ends, grid: F
 
 
 def _round(turned: FloatArray, scales: FloatArray, ends: _Ends, grid: FloatArray) -> None:
-    """Signed codes, still float32, of turned blocks under the scales [n * 4] of their columns."""
+    """Write the signed codes of transposed blocks into `grid`, as float32; `scales` [n * 4] has one scale a column."""
     inverse = np.divide(np.float32(1), scales)
     if not scales.all():
         inverse[scales == 0] = 0
@@ -149,8 +152,8 @@ def _round(turned: FloatArray, scales: FloatArray, ends: _Ends, grid: FloatArray
 
 
 def _ends(scales: FloatArray, half: int) -> tuple[FloatArray, FloatArray]:
-    """The grid's lowest and highest code as rows [n * 4]: numpy's loops over two arrays are faster than those over an
-    array and a number."""
+    """The lowest and the highest signed code, as rows [n * 4]: numpy's loops over two arrays are faster than loops over
+    an array and a number."""
     lowest = np.full(len(scales) * LANES, -half, dtype=np.float32)
     return lowest, np.full_like(lowest, half - 1)
 
@@ -164,14 +167,14 @@ def _in_lanes(scales: FloatArray) -> FloatArray:
 
 
 def _across_lanes(operation: np.ufunc, lanes: FloatArray) -> FloatArray:
-    """[n * 4] to [n]."""
+    """Reduce [n * 4] to [n]: `operation` over the four neighbours of each block."""
     left = operation(lanes[0::LANES], lanes[1::LANES])
     joined: FloatArray = operation(left, operation(lanes[2::LANES], lanes[3::LANES]))
     return joined
 
 
 def pack(codes: ByteArray, bits: int) -> ByteArray:
-    """uint8 codes [..., K] to bytes [..., K * bits / 8], lower index in the lower bits."""
+    """Pack uint8 codes [..., K] into bytes [..., K * bits / 8], the lower index in the lower bits."""
     if bits == 8:
         return codes
     pairs = np.ascontiguousarray(codes).view("<u2")
@@ -180,7 +183,7 @@ def pack(codes: ByteArray, bits: int) -> ByteArray:
 
 
 def unpack(packed: ByteArray, bits: int) -> ByteArray:
-    """The codes [..., K] of bytes [..., K * bits / 8]."""
+    """Unpack bytes [..., K * bits / 8] to uint8 codes [..., K]; the inverse of `pack`."""
     if bits == 8:
         return packed
     codes = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=np.uint8)
@@ -190,6 +193,6 @@ def unpack(packed: ByteArray, bits: int) -> ByteArray:
 
 
 def dequantize_blocks(codes: ByteArray, scales: FloatArray, bits: int) -> FloatArray:
-    """Codes [..., K] and scales [..., K / block_size] to float32 [..., K]."""
+    """Dequantise codes [..., K] with scales [..., K / block_size] to float32 [..., K]."""
     blocks = codes.reshape(*scales.shape, -1).astype(np.float32) - np.float32(1 << (bits - 1))
     return (blocks * scales[..., None]).reshape(codes.shape)

@@ -1,4 +1,4 @@
-"""What float16 does to scales that are too small for it."""
+"""Counts the quantised blocks whose scales are too small for float16, and measures the error of those scales."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import numpy as np
 
 from export.quantize.grid import SLICE_VALUES, FloatArray, quantize_blocks
 
-SMALLEST_NORMAL = 2.0**-14  # of float16; below it a number has fewer than 11 bits, and below 2^-25 it is 0
+SMALLEST_NORMAL = 2.0**-14  # smallest normal float16; below it a number has fewer than 11 bits, below 2^-25 it is 0
 
 
 class SmallScales:
-    """Counts a matrix's blocks whose scale float16 cannot hold to 11 bits, and measures the worst of them.
+    """Counts the blocks of a matrix whose scale float16 holds with fewer than 11 bits, and measures the worst error.
 
-    `blocks` of `num_blocks` are such ones; blocks of zeros, whose scale is 0 in any type, are not. `worst_error` is the
-    largest |float16(s) - s| / |s| over the scales s that a float32 would have had there: 1 where a block vanishes.
+    `blocks` is the number of such blocks among `num_blocks`. Blocks of zeros are not counted, since their scale is 0 in
+    any type. `worst_error` is the largest |float16(s) - s| / |s| over the float32 scales s of the counted blocks; it is
+    1 if a scale becomes 0 and its block with it.
     """
 
     def __init__(self) -> None:
@@ -22,11 +23,11 @@ class SmallScales:
         self.worst_error = 0.0
 
     def add(self, values: FloatArray, scales: FloatArray, bits: int, block_size: int) -> None:
-        """Take in values [..., K] and their scales [..., K / block_size], which float16 holds as they are."""
+        """Count the small scales of values [..., K]; `scales` [..., K / block_size] are already rounded to float16."""
         self.num_blocks += scales.size
         places = np.flatnonzero(np.abs(scales) < SMALLEST_NORMAL)
         blocks = np.ascontiguousarray(values).reshape(-1, block_size)
-        step = max(1, SLICE_VALUES // block_size)  # so that a matrix of such blocks takes no more memory than others
+        step = max(1, SLICE_VALUES // block_size)  # bounds memory if all blocks of a matrix have small scales
         for start in range(0, len(places), step):
             few = blocks[places[start : start + step]]
             few = few[few.any(axis=1)]
@@ -34,7 +35,7 @@ class SmallScales:
                 self._measure(quantize_blocks(few, bits, block_size)[1])
 
     def _measure(self, exact: FloatArray) -> None:
-        """Take in float32 scales."""
+        """Count the float32 scales `exact` and update the worst error."""
         wide = exact.astype(np.float64)
         errors = np.abs(exact.astype(np.float16).astype(np.float64) - wide)
         relative = np.divide(errors, np.abs(wide), out=np.ones_like(wide), where=wide != 0)
@@ -42,7 +43,7 @@ class SmallScales:
         self.worst_error = max(self.worst_error, float(relative.max()))
 
     def warning(self, name: str) -> str | None:
-        """What whoever builds should know of the matrix of that name; None where nothing is to be said."""
+        """The warning about the matrix `name` for the user who builds; None if no block was counted."""
         if not self.blocks:
             return None
         return (

@@ -1,17 +1,17 @@
-"""The layout in which moeship's own CPU kernels read a block-quantised matrix: one for every instruction set.
+"""The layout in which moeship's own CPU kernels read a block-quantised matrix: the same for every instruction set.
 
-Sixteen output rows lie side by side, the rows of a group. A matrix [N, K] of b-bit codes in blocks of B input features
-becomes three arrays, N padded to groups and K to blocks (G = ceil(N / 16), P = ceil(K / B)):
+Sixteen output rows form a group and are stored side by side. A matrix [N, K] of b-bit codes in blocks of B input
+features becomes three arrays, with N padded to whole groups and K to whole blocks (G = ceil(N / 16), P = ceil(K / B)):
 
   codes   uint8 [G, P, 2 * B * b]            scales  [G, P, 16]            zeros  uint8 [G, P, 16]
 
-A block of a group is B * b / 32 lines of 64 bytes. Byte j of line t belongs to the group's row j // 4. Counted from the
-lowest, its p-th b bits hold the code of the block's feature 4 * (t * 8 / b + p) + j % 4. So one 32-bit lane of a
-register has four neighbouring features of one row, which is what byte products add up (vpmaddubsw, vpdpbusd and the
-tiles of AMX), and sixteen lanes are sixteen rows with sums of their own.
+One block of all rows of a group is B * b / 32 lines of 64 bytes. Byte j of line t belongs to row j // 4 of the group.
+Its p-th b bits, counted from the lowest, hold the code of feature 4 * (t * 8 / b + p) + j % 4 of the block. So one
+32-bit lane of a register holds four neighbouring features of one row, and the byte products (vpmaddubsw, vpdpbusd and
+the tiles of AMX) add up the four of a lane. The sixteen lanes of a register sum sixteen rows.
 
-Padding holds the zero point as code and 0 as scale: it adds nothing. A stack of matrices has one axis more in front.
-`trt_build/ort/kernels/layout.h` is the reader's side.
+In the padding the code is the zero point and the scale is 0, so that it adds nothing to a product. A stack of matrices
+has one more axis in front. `trt_build/ort/kernels/layout.h` describes the same layout for the kernels.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ import numpy.typing as npt
 
 from export.errors import QuantizationError
 
-LAYOUT = 1  # its version, an attribute of every node that reads it
+LAYOUT = 1  # version of the layout; an attribute of every node that reads it
 GROUP_ROWS = 16
 LINE_BYTES = 64
 BITS = (2, 4, 8)
 BLOCK_SIZES = (32, 64, 128)
-_QUAD = 4  # neighbouring features of a row that stay together
+_QUAD = 4  # number of neighbouring features of a row that are stored together
 
 ByteArray = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixLayout:
-    """Shapes of a matrix [rows, features] in this layout. Raises QuantizationError for what it does not have."""
+    """A matrix [rows, features] in this layout: shapes of its arrays, and conversion from and to plain order.
+    Raises QuantizationError for bits, block sizes or shapes that the layout does not support."""
 
     rows: int
     features: int
@@ -65,16 +66,17 @@ class MatrixLayout:
 
     @property
     def scales_shape(self) -> tuple[int, int, int]:
-        """Also the zero points'."""
+        """The shape of the scales, and of the zero points."""
         return (self.groups, self.blocks, GROUP_ROWS)
 
     @property
     def _lines(self) -> tuple[int, int]:
-        """Lines of a block, and codes of a byte."""
+        """The number of lines of a block, and the number of codes in a byte."""
         return self.block_size * self.bits // (LINE_BYTES // 2), 8 // self.bits
 
     def pack_codes(self, codes: ByteArray, zeros: ByteArray | None = None) -> ByteArray:
-        """uint8 codes [..., N, K] to [..., G, P, 2 * B * b]; `zeros` [..., N, P] pad it, or 2^(b-1)."""
+        """Pack uint8 codes [..., N, K] into bytes [..., G, P, 2 * B * b]. The padding gets the zero points `zeros`
+        [..., N, P], or 2^(b-1) if they are None."""
         stack = codes.shape[:-2]
         padded = self._padding(stack, zeros)
         padded[..., : self.rows, : self.features] = codes
@@ -89,7 +91,7 @@ class MatrixLayout:
         return np.ascontiguousarray(ordered).reshape(*stack, *self.codes_shape)
 
     def unpack_codes(self, packed: ByteArray) -> ByteArray:
-        """The codes [..., N, K] of [..., G, P, 2 * B * b]."""
+        """Unpack bytes [..., G, P, 2 * B * b] to uint8 codes [..., N, K]; the inverse of `pack_codes`."""
         stack = packed.shape[:-3]
         lines, per_byte = self._lines
         ordered = packed.reshape(*stack, self.groups, self.blocks, lines, GROUP_ROWS, _QUAD)
@@ -100,7 +102,7 @@ class MatrixLayout:
         return np.ascontiguousarray(padded[..., : self.rows, : self.features])
 
     def pack_scales(self, scales: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Scales or zero points [..., N, P] to [..., G, P, 16], of their dtype."""
+        """Reorder scales or zero points [..., N, P] to [..., G, P, 16]; the dtype stays."""
         stack = scales.shape[:-2]
         padded = np.zeros((*stack, self.groups * GROUP_ROWS, self.blocks), dtype=scales.dtype)
         padded[..., : self.rows, :] = scales
@@ -108,12 +110,12 @@ class MatrixLayout:
         return np.ascontiguousarray(np.swapaxes(parts, -1, -2))
 
     def unpack_scales(self, packed: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """The scales or zero points [..., N, P] of [..., G, P, 16]."""
+        """Reorder scales or zero points [..., G, P, 16] to [..., N, P]; the inverse of `pack_scales`."""
         rows = np.swapaxes(packed, -1, -2).reshape(*packed.shape[:-3], self.groups * GROUP_ROWS, self.blocks)
         return np.ascontiguousarray(rows[..., : self.rows, :])
 
     def _padding(self, stack: tuple[int, ...], zeros: ByteArray | None) -> ByteArray:
-        """Codes of the padded shape that stand for 0."""
+        """An array of codes in the padded shape, filled with the zero points."""
         shape = (*stack, self.groups * GROUP_ROWS, self.blocks * self.block_size)
         padded = np.full(shape, 1 << (self.bits - 1) if zeros is None else 0, dtype=np.uint8)
         if zeros is not None:

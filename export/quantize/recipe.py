@@ -1,4 +1,4 @@
-"""Quantisation as data: which role gets how many bits. The plan in force is written into the engine's manifest."""
+"""The bits of each role at each precision. The plan of an engine is written into its engine.json."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from export.provider import ONNX_RUNTIME, PROVIDERS, Provider
 class QuantPlan:
     """Bits per role; a role that is absent keeps its provider's float type. Router, norms and biases are never listed.
 
-    `accuracy_level` is ONNX Runtime's: 4 lets kernels round activations to int8 blocks, which is what makes them
-    fast (MatMulNBits and QMoE operator schemas).
+    `accuracy_level` is the attribute of ONNX Runtime's MatMulNBits and QMoE operators. Level 4 allows the kernels to
+    round activations to int8 in blocks, which makes them fast.
     """
 
     name: str
@@ -29,26 +29,26 @@ class QuantPlan:
 
 
 def _bits(layers: int, ends: int) -> Mapping[Role, int]:
-    """`layers` bits for the matrices of the layers, `ends` for embedding and head."""
+    """Bits per role: `layers` for the matrices of the layers, `ends` for embedding and head."""
     inside, outside = (Role.ATTENTION, Role.FFN, Role.EXPERT), (Role.EMBEDDING, Role.HEAD)
     return MappingProxyType(dict.fromkeys(inside, layers) | dict.fromkeys(outside, ends))
 
 
-# As on the CPU; `plan_for` puts a provider's own block sizes and accuracy level in their place.
+# Plans by precision. `plan_for` fills in the block sizes and the accuracy level of a provider.
 PLANS: Mapping[str, QuantPlan] = MappingProxyType(
     {
         "fp32": QuantPlan(name="fp32", bits=MappingProxyType({}), block_sizes=(), accuracy_level=0),
         "fp16": QuantPlan(name="fp16", bits=MappingProxyType({}), block_sizes=(), accuracy_level=0),
         "int8": QuantPlan(name="int8", bits=_bits(8, ends=8), block_sizes=(), accuracy_level=4),
-        # Embedding and head at 4 bits would cost the tiny phixtral another 0.8 % of perplexity. An embedding row is
-        # all that a token reads of it, and a full-size phixtral's head is 3 % of the bytes that it reads.
+        # Embedding and head at 4 bits would raise the tiny phixtral's perplexity by another 0.8 % and save little: a
+        # token reads one row of the embedding, and the head is 3 % of the bytes that a full-size phixtral reads.
         "int4": QuantPlan(name="int4", bits=_bits(4, ends=8), block_sizes=(), accuracy_level=4),
     }
 )
 
 
 def plan_for(precision: str, provider: Provider = PROVIDERS["cpu"]) -> QuantPlan:
-    """The plan of a precision's name on a provider. Raises QuantizationError that lists what exists."""
+    """The quantisation plan of a precision on a provider. Raises QuantizationError that lists the precisions there."""
     if precision not in PLANS:
         raise QuantizationError(f"choosing the precision: {unknown(precision, provider.precisions)}")
     if precision not in provider.precisions and provider.kernels != ONNX_RUNTIME:
