@@ -52,10 +52,10 @@ class BuildOptions(EngineOptions):
 
 
 def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | None = None) -> Engine:
-    """Build, and open what was built. `progress` is called a few times a second.
+    """Build an engine, open it and return it. `progress` is called a few times a second.
 
-    Raises MoeshipError of the stage that found fault. Nothing appears at the output then; the parts that were finished
-    lie beside it, and the same options take them up.
+    Raises the MoeshipError of the stage that failed. The output folder does not appear then. The finished parts stay in
+    a folder beside it, and a build with the same options continues from them.
     """
     provider, _ = check_options(options)
     fault = found_fault() if provider.kernels == OWN_KERNELS else None
@@ -79,12 +79,12 @@ def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | N
         write_manifest(folder.content, manifest)
     engine = open_engine(options.output, check_digests=False)
     if engine.has_own_kernels:
-        forget_pages(engine.folder / DATA_FILE)  # written in small pages; a session reads it into huge ones
+        forget_pages(engine.folder / DATA_FILE)  # the write cached it in small pages; loading caches it in huge ones
     return engine
 
 
 def _settings(build: PreparedBuild) -> dict[str, Any]:
-    """What decides an engine's bytes beside the checkpoint's, as plain JSON values."""
+    """Everything except the checkpoint that decides the bytes of an engine, as plain JSON values."""
     plan = build.export
     layout = hashlib.sha256(plan.serving.SerializeToString() + plan.scoring.SerializeToString())
     layout.update(repr(plan.jobs).encode())
@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def summary(engine: Engine) -> str:
-    """One line on what was built."""
+    """One line that describes the engine that was built."""
     manifest = engine.manifest
     return (
         f"{engine.folder}: {manifest.family} {manifest.precision.name} for "

@@ -1,9 +1,9 @@
 """The engine directory and its manifest, engine.json.
 
-An engine is a folder with a valid engine.json; the manifest is written last and the folder appears by rename, so a
-folder without one is no engine and every later stage says so. The manifest names every file with its bytes and
-SHA-256; that of the weights has a digest for each initializer, in weights.jsonl, so that it is checked on all cores.
-`open_engine` checks the manifest's own digest and the files' sizes always, and their digests unless told otherwise.
+An engine is a folder with a valid engine.json. The manifest is written last and the folder appears by rename, so a
+folder without a manifest is no engine, and every later stage refuses it. The manifest records the bytes and SHA-256 of
+every file. The weights file has one digest for each initializer instead, in weights.jsonl, so that all cores can check
+it. `open_engine` always checks the manifest's own digest and the files' sizes, and the files' digests by default.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ MAX_BATCH = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecord:
-    """Size in bytes and SHA-256 in hexadecimal of one file of the engine; model.onnx.data has its digests, which
-    leave no byte out, in weights.jsonl."""
+    """Size in bytes and SHA-256 in hexadecimal of one file of the engine. For model.onnx.data `sha256` is None: the
+    digests of all its bytes are in weights.jsonl."""
 
     bytes: int
     sha256: str | None
@@ -61,19 +61,19 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """The recipe in force: bits per role, and what it comes to over all weights."""
+    """The quantisation that the engine was built with: bits per role, and the average over all weights."""
 
     name: str
     bits: Mapping[str, int]
-    block_sizes: tuple[int, ...]  # that its quantised matrices have
+    block_sizes: tuple[int, ...]  # all block sizes that occur among the quantised matrices, in input features
     accuracy_level: int
     average_bits_per_weight: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where the weights came from: digests by file name as `export.checkpoint.digests` describes them, `revision` the
-    commit of a hub id."""
+    """The checkpoint that the weights came from. `digests` has one digest for each file name, as
+    `export.checkpoint.digests` describes; `revision` is the commit of a hub id."""
 
     checkpoint: str
     revision: str | None
@@ -82,8 +82,8 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """engine.json. `expert_order` lists which expert stands at each place of the stacked weights; `routing` is the
-    gates' diagnosis; `verification` is the last result of `moeship verify`, if any."""
+    """The contents of engine.json. `expert_order` gives the expert at each index of the stacked weights; `routing` is
+    the diagnosis of the gates; `verification` is the last result of `moeship verify`, if any."""
 
     format_version: int
     model: str
@@ -101,14 +101,15 @@ class Manifest:
     routing: Mapping[str, Any] | None
     libraries: Mapping[str, str]
     files: Mapping[str, FileRecord]
-    kernels: str  # whose multiply its quantised matrices
-    tokenizer: TokenizerFacts | None  # None in an old engine whose engine.json does not say
+    kernels: str  # kernels that multiply the quantised matrices: "moeship" or "onnxruntime"
+    tokenizer: TokenizerFacts | None  # None in an engine of format 2, whose engine.json lacks these facts
     verification: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """An opened engine directory; `old` says what else its engine.json has, where that is of an earlier format."""
+    """An opened engine directory. `old` holds the values that only earlier formats of engine.json have; None in the
+    present format."""
 
     folder: Path
     manifest: Manifest
@@ -126,18 +127,18 @@ class Engine:
 
     @property
     def has_own_kernels(self) -> bool:
-        """Whether moeship's kernels multiply its quantised matrices, which they read where they lie in the file."""
+        """Whether moeship's kernels multiply the quantised matrices. They read them in place from the mapped file."""
         return self.manifest.kernels == OWN_KERNELS
 
     def text(self, verification: Mapping[str, Any] | None) -> str:
-        """engine.json with this result of a comparison."""
+        """The text of engine.json with `verification` as the result of the last comparison."""
         if self.old:
             return self.old.text(verification)
         return manifest_text(dataclasses.replace(self.manifest, verification=verification))
 
 
 def record_files(folder: Path) -> dict[str, FileRecord]:
-    """Every file of an engine's folder, the manifest aside, by its path inside the folder."""
+    """The record of every file of an engine's folder except the manifest, by its path inside the folder."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
         name: FileRecord(bytes=path.stat().st_size, sha256=None if name == DATA_FILE else file_digest(path))
@@ -157,8 +158,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def record_verification(engine: Engine, verification: Mapping[str, Any]) -> None:
-    """Write the result of a comparison into engine.json, in place of an earlier one. Raises EngineError where
-    engine.json is no longer what was opened."""
+    """Write the result of a comparison into engine.json, in place of an earlier result. Raises EngineError if
+    engine.json changed after the engine was opened."""
     found = open_engine(engine.folder, check_digests=False)
     if found.text(found.manifest.verification) != engine.text(engine.manifest.verification):
         raise changed_meanwhile(engine.folder)
@@ -194,7 +195,7 @@ def open_engine(folder: Path | str, check_digests: bool = True) -> Engine:
 
 
 def file_problem(path: Path, record: FileRecord, check_digest: bool) -> str | None:
-    """What is wrong with a file of an engine, if anything."""
+    """A description of how a file differs from its record; None if it agrees."""
     if not path.is_file():
         return "missing"
     size = path.stat().st_size
@@ -208,7 +209,8 @@ def file_problem(path: Path, record: FileRecord, check_digest: bool) -> str | No
 
 
 def read_part_records(folder: Path) -> list[PartRecord]:
-    """What each part of an engine's weights was made of. Raises EngineError for a file that no build wrote."""
+    """Read weights.jsonl: for each part of the weights, what it was made from. Raises EngineError if the file is
+    malformed."""
     try:
         return read_records(folder / RECORDS_FILE)
     except (OSError, ValueError, RecursionError) as error:
@@ -218,9 +220,9 @@ def read_part_records(folder: Path) -> list[PartRecord]:
 
 
 def weight_regions(folder: Path, num_bytes: int) -> list[Region]:
-    """The regions of an engine's weights with their digests, as its weights.jsonl has them, in order of place.
+    """The regions of an engine's weights file with their digests, read from weights.jsonl and sorted by offset.
 
-    Raises EngineError for a file that no build wrote, and where the regions are not all `num_bytes` of the weights.
+    Raises EngineError if weights.jsonl is malformed or its regions do not cover all `num_bytes` of the weights file.
     """
     found = [region for record in read_part_records(folder) for region in record.regions]
     regions, position = sorted(found, key=lambda region: region.offset), 0
@@ -241,7 +243,8 @@ def _uncovered(folder: Path, problem: str) -> EngineError:
 
 
 def _weight_problems(folder: Path, manifest: Manifest) -> list[str]:
-    """Regions of the data file that differ from the build's. Raises EngineError as `weight_regions` does."""
+    """Descriptions of the regions of the weights file that differ from their digests. Raises EngineError as
+    `weight_regions` does."""
 
     def problems(region: Region) -> list[str]:
         return damaged_regions(folder / DATA_FILE, [region])
@@ -270,7 +273,7 @@ def _parse(raw: dict[str, Any], folder: Path) -> Engine:
 
 
 def _check_facts(manifest: Manifest, old: OldFormat | None) -> None:
-    """What types cannot say. Raises ValueError."""
+    """Check the ranges and relations of values that types do not express. Raises ValueError."""
     facts = manifest.architecture
     check_architecture(facts)
     check_family(manifest.family, facts)

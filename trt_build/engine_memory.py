@@ -1,4 +1,4 @@
-"""What memory an engine takes to run, against what there is: told before anything is loaded."""
+"""The memory that an engine needs to run, compared with the memory available, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from trt_build.machine.memory import available_memory
 
 
 def kv_bytes_per_token(architecture: Architecture, provider: Provider) -> int:
-    """Key and value of one position in every layer, in the provider's float type."""
+    """Bytes of the keys and values of one position in all layers, in the provider's float type."""
     values = 2 * architecture.num_layers * architecture.num_kv_heads * architecture.head_size
     return values * np.dtype(provider.float_type).itemsize
 
 
 def require_memory(engine: Engine, available: int | None = None) -> None:
-    """Raise EngineError where the weights and one sequence's cache exceed what is available (None: ask the machine).
+    """Raise EngineError if the weights and the cache of one sequence exceed `available` bytes (None: ask the machine).
 
-    An engine whose provider has memory of its own is not judged.
+    Engines of a provider with its own memory, such as CUDA, are not checked.
     """
     manifest = engine.manifest
     if manifest.provider != "cpu":

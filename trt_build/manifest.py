@@ -1,10 +1,10 @@
-"""engine.json as text: written with a digest of itself, and read only where the digest is right.
+"""Writes engine.json with a digest of its own text, and reads it only if the digest is right.
 
-The digest is the last value of the object. It is SHA-256 over every byte before it, so that no bit of the file can
-change unnoticed; the three bytes after it are fixed. The digest finds damage and careless edits. It is no signature:
-whoever means to deceive can compute it too.
+The digest is the last value of the object: SHA-256 over every byte before it. The three bytes after it are fixed, so
+any changed bit is found. The digest finds damage and careless edits. It is not a signature: an attacker can compute it
+too.
 
-Formats up to UNDIGESTED have none and are read without.
+Formats up to UNDIGESTED have no digest and are read without one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def digested_text(values: Mapping[str, Any]) -> str:
-    """The text of an engine.json with these values, its digest last; without one in a format that has none."""
+    """The text of an engine.json with these values and the digest at the end, if the format has a digest."""
     version = values["format_version"]
     if version <= UNDIGESTED[values["backend"]]:
         return json.dumps(values, indent=2) + "\n"
@@ -40,8 +40,8 @@ def digested_text(values: Mapping[str, Any]) -> str:
 
 
 def read_manifest(folder: Path, doing: str, error: type[MoeshipError] = EngineError) -> dict[str, Any]:
-    """The values of a folder's engine.json, the digest aside. Raises `error`, which says what was being done, where the
-    file is no JSON object or not as it was written."""
+    """The values of a folder's engine.json without the digest. Raises `error`, whose message begins with `doing`, if
+    the file is no JSON object or was changed after it was written."""
     path = folder / MANIFEST_FILE
     text = read_text(path, "the engine's manifest", error=error)
     try:
@@ -68,13 +68,13 @@ _REMEDY = "put back the file that the build or verify wrote, or build it again"
 
 
 def _digest_of(text: str) -> str:
-    """Of the bytes before the digest's value; of the whole text where it does not end with one."""
+    """SHA-256 of the bytes before the digest's value, or of the whole text if it does not end with a digest."""
     place = _DIGEST.search(text)
     return hashlib.sha256(text[: place.start() if place else len(text)].encode()).hexdigest()
 
 
 def changed_meanwhile(folder: Path) -> EngineError:
-    """The error for an engine.json that another process wrote since it was read."""
+    """The error to raise if another process wrote engine.json after it was read."""
     return EngineError(
         f"writing the comparison's result into {folder / MANIFEST_FILE}: it changed since it was read; verify again "
         "when no other process writes to it"
@@ -82,9 +82,9 @@ def changed_meanwhile(folder: Path) -> EngineError:
 
 
 def check_file_records(files: Mapping[str, Any], needed: Sequence[str], undigested: Sequence[str] = ()) -> None:
-    """Check the records of an engine's files: names, bytes, SHA-256, which those in `undigested` have not.
+    """Check the names, sizes and digests in the records of an engine's files; files in `undigested` have no digest.
 
-    Raises ValueError; a file outside the engine's folder is the gravest of these.
+    Raises ValueError, also for a name outside the engine's folder, which must never be opened.
     """
     strangers = [name for name in files if not _is_inside(name) or name == MANIFEST_FILE]
     absent = [name for name in needed if name not in files]
@@ -102,25 +102,25 @@ def check_file_records(files: Mapping[str, Any], needed: Sequence[str], undigest
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name is that of a file in the engine's folder, or of a chat template in its own folder."""
+    """Whether a name is a file directly in the engine's folder or in its folder of chat templates."""
     folder, _, file = name.rpartition("/")
     return folder in ("", TEMPLATE_FOLDER) and file not in ("", ".", "..") and "\0" not in file
 
 
 def check_digest(name: str, text: str) -> None:
-    """Raise ValueError where a text is no SHA-256 in hexadecimal."""
+    """Raise ValueError if a text is not a SHA-256 in hexadecimal."""
     if not _HEX_DIGEST.fullmatch(text):
         raise ValueError(f"{name} is {shown(text, 80)}, expected a SHA-256")
 
 
 def check_range(name: str, value: float, least: float, most: float) -> None:
-    """Raise ValueError where a number is not from `least` to `most`."""
+    """Raise ValueError if a number is not in the range from `least` to `most`."""
     if not least <= value <= most:
         raise ValueError(f"{name} is {shown(value, 40)}, expected {least} to {most}")
 
 
 def check_architecture(facts: Architecture) -> None:
-    """Raise ValueError where a model's facts do not go together; each by itself is checked when they are made."""
+    """Raise ValueError if a model's facts contradict each other. `Architecture` checks each fact by itself."""
     check_range("architecture.experts_per_token", facts.experts_per_token, int(facts.is_moe), facts.num_experts)
     check_range("architecture.rotary_dim", facts.rotary_dim, 2, facts.head_size)
     if facts.rotary_dim % 2:
@@ -130,13 +130,13 @@ def check_architecture(facts: Architecture) -> None:
 
 
 def check_family(family: str, facts: Architecture) -> None:
-    """Raise ValueError where the family is not that of the model's facts."""
+    """Raise ValueError if `family` is not the family in the model's facts."""
     if family != facts.family:
         raise ValueError(f"family is {shown(family)}, expected {shown(facts.family)}, as in architecture")
 
 
 def check_tokenizer(facts: TokenizerFacts) -> None:
-    """Raise ValueError for numbers that count no row of a vocabulary, and for a limit of tokens that is none."""
+    """Raise ValueError if a token id or the longest input length of the tokenizer is out of range."""
     stated: dict[str, Sequence[int | None]] = {
         "bos_token_id": [facts.bos_token_id],
         "pad_token_id": [facts.pad_token_id],
@@ -153,7 +153,7 @@ def check_tokenizer(facts: TokenizerFacts) -> None:
 
 
 def check_end_tokens(ids: tuple[int, ...], tokenizer_size: int) -> None:
-    """Raise ValueError for an end token that an engine never chooses: it stands for no text."""
+    """Raise ValueError for an end token that an engine never generates, because its id stands for no text."""
     never = [item for item in ids if not 0 <= item < tokenizer_size]
     if never:
         raise ValueError(

@@ -1,1 +1,1 @@
-"""An engine against its reference: the texts, the reference in torch, and the figures of parity."""
+"""Comparison of an engine with its reference: the evaluation text, the reference model in torch, the parity figures."""

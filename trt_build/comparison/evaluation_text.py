@@ -1,4 +1,4 @@
-"""Text to measure on when the user gives none: help topics and modules that every Python installation carries."""
+"""The evaluation text that is used when the user names none: help topics and modules of Python's standard library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MODULES = ("textwrap", "queue", "shlex", "fractions", "calendar")
 
 
 def standard_text() -> str:
-    """English and Python in turns, a few tens of kilobytes."""
+    """English text and Python code, alternating: a few tens of kilobytes in total."""
     from pydoc_data.topics import topics
 
     pieces = []
@@ -26,7 +26,8 @@ def standard_text() -> str:
 
 
 def read_texts(paths: Sequence[Path]) -> str:
-    """The files' text joined, or the standard text where none is named. Raises ConfigError."""
+    """The text of all `paths`, joined, or the standard text if `paths` is empty. Raises ConfigError for a file that
+    cannot be read as UTF-8."""
     if not paths:
         return standard_text()
     try:

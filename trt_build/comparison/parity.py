@@ -1,7 +1,7 @@
-"""An engine against its reference: logits, KL divergence, top-1, perplexity and routing, and whether that is enough.
+"""Compares an engine with its reference: logits, KL divergence, top-1, perplexity and routing, each with a threshold.
 
-Every window of the text is scored whole; the first one also runs through the serving graph, half of it prefilled and
-half decoded one token at a time through the key/value cache, as a server would.
+The scoring graph computes every window of the text in one call. The first window also runs through the serving graph as
+in a server: its first half is prefilled, the second half is decoded token by token through the key/value cache.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 FloatArray = npt.NDArray[np.float32]
 
 WINDOW_TOKENS = 512
-LONG_WINDOW_TOKENS = 2048  # of the first window; a Phi-2's whole context
-SLICE_TOKENS = 256  # positions compared at a time, which bounds the float64 copies of [S, V]
+LONG_WINDOW_TOKENS = 2048  # length of the first window: the whole context of Phi-2
+SLICE_TOKENS = 256  # positions compared at a time: a limit on the size of the float64 copies of logits
 MIN_TOKENS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """What a precision must reach. None: reported, not judged.
+    """The limits that an engine of one precision must keep. A figure whose limit is None is reported and not judged.
 
-    fp32 differs from the reference by the order of its sums alone. fp16 rounds what flows between its matrices to 11
-    bits: a logit moves by 1e-3 in the mean, and further where two experts were nearly level and the other is chosen.
-    int8 and int4 are held to the relative perplexity that these grids reach on trained models; their single logits are
-    not comparable.
+    fp32 differs from the reference only by the order of summation. fp16 rounds activations between matrices to 11 bits:
+    a logit moves by 1e-3 on average, and by more where two experts have nearly equal logits and the engine chooses the
+    other one. int8 and int4 have to reach the relative perplexity that their quantisation grids reach on trained
+    models; their individual logits are not compared.
     """
 
     max_logit_difference: float | None
@@ -72,7 +72,7 @@ THRESHOLDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ParityReport:
-    """The figures over `num_tokens` scored and `num_decoded_tokens` decoded positions."""
+    """The result of a comparison over `num_tokens` scored and `num_decoded_tokens` decoded positions."""
 
     num_tokens: int
     num_decoded_tokens: int
@@ -80,19 +80,19 @@ class ParityReport:
     mean_logit_difference: float
     max_decoded_difference: float
     mean_kl: float
-    mean_decoded_kl: float  # of the serving graph through its cache; held to the same limit as mean_kl
+    mean_decoded_kl: float  # mean KL divergence of the serving graph with its cache, in nats; same limit as mean_kl
     top1_agreement: float
     engine_perplexity: float
     reference_perplexity: float
     routing_agreement: float | None
-    tied_routings: int | None  # (layer, position) whose K-th and next logits are equal
+    tied_routings: int | None  # number of (layer, position) pairs whose K-th and K+1-th router logits are equal
 
     @property
     def perplexity_increase(self) -> float:
         return self.engine_perplexity / self.reference_perplexity - 1
 
     def failures(self, limits: Thresholds) -> list[str]:
-        """What misses its threshold, each with found and expected; NaN misses every one."""
+        """One message for each figure that misses its threshold, with found and expected. NaN misses each threshold."""
         found = []
         if limits.max_logit_difference is not None:
             worst = max(self.max_logit_difference, self.max_decoded_difference)
@@ -116,21 +116,22 @@ class ParityReport:
 
 @dataclass(frozen=True, kw_only=True)
 class WindowSums:
-    """Sums over one window of S tokens; the next-token loss has S - 1 terms."""
+    """The figures of one window of S tokens, summed over its positions; the next-token loss has S - 1 terms."""
 
     num_tokens: int
     max_difference: float
-    sum_difference: float  # of each position's mean
+    sum_difference: float  # sum over positions of the mean absolute logit difference
     sum_kl: float
     num_top1: int
     engine_loss: float
     reference_loss: float
-    routing: tuple[int, int, int] | None  # agreeing, tied, all
+    routing: tuple[int, int, int] | None  # numbers of (layer, position) pairs: agreeing, tied, all
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """A report, what in it missed its threshold, and whether the reference has the very files the engine came from."""
+    """A report, the thresholds that it misses, and whether the reference was read from the files that the engine was
+    built from."""
 
     report: ParityReport
     failures: tuple[str, ...]
@@ -152,7 +153,7 @@ def verify_engine(
     """Compare an engine with the checkpoint at `location`. Raises ConfigError for too little text, EngineError for
     another model's checkpoint."""
     windows = _windows(engine, text, num_tokens)
-    open_device(engine)  # what is missing is told before the reference is loaded
+    open_device(engine)  # raises for a missing package or device before the reference takes its time to load
     checkpoint = open_checkpoint(location)
     reference = _open_reference(engine, checkpoint)
     progress("checking whether the reference is what the engine was built from")
@@ -168,7 +169,7 @@ def verify_engine(
 
 
 def record(engine: Engine, verification: Verification) -> None:
-    """Write the result into engine.json, in place of an earlier one."""
+    """Write the result of a verification into engine.json, in place of an earlier result."""
     record_verification(engine, verification.to_json())
 
 
@@ -178,7 +179,7 @@ def compare(
     windows: Sequence[Sequence[int]],
     progress: Callable[[str], None],
 ) -> ParityReport:
-    """Measure an engine against a loaded reference over windows of token ids."""
+    """Compare an engine with a loaded reference over windows of token ids."""
     if not windows:
         raise ConfigError(f"measuring {engine.folder}: no window of at least two tokens; pass a longer text")
     scoring = ScoringSession(engine)
@@ -202,13 +203,13 @@ def compare(
 def run_reference(
     reference: transformers.PreTrainedModel, window: Sequence[int], router: str | None = None
 ) -> tuple[FloatArray, FloatArray | None]:
-    """The reference's logits [S, V] and router logits [L, S, E], of the layers that have the module `router`."""
+    """The reference's logits [S, V] and the router logits [L, S, E] of the L layers that have the module `router`."""
     import torch
 
     routed: list[FloatArray] = []
 
     def keep(_gate: torch.nn.Module, _inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
-        logits = output if isinstance(output, torch.Tensor) else output[0]  # [S, E]; transformers adds its choice
+        logits = output if isinstance(output, torch.Tensor) else output[0]  # [S, E], first in a router's tuple
         routed.append(logits.numpy())
 
     layers = [dict(layer.named_modules()) for layer in reference.model.layers]
@@ -236,7 +237,8 @@ def log_softmax(logits: FloatArray) -> npt.NDArray[np.float64]:
 
 
 def chosen_experts(logits: FloatArray, experts_per_token: int) -> npt.NDArray[np.int64]:
-    """The set of K experts, ascending, of router logits [..., E]; of equal logits the lowest index is chosen."""
+    """The indices of the K experts with the largest router logits [..., E], in ascending order. Among equal logits the
+    lowest index is chosen."""
     order = np.argsort(-logits, axis=-1, kind="stable")[..., :experts_per_token]
     return np.sort(order, axis=-1)
 
@@ -251,8 +253,8 @@ def split_windows(token_ids: Sequence[int], size: int, num_tokens: int) -> Itera
 
 
 def _windows(engine: Engine, text: str, num_tokens: int) -> list[Sequence[int]]:
-    """The first window as long as the context allows, so that late positions and several prefill chunks are seen;
-    the others of WINDOW_TOKENS."""
+    """The windows of a text. The first is as long as the context and LONG_WINDOW_TOKENS allow, so that it covers late
+    positions and several prefill chunks; the others have WINDOW_TOKENS tokens."""
     token_ids = load_tokenizer(engine.folder).encode_prompt(text)
     asked = min(num_tokens, len(token_ids))
     if asked < MIN_TOKENS:
@@ -272,7 +274,7 @@ def _windows(engine: Engine, text: str, num_tokens: int) -> list[Sequence[int]]:
 def _open_reference(engine: Engine, checkpoint: Checkpoint) -> transformers.PreTrainedModel:
     facts = engine.manifest.architecture
     model = read_model(checkpoint)
-    if facts.is_moe and model.architecture.is_moe:  # K may have been overridden in the build
+    if facts.is_moe and model.architecture.is_moe:  # the build may have overridden experts_per_token
         overridden = dataclasses.replace(model.architecture, experts_per_token=facts.experts_per_token)
         model = dataclasses.replace(model, architecture=overridden)
     if model.architecture != facts:
@@ -296,7 +298,8 @@ def load_torch_reference(model: Model) -> transformers.PreTrainedModel:
 
 
 def _decode(engine: Engine, window: Sequence[int]) -> FloatArray:
-    """Logits [S - S/2 + 1, V] of the serving graph: prefill the first half, then token by token."""
+    """Logits [S - S/2 + 1, V] of the serving graph: one row from prefilling the first half of the window, then one row
+    for each decoded token."""
     session = Session(engine)
     cache = session.new_cache()
     half = max(1, len(window) // 2)
@@ -313,7 +316,8 @@ def measure(
     expected_routing: FloatArray | None = None,
     experts_per_token: int = 0,
 ) -> WindowSums:
-    """Sums over one window of S token ids: logits [S, V] of both, and router logits [L, S, E] where both are known."""
+    """Sums over one window of S token ids, from the logits `found` and `expected` [S, V] of engine and reference, and
+    from their router logits [L, S, E] if both are given."""
     routing = None
     if found_routing is not None and expected_routing is not None:
         routing = _routing(found_routing, expected_routing, experts_per_token)
@@ -322,7 +326,7 @@ def measure(
     largest = 0.0
     for rows in (slice(start, start + SLICE_TOKENS) for start in range(0, len(window), SLICE_TOKENS)):
         difference = np.abs(found[rows] - expected[rows])
-        largest = float(np.maximum(largest, difference.max()))  # NaN stays
+        largest = float(np.maximum(largest, difference.max()))  # np.maximum keeps NaN; Python's max may drop it
         found_log, expected_log = log_softmax(found[rows]), log_softmax(expected[rows])
         totals["difference"] += float(difference.mean(axis=-1, dtype=np.float64).sum())
         totals["kl"] += float((np.exp(expected_log) * (expected_log - found_log)).sum())
@@ -342,7 +346,7 @@ def measure(
 
 
 def _next_token_loss(log_probs: npt.NDArray[np.float64], following: npt.NDArray[np.int64]) -> float:
-    """Sum of -log p of each token in `following`; a last row that nothing follows does not count."""
+    """Sum of -log p over the tokens in `following`. The window's last row has no following token and is not counted."""
     return float(-log_probs[np.arange(len(following)), following].sum())
 
 
@@ -356,13 +360,13 @@ def _routing(found: FloatArray, expected: FloatArray, experts_per_token: int) ->
 
 
 def combine(sums: Sequence[WindowSums], decoded: WindowSums) -> ParityReport:
-    """The report of the scored windows and of the decoded one, whose first row is the prefill's."""
+    """The report over all scored windows and the decoded window, whose first row comes from the prefill."""
     num_tokens = sum(window.num_tokens for window in sums)
     num_losses = num_tokens - len(sums)
     routings = [window.routing for window in sums if window.routing is not None]
     return ParityReport(
         num_tokens=num_tokens,
-        num_decoded_tokens=decoded.num_tokens - 1,  # its first row is the prefill's
+        num_decoded_tokens=decoded.num_tokens - 1,  # the first row comes from the prefill
         max_logit_difference=float(np.max([window.max_difference for window in sums])),
         mean_logit_difference=sum(window.sum_difference for window in sums) / num_tokens,
         max_decoded_difference=decoded.max_difference,

@@ -1,11 +1,12 @@
-"""The reference: transformers' own model of the family, float32 on CPU.
+"""The reference: transformers' own model of the family, in float32 on the CPU.
 
-Independent of the engine but for the reading of tensors: its configuration is transformers' reading of config.json as
-it stands, not the facts that the engine was built from. Which class it is and how our rows are called there the
-family's record says (`export.families.reference`); what transformers lacks of a family is put in by a module of
-trt_build/comparison/references. Of equal router logits it prefers the lowest expert, as every engine does.
+The reference shares only the reading of tensors with the engine: transformers reads config.json itself, independently
+of the facts that the engine was built from. The family's record (`export.families.reference`) names transformers' class
+and the names of the tensors in it. Where transformers lacks a module of a family, a module of
+trt_build/comparison/references adds it. As in every engine, the router chooses the lowest expert index among equal
+logits.
 
-This module imports torch and transformers; it is imported only where a reference is asked for.
+This module imports torch and transformers, so it is imported only where a reference is needed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _LOADING_KEYS = (
 
 
 def load_reference(model: Model) -> PreTrainedModel:
-    """The checkpoint as a transformers model in float32, with `generate` and all."""
+    """Load the checkpoint as a complete transformers model in float32, which has `generate` too."""
     record = model.family.reference
     model_class = getattr(transformers, record.model)
     config = _config(model, model_class.config_class)
@@ -54,8 +55,8 @@ def load_reference(model: Model) -> PreTrainedModel:
 
 
 def _config(model: Model, config_class: type[PretrainedConfig]) -> PretrainedConfig:
-    """transformers' reading of config.json without what says how to load a model and what its calls return; the number
-    of experts a token is the model's, which may have been overridden."""
+    """The configuration that transformers reads from config.json, without the keys about loading the model and about
+    what its calls return. The number of experts per token comes from `model`, as a build may have overridden it."""
     raw = model.family.reference.config(model.weights.checkpoint.config)
     config = config_class.from_dict({key: value for key, value in raw.items() if key not in _LOADING_KEYS})
     config._attn_implementation = "eager"
@@ -66,7 +67,7 @@ def _config(model: Model, config_class: type[PretrainedConfig]) -> PretrainedCon
 
 
 def _state(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
-    """transformers' names and tensors, each loaded when it is asked for."""
+    """Pairs of a transformers tensor name and its tensor; each tensor is loaded when the iterator reaches it."""
     for name, spec in model.weights.table.items():
         theirs = model.family.reference.name(name)
         if theirs is None:
@@ -75,14 +76,14 @@ def _state(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
         if "{}" in theirs:
             for letter, part in zip("qkv", tensor.split(model.architecture.qkv_rows), strict=True):
                 yield theirs.format(letter), part.contiguous()
-        elif spec.join is Join.INTERLEAVE:  # rows in turn; transformers has all of gate, then all of up
+        elif spec.join is Join.INTERLEAVE:  # gate and up rows alternate here; transformers stores gate before up
             yield theirs, torch.cat([tensor[:, 0::2], tensor[:, 1::2]], dim=1)
         else:
             yield theirs, tensor
 
 
 class _StableTopK(TorchFunctionMode):
-    """torch.topk that takes, of equal values, the one of the lowest index; it promises none otherwise."""
+    """Makes torch.topk choose the lowest index among equal values; by itself torch.topk guarantees no order."""
 
     def __torch_function__(
         self,
@@ -102,7 +103,7 @@ def _stable_topk(values: torch.Tensor, k: int, dim: int = -1) -> tuple[torch.Ten
 
 
 def _prefer_the_lowest(router: nn.Module) -> None:
-    """Settle the order of equal logits in a router of transformers'."""
+    """Make a transformers router choose the lowest expert index among equal logits."""
     forward = router.forward
 
     def settled(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - those of the module

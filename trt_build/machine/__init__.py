@@ -1,1 +1,1 @@
-"""This machine: its GPUs, its memory, how fast that is read, and programs that end with their parent."""
+"""This machine: its GPUs, its memory and memory bandwidth, and child programs that end with their parent."""

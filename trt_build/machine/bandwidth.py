@@ -1,7 +1,8 @@
-"""What bounds decoding: how fast this machine reads memory.
+"""Measures the memory read bandwidth of this machine, which limits the speed of decoding.
 
-Several threads each sum their share of a buffer that no cache holds, in turn several times; the fastest turn counts,
-as in McCalpin's STREAM. numpy only: the sum of unsigned integers is vectorised and leaves the interpreter's lock.
+Each thread sums its share of a buffer that is larger than any cache. This is repeated several times, and the fastest
+repetition counts, as in McCalpin's STREAM. numpy is enough: its sum of unsigned integers is vectorised and releases
+Python's global interpreter lock.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _ITEM_BYTES = 8
 def measure_read_bandwidth(num_bytes: int = NUM_BYTES, threads: int | None = None) -> float:
     """Bytes per second that `threads` threads (None: one for each core this process may use) read together.
 
-    Allocates `num_bytes`. Raises ConfigError for sizes that cannot be shared out, or that memory does not hold.
+    Allocates `num_bytes`. Raises ConfigError if `num_bytes` is too small for the threads or too large for the memory.
     """
     count = threads if threads is not None else len(os.sched_getaffinity(0))
     if count < 1 or num_bytes < count * _ITEM_BYTES:
@@ -31,7 +32,7 @@ def measure_read_bandwidth(num_bytes: int = NUM_BYTES, threads: int | None = Non
             f"and {_ITEM_BYTES} bytes for each"
         )
     try:
-        buffer = np.ones(num_bytes // _ITEM_BYTES, dtype=np.uint64)  # written to, so that every page exists
+        buffer = np.ones(num_bytes // _ITEM_BYTES, dtype=np.uint64)  # ones, as writing allocates every page
     except MemoryError as error:
         raise ConfigError(
             f"measuring the read bandwidth: no memory for a buffer of {num_bytes / 1e9:.2f} GB; measure a smaller one"

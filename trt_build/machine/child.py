@@ -1,11 +1,11 @@
-"""A program that a stage runs, and that ends when the stage does: a command in, a running process out.
+"""Starts a child program that ends when this process ends: a command in, a running process out.
 
     with child_program(["trtllm-build", ...], cwd=folder, stdout=subprocess.PIPE) as process:
         for line in process.stdout: ...
         status = process.wait()
 
-It leads a process group of its own. Where the block is left early, by Ctrl-C or an error, the group is asked to end,
-and killed when it does not. Where this process is killed outright, the kernel asks the program to end (Linux).
+The child leads a process group of its own. If Ctrl-C or an error ends the block, the group gets SIGTERM, and SIGKILL if
+it has not ended after END_GRACE_S. If this process is killed, the kernel sends SIGTERM to the child (Linux only).
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-END_GRACE_S = 10  # a call into TensorRT sees no signal before it returns
-# Python ignores these two signals, and a program that it becomes would go on ignoring them. 1 is PR_SET_PDEATHSIG of
-# linux/prctl.h; a parent that ended before the kernel was asked is another by now.
+END_GRACE_S = 10  # seconds; Python handles a signal only after the running call into TensorRT returns
+# Python ignores SIGPIPE and SIGXFSZ, and a program that it executes inherits this, so both are set back to their
+# defaults. 1 is PR_SET_PDEATHSIG of linux/prctl.h. If the parent ended before prctl was called, no signal would come;
+# getppid gives another process then, and the command is not run.
 _FOLLOW = """
 import ctypes, os, resource, signal, sys
 parent, stack_bytes, program, *command = sys.argv[1:]
@@ -40,7 +41,7 @@ if os.getppid() == int(parent):
 
 @contextlib.contextmanager
 def child_program(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:  # noqa: ANN401 - Popen's
-    """Start a program that reads nothing; `options` are Popen's. Raises OSError where it cannot be started."""
+    """Start a child program with an empty standard input; `options` are Popen's. Raises OSError if it cannot start."""
     process = subprocess.Popen(
         ending_with_parent(command), stdin=subprocess.DEVNULL, text=True, errors="replace", process_group=0, **options
     )
@@ -53,11 +54,12 @@ def child_program(command: Sequence[str], **options: Any) -> Iterator[subprocess
 
 
 def ending_with_parent(command: Sequence[str], stack_bytes: int = 0) -> list[str]:
-    """The command, started by one that has the kernel send SIGTERM when this process ends (Linux). Its threads get
-    stacks of at least `stack_bytes`, where this user may have them.
+    """A command that runs `command` so that the kernel sends it SIGTERM when this process ends (Linux only). The stacks
+    of its threads have at least `stack_bytes`, as far as this user's limits allow.
 
-    It is asked in a program of its own and not between fork and exec: there the handlers of libraries that this process
-    has loaded would run, and gRPC's may abort. Raises FileNotFoundError where there is no such program.
+    A separate Python program makes the request and then executes the command. Making it between fork and exec of this
+    process would run the fork handlers of loaded libraries, and gRPC's handlers may abort. Raises FileNotFoundError if
+    there is no such program.
     """
     program = shutil.which(command[0])
     if program is None:
@@ -68,7 +70,7 @@ def ending_with_parent(command: Sequence[str], stack_bytes: int = 0) -> list[str
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Ask the group to end, then kill what is left of it. A second interrupt kills at once."""
+    """Send SIGTERM to the process group, then SIGKILL after END_GRACE_S. A second Ctrl-C sends SIGKILL at once."""
     with contextlib.suppress(KeyboardInterrupt, ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):

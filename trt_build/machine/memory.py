@@ -1,4 +1,4 @@
-"""What memory this machine has left for new programs."""
+"""The memory of this machine that is available to new programs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ _PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def available_memory(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int:
-    """Bytes that new programs can take without swapping: what the kernel calls MemAvailable, or what the control
-    groups of this process leave where that is less. Files in the page cache, mapped ones too, count as available.
+    """Bytes that new programs can allocate without swapping: the kernel's MemAvailable, or less if a control group of
+    this process has less left. Files in the page cache, mapped files included, count as available.
 
     Sources: proc(5), /proc/meminfo; the kernel's admin-guide/cgroup-v2.rst, memory.max, memory.current, memory.stat.
     """
@@ -19,7 +19,7 @@ def available_memory(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int:
 
 
 def _left_by_groups(proc: Path, cgroup: Path) -> list[int]:
-    """What each group of version 2 that bounds this process leaves, from its own up to the root."""
+    """Bytes left in each version 2 control group that limits this process, from its own group up to the root."""
     try:
         lines = (proc / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -36,7 +36,7 @@ def _left_by_groups(proc: Path, cgroup: Path) -> list[int]:
             used = int((group / "memory.current").read_text())
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):
-            continue  # the root has no limit
+            continue  # the root group has no limit
         if limit != "max":
             left.append(int(limit) - used + int(stat["inactive_file"]) + int(stat["active_file"]))
     return left

@@ -1,7 +1,7 @@
-"""What this machine has for TensorRT-LLM: its GPUs, those that CUDA may use, and the library's version.
+"""Reads what this machine has for TensorRT-LLM: its GPUs, the GPUs that CUDA may use, and the version of the library.
 
-TensorRT-LLM may be another Python's, as in its containers: the one that trtllm-build is run by. What cannot be read is
-None.
+TensorRT-LLM may be installed in another Python than this one, as in its containers: the Python that runs trtllm-build.
+A value that cannot be read is None.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ logger = logging.getLogger(__name__)
 _CONTAINERS = {"1.0.0": "25.10", "1.0.3.2510": "25.11", "1.1.0": "26.02", "1.2.0": "26.03", "1.2.1": "26.07"}
 _NEWEST = "1.2.1"
 LIBRARY, BUILD_PROGRAM, MPIRUN = "tensorrt_llm", "trtllm-build", "mpirun"
-_LONG_PATH = "'''exec' "  # pip's own, after #!/bin/sh: pip/_vendor/distlib/scripts.py
+# Beginning of the second line, after #!/bin/sh, that pip writes into a script if the path of Python is too long for
+# the first line or has a space in it. Source: pip/_vendor/distlib/scripts.py.
+_LONG_PATH = "'''exec' "
 _NVIDIA_SMI_TIMEOUT_S = 30
 _PYTHON_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """`index` and `uuid` as nvidia-smi gives them; `sm`: 90 is compute capability 9.0."""
+    """One GPU: `index` and `uuid` as nvidia-smi prints them; `sm` is 90 for compute capability 9.0."""
 
     index: int
     name: str
@@ -40,8 +42,8 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Readings. `gpus`: None where nobody could be asked; `visible`: how many of them CUDA_VISIBLE_DEVICES leaves, None
-    for all; `tensorrt_llm`: the library's version, None for none.
+    """What was read of this machine. `gpus`: None if nvidia-smi is missing or failed; `visible`: number of GPUs that
+    CUDA_VISIBLE_DEVICES allows, None for all; `tensorrt_llm`: version of the library, None if it is not installed.
     """
 
     gpus: tuple[Gpu, ...] | None
@@ -50,7 +52,7 @@ class Machine:
 
 
 def read_machine(environment: Mapping[str, str] = os.environ) -> Machine:
-    """Ask nvidia-smi, the environment and the installed packages."""
+    """Read the GPUs from nvidia-smi, CUDA_VISIBLE_DEVICES from the environment, and the version of TensorRT-LLM."""
     gpus, library = _read_gpus(), library_version()
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if gpus is None or visible is None:
@@ -60,7 +62,8 @@ def read_machine(environment: Mapping[str, str] = os.environ) -> Machine:
 
 
 def library_version() -> str | None:
-    """The version of TensorRT-LLM that this Python has, or the one that trtllm-build is run by; it is not imported."""
+    """The version of TensorRT-LLM in this Python, or in the Python that runs trtllm-build. The library is not
+    imported."""
     try:
         return importlib.metadata.version(LIBRARY)
     except importlib.metadata.PackageNotFoundError:
@@ -79,13 +82,13 @@ def library_version() -> str | None:
 
 
 def library_python() -> Path | None:
-    """The Python that has TensorRT-LLM: the one that trtllm-build names, as pip writes it."""
+    """The path of the Python that runs trtllm-build, read from the first lines of that script as pip writes them."""
     program = shutil.which(BUILD_PROGRAM)
     if program is None:
         return None
     with Path(program).open(encoding="utf-8", errors="replace") as file:
         first, second = file.readline(), file.readline()
-    if second.startswith(_LONG_PATH):  # one that a first line does not hold, or with a space in it
+    if second.startswith(_LONG_PATH):  # the first line is #!/bin/sh
         words = shlex.split(second.removeprefix(_LONG_PATH))[:1]
     else:
         words = first.removeprefix("#!").split()
@@ -95,9 +98,10 @@ def library_python() -> Path | None:
 
 
 def visible_gpus(gpus: tuple[Gpu, ...], visible: str, *, by_bus: bool) -> tuple[Gpu, ...]:
-    """Those that CUDA_VISIBLE_DEVICES may mean: all, where that is not certain.
+    """The GPUs that CUDA_VISIBLE_DEVICES selects; all GPUs if the selection is not certain.
 
-    CUDA numbers the fastest first unless it is told to number by bus, as nvidia-smi does.
+    A number is uncertain where GPUs differ: CUDA numbers the fastest GPU first by default, nvidia-smi numbers by PCI
+    bus. `by_bus` says that CUDA numbers by PCI bus too (CUDA_DEVICE_ORDER).
     """
     entries = _entries(visible)
     alike = len({gpu.sm for gpu in gpus}) <= 1
@@ -107,7 +111,8 @@ def visible_gpus(gpus: tuple[Gpu, ...], visible: str, *, by_bus: bool) -> tuple[
 
 
 def _entries(visible: str) -> list[str]:
-    """CUDA stops at the first entry that is no device, as -1 (CUDA C++ Programming Guide, environment variables)."""
+    """The entries of CUDA_VISIBLE_DEVICES before the first that is no device, such as -1, where CUDA stops reading
+    (CUDA C++ Programming Guide, environment variables)."""
     entries = []
     for entry in visible.split(","):
         if entry.strip() in ("", "-1"):
@@ -117,7 +122,8 @@ def _entries(visible: str) -> list[str]:
 
 
 def parse_gpus(text: str) -> tuple[Gpu, ...]:
-    """From nvidia-smi --query-gpu=index,compute_cap,uuid,name --format=csv,noheader. Raises ValueError."""
+    """The GPUs in the output of nvidia-smi --query-gpu=index,compute_cap,uuid,name --format=csv,noheader. Raises
+    ValueError."""
     gpus = []
     for line in text.strip().splitlines():
         index, capability, uuid, name = (field.strip() for field in line.split(",", 3))
@@ -140,11 +146,12 @@ def _read_gpus() -> tuple[Gpu, ...] | None:
 
 
 def container(library: str | None) -> str:
-    """The NGC container with that TensorRT-LLM, its month left open where it is not known; None asks for the newest."""
+    """The name of the NGC container that has this version of TensorRT-LLM (None: the newest). For an unknown version
+    the month is left as <yy.mm>."""
     month = _CONTAINERS.get(release(library), "<yy.mm>") if library else _CONTAINERS[_NEWEST]
     return f"nvcr.io/nvidia/tritonserver:{month}-trtllm-python-py3"
 
 
 def release(version: str) -> str:
-    """A version without what a distributor added, as +cu130."""
+    """A version without its local suffix, such as +cu130."""
     return version.partition("+")[0]

@@ -1,1 +1,1 @@
-"""What transformers' classes lack of a family's reference, one module a family; `add(reference, model)` puts it in."""
+"""Modules that transformers' classes lack, one file for each family; `add(reference, model)` puts them into a model."""

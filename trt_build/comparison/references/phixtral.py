@@ -1,6 +1,7 @@
-"""phixtral's mixture for the MLPs of transformers' Phi, written out expert by expert.
+"""The mixture of experts that replaces the MLPs of transformers' Phi in a phixtral reference, computed by expert.
 
-Proven by an identity: with all experts equal the whole is PhiForCausalLM (tests/trt_build/comparison/test_parity.py).
+Its proof is an identity: if all experts are equal, the model computes what PhiForCausalLM computes
+(tests/trt_build/comparison/test_parity.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from export.families import Model
 
 
 class Mixture(nn.Module):
-    """E MLPs and a router. Of equal logits the lowest expert index wins: a stable sort keeps their order."""
+    """E MLPs and a router. Among equal logits the lowest expert index is chosen, as the sort is stable."""
 
     def __init__(
         self, gate: torch.Tensor, fc1: nn.ParameterDict, fc2: nn.ParameterDict, experts_per_token: int
@@ -26,7 +27,7 @@ class Mixture(nn.Module):
         self.experts_per_token = experts_per_token
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, S, H] to [B, S, H]."""
+        """Mixture's output [B, S, H] for hidden states [B, S, H]."""
         tokens = x.reshape(-1, x.shape[-1])  # [T, H]
         logits, experts = torch.sort(self.gate(tokens), dim=-1, descending=True, stable=True)
         shares = torch.softmax(logits[:, : self.experts_per_token], dim=-1)  # [T, K]
@@ -43,7 +44,7 @@ class Mixture(nn.Module):
 
 
 def add(reference: PreTrainedModel, model: Model) -> None:
-    """A mixture in the MLP's place, in each layer that has one in the checkpoint."""
+    """Replace the MLP by a mixture in each layer that has experts in the checkpoint."""
     for index, layer in enumerate(reference.model.layers):
         name = f"{model.family.layer(index)}.moe"
         if f"{name}.gate.weight" in model.weights.table:
