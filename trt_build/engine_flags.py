@@ -1,6 +1,6 @@
-"""The flags that say what an engine is to be: one set for `moeship plan`, `moeship build` and build_engine.py.
+"""The flags that describe an engine: one set for `moeship plan`, `moeship build` and build_engine.py.
 
-A build's command line is a plan's too: the same words plan the engine that they build.
+A command line of `moeship build` is also one of `moeship plan`: with the same flags it plans the engine.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, o
 
 
 def read_checkpoint(arguments: argparse.Namespace) -> str:
-    """The checkpoint, which is given by its place or by its flag. Raises EngineError unless it is given once."""
+    """The checkpoint, from the positional argument or from --checkpoint. Raises EngineError if neither is given or the
+    two differ."""
     given = {name for name in (arguments.checkpoint, arguments.checkpoint_flag) if name is not None}
     if not given:
         raise EngineError(
@@ -57,7 +58,7 @@ def read_checkpoint(arguments: argparse.Namespace) -> str:
 
 
 def read_engine_options(arguments: argparse.Namespace) -> EngineOptions:
-    """The options of an engine for ONNX Runtime. Raises EngineError."""
+    """The options of an engine for ONNX Runtime, from the command line. Raises EngineError like `read_checkpoint`."""
     return EngineOptions(
         checkpoint=read_checkpoint(arguments),
         precision=arguments.precision,

@@ -1,10 +1,10 @@
-"""A prepared build in, its figures out: what an engine will hold, what making and running it will take.
+"""Computes the plan of an engine from a prepared build: the bytes of its files, and the memory to make and run it.
 
     report = plan_engine(prepare_build(EngineOptions(checkpoint="DIR", precision="int4")))
     report.engine_bytes          # exact, every file counted
     report.roles["expert"].total_bytes
 
-Nothing is written and no weight is read but the gates, whose diagnosis stands in the manifest.
+Nothing is written. Of the weights only the gates are read, because the manifest holds their diagnosis.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _DIGEST = "0" * 64  # as long as any SHA-256
 
 @dataclass(frozen=True, kw_only=True)
 class RolePlan:
-    """The weights of one role: how many, the bytes of codes, scales and plain values that hold them, and the bytes that
-    decoding one token reads of them."""
+    """The weights of one role: their number, the bytes of their codes, scales and plain values, and the bytes of them
+    that decoding one token reads."""
 
     num_weights: int = 0
     codes_bytes: int = 0
@@ -53,8 +53,9 @@ class RolePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class EnginePlan:
-    """What `moeship plan` tells. `kv_bytes_per_token` is the cache of one position; `conversion_bytes` the peak
-    resident memory of the build's process; `files` the bytes of each file of the engine."""
+    """The figures that `moeship plan` prints. `kv_bytes_per_token` is the size of the cache of one position;
+    `conversion_bytes` is the peak resident memory of the build's process; `files` has the bytes of each file of the
+    engine by name."""
 
     family: str
     precision: str
@@ -74,7 +75,7 @@ class EnginePlan:
 
     @property
     def resident_bytes(self) -> int:
-        """What serving holds in memory of the weights, the gaps between them among it."""
+        """Bytes of the weights file, gaps for alignment included, which serving keeps in memory."""
         return self.files[DATA_FILE]
 
     @property
@@ -83,24 +84,24 @@ class EnginePlan:
 
     @property
     def weights_bytes_per_token(self) -> int:
-        """What decoding one token of one sequence reads of the weights."""
+        """Bytes of weights that decoding one token of one sequence reads."""
         return sum(role.bytes_per_token for role in self.roles.values())
 
     @property
     def sequence_bytes(self) -> int:
-        """Keys and values of one sequence of max_sequence tokens."""
+        """Bytes of the keys and values of one sequence of max_sequence tokens."""
         return self.kv_bytes_per_token * self.max_sequence
 
     def bytes_per_token(self, context: int) -> int:
-        """What decoding one token reads after `context` others: weights, and their keys and values."""
+        """Bytes that decoding one token reads after `context` other tokens: weights, keys and values."""
         return self.weights_bytes_per_token + self.kv_bytes_per_token * context
 
     def sequences_in(self, memory_bytes: int) -> int:
-        """How many sequences of max_sequence tokens fit beside the weights; negative where the weights do not fit."""
+        """Number of sequences of max_sequence tokens that fit beside the weights; negative if the weights do not."""
         return (memory_bytes - self.resident_bytes) // self.sequence_bytes
 
     def tokens_in(self, memory_bytes: int) -> int:
-        """How many tokens one sequence can have beside the weights; not above 0 where the weights do not fit."""
+        """Number of tokens of one sequence that fit beside the weights; 0 or negative if the weights do not fit."""
         return (memory_bytes - self.resident_bytes) // self.kv_bytes_per_token
 
     def to_json(self) -> dict[str, Any]:
@@ -120,7 +121,7 @@ class EnginePlan:
 
 
 def plan_engine(build: PreparedBuild) -> EnginePlan:
-    """Count a prepared build. Raises CheckpointError where the gates cannot be read."""
+    """Compute the plan of a prepared build. Raises CheckpointError if the gates cannot be read."""
     export, weights = build.export, build.model.weights
     roles: dict[str, RolePlan] = {}
     for job in export.jobs:
@@ -145,8 +146,8 @@ def plan_engine(build: PreparedBuild) -> EnginePlan:
 
 
 def _share_per_token(job: WeightJob, weights: Weights, experts_per_token: int) -> float:
-    """The share of a job's bytes that decoding one token reads: one row of the embedding, K of E experts, all else
-    whole."""
+    """The fraction of a job's bytes that decoding one token reads: one row of the embedding, K of E experts, all of
+    anything else."""
     spec = weights.table[job.source]
     if job.role is Role.EMBEDDING:
         return 1 / spec.shape[0]
@@ -171,7 +172,8 @@ def _role_plan(job: WeightJob, weights: Weights, share: float) -> RolePlan:
 
 
 def _files(build: PreparedBuild) -> dict[str, int]:
-    """Every file of the engine with its bytes: texts are written out with digests of the right length."""
+    """The bytes of every file of the engine by name. Texts are composed with placeholder digests of the right
+    length."""
     export, checkpoint = build.export, build.checkpoint
     sizes = {
         **{name: graph.ByteSize() for name, graph in export.graphs.items()},
@@ -193,7 +195,7 @@ def _files(build: PreparedBuild) -> dict[str, int]:
 
 
 def _records(build: PreparedBuild) -> list[PartRecord]:
-    """weights.jsonl but for the digests' values."""
+    """The records of weights.jsonl, with placeholders for the digests."""
     stored, weights = build.checkpoint.tensors, build.model.weights
     return [
         PartRecord(

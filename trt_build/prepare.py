@@ -1,6 +1,6 @@
-"""Everything of a build that is decided before a weight is read: what the checkpoint is, and what becomes of it.
+"""Makes every decision of a build before a weight is read: reads the checkpoint's facts and plans the engine.
 
-`moeship build` carries a prepared build out; `moeship plan` counts it.
+`moeship build` carries out a prepared build; `moeship plan` computes its figures.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from trt_build.ort.kernels import found_fault, is_compiled, remedy
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = (BACKEND, TRTLLM_BACKEND)  # the second is trt_build/trtllm's
+BACKENDS = (BACKEND, TRTLLM_BACKEND)  # trt_build/trtllm builds for the second
 _LIBRARIES = ("moeship", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tokenizers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What an engine is to be. `experts_per_token` and `max_sequence` (tokens) None take the checkpoint's own.
-    `kernels` names whose kernels multiply its quantised matrices; None leaves it to `chosen_kernels`."""
+    """The options of an engine. If `experts_per_token` or `max_sequence` (tokens) is None, the checkpoint's value is
+    used. `kernels` are the kernels that multiply quantised matrices; None takes those of `chosen_kernels`."""
 
     checkpoint: str
     precision: str = "int4"
@@ -52,7 +52,7 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceModel:
-    """A checkpoint understood, with its settings and the context asked for (tokens)."""
+    """A checkpoint, its model and its tokenizer's settings, and the longest sequence of the engine in tokens."""
 
     checkpoint: Checkpoint
     model: Model
@@ -61,7 +61,7 @@ class SourceModel:
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """The ids that end a text; none where no file of the checkpoint names one."""
+        """The token ids that end a text; empty if no file of the checkpoint names one."""
         return self.settings.ids.eos
 
     @property
@@ -71,7 +71,7 @@ class SourceModel:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedBuild:
-    """A build with everything checked and laid out."""
+    """A build whose options and checkpoint are checked and whose output is planned."""
 
     options: EngineOptions
     provider: Provider
@@ -88,7 +88,7 @@ class PreparedBuild:
         return json.dumps(config, indent=2) + "\n"
 
     def manifest(self, source: Source, files: Mapping[str, FileRecord]) -> Manifest:
-        """engine.json; reads the gates."""
+        """The contents of engine.json. Reads the gates for their diagnosis."""
         architecture = self.model.architecture
         return Manifest(
             format_version=FORMAT_VERSION,
@@ -113,7 +113,8 @@ class PreparedBuild:
 
 
 def check_options(options: EngineOptions) -> tuple[Provider, QuantPlan]:
-    """Raises EngineError, ExportError or QuantizationError for a name that is unknown."""
+    """The provider and the quantisation that options name. Raises EngineError, ExportError or QuantizationError for an
+    unknown name."""
     if options.backend not in BACKENDS:
         raise EngineError(f"choosing the backend: {options.backend!r} is unknown. There are: {', '.join(BACKENDS)}")
     if options.backend != BACKEND:
@@ -124,8 +125,8 @@ def check_options(options: EngineOptions) -> tuple[Provider, QuantPlan]:
 
 
 def chosen_kernels(provider: str, precision: str) -> str:
-    """Whose kernels multiply quantised matrices where nobody says: moeship's, where they have the provider and the
-    precision and are compiled in this install; else ONNX Runtime's."""
+    """The kernels to use if the options name none: moeship's if they support the provider and the precision and are
+    compiled in this install, else ONNX Runtime's."""
     return OWN_KERNELS if _fit_own_kernels(provider, precision) and is_compiled() else ONNX_RUNTIME
 
 
@@ -135,9 +136,9 @@ def _fit_own_kernels(provider: str, precision: str) -> bool:
 
 
 def prepare_build(options: EngineOptions) -> PreparedBuild:
-    """Open the checkpoint and lay the engine out; warns where moeship's kernels would be chosen and cannot be used.
+    """Open the checkpoint and plan the engine. Logs a warning if moeship's kernels would be chosen and cannot be used.
 
-    Raises MoeshipError of the stage that found fault.
+    Raises the MoeshipError of the stage that failed.
     """
     provider, quantization = check_options(options)
     source = open_source(options.checkpoint, options.experts_per_token, options.max_sequence)
@@ -162,7 +163,7 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
 
 
 def open_source(location: str, experts_per_token: int | None, max_sequence: int | None) -> SourceModel:
-    """Open a checkpoint for building. Raises CheckpointError and ConfigError."""
+    """Open a checkpoint and read its model and settings. Raises CheckpointError and ConfigError."""
     checkpoint = open_checkpoint(location)
     model = read_model(checkpoint, experts_per_token)
     settings = read_settings(checkpoint.folder, checkpoint.config)

@@ -1,4 +1,4 @@
-"""A conversion's progress as one line of a terminal: parts, bytes, bytes per second, time left."""
+"""Shows the progress of a conversion in one line of a terminal: parts, bytes, bytes per second, time left."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from export.conversion.writer import Progress
 
 
 class ProgressLine:
-    """Call it with each Progress; it writes over its own line, and ends it with the last part."""
+    """Called with each Progress; overwrites its line on the terminal, and ends the line after the last part."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -22,7 +22,8 @@ class ProgressLine:
 
 
 def describe(progress: Progress, elapsed_s: float) -> str:
-    """The line for a conversion that has run for `elapsed_s`; rate and time left count what this run converts."""
+    """The line for a conversion that has run for `elapsed_s` seconds. Rate and time left count only the bytes that this
+    run converts."""
     line = (
         f"part {progress.parts} of {progress.num_parts}, "
         f"{progress.bytes / 1e9:.2f} of {progress.num_bytes / 1e9:.2f} GB read"

@@ -1,14 +1,15 @@
-"""Engines of formats 2 and 3, which moeship built before the present format 4: read, and run as they were.
+"""Reads and runs engines of formats 2 and 3, which moeship built before the present format 4.
 
-For the CPU they hold quantised weights as ONNX Runtime's kernels pack them: those of format 2 (ONNX Runtime 1.31) in
-that form alone, those of format 3 in that form and, behind it in the data file, in the one that the graph's operators
-take. A session gets the second form of either, and packs it when it loads the graph.
+In their CPU engines the quantised weights are stored in the packed form, as ONNX Runtime's kernels lay them out.
+Format 2 (ONNX Runtime 1.31) stores the packed form alone. Format 3 stores the packed form and, behind it in the data
+file, the codes and scales that the graph's operators take. In both cases a session gets codes and scales, and packs
+them when it loads the graph.
 
-manifest.py      what their engine.json says that the present one does not
-graphs.py        their graphs, as a session of today takes them
-packed_alone.py  codes and scales from the packed form alone
-packing.py       how this machine's kernels pack a weight
+manifest.py      the values of engine.json that the present format does not have
+graphs.py        the graphs without the references to packed weights
+packed_alone.py  codes and scales computed from the packed form
+packing.py       the packed form that this machine's kernels give a weight
 
-Nothing outside of `trt_build/engine.py`, `trt_build/ort/device.py` and `export/conversion/parts.py` (the key of a part)
-knows of them.
+Only `trt_build/engine.py`, `trt_build/ort/device.py` and `export/conversion/parts.py` (the key of a part) use this
+folder.
 """

@@ -1,4 +1,4 @@
-"""Graphs of engines of formats 2 and 3 as a session of today takes them: without the places of packed weights."""
+"""Makes the graphs of engines of formats 2 and 3 loadable: removes their references to packed weights."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from trt_build.old_formats.packed_alone import file_layouts, unpacked_weights
 
 logger = logging.getLogger(__name__)
 
-_PACKED_NOTE = "prepacked_"  # begins the external data of an initializer that has a packed form
+_PACKED_NOTE = "prepacked_"  # prefix of the external data keys that refer to a packed form
 
 
 @dataclass(frozen=True, kw_only=True)
 class OldGraph:
-    """A graph as bytes, whose data file lies in its engine's folder, and initializers by name that stand in place of
-    its own."""
+    """A serialised graph, whose data file is in the engine's folder, and arrays by initializer name that replace
+    initializers of the graph."""
 
     content: bytes
     weights: dict[str, npt.NDArray[Any]]
 
 
 def check_packed_form(folder: Path, old: OldFormat, built: str) -> None:
-    """Raise EngineError where weights have the packed form alone and this machine's kernels read another; `built` names
-    the ONNX Runtime of the build."""
+    """Raise EngineError if weights are stored in the packed form alone and this machine's kernels use another packed
+    form. `built` is the version of ONNX Runtime that built the engine."""
     if old.is_packed_alone and old.kernel_layout not in file_layouts((folder / PROBE_GRAPH).read_bytes()):
         raise EngineError(
             f"loading the engine {folder}: its weights are packed for the kernels of another CPU or of ONNX Runtime "
@@ -39,7 +39,7 @@ def check_packed_form(folder: Path, old: OldFormat, built: str) -> None:
 
 
 def old_graph(path: Path, old: OldFormat) -> OldGraph:
-    """The graph at `path`, of an engine with packed weights. Raises EngineError as `unpacked_weights` does."""
+    """Load the graph at `path` of an engine with packed weights. Raises EngineError as `unpacked_weights` does."""
     logger.warning(
         "%s was built by an earlier moeship: its weights are packed again at every start, into memory of this process; "
         "build the engine again to have them mapped",

@@ -1,7 +1,7 @@
-"""engine.json of formats 2 and 3: what it says beside the values of the present format, and what it does not say.
+"""Reads engine.json of formats 2 and 3: splits the values of the present format from those of the old formats.
 
-Format 3 adds to format 2 the digest, `resident_bytes`, `kernels` and `tokenizer`. Both have `stages` and
-`kernel_layout`, which the present format has not.
+Both old formats have `stages` and `kernel_layout`, which the present format does not have. Format 3 adds the digest,
+`resident_bytes`, `kernels` and `tokenizer` to format 2.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, kw_only=True)
 class OldFormat:
-    """`values` are those of engine.json. `kernel_layout` is a digest of how the building machine's kernels pack
-    weights, None where none are packed; of the weights a session keeps `resident_bytes` in memory, or all (None)."""
+    """What engine.json of an old format says. `values` are all its values. `kernel_layout` is a digest of the packed
+    form on the machine that built the engine, None if no weights are packed. `resident_bytes` is the number of bytes
+    of weights that a session keeps in memory, None for all."""
 
     values: Mapping[str, Any]
     kernel_layout: str | None
@@ -32,32 +33,32 @@ class OldFormat:
 
     @property
     def is_packed(self) -> bool:
-        """Whether weights lie in the data file as ONNX Runtime packs them."""
+        """Whether the data file has weights in the packed form of ONNX Runtime's kernels."""
         return self.kernel_layout is not None
 
     @property
     def is_packed_alone(self) -> bool:
-        """Whether they lie there in no other form."""
+        """Whether the data file has weights in the packed form only."""
         return self.is_packed and self.values["format_version"] == _PACKED_ALONE
 
     @property
     def names_tokenizer(self) -> bool:
-        """Whether engine.json has the facts of the tokenizer."""
+        """Whether engine.json describes the tokenizer."""
         return bool(self.values["format_version"] != _PACKED_ALONE)
 
     @property
     def files(self) -> tuple[str, ...]:
-        """What such an engine has beside the files of every engine."""
+        """Files of such an engine that engines of the present format do not have."""
         return (PROBE_GRAPH,) if self.is_packed_alone else ()
 
     def text(self, verification: Mapping[str, Any] | None) -> str:
-        """engine.json with this result of a comparison."""
+        """The text of engine.json with `verification` as the result of the last comparison."""
         return digested_text({**self.values, "verification": verification})
 
 
 def split_old_values(raw: Mapping[str, Any]) -> tuple[dict[str, Any], OldFormat | None]:
-    """The values that the present format has too, and the old format, if it is one. Raises ValueError for values that
-    no engine has."""
+    """Split the values of engine.json into those of the present format and the old format, None for the present format.
+    Raises ValueError for missing or impossible values."""
     if raw["format_version"] not in VERSIONS:
         return dict(raw), None
     missing = set(_ADDED[: 2 if raw["format_version"] == _PACKED_ALONE else 3]) - set(raw)
@@ -68,7 +69,7 @@ def split_old_values(raw: Mapping[str, Any]) -> tuple[dict[str, Any], OldFormat 
         raise ValueError(f"kernel_layout is {shown(layout, 80)}, expected a SHA-256")
     if "resident_bytes" in raw and (type(resident) is not int or resident < 1):
         raise ValueError(f"resident_bytes is {shown(resident, 40)}, expected 1 or more")
-    values = {"kernels": "onnxruntime", **raw}  # which is not said where there was no choice
+    values = {"kernels": "onnxruntime", **raw}  # format 2 had no other kernels and does not name them
     if raw["format_version"] == _PACKED_ALONE:
         values["tokenizer"] = None
     for name in _ADDED:

@@ -1,10 +1,9 @@
-"""Packed weights of an engine of format 2, which hold the packed form and no other, as the codes and scales again.
+"""Computes codes and scales from the packed weights of an engine of format 2, which stores only the packed form.
 
-Until ONNX Runtime 1.31 a session took the packed form of a weight for the key beside it. From 1.32 on it also compares
-that form byte for byte with what it packs itself, so the codes and scales have to be there. Here they are computed
-from the packed form. Which byte of it is which code is learnt from this machine's kernels: they pack a weight whose
-values are their own places. Every kind of weight is packed again afterwards and compared, so that a wrong guess about
-the layout is an error and never a wrong number.
+Up to ONNX Runtime 1.31 a session used a stored packed form if its key matched. From 1.32 on a session also packs the
+codes and scales itself and compares the bytes, so the codes and scales are needed. The layout of the packed form is
+learnt from this machine's kernels: they pack a weight whose values are their own indices. Afterwards one weight of
+every kind is packed again and compared with the engine's, so that a wrong layout is an error and never a wrong number.
 """
 
 from __future__ import annotations
@@ -29,18 +28,17 @@ from trt_build.old_formats.packing import TILE_ROWS, QuantizedWeight, pack_in_me
 if TYPE_CHECKING:
     import onnx
 
-_ONE = np.uint32(0x3F800000)  # the float32 1.0; the 2^23 floats from there on have neighbouring bits
-_EXPERT_ALIGNMENT = 64  # bytes, of an expert's values in the packed form of all of them
-_SECTION_BYTES = 8  # in a file that ONNX Runtime 1.31 wrote, an initializer begins at a multiple of so many bytes
+_ONE = np.uint32(0x3F800000)  # bits of float32 1.0; the next 2^23 bit patterns are distinct normal floats
+_EXPERT_ALIGNMENT = 64  # bytes; alignment of each expert's values in the packed form of all experts
+_SECTION_BYTES = 8  # alignment of initializers in a data file that ONNX Runtime 1.31 wrote
 _WORK_BYTES = 1 << 24
-# Operator -> the places of a weight's codes and scales among its inputs, and the attribute that has the bits.
+# Operator -> the input indices of codes and scales of each weight, and the attribute that holds the bits.
 _OPERANDS = {"MatMulNBits": (((1, 2),), "bits"), "QMoE": (((2, 3), (5, 6)), "expert_weight_bits")}
 
 
 def file_layouts(probe: bytes) -> frozenset[str]:
-    """What `kernel_layout` of a format 2 engine may be where this machine's kernels pack the probe graph as those of
-    the building machine: SHA-256 of the data file that ONNX Runtime 1.31 saves the graph with, and of the one that the
-    installed version does."""
+    """The values of `kernel_layout` that match this machine: SHA-256 of the data file that ONNX Runtime saves with the
+    packed probe graph, once in the file layout of version 1.31 and once in that of the installed version."""
     onnx = _onnx()
     with tempfile.TemporaryDirectory(prefix="moeship-probe-") as scratch:
         path = Path(scratch) / "packed.bin"
@@ -59,9 +57,9 @@ def file_layouts(probe: bytes) -> frozenset[str]:
 
 
 def unpacked_weights(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Codes (uint8) and scales (float32) of every packed weight of a graph, by the names of its initializers.
+    """Codes (uint8) and scales (float32) of every packed weight of a graph, by initializer name.
 
-    Raises EngineError where this machine's kernels do not give the packed form again.
+    Raises EngineError if this machine's kernels do not pack them into the same bytes again.
     """
     graph = _onnx().load(str(path), load_external_data=False).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
@@ -89,7 +87,7 @@ def _unpacked(
     one = replace(weight, codes=(1, *weight.codes[1:]), scales=(1, *weight.scales[1:])) if experts > 1 else weight
     try:
         layout = _learn(one)
-        # Each expert has as many bytes of the blob, and in them its values begin at an aligned address.
+        # All experts have equal shares of the blob; an expert's values begin at the first aligned address of its share.
         share = len(blob) // experts
         starts = [-(-index * share // _EXPERT_ALIGNMENT) * _EXPERT_ALIGNMENT for index in range(experts)]
         parts = [layout.unpack(one, blob[start:]) for start in starts]
@@ -107,9 +105,10 @@ def _unpacked(
 
 @dataclass(frozen=True, kw_only=True)
 class _Layout:
-    """Where the packed form of one expert has its values. Codes come first, TILE_ROWS rows after each other; of each
-    tile, and of the rows that are left over, `tile` and `rest` give the place of a code that lies there. `scales`:
-    where they begin, and which one is at each place from there on."""
+    """The layout of one expert's packed form. It begins with the codes, in tiles of TILE_ROWS rows and a last tile of
+    the remaining rows. For each packed code, in order, `tile` (in a full tile) and `rest` (in the last tile) give the
+    index of the code in the unpacked tile. The scales begin at byte `scales_start`; `scales` gives the index of each
+    packed scale among the unpacked scales."""
 
     tile: npt.NDArray[np.int64]
     rest: npt.NDArray[np.int64]
@@ -119,7 +118,7 @@ class _Layout:
     def unpack(
         self, weight: QuantizedWeight, blob: npt.NDArray[np.uint8]
     ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-        """Codes and scales, flat."""
+        """Codes (uint8) and scales (float32) of one expert from its packed form, each as a flat array."""
         rest_bytes = len(self.rest) * weight.bits // 8
         whole = weight.codes_bytes - rest_bytes
         codes = np.empty(weight.codes_bytes, np.uint8)
@@ -138,7 +137,8 @@ class _Layout:
 
 @lru_cache(maxsize=64)
 def _learn(weight: QuantizedWeight) -> _Layout:
-    """How this machine's kernels lay out one expert of a weight. Raises ValueError for a layout of another kind."""
+    """Learn the layout in which this machine's kernels pack one expert of a weight. Raises ValueError if `_Layout`
+    cannot describe it."""
     rows = weight.scales[-2]
     rest = rows % TILE_ROWS
     tile, after = (_learn_codes(weight, count) for count in (TILE_ROWS, TILE_ROWS + rest))
@@ -158,12 +158,13 @@ def _learn(weight: QuantizedWeight) -> _Layout:
 
 
 def _learn_codes(weight: QuantizedWeight, rows: int) -> npt.NDArray[np.int64]:
-    """Of each code of a packed weight with so many rows, in order, its place in the weight. Raises ValueError."""
+    """For each code of a packed weight with `rows` rows, in packed order, its index in the unpacked weight. Raises
+    ValueError if the packed form does not begin with each code exactly once."""
     blocks, block_bytes = weight.scales[-1], weight.block_size * weight.bits // 8
     shape = (1, rows, blocks * block_bytes) if weight.operator == "QMoE" else (rows, blocks, block_bytes)
     small = replace(weight, codes=shape, scales=(*shape[:-2], rows, blocks)[-len(weight.scales) :])
     num_codes, base = small.codes_bytes * 8 // weight.bits, 1 << weight.bits
-    none = np.zeros(small.scales, np.float32)  # with which a block's sum is 0 whatever its codes are
+    none = np.zeros(small.scales, np.float32)  # zero scales: the block sums that kernels store are then 0 too
     places, unit = np.zeros(num_codes, np.int64), 1
     while unit < num_codes:
         digits = ((np.arange(num_codes) // unit) % base).astype(np.uint8)

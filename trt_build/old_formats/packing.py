@@ -1,8 +1,8 @@
-"""Quantised weights as this machine's CPU kernels pack them.
+"""Packs quantised weights with the CPU kernels of ONNX Runtime on this machine.
 
-ONNX Runtime repacks every MatMulNBits and QMoE weight when it loads a graph. A graph saved with
-`session.save_external_prepacked_constant_initializers` names, beside an initializer's place in the data file, the
-packed blobs and a key: `operator+hash|offset;bytes;checksum|...` (microsoft/onnxruntime#23069).
+ONNX Runtime repacks every MatMulNBits and QMoE weight when it loads a graph. If a graph is saved with
+`session.save_external_prepacked_constant_initializers`, the external data of an initializer also names its packed
+blobs and a key: `operator+hash|offset;bytes;checksum|...` (microsoft/onnxruntime#23069).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from export.optional import onnx_runtime
 if TYPE_CHECKING:
     import onnx
 
-TILE_ROWS = 16  # the kernels pack so many rows together
+TILE_ROWS = 16  # number of rows that the kernels pack together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,8 @@ class QuantizedWeight:
 def pack_in_memory(
     weight: QuantizedWeight, codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.uint8]:
-    """The first blob of a weight. Working files are made in the temporary folder. Raises ExportError where this
-    machine's kernel keeps no packed form of it."""
+    """The first packed blob of a weight. Working files are made in the temporary folder. Raises ExportError if this
+    machine's kernel does not pack the weight."""
     import onnx
     from onnx import numpy_helper
 
@@ -79,7 +79,8 @@ def pack_in_memory(
 
 
 def save_with_packed_forms(graph: bytes, output: Path, folder: Path) -> None:
-    """Let ONNX Runtime load a graph, its data in `folder`, and save it with what it packed in the file `output`."""
+    """Have ONNX Runtime load a graph whose data is in `folder`, and save the graph's data and the packed forms in the
+    file `output`."""
     with onnx_runtime("onnxruntime", "reading packed weights", "cpu"):
         import onnxruntime
     options = onnxruntime.SessionOptions()
@@ -99,7 +100,7 @@ def save_with_packed_forms(graph: bytes, output: Path, folder: Path) -> None:
 
 
 def _one_node(weight: QuantizedWeight, tensors: Sequence[onnx.TensorProto]) -> onnx.ModelProto:
-    """A graph of one node that reads the weight. Packing looks at neither the other inputs nor the routing."""
+    """A graph with one node that reads the weight. The other inputs and the routing do not change how it is packed."""
     from onnx import TensorProto, helper
 
     value, features = helper.make_tensor_value_info, weight.num_features

@@ -1,1 +1,1 @@
-"""ONNX Runtime: the engine that runs on any CPU."""
+"""Runs engines on ONNX Runtime: devices, sessions, and moeship's CPU kernels."""

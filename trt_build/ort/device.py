@@ -1,6 +1,6 @@
-"""Where a session runs: the engine's provider, proven usable before anything is loaded, and graphs opened on it.
+"""Opens the device of an engine's provider, checks that it works before weights are loaded, and loads graphs on it.
 
-There is no falling back: an engine built for CUDA runs there or is refused with what is missing.
+There is no fallback to another provider: an engine for CUDA runs on CUDA, or the error says what is missing.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ from trt_build.ort.kernels import library
 if TYPE_CHECKING:
     import onnxruntime
 
-_FATAL, _ERROR = 4, 3  # ONNX Runtime's severities of its log
+_FATAL, _ERROR = 4, 3  # log severities of ONNX Runtime
 _HUGE_PAGE_BYTES = 1 << 21
-# What ONNX Runtime keeps on the CPU beside any provider: the arithmetic of shapes.
+# Operators that ONNX Runtime places on the CPU for every provider, because they compute shapes.
 _SHAPE_OPERATORS = frozenset({"Cast", "Gather", "Shape"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """One device of a provider; `kind` and `index` as ONNX Runtime's bindings name it."""
+    """One device of a provider; `kind` and `index` are its name and number in ONNX Runtime's I/O bindings."""
 
     provider: Provider
     kind: str
     index: int = 0
 
     def zeros(self, shape: tuple[int, ...]) -> Any:  # noqa: ANN401 - an onnxruntime.OrtValue
-        """A buffer of the provider's float type on the device."""
+        """A buffer of zeros on the device, in the provider's float type."""
         return self.place(np.zeros(shape, dtype=self.provider.float_type))
 
     def place(self, values: npt.NDArray[Any]) -> Any:  # noqa: ANN401 - an onnxruntime.OrtValue
-        """The values on the device; on the CPU the array itself, which the result keeps."""
+        """Copy an array to the device. On the CPU the result refers to the array without a copy."""
         import onnxruntime
 
         return onnxruntime.OrtValue.ortvalue_from_numpy(values, self.kind, self.index)
 
 
 def open_device(engine: Engine, index: int = 0) -> Device:
-    """The device of an engine's provider. Raises MissingPackageError or EngineError where it cannot be used."""
+    """Open a device of an engine's provider. Raises MissingPackageError or EngineError if it cannot be used."""
     provider = PROVIDERS[engine.manifest.provider]
     with onnx_runtime(provider.package, "running an engine", provider.extra):
         import onnxruntime
@@ -69,7 +69,7 @@ def open_device(engine: Engine, index: int = 0) -> Device:
             f"{onnxruntime.__version__} has {', '.join(have)}; on a machine with such a device run: pip uninstall "
             f"onnxruntime && pip install 'moeship[{provider.extra}]', or build the engine with --provider cpu"
         )
-    missing = io.StringIO()  # libraries that ONNX Runtime looks for where pip puts them, and says so if it finds none
+    missing = io.StringIO()  # preload_dlls prints which of the libraries that pip installs it did not find
     with contextlib.redirect_stdout(missing):
         onnxruntime.preload_dlls()
     onnxruntime.set_default_logger_severity(_FATAL)
@@ -84,14 +84,14 @@ def open_device(engine: Engine, index: int = 0) -> Device:
             "engine with --provider cpu"
         ) from error
     finally:
-        # Its warnings stay off: it would warn at each load that the device is not that of a plugin, which it is not.
+        # Warnings stay off: at each load ONNX Runtime would warn that the device is not that of a plugin provider.
         onnxruntime.set_default_logger_severity(_ERROR)
     return device
 
 
 def load_graph(engine: Engine, name: str, device: Device, threads: int | None) -> onnxruntime.InferenceSession:
-    """Load one of an engine's graphs on a device. Raises EngineError where ONNX Runtime refuses it or would run it
-    elsewhere."""
+    """Load one of an engine's graphs on a device. Raises EngineError if ONNX Runtime refuses the graph or would run
+    part of it on another device."""
     import onnxruntime
 
     path = engine.folder / name
@@ -108,7 +108,7 @@ def load_graph(engine: Engine, name: str, device: Device, threads: int | None) -
         _add_kernels(options, path)
         read_in_huge_pages(engine.folder / DATA_FILE)
     source: str | bytes = str(path)
-    values = {}  # which the session reads while it is made
+    values = {}  # kept alive, as the session reads these buffers while it loads the graph
     if engine.old and engine.old.is_packed:
         old = old_graph(path, engine.old)
         source = old.content
@@ -131,7 +131,8 @@ def load_graph(engine: Engine, name: str, device: Device, threads: int | None) -
 
 
 def _add_kernels(options: onnxruntime.SessionOptions, path: Path) -> None:
-    """Give a session moeship's CPU kernels. Raises EngineError where they are not compiled or not taken."""
+    """Register moeship's CPU kernels with a session. Raises EngineError if they are not compiled or ONNX Runtime
+    refuses them."""
     import onnxruntime
 
     kernels = library()
@@ -145,19 +146,19 @@ def _add_kernels(options: onnxruntime.SessionOptions, path: Path) -> None:
 
 
 def read_in_huge_pages(path: Path) -> None:
-    """Bring a file into the page cache: in huge pages what is not there yet, where the kernel has them.
+    """Read a file into the page cache, in huge pages where the system supports them and a page is not cached yet.
 
-    A mapping of huge pages is read an eighth faster than one of 4 kB, which is what a read leaves in the cache.
+    Kernels read a mapping in huge pages an eighth faster than one in 4 kB pages. Plain reads cache 4 kB pages.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
         with contextlib.suppress(AttributeError, OSError):
             pages.madvise(mmap.MADV_HUGEPAGE)
         for offset in range(0, len(pages), _HUGE_PAGE_BYTES):
-            pages[offset]  # a fault, which reads the page
+            pages[offset]  # a page fault reads the page from the file
 
 
 def _placed_elsewhere(graph: onnxruntime.InferenceSession, name: str) -> Collection[str]:
-    """Operators that did not go to the provider of that name, shape arithmetic aside."""
+    """Operators that are placed on another provider than `name`, except those that compute shapes."""
     return {
         node.op_type
         for part in graph.get_provider_graph_assignment_info()

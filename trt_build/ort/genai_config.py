@@ -1,9 +1,10 @@
-"""genai_config.json: what lets onnxruntime-genai load an engine directory as it is.
+"""Writes genai_config.json, with which onnxruntime-genai loads an engine directory without changes.
 
 Fields: microsoft/onnxruntime-genai, src/config.h and its model builder's output for decoder-only models.
 
-An engine for moeship's kernels names their library without a folder, as it is the same on any machine: genai looks for
-it in the engine's folder, then where the linker does (LD_LIBRARY_PATH). A program can say where it lies:
+An engine for moeship's kernels names the kernels' library without a folder, so that its files are the same on every
+machine. genai looks for the library in the engine's folder, then where the dynamic linker looks (LD_LIBRARY_PATH). A
+program can give the path:
 
     config = onnxruntime_genai.Config("engine")
     config.overlay(json.dumps(with_library(trt_build.ort.kernels.library())))
@@ -26,10 +27,10 @@ GENAI_FILE = "genai_config.json"
 
 
 def genai_config(architecture: Architecture, max_sequence: int, ids: TokenIds, provider: Provider) -> dict[str, Any]:
-    """The file's content as a JSON object. A token that the checkpoint does not name is left to the library."""
+    """The content of genai_config.json as a JSON object. A token id that the checkpoint does not name is left out."""
     end = ids.eos[0] if len(ids.eos) == 1 else list(ids.eos)
     first_end = ids.eos[0] if ids.eos else None
-    # What fills a batch up is the end token where no file names another, as in transformers' `generate`.
+    # If no file names a padding token, the end token pads a batch, as in transformers' `generate`.
     tokens = {
         "bos_token_id": first_end if ids.bos is None else ids.bos,
         "eos_token_id": end,
@@ -37,9 +38,9 @@ def genai_config(architecture: Architecture, max_sequence: int, ids: TokenIds, p
     }
     pattern = {"past_key": names.past_key, "past_value": names.past_value,
                "present_key": names.present_key, "present_value": names.present_value}  # fmt: skip
-    # The layer's number is a format directive there.
+    # genai_config.json has a format directive in place of the layer's number.
     cache_names = {key: name(0).replace("0", "%d", 1) for key, name in pattern.items()}
-    # The CPU is what is left when none is named.
+    # Without a provider onnxruntime-genai runs on the CPU.
     provider_options = [] if provider.name == "cpu" else [{provider.name: dict(provider.options)}]
     session_options = {"log_id": "onnxruntime-genai", "provider_options": provider_options}
     if provider.kernels == OWN_KERNELS:
@@ -86,5 +87,5 @@ def genai_config(architecture: Architecture, max_sequence: int, ids: TokenIds, p
 
 
 def with_library(library: Path) -> dict[str, Any]:
-    """What is laid over the file's content so that the kernels' library is looked for in its place."""
+    """The JSON object to overlay on genai_config.json so that the kernels are loaded from the path `library`."""
     return {"model": {"decoder": {"session_options": {"custom_ops_library": str(library)}}}}

@@ -5,9 +5,9 @@
     logits = session.run(cache, prompt_ids)      # float32 [V] of the last position
     logits = session.run(cache, [next_id])
 
-The cache's buffers are bound once as past and present both, so a step writes its S new positions in place and
-copies nothing. Verification, serving and the demo all run this class: what was verified is what is served. On CUDA
-buffers and mask lie on the device; a step carries token ids there and one row of logits back.
+The cache's buffers are bound once, as both past and present, so a step writes its S new positions in place and copies
+nothing. Verification, serving and the demo all use this class, so what was verified is what is served. On CUDA the
+buffers and the mask are on the device; a step copies token ids to the device and one row of logits back.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from trt_build.engine_memory import require_memory
 from trt_build.errors import EngineError, SequenceError
 from trt_build.ort.device import Device, load_graph, open_device
 
-PREFILL_CHUNK_TOKENS = 128  # bounds the activations of a long prompt, and a server's time between two looks around
+PREFILL_CHUNK_TOKENS = 128  # limits activation memory, and the time until a server next checks for cancellation
 
 
 class Cache:
-    """Key and value buffers of one sequence, [1, G, C, D] each of the provider's float type on its device, and how
-    many positions they hold."""
+    """Key and value buffers of one sequence, each [1, G, C, D] in the provider's float type on its device, and the
+    number of positions that they hold."""
 
     def __init__(self, session: Session) -> None:
         facts = session.engine.manifest.architecture
@@ -49,13 +49,13 @@ class Cache:
                 self.binding.bind_ortvalue_output(present, buffer)
 
     def reset(self) -> None:
-        """Forget every position; the buffers stay."""
+        """Set the number of positions to 0; the buffers stay allocated."""
         self.length = 0
 
 
 class Session:
-    """An engine's serving graph, loaded. `threads` None lets ONNX Runtime use every physical core;
-    `device_index` tells which of several GPUs."""
+    """An engine's serving graph, loaded. `threads` None lets ONNX Runtime use every physical core; `device_index` is
+    the number of the GPU."""
 
     def __init__(self, engine: Engine, threads: int | None = None, device_index: int = 0) -> None:
         if engine.manifest.backend != "onnxruntime":
@@ -77,7 +77,7 @@ class Session:
         return Cache(self)
 
     def run(self, cache: Cache, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Append tokens to a sequence; returns the last one's logits, float32 [V], valid until the next run.
+        """Append tokens to a sequence; returns the logits of the last token, float32 [V], valid until the next run.
 
         Raises SequenceError for no tokens, ids outside the vocabulary, or more tokens than the cache has room for,
         EngineError for logits that are not finite.
@@ -119,8 +119,8 @@ class Session:
 
 
 class ScoringSession:
-    """An engine's scoring graph: logits of every position and the router's logits, without a past. `device` None opens
-    that of the engine's provider."""
+    """An engine's scoring graph: logits of every position and the router's logits, without a cache. `device` None opens
+    a device of the engine's provider."""
 
     def __init__(self, engine: Engine, threads: int | None = None, device: Device | None = None) -> None:
         self.engine = engine

@@ -4,17 +4,17 @@ Operators of the domain `moeship`, version 1: BlockLinear and Experts; block_lin
 takes. Their weights lie in the one layout of `export.quantize.layout`. A session finds them after
 `SessionOptions.register_custom_ops_library(str(library()))`.
 
-The library has every product for several instruction sets (levels), and takes the last of these that the CPU has:
+The library has every product for several instruction sets (levels), and uses the last level below that the CPU has:
 
 | level | needs |
 |---|---|
-| plain | C++; for CPUs that are no x86, an x86 CPU is refused with it unless it is asked for |
+| plain | no instruction set; for CPUs other than x86. On x86 only if MOESHIP_KERNELS_LEVEL asks for it |
 | avx2 | AVX2, FMA, F16C |
 | avx512bw | AVX-512 F, BW, DQ, VL |
 | avx512vnni | AVX-512 VNNI |
-| amx | AMX's int8 tiles, which Linux has to grant |
+| amx | AMX's int8 tiles, and Linux's permission to use them |
 
-The environment variable MOESHIP_KERNELS_LEVEL names another. All of them give the same bits.
+The environment variable MOESHIP_KERNELS_LEVEL selects another level. All levels compute the same bits.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from trt_build.errors import EngineError
 DOMAIN = names.MOESHIP_DOMAIN
 LEVEL_VARIABLE = "MOESHIP_KERNELS_LEVEL"
 LIBRARY_FILE = "moeship_kernels.so"
-INTERFACE = 2  # of the library that this version of moeship takes: kInterface in layout.h
+INTERFACE = 2  # interface version of the library that this moeship loads: kInterface in layout.h
 COMPILERS = ("g++", "clang++")
 _LIBRARY = Path(__file__).with_name(LIBRARY_FILE)
 
 
 def library() -> Path:
-    """Where the compiled library lies. Raises EngineError where it is missing or another version's."""
+    """The path of the compiled library. Raises EngineError if it is missing or was compiled for another version."""
     problem = found_fault()
     if problem is not None:
         raise EngineError(
@@ -45,12 +45,12 @@ def library() -> Path:
 
 
 def is_compiled() -> bool:
-    """Whether the library is there and this version's."""
+    """Whether the library is compiled, loads on this machine, and belongs to this version of moeship."""
     return found_fault() is None
 
 
 def found_fault() -> str | None:
-    """Why the library cannot be used; None where it can."""
+    """The reason why the library cannot be used; None if it can be used."""
     if not _LIBRARY.is_file():
         return f"{_LIBRARY} does not exist, as no C++17 compiler worked when moeship was installed"
     try:
@@ -66,7 +66,7 @@ def found_fault() -> str | None:
 
 
 def remedy() -> str:
-    """What to do about a fault."""
+    """What a user should do if the library cannot be used."""
     compiler = (
         "" if any(map(shutil.which, COMPILERS)) else f"install a C++17 compiler ({' or '.join(COMPILERS)}), then "
     )
@@ -74,8 +74,9 @@ def remedy() -> str:
 
 
 def chosen_level() -> str:
-    """The instruction set that the compiled kernels run with in this process. Raises EngineError where the library
-    cannot be used, is asked for an instruction set that this CPU does not have, or is on an x86 CPU without AVX2."""
+    """The instruction set (level) that the compiled kernels use in this process. Raises EngineError if the library
+    cannot be used, if MOESHIP_KERNELS_LEVEL asks for a level that this CPU does not have, or if an x86 CPU lacks AVX2
+    and no level is asked for."""
     ask = ctypes.CDLL(str(library())).MoeshipKernelsLevel
     ask.restype, problem = ctypes.c_char_p, ctypes.c_char_p()
     name: bytes | None = ask(ctypes.byref(problem))

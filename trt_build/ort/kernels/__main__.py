@@ -1,6 +1,7 @@
-"""Say in one line whether moeship's CPU kernels are there: python -m trt_build.ort.kernels.
+"""Prints in one line whether moeship's CPU kernels are compiled: python -m trt_build.ort.kernels.
 
-The line goes to stdout where they are, to stderr where not, with what that costs and what to do. Exit status 0.
+The line goes to stdout if they can be used. If not, it goes to stderr and says what that costs and what to do. The exit
+status is 0 in both cases.
 """
 
 import sys
