@@ -1,1 +1,1 @@
-"""Tensor table in, ONNX graph with external data out."""
+"""Builds ONNX graphs from a tensor table, with the weights in an external data file."""

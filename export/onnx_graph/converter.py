@@ -1,5 +1,5 @@
-"""Weight jobs into an ONNX data file: source tensors read once and hashed, initializers written to their places and
-hashed."""
+"""The converter that fills the ONNX data file: it reads and hashes each source tensor once, and writes and hashes the
+initializers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from export.quantize.half_scales import SmallScales
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxConverter(Converter[WeightJob]):
-    """Converts jobs into the data file."""
+    """Converts jobs into initializers in the ONNX data file."""
 
     data: Path
     placement: Placement
 
     def files(self) -> Mapping[Path, int]:
-        """The data file."""
+        """The data file and its length in bytes."""
         return {self.data: self.placement.total_bytes}
 
     def file_of(self, region: str) -> Path:  # noqa: ARG002 - there is one
@@ -32,7 +32,7 @@ class OnnxConverter(Converter[WeightJob]):
         return self.data
 
     def planned_regions(self, job: WeightJob) -> list[PlannedRegion]:
-        """The job's initializers, each with the zeros up to the next."""
+        """One region for each initializer of the job, with the zeros up to the next initializer."""
         return self.placement.regions(job)
 
     def source_bytes(self, job: WeightJob) -> int:
@@ -41,8 +41,9 @@ class OnnxConverter(Converter[WeightJob]):
         return sum(stored[name].num_bytes for name in {part.name for part in self.weights.table[job.source].parts})
 
     def working_bytes(self, job: WeightJob) -> int:
-        """A chunk as stored, two as float32 (the one before is let go when the next is there) and, where blocks are
-        made of it, its codes twice, a byte each and as they are stored, and the slices that they are made in."""
+        """The most memory that the job takes, in bytes: a chunk as stored and two chunks as float32, since the last one
+        is freed only after the next is read. A quantised weight also takes the codes of a chunk, unpacked and packed,
+        and the slices in which they are computed."""
         row = self.weights.table[job.source]
         least = job.row_multiple * len(row.groups[0]) * row.shape[-1]  # of a chunk's values
         chunk = min(max(CHUNK_ELEMENTS, least), row.num_elements)
@@ -51,10 +52,11 @@ class OnnxConverter(Converter[WeightJob]):
         if job.layout is Layout.PLAIN:
             return plain
         blocks = plain + chunk * (1 + 1 + 1) + 3 * 4 * SLICE_VALUES
-        return blocks + chunk if job.layout is Layout.GROUPS else blocks  # once more padded to whole groups
+        return blocks + chunk if job.layout is Layout.GROUPS else blocks  # one more copy, padded to whole groups
 
     def convert(self, job: WeightJob, count: Callable[[int], None]) -> PartRecord:
-        """Write one part. Raises as reading and quantising do."""
+        """Do the job: read, quantise, write. Raises CheckpointError when reading fails and QuantizationError when a
+        value does not fit."""
         checkpoint = recorded(self.weights.checkpoint, count, self.weights.run_starts(job.source))
         regions = [OpenRegion(planned) for planned in self.planned_regions(job)]
         small = SmallScales()

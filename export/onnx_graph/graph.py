@@ -1,11 +1,12 @@
-"""The graph under construction: one method an operation, nodes named by their path, weights planned as jobs.
+"""Builds the ONNX graph of a decoder: one method for each operation, and one job for each weight.
 
-Every attribute is written, none left to an operator's default. Values are passed as names. Operators and their
-layouts: ONNX Runtime's contributed operators (docs/ContribOperators.md) and ONNX opset 21.
+Nodes are named by their path, and methods take and return values by name. Every attribute is written and none is left
+to an operator's default. Operators and their layouts: ONNX Runtime's contributed operators (docs/ContribOperators.md)
+and ONNX opset 21.
 
-Matrices, what flows between them and the key/value cache have the provider's float type. The residual stream, norms,
-router and logits are float32: a float16 sum over the layers could overflow, and a float16 router would see ties where
-there are none. Each operation casts what it is given to what it takes; on a float32 provider nothing is cast.
+Matrices, the activations between them and the key/value cache have the provider's float type. The residual stream, the
+norms, the router and the logits are float32: in float16 the residual could overflow, and different router logits could
+round to equal ones. Each operation casts its inputs to the type that it needs; on a float32 provider nothing is cast.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class GraphBuilder:
-    """Builds one decoder graph. `scoring` gives logits of all positions and the router's logits as outputs."""
+    """Builds one decoder graph. With `scoring` the outputs are logits of all positions, and each router's logits."""
 
     def __init__(
         self,
@@ -55,8 +56,8 @@ class GraphBuilder:
         self._kernels = BY_NAME[provider.kernels]
         self._expert_order = provider.expert_order(architecture.num_experts)
         self._float_type = provider.float_type
-        self._float_types: dict[str, str] = {}  # of values, where known
-        self._query_factors: dict[str, float] = {}  # of packed query, key and value
+        self._float_types: dict[str, str] = {}  # name of a value -> its float type, where known
+        self._query_factors: dict[str, float] = {}  # output of `query_key_value` -> factor that its queries carry
         self._nodes: list[onnx.NodeProto] = []
         self._constants: list[onnx.TensorProto] = []
         self._router_outputs: list[str] = []
@@ -66,7 +67,7 @@ class GraphBuilder:
     # Operations, in the order a decoder uses them.
 
     def embedding(self, weight: str) -> str:
-        """Token ids int64 [B, S] to float32 [B, S, H]."""
+        """Look up the embedding rows of token ids: int64 [B, S] to float32 [B, S, H]."""
         outputs, job = self._weight(weight)
         if job.layout is Layout.PLAIN:
             rows = self._node("Gather", [outputs[0], names.INPUT_IDS], weight, float_type=self._float_type, axis=0)
@@ -78,7 +79,7 @@ class GraphBuilder:
         )  # fmt: skip
 
     def layer_norm(self, x: str, path: str, epsilon: float) -> str:
-        """[B, S, H] normalised, scaled and shifted by path.weight and path.bias."""
+        """LayerNorm of [B, S, H] over H: normalised, multiplied by path.weight, path.bias added."""
         weight, bias = self._plain(f"{path}.weight"), self._plain(f"{path}.bias")
         inputs = [self._cast(x, "float32"), weight, bias]
         return self._node(
@@ -86,15 +87,15 @@ class GraphBuilder:
         )
 
     def rms_norm(self, x: str, path: str, epsilon: float) -> str:
-        """[B, S, H] divided by its root mean square over H, and scaled by path.weight."""
+        """RMSNorm of [B, S, H]: divided by the root mean square over H, multiplied by path.weight."""
         inputs = [self._cast(x, "float32"), self._plain(f"{path}.weight")]
         return self._node(
             "SimplifiedLayerNormalization", inputs, path, float_type="float32", axis=-1, epsilon=epsilon, stash_type=1
         )
 
     def linear(self, x: str, path: str, *, scaled_rows: int = 0, row_factor: float = 1.0) -> str:
-        """x @ path.weight.T + path.bias, where the table has a bias: [B, S, in] to [B, S, out]; its first `scaled_rows`
-        outputs are multiplied by `row_factor`, which the stored weight and bias take in."""
+        """x @ path.weight.T + path.bias (if the table has a bias): [B, S, in] to [B, S, out]. The first `scaled_rows`
+        outputs are multiplied by `row_factor`: weight and bias are stored multiplied by it."""
         scaled: dict[str, Any] = {"scaled_rows": scaled_rows, "row_factor": row_factor}
         outputs, job = self._weight(f"{path}.weight", **scaled)
         bias = self._bias(path, **scaled)
@@ -109,11 +110,11 @@ class GraphBuilder:
         return self._operation(self._kernels.linear(x, matrix, self._plan.accuracy_level), path)
 
     def query_key_value(self, x: str, path: str) -> str:
-        """Queries, keys and values for `attention`, of one matrix: [B, S, H] to [B, S, (N+2G)*D].
+        """Queries, keys and values for `attention`, from one matrix: [B, S, H] to [B, S, (N+2G)*D].
 
-        In float16 the queries carry the power of two nearest to attention's scale, which rounds nothing: their products
-        with the keys are then of the scores' own magnitude, where Phi-2's raw products pass 65504 in its last layers
-        (huggingface/transformers#28163). ONNX Runtime's own attention kernels sum in float32; others need not.
+        In float16 the queries are multiplied by the power of two that is nearest to attention's scale, which is exact.
+        Otherwise the products of queries and keys could overflow: those of Phi-2 exceed 65504 in its last layers
+        (huggingface/transformers#28163). ONNX Runtime's own attention kernels sum in float32, but others may not.
         """
         facts = self.architecture
         factor = 2.0 ** round(math.log2(facts.attention_scale)) if self._float_type == "float16" else 1.0
@@ -123,17 +124,18 @@ class GraphBuilder:
         return queries
 
     def query(self, x: str, path: str) -> str:
-        """The queries alone, [B, S, H] to [B, S, N*D], carrying what those of `query_key_value` do; for attention whose
+        """The queries alone, [B, S, H] to [B, S, N*D], with the same factor as in `query_key_value`. For models whose
         keys and values have matrices of their own (`linear`)."""
         return self.query_key_value(x, path)
 
     def attention(
         self, query: str, path: str, layer: int, *, window: int | None, key: str = "", value: str = ""
     ) -> str:
-        """Queries to [B, S, N*D], through the cache of `layer`, looking back on `window` positions (None: on all).
+        """Causal attention with the key/value cache of `layer`; returns [B, S, N*D]. A token attends to the last
+        `window` positions (None: all).
 
-        `query` is what `query_key_value` gave, [B, S, (N+2G)*D]; or queries alone, [B, S, N*D], with `key` and `value`
-        [B, S, G*D]. Both are turned by the rotary embedding here.
+        `query` is either the output of `query_key_value`, [B, S, (N+2G)*D], or queries alone, [B, S, N*D], with `key`
+        and `value` [B, S, G*D]. The rotary embedding of queries and keys is applied here.
         """
         facts = self.architecture
         if facts.head_size % 16 or facts.rotary_dim % 16:
@@ -156,27 +158,28 @@ class GraphBuilder:
         )  # fmt: skip
 
     def gelu_tanh(self, x: str, path: str) -> str:
-        """GELU in its tanh form, Phi-2's gelu_new."""
+        """GELU in its tanh form, which Phi-2's config calls gelu_new."""
         return self._node("Gelu", [x], path, float_type=self._float_types[x], approximate="tanh")
 
     def add(self, left: str, right: str, path: str) -> str:
-        """The residual stream and what a part of a layer adds to it, float32."""
+        """left + right in float32: the residual stream and the output of attention or MLP."""
         inputs = [self._cast(left, "float32"), self._cast(right, "float32")]
         return self._node("Add", inputs, f"{path}.sum", float_type="float32")
 
     def scale(self, x: str, factor: float, path: str) -> str:
-        """x times a number, float32; x itself where the number is 1."""
+        """x * factor in float32; x itself if the factor is 1."""
         return self._by_number("Mul", x, factor, f"{path}.scaled")
 
     def divide(self, x: str, divisor: float, path: str) -> str:
-        """x by a number, float32; x itself where the number is 1."""
+        """x / divisor in float32; x itself if the divisor is 1."""
         return self._by_number("Div", x, divisor, f"{path}.divided")
 
     def experts(self, x: str, *, gate: str, fc1: str, fc2: str, name: str, activation: str) -> str:
-        """Route [B, S, H] to K experts, chosen and weighted as the architecture's router says.
+        """A mixture: route [B, S, H] to K experts, chosen and weighted by the rule of `architecture.router`.
 
-        `activation` between fc1 and fc2 is "gelu" in its tanh form, or "swiglu", silu(gate) * up, where fc1 gives gate
-        and up in turn. A bias is added where the table has one. Raises ExportError for a router that the kernels lack.
+        `activation` between fc1 and fc2 is "gelu" in its tanh form, or "swiglu", which is silu(gate) * up, where the
+        outputs of fc1 alternate between gate and up. Biases are added if the table has them. Raises ExportError for a
+        router that the kernels do not support.
         """
         rule = self.architecture.router
         self._kernels.check_router(rule, name)
@@ -199,13 +202,14 @@ class GraphBuilder:
         return self.scale(mixed, rule.scale, f"{name}.routed")
 
     def last_position(self, x: str) -> str:
-        """[B, S, H] to [B, 1, H]."""
+        """The last position of [B, S, H], as [B, 1, H]."""
         starts, ends, axes = (self._constant(f"last/{n}", np.array([v], np.int64)) for n, v in
                               (("start", -1), ("end", np.iinfo(np.int64).max), ("axis", 1)))  # fmt: skip
         return self._node("Slice", [x, starts, ends, axes], "last_position", float_type=self._float_types[x])
 
     def finish(self, logits: str, placement: Placement, data_file: str) -> onnx.ModelProto:
-        """The whole model, its weights lying in `data_file` as placed."""
+        """The complete ONNX model with `logits` as output. Its weights are in `data_file`, at the offsets of
+        `placement`."""
         from onnx import TensorProto, helper
 
         logits = self._cast(logits, "float32")
@@ -233,7 +237,7 @@ class GraphBuilder:
         opsets += [helper.make_opsetid(domain, 1) for domain in {self._kernels.domain} - {names.MICROSOFT_DOMAIN}]
         return helper.make_model(graph, opset_imports=opsets, ir_version=names.IR_VERSION, producer_name="moeship")
 
-    # Parts of the above.
+    # Helpers of the operations.
 
     def _by_number(self, operator: str, x: str, number: float, path: str) -> str:
         if number == 1.0:
@@ -244,9 +248,10 @@ class GraphBuilder:
     def _router(self, x: str, gate: str, name: str) -> str:
         """Router logits [B*S, E], in the engine's expert order and the provider's float type.
 
-        The product is float32 of the float32 norm. Where the kernel takes float16, the K-th largest logit is taken
-        from all of them first: a softmax does not feel it, logits that differ still differ beside zero, where float16
-        is finer than float32 is beside the logits, and so the kernel chooses the experts that float32 would.
+        The matrix product is in float32. If the kernel takes float16, the K-th largest logit is subtracted from all
+        logits before they are rounded. That does not change a softmax, and it moves the logits between which the choice
+        is made close to zero, where float16 is finer than float32 is at the magnitude of the logits. So logits that
+        differ in float32 still differ in float16, and the kernel chooses the same experts.
         """
         job = WeightJob(
             source=gate, role=Role.ROUTER, layout=Layout.PLAIN, expert_order=self._expert_order,
@@ -266,7 +271,7 @@ class GraphBuilder:
         return rows if self._float_type == "float32" else self._cast(self._below_the_kth(rows, name), self._float_type)
 
     def _below_the_kth(self, rows: str, name: str) -> str:
-        """[T, E] less the K-th largest of each row."""
+        """[T, E] minus the K-th largest value of each row."""
         k = self.architecture.experts_per_token
         count, kth = (self._constant(f"router/{n}", np.array([v], np.int64)) for n, v in (("k", k), ("kth", k - 1)))
         largest = self._node(
@@ -277,7 +282,8 @@ class GraphBuilder:
         return self._node("Sub", [rows, least], f"{name}.router_shifted", float_type="float32")
 
     def _sequence_facts(self) -> None:
-        """Per row the last position's index, int32 [B], and the longest row's length, int32 scalar, from the mask."""
+        """Compute from the attention mask the index of each row's last position, int32 [B], and the length of the
+        longest row, int32 scalar."""
         from onnx import TensorProto
 
         one, axis = self._constant("one", np.array(1, np.int64)), self._constant("axis_1", np.array([1], np.int64))
@@ -291,10 +297,10 @@ class GraphBuilder:
                    to=TensorProto.INT32)  # fmt: skip
 
     def _rotary_caches(self) -> None:
-        """cos and sin [max_sequence, rotary_dim / 2] of position * base^(-2i / rotary_dim).
+        """Add the rotary tables: cos and sin [max_sequence, rotary_dim / 2] of position * base^(-2i / rotary_dim).
 
-        Frequencies and angles are rounded to float32 where PyTorch's implementations round them: at position 2000 an
-        angle in float64 would differ by 1e-4.
+        Frequencies and angles are rounded to float32 at the same steps as in PyTorch's implementations. An angle
+        computed in float64 would differ by 1e-4 at position 2000.
         """
         facts = self.architecture
         exponents = np.arange(0, facts.rotary_dim, 2, dtype=np.float32) / np.float32(facts.rotary_dim)
@@ -305,7 +311,7 @@ class GraphBuilder:
         self._constant("rotary/sin_cache", np.sin(angles.astype(np.float64)).astype(self._float_type))
 
     def _cast(self, value: str, float_type: str) -> str:
-        """The value in another float type; a value is cast once however many ask."""
+        """The value in another float type. A value is cast to a type at most once."""
         if self._float_types[value] == float_type:
             return value
         path = f"{value}/{float_type}"
@@ -319,8 +325,8 @@ class GraphBuilder:
         features: Sequence[int] | None = None,
         **scaled: Any,  # noqa: ANN401 - WeightJob's fields
     ) -> tuple[list[str], WeightJob]:
-        """Plan a matrix in the precision its role has; returns its initializers' names. `features` are those of all
-        matrices that share its block size."""
+        """Plan a matrix in the precision of its role; returns the names of its initializers, and its job. `features`
+        are the numbers of input features of all matrices that must have the same block size (None: of this one)."""
         spec = self._table[name]
         bits = self._plan.bits_of(spec.role)
         order = self._expert_order if spec.role is Role.EXPERT else None
@@ -345,11 +351,12 @@ class GraphBuilder:
         return Matrix(job=job, initializers=initializers, shape=self._table[f"{path}.weight"].shape, bias=bias)
 
     def _bias(self, path: str, **scaled: Any) -> str:  # noqa: ANN401 - WeightJob's fields
-        """Plan path.bias; an empty name where the table has none, as ONNX writes an absent input."""
+        """Plan path.bias; returns its name, or "" if the table has no such row: ONNX's notation for an absent input."""
         return self._plain(f"{path}.bias", self._float_type, **scaled) if f"{path}.bias" in self._table else ""
 
     def _plain(self, name: str, float_type: str = "float32", **scaled: Any) -> str:  # noqa: ANN401 - as above
-        """Plan a tensor that is never quantised: norms and biases; an expert's bias follows the experts' order."""
+        """Plan a tensor that is never quantised (a norm or bias); returns its name. Biases of experts are stored in the
+        engine's expert order."""
         spec = self._table[name]
         if self._plan.bits_of(spec.role) is not None:
             raise ExportError(f"planning {name}: the role {spec.role} is never quantised, the recipe lists it")
@@ -368,7 +375,7 @@ class GraphBuilder:
         return name
 
     def _operation(self, operation: Operation, path: str) -> str:
-        """A node that multiplies quantised matrices."""
+        """Add a node that multiplies quantised matrices; returns the name of its output."""
         return self._node(
             operation.operator, operation.inputs, path, domain=operation.domain, float_type=self._float_type,
             **operation.attributes,

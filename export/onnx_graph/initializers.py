@@ -1,4 +1,5 @@
-"""Initializers as ONNX has them: the shapes that its operators take, and tensors whose values lie in the data file."""
+"""Initializers of quantised weights in the shapes that ONNX Runtime's operators take, and ONNX tensors that refer to
+the data file."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def quantized_initializers(spec: TensorSpec, bits: int, block: int, provider: Provider) -> tuple[Initializer, ...]:
-    """Codes, scales and, of an embedding, zero points where the provider wants them written, in the shapes that the
-    operator takes. An embedding's scales are of the residual stream's type."""
+    """The initializers of a quantised weight: codes, scales and, for an embedding on a provider with
+    `writes_zero_points`, zero points. An embedding's scales are float32, like the residual stream."""
     *rows, columns = spec.shape
     blocks = columns // block
     if spec.role in (Role.EXPERT, Role.EMBEDDING):
@@ -35,7 +36,7 @@ def quantized_initializers(spec: TensorSpec, bits: int, block: int, provider: Pr
 
 
 def onnx_type(dtype: str) -> int:
-    """ONNX's number of a dtype's name."""
+    """ONNX's number (TensorProto.DataType) of a dtype's name."""
     from onnx import TensorProto
 
     types = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "uint8": TensorProto.UINT8}
@@ -43,7 +44,7 @@ def onnx_type(dtype: str) -> int:
 
 
 def tensors(job: WeightJob, placement: Placement, data_file: str) -> list[onnx.TensorProto]:
-    """A job's initializers as tensors whose values lie in `data_file` as placed."""
+    """A job's initializers as ONNX tensors that refer to `data_file`, at the offsets of `placement`."""
     return [
         _external(output.name, output.dtype, output.shape, placement.offsets[output.name], data_file)
         for output in job.outputs
@@ -51,7 +52,7 @@ def tensors(job: WeightJob, placement: Placement, data_file: str) -> list[onnx.T
 
 
 def initializer_names(source: str) -> tuple[str, str]:
-    """Of a quantised weight's codes and scales."""
+    """The names of the two initializers that hold a quantised weight's codes and its scales."""
     return f"{source}.codes", f"{source}.scales"
 
 

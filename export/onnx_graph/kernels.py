@@ -1,4 +1,4 @@
-"""Whose kernels multiply quantised matrices: the nodes that they are, and the form in which these read their weights.
+"""The two kinds of kernels that multiply quantised matrices: their nodes, and the shapes of their weights.
 
 onnxruntime  MatMulNBits and QMoE, ONNX Runtime's contributed operators (docs/ContribOperators.md)
 moeship      BlockLinear and Experts, of the library in trt_build/ort/kernels, over export/quantize/layout.py
@@ -25,7 +25,7 @@ from export.quantize.layout import LAYOUT, MatrixLayout
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """A planned weight of shape [(E,) N, K]: its initializers, and its bias's name, empty where there is none."""
+    """A planned weight of shape [(E,) N, K]: its job, the names of its initializers, and of its bias ("": none)."""
 
     job: WeightJob
     initializers: list[str]
@@ -35,7 +35,7 @@ class Matrix:
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """A node but for its name and output."""
+    """A node of the graph without its name and output."""
 
     operator: str
     domain: str
@@ -45,8 +45,9 @@ class Operation:
 
 @dataclass(frozen=True, kw_only=True)
 class Routed:
-    """What experts do beside their two products: the `k` best of them are taken, with `activation` between the
-    products; `router` names the logits. `normalise`: the softmax is one over these k, else over all experts."""
+    """How a mixture is routed: the value `router` holds the logits, and the `k` experts with the largest are chosen.
+    With `normalise` the softmax is over these k, else over all experts. `activation` is applied between the two matrix
+    products of an expert."""
 
     router: str
     k: int
@@ -55,14 +56,14 @@ class Routed:
 
 
 class Kernels(ABC):
-    """One kind of kernels. `accuracy_level` is the recipe's."""
+    """One kind of kernels. The argument `accuracy_level` is that of the QuantPlan."""
 
     domain: ClassVar[str]
     layout: ClassVar[Layout]
-    normalises: ClassVar[tuple[bool, ...]]  # the values of Router.normalise that the experts' kernel has
+    normalises: ClassVar[tuple[bool, ...]]  # values of Router.normalise that the kernel of the experts supports
 
     def check_router(self, router: Router, path: str) -> None:
-        """Raise ExportError naming what of a router these kernels lack."""
+        """Raise ExportError that names the fields of a router which these kernels do not support."""
         lacking = {
             "score": (router.score, ("softmax",)),
             "normalise": (router.normalise, self.normalises),
@@ -78,19 +79,19 @@ class Kernels(ABC):
 
     @abstractmethod
     def initializers(self, spec: TensorSpec, bits: int, block: int, provider: Provider) -> tuple[Initializer, ...]:
-        """Codes and scales of a weight."""
+        """The initializers of a quantised weight: codes and scales."""
 
     @abstractmethod
     def linear(self, x: str, matrix: Matrix, accuracy_level: int) -> Operation:
-        """x [..., K] by a matrix [N, K], plus its bias."""
+        """The node that multiplies x [..., K] by a matrix [N, K] and adds its bias."""
 
     @abstractmethod
     def experts(self, x: str, routed: Routed, first: Matrix, second: Matrix, accuracy_level: int) -> Operation:
-        """x [..., H] through experts of two stacked matrices."""
+        """The node that computes a mixture on x [..., H]; `first` and `second` stack the matrices of all experts."""
 
 
 def mixture_attributes(routed: Routed) -> dict[str, Any]:
-    """What ONNX Runtime's MoE and QMoE are both told."""
+    """The attributes that ONNX Runtime's MoE and QMoE have in common."""
     attributes: dict[str, Any] = {
         "k": routed.k, "activation_type": routed.activation,
         "normalize_routing_weights": int(routed.normalise), "use_sparse_mixer": 0, "swiglu_fusion": 0,

@@ -1,4 +1,4 @@
-"""Names at the ends of the graph: those that onnxruntime-genai expects of a decoder."""
+"""Names of the graph's inputs and outputs, the ones that onnxruntime-genai expects of a decoder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ LOGITS = "logits"
 OPSET = 21
 IR_VERSION = 10
 MICROSOFT_DOMAIN = "com.microsoft"
-MOESHIP_DOMAIN = "moeship"  # of the kernels in trt_build/ort/kernels
+MOESHIP_DOMAIN = "moeship"  # operator domain of the kernels in trt_build/ort/kernels
 
 BATCH = "batch_size"
 SEQUENCE = "sequence_length"
@@ -37,6 +37,6 @@ def present_value(layer: int) -> str:
 
 
 def router_logits(number: int) -> str:
-    """Output of the scoring graph alone, of each layer that has experts, in turn: [B*S, E] in the engine's expert
-    order."""
+    """The name of an output of the scoring graph: the router logits [B*S, E] of the `number`-th layer that has experts,
+    in the engine's expert order."""
     return f"router_logits.{number}"

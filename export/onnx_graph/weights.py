@@ -1,7 +1,7 @@
-"""Initializers planned before a byte is read: names, dtypes, shapes and offsets first, values streamed after.
+"""Plans a graph's initializers (names, dtypes, shapes, offsets) before a weight is read, and produces their values.
 
-A `WeightJob` turns one row of the tensor table into one initializer (plain floats), two (packed codes and scales) or
-three (zero points as well).
+A `WeightJob` turns one row of the tensor table into one initializer (floats), two (packed codes and scales) or three
+(packed codes, scales and zero points).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from export.quantize.grid import pack, quantize_blocks
 from export.quantize.half_scales import SmallScales
 from export.quantize.layout import GROUP_ROWS, MatrixLayout
 
-ALIGNMENT_BYTES = 256  # what CUDA's own allocations begin at; a multiple of the 64 bytes of a cache line and a register
+ALIGNMENT_BYTES = 256  # alignment of CUDA's own allocations; a multiple of 64, the bytes of a cache line and a register
 _ITEM_BYTES = {"float32": 4, "float16": 2, "uint8": 1}
 
 
 class Layout(StrEnum):
-    """How a weight's values lie in its initializers."""
+    """How the values of a weight are arranged in its initializers."""
 
     PLAIN = "plain"
     BLOCKS = "blocks"
@@ -37,7 +37,7 @@ class Layout(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Initializer:
-    """One constant of the graph; `dtype` is "float32", "float16" or "uint8"."""
+    """One initializer of the graph; `dtype` is "float32", "float16" or "uint8"."""
 
     name: str
     dtype: str
@@ -50,8 +50,8 @@ class Initializer:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightJob:
-    """One table row to its initializers. `expert_order` lists, for a stacked row, which expert stands at each place;
-    for the router, which of its rows does. The first `scaled_rows` rows are multiplied by `row_factor`."""
+    """The job of writing one table row's initializers. `expert_order` lists the experts in the order in which their
+    matrices are stored (for the router: their rows). The first `scaled_rows` rows are multiplied by `row_factor`."""
 
     source: str
     role: Role
@@ -65,11 +65,12 @@ class WeightJob:
 
     @property
     def row_multiple(self) -> int:
-        """Of how many rows a multiple is taken together."""
+        """The number that a chunk's rows must be a multiple of."""
         return GROUP_ROWS if self.layout is Layout.GROUPS else 1
 
     def produce(self, weights: Weights, small: SmallScales) -> Iterator[tuple[npt.NDArray[Any], ...]]:
-        """Consecutive pieces of every output, in step; `small` takes in the scales that are stored as float16.
+        """Yield the values of all outputs in consecutive pieces: one tuple a chunk, with one array for each output.
+        `small` counts the scales that are stored as float16.
 
         Raises QuantizationError for values that the output's dtype cannot hold.
         """
@@ -103,7 +104,7 @@ class WeightJob:
 
 
 def _as_float16(values: npt.NDArray[np.float32], source: str) -> npt.NDArray[np.float16]:
-    """Round to float16. Raises QuantizationError naming the tensor where a value is beyond it."""
+    """Round to float16. Raises QuantizationError that names the tensor if a value is too large."""
     largest = float(max(values.max(), -values.min()))
     if not largest <= FLOAT16_MAX:
         raise QuantizationError(
@@ -115,13 +116,13 @@ def _as_float16(values: npt.NDArray[np.float32], source: str) -> npt.NDArray[np.
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where every initializer lies in the data file: name -> (offset, bytes). What follows up to the next is zeros."""
+    """The place of every initializer in the data file: name -> (offset, bytes), with zeros up to the next one."""
 
     offsets: dict[str, tuple[int, int]]
     total_bytes: int
 
     def regions(self, job: WeightJob) -> list[PlannedRegion]:
-        """What a job writes: its initializers, each with the zeros up to the next."""
+        """The regions that a job writes: one for each initializer, with the zeros up to the next."""
         return [
             PlannedRegion(output.name, self.offsets[output.name][0], aligned(output.num_bytes))
             for output in job.outputs
@@ -129,12 +130,12 @@ class Placement:
 
 
 def aligned(num_bytes: int) -> int:
-    """The bytes that an initializer takes in the data file, up to where the next begins."""
+    """The bytes that an initializer takes in the data file, with the zeros up to the next one."""
     return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def place(jobs: Sequence[WeightJob]) -> Placement:
-    """Lay the initializers out one after the other, aligned."""
+    """Place the initializers of all jobs in the data file, one after the other, each at a multiple of 256 bytes."""
     offsets: dict[str, tuple[int, int]] = {}
     position = 0
     for job in jobs:

@@ -1,1 +1,1 @@
-"""A checkpoint in, a TensorRT-LLM checkpoint out: config.json and one safetensors file a rank."""
+"""Converts a checkpoint to a TensorRT-LLM checkpoint: config.json and one safetensors file a rank."""

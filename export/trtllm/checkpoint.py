@@ -1,10 +1,10 @@
-"""A model in, a TensorRT-LLM checkpoint folder out: config.json, rank{R}.safetensors, the tokenizer, and a manifest.
+"""Writes a TensorRT-LLM checkpoint of a model: config.json, rank{R}.safetensors, the tokenizer, and a manifest.
 
     model = read_model(open_checkpoint("mlabonne/phixtral-4x2_8"))
     write_checkpoint(model, CheckpointOptions(precision="int4"), Path("trtllm-checkpoint"))
 
-The weights are streamed: each row of the table is read once, in chunks, by several processes, and every rank's share of
-a chunk is written where it belongs. An interrupted run is resumed by the same call. The folder appears by rename.
+Worker processes read each row of the tensor table once, in chunks, and write every rank's share of a chunk to its place
+in that rank's file. An interrupted run is resumed by the same call. The folder appears by rename when it is complete.
 Format: tensorrt_llm/models/modeling_utils.py, docs/source/legacy/architecture/checkpoint.md.
 """
 
@@ -48,15 +48,19 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.json"
 MANIFEST_FILE = "checkpoint.json"
 FORMAT_VERSION = 1
-DEFAULT_SM = 80  # its layout is that of every GPU that has integer weights, but for SM 90
+DEFAULT_SM = 80  # compute capability; its packed layout is the one of every supported GPU except SM 90
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """What to write. `dtype` is of what is not quantised (None: float16), `group_size` of the group-wise precisions
-    (None: the first of GROUP_SIZES that fits); `sm` is the compute capability of the GPU that packed matrices are laid
-    out for; with `plain` the checkpoint holds floats, and the machine that builds the engine quantises them. Ids from
-    `mask_from` on stand for no text. `left_out` are experts that no layer can choose (export/routing.py)."""
+    """Options of a TensorRT-LLM checkpoint.
+
+    `dtype` is the dtype of tensors that are not quantised (None: float16). `group_size` is for the group-wise
+    precisions (None: the first of GROUP_SIZES that fits). `sm` is the compute capability of the GPU whose layout packed
+    matrices have. With `plain` the checkpoint holds floats, and TensorRT-LLM quantises them when it builds the engine.
+    Token ids from `mask_from` on stand for no text. `left_out` lists experts that no layer can choose
+    (export/routing.py); they are not written.
+    """
 
     precision: str = "int4"
     dtype: str | None = None
@@ -70,7 +74,7 @@ class CheckpointOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointPlan:
-    """A checkpoint laid out, with every byte's place known."""
+    """A TensorRT-LLM checkpoint that is planned: the place of every byte in every rank file is known."""
 
     options: CheckpointOptions
     model: Model
@@ -80,7 +84,7 @@ class CheckpointPlan:
 
     @property
     def rank_bytes(self) -> dict[int, int]:
-        """The bytes of each rank's file."""
+        """The size of each rank's file in bytes."""
         return {
             rank: len(header) + sum(tensor.num_bytes for tensor in self.layout.tensors(rank))
             for rank, header in self.headers.items()
@@ -98,13 +102,13 @@ class CheckpointPlan:
         return RankConverter(weights=self.model.weights, folder=folder, offsets=offsets, sizes=self.rank_bytes)
 
     def conversion_bytes(self) -> int:
-        """Peak resident memory of writing it, all processes together."""
+        """Peak resident memory of writing the checkpoint in bytes, the sum over all processes."""
         return conversion_bytes(self.converter(Path()), self.layout.jobs)
 
 
 def plan_checkpoint(model: Model, options: CheckpointOptions) -> CheckpointPlan:
-    """Lay a checkpoint out; reads no weights. Raises ExportError listing everything that forbids it, QuantizationError
-    for an unknown precision or dtype."""
+    """Plan a TensorRT-LLM checkpoint; reads no weights. Raises ExportError that lists all problems, and
+    QuantizationError for an unknown precision or dtype."""
     precision = trtllm_precision(options.precision)
     dtype = float_type(precision, options.dtype)
     what = f"laying out a TensorRT-LLM checkpoint of {model.weights.checkpoint.identity}"
@@ -149,9 +153,12 @@ def plan_checkpoint(model: Model, options: CheckpointOptions) -> CheckpointPlan:
 
 @dataclass(frozen=True)
 class _Side:
-    """One side of a quantised matrix of a rank: how many features, which the library wants to be a multiple of its unit
-    times `times`. What is not cut of attention's matrices it rounds up as if it were (quantization/layers.py).
-    `grouped`: the unit is the group size where there is one."""
+    """The inputs or the outputs of a rank's share of a quantised matrix. `number` is how many features there are.
+
+    TensorRT-LLM needs a multiple of a unit: TILE, and also the group size if `grouped` is set. `times` multiplies the
+    unit: an attention matrix is cut along one side only, and the library rounds the other side up to a multiple of
+    tp_size times the unit, as if it were cut too (quantization/layers.py).
+    """
 
     module: str
     side: str
@@ -168,7 +175,8 @@ def _sides(layout: Layout, tp_size: int) -> Iterator[_Side]:
 
 
 def _fit(layout: Layout, options: CheckpointOptions, *, grouped: bool) -> tuple[int, list[str]]:
-    """The group size that all matrices of the ranks have, and which of them the packed layout does not fit."""
+    """Choose the group size of all matrices; returns it with the problems: the matrices that the packed layout or the
+    group size does not fit."""
     sides, asked = list(_sides(layout, options.parallel.tp_size)), options.group_size
     problems = [
         f"{side.module} of a rank has {side.number} {side.side}, expected a multiple of {TILE * side.times}, which the "
@@ -195,8 +203,12 @@ def _fit(layout: Layout, options: CheckpointOptions, *, grouped: bool) -> tuple[
 
 
 def _lost_biases(layout: Layout, precision: TrtllmPrecision, parallel: Parallelism) -> list[str]:
-    """What the library would clear that it must not: as it loads W4A16_AWQ, the biases of the experts' second matrices
-    on every rank but the first, be they other experts' (tensorrt_llm/models/modeling_utils.py)."""
+    """The problem that TensorRT-LLM loses biases of experts, if this checkpoint has it.
+
+    When the library loads W4A16_AWQ, it clears the biases of the experts' second matrices on every rank except the
+    first (tensorrt_llm/models/modeling_utils.py). With expert parallelism the other ranks hold other experts, whose
+    biases would be lost.
+    """
     biased = any(tensor.name.endswith("mlp.proj.bias") for tensor in layout.tensors(0))
     if precision.quant_algo != "W4A16_AWQ" or parallel.moe_ep == 1 or not biased:
         return []
@@ -249,7 +261,7 @@ def write_checkpoint(
 
 
 def checkpoint_settings(plan: CheckpointPlan) -> dict[str, Any]:
-    """What decides a checkpoint's bytes beside its source, as plain JSON values."""
+    """Everything but the source files that decides the bytes of the checkpoint, as plain JSON values."""
     options = {**dataclasses.asdict(plan.options), "parallel": plan.options.parallel.mapping()}
     sm = options.pop("sm")
     packed_for = "every GPU but SM 90" if interleaves_columns(sm, experts=False) else "SM 90"
@@ -261,7 +273,7 @@ def checkpoint_settings(plan: CheckpointPlan) -> dict[str, Any]:
 
 
 def _states(sources: Mapping[str, SourceFile]) -> dict[str, Any]:
-    """What tells source files apart wherever they lie: bytes, and SHA-256 of their headers or of small files."""
+    """Size and SHA-256 of each source file (of a shard: of its header), which do not depend on the folder."""
     return {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in sorted(sources.items())}
 
 
@@ -296,15 +308,16 @@ def require_written(plan: CheckpointPlan, folder: Path) -> Mapping[str, str]:
 
 
 def differing_settings(found: object, plan: CheckpointPlan) -> list[str]:
-    """What a checkpoint was written with against what the plan's would be, the settings that differ by name."""
+    """One line for each setting in which a written checkpoint, with the settings `found`, differs from the plan."""
     problems = _differences(found, checkpoint_settings(plan))
-    # These follow from the others, and say little.
+    # The config and the digest of the layout follow from the other settings, and tell a user little.
     told = [text for text in problems if not text.startswith(("config is", "layout is"))]
     return told or problems
 
 
 def changed_sources(weights: Weights, digests: Mapping[str, str], written: Path) -> list[str]:
-    """Which of the source files are not those of the digests; they are read where they changed after `written` did."""
+    """Names of the source files whose digests are not `digests`. The files are read only if one of them changed after
+    the file `written` was written."""
     checkpoint = weights.checkpoint
     files = [*checkpoint.shards, checkpoint.folder / "config.json"]
     if max(path.stat().st_ctime_ns for path in files) <= written.stat().st_mtime_ns:
@@ -318,7 +331,7 @@ def changed_sources(weights: Weights, digests: Mapping[str, str], written: Path)
 
 
 def _differences(found: object, expected: Mapping[str, Any]) -> list[str]:
-    """What differs of JSON objects, key by key."""
+    """One line for each key whose value differs between two JSON objects."""
     kept: dict[str, Any] = found if isinstance(found, dict) else {}
     wanted = json.loads(json.dumps(expected))
     return [

@@ -1,8 +1,8 @@
-"""A model and a layout in, the config.json that TensorRT-LLM builds its network from out.
+"""The config.json of a TensorRT-LLM checkpoint, from which TensorRT-LLM builds its network.
 
 Keys: tensorrt_llm/models/modeling_utils.py (PretrainedConfig, QuantConfig), models/phi/{config,model}.py (which reads
-rotary_pct and rotary_base), models/llama/config.py, layers/moe.py (MoeConfig). Nothing that has a default which changes
-a number is left to it.
+rotary_pct and rotary_base), models/llama/config.py, layers/moe.py (MoeConfig). Every key that changes a number is
+written, and none is left to the library's default.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 from export.families import Model
 from export.trtllm.layout import LayoutOptions
 
-RENORMALIZE = 1  # MoeConfig.ExpertScaleNormalizationMode: the K largest first, then softmax over them
+RENORMALIZE = 1  # MoeConfig.ExpertScaleNormalizationMode: choose the K largest logits, then softmax over these K
 
 
 def checkpoint_config(model: Model, options: LayoutOptions) -> dict[str, Any]:
-    """The whole config.json, as plain JSON values."""
+    """All of config.json, as plain JSON values."""
     facts, network = model.architecture, model.family.trtllm_network()
     config: dict[str, Any] = {
         "architecture": network.architecture,
@@ -54,6 +54,7 @@ def checkpoint_config(model: Model, options: LayoutOptions) -> dict[str, Any]:
 
 
 def rotary_share(rotary_dim: int, head_size: int) -> float:
-    """rotary_pct: the library takes int(head_size * rotary_pct) dimensions, which must not fall short by a rounding."""
+    """The value of rotary_pct for which int(head_size * rotary_pct), as the library computes it, is `rotary_dim`: the
+    quotient, or the next float above it where rounding would lose a dimension."""
     share = rotary_dim / head_size
     return share if int(head_size * share) == rotary_dim else math.nextafter(share, 1.0)

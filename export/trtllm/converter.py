@@ -1,4 +1,5 @@
-"""Tensor jobs into rank files: each row of the table is read once, and every rank takes its share of each chunk."""
+"""The converter that fills the rank files of a TensorRT-LLM checkpoint. Each row of the tensor table is read once, in
+chunks, and every rank's share of a chunk is written to that rank's file."""
 
 from __future__ import annotations
 
@@ -23,29 +24,29 @@ from export.quantize.grid import FloatArray, quantize_blocks
 from export.trtllm.layout import Form, RankTensor, Slice, TensorJob
 from export.trtllm.packing import TILE, pack, pack_pairs
 
-MASKED_LOGIT = -1e4  # below any logit, and within every float type
-_SEPARATOR = "#"  # of a file's name and a tensor's
+MASKED_LOGIT = -1e4  # bias of a token that must not be sampled: below any logit, and within range of every float type
+_SEPARATOR = "#"  # separator between the file's name and the tensor's name in the name of a region
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankConverter(Converter[TensorJob]):
-    """Converts jobs into the files of the ranks under `folder`. `offsets` are those of each tensor in its rank's file,
-    by rank and name; `sizes` the files' bytes, by rank."""
+    """Converts jobs into the rank files under `folder`. `offsets`: rank -> name of a tensor -> its first byte in the
+    rank's file. `sizes`: rank -> bytes of its file."""
 
     folder: Path
     offsets: Mapping[int, Mapping[str, int]]
     sizes: Mapping[int, int]
 
     def files(self) -> Mapping[Path, int]:
-        """The rank files."""
+        """The rank files and their lengths in bytes."""
         return {self.folder / rank_file(rank): num_bytes for rank, num_bytes in self.sizes.items()}
 
     def file_of(self, region: str) -> Path:
-        """The rank file that a region lies in."""
+        """The rank file that holds the region."""
         return self.folder / region.partition(_SEPARATOR)[0]
 
     def planned_regions(self, job: TensorJob) -> list[PlannedRegion]:
-        """A region a slice, written as its rows are read, and one for each tensor beside the weight."""
+        """One region for each slice of the weight, and one for each side tensor, such as scales."""
         slices = [self._slice_region(job, piece, index) for index, piece in enumerate(job.slices)]
         return [*slices, *(self._side_region(side) for _, side in job.side_tensors)]
 
@@ -55,7 +56,8 @@ class RankConverter(Converter[TensorJob]):
         return sum(stored[name].num_bytes for name in {part.name for part in self.weights.table[job.source].parts})
 
     def working_bytes(self, job: TensorJob) -> int:
-        """A chunk as stored, three times as float32 and three times as codes, and all that stands beside the weight."""
+        """The most memory that the job takes, in bytes: one chunk as stored, three times as float32 and three times as
+        codes, and all side tensors of the weight."""
         row = self.weights.table[job.source]
         smallest = TILE * max(1, row.parts[0].num_elements // row.parts[0].shape[0])
         chunk = min(max(CHUNK_ELEMENTS, smallest), row.num_elements)
@@ -77,7 +79,7 @@ class RankConverter(Converter[TensorJob]):
             for group, first, parts in weights.placed_chunks(job.source, multiple=TILE):
                 for turn, values in enumerate(parts):
                     takers = _takers(job, group, turn, first, len(values))
-                    if not takers:  # an expert that is left out
+                    if not takers:  # the chunk belongs to an expert that is left out
                         continue
                     rows = _encoded(job, _masked(job, values, first))
                     for index, taken in takers:
@@ -86,7 +88,7 @@ class RankConverter(Converter[TensorJob]):
                         rows.note_scales(scales[piece.rank], job, piece, first, taken)
             for (ending, side), region in zip(job.side_tensors, regions[len(job.slices) :], strict=True):
                 region.write(files[side.rank], _beside(job, ending, side, scales[side.rank]))
-            if job.mask_from is not None:  # what fills the vocabulary up is masked as well
+            if job.mask_from is not None:  # the rows that pad the vocabulary are masked too
                 for piece, region in zip(job.slices, regions, strict=True):
                     dtype = numpy_dtype(job.tensors[piece.rank].planned.dtype)
                     filling = region.bytes_left // np.dtype(dtype).itemsize
@@ -97,7 +99,8 @@ class RankConverter(Converter[TensorJob]):
     def _slice_region(self, job: TensorJob, piece: Slice, index: int) -> PlannedRegion:
         tensor = job.tensors[piece.rank]
         row_bytes = tensor.planned.num_bytes // tensor.rows
-        # A rank's only slice may end before its tensor, the rest of which is zeros: the head's at the vocabulary's end.
+        # If each rank has one slice, its region is the whole tensor. The slice may be shorter, as the head's is at the
+        # end of the vocabulary; the rest of the region is zeros.
         rows = tensor.rows if len(job.slices) == len(job.tensors) else piece.last - piece.first
         offset = self.offsets[piece.rank][tensor.planned.name] + piece.row * row_bytes
         return PlannedRegion(_region_name(tensor, index), offset, rows * row_bytes)
@@ -108,7 +111,7 @@ class RankConverter(Converter[TensorJob]):
 
 
 def rank_file(rank: int) -> str:
-    """The file of a rank."""
+    """The name of a rank's file."""
     return f"rank{rank}.safetensors"
 
 
@@ -117,13 +120,14 @@ def _region_name(tensor: RankTensor, index: int) -> str:
 
 
 def _takers(job: TensorJob, group: int, turn: int, first: int, num_rows: int) -> list[tuple[int, tuple[int, int]]]:
-    """The slices that take some of a chunk's rows, by their places in the job, each with the rows."""
+    """The slices of the job that take rows of a chunk: for each its index in the job, and the rows that it takes."""
     found = ((index, _rows_taken(piece, group, turn, first, num_rows)) for index, piece in enumerate(job.slices))
     return [(index, taken) for index, taken in found if taken is not None]
 
 
 def _rows_taken(piece: Slice, group: int, turn: int, first: int, num_rows: int) -> tuple[int, int] | None:
-    """Which rows of a chunk that begins at `first` a slice takes, counted in their part."""
+    """The first and the last row (exclusive) that a slice takes of a chunk of `num_rows` rows from row `first` on; None
+    if it takes none. Rows are counted from the start of the part."""
     if (piece.group, piece.turn) != (group, turn):
         return None
     low, high = max(first, piece.first), min(first + num_rows, piece.last)
@@ -132,13 +136,13 @@ def _rows_taken(piece: Slice, group: int, turn: int, first: int, num_rows: int) 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of a part on their way out: floats as they are written, or codes with scales [n, K / group]."""
+    """Rows of a part as they are written: floats, or codes with their scales [n, K / group]."""
 
     values: npt.NDArray[Any]
     scales: FloatArray | None
 
     def share(self, job: TensorJob, piece: Slice, first: int, taken: tuple[int, int]) -> npt.NDArray[Any]:
-        """What a rank's file gets of them."""
+        """The values that a rank's file gets: the rows `taken` and the columns of the slice, packed as the job asks."""
         rows = self.values[taken[0] - first : taken[1] - first, slice(*piece.columns)]
         if job.form is Form.FLOAT:
             return rows
@@ -147,7 +151,7 @@ class _Rows:
         return pack(rows, job.bits, interleave=job.interleave)
 
     def note_scales(self, scales: FloatArray, job: TensorJob, piece: Slice, first: int, taken: tuple[int, int]) -> None:
-        """Fill a rank's scales [rows, groups] of these rows."""
+        """Copy the scales of the rows `taken` into a rank's `scales` [rows, groups]."""
         if self.scales is None:
             return
         rows = self.scales[taken[0] - first : taken[1] - first]
@@ -174,7 +178,7 @@ def _scales_of(job: TensorJob, tensor: RankTensor) -> FloatArray:
 
 
 def _beside(job: TensorJob, ending: str, side: RankTensor, scales: FloatArray) -> npt.NDArray[Any]:
-    """The values of a tensor beside a weight; `scales` [rows, groups] are those of its rank."""
+    """The values of the side tensor whose name ends in `ending`; `scales` [rows, groups] are the scales of its rank."""
     shape = side.planned.shape
     if ending == "zero":
         return np.zeros(shape, dtype=numpy_dtype(side.planned.dtype))
@@ -187,7 +191,7 @@ def _beside(job: TensorJob, ending: str, side: RankTensor, scales: FloatArray) -
 
 
 def _masked(job: TensorJob, values: npt.NDArray[Any], first: int) -> npt.NDArray[Any]:
-    """The head's bias with that of ids that stand for no text out of the way."""
+    """The head's bias with MASKED_LOGIT for token ids that stand for no text; other values as they are."""
     if job.mask_from is None or first + len(values) <= job.mask_from:
         return values
     masked = widen(values).copy()
@@ -196,7 +200,7 @@ def _masked(job: TensorJob, values: npt.NDArray[Any], first: int) -> npt.NDArray
 
 
 def _narrow(values: npt.NDArray[Any], dtype: str, what: str) -> npt.NDArray[Any]:
-    """Finite floats in the float type of a safetensors label. Raises QuantizationError where it does not hold one."""
+    """Convert finite floats to the float type of a safetensors label. Raises QuantizationError if one is too large."""
     target = np.dtype(numpy_dtype(dtype))
     if values.dtype == target:
         return values

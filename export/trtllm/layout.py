@@ -1,21 +1,29 @@
-"""A model and its parallelism in, every tensor of every rank out: name, dtype, shape, and which values it is made of.
+"""Plans the tensors of a TensorRT-LLM checkpoint: for every rank their names, dtypes, shapes and source values.
 
-Shapes a rank, with N rows out and K columns in of the rank's share, experts first where there are any:
+Shapes on one rank, whose share of a matrix has N outputs (rows) and K inputs (columns). A weight of experts has one
+more axis in front.
 
-| form         | weight                          | beside it                                                      |
+| form         | weight                          | side tensors                                                   |
 |--------------|---------------------------------|----------------------------------------------------------------|
 | floats       | [N, K]                          |                                                                |
 | W8A16, W4A16 | [K, N * bits / 8] int8, packed  | per_channel_scale [N]                                          |
 | W4A16_GPTQ   | [K, N / 4] as floats, packed    | weights_scaling_factor and zero [K / g, N]                     |
 | W4A16_AWQ    | [N / 2, K] int8, two rows each  | weights_scaling_factor [N, K / g], prequant_scaling_factor [K] |
 
-Rules of sharing: q, k and v are cut one by one and joined again, key/value heads repeated where there are fewer than
-ranks; attention.dense and mlp.proj are cut along their input and their biases are whole on every rank (the library adds
-them once, but for those of W4A16_GPTQ other than experts', which every rank adds: they are zero on all but the first);
-mlp.fc is cut along its output, of a gated one up and gate each, up first; experts are blocks of whole experts; the
-router is whole and float32; lm_head is cut along the vocabulary, which zeros fill up to a multiple of tp_size. Sources:
-tensorrt_llm/models/{phi,llama}/{model,convert}.py, layers/{moe,linear,attention}.py, models/modeling_utils.py,
-quantization/layers.py.
+How a tensor is shared among the ranks:
+
+- q, k and v are each cut along their heads, and a rank's three pieces are joined. If there are fewer key/value heads
+  than ranks, several ranks get the same head.
+- attention.dense and mlp.proj are cut along their inputs. Every rank has the whole bias, since the library adds it
+  once. With W4A16_GPTQ, however, every rank adds the bias of a matrix outside the experts, so it is zero on all ranks
+  except the first.
+- mlp.fc is cut along its outputs. If it is gated, up and gate are cut separately and joined, up first.
+- Expert parallelism gives each rank a block of whole experts.
+- Every rank has the whole router, in float32.
+- lm_head is cut along the vocabulary, which is padded with zeros to a multiple of tp_size.
+
+Sources: tensorrt_llm/models/{phi,llama}/{model,convert}.py, layers/{moe,linear,attention}.py,
+models/modeling_utils.py, quantization/layers.py.
 """
 
 from __future__ import annotations
@@ -41,23 +49,28 @@ FIRST_STAGE, LAST_STAGE = ("transformer.vocab_embedding",), ("transformer.ln_f",
 
 
 class Form(StrEnum):
-    """How a weight is stored."""
+    """How a weight is stored in a rank file."""
 
     FLOAT = "float"
     CHANNELS = "channels"  # packed, one scale a row
-    GROUPS = "groups"  # packed, scales and zeros of groups
-    PAIRS = "pairs"  # two rows a byte, scales of groups
+    GROUPS = "groups"  # packed, one scale and zero a group
+    PAIRS = "pairs"  # two rows a byte, one scale a group
 
     @property
     def is_packed(self) -> bool:
-        """Whether its bytes lie as a GPU's products read them; the others are laid out when they are loaded."""
+        """Whether the bytes have the order in which a GPU's kernels read them. For the other forms TensorRT-LLM makes
+        that order when it loads the checkpoint."""
         return self in (Form.CHANNELS, Form.GROUPS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """Rows `first` to `last` of one part of a row of the table (of expert or part `group`, of a pair the part `turn`),
-    in the columns `columns`: they become rows of a rank's tensor from `row` on, counted over its experts."""
+    """The values that one rank takes of one part of a table row.
+
+    `group` is the index of the part or of the expert; `turn` is the part's index in a pair of gate and up, else 0. The
+    slice holds the part's rows `first` to `last` (exclusive) in the columns `columns`. They become rows of the rank's
+    tensor from `row` on, where the rows of all experts of the rank are counted together.
+    """
 
     rank: int
     group: int
@@ -70,7 +83,8 @@ class Slice:
 
 @dataclass(frozen=True, kw_only=True)
 class RankTensor:
-    """One tensor of a rank's file; `rows` and `width` are those of its weight as floats, experts' rows together."""
+    """One tensor of a rank's file. `rows` and `width` are the shape of the weight before packing, with the rows of all
+    experts counted together; a side tensor has those of its weight."""
 
     rank: int
     planned: PlannedTensor
@@ -80,8 +94,11 @@ class RankTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorJob:
-    """One row of the table to one tensor of each rank that has a share, and to the scales beside it. `sides` maps the
-    ending of a name to these, by rank. Values from row `mask_from` on are MASKED_LOGIT."""
+    """The job of writing one row of the tensor table: `tensors` has one tensor for each rank that has a share of it.
+
+    `sides` has the side tensors, such as scales: ending of the name -> rank -> tensor. If `mask_from` is set, values
+    from that row on become MASKED_LOGIT.
+    """
 
     source: str
     form: Form
@@ -95,7 +112,7 @@ class TensorJob:
 
     @property
     def side_tensors(self) -> list[tuple[str, RankTensor]]:
-        """The tensors beside the weights, each with its name's ending."""
+        """All side tensors, each with the ending of its name."""
         return [(ending, side) for ending, ranks in self.sides.items() for side in ranks.values()]
 
     @property
@@ -105,13 +122,13 @@ class TensorJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Every job of a checkpoint."""
+    """All jobs of a TensorRT-LLM checkpoint."""
 
     jobs: tuple[TensorJob, ...]
 
     @property
     def is_packed(self) -> bool:
-        """Whether any of it is laid out for a kind of GPU."""
+        """Whether any weight is in an order that depends on the GPU."""
         return any(job.form.is_packed for job in self.jobs)
 
     def tensors(self, rank: int) -> list[PlannedTensor]:
@@ -121,9 +138,10 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutOptions:
-    """What decides a layout beside the model. `dtype` is of what is not quantised; `sm` of the GPU that packed matrices
-    are for; `plain` leaves quantising to the building machine. Ids from `mask_from` on stand for no text: the head's
-    bias, where it has one, keeps them from being sampled."""
+    """Everything but the model that decides a layout. `dtype` is the dtype of tensors that are not quantised. `sm` is
+    the compute capability of the GPU that packed matrices are for. With `plain` the checkpoint holds floats, and
+    TensorRT-LLM quantises them. Token ids from `mask_from` on stand for no text: the head's bias, if it has one, keeps
+    them from being sampled."""
 
     precision: TrtllmPrecision
     dtype: str
@@ -132,11 +150,11 @@ class LayoutOptions:
     sm: int
     plain: bool
     mask_from: int | None
-    experts: tuple[int, ...]  # those that are written, in their order; none of a dense model
+    experts: tuple[int, ...]  # experts that are written, in the order of the file; empty for a dense model
 
 
 def plan_layout(model: Model, options: LayoutOptions) -> Layout:
-    """Lay every tensor out. The parallelism must fit the model."""
+    """Plan every tensor of every rank. The caller has checked that the parallelism fits the model."""
     network = model.family.trtllm_network()
     names = network.names(model.architecture.num_layers)
     jobs = []
@@ -148,7 +166,7 @@ def plan_layout(model: Model, options: LayoutOptions) -> Layout:
 
 
 def matrix_shapes(layout: Layout) -> Iterator[tuple[str, int, int]]:
-    """Name, rows and columns of each matrix of a rank that is quantised by precision, one of each kind."""
+    """Module, rows and columns of a rank's quantised matrices; matrices of the same kind are yielded once."""
     seen = set()
     for job in layout.jobs:
         for tensor in job.tensors.values():
@@ -167,7 +185,7 @@ def _is_expert(module: str) -> bool:
 
 
 class _Row:
-    """One row of the table on its way to a job."""
+    """Makes the job of one row of the tensor table."""
 
     def __init__(
         self,
@@ -226,14 +244,14 @@ class _Row:
         return Form.GROUPS if self.options.precision.quant_algo == "W4A16_GPTQ" else Form.PAIRS
 
     def _stages(self) -> Sequence[int]:
-        """The pipeline ranks that have a share."""
+        """The pipeline ranks that have a share of the row."""
         parallel = self.parallel
         if self.layer is not None:
             return (parallel.pp_rank_of(self.layer, self.facts.num_layers),)
         return (0,) if self.module in FIRST_STAGE else (parallel.pp_size - 1,)
 
     def _name(self, pp_rank: int) -> str:
-        """Their name; layers are counted within a pipeline rank."""
+        """The tensor's name in the file of a pipeline rank, which numbers its own layers from 0."""
         if self.layer is None:
             return f"{self.module}.{self.kind}"
         first = self.parallel.layers(pp_rank, self.facts.num_layers).start
@@ -254,7 +272,7 @@ class _Row:
         return RankTensor(rank=rank, planned=PlannedTensor(name=name, dtype=dtype, shape=shape), rows=rows, width=width)
 
     def _side_shapes(self, form: Form, rows: int, width: int, groups: int) -> list[tuple[str, tuple[int, ...], str]]:
-        """Ending of the name, shape and dtype of what stands beside a weight."""
+        """Ending of the name, shape and dtype of each side tensor of a weight."""
         lead, each = ((groups,), rows // groups) if groups else ((), rows)
         dtype = FLOAT_LABELS[self.options.dtype]
         if form is Form.CHANNELS:
@@ -268,8 +286,11 @@ class _Row:
         return []
 
     def _is_added_on_every_rank(self) -> bool:
-        """Whether this is a bias that the library adds on every rank before the sum (quantization/layers.py), and does
-        not clear on all but one when it loads it, as it does for W4A16_AWQ. Of experts the MoE plugin adds it once."""
+        """Whether the library adds this bias on every rank before it sums over the ranks (quantization/layers.py).
+
+        With W4A16_GPTQ it does. With W4A16_AWQ it clears the bias on all ranks but one when it loads the checkpoint, and
+        for experts the MoE plugin adds the bias once.
+        """
         is_output_bias = self.module in CUT_ALONG_INPUT and self.kind == "bias" and not self.experts
         return is_output_bias and self.options.precision.quant_algo == "W4A16_GPTQ"
 
@@ -277,7 +298,7 @@ class _Row:
         return -(-self.facts.vocab_size // self.parallel.tp_size) * self.parallel.tp_size
 
     def _shares(self, rank: int, tp_rank: int) -> Iterator[Slice]:
-        """What a rank takes of the row's parts."""
+        """The slices that a rank takes of the row's parts."""
         shape = self.spec.parts[0].shape
         width = shape[1] if len(shape) > 1 else 1
         if self.experts:
@@ -292,7 +313,7 @@ class _Row:
             row += last - first
 
     def _dense_shares(self, tp_rank: int, width: int) -> Iterator[tuple[int, int, tuple[int, int]]]:
-        """Rows of the whole and columns that a rank takes."""
+        """First and last row (exclusive) and columns that a rank takes, counted in the whole table row."""
         tp, rows = self.parallel.tp_size, self.spec.shape[0]
         if self.module == ROUTER:
             for expert in self.options.experts:
@@ -313,7 +334,8 @@ class _Row:
             yield 0, rows, (0, width)
 
     def _heads(self, tp_rank: int) -> Iterator[tuple[int, int]]:
-        """Rows of q, k and v that a rank takes; of fewer key/value heads than ranks each serves several ranks."""
+        """Rows of q, of k and of v that a rank takes. If there are fewer key/value heads than ranks, several ranks take
+        the same head."""
         facts, tp, size = self.facts, self.parallel.tp_size, self.facts.head_size
         queries, keys = facts.num_heads, facts.num_kv_heads
         yield tp_rank * (queries // tp) * size, (tp_rank + 1) * (queries // tp) * size
@@ -340,7 +362,7 @@ class _Row:
                 row += last - first
 
     def _part_of(self, row: int) -> tuple[int, int]:
-        """The part that a row of the whole lies in, and the row that it begins with."""
+        """The index of the part that holds a row of the whole table row, and the first row of that part."""
         start = 0
         for group, part in enumerate(self.spec.parts):
             if row < start + part.shape[0] or group == len(self.spec.parts) - 1:

@@ -1,11 +1,11 @@
-"""Integer codes into the bytes that TensorRT-LLM's mixed matrix products read.
+"""Packs integer codes in the order that TensorRT-LLM's kernels for integer weights and float activations read.
 
-The library permutes rows, transposes to column-major, interleaves columns and reorders what stands in a 32-bit word
-(cpp/tensorrt_llm/kernels/cutlass_kernels/cutlass_preprocessors.cpp). Seen from a matrix as checkpoints keep it,
-[N = out, K = in], all of it is local: 32 codes of 4 bits (16 of 8) that follow each other along K become 16 bytes, in
-which the codes of k and k + 8 lie side by side; of 64 k a tile is made, and tiles of four rows (two of 8 bits)
-alternate. So a few rows at a time are packed into the bytes that follow each other in the file. The closed form of the
-same, for int4:
+The library itself permutes rows, transposes to column-major, interleaves columns and reorders the codes of a 32-bit
+word (cpp/tensorrt_llm/kernels/cutlass_kernels/cutlass_preprocessors.cpp). On a matrix [N = out, K = in], as checkpoints
+store it, all of these steps together move codes only a little: 32 consecutive codes of 4 bits along K (16 of 8 bits)
+become 16 bytes, in which the codes of k and k + 8 are neighbours. 64 columns form a tile, and the tiles of four rows
+(two rows at 8 bits) alternate. So a few rows at a time can be packed, and their bytes are consecutive in the file. As a
+formula, for int4:
 
     word = (n div 4) * K/2 + (k div 64) * 32 + (n mod 4) * 8 + ((k div 32) mod 2) * 4 + (k mod 8) div 2
     nibble = 4 * (k mod 2) + (k mod 32) div 8,  value = q + 8
@@ -22,20 +22,22 @@ import numpy as np
 
 from export.quantize.grid import ByteArray
 
-TILE = 64  # of K, and what both dimensions of a packed matrix are multiples of
-INTERLEAVED_ROWS = {4: 4, 8: 2}  # rows whose tiles alternate, by bits
+TILE = 64  # columns (K) of a tile; both dimensions of a packed matrix must be multiples of it
+INTERLEAVED_ROWS = {4: 4, 8: 2}  # bits -> number of rows whose tiles alternate
 
 
 def interleaves_columns(sm: int, *, experts: bool) -> bool:
-    """Whether the tiles of rows alternate on GPUs of compute capability `sm`: for experts (3-D weights) always, for
-    other matrices everywhere but on SM 90."""
+    """Whether the tiles of neighbouring rows alternate on GPUs of compute capability `sm`: always for experts (3-D
+    weights), and for other matrices on every GPU except SM 90."""
     return experts or sm != 90
 
 
 def pack(codes: ByteArray, bits: int, *, interleave: bool) -> ByteArray:
-    """Unsigned codes [n, K] (q + 2^(bits-1)) to bytes [n, K * bits / 8]; rows as INTERLEAVED_ROWS, K as TILE asks.
+    """Pack unsigned codes [n, K] (q + 2^(bits-1)) into bytes [n, K * bits / 8]. K is a multiple of TILE, and with
+    `interleave` n is a multiple of INTERLEAVED_ROWS.
 
-    With `interleave` the bytes of a group of rows are one run: only the flat order of the result means something.
+    With `interleave` the bytes of a group of rows are mixed: the flat order of the result is right, and a row of the
+    result is not the row of the matrix.
     """
     rows, features = codes.shape
     blocks = _blocks(codes, bits)  # [n * blocks of a row] of 16 bytes
@@ -47,15 +49,16 @@ def pack(codes: ByteArray, bits: int, *, interleave: bool) -> ByteArray:
 
 
 def pack_pairs(codes: ByteArray) -> ByteArray:
-    """Unsigned 4-bit codes [n, K] to signed nibbles [n / 2, K]: the even row in the low one, as in AWQ checkpoints."""
+    """Pack unsigned 4-bit codes [n, K] into bytes [n / 2, K] of two signed codes, as AWQ checkpoints store them: the
+    even row in the low four bits."""
     signed = codes ^ np.uint8(8)  # q + 8 as the two's complement of q
     pairs: ByteArray = signed[0::2] | signed[1::2] << np.uint8(4)
     return pairs
 
 
 def _blocks(codes: ByteArray, bits: int) -> np.ndarray[tuple[int], np.dtype[np.complex128]]:
-    """Blocks of 16 bytes in the order of their codes: of each two groups of eight the bytes in turn."""
-    eights = np.ascontiguousarray(codes).view(np.uint64)  # eight codes, the lowest first
+    """The codes as blocks of 16 bytes, in which the bytes of two neighbouring groups of eight codes alternate."""
+    eights = np.ascontiguousarray(codes).view(np.uint64)  # groups of eight codes, the first code in the lowest byte
     if bits == 4:
         quarters = eights.reshape(-1, 4)  # the groups of 32 codes
         low = quarters[:, 0] | quarters[:, 1] << np.uint64(4)

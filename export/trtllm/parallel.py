@@ -1,9 +1,9 @@
-"""How a model is shared out among GPUs, and which of its parts a rank holds.
+"""How a model is distributed over GPUs: the sizes of tensor, pipeline and expert parallelism, and each rank's share.
 
-One flat rank counts over tensor and pipeline parallelism: rank = pp_rank * tp_size + tp_rank. The experts' share of a
-tensor-parallel rank is moe_tp_rank = tp_rank div moe_ep_size (a slice of each expert's width) and moe_ep_rank = tp_rank
-mod moe_ep_size (a block of experts). Layers are shared out as evenly as can be, the first pipeline ranks taking one
-more. Source: tensorrt_llm/mapping.py.
+Ranks are numbered over tensor and pipeline parallelism together: rank = pp_rank * tp_size + tp_rank. A tensor-parallel
+rank holds, of the experts, the slice moe_tp_rank = tp_rank div moe_ep_size of each expert's width and the block
+moe_ep_rank = tp_rank mod moe_ep_size of experts. Layers are distributed evenly; if they do not divide, the first
+pipeline ranks get one more. Source: tensorrt_llm/mapping.py.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from export.architecture import Architecture
 
 @dataclass(frozen=True, kw_only=True)
 class Parallelism:
-    """Sizes in TensorRT-LLM's words. Where one of `moe_tp_size` and `moe_ep_size` is None it takes what the other
-    leaves of `tp_size`; where both are, experts are sliced and not distributed, as the library has it."""
+    """Sizes of parallelism, under TensorRT-LLM's names. If one of `moe_tp_size` and `moe_ep_size` is None, it is
+    `tp_size` divided by the other. If both are None, moe_tp_size is `tp_size` and moe_ep_size is 1, as in the
+    library."""
 
     tp_size: int = 1
     pp_size: int = 1
@@ -25,25 +26,25 @@ class Parallelism:
 
     @property
     def world_size(self) -> int:
-        """Ranks, and so GPUs."""
+        """The number of ranks, which is the number of GPUs."""
         return self.tp_size * self.pp_size
 
     @property
     def moe_tp(self) -> int:
-        """Slices of each expert's width."""
+        """The number of slices that each expert's width is cut into."""
         if self.moe_tp_size is not None:
             return self.moe_tp_size
         return self.tp_size if self.moe_ep_size is None else max(1, self.tp_size // max(1, self.moe_ep_size))
 
     @property
     def moe_ep(self) -> int:
-        """Blocks of experts."""
+        """The number of blocks that the experts are distributed in."""
         if self.moe_ep_size is not None:
             return self.moe_ep_size
         return 1 if self.moe_tp_size is None else max(1, self.tp_size // max(1, self.moe_tp_size))
 
     def mapping(self) -> dict[str, int]:
-        """The `mapping` of config.json."""
+        """The object `mapping` of config.json."""
         return {
             "world_size": self.world_size,
             "gpus_per_node": max(8, self.world_size),
@@ -65,11 +66,12 @@ class Parallelism:
         return next(rank for rank in range(self.pp_size) if layer in self.layers(rank, num_layers))
 
     def rank(self, pp_rank: int, tp_rank: int) -> int:
-        """The flat rank, which names the file."""
+        """The number of a rank, as in the name of its file."""
         return pp_rank * self.tp_size + tp_rank
 
     def problems(self, architecture: Architecture, *, pipeline: bool) -> list[str]:
-        """What forbids sharing this model out so; `pipeline` tells whether its network can be cut between layers."""
+        """The reasons why this model cannot be distributed in these sizes; empty if it can. `pipeline` tells whether
+        its network supports pipeline parallelism."""
         sizes = {"tp_size": self.tp_size, "pp_size": self.pp_size, "moe_tp_size": self.moe_tp,
                  "moe_ep_size": self.moe_ep}  # fmt: skip
         wrong = [f"{name} is {value}, expected 1 or more" for name, value in sizes.items() if value < 1]

@@ -1,4 +1,4 @@
-"""What a TensorRT-LLM checkpoint holds its matrices in, and what its config.json says of it.
+"""The precisions of a TensorRT-LLM checkpoint: how its matrices are stored, and the `quantization` of its config.json.
 
 | precision  | quant_algo   | weights                                                                        |
 |------------|--------------|--------------------------------------------------------------------------------|
@@ -22,8 +22,8 @@ from typing import Any
 
 from export.errors import QuantizationError, unknown
 
-GROUP_SIZES = (128, 64)  # for which the library has products; NVIDIA/TensorRT-LLM#988
-# The library's own list (quantization/quantize.py); one that is given replaces it, so it is given whole.
+GROUP_SIZES = (128, 64)  # group sizes that the library has kernels for; NVIDIA/TensorRT-LLM#988
+# The library's own list (quantization/quantize.py). A list in config.json replaces it, so all of it is written.
 EXCLUDED_MODULES = (
     "*lm_head", "*router", "*vocab_embedding", "*position_embedding", "*block_embedding", "*shared_expert_gate",
 )  # fmt: skip
@@ -31,7 +31,8 @@ EXCLUDED_MODULES = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrtllmPrecision:
-    """One row of the table. `dtype` is fixed where the precision is a float's; `bits` 0 is not quantised."""
+    """One row of the table above. `dtype` is set if the precision is a float type; `bits` is 0 if nothing is
+    quantised."""
 
     name: str
     quant_algo: str | None
@@ -40,7 +41,7 @@ class TrtllmPrecision:
     dtype: str | None
 
     def quantization(self, group_size: int | None) -> dict[str, Any]:
-        """The `quantization` of config.json."""
+        """The object `quantization` of config.json."""
         if self.quant_algo is None:
             return {"quant_algo": None, "kv_cache_quant_algo": None}
         found: dict[str, Any] = {
@@ -77,14 +78,15 @@ TRTLLM_PRECISIONS: Mapping[str, TrtllmPrecision] = MappingProxyType(
 
 
 def trtllm_precision(name: str) -> TrtllmPrecision:
-    """The precision of a name. Raises QuantizationError that lists what exists."""
+    """The precision of this name. Raises QuantizationError that lists the known names."""
     if name not in TRTLLM_PRECISIONS:
         raise QuantizationError(f"choosing the precision: {unknown(name, TRTLLM_PRECISIONS, 'TensorRT-LLM has')}")
     return TRTLLM_PRECISIONS[name]
 
 
 def float_type(precision: TrtllmPrecision, dtype: str | None) -> str:
-    """The dtype of what is not quantised. Raises QuantizationError for one that the precision does not have."""
+    """The dtype of tensors that are not quantised; `dtype` None takes the default. Raises QuantizationError for a dtype
+    that the precision does not allow."""
     allowed = [precision.dtype] if precision.dtype else ["float16", "bfloat16"]
     chosen = dtype or allowed[0]
     if chosen not in allowed:
@@ -95,7 +97,7 @@ def float_type(precision: TrtllmPrecision, dtype: str | None) -> str:
 
 
 def architecture_problems(precision: TrtllmPrecision, sm: int, dtype: str) -> list[str]:
-    """What a GPU of compute capability `sm` (89 is 8.9) cannot run of a precision."""
+    """The reasons why a GPU of compute capability `sm` (89 means 8.9) cannot run this precision; empty if it can."""
     found = []
     if precision.bits and 100 <= sm < 120:
         found.append(
