@@ -1,7 +1,7 @@
 """The flags of `--backend tensorrt-llm`, which every build and plan declares.
 
-They are not in `trt_build/trtllm`, so that a build for ONNX Runtime imports nothing of the other backend. The help
-texts name the stages, precisions and defaults of that backend; a test compares them with its own.
+They are not in `trt_build/trtllm`, so that a build for ONNX Runtime imports nothing of TensorRT-LLM's backend. The help
+texts repeat the stages, precisions and defaults of that backend; a test compares the two.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""TensorRT-LLM: the networks that it lacks, and what builds and runs its engines."""
+"""Plans, builds and verifies engines for TensorRT-LLM, and defines the networks that the library lacks."""

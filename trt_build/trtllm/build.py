@@ -1,10 +1,11 @@
-"""A checkpoint in, a TensorRT-LLM engine directory out, in four stages: plan, checkpoint, engine, verify.
+"""Builds a TensorRT-LLM engine directory from a checkpoint in four stages: plan, checkpoint, engine, verify.
 
     build_trtllm(TrtllmOptions(checkpoint="mlabonne/phixtral-4x2_8", output=Path("engine"), precision="int4"))
 
-Every stage leaves something that the next run takes up: the plan nothing but refusals, the checkpoint its folder beside
-the output, the engine its directory, the comparison its result in engine.json. Without the library or a GPU the
-checkpoint is written, and LibraryMissing says how to finish.
+The plan stage refuses what cannot be built and writes nothing. The checkpoint stage writes its folder beside the
+output, the engine stage the engine directory, and the verify stage its result into engine.json. A later run skips the
+stages whose output is there. Without the library or a GPU the checkpoint is written, and LibraryMissing says how to
+finish the build.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ _TIMING_CACHE = "model.cache"
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run came to; a stage that was not asked for is None."""
+    """The results of the stages of a run; None for a stage that was not run."""
 
     plan: TrtllmPlan
     checkpoint: Path | None = None
@@ -72,7 +73,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class _Build:
-    """A build with everything decided."""
+    """A build whose options are checked and whose checkpoint and engine are planned."""
 
     options: TrtllmOptions
     source: SourceModel
@@ -85,7 +86,7 @@ class _Build:
         return STAGES.index(self.options.until) >= STAGES.index(stage)
 
     def flags(self) -> list[str]:
-        """What trtllm-build is called with, the folders aside."""
+        """The flags of trtllm-build, except those that name folders."""
         options, network = self.options, self.source.model.family.trtllm_network()
         own_class = list[str]()
         if network.module is not None:
@@ -96,7 +97,7 @@ class _Build:
             *_words("max_batch_size", options.max_batch_size),
             *_words("max_num_tokens", options.max_num_tokens),
             *_words("max_seq_len", self.source.max_sequence),
-            *_words("max_input_len", self.source.max_sequence - 1),  # the library's own would be 1024
+            *_words("max_input_len", self.source.max_sequence - 1),  # the library's default is 1024
             *_words("max_beam_width", 1),
             *_words("kv_cache_type", "paged"),
             *_words("gpt_attention_plugin", "auto"),
@@ -105,12 +106,12 @@ class _Build:
             *_words("nccl_plugin", "auto"),
             *_words("remove_input_padding", "enable"),
             *_words("context_fmha", "enable"),
-            *_words("use_paged_context_fmha", "enable"),  # what chunked context and reuse of the cache need
+            *_words("use_paged_context_fmha", "enable"),  # required for chunked context and cache reuse
             *_words("workers", options.workers),
         ]
 
     def settings(self) -> dict[str, Any]:
-        """What decides the engine and its manifest beside the source and the library, as plain JSON values."""
+        """Everything except the source and the library that decides the engine, as plain JSON values."""
         flags = [word for word in self.flags() if not word.endswith(".py")]
         return {
             "checkpoint": checkpoint_settings(self.checkpoint),
@@ -121,11 +122,11 @@ class _Build:
 
 
 def build_trtllm(options: TrtllmOptions, progress: Callable[[Progress], None] | None = None) -> Outcome:
-    """Run the stages up to `options.until`, taking up what earlier runs left.
+    """Run the stages up to `options.until`; stages whose output an earlier run left are skipped.
 
-    Raises EngineError and ExportError for what is refused before any work, OutputError where an output is taken,
-    LibraryMissing once the checkpoint is written where the engine cannot be built here, and VerificationFailed never:
-    the outcome says what the comparison found.
+    Raises EngineError and ExportError for options that are refused before any work, OutputError if an output path is
+    taken, and, after the checkpoint is written, LibraryMissing if the engine cannot be built here. A failed comparison
+    raises nothing: the outcome holds its result.
     """
     build = _prepare(options)
     if not build.reaches("checkpoint"):
@@ -139,7 +140,7 @@ def build_trtllm(options: TrtllmOptions, progress: Callable[[Progress], None] | 
         python, text = _library(build).python, standard_text()
         verification = verify_trtllm(engine, build.source.model, python, text, options.verify_tokens, logger.info)
         record_trtllm(engine, verification)
-    folder = options.checkpoint_folder  # whoever has an engine may have removed it
+    folder = options.checkpoint_folder  # the user may have removed it after the engine was built
     return Outcome(
         plan=build.plan,
         checkpoint=folder if folder.is_dir() else None,
@@ -149,7 +150,7 @@ def build_trtllm(options: TrtllmOptions, progress: Callable[[Progress], None] | 
 
 
 def _prepare(options: TrtllmOptions) -> _Build:
-    """Everything that is decided, and refused, before a weight is read."""
+    """Check the options and plan checkpoint and engine, before a weight is read. Raises for what cannot be built."""
     source, machine = open_source(options.checkpoint, options.experts_per_token, options.max_seq_len), read_machine()
     check_options(options, source.model, machine)
     routing = routing_report(source.model)
@@ -163,10 +164,11 @@ def _prepare(options: TrtllmOptions) -> _Build:
 
 
 def _existing_engine(build: _Build) -> TrtllmEngine | None:
-    """The engine that an earlier run of the same build left. Raises OutputError where the output is anything else."""
+    """The engine that an earlier run of the same build left, None if the output does not exist. Raises OutputError if
+    the output is anything else."""
     output = build.options.output
     if not output.exists():
-        refuse_existing(output, "the engine")  # the folder that it would lie in
+        refuse_existing(output, "the engine")  # raises if the folder above the output does not exist
         return None
     try:
         engine = open_trtllm_engine(output, check_digests=False)
@@ -188,7 +190,7 @@ def _existing_engine(build: _Build) -> TrtllmEngine | None:
 
 
 def _other_settings(build: _Build, found: Mapping[str, Any]) -> Iterator[str]:
-    """What an engine was built with against what this build would."""
+    """Differences between the settings that an engine was built with and the settings of this build."""
     expected = build.settings()
     yield from differing_settings(found.get("checkpoint"), build.checkpoint)
     kept, flags = found.get("flags") or [], expected["flags"]
@@ -203,14 +205,14 @@ def _other_settings(build: _Build, found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _other_library(build: _Build, manifest: TrtllmManifest) -> Iterator[str]:
-    """An engine runs on its own release alone."""
+    """A message if another release of TensorRT-LLM built the engine, as an engine runs only on the same release."""
     built_by, installed = manifest.libraries.get(LIBRARY, ""), build.machine.tensorrt_llm
     if installed is not None and release(built_by) != release(installed):
         yield f"it was built by TensorRT-LLM {built_by or 'unknown'}, and {installed} is installed here"
 
 
 def _checkpoint(build: _Build, progress: Callable[[Progress], None] | None) -> Mapping[str, str]:
-    """Write the library's form of the checkpoint, unless it is there; returns the digests of the source files."""
+    """Write the TensorRT-LLM checkpoint unless it exists; returns the digests of the source files."""
     folder = build.options.checkpoint_folder
     if folder.exists():
         logger.info("%s is there already: the checkpoint's stage is done", folder)
@@ -224,7 +226,7 @@ def _checkpoint(build: _Build, progress: Callable[[Progress], None] | None) -> M
 
 
 def _library(build: _Build) -> Library:
-    """Raises LibraryMissing."""
+    """The installed TensorRT-LLM. Raises LibraryMissing if the library or a GPU is missing."""
     options = build.options
     found = find_library(build.machine)
     if isinstance(found, Library):
@@ -232,7 +234,7 @@ def _library(build: _Build) -> Library:
     source = build.source.checkpoint
     mounts = [
         source.folder,
-        *(path.resolve().parent for path in source.shards),  # links into a hub's cache
+        *(path.resolve().parent for path in source.shards),  # shards can be links into the hub's cache
         options.output.resolve().parent,
         options.checkpoint_folder.resolve().parent,
     ]
@@ -240,7 +242,7 @@ def _library(build: _Build) -> Library:
 
 
 def _build_engine(build: _Build, digests: Mapping[str, str]) -> TrtllmEngine:
-    """Have the library build every rank, and make the engine directory. Raises LibraryMissing, EngineError."""
+    """Run trtllm-build for all ranks and write the engine directory. Raises LibraryMissing and EngineError."""
     library, options = _library(build), build.options
     logger.info("building %d rank(s) with TensorRT-LLM %s", options.parallel.world_size, library.version)
     with staged_directory(options.output, "the engine") as folder:
@@ -250,7 +252,7 @@ def _build_engine(build: _Build, digests: Mapping[str, str]) -> TrtllmEngine:
             [
                 *_words("checkpoint_dir", options.checkpoint_folder.resolve()),
                 *_words("output_dir", folder),
-                *_words("output_timing_cache", _TIMING_CACHE),  # in the folder it runs in; config.json names it
+                *_words("output_timing_cache", _TIMING_CACHE),  # a name without a folder, as config.json records it
                 *flags,
             ],
             folder,
@@ -317,7 +319,7 @@ def _words(name: str, value: object) -> list[str]:
 
 
 def command_of(options: TrtllmOptions) -> list[str]:
-    """The words after `python` that run this build again."""
+    """The command line, without `python`, that runs this build again."""
     words = [str(Path(__file__).resolve().parents[1] / "build_engine.py"), "--backend", TRTLLM_BACKEND]
     for field in fields(options):
         value = getattr(options, field.name)

@@ -1,4 +1,4 @@
-"""Runs `build_engine.py --backend tensorrt-llm`: flags (`trt_build/trtllm_flags.py`) in, printed result out."""
+"""Runs `build_engine.py --backend tensorrt-llm`: reads the flags of `trt_build/trtllm_flags.py`, prints the result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrtllmOpt
 
 
 def read_trtllm_options(arguments: argparse.Namespace, checkpoint: str, output: Path) -> TrtllmOptions:
-    """The options; what was not given is the dataclass's own. Raises EngineError for the other backend's flags."""
+    """The options that the command line gives; a flag that is missing keeps the default of TrtllmOptions. Raises
+    EngineError for flags of the other backend."""
     others = {
         "--provider": arguments.provider is not None,
         "--kernels": arguments.kernels is not None,
@@ -37,7 +38,8 @@ def read_trtllm_options(arguments: argparse.Namespace, checkpoint: str, output: 
 
 
 def run_trtllm(arguments: argparse.Namespace, checkpoint: str) -> int:
-    """Build as the command line asks, and print what came of it. Raises VerificationFailed past the limits."""
+    """Build as the command line asks, and print the result. Raises VerificationFailed if a figure of the comparison is
+    past its limit."""
     options = read_trtllm_options(arguments, checkpoint, arguments.output)
     outcome = build_trtllm(options, ProgressLine(sys.stderr) if sys.stderr.isatty() else None)
     sys.stdout.write(f"{_json(outcome) if arguments.json else _summary(outcome, options)}\n")
@@ -85,7 +87,7 @@ def _summary(outcome: Outcome, options: TrtllmOptions) -> str:
 
 
 def plan_lines(plan: TrtllmPlan) -> list[str]:
-    """What an engine will be, a line each."""
+    """The lines that describe a planned engine."""
     ranks = f"{len(plan.rank_bytes)} rank(s) of up to {plan.largest_rank_bytes / 1e6:.1f} MB"
     return [
         f"{plan.family} {plan.precision} ({plan.quant_algo or plan.dtype}): {ranks}, "

@@ -1,8 +1,8 @@
 """The directory of a TensorRT-LLM engine: the library's config.json and rank{R}.engine, the tokenizer, our engine.json.
 
-engine.json says what the library's config does not: for which GPU and with which library the engine was built, from
-which checkpoint, what the files' digests are, and what a comparison with the reference found. It is written last, and
-the folder appears by rename, as any engine's.
+engine.json records what the library's config.json does not: the GPU and the release of the library that the engine was
+built with, the source checkpoint, the digests of the files, and the result of the comparison with the reference. As
+with every engine, it is written last and the folder appears by rename.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CONFIG_FILE = "config.json"
 
 @dataclass(frozen=True, kw_only=True)
 class TrtllmPrecisionRecord:
-    """What the matrices are held in, and what all ranks' weights come to."""
+    """The formats in which matrices are stored, and the average bits per weight over all ranks."""
 
     name: str
     quant_algo: str | None
@@ -53,7 +53,7 @@ class TrtllmPrecisionRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelRecord:
-    """How the engine is shared out among ranks."""
+    """How the engine is divided among ranks."""
 
     tp_size: int
     pp_size: int
@@ -67,7 +67,7 @@ class ParallelRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class GpuRecord:
-    """The GPU that the engine was built on: its name, and 90 for compute capability 9.0."""
+    """The GPU that the engine was built on: its name and its compute capability, 90 for 9.0."""
 
     name: str | None
     sm: int | None
@@ -75,9 +75,9 @@ class GpuRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class TrtllmManifest:
-    """engine.json. `max_sequence` and `max_num_tokens` count tokens, of one sequence and of all in a step;
-    `kv_cache_fraction` is the share of the GPU's free memory that serving gives to keys and values; `flags` are those
-    that trtllm-build was called with; `verification` is the last comparison with the reference, if any."""
+    """The contents of engine.json. `max_sequence` is the limit on the tokens of one sequence, `max_num_tokens` on those
+    of all sequences in a step; `kv_cache_fraction` is the share of the GPU's free memory that serving gives to keys and
+    values; `flags` are the flags of trtllm-build; `verification` is the last comparison with the reference, if any."""
 
     format_version: int
     model: str
@@ -93,22 +93,24 @@ class TrtllmManifest:
     kv_cache_fraction: float
     use_paged_context_fmha: bool
     tokenizer_size: int
-    head_masks_unused_ids: bool  # those from tokenizer_size on, which stand for no text; else serving must
+    # Whether the head's bias keeps the ids from tokenizer_size on, which stand for no text, from being sampled. If not,
+    # serving has to mask them.
+    head_masks_unused_ids: bool
     eos_token_ids: tuple[int, ...]
     tokenizer: TokenizerFacts
     source: Source
     routing: Mapping[str, Any] | None
-    left_out_experts: tuple[int, ...]  # that no layer can choose; the others are numbered without them
+    left_out_experts: tuple[int, ...]  # experts that no layer can choose; the others are renumbered without gaps
     libraries: Mapping[str, str]
     flags: tuple[str, ...]
-    settings: Mapping[str, Any]  # what decides the engine beside its source
+    settings: Mapping[str, Any]  # everything except source and library that decides the engine
     files: Mapping[str, FileRecord]
     verification: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrtllmEngine:
-    """An opened engine directory."""
+    """A TensorRT-LLM engine directory whose manifest has been read and checked."""
 
     folder: Path
     manifest: TrtllmManifest
@@ -119,7 +121,7 @@ class TrtllmEngine:
 
 
 def engine_backend(folder: Path) -> str | None:
-    """The backend that an engine directory says it is for; None where there is no readable engine.json."""
+    """The backend that a directory's engine.json names; None if there is no readable engine.json."""
     try:
         backend = read_manifest(folder, f"opening the engine {folder}").get("backend")
     except EngineError:
@@ -128,7 +130,7 @@ def engine_backend(folder: Path) -> str | None:
 
 
 def rank_engine(rank: int) -> str:
-    """The file of a rank's engine."""
+    """The name of the file that holds a rank's engine."""
     return f"rank{rank}.engine"
 
 
@@ -166,7 +168,7 @@ def open_trtllm_engine(folder: Path | str, check_digests: bool = True) -> Trtllm
 
 
 def _check_facts(manifest: TrtllmManifest) -> None:
-    """What types cannot say. Raises ValueError."""
+    """Check the ranges and relations of values that types do not express. Raises ValueError."""
     facts = manifest.architecture
     check_architecture(facts)
     check_family(manifest.family, facts)

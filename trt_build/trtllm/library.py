@@ -1,6 +1,7 @@
-"""TensorRT-LLM as a program: whether it is here, what it is asked, and how somebody finishes a build where it is not.
+"""Finds and runs trtllm-build, and tells the user how to finish a build where TensorRT-LLM is not installed.
 
-moeship keeps to a Python environment of its own: the library brings other versions of torch and transformers.
+moeship runs TensorRT-LLM as a separate program, since the library needs other versions of torch and transformers than
+moeship's Python environment has.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ LOG_TAIL_LINES = 15
 
 @dataclass(frozen=True, kw_only=True)
 class Library:
-    """Where trtllm-build is, the Python that has the library, and its version."""
+    """The path of trtllm-build, the Python in which TensorRT-LLM is installed, and the version of TensorRT-LLM."""
 
     program: Path
     python: Path
@@ -32,7 +33,8 @@ class Library:
 
 
 def find_library(machine: Machine) -> Library | list[str]:
-    """TensorRT-LLM and a GPU to build on, or what is missing of it."""
+    """The installed TensorRT-LLM if an engine can be built here, otherwise one message for each thing that is
+    missing."""
     program, python = shutil.which(BUILD_PROGRAM), library_python()
     missing = []
     if program is None:
@@ -49,8 +51,8 @@ def find_library(machine: Machine) -> Library | list[str]:
 def library_missing(
     missing: Sequence[str], checkpoint: Path, command: Sequence[str], mounts: Sequence[Path]
 ) -> LibraryMissing:
-    """The error that says what is missing and how to finish: `command` is this build's own without its Python,
-    `mounts` the folders that it reads and writes."""
+    """The error that says what is missing and gives the docker command that finishes the build. `command` is this
+    build's command line without `python`; `mounts` are the folders that it reads and writes."""
     home, python = Path(__file__).resolve().parents[2], "/tmp/moeship/bin/python"
     volumes = sorted({str(path.resolve()) for path in (home, *mounts)})
     options = " ".join(f"-v {shlex.quote(folder)}:{shlex.quote(folder)}" for folder in volumes)
@@ -67,8 +69,8 @@ def library_missing(
 
 
 def run_build(library: Library, flags: Sequence[str], folder: Path) -> None:
-    """Run trtllm-build in `folder`, its words going to stderr. Raises EngineError with the last of them if it fails;
-    it ends with whoever waits for it."""
+    """Run trtllm-build in `folder` and copy its output to stderr. Raises EngineError with the last lines of the output
+    if it fails. If this process ends, trtllm-build is ended too."""
     command = [str(library.program), *flags]
     last: deque[str] = deque(maxlen=LOG_TAIL_LINES)
     with child_program(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:

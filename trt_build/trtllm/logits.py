@@ -1,11 +1,11 @@
-"""A program that asks a TensorRT-LLM engine for logits: an engine and prompts in, logits out, as numpy files.
+"""A program that runs a TensorRT-LLM engine on prompts and writes the logits: numpy files in and out.
 
     python -m trt_build.trtllm.logits ENGINE REQUESTS.npz ANSWERS.npz [MODULE]      (under mpirun, one process a rank)
 
-MODULE is the file of trt_build/trtllm that has the engine's network, where the library lacks it.
+MODULE is the file of trt_build/trtllm that defines the engine's network if the library lacks it.
 
-It is a process of its own, so that the library, its MPI and the GPU's memory are gone when it ends. Logits are those of
-the positions that the engine generates at, which every engine gives: no engine is built for the comparison alone.
+It runs in a separate process, so that the library, MPI and the GPU's memory are released when it ends. The logits are
+those of generated positions, which any engine returns, so verification needs no engine built with other outputs.
 Source of the calls: tensorrt_llm/runtime/model_runner_cpp.py.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
-KV_CACHE_FRACTION = 0.5  # of the free memory: more than a few short sequences need
+KV_CACHE_FRACTION = 0.5  # share of the free GPU memory for keys and values; enough for a few short sequences
 
 
 def ask(
@@ -31,8 +31,8 @@ def ask(
     steps: int,
     module: str | None,
 ) -> dict[str, Any]:
-    """Logits [len(prompts), V] after each prompt, and of `steps` tokens generated after `decoded`: their ids [n] and
-    logits [n, V]. Empty on ranks other than the first."""
+    """The logits [len(prompts), V] after each prompt, and the ids [n] and logits [n, V] of `steps` tokens that the
+    engine generates after the prompt `decoded`. Empty on ranks other than the first."""
     import importlib
 
     import torch

@@ -1,4 +1,4 @@
-"""What a TensorRT-LLM engine is to be, in the field's words, and every refusal that is known before work is spent."""
+"""The options of a TensorRT-LLM build, and the checks that refuse impossible options before any work is done."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ SUPPORTED = ("1.0", "1.1", "1.2")  # later releases have no engines: NVIDIA/Tens
 
 @dataclass(frozen=True, kw_only=True)
 class TrtllmOptions:
-    """What to build. `checkpoint` is the source, `trtllm_checkpoint` where the library's form of it is kept (None:
-    beside the output). `gpu_sm` is the compute capability of the GPU to build for, 90 for 9.0 (None: this machine's,
-    or SM 80 where there is none). `kv_cache_fraction` is the share of the GPU's free memory that serving gives to keys
-    and values. `until` names the last stage."""
+    """The options of a build. `checkpoint` is the source; `trtllm_checkpoint` is the folder of the TensorRT-LLM
+    checkpoint that is written from it (None: beside the output). `gpu_sm` is the compute capability of the GPU to build
+    for, 90 for 9.0 (None: that of this machine's GPU, or SM 80 if it has none). `kv_cache_fraction` is the share of the
+    GPU's free memory that serving gives to keys and values. `until` names the last stage to run."""
 
     checkpoint: str
     output: Path
@@ -41,7 +41,7 @@ class TrtllmOptions:
     moe_ep_size: int | None = None
     gpu_sm: int | None = None
     max_batch_size: int = 32
-    max_num_tokens: int = 8192  # the library's own, of all sequences of a step together
+    max_num_tokens: int = 8192  # tokens of all sequences in a step; the library's default
     max_seq_len: int | None = None
     kv_cache_fraction: float = 0.9
     workers: int = 1
@@ -57,19 +57,19 @@ class TrtllmOptions:
 
     @property
     def checkpoint_folder(self) -> Path:
-        """Where the library's form of the checkpoint is kept."""
-        output = self.output.resolve() if self.output.name in ("", "..") else self.output  # to a folder with a name
+        """The folder of the TensorRT-LLM checkpoint."""
+        output = self.output.resolve() if self.output.name in ("", "..") else self.output  # path that ends with a name
         return self.trtllm_checkpoint or output.with_name(f"{output.name}.checkpoint")
 
     def sm(self, machine: Machine) -> int:
-        """The compute capability that is built for."""
+        """The compute capability of the GPU to build for, 90 for 9.0."""
         if self.gpu_sm is not None:
             return self.gpu_sm
         return machine.gpus[0].sm if machine.gpus else DEFAULT_SM
 
     def checkpoint_options(self, machine: Machine, tokenizer_size: int, left_out: tuple[int, ...]) -> CheckpointOptions:
-        """The part of these that the checkpoint depends on, with what the model adds: its tokenizer's ids, and the
-        experts that no layer can choose."""
+        """The options of the TensorRT-LLM checkpoint. `tokenizer_size` is the number of ids that stand for text;
+        `left_out` are the experts that no layer can choose."""
         return CheckpointOptions(
             precision=self.precision,
             dtype=self.dtype,
@@ -83,10 +83,10 @@ class TrtllmOptions:
 
 
 def check_options(options: TrtllmOptions, model: Model, machine: Machine) -> None:
-    """Refuse what the library or the machine would refuse later, or what would be served wrongly.
+    """Refuse options that the library or the machine would refuse later, or with which answers would be wrong.
 
-    What forbids the checkpoint's layout is export.trtllm.checkpoint.plan_checkpoint's to say. Raises EngineError that
-    lists every problem.
+    `export.trtllm.checkpoint.plan_checkpoint` checks the layout of the checkpoint. Raises one EngineError that lists
+    every problem.
     """
     problems = [
         *_value_problems(options, model.architecture),
@@ -154,7 +154,7 @@ def _model_problems(options: TrtllmOptions, model: Model) -> Iterator[str]:
 
 
 def has_biased_head(model: Model) -> bool:
-    """Whether the head has a bias, which then keeps ids that stand for no text from being sampled."""
+    """Whether the head has a bias. Such a bias can keep ids that stand for no text from being sampled."""
     head = [spec for spec in model.weights.table.values() if spec.role is Role.HEAD]
     return any(spec.name.removesuffix("weight") + "bias" in model.weights.table for spec in head)
 

@@ -1,13 +1,13 @@
-"""phixtral as a decoder of TensorRT-LLM 1.2: Phi-2's parallel block with the MoE plugin in place of its MLP.
+"""The phixtral network for TensorRT-LLM 1.2: Phi-2's parallel block with the MoE plugin in place of its MLP.
 
     trtllm-build --checkpoint_dir CHECKPOINT --model_cls_file phixtral.py --model_cls_name PhixtralForCausalLM ...
 
-In a layer, n = input_layernorm(x) and the output is x + attention(n) + mlp(n). Attention and head have biases, so do
-the experts; the router has none, and takes the K largest logits before it takes their softmax (RENORMALIZE).
+In a layer, n = input_layernorm(x) and the output is x + attention(n) + mlp(n). Attention, head and experts have biases,
+the router has none. The router chooses the K largest logits first and then computes their softmax (RENORMALIZE).
 
-Importing this file registers the architecture PhixtralForCausalLM, which every Python process needs that reads the
-config.json of such a checkpoint or engine. trtllm-build loads it alone, under the module name `models`: it imports
-nothing but TensorRT-LLM. It has no pipeline parallelism, LoRA or prompt tuning.
+Importing this file registers the architecture PhixtralForCausalLM. Every Python process that reads the config.json of
+such a checkpoint or engine has to import it. trtllm-build loads this file alone, under the module name `models`, so it
+imports nothing but TensorRT-LLM. There is no pipeline parallelism, LoRA or prompt tuning.
 Source of the layers' arguments: tensorrt_llm/models/phi/model.py, tensorrt_llm/models/phi3/model.py,
 tensorrt_llm/layers/attention.py, tensorrt_llm/layers/moe.py.
 """
@@ -31,8 +31,9 @@ ARCHITECTURE = "PhixtralForCausalLM"
 
 
 class PhixtralConfig(PretrainedConfig):
-    """The base's facts, the mixture's, and those of the rotary embedding, which have no silent default: a share left
-    out would turn the whole of each head. Raises TypeError where one is missing."""
+    """The configuration of a phixtral: the fields of the base class, of the mixture and of the rotary embedding. The
+    rotary fields have no default, since a missing rotary_pct would rotate all of each head. Raises TypeError if one is
+    missing."""
 
     def __init__(
         self,
@@ -46,17 +47,17 @@ class PhixtralConfig(PretrainedConfig):
         self.moe = (MoeConfig.from_dict(moe) if isinstance(moe, dict) else moe).validate()
         self.rotary_base = rotary_base
         self.rotary_scaling = rotary_scaling
-        super().__init__(rotary_pct=rotary_pct, **kwargs)  # the base derives rotary_embedding_dim from it
+        super().__init__(rotary_pct=rotary_pct, **kwargs)  # the base class derives rotary_embedding_dim from rotary_pct
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds, JSON's types alone."""
+        """The contents of config.json, as plain JSON values."""
         output: dict[str, Any] = super().to_dict()
         output["moe"] = self.moe.to_dict()
         return output
 
 
 class PhixtralDecoderLayer(Module):
-    """One parallel block. `layer_idx` counts over the whole model."""
+    """One layer: attention and experts in parallel. `layer_idx` is the index of the layer in the whole model."""
 
     def __init__(self, config: PhixtralConfig, layer_idx: int) -> None:
         super().__init__()
@@ -105,7 +106,7 @@ class PhixtralDecoderLayer(Module):
         kv_cache_params: KeyValueCacheParams | None = None,
         attention_params: AttentionParams | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """[T, H] to [T, H], and the layer's cache where `use_cache` is set."""
+        """The layer's output [T, H] for hidden states [T, H], and the layer's cache if `use_cache` is set."""
         normed = self.input_layernorm(hidden_states)
         attended = self.attention(
             normed,
@@ -113,7 +114,7 @@ class PhixtralDecoderLayer(Module):
             use_cache=use_cache,
             kv_cache_params=kv_cache_params,
             attention_params=attention_params,
-            norm_before_bmm1=True,  # Phi-2's scores overflow float16 where they are scaled afterwards
+            norm_before_bmm1=True,  # scaling after the product would overflow float16 with Phi-2's scores
         )
         presents = None
         if use_cache:
@@ -123,11 +124,11 @@ class PhixtralDecoderLayer(Module):
 
 
 class PhixtralModel(Module):
-    """Embedding, layers and the last norm."""
+    """The embedding, the layers and the final norm."""
 
     def __init__(self, config: PhixtralConfig) -> None:
         super().__init__()
-        # use_parallel_embedding: the library cuts the embedding itself, before weights are loaded.
+        # With use_parallel_embedding the library divides the embedding itself, before weights are loaded.
         self.vocab_embedding = Embedding(
             num_embeddings=config.vocab_size, embedding_dim=config.hidden_size, dtype=config.dtype
         )
@@ -137,13 +138,13 @@ class PhixtralModel(Module):
     def forward(
         self,
         input_ids: Tensor,
-        position_ids: Tensor | None = None,  # noqa: ARG002 - the attention plugin counts positions itself
+        position_ids: Tensor | None = None,  # noqa: ARG002 - the attention plugin computes positions itself
         use_cache: bool = False,
         attention_mask: Tensor | None = None,
         kv_cache_params: KeyValueCacheParams | None = None,
         attention_params: AttentionParams | None = None,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
-        """Token ids [T] to normed hidden states [T, H], and the layers' caches where `use_cache` is set."""
+        """The normed hidden states [T, H] for token ids [T], and the layers' caches if `use_cache` is set."""
         hidden_states = self.layers(
             self.vocab_embedding(input_ids),
             use_cache=use_cache,
@@ -159,7 +160,7 @@ class PhixtralModel(Module):
 
 
 class PhixtralForCausalLM(DecoderModelForCausalLM):
-    """The model of one rank. Raises ValueError for a mapping that it has no network for."""
+    """The model of one rank. Raises ValueError for a mapping with pipeline or context parallelism."""
 
     config_class = PhixtralConfig
 

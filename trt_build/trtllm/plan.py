@@ -1,7 +1,8 @@
-"""A model and what its TensorRT-LLM engine is to be in, its figures out: bytes of each rank, keys and values, memory.
+"""Computes the plan of a TensorRT-LLM engine from its planned checkpoint: bytes of each rank, keys and values, memory.
 
-An engine holds a rank's weights as the checkpoint does, so its file is as large to within a few megabytes; activations
-and the library's workspaces come on top and depend on its choice of kernels, which is not known before the build.
+An engine stores the weights of a rank as the checkpoint does, so both files have the same size within a few megabytes.
+Activations and the library's workspaces need memory in addition. How much depends on the kernels that the library
+chooses, which are not known before the build.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from trt_build.trtllm.options import TrtllmOptions
 
 @dataclass(frozen=True, kw_only=True)
 class TrtllmPlan:
-    """`rank_bytes` are the checkpoint's files, by rank; `weights_bytes_per_token` what decoding one token reads of the
-    weights on all ranks together; `kv_bytes_per_token` the cache of one position on the rank that holds most of it;
-    `conversion_bytes` the peak resident memory of writing the checkpoint."""
+    """The figures of a planned engine. `rank_bytes` are the sizes of the checkpoint's files by rank;
+    `weights_bytes_per_token` is what decoding one token reads of the weights on all ranks together;
+    `kv_bytes_per_token` is the size of one position of the cache on the rank with the largest cache;
+    `conversion_bytes` is the peak resident memory while the checkpoint is written."""
 
     family: str
     architecture: str
@@ -46,8 +48,9 @@ class TrtllmPlan:
         return max(self.rank_bytes)
 
     def sequences_in(self, memory_bytes: int, kv_cache_fraction: float) -> int:
-        """How many sequences of max_sequence tokens fit into the share of a GPU's memory that is left beside weights;
-        what activations and workspaces take is not known here and not counted."""
+        """Number of sequences of max_sequence tokens whose keys and values fit into the fraction `kv_cache_fraction` of
+        the GPU memory that the weights leave. Activations and workspaces are not known before the build and not
+        counted."""
         left = (memory_bytes - self.largest_rank_bytes) * kv_cache_fraction
         return max(0, int(left // (self.kv_bytes_per_token * self.max_sequence)))
 
@@ -60,7 +63,7 @@ class TrtllmPlan:
 def plan_trtllm(
     checkpoint: CheckpointPlan, options: TrtllmOptions, max_sequence: int, routing: RoutingReport | None
 ) -> TrtllmPlan:
-    """Count a laid-out checkpoint; reads no weights."""
+    """Compute the plan of an engine from a planned checkpoint. Reads no weights."""
     model, config = checkpoint.model, checkpoint.config
     facts, parallel = model.architecture, options.parallel
     tensors = [tensor for rank in checkpoint.headers for tensor in checkpoint.layout.tensors(rank)]
@@ -88,7 +91,7 @@ def plan_trtllm(
 
 
 def _num_written(spec: TensorSpec, checkpoint: CheckpointPlan) -> int:
-    """The values of a row of the table without those of experts that are left out."""
+    """Number of values that are written for one row of the tensor table, without experts that are left out."""
     experts = checkpoint.model.architecture.num_experts
     if spec.role is not Role.ROUTER and spec.join not in (Join.STACK, Join.INTERLEAVE):
         return spec.num_elements
@@ -96,7 +99,8 @@ def _num_written(spec: TensorSpec, checkpoint: CheckpointPlan) -> int:
 
 
 def _bytes_per_token(checkpoint: CheckpointPlan) -> int:
-    """One row of the embedding, K of E experts, all else whole; each rank reads what it holds."""
+    """Bytes of weights that decoding one token reads on all ranks: one row of the embedding, K of E experts, all of
+    anything else."""
     facts, total = checkpoint.model.architecture, 0.0
     for job in checkpoint.layout.jobs:
         for tensor in job.all_tensors:
@@ -110,7 +114,7 @@ def _bytes_per_token(checkpoint: CheckpointPlan) -> int:
 
 
 def _notes(checkpoint: CheckpointPlan, routing: RoutingReport | None, *, grouped: bool) -> tuple[str, ...]:
-    """What a user should know before building."""
+    """Messages about the engine that a user should read before building it."""
     found, facts, left_out = [], checkpoint.model.architecture, set(checkpoint.options.left_out)
     sm = checkpoint.options.sm
     if left_out:

@@ -1,8 +1,8 @@
-"""A TensorRT-LLM engine against its reference: the logits that it generates with, as parity.py compares any engine's.
+"""Verifies a TensorRT-LLM engine: compares its logits with those of the reference, by the figures of parity.py.
 
-Scored are the positions of a text, each as the token after its prefix; decoded, the tokens that the engine generates
-after half of the text, through its cache. Both are the engine's as it is served, with no output added to it for the
-comparison. Which experts it chose is not to be seen from outside.
+Every position of a text is scored by generating one token after the prefix that ends there. In addition the engine
+generates tokens after half of the text through its cache. The engine is the one that is served: no output is added to
+it for the comparison, so the experts that it chooses are not known.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from trt_build.machine.readings import MPIRUN
 from trt_build.manifest import changed_meanwhile
 from trt_build.trtllm.engine import TrtllmEngine, open_trtllm_engine, write_trtllm_manifest
 
-# As the same precisions elsewhere. bfloat16 has 8 bits where float16 has 11. With one scale for a whole channel int4
-# costs the tiny phixtral 3.7 % of perplexity, where blocks of 64 cost 2.5 %.
+# Equal to the limits of the same precisions in parity.py, with these differences: bfloat16 has 8 bits of mantissa where
+# float16 has 11; with one scale per channel, int4 costs the tiny phixtral 3.7 % of perplexity, with blocks of 64 2.5 %.
 LIMITS: dict[str, Thresholds] = {
     "fp32": THRESHOLDS["fp32"],
     "fp16": THRESHOLDS["fp16"],
@@ -59,8 +59,9 @@ _HOME = Path(__file__).resolve().parents[2]
 def verify_trtllm(
     engine: TrtllmEngine, model: Model, python: Path, text: str, num_tokens: int, progress: Callable[[str], None]
 ) -> Verification:
-    """Compare an engine, which `python` has the library to run, with its source's float32 reference over the first
-    `num_tokens` tokens of a text. Raises EngineError where the engine does not answer or there is too little text."""
+    """Compare an engine with the float32 reference of its source over the first `num_tokens` tokens of a text. `python`
+    is the Python in which TensorRT-LLM is installed. Raises EngineError if the engine gives no logits or the text is
+    too short."""
     manifest = engine.manifest
     tokens = load_tokenizer(engine.folder).encode_prompt(text)
     size = min(WINDOW_TOKENS, manifest.max_sequence - 1, manifest.max_num_tokens)
@@ -70,7 +71,7 @@ def verify_trtllm(
             f"verifying {engine.folder}: {min(size, num_tokens, len(tokens))} tokens to measure on, expected at least "
             f"{MIN_TOKENS}; ask for more with --verify-tokens, or build it with a longer --max-seq-len"
         )
-    half, ids = len(windows[0]) // 2, slice(manifest.tokenizer_size)  # the other ids stand for no text, and are masked
+    half, ids = len(windows[0]) // 2, slice(manifest.tokenizer_size)  # the other ids stand for no text and are masked
     progress(f"asking the engine for the logits of {sum(map(len, windows))} positions")
     module = model.family.trtllm_network().module
     answer = _ask(engine, python, module, windows, windows[0][:half])
@@ -83,7 +84,7 @@ def verify_trtllm(
         start += len(window)
     own = [*windows[0][:half], *answer.decoded_ids]
     after, _ = run_reference(reference, own)
-    rows = slice(half - 1, len(own) - 1)  # each gives the token after it
+    rows = slice(half - 1, len(own) - 1)  # the logits of each row predict the next token
     report = combine(sums, measure(answer.decoded[:, ids], after[rows, ids], own[rows]))
     return Verification(
         report=report,
@@ -94,7 +95,8 @@ def verify_trtllm(
 
 
 def record_trtllm(engine: TrtllmEngine, verification: Verification) -> None:
-    """Write the result into engine.json, in place of an earlier one."""
+    """Write the result of a verification into engine.json, in place of an earlier result. Raises EngineError if
+    engine.json changed after the engine was opened."""
     if open_trtllm_engine(engine.folder, check_digests=False).manifest != engine.manifest:
         raise changed_meanwhile(engine.folder)
     manifest = dataclasses.replace(engine.manifest, verification=verification.to_json())
@@ -103,7 +105,7 @@ def record_trtllm(engine: TrtllmEngine, verification: Verification) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Answer:
-    """Logits [positions, V] of all windows, and ids [n] and logits [n, V] of what the engine added to a prompt."""
+    """Logits [positions, V] of all windows, and ids [n] and logits [n, V] of the tokens generated after a prompt."""
 
     scored: npt.NDArray[np.float32]
     decoded_ids: list[int]
@@ -113,8 +115,8 @@ class _Answer:
 def _ask(
     engine: TrtllmEngine, python: Path, module: str | None, windows: Sequence[Sequence[int]], prompt: Sequence[int]
 ) -> _Answer:
-    """Run the engine in a process of the library's Python, or as many as it has ranks. As many tokens are added to the
-    prompt as it has. `module` has the engine's network, where the library lacks it."""
+    """Run the engine with TensorRT-LLM's Python, one process for each rank, and read its logits. After `prompt` the
+    engine generates as many tokens as the prompt has. `module` defines the engine's network if the library lacks it."""
     world_size = engine.manifest.parallel.world_size
     prefixes = [window[:length] for window in windows for length in range(1, len(window) + 1)]
     with tempfile.TemporaryDirectory(prefix="moeship-verify-") as name:
