@@ -1,11 +1,12 @@
-// AMX: whether this process may use tiles, and their instructions. Intel's manual (SDM volume 2) defines them.
+// AMX: asks whether this process may use tiles, and wraps the tile instructions, which Intel's manual (SDM volume 2)
+// defines.
 //
-// The instructions are written as assembly. The compilers' own functions do not say what memory they read: GCC 11 and
-// 12 have _tile_loadconfig read 8 bytes of 64, and _tile_loadd none (ggml-org/llama.cpp#20824). So no compiler's flag is
-// needed either, but for clang's pragma in level_amx.cpp.
+// The instructions are inline assembly, because the compilers' intrinsics do not declare all the memory that they read:
+// in GCC 11 and 12 _tile_loadconfig declares 8 of 64 bytes, and _tile_loadd none (ggml-org/llama.cpp#20824). Assembly
+// also needs no compiler flag, except for clang's pragma in level_amx.cpp.
 //
-// With MOESHIP_EMULATED_CPU the instructions are computed, and what would fault ends the process: for tests on CPUs
-// without AMX.
+// With MOESHIP_EMULATED_CPU the instructions are emulated for tests on CPUs without AMX; what would fault on a CPU ends
+// the process.
 #pragma once
 
 #include <array>
@@ -26,7 +27,7 @@
 namespace moeship {
 namespace {
 
-// What LDTILECFG reads; a tile that is not used has no rows and no bytes.
+// The memory operand of LDTILECFG. A tile that is not used has 0 rows and 0 bytes.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
@@ -117,8 +118,8 @@ inline void multiply_tiles() {
 
 #else
 
-// The CPU has int8 tiles, the system keeps them, and Linux has been asked for them: it gives them to processes that
-// ask, once for all threads.
+// Whether this process may use int8 tiles: the CPU has them, the system saves their state, and Linux permits them. A
+// process asks Linux for permission once, for all its threads.
 inline bool tiles_usable() {
 #if defined(__linux__)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

@@ -1,4 +1,4 @@
-// What AVX-512 with and without VNNI have in common: a group's sixteen rows are the lanes of one register.
+// Functions that AVX-512 with and without VNNI share. The lanes of one register are the sixteen rows of a group.
 #pragma once
 
 #include <immintrin.h>

@@ -1,7 +1,7 @@
 // BlockLinear: y [..., N] = x [..., K] times a block-quantised matrix [N, K], plus a bias.
 //
 // Inputs: x float32, codes uint8 [N/16, K/block, 2 * block * bits], scales float16 or float32 [N/16, K/block, 16],
-// optionally zero points uint8 of the scales' shape, optionally bias float32 [N]; quotients are rounded up.
+// optionally zero points uint8 of the scales' shape, optionally bias float32 [N]. Divisions in shapes round up.
 // Attributes: layout, bits, block_size, in_features, out_features, activations ("int8" or "float32").
 #include <algorithm>
 #include <cstring>

@@ -1,5 +1,5 @@
-// What is done value by value, as plain loops that each level's file compiles for its instruction set. Nothing here
-// sums floats, so any vector width gives the same bits.
+// Elementwise functions, as plain loops that the file of each level compiles for its instruction set. Nothing here sums
+// floats, so every vector width gives the same bits.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,8 @@ inline uint32_t as_bits(float value) {
   return bits;
 }
 
-// A builtin: std::fma, where it is not inlined, would be one function for all files, of any file's instruction set.
+// The builtin instead of std::fma: if std::fma is not inlined, the linker keeps one copy of it for all files, which may
+// be compiled for an instruction set that the CPU does not have.
 inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
 constexpr float kRoundingMagic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
@@ -72,17 +73,17 @@ inline void activate(const Nonlinearity& f, float* y, int64_t count) {
   }
 }
 
-// Scale: the block's largest magnitude / 127; codes: the nearest integers to x / scale. A block that holds an infinity
-// or NaN has the scale NaN, which every product takes over.
+// Quantise a row of activations to int8. The scale of a block is its largest magnitude / 127; the codes are the nearest
+// integers to x / scale. A block that holds an infinity or NaN gets the scale NaN, so that its products are NaN.
 //
-// A block's codes begin row_bytes times the row behind the block's first; quads of them are quad_bytes apart.
+// In each block of the tile, the codes of row r begin at byte r * row_bytes; groups of four codes are quad_bytes apart.
 inline void quantize_quads(const float* x, int64_t count, int block, int zero, int64_t first_block, int row,
                            const Tile& tile, int64_t row_bytes, int64_t quad_bytes) {
   for (int64_t b = 0; b * block < count; ++b) {
     const int64_t left = count - b * block;
     const int here = left < block ? static_cast<int>(left) : block;
     const float* v = x + b * block;
-    int32_t largest = 0;  // of magnitudes, whose bits have their order, infinity and NaN above all others
+    int32_t largest = 0;  // bits of the largest magnitude: bits compare as magnitudes do, infinity and NaN above all
     for (int i = 0; i < here; ++i) {
       const int32_t bits = static_cast<int32_t>(as_bits(v[i]) & 0x7FFFFFFFu);
       largest = largest < bits ? bits : largest;

@@ -1,15 +1,18 @@
-// Experts: route every row to k of E experts, two products with an activation between, the weighted sum.
+// Experts: routes every row to k of E experts, computes each chosen expert (two matrices with an activation between),
+// and returns the weighted sum.
 //
-// Inputs: x float32 [..., H]; router logits float32 [..., E], which may be absent where E is 1; then for each of the
-// two matrices [E, N, K] codes uint8 [E, N/16, K/block, 2 * block * bits], scales float16 or float32
+// Inputs: x float32 [..., H]; router logits float32 [..., E], which may be absent if E is 1; then for each of the two
+// matrices [E, N, K] codes uint8 [E, N/16, K/block, 2 * block * bits], scales float16 or float32
 // [E, N/16, K/block, 16], optionally zero points uint8 of the scales' shape, optionally bias float32 [E, N]. The first
-// has K = H and N = F, or 2 F where the activation is "swiglu", gate and up row by row in turn; the second K = F, N = H.
+// matrix has K = H and N = F, the second K = F and N = H. With the activation "swiglu" the first matrix has N = 2 F,
+// and its rows alternate between gate and up.
 // Attributes: layout, bits, block_size, activations ("int8" or "float32"), hidden_size, expert_size (F), experts, k,
 // activation ("gelu" in its tanh form, "silu", "swiglu"), activation_alpha, activation_beta, activation_limit:
-// swiglu is g * sigmoid(alpha * g) * (u + beta), g at most the limit and u within it on both sides.
+// swiglu is g * sigmoid(alpha * g) * (u + beta), where g is clamped to at most the limit and u to [-limit, limit].
 //
-// The k largest logits are taken, of equal ones the lowest expert; their weights are the softmax over the k. An
-// expert's rows are summed in ascending order of the experts. An expert that no row chose is not touched.
+// Each row chooses the k largest logits, among equal logits the lowest expert index; the weights of its experts are the
+// softmax over these k. A row's outputs are summed in ascending order of the experts. The weights of an expert that no
+// row chose are not read.
 #include <algorithm>
 #include <cstring>
 
@@ -61,7 +64,7 @@ class Routing {
       chosen[0] = 0, weights[0] = 1.0f;
       return;
     }
-    bool unordered = false;  // a NaN among the logits goes into every weight
+    bool unordered = false;  // one NaN among the logits makes every weight NaN
     for (int64_t e = 0; e < experts; ++e) unordered |= logits[e] != logits[e];
     float sum = 0;
     for (int64_t i = 0; i < k; ++i) {
@@ -147,11 +150,11 @@ class Experts : public Kernel {
     }
   }
 
-  // Experts' inner rows: a task has whole blocks of them for every row of one expert.
+  // The first product and the activation: a task computes whole blocks of inner features, for all rows of one expert.
   void first_product(const Call& call, const Routing& routing, const Activations& inputs,
                      const Activations& inner) const {
     const Matrix& shape = in_.shape();
-    const int64_t values = kGroupRows / gated_;  // that a group leaves
+    const int64_t values = kGroupRows / gated_;  // values of one group after the activation
     const int64_t step = groups_of_task(shape, settings_.block / values);
     const int64_t tasks = (shape.groups + step - 1) / step;
     const auto& active = routing.active();
@@ -174,7 +177,7 @@ class Experts : public Kernel {
     });
   }
 
-  // A task has some columns of the output for all rows, and so the experts in order.
+  // The second product: a task computes some columns of the output for all rows, and so sums the experts in order.
   void second_product(const Call& call, const Routing& routing, const Activations& inner, int64_t tokens,
                       float* y) const {
     const Matrix& shape = out_.shape();

@@ -1,5 +1,5 @@
-// AMX: one tile product multiplies sixteen rows of weights by up to sixteen rows of activations. Fewer rows than pay for
-// filling tiles, and float32 activations, go to AVX-512 VNNI.
+// AMX: one tile product multiplies sixteen rows of weights by up to sixteen rows of activations. AVX-512 VNNI is used
+// for float32 activations, and for fewer than kFewestRows rows, where filling tiles costs more than it saves.
 #include "amx_tiles.h"
 #include "avx512.h"
 
@@ -10,25 +10,26 @@
 namespace moeship {
 namespace {
 
-// A block of 64 features costs about 40 cycles whatever the rows: 16 lines decoded and stored, and loaded as a tile.
-// VNNI takes about 12 to decode it and, at two instructions a cycle, 8 a row.
+// With AMX a block of 64 features costs about 40 cycles for any number of rows: 16 lines are decoded, stored, and
+// loaded as a tile. With VNNI it costs about 12 cycles to decode and, at two instructions a cycle, 8 cycles a row.
 constexpr int kFewestRows = 4;
 constexpr int kTileFeatures = 64;
 constexpr int kLongestBlock = 128;
 
-// As elementwise.h's, but for where codes lie: rows that go to tiles are each whole in a block, [blocks][rows][block].
+// Quantise as elementwise.h does, but in the order that tiles load: [blocks][rows][block], so that the codes of a row
+// are contiguous within a block.
 void quantize_rows(const float* x, int64_t count, int block, int zero, int64_t first_block, int row, const Tile& tile) {
   if (tile.rows < kFewestRows) return quantize(x, count, block, zero, first_block, row, tile);
   quantize_quads(x, count, block, zero, first_block, row, tile, block, 4);
 }
 
-// Codes of one block as the lines of its tiles: line q has features 4 * q to 4 * q + 3 of all sixteen rows.
+// Decode the codes of one block into tile rows: line q has features 4 * q to 4 * q + 3 of all sixteen rows.
 template <int kBits>
 inline const uint8_t* decode(const uint8_t* lines, int block, uint8_t* decoded) {
   constexpr int kPlanes = 8 / kBits;
   for (int t = 0; t < block / 4 / kPlanes; ++t) {
     prefetch(lines + t * kLineBytes + kPrefetchBytes);
-    if (kBits == 8) continue;  // as they lie
+    if (kBits == 8) continue;  // codes of 8 bits are stored in this order already
     const __m512i codes = Avx512::load_line(lines + t * kLineBytes);
 #pragma GCC unroll 4
     for (int plane = 0; plane < kPlanes; ++plane)
@@ -37,7 +38,7 @@ inline const uint8_t* decode(const uint8_t* lines, int block, uint8_t* decoded) 
   return kBits == 8 ? lines : decoded;
 }
 
-// Sums of one block's products, [rows][16]. Blocks take the tiles of the two sides in turn.
+// Compute the sums of one block's products, [rows][16]. Successive blocks alternate between two sets of tiles.
 template <int kSide>
 inline void multiply(const int8_t* a, const uint8_t* weights, int block, int32_t* sums) {
   zero_tile<kSide>();
@@ -68,7 +69,7 @@ void product_tiles(const Matrix& w, int64_t first, int64_t count, const Tile& x,
     const int64_t group = first + index;
     V::F y_sums[1][kRows];
     for (V::F& sum : y_sums[0]) sum = V::zero();
-    // A block's sums are taken up one block later, when they have arrived.
+    // The sums of a block are used one iteration later, so that the tile products have finished.
     for (int64_t b = 0; b <= w.blocks; ++b) {
       if (b < w.blocks) {
         const uint8_t* lines = w.codes + (group * w.blocks + b) * block_bytes;
@@ -94,7 +95,7 @@ void product_tiles(const Matrix& w, int64_t first, int64_t count, const Tile& x,
     }
     store<V, kRows>(w, group, index, count, y_sums, y);
   }
-  release_tiles();  // ONNX Runtime's kernels configure tiles of their own, and unused ones cost at every task switch
+  release_tiles();  // ONNX Runtime's kernels configure tiles too, and tile state in use slows every task switch
 }
 
 template <int kBits, int... kRows>

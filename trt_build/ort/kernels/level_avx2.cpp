@@ -43,7 +43,7 @@ struct Avx2 {
 
   static I add_products(I codes, I a, I pairs) {
     pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(codes, a));
-    asm("" : "+x"(pairs));  // or GCC sums a unit's products as a tree, for which it has too few registers
+    asm("" : "+x"(pairs));  // keeps GCC from summing a unit's products as a tree, which spills registers
     return pairs;
   }
   static I add_pairs(I pairs, int16_t factor, I sum) {

@@ -5,7 +5,7 @@ namespace moeship {
 namespace {
 
 struct Avx512bw : Avx512 {
-  static constexpr int kRows = 4;  // a row has two or three sums in work
+  static constexpr int kRows = 4;  // each row keeps two or three sums in registers
   static I add_products(I codes, I a, I pairs) {
     pairs = _mm512_add_epi16(pairs, _mm512_maddubs_epi16(codes, a));
     asm("" : "+v"(pairs));  // as in level_avx2.cpp

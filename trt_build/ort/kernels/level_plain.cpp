@@ -1,4 +1,4 @@
-// Plain C++, for any CPU: written for reading, and independent of products.h, which it checks.
+// Plain C++ for any CPU, written to be read. It does not use products.h, so tests can compare the other levels with it.
 #include "elementwise.h"
 
 namespace moeship {
@@ -11,7 +11,7 @@ inline float from_half(uint16_t half) {
   return as_float(sign | as_bits(static_cast<float>(rest) * 5.9604644775390625e-8f));  // rest * 2^-24
 }
 
-// Codes of one block of one group, less their zero points: [block][16].
+// Decode the codes of one block of one group, minus their zero points: [block][16].
 void decode(const Matrix& w, int64_t group, int64_t block, int32_t (*weights)[kGroupRows]) {
   const int planes = 8 / w.bits, mask = (1 << w.bits) - 1, lines = w.block * w.bits / 32;
   const int64_t place = group * w.blocks + block;

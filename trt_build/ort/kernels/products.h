@@ -1,5 +1,6 @@
-// The two products, for any instruction set V. V has kLanes int32 or float lanes a register (I, F) and multiplies
-// kRows rows of activations for one decoding of the weights; V::Sum<bits> adds products of unsigned and signed bytes.
+// The matrix products for int8 and float32 activations, for any instruction set V. A register of V has kLanes lanes of
+// int32 (I) or float (F). The weights are decoded once for kRows rows of activations. V::Sum<bits> adds products of
+// unsigned and signed bytes.
 #pragma once
 
 #include <cstring>
@@ -15,8 +16,8 @@ constexpr int kPrefetchBytes = 4096;
 
 inline void prefetch(const void* place) { __builtin_prefetch(place); }
 
-// Byte products without VNNI: V adds them in pairs of 16 bits. A unit's products of codes up to 15 fit: 8 * 2 * 15 * 127
-// < 2^15. Codes of 8 bits are taken as two halves of 4.
+// Byte products without VNNI: V adds pairs of them in 16 bits. The products of a unit fit for codes up to 15, as
+// 8 * 2 * 15 * 127 < 2^15. Codes of 8 bits are split into two halves of 4 bits.
 template <class V, int kBits>
 struct PairSum {
   typename V::I sum, low, high;
@@ -56,7 +57,7 @@ inline void store(const Matrix& w, int64_t group, int64_t index, int64_t count, 
                V::add(sums[h][r], V::load(bias + h * V::kLanes)));
 }
 
-// Int8 activations: for each block fma(float(sum of codes), weight scale * activation scale, y), blocks in order.
+// Int8 activations: for each block, in order, y = fma(float(sum of code products), weight scale * activation scale, y).
 template <class V, int kBits, int kRows>
 void product_int8(const Matrix& w, int64_t first, int64_t count, const Tile& x, float* y) {
   using I = typename V::I;
@@ -123,7 +124,7 @@ void product_int8(const Matrix& w, int64_t first, int64_t count, const Tile& x, 
   }
 }
 
-// Float32 activations: within a block features in order, fma(code - zero, x, s); then fma(s, scale, y).
+// Float32 activations: for each block s = fma(code - zero, x, s) over its features in order, then y = fma(s, scale, y).
 template <class V, int kBits, int kRows>
 void product_float(const Matrix& w, int64_t first, int64_t count, const Tile& x, float* y) {
   using I = typename V::I;

@@ -1,6 +1,6 @@
-// The library's doors: ONNX Runtime calls RegisterCustomOps with the options of each session; Python asks for the
-// interface before that (trt_build/ort/kernels/__init__.py), so that a library of another version is refused, and
-// `moeship doctor` for the instruction set.
+// The exported functions of the library. ONNX Runtime calls RegisterCustomOps with the options of each session. Before
+// that, trt_build/ort/kernels/__init__.py calls MoeshipKernelsInterface and refuses a library of another version.
+// `moeship doctor` reports the instruction set that MoeshipKernelsLevel returns.
 #include <climits>
 #include <exception>
 #include <string>
@@ -11,10 +11,10 @@ namespace moeship {
 namespace {
 
 constexpr const char* kDomain = "moeship";
-constexpr uint32_t kOldestApi = 17;  // the first with KernelContext_ParallelFor
+constexpr uint32_t kOldestApi = 17;  // first version with KernelContext_ParallelFor
 const OrtApi* api = nullptr;
 
-// Runs f, and turns what it throws into a status.
+// Runs f and converts an exception into an OrtStatus.
 template <class F>
 OrtStatus* guarded(const F& f) {
   try {
@@ -31,7 +31,7 @@ struct Operator : OrtCustomOp {
   const char* name;
   size_t inputs;
   uint32_t optional;  // bit i: input i may be absent
-  uint32_t floats;    // bit i: input i is float32; the others' types are looked at when a kernel is made
+  uint32_t floats;    // bit i: input i is float32; the types of other inputs are checked when a kernel is made
   Kernel* (*make)(const Node&);
 };
 
@@ -78,7 +78,7 @@ Operator describe(const char* name, size_t inputs, uint32_t optional, uint32_t f
 OrtCustomOpDomain* make_domain() {
   // x, codes, scales, zeros, bias
   static const Operator block_linear = describe("BlockLinear", 5, 0b11000, 0b10001, make_block_linear);
-  // x, logits, twice (codes, scales, zeros, bias)
+  // x, logits, then codes, scales, zeros, bias for each of the two matrices
   static const Operator experts = describe("Experts", 10, 0b1100110010, 0b1000100011, make_experts);
   OrtCustomOpDomain* domain = nullptr;
   check(*api, api->CreateCustomOpDomain(kDomain, &domain));
@@ -102,12 +102,13 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   }
   api = found;
   return guarded([&] {
-    static OrtCustomOpDomain* const domain = make_domain();  // sessions look into it for as long as they live
+    static OrtCustomOpDomain* const domain = make_domain();  // sessions use it for as long as they live
     check(*api, api->AddCustomOpDomain(options, domain));
   });
 }
 
-// The name of the instruction set that kernels are run with here; null where there is none, and `problem` says why.
+// The name of the instruction set that the kernels use in this process; null if there is none, with the reason in
+// `problem`.
 extern "C" __attribute__((visibility("default"))) const char* MoeshipKernelsLevel(const char** problem) {
   try {
     return moeship::chosen_level().name;

@@ -40,9 +40,9 @@ Tensor describe(const OrtApi& api, const OrtValue* value) {
 }
 
 #if defined(__x86_64__)
-using Extension = std::pair<const char*, bool>;  // an extension of the instruction set: does the CPU have it?
+using Extension = std::pair<const char*, bool>;  // name of an extension of the instruction set, whether the CPU has it
 
-// A build for tests (amx_tiles.h) does without the extensions that MOESHIP_CPU_WITHOUT names.
+// A build for tests (amx_tiles.h) treats the extensions in MOESHIP_CPU_WITHOUT as missing.
 Extension extension(const char* name, bool has) {
 #if defined(MOESHIP_EMULATED_CPU)
   const char* without = std::getenv("MOESHIP_CPU_WITHOUT");
@@ -52,7 +52,7 @@ Extension extension(const char* name, bool has) {
 }
 #define CPU_HAS(name) extension(name, __builtin_cpu_supports(name))
 
-bool has_f16c() {  // GCC before 11 and clang before 17 do not know it by name
+bool has_f16c() {  // __builtin_cpu_supports of GCC before 11 and clang before 17 lacks F16C
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
 }

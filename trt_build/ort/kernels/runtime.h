@@ -1,4 +1,4 @@
-// ONNX Runtime's C API as the operators use it: what a node says, what a call gives, its threads.
+// Wrappers of ONNX Runtime's C API for the operators: attributes and inputs of a node, data of a call, the threads.
 #pragma once
 
 #include <string>
@@ -9,7 +9,7 @@
 
 namespace moeship {
 
-// Thrown inside the library; turned into an OrtStatus where ONNX Runtime is answered.
+// Exception inside the library; converted into an OrtStatus before a call returns to ONNX Runtime.
 struct Failure {
   std::string text;
 };
@@ -23,7 +23,7 @@ struct Tensor {
 void check(const OrtApi& api, OrtStatus* status);
 std::string in_brackets(const std::vector<int64_t>& shape);
 
-// A node when its kernel is made: attributes and constant inputs. Every method throws Failure, naming the node.
+// A node while its kernel is made: its attributes and constant inputs. Every method throws Failure that names the node.
 class Node {
  public:
   Node(const OrtApi& api, const OrtKernelInfo* info, const char* op);
@@ -43,17 +43,17 @@ class Node {
   std::string name_;
 };
 
-// Attributes that both operators have.
+// The attributes that both operators have.
 struct Settings {
   int bits, block;
   bool floats;  // activations stay float32
   const Level* level;
-  int tile_rows;  // the most of a tile
+  int tile_rows;  // largest number of rows in a tile
 };
 Settings read_settings(const Node& node);
 
-// The matrices of one or more experts [experts, rows, features], from the node's inputs codes, scales, zeros, bias at
-// `first_input` and after it; zeros and bias are optional.
+// Read the matrices of one or more experts [experts, rows, features] from four inputs of the node, beginning with
+// `first_input`: codes, scales, zeros, bias. Zeros and bias are optional.
 class Weights {
  public:
   Weights() = default;
@@ -71,7 +71,7 @@ class Call {
  public:
   Call(const OrtApi& api, OrtKernelContext* context) : api_(api), context_(context) {}
 
-  // Input of float32 whose last axis has `width` values; null data where an optional one is absent.
+  // A float32 input whose last axis has `width` values; its data is null if an optional input is absent.
   Tensor input(size_t index, const char* what, int64_t width) const;
   float* output(size_t index, const std::vector<int64_t>& shape) const;
 
@@ -89,10 +89,10 @@ class Call {
   OrtKernelContext* context_;
 };
 
-// Memory for one call, kept by the calling thread from call to call.
+// Working memory of one call. The calling thread keeps it for its next calls.
 class Scratch {
  public:
-  // Aligned to a cache line and a vector. Reserve for all before the first is taken.
+  // Memory from `take` is aligned to 64 bytes, a cache line. `reserve` the total before the first `take`.
   void reserve(size_t bytes);
   void* take(size_t bytes);
   static size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -101,14 +101,14 @@ class Scratch {
   size_t used_ = 0;
 };
 
-// Activations [rows, features] cut into tiles, in the form that `Settings` asks for.
+// Activations [rows, features] divided into tiles, as int8 or float32 as `Settings` says.
 class Activations {
  public:
   static size_t bytes(const Settings& settings, int64_t rows, const Matrix& weights);
   Activations(const Settings& settings, int64_t rows, const Matrix& weights, Scratch& scratch);
-  // The tile of `rows` rows that begins at a row.
+  // The tile of `rows` rows that begins with row `first_row`.
   Tile tile(int64_t first_row, int rows) const;
-  // Fill count values of a tile's row from a block on, zeros up to the end of the last block.
+  // Write x[count] into row `row` of a tile, beginning with block `first_block`; the rest of the last block is zero.
   void put(const float* x, int64_t count, int64_t first_block, int row, const Tile& tile) const;
 
  private:
@@ -121,7 +121,7 @@ class Activations {
   float* values_ = nullptr;
 };
 
-// How many groups a task takes: about a share of the second-level cache, a multiple of `multiple`.
+// The number of groups in a task: a multiple of `multiple`, whose weights take a share of the second-level cache.
 int64_t groups_of_task(const Matrix& weights, int64_t multiple);
 
 // The best level that this CPU has, or the one that MOESHIP_KERNELS_LEVEL names. Throws Failure.
