@@ -1,1 +1,1 @@
-"""A checkpoint folder: which files it has, what their headers say, and its tensors under our names."""
+"""Reads a checkpoint folder: its files, the headers of its shards, and its tensors under our names."""

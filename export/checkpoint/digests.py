@@ -1,10 +1,12 @@
-"""SHA-256 of a checkpoint's bytes, taken while they are read for conversion, and of parts of files.
+"""SHA-256 of a checkpoint's shards, computed while they are read for conversion, and of ranges of files.
 
-A tensor is read in one run from start to end, or in one for each of the parts that are packed in it (an expert's gate
-rows, say), whatever their order; a run is hashed as it is read. The digest of a shard is SHA-256 over its header (the
-first 8 + length bytes) and then, tensor by tensor in order of offset and run by run in order of place, the 32 bytes of
-the run's own SHA-256. So it is known after one pass, and anyone can recompute it on several cores: an engine's
-weights.jsonl lists the runs, and a tensor that it does not name is one run.
+A run is a range of a tensor's bytes that is read from start to end and hashed as it is read. Most tensors are one run.
+A tensor that holds several parts (an expert's gate rows, say) has one run for each part, read in any order.
+
+The digest of a shard is the SHA-256 of its header (the first 8 + length bytes), followed by the 32 bytes of every run's
+SHA-256: tensors in the order of their offsets, and the runs of a tensor in the order of theirs. So it is known after
+one pass over the shard, and it can be recomputed on several cores. An engine's weights.jsonl lists the runs; a tensor
+that it does not name is one run.
 """
 
 from __future__ import annotations
@@ -27,13 +29,13 @@ _READ_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Consecutive bytes of a tensor that were read one after the other, and their SHA-256 in hexadecimal."""
+    """A range of a tensor's bytes that was read from start to end, and its SHA-256 in hexadecimal."""
 
     bytes: int
     sha256: str
 
 
-Runs = Mapping[str, tuple[Run, ...]]  # tensor name -> its runs in order of place
+Runs = Mapping[str, tuple[Run, ...]]  # tensor name -> its runs in the order of their offsets
 
 
 @dataclass
@@ -45,15 +47,16 @@ class _OpenRun:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedCheckpoint(Checkpoint):
-    """A checkpoint that hashes what is read through it; for one thread. `count` gets the bytes of each read; `starts`
-    says at which bytes of a tensor a run begins, where that is not its start alone."""
+    """A checkpoint that hashes the bytes that are read through it; for use by one thread. `count` is called with the
+    number of bytes of each read. `starts`: tensor name -> first bytes of its runs; a tensor that is absent is one
+    run."""
 
     count: Callable[[int], None]
     starts: Mapping[str, Collection[int]] = field(default_factory=dict)
     _open: dict[str, list[_OpenRun]] = field(default_factory=dict)
 
     def read_into(self, stored: StoredTensor, start: int, view: memoryview) -> None:
-        """As of any checkpoint."""
+        """Fill `view` like `Checkpoint.read_into`, and hash the bytes as part of their run."""
         super().read_into(stored, start, view)
         runs = self._open.setdefault(stored.name, [])
         if start in self.starts.get(stored.name, (0,)):
@@ -66,7 +69,8 @@ class RecordedCheckpoint(Checkpoint):
         self.count(len(view))
 
     def runs(self) -> dict[str, tuple[Run, ...]]:
-        """The runs of every tensor that was read. Raises AssertionError unless each was read whole and once."""
+        """The runs of every tensor that was read. Raises AssertionError unless every byte of it was read exactly
+        once."""
         found = {}
         for name, runs in self._open.items():
             runs.sort(key=lambda run: run.start)
@@ -80,15 +84,17 @@ class RecordedCheckpoint(Checkpoint):
 def recorded(
     checkpoint: Checkpoint, count: Callable[[int], None], starts: Mapping[str, Collection[int]] | None = None
 ) -> RecordedCheckpoint:
-    """The checkpoint, recording."""
+    """The checkpoint as a RecordedCheckpoint, which hashes the bytes that are read through it."""
     return RecordedCheckpoint(**vars(checkpoint), count=count, starts=starts or {})
 
 
 def source_digests(checkpoint: Checkpoint, runs: Runs, read: bool = True) -> dict[str, str]:
-    """Digests by file name: config.json's SHA-256, and of every shard what the module describes.
+    """Digests of a checkpoint's files by name: SHA-256 of config.json, and the digest of every shard that is described
+    at the top of this module.
 
-    With `read` every tensor is read and `runs` gives no more than where one run ends; without it the digests in `runs`
-    are taken, and only tensors that are not named there are read. Raises CheckpointError when a file ends early.
+    With `read` every tensor is read, and only the lengths of the runs are taken from `runs`. Without `read` the digests
+    are taken from `runs` too, and only tensors that it does not name are read. Raises CheckpointError if a file ends
+    early.
     """
     ordered = sorted(checkpoint.tensors.values(), key=lambda stored: stored.offset)
     with ThreadPoolExecutor(max_workers=num_cores()) as pool:
@@ -110,9 +116,10 @@ def source_digests(checkpoint: Checkpoint, runs: Runs, read: bool = True) -> dic
 
 
 def shards_read_otherwise(checkpoint: Checkpoint, runs: Runs, shards: Collection[str]) -> list[str]:
-    """Of the shards with these names those that hold other bytes than were read, by the tensors in `runs`; reads them.
+    """Read the tensors that `runs` names from the shards `shards`; returns the shards whose bytes do not have the
+    digests in `runs`.
 
-    Raises CheckpointError when a file ends early.
+    Raises CheckpointError if a file ends early.
     """
     stored = [item for item in checkpoint.tensors.values() if item.shard.name in shards and item.name in runs]
     with ThreadPoolExecutor(max_workers=num_cores()) as pool:
@@ -123,7 +130,7 @@ def shards_read_otherwise(checkpoint: Checkpoint, runs: Runs, shards: Collection
 
 
 def range_digest(path: Path, offset: int, num_bytes: int) -> bytes:
-    """SHA-256 of a part of a file. Raises CheckpointError when the file ends before it."""
+    """SHA-256 of `num_bytes` bytes of a file from `offset` on. Raises CheckpointError if the file ends before that."""
     sha = hashlib.sha256()
     doing = f"reading {named(path)}"
     with open_regular(path, doing, CheckpointError) as file:
@@ -139,7 +146,7 @@ def range_digest(path: Path, offset: int, num_bytes: int) -> bytes:
 
 
 def num_cores() -> int:
-    """The cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -152,7 +159,8 @@ def _run_digests(stored: StoredTensor, runs: Sequence[Run], read: bool) -> bytes
 
 
 def _cuts(stored: StoredTensor, runs: Sequence[Run]) -> Iterator[tuple[int, int]]:
-    """Start and length of every run; a tensor whose runs are of another length is one run."""
+    """Yield start and length of every run of a tensor. If the lengths of `runs` do not add up to the tensor's bytes,
+    the tensor is one run."""
     lengths = [run.bytes for run in runs]
     if sum(lengths) != stored.num_bytes:
         lengths = [stored.num_bytes]

@@ -1,4 +1,4 @@
-"""One table of a checkpoint's files: which are copied, which are written anew, and which are never touched.
+"""The table of a checkpoint's files: which are copied, which are written in another form, and which are ignored.
 
 The table covers every file that transformers 5 writes with `save_pretrained`, for a tokenizer and for a model, and the
 files that repositories on the hub usually hold beside them. The writer of an engine, a merge, the TensorRT-LLM
@@ -27,10 +27,10 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 class Fate(StrEnum):
-    """What becomes of a file when something is made of the checkpoint that holds it."""
+    """What happens to a checkpoint's file when an engine, a merge or a package is made from the checkpoint."""
 
     TAKEN = "taken"  # copied as it is
-    DERIVED = "derived"  # read, and written anew in the form of what is made
+    DERIVED = "derived"  # read, and written in the form that the output needs
     REFUSED = "refused"  # neither read nor copied nor downloaded
 
 
@@ -63,13 +63,13 @@ FILE_RULES = (
     FileRule("preprocessor_config.json", Fate.REFUSED, "settings for images or sound"),
     FileRule("trainer_state.json", Fate.REFUSED, "the log of a training"),
     FileRule("README.md", Fate.REFUSED, "for people to read"),
-    # Facts of the model: they come out as engine.json, or as the config.json and index of what is written.
+    # Facts of the model: they are written as engine.json, or as config.json and index of the written checkpoint.
     FileRule("config.json", Fate.DERIVED, "facts of the model"),
     FileRule(INDEX_FILE, Fate.DERIVED, "which shard holds which tensor"),
     FileRule("adapter_config.json", Fate.DERIVED, "says that the weights are an adapter's, which is refused"),
     FileRule("*.safetensors", Fate.DERIVED, "the weights"),
     FileRule(TOKENIZER_FILE, Fate.DERIVED, "the tokenizer, written with what the other files add to it"),
-    # Settings: they travel with the model, byte for byte.
+    # Settings: they are copied byte for byte.
     FileRule(GENERATION_FILE, Fate.TAKEN, "end, begin and pad tokens, and defaults of sampling"),
     FileRule(SETTINGS_FILE, Fate.TAKEN, "class, special and added tokens, and older chat templates"),
     FileRule(SPECIAL_TOKENS_FILE, Fate.TAKEN, "special tokens, as transformers 4 wrote them"),
@@ -82,7 +82,7 @@ FILE_RULES = (
     FileRule(f"{TEMPLATE_FOLDER}/*.jinja", Fate.TAKEN, "chat templates with a name"),
 )
 
-# What a download from the hub asks for, and what it leaves although a pattern asks for it.
+# Patterns of the files that a download from the hub fetches, and of those that it skips although a pattern matches.
 DOWNLOAD_PATTERNS = tuple(rule.pattern for rule in FILE_RULES if rule.fate is not Fate.REFUSED)
 DOWNLOAD_EXCEPTIONS = tuple(rule.pattern for rule in FILE_RULES if rule.fate is Fate.REFUSED)
 
@@ -93,19 +93,19 @@ def rule_of(name: str) -> FileRule | None:
 
 
 def is_text_file(name: str) -> bool:
-    """Whether a file, given its path inside the checkpoint, is the tokenizer or settings that travel with the model."""
+    """Whether a file, given its path inside the checkpoint, is the tokenizer or a settings file that is copied."""
     rule = rule_of(name)
     return rule is not None and (rule.fate is Fate.TAKEN or rule.pattern == TOKENIZER_FILE)
 
 
 def text_files(folder: Path) -> list[str]:
-    """The tokenizer and settings files of a folder that travel with the model, as paths inside the folder.
+    """The tokenizer and settings files of a folder that are copied with the model, as paths inside the folder.
 
-    Raises ConfigError for a name that is no UTF-8, and where something else than a regular file lies under the name of
-    one, a link to nothing say: what is made would lack it without a word.
+    Raises ConfigError for a name that is not UTF-8, and for anything of such a name that is not a regular file, such as
+    a broken link: the output would silently lack the file.
     """
     patterns = [rule.pattern for rule in FILE_RULES if is_text_file(rule.pattern)]
-    # A link to nothing is in what `glob` lists, and not where it looks for one name.
+    # `glob` finds a broken link by a pattern with `*`, but not by a plain name.
     found = [sorted(folder.glob(pattern)) if "*" in pattern else [folder / pattern] for pattern in patterns]
     paths = [path for some in found for path in some if is_there(path)]
     templates = folder / TEMPLATE_FOLDER

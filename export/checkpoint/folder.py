@@ -1,8 +1,8 @@
-"""A checkpoint folder as lazily read tensors: config.json and safetensors shards in, numpy arrays out.
+"""Opens a checkpoint folder (config.json and safetensors shards) and reads its tensors as numpy arrays on demand.
 
-Nothing from a checkpoint is executed: pickled weights (.bin, .pt) and remote code are refused. Headers are read when
-the checkpoint is opened and checked against the files' sizes and the index; a tensor's bytes are read when it is
-asked for, into memory of its own rather than a mapping, so resident memory is what the caller holds.
+Nothing from a checkpoint is executed: pickled weights (.bin, .pt) and remote code are refused. Opening a checkpoint
+reads the headers and checks them against the files' sizes and the index. A tensor's bytes are read when the caller asks
+for them, into an array rather than a mapping, so that resident memory is what the caller holds.
 
     checkpoint = open_checkpoint("mlabonne/phixtral-4x2_8")      # a folder or a hub id
     checkpoint.tensors["lm_head.linear.bias"].shape               # (51200,)
@@ -40,19 +40,20 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """An opened checkpoint: its raw config and the place of every tensor."""
+    """An opened checkpoint: the values of config.json, and where each tensor is stored."""
 
     folder: Path
     identity: str
-    revision: str | None  # the commit of a hub id
+    revision: str | None  # commit, for a checkpoint that was given as a hub id
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     shards: tuple[Path, ...]
 
     def read(self, name: str, rows: slice | None = None, row_shape: tuple[int, ...] | None = None) -> npt.NDArray[Any]:
-        """The tensor, or `rows` of its first axis, in the stored dtype. Raises CheckpointError when the file ends.
+        """Read a tensor, or `rows` of its first axis, in the stored dtype. Raises CheckpointError if the file ends
+        early.
 
-        `row_shape` sees the tensor as [rows, *row_shape]: with [H] the E experts of [E, F, H] are E*F rows.
+        With `row_shape` the tensor is reshaped to [rows, *row_shape] first: with (H,), [E, F, H] has E*F rows.
         """
         stored = self.tensors[name]
         inner = stored.shape[1:] if row_shape is None else row_shape
@@ -65,7 +66,7 @@ class Checkpoint:
         return array
 
     def read_into(self, stored: StoredTensor, start: int, view: memoryview) -> None:
-        """Fill `view` with a tensor's bytes from its byte `start` on. Raises CheckpointError when the file ends."""
+        """Fill `view` with a tensor's bytes from its byte `start` on. Raises CheckpointError if the file ends early."""
         done = 0
         doing = f"reading {named(stored.name)} from {named(stored.shard)}"
         with open_regular(stored.shard, doing, CheckpointError) as file:
@@ -82,7 +83,7 @@ class Checkpoint:
     def read_finite(
         self, name: str, rows: slice | None = None, row_shape: tuple[int, ...] | None = None
     ) -> npt.NDArray[Any]:
-        """What `read` gives. Raises CheckpointError when a value is not finite."""
+        """Like `read`, and raises CheckpointError if a value is NaN or infinite."""
         stored = self.read(name, rows, row_shape)
         if not all_finite(stored):
             bad = int(stored.size - np.isfinite(stored.astype(np.float32)).sum())
@@ -95,17 +96,17 @@ class Checkpoint:
     def read_float32(
         self, name: str, rows: slice | None = None, row_shape: tuple[int, ...] | None = None
     ) -> npt.NDArray[np.float32]:
-        """What `read_finite` gives, as float32."""
+        """Like `read_finite`, converted to float32."""
         return widen(self.read_finite(name, rows, row_shape))
 
     def tokenizer_files(self) -> list[Path]:
-        """The tokenizer and generation files that travel with the model."""
+        """Paths of the tokenizer and settings files that are copied with the model."""
         return [self.folder / name for name in text_files(self.folder)]
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a regular file's bytes, in hexadecimal. Raises CheckpointError for anything else: it may have taken
-    the file's place since it was looked at, and a pipe would block for ever."""
+    """SHA-256 of a regular file's bytes, in hexadecimal. Raises CheckpointError if the file is not regular: another one
+    may have replaced it since it was checked, and reading a pipe would block for ever."""
     with open_regular(path, f"reading {named(path)}", CheckpointError) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -148,7 +149,8 @@ def open_checkpoint(location: str | Path) -> Checkpoint:
 
 
 def _download(location: str) -> Path:
-    """Fetch a hub repository's configuration, safetensors and tokenizer; never its code or pickles."""
+    """Download a hub repository's configuration, safetensors and tokenizer, never its code or pickles; returns the
+    folder in the hub's cache."""
     if not HUB_ID.fullmatch(location):
         raise CheckpointError(
             f"opening the checkpoint {named(location)}: no such folder, and not a hub id like owner/name; "
@@ -171,11 +173,11 @@ def _download(location: str) -> Path:
 
 
 def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The shard files that transformers would read, and the index's weight map where it is the index that it reads.
+    """The shards that transformers would read, and the index's weight map if the shards come from the index.
 
-    They are model.safetensors, else those of the index (transformers/modeling_utils.py, `from_pretrained`), else the
-    one file there is. Others are named in a warning: what they hold is no part of the model. An index must be whole
-    even where it is not what is read.
+    The shards are model.safetensors, else the files that the index names (transformers/modeling_utils.py,
+    `from_pretrained`), else the only safetensors file. Other safetensors files are not part of the model; a warning
+    names them. Every shard that an index names must exist, even if the index is not used.
     """
     index, whole = folder / INDEX_FILE, folder / WEIGHTS_FILE
     found = sorted(folder.glob("*.safetensors"))
@@ -222,12 +224,12 @@ def _indexed_shards(folder: Path, weight_map: Mapping[str, str]) -> list[Path]:
 
 
 def _is_other_format(path: Path) -> bool:
-    """Whether a safetensors file holds an adapter, or a model under names that are not transformers'."""
+    """Whether a safetensors file holds an adapter, or a model whose tensors do not have transformers' names."""
     return path.name.startswith(("adapter_", "consolidated"))
 
 
 def _no_weights(folder: Path, found: list[Path]) -> str:
-    """What is wrong with a folder in which transformers would find no safetensors weights, and what to do."""
+    """The end of the error for a folder without safetensors weights that transformers would find: what to do."""
     if any(_SHARD_NAME.fullmatch(path.name) for path in found):
         return f"{len(found)} safetensors files but no {INDEX_FILE}; download the index too"
     if found:
@@ -245,7 +247,7 @@ def _no_weights(folder: Path, found: list[Path]) -> str:
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """Raise CheckpointError for a folder that holds an adapter and no model."""
+    """Raise CheckpointError if a folder holds an adapter and no model."""
     settings = folder / "adapter_config.json"
     if not is_there(settings) or any(is_there(folder / name) for name in (WEIGHTS_FILE, INDEX_FILE)):
         return

@@ -1,9 +1,10 @@
-"""The header of a safetensors file, read as strictly as the safetensors library reads it, or more.
+"""Reads the header of a safetensors file, at least as strictly as the safetensors library does.
 
-The format: an unsigned 64-bit little-endian length, a JSON header of so many bytes in UTF-8, then the tensors' bytes,
+The format: an unsigned 64-bit little-endian length, a JSON header of that many bytes in UTF-8, then the tensors' bytes,
 row-major and little-endian, one after the other without a gap, to the end of the file
 (https://github.com/huggingface/safetensors, README, section "Format"; what is refused: safetensors/src/tensor.rs).
-Beyond the library, a name that stands twice, an entry with other keys and dimensions that no array has are refused.
+Three things are refused that the library accepts: the same name twice, an entry with unknown keys, and dimensions that
+no array can have.
 """
 
 from __future__ import annotations
@@ -22,27 +23,27 @@ import numpy.typing as npt
 from export.errors import CheckpointError, listing, named, shown
 from export.files.reading import MAX_JSON_BYTES, decode_text, open_regular, parse_json
 
-# Bits of a value, for every dtype of the format.
+# Bits of one value, for every dtype of the format.
 _ITEM_BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
     "U16": 16, "U8": 8, "BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
     "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
-# What weights may be stored in: the name that numpy and config.json have for it to the label of the format.
+# The dtypes that weights may be stored in: name in numpy and config.json -> label of the format.
 FLOAT_LABELS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 FLOAT_DTYPES = tuple(FLOAT_LABELS.values())
-MAX_RANK = 32  # numpy's, before 2.0
-_MAX_SIZE = 1 << 48  # of one dimension: far above any file's values
+MAX_RANK = 32  # most dimensions of a tensor: numpy's limit before 2.0
+_MAX_SIZE = 1 << 48  # limit on one dimension or offset: far above any file's
 _METADATA = "__metadata__"
 
 
 def itemsize(dtype: str) -> int:
-    """Bytes of one value of a label whose values take whole bytes."""
+    """Bytes of one value, for a dtype whose values take whole bytes."""
     return _ITEM_BITS[dtype] // 8
 
 
 def numpy_dtype(dtype: str) -> npt.DTypeLike:
-    """The numpy dtype of a label that numpy has one for; bfloat16 has its own row and never passes through float16."""
+    """The numpy dtype of a label of the format. bfloat16 is ml_dtypes' type. Raises KeyError for other labels."""
     if dtype == "BF16":
         import ml_dtypes
 
@@ -53,7 +54,7 @@ def numpy_dtype(dtype: str) -> npt.DTypeLike:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Where one tensor lies: `offset` and `num_bytes` are bytes in `shard`."""
+    """A tensor's dtype, shape and place: `num_bytes` bytes from byte `offset` of the file `shard` on."""
 
     name: str
     dtype: str
@@ -69,13 +70,14 @@ class StoredTensor:
 
 
 def header_bytes(shard: Path) -> bytes:
-    """The length and the JSON header at the start of a safetensors file. Raises CheckpointError."""
+    """The header at the start of a safetensors file: its length field and its JSON. Raises CheckpointError."""
     with open_regular(shard, f"opening {named(shard)}", CheckpointError) as file:
         return _header_bytes(shard, file)
 
 
 def read_header(shard: Path) -> list[StoredTensor]:
-    """Every tensor of one shard, which together fill the file. Raises CheckpointError for a damaged header."""
+    """Read the header of a shard; returns its tensors, whose bytes fill the rest of the file. Raises CheckpointError
+    for a damaged header."""
     doing = f"opening {named(shard)}"
     with open_regular(shard, doing, CheckpointError) as file:
         data = _header_bytes(shard, file)
@@ -132,7 +134,7 @@ def _check_metadata(doing: str, header: dict[str, Any]) -> None:
 
 
 def _read_entry(shard: Path, name: str, entry: Any, data_offset: int) -> StoredTensor:  # noqa: ANN401 - JSON value
-    """One tensor's entry of the header, every value of the type that the format asks for."""
+    """Read one tensor's entry of the header and check the type of every value. Raises CheckpointError."""
 
     fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape", ""), fields.get("data_offsets", "")
@@ -160,13 +162,14 @@ def _read_entry(shard: Path, name: str, entry: Any, data_offset: int) -> StoredT
 
 
 def _are_counts(value: Any) -> bool:  # noqa: ANN401 - JSON value
-    """Whether a JSON value is a list of few whole numbers that can be sizes or places in a file."""
+    """Whether a JSON value is a list of at most MAX_RANK whole numbers that can be dimensions or offsets in a file."""
     few = isinstance(value, list) and len(value) <= MAX_RANK
     return few and all(type(item) is int and 0 <= item < _MAX_SIZE for item in value)
 
 
 def _layout_problems(tensors: list[StoredTensor], begin: int, size: int) -> list[str]:
-    """Where the tensors do not have the bytes that their shapes ask for, or do not fill the file from `begin` on."""
+    """One problem for each tensor that has too many or too few bytes for its shape, or is not where the one before it
+    ends. The first tensor begins at byte `begin` of a file of `size` bytes, and the last ends at the file's end."""
     problems: list[str] = []
     end, before = begin, "the header"
     for stored in sorted(tensors, key=lambda stored: (stored.offset, stored.num_bytes)):
@@ -180,7 +183,8 @@ def _layout_problems(tensors: list[StoredTensor], begin: int, size: int) -> list
 
 
 def _misplaced(stored: StoredTensor, bits: int, end: int, before: str, size: int) -> Iterator[str]:
-    """What is wrong with the place of a tensor of `bits`, after one that ends at byte `end` of a file of `size`."""
+    """Problems with the place of a tensor that should take `bits` bits, in a file of `size` bytes. The tensor before
+    it, `before`, ends at byte `end`."""
     name, last = named(stored.name), stored.offset + stored.num_bytes
     if 8 * stored.num_bytes != bits:
         expected = f"{shown(bits)} bits" if bits % 8 else f"{shown(bits // 8)} bytes"

@@ -1,6 +1,6 @@
-"""Tensors as a stream in, safetensors files out, so that memory holds one chunk at a time.
+"""Writes tensors to safetensors files in chunks, so that memory holds one chunk at a time.
 
-Shapes and dtypes are known before any value is: the header goes first, the bytes follow in its order.
+Shapes and dtypes must be known before the values: the header is written first, then the bytes in the header's order.
 
     tensors = [PlannedTensor(name="a", dtype="F16", shape=(4, 8)), ...]
     write_sharded(folder, tensors, lambda tensor: chunks_of(tensor.name), max_shard_bytes=5_000_000_000)
@@ -59,7 +59,8 @@ def plan_shards(tensors: Sequence[PlannedTensor], max_shard_bytes: int) -> list[
 def write_sharded(
     folder: Path, tensors: Sequence[PlannedTensor], chunks: Chunks, *, max_shard_bytes: int
 ) -> list[Path]:
-    """Write every tensor under `folder`; returns the shards' paths. Errors as in `write_safetensors`."""
+    """Write tensors as shards into `folder`, with an index if there are several; returns the shards' paths. Raises the
+    errors of `write_safetensors`."""
     shards = plan_shards(tensors, max_shard_bytes)
     if len(shards) == 1:
         paths = [folder / "model.safetensors"]
@@ -75,9 +76,11 @@ def write_sharded(
 
 
 def write_safetensors(path: Path, tensors: Sequence[PlannedTensor], chunks: Chunks) -> None:
-    """Write one file. `chunks(tensor)` gives the values, row-major, as arrays of the planned dtype, in any split.
+    """Write one safetensors file. `chunks(tensor)` yields the tensor's values, row-major, as any number of arrays of
+    the planned dtype.
 
-    Raises OutputError when the chunks are of another dtype or do not add up to the plan, and where the disk refuses.
+    Raises OutputError if the chunks have another dtype or do not add up to the planned size, and for errors of the
+    disk.
     """
     try:
         with path.open("wb", buffering=0) as file:
@@ -89,9 +92,9 @@ def write_safetensors(path: Path, tensors: Sequence[PlannedTensor], chunks: Chun
 
 
 def header_of(tensors: Sequence[PlannedTensor]) -> bytes:
-    """Length and JSON header of a file that holds these tensors one after the other.
+    """The header of a file that holds these tensors one after the other: its length field and its JSON.
 
-    `format: pt` in the metadata is what transformers asks of a file.
+    transformers requires `format: pt` in the metadata.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -116,7 +119,7 @@ def _write_tensor(file: io.FileIO, tensor: PlannedTensor, chunks: Iterable[npt.N
 
 
 def _write_all(file: io.FileIO, data: bytes | memoryview) -> None:
-    """A raw file may take a part of what it is given."""
+    """Write all of `data`; a single write to an unbuffered file may write less."""
     view = memoryview(data)
     while len(view):
         view = view[file.write(view) :]

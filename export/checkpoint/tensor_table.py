@@ -1,8 +1,8 @@
-"""The tensor table: every weight of a model under our name, with where a checkpoint keeps it.
+"""The tensor table: one row for each weight of a model, with our name and the checkpoint's tensors it is made of.
 
-A family declares its table once; loading, the completeness check, inspection, the plan of the ONNX file and the
-merged checkpoint are all derived from it. Our names are the phi-msft ones, or a family's own, with the experts of a
-layer stacked under one name.
+A family declares its table once. Loading, the check for missing tensors, inspection, the plan of the ONNX file and the
+merged checkpoint are all derived from it. Our names are those of phi-msft checkpoints, or names that a family defines;
+the experts of a layer are stacked under one name.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from export.checkpoint.safetensors_header import FLOAT_DTYPES, StoredTensor
 from export.errors import CheckpointError, listing, named, shown
 from export.floats import widen
 
-MAX_DESCRIBED = 8  # tensors that a message describes; a checkpoint of another model has tens of thousands
-CHUNK_ELEMENTS = 1 << 19  # 4 MiB as float32: large enough to be read at disk speed, small beside any real tensor
+MAX_DESCRIBED = 8  # most tensors that an error describes; with another model's checkpoint tens of thousands misfit
+CHUNK_ELEMENTS = 1 << 19  # values of a chunk, 2 MiB as float32: read at disk speed, and small beside any real tensor
 
 
 class Role(StrEnum):
-    """What a weight does; the precision recipe speaks of roles."""
+    """What a weight does in the network; a QuantPlan gives each role its bits."""
 
     EMBEDDING = "embedding"
     NORM = "norm"
@@ -40,20 +40,20 @@ class Role(StrEnum):
 
 
 class Join(StrEnum):
-    """How a table entry is put together from checkpoint tensors."""
+    """How a row of the table is put together from its parts."""
 
     NONE = "none"
     CONCATENATE = "concatenate"  # along axis 0: q, k and v into one
     STACK = "stack"  # along a new axis 0: the experts of a layer
-    INTERLEAVE = "interleave"  # stacked, each expert's rows taken in turn from a pair of parts: gate and up of a SwiGLU
+    INTERLEAVE = "interleave"  # as STACK, and an expert's rows alternate between two parts: gate and up of a SwiGLU
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One checkpoint tensor: its name there and the shape it must have.
+    """A tensor of the checkpoint that a row is made of, or a slice of one: the tensor's name and the part's shape.
 
-    Where several parts lie in one tensor of shape `stored_shape`, a part begins at row `first_row` of that tensor seen
-    as [rows, *shape[1:]].
+    If the checkpoint keeps several parts in one tensor, `stored_shape` is the shape of that tensor. The part begins at
+    row `first_row` of the tensor reshaped to [rows, *shape[1:]].
     """
 
     name: str
@@ -63,7 +63,7 @@ class Part:
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
-        """The shape of the checkpoint tensor."""
+        """The shape of the checkpoint's tensor that holds the part."""
         return self.shape if self.stored_shape is None else self.stored_shape
 
     @property
@@ -72,15 +72,15 @@ class Part:
 
     @property
     def first_element(self) -> int:
-        """Where in the checkpoint tensor the part begins."""
+        """The index of the part's first value in the checkpoint's tensor."""
         return self.first_row * math.prod(self.shape[1:])
 
     def read(self, checkpoint: Checkpoint, rows: slice | None = None) -> npt.NDArray[np.float32]:
-        """The part, or `rows` of it, as float32. Raises CheckpointError when a value is not finite."""
+        """Read the part, or `rows` of it, as float32. Raises CheckpointError if a value is not finite."""
         return widen(self.read_stored(checkpoint, rows))
 
     def read_stored(self, checkpoint: Checkpoint, rows: slice | None = None) -> npt.NDArray[Any]:
-        """As `read`, in the dtype that the checkpoint keeps."""
+        """Like `read`, in the dtype that the checkpoint stores."""
         if self.stored_shape is None:
             return checkpoint.read_finite(self.name, rows)
         first, last, _ = (rows or slice(None)).indices(self.shape[0])
@@ -89,7 +89,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """One row of the table. `letters` says the shape in the project's letters, e.g. "E F H"."""
+    """One row of the table. `letters` is the shape in the letters of `export.architecture`, e.g. "E F H"."""
 
     name: str
     shape: tuple[int, ...]
@@ -104,32 +104,33 @@ class TensorSpec:
 
     @property
     def groups(self) -> list[tuple[Part, ...]]:
-        """The parts in the order of their values; those of a group give their rows in turn."""
+        """The parts in the order of their values, in groups of one, or of two whose rows alternate."""
         size = 2 if self.join is Join.INTERLEAVE else 1
         return [self.parts[start : start + size] for start in range(0, len(self.parts), size)]
 
 
 def single(name: str, shape: tuple[int, ...], letters: str, role: Role, stored_name: str | None = None) -> TensorSpec:
-    """A row that is one checkpoint tensor."""
+    """A row that is one tensor of the checkpoint."""
     part = Part(name=stored_name or name, shape=shape)
     return TensorSpec(name=name, shape=shape, letters=letters, role=role, parts=(part,))
 
 
 def concatenated(name: str, parts: Sequence[Part], letters: str, role: Role) -> TensorSpec:
-    """A row that is several checkpoint tensors one after the other along axis 0."""
+    """A row that joins several parts along axis 0."""
     rows = sum(part.shape[0] for part in parts)
     shape = (rows, *parts[0].shape[1:])
     return TensorSpec(name=name, shape=shape, letters=letters, role=role, parts=tuple(parts), join=Join.CONCATENATE)
 
 
 def stacked(name: str, parts: Sequence[Part], letters: str, role: Role) -> TensorSpec:
-    """A row [E, ...] that is one checkpoint tensor an expert."""
+    """A row [E, ...] that stacks one part for each expert."""
     shape = (len(parts), *parts[0].shape)
     return TensorSpec(name=name, shape=shape, letters=letters, role=role, parts=tuple(parts), join=Join.STACK)
 
 
 def interleaved(name: str, pairs: Sequence[tuple[Part, Part]], letters: str, role: Role) -> TensorSpec:
-    """A row [E, 2 * rows, ...] that is one pair of parts an expert: even rows of the first, odd rows of the second."""
+    """A row [E, 2 * rows, ...] with a pair of parts for each expert: even rows are the first part's, odd rows the
+    second's."""
     rows, *others = pairs[0][0].shape
     parts = tuple(part for pair in pairs for part in pair)
     shape = (len(pairs), 2 * rows, *others)
@@ -138,13 +139,13 @@ def interleaved(name: str, pairs: Sequence[tuple[Part, Part]], letters: str, rol
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """A checkpoint seen through its family's table: float32 values under our names, read when asked for."""
+    """A checkpoint with its family's table: reads weights by our names, as float32, when they are asked for."""
 
     checkpoint: Checkpoint
     table: Mapping[str, TensorSpec]
 
     def load(self, name: str) -> npt.NDArray[np.float32]:
-        """The whole tensor, float32, in the table's shape."""
+        """Read a whole weight, float32, in the table's shape."""
         spec = self.table[name]
         if spec.join is Join.NONE:
             return spec.parts[0].read(self.checkpoint)
@@ -158,10 +159,11 @@ class Weights:
     def chunks(
         self, name: str, expert_order: Sequence[int] | None = None, multiple: int = 1
     ) -> Iterator[npt.NDArray[np.float32]]:
-        """The tensor's rows in order, float32, at most CHUNK_ELEMENTS at a time; stacked experts in `expert_order`.
+        """Read a weight in chunks of at most CHUNK_ELEMENTS values, float32, in the order of its rows; stacked experts
+        in `expert_order`.
 
-        A chunk of a stacked tensor holds rows of one expert, without the expert axis. All but the last of a part have
-        a multiple of `multiple` rows.
+        A chunk of a stacked weight holds rows of one expert, without the expert axis. The number of its rows is a
+        multiple of `multiple`, except in the last chunk of a part.
         """
         for _, _, parts in self.placed_chunks(name, expert_order, multiple):
             if len(parts) == 1:
@@ -175,8 +177,8 @@ class Weights:
     def placed_chunks(
         self, name: str, expert_order: Sequence[int] | None = None, multiple: int = 1
     ) -> Iterator[tuple[int, int, list[npt.NDArray[Any]]]]:
-        """The tensor's rows in order, as stored: each time the group that they are of (the expert, where stacked),
-        their first row in its parts, and the rows of each part. A first row is a multiple of `multiple`."""
+        """Read a weight in chunks, in the stored dtype. Yields the index of the group (if stacked: the expert), the
+        chunk's first row in the group's parts, and the rows of each part. A first row is a multiple of `multiple`."""
         groups = self.table[name].groups
         for index in range(len(groups)) if expert_order is None else expert_order:
             group = groups[index]
@@ -188,21 +190,23 @@ class Weights:
                 yield index, row, [part.read_stored(self.checkpoint, rows) for part in group]
 
     def run_starts(self, name: str) -> dict[str, list[int]]:
-        """At which bytes of each source tensor of a row a run of reading begins: where one of the row's parts does."""
+        """The first bytes of the runs (export/checkpoint/digests.py) in each source tensor of a row: the bytes at which
+        the row's parts begin."""
         starts: dict[str, list[int]] = {}
         for part in self.table[name].parts:
             starts.setdefault(part.name, []).append(part.first_element * self.checkpoint.tensors[part.name].itemsize)
         return {name: sorted(found) for name, found in starts.items()}
 
     def stored_dtypes(self) -> list[str]:
-        """The dtypes in which the checkpoint keeps the table's tensors."""
+        """The dtypes in which the checkpoint stores the table's tensors, as labels of the format."""
         return sorted({self.checkpoint.tensors[part.name].dtype for spec in self.table.values() for part in spec.parts})
 
 
 def open_weights(checkpoint: Checkpoint, specs: Sequence[TensorSpec], harmless: Sequence[str] = ()) -> Weights:
-    """Check a checkpoint against a table. Raises CheckpointError that lists every missing, extra or misshapen tensor.
+    """Check a checkpoint's tensors against a table; returns its weights.
 
-    `harmless` are endings of names that may be present and are not used (recomputed buffers).
+    Raises CheckpointError that lists the missing, extra and misshapen tensors. `harmless` lists endings of names that
+    may be present and are ignored (buffers that are recomputed).
     """
     misfits = list(_misfits(checkpoint, specs, tuple(harmless)))
     if misfits:
@@ -214,11 +218,12 @@ def open_weights(checkpoint: Checkpoint, specs: Sequence[TensorSpec], harmless: 
 def _misfits(
     checkpoint: Checkpoint, specs: Sequence[TensorSpec], harmless: tuple[str, ...]
 ) -> Iterator[Callable[[], str]]:
-    """What describes each tensor that is missing, misshapen, of no float dtype, or in no row of the table."""
+    """Yield, for each tensor that is missing, misshapen, not of a float dtype, or in no row of the table, a function
+    that describes the problem."""
     used: set[str] = set()
     for spec in specs:
         for part in spec.parts:
-            if part.name in used:  # another slice of a tensor that was looked at
+            if part.name in used:  # another slice of a tensor that was checked already
                 continue
             used.add(part.name)
             stored = checkpoint.tensors.get(part.name)

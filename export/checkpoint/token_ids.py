@@ -1,4 +1,4 @@
-"""The ids that end a text, begin one and fill a batch up, as config.json and generation_config.json state them."""
+"""Reads the end, begin and pad token ids from generation_config.json and config.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONFIG_FILE = "config.json"
 
 @dataclass(frozen=True, kw_only=True)
 class TokenIds:
-    """Ids that end a text, begin one, and fill a batch up; empty or None where no file names one."""
+    """The ids of the end tokens, the begin token and the pad token; empty or None if no file states one."""
 
     eos: tuple[int, ...]
     bos: int | None
@@ -25,7 +25,8 @@ class TokenIds:
 
 
 def read_token_ids(folder: Path, config: Mapping[str, Any]) -> TokenIds:
-    """The ids that config.json and generation_config.json state. Raises ConfigError for what is no token id."""
+    """Read the ids from generation_config.json, else from config.json. Raises ConfigError for a value that is not a
+    token id."""
     path = folder / GENERATION_FILE
     generation = read_json(path, GENERATION_FILE) if is_there(path) else {}
 
@@ -43,7 +44,7 @@ def read_token_ids(folder: Path, config: Mapping[str, Any]) -> TokenIds:
 def _ids(raw: Mapping[str, Any], key: str, name: str) -> tuple[int, ...]:
     value = raw.get(key)
     if value == -1 and type(value) is int and key == "pad_token_id":
-        return ()  # phi's and Llama's older files for "none"
+        return ()  # older files of phi and Llama write -1 for "none"
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(is_token_id(item) for item in ids):
         raise ConfigError(f"reading {name}: {key} is {shown(value)}, expected a token id or a list of them")

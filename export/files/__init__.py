@@ -1,1 +1,1 @@
-"""Files and folders: those of others read within bounds, one's own written whole or taken up again."""
+"""Reads files that others wrote, within bounds, and writes outputs that appear whole or can be resumed."""

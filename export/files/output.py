@@ -1,4 +1,4 @@
-"""Outputs that appear whole under their final name or not at all."""
+"""Writes outputs so that they appear complete under their final name, or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from export.files.reading import check_name
 
 
 def refuse_existing(final: Path, what: str) -> None:
-    """Raise OutputError where `final` exists, its name is no UTF-8 or its parent cannot hold it."""
+    """Raise OutputError if `final` exists, if its name is not UTF-8, or if its parent folder does not exist."""
     check_name(final.resolve(), f"writing {what}", OutputError)
     if final.exists() or final.is_symlink():
         raise OutputError(f"writing {what}: {final} exists already; name another output or remove it first")
@@ -27,14 +27,15 @@ def refuse_existing(final: Path, what: str) -> None:
 
 @contextmanager
 def staged_directory(final: Path, what: str) -> Iterator[Path]:
-    """Yield an empty sibling folder that becomes `final` by rename when the block ends well, and is removed when not.
+    """Yield an empty folder beside `final`. It is renamed to `final` when the block ends, and removed if the block
+    raises.
 
-    Raises OutputError when `final` exists, at the start and again before the rename, and when the disk refuses.
+    Raises OutputError if `final` exists, at the start or before the rename, and for errors of the disk.
     """
     refuse_existing(final, what)
     final = final.resolve()
     try:
-        # A part of the name is enough to be recognised; the whole could exceed what a file system takes.
+        # The start of the name is enough to recognise the folder; all of it could be too long for the file system.
         staging = Path(tempfile.mkdtemp(prefix=f".{final.name[:64]}.partial-", dir=final.parent))
     except OSError as error:
         raise OutputError(f"writing {what} to {final}: {error.strerror} ({error.filename})") from error
@@ -55,7 +56,7 @@ def staged_directory(final: Path, what: str) -> Iterator[Path]:
 
 
 def flush_to_disk(folder: Path, contents: bool = True) -> None:
-    """fsync a folder and, with `contents`, every file and folder in it, so that a rename never outruns the data."""
+    """fsync a folder and, with `contents`, every file and folder in it, so that the data is on disk before a rename."""
     for path in [*(folder.rglob("*") if contents else ()), folder]:
         if path.is_symlink():
             continue
@@ -67,8 +68,8 @@ def flush_to_disk(folder: Path, contents: bool = True) -> None:
 
 
 def forget_pages(path: Path) -> None:
-    """Let go of a file that is on the disk from the page cache, where the system lets us: whoever maps it next chooses
-    the pages that it is read into."""
+    """Drop a flushed file from the page cache, if the system supports that. A process that maps the file later can then
+    choose into which kind of pages it is read."""
     if not hasattr(os, "posix_fadvise"):
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -79,7 +80,7 @@ def forget_pages(path: Path) -> None:
 
 
 def require_space(final: Path, num_bytes: int, what: str) -> None:
-    """Raise OutputError where the file system of `final` has less than `num_bytes` free."""
+    """Raise OutputError if the file system of `final` has less than `num_bytes` free."""
     parent = final.resolve().parent
     free = shutil.disk_usage(parent).free
     if num_bytes > free:
@@ -90,7 +91,8 @@ def require_space(final: Path, num_bytes: int, what: str) -> None:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write `text` under `path` by rename, so that a reader sees the old or the new text, never a part."""
+    """Replace the file `path` by one that holds `text`, by rename: a reader sees the old or the new text, never a
+    part."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

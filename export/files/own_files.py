@@ -1,7 +1,8 @@
-"""Folders and files that are kept beside an output, where others may be able to write: what they put there is refused.
+"""Opens our own folders and files in places where other users may write, and refuses what others have put there.
 
-A name that is known beforehand can be taken beforehand: by a symbolic or hard link to a file of ours, by a pipe, by
-a folder of another user. Nothing here follows a link, waits for a pipe, or writes to a file that has a second name.
+Another user can guess the name of such a file and create it first: as a symbolic or hard link to another of our files,
+as a pipe, or as a folder of their own. The functions here never follow a link, wait for a pipe, or write to a file that
+has a second name (a hard link).
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 @contextmanager
 def own_folder(path: Path, doing: str) -> Iterator[int]:
-    """A descriptor of the folder, made for this user alone where there is none.
+    """Open our folder `path` and yield its descriptor; a missing folder is created, for this user only.
 
-    Raises OutputError, which begins with what was being done, for a link, for anything that is no folder, and for a
-    folder that belongs to another user or that others may write to; OSError as the system does.
+    Raises OutputError, whose message begins with `doing`, for a link, for anything else that is not a folder, and for a
+    folder that belongs to another user or that others may write to. Raises OSError if the system refuses.
     """
     made = True
     try:
@@ -41,7 +42,8 @@ def own_folder(path: Path, doing: str) -> Iterator[int]:
 
 
 def require_own_folder(path: Path, doing: str, *, made: bool = False) -> None:
-    """Raise as `own_folder` does. Where the folder was just `made`, its mode is the file system's own matter."""
+    """Raise OutputError for the folders that `own_folder` refuses. The mode of a folder that was just `made` is not
+    checked, since some file systems set their own."""
     facts = path.lstat()
     if not stat.S_ISDIR(facts.st_mode):
         raise OutputError(f"{doing}: {path} is {_kind(facts)}, expected a folder of an earlier run; remove it")
@@ -59,10 +61,11 @@ def require_own_folder(path: Path, doing: str, *, made: bool = False) -> None:
 
 @contextmanager
 def open_own(name: str, folder: int, flags: int, path: Path, doing: str) -> Iterator[int]:
-    """A descriptor of the file of that name in a folder, for reading or writing; `path` is what messages call it.
+    """Open the file `name` in the folder with the descriptor `folder` and yield its descriptor. `path` is the file's
+    name in messages.
 
-    Raises OutputError for a link, for anything that is no regular file, and for a file of another user or with a
-    second name; OSError as the system does.
+    Raises OutputError for a link, for anything else that is not a regular file, and for a file that belongs to another
+    user or has a second name. Raises OSError if the system refuses.
     """
     try:
         descriptor = os.open(name, flags | _NOT_FOLLOWED | os.O_NONBLOCK, 0o600, dir_fd=folder)
@@ -81,7 +84,7 @@ def open_own(name: str, folder: int, flags: int, path: Path, doing: str) -> Iter
 
 
 def require_own_file(path: Path, doing: str) -> None:
-    """Raise OutputError where a file is a link, no regular file, another user's, or one with a second name."""
+    """Raise OutputError if a file is a link or not regular, belongs to another user, or has a second name."""
     facts = path.lstat()
     if not stat.S_ISREG(facts.st_mode) or facts.st_nlink != 1 or facts.st_uid != os.geteuid():
         raise _irregular(facts, path, doing)
@@ -89,8 +92,8 @@ def require_own_file(path: Path, doing: str) -> None:
 
 @contextmanager
 def open_log(path: Path, doing: str, error: type[MoeshipError]) -> Iterator[int]:
-    """A descriptor for appending to a log, made where there is none. Raises `error` for a link, for anything that is no
-    regular file, and where the system refuses."""
+    """Open a log for appending and yield its descriptor; a missing log is created. Raises `error` for a link, for
+    anything else that is not a regular file, and if the system refuses."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NOT_FOLLOWED | os.O_NONBLOCK, 0o644)
     except OSError as reason:
@@ -107,14 +110,14 @@ def open_log(path: Path, doing: str, error: type[MoeshipError]) -> Iterator[int]
 
 
 def write_all(descriptor: int, data: bytes) -> None:
-    """Write all of the bytes."""
+    """Write all of `data` to a descriptor; a single os.write may write less."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
 
 
 def write_all_at(descriptor: int, data: bytes, position: int) -> None:
-    """Write all of the bytes from a position of the file on."""
+    """Write all of `data` to a file from byte `position` on; a single os.pwrite may write less."""
     view = memoryview(data)
     while view:
         written = os.pwrite(descriptor, view, position)
@@ -122,7 +125,8 @@ def write_all_at(descriptor: int, data: bytes, position: int) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder with all in it, or a link and not what it points to; nothing where nothing is."""
+    """Remove a file, a folder with its contents, or a link without its target. Does nothing if the path does not
+    exist."""
     facts = _lstat(os.fspath(path), None)
     if facts is None:
         return

@@ -1,11 +1,11 @@
-"""Files that others wrote, read within bounds: bytes, text, JSON and YAML, and one kind of error for each.
+"""Reads files that others wrote, within bounds: bytes, text and JSON. Every failure raises the caller's error class.
 
     config = read_json(folder / "config.json", "config.json of the checkpoint")
 
-Only regular files are read: a pipe would block for ever, a device can do anything. A file's size is looked at before
-it is read, and the number of its values before they are made, so that memory and time are bounded by constants. Text
-is UTF-8 without a byte-order mark, as RFC 8259 has it for JSON; no key of an object may stand twice, since readers
-differ in which of the two they take.
+Only regular files are read: reading a pipe could block for ever, and opening a device can have side effects. The size
+of a file is checked before it is read, and the number of its values before they are created, so that memory and time
+are bounded by constants. Text is UTF-8 without a byte-order mark, as RFC 8259 requires for JSON. An object with the
+same key twice is refused, since JSON readers differ in which of the two values they take.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any, NoReturn
 
 from export.errors import ConfigError, MoeshipError, named, shown
 
-MAX_JSON_BYTES = 32 << 20  # the index of a checkpoint of 250,000 tensors
-# Brackets and commas of a JSON text, which its values cannot outnumber by more than one. A value takes up to 250 bytes.
+MAX_JSON_BYTES = 32 << 20  # enough for the index of a checkpoint of 250,000 tensors
+# Limit on brackets and commas in a JSON text: it has at most one value more. A value takes up to 250 bytes of memory.
 MAX_JSON_VALUES = 1_000_000
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -33,10 +33,10 @@ Kind = type[MoeshipError]
 
 @contextmanager
 def open_regular(path: Path, doing: str, error: Kind = ConfigError) -> Iterator[io.FileIO]:
-    """A regular file, open for reading without a buffer. Raises `error`, which says what was being done, for whatever
-    else lies there and where the system refuses."""
+    """Open a regular file for reading, without a buffer. Raises `error`, whose message begins with `doing`, for
+    anything that is not a regular file, and if the system refuses."""
     with _mended(path, doing, error):
-        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - looked at before it is opened: a device may react
+        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - checked before opening: a device may react
             _refuse_irregular(path, doing, error)
         file = open(path, "rb", buffering=0, opener=_without_waiting)  # noqa: SIM115 - closed below
     with file:
@@ -52,7 +52,7 @@ def _refuse_irregular(path: Path, doing: str, error: Kind) -> NoReturn:
 
 
 def is_regular(path: Path) -> bool:
-    """Whether a regular file lies there; false for a name that no file can have."""
+    """Whether `path` is a regular file or a link to one; false for a name that no file can have."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116 - of a name that may not be one
     except (OSError, ValueError):
@@ -60,18 +60,21 @@ def is_regular(path: Path) -> bool:
 
 
 def is_there(path: Path) -> bool:
-    """Whether anything lies there, of whatever kind, a link to nothing too: whoever put it there meant a file, and to
-    do without would lose what the file says. False for a name that no file can have."""
+    """Whether anything of that name exists, a broken link included; false for a name that no file can have.
+
+    Use it for optional files: a broken link shows that a file was meant to be there, so it must be refused and not
+    taken for a missing file.
+    """
     return os.path.lexists(path)
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder lies there; false for a name that no file can have."""
+    """Whether `path` is a folder or a link to one; false for a name that no file can have."""
     return os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises for such a name
 
 
 def check_name(path: Path | str, doing: str, error: Kind = ConfigError) -> None:
-    """Raise `error` for a path with bytes that are no UTF-8: manifests are text, and ONNX Runtime takes text."""
+    """Raise `error` for a path that is not UTF-8: it could not be written in a manifest or given to ONNX Runtime."""
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError as reason:
@@ -79,7 +82,7 @@ def check_name(path: Path | str, doing: str, error: Kind = ConfigError) -> None:
 
 
 def read_bytes(path: Path, what: str, *, most: int = MAX_JSON_BYTES, error: Kind = ConfigError) -> bytes:
-    """The bytes of a regular file of at most `most`. Raises `error`, also where the file changes meanwhile."""
+    """Read a regular file of at most `most` bytes. Raises `error`, also if the file changes while it is read."""
     doing = f"reading {what}"
     with open_regular(path, doing, error) as file, _mended(path, doing, error):
         before = os.fstat(file.fileno())
@@ -98,7 +101,7 @@ def read_bytes(path: Path, what: str, *, most: int = MAX_JSON_BYTES, error: Kind
 
 
 def decode_text(data: bytes, doing: str, path: Path, error: Kind = ConfigError) -> str:
-    """UTF-8 without a byte-order mark, as text. Raises `error`."""
+    """Decode UTF-8 without a byte-order mark. Raises `error`."""
     if data.startswith(_BYTE_ORDER_MARK):
         raise error(f"{doing}: {named(path)} begins with a byte-order mark; save it as UTF-8 without one")
     try:
@@ -110,12 +113,12 @@ def decode_text(data: bytes, doing: str, path: Path, error: Kind = ConfigError) 
 
 
 def read_text(path: Path, what: str, *, most: int = MAX_JSON_BYTES, error: Kind = ConfigError) -> str:
-    """The text of a regular UTF-8 file of at most `most` bytes. Raises `error`."""
+    """Read the text of a regular UTF-8 file of at most `most` bytes. Raises `error`."""
     return decode_text(read_bytes(path, what, most=most, error=error), f"reading {what}", path, error)
 
 
 def read_json(path: Path, what: str, error: Kind = ConfigError) -> dict[str, Any]:
-    """A JSON object from a file. Raises `error` when the file is absent, not JSON, or not an object."""
+    """Read a JSON object from a file. Raises `error` if the file is missing, not JSON, or not an object."""
     text = read_text(path, what, error=error)
     try:
         value = parse_json(text)
@@ -127,8 +130,8 @@ def read_json(path: Path, what: str, error: Kind = ConfigError) -> dict[str, Any
 
 
 def whole_number(text: str, least: int, most: int) -> int | None:
-    """The number that a text of digits alone says, where it lies between the two; None for any other text. The time it
-    takes does not grow with the text."""
+    """Parse a whole number from `least` to `most`, written in digits only; None for any other text. A long text is not
+    converted, so that the time stays small."""
     digits = text.lstrip("0") or text[:1]
     if not text.isdecimal() or len(digits) > len(str(most)):
         return None
@@ -137,11 +140,11 @@ def whole_number(text: str, least: int, most: int) -> int | None:
 
 
 def parse_json(text: str, *, standard: bool = False) -> Any:  # noqa: ANN401 - JSON value
-    """The value of a JSON text. Raises ValueError with the reason in one line.
+    """Parse a JSON text. Raises ValueError with the reason in one line.
 
-    Refused beside what `json` refuses: a key that stands twice in an object, more than MAX_JSON_VALUES values,
-    nesting that Python cannot follow, and halves of surrogate pairs, which no file name and no output can hold.
-    `standard` also refuses NaN, Infinity and a -0, which Python reads and Rust's serde_json does not.
+    Besides what Python's `json` refuses, these are refused: the same key twice in an object, more than MAX_JSON_VALUES
+    values, nesting too deep for Python, and unpaired surrogates, which cannot be encoded in a file name or output.
+    `standard` also refuses NaN, Infinity and -0, which Python reads and Rust's serde_json does not.
     """
     if text.count("[") + text.count("{") + text.count(",") > MAX_JSON_VALUES:
         raise ValueError(f"it holds more than {MAX_JSON_VALUES} values")
@@ -183,7 +186,7 @@ def _without_waiting(path: str, flags: int) -> int:
 
 @contextmanager
 def _mended(path: Path, doing: str, error: Kind) -> Iterator[None]:
-    """What the system refuses, and paths that are none (a NUL in them), as `error`."""
+    """Turn an OSError in the block, and the ValueError for a path with a NUL character, into `error`."""
     try:
         yield
     except FileNotFoundError as reason:

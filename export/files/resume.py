@@ -1,15 +1,16 @@
-"""A folder made in parts that outlives the process: an interrupted run is taken up by the next one.
+"""Writes an output folder in parts, with a journal, so that the next run can resume an interrupted one.
 
-Beside the output NAME lies `.NAME.partial` while it is made:
+While the output NAME is written, there is a folder `.NAME.partial` beside it:
 
-    lock      held (flock) by the process that writes, and released by its death
-    journal   one JSON object a line: first what the parts are made from, then a record of every finished part
-    content   the folder that becomes NAME by rename when it is whole
+    lock      locked (flock) by the process that writes; the system releases it when the process ends
+    journal   one JSON object a line: first the fingerprint (settings and source files), then a record of every
+              finished part
+    content   the folder that becomes NAME by rename when it is complete
 
-Folder and files are this user's alone; a link or another user's file in their place is refused (`own_files.py`).
-A line is appended when its part is written. What a kill tears off the journal's end is cut off; what a crash of the
-machine leaves unwritten of a part is found by whoever checks the record's digests. Runs that would make other bytes
-start anew; a source that changed meanwhile is refused, and the parts are kept.
+Only this user can read or write them; a link or a file of another user in their place is refused (`own_files.py`).
+A line is appended when its part is written. If a process is killed while it writes a line, the next run cuts off the
+incomplete line. If the machine crashes before a part is on the disk, the caller finds that by the digests in the part's
+record. A run with other settings starts anew. If a source file has changed, the run is refused and the parts are kept.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ from export.files.own_files import open_own, own_folder, remove, require_own_fil
 
 logger = logging.getLogger(__name__)
 
-MAX_JOURNAL_BYTES = 64 << 20  # some thousand parts of a kilobyte each
-_MAX_NAME_BYTES = 255  # of one name, on the usual file systems
+MAX_JOURNAL_BYTES = 64 << 20  # far above a journal of some thousand parts of a kilobyte each
+_MAX_NAME_BYTES = 255  # longest file name of the usual file systems
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """What tells one state of a source file from another: bytes, time of the last write in ns, SHA-256 of what is cheap
-    to read of it (a shard's header, all of a small file).
+    """The state of a source file, by which a change is noticed: size, time of modification in ns, and SHA-256 of a
+    shard's header or of all of a small file.
 
-    A writer can put that time back. What it cannot put back is `changed_ns`, when anything of the file changed, and
-    what another file in its place does not have is `inode`. A change of `access` (mode, user, group, number of names)
-    moves `changed_ns` too and leaves the content alone.
+    A program can set the time of modification back, but not `changed_ns`, the time of the last change of content or
+    attributes, and another file in its place has another `inode`. A change of `access` (mode, user, group, number of
+    links) also changes `changed_ns` and leaves the content as it was.
     """
 
     bytes: int
@@ -59,7 +60,7 @@ class SourceFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """Everything that decides the bytes: settings (plain JSON values), and source files by path."""
+    """Everything that decides the bytes of an output: settings (plain JSON values), and source files by path."""
 
     settings: Mapping[str, Any]
     sources: Mapping[str, SourceFile]
@@ -67,12 +68,13 @@ class Fingerprint:
 
 @dataclass(frozen=True, kw_only=True)
 class PartialFolder:
-    """The folder under construction: write into `content`, tell each finished part to `append`. `moved` names source
-    files that look as they did when the earlier run began, but for their inode or time of change: only digests can tell
-    whether their content is the same."""
+    """The partial folder of an output. Write into the folder `content`, and call `append` after each finished part.
+
+    `moved` names source files with the same size, time of modification and SHA-256 as in the earlier run and another
+    inode or time of change: only digests of all their bytes can tell whether their content is the same."""
 
     content: Path
-    records: tuple[Mapping[str, Any], ...]  # of the parts that an earlier run finished
+    records: tuple[Mapping[str, Any], ...]  # records of the parts that an earlier run finished
     moved: tuple[str, ...]
     _journal: BinaryIO
 
@@ -83,7 +85,7 @@ class PartialFolder:
 
 
 def partial_path(final: Path) -> Path:
-    """Where `final` is made: beside it, under a name that depends on its name alone."""
+    """The path of the partial folder of `final`: beside it, with a name that depends only on the name of `final`."""
     final = final.resolve()
     name = f".{final.name}.partial"
     if len(os.fsencode(name)) > _MAX_NAME_BYTES:
@@ -93,7 +95,8 @@ def partial_path(final: Path) -> Path:
 
 
 def refuse_made(final: Path, what: str) -> None:
-    """As `refuse_existing`; removes what a kill just after the rename left beside `final`."""
+    """Raise OutputError if `final` exists, as `refuse_existing`. If it does, and the run that made it was killed just
+    after the rename, the rest of its partial folder is removed first."""
     if final.exists() and not (partial_path(final) / "content").exists():
         shutil.rmtree(partial_path(final), ignore_errors=True)
     refuse_existing(final, what)
@@ -103,12 +106,12 @@ def refuse_made(final: Path, what: str) -> None:
 def partial_folder(
     final: Path, what: str, fingerprint: Fingerprint, keep: tuple[str, ...], num_bytes: int
 ) -> Iterator[PartialFolder]:
-    """Yield the folder that becomes `final` when the block ends well; when not, finished parts stay for the next run,
-    unless it was refused (any MoeshipError but OutputError).
+    """Yield the partial folder of `final`; its content becomes `final` by rename when the block ends.
 
-    Of the content that an earlier run left only the files named in `keep` are there. `num_bytes` is what making it
-    takes on the disk. Raises OutputError when `final` exists, when another process is making it, and when the disk
-    lacks room or refuses; CheckpointError when a source changed.
+    If the block raises, finished parts are kept for the next run, except after a MoeshipError other than OutputError.
+    Of the content that an earlier run left, only the files named in `keep` are kept. `num_bytes` is the size of the
+    output on disk. Raises OutputError if `final` exists, if another process is writing it, and if the disk is full or
+    fails; CheckpointError if a source file changed since the earlier run.
     """
     refuse_made(final, what)
     require_space(final, num_bytes - held_bytes(final), what)
@@ -144,7 +147,7 @@ def partial_folder(
 
 @contextmanager
 def _locked(partial: Path, doing: str) -> Iterator[int]:
-    """Hold the lock of the folder, made if need be; yields the folder's descriptor."""
+    """Create the partial folder if it is missing, lock it, and yield its descriptor."""
     with ExitStack() as files:
         while True:
             try:
@@ -157,9 +160,9 @@ def _locked(partial: Path, doing: str) -> Iterator[int]:
             else:
                 if _is_at(lock, partial / "lock"):
                     break
-            files.close()  # another process finished and removed the folder before the lock was ours
+            files.close()  # another process finished and removed the folder before this one got the lock
         os.ftruncate(lock, 0)
-        with suppress(OSError):  # where the disk is full; the number only helps others to find this process
+        with suppress(OSError):  # the disk may be full; the number only tells others which process holds the lock
             os.pwrite(lock, str(os.getpid()).encode(), 0)
         yield held
 
@@ -185,8 +188,8 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def _open_journal(
     partial: Path, held: int, final: Path, what: str, fingerprint: Fingerprint, keep: tuple[str, ...]
 ) -> tuple[list[Mapping[str, Any]], tuple[str, ...]]:
-    """The records of an earlier run's finished parts, and which source files were moved since; the content is emptied
-    of all but what is kept."""
+    """Open the journal of an earlier run, or begin one; removes all content but the files in `keep`. Returns the
+    records of finished parts, and `moved` as PartialFolder describes it."""
     refuse_existing(final, what)
     doing = f"writing {what} to {final}"
     journal, content = partial / "journal", partial / "content"
@@ -234,13 +237,13 @@ def _sources(line: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _lasting(facts: Any) -> Any:  # noqa: ANN401 - JSON value
-    """Of a source file's state what a copy of it with its times has too."""
+    """The fields of a source file's state that a copy with the same time of modification has too."""
     return {key: facts.get(key) for key in ("bytes", "modified_ns", "sha256")} if isinstance(facts, dict) else facts
 
 
 def _read_journal(journal: Path, held: int, doing: str) -> tuple[list[Mapping[str, Any]], int]:
-    """The journal's objects up to the first line that is not one, and the bytes that they take; none without it. What
-    lies beyond MAX_JOURNAL_BYTES is no line of a build's."""
+    """Read the journal's objects up to the first line that is not a complete one; returns them and the bytes that they
+    take. Without a journal there are none. Bytes beyond MAX_JOURNAL_BYTES are ignored."""
     try:
         with open_own("journal", held, os.O_RDONLY, journal, doing) as opened, os.fdopen(os.dup(opened), "rb") as file:
             return _whole_lines(file.read(MAX_JOURNAL_BYTES))
@@ -264,7 +267,7 @@ def _whole_lines(data: bytes) -> tuple[list[Mapping[str, Any]], int]:
 
 
 def _differences(found: Any, expected: Mapping[str, Any]) -> list[str]:  # noqa: ANN401 - JSON value
-    """What differs, key by key."""
+    """One line for each key whose value differs."""
     before = found if isinstance(found, dict) else {}
     return [
         f"{key}: found {_short(expected.get(key))}, it was {_short(before.get(key))}"
@@ -282,8 +285,8 @@ def _short(value: Any) -> str:  # noqa: ANN401 - JSON value
 
 
 def _leave(partial: Path, held: int, doing: str, what: str, error: BaseException) -> None:
-    """Say how to go on. Nothing is kept without a finished part, or where the source must change: what was made of the
-    old one is of no use then."""
+    """After an error, tell the user how to resume, or remove the partial folder. It is removed if no part is finished,
+    and after an error that the user must mend in the source, since the parts were made from the old source."""
     lines, _ = _read_journal(partial / "journal", held, doing)
     if len(lines) < 2 or (isinstance(error, MoeshipError) and not isinstance(error, OutputError)):
         shutil.rmtree(partial, ignore_errors=True)
@@ -295,7 +298,8 @@ def _leave(partial: Path, held: int, doing: str, what: str, error: BaseException
 
 
 def held_bytes(final: Path) -> int:
-    """Bytes on disk of what an interrupted run left: the next run writes over them, or frees them."""
+    """Bytes on disk that an interrupted run of `final` takes. The next run overwrites or frees them, so they count as
+    free."""
     return sum(512 * path.lstat().st_blocks for path in (partial_path(final) / "content").glob("*"))
 
 

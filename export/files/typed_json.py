@@ -1,4 +1,4 @@
-"""JSON into frozen dataclasses with every type checked: what a manifest says is what its reader gets."""
+"""Converts JSON values to frozen dataclasses and checks the type of every field."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _T = TypeVar("_T")
 
 
 def read_typed(cls: type[_T], raw: Any, where: str = "") -> _T:  # noqa: ANN401 - JSON value
-    """`raw` as `cls`, a dataclass of numbers, texts, truths, tuples, mappings and other such dataclasses.
+    """Convert a JSON value to `cls`, a dataclass of numbers, strings, booleans, tuples, mappings and such dataclasses.
 
-    Raises ValueError naming the place, what was found and what was expected; missing and unknown keys included. A
-    whole number passes for a float, true and false never pass for numbers, and no number is infinite or NaN.
+    Raises ValueError that names the place, what was found and what was expected, also for missing and unknown keys. A
+    whole number is accepted as a float. A boolean is not accepted as a number, nor is an infinite number or a NaN.
     """
     if not isinstance(raw, dict):
         raise ValueError(f"{where or 'the top'} is {shown(raw, 60)}, expected an object")

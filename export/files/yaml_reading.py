@@ -1,10 +1,10 @@
-"""YAML from a file, read within bounds: no tags that run code, no key twice, no expansion without measure.
+"""Reads YAML files within bounds: no tags that run code, no duplicate keys, a limit on what aliases expand to.
 
     values = read_yaml(folder / "merge.yml", "the merge configuration")
 
-PyYAML's own constructors raise whatever their scalars lead them to (KeyError for `!!bool x`, IndexError for
-`!!int ''`); here each becomes one YAML error that names the place. Aliases are followed as far as MAX_NODES of
-the document as it would stand without them: ten lines of merge keys can ask for billions.
+PyYAML's own constructors raise different errors for bad scalars (KeyError for `!!bool x`, IndexError for `!!int ''`).
+Here each becomes a YAML error that names the place. Nodes are counted as if every alias were written out, and may be
+at most MAX_NODES: ten lines of aliases can expand to billions.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ import yaml
 from export.errors import ConfigError, MoeshipError, named, names, shown
 from export.files.reading import read_text
 
-MAX_YAML_BYTES = 256 << 10  # some thousand prompts
+MAX_YAML_BYTES = 256 << 10  # enough for some thousand prompts
 MAX_NODES = 20_000
 MAX_DEPTH = 32
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-_MAX_BITS = 64  # of a whole number: larger ones count nothing here
+_MAX_BITS = 64  # most bits of a whole number: no setting needs a larger one
 
 
 def read_yaml(path: Path, what: str, error: type[MoeshipError] = ConfigError) -> Any:  # noqa: ANN401 - YAML value
-    """The one document of a YAML file. Raises `error` when the file is absent, not YAML, or beyond the bounds."""
+    """Read the one document of a YAML file. Raises `error` if the file is missing, not YAML, or beyond the bounds."""
     return parse_yaml(read_text(path, what, most=MAX_YAML_BYTES, error=error), path, what, error)
 
 
 def parse_yaml(text: str, path: Path, what: str, error: type[MoeshipError] = ConfigError) -> Any:  # noqa: ANN401
-    """The one document of a YAML text, which was read from `path`. Raises `error`."""
+    """Parse the one document of a YAML text that was read from `path`. Raises `error`."""
     try:
         return yaml.load(text, Loader=_BoundedLoader)
     except (yaml.YAMLError, RecursionError) as reason:
@@ -41,13 +41,13 @@ def parse_yaml(text: str, path: Path, what: str, error: type[MoeshipError] = Con
 
 
 class _BoundedLoader(yaml.SafeLoader):
-    """A safe loader with the bounds of this module."""
+    """PyYAML's safe loader with the bounds of this module."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = 0
         self._nodes = 0
-        self._sizes: dict[int, int] = {}  # id of a finished node -> nodes in it, aliases followed
+        self._sizes: dict[int, int] = {}  # id of a finished node -> number of nodes in it, with aliases written out
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # noqa: ANN401 - as the base's
         mark = self.peek_event().start_mark

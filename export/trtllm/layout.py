@@ -288,8 +288,8 @@ class _Row:
     def _is_added_on_every_rank(self) -> bool:
         """Whether the library adds this bias on every rank before it sums over the ranks (quantization/layers.py).
 
-        With W4A16_GPTQ it does. With W4A16_AWQ it clears the bias on all ranks but one when it loads the checkpoint, and
-        for experts the MoE plugin adds the bias once.
+        With W4A16_GPTQ it does. With W4A16_AWQ it clears the bias on all ranks but one when it loads the checkpoint.
+        For experts the MoE plugin adds the bias once.
         """
         is_output_bias = self.module in CUT_ALONG_INPUT and self.kind == "bias" and not self.experts
         return is_output_bias and self.options.precision.quant_algo == "W4A16_GPTQ"
