@@ -22,9 +22,10 @@ def wait_until(holds: Callable[[], object]) -> object:
 
 
 def start_command(repository: Path, *words: str) -> tuple[subprocess.Popen, dict]:
-    """The process, and what it said once it was ready."""
+    """The process, and what it said once it was ready. It heeds SIGHUP, also where these tests ignore it, as under
+    nohup."""
     command = subprocess.Popen(
-        [sys.executable, "-m", "cli.main", "serve", str(repository), "--json", *words],
+        ["env", "--default-signal=HUP", sys.executable, "-m", "cli.main", "serve", str(repository), "--json", *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1],
         env={**os.environ, "TMPDIR": str(repository.parent)},
     )  # fmt: skip

@@ -31,6 +31,8 @@ from triton_repo.serving.readiness import SERVER_PROGRAM, model_of
 from triton_repo.serving.server import Server
 
 _NEVER = -1  # a start time that no process has
+_ENDING_S = 0.5  # a killed program may need this long until its status can be read
+_POLL_S = 0.02
 _LAUNCHER_WORDS = ("mpirun", "mpiexec", "prterun", "orterun")
 
 
@@ -77,18 +79,21 @@ class Watch:
         protect_memory(self._server.mark)
         return self._ended_program() or self._dead_or_stopped(now) or self._late_beat() or self._no_answer()
 
-    def _ended_program(self) -> str | None:
-        status = self._server.process.poll()
-        if status is None:
-            return None
+    def _ended_program(self, patience_s: float = 0.0) -> str | None:
+        until = time.monotonic() + patience_s
+        while (status := self._server.process.poll()) is None:
+            if time.monotonic() >= until:
+                return None
+            time.sleep(_POLL_S)
         return f"{self._server.program} ended with status {status}{_signal_name(status)}"
 
     def _dead_or_stopped(self, now: float) -> str | None:
         for pid, member in self._members.items():
             found = read_process(pid)
             if found is None or found.has_ended or found.start_time != member.start_time:
-                # The program may have ended since its status was read.
-                return self._ended_program() or f"{member.role} (pid {pid}) has ended"
+                # A program that is killed takes its children along, and they may be gone before its own status can
+                # be read. The program is then what ended.
+                return self._ended_program(_ENDING_S) or f"{member.role} (pid {pid}) has ended"
             if found.state != "T":
                 self._stopped_since.pop(pid, None)
             elif now - self._stopped_since.setdefault(pid, now) >= self._limits.stopped:

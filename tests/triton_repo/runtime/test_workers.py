@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from serve_command import wait_until
 
 from triton_repo.errors import RequestError
 from triton_repo.runtime import workers as workers_module
@@ -230,4 +231,4 @@ def test_a_client_that_cannot_be_asked_after_waits_on(workers, running, caplog, 
     assert asked.wait(PATIENCE_S)
     running.run()
     assert call.next() == ("seat", True)
-    assert "cannot tell whether the client of the request unasked has gone" in caplog.text
+    assert wait_until(lambda: "cannot tell whether the client of the request unasked has gone" in caplog.text)

@@ -23,7 +23,7 @@ from triton_repo.contracts.model_state import ModelState
 from triton_repo.errors import RepositoryError, ServerError
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.processes.heartbeat import FOLDER_VARIABLE, make_folder, read_beats
-from triton_repo.processes.program import MARK_VARIABLE
+from triton_repo.processes.program import MARK_VARIABLE, read_process
 from triton_repo.serving import readiness
 from triton_repo.serving.health import HealthEndpoint
 from triton_repo.serving.ports import Address, ChosenPorts
@@ -152,6 +152,15 @@ def test_a_server_that_is_killed_between_two_questions_is_told_with_its_signal(s
     monkeypatch.setattr(server.process, "poll", poll_and_kill)
     assert watch.look() == "tritonserver ended with status -9 (SIGKILL)"
     assert asked == [None, -9]
+
+
+def test_a_server_whose_models_are_gone_just_before_it_is_told_as_what_ended(serving):
+    server, pid = serving("sleeps")
+    watch = Watch(server, LIMITS)
+    os.kill(pid, signal.SIGKILL)
+    assert wait_until(lambda: (found := read_process(pid)) is None or found.has_ended)
+    threading.Timer(0.1, server.process.kill).start()
+    assert watch.look() == "tritonserver ended with status -9 (SIGKILL)"
 
 
 @pytest.mark.parametrize("which", ["model", "server"])
