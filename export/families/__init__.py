@@ -1,7 +1,7 @@
-"""One file a family: config.json to facts, checkpoint names to a tensor table, one decoder layer as a graph.
+"""Families: how each kind of model is configured, stored and computed. Each family is one file of this folder.
 
-A family is a module of this folder with a `FAMILY` record, and is found by that: adding one adds a file and changes
-none.
+A module of this folder with a `FAMILY` record is a family. Nothing else lists the families, so adding one adds a file
+and changes no other.
 """
 
 from __future__ import annotations
@@ -28,20 +28,24 @@ from export.families.trtllm_network import LlmApiModel, TrtllmNetwork
 if TYPE_CHECKING:
     from export.onnx_graph.graph import GraphBuilder
 
-MAX_ALL_EXPERTS = 1 << 18  # of all layers together: six times the largest model published
+MAX_ALL_EXPERTS = 1 << 18  # limit on the experts of all layers together: six times those of the largest published model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What moeship must know of a model family.
+    """Everything that moeship must know about a model family.
 
-    `matches(config)` tells whether a raw config.json is of this family; `read_config` turns it into facts or raises
-    ConfigError; `tensors(architecture, names)` is the table for the spelling that the checkpoint's names use;
-    `decoder(graph, architecture)` adds the network from token ids to the last layer's output, `head` what makes logits
-    of it; `layer(index)` is the prefix of a layer's rows in the table; `reference` says which of transformers' models
-    it is. `tokenizers`: model_type -> the class of its tokenizer, where transformers has one registered
-    (TOKENIZER_MAPPING_NAMES in models/auto/tokenization_auto.py). `trtllm` names the modules of TensorRT-LLM's network
-    and `llm_api` the class of its LLM API, of families that have them.
+    - `matches(config)`: whether a raw config.json is of this family.
+    - `read_config(config)`: its Architecture; raises ConfigError.
+    - `tensors(architecture, names)`: the rows of the tensor table. `names` are the names of the checkpoint's tensors,
+      which show the spelling that it uses.
+    - `decoder(graph, architecture)`: adds the network from token ids to the last layer's output; returns that output.
+    - `head(graph, architecture, x)`: adds the network from the last layer's output to logits.
+    - `layer(index)`: the prefix of a layer's rows in the table.
+    - `reference`: which of transformers' models is the reference.
+    - `tokenizers`: model_type -> tokenizer class, if transformers has registered one (TOKENIZER_MAPPING_NAMES in
+      models/auto/tokenization_auto.py).
+    - `trtllm`: TensorRT-LLM's network; `llm_api`: the class in TensorRT-LLM's LLM API. None if there is none.
     """
 
     name: str
@@ -58,7 +62,7 @@ class Family:
     harmless_tensors: tuple[str, ...] = ()
 
     def trtllm_network(self) -> TrtllmNetwork:
-        """TensorRT-LLM's network of this family. Raises ExportError where there is none."""
+        """TensorRT-LLM's network of this family. Raises ExportError if there is none."""
         if self.trtllm is None:
             having = ", ".join(family.name for family in families() if family.trtllm)
             raise ExportError(
@@ -70,34 +74,34 @@ class Family:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A checkpoint understood: its family, its facts, its weights under our names."""
+    """A checkpoint with its family, its Architecture, and its weights under our names."""
 
     family: Family
     architecture: Architecture
     weights: Weights
 
     def gates(self) -> dict[int, npt.NDArray[np.float32]]:
-        """Layer -> the router's matrix [E, H], of the layers that have one; empty for a dense model."""
+        """Layer -> matrix of its router, float32 [E, H], for layers that have experts; empty for a dense model."""
         names = [spec.name for spec in self.weights.table.values() if spec.role is Role.ROUTER]
         layers = {self.family.layer(layer): layer for layer in range(self.architecture.num_layers)}
         return {_layer_of(name, layers): self.weights.load(name) for name in names}
 
 
 def _layer_of(name: str, layers: Mapping[str, int]) -> int:
-    """The layer of a row's name; `layers` has the prefix of each."""
+    """The layer that a row's name belongs to. `layers`: prefix of a layer's names -> layer."""
     return next(layers[stem] for stem in accumulate(name.split("."), "{}.{}".format) if stem in layers)
 
 
 @cache
 def families() -> tuple[Family, ...]:
-    """Every family that moeship knows, in the order of their files' names."""
+    """All families, in the order of their file names."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
     modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
     return tuple(module.FAMILY for module in modules if hasattr(module, "FAMILY"))
 
 
 def family_named(name: str) -> Family:
-    """The family of an engine or plan that names it. Raises ConfigError."""
+    """The family of this name. Raises ConfigError that lists the known names."""
     found = [family for family in families() if family.name == name]
     if not found:
         known = ", ".join(family.name for family in families())
@@ -106,14 +110,15 @@ def family_named(name: str) -> Family:
 
 
 def registered_tokenizer(config: Mapping[str, Any]) -> str | None:
-    """The class of tokenizer that transformers has for the model_type of a config.json, where a family says so."""
+    """The tokenizer class that transformers has registered for the model_type of a config.json; None if no family
+    names one."""
     model_type = str(config.get("model_type"))
     found = [family.tokenizers[model_type] for family in families() if model_type in family.tokenizers]
     return found[0] if found else None
 
 
 def detect(config: Mapping[str, Any], where: str) -> Family:
-    """The family of a raw config.json. Raises ConfigError naming the model type and what exists."""
+    """Find the family of a raw config.json. Raises ConfigError that names the model_type and the known families."""
     found = [family for family in families() if family.matches(config)]
     if len(found) == 1:
         return found[0]
@@ -125,7 +130,7 @@ def detect(config: Mapping[str, Any], where: str) -> Family:
 
 
 def read_model(checkpoint: Checkpoint, experts_per_token: int | None = None) -> Model:
-    """Understand a checkpoint: detect its family, read its config, check every tensor against the table.
+    """Make a Model of a checkpoint: detect its family, read its config, check every tensor against the table.
 
     `experts_per_token` overrides the config's K. Raises ConfigError and CheckpointError.
     """
@@ -141,10 +146,11 @@ def read_model(checkpoint: Checkpoint, experts_per_token: int | None = None) -> 
 
 
 def _check_counts(checkpoint: Checkpoint, architecture: Architecture) -> None:
-    """Raise CheckpointError where the files cannot hold so many layers and experts, before a table of them is made."""
+    """Raise CheckpointError if the checkpoint has too few tensors for its layers and experts. The check comes before
+    the tensor table, which could otherwise become too large for memory."""
     found, layers, experts = len(checkpoint.tensors), architecture.num_layers, architecture.num_experts
     packed = [stored.shape[0] for stored in checkpoint.tensors.values() if len(stored.shape) == 3]
-    room = sum(packed) if packed else found  # experts lie in a tensor each, or one after the other in one of three axes
+    room = sum(packed) if packed else found  # each expert has its own tensors, or a tensor with three axes stacks all
     if layers > found or architecture.num_mixtures * experts > min(room, MAX_ALL_EXPERTS):
         said = f"{layers} layers" + (f" of {experts} experts" if experts else "")
         raise CheckpointError(

@@ -1,18 +1,18 @@
 """granitemoe (GraniteMoeForCausalLM, ibm-granite/granite-3.0-1b-a400m): Mixtral's network with four scalars.
 
   config.json             in the network
-  embedding_multiplier    the embedding's rows are multiplied by it
-  attention_multiplier    multiplies the products of query and key, in place of 1/sqrt(D)
-  residual_multiplier     multiplies what attention and mixture each add to the residual
-  logits_scaling          the logits are divided by it
+  embedding_multiplier    factor of the embedding's rows
+  attention_multiplier    factor of the products of query and key, instead of 1/sqrt(D)
+  residual_multiplier     factor of the outputs of attention and of the mixture, before they are added to the residual
+  logits_scaling          divisor of the logits
 
   ours                            published                                     transformers 5's own, in memory
   mlp.gate [E, H]                 block_sparse_moe.router.layer.weight          block_sparse_moe.router.weight
   mlp.experts.gate_up             block_sparse_moe.input_linear.weight          block_sparse_moe.experts.gate_up_proj
-    [E, 2F, H], rows in turn        [E, 2F, H]: F rows of gate, then F of up
+    [E, 2F, H], rows alternate      [E, 2F, H]: F rows of gate, then F of up
   mlp.experts.down [E, H, F]      block_sparse_moe.output_linear.weight         block_sparse_moe.experts.down_proj
-all under model.layers.{i}. The router takes the K largest logits, then the softmax over those K. The rest is that of
-`export.families.llama_stack`.
+all under model.layers.{i}. The router takes the K largest logits, then the softmax over those K. Everything else is as
+in `export.families.llama_stack`.
 Source: transformers, models/granitemoe and conversion_mapping.py.
 """
 
@@ -44,8 +44,10 @@ def matches(config: Mapping[str, Any]) -> bool:
 
 
 def read_config(raw: Mapping[str, Any]) -> Architecture:
-    """Facts of a granitemoe config.json; what may be absent is as in transformers' GraniteMoeConfig, whose attention
-    multiplier is 1 and not 1/sqrt(D). Raises ConfigError."""
+    """Read the Architecture from a granitemoe config.json. Raises ConfigError.
+
+    Missing keys have the defaults of transformers' GraniteMoeConfig, where attention_multiplier is 1 and not 1/sqrt(D).
+    """
     reader = ConfigReader(raw, "granitemoe")
     for key in _SCALARS:
         if key in raw and raw[key] is None:
@@ -61,7 +63,8 @@ def read_config(raw: Mapping[str, Any]) -> Architecture:
 
 
 def tensors(architecture: Architecture, names: Sequence[str]) -> list[TensorSpec]:
-    """The table in the published spelling, or in that of transformers 5's modules where the checkpoint has it."""
+    """The tensor table. The parts have the names of the published files, or those of transformers 5's modules if the
+    checkpoint has these."""
     packed = any(name.endswith(".block_sparse_moe.experts.gate_up_proj") for name in names)
     gate, gate_up, down = (
         ("router.weight", "experts.gate_up_proj", "experts.down_proj")

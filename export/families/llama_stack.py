@@ -1,13 +1,16 @@
-"""What Mixtral and the families that followed it share: Llama's attention, RMSNorm and experts with SwiGLU.
+"""Code for Mixtral and similar families: Llama's attention, RMSNorm and SwiGLU experts.
 
-  ours                          in layer i, under model.layers.{i}
-  self_attn.qkv_proj            q, k and v one after the other, [(N+2G)*D, H]; self_attn.o_proj [H, N*D]
+  our name, in layer i under model.layers.{i}
+  self_attn.qkv_proj            q, k and v one after the other, [(N+2G)*D, H]
+  self_attn.o_proj              [H, N*D]
   mlp.gate                      the router, [E, H]
-  mlp.experts.gate_up           [E, 2F, H], rows of gate and up in turn; mlp.experts.down [E, H, F]
+  mlp.experts.gate_up           [E, 2F, H], rows alternate between gate and up
+  mlp.experts.down              [E, H, F]
 
-beside model.embed_tokens and lm_head [V, H], model.norm, and two norms in each layer. Nothing has a bias. An expert is
-down(silu(gate x) * up x). Attention and mixture each add to the residual what they make of its RMSNorm; rotary
-embedding turns the whole of each head, in half-split order. Scales are those of `export.architecture.Scales`.
+Each layer also has two norms, and the model has model.embed_tokens and lm_head [V, H] and model.norm. Nothing has a
+bias. An expert is down(silu(gate x) * up x). Attention and mixture each take the RMSNorm of the residual as input, and
+their outputs are added to the residual. The rotary embedding covers all of a head's D, in half-split order. Factors are
+those of `export.architecture.Scales`.
 Source: transformers, models/llama and models/mixtral.
 """
 
@@ -27,7 +30,7 @@ EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm"
 HEAD = "lm_head"
 HARMLESS_TENSORS = ("rotary_emb.inv_freq",)
-# What only training reads.
+# Keys of config.json that only training reads.
 _TRAINING_KEYS = ("output_router_logits", "router_aux_loss_coef", "router_jitter_noise")
 
 
@@ -36,7 +39,7 @@ def layer_name(layer: int) -> str:
 
 
 def transformers_name(name: str) -> str:
-    """A row's name in transformers' classes, as Reference.name has it."""
+    """The name of a row in transformers' classes, in the form of Reference.name."""
     for ours, theirs in (("qkv_proj", "{}_proj"), ("gate_up.weight", "gate_up_proj"), ("down.weight", "down_proj")):
         name = name.replace(ours, theirs)
     return name
@@ -52,8 +55,9 @@ def read_stack_config(
     sliding_window: int | None = None,
     scales: Scales | None = None,
 ) -> Architecture:
-    """Facts of a config.json in transformers' words. `rope_base`, `norm_epsilon` and `num_kv_heads` (None: as many as
-    query heads) are what the family's configuration class takes where the key is missing. Raises ConfigError."""
+    """Read the Architecture from a config.json with the keys of transformers' LlamaConfig. `rope_base`, `norm_epsilon`
+    and `num_kv_heads` (None: as many as query heads) are the defaults of the family's configuration class for missing
+    keys. Raises ConfigError."""
     raw = reader.raw
     reader.harmless(*HARMLESS_KEYS, *_TRAINING_KEYS)
     refuse_quantized(reader)
@@ -98,7 +102,8 @@ def read_stack_config(
 def stack_tensors(
     architecture: Architecture, mixture: Callable[[Architecture, str], list[TensorSpec]]
 ) -> list[TensorSpec]:
-    """The table; `mixture(architecture, layer_name)` gives the rows of a layer's router and experts."""
+    """The rows of the tensor table; `mixture(architecture, layer_name)` returns the rows of a layer's router and
+    experts."""
     hidden, vocab = architecture.hidden_size, architecture.vocab_size
     specs = [single(f"{EMBEDDING}.weight", (vocab, hidden), "V H", Role.EMBEDDING)]
     for layer in range(architecture.num_layers):
@@ -130,8 +135,9 @@ def _attention_tensors(architecture: Architecture, name: str) -> list[TensorSpec
 
 
 def packed_experts(architecture: Architecture, layer: str, gate: str, gate_up: str, down: str) -> list[TensorSpec]:
-    """A layer's rows where all experts lie in two tensors of the checkpoint: `gate_up` [E, 2F, H], in each expert F
-    rows of gate and then F of up, and `down` [E, H, F]; `gate` is the router."""
+    """The rows of a layer's router and experts, for a checkpoint that keeps all experts in two tensors. `gate` names
+    the router, `gate_up` a tensor [E, 2F, H] with F rows of gate and then F of up for each expert, and `down` a tensor
+    [E, H, F]."""
     width, hidden, number = architecture.ffn_size, architecture.hidden_size, architecture.num_experts
 
     def half(row: int) -> Part:
@@ -146,7 +152,8 @@ def packed_experts(architecture: Architecture, layer: str, gate: str, gate_up: s
 def expert_tensors(
     architecture: Architecture, layer: str, gate: str, pairs: Sequence[tuple[Part, Part]], down: Sequence[Part]
 ) -> list[TensorSpec]:
-    """A layer's rows of the router `gate`, and of experts whose gates and ups are `pairs`."""
+    """The rows of a layer's router and experts. `gate` names the router, `pairs` has the gate and up of each expert,
+    and `down` the second matrix of each."""
     shape = (architecture.num_experts, architecture.hidden_size)
     return [
         single(f"{layer}.mlp.gate.weight", shape, "E H", Role.ROUTER, stored_name=gate),
@@ -156,7 +163,7 @@ def expert_tensors(
 
 
 def stack_graph(graph: GraphBuilder, architecture: Architecture) -> str:
-    """Token ids to the last layer's output [B, S, H]."""
+    """Add the network from token ids to the last layer; returns its output [B, S, H]."""
     epsilon, scales = architecture.norm_epsilon, architecture.scales
     x = graph.scale(graph.embedding(f"{EMBEDDING}.weight"), scales.embedding, EMBEDDING)  # [B, S, H]
     for layer in range(architecture.num_layers):
@@ -176,6 +183,6 @@ def stack_graph(graph: GraphBuilder, architecture: Architecture) -> str:
 
 
 def stack_head(graph: GraphBuilder, architecture: Architecture, x: str) -> str:
-    """Hidden state [B, S, H] to logits [B, S, V]."""
+    """Add the final norm and the head: hidden state [B, S, H] to logits [B, S, V]."""
     logits = graph.linear(graph.rms_norm(x, FINAL_NORM, architecture.norm_epsilon), HEAD)
     return graph.divide(logits, architecture.scales.logits, HEAD)

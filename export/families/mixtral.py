@@ -3,13 +3,13 @@
   ours                          transformers 4 and the published files        transformers 5, packed
   mlp.gate [E, H]               block_sparse_moe.gate                         mlp.gate
   mlp.experts.gate_up           block_sparse_moe.experts.{e}.w1 [F, H] and    mlp.experts.gate_up_proj [E, 2F, H]:
-    [E, 2F, H], rows in turn      .w3 [F, H]                                    F rows of w1, then F of w3
+    [E, 2F, H], rows alternate    .w3 [F, H]                                    F rows of w1, then F of w3
   mlp.experts.down [E, H, F]    block_sparse_moe.experts.{e}.w2               mlp.experts.down_proj
   self_attn.qkv_proj            self_attn.{q,k,v}_proj                        the same
-all under model.layers.{i}; embedding, norms, o_proj and head bear the checkpoint's own names. Nothing has a bias.
+all under model.layers.{i}; embedding, norms, o_proj and head have the checkpoint's own names. Nothing has a bias.
 
-An expert is w2(silu(w1 x) * w3 x). Router: softmax over all experts, the K largest, divided by their sum, which is the
-softmax over the K largest logits. The rest is that of `export.families.llama_stack`.
+An expert is w2(silu(w1 x) * w3 x). The router takes the softmax over all experts, and divides the K largest values by
+their sum, which equals the softmax over the K largest logits. Everything else is as in `export.families.llama_stack`.
 Source: transformers, models/mixtral and conversion_mapping.py.
 """
 
@@ -45,7 +45,8 @@ def matches(config: Mapping[str, Any]) -> bool:
 
 
 def read_config(raw: Mapping[str, Any]) -> Architecture:
-    """Facts of a Mixtral config.json; what may be absent is as in transformers' MixtralConfig. Raises ConfigError."""
+    """Read the Architecture from a Mixtral config.json. Missing keys have the defaults of transformers' MixtralConfig.
+    Raises ConfigError."""
     reader = ConfigReader(raw, "mixtral")
     reader.harmless("sliding_window")
     return read_stack_config(
@@ -53,14 +54,15 @@ def read_config(raw: Mapping[str, Any]) -> Architecture:
         "mixtral",
         rope_base=1e6,
         norm_epsilon=1e-5,
-        # A null says as many as query heads, an absent key Mixtral-8x7B's number.
+        # With null there are as many as query heads; a missing key means 8, as in Mixtral-8x7B.
         num_kv_heads=None if "num_key_value_heads" in raw else 8,
         sliding_window=None if raw.get("sliding_window") is None else reader.integer("sliding_window"),
     )
 
 
 def tensors(architecture: Architecture, names: Sequence[str]) -> list[TensorSpec]:
-    """The table, with the checkpoint's own names as parts; without names in the spelling of the published files."""
+    """The tensor table. The parts have the names that the checkpoint uses; if `names` is empty, those of the published
+    files."""
     return stack_tensors(architecture, _packed_experts if _is_packed(names) else _single_experts)
 
 
@@ -78,7 +80,7 @@ def _llm_api_problems(names: Iterable[str]) -> list[str]:
 
 
 def _single_experts(architecture: Architecture, layer: str) -> list[TensorSpec]:
-    """The mixture of one layer where each expert has three tensors of its own."""
+    """The rows of one layer's mixture, for a checkpoint in which each expert has three tensors."""
     width, hidden, name = architecture.ffn_size, architecture.hidden_size, f"{layer}.block_sparse_moe"
 
     def parts(matrix: str, *shape: int) -> list[Part]:
@@ -89,7 +91,7 @@ def _single_experts(architecture: Architecture, layer: str) -> list[TensorSpec]:
 
 
 def _packed_experts(architecture: Architecture, layer: str) -> list[TensorSpec]:
-    """The mixture of one layer where all experts lie in two tensors."""
+    """The rows of one layer's mixture, for a checkpoint that keeps all experts in two tensors."""
     experts = f"{layer}.mlp.experts"
     return packed_experts(
         architecture, layer, f"{layer}.mlp.gate.weight", f"{experts}.gate_up_proj", f"{experts}.down_proj"
@@ -109,7 +111,7 @@ FAMILY = Family(
     harmless_tensors=HARMLESS_TENSORS,
     # Source: tensorrt_llm/_torch/models/modeling_mixtral.py.
     llm_api=LlmApiModel(architecture="MixtralForCausalLM", problems=_llm_api_problems),
-    # Source: tensorrt_llm/models/llama/{model,convert}.py, whose class MODEL_MAP has under Mixtral's name.
+    # Source: tensorrt_llm/models/llama/{model,convert}.py. MODEL_MAP maps Mixtral's name to Llama's class.
     trtllm=TrtllmNetwork(
         architecture="MixtralForCausalLM",
         hidden_act="swiglu",

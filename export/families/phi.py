@@ -1,4 +1,4 @@
-"""Phi-2, dense: the expert that a phixtral is merged from, in either of its two spellings.
+"""Dense Phi-2, the model that phixtrals are merged from, with either of its two spellings of tensor names.
 
   phi-msft                              transformers (PhiForCausalLM)
   transformer.h.{i}.mixer.Wqkv          model.layers.{i}.self_attn.{q,k,v}_proj
@@ -9,7 +9,7 @@
   transformer.embd.wte                  model.embed_tokens
   lm_head.ln, lm_head.linear            model.final_layernorm, lm_head
 
-Dense Phi-2 and phixtral bear the same model_type "phi-msft": num_local_experts > 1 tells them apart.
+Dense Phi-2 and phixtral have the same model_type "phi-msft". A phixtral's config.json has num_local_experts > 1.
 """
 
 from __future__ import annotations
@@ -47,12 +47,13 @@ def matches(config: Mapping[str, Any]) -> bool:
 
 
 def read_config(raw: Mapping[str, Any]) -> Architecture:
-    """Facts of a Phi-2 config.json in either spelling. Raises ConfigError."""
+    """Read the Architecture from a Phi-2 config.json, of phi-msft or of transformers. Raises ConfigError."""
     return read_msft_config(raw, "phi") if raw["model_type"] == "phi-msft" else _read_transformers_config(raw)
 
 
 def _read_transformers_config(raw: Mapping[str, Any]) -> Architecture:
-    """`absent` values are those of transformers' PhiConfig (models/phi/configuration_phi.py)."""
+    """Read the Architecture from transformers' config.json of a Phi-2. Missing keys have the defaults of transformers'
+    PhiConfig (models/phi/configuration_phi.py). Raises ConfigError."""
     reader = ConfigReader(raw, "phi")
     reader.harmless(*HARMLESS_KEYS, "embd_pdrop", "resid_pdrop")
     refuse_quantized(reader)
@@ -97,7 +98,7 @@ def mlp_tensors(architecture: Architecture, layer: int) -> list[TensorSpec]:
 
 
 def tensors(architecture: Architecture, names: Sequence[str]) -> list[TensorSpec]:
-    """The table, with the checkpoint's own names as parts."""
+    """The tensor table. The parts have the names that the checkpoint uses."""
     specs = stack_tensors(architecture, mlp_tensors)
     if any(name.startswith("transformer.") for name in names):
         return specs
@@ -106,7 +107,7 @@ def tensors(architecture: Architecture, names: Sequence[str]) -> list[TensorSpec
 
 def _in_transformers_spelling(spec: TensorSpec, architecture: Architecture) -> TensorSpec:
     name = transformers_name(spec.name)
-    assert name is not None  # every row of a dense Phi-2 has one
+    assert name is not None  # every row of a dense Phi-2 has a name in transformers
     if "{}" not in name:
         return replace(spec, parts=(Part(name=name, shape=spec.shape),))
     parts = [

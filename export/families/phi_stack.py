@@ -1,4 +1,4 @@
-"""What Phi-2 and phixtral share: the phi-msft configuration, attention stack and head.
+"""Code for Phi-2 and phixtral: the phi-msft configuration, the layers without their MLPs, and the head.
 
   transformer.embd.wte.weight                      [V, H]
   transformer.h.{i}.ln.{weight,bias}               [H]
@@ -7,8 +7,8 @@
   lm_head.ln.{weight,bias}                         [H]
   lm_head.linear.{weight,bias}                     [V, H]
 
-A layer adds attention and MLP of one normed input to the residual: x + attention(ln(x)) + mlp(ln(x)). Rotary
-embedding turns the first rotary_dim of each head's D, in half-split order, with base 10000.
+Attention and MLP of a layer have the same normed input: the layer computes x + attention(ln(x)) + mlp(ln(x)). The
+rotary embedding covers the first rotary_dim of each head's D, in half-split order, with base 10000.
 Source: the modeling_phi.py published with microsoft/phi-2 before its move into transformers, and mlx-lm's phixtral.py.
 """
 
@@ -38,7 +38,7 @@ FINAL_NORM = "lm_head.ln"
 HEAD = "lm_head.linear"
 ROPE_BASE = 10000.0
 # Buffers that some exports keep; every engine recomputes them.
-# Our module names to transformers' Phi, at the top of the model and inside a layer.
+# Our module names -> those of transformers' Phi, at the top of the model and inside a layer.
 TRANSFORMERS_TOP = {
     EMBEDDING.rpartition(".")[0]: "model.embed_tokens",
     FINAL_NORM: "model.final_layernorm",
@@ -63,7 +63,7 @@ def layer_name(layer: int) -> str:
 
 
 def transformers_name(name: str) -> str | None:
-    """A row's name in transformers' Phi, as Reference.name has it; None for a mixture's."""
+    """The name of a row in transformers' Phi, in the form of Reference.name; None for a row of a mixture."""
     stem, _, kind = name.rpartition(".")
     if stem in TRANSFORMERS_TOP:
         return f"{TRANSFORMERS_TOP[stem]}.{kind}"
@@ -73,8 +73,8 @@ def transformers_name(name: str) -> str | None:
 
 
 def transformers_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config.json in the words of transformers' PhiConfig, from its own words alone; what a phi-msft one may leave
-    out is as in the published configuration_phi.py."""
+    """Convert the keys of a phi-msft config.json to those of transformers' PhiConfig, from the JSON alone. Missing keys
+    have the defaults of the published configuration_phi.py. A config.json of transformers is returned as it is."""
     if raw["model_type"] == "phi":
         return raw
     hidden, heads = raw["n_embd"], raw["n_head"]
@@ -92,19 +92,20 @@ def transformers_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
         "bos_token_id": raw.get("bos_token_id"),
         "eos_token_id": raw.get("eos_token_id"),
         "rope_theta": 10000.0,
-        # transformers takes int(D * factor); the quarter keeps a rounded quotient from losing a dimension.
+        # transformers takes int(D * factor); adding 0.25 keeps rounding from losing a dimension.
         "partial_rotary_factor": (raw["rotary_dim"] + 0.25) / (hidden // heads),
     }
 
 
 def has_experts(config: Mapping[str, Any]) -> bool:
-    """Whether a raw config says more than one expert; what is no number is left to the reader to refuse."""
+    """Whether a raw config has more than one expert. False for a value that is not a number, which `read_msft_config`
+    refuses."""
     number = config.get("num_local_experts")
     return isinstance(number, int) and number > 1
 
 
 def read_msft_config(raw: Mapping[str, Any], family: str) -> Architecture:
-    """Facts of a phi-msft config.json, dense or with experts. Raises ConfigError."""
+    """Read the Architecture from a phi-msft config.json, dense or with experts. Raises ConfigError."""
     reader = ConfigReader(raw, family)
     reader.harmless(*_HARMLESS_KEYS)
     reader.explain("rope_scaling", f"scaled rotary embedding {SCALED_ROTARY}")
@@ -116,7 +117,7 @@ def read_msft_config(raw: Mapping[str, Any], family: str) -> Architecture:
     reader.require("img_processor", [None])
     if hidden % heads:
         reader.problem(f"n_embd {hidden} is not a multiple of n_head {heads}")
-    # 2 is the value of the published configuration_phi.py; a dense config may carry the key all the same.
+    # 2 is the default of the published configuration_phi.py. A dense config may have the key too.
     per_token = reader.integer("num_experts_per_tok", absent=2, minimum=1 if experts > 1 else 0)
     if experts > 1 and per_token > experts:
         reader.problem(f"num_experts_per_tok is {per_token}, expected 1 to num_local_experts = {experts}")
@@ -144,7 +145,8 @@ def read_msft_config(raw: Mapping[str, Any], family: str) -> Architecture:
 
 
 def stack_tensors(architecture: Architecture, mlp: Callable[[Architecture, int], list[TensorSpec]]) -> list[TensorSpec]:
-    """The table in phi-msft spelling; `mlp(architecture, layer)` gives the rows that differ between families."""
+    """The tensor table with phi-msft names; `mlp(architecture, layer)` returns the rows that differ between families:
+    those of a layer's MLP or mixture."""
     hidden = architecture.hidden_size
     queries = architecture.num_heads * architecture.head_size
     packed = queries + 2 * architecture.num_kv_heads * architecture.head_size
@@ -170,7 +172,8 @@ def stack_tensors(architecture: Architecture, mlp: Callable[[Architecture, int],
 
 
 def stack_graph(graph: GraphBuilder, architecture: Architecture, mlp: Callable[[GraphBuilder, int, str], str]) -> str:
-    """Token ids to the last layer's output [B, S, H]; `mlp(graph, layer, normed)` as in the family."""
+    """Add the network from token ids to the last layer; returns its output [B, S, H]. `mlp(graph, layer, normed)` adds
+    a layer's MLP or mixture."""
     x = graph.embedding(EMBEDDING)  # [B, S, H]
     for layer in range(architecture.num_layers):
         name = layer_name(layer)
@@ -183,15 +186,17 @@ def stack_graph(graph: GraphBuilder, architecture: Architecture, mlp: Callable[[
 
 
 def stack_head(graph: GraphBuilder, architecture: Architecture, x: str) -> str:
-    """Hidden state [B, S, H] to logits [B, S, V]."""
+    """Add the final norm and the head: hidden state [B, S, H] to logits [B, S, V]."""
     return graph.linear(graph.layer_norm(x, FINAL_NORM, architecture.norm_epsilon), HEAD)
 
 
 def stack_trtllm(architecture: str, mlp: Mapping[str, str], module: str | None = None) -> TrtllmNetwork:
-    """TensorRT-LLM's network (tensorrt_llm/models/phi/model.py), or ours in `module`; `mlp` names the modules that
-    differ between families.
-    It has no sending and receiving between layers, and so no pipeline parallelism. The library's own leaves the norms'
-    epsilon and the number of key/value heads at what its layers have by default."""
+    """The record of TensorRT-LLM's Phi network (tensorrt_llm/models/phi/model.py), or of our own in the file `module`.
+    `mlp` names the modules that differ between families.
+
+    The network does not send activations between ranks, so it has no pipeline parallelism. The library's network
+    ignores the norms' epsilon and the number of key/value heads of config.json and uses the defaults of its layers.
+    """
     return TrtllmNetwork(
         architecture=architecture,
         module=module,

@@ -1,10 +1,10 @@
-"""phixtral: Phi-2's attention stack with E Phi-2 MLPs and a router in place of the one MLP (mlabonne/phixtral-4x2_8).
+"""phixtral: Phi-2 with a mixture of E Phi-2 MLPs in each layer instead of one MLP (mlabonne/phixtral-4x2_8).
 
-Unlike Phi-2, in each layer i:
+The tensors that Phi-2 does not have, in each layer i:
   transformer.h.{i}.moe.gate.weight             [E, H]   no bias, never quantised
   transformer.h.{i}.moe.mlp.{e}.fc1.{weight,bias}   [F, H], [F]
   transformer.h.{i}.moe.mlp.{e}.fc2.{weight,bias}   [H, F], [H]
-The router takes the K largest logits (of equal ones the lowest expert index), then softmax over those K.
+The router takes the K largest logits (among equal ones those of lower expert index), then the softmax over those K.
 Source: the modeling_phi.py published with the model, and mlx-lm's phixtral.py.
 """
 
@@ -39,7 +39,7 @@ def matches(config: Mapping[str, Any]) -> bool:
 
 
 def read_config(raw: Mapping[str, Any]) -> Architecture:
-    """Facts of a phixtral config.json. Raises ConfigError."""
+    """Read the Architecture from a phixtral config.json. Raises ConfigError."""
     return read_msft_config(raw, "phixtral")
 
 

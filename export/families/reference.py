@@ -1,4 +1,4 @@
-"""Which of transformers' models a checkpoint of a family is: the record from which trt_build makes the reference."""
+"""The record that says which of transformers' models is a family's reference; trt_build makes the reference from it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ def _as_it_is(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """`model` is the class in transformers. `name` turns the name of a row of the table into the class's, where {}
-    stands for q, k and v, which are one row here and three tensors there; None for a row that the class has no place
-    for. `router` is the path of the router's module inside a layer, of families that route. `config` puts a config.json
-    into the words of the class's configuration, from the JSON alone. `additions` names the module of
-    trt_build/comparison/references that puts in what the class lacks."""
+    """How transformers' model of a family is made from a checkpoint.
+
+    `model` is the class in transformers. `name` converts a row's name to the class's name of that weight; "{}" in it
+    stands for q, k and v, which are one row of the table and three tensors of the class. It returns None for a row that
+    the class does not have. `router` is the path of the router's module inside a layer; None for a dense family.
+    `config` converts a config.json to the keys of the class's configuration, from the JSON alone. `additions` is the
+    module of trt_build/comparison/references that adds what the class lacks.
+    """
 
     model: str
     name: Callable[[str], str | None]

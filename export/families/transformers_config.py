@@ -1,4 +1,4 @@
-"""What every config.json that transformers writes has in common: harmless keys, rotary facts, relations of heads."""
+"""Reads what is the same in every config.json that transformers writes: harmless keys, rotary embedding, head sizes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SCALED_ROTARY = "is not supported yet, and without it the logits would be others
 
 
 def read_rope(reader: ConfigReader, *keys: str) -> ConfigReader:
-    """A reader of the rotary facts `keys`, wherever they stand; every scaled rotary embedding is refused.
+    """A reader of the keys `keys` of the rotary embedding. Every scaled rotary embedding is refused.
 
-    transformers 5 nests them in rope_parameters, transformers 4 kept them at the top.
+    transformers 5 writes these keys in the object rope_parameters, transformers 4 at the top of config.json.
     """
     _refuse_rotary_scaling(reader)
     rope = reader.nested("rope_parameters")
@@ -30,7 +30,8 @@ def read_rope(reader: ConfigReader, *keys: str) -> ConfigReader:
 
 
 def _refuse_rotary_scaling(reader: ConfigReader) -> None:
-    """Null, an empty object and the kind "default" by itself are unscaled, as for transformers."""
+    """Refuse a rope_scaling that scales. As in transformers, null, an empty object, and an object with the kind
+    "default" alone do not scale."""
     scaling = reader.mapping("rope_scaling")
     if scaling:
         kind = scaling.get("rope_type") or scaling.get("type")
@@ -45,7 +46,7 @@ def _refuse_rotary_scaling(reader: ConfigReader) -> None:
 
 
 def refuse_quantized(reader: ConfigReader) -> None:
-    """Weights that are stored quantised are not read; null or an empty object says that they are not."""
+    """Refuse a config.json of weights that are stored quantised. Null or an empty object means that they are not."""
     for key in ("quantization_config", "compression_config"):
         value = reader.raw.get(key)
         fields = value if isinstance(value, dict) else {}
@@ -58,7 +59,7 @@ def refuse_quantized(reader: ConfigReader) -> None:
 
 
 def check_heads(reader: ConfigReader, architecture: Architecture) -> None:
-    """Relations between dimensions that attention needs."""
+    """Add a problem for each relation between head sizes that attention needs and that does not hold."""
     if architecture.num_heads % architecture.num_kv_heads:
         reader.problem(
             f"{architecture.num_heads} query heads do not divide among {architecture.num_kv_heads} key heads"

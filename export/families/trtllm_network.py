@@ -1,4 +1,4 @@
-"""What TensorRT-LLM has of a family: the records that a family may declare of its network, and of its LLM API."""
+"""Records in which a family describes TensorRT-LLM's network of it, and its class in TensorRT-LLM's LLM API."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from export.errors import shown
 @dataclass(frozen=True, kw_only=True)
 class LlmApiModel:
     """A family's class in TensorRT-LLM's PyTorch backend, which loads a checkpoint as it was published. `architecture`
-    is what config.json must name; `problems` tells from the names of a checkpoint's tensors what it would not load."""
+    is the class that config.json must name. `problems(names)` returns the reasons why the class would not load a
+    checkpoint whose tensors have these names."""
 
     architecture: str
     problems: Callable[[Iterable[str]], list[str]]
@@ -20,11 +21,15 @@ class LlmApiModel:
 
 @dataclass(frozen=True, kw_only=True)
 class TrtllmNetwork:
-    """`architecture` is the key of MODEL_MAP; `module` the file in trt_build/trtllm that has its class, None where the
-    library does. `layer(index)` is our prefix of a layer; `top` and `modules` map our modules, those in a layer without
-    the prefix, to theirs. `gated` rows of an expert's first matrix are gate and up in turn. `pipeline`: the network can
-    be cut between layers. `norm_epsilon`: the one that the network has whatever config.json says; None where it reads
-    it. `grouped_heads`: several query heads may share a key/value head."""
+    """A family's network in TensorRT-LLM, and how its modules correspond to ours.
+
+    `architecture` is the network's key in the library's MODEL_MAP. `module` is the file in trt_build/trtllm that
+    defines the class; None if the library does. `layer(index)` is our prefix of a layer's names. `top` maps our modules
+    outside the layers to the network's, and `modules` those inside a layer, without the prefix. `gated`: the rows of an
+    expert's first matrix alternate between gate and up. `pipeline`: the network supports pipeline parallelism.
+    `norm_epsilon` is the value that the network uses whatever config.json says; None if it reads config.json.
+    `grouped_heads`: several query heads may share a key/value head.
+    """
 
     architecture: str
     hidden_act: str
@@ -38,14 +43,14 @@ class TrtllmNetwork:
     module: str | None = None
 
     def names(self, num_layers: int) -> dict[str, tuple[int | None, str]]:
-        """Our module -> its layer (None: of the whole model) and their module, without their layer's prefix."""
+        """Our module -> its layer (None: outside the layers) and the network's module, without the layer's prefix."""
         found: dict[str, tuple[int | None, str]] = {ours: (None, theirs) for ours, theirs in self.top.items()}
         for layer in range(num_layers):
             found |= {f"{self.layer(layer)}.{ours}": (layer, theirs) for ours, theirs in self.modules.items()}
         return found
 
     def problems(self, facts: Architecture) -> list[str]:
-        """What of a model the network would compute otherwise, or not at all."""
+        """The facts of a model that the network would compute differently or not at all; empty if there are none."""
         found, name = [], self.architecture
         if self.norm_epsilon not in (None, facts.norm_epsilon):
             found.append(

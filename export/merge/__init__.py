@@ -1,1 +1,1 @@
-"""Dense Phi-2 experts in, one phixtral checkpoint out: merge.py merges, config.py reads mergekit-moe's YAML."""
+"""Merges dense Phi-2 experts into one phixtral checkpoint: merge.py merges, config.py reads mergekit-moe's YAML."""

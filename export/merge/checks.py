@@ -1,4 +1,4 @@
-"""Models that are to be merged in, refusals and measured warnings out: do they fit, and what would a merge lose?"""
+"""Checks models before a merge: refuses those that do not fit the base, and measures what the merge would lose."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _COMPARED = (
     "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_size", "ffn_size", "vocab_size", "rotary_dim",
     "rope_base", "norm_epsilon",
 )  # fmt: skip
-# Relative differences up to these may be nothing but rounding, where two models are stored in different dtypes.
+# Stored dtype -> largest relative difference that may be rounding, if two models are stored in different dtypes.
 _ROUNDING = {"F32": 0.0, "F16": 2.0**-10, "BF16": 2.0**-7}
 
 
 def check_models(base: Model, experts: Sequence[Model]) -> None:
-    """Raise MergeError listing every model that is not a Phi-2 or not of the base's dimensions."""
+    """Raise MergeError that lists every model that is not a Phi-2 or does not have the dimensions of the base."""
     named = [("the base", base), *((f"expert {index}", expert) for index, expert in enumerate(experts))]
     problems = [
         f"{name} ({_where(model)}) is of family {model.family.name}; moeship merges dense Phi-2s (phi)"
@@ -55,7 +55,8 @@ def _where(model: Model) -> str:
 
 
 def output_dtype(asked: str | None, base: Model) -> str:
-    """The safetensors label to write: the asked one, else the base's only one. Raises MergeError for a mixture."""
+    """The dtype to write, as a safetensors label: `asked`, else the dtype of the base. Raises MergeError if the base
+    has tensors of several dtypes."""
     stored = base.weights.stored_dtypes()
     if asked is not None:
         return asked
@@ -69,7 +70,8 @@ def output_dtype(asked: str | None, base: Model) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LostTraining:
-    """How far an expert is from the base outside its MLPs; `relative` is |expert - base| / |base| of `tensor`."""
+    """How much an expert differs from the base outside the MLPs: training that a merge would lose. `relative` is
+    |expert - base| / |base| of the tensor `tensor`."""
 
     expert: int
     num_differing: int
@@ -79,7 +81,8 @@ class LostTraining:
 
 
 def measure_lost_training(base: Model, experts: Sequence[Model]) -> list[LostTraining]:
-    """Compare SAMPLED_ROWS rows of every tensor that a merge takes from the base; experts that agree are left out."""
+    """Compare SAMPLED_ROWS rows of every tensor that a merge takes from the base; returns one record for each expert
+    that differs."""
     shared = [name for name in base.weights.table if ".mlp." not in name]
     ours = {name: _sample(base, name) for name in shared}
     found = []
@@ -103,7 +106,8 @@ def measure_lost_training(base: Model, experts: Sequence[Model]) -> list[LostTra
 
 
 def _sample(model: Model, name: str) -> npt.NDArray[np.float64]:
-    """SAMPLED_ROWS rows from the middle of a table row, the same ones in either spelling; vectors whole."""
+    """SAMPLED_ROWS rows from the middle of a weight, or all of a vector. The rows are counted in our table, so they are
+    the same whatever names the checkpoint uses."""
     spec = model.weights.table[name]
     first = max(0, (spec.shape[0] - SAMPLED_ROWS) // 2) if len(spec.shape) > 1 else 0
     last = first + SAMPLED_ROWS if len(spec.shape) > 1 else spec.shape[0]

@@ -1,4 +1,4 @@
-"""mergekit-moe's YAML in, a checked merge configuration out.
+"""Reads and checks a merge configuration in mergekit-moe's YAML format.
 
     base_model: ./experts/code          # attention, embedding, norms and head come from it
     gate_mode: hidden                   # hidden (= hidden_last), hidden_avg, cheap_embed, random, uniform_random
@@ -47,7 +47,7 @@ _REFUSED = {
 
 
 class GateMode(StrEnum):
-    """How the router's rows are made."""
+    """How the router's rows are computed (export/merge/gates.py)."""
 
     HIDDEN = "hidden"
     HIDDEN_LAST = "hidden_last"
@@ -63,7 +63,7 @@ class GateMode(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertSource:
-    """One expert: where it is and which prompts it answers to."""
+    """One expert: its folder or hub id, the prompts for its router row, and the changes to its MLP."""
 
     location: str
     positive_prompts: tuple[str, ...]
@@ -74,7 +74,8 @@ class ExpertSource:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """A merge as the YAML asks for it. `dtype` is a safetensors label, None for the base's; `text` is the YAML."""
+    """The configuration of a merge. `dtype` is a safetensors label (None: the dtype of the base). `text` is the
+    YAML."""
 
     base: str
     experts: tuple[ExpertSource, ...]
@@ -99,7 +100,7 @@ def read_merge_config(path: Path) -> MergeConfig:
 
 
 class _Reader:
-    """Turns the raw YAML into a MergeConfig and gathers every problem on the way."""
+    """Turns the values of the YAML into a MergeConfig and collects all problems."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -182,7 +183,7 @@ class _Reader:
         return float(value)
 
     def _experts_per_token(self, raw: Mapping[Any, Any], num_experts: int) -> int:
-        """2 when absent, as in mergekit."""
+        """Read experts_per_token; 2 if it is missing, as in mergekit."""
         value = 2 if raw.get("experts_per_token") is None else raw["experts_per_token"]
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= max(num_experts, 1):
             self.problems.append(
@@ -201,14 +202,14 @@ class _Reader:
         return default
 
     def _location(self, raw: Mapping[Any, Any], key: str, where: str) -> str:
-        """A folder seen from the YAML's own, or a hub id as it stands."""
+        """Read a model's location: a folder, relative to that of the YAML, or a hub id."""
         value = raw.get(key)
         if not isinstance(value, str) or not value:
             self.problems.append(f"{where}{key} is {shown(value)}, expected a folder or a hub id")
             return ""
         try:
             folder = self._folder / Path(value).expanduser()
-        except RuntimeError as error:  # a home that nobody has
+        except RuntimeError as error:  # `~name` for a user who does not exist
             self.problems.append(f"{where}{key} is {shown(value)}: {error}")
             return ""
         if is_folder(folder):

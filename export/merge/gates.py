@@ -1,16 +1,19 @@
-"""Prompts in, one gate matrix [E, H] a layer out, with the meaning that mergekit-moe gives each gate mode.
+"""Computes the gate matrix [E, H] of each layer from the experts' prompts, in the gate modes of mergekit-moe.
 
-  hidden, hidden_last  the base model's hidden state entering the layer, at the last token, mean over the prompts
-  hidden_avg           the same, mean over each prompt's tokens, then over the prompts
-  cheap_embed          the sum of the prompts' token embeddings, the same row in every layer
+  hidden, hidden_last  the base model's hidden state that enters the layer, at the last token; mean over the prompts
+  hidden_avg           the same, mean over the tokens of each prompt, then over the prompts
+  cheap_embed          the sum of the embeddings of all tokens of the prompts; the same row in every layer
   random               independent normal values of variance 1
   uniform_random       uniform in +-1/sqrt(H), the initial values of a torch.nn.Linear
 
-A prompt is tokenized with the start token before it, where the tokenizer has one. Positives minus negatives, then
-the row is divided by its length, at least 1e-8 (cheap_embed divides both sums by theirs first). A prompt without a
-token counts as zeros. Source: mergekit/moe/router.py. It differs from it in two ways: prompts run without padding, so
-hidden_avg is the mean over a prompt's own tokens and does not hang on the longest prompt beside it; and arithmetic is
-float32, not bfloat16. Random modes draw from numpy's PCG64, so a seed gives other numbers than torch would.
+A prompt is tokenized with the start token before it, if the tokenizer has one. An expert's row is the vector of its
+positive prompts minus the vector of its negative prompts, divided by its length, which counts as at least 1e-8.
+cheap_embed divides each of the two vectors by its own length first. A prompt without tokens counts as zeros.
+Source: mergekit/moe/router.py.
+
+There are three differences from mergekit. Prompts run without padding, so that hidden_avg is the mean over a prompt's
+own tokens and does not depend on the longest prompt. Arithmetic is in float32 and not in bfloat16. Random modes use
+numpy's PCG64, so a seed gives other numbers than with torch.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ Prompts = list[list[int]]
 
 
 def gate_matrices(config: MergeConfig, base: Model, *, seed: int) -> dict[int, npt.NDArray[np.float32]]:
-    """Layer -> gate, float32 [E, H]. Raises MergeError for prompts that the base cannot take."""
+    """Layer -> gate matrix, float32 [E, H]. Raises MergeError for prompts that the base cannot compute."""
     if config.gate_mode.reads_prompts:
         checkpoint = base.weights.checkpoint
         positives, negatives = tokenize_prompts(config, base, read_settings(checkpoint.folder, checkpoint.config))
@@ -51,7 +54,7 @@ def gate_matrices(config: MergeConfig, base: Model, *, seed: int) -> dict[int, n
 
 def tokenize_prompts(config: MergeConfig, base: Model, settings: Settings) -> tuple[list[Prompts], list[Prompts]]:
     """Token ids of every expert's positive and negative prompts, each with the start token before it."""
-    start = settings.facts.special_tokens.get("bos_token", "")  # a tokenizer without a begin token puts nothing there
+    start = settings.facts.special_tokens.get("bos_token", "")  # empty if the tokenizer has no begin token
 
     def encode(prompts: Sequence[str], what: str) -> Prompts:
         encoded = [settings.tokenizer.encode(start + prompt) for prompt in prompts]
@@ -94,7 +97,8 @@ def _cheap_embed(base: Model, positives: list[Prompts], negatives: list[Prompts]
 
 
 def _hidden(base: Model, positives: list[Prompts], negatives: list[Prompts], *, average: bool) -> dict[int, Vector]:
-    """All prompts of all experts go through a layer together, so each layer is read once."""
+    """Gates from hidden states. The prompts of all experts run through a layer before the next layer is read, so that
+    each layer is read once."""
     groups = [*positives, *negatives]
     bounds = np.cumsum([0, *(len(group) for group in groups)])
     gates = {}
@@ -109,7 +113,8 @@ def _hidden(base: Model, positives: list[Prompts], negatives: list[Prompts], *, 
 
 
 def _mean_state(states: States, average: bool) -> npt.NDArray[np.float64]:
-    """Mean over prompts of the last token's state, or of the mean over tokens; [H]. No prompt: 0."""
+    """The mean over prompts, [H], of the last token's state or, with `average`, of the mean over the prompt's tokens.
+    Without prompts it is [0], which broadcasts."""
     if not states:
         return np.zeros(1)
     width = states[0].shape[1]

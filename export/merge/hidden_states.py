@@ -1,9 +1,9 @@
-"""The hidden states that enter each layer of a Phi-2, one layer's weights in memory at a time.
+"""Computes the hidden states that enter each layer of a Phi-2, with one layer's weights in memory at a time.
 
     for layer, states in enumerate(layer_inputs(model, [[256, 71], [256]])):
         states[0].shape          # [2, H], float32: prompt 0 as it enters `layer`
 
-They are what transformers calls hidden_states[0 .. L-1]; the last one, after the final norm, is not among them.
+They are transformers' hidden_states[0 .. L-1], without the last one, which comes after the final norm.
 The layer is transformers' own PhiDecoderLayer in float32. torch and transformers are imported here and nowhere else
 in `export`.
 """
@@ -28,7 +28,7 @@ States = list[npt.NDArray[np.float32]]
 
 
 def embedding_rows(model: Model, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-    """Rows of the embedding, float32 [len(token_ids), H]; only these are read."""
+    """The embedding rows of token ids, float32 [len(token_ids), H]; no other rows are read."""
     name = model.weights.table[EMBEDDING].parts[0].name
     rows = np.empty((len(token_ids), model.architecture.hidden_size), dtype=np.float32)
     read: dict[int, npt.NDArray[np.float32]] = {}
@@ -40,11 +40,12 @@ def embedding_rows(model: Model, token_ids: Sequence[int]) -> npt.NDArray[np.flo
 
 
 def layer_inputs(model: Model, prompts: Sequence[Sequence[int]]) -> Iterator[States]:
-    """For each layer in order, the state [S, H] of every prompt as it enters that layer; [0, H] for an empty prompt."""
+    """Yield for each layer the hidden states that enter it: one array [S, H] for each prompt, [0, H] for an empty
+    one."""
     torch = require_torch()
     states = [torch.from_numpy(embedding_rows(model, prompt)) for prompt in prompts]
     config = phi_config(model.architecture)
-    config._attn_implementation = "sdpa"  # causal when it is given no mask
+    config._attn_implementation = "sdpa"  # without a mask it is causal
     for layer in range(model.architecture.num_layers):
         yield [state.numpy() for state in states]
         if layer + 1 < model.architecture.num_layers:
@@ -52,7 +53,7 @@ def layer_inputs(model: Model, prompts: Sequence[Sequence[int]]) -> Iterator[Sta
 
 
 def require_torch() -> Any:  # noqa: ANN401 - a module
-    """torch, with transformers beside it. Raises MissingPackageError."""
+    """Import transformers and torch; returns torch. Raises MissingPackageError."""
     purpose = "making gates from hidden states (gate_mode cheap_embed does without)"
     for package in ("transformers", "torch"):
         with optional_package(package, purpose, "verify"):
@@ -61,7 +62,7 @@ def require_torch() -> Any:  # noqa: ANN401 - a module
 
 
 def phi_config(architecture: Architecture) -> Any:  # noqa: ANN401 - PhiConfig
-    """transformers' configuration of a dense Phi-2 with these facts, nothing dropped out."""
+    """transformers' PhiConfig of a dense Phi-2 with this architecture, without dropout."""
     from transformers import PhiConfig
 
     config = PhiConfig(
@@ -83,7 +84,7 @@ def phi_config(architecture: Architecture) -> Any:  # noqa: ANN401 - PhiConfig
         rope_parameters={
             "rope_type": "default",
             "rope_theta": architecture.rope_base,
-            # transformers takes int(D * factor); the quarter keeps a rounded quotient from losing a dimension.
+            # transformers takes int(D * factor); adding 0.25 keeps rounding from losing a dimension.
             "partial_rotary_factor": (architecture.rotary_dim + 0.25) / architecture.head_size,
         },
     )
@@ -91,7 +92,7 @@ def phi_config(architecture: Architecture) -> Any:  # noqa: ANN401 - PhiConfig
 
 
 def _run_layer(model: Model, layer: int, config: Any, states: list[torch.Tensor]) -> list[torch.Tensor]:  # noqa: ANN401
-    """Every prompt's state [S, H] through one layer; prompts run one by one, so none is padded."""
+    """Run the states [S, H] of all prompts through one layer, one by one, so that none is padded."""
     import torch
     from transformers.models.phi.modeling_phi import PhiDecoderLayer, PhiRotaryEmbedding
 
@@ -113,7 +114,7 @@ def _run_layer(model: Model, layer: int, config: Any, states: list[torch.Tensor]
 
 
 def _layer_weights(model: Model, layer: int) -> dict[str, torch.Tensor]:
-    """One layer's weights under PhiDecoderLayer's names, float32; query, key and value are views of Wqkv."""
+    """One layer's weights, float32, under the names of PhiDecoderLayer; query, key and value are views of Wqkv."""
     import torch
 
     architecture, name = model.architecture, layer_name(layer)

@@ -1,4 +1,4 @@
-"""The phixtral checkpoint that a merge writes: its config.json and, tensor by tensor, where each value comes from.
+"""The phixtral checkpoint that a merge writes: its config.json, its tensors, and the model that each is taken from.
 
   from expert e     transformer.h.{i}.mlp.fc1|fc2           -> transformer.h.{i}.moe.mlp.{e}.fc1|fc2
   from the prompts  gate rows                               -> transformer.h.{i}.moe.gate.weight
@@ -32,8 +32,8 @@ _DTYPE_NAMES = {label: name for name, label in FLOAT_LABELS.items()}
 
 
 def config_json(architecture: Architecture, dtype: str, pad_token_id: int | None = None) -> dict[str, Any]:
-    """config.json of the merged checkpoint. `dtype` is a safetensors label. The token ids are the
-    base's after all precedence, so that a reader of config.json alone finds them too."""
+    """The config.json of the merged checkpoint. `dtype` is a safetensors label. The token ids are those of the base,
+    after `export.tokenizer.settings` has joined its files, so that a program that reads only config.json finds them."""
     ids = architecture.eos_token_ids
     end = ids[0] if len(ids) == 1 else list(ids) or None
     stated = {"bos_token_id": architecture.bos_token_id, "eos_token_id": end, "pad_token_id": pad_token_id}
@@ -70,7 +70,8 @@ def config_json(architecture: Architecture, dtype: str, pad_token_id: int | None
 
 @dataclass(frozen=True, kw_only=True)
 class MergedTensor:
-    """One tensor of the merged checkpoint: `row` of the dense table of `expert`, or of the base; a gate has no row."""
+    """One tensor of the merged checkpoint: the row `row` of the table of the expert `expert`, or of the base if that is
+    None. A gate has no row."""
 
     planned: PlannedTensor
     layer: int | None
@@ -79,7 +80,7 @@ class MergedTensor:
 
 
 def merged_tensors(architecture: Architecture, dtype: str) -> list[MergedTensor]:
-    """Every tensor to write, in the order of phixtral's table."""
+    """All tensors of the merged checkpoint, in the order of phixtral's table."""
     tensors = []
     for spec in phixtral.FAMILY.tensors(architecture, ()):
         layer = int(spec.name.split(".")[2]) if spec.name.startswith("transformer.h.") else None
@@ -93,7 +94,7 @@ def merged_tensors(architecture: Architecture, dtype: str) -> list[MergedTensor]
 
 @dataclass(frozen=True, kw_only=True)
 class MergeSources:
-    """The opened models of a merge and its gates (layer -> [E, H] in the output dtype)."""
+    """The opened models of a merge, and the gates: layer -> [E, H] in the output dtype."""
 
     base: Model
     experts: Sequence[Model]
@@ -102,9 +103,9 @@ class MergeSources:
     seed: int
 
     def chunks(self, tensor: MergedTensor) -> Iterator[npt.NDArray[Any]]:
-        """The tensor's values in the planned dtype, row-major, at most CHUNK_ELEMENTS at a time.
+        """Yield a tensor's values in the planned dtype, row-major, at most CHUNK_ELEMENTS at a time.
 
-        Raises CheckpointError for values that are NaN or infinite, MergeError for those that the dtype cannot hold.
+        Raises CheckpointError for a value that is NaN or infinite, MergeError for one that is too large for the dtype.
         """
         dtype = tensor.planned.dtype
         if tensor.row is None:
@@ -118,7 +119,8 @@ class MergeSources:
             yield from self._altered_chunks(tensor, tensor.expert, tensor.row)
 
     def _altered_chunks(self, tensor: MergedTensor, expert: int, row: str) -> Iterator[npt.NDArray[Any]]:
-        """Noise first, then the residual scale on what leaves the expert (fc2's weight and bias)."""
+        """Yield the values of an expert's tensor with noise added, then multiplied by the residual scale if it is the
+        weight or bias of fc2, which compute the expert's output."""
         setting = self.settings[expert]
         scale = np.float32(setting.residual_scale if ".mlp.fc2." in row else 1.0)
         rng = np.random.default_rng([self.seed, expert, *tensor.planned.name.encode()])
@@ -134,7 +136,7 @@ def _is_plain(setting: ExpertSource) -> bool:
 
 
 def cast(values: npt.NDArray[Any], dtype: str, name: str) -> npt.NDArray[Any]:
-    """Finite values in another float dtype, to nearest even. Raises MergeError when one is too large for it."""
+    """Convert finite values to another float dtype, rounding to nearest even. Raises MergeError if one is too large."""
     with np.errstate(over="ignore"):
         converted = values.astype(numpy_dtype(dtype), copy=False)
     if not all_finite(converted):
@@ -147,7 +149,7 @@ def cast(values: npt.NDArray[Any], dtype: str, name: str) -> npt.NDArray[Any]:
 
 
 def _row_slices(model: Model, row: str) -> Iterator[tuple[Part, slice]]:
-    """A table row as (checkpoint tensor, rows of it), in order, at most CHUNK_ELEMENTS at a time."""
+    """Yield a table row in pieces of at most CHUNK_ELEMENTS values: a part, and the rows of it."""
     for part in model.weights.table[row].parts:
         step = max(1, CHUNK_ELEMENTS // max(1, math.prod(part.shape[1:])))
         for start in range(0, part.shape[0], step):
@@ -155,7 +157,7 @@ def _row_slices(model: Model, row: str) -> Iterator[tuple[Part, slice]]:
 
 
 def _plain_chunks(model: Model, row: str, dtype: str) -> Iterator[npt.NDArray[Any]]:
-    """Values as stored where the dtype is the same, so that they stay byte for byte what they were."""
+    """Yield the values of a table row in `dtype`. If they are stored in that dtype, they are copied byte for byte."""
     checkpoint = model.weights.checkpoint
     for part, rows in _row_slices(model, row):
         if checkpoint.tensors[part.name].dtype != dtype:

@@ -1,11 +1,11 @@
-"""Dense Phi-2 experts in, one phixtral checkpoint out: a folder with shards, config.json and the base's tokenizer.
+"""Merges dense Phi-2 experts into a phixtral checkpoint: a folder with shards, config.json and the base's tokenizer.
 
     config = read_merge_config(Path("merge.yml"))
     result = merge(config, Path("mixture"))
 
-Each layer's MLPs become its experts; everything else is the base's. Values flow shard by shard in pieces of a tensor,
-so memory does not grow with the model; hidden-state gates hold one layer of the base besides. The folder gets its name
-only when it is whole.
+The MLPs of all models in a layer become that layer's experts; everything else is copied from the base. Tensors are
+copied in chunks, so memory does not grow with the model; gates from hidden states also need one layer of the base. The
+folder gets its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from export.tokenizer.settings import Settings, read_settings
 logger = logging.getLogger(__name__)
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-YAML_FILE = "mergekit_moe_config.yml"  # where mergekit keeps a copy of its configuration
+YAML_FILE = "mergekit_moe_config.yml"  # the name under which mergekit saves a copy of its configuration
 _WHAT = "the merged checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeResult:
-    """What was written. `routing` describes the gates as they are stored."""
+    """The merged checkpoint that was written. `routing` is the diagnosis of the gates as they are stored."""
 
     folder: Path
     architecture: Architecture
@@ -59,9 +59,10 @@ class MergeResult:
 def merge(
     config: MergeConfig, output: Path, *, seed: int = 0, max_shard_bytes: int = DEFAULT_SHARD_BYTES
 ) -> MergeResult:
-    """Merge as `config` says into the new folder `output`. `seed` is that of random gates and of noise.
+    """Merge models as `config` says and write the checkpoint to the new folder `output`. `seed` is for random gates and
+    for noise.
 
-    Raises ConfigError, CheckpointError, MergeError, OutputError and MissingPackageError; `output` is then absent.
+    Raises ConfigError, CheckpointError, MergeError, OutputError and MissingPackageError; `output` then does not exist.
     """
     started = time.monotonic()
     refuse_existing(output, _WHAT)
@@ -118,7 +119,7 @@ def _write_folder(
     sources: MergeSources,
     max_shard_bytes: int,
 ) -> None:
-    """Shards, config.json, the base's tokenizer and settings, and a copy of the YAML."""
+    """Write the shards, config.json, the base's tokenizer and settings, and a copy of the YAML."""
     by_name = {tensor.planned.name: tensor for tensor in tensors}
     write_sharded(
         folder,
@@ -132,14 +133,14 @@ def _write_folder(
 
 
 def _open_models(config: MergeConfig) -> tuple[Model, list[Model]]:
-    """The base and the experts; a location that stands several times is opened once."""
+    """Open the base and the experts; a location that is given several times is opened once."""
     locations = [config.base, *(expert.location for expert in config.experts)]
     models = {location: read_model(open_checkpoint(location)) for location in dict.fromkeys(locations)}
     return models[config.base], [models[expert.location] for expert in config.experts]
 
 
 def _warn_of_losses(config: MergeConfig, base: Model, experts: Sequence[Model]) -> None:
-    """Say which experts repeat one another, and which lose what they learned outside their MLPs."""
+    """Log warnings about experts that are the same model, and about experts that lose training outside their MLPs."""
     counts = Counter((setting.location, setting.noise_scale > 0, setting.residual_scale) for setting in config.experts)
     for (location, noisy, _), count in counts.items():
         if count > 1 and not noisy:
@@ -155,7 +156,7 @@ def _warn_of_losses(config: MergeConfig, base: Model, experts: Sequence[Model]) 
 
 
 def _gates(config: MergeConfig, base: Model, dtype: str, seed: int) -> dict[int, npt.NDArray[Any]]:
-    """The gates as they will be stored: rounded to the output dtype."""
+    """Layer -> gate matrix, rounded to the output dtype."""
     started = time.monotonic()
     gates = {
         layer: cast(gate, dtype, f"the gate of layer {layer}")
