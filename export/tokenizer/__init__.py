@@ -1,1 +1,1 @@
-"""A checkpoint's tokenizer: what the folder's files say together, checked, built and loaded."""
+"""Builds, checks and loads a checkpoint's tokenizer from all files of the folder that describe it."""

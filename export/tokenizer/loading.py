@@ -1,7 +1,7 @@
-"""The tokenizer of an engine, loaded without executing anything: its tokenizer.json says everything.
+"""Loads the tokenizer of an engine from its tokenizer.json, without executing any of its code.
 
-A checkpoint's tokenizer is spread over several files; `export.tokenizer.settings` joins them, and what is made of the
-checkpoint gets a tokenizer.json that needs no other.
+A checkpoint describes its tokenizer in several files. `export.tokenizer.settings` joins them, and writes engines and
+packages a tokenizer.json that needs no other file.
 """
 
 from __future__ import annotations
@@ -21,46 +21,47 @@ from export.tokenizer.token_lengths import most_bytes_per_token
 if TYPE_CHECKING:
     import tokenizers
 
-MAX_TOKENIZER_BYTES = 128 << 20  # vocabularies of 260,000 tokens take some 35 MB
+MAX_TOKENIZER_BYTES = 128 << 20  # limit on tokenizer.json; a vocabulary of 260,000 tokens takes some 35 MB
 _TRIAL = "A text, in two lines:\n 1 + 1 == 2  # café"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """Text to token ids and back. `size` counts the ids that stand for text: ids from there on are padding rows."""
+    """Encodes text to token ids and decodes ids to text. Ids below `size` are tokens; from `size` on, ids are rows that
+    pad the embedding."""
 
     backend: tokenizers.Tokenizer
     size: int
 
     @cached_property
     def most_bytes_per_token(self) -> int | None:
-        """The most bytes of a text, in UTF-8, that one token stands for; None where no bound is known."""
+        """The most bytes of a text, in UTF-8, that one token can stand for; None if no bound is known."""
         return most_bytes_per_token(self.backend)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; special tokens written in the text count as such, none is added."""
+        """Encode `text` without adding tokens. A special token that is written in the text becomes that token."""
         return list(self.backend.encode(text, add_special_tokens=False).ids)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt, with what the tokenizer puts before a text of its own accord, as Llama's start token;
-        a start token that the text itself begins with is not doubled."""
+        """Encode a prompt with the tokens that the tokenizer adds, such as Llama's start token. If the text already
+        begins with the start token, it is not added again."""
         encoding = self.backend.encode(text, add_special_tokens=True)
         ids = list(encoding.ids)
         doubled = len(ids) > 1 and encoding.special_tokens_mask[0] and ids[0] == ids[1]
         return ids[1:] if doubled else ids
 
     def decode(self, token_ids: list[int]) -> str:
-        """The text of `token_ids`, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
+        """Decode token ids to text without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return str(self.backend.decode(token_ids, skip_special_tokens=True))
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read tokenizer.json as it stands. Raises CheckpointError."""
+    """Load the tokenizer from a folder's tokenizer.json alone. Raises CheckpointError."""
     return make_tokenizer(tokenizer_text(folder), f"loading the tokenizer of {named(folder)}")
 
 
 def tokenizer_text(folder: Path) -> str:
-    """The text of tokenizer.json. Raises CheckpointError."""
+    """Read the text of a folder's tokenizer.json. Raises CheckpointError."""
     path = folder / TOKENIZER_FILE
     if not is_there(path):
         raise CheckpointError(
@@ -71,8 +72,8 @@ def tokenizer_text(folder: Path) -> str:
 
 
 def make_backend(text: str, where: str) -> tokenizers.Tokenizer:
-    """The library's tokenizer of a tokenizer.json's text, without padding and truncation, after it was tried on a text.
-    Raises CheckpointError, also for patterns that take for ever on some text."""
+    """Make the library's tokenizer from the text of a tokenizer.json, without padding and truncation, and try it on a
+    short text. Raises CheckpointError, also for a regular expression that could take too long."""
     import tokenizers
 
     try:
@@ -83,7 +84,7 @@ def make_backend(text: str, where: str) -> tokenizers.Tokenizer:
             if component is not None:
                 check_patterns(json.loads(component.__getstate__()))
         backend.decode(backend.encode(_TRIAL, add_special_tokens=True).ids)
-    except BaseException as error:  # the library raises bare Exception, and Rust's panics are not even that
+    except BaseException as error:  # the library raises Exception itself; Rust's panics are BaseExceptions
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise CheckpointError(f"{where}: {TOKENIZER_FILE} is damaged ({named(error, 400)})") from error
@@ -91,12 +92,12 @@ def make_backend(text: str, where: str) -> tokenizers.Tokenizer:
 
 
 def make_tokenizer(text: str, where: str) -> Tokenizer:
-    """A tokenizer of a tokenizer.json's text. Raises CheckpointError beginning with `where`."""
+    """Make a Tokenizer from the text of a tokenizer.json. Raises CheckpointError whose message begins with `where`."""
     return tokenizer_of(make_backend(text, where), where)
 
 
 def tokenizer_of(backend: tokenizers.Tokenizer, where: str) -> Tokenizer:
-    """Raises CheckpointError for a tokenizer without a token."""
+    """Make a Tokenizer from the library's. Raises CheckpointError if its vocabulary is empty."""
     size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     if not size:
         raise CheckpointError(f"{where}: {TOKENIZER_FILE} has an empty vocabulary")

@@ -1,15 +1,15 @@
-"""Regular expressions of a tokenizer.json, refused where a text exists on which matching them takes for ever.
+"""Checks the regular expressions of a tokenizer.json, and refuses those that can take too long on some text.
 
-The tokenizers library matches with Oniguruma, which backtracks. Before it gives up at ten million steps a match it
-takes half a second, and then it panics; and a match begins at every character of a text. A pattern is taken where a
-match takes steps in proportion to the text at most:
+The tokenizers library matches with Oniguruma, which backtracks. A match is given up after ten million steps, which take
+half a second, and then the library panics; and a match begins at every character of a text. A pattern is accepted if
+the steps of a match grow at most linearly with the text:
 
-- what is repeated without bound is one character of a class, or a group of fixed length with one way through it;
-- on any way through the pattern there are at most two such repeats, and after the second nothing that can fail, since
-  only a failure makes the matcher try the other ways to share out the characters;
-- no references to what was matched before, no recursion.
+- An unbounded repeat is of one character of a class, or of a group of fixed length that can match in one way only.
+- Every path through the pattern has at most two unbounded repeats, and nothing after the second one can fail. Only a
+  failure makes the matcher backtrack and distribute the characters over the repeats differently.
+- There are no back references and no recursion.
 
-The patterns of GPT-2, Llama 3, Qwen, DeepSeek and o200k are such.
+The patterns of GPT-2, Llama 3, Qwen, DeepSeek and o200k fulfil this.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 
 from export.errors import shown
 
-MAX_PATTERN = 4096  # characters
+MAX_PATTERN = 4096  # most characters of a pattern
 _MAX_DEPTH = 16
-_MANY = 64  # a repeat of up to so many is counted as ways, of more as one without bound
-_MAX_WAYS = 1024  # in which the bounded repeats of one way through can share out characters
+_MANY = 64  # repeats of up to this many count as bounded, of more as unbounded
+_MAX_WAYS = 1024  # most ways to distribute characters over the bounded repeats of one path
 _INTERVAL = re.compile(r"\{(\d*)(,?)(\d*)\}")
 _GROUP = re.compile(r"\?(?:[imsxWDSPy-]*:|>|<\w+>|'\w+'|P<\w+>)")
 _LOOK = re.compile(r"\?<?[=!]")
@@ -34,9 +34,13 @@ _NAMED_ESCAPE = re.compile(r"[pPxo]\{[^}]*\}")
 
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
-    """Part of a pattern: its repeats without bound on the worst way through, the ways to share out characters among the
-    bounded ones, whether it can fail to match, whether it has one way through of fixed length, and whether its repeat
-    can be read in two ways, so that a failure after it would try them all."""
+    """What the check must know about a part of a pattern.
+
+    `repeats` is the number of unbounded repeats on the worst path through the part. `ways` is the number of ways to
+    distribute characters over the bounded repeats. `can_fail`: the part does not match every text. `fixed`: it has one
+    path only, of fixed length. `ambiguous`: its repeats can match the same characters in several ways, so that a
+    failure after the part would try them all.
+    """
 
     repeats: int = 0
     ways: int = 1
@@ -46,14 +50,14 @@ class _Piece:
 
 
 def check_patterns(component: Any) -> None:  # noqa: ANN401 - JSON value
-    """Check every regular expression in a normalizer, pre-tokenizer or decoder, as its JSON has it. Raises ValueError
-    that names the first one that is refused."""
+    """Check every regular expression in the JSON of a normalizer, pre-tokenizer or decoder. Raises ValueError that
+    names the first one that is refused."""
     for pattern in _patterns(component):
         check_pattern(pattern)
 
 
 def check_pattern(pattern: str) -> None:
-    """Raises ValueError with the reason where the pattern is refused."""
+    """Check one regular expression. Raises ValueError with the reason if it is refused."""
     try:
         if len(pattern) > MAX_PATTERN:
             raise ValueError(f"it has {len(pattern)} characters, expected at most {MAX_PATTERN}")
@@ -79,7 +83,7 @@ class _Reader:
         self.place = 0
 
     def alternatives(self, depth: int) -> _Piece:
-        """Up to the end or a closing parenthesis: the worst of the branches."""
+        """Read alternatives up to the end or a closing parenthesis; returns the worst case over the branches."""
         if depth > _MAX_DEPTH:
             raise ValueError(f"it is nested deeper than {_MAX_DEPTH} groups")
         branches = [self._branch(depth)]
@@ -141,7 +145,7 @@ class _Reader:
         return _Piece(repeats=inside.repeats, ways=inside.ways, fixed=False) if look else inside
 
     def _class(self, depth: int) -> None:
-        """Skip a character class, whose first bracket was taken; classes may lie in it."""
+        """Skip a character class after its opening bracket; it may contain other classes."""
         if depth > _MAX_DEPTH:
             raise ValueError(f"it is nested deeper than {_MAX_DEPTH} groups")
         self._take("^")
@@ -162,7 +166,7 @@ class _Reader:
             self.place += 1
             if letter in "123456789kg" or not letter:
                 raise ValueError("it refers to what was matched before")
-            if letter == "X":  # a letter with all its marks
+            if letter == "X":  # \X matches a letter with all its combining marks
                 return _Piece(repeats=1, fixed=False)
         return _Piece()
 
@@ -184,7 +188,8 @@ class _Reader:
 
 
 def _repeated(piece: _Piece, least: int, most: int | None) -> _Piece:
-    """A piece so many times; None is without bound. A repeat of a repeat can be read in two ways."""
+    """The piece, repeated `least` to `most` times (None: unbounded). Raises ValueError for a repeat of a repeat that
+    could take too long."""
     can_fail = piece.can_fail and least > 0
     if most == least == 1:
         return piece

@@ -1,18 +1,18 @@
-"""A checkpoint's tokenizer as transformers' AutoTokenizer makes it of the folder's files, with the tokenizers library.
+"""Builds a checkpoint's tokenizer as transformers' AutoTokenizer would, with the tokenizers library alone.
 
     made = build_tokenizer(read_tokenizer_files(folder), config)
     made.backend.encode("def main():").ids     # what AutoTokenizer.from_pretrained(folder) would give
 
-transformers 5 does not take tokenizer.json as it stands. It chooses a class, and the classes for GPT-2, CodeGen and
-Llama build everything anew around the vocabulary and the merges. Then it adds tokens from the other files. The rules
-here are those of transformers 5.24, in the order in which they are applied:
+transformers 5 does not use tokenizer.json unchanged. It chooses a class, and the classes for GPT-2, CodeGen and Llama
+take only the vocabulary and the merges from it and build the rest themselves. Then it adds tokens from the other files.
+The rules here are those of transformers 5.24, in the order in which they are applied:
 
   class           AutoTokenizer.from_pretrained (models/auto/tokenization_auto.py): tokenizer_class of
                   tokenizer_config.json, else of config.json, else the class for the model_type
   added tokens    PreTrainedTokenizerBase._from_pretrained (tokenization_utils_base.py): tokenizer_config.json's
-                  added_tokens_decoder alone where it is there; else special_tokens_map.json over tokenizer_config.json
-                  for special tokens, and tokenizer.json's added_tokens over added_tokens.json
-  special tokens  the class's defaults where no file names one; those that the vocabulary lacks are added behind it
+                  added_tokens_decoder alone if it has one; else special_tokens_map.json before tokenizer_config.json
+                  for special tokens, and tokenizer.json's added_tokens before added_tokens.json
+  special tokens  the class's defaults if no file names one; those that the vocabulary lacks are added after it
                   (TokenizersBackend.__init__, tokenization_utils_tokenizers.py)
   begin and end   tokenizer.json's post_processor alone: add_bos_token and add_eos_token are not read beside it
                   (_from_pretrained)
@@ -20,9 +20,10 @@ here are those of transformers 5.24, in the order in which they are applied:
                   normalizer, pre_tokenizer and decoder, made with add_prefix_space and legacy of tokenizer_config.json
                   (models/gpt2, models/codegen, models/llama)
 
-What these rules cannot follow is refused by name: another class, code in the checkpoint, split_special_tokens, and a
-token that the vocabulary lacks and two files state with different flags. One thing is not followed: where the package
-mistral-common is installed, transformers reads tekken.json instead, if the folder has one.
+Checkpoints that these rules do not cover are refused by name: another class, code in the checkpoint,
+split_special_tokens, and a token that the vocabulary lacks and two files state with different flags. One rule of
+transformers is not followed: if the package mistral-common is installed and the folder has a tekken.json, transformers
+reads that file instead.
 """
 
 from __future__ import annotations
@@ -42,17 +43,17 @@ from export.tokenizer.loading import make_backend, tokenizer_text
 if TYPE_CHECKING:
     import tokenizers
 
-AS_IT_IS = "TokenizersBackend"  # transformers' class that takes tokenizer.json as it stands
+AS_IT_IS = "TokenizersBackend"  # transformers' class that uses tokenizer.json unchanged
 GPT2, CODEGEN, LLAMA = "GPT2Tokenizer", "CodeGenTokenizer", "LlamaTokenizer"
 _END_OF_TEXT = "<|endoftext|>"
-# Special tokens that a class has where no file names one.
+# Special tokens of a class that apply if no file names one.
 _DEFAULTS: Mapping[str, Mapping[str, str]] = {
     AS_IT_IS: {},
     GPT2: {"unk_token": _END_OF_TEXT, "bos_token": _END_OF_TEXT, "eos_token": _END_OF_TEXT},
     CODEGEN: {"unk_token": _END_OF_TEXT, "bos_token": _END_OF_TEXT, "eos_token": _END_OF_TEXT},
     LLAMA: {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
 }
-# Other names of TokenizersBackend; a trailing "Fast" is dropped before one is looked up.
+# Names of classes that mean TokenizersBackend; a trailing "Fast" is removed before the comparison.
 _NAMES_OF_AS_IT_IS = (AS_IT_IS, "PythonBackend", "PreTrainedTokenizer")
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MAX_ID_DIGITS = 10
@@ -61,22 +62,23 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFiles:
-    """A tokenizer's files as JSON values; `settings` is tokenizer_config.json, empty where there is none."""
+    """A tokenizer's files as JSON values. `settings` is tokenizer_config.json; empty if there is no such file."""
 
     folder: Path
-    text: str  # of tokenizer.json
+    text: str  # text of tokenizer.json
     settings: Mapping[str, Any]
     special_tokens: Mapping[str, Any]
     added_tokens: Mapping[str, Any]
 
     def refuse(self, name: str, problem: str) -> ConfigError:
-        """The error for what one of the files says."""
+        """The error for a problem in the file `name`."""
         return ConfigError(f"reading the tokenizer of {named(self.folder)}: {name} {problem}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltTokenizer:
-    """`special_tokens`: name -> text, as bos_token -> <s>. `as_stored`: tokenizer.json says the same by itself."""
+    """A tokenizer that was built from all files of a checkpoint. `special_tokens`: name -> text, such as bos_token ->
+    <s>. `as_stored`: tokenizer.json alone describes the same tokenizer."""
 
     backend: tokenizers.Tokenizer
     tokenizer_class: str
@@ -85,7 +87,8 @@ class BuiltTokenizer:
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
-    """Raises CheckpointError where tokenizer.json is missing, ConfigError for settings that are no JSON objects."""
+    """Read a tokenizer's files. Raises CheckpointError if tokenizer.json is missing, and ConfigError for a settings
+    file that is not a JSON object."""
 
     def optional(name: str, what: str) -> dict[str, Any]:
         return read_json(folder / name, what) if is_there(folder / name) else {}
@@ -100,7 +103,8 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
 
 
 def build_tokenizer(files: TokenizerFiles, config: Mapping[str, Any]) -> BuiltTokenizer:
-    """The tokenizer of a checkpoint with this config.json. Raises CheckpointError and ConfigError."""
+    """Build the tokenizer of a checkpoint from its files and its config.json. Raises CheckpointError and
+    ConfigError."""
     where = f"loading the tokenizer of {named(files.folder)}"
     stored = make_backend(files.text, where)
     content: dict[str, Any] = json.loads(files.text)
@@ -121,7 +125,7 @@ def build_tokenizer(files: TokenizerFiles, config: Mapping[str, Any]) -> BuiltTo
 
 
 def tokenizer_class(files: TokenizerFiles, config: Mapping[str, Any]) -> str:
-    """The class that AutoTokenizer chooses. Raises ConfigError for one that moeship does not rebuild."""
+    """The class that AutoTokenizer would choose. Raises ConfigError for a class that moeship cannot build."""
     asked = files.settings.get("tokenizer_class") or config.get("tokenizer_class")
     auto_map = files.settings.get("auto_map")
     remote = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
@@ -150,7 +154,7 @@ def tokenizer_class(files: TokenizerFiles, config: Mapping[str, Any]) -> str:
 
 
 def _refuse_settings(files: TokenizerFiles, content: Mapping[str, Any]) -> None:
-    """Settings under which transformers would do what an engine's tokenizer.json cannot say."""
+    """Raise ConfigError for settings whose effect in transformers cannot be written in an engine's tokenizer.json."""
     settings = files.settings
     if settings.get("split_special_tokens"):
         raise files.refuse(SETTINGS_FILE, "sets split_special_tokens, which is not honoured yet")
@@ -178,7 +182,8 @@ def _is_bpe(content: Mapping[str, Any]) -> bool:
 
 
 def _rebuild(files: TokenizerFiles, content: dict[str, Any], name: str) -> bool:
-    """Put the class's pipeline in place of tokenizer.json's; returns whether that changes anything."""
+    """Replace the pipeline of tokenizer.json (normalizer, pre-tokenizer, decoder) by that of the class; returns whether
+    that changes anything."""
     if not _is_bpe(content):
         raise files.refuse(
             TOKENIZER_FILE,
@@ -191,14 +196,14 @@ def _rebuild(files: TokenizerFiles, content: dict[str, Any], name: str) -> bool:
         "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
         "fuse_unk": llama, "byte_fallback": llama, "ignore_merges": False,
     }  # fmt: skip
-    # Where pairs never merge, it does not matter where the text is split.
+    # Without merges the tokens do not depend on where the text is split.
     ignored = () if content["model"].get("merges") else ("use_regex",)
     changes = [_set(content, key, value, ignored) for key, value in pipeline.items()]
     return any([*changes, *[_set(content["model"], key, value) for key, value in model.items()]])
 
 
 def _byte_level_pipeline(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Of GPT2Tokenizer and CodeGenTokenizer."""
+    """The pipeline of GPT2Tokenizer and CodeGenTokenizer."""
     parts = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
     prefix_space = bool(settings.get("add_prefix_space", False))
     return {
@@ -209,7 +214,8 @@ def _byte_level_pipeline(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _llama_pipeline(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Of LlamaTokenizer; `_get_prepend_scheme` (tokenization_utils_base.py) chooses where a space is put before."""
+    """The pipeline of LlamaTokenizer. `_get_prepend_scheme` (tokenization_utils_base.py) decides whether a space is put
+    before the first piece of text or before every one."""
     prefix_space = settings.get("add_prefix_space")
     prefix_space = prefix_space is None or bool(prefix_space)
     first = "always" if settings.get("legacy", False) else "first"
@@ -228,10 +234,10 @@ def _llama_pipeline(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _set(content: dict[str, Any], key: str, value: Any, ignored: Sequence[str] = ()) -> bool:  # noqa: ANN401 - JSON
-    """Give a key its value; returns whether text is encoded or decoded otherwise then."""
+    """Set a key to a value; returns whether that changes how text is encoded or decoded."""
     found = content.get(key)
     if isinstance(value, dict) and isinstance(found, dict):
-        # Where tokens begin in the text is not asked for, and a byte-level decoder reads none of its settings.
+        # trim_offsets changes only the offsets of tokens, which are not used. A byte-level decoder ignores its fields.
         plain = value if key == "decoder" and value["type"] == "ByteLevel" else ()
         compared = {"type", *value} - ({"trim_offsets", *ignored, *plain} - {"type"})
         if all(found.get(name) == value[name] for name in compared):
@@ -249,7 +255,7 @@ def _added(backend: tokenizers.Tokenizer) -> dict[int, str]:
 def _add_tokens(
     files: TokenizerFiles, content: Mapping[str, Any], name: str, backend: tokenizers.Tokenizer
 ) -> dict[str, str]:
-    """Add what the files add, as TokenizersBackend.__init__ does; returns the special tokens by name."""
+    """Add the tokens that the files state, as TokenizersBackend.__init__ does; returns the special tokens by name."""
     listed, special, extra = _stated_tokens(files, content, name)
     adding = [token for _, token in sorted(listed.items())]
     known = {str(token) for token in [*adding, *backend.get_added_tokens_decoder().values()]}
@@ -259,7 +265,7 @@ def _add_tokens(
         token = _added_token(stated, special=True) if isinstance(stated, str) else stated
         token.special = token.special or str(token) in named
         if str(token) not in known and repr(behind.setdefault(str(token), token)) != repr(token):
-            # What transformers makes of it depends on whether the tokenizer was saved in between.
+            # In transformers the result depends on whether the tokenizer was saved and loaded again.
             raise files.refuse(SETTINGS_FILE, f"states the token {shown(str(token), 60)} in two ways; state it in one")
     for token in adding:
         token.special = token.special or str(token) in named
@@ -270,8 +276,8 @@ def _add_tokens(
 def _stated_tokens(
     files: TokenizerFiles, content: Mapping[str, Any], name: str
 ) -> tuple[dict[int, Any], dict[str, Any], list[Any]]:
-    """Added tokens by id, special tokens by name, and special tokens without a name, as `_from_pretrained` joins the
-    files: the library's AddedToken, or a text where a file has one for a special token."""
+    """Join the tokens of all files as `_from_pretrained` does; returns added tokens by id, special tokens by name, and
+    special tokens without a name. Each is the library's AddedToken, or a string if a file states a special token so."""
     settings, listed, by_text = dict(files.settings), dict[int, Any](), dict[str, Any]()
     _rename_extra(settings, unless_there=not settings.get("extra_special_tokens"))
     own = _own_tokens(settings)
@@ -282,7 +288,7 @@ def _stated_tokens(
         more = settings.get("extra_special_tokens")
         if isinstance(before, list) and isinstance(more, list):
             settings["extra_special_tokens"] = [*before, *(token for token in more if token not in before)]
-        # Objects of tokenizer_config.json are not understood as tokens yet where transformers asks this.
+        # At this step transformers has not converted the objects of tokenizer_config.json to tokens yet.
         understood = {key: value for key, value in settings.items() if not _is_typed(value)}
         marked = {str(token) for key, token in _named(files, understood, {}, {}) if key in SPECIAL_NAMES}
         marked |= {str(token) for token in _extra_tokens(files, settings)}
@@ -305,7 +311,7 @@ def _stated_tokens(
         for index, token in stated.items():
             listed[int(index)] = _listed(files, SETTINGS_FILE, f"added_tokens_decoder[{index}]", token)
     _rename_extra(settings, unless_there="extra_special_tokens" not in settings)
-    # A special token that is added as well has the flags that it is added with.
+    # A special token that is also an added token has the flags of the added token.
     by_text |= {str(token): token for token in listed.values()}
     named = _named(files, settings, own, _defaults(content, name))
     special = {key: by_text.get(str(token), token) if key in SPECIAL_NAMES else token for key, token in named}
@@ -313,13 +319,14 @@ def _stated_tokens(
 
 
 def _rename_extra(settings: dict[str, Any], *, unless_there: bool) -> None:
-    """additional_special_tokens is transformers 4's word for extra_special_tokens."""
+    """Rename additional_special_tokens, as transformers 4 called it, to extra_special_tokens."""
     if unless_there and "additional_special_tokens" in settings:
         settings["extra_special_tokens"] = settings.pop("additional_special_tokens")
 
 
 def _own_tokens(settings: dict[str, Any]) -> dict[str, Any]:
-    """Take the tokens out of extra_special_tokens where it is an object: they have names of the model's own."""
+    """Remove extra_special_tokens from the settings and return it, if it is an object: special tokens with names that
+    the model defines. Else returns an empty one."""
     extra = settings.get("extra_special_tokens")
     return settings.pop("extra_special_tokens") if isinstance(extra, dict) else {}
 
@@ -329,7 +336,8 @@ def _names_tokens(key: str) -> bool:
 
 
 def _defaults(content: Mapping[str, Any], name: str) -> dict[str, str]:
-    """Special tokens where no file of settings names one: the class's, and the token that tokenizer.json pads with."""
+    """Special tokens that apply if no settings file names one: those of the class, and the pad token of
+    tokenizer.json."""
     padding = content.get("padding") or {}
     pads = name not in (GPT2, CODEGEN) and padding.get("pad_token")
     return {**_DEFAULTS[name], **({"pad_token": padding["pad_token"]} if pads else {})}
@@ -338,7 +346,8 @@ def _defaults(content: Mapping[str, Any], name: str) -> dict[str, str]:
 def _named(
     files: TokenizerFiles, settings: Mapping[str, Any], own: Mapping[str, Any], defaults: Mapping[str, str]
 ) -> Iterator[tuple[str, Any]]:
-    """Special tokens with a name: the seven that every tokenizer may have, then the model's own."""
+    """Yield special tokens with their names: the seven that every tokenizer may have, then those that the model
+    defines."""
     for key in SPECIAL_NAMES:
         value = settings.get(key, defaults.get(key))
         if value is not None:
@@ -352,7 +361,7 @@ def _named(
 
 
 def _extra_tokens(files: TokenizerFiles, settings: Mapping[str, Any]) -> Iterator[Any]:
-    """Special tokens without a name."""
+    """Yield special tokens without a name."""
     extra = settings.get("extra_special_tokens") or []
     if not isinstance(extra, list):
         raise files.refuse(SETTINGS_FILE, f"holds extra_special_tokens {shown(extra)}, expected a list of tokens")
@@ -361,14 +370,14 @@ def _extra_tokens(files: TokenizerFiles, settings: Mapping[str, Any]) -> Iterato
 
 
 def _listed(files: TokenizerFiles, name: str, key: str, value: Any) -> Any:  # noqa: ANN401 - JSON value
-    """A token of a list of added ones, where a text alone does not do."""
+    """A token from a list of added tokens, which must be an object. Raises ConfigError for a string."""
     if isinstance(value, str):
         raise files.refuse(name, f"holds {key} {shown(value)}, expected an object with the token's content")
     return _token(files, name, key, value)
 
 
 def _token(files: TokenizerFiles, name: str, key: str, value: Any) -> Any:  # noqa: ANN401 - JSON value
-    """A token that a file states: its text, or the library's AddedToken where the file has an object."""
+    """A token that a file states: its text, or the library's AddedToken if the file has an object."""
     if isinstance(value, str):
         return value
     flags = {flag: value[flag] for flag in _FLAGS if flag in value} if isinstance(value, dict) else {}
@@ -376,7 +385,7 @@ def _token(files: TokenizerFiles, name: str, key: str, value: Any) -> Any:  # no
     if not isinstance(text, str) or not all(isinstance(flag, bool) for flag in flags.values()):
         raise files.refuse(name, f"holds {key} {shown(value)}, expected a token's text, or an object with its content")
     if key in files.special_tokens and not _is_typed(value):
-        flags["special"] = True  # transformers 4 left it out of special_tokens_map.json
+        flags["special"] = True  # transformers 4 did not write this flag in special_tokens_map.json
     return _added_token(text, **flags)
 
 
@@ -387,5 +396,5 @@ def _added_token(text: str, **flags: Any) -> Any:  # noqa: ANN401 - the library'
 
 
 def _is_typed(value: object) -> bool:
-    """Whether transformers wrote an AddedToken as this JSON object."""
+    """Whether this JSON object is an AddedToken that transformers wrote."""
     return isinstance(value, dict) and value.get("__type") == "AddedToken"

@@ -1,23 +1,23 @@
-"""Every fact that several files of a checkpoint can state, read in one place with transformers' own precedence.
+"""Reads the facts that several files of a checkpoint can state, with the precedence that transformers gives the files.
 
     settings = read_settings(checkpoint.folder, checkpoint.config)
     settings.ids.eos            # (2, 32000): the ids that end a text
     settings.facts              # what goes into engine.json
-    settings.tokenizer          # text to token ids, as AutoTokenizer has it
+    settings.tokenizer          # encodes text to the same token ids as AutoTokenizer's
 
-What wins, and where transformers 5.24 says so:
+Which file decides, and the source in transformers 5.24:
 
-  end, begin, pad ids   generation_config.json alone where it is there, else config.json (GenerationMixin.
-                        adjust_generation_fn in generation/utils.py, GenerationConfig.from_model_config). An id that the
-                        winner does not name is looked for in the other file, and an end id in the tokenizer at last:
-                        `generate` would run to its limit then, and nobody who serves a model wants that.
+  end, begin, pad ids   generation_config.json if it exists, else config.json (GenerationMixin.adjust_generation_fn in
+                        generation/utils.py, GenerationConfig.from_model_config). Unlike transformers, an id that this
+                        file does not name is taken from the other file, and at last an end id from the tokenizer:
+                        without an end id `generate` would always run to its limit, which no server wants.
   tokenizer             `export.tokenizer.rules`
-  chat templates        chat_template.jinja and additional_chat_templates/*.jinja; where there is none of them,
-                        chat_template of tokenizer_config.json, a text or a list of texts with names
-                        (PreTrainedTokenizerBase._from_pretrained in tokenization_utils_base.py). chat_template.json is
-                        a processor's and never a tokenizer's.
+  chat templates        chat_template.jinja and additional_chat_templates/*.jinja; if there are none, chat_template of
+                        tokenizer_config.json, a string or a list of named strings
+                        (PreTrainedTokenizerBase._from_pretrained in tokenization_utils_base.py). chat_template.json
+                        belongs to a processor and is not read.
 
-What is made of a checkpoint never looks at these files again: engine.json has the facts, tokenizer.json the tokenizer.
+Engines and packages do not read these files again: the facts are in engine.json, the tokenizer in tokenizer.json.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ from export.tokenizer.rules import BuiltTokenizer, TokenizerFiles, build_tokeniz
 logger = logging.getLogger(__name__)
 
 DEFAULT_TEMPLATE = "default"
-MAX_TEMPLATE_BYTES = 1 << 20  # the longest templates on the hub have some 20,000
-MAX_TOKENS = 1 << 53  # transformers writes 10**30 for "no limit"
+MAX_TEMPLATE_BYTES = 1 << 20  # most bytes of a chat template; the longest on the hub have some 20,000
+MAX_TOKENS = 1 << 53  # a model_max_length from here on means no limit; transformers writes 10**30
 _PROBE = "a"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AddedTokenRecord:
-    """A token beside the model's vocabulary; a special one is left out of decoded text."""
+    """A token that is added to the model's vocabulary; a special one is left out of decoded text."""
 
     id: int
     content: str
@@ -63,14 +63,14 @@ class AddedTokenRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFacts:
-    """What engine.json says of the tokenizer.
+    """The facts about the tokenizer that engine.json holds.
 
-    `special_tokens`: name -> text, as bos_token -> <s>. `begins_with` and `ends_with`: the ids that the tokenizer puts
-    before and behind every prompt. `model_max_length`: tokens, None where the checkpoint sets no limit.
-    `chat_templates`: name -> Jinja text, the usual one under "default".
+    `special_tokens`: name -> text, such as bos_token -> <s>. `begins_with` and `ends_with`: the ids that the tokenizer
+    adds before and after every prompt. `model_max_length`: number of tokens; None if the checkpoint sets no limit.
+    `chat_templates`: name -> Jinja text; the main one is named "default".
     """
 
-    tokenizer_class: str  # transformers' class, after which the tokenizer was built
+    tokenizer_class: str  # transformers' class whose rules the tokenizer was built by
     bos_token_id: int | None
     pad_token_id: int | None
     special_tokens: Mapping[str, str]
@@ -83,9 +83,9 @@ class TokenizerFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A checkpoint's settings after all precedence. `files` travel with the model, by their paths inside the folder.
-    `tokenizer_json` is the text of a tokenizer.json that needs no other file; None where the checkpoint's own is that
-    already."""
+    """A checkpoint's settings, joined from all of its files. `files` are the paths inside the folder of the files that
+    are copied with the model. `tokenizer_json` is the text of a tokenizer.json that needs no other file; None if the
+    checkpoint's own tokenizer.json is one."""
 
     folder: Path
     files: tuple[str, ...]
@@ -95,14 +95,14 @@ class Settings:
     tokenizer_json: str | None
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file that `write` makes, by its path inside the folder."""
+        """Path inside the folder -> bytes, for each file that `write` writes."""
         sizes = {name: (self.folder / name).stat().st_size for name in self.files}
         return sizes if self.tokenizer_json is None else {**sizes, TOKENIZER_FILE: len(self.tokenizer_json.encode())}
 
     def write(self, folder: Path, place: Callable[[Path, Path], object] = shutil.copyfile) -> None:
-        """Write the tokenizer and copy the settings that travel with it; `place(source, target)` makes a copy.
+        """Write tokenizer.json and copy the settings files into `folder`; `place(source, target)` makes a copy.
 
-        Raises ConfigError where a file is no regular one by now: a copy of a device has no end.
+        Raises ConfigError if a file is not regular any more: copying a device would never end.
         """
         gone = [name for name in self.files if not is_regular(self.folder / name)]
         if gone:
@@ -120,7 +120,8 @@ class Settings:
 
 
 def read_settings(folder: Path, config: Mapping[str, Any]) -> Settings:
-    """All settings of the checkpoint in `folder` with this config.json. Raises CheckpointError and ConfigError."""
+    """Read all settings of the checkpoint in `folder`; `config` is its config.json. Raises CheckpointError and
+    ConfigError."""
     travelling = text_files(folder)
     files = read_tokenizer_files(folder)
     built = build_tokenizer(files, config)
@@ -142,7 +143,7 @@ def read_settings(folder: Path, config: Mapping[str, Any]) -> Settings:
 
 
 def check_token_ids(settings: Settings, vocab_size: int) -> None:
-    """Refuse end tokens that could never be produced, and warn where there is none. Raises ConfigError."""
+    """Raise ConfigError for an end token that could never be generated, and log a warning if there is no end token."""
     where, size = f"looking for the end token of {named(settings.folder)}", settings.tokenizer.size
     outside = [item for item in settings.ids.eos if item >= vocab_size]
     if outside:
@@ -186,7 +187,7 @@ def _facts(files: TokenizerFiles, built: BuiltTokenizer, ids: TokenIds) -> Token
 
 
 def _surroundings(built: BuiltTokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that the post-processor puts before and behind a text."""
+    """The ids that the post-processor adds before a text, and those that it adds after it."""
     plain = built.backend.encode(_PROBE, add_special_tokens=False).ids
     whole = built.backend.encode(_PROBE, add_special_tokens=True)
     added = len(whole.ids) - len(plain)
@@ -196,7 +197,7 @@ def _surroundings(built: BuiltTokenizer) -> tuple[tuple[int, ...], tuple[int, ..
 
 
 def read_chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Name -> text of the chat templates. `settings` is tokenizer_config.json. Raises ConfigError."""
+    """Read the chat templates: name -> Jinja text. `settings` is tokenizer_config.json. Raises ConfigError."""
     paths = {DEFAULT_TEMPLATE: folder / TEMPLATE_FILE}
     paths |= {path.name.removesuffix(".jinja"): path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
     found = {
@@ -225,7 +226,7 @@ def read_chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, 
 
 
 def _warn(files: TokenizerFiles, facts: TokenizerFacts) -> None:
-    """Say which settings have no effect although whoever wrote them may expect one."""
+    """Log a warning for each setting that has no effect although its author may expect one."""
     for key, adds in (("add_bos_token", facts.begins_with), ("add_eos_token", facts.ends_with)):
         asked = files.settings.get(key)
         if isinstance(asked, bool) and asked != bool(adds):

@@ -1,8 +1,8 @@
-"""How many bytes of a text one token can stand for: what bounds a prompt's bytes before it is encoded.
+"""Computes the most bytes of a text that one token can stand for. It bounds a prompt's bytes before it is encoded.
 
-The bound holds where a tokenizer gives every byte of a text to some token and no token a run of any length. Dropping
-text, as pre-tokenizers that split at white space do, and fusing it, as one token for a run of unknown characters does,
-leave no bound. The parts are those of the tokenizers package's tokenizer.json.
+There is a bound if every byte of a text belongs to a token and every token has a longest text. There is none if text is
+dropped, as by pre-tokenizers that split at white space, or if a single token stands for a run of unknown characters of
+any length. The names of components are those of the tokenizers package's tokenizer.json.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import tokenizers
 
-# How many times as many bytes a text may have as its normal form: computed over Unicode's decompositions by
-# tests/export/tokenizer/test_token_lengths.py (NFC: Greek iota with dialytika and tonos), rounded up.
+# Normal form -> largest ratio of a text's bytes to the bytes of its normal form, rounded up. Computed over Unicode's
+# decompositions by tests/export/tokenizer/test_token_lengths.py (NFC: Greek iota with dialytika and tonos).
 NORMAL_FORMS = {"NFC": 4, "NFD": 3, "NFKD": 4, "NFKC": 23}
 _KEEPING = ("ByteLevel", "Metaspace", "Digits", "UnicodeScripts")  # pre-tokenizers that drop nothing
-_BEHAVING = ("Split", "Punctuation")  # those that drop nothing unless their behaviour says so
-_UTF8_MOST = 4  # bytes of a character
+_BEHAVING = ("Split", "Punctuation")  # pre-tokenizers that drop text only if their `behavior` is "Removed"
+_UTF8_MOST = 4  # most bytes of a character in UTF-8
 
 
 def most_bytes_per_token(backend: tokenizers.Tokenizer) -> int | None:
-    """The most bytes of UTF-8 that one token stands for; None where no bound is known."""
+    """The most bytes of a text, in UTF-8, that one token can stand for; None if no bound is known."""
     parts = json.loads(backend.to_str())
     normalizers = _flat(parts["normalizer"], "normalizers")
     pre_tokenizers = _flat(parts["pre_tokenizer"], "pretokenizers")
@@ -48,14 +48,14 @@ def most_bytes_per_token(backend: tokenizers.Tokenizer) -> int | None:
 
 
 def _flat(part: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
-    """A part, or the parts of a sequence of them, in their order."""
+    """A component as a list: of itself, or of all components of a (nested) sequence in order."""
     if part is None:
         return []
     return [inner for found in part[key] for inner in _flat(found, key)] if part["type"] == "Sequence" else [part]
 
 
 def _shrinking(normalizer: Mapping[str, Any]) -> int | None:
-    """How many times fewer bytes a text may have after a normalizer; None where there is no saying."""
+    """The largest factor by which a normalizer can shrink a text's bytes; None if no bound is known."""
     kind = normalizer["type"]
     if kind == "Replace":
         pattern, content = normalizer["pattern"].get("String"), normalizer["content"]
@@ -64,14 +64,14 @@ def _shrinking(normalizer: Mapping[str, Any]) -> int | None:
 
 
 def _keeps(pre_tokenizer: Mapping[str, Any]) -> bool:
-    """Whether a pre-tokenizer drops nothing of a text."""
+    """Whether a pre-tokenizer keeps all of a text."""
     kind = pre_tokenizer["type"]
     return kind in _KEEPING or (kind in _BEHAVING and pre_tokenizer["behavior"] != "Removed")
 
 
 def _longest(model: Mapping[str, Any], *, byte_level: bool) -> int | None:
-    """Bytes of a BPE's longest token; None where it drops or fuses characters that it does not know. Where bytes are
-    written as characters, a character is a byte."""
+    """Bytes of the longest token of a BPE model; None if the model drops or fuses unknown characters. With `byte_level`
+    each character of a token stands for one byte."""
     from tokenizers import pre_tokenizers
 
     vocabulary = model["vocab"]
