@@ -35,7 +35,7 @@ SAMPLE_INTERVAL_S = 0.05
 
 
 def measure(checkpoint: Path, work: Path, precision: str, backend: str = BACKENDS[0]) -> dict[str, Any]:
-    """Plan, read, write, build. Raises ConfigError where the plan or the build fails."""
+    """Measure plan, plain reading, plain writing and build. Raises ConfigError if the plan or the build fails."""
     what = [str(checkpoint), "--precision", precision, "--backend", backend, "--json"]
     planned = subprocess.run([*COMMAND, "plan", *what], capture_output=True, text=True, check=False)
     if planned.returncode:
@@ -82,7 +82,7 @@ def measure(checkpoint: Path, work: Path, precision: str, backend: str = BACKEND
 
 
 def plain_read(paths: Iterable[Path]) -> float:
-    """Seconds of reading files from the disk, from their starts to their ends."""
+    """Seconds that it takes to read files sequentially from the disk."""
     files = list(paths)
     forget(files)
     buffer = bytearray(PIECE_BYTES)
@@ -95,7 +95,7 @@ def plain_read(paths: Iterable[Path]) -> float:
 
 
 def plain_write(path: Path, num_bytes: int) -> float:
-    """Seconds of writing a file, its flush to the disk included."""
+    """Seconds that it takes to write a file and flush it to the disk."""
     buffer = memoryview(os.urandom(PIECE_BYTES))
     started = time.monotonic()
     with path.open("wb", buffering=0) as file:
@@ -108,7 +108,7 @@ def plain_write(path: Path, num_bytes: int) -> float:
 
 
 def forget(paths: Iterable[Path]) -> None:
-    """Empty the page cache of files, so that the next reading comes from the disk."""
+    """Drop files from the page cache, so that the next read comes from the disk."""
     for path in paths:
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -116,7 +116,8 @@ def forget(paths: Iterable[Path]) -> None:
 
 
 def watch(command: list[str]) -> dict[str, Any]:
-    """Run a command; its seconds, processor seconds, and the peak of resident memory over all its processes."""
+    """Run a command; returns its elapsed seconds, its processor seconds, and the peak resident memory of all its
+    processes together."""
     before, started, peak = os.times(), time.monotonic(), 0
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors) as process:
@@ -132,7 +133,7 @@ def watch(command: list[str]) -> dict[str, Any]:
 
 
 def resident(pid: int) -> int:
-    """The most bytes that a process has had resident, and its children with it."""
+    """The peak resident bytes of a process and its children, added up."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

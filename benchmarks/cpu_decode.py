@@ -48,7 +48,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """`engine` None shapes the others after phixtral-4x2_8, with `layers` layers; `threads` None takes every core."""
+    """The options of a run. If `engine` is None, the other contenders get the shape of phixtral-4x2_8 with `layers`
+    layers. `threads` None uses every core."""
 
     gguf: Path
     engine: Path | None = None
@@ -62,7 +63,7 @@ class Options:
 
 
 def benchmark(options: Options) -> int:
-    """Run, write the result and the picture, print the table; 1 where a contender failed."""
+    """Run the benchmark, write the result and the picture, print the table; returns 1 if a contender failed."""
     if options.rounds < 1:
         raise ConfigError(f"benchmarking: found {options.rounds} rounds, expected at least one")
     threads = options.threads or len(os.sched_getaffinity(0))
@@ -112,7 +113,8 @@ def _facts(options: Options) -> Architecture:
 
 
 def _prepare(options: Options) -> tuple[list[Entrant], dict[str, str]]:
-    """The contenders that can run, and the reasons of the others. Raises the first reason where none can."""
+    """The contenders that can run, and for each other contender the reason why it cannot. Raises the first reason if no
+    contender can run."""
     facts = _facts(options)
     entrants, refused = [], {}
     problem: MoeshipError | None = None
@@ -129,7 +131,7 @@ def _prepare(options: Options) -> tuple[list[Entrant], dict[str, str]]:
 
 
 def redraw(path: Path) -> int:
-    """Draw a kept result again and print its table."""
+    """Draw the picture of a stored result again and print its table."""
     result = read_json(path, "a result of this benchmark")
     kind = (result.get("benchmark"), result.get("format_version"))
     if kind != ("cpu_decode", FORMAT_VERSION):

@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 def benchmark(options: argparse.Namespace) -> int:
-    """Measure, print and write; 1 where a contender could not run."""
+    """Measure, print and write the result; returns 1 if a contender could not run."""
     with ExitStack() as stack:
         peak = None if options.no_peak else Peak(Path(stack.enter_context(tempfile.TemporaryDirectory())))
         contenders, refused = [], {}
@@ -70,7 +70,7 @@ def benchmark(options: argparse.Namespace) -> int:
 def measure(
     contenders: Sequence[Contender], peak: Peak | None, numbers: Sequence[int], rounds: int, threads: int
 ) -> dict[str, Any]:
-    """Seconds of a layer by contender and rows, and the processor's limits, round by round."""
+    """Measure the seconds of a layer by contender and number of rows, and the processor's limits, in each round."""
     seconds: dict[str, dict[int, list[float]]] = {one.name: {rows: [] for rows in numbers} for one in contenders}
     bandwidth, products = [], []
     for number in range(rounds):
@@ -102,7 +102,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def report(result: Mapping[str, Any]) -> str:
-    """The figures as a table: medians, the best call beside them."""
+    """The figures as a table: the median and the best call of each contender."""
     read, peak = result["bandwidth"]["median"], result["int8_products"]
     lines = [f"{result['machine']['processor']}, {result['threads']} threads, medians of {result['rounds']} rounds",
              f"reads {read / 1e9:.1f} GB/s (most {result['bandwidth']['most'] / 1e9:.1f})"]  # fmt: skip
@@ -128,7 +128,8 @@ def report(result: Mapping[str, Any]) -> str:
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """A roofline: weights a second over rows, below the slope that reading sets and the level of the int8 products."""
+    """Draw a roofline: weights per second against rows, below the limits of memory bandwidth (a slope) and of int8
+    products (a level)."""
     with optional_package("matplotlib", "drawing the benchmark", "bench"):
         from matplotlib.figure import Figure
 

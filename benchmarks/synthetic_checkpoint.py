@@ -84,7 +84,7 @@ logger = logging.getLogger(__name__)
 
 
 def draws(seed: int) -> Callable[[PlannedTensor], Iterator[npt.NDArray[Any]]]:
-    """A function that gives the values of a tensor, two bytes each, in pieces."""
+    """A function that yields the values of a tensor, two bytes each, in chunks."""
     pool = np.random.default_rng(seed).standard_normal(POOL_ELEMENTS, dtype=np.float32)
     scaled: dict[int, npt.NDArray[Any]] = {}
 
@@ -106,7 +106,7 @@ def draws(seed: int) -> Callable[[PlannedTensor], Iterator[npt.NDArray[Any]]]:
 
 
 def mixtral_config(architecture: Architecture) -> dict[str, Any]:
-    """config.json with the keys of the published one."""
+    """The contents of config.json, with the keys of the published one."""
     return {
         "architectures": ["MixtralForCausalLM"],
         "attention_dropout": 0.0,
@@ -135,7 +135,7 @@ def mixtral_config(architecture: Architecture) -> dict[str, Any]:
 
 
 def planned_tensors(architecture: Architecture, dtype: str) -> list[PlannedTensor]:
-    """Every tensor of the published files, in the order of the family's table."""
+    """Every tensor of the published files, in the order of the family's tensor table."""
     [family] = [family for family in families() if family.name == architecture.family]
     return [
         PlannedTensor(name=part.name, dtype=dtype, shape=part.shape)

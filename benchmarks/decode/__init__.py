@@ -1,1 +1,1 @@
-"""The parts of cpu_decode.py: the peer's model, the contenders, what they read, and the report."""
+"""The parts of cpu_decode.py: the model for llama.cpp, the contenders, the bytes that they read, and the report."""

@@ -1,13 +1,13 @@
-"""Is the peer a working model? llama.cpp and ik_llama.cpp on the written files against transformers on their weights.
+"""Checks that the benchmark's GGUF files are a working model: compares llama.cpp and ik_llama.cpp with transformers.
 
-A small model with grouped heads is written in float32 and in each precision. Checked are: the types and every byte
-against llama.cpp's own conversion of the float32 file; the logits of every position of a text, decoded one by one and
-as a prompt, against MixtralForCausalLM holding the file's dequantised weights. A run without the rotary permutation of
-query and key rows, in which GGUF and transformers differ, shows that the comparison can fail.
+A small model with grouped heads is written in float32 and in each precision. Two things are checked. The types and all
+bytes of the tensors must equal llama.cpp's own conversion of the float32 file. The logits of every position of a text,
+decoded one by one and as a prompt, must agree with MixtralForCausalLM on the file's dequantised weights. GGUF and
+transformers order the rows of query and key differently; a run that ignores this shows that the comparison can fail.
 
-ik_llama.cpp (package 0.1.5) adds a Mixtral's experts to the normalised input in place of the input itself: its
-build_llama passes the wrong tensor to llm_build_moe_ffn. That is one addition either way, so its speed is a right
-model's; its logits are compared with those of a transformers model that does the same.
+ik_llama.cpp (package 0.1.5) adds the output of a Mixtral's experts to the normalised input instead of the input: its
+build_llama passes the wrong tensor to llm_build_moe_ffn. The number of additions is the same, so its speed is that of a
+correct model. Its logits are compared with those of a transformers model with the same error.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ SMALL = replace(
     ffn_size=768, vocab_size=1024, max_positions=256,
 )  # fmt: skip
 NUM_TOKENS = 48
-# Root mean square of a position's difference over that of its logits, the median of the positions: where two experts
-# are all but equal, rounding chooses, and that position and those after it differ by more. float32 differs by the
-# order of sums, and with flash attention by queries in float16; at 4 bits both also round activations to 8 bits.
-# ik_llama.cpp keeps keys and values in float16 at least.
+# Limits on the relative difference of logits: root mean square of the difference divided by root mean square of the
+# logits, median over positions. The median is used because rounding decides between experts with nearly equal logits,
+# and then that position and later ones differ by more. In float32 the order of sums differs, and with flash attention
+# queries are in float16. At 4 bits both libraries also round activations to 8 bits. ik_llama.cpp keeps keys and values
+# in float16 at least.
 MOST = {"f32": 1e-5, "q4_0": 0.1, "q4_k_m": 0.1, "iq4_xs": 0.1}
 MOST_WITH_HALF = 2e-3
 _F32_CACHE = 0  # ggml_type
@@ -59,7 +60,7 @@ Logits = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One comparison: what was compared, the figure, what it may be at most (or at least, where it has to fail)."""
+    """One comparison: what was compared, the figure, and its upper limit (lower limit for a run that has to fail)."""
 
     what: str
     found: float
@@ -72,7 +73,7 @@ class Finding:
 
 
 def check_peer(folder: Path) -> int:
-    """Print every finding; 0 where all hold, else 1."""
+    """Make and print every comparison; returns 0 if all hold, else 1."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         findings = list(_findings(Path(scratch)))
@@ -116,7 +117,7 @@ def _findings(folder: Path) -> Iterator[Finding]:
 
 
 def _unlike(ours: Path, converted: Path) -> int:
-    """How many tensors differ in type or in any byte."""
+    """The number of tensors whose types or bytes differ."""
     first, second = ({t.name: t for t in gguf().GGUFReader(path).tensors} for path in (ours, converted))
     return sum(
         name not in first
@@ -149,7 +150,7 @@ def _compare(task: Task, tokens: list[int], expected: Logits, limit: float) -> I
 
 
 def _difference(found: Logits, expected: Logits) -> float:
-    """[S, V] both, as MOST has it; infinite where a logit is not a number."""
+    """The relative difference of logits [S, V], as defined at MOST; infinite if a logit is not finite."""
     if not np.isfinite(found).all():
         return float("inf")
     positions = np.mean((found - expected) ** 2, axis=-1) / np.mean(expected**2, axis=-1)
@@ -157,7 +158,7 @@ def _difference(found: Logits, expected: Logits) -> float:
 
 
 def _reference(path: Path, tokens: list[int], permuted: bool = True, experts_join_normalised: bool = False) -> Logits:
-    """transformers' logits [S, V] on a file's dequantised weights."""
+    """The logits [S, V] that transformers computes with a file's dequantised weights."""
     import torch
 
     package = gguf()
@@ -174,8 +175,8 @@ def _reference(path: Path, tokens: list[int], permuted: bool = True, experts_joi
 
 
 def _join_normalised(layer: Any) -> None:  # noqa: ANN401 - transformers is not typed
-    """Let a layer's experts add to their normalised input, as ik_llama.cpp does: the layer adds the input, so the
-    experts' output gets the difference."""
+    """Make a layer add its experts' output to the normalised input, as ik_llama.cpp does. The layer itself adds the
+    input, so the difference of the two inputs is added to the experts' output."""
     kept: dict[str, Any] = {}
     layer.post_attention_layernorm.register_forward_hook(
         lambda _module, inputs, output: kept.update(difference=output - inputs[0])
@@ -184,7 +185,7 @@ def _join_normalised(layer: Any) -> None:  # noqa: ANN401 - transformers is not 
 
 
 def _state(weights: dict[str, npt.NDArray[Any]], permuted: bool) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    """transformers' names and values of a GGUF file's tensors."""
+    """Pairs of transformers' tensor name and values for the tensors of a GGUF file."""
     for ours, theirs in _TOP.items():
         yield f"{theirs}.weight", weights[f"{ours}.weight"]
     heads = {"attn_q": SMALL.num_heads, "attn_k": SMALL.num_kv_heads}
@@ -202,5 +203,6 @@ def _state(weights: dict[str, npt.NDArray[Any]], permuted: bool) -> Iterator[tup
 
 
 def _halves_from_pairs(rows: npt.NDArray[Any], heads: int, model: Architecture) -> npt.NDArray[Any]:
-    """GGUF's `llama` rotates neighbouring rows of a head, transformers the head's halves."""
+    """Reorder the rows of a query or key matrix from GGUF to transformers. GGUF's `llama` rotates pairs of neighbouring
+    rows of a head, transformers rotates the two halves of a head."""
     return rows.reshape(heads, model.head_size // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)

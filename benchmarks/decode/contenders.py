@@ -1,6 +1,6 @@
-"""The runtimes, each behind the same three calls: load, forget, and run tokens to the most likely next id.
+"""The contenders: each wraps a runtime with the same calls, which load a model, start a sequence, and run tokens.
 
-Imported in the contender's own process; a runtime's library loads with its contender.
+This module is imported in the process of one contender, and imports a runtime's library when that contender is loaded.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ UBATCH_TOKENS = 512  # llama.cpp's default; a prompt of the benchmark fits one
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a contender is to load. `settings` are the runtime's own, one choice of those in CHOICES."""
+    """The model that a contender loads. `settings` are settings of the runtime: one of the choices in CHOICES."""
 
     contender: str
-    source: Path | None  # an engine, a GGUF file; None where the weights are drawn
+    source: Path | None  # an engine or a GGUF file; None if the weights are random
     model: Architecture
     positions: int
     threads: int
@@ -42,10 +42,10 @@ class Contender(Protocol):
         """Append tokens and return the most likely next id."""
 
     def facts(self) -> dict[str, Any]:
-        """What the runtime says of itself: versions, kernels, buffers."""
+        """What the runtime reports about itself: versions, kernels, buffers."""
 
 
-# Settings that are tried, the better taken; the first is the runtime's default.
+# Settings to try for each runtime; the fastest is used. The first is the runtime's default.
 CHOICES: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "ours": [{}],
     "llama": [{"flash_attention": True}, {"flash_attention": False}],
@@ -59,13 +59,13 @@ CHOICES: Mapping[str, Sequence[Mapping[str, Any]]] = {
 
 
 def load(task: Task) -> Contender:
-    """The contender of a name like ours, llama-q4_0, ik-q4_0, transformers-bf16."""
+    """Load the contender of a name such as ours, llama-q4_0, ik-q4_0 or transformers-bf16."""
     runtime = task.contender.partition("-")[0]
     return {"ours": Ours, "llama": Llama, "ik": IkLlama, "transformers": Transformers}[runtime](task)
 
 
 class Ours:
-    """An engine through the session that serves it."""
+    """A moeship engine, run by the session that also serves it."""
 
     def __init__(self, task: Task) -> None:
         from trt_build.engine import open_engine
@@ -96,7 +96,7 @@ class Ours:
 
 
 class Llama:
-    """A GGUF file through llama.cpp's C interface: mapped, repacked where its kernels want it, no sampler."""
+    """A GGUF file, run through llama.cpp's C interface: mapped, repacked for the kernels that need it, no sampler."""
 
     runtime = "llama.cpp"
 
@@ -153,7 +153,7 @@ class Llama:
         return llama_cpp()
 
     def _set_model(self, parameters: Any, settings: Mapping[str, Any]) -> None:  # noqa: ANN401 - a ctypes struct
-        """The defaults are taken: weights are mapped, and those that have packed kernels repacked."""
+        """Keep the defaults: weights are mapped, and repacked if there are kernels for the packed layout."""
 
     def _set_context(self, parameters: Any, settings: Mapping[str, Any]) -> None:  # noqa: ANN401 - a ctypes struct
         parameters.flash_attn_type = int(settings["flash_attention"])
@@ -173,8 +173,8 @@ class Llama:
 
 
 class IkLlama(Llama):
-    """The same through ik_llama.cpp's, of an older interface. `repack` interleaves the rows of weights when they are
-    loaded (its --run-time-repack); fused experts are its default."""
+    """A GGUF file, run through ik_llama.cpp's C interface, which is older than llama.cpp's. `repack` interleaves the
+    rows of weights at load (its --run-time-repack); fused experts are its default."""
 
     runtime = "ik_llama.cpp"
 
@@ -202,7 +202,7 @@ class IkLlama(Llama):
 
 
 class Transformers:
-    """MixtralForCausalLM of the peer's shape, its weights drawn in memory."""
+    """transformers' MixtralForCausalLM in the shape of the GGUF files, with random weights in memory."""
 
     def __init__(self, task: Task) -> None:
         import torch
@@ -263,7 +263,7 @@ def mixtral(facts: Architecture, dtype: str, experts: str) -> Any:  # noqa: ANN4
 
 
 def _fill(model: Any) -> None:  # noqa: ANN401 - transformers is not typed
-    """Norms ones, matrices normal with variance 1 / input features, from one pool of draws."""
+    """Set norms to ones and matrices to normal values with variance 1 / input features, copied from one pool."""
     import torch
 
     largest = max(parameter.numel() for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""What one decoded token reads of an engine, counted from its graph: the file that runs, not the plan of it."""
+"""Counts the bytes of an engine that decoding one token reads, from the graph that runs rather than from its plan."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ ATTENTION_OPS = ("GroupQueryAttention",)  # its constants are the rotary tables:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineBytes:
-    """Bytes of all constants, of those that a token reads, and of the cache for each position before it."""
+    """Bytes of all constants, of the constants that decoding a token reads, and of the cache for each earlier
+    position."""
 
     weight_bytes: int
     read_per_token: int
@@ -27,7 +28,8 @@ class EngineBytes:
 
 
 def count_bytes(graph: Path, num_experts: int, experts_per_token: int) -> EngineBytes:
-    """Experts count for K of E, tables for one row, everything else whole; a constant of two uses for the larger."""
+    """Count an engine's bytes from its graph. Of experts a token reads K of E, of tables one row, of anything else all;
+    for a constant with two uses the larger count is taken."""
     with optional_package("onnx", "counting an engine's bytes", "cpu"):
         import onnx
     model = onnx.load(str(graph), load_external_data=False)

@@ -1,4 +1,4 @@
-"""Who takes part: from a contender's name to what it loads, what a token reads of it, and whether memory holds it."""
+"""Prepares contenders by name: the model that each loads, the bytes that a token reads, and whether it fits memory."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Entrant:
-    """A contender ready to run. Bytes are those of one token: weights, and the cache for each position before it.
+    """A contender that is ready to run. `read_per_token` are the bytes of weights that decoding one token reads,
+    `cache_per_position` the bytes of the cache for each earlier position.
 
-    `scale` is what its rates are multiplied with where fewer layers than the model's were measured, else 1.
+    `decode_scale` and `prefill_scale` are factors for its rates: 1, or less if fewer layers than the model's were
+    measured.
     """
 
     name: str
@@ -82,7 +84,7 @@ def _ours(engine: Engine) -> Entrant:
 
 
 def _llama(name: str, precision: str, model: Architecture, folder: Path) -> Entrant:
-    """llama.cpp's quantiser makes the file, also of those that ik_llama.cpp runs: the two read the same."""
+    """Prepare a GGUF file for llama.cpp or ik_llama.cpp. llama.cpp's quantiser makes it; both read the same file."""
     path = gguf_path(folder, model, precision)
     if not path.is_file():
         types = llama_formats.chosen_types(model, precision)
@@ -108,8 +110,8 @@ def _llama(name: str, precision: str, model: Architecture, folder: Path) -> Entr
 
 
 def _transformers(name: str, model: Architecture, scaled_layers: int) -> Entrant:
-    """The peer's Mixtral in memory, or fewer layers of it where it does not fit: rates are then scaled by what a token
-    reads (decode) and is multiplied with (prefill)."""
+    """Prepare the Mixtral for transformers, with fewer layers if it does not fit in memory. Rates are then scaled by
+    the bytes that a token reads (decode) and by the weights that it is multiplied with (prefill)."""
     item = _ITEM_BYTES[name.partition("-")[2]]
     whole = count_weights(model)
     available = machine.memory("MemAvailable") - SPARE_BYTES
@@ -145,7 +147,7 @@ def _transformers(name: str, model: Architecture, scaled_layers: int) -> Entrant
 
 
 def gguf_path(folder: Path, model: Architecture, precision: str) -> Path:
-    """A file's name tells every size of the model in it."""
+    """The path of a GGUF file; its name contains every size of the model."""
     sizes = (
         f"L{model.num_layers}-H{model.hidden_size}-N{model.num_heads}-G{model.num_kv_heads}-D{model.head_size}"
         f"-E{model.num_experts}-K{model.experts_per_token}-F{model.ffn_size}-V{model.vocab_size}"
@@ -158,5 +160,5 @@ def _cache_bytes(model: Architecture, item: int) -> int:
 
 
 def _head(model: Architecture) -> int:
-    """A prompt's head is one position's, whatever its length."""
+    """Weights of the head, which a prompt of any length is multiplied with at one position only."""
     return model.vocab_size * model.hidden_size

@@ -1,8 +1,8 @@
-"""Write the peer's model as GGUF with random weights, one tensor in memory at a time.
+"""Writes the Mixtral of shape.py as a GGUF file with random weights, with one tensor in memory at a time.
 
-The values of every tensor are blocks of one pool of normal draws that is quantised once for each type and row length,
-read from a place that hangs on the tensor's name: writing runs at the disk's speed. Rows are independent of each other
-in all of llama.cpp's formats used here, so the blocks are those that quantising the whole tensor would give.
+To write at the disk's speed, one pool of normal values is quantised once for each type and row length, and each tensor
+is copied from the pool, beginning at a row that depends on the tensor's name. In the llama.cpp formats used here rows
+are quantised independently, so the bytes are those that quantising the whole tensor would give.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What a GGUF file holds: bytes by type and by type's number of tensors, and the bytes that a token reads."""
+    """The contents of a GGUF file: bytes and number of tensors by type, and the bytes that a token reads."""
 
     bytes_of_type: Mapping[str, int]
     tensors_of_type: Mapping[str, int]
     weights: int
     weight_bytes: int
-    bytes_read_per_token: int  # of weights; the key/value cache comes on top
+    bytes_read_per_token: int  # bytes of weights, without the key/value cache
 
 
 def gguf() -> Any:  # noqa: ANN401 - the package, which is imported by those who write or read files alone
@@ -82,7 +82,7 @@ def write_model(
 
 
 class Values:
-    """The bytes of every tensor: norms are ones, matrices normal with variance 1 / input features."""
+    """Makes the bytes of every tensor: norms are ones, matrices are normal with variance 1 / input features."""
 
     def __init__(self, quantize: Quantize, seed: int = 0, pool_weights: int = POOL_WEIGHTS) -> None:
         self._draws = np.random.default_rng(seed).standard_normal(pool_weights, dtype=np.float32)
@@ -126,7 +126,7 @@ def byte_count(tensor: Tensor, kind: GGMLQuantizationType) -> int:
 
 
 def read_contents(path: Path, model: Architecture) -> Contents:
-    """Count a file's tensors; raises CheckpointError where they are not those of `model`."""
+    """Count the tensors of a GGUF file. Raises CheckpointError if they are not the tensors of `model`."""
     by_bytes: dict[str, int] = {}
     by_count: dict[str, int] = {}
     read = 0.0
@@ -163,7 +163,8 @@ def _is_packed(kind: GGMLQuantizationType) -> bool:
 
 
 def _add_facts(writer: GGUFWriter, model: Architecture, file_type: int) -> None:
-    """The keys that llama.cpp's architecture `llama` reads; without a tokenizer, ids alone."""
+    """Write the metadata keys that llama.cpp's architecture `llama` reads. There is no tokenizer, as only token ids are
+    used."""
     writer.add_name("Mixtral of random weights")
     writer.add_context_length(model.max_positions)
     writer.add_embedding_length(model.hidden_size)

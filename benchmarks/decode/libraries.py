@@ -1,7 +1,7 @@
-"""llama.cpp's library and ik_llama.cpp's: one of the two to a process, its log kept.
+"""Loads the library of llama.cpp or of ik_llama.cpp, one of them in a process, and keeps its log.
 
-Their files and functions have the same names, with other layouts of the same structs: in a process that loads both, one
-would call the other's functions. Whoever needs the second starts a process.
+Files and functions of both libraries have the same names, but their structs have different layouts. In a process that
+loads both, one library would call functions of the other. Use a separate process for the second library.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PACKAGES = ("llama_cpp", "ik_llama_cpp")
 
 @functools.cache
 def llama_cpp() -> Any:  # noqa: ANN401 - the package, untyped
-    """llama-cpp-python. Raises MissingPackageError."""
+    """Import llama-cpp-python. Raises MissingPackageError."""
     _alone("llama_cpp")
     with optional_package("llama-cpp-python", "measuring llama.cpp", "bench"):
         library = importlib.import_module("llama_cpp")
@@ -32,9 +32,9 @@ def llama_cpp() -> Any:  # noqa: ANN401 - the package, untyped
 
 @functools.cache
 def ik_llama_cpp() -> Any:  # noqa: ANN401 - a module of the package, untyped
-    """ik-llama-cpp-python's declarations of llama.h, whose `_lib` has every function.
+    """Import the module of ik-llama-cpp-python that declares llama.h; its `_lib` has every function.
 
-    Raises MissingPackageError, and ConfigError where the library was compiled for another processor.
+    Raises MissingPackageError, and ConfigError if the library was compiled for another processor.
     """
     _alone("ik_llama_cpp")
     with optional_package("ik-llama-cpp-python", "measuring ik_llama.cpp", "bench"):

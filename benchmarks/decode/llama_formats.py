@@ -1,8 +1,9 @@
-"""What llama.cpp itself decides about a precision: the type of every tensor, and the packed bytes.
+"""Gets from llama.cpp the type of every tensor at a precision, and the packed bytes of quantised values.
 
-Its quantiser mixes types (Q4_K_M keeps some matrices of some layers at 6 bits), by rules that depend on a tensor's
-name, the layer's index, depth, heads and experts. It is therefore asked: it quantises a narrow model of the same
-depth, heads and experts, and what it chose there is read back. Bytes come from its ggml_quantize_chunk.
+llama.cpp's quantiser mixes types (Q4_K_M keeps some matrices of some layers at 6 bits). Its rules depend on the name of
+the tensor, the index of the layer, and the model's depth, heads and experts. To learn the types, the quantiser converts
+a narrow model with the same depth, heads and experts, and the types are read from the result. Bytes come from
+ggml_quantize_chunk.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ FILE_TYPES = {"f32": 0, "q4_0": 2, "q4_k_m": 15, "iq4_xs": 30}  # llama_ftype in
 
 
 def chosen_types(model: Architecture, precision: str) -> Mapping[str, GGMLQuantizationType]:
-    """llama.cpp's type for every tensor of `model` at a precision of FILE_TYPES."""
+    """The type that llama.cpp chooses for every tensor of `model` at a precision of FILE_TYPES."""
     kinds = gguf().GGMLQuantizationType
     plain = {tensor.name: kinds.F32 for tensor in tensors(model)}
     if precision == "f32":
@@ -48,7 +49,7 @@ def chosen_types(model: Architecture, precision: str) -> Mapping[str, GGMLQuanti
 
 
 def quantise_file(source: Path, target: Path, precision: str) -> None:
-    """llama.cpp's own conversion of a whole file. Raises CheckpointError where it refuses."""
+    """Quantise a whole GGUF file with llama.cpp. Raises CheckpointError if llama.cpp refuses it."""
     library = llama_cpp()
     parameters = library.llama_model_quantize_default_params()
     parameters.ftype = FILE_TYPES[precision]
@@ -58,7 +59,7 @@ def quantise_file(source: Path, target: Path, precision: str) -> None:
 
 
 def quantize(rows: npt.NDArray[np.float32], kind: GGMLQuantizationType) -> npt.NDArray[np.uint8]:
-    """float32 [R, C] to the bytes of its rows, uint8 [R, bytes of a row], by ggml."""
+    """Quantise float32 rows [R, C] with ggml; returns the packed rows, uint8 [R, bytes of a row]."""
     if kind.name == "F32":
         return rows.view(np.uint8)
     library = _ggml()

@@ -1,4 +1,4 @@
-"""Logits of a text in a process of its own, which loads one library: `python -m decode.logits ORDER FILE`."""
+"""Computes the logits of a text in a separate process that loads one library: `python -m decode.logits ORDER FILE`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ _BENCHMARKS = Path(__file__).resolve().parent.parent
 
 
 def logits_of(task: Task, tokens: Sequence[int]) -> dict[str, npt.NDArray[np.float32]]:
-    """Logits of `tokens` decoded one by one, [S, V], and those of the last one as a prompt, [1, V]."""
+    """The logits [S, V] of `tokens` decoded one by one, and the logits [1, V] of the last token if they are run as one
+    prompt."""
     order = {"task": {**dataclasses.asdict(task), "source": str(task.source)}, "tokens": list(tokens)}
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "logits.npz"
         command = [sys.executable, "-m", "decode.logits", json.dumps(order), str(answer)]
-        # ggml otherwise starts a debugger where it aborts.
+        # Without this variable ggml starts a debugger when it aborts.
         environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
         done = subprocess.run(command, cwd=_BENCHMARKS, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -1,4 +1,4 @@
-"""What the figures were measured on: processor, caches, memory, kernel, versions, and the rate of reading memory."""
+"""Describes the machine of a benchmark: processor, caches, memory, kernel, versions, and memory read bandwidth."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CPU = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def describe() -> dict[str, Any]:
-    """The machine, as far as Linux tells."""
+    """What Linux reports about the machine, as JSON values."""
     return {
         "processor": _first(Path("/proc/cpuinfo").read_text(), "model name") or platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -41,35 +41,35 @@ def describe() -> dict[str, Any]:
 
 
 def vector_extensions() -> list[str]:
-    """Those of the processor that kernels here choose by, as Linux names them."""
+    """The processor's vector extensions that decide which kernels run, by their names in /proc/cpuinfo."""
     flags = set(_first(Path("/proc/cpuinfo").read_text(), "flags").split())
     known = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
     return [flag for flag in known if flag in flags]
 
 
 def slug(machine: dict[str, Any]) -> str:
-    """A file name for the machine: its processor's name and cores."""
+    """A part of a file name that identifies the machine: the name and cores of its processor."""
     name = re.sub(r"\((r|tm)\)|cpu|@.*", "", machine["processor"].lower())
     return re.sub(r"[^a-z0-9]+", "-", f"{name} {machine['cores']} cores").strip("-")
 
 
 def memory(key: str) -> int:
-    """Bytes of a line of /proc/meminfo."""
+    """The value of a line of /proc/meminfo, in bytes."""
     return int(_first(Path("/proc/meminfo").read_text(), key).split()[0]) * 1024
 
 
 def busy_seconds() -> float:
-    """Seconds that all cores together have not been idle since the start, stolen ones included (proc(5))."""
+    """Seconds that all cores together have been busy since boot, including time stolen by the hypervisor (proc(5))."""
     words = _first_line(Path("/proc/stat")).split()
     user, nice, system, _idle, _waiting, interrupt, soft, steal = map(int, words[1:9])
     return (user + nice + system + interrupt + soft + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def read_bandwidth(threads: int, num_bytes: int = NUM_BYTES) -> dict[str, float]:
-    """Bytes per second of every method tried, measured in a process of its own.
+    """Memory read bandwidth in bytes per second by method, measured in a separate process.
 
-    Two methods, since none is the fastest everywhere: summing integers (trt_build/machine/bandwidth.py), and BLAS's
-    dot product of each thread's floats with themselves.
+    There are two methods, as neither is the fastest on every machine: the sum of integers, as in
+    trt_build/machine/bandwidth.py, and BLAS's dot product of each thread's floats with themselves.
     """
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     code = f"import json; from decode.machine import methods; print(json.dumps(methods({threads}, {num_bytes})))"
@@ -81,7 +81,7 @@ def read_bandwidth(threads: int, num_bytes: int = NUM_BYTES) -> dict[str, float]
 
 
 def methods(threads: int, num_bytes: int) -> dict[str, float]:
-    """Bytes per second by method; BLAS must be held to one thread by the caller."""
+    """Memory read bandwidth in bytes per second by method. The caller has to limit BLAS to one thread."""
     return {
         "integer sum": measure_read_bandwidth(num_bytes, threads),
         "dot product": _dot_bandwidth(threads, num_bytes),
@@ -118,7 +118,7 @@ def _first_line(path: Path) -> str:
 
 
 def _caches() -> dict[str, str]:
-    """Size by level and kind, as the first processor sees them."""
+    """Sizes of the caches of the first core, by level and kind."""
     caches = {}
     for index in sorted(_CPU.glob("index*")):
         level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))

@@ -1,4 +1,4 @@
-"""The result as a picture: bars of decoding and prefill, the bandwidth's bound drawn over each bar of decoding."""
+"""Draws the result: bars of decode and prefill rates, with the limit that bandwidth sets over each decode bar."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from export.optional import optional_package
 COLOURS = {"ours": "#1b6ca8"}
 _OTHERS = "#9aa5b1"
 _BOUND = "#c0392b"
-_HEIGHT = 0.46  # of a bar, its figure above it
+_HEIGHT = 0.46  # height of a bar; its figure stands above it
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:

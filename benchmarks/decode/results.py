@@ -1,4 +1,4 @@
-"""From turns to the result: medians, spreads, bandwidth shares, ratios; as JSON and as a table."""
+"""Computes the result from the turns: medians, spreads, shares of the bandwidth, ratios; as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ def assemble(
     refused: Mapping[str, str],
     bandwidths: Sequence[Mapping[str, float]],
 ) -> dict[str, Any]:
-    """The result as JSON has it. `about` is the machine and how it was run, `refused` the reasons of those that could
-    not take part. The bandwidth of a round is that of its faster method, that of the run the rounds' median."""
+    """The result as JSON values. `about` describes the machine and the options; `refused` has the reason of each
+    contender that could not run. The bandwidth of a round is the figure of the faster method; the bandwidth of the run
+    is the median over rounds."""
     bandwidth = statistics.median(max(methods.values()) for methods in bandwidths)
     return {
         "benchmark": "cpu_decode",
@@ -40,7 +41,7 @@ def assemble(
 
 
 def summarise(record: Record, lengths: Lengths, bandwidth: float) -> dict[str, Any]:
-    """One contender: every turn, medians and spreads of each figure, and its share of the bandwidth."""
+    """The result of one contender: every turn, median and spread of each figure, and its share of the bandwidth."""
     entrant = record.entrant
     figures = {name: [turn[name] for turn in record.turns] for name in FIGURES}
     median = {name: statistics.median(values) for name, values in figures.items()}
@@ -62,12 +63,12 @@ def summarise(record: Record, lengths: Lengths, bandwidth: float) -> dict[str, A
 
 
 def bytes_per_token(entrant: Entrant, context: int) -> int:
-    """What one token reads at a context: active weights, and every key and value before it."""
+    """Bytes that decoding one token reads after `context` tokens: active weights, and all earlier keys and values."""
     return entrant.read_per_token + context * entrant.cache_per_position
 
 
 def ratios(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Our rates over each other contender's."""
+    """The ratios of our rates to those of each other contender."""
     contenders = result["contenders"]
     if "ours" not in contenders:
         return {}
@@ -80,7 +81,7 @@ def ratios(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as aligned rows."""
+    """The result as a table of text."""
     lengths = result["lengths"]
     heads = (
         "", f"decode @{lengths['short_context']}", f"@{lengths['long_context']}", f"prefill {lengths['prefill']}",

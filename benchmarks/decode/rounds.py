@@ -1,7 +1,8 @@
-"""Run the contenders in turns, one process alive at a time, and gather what they measured.
+"""Runs the contenders in turns, one process at a time, and collects their figures.
 
-A trial turn of each choice of settings comes first and does not count; then rounds, each in another order, each with
-the machine's bandwidth beside it. A contender that fails is left out from there on, with its reason.
+First each choice of settings gets a trial turn that does not count. Then come the rounds. Each round has another order
+of contenders and begins with a measurement of the machine's bandwidth. A contender that fails is left out of later
+rounds, and the reason is recorded.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from decode.entrants import Entrant
 from decode.worker import Lengths
 
 RATES = ("decode_short", "decode_long", "prefill")
-QUIET_CORES = 0.1  # beyond this, what others did shows in the rates
+QUIET_CORES = 0.1  # if other programs use more cores than this, the rates suffer
 QUIET_WAIT_S = 60.0
 _QUIET_LOOK_S = 2.0
 TURN_LIMIT_S = 1800.0
@@ -40,12 +41,12 @@ logger = logging.getLogger(__name__)
 
 
 class TurnFailed(Exception):  # noqa: N818 - named like the verdict that it is
-    """A contender's process did not end well; the message says how."""
+    """The process of a contender failed; the message says how it ended."""
 
 
 @dataclass(kw_only=True)
 class Record:
-    """What became of one contender."""
+    """The trials, settings, turns and failure of one contender."""
 
     entrant: Entrant
     trials: list[dict[str, Any]] = field(default_factory=list)
@@ -63,7 +64,8 @@ def run_rounds(
     bandwidth_bytes: int,
     after_round: Callable[[list[Record], list[dict[str, float]]], None],
 ) -> None:
-    """Trials, then `rounds` rounds; `after_round` gets all that is known so far, first after round 1."""
+    """Run the trials and `rounds` rounds. After each round `after_round` is called with all records and bandwidths so
+    far."""
     records = [Record(entrant=entrant) for entrant in entrants]
     for record in records:
         _choose(record, lengths, threads)
@@ -79,7 +81,7 @@ def run_rounds(
 
 
 def _choose(record: Record, lengths: Lengths, threads: int) -> None:
-    """Try every choice of settings where there are several, and keep the one with the best rates on the whole."""
+    """Try every choice of settings if there are several, and keep the choice with the best rates overall."""
     choices = record.entrant.choices
     if len(choices) == 1:
         record.settings = choices[0]
@@ -119,7 +121,8 @@ def _count(record: Record, lengths: Lengths, threads: int) -> None:
 def run_turn(
     entrant: Entrant, settings: Mapping[str, Any], lengths: Lengths, threads: int
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """One turn in a process of its own: what it measured, in tokens per second and bytes, and the runtime's facts."""
+    """Run one turn in a separate process; returns its figures, in tokens per second and bytes, and the runtime's
+    facts."""
     for path in entrant.files:
         _read_through(path)
     _await_quiet(entrant.name)
@@ -151,8 +154,8 @@ def run_turn(
 
 
 def _await_quiet(name: str) -> None:
-    """Wait until others leave the cores alone, QUIET_WAIT_S at most: a runtime whose threads wait for each other by
-    spinning loses most of its speed to one busy process."""
+    """Wait until other programs leave the cores idle, for QUIET_WAIT_S at most. One busy process can cost a runtime
+    most of its speed if the runtime's threads wait for each other by spinning."""
     for look in range(int(QUIET_WAIT_S / _QUIET_LOOK_S)):
         others = _watch_others()
         time.sleep(_QUIET_LOOK_S)
@@ -163,7 +166,8 @@ def _await_quiet(name: str) -> None:
 
 
 def _watch_others() -> Callable[[], float]:
-    """A function that tells how many cores others than this process's children kept busy meanwhile, on the mean."""
+    """A function that returns the mean number of cores that programs other than this process's children kept busy since
+    `_watch_others` was called."""
 
     def reading() -> tuple[float, float, float]:
         children = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -193,7 +197,7 @@ def _ending(name: str, status: int, errors: str) -> str:
 
 
 def _read_through(path: Path) -> None:
-    """Bring a file into the page cache."""
+    """Read a file into the page cache."""
     buffer = bytearray(_PIECE_BYTES)
     with path.open("rb", buffering=0) as file:
         while file.readinto(buffer):

@@ -1,8 +1,9 @@
-"""The peer's model: a Mixtral with the weights of a given architecture, since llama.cpp has no phixtral.
+"""The model for llama.cpp, which has no phixtral: a Mixtral with as many weights as a given architecture.
 
-A Mixtral's expert has three matrices of H x F', Phi's two of H x F: F' is the multiple of 256 (the rows that
-llama.cpp's K-quants pack) nearest to 2/3 F. Everything else is equal: depth, width, heads, experts, experts per token,
-vocabulary. What rounding F' costs is in the counts, which the report states and nothing is divided by.
+An expert of a Mixtral has three matrices of H x F', an expert of a phixtral two of H x F. F' is the multiple of 256
+nearest to 2/3 F, because llama.cpp's K-quants pack rows in blocks of 256. Everything else is equal: depth, width,
+heads, experts, experts per token, vocabulary. Rounding F' changes the number of weights slightly; the report states the
+numbers, and rates are not corrected for it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _EXPERTS = "_exps.weight"
 
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """One tensor by its name in GGUF files (gguf-py's constants), its shape outermost first."""
+    """One tensor: its name in GGUF files (gguf-py's constants), and its shape with the outermost dimension first."""
 
     name: str
     shape: tuple[int, ...]
@@ -32,7 +33,7 @@ class Tensor:
 
     @property
     def is_plain(self) -> bool:
-        """Whether llama.cpp keeps it in float32 at any precision: norms and the router."""
+        """Whether llama.cpp keeps the tensor in float32 at every precision, as norms and the router."""
         return len(self.shape) == 1 or self.name.endswith("ffn_gate_inp.weight")
 
 
@@ -63,7 +64,8 @@ def tensors(model: Architecture) -> list[Tensor]:
 
 
 def share_read(name: str, model: Architecture) -> float:
-    """The share of a tensor's bytes that one decoded token reads: K of E experts, one row of the embedding."""
+    """The fraction of a tensor's bytes that decoding one token reads: K of E experts, one row of the embedding, all of
+    anything else."""
     if name.endswith(_EXPERTS):
         return model.experts_per_token / model.num_experts
     return 1 / model.vocab_size if name == EMBEDDING else 1.0
@@ -91,14 +93,15 @@ def mixtral_of_equal_weights(facts: Architecture) -> Architecture:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Matrix weights of a model: all of them, and those that one token is multiplied with."""
+    """Numbers of matrix weights of a model: of all, and of those that one token is multiplied with."""
 
     total: int
     active: int
 
 
 def count_weights(facts: Architecture) -> Weights:
-    """Attention, router, experts, embedding and head; norms and biases, below a thousandth, are left out."""
+    """Count the weights of attention, router, experts, embedding and head. Norms and biases, less than a thousandth of
+    all, are left out."""
     hidden = facts.hidden_size
     queries, keys = facts.num_heads * facts.head_size, facts.num_kv_heads * facts.head_size
     expert = EXPERT_MATRICES[facts.family] * hidden * facts.ffn_size

@@ -1,7 +1,7 @@
-"""One turn of one contender in a process of its own: `python -m decode.worker TASK`, both ends JSON.
+"""Runs one turn of one contender in a separate process: `python -m decode.worker TASK`, with JSON in and out.
 
-Nothing else runs then, so that no two thread pools contend. The turn goes: process start to first token; decode after
-a short prompt; prefill; decode at a long context.
+No other contender runs at the same time, so that thread pools do not compete for cores. A turn measures, in this order:
+the time from process start to first token, decoding after a short prompt, prefill, decoding at a long context.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ _KIB = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Tokens of a turn. Decoding `decode` tokens after a prompt so long that their mean context is the one named."""
+    """Numbers of tokens in a turn. `decode` tokens are decoded after a prompt whose length makes their mean context
+    `short_context` or `long_context`."""
 
-    first: int = 16  # prompt of the first token
+    first: int = 16  # length of the prompt before the first token
     short_context: int = 96
     long_context: int = 1024
     decode: int = 64
@@ -36,17 +37,17 @@ class Lengths:
 
     @property
     def positions(self) -> int:
-        """Positions that a turn fills at most."""
+        """The largest number of positions that a turn fills."""
         return self.long_context + self.decode // 2
 
     def prompt_before(self, context: int) -> int:
-        """Tokens of a prompt after which the decoded tokens have `context` on the mean."""
+        """The length of the prompt after which the decoded tokens have a mean context of `context` tokens."""
         return context - self.decode // 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """What a turn measured: seconds, tokens per second, bytes."""
+    """The figures of a turn, in seconds, tokens per second and bytes."""
 
     first_token_s: float
     decode_short: float
@@ -54,11 +55,11 @@ class Turn:
     decode_long: float
     peak_bytes: int  # VmHWM
     steady_bytes: int  # VmRSS while decoding
-    steady_anonymous_bytes: int  # of these, not backed by a file
+    steady_anonymous_bytes: int  # the part of steady_bytes that no file backs
 
 
 def measure(contender: Contender, lengths: Lengths, started: float, vocab_size: int) -> Turn:
-    """Run one turn; `started` is time.monotonic of the process's start."""
+    """Run one turn; `started` is time.monotonic at the start of the process."""
     prompt = [int(i) for i in np.random.default_rng(0).integers(0, vocab_size, lengths.positions)]
     contender.run(prompt[: lengths.first])
     first_token_s = time.monotonic() - started
@@ -81,7 +82,7 @@ def measure(contender: Contender, lengths: Lengths, started: float, vocab_size: 
 
 
 def _decode(contender: Contender, prompt: Sequence[int], count: int) -> float:
-    """Tokens per second of `count` tokens, each the most likely after those before."""
+    """Tokens per second of decoding `count` tokens greedily after a prompt."""
     contender.forget()
     token = contender.run(prompt)
     begun = time.perf_counter()
@@ -102,7 +103,7 @@ def task_from_json(raw: dict[str, Any]) -> Task:
 
 def main() -> None:
     raw = json.loads(sys.argv[1])
-    # Libraries write to the standard output too, some when the process ends: theirs goes where errors go.
+    # Libraries also write to the standard output, some when the process ends: send their output to stderr.
     with os.fdopen(os.dup(sys.stdout.fileno()), "w") as answer:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         task = task_from_json(raw["task"])

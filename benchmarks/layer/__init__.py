@@ -1,1 +1,1 @@
-"""Parts of kernels.py: one layer's experts by each runtime, in processes of their own, and the processor's limits."""
+"""Parts of kernels.py: the experts of one layer in each runtime, in separate processes, and the processor's limits."""

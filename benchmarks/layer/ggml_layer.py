@@ -1,9 +1,9 @@
-"""The layer in ggml, llama.cpp's and ik_llama.cpp's, through the functions that ggml.h declares.
+"""Runs the layer with ggml, in llama.cpp's or ik_llama.cpp's version, through the functions that ggml.h declares.
 
-The graph is what both build for a mixture's experts (mul_mat_id, gelu, mul_mat_id, sum; the sum's weights, one number
-for each row and expert, are left out). Weights are where the runtimes keep them when they serve: llama.cpp's in the
-first buffer type of its CPU device that can run the product, which repacks them where its kernels want it,
-ik_llama.cpp's in rows interleaved at load (its --run-time-repack).
+The graph is the one that both build for experts: mul_mat_id, gelu, mul_mat_id, sum. The weights of the sum, one number
+for each row and expert, are left out. The matrices are stored as in serving. llama.cpp puts them into the first buffer
+type of its CPU device that can run the product, which repacks them for kernels that need it. ik_llama.cpp interleaves
+their rows at load (its --run-time-repack).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _InitParameters(ctypes.Structure):
 
 
 class GgmlLayer:
-    """Experts of one type of TYPES, random weights, in the library of `runtime`: llama.cpp or ik_llama.cpp."""
+    """The layer with random weights of one type of TYPES, in the library of `runtime`: llama.cpp or ik_llama.cpp."""
 
     def __init__(self, runtime: str, kind: str, threads: int) -> None:
         self._is_ik = runtime == "ik_llama.cpp"
@@ -64,7 +64,7 @@ class GgmlLayer:
         return f"weights in buffer type {self._buffer}"
 
     def _place(self, kind: int) -> None:
-        """Weights in the first buffer type whose products the backend can run."""
+        """Put the weights into the first buffer type whose products the backend can run."""
         ggml = self._ggml
         for buffer_type in [*self._extra_buffer_types(), ggml.ggml_backend_cpu_buffer_type()]:
             context = self._context()
@@ -91,7 +91,7 @@ class GgmlLayer:
                 self._buffer = "CPU, interleaved"
 
     def _draw(self, kind: int, rows: int, features: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Bytes of all experts: a few rows of normal draws, packed by ggml, over and over."""
+        """The bytes of all experts: a few rows of normal values, packed by ggml and repeated."""
         ggml = self._ggml
         draws = np.random.default_rng(0).normal(0, features**-0.5, (_POOL_ROWS, features)).astype(np.float32)
         packed = np.empty((_POOL_ROWS, ggml.ggml_row_size(kind, _Long(features))), dtype=np.uint8)
@@ -104,7 +104,7 @@ class GgmlLayer:
         return np.tile(packed, (EXPERTS * rows // _POOL_ROWS, 1))
 
     def _extra_buffer_types(self) -> list[int]:
-        """Those of llama.cpp's CPU device that lay out weights for kernels, in its order."""
+        """The buffer types of llama.cpp's CPU device that repack weights for kernels, in llama.cpp's order."""
         if self._is_ik:
             return []
         ggml = self._ggml
@@ -119,7 +119,7 @@ class GgmlLayer:
         return bool(self._ggml.ggml_backend_supports_op(_Pointer(self._backend), product))
 
     def _products(self, context: Any, count: int) -> tuple[tuple[Any, Any, Any], list[Any]]:  # noqa: ANN401
-        """Inputs, ids and output of the layer for a number of rows; and its two products."""
+        """The inputs, ids and output of the layer for `count` rows, and its two products."""
         ggml = self._ggml
         x = _Pointer(ggml.ggml_new_tensor_3d(context, _F32, _Long(HIDDEN), _Long(1), _Long(count)))
         ids = _Pointer(ggml.ggml_new_tensor_2d(context, _I32, _Long(CHOSEN), _Long(count)))
@@ -160,7 +160,7 @@ class GgmlLayer:
 
 
 class _Functions:
-    """A function by its name, of the first library that has it."""
+    """Looks functions up by name, in the first library that has them."""
 
     def __init__(self, *libraries: ctypes.CDLL) -> None:
         self._libraries = libraries
@@ -181,4 +181,4 @@ def _llama_libraries() -> list[ctypes.CDLL]:
 
 
 def _ik_libraries() -> list[ctypes.CDLL]:
-    return [ik_llama_cpp()._lib]  # a look-up in it finds those of the ggml that it is linked to
+    return [ik_llama_cpp()._lib]  # looking a name up in it also searches the ggml library that it links to

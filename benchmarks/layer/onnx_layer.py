@@ -1,4 +1,4 @@
-"""The layer in ONNX Runtime: by our custom operator, and by its own QMoE."""
+"""Runs the layer with ONNX Runtime: with moeship's operator Experts, and with ONNX Runtime's QMoE."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def moeship_arrays() -> Arrays:
 
 
 def qmoe_arrays() -> Arrays:
-    """Those of QMoE."""
+    """Initializers of one layer for ONNX Runtime's QMoE, by name."""
     arrays: Arrays = {}
     for name, (rows, features) in MATRICES.items():
         arrays[f"{name}_codes"] = (np.uint8, (EXPERTS, rows, features * BITS // 8))
@@ -62,7 +62,8 @@ def qmoe_node(names: Mapping[str, str], output: str) -> Any:  # noqa: ANN401 - a
 
 
 class OnnxLayer:
-    """A graph of one layer on mapped random weights, written into `folder`. `level` is of our kernels alone."""
+    """A graph of one layer with random weights, written into `folder` and mapped. `level` selects the instruction set
+    of moeship's kernels."""
 
     def __init__(self, arrays: Arrays, node: Callable[..., Any], folder: Path, threads: int, level: str = "") -> None:
         with onnx_runtime("onnxruntime", "measuring the kernels", "cpu"):
@@ -72,7 +73,7 @@ class OnnxLayer:
         self.num_bytes = num_bytes * CHOSEN // EXPERTS
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
-        # Threads of a session must not wait for work on the cores that the next process needs.
+        # The next process needs the cores, so this session's threads must not spin while they wait for work.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         if node is experts_node:
@@ -90,7 +91,7 @@ class OnnxLayer:
 
 
 def _graph(arrays: Arrays, node: Callable[..., Any], data: Path) -> tuple[bytes, int]:
-    """The model, its weights written beside it, and how many bytes they are."""
+    """The serialised model, and the number of bytes of weights, which are written to the file `data`."""
     from onnx import TensorProto, helper
 
     draw = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The processor's peak of int8 products, measured by a loop that is compiled when the benchmark runs (int8_peak.c)."""
+"""Measures the processor's peak rate of int8 products with a loop that is compiled for it at run time (int8_peak.c)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COMPILERS = ("cc", "gcc", "clang")
 
 
 class Peak:
-    """The loop, compiled into `folder`. Raises ConfigError without a compiler, or where it has no loop for the CPU."""
+    """The loop, compiled into `folder`. Raises ConfigError if there is no compiler, or no loop for this CPU."""
 
     def __init__(self, folder: Path) -> None:
         self._library = ctypes.CDLL(str(_compile(folder)))
@@ -33,7 +33,7 @@ class Peak:
             )
 
     def measure(self, threads: int) -> float:
-        """Products a second of `threads` threads together."""
+        """Int8 products per second of `threads` threads together."""
         with ThreadPoolExecutor(max_workers=threads) as pool:
             list(pool.map(self._library.products, [1] * threads))
             begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A contender in a process of its own, which waits for orders and sleeps meanwhile: lines of JSON both ways."""
+"""Runs a contender in a separate process, which sleeps until it gets an order: lines of JSON in and out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMES = (MOESHIP, QMOE, *GGML)
 
 
 class Contender:
-    """The parent's end."""
+    """A contender's process, as its parent uses it."""
 
     def __init__(self, name: str, process: subprocess.Popen[str]) -> None:
         self.name, self._process = name, process
@@ -38,7 +38,8 @@ class Contender:
         self.facts: str = opened["facts"]
 
     def seconds(self, rows: int, calls: int) -> list[float]:
-        """Of calls that take the pairs of experts in turn, after one that does not count."""
+        """The seconds of each of `calls` calls, after one call that does not count. Calls alternate between the pairs
+        of experts."""
         assert self._process.stdin is not None
         print(json.dumps({"rows": rows, "calls": calls}), file=self._process.stdin, flush=True)
         measured: list[float] = self._answer()["seconds"]
@@ -58,7 +59,7 @@ class Contender:
 
 @contextmanager
 def started(name: str, threads: int) -> Iterator[Contender]:
-    """A contender of NAMES, or `moeship LEVEL`. Raises ConfigError where it cannot run."""
+    """Start a contender of NAMES, or `moeship LEVEL`. Raises ConfigError if it cannot run."""
     runtime = name.partition(" ")[0]
     if name not in NAMES and runtime != MOESHIP:
         raise ConfigError(f"measuring kernels: {name!r} is unknown. There are: {', '.join(NAMES)}")
@@ -97,7 +98,7 @@ def _serve(layer: Layer, answer: Callable[[dict[str, Any]], None]) -> None:
 
 
 def main() -> None:
-    # Libraries write to the standard output too: theirs goes where errors go.
+    # Libraries also write to the standard output: send their output to stderr.
     with os.fdopen(os.dup(sys.stdout.fileno()), "w") as out, tempfile.TemporaryDirectory() as folder:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
