@@ -29,14 +29,14 @@ from clients.streams import STOP_PATIENCE_S
 
 NO_END_ID = -1
 BATCH = 100
-# A server that gives a request nothing for so long hangs.
+# Seconds without a response after which a server counts as hung.
 HANG_S = 60.0
-# No way of ending may take as long as a server has before its call is cancelled.
+# Longest time in seconds that ending a request may take: less than STOP_PATIENCE_S, after which the call is cancelled.
 LONGEST_END_S = STOP_PATIENCE_S - 1
 
 
 class EarlyEnds:
-    """Requests to one model that are ended early; `seed` decides how and when."""
+    """Sends requests to one model and ends them early; `seed` decides how and when."""
 
     def __init__(self, url: str, model: str, seed: int, longest_s: float, max_tokens: int) -> None:
         self.url, self._model = url, model
@@ -48,7 +48,7 @@ class EarlyEnds:
         self.problems: list[str] = []
 
     def end_one(self, client: Client) -> None:
-        """A request that is ended in one of the ways, at a random moment."""
+        """Send a request and end it in a random way at a random moment."""
         with self._lock:
             way = self._random.choice((self._close, self._pass_the_deadline, self._cancel_the_task, self._close_client))
             moment_s = self._random.uniform(0.001, self._longest_s)
@@ -75,7 +75,7 @@ class EarlyEnds:
         return GenerationRequest(**{**given, **fields})  # type: ignore[arg-type]
 
     def _close(self, client: Client, moment_s: float, _stream: bool) -> float:
-        """Close the generator after the first piece that comes after the moment."""
+        """Close the generator after the first piece that arrives after `moment_s`."""
         due = time.monotonic() + moment_s
         with closing(client.stream(self.request())) as pieces:
             for _ in pieces:
@@ -116,7 +116,7 @@ class EarlyEnds:
         return asyncio.run(main())
 
     def _close_client(self, client: Client, moment_s: float, stream: bool) -> float:
-        """As Ctrl-C does to `moeship generate`."""
+        """Close the client during a request, as Ctrl-C does in `moeship generate`."""
         own = Client(client.url)
 
         def read() -> None:
@@ -133,7 +133,7 @@ class EarlyEnds:
             own.close()
             took_s = time.monotonic() - begun
             error = reader.exception()
-        # A client that is closed before its request was sent refuses it.
+        # A client that is closed before it sends the request raises this error.
         if isinstance(error, ClientError) and "this client is closed" not in str(error):
             raise error
         return took_s
@@ -167,7 +167,7 @@ def main() -> int:
 
 
 def whole_answer(client: Client, ends: EarlyEnds) -> Generation | None:
-    """A short answer; None where the server gives none, which is noted."""
+    """A short whole answer; None if the server gives none, which is recorded in `ends`."""
     try:
         return client.generate(ends.request(max_tokens=8))
     except ClientError as error:

@@ -29,7 +29,7 @@ MOST_FAULTS = 20
 
 
 def work(reader: Reader, seed: int, inputs: int, begin: int) -> None:
-    """Run inputs `begin` to `inputs` through a reader; a line of JSON on stdout before each, and one for each fault."""
+    """Run inputs `begin` to `inputs` through a reader; prints a line of JSON before each input and for each fault."""
     with tempfile.TemporaryDirectory(prefix="moeship-fuzz-") as folder:
         reader.setup(Path(folder))
         for index, data in enumerate(inputs_of(reader, seed, inputs)):
@@ -41,12 +41,12 @@ def work(reader: Reader, seed: int, inputs: int, begin: int) -> None:
 
 
 def run(reader: Reader, seed: int, inputs: int) -> Iterator[tuple[int, str]]:
-    """Number and fault of every input on which the reader failed."""
+    """The index and the fault of every input on which the reader failed."""
     begin = 0
     while begin < inputs:
         words = [reader.name, "--seed", str(seed), "--inputs", str(inputs), "--begin", str(begin)]
         command = [sys.executable, __file__, "--worker", *words]
-        # Without a buffer, since a line in one would not be seen by select.
+        # Unbuffered, because select does not see a line that is in a buffer already.
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0) as process:
             assert process.stdout is not None
             last, hung = begin, True

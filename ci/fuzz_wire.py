@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 
 BATCH = 100
 MOST_HTTP_BYTES = 500_000
-# Waits longer than a request may take, so that one that hangs is told from a slow one.
+# Timeout in seconds: longer than MAX_SECONDS, so that a hung request can be told from a slow one.
 PATIENCE_S = 60
 _FOREIGN = re.compile(r"\b[A-Z]\w*(Error|Exception|Warning)\b|Traceback|\.py\b")
 
 
 def message_of(model: str, request: dict[str, Any], rng: random.Random, number: int) -> ModelInferRequest:
-    """A ModelInferRequest; some have a tensor of another data type, shape or number of bytes than they say."""
+    """A ModelInferRequest from a request's fields. In some, a tensor's data type, shape or number of bytes is wrong."""
     from tritonclient.grpc import service_pb2
     from tritonclient.utils import serialize_byte_tensor
 
@@ -68,7 +68,7 @@ def message_of(model: str, request: dict[str, Any], rng: random.Random, number: 
 
 
 class Sender:
-    """Sends to one server; every call raises nothing and tells the answer's text and the refusal's."""
+    """Sends requests to one server. No call raises; each returns the answer's text and the error's text."""
 
     def __init__(self, server: Server) -> None:
         import grpc
@@ -80,7 +80,7 @@ class Sender:
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(grpc.insecure_channel(server.grpc_url, options=options))
 
     def over_grpc(self, message: ModelInferRequest) -> tuple[str, str]:
-        """By ModelStreamInfer, read to its end."""
+        """Send a request over ModelStreamInfer and read the stream to its end."""
         answer, refusal = b"", ""
         try:
             for response in self._stub.ModelStreamInfer(iter((message,)), timeout=PATIENCE_S):
@@ -94,7 +94,7 @@ class Sender:
         return answer.decode(), refusal
 
     def over_http(self, model: str, body: bytes) -> tuple[str, str]:
-        """By the generate extension."""
+        """Send a request over HTTP's generate extension."""
         url = f"{self._http_url}/v2/models/{model}/generate"
         try:
             with urllib.request.urlopen(urllib.request.Request(url, data=body), timeout=PATIENCE_S) as response:
@@ -107,7 +107,7 @@ class Sender:
 
 
 def http_body(request: dict[str, Any]) -> bytes:
-    """The JSON of a request for the generate extension; one value where there is one."""
+    """The JSON body of a request for the generate extension. A list with one value is sent as the value."""
     plain = {
         name: values[0] if isinstance(values, list) and len(values) == 1 else values for name, values in request.items()
     }
@@ -115,7 +115,7 @@ def http_body(request: dict[str, Any]) -> bytes:
 
 
 def faults_of(sender: Sender, model: str, seed: int, count: int, counts: Counter[str]) -> Iterator[str]:
-    """What a model did with damaged requests that it must not do."""
+    """Send damaged requests to a model; yields a message for each response that breaks a rule."""
     rng = random.Random(seed)
     good = message_of(model, GOOD[0], random.Random(0), 0)
     good.inputs[0].shape[:] = [1, 1]

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class DifferentEngine(MoeshipError):  # noqa: N818 - it is a verdict
-    """A build that was killed and resumed did not end as one that was left alone."""
+    """A build that was killed and resumed gave another engine than an undisturbed build."""
 
     exit_status = 1
 
@@ -47,7 +47,7 @@ class Kill:
 
 
 def start(checkpoint: Path, output: Path, precision: str) -> subprocess.Popen[bytes]:
-    """A build in a process of its own, at the moment when its journal appears."""
+    """Start a build in a separate process; returns when its journal appears."""
     words = ["--checkpoint", str(checkpoint), "--output", str(output), "--precision", precision]
     process = subprocess.Popen([*BUILD, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     journal = partial_path(output) / "journal"
@@ -66,7 +66,8 @@ def undisturbed(checkpoint: Path, output: Path, precision: str) -> float:
 
 
 def kill(checkpoint: Path, output: Path, precision: str, delay_s: float) -> Kill:
-    """Start a build and kill it. Raises DifferentEngine where a half engine passes for a whole one."""
+    """Start a build and kill it after `delay_s` seconds. Raises DifferentEngine if an incomplete engine opens as a
+    complete one."""
     process = start(checkpoint, output, precision)
     time.sleep(delay_s)
     landed = process.poll() is None
@@ -86,7 +87,8 @@ def kill(checkpoint: Path, output: Path, precision: str, delay_s: float) -> Kill
 
 
 def compare(found: Path, expected: Path) -> None:
-    """Raise DifferentEngine naming the files that differ, byte for byte, or stand in one folder only."""
+    """Compare two folders byte for byte. Raises DifferentEngine that names the files that differ or are in one folder
+    only."""
     paths = [(folder, path) for folder in (found, expected) for path in folder.rglob("*") if not path.is_dir()]
     names = {path.relative_to(folder).as_posix() for folder, path in paths}
     different = [name for name in sorted(names) if not _same(found / name, expected / name)]
@@ -107,7 +109,8 @@ def _same(left: Path, right: Path) -> bool:
 
 
 def kill_builds(checkpoint: Path, work: Path, precision: str, kills: int, seed: int) -> list[Kill]:
-    """Kill and resume until `kills` builds were killed under way; `work` is emptied of all but the expected engine."""
+    """Kill and resume builds until `kills` builds were killed while they ran. Everything in `work` except the expected
+    engine is removed."""
     expected = work / "expected"
     seconds = undisturbed(checkpoint, expected, precision)
     moments, done = random.Random(seed), list[Kill]()

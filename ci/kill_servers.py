@@ -34,7 +34,7 @@ BUSY_REQUESTS = 24
 
 
 class Command:
-    """`moeship serve` and what it says on stdout."""
+    """A running `moeship serve` and the lines that it prints on stdout."""
 
     def __init__(self, repository: Path, *words: str) -> None:
         self.process = subprocess.Popen(
@@ -76,7 +76,7 @@ class Command:
 
 
 def members(server: int) -> dict[str, int]:
-    """The processes of a server by what they are."""
+    """The process ids of a server, by the kind of process."""
     found = {"tritonserver": server}
     for pid in children_of(server):
         process = read_process(pid)
@@ -86,14 +86,14 @@ def members(server: int) -> dict[str, int]:
 
 
 def wait_until(holds: Any, since: float) -> float:  # noqa: ANN401 - a function
-    """Seconds until it holds."""
+    """Wait until `holds()` is true, PATIENCE_S at most; returns the seconds since `since`."""
     while not holds() and time.monotonic() - since < PATIENCE_S:
         time.sleep(0.02)
     return time.monotonic() - since
 
 
 def hurt(repository: Path, layout: str) -> Iterator[dict[str, Any]]:
-    """A line for each process and signal, each on a server of its own."""
+    """Send each signal to each process of a server, with a fresh server each time; yields one result line for each."""
     probe = Command(repository)
     names = list(members(probe.ready["pid"]))
     probe.end()
@@ -114,7 +114,7 @@ def hurt(repository: Path, layout: str) -> Iterator[dict[str, Any]]:
 
 
 def keep_busy(repository: Path, layout: str, minutes: float) -> dict[str, Any]:
-    """Requests for as long, many more at a time than are computed."""
+    """Keep the queue of a server full for `minutes`: more requests at a time than it computes."""
     command = Command(repository)
     until = time.monotonic() + 60 * minutes
 

@@ -1,6 +1,6 @@
-"""An engine folder as a GPU machine runs it: its facts, its graphs on a device, and decoding over bound buffers.
+"""Runs an engine folder on a GPU machine without moeship: reads its facts, loads its graphs on a device, and decodes.
 
-Needs onnxruntime-gpu and numpy alone, so that the folder ci/gpu and an engine are all that such a machine is given.
+Needs only onnxruntime-gpu and numpy, so it is enough to copy the folder ci/gpu and an engine to such a machine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SERVING_GRAPH, SCORING_GRAPH, GOLDEN_FILE = "model.onnx", "model_scoring.onnx", "golden.npz"
 PROVIDERS = {"cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}), "cpu": ("CPUExecutionProvider", {})}
-SHAPE_OPERATORS = {"Cast", "Gather", "Shape"}  # which ONNX Runtime keeps on the CPU beside any provider
+SHAPE_OPERATORS = {"Cast", "Gather", "Shape"}  # operators that ONNX Runtime places on the CPU for every provider
 CACHE_ITEM_BYTES = 2  # float16
 
 
@@ -28,7 +28,7 @@ class UsageError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is used of engine.json."""
+    """The values of engine.json that the scripts of this folder use."""
 
     folder: Path
     model: str
@@ -48,7 +48,8 @@ class Facts:
 
 
 def read_facts(folder: Path, golden: bool = True) -> Facts:
-    """Raises UsageError for a folder that is no CUDA engine, or that lacks golden logits where they are wanted."""
+    """Read engine.json of a folder. Raises UsageError if the folder is no CUDA engine, or if `golden` is set and it has
+    no golden logits."""
     try:
         manifest = json.loads((folder / "engine.json").read_text(encoding="utf-8"))
         facts = manifest["architecture"]
@@ -69,7 +70,7 @@ def read_facts(folder: Path, golden: bool = True) -> Facts:
 
 
 def open_graph(path: Path | bytes, provider: str) -> onnxruntime.InferenceSession:
-    """A session whose nodes all run on the provider. Raises UsageError where they would not."""
+    """Load a graph with all its nodes on the provider. Raises UsageError if nodes would run elsewhere."""
     import onnxruntime
 
     name, settings = PROVIDERS[provider]
@@ -94,7 +95,7 @@ def open_graph(path: Path | bytes, provider: str) -> onnxruntime.InferenceSessio
 
 
 def check_device(provider: str) -> None:
-    """Raises UsageError with ONNX Runtime's reason where the provider has no device."""
+    """Check that the provider has a device. Raises UsageError with ONNX Runtime's reason if it has none."""
     import onnxruntime
 
     if PROVIDERS[provider][0] not in onnxruntime.get_available_providers():
@@ -112,14 +113,14 @@ def check_device(provider: str) -> None:
 
 
 def on_device(values: npt.NDArray[Any], provider: str) -> onnxruntime.OrtValue:
-    """The values in a buffer of the provider's first device."""
+    """Copy values to a buffer on the provider's first device."""
     import onnxruntime
 
     return onnxruntime.OrtValue.ortvalue_from_numpy(values, provider, 0)
 
 
 class Decoder:
-    """The serving graph over cache buffers for `batch` sequences of `capacity` tokens, all of one length."""
+    """Runs the serving graph with cache buffers for `batch` sequences of equal length, up to `capacity` tokens each."""
 
     def __init__(
         self, session: onnxruntime.InferenceSession, facts: Facts, provider: str, batch: int, capacity: int
@@ -140,7 +141,8 @@ class Decoder:
         self.length = 0
 
     def run(self, token_ids: npt.NDArray[np.int64]) -> None:
-        """Append [batch, S] tokens; returns when the device is done, the last position's logits in `logits`."""
+        """Append tokens [batch, S]. Returns when the device has finished; `logits` then has those of the last
+        position."""
         ids = np.ascontiguousarray(token_ids, dtype=np.int64)
         total = self.length + ids.shape[1]
         self._binding.bind_cpu_input("input_ids", ids)

@@ -1,7 +1,7 @@
-"""The steps before serving: a model to try, the reference's answers, an engine in the build's stages.
+"""The steps before serving: make a checkpoint, answer prompts with the reference, build an engine stage by stage.
 
-Each is a command of moeship's in a process of its own, as a user would call it; what it says goes to a log, what it
-found into the step's dict.
+Each step runs a moeship command in a separate process, as a user would. Its stderr goes to a log, its results into the
+step's dict.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trt_build.manifest import MANIFEST_FILE
 ROOT = Path(__file__).resolve().parents[2]
 BUILD_PROGRAM = ROOT / "trt_build" / "build_engine.py"
 LOG_TAIL_LINES = 15
-_MESSAGE = re.compile(r"[A-Z]\w+: ")  # as export.command writes an error's
+_MESSAGE = re.compile(r"[A-Z]\w+: ")  # beginning of an error message from export.command
 PARITY_FAILED = 1  # exit status of a build whose engine differs from the reference
 _FACTS = ("libraries", "gpu", "precision", "parallel", "flags", "max_sequence", "max_batch", "max_num_tokens")
 
@@ -35,7 +35,7 @@ class StepFailed(MoeshipError):  # noqa: N818 - it is a state of the run
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """One engine to build, and the log of it; `options` are further words of build_engine.py."""
+    """One engine to build, and its log file; `options` are additional flags of build_engine.py."""
 
     checkpoint: Path
     engine: Path
@@ -44,7 +44,7 @@ class Build:
     options: tuple[str, ...]
 
     def command(self, stage: str, *words: str) -> list[str]:
-        """The build up to a stage; it takes up what earlier stages left."""
+        """The command that builds up to a stage, continuing from the output of earlier stages."""
         return [
             *(sys.executable, str(BUILD_PROGRAM), "--backend", "tensorrt-llm", "--json"),
             *("--checkpoint", str(self.checkpoint), "--output", str(self.engine), "--precision", self.precision),
@@ -53,7 +53,8 @@ class Build:
 
 
 def run_logged(command: Sequence[str], log: Path, allowed: Sequence[int] = (0,)) -> str:
-    """Run a command, its stderr added to a log; returns its stdout. Raises StepFailed with the log's end."""
+    """Run a command and append its stderr to a log; returns its stdout. Raises StepFailed with the end of the log if it
+    fails."""
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {shlex.join(command)}\n")
         file.flush()
@@ -67,13 +68,13 @@ def run_logged(command: Sequence[str], log: Path, allowed: Sequence[int] = (0,))
 
 
 def _reason(lines: Sequence[str]) -> str:
-    """The last lines of a log from where a command of moeship's says why it ends; all of them where none does."""
+    """The lines of a log from the last error message of a moeship command on; all lines if there is none."""
     starts = [index for index, line in enumerate(lines) if _MESSAGE.match(line)]
     return "\n".join(lines[starts[-1] :] if starts else ["its end is", *lines])
 
 
 def make_checkpoint(command: Sequence[str] | None, folder: Path, log: Path, found: dict[str, Any]) -> None:
-    """Have a command make a checkpoint's folder, unless it is there or there is no command."""
+    """Run the command that makes a checkpoint's folder, unless the folder exists or there is no command."""
     if command is not None and not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         run_logged(command, log)
@@ -81,28 +82,28 @@ def make_checkpoint(command: Sequence[str] | None, folder: Path, log: Path, foun
 
 
 def answer_prompts(checkpoint: Path, prompts: Sequence[str], num_tokens: int, log: Path, found: dict[str, Any]) -> None:
-    """The reference's greedy answers."""
+    """Record the reference's greedy answers to prompts."""
     program = str(Path(__file__).with_name("reference_texts.py"))
     command = [sys.executable, program, "--tokens", str(num_tokens), "--", str(checkpoint), *prompts]
     found["answers"] = json.loads(run_logged(command, log))
 
 
 def write_checkpoint(build: Build, found: dict[str, Any]) -> None:
-    """TensorRT-LLM's form of the checkpoint: its bytes, and what decides them."""
+    """Write the TensorRT-LLM checkpoint; record its bytes and the settings that decide them."""
     plan = _staged(build, "checkpoint")["plan"]
     names = ("quant_algo", "dtype", "group_size", "parallel", "average_bits_per_weight", "rank_bytes", "notes")
     found.update({name: plan[name] for name in names}, bytes=plan["checkpoint_bytes"])
 
 
 def build_engine(build: Build, found: dict[str, Any]) -> None:
-    """trtllm-build's engine: bytes of the ranks' files, flags, versions."""
+    """Build the engine with trtllm-build; record the bytes of the ranks' files, flags and versions."""
     manifest = _staged(build, "engine")["engine"]
     ranks = {name: record["bytes"] for name, record in manifest["files"].items() if name.endswith(".engine")}
     found.update({name: manifest[name] for name in _FACTS}, rank_bytes=ranks, bytes=sum(ranks.values()))
 
 
 def verify_engine(build: Build, num_tokens: int, found: dict[str, Any]) -> None:
-    """The comparison with the reference: its figures, and in `failures` those past the precision's limits."""
+    """Compare the engine with the reference; record the figures, and in `failures` those past their limits."""
     _staged(build, "verify", "--verify-tokens", str(num_tokens), allowed=(0, PARITY_FAILED))
     verification = json.loads((build.engine / MANIFEST_FILE).read_text(encoding="utf-8"))["verification"]
     if verification is None:
@@ -111,6 +112,6 @@ def verify_engine(build: Build, num_tokens: int, found: dict[str, Any]) -> None:
 
 
 def _staged(build: Build, stage: str, *words: str, allowed: Sequence[int] = (0,)) -> dict[str, Any]:
-    """Run the build up to a stage; returns the JSON that it prints."""
+    """Run the build up to a stage; returns the JSON object that it prints."""
     printed: dict[str, Any] = json.loads(run_logged(build.command(stage, *words), build.log, allowed))
     return printed

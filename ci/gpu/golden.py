@@ -1,4 +1,4 @@
-"""Parity with golden logits: what golden.npz holds, and an engine's figures against it."""
+"""Reads golden.npz, runs an engine on its tokens, and compares the engine's logits with the golden logits."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from device_engine import SCORING_GRAPH, SERVING_GRAPH, Decoder, Facts, open_gra
 
 @dataclass(frozen=True, kw_only=True)
 class Golden:
-    """golden.npz: logits [S, V] and router logits [L, S, E] of S tokens, limits of the figures below, and the bytes of
-    the weights by what reads them."""
+    """The contents of golden.npz: logits [S, V] and router logits [L, S, E] of S tokens, limits of the comparison's
+    figures, and the bytes of weights by the operation that reads them."""
 
     token_ids: npt.NDArray[np.int64]
     logits: npt.NDArray[np.float32]
@@ -51,7 +51,8 @@ def score(facts: Facts, golden: Golden, provider: str) -> tuple[npt.NDArray[Any]
 
 
 def decode(facts: Facts, golden: Golden, provider: str) -> npt.NDArray[Any]:
-    """Logits of the last position of the golden tokens' first half, and of each token of the second, decoded singly."""
+    """Logits [S - S/2 + 1, V] of the serving graph: one row from prefilling the first half of the golden tokens, then
+    one row for each decoded token of the second half."""
     session = open_graph(facts.folder / SERVING_GRAPH, provider)
     ids = golden.token_ids.reshape(1, -1)
     decoder, half = Decoder(session, facts, provider, 1, ids.shape[1]), ids.shape[1] // 2
@@ -63,7 +64,7 @@ def decode(facts: Facts, golden: Golden, provider: str) -> npt.NDArray[Any]:
 
 
 def divergence(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
-    """Mean Kullback-Leibler divergence in nats of the found from the expected distribution."""
+    """Mean Kullback-Leibler divergence KL(expected, found) in nats."""
     found_log, expected_log = log_softmax(found), log_softmax(expected)
     return float((np.exp(expected_log) * (expected_log - found_log)).sum(-1).mean())
 
@@ -74,12 +75,12 @@ def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 
 def chosen(router: npt.NDArray[Any], experts_per_token: int) -> npt.NDArray[np.int64]:
-    """The set of experts of the largest logits, of equal ones the lowest index."""
+    """The indices of the K experts with the largest logits, ascending. Of equal logits the lowest index is chosen."""
     return np.sort(np.argsort(-router, axis=-1, kind="stable")[..., :experts_per_token], axis=-1)
 
 
 def compare(facts: Facts, golden: Golden, provider: str) -> dict[str, Any]:
-    """The figures, and in `failures` those past the golden file's limits; NaN is past every one."""
+    """The figures of the comparison, and in `failures` those past the limits in golden.npz. NaN is past every limit."""
     with np.errstate(invalid="ignore"):
         return _figures(facts, golden, provider)
 

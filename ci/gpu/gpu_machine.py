@@ -1,7 +1,7 @@
-"""What a machine has for TensorRT-LLM engines and Triton: readings in, their JSON and every reason against it out.
+"""Reads what a machine has for TensorRT-LLM engines and Triton, and lists every reason why it cannot run them.
 
-Asked before anything is downloaded or built, and so by the container's own Python too: until TensorRT-LLM was found,
-nothing beyond the standard library is imported.
+The container's own Python also runs this, before anything is downloaded or built, so only the standard library is
+imported until TensorRT-LLM is found.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 
 from trt_build.machine.readings import BUILD_PROGRAM, LIBRARY, MPIRUN, Machine, container, library_python, read_machine
 
-BACKEND = "tensorrtllm"  # Triton's, in C++
-PACKAGES = (LIBRARY, "tensorrt", "torch", "transformers", "nvidia-modelopt")  # of TensorRT-LLM's own Python
-# What images say of themselves. Source: build.py of triton-inference-server/server and its base images.
+BACKEND = "tensorrtllm"  # Triton's C++ backend for engines
+PACKAGES = (LIBRARY, "tensorrt", "torch", "transformers", "nvidia-modelopt")  # packages of TensorRT-LLM's Python
+# Variables in which images state their versions. Source: build.py of triton-inference-server/server, its base images.
 IMAGE_VARIABLES = ("NVIDIA_TRITON_SERVER_VERSION", "TRITON_SERVER_VERSION", "CUDA_VERSION", "TRT_VERSION")
-# What tensorrt_llm.sh says of the image that it runs.
+# Variables in which tensorrt_llm.sh passes the name and the digest of the image.
 CONTAINER_VARIABLE, DIGEST_VARIABLE = "MOESHIP_CONTAINER", "MOESHIP_CONTAINER_DIGEST"
 _MEBIBYTE = 1 << 20
 _TIMEOUT_S = 60
@@ -30,7 +30,7 @@ _TIMEOUT_S = 60
 
 @dataclass(frozen=True, kw_only=True)
 class GpuMemory:
-    """Bytes of one GPU's memory, and the driver's version."""
+    """Total and free bytes of one GPU's memory, and the version of the driver."""
 
     total: int
     free: int
@@ -39,9 +39,9 @@ class GpuMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class Readings:
-    """`memory` by a GPU's uuid; `cuda`: the newest CUDA that the driver runs, None where it does not start, and why in
-    `cuda_problem`; `packages` of TensorRT-LLM's Python; `backends`: Triton's folder of them; `image`: what the
-    container says of itself.
+    """What was read of the machine. `memory` is by the GPU's uuid. `cuda` is the newest CUDA version that the driver
+    supports, None if CUDA does not start, with the reason in `cuda_problem`. `packages` are those of TensorRT-LLM's
+    Python; `backends` is Triton's folder of backends; `image` has the versions that the container states.
     """
 
     machine: Machine
@@ -71,7 +71,7 @@ class Readings:
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """Bytes that the work takes at its most: of disk below `output`, of main memory, and of each GPU's memory."""
+    """The most bytes that the work needs: of disk space below `output`, of main memory, and of each GPU's memory."""
 
     output: Path
     tp_size: int
@@ -81,7 +81,7 @@ class Needs:
 
 
 def read_readings(environment: Mapping[str, str] = os.environ) -> Readings:
-    """Ask nvidia-smi, the driver, TensorRT-LLM's Python, PATH and the environment."""
+    """Read the machine from nvidia-smi, the driver, TensorRT-LLM's Python, PATH and the environment."""
     cuda, problem = _start_cuda()
     found = shutil.which("tritonserver")
     backends = Path(found).resolve().parent.parent / "backends" if found else None
@@ -101,8 +101,8 @@ def read_readings(environment: Mapping[str, str] = os.environ) -> Readings:
 
 
 def parse_memory(text: str) -> dict[str, GpuMemory]:
-    """From nvidia-smi --query-gpu=uuid,memory.total,memory.free,driver_version --format=csv,noheader,nounits, whose
-    memory is in MiB. Raises ValueError."""
+    """Memory by GPU, from the output of nvidia-smi --query-gpu=uuid,memory.total,memory.free,driver_version
+    --format=csv,noheader,nounits, which is in MiB. Raises ValueError."""
     found = {}
     for line in text.strip().splitlines():
         uuid, total, free, driver = (field.strip() for field in line.split(","))
@@ -121,7 +121,8 @@ def _read_memory() -> dict[str, GpuMemory]:
 
 
 def _start_cuda() -> tuple[str | None, str]:
-    """The driver's CUDA version, or why it does not start. Source: the CUDA driver API, cuInit, cuDriverGetVersion."""
+    """The CUDA version of the driver, or None and the reason why CUDA does not start. Source: cuInit and
+    cuDriverGetVersion of the CUDA driver API."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
@@ -135,7 +136,7 @@ def _start_cuda() -> tuple[str | None, str]:
 
 
 def _read_packages() -> dict[str, str]:
-    """Versions of what TensorRT-LLM's Python has of PACKAGES; nothing is imported there."""
+    """Versions of those of PACKAGES that TensorRT-LLM's Python has, read without importing them."""
     python = library_python()
     if python is None:
         return {}
@@ -157,9 +158,9 @@ def _read_packages() -> dict[str, str]:
 
 
 def problems(readings: Readings, needs: Needs) -> list[str]:
-    """Every reason not to begin; what could not be read is not judged."""
+    """Every reason not to start the work. A value that could not be read gives no reason."""
     found = [*_gpu_problems(readings, needs), *_container_problems(readings, needs)]
-    if LIBRARY in readings.packages:  # numpy comes with it, which the rest takes
+    if LIBRARY in readings.packages:  # numpy is installed with it, and the other checks need numpy
         found += [*_version_problems(readings), *_space_problems(needs)]
     return found
 

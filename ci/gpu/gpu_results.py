@@ -1,11 +1,11 @@
-"""The one JSON of a run on a GPU: steps in, by model and engine, each kept as soon as it is done.
+"""Keeps the results of a run on a GPU in one JSON file, by model, engine and step, saved after every step.
 
     results = open_results(output / "results.json", about, moeship="0.1.0 4f1c2d3")
     results.step(("small", "fp16", "engine"), inputs, work)
 
-A step has a `status` (done, failed, or running where the run was cut off), the `inputs` that decide it, the `moeship`
-that did it, `seconds`, and what its work found; `failures` lists the checks that were not passed. A later run with
-the same inputs takes up what is done and passed. The file is replaced by rename, never written in place.
+A step has a `status` (done, failed, or running if the run was interrupted), the `inputs` that decide its result, the
+`moeship` version that ran it, `seconds`, and the results of its work; `failures` lists the checks that failed. A later
+run with the same inputs skips steps that are done and passed. The file is replaced by rename, never written in place.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from export.files.output import replace_file
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-Work = Callable[[dict[str, Any]], None]  # is given a dict for what it finds
-_NUMBERS = re.compile(r"\[\n([-+.,\deE\s]+?)\n *\]")  # no text of JSON's holds a line break
-_COMPARED = ("gpus", "driver", "packages")  # of the machine: a folder holds the results of one
+Work = Callable[[dict[str, Any]], None]  # writes its results into the dict that it gets
+_NUMBERS = re.compile(r"\[\n([-+.,\deE\s]+?)\n *\]")  # a list of numbers; JSON strings contain no line breaks
+_COMPARED = ("gpus", "driver", "packages")  # must be equal in later runs, as a folder has the results of one machine
 
 
 class Results:
-    """The steps of one folder, and the file that they are kept in."""
+    """The results of the steps in one folder, and the file in which they are kept."""
 
     def __init__(self, path: Path, data: dict[str, Any], moeship: str) -> None:
         self.path, self.data, self._moeship = path, data, moeship
 
     def step(self, place: tuple[str, ...], inputs: Mapping[str, Any], work: Work) -> dict[str, Any] | None:
-        """Do a step, unless it is done and passed; returns what it found, None where it failed. `place` is a model, for
-        some an engine, and the step's name.
+        """Run a step unless it is done and passed; returns its results, None if it failed. `place` is the model, for
+        some steps the engine, and the step's name.
 
-        A failure is kept and the run goes on: what one engine cannot do says nothing of the next.
+        A failure is recorded and the run continues, since other engines may still work.
         """
         name, entries = " ".join(place), self._entries(place)
         wanted, earlier = json.loads(json.dumps(dict(inputs))), entries.get(place[-1])
@@ -64,16 +64,16 @@ class Results:
         return entry if entry["status"] == "done" else None
 
     def _entries(self, place: tuple[str, ...]) -> dict[str, Any]:
-        """The dict that holds the step: a model's, or that of one of its engines."""
+        """The dict of the steps of a model or of one of its engines."""
         model: dict[str, Any] = self.data["models"].setdefault(place[0], {"engines": {}})
         return model if len(place) == 2 else model["engines"].setdefault(place[1], {})
 
     def errors(self) -> list[str]:
-        """Of the steps that failed, each behind its name."""
+        """The errors of the steps that failed, each with the name of its step."""
         return [f"{name}: {entry['error']}" for name, entry in self._all() if entry["status"] == "failed"]
 
     def failures(self) -> list[str]:
-        """Checks that were made and failed, of the steps that are done."""
+        """The failed checks of the steps that are done."""
         return [f"{name}: {text}" for name, entry in self._all() for text in entry.get("failures", [])]
 
     def _all(self) -> list[tuple[str, dict[str, Any]]]:
@@ -85,16 +85,17 @@ class Results:
         return found
 
     def save(self) -> None:
-        """Replace the file."""
+        """Write the results to the file, replacing it by rename."""
         self.data["errors"], self.data["failures"] = self.errors(), self.failures()
         text = json.dumps(self.data, indent=2, allow_nan=True)
-        # A list of numbers is one line: samples come by the thousand.
+        # Put each list of numbers on one line, as there are thousands of samples.
         text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
         replace_file(self.path, text + "\n")
 
 
 def open_results(path: Path, about: Mapping[str, Any], moeship: str) -> Results:
-    """The results in a folder, or new ones. Raises ConfigError where they are of another machine than `about` names."""
+    """Open the results in a folder, or start new ones. Raises ConfigError if they are of another machine than `about`
+    describes."""
     if not path.is_file():
         data = {"format_version": FORMAT_VERSION, "machine": dict(about), "runs": [], "models": {}}
         return Results(path, data, moeship)
@@ -117,7 +118,7 @@ def open_results(path: Path, about: Mapping[str, Any], moeship: str) -> Results:
 
 
 def summary(results: Results) -> list[str]:
-    """A few lines for each engine, then what went wrong."""
+    """The lines of the summary: a few for each engine, then errors and failed checks."""
     lines = []
     for model, steps in results.data["models"].items():
         for engine, entries in steps["engines"].items():
@@ -127,7 +128,7 @@ def summary(results: Results) -> list[str]:
 
 
 def _engine_lines(name: str, entries: Mapping[str, dict[str, Any]]) -> list[str]:
-    """What is known of one engine."""
+    """The lines of the summary for one engine."""
     done = {step: entry for step, entry in entries.items() if entry["status"] == "done"}
     lines = []
     if "engine" in done:
@@ -167,7 +168,7 @@ def _passed(entry: Mapping[str, Any]) -> bool:
 
 
 def _text(error: Exception) -> str:
-    """The message of an error that a user can mend; of any other its traceback too, which the JSON is sent with."""
+    """The message of a MoeshipError or OSError; the whole traceback of any other error, for a bug report."""
     if isinstance(error, (MoeshipError, OSError)):
         return f"{type(error).__name__}: {error}"
     return "".join(traceback.format_exception(error)).strip()

@@ -24,7 +24,7 @@ import numpy as np
 from device_engine import SCORING_GRAPH, SERVING_GRAPH, Decoder, UsageError, open_graph, read_facts
 
 SOURCE = Path(__file__).with_name("null_cuda.c")
-# What the provider links to, and which functions are whose.
+# The libraries that the provider links to, and patterns of the functions in each.
 LIBRARIES = {
     "libcudart.so.13": re.compile(r"_*cuda[A-Z]"),
     "libcublasLt.so.13": re.compile("cublasLt"),
@@ -33,7 +33,7 @@ LIBRARIES = {
     "libcurand.so.10": re.compile("curand"),
 }
 PROMPT_TOKENS, BATCH = 5, 2
-# What driver_types.h takes from a header that its package leaves out.
+# Definitions that driver_types.h needs from a header that its package does not contain.
 HOST_DEFINES = "\n".join(
     f"#define {name}"
     for name in ("__device_builtin__", "__host__", "__device__", "__cudart_builtin__", "CUDARTAPI", "__CUDA_DEPRECATED",
@@ -49,13 +49,13 @@ def package_folder(name: str) -> Path:
 
 
 def undefined_functions(library: Path) -> list[str]:
-    """The symbols that a shared library takes from others."""
+    """The symbols that a shared library imports from other libraries."""
     listed = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
     return [line.split()[-1].partition("@")[0] for line in listed.stdout.splitlines()]
 
 
 def compile_libraries(folder: Path) -> None:
-    """Write the libraries of LIBRARIES into `folder`."""
+    """Compile the libraries of LIBRARIES into `folder`."""
     provider = package_folder("onnxruntime") / "capi" / "libonnxruntime_providers_cuda.so"
     if not provider.is_file():
         raise UsageError(f"looking for {provider.name}: this onnxruntime has none; install onnxruntime-gpu")
@@ -80,18 +80,18 @@ def compile_libraries(folder: Path) -> None:
 
 
 def walk(folder: Path) -> None:
-    """Load both graphs of an engine and run a prefill and a step; the process's libraries are the null ones."""
+    """Load both graphs of an engine and run a prefill and decode steps, in a process that uses the null libraries."""
     facts = read_facts(folder, golden=False)
     open_graph(folder / SCORING_GRAPH, "cuda")
     session = open_graph(folder / SERVING_GRAPH, "cuda")
     decoder = Decoder(session, facts, "cuda", batch=BATCH, capacity=facts.max_sequence)
-    for count in (PROMPT_TOKENS, 1, 1):  # the first step times candidates, the second runs what was chosen
+    for count in (PROMPT_TOKENS, 1, 1):  # the first step times candidate kernels, the second runs the chosen ones
         sys.stderr.write(f"running {count}\n")
         decoder.run(np.zeros((BATCH, count), np.int64))
 
 
 def report(folder: Path, log: str) -> str:
-    """Which kernels the last decode step launched, the most frequent first."""
+    """The kernels that the last decode step launched, the most frequent first."""
     step = log.rpartition("running 1\n")[2].replace("launched ", "")
     names = subprocess.run(["c++filt"], input=step, capture_output=True, text=True, check=True).stdout
     kernels = collections.Counter(short_name(line) for line in names.splitlines())
@@ -100,7 +100,7 @@ def report(folder: Path, log: str) -> str:
 
 
 def short_name(kernel: str) -> str:
-    """A kernel's name without its template's arguments, but for the activation in a product's epilogue."""
+    """A kernel's name without template arguments, except the activation in the epilogue of a matrix product."""
     if "MoeFCGemm" in kernel:
         activation = re.search("GELU_taylor|GELU|SiLu", kernel)
         return f"cutlass MoeFCGemm{', ' + activation[0] if activation else ''}"

@@ -43,10 +43,10 @@ from device_engine import (
 )
 from golden import Golden, compare, read_golden
 
-WARM_UP_STEPS = 4  # the first runs of a shape choose among kernels by timing them
+WARM_UP_STEPS = 4  # in the first runs of a shape ONNX Runtime times candidate kernels
 PREFILL_RUNS = 3
 COPY_RUNS = 10
-FLOAT, FLOAT_BYTES = 1, 4  # of ONNX's TensorProto.FLOAT
+FLOAT, FLOAT_BYTES = 1, 4  # TensorProto.FLOAT of ONNX, and the bytes of a value
 
 
 def neg_model() -> bytes:
@@ -70,7 +70,8 @@ def neg_model() -> bytes:
 
 
 def measure_bandwidth(provider: str, num_bytes: int) -> float:
-    """Bytes per second that an elementwise operation reads and writes, `num_bytes` of each; the fastest run counts."""
+    """Memory bandwidth in bytes per second: an elementwise operation reads and writes `num_bytes`; the fastest run
+    counts."""
     session = open_graph(neg_model(), provider)
     source = on_device(np.ones(num_bytes // FLOAT_BYTES, np.float32), provider)
     target = on_device(np.empty(num_bytes // FLOAT_BYTES, np.float32), provider)
@@ -87,13 +88,13 @@ def measure_bandwidth(provider: str, num_bytes: int) -> float:
 
 
 def experts_touched(num_experts: int, experts_per_token: int, batch: int) -> float:
-    """Expected number of different experts that `batch` tokens choose, each K of E at random."""
+    """Expected number of different experts that `batch` tokens choose if each chooses K of E at random."""
     return num_experts * (1 - (1 - experts_per_token / num_experts) ** batch) if num_experts else 0.0
 
 
 def step_bytes(facts: Facts, golden: Golden, batch: int, length: int) -> float:
-    """Bytes that a decode step reads: weights of every layer, those of the experts touched, and the cache. Of the
-    embedding it reads a row a sequence."""
+    """Bytes that a decode step reads: the weights of every layer, of experts only those that were chosen, one row of
+    the embedding for each sequence, and the cache."""
     touched = experts_touched(facts.num_experts, facts.experts_per_token, batch)
     experts = golden.expert_bytes * touched / facts.num_experts if facts.num_experts else golden.expert_bytes
     embedding = golden.embedding_bytes / facts.vocab_size * batch
@@ -135,7 +136,7 @@ def timed(decoder: Decoder, ids: npt.NDArray[np.int64]) -> float:
 
 
 def describe_device(provider: str) -> str:
-    """What nvidia-smi calls the first GPU, with its driver and memory."""
+    """The first GPU's name, driver and memory, from nvidia-smi."""
     if provider == "cpu":
         return "CPU"
     words = ["nvidia-smi", "--id=0", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
@@ -146,7 +147,7 @@ def describe_device(provider: str) -> str:
 
 
 def report_file(output: Path, what: str, device: str, moment: datetime.datetime) -> Path:
-    """A name that says what ran where and when."""
+    """The path of a report; its name contains what ran, the device and the date."""
     name = "-".join("".join(c if c.isalnum() else " " for c in device.partition(",")[0]).split()).lower()
     return output / f"{what}-{name}-{moment:%Y%m%dT%H%M%SZ}.json"
 
@@ -187,7 +188,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Replace the file by what is known so far; it is whole at every moment."""
+    """Write all results so far, replacing the file by rename, so that it is complete at any time."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)

@@ -24,20 +24,20 @@ NAME_CHARACTERS = 90
 
 
 def profile(options: argparse.Namespace) -> str:
-    """The report's text. Raises UsageError."""
+    """Profile decode steps; returns the text of the report. Raises UsageError."""
     facts = read_facts(options.engine, golden=False)
     capacity = options.prompt + 2 * WARM_UP_STEPS + 2 * options.steps
     if capacity > facts.max_sequence:
         raise UsageError(f"profiling {facts.folder}: prompt and steps exceed its context of {facts.max_sequence}")
     if not torch.cuda.is_available():
         raise UsageError(f"looking for the GPU: torch {torch.__version__} sees none; install its build for CUDA")
-    torch.zeros(1, device="cuda")  # starts CUDA with torch's libraries, before ONNX Runtime looks for its own
+    torch.zeros(1, device="cuda")  # starts CUDA with torch's libraries before ONNX Runtime loads its own
     check_device("cuda")
     decoder = Decoder(open_graph(facts.folder / SERVING_GRAPH, "cuda"), facts, "cuda", options.batch, capacity)
     rng = np.random.default_rng(0)
 
     def steps(count: int) -> float:
-        """Seconds a step."""
+        """Mean seconds of a decode step over `count` steps."""
         started = time.perf_counter()
         for _ in range(count):
             decoder.run(rng.integers(0, facts.vocab_size, (options.batch, 1)))

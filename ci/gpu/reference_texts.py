@@ -25,7 +25,8 @@ from trt_build.prepare import open_source
 def greedy(
     reference: torch.nn.Module, prompt_ids: list[int], num_tokens: int, end_ids: Collection[int], num_ids: int
 ) -> tuple[list[int], list[float]]:
-    """Token ids after a prompt and their margins. Ids from `num_ids` on stand for no text and are not chosen."""
+    """Generate greedily; returns the token ids after a prompt and their margins. Ids from `num_ids` on stand for no
+    text and are not chosen."""
     ids, margins, cache, step = list[int](), list[float](), None, list(prompt_ids)
     while len(ids) < num_tokens and not (ids and ids[-1] in end_ids):
         with torch.no_grad():
@@ -39,7 +40,7 @@ def greedy(
 
 
 def answers(checkpoint: str, prompts: list[str], num_tokens: int) -> list[dict[str, Any]]:
-    """Raises the errors of opening a checkpoint, and MissingPackageError."""
+    """The reference's greedy answers to prompts. Raises the errors of opening a checkpoint, and MissingPackageError."""
     source = open_source(checkpoint, None, None)
     reference, found = load_torch_reference(source.model), []
     for prompt in prompts:

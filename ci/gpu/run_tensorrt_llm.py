@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 RESULTS_FILE = "results.json"
 EXIT_FAILED, EXIT_REFUSED = 1, 2
-FLOATS = ("fp32", "fp16", "bf16")  # whose texts must be the reference's but for rounding
+FLOATS = ("fp32", "fp16", "bf16")  # precisions whose texts must equal the reference's except for rounding
 PROMPTS = ("def main(", "import os\n", "class Reader:\n    def __init__(self, path):\n", "The following example")
 
 
 def run(options: Options, readings: Readings, serving: Serving | None = None) -> int:
-    """Try every engine; returns the exit status. `serving` is Triton with the repository of the engine unless another
-    is given. Raises ConfigError for the results of another machine."""
+    """Try every engine; returns the exit status. `serving` starts a server for an engine, by default Triton on its
+    repository. Raises ConfigError if the results are of another machine."""
     from gpu_results import now, open_results, summary
 
     options.output.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def run(options: Options, readings: Readings, serving: Serving | None = None) ->
 
 
 def try_model(options: Options, model: Model, results: Results, serving: Serving | None) -> None:
-    """Every engine of a model; none without its checkpoint."""
+    """Try every engine of a model; none if the checkpoint cannot be made."""
     from engine_steps import answer_prompts, make_checkpoint
 
     log = log_file(options, model.name)
@@ -75,7 +75,8 @@ def try_engine(
     options: Options, model: Model, precision: str, results: Results, answers: Sequence[dict[str, Any]],
     serving: Serving | None,
 ) -> None:  # fmt: skip
-    """One engine: written, built, compared, served. One that differs from the reference is served all the same."""
+    """Write the checkpoint of an engine, then build, compare and serve it. An engine that differs from the reference is
+    served too."""
     from engine_steps import Build, build_engine, verify_engine, write_checkpoint
     from serving_load import Load
     from serving_steps import Trial, served_by_triton, try_serving
@@ -109,7 +110,7 @@ def try_engine(
         answers=answers,
         text_tokens=options.text_tokens,
         judged=parity is not None and precision in FLOATS,
-        # Either of two logits may have moved as far as any did.
+        # Each of the two compared logits may differ by the largest difference found.
         rounding=2 * max(parity["max_logit_difference"], parity["max_decoded_difference"]) if parity else 0.0,
         load=load,
     )
@@ -119,17 +120,17 @@ def try_engine(
 
 
 def log_file(options: Options, name: str) -> Path:
-    """Where a step's programs say what they do; the folder is made."""
+    """The log file for the programs of a step; its folder is made."""
     folder = options.output / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{name}.log"
 
 
 def moeship_revision() -> str:
-    """The version, and where git tells it the commit that this clone is at, marked where files differ from it."""
+    """moeship's version, followed by the commit of this clone if git reports it, and a mark if files differ from it."""
     with (ROOT / "pyproject.toml").open("rb") as file:
         version = str(tomllib.load(file)["project"]["version"])
-    # In a container the folder is another user's, which git refuses unless it is told.
+    # In a container the folder belongs to another user; git refuses it unless it is named as safe.
     command = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), "describe", "--always", "--dirty"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -139,7 +140,7 @@ def moeship_revision() -> str:
 
 
 def give_back(folder: Path) -> None:
-    """Where a container's root made files in a folder that is somebody else's, make them theirs."""
+    """Give files that root made in a container to the user who owns the folder."""
     if os.geteuid() or not folder.is_dir() or not folder.stat().st_uid:
         return
     owner = folder.stat()

@@ -1,8 +1,9 @@
-"""Streams under load, through our own client: prompts in, the moment of every piece out, and medians of them.
+"""Measures streams under load with moeship's client: prompts in, the time of every piece out, and medians.
 
-A level keeps a number of streams busy, each with one request after another. Time to first token is from sending to the
-first piece; inter-token latency the time between pieces by the tokens that the later one brought; throughput all
-tokens by the time from the first request to the last token, the end included where streams run out of requests.
+A level keeps a number of streams busy, each with one request after another. Time to first token is the time from
+sending to the first piece. Inter-token latency is the time between two pieces divided by the number of tokens in the
+second. Throughput is the number of all tokens divided by the time from the first request to the last token, including
+the end of a round, when some streams have no requests left.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ MICROSECONDS = 6  # decimals of a second
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """Tokens of a prompt and of an answer, streams at a time, one level each, requests of every stream in a round (of
-    all together at least `fewest_requests`), and rounds of a level."""
+    """The load to apply: tokens of a prompt and of an answer, the number of concurrent streams of each level, requests
+    of each stream in a round (at least `fewest_requests` over all streams), and rounds of a level."""
 
     prompt_tokens: int = 128
     output_tokens: int = 128
@@ -37,19 +38,19 @@ class Load:
     rounds: int = 3
 
     def requests(self, concurrency: int) -> int:
-        """Of a round."""
+        """Number of requests in a round."""
         return max(self.fewest_requests, self.requests_per_stream * concurrency)
 
     @property
     def num_prompts(self) -> int:
-        """Of all rounds, and of a warm-up at each level."""
+        """Number of prompts in all rounds and in the warm-up round of each level."""
         return sum((self.rounds + 1) * self.requests(concurrency) for concurrency in self.concurrency)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One answer. Seconds from its round's start: when it was sent, and when each piece came; beside each piece the
-    tokens so far."""
+    """The times of one answer, in seconds from the start of its round: when the request was sent and when each piece
+    came, with the number of tokens so far beside each piece."""
 
     sent_s: float
     arrivals_s: tuple[float, ...]
@@ -62,7 +63,7 @@ class Sample:
         return self.arrivals_s[0] - self.sent_s
 
     def gaps_s(self) -> Iterator[float]:
-        """Seconds a token, of every piece after the first that brought any."""
+        """Seconds per token for every piece after the first that has tokens."""
         pieces = list(zip(self.arrivals_s, self.num_tokens, strict=True))
         for (before_s, before), (after_s, after) in itertools.pairwise(pieces):
             if after > before:
@@ -70,9 +71,9 @@ class Sample:
 
 
 def different_prompts(tokenizer: Tokenizer, text: str, num_prompts: int, num_tokens: int) -> list[str]:
-    """Stretches of a text that begin at different tokens, so that no cache of earlier prompts helps a later one.
+    """Prompts cut from a text at different tokens, so that a cache of earlier prompts does not speed up later ones.
 
-    Raises ConfigError for a text that has too few.
+    Raises ConfigError if the text is too short.
     """
     ids = tokenizer.encode(text)
     places = len(ids) - num_tokens
@@ -136,8 +137,8 @@ async def _answer(client: AsyncClient, request: GenerationRequest, started: floa
 
 
 def summarise(concurrency: int, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A level's figures over its rounds, and every sample. `client_busy` is the share of one core that the client
-    took: near 1 it is the client that was measured, not the server."""
+    """The figures of a level over its rounds, and every sample. `client_busy` is the share of one core that the client
+    used: if it is near 1, the client limited the result and not the server."""
     samples, rates = [sample for one in rounds for sample in one["samples"]], [one["tokens_per_s"] for one in rounds]
     return {
         "concurrency": concurrency,
@@ -150,7 +151,7 @@ def summarise(concurrency: int, rounds: Sequence[dict[str, Any]]) -> dict[str, A
 
 
 def spread(values: Sequence[float]) -> dict[str, float | int | None]:
-    """Median, 95th percentile and number of values; None of none."""
+    """Median, 95th percentile and number of values; the first two are None if there are no values."""
     if not values:
         return {"median": None, "p95": None, "n": 0}
     p95 = statistics.quantiles(values, n=20, method="inclusive")[-1] if len(values) > 1 else values[0]

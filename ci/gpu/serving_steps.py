@@ -1,8 +1,8 @@
-"""An engine behind Triton: the repository and the server, greedy texts against the reference's, streams under load.
+"""Serves an engine with Triton, compares its greedy texts with the reference's, and measures streams under load.
 
-How an engine is served is a function that is handed in, from an engine directory and a folder of its own to an
-Endpoint: `served_by_triton` packages it as `moeship package` does and starts what `moeship serve` starts, one server a
-rank where it has several.
+The way an engine is served is a function (`Serving`) that takes an engine directory and a folder and gives an Endpoint.
+`served_by_triton` packages the engine as `moeship package` does and starts the servers of `moeship serve`, one for each
+rank.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.serving.server import ServerOptions, running_server
 from trt_build.comparison.evaluation_text import standard_text
 
-MODEL = "ensemble"  # the name that NVIDIA's own clients ask for
+MODEL = "ensemble"  # the model name that NVIDIA's clients use
 READY_TIMEOUT_S = 1800
 HTTP_TIMEOUT_S = 30
 
 
 class ServingFailed(MoeshipError):  # noqa: N818 - it is a state of the run
-    """A level of the load brought no figures."""
+    """A level of the load gave no figures."""
 
     exit_status = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """A server that answers: host:port of gRPC, http://host:port, the model's name, how many ranks serve it."""
+    """A server that is ready: host:port of gRPC, http://host:port, the model's name, the number of ranks."""
 
     grpc_url: str
     http_url: str
@@ -51,13 +51,13 @@ class Endpoint:
     world_size: int
 
 
-# An engine directory, the repository to make, and a file for the server's log.
+# Arguments: an engine directory, the repository to make, and a file for the server's log.
 Serving = Callable[[Path, Path, Path], AbstractContextManager[Endpoint]]
 
 
 @contextlib.contextmanager
 def served_by_triton(engine: Path, repository: Path, log: Path) -> Iterator[Endpoint]:
-    """Raises what packaging and serving raise."""
+    """Package an engine and serve it with Triton. Raises the errors of packaging and serving."""
     package_engine(PackageOptions(engine=engine, name=MODEL, output=repository))
     options = ServerOptions(repository=repository, ready_timeout_s=READY_TIMEOUT_S, log=log)
     with running_server(options) as server:
@@ -68,8 +68,8 @@ def served_by_triton(engine: Path, repository: Path, log: Path) -> Iterator[Endp
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What an engine's server is asked. `answers` are the reference's. Where `judged`, the engine's must be the same,
-    apart from choices by less than `rounding` of a logit."""
+    """The requests to an engine's server. `answers` are the reference's. If `judged` is set, the engine's answers must
+    be equal, except where the reference chose a token by less than `rounding` of a logit."""
 
     engine: Path
     repository: Path
@@ -82,10 +82,9 @@ class Trial:
 
 
 def try_serving(trial: Trial, serving: Serving, keep: Callable[[], None], found: dict[str, Any]) -> None:
-    """Serve an engine, compare texts, measure every level; each part is kept as soon as it is there.
+    """Serve an engine, compare its texts, and measure every level. Each result is saved at once.
 
-    Raises what serving raises, ClientError where a prompt brings no text, and at the end ServingFailed for levels that
-    failed.
+    Raises the errors of serving, ClientError if a prompt gives no text, and at the end ServingFailed if levels failed.
     """
     check_lengths(trial.engine, trial.load)
     prompts = different_prompts(
@@ -110,8 +109,8 @@ def try_serving(trial: Trial, serving: Serving, keep: Callable[[], None], found:
 
 
 def check_lengths(engine: Path, load: Load) -> None:
-    """Raises ConfigError for prompts and answers that exceed the engine's context. Of tokens that begin within a word
-    the text may come to a few more."""
+    """Raise ConfigError if prompt and answer exceed the engine's context. A tenth is added for safety, since a text
+    that was cut within a word may be encoded into a few more tokens."""
     context = json.loads((engine / "engine.json").read_text(encoding="utf-8"))["max_sequence"]
     asked = load.prompt_tokens + load.output_tokens
     if 1.1 * asked > context:
@@ -122,14 +121,15 @@ def check_lengths(engine: Path, load: Load) -> None:
 
 
 def triton_version(endpoint: Endpoint) -> str:
-    """What the server says of itself. Raises OSError."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is this machine
+    """The version that the server reports. Raises OSError."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy, as the server is on this machine
     with opener.open(f"{endpoint.http_url}/v2", timeout=HTTP_TIMEOUT_S) as answer:
         return str(json.load(answer)["version"])
 
 
 def compare_texts(client: Client, model: str, answer: dict[str, Any], trial: Trial) -> dict[str, Any]:
-    """A prompt's greedy text, streamed and at once, beside the reference's; `failure` says what may not be."""
+    """Compare a prompt's greedy text, streamed and as a whole, with the reference's; `failure` describes a difference
+    that is not allowed."""
     request = GenerationRequest(
         model=model, prompt=answer["prompt"], max_tokens=trial.text_tokens, top_k=1, exclude_input_in_output=True
     )
@@ -158,8 +158,8 @@ def compare_texts(client: Client, model: str, answer: dict[str, Any], trial: Tri
 
 
 def first_difference(found: Generation, answer: dict[str, Any]) -> int | None:
-    """The place of the first token that is not the reference's, None for none. An end token that the engine keeps to
-    itself is no difference."""
+    """The index of the first token that differs from the reference's; None if all are equal. A missing end token at the
+    end is no difference, as engines may leave it out."""
     expected, length = answer["token_ids"], len(found.token_ids)
     for place, (one, other) in enumerate(zip(found.token_ids, expected, strict=False)):
         if one != other:
@@ -177,7 +177,7 @@ async def _measure(
     waiting = iter(prompts)
     async with AsyncClient(endpoint.grpc_url) as client:
         for concurrency in load.concurrency:
-            # The first round of a level warms up.
+            # The first round of a level is the warm-up.
             turns = [list(itertools.islice(waiting, load.requests(concurrency))) for _ in range(load.rounds + 1)]
             try:
                 rounds = [

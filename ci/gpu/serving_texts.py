@@ -34,7 +34,7 @@ PREFILL_TOKENS, WARM_UP_STEPS, STEPS = 256, 20, 80
 
 
 def texts(folder: Path, session: Session) -> dict[str, str]:
-    """The greedy answer to each prompt."""
+    """The greedy text after each prompt, by prompt."""
     tokenizer, cache = load_tokenizer(folder), session.new_cache()
 
     def answer(prompt: str) -> str:
@@ -45,7 +45,7 @@ def texts(folder: Path, session: Session) -> dict[str, str]:
 
 
 def speed(session: Session) -> str:
-    """A line: tokens/s of a prefill that has run before, and of single tokens after it."""
+    """A line with the tokens per second of a prefill, after a warm-up run, and of decoding after it."""
     ids = [index % session.vocab_size for index in range(min(PREFILL_TOKENS, session.max_sequence // 2))]
     cache = session.new_cache()
     for _ in range(2):

@@ -31,7 +31,7 @@ from trt_build.comparison.torch_reference import load_reference
 
 
 def measure(reference: torch.nn.Module, device: str, batch: int, prompt: int, steps: int) -> dict[str, Any]:
-    """One row as in onnxruntime_cuda.py: median seconds of a prefill and of a decode step."""
+    """Measure one row of the report, as onnxruntime_cuda.py does: median seconds of a prefill and of a decode step."""
     vocab = reference.config.vocab_size
 
     def timed(call: Callable[[], Any]) -> tuple[float, Any]:

@@ -1,6 +1,6 @@
-"""What the TensorRT-LLM script is asked to try, from the command line, and about what that takes of a machine.
+"""Reads the options of the TensorRT-LLM script from the command line, and estimates the disk and memory that they need.
 
-Read before anything is installed: the standard library is all that it needs.
+This runs before anything is installed, so it uses only the standard library.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from pathlib import Path
 from gpu_machine import Needs
 
 ROOT = Path(__file__).resolve().parents[2]
-# Bytes of the float16 checkpoints: the merged example's, and phixtral-4x2_8's.
+# Bytes of the float16 checkpoints of the merged example and of phixtral-4x2_8.
 SMALL_BYTES, FULL_BYTES = 12_240_000, 15_620_000_000
-# An engine's weights as a share of the float16 checkpoint; embedding and head stay as they are.
+# Bytes of an engine's weights divided by those of the float16 checkpoint; embedding and head are not quantised.
 SHARES = {"fp32": 2.0, "fp16": 1.0, "bf16": 1.0, "int8": 0.55, "int4": 0.3, "int4_gptq": 0.35, "int4_awq": 0.35}
-# Beside the weights, none of it measured: packages and logs; activations, workspaces and a cache; programs.
+# Estimates, not measured, of what is needed besides weights: packages and logs on disk; activations, workspaces and a
+# cache on the GPU; programs in memory.
 BESIDE_DISK, BESIDE_GPU, BESIDE_MEMORY = 4_000_000_000, 4_000_000_000, 8_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A checkpoint to try: its name, about its bytes in float16, its folder, and the command that makes the folder;
-    None for one that is there."""
+    """A checkpoint to try: its name, its approximate bytes in float16, its folder, and the command that makes the
+    folder, None if the folder exists."""
 
     name: str
     num_bytes: int
@@ -35,7 +36,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What to try. `output`, an absolute path, is for all that is made; `checkpoint` takes the small model's place."""
+    """The options. `output` is the absolute path of the folder for all files; `checkpoint` replaces the small model."""
 
     output: Path
     checkpoint: Path | None = None
@@ -51,7 +52,7 @@ class Options:
 
     @property
     def models(self) -> list[Model]:
-        """In the order in which they are tried."""
+        """The models, in the order in which they are tried."""
         models = [self._first_model()]
         if self.full:
             folder = self.output / "checkpoints" / "full"
@@ -69,7 +70,8 @@ class Options:
         return Model(name="small", num_bytes=SMALL_BYTES, folder=folder, command=(sys.executable, *words))
 
     def needs(self) -> Needs:
-        """What it takes at its most. On disk: checkpoints, TensorRT-LLM's form of each, engines; less what is there."""
+        """The most disk space and memory that the run needs. On disk these are the checkpoints, their TensorRT-LLM
+        checkpoints and the engines, minus the files that exist already."""
         shares = [SHARES[precision] for precision in self.precisions]
         largest = max(model.num_bytes for model in self.models)
         disk = sum(model.num_bytes * (1 + 2 * sum(shares)) for model in self.models) + BESIDE_DISK
@@ -79,13 +81,13 @@ class Options:
             output=self.output,
             tp_size=self.tp_size,
             disk=max(0, int(disk) - there),
-            # The reference is the checkpoint in float32; the build holds a rank's weights and the engine at a time.
+            # The reference holds the checkpoint in float32; the build holds the weights and the engine of one rank.
             memory=int(2.5 * largest) + BESIDE_MEMORY,
             gpu=int(max(shares) * largest / self.tp_size) + BESIDE_GPU,
         )
 
     def problems(self) -> Iterator[str]:
-        """What is wrong on every machine."""
+        """Messages about options that no machine can satisfy."""
         for precision in self.precisions:
             if precision not in SHARES:
                 yield f"--precisions has {precision!r}, there are {', '.join(SHARES)}"
@@ -112,7 +114,7 @@ _NUMBERS = (
 
 
 def read_arguments(description: str | None, words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options' fields, and `check`."""
+    """Parse the command line: the fields of Options, and `check`."""
     default = {field.name: field.default for field in fields(Options)}
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -139,7 +141,7 @@ def read_arguments(description: str | None, words: Sequence[str] | None = None) 
 
 
 def read_options(arguments: argparse.Namespace) -> Options:
-    """The options, their paths absolute."""
+    """The options with absolute paths."""
     values = {name: value for name, value in vars(arguments).items() if name != "check"}
     paths = {name: values[name].absolute() for name in ("output", "checkpoint") if values[name] is not None}
     return Options(**{**values, **paths})

@@ -35,21 +35,23 @@ from trt_build.ort.device import Device
 from trt_build.ort.session import ScoringSession
 
 GOLDEN_FILE = "golden.npz"
-# Where the weights are the same: rounding between operations, and on Hopper's float16 product the erf form of GELU,
-# which alone costs the tiny phixtral 1e-5 nats. A near tie between experts may fall otherwise.
+# Limits if both sides have the same weights. The differences are rounding between operations and, in Hopper's float16
+# product, the erf form of GELU, which by itself costs the tiny phixtral 1e-5 nats. If two experts have nearly equal
+# logits, the other expert may be chosen.
 SAME_WEIGHTS = {"mean_kl": 1e-3, "mean_decoded_kl": 1e-3, "top1_agreement": 0.98, "routing_agreement": 0.99}
 
 FloatArray = npt.NDArray[np.float32]
 
 
 def through_the_cpus_kernels(engine: Engine, token_ids: list[int]) -> tuple[FloatArray, FloatArray | None]:
-    """Logits [S, V] and router logits [L, S, E] of the engine's own graph and weights."""
+    """Logits [S, V] and router logits [L, S, E] of the engine's own graph and weights, computed on the CPU."""
     provider = dataclasses.replace(PROVIDERS["cuda"], runtime_name=PROVIDERS["cpu"].runtime_name, options={})
     return ScoringSession(engine, device=Device(provider=provider, kind="cpu")).run(token_ids)
 
 
 def by_transformers(engine: Engine, checkpoint: str, token_ids: list[int]) -> tuple[FloatArray, FloatArray | None]:
-    """The same of the checkpoint, by the reference. Raises EngineError for a checkpoint of another model."""
+    """Logits [S, V] and router logits [L, S, E] of the reference. Raises EngineError if the checkpoint is of another
+    model."""
     from trt_build.comparison.parity import run_reference
     from trt_build.comparison.torch_reference import load_reference
 
@@ -60,7 +62,7 @@ def by_transformers(engine: Engine, checkpoint: str, token_ids: list[int]) -> tu
 
 
 def limits(precision: str) -> dict[str, float]:
-    """What `moeship verify` allows a precision, in the words of the golden file."""
+    """The limits of `moeship verify` for a precision, under the names used in golden.npz."""
     allowed = THRESHOLDS[precision]
     return {
         "mean_kl": allowed.mean_kl, "mean_decoded_kl": allowed.mean_kl, "top1_agreement": allowed.top1_agreement,
@@ -69,7 +71,7 @@ def limits(precision: str) -> dict[str, float]:
 
 
 def weight_bytes(engine: Engine) -> dict[str, int]:
-    """Bytes of the data file by what reads them: the experts, the embedding, every other operation."""
+    """Bytes of the data file by the operation that reads them: experts, embedding, every other operation."""
     import onnx
 
     graph = onnx.load(str(engine.folder / SERVING_GRAPH), load_external_data=False).graph
@@ -87,7 +89,7 @@ def weight_bytes(engine: Engine) -> dict[str, int]:
 
 
 def write(folder: Path, reference: str | None, num_tokens: int) -> Path:
-    """Compute and write the file. Raises EngineError for a folder that is no CUDA engine."""
+    """Compute and write golden.npz; returns its path. Raises EngineError if the folder is no CUDA engine."""
     engine = open_engine(folder)
     if engine.manifest.provider != "cuda":
         raise EngineError(f"writing golden logits: {folder} is built for {engine.manifest.provider}, expected cuda")
