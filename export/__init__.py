@@ -1,1 +1,1 @@
-"""Checkpoint in, ONNX graph with quantised weights out: read, merge, quantise, write."""
+"""Reads, merges and quantises checkpoints, and writes them as ONNX graphs or TensorRT-LLM checkpoints."""

@@ -46,15 +46,15 @@ class CheckpointError(MoeshipError):
 
 
 class MergeError(MoeshipError):
-    """Experts that cannot be merged into one checkpoint."""
+    """Experts cannot be merged into one checkpoint."""
 
 
 class ExportError(MoeshipError):
-    """A graph that cannot be written as planned."""
+    """A graph cannot be written as planned."""
 
 
 class QuantizationError(MoeshipError):
-    """A tensor that the asked precision cannot hold."""
+    """A tensor cannot be stored in the precision that was asked for."""
 
 
 class OutputError(MoeshipError):
@@ -62,7 +62,7 @@ class OutputError(MoeshipError):
 
 
 class MissingPackageError(MoeshipError):
-    """An optional package is not installed, or cannot be imported for `reason`."""
+    """An optional package is not installed, or is installed and cannot be imported; then `reason` says why."""
 
     def __init__(self, package: str, purpose: str, extra: str, reason: str = "") -> None:
         there = f", which is there but cannot be imported ({reason})" if reason else ""
@@ -120,7 +120,7 @@ def suggestion(word: object, known: Iterable[str]) -> str:
 
 
 def unknown(word: str, known: Iterable[str], there_are: str = "There are") -> str:
-    """ "WORD is unknown; did you mean ...? There are: ...", as the end of a message."""
+    """The end of a message about an unknown name: "WORD is unknown; did you mean ...? There are: ..."."""
     near = near_match(word, known)
     hint = f"; did you mean {near}?" if near else "."
     return f"{shown(word)} is unknown{hint} {there_are}: {', '.join(known)}"

@@ -19,7 +19,7 @@ _HALF_BIAS = np.float32(2.0**112)  # difference of the exponents' biases: 127 - 
 
 
 def widen(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """float16, bfloat16 or float32 values, all finite, as float32; float32 is returned as it is."""
+    """Convert finite float16, bfloat16 or float32 values to float32; a float32 array is returned as it is."""
     if values.dtype != np.float16:
         return values.astype(np.float32, copy=False)
     bits = np.ascontiguousarray(values).view(np.int16).astype(np.int32)  # the sign fills the upper half

@@ -41,7 +41,7 @@ class CheckpointReport:
     routing: routing.RoutingReport | None  # None for a dense model
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The report as plain JSON values."""
         roles = {role.value: asdict(size) for role, size in self.roles.items()}
         return {
             "location": self.location,

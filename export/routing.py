@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 NEAR_DUPLICATE_COSINE = 0.999
-# mergekit calls a gate degenerate above this (mergekit/moe/router.py, warn_degenerate_gates).
+# Condition number above which mergekit calls a gate degenerate (mergekit/moe/router.py, warn_degenerate_gates).
 LARGE_CONDITION_NUMBER = 5.0
 SMALL_SPREAD = 0.25
 
@@ -59,12 +59,13 @@ class RoutingReport:
         return tuple(sorted(set.intersection(*(set(layer.never_chosen) for layer in self.layers))))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; an infinite condition number is null."""
+        """The report as plain JSON values; an infinite condition number is null."""
         return {**asdict(self), "never_chosen": list(self.never_chosen)}
 
 
 def diagnose(gates: Mapping[int, Gate], experts_per_token: int) -> RoutingReport:
-    """Examine gates [E, H], any float dtype, by layer. Raises ValueError for K outside 1..E, NaN or unequal shapes."""
+    """Diagnose the gates of all layers: layer -> [E, H] of any float dtype. Raises ValueError for K outside 1..E, for
+    values that are not finite, and for gates of different shapes."""
     shapes = {gate.shape for gate in gates.values()}
     if len(shapes) != 1 or len(next(iter(shapes))) != 2:
         raise ValueError(f"diagnosing gates: found shapes {sorted(shapes)}, expected one shape [E, H] for every layer")

@@ -36,7 +36,8 @@ class Fate(StrEnum):
 
 @dataclass(frozen=True)
 class FileRule:
-    """`pattern` is a path inside the checkpoint, with `*` for any characters; `reason` says what the file is for."""
+    """One row of the table. `pattern` is a path inside the checkpoint, with `*` for any characters; `reason` says what
+    the file is for."""
 
     pattern: str
     fate: Fate
@@ -88,7 +89,7 @@ DOWNLOAD_EXCEPTIONS = tuple(rule.pattern for rule in FILE_RULES if rule.fate is 
 
 
 def rule_of(name: str) -> FileRule | None:
-    """The rule for a file, given its path inside the checkpoint with forward slashes; None where there is no rule."""
+    """The rule for a file, given its path inside the checkpoint with forward slashes; None if there is no rule."""
     return next((rule for rule in FILE_RULES if fnmatch.fnmatchcase(name, rule.pattern)), None)
 
 

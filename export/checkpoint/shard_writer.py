@@ -44,7 +44,8 @@ class PlannedTensor:
 
 
 def plan_shards(tensors: Sequence[PlannedTensor], max_shard_bytes: int) -> list[list[PlannedTensor]]:
-    """Cut the sequence into shards of at most `max_shard_bytes` of values; a larger tensor has a shard of its own."""
+    """Distribute tensors over shards of at most `max_shard_bytes` of values; a larger tensor gets a shard of its
+    own."""
     shards: list[list[PlannedTensor]] = [[]]
     filled = 0
     for tensor in tensors:

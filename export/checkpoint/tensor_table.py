@@ -43,8 +43,8 @@ class Join(StrEnum):
     """How a row of the table is put together from its parts."""
 
     NONE = "none"
-    CONCATENATE = "concatenate"  # along axis 0: q, k and v into one
-    STACK = "stack"  # along a new axis 0: the experts of a layer
+    CONCATENATE = "concatenate"  # joined along axis 0: q, k and v in one matrix
+    STACK = "stack"  # joined along a new axis 0: the experts of a layer
     INTERLEAVE = "interleave"  # as STACK, and an expert's rows alternate between two parts: gate and up of a SwiGLU
 
 

@@ -22,11 +22,11 @@ from export.errors import ConfigError, named
 from export.files.reading import parse_json, read_text
 from export.files.typed_json import read_typed
 
-MAX_RECORDS_BYTES = 256 << 20  # some hundred thousand parts
+MAX_RECORDS_BYTES = 256 << 20  # most bytes of a weights.jsonl: some hundred thousand parts
 
 
 class PlannedRegion(NamedTuple):
-    """Consecutive bytes of a file that one job writes from first to last."""
+    """A region that a job will write: `num_bytes` bytes of a file from `offset` on, written in order."""
 
     name: str
     offset: int

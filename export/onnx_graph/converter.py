@@ -28,7 +28,7 @@ class OnnxConverter(Converter[WeightJob]):
         return {self.data: self.placement.total_bytes}
 
     def file_of(self, region: str) -> Path:  # noqa: ARG002 - there is one
-        """The data file."""
+        """The data file, which holds every region."""
         return self.data
 
     def planned_regions(self, job: WeightJob) -> list[PlannedRegion]:
@@ -45,7 +45,7 @@ class OnnxConverter(Converter[WeightJob]):
         is freed only after the next is read. A quantised weight also takes the codes of a chunk, unpacked and packed,
         and the slices in which they are computed."""
         row = self.weights.table[job.source]
-        least = job.row_multiple * len(row.groups[0]) * row.shape[-1]  # of a chunk's values
+        least = job.row_multiple * len(row.groups[0]) * row.shape[-1]  # fewest values of a chunk
         chunk = min(max(CHUNK_ELEMENTS, least), row.num_elements)
         stored = max(self.weights.checkpoint.tensors[part.name].itemsize for part in row.parts)
         plain = chunk * (stored + 2 * 4)

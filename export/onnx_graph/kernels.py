@@ -96,7 +96,7 @@ def mixture_attributes(routed: Routed) -> dict[str, Any]:
         "k": routed.k, "activation_type": routed.activation,
         "normalize_routing_weights": int(routed.normalise), "use_sparse_mixer": 0, "swiglu_fusion": 0,
     }  # fmt: skip
-    if routed.activation == "swiglu":  # gate * sigmoid(alpha * gate) * (up + beta), neither of the two clamped
+    if routed.activation == "swiglu":  # gate * sigmoid(alpha * gate) * (up + beta), without clamping gate or up
         attributes |= {"swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0, "swiglu_limit": math.inf}
     return attributes
 
@@ -152,7 +152,7 @@ class _Moeship(Kernels):
         attributes = self._common(first, accuracy_level) | {
             "hidden_size": hidden, "expert_size": width, "experts": experts, "k": routed.k,
             "activation": routed.activation,
-            # gate * sigmoid(alpha * gate) * (up + beta), neither of the two clamped
+            # gate * sigmoid(alpha * gate) * (up + beta), without clamping gate or up
             "activation_alpha": 1.0, "activation_beta": 0.0, "activation_limit": math.inf,
         }  # fmt: skip
         inputs = [x, routed.router, *first.initializers, "", first.bias, *second.initializers]

@@ -1,1 +1,1 @@
-"""Quantisation as data: the integer grid and the recipe that says which tensor gets how many bits."""
+"""Quantises weights: the rounding and packing of values, and the recipe that says which role gets how many bits."""

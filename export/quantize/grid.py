@@ -23,7 +23,7 @@ _Ends = tuple[FloatArray | None, FloatArray | None]
 # plain rounding by 3.4 %. At 8 bits other factors than 1 gain nothing.
 STRETCHES = {4: (1.0, 0.93, 0.87, 0.8, 1.07), 8: (1.0,)}
 LANES = 4  # number of neighbouring values of a block that are moved together
-SMALLEST_SCALE = 1e-36  # below it a stretched scale may have no exact inverse
+SMALLEST_SCALE = 1e-36  # smallest scale whose stretched value surely has an accurate inverse in float32
 SLICE_VALUES = 1 << 16  # values quantised at a time: 256 kB as float32, so that the arrays stay in a core's own cache
 
 
@@ -159,7 +159,7 @@ def _ends(scales: FloatArray, half: int) -> tuple[FloatArray, FloatArray]:
 
 
 def _in_lanes(scales: FloatArray) -> FloatArray:
-    """[n] to [n * 4], each value four times."""
+    """Repeat each value of [n] four times: [n * 4]."""
     wide = np.empty(len(scales) * LANES, dtype=np.float32)
     for lane in range(LANES):
         wide[lane::LANES] = scales

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Normal form -> largest ratio of a text's bytes to the bytes of its normal form, rounded up. Computed over Unicode's
 # decompositions by tests/export/tokenizer/test_token_lengths.py (NFC: Greek iota with dialytika and tonos).
 NORMAL_FORMS = {"NFC": 4, "NFD": 3, "NFKD": 4, "NFKC": 23}
-_KEEPING = ("ByteLevel", "Metaspace", "Digits", "UnicodeScripts")  # pre-tokenizers that drop nothing
+_KEEPING = ("ByteLevel", "Metaspace", "Digits", "UnicodeScripts")  # pre-tokenizers that keep all of a text
 _BEHAVING = ("Split", "Punctuation")  # pre-tokenizers that drop text only if their `behavior` is "Removed"
 _UTF8_MOST = 4  # most bytes of a character in UTF-8
 

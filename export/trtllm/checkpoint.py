@@ -224,10 +224,11 @@ def write_checkpoint(
     output: Path,
     progress: Callable[[Progress], None] | None = None,
 ) -> CheckpointPlan:
-    """Write the folder; `progress` is called a few times a second.
+    """Write a TensorRT-LLM checkpoint to the folder `output`; returns its plan. `progress` is called a few times a
+    second.
 
-    Raises ExportError and QuantizationError before anything is written, OutputError where the output is taken or the
-    disk refuses, CheckpointError where the source is damaged or changes meanwhile.
+    Raises ExportError and QuantizationError before anything is written, OutputError if the output exists or the disk
+    fails, and CheckpointError if the source is damaged or changes while it is read.
     """
     what = "the TensorRT-LLM checkpoint"
     refuse_made(output, what)
@@ -280,7 +281,7 @@ def _states(sources: Mapping[str, SourceFile]) -> dict[str, Any]:
 def require_written(plan: CheckpointPlan, folder: Path) -> Mapping[str, str]:
     """Check that `folder` is the checkpoint that the plan would write; returns the digests of its source files.
 
-    Raises ExportError saying what differs, and what to do.
+    Raises ExportError that says what differs and what to do.
     """
     where = f"taking up the TensorRT-LLM checkpoint {folder}"
     remedy = "name another with --trtllm-checkpoint, or remove it to have it written anew"

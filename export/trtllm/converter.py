@@ -56,8 +56,8 @@ class RankConverter(Converter[TensorJob]):
         return sum(stored[name].num_bytes for name in {part.name for part in self.weights.table[job.source].parts})
 
     def working_bytes(self, job: TensorJob) -> int:
-        """The most memory that the job takes, in bytes: one chunk as stored, three times as float32 and three times as
-        codes, and all side tensors of the weight."""
+        """The most memory that the job takes, in bytes: a chunk once as stored, three times as float32 and three times
+        as codes, and four times the side tensors of the weight."""
         row = self.weights.table[job.source]
         smallest = TILE * max(1, row.parts[0].num_elements // row.parts[0].shape[0])
         chunk = min(max(CHUNK_ELEMENTS, smallest), row.num_elements)
@@ -66,7 +66,8 @@ class RankConverter(Converter[TensorJob]):
         return chunk * (stored + 3 * 4 + 3) + 4 * beside
 
     def convert(self, job: TensorJob, count: Callable[[int], None]) -> PartRecord:
-        """Write one part. Raises QuantizationError for a value that the float type cannot hold."""
+        """Do the job: read, quantise, write. Raises CheckpointError when reading fails, and QuantizationError for a
+        value that is too large for the float type."""
         checkpoint = recorded(self.weights.checkpoint, count, self.weights.run_starts(job.source))
         weights = Weights(checkpoint=checkpoint, table=self.weights.table)
         regions = [OpenRegion(region) for region in self.planned_regions(job)]
