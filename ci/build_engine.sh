@@ -16,7 +16,7 @@ build=("$root/trt_build/build_engine.py" --checkpoint "$checkpoint" --precision 
 
 mkdir -p "$output"
 if [[ $backend == tensorrt-llm ]]; then
-  # The build's last stage is the comparison; engine.json keeps it.
+  # The last stage of the build compares the engine with the reference and writes the result into engine.json.
   "$python" "${build[@]}" --backend "$backend" --verify-tokens "$tokens"
   "$python" -c 'import json, sys; json.dump(json.load(sys.stdin)["verification"], sys.stdout, indent=2)' \
     < "$output/engine/engine.json" > "$output/verification.json"

@@ -15,7 +15,7 @@ export CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 export CXXFLAGS=$CFLAGS LDFLAGS=$CFLAGS  # also for the library that emulates AMX, which the tests compile
 "$python" setup.py -q build_ext --inplace
 nm -D trt_build/ort/kernels/moeship_kernels.so | grep __asan_init >/dev/null
-# Python and ONNX Runtime keep what they allocate: leaks are not looked for.
+# Leak detection is off, because Python and ONNX Runtime do not free all memory at exit.
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
   "$python" -m pytest -q --noconftest -p no:cacheprovider tests/trt_build/kernels -k "not torch and not missing_library"
 find build/emulating -name moeship_kernels.so -exec nm -D {} + | grep __asan_init >/dev/null

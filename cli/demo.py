@@ -36,7 +36,7 @@ SEED = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Streamed:
-    """What the client saw: counts, seconds to the first piece, tokens per second after it."""
+    """What the client measured: counts, seconds to the first piece, tokens per second after it."""
 
     text: str
     num_output_tokens: int
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Walk the road; returns the first status that is not 0."""
+    """Run every step of the demo; returns the first exit status that is not 0."""
     if not (EXAMPLE / "merge.yml").is_file():
         raise ConfigError(
             f"starting the demo: {EXAMPLE} does not exist; run it from a clone of the project (pip install -e .)"
@@ -97,7 +97,7 @@ def _road(arguments: argparse.Namespace) -> int:
 
 
 def _quietly_on(console: Console, words: list[str]) -> int:
-    """Run one command as the command line would; its result goes where the console writes."""
+    """Run one command as the command line would. Its result goes to the console's stream."""
     from cli.main import main
 
     with contextlib.redirect_stdout(console.file):
@@ -110,7 +110,7 @@ def _heading(console: Console, number: int, title: str, words: list[str]) -> Non
 
 
 def _show_command(console: Console, words: list[str]) -> None:
-    """The command that does the same by hand; a word with line breaks in the shell's $'...' form, on one line."""
+    """Print the command that does the same by hand, on one line: a word with line breaks is quoted as $'...'."""
     console.print(f"   $ moeship {' '.join(map(_quoted, words))}", style="dim", markup=False)
 
 
@@ -136,7 +136,7 @@ def _serve_and_stream(console: Console, repository: Path, prompt: str) -> Stream
 
 
 def _stream(url: str, prompt: str, show: Callable[[str], None]) -> Streamed:
-    """Pieces as they come, and when."""
+    """Stream a completion and show its pieces as they arrive; returns the counts and times."""
     from clients.generation import Client
     from clients.messages import GenerationRequest
 

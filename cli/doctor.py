@@ -47,7 +47,7 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Facts by section, in the order in which they are printed, and what is wrong in sentences with a cure."""
+    """The facts by section, in the order in which they are printed, and the problems, each with a remedy."""
 
     sections: dict[str, Facts] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -64,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the report; returns 1 where it names a problem. Raises EngineError for a path that is neither."""
+    """Print the report; returns 1 if it names a problem. Raises EngineError for a path that is neither an engine nor a
+    repository."""
     report = Report()
     _add_installation(report)
     _add_kernels(report)
@@ -109,8 +110,8 @@ def _version(package: str) -> str | None:
 
 
 def _unmet_requirements(found: Mapping[str, str | None]) -> Iterator[str]:
-    """Installed packages of a version that moeship does not take. numpy is judged elsewhere, since its bound depends on
-    nvidia-pytriton, and the tests' packages are nobody's concern here."""
+    """Messages about installed packages whose version moeship does not support. numpy is checked elsewhere, since its
+    bound depends on nvidia-pytriton. Packages that only tests need are not checked."""
     try:
         from packaging.requirements import Requirement
 
@@ -180,12 +181,12 @@ def _add_machine(report: Report) -> None:
 
 
 def _folders() -> list[str]:
-    """Where outputs, working files and Triton's shared memory lie."""
+    """The folders for outputs, working files and Triton's shared memory."""
     return [path for path in (str(Path.cwd()), tempfile.gettempdir(), "/dev/shm") if Path(path).is_dir()]
 
 
 def _add_server(report: Report) -> None:
-    """The tritonserver that `moeship serve` would run. That there is none is no problem: clients need none."""
+    """Add the tritonserver that `moeship serve` would run. A missing one is no problem, since clients need none."""
     from export.errors import MissingPackageError
     from triton_repo.serving.installation import find_installation
 
@@ -238,7 +239,7 @@ def _add_repository(report: Report, path: Path, *, check_digests: bool) -> None:
 
 
 def _add_engine(report: Report, title: str, folder: Path, *, check_digests: bool) -> None:
-    """What engine.json says, whatever backend the engine is for and whether or not the other files are whole."""
+    """Add the facts in engine.json of an engine for any backend, even if other files are missing or damaged."""
     from triton_repo.contracts.seal import is_sealed
     from triton_repo.packaging.engine_facts import read_engine_facts
     from trt_build.manifest import read_manifest
@@ -259,7 +260,7 @@ def _add_engine(report: Report, title: str, folder: Path, *, check_digests: bool
 
 
 def _manifest_facts(manifest: Mapping[str, Any]) -> Facts:
-    """The lines of a report, of the values that are there."""
+    """The facts of a report from the values that engine.json has."""
     precision = manifest.get("precision")
     values = {
         "format": manifest.get("format_version"),
@@ -288,7 +289,7 @@ def _verified(verification: object) -> str:
 
 
 def _what_it_lacks(folder: Path, facts: Facts) -> Iterator[str]:
-    """What would keep this machine from loading a whole engine of ONNX Runtime."""
+    """Reasons why this machine cannot load an undamaged engine for ONNX Runtime."""
     from trt_build.engine import BACKEND, open_engine
     from trt_build.engine_memory import require_memory
     from trt_build.ort.kernels import is_compiled
@@ -315,7 +316,7 @@ def _print(report: Report, *, as_json: bool) -> None:
 
 
 class _Hidden:
-    """Takes out of texts what says whose machine it is: the home folder, the user's and the host's name."""
+    """Removes what identifies the user from texts: the path of the home folder, the user name and the host name."""
 
     def __init__(self) -> None:
         home, user, host = str(Path.home()), _user_name(), socket.gethostname()

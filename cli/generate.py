@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Stream one answer; returns the exit status. Raises ClientError, and OSError where stdout takes no more."""
+    """Stream one answer; returns the exit status. Raises ClientError, and OSError if stdout is closed."""
     from clients.generation import Client
 
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -78,10 +78,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def beside(work: Callable[[], int], interrupt: Callable[[], None]) -> int:
-    """The result of `work`, done in a thread of its own; Ctrl-C calls `interrupt` in this one.
+    """Run `work` in a separate thread and return its result; on Ctrl-C call `interrupt` in this thread.
 
-    No KeyboardInterrupt is raised meanwhile: one that lands inside gRPC can leave a lock of it held, and the program
-    waiting for ever. The wait is cut in pieces, since a signal that comes just before it does not end it.
+    No KeyboardInterrupt is raised while `work` runs: raised inside gRPC, it can leave a lock of gRPC held, and the
+    program would wait for ever. This thread waits in short intervals, since a signal that arrives just before a wait
+    begins does not end that wait.
     """
     pressed = threading.Event()
     before = signal.getsignal(signal.SIGINT)
@@ -121,7 +122,7 @@ def ask(client: Client, arguments: argparse.Namespace, prompt: str, interrupted:
 
 
 def read_stdin() -> str:
-    """The text on stdin, byte for byte. Raises RequestRejected where there is none that is UTF-8."""
+    """The text on stdin, byte for byte. Raises RequestRejected if stdin is closed or is not UTF-8."""
     from clients.errors import RequestRejected
 
     if sys.stdin is None:
@@ -182,7 +183,7 @@ def answer(
     try:
         with closing(client.stream(request)) as pieces:
             for piece in pieces:
-                # A stream never repeats the prompt, so that is done here.
+                # The server never repeats the prompt in a stream, so --echo prints it here.
                 before = request.prompt if arguments.echo and not timeline.pieces else ""
                 timeline.add(piece)
                 if not arguments.json:
@@ -204,7 +205,7 @@ def answer(
 
 
 def summary(request: GenerationRequest, timeline: Timeline, *, echo: bool, interrupted: bool) -> dict[str, object]:
-    """What --json prints; a count or speed that is not known is null."""
+    """The JSON object that --json prints. A count or speed that is not known is null."""
     from clients.messages import collect
 
     generation = collect(timeline.pieces)

@@ -98,6 +98,6 @@ def _routing_rows(report: RoutingReport) -> Rows:
 
 
 def _span(values: Iterable[float | None]) -> str:
-    """Smallest and largest over the layers; None is infinite."""
+    """The smallest and the largest value over the layers as text; None stands for infinity."""
     every = [float("inf") if value is None else value for value in values]
     return " to ".join("infinite" if value == float("inf") else f"{value:.3g}" for value in (min(every), max(every)))

@@ -1,4 +1,4 @@
-"""The part of `moeship package` that packages a checkpoint for TensorRT-LLM's LLM API: flags in, options out."""
+"""Reads the flags of `moeship package --backend llmapi`, which packages a checkpoint for TensorRT-LLM's LLM API."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PARALLEL = {
     "moe_tp_size": "of these, those that share each expert's width",
     "moe_ep_size": "of these, those that share the experts out",
 }
-# Flags of the engine's backend that mean the same here, by field of TensorrtLlmParameters and of LlmApiOptions.
+# Flags with the same meaning for an engine and for the LLM API: field of TensorrtLlmParameters -> of LlmApiOptions.
 _SHARED = {
     "kv_cache_free_gpu_mem_fraction": "kv_cache_fraction",
     "cancellation_check_period_ms": "cancellation_check_period_ms",
@@ -26,7 +26,7 @@ _SHARED = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags whose default is None: what is left out is seen."""
+    """Add the flags of the LLM API. Their default is None, which shows that a flag was not given."""
     group = parser.add_argument_group(
         f"TensorRT-LLM's LLM API (--backend {BACKEND})",
         "takes --kv-cache-free-gpu-mem-fraction and --cancellation-check-period-ms too",
@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_options(arguments: argparse.Namespace, engine_options: PackageOptions) -> LlmApiOptions:
-    """`engine_options` are the same flags read for an engine. Raises RepositoryError for what only engines have."""
+    """The options for the LLM API. `engine_options` are the same flags, read for an engine. Raises RepositoryError for
+    flags that only engines support."""
     parameters = engine_options.tensorrt_llm
     plain = PackageOptions(
         engine=engine_options.engine, name=engine_options.name, output=engine_options.output, copy=engine_options.copy,
@@ -72,7 +73,7 @@ def read_options(arguments: argparse.Namespace, engine_options: PackageOptions) 
 
 
 def refuse_flags(arguments: argparse.Namespace) -> None:
-    """Raise RepositoryError for flags of the LLM API where an engine is packaged."""
+    """Raise RepositoryError if an engine is packaged with flags of the LLM API."""
     given = [name for name in (*_PARALLEL, "max_seq_len", "max_batch_size") if getattr(arguments, name) is not None]
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)

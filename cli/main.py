@@ -34,7 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 class _Printable(logging.Formatter):
-    """Names from files stand in what is logged; a terminal obeys none of them."""
+    """Escapes control characters in log messages, since they contain names from files that could control a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
@@ -90,7 +90,7 @@ def _run_one(name: str, words: Sequence[str]) -> int:
 
 
 def version() -> str:
-    """moeship's own, of the installation that runs."""
+    """The version of the moeship installation that runs."""
     try:
         return importlib.metadata.version("moeship")
     except importlib.metadata.PackageNotFoundError:

@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Raises ConfigError for a figure that is not above zero."""
+    """Check the flags. Raises ConfigError for a number that is not above zero."""
     from export.errors import ConfigError
 
     for name in ("max_batch_size", "device_memory", "bandwidth"):
@@ -70,7 +70,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _machine(arguments: argparse.Namespace, plan: EnginePlan) -> dict[str, Any]:
-    """What the machine's memory and bandwidth make of a plan; None for what is not known."""
+    """The figures that follow from a plan and the machine's memory and bandwidth; None for unknown figures."""
     from trt_build.machine.bandwidth import measure_read_bandwidth
     from trt_build.machine.memory import available_memory
 

@@ -1,4 +1,4 @@
-"""How commands print what they found: a heading, and rows of name and value."""
+"""Prints the results of commands: a heading, and rows of name and value."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Rows = list[tuple[str, str]]
 
 
 def in_units(count: int) -> str:
-    """Bytes as a person reads them; a kB is 1000 B."""
+    """A number of bytes with a unit, such as 1.5 GB; 1 kB is 1000 B."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
             return f"{count / size:.2f} {unit}"
@@ -16,7 +16,7 @@ def in_units(count: int) -> str:
 
 
 def print_rows(title: str, rows: Rows) -> None:
-    """A heading and its rows, in plain text: a terminal wraps it, a pipe gets it whole."""
+    """Print a heading and its rows as plain text. Lines are not wrapped, so a pipe gets them whole."""
     if not rows:
         return
     print(printable(title))

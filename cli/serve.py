@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_options(arguments: argparse.Namespace) -> ServerOptions:
-    """With -v the server's log goes to stderr."""
+    """The options of the server. With -v its log goes to stderr."""
     return ServerOptions(
         repository=arguments.repository,
         host=arguments.host,
@@ -92,7 +92,7 @@ def read_options(arguments: argparse.Namespace) -> ServerOptions:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Returns 0 when it was asked to stop. Raises ServerError when the server fails more often than is allowed."""
+    """Serve until a signal asks to stop; returns 0. Raises ServerError if the server fails too often."""
     if arguments.max_restarts < 0:
         raise ServerError(f"serving: --max-restarts is {arguments.max_restarts}, expected 0 or more")
     policy = RestartPolicy(max_restarts=0 if arguments.no_restart else arguments.max_restarts)
@@ -110,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class _Printer:
-    """Says on stdout when the server answers, and in one line on stderr when it failed."""
+    """Prints on stdout when the server is ready, and one line on stderr when it failed."""
 
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
@@ -132,7 +132,7 @@ class _Printer:
         logger.info("stopping: no more requests are taken; those that are answered have %g s to finish", timeout_s)
 
     def _print(self, text: str) -> None:
-        """Whoever reads stdout may have read what he wanted, and closed it."""
+        """Print to stdout; do nothing if its reader has closed it."""
         try:
             print(text, flush=True)
         except BrokenPipeError:
@@ -146,7 +146,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 def _facts(server: Server) -> dict[str, Any]:
-    """What a program needs to know of a server; "http" is null where HTTP is off."""
+    """The JSON values that a program needs to use a server; "http" is null if HTTP is off."""
     return {
         **_addresses(server),
         "pid": server.process.pid,
@@ -156,7 +156,7 @@ def _facts(server: Server) -> dict[str, Any]:
 
 
 def _rows(server: Server) -> str:
-    """The same for people."""
+    """The server's addresses, number of ranks and states of models, as text for the terminal."""
     rows = [f"{name:<8} {address or 'off'}" for name, address in _addresses(server).items()]
     rows += [f"ranks    {server.world_size}"] if server.world_size > 1 else []
     rows += [f"{model.name}: {model.state}{f', {model.reason}' if model.reason else ''}" for model in server.models]

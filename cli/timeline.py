@@ -1,4 +1,4 @@
-"""What `moeship generate` tells of an answer beside its text: when its tokens came, and how likely they were."""
+"""Computes what `moeship generate` prints besides the text: the times of tokens and their probabilities."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Timeline:
 
     @property
     def num_tokens(self) -> int | None:
-        """Tokens received; None from a server that does not name them."""
+        """Number of tokens received; None if the server does not send token ids."""
         return sum(len(piece.token_ids) for piece in self.pieces) or None
 
     @property
@@ -38,8 +38,8 @@ class Timeline:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Tokens after the first piece by the seconds after it, so that reading the prompt does not count. None where
-        all came at once: an answer that is sent whole has no speed after its first token.
+        """Number of tokens after the first piece divided by the seconds after it, so that the prefill is not included.
+        None if the answer came in one piece.
         """
         if self.num_tokens is None or self.seconds[-1] <= self.seconds[0]:
             return None
@@ -48,7 +48,7 @@ class Timeline:
 
 
 def statistics(timeline: Timeline) -> str:
-    """The line of --stats."""
+    """The line that --stats prints."""
     parts = [f"{len(timeline.pieces)} pieces" if timeline.num_tokens is None else f"{timeline.num_tokens} tokens"]
     if timeline.time_to_first_token_ms is not None:
         parts.append(f"first after {timeline.time_to_first_token_ms:.0f} ms")
@@ -58,8 +58,9 @@ def statistics(timeline: Timeline) -> str:
 
 
 def log_probability_table(pieces: Sequence[Piece]) -> str:
-    """The table of --log-probs: a line a piece with the natural logarithm of its tokens' joint probability, that
-    probability, the text and each token's own; then the sum, the mean and the perplexity of all.
+    """The table that --log-probs prints. For each piece it has the natural logarithm of the joint probability of the
+    piece's tokens, that probability, the text, and the logarithm for each token. The last lines have the sum, the mean
+    and the perplexity of all tokens.
     """
     lines = ["  log prob   probability  text"]
     for piece in pieces:

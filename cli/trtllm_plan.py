@@ -1,4 +1,4 @@
-"""What `moeship plan` prints of a TensorRT-LLM engine: its ranks, and what they leave of a GPU's memory."""
+"""Prints the plan of a TensorRT-LLM engine for `moeship plan`: its ranks, and the GPU memory that they leave free."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ GB = 1e9
 
 
 def run_trtllm_plan(arguments: argparse.Namespace, checkpoint: str) -> int:
-    """Plan and print. Returns 1 where --max-batch-size sequences do not fit --device-memory, that of one GPU. Raises
-    EngineError for a flag that says nothing of a GPU."""
+    """Print the plan of an engine. Returns 1 if --max-batch-size sequences do not fit --device-memory, the memory of
+    one GPU. Raises EngineError for a flag that does not apply to GPUs."""
     from dataclasses import replace
 
     from trt_build.errors import EngineError
@@ -44,7 +44,7 @@ def run_trtllm_plan(arguments: argparse.Namespace, checkpoint: str) -> int:
 def _machine(arguments: argparse.Namespace, plan: TrtllmPlan, options: TrtllmOptions) -> dict[str, Any]:
     memory = arguments.device_memory and round(arguments.device_memory * GB)
     bandwidth = arguments.bandwidth and arguments.bandwidth * GB
-    # The ranks of a stage read side by side, the stages one after the other.
+    # The ranks of a pipeline stage read at the same time, the stages one after the other.
     read_in_turn = plan.weights_bytes_per_token / plan.parallel["tp_size"]
     return {
         "device_memory_bytes": memory,

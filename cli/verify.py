@@ -19,7 +19,7 @@ from trt_build.errors import VerificationFailed
 
 logger = logging.getLogger(__name__)
 
-PROGRESS_S = 5.0  # what takes less needs no telling
+PROGRESS_S = 5.0  # seconds between two progress messages
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Verify and print; raises VerificationFailed past the thresholds."""
+    """Verify an engine and print the report. Raises VerificationFailed if a figure misses its threshold."""
     engine = open_engine(arguments.engine)
     verification = verify_engine(
         engine, arguments.reference, read_texts(arguments.text), arguments.tokens, every(PROGRESS_S, logger.info)
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def every(seconds: float, tell: Callable[[str], None]) -> Callable[[str], None]:
-    """`tell`, but silent until `seconds` have gone by since the start or since the last telling."""
+    """A function that calls `tell` only if `seconds` have passed since it was made or since its last call of `tell`."""
     last = time.monotonic()
 
     def throttled(text: str) -> None:
@@ -70,7 +70,7 @@ def every(seconds: float, tell: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def table(report: ParityReport, limits: Thresholds) -> str:
-    """The report as aligned rows: figure, found, allowed."""
+    """The report as a table of text: figure, found, allowed."""
     limit = limits.max_logit_difference
     allowed = f"<= {limit:.1e}" if limit is not None else "reported"
     rows = [

@@ -1,10 +1,10 @@
 #!/bin/bash
 # Compile ik_llama.cpp for this machine's processor: bash benchmarks/decode/compile_ik_llama.sh FOLDER [VERSION]
 #
-# The wheel of ik-llama-cpp-python is compiled for AVX2, and its sdist of 0.1.5 cannot be installed: a file that its
-# llama-quantize needs, common/cmake/build-info-gen-cpp.cmake, is left out of it. The library itself is complete. It is
-# compiled here, and the installed package takes it where IK_LLAMA_CPP_LIB_PATH says. Needs cmake 3.21 and a C++20
-# compiler, a quarter of an hour on two cores, and 1 GB. Processes: $CMAKE_BUILD_PARALLEL_LEVEL, by default every core.
+# The wheel of ik-llama-cpp-python is compiled for AVX2 only. Its sdist of 0.1.5 cannot be installed, since it lacks a
+# file that llama-quantize needs, common/cmake/build-info-gen-cpp.cmake; the library itself is complete. This script
+# compiles the library, and the installed package loads it from the path in IK_LLAMA_CPP_LIB_PATH. Needs cmake 3.21, a
+# C++20 compiler, a quarter of an hour on two cores, and 1 GB. $CMAKE_BUILD_PARALLEL_LEVEL processes, or one for a core.
 set -euo pipefail
 folder=$(realpath -m "$1") version=${2:-0.1.5}
 mkdir -p "$folder" && cd "$folder"

@@ -1,6 +1,6 @@
-/* For compiling llama.cpp with GCC 11 and 12 on a processor with AMX: their amxtileintrin.h tells the compiler that
-   ldtilecfg reads 8 bytes of its 64, so that the rest of llama.cpp's tile configuration is left unwritten and every
-   prompt ends in a segmentation fault (ggml-org/llama.cpp#20824).
+/* Makes llama.cpp work when GCC 11 or 12 compiles it on a processor with AMX. The amxtileintrin.h of these compilers
+   declares that ldtilecfg reads 8 of its 64 bytes. The compiler then leaves the rest of llama.cpp's tile configuration
+   unwritten, and every prompt ends in a segmentation fault (ggml-org/llama.cpp#20824).
 
        CXXFLAGS="-include $PWD/benchmarks/decode/gcc_amx_tiles.h" pip install -e '.[bench]' */
 #if defined(__AMX_TILE__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13

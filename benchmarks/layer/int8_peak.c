@@ -1,5 +1,5 @@
-/* How many int8 products a core sums in a second: the loop holds nothing but the processor's best instructions for it, on
-   registers, with as many sums as hide their latency. Compiled for the processor at hand (-march=native). */
+/* Measures how many int8 products a core sums per second. The loop has only the processor's best instructions for this,
+   on registers, with enough independent sums to hide their latency. Compiled for this processor (-march=native). */
 #include <stdint.h>
 
 #define REPEAT(step) step(0) step(1) step(2) step(3) step(4) step(5) step(6) step(7) step(8) step(9) step(10) step(11)

@@ -1,7 +1,8 @@
-/* A CUDA runtime that computes nothing, for machines without a GPU: one device, memory that is the host's, copies that
- * copy, kernels that return at once. What an ONNX Runtime's CUDA provider decides before a kernel computes, it decides
- * over this as over a GPU. NULL_CUDA_SM is the device's compute capability (90: Hopper); with NULL_CUDA_TRACE every
- * launch is named on stderr. The functions that null_cuda.py finds lacking here return 0, success.
+/* A CUDA runtime that computes nothing, for machines without a GPU. It has one device, whose memory is host memory.
+ * Copies are made, kernels return at once. All that ONNX Runtime's CUDA provider decides before a kernel computes, it
+ * decides here as on a GPU. NULL_CUDA_SM is the compute capability of the device (90: Hopper). With NULL_CUDA_TRACE the
+ * name of every launched kernel is printed on stderr. Functions that are missing here are added by null_cuda.py; they
+ * return 0, success.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,7 +13,7 @@
 #define MOST_KERNELS (1 << 20)
 enum { ALIGNMENT = 512, MULTIPROCESSORS = 132, WARP = 32, BLOCK = 1024, SHARED = 49152, SHARED_MOST = 232448 };
 static const size_t MEMORY = (size_t)80 << 30;
-static char handle[1 << 16]; /* what every stream, event and pool is */
+static char handle[1 << 16]; /* the address of every stream, event and pool */
 static const void *kernels[MOST_KERNELS];
 static const char *kernel_names[MOST_KERNELS];
 static int num_kernels;
