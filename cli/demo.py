@@ -60,11 +60,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"starting the demo: {EXAMPLE} does not exist; run it from a clone of the project (pip install -e .)"
         )
-    plan_for(arguments.precision)  # refused before anything is made
+    plan_for(arguments.precision)  # raises for an unknown precision before any file is written
     with contextlib.ExitStack() as stack:
         folder = arguments.output or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moeship-demo-")))
         folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(contextlib.chdir(folder))  # so that paths read short
+        stack.enter_context(contextlib.chdir(folder))  # so that the paths that are shown are short
         return _road(arguments)
 
 
@@ -73,7 +73,7 @@ def _road(arguments: argparse.Namespace) -> int:
 
     class PipedConsole(Console):
         def on_broken_pipe(self) -> None:
-            raise BrokenPipeError  # so that the demo ends as every command does; rich would exit with status 1
+            raise BrokenPipeError  # so that the demo exits like other commands; rich would exit with status 1
 
     console = PipedConsole(stderr=arguments.json, highlight=False, soft_wrap=True)
     started = time.monotonic()

@@ -320,7 +320,8 @@ class _Hidden:
 
     def __init__(self) -> None:
         home, user, host = str(Path.home()), _user_name(), socket.gethostname()
-        # The longest first, since a home folder holds the user's name. A name counts only as a whole word of a path.
+        # The longest text first, since the path of the home folder contains the user's name. A name is replaced only if
+        # it is a whole word of a path.
         self._rules: list[tuple[re.Pattern[str], str]] = []
         if len(home) > 1:
             self._rules.append((re.compile(rf"{re.escape(home)}(?=/|$|[^\w.-])"), "~"))

@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     from clients.generation import Client
 
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that cannot show a character of the answer shows a question mark.
+        # Characters of the answer that the terminal's encoding lacks are shown as question marks.
         sys.stdout.reconfigure(errors="replace")
     prompt = read_stdin() if arguments.prompt == "-" else arguments.prompt
     with Client(arguments.url) as client:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from export.command import run_command
 from export.errors import named, near_match, printable
 
-# In the order of the pipeline: name -> (module, what it does).
+# Commands in the order of the pipeline: name -> (module, description).
 COMMANDS: dict[str, tuple[str, str]] = {
     "merge": ("cli.merge", "merge dense experts into a mixture-of-experts checkpoint"),
     "inspect": ("cli.inspect", "describe a checkpoint: family, sizes, routing"),

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import onnx
 
 EXPERT_OPS = ("MoE", "QMoE", "Experts")
-ROW_OPS = ("Gather", "GatherBlockQuantized")  # the embedding: one row of each operand
-ATTENTION_OPS = ("GroupQueryAttention",)  # its constants are the rotary tables: one row of each
+ROW_OPS = ("Gather", "GatherBlockQuantized")  # operators of the embedding, which read one row of each operand
+ATTENTION_OPS = ("GroupQueryAttention",)  # operators whose constants are the rotary tables; they read one row of each
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,9 @@ from trt_build.engine import Engine, open_engine
 NAMES = (
     "ours", "llama-q4_0", "llama-q4_k_m", "ik-q4_0", "ik-q4_k_m", "ik-iq4_xs", "transformers-bf16", "transformers-fp32",
 )  # fmt: skip
-SPARE_BYTES = 1_500_000_000  # activations, libraries and the system, beside a model in memory
+SPARE_BYTES = 1_500_000_000  # memory for activations, libraries and the system, in addition to the model
 _ITEM_BYTES = {"bf16": 2, "fp32": 4}
-_HALF = 2  # llama.cpp keeps keys and values in float16
+_HALF = 2  # bytes of a key or value in llama.cpp's cache: float16
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from decode import machine
 from export.errors import ConfigError
 from export.optional import optional_package
 
-LOG: list[str] = []  # what the library said, in pieces of lines
+LOG: list[str] = []  # the library's log messages, which can be parts of lines
 _PACKAGES = ("llama_cpp", "ik_llama_cpp")
 
 

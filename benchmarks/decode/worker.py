@@ -53,8 +53,8 @@ class Turn:
     decode_short: float
     prefill: float
     decode_long: float
-    peak_bytes: int  # VmHWM
-    steady_bytes: int  # VmRSS while decoding
+    peak_bytes: int  # peak resident memory (VmHWM)
+    steady_bytes: int  # resident memory while decoding (VmRSS)
     steady_anonymous_bytes: int  # the part of steady_bytes that no file backs
 
 

@@ -22,7 +22,7 @@ from export.errors import ConfigError
 from export.tokenizer.loading import Tokenizer
 
 TIMEOUT_S = 600
-MICROSECONDS = 6  # decimals of a second
+MICROSECONDS = 6  # number of decimals to which seconds are rounded
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ set -Eeuo pipefail
 
 CONTAINER=${CONTAINER:-nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3} # TensorRT-LLM 1.2.1
 DIGEST=${DIGEST:-} # sha256:... for that very image; empty takes what the tag names, and the results say what it was
-GPUS=${GPUS:-all}  # as docker's --gpus
+GPUS=${GPUS:-all}  # value of docker's flag --gpus
 CPU_TORCH=https://download.pytorch.org/whl/cpu # the reference runs on the CPU: a build of torch without CUDA will do
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -24,7 +24,7 @@ usage() {
   PYTHONPATH=$root python3 "$work" --help 2> /dev/null || true # every flag, where this Python is new enough
 }
 
-# Sets inside, output, checkpoint and words, the last without --inside.
+# Sets inside, output, checkpoint, and words: the other arguments.
 read_words() {
   inside=no output=gpu-results checkpoint="" words=()
   while [[ $# -gt 0 ]]; do
@@ -41,7 +41,7 @@ read_words() {
   done
 }
 
-# On the host: has docker run this script in the container, at the same paths, the clone read-only.
+# On the host: runs this script in the container with docker. Paths are the same there; the clone is mounted read-only.
 run_container() {
   local image=$CONTAINER${DIGEST:+@$DIGEST} status=0 digest mounts=()
   command -v docker > /dev/null || refuse "no docker on PATH; install Docker Engine and nvidia-container-toolkit"
@@ -54,14 +54,14 @@ run_container() {
   docker run --rm --init --gpus "$GPUS" --ipc host --ulimit memlock=-1 --ulimit stack=67108864 "${mounts[@]}" \
     --workdir "$root" --env "MOESHIP_CONTAINER=$image" --env "MOESHIP_CONTAINER_DIGEST=$digest" "$image" \
     bash "$root/ci/gpu/tensorrt_llm.sh" --inside "${words[@]}" || status=$?
-  # 125 is docker's own: the container was not started.
+  # Status 125 comes from docker: the container was not started.
   [[ $status -ne 125 ]] || refuse "docker cannot start a container with GPUs; install nvidia-container-toolkit, run \
 'nvidia-ctk runtime configure --runtime=docker' and restart docker"
   exit "$status"
 }
 
-# In the container: a Python environment below the output for moeship's packages, since TensorRT-LLM's Python has other
-# versions of torch and transformers. moeship itself runs from the clone. Sets python.
+# In the container: makes a Python environment below the output for moeship's packages, since TensorRT-LLM's
+# Python has other versions of torch and transformers. moeship itself runs from the clone. Sets python.
 make_environment() {
   local venv=$output/venv packages=() package wanted
   wanted="$(python3 --version) $(cksum < "$root/pyproject.toml") $root"
@@ -96,7 +96,7 @@ run_inside() {
   export PATH=$PATH:/opt/tritonserver/bin PYTHONUNBUFFERED=1
   python=${PYTHON:-}
   if [[ -z $python ]]; then
-    # The container's own Python can say whether it is worth installing anything.
+    # The container's own Python checks the machine before anything is installed.
     PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} python3 "$work" --check "${words[@]}" || exit $?
     [[ " ${words[*]} " != *" --check "* ]] || exit 0
     trap 'chown -R --reference "$output" "$output"/venv* || true

@@ -47,10 +47,10 @@ class Thresholds:
     """
 
     max_logit_difference: float | None
-    mean_kl: float  # nats
-    perplexity_increase: float  # relative
-    top1_agreement: float  # share of positions
-    routing_agreement: float  # share of (layer, position) with the same set of K experts
+    mean_kl: float  # mean KL divergence of the engine from the reference, in nats
+    perplexity_increase: float  # (engine's perplexity - reference's) / reference's
+    top1_agreement: float  # share of positions with the same most likely token
+    routing_agreement: float  # share of (layer, position) pairs with the same set of K experts
 
 
 THRESHOLDS = {

@@ -1,8 +1,8 @@
 """moeship's own CPU kernels: a library of custom operators for ONNX Runtime, compiled when moeship is installed.
 
 Operators of the domain `moeship`, version 1: BlockLinear and Experts; block_linear.cpp and experts.cpp say what each
-takes. Their weights lie in the one layout of `export.quantize.layout`. A session finds them after
-`SessionOptions.register_custom_ops_library(str(library()))`.
+takes. Both operators read weights in the layout of `export.quantize.layout`. To use them, call
+`SessionOptions.register_custom_ops_library(str(library()))` before the session is made.
 
 The library has every product for several instruction sets (levels), and uses the last level below that the CPU has:
 
