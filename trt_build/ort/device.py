@@ -119,7 +119,10 @@ def load_graph(engine: Engine, name: str, device: Device, threads: int | None) -
     try:
         graph = onnxruntime.InferenceSession(source, options, providers=[(runtime_name, settings)], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no base class
-        raise EngineError(f"loading {path}: ONNX Runtime {onnxruntime.__version__} refuses it ({error})") from error
+        raise EngineError(
+            f"loading {path}: ONNX Runtime {onnxruntime.__version__} refuses it ({error}); `moeship doctor "
+            f"{path.parent}` tells whether its files are damaged"
+        ) from error
     elsewhere = _placed_elsewhere(graph, runtime_name)
     if elsewhere:
         raise EngineError(
@@ -149,7 +152,10 @@ def read_in_huge_pages(path: Path) -> None:
     """Read a file into the page cache, in huge pages where the system supports them and a page is not cached yet.
 
     Kernels read a mapping in huge pages an eighth faster than one in 4 kB pages. Plain reads cache 4 kB pages.
+    Does nothing to a file that is gone or empty: ONNX Runtime refuses it when it loads the graph.
     """
+    if not path.is_file() or not path.stat().st_size:
+        return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
         with contextlib.suppress(AttributeError, OSError):
             pages.madvise(mmap.MADV_HUGEPAGE)
