@@ -1,10 +1,12 @@
-"""ci/build_engine.yml: what it would run is there, and its steps run as GitHub would run them, docker aside."""
+"""ci/build_engine.yml and ci/wheels.yml: what they would run is there, and the engines' steps run as GitHub would
+run them, docker aside."""
 
 from __future__ import annotations
 
 import os
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,18 @@ def test_the_results_are_kept_whatever_became_of_them(workflow):
     [upload] = [step for step in workflow["jobs"]["gpu"]["steps"] if step.get("uses", "").startswith("actions/upload")]
     assert upload["if"] == "always()"
     assert "gpu-results/results.json" in upload["with"]["path"]
+
+
+def test_wheels_are_made_and_checked_by_what_is_there():
+    text = (ROOT / "ci" / "wheels.yml").read_text(encoding="utf-8")
+    jobs = yaml.safe_load(text)["jobs"]
+    assert {found[1] for found in EXPRESSION.finditer(text)} == {"matrix.machine"}
+    used = [step["uses"] for job in jobs.values() for step in job["steps"] if "uses" in step]
+    assert all(re.fullmatch(r"actions/[\w-]+@v\d+", name) for name in used)
+    build, check = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert re.fullmatch(r"pipx run cibuildwheel==[\d.]+ --output-dir wheels", build)
+    assert os.access(ROOT / check.split()[0], os.X_OK)
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["cibuildwheel"]
+    [script] = re.findall(r"\{project\}/(\S+)", settings["test-command"])
+    assert (ROOT / script).is_file()
+    assert settings["build"] == "cp311-manylinux_*"  # one Python: the kernels know nothing of it
