@@ -19,11 +19,18 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export.quantize.layout import LAYOUT, MatrixLayout
-from trt_build.ort.kernels import COMPILERS, DOMAIN, LEVEL_VARIABLE, LIBRARY_FILE, is_compiled, library
-
-needs_kernels = pytest.mark.skipif(
-    not is_compiled(), reason="moeship's CPU kernels are not compiled here (python -m trt_build.ort.kernels says why)"
+from trt_build.ort.kernels import (
+    COMPILERS,
+    DOMAIN,
+    LEVEL_VARIABLE,
+    LIBRARY_FILE,
+    found_fault,
+    is_compiled,
+    library,
+    remedy,
 )
+
+needs_kernels = pytest.mark.skipif(not is_compiled(), reason=f"moeship's CPU kernels: {found_fault()}; {remedy()}")
 
 LEVELS = {  # and the flags of /proc/cpuinfo that each needs
     "plain": set(),
