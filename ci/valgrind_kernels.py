@@ -81,7 +81,7 @@ def report(path: Path) -> int:
 
 def _is_ours(error: ET.Element) -> bool:
     objects = [frame.findtext("obj") or "" for frame in error.findall("stack/frame")]
-    written = error.findtext("kind") == "SyscallParam" and "write" in (error.findtext("what") or "")
+    written = error.findtext("kind") == "SyscallParam" and "write(buf)" in (error.findtext("what") or "")
     return written or any(Path(path).name == LIBRARY for path in objects)
 
 

@@ -13,7 +13,7 @@ git ls-files -z export trt_build tests/kernel_nodes.py tests/trt_build/kernels c
 cd "$copy"
 "$python" setup.py -q build_ext --inplace
 # Python's own pools would hide what lies in them.
-PYTHONMALLOC=malloc OPENBLAS_NUM_THREADS=1 valgrind --tool=memcheck --leak-check=no --num-callers=25 \
+PYTHONMALLOC=malloc OPENBLAS_NUM_THREADS=1 valgrind --tool=memcheck --leak-check=no --error-limit=no --num-callers=25 \
   --child-silent-after-fork=yes --xml=yes --xml-file=errors.xml "$python" ci/valgrind_kernels.py || failed=$?
 "$python" ci/valgrind_kernels.py errors.xml
 exit "${failed:-0}"

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from trt_build.engine import open_engine
 from trt_build.ort.genai_config import with_library
-from trt_build.ort.kernels import library
+from trt_build.ort.kernels import is_compiled, library
 from trt_build.ort.session import Session
 
 # Precisions by whose kernels: every kind of engine for the CPU, and those that are quantised.
 QUANTISED = (("int8", "onnxruntime"), ("int4", "onnxruntime"), ("int8", "moeship"), ("int4", "moeship"))
 KINDS = (("fp32", "onnxruntime"), *QUANTISED)
+
+
+def kinds_here() -> list[tuple[str, str]]:
+    """Those of KINDS that this install can load."""
+    return [kind for kind in KINDS if kind[1] != "moeship" or is_compiled()]
+
+
+def each(kinds: Iterable[Any], *, apart: bool = False) -> list[Any]:
+    """Values for parametrize: kinds, as one argument or `apart` as two. Those of moeship's kernels need the library."""
+    return [
+        pytest.param(
+            *(kind if apart else (kind,)), id=kind if isinstance(kind, str) else "-".join(kind),
+            marks=[pytest.mark.needs_kernels] if kind[1] == "moeship" else [],
+        )
+        for kind in kinds
+    ]  # fmt: skip
 
 
 def greedy(session: Session, prompt: Sequence[int], num_tokens: int) -> list[int]:

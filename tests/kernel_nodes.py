@@ -24,13 +24,8 @@ from trt_build.ort.kernels import (
     DOMAIN,
     LEVEL_VARIABLE,
     LIBRARY_FILE,
-    found_fault,
-    is_compiled,
     library,
-    remedy,
 )
-
-needs_kernels = pytest.mark.skipif(not is_compiled(), reason=f"moeship's CPU kernels: {found_fault()}; {remedy()}")
 
 LEVELS = {  # and the flags of /proc/cpuinfo that each needs
     "plain": set(),

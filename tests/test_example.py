@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from decoding import KINDS, QUANTISED, genai_greedy, greedy, load_genai
+from decoding import KINDS, QUANTISED, each, genai_greedy, greedy, load_genai
 
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
@@ -93,14 +93,14 @@ def test_each_expert_is_the_best_of_the_four_on_its_own_slice(tmp_path, held_out
         assert min(SLICES, key=lambda name: found[name][slice_name]) == slice_name
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", each(QUANTISED))
 def test_quantised_perplexity_stays_near_fp32(engines, held_out, kind):
     windows = [window for part in held_out.values() for window in part]
     exact = parity.perplexity(engines[FP32], windows)
     assert parity.perplexity(engines[kind], windows) / exact - 1 <= {"int8": 0.003, "int4": 0.03}[kind[0]]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", each(KINDS))
 def test_parity_holds_on_held_out_text(engines, reference, held_out, kind):
     text = [token for part in held_out.values() for window in part[:2] for token in window]
     windows = list(parity.split_windows(text, 512, 1536))
@@ -124,7 +124,7 @@ def test_greedy_text_of_eight_prompts_is_that_of_transformers_generate(engines, 
     assert [greedy(session, ids, 64) for ids in encoded] == expected
 
 
-@pytest.mark.parametrize("kind", [FP32, ("int4", "onnxruntime"), ("int4", "moeship")])
+@pytest.mark.parametrize("kind", each([FP32, ("int4", "onnxruntime"), ("int4", "moeship")]))
 def test_onnxruntime_genai_writes_the_same_tokens(engines, kind):
     model, session = load_genai(engines[kind].folder), Session(engines[kind])
     tokenizer = load_tokenizer(engines[kind].folder)

@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 from cuda_kernels import check_types
-from decoding import KINDS, genai_greedy, greedy, load_genai
+from decoding import KINDS, each, genai_greedy, greedy, load_genai
 from granitemoe_checkpoints import SCALARS, tell_mixtral_as_granitemoe, write_granitemoe_checkpoint
 from mixtral_checkpoints import SPELLINGS, write_llama_tokenizer
 from safetensors.numpy import load_file, save_file
@@ -165,7 +165,7 @@ def test_what_is_not_built_is_refused_by_name(tmp_path, changes, problem):
         read_model(open_checkpoint(folder))
 
 
-@pytest.mark.parametrize(("precision", "kernels"), KINDS)
+@pytest.mark.parametrize(("precision", "kernels"), each(KINDS, apart=True))
 def test_a_trained_model_told_as_a_granitemoe_keeps_parity_at_every_precision(tmp_path, trained, precision, kernels):
     engine = build(trained, tmp_path / "engine", precision, kernels)
     windows = list(parity.split_windows(load_tokenizer(trained).encode_prompt(TEXT), 512, 2048))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from export.files.output import forget_pages
 from tests.checkpoints import write_phixtral_checkpoint
 from trt_build.build_engine import BuildOptions, build_engine
@@ -27,6 +29,7 @@ print(private() - before)
 """
 
 
+@pytest.mark.needs_kernels
 def test_our_kernels_read_mapped_weights_and_onnx_runtimes_hold_them_in_private_memory(tmp_path):
     sizes = {
         "hidden_size": 512, "num_heads": 8, "num_kv_heads": 8, "rotary_dim": 32, "ffn_size": 2048, "num_layers": 4,

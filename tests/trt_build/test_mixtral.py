@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from cuda_kernels import check_types
-from decoding import KINDS, QUANTISED, genai_greedy, greedy, load_genai
+from decoding import KINDS, QUANTISED, each, genai_greedy, greedy, kinds_here, load_genai
 from mixtral_checkpoints import SPELLINGS, write_llama_tokenizer, write_mixtral_checkpoint
 from safetensors.numpy import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -187,7 +187,7 @@ def test_a_seeded_fault_in_the_reference_is_caught(tmp_path, checkpoint, engine,
 def test_a_seeded_fault_in_the_engine_is_caught_at_every_precision(tmp_path, fault):
     wrong, reference = edited(EXAMPLE, tmp_path / "wrong", fault_of_example(fault)), outside(EXAMPLE)
     window = load_tokenizer(EXAMPLE).encode_prompt(TEXT)[:384]
-    for precision, kernels in KINDS:
+    for precision, kernels in kinds_here():
         engine = build(wrong, tmp_path / f"{precision}-{kernels}", precision, kernels)
         report = parity.compare(engine, reference, [window], quiet)
         assert report.failures(parity.THRESHOLDS[precision])
@@ -204,7 +204,7 @@ def fault_of_example(fault):
     return edit
 
 
-@pytest.mark.parametrize(("precision", "kernels"), KINDS)
+@pytest.mark.parametrize(("precision", "kernels"), each(KINDS, apart=True))
 def test_a_trained_mixtral_keeps_parity_at_every_precision(example_engines, precision, kernels):
     ids = load_tokenizer(EXAMPLE).encode_prompt(TEXT)
     windows = list(parity.split_windows(ids, 512, 2048))
@@ -214,7 +214,7 @@ def test_a_trained_mixtral_keeps_parity_at_every_precision(example_engines, prec
     assert report.failures(parity.THRESHOLDS[precision]) == []
 
 
-@pytest.mark.parametrize(("precision", "kernels"), KINDS)
+@pytest.mark.parametrize(("precision", "kernels"), each(KINDS, apart=True))
 def test_equal_router_logits_go_to_the_lowest_expert_index(tmp_path, precision, kernels):
     def tie_every_gate(tensors, config):
         for name in tensors:
@@ -255,7 +255,7 @@ def test_greedy_text_is_that_of_transformers_generate(example_engines):
         assert greedy(session, ids, 64) == expected
 
 
-@pytest.mark.parametrize("kind", ["fp32", "int4", QUANTISED[-1]])
+@pytest.mark.parametrize("kind", each(["fp32", "int4", QUANTISED[-1]]))
 def test_onnxruntime_genai_runs_the_engine_directory_to_the_same_tokens(example_engines, kind):
     model, session = load_genai(example_engines[kind].folder), Session(example_engines[kind])
     tokenizer = load_tokenizer(EXAMPLE)

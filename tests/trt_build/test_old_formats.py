@@ -38,7 +38,9 @@ PRECISIONS = pytest.mark.parametrize("precision", ["int8", "int4"])
 def format_3(tmp_path):
     """Precision -> the kept engine."""
     with tarfile.open(KEPT) as kept:
-        kept.extractall(tmp_path / "kept", filter="data")
+        # The argument `filter` is Python 3.11.4's, this attribute is of no effect before that.
+        kept.extraction_filter = getattr(tarfile, "data_filter", None)
+        kept.extractall(tmp_path / "kept")
     return lambda precision: tmp_path / "kept" / precision
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from kernel_nodes import levels, needs_kernels
+from kernel_nodes import levels
 from onnx.external_data_helper import load_external_data_for_model
 from safetensors.numpy import load_file, save_file
 
@@ -140,7 +140,7 @@ def test_codes_of_half_scales_are_the_nearest_to_what_the_stored_scale_can_say(b
         assert errors[0] <= 1.01 * errors[1]
 
 
-@needs_kernels
+@pytest.mark.needs_kernels
 def test_every_instruction_set_gives_the_same_logits_bit_for_bit(tiny_engines, monkeypatch):
     found = {}
     for level in levels():
@@ -300,14 +300,14 @@ def test_a_library_that_onnx_runtime_refuses_is_told(tiny_engines, monkeypatch):
         Session(open_engine(tiny_engines("int4", kernels="moeship")))
 
 
-@needs_kernels
+@pytest.mark.needs_kernels
 def test_an_unknown_level_is_refused(tiny_engines, monkeypatch):
     monkeypatch.setenv(kernels.LEVEL_VARIABLE, "avx9000")
     with pytest.raises(EngineError, match=r"model\.onnx: .* refuses it .*avx9000"):
         Session(open_engine(tiny_engines("int4", kernels="moeship")))
 
 
-@needs_kernels
+@pytest.mark.needs_kernels
 def test_an_unknown_layout_version_is_refused(copies):
     folder = copies()
 
@@ -320,7 +320,7 @@ def test_an_unknown_layout_version_is_refused(copies):
         logits(folder)
 
 
-@needs_kernels
+@pytest.mark.needs_kernels
 def test_weights_of_another_shape_are_refused(copies):
     folder = copies()
 
@@ -380,7 +380,7 @@ def test_an_unknown_provider_is_told_before_the_kernels():
         provider_of("npu", "moeship")
 
 
-@needs_kernels
+@pytest.mark.needs_kernels
 def test_triton_serves_the_sessions_greedy_tokens(tmp_path, tiny_engines):
     engine = tiny_engines("int4", kernels="moeship")
     package_engine(PackageOptions(engine=engine, name="own", output=tmp_path / "repository"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from conftest import QUANTIZABLE
-from decoding import KINDS, QUANTISED, genai_greedy, greedy, load_genai
+from decoding import KINDS, QUANTISED, each, genai_greedy, greedy, kinds_here, load_genai
 from safetensors.numpy import load_file, save_file
 from transformers import PhiForCausalLM
 
@@ -159,7 +159,7 @@ def test_a_seeded_fault_in_the_reference_is_caught(tmp_path, tiny_checkpoint, ti
 def test_a_seeded_fault_in_the_engine_is_caught_at_every_precision(tmp_path, tiny_checkpoint, fault):
     wrong = edited(tiny_checkpoint, tmp_path / "wrong", fault)
     reference = reference_of(tiny_checkpoint)
-    for precision, kernels in KINDS:
+    for precision, kernels in kinds_here():
         engine = build(wrong, tmp_path / f"{precision}-{kernels}", precision, kernels)
         report = parity.compare(engine, reference, [TOKENS[:128]], quiet)
         assert report.failures(parity.THRESHOLDS[precision])
@@ -173,7 +173,7 @@ def test_erf_gelu_in_place_of_tanh_is_caught(tiny_checkpoint, tiny_engines, monk
     assert report.failures(FP32)
 
 
-@pytest.mark.parametrize(("precision", "kernels"), KINDS)
+@pytest.mark.parametrize(("precision", "kernels"), each(KINDS, apart=True))
 def test_equal_router_logits_go_to_the_lowest_expert_index(tmp_path, tiny_checkpoint, precision, kernels):
     def tie_every_gate(tensors, config):
         for name in tensors:
@@ -207,7 +207,7 @@ def test_greedy_text_is_that_of_transformers_generate(tiny_checkpoint, tiny_engi
     assert [greedy(session, prompt, 64) for prompt in prompts.tolist()] == expected.tolist()
 
 
-@pytest.mark.parametrize(("precision", "kernels"), [("fp32", "onnxruntime"), ("int4", "onnxruntime"), QUANTISED[-1]])
+@pytest.mark.parametrize(("precision", "kernels"), each([KINDS[0], QUANTISED[1], QUANTISED[-1]], apart=True))
 def test_onnxruntime_genai_runs_the_engine_directory_to_the_same_tokens(tiny_engines, precision, kernels):
     folder = tiny_engines(precision, kernels=kernels)
     session, model = Session(open_engine(folder)), load_genai(folder)

@@ -3,13 +3,13 @@
 import numpy as np
 import onnxruntime
 import pytest
-from kernel_nodes import block_linear, needs_kernels, product_float, product_int8, random_matrices
+from kernel_nodes import block_linear, product_float, product_int8, random_matrices
 from onnx import TensorProto, helper, numpy_helper
 
 from export.quantize.grid import pack
 from export.quantize.layout import BITS, BLOCK_SIZES
 
-pytestmark = needs_kernels
+pytestmark = pytest.mark.needs_kernels
 # Rows below, at and above a tile; widths that are not whole groups and blocks.
 SHAPES = [
     (1, 16, 64), (2, 17, 96), (3, 40, 200), (4, 18, 160), (5, 1, 33), (8, 33, 70), (9, 100, 384), (13, 20, 300),

@@ -8,7 +8,6 @@ import os
 import shutil
 
 import pytest
-from kernel_nodes import needs_kernels
 from manifests import edit_manifest
 
 from export.exporter import DATA_FILE
@@ -16,7 +15,7 @@ from trt_build.engine import open_engine
 from trt_build.errors import EngineError
 from trt_build.ort.session import ScoringSession, Session
 
-pytestmark = needs_kernels
+pytestmark = pytest.mark.needs_kernels
 PADDING = 256  # at most, behind the last weight
 
 

@@ -3,12 +3,12 @@
 import numpy as np
 import onnxruntime
 import pytest
-from kernel_nodes import experts, mixture, needs_kernels, product_float, product_int8, random_matrices
+from kernel_nodes import experts, mixture, product_float, product_int8, random_matrices
 from onnx import TensorProto, helper, numpy_helper
 
 from export.quantize.grid import pack
 
-pytestmark = needs_kernels
+pytestmark = pytest.mark.needs_kernels
 ACTIVATIONS = {
     "gelu": {},
     "silu": {},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kernel_nodes import block_linear, needs_kernels, random_matrices
+from kernel_nodes import block_linear, random_matrices
 
 from trt_build.errors import EngineError
 from trt_build.ort import kernels
@@ -85,7 +85,7 @@ def test_the_command_says_in_one_line_what_is_missing_or_that_nothing_is(monkeyp
         assert (text in err) == bool(fault)
 
 
-@needs_kernels
+@pytest.mark.needs_kernels
 def test_an_onnx_runtime_that_is_too_old_is_told_and_sessions_of_another_go_on():
     node = block_linear(random_matrices(np.random.default_rng(0), 1, 16, 32, 4, 32))
     session, feeds = node.session(), {"x": np.ones((1, 32), np.float32)}

@@ -10,14 +10,13 @@ from kernel_nodes import (
     experts,
     levels,
     levels_and_emulations,
-    needs_kernels,
     random_matrices,
 )
 
 from trt_build.errors import EngineError
 from trt_build.ort import kernels
 
-pytestmark = needs_kernels
+pytestmark = pytest.mark.needs_kernels
 
 
 def linear():
