@@ -133,7 +133,7 @@ def _system_name() -> str:
 
 
 def _add_kernels(report: Report) -> None:
-    from trt_build.ort.kernels import COMPILERS, chosen_level, found_fault, remedy
+    from trt_build.ort.kernels import COMPILERS, chosen_level, found_fault
 
     info = _proc("cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", info, re.M)
@@ -144,12 +144,12 @@ def _add_kernels(report: Report) -> None:
     facts: Facts = {
         "processor": f"{model[1] if model else platform.machine()}, {len(os.sched_getaffinity(0))} core(s) for moeship",
         "instructions": " ".join(flag for flag in CPU_FLAGS if flag in has) or "none of those that kernels use",
-        "kernels library": "compiled" if fault is None else "missing or not of this moeship",
+        "kernels library": "compiled" if fault is None else "cannot be used",
         "C++ compiler": compiler or "none on PATH",
     }
     report.sections["CPU"] = facts
     if fault is not None:
-        report.problems.append(f"moeship's CPU kernels are not used: {fault}; {remedy()}")
+        report.problems.append(f"moeship's CPU kernels are not used: {fault.reason}; {fault.remedy}")
         return
     try:
         facts["kernels run with"] = chosen_level()
@@ -292,12 +292,12 @@ def _what_it_lacks(folder: Path, facts: Facts) -> Iterator[str]:
     """Reasons why this machine cannot load an undamaged engine for ONNX Runtime."""
     from trt_build.engine import BACKEND, open_engine
     from trt_build.engine_memory import require_memory
-    from trt_build.ort.kernels import is_compiled
+    from trt_build.ort.kernels import is_usable
 
     if facts.get("backend") != BACKEND:
         return
-    if facts.get("kernels") == "moeship" and not is_compiled():
-        yield f"{folder} is for moeship's CPU kernels, which are not compiled here"
+    if facts.get("kernels") == "moeship" and not is_usable():
+        yield f"{folder} is for moeship's CPU kernels, which cannot be used here"
     try:
         require_memory(open_engine(folder, check_digests=False))
     except MoeshipError as error:

@@ -13,7 +13,7 @@ from checkpoints import write_phixtral_checkpoint
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.serving.server import ServerOptions, running_server
 from trt_build.build_engine import BuildOptions, build_engine
-from trt_build.ort.kernels import found_fault, remedy
+from trt_build.ort.kernels import found_fault
 from trt_build.prepare import chosen_kernels
 
 # A shell starts background jobs with SIGINT ignored, which programs inherit and ours respect. The commands that tests
@@ -26,7 +26,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs the compiled kernels, in one line of the summary, before a fixture builds anything."""
     fault = found_fault() if item.get_closest_marker("needs_kernels") else None
     if fault is not None:
-        pytest.skip(f"moeship's CPU kernels are not used: {fault}; {remedy()}")
+        pytest.skip(f"moeship's CPU kernels are not used: {fault.reason}; {fault.remedy}")
 
 
 # Blocks of 32 must divide H and F; E, K, L and the head count stay unequal so that no swapped axis fits.

@@ -11,7 +11,7 @@ import pytest
 
 from trt_build.engine import open_engine
 from trt_build.ort.genai_config import with_library
-from trt_build.ort.kernels import is_compiled, library
+from trt_build.ort.kernels import is_usable, library
 from trt_build.ort.session import Session
 
 # Precisions by whose kernels: every kind of engine for the CPU, and those that are quantised.
@@ -21,7 +21,7 @@ KINDS = (("fp32", "onnxruntime"), *QUANTISED)
 
 def kinds_here() -> list[tuple[str, str]]:
     """Those of KINDS that this install can load."""
-    return [kind for kind in KINDS if kind[1] != "moeship" or is_compiled()]
+    return [kind for kind in KINDS if kind[1] != "moeship" or is_usable()]
 
 
 def each(kinds: Iterable[Any], *, apart: bool = False) -> list[Any]:

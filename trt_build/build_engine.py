@@ -36,7 +36,7 @@ from trt_build.engine import FORMAT_VERSION, Engine, Source, open_engine, record
 from trt_build.engine_flags import add_engine_arguments, read_checkpoint, read_engine_options
 from trt_build.manifest import TRTLLM_BACKEND
 from trt_build.ort.genai_config import GENAI_FILE
-from trt_build.ort.kernels import found_fault, remedy
+from trt_build.ort.kernels import found_fault
 from trt_build.prepare import EngineOptions, PreparedBuild, check_options, libraries, prepare_build
 from trt_build.progress_line import ProgressLine
 from trt_build.trtllm_flags import refuse_trtllm_flags
@@ -62,7 +62,7 @@ def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | N
     if fault is not None:
         logger.warning(
             "moeship's CPU kernels cannot be used here: %s; the engine is written, and loads where they can; to verify "
-            "and serve it here, %s", fault, remedy(),
+            "and serve it here, %s", fault.reason, fault.remedy,
         )  # fmt: skip
     refuse_made(options.output, "the engine")
     build = prepare_build(options)

@@ -36,7 +36,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, o
         "--kernels",
         metavar="K",
         help=f"{' or '.join(KERNELS)}: whose kernels multiply quantised matrices on the CPU (default: moeship's, "
-        "where this install has compiled them)",
+        "where they can be used)",
     )
     add_trtllm_arguments(parser)
 

@@ -28,7 +28,7 @@ from trt_build.engine import BACKEND, FORMAT_VERSION, FileRecord, Manifest, Prec
 from trt_build.errors import EngineError
 from trt_build.manifest import TRTLLM_BACKEND
 from trt_build.ort.genai_config import genai_config
-from trt_build.ort.kernels import found_fault, is_compiled, remedy
+from trt_build.ort.kernels import found_fault, is_usable
 
 logger = logging.getLogger(__name__)
 
@@ -125,9 +125,9 @@ def check_options(options: EngineOptions) -> tuple[Provider, QuantPlan]:
 
 
 def chosen_kernels(provider: str, precision: str) -> str:
-    """The kernels to use if the options name none: moeship's if they support the provider and the precision and are
-    compiled in this install, else ONNX Runtime's."""
-    return OWN_KERNELS if _fit_own_kernels(provider, precision) and is_compiled() else ONNX_RUNTIME
+    """The kernels to use if the options name none: moeship's if they support the provider and the precision and can be
+    used on this machine, else ONNX Runtime's."""
+    return OWN_KERNELS if _fit_own_kernels(provider, precision) and is_usable() else ONNX_RUNTIME
 
 
 def _fit_own_kernels(provider: str, precision: str) -> bool:
@@ -147,8 +147,8 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
         logger.warning(
             "the engine is for ONNX Runtime's CPU kernels, which decode at two thirds of the speed of moeship's or "
             "less, as moeship's cannot be used here (%s); %s",
-            fault,
-            remedy(),
+            fault.reason,
+            fault.remedy,
         )
     return PreparedBuild(
         options=dataclasses.replace(options, kernels=provider.kernels),

@@ -255,7 +255,7 @@ def test_without_the_compiled_library_an_engine_is_written_and_refused_when_it_i
     ],
 )
 def test_the_kernels_that_nobody_names(monkeypatch, provider, precision, compiled, expected):
-    monkeypatch.setattr(kernels, "found_fault", lambda: None if compiled else "absent")
+    monkeypatch.setattr(kernels, "found_fault", lambda: None if compiled else kernels.Fault("absent", ""))
     assert chosen_kernels(provider, precision) == expected
 
 

@@ -34,7 +34,7 @@ def library_of(tmp_path, monkeypatch):
 def refused(text):
     with pytest.raises(EngineError, match=text) as error:
         kernels.library()
-    assert not kernels.is_compiled()
+    assert not kernels.is_usable()
     message = str(error.value)
     assert message.startswith("loading the CPU kernels: ")
     assert "install moeship again" in message
@@ -73,7 +73,7 @@ def test_the_sources_have_the_interface_and_the_layout_that_python_expects():
     assert int(numbers["kLayout"]) == LAYOUT
 
 
-@pytest.mark.parametrize("fault", [None, "there are none"])
+@pytest.mark.parametrize("fault", [None, kernels.Fault("there are none", kernels.remedy())])
 def test_the_command_says_in_one_line_what_is_missing_or_that_nothing_is(monkeypatch, capsys, fault):
     monkeypatch.setattr(kernels.__main__, "found_fault", lambda: fault)
     monkeypatch.setattr(kernels.__main__, "library", lambda: "moeship_kernels.so")

@@ -15,6 +15,7 @@ from kernel_nodes import (
 
 from trt_build.errors import EngineError
 from trt_build.ort import kernels
+from trt_build.prepare import chosen_kernels
 
 pytestmark = pytest.mark.needs_kernels
 
@@ -168,5 +169,10 @@ def test_an_x86_cpu_without_avx2_is_refused_but_for_plain(monkeypatch, lacks):
         linear().session("avx2", path=path)
     linear().session("plain", path=path)
     monkeypatch.setattr(kernels, "_LIBRARY", path)
-    with pytest.raises(EngineError, match=f"this CPU lacks {lacks}; build the engine with"):
+    with pytest.raises(EngineError, match=f"this CPU lacks {lacks}; set .* to plain, .* --kernels onnxruntime"):
         kernels.chosen_level()
+    assert not kernels.is_usable()
+    assert chosen_kernels("cpu", "int4") == "onnxruntime"
+    monkeypatch.setenv(kernels.LEVEL_VARIABLE, "plain")
+    assert kernels.chosen_level() == "plain"
+    assert chosen_kernels("cpu", "int4") == "moeship"

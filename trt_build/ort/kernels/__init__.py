@@ -20,7 +20,9 @@ The environment variable MOESHIP_KERNELS_LEVEL selects another level. All levels
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from export.onnx_graph import names
@@ -34,23 +36,50 @@ COMPILERS = ("g++", "clang++")
 _LIBRARY = Path(__file__).with_name(LIBRARY_FILE)
 
 
+@dataclass(frozen=True)
+class Fault:
+    """Why the library cannot be used here, and what a user should do to use it."""
+
+    reason: str
+    remedy: str
+
+
 def library() -> Path:
-    """The path of the compiled library. Raises EngineError if it is missing or was compiled for another version."""
-    problem = found_fault()
-    if problem is not None:
+    """The path of the compiled library. Raises EngineError if `found_fault` finds a fault."""
+    fault = found_fault()
+    if fault is not None:
         raise EngineError(
-            f"loading the CPU kernels: {problem}; {remedy()}; or build the engine with --kernels onnxruntime"
+            f"loading the CPU kernels: {fault.reason}; {fault.remedy}; or build the engine with --kernels onnxruntime"
         )
     return _LIBRARY
 
 
-def is_compiled() -> bool:
-    """Whether the library is compiled, loads on this machine, and belongs to this version of moeship."""
+def is_usable() -> bool:
+    """Whether the library is compiled, loads on this machine, belongs to this version of moeship, and has an
+    instruction set (level) for this CPU."""
     return found_fault() is None
 
 
-def found_fault() -> str | None:
-    """The reason why the library cannot be used; None if it can be used."""
+def found_fault() -> Fault | None:
+    """The reason why the library cannot be used, with the remedy; None if it can be used.
+
+    A level that MOESHIP_KERNELS_LEVEL asks for is not checked here: a wrong one is refused when a graph is loaded.
+    """
+    problem = _library_problem()
+    if problem is not None:
+        return Fault(problem, remedy())
+    if os.environ.get(LEVEL_VARIABLE):
+        return None
+    level, problem = _ask_level()
+    if level is not None:
+        return None
+    # "choosing the kernels' instruction set: this CPU lacks avx2; ...": runtime.cpp
+    reason = problem.partition("; ")[0].rpartition(": ")[2]
+    return Fault(reason, f"set {LEVEL_VARIABLE} to plain, which is slow")
+
+
+def _library_problem() -> str | None:
+    """The reason why the file is no library that this moeship can call; None if it is one."""
     if not _LIBRARY.is_file():
         return f"{_LIBRARY} does not exist, as no C++17 compiler worked when moeship was installed"
     try:
@@ -66,7 +95,7 @@ def found_fault() -> str | None:
 
 
 def remedy() -> str:
-    """What a user should do if the library cannot be used."""
+    """What a user should do if the library is missing or not this moeship's."""
     compiler = (
         "" if any(map(shutil.which, COMPILERS)) else f"install a C++17 compiler ({' or '.join(COMPILERS)}), then "
     )
@@ -77,9 +106,16 @@ def chosen_level() -> str:
     """The instruction set (level) that the compiled kernels use in this process. Raises EngineError if the library
     cannot be used, if MOESHIP_KERNELS_LEVEL asks for a level that this CPU does not have, or if an x86 CPU lacks AVX2
     and no level is asked for."""
-    ask = ctypes.CDLL(str(library())).MoeshipKernelsLevel
+    library()
+    level, problem = _ask_level()
+    if level is None:
+        raise EngineError(problem)
+    return level
+
+
+def _ask_level() -> tuple[str | None, str]:
+    """The level that the library chooses, or None and the sentence that says why there is none."""
+    ask = ctypes.CDLL(str(_LIBRARY)).MoeshipKernelsLevel
     ask.restype, problem = ctypes.c_char_p, ctypes.c_char_p()
     name: bytes | None = ask(ctypes.byref(problem))
-    if name is None:
-        raise EngineError((problem.value or b"choosing the kernels' instruction set").decode())
-    return name.decode()
+    return (None, (problem.value or b"").decode()) if name is None else (name.decode(), "")
