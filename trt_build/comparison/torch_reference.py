@@ -40,11 +40,16 @@ def load_reference(model: Model) -> PreTrainedModel:
         reference = model_class(config).eval()
     if record.additions is not None:
         importlib.import_module(f"trt_build.comparison.references.{record.additions}").add(reference, model)
-    elif record.router is not None:
-        for layer in reference.model.layers:
-            router = dict(layer.named_modules()).get(record.router)
-            if router is not None:
-                _prefer_the_lowest(router)
+    layers = [dict(layer.named_modules()) for layer in reference.model.layers]
+    routers = [modules[record.router] for modules in layers if record.router is not None and record.router in modules]
+    if len(routers) != model.architecture.num_mixtures:
+        raise AssertionError(
+            f"the reference and the family disagree: {len(routers)} layers of {record.model} have the router "
+            f"{record.router}, expected {model.architecture.num_mixtures}"
+        )
+    if record.additions is None:  # an added mixture settles it itself
+        for router in routers:
+            _prefer_the_lowest(router)
     reference.model.rotary_emb = type(reference.model.rotary_emb)(config)
     _, unexpected = reference.load_state_dict(dict(_state(model)), strict=False, assign=True)
     tensors = chain(reference.named_parameters(), reference.named_buffers())

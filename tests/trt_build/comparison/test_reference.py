@@ -77,3 +77,14 @@ def test_of_equal_router_logits_the_lowest_experts_are_chosen(tmp_path, family):
             _, shares, chosen = layer.get_submodule(model.family.reference.router)(torch.ones(64, 80))
         assert torch.equal(chosen, torch.arange(3).expand(64, 3))
         torch.testing.assert_close(shares, torch.full((64, 3), 1 / 3))
+
+
+@pytest.mark.parametrize("family", ["phixtral", "mixtral", "granitemoe"])
+@pytest.mark.parametrize("router", ["mlp.router", None])
+def test_a_record_that_names_no_router_of_the_class_is_told_as_its_routing_would_not_be_compared(
+    tmp_path, family, router
+):
+    model = read_model(open_checkpoint(WRITERS[family](tmp_path / "c")))
+    wrong = replace(model.family, reference=replace(model.family.reference, router=router))
+    with pytest.raises(AssertionError, match=f"0 layers of .* have the router {router}, expected [23]$"):
+        load_reference(replace(model, family=wrong))
