@@ -172,18 +172,26 @@ class ConfigReader:
         reader.overlaid = frozenset(nested)
         return reader
 
-    def integer(self, key: str, *, absent: int | None = None, minimum: int = 1, maximum: int = MAX_DIMENSION) -> int:
-        """Read a whole number from `minimum` to `maximum`. `absent` is the default that transformers' config class
-        has for a missing or null key."""
-        value = self._value(key, absent)
+    def integer(
+        self,
+        key: str,
+        *,
+        absent: int | None = None,
+        null: int | None = None,
+        minimum: int = 1,
+        maximum: int = MAX_DIMENSION,
+    ) -> int:
+        """Read a whole number from `minimum` to `maximum`. `absent` is the value that transformers' config class has
+        for a missing key, `null` the value for null. Where that is None, such a key is refused."""
+        value = self._value(key, absent, null)
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
             self._problems.append(f"{key} is {shown(value)}, expected a whole number of {minimum} to {maximum}")
             return minimum
         return value
 
     def real(self, key: str, *, absent: float | None = None, maximum: float = MAX_REAL) -> float:
-        """Read a positive number that float32 can hold. `absent` is the default, as for `integer`."""
-        value = self._value(key, absent)
+        """Read a positive number that float32 can hold. `absent` is the default for a missing key; null is refused."""
+        value = self._value(key, absent, None)
         if isinstance(value, bool) or not isinstance(value, int | float) or not MIN_REAL <= value <= maximum:
             most = "" if maximum == MAX_REAL else f" of at most {maximum:g}"
             self._problems.append(f"{key} is {shown(value)}, expected a positive, finite number{most}")
@@ -206,7 +214,7 @@ class ConfigReader:
     def require(self, key: str, allowed: Iterable[Any], *, absent: Any = None) -> None:  # noqa: ANN401 - JSON value
         """Refuse a key whose value is not one of `allowed`. A missing or null key counts as the value `absent`."""
         allowed = list(allowed)
-        value = self._value(key, absent)
+        value = self._value(key, absent, absent)
         if value not in allowed:
             self._problems.append(f"{key} is {shown(value)}; moeship builds only {' or '.join(map(repr, allowed))}")
 
@@ -241,7 +249,12 @@ class ConfigReader:
                 f"another model would be built:{listing(self._problems, 2 * MAX_LISTED)}"
             )
 
-    def _value(self, key: str, absent: Any) -> Any:  # noqa: ANN401 - JSON value
+    def _value(self, key: str, absent: Any, null: Any) -> Any:  # noqa: ANN401 - JSON value
         self._seen.add(key)
-        value = self.raw.get(key)
-        return absent if value is None else value
+        value = self.raw.get(key, absent)
+        if value is not None or key not in self.raw:
+            return value
+        if null is None and absent is not None:
+            self._problems.append(f"{key} is null, and transformers has no number for it; state one")
+            return absent
+        return null

@@ -49,9 +49,6 @@ def read_config(raw: Mapping[str, Any]) -> Architecture:
     Missing keys have the defaults of transformers' GraniteMoeConfig, where attention_multiplier is 1 and not 1/sqrt(D).
     """
     reader = ConfigReader(raw, "granitemoe")
-    for key in _SCALARS:
-        if key in raw and raw[key] is None:
-            reader.problem(f"{key} is null, and transformers has no number for it; state one")
     embedding, residual, attention, logits = (reader.real(key, absent=1.0) for key in _SCALARS)
     return read_stack_config(
         reader,

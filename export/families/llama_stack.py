@@ -57,7 +57,7 @@ def read_stack_config(
 ) -> Architecture:
     """Read the Architecture from a config.json with the keys of transformers' LlamaConfig. `rope_base`, `norm_epsilon`
     and `num_kv_heads` (None: as many as query heads) are the defaults of the family's configuration class for missing
-    keys. Raises ConfigError."""
+    keys. Null means as many key/value heads as query heads. Raises ConfigError."""
     raw = reader.raw
     reader.harmless(*HARMLESS_KEYS, *_TRAINING_KEYS)
     refuse_quantized(reader)
@@ -65,7 +65,7 @@ def read_stack_config(
     reader.require("hidden_act", ["silu"], absent="silu")
     reader.require("attention_bias", [False], absent=False)
     reader.require("tie_word_embeddings", [False, True], absent=False)
-    head_size = reader.integer("head_dim", absent=hidden // heads)
+    head_size = reader.integer("head_dim", absent=hidden // heads, null=hidden // heads)
     if raw.get("head_dim") is None and hidden % heads:
         reader.problem(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     experts = reader.integer("num_local_experts", absent=8, maximum=MAX_EXPERTS)
@@ -78,7 +78,7 @@ def read_stack_config(
         hidden_size=hidden,
         num_layers=reader.integer("num_hidden_layers", maximum=MAX_LAYERS),
         num_heads=heads,
-        num_kv_heads=reader.integer("num_key_value_heads", absent=num_kv_heads or heads),
+        num_kv_heads=reader.integer("num_key_value_heads", absent=num_kv_heads or heads, null=heads),
         head_size=head_size,
         ffn_size=reader.integer("intermediate_size"),
         vocab_size=reader.integer("vocab_size"),

@@ -54,8 +54,7 @@ def read_config(raw: Mapping[str, Any]) -> Architecture:
         "mixtral",
         rope_base=1e6,
         norm_epsilon=1e-5,
-        # With null there are as many as query heads; a missing key means 8, as in Mixtral-8x7B.
-        num_kv_heads=None if "num_key_value_heads" in raw else 8,
+        num_kv_heads=8,
         sliding_window=None if raw.get("sliding_window") is None else reader.integer("sliding_window"),
     )
 

@@ -69,7 +69,7 @@ def _read_transformers_config(raw: Mapping[str, Any]) -> Architecture:
         hidden_size=hidden,
         num_layers=reader.integer("num_hidden_layers", maximum=MAX_LAYERS),
         num_heads=heads,
-        num_kv_heads=reader.integer("num_key_value_heads", absent=heads),
+        num_kv_heads=reader.integer("num_key_value_heads", absent=heads, null=heads),
         head_size=max(1, hidden // heads),
         ffn_size=reader.integer("intermediate_size"),
         vocab_size=reader.integer("vocab_size"),

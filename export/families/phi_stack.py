@@ -37,7 +37,6 @@ EMBEDDING = "transformer.embd.wte.weight"
 FINAL_NORM = "lm_head.ln"
 HEAD = "lm_head.linear"
 ROPE_BASE = 10000.0
-# Buffers that some exports keep; every engine recomputes them.
 # Our module names -> those of transformers' Phi, at the top of the model and inside a layer.
 TRANSFORMERS_TOP = {
     EMBEDDING.rpartition(".")[0]: "model.embed_tokens",
@@ -50,6 +49,7 @@ TRANSFORMERS_MODULES = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
+# Buffers that some exports keep; every engine recomputes them.
 HARMLESS_TENSORS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "causal_mask", "mask")
 _HARMLESS_KEYS = (
     "architectures", "auto_map", "model_type", "attn_pdrop", "embd_pdrop", "resid_pdrop", "initializer_range",
@@ -126,9 +126,9 @@ def read_msft_config(raw: Mapping[str, Any], family: str) -> Architecture:
         hidden_size=hidden,
         num_layers=reader.integer("n_layer", maximum=MAX_LAYERS),
         num_heads=heads,
-        num_kv_heads=reader.integer("n_head_kv", absent=heads),
+        num_kv_heads=reader.integer("n_head_kv", absent=heads, null=heads),
         head_size=max(1, hidden // heads),
-        ffn_size=reader.integer("n_inner", absent=4 * hidden),
+        ffn_size=reader.integer("n_inner", absent=4 * hidden, null=4 * hidden),
         vocab_size=reader.integer("vocab_size"),
         num_experts=experts if experts > 1 else 0,
         experts_per_token=per_token if experts > 1 else 0,

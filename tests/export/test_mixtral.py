@@ -139,6 +139,7 @@ def test_rotary_base_and_key_heads_are_read_wherever_they_stand():
     [
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; moeship builds only 'silu'"),
         ({"num_experts_per_tok": 6}, "num_experts_per_tok is 6, expected 1 to num_local_experts = 5"),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok is null, and transformers has no number for it"),
         ({"num_local_experts": 0}, "num_local_experts is 0, expected a whole number of 1"),
         ({"num_key_value_heads": 4}, "6 query heads do not divide among 4 key heads"),
         ({"head_dim": None}, "hidden_size 80 is not a multiple of num_attention_heads 6"),

@@ -137,7 +137,7 @@ def test_scalars_that_are_absent_are_transformers_own(tmp_path, checkpoint):
     defaults = GraniteMoeConfig()
     for key in (*SCALARS, "rms_norm_eps", "rope_theta", "num_key_value_heads", "num_local_experts", "hidden_act"):
         config.pop(key, None)
-    facts = granitemoe.read_config(config | {"num_local_experts": None})
+    facts = granitemoe.read_config(config)
     assert facts.norm_epsilon == defaults.rms_norm_eps == 1e-6
     assert facts.rope_base == defaults.rope_parameters["rope_theta"] == 1e4
     assert (facts.num_experts, facts.num_kv_heads) == (defaults.num_local_experts, facts.num_heads)
@@ -147,10 +147,13 @@ def test_scalars_that_are_absent_are_transformers_own(tmp_path, checkpoint):
     }  # fmt: skip
 
 
+NUMBERS = ("num_experts_per_tok", "num_local_experts", "rms_norm_eps", "rope_theta")
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        *(({key: None}, f"{key} is null, and transformers has no number for it") for key in SCALARS),
+        *(({key: None}, f"{key} is null, and transformers has no number for it") for key in (*SCALARS, *NUMBERS)),
         ({"residual_multiplier": 0}, "residual_multiplier is 0, expected a positive"),
         ({"logits_scaling": "6"}, "logits_scaling is '6', expected a positive"),
         ({"attention_bias": True}, r"attention_bias is True; moeship builds only False"),

@@ -166,6 +166,20 @@ def test_rotary_facts_that_are_no_positive_numbers_are_refused(tmp_path, key, va
         read(folder)
 
 
+@pytest.mark.parametrize("key", ["rope_theta", "partial_rotary_factor"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_rotary_facts_that_are_null_are_refused_as_transformers_does_not_take_its_defaults_for_them(
+    tmp_path, key, nested
+):
+    folder = write_phi_checkpoint(tmp_path / "phi", seed=1)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    edit_config(
+        folder, **({"rope_parameters": {**rope, key: None}} if nested else {"rope_parameters": "absent", key: None})
+    )
+    with pytest.raises(ConfigError, match=f"{key} is null, and transformers has no number for it"):
+        read(folder)
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
