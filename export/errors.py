@@ -6,6 +6,7 @@ functions that format names, values and lists for messages.
     ├── CheckpointError          tensors or files of a checkpoint are missing, damaged or of the wrong shape
     ├── MergeError               experts that cannot be merged
     ├── ExportError              a graph that cannot be written as planned
+    │   └── KernelsError         the kernels that were chosen lack what the graph needs; others may have it
     ├── QuantizationError        a tensor that the asked precision cannot hold
     ├── OutputError              the output cannot be written where it was asked
     └── MissingPackageError      an optional package is needed; the message names the extra that installs it
@@ -51,6 +52,10 @@ class MergeError(MoeshipError):
 
 class ExportError(MoeshipError):
     """A graph cannot be written as planned."""
+
+
+class KernelsError(ExportError):
+    """The kernels of a graph lack a router or an activation that it needs."""
 
 
 class QuantizationError(MoeshipError):

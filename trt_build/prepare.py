@@ -16,7 +16,7 @@ from pathlib import Path
 
 from export.checkpoint.folder import Checkpoint, open_checkpoint
 from export.checkpoint.tensor_table import Weights
-from export.errors import ConfigError
+from export.errors import ConfigError, KernelsError
 from export.exporter import ExportPlan, plan_export
 from export.families import Model, read_model
 from export.provider import KERNELS, ONNX_RUNTIME, OWN_KERNELS, Provider, provider_of
@@ -39,7 +39,8 @@ _LIBRARIES = ("moeship", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tok
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """The options of an engine. If `experts_per_token` or `max_sequence` (tokens) is None, the checkpoint's value is
-    used. `kernels` are the kernels that multiply quantised matrices; None takes those of `chosen_kernels`."""
+    used. `kernels` are the kernels that multiply quantised matrices; None takes those of `chosen_kernels`, and ONNX
+    Runtime's for a model that moeship's do not compute."""
 
     checkpoint: str
     precision: str = "int4"
@@ -136,7 +137,8 @@ def _fit_own_kernels(provider: str, precision: str) -> bool:
 
 
 def prepare_build(options: EngineOptions) -> PreparedBuild:
-    """Open the checkpoint and plan the engine. Logs a warning if moeship's kernels would be chosen and cannot be used.
+    """Open the checkpoint and plan the engine. Logs a warning if moeship's kernels would be chosen and cannot be used
+    on this machine or do not compute this model.
 
     Raises the MoeshipError of the stage that failed.
     """
@@ -150,6 +152,14 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
             fault.reason,
             fault.remedy,
         )
+    try:
+        export = plan_export(source.model, quantization, provider, max_sequence=source.max_sequence)
+    except KernelsError as error:
+        if options.kernels is not None or provider.kernels == ONNX_RUNTIME:
+            raise
+        provider, quantization = check_options(dataclasses.replace(options, kernels=ONNX_RUNTIME))
+        export = plan_export(source.model, quantization, provider, max_sequence=source.max_sequence)
+        logger.warning("the engine is for ONNX Runtime's CPU kernels, as moeship's lack what it needs (%s)", error)
     return PreparedBuild(
         options=dataclasses.replace(options, kernels=provider.kernels),
         provider=provider,
@@ -158,7 +168,7 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
         model=source.model,
         settings=source.settings,
         max_sequence=source.max_sequence,
-        export=plan_export(source.model, quantization, provider, max_sequence=source.max_sequence),
+        export=export,
     )
 
 

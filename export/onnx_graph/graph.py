@@ -178,11 +178,11 @@ class GraphBuilder:
         """A mixture: route [B, S, H] to K experts, chosen and weighted by the rule of `architecture.router`.
 
         `activation` between fc1 and fc2 is "gelu" in its tanh form, or "swiglu", which is silu(gate) * up, where the
-        outputs of fc1 alternate between gate and up. Biases are added if the table has them. Raises ExportError for a
-        router that the kernels do not support.
+        outputs of fc1 alternate between gate and up. Biases are added if the table has them. Raises
+        KernelsError for a router or an activation that the kernels do not support.
         """
         rule = self.architecture.router
-        self._kernels.check_router(rule, name)
+        self._kernels.check_mixture(rule, activation, name)
         router = self._router(x, gate, name)
         x = self._cast(x, self._float_type)
         features = [self._table[f"{fc}.weight"].shape[-1] for fc in (fc1, fc2)]

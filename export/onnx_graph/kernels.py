@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from export.architecture import Router
 from export.checkpoint.tensor_table import TensorSpec
-from export.errors import ExportError
+from export.errors import KernelsError
 from export.onnx_graph import names
 from export.onnx_graph.initializers import initializer_names, quantized_initializers
 from export.onnx_graph.weights import Initializer, Layout, WeightJob
@@ -61,19 +61,21 @@ class Kernels(ABC):
     domain: ClassVar[str]
     layout: ClassVar[Layout]
     normalises: ClassVar[tuple[bool, ...]]  # values of Router.normalise that the kernel of the experts supports
+    activations: ClassVar[tuple[str, ...]]  # activations that the kernel of the experts supports
 
-    def check_router(self, router: Router, path: str) -> None:
-        """Raise ExportError that names the fields of a router which these kernels do not support."""
-        lacking = {
-            "score": (router.score, ("softmax",)),
-            "normalise": (router.normalise, self.normalises),
-            "groups": (router.groups, (1,)),
-            "bias": (router.bias, (False,)),
+    def check_mixture(self, router: Router, activation: str, path: str) -> None:
+        """Raise KernelsError that names what of a mixture's router and activation these kernels do not support."""
+        needed = {
+            "router's score": (router.score, ("softmax",)),
+            "router's normalise": (router.normalise, self.normalises),
+            "router's groups": (router.groups, (1,)),
+            "router's bias": (router.bias, (False,)),
+            "experts' activation": (activation, self.activations),
         }
-        for name, (value, known) in lacking.items():
+        for name, (value, known) in needed.items():
             if value not in known:
-                raise ExportError(
-                    f"planning {path}: its router's {name} is {value}, and these kernels have only "
+                raise KernelsError(
+                    f"planning {path}: its {name} is {value}, and these kernels have only "
                     f"{' and '.join(map(str, known))}; this model cannot be built for them"
                 )
 
@@ -105,6 +107,7 @@ class _OnnxRuntime(Kernels):
     domain = names.MICROSOFT_DOMAIN
     layout = Layout.BLOCKS
     normalises = (True, False)
+    activations = ("relu", "gelu", "silu", "swiglu", "identity")
 
     def initializers(self, spec: TensorSpec, bits: int, block: int, provider: Provider) -> tuple[Initializer, ...]:
         return quantized_initializers(spec, bits, block, provider)
@@ -131,6 +134,7 @@ class _Moeship(Kernels):
     domain = names.MOESHIP_DOMAIN
     layout = Layout.GROUPS
     normalises = (True,)
+    activations = ("gelu", "silu", "swiglu")
 
     def initializers(self, spec: TensorSpec, bits: int, block: int, provider: Provider) -> tuple[Initializer, ...]:  # noqa: ARG002 - the layout is one for all
         *stack, rows, features = spec.shape

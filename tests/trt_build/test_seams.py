@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 from transformers import MixtralForCausalLM
 
+from ci.kill_builds import compare
 from export.architecture import Router
 from export.checkpoint.folder import open_checkpoint
 from export.checkpoint.tensor_table import Role, single
@@ -27,6 +28,7 @@ from trt_build.comparison import parity
 from trt_build.comparison.torch_reference import load_reference
 from trt_build.engine import open_engine
 from trt_build.manifest import digested_text
+from trt_build.ort import kernels
 
 TOKENS = np.random.default_rng(3).integers(0, 250, 60).tolist()
 FP32 = parity.THRESHOLDS["fp32"]
@@ -283,6 +285,38 @@ def test_a_router_that_no_kernel_has_is_refused_by_what_it_lacks(tmp_path, famil
     folder = write_mixtral_checkpoint(tmp_path / "checkpoint", seed=2, config={"model_type": "routed"}, **sizes)
     with pytest.raises(ExportError, match=rf"planning model.layers.0.mlp: {problem}"):
         build(folder, tmp_path / "engine", **options)
+
+
+def test_the_kernels_that_nobody_names_are_those_that_have_the_router(tmp_path, family, monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "found_fault", lambda: None)
+    family(with_router(Router(normalise=False)))
+    sizes = {"hidden_size": 128, "num_heads": 4, "ffn_size": 64, "head_dim": 32}
+    folder = write_mixtral_checkpoint(tmp_path / "checkpoint", seed=2, config={"model_type": "routed"}, **sizes)
+    engine = build(folder, tmp_path / "engine", "int8")
+    assert engine.manifest.kernels == "onnxruntime"
+    assert [line for line in caplog.messages if "router's normalise is False, and these kernels have only True" in line]
+    compare(engine.folder, build(folder, tmp_path / "named", "int8", kernels="onnxruntime").folder)
+
+
+@pytest.mark.parametrize(
+    ("activation", "options", "problem"),
+    [
+        ("relu", {"kernels": "moeship"}, "experts' activation is relu, and these kernels have only gelu and silu"),
+        ("tanh", {"kernels": "onnxruntime"}, "experts' activation is tanh, and these kernels have only relu"),
+        ("tanh", {}, "experts' activation is tanh, and these kernels have only relu"),
+    ],
+)
+def test_an_activation_that_the_kernels_lack_is_refused(tmp_path, family, activation, options, problem):
+    def decoder(graph, facts):
+        experts = graph.experts
+        graph.experts = lambda x, **names: experts(x, **{**names, "activation": activation})
+        return llama_stack.stack_graph(graph, facts)
+
+    family(dataclasses.replace(with_router(Router()), decoder=decoder))
+    sizes = {"hidden_size": 128, "num_heads": 4, "ffn_size": 64, "head_dim": 32}
+    folder = write_mixtral_checkpoint(tmp_path / "checkpoint", seed=2, config={"model_type": "routed"}, **sizes)
+    with pytest.raises(ExportError, match=rf"planning model.layers.0.mlp: its {problem}"):
+        build(folder, tmp_path / "engine", "int4", **options)
 
 
 # Batches.
