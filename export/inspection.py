@@ -14,7 +14,7 @@ from export import routing
 from export.architecture import Architecture
 from export.checkpoint.folder import Checkpoint
 from export.checkpoint.tensor_table import Part, Role, TensorSpec
-from export.families import Model, read_model
+from export.families import read_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def describe(checkpoint: Checkpoint, experts_per_token: int | None = None) -> Ch
         dtype_bytes=dtype_bytes,
         shard_bytes={shard.name: shard.stat().st_size for shard in checkpoint.shards},
         roles=roles,
-        routing=_routing(model),
+        routing=model.routing_report(),
     )
 
 
@@ -103,9 +103,3 @@ def _active_elements(spec: TensorSpec, architecture: Architecture) -> int:
     if not spec.letters.startswith("E ") or spec.role is Role.ROUTER:
         return spec.num_elements
     return spec.num_elements // architecture.num_experts * architecture.experts_per_token
-
-
-def _routing(model: Model) -> routing.RoutingReport | None:
-    if not model.architecture.is_moe:
-        return None
-    return routing.diagnose(model.gates(), model.architecture.experts_per_token)

@@ -21,7 +21,6 @@ from export.exporter import ExportPlan, plan_export
 from export.families import Model, read_model
 from export.provider import KERNELS, ONNX_RUNTIME, OWN_KERNELS, Provider, provider_of
 from export.quantize.recipe import QuantPlan, plan_for
-from export.routing import RoutingReport, diagnose
 from export.tokenizer.loading import Tokenizer
 from export.tokenizer.settings import Settings, check_token_ids, read_settings
 from trt_build.engine import BACKEND, FORMAT_VERSION, FileRecord, Manifest, Precision, Source
@@ -90,7 +89,7 @@ class PreparedBuild:
 
     def manifest(self, source: Source, files: Mapping[str, FileRecord]) -> Manifest:
         """The contents of engine.json. Reads the gates for their diagnosis."""
-        architecture = self.model.architecture
+        architecture, routing = self.model.architecture, self.model.routing_report()
         return Manifest(
             format_version=FORMAT_VERSION,
             model=Path(self.options.checkpoint).resolve().name,
@@ -107,7 +106,7 @@ class PreparedBuild:
             eos_token_ids=self.settings.ids.eos,
             tokenizer=self.settings.facts,
             source=source,
-            routing=routing_facts(self.model),
+            routing=None if routing is None else routing.to_json(),
             libraries=libraries(),
             files=files,
         )
@@ -220,16 +219,3 @@ def _precision(plan: QuantPlan, export: ExportPlan, weights: Weights) -> Precisi
         accuracy_level=plan.accuracy_level,
         average_bits_per_weight=round(8 * export.num_weights_bytes / num_weights, 3),
     )
-
-
-def routing_facts(model: Model) -> dict[str, object] | None:
-    """The diagnosis of the gates as JSON values; None for a dense model."""
-    report = routing_report(model)
-    return None if report is None else report.to_json()
-
-
-def routing_report(model: Model) -> RoutingReport | None:
-    """The diagnosis of the gates; None for a dense model."""
-    if not model.architecture.is_moe:
-        return None
-    return diagnose(model.gates(), model.architecture.experts_per_token)

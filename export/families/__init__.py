@@ -24,6 +24,7 @@ from export.checkpoint.token_ids import read_token_ids
 from export.errors import CheckpointError, ConfigError, ExportError, named, shown
 from export.families.reference import Reference
 from export.families.trtllm_network import LlmApiModel, TrtllmNetwork
+from export.routing import RoutingReport, diagnose
 
 if TYPE_CHECKING:
     from export.onnx_graph.graph import GraphBuilder
@@ -85,6 +86,12 @@ class Model:
         names = [spec.name for spec in self.weights.table.values() if spec.role is Role.ROUTER]
         layers = {self.family.layer(layer): layer for layer in range(self.architecture.num_layers)}
         return {_layer_of(name, layers): self.weights.load(name) for name in names}
+
+    def routing_report(self) -> RoutingReport | None:
+        """The diagnosis of the gates, which are read for it; None for a dense model."""
+        if not self.architecture.is_moe:
+            return None
+        return diagnose(self.gates(), self.architecture.experts_per_token)
 
 
 def _layer_of(name: str, layers: Mapping[str, int]) -> int:

@@ -15,7 +15,6 @@ from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.trtllm.checkpoint import CheckpointOptions, write_checkpoint
 from export.trtllm.parallel import Parallelism
-from trt_build.prepare import routing_report
 from trt_build.trtllm.build import build_trtllm
 from trt_build.trtllm.options import TrtllmOptions
 
@@ -44,7 +43,7 @@ def with_rows(folder, rows):
 
 def test_two_of_four_equal_gate_rows_are_enough_for_two_experts_a_token(equal_gates, tmp_path):
     model = read_model(open_checkpoint(equal_gates))
-    left_out = routing_report(model).never_chosen
+    left_out = model.routing_report().never_chosen
     assert left_out == (2, 3)
     write_checkpoint(model, CheckpointOptions(precision="fp16", left_out=left_out), tmp_path / "less")
     write_checkpoint(model, CheckpointOptions(precision="fp16"), tmp_path / "all")

@@ -37,7 +37,7 @@ from trt_build.engine import Source, record_files
 from trt_build.errors import EngineError
 from trt_build.machine.readings import LIBRARY, Machine, read_machine, release
 from trt_build.manifest import TRTLLM_BACKEND
-from trt_build.prepare import SourceModel, libraries, open_source, routing_report
+from trt_build.prepare import SourceModel, libraries, open_source
 from trt_build.trtllm.engine import (
     CONFIG_FILE,
     FORMAT_VERSION,
@@ -153,7 +153,7 @@ def _prepare(options: TrtllmOptions) -> _Build:
     """Check the options and plan checkpoint and engine, before a weight is read. Raises for what cannot be built."""
     source, machine = open_source(options.checkpoint, options.experts_per_token, options.max_seq_len), read_machine()
     check_options(options, source.model, machine)
-    routing = routing_report(source.model)
+    routing = source.model.routing_report()
     left_out = routing.never_chosen if routing else ()
     wanted = options.checkpoint_options(machine, source.tokenizer.size, left_out)
     checkpoint = plan_checkpoint(source.model, wanted)
