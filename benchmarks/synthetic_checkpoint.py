@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.architecture import Architecture
-from export.checkpoint.folder import numpy_dtype
+from export.checkpoint.safetensors_header import numpy_dtype
 from export.checkpoint.shard_writer import PlannedTensor, write_sharded
 from export.command import run_command
 from export.families import families

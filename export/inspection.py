@@ -100,6 +100,6 @@ def _stored_once(table: Iterable[TensorSpec]) -> list[TensorSpec]:
 
 def _active_elements(spec: TensorSpec, architecture: Architecture) -> int:
     """Number of a tensor's values that one token uses: the share K/E of an expert tensor [E, ...], all of any other."""
-    if not spec.letters.startswith("E ") or spec.role is Role.ROUTER:
+    if not spec.stacks_experts:
         return spec.num_elements
     return spec.num_elements // architecture.num_experts * architecture.experts_per_token

@@ -151,7 +151,7 @@ def _share_per_token(job: WeightJob, weights: Weights, experts_per_token: int) -
     spec = weights.table[job.source]
     if job.role is Role.EMBEDDING:
         return 1 / spec.shape[0]
-    if spec.letters.startswith("E ") and job.role is not Role.ROUTER:
+    if spec.stacks_experts:
         return experts_per_token / spec.shape[0]
     return 1.0
 

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.checkpoint.file_table import INDEX_FILE
-from export.checkpoint.folder import numpy_dtype
+from export.checkpoint.safetensors_header import numpy_dtype
 from export.errors import OutputError
 
 Chunks = Callable[["PlannedTensor"], Iterable[npt.NDArray[Any]]]

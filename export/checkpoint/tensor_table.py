@@ -103,6 +103,11 @@ class TensorSpec:
         return math.prod(self.shape)
 
     @property
+    def stacks_experts(self) -> bool:
+        """Whether the row stacks one matrix or vector for each expert."""
+        return self.join in (Join.STACK, Join.INTERLEAVE)
+
+    @property
     def groups(self) -> list[tuple[Part, ...]]:
         """The parts in the order of their values, in groups of one, or of two whose rows alternate."""
         size = 2 if self.join is Join.INTERLEAVE else 1

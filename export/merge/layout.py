@@ -19,8 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.architecture import Architecture
-from export.checkpoint.folder import numpy_dtype
-from export.checkpoint.safetensors_header import FLOAT_LABELS
+from export.checkpoint.safetensors_header import FLOAT_LABELS, numpy_dtype
 from export.checkpoint.shard_writer import PlannedTensor
 from export.checkpoint.tensor_table import CHUNK_ELEMENTS, Join, Part, Role
 from export.errors import CheckpointError, MergeError

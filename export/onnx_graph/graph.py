@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.architecture import Architecture
-from export.checkpoint.tensor_table import Join, Role, TensorSpec
+from export.checkpoint.tensor_table import Role, TensorSpec
 from export.errors import ExportError
 from export.onnx_graph import names
 from export.onnx_graph.initializers import onnx_type, tensors
@@ -360,7 +360,7 @@ class GraphBuilder:
         spec = self._table[name]
         if self._plan.bits_of(spec.role) is not None:
             raise ExportError(f"planning {name}: the role {spec.role} is never quantised, the recipe lists it")
-        order = self._expert_order if spec.join is Join.STACK else None
+        order = self._expert_order if spec.stacks_experts else None
         output = Initializer(name=name, dtype=float_type, shape=spec.shape)
         self.jobs.append(
             WeightJob(source=name, role=spec.role, layout=Layout.PLAIN, outputs=(output,), expert_order=order, **scaled)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.checkpoint.digests import recorded
-from export.checkpoint.folder import numpy_dtype
+from export.checkpoint.safetensors_header import numpy_dtype
 from export.checkpoint.tensor_table import CHUNK_ELEMENTS, Weights
 from export.conversion.converter import Converter
 from export.conversion.parts import OpenRegion, PartRecord, PlannedRegion

@@ -198,7 +198,7 @@ class _Row:
     ) -> None:
         self.spec, self.layer, self.module, self.kind = spec, layer, module, kind
         self.facts, self.options, self.parallel = facts, options, options.parallel
-        self.experts = len(options.experts) if spec.join in (Join.STACK, Join.INTERLEAVE) else 0
+        self.experts = len(options.experts) if spec.stacks_experts else 0
         self.quantised = module in QUANTISED and kind == "weight" and options.precision.bits > 0
 
     def job(self) -> TensorJob:

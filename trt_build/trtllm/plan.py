@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from export.checkpoint.safetensors_header import FLOAT_LABELS, itemsize
-from export.checkpoint.tensor_table import Join, Role, TensorSpec
+from export.checkpoint.tensor_table import Role, TensorSpec
 from export.routing import RoutingReport
 from export.trtllm.checkpoint import CheckpointPlan
 from export.trtllm.converter import rank_file
@@ -93,7 +93,7 @@ def plan_trtllm(
 def _num_written(spec: TensorSpec, checkpoint: CheckpointPlan) -> int:
     """Number of values that are written for one row of the tensor table, without experts that are left out."""
     experts = checkpoint.model.architecture.num_experts
-    if spec.role is not Role.ROUTER and spec.join not in (Join.STACK, Join.INTERLEAVE):
+    if spec.role is not Role.ROUTER and not spec.stacks_experts:
         return spec.num_elements
     return spec.num_elements * (experts - len(checkpoint.options.left_out)) // experts
 
