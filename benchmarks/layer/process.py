@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from layer.shape import HIDDEN, PAIRS, Layer
 
 _BENCHMARKS = Path(__file__).resolve().parent.parent
 _SETTLE_S = 0.02  # OpenMP's threads spin some milliseconds after their last call (libgomp's GOMP_SPINCOUNT)
+WARM_UP_S = 0.04  # threads that just woke can share a core until the scheduler moves one of them
 
 MOESHIP, QMOE = "moeship", "onnxruntime QMoE"
 GGML = ("llama.cpp Q4_0", "llama.cpp Q4_K", "ik_llama.cpp Q4_0", "ik_llama.cpp IQ4_KS")
@@ -38,8 +40,8 @@ class Contender:
         self.facts: str = opened["facts"]
 
     def seconds(self, rows: int, calls: int) -> list[float]:
-        """The seconds of each of `calls` calls, after one call that does not count. Calls alternate between the pairs
-        of experts."""
+        """The seconds of each of `calls` calls, after calls of WARM_UP_S in all that do not count. Calls alternate
+        between the pairs of experts."""
         assert self._process.stdin is not None
         print(json.dumps({"rows": rows, "calls": calls}), file=self._process.stdin, flush=True)
         measured: list[float] = self._answer()["seconds"]
@@ -88,11 +90,15 @@ def _serve(layer: Layer, answer: Callable[[dict[str, Any]], None]) -> None:
     for line in sys.stdin:
         order = json.loads(line)
         rows = draw.normal(size=(order["rows"], HIDDEN)).astype(np.float32)
-        layer.run(rows, PAIRS[-1])
+        pairs = itertools.cycle(PAIRS)
+        warm_from = time.perf_counter()
+        layer.run(rows, next(pairs))
+        while time.perf_counter() - warm_from < WARM_UP_S:
+            layer.run(rows, next(pairs))
         seconds = []
-        for number in range(order["calls"]):
+        for _ in range(order["calls"]):
             begun = time.perf_counter()
-            layer.run(rows, PAIRS[number % len(PAIRS)])
+            layer.run(rows, next(pairs))
             seconds.append(time.perf_counter() - begun)
         answer({"seconds": seconds})
 

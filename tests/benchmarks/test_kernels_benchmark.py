@@ -18,14 +18,19 @@ from layer.process import started
 from layer.shape import HIDDEN, WEIGHTS, WIDTH
 
 
-def test_calls_take_the_pairs_in_turn_after_one_that_does_not_count(monkeypatch):
-    calls, answers = [], []
-    layer = SimpleNamespace(run=lambda rows, pair: calls.append((rows.shape, pair)))
-    monkeypatch.setattr(process.sys, "stdin", io.StringIO('{"rows": 3, "calls": 4}\n{"rows": 1, "calls": 1}\n'))
-    process._serve(layer, answers.append)
-    assert calls[:5] == [((3, HIDDEN), pair) for pair in ((0, 1), (3, 2), (0, 1), (3, 2), (0, 1))]
-    assert calls[5:] == [((1, HIDDEN), (0, 1)), ((1, HIDDEN), (3, 2))]
-    assert [len(answer["seconds"]) for answer in answers] == [4, 1]
+def test_calls_that_do_not_count_come_first_and_all_take_the_pairs_in_turn(monkeypatch):
+    calls, answers, now = [], [], [100.0]
+
+    def run(rows, pair):
+        calls.append((len(rows), pair))
+        now[0] += len(rows) / 64  # one row: 1/64 s, so that three calls fill the 0.04 s that do not count
+
+    monkeypatch.setattr(process.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(process.sys, "stdin", io.StringIO('{"rows": 1, "calls": 4}\n{"rows": 16, "calls": 2}\n'))
+    process._serve(SimpleNamespace(run=run), answers.append)
+    assert calls[:7] == [(1, pair) for pair in ((3, 2), (0, 1), (3, 2), (0, 1), (3, 2), (0, 1), (3, 2))]
+    assert calls[7:] == [(16, pair) for pair in ((3, 2), (0, 1), (3, 2))]
+    assert answers == [{"seconds": [1 / 64] * 4}, {"seconds": [0.25] * 2}]
 
 
 def test_every_round_begins_with_another_contender_and_many_rows_are_called_less_often(monkeypatch):
@@ -40,8 +45,8 @@ def test_every_round_begins_with_another_contender_and_many_rows_are_called_less
 
     monkeypatch.setattr(kernels, "measure_read_bandwidth", lambda *_: 5e9)
     found = kernels.measure([contender("a"), contender("b")], None, [1, 512], rounds=2, threads=1)
-    assert ran == [("a", 1, 6), ("b", 1, 6), ("a", 512, 2), ("b", 512, 2), ("b", 1, 6), ("a", 1, 6), ("b", 512, 2),
-                   ("a", 512, 2)]  # fmt: skip
+    assert ran == [("a", 1, 12), ("b", 1, 12), ("a", 512, 2), ("b", 512, 2), ("b", 1, 12), ("a", 1, 12),
+                   ("b", 512, 2), ("a", 512, 2)]  # fmt: skip
     assert found["seconds"]["b"][512]["median"] == 0.512
     assert found["int8_products"] is None
 
