@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from decode import llama_formats, machine
-from decode.contenders import CHOICES
+from decode.contenders import CHOICES, Task
 from decode.engine_bytes import count_bytes
 from decode.gguf_model import read_contents, write_model
 from decode.shape import Weights, count_weights, mixtral_of_equal_weights
@@ -49,6 +49,13 @@ class Entrant:
     notes: Mapping[str, Any]
     decode_scale: float = 1.0
     prefill_scale: float = 1.0
+
+    def task(self, positions: int, threads: int, settings: Mapping[str, Any]) -> Task:
+        """What its process has to load."""
+        return Task(
+            contender=self.name, source=self.source, model=self.model, positions=positions, threads=threads,
+            settings=dict(settings),
+        )  # fmt: skip
 
 
 def prepare(name: str, engine: Path | None, facts: Architecture, folder: Path, scaled_layers: int) -> Entrant:

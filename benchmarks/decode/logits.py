@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -16,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from decode.contenders import Llama, Task, load
-from decode.worker import task_from_json
+from decode.worker import task_as_json, task_from_json
 
 _BENCHMARKS = Path(__file__).resolve().parent.parent
 
@@ -24,7 +23,7 @@ _BENCHMARKS = Path(__file__).resolve().parent.parent
 def logits_of(task: Task, tokens: Sequence[int]) -> dict[str, npt.NDArray[np.float32]]:
     """The logits [S, V] of `tokens` decoded one by one, and the logits [1, V] of the last token if they are run as one
     prompt."""
-    order = {"task": {**dataclasses.asdict(task), "source": str(task.source)}, "tokens": list(tokens)}
+    order = {"task": task_as_json(task), "tokens": list(tokens)}
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "logits.npz"
         command = [sys.executable, "-m", "decode.logits", json.dumps(order), str(answer)]

@@ -25,7 +25,7 @@ from typing import Any
 
 from decode import machine
 from decode.entrants import Entrant
-from decode.worker import Lengths
+from decode.worker import Lengths, task_as_json
 
 RATES = ("decode_short", "decode_long", "prefill")
 QUIET_CORES = 0.1  # if other programs use more cores than this, the rates suffer
@@ -126,14 +126,7 @@ def run_turn(
     for path in entrant.files:
         _read_through(path)
     _await_quiet(entrant.name)
-    task = {
-        "contender": entrant.name,
-        "source": str(entrant.source) if entrant.source else None,
-        "model": dataclasses.asdict(entrant.model),
-        "positions": lengths.positions,
-        "threads": threads,
-        "settings": dict(settings),
-    }
+    task = task_as_json(entrant.task(lengths.positions, threads, settings))
     order: dict[str, Any] = {"task": task, "lengths": dataclasses.asdict(lengths), "started": time.monotonic()}
     others = _watch_others()
     command = [sys.executable, "-m", "decode.worker", json.dumps(order)]

@@ -6,8 +6,8 @@ the time from process start to first token, decoding after a short prompt, prefi
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from decode.contenders import Contender, Task, load
+from decode.orders import answers
 from export.architecture import Architecture
 from export.files.typed_json import read_typed
 
@@ -96,6 +97,10 @@ def _memory() -> dict[str, int]:
     return {words[0].rstrip(":"): int(words[1]) * _KIB for words in lines if words[-1] == "kB"}
 
 
+def task_as_json(task: Task) -> dict[str, Any]:
+    return {**dataclasses.asdict(task), "source": str(task.source) if task.source else None}
+
+
 def task_from_json(raw: dict[str, Any]) -> Task:
     source = raw.pop("source")
     return Task(source=Path(source) if source else None, model=read_typed(Architecture, raw.pop("model")), **raw)
@@ -103,14 +108,12 @@ def task_from_json(raw: dict[str, Any]) -> Task:
 
 def main() -> None:
     raw = json.loads(sys.argv[1])
-    # Libraries also write to the standard output, some when the process ends: send their output to stderr.
-    with os.fdopen(os.dup(sys.stdout.fileno()), "w") as answer:
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    with answers() as answer:
         task = task_from_json(raw["task"])
         lengths = read_typed(Lengths, raw["lengths"])
         contender = load(task)
         turn = measure(contender, lengths, raw["started"], task.model.vocab_size)
-        print(json.dumps({"turn": vars(turn), "facts": contender.facts()}), file=answer)
+        answer({"turn": vars(turn), "facts": contender.facts()})
 
 
 if __name__ == "__main__":

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from export.errors import ConfigError, MoeshipError
+from decode.orders import Answer, Worker, answers, orders, refusals, worker_process
+from export.errors import ConfigError
 from layer.ggml_layer import GgmlLayer
 from layer.onnx_layer import OnnxLayer, experts_node, moeship_arrays, qmoe_arrays, qmoe_node
 from layer.shape import HIDDEN, PAIRS, Layer
 
-_BENCHMARKS = Path(__file__).resolve().parent.parent
 _SETTLE_S = 0.02  # OpenMP's threads spin some milliseconds after their last call (libgomp's GOMP_SPINCOUNT)
 WARM_UP_S = 0.04  # threads that just woke can share a core until the scheduler moves one of them
 
@@ -30,33 +27,20 @@ GGML = ("llama.cpp Q4_0", "llama.cpp Q4_K", "ik_llama.cpp Q4_0", "ik_llama.cpp I
 NAMES = (MOESHIP, QMOE, *GGML)
 
 
-class Contender:
+class Contender(Worker):
     """A contender's process, as its parent uses it."""
 
     def __init__(self, name: str, process: subprocess.Popen[str]) -> None:
-        self.name, self._process = name, process
-        opened = self._answer()
-        self.num_bytes: int = opened["num_bytes"]
-        self.facts: str = opened["facts"]
+        super().__init__(name, process)
+        self.num_bytes: int = self.opened["num_bytes"]
+        self.facts: str = self.opened["facts"]
 
     def seconds(self, rows: int, calls: int) -> list[float]:
         """The seconds of each of `calls` calls, after calls of WARM_UP_S in all that do not count. Calls alternate
         between the pairs of experts."""
-        assert self._process.stdin is not None
-        print(json.dumps({"rows": rows, "calls": calls}), file=self._process.stdin, flush=True)
-        measured: list[float] = self._answer()["seconds"]
+        measured: list[float] = self.ask({"rows": rows, "calls": calls})["seconds"]
         time.sleep(_SETTLE_S)
         return measured
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise AssertionError(f"the process of {self.name} ended with status {self._process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        if "refused" in answer:
-            raise ConfigError(answer["refused"])
-        return answer
 
 
 @contextmanager
@@ -65,15 +49,8 @@ def started(name: str, threads: int) -> Iterator[Contender]:
     runtime = name.partition(" ")[0]
     if name not in NAMES and runtime != MOESHIP:
         raise ConfigError(f"measuring kernels: {name!r} is unknown. There are: {', '.join(NAMES)}")
-    command = [sys.executable, "-m", "layer.process", name, str(threads)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "GGML_NO_BACKTRACE": "1"}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=_BENCHMARKS, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
-        try:
-            yield Contender(name, process)
-        finally:
-            assert process.stdin is not None
-            process.stdin.close()
+    with worker_process("layer.process", [name, str(threads)], threads) as process:
+        yield Contender(name, process)
 
 
 def _open(name: str, threads: int, folder: Path) -> Layer:
@@ -85,10 +62,9 @@ def _open(name: str, threads: int, folder: Path) -> Layer:
     return GgmlLayer(runtime, kind, threads)
 
 
-def _serve(layer: Layer, answer: Callable[[dict[str, Any]], None]) -> None:
+def _serve(layer: Layer, answer: Answer) -> None:
     draw = np.random.default_rng(1)
-    for line in sys.stdin:
-        order = json.loads(line)
+    for order in orders():
         rows = draw.normal(size=(order["rows"], HIDDEN)).astype(np.float32)
         pairs = itertools.cycle(PAIRS)
         warm_from = time.perf_counter()
@@ -104,18 +80,8 @@ def _serve(layer: Layer, answer: Callable[[dict[str, Any]], None]) -> None:
 
 
 def main() -> None:
-    # Libraries also write to the standard output: send their output to stderr.
-    with os.fdopen(os.dup(sys.stdout.fileno()), "w") as out, tempfile.TemporaryDirectory() as folder:
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-
-        def answer(what: dict[str, Any]) -> None:
-            print(json.dumps(what), file=out, flush=True)
-
-        try:
-            layer = _open(sys.argv[1], int(sys.argv[2]), Path(folder))
-        except MoeshipError as error:
-            answer({"refused": str(error)})
-            return
+    with tempfile.TemporaryDirectory() as folder, answers() as answer, refusals(answer):
+        layer = _open(sys.argv[1], int(sys.argv[2]), Path(folder))
         answer({"num_bytes": layer.num_bytes, "facts": layer.facts()})
         _serve(layer, answer)
 
