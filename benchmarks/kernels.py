@@ -11,9 +11,9 @@ Each contender is a process of its own and sleeps while another works. A round m
 rate of reading memory and the rate of the processor's int8 products, and every contender at every number of rows. Each
 contender first makes calls for 40 ms that do not count, because its threads can share a core just after they woke; then
 12 calls count, or 2 at more than 16 rows. The figures, and the ratios to one row, are the medians of all counted calls;
-the best call is printed beside them. The bandwidth of a round is that of the fastest of several turns
-(trt_build/machine/bandwidth.py), and the bandwidth of the run is the median of the rounds: a share of it is stated low
-rather than high. A picture is drawn beside the JSON file.
+the best call is printed beside them. Either rate of a round is that of the fastest of several turns
+(trt_build/machine/bandwidth.py, layer/peak.py), and the rate of the run is the median of the rounds: a share of it is
+stated low rather than high. A picture is drawn beside the JSON file.
 """
 
 from __future__ import annotations

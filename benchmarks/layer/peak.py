@@ -13,7 +13,8 @@ from pathlib import Path
 from export.errors import ConfigError
 
 SOURCE = Path(__file__).with_name("int8_peak.c")
-_TURNS = 1 << 21
+_STEPS = 1 << 21  # of the loop: some 10 ms
+_TURNS = 8
 _COMPILERS = ("cc", "gcc", "clang")
 
 
@@ -33,12 +34,16 @@ class Peak:
             )
 
     def measure(self, threads: int) -> float:
-        """Int8 products per second of `threads` threads together."""
+        """Int8 products per second of `threads` threads together: the fastest of several turns, because threads that
+        just woke can share a core."""
         with ThreadPoolExecutor(max_workers=threads) as pool:
             list(pool.map(self._library.products, [1] * threads))
-            begun = time.perf_counter()
-            done: int = sum(pool.map(self._library.products, [_TURNS] * threads))
-            return done / (time.perf_counter() - begun)
+            return max(self._turn(pool, threads) for _ in range(_TURNS))
+
+    def _turn(self, pool: ThreadPoolExecutor, threads: int) -> float:
+        begun = time.perf_counter()
+        done: int = sum(pool.map(self._library.products, [_STEPS] * threads))
+        return done / (time.perf_counter() - begun)
 
 
 def _compile(folder: Path) -> Path:

@@ -109,6 +109,21 @@ def test_the_peak_counts_the_products_of_its_loop(tmp_path):
     assert loop.measure(threads=1) > 0
 
 
+def test_the_peak_of_a_round_is_the_fastest_of_its_turns(monkeypatch):
+    now, lengths = [0.0], iter([0.004, 0.002, *[0.008] * 6])
+    loop = object.__new__(peak.Peak)
+    loop._library = SimpleNamespace(products=lambda steps: 10 * steps)
+    monkeypatch.setattr(peak.time, "perf_counter", lambda: now[0])
+
+    def ended(count):
+        now[0] += next(lengths)
+        return count
+
+    monkeypatch.setattr(peak, "sum", lambda counts: ended(sum(counts)), raising=False)
+    assert loop.measure(threads=2) == pytest.approx(2 * 10 * (1 << 21) / 0.002)
+    assert next(lengths, None) is None
+
+
 def test_without_a_compiler_the_peak_names_one_and_the_option_that_leaves_it_out(tmp_path, monkeypatch):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
