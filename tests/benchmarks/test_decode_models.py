@@ -47,7 +47,7 @@ def test_the_peer_of_phixtral_has_its_sizes_and_experts_of_two_thirds_the_width(
     peer = mixtral_of_equal_weights(PHIXTRAL)
     assert peer == replace(PHIXTRAL, family="mixtral", ffn_size=6912, rotary_dim=80)  # 2/3 of 10240 is 6826.7
     # By hand: a layer has attention 4*2560*2560, router 4*2560, experts 4*2*2560*10240 or 4*3*2560*6912, half of them
-    # active; 32 layers; embedding and head 51200*2560 each, of which the head alone is multiplied with.
+    # active; 32 layers; embedding and head 51200*2560 each. The head is active, the embedding is not.
     assert count_weights(PHIXTRAL) == Weights(total=7_812_218_880, active=4_325_703_680)
     assert count_weights(peer) == Weights(total=7_896_104_960, active=4_367_646_720)
 
