@@ -5,13 +5,14 @@
 
 On a machine that shares its memory with others the read bandwidth can change by half within seconds. A turn of a
 minute, as in cpu_decode.py, can then meet fast memory with one contender and slow memory with the next. Here each
-contender is a process that keeps its model and is stopped (SIGSTOP) while another decodes. In a round each contender
-decodes 16 tokens, so all contenders of a round meet nearly the same memory. The figures are medians over rounds: of the
-rates, of the ratios to the first contender in the same round, and of the shares of the bandwidth of the same round.
+contender is a process that keeps its model and is stopped (SIGSTOP) while another decodes. A round waits a minute at
+most for other programs to leave the cores idle. Then each contender decodes 16 tokens, so all contenders of a round
+meet nearly the same memory. The figures are medians over rounds: of the rates, of the ratios to the first contender in
+the same round, and of the shares of the bandwidth of the same round.
 
-llama.cpp and ik_llama.cpp run the model of cpu_decode.py, without flash attention, and ik_llama.cpp repacks its weights
-when it loads them: of the settings that cpu_decode.py tries, these decoded fastest on an EPYC. Memory must hold the
-models of all contenders together.
+llama.cpp and ik_llama.cpp run the model of cpu_decode.py without flash attention, and ik_llama.cpp repacks its weights
+when it loads them: in cpu_decode.py's trials on an EPYC these settings decoded fastest after 1024 tokens. Memory must
+hold the models of all contenders together.
 
 Needs the extra `bench`. Exit status 0 done, 2 wrong input.
 """
@@ -35,6 +36,7 @@ from typing import Any
 from decode import machine
 from decode.entrants import NAMES, Entrant, prepare
 from decode.orders import Worker, worker_process
+from decode.rounds import await_quiet
 from decode.turns import PROMPT_TOKENS
 from decode.worker import task_as_json
 from export.checkpoint.folder import read_json
@@ -127,6 +129,7 @@ def measure(runners: Sequence[Runner], threads: int, rounds: int) -> tuple[list[
     rates: dict[str, list[float]] = {runner.name: [] for runner in runners}
     bandwidths = []
     for number in range(rounds):
+        await_quiet(f"round {number + 1} of {rounds}")
         logger.info("round %d of %d", number + 1, rounds)
         bandwidths.append(measure_read_bandwidth(BANDWIDTH_BYTES, threads))
         for place in range(len(runners)):

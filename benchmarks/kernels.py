@@ -7,13 +7,14 @@ ONNX Runtime's QMoE, ggml's 4-bit types for the other two, which hold as many we
 experts, so that the bytes read are those of one row whatever their number; calls choose the one pair and the other in
 turn, so that no cache holds them.
 
-Each contender is a process of its own and sleeps while another works. A round measures what no kernel can exceed, the
-rate of reading memory and the rate of the processor's int8 products, and every contender at every number of rows. Each
-contender first makes calls for 40 ms that do not count, because its threads can share a core just after they woke; then
-12 calls count, or 2 at more than 16 rows. The figures, and the ratios to one row, are the medians of all counted calls;
-the best call is printed beside them. Either rate of a round is that of the fastest of several turns
-(trt_build/machine/bandwidth.py, layer/peak.py), and the rate of the run is the median of the rounds: a share of it is
-stated low rather than high. A picture is drawn beside the JSON file.
+Each contender is a process of its own and sleeps while another works. A round waits a minute at most for other programs
+to leave the cores idle. It measures what no kernel can exceed, the rate of reading memory and the rate of the
+processor's int8 products, and then every contender at every number of rows. Each contender first makes calls for 40 ms
+that do not count, because its threads can share a core just after they woke; then 12 calls count, or 2 at more than 16
+rows. The figures, and the ratios to one row, are the medians of all counted calls; the best call is printed beside
+them. Either rate of a round is that of the fastest of several turns (trt_build/machine/bandwidth.py, layer/peak.py),
+and the rate of the run is the median of the rounds: a share of it is stated low rather than high. A picture is drawn
+beside the JSON file.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from decode.machine import describe
+from decode.rounds import await_quiet
 from export.command import run_command
 from export.errors import ConfigError, MoeshipError
 from export.files.output import replace_file
@@ -76,6 +78,7 @@ def measure(
     seconds: dict[str, dict[int, list[float]]] = {one.name: {rows: [] for rows in numbers} for one in contenders}
     bandwidth, products = [], []
     for number in range(rounds):
+        await_quiet(f"round {number + 1} of {rounds}")
         logger.info("round %d of %d", number + 1, rounds)
         bandwidth.append(measure_read_bandwidth(BANDWIDTH_BYTES, threads))
         if peak is not None:

@@ -71,7 +71,7 @@ def run_rounds(
         _choose(record, lengths, threads)
     bandwidths: list[dict[str, float]] = []
     for number in range(rounds):
-        _await_quiet("the bandwidth")
+        await_quiet("the bandwidth")
         bandwidths.append(machine.read_bandwidth(threads, bandwidth_bytes))
         rates = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in bandwidths[-1].items())
         logger.info("round %d of %d: read bandwidth in GB/s: %s", number + 1, rounds, rates)
@@ -125,7 +125,7 @@ def run_turn(
     facts."""
     for path in entrant.files:
         _read_through(path)
-    _await_quiet(entrant.name)
+    await_quiet(entrant.name)
     task = task_as_json(entrant.task(lengths.positions, threads, settings))
     order: dict[str, Any] = {"task": task, "lengths": dataclasses.asdict(lengths), "started": time.monotonic()}
     others = _watch_others()
@@ -146,9 +146,9 @@ def run_turn(
     return turn, answer["facts"]
 
 
-def _await_quiet(name: str) -> None:
-    """Wait until other programs leave the cores idle, for QUIET_WAIT_S at most. One busy process can cost a runtime
-    most of its speed if the runtime's threads wait for each other by spinning."""
+def await_quiet(name: str) -> None:
+    """Wait until other programs leave the cores idle, for QUIET_WAIT_S at most; `name` says what waits. One busy
+    process can cost a runtime most of its speed if the runtime's threads wait for each other by spinning."""
     for look in range(int(QUIET_WAIT_S / _QUIET_LOOK_S)):
         others = _watch_others()
         time.sleep(_QUIET_LOOK_S)

@@ -73,7 +73,7 @@ def test_a_turn_decodes_around_the_contexts_named_and_prefills_an_empty_cache():
 
 
 def test_our_engine_runs_a_turn_in_its_own_process(tiny_engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(rounds, "_await_quiet", lambda name: None)
+    monkeypatch.setattr(rounds, "await_quiet", lambda name: None)
     ours = prepare("ours", tiny_engine, PHIXTRAL, tmp_path, scaled_layers=1)
     found, facts = run_turn(ours, {}, SHORT, threads=2)
     assert all(found[rate] > 0 for rate in rounds.RATES)
@@ -83,7 +83,7 @@ def test_our_engine_runs_a_turn_in_its_own_process(tiny_engine, tmp_path, monkey
 
 
 def test_an_engine_of_a_shorter_context_than_the_benchmark_fails_its_turn(tiny_engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(rounds, "_await_quiet", lambda name: None)
+    monkeypatch.setattr(rounds, "await_quiet", lambda name: None)
     ours = prepare("ours", tiny_engine, PHIXTRAL, tmp_path, scaled_layers=1)
     with pytest.raises(TurnFailed, match="its context is 640 tokens, the benchmark runs to 1056; build it"):
         run_turn(ours, {}, Lengths(), threads=2)
@@ -95,10 +95,10 @@ def test_a_turn_waits_for_quiet_but_not_for_ever(monkeypatch, caplog):
     monkeypatch.setattr(rounds.time, "sleep", slept.append)
     busy = iter([1.5, 0.4, 0.0])
     monkeypatch.setattr(rounds, "_watch_others", lambda: lambda: next(busy))
-    rounds._await_quiet("ours")
+    rounds.await_quiet("ours")
     assert slept == [2.0] * 3
     monkeypatch.setattr(rounds, "_watch_others", lambda: lambda: 2.0)
-    rounds._await_quiet("llama-q4_0")
+    rounds.await_quiet("llama-q4_0")
     assert slept == [2.0] * 33
     assert caplog.messages == [
         "ours waits: others keep 1.50 cores busy",
@@ -107,7 +107,7 @@ def test_a_turn_waits_for_quiet_but_not_for_ever(monkeypatch, caplog):
 
 
 def test_a_turn_without_end_is_ended(monkeypatch):
-    monkeypatch.setattr(rounds, "_await_quiet", lambda name: None)
+    monkeypatch.setattr(rounds, "await_quiet", lambda name: None)
     monkeypatch.setattr(rounds, "TURN_LIMIT_S", 0.01)
     with pytest.raises(TurnFailed, match="its turn took more than 0 s and was ended"):
         run_turn(entrant("ours"), {}, SHORT, threads=1)
@@ -117,7 +117,7 @@ def test_rates_of_fewer_layers_are_scaled(monkeypatch):
     answer = {"turn": turn(short=8.0, long=6.0, prefill=100.0), "facts": {}}
     done = subprocess.CompletedProcess([], 0, json.dumps(answer), "")
     monkeypatch.setattr(rounds.subprocess, "run", lambda *_, **__: done)
-    monkeypatch.setattr(rounds, "_await_quiet", lambda name: None)
+    monkeypatch.setattr(rounds, "await_quiet", lambda name: None)
     scaled = entrant("transformers-fp32", decode_scale=0.5, prefill_scale=0.25)
     found, _ = run_turn(scaled, {}, SHORT, threads=1)
     assert (found["decode_short"], found["decode_long"], found["prefill"]) == (4.0, 3.0, 25.0)
@@ -151,7 +151,7 @@ def scripted(monkeypatch):
             return found, {}
 
         monkeypatch.setattr(rounds, "run_turn", scripted_turn)
-        monkeypatch.setattr(rounds, "_await_quiet", lambda name: None)
+        monkeypatch.setattr(rounds, "await_quiet", lambda name: None)
         monkeypatch.setattr(rounds.machine, "read_bandwidth", lambda *_: {"integer sum": 9e3, "dot product": 10e3})
         return ran
 

@@ -73,10 +73,11 @@ def test_every_round_measures_the_bandwidth_and_begins_with_another_contender(mo
     def runner(name):
         return SimpleNamespace(name=name, tokens_per_s=lambda: ran.append(name) or float(len(ran)))
 
+    monkeypatch.setattr(decode_turns, "await_quiet", lambda name: ran.append(name))
     monkeypatch.setattr(decode_turns, "measure_read_bandwidth", lambda *_: ran.append("read") or 5e9)
     bandwidths, rates = decode_turns.measure([runner("a"), runner("b")], threads=1, rounds=2)
-    assert ran == ["read", "a", "b", "read", "b", "a"]
-    assert (bandwidths, rates) == ([5e9, 5e9], {"a": [2.0, 6.0], "b": [3.0, 5.0]})
+    assert ran == ["round 1 of 2", "read", "a", "b", "round 2 of 2", "read", "b", "a"]
+    assert (bandwidths, rates) == ([5e9, 5e9], {"a": [3.0, 8.0], "b": [4.0, 7.0]})
 
 
 def test_the_settings_are_among_those_that_the_long_benchmark_tries():
@@ -134,6 +135,7 @@ def test_what_cannot_run_says_why(entrant, tmp_path, monkeypatch):
 
 def test_a_result_names_the_settings_and_can_be_printed_again(entrant, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(decode_turns, "BANDWIDTH_BYTES", 1 << 20)
+    monkeypatch.setattr(decode_turns, "await_quiet", lambda name: None)
     kept = tmp_path / "result.json"
     assert decode_turns.benchmark(options(engine=entrant.source, gguf=tmp_path, output=kept)) == 0
     printed = capsys.readouterr().out
