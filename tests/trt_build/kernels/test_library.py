@@ -96,7 +96,7 @@ def test_an_onnx_runtime_that_is_too_old_is_told_and_sessions_of_another_go_on()
         said.append(message.decode())
         return 1
 
-    # An ONNX Runtime as the library sees it: it has only version 1 of the API. CreateStatus is the API's first function.
+    # An ONNX Runtime as the library sees it: it has version 1 of the API alone, whose first function is CreateStatus.
     api = (ctypes.c_void_p * 1)(ctypes.cast(create_status, ctypes.c_void_p))
     get_api = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)(lambda n: ctypes.addressof(api) if n == 1 else None)
     text = ctypes.create_string_buffer(b"1.16.3")
