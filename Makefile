@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 QUICK := tests/test_architecture.py tests/test_docs.py tests/export tests/clients/test_wire.py \
   tests/clients/test_messages.py tests/clients/test_errors.py tests/triton_repo/contracts tests/triton_repo/runtime
 # What an install is made of: where one of them changes, it is made again.
-SOURCES := pyproject.toml setup.py $(wildcard trt_build/ort/kernels/*.cpp trt_build/ort/kernels/*.h)
+SOURCES := pyproject.toml setup.py $(wildcard $(addprefix trt_build/ort/kernels/,*.cpp *.h third_party/*.h))
 
 .PHONY: help demo test check quick format clean
 
