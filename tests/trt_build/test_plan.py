@@ -63,8 +63,9 @@ def test_a_mixtral_is_planned_to_the_byte_in_both_spellings(tmp_path, spelling, 
 
 @pytest.mark.parametrize(("kernels", "scale_bytes"), [("moeship", 2), ("onnxruntime", 4)])
 def test_bytes_by_role_and_per_token_are_those_worked_by_hand(tiny_checkpoint, kernels, scale_bytes):
-    # H 192, F 448, V 352, E 5, K 2, L 3; int4 blocks of 64: 4 bits and a scale for 64 weights, of float16 for moeship's
-    # kernels, whose rows go by 16, and of float32 for ONNX Runtime's and for the embedding.
+    # H 192, F 448, V 352, E 5, K 2, L 3. A block of int4 is 64 weights of 4 bits and one scale. The scale is float16 for
+    # moeship's kernels, and float32 for ONNX Runtime's and for the embedding. moeship's kernels read 16 rows at a time,
+    # and every number of rows here is a multiple of 16.
     planned = plan(tiny_checkpoint, precision="int4", kernels=kernels)
     expert = planned.roles["expert"]
     assert expert.num_weights == 3 * 5 * 2 * 448 * 192
@@ -77,7 +78,7 @@ def test_bytes_by_role_and_per_token_are_those_worked_by_hand(tiny_checkpoint, k
     assert head.bytes_per_token == head.total_bytes == 352 * 192 + 352 * 3 * scale_bytes
     router = planned.roles["router"]
     assert router.bytes_per_token == router.plain_bytes == 3 * 5 * 192 * 4
-    # A layer's expert biases are of 5 experts, of which 2 are read; out_proj's and the packed qkv's are read whole.
+    # Each layer has the biases of 5 experts, and a token reads those of 2. It reads all biases of out_proj and qkv.
     assert planned.roles["bias"].plain_bytes == 4 * (3 * (5 * (448 + 192) + 192 + 3 * 192) + 352)
     assert planned.roles["bias"].bytes_per_token == 4 * (3 * (2 * (448 + 192) + 192 + 3 * 192) + 352)
     assert planned.kv_bytes_per_token == 3 * 2 * 192 * 4

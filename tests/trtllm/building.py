@@ -11,7 +11,8 @@ from trt_build.trtllm.options import TrtllmOptions
 
 
 def options_of(checkpoint: Path | str, output: Path, **options: Any) -> TrtllmOptions:
-    """Those given; few tokens are compared, each of which the stand-in computes with all before it."""
+    """The options of a build. Few tokens are compared, since the stand-in computes each token from all tokens before
+    it, without a cache."""
     return TrtllmOptions(checkpoint=str(checkpoint), output=output, **{"verify_tokens": 24, **options})
 
 

@@ -1,10 +1,10 @@
 """The four models of an ensemble as protobuf messages: an engine's facts in, each model's ModelConfig out.
 
     ensemble_config("phixtral", max_batch, ...) platform ensemble, with the tensors of contracts/wire.py
-    text_model_config(PREPROCESSING, ...)       Python backend text_model_config(POSTPROCESSING, ...)      Python
-    backend, decoupled, one instance that holds all answers in progress onnxruntime_config(...)
-    tensorrt_llm on the Python backend, or tensorrt_llm_config(...)                    tensorrt_llm on TensorRT-LLM's
-    C++ backend
+    text_model_config(PREPROCESSING, ...)       Python backend
+    text_model_config(POSTPROCESSING, ...)      Python backend, decoupled, one instance that holds all answers
+    onnxruntime_config(...)                     tensorrt_llm on the Python backend, or
+    tensorrt_llm_config(...)                    tensorrt_llm on TensorRT-LLM's C++ backend
 
 An ensemble is decoupled if one of its steps is. All outputs of ours come from the last step, which sends no output for
 some responses of the engine. The last step takes inputs only from the engine: outputs of earlier steps would reach it

@@ -76,7 +76,7 @@ def library_version() -> str | None:
             [python, "-c", code], capture_output=True, text=True, check=True, timeout=_PYTHON_TIMEOUT_S
         )
     except (OSError, subprocess.SubprocessError) as error:
-        logger.debug("%s told no version of TensorRT-LLM: %s", python, error)
+        logger.debug("cannot read the version of TensorRT-LLM by running %s: %s", python, error)
         return None
     return answer.stdout.strip()
 
@@ -141,7 +141,7 @@ def _read_gpus() -> tuple[Gpu, ...] | None:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_NVIDIA_SMI_TIMEOUT_S)
         return parse_gpus(answer.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        logger.debug("nvidia-smi told nothing of the GPUs: %s", error)
+        logger.debug("nvidia-smi failed or printed something unexpected: %s", error)
         return None
 
 

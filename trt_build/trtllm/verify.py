@@ -138,7 +138,7 @@ def _ask(
         if status or not answers.is_file():
             raise EngineError(
                 f"verifying {engine.folder}: the process that runs the engine ended with status {status} and "
-                "gave no logits; its words stand above"
+                "wrote no logits; see its output above"
             )
         with np.load(answers) as found:
             return _Answer(

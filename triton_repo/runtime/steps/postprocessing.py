@@ -1,9 +1,10 @@
 """The last step of an ensemble: turns the engine's tokens, of many answers at a time, into pieces of the answers.
 
-    postprocessor = Postprocessor(tokenizer) postprocessor.register(key, request_id, answer_json)       # before the
-    engine begins step = postprocessor.extend(key, read_tokens(tensors), is_cancelled=request.is_cancelled) step.piece,
-    step.stop postprocessor.note_stop(request_id)                        # a client asked the engine to end the requests
-    with this id
+    postprocessor = Postprocessor(tokenizer)
+    postprocessor.register(key, request_id, answer_json)       # before the engine begins
+    step = postprocessor.extend(key, read_tokens(tensors), is_cancelled=request.is_cancelled)
+    step.piece, step.stop
+    postprocessor.note_stop(request_id)                        # the engine was asked to end the requests of this id
 
 A response of a streaming engine holds the new tokens. A response without tokens means that the engine met the end
 token, or that it was stopped. The end token itself is not in a response (TensorRT-LLM: sampling kernels do not count

@@ -39,8 +39,8 @@ def spell(tokenizer: Tokenizer, words: Iterable[str]) -> Words:
 
 
 def not_starting_in(prompt_ids: Sequence[int], words: Words) -> Words:
-    """The words that cannot begin in the prompt and end in the answer: those of which the prompt's end is no
-    beginning."""
+    """The words that cannot begin in the prompt and end in the answer. A word can if the prompt ends with the beginning
+    of the word."""
     automaton = Automaton(words)
     longest = max(map(len, words), default=0)
     state = ROOT
