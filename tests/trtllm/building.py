@@ -11,8 +11,8 @@ from trt_build.trtllm.options import TrtllmOptions
 
 
 def options_of(checkpoint: Path | str, output: Path, **options: Any) -> TrtllmOptions:
-    """The options of a build. Few tokens are compared, since the stand-in computes each token from all tokens before
-    it, without a cache."""
+    """The options of a build. Few tokens are compared, since the stand-in computes each of them together with all
+    tokens before it."""
     return TrtllmOptions(checkpoint=str(checkpoint), output=output, **{"verify_tokens": 24, **options})
 
 

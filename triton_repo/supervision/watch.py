@@ -12,6 +12,7 @@ engine computes, and tritonserver answers at the same time.
 from __future__ import annotations
 
 import signal
+import subprocess
 import threading
 import time
 from dataclasses import dataclass
@@ -31,8 +32,7 @@ from triton_repo.serving.readiness import SERVER_PROGRAM, model_of
 from triton_repo.serving.server import Server
 
 _NEVER = -1  # a start time that no process has
-_ENDING_S = 0.5  # a killed program may need this long until its status can be read
-_POLL_S = 0.02
+_ENDING_S = 0.5  # a killed program may take this long until its status can be read
 _LAUNCHER_WORDS = ("mpirun", "mpiexec", "prterun", "orterun")
 
 
@@ -42,7 +42,7 @@ class Limits:
     seconds, so these limits are as long as 60 beats.
     """
 
-    interval: float = 0.5  # between two looks; a dead process is noticed at the next look
+    interval: float = 0.5  # between two looks; a dead process is noticed at the next look, and named _ENDING_S later
     stopped: float = 3.0  # short, since a process is stopped only by a signal that somebody sent
     beat: float = 30.0
     liveness: float = 30.0
@@ -80,11 +80,11 @@ class Watch:
         return self._ended_program() or self._dead_or_stopped(now) or self._late_beat() or self._no_answer()
 
     def _ended_program(self, patience_s: float = 0.0) -> str | None:
-        until = time.monotonic() + patience_s
-        while (status := self._server.process.poll()) is None:
-            if time.monotonic() >= until:
-                return None
-            time.sleep(_POLL_S)
+        """The program that was started, if it ends within `patience_s`."""
+        try:
+            status = self._server.process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            return None
         return f"{self._server.program} ended with status {status}{_signal_name(status)}"
 
     def _dead_or_stopped(self, now: float) -> str | None:

@@ -139,19 +139,20 @@ def test_a_killed_server_is_told_with_its_signal(serving):
 def test_a_server_that_is_killed_between_two_questions_is_told_with_its_signal(serving, monkeypatch):
     server, _ = serving("sleeps")
     watch = Watch(server, LIMITS)
-    poll, asked = server.process.poll, []
+    wait, asked = server.process.wait, []
 
-    def poll_and_kill():
-        status = poll()
-        if not asked:
-            os.kill(server.process.pid, signal.SIGKILL)
-            os.waitid(os.P_PID, server.process.pid, os.WEXITED | os.WNOWAIT)
-        asked.append(status)
-        return status
+    def wait_and_kill(timeout):
+        asked.append(timeout)
+        try:
+            return wait(timeout)
+        finally:
+            if len(asked) == 1:
+                os.kill(server.process.pid, signal.SIGKILL)
+                os.waitid(os.P_PID, server.process.pid, os.WEXITED | os.WNOWAIT)
 
-    monkeypatch.setattr(server.process, "poll", poll_and_kill)
+    monkeypatch.setattr(server.process, "wait", wait_and_kill)
     assert watch.look() == "tritonserver ended with status -9 (SIGKILL)"
-    assert asked == [None, -9]
+    assert len(asked) == 2
 
 
 def test_a_server_whose_models_are_gone_just_before_it_is_told_as_what_ended(serving):
