@@ -198,10 +198,9 @@ def _ended(answer: Answer, output: Any) -> Piece:  # noqa: ANN401
     """The last piece if the LLM finished for a reason that its tokens do not show: an end token that it did not send, a
     limit of its own, or an abort.
     """
-    reason = output.finish_reason
-    end_id = output.stop_reason if isinstance(output.stop_reason, int) else next(iter(answer.plan.end_ids), 0)
-    if reason == "stop":
-        return answer.end(end_id)
-    if reason != "length":
+    if output.finish_reason == "length":
+        return answer.end_at_limit()
+    end_ids = (output.stop_reason,) if isinstance(output.stop_reason, int) else answer.plan.end_ids
+    if output.finish_reason != "stop" or not end_ids:
         return answer.cancel()
-    return answer.end_at_limit()
+    return answer.end(end_ids[0])

@@ -18,10 +18,10 @@ from export.tokenizer.loading import Tokenizer
 from triton_repo.contracts.llmapi import METRIC_PATHS, METRICS
 from triton_repo.contracts.piece import Piece
 from triton_repo.contracts.wire import NUMPY_DTYPES
-from triton_repo.runtime.answer import answer_plan
 from triton_repo.runtime.llmapi.request import FINISH_REASON, LOGPROB, PERF_METRICS, STOP_REASON, LlmRequest, Tensors
 from triton_repo.runtime.options import GenerationPlan
 from triton_repo.runtime.responses import wire_outputs
+from triton_repo.runtime.text.detokenizer import last_text_token
 
 _METRIC_DTYPES = {tensor.name: NUMPY_DTYPES[tensor.dtype] for tensor in METRICS}
 
@@ -81,7 +81,7 @@ class Writer:
     def _stop_word(self) -> str | None:
         """The stop word that ended the answer: the one that was complete first, and of several that end there the
         longest."""
-        context = answer_plan(self._plan, self._tokenizer).context_ids
+        context = last_text_token(self._tokenizer, self._plan.prompt_ids)
         before = self._tokenizer.decode(list(context))
         text = self._tokenizer.decode([*context, *self._token_ids])[len(before) :]
         found = [(text.find(word) + len(word), text.find(word), word) for word in self._plan.options.stop_words]

@@ -264,6 +264,27 @@ def test_what_was_kept_back_is_given_out_at_the_llms_own_limit(service, tokenize
     assert reasons([answer]) == ["length"]
 
 
+def test_the_llms_own_limit_ends_a_stream_with_the_text_that_might_have_become_a_stop_word(
+    service, tokenizer, monkeypatch
+):
+    size = len(tokenizer.encode("the quick"))
+    finishing(monkeypatch, size, lambda output: setattr(output, "finish_reason", "length"))
+    asked = {"text_input": PROMPT, "max_tokens": 100, "stop_words": ["quick fox"], "stream": True}
+    streamed = ask(service, **asked)
+    assert joined(streamed) == " the quick"
+    assert joined(streamed[:-1]) == " the "
+    assert reasons(streamed) == [""] * (len(streamed) - 1) + ["length"]
+    assert streamed[-1].is_last
+    assert streamed[-1].num_output_tokens == size
+
+
+def test_an_llm_that_stops_without_an_end_token_to_stop_at_cancels_the_request(service, tokenizer, monkeypatch):
+    finishing(monkeypatch, 2, lambda output: setattr(output, "finish_reason", "stop"))
+    [answer] = ask(service, text_input=PROMPT, max_tokens=100, end_id=-1)
+    assert answer.outputs["token_ids"].tolist() == [tokenizer.encode(PROMPT)[:2]]
+    assert reasons([answer]) == ["cancelled"]
+
+
 def test_an_llm_that_was_stopped_elsewhere_cancels_the_request(service, monkeypatch):
     finishing(monkeypatch, 2, lambda output: setattr(output, "finish_reason", "cancelled"))
     assert reasons(ask(service, text_input=PROMPT, max_tokens=100)) == ["cancelled"]
