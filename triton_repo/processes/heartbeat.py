@@ -157,11 +157,6 @@ class Heartbeat:
         return True
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder for heartbeats that no other user can read or write. Raises OSError."""
-    folder.mkdir(mode=0o700)
-
-
 def read_beats(folder: Path) -> tuple[Beat, ...]:
     """The last beat of every instance, in the order of pids. A file that is not a beat is skipped."""
     beats = []

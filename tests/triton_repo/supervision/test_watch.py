@@ -22,7 +22,7 @@ from serve_command import wait_until
 from triton_repo.contracts.model_state import ModelState
 from triton_repo.errors import RepositoryError, ServerError
 from triton_repo.packaging.package import PackageOptions, package_engine
-from triton_repo.processes.heartbeat import FOLDER_VARIABLE, make_folder, read_beats
+from triton_repo.processes.heartbeat import FOLDER_VARIABLE, read_beats
 from triton_repo.processes.program import MARK_VARIABLE, read_process
 from triton_repo.serving import readiness
 from triton_repo.serving.health import HealthEndpoint
@@ -86,7 +86,7 @@ def serving(tmp_path, endpoint):
         path = tmp_path / "repository" / "tiny" / "1" / "model.py"
         path.parent.mkdir(parents=True)
         path.write_text(MODEL.format(root=str(Path(__file__).parents[3]), step=STEPS[step]))
-        make_folder(tmp_path / "beats")
+        (tmp_path / "beats").mkdir()
         process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(path)],
             env={**os.environ, MARK_VARIABLE: mark, FOLDER_VARIABLE: str(tmp_path / "beats")},
