@@ -28,6 +28,7 @@ TOUR = ROOT / "docs" / "architecture.md"
 SOURCES = ("benchmarks", "ci", "cli", "clients", "examples", "export", "tests", "triton_repo", "trt_build")
 
 _LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+_ANCHOR = re.compile(r"\]\(([^)#\s]*)#([^)]*)\)")
 _PLACE = re.compile(r"`([\w./]+\.py): ([\w., ]+)`")
 _FILE = re.compile(rf"\b(?:{'|'.join(SOURCES)})/[\w./*-]+\.(?:py|cpp|h|sh|json|svg|md|yml)\b")
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
@@ -38,6 +39,13 @@ def _text(page: str) -> str:
     return (ROOT / page).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_lines_of_pages_have_120_columns_at_most(page):
+    """Rows of tables, outputs of programs and pictures cannot be broken."""
+    lines = _BLOCK.sub("", _text(page)).splitlines()
+    assert [line for line in lines if len(line) > 120 and not line.startswith(("|", "!["))] == []
+
+
 def test_the_readme_is_short():
     assert len(_text("README.md").splitlines()) <= MOST_README_LINES
 
@@ -46,6 +54,19 @@ def test_the_readme_is_short():
 def test_links_lead_to_files(page):
     links = [link for link in _LINK.findall(_text(page)) if ":" not in link]
     assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_to_headings_lead_to_headings(page):
+    targets = [(path or Path(page).name, anchor) for path, anchor in _ANCHOR.findall(_text(page)) if ":" not in path]
+    anchors = {path: _anchors(_text(str(Path(page).parent / path))) for path, _ in targets}
+    assert [f"{path}#{anchor}" for path, anchor in targets if anchor not in anchors[path]] == []
+
+
+def _anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives to a page's headings: lower case, hyphens for spaces, no other punctuation."""
+    headings = re.findall(r"^#+ (.+)$", _BLOCK.sub("", text), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_every_page_of_the_docs_is_linked_from_the_readme():
@@ -122,6 +143,23 @@ def test_the_fields_of_engine_json_are_described_and_no_others(manifest, heading
 def test_commands_and_flags_that_pages_name_exist(page):
     problems = [f"{' '.join(words)}: {problem}" for words in _commands(_text(page)) if (problem := _problem_of(words))]
     assert problems == []
+
+
+@pytest.mark.parametrize("page", ["docs/guide.md", "docs/operations.md"])
+def test_the_flags_in_the_tables_of_pages_exist(page):
+    """A table below the heading "moeship COMMAND" has that command's flags, any other table those of serve."""
+    tables = [
+        (re.match(r"moeship (\w+)", section), re.findall(r"^\| (`--[^|]*)\|", section, re.M))
+        for section in _text(page).split("\n## ")
+    ]
+    named = [
+        (heading[1] if heading else "serve", flag)
+        for heading, cells in tables
+        for cell in cells
+        for flag in re.findall(r"--\w[\w-]*", cell)
+    ]
+    assert len(named) > 8
+    assert [f"{command} {flag}" for command, flag in named if flag not in _flags(command)] == []
 
 
 def test_a_flag_that_no_command_has_is_found():

@@ -63,9 +63,9 @@ def test_a_mixtral_is_planned_to_the_byte_in_both_spellings(tmp_path, spelling, 
 
 @pytest.mark.parametrize(("kernels", "scale_bytes"), [("moeship", 2), ("onnxruntime", 4)])
 def test_bytes_by_role_and_per_token_are_those_worked_by_hand(tiny_checkpoint, kernels, scale_bytes):
-    # H 192, F 448, V 352, E 5, K 2, L 3. A block of int4 is 64 weights of 4 bits and one scale. The scale is float16 for
-    # moeship's kernels, and float32 for ONNX Runtime's and for the embedding. moeship's kernels read 16 rows at a time,
-    # and every number of rows here is a multiple of 16.
+    # H 192, F 448, V 352, E 5, K 2, L 3. A block of int4 is 64 weights of 4 bits and one scale. The scale is float16
+    # for moeship's kernels, and float32 for ONNX Runtime's and for the embedding. moeship's kernels read 16 rows at a
+    # time, and every number of rows here is a multiple of 16.
     planned = plan(tiny_checkpoint, precision="int4", kernels=kernels)
     expert = planned.roles["expert"]
     assert expert.num_weights == 3 * 5 * 2 * 448 * 192
