@@ -88,15 +88,19 @@ class _Writer:
         self.plan = plan
         self._bad_words = plan.options.bad_words
         self.answer = Answer(answer_plan(plan, tokenizer), tokenizer, self._bad_words)
-        self._sampler = Sampler(plan, tokenizer.size)
+        self._sampler = Sampler(
+            plan,
+            tokenizer.size,
+            refuses=self._completes_bad_word if self._bad_words else None,
+            banned=lambda: [np.array(self._bad_tokens, dtype=np.int64)],
+        )
         self._tokenizer = tokenizer
         self._bad_alone = TextWatcher(self._bad_words)
         self._bad_tokens: list[int] = []  # tokens met so far whose own text contains a bad word
 
     def write(self, logits: Floats) -> tuple[int, Piece | None]:
         """Choose a token for logits [V]. Returns the token, and a piece if there is text to send or the answer ends."""
-        refuses = self._completes_bad_word if self._bad_words else None
-        choice = self._sampler.choose(logits, refuses, [np.array(self._bad_tokens, dtype=np.int64)])
+        choice = self._sampler.choose(logits)
         return choice.token_id, self.answer.extend(choice.token_id, choice.log_prob or 0.0)
 
     def _completes_bad_word(self, token: int) -> bool:

@@ -32,25 +32,28 @@ _MAX_SEED = 2**64 - 1
 class SamplingOptions:
     """How tokens are chosen. The fields have the names of tensors in contracts/wire.py.
 
-    As in TensorRT-LLM the choice is greedy if top_k and top_p are both 0, whatever the temperature. To draw among all
-    tokens, set top_p to 1.
+    As in TensorRT-LLM the choice is greedy if top_k and top_p are both 0, whatever the temperature, unless min_p says
+    among which tokens to draw. To draw among all tokens, set top_p to 1.
     """
 
     temperature: float = 1.0
     top_k: int = 0  # 0: sets no limit
     top_p: float = 0.0  # 0: sets no limit
+    min_p: float = 0.0  # 0: sets no limit
     min_length: int = 0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token ids, each at most once, and what is added to their logits
     random_seed: int | None = None
     return_log_probs: bool = False
+    num_log_probs: int = 0  # of how many of the likeliest tokens the log-probabilities are given at each token
 
     @property
     def sampling_temperature(self) -> float:
         """The temperature that applies; 0 is greedy (TensorRT-LLM, regularizeTopKTopP of
         cpp/tensorrt_llm/kernels/samplingTopKKernels.h)."""
-        is_greedy = self.top_k == 1 or (self.top_k == 0 and self.top_p == 0)
+        is_greedy = self.top_k == 1 or (self.top_k == 0 and self.top_p == 0 and self.min_p == 0)
         return 0.0 if is_greedy else self.temperature
 
 

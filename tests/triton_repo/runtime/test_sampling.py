@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 from transformers.generation.logits_process import (
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -17,18 +19,26 @@ from transformers.generation.logits_process import (
 from triton_repo.errors import RequestError
 from triton_repo.runtime.options import GenerationOptions, GenerationPlan
 from triton_repo.runtime.sampling import (
+    Choice,
     Sampler,
+    choose_all,
+    draw,
     heaviest_share,
+    highest_ids,
+    likely_enough,
+    log_probabilities_of,
     log_probability,
     penalise_repetition,
     top_k_ids,
 )
 
 
-def sampler(num_tokens: int, prompt_ids=(0,), end_ids=(), **fields) -> Sampler:
+def sampler(
+    num_tokens: int, prompt_ids=(0,), end_ids=(), *, refuses=None, banned=None, sequence_index=0, **fields
+) -> Sampler:
     options = GenerationOptions(**{"prompt": "-", "max_tokens": 1, **fields})
     plan = GenerationPlan(options=options, prompt_ids=prompt_ids, end_ids=end_ids, most_tokens=1)
-    return Sampler(plan, num_tokens)
+    return Sampler(plan, num_tokens, refuses=refuses, banned=banned, sequence_index=sequence_index)
 
 
 def floats(*values) -> np.ndarray:
@@ -82,6 +92,57 @@ def test_top_p_by_hand():
     assert heaviest_share(weights, 0.95).tolist() == [1, 3, 2, 0]
 
 
+@pytest.mark.parametrize("share", [0.0001, 0.01, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
+def test_min_p_keeps_what_transformers_keeps(share, spread):
+    logits = (spread * np.random.default_rng(5).normal(size=3000)).astype(np.float32)
+    weights = np.exp(logits.astype(np.float64) - logits.max())
+    assert set(likely_enough(weights, share).tolist()) == kept_by(MinPLogitsWarper(share), logits)
+
+
+def test_min_p_by_hand_and_alone_it_draws():
+    logits = np.log(floats(0.4, 0.05, 0.21, 0.3, 0.04))
+    drawn = sampler(5, min_p=0.5, random_seed=3)
+    assert {drawn.choose(logits).token_id for _ in range(300)} == {0, 2, 3}
+    assert sampler(5, min_p=1.0, random_seed=3).choose(logits).token_id == 0
+    hot = sampler(5, min_p=0.3, temperature=2.0, random_seed=3)  # square roots: 0.63, 0.22, 0.46, 0.55, 0.2
+    assert {hot.choose(logits).token_id for _ in range(300)} == {0, 1, 2, 3, 4}
+
+
+def test_min_p_comes_before_top_p_as_in_vllm():
+    logits = np.log(floats(0.4, 0.3, 0.16, 0.14))
+    drawn = sampler(4, min_p=0.5, top_p=0.55, random_seed=1)  # of 0.4 and 0.3, 0.4 is 57 %
+    assert {drawn.choose(logits).token_id for _ in range(200)} == {0}
+    assert {sampler(4, top_p=0.55, random_seed=seed).choose(logits).token_id for seed in range(50)} == {0, 1}
+
+
+def test_temperature_min_p_top_k_and_top_p_give_transformers_distribution():
+    logits = np.random.default_rng(8).normal(scale=2, size=12).astype(np.float32)
+    scores = torch.from_numpy(logits)[None]
+    for warper in (TemperatureLogitsWarper(0.9), MinPLogitsWarper(0.08), TopKLogitsWarper(6), TopPLogitsWarper(0.9)):
+        scores = warper(torch.zeros((1, 1), dtype=torch.long), scores)
+    expected = torch.softmax(scores[0], 0).numpy()
+    drawn = sampler(12, temperature=0.9, top_k=6, top_p=0.9, min_p=0.08, random_seed=4)
+    rounds = 20_000
+    counts = np.bincount([drawn.choose(logits).token_id for _ in range(rounds)], minlength=12)
+    assert set(np.flatnonzero(counts).tolist()) == set(np.flatnonzero(expected).tolist())
+    assert np.abs(counts / rounds - expected).max() < 4 * 0.5 / np.sqrt(rounds)
+
+
+@pytest.mark.parametrize("size", [1, 3, 999, 1024, 1025, 5000, 51_200])
+def test_a_draw_falls_where_the_cumulative_sum_says(size):
+    rng = np.random.default_rng(size)
+    weights = rng.random(size) ** 8
+    weights[rng.random(size) < 0.3] = 0
+    weights[rng.integers(size)] = 0.5
+    reach = np.cumsum(weights)
+    for number in (0.0, *rng.random(50), 1 - 2**-53):
+        place = draw(weights, number)
+        assert weights[place] > 0
+        assert reach[place] >= number * reach[-1] * (1 - 1e-12)
+        assert place == 0 or reach[place - 1] <= number * reach[-1] * (1 + 1e-12)
+
+
 def test_temperature_top_k_and_top_p_give_transformers_distribution():
     logits = np.random.default_rng(9).normal(scale=2, size=12).astype(np.float32)
     scores = torch.from_numpy(logits)[None]
@@ -119,6 +180,62 @@ def test_presence_and_frequency_penalties_see_the_output_alone():
     assert [favoured.choose(row).token_id for row in (logits, floats(4, 4.5, 0))] == [0, 0]
 
 
+def test_a_logit_bias_is_added_before_the_penalties_as_in_vllm():
+    logits = floats(1, 2, 3, 0)
+    assert sampler(4, logit_bias=((3, 3.5), (1, -1.0))).choose(logits).token_id == 3
+    assert sampler(4, logit_bias=((2, -100.0), (1, -100.0))).choose(logits).token_id == 0
+    # (3 + 3) / 2 = 3 stays above 2; a bias after the penalty would make 3 / 2 + 3 of it.
+    halved = sampler(4, prompt_ids=(2,), repetition_penalty=2.0, logit_bias=((2, 3.0),))
+    assert halved.choose(floats(1, 3.5, 3, 0)).token_id == 1
+    sampled = sampler(4, logit_bias=((0, 1000.0),), temperature=1.0, top_p=1.0, random_seed=0)
+    assert {sampled.choose(logits).token_id for _ in range(50)} == {0}
+
+
+def test_log_probabilities_are_of_the_distribution_without_the_bias():
+    logits = floats(1, 2, 3)
+    choice = sampler(3, logit_bias=((0, 50.0),), return_log_probs=True, num_log_probs=2).choose(logits)
+    expected = torch.log_softmax(torch.from_numpy(logits), 0).tolist()
+    assert (choice.token_id, choice.log_prob) == (0, pytest.approx(expected[0], abs=1e-6))
+    assert [token for token, _ in choice.top_log_probs] == [2, 1]
+    assert [value for _, value in choice.top_log_probs] == pytest.approx([expected[2], expected[1]], abs=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 5, 20])
+def test_the_likeliest_tokens_are_torchs_top_k(count):
+    logits = np.random.default_rng(count).normal(scale=3, size=51_203).astype(np.float32)
+    values, ids = torch.topk(torch.log_softmax(torch.from_numpy(logits[:51_200]).double(), 0), count)
+    choice = sampler(51_200, num_log_probs=count).choose(logits)
+    assert [token for token, _ in choice.top_log_probs] == ids.tolist()
+    assert [value for _, value in choice.top_log_probs] == pytest.approx(values.tolist(), abs=1e-9)
+    assert choice.log_prob is None
+
+
+def test_of_equally_likely_tokens_the_lower_ids_come_first():
+    assert highest_ids(floats(1, 3, 2, 3, 3, 2), 4).tolist() == [1, 3, 4, 2]
+    assert highest_ids(np.zeros(5000, dtype=np.float32), 3).tolist() == [0, 1, 2]
+    assert [token for token, _ in sampler(3, num_log_probs=20).choose(floats(1, 3, 3)).top_log_probs] == [1, 2, 0]
+
+
+def test_a_prompts_log_probabilities_are_torchs():
+    rng = np.random.default_rng(1)
+    logits = (4 * rng.normal(size=(9, 505))).astype(np.float32)
+    ids = rng.integers(0, 500, 9).tolist()
+    expected = torch.log_softmax(torch.from_numpy(logits[:, :500]).double(), -1)[torch.arange(9), ids]
+    assert log_probabilities_of(logits, ids, 500) == pytest.approx(expected.tolist(), abs=1e-9)
+    logits[4, 7] = np.nan
+    with pytest.raises(RequestError, match="NaN or infinity"):
+        log_probabilities_of(logits, ids, 500)
+
+
+def test_a_prompts_log_probabilities_hold_one_row_as_float64():
+    logits = np.zeros((64, 20_000), dtype=np.float32)
+    tracemalloc.start()
+    log_probabilities_of(logits, [0] * 64, 20_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * 8 * 20_000
+
+
 def test_min_length_keeps_end_ids_away_until_it_is_reached():
     drawn = sampler(3, end_ids=(0, 2), min_length=2)
     logits = floats(9, 1, 8)
@@ -127,11 +244,11 @@ def test_min_length_keeps_end_ids_away_until_it_is_reached():
 
 def test_a_refused_token_is_drawn_again_without_it():
     logits = floats(3, 9, 5)
-    assert sampler(3).choose(logits, lambda token: token == 1).token_id == 2
+    assert sampler(3, refuses=lambda token: token == 1).choose(logits).token_id == 2
     with pytest.raises(RequestError, match="bad_words and min_length together leave none"):
-        sampler(3).choose(logits, lambda token: True)
-    sampled = sampler(3, temperature=5.0, top_p=1.0, random_seed=0)
-    assert 1 not in {sampled.choose(logits, lambda token: token == 1).token_id for _ in range(100)}
+        sampler(3, refuses=lambda token: True).choose(logits)
+    sampled = sampler(3, temperature=5.0, top_p=1.0, random_seed=0, refuses=lambda token: token == 1)
+    assert 1 not in {sampled.choose(logits).token_id for _ in range(100)}
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_does_not():
@@ -184,5 +301,115 @@ def test_logits_that_are_no_numbers_are_an_internal_error(bad):
 
 def test_the_logits_are_left_as_they_were():
     logits = floats(1, 5, 3)
-    sampler(3, prompt_ids=(1,), repetition_penalty=2.0, end_ids=(0,), min_length=1).choose(logits, lambda t: t == 2)
+    changing = {
+        "prompt_ids": (1,),
+        "repetition_penalty": 2.0,
+        "end_ids": (0,),
+        "min_length": 1,
+        "logit_bias": ((2, 9.0),),
+    }
+    sampler(3, refuses=lambda token: token == 2, **changing).choose(logits)
+    sampler(3, refuses=lambda token: token == 1).choose(logits)
     assert logits.tolist() == [1, 5, 3]
+
+
+NUM_TOKENS = 700
+OPTIONS = {
+    "temperature": (0.0, 0.3, 1.0, 3.0), "top_k": (0, 0, 1, 7, 300), "top_p": (0.0, 0.3, 0.95, 1.0),
+    "min_p": (0.0, 0.0, 0.02, 0.5), "repetition_penalty": (1.0, 1.0, 1.3, 0.8), "presence_penalty": (0.0, 0.0, 0.7),
+    "frequency_penalty": (0.0, 0.0, -0.2, 0.4), "min_length": (0, 0, 4), "num_log_probs": (0, 0, 3),
+    "logit_bias": ((), (), ((0, 5.0), (699, -3.0))), "return_log_probs": (False, True),
+}  # fmt: skip
+
+
+def random_row(seed):
+    """A function that makes the same sampler each time, and logits [6, V] for six steps."""
+    rng = np.random.default_rng(seed)
+    fields = {name: values[rng.integers(len(values))] for name, values in OPTIONS.items()}
+    prompt, end_ids = tuple(rng.integers(0, NUM_TOKENS, 5).tolist()), tuple(rng.integers(0, NUM_TOKENS, 2).tolist())
+    banned = [rng.integers(0, NUM_TOKENS, 3)] if seed % 4 == 0 else []
+    refuses = (lambda token: token % 3 == seed % 3) if seed % 5 == 0 else None
+    logits = (3 * rng.normal(size=(6, NUM_TOKENS + 4))).astype(np.float32)
+    if seed % 11 == 0:
+        logits[rng.integers(6), rng.integers(NUM_TOKENS)] = np.nan
+
+    def make():
+        return sampler(
+            NUM_TOKENS, prompt, end_ids, refuses=refuses, banned=lambda: banned, random_seed=seed, **fields
+        )  # fmt: skip
+
+    return make, logits
+
+
+def described(choice):
+    return str(choice) if isinstance(choice, RequestError) else choice
+
+
+def test_a_row_gets_the_same_choices_to_the_bit_in_any_batch():
+    made = [random_row(seed) for seed in range(60)]
+    alone = []
+    for make, logits in made:
+        one = make()
+        alone.append([described(choose_all(step[None], [one])[0]) for step in logits])
+    order = np.random.default_rng(0)
+    for _ in range(3):
+        samplers, steps = [make() for make, _ in made], [0] * len(made)
+        got = [[] for _ in made]
+        while left := [row for row, step in enumerate(steps) if step < 6]:
+            rows = order.permutation(left)[: order.integers(1, 24)].tolist()
+            batch = np.stack([made[row][1][steps[row]] for row in rows])
+            for row, choice in zip(rows, choose_all(batch, [samplers[row] for row in rows]), strict=True):
+                got[row].append(described(choice))
+                steps[row] += 1
+        assert got == alone
+
+
+def test_a_broken_row_leaves_the_others_as_they_were():
+    logits = np.zeros((4, 5), dtype=np.float32)
+    logits[1, 2], logits[2, 0] = np.nan, np.inf
+    logits[3, 4] = 1
+    banned = [np.arange(5)]
+    first, nan, infinite, none, last = choose_all(
+        np.concatenate([logits, logits[3:]]),
+        [sampler(5), sampler(5), sampler(5), sampler(5, banned=lambda: banned), sampler(5)],
+    )
+    assert (first, last) == (Choice(token_id=0, log_prob=None), Choice(token_id=4, log_prob=None))
+    assert isinstance(nan, RequestError)
+    assert nan.kind == infinite.kind == "INTERNAL"
+    assert "leave none" in str(none)
+
+
+@pytest.mark.parametrize("place", [0, 1, 15, 16, 31, 63, 64, 500, 699])
+def test_nan_is_found_wherever_it_is(place):
+    logits = np.arange(NUM_TOKENS, dtype=np.float32)
+    logits[place] = np.nan
+    assert isinstance(choose_all(logits[None], [sampler(NUM_TOKENS)])[0], RequestError)
+
+
+def test_greedy_rows_are_not_copied():
+    logits = np.random.default_rng(0).normal(size=(8, 50_000)).astype(np.float32)
+    samplers = [sampler(49_990) for _ in range(8)]
+    choose_all(logits, samplers)
+    tracemalloc.start()
+    choose_all(logits, samplers)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16_000
+
+
+def test_sequences_of_one_request_draw_differently_under_its_seed():
+    rows = np.random.default_rng(0).normal(size=(20, 500)).astype(np.float32)
+
+    def tokens(index):
+        drawn = sampler(500, top_p=1.0, random_seed=7, sequence_index=index)
+        return [drawn.choose(row).token_id for row in rows]
+
+    first = sampler(500, top_p=1.0, random_seed=7)
+    assert tokens(0) == [first.choose(row).token_id for row in rows]
+    assert tokens(1) == tokens(1)
+    assert len({tuple(tokens(index)) for index in range(4)}) == 4
+
+
+def test_a_penalty_that_leaves_float32s_range_ends_no_other_way_than_greedy():
+    drawn = sampler(3, prompt_ids=(1,), repetition_penalty=0.001, temperature=1.0, top_p=1.0, random_seed=1)
+    assert drawn.choose(floats(1, 3e38, 2)).token_id == 1

@@ -175,15 +175,15 @@ def respond(
     infinite."""
     cache.reset()
     plan, progress = request.plan, _Progress(request=request)
-    sampler = Sampler(plan, session.engine.manifest.tokenizer_size)
     stop_words, bad_words = TokenWatcher(request.stop_words), TokenWatcher(request.bad_words)
+    sampler = Sampler(plan, session.engine.manifest.tokenizer_size, banned=bad_words.completing)
     pending: Sequence[int] = plan.prompt_ids
     while True:
         logits = feed(session, cache, pending, is_cancelled)
         if logits is None:
             yield progress.take(is_cancelled=True), True
             return
-        choice = sampler.choose(logits, banned=bad_words.completing())
+        choice = sampler.choose(logits)
         ended = choice.token_id == request.end_id
         progress.add(choice, shown=not ended)
         bad_words.push(choice.token_id)

@@ -117,7 +117,7 @@ def test_a_bad_word_for_every_likely_token_takes_few_draws(scripted, byte_level)
     from triton_repo.runtime.sampling import Sampler
 
     original = Sampler._pick
-    Sampler._pick = lambda self, scores: picks.append(1) or original(self, scores)
+    Sampler._pick = lambda self, scores, best: picks.append(1) or original(self, scores, best)
     try:
         options = GenerationOptions(prompt="def ", max_tokens=1, bad_words=tuple(words), end_id=-1)
         [piece] = generate(session, byte_level, options)
