@@ -72,6 +72,14 @@ def test_unavailable_means_overload_when_the_server_lists_the_model_as_ready():
     assert isinstance(error, errors.ServerOverloaded)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_one_ready_version_of_two_makes_unavailable_an_overload(order):
+    newer = ModelState(name="phixtral", version="2", state="READY")
+    states = (FAILED, newer)[::order]
+    error = error_of(doing=DOING, status="UNAVAILABLE", details="queue full", model="phixtral", models=states)
+    assert isinstance(error, errors.ServerOverloaded)
+
+
 def test_a_status_whose_meaning_is_plain_does_not_depend_on_the_models():
     error = error_of(doing=DOING, status="INVALID_ARGUMENT", details="top_p 7", model="phixtrl", models=(READY,))
     assert isinstance(error, errors.RequestRejected)

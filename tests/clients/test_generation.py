@@ -229,8 +229,16 @@ def test_an_address_without_host_and_port_is_refused(url):
 
 
 @pytest.mark.parametrize("url", ["localhost:8001", "[::1]:8001", "[fe80::1%eth0]:8001", "a-b.example.org:65535"])
-def test_an_address_of_host_and_port_is_taken(url):
+def test_an_address_of_host_and_port_is_taken(url, monkeypatch):
+    opened, channel = [], grpc.insecure_channel
+
+    def open_channel(target, **settings):
+        opened.append(target)
+        return channel(target, **settings)
+
+    monkeypatch.setattr(grpc, "insecure_channel", open_channel)
     Client(url).close()
+    assert opened == [url]
 
 
 def test_a_timeout_that_grpcs_clock_cannot_hold_waits_long_instead_of_failing_at_once(client, request_of):

@@ -19,6 +19,13 @@ def test_a_block_that_lies_on_the_grid_is_met_exactly():
     assert codes.tolist() == [[0, 15, 7, 8, 6, 10, 5, 11, 3, 13, 2, 14, 4, 12, 9, 1]]
 
 
+def test_of_two_extremes_of_the_same_size_the_negative_one_is_met_exactly():
+    # scale = -128 / -128 = 1, so +128 clips to 127. The other way round the scale would be -1, and -128 would clip.
+    codes, scales = quantize_blocks(np.array([[128, -128, 1, 0]], dtype=np.float32), bits=8, block_size=4)
+    assert scales.tolist() == [[1.0]]
+    assert (codes.astype(int) - 128).tolist() == [[127, -128, 1, 0]]
+
+
 def test_halves_round_to_even_and_values_past_the_end_clip():
     # 8 bits know one stretch: scale = -128 / -128 = 1.
     block = np.array([[-128, 127.6, 0.5, 1.5, 2.5, -0.5, -1.5, 126.4]], dtype=np.float32)

@@ -58,7 +58,17 @@ REFUSED_BY_BOTH = {
     ),
     "a hole before the first": (file_of({"a": entry(begin=4, end=12)}, 12), "4 bytes between the header and a"),
     "an overlap": (file_of({"a": entry(), "b": entry(begin=4, end=12)}, 12), "a and b overlap"),
+    "an overlap of one byte": (
+        file_of({"a": entry("U8", (4,), 0, 4), "b": entry("U8", (4,), 3, 7)}, 7),
+        "a and b overlap",
+    ),
+    "a hole of one byte": (
+        file_of({"a": entry("U8", (4,), 0, 4), "b": entry("U8", (4,), 5, 9)}, 9),
+        "1 bytes between a and b belong to no",
+    ),
+    "one byte after the last tensor": (file_of(TWO, 17), "1 bytes after b, the last tensor"),
     "a tensor past the end": (file_of(TWO, 12), "truncated"),
+    "a tensor one byte past the end": (file_of(TWO, 15), "truncated"),
     "offsets turned": (file_of({"a": entry(begin=8, end=0)}), "should take 8 bytes, its offsets span -8"),
     "another size": (file_of({"a": entry(shape=(3,))}), "should take 12 bytes, its offsets span 8"),
     "part of a byte": (file_of({"a": entry("F4", (3,), 0, 2)}, 2), "should take 12 bits, its offsets span 2"),
@@ -125,24 +135,18 @@ def test_what_is_taken_is_what_the_library_takes_over_damaged_headers(tmp_path):
     assert taken >= 5  # else the damage is too great for the comparison to mean much
 
 
-def test_every_dtype_of_the_format_is_known(tmp_path):
-    sizes = {
-        "F8_E4M3": 8,
-        "F8_E5M2": 8,
-        "F8_E8M0": 8,
-        "U64": 64,
-        "U16": 16,
-        "U32": 32,
-        "C64": 64,
-        "F6_E2M3": 6,
-        "F4": 4,
-    }
-    for dtype, bits in sizes.items():
+def test_every_dtype_of_the_format_is_known_with_its_bits(tmp_path):
+    bits_of = {
+        "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
+        "U16": 16, "U8": 8, "BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+        "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+    }  # fmt: skip
+    path = tmp_path / "model.safetensors"
+    for dtype, bits in bits_of.items():
         data = file_of({"a": entry(dtype, (8,), 0, bits)}, bits)
         assert not library_refuses(data)
-        path = tmp_path / "model.safetensors"
         path.write_bytes(data)
-        assert [stored.num_bytes for stored in read_header(path)] == [bits]
+        assert [(stored.dtype, stored.num_bytes) for stored in read_header(path)] == [(dtype, bits)]
 
 
 def test_a_large_header_is_read_in_seconds_or_refused(tmp_path):

@@ -60,8 +60,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", FIELD)
-def test_patterns_of_the_field_are_taken(name):
+def test_patterns_of_the_field_are_taken_and_read_to_their_end(name):
     check_pattern(FIELD[name])
+    with pytest.raises(ValueError, match="repeats a repeat"):
+        check_pattern(f"{FIELD[name]}|(a+)+$")
 
 
 @pytest.mark.parametrize("pattern", REFUSED)

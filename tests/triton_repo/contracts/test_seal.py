@@ -180,7 +180,8 @@ def test_an_engine_may_be_linked_into_two_repositories_at_once(tmp_path, tiny_en
         return check(descriptor, made, regions)
 
     monkeypatch.setattr(placing, "_check", checking)
-    package_engine(PackageOptions(engine=tiny_engine, name="m", output=tmp_path / "repository"))
+    package = package_engine(PackageOptions(engine=tiny_engine, name="m", output=tmp_path / "repository"))
+    assert is_sealed(package.folder / "1" / "engine")
 
 
 def test_a_copy_is_what_was_hashed_where_the_source_changes_afterwards(tmp_path, tiny_engine, monkeypatch):

@@ -74,6 +74,26 @@ def test_impossible_ports_are_refused():
         choose_ports(Address("192.0.2.1"), Ports())
 
 
+def test_the_first_and_the_last_port_can_be_asked_for():
+    for port in (0, 65536):
+        with pytest.raises(ServerError, match=f"the grpc port is {port}, expected 1 to 65535"):
+            choose_ports(Address("127.0.0.1"), Ports(grpc=port))
+    # An address of no interface: what is refused is the address, so the ports are taken as ports.
+    with pytest.raises(ServerError, match="the grpc port 1 on 192.0.2.1 .*\n.*the http port 65535 on 192.0.2.1"):
+        choose_ports(Address("192.0.2.1"), Ports(grpc=1, http=65535))
+
+
+def test_a_port_whose_last_server_has_just_ended_is_taken():
+    """The kernel keeps a port in TIME_WAIT for a minute after its server closed a connection (RFC 9293, 3.6)."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            accepted, _ = server.accept()
+            accepted.close()
+            assert client.recv(1) == b""
+    assert choose_ports(Address("127.0.0.1"), Ports(grpc=port)).grpc == port
+
+
 def test_chosen_ports_differ():
     ports = choose_ports(Address("127.0.0.1"), Ports())
     assert len({ports.grpc, ports.http, ports.metrics}) == 3

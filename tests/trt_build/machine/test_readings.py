@@ -38,6 +38,10 @@ def test_the_readings_come_from_nvidia_smi_the_environment_and_the_installed_pac
     monkeypatch.setattr(machine_module.importlib.metadata, "version", lambda name: {"tensorrt_llm": "1.2.0"}[name])
     assert read_machine({}) == Machine(gpus=(A100, H100), tensorrt_llm="1.2.0")
     assert read_machine({"CUDA_VISIBLE_DEVICES": "GPU-h"}) == Machine(gpus=(H100,), visible=1, tensorrt_llm="1.2.0")
+    by_number = {"CUDA_VISIBLE_DEVICES": "1"}
+    assert read_machine(by_number | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}).gpus == (H100,)
+    assert read_machine(by_number | {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}).gpus == (A100, H100)
+    assert read_machine(by_number).gpus == (A100, H100)
     smi.write_text("#!/bin/sh\necho no driver; exit 9\n")
     assert read_machine({}).gpus is None
     smi.unlink()

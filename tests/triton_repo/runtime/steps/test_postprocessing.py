@@ -103,6 +103,22 @@ def test_the_end_tokens_log_probability_is_what_the_sum_grew_by(post, begin, byt
     assert (last.log_probs, last.cum_log_prob) == ((-2.0,), -2.75)
 
 
+@pytest.mark.parametrize(("last_sum", "expected"), [(-0.75, 0.0), (-0.5, 0.0), (None, 0.0)])
+def test_an_end_token_never_has_a_log_probability_above_0(post, begin, byte_level, last_sum, expected):
+    """The engine's sum is rounded, so it can fall short of the sum that was added up here. It may be absent too."""
+    begin(post, return_log_probs=True)
+    [a] = byte_level.encode("x")
+    post.extend("k", one(a, log_probs=(-0.75,)), never)
+    last = post.extend("k", Tokens(token_ids=(), cum_log_prob=last_sum), never).piece
+    assert last.log_probs == (expected,)
+
+
+def test_the_end_token_that_an_engine_does_not_show_is_the_first_of_several(post, begin, byte_level):
+    begin(post, end_token_ids=(byte_level.eos_token_id, byte_level.encode("q")[0]))
+    feed(post, byte_level.encode("x"))
+    assert post.extend("k", Tokens(token_ids=()), never).piece.token_ids == (byte_level.eos_token_id,)
+
+
 def test_the_length_ends_an_answer_with_the_token_that_reaches_it(post, begin, byte_level):
     begin(post, max_tokens=2)
     steps = feed(post, byte_level.encode("xy"))
