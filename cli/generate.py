@@ -22,7 +22,7 @@ from export.command import INTERRUPTED, READER_GONE, leave_stdout
 
 if TYPE_CHECKING:
     from clients.generation import Client
-    from clients.messages import GenerationRequest
+    from clients.messages import Generation, GenerationRequest
     from triton_repo.contracts.model_state import ModelState
 
 POLL_INTERVAL_S = 0.1
@@ -39,12 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
     sampling.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens; 0 is all")
     sampling.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that sum to P, 0 < P <= 1")
+    sampling.add_argument(
+        "--min-p", type=float, metavar="M", help="draw among tokens at least M times as likely as the likeliest"
+    )
     sampling.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text")
     sampling.add_argument(
         "--repetition-penalty", type=float, metavar="R", help="above 1: what was said is said less; 1 is none"
     )
     sampling.add_argument("--presence-penalty", type=float, metavar="P", help="taken off what was produced; 0 is none")
     sampling.add_argument("--frequency-penalty", type=float, metavar="F", help="the same for each time; 0 is none")
+    sampling.add_argument(
+        "--logit-bias",
+        action="append",
+        type=read_bias,
+        metavar="ID=VALUE",
+        help="added to the logit of a token, -1000 to 1000; may be repeated",
+    )
+    sampling.add_argument("--n", type=int, metavar="N", help="so many answers, printed at the end as [0] ..., [1] ...")
     ending = parser.add_argument_group("words and ends")
     ending.add_argument("--stop", action="append", metavar="TEXT", help="end at this text; may be repeated")
     ending.add_argument("--bad", action="append", metavar="TEXT", help="never produce this text; may be repeated")
@@ -56,7 +67,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--log-probs", action="store_true", help="how likely each token was: a table on stderr, or in the JSON object"
     )
+    output.add_argument(
+        "--top-log-probs", type=int, metavar="N", help="the same of the N likeliest tokens at each place, by their ids"
+    )
+    output.add_argument("--prompt-log-probs", action="store_true", help="the same of the prompt's tokens, by their ids")
     output.add_argument("--stats", action="store_true", help="a line of counts and speed on stderr at the end")
+
+
+def read_bias(text: str) -> tuple[int, float]:
+    """The token id and the number in the text of --logit-bias. Raises ArgumentTypeError."""
+    token, separator, number = text.partition("=")
+    try:
+        if separator:
+            return int(token), float(number)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"found {text!r}, expected a token id and a number, such as 50=-2.5")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -134,8 +160,14 @@ def read_stdin() -> str:
 
 
 def read_request(arguments: argparse.Namespace, model: str, prompt: str) -> GenerationRequest:
+    from clients.errors import RequestRejected
     from clients.messages import GenerationRequest
 
+    biases = dict(arguments.logit_bias or ())
+    if len(biases) < len(arguments.logit_bias or ()):
+        raise RequestRejected(
+            "reading --logit-bias: found a token id twice, expected each once; give one number for it"
+        )
     return GenerationRequest(
         model=model,
         prompt=prompt,
@@ -143,15 +175,20 @@ def read_request(arguments: argparse.Namespace, model: str, prompt: str) -> Gene
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
+        min_p=arguments.min_p,
         min_length=arguments.min_tokens,
         repetition_penalty=arguments.repetition_penalty,
         presence_penalty=arguments.presence_penalty,
         frequency_penalty=arguments.frequency_penalty,
+        logit_bias=biases,
         random_seed=arguments.seed,
         stop_words=tuple(arguments.stop) if arguments.stop else None,
         bad_words=tuple(arguments.bad) if arguments.bad else None,
         end_id=arguments.end_id,
         return_log_probs=True if arguments.log_probs else None,
+        num_log_probs=arguments.top_log_probs,
+        return_prompt_log_probs=True if arguments.prompt_log_probs else None,
+        num_return_sequences=arguments.n,
         timeout_s=arguments.timeout,
     )
 
@@ -176,49 +213,71 @@ def the_one_ready(models: Sequence[ModelState], url: str) -> str:
 def answer(
     client: Client, request: GenerationRequest, arguments: argparse.Namespace, interrupted: threading.Event
 ) -> int:
-    """Stream one answer to stdout; returns the exit status. Raises ClientError; OSError if stdout takes no more."""
+    """Stream one answer to stdout, or print several when all of them have ended; returns the exit status. Raises
+    ClientError; OSError if stdout takes no more."""
     from clients.errors import ClientError
+    from clients.messages import collect_all
 
-    timeline = Timeline()
+    timeline, is_several = Timeline(), (request.num_return_sequences or 1) > 1
     try:
         with closing(client.stream(request)) as pieces:
             for piece in pieces:
                 # The server never repeats the prompt in a stream, so --echo prints it here.
                 before = request.prompt if arguments.echo and not timeline.pieces else ""
                 timeline.add(piece)
-                if not arguments.json:
+                if not arguments.json and not is_several:
                     print(before + piece.text, end="", flush=True)
     except ClientError:
         if not interrupted.is_set():
             raise
     finally:
-        if timeline.pieces and not arguments.json:
+        if timeline.pieces and not arguments.json and not is_several:
             print(flush=True)
     if arguments.json:
         found = summary(request, timeline, echo=arguments.echo, interrupted=interrupted.is_set())
         print(json.dumps(found, ensure_ascii=False), flush=True)
-    elif arguments.log_probs:
+        return end_of(timeline, arguments, interrupted)
+    if is_several:
+        for generation in collect_all(timeline.pieces):
+            text = (request.prompt if arguments.echo else "") + generation.text
+            print(f"[{generation.sequence_index}] {text}", flush=True)
+    if arguments.log_probs or arguments.top_log_probs or arguments.prompt_log_probs:
         print(log_probability_table(timeline.pieces), file=sys.stderr)
+    return end_of(timeline, arguments, interrupted)
+
+
+def end_of(timeline: Timeline, arguments: argparse.Namespace, interrupted: threading.Event) -> int:
+    """Print the statistics that were asked for; returns the exit status."""
     if arguments.stats:
         print(statistics(timeline), file=sys.stderr)
     return INTERRUPTED if interrupted.is_set() else 0
 
 
 def summary(request: GenerationRequest, timeline: Timeline, *, echo: bool, interrupted: bool) -> dict[str, object]:
-    """The JSON object that --json prints. A count or speed that is not known is null."""
-    from clients.messages import collect
+    """The JSON object that --json prints. A count or speed that is not known is null. Several answers are a list."""
+    from clients.messages import collect, collect_all
 
-    generation = collect(timeline.pieces)
-    found: dict[str, object] = {
-        "model": request.model,
-        "text": (request.prompt if echo else "") + generation.text,
-        "token_ids": generation.token_ids,
-        "finish_reason": "cancelled" if interrupted else generation.finish_reason,
-        "num_input_tokens": generation.num_input_tokens,
-        "num_output_tokens": generation.num_output_tokens,
-        "time_to_first_token_ms": timeline.time_to_first_token_ms,
-        "tokens_per_s": timeline.tokens_per_s,
-    }
-    if request.return_log_probs:
-        found |= {"log_probs": generation.log_probs, "cum_log_prob": generation.cum_log_prob}
-    return found
+    def answer_of(generation: Generation) -> dict[str, object]:
+        found: dict[str, object] = {
+            "text": (request.prompt if echo else "") + generation.text,
+            "token_ids": generation.token_ids,
+            "finish_reason": generation.finish_reason or ("cancelled" if interrupted else None),
+            "num_input_tokens": generation.num_input_tokens,
+            "num_output_tokens": generation.num_output_tokens,
+        }
+        if request.return_log_probs:
+            found |= {"log_probs": generation.log_probs, "cum_log_prob": generation.cum_log_prob}
+        if request.num_log_probs:
+            found["top_log_probs"] = generation.top_log_probs
+        if request.return_prompt_log_probs:
+            found |= {
+                "prompt_token_ids": generation.prompt_token_ids,
+                "prompt_log_probs": generation.prompt_log_probs,
+            }
+        return found
+
+    times = {"time_to_first_token_ms": timeline.time_to_first_token_ms, "tokens_per_s": timeline.tokens_per_s}
+    if (request.num_return_sequences or 1) > 1:
+        answers = [answer_of(generation) for generation in collect_all(timeline.pieces)]
+        return {"model": request.model, "answers": answers, **times}
+    return {"model": request.model, **answer_of(collect(timeline.pieces)), **times}

@@ -58,21 +58,30 @@ def statistics(timeline: Timeline) -> str:
 
 
 def log_probability_table(pieces: Sequence[Piece]) -> str:
-    """The table that --log-probs prints. For each piece it has the natural logarithm of the joint probability of the
-    piece's tokens, that probability, the text, and the logarithm for each token. The last lines have the sum, the mean
-    and the perplexity of all tokens.
+    """The table that --log-probs, --top-log-probs and --prompt-log-probs print. For each piece it has the natural
+    logarithm of the joint probability of the piece's tokens, that probability, the text, and the logarithm for each
+    token. Below are the likeliest tokens at the place of each token, as ids and logarithms. The last lines have the
+    sum, the mean and the perplexity of all tokens of the prompt, without its first, and of the answer.
     """
-    lines = ["  log prob   probability  text"]
+    lines = ["  log prob   probability  text"] if any(piece.log_probs for piece in pieces) else []
     for piece in pieces:
         if piece.log_probs:
             total = sum(piece.log_probs)
             each = f"  ({' '.join(f'{value:.3f}' for value in piece.log_probs)})" if len(piece.log_probs) > 1 else ""
             lines.append(f"{total:10.3f}  {100 * math.exp(total):10.3f} %  {piece.text!r}{each}")
+        lines += [
+            f"{token:>10}: " + " ".join(f"{one}:{value:.3f}" for one, value in top)
+            for token, top in zip(piece.token_ids, piece.top_log_probs, strict=False)
+        ]
+    prompt = next((piece.prompt_log_probs for piece in pieces if piece.prompt_log_probs), ())
+    if prompt:
+        lines.append(f"prompt: {_sums(prompt)}")
     values = [value for piece in pieces for value in piece.log_probs]
-    if not values:
-        return "the server gave no log-probabilities"
+    if values:
+        lines.append(_sums(values))
+    return "\n".join(lines) or "the server gave no log-probabilities"
+
+
+def _sums(values: Sequence[float]) -> str:
     mean = sum(values) / len(values)
-    lines.append(
-        f"{len(values)} tokens: sum {sum(values):.3f}, mean {mean:.3f}, perplexity {math.exp(min(-mean, 700)):.3f}"
-    )
-    return "\n".join(lines)
+    return f"{len(values)} tokens: sum {sum(values):.3f}, mean {mean:.3f}, perplexity {math.exp(min(-mean, 700)):.3f}"

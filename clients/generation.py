@@ -23,7 +23,14 @@ from typing import TYPE_CHECKING
 from clients import wire
 from clients._tritonclient import require_grpc, require_messages, require_services
 from clients.errors import AddressInvalid, ClientError, ConnectionFailed, RequestRejected, depends_on_models, error_of
-from clients.messages import Generation, GenerationRequest, check_text, collect
+from clients.messages import (
+    Generation,
+    GenerationRequest,
+    check_one_answer,
+    check_text,
+    collect,
+    collect_all,
+)
 from clients.streams import AsyncStream, Stream
 from triton_repo.contracts.model_state import ModelState
 from triton_repo.contracts.piece import Piece
@@ -87,7 +94,13 @@ class Client:
 
     def generate(self, request: GenerationRequest) -> Generation:
         """The whole answer, which the server sends in one response."""
+        check_one_answer(request)
         return collect(self._pieces(request, wire.build_request(request, stream=False)))
+
+    def generate_all(self, request: GenerationRequest) -> tuple[Generation, ...]:
+        """The whole answers to the prompt, `num_return_sequences` of them, each of which the server sends in one
+        response."""
+        return collect_all(self._pieces(request, wire.build_request(request, stream=False)))
 
     def _pieces(self, request: GenerationRequest, message: pb.ModelInferRequest) -> Generator[Piece, None, None]:
         doing, timeout_s = wire.doing(request.model, self.url), _deadline(request.timeout_s)
@@ -223,8 +236,15 @@ class AsyncClient:
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """The whole answer, which the server sends in one response."""
+        check_one_answer(request)
         async with aclosing(self._pieces(request, wire.build_request(request, stream=False))) as pieces:
             return collect([piece async for piece in pieces])
+
+    async def generate_all(self, request: GenerationRequest) -> tuple[Generation, ...]:
+        """The whole answers to the prompt, `num_return_sequences` of them, each of which the server sends in one
+        response."""
+        async with aclosing(self._pieces(request, wire.build_request(request, stream=False))) as pieces:
+            return collect_all([piece async for piece in pieces])
 
     async def _pieces(self, request: GenerationRequest, message: pb.ModelInferRequest) -> AsyncGenerator[Piece, None]:
         doing, timeout_s = wire.doing(request.model, self.url), _deadline(request.timeout_s)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -16,7 +17,7 @@ from triton_repo.contracts.piece import Piece, join
 class GenerationRequest:
     """One prompt for one model. A field that is None is not sent, and the server uses its default.
 
-    Except `model`, `prompt`, `request_id` and `timeout_s`, the fields have the names of tensors in
+    Except `model`, `prompt`, `logit_bias`, `request_id` and `timeout_s`, the fields have the names of tensors in
     `triton_repo/contracts/wire.py`, which says their ranges; the server checks the ranges. A temperature without top_k
     and top_p draws among all tokens: it is sent with top_p 1, since servers of this contract would be greedy without
     it. Raises RequestRejected for values that every server would refuse.
@@ -28,10 +29,12 @@ class GenerationRequest:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     min_length: int | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = None  # token id to what is added to its logit
     random_seed: int | None = None
     stop_words: tuple[str, ...] | None = None
     bad_words: tuple[str, ...] | None = None
@@ -40,6 +43,9 @@ class GenerationRequest:
     beam_width: int | None = None
     return_log_probs: bool | None = None
     exclude_input_in_output: bool | None = None
+    num_log_probs: int | None = None
+    return_prompt_log_probs: bool | None = None
+    num_return_sequences: int | None = None  # answers to the prompt; more than one are read by stream or generate_all
     # Appears in the server's log and messages. It must be unique among requests in flight. If it is empty, an id is
     # drawn each time the request is sent.
     request_id: str = ""
@@ -59,11 +65,16 @@ class GenerationRequest:
         for name in ("stop_words", "bad_words"):
             if isinstance(getattr(self, name), str):
                 raise RequestRejected(f"a request to {self.model}: {name} is one text; give a tuple of texts")
+        if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
+            raise RequestRejected(
+                f"a request to {self.model}: logit_bias is {self.logit_bias!r}, expected token ids with a number each; "
+                "give a dict"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """A whole answer."""
+    """A whole answer. The fields are those of `Piece`, for all of its pieces."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -72,11 +83,32 @@ class Generation:
     num_output_tokens: int | None
     cum_log_prob: float | None
     log_probs: tuple[float, ...]
+    top_log_probs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    prompt_token_ids: tuple[int, ...] = ()
+    prompt_log_probs: tuple[float, ...] = ()
+    sequence_index: int = 0
 
 
 def collect(pieces: Iterable[Piece]) -> Generation:
     """The whole answer of which `pieces` are the pieces, in order."""
     return Generation(**vars(join(pieces)))
+
+
+def collect_all(pieces: Iterable[Piece]) -> tuple[Generation, ...]:
+    """The whole answers to one prompt, in the order of `sequence_index`, of which `pieces` are the pieces in order."""
+    parts: defaultdict[int, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        parts[piece.sequence_index].append(piece)
+    return tuple(collect(parts[index]) for index in sorted(parts))
+
+
+def check_one_answer(request: GenerationRequest) -> None:
+    """Raise RequestRejected for a request for several answers, where only one can be given back."""
+    if request.num_return_sequences not in (None, 1):
+        raise RequestRejected(
+            f"a request to {request.model}: num_return_sequences is {request.num_return_sequences!r}, and generate "
+            "gives one answer; call generate_all"
+        )
 
 
 def check_text(what: str, value: object) -> None:

@@ -98,7 +98,12 @@ def input_values(request: GenerationRequest, *, stream: bool) -> list[tuple[Wire
     with top_p 1, which draws among all tokens.
     """
     chosen: list[tuple[WireTensor, list[Any]]] = []
-    given: dict[str, Any] = {"stream": stream}
+    biases = request.logit_bias or {}
+    given: dict[str, Any] = {
+        "stream": stream,
+        "logit_bias_ids": tuple(biases),
+        "logit_bias_values": tuple(biases.values()),
+    }
     if request.temperature not in (None, 0) and not request.top_k and not request.top_p:
         given["top_p"] = 1.0
     for tensor in INPUTS:
@@ -210,7 +215,26 @@ def read_piece(response: pb.ModelInferResponse, *, log_probs: bool) -> Piece | N
         num_output_tokens=firsts.get("num_output_tokens"),
         cum_log_prob=firsts.get("cum_log_probs") if log_probs else None,
         log_probs=tuple(outputs.get("output_log_probs", ())) if log_probs else (),
+        top_log_probs=_read_tops(response.model_name, outputs),
+        prompt_token_ids=tuple(outputs.get("prompt_token_ids", ())),
+        prompt_log_probs=tuple(outputs.get("prompt_log_probs", ())),
+        sequence_index=firsts.get("sequence_index", 0),
     )
+
+
+def _read_tops(model: str, outputs: dict[str, list[Any]]) -> tuple[tuple[tuple[int, float], ...], ...]:
+    """The likeliest tokens at the place of each token of a response. Raises StreamBroken."""
+    ids, values = outputs.get("top_token_ids", []), outputs.get("top_log_probs", [])
+    if not ids and not values:
+        return ()
+    count = len(outputs.get("token_ids", ()))
+    if len(ids) != len(values) or not count or len(ids) % count:
+        raise StreamBroken(
+            f"a response of {model}: top_token_ids holds {len(ids)} values and top_log_probs {len(values)}, expected "
+            f"as many for each of {count} tokens"
+        )
+    pairs, width = list(zip(ids, values, strict=True)), len(ids) // count
+    return tuple(tuple(pairs[start : start + width]) for start in range(0, len(pairs), width))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,10 +25,17 @@ def text_bytes(text: bytes) -> bytes:
 
 
 def piece(
-    text: str, token_ids=(), *, finish_reason: str = "", num_output: int = 0, final: bool = False, log_probs=False
+    text: str,
+    token_ids=(),
+    *,
+    finish_reason: str = "",
+    num_output: int = 0,
+    final: bool = False,
+    log_probs=False,
+    **fields,
 ):
     """One response with the tensors that moeship's model sends, for a prompt of 3 tokens; with `log_probs`, as to a
-    request that asks for them, each is -0.5."""
+    request that asks for them, each is -0.5. `fields` are further ones of the piece."""
     made = Piece(
         text=text,
         token_ids=tuple(token_ids),
@@ -37,6 +44,7 @@ def piece(
         finish_reason=finish_reason,
         num_input_tokens=3,
         num_output_tokens=num_output,
+        **fields,
     )
     response = pb.ModelInferResponse(model_name="phixtral", model_version="1")
     response.parameters["triton_final_response"].bool_param = final

@@ -18,7 +18,7 @@ from fuzzing import HOSTILE_VALUES, Reader, mutated_json
 from tokenizers import decoders, models, pre_tokenizers
 
 from export.tokenizer.loading import Tokenizer
-from triton_repo.contracts.ensemble import ENGINE_NAMES, QUERY_NAMES
+from triton_repo.contracts.ensemble import ADDED_ENGINE_NAMES, ENGINE_NAMES, QUERY_NAMES
 from triton_repo.contracts.model_parameters import TextParameters
 from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, INPUTS, TritonDtype, WireTensor
 from triton_repo.runtime.answer import Answer, AnswerPlan
@@ -44,6 +44,8 @@ GOOD: tuple[dict[str, Any], ...] = (
      "pad_id": [0], "beam_width": [1]},
     {"text_input": ["x"], "max_tokens": [3], "min_length": [1], "random_seed": [3], "num_return_sequences": [1],
      "length_penalty": [1.0], "return_num_input_tokens": [True], "return_context_logits": [False]},
+    {"text_input": ["x"], "max_tokens": [3], "min_p": [0.1], "logit_bias_ids": [5, 6], "logit_bias_values": [1.0, -3.0],
+     "num_log_probs": [3], "embedding_bias_words": ["ab", ""], "embedding_bias_weights": [0.5, 1.0]},
 )  # fmt: skip
 # Values at the ends of what each data type holds.
 _ENDS: Mapping[TritonDtype, tuple[Any, ...]] = {
@@ -133,7 +135,8 @@ def _preprocessor() -> Preprocessor:
 def answer_in_steps(request: Any) -> list[Any]:
     """What the steps of an ensemble do with it."""
     prepared = _preprocessor().prepare({QUERY_NAMES[name]: array for name, array in tensors_of(request).items()})
-    tensors = {ENGINE_NAMES[name]: tensor for name, tensor in prepared.items() if name in ENGINE_NAMES}
+    names = ENGINE_NAMES | ADDED_ENGINE_NAMES
+    tensors = {names[name]: tensor for name, tensor in prepared.items() if name in names}
     answer = Answer(AnswerPlan.from_json(prepared["ANSWER"].reshape(-1)[0].decode()), tokenizer())
     session = _Session()
     asked = read_token_request(tensors, MAX_SEQUENCE, tokenizer().size, (END_ID, 5))

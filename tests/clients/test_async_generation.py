@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 import grpc
 import pytest
-from fake_triton import FakeServer, piece
+from fake_triton import FakeServer, empty_final, piece
 
 from clients import errors
 from clients.generation import AsyncClient
@@ -40,6 +40,20 @@ def test_pieces_come_in_order_and_end_with_the_reason(run_with_client, request_o
         ("def ", (5, 6), None),
         ("main", (7,), "length"),
     ]
+
+
+def test_several_answers_are_told_apart_and_are_never_taken_for_one(server, run_with_client, request_of):
+    server.answer = lambda request, context: iter(
+        [
+            piece("ab", (5,), finish_reason="stop", sequence_index=1),
+            piece("x", (6,), finish_reason="stop"),
+            empty_final(),
+        ]
+    )
+    several = request_of(num_return_sequences=2)
+    assert [one.text for one in run_with_client(lambda client: client.generate_all(several))] == ["x", "ab"]
+    with pytest.raises(errors.RequestRejected, match="call generate_all"):
+        run_with_client(lambda client: client.generate(several))
 
 
 def test_a_whole_answer_is_the_pieces_together(server, run_with_client, request_of):

@@ -131,6 +131,88 @@ def test_log_probabilities_are_in_the_json_object(server, capsys):
     assert (found["log_probs"], found["cum_log_prob"], captured.err) == ([-0.5, -0.5, -0.5], -0.5, "")
 
 
+def test_min_p_biases_and_what_is_asked_of_tokens_reach_the_server(server):
+    options = ["--min-p", "0.25", "--logit-bias", "50=-2.5", "--logit-bias", "7=4", "--n", "3"]
+    assert main(["generate", "--url", server.url, *options, "--top-log-probs", "2", "--prompt-log-probs", "x"]) == 0
+    sent = sent_tensors(server)
+    assert {name: sent[name] for name in sent if name not in ("text_input", "max_tokens", "stream")} == {
+        "min_p": b"\x00\x00\x80\x3e",
+        "logit_bias_ids": b"\x32\x00\x00\x00\x07\x00\x00\x00",
+        "logit_bias_values": b"\x00\x00\x20\xc0\x00\x00\x80\x40",
+        "num_log_probs": b"\x02\x00\x00\x00",
+        "return_prompt_log_probs": b"\x01",
+        "num_return_sequences": b"\x03\x00\x00\x00",
+    }
+
+
+@pytest.mark.parametrize("text", ["5", "a=1", "5=x", "=", "5=1=2"])
+def test_a_bias_that_is_no_id_and_number_is_wrong_usage(capsys, text):
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "--logit-bias", text, "x"])
+    assert caught.value.code == 2
+    assert f"--logit-bias: found {text!r}, expected a token id and a number, such as 50=-2.5" in capsys.readouterr().err
+
+
+def test_a_token_that_is_biased_twice_is_refused(server, capsys):
+    assert main(["generate", "--url", server.url, "--logit-bias", "5=1", "--logit-bias", "5=2", "x"]) != 0
+    assert "--logit-bias: found a token id twice, expected each once" in capsys.readouterr().err
+
+
+TOP = ((5, -0.5), (9, -1.25))
+
+
+def with_all_log_probs(request, context):
+    prompt = {"prompt_token_ids": (1, 2, 3), "prompt_log_probs": (-1.0, -3.0)}
+    yield piece("de", (5,), num_output=1, top_log_probs=(TOP,), **prompt)
+    yield piece("f", (9,), finish_reason="length", num_output=2, top_log_probs=(TOP,))
+    yield empty_final()
+
+
+def test_likeliest_tokens_and_the_prompts_probability_are_a_table_on_stderr(server, capsys):
+    server.answer = with_all_log_probs
+    assert main(["generate", "--url", server.url, "--top-log-probs", "2", "--prompt-log-probs", "x"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "def\n"
+    # exp(2) is 7.389.
+    assert captured.err.splitlines() == [
+        "         5: 5:-0.500 9:-1.250",
+        "         9: 5:-0.500 9:-1.250",
+        "prompt: 2 tokens: sum -4.000, mean -2.000, perplexity 7.389",
+    ]
+
+
+def test_likeliest_tokens_and_the_prompts_probabilities_are_in_the_json_object(server, capsys):
+    server.answer = with_all_log_probs
+    assert main(["generate", "--url", server.url, "--top-log-probs", "2", "--prompt-log-probs", "--json", "x"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["top_log_probs"] == [[[5, -0.5], [9, -1.25]]] * 2
+    assert (found["prompt_token_ids"], found["prompt_log_probs"]) == ([1, 2, 3], [-1.0, -3.0])
+    assert "log_probs" not in found
+
+
+def two_answers(request, context):
+    yield piece("a", (5,), num_output=1, sequence_index=1)
+    yield piece("x", (6,), num_output=1, finish_reason="stop", sequence_index=0)
+    yield piece("b", (7,), num_output=2, finish_reason="length", sequence_index=1)
+    yield empty_final()
+
+
+def test_several_answers_are_printed_one_after_the_other(server, capsys):
+    server.answer = two_answers
+    assert main(["generate", "--url", server.url, "--n", "2", "--echo", "p"]) == 0
+    assert capsys.readouterr() == ("[0] px\n[1] pab\n", "")
+
+
+def test_several_answers_are_a_list_in_the_json_object(server, capsys):
+    server.answer = two_answers
+    assert main(["generate", "--url", server.url, "--n", "2", "--json", "p"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"model", "answers", "time_to_first_token_ms", "tokens_per_s"}
+    assert [(one["text"], one["token_ids"], one["finish_reason"]) for one in found["answers"]] == [
+        ("x", [6], "stop"), ("ab", [5, 7], "length"),
+    ]  # fmt: skip
+
+
 class Breaking:
     """Hands everything on between one connection and a server, until it breaks that off and takes no other."""
 

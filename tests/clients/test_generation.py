@@ -63,6 +63,22 @@ def test_a_stream_asks_for_pieces_and_a_whole_answer_does_not(server, client, re
     assert (whole.num_input_tokens, whole.num_output_tokens) == (3, 3)
 
 
+def two_answers(request, context):
+    yield piece("ab", (5,), finish_reason="stop", sequence_index=1)
+    yield piece("x", (6,), finish_reason="length", sequence_index=0)
+    yield empty_final()
+
+
+def test_several_answers_are_told_apart_and_are_never_taken_for_one(server, client, request_of):
+    server.answer = two_answers
+    several = request_of(num_return_sequences=2)
+    assert [(one.text, one.finish_reason) for one in client.generate_all(several)] == [("x", "length"), ("ab", "stop")]
+    assert [found.sequence_index for found in client.stream(several)] == [1, 0]
+    with pytest.raises(errors.RequestRejected, match="num_return_sequences is 2, and generate gives one answer"):
+        client.generate(several)
+    assert len(server.requests) == 2
+
+
 @pytest.mark.parametrize(("version", "asked"), [("2.68.0", "true"), ("2.51.0", None)])
 def test_errors_as_statuses_are_asked_only_of_a_server_that_survives_it(server, client, request_of, version, asked):
     server.version = version

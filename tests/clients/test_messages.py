@@ -8,7 +8,7 @@ import math
 import pytest
 
 from clients.errors import RequestRejected
-from clients.messages import GenerationRequest, collect
+from clients.messages import GenerationRequest, collect, collect_all
 from triton_repo.contracts.model_state import ModelState
 from triton_repo.contracts.piece import Piece
 from triton_repo.contracts.wire import FIELD_NAMES, INPUTS
@@ -17,8 +17,8 @@ from triton_repo.contracts.wire import FIELD_NAMES, INPUTS
 def test_every_input_of_the_contract_is_a_field_of_the_request_or_set_by_the_client():
     fields = {field.name for field in dataclasses.fields(GenerationRequest)}
     names = {FIELD_NAMES.get(tensor.name, tensor.name) for tensor in INPUTS}
-    assert names - fields == {"stream"}
-    assert fields - names == {"model", "request_id", "timeout_s"}
+    assert names - fields == {"stream", "logit_bias_ids", "logit_bias_values"}
+    assert fields - names == {"model", "request_id", "timeout_s", "logit_bias"}
 
 
 def test_a_request_cannot_be_changed(request_of):
@@ -40,6 +40,7 @@ def test_a_request_cannot_be_changed(request_of):
         ),
         ({"stop_words": "\n\n"}, "stop_words is one text; give a tuple of texts"),
         ({"bad_words": "x"}, "bad_words is one text"),
+        ({"logit_bias": ((5, 1.0),)}, "logit_bias is .*, expected token ids with a number each; give a dict"),
     ],
 )
 def test_a_request_that_is_wrong_for_every_server_is_refused(request_of, fields, text):
@@ -58,6 +59,24 @@ def test_pieces_join_to_a_whole_whose_counts_are_the_last_ones():
     assert (whole.text, whole.token_ids, whole.finish_reason) == ("ab", (1, 2, 7), "stop")
     assert (whole.num_input_tokens, whole.num_output_tokens) == (3, 3)
     assert (whole.cum_log_prob, whole.log_probs) == (-1.0, (-0.5,))
+
+
+def test_pieces_of_several_answers_join_by_their_index_and_keep_what_only_the_first_piece_has():
+    top = ((5, -0.5), (6, -1.5))
+    pieces = [
+        Piece(text="a", token_ids=(1,), sequence_index=1, top_log_probs=(top,), prompt_token_ids=(8, 9),
+              prompt_log_probs=(-2.0,)),
+        Piece(text="x", token_ids=(3,), sequence_index=0, top_log_probs=(top,)),
+        Piece(text="b", token_ids=(2,), sequence_index=1, top_log_probs=(top[::-1],), finish_reason="stop"),
+        Piece(text="y", sequence_index=0, finish_reason="length"),
+    ]  # fmt: skip
+    first, second = collect_all(pieces)
+    assert (first.text, first.sequence_index, first.finish_reason) == ("xy", 0, "length")
+    assert (first.top_log_probs, first.prompt_token_ids) == ((top,), ())
+    assert (second.text, second.sequence_index, second.token_ids) == ("ab", 1, (1, 2))
+    assert second.top_log_probs == (top, top[::-1])
+    assert (second.prompt_token_ids, second.prompt_log_probs) == ((8, 9), (-2.0,))
+    assert collect_all([]) == ()
 
 
 def test_no_pieces_make_an_empty_whole():

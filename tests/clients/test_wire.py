@@ -15,6 +15,8 @@ ALL_FIELDS = {
     "temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_length": 2, "repetition_penalty": 1.1, "presence_penalty": 0.0,
     "frequency_penalty": 0.5, "random_seed": 2**64 - 1, "stop_words": ("\n\n", "Ende – 終"), "bad_words": ("x",),
     "end_id": 50256, "pad_id": 0, "beam_width": 1, "return_log_probs": True, "exclude_input_in_output": False,
+    "min_p": 0.1, "logit_bias": {50: -2.5, 7: 4}, "num_log_probs": 3, "return_prompt_log_probs": True,
+    "num_return_sequences": 2,
 }  # fmt: skip
 
 
@@ -56,6 +58,8 @@ def test_the_bytes_of_a_small_request_are_those_worked_out_by_hand(request_of):
         ("top_k", "INT32", np.array([[40]], np.int32)),
         ("seed", "UINT64", np.array([[2**64 - 1]], np.uint64)),
         ("return_log_probs", "BOOL", np.array([[True]])),
+        ("logit_bias_ids", "INT32", np.array([[50, 7]], np.int32)),
+        ("logit_bias_values", "FP32", np.array([[-2.5, 4]], np.float32)),
         ("stop_words", "BYTES", np.array([[b"\n\n", "Ende – 終".encode()]], np.object_)),
     ],
 )
@@ -93,13 +97,32 @@ def test_a_top_p_that_is_given_beside_a_temperature_is_kept_unless_it_is_0(reque
 def test_every_field_that_is_given_is_sent(request_of):
     message = wire.build_request(request_of(**ALL_FIELDS), stream=True)
     renamed = {"min_length": "min_tokens", "random_seed": "seed"}
-    given = {renamed.get(field, field) for field in ALL_FIELDS}
+    given = {renamed.get(field, field) for field in ALL_FIELDS} - {"logit_bias"}
+    given |= {"logit_bias_ids", "logit_bias_values"}
     assert {tensor.name for tensor in message.inputs} == {"text_input", "max_tokens", "stream", *given}
 
 
 def test_no_stop_words_send_no_tensor_since_an_empty_one_has_no_shape_that_triton_takes(request_of):
     message = wire.build_request(request_of(stop_words=()), stream=True)
     assert "stop_words" not in {tensor.name for tensor in message.inputs}
+
+
+def test_the_likeliest_tokens_the_prompts_and_the_index_are_read(request_of):
+    top = (((5, -0.5), (9, -1.5)), ((7, -0.25), (5, -3.0)))
+    sent = piece("ab", (5, 7), top_log_probs=top, prompt_token_ids=(1, 2), prompt_log_probs=(-4.0,), sequence_index=3)
+    found = wire.read_piece(sent.infer_response, log_probs=False)
+    assert (found.top_log_probs, found.sequence_index) == (top, 3)
+    assert (found.prompt_token_ids, found.prompt_log_probs) == ((1, 2), (-4.0,))
+
+
+@pytest.mark.parametrize("name", ["top_token_ids", "top_log_probs", "token_ids"])
+def test_likeliest_tokens_that_do_not_fit_the_tokens_break_the_stream(name):
+    sent = piece("ab", (5, 7), top_log_probs=(((5, -0.5),), ((7, -0.25),))).infer_response
+    index = [output.name for output in sent.outputs].index(name)
+    sent.outputs[index].shape[:] = [1, 0]
+    sent.raw_output_contents[index] = b""
+    with pytest.raises(StreamBroken, match="top_token_ids holds [02] values and top_log_probs [02], expected as many"):
+        wire.read_piece(sent, log_probs=False)
 
 
 def test_numbers_of_numpy_are_taken_like_pythons_own(request_of):

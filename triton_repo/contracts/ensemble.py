@@ -150,6 +150,10 @@ ENGINE_KEY_INPUT = _scalar("answer_key", "STRING")
 ENGINE_KEY_OUTPUT = _output("answer_key", "STRING")
 ENGINE_CANCELLED = _output("is_cancelled", "BOOL")
 ENGINE_PROBE = _output("is_probe", "BOOL")
+# Tensors of contracts/wire.py that upstream's engine does not have. The two outputs are for the tokens of one response;
+# an end token, which no response shows, has its row behind them.
+ADDED_TOKEN_INPUTS = (_scalar("min_p", "FP32"), _scalar("num_log_probs", "INT32"))
+ADDED_TOKEN_OUTPUTS = (_output("top_token_ids", "INT32", -1, -1), _output("top_log_probs", "FP32", -1, -1))
 # The outputs that answers are made of. Every engine gives them.
 ANSWER_OUTPUTS = ("output_ids", "sequence_length", "cum_log_probs", "output_log_probs")
 
@@ -175,17 +179,19 @@ ENGINE_NAMES: dict[str, str] = {
     "OUT_PAD_ID": "pad_id", "RUNTIME_TOP_K": "runtime_top_k", "RUNTIME_TOP_P": "runtime_top_p",
     "TEMPERATURE": "temperature", "SEED": "seed", "MIN_TOKENS": "min_tokens",
     "REPETITION_PENALTY": "repetition_penalty", "PRESENCE_PENALTY": "presence_penalty",
-    "FREQUENCY_PENALTY": "frequency_penalty", "RETURN_LOG_PROBS": "return_log_probs", "STREAMING": "streaming",
-    STOP_REQUESTS: "stop",
+    "FREQUENCY_PENALTY": "frequency_penalty", "EMBEDDING_BIAS": "embedding_bias",
+    "RETURN_LOG_PROBS": "return_log_probs", "STREAMING": "streaming", STOP_REQUESTS: "stop",
 }  # fmt: skip
+# The same for an engine on ONNX Runtime, which takes more.
+ADDED_ENGINE_NAMES: dict[str, str] = {tensor.name.upper(): tensor.name for tensor in ADDED_TOKEN_INPUTS}
 ANSWER = ModelTensor(name="ANSWER", dtype="STRING")
 ANSWER_KEY = ModelTensor(name="ANSWER_KEY", dtype="STRING", optional=True)
 CANCELLED = ModelTensor(name="CANCELLED", dtype="BOOL", optional=True)
 PROBE = ModelTensor(name="PROBE", dtype="BOOL", optional=True)
-_BY_NAME = {tensor.name: tensor for tensor in TOKEN_INPUTS}
+_BY_NAME = {tensor.name: tensor for tensor in (*TOKEN_INPUTS, *ADDED_TOKEN_INPUTS)}
 _ENGINE_TENSORS: tuple[ModelTensor, ...] = tuple(
     ModelTensor(name=name, dtype=_BY_NAME[engine_name].dtype, dims=_BY_NAME[engine_name].dims, optional=True)
-    for name, engine_name in ENGINE_NAMES.items()
+    for name, engine_name in (ENGINE_NAMES | ADDED_ENGINE_NAMES).items()
 )
 PREPROCESSING_OUTPUTS: tuple[ModelTensor, ...] = (*_ENGINE_TENSORS, ANSWER, ANSWER_KEY)
 
@@ -194,6 +200,8 @@ TOKEN_NAMES: dict[str, str] = {
     "output_ids": "TOKENS_BATCH", "sequence_length": "SEQUENCE_LENGTH", "cum_log_probs": "CUM_LOG_PROBS",
     "output_log_probs": "OUTPUT_LOG_PROBS",
 }  # fmt: skip
+# The same for an engine on ONNX Runtime, which gives more.
+ADDED_TOKEN_NAMES: dict[str, str] = {tensor.name: tensor.name.upper() for tensor in ADDED_TOKEN_OUTPUTS}
 # Postprocessing is two steps of the ensemble. Before the engine it takes ANSWER and all that goes to the engine, and
 # passes the latter on: a step after a decoupled step may not also take inputs from steps before that one. After the
 # engine it takes one response of the engine at a time.
@@ -202,9 +210,10 @@ POSTPROCESSING_INPUTS: tuple[ModelTensor, ...] = (
     ANSWER_KEY,
     *_ENGINE_TENSORS,
     *(
-        ModelTensor(name=TOKEN_NAMES[tensor.name], dtype=tensor.dtype, dims=tensor.dims, optional=True)
-        for tensor in TOKEN_OUTPUTS
-        if tensor.name in TOKEN_NAMES
+        ModelTensor(name=names[tensor.name], dtype=tensor.dtype, dims=tensor.dims, optional=True)
+        for names in (TOKEN_NAMES | ADDED_TOKEN_NAMES,)
+        for tensor in (*TOKEN_OUTPUTS, *ADDED_TOKEN_OUTPUTS)
+        if tensor.name in names
     ),
     CANCELLED,
     PROBE,

@@ -22,6 +22,11 @@ class Piece:
     num_output_tokens: int | None = None  # of the answer so far
     cum_log_prob: float | None = None  # natural logarithm, the sum so far
     log_probs: tuple[float, ...] = ()  # natural logarithms, one a token of this piece
+    # For each token of this piece the likeliest ids at its place and their natural logarithms, the likeliest first.
+    top_log_probs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    prompt_token_ids: tuple[int, ...] = ()  # in the first piece
+    prompt_log_probs: tuple[float, ...] = ()  # natural logarithms, of prompt_token_ids from the second on
+    sequence_index: int = 0  # which of the answers to one prompt
 
 
 def join(pieces: Iterable[Piece]) -> Piece:
@@ -35,6 +40,10 @@ def join(pieces: Iterable[Piece]) -> Piece:
         num_output_tokens=_last(part.num_output_tokens for part in parts),
         cum_log_prob=_last(part.cum_log_prob for part in parts),
         log_probs=tuple(value for part in parts for value in part.log_probs),
+        top_log_probs=tuple(likeliest for part in parts for likeliest in part.top_log_probs),
+        prompt_token_ids=next((part.prompt_token_ids for part in parts if part.prompt_token_ids), ()),
+        prompt_log_probs=next((part.prompt_log_probs for part in parts if part.prompt_log_probs), ()),
+        sequence_index=parts[0].sequence_index if parts else 0,
     )
 
 

@@ -1,10 +1,10 @@
 """The tensors on the wire: names, dtypes and shapes that every served model takes and gives, whichever engine runs.
 
 Names and dtypes are those of TensorRT-LLM 1.2's `ensemble` model (triton_backend/all_models/inflight_batcher_llm/
-ensemble/config.pbtxt upstream), so that NVIDIA's own clients drive our servers unchanged. `COMPATIBILITY_INPUTS` are
-older names, and inputs that our clients do not need. `ADDED_OUTPUTS` are outputs that upstream does not have; NVIDIA's
-clients ignore them. Upstream's inputs for prompt tables, LoRA and guided decoding are not taken. Dims exclude the batch
-dimension: a request carries [1, *dims].
+ensemble/config.pbtxt upstream), so that NVIDIA's own clients drive our servers unchanged. `ADDED_INPUTS` and
+`ADDED_OUTPUTS` are tensors that upstream does not have; NVIDIA's clients neither send nor read them.
+`COMPATIBILITY_INPUTS` are older names, and inputs that our clients do not need. Upstream's inputs for prompt tables,
+LoRA and guided decoding are not taken. Dims exclude the batch dimension: a request carries [1, *dims].
 
 A request means what it means upstream: a temperature without top_k and top_p is greedy, and a stream never repeats the
 prompt. Where a tensor differs from upstream, its `differs` says how. The sources are in
@@ -28,6 +28,11 @@ NUMPY_DTYPES: dict[str, str] = {
     "STRING": "object", "INT32": "int32", "INT64": "int64", "UINT64": "uint64", "FP32": "float32", "BOOL": "bool",
 }  # fmt: skip
 
+# Most answers to one prompt, most biases of a request, and of how many of the likeliest tokens log-probabilities come.
+MOST_SEQUENCES = 16
+MOST_BIASES = 1024
+MOST_LOG_PROBS = 20
+
 
 @dataclass(frozen=True, kw_only=True)
 class WireTensor:
@@ -47,7 +52,7 @@ def _optional(
     return WireTensor(name=name, dtype=dtype, dims=dims, optional=True, unit=unit, differs=differs)
 
 
-INPUTS: tuple[WireTensor, ...] = (
+_UPSTREAM_INPUTS: tuple[WireTensor, ...] = (
     WireTensor(
         name="text_input",
         dtype="STRING",
@@ -59,20 +64,21 @@ INPUTS: tuple[WireTensor, ...] = (
     _optional(
         "temperature",
         "FP32",
-        "0, or 0.001 to 1000; absent is 1; 0 is greedy; has no effect where top_k and top_p are both 0 or absent",
+        "0, or 0.001 to 1000; absent is 1; 0 is greedy; has no effect where top_k, top_p and min_p are all 0 or absent",
         differs="there 0 divides the logits by a tiny number, which is greedy except for near ties; any size is taken",
     ),
     _optional(
         "top_k",
         "INT32",
-        "draw among the k likeliest tokens; 1 is greedy; 0 or absent sets no limit if top_p is sent, else it is greedy",
+        "draw among the k likeliest tokens; 1 is greedy; 0 or absent sets no limit if top_p or min_p is sent, else it "
+        "is greedy",
         differs="there more than 1024 counts as 1024 (TOP_K_MAX), a limit of its kernels",
     ),
     _optional(
         "top_p",
         "FP32",
         "draw among the likeliest tokens whose probabilities sum to p, 0 < p <= 1; 1 draws among all; 0 or absent sets "
-        "no limit if top_k is sent, else it is greedy",
+        "no limit if top_k or min_p is sent, else it is greedy",
         differs="there a negative value counts as absent; here it is refused, since it is no probability",
     ),
     _optional(
@@ -138,14 +144,61 @@ INPUTS: tuple[WireTensor, ...] = (
         differs="there absent takes the value in the engine's config, false in its template, and the prompt is decoded "
         "from its tokens; here the prompt comes back as it was sent",
     ),
+    _optional(
+        "num_return_sequences",
+        "INT32",
+        f"1 to {MOST_SEQUENCES} answers to the prompt, told apart by sequence_index; absent is 1; a stream gives the "
+        "pieces of all of them as they come, else each answer is one response",
+        differs="there any number is taken",
+    ),
 )
+
+# TensorRT-LLM's Triton models have no tensor for these. Min-p, the bias by ids and the log-probabilities are named as
+# vLLM's and TensorRT-LLM's own parameters for Python, where these have names (min_p, logit_bias).
+ADDED_INPUTS: tuple[WireTensor, ...] = (
+    _optional(
+        "min_p",
+        "FP32",
+        "draw among the tokens that are at least min_p times as likely as the likeliest one, 0 < min_p <= 1, after the "
+        "temperature and before top_k and top_p; 0 or absent sets no limit",
+    ),
+    _optional(
+        "logit_bias_ids",
+        "INT32",
+        f"token ids, each once, {MOST_BIASES} at most, to whose logits the numbers in logit_bias_values are added "
+        "before penalties and temperature",
+        dims=(-1,),
+    ),
+    _optional(
+        "logit_bias_values", "FP32", "-1000 to 1000, one for each of logit_bias_ids, in the same order", dims=(-1,)
+    ),
+    _optional(
+        "num_log_probs",
+        "INT32",
+        f"fill top_token_ids and top_log_probs with so many of the likeliest tokens, 0 to {MOST_LOG_PROBS}",
+    ),
+    _optional("return_prompt_log_probs", "BOOL", "fill prompt_token_ids and prompt_log_probs"),
+)
+# What our own clients send.
+INPUTS: tuple[WireTensor, ...] = (*_UPSTREAM_INPUTS, *ADDED_INPUTS)
 
 # Inputs that are served as well as INPUTS. Our own clients never send them in a request for text.
 COMPATIBILITY_INPUTS: tuple[WireTensor, ...] = (
     _optional("min_length", "INT32", "min_tokens under its older name"),
     _optional("random_seed", "UINT64", "seed under its older name"),
     _optional(
-        "num_return_sequences", "INT32", "1 only", differs="there several sequences come, told apart by sequence_index"
+        "embedding_bias_words",
+        "STRING",
+        "texts to each of whose tokens a number in embedding_bias_weights is added, as logit_bias_values are",
+        dims=(-1,),
+        differs="there a begin token that the tokenizer puts around texts gets the number too",
+    ),
+    _optional(
+        "embedding_bias_weights",
+        "FP32",
+        "-1000 to 1000, one for each of embedding_bias_words, in the same order",
+        dims=(-1,),
+        differs="there any number is taken",
     ),
     _optional("length_penalty", "FP32", "accepted; it would weigh beams, and there are none"),
     _optional("return_num_input_tokens", "BOOL", "accepted; the count always comes", differs="there only if asked for"),
@@ -168,7 +221,7 @@ COMPATIBILITY_INPUTS: tuple[WireTensor, ...] = (
 # Tensor to the name of its value in GenerationOptions and GenerationRequest, where the two names differ.
 FIELD_NAMES = {"text_input": "prompt", "min_tokens": "min_length", "seed": "random_seed"}
 
-# The log-probability outputs are sent only if return_log_probs asks for them.
+# Outputs with log-probabilities are sent only if asked for: these two by return_log_probs.
 OUTPUTS: tuple[WireTensor, ...] = (
     WireTensor(name="text_output", dtype="STRING", unit="the text of a piece when streaming, else the whole text"),
     WireTensor(
@@ -184,7 +237,7 @@ OUTPUTS: tuple[WireTensor, ...] = (
         unit="natural logarithm, one for each token of this response",
         differs="there with a dimension for beams in front",
     ),
-    WireTensor(name="sequence_index", dtype="INT32", unit="0: one sequence a request"),
+    WireTensor(name="sequence_index", dtype="INT32", unit="which of the answers to the prompt, from 0 on"),
     WireTensor(name="batch_index", dtype="INT32", unit="0"),
 )
 
@@ -194,6 +247,32 @@ ADDED_OUTPUTS: tuple[WireTensor, ...] = (
     WireTensor(name="token_ids", dtype="INT32", dims=(-1,), unit="the tokens of this response"),
     WireTensor(name="num_input_tokens", dtype="INT32", unit="tokens of the prompt"),
     WireTensor(name="num_output_tokens", dtype="INT32", unit="tokens produced so far"),
+    WireTensor(
+        name="top_token_ids",
+        dtype="INT32",
+        dims=(-1, -1),
+        unit="for each token of this response the likeliest ids at its place, num_log_probs of them, the likeliest "
+        "first; the chosen token need not be among them",
+    ),
+    WireTensor(
+        name="top_log_probs",
+        dtype="FP32",
+        dims=(-1, -1),
+        unit="natural logarithms of the probabilities of top_token_ids, in the distribution that the model gives",
+    ),
+    WireTensor(
+        name="prompt_token_ids",
+        dtype="INT32",
+        dims=(-1,),
+        unit="the tokens of the prompt, in the first response of each sequence",
+    ),
+    WireTensor(
+        name="prompt_log_probs",
+        dtype="FP32",
+        dims=(-1,),
+        unit="natural logarithm, one for each token of the prompt from the second on, and so one less than "
+        "prompt_token_ids: no model gives a probability for the first",
+    ),
 )
 
 FINISH_REASONS = ("stop", "length", "cancelled")

@@ -16,6 +16,7 @@ import triton_python_backend_utils as pb_utils
 
 from export.tokenizer.loading import load_tokenizer
 from triton_repo.contracts.ensemble import (
+    ADDED_ENGINE_NAMES,
     ANSWER,
     ANSWER_KEY,
     ANSWER_OUTPUTS,
@@ -70,8 +71,8 @@ class TritonPythonModel:
         if self._echoes_keys or not is_stop:
             answer = tensors[ANSWER.name].reshape(-1)[0].decode()
             self._postprocessor.register(self._key(request, tensors), request.request_id(), answer)
-        passed = {name: tensor for name, tensor in tensors.items() if name in (*ENGINE_NAMES, ANSWER_KEY.name)}
-        outputs = [pb_utils.Tensor(name, tensor) for name, tensor in passed.items()]
+        names = {*ENGINE_NAMES, *ADDED_ENGINE_NAMES, ANSWER_KEY.name}
+        outputs = [pb_utils.Tensor(name, tensor) for name, tensor in tensors.items() if name in names]
         sender.send(pb_utils.InferenceResponse(outputs), flags=LAST)
 
     def _extend(self, request: Any, tensors: dict[str, Any], sender: Any) -> None:  # noqa: ANN401

@@ -17,6 +17,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from triton_repo.contracts.ensemble import (
+    ADDED_ENGINE_NAMES,
+    ADDED_TOKEN_INPUTS,
+    ADDED_TOKEN_NAMES,
+    ADDED_TOKEN_OUTPUTS,
     ANSWER_KEY,
     ANSWER_OUTPUTS,
     CANCELLED,
@@ -53,17 +57,19 @@ _COUNTS = ("num_input_tokens", "num_output_tokens")
 
 
 def ensemble_config(name: str, max_batch: int, *, echoes_keys: bool) -> ModelConfig:
-    """The model that clients ask. `echoes_keys`: the engine sends the key of an answer back with each response."""
+    """The model that clients ask. `echoes_keys`: ONNX Runtime runs the engine, which has more tensors than upstream's
+    and sends the key of an answer back with each response."""
     config = messages().ModelConfig(name=name, platform="ensemble", max_batch_size=max_batch)
     declare(config, (*INPUTS, *COMPATIBILITY_INPUTS), (*OUTPUTS, *ADDED_OUTPUTS))
     # Tensors between steps. Their names differ from those of the ensemble's own tensors.
     prepared = {tensor.name: f"_{tensor.name}" for tensor in PREPROCESSING_OUTPUTS}
-    registered = {name: f"_REGISTERED_{name}" for name in ENGINE_NAMES}
-    to_engine = {engine_name: registered[name] for name, engine_name in ENGINE_NAMES.items()}
+    names = ENGINE_NAMES | ADDED_ENGINE_NAMES if echoes_keys else ENGINE_NAMES
+    registered = {name: f"_REGISTERED_{name}" for name in names}
+    to_engine = {engine_name: registered[name] for name, engine_name in names.items()}
     from_engine = dict(TOKEN_NAMES)
     if echoes_keys:
         registered[ANSWER_KEY.name] = to_engine[ENGINE_KEY_INPUT.name] = f"_REGISTERED_{ANSWER_KEY.name}"
-        from_engine |= {
+        from_engine |= ADDED_TOKEN_NAMES | {
             ENGINE_KEY_OUTPUT.name: ANSWER_KEY.name,
             ENGINE_CANCELLED.name: CANCELLED.name,
             ENGINE_PROBE.name: PROBE.name,
@@ -98,9 +104,10 @@ def onnxruntime_config(max_batch: int, parameters: ModelParameters, workers: int
     outputs = (*ANSWER_OUTPUTS, *_COUNTS)
     declare(
         config,
-        [*(tensor for tensor in TOKEN_INPUTS if tensor.name in TAKEN_INPUTS), ENGINE_KEY_INPUT],
+        [*(tensor for tensor in TOKEN_INPUTS if tensor.name in TAKEN_INPUTS), *ADDED_TOKEN_INPUTS, ENGINE_KEY_INPUT],
         [
             *(tensor for tensor in TOKEN_OUTPUTS if tensor.name in outputs),
+            *ADDED_TOKEN_OUTPUTS,
             ENGINE_KEY_OUTPUT,
             ENGINE_CANCELLED,
             ENGINE_PROBE,

@@ -23,6 +23,8 @@ from triton_repo.runtime.text.detokenizer import Detokenizer, last_text_token
 from triton_repo.runtime.text.stopping import StopWatcher, TextWatcher, TokenWatcher
 from triton_repo.runtime.text.words import Words, not_starting_in, spell
 
+TopLogProbs = tuple[tuple[int, float], ...]  # ids and natural logarithms of their probabilities, the likeliest first
+
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerPlan:
@@ -43,6 +45,7 @@ class AnswerPlan:
     # the prompt (TensorRT-LLM, LlmRequest::createResult of cpp/tensorrt_llm/batch_manager/llmRequest.cpp).
     prefix: str
     return_log_probs: bool
+    num_log_probs: int  # of how many of the likeliest tokens log-probabilities are sent at each token
     stream: bool
 
     @property
@@ -71,6 +74,7 @@ def answer_plan(plan: GenerationPlan, tokenizer: Tokenizer) -> AnswerPlan:
         stop_tokens=not_starting_in(plan.prompt_ids, spell(tokenizer, options.stop_words)),
         prefix="" if options.exclude_input_in_output or options.stream else options.prompt,
         return_log_probs=options.return_log_probs,
+        num_log_probs=options.num_log_probs,
         stream=options.stream,
     )
 
@@ -78,14 +82,18 @@ def answer_plan(plan: GenerationPlan, tokenizer: Tokenizer) -> AnswerPlan:
 class Answer:
     """An answer in progress: takes tokens, gives the pieces that can be sent.
 
-    `bad_words` are only used by `would_write_bad_word`.
+    `bad_words` are only used by `would_write_bad_word`. `sequence_index` tells the answers to one prompt apart.
     """
 
-    def __init__(self, plan: AnswerPlan, tokenizer: Tokenizer, bad_words: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, plan: AnswerPlan, tokenizer: Tokenizer, bad_words: tuple[str, ...] = (), *, sequence_index: int = 0
+    ) -> None:
         self.plan = plan
+        self._sequence_index = sequence_index
         self._detokenizer = Detokenizer(tokenizer, plan.context_ids)
         self._bad_words = bad_words
-        self._unsent: list[tuple[int, float]] = []
+        self._unsent: list[tuple[int, float, TopLogProbs]] = []
+        self._prompt: tuple[tuple[int, ...], tuple[float, ...]] = ((), ())
         self._prefix = plan.prefix
         self._num_tokens = 0
         self._cum_log_prob = 0.0
@@ -116,11 +124,17 @@ class Answer:
         stop word, or by their number. A stop word that is found only in the text does not end the engine."""
         return self._complete
 
-    def extend(self, token_id: int, log_prob: float = 0.0) -> Piece | None:
-        """Take a token. Returns a piece if there is text to send or the answer ends."""
+    def give_prompt(self, token_ids: tuple[int, ...], log_probs: tuple[float, ...]) -> None:
+        """Take the prompt's tokens, and the natural logarithms of their probabilities from the second token on. The
+        next piece has them. Call it before the first token, for a request that asks for them."""
+        self._prompt = token_ids, log_probs
+
+    def extend(self, token_id: int, log_prob: float = 0.0, top: TopLogProbs = ()) -> Piece | None:
+        """Take a token, its log-probability and those of the likeliest tokens at its place. Returns a piece if there is
+        text to send or the answer ends."""
         if token_id in self.plan.end_ids:
-            return self.end(token_id, log_prob)
-        self._take(token_id, log_prob)
+            return self.end(token_id, log_prob, top)
+        self._take(token_id, log_prob, top)
         text, stopped = self._add_text(self._detokenizer.push(token_id))
         met = self._stop_tokens.push(token_id)
         self._complete = met or self._num_tokens == self.plan.most_tokens
@@ -130,9 +144,9 @@ class Answer:
             return self._last_piece(text, "stop" if met else "length")
         return self._piece(text, None) if text else None
 
-    def end(self, end_id: int, log_prob: float = 0.0) -> Piece:
+    def end(self, end_id: int, log_prob: float = 0.0, top: TopLogProbs = ()) -> Piece:
         """Take an end token, which adds no text. Returns the last piece."""
-        self._take(end_id, log_prob)
+        self._take(end_id, log_prob, top)
         self._complete = True
         return self._last_piece("", "stop")
 
@@ -149,8 +163,8 @@ class Answer:
         """Whether the text would contain a bad word after `token_id`, whatever tokens spell the word. Adds nothing."""
         return self._bad.would_match(self._detokenizer.preview(token_id))
 
-    def _take(self, token_id: int, log_prob: float) -> None:
-        self._unsent.append((token_id, log_prob))
+    def _take(self, token_id: int, log_prob: float, top: TopLogProbs) -> None:
+        self._unsent.append((token_id, log_prob, top))
         self._num_tokens += 1
         self._cum_log_prob += log_prob
 
@@ -168,11 +182,16 @@ class Answer:
     def _piece(self, text: str, finish_reason: str | None) -> Piece:
         unsent, self._unsent = self._unsent, []
         prefix, self._prefix = self._prefix, ""
+        (prompt_ids, prompt_log_probs), self._prompt = self._prompt, ((), ())
         wanted = self.plan.return_log_probs
         return Piece(
             text=prefix + text,
-            token_ids=tuple(token for token, _ in unsent),
-            log_probs=tuple(log_prob for _, log_prob in unsent) if wanted else (),
+            token_ids=tuple(token for token, _, _ in unsent),
+            log_probs=tuple(log_prob for _, log_prob, _ in unsent) if wanted else (),
+            top_log_probs=tuple(top for _, _, top in unsent) if self.plan.num_log_probs else (),
+            prompt_token_ids=prompt_ids,
+            prompt_log_probs=prompt_log_probs,
+            sequence_index=self._sequence_index,
             cum_log_prob=self._cum_log_prob if wanted else None,
             finish_reason=finish_reason,
             num_input_tokens=self.plan.num_input_tokens,

@@ -101,7 +101,7 @@ class _Writer:
     def write(self, logits: Floats) -> tuple[int, Piece | None]:
         """Choose a token for logits [V]. Returns the token, and a piece if there is text to send or the answer ends."""
         choice = self._sampler.choose(logits)
-        return choice.token_id, self.answer.extend(choice.token_id, choice.log_prob or 0.0)
+        return choice.token_id, self.answer.extend(choice.token_id, choice.log_prob or 0.0, choice.top_log_probs)
 
     def _completes_bad_word(self, token: int) -> bool:
         """Whether the text would contain a bad word after `token`, whatever tokens spell the word."""

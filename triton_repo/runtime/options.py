@@ -11,8 +11,9 @@ one RequestError that lists every problem.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,15 @@ import numpy.typing as npt
 
 from export.errors import listing
 from export.tokenizer.loading import Tokenizer
-from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, FIELD_NAMES, INPUTS, WireTensor
+from triton_repo.contracts.wire import (
+    COMPATIBILITY_INPUTS,
+    FIELD_NAMES,
+    INPUTS,
+    MOST_BIASES,
+    MOST_LOG_PROBS,
+    MOST_SEQUENCES,
+    WireTensor,
+)
 from triton_repo.errors import RequestError
 from triton_repo.runtime.text.prompt import PromptTooLongError, check_bytes, encode_prompt
 
@@ -59,7 +68,8 @@ class SamplingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions(SamplingOptions):
-    """One request. The fields have the names of tensors in contracts/wire.py, except `prompt`."""
+    """One request. The fields have the names of tensors in contracts/wire.py, except `prompt` and the biases, which
+    pair two tensors each."""
 
     prompt: str
     max_tokens: int
@@ -68,6 +78,10 @@ class GenerationOptions(SamplingOptions):
     bad_words: tuple[str, ...] = ()
     end_id: int | None = None  # None: the model's own; NO_END_ID: none
     exclude_input_in_output: bool = True
+    num_return_sequences: int = 1  # answers to the prompt
+    return_prompt_log_probs: bool = False
+    # What is added to the logits of each of a word's tokens. plan_generation makes logit_bias of them.
+    embedding_bias: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +95,7 @@ class SamplingPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationPlan(SamplingPlan):
-    """The checked options of a request, and what follows from the model."""
+    """The checked options of a request, and what follows from the model. `options.logit_bias` has all biases."""
 
     options: GenerationOptions
     most_tokens: int  # new tokens
@@ -109,10 +123,17 @@ _RULES: dict[str, _Rule] = {
     ),
     "top_k": _Rule(_above(0), "0 or more", "send 0 for no limit"),
     "top_p": _Rule(lambda p: 0 <= p <= 1, "0 <= top_p <= 1", "send 1 to draw among all tokens"),
+    "min_p": _Rule(lambda p: 0 <= p <= 1, "0 <= min_p <= 1", "send 0 for no limit"),
     "min_length": _Rule(_above(0), "0 or more", "send 0 for no minimum"),
     "repetition_penalty": _FACTOR,
     "presence_penalty": _SHIFT,
     "frequency_penalty": _SHIFT,
+    "num_log_probs": _Rule(
+        lambda n: 0 <= n <= MOST_LOG_PROBS, f"0 to {MOST_LOG_PROBS}", "ask for fewer of the likeliest tokens"
+    ),
+    "num_return_sequences": _Rule(
+        lambda n: 1 <= n <= MOST_SEQUENCES, f"1 to {MOST_SEQUENCES}", "send several requests for more answers"
+    ),
     "random_seed": _Rule(lambda seed: 0 <= seed <= _MAX_SEED, "0 to 2**64-1", "send another seed, or none"),
 }
 _WORDS = ("stop_words", "bad_words")
@@ -123,10 +144,15 @@ MAX_WORD_BYTES = 1024
 MAX_WORD_BYTES_IN_ALL = 32_768
 # Inputs that are accepted for compatibility and have no effect. For _ONLY_ONE and _FALSE_ONLY, any value that would
 # change the output on TensorRT-LLM is refused.
-_ONLY_ONE = ("beam_width", "num_return_sequences")
+_ONLY_ONE = ("beam_width",)
 _FALSE_ONLY = ("return_context_logits", "return_generation_logits", "return_perf_metrics")
 _IGNORED = ("pad_id", "length_penalty", "return_num_input_tokens", "return_num_output_tokens", "stop")
 _WIRE_NAMES = {field: tensor for tensor, field in FIELD_NAMES.items()}
+# Field to the tensors of its pairs: what is biased, and by how much.
+BIASES = {
+    "logit_bias": ("logit_bias_ids", "logit_bias_values"),
+    "embedding_bias": ("embedding_bias_words", "embedding_bias_weights"),
+}
 
 
 def read_options(tensors: Mapping[str, npt.NDArray[Any]], most_prompt_bytes: int | None = None) -> GenerationOptions:
@@ -157,6 +183,14 @@ def read_options(tensors: Mapping[str, npt.NDArray[Any]], most_prompt_bytes: int
             problems.append(f"{spec.name}: found {value}, but {given} says {values[field]}; send one of the two")
         if field not in (*_ONLY_ONE, *_FALSE_ONLY, *_IGNORED):
             values[field] = value
+    for field, names in BIASES.items():
+        things, numbers = (values.pop(name, ()) for name in names)
+        if len(things) != len(numbers):
+            problems.append(
+                f"{names[0]}: found {len(things)} beside {len(numbers)} in {names[1]}, expected as many; send pairs"
+            )
+        elif things:
+            values[field] = tuple(zip(things, numbers, strict=True))
     problems += value_problems(values)
     if problems:
         raise refusal(problems)
@@ -183,6 +217,9 @@ def plan_generation(
             f"end_id: found {options.end_id}, expected a token id below {tokenizer.size}, or -1 for none; "
             "leave it out to use the model's own"
         )
+    unknown = [token for token, _ in options.logit_bias if token >= tokenizer.size]
+    if unknown:
+        problems.append(f"logit_bias_ids: found {unknown[0]}, expected token ids below {tokenizer.size}; leave it out")
     most_tokens = max_sequence - 1 if max_prompt is None else min(max_prompt, max_sequence - 1)
     prompt_ids: list[int] = []
     text = "" if _surrogates([options.prompt]) else options.prompt
@@ -205,30 +242,30 @@ def plan_generation(
     if problems:
         raise refusal(problems)
     return GenerationPlan(
-        options=options,
+        options=_with_all_biases(options, tokenizer),
         prompt_ids=tuple(prompt_ids),
         end_ids=_end_ids(options, end_token_ids),
         most_tokens=min(options.max_tokens, max_sequence - len(prompt_ids)),
     )
 
 
+def _with_all_biases(options: GenerationOptions, tokenizer: Tokenizer) -> GenerationOptions:
+    """The options with `embedding_bias` as part of `logit_bias`: each token of a word gets the word's number, and a
+    token of several words their sum, as in TensorRT-LLM (_get_embedding_bias of
+    triton_backend/all_models/inflight_batcher_llm/preprocessing/1/model.py)."""
+    if not options.embedding_bias:
+        return options
+    biases = dict(options.logit_bias)
+    for word, number in options.embedding_bias:
+        for token in tokenizer.encode(word) if word else ():
+            biases[token] = biases.get(token, 0.0) + number
+    return replace(options, logit_bias=tuple(biases.items()), embedding_bias=())
+
+
 def _end_ids(options: GenerationOptions, of_model: tuple[int, ...]) -> tuple[int, ...]:
     if options.end_id is None:
         return of_model
     return () if options.end_id == NO_END_ID else (options.end_id,)
-
-
-def refuse_minimum_of_several(plan: GenerationPlan) -> None:
-    """Raise RequestError for a minimum of new tokens if several tokens may end the answer. TensorRT-LLM would hold back
-    only the first of them until the minimum is reached (NVIDIA/TensorRT-LLM#4776)."""
-    least, end_ids = plan.options.min_length, plan.end_ids
-    if least and len(end_ids) > 1:
-        raise refusal(
-            [
-                f"min_tokens: found {least} beside the end tokens {', '.join(map(str, end_ids[:8]))}, expected 0: "
-                "TensorRT-LLM applies it to one end token only; name one in end_id, or leave min_tokens out"
-            ]
-        )
 
 
 def _read_value(spec: WireTensor, tensor: npt.NDArray[Any], most_prompt_bytes: int | None) -> Any:  # noqa: ANN401 - as many types as the contract has
@@ -241,14 +278,15 @@ def _read_value(spec: WireTensor, tensor: npt.NDArray[Any], most_prompt_bytes: i
     if spec.dims == (1,) and tensor.size != 1:
         raise ValueError(f"{spec.name}: found {tensor.size} values, expected 1; send shape [1, 1]")
     if tensor.size > MAX_WORDS:
-        raise ValueError(f"{spec.name}: found {tensor.size} words, expected at most {MAX_WORDS}; send fewer")
+        kind = "words" if spec.dtype == "STRING" else "values"
+        raise ValueError(f"{spec.name}: found {tensor.size} {kind}, expected at most {MAX_WORDS}; send fewer")
     items = tensor.reshape(-1).tolist()
     if spec.name == "text_input" and most_prompt_bytes is not None:
         try:
             check_bytes(len(items[0]), most_prompt_bytes)
         except PromptTooLongError as error:
             raise ValueError(f"{spec.name}: {error}") from error
-    if spec.name in _WORDS and (problems := _size_problem(items)):
+    if spec.dtype == "STRING" and spec.dims == (-1,) and (problems := _size_problem(items)):
         raise ValueError(f"{spec.name}: {problems[0]}")
     if spec.dtype == "STRING":
         items = [_text(spec.name, item) for item in items]
@@ -257,7 +295,7 @@ def _read_value(spec: WireTensor, tensor: npt.NDArray[Any], most_prompt_bytes: i
     if spec.dims == (1,):
         return items[0]
     # NVIDIA's examples send an empty text to say that there is no word.
-    return tuple(item for item in items if item != "")
+    return tuple(item for item in items if item != "" or spec.name not in _WORDS)
 
 
 def shortest(value: float) -> float:
@@ -292,6 +330,32 @@ def value_problems(values: Mapping[str, Any], names: Mapping[str, str] = _WIRE_N
         if not found and not all(words):
             found = ["found an empty text, expected none among the words; leave the empty ones out"]
         problems += [f"{names.get(field, field)}: {problem}" for problem in found]
+    for field, tensors in BIASES.items():
+        problems += _bias_problems(values.get(field) or (), *tensors)
+    return problems
+
+
+def _bias_problems(pairs: Sequence[tuple[Any, float]], things_name: str, numbers_name: str) -> list[str]:
+    """What is wrong with the biases of token ids or of words."""
+    things, numbers = [thing for thing, _ in pairs], [number for _, number in pairs]
+    problems = []
+    if len(pairs) > MOST_BIASES:
+        problems.append(f"{things_name}: found {len(pairs)}, expected at most {MOST_BIASES}; send fewer")
+    words = [thing for thing in things if isinstance(thing, str)]
+    problems += [
+        f"{things_name}: {problem}"
+        for problem in _surrogates(words) or _size_problem([word.encode() for word in words])
+    ]
+    ids = [thing for thing in things if not isinstance(thing, str)]
+    wrong = next((token for token in ids if token < 0), None)
+    if wrong is not None:
+        problems.append(f"{things_name}: found {wrong}, expected token ids from 0 on; leave it out")
+    if len(set(ids)) < len(ids):
+        twice = next(token for token, count in Counter(ids).items() if count > 1)
+        problems.append(f"{things_name}: found {twice} more than once, expected each id once; send one number for it")
+    odd = next((number for number in numbers if not _SHIFT.holds(number)), None)
+    if odd is not None:
+        problems.append(f"{numbers_name}: found {odd!r}, expected {_SHIFT.expected}; send -1000 to rule a token out")
     return problems
 
 

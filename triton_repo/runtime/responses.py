@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 def wire_outputs(piece: Piece) -> dict[str, npt.NDArray[Any]]:
     """The tensors of one response. Log-probabilities are absent unless asked for.
 
-    text_output has shape [1], as TensorRT-LLM's postprocessing sends it and its clients read it. All others have [1,
-    n].
+    text_output has shape [1], as TensorRT-LLM's postprocessing sends it and its clients read it. top_token_ids and
+    top_log_probs have [1, tokens, n], and all others [1, n].
     """
     outputs: dict[str, npt.NDArray[Any]] = {
         "text_output": np.array([piece.text.encode()], dtype=np.object_),
-        "sequence_index": np.zeros((1, 1), dtype=np.int32),
+        "sequence_index": np.array([[piece.sequence_index]], dtype=np.int32),
         "batch_index": np.zeros((1, 1), dtype=np.int32),
         "finish_reason": np.array([[(piece.finish_reason or "").encode()]], dtype=np.object_),
         "token_ids": np.array([piece.token_ids], dtype=np.int32),
@@ -35,6 +35,12 @@ def wire_outputs(piece: Piece) -> dict[str, npt.NDArray[Any]]:
     if piece.cum_log_prob is not None:
         outputs["cum_log_probs"] = np.array([[piece.cum_log_prob]], dtype=np.float32)
         outputs["output_log_probs"] = np.array([piece.log_probs], dtype=np.float32)
+    if piece.top_log_probs:
+        outputs["top_token_ids"] = np.array([[[token for token, _ in top] for top in piece.top_log_probs]], np.int32)
+        outputs["top_log_probs"] = np.array([[[value for _, value in top] for top in piece.top_log_probs]], np.float32)
+    if piece.prompt_token_ids:
+        outputs["prompt_token_ids"] = np.array([piece.prompt_token_ids], dtype=np.int32)
+        outputs["prompt_log_probs"] = np.array([piece.prompt_log_probs], dtype=np.float32)
     return outputs
 
 

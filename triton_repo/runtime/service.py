@@ -17,6 +17,7 @@ import numpy.typing as npt
 from export.tokenizer.loading import Tokenizer, load_tokenizer
 from triton_repo.contracts.piece import Piece, join
 from triton_repo.runtime.answer import Answer, answer_plan
+from triton_repo.runtime.features import PROMPT_LOG_PROBS, SEVERAL_SEQUENCES, refuse_features
 from triton_repo.runtime.generation import pieces_of
 from triton_repo.runtime.options import GenerationPlan, plan_generation, read_options, refusal
 from triton_repo.runtime.seats import Seat, open_sessions, seat
@@ -90,6 +91,7 @@ class Service:
 
     def _plan(self, tensors: Mapping[str, npt.NDArray[Any]]) -> GenerationPlan:
         options = read_options(tensors, self._most_prompt_bytes)
+        refuse_features(options, (PROMPT_LOG_PROBS, SEVERAL_SEQUENCES), "this model")
         if self._unary and options.stream:
             raise refusal(
                 [

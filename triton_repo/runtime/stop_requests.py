@@ -32,6 +32,7 @@ STOPPED_PLAN = AnswerPlan(
     stop_tokens=(),
     prefix="",
     return_log_probs=False,
+    num_log_probs=0,
     stream=False,
 )
 

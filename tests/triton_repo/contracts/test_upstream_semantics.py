@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from wire_tensors import wire
 
-from triton_repo.contracts.ensemble import ENGINE_NAMES, QUERY_NAMES
+from triton_repo.contracts.ensemble import ADDED_ENGINE_NAMES, ENGINE_NAMES, QUERY_NAMES
 from triton_repo.contracts.model_parameters import TextParameters
 from triton_repo.errors import RequestError
 from triton_repo.runtime.options import SamplingPlan, read_options
@@ -55,7 +55,8 @@ def steps(byte_level, **given):
     )  # fmt: skip
     values = wire(text_input="x", max_tokens=4, **given)
     prepared = Preprocessor(byte_level, parameters).prepare({QUERY_NAMES[name]: v for name, v in values.items()})
-    tensors = {ENGINE_NAMES[name]: tensor for name, tensor in prepared.items() if name in ENGINE_NAMES}
+    names = ENGINE_NAMES | ADDED_ENGINE_NAMES
+    tensors = {names[name]: tensor for name, tensor in prepared.items() if name in names}
     return read_token_request(tensors, MAX_SEQUENCE, byte_level.size).plan
 
 

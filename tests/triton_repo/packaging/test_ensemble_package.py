@@ -178,6 +178,9 @@ def test_one_instance_holds_all_answers_under_way(tensorrt_llm_repository):
     assert not found["preprocessing"].model_transaction_policy.decoupled
 
 
+OWN_INPUTS = {"answer_key", "min_p", "num_log_probs"}
+
+
 def test_with_onnxruntime_the_engine_lies_behind_the_same_tensors(onnxruntime_repository, tiny_engine):
     assert check_repository(onnxruntime_repository) == NAMES
     config = configs(onnxruntime_repository)["tensorrt_llm"]
@@ -187,9 +190,9 @@ def test_with_onnxruntime_the_engine_lies_behind_the_same_tensors(onnxruntime_re
         name: [FILLED.get(kind, kind), dims, optional, reshape, ragged]
         for name, kind, dims, optional, reshape, ragged in UPSTREAM["inputs"]
     }
-    assert {item.name for item in config.input} - set(upstream) == {"answer_key"}
+    assert {item.name for item in config.input} - set(upstream) == OWN_INPUTS
     for item in config.input:
-        if item.name == "answer_key":
+        if item.name in OWN_INPUTS:
             continue
         assert upstream[item.name] == [
             labels.Name(item.data_type), list(item.dims), int(item.optional), int(item.HasField("reshape")),

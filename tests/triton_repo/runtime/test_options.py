@@ -37,13 +37,19 @@ def plan_refusal(tokenizer, max_sequence=64, **fields) -> str:
     return str(caught.value)
 
 
+def biases(ids, values):
+    return {"logit_bias_ids": list(ids), "logit_bias_values": list(values)}
+
+
 def test_every_tensor_of_the_contract_is_read():
     options = read_options(
         wire(
             text_input="déf", max_tokens=7, stream=True, temperature=0.7, top_k=40, top_p=0.9, min_length=2,
             repetition_penalty=1.1, presence_penalty=-0.5, frequency_penalty=0.25, random_seed=2**64 - 1,
             stop_words=["a", "ü"], bad_words=["b"], end_id=3, pad_id=9, beam_width=1, return_log_probs=True,
-            exclude_input_in_output=False, min_tokens=2, seed=2**64 - 1, num_return_sequences=1, length_penalty=2.0,
+            exclude_input_in_output=False, min_tokens=2, seed=2**64 - 1, num_return_sequences=3, length_penalty=2.0,
+            min_p=0.1, num_log_probs=4, return_prompt_log_probs=True, embedding_bias_words=["a", ""],
+            embedding_bias_weights=[0.7, 1.0], **biases([5, 0], [-0.3, 1000.0]),
             return_num_input_tokens=True, return_num_output_tokens=False,
         )
     )  # fmt: skip
@@ -51,6 +57,8 @@ def test_every_tensor_of_the_contract_is_read():
         prompt="déf", max_tokens=7, stream=True, temperature=0.7, top_k=40, top_p=0.9, min_length=2,
         repetition_penalty=1.1, presence_penalty=-0.5, frequency_penalty=0.25, random_seed=2**64 - 1,
         stop_words=("a", "ü"), bad_words=("b",), end_id=3, return_log_probs=True, exclude_input_in_output=False,
+        min_p=0.1, num_log_probs=4, return_prompt_log_probs=True, num_return_sequences=3,
+        logit_bias=((5, -0.3), (0, 1000.0)), embedding_bias=(("a", 0.7), ("", 1.0)),
     )  # fmt: skip
 
 
@@ -81,6 +89,9 @@ def test_the_older_names_of_seed_and_min_tokens_are_synonyms():
         ({"top_p": 0.5}, 1.0),
         ({"top_p": 0.0}, 0.0),
         ({"top_p": 1.0, "top_k": 0}, 1.0),
+        ({"min_p": 0.1}, 1.0),
+        ({"min_p": 0.0, "temperature": 0.5}, 0.0),
+        ({"min_p": 0.1, "top_k": 1}, 0.0),
     ],
 )
 def test_the_temperature_in_force_is_greedy_unless_something_leaves_a_choice(given, temperature):
@@ -110,7 +121,31 @@ def test_the_temperature_in_force_is_greedy_unless_something_leaves_a_choice(giv
         ({"return_context_logits": True}, "return_context_logits: found true, expected false"),
         ({"frequency_penalty": float("inf")}, "frequency_penalty: found inf, expected -1000 to 1000"),
         ({"beam_width": 2}, "beam_width: found 2, expected 1"),
-        ({"num_return_sequences": 4}, "num_return_sequences: found 4, expected 1"),
+        ({"num_return_sequences": 17}, "num_return_sequences: found 17, expected 1 to 16"),
+        ({"num_return_sequences": 0}, "num_return_sequences: found 0, expected 1 to 16"),
+        ({"min_p": -0.1}, "min_p: found -0.1, expected 0 <= min_p <= 1"),
+        ({"min_p": 1.01}, "min_p: found 1.01, expected 0 <= min_p <= 1"),
+        ({"min_p": float("nan")}, "min_p: found nan, expected 0 <= min_p <= 1"),
+        ({"num_log_probs": 21}, "num_log_probs: found 21, expected 0 to 20"),
+        ({"num_log_probs": -1}, "num_log_probs: found -1, expected 0 to 20"),
+        (biases([5], [1.0, 2.0]), "logit_bias_ids: found 1 beside 2 in logit_bias_values, expected as many"),
+        ({"logit_bias_ids": [5]}, "logit_bias_ids: found 1 beside 0 in logit_bias_values"),
+        ({"logit_bias_values": [5.0]}, "logit_bias_ids: found 0 beside 1 in logit_bias_values"),
+        (biases([-1], [1.0]), "logit_bias_ids: found -1, expected token ids from 0 on"),
+        (biases([5, 6, 5], [1.0, 2.0, 3.0]), "logit_bias_ids: found 5 more than once, expected each id once"),
+        (biases([5], [float("nan")]), "logit_bias_values: found nan, expected -1000 to 1000"),
+        (biases([5], [-float("inf")]), "logit_bias_values: found -inf, expected -1000 to 1000"),
+        (biases([5], [1001.0]), "logit_bias_values: found 1001.0, expected -1000 to 1000"),
+        (biases(range(1025), [1.0] * 1025), "logit_bias_ids: found 1025 values, expected at most 1024"),
+        ({"embedding_bias_words": ["a"]}, "embedding_bias_words: found 1 beside 0 in embedding_bias_weights"),
+        (
+            {"embedding_bias_words": ["é" * 513], "embedding_bias_weights": [1.0]},
+            "embedding_bias_words: found a word of 1026 bytes, expected at most 1024",
+        ),
+        (
+            {"embedding_bias_words": ["a"], "embedding_bias_weights": [float("inf")]},
+            "embedding_bias_weights: found inf, expected -1000 to 1000",
+        ),
         ({"stop_words": [b"\xe6\x97"]}, "stop_words: found bytes that are not UTF-8 (byte 0 is 0xe6)"),
         ({"text_input": ["a", "b"]}, "text_input: found 2 values, expected 1"),
     ],
@@ -173,6 +208,19 @@ def test_the_end_id_replaces_the_models_own_and_must_exist(byte_level):
         byte_level, end_id=size
     )
     assert "end_id: found -2" in plan_refusal(byte_level, end_id=-2)
+
+
+def test_biased_ids_must_exist_and_words_become_the_biases_of_their_tokens(byte_level):
+    size = byte_level.size
+    message = plan_refusal(byte_level, logit_bias=((size, 1.0),))
+    assert f"logit_bias_ids: found {size}, expected token ids below {size}" in message
+    assert "logit_bias_values: found nan" in plan_refusal(byte_level, logit_bias=((1, float("nan")),))
+    a, b = byte_level.encode("ab")
+    options = GenerationOptions(
+        prompt="x", max_tokens=1, logit_bias=((a, 1.0),), embedding_bias=(("ab", 0.5), ("", 3.0), ("b", 2.0))
+    )
+    plan = plan_generation(options, byte_level, max_sequence=9, end_token_ids=())
+    assert (plan.options.logit_bias, plan.options.embedding_bias) == (((a, 1.5), (b, 2.5)), ())
 
 
 def test_values_of_in_process_callers_are_checked_too(byte_level):

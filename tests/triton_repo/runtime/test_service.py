@@ -30,7 +30,9 @@ def test_a_request_that_does_not_stream_has_one_piece_with_all(scripted, byte_le
 
 def test_outputs_are_those_of_the_contract_with_its_types():
     piece = Piece(
-        text="né", token_ids=(4, 5), log_probs=(-0.5, -0.25), cum_log_prob=-2.0, finish_reason="length",
+        text="né", token_ids=(4, 5), log_probs=(-0.5, -0.25), sequence_index=3,
+        top_log_probs=(((4, -0.5), (7, -1.0)), ((9, -0.125), (5, -0.25))),
+        prompt_token_ids=(1, 2), prompt_log_probs=(-4.0,), cum_log_prob=-2.0, finish_reason="length",
         num_input_tokens=3, num_output_tokens=9,
     )  # fmt: skip
     outputs = wire_outputs(piece)
@@ -43,6 +45,10 @@ def test_outputs_are_those_of_the_contract_with_its_types():
     assert outputs["output_log_probs"].tolist() == [[-0.5, -0.25]]
     assert outputs["cum_log_probs"].tolist() == [[-2.0]]
     assert outputs["finish_reason"].tolist() == [[b"length"]]
+    assert outputs["top_token_ids"].tolist() == [[[4, 7], [9, 5]]]
+    assert outputs["top_log_probs"].tolist() == [[[-0.5, -1.0], [-0.125, -0.25]]]
+    assert (outputs["prompt_token_ids"].tolist(), outputs["prompt_log_probs"].tolist()) == ([[1, 2]], [[-4.0]])
+    assert outputs["sequence_index"].tolist() == [[3]]
     assert (outputs["num_input_tokens"].tolist(), outputs["num_output_tokens"].tolist()) == ([[3]], [[9]])
 
 

@@ -20,12 +20,12 @@ import numpy.typing as npt
 from triton_repo.contracts.llmapi import DEFAULT_EXCLUDE_INPUT, DEFAULT_MAX_TOKENS, SAME_AS
 from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, INPUTS
 from triton_repo.errors import RequestError
+from triton_repo.runtime.features import TENSORRT_LLM_LACKS, refuse_features, refuse_minimum_of_several
 from triton_repo.runtime.options import (
     GenerationOptions,
     GenerationPlan,
     read_options,
     refusal,
-    refuse_minimum_of_several,
 )
 
 Tensors = Mapping[str, npt.NDArray[Any]]
@@ -48,7 +48,8 @@ class LlmRequest:
 
 def read_request(tensors: Tensors, most_prompt_bytes: int | None = None) -> LlmRequest:
     """Find out which of the two sets of tensors a request has, and read its options as `read_options` does. Raises
-    RequestError that lists every problem with the names of the tensors in the request.
+    RequestError that lists every problem with the names of the tensors in the request, also for features that
+    TensorRT-LLM is not asked for.
     """
     wire, llmapi = _WIRE_ONLY & tensors.keys(), tensors.keys() - _WIRE_ONLY - _SHARED
     if wire and llmapi:
@@ -56,7 +57,7 @@ def read_request(tensors: Tensors, most_prompt_bytes: int | None = None) -> LlmR
             [f"found {sorted(wire)[0]} beside {sorted(llmapi)[0]}, expected the tensors of one contract; send its own"]
         )
     if wire:
-        return LlmRequest(options=read_options(tensors, most_prompt_bytes))
+        return LlmRequest(options=_read(tensors, most_prompt_bytes))
     renamed = {SAME_AS.get(name, name): tensor for name, tensor in tensors.items()}
     renamed.setdefault("max_tokens", np.array([DEFAULT_MAX_TOKENS], dtype=np.int32))
     renamed.setdefault("exclude_input_in_output", np.array([DEFAULT_EXCLUDE_INPUT]))
@@ -65,9 +66,15 @@ def read_request(tensors: Tensors, most_prompt_bytes: int | None = None) -> LlmR
     asking = (FINISH_REASON, STOP_REASON, LOGPROB, PERF_METRICS)
     wanted = frozenset(name for name in asking if name in tensors and tensors[name].any())
     try:
-        return LlmRequest(options=read_options(renamed, most_prompt_bytes), wanted=wanted)
+        return LlmRequest(options=_read(renamed, most_prompt_bytes), wanted=wanted)
     except RequestError as error:
         raise RequestError(_with_llmapi_names(str(error)), kind=error.kind) from error
+
+
+def _read(tensors: Tensors, most_prompt_bytes: int | None) -> GenerationOptions:
+    options = read_options(tensors, most_prompt_bytes)
+    refuse_features(options, TENSORRT_LLM_LACKS, "TensorRT-LLM's engine")
+    return options
 
 
 def _with_llmapi_names(message: str) -> str:

@@ -24,10 +24,10 @@ from typing import Any
 import numpy.typing as npt
 
 from export.tokenizer.loading import Tokenizer
-from triton_repo.contracts.ensemble import CANCELLED, TOKEN_NAMES
+from triton_repo.contracts.ensemble import ADDED_TOKEN_NAMES, CANCELLED, TOKEN_NAMES
 from triton_repo.contracts.piece import Piece, join
 from triton_repo.errors import RequestError
-from triton_repo.runtime.answer import Answer, AnswerPlan
+from triton_repo.runtime.answer import Answer, AnswerPlan, TopLogProbs
 
 # An answer is never completed here if its engine fails. So answers are forgotten: if there are more than ten thousand,
 # which is more than engines and their queues hold and takes about 50 MB, and after an hour without tokens.
@@ -45,12 +45,14 @@ class Tokens:
     log_probs: tuple[float, ...] | None = None  # one for each token
     cum_log_prob: float | None = None  # sum over all tokens so far, including the end token
     is_cancelled: bool = False  # the engine says that it was stopped
+    # The likeliest tokens at the place of each token, and of an end token behind them; empty unless asked for.
+    tops: tuple[TopLogProbs, ...] = ()
 
 
 def read_tokens(tensors: Mapping[str, npt.NDArray[Any]]) -> Tokens:
     """The engine's response in postprocessing's inputs: TOKENS_BATCH [1, 1, n], SEQUENCE_LENGTH [1, 1] (how many of the
     n are valid), CUM_LOG_PROBS [1, 1] and OUTPUT_LOG_PROBS [1, 1, m], where m is n or the number of all tokens so far.
-    Raises RequestError.
+    TOP_TOKEN_IDS and TOP_LOG_PROBS are [1, t, k] for t tokens, an end token included. Raises RequestError.
     """
     absent = [TOKEN_NAMES[name] for name in ("output_ids", "sequence_length") if TOKEN_NAMES[name] not in tensors]
     if absent:
@@ -70,7 +72,16 @@ def read_tokens(tensors: Mapping[str, npt.NDArray[Any]]) -> Tokens:
         log_probs=None if values is None else tuple(values[max(0, len(values) - count) :].tolist()),
         cum_log_prob=None if cum is None or not cum.size else float(cum.reshape(-1)[0]),
         is_cancelled=CANCELLED.name in tensors and bool(tensors[CANCELLED.name].any()),
+        tops=_read_tops(tensors),
     )
+
+
+def _read_tops(tensors: Mapping[str, npt.NDArray[Any]]) -> tuple[TopLogProbs, ...]:
+    ids, values = (tensors.get(name) for name in ADDED_TOKEN_NAMES.values())
+    if ids is None or values is None:
+        return ()
+    pairs = zip(ids[0].tolist(), values[0].tolist(), strict=True)
+    return tuple(tuple(zip(of_ids, of_values, strict=True)) for of_ids, of_values in pairs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +205,9 @@ class Postprocessor:
                 "tokens",
                 kind="INTERNAL",
             )
-        for token_id, log_prob in zip(tokens.token_ids, log_probs if wanted else repeat(0.0), strict=False):
-            piece = answer.extend(token_id, log_prob)
+        tops = tokens.tops or repeat(())
+        for token_id, log_prob, top in zip(tokens.token_ids, log_probs if wanted else repeat(0.0), tops, strict=False):
+            piece = answer.extend(token_id, log_prob, top)
             if piece is not None and piece.finish_reason:
                 return piece
             state.kept += [piece] if piece is not None else []
@@ -237,4 +249,5 @@ def _end(answer: Answer, tokens: Tokens) -> Piece:
     if tokens.is_cancelled or not answer.plan.end_ids:
         return answer.cancel()
     grown = 0.0 if tokens.cum_log_prob is None else tokens.cum_log_prob - answer.cum_log_prob
-    return answer.end(answer.plan.end_ids[0], min(0.0, grown))
+    top = tokens.tops[-1] if len(tokens.tops) > len(tokens.token_ids) else ()
+    return answer.end(answer.plan.end_ids[0], min(0.0, grown), top)

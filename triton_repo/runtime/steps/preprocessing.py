@@ -23,12 +23,18 @@ from triton_repo.contracts.ensemble import ANSWER, PREPROCESSING_OUTPUTS, QUERY_
 from triton_repo.contracts.model_parameters import TextParameters
 from triton_repo.contracts.wire import NUMPY_DTYPES
 from triton_repo.runtime.answer import answer_plan
+from triton_repo.runtime.features import (
+    PROMPT_LOG_PROBS,
+    SEVERAL_SEQUENCES,
+    TENSORRT_LLM_LACKS,
+    refuse_features,
+    refuse_minimum_of_several,
+)
 from triton_repo.runtime.options import (
     NO_END_ID,
     SamplingOptions,
     plan_generation,
     read_options,
-    refuse_minimum_of_several,
 )
 from triton_repo.runtime.stop_requests import STOPPED_PLAN
 from triton_repo.runtime.text.prompt import most_bytes
@@ -54,6 +60,10 @@ class Preprocessor:
         """The outputs of preprocessing for its inputs. Raises RequestError that lists every problem of the request."""
         named = {_WIRE_NAMES[name]: tensor for name, tensor in tensors.items()}
         options = read_options(named, self._most_prompt_bytes)
+        if self._parameters.echoes_keys:
+            refuse_features(options, (PROMPT_LOG_PROBS, SEVERAL_SEQUENCES), "an ensemble's engine")
+        else:
+            refuse_features(options, TENSORRT_LLM_LACKS, "TensorRT-LLM's engine")
         plan = plan_generation(
             options,
             self._tokenizer,
@@ -74,13 +84,18 @@ class Preprocessor:
             "OUT_PAD_ID": [[max(end_id, 0)]],
             "STREAMING": [[answer.is_watched]],
             "RETURN_LOG_PROBS": [[options.return_log_probs]],
-            **_sampling(options),
+            **_sampling(plan.options),
             ANSWER.name: [[answer.to_json().encode()]],
         }
         words = {
             "STOP_WORDS_IDS": (*answer.stop_tokens, *((token,) for token in more_end_ids)),
             "BAD_WORDS_IDS": (*spell(self._tokenizer, options.bad_words), *self._unused_ids),
         }
+        if plan.options.logit_bias:
+            biases = np.zeros((1, self._parameters.num_ids), dtype=np.float32)
+            for token, bias in plan.options.logit_bias:
+                biases[0, token] = bias
+            values["EMBEDDING_BIAS"] = biases
         values |= {name: [pack_words(sequences)] for name, sequences in words.items() if sequences}
         return {name: np.array(value, dtype=_OUTPUT_DTYPES[name]) for name, value in values.items()}
 
@@ -106,6 +121,7 @@ def _sampling(options: SamplingOptions) -> dict[str, Any]:
         "PRESENCE_PENALTY": (options.presence_penalty, 0.0),
         "FREQUENCY_PENALTY": (options.frequency_penalty, 0.0),
         "MIN_TOKENS": (options.min_length, 0),
+        "NUM_LOG_PROBS": (options.num_log_probs, 0),
     }
     values: dict[str, Any] = {name: [[value]] for name, (value, neutral) in penalties.items() if value != neutral}
     if options.sampling_temperature == 0:
@@ -117,4 +133,5 @@ def _sampling(options: SamplingOptions) -> dict[str, Any]:
         "RUNTIME_TOP_P": [[options.top_p or 1.0]],
         "TEMPERATURE": [[options.sampling_temperature]],
         "SEED": [[seed]],
+        **({"MIN_P": [[options.min_p]]} if options.min_p else {}),
     }

@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from triton_repo.contracts.ensemble import ENGINE_CANCELLED, ENGINE_KEY_INPUT, ENGINE_KEY_OUTPUT, ENGINE_PROBE
+from triton_repo.runtime.answer import TopLogProbs
 from triton_repo.runtime.generation import feed
 from triton_repo.runtime.sampling import Choice, Sampler
 from triton_repo.runtime.seats import Seat, open_sessions, seat
@@ -138,11 +139,14 @@ class _Progress:
     request: TokenRequest
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    unsent_tops: list[TopLogProbs] = field(default_factory=list)  # an end token's too
     cum_log_prob: float = 0.0
     num_sent: int = 0
 
     def add(self, choice: Choice, *, shown: bool) -> None:
         self.cum_log_prob += choice.log_prob or 0.0
+        if choice.top_log_probs:
+            self.unsent_tops.append(choice.top_log_probs)
         if shown:
             self.token_ids.append(choice.token_id)
             self.log_probs.append(choice.log_prob or 0.0)
@@ -161,6 +165,10 @@ class _Progress:
         if request.plan.options.return_log_probs:
             tensors["cum_log_probs"] = np.array([[self.cum_log_prob]], dtype=np.float32)
             tensors["output_log_probs"] = np.array([[self.log_probs]], dtype=np.float32)
+        if self.unsent_tops:
+            tops, self.unsent_tops = self.unsent_tops, []
+            tensors["top_token_ids"] = np.array([[[token for token, _ in top] for top in tops]], dtype=np.int32)
+            tensors["top_log_probs"] = np.array([[[value for _, value in top] for top in tops]], dtype=np.float32)
         if request.count_input_tokens:
             tensors["num_input_tokens"] = np.array([[len(request.plan.prompt_ids)]], dtype=np.int32)
         if request.count_output_tokens:

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
+from triton_repo.contracts.wire import MOST_BIASES
 from triton_repo.runtime.options import NO_END_ID, SamplingOptions, SamplingPlan, refusal, shortest, value_problems
 from triton_repo.runtime.text.words import Words, unpack_words
 
@@ -20,6 +22,7 @@ _SAMPLING = {
     "temperature": "temperature", "runtime_top_k": "top_k", "runtime_top_p": "top_p", "min_tokens": "min_length",
     "repetition_penalty": "repetition_penalty", "presence_penalty": "presence_penalty",
     "frequency_penalty": "frequency_penalty", "seed": "random_seed", "return_log_probs": "return_log_probs",
+    "min_p": "min_p", "num_log_probs": "num_log_probs",
 }  # fmt: skip
 _ONE_ONLY = ("beam_width", "num_return_sequences")
 _FALSE_ONLY = ("return_context_logits", "return_generation_logits", "return_perf_metrics")
@@ -29,9 +32,12 @@ TAKEN_INPUTS = frozenset(
     {
         "input_ids", "input_lengths", "request_output_len", "end_id", "pad_id", "stop_words_list", "bad_words_list",
         "len_penalty", "return_num_input_tokens", "return_num_output_tokens", "exclude_input_in_output", "stop",
-        "streaming", *_SAMPLING, *_ONE_ONLY, *_FALSE_ONLY,
+        "streaming", "embedding_bias", *_SAMPLING, *_ONE_ONLY, *_FALSE_ONLY,
     }
 )  # fmt: skip
+
+
+_MOST_BIAS = 1000 * MOST_BIASES  # of one token: a bias of each of as many words as there may be
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +87,7 @@ def read_token_request(
         problems.append(f"end_id: found {end_id}, expected a token id below {num_tokens}, or -1 for none")
     values = _sampling(given)
     problems += value_problems(values, {field: name for name, field in _SAMPLING.items()})
+    values["logit_bias"] = _biases(tensors, problems, num_tokens)
     words = {name: _words(name, tensors, problems) for name in ("stop_words_list", "bad_words_list")}
     if problems:
         raise refusal(problems)
@@ -131,6 +138,23 @@ def _sampling(given: Mapping[str, Any]) -> dict[str, Any]:
     values |= {field: shortest(value) for field, value in values.items() if isinstance(value, float)}
     # A top_p of 0 or less counts as absent (getSamplingConfigFromTensors of utils.cc).
     return {"random_seed": 0, **values, "top_p": max(values.get("top_p", 0.0), 0.0)}
+
+
+def _biases(
+    tensors: Mapping[str, npt.NDArray[Any]], problems: list[str], num_tokens: int
+) -> tuple[tuple[int, float], ...]:
+    """Token ids and what is added to their logits, of embedding_bias [1, V], which has a number for each token."""
+    biases = tensors["embedding_bias"].reshape(-1) if "embedding_bias" in tensors else np.zeros(0)
+    if not biases.size:
+        return ()
+    if biases.size != num_tokens:
+        problems.append(f"embedding_bias: found {biases.size} numbers, expected {num_tokens}, one for each token")
+        return ()
+    if not (np.abs(biases) <= _MOST_BIAS).all():
+        problems.append(f"embedding_bias: found NaN or a number beyond {_MOST_BIAS}; send a smaller one")
+        return ()
+    ids = np.flatnonzero(biases)
+    return tuple(zip(ids.tolist(), biases[ids].tolist(), strict=True))
 
 
 def _words(name: str, tensors: Mapping[str, npt.NDArray[Any]], problems: list[str]) -> Words:

@@ -74,6 +74,7 @@ def test_a_request_in_both_contracts_is_refused():
         ({"sampling_param_max_tokens": number(0, "int32")}, "sampling_param_max_tokens: found 0, expected 1 or more"),
         ({"sampling_param_top_p": number(2, "float32")}, "sampling_param_top_p: found 2.0, expected 0 <= top_p <= 1"),
         ({"sampling_param_best_of": number(3, "int32")}, "sampling_param_best_of: found 3, expected 1"),
+        ({"min_p": number(0.5, "float32"), "max_tokens": number(3, "int32")}, "min_p: found 0.5, expected 0.0; Tens"),
         ({"sampling_param_temperature": number(np.nan, "float32")}, "sampling_param_temperature: found nan"),
         ({"text_input": text("x", "y")}, "text_input: found 2 values, expected 1"),
         ({"text_input": np.array([b"\xff"], dtype=np.object_)}, "byte 0 is 0xff"),

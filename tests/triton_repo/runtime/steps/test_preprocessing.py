@@ -25,10 +25,17 @@ ALWAYS = {
 def prepare(byte_level):
     """Prepares a request of wire values for a model of 64 tokens, by default with the tokenizer's own end token."""
 
-    def prepared(end_token_ids=(byte_level.eos_token_id,), max_prompt=63, num_unused_ids=0, one_end_id=False, **values):
+    def prepared(
+        end_token_ids=(byte_level.eos_token_id,),
+        max_prompt=63,
+        num_unused_ids=0,
+        one_end_id=False,
+        echoes_keys=True,
+        **values,
+    ):
         parameters = TextParameters(
             max_sequence=64, max_prompt=max_prompt, end_ids=end_token_ids, num_ids=byte_level.size + num_unused_ids,
-            one_end_id=one_end_id,
+            one_end_id=one_end_id, echoes_keys=echoes_keys,
         )  # fmt: skip
         preprocessor = Preprocessor(byte_level, parameters)
         tensors = wire(**{"text_input": "def ", "max_tokens": 8, **values})
@@ -45,6 +52,7 @@ def test_the_outputs_have_the_types_and_dims_that_are_declared(prepare):
     outputs = prepare(
         temperature=0.5, top_k=4, top_p=0.9, seed=2**64 - 1, min_tokens=1, repetition_penalty=1.5, presence_penalty=0.5,
         frequency_penalty=0.25, stop_words=["a", "bc"], bad_words=["d"], return_log_probs=True, stream=True,
+        min_p=0.1, num_log_probs=2, logit_bias_ids=[3], logit_bias_values=[1.5],
     )  # fmt: skip
     dtypes = {"INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BOOL": np.bool_, "STRING": np.object_}
     declared = {tensor.name: tensor for tensor in PREPROCESSING_OUTPUTS}
@@ -162,6 +170,46 @@ def test_a_prompt_longer_than_the_engine_reads_at_a_time_is_refused(prepare, byt
     assert prepare(max_prompt=size)
     with pytest.raises(RequestError, match=f"found a prompt of {size} tokens, expected at most {size - 1}, which the"):
         prepare(max_prompt=size - 1)
+
+
+def test_biases_of_ids_and_of_words_come_as_one_number_for_each_token(prepare, byte_level):
+    a, b = byte_level.encode("ab")
+    outputs = prepare(
+        logit_bias_ids=[a, 0], logit_bias_values=[1.5, -2.0],
+        embedding_bias_words=["ab", "", "b"], embedding_bias_weights=[0.25, 7.0, 3.0],
+    )  # fmt: skip
+    expected = np.zeros(byte_level.size, dtype=np.float32)
+    expected[[a, 0, b]] = 1.75, -2.0, 3.25
+    assert np.array_equal(outputs["EMBEDDING_BIAS"], expected[None])
+
+
+FEATURES = {
+    "min_p": ({"min_p": 0.5}, "found 0.5, expected 0.0"),
+    "logit_bias_ids": ({"logit_bias_ids": [1, 2], "logit_bias_values": [1.0, 1.0]}, "found 2 ids, expected 0 ids"),
+    "embedding_bias_words": (
+        {"embedding_bias_words": ["a"], "embedding_bias_weights": [1.0]}, "found 1 words, expected 0 words",
+    ),
+    "num_log_probs": ({"num_log_probs": 5}, "found 5, expected 0"),
+    "return_prompt_log_probs": ({"return_prompt_log_probs": True}, "found true, expected false"),
+    "num_return_sequences": ({"num_return_sequences": 2}, "found 2, expected 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_what_an_engine_of_tensorrt_llm_is_not_asked_for_is_refused_by_name(prepare, name):
+    given, problem = FEATURES[name]
+    with pytest.raises(RequestError) as caught:
+        prepare(echoes_keys=False, **given)
+    assert f"{name}: {problem}; TensorRT-LLM's engine does not serve it: leave it out" in str(caught.value)
+    assert caught.value.kind == "INVALID_ARG"
+
+
+@pytest.mark.parametrize("name", ["return_prompt_log_probs", "num_return_sequences"])
+def test_what_an_ensemble_does_not_serve_is_refused_by_name(prepare, name):
+    given, problem = FEATURES[name]
+    with pytest.raises(RequestError) as caught:
+        prepare(**given)
+    assert f"{name}: {problem}; an ensemble's engine does not serve it: leave it out" in str(caught.value)
 
 
 def test_the_answers_plan_survives_its_json(prepare):

@@ -6,7 +6,7 @@ import pytest
 from served import answers
 from wire_tensors import wire
 
-from triton_repo.contracts.ensemble import ENGINE_NAMES, QUERY_NAMES, TOKEN_NAMES
+from triton_repo.contracts.ensemble import ADDED_ENGINE_NAMES, ADDED_TOKEN_NAMES, ENGINE_NAMES, QUERY_NAMES, TOKEN_NAMES
 from triton_repo.contracts.model_parameters import TextParameters
 from triton_repo.contracts.piece import Piece, join
 from triton_repo.runtime import answer as answer_module
@@ -31,6 +31,12 @@ OPTIONS = (
     {"max_tokens": 4, "exclude_input_in_output": False, "stream": True},
     {"stream": True, "end_id": -1, "max_tokens": 12, "temperature": 1.0, "seed": 3, "top_k": 40},
     {"min_tokens": 4, "repetition_penalty": 1.3, "stream": True},
+    {"stream": True, "num_log_probs": 3},
+    {"num_log_probs": 20, "return_log_probs": True, "stop_words": ["ll"]},
+    {"num_log_probs": 1, "max_tokens": 3},
+    {"logit_bias_ids": [3, 70], "logit_bias_values": [-2.5, 900.0], "max_tokens": 3, "stream": True},
+    {"embedding_bias_words": ["re", "", "b"], "embedding_bias_weights": [-40.0, 1.0, 30.0], "stream": True},
+    {"stream": True, "min_p": 0.3, "temperature": 9.0, "seed": 8, "max_tokens": 9, "end_id": -1},
 )
 
 
@@ -48,16 +54,19 @@ def in_steps(session, tokenizer, values) -> list[Piece]:
     postprocessor = Postprocessor(tokenizer)
     prepared = preprocessor.prepare({QUERY_NAMES[name]: tensor for name, tensor in wire(**values).items()})
     postprocessor.register("k", "r", prepared["ANSWER"][0, 0].decode())
-    tensors = {ENGINE_NAMES[name]: tensor for name, tensor in prepared.items() if name in ENGINE_NAMES}
+    names = ENGINE_NAMES | ADDED_ENGINE_NAMES
+    tensors = {names[name]: tensor for name, tensor in prepared.items() if name in names}
     manifest = session.engine.manifest
     request = read_token_request(tensors, session.max_sequence, tokenizer.size, manifest.eos_token_ids)
     pieces, stopped = [], []
+
+    names = TOKEN_NAMES | ADDED_TOKEN_NAMES
 
     def is_stopped() -> bool:
         return bool(stopped)
 
     for response, _ in respond(session, request, is_stopped, session.new_cache()):
-        tokens = read_tokens({TOKEN_NAMES[name]: array for name, array in response.items() if name in TOKEN_NAMES})
+        tokens = read_tokens({names[name]: array for name, array in response.items() if name in names})
         step = postprocessor.extend("k", tokens, lambda: False)
         pieces += [step.piece] if step.piece else []
         stopped += [step.stop] if step.stop else []
@@ -103,6 +112,12 @@ def test_steps_send_the_pieces_of_a_model_without_steps(request, scripted_with, 
         assert without_log_probs(found) == without_log_probs(expected)
         assert {piece.num_input_tokens for piece in found} == {expected[0].num_input_tokens}
         for ours, theirs in zip(found, expected, strict=True):
+            assert [[token for token, _ in top] for top in ours.top_log_probs] == [
+                [token for token, _ in top] for top in theirs.top_log_probs
+            ]
+            assert len(ours.top_log_probs) == (len(ours.token_ids) if "num_log_probs" in options else 0)
+            values = [[value for top in piece.top_log_probs for _, value in top] for piece in (ours, theirs)]
+            assert values[0] == pytest.approx(values[1], rel=1e-5, abs=1e-6)
             assert ours.log_probs == (theirs.log_probs and pytest.approx(theirs.log_probs, rel=1e-5, abs=1e-6))
             assert ours.cum_log_prob == (theirs.cum_log_prob and pytest.approx(theirs.cum_log_prob, rel=1e-5))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from served import Sent
 
-from triton_repo.contracts.ensemble import ENGINE_NAMES, TOKEN_INPUTS
+from triton_repo.contracts.ensemble import ADDED_ENGINE_NAMES, ADDED_TOKEN_INPUTS, ENGINE_NAMES, TOKEN_INPUTS
 from triton_repo.errors import RequestError
 from triton_repo.runtime.options import SamplingOptions, SamplingPlan
 from triton_repo.runtime.sampling import Sampler
@@ -21,7 +21,7 @@ from triton_repo.runtime.text.words import pack_words
 
 TEXT = "return 😀 hello 語."
 _DTYPES = {"INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BOOL": bool}
-DTYPES = {tensor.name: _DTYPES.get(tensor.dtype) for tensor in TOKEN_INPUTS}
+DTYPES = {tensor.name: _DTYPES.get(tensor.dtype) for tensor in (*TOKEN_INPUTS, *ADDED_TOKEN_INPUTS)}
 
 
 def tensors(**values) -> dict[str, np.ndarray]:
@@ -66,11 +66,13 @@ def test_every_tensor_that_is_taken_is_read():
         temperature=0.7, runtime_top_k=4, runtime_top_p=0.9, min_tokens=2, repetition_penalty=1.1, presence_penalty=0.5,
         frequency_penalty=0.25, seed=2**64 - 1, return_log_probs=True, end_id=9, streaming=True,
         stop_words_list=[[1, 2], [3]], bad_words_list=[[4]], exclude_input_in_output=False,
-        return_num_input_tokens=True, return_num_output_tokens=True,
+        return_num_input_tokens=True, return_num_output_tokens=True, min_p=0.05, num_log_probs=3,
+        embedding_bias=[0.0] * 7 + [-2.5] + [0.0] * 291 + [4.0],
     )  # fmt: skip
     assert request.plan.options == SamplingOptions(
         temperature=0.7, top_k=4, top_p=0.9, min_length=2, repetition_penalty=1.1, presence_penalty=0.5,
-        frequency_penalty=0.25, random_seed=2**64 - 1, return_log_probs=True,
+        frequency_penalty=0.25, random_seed=2**64 - 1, return_log_probs=True, min_p=0.05, num_log_probs=3,
+        logit_bias=((7, -2.5), (299, 4.0)),
     )  # fmt: skip
     assert (request.plan.prompt_ids, request.plan.end_ids, request.most_tokens) == ((5, 6, 7), (9,), 50)
     assert (request.stop_words, request.bad_words) == (((1, 2), (3,)), ((4,),))
@@ -93,6 +95,11 @@ def test_a_padded_prompt_is_cut_and_an_output_beyond_the_context_too():
         ({"return_context_logits": True}, "return_context_logits: found true, expected false"),
         ({"end_id": 300}, "end_id: found 300, expected a token id below 300"),
         ({"runtime_top_k": -1}, "runtime_top_k: found -1, expected 0 or more"),
+        ({"min_p": 1.5}, "min_p: found 1.5, expected 0 <= min_p <= 1"),
+        ({"num_log_probs": 21}, "num_log_probs: found 21, expected 0 to 20"),
+        ({"embedding_bias": [1.0, 2.0]}, "embedding_bias: found 2 numbers, expected 300, one for each token"),
+        ({"embedding_bias": [float("nan")] * 300}, "embedding_bias: found NaN or a number beyond 1024000"),
+        ({"embedding_bias": [-float("inf")] * 300}, "embedding_bias: found NaN or a number beyond 1024000"),
         ({"temperature": -1.0}, "temperature: found -1.0, expected 0, or 0.001 to 1000"),
     ],
 )
@@ -123,7 +130,7 @@ def test_every_problem_is_reported_and_so_is_a_missing_prompt():
 
 
 def test_all_that_preprocessing_sends_is_taken_and_known():
-    assert set(ENGINE_NAMES.values()) <= TAKEN_INPUTS <= set(DTYPES)
+    assert {*ENGINE_NAMES.values(), *ADDED_ENGINE_NAMES.values()} <= TAKEN_INPUTS <= set(DTYPES)
 
 
 @pytest.fixture
