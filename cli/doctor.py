@@ -25,6 +25,7 @@ from typing import Any
 
 from cli.rows import in_units, print_rows
 from export.errors import MoeshipError
+from export.files.reading import is_there
 from trt_build.errors import EngineError
 
 PACKAGES = (
@@ -210,9 +211,12 @@ def _add_server(report: Report) -> None:
 
 
 def _add_path(report: Report, path: Path, *, check_digests: bool) -> None:
+    from export.exporter import DATA_FILE
     from trt_build.manifest import MANIFEST_FILE
+    from trt_build.trtllm.engine import rank_engine
 
-    if (path / MANIFEST_FILE).is_file():
+    # The weights show an engine that has lost its engine.json.
+    if any(is_there(path / name) for name in (MANIFEST_FILE, DATA_FILE, rank_engine(0))):
         _add_engine(report, "engine", path, check_digests=check_digests)
     elif any(path.glob("*/config.pbtxt")):
         _add_repository(report, path, check_digests=check_digests)

@@ -111,6 +111,19 @@ def shown(value: object, most: int = 100) -> str:
     return _cut(_BOUNDED.repr(value), most)
 
 
+def kind_of(value: object) -> str:
+    """What a value read from JSON or YAML is, in the words of JSON: "null", "a list" and the like."""
+    kinds = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
+    return "null" if value is None else kinds.get(type(value), f"a {type(value).__name__}")
+
+
 def near_match(word: object, known: Iterable[str]) -> str | None:
     """The known word that is most similar to `word`; None if none is similar, or if `word` is very long."""
     if not isinstance(word, str) or len(word) > _MOST_SUGGESTED:

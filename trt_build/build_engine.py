@@ -36,12 +36,10 @@ from trt_build.engine import FORMAT_VERSION, Engine, Source, open_engine, record
 from trt_build.engine_flags import add_engine_arguments, read_checkpoint, read_engine_options
 from trt_build.manifest import TRTLLM_BACKEND
 from trt_build.ort.genai_config import GENAI_FILE
-from trt_build.ort.kernels import found_fault
+from trt_build.ort.kernels import warn_if_unusable
 from trt_build.prepare import EngineOptions, PreparedBuild, check_options, libraries, prepare_build
 from trt_build.progress_line import ProgressLine
 from trt_build.trtllm_flags import refuse_trtllm_flags
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +56,8 @@ def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | N
     a folder beside it, and a build with the same options continues from them.
     """
     provider, _ = check_options(options)
-    fault = found_fault() if provider.kernels == OWN_KERNELS else None
-    if fault is not None:
-        logger.warning(
-            "moeship's CPU kernels cannot be used here: %s; the engine is written, and loads where they can; to verify "
-            "and serve it here, %s", fault.reason, fault.remedy,
-        )  # fmt: skip
+    if provider.kernels == OWN_KERNELS:
+        warn_if_unusable("the engine is written", "verify and serve")
     refuse_made(options.output, "the engine")
     build = prepare_build(options)
     checkpoint = build.checkpoint

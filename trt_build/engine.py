@@ -170,11 +170,6 @@ def open_engine(folder: Path | str, check_digests: bool = True) -> Engine:
     """Read the manifest and check the files against it. Raises EngineError listing every problem."""
     folder = Path(folder)
     check_name(folder, f"opening the engine {named(folder)}", EngineError)
-    if not (folder / MANIFEST_FILE).is_file():
-        raise EngineError(
-            f"opening the engine {folder}: no {MANIFEST_FILE} there; "
-            + ("a build did not finish, build it again" if folder.is_dir() else "no such folder, check the path")
-        )
     raw = read_manifest(folder, f"opening the engine {folder}")
     if raw.get("backend") != BACKEND:
         raise EngineError(

@@ -18,8 +18,8 @@ from typing import Any
 
 from export.architecture import Architecture, is_token_id
 from export.checkpoint.file_table import TEMPLATE_FOLDER
-from export.errors import MoeshipError, named, shown
-from export.files.reading import parse_json, read_text
+from export.errors import MoeshipError, kind_of, named, shown
+from export.files.reading import is_folder, is_there, parse_json, read_bytes
 from export.tokenizer.settings import MAX_TOKENS, TokenizerFacts
 from trt_build.errors import EngineError
 
@@ -41,15 +41,26 @@ def digested_text(values: Mapping[str, Any]) -> str:
 
 def read_manifest(folder: Path, doing: str, error: type[MoeshipError] = EngineError) -> dict[str, Any]:
     """The values of a folder's engine.json without the digest. Raises `error`, whose message begins with `doing`, if
-    the file is no JSON object or was changed after it was written."""
+    the file is missing, is no JSON object, or was changed after it was written."""
     path = folder / MANIFEST_FILE
-    text = read_text(path, "the engine's manifest", error=error)
+    if not is_folder(folder):
+        found = "it is a file" if is_there(folder) else "no such folder"
+        raise error(f"{doing}: {found}, expected the folder of an engine; check the path")
+    if not is_there(path):
+        raise error(
+            f"{doing}: there is no {MANIFEST_FILE} in it, which every engine has; check the path, and if it is an "
+            f"engine, {_REMEDY}"
+        )
+    data = read_bytes(path, "the engine's manifest", error=error)
     try:
+        text = data.decode()
         values = parse_json(text)
+    except UnicodeDecodeError as reason:
+        raise error(f"{doing}: {named(path)} is damaged (byte {reason.start} is no UTF-8); {_REMEDY}") from reason
     except ValueError as reason:
         raise error(f"{doing}: {named(path)} is damaged ({reason}); {_REMEDY}") from reason
     if not isinstance(values, dict):
-        raise error(f"{doing}: {named(path)} holds a {type(values).__name__}, expected an object; {_REMEDY}")
+        raise error(f"{doing}: {named(path)} is damaged (it holds {kind_of(values)}, expected an object); {_REMEDY}")
     if "digest" not in values:
         backend, version = values.get("backend"), values.get("format_version")
         if isinstance(backend, str) and type(version) is int and version > UNDIGESTED.get(backend, version):
@@ -64,7 +75,7 @@ def read_manifest(folder: Path, doing: str, error: type[MoeshipError] = EngineEr
     return values
 
 
-_REMEDY = "put back the file that the build or verify wrote, or build it again"
+_REMEDY = "put back the file that the build or verify wrote, or build the engine again"
 
 
 def _digest_of(text: str) -> str:

@@ -27,7 +27,7 @@ from trt_build.engine import BACKEND, FORMAT_VERSION, FileRecord, Manifest, Prec
 from trt_build.errors import EngineError
 from trt_build.manifest import TRTLLM_BACKEND
 from trt_build.ort.genai_config import genai_config
-from trt_build.ort.kernels import found_fault, is_usable
+from trt_build.ort.kernels import check_level, found_fault, is_usable
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +142,8 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
     Raises the MoeshipError of the stage that failed.
     """
     provider, quantization = check_options(options)
+    if provider.kernels == OWN_KERNELS:
+        check_level()
     source = open_source(options.checkpoint, options.experts_per_token, options.max_sequence)
     fault = found_fault()
     if fault and options.kernels is None and _fit_own_kernels(options.provider, options.precision):

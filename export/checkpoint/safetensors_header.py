@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.errors import CheckpointError, listing, named, shown
+from export.errors import CheckpointError, kind_of, listing, named, shown
 from export.files.reading import MAX_JSON_BYTES, decode_text, open_regular, parse_json
 
 # Bits of one value, for every dtype of the format.
@@ -88,7 +88,7 @@ def read_header(shard: Path) -> list[StoredTensor]:
     except ValueError as error:
         raise CheckpointError(f"{doing}: its header is not JSON ({error}); download it again") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{doing}: its header holds a {type(header).__name__}; download it again")
+        raise CheckpointError(f"{doing}: its header holds {kind_of(header)}, expected an object; download it again")
     _check_metadata(doing, header)
     tensors = [_read_entry(shard, name, entry, len(data)) for name, entry in header.items() if name != _METADATA]
     problems = _layout_problems(tensors, len(data), size)

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from export.errors import ConfigError, MoeshipError, named, shown
+from export.errors import ConfigError, MoeshipError, kind_of, named, shown
 
 MAX_JSON_BYTES = 32 << 20  # enough for the index of a checkpoint of 250,000 tensors
 # Limit on brackets and commas in a JSON text: it has at most one value more. A value takes up to 250 bytes of memory.
@@ -125,7 +125,7 @@ def read_json(path: Path, what: str, error: Kind = ConfigError) -> dict[str, Any
     except ValueError as reason:
         raise error(f"reading {what}: {named(path)} is not readable JSON ({reason})") from reason
     if not isinstance(value, dict):
-        raise error(f"reading {what}: {named(path)} holds a {type(value).__name__}, expected a JSON object")
+        raise error(f"reading {what}: {named(path)} holds {kind_of(value)}, expected a JSON object")
     return value
 
 

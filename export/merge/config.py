@@ -26,7 +26,7 @@ from typing import Any
 
 from export.checkpoint.folder import HUB_ID
 from export.checkpoint.safetensors_header import FLOAT_LABELS
-from export.errors import ConfigError, listing, named, shown, suggestion
+from export.errors import ConfigError, kind_of, listing, named, shown, suggestion
 from export.files.reading import is_folder, read_text
 from export.files.yaml_reading import MAX_YAML_BYTES, parse_yaml
 
@@ -90,7 +90,7 @@ def read_merge_config(path: Path) -> MergeConfig:
     text = read_text(path, _WHAT, most=MAX_YAML_BYTES)
     raw = parse_yaml(text, path, _WHAT)
     if not isinstance(raw, dict):
-        raise ConfigError(f"reading {_WHAT}: {named(path)} holds a {type(raw).__name__}, expected keys")
+        raise ConfigError(f"reading {_WHAT}: {named(path)} holds {kind_of(raw)}, expected keys")
     reader = _Reader(path.parent)
     config = reader.config(raw, text)
     if reader.problems:

@@ -61,6 +61,7 @@ class GraphBuilder:
         self._nodes: list[onnx.NodeProto] = []
         self._constants: list[onnx.TensorProto] = []
         self._router_outputs: list[str] = []
+        self._check_attention()
         self._sequence_facts()
         self._rotary_caches()
 
@@ -138,11 +139,6 @@ class GraphBuilder:
         and `value` [B, S, G*D]. The rotary embedding of queries and keys is applied here.
         """
         facts = self.architecture
-        if facts.head_size % 16 or facts.rotary_dim % 16:
-            raise ExportError(
-                f"planning {path}: head size {facts.head_size} and rotary dimension {facts.rotary_dim}, ONNX Runtime's "
-                "GroupQueryAttention takes multiples of 16; this model cannot be built for it"
-            )
         inputs = [
             *(self._cast(part, self._float_type) if part else "" for part in (query, key, value)),
             names.past_key(layer), names.past_value(layer),
@@ -280,6 +276,17 @@ class GraphBuilder:
         )  # fmt: skip
         least = self._node("Gather", [largest, kth], f"{name}.router_kth", axis=1)
         return self._node("Sub", [rows, least], f"{name}.router_shifted", float_type="float32")
+
+    def _check_attention(self) -> None:
+        """Raise ExportError for a head that ONNX Runtime's attention does not take, whatever the precision. This comes
+        before the matrices: one that no block size divides is refused with the advice to take another precision."""
+        facts = self.architecture
+        if facts.head_size % 16 or facts.rotary_dim % 16:
+            raise ExportError(
+                f"planning the graph: the {facts.family} has the head size {facts.head_size} and the rotary dimension "
+                f"{facts.rotary_dim}, and ONNX Runtime's GroupQueryAttention takes multiples of 16; this model cannot "
+                "be built for ONNX Runtime at any precision"
+            )
 
     def _sequence_facts(self) -> None:
         """Compute from the attention mask the index of each row's last position, int32 [B], and the length of the

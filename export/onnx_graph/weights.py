@@ -109,7 +109,8 @@ def _as_float16(values: npt.NDArray[np.float32], source: str) -> npt.NDArray[np.
     if not largest <= FLOAT16_MAX:
         raise QuantizationError(
             f"writing {source}: a value or scale of magnitude {largest:.6g} is beyond float16's {FLOAT16_MAX:.0f}; "
-            "build it with --provider cpu --kernels onnxruntime, whose graphs hold float32"
+            "build it with --provider cpu --kernels onnxruntime and --precision fp32, int8 or int4, whose graphs hold "
+            "float32"
         )
     return values.astype(np.float16)
 

@@ -38,7 +38,8 @@ def block_size(name: str, features: Sequence[int], allowed: Sequence[int]) -> in
             return size
     raise QuantizationError(
         f"quantising {name}: {' and '.join(map(str, features))} input features are not a multiple of any block size "
-        f"that the kernels take ({', '.join(map(str, allowed))}); build fp32, or fp16 for cuda, which have no blocks"
+        f"that the kernels take ({', '.join(map(str, allowed))}); build it without blocks: with --provider cpu "
+        "--precision fp32 or --provider cuda --precision fp16, and without --kernels"
     )
 
 

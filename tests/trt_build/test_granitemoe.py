@@ -168,6 +168,15 @@ def test_what_is_not_built_is_refused_by_name(tmp_path, changes, problem):
         read_model(open_checkpoint(folder))
 
 
+@pytest.mark.parametrize("precision", ["int4", "int8", "fp32"])
+def test_a_model_that_no_precision_can_build_is_not_told_to_take_another(tmp_path, precision):
+    folder = write_granitemoe_checkpoint(
+        tmp_path / "checkpoint", seed=1, hidden_size=60, num_heads=3, num_kv_heads=3, head_dim=None
+    )
+    with pytest.raises(ExportError, match=r"head size 20 .* cannot be built for ONNX Runtime at any precision"):
+        build(folder, tmp_path / "engine", precision)
+
+
 @pytest.mark.parametrize(("precision", "kernels"), each(KINDS, apart=True))
 def test_a_trained_model_told_as_a_granitemoe_keeps_parity_at_every_precision(tmp_path, trained, precision, kernels):
     engine = build(trained, tmp_path / "engine", precision, kernels)

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from cli.main import main
 from tests.manifests import edit_manifest, read_values, write_values
 from trt_build.engine import open_engine, record_verification, write_manifest
 from trt_build.errors import EngineError
@@ -60,6 +61,32 @@ def test_a_missing_digest_is_told(engine):
     values = read_values(engine)
     (engine / "engine.json").write_text(json.dumps(values, indent=2) + "\n")
     assert "engine.json has no digest: it was edited or is damaged; put back the file" in refused(engine)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (None, "there is no engine.json in it, which every engine has; check the path, and if it is an engine"),
+        (b"\x80\x81" * 100, "engine.json is damaged (byte 0 is no UTF-8)"),
+        (b"\xef\xbb\xbf{}", "engine.json is damaged (Unexpected UTF-8 BOM"),
+        (b"", "engine.json is damaged (Expecting value"),
+        (b"null", "engine.json is damaged (it holds null, expected an object)"),
+        (b"[1]", "engine.json is damaged (it holds a list, expected an object)"),
+        (b"true", "engine.json is damaged (it holds true or false, expected an object)"),
+    ],
+    ids=str,
+)
+def test_every_damage_has_the_same_remedy_and_is_a_problem_to_doctor(engine, capsys, content, found):
+    if content is None:
+        (engine / "engine.json").unlink()
+    else:
+        (engine / "engine.json").write_bytes(content)
+    message = refused(engine)
+    assert message.startswith(f"opening the engine {engine}: ")
+    assert found in message
+    assert message.endswith("put back the file that the build or verify wrote, or build the engine again")
+    assert main(["doctor", str(engine), "--json"]) == 1
+    assert message in json.loads(capsys.readouterr().out)["problems"]
 
 
 def test_a_manifest_of_format_2_is_read_without_a_digest_and_written_back_so(tmp_path, tiny_engines):

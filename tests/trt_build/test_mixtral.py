@@ -325,7 +325,7 @@ def test_both_spellings_build_the_same_engine_but_for_the_record_of_what_was_rea
 
 def test_head_sizes_that_the_kernel_does_not_take_are_refused_before_anything_is_written(tmp_path):
     folder = write_mixtral_checkpoint(tmp_path / "checkpoint", seed=1, head_dim=24)
-    with pytest.raises(ExportError, match="head size 24 and rotary dimension 24, .* takes multiples of 16"):
+    with pytest.raises(ExportError, match="head size 24 and the rotary dimension 24, .* takes multiples of 16"):
         build(folder, tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
 

@@ -230,14 +230,12 @@ def test_without_the_compiled_library_an_engine_is_written_and_refused_when_it_i
     monkeypatch.setattr(kernels, "_LIBRARY", tmp_path / "absent.so")
     with caplog.at_level(logging.WARNING):
         engine = build(tiny_checkpoint, tmp_path / "engine")
-    assert (
-        "absent.so does not exist, as no C++17 compiler worked when moeship was installed; the engine is written"
-        in caplog.text
-    )
+    assert "absent.so does not exist; the engine is written" in caplog.text
     compare(engine.folder, tiny_engines("int4", kernels="moeship"))
     for session in (Session, ScoringSession):
         with pytest.raises(
-            EngineError, match=r"absent\.so does not exist, .* install moeship again; .* --kernels onnxruntime"
+            EngineError,
+            match=r"for the engine /.*absent\.so does not exist; .*install moeship again; .* --kernels onnxruntime",
         ):
             session(engine)
 
@@ -290,21 +288,64 @@ def test_without_the_library_the_default_is_onnx_runtimes_kernels_and_one_senten
 def test_a_library_that_is_none_is_refused(tmp_path, tiny_engines, monkeypatch):
     (tmp_path / "broken.so").write_bytes(b"\x7fELF" + bytes(60))
     monkeypatch.setattr(kernels, "_LIBRARY", tmp_path / "broken.so")
-    with pytest.raises(EngineError, match=r"CPU kernels: .*broken\.so is no library that .* moeship again"):
+    with pytest.raises(
+        EngineError, match=r"CPU kernels for the engine .*: .*broken\.so is no library that .* moeship again"
+    ):
         Session(open_engine(tiny_engines("int4", kernels="moeship")))
 
 
 def test_a_library_that_onnx_runtime_refuses_is_told(tiny_engines, monkeypatch):
-    monkeypatch.setattr(device, "library", lambda: Path("libm.so.6"))
-    with pytest.raises(EngineError, match=r"does not take the CPU kernels libm\.so\.6 .* install moeship again"):
+    monkeypatch.setattr(device, "library", lambda doing: Path("libm.so.6"))
+    with pytest.raises(EngineError, match=r"ONNX Runtime \S+ refuses the library libm\.so\.6 .* install moeship again"):
         Session(open_engine(tiny_engines("int4", kernels="moeship")))
+
+
+@pytest.fixture
+def commands(tmp_path, tiny_checkpoint, tiny_engines):
+    """The words of each command that needs our kernels, for an engine and a repository of it."""
+    engine, repository = tiny_engines("int4", kernels="moeship"), tmp_path / "repository"
+    package_engine(PackageOptions(engine=engine, name="own", output=repository))
+    return {
+        "plan": ["plan", "--checkpoint", tiny_checkpoint],
+        "build": ["build", "--checkpoint", tiny_checkpoint, "--output", tmp_path / "engine"],
+        "verify": ["verify", engine, "--reference", tiny_checkpoint],
+        "package": ["package", engine, "--name", "another", "--output", repository],
+        "serve": ["serve", repository],
+    }
 
 
 @pytest.mark.needs_kernels
-def test_an_unknown_level_is_refused(tiny_engines, monkeypatch):
+def test_all_commands_refuse_an_unknown_level_in_the_same_words(commands, monkeypatch, capfd, tmp_path):
     monkeypatch.setenv(kernels.LEVEL_VARIABLE, "avx9000")
-    with pytest.raises(EngineError, match=r"model\.onnx: .* refuses it .*avx9000"):
-        Session(open_engine(tiny_engines("int4", kernels="moeship")))
+    said = {name: (main([str(word) for word in words]), *capfd.readouterr()) for name, words in commands.items()}
+    status, out, err = said["plan"]
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("EngineError: choosing the kernels' instruction set: MOESHIP_KERNELS_LEVEL is avx9000, this")
+    assert said == dict.fromkeys(commands, (status, out, err))
+    assert not (tmp_path / "engine").exists()
+    assert main(["doctor", "--json"]) == 1
+    assert err.removeprefix("EngineError: ").strip() in json.loads(capfd.readouterr().out)["problems"]
+
+
+@pytest.mark.needs_kernels
+def test_a_missing_library_ends_verify_and_serve_at_once_and_packaging_warns(
+    commands, monkeypatch, capfd, caplog, tmp_path
+):
+    monkeypatch.setattr(kernels, "_LIBRARY", tmp_path / "absent.so")
+    for name in ("verify", "serve"):
+        assert main([str(word) for word in commands[name]]) == 2
+        err = capfd.readouterr().err
+        assert err.count("\n") == 1
+        assert re.match(r"EngineError: (loading|serving) .*/engine\S*: .*absent\.so does not exist; install", err)
+    assert main([str(word) for word in commands["package"]]) == 0
+    [line] = [line for line in caplog.messages if "absent.so does not exist" in line]
+    assert "the engine is packaged, and loads where they can; to serve it here, install" in line
+
+
+@pytest.mark.needs_kernels
+def test_the_level_does_not_matter_to_onnx_runtimes_kernels(tmp_path, tiny_checkpoint, monkeypatch):
+    monkeypatch.setenv(kernels.LEVEL_VARIABLE, "avx9000")
+    assert main(["plan", "--checkpoint", str(tiny_checkpoint), "--kernels", "onnxruntime"]) == 0
 
 
 @pytest.mark.needs_kernels

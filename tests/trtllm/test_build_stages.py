@@ -260,7 +260,7 @@ def test_an_output_that_is_no_engine_is_kept(tmp_path, small_phixtral):
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine/note").write_text("mine")
     with pytest.raises(
-        OutputError, match="engine exists already and is no engine of this build .*no engine.json there"
+        OutputError, match="engine exists already and is no engine of this build .*no engine.json in it"
     ):
         build(small_phixtral, tmp_path / "engine")
     assert (tmp_path / "engine/note").read_text() == "mine"

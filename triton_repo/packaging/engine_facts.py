@@ -28,6 +28,7 @@ class EngineFacts:
     max_num_tokens: int | None = None  # of all requests in one step; None where prompts are always read in parts
     world_size: int = 1  # ranks that run the engine
     paged_context_fmha: bool = False  # whether the engine can read the cache of a prompt in parts
+    has_own_kernels: bool = False  # whether moeship's CPU kernels multiply its matrices
     # planned share of the GPU memory that the weights leave; None on ONNX Runtime
     kv_cache_fraction: float | None = None
 
@@ -65,6 +66,7 @@ def _of_onnxruntime(folder: Path, check_digests: bool) -> EngineFacts:
         num_ids=manifest.tokenizer_size,
         records=manifest.files,
         num_bytes=engine.num_bytes,
+        has_own_kernels=engine.has_own_kernels,
     )
 
 

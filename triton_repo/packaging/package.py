@@ -34,6 +34,7 @@ from triton_repo.packaging.ensemble_package import MODELS_FOLDER, VERSION, Ensem
 from triton_repo.packaging.model_config import CONFIG_FILE, ServedModel, config_text, model_config
 from triton_repo.packaging.placing import place_files
 from triton_repo.packaging.staging import staged_models
+from trt_build.ort.kernels import check_level, warn_if_unusable
 
 logger = logging.getLogger(__name__)
 
@@ -75,18 +76,26 @@ class Package:
 
 
 def package_engine(options: PackageOptions) -> Package:
-    """Write the models. Raises RepositoryError for unusable options, EngineError for a damaged engine, OutputError."""
+    """Write the models. Logs a warning if the engine needs moeship's CPU kernels and this machine cannot use them.
+
+    Raises RepositoryError for unusable options, EngineError for a damaged engine or a wrong MOESHIP_KERNELS_LEVEL, and
+    OutputError.
+    """
     _check(options)
     check_output(options.output)
     facts = read_engine_facts(options.engine, check_digests=False)  # place_files checks them
     layout = options.layout or (ENSEMBLE if facts.runs_on_tensorrt_llm else SINGLE)
     steps = STEP_MODELS if layout == ENSEMBLE else ()
     _check_engine(options, facts, layout)
+    if facts.has_own_kernels:
+        check_level()
     with staged_models(options.output, (*steps, options.name)) as staging:
         if layout == ENSEMBLE:
             copied = write_ensemble(staging, facts, _ensemble_options(options))
         else:
             copied = _write_model(staging / options.name, facts, options)
+    if facts.has_own_kernels:
+        warn_if_unusable("the engine is packaged", "serve")
     folder = options.output / options.name
     logger.debug("%s: engine of %d bytes, %d of them copied", folder, facts.num_bytes, copied)
     return Package(folder=folder, name=options.name, steps=steps, engine_bytes=facts.num_bytes, copied_bytes=copied)

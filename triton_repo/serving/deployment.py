@@ -8,6 +8,7 @@ take (`moeship_gpus`). engine.json says for which GPU and by which library the e
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from export.errors import shown
 from export.files.reading import whole_number
 from export.files.typed_json import read_typed
+from export.provider import OWN_KERNELS
 from triton_repo.contracts.model_parameters import (
     ENGINE_FOLDER,
     ENGINE_KEY,
@@ -60,6 +62,7 @@ class Deployment:
 
     gpu_models: tuple[GpuModel, ...]  # the models on TensorRT-LLM
     steps: frozenset[str]  # models that are steps of an ensemble in the repository
+    own_kernels: tuple[Path, ...] = ()  # the engines that moeship's CPU kernels compute
     beats: bool = True  # every request passes a model that moeship packaged, whose heartbeats say what it computes
 
     @property
@@ -69,7 +72,11 @@ class Deployment:
 
 
 def read_deployment(repository: Path) -> Deployment:
-    """Read config.pbtxt of every model, and engine.json of models on TensorRT-LLM. Raises RepositoryError."""
+    """Read config.pbtxt of every model, and engine.json of every model that has one.
+
+    Raises RepositoryError. A damaged engine.json of an engine for ONNX Runtime is passed over: its model reports the
+    damage when it is loaded, and the other models are served.
+    """
     configs = {
         path.parent: read_config(path)
         for path in sorted(repository.glob(f"*/{CONFIG_FILE}"))
@@ -78,6 +85,7 @@ def read_deployment(repository: Path) -> Deployment:
     return Deployment(
         gpu_models=tuple(model for folder, config in configs.items() for model in _gpu_models(folder, config)),
         steps=frozenset(step.model_name for config in configs.values() for step in config.ensemble_scheduling.step),
+        own_kernels=tuple(path for folder, config in configs.items() for path in _own_kernels(folder, config)),
         beats=all(map(_beats, configs.values())),
     )
 
@@ -109,6 +117,16 @@ def _gpu_models(folder: Path, config: ModelConfig) -> Iterator[GpuModel]:
         yield GpuModel(name=folder.name, backend=config.backend, world_size=world_size, spawns=spawns, engine=engine)
 
 
+def _own_kernels(folder: Path, config: ModelConfig) -> Iterator[Path]:
+    """Yields the folder of the model's engine if moeship's CPU kernels compute it."""
+    path = _newest_manifest(folder)
+    if ENGINE_KEY not in config.parameters or path is None:
+        return
+    with contextlib.suppress(RepositoryError):
+        if read_manifest(path.parent, f"reading {path}", RepositoryError).get("kernels") == OWN_KERNELS:
+            yield path.parent
+
+
 def _number(folder: Path, key: str, text: str) -> int:
     number = whole_number(text, 1, MAX_RANKS)
     if number is None:
@@ -119,16 +137,21 @@ def _number(folder: Path, key: str, text: str) -> int:
     return number
 
 
-def _engine_origin(folder: Path) -> EngineOrigin | None:
-    """What engine.json of the model's newest version says; None without an engine, or for an engine of ONNX Runtime."""
+def _newest_manifest(folder: Path) -> Path | None:
+    """engine.json of the model's newest version; None if the model has no engine in its folder."""
     found = {
         int(version.name): path
         for version in folder.iterdir()
         if version.name.isdecimal() and (path := version / ENGINE_FOLDER / MANIFEST_FILE).is_file()
     }
-    if not found:
+    return found[max(found)] if found else None
+
+
+def _engine_origin(folder: Path) -> EngineOrigin | None:
+    """What engine.json of the model's newest version says; None without an engine, or for an engine of ONNX Runtime."""
+    path = _newest_manifest(folder)
+    if path is None:
         return None
-    path = found[max(found)]
     manifest = read_manifest(path.parent, f"reading {path}", RepositoryError)
     if manifest.get("backend") != TRTLLM_BACKEND:
         return None

@@ -1,4 +1,5 @@
-"""Whether this machine can run a repository: compares a Deployment with the readings of the machine.
+"""Whether this machine can run a repository: compares a Deployment with the readings of the machine, and checks
+moeship's CPU kernels.
 
 A reading that is missing is not compared.
 """
@@ -13,6 +14,7 @@ from triton_repo.contracts.model_parameters import TRITON_BACKEND
 from triton_repo.errors import ServerError
 from triton_repo.serving.deployment import Deployment, GpuModel
 from trt_build.machine.readings import Machine, container, release
+from trt_build.ort.kernels import library
 
 
 def check_machine(deployment: Deployment, machine: Machine, backends: Path | None, ranks: int = 1) -> None:
@@ -29,6 +31,13 @@ def check_machine(deployment: Deployment, machine: Machine, backends: Path | Non
     ]
     if problems:
         raise ServerError(f"serving on this machine:{listing(problems)}")
+
+
+def check_kernels(deployment: Deployment) -> None:
+    """Raise EngineError if an engine needs moeship's CPU kernels and this machine cannot use them, or if
+    MOESHIP_KERNELS_LEVEL names a level that this CPU does not have."""
+    for engine in deployment.own_kernels:
+        library(f"serving the engine {engine}: loading its CPU kernels")
 
 
 def _backend(model: GpuModel, backends: Path | None) -> Iterator[str]:

@@ -39,7 +39,7 @@ from triton_repo.serving.command import endpoint_arguments, server_arguments
 from triton_repo.serving.deployment import Deployment, read_deployment
 from triton_repo.serving.health import HealthEndpoint
 from triton_repo.serving.installation import Installation, find_installation, packages_folder
-from triton_repo.serving.machine_fit import check_machine
+from triton_repo.serving.machine_fit import check_kernels, check_machine
 from triton_repo.serving.mpi import Launch, plan_launch
 from triton_repo.serving.ports import Address, ChosenPorts, Ports, choose_ports, resolve_host
 from triton_repo.serving.readiness import NotReady, Waiting, wait_until_ready
@@ -125,6 +125,7 @@ def running_server(options: ServerOptions) -> Iterator[Server]:
     """Start a server and wait until its models are loaded. End it when the block ends.
 
     Raises RepositoryError for a repository that cannot be served, and MissingPackageError if there is no tritonserver.
+    Raises EngineError if an engine needs moeship's CPU kernels and they cannot be used.
     Raises ServerError for a port in use, a model that this machine cannot run, a server that ends or takes too long, a
     server with known holes that other machines could reach, and if no model is ready.
     """
@@ -247,6 +248,7 @@ def prepared(options: ServerOptions) -> Iterator[Preparation]:
     _check_times(options)
     check_repository(options.repository)
     deployment = read_deployment(options.repository)
+    check_kernels(deployment)
     launch = plan_launch(options.repository, deployment, world_size=options.world_size, multi_model=options.multi_model)
     address = resolve_host(options.host)
     ports = choose_ports(address, options.ports, http=options.http)

@@ -53,13 +53,16 @@ class Device:
 
 
 def open_device(engine: Engine, index: int = 0) -> Device:
-    """Open a device of an engine's provider. Raises MissingPackageError or EngineError if it cannot be used."""
+    """Open a device of an engine's provider. Raises MissingPackageError or EngineError if it cannot be used, or if the
+    engine needs moeship's CPU kernels and they cannot be used."""
     provider = PROVIDERS[engine.manifest.provider]
     with onnx_runtime(provider.package, "running an engine", provider.extra):
         import onnxruntime
     device = Device(provider=provider, kind=provider.name, index=index)
     if engine.old:
         check_packed_form(engine.folder, engine.old, engine.manifest.libraries.get("onnxruntime", "unknown"))
+    if engine.has_own_kernels:
+        library(_loading_kernels(engine))
     if provider.name == "cpu":
         return device
     have = onnxruntime.get_available_providers()
@@ -67,7 +70,7 @@ def open_device(engine: Engine, index: int = 0) -> Device:
         raise EngineError(
             f"loading the engine {engine.folder}: it is built for {provider.runtime_name}, this ONNX Runtime "
             f"{onnxruntime.__version__} has {', '.join(have)}; on a machine with such a device run: pip uninstall "
-            f"onnxruntime && pip install 'moeship[{provider.extra}]', or build the engine with --provider cpu"
+            f"onnxruntime && pip install 'moeship[{provider.extra}]', or build the engine with {_flags_for_cpu(engine)}"
         )
     missing = io.StringIO()  # preload_dlls prints which of the libraries that pip installs it did not find
     with contextlib.redirect_stdout(missing):
@@ -81,12 +84,18 @@ def open_device(engine: Engine, index: int = 0) -> Device:
             f"loading the engine {engine.folder}: it is built for {provider.runtime_name}, and ONNX Runtime "
             f"{onnxruntime.__version__} cannot use {provider.name} device {index} ({reason}); see that nvidia-smi "
             f"lists the device, install its libraries with: pip install 'moeship[{provider.extra}]', or build the "
-            "engine with --provider cpu"
+            f"engine with {_flags_for_cpu(engine)}"
         ) from error
     finally:
         # Warnings stay off: at each load ONNX Runtime would warn that the device is not that of a plugin provider.
         onnxruntime.set_default_logger_severity(_ERROR)
     return device
+
+
+def _flags_for_cpu(engine: Engine) -> str:
+    """The flags that build the engine for the CPU, which lacks some precisions of other providers."""
+    precision = engine.manifest.precision.name
+    return "--provider cpu" if precision in PROVIDERS["cpu"].precisions else "--provider cpu --precision fp32"
 
 
 def load_graph(engine: Engine, name: str, device: Device, threads: int | None) -> onnxruntime.InferenceSession:
@@ -105,7 +114,7 @@ def load_graph(engine: Engine, name: str, device: Device, threads: int | None) -
     if device.kind != "cpu":
         settings["device_id"] = str(device.index)
     if engine.has_own_kernels:
-        _add_kernels(options, path)
+        _add_kernels(options, engine)
         read_in_huge_pages(engine.folder / DATA_FILE)
     source: str | bytes = str(path)
     values = {}  # kept alive, as the session reads these buffers while it loads the graph
@@ -133,19 +142,23 @@ def load_graph(engine: Engine, name: str, device: Device, threads: int | None) -
     return graph
 
 
-def _add_kernels(options: onnxruntime.SessionOptions, path: Path) -> None:
-    """Register moeship's CPU kernels with a session. Raises EngineError if they are not compiled or ONNX Runtime
-    refuses them."""
+def _add_kernels(options: onnxruntime.SessionOptions, engine: Engine) -> None:
+    """Register moeship's CPU kernels with a session. Raises EngineError if they cannot be used or ONNX Runtime refuses
+    them."""
     import onnxruntime
 
-    kernels = library()
+    kernels = library(_loading_kernels(engine))
     try:
         options.register_custom_ops_library(str(kernels))
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise EngineError(
-            f"loading {path}: ONNX Runtime {onnxruntime.__version__} does not take the CPU kernels {kernels} "
-            f"({error}); install moeship again, which compiles them"
+            f"{_loading_kernels(engine)}: ONNX Runtime {onnxruntime.__version__} refuses the library {kernels} "
+            f"({error}); install moeship again, which compiles it"
         ) from error
+
+
+def _loading_kernels(engine: Engine) -> str:
+    return f"loading the CPU kernels for the engine {engine.folder}"
 
 
 def read_in_huge_pages(path: Path) -> None:

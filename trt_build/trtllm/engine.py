@@ -143,9 +143,6 @@ def open_trtllm_engine(folder: Path | str, check_digests: bool = True) -> Trtllm
     """Read the manifest and check the files against it. Raises EngineError listing every problem."""
     folder = Path(folder)
     where = f"opening the engine {folder}"
-    if not (folder / MANIFEST_FILE).is_file():
-        remedy = "a build did not finish, build it again" if folder.is_dir() else "no such folder, check the path"
-        raise EngineError(f"{where}: no {MANIFEST_FILE} there; {remedy}")
     raw = read_manifest(folder, where)
     backend, version = raw.get("backend"), raw.get("format_version")
     try:

@@ -1,9 +1,11 @@
 """Whether the compiled library fits: a missing one, one of another moeship, and an ONNX Runtime that is too old."""
 
 import ctypes
+import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,10 @@ from kernel_nodes import block_linear, random_matrices
 from trt_build.errors import EngineError
 from trt_build.ort import kernels
 from trt_build.ort.kernels import __main__  # noqa: F401 - an attribute of the package
+from trt_build.ort.kernels.library_file import with_digest
 
 SOURCES = Path(kernels.__file__).parent
+DIGEST = len(with_digest(b""))  # bytes that the install appends
 needs_cc = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler: cc is not on PATH")
 
 
@@ -43,13 +47,49 @@ def refused(text):
 
 def test_a_missing_library_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(kernels, "_LIBRARY", tmp_path / "moeship_kernels.so")
-    refused(r"moeship_kernels\.so does not exist, as no C\+\+17 compiler worked when moeship was installed")
+    refused(r"moeship_kernels\.so does not exist; (install a C\+\+17 compiler|install moeship again)")
 
 
 def test_half_a_library_is_refused(monkeypatch, tmp_path):
     (tmp_path / "half.so").write_bytes(b"\x7fELF" + bytes(60))
     monkeypatch.setattr(kernels, "_LIBRARY", tmp_path / "half.so")
     refused(r"half\.so is no library that this machine loads")
+
+
+# Loading any of these files ends a process by a signal.
+DAMAGES = {
+    "half": lambda whole: whole[: len(whole) // 2],
+    "zeros from the middle on": lambda whole: whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2),
+    "zeros in the middle": lambda whole: whole[:20000] + bytes(len(whole) - 40000) + whole[-20000:],
+    "half, without the digest": lambda whole: whole[: (len(whole) - DIGEST) // 2],
+    "zeros from the middle on, without the digest": lambda whole: whole[:300000] + bytes(len(whole) - DIGEST - 300000),
+}
+
+
+@pytest.mark.needs_kernels
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_library_is_told_and_never_loaded(tmp_path, damage):
+    path = tmp_path / "moeship_kernels.so"
+    path.write_bytes(DAMAGES[damage](kernels.library().read_bytes()))
+    code = f"""
+from pathlib import Path
+from cli.main import main
+from trt_build.ort import kernels
+kernels._LIBRARY = Path({str(path)!r})
+main(["doctor", "--json"])
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    [problem] = [problem for problem in json.loads(found.stdout)["problems"] if "kernels" in problem]
+    assert re.search(r"moeship_kernels\.so is damaged \((found|its end) [^()]*\); .*install moeship again", problem)
+
+
+@pytest.mark.needs_kernels
+def test_the_install_appends_a_digest_and_a_library_that_was_stripped_is_taken(tmp_path, monkeypatch):
+    content = kernels.library().read_bytes()
+    assert content == with_digest(content[:-DIGEST])
+    (tmp_path / "stripped.so").write_bytes(content[:-DIGEST])
+    monkeypatch.setattr(kernels, "_LIBRARY", tmp_path / "stripped.so")
+    assert kernels.found_fault() is None
 
 
 @needs_cc
@@ -83,6 +123,17 @@ def test_the_command_says_in_one_line_what_is_missing_or_that_nothing_is(monkeyp
     assert err.count("\n") == bool(fault)
     for text in ("there are none; ", "are built for ONNX Runtime's, which decode at", "install moeship again"):
         assert (text in err) == bool(fault)
+
+
+@pytest.mark.needs_kernels
+def test_the_command_says_that_the_level_is_wrong(monkeypatch, capsys):
+    monkeypatch.setenv(kernels.LEVEL_VARIABLE, "nonsense")
+    kernels.__main__.main()
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(
+        "choosing the kernels' instruction set: MOESHIP_KERNELS_LEVEL is nonsense, this CPU has plain"
+    )
 
 
 @pytest.mark.needs_kernels

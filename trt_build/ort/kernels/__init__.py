@@ -20,6 +20,7 @@ The environment variable MOESHIP_KERNELS_LEVEL selects another level. All levels
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from pathlib import Path
 
 from export.onnx_graph import names
 from trt_build.errors import EngineError
+from trt_build.ort.kernels.library_file import found_damage
+
+logger = logging.getLogger(__name__)
 
 DOMAIN = names.MOESHIP_DOMAIN
 LEVEL_VARIABLE = "MOESHIP_KERNELS_LEVEL"
@@ -44,13 +48,13 @@ class Fault:
     remedy: str
 
 
-def library() -> Path:
-    """The path of the compiled library. Raises EngineError if `found_fault` finds a fault."""
+def library(doing: str = "loading the CPU kernels") -> Path:
+    """The path of the compiled library. Raises EngineError, whose message begins with `doing`, if `found_fault` finds a
+    fault, and EngineError as `check_level` does."""
     fault = found_fault()
     if fault is not None:
-        raise EngineError(
-            f"loading the CPU kernels: {fault.reason}; {fault.remedy}; or build the engine with --kernels onnxruntime"
-        )
+        raise EngineError(f"{doing}: {fault.reason}; {fault.remedy}; or build the engine with --kernels onnxruntime")
+    check_level()
     return _LIBRARY
 
 
@@ -63,7 +67,7 @@ def is_usable() -> bool:
 def found_fault() -> Fault | None:
     """The reason why the library cannot be used, with the remedy; None if it can be used.
 
-    A level that MOESHIP_KERNELS_LEVEL asks for is not checked here: a wrong one is refused when a graph is loaded.
+    A level that MOESHIP_KERNELS_LEVEL names is the user's choice and no fault of the library: `check_level` checks it.
     """
     problem = _library_problem()
     if problem is not None:
@@ -78,11 +82,35 @@ def found_fault() -> Fault | None:
     return Fault(reason, f"set {LEVEL_VARIABLE} to plain, which is slow")
 
 
+def check_level() -> None:
+    """Raise EngineError if MOESHIP_KERNELS_LEVEL names a level that this CPU does not have. Does nothing if it names
+    none, or if the library cannot be loaded: `found_fault` reports that."""
+    if os.environ.get(LEVEL_VARIABLE) and _library_problem() is None:
+        level, problem = _ask_level()
+        if level is None:
+            raise EngineError(problem)
+
+
+def warn_if_unusable(done: str, further: str) -> None:
+    """Log a warning if an engine needs the kernels and this machine cannot use them. An engine may be made on another
+    machine than the one that serves it, so this is no error. The warning says what is `done` all the same, and what
+    `further` steps need the kernels."""
+    fault = found_fault()
+    if fault is not None:
+        logger.warning(
+            "moeship's CPU kernels cannot be used here: %s; %s, and loads where they can; to %s it here, %s",
+            fault.reason, done, further, fault.remedy,
+        )  # fmt: skip
+
+
 def _library_problem() -> str | None:
     """The reason why the file is no library that this moeship can call; None if it is one."""
     if not _LIBRARY.is_file():
-        return f"{_LIBRARY} does not exist, as no C++17 compiler worked when moeship was installed"
+        return f"{_LIBRARY} does not exist"
     try:
+        damage = found_damage(_LIBRARY.read_bytes())
+        if damage is not None:
+            return f"{_LIBRARY} is damaged ({damage})"
         found = ctypes.CDLL(str(_LIBRARY)).MoeshipKernelsInterface
     except OSError as error:
         return f"{_LIBRARY} is no library that this machine loads ({error})"
@@ -103,9 +131,8 @@ def remedy() -> str:
 
 
 def chosen_level() -> str:
-    """The instruction set (level) that the compiled kernels use in this process. Raises EngineError if the library
-    cannot be used, if MOESHIP_KERNELS_LEVEL asks for a level that this CPU does not have, or if an x86 CPU lacks AVX2
-    and no level is asked for."""
+    """The instruction set (level) that the compiled kernels use in this process. Raises EngineError as `library`
+    does."""
     library()
     level, problem = _ask_level()
     if level is None:

@@ -6,18 +6,22 @@ status is 0 in both cases.
 
 import sys
 
+from trt_build.errors import EngineError
 from trt_build.ort.kernels import found_fault, library
 
 
 def main() -> None:
     fault = found_fault()
-    if fault is None:
-        sys.stdout.write(f"moeship's CPU kernels: {library()}\n")
+    if fault is not None:
+        sys.stderr.write(
+            f"moeship's CPU kernels are not used: {fault.reason}; int8 and int4 engines for the CPU are built for ONNX "
+            f"Runtime's, which decode at two thirds of the speed or less; {fault.remedy}\n"
+        )
         return
-    sys.stderr.write(
-        f"moeship's CPU kernels are not used: {fault.reason}; int8 and int4 engines for the CPU are built for ONNX "
-        f"Runtime's, which decode at two thirds of the speed or less; {fault.remedy}\n"
-    )
+    try:
+        sys.stdout.write(f"moeship's CPU kernels: {library()}\n")
+    except EngineError as error:
+        sys.stderr.write(f"{error}\n")
 
 
 if __name__ == "__main__":
