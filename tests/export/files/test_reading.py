@@ -147,6 +147,17 @@ def test_yaml_that_its_library_would_choke_on_is_refused(tmp_path, text, reason)
     assert reason in refusal(read_yaml, written(tmp_path, text), "the merge configuration")
 
 
+def test_yaml_of_just_the_values_and_levels_that_are_allowed_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("export.files.yaml_reading.MAX_NODES", 7)
+    monkeypatch.setattr("export.files.yaml_reading.MAX_DEPTH", 3)
+    # The object, its two keys, the list and its number, and once more the list and the number, which the alias names.
+    text = "a: &a [1]\nb: *a\n"
+    assert read_yaml(written(tmp_path, text), "it") == {"a": [1], "b": [1]}
+    monkeypatch.setattr("export.files.yaml_reading.MAX_NODES", 6)
+    assert "more than 6 values, aliases followed" in refusal(read_yaml, written(tmp_path, text), "it")
+    assert "nested deeper than 3 levels" in refusal(read_yaml, written(tmp_path, "a: [[1]]"), "it")
+
+
 @pytest.mark.parametrize("bomb", ["<<: [{}]", "x: [{}]"])
 def test_aliases_that_multiply_are_refused(tmp_path, bomb):
     lines = ["a0: &a0 {x: 1}"]
@@ -182,6 +193,12 @@ def test_a_message_is_bounded_and_without_control_characters():
         (10**400, "a whole number of 1329 bits"),
         ([1, 2, 3, 4, 5], "[1, 2, 3, 4, ...]"),
         ([[[[[1]]]]], "[[[[...]]]]"),
+        ([1, 2, 3, 4], "[1, 2, 3, 4]"),
+        ((1, 2, 3, 4, 5), "(1, 2, 3, 4, ...)"),
+        ({1, 2, 3, 4, 5}, "{1, 2, 3, 4, ...}"),
+        ({"a": 1, "b": 2, "c": 3, "d": 4, "e": 5}, "{'a': 1, 'b': 2, 'c': 3, 'd': 4, ...}"),
+        (2**256 - 1, f"{2**256 - 1}"),
+        (2**256, "a whole number of 257 bits"),
     ],
 )
 def test_values_are_shown_in_bounds(value, text):
