@@ -150,10 +150,20 @@ ENGINE_KEY_INPUT = _scalar("answer_key", "STRING")
 ENGINE_KEY_OUTPUT = _output("answer_key", "STRING")
 ENGINE_CANCELLED = _output("is_cancelled", "BOOL")
 ENGINE_PROBE = _output("is_probe", "BOOL")
-# Tensors of contracts/wire.py that upstream's engine does not have. The two outputs are for the tokens of one response;
-# an end token, which no response shows, has its row behind them.
-ADDED_TOKEN_INPUTS = (_scalar("min_p", "FP32"), _scalar("num_log_probs", "INT32"))
-ADDED_TOKEN_OUTPUTS = (_output("top_token_ids", "INT32", -1, -1), _output("top_log_probs", "FP32", -1, -1))
+# Tensors of contracts/wire.py that upstream's engine does not have. The outputs whose names begin with top_ are for the
+# tokens of one response; an end token, which no response shows, has its row behind them. Those of the prompt are in the
+# first response of each sequence.
+ADDED_TOKEN_INPUTS = (
+    _scalar("min_p", "FP32"),
+    _scalar("num_log_probs", "INT32"),
+    _scalar("return_prompt_log_probs", "BOOL"),
+)
+ADDED_TOKEN_OUTPUTS = (
+    _output("top_token_ids", "INT32", -1, -1),
+    _output("top_log_probs", "FP32", -1, -1),
+    _output("prompt_token_ids", "INT32", -1),
+    _output("prompt_log_probs", "FP32", -1),
+)
 # The outputs that answers are made of. Every engine gives them.
 ANSWER_OUTPUTS = ("output_ids", "sequence_length", "cum_log_probs", "output_log_probs")
 
@@ -182,8 +192,10 @@ ENGINE_NAMES: dict[str, str] = {
     "FREQUENCY_PENALTY": "frequency_penalty", "EMBEDDING_BIAS": "embedding_bias",
     "RETURN_LOG_PROBS": "return_log_probs", "STREAMING": "streaming", STOP_REQUESTS: "stop",
 }  # fmt: skip
-# The same for an engine on ONNX Runtime, which takes more.
-ADDED_ENGINE_NAMES: dict[str, str] = {tensor.name.upper(): tensor.name for tensor in ADDED_TOKEN_INPUTS}
+# The same for an engine on ONNX Runtime, which is asked for more.
+ADDED_ENGINE_NAMES: dict[str, str] = {
+    name.upper(): name for name in ("num_return_sequences", *(tensor.name for tensor in ADDED_TOKEN_INPUTS))
+}
 ANSWER = ModelTensor(name="ANSWER", dtype="STRING")
 ANSWER_KEY = ModelTensor(name="ANSWER_KEY", dtype="STRING", optional=True)
 CANCELLED = ModelTensor(name="CANCELLED", dtype="BOOL", optional=True)
@@ -201,7 +213,9 @@ TOKEN_NAMES: dict[str, str] = {
     "output_log_probs": "OUTPUT_LOG_PROBS",
 }  # fmt: skip
 # The same for an engine on ONNX Runtime, which gives more.
-ADDED_TOKEN_NAMES: dict[str, str] = {tensor.name: tensor.name.upper() for tensor in ADDED_TOKEN_OUTPUTS}
+ADDED_TOKEN_NAMES: dict[str, str] = {
+    name: name.upper() for name in ("sequence_index", *(tensor.name for tensor in ADDED_TOKEN_OUTPUTS))
+}
 # Postprocessing is two steps of the ensemble. Before the engine it takes ANSWER and all that goes to the engine, and
 # passes the latter on: a step after a decoupled step may not also take inputs from steps before that one. After the
 # engine it takes one response of the engine at a time.

@@ -101,7 +101,7 @@ def onnxruntime_config(max_batch: int, parameters: ModelParameters, workers: int
     GPU, with `workers` that answer one request each at a time."""
     pb = messages()
     config = pb.ModelConfig(name=TOKEN_ENGINE, backend="python", max_batch_size=max_batch)
-    outputs = (*ANSWER_OUTPUTS, *_COUNTS)
+    outputs = (*ANSWER_OUTPUTS, "sequence_index", *_COUNTS)
     declare(
         config,
         [*(tensor for tensor in TOKEN_INPUTS if tensor.name in TAKEN_INPUTS), *ADDED_TOKEN_INPUTS, ENGINE_KEY_INPUT],

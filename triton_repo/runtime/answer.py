@@ -46,6 +46,7 @@ class AnswerPlan:
     prefix: str
     return_log_probs: bool
     num_log_probs: int  # of how many of the likeliest tokens log-probabilities are sent at each token
+    num_sequences: int  # answers to the prompt, each of which is written by this plan
     stream: bool
 
     @property
@@ -75,6 +76,7 @@ def answer_plan(plan: GenerationPlan, tokenizer: Tokenizer) -> AnswerPlan:
         prefix="" if options.exclude_input_in_output or options.stream else options.prompt,
         return_log_probs=options.return_log_probs,
         num_log_probs=options.num_log_probs,
+        num_sequences=options.num_return_sequences,
         stream=options.stream,
     )
 

@@ -33,6 +33,7 @@ STOPPED_PLAN = AnswerPlan(
     prefix="",
     return_log_probs=False,
     num_log_probs=0,
+    num_sequences=1,
     stream=False,
 )
 

@@ -126,6 +126,23 @@ def test_a_seeded_sample_is_the_same(client, seed):
     assert other != client.generate(request_to(STEPS, random_seed=8, **options))
 
 
+def test_min_p_a_bias_and_the_likeliest_tokens_are_the_same(client, tiny_engine):
+    often, never_chosen = load_tokenizer(tiny_engine).encode(" self")[0], 5
+    options = {"min_p": 0.02, "temperature": 1.2, "random_seed": 4, "logit_bias": {often: 6.5, never_chosen: -1000.0}}
+    for fields in ({"num_log_probs": 4, "return_log_probs": True, **options}, {"num_log_probs": 1}):
+        alone, steps = (client.generate(request_to(model, **fields)) for model in (SINGLE, STEPS))
+        assert alone.token_ids == steps.token_ids
+        assert len(alone.top_log_probs) == len(alone.token_ids) > 3
+        for ours, theirs in zip(alone.top_log_probs, steps.top_log_probs, strict=True):
+            assert [token for token, _ in ours] == [token for token, _ in theirs]
+            assert len(ours) == fields["num_log_probs"]
+            assert [value for _, value in ours] == pytest.approx([value for _, value in theirs], abs=1e-5)
+        if "logit_bias" in fields:
+            assert alone.token_ids.count(often) > client.generate(request_to(SINGLE)).token_ids.count(often)
+    streamed = list(client.stream(request_to(STEPS, num_log_probs=2)))
+    assert all(len(piece.top_log_probs) == len(piece.token_ids) for piece in streamed)
+
+
 def test_a_sample_without_a_seed_is_another_each_time(client):
     sampled = request_to(STEPS, temperature=1.0, end_id=NO_END_ID)
     assert client.generate(sampled).token_ids != client.generate(sampled).token_ids

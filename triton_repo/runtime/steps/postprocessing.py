@@ -47,12 +47,17 @@ class Tokens:
     is_cancelled: bool = False  # the engine says that it was stopped
     # The likeliest tokens at the place of each token, and of an end token behind them; empty unless asked for.
     tops: tuple[TopLogProbs, ...] = ()
+    sequence_index: int = 0  # which of the answers to the prompt
+    # The prompt's tokens, and the log-probabilities of those from the second on; in the first response only.
+    prompt_token_ids: tuple[int, ...] = ()
+    prompt_log_probs: tuple[float, ...] = ()
 
 
 def read_tokens(tensors: Mapping[str, npt.NDArray[Any]]) -> Tokens:
     """The engine's response in postprocessing's inputs: TOKENS_BATCH [1, 1, n], SEQUENCE_LENGTH [1, 1] (how many of the
     n are valid), CUM_LOG_PROBS [1, 1] and OUTPUT_LOG_PROBS [1, 1, m], where m is n or the number of all tokens so far.
-    TOP_TOKEN_IDS and TOP_LOG_PROBS are [1, t, k] for t tokens, an end token included. Raises RequestError.
+    TOP_TOKEN_IDS and TOP_LOG_PROBS are [1, t, k] for t tokens, an end token included, PROMPT_TOKEN_IDS [1, p],
+    PROMPT_LOG_PROBS [1, p - 1] and SEQUENCE_INDEX [1, 1]. Raises RequestError.
     """
     absent = [TOKEN_NAMES[name] for name in ("output_ids", "sequence_length") if TOKEN_NAMES[name] not in tensors]
     if absent:
@@ -73,11 +78,20 @@ def read_tokens(tensors: Mapping[str, npt.NDArray[Any]]) -> Tokens:
         cum_log_prob=None if cum is None or not cum.size else float(cum.reshape(-1)[0]),
         is_cancelled=CANCELLED.name in tensors and bool(tensors[CANCELLED.name].any()),
         tops=_read_tops(tensors),
+        sequence_index=next(iter(_list(tensors, "sequence_index")), 0),
+        prompt_token_ids=tuple(_list(tensors, "prompt_token_ids")),
+        prompt_log_probs=tuple(_list(tensors, "prompt_log_probs")),
     )
 
 
+def _list(tensors: Mapping[str, npt.NDArray[Any]], engine_name: str) -> list[Any]:
+    """The values of a tensor that only engines on ONNX Runtime send; none if it is absent."""
+    name = ADDED_TOKEN_NAMES[engine_name]
+    return tensors[name].reshape(-1).tolist() if name in tensors else []
+
+
 def _read_tops(tensors: Mapping[str, npt.NDArray[Any]]) -> tuple[TopLogProbs, ...]:
-    ids, values = (tensors.get(name) for name in ADDED_TOKEN_NAMES.values())
+    ids, values = (tensors.get(ADDED_TOKEN_NAMES[name]) for name in ("top_token_ids", "top_log_probs"))
     if ids is None or values is None:
         return ()
     pairs = zip(ids[0].tolist(), values[0].tolist(), strict=True)
@@ -93,19 +107,33 @@ class Step:
 
 
 @dataclass(kw_only=True)
-class _State:
-    request_id: str
+class _Sequence:
+    """One of the answers to a prompt."""
+
     answer: Answer
-    touched_s: float
-    looked_s: float  # when Triton was last asked whether the request was cancelled
     kept: list[Piece] = field(default_factory=list)  # pieces that were not sent yet
-    ended: bool = False  # the last piece was sent, but the engine has not ended yet
-    stopped: bool = False  # a client asked the engine to end the request
+    num_tokens: int = 0  # that the engine sent
+    ended: bool = False  # the last piece was sent, but the engine may not have ended yet
+    is_over: bool = False  # the engine has ended too
 
     def take(self) -> Piece:
         """The kept pieces as one piece."""
         kept, self.kept = self.kept, []
         return join(kept)
+
+
+@dataclass(kw_only=True)
+class _State:
+    request_id: str
+    sequences: tuple[_Sequence, ...]
+    touched_s: float
+    looked_s: float  # when Triton was last asked whether the request was cancelled
+    stopped: bool = False  # a client asked the engine to end the request
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the last piece of every answer was sent."""
+        return all(sequence.ended for sequence in self.sequences)
 
 
 class Postprocessor:
@@ -132,11 +160,15 @@ class Postprocessor:
         return len(self._states)
 
     def register(self, key: str, request_id: str, answer_json: str) -> None:
-        """Begin an answer. Its key must be unique. Raises ValueError for JSON that is no AnswerPlan."""
+        """Begin the answer to a prompt, or several. The key must be unique. Raises ValueError for JSON that is no
+        AnswerPlan."""
         self._forget_stale()
-        answer = Answer(AnswerPlan.from_json(answer_json), self._tokenizer)
+        plan = AnswerPlan.from_json(answer_json)
+        sequences = tuple(
+            _Sequence(answer=Answer(plan, self._tokenizer, sequence_index=index)) for index in range(plan.num_sequences)
+        )
         now = self._clock()
-        self._states[key] = _State(request_id=request_id, answer=answer, touched_s=now, looked_s=now)
+        self._states[key] = _State(request_id=request_id, sequences=sequences, touched_s=now, looked_s=now)
         self._request_ids[request_id] += 1
 
     def look(self, key: str, is_cancelled: Callable[[], bool]) -> str:
@@ -156,7 +188,11 @@ class Postprocessor:
                 state.stopped = True
 
     def extend(self, key: str, tokens: Tokens, is_cancelled: Callable[[], bool]) -> Step:
-        """Take a response of the engine. Raises RequestError if no answer waits for it."""
+        """Take a response of the engine. Raises RequestError if no answer waits for it.
+
+        An engine ends the sequences of one request together, so it is stopped when all of them have ended, or when
+        their client has gone.
+        """
         state = self._states.pop(key, None)
         if state is None:
             raise RequestError(
@@ -166,37 +202,48 @@ class Postprocessor:
             )
         self._states[key] = state
         state.touched_s = self._clock()
-        if state.ended:
-            if not tokens.token_ids:
-                self._forget(key)
+        if tokens.sequence_index >= len(state.sequences):
+            raise RequestError(
+                f"writing the answer {key!r}: found tokens of sequence {tokens.sequence_index}, expected one below "
+                f"{len(state.sequences)}",
+                kind="INTERNAL",
+            )
+        sequence = state.sequences[tokens.sequence_index]
+        answer = sequence.answer
+        sequence.num_tokens += len(tokens.token_ids)
+        if sequence.ended:
+            sequence.is_over |= not tokens.token_ids or sequence.num_tokens >= answer.plan.most_tokens
+            self._forget_if_over(key, state)
             return Step()
-        last = self._write(state, replace(tokens, is_cancelled=tokens.is_cancelled or state.stopped))
-        answer = state.answer
-        over = answer.is_complete or not tokens.token_ids or not answer.plan.is_watched
-        if last is None and self._is_cancelled(state, is_cancelled):
+        last = self._write(sequence, replace(tokens, is_cancelled=tokens.is_cancelled or state.stopped))
+        is_over = answer.is_complete or not tokens.token_ids or not answer.plan.is_watched
+        has_gone = last is None and self._is_cancelled(state, is_cancelled)
+        if has_gone:
             last = answer.cancel()
         if last is None:
-            return Step(piece=state.take() if state.kept and answer.plan.stream else None)
-        state.kept.append(last)
-        state.ended = True
-        stop = "" if over else self._stoppable(key, state)
-        if over:
-            self._forget(key)
-        return Step(piece=state.take(), stop=stop)
+            return Step(piece=sequence.take() if sequence.kept and answer.plan.stream else None)
+        sequence.kept.append(last)
+        sequence.ended, sequence.is_over = True, is_over
+        self._forget_if_over(key, state)
+        must_stop = key in self._states and (state.has_ended or has_gone)
+        return Step(piece=sequence.take(), stop=self._stoppable(key, state) if must_stop else "")
 
     def abandon(self, key: str) -> str:
         """Give up an answer that cannot be written. Returns the name of the request that the engine must stop, or
         ""."""
         state = self._states.get(key)
-        if state is None or state.ended:
+        if state is None or state.has_ended:
             return ""
-        state.ended = True
+        for sequence in state.sequences:
+            sequence.ended = True
         return self._stoppable(key, state)
 
-    def _write(self, state: _State, tokens: Tokens) -> Piece | None:
+    def _write(self, sequence: _Sequence, tokens: Tokens) -> Piece | None:
         """Take the tokens, and the end token if the engine met it. Returns the last piece, if there is one; other
         pieces are kept."""
-        answer = state.answer
+        answer = sequence.answer
+        if tokens.prompt_token_ids:
+            answer.give_prompt(tokens.prompt_token_ids, tokens.prompt_log_probs)
         wanted = answer.plan.return_log_probs
         log_probs = tokens.log_probs or ()
         if wanted and len(log_probs) != len(tokens.token_ids):
@@ -210,7 +257,7 @@ class Postprocessor:
             piece = answer.extend(token_id, log_prob, top)
             if piece is not None and piece.finish_reason:
                 return piece
-            state.kept += [piece] if piece is not None else []
+            sequence.kept += [piece] if piece is not None else []
         watched = answer.plan.is_watched
         return None if watched and tokens.token_ids else _end(answer, tokens)
 
@@ -226,6 +273,10 @@ class Postprocessor:
         if self._knows_keys:
             return key
         return state.request_id if self._request_ids[state.request_id] == 1 else ""
+
+    def _forget_if_over(self, key: str, state: _State) -> None:
+        if all(sequence.is_over for sequence in state.sequences):
+            self._forget(key)
 
     def _forget(self, key: str) -> None:
         request_id = self._states.pop(key).request_id

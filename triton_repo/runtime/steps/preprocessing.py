@@ -23,16 +23,10 @@ from triton_repo.contracts.ensemble import ANSWER, PREPROCESSING_OUTPUTS, QUERY_
 from triton_repo.contracts.model_parameters import TextParameters
 from triton_repo.contracts.wire import NUMPY_DTYPES
 from triton_repo.runtime.answer import answer_plan
-from triton_repo.runtime.features import (
-    PROMPT_LOG_PROBS,
-    SEVERAL_SEQUENCES,
-    TENSORRT_LLM_LACKS,
-    refuse_features,
-    refuse_minimum_of_several,
-)
+from triton_repo.runtime.features import TENSORRT_LLM_LACKS, refuse_features, refuse_minimum_of_several
 from triton_repo.runtime.options import (
     NO_END_ID,
-    SamplingOptions,
+    GenerationOptions,
     plan_generation,
     read_options,
 )
@@ -60,9 +54,7 @@ class Preprocessor:
         """The outputs of preprocessing for its inputs. Raises RequestError that lists every problem of the request."""
         named = {_WIRE_NAMES[name]: tensor for name, tensor in tensors.items()}
         options = read_options(named, self._most_prompt_bytes)
-        if self._parameters.echoes_keys:
-            refuse_features(options, (PROMPT_LOG_PROBS, SEVERAL_SEQUENCES), "an ensemble's engine")
-        else:
+        if not self._parameters.echoes_keys:
             refuse_features(options, TENSORRT_LLM_LACKS, "TensorRT-LLM's engine")
         plan = plan_generation(
             options,
@@ -113,15 +105,17 @@ def prepare_stop() -> Tensors:
     return {name: np.array(value, dtype=_OUTPUT_DTYPES[name]) for name, value in values.items()}
 
 
-def _sampling(options: SamplingOptions) -> dict[str, Any]:
-    """The tensors that say how tokens are chosen. An engine that gets neither top_k nor top_p is greedy, and one that
-    gets no seed takes 0 (TensorRT-LLM, executor::SamplingConfig)."""
+def _sampling(options: GenerationOptions) -> dict[str, Any]:
+    """The tensors that say how tokens are chosen, and what is told of them. An engine that gets neither top_k nor
+    top_p is greedy, and one that gets no seed takes 0 (TensorRT-LLM, executor::SamplingConfig)."""
     penalties = {
         "REPETITION_PENALTY": (options.repetition_penalty, 1.0),
         "PRESENCE_PENALTY": (options.presence_penalty, 0.0),
         "FREQUENCY_PENALTY": (options.frequency_penalty, 0.0),
         "MIN_TOKENS": (options.min_length, 0),
         "NUM_LOG_PROBS": (options.num_log_probs, 0),
+        "NUM_RETURN_SEQUENCES": (options.num_return_sequences, 1),
+        "RETURN_PROMPT_LOG_PROBS": (options.return_prompt_log_probs, False),
     }
     values: dict[str, Any] = {name: [[value]] for name, (value, neutral) in penalties.items() if value != neutral}
     if options.sampling_temperature == 0:

@@ -25,7 +25,9 @@ _SAMPLING = {
     "min_p": "min_p", "num_log_probs": "num_log_probs",
 }  # fmt: skip
 _ONE_ONLY = ("beam_width", "num_return_sequences")
-_FALSE_ONLY = ("return_context_logits", "return_generation_logits", "return_perf_metrics")
+_FALSE_ONLY = (
+    "return_context_logits", "return_generation_logits", "return_perf_metrics", "return_prompt_log_probs",
+)  # fmt: skip
 # The inputs that an engine on ONNX Runtime takes. Its config.pbtxt does not declare other inputs of
 # contracts/ensemble.py.
 TAKEN_INPUTS = frozenset(

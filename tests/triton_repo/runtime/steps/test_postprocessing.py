@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from triton_repo.contracts.ensemble import TOKEN_NAMES
+from triton_repo.contracts.ensemble import ADDED_TOKEN_NAMES, TOKEN_NAMES
 from triton_repo.errors import RequestError
 from triton_repo.runtime.answer import answer_plan
 from triton_repo.runtime.options import GenerationOptions, plan_generation
@@ -245,6 +245,75 @@ def test_an_engine_that_was_stopped_ends_an_answer_as_cancelled_and_not_by_its_e
     assert post.extend("other", Tokens(token_ids=()), never).piece.finish_reason == "stop"
 
 
+def test_several_answers_to_a_prompt_end_each_by_itself_and_are_forgotten_together(post, begin, byte_level):
+    begin(post, num_return_sequences=3, max_tokens=4)
+    a, b, c = byte_level.encode("abc")
+    pieces = [post.extend("k", one(token, sequence_index=index), never).piece for index, token in ((2, c), (0, a))]
+    assert [(piece.sequence_index, piece.text, piece.num_output_tokens) for piece in pieces] == [
+        (2, "c", 1),
+        (0, "a", 1),
+    ]
+    ended = post.extend("k", Tokens(token_ids=(), sequence_index=2), never)
+    assert (ended.piece.sequence_index, ended.piece.finish_reason, ended.stop) == (2, "stop", "")
+    assert len(post) == 1
+    for step in range(4):
+        last = post.extend("k", one(b, sequence_index=1), never).piece
+        assert (last.sequence_index, last.finish_reason) == (1, "length" if step == 3 else None)
+    assert post.extend("k", Tokens(token_ids=(), sequence_index=0), never).piece.finish_reason == "stop"
+    assert len(post) == 0
+
+
+def test_an_engine_is_stopped_when_the_last_of_several_answers_has_ended_in_its_text(post, begin, byte_level):
+    begin(post, num_return_sequences=3, stop_words=("lo w",), max_tokens=11)
+    ids = byte_level.encode("hello world")
+    steps = [post.extend("k", one(token, sequence_index=index), never) for token in ids for index in (0, 1)]
+    assert [step.piece.sequence_index for step in steps if step.piece and step.piece.finish_reason == "stop"] == [0, 1]
+    assert not any(step.stop for step in steps)
+    # The engine writes the first two to their ends, since the third still runs.
+    steps = [post.extend("k", one(token, sequence_index=2), never) for token in ids[:-1]]
+    assert [step.stop for step in steps].count("k") == 1
+    ends = [post.extend("k", Tokens(token_ids=(), sequence_index=index), never) for index in range(3)]
+    assert not any(step.piece for step in ends)
+    assert len(post) == 0
+
+
+def test_an_ended_answer_of_several_is_over_when_its_engine_has_sent_all_that_it_may(post, begin, byte_level):
+    ids = byte_level.encode("hello world")
+    begin(post, num_return_sequences=2, stop_words=("lo w",), max_tokens=len(ids))
+    for token in ids:
+        post.extend("k", one(token, sequence_index=0), never)
+    assert post.extend("k", Tokens(token_ids=(), sequence_index=1), never).piece.finish_reason == "stop"
+    assert len(post) == 0
+
+
+def test_several_answers_whose_client_has_gone_are_all_cancelled(post, begin, byte_level, clock):
+    begin(post, num_return_sequences=2)
+    clock.seconds += 2 * CANCELLATION_PERIOD_S
+    step = post.extend("k", one(byte_level.encode("a")[0], sequence_index=1), lambda: True)
+    assert (step.piece.finish_reason, step.piece.sequence_index, step.stop) == ("cancelled", 1, "k")
+    ends = [Tokens(token_ids=(), is_cancelled=True, sequence_index=index) for index in (1, 0)]
+    steps = [post.extend("k", tokens, never) for tokens in ends]
+    assert steps[0].piece is None
+    assert (steps[1].piece.finish_reason, steps[1].piece.sequence_index, steps[1].stop) == ("cancelled", 0, "")
+    assert len(post) == 0
+
+
+def test_tokens_of_a_sequence_that_there_is_not_are_an_error_of_the_servers_own(post, begin):
+    begin(post, num_return_sequences=2)
+    with pytest.raises(RequestError, match="found tokens of sequence 2, expected one below 2") as caught:
+        post.extend("k", one(5, sequence_index=2), never)
+    assert caught.value.kind == "INTERNAL"
+
+
+def test_the_prompts_log_probabilities_come_with_the_first_piece(post, begin, byte_level):
+    begin(post, return_prompt_log_probs=True)
+    a, b = byte_level.encode("ab")
+    prompt = {"prompt_token_ids": (7, 8, 9), "prompt_log_probs": (-1.0, -2.0)}
+    first = post.extend("k", one(a, **prompt), never).piece
+    assert (first.prompt_token_ids, first.prompt_log_probs) == ((7, 8, 9), (-1.0, -2.0))
+    assert post.extend("k", one(b), never).piece.prompt_token_ids == ()
+
+
 def test_a_probe_stops_the_engine_of_a_client_that_has_gone(post, begin, clock):
     begin(post)
     assert post.look("k", never) == ""
@@ -313,6 +382,22 @@ def test_of_log_probabilities_of_all_tokens_so_far_the_last_are_this_responses()
     )
     assert read_tokens(response([5, 6, 7], output_log_probs=logs)).log_probs == (-1.0, -2.0, -3.0)
     assert read_tokens(response([], output_log_probs=logs)).log_probs == ()
+
+
+def test_the_outputs_that_only_our_engine_has_are_read():
+    added = {
+        "top_token_ids": np.array([[[5, 6], [7, 8]]], np.int32),
+        "top_log_probs": np.array([[[-0.5, -1.0], [-0.25, -2.0]]], np.float32),
+        "sequence_index": np.array([[3]], np.int32),
+        "prompt_token_ids": np.array([[1, 2, 3]], np.int32),
+        "prompt_log_probs": np.array([[-4.0, -5.0]], np.float32),
+    }
+    assert set(added) == set(ADDED_TOKEN_NAMES)
+    found = read_tokens({**response([7]), **{ADDED_TOKEN_NAMES[name]: array for name, array in added.items()}})
+    assert found == Tokens(
+        token_ids=(7,), tops=(((5, -0.5), (6, -1.0)), ((7, -0.25), (8, -2.0))), sequence_index=3,
+        prompt_token_ids=(1, 2, 3), prompt_log_probs=(-4.0, -5.0),
+    )  # fmt: skip
 
 
 def test_padding_past_the_sequences_length_is_cut_off():

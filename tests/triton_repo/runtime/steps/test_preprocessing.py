@@ -53,6 +53,7 @@ def test_the_outputs_have_the_types_and_dims_that_are_declared(prepare):
         temperature=0.5, top_k=4, top_p=0.9, seed=2**64 - 1, min_tokens=1, repetition_penalty=1.5, presence_penalty=0.5,
         frequency_penalty=0.25, stop_words=["a", "bc"], bad_words=["d"], return_log_probs=True, stream=True,
         min_p=0.1, num_log_probs=2, logit_bias_ids=[3], logit_bias_values=[1.5],
+        num_return_sequences=3, return_prompt_log_probs=True,
     )  # fmt: skip
     dtypes = {"INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BOOL": np.bool_, "STRING": np.object_}
     declared = {tensor.name: tensor for tensor in PREPROCESSING_OUTPUTS}
@@ -202,14 +203,6 @@ def test_what_an_engine_of_tensorrt_llm_is_not_asked_for_is_refused_by_name(prep
         prepare(echoes_keys=False, **given)
     assert f"{name}: {problem}; TensorRT-LLM's engine does not serve it: leave it out" in str(caught.value)
     assert caught.value.kind == "INVALID_ARG"
-
-
-@pytest.mark.parametrize("name", ["return_prompt_log_probs", "num_return_sequences"])
-def test_what_an_ensemble_does_not_serve_is_refused_by_name(prepare, name):
-    given, problem = FEATURES[name]
-    with pytest.raises(RequestError) as caught:
-        prepare(**given)
-    assert f"{name}: {problem}; an ensemble's engine does not serve it: leave it out" in str(caught.value)
 
 
 def test_the_answers_plan_survives_its_json(prepare):

@@ -95,6 +95,8 @@ def test_a_padded_prompt_is_cut_and_an_output_beyond_the_context_too():
         ({"return_context_logits": True}, "return_context_logits: found true, expected false"),
         ({"end_id": 300}, "end_id: found 300, expected a token id below 300"),
         ({"runtime_top_k": -1}, "runtime_top_k: found -1, expected 0 or more"),
+        ({"num_return_sequences": 2}, "num_return_sequences: found 2, expected 1"),
+        ({"return_prompt_log_probs": True}, "return_prompt_log_probs: found true, expected false"),
         ({"min_p": 1.5}, "min_p: found 1.5, expected 0 <= min_p <= 1"),
         ({"num_log_probs": 21}, "num_log_probs: found 21, expected 0 to 20"),
         ({"embedding_bias": [1.0, 2.0]}, "embedding_bias: found 2 numbers, expected 300, one for each token"),
