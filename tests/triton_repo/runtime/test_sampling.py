@@ -170,6 +170,25 @@ def test_repetition_penalty_sees_the_prompt_and_the_output():
     assert [penalised.choose(logits).token_id for _ in range(3)] == [1, 3, 2]
 
 
+def test_the_penalties_of_a_long_text_are_those_counted_by_hand():
+    rng = np.random.default_rng(6)
+    prompt = tuple(rng.integers(0, 600, 900).tolist())
+    drawn = sampler(
+        600, prompt, repetition_penalty=1.2, presence_penalty=0.4, frequency_penalty=0.3, top_k=2, random_seed=1
+    )
+    chosen = []
+    for _ in range(400):
+        logits = (2 * rng.normal(size=600)).astype(np.float32)
+        seen = torch.tensor([[*prompt, *chosen]])
+        scores = RepetitionPenaltyLogitsProcessor(1.2)(seen, torch.from_numpy(logits.copy())[None])[0].numpy()
+        counts = np.bincount(chosen, minlength=600)
+        scores = scores - 0.4 * (counts > 0) - 0.3 * counts
+        chosen.append(drawn.choose(logits).token_id)
+        assert chosen[-1] in np.argsort(-scores)[:2]
+    assert len(set(chosen)) > 200
+    assert max(np.bincount(chosen)) > 2
+
+
 def test_presence_and_frequency_penalties_see_the_output_alone():
     logits = floats(5, 4.5, 0)
     present = sampler(3, prompt_ids=(0, 0, 0), presence_penalty=1.0)
