@@ -95,7 +95,7 @@ class ParityReport:
         """One message for each figure that misses its threshold, with found and expected. NaN misses each threshold."""
         found = []
         if limits.max_logit_difference is not None:
-            worst = max(self.max_logit_difference, self.max_decoded_difference)
+            worst = float(np.maximum(self.max_logit_difference, self.max_decoded_difference))  # max may drop NaN
             if not worst <= limits.max_logit_difference:
                 found.append(f"max |logit difference| {worst:.3g}, allowed {limits.max_logit_difference:.3g}")
         if not self.mean_kl <= limits.mean_kl:

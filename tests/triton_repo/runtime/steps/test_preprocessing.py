@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from wire_tensors import wire
 
-from triton_repo.contracts.ensemble import PREPROCESSING_INPUTS, PREPROCESSING_OUTPUTS, QUERY_NAMES
+from triton_repo.contracts.ensemble import PREPROCESSING_INPUTS, PREPROCESSING_OUTPUTS, QUERY_NAMES, STOP_REQUESTS
 from triton_repo.contracts.model_parameters import TextParameters
 from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, INPUTS
 from triton_repo.errors import RequestError
@@ -66,6 +66,16 @@ def test_the_outputs_have_the_types_and_dims_that_are_declared(prepare):
         dims = declared[name].dims
         assert len(tensor.shape) == len(dims) + 1
         assert all(dim in (-1, size) for dim, size in zip(dims, tensor.shape[1:], strict=True))
+
+
+def test_a_request_to_stop_asks_the_engine_for_one_token_after_one():
+    outputs = values_of(prepare_stop())
+    assert outputs == {
+        "INPUT_ID": [0],
+        "REQUEST_INPUT_LEN": [1],
+        "REQUEST_OUTPUT_LEN": [1],
+        STOP_REQUESTS: [True],
+    }
 
 
 def test_a_greedy_request_says_no_more_than_it_must(prepare, byte_level):

@@ -1,0 +1,100 @@
+"""The figures of a comparison, worked by hand, and which of them miss which limit."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from trt_build.comparison import parity
+from trt_build.comparison.parity import THRESHOLDS, ParityReport, Thresholds, combine, measure
+from trt_build.trtllm.verify import LIMITS
+
+EQUAL = ParityReport(
+    num_tokens=9, num_decoded_tokens=4, max_logit_difference=0.0, mean_logit_difference=0.0,
+    max_decoded_difference=0.0, mean_kl=0.0, mean_decoded_kl=0.0, top1_agreement=1.0, engine_perplexity=4.0,
+    reference_perplexity=4.0, routing_agreement=1.0, tied_routings=0,
+)  # fmt: skip
+LIMIT = Thresholds(
+    max_logit_difference=0.5, mean_kl=0.25, perplexity_increase=0.125, top1_agreement=0.75, routing_agreement=0.625
+)
+
+
+@pytest.mark.parametrize("slice_tokens", [1, 2, 4096])
+def test_the_figures_of_two_windows_are_those_worked_by_hand(monkeypatch, slice_tokens):
+    monkeypatch.setattr(parity, "SLICE_TOKENS", slice_tokens)
+    high = math.log(3)  # against 0: probabilities 3/4 and 1/4
+    found = np.array([[high, 0], [high, 0], [0, high]], dtype=np.float32)
+    expected = np.zeros((3, 2), dtype=np.float32)  # probabilities 1/2; of equal logits the first is the likeliest
+    first = measure(found, expected, [1, 0, 1])
+    assert (first.num_tokens, first.num_top1, first.routing) == (3, 2, None)
+    assert first.max_difference == pytest.approx(high)
+    assert first.sum_difference == pytest.approx(3 * high / 2)
+    # Of each row: 1/2 log(1/2 / 3/4) + 1/2 log(1/2 / 1/4) = 1/2 log(4/3).
+    assert first.sum_kl == pytest.approx(3 * math.log(4 / 3) / 2)
+    # Tokens 0 and 1 follow the first and the second row; nothing follows the third.
+    assert first.engine_loss == pytest.approx(-math.log(3 / 4) - math.log(1 / 4))
+    assert first.reference_loss == pytest.approx(2 * math.log(2))
+    second = measure(expected[:2], expected[:2], [0, 1])
+    report = combine([first, second], decoded=first)
+    assert (report.num_tokens, report.num_decoded_tokens, report.routing_agreement) == (5, 2, None)
+    assert report.top1_agreement == 4 / 5
+    assert report.mean_kl == pytest.approx(3 / 5 * math.log(4 / 3) / 2)
+    assert report.mean_decoded_kl == pytest.approx(math.log(4 / 3) / 2)
+    assert report.mean_logit_difference == pytest.approx(3 / 5 * high / 2)
+    assert report.max_logit_difference == report.max_decoded_difference == pytest.approx(high)
+    # Three tokens follow another: of probability 3/4, 1/4 and 1/2, and of 1/2 each in the reference.
+    assert report.engine_perplexity == pytest.approx((3 / 4 * 1 / 4 * 1 / 2) ** (-1 / 3))
+    assert report.reference_perplexity == pytest.approx(2)
+    assert report.to_json()["perplexity_increase"] == pytest.approx((4 / 3) ** (1 / 3) - 1)
+
+
+def test_routings_agree_where_the_sets_of_experts_are_equal_and_tie_where_the_choice_is_open():
+    # Two layers of one position, three experts, two of them chosen.
+    expected = np.array([[[3, 2, 1]], [[5, 1, 1]]], dtype=np.float32)  # {0, 1}; {0} and one of two equal ones
+    found = np.array([[[2, 3, 1]], [[1, 2, 5]]], dtype=np.float32)  # {0, 1}; {1, 2}
+    logits, window = np.zeros((2, 2), dtype=np.float32), [0, 1]
+    sums = measure(logits, logits, window, found, expected, 2)
+    assert sums.routing == (1, 1, 2)
+    report = combine([sums, measure(logits, logits, window, expected, expected, 2)], sums)
+    assert (report.routing_agreement, report.tied_routings) == (3 / 4, 2)
+    assert measure(logits, logits, window, found, expected, 3).routing == (2, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("figures", "message"),
+    [
+        ({"max_logit_difference": 0.5}, "max |logit difference| "),
+        ({"max_decoded_difference": 0.5}, "max |logit difference| "),
+        ({"mean_kl": 0.25}, "mean KL "),
+        ({"mean_decoded_kl": 0.25}, "mean KL of decoded tokens "),
+        ({"engine_perplexity": 4.5}, "perplexity "),
+        ({"top1_agreement": 0.75}, "top-1 agreement "),
+        ({"routing_agreement": 0.625}, "routing agreement "),
+    ],
+)
+def test_a_figure_on_its_limit_keeps_it_and_one_just_past_it_is_named(figures, message):
+    assert dataclasses.replace(EQUAL, **figures).failures(LIMIT) == []
+    [(name, value)] = figures.items()
+    for past in (value * (1 - 1e-9 if name.endswith("agreement") else 1 + 1e-9), math.nan):
+        [failure] = dataclasses.replace(EQUAL, **{name: past}).failures(LIMIT)
+        assert failure.startswith(message)
+
+
+def test_an_engine_without_experts_and_a_precision_without_a_limit_on_logits_are_not_judged_by_them():
+    free = dataclasses.replace(LIMIT, max_logit_difference=None)
+    assert dataclasses.replace(EQUAL, routing_agreement=None, max_logit_difference=9.0).failures(free) == []
+
+
+@pytest.mark.parametrize("limits", [THRESHOLDS, LIMITS], ids=["ONNX Runtime", "TensorRT-LLM"])
+def test_limits_can_be_kept_and_are_no_tighter_with_fewer_bits(limits):
+    for name in limits:
+        assert EQUAL.failures(limits[name]) == []
+    for more, fewer in itertools.pairwise(("fp32", "fp16", "int8", "int4")):
+        assert limits[more].mean_kl < limits[fewer].mean_kl
+        assert limits[more].perplexity_increase < limits[fewer].perplexity_increase
+        assert limits[more].top1_agreement > limits[fewer].top1_agreement
+        assert limits[more].routing_agreement > limits[fewer].routing_agreement
