@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from decoding import KINDS, QUANTISED, each, genai_greedy, greedy, load_genai
 
+from cli.main import main
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.merge.config import read_merge_config
@@ -23,7 +25,8 @@ from trt_build.comparison.torch_reference import load_reference
 from trt_build.engine import Engine
 from trt_build.ort.session import Session
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-phixtral"
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "tiny-phixtral"
 FP32 = KINDS[0]
 SLICES = ("code", "prose", "tests", "headers")
 PROMPTS = (
@@ -81,6 +84,21 @@ def test_every_expert_is_small_and_fit_for_every_engines_packing():
         facts = read_model(open_checkpoint(folder)).architecture
         assert (folder / "model.safetensors").stat().st_size <= 6_000_000
         assert (facts.hidden_size % 64, facts.ffn_size % 64, facts.head_size in (32, 64)) == (0, 0, True)
+
+
+@pytest.mark.needs_kernels
+def test_the_guide_shows_what_plan_prints_of_the_example(tmp_path, mixture, monkeypatch, capsys):
+    """All lines that no machine changes. engine.json names versions of libraries, so the bytes of all files vary a
+    little."""
+    (tmp_path / "checkpoint").symlink_to(mixture)
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "checkpoint", "--precision", "int4"]) == 0
+    section = (ROOT / "docs/guide.md").read_text("utf-8").partition("$ moeship plan checkpoint")[2].partition("```")[0]
+    shown, printed = section.splitlines()[1:], capsys.readouterr().out.splitlines()
+    own = ("  making it", "in ", "  sequences beside", "  tokens per second", "  all files")
+    assert [line for line in shown if not line.startswith(own)] == [x for x in printed if not x.startswith(own)]
+    sizes = [int(re.search(r"all files  ([\d,]+)", "\n".join(text))[1].replace(",", "")) for text in (shown, printed)]
+    assert abs(sizes[0] - sizes[1]) <= 32
 
 
 def test_each_expert_is_the_best_of_the_four_on_its_own_slice(tmp_path, held_out):
