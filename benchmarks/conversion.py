@@ -1,4 +1,4 @@
-"""What a build costs, beside plain reading of its input and plain writing of its output in the same run.
+"""Measures what a build costs, and compares it with plain reading of its input and plain writing of its output.
 
     python benchmarks/conversion.py --checkpoint DIR --work FOLDER [--precision P] [--backend B] [--output FILE]
 
@@ -160,7 +160,7 @@ def _row(result: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--work", required=True, type=Path, metavar="FOLDER", help="a new folder, for the engine")
+    parser.add_argument("--work", required=True, type=Path, metavar="FOLDER", help="new folder for the engine")
     parser.add_argument("--precision", default="int4", help="(default: %(default)s)")
     parser.add_argument("--backend", default=BACKENDS[0], choices=BACKENDS, help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON (default: under benchmarks/results)")

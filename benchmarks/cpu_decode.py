@@ -132,7 +132,7 @@ def _prepare(options: Options) -> tuple[list[Entrant], dict[str, str]]:
 
 def redraw(path: Path) -> int:
     """Draw the picture of a stored result again and print its table."""
-    result = read_json(path, "a result of this benchmark")
+    result = read_json(path, "result file of this benchmark")
     kind = (result.get("benchmark"), result.get("format_version"))
     if kind != ("cpu_decode", FORMAT_VERSION):
         raise ConfigError(
@@ -154,12 +154,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, metavar="N", help="default: every core")
     parser.add_argument("--layers", type=int, metavar="N", help="without --engine: layers of the model, for small runs")
     parser.add_argument("--scaled-layers", type=int, default=Options.scaled_layers, metavar="N",
-                        help="layers of a model that memory does not hold whole (default: %(default)s)")  # fmt: skip
+                        help="layers of a model that does not fit in memory whole (default: %(default)s)")  # fmt: skip
     parser.add_argument("--bandwidth-bytes", type=int, default=Options.bandwidth_bytes, metavar="N",
-                        help="buffer of the bandwidth measurement (default: %(default)s)")  # fmt: skip
+                        help="size of the buffer for measuring bandwidth (default: %(default)s)")  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: benchmarks/results/cpu_decode-NAME.json")
-    parser.add_argument("--plot", type=Path, metavar="RESULT", help="only draw a kept result again")
-    parser.add_argument("--check", action="store_true", help="only compare the logits with transformers'")
+    parser.add_argument("--plot", type=Path, metavar="RESULT", help="only draw the picture of a stored result again")
+    parser.add_argument("--check", action="store_true", help="only compare the logits with those of transformers")
     return parser
 
 

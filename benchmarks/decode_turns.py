@@ -179,7 +179,7 @@ def report(result: Mapping[str, Any]) -> str:
 
 def table(path: Path) -> int:
     """Print the table of a stored result."""
-    result = read_json(path, "a result of this benchmark")
+    result = read_json(path, "result file of this benchmark")
     if result.get("benchmark") != "decode_turns":
         raise ConfigError(f"reading {path}: found benchmark {result.get('benchmark')!r}, expected 'decode_turns'")
     print(report(result))
@@ -196,7 +196,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
                         help="default: every core")  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write")
-    parser.add_argument("--table", type=Path, metavar="RESULT", help="only print the table of a kept result")
+    parser.add_argument("--table", type=Path, metavar="RESULT", help="only print the table of a stored result")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 

@@ -168,7 +168,9 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write; the picture lies beside it")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="JSON file to write; the picture is written beside it"
+    )
     parser.add_argument("--rounds", type=int, default=11, metavar="N", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
                         help="default: every core")  # fmt: skip

@@ -20,7 +20,7 @@ sys.path.append(str(ROOT / "tests"))
 
 def main() -> int:
     if PACKAGE.is_relative_to(ROOT) and "site-packages" not in PACKAGE.parts:
-        print(f"checking the wheel: found {PACKAGE}, which is the sources', expected an installed moeship")
+        print(f"checking the wheel: found {PACKAGE}, which is the folder of the sources, expected an installed moeship")
         return 1
     import kernel_nodes
     from kernel_nodes import block_linear, experts, levels, mixture, product_float, product_int8, random_matrices

@@ -1,4 +1,4 @@
-"""Ends requests early by our clients, at random moments, against a served model, and counts what becomes of it.
+"""Ends requests early by our clients, at random moments, against a served model, and counts how they end.
 
     moeship serve REPOSITORY --json > server.json &
     python ci/early_ends.py --url 127.0.0.1:8001 --model phixtral --number 5000
@@ -150,7 +150,7 @@ def main() -> int:
             list(pool.map(ends.end_one, [client] * batch))
             done += batch
             if not ends.problems and whole_answer(client, ends) != expected:
-                ends.problems.append("the model answers otherwise than at first")
+                ends.problems.append("the model gives another answer than at first")
     seconds = round(time.monotonic() - begun, 1)
     print(
         json.dumps(
@@ -177,14 +177,18 @@ def whole_answer(client: Client, ends: EarlyEnds) -> Generation | None:
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--url", default="127.0.0.1:8001", help="the server's gRPC address (%(default)s)")
+    parser.add_argument("--url", default="127.0.0.1:8001", help="the server's gRPC address (default: %(default)s)")
     parser.add_argument("--model", required=True)
-    parser.add_argument("--number", type=int, default=5000, help="requests to end (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=3600, help="end after so long in any case (%(default)s)")
+    parser.add_argument("--number", type=int, default=5000, help="number of requests to end (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=3600, help="end after this many seconds in any case (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--side-by-side", type=int, default=4, help="requests at a time (%(default)s)")
-    parser.add_argument("--longest", type=float, default=0.3, help="the latest moment, in seconds (%(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=600, help="tokens that each asks for (%(default)s)")
+    parser.add_argument("--side-by-side", type=int, default=4, help="requests at the same time (default: %(default)s)")
+    parser.add_argument(
+        "--longest", type=float, default=0.3, help="latest moment of an end, in seconds (default: %(default)s)"
+    )
+    parser.add_argument("--max-tokens", type=int, default=600, help="tokens of each request (default: %(default)s)")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""Give every reader damaged inputs for as long as asked: python ci/fuzz.py --seed 7 --inputs 20000
+"""Give damaged inputs to every reader: python ci/fuzz.py --seed 7 --inputs 20000
 
 Readers, inputs and bounds are those of tests/fuzz_readers.py and tests/fuzzing.py. A reader works in a process of its
 own, which is killed where one input takes longer than HANG_SECONDS; the input is then kept beside the faults found.
@@ -84,7 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
-        "--inputs", type=int, default=20_000, metavar="N", help="over all readers (default %(default)s)"
+        "--inputs",
+        type=int,
+        default=20_000,
+        metavar="N",
+        help="number of inputs over all readers (default %(default)s)",
     )
     parser.add_argument("--reader", action="append", metavar="NAME", help=", ".join(each.name for each in READERS))
     parser.add_argument("--keep", type=Path, default=Path("fuzz-faults"), metavar="FOLDER")

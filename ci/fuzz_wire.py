@@ -154,7 +154,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("repository", type=Path)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--requests", type=int, default=4000, metavar="N", help="over all models (default %(default)s)")
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=4000,
+        metavar="N",
+        help="number of requests over all models (default %(default)s)",
+    )
     options = parser.parse_args(argv)
     total = 0
     with running_server(ServerOptions(repository=options.repository)) as server:

@@ -1,10 +1,10 @@
-"""Kill builds at random moments, run each again, and compare every file with those of a build that was left alone.
+"""Kill builds at random moments, run each again, and compare every file with those of an undisturbed build.
 
     python ci/kill_builds.py --checkpoint DIR --work FOLDER [--precision P] [--kills N] [--seed S]
 
 Moments are drawn evenly over the time that an undisturbed build takes from its first file to its last. After each kill
-(SIGKILL, no warning) nothing may pass for an engine; the same command then resumes. Exit status 0 when every resumed
-engine is byte-identical to the undisturbed one, 1 when one is not.
+(SIGKILL, no warning) nothing may be openable as an engine; the same command then resumes. Exit status 0 when every
+resumed engine is byte-identical to the undisturbed one, 1 when one is not.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def kill(checkpoint: Path, output: Path, precision: str, delay_s: float) -> Kill
         except EngineError:
             pass
         else:
-            raise DifferentEngine(f"killing the build of {output}: what it left passes for an engine")
+            raise DifferentEngine(f"killing the build of {output}: what it left can be opened as an engine")
     return Kill(delay_s=delay_s, parts=parts, landed=landed)
 
 

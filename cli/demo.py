@@ -1,4 +1,4 @@
-"""The whole road in one command: four small experts become a served, streaming mixture.
+"""Run every step in one command: four small experts become a served, streaming mixture.
 
 Merges the experts of examples/tiny-phixtral, inspects the result, builds an int4 engine, verifies it against the
 reference, packages it, starts Triton, streams a completion over gRPC, prints what it measured, and stops the server.
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default=PROMPT, help="text to continue (default: %(default)r)")
     parser.add_argument("--precision", default="int4", help="fp32, int8 or int4 (default: %(default)s)")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="keep what is made here (default: a temporary folder)"
+        "--output", type=Path, metavar="DIR", help="keep the files in this folder (default: a temporary folder)"
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON; the rest goes to stderr")
 

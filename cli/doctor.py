@@ -56,7 +56,11 @@ class Report:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "path", nargs="?", type=Path, metavar="ENGINE|REPOSITORY", help="an engine or a model repository to look at too"
+        "path",
+        nargs="?",
+        type=Path,
+        metavar="ENGINE|REPOSITORY",
+        help="an engine or a model repository to check as well",
     )
     parser.add_argument(
         "--quick", action="store_true", help="compare the sizes of an engine's files, not their digests"
@@ -92,8 +96,8 @@ def _add_installation(report: Report) -> None:
     }
     if found["nvidia-pytriton"] and (found["numpy"] or "").split(".")[0] not in ("", "0", "1"):
         report.problems.append(
-            f"numpy {found['numpy']}: the Triton of nvidia-pytriton {found['nvidia-pytriton']} works with numpy 1 "
-            "alone; pip install 'numpy<2'"
+            f"numpy {found['numpy']}: the Triton of nvidia-pytriton {found['nvidia-pytriton']} works only with "
+            "numpy 1; pip install 'numpy<2'"
         )
     if found["onnxruntime"] and found["onnxruntime-gpu"]:
         report.problems.append(
@@ -123,7 +127,7 @@ def _unmet_requirements(found: Mapping[str, str | None]) -> Iterator[str]:
         number, range_ = found.get(wanted.name), str(wanted.specifier)
         for_tests = any(f'extra == "{extra}"' in str(wanted.marker) for extra in ("dev", "bench"))
         if number and wanted.name != "numpy" and not for_tests and not wanted.specifier.contains(number, True):
-            yield f"{wanted.name} {number}: moeship takes {range_}; pip install '{wanted.name}{range_}'"
+            yield f"{wanted.name} {number}: moeship needs {range_}; pip install '{wanted.name}{range_}'"
 
 
 def _system_name() -> str:
@@ -254,7 +258,7 @@ def _add_engine(report: Report, title: str, folder: Path, *, check_digests: bool
         facts |= _manifest_facts(read_manifest(folder, f"opening the engine {folder}"))
         engine = read_engine_facts(folder, check_digests)
     except MoeshipError as error:
-        facts["files"] = "damaged, or of another moeship"
+        facts["files"] = "damaged, or written by another version of moeship"
         report.problems.append(str(error))
         return
     checked = "digests checked" if check_digests else "sizes checked"

@@ -31,23 +31,47 @@ POLL_INTERVAL_S = 0.1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", help='the text to continue; "-" reads it from stdin')
     server = parser.add_argument_group("server")
-    server.add_argument("--url", default="127.0.0.1:8001", metavar="HOST:PORT", help="gRPC address (%(default)s)")
-    server.add_argument("--model", help="name of the model; not needed where the server has one ready model only")
-    server.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after so long (wait for ever)")
-    sampling = parser.add_argument_group("sampling", "what is left out takes the server's default")
-    sampling.add_argument("--max-tokens", type=int, default=128, metavar="N", help="new tokens at most (%(default)s)")
+    server.add_argument(
+        "--url", default="127.0.0.1:8001", metavar="HOST:PORT", help="gRPC address (default: %(default)s)"
+    )
+    server.add_argument("--model", help="name of the model; not needed if the server has only one ready model")
+    server.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="give up after this time (default: wait without limit)"
+    )
+    sampling = parser.add_argument_group("sampling", "options that are not given take the server's defaults")
+    sampling.add_argument(
+        "--max-tokens", type=int, default=128, metavar="N", help="most new tokens (default: %(default)s)"
+    )
     sampling.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
-    sampling.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens; 0 is all")
-    sampling.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that sum to P, 0 < P <= 1")
+    sampling.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens; 0 means all")
+    sampling.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="draw among the likeliest tokens whose probabilities sum to P, 0 < P <= 1",
+    )
     sampling.add_argument(
         "--min-p", type=float, metavar="M", help="draw among tokens at least M times as likely as the likeliest"
     )
     sampling.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text")
     sampling.add_argument(
-        "--repetition-penalty", type=float, metavar="R", help="above 1: what was said is said less; 1 is none"
+        "--repetition-penalty",
+        type=float,
+        metavar="R",
+        help="above 1 makes tokens of the prompt and answer less likely; 1 changes nothing",
     )
-    sampling.add_argument("--presence-penalty", type=float, metavar="P", help="taken off what was produced; 0 is none")
-    sampling.add_argument("--frequency-penalty", type=float, metavar="F", help="the same for each time; 0 is none")
+    sampling.add_argument(
+        "--presence-penalty",
+        type=float,
+        metavar="P",
+        help="subtracted once from the logit of each token in the answer; 0 changes nothing",
+    )
+    sampling.add_argument(
+        "--frequency-penalty",
+        type=float,
+        metavar="F",
+        help="subtracted as often as the token is in the answer; 0 changes nothing",
+    )
     sampling.add_argument(
         "--logit-bias",
         action="append",
@@ -55,23 +79,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ID=VALUE",
         help="added to the logit of a token, -1000 to 1000; may be repeated",
     )
-    sampling.add_argument("--n", type=int, metavar="N", help="so many answers, printed at the end as [0] ..., [1] ...")
+    sampling.add_argument(
+        "--n", type=int, metavar="N", help="number of answers, printed at the end as [0] ..., [1] ..."
+    )
     ending = parser.add_argument_group("words and ends")
     ending.add_argument("--stop", action="append", metavar="TEXT", help="end at this text; may be repeated")
     ending.add_argument("--bad", action="append", metavar="TEXT", help="never produce this text; may be repeated")
-    ending.add_argument("--min-tokens", type=int, metavar="N", help="new tokens before an end token may come")
-    ending.add_argument("--end-id", type=int, metavar="ID", help="end at this token, not at the model's own; -1: none")
+    ending.add_argument("--min-tokens", type=int, metavar="N", help="least number of new tokens before an end token")
+    ending.add_argument(
+        "--end-id", type=int, metavar="ID", help="end at this token instead of the model's own; -1 means none"
+    )
     output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="one JSON object at the end instead of the text")
-    output.add_argument("--echo", action="store_true", help="begin with the prompt")
+    output.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
+    output.add_argument("--echo", action="store_true", help="print the prompt before the answer")
     output.add_argument(
-        "--log-probs", action="store_true", help="how likely each token was: a table on stderr, or in the JSON object"
+        "--log-probs",
+        action="store_true",
+        help="print the log-probability of each token: as a table on stderr, or in the JSON object",
     )
     output.add_argument(
-        "--top-log-probs", type=int, metavar="N", help="the same of the N likeliest tokens at each place, by their ids"
+        "--top-log-probs",
+        type=int,
+        metavar="N",
+        help="print those of the N likeliest tokens at each place too, by their ids",
     )
-    output.add_argument("--prompt-log-probs", action="store_true", help="the same of the prompt's tokens, by their ids")
-    output.add_argument("--stats", action="store_true", help="a line of counts and speed on stderr at the end")
+    output.add_argument(
+        "--prompt-log-probs", action="store_true", help="print those of the prompt's tokens too, by their ids"
+    )
+    output.add_argument("--stats", action="store_true", help="print a line of counts and speed on stderr at the end")
 
 
 def read_bias(text: str) -> tuple[int, float]:

@@ -1,4 +1,4 @@
-"""Describe a checkpoint: family, dimensions, parameters, bytes by role, and what its gates say of its routing.
+"""Describe a checkpoint: family, dimensions, parameters, bytes by role, and what its gates show about its routing.
 
 Reads only the headers and the gates of a folder, so it answers at once for any size. A hub id is downloaded first.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint folder or a hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--experts-per-token", type=int, metavar="K", help="in place of the config's")
+    parser.add_argument("--experts-per-token", type=int, metavar="K", help="override the config's num_experts_per_tok")
 
 
 def run(arguments: argparse.Namespace) -> int:

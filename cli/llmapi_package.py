@@ -15,8 +15,8 @@ BACKEND = "llmapi"
 _PARALLEL = {
     "tp_size": "GPUs that share every layer",
     "pp_size": "groups of layers, each on its own GPUs",
-    "moe_tp_size": "of these, those that share each expert's width",
-    "moe_ep_size": "of these, those that share the experts out",
+    "moe_tp_size": "of the --tp-size GPUs, those that share each expert's width",
+    "moe_ep_size": "of the --tp-size GPUs, those that have different experts",
 }
 # Flags with the same meaning for an engine and for the LLM API: field of TensorrtLlmParameters -> of LlmApiOptions.
 _SHARED = {
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the LLM API. Their default is None, which shows that a flag was not given."""
     group = parser.add_argument_group(
         f"TensorRT-LLM's LLM API (--backend {BACKEND})",
-        "takes --kv-cache-free-gpu-mem-fraction and --cancellation-check-period-ms too",
+        "--kv-cache-free-gpu-mem-fraction and --cancellation-check-period-ms apply too",
     )
     for name, text in _PARALLEL.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text)
@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-batch-size", type=int, metavar="N",
-        help="Triton's: 1 serves the wire contract beside the LLM API's tensors (default), 0 these alone, shaped as "
-        "NVIDIA's own model has them",
+        help="Triton's max_batch_size: 1 (default) serves moeship's wire contract and the LLM API's tensors; 0 serves "
+        "the LLM API's tensors only, in the shapes of NVIDIA's own model",
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The `moeship` command line: finds the command's module, runs it, turns errors into one line and an exit status.
 
-Exit status: 0 done, 1 a check failed, 2 wrong input, 70 a fault of moeship's own, 130 interrupted, 141 when nobody
+Exit status: 0 done, 1 a check failed, 2 wrong input, 70 a bug in moeship, 130 interrupted, 141 when nobody
 reads its output any more (`moeship inspect X | head -2`). Results go to stdout, everything else to stderr.
 A command is one module with `add_arguments(parser)` and `run(arguments) -> int`; it is imported only when
 it is the one asked for.
@@ -22,14 +22,14 @@ from export.errors import named, near_match, printable
 COMMANDS: dict[str, tuple[str, str]] = {
     "merge": ("cli.merge", "merge dense experts into a mixture-of-experts checkpoint"),
     "inspect": ("cli.inspect", "describe a checkpoint: family, sizes, routing"),
-    "plan": ("cli.plan", "say what an engine would be and take, before it is built"),
+    "plan": ("cli.plan", "say what an engine will contain and need, before it is built"),
     "build": ("cli.build", "build an engine directory from a checkpoint"),
     "verify": ("cli.verify", "compare an engine with the reference"),
     "package": ("cli.package", "make a Triton model repository from an engine"),
     "serve": ("cli.serve", "run Triton Inference Server on a model repository"),
     "generate": ("cli.generate", "stream a completion from a served model"),
     "doctor": ("cli.doctor", "print what a bug report needs, and what is wrong here"),
-    "demo": ("cli.demo", "the whole road on four small experts"),
+    "demo": ("cli.demo", "merge, build, verify, package and serve four small experts"),
 }
 
 

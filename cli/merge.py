@@ -1,6 +1,6 @@
-"""Merge dense Phi-2 experts into a phixtral checkpoint, as a mergekit-moe YAML says.
+"""Merge dense Phi-2 experts into a phixtral checkpoint, as a mergekit-moe YAML file describes it.
 
-Paths in the YAML are seen from the YAML's folder. Gate modes hidden, hidden_last and hidden_avg need
+Paths in the YAML file are relative to its folder. Gate modes hidden, hidden_last and hidden_avg need
 pip install 'moeship[verify]'; cheap_embed, random and uniform_random do not.
 """
 
@@ -24,7 +24,7 @@ def byte_count(text: str) -> int:
     unit = _UNITS.get(match[2].upper()) if match else None
     size = float(match[1]) * unit if match and unit else 0.0
     if not 1 <= size < _MAX_SIZE:
-        raise argparse.ArgumentTypeError(f"{named(text, 60)} is no size; write for instance 5GB, 500MB or 2GiB")
+        raise argparse.ArgumentTypeError(f"{named(text, 60)} is not a size; write for example 5GB, 500MB or 2GiB")
     return int(size)
 
 
@@ -32,7 +32,7 @@ def seed(text: str) -> int:
     """A whole number of 0 or more."""
     number = whole_number(text, 0, _MAX_SEED)
     if number is None:
-        raise argparse.ArgumentTypeError(f"{named(text, 60)} is no seed; give a whole number of 0 to {_MAX_SEED}")
+        raise argparse.ArgumentTypeError(f"{named(text, 60)} is not a seed; give a whole number of 0 to {_MAX_SEED}")
     return number
 
 
@@ -41,9 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to create; it must not exist")
     parser.add_argument(
         "--max-shard-size", type=byte_count, default=byte_count("5GB"), metavar="SIZE",
-        help="most bytes of tensors in one safetensors file, e.g. 500MB or 2GiB (default 5GB)",
+        help="largest size of a safetensors file's tensors, e.g. 500MB or 2GiB (default 5GB)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=seed, default=0, help="of random gates and of noise_scale (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of random gates and of noise_scale (default 0)")
 
 
 def run(arguments: argparse.Namespace) -> int:

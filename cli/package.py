@@ -28,13 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="package a checkpoint for TensorRT-LLM's LLM API instead of an engine for the engine's own backend",
     )  # fmt: skip
     parser.add_argument("--name", required=True, help="the model's name on the server")
-    parser.add_argument("--output", type=Path, required=True, help="model repository: made, or added to")
-    parser.add_argument("--layout", choices=LAYOUTS, help="(default: what the engine's backend takes)")
+    parser.add_argument("--output", type=Path, required=True, help="model repository to create, or to add to")
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, help="one model or an ensemble of four (default: what the engine's backend needs)"
+    )
     parser.add_argument(
         "--copy", action="store_true",
-        help="copy the engine rather than link to its files; the onnx package refuses to read linked ones",
+        help="copy the engine's files instead of linking to them; the onnx package refuses to read linked ones",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="the result as JSON")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument(
         "--unary", action="store_true",
         help="one response a request, for clients of Triton's plain infer (ModelInfer, /v2/models/NAME/infer), which "
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     _add_onnxruntime_arguments(parser.add_argument_group("ONNX Runtime"))
     _add_tensorrt_llm_arguments(
-        parser.add_argument_group("TensorRT-LLM", "what is left out takes the backend's default")
+        parser.add_argument_group("TensorRT-LLM", "options that are not given take the backend's defaults")
     )
     llmapi_package.add_arguments(parser)
 
@@ -50,16 +52,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_onnxruntime_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--instances", type=int, default=1,
-        help="requests that run at the same time, each with keys and values of its own (default 1)",
+        help="requests that are answered at the same time, each with its own keys and values (default 1)",
     )  # fmt: skip
-    group.add_argument("--threads", type=int, help="threads of each instance (default: the cores shared out)")
+    group.add_argument(
+        "--threads", type=int, help="threads of each instance (default: the cores are divided among the instances)"
+    )
 
 
 def _add_tensorrt_llm_arguments(group: argparse._ArgumentGroup) -> None:
     """A flag for each field of TensorrtLlmParameters."""
     group.add_argument(
         "--served-from", type=Path, metavar="DIR",
-        help="where the repository will lie when it is served, as the server sees it (default: the output)",
+        help="path of the repository when it is served, as the server sees it (default: the output)",
     )  # fmt: skip
     kinds = value_types()
     for option in dataclasses.fields(TensorrtLlmParameters):

@@ -1,8 +1,8 @@
-"""Say what an engine would be and take, before any of it is made: bytes, memory, and the speed that memory bounds.
+"""Say what an engine will contain and need before it is built: bytes, memory, and the speed that memory allows.
 
-Reads only headers and gates, writes nothing. Decoding reads the weights that a token touches and the keys and values
-before it, so bandwidth over those bytes bounds the tokens per second of one sequence. The flags are those of moeship
-build: the same words plan the engine that they build.
+Reads only headers and gates, and writes nothing. Decoding reads the weights that a token touches and the keys and
+values before it, so bandwidth over those bytes bounds the tokens per second of one sequence. The flags are those of
+moeship build: the same words plan the engine that they build.
 Exit status: 0 done, 1 --max-batch-size sequences do not fit --device-memory, 2 wrong input.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from typing import TYPE_CHECKING, Any
 
 from cli.rows import Rows, in_units, print_rows
@@ -22,12 +23,16 @@ from trt_build.trtllm_flags import refuse_trtllm_flags
 if TYPE_CHECKING:
     from trt_build.plan import EnginePlan
 
+logger = logging.getLogger(__name__)
+
 GB = 1e9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(
-        parser, output_help="as for moeship build; a plan writes nothing, and does without", output_required=False
+        parser,
+        output_help="accepted as in moeship build; a plan does not need it and writes nothing",
+        output_required=False,
     )
     machine = parser.add_argument_group("machine")
     machine.add_argument(
@@ -36,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     speed = machine.add_mutually_exclusive_group()
     speed.add_argument("--bandwidth", type=float, metavar="GB/S", help="rate at which the device reads its memory")
-    speed.add_argument("--measure-bandwidth", action="store_true", help="measure this machine's, with a buffer of 4 GB")
+    speed.add_argument(
+        "--measure-bandwidth", action="store_true",
+        help="measure that rate on this machine, with a buffer of 4 GB; takes about ten seconds",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -79,6 +87,7 @@ def _machine(arguments: argparse.Namespace, plan: EnginePlan) -> dict[str, Any]:
         memory = available_memory()
     bandwidth = arguments.bandwidth and arguments.bandwidth * GB
     if arguments.measure_bandwidth:
+        logger.info("measuring how fast this machine reads its memory, with a buffer of 4 GB: about ten seconds")
         bandwidth = measure_read_bandwidth()
     return {
         "device_memory_bytes": memory,

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name in ("grpc", "http", "metrics"):
         parser.add_argument(f"--{name}-port", type=int, metavar="PORT", help="(default: a free one)")
-    parser.add_argument("--no-http", action="store_true", help="do not listen for HTTP: gRPC and metrics alone")
+    parser.add_argument("--no-http", action="store_true", help="do not listen for HTTP: only for gRPC and metrics")
     parser.add_argument(
         "--accept-known-vulnerabilities", action="store_true",
         help="listen beyond this machine although this tritonserver has known holes (docs/security.md)",
@@ -48,19 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     restarts = parser.add_mutually_exclusive_group()
     restarts.add_argument(
         "--max-restarts", type=int, default=RestartPolicy().max_restarts, metavar="N",
-        help=f"times that a server which died or hangs is started again (default {RestartPolicy().max_restarts}); "
-        f"counted anew after {RestartPolicy().healthy_s:g} s of health",
+        help=f"most restarts of a server that died or hangs (default {RestartPolicy().max_restarts}); "
+        f"the count begins again after {RestartPolicy().healthy_s:g} s of health",
     )  # fmt: skip
     restarts.add_argument(
-        "--no-restart", action="store_true", help="end with exit status 2 instead, for whose supervisor starts it again"
+        "--no-restart", action="store_true", help="end with exit status 2 instead, for use under another supervisor"
     )
     parser.add_argument(
         "--drain-timeout", type=float, default=DEFAULT_DRAIN_TIMEOUT_S, metavar="S",
-        help="seconds that requests have to finish when it is asked to stop "
+        help="seconds for requests to finish after a request to stop "
         f"(default {DEFAULT_DRAIN_TIMEOUT_S:g})",
     )  # fmt: skip
     parser.add_argument(
-        "--ready-timeout", type=float, default=600, metavar="S", help="seconds the models have to load (default 600)"
+        "--ready-timeout", type=float, default=600, metavar="S", help="seconds for the models to load (default 600)"
     )
     parser.add_argument(
         "--world-size", type=int, metavar="N",
@@ -70,8 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--multi-model", action="store_true",
         help="serve several TensorRT-LLM models: one server that spawns each model's ranks (orchestrator mode)",
     )  # fmt: skip
-    parser.add_argument("--log", type=Path, metavar="FILE", help="add the server's log to a file")
-    parser.add_argument("--json", action="store_true", help="addresses and models as one line of JSON")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="append the server's log to a file")
+    parser.add_argument("--json", action="store_true", help="print addresses and models as one line of JSON")
 
 
 def read_options(arguments: argparse.Namespace) -> ServerOptions:
@@ -129,7 +129,7 @@ class _Printer:
         logger.warning("%s; the server is ended, and started again in %g s (restart %d)", fault, pause_s, restart)
 
     def draining(self, timeout_s: float) -> None:
-        logger.info("stopping: no more requests are taken; those that are answered have %g s to finish", timeout_s)
+        logger.info("stopping: no more requests are accepted; those in progress have %g s to finish", timeout_s)
 
     def _print(self, text: str) -> None:
         """Print to stdout; do nothing if its reader has closed it."""

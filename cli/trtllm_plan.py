@@ -27,8 +27,8 @@ def run_trtllm_plan(arguments: argparse.Namespace, checkpoint: str) -> int:
 
     if arguments.measure_bandwidth:
         raise EngineError(
-            "reading the flags: --measure-bandwidth: it measures this machine's memory, and the engine lies in a "
-            "GPU's; give that with --bandwidth"
+            "reading the flags: --measure-bandwidth: it measures this machine's memory, and the engine is in a GPU's "
+            "memory; give the GPU's rate with --bandwidth"
         )
     options = replace(read_trtllm_options(arguments, checkpoint, arguments.output or Path("engine")), until="plan")
     plan = build_trtllm(options).plan

@@ -66,7 +66,7 @@ class ModelNotReady(ClientError):
 class MethodNotSupported(ClientError):
     """The server or the model does not support what was asked."""
 
-    remedy = "is it Triton Inference Server, and is the model decoupled?"
+    remedy = "check that it is Triton Inference Server and that the model is decoupled"
 
 
 class AccessDenied(ClientError):
@@ -84,7 +84,7 @@ class AddressInvalid(ClientError):
 class ConnectionFailed(ClientError):
     """Nothing answers at that address."""
 
-    remedy = "is the server running, and is this its gRPC port (8001 unless told otherwise), not the HTTP one?"
+    remedy = "check that the server is running, and that this is its gRPC port (8001 by default), not its HTTP port"
 
 
 class ConnectionLost(ClientError):
@@ -108,7 +108,7 @@ class RequestCancelled(ClientError):
 class ServerOverloaded(ClientError):
     """The server is up but takes no more work now."""
 
-    remedy = "send the request again later, or fewer at a time"
+    remedy = "send the request again later, or send fewer requests at a time"
 
 
 class ServerFailed(ClientError):
@@ -120,7 +120,7 @@ class ServerFailed(ClientError):
 class StreamBroken(ClientError):
     """The answer is incomplete, or does not follow the wire contract."""
 
-    remedy = "is the model one that `moeship package` made, and was the server stopped meanwhile?"
+    remedy = "check that `moeship package` made the model, and that the server was not stopped meanwhile"
 
 
 # Every member of grpc.StatusCode except OK, by name, so that this module need not import grpc.

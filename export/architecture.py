@@ -237,16 +237,16 @@ class ConfigReader:
         unknown = sorted(set(self.raw) - self._seen)
         for key in unknown[:MAX_LISTED]:
             self._problems.append(
-                f"{named(key, 60)} = {shown(self.raw[key])} is not a key this family honours"
+                f"{named(key, 60)} = {shown(self.raw[key])} is a key that moeship does not support for this family"
                 + (f": {self._notes[key]}" if key in self._notes else suggestion(key, self._seen))
             )
         if len(unknown) > MAX_LISTED:
             self._problems.append(f"and {len(unknown) - MAX_LISTED} more such keys")
         if self._problems:
             raise ConfigError(
-                f"reading config.json of a {self._family} checkpoint: moeship builds only what it understands. "
-                "Correct what is misspelled or damaged and leave the rest: it belongs to the weights, and without it "
-                f"another model would be built:{listing(self._problems, 2 * MAX_LISTED)}"
+                f"reading config.json of a {self._family} checkpoint: moeship refuses keys and values that it does not "
+                "support. Correct those that are misspelled or damaged. Leave the others in place: they describe the "
+                f"weights, and without them another model would be built:{listing(self._problems, 2 * MAX_LISTED)}"
             )
 
     def _value(self, key: str, absent: Any, null: Any) -> Any:  # noqa: ANN401 - JSON value
@@ -255,6 +255,6 @@ class ConfigReader:
         if value is not None or key not in self.raw:
             return value
         if null is None and absent is not None:
-            self._problems.append(f"{key} is null, and transformers has no number for it; state one")
+            self._problems.append(f"{key} is null, and transformers has no default for it; write a number")
             return absent
         return null

@@ -45,16 +45,20 @@ def run_command(run: Callable[[], int]) -> int:
         if gone:
             return READER_GONE
         where = f" ({named(error.filename)})" if error.filename else ""
-        return _said(f"{type(error).__name__}: {error.strerror or error}{where}; name another path, or mend it", 2)
+        return _said(
+            f"{type(error).__name__}: {error.strerror or error}{where}; remove the cause, or name another path", 2
+        )
     except MemoryError:
-        return _said("MemoryError: the machine has not enough memory free for this; see what `moeship plan` says", 2)
+        return _said(
+            "MemoryError: this machine has not enough free memory; `moeship plan` says how much a build takes", 2
+        )
     except KeyboardInterrupt:
         return _said("interrupted", INTERRUPTED)
     except Exception as error:
         logger.debug("the traceback", exc_info=True)
         return _said(
-            f"internal error: {type(error).__name__}: {named(error, 400)}; this is a fault of moeship's own: report it "
-            "with the command and what `moeship -v` adds",
+            f"internal error: {type(error).__name__}: {named(error, 400)}; this is a bug in moeship: report it with "
+            "the command and the output of `moeship -v`",
             INTERNAL_ERROR,
         )
 

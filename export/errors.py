@@ -70,7 +70,7 @@ class MissingPackageError(MoeshipError):
     """An optional package is not installed, or is installed and cannot be imported; then `reason` says why."""
 
     def __init__(self, package: str, purpose: str, extra: str, reason: str = "") -> None:
-        there = f", which is there but cannot be imported ({reason})" if reason else ""
+        there = f", which is installed but cannot be imported ({reason})" if reason else ""
         super().__init__(
             f"{purpose} needs the package {package}{there}; install it with: pip install 'moeship[{extra}]'"
         )

@@ -164,7 +164,7 @@ def _near_duplicate_warnings(report: RoutingReport) -> list[str]:
             found.setdefault((first, second), []).append((layer.layer, cosine))
     return [
         f"the gate rows of {_experts(pair)} are nearly equal in {_layers([layer for layer, _ in where], report)} "
-        f"(cosine up to {max(cosine for _, cosine in where):.6f}): which of the two is chosen hangs on rounding"
+        f"(cosine up to {max(cosine for _, cosine in where):.6f}): which of the two is chosen depends on rounding"
         for pair, where in found.items()
     ]
 
@@ -180,15 +180,15 @@ def _condition_warnings(report: RoutingReport) -> list[str]:
         sentences.append(
             f"the gate's condition number is {_range(layer.condition_number for layer in alike)} in "
             f"{_layers([layer.layer for layer in alike], report)}, that of its rows' differences "
-            f"{_range(layer.difference_condition_number for layer in alike)}: some experts are told apart by much less "
-            "than others and will be used little; give them prompts that differ more"
+            f"{_range(layer.difference_condition_number for layer in alike)}: some experts differ from others by much "
+            "less than the rest do, and will be used little; give them prompts that differ more"
         )
     if close:
         sentences.append(
             f"the gate's condition number is {_range(layer.condition_number for layer in close)} in "
             f"{_layers([layer.layer for layer in close], report)}, and its rows differ by "
             f"{_range(layer.spread for layer in close)} of their length: experts' logits lie close together and weigh "
-            "nearly the same; prompts that differ more, or negative prompts, part them"
+            "nearly the same; prompts that differ more, or negative prompts, separate them"
         )
     return sentences
 

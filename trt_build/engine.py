@@ -173,7 +173,7 @@ def open_engine(folder: Path | str, check_digests: bool = True) -> Engine:
     raw = read_manifest(folder, f"opening the engine {folder}")
     if raw.get("backend") != BACKEND:
         raise EngineError(
-            f"opening the engine {folder}: it is of the backend {named(raw.get('backend'), 40)}, expected {BACKEND}; "
+            f"opening the engine {folder}: its backend is {named(raw.get('backend'), 40)}, expected {BACKEND}; "
             "moeship package and serve take it, and build_engine.py --backend tensorrt-llm verifies it on a GPU"
         )
     engine = _parse(raw, folder)
@@ -253,7 +253,7 @@ def _parse(raw: dict[str, Any], folder: Path) -> Engine:
     version = raw.get("format_version")
     if type(version) is not int or version not in (*OLD_VERSIONS, FORMAT_VERSION):
         raise EngineError(
-            f"opening the engine {folder}: format version {shown(version, 40)}, this moeship reads "
+            f"opening the engine {folder}: it has the format version {shown(version, 40)}, and this moeship reads "
             f"{', '.join(map(str, OLD_VERSIONS))} and {FORMAT_VERSION}; build it again with this version"
         )
     try:

@@ -20,7 +20,7 @@ DEFAULT_PROVIDER = "cpu"
 def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, output_required: bool) -> None:
     """Add every flag of both backends. `read_checkpoint` and `read_engine_options` read them."""
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="checkpoint folder, or a hub id owner/name")
-    parser.add_argument("--checkpoint", dest="checkpoint_flag", metavar="DIR", help="the same as a flag")
+    parser.add_argument("--checkpoint", dest="checkpoint_flag", metavar="DIR", help="the same, as a flag")
     parser.add_argument("--output", required=output_required, type=Path, metavar="ENGINE", help=output_help)
     engine = parser.add_argument_group("engine")
     engine.add_argument("--backend", default=BACKENDS[0], help=f"{' or '.join(BACKENDS)} (default: %(default)s)")

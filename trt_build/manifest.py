@@ -56,7 +56,7 @@ def read_manifest(folder: Path, doing: str, error: type[MoeshipError] = EngineEr
         text = data.decode()
         values = parse_json(text)
     except UnicodeDecodeError as reason:
-        raise error(f"{doing}: {named(path)} is damaged (byte {reason.start} is no UTF-8); {_REMEDY}") from reason
+        raise error(f"{doing}: {named(path)} is damaged (byte {reason.start} is not UTF-8); {_REMEDY}") from reason
     except ValueError as reason:
         raise error(f"{doing}: {named(path)} is damaged ({reason}); {_REMEDY}") from reason
     if not isinstance(values, dict):
@@ -109,7 +109,7 @@ def check_file_records(files: Mapping[str, Any], needed: Sequence[str], undigest
                 f"files.{named(name, 80)}: a digest is {'not expected' if name in undigested else 'missing'}"
             )
         if record.sha256 is not None and not _HEX_DIGEST.fullmatch(record.sha256):
-            raise ValueError(f"files.{named(name, 80)}: {shown(record.sha256, 80)} is no SHA-256")
+            raise ValueError(f"files.{named(name, 80)}: {shown(record.sha256, 80)} is not a SHA-256")
 
 
 def _is_inside(name: str) -> bool:
@@ -137,7 +137,7 @@ def check_architecture(facts: Architecture) -> None:
     if facts.rotary_dim % 2:
         raise ValueError(f"architecture.rotary_dim is {facts.rotary_dim}, expected an even number")
     if facts.num_heads % facts.num_kv_heads:
-        raise ValueError(f"architecture.num_heads is {facts.num_heads}, no multiple of num_kv_heads")
+        raise ValueError(f"architecture.num_heads is {facts.num_heads}, expected a multiple of num_kv_heads")
 
 
 def check_family(family: str, facts: Architecture) -> None:

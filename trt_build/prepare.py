@@ -149,7 +149,7 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
     if fault and options.kernels is None and _fit_own_kernels(options.provider, options.precision):
         logger.warning(
             "the engine is for ONNX Runtime's CPU kernels, which decode at two thirds of the speed of moeship's or "
-            "less, as moeship's cannot be used here (%s); %s",
+            "less, because moeship's cannot be used here (%s); %s",
             fault.reason,
             fault.remedy,
         )
@@ -160,7 +160,9 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
             raise
         provider, quantization = check_options(dataclasses.replace(options, kernels=ONNX_RUNTIME))
         export = plan_export(source.model, quantization, provider, max_sequence=source.max_sequence)
-        logger.warning("the engine is for ONNX Runtime's CPU kernels, as moeship's lack what it needs (%s)", error)
+        logger.warning(
+            "the engine is for ONNX Runtime's CPU kernels, because moeship's do not support this model (%s)", error
+        )
     return PreparedBuild(
         options=dataclasses.replace(options, kernels=provider.kernels),
         provider=provider,
@@ -182,8 +184,8 @@ def open_source(location: str, experts_per_token: int | None, max_sequence: int 
     size, vocab = settings.tokenizer.size, model.architecture.vocab_size
     if size > vocab:
         raise ConfigError(
-            f"reading the tokenizer of {checkpoint.folder}: it has {size} ids, the model's vocabulary {vocab}; they "
-            "are not of the same model, or a special token that the tokenizer lacks was added behind its last id"
+            f"reading the tokenizer of {checkpoint.folder}: it has {size} ids, the model's vocabulary {vocab}; the two "
+            "belong to different models, or a special token that the tokenizer lacks was added behind its last id"
         )
     check_token_ids(settings, vocab)
     model = dataclasses.replace(

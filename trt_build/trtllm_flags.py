@@ -18,18 +18,24 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "int4_gptq", "int4_awq")
 # Name, type, metavar, help and default of the flags that only this backend has.
 FLAGS: tuple[tuple[str, type, str, str, str], ...] = (
     ("until", str, "STAGE", f"last stage: {', '.join(STAGES)}", STAGES[-1]),
-    ("dtype", str, "TYPE", "float16 or bfloat16, of what is not quantised", "float16"),
-    ("group_size", int, "G", "of int4_gptq and int4_awq: 128 or 64", "the larger that fits"),
+    ("dtype", str, "TYPE", "float16 or bfloat16, for weights that are not quantised", "float16"),
+    ("group_size", int, "G", "group size of int4_gptq and int4_awq: 128 or 64", "the larger that fits"),
     ("tp_size", int, "N", "tensor parallelism", "1"),
-    ("pp_size", int, "N", "pipeline parallelism, of Mixtrals", "1"),
-    ("moe_tp_size", int, "N", "slices of each expert's width", "what the other leaves"),
-    ("moe_ep_size", int, "N", "blocks of experts; times --moe-tp-size it is --tp-size", "what the other leaves"),
+    ("pp_size", int, "N", "pipeline parallelism, for Mixtrals only", "1"),
+    ("moe_tp_size", int, "N", "slices of each expert's width", "--tp-size divided by --moe-ep-size"),
+    (
+        "moe_ep_size",
+        int,
+        "N",
+        "blocks of experts; the product with --moe-tp-size is --tp-size",
+        "--tp-size divided by --moe-tp-size",
+    ),
     ("gpu_sm", int, "SM", "compute capability of the GPU to build for, 90 for 9.0", "this machine's"),
-    ("max_batch_size", int, "B", "sequences in a step; in a plan, of either backend, how many should fit", "32"),
+    ("max_batch_size", int, "B", "sequences in a step; in a plan of either backend, the number that should fit", "32"),
     ("max_num_tokens", int, "T", "tokens in a step, of all sequences together", "8192"),
-    ("kv_cache_fraction", float, "F", "of the GPU's free memory, for keys and values when it is served", "0.9"),
-    ("workers", int, "N", "ranks that trtllm-build builds side by side", "1"),
-    ("trtllm_checkpoint", Path, "DIR", "where the library's form of the checkpoint is kept", "OUTPUT.checkpoint"),
+    ("kv_cache_fraction", float, "F", "share of the GPU's free memory for keys and values when it is served", "0.9"),
+    ("workers", int, "N", "ranks that trtllm-build builds at the same time", "1"),
+    ("trtllm_checkpoint", Path, "DIR", "folder of the TensorRT-LLM checkpoint", "OUTPUT.checkpoint"),
     ("verify_tokens", int, "N", "positions to compare with the reference", "2048"),
 )
 
@@ -45,7 +51,7 @@ def add_trtllm_arguments(parser: argparse.ArgumentParser) -> None:
         )
     group.add_argument(
         "--plain-weights", action="store_true", default=None,
-        help="write int8 and int4 as floats, which the building machine quantises",
+        help="write int8 and int4 weights as floats; the machine that builds the engine quantises them",
     )  # fmt: skip
 
 

@@ -141,7 +141,7 @@ def read_contents(path: Path, model: Architecture) -> Contents:
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         raise CheckpointError(
             f"reading {path}: {len(wrong)} tensors are not those of the model asked for, the first is {wrong[0]}: "
-            f"found {found.get(wrong[0])}, expected {expected.get(wrong[0])}; remove the file, it is written anew"
+            f"found {found.get(wrong[0])}, expected {expected.get(wrong[0])}; remove the file, and it is written again"
         )
     return Contents(
         bytes_of_type=by_bytes,

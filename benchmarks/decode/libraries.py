@@ -61,7 +61,7 @@ def log_tail() -> str:
 def _alone(package: str) -> None:
     [other] = set(_PACKAGES) - {package}
     if other in sys.modules:
-        raise AssertionError(f"loading {package}: this process has loaded {other}, load it in another")
+        raise AssertionError(f"loading {package}: this process has loaded {other}; load it in another process")
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)  # ggml_log_callback

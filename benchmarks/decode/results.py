@@ -111,7 +111,7 @@ def table(result: Mapping[str, Any]) -> str:
     lines += [f"{name} {found['notes']['scaled']}" for name, found in result["contenders"].items()
               if "scaled" in found["notes"]]  # fmt: skip
     lines += [f"{name} not run: {reason}" for name, reason in result["not_run"].items()]
-    lines += [f"{name}: others kept {cores:.2f} cores busy in the worst turn, its rates are not to be trusted"
+    lines += [f"{name}: others kept {cores:.2f} cores busy in the worst turn, so its rates are not reliable"
               for name, found in result["contenders"].items()
               if (cores := found["spread"]["other_cores"][1]) > QUIET_CORES]  # fmt: skip
     lines.append(f"read bandwidth {result['bandwidth']['bytes_per_second'] / 1e9:.1f} GB/s; rates in tokens/s, medians")

@@ -107,7 +107,7 @@ def verify_engine(build: Build, num_tokens: int, found: dict[str, Any]) -> None:
     _staged(build, "verify", "--verify-tokens", str(num_tokens), allowed=(0, PARITY_FAILED))
     verification = json.loads((build.engine / MANIFEST_FILE).read_text(encoding="utf-8"))["verification"]
     if verification is None:
-        raise StepFailed(f"verifying {build.engine}: the build ended without a comparison; its words: {build.log}")
+        raise StepFailed(f"verifying {build.engine}: the build ended without a comparison; its log: {build.log}")
     found.update(verification)
 
 

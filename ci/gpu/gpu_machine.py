@@ -174,7 +174,10 @@ def _gpu_problems(readings: Readings, needs: Needs) -> Iterator[str]:
         )
         return
     if readings.cuda is None:
-        yield f"CUDA does not start ({readings.cuda_problem}): the driver is too old for this container, or not whole"
+        yield (
+            f"CUDA does not start ({readings.cuda_problem}): the driver is too old for this container, or its "
+            "installation is not complete"
+        )
     count = len(gpus) if readings.machine.visible is None else readings.machine.visible
     if count < needs.tp_size:
         yield f"--tp-size is {needs.tp_size} and {count} GPU(s) can be used: {', '.join(gpu.name for gpu in gpus)}"
@@ -183,7 +186,8 @@ def _gpu_problems(readings: Readings, needs: Needs) -> Iterator[str]:
         if memory is not None and memory.free < needs.gpu:
             yield (
                 f"{gpu.name} (GPU {gpu.index}) has {_gigabytes(memory.free)} of its {_gigabytes(memory.total)} free, "
-                f"about {_gigabytes(needs.gpu)} are needed: free it, share the model out with --tp-size, or ask for "
+                f"about {_gigabytes(needs.gpu)} are needed: free it, divide the model among GPUs with --tp-size, or "
+                "ask for "
                 "fewer --precisions"
             )
 

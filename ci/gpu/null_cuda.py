@@ -4,8 +4,8 @@
     python ci/gpu/null_cuda.py ENGINE... [--capability 90]
 
 Shows what the provider decides before a kernel computes: that it takes every node, that every kernel's constructor,
-weight layout and input check accept the graph, and which kernels a prefill and a decode step launch. Nothing can be
-said of the numbers. Needs a C compiler and nm. Exit status 0 done, 2 an engine is refused or something is missing.
+weight layout and input check accept the graph, and which kernels a prefill and a decode step launch. It cannot
+check the numbers. Needs a C compiler and nm. Exit status 0 done, 2 an engine is refused or something is missing.
 """
 
 from __future__ import annotations
@@ -111,7 +111,13 @@ def short_name(kernel: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engines", nargs="+", type=Path, metavar="ENGINE")
-    parser.add_argument("--capability", type=int, default=90, metavar="SM", help="of the device (default: %(default)s)")
+    parser.add_argument(
+        "--capability",
+        type=int,
+        default=90,
+        metavar="SM",
+        help="compute capability of the device (default: %(default)s)",
+    )
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     try:

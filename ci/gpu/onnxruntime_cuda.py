@@ -222,7 +222,9 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", type=positive, default=[1, 32], metavar="B")
     parser.add_argument("--prompt", type=positive, default=512, metavar="TOKENS")
     parser.add_argument("--steps", type=positive, default=64, metavar="N", help="tokens decoded after the prompt")
-    parser.add_argument("--copy-gb", type=float, default=2.0, metavar="GB", help="buffer of the bandwidth measurement")
+    parser.add_argument(
+        "--copy-gb", type=float, default=2.0, metavar="GB", help="size of the buffer for measuring bandwidth"
+    )
     parser.add_argument("--provider", choices=PROVIDERS, default="cuda")
     return parser.parse_args(words)
 

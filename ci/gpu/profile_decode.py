@@ -75,7 +75,7 @@ def main() -> int:
     parser.add_argument("--batch", type=positive, default=1, metavar="B")
     parser.add_argument("--prompt", type=positive, default=512, metavar="TOKENS")
     parser.add_argument("--steps", type=positive, default=8, metavar="N")
-    parser.add_argument("--kernels", type=positive, default=18, metavar="N", help="how many to print")
+    parser.add_argument("--kernels", type=positive, default=18, metavar="N", help="number of kernels to print")
     try:
         print(profile(parser.parse_args()))
     except UsageError as refusal:

@@ -59,7 +59,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("prompts", nargs="+", metavar="PROMPT")
-    parser.add_argument("--tokens", type=int, default=48, metavar="N", help="of each answer (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=48, metavar="N", help="tokens of each answer (default: %(default)s)"
+    )
     options = parser.parse_args()
 
     def run() -> int:

@@ -4,7 +4,8 @@
 
 Runs in TensorRT-LLM's Triton container, where ci/gpu/tensorrt_llm.sh starts it. The model is the phixtral of
 examples/tiny-phixtral; with --full another too, of phixtral-4x2_8's size and random weights. What cannot run here is
-refused in one sentence first. DIR/results.json is written after every step, and the same command takes up what is done.
+refused in one sentence first. DIR/results.json is written after every step, and the same command continues from the
+finished steps.
 Exit status 0 all is well, 1 a step failed or an engine differs from the reference, 2 it cannot run here.
 """
 

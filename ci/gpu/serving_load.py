@@ -125,11 +125,13 @@ async def _answer(client: AsyncClient, request: GenerationRequest, started: floa
     async for piece in client.stream(request):
         arrivals.append(round(time.perf_counter() - started, MICROSECONDS))
         if piece.num_output_tokens is None:
-            raise ClientError(f"measuring {request.model}: a piece without num_output_tokens, which moeship's have")
+            raise ClientError(
+                f"measuring {request.model}: found a piece without num_output_tokens, which every piece of moeship has"
+            )
         counts.append(piece.num_output_tokens)
         num_input, reason = piece.num_input_tokens or num_input, piece.finish_reason or reason
     if not counts or not counts[-1]:
-        raise ClientError(f"measuring {request.model}: an answer without a token")
+        raise ClientError(f"measuring {request.model}: found an answer without a token")
     return Sample(
         sent_s=round(sent, MICROSECONDS), arrivals_s=tuple(arrivals), num_tokens=tuple(counts),
         num_input_tokens=num_input, finish_reason=reason,

@@ -106,10 +106,10 @@ class Options:
 _NUMBERS = (
     ("tp_size", "N", "GPUs that share each engine"),
     ("verify_tokens", "N", "positions to compare with the reference"),
-    ("text_tokens", "N", "of each greedy text"),
-    ("prompt_tokens", "N", "of each prompt under load"),
-    ("output_tokens", "N", "of each answer under load"),
-    ("rounds", "N", "of each level of the load"),
+    ("text_tokens", "N", "tokens of each greedy text"),
+    ("prompt_tokens", "N", "tokens of each prompt under load"),
+    ("output_tokens", "N", "tokens of each answer under load"),
+    ("rounds", "N", "rounds of each level of the load"),
 )
 
 
@@ -119,10 +119,10 @@ def read_arguments(description: str | None, words: Sequence[str] | None = None) 
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--output", type=Path, default=Path("gpu-results"), metavar="DIR",
-        help="for all that is made (default: %(default)s)",
+        help="folder for all files (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--full", action="store_true", help="try a model of phixtral-4x2_8's size too")
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a checkpoint in place of the small model")
+    parser.add_argument("--full", action="store_true", help="also try a model of the size of phixtral-4x2_8")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="checkpoint to try instead of the small model")
     parser.add_argument(
         "--precisions", type=_words, default=default["precisions"], metavar="P,P",
         help=f"of {', '.join(SHARES)}; the group-wise int4_gptq and int4_awq are experimental (default: fp16,int4)",
@@ -136,7 +136,7 @@ def read_arguments(description: str | None, words: Sequence[str] | None = None) 
         parser.add_argument(
             flag, type=int, default=default[name], metavar=metavar, help=f"{text} (default: %(default)s)"
         )
-    parser.add_argument("--check", action="store_true", help="only say whether it can run here")
+    parser.add_argument("--check", action="store_true", help="only check whether the script can run here")
     return parser.parse_args(words)
 
 

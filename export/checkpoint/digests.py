@@ -63,7 +63,9 @@ class RecordedCheckpoint(Checkpoint):
             runs.append(_OpenRun(start=start, end=start, sha=hashlib.sha256()))
         run = next((run for run in reversed(runs) if run.end == start), None)
         if run is None:
-            raise AssertionError(f"{stored.name} was read from byte {start} on, where no run begins or has come to")
+            raise AssertionError(
+                f"{stored.name} was read from byte {start} on, expected the start of a run or where it stopped"
+            )
         run.sha.update(view)
         run.end += len(view)
         self.count(len(view))
@@ -76,7 +78,9 @@ class RecordedCheckpoint(Checkpoint):
             runs.sort(key=lambda run: run.start)
             ends = [0, *(run.end for run in runs)]
             if [run.start for run in runs] != ends[:-1] or ends[-1] != self.tensors[name].num_bytes:
-                raise AssertionError(f"{name} was read in {[(run.start, run.end) for run in runs]}, not whole and once")
+                raise AssertionError(
+                    f"{name} was read in {[(run.start, run.end) for run in runs]}, expected each byte once"
+                )
             found[name] = tuple(Run(bytes=run.end - run.start, sha256=run.sha.hexdigest()) for run in runs)
         return found
 

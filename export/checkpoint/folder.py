@@ -132,8 +132,8 @@ def open_checkpoint(location: str | Path) -> Checkpoint:
         for stored in read_header(shard):
             if stored.name in tensors:
                 raise CheckpointError(
-                    f"opening {named(folder)}: {named(stored.name)} stands in {named(tensors[stored.name].shard.name)} "
-                    f"and again in {named(shard.name)}; remove the shard that does not belong to this checkpoint"
+                    f"opening {named(folder)}: {named(stored.name)} is in {named(tensors[stored.name].shard.name)} and "
+                    f"also in {named(shard.name)}; remove the shard that does not belong to this checkpoint"
                 )
             tensors[stored.name] = stored
     if weight_map is not None:
@@ -167,7 +167,8 @@ def _download(location: str) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"opening the checkpoint {named(location)}: no such folder here, and the hub did not give it "
+            f"opening the checkpoint {named(location)}: there is no such folder here, and it could not be downloaded "
+            "from the hub "
             f"({named(reason)}); check the name and the network, or download it and pass its folder"
         ) from error
 
@@ -217,9 +218,11 @@ def _indexed_shards(folder: Path, weight_map: Mapping[str, str]) -> list[Path]:
     absent = [name for name in files if name not in outside and not os.path.exists(folder / name)]  # noqa: PTH110
     if outside or absent:
         problem = (
-            f"names files outside the folder: {shown(outside)}" if outside else f"names absent shards: {shown(absent)}"
+            f"names files outside the folder: {shown(outside)}"
+            if outside
+            else f"names shards that do not exist: {shown(absent)}"
         )
-        raise CheckpointError(f"opening {named(folder)}: {INDEX_FILE} {problem}; download the checkpoint again, whole")
+        raise CheckpointError(f"opening {named(folder)}: {INDEX_FILE} {problem}; download the whole checkpoint again")
     return [folder / name for name in files]
 
 
@@ -243,7 +246,7 @@ def _no_weights(folder: Path, found: list[Path]) -> str:
             f"no safetensors file; only pickled weights ({names(pickles, 3)}), which can execute code and are never "
             "opened; convert them to safetensors first"
         )
-    return "no safetensors file; is it a checkpoint?"
+    return "no safetensors file; check that this is the folder of a checkpoint"
 
 
 def _refuse_adapter(folder: Path) -> None:
@@ -253,7 +256,7 @@ def _refuse_adapter(folder: Path) -> None:
         return
     adapter = read_json(settings, "the adapter's settings")
     raise CheckpointError(
-        f"opening {named(folder)}: it is no model but an adapter of type {shown(adapter.get('peft_type'))} for the "
+        f"opening {named(folder)}: it is not a model but an adapter of type {shown(adapter.get('peft_type'))} for the "
         f"base model {shown(adapter.get('base_model_name_or_path'))}; merge it into that model (peft's "
         "merge_and_unload), save the result, and pass its folder"
     )

@@ -116,7 +116,9 @@ def _header_bytes(shard: Path, file: io.FileIO) -> bytes:
         pieces.append(piece)
         length -= len(piece)
     if length:
-        raise CheckpointError(f"opening {named(shard)}: it changed while it was read; open it again when it is whole")
+        raise CheckpointError(
+            f"opening {named(shard)}: it changed while it was read; try again when nothing writes to it"
+        )
     return b"".join(pieces)
 
 
@@ -152,7 +154,8 @@ def _read_entry(shard: Path, name: str, entry: Any, data_offset: int) -> StoredT
         )
     if dtype not in _ITEM_BITS:
         raise CheckpointError(
-            f"opening {named(shard)}: {named(name)} has dtype {shown(dtype)}, which the format does not know; it has "
+            f"opening {named(shard)}: {named(name)} has dtype {shown(dtype)}, which the format does not have; expected "
+            "one of "
             f"{', '.join(_ITEM_BITS)}: download it again"
         )
     return StoredTensor(

@@ -89,7 +89,7 @@ def write_safetensors(path: Path, tensors: Sequence[PlannedTensor], chunks: Chun
             for tensor in tensors:
                 _write_tensor(file, tensor, chunks(tensor))
     except OSError as error:
-        raise OutputError(f"writing {path}: {error.strerror or error}; nothing is kept of it") from error
+        raise OutputError(f"writing {path}: {error.strerror or error}; the unfinished file was removed") from error
 
 
 def header_of(tensors: Sequence[PlannedTensor]) -> bytes:
@@ -116,7 +116,9 @@ def _write_tensor(file: io.FileIO, tensor: PlannedTensor, chunks: Iterable[npt.N
         _write_all(file, np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
         written += chunk.nbytes
     if written != tensor.num_bytes:
-        raise OutputError(f"writing {tensor.name}: {written} bytes came, {list(tensor.shape)} takes {tensor.num_bytes}")
+        raise OutputError(
+            f"writing {tensor.name}: {written} bytes were given, {list(tensor.shape)} takes {tensor.num_bytes}"
+        )
 
 
 def _write_all(file: io.FileIO, data: bytes | memoryview) -> None:

@@ -72,8 +72,8 @@ def check_unchanged(
         changed += shards_read_otherwise(checkpoint, _runs(records), touched)
     if changed:
         raise CheckpointError(
-            f"reading {checkpoint.folder}: {names(changed)} changed while it was read, and what is made of it would be "
-            "of two checkpoints; it is discarded: build again when nothing writes to the folder"
+            f"reading {checkpoint.folder}: {names(changed)} changed while it was read, so the output would mix two "
+            "versions of the checkpoint; the output is discarded: build again when nothing writes to the folder"
         )
 
 

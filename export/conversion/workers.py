@@ -110,7 +110,7 @@ def _receive(worker: _Worker, count: Callable[[int], None]) -> PartRecord | None
         status = worker.process.wait()
         raise OutputError(
             f"converting {worker.job.source if worker.job else 'weights'}: the process that did it ended with status "
-            f"{status}{', killed, perhaps for want of memory' if status == -signal.SIGKILL else ''}"
+            f"{status}{', killed, perhaps because memory ran out' if status == -signal.SIGKILL else ''}"
         ) from error
     if kind == "read":
         count(what[0])

@@ -67,8 +67,8 @@ class Family:
         if self.trtllm is None:
             having = ", ".join(family.name for family in families() if family.trtllm)
             raise ExportError(
-                f"planning a TensorRT-LLM engine: moeship has no network of TensorRT-LLM's for the family {self.name}, "
-                f"only for {having}; build for onnxruntime"
+                f"planning a TensorRT-LLM engine: moeship builds TensorRT-LLM engines of {having}, not of {self.name}; "
+                "build for onnxruntime"
             )
         return self.trtllm
 
@@ -131,8 +131,8 @@ def detect(config: Mapping[str, Any], where: str) -> Family:
         return found[0]
     known = ", ".join(family.name for family in families())
     raise ConfigError(
-        f"reading config.json of {named(where)}: model_type {shown(config.get('model_type'))} is none that moeship "
-        f"builds ({known}); is this the checkpoint you meant?"
+        f"reading config.json of {named(where)}: model_type {shown(config.get('model_type'))} is not among those that "
+        f"moeship builds ({known}); check that this is the checkpoint you meant"
     )
 
 
@@ -168,7 +168,9 @@ def _check_counts(checkpoint: Checkpoint, architecture: Architecture) -> None:
 
 def _with_experts_per_token(architecture: Architecture, experts_per_token: int) -> Architecture:
     if not architecture.is_moe:
-        raise ConfigError(f"overriding num_experts_per_tok: {architecture.family} is dense and routes nothing")
+        raise ConfigError(
+            f"overriding num_experts_per_tok: {architecture.family} is dense and has no experts to choose; leave it out"
+        )
     if not 1 <= experts_per_token <= architecture.num_experts:
         raise ConfigError(
             f"overriding num_experts_per_tok: found {experts_per_token}, expected 1 to {architecture.num_experts}, "

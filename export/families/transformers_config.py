@@ -11,7 +11,7 @@ HARMLESS_KEYS = (
     "use_cache", "_name_or_path", "chunk_size_feed_forward", "id2label", "label2id",
     "is_encoder_decoder", *SETTINGS_KEYS, "output_attentions", "output_hidden_states", "problem_type", "return_dict",
 )  # fmt: skip
-SCALED_ROTARY = "is not supported yet, and without it the logits would be others"
+SCALED_ROTARY = "is not supported yet, and without it the logits would be wrong"
 
 
 def read_rope(reader: ConfigReader, *keys: str) -> ConfigReader:
@@ -25,7 +25,9 @@ def read_rope(reader: ConfigReader, *keys: str) -> ConfigReader:
     rope.require("rope_type", ["default"], absent="default")
     unknown = rope.overlaid - {*keys, "rope_type"}
     if unknown:
-        reader.problem(f"rope_parameters holds {names(sorted(unknown))}, which this family does not honour")
+        reader.problem(
+            f"rope_parameters holds {names(sorted(unknown))}, which moeship does not support for this family"
+        )
     return rope
 
 
@@ -38,9 +40,9 @@ def _refuse_rotary_scaling(reader: ConfigReader) -> None:
         more = sorted(set(scaling) - {"rope_type", "type"})
         if kind == "default":
             if more:
-                reader.problem(f"rope_scaling of the kind 'default' holds {names(more)}, which is not honoured there")
+                reader.problem(f"rope_scaling of the kind 'default' holds {names(more)}, which is not supported there")
             if reader.mapping("rope_parameters"):
-                reader.problem("rope_scaling and rope_parameters both say how positions are turned; state it in one")
+                reader.problem("rope_scaling and rope_parameters both set the rotary embedding; keep one of them")
             return
         reader.problem(f"rope_scaling is {shown(scaling)}: its kind, {shown(kind, 40)}, {SCALED_ROTARY}")
 
@@ -53,8 +55,8 @@ def refuse_quantized(reader: ConfigReader) -> None:
         method = fields.get("quant_method") or fields.get("quant_algo")
         reader.explain(
             key,
-            f"the weights are quantised by {named(method, 40) if method else 'an unnamed method'}, which is not read "
-            "yet; take the checkpoint as it was before, moeship quantises it itself",
+            f"the weights are quantised by {named(method, 40) if method else 'an unnamed method'}, which moeship does "
+            "not read yet; take the checkpoint as it was before quantisation, since moeship quantises it itself",
         )
 
 
@@ -62,7 +64,7 @@ def check_heads(reader: ConfigReader, architecture: Architecture) -> None:
     """Add a problem for each relation between head sizes that attention needs and that does not hold."""
     if architecture.num_heads % architecture.num_kv_heads:
         reader.problem(
-            f"{architecture.num_heads} query heads do not divide among {architecture.num_kv_heads} key heads"
+            f"{architecture.num_heads} query heads are not a multiple of {architecture.num_kv_heads} key/value heads"
         )
     if architecture.rotary_dim % 2 or not 2 <= architecture.rotary_dim <= architecture.head_size:
         reader.problem(

@@ -60,7 +60,7 @@ class TrtllmNetwork:
         if not self.grouped_heads and facts.num_kv_heads != facts.num_heads:
             found.append(
                 f"{facts.num_kv_heads} key/value heads serve {facts.num_heads} attention heads, and TensorRT-LLM's "
-                f"{name} wants one for each; build for onnxruntime"
+                f"{name} needs one for each; build for onnxruntime"
             )
         for what, plain in (("scales", Scales()), ("router", Router()), ("dense_layers", ())):
             if getattr(facts, what) != plain:
@@ -70,7 +70,8 @@ class TrtllmNetwork:
                 )
         if self.module is None and facts.num_experts == 1:
             found.append(
-                f"one expert can be chosen, and TensorRT-LLM's {name} takes a mixture of one for a dense model, whose "
+                f"only one expert can be chosen, and TensorRT-LLM's {name} takes a mixture of one for a dense model, "
+                "whose "
                 "tensors have other names; build for onnxruntime"
             )
         return found

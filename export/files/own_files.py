@@ -49,8 +49,8 @@ def require_own_folder(path: Path, doing: str, *, made: bool = False) -> None:
         raise OutputError(f"{doing}: {path} is {_kind(facts)}, expected a folder of an earlier run; remove it")
     if facts.st_uid != os.geteuid():
         raise OutputError(
-            f"{doing}: the folder {path} belongs to {_user(facts.st_uid)}, expected {_user(os.geteuid())}, who writes "
-            "here; have it removed, or name another output"
+            f"{doing}: the folder {path} belongs to {_user(facts.st_uid)}, expected {_user(os.geteuid())}, the user "
+            "who runs moeship; have it removed, or name another output"
         )
     if facts.st_mode & _OTHERS_WRITE and not made:
         raise OutputError(

@@ -47,7 +47,7 @@ def open_regular(path: Path, doing: str, error: Kind = ConfigError) -> Iterator[
 
 def _refuse_irregular(path: Path, doing: str, error: Kind) -> NoReturn:
     raise error(
-        f"{doing}: {named(path)} is a folder, a pipe or a device, expected a regular file; put the file itself there"
+        f"{doing}: {named(path)} is a folder, a pipe or a device, expected a regular file; put a regular file there"
     )
 
 
@@ -88,7 +88,8 @@ def read_bytes(path: Path, what: str, *, most: int = MAX_JSON_BYTES, error: Kind
         before = os.fstat(file.fileno())
         if before.st_size > most:
             raise error(
-                f"{doing}: {named(path)} has {before.st_size} bytes, expected at most {most}; is it the right file?"
+                f"{doing}: {named(path)} has {before.st_size} bytes, expected at most {most}; check that it is the "
+                "right file"
             )
         pieces, size = [], 0
         while size <= before.st_size and (piece := file.read(before.st_size + 1 - size)):
@@ -166,17 +167,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {shown(twice)} stands twice in one object")
+        raise ValueError(f"the key {shown(twice)} occurs twice in one object")
     return found
 
 
 def _refuse_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text} is not a number in JSON")
 
 
 def _unsigned_zero(text: str) -> int:
     if text == "-0":
-        raise ValueError("-0 is no whole number here")
+        raise ValueError("-0 is not a whole number here")
     return int(text)
 
 
@@ -190,10 +191,12 @@ def _mended(path: Path, doing: str, error: Kind) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as reason:
-        raise error(f"{doing}: {named(path)} does not exist; is {named(path.parent)} the right folder?") from reason
+        raise error(
+            f"{doing}: {named(path)} does not exist; check that {named(path.parent)} is the right folder"
+        ) from reason
     except OSError as reason:
         raise error(
-            f"{doing}: {named(path)} cannot be read ({reason.strerror or reason}); mend that, or name another path"
+            f"{doing}: {named(path)} cannot be read ({reason.strerror or reason}); correct that, or name another path"
         ) from reason
     except ValueError as reason:
         raise error(f"{doing}: {named(path)} is not a path ({reason}); name another") from reason

@@ -197,7 +197,7 @@ def _open_journal(
     found = lines[0] if lines else None
     expected = json.loads(json.dumps(asdict(fingerprint)))
     if found is not None and found.get("settings") != expected["settings"]:
-        logger.warning("starting %s anew: the interrupted run had other settings%s", what,
+        logger.warning("starting %s from the beginning: the interrupted run had other settings%s", what,
                        listing(_differences(found.get("settings"), expected["settings"])))  # fmt: skip
         found = None
     if found is None:
@@ -214,8 +214,9 @@ def _open_journal(
     changed = _differences(*({name: _lasting(facts) for name, facts in each.items()} for each in (before, after)))
     if changed:
         raise CheckpointError(
-            f"resuming {what} {final}: its source changed since the run was interrupted; put back what was there, or "
-            f"discard the finished parts (rm -r {shlex.quote(str(partial))}) and build anew:{listing(changed)}"
+            f"resuming {what} {final}: its source changed since the run was interrupted; put the earlier files back, "
+            f"or discard the finished parts (rm -r {shlex.quote(str(partial))}) and build from the "
+            f"start:{listing(changed)}"
         )
     with open_own("journal", held, os.O_WRONLY, journal, doing) as descriptor:
         os.ftruncate(descriptor, num_bytes)

@@ -54,7 +54,7 @@ class _BoundedLoader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             node = super().compose_node(parent, index)
             if id(node) not in self._sizes:
-                raise yaml.composer.ComposerError(None, None, "an alias stands inside what it names", mark)
+                raise yaml.composer.ComposerError(None, None, "an alias is inside the value that it refers to", mark)
             self._count(self._sizes[id(node)], mark)
             return node
         self._depth += 1
@@ -70,7 +70,9 @@ class _BoundedLoader(yaml.SafeLoader):
     def _count(self, nodes: int, mark: Any) -> None:  # noqa: ANN401 - yaml.Mark
         self._nodes += nodes
         if self._nodes > MAX_NODES:
-            raise yaml.composer.ComposerError(None, None, f"more than {MAX_NODES} values, aliases followed", mark)
+            raise yaml.composer.ComposerError(
+                None, None, f"more than {MAX_NODES} values, counting aliases as often as they are used", mark
+            )
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: ANN401 - YAML value
         try:

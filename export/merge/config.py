@@ -95,7 +95,7 @@ def read_merge_config(path: Path) -> MergeConfig:
     config = reader.config(raw, text)
     if reader.problems:
         asked = listing(reader.problems, 20)
-        raise ConfigError(f"reading {_WHAT} {named(path)}: it asks for what moeship does not do:{asked}")
+        raise ConfigError(f"reading {_WHAT} {named(path)}: it asks for settings that moeship does not support:{asked}")
     return config
 
 
@@ -168,7 +168,7 @@ class _Reader:
         wrong = [item for item in value if not isinstance(item, str)]
         if wrong:
             self.problems.append(
-                f"{where}.{key} holds {shown(wrong[0])}, which YAML reads as no text; put it in quotes"
+                f"{where}.{key} holds {shown(wrong[0])}, which YAML does not read as a text; put it in quotes"
             )
         return tuple(str(item) for item in value)
 
@@ -216,8 +216,8 @@ class _Reader:
             return str(folder)
         if "+" in value or "@" in value:
             self.problems.append(
-                f"{where}{key} is {shown(value)}: adapters (+) and revisions (@) are not honoured; "
-                "merge the adapter or download the revision, and give its folder"
+                f"{where}{key} is {shown(value)}: adapters (+) and revisions (@) are not supported; merge the adapter "
+                "or download the revision, and give its folder"
             )
         return value if HUB_ID.fullmatch(value) else str(folder)
 

@@ -54,7 +54,7 @@ def layer_inputs(model: Model, prompts: Sequence[Sequence[int]]) -> Iterator[Sta
 
 def require_torch() -> Any:  # noqa: ANN401 - a module
     """Import transformers and torch; returns torch. Raises MissingPackageError."""
-    purpose = "making gates from hidden states (gate_mode cheap_embed does without)"
+    purpose = "making gates from hidden states (gate_mode cheap_embed works without)"
     for package in ("transformers", "torch"):
         with optional_package(package, purpose, "verify"):
             module = __import__(package)

@@ -366,7 +366,7 @@ class GraphBuilder:
         engine's expert order."""
         spec = self._table[name]
         if self._plan.bits_of(spec.role) is not None:
-            raise ExportError(f"planning {name}: the role {spec.role} is never quantised, the recipe lists it")
+            raise ExportError(f"planning {name}: the recipe lists the role {spec.role}, which is never quantised")
         order = self._expert_order if spec.stacks_experts else None
         output = Initializer(name=name, dtype=float_type, shape=spec.shape)
         self.jobs.append(

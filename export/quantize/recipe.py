@@ -61,7 +61,7 @@ def plan_for(precision: str, provider: Provider = PROVIDERS["cpu"]) -> QuantPlan
     if precision not in provider.precisions:
         others = [f"--provider {other.name}" for other in PROVIDERS.values() if precision in other.precisions]
         raise QuantizationError(
-            f"choosing the precision: ONNX Runtime has no {precision} kernels of a mixture for the provider "
+            f"choosing the precision: ONNX Runtime has no {precision} kernels for mixtures on the provider "
             f"{provider.name}; build {', '.join(provider.precisions)}, or {precision} with {' or '.join(others)}"
         )
     plan = PLANS[precision]

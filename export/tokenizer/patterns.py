@@ -64,9 +64,9 @@ def check_pattern(pattern: str) -> None:
         reader = _Reader(pattern)
         reader.alternatives(0)
         if reader.place < len(pattern):
-            raise ValueError("it has a ) too many")
+            raise ValueError("it has one ) too many")
     except ValueError as error:
-        raise ValueError(f"its pattern {shown(pattern)} can take for ever on some text: {error}") from error
+        raise ValueError(f"its pattern {shown(pattern)} can take unlimited time on some text: {error}") from error
 
 
 def _patterns(component: Any) -> Iterator[str]:  # noqa: ANN401 - JSON value
@@ -102,14 +102,16 @@ class _Reader:
         while self.place < len(self._pattern) and self._pattern[self.place] not in "|)":
             piece = self._quantified(self._atom(depth))
             if piece.can_fail and (repeats > 1 or ambiguous):
-                raise ValueError("after its repeats something can fail, and each way to share them out would be tried")
+                raise ValueError(
+                    "what follows its repeats can fail, and then each way to divide the text among the repeats is tried"
+                )
             repeats, ways = repeats + piece.repeats, ways * piece.ways
             can_fail, fixed = can_fail or piece.can_fail, fixed and piece.fixed
             ambiguous = ambiguous or piece.ambiguous
             if repeats > 2:
-                raise ValueError("it repeats more than twice without bound on one way through")
+                raise ValueError("one way through it has more than two repeats without a bound")
             if ways > _MAX_WAYS:
-                raise ValueError(f"its bounded repeats can share out characters in more than {_MAX_WAYS} ways")
+                raise ValueError(f"its bounded repeats can divide characters in more than {_MAX_WAYS} ways")
         return _Piece(repeats=repeats, ways=ways, can_fail=can_fail, fixed=fixed, ambiguous=ambiguous)
 
     def _take(self, text: str) -> bool:
@@ -138,10 +140,10 @@ class _Reader:
             return _Piece(can_fail=False)
         look = self._match(_LOOK)
         if not look and self._pattern.startswith(("?", "*"), self.place) and not self._match(_GROUP):
-            raise ValueError("it has a group of a kind that is not read here")
+            raise ValueError("it has a group of a kind that moeship does not read")
         inside = self.alternatives(depth + 1)
         if not self._take(")"):
-            raise ValueError("a group of it does not end")
+            raise ValueError("one of its groups does not end")
         return _Piece(repeats=inside.repeats, ways=inside.ways, fixed=False) if look else inside
 
     def _class(self, depth: int) -> None:
@@ -150,7 +152,7 @@ class _Reader:
             raise ValueError(f"it is nested deeper than {_MAX_DEPTH} groups")
         self._take("^")
         if self._pattern.startswith("]", self.place):
-            raise ValueError("a class of it begins with a bracket")
+            raise ValueError("one of its character classes begins with a bracket")
         while self.place < len(self._pattern):
             letter = self._pattern[self.place]
             self.place += 2 if letter == "\\" else 1
@@ -158,14 +160,14 @@ class _Reader:
                 return
             if letter == "[":
                 self._class(depth + 1)
-        raise ValueError("a class of it does not end")
+        raise ValueError("one of its character classes does not end")
 
     def _escape(self) -> _Piece:
         if not self._match(_NAMED_ESCAPE):
             letter = self._pattern[self.place : self.place + 1]
             self.place += 1
             if letter in "123456789kg" or not letter:
-                raise ValueError("it refers to what was matched before")
+                raise ValueError("it refers back to text that it matched before")
             if letter == "X":  # \X matches a letter with all its combining marks
                 return _Piece(repeats=1, fixed=False)
         return _Piece()
@@ -202,5 +204,5 @@ def _repeated(piece: _Piece, least: int, most: int | None) -> _Piece:
             fixed=False, ambiguous=piece.ambiguous,
         )  # fmt: skip
     if not piece.fixed and (piece.repeats or piece.ways > _MANY):
-        raise ValueError("it repeats a repeat")
+        raise ValueError("it applies a repeat to a repeat")
     return _Piece(repeats=1, can_fail=can_fail, fixed=False, ambiguous=not piece.fixed)

@@ -147,9 +147,9 @@ def tokenizer_class(files: TokenizerFiles, config: Mapping[str, Any]) -> str:
         return name
     raise files.refuse(
         SETTINGS_FILE,
-        f"holds tokenizer_class {shown(asked)}; transformers builds such a tokenizer in a way of its own, and "
-        f"moeship follows {GPT2}, {CODEGEN}, {LLAMA} and PreTrainedTokenizerFast; where {TOKENIZER_FILE} says all of "
-        "it, set tokenizer_class to PreTrainedTokenizerFast",
+        f"holds tokenizer_class {shown(asked)}; transformers builds tokenizers of this class in a way of their own, "
+        f"and moeship supports {GPT2}, {CODEGEN}, {LLAMA} and PreTrainedTokenizerFast; where {TOKENIZER_FILE} "
+        "describes the whole tokenizer, set tokenizer_class to PreTrainedTokenizerFast",
     )
 
 
@@ -157,9 +157,9 @@ def _refuse_settings(files: TokenizerFiles, content: Mapping[str, Any]) -> None:
     """Raise ConfigError for settings whose effect in transformers cannot be written in an engine's tokenizer.json."""
     settings = files.settings
     if settings.get("split_special_tokens"):
-        raise files.refuse(SETTINGS_FILE, "sets split_special_tokens, which is not honoured yet")
+        raise files.refuse(SETTINGS_FILE, "sets split_special_tokens, which is not supported yet")
     if settings.get("init_inputs"):
-        raise files.refuse(SETTINGS_FILE, "holds init_inputs, which are not honoured yet")
+        raise files.refuse(SETTINGS_FILE, "holds init_inputs, which are not supported yet")
     others = settings.get("fast_tokenizer_files")
     if others not in (None, [], [TOKENIZER_FILE]):
         raise files.refuse(
@@ -187,7 +187,7 @@ def _rebuild(files: TokenizerFiles, content: dict[str, Any], name: str) -> bool:
     if not _is_bpe(content):
         raise files.refuse(
             TOKENIZER_FILE,
-            f"holds no BPE model, and a {name} is one; set tokenizer_class to PreTrainedTokenizerFast in "
+            f"holds no BPE model, which a {name} has; set tokenizer_class to PreTrainedTokenizerFast in "
             f"{SETTINGS_FILE}",
         )
     llama = name == LLAMA
@@ -266,7 +266,9 @@ def _add_tokens(
         token.special = token.special or str(token) in named
         if str(token) not in known and repr(behind.setdefault(str(token), token)) != repr(token):
             # In transformers the result depends on whether the tokenizer was saved and loaded again.
-            raise files.refuse(SETTINGS_FILE, f"states the token {shown(str(token), 60)} in two ways; state it in one")
+            raise files.refuse(
+                SETTINGS_FILE, f"states the token {shown(str(token), 60)} in two different ways; keep one of them"
+            )
     for token in adding:
         token.special = token.special or str(token) in named
     backend.add_tokens([*adding, *behind.values()])

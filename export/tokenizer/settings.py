@@ -107,8 +107,8 @@ class Settings:
         gone = [name for name in self.files if not is_regular(self.folder / name)]
         if gone:
             raise ConfigError(
-                f"copying the settings of {named(self.folder)}: {names(gone)} changed since they were read, and are no "
-                "regular files any more; put them back and start again"
+                f"copying the settings of {named(self.folder)}: {names(gone)} changed into something else than regular "
+                "files since they were read; put the files back and start again"
             )
         for name in self.files:
             target = folder / name

@@ -283,8 +283,8 @@ def require_written(plan: CheckpointPlan, folder: Path) -> Mapping[str, str]:
 
     Raises ExportError that says what differs and what to do.
     """
-    where = f"taking up the TensorRT-LLM checkpoint {folder}"
-    remedy = "name another with --trtllm-checkpoint, or remove it to have it written anew"
+    where = f"reusing the TensorRT-LLM checkpoint {folder}"
+    remedy = "name another with --trtllm-checkpoint, or remove it to have it written again"
     try:
         manifest = read_json(folder / MANIFEST_FILE, "the checkpoint's manifest")
     except ConfigError as error:
@@ -304,7 +304,7 @@ def require_written(plan: CheckpointPlan, folder: Path) -> Mapping[str, str]:
         changed = changed_sources(plan.model.weights, sources, folder / MANIFEST_FILE)
         problems += [f"its source file {problem}" for problem in changed]
     if problems:
-        raise ExportError(f"{where}: it is another; {remedy}:{listing(problems)}")
+        raise ExportError(f"{where}: it was made from something else; {remedy}:{listing(problems)}")
     return sources
 
 

@@ -82,7 +82,7 @@ class Parallelism:
 
         def indivisible(what: str, number: int, size_name: str, size: int) -> None:
             if number % size:
-                found.append(f"{number} {what} do not divide among {size_name} {size}")
+                found.append(f"{number} {what} cannot be divided evenly by {size_name} {size}")
 
         if self.pp_size > facts.num_layers:
             found.append(f"pp_size is {self.pp_size}, expected at most the number of layers, {facts.num_layers}")
@@ -92,7 +92,9 @@ class Parallelism:
             )
         indivisible("attention heads", heads, "tp_size", self.tp_size)
         if keys % self.tp_size and self.tp_size % keys:
-            found.append(f"{keys} key/value heads neither divide among nor repeat over tp_size {self.tp_size}")
+            found.append(
+                f"{keys} key/value heads can be neither divided among nor repeated over tp_size {self.tp_size}"
+            )
         if not facts.is_moe:
             if self.moe_tp_size not in (None, 1) or self.moe_ep_size not in (None, 1):
                 found.append("moe_tp_size and moe_ep_size are for mixtures; this model is dense")

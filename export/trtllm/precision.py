@@ -91,7 +91,7 @@ def float_type(precision: TrtllmPrecision, dtype: str | None) -> str:
     chosen = dtype or allowed[0]
     if chosen not in allowed:
         raise QuantizationError(
-            f"choosing the dtype: {chosen!r} beside --precision {precision.name}, expected {' or '.join(allowed)}"
+            f"choosing the dtype: {chosen!r} with --precision {precision.name}, expected {' or '.join(allowed)}"
         )
     return chosen
 

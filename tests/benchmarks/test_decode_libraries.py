@@ -35,7 +35,7 @@ SMALL = replace(
 )
 def test_a_process_that_has_one_library_does_not_load_the_other(monkeypatch, load, other):
     monkeypatch.setitem(sys.modules, other, SimpleNamespace())
-    with pytest.raises(AssertionError, match=rf"this process has loaded {other}, load it in another"):
+    with pytest.raises(AssertionError, match=rf"this process has loaded {other}; load it in another process"):
         load.__wrapped__()
 
 

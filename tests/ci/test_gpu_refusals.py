@@ -47,7 +47,7 @@ def without(path: str, folder: Path) -> str:
         (["--tp-size", 2], {}, "--tp-size is 2 and 1 GPU(s) can be used: Stand-in SM80"),
         (
             ["--full"], {"STANDIN_FREE": "17000"},
-            "Stand-in SM80 (GPU 0) has 17.8 GB of its 85.5 GB free, about 19.6 GB are needed: free it, share",
+            "Stand-in SM80 (GPU 0) has 17.8 GB of its 85.5 GB free, about 19.6 GB are needed: free it, divide",
         ),
         (["--precisions", "int3,fp16"], {}, "--precisions has 'int3', there are fp32, fp16, bf16, int8, int4"),
         (["--rounds", 0], {}, "--rounds is 0, expected 1 or more"),

@@ -97,7 +97,7 @@ def test_the_checkpoint_is_given_once_by_its_place_or_by_its_flag(tmp_path, tiny
 def test_the_help_of_instances_says_what_each_has_of_its_own(capsys):
     with pytest.raises(SystemExit):
         main(["package", "--help"])
-    assert "each with keys and values of its own" in " ".join(capsys.readouterr().out.split())
+    assert "each with its own keys and values" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("name", COMMANDS)

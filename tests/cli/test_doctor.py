@@ -100,7 +100,7 @@ def test_a_damaged_byte_of_the_weights_is_a_problem_and_the_facts_are_told_all_t
         file.write(bytes([byte ^ 1]))
     status, report = doctor(engine)
     assert status == 1
-    assert report["engine"]["files"] == "damaged, or of another moeship"
+    assert report["engine"]["files"] == "damaged, or written by another version of moeship"
     assert report["engine"]["family"] == "phixtral"
     (problem,) = report["problems"]
     assert "found SHA-256" in problem
@@ -152,8 +152,8 @@ def test_an_absent_tritonserver_is_told_and_is_no_problem(doctor, monkeypatch):
     [
         ({"numpy": "2.3.0", "nvidia_pytriton": "0.7.0"}, "pip install 'numpy<2'"),
         ({"onnxruntime": "1.32.0", "onnxruntime_gpu": "1.31.1"}, "are both installed"),
-        ({"onnxruntime": "1.20.1"}, "onnxruntime 1.20.1: moeship takes"),
-        ({"transformers": "4.57.0"}, "transformers 4.57.0: moeship takes"),
+        ({"onnxruntime": "1.20.1"}, "onnxruntime 1.20.1: moeship needs"),
+        ({"transformers": "4.57.0"}, "transformers 4.57.0: moeship needs"),
     ],
 )
 def test_versions_that_do_not_go_together_are_a_problem(doctor, versions, changed, text):
@@ -182,7 +182,7 @@ def test_a_library_that_cannot_be_loaded_is_a_problem(doctor, monkeypatch, tmp_p
     monkeypatch.setattr(kernels, "_LIBRARY", library)
     status, report = doctor()
     assert status == 1
-    assert "is no library that this machine loads" in report["problems"][0]
+    assert "is not a library that this machine can load" in report["problems"][0]
 
 
 @pytest.mark.needs_kernels

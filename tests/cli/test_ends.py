@@ -74,7 +74,7 @@ def test_a_full_disk_is_one_line_and_status_2(mixture):
         command = [sys.executable, "-m", "cli.main", "inspect", str(mixture)]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
     assert done.returncode == 2
-    assert done.stderr == "OSError: No space left on device; name another path, or mend it\n"
+    assert done.stderr == "OSError: No space left on device; remove the cause, or name another path\n"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])

@@ -82,9 +82,9 @@ def test_group_wise_experts_with_biases_are_said_to_be_experimental(capsys, capl
         ),
         (
             ["--backend", "tensorrt-llm", "--measure-bandwidth"],
-            "--measure-bandwidth: it measures this machine's memory, and the engine lies in a GPU's; give that with",
+            "--measure-bandwidth: it measures this machine's memory, and the engine is in a GPU's memory; give",
         ),
-        (["--backend", "tensorrt-llm", "--tp-size", "4"], "6 attention heads do not divide among tp_size 4"),
+        (["--backend", "tensorrt-llm", "--tp-size", "4"], "6 attention heads cannot be divided evenly by tp_size 4"),
     ],
 )
 def test_flags_of_the_other_backend_and_what_does_not_fit_are_refused(capsys, tiny_checkpoint, words, text):

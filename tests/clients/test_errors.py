@@ -58,7 +58,7 @@ def test_an_unknown_model_of_an_empty_server_is_told_so():
 def test_unavailable_means_no_connection_when_the_server_does_not_list_its_models():
     error = error_of(doing=DOING, status="UNAVAILABLE", details="connection refused", model="phixtral", models=None)
     assert isinstance(error, errors.ConnectionFailed)
-    assert "gRPC port (8001 unless told otherwise)" in str(error)
+    assert "gRPC port (8001 by default)" in str(error)
 
 
 def test_unavailable_means_not_loaded_when_the_server_lists_the_model_as_failed():

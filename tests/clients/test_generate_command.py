@@ -428,7 +428,10 @@ def test_a_full_disk_cancels_the_request_and_is_said_in_one_line(server, options
         server.answer = server.endless
     with Path("/dev/full").open("wb") as full, started(server, *options, stdout=full) as process:
         _, err = process.communicate(timeout=PATIENCE_S)
-    assert (process.returncode, err) == (2, b"OSError: No space left on device; name another path, or mend it\n")
+    assert (process.returncode, err) == (
+        2,
+        b"OSError: No space left on device; remove the cause, or name another path\n",
+    )
     assert options or server.cancelled.wait(PATIENCE_S)
 
 

@@ -128,7 +128,7 @@ def test_k_beyond_the_experts_is_refused(mixture, capsys):
 def test_k_for_a_dense_model_is_refused(tmp_path, capsys):
     folder = write_phi_checkpoint(tmp_path / "dense", seed=1)
     assert main(["inspect", str(folder), "--experts-per-token", "1"]) == 2
-    assert "phi is dense and routes nothing" in capsys.readouterr().err
+    assert "phi is dense and has no experts to choose" in capsys.readouterr().err
 
 
 def test_nan_in_a_gate_is_told(mixture, tmp_path, capsys):

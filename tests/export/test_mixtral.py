@@ -139,9 +139,9 @@ def test_rotary_base_and_key_heads_are_read_wherever_they_stand():
     [
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; moeship builds only 'silu'"),
         ({"num_experts_per_tok": 6}, "num_experts_per_tok is 6, expected 1 to num_local_experts = 5"),
-        ({"num_experts_per_tok": None}, "num_experts_per_tok is null, and transformers has no number for it"),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok is null, and transformers has no default for it"),
         ({"num_local_experts": 0}, "num_local_experts is 0, expected a whole number of 1"),
-        ({"num_key_value_heads": 4}, "6 query heads do not divide among 4 key heads"),
+        ({"num_key_value_heads": 4}, "6 query heads are not a multiple of 4 key/value heads"),
         ({"head_dim": None}, "hidden_size 80 is not a multiple of num_attention_heads 6"),
         ({"head_dim": 15}, "rotary dimension 15, expected an even number"),
         ({"sliding_window": 0}, "sliding_window is 0, expected a whole number of 1"),
@@ -152,8 +152,11 @@ def test_rotary_base_and_key_heads_are_read_wherever_they_stand():
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling is {'type': 'yarn'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters holds factor"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type is 'dynamic'; moeship builds only 'default'"),
-        ({"num_experts": 8}, "num_experts = 8 is not a key this family honours (did you mean num_local_experts?)"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4} is not a key"),
+        (
+            {"num_experts": 8},
+            "num_experts = 8 is a key that moeship does not support for this family (did you mean num_local_experts?)",
+        ),
+        ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4} is a key"),
         ({"intermediate_size": "absent"}, "intermediate_size is None, expected a whole number"),
         ({"max_position_embeddings": 1 << 21}, "max_position_embeddings is 2097152, expected a whole number"),
     ],
@@ -217,7 +220,8 @@ def test_merging_into_a_mixtral_is_refused(tmp_path):
         merge(read_merge_config(yaml), tmp_path / "out")
     edit_config(tmp_path / "mixture", model_type="mistral")
     with pytest.raises(
-        ConfigError, match=r"model_type 'mistral' is none that moeship builds \(granitemoe, mixtral, phi, phixtral"
+        ConfigError,
+        match=r"model_type 'mistral' is not among those that moeship builds \(granitemoe, mixtral, phi, phixtral",
     ):
         merge(read_merge_config(yaml), tmp_path / "out")
     assert not (tmp_path / "out").exists()

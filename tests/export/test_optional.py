@@ -22,7 +22,7 @@ def test_a_missing_package_is_named_with_its_extra():
 
 
 def test_a_package_that_is_there_and_broken_is_not_called_missing():
-    message = r"which is there but cannot be imported \(libwings.so: too old\)"
+    message = r"which is installed but cannot be imported \(libwings.so: too old\)"
     with pytest.raises(MissingPackageError, match=message), optional_package("wings", "flying", "sky"):
         raise ImportError("libwings.so: too old")
 

@@ -44,7 +44,11 @@ def children():
 @pytest.mark.parametrize(
     ("name", "error", "text"),
     [
-        ("die", OutputError, r"converting die: the process that did it ended with status -9, killed, perhaps for want"),
+        (
+            "die",
+            OutputError,
+            r"converting die: the process that did it ended with status -9, killed, perhaps because memory",
+        ),
         ("refuse", QuantizationError, "quantising w: its values are odd"),
         ("lack", MissingPackageError, r"packing needs the package onnxruntime; install it with: pip"),
         ("fill", OSError, r"\[Errno 28\] No space left on device: 'data'"),

@@ -170,7 +170,7 @@ def tokenizer(**changes):
         ),
         (
             lambda values: {"files": {**values["files"], "tokenizer.json": {"bytes": 1, "sha256": "zz"}}},
-            "files.tokenizer.json: 'zz' is no SHA-256",
+            "files.tokenizer.json: 'zz' is not a SHA-256",
         ),
         (
             lambda values: {"files": {name: record for name, record in values["files"].items() if name[0] != "w"}},
@@ -191,4 +191,4 @@ def test_values_that_no_engine_has_are_refused_at_once(engine, change, text):
 def test_a_key_that_stands_twice_is_refused(engine):
     text = (engine / "engine.json").read_text()
     (engine / "engine.json").write_text(text.replace('{\n  "format_version"', '{\n  "model": "x",\n  "format_version"'))
-    assert "the key 'model' stands twice in one object" in refused(engine)
+    assert "the key 'model' occurs twice in one object" in refused(engine)

@@ -330,7 +330,7 @@ def test_a_packed_form_that_these_kernels_do_not_make_is_refused(format_2):
     with (folder / "model.onnx.data").open("r+b") as data:
         data.seek(int(entries["offset"]) + -(-int(entries["length"]) // 64) * 64 + 1)
         data.write(b"\x55")
-    with pytest.raises(EngineError, match=r"pack a MatMulNBits weight of 4 bits otherwise .* build the engine again"):
+    with pytest.raises(EngineError, match=r"pack a MatMulNBits weight of 4 bits differently .* build the engine again"):
         Session(open_engine(folder, check_digests=False))
 
 

@@ -289,7 +289,7 @@ def test_a_library_that_is_none_is_refused(tmp_path, tiny_engines, monkeypatch):
     (tmp_path / "broken.so").write_bytes(b"\x7fELF" + bytes(60))
     monkeypatch.setattr(kernels, "_LIBRARY", tmp_path / "broken.so")
     with pytest.raises(
-        EngineError, match=r"CPU kernels for the engine .*: .*broken\.so is no library that .* moeship again"
+        EngineError, match=r"CPU kernels for the engine .*: .*broken\.so is not a library that .* moeship again"
     ):
         Session(open_engine(tiny_engines("int4", kernels="moeship")))
 
@@ -339,7 +339,7 @@ def test_a_missing_library_ends_verify_and_serve_at_once_and_packaging_warns(
         assert re.match(r"EngineError: (loading|serving) .*/engine\S*: .*absent\.so does not exist; install", err)
     assert main([str(word) for word in commands["package"]]) == 0
     [line] = [line for line in caplog.messages if "absent.so does not exist" in line]
-    assert "the engine is packaged, and loads where they can; to serve it here, install" in line
+    assert "the engine is packaged, and loads on machines where they can be used; to serve it here, install" in line
 
 
 @pytest.mark.needs_kernels

@@ -56,7 +56,7 @@ def test_the_checkpoint_is_written_once_and_taken_up_after(tmp_path, small_phixt
     assert "no GPU here: packing for every GPU but SM 90 (H100, H200); pass --gpu-sm 90" in caplog.text
     before = changes(folder)
     assert build(small_phixtral, tmp_path / "engine", until="checkpoint").checkpoint == folder
-    assert f"{folder} is there already: the checkpoint's stage is done" in caplog.text
+    assert f"{folder} exists already: the checkpoint stage is done" in caplog.text
     assert changes(folder) == before
 
 
@@ -174,7 +174,7 @@ def test_a_second_run_builds_nothing_again(small_phixtral, copied_engine, caplog
     caplog.set_level(logging.INFO)
     before = changes(copied_engine), changes(copied_engine.with_name("engine.checkpoint"))
     outcome = build(small_phixtral, copied_engine, until="engine")
-    assert f"{copied_engine} is there already: the engine's stage is done" in caplog.text
+    assert f"{copied_engine} exists already: the engine stage is done" in caplog.text
     assert outcome.engine.manifest == open_trtllm_engine(copied_engine).manifest
     assert (changes(copied_engine), changes(copied_engine.with_name("engine.checkpoint"))) == before
 
@@ -204,7 +204,7 @@ def test_an_engine_that_was_built_otherwise_is_refused(small_phixtral, built_eng
     options, told = OTHERWISE[what]
     with pytest.raises(OutputError) as caught:
         build(small_phixtral, built_engine, until="engine", **options)
-    assert f"{built_engine} exists already and was built otherwise; name another output or remove it" in str(
+    assert f"{built_engine} exists already and was built with other settings; name another output or remove it" in str(
         caught.value
     )
     assert f"\n  - {told}" in str(caught.value)
@@ -213,7 +213,7 @@ def test_an_engine_that_was_built_otherwise_is_refused(small_phixtral, built_eng
 
 def test_an_engine_that_was_built_otherwise_is_refused_on_another_gpu(small_phixtral, built_engine, monkeypatch):
     monkeypatch.setenv("STANDIN_SM", "89")
-    with pytest.raises(OutputError, match=r"was built otherwise; .*\n  - sm is 80, expected 89$"):
+    with pytest.raises(OutputError, match=r"was built with other settings; .*\n  - sm is 80, expected 89$"):
         build(small_phixtral, built_engine, until="engine")
     monkeypatch.setenv("STANDIN_SM", "90")
     with pytest.raises(
@@ -241,17 +241,23 @@ def test_an_engine_and_a_checkpoint_of_a_source_that_changed_since_are_refused(t
             file.seek(-1, os.SEEK_END)
             file.write(b"\x01")
     name = "config.json" if what == "config" else "model.safetensors"
-    with pytest.raises(OutputError, match=rf"was built otherwise; .*\n  - its source's {name} is [0-9a-f]+, expected"):
+    with pytest.raises(
+        OutputError, match=rf"was built with other settings; .*\n  - its source's {name} is [0-9a-f]+, expected"
+    ):
         build(source, tmp_path / "engine", until="engine")
     shutil.rmtree(tmp_path / "engine")
-    with pytest.raises(ExportError, match=rf"it is another; name another .*\n  - its source file {name} is"):
+    with pytest.raises(
+        ExportError, match=rf"it was made from something else; name another .*\n  - its source file {name} is"
+    ):
         build(source, tmp_path / "engine", until="engine")
     assert not (tmp_path / "engine").exists()
 
 
 def test_a_checkpoint_that_was_written_otherwise_is_refused(tmp_path, small_phixtral, no_library):
     build(small_phixtral, tmp_path / "engine", until="checkpoint")
-    told = r"taking up the TensorRT-LLM checkpoint .*engine.checkpoint: it is another; name another with --trtllm-"
+    told = (
+        r"reusing the TensorRT-LLM checkpoint .*engine.checkpoint: it was made from something else; name another with "
+    )
     with pytest.raises(ExportError, match=rf"{told}.*\n  - its setting precision is int4, expected int8\n"):
         build(small_phixtral, tmp_path / "engine", precision="int8")
 
@@ -260,7 +266,7 @@ def test_an_output_that_is_no_engine_is_kept(tmp_path, small_phixtral):
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine/note").write_text("mine")
     with pytest.raises(
-        OutputError, match="engine exists already and is no engine of this build .*no engine.json in it"
+        OutputError, match="engine exists already and is not an engine of this build .*no engine.json in it"
     ):
         build(small_phixtral, tmp_path / "engine")
     assert (tmp_path / "engine/note").read_text() == "mine"

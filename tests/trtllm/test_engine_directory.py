@@ -127,7 +127,7 @@ def test_engines_of_the_other_backend_are_told_apart(tmp_path, built_engine, tin
         open_trtllm_engine(tiny_engine)
     with pytest.raises(
         EngineError,
-        match="it is of the backend tensorrt-llm, expected onnxruntime; moeship package and serve take it, and "
+        match="its backend is tensorrt-llm, expected onnxruntime; moeship package and serve take it, and "
         "build_engine.py --backend tensorrt-llm verifies it on a GPU",
     ):
         open_engine(built_engine)

@@ -50,7 +50,7 @@ def test_without_the_library_the_checkpoint_is_kept_and_the_message_finishes_the
     assert caught.value.exit_status == 3
     assert told.startswith(
         "building the engine needs TensorRT-LLM 1.0 to 1.2 and a GPU: no trtllm-build on PATH; no GPU is visible to "
-        f"nvidia-smi. The checkpoint is written: {folder}. The same command goes on from it on a machine with a GPU:"
+        f"nvidia-smi. The checkpoint is written: {folder}. The same command continues from it on a machine with a GPU:"
     )
     assert "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3" in told
     assert "--gpus all" in told
@@ -126,7 +126,7 @@ def test_the_last_words_of_a_program_that_fails_are_told_and_nothing_stays_but_t
     with pytest.raises(EngineError) as caught:
         build(small_phixtral, tmp_path / "engine")
     told = str(caught.value)
-    assert "ended with status 7; the checkpoint is kept, and the same command goes on from it" in told
+    assert "ended with status 7; the checkpoint is kept, and the same command continues from it" in told
     assert told.endswith("\n    line 29\n    line 30\n    RuntimeError: no tactic")
     assert told.count("\n    ") == 15
     assert "line 1\n" in capfd.readouterr().err  # all of it was seen meanwhile
@@ -135,7 +135,9 @@ def test_the_last_words_of_a_program_that_fails_are_told_and_nothing_stays_but_t
 
 def test_a_program_that_ends_well_and_leaves_nothing_is_told(tmp_path, small_phixtral, program_that):
     program_that("exit 0")
-    with pytest.raises(EngineError, match="trtllm-build ended well and left no config.json, rank0.engine"):
+    with pytest.raises(
+        EngineError, match="trtllm-build ended with status 0 and did not write config.json, rank0.engine"
+    ):
         build(small_phixtral, tmp_path / "engine")
     assert {path.name for path in tmp_path.iterdir()} == {"standin-bin", "engine.checkpoint"}
 

@@ -96,10 +96,11 @@ CASES = {
     ),
     "experts that do not divide among ep": Case(
         "phixtral", {"precision": "fp16", "tp_size": 2, "moe_ep_size": 2},
-        "5 experts do not divide among moe_ep_size 2",
+        "5 experts cannot be divided evenly by moe_ep_size 2",
     ),
     "expert rows that do not divide among moe_tp": Case(
-        "phixtral", {"precision": "fp16", "tp_size": 3}, "448 rows of an expert do not divide among moe_tp_size 3",
+        "phixtral", {"precision": "fp16", "tp_size": 3},
+        "448 rows of an expert cannot be divided evenly by moe_tp_size 3",
     ),
     "moe_tp times moe_ep is not tp": Case(
         "mixtral", {"precision": "fp16", "tp_size": 4, "moe_tp_size": 2, "moe_ep_size": 4},
@@ -110,11 +111,11 @@ CASES = {
         "moe_tp_size 1 times moe_ep_size 4 is not tp_size 2",
     ),
     "heads that do not divide among tp": Case(
-        "phixtral", {"precision": "fp16", "tp_size": 4}, "6 attention heads do not divide among tp_size 4",
+        "phixtral", {"precision": "fp16", "tp_size": 4}, "6 attention heads cannot be divided evenly by tp_size 4",
     ),
     "key/value heads that neither divide nor repeat": Case(
         "mixtral", {"precision": "fp16", "tp_size": 3},
-        "2 key/value heads neither divide among nor repeat over tp_size 3",
+        "2 key/value heads can be neither divided among nor repeated over tp_size 3",
     ),
     "pipeline parallelism of a Phi network": Case(
         "phixtral", {"precision": "fp16", "pp_size": 2},
@@ -131,8 +132,8 @@ CASES = {
     ),
     "a vocabulary that is filled up without a bias": Case(
         "uneven", {"precision": "fp16", "tp_size": 2},
-        "the vocabulary of 371 rows fills up to 372 for tp_size 2, and this model's head has no bias .*; use a tp_size "
-        "that divides 371",
+        "the vocabulary of 371 rows is padded to 372 for tp_size 2, and this model's head has no bias .*; use a "
+        "tp_size that divides 371",
         EngineError,
     ),
     "biases that loading W4A16_AWQ clears": Case(
@@ -151,8 +152,8 @@ CASES = {
     ),
     "releases without engines": Case(
         "phixtral", {},
-        "TensorRT-LLM 1.3.0 is installed, engines are built with 1.0 to 1.2, the last line that has them; use one of "
-        "these, or 'moeship package --backend llmapi' for what came after",
+        "TensorRT-LLM 1.3.0 is installed, engines are built with 1.0 to 1.2, the last releases that build engines; "
+        "use one of these, or 'moeship package --backend llmapi' for later releases",
         EngineError, machine(80, library="1.3.0"),
     ),
     "releases without engines: before the first": Case(
@@ -164,8 +165,8 @@ CASES = {
     ),
     "a sliding window": Case(
         "sliding", {"precision": "fp16"},
-        "attention looks back on 48 positions only, which the engine's network does not; build it with --max-seq-len "
-        "48 or less, where the two agree",
+        "attention sees only the last 48 positions, and that of the engine's network sees all; build it with "
+        "--max-seq-len 48 or less, where the two are the same",
         EngineError,
     ),
     "an epsilon that PhiForCausalLM does not read": Case(
@@ -175,7 +176,7 @@ CASES = {
     ),
     "key/value heads that PhiForCausalLM does not read": Case(
         "shared", {"precision": "fp16"},
-        "2 key/value heads serve 6 attention heads, and TensorRT-LLM's PhiForCausalLM wants one for each; build for",
+        "2 key/value heads serve 6 attention heads, and TensorRT-LLM's PhiForCausalLM needs one for each; build for",
     ),
     "a mixture of one expert": Case(
         "one", {"precision": "fp16", "experts_per_token": 1},
@@ -205,7 +206,7 @@ OWN = {
         "moe_tp_size and moe_ep_size are for mixtures; this model is dense",
     ),
     "rows of a dense model": Case(
-        "phi", {"precision": "fp16", "tp_size": 3}, "448 rows of the MLP do not divide among tp_size 3"
+        "phi", {"precision": "fp16", "tp_size": 3}, "448 rows of the MLP cannot be divided evenly by tp_size 3"
     ),
     "plain floats": Case(
         "phixtral", {"precision": "fp16", "plain_weights": True},
@@ -224,11 +225,11 @@ OWN = {
     ),
     "a dtype of no weights": Case(
         "phixtral", {"dtype": "float32"},
-        "choosing the dtype: 'float32' beside --precision int4, expected float16 or bfloat16", QuantizationError,
+        "choosing the dtype: 'float32' with --precision int4, expected float16 or bfloat16", QuantizationError,
     ),
     "two dtypes": Case(
         "phixtral", {"precision": "bf16", "dtype": "float16"},
-        "choosing the dtype: 'float16' beside --precision bf16, expected bfloat16", QuantizationError,
+        "choosing the dtype: 'float16' with --precision bf16, expected bfloat16", QuantizationError,
     ),
     "an unknown stage": Case(
         "phixtral", {"gpu_sm": 90}, "--until is 'serve', expected plan, checkpoint, engine, verify", EngineError,
@@ -260,8 +261,8 @@ OWN = {
     ),
     "GPUs of several kinds": Case(
         "phixtral", {"precision": "fp16", "gpu_sm": 86},
-        r"this machine has GPU 0 \(SM 80\), GPU 1 \(SM 86\), and which of them an engine is built on is CUDA's choice; "
-        "leave those of one kind, by their UUIDs in CUDA_VISIBLE_DEVICES",
+        r"this machine has GPU 0 \(SM 80\), GPU 1 \(SM 86\), and CUDA chooses on which of them an engine is built; "
+        "make GPUs of one kind visible, by their UUIDs in CUDA_VISIBLE_DEVICES",
         EngineError, machine(80, 86), "engine",
     ),
     "ranks that no GPU is there to run": Case(

@@ -119,7 +119,9 @@ def test_other_options_start_anew_and_say_which(tmp_path, source, caplog):
     interrupt(source, tmp_path / "ranks", precision="int8")
     write(source, tmp_path / "ranks", seen.append, precision="int4")
     assert seen[0].resumed_parts == 0
-    assert "starting the TensorRT-LLM checkpoint anew: the interrupted run had other settings" in caplog.text
+    assert (
+        "starting the TensorRT-LLM checkpoint from the beginning: the interrupted run had other settings" in caplog.text
+    )
     assert "precision: found int4, it was int8" in caplog.text
 
 
@@ -240,8 +242,10 @@ def test_a_checkpoint_of_other_settings_is_refused_naming_each(small_phixtral, f
     plan = plan_checkpoint(understood(small_phixtral), CheckpointOptions(**{"precision": "int4", **changes}))
     with pytest.raises(ExportError, match=told) as caught:
         require_written(plan, finished)
-    remedy = "name another with --trtllm-checkpoint, or remove it to have it written anew"
-    assert f"taking up the TensorRT-LLM checkpoint {finished}: it is another; {remedy}:" in str(caught.value)
+    remedy = "name another with --trtllm-checkpoint, or remove it to have it written again"
+    assert f"reusing the TensorRT-LLM checkpoint {finished}: it was made from something else; {remedy}:" in str(
+        caught.value
+    )
 
 
 def test_a_checkpoint_of_another_source_is_refused(tmp_path, small_phixtral, finished):

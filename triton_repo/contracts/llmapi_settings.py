@@ -68,7 +68,7 @@ def read_settings(path: Path) -> LlmSettings:
     try:
         raw = read_yaml(path, "the model's settings")
         if not isinstance(raw, dict):
-            raise ValueError(f"the top is {shown(raw)}, expected keys and values")
+            raise ValueError(f"the file holds {shown(raw)}, expected keys and values")
         settings = LlmSettings(
             llm={key: value for key, value in raw.items() if key not in ("triton_config", "moeship")},
             triton=read_typed(TritonSettings, raw.get("triton_config"), "triton_config"),

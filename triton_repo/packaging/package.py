@@ -145,17 +145,20 @@ def _check_engine(options: PackageOptions, facts: EngineFacts, layout: str) -> N
     problems = []
     if facts.runs_on_tensorrt_llm:
         if layout == SINGLE:
-            problems.append("TensorRT-LLM's backend runs an engine of tokens; leave the layout out, or take ensemble")
+            problems.append(
+                "TensorRT-LLM's backend takes tokens, and only an ensemble takes text; leave the layout out, or take "
+                "ensemble"
+            )
         if options.instances != 1 or options.threads is not None:
             problems.append("instances and threads are for ONNX Runtime; TensorRT-LLM batches requests by itself")
     elif options.served_from is not None or options.tensorrt_llm != TensorrtLlmParameters():
         problems.append(
-            f"this engine is for {facts.backend}, and where it is served from and the parameters of tensorrt_llm are "
-            "for TensorRT-LLM's; leave them out"
+            f"this engine is for {facts.backend}, and served_from and the parameters of tensorrt_llm are for "
+            "TensorRT-LLM's engines; leave them out"
         )
     if layout == ENSEMBLE and options.unary:
         problems.append(
-            "it is to be unary, and Triton's plain infer refuses an ensemble of decoupled steps; package an engine "
+            "unary is set, and Triton's plain infer refuses an ensemble of decoupled steps; package an engine "
             "for ONNX Runtime as one model, or ask by HTTP's generate"
         )
     if layout == ENSEMBLE and options.name in STEP_MODELS:

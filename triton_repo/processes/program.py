@@ -95,7 +95,7 @@ def _stop(process: subprocess.Popen[bytes], mark: str, end_timeout_s: float) -> 
         try:
             process.wait(patience)
         except subprocess.TimeoutExpired:
-            logger.warning("the server had not ended %g s after it was asked to; killed", patience)
+            logger.warning("the server did not end within %g s after it was asked to, and was killed", patience)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -311,7 +311,7 @@ def _text(name: str, item: bytes | str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{name}: found bytes that are not UTF-8 (byte {error.start} is 0x{item[error.start]:02x}), "
-            "expected UTF-8; encode the text so"
+            "expected UTF-8; encode the text as UTF-8"
         ) from error
 
 
@@ -365,7 +365,9 @@ def _surrogates(texts: Sequence[str]) -> list[str]:
         for text in texts:
             text.encode()
     except UnicodeEncodeError as error:
-        return [f"found half a surrogate pair at character {error.start}, expected Unicode; decode the text so"]
+        return [
+            f"found half a surrogate pair at character {error.start}, expected Unicode; send a text of whole characters"
+        ]
     return []
 
 

@@ -159,7 +159,7 @@ def _engine_origin(folder: Path) -> EngineOrigin | None:
         return _origin(manifest)
     except ValueError as error:
         raise RepositoryError(
-            f"reading {path}: no manifest of a TensorRT-LLM engine ({error}); package the engine again"
+            f"reading {path}: it is not the manifest of a TensorRT-LLM engine ({error}); package the engine again"
         ) from error
 
 

@@ -74,7 +74,8 @@ def _gpus(model: GpuModel, machine: Machine, ranks: int) -> Iterator[str]:
         )
     elif needed > fitting and model.engine:
         yield (
-            f"{model.name}: its engine was built for SM {sm} ({model.engine.gpu or 'name not noted'}), needs {needed} "
+            f"{model.name}: its engine was built for SM {sm} ({model.engine.gpu or 'name not recorded'}), needs "
+            f"{needed} "
             f"of them, and this machine has {found}; an engine runs on the architecture it was built for: build it "
             "again here"
         )

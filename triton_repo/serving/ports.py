@@ -73,7 +73,7 @@ def resolve_host(host: str) -> Address:
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ServerError(
-            f"choosing ports: {host!r} is no address or name that this machine can resolve ({reason}); "
+            f"choosing ports: {host!r} is not an address or name that this machine can resolve ({reason}); "
             "give one such as 127.0.0.1, or 0.0.0.0 for all"
         ) from error
     family, *_, place = min(found, key=lambda entry: entry[0] != socket.AF_INET)

@@ -14,7 +14,7 @@ from triton_repo.serving.health import HealthEndpoint, is_listening, model_state
 from triton_repo.serving.ports import Address, ChosenPorts
 
 # If a Python process ends while its model loads, Triton 2.51 notices within 2 s and reports the model as failed. But if
-# the process ended before it made its shared memory, Triton waits for it for ever.
+# the process ended before it made its shared memory, Triton waits for it without end.
 LOST_LOAD_S = 5.0
 # A process is stopped (state T) only by a signal that somebody sent. After this time nobody will continue it.
 STOPPED_LOAD_S = 5.0
@@ -52,7 +52,8 @@ def wait_until_ready(waiting: Waiting) -> tuple[ModelState, ...]:
             raise NotReady(f"{waiting.program} ended with status {waiting.process.returncode} before it was ready")
         if lost := loads.lost(waiting.process.pid):
             raise NotReady(
-                f"the Python process of {lost} ended while it was loading, and {waiting.program} waits for it for ever"
+                f"the Python process of {lost} ended while it was loading, and {waiting.program} waits for it without "
+                "end"
             )
         if stopped := loads.stopped():
             raise NotReady(f"{stopped} is stopped (state T) while models load, and has been for {STOPPED_LOAD_S:g} s")

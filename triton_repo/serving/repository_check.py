@@ -31,8 +31,8 @@ def check_repository(repository: Path) -> tuple[str, ...]:
     folders = sorted(path for path in repository.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not any((folder / CONFIG_FILE).is_file() for folder in folders):
         raise RepositoryError(
-            f"serving {repository}: found no model, expected folders with a {CONFIG_FILE}; is it the repository itself "
-            "rather than the folder above it, or a model in it? Make one with: moeship package"
+            f"serving {repository}: found no model, expected folders with a {CONFIG_FILE}; pass the repository itself, "
+            "not the folder above it or a model in it, or make one with: moeship package"
         )
     problems = [problem for folder in folders for problem in _model_problems(folder)]
     names = {folder.name for folder in folders}

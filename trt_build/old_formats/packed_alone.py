@@ -97,8 +97,8 @@ def _unpacked(
     scales = np.concatenate([part[1] for part in parts]).reshape(weight.scales)
     if compare and not np.array_equal(pack_in_memory(weight, codes, scales), blob):
         raise EngineError(
-            f"loading {path}: this machine's kernels pack a {weight.operator} weight of {weight.bits} bits otherwise "
-            "than the engine has it; build the engine again"
+            f"loading {path}: this machine's kernels pack a {weight.operator} weight of {weight.bits} bits differently "
+            "from the engine; build the engine again"
         )
     return codes, scales
 
@@ -143,7 +143,7 @@ def _learn(weight: QuantizedWeight) -> _Layout:
     rest = rows % TILE_ROWS
     tile, after = (_learn_codes(weight, count) for count in (TILE_ROWS, TILE_ROWS + rest))
     if not np.array_equal(after[: len(tile)], tile):
-        raise ValueError(f"{TILE_ROWS} rows are packed otherwise alone than beside {rest}")
+        raise ValueError(f"{TILE_ROWS} rows are packed differently alone than beside {rest}")
     count = weight.scales_bytes // 4
     if count > 1 << 23:
         raise ValueError(f"a weight has {count} scales, more than can be told apart")
@@ -188,7 +188,7 @@ def _weight(node: onnx.NodeProto, codes: onnx.TensorProto, scales: onnx.TensorPr
         accuracy_level=attributes["accuracy_level"],
     )  # fmt: skip
     if math.prod(weight.scales) * weight.block_size * weight.bits != 8 * weight.codes_bytes:
-        raise EngineError(f"reading {codes.name}: {list(codes.dims)} codes do not go with {list(scales.dims)} scales")
+        raise EngineError(f"reading {codes.name}: {list(codes.dims)} codes do not match {list(scales.dims)} scales")
     return weight
 
 

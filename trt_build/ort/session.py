@@ -114,7 +114,7 @@ class Session:
         if low < 0 or high >= self.vocab_size:
             raise SequenceError(
                 f"running the engine: token id {low if low < 0 else high} is outside its vocabulary of "
-                f"{self.vocab_size}; was the text encoded with this engine's tokenizer?"
+                f"{self.vocab_size}; encode the text with this engine's tokenizer"
             )
 
 

@@ -174,7 +174,7 @@ def _existing_engine(build: _Build) -> TrtllmEngine | None:
         engine = open_trtllm_engine(output, check_digests=False)
     except EngineError as error:
         raise OutputError(
-            f"writing the engine: {output} exists already and is no engine of this build ({error})"
+            f"writing the engine: {output} exists already and is not an engine of this build ({error})"
         ) from error
     different = [*_other_settings(build, engine.manifest.settings), *_other_library(build, engine.manifest)]
     if not different:
@@ -182,10 +182,11 @@ def _existing_engine(build: _Build) -> TrtllmEngine | None:
         different = [f"its source's {text}" for text in changed_sources(build.source.model.weights, digests, written)]
     if different:
         raise OutputError(
-            f"writing the engine: {output} exists already and was built otherwise; name another output or remove it "
+            f"writing the engine: {output} exists already and was built with other settings; name another output or "
+            "remove it "
             f"first:{listing(different)}"
         )
-    logger.info("%s is there already: the engine's stage is done", output)
+    logger.info("%s exists already: the engine stage is done", output)
     return engine
 
 
@@ -215,7 +216,7 @@ def _checkpoint(build: _Build, progress: Callable[[Progress], None] | None) -> M
     """Write the TensorRT-LLM checkpoint unless it exists; returns the digests of the source files."""
     folder = build.options.checkpoint_folder
     if folder.exists():
-        logger.info("%s is there already: the checkpoint's stage is done", folder)
+        logger.info("%s exists already: the checkpoint stage is done", folder)
     else:
         if build.checkpoint.layout.is_packed and build.options.gpu_sm is None and not build.machine.gpus:
             logger.warning(
@@ -261,7 +262,9 @@ def _build_engine(build: _Build, digests: Mapping[str, str]) -> TrtllmEngine:
         wanted = [CONFIG_FILE, *(rank_engine(rank) for rank in range(options.parallel.world_size))]
         absent = [name for name in wanted if not (folder / name).is_file()]
         if absent:
-            raise EngineError(f"building the engine: trtllm-build ended well and left no {', '.join(absent)}")
+            raise EngineError(
+                f"building the engine: trtllm-build ended with status 0 and did not write {', '.join(absent)}"
+            )
         build.source.settings.write(folder)
         write_trtllm_manifest(folder, _manifest(build, library, digests, folder))
     return open_trtllm_engine(options.output, check_digests=False)

@@ -62,7 +62,7 @@ def library_missing(
     )
     return LibraryMissing(
         f"building the engine needs TensorRT-LLM {SUPPORTED[0]} to {SUPPORTED[-1]} and a GPU: {'; '.join(missing)}. "
-        f"The checkpoint is written: {checkpoint}. The same command goes on from it on a machine with a GPU:\n"
+        f"The checkpoint is written: {checkpoint}. The same command continues from it on a machine with a GPU:\n"
         f"  docker run --rm --gpus all --ipc host {options} -w {shlex.quote(str(Path.cwd()))} {container(None)} \\\n"
         f"    bash -c {shlex.quote(inside)}"
     )
@@ -82,6 +82,6 @@ def run_build(library: Library, flags: Sequence[str], folder: Path) -> None:
     if status:
         tail = "".join(f"\n    {line}" for line in last)
         raise EngineError(
-            f"building the engine: {shlex.join(command)} ended with status {status}; the checkpoint is "
-            f"kept, and the same command goes on from it. The end of what was said:{tail}"
+            f"building the engine: {shlex.join(command)} ended with status {status}; the checkpoint is kept, and the "
+            f"same command continues from it. The end of its output:{tail}"
         )

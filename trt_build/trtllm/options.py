@@ -123,8 +123,9 @@ def _value_problems(options: TrtllmOptions, facts: Architecture) -> Iterator[str
         )
     if facts.sliding_window is not None and (options.max_seq_len or facts.max_positions) > facts.sliding_window:
         yield (
-            f"attention looks back on {facts.sliding_window} positions only, which the engine's network does not; "
-            f"build it with --max-seq-len {facts.sliding_window} or less, where the two agree"
+            f"attention sees only the last {facts.sliding_window} positions, and that of the engine's network sees "
+            "all; "
+            f"build it with --max-seq-len {facts.sliding_window} or less, where the two are the same"
         )
 
 
@@ -147,7 +148,7 @@ def _model_problems(options: TrtllmOptions, model: Model) -> Iterator[str]:
     rows = -(-facts.vocab_size // max(1, options.tp_size)) * options.tp_size
     if rows > facts.vocab_size and not has_biased_head(model):
         yield (
-            f"the vocabulary of {facts.vocab_size} rows fills up to {rows} for tp_size {options.tp_size}, and this "
+            f"the vocabulary of {facts.vocab_size} rows is padded to {rows} for tp_size {options.tp_size}, and this "
             "model's head has no bias that would keep the rows that were added from being sampled; use a tp_size that "
             f"divides {facts.vocab_size}"
         )
@@ -164,15 +165,15 @@ def _machine_problems(options: TrtllmOptions, machine: Machine) -> Iterator[str]
     if version is not None and not version.startswith(tuple(f"{line}." for line in SUPPORTED)):
         yield (
             f"TensorRT-LLM {version} is installed, engines are built with {SUPPORTED[0]} to {SUPPORTED[-1]}, the last "
-            "line that has them; use one of these, or 'moeship package --backend llmapi' for what came after"
+            "releases that build engines; use one of these, or 'moeship package --backend llmapi' for later releases"
         )
     if not machine.gpus or options.until not in STAGES[2:]:
         return
     found = ", ".join(f"{gpu.name} (SM {gpu.sm})" for gpu in machine.gpus)
     if len({gpu.sm for gpu in machine.gpus}) > 1:
         yield (
-            f"this machine has {found}, and which of them an engine is built on is CUDA's choice; leave those of one "
-            "kind, by their UUIDs in CUDA_VISIBLE_DEVICES"
+            f"this machine has {found}, and CUDA chooses on which of them an engine is built; make GPUs of one kind "
+            "visible, by their UUIDs in CUDA_VISIBLE_DEVICES"
         )
     if options.gpu_sm is not None and all(gpu.sm != options.gpu_sm for gpu in machine.gpus):
         yield (

@@ -119,7 +119,7 @@ def write_header(folder, header, num_bytes=64):
 @pytest.mark.parametrize("header", [[1], "abc", None])
 def test_a_header_that_is_no_object_is_refused(phixtral, header):
     write_header(phixtral, header)
-    with pytest.raises(CheckpointError, match=r"its header holds a \w+; download it again"):
+    with pytest.raises(CheckpointError, match=r"its header holds .+, expected an object; download it again"):
         open_checkpoint(phixtral)
 
 
@@ -176,7 +176,7 @@ def test_rotary_facts_that_are_null_are_refused_as_transformers_does_not_take_it
     edit_config(
         folder, **({"rope_parameters": {**rope, key: None}} if nested else {"rope_parameters": "absent", key: None})
     )
-    with pytest.raises(ConfigError, match=f"{key} is null, and transformers has no number for it"):
+    with pytest.raises(ConfigError, match=f"{key} is null, and transformers has no default for it"):
         read(folder)
 
 
@@ -213,7 +213,9 @@ def test_an_empty_vocabulary_is_refused(phixtral):
 def test_an_index_that_names_an_absent_shard_is_refused(phixtral):
     weight_map = dict.fromkeys(load_file(phixtral / "model.safetensors"), "model-00001-of-00002.safetensors")
     (phixtral / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(CheckpointError, match=r"names absent shards: \['model-00001-of-00002.safetensors'\]"):
+    with pytest.raises(
+        CheckpointError, match=r"names shards that do not exist: \['model-00001-of-00002.safetensors'\]"
+    ):
         open_checkpoint(phixtral)
 
 
@@ -252,7 +254,9 @@ def test_a_hub_id_that_cannot_be_reached_says_so(monkeypatch):
         raise OSError("no route to the hub")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(CheckpointError, match=r"the hub did not give it \(no route to the hub\); check the name"):
+    with pytest.raises(
+        CheckpointError, match=r"could not be downloaded from the hub \(no route to the hub\); check the name"
+    ):
         open_checkpoint("somebody/some-model")
 
 
@@ -273,7 +277,8 @@ def test_a_hub_id_fetches_no_code_and_no_pickles(monkeypatch, phixtral):
 def test_an_unknown_model_type_lists_what_exists(phixtral):
     edit_config(phixtral, model_type="mamba")
     with pytest.raises(
-        ConfigError, match=r"model_type 'mamba' is none that moeship builds \(granitemoe, mixtral, phi, phixtral\)"
+        ConfigError,
+        match=r"model_type 'mamba' is not among those that moeship builds \(granitemoe, mixtral, phi, phixtral\)",
     ):
         read(phixtral)
 
@@ -283,8 +288,8 @@ def test_config_keys_that_are_not_honoured_are_refused_by_name(phixtral):
     with pytest.raises(ConfigError) as caught:
         read(phixtral)
     text = str(caught.value)
-    assert "rope_scaling = {'type': 'yarn'} is not a key this family honours" in text
-    assert "n_layerz = 3 is not a key this family honours (did you mean n_layer?)" in text
+    assert "rope_scaling = {'type': 'yarn'} is a key that moeship does not support" in text
+    assert "n_layerz = 3 is a key that moeship does not support for this family (did you mean n_layer?)" in text
     assert "activation_function is 'relu'; moeship builds only 'gelu_new'" in text
     assert "num_experts_per_tok is 4, expected 1 to num_local_experts = 3" in text
 
@@ -310,5 +315,5 @@ def test_experts_per_token_can_be_overridden_within_the_number_of_experts(phixtr
     with pytest.raises(ConfigError, match="found 4, expected 1 to 3, the number of experts"):
         read_model(open_checkpoint(phixtral), 4)
     dense = write_phi_checkpoint(tmp_path / "dense", seed=1)
-    with pytest.raises(ConfigError, match="phi is dense and routes nothing"):
+    with pytest.raises(ConfigError, match="phi is dense and has no experts to choose"):
         read_model(open_checkpoint(dense), 1)

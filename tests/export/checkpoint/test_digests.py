@@ -66,7 +66,7 @@ def test_bytes_left_out_or_read_twice_are_noticed(checkpoint, spans):
     reading = recorded(checkpoint, lambda _: None)
     for start, end in spans:
         reading.read(FC1, slice(start, end))
-    with pytest.raises(AssertionError, match=f"{FC1} was read in .*, not whole and once"):
+    with pytest.raises(AssertionError, match=f"{FC1} was read in .*, expected each byte once"):
         reading.runs()
 
 
@@ -75,7 +75,7 @@ def test_a_reading_that_begins_where_none_should_is_noticed(checkpoint, before, 
     reading = recorded(checkpoint, lambda _: None)
     if before:
         reading.read(FC1, slice(0, before))
-    with pytest.raises(AssertionError, match=f"{FC1} was read from byte {wrong * 160} on, where no run begins"):
+    with pytest.raises(AssertionError, match=f"{FC1} was read from byte {wrong * 160} on, expected the start of a run"):
         reading.read(FC1, slice(wrong, 56))
 
 

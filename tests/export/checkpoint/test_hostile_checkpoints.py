@@ -67,9 +67,9 @@ def refusal(folder):
         ({"activation_function": "\x1b[31m" + "x" * 10**6}, r"activation_function is '\x1b[31mxxx"),
         ({"img_processor": [[["\u202e"] * 9] * 9] * 9}, "img_processor is [["),
         ({f"key_{index}": index for index in range(20_000)}, "and 19988 more such keys"),
-        ({"n_layr" * 50_000: 1}, "is not a key this family honours"),
-        ({"model_type": "m" * 10**6}, "is none that moeship builds"),
-        ({"model_type": ["phi-msft"]}, "is none that moeship builds"),
+        ({"n_layr" * 50_000: 1}, "is a key that moeship does not support"),
+        ({"model_type": "m" * 10**6}, "is not among those that moeship builds"),
+        ({"model_type": ["phi-msft"]}, "is not among those that moeship builds"),
     ],
 )  # fmt: skip
 def test_a_config_beyond_what_the_files_hold_is_refused_at_once(phixtral, changes, reason):
@@ -121,7 +121,7 @@ def test_scaled_rotary_embedding_is_not_supported_and_not_to_be_taken_out(tmp_pa
         edit_config(folder, rope_scaling={kind: "yarn", "factor": 4.0})
         text = refusal(folder)
         assert "'yarn'" in text
-        assert "is not supported yet, and without it the logits would be others" in text
+        assert "is not supported yet, and without it the logits would be wrong" in text
         assert "remove" not in text
 
 
@@ -146,7 +146,7 @@ def test_rotary_scaling_and_quantisation_that_say_nothing_are_fine(tmp_path, phi
 def test_quantised_weights_are_refused_by_the_name_of_their_method(tmp_path, phixtral, value, method):
     for folder in one_of_each(tmp_path, phixtral):
         edit_config(folder, quantization_config=value)
-        assert f"the weights are quantised by {method}, which is not read yet" in refusal(folder)
+        assert f"the weights are quantised by {method}, which moeship does not read yet" in refusal(folder)
 
 
 def write_adapter(folder):
@@ -166,7 +166,7 @@ def test_an_adapter_is_named_with_its_base(tmp_path, phixtral, with_config):
     if with_config:
         (tmp_path / "adapter" / "config.json").write_bytes((phixtral / "config.json").read_bytes())
     text = refusal(tmp_path / "adapter")
-    assert "it is no model but an adapter of type 'LORA' for the base model 'mistralai/Mixtral-8x7B-v0.1'" in text
+    assert "it is not a model but an adapter of type 'LORA' for the base model 'mistralai/Mixtral-8x7B-v0.1'" in text
     assert "merge it into that model" in text
 
 
@@ -237,7 +237,7 @@ def test_a_shard_that_becomes_a_pipe_after_it_was_opened_is_refused(phixtral):
 def test_names_in_an_index_that_are_no_files_of_the_folder_are_refused(phixtral, name):
     (phixtral / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": name}}))
     text = refusal(phixtral)
-    assert "names absent shards" in text or "names files outside the folder" in text
+    assert "names shards that do not exist" in text or "names files outside the folder" in text
     assert "\0" not in text
 
 
@@ -326,7 +326,7 @@ def test_rotary_scaling_of_the_default_kind_scales_nothing(tmp_path, key):
     edit_config(folder, rope_scaling={key: "default", "rope_theta": 5.0})
     assert "rope_scaling of the kind 'default' holds rope_theta" in refusal(folder)
     edit_config(folder, rope_scaling={key: "default"}, rope_parameters={"rope_theta": 5.0})
-    assert "both say how positions are turned" in refusal(folder)
+    assert "both set the rotary embedding" in refusal(folder)
 
 
 @pytest.mark.parametrize("kind", ["device", "pipe", "nothing"])
@@ -339,5 +339,7 @@ def test_settings_that_are_no_files_by_the_time_they_are_copied_are_refused(phix
     elif kind == "pipe":
         os.mkfifo(path)
     (tmp_path / "out").mkdir()
-    with pytest.raises(ConfigError, match="tokenizer_config.json changed since they were read"):
+    with pytest.raises(
+        ConfigError, match="tokenizer_config.json changed into something else than regular files since they"
+    ):
         settings.write(tmp_path / "out")

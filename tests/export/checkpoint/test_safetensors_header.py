@@ -81,17 +81,20 @@ REFUSED_BY_BOTH = {
     "metadata of a number": (file_of({"__metadata__": {"format": 1}, **TWO}, 16), "__metadata__ has 1 under format"),
     "metadata twice": (
         file_of(b'{"__metadata__":{},"__metadata__":{},' + json.dumps(TWO).encode()[1:], 16),
-        "the key '__metadata__' stands twice",
+        "the key '__metadata__' occurs twice",
     ),
     "a dtype twice": (
         file_of(b'{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}'),
-        "the key 'dtype' stands twice",
+        "the key 'dtype' occurs twice",
     ),
     "300 dimensions": (file_of({"a": entry(shape=[2**63 - 1] * 300)}), "the header entry of a is malformed"),
     "a size beyond 64 bits": (file_of({"a": entry(shape=(0, 2**64), end=0)}, 0), "the header entry of a is malformed"),
-    "a size of -0": (file_of(b'{"a":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}', 0), "-0 is no whole number"),
-    "NaN": (file_of(b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,0]}}', 0), "NaN is no number of JSON"),
-    "an unknown dtype": (file_of({"a": entry("I4", (2,), 0, 1)}, 1), "has dtype 'I4', which the format does not know"),
+    "a size of -0": (
+        file_of(b'{"a":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}', 0),
+        "-0 is not a whole number",
+    ),
+    "NaN": (file_of(b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,0]}}', 0), "NaN is not a number in JSON"),
+    "an unknown dtype": (file_of({"a": entry("I4", (2,), 0, 1)}, 1), "has dtype 'I4', which the format does not have"),
     "bytes after the JSON": (file_of(json.dumps(TWO).encode() + b"\0", 16), "its header is not JSON"),
     "half of a surrogate pair": (file_of(b'{"\\ud800":' + json.dumps(entry()).encode() + b"}"), "surrogate"),
     "deep nesting": (file_of(b'{"a":' * 50_000 + b"}" * 50_000, 0), "nested too deeply"),
@@ -100,7 +103,7 @@ REFUSED_BY_BOTH = {
 REFUSED_HERE_ALONE = {
     "a tensor twice": (
         file_of(b'{"a":' + json.dumps(entry()).encode() + b',"a":' + json.dumps(entry()).encode() + b"}"),
-        "the key 'a' stands twice",
+        "the key 'a' occurs twice",
     ),
     "another key in an entry": (file_of({"a": entry(note=1)}), "the header entry of a is malformed"),
     "metadata that is null": (file_of({"__metadata__": None, **TWO}, 16), "__metadata__ is None, expected an object"),

@@ -88,7 +88,7 @@ def test_a_chunk_of_another_dtype_is_refused(tmp_path):
 
 def test_too_few_values_are_refused(tmp_path):
     tensors = [PlannedTensor(name="w", dtype="F16", shape=(2, 3))]
-    with pytest.raises(OutputError, match=r"writing w: 8 bytes came, \[2, 3\] takes 12"):
+    with pytest.raises(OutputError, match=r"writing w: 8 bytes were given, \[2, 3\] takes 12"):
         write_safetensors(tmp_path / "x", tensors, lambda _: [np.zeros(4, dtype=np.float16)])
 
 

@@ -95,7 +95,7 @@ def test_every_encoding_but_utf_8_is_refused(tmp_path, encoding, read):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' stands twice in one object"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' occurs twice in one object"),
         ('{"a": ' + "9" * 5000 + "}", "Exceeds the limit"),
         ("[" * 100_000, "nested too deeply"),
         ('{"a":' * 100_000, "nested too deeply"),
@@ -131,7 +131,7 @@ def test_the_standards_json_has_no_other_numbers(text):
         ("a: 2026-13-45", "'2026-13-45' is no timestamp"),
         ("a: 0x" + "f" * 6000, "a whole number of 24000 bits"),
         ("a: 1" + ":59" * 3000, "a whole number of"),
-        ("a: &x [*x]", "an alias stands inside what it names"),
+        ("a: &x [*x]", "an alias is inside the value that it refers to"),
         ("[" * 5000, "nested deeper than 32 levels"),
         ("- " * 5000, "nested deeper than 32 levels"),
         ("".join(f"k{index}: {index}\n" for index in range(20_000)), "more than 20000 values"),
@@ -163,7 +163,7 @@ def test_aliases_that_multiply_are_refused(tmp_path, bomb):
     lines = ["a0: &a0 {x: 1}"]
     for level in range(1, 12):
         lines.append(f"a{level}: &a{level} {{{bomb.format(', '.join([f'*a{level - 1}'] * 9))}}}")
-    assert "more than 20000 values, aliases followed" in refusal(read_yaml, written(tmp_path, "\n".join(lines)), "it")
+    assert "more than 20000 values, counting aliases" in refusal(read_yaml, written(tmp_path, "\n".join(lines)), "it")
 
 
 def test_aliases_and_merge_keys_do_what_yaml_says(tmp_path):

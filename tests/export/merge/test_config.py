@@ -129,7 +129,7 @@ experts:
         "merge_method: it belongs to mergekit-yaml",
         "experts[0].positive_prompt: no such key (did you mean positive_prompts?)",
         "experts[0].positive_prompts is empty, but gate_mode hidden makes the expert's row from them",
-        "experts[1].positive_prompts holds True, which YAML reads as no text; put it in quotes",
+        "experts[1].positive_prompts holds True, which YAML does not read as a text; put it in quotes",
         "experts[1].source_model is None, expected a folder or a hub id",
         "experts[1].noise_scale is -1, expected a finite number of at least 0",
         "experts[1].residual_scale is 'big', expected a finite number",
@@ -158,7 +158,7 @@ def test_a_prompt_outside_a_list_is_refused(tmp_path):
 
 @pytest.mark.parametrize("location", ["owner/name+adapter", "owner/name@main"])
 def test_adapters_and_revisions_are_refused(tmp_path, location):
-    assert f"experts[1].source_model is '{location}': adapters (+) and revisions (@) are not honoured" in refusal(
+    assert f"experts[1].source_model is '{location}': adapters (+) and revisions (@) are not supported" in refusal(
         tmp_path, PLAIN.replace("./b", location)
     )
 

@@ -65,7 +65,7 @@ def test_a_mixture_as_an_expert_is_refused(tmp_path):
 def test_another_architecture_is_refused(five):
     config = five.parent / "e1" / "config.json"
     config.write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ConfigError, match="model_type 'llama' is none that moeship builds"):
+    with pytest.raises(ConfigError, match="model_type 'llama' is not among those that moeship builds"):
         run(five)
 
 
@@ -196,7 +196,7 @@ def test_a_shard_size_that_is_none_is_refused(five, capsys, size):
     with pytest.raises(SystemExit):
         main(["merge", str(five), str(five.parent / "out"), f"--max-shard-size={size}"])
     said = capsys.readouterr().err
-    assert "is no size; write for instance 5GB, 500MB or 2GiB" in said
+    assert "is not a size; write for example 5GB, 500MB or 2GiB" in said
     assert len(said) < 1000
 
 
@@ -205,7 +205,7 @@ def test_a_seed_that_is_none_is_refused(five, capsys, seed):
     with pytest.raises(SystemExit):
         main(["merge", str(five), str(five.parent / "out"), f"--seed={seed}"])
     said = capsys.readouterr().err
-    assert "is no seed; give a whole number of 0 to" in said
+    assert "is not a seed; give a whole number of 0 to" in said
     assert len(said) < 1000
 
 

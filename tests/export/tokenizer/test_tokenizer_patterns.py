@@ -34,25 +34,25 @@ FIELD = {
     "a literal brace": "a{b}{,}",
 }
 REFUSED = {
-    "(a+)+$": "repeats a repeat",
-    "(a*)*b": "repeats a repeat",
-    "((((a*)*)*)*)*b": "repeats a repeat",
-    "(a|a)*$": "something can fail",
-    "(a|ab|b)+c": "something can fail",
-    "(?:a?)*b": "something can fail",
-    "(?:a{1,1000}){1,1000}b": "repeats a repeat",
-    "a{1,3}+b": "something can fail",
-    "a*a*$": "something can fail",
-    "a*a*a*": "more than twice",
-    "(?:a*b?){3}": "more than twice",
-    "[ab]*[bc]*d": "something can fail",
-    "a{0,1000}a{0,1000}b": "something can fail",
+    "(a+)+$": "a repeat to a repeat",
+    "(a*)*b": "a repeat to a repeat",
+    "((((a*)*)*)*)*b": "a repeat to a repeat",
+    "(a|a)*$": "its repeats can fail",
+    "(a|ab|b)+c": "its repeats can fail",
+    "(?:a?)*b": "its repeats can fail",
+    "(?:a{1,1000}){1,1000}b": "a repeat to a repeat",
+    "a{1,3}+b": "its repeats can fail",
+    "a*a*$": "its repeats can fail",
+    "a*a*a*": "more than two repeats",
+    "(?:a*b?){3}": "more than two repeats",
+    "[ab]*[bc]*d": "its repeats can fail",
+    "a{0,1000}a{0,1000}b": "its repeats can fail",
     "a{0,30}a{0,30}a{0,30}b": "more than 1024 ways",
-    r"(a)\1*b": "refers to what was matched before",
-    r"(?<n>a|b\g<n>c)": "refers to what was matched before",
-    "(?~abc)": "a kind that is not read here",
-    "(*FAIL)": "a kind that is not read here",
-    "(?=a*a*b)c": "something can fail",
+    r"(a)\1*b": "refers back to text that it matched before",
+    r"(?<n>a|b\g<n>c)": "refers back to text that it matched before",
+    "(?~abc)": "a kind that moeship does not read",
+    "(*FAIL)": "a kind that moeship does not read",
+    "(?=a*a*b)c": "its repeats can fail",
     "x" * 5000: "expected at most 4096",
     "(" * 40 + ")" * 40: "nested deeper",
     "[" * 40 + "a" + "]" * 40: "nested deeper",
@@ -62,13 +62,13 @@ REFUSED = {
 @pytest.mark.parametrize("name", FIELD)
 def test_patterns_of_the_field_are_taken_and_read_to_their_end(name):
     check_pattern(FIELD[name])
-    with pytest.raises(ValueError, match="repeats a repeat"):
+    with pytest.raises(ValueError, match="a repeat to a repeat"):
         check_pattern(f"{FIELD[name]}|(a+)+$")
 
 
 @pytest.mark.parametrize("pattern", REFUSED)
 def test_patterns_that_take_for_ever_are_refused(pattern):
-    with pytest.raises(ValueError, match="can take for ever on some text") as caught:
+    with pytest.raises(ValueError, match="can take unlimited time on some text") as caught:
         check_pattern(pattern)
     assert REFUSED[pattern] in str(caught.value)
     assert len(str(caught.value)) < 400
@@ -117,7 +117,7 @@ def test_a_tokenizer_with_such_a_pattern_is_not_loaded(tmp_path, place):
         components = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split]}}
     else:
         components = {place: {**SPLIT, "pattern": pattern} if place == "pre_tokenizer" else replace}
-    with pytest.raises(CheckpointError, match=r"its pattern '\(a\+\)\+\$' can take for ever on some text"):
+    with pytest.raises(CheckpointError, match=r"its pattern '\(a\+\)\+\$' can take unlimited time on some text"):
         load_tokenizer(with_component(tmp_path, **components))
 
 
@@ -125,7 +125,7 @@ def test_a_key_that_is_spelled_in_escapes_is_found_too(tmp_path):
     folder = with_component(tmp_path, pre_tokenizer={**SPLIT, "pattern": {"Regex": "(a+)+$"}})
     path = folder / "tokenizer.json"
     path.write_text(path.read_text().replace('"Regex"', '"\\u0052egex"'))
-    with pytest.raises(CheckpointError, match="can take for ever"):
+    with pytest.raises(CheckpointError, match="can take unlimited time"):
         load_tokenizer(folder)
 
 

@@ -240,7 +240,10 @@ def test_the_ensemble_does_not_bear_the_name_of_a_step(tmp_path, tiny_engine, na
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"layout": "single"}, "TensorRT-LLM's backend runs an engine of tokens; leave the layout out"),
+        (
+            {"layout": "single"},
+            "TensorRT-LLM's backend takes tokens, and only an ensemble takes text; leave the layout out",
+        ),
         ({"instances": 2}, "instances and threads are for ONNX Runtime"),
         ({"threads": 2}, "instances and threads are for ONNX Runtime"),
         ({"served_from": Path("models")}, "to be served from models; expected an absolute path"),
@@ -261,7 +264,7 @@ def test_options_that_do_not_go_with_tensorrt_llm_are_refused_and_nothing_is_wri
     "fields", [{"served_from": Path("/models")}, {"tensorrt_llm": TensorrtLlmParameters(max_queue_size=4)}]
 )
 def test_options_of_tensorrt_llm_are_refused_for_onnxruntime(tmp_path, tiny_engine, fields):
-    with pytest.raises(RepositoryError, match="this engine is for onnxruntime, and where it is served from and the"):
+    with pytest.raises(RepositoryError, match="this engine is for onnxruntime, and served_from and the"):
         package(tiny_engine, tmp_path / "repository", **fields)
 
 

@@ -161,8 +161,8 @@ def test_what_tensorrt_llms_mixtral_would_not_load_or_compute_is_refused(tmp_pat
     assert (
         "its attention sees 100 tokens back, TensorRT-LLM's sees all 640; ask for a max_seq_len of at most 100" in text
     )
-    assert "6 attention heads do not divide among tp_size 4" in text
-    assert "4 experts do not divide among moe_ep_size 3" in text
+    assert "6 attention heads cannot be divided evenly by tp_size 4" in text
+    assert "4 experts cannot be divided evenly by moe_ep_size 3" in text
 
 
 def test_a_window_that_is_never_left_is_none(tmp_path):

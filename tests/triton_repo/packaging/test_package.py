@@ -48,7 +48,7 @@ def test_a_unary_model_is_not_decoupled_and_otherwise_the_same(tmp_path, tiny_en
 
 
 def test_an_ensemble_cannot_be_unary(tmp_path, tiny_engine):
-    with pytest.raises(RepositoryError, match=r"it is to be unary, and Triton's plain infer refuses an ensemble"):
+    with pytest.raises(RepositoryError, match=r"unary is set, and Triton's plain infer refuses an ensemble"):
         package(tiny_engine, tmp_path / "repository", unary=True, layout="ensemble")
     assert not (tmp_path / "repository").exists()
 

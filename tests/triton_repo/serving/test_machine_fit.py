@@ -92,7 +92,9 @@ def test_a_world_size_that_is_no_number_is_refused(tmp_path, text):
 @pytest.mark.parametrize("damage", [{"gpu": None}, {"parallel": {"tp_size": 2}}, {"libraries": None}])
 def test_a_damaged_manifest_is_refused_by_its_path(tmp_path, damage):
     repository = write_model(tmp_path / "r" / "llm", "tensorrtllm", PARAMETERS, engine_json(**damage))
-    with pytest.raises(RepositoryError, match=r"reading .*engine.json: no manifest of a TensorRT-LLM engine \("):
+    with pytest.raises(
+        RepositoryError, match=r"reading .*engine.json: it is not the manifest of a TensorRT-LLM engine \("
+    ):
         read_deployment(repository)
 
 

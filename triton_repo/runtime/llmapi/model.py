@@ -135,7 +135,7 @@ class LlmService:
                         yield piece
                         if piece.finish_reason:
                             return
-            raise RequestError("answering the request: TensorRT-LLM's output came to no end", kind="INTERNAL")
+            raise RequestError("answering the request: TensorRT-LLM's output did not end", kind="INTERNAL")
         finally:
             if not finished:
                 result.abort()

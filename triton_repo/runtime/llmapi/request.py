@@ -54,7 +54,10 @@ def read_request(tensors: Tensors, most_prompt_bytes: int | None = None) -> LlmR
     wire, llmapi = _WIRE_ONLY & tensors.keys(), tensors.keys() - _WIRE_ONLY - _SHARED
     if wire and llmapi:
         raise refusal(
-            [f"found {sorted(wire)[0]} beside {sorted(llmapi)[0]}, expected the tensors of one contract; send its own"]
+            [
+                f"found {sorted(wire)[0]} beside {sorted(llmapi)[0]}, expected tensors of one contract only; "
+                "leave the others out"
+            ]
         )
     if wire:
         return LlmRequest(options=_read(tensors, most_prompt_bytes))

@@ -66,7 +66,7 @@ def read_tokens(tensors: Mapping[str, npt.NDArray[Any]]) -> Tokens:
     if ids.ndim != 3 or ids.shape[:2] != (1, 1):
         raise RequestError(
             f"reading an engine's response: {TOKEN_NAMES['output_ids']} has shape {list(ids.shape)}, expected "
-            "[1, 1, n]; is the engine's beam width 1?",
+            "[1, 1, n]; build the engine with beam width 1",
             kind="INTERNAL",
         )
     count = int(tensors[TOKEN_NAMES["sequence_length"]].reshape(-1)[0])

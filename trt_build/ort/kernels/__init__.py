@@ -98,7 +98,8 @@ def warn_if_unusable(done: str, further: str) -> None:
     fault = found_fault()
     if fault is not None:
         logger.warning(
-            "moeship's CPU kernels cannot be used here: %s; %s, and loads where they can; to %s it here, %s",
+            "moeship's CPU kernels cannot be used here: %s; %s, and loads on machines where they can be used; to %s it "
+            "here, %s",
             fault.reason, done, further, fault.remedy,
         )  # fmt: skip
 
@@ -113,12 +114,17 @@ def _library_problem() -> str | None:
             return f"{_LIBRARY} is damaged ({damage})"
         found = ctypes.CDLL(str(_LIBRARY)).MoeshipKernelsInterface
     except OSError as error:
-        return f"{_LIBRARY} is no library that this machine loads ({error})"
+        return f"{_LIBRARY} is not a library that this machine can load ({error})"
     except AttributeError:
-        return f"{_LIBRARY} does not say which interface it has, expected {INTERFACE}: it is another moeship's"
+        return (
+            f"{_LIBRARY} does not say which interface it has, expected {INTERFACE}: it belongs to another version of "
+            "moeship"
+        )
     found.restype = ctypes.c_int64
     if found() != INTERFACE:
-        return f"{_LIBRARY} has interface {found()}, expected {INTERFACE}: it was compiled for another moeship"
+        return (
+            f"{_LIBRARY} has interface {found()}, expected {INTERFACE}: it was compiled for another version of moeship"
+        )
     return None
 
 

@@ -295,7 +295,7 @@ def test_an_output_without_an_end_is_an_error(service, monkeypatch):
         raise StopAsyncIteration
 
     monkeypatch.setattr(library.RequestOutput, "__anext__", end)
-    with pytest.raises(RequestError, match="output came to no end"):
+    with pytest.raises(RequestError, match="output did not end"):
         ask(service, text_input="fox", max_tokens=9)
 
 

@@ -62,7 +62,7 @@ def test_a_silent_request_has_upstreams_defaults_and_the_contracts_its_own():
 
 
 def test_a_request_in_both_contracts_is_refused():
-    with pytest.raises(RequestError, match="found max_tokens beside streaming, expected the tensors of one contract"):
+    with pytest.raises(RequestError, match="found max_tokens beside streaming, expected tensors of one contract"):
         read_request(
             {"text_input": text("x"), "max_tokens": number(4, "int32"), "streaming": number(True, bool)}
         )  # fmt: skip

@@ -407,7 +407,9 @@ def test_padding_past_the_sequences_length_is_cut_off():
 
 def test_responses_of_several_beams_or_without_their_tensors_are_refused():
     beams = {**response([7]), TOKEN_NAMES["output_ids"]: np.zeros((1, 2, 1), dtype=np.int32)}
-    with pytest.raises(RequestError, match=r"shape \[1, 2, 1\], expected \[1, 1, n\]; is the engine's beam width 1"):
+    with pytest.raises(
+        RequestError, match=r"shape \[1, 2, 1\], expected \[1, 1, n\]; build the engine with beam width 1"
+    ):
         read_tokens(beams)
     with pytest.raises(RequestError, match="TOKENS_BATCH, SEQUENCE_LENGTH absent"):
         read_tokens({})
