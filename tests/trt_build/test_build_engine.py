@@ -350,7 +350,7 @@ def test_a_folder_without_manifest_is_no_engine(engine_copy, tmp_path):
         ({"provider": "rocm"}, "provider is 'rocm', expected one of cpu"),
         ({"architecture": {"family": "phixtral"}}, "architecture: keys missing or unknown: experts_per_token"),
         ({"colour": "red"}, "keys missing or unknown: colour"),
-        ({"format_version": True}, "format version True, this moeship reads 2, 3 and 4"),
+        ({"format_version": True}, "format version True, and this moeship reads 2, 3 and 4"),
     ],
 )
 def test_a_manifest_that_lies_about_itself_is_refused(engine_copy, changes, text):
@@ -404,7 +404,7 @@ def test_only_the_weights_have_their_digests_elsewhere(engine_copy, name, digest
 
 def test_a_manifest_of_another_version_is_refused(engine_copy):
     edit_manifest(engine_copy, format_version=99)
-    with pytest.raises(EngineError, match="format version 99, this moeship reads 2, 3 and 4; build it again"):
+    with pytest.raises(EngineError, match="format version 99, and this moeship reads 2, 3 and 4; build it again"):
         open_engine(engine_copy)
 
 

@@ -67,7 +67,7 @@ def test_a_missing_digest_is_told(engine):
     ("content", "found"),
     [
         (None, "there is no engine.json in it, which every engine has; check the path, and if it is an engine"),
-        (b"\x80\x81" * 100, "engine.json is damaged (byte 0 is no UTF-8)"),
+        (b"\x80\x81", "engine.json is damaged (byte 0 is not UTF-8)"),
         (b"\xef\xbb\xbf{}", "engine.json is damaged (Unexpected UTF-8 BOM"),
         (b"", "engine.json is damaged (Expecting value"),
         (b"null", "engine.json is damaged (it holds null, expected an object)"),

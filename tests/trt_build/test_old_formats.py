@@ -255,7 +255,7 @@ def test_an_engine_that_does_not_say_whose_kernels_is_for_onnx_runtimes(format_3
         ({"resident_bytes": None}, "resident_bytes is None, expected 1 or more"),
         ({"tokenizer": None}, "tokenizer is missing"),
         ({"format_version": 4}, "keys missing or unknown: "),
-        ({"format_version": 1}, "format version 1, this moeship reads 2, 3 and 4"),
+        ({"format_version": 1}, "format version 1, and this moeship reads 2, 3 and 4"),
     ],
     ids=str,
 )
