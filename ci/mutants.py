@@ -29,7 +29,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,10 @@ from mutant_finder import Finder, Mutant
 from mutant_tests import ROOT, distances_to
 from mutant_worker import SITECUSTOMIZE
 
+Stage = tuple[list[str], list[str] | None]
 PATHS = ("export", "trt_build", "triton_repo/runtime")
 MOST_TEST_FILES = 12  # for one mutant
-LONGEST_FILE_S = 40.0  # of a test file without a mutant; longer ones are left out
+LONGEST_FILE_S = 30.0  # of a test file without a mutant; longer ones are left out
 NO_TESTS = 5  # exit status of pytest
 MOST_BYTES = 8 << 30  # memory of a process that a mutant may take
 
@@ -69,6 +71,10 @@ class Seen:
     tests: dict[str, float]
     entered: dict[str, list[str]]
     digest: str
+
+    def is_of(self, path: Path) -> bool:
+        """Whether the test file is the one that was seen. One that took too long is taken to take as long again."""
+        return math.isinf(self.seconds) or self.digest == _digest(path)
 
 
 class Results:
@@ -165,69 +171,77 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def stages_of(
-    mutant: Mutant, results: Results, see: Callable[[str], Seen], longest_s: float, whole: bool
-) -> Iterator[list[list[str]]]:
-    """[files, tests] in the order in which they run: first the tests that enter the function, of the same-named file,
-    of the others that are near, and of any that was seen; if there are none or `whole`, the near files as a whole. The
-    tests of each stage take at most `longest_s`."""
+def chosen_tests(function: str, seen: Mapping[str, Seen], longest_s: float) -> tuple[list[str], list[str]]:
+    """Files, and their tests that enter the function: the quick ones first, as many as `longest_s` allows."""
+    entering = sorted(
+        (facts.tests[test], test, file) for file, facts in seen.items() for test in facts.entered.get(function, ())
+    )
+    chosen, spent = [], 0.0
+    for seconds, test, file in entering:
+        if spent + seconds <= longest_s:
+            spent += seconds
+            chosen.append((file, test))
+    return sorted({file for file, _ in chosen}), [test for _, test in chosen]
+
+
+def stages_of(tree: Path, mutant: Mutant, results: Results, longest_s: float, whole: bool) -> Iterator[Stage]:
+    """Files and tests in the order in which they run. First the tests that are known to enter the function, of the
+    same-named file, of the others that are near and of any; then those of near files that were not seen yet or have
+    changed. If there are none or `whole`, the near files as a whole, with None for the tests."""
     distances = distances_to(mutant.path)
     nearest = sorted(distances, key=distances.__getitem__)[:MOST_TEST_FILES]
-    seen = {name: see(name) for name in nearest}
     same = [name for name in nearest if distances[name][0] == 0]
-    seen = {**results.seen, **seen}
-    far = [name for name in seen if name not in nearest]
-    found = False
+    known, found = dict(results.seen), False
+    far = [name for name in known if name not in nearest]
     for names in (same, [name for name in nearest if name not in same], far):
-        chosen, spent = [], 0.0
-        for seconds, test, name in sorted(
-            (seen[file].tests[test], test, file)
-            for file in names
-            for test in seen[file].entered.get(mutant.function, ())
-        ):
-            if spent + seconds <= longest_s:
-                spent += seconds
-                chosen.append((name, test))
-        if chosen:
+        files, tests = chosen_tests(mutant.function, {name: known[name] for name in names if name in known}, longest_s)
+        if tests:
             found = True
-            yield [sorted({name for name, _ in chosen}), [test for _, test in chosen]]
+            yield files, tests
+    for name in nearest:
+        results.refresh()
+        if not (name in results.seen and results.seen[name].is_of(tree / name)):
+            results.add(file=name, seen=asdict(watch(tree, name)))
+            results.refresh()
+            files, tests = chosen_tests(mutant.function, {name: results.seen[name]}, longest_s)
+            if tests:
+                found = True
+                yield files, tests
     if whole or not found:
         files, spent = [], 0.0
         for name in nearest:
-            if spent + seen[name].seconds <= longest_s:
-                spent += seen[name].seconds
+            if spent + results.seen[name].seconds <= longest_s:
+                spent += results.seen[name].seconds
                 files.append(name)
         if files:  # pytest takes no files for all files
-            yield [sorted(files, key=lambda name: seen[name].seconds), []]
+            yield sorted(files, key=lambda name: results.seen[name].seconds), None
 
 
-def judge(tree: Path, mutant: Mutant, results: Results, longest_s: float, whole: bool) -> tuple[str, str]:
-    """Whether a mutant was "killed" or "survived", and by what or what."""
-
-    def see(test_file: str) -> Seen:
-        results.refresh()
-        if test_file not in results.seen or results.seen[test_file].digest != _digest(tree / test_file):
-            results.seen[test_file] = watch(tree, test_file)
-            results.add(file=test_file, seen=asdict(results.seen[test_file]))
-        return results.seen[test_file]
-
-    stages = list(stages_of(mutant, results, see, longest_s, whole))
+@contextmanager
+def applied(tree: Path, mutant: Mutant) -> Iterator[None]:
+    """The copy of the tree with the mutant in it."""
     path = tree / mutant.path
-    original = path.read_bytes()
-    facts = path.stat()
+    original, facts = path.read_bytes(), path.stat()
     path.write_bytes(original[: mutant.begin] + mutant.after.encode() + original[mutant.end :])
     # A compiled file is taken for that of a source with the same size and second of writing.
     os.utime(path, (facts.st_atime, facts.st_mtime + random.randrange(1, 10**8)))
     try:
-        for files, tests in stages:
-            outcome, failure = run_tests(tree, files, tests or None, 30 + 4 * longest_s)
-            if outcome != "passed":
-                return "killed", failure or outcome
+        yield
     finally:
         path.write_bytes(original)
         os.utime(path, (facts.st_atime, facts.st_mtime))
-    files = " ".join(sorted({file for files, _ in stages for file in files}))
-    return "survived", f"{sum(len(tests) for _, tests in stages)} tests of {files}"
+
+
+def judge(tree: Path, mutant: Mutant, results: Results, longest_s: float, whole: bool) -> tuple[str, str]:
+    """Whether a mutant was "killed" or "survived", and by what or what."""
+    judges: list[str] = []
+    for files, tests in stages_of(tree, mutant, results, longest_s, whole):
+        with applied(tree, mutant):
+            outcome, failure = run_tests(tree, files, tests, 30 + 4 * longest_s)
+        if outcome != "passed":
+            return "killed", failure or outcome
+        judges.append(f"{'all' if tests is None else len(tests)} tests of {' '.join(files)}")
+    return "survived", "; ".join(judges) or "no tests"
 
 
 def report(mutants: list[Mutant], results: Results) -> None:

@@ -327,16 +327,6 @@ def test_a_damaged_engine_is_refused_naming_every_file(engine_copy):
     assert "model.onnx: found" in text
 
 
-def test_a_folder_without_manifest_is_no_engine(engine_copy, tmp_path):
-    (engine_copy / "engine.json").unlink()
-    with pytest.raises(
-        EngineError, match=r"there is no engine.json in it, .* check the path, and .* build the engine again"
-    ):
-        open_engine(engine_copy)
-    with pytest.raises(EngineError, match="no such folder, expected the folder of an engine; check the path"):
-        open_engine(tmp_path / "absent")
-
-
 @pytest.mark.parametrize(
     ("changes", "text"),
     [

@@ -89,6 +89,17 @@ def test_every_damage_has_the_same_remedy_and_is_a_problem_to_doctor(engine, cap
     assert message in json.loads(capsys.readouterr().out)["problems"]
 
 
+def test_a_path_that_is_no_engine_is_told_by_what_is_there(tmp_path):
+    (tmp_path / "file").write_text("{}")
+    for name, found in (("absent", "no such folder"), ("file", "it is a file")):
+        with pytest.raises(EngineError, match=f"{name}: {found}, expected the folder of an engine; check the path"):
+            open_engine(tmp_path / name)
+    with pytest.raises(
+        EngineError, match=r"there is no engine.json in it, .* check the path, and .* build the engine again"
+    ):
+        open_engine(tmp_path)
+
+
 def test_a_manifest_of_format_2_is_read_without_a_digest_and_written_back_so(tmp_path, tiny_engines):
     engine = shutil.copytree(tiny_engines("int4", kernels="onnxruntime"), tmp_path / "engine")
     values = read_values(engine)

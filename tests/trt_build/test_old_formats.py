@@ -25,6 +25,7 @@ from trt_build.build_engine import BuildOptions, build_engine
 from trt_build.engine import open_engine, record_verification
 from trt_build.errors import EngineError
 from trt_build.old_formats import packing
+from trt_build.old_formats.manifest import split_old_values
 from trt_build.old_formats.packed_alone import unpacked_weights
 from trt_build.ort.session import ScoringSession, Session
 
@@ -264,6 +265,14 @@ def test_an_old_manifest_that_no_build_wrote_is_refused(format_3, change, text):
     with pytest.raises(EngineError) as caught:
         open_engine(format_3("int8"))
     assert text in str(caught.value)
+
+
+def test_a_resident_memory_of_one_byte_is_what_a_build_may_have_written():
+    values = {"format_version": 3, "stages": [], "kernel_layout": None, "resident_bytes": 1}
+    kept, old = split_old_values(values)
+    assert (kept, old.resident_bytes) == ({"format_version": 3, "kernels": "onnxruntime"}, 1)
+    with pytest.raises(ValueError, match="resident_bytes is 0, expected 1 or more"):
+        split_old_values({**values, "resident_bytes": 0})
 
 
 # Format 2 -------------------------------------------------------------------------------------------------------------
