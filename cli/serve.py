@@ -1,15 +1,15 @@
 """Run Triton Inference Server on a model repository until it is interrupted.
 
-Prints the addresses once the models are loaded. Ports that are not given are chosen free. A model that does not load
-is reported with its reason and the others are served; when none loads, the exit status is 2. A model that runs on
-several GPUs is started through mpirun, one rank a GPU.
+Prints the addresses once the models are loaded. A port that is not given is a free one. If a model does not load, its
+reason is printed and the other models are served; if no model loads, the exit status is 2. A model that runs on
+several GPUs is started by mpirun, with one rank for each GPU.
 
-The server and each of its processes are watched. Where one dies or hangs, a line says which, and the server is started
-again on the same ports. The exit status is 2 when that does not help, or an engine's files turn out to be damaged.
-Ctrl-C and SIGTERM let the requests that are computed finish; a second one ends the server at once.
+The server and each of its processes are watched. If one dies or hangs, a line says which, and the server is started
+again on the same ports. The exit status is 2 if that does not help, or if an engine's files are damaged.
+Ctrl-C and SIGTERM let the requests in progress finish; a second one ends the server at once.
 
---json prints one line of JSON when the models are loaded. Where the server is started again, two more follow, with an
-"event": "failed" with the reason, then "ready".
+--json prints one line of JSON when the models are loaded. If the server is started again, two more lines follow: one
+with the "event" "failed" and the reason, then one with the "event" "ready".
 """
 
 from __future__ import annotations

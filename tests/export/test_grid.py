@@ -128,7 +128,8 @@ def test_matmulnbits_reads_our_packing_as_we_do(bits):
 
 def test_features_that_do_not_fill_their_blocks_are_refused():
     with pytest.raises(
-        QuantizationError, match=r"quantising w: 72 and 96 input features .* take \(64, 32\); build fp32"
+        QuantizationError,
+        match=r"quantising w: 72 and 96 input features .* take \(64, 32\); build it without blocks: with --provider",
     ):
         block_size("w", [72, 96], (64, 32))
 

@@ -79,7 +79,7 @@ def expect_as_transformers(folder, config):
     try:
         ours = read_settings(folder, config)
     except ConfigError as error:
-        raise (TwoFormsError if "in two ways" in str(error) else AssertionError)(str(error)) from error
+        raise (TwoFormsError if "in two different ways" in str(error) else AssertionError)(str(error)) from error
     made = folder / "made"
     made.mkdir()
     ours.write(made)
