@@ -184,10 +184,10 @@ def chosen_tests(function: str, seen: Mapping[str, Seen], longest_s: float) -> t
     return sorted({file for file, _ in chosen}), [test for _, test in chosen]
 
 
-def stages_of(tree: Path, mutant: Mutant, results: Results, longest_s: float, whole: bool) -> Iterator[Stage]:
+def stages_of(tree: Path, mutant: Mutant, results: Results, longest_s: float, most_unseen: int) -> Iterator[Stage]:
     """Files and tests in the order in which they run. First the tests that are known to enter the function, of the
     same-named file, of the others that are near and of any; then those of near files that were not seen yet or have
-    changed. If there are none or `whole`, the near files as a whole, with None for the tests."""
+    changed. If there are none, the near files as a whole, with None for the tests."""
     distances = distances_to(mutant.path)
     nearest = sorted(distances, key=distances.__getitem__)[:MOST_TEST_FILES]
     same = [name for name in nearest if distances[name][0] == 0]
@@ -198,18 +198,19 @@ def stages_of(tree: Path, mutant: Mutant, results: Results, longest_s: float, wh
         if tests:
             found = True
             yield files, tests
-    for name in nearest:
-        results.refresh()
+    unseen = [name for name in nearest if not (name in known and known[name].is_of(tree / name))]
+    for name in unseen[: most_unseen if found else None]:
+        results.refresh()  # another run may have seen it meanwhile
         if not (name in results.seen and results.seen[name].is_of(tree / name)):
             results.add(file=name, seen=asdict(watch(tree, name)))
             results.refresh()
-            files, tests = chosen_tests(mutant.function, {name: results.seen[name]}, longest_s)
-            if tests:
-                found = True
-                yield files, tests
-    if whole or not found:
+        files, tests = chosen_tests(mutant.function, {name: results.seen[name]}, longest_s)
+        if tests:
+            found = True
+            yield files, tests
+    if not found:
         files, spent = [], 0.0
-        for name in nearest:
+        for name in filter(results.seen.get, nearest):
             if spent + results.seen[name].seconds <= longest_s:
                 spent += results.seen[name].seconds
                 files.append(name)
@@ -232,10 +233,10 @@ def applied(tree: Path, mutant: Mutant) -> Iterator[None]:
         os.utime(path, (facts.st_atime, facts.st_mtime))
 
 
-def judge(tree: Path, mutant: Mutant, results: Results, longest_s: float, whole: bool) -> tuple[str, str]:
+def judge(tree: Path, mutant: Mutant, results: Results, longest_s: float, most_unseen: int) -> tuple[str, str]:
     """Whether a mutant was "killed" or "survived", and by what or what."""
     judges: list[str] = []
-    for files, tests in stages_of(tree, mutant, results, longest_s, whole):
+    for files, tests in stages_of(tree, mutant, results, longest_s, most_unseen):
         with applied(tree, mutant):
             outcome, failure = run_tests(tree, files, tests, 30 + 4 * longest_s)
         if outcome != "passed":
@@ -264,10 +265,13 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=240.0, help="no mutant begins after this")
     parser.add_argument("--longest", type=float, default=15.0, help="seconds of all tests for one mutant")
+    parser.add_argument(
+        "--unseen", type=int, default=MOST_TEST_FILES, help="test files to watch for a mutant that known tests pass"
+    )
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), help="I N: of N runs side by side, the I-th")
     parser.add_argument("--paths", nargs="+", default=PATHS, help="folders or files of the product")
     parser.add_argument("--skip", nargs="*", default=[], help="files to leave alone")
-    parser.add_argument("--again", action="store_true", help="judge those once more that survived, by whole files too")
+    parser.add_argument("--again", action="store_true", help="judge those that survived once more")
     parser.add_argument("--report", action="store_true", help="print what is known and end")
     given = parser.parse_args()
     began = time.monotonic()
@@ -286,7 +290,7 @@ def main() -> None:
             if time.monotonic() - began > given.seconds:
                 break
             since = time.monotonic()
-            outcome, by = judge(tree, mutant, results, given.longest, given.again)
+            outcome, by = judge(tree, mutant, results, given.longest, given.unseen)
             results.add(mutant=mutant.key, outcome=outcome, by=by, seconds=round(time.monotonic() - since, 1))
             print(f"{outcome} {mutant.path}:{mutant.line}: {mutant.shown} ({by})", flush=True)
     return None

@@ -55,6 +55,12 @@ def test_a_segment_may_reach_farther_than_the_sections():
     assert found_damage(bytes(longer) + bytes(1120 - 258)) is None
 
 
-@pytest.mark.parametrize("content", [b"", b"MZ" + bytes(80), elf()[:63], elf(kind=1), b"\x7fELF\x02\x03" + bytes(80)])
+OTHERS = {
+    "no bytes": b"", "another kind": b"MZ" + bytes(80), "no whole header": elf()[:63], "32 bits": elf(kind=1),
+    "no order of bytes": b"\x7fELF\x02\x03" + bytes(80),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", OTHERS.values(), ids=OTHERS)
 def test_of_other_files_nothing_can_be_told(content):
     assert found_damage(content) is None
