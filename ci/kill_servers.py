@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from triton_repo.contracts.model_parameters import ModelParameters
 from triton_repo.packaging.package import LAYOUTS, PackageOptions, package_engine
 from triton_repo.processes.program import children_of, read_process
 from triton_repo.serving.readiness import model_of
@@ -145,7 +146,13 @@ def main() -> int:
         repository = arguments.work / layout
         if not repository.exists():
             package_engine(
-                PackageOptions(engine=arguments.engine, name=NAME, output=repository, layout=layout, threads=1)
+                PackageOptions(
+                    engine=arguments.engine,
+                    name=NAME,
+                    output=repository,
+                    layout=layout,
+                    onnxruntime=ModelParameters(threads=1),
+                )
             )
         lines = hurt(repository, layout)
         if arguments.busy_minutes:

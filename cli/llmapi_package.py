@@ -53,9 +53,13 @@ def read_options(arguments: argparse.Namespace, engine_options: PackageOptions) 
     )  # fmt: skip
     wrong = [
         f"--{name.replace('_', '-')} is for engines; leave it out"
-        for found, meant in ((engine_options, plain), (parameters, plain.tensorrt_llm))
+        for found, meant in (
+            (engine_options, plain),
+            (engine_options.onnxruntime, plain.onnxruntime),
+            (parameters, plain.tensorrt_llm),
+        )
         for name, value in vars(found).items()
-        if name != "tensorrt_llm" and value != getattr(meant, name)
+        if name not in ("onnxruntime", "tensorrt_llm") and value != getattr(meant, name)
     ]
     if wrong:
         raise RepositoryError(f"packaging {arguments.engine} for TensorRT-LLM's LLM API:{listing(wrong)}")

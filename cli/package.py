@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 from cli import llmapi_package
+from triton_repo.contracts.model_parameters import ModelParameters
 from triton_repo.contracts.trtllm_parameters import TensorrtLlmParameters, value_types
 from triton_repo.packaging.llmapi_package import package_llmapi
 from triton_repo.packaging.package import LAYOUTS, Package, PackageOptions, package_engine
@@ -49,14 +51,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     llmapi_package.add_arguments(parser)
 
 
+_ONNX_RUNTIME = ("threads", "slots", "memory_budget", "max_waiting", "max_wait_s", "pause_target_ms")
+
+
 def _add_onnxruntime_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--threads", type=int, help="threads of the engine (default: one for each core)")
+    group.add_argument("--slots", type=int, default=8, help="sequences that are computed together (default 8)")
     group.add_argument(
-        "--instances", type=int, default=1,
-        help="requests that are answered at the same time, each with its own keys and values (default 1)",
+        "--memory-budget", type=byte_count, metavar="BYTES",
+        help="memory for keys and values, such as 4GB; requests wait for room in it (default: what the machine has "
+        "free when the model is loaded)",
     )  # fmt: skip
     group.add_argument(
-        "--threads", type=int, help="threads of each instance (default: the cores are divided among the instances)"
-    )
+        "--max-waiting", type=int, default=64, metavar="N",
+        help="requests that may wait for a slot; more are refused at once (default 64)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-wait-s", type=int, default=60, metavar="S",
+        help="seconds that a request may wait for a slot before it is refused (default 60)",
+    )  # fmt: skip
+    group.add_argument(
+        "--pause-target-ms", type=int, default=250, metavar="MS",
+        help="how long running answers should pause at most beside a long prompt (default 250)",
+    )  # fmt: skip
 
 
 def _add_tensorrt_llm_arguments(group: argparse._ArgumentGroup) -> None:
@@ -80,6 +97,14 @@ def _add_tensorrt_llm_arguments(group: argparse._ArgumentGroup) -> None:
             )  # fmt: skip
 
 
+def byte_count(text: str) -> int:
+    """A number of bytes, with kB, MB or GB behind it or without. Raises ArgumentTypeError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(k|M|G)?B?", text.strip())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"expected a number of bytes such as 4GB or 800MB, found {text!r}")
+    return int(float(found[1]) * {None: 1, "k": 1e3, "M": 1e6, "G": 1e9}[found[2]])
+
+
 def whole_numbers(text: str) -> tuple[int, ...]:
     """Numbers between commas. Raises ArgumentTypeError."""
     try:
@@ -97,8 +122,7 @@ def read_options(arguments: argparse.Namespace) -> PackageOptions:
         name=arguments.name,
         output=arguments.output,
         layout=arguments.layout,
-        instances=arguments.instances,
-        threads=arguments.threads,
+        onnxruntime=ModelParameters(**{name: getattr(arguments, name) for name in _ONNX_RUNTIME}),
         copy=arguments.copy,
         unary=arguments.unary,
         served_from=arguments.served_from,

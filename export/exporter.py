@@ -1,14 +1,15 @@
-"""Exports a model at a precision: two ONNX graphs that share one data file of weights.
+"""Exports a model at a precision: three ONNX graphs that share one data file of weights (export/onnx_graph/forms.py).
 
-model.onnx          serving: logits of the last position, [B, 1, V]
+model.onnx          for onnxruntime-genai: logits of the last position, [B, 1, V]
+model_serving.onnx  serving: one step of many sequences
 model_scoring.onnx  verification: logits of every position, and each layer's router logits
-model.onnx.data     the weights of both graphs, stored once
+model.onnx.data     the weights of all graphs, stored once
 weights.jsonl       one line a part: digests of the source bytes that were read and of the regions that were written
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from export.conversion.writer import Progress, write_parts
 from export.families import Model
 from export.files.resume import PartialFolder
 from export.onnx_graph.converter import OnnxConverter
+from export.onnx_graph.forms import GeneratingGraph, ScoringGraph, ServingGraph
 from export.onnx_graph.graph import GraphBuilder
 from export.onnx_graph.weights import Placement, WeightJob, place
 from export.optional import optional_package
@@ -27,25 +29,24 @@ from export.quantize.recipe import QuantPlan
 if TYPE_CHECKING:
     import onnx
 
-SERVING_GRAPH = "model.onnx"
+GENERATING_GRAPH = "model.onnx"
+SERVING_GRAPH = "model_serving.onnx"
 SCORING_GRAPH = "model_scoring.onnx"
 DATA_FILE = "model.onnx.data"
 RECORDS_FILE = "weights.jsonl"
+_FORMS: Mapping[str, Callable[..., GraphBuilder]] = {
+    GENERATING_GRAPH: GeneratingGraph, SERVING_GRAPH: ServingGraph, SCORING_GRAPH: ScoringGraph,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportPlan:
-    """Both graphs, the jobs that produce their weights, and where each weight lies; made before a weight is read."""
+    """The graphs by file name, the jobs that produce their weights, and where each weight lies; made before a weight is
+    read."""
 
-    serving: onnx.ModelProto
-    scoring: onnx.ModelProto
+    graphs: Mapping[str, onnx.ModelProto]
     jobs: tuple[WeightJob, ...]
     placement: Placement
-
-    @property
-    def graphs(self) -> dict[str, onnx.ModelProto]:
-        """Both graphs by file name."""
-        return {SERVING_GRAPH: self.serving, SCORING_GRAPH: self.scoring}
 
     @property
     def bytes_by_role(self) -> dict[Role, int]:
@@ -66,26 +67,21 @@ def plan_export(
     *,
     max_sequence: int | None = None,
 ) -> ExportPlan:
-    """Build both graphs and lay out their shared data file; reads no weights.
+    """Build the graphs and lay out their shared data file; reads no weights.
 
     The graphs take sequences of `max_sequence` tokens (None: all of the model's positions).
     """
     with optional_package("onnx", "building an ONNX Runtime engine", "cpu"):
         import onnx  # noqa: F401 - imported here, so that a missing package is reported before any work
-    built = []
-    for scoring in (False, True):
-        graph = GraphBuilder(
-            model.architecture, model.weights.table, plan, provider, scoring=scoring, max_sequence=max_sequence
-        )
+    built = {}
+    for name, form in _FORMS.items():
+        graph = form(model.architecture, model.weights.table, plan, provider, max_sequence=max_sequence)
         hidden = model.family.decoder(graph, model.architecture)
-        logits = model.family.head(graph, model.architecture, hidden if scoring else graph.last_position(hidden))
-        built.append((graph, logits))
-    (serving, serving_logits), (scoring_graph, scoring_logits) = built
-    jobs = tuple(serving.jobs)
+        built[name] = graph, model.family.head(graph, model.architecture, graph.wanted(hidden))
+    jobs = tuple(built[SERVING_GRAPH][0].jobs)
     placement = place(jobs)
     return ExportPlan(
-        serving=serving.finish(serving_logits, placement, DATA_FILE),
-        scoring=scoring_graph.finish(scoring_logits, placement, DATA_FILE),
+        graphs={name: graph.finish(logits, placement, DATA_FILE) for name, (graph, logits) in built.items()},
         jobs=jobs,
         placement=placement,
     )
@@ -94,7 +90,7 @@ def plan_export(
 def write_export(
     plan: ExportPlan, model: Model, folder: PartialFolder, progress: Callable[[Progress], None]
 ) -> list[PartRecord]:
-    """Write both graphs, the data file and weights.jsonl; returns the parts' records. Each worker holds one chunk of a
+    """Write the graphs, the data file and weights.jsonl; returns the parts' records. Each worker holds one chunk of a
     weight in memory at a time."""
     data = folder.content / DATA_FILE
     converter = OnnxConverter(weights=model.weights, data=data, placement=plan.placement)

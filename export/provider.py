@@ -8,6 +8,8 @@ Facts of 1.31, from its sources and documentation (docs/contrib_ops/cuda/{moe_qm
   lowest (microsoft/onnxruntime#28980).
 - Without zero points, GatherBlockQuantized has not always assumed the same ones on CPU and CUDA (#31692).
 - On CUDA a float32 matrix product runs in TF32, which has the 10 fraction bits of float16, unless TF32 is turned off.
+- GroupQueryAttention takes `query_seqlens`, different numbers of new tokens in one call, since 1.32. For CUDA there is
+  no 1.32 yet.
 - The `gelu` of a MoE is the tanh form, which Phi-2 has, on CPU and in CUDA's grouped products of int4, int8 and, on
   GPUs other than Hopper, float16. For float16 on Hopper there is also a kernel with the erf form, and the runtime
   takes whichever it measures as faster.
@@ -42,6 +44,7 @@ class Provider:
     block_sizes: Mapping[str, tuple[int, ...]]  # precision -> allowed block sizes, the preferred one first
     accuracy_level: int
     prefers_highest_place: bool  # whether, among equal router logits, the kernels choose the highest index in the graph
+    mixes_lengths: bool  # whether a step of several sequences may take different numbers of tokens of each
     writes_zero_points: bool  # whether the graph states the zero points of the embedding
     package: str  # PyPI package that contains this execution provider
     extra: str  # moeship's extra that installs the package
@@ -64,14 +67,15 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             # decoding would read a fifth more bytes. The kernels round activations to int8 in blocks of the same size,
             # and with int8 weights that error is visible: so int8 takes blocks of 32.
             block_sizes=MappingProxyType({"int8": (32,), "int4": (64, 32)}),
-            prefers_highest_place=True, writes_zero_points=False, package="onnxruntime", extra="cpu",
+            prefers_highest_place=True, mixes_lengths=True, writes_zero_points=False,
+            package="onnxruntime", extra="cpu",
         ),
         "cuda": Provider(
             name="cuda", runtime_name="CUDAExecutionProvider", float_type="float16",
             precisions=("fp16", "int8", "int4"), accuracy_level=0,
             block_sizes=MappingProxyType({"int8": (64,), "int4": (64,)}),
-            prefers_highest_place=False, writes_zero_points=True, package="onnxruntime-gpu",
-            extra="cuda",
+            prefers_highest_place=False, mixes_lengths=False, writes_zero_points=True,
+            package="onnxruntime-gpu", extra="cuda",
             options=MappingProxyType({"use_tf32": "0"}),
         ),
     }

@@ -178,10 +178,10 @@ def model_configs() -> list[bytes]:
     text = TextParameters(max_sequence=64, max_prompt=63, end_ids=(0, 7), num_ids=300)
     library = TensorrtLlmParameters()
     configs = [
-        model_config(ServedModel(name="m", max_batch=1, workers=2, parameters=parameters)),
+        model_config(ServedModel(name="m", max_batch=1, parameters=parameters)),
         ensemble_config("m", 1, echoes_keys=True),
         text_model_config("preprocessing", 1, text),
-        onnxruntime_config(1, parameters, 1, "cpu"),
+        onnxruntime_config(1, parameters, "cpu"),
         tensorrt_llm_config(8, library, library.to_texts(engine_path="/e", world_size=2, paged_context_fmha=True)),
     ]
     return [config_text(config).encode() for config in configs]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,12 +22,14 @@ from triton_repo.contracts.ensemble import ADDED_ENGINE_NAMES, ENGINE_NAMES, QUE
 from triton_repo.contracts.model_parameters import TextParameters
 from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, INPUTS, TritonDtype, WireTensor
 from triton_repo.runtime.answer import Answer, AnswerPlan
-from triton_repo.runtime.generation import generate, never
+from triton_repo.runtime.batching.alone import answered
 from triton_repo.runtime.options import read_options
+from triton_repo.runtime.single.generation import generate
 from triton_repo.runtime.steps.preprocessing import Preprocessor
-from triton_repo.runtime.steps.token_engine import respond
+from triton_repo.runtime.steps.token_engine import token_request
 from triton_repo.runtime.steps.token_request import read_token_request
 from triton_repo.runtime.text.prompt import most_bytes
+from trt_build.ort.session import Row
 
 MAX_SEQUENCE = 64
 DTYPES: Mapping[TritonDtype, Any] = {
@@ -100,6 +102,27 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(backend=backend, size=len(letters) + 1)
 
 
+class _Cache:
+    """Counts positions."""
+
+    positions = MAX_SEQUENCE
+
+    def __init__(self, slots: int) -> None:
+        self.num_slots, self.lengths = slots, [0] * slots
+
+    def bytes_of(self, positions: int) -> int:
+        return positions
+
+    def shorten(self, slot: int, length: int) -> None:
+        self.lengths[slot] = length
+
+    def release(self, slot: int) -> None:
+        self.lengths[slot] = 0
+
+    def copy(self, source: int, target: int) -> None:
+        self.lengths[target] = self.lengths[source]
+
+
 class _Session:
     """Logits drawn from the tokens that it is given."""
 
@@ -109,12 +132,16 @@ class _Session:
         manifest = SimpleNamespace(eos_token_ids=(END_ID,), tokenizer_size=tokenizer().size)
         self.engine = SimpleNamespace(manifest=manifest)
 
-    def new_cache(self) -> SimpleNamespace:
-        return SimpleNamespace(reset=lambda: None)
+    def new_cache(self, slots: int = 1) -> _Cache:
+        return _Cache(slots)
 
-    def run(self, cache: Any, token_ids: Any) -> np.ndarray:
-        seed = int(sum(token_ids)) % 1000
-        return np.random.default_rng(seed).normal(size=tokenizer().size).astype(np.float32)
+    def step(self, cache: _Cache, rows: Sequence[Row]) -> np.ndarray:
+        drawn = []
+        for row in rows:
+            cache.lengths[row.slot] += len(row.token_ids)
+            generator = np.random.default_rng(int(sum(row.token_ids)) % 1000)
+            drawn.append(generator.normal(size=(row.num_logits, tokenizer().size)).astype(np.float32))
+        return np.concatenate(drawn)
 
 
 def answer_alone(request: Any) -> list[Any]:
@@ -141,7 +168,8 @@ def answer_in_steps(request: Any) -> list[Any]:
     session = _Session()
     asked = read_token_request(tensors, MAX_SEQUENCE, tokenizer().size, (END_ID, 5))
     pieces = []
-    for response, _ in respond(session, asked, never, session.new_cache()):
+    size = tokenizer().size
+    for response, _ in answered(session, lambda outlet: token_request(asked, size, outlet)):
         for token in response["output_ids"].reshape(-1).tolist():
             pieces.append(answer.extend(token))
     return pieces

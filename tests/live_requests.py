@@ -16,15 +16,15 @@ SLOW = """
 import time
 from trt_build.ort import session
 
-run = session.Session.run
+step = session.Session.step
 
 
 def slow(self, *given):
     time.sleep(0.01)
-    return run(self, *given)
+    return step(self, *given)
 
 
-session.Session.run = slow
+session.Session.step = slow
 """
 
 

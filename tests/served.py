@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import queue
 
-from triton_repo.runtime.service import Request, Service
+from triton_repo.contracts.model_parameters import ModelParameters
+from triton_repo.runtime.batching.loading import start
+from triton_repo.runtime.single.service import Request, Service
 
 PATIENCE_S = 30
 
@@ -43,11 +45,11 @@ class Sent:
 
 
 def answers(session, tokenizer, tensors) -> list:
-    """The pieces of one answer by a service of its own."""
-    service = Service([session], tokenizer)
+    """The pieces of one request by a service of its own, which computes three sequences at a time."""
+    service = Service(start(session, ModelParameters(slots=3)), tokenizer)
     sent = Sent(Request, request_id="", tensors=tensors)
     try:
         service.submit(sent.request)
         return sent.all()
     finally:
-        service.workers.close()
+        service.runner.close()

@@ -80,7 +80,7 @@ def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | N
 def _settings(build: PreparedBuild) -> dict[str, Any]:
     """Everything except the checkpoint that decides the bytes of an engine, as plain JSON values."""
     plan = build.export
-    layout = hashlib.sha256(plan.serving.SerializeToString() + plan.scoring.SerializeToString())
+    layout = hashlib.sha256(b"".join(graph.SerializeToString() for graph in plan.graphs.values()))
     layout.update(repr(plan.jobs).encode())
     asked = {name: value for name, value in dataclasses.asdict(build.options).items() if name != "output"}
     return {**asked, **libraries(), "format version": FORMAT_VERSION, "layout": layout.hexdigest()}

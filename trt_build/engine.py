@@ -21,7 +21,7 @@ from export.checkpoint.file_table import TOKENIZER_FILE
 from export.checkpoint.folder import file_digest
 from export.conversion.parts import PartRecord, Region, damaged_regions, read_records
 from export.errors import listing, named, shown
-from export.exporter import DATA_FILE, RECORDS_FILE, SCORING_GRAPH, SERVING_GRAPH
+from export.exporter import DATA_FILE, GENERATING_GRAPH, RECORDS_FILE, SCORING_GRAPH, SERVING_GRAPH
 from export.files.output import replace_file
 from export.files.reading import check_name
 from export.files.typed_json import read_typed
@@ -44,8 +44,8 @@ from trt_build.manifest import (
 from trt_build.old_formats.manifest import VERSIONS as OLD_VERSIONS
 from trt_build.old_formats.manifest import OldFormat, split_old_values
 
-REQUIRED_FILES = (SERVING_GRAPH, SCORING_GRAPH, DATA_FILE, RECORDS_FILE, TOKENIZER_FILE)
-FORMAT_VERSION = 4
+_REQUIRED_FILES = (GENERATING_GRAPH, SCORING_GRAPH, DATA_FILE, RECORDS_FILE, TOKENIZER_FILE)
+FORMAT_VERSION = 5
 BACKEND = "onnxruntime"
 MAX_BATCH = 1 << 16
 
@@ -124,6 +124,12 @@ class Engine:
         """Bytes of the weights that serving keeps in memory, mapped or not."""
         kept = self.old.resident_bytes if self.old else None
         return kept or self.manifest.files[DATA_FILE].bytes
+
+    @property
+    def has_serving_graph(self) -> bool:
+        """Whether there is a graph that takes several sequences in one step. Engines of earlier formats have only the
+        graph for onnxruntime-genai, which takes one."""
+        return self.old is None
 
     @property
     def has_own_kernels(self) -> bool:
@@ -276,7 +282,9 @@ def _check_facts(manifest: Manifest, old: OldFormat | None) -> None:
         check_tokenizer(manifest.tokenizer)
     elif old is None or old.names_tokenizer:
         raise ValueError("tokenizer is missing")
-    check_file_records(manifest.files, (*REQUIRED_FILES, *(old.files if old else ())), undigested=(DATA_FILE,))
+    check_file_records(
+        manifest.files, (*_REQUIRED_FILES, *(old.files if old else (SERVING_GRAPH,))), undigested=(DATA_FILE,)
+    )
     if old and old.resident_bytes is not None:
         check_range("resident_bytes", old.resident_bytes, 1, manifest.files[DATA_FILE].bytes)
     order = manifest.expert_order

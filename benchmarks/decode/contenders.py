@@ -81,7 +81,7 @@ class Ours:
         self._cache = self._session.new_cache()
 
     def forget(self) -> None:
-        self._cache.reset()
+        self._cache.shorten(0, 0)
 
     def run(self, tokens: Sequence[int]) -> int:
         return int(self._session.run(self._cache, tokens).argmax())

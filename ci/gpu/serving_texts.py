@@ -20,8 +20,8 @@ from pathlib import Path
 from export.command import run_command
 from export.errors import OutputError
 from export.tokenizer.loading import load_tokenizer
-from triton_repo.runtime.generation import generate
 from triton_repo.runtime.options import GenerationOptions
+from triton_repo.runtime.single.generation import generate
 from trt_build.engine import open_engine
 from trt_build.ort.session import Session
 
@@ -35,11 +35,11 @@ PREFILL_TOKENS, WARM_UP_STEPS, STEPS = 256, 20, 80
 
 def texts(folder: Path, session: Session) -> dict[str, str]:
     """The greedy text after each prompt, by prompt."""
-    tokenizer, cache = load_tokenizer(folder), session.new_cache()
+    tokenizer = load_tokenizer(folder)
 
     def answer(prompt: str) -> str:
         options = GenerationOptions(prompt=prompt, max_tokens=TEXT_TOKENS, temperature=0.0, stream=True)
-        return "".join(piece.text for piece in generate(session, tokenizer, options, cache=cache))
+        return "".join(piece.text for piece in generate(session, tokenizer, options))
 
     return {prompt: answer(prompt) for prompt in PROMPTS}
 
@@ -49,7 +49,7 @@ def speed(session: Session) -> str:
     ids = [index % session.vocab_size for index in range(min(PREFILL_TOKENS, session.max_sequence // 2))]
     cache = session.new_cache()
     for _ in range(2):
-        cache.reset()
+        cache.shorten(0, 0)
         started = time.perf_counter()
         session.run(cache, ids)
         prefill_s = time.perf_counter() - started

@@ -12,6 +12,7 @@ round to equal ones. Each operation casts its inputs to the type that it needs; 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,11 @@ if TYPE_CHECKING:
     import onnx
 
 
-class GraphBuilder:
-    """Builds one decoder graph. With `scoring` the outputs are logits of all positions, and each router's logits."""
+class GraphBuilder(ABC):
+    """Builds one decoder graph. A subclass (export/onnx_graph/forms.py) says how the tokens lie in the graph's inputs,
+    and which logits it gives."""
+
+    gives_router_logits = False  # whether each router's logits are outputs
 
     def __init__(
         self,
@@ -43,11 +47,9 @@ class GraphBuilder:
         plan: QuantPlan,
         provider: Provider,
         *,
-        scoring: bool,
         max_sequence: int | None = None,
     ) -> None:
         self.architecture = architecture
-        self.scoring = scoring
         self._max_sequence = max_sequence or architecture.max_positions
         self.jobs: list[WeightJob] = []
         self._table = table
@@ -64,6 +66,37 @@ class GraphBuilder:
         self._check_attention()
         self._sequence_facts()
         self._rotary_caches()
+
+    # How tokens lie in the inputs. [...] below is [B, S], or [T] where a form packs the tokens of all sequences.
+
+    @abstractmethod
+    def _sequence_facts(self) -> None:
+        """Make the values attention/seqlens_k, the index of each sequence's last position, int32 [B], and
+        attention/total_sequence_length, the length of the longest sequence, an int32 scalar."""
+
+    def _by_sequence(self, x: str) -> str:
+        """[..., n] as attention takes it, [B, S, n]."""
+        return x
+
+    def _by_token(self, x: str) -> str:
+        """An output of attention, [B, S, n], as the other operations take it, [..., n]."""
+        return x
+
+    def _lengths_of_queries(self) -> list[str]:
+        """The inputs of attention that follow the rotary tables."""
+        return []
+
+    @abstractmethod
+    def wanted(self, x: str) -> str:
+        """The positions of [..., H] whose logits the graph gives."""
+
+    @abstractmethod
+    def _token_inputs(self) -> list[onnx.ValueInfoProto]:
+        """The graph's inputs, except keys and values."""
+
+    @abstractmethod
+    def _logits_shape(self) -> list[str | int]:
+        """The shape of the output `logits`."""
 
     # Operations, in the order a decoder uses them.
 
@@ -140,11 +173,12 @@ class GraphBuilder:
         """
         facts = self.architecture
         inputs = [
-            *(self._cast(part, self._float_type) if part else "" for part in (query, key, value)),
+            *(self._by_sequence(self._cast(part, self._float_type)) if part else "" for part in (query, key, value)),
             names.past_key(layer), names.past_value(layer),
             "attention/seqlens_k", "attention/total_sequence_length", "rotary/cos_cache", "rotary/sin_cache",
+            *self._lengths_of_queries(),
         ]  # fmt: skip
-        return self._node(
+        attended = self._node(
             "GroupQueryAttention", inputs, f"{path}.attention", microsoft=True,
             more_outputs=[names.present_key(layer), names.present_value(layer)],
             float_type=self._float_type, num_heads=facts.num_heads, kv_num_heads=facts.num_kv_heads,
@@ -152,6 +186,7 @@ class GraphBuilder:
             softcap=0.0, local_window_size=window or -1, do_rotary=1, rotary_interleaved=0,
             smooth_softmax=0,
         )  # fmt: skip
+        return self._by_token(attended)
 
     def gelu_tanh(self, x: str, path: str) -> str:
         """GELU in its tanh form, which Phi-2's config calls gelu_new."""
@@ -197,12 +232,6 @@ class GraphBuilder:
             mixed = self._operation(self._kernels.experts(x, routed, first, second, self._plan.accuracy_level), name)
         return self.scale(mixed, rule.scale, f"{name}.routed")
 
-    def last_position(self, x: str) -> str:
-        """The last position of [B, S, H], as [B, 1, H]."""
-        starts, ends, axes = (self._constant(f"last/{n}", np.array([v], np.int64)) for n, v in
-                              (("start", -1), ("end", np.iinfo(np.int64).max), ("axis", 1)))  # fmt: skip
-        return self._node("Slice", [x, starts, ends, axes], "last_position", float_type=self._float_types[x])
-
     def finish(self, logits: str, placement: Placement, data_file: str) -> onnx.ModelProto:
         """The complete ONNX model with `logits` as output. Its weights are in `data_file`, at the offsets of
         `placement`."""
@@ -214,16 +243,13 @@ class GraphBuilder:
             *self._constants,
             *(tensor for job in self.jobs for tensor in tensors(job, placement, data_file)),
         ]
-        float32, int64, cache = TensorProto.FLOAT, TensorProto.INT64, onnx_type(self._float_type)
+        float32, cache = TensorProto.FLOAT, onnx_type(self._float_type)
         facts = self.architecture
         past_shape = [names.BATCH, facts.num_kv_heads, names.PAST, facts.head_size]
         present_shape = [names.BATCH, facts.num_kv_heads, names.TOTAL, facts.head_size]
         value = helper.make_tensor_value_info
-        inputs = [
-            value(names.INPUT_IDS, int64, [names.BATCH, names.SEQUENCE]),
-            value(names.ATTENTION_MASK, int64, [names.BATCH, names.TOTAL]),
-        ]
-        outputs = [value(names.LOGITS, float32, [names.BATCH, names.SEQUENCE if self.scoring else 1, facts.vocab_size])]
+        inputs = self._token_inputs()
+        outputs = [value(names.LOGITS, float32, self._logits_shape())]
         for layer in range(facts.num_layers):
             inputs += [value(f(layer), cache, past_shape) for f in (names.past_key, names.past_value)]
             outputs += [value(f(layer), cache, present_shape) for f in (names.present_key, names.present_value)]
@@ -260,7 +286,7 @@ class GraphBuilder:
         )  # fmt: skip
         flat = self._constant("router/shape", np.array([-1, self.architecture.num_experts], np.int64))
         rows = self._node("Reshape", [logits, flat], f"{name}.router_rows", float_type="float32", allowzero=0)
-        if self.scoring:
+        if self.gives_router_logits:
             output = names.router_logits(len(self._router_outputs))
             self._router_outputs.append(output)
             self._node("Identity", [rows], f"{name}.router_output", output=output)
@@ -287,21 +313,6 @@ class GraphBuilder:
                 f"{facts.rotary_dim}, and ONNX Runtime's GroupQueryAttention takes multiples of 16; this model cannot "
                 "be built for ONNX Runtime at any precision"
             )
-
-    def _sequence_facts(self) -> None:
-        """Compute from the attention mask the index of each row's last position, int32 [B], and the length of the
-        longest row, int32 scalar."""
-        from onnx import TensorProto
-
-        one, axis = self._constant("one", np.array(1, np.int64)), self._constant("axis_1", np.array([1], np.int64))
-        lengths = self._node("ReduceSum", [names.ATTENTION_MASK, axis], "attention/lengths", keepdims=0,
-                             noop_with_empty_axes=0)  # fmt: skip
-        last = self._node("Sub", [lengths, one], "attention/last")
-        self._node("Cast", [last], "attention/seqlens_k", output="attention/seqlens_k", to=TensorProto.INT32)
-        shape = self._node("Shape", [names.ATTENTION_MASK], "attention/mask_shape", start=0)
-        total = self._node("Gather", [shape, one], "attention/total", axis=0)
-        self._node("Cast", [total], "attention/total_sequence_length", output="attention/total_sequence_length",
-                   to=TensorProto.INT32)  # fmt: skip
 
     def _rotary_caches(self) -> None:
         """Add the rotary tables: cos and sin [max_sequence, rotary_dim / 2] of position * base^(-2i / rotary_dim).

@@ -1,10 +1,18 @@
-"""Names of the graph's inputs and outputs, the ones that onnxruntime-genai expects of a decoder."""
+"""Names of the graphs' inputs and outputs. Those of the generating graph are the ones that onnxruntime-genai expects of
+a decoder."""
 
 from __future__ import annotations
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 LOGITS = "logits"
+# Inputs of the serving graph (export/onnx_graph/forms.py: ServingGraph).
+TOKEN_OF_QUERY = "token_of_query"
+QUERY_OF_TOKEN = "query_of_token"
+NEW_LENGTHS = "new_lengths"
+LAST_POSITIONS = "last_positions"
+TOTAL_LENGTH = "total_length"
+LOGIT_TOKENS = "logit_tokens"
 OPSET = 21
 IR_VERSION = 10
 MICROSOFT_DOMAIN = "com.microsoft"

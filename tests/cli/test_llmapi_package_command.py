@@ -40,10 +40,10 @@ def test_the_result_names_the_checkpoint(checkpoint, tmp_path, capsys):
 
 
 def test_flags_of_engines_are_refused_for_a_checkpoint(checkpoint, tmp_path, capsys):
-    flags = ["--layout", "ensemble", "--instances", "2", "--gpu-device-ids", "0,1"]
+    flags = ["--layout", "ensemble", "--slots", "2", "--gpu-device-ids", "0,1"]
     assert main(words(checkpoint, tmp_path, "--backend", "llmapi", *flags)) == 2
     errors = capsys.readouterr().err
-    for flag in ("--layout", "--instances", "--gpu-device-ids"):
+    for flag in ("--layout", "--slots", "--gpu-device-ids"):
         assert f"{flag} is for engines; leave it out" in errors
     assert "--copy" not in errors
 

@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from export.checkpoint.file_table import SETTINGS_FILE, TOKENIZER_FILE
 from export.tokenizer.loading import Tokenizer
+from triton_repo.contracts.model_parameters import ModelParameters
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.serving.server import ServerOptions, running_server
 from trt_build.engine import open_engine, record_files
@@ -75,6 +76,27 @@ def byte_fallback() -> EndedTokenizer:
     return EndedTokenizer(backend=backend, size=len(tokens), eos_token_id=1)
 
 
+class ScriptedCache:
+    """Stands for trt_build's Cache: it only counts positions."""
+
+    def __init__(self, slots: int, positions: int) -> None:
+        self.num_slots, self.positions = slots, positions
+        self.lengths, self.produced = [0] * slots, [0] * slots
+
+    def bytes_of(self, positions):
+        return positions
+
+    def shorten(self, slot, length):
+        self.lengths[slot] = length
+        self.produced[slot] = 0
+
+    def release(self, slot):
+        self.shorten(slot, 0)
+
+    def copy(self, source, target):
+        self.lengths[target], self.produced[target] = self.lengths[source], self.produced[source]
+
+
 class ScriptedSession:
     """Stands for trt_build's Session: its logits make the script's tokens the likeliest, one after the other."""
 
@@ -83,23 +105,25 @@ class ScriptedSession:
     def __init__(self, tokenizer: Tokenizer, script: list[int], max_sequence: int = 512) -> None:
         self.max_sequence = max_sequence
         manifest = SimpleNamespace(eos_token_ids=(tokenizer.eos_token_id,), tokenizer_size=tokenizer.size)
-        self.engine = SimpleNamespace(manifest=manifest)
+        self.engine = SimpleNamespace(manifest=manifest, resident_bytes=0, folder="scripted")
         self.script, self.size, self.fed = script, tokenizer.size, []
-        self.prompt_size = None  # tokens; where set, the place in the script follows from the cache's length
 
-    def new_cache(self):
-        cache = SimpleNamespace(length=0)
-        cache.reset = lambda: setattr(cache, "length", 0)
-        return cache
+    def new_cache(self, slots=1):
+        return ScriptedCache(slots, self.max_sequence)
 
-    def run(self, cache, token_ids):
-        assert cache.length + len(token_ids) <= self.max_sequence
-        self.fed.append(list(token_ids))
-        cache.length += len(token_ids)
-        produced = len(self.fed) - 1 if self.prompt_size is None else max(0, cache.length - self.prompt_size)
-        logits = np.zeros(self.size + self.vocab_padding, dtype=np.float32)
-        logits[self.size :] = 50
-        logits[self.script[min(produced, len(self.script) - 1)]] = 9
+    def step(self, cache, rows):
+        logits = [self._append(cache, row) for row in rows]
+        return np.concatenate(logits)
+
+    def _append(self, cache, row):
+        assert cache.lengths[row.slot] + len(row.token_ids) <= self.max_sequence
+        self.fed.append(list(row.token_ids))
+        cache.lengths[row.slot] += len(row.token_ids)
+        logits = np.zeros((row.num_logits, self.size + self.vocab_padding), dtype=np.float32)
+        if row.num_logits:
+            logits[:, self.size :] = 50
+            logits[:, self.script[min(cache.produced[row.slot], len(self.script) - 1)]] = 9
+            cache.produced[row.slot] += 1
         return logits
 
 
@@ -162,7 +186,11 @@ def trtllm_engine(tmp_path, tiny_engine):
 def repository(tmp_path_factory, tiny_engine) -> Path:
     """A repository of one sound model, and one whose engine was damaged after it was packaged."""
     folder = tmp_path_factory.mktemp("serving")
-    package_engine(PackageOptions(engine=tiny_engine, name="tiny", output=folder / "repository", threads=1))
+    package_engine(
+        PackageOptions(
+            engine=tiny_engine, name="tiny", output=folder / "repository", onnxruntime=ModelParameters(threads=1)
+        )
+    )
     # A copy, since the packaged files are links to the engine that other tests use.
     shutil.copytree(tiny_engine, folder / "copy")
     package_engine(PackageOptions(engine=folder / "copy", name="damaged", output=folder / "repository"))

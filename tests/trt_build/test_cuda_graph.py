@@ -34,7 +34,7 @@ from trt_build.ort.device import open_device
 from trt_build.ort.session import Session
 
 PRECISIONS = ("fp16", "int8", "int4")
-GRAPHS = ("model.onnx", "model_scoring.onnx")
+GRAPHS = ("model.onnx", "model_serving.onnx", "model_scoring.onnx")
 
 
 def build(checkpoint, output, precision="int4", provider="cuda", **options):

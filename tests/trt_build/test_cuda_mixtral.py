@@ -42,7 +42,7 @@ def build(checkpoint, output, precision):
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
 def test_every_node_has_a_cuda_kernel_of_its_types(tmp_path, checkpoint, precision):
     engine = build(checkpoint, tmp_path / "engine", precision)
-    for name in ("model.onnx", "model_scoring.onnx"):
+    for name in ("model.onnx", "model_serving.onnx", "model_scoring.onnx"):
         problems, operators = check_types(onnx.load(str(engine.folder / name), load_external_data=False))
         assert problems == []
         assert {"SimplifiedLayerNormalization", "GroupQueryAttention"} < operators

@@ -115,7 +115,7 @@ def copy_of(engine_folder, folder):
 
 def rewrite(engine, edit):
     """Put both graphs of an engine through `edit(model)`."""
-    for name in ("model.onnx", "model_scoring.onnx"):
+    for name in ("model.onnx", "model_serving.onnx", "model_scoring.onnx"):
         model = onnx.load(str(engine.folder / name), load_external_data=False)
         edit(model)
         (engine.folder / name).write_bytes(model.SerializeToString())

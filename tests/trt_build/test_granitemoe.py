@@ -221,7 +221,7 @@ def test_equal_router_logits_go_to_the_lowest_expert_index(tmp_path):
 @pytest.mark.parametrize("precision", ["fp16", "int4"])
 def test_the_cuda_graph_has_the_scalars_in_float32_and_attentions_beside_a_power_of_two(tmp_path, trained, precision):
     folder = build(trained, tmp_path / "engine", precision, provider="cuda").folder
-    for name in ("model.onnx", "model_scoring.onnx"):
+    for name in ("model.onnx", "model_serving.onnx", "model_scoring.onnx"):
         model = onnx.load(str(folder / name), load_external_data=False)
         problems, operators = check_types(model)
         assert problems == []

@@ -372,7 +372,7 @@ def test_packed_experts_are_read_piece_by_piece(tmp_path):
 def test_every_node_of_a_cuda_engine_has_a_kernel_of_its_types(tmp_path, precision):
     options = BuildOptions(checkpoint=str(EXAMPLE), output=tmp_path / "engine", precision=precision, provider="cuda")
     folder = build_engine(options).folder
-    for name in ("model.onnx", "model_scoring.onnx"):
+    for name in ("model.onnx", "model_serving.onnx", "model_scoring.onnx"):
         problems, operators = check_types(onnx.load(str(folder / name), load_external_data=False))
         assert problems == []
         assert {"MoE", "QMoE"} & set(operators)

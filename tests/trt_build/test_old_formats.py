@@ -27,6 +27,7 @@ from trt_build.errors import EngineError
 from trt_build.old_formats import packing
 from trt_build.old_formats.manifest import split_old_values
 from trt_build.old_formats.packed_alone import unpacked_weights
+from trt_build.ort.kernels import library
 from trt_build.ort.session import ScoringSession, Session
 
 KEPT = Path(__file__).parent / "engines" / "format_3.tar.xz"
@@ -59,10 +60,10 @@ def logits(folder):
     return [*decoded, *ScoringSession(session.engine).run(PROMPT)]
 
 
-def plain_logits(folder):
-    """The same, from ONNX Runtime and the graphs as they lie there: it finds the packed form, or packs for itself."""
+def decoded_alone(folder, options=None):
+    """Of the prompt and the two tokens, from ONNX Runtime and the graph as it lies there."""
     facts = open_engine(folder).manifest.architecture
-    given = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    given = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
     past = np.zeros((1, facts.num_kv_heads, 0, facts.head_size), np.float32)
     caches = {value.name: past for value in given.get_inputs() if value.name.startswith("past")}
     found, length = [], 0
@@ -73,12 +74,19 @@ def plain_logits(folder):
         names = [value.name for value in given.get_outputs()][1:]
         caches = {name.replace("present", "past_key_values"): v for name, v in zip(names, present, strict=True)}
         found.append(first[0, 0])
+    return found
+
+
+def plain_logits(folder):
+    """The logits of ONNX Runtime and the graphs as they lie there: it finds the packed form, or packs for itself."""
+    facts = open_engine(folder).manifest.architecture
+    past = np.zeros((1, facts.num_kv_heads, 0, facts.head_size), np.float32)
     scoring = onnxruntime.InferenceSession(str(folder / "model_scoring.onnx"), providers=["CPUExecutionProvider"])
     feeds = {"input_ids": np.array([PROMPT]), "attention_mask": np.ones((1, len(PROMPT)), np.int64)}
     feeds |= {value.name: past for value in scoring.get_inputs() if value.name.startswith("past")}
     names = ["logits", *(f"router_logits.{layer}" for layer in range(facts.num_layers))]
     scored, *routed = scoring.run(names, feeds)
-    return [*found, scored[0], np.stack(routed)[:, :, ::-1]]  # the experts are stored in reverse
+    return [*decoded_alone(folder), scored[0], np.stack(routed)[:, :, ::-1]]  # the experts are stored in reverse
 
 
 def assert_equal(found, expected):
@@ -187,6 +195,25 @@ def layout_of_1_31(probe, scratch):
     return hashlib.sha256(written).hexdigest()
 
 
+# Format 4 -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs_kernels
+@PRECISIONS
+def test_an_engine_of_format_4_gives_the_logits_of_its_graphs_bit_for_bit(tiny_engines, tmp_path, precision):
+    """Format 4 is the present one without the graph for steps of several sequences."""
+    folder = Path(shutil.copytree(tiny_engines(precision), tmp_path / "format-4"))
+    (folder / "model_serving.onnx").unlink()
+    write_with_files(folder, {**read_values(folder), "format_version": 4})
+    assert not open_engine(folder).has_serving_graph
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(library()))
+    for one, other in zip(logits(folder)[:3], decoded_alone(folder, options), strict=True):
+        np.testing.assert_array_equal(one, other)
+    record_verification(open_engine(folder), {"mean_kl": 0.25})
+    assert open_engine(folder).manifest.verification == {"mean_kl": 0.25}
+
+
 # Format 3 -------------------------------------------------------------------------------------------------------------
 
 
@@ -256,7 +283,7 @@ def test_an_engine_that_does_not_say_whose_kernels_is_for_onnx_runtimes(format_3
         ({"resident_bytes": None}, "resident_bytes is None, expected 1 or more"),
         ({"tokenizer": None}, "tokenizer is missing"),
         ({"format_version": 4}, "keys missing or unknown: "),
-        ({"format_version": 1}, "format version 1, and this moeship reads 2, 3 and 4"),
+        ({"format_version": 1}, "format version 1, and this moeship reads 2, 3, 4 and 5"),
     ],
     ids=str,
 )

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 FIRST_IMPORTS = {
-    "serving": "from pathlib import Path; from triton_repo.runtime.seats import open_sessions\n"
-    "open_sessions(Path(sys.argv[1]), 1, 1)",
+    "serving": "from trt_build.engine import open_engine; from trt_build.ort.session import Session\n"
+    "Session(open_engine(sys.argv[1]), 1)",
     "verifying": "from trt_build.engine import open_engine; from trt_build.ort.session import ScoringSession\n"
     "ScoringSession(open_engine(sys.argv[1]))",
 }

@@ -5,10 +5,10 @@ Triton's parameters are texts. These dataclasses are the one place where texts b
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from export.errors import shown
@@ -20,7 +20,11 @@ MODEL_FILE = "model.py"  # a model's program, within a version's folder
 ENGINE_FOLDER = "engine"  # within a version's folder
 ENGINE_KEY = "moeship_engine"
 THREADS_KEY = "moeship_threads"
-WORKERS_KEY = "moeship_workers"
+SLOTS_KEY = "moeship_slots"
+MEMORY_KEY = "moeship_memory_budget"
+MAX_WAITING_KEY = "moeship_max_waiting"
+MAX_WAIT_KEY = "moeship_max_wait_s"
+PAUSE_KEY = "moeship_pause_target_ms"
 TOKENIZER_KEY = "tokenizer_dir"
 MAX_SEQUENCE_KEY = "moeship_max_sequence"
 MAX_PROMPT_KEY = "moeship_max_prompt"
@@ -31,7 +35,11 @@ GPUS_KEY = "moeship_gpus"
 ONE_END_ID_KEY = "moeship_one_end_id"
 ECHOES_KEYS_KEY = "moeship_echoes_keys"
 MAX_THREADS = 4096  # of one instance
-MAX_WORKERS = 4096  # of one instance
+MAX_SLOTS = 256
+MAX_WAITING = 1_000_000
+MAX_WAIT_S = 86_400
+MAX_PAUSE_MS = 60_000
+MAX_BYTES = 1 << 50
 _AUTOMATIC = "auto"
 
 
@@ -40,37 +48,69 @@ class ModelParameters:
     """The parameters of a model in which ONNX Runtime runs the engine."""
 
     engine: str = ENGINE_FOLDER  # within the version's folder
-    threads: int | None = None  # of one worker; None shares the cores among the workers
+    threads: int | None = None  # None lets ONNX Runtime use every physical core
+    slots: int = 8  # sequences that are computed together
+    memory_budget: int | None = None  # bytes of keys and values; None takes what the machine has free
+    max_waiting: int = 64  # requests; more are refused
+    max_wait_s: int = 60  # before a request's turn; then it is refused
+    pause_target_ms: int = 250  # of a step that prompts share with running answers
 
     def to_texts(self) -> dict[str, str]:
         """Parameter key to text."""
-        return {ENGINE_KEY: self.engine, THREADS_KEY: _AUTOMATIC if self.threads is None else str(self.threads)}
+        values = {key: getattr(self, name) for key, (name, _, _) in _NUMBERS.items()}
+        texts = {key: _AUTOMATIC if value is None else str(value) for key, value in values.items()}
+        return {ENGINE_KEY: self.engine, **texts}
 
     @classmethod
     def from_texts(cls, texts: Mapping[str, str], model: str) -> ModelParameters:
         """From parameter key to text. Raises RepositoryError for an absent key or a text that is not a valid value."""
-        absent = [key for key in (ENGINE_KEY, THREADS_KEY) if key not in texts]
-        threads = texts.get(THREADS_KEY, "")
-        number = whole_number(threads, 1, MAX_THREADS)
-        if absent or (number is None and threads != _AUTOMATIC):
-            problem = f"absent: {', '.join(absent)}" if absent else f"{THREADS_KEY} is {shown(threads)}"
+        problems = [f"{key} is absent" for key in (ENGINE_KEY, *_NUMBERS) if key not in texts]
+        values: dict[str, int | None] = {}
+        for key, (name, most, is_optional) in _NUMBERS.items():
+            if key not in texts:
+                continue
+            number = whole_number(texts[key], 1, most)
+            values[name] = number
+            if number is None and not (is_optional and texts[key] == _AUTOMATIC):
+                or_automatic = f" or {_AUTOMATIC!r}" if is_optional else ""
+                problems.append(f"{key} is {shown(texts[key])}, expected a number of 1 to {most}{or_automatic}")
+        if problems:
             raise RepositoryError(
-                f"reading the parameters of the model {model}: {problem}; expected {ENGINE_KEY} with a folder's name "
-                f"and {THREADS_KEY} with a number of 1 to {MAX_THREADS} or {_AUTOMATIC!r}: package the engine again"
+                f"reading the parameters of the model {model}: {'; '.join(problems)}: package the engine again"
             )
-        return cls(engine=texts[ENGINE_KEY], threads=number)
+        return cls(engine=texts[ENGINE_KEY], **values)  # type: ignore[arg-type] # the numbers that may be None are
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelParameters:
         """From the JSON form of a model configuration, which Triton gives to a model."""
         return cls.from_texts(config_texts(config), config["name"])
 
-    def threads_of_one(self, count: int) -> int | None:
-        """Threads of one worker where `count` workers run at the same time: as packaged, else an equal share of the
-        usable cores. None lets ONNX Runtime decide."""
-        if self.threads is not None or count == 1:
-            return self.threads
-        return max(1, len(os.sched_getaffinity(0)) // count)
+    def problems(self) -> list[str]:
+        """What is wrong with the numbers, each by the name of its field."""
+        found = []
+        for name, most, is_optional in _NUMBERS.values():
+            value = getattr(self, name)
+            if not (value is None and is_optional) and not 1 <= value <= most:
+                found.append(f"{name} is {value}; expected 1 to {most}")
+        return found
+
+
+def changed_fields(parameters: ModelParameters) -> list[str]:
+    """The names of the fields that have another value than by default."""
+    return [entry.name for entry in fields(parameters) if getattr(parameters, entry.name) != entry.default]
+
+
+# Parameter key -> field, the largest value, and whether the text "auto" stands for None.
+_NUMBERS: Mapping[str, tuple[str, int, bool]] = MappingProxyType(
+    {
+        THREADS_KEY: ("threads", MAX_THREADS, True),
+        SLOTS_KEY: ("slots", MAX_SLOTS, False),
+        MEMORY_KEY: ("memory_budget", MAX_BYTES, True),
+        MAX_WAITING_KEY: ("max_waiting", MAX_WAITING, False),
+        MAX_WAIT_KEY: ("max_wait_s", MAX_WAIT_S, False),
+        PAUSE_KEY: ("pause_target_ms", MAX_PAUSE_MS, False),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,37 +160,22 @@ class TextParameters:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInstance:
-    """How one instance of a model loads its engine on ONNX Runtime."""
+    """How one instance of a model loads and runs its engine on ONNX Runtime."""
 
     folder: Path  # of the engine
-    threads: int | None  # of each worker; None lets ONNX Runtime decide
-    workers: int
-    device_index: int  # of the GPU; 0 on the CPU
+    parameters: ModelParameters = field(default_factory=ModelParameters)
+    device_index: int = 0  # of the GPU; 0 on the CPU
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, str], config: Mapping[str, Any]) -> EngineInstance:
         """From the arguments that Triton gives to a model's `initialize`. `config` is the JSON form of the model's
         configuration, which is one of them. Raises RepositoryError."""
-        parameters, workers = ModelParameters.from_config(config), read_workers(config)
+        parameters = ModelParameters.from_config(config)
         return cls(
             folder=Path(arguments["model_repository"]) / arguments["model_version"] / parameters.engine,
-            threads=parameters.threads_of_one(workers),
-            workers=workers,
+            parameters=parameters,
             device_index=int(arguments["model_instance_device_id"]) if arguments["model_instance_kind"] == "GPU" else 0,
         )
-
-
-def read_workers(config: Mapping[str, Any]) -> int:
-    """How many requests an instance answers at the same time where ONNX Runtime runs the engine. `config` is the JSON
-    form of a model configuration. Raises RepositoryError."""
-    text = config_texts(config).get(WORKERS_KEY)
-    workers = None if text is None else whole_number(text, 1, MAX_WORKERS)
-    if workers is None:
-        raise RepositoryError(
-            f"reading the parameters of the model {config['name']}: {WORKERS_KEY} is {shown(text)}, expected a number "
-            "of 1 or more: package the engine again"
-        )
-    return workers
 
 
 def config_texts(config: Mapping[str, Any]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The served model on Triton's Python backend: requests wait in one queue, and workers answer them.
+"""The served model on Triton's Python backend: requests wait in one queue, and are computed together.
 
 Packaging copies this file to <name>/<version>/model.py, beside the engine. It only unwraps tensors and sends responses
 and errors; triton_repo.runtime does the rest and does not depend on Triton.
@@ -15,14 +15,14 @@ from triton_repo.contracts.model_parameters import EngineInstance
 from triton_repo.contracts.piece import Piece
 from triton_repo.processes.heartbeat import Heartbeat
 from triton_repo.runtime.responses import error_response, wire_outputs
-from triton_repo.runtime.service import Request, Service
+from triton_repo.runtime.single.service import Request, Service
 from triton_repo.runtime.stop_requests import STOPPED, asks_to_stop, check_stop_id
 
 LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 class TritonPythonModel:
-    """One instance of the model: a loaded engine and its workers, each with the buffers of one sequence."""
+    """One instance of the model: a loaded engine that computes many requests together."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the engine. The text of an exception becomes the reason in the repository index."""
@@ -30,12 +30,12 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         instance = EngineInstance.from_arguments(args, config)
         unary = not config["model_transaction_policy"]["decoupled"]
-        self._service = Service.open(**vars(instance), pulse=self._heartbeat, unary=unary)
-        self._heartbeat.on_drain(self._service.workers.drain)
+        self._service = Service.open(instance, self._heartbeat, unary=unary)
+        self._heartbeat.on_drain(self._service.runner.drain)
         pb_utils.Logger.log_info(f"{args['model_instance_name']}: {instance.folder} is loaded")
 
     def execute(self, requests: list[Any]) -> None:
-        """Give the requests to the workers. A request to stop others is answered at once. An error ends only its own
+        """Give the requests to the engine. A request to stop others is answered at once. An error ends only its own
         request."""
         for request in requests:
             made = _request(request)
@@ -49,13 +49,13 @@ class TritonPythonModel:
 
     def _stop(self, request: Request) -> None:
         check_stop_id(request.request_id)
-        count = self._service.workers.stop(request.request_id)
+        count = self._service.runner.stop(request.request_id)
         pb_utils.Logger.log_info(f"stopped the request {request.request_id!r} ({count} in progress)")
         request.send(STOPPED, True)
 
     def finalize(self) -> None:
-        """End the workers and free the engine."""
-        self._service.workers.close()
+        """End the requests and free the engine."""
+        self._service.runner.close()
         self._heartbeat.stop()
         del self._service
 
@@ -78,4 +78,5 @@ def _request(request: Any) -> Request:  # noqa: ANN401 - the backend's type exis
         send=send,
         fail=fail,
         is_cancelled=request.is_cancelled,
+        timeout_s=request.timeout() / 1e6 or None,  # Triton's request timeout, in microseconds; 0 is none
     )

@@ -22,19 +22,18 @@ LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 class TritonPythonModel:
-    """The only instance: a loaded engine and its workers. With one instance, a request to stop reaches the right
-    queue."""
+    """The only instance: a loaded engine. With one instance, a request to stop reaches the right queue."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the engine. The text of an exception becomes the reason in the repository index."""
         self._heartbeat = Heartbeat.start(args["model_name"], args["model_instance_name"])
         instance = EngineInstance.from_arguments(args, json.loads(args["model_config"]))
-        self._engine = TokenEngine.open(**vars(instance), pulse=self._heartbeat)
-        self._heartbeat.on_drain(self._engine.workers.drain)
+        self._engine = TokenEngine.open(instance, self._heartbeat)
+        self._heartbeat.on_drain(self._engine.runner.drain)
         pb_utils.Logger.log_info(f"{args['model_instance_name']}: {instance.folder} is loaded")
 
     def execute(self, requests: list[Any]) -> None:
-        """Give the requests to the workers. A request to stop others is answered at once. An error ends only its own
+        """Give the requests to the engine. A request to stop others is answered at once. An error ends only its own
         request."""
         for request in requests:
             sender = request.get_response_sender()
@@ -49,7 +48,7 @@ class TritonPythonModel:
 
     def _stop(self, request: Request, sender: Any) -> None:  # noqa: ANN401 - Triton's type
         check_stop_id(request.request_id)
-        count = self._engine.workers.stop(request.request_id)
+        count = self._engine.runner.stop(request.request_id)
         pb_utils.Logger.log_info(f"stopped the request {request.request_id!r} ({count} in progress)")
         response = stopped_response(request.tensors)
         if response is None:
@@ -58,8 +57,8 @@ class TritonPythonModel:
             request.send(response, True)
 
     def finalize(self) -> None:
-        """End the workers and free the engine."""
-        self._engine.workers.close()
+        """End the requests and free the engine."""
+        self._engine.runner.close()
         self._heartbeat.stop()
         del self._engine
 
@@ -78,4 +77,5 @@ def _request(request: Any, sender: Any) -> Request:  # noqa: ANN401 - the backen
         send=send,
         fail=fail,
         is_cancelled=request.is_cancelled,
+        timeout_s=request.timeout() / 1e6 or None,  # Triton's request timeout, in microseconds; 0 is none
     )

@@ -43,7 +43,7 @@ from triton_repo.contracts.ensemble import (
     TOKEN_NAMES,
     TOKEN_OUTPUTS,
 )
-from triton_repo.contracts.model_parameters import TRITON_BACKEND, WORKERS_KEY, ModelParameters, TextParameters
+from triton_repo.contracts.model_parameters import TRITON_BACKEND, ModelParameters, TextParameters
 from triton_repo.contracts.trtllm_parameters import TensorrtLlmParameters
 from triton_repo.contracts.wire import ADDED_OUTPUTS, COMPATIBILITY_INPUTS, INPUTS, OUTPUTS
 from triton_repo.packaging.model_config import declare, messages, set_parameters
@@ -96,9 +96,9 @@ def text_model_config(name: str, max_batch: int, parameters: TextParameters) -> 
     return config
 
 
-def onnxruntime_config(max_batch: int, parameters: ModelParameters, workers: int, provider: str) -> ModelConfig:
+def onnxruntime_config(max_batch: int, parameters: ModelParameters, provider: str) -> ModelConfig:
     """The ModelConfig of `tensorrt_llm` where ONNX Runtime runs the engine: one instance, on the CPU or on the first
-    GPU, with `workers` that answer one request each at a time."""
+    GPU."""
     pb = messages()
     config = pb.ModelConfig(name=TOKEN_ENGINE, backend="python", max_batch_size=max_batch)
     outputs = (*ANSWER_OUTPUTS, "sequence_index", *_COUNTS)
@@ -118,7 +118,7 @@ def onnxruntime_config(max_batch: int, parameters: ModelParameters, workers: int
     else:
         config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_GPU, count=1, gpus=[0])
     config.model_transaction_policy.decoupled = True
-    set_parameters(config, {**parameters.to_texts(), WORKERS_KEY: str(workers)})
+    set_parameters(config, parameters.to_texts())
     return config
 
 

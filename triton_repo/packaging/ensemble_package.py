@@ -43,8 +43,7 @@ class EnsembleOptions:
 
     name: str
     served_from: Path  # absolute path of the repository when it is served
-    workers: int = 1  # for ONNX Runtime
-    threads: int | None = None  # of each worker, for ONNX Runtime
+    onnxruntime: ModelParameters = field(default_factory=ModelParameters)  # for ONNX Runtime
     copy: bool = False  # copy the engine's files instead of linking them
     tensorrt_llm: TensorrtLlmParameters = field(default_factory=TensorrtLlmParameters)  # for the C++ backend
 
@@ -95,8 +94,8 @@ def _write_token_engine(folder: Path, facts: EngineFacts, options: EnsembleOptio
         )
         _write_config(folder, tensorrt_llm_config(facts.max_batch, parameters, texts))
         return place_files(facts, facts.files, _make_version(folder) / ENGINE_FOLDER, copy=options.copy).copied_bytes
-    model = ModelParameters(engine=ENGINE_FOLDER, threads=options.threads)
-    _write_config(folder, onnxruntime_config(facts.max_batch, model, options.workers, facts.provider))
+    model = options.onnxruntime
+    _write_config(folder, onnxruntime_config(facts.max_batch, model, facts.provider))
     engine = _write_model_file(folder) / model.engine
     placed = place_files(facts, facts.files, engine, copy=options.copy)
     write_seal(engine, placed.states)

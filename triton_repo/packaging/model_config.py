@@ -14,7 +14,7 @@ from export.errors import named
 from export.files.reading import read_text
 from export.optional import optional_package
 from triton_repo.contracts.ensemble import ModelTensor
-from triton_repo.contracts.model_parameters import ENGINE_KEY, WORKERS_KEY, ModelParameters
+from triton_repo.contracts.model_parameters import ENGINE_KEY, ModelParameters
 from triton_repo.contracts.wire import ADDED_OUTPUTS, COMPATIBILITY_INPUTS, INPUTS, OUTPUTS, WireTensor
 from triton_repo.errors import RepositoryError
 
@@ -31,7 +31,6 @@ class ServedModel:
 
     name: str
     max_batch: int
-    workers: int  # requests answered at the same time, on the CPU or on each GPU
     parameters: ModelParameters
     provider: str = "cpu"
     unary: bool = False  # one response for each request, for Triton's plain infer
@@ -40,8 +39,8 @@ class ServedModel:
 def model_config(model: ServedModel) -> ModelConfig:
     """The ModelConfig of a packaged engine: decoupled unless unary, with every tensor of contracts/wire.py.
 
-    There is one instance on the CPU, or one on each GPU, and its workers answer one request each at a time. More
-    instances would be more processes with queues of their own, and a request to stop another could reach the wrong one.
+    There is one instance on the CPU, or one on each GPU, and it computes many requests together. More instances would
+    be more processes with queues of their own, and a request to stop another could reach the wrong one.
     """
     pb = messages()
     config = pb.ModelConfig(name=model.name, backend="python", max_batch_size=model.max_batch)
@@ -49,7 +48,7 @@ def model_config(model: ServedModel) -> ModelConfig:
     kind = pb.ModelInstanceGroup.KIND_CPU if model.provider == "cpu" else pb.ModelInstanceGroup.KIND_GPU
     config.instance_group.add(kind=kind, count=1)
     config.model_transaction_policy.decoupled = not model.unary
-    set_parameters(config, {**model.parameters.to_texts(), WORKERS_KEY: str(model.workers)})
+    set_parameters(config, model.parameters.to_texts())
     return config
 
 

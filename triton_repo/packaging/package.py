@@ -25,7 +25,7 @@ from pathlib import Path
 from export.errors import OutputError, listing
 from export.files.reading import check_name
 from triton_repo.contracts.ensemble import STEP_MODELS
-from triton_repo.contracts.model_parameters import MAX_THREADS, MODEL_FILE, ModelParameters
+from triton_repo.contracts.model_parameters import MODEL_FILE, ModelParameters, changed_fields
 from triton_repo.contracts.seal import write_seal
 from triton_repo.contracts.trtllm_parameters import TensorrtLlmParameters
 from triton_repo.errors import RepositoryError
@@ -42,22 +42,20 @@ SINGLE = "single"
 ENSEMBLE = "ensemble"
 LAYOUTS = (SINGLE, ENSEMBLE)
 MAX_NAME_CHARACTERS = 128
-MAX_INSTANCES = 1024
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackageOptions:
-    """What a caller chooses. `instances`, `threads` and `unary` are only for ONNX Runtime; `served_from` and
-    `tensorrt_llm` are only for TensorRT-LLM.
+    """What a caller chooses. `onnxruntime` and `unary` are only for ONNX Runtime; `served_from` and `tensorrt_llm` are
+    only for TensorRT-LLM.
     """
 
     engine: Path
     name: str
     output: Path
     layout: str | None = None  # one of LAYOUTS; None takes the one for the engine's backend
-    instances: int = 1  # requests answered at the same time (on each GPU), each with its own key/value cache
-    threads: int | None = None  # of each of these requests; None shares the machine's cores among them
+    onnxruntime: ModelParameters = field(default_factory=ModelParameters)
     copy: bool = False  # copy the engine's files; a hard link would share its disk space with the engine directory
     unary: bool = False  # one response for each request, for Triton's plain infer
     served_from: Path | None = None  # where the repository will be when it is served; None: at `output`
@@ -106,12 +104,7 @@ def _check(options: PackageOptions) -> None:
     problems = name_problems(options.name)
     if options.layout not in (None, *LAYOUTS):
         problems.append(f"the layout is {options.layout!r}; expected one of {', '.join(LAYOUTS)}")
-    if not 1 <= options.instances <= MAX_INSTANCES:
-        problems.append(f"instances is {options.instances}; expected 1 to {MAX_INSTANCES}")
-    if options.threads is not None and not 1 <= options.threads <= MAX_THREADS:
-        problems.append(
-            f"threads is {options.threads}; expected 1 to {MAX_THREADS}, or none given to share the cores out"
-        )
+    problems += options.onnxruntime.problems()
     if options.served_from is not None and not options.served_from.is_absolute():
         problems.append(f"the repository is to be served from {options.served_from}; expected an absolute path")
     if problems:
@@ -149,8 +142,11 @@ def _check_engine(options: PackageOptions, facts: EngineFacts, layout: str) -> N
                 "TensorRT-LLM's backend takes tokens, and only an ensemble takes text; leave the layout out, or take "
                 "ensemble"
             )
-        if options.instances != 1 or options.threads is not None:
-            problems.append("instances and threads are for ONNX Runtime; TensorRT-LLM batches requests by itself")
+        given = changed_fields(options.onnxruntime)
+        if given:
+            problems.append(
+                f"{', '.join(given)}: for ONNX Runtime; TensorRT-LLM has parameters of its own: leave it out"
+            )
     elif options.served_from is not None or options.tensorrt_llm != TensorrtLlmParameters():
         problems.append(
             f"this engine is for {facts.backend}, and served_from and the parameters of tensorrt_llm are for "
@@ -178,8 +174,7 @@ def _ensemble_options(options: PackageOptions) -> EnsembleOptions:
     return EnsembleOptions(
         name=options.name,
         served_from=options.served_from or options.output.resolve(),
-        workers=options.instances,
-        threads=options.threads,
+        onnxruntime=options.onnxruntime,
         copy=options.copy,
         tensorrt_llm=options.tensorrt_llm,
     )
@@ -187,11 +182,10 @@ def _ensemble_options(options: PackageOptions) -> EnsembleOptions:
 
 def _write_model(folder: Path, facts: EngineFacts, options: PackageOptions) -> int:
     """Fill the folder of a model without steps. Returns the bytes that were copied instead of linked."""
-    parameters = ModelParameters(threads=options.threads)
+    parameters = options.onnxruntime
     model = ServedModel(
         name=options.name,
         max_batch=facts.max_batch,
-        workers=options.instances,
         parameters=parameters,
         provider=facts.provider,
         unary=options.unary,

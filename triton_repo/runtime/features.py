@@ -15,8 +15,6 @@ _ASKS: dict[str, Callable[[GenerationOptions], tuple[object, object]]] = {
     "return_prompt_log_probs": lambda options: (str(options.return_prompt_log_probs).lower(), "false"),
     "num_return_sequences": lambda options: (options.num_return_sequences, 1),
 }
-SEVERAL_SEQUENCES = "num_return_sequences"
-PROMPT_LOG_PROBS = "return_prompt_log_probs"
 # What TensorRT-LLM's engines are not asked for. Its Triton model `tensorrt_llm` has no tensors for min-p, for
 # log-probabilities of other tokens than the chosen one, and for those of a prompt. The others could be asked for; no
 # test on a machine with TensorRT-LLM holds them here.

@@ -209,8 +209,8 @@ class _Tally:
         self._counts[place] += 1
 
 
-def choose_all(logits: Floats, samplers: Sequence[Sampler]) -> list[Choice | RequestError]:
-    """The next token of each sequence: logits [R, V] and R samplers give R choices.
+def choose_all(logits: Iterable[Floats], samplers: Sequence[Sampler]) -> list[Choice | RequestError]:
+    """The next token of each sequence: R rows of logits [V] and R samplers give R choices.
 
     A row whose logits are NaN or infinite, or for which no token is left, has the RequestError in its place. Samplers
     are independent, so that no row changes what another one gets. The logits are only read.

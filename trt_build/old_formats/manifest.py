@@ -1,7 +1,8 @@
-"""Reads engine.json of formats 2 and 3: splits the values of the present format from those of the old formats.
+"""Reads engine.json of formats 2, 3 and 4: splits the values of the present format from those of the old formats.
 
-Both old formats have `stages` and `kernel_layout`, which the present format does not have. Format 3 adds the digest,
-`resident_bytes`, `kernels` and `tokenizer` to format 2.
+Formats 2 and 3 have `stages` and `kernel_layout`, which the present format does not have. Format 3 adds the digest,
+`resident_bytes`, `kernels` and `tokenizer` to format 2. Format 4 has the values of the present format; its engines lack
+the serving graph.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any
 from export.errors import names, shown
 from trt_build.manifest import digested_text
 
-VERSIONS = (2, 3)
+VERSIONS = (2, 3, 4)
 PROBE_GRAPH = "kernels.onnx"  # a few rows of each kind of packed weight
-_PACKED_ALONE = 2
+_PACKED_ALONE, _PACKED_TOO = 2, 3
 _ADDED = ("stages", "kernel_layout", "resident_bytes")
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -61,6 +62,8 @@ def split_old_values(raw: Mapping[str, Any]) -> tuple[dict[str, Any], OldFormat 
     Raises ValueError for missing or impossible values."""
     if raw["format_version"] not in VERSIONS:
         return dict(raw), None
+    if raw["format_version"] > _PACKED_TOO:
+        return dict(raw), OldFormat(values=raw, kernel_layout=None, resident_bytes=None)
     missing = set(_ADDED[: 2 if raw["format_version"] == _PACKED_ALONE else 3]) - set(raw)
     if missing:
         raise ValueError(f"keys missing: {names(sorted(missing))}")

@@ -18,7 +18,7 @@ from typing import Any
 
 from export.architecture import Architecture
 from export.checkpoint.token_ids import TokenIds
-from export.exporter import SERVING_GRAPH
+from export.exporter import GENERATING_GRAPH
 from export.onnx_graph import names
 from export.provider import OWN_KERNELS, Provider
 from trt_build.ort.kernels import LIBRARY_FILE
@@ -47,7 +47,7 @@ def genai_config(architecture: Architecture, max_sequence: int, ids: TokenIds, p
         session_options["custom_ops_library"] = LIBRARY_FILE
     decoder = {
         "session_options": session_options,
-        "filename": SERVING_GRAPH,
+        "filename": GENERATING_GRAPH,
         "head_size": architecture.head_size,
         "hidden_size": architecture.hidden_size,
         "num_attention_heads": architecture.num_heads,

@@ -1,61 +1,60 @@
-"""Runs an engine on ONNX Runtime: prefill and decode over preallocated key/value buffers.
+"""Runs an engine on ONNX Runtime: steps of several sequences over preallocated key/value buffers.
 
     session = Session(open_engine("engine"))
-    cache = session.new_cache()
-    logits = session.run(cache, prompt_ids)      # float32 [V] of the last position
+    cache = session.new_cache(slots=8)
+    logits = session.step(cache, [Row(slot=0, token_ids=prompt), Row(slot=3, token_ids=[17])])     # float32 [2, V]
+
+A row of a step appends tokens to the sequence in one slot of the cache and may ask for the logits of the last of them.
+A chunk of a prompt, the next token of an answer, drafted tokens to verify and the rest of a prompt whose beginning is
+in the cache are all rows, and one step takes any of them together. A step copies no keys or values, and computes
+nothing for slots without a row.
+
+    logits = session.run(cache, prompt)      # one sequence, in slot 0: float32 [V] of the last token
     logits = session.run(cache, [next_id])
 
-The cache's buffers are bound once, as both past and present, so a step writes its S new positions in place and copies
-nothing. Verification, serving and the demo all use this class, so what was verified is what is served. On CUDA the
-buffers and the mask are on the device; a step copies token ids to the device and one row of logits back.
+Verification, serving and the demo all use this class, so what was verified is what is served. On CUDA the buffers are
+on the device; a step copies token ids to it and rows of logits back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from export.exporter import SCORING_GRAPH, SERVING_GRAPH
+from export.exporter import GENERATING_GRAPH, SCORING_GRAPH, SERVING_GRAPH
 from export.onnx_graph import names
 from trt_build.engine import Engine
 from trt_build.engine_memory import require_memory
 from trt_build.errors import EngineError, SequenceError
+from trt_build.ort.cache import Cache
 from trt_build.ort.device import Device, load_graph, open_device
 
 PREFILL_CHUNK_TOKENS = 128  # limits activation memory, and the time until a server next checks for cancellation
 
+Floats = npt.NDArray[np.float32]
 
-class Cache:
-    """Key and value buffers of one sequence, each [1, G, C, D] in the provider's float type on its device, and the
-    number of positions that they hold."""
 
-    def __init__(self, session: Session) -> None:
-        facts = session.engine.manifest.architecture
-        shape = (1, facts.num_kv_heads, session.max_sequence, facts.head_size)
-        self.length = 0
-        self.binding = session.backend.io_binding()
-        self._buffers = []
-        for layer in range(facts.num_layers):
-            for past, present in (
-                (names.past_key(layer), names.present_key(layer)),
-                (names.past_value(layer), names.present_value(layer)),
-            ):
-                buffer = session.device.zeros(shape)
-                self._buffers.append(buffer)
-                self.binding.bind_ortvalue_input(past, buffer)
-                self.binding.bind_ortvalue_output(present, buffer)
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What a step does with one sequence: append `token_ids` (at least one) to the slot, and give the logits of the
+    last `num_logits` of them."""
 
-    def reset(self) -> None:
-        """Set the number of positions to 0; the buffers stay allocated."""
-        self.length = 0
+    slot: int
+    token_ids: Sequence[int]
+    num_logits: int = 1
 
 
 class Session:
     """An engine's serving graph, loaded. `threads` None lets ONNX Runtime use every physical core; `device_index` is
-    the number of the GPU."""
+    the number of the GPU.
+
+    An engine of an earlier format has no such graph: there each row of a step is computed by itself, and gives the
+    logits of its last token only.
+    """
 
     def __init__(self, engine: Engine, threads: int | None = None, device_index: int = 0) -> None:
         if engine.manifest.backend != "onnxruntime":
@@ -68,49 +67,152 @@ class Session:
         self.max_sequence = engine.manifest.max_sequence
         self.vocab_size = engine.manifest.architecture.vocab_size
         self.device = open_device(engine, device_index)
-        self.backend = load_graph(engine, SERVING_GRAPH, self.device, threads)
+        self._has_serving_graph = engine.has_serving_graph
+        self._mixes_lengths = self._has_serving_graph and self.device.provider.mixes_lengths
+        graph = SERVING_GRAPH if self._has_serving_graph else GENERATING_GRAPH
+        self.backend = load_graph(engine, graph, self.device, threads)
         self._mask = self.device.place(np.ones((1, self.max_sequence), dtype=np.int64))
-        self._logits = np.zeros((1, 1, self.vocab_size), dtype=np.float32)
+        self._logits: dict[int, Floats] = {}  # by number of rows
 
-    def new_cache(self) -> Cache:
-        """An empty cache of max_sequence positions."""
-        return Cache(self)
+    def new_cache(self, slots: int = 1) -> Cache:
+        """Empty slots of max_sequence positions.
 
-    def run(self, cache: Cache, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Append tokens to a sequence; returns the logits of the last token, float32 [V], valid until the next run.
-
-        Raises SequenceError for no tokens, ids outside the vocabulary, or more tokens than the cache has room for,
-        EngineError for logits that are not finite.
+        Where sequences take different numbers of tokens, attention wants room for the padding of a row behind each
+        sequence, though it writes nothing there: a cache of several slots has that many positions more.
         """
-        ids = np.asarray(token_ids, dtype=np.int64).reshape(1, -1)
-        self._check(cache, ids)
-        for start in range(0, ids.shape[1], PREFILL_CHUNK_TOKENS):
-            self._step(cache, ids[:, start : start + PREFILL_CHUNK_TOKENS])
-        if not np.isfinite(self._logits.sum()):
+        facts = self.engine.manifest.architecture
+        padding = PREFILL_CHUNK_TOKENS - 1 if slots > 1 and self._mixes_lengths else 0
+        return Cache(
+            self.device, self.backend.io_binding, layers=facts.num_layers, heads=facts.num_kv_heads,
+            positions=self.max_sequence + padding, head_size=facts.head_size, slots=slots,
+        )  # fmt: skip
+
+    def step(self, cache: Cache, rows: Sequence[Row]) -> Floats:
+        """Append the tokens of every row to its slot. Returns the logits that the rows ask for, one row after the
+        other, float32 [R, V]; they are valid until the next step.
+
+        Logits may be NaN or infinite. Raises SequenceError, and changes nothing, for two rows of one slot, rows without
+        tokens, ids outside the vocabulary, and more tokens than a slot has room for.
+        """
+        self._check(cache, rows)
+        num_logits = sum(row.num_logits for row in rows)
+        if num_logits not in self._logits:
+            self._logits = {num_logits: np.empty((num_logits, self.vocab_size), dtype=np.float32)}
+        logits, done = self._logits[num_logits], 0
+        for call in self._calls(rows):
+            wanted = sum(row.num_logits for row in call)
+            run = self._run_together if self._has_serving_graph else self._run_alone
+            run(cache, call, logits[done : done + wanted])
+            done += wanted
+            for row in call:
+                cache.lengths[row.slot] += len(row.token_ids)
+        return logits
+
+    def run(self, cache: Cache, token_ids: Sequence[int]) -> Floats:
+        """Append tokens to the sequence in slot 0; returns the logits of the last token, float32 [V], valid until the
+        next step.
+
+        Raises SequenceError as `step` does, EngineError for logits that are not finite.
+        """
+        self._check(cache, [Row(slot=0, token_ids=token_ids)])
+        for start in range(0, len(token_ids), PREFILL_CHUNK_TOKENS):
+            logits = self.step(cache, [Row(slot=0, token_ids=token_ids[start : start + PREFILL_CHUNK_TOKENS])])[0]
+        if not np.isfinite(logits.sum()):
             raise EngineError(
                 f"running the engine {self.engine.folder}: its logits are not finite; check it with moeship verify"
             )
-        return self._logits[0, 0]
+        return logits
 
-    def _step(self, cache: Cache, ids: npt.NDArray[np.int64]) -> None:
-        total = cache.length + ids.shape[1]
-        ids = np.ascontiguousarray(ids)
-        binding, device = cache.binding, self.device
-        binding.bind_input(names.INPUT_IDS, "cpu", 0, np.int64, ids.shape, ids.ctypes.data)
-        binding.bind_input(names.ATTENTION_MASK, device.kind, device.index, np.int64, (1, total), self._mask.data_ptr())
-        binding.bind_output(names.LOGITS, "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data)
-        self.backend.run_with_iobinding(binding)
-        cache.length = total
+    def _calls(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+        """The rows in the order in which they were given, as groups that the graph takes in one call."""
+        if self._mixes_lengths and max(len(row.token_ids) for row in rows) <= PREFILL_CHUNK_TOKENS:
+            yield rows
+            return
+        group: list[Row] = []
+        for row in rows:
+            joins = self._has_serving_graph and group and len(row.token_ids) == len(group[-1].token_ids) == 1
+            if group and not (joins and row.slot == group[-1].slot + 1):
+                yield group
+                group = []
+            group.append(row)
+        yield group
 
-    def _check(self, cache: Cache, ids: npt.NDArray[np.int64]) -> None:
-        if not ids.size:
-            raise SequenceError("running the engine: found no tokens, expected at least one")
-        if cache.length + ids.size > self.max_sequence:
+    def _run_together(self, cache: Cache, rows: Sequence[Row], logits: Floats) -> None:
+        """Compute rows in one call of the serving graph (export/onnx_graph/forms.py has its inputs)."""
+        slots = [row.slot for row in rows]
+        first, stop = min(slots), max(slots) + 1
+        counts = np.array([len(row.token_ids) for row in rows], dtype=np.int64)
+        widest = int(counts.max())
+        ends = np.cumsum(counts)
+        tokens = np.concatenate([np.asarray(row.token_ids, dtype=np.int64) for row in rows])
+        places = np.array(slots, dtype=np.int64) - first
+        # The place of each token: its sequence's row of [B, S], and its number among the sequence's tokens.
+        query_of_token = np.arange(ends[-1]) + np.repeat(places * widest - (ends - counts), counts)
+        token_of_query = np.zeros((stop - first) * widest, dtype=np.int64)
+        token_of_query[query_of_token] = np.arange(ends[-1])
+        new_lengths = np.zeros(stop - first, dtype=np.int32)
+        new_lengths[places] = counts
+        last_positions = np.maximum(np.array(cache.lengths[first:stop], dtype=np.int32) + new_lengths - 1, 0)
+        total_length = np.array(last_positions.max() + 1, dtype=np.int32)
+        wanted = [np.arange(end - row.num_logits, end) for row, end in zip(rows, ends.tolist(), strict=True)]
+        inputs = {
+            names.INPUT_IDS: tokens, names.TOKEN_OF_QUERY: token_of_query.reshape(stop - first, widest),
+            names.QUERY_OF_TOKEN: query_of_token, names.LAST_POSITIONS: last_positions,
+            names.TOTAL_LENGTH: total_length, names.LOGIT_TOKENS: np.concatenate(wanted),
+        }  # fmt: skip
+        if self._mixes_lengths:
+            inputs[names.NEW_LENGTHS] = new_lengths
+        self._call(cache.binding(first, stop), inputs, logits)
+
+    def _run_alone(self, cache: Cache, rows: Sequence[Row], logits: Floats) -> None:
+        """Compute one row by the graph for onnxruntime-genai."""
+        [row] = rows
+        if row.num_logits > 1:
             raise SequenceError(
-                f"running the engine: {ids.size} tokens after {cache.length} exceed its context of "
-                f"{self.max_sequence}; shorten the prompt or ask for fewer tokens"
+                f"running the engine {self.engine.folder}: found {row.num_logits} positions whose logits are wanted, "
+                f"expected at most 1, since format {self.engine.manifest.format_version} has no graph for more; build "
+                "the engine again"
             )
-        low, high = int(ids.min()), int(ids.max())
+        tokens = np.array([row.token_ids], dtype=np.int64)
+        total = cache.lengths[row.slot] + tokens.shape[1]
+        binding = cache.binding(row.slot, row.slot + 1)
+        binding.bind_input(
+            names.ATTENTION_MASK, self.device.kind, self.device.index, np.int64, (1, total), self._mask.data_ptr()
+        )
+        out = logits if row.num_logits else np.empty((1, self.vocab_size), dtype=np.float32)
+        self._call(binding, {names.INPUT_IDS: tokens}, out[None])
+
+    def _call(self, binding: Any, inputs: dict[str, npt.NDArray[Any]], logits: Floats) -> None:  # noqa: ANN401 - an IOBinding
+        for name, array in inputs.items():
+            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        binding.bind_output(names.LOGITS, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        self.backend.run_with_iobinding(binding)
+
+    def _check(self, cache: Cache, rows: Sequence[Row]) -> None:
+        if not rows or len({row.slot for row in rows}) < len(rows):
+            raise SequenceError(
+                f"running the engine: found {len(rows)} rows, expected at least one, each of another slot"
+            )
+        for row in rows:
+            self._check_row(cache, row)
+
+    def _check_row(self, cache: Cache, row: Row) -> None:
+        if not 0 <= row.slot < cache.num_slots:
+            raise SequenceError(f"running the engine: found slot {row.slot}, expected 0 to {cache.num_slots - 1}")
+        length, size = cache.lengths[row.slot], len(row.token_ids)
+        if not size:
+            raise SequenceError("running the engine: found no tokens, expected at least one")
+        if not 0 <= row.num_logits <= size:
+            raise SequenceError(
+                f"running the engine: found {row.num_logits} positions whose logits are wanted, expected 0 to {size}, "
+                "the number of tokens"
+            )
+        if length + size > self.max_sequence:
+            raise SequenceError(
+                f"running the engine: {size} tokens after {length} exceed its context of {self.max_sequence}; shorten "
+                "the prompt or ask for fewer tokens"
+            )
+        low, high = int(min(row.token_ids)), int(max(row.token_ids))
         if low < 0 or high >= self.vocab_size:
             raise SequenceError(
                 f"running the engine: token id {low if low < 0 else high} is outside its vocabulary of "

@@ -9,10 +9,11 @@ import shutil
 import pytest
 
 from tests.manifests import read_values, write_values
+from triton_repo.contracts.model_parameters import EngineInstance
 from triton_repo.contracts.seal import is_sealed
 from triton_repo.packaging import package, placing
 from triton_repo.packaging.package import PackageOptions, package_engine
-from triton_repo.runtime.service import Service
+from triton_repo.runtime.single.service import Service
 from trt_build.engine import open_engine
 from trt_build.errors import EngineError
 
@@ -39,25 +40,25 @@ def test_a_packaged_engine_is_loaded_without_reading_its_weights_for_digests(eng
     monkeypatch.setattr("trt_build.engine.file_digest", fail)
     monkeypatch.setattr("trt_build.engine.damaged_regions", fail)
     assert is_sealed(engine)
-    Service.open(engine, threads=1)
+    Service.open(EngineInstance(folder=engine))
 
 
 def test_an_engine_edited_after_packaging_is_refused(engine):
     flip(engine / "model.onnx.data", 1000)
     with pytest.raises(EngineError, match="found SHA-256"):
-        Service.open(engine, threads=1)
+        Service.open(EngineInstance(folder=engine))
 
 
 def test_an_engine_truncated_after_packaging_is_refused(engine):
     os.truncate(engine / "model.onnx.data", 1_000_000)
     with pytest.raises(EngineError, match="found 1000000 bytes"):
-        Service.open(engine, threads=1)
+        Service.open(EngineInstance(folder=engine))
 
 
 def test_an_engine_that_was_moved_is_hashed_again_and_served(engine, tmp_path):
     moved = shutil.copytree(engine.parent, tmp_path / "elsewhere") / "engine"
     assert not is_sealed(moved)
-    Service.open(moved, threads=1)
+    Service.open(EngineInstance(folder=moved))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"model.onnx.data": [1, 2, 3]}', "[" * 10**5])
@@ -138,7 +139,7 @@ def test_no_write_fits_between_the_check_and_the_seal(tmp_path, tiny_engine, mon
     engine = package_engine(options).folder / "1" / "engine"
     assert not is_sealed(engine)
     with pytest.raises(EngineError, match="found SHA-256"):
-        Service.open(engine, threads=1)
+        Service.open(EngineInstance(folder=engine))
 
 
 @pytest.mark.parametrize("copy", [True, False])

@@ -13,6 +13,7 @@ from live_requests import Asked, slow_down
 from live_triton import LiveTriton
 from serve_command import PATIENCE_S, start_command
 
+from triton_repo.contracts.model_parameters import ModelParameters
 from triton_repo.packaging.package import PackageOptions, package_engine
 
 ENGINES = {"single": "tiny", "ensemble": "tensorrt_llm"}  # the model that holds the engine, by layout
@@ -26,7 +27,11 @@ def served(request, tmp_path, tiny_engine):
     repository, layout = tmp_path / "repository", request.param
     package_engine(
         PackageOptions(
-            engine=tiny_engine, name="tiny", output=repository, threads=1, layout=layout, instances=STREAMS + WHOLE
+            engine=tiny_engine,
+            name="tiny",
+            output=repository,
+            layout=layout,
+            onnxruntime=ModelParameters(threads=1, slots=STREAMS + WHOLE),
         )
     )
     slow_down(repository / ENGINES[layout])

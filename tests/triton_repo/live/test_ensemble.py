@@ -19,6 +19,7 @@ from tritonclient.utils import np_to_triton_dtype
 from clients import errors
 from clients.generation import Client, GenerationRequest
 from export.tokenizer.loading import load_tokenizer
+from triton_repo.contracts.model_parameters import ModelParameters
 from triton_repo.packaging.model_config import read_config
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.serving.server import ServerOptions, running_server
@@ -50,8 +51,14 @@ answer.Detokenizer = _Alone
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory, tiny_engine):
     folder = tmp_path_factory.mktemp("both") / "repository"
-    package_engine(PackageOptions(engine=tiny_engine, name=SINGLE, output=folder, threads=1))
-    package_engine(PackageOptions(engine=tiny_engine, name=STEPS, output=folder, threads=1, layout="ensemble"))
+    package_engine(
+        PackageOptions(engine=tiny_engine, name=SINGLE, output=folder, onnxruntime=ModelParameters(threads=1))
+    )
+    package_engine(
+        PackageOptions(
+            engine=tiny_engine, name=STEPS, output=folder, onnxruntime=ModelParameters(threads=1), layout="ensemble"
+        )
+    )
     return folder
 
 
@@ -380,7 +387,11 @@ def test_only_the_engines_process_holds_onnxruntime_and_none_holds_torch(live):
 
 def test_a_detokenizer_that_breaks_characters_is_seen_by_these_comparisons(tmp_path, tiny_engine, client):
     folder = tmp_path / "repository"
-    package_engine(PackageOptions(engine=tiny_engine, name=STEPS, output=folder, threads=1, layout="ensemble"))
+    package_engine(
+        PackageOptions(
+            engine=tiny_engine, name=STEPS, output=folder, onnxruntime=ModelParameters(threads=1), layout="ensemble"
+        )
+    )
     model = folder / "postprocessing" / "1" / "model.py"
     model.write_text(model.read_text(encoding="utf-8").replace("\nLAST = ", f"{FAULT}\nLAST = "), encoding="utf-8")
     with running_server(ServerOptions(repository=folder)) as server, Client(server.grpc_url) as faulty:

@@ -18,6 +18,7 @@ from live_triton import LiveTriton, Refused
 from serve_command import wait_until
 
 from clients.errors import without_ensemble
+from triton_repo.contracts.model_parameters import ModelParameters
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.serving.server import ServerOptions, running_server
 
@@ -31,8 +32,18 @@ NO_TOKENS = (
 @pytest.fixture(scope="module")
 def live(tmp_path_factory, tiny_engine):
     folder = tmp_path_factory.mktemp("layouts") / "repository"
-    package_engine(PackageOptions(engine=tiny_engine, name=SINGLE, output=folder, threads=1))
-    package_engine(PackageOptions(engine=tiny_engine, name=STEPS, output=folder, threads=1, layout="ensemble"))
+    package_engine(
+        PackageOptions(engine=tiny_engine, name=SINGLE, output=folder, onnxruntime=ModelParameters(threads=1, slots=1))
+    )
+    package_engine(
+        PackageOptions(
+            engine=tiny_engine,
+            name=STEPS,
+            output=folder,
+            onnxruntime=ModelParameters(threads=1, slots=1),
+            layout="ensemble",
+        )
+    )
     for name in (SINGLE, "tensorrt_llm"):
         slow_down(folder / name)
     with running_server(ServerOptions(repository=folder)) as server, LiveTriton(server) as triton:

@@ -17,8 +17,8 @@ from tritonclient.grpc import model_config_pb2, service_pb2
 from export.tokenizer.loading import load_tokenizer
 from triton_repo.contracts.piece import join
 from triton_repo.packaging.model_config import read_config
-from triton_repo.runtime.generation import generate
 from triton_repo.runtime.options import GenerationOptions
+from triton_repo.runtime.single.generation import generate
 from trt_build.engine import open_engine
 from trt_build.ort.session import Session
 

@@ -18,6 +18,7 @@ import psutil
 import pytest
 from serve_command import PATIENCE_S, start_command, wait_until
 
+from triton_repo.contracts.model_parameters import ModelParameters
 from triton_repo.errors import ServerError
 from triton_repo.packaging.package import ENSEMBLE, SINGLE, PackageOptions, package_engine
 from triton_repo.serving import server as server_module
@@ -35,7 +36,12 @@ def package(tmp_path, tiny_engine):
 
     def make(layout: str, folder: Path = tmp_path, *, copy: bool = False) -> Path:
         options = PackageOptions(
-            engine=tiny_engine, name=NAME, output=folder / "repository", threads=1, layout=layout, copy=copy
+            engine=tiny_engine,
+            name=NAME,
+            output=folder / "repository",
+            onnxruntime=ModelParameters(threads=1),
+            layout=layout,
+            copy=copy,
         )
         package_engine(options)
         return folder / "repository"

@@ -16,10 +16,11 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from clients.errors import RequestRejected
 from clients.generation import Client, GenerationRequest
 from export.tokenizer.loading import load_tokenizer
+from triton_repo.contracts.model_parameters import ModelParameters
 from triton_repo.contracts.piece import join
 from triton_repo.packaging.package import PackageOptions, package_engine
-from triton_repo.runtime.generation import generate
 from triton_repo.runtime.options import GenerationOptions
+from triton_repo.runtime.single.generation import generate
 from triton_repo.serving.server import ServerOptions, running_server
 from trt_build.engine import open_engine
 from trt_build.ort.session import Session
@@ -30,7 +31,11 @@ MODEL = "unary"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, tiny_engine):
     folder = tmp_path_factory.mktemp("unary") / "repository"
-    package_engine(PackageOptions(engine=tiny_engine, name=MODEL, output=folder, threads=1, unary=True))
+    package_engine(
+        PackageOptions(
+            engine=tiny_engine, name=MODEL, output=folder, onnxruntime=ModelParameters(threads=1), unary=True
+        )
+    )
     with running_server(ServerOptions(repository=folder)) as server:
         yield server
 

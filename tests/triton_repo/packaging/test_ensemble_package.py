@@ -12,6 +12,7 @@ from tritonclient.grpc import model_config_pb2
 from cli.main import main
 from export.errors import OutputError
 from triton_repo.contracts.ensemble import STEP_MODELS
+from triton_repo.contracts.model_parameters import ModelParameters
 from triton_repo.contracts.seal import is_sealed
 from triton_repo.contracts.trtllm_parameters import TensorrtLlmParameters
 from triton_repo.contracts.wire import ADDED_OUTPUTS, COMPATIBILITY_INPUTS, INPUTS, OUTPUTS
@@ -57,7 +58,7 @@ def tensorrt_llm_repository(tmp_path, trtllm_engine):
 
 @pytest.fixture
 def onnxruntime_repository(tmp_path, tiny_engine):
-    package(tiny_engine, tmp_path / "repository", layout="ensemble", instances=2, threads=3)
+    package(tiny_engine, tmp_path / "repository", layout="ensemble", onnxruntime=ModelParameters(slots=2, threads=3))
     return tmp_path / "repository"
 
 
@@ -185,7 +186,7 @@ def test_with_onnxruntime_the_engine_lies_behind_the_same_tensors(onnxruntime_re
     assert check_repository(onnxruntime_repository) == NAMES
     config = configs(onnxruntime_repository)["tensorrt_llm"]
     assert (config.backend, config.max_batch_size) == ("python", 1)
-    assert parameters(config) == {"moeship_engine": "engine", "moeship_threads": "3", "moeship_workers": "2"}
+    assert parameters(config) == ModelParameters(slots=2, threads=3).to_texts()
     upstream = {
         name: [FILLED.get(kind, kind), dims, optional, reshape, ragged]
         for name, kind, dims, optional, reshape, ragged in UPSTREAM["inputs"]
@@ -244,8 +245,10 @@ def test_the_ensemble_does_not_bear_the_name_of_a_step(tmp_path, tiny_engine, na
             {"layout": "single"},
             "TensorRT-LLM's backend takes tokens, and only an ensemble takes text; leave the layout out",
         ),
-        ({"instances": 2}, "instances and threads are for ONNX Runtime"),
-        ({"threads": 2}, "instances and threads are for ONNX Runtime"),
+        (
+            {"onnxruntime": ModelParameters(slots=2, threads=3)},
+            "threads, slots: for ONNX Runtime",
+        ),
         ({"served_from": Path("models")}, "to be served from models; expected an absolute path"),
         ({"layout": "double"}, "the layout is 'double'; expected one of single, ensemble"),
         ({"tensorrt_llm": TensorrtLlmParameters(max_queue_size=-1)}, "max_queue_size is -1, expected 0 or more"),

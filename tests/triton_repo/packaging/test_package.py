@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -12,8 +12,9 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from cli.main import main
+from cli.package import byte_count
 from export.errors import OutputError
-from triton_repo.contracts.model_parameters import ModelParameters, read_workers
+from triton_repo.contracts.model_parameters import ModelParameters
 from triton_repo.contracts.wire import ADDED_OUTPUTS, COMPATIBILITY_INPUTS, INPUTS, OUTPUTS
 from triton_repo.errors import RepositoryError
 from triton_repo.packaging.model_config import ServedModel, config_text, model_config, packaged_parameters, read_config
@@ -31,7 +32,7 @@ def entries(folder: Path) -> list[str]:
 
 
 def test_the_configuration_reads_back_to_the_same_message():
-    model = ServedModel(name="m.1-x", max_batch=3, workers=2, parameters=ModelParameters(threads=4))
+    model = ServedModel(name="m.1-x", max_batch=3, parameters=ModelParameters(threads=4, memory_budget=5))
     config = model_config(model)
     assert text_format.Parse(config_text(config), model_config_pb2.ModelConfig()) == config
     assert packaged_parameters(config, "m.1-x") == model.parameters
@@ -54,17 +55,21 @@ def test_an_ensemble_cannot_be_unary(tmp_path, tiny_engine):
 
 
 def test_the_configuration_says_all_that_triton_would_else_guess(tmp_path, tiny_engine):
-    package(tiny_engine, tmp_path / "repository", instances=2, threads=3)
+    package(tiny_engine, tmp_path / "repository", onnxruntime=ModelParameters(slots=2, threads=3))
     config = read_config(tmp_path / "repository" / "phixtral" / "config.pbtxt")
     assert (config.name, config.backend, config.max_batch_size) == ("phixtral", "python", 1)
     assert config.model_transaction_policy.decoupled
     [group] = config.instance_group
-    # One process, so that a request to stop another reaches it, whose workers answer two at a time.
+    # One process, so that a request to stop another reaches it.
     assert (group.kind, group.count) == (model_config_pb2.ModelInstanceGroup.KIND_CPU, 1)
     assert {key: value.string_value for key, value in config.parameters.items()} == {
         "moeship_engine": "engine",
         "moeship_threads": "3",
-        "moeship_workers": "2",
+        "moeship_slots": "2",
+        "moeship_memory_budget": "auto",
+        "moeship_max_waiting": "64",
+        "moeship_max_wait_s": "60",
+        "moeship_pause_target_ms": "250",
     }
     labels = model_config_pb2.DataType
     inputs = [(item.name, labels.Name(item.data_type), tuple(item.dims), item.optional) for item in config.input]
@@ -73,12 +78,11 @@ def test_the_configuration_says_all_that_triton_would_else_guess(tmp_path, tiny_
     assert outputs == [(t.name, f"TYPE_{t.dtype}", t.dims) for t in (*OUTPUTS, *ADDED_OUTPUTS)]
 
 
-def test_an_engine_for_cuda_gets_its_instances_on_each_gpu(tmp_path, tiny_engines):
-    package(tiny_engines("int4", "cuda"), tmp_path / "repository", instances=2)
+def test_an_engine_for_cuda_gets_an_instance_on_each_gpu(tmp_path, tiny_engines):
+    package(tiny_engines("int4", "cuda"), tmp_path / "repository")
     config = read_config(tmp_path / "repository" / "phixtral" / "config.pbtxt")
     [group] = config.instance_group
     assert (group.kind, group.count, list(group.gpus)) == (model_config_pb2.ModelInstanceGroup.KIND_GPU, 1, [])
-    assert config.parameters["moeship_workers"].string_value == "2"
 
 
 def test_no_tensor_is_named_twice():
@@ -131,7 +135,7 @@ def test_a_model_is_never_overwritten(tmp_path, tiny_engine):
     package(tiny_engine, tmp_path / "repository")
     before = (tmp_path / "repository" / "phixtral" / "config.pbtxt").read_text()
     with pytest.raises(OutputError, match="phixtral exists already; name another output or remove it first"):
-        package(tiny_engine, tmp_path / "repository", instances=3)
+        package(tiny_engine, tmp_path / "repository", unary=True)
     assert (tmp_path / "repository" / "phixtral" / "config.pbtxt").read_text() == before
     assert entries(tmp_path / "repository") == ["phixtral"]
 
@@ -179,11 +183,15 @@ def test_a_name_that_triton_or_a_path_would_misread_is_refused(tmp_path, tiny_en
 
 
 def test_every_unusable_option_is_reported(tmp_path, tiny_engine):
+    wrong = ModelParameters(slots=0, threads=99999999999, memory_budget=-1, max_waiting=0, pause_target_ms=10**9)
     with pytest.raises(RepositoryError) as caught:
-        package(tiny_engine, tmp_path / "repository", name="a/b", instances=0, threads=99999999999)
+        package(tiny_engine, tmp_path / "repository", name="a/b", onnxruntime=wrong)
     for problem in (
         "the name is 'a/b'",
-        "instances is 0; expected 1 to 1024",
+        "slots is 0; expected 1 to 256",
+        "memory_budget is -1; expected 1 to",
+        "max_waiting is 0; expected 1 to",
+        "pause_target_ms is 1000000000; expected 1 to 60000",
         "threads is 99999999999; expected 1 to 4096",
     ):
         assert problem in str(caught.value)
@@ -203,25 +211,27 @@ def test_parameters_that_are_absent_or_no_values_are_refused(texts):
         ModelParameters.from_texts(texts, "m")
 
 
-def test_workers_are_read_as_they_are_written_or_refused():
-    def config(parameters):
-        return {"name": "m", "parameters": {key: {"string_value": text} for key, text in parameters.items()}}
+def test_numbers_are_read_as_they_are_written_or_refused():
+    parameters = ModelParameters(slots=3, memory_budget=10**9, max_waiting=7, max_wait_s=5, pause_target_ms=40)
+    assert ModelParameters.from_texts(parameters.to_texts(), "m") == parameters
+    for name in ("moeship_slots", "moeship_max_waiting", "moeship_max_wait_s", "moeship_pause_target_ms"):
+        for text in ("0", "two", "", "9" * 5000, "auto"):
+            with pytest.raises(RepositoryError, match=f"of the model m: {name} is .*, expected a number of 1 to"):
+                ModelParameters.from_texts({**parameters.to_texts(), name: text}, "m")
+    missing = {key: text for key, text in parameters.to_texts().items() if key != "moeship_slots"}
+    with pytest.raises(RepositoryError, match="of the model m: moeship_slots is absent: package the engine again"):
+        ModelParameters.from_texts(missing, "m")
 
-    assert read_workers(config({"moeship_workers": "3"})) == 3
-    for wrong in ({}, *({"moeship_workers": text} for text in ("0", "two", "", "9" * 5000))):
-        with pytest.raises(RepositoryError, match="of the model m: moeship_workers is .*, expected a number of 1 or"):
-            read_workers(config(wrong))
 
-
-def test_workers_share_the_cores_unless_told_otherwise():
-    def threads(threads, count):
-        return ModelParameters(threads=threads).threads_of_one(count)
-
-    cores = len(os.sched_getaffinity(0))
-    assert threads(None, 1) is None
-    assert threads(None, 2) == max(1, cores // 2)
-    assert threads(None, 1000) == 1
-    assert threads(5, 2) == 5
+@pytest.mark.parametrize(
+    ("text", "expected"), [("800", 800), ("4GB", 4 * 10**9), ("1.5 MB", 1_500_000), ("2k", 2000), ("4GiB", None)]
+)
+def test_a_memory_budget_is_read_in_powers_of_a_thousand(text, expected):
+    if expected is None:
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a number of bytes such as 4GB or 800MB"):
+            byte_count(text)
+    else:
+        assert byte_count(text) == expected
 
 
 def test_the_command_prints_its_result_for_machines(tmp_path, tiny_engine, capsys):

@@ -16,6 +16,7 @@ from serve_command import PATIENCE_S, start_command, wait_until
 
 from cli.main import main
 from export.errors import MissingPackageError
+from triton_repo.contracts.model_parameters import ModelParameters
 from triton_repo.errors import RepositoryError, ServerError
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.processes import program as program_module
@@ -27,7 +28,11 @@ from triton_repo.serving.server import ServerOptions, _tail, running_server
 
 @pytest.fixture
 def small_repository(tmp_path, tiny_engine) -> Path:
-    package_engine(PackageOptions(engine=tiny_engine, name="tiny", output=tmp_path / "repository", threads=1))
+    package_engine(
+        PackageOptions(
+            engine=tiny_engine, name="tiny", output=tmp_path / "repository", onnxruntime=ModelParameters(threads=1)
+        )
+    )
     return tmp_path / "repository"
 
 

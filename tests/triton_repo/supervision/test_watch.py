@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from serve_command import wait_until
 
+from triton_repo.contracts.model_parameters import ModelParameters
 from triton_repo.contracts.model_state import ModelState
 from triton_repo.errors import RepositoryError, ServerError
 from triton_repo.packaging.package import PackageOptions, package_engine
@@ -313,7 +314,11 @@ def test_an_interrupt_drains_and_kills_nothing(life):
 @pytest.mark.parametrize("max_restarts", [0, 5])
 def test_damaged_files_are_named_and_nothing_is_started_again(life, tmp_path, tiny_engine, max_restarts):
     repository = tmp_path / "repository"
-    package_engine(PackageOptions(engine=tiny_engine, name="tiny", output=repository, threads=1, copy=True))
+    package_engine(
+        PackageOptions(
+            engine=tiny_engine, name="tiny", output=repository, onnxruntime=ModelParameters(threads=1), copy=True
+        )
+    )
     data = repository / "tiny" / "1" / "engine" / "model.onnx.data"
     os.utime(data)  # its digest is then computed, and is right
     events, _, _ = life((1, "a"), (1, None), policy=RestartPolicy(max_restarts=1), repository=repository)

@@ -233,7 +233,7 @@ def test_verification_sees_positions_past_the_first_window_and_several_prefill_c
 
 def test_a_rotary_table_that_is_wrong_at_late_positions_alone_is_caught(tmp_path, tiny_checkpoint, tiny_engines):
     engine = open_engine(shutil.copytree(tiny_engines("fp32"), tmp_path / "engine"))
-    for name in ("model.onnx", "model_scoring.onnx"):
+    for name in ("model.onnx", "model_serving.onnx", "model_scoring.onnx"):
         model = onnx.load(str(engine.folder / name), load_external_data=False)
         [table] = [tensor for tensor in model.graph.initializer if tensor.name == "rotary/cos_cache"]
         values = onnx.numpy_helper.to_array(table).copy()
@@ -261,10 +261,10 @@ def test_a_serving_graph_that_is_wrong_by_itself_is_caught_when_quantised(
     engine = open_engine(shutil.copytree(tiny_engines(precision), tmp_path / "engine"))
     reference = reference_of(tiny_checkpoint)
     sound = parity.compare(engine, reference, [TOKENS[:128]], quiet)
-    model = onnx.load(str(engine.folder / "model.onnx"), load_external_data=False)
+    model = onnx.load(str(engine.folder / "model_serving.onnx"), load_external_data=False)
     [table] = [tensor for tensor in model.graph.initializer if tensor.name == "rotary/sin_cache"]
     table.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(table), table.name))
-    (engine.folder / "model.onnx").write_bytes(model.SerializeToString())
+    (engine.folder / "model_serving.onnx").write_bytes(model.SerializeToString())
 
     wrong = parity.compare(engine, reference, [TOKENS[:128]], quiet)
 

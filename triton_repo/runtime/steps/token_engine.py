@@ -1,8 +1,8 @@
 """An engine on ONNX Runtime with the tensors of TensorRT-LLM's model `tensorrt_llm`: token ids in, new token ids out.
 
-    engine = TokenEngine.open(folder, threads=None, workers=1)
+    engine = TokenEngine.open(EngineInstance(folder=folder))
     engine.submit(Request(request_id="7", tensors={"input_ids": ...}, send=..., fail=..., is_cancelled=...))
-    engine.workers.stop("7")
+    engine.runner.stop("7")
 
 Responses are as the C++ backend sends them (triton_backend/inflight_batcher_llm/src/model_instance_state.cc and
 cpp/tensorrt_llm/batch_manager/llmRequest.cpp upstream). A request that streams gets one response for each token, with
@@ -20,27 +20,24 @@ client has gone, and has this one stopped.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from triton_repo.contracts.ensemble import ENGINE_CANCELLED, ENGINE_KEY_INPUT, ENGINE_KEY_OUTPUT, ENGINE_PROBE
+from triton_repo.contracts.model_parameters import EngineInstance
 from triton_repo.runtime.answer import TopLogProbs
-from triton_repo.runtime.generation import feed
+from triton_repo.runtime.batching.loading import Loaded, load
+from triton_repo.runtime.batching.outlet import Outlet
+from triton_repo.runtime.batching.runner import Pulse
+from triton_repo.runtime.batching.sequence import Request as Computed
 from triton_repo.runtime.sampling import Choice, Sampler
-from triton_repo.runtime.seats import Seat, open_sessions, seat
 from triton_repo.runtime.steps.answer_keys import key_tensor, read_key
 from triton_repo.runtime.steps.token_request import TokenRequest, read_token_request
 from triton_repo.runtime.text.stopping import TokenWatcher
-from triton_repo.runtime.workers import Job, Outlet, Pulse, Workers
-from trt_build.ort.session import Session
-
-if TYPE_CHECKING:
-    from trt_build.ort.session import Cache
 
 Tensors = dict[str, npt.NDArray[Any]]
 PROBE_INTERVAL_S = 1.0
@@ -55,42 +52,53 @@ class Request:
     send: Callable[[Tensors, bool], None]  # takes the tensors of a response and whether it is the last
     fail: Callable[[Exception], None]  # takes the error that ends the request
     is_cancelled: Callable[[], bool]
+    timeout_s: float | None = None  # how long its client waits; None says nothing
 
 
 class TokenEngine:
-    """An engine and its workers. Each worker has its own cache; requests wait in a queue for a free worker."""
+    """An engine that computes the requests of an ensemble's third step."""
 
-    def __init__(self, sessions: Sequence[Session], pulse: Pulse | None = None) -> None:
-        self._max_sequence = sessions[0].max_sequence
-        manifest = sessions[0].engine.manifest
+    def __init__(self, loaded: Loaded) -> None:
+        self._most_tokens = loaded.most_tokens
+        manifest = loaded.session.engine.manifest
         self._num_tokens, self._end_token_ids = manifest.tokenizer_size, manifest.eos_token_ids
-        self.workers: Workers[Seat] = Workers([seat(session) for session in sessions], pulse)
+        self.runner = loaded.runner
 
     @classmethod
-    def open(
-        cls, folder: Path, threads: int | None, workers: int, device_index: int = 0, pulse: Pulse | None = None
-    ) -> TokenEngine:
-        """Load the engine (`open_sessions`). Raises EngineError, MissingPackageError."""
-        return cls(open_sessions(folder, threads, workers, device_index), pulse)
+    def open(cls, instance: EngineInstance, pulse: Pulse | None = None) -> TokenEngine:
+        """Load the engine (`load`). Raises EngineError, MissingPackageError, RepositoryError."""
+        return cls(load(instance, pulse))
 
     def submit(self, request: Request) -> None:
-        """Check a request and have a worker answer it. A request that cannot be answered fails at once, even if all
-        workers are busy. Use `workers.stop` and `stopped_response` for a request to stop others."""
-        key = read_key(request.tensors, ENGINE_KEY_INPUT.name)
-        tensors = {name: tensor for name, tensor in request.tensors.items() if name != ENGINE_KEY_INPUT.name}
+        """Check a request and have the engine answer it. A request that cannot be answered fails at once, whatever else
+        is computed. Use `runner.stop` and `stopped_response` for a request to stop others."""
         try:
-            asked = read_token_request(tensors, self._max_sequence, self._num_tokens, self._end_token_ids)
+            key = read_key(request.tensors, ENGINE_KEY_INPUT.name)
+            tensors = {name: tensor for name, tensor in request.tensors.items() if name != ENGINE_KEY_INPUT.name}
+            asked = read_token_request(tensors, self._most_tokens, self._num_tokens, self._end_token_ids)
+            names = frozenset({request.request_id, key or ""} - {""})
+            deadline_s = None if request.timeout_s is None else time.monotonic() + request.timeout_s
+            self.runner.submit(token_request(asked, self._num_tokens, _outlet(request, key), names, deadline_s))
         except Exception as error:  # whatever it is, the client is told
             request.fail(error)
-            return
-        self.workers.submit(
-            Job(
-                names=frozenset({request.request_id, key or ""} - {""}),
-                respond=lambda used, is_over: respond(used.session, asked, is_over, used.cache),
-                withdrawn=lambda: _Progress(request=asked).take(is_cancelled=True),
-                outlet=_outlet(request, key),
-            )
-        )
+
+
+def token_request(
+    asked: TokenRequest,
+    num_tokens: int,
+    outlet: Outlet[Tensors],
+    names: frozenset[str] = frozenset(),
+    deadline_s: float | None = None,
+) -> Computed[Tensors]:
+    """The request of checked options."""
+    return Computed(
+        names=names,
+        prompt_ids=asked.plan.prompt_ids,
+        most_tokens=asked.most_tokens,
+        writers=[TokenWriter(asked, num_tokens, index) for index in range(asked.num_sequences)],
+        outlet=outlet,
+        deadline_s=deadline_s,
+    )
 
 
 def _outlet(request: Request, key: str | None) -> Outlet[Tensors]:
@@ -133,17 +141,22 @@ def _with_key(tensors: Tensors, key: str | None) -> Tensors:
 
 @dataclass(kw_only=True)
 class _Progress:
-    """The tokens chosen so far for one request. The end token counts only in the sum of log-probabilities. `num_sent`
+    """The tokens chosen so far for one sequence. The end token counts only in the sum of log-probabilities. `num_sent`
     tokens were sent."""
 
     request: TokenRequest
+    sequence_index: int = 0
+    prompt_log_probs: list[float] = field(default_factory=list)  # from the second token of the prompt on
+    wants_prompt: bool = False  # whether the next response has the prompt
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     unsent_tops: list[TopLogProbs] = field(default_factory=list)  # an end token's too
     cum_log_prob: float = 0.0
     num_sent: int = 0
+    num_chosen: int = 0
 
     def add(self, choice: Choice, *, shown: bool) -> None:
+        self.num_chosen += 1
         self.cum_log_prob += choice.log_prob or 0.0
         if choice.top_log_probs:
             self.unsent_tops.append(choice.top_log_probs)
@@ -160,8 +173,13 @@ class _Progress:
         tensors: Tensors = {
             "output_ids": np.array([[[*echo, *new]]], dtype=np.int32),
             "sequence_length": np.array([[len(echo) + len(new)]], dtype=np.int32),
+            "sequence_index": np.array([[self.sequence_index]], dtype=np.int32),
             ENGINE_CANCELLED.name: np.array([[is_cancelled]], dtype=np.bool_),
         }
+        if self.wants_prompt and self.num_chosen:
+            self.wants_prompt = False
+            tensors["prompt_token_ids"] = np.array([request.plan.prompt_ids], dtype=np.int32)
+            tensors["prompt_log_probs"] = np.array([self.prompt_log_probs], dtype=np.float32)
         if request.plan.options.return_log_probs:
             tensors["cum_log_probs"] = np.array([[self.cum_log_prob]], dtype=np.float32)
             tensors["output_log_probs"] = np.array([[self.log_probs]], dtype=np.float32)
@@ -176,28 +194,36 @@ class _Progress:
         return tensors
 
 
-def respond(
-    session: Session, request: TokenRequest, is_cancelled: Callable[[], bool], cache: Cache
-) -> Iterator[tuple[Tensors, bool]]:
-    """The responses to a request, each with whether it is the last. Raises RequestError for logits that are NaN or
-    infinite."""
-    cache.reset()
-    plan, progress = request.plan, _Progress(request=request)
-    stop_words, bad_words = TokenWatcher(request.stop_words), TokenWatcher(request.bad_words)
-    sampler = Sampler(plan, session.engine.manifest.tokenizer_size, banned=bad_words.completing)
-    pending: Sequence[int] = plan.prompt_ids
-    while True:
-        logits = feed(session, cache, pending, is_cancelled)
-        if logits is None:
-            yield progress.take(is_cancelled=True), True
-            return
-        choice = sampler.choose(logits)
+class TokenWriter:
+    """Chooses the tokens of one answer and writes them as tensors (`triton_repo.runtime.batching.sequence.Writer`)."""
+
+    def __init__(self, request: TokenRequest, num_tokens: int, sequence_index: int = 0) -> None:
+        self._request = request
+        self.wants_prompt = request.wants_prompt
+        self._progress = _Progress(request=request, sequence_index=sequence_index, wants_prompt=request.wants_prompt)
+        self._stop_words, self._bad_words = TokenWatcher(request.stop_words), TokenWatcher(request.bad_words)
+        self.sampler = Sampler(
+            request.plan,
+            num_tokens,
+            banned=self._bad_words.completing if request.bad_words else None,
+            sequence_index=sequence_index,
+        )
+
+    def write(self, choice: Choice) -> tuple[Tensors | None, bool]:
+        """Take the next token. Returns the tensors of a response if there is one to send, and whether the answer has
+        ended."""
+        request, progress = self._request, self._progress
+        self.wants_prompt = False
         ended = choice.token_id == request.end_id
         progress.add(choice, shown=not ended)
-        bad_words.push(choice.token_id)
-        ended = stop_words.push(choice.token_id) or ended or len(progress.token_ids) == request.most_tokens
-        if request.streaming or ended:
-            yield progress.take(), ended
-        if ended:
-            return
-        pending = [choice.token_id]
+        self._bad_words.push(choice.token_id)
+        ended = self._stop_words.push(choice.token_id) or ended or len(progress.token_ids) == request.most_tokens
+        return (progress.take() if request.streaming or ended else None), ended
+
+    def cancel(self) -> Tensors:
+        """The last response of an answer that nobody waits for."""
+        return self._progress.take(is_cancelled=True)
+
+    def take_prompt(self, log_probs: Sequence[float]) -> None:
+        """Take the log-probabilities of some of the prompt's tokens, in their order, from the second token on."""
+        self._progress.prompt_log_probs += log_probs

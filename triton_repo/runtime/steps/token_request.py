@@ -24,17 +24,16 @@ _SAMPLING = {
     "frequency_penalty": "frequency_penalty", "seed": "random_seed", "return_log_probs": "return_log_probs",
     "min_p": "min_p", "num_log_probs": "num_log_probs",
 }  # fmt: skip
-_ONE_ONLY = ("beam_width", "num_return_sequences")
-_FALSE_ONLY = (
-    "return_context_logits", "return_generation_logits", "return_perf_metrics", "return_prompt_log_probs",
-)  # fmt: skip
+_ONE_ONLY = ("beam_width",)
+_FALSE_ONLY = ("return_context_logits", "return_generation_logits", "return_perf_metrics")
 # The inputs that an engine on ONNX Runtime takes. Its config.pbtxt does not declare other inputs of
 # contracts/ensemble.py.
 TAKEN_INPUTS = frozenset(
     {
         "input_ids", "input_lengths", "request_output_len", "end_id", "pad_id", "stop_words_list", "bad_words_list",
         "len_penalty", "return_num_input_tokens", "return_num_output_tokens", "exclude_input_in_output", "stop",
-        "streaming", "embedding_bias", *_SAMPLING, *_ONE_ONLY, *_FALSE_ONLY,
+        "streaming", "embedding_bias", "num_return_sequences", "return_prompt_log_probs", *_SAMPLING,
+        *_ONE_ONLY, *_FALSE_ONLY,
     }
 )  # fmt: skip
 
@@ -54,6 +53,8 @@ class TokenRequest:
     stop_words: Words
     bad_words: Words
     echo: bool  # an answer in one response begins with the prompt's tokens
+    num_sequences: int  # answers to the prompt
+    wants_prompt: bool  # the log-probabilities of the prompt's tokens
     count_input_tokens: bool
     count_output_tokens: bool
 
@@ -89,6 +90,8 @@ def read_token_request(
         problems.append(f"end_id: found {end_id}, expected a token id below {num_tokens}, or -1 for none")
     values = _sampling(given)
     problems += value_problems(values, {field: name for name, field in _SAMPLING.items()})
+    num_sequences = given.get("num_return_sequences", 1)
+    problems += value_problems({"num_return_sequences": num_sequences})
     values["logit_bias"] = _biases(tensors, problems, num_tokens)
     words = {name: _words(name, tensors, problems) for name in ("stop_words_list", "bad_words_list")}
     if problems:
@@ -105,6 +108,8 @@ def read_token_request(
         stop_words=words["stop_words_list"],
         bad_words=words["bad_words_list"],
         echo=not given.get("exclude_input_in_output", True),
+        num_sequences=num_sequences,
+        wants_prompt=given.get("return_prompt_log_probs", False),
         count_input_tokens=given.get("return_num_input_tokens", False),
         count_output_tokens=given.get("return_num_output_tokens", False),
     )

@@ -14,7 +14,7 @@ from mixtral_checkpoints import write_llama_tokenizer
 from export.tokenizer.loading import load_tokenizer
 from triton_repo.contracts.llmapi_settings import LlmSettings, TextSettings, TritonSettings
 from triton_repo.errors import RequestError
-from triton_repo.runtime.generation import never
+from triton_repo.runtime.batching.alone import never
 from triton_repo.runtime.llmapi.model import LlmService
 
 PERIOD_MS = 20

@@ -10,9 +10,10 @@ from triton_repo.contracts.ensemble import ADDED_ENGINE_NAMES, ADDED_TOKEN_NAMES
 from triton_repo.contracts.model_parameters import TextParameters
 from triton_repo.contracts.piece import Piece, join
 from triton_repo.runtime import answer as answer_module
+from triton_repo.runtime.batching.alone import answered
 from triton_repo.runtime.steps.postprocessing import Postprocessor, read_tokens
 from triton_repo.runtime.steps.preprocessing import Preprocessor
-from triton_repo.runtime.steps.token_engine import respond
+from triton_repo.runtime.steps.token_engine import token_request
 from triton_repo.runtime.steps.token_request import read_token_request
 from triton_repo.runtime.text.detokenizer import Detokenizer
 
@@ -37,6 +38,10 @@ OPTIONS = (
     {"logit_bias_ids": [3, 70], "logit_bias_values": [-2.5, 900.0], "max_tokens": 3, "stream": True},
     {"embedding_bias_words": ["re", "", "b"], "embedding_bias_weights": [-40.0, 1.0, 30.0], "stream": True},
     {"stream": True, "min_p": 0.3, "temperature": 9.0, "seed": 8, "max_tokens": 9, "end_id": -1},
+    {"stream": True, "return_prompt_log_probs": True},
+    {"return_prompt_log_probs": True, "max_tokens": 1},
+    {"stream": True, "num_return_sequences": 3, "top_p": 1.0, "temperature": 9.0, "seed": 8, "max_tokens": 9},
+    {"num_return_sequences": 2, "return_prompt_log_probs": True, "num_log_probs": 2},
 )
 
 
@@ -65,7 +70,10 @@ def in_steps(session, tokenizer, values) -> list[Piece]:
     def is_stopped() -> bool:
         return bool(stopped)
 
-    for response, _ in respond(session, request, is_stopped, session.new_cache()):
+    def make(outlet):
+        return token_request(request, tokenizer.size, outlet)
+
+    for response, _ in answered(session, make, is_stopped):
         tokens = read_tokens({names[name]: array for name, array in response.items() if name in names})
         step = postprocessor.extend("k", tokens, lambda: False)
         pieces += [step.piece] if step.piece else []
@@ -118,6 +126,9 @@ def test_steps_send_the_pieces_of_a_model_without_steps(request, scripted_with, 
             assert len(ours.top_log_probs) == (len(ours.token_ids) if "num_log_probs" in options else 0)
             values = [[value for top in piece.top_log_probs for _, value in top] for piece in (ours, theirs)]
             assert values[0] == pytest.approx(values[1], rel=1e-5, abs=1e-6)
+            assert ours.sequence_index == theirs.sequence_index
+            assert ours.prompt_token_ids == theirs.prompt_token_ids
+            assert ours.prompt_log_probs == pytest.approx(theirs.prompt_log_probs, rel=1e-5, abs=1e-6)
             assert ours.log_probs == (theirs.log_probs and pytest.approx(theirs.log_probs, rel=1e-5, abs=1e-6))
             assert ours.cum_log_prob == (theirs.cum_log_prob and pytest.approx(theirs.cum_log_prob, rel=1e-5))
 

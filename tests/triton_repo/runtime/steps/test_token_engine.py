@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 
 import numpy as np
@@ -10,12 +9,15 @@ import pytest
 from served import Sent
 
 from triton_repo.contracts.ensemble import ADDED_ENGINE_NAMES, ADDED_TOKEN_INPUTS, ENGINE_NAMES, TOKEN_INPUTS
+from triton_repo.contracts.model_parameters import ModelParameters
 from triton_repo.errors import RequestError
+from triton_repo.runtime.batching.alone import answered
+from triton_repo.runtime.batching.loading import start
 from triton_repo.runtime.options import SamplingOptions, SamplingPlan
 from triton_repo.runtime.sampling import Sampler
 from triton_repo.runtime.steps import token_engine
 from triton_repo.runtime.steps.answer_keys import key_tensor
-from triton_repo.runtime.steps.token_engine import Request, TokenEngine, respond, stopped_response
+from triton_repo.runtime.steps.token_engine import Request, TokenEngine, stopped_response, token_request
 from triton_repo.runtime.steps.token_request import TAKEN_INPUTS, read_token_request
 from triton_repo.runtime.text.words import pack_words
 
@@ -67,7 +69,7 @@ def test_every_tensor_that_is_taken_is_read():
         frequency_penalty=0.25, seed=2**64 - 1, return_log_probs=True, end_id=9, streaming=True,
         stop_words_list=[[1, 2], [3]], bad_words_list=[[4]], exclude_input_in_output=False,
         return_num_input_tokens=True, return_num_output_tokens=True, min_p=0.05, num_log_probs=3,
-        embedding_bias=[0.0] * 7 + [-2.5] + [0.0] * 291 + [4.0],
+        num_return_sequences=3, return_prompt_log_probs=True, embedding_bias=[0.0] * 7 + [-2.5] + [0.0] * 291 + [4.0],
     )  # fmt: skip
     assert request.plan.options == SamplingOptions(
         temperature=0.7, top_k=4, top_p=0.9, min_length=2, repetition_penalty=1.1, presence_penalty=0.5,
@@ -77,6 +79,7 @@ def test_every_tensor_that_is_taken_is_read():
     assert (request.plan.prompt_ids, request.plan.end_ids, request.most_tokens) == ((5, 6, 7), (9,), 50)
     assert (request.stop_words, request.bad_words) == (((1, 2), (3,)), ((4,),))
     assert (request.streaming, request.echo, request.count_input_tokens) == (True, True, True)
+    assert (request.num_sequences, request.wants_prompt) == (3, True)
 
 
 def test_a_padded_prompt_is_cut_and_an_output_beyond_the_context_too():
@@ -95,8 +98,8 @@ def test_a_padded_prompt_is_cut_and_an_output_beyond_the_context_too():
         ({"return_context_logits": True}, "return_context_logits: found true, expected false"),
         ({"end_id": 300}, "end_id: found 300, expected a token id below 300"),
         ({"runtime_top_k": -1}, "runtime_top_k: found -1, expected 0 or more"),
-        ({"num_return_sequences": 2}, "num_return_sequences: found 2, expected 1"),
-        ({"return_prompt_log_probs": True}, "return_prompt_log_probs: found true, expected false"),
+        ({"num_return_sequences": 0}, "num_return_sequences: found 0, expected 1 to 16"),
+        ({"num_return_sequences": 17}, "num_return_sequences: found 17, expected 1 to 16"),
         ({"min_p": 1.5}, "min_p: found 1.5, expected 0 <= min_p <= 1"),
         ({"num_log_probs": 21}, "num_log_probs: found 21, expected 0 to 20"),
         ({"embedding_bias": [1.0, 2.0]}, "embedding_bias: found 2 numbers, expected 300, one for each token"),
@@ -143,7 +146,7 @@ def responses(scripted, byte_level):
         session = scripted(text)
         given = {"input_ids": byte_level.encode("def "), "end_id": byte_level.eos_token_id, **values}
         request = read_token_request(tensors(**given), session.max_sequence, byte_level.size)
-        return list(respond(session, request, is_cancelled, session.new_cache()))
+        return list(answered(session, lambda outlet: token_request(request, byte_level.size, outlet), is_cancelled))
 
     return ask
 
@@ -222,29 +225,29 @@ def submit(engine, request_id="", key=None, is_cancelled=lambda: False, **values
 
 @pytest.fixture
 def engine(scripted):
-    """One worker that writes a long text."""
-    engine = TokenEngine([scripted("ab" * 2000, max_sequence=8192)])
+    """An engine of one slot that writes a long text."""
+    engine = TokenEngine(start(scripted("ab" * 2000, max_sequence=8192), ModelParameters(slots=1, memory_budget=8192)))
     yield engine
-    engine.workers.close()
+    engine.runner.close()
 
 
 def test_a_request_to_stop_ends_the_one_that_runs_and_the_one_that_waits(engine):
     running = submit(engine, "a", request_output_len=8000, streaming=True)
     running.next()  # it runs
     waiting = submit(engine, "b", request_output_len=8000)
-    assert engine.workers.stop("b") == 1
-    assert engine.workers.stop("a") == 1
+    assert engine.runner.stop("b") == 1
+    assert engine.runner.stop("a") == 1
     assert tokens_of(running.last()[0]) == tokens_of(waiting.last()[0]) == []
     assert len(tokens_of(submit(engine, "c", request_output_len=2).last()[0])) == 2
-    assert engine.workers.stop("a") == engine.workers.stop("never there") == 0
+    assert engine.runner.stop("a") == engine.runner.stop("never there") == 0
 
 
 def test_a_request_is_stopped_by_its_key_too_and_one_without_an_id_by_no_empty_name(engine):
     running = submit(engine, "", key="k1", request_output_len=8000, streaming=True)
     running.next()
     waiting = submit(engine, "", key="k2", request_output_len=8000)
-    assert engine.workers.stop("") == 0
-    assert [engine.workers.stop("k2"), engine.workers.stop("k1")] == [1, 1]
+    assert engine.runner.stop("") == 0
+    assert [engine.runner.stop("k2"), engine.runner.stop("k1")] == [1, 1]
     for sent, key in ((waiting, b"k2"), (running, b"k1")):
         last, _ = sent.last()
         assert (tokens_of(last), last["answer_key"].item(), last["is_cancelled"].item()) == ([], key, True)
@@ -255,7 +258,7 @@ def test_keys_come_back_with_each_response_and_what_is_not_upstreams_only_beside
     assert [response["answer_key"].item() for response in keyed] == [b"k", b"k"]
     assert [response["is_cancelled"].item() for response in keyed] == [False, False]
     plain = submit(engine, request_output_len=2, streaming=True).all()
-    assert {name for response in plain for name in response} == {"output_ids", "sequence_length"}
+    assert {name for response in plain for name in response} == {"output_ids", "sequence_length", "sequence_index"}
 
 
 def test_a_request_to_stop_is_answered_by_nothing_or_beside_a_key_by_no_tokens():
@@ -272,7 +275,7 @@ def test_a_step_that_has_nothing_to_send_probes_now_and_then(engine, monkeypatch
     waiting = submit(engine, key="k", request_output_len=2)
     probe, is_last = waiting.next()
     assert (set(probe), probe["answer_key"].item(), is_last) == ({"is_probe", "answer_key"}, b"k", False)
-    engine.workers.stop("a")
+    engine.runner.stop("a")
     assert len(tokens_of(waiting.last()[0])) == 2
 
 
@@ -280,34 +283,17 @@ def test_a_bad_request_is_refused_while_another_runs(engine):
     running = submit(engine, "a", request_output_len=8000, streaming=True)
     running.next()
     assert isinstance(submit(engine, "b", request_output_len=0).last(), RequestError)
-    assert engine.workers.stop("a") == 1
-
-
-def test_workers_answer_side_by_side(scripted):
-    both_run = threading.Barrier(2, timeout=30)
-    sessions = [scripted("ab" * 50) for _ in range(2)]
-    for session in sessions:
-        run = session.run
-
-        def meet(cache, ids, run=run):
-            if cache.length == 0:
-                both_run.wait()
-            return run(cache, ids)
-
-        session.run = meet
-    engine = TokenEngine(sessions)
-    requests = [submit(engine, str(number), request_output_len=4) for number in range(2)]
-    assert [len(tokens_of(sent.last()[0])) for sent in requests] == [4, 4]
-    engine.workers.close()
+    assert engine.runner.stop("a") == 1
 
 
 def test_requests_without_an_id_end_in_any_order(scripted):
-    engine = TokenEngine([scripted("ab" * 2000, max_sequence=8192) for _ in range(2)])
+    session = scripted("ab" * 2000, max_sequence=8192)
+    engine = TokenEngine(start(session, ModelParameters(slots=2, memory_budget=16384)))
     running = submit(engine, request_output_len=8000, streaming=True)
     running.next()
-    for _ in range(2):  # by the other worker
+    for _ in range(2):  # in the other slot
         assert len(tokens_of(submit(engine, request_output_len=2, streaming=True).last()[0])) == 1
-    engine.workers.close()
+    engine.runner.close()
     assert tokens_of(running.last()[0]) == []
 
 

@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from triton_repo.runtime.generation import generate
 from triton_repo.runtime.options import MAX_WORDS, GenerationOptions
+from triton_repo.runtime.single.generation import generate
 from triton_repo.runtime.text.automaton import ROOT, Automaton
 from triton_repo.runtime.text.stopping import StopWatcher, TextWatcher, TokenWatcher
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from export.tokenizer.loading import load_tokenizer
 from triton_repo.contracts.piece import join
-from triton_repo.runtime.generation import generate
 from triton_repo.runtime.options import GenerationOptions
+from triton_repo.runtime.single.generation import generate
 from triton_repo.runtime.text.detokenizer import Detokenizer, last_text_token
 from trt_build.build_engine import BuildOptions, build_engine
 from trt_build.ort.session import Session

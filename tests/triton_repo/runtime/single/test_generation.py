@@ -6,8 +6,9 @@ import pytest
 
 from triton_repo.contracts.piece import join
 from triton_repo.errors import RequestError
-from triton_repo.runtime.generation import PREFILL_CHUNK_TOKENS, generate
 from triton_repo.runtime.options import GenerationOptions
+from triton_repo.runtime.single.generation import generate
+from trt_build.ort.session import PREFILL_CHUNK_TOKENS
 
 TEXT = "return 😀 hello 語."
 
@@ -96,7 +97,6 @@ def test_log_probabilities_are_one_a_token_and_sum_up(scripted, byte_level):
 def test_a_long_prompt_is_fed_in_steps_and_in_order(scripted, byte_level):
     prompt = "a語" * 150
     session = scripted("x", max_sequence=2048)
-    session.prompt_size = len(byte_level.encode(prompt))
     pieces_of(session, byte_level, prompt=prompt, max_tokens=1)
     assert [token for step in session.fed for token in step] == byte_level.encode(prompt)
     assert max(len(step) for step in session.fed) == PREFILL_CHUNK_TOKENS
@@ -115,13 +115,3 @@ def test_cancellation_during_the_prompt_runs_no_further_step(scripted, byte_leve
     [piece] = pieces_of(session, byte_level, lambda: len(session.fed) == 1, prompt="語" * 150)
     assert len(session.fed) == 1
     assert (piece.finish_reason, piece.num_output_tokens, piece.token_ids) == ("cancelled", 0, ())
-
-
-def test_a_cache_is_used_again_from_its_beginning(scripted, byte_level):
-    session = scripted("a b")
-    session.prompt_size = len(byte_level.encode("def "))
-    cache = session.new_cache()
-    options = GenerationOptions(prompt="def ", max_tokens=2)
-    first = join(generate(session, byte_level, options, cache=cache))
-    assert first.text
-    assert join(generate(session, byte_level, options, cache=cache)) == first

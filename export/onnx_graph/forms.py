@@ -1,0 +1,133 @@
+"""The three forms of a decoder graph. They have the same weights and operations, and differ in how tokens lie in their
+inputs and in the logits that they give.
+
+GeneratingGraph   tokens [B, S] of equally long sequences; logits of the last position: what onnxruntime-genai runs
+ScoringGraph      the same with the logits of every position and those of every router: what verification compares
+ServingGraph      the tokens of all sequences one after the other, [T]; logits of the tokens that are asked for: one
+                  step of several sequences that may be at different places and take different numbers of tokens
+
+In a serving graph only attention sees sequences: before it, tokens are placed at [B, S], where each sequence's tokens
+come first and the rest is padding that no kernel reads; after it, they are taken out again. Everything else, the
+experts above all, computes no padding. GroupQueryAttention's input `query_seqlens` says how many of the S places are
+tokens; ONNX Runtime 1.32 has it for the CPU. Without it (`Provider.mixes_lengths` is false) every sequence of a step
+must take one token, or there must be one sequence.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from export.onnx_graph import names
+from export.onnx_graph.graph import GraphBuilder
+
+if TYPE_CHECKING:
+    import onnx
+
+_EMPTY_INPUTS = 7  # of GroupQueryAttention, between the rotary tables and query_seqlens
+
+
+class _MaskedGraph(GraphBuilder):
+    """Tokens [B, S] and a mask [B, P+S] of ones."""
+
+    def _sequence_facts(self) -> None:
+        from onnx import TensorProto
+
+        one, axis = self._constant("one", np.array(1, np.int64)), self._constant("axis_1", np.array([1], np.int64))
+        lengths = self._node("ReduceSum", [names.ATTENTION_MASK, axis], "attention/lengths", keepdims=0,
+                             noop_with_empty_axes=0)  # fmt: skip
+        last = self._node("Sub", [lengths, one], "attention/last")
+        self._node("Cast", [last], "attention/seqlens_k", output="attention/seqlens_k", to=TensorProto.INT32)
+        shape = self._node("Shape", [names.ATTENTION_MASK], "attention/mask_shape", start=0)
+        total = self._node("Gather", [shape, one], "attention/total", axis=0)
+        self._node("Cast", [total], "attention/total_sequence_length", output="attention/total_sequence_length",
+                   to=TensorProto.INT32)  # fmt: skip
+
+    def _token_inputs(self) -> list[onnx.ValueInfoProto]:
+        from onnx import TensorProto, helper
+
+        value, int64 = helper.make_tensor_value_info, TensorProto.INT64
+        return [
+            value(names.INPUT_IDS, int64, [names.BATCH, names.SEQUENCE]),
+            value(names.ATTENTION_MASK, int64, [names.BATCH, names.TOTAL]),
+        ]
+
+
+class GeneratingGraph(_MaskedGraph):
+    """Gives the logits of the last position, [B, 1, V]."""
+
+    def wanted(self, x: str) -> str:
+        starts, ends, axes = (self._constant(f"last/{n}", np.array([v], np.int64)) for n, v in
+                              (("start", -1), ("end", np.iinfo(np.int64).max), ("axis", 1)))  # fmt: skip
+        return self._node("Slice", [x, starts, ends, axes], "last_position", float_type=self._float_types[x])
+
+    def _logits_shape(self) -> list[str | int]:
+        return [names.BATCH, 1, self.architecture.vocab_size]
+
+
+class ScoringGraph(_MaskedGraph):
+    """Gives the logits of every position, [B, S, V], and the router logits [B*S, E] of every layer with experts."""
+
+    gives_router_logits = True
+
+    def wanted(self, x: str) -> str:
+        return x
+
+    def _logits_shape(self) -> list[str | int]:
+        return [names.BATCH, names.SEQUENCE, self.architecture.vocab_size]
+
+
+class ServingGraph(GraphBuilder):
+    """Tokens [T] of B sequences, of which each takes at most S. The inputs beside them say which are whose:
+
+    token_of_query   int64 [B, S]  the token at each place of a sequence; any token where there is padding
+    query_of_token   int64 [T]     the place of each token, as a number of B*S
+    new_lengths      int32 [B]     how many of the S places are tokens; 0 leaves a sequence as it is
+    last_positions   int32 [B]     the length of each sequence after the step, less one
+    total_length     int32         the length of the longest sequence after the step, at least
+    logit_tokens     int64 [R]     the tokens whose logits are wanted
+
+    Gives logits [R, V], and the router logits [T, E] of every layer with experts.
+    """
+
+    gives_router_logits = True
+
+    def _sequence_facts(self) -> None:
+        self._node("Identity", [names.LAST_POSITIONS], "attention/seqlens_k", output="attention/seqlens_k")
+        total = "attention/total_sequence_length"
+        self._node("Identity", [names.TOTAL_LENGTH], total, output=total)
+
+    def _by_sequence(self, x: str) -> str:
+        return self._node("Gather", [x, names.TOKEN_OF_QUERY], f"{x}/by_sequence", float_type=self._float_types[x],
+                          axis=0)  # fmt: skip
+
+    def _by_token(self, x: str) -> str:
+        facts, kind = self.architecture, self._float_types[x]
+        shape = self._constant("attention/flat", np.array([-1, facts.num_heads * facts.head_size], np.int64))
+        rows = self._node("Reshape", [x, shape], f"{x}/rows", float_type=kind, allowzero=0)
+        return self._node("Gather", [rows, names.QUERY_OF_TOKEN], f"{x}/by_token", float_type=kind, axis=0)
+
+    def _lengths_of_queries(self) -> list[str]:
+        return [*[""] * _EMPTY_INPUTS, names.NEW_LENGTHS] if self._provider.mixes_lengths else []
+
+    def wanted(self, x: str) -> str:
+        return self._node("Gather", [x, names.LOGIT_TOKENS], "wanted", float_type=self._float_types[x], axis=0)
+
+    def _token_inputs(self) -> list[onnx.ValueInfoProto]:
+        from onnx import TensorProto, helper
+
+        int32, int64, tokens, value = TensorProto.INT32, TensorProto.INT64, "tokens", helper.make_tensor_value_info
+        lengths = [value(names.NEW_LENGTHS, int32, [names.BATCH])] if self._provider.mixes_lengths else []
+        return [
+            value(names.INPUT_IDS, int64, [tokens]),
+            value(names.TOKEN_OF_QUERY, int64, [names.BATCH, names.SEQUENCE]),
+            value(names.QUERY_OF_TOKEN, int64, [tokens]),
+            *lengths,
+            value(names.LAST_POSITIONS, int32, [names.BATCH]),
+            value(names.TOTAL_LENGTH, int32, []),
+            value(names.LOGIT_TOKENS, int64, ["wanted"]),
+        ]
+
+    def _logits_shape(self) -> list[str | int]:
+        return ["wanted", self.architecture.vocab_size]

@@ -1,0 +1,371 @@
+"""Computes all running sequences together, one step at a time.
+
+    engine = SequenceEngine(session, Limits(slots=8))
+    engine.submit(Request(names=frozenset({"7"}), prompt_ids=..., most_tokens=32, writers=[...], outlet=Outlet(...)))
+    while engine.step():
+        pass
+    engine.stop("7")     # ends the requests with that name, whether they run or wait
+    engine.drain()       # refuses waiting and further requests; running ones are finished
+
+A step has three parts. What begins and what is computed is decided (`Scheduler`); the rows are computed; then tokens
+are chosen and written, and sequences that ended give their slots back. A step that fails changes no sequence but those
+in it, whose requests fail.
+
+`submit`, `stop` and `drain` may be called by any thread while one thread calls `step`; no lock is held while the engine
+computes or sends. The engine starts no thread itself and reads time from `clock` only, so that a simulated clock makes
+it deterministic. `triton_repo.runtime.batching.runner` gives it threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from triton_repo.errors import RequestError
+from triton_repo.runtime.batching.scheduler import Limits, Scheduler, Share
+from triton_repo.runtime.batching.sequence import Request, Sequence, Writer
+from triton_repo.runtime.batching.slots import Slots
+from triton_repo.runtime.batching.stats import Stats
+from triton_repo.runtime.responses import server_stopping
+from triton_repo.runtime.sampling import choose_all, log_probabilities_of
+from trt_build.ort.session import Row
+
+logger = logging.getLogger(__name__)
+
+Floats = npt.NDArray[np.float32]
+_MOST_ECHOED = 32  # positions of a prompt whose logits are in memory at a time
+_RECENT = 0.2  # weight of the last request in the mean time of an answer
+
+
+class Computes(Protocol):
+    """The parts of `trt_build.ort.session.Session` that are used here."""
+
+    def step(self, cache: Any, rows: Items[Row]) -> Floats:  # noqa: ANN401 - the session's own cache
+        """Append the tokens of every row to its slot; returns the logits that the rows ask for, [R, V]."""
+
+
+class SequenceEngine:
+    """Waiting requests, running sequences, and the steps that compute them.
+
+    `slots` hands out the slots of `cache`, which belongs to `session`. `num_tokens` is the size of the tokenizer.
+    `post` runs an action that sends something or asks Triton something; a runner has a thread for it.
+    """
+
+    def __init__(
+        self,
+        session: Computes,
+        cache: Any,  # noqa: ANN401 - the session's own cache
+        slots: Slots,
+        *,
+        num_tokens: int,
+        limits: Limits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        post: Callable[[Callable[[], object]], object] = lambda action: action(),
+    ) -> None:
+        self.limits = limits or Limits()
+        self.stats = Stats()
+        self._session, self._cache, self._num_tokens = session, cache, num_tokens
+        self._scheduler = Scheduler(slots, self.limits)
+        self._clock, self._post = clock, post
+        self._lock = threading.Lock()  # guards the scheduler's lists
+        self._draining = False
+        self._answer_s = 1.0  # how long a request runs, on average
+
+    # What any thread may call.
+
+    def submit(self, request: Request[Any]) -> None:
+        """Queue a request. Raises RequestError if the queue is full, the server is about to end, or the request can
+        never be computed here."""
+        waiting = self._scheduler.waiting
+        with self._lock:
+            self._refuse_impossible(request)
+            if self._draining:
+                self.stats.refused("stopping")
+                raise server_stopping()
+            if len(waiting) >= self.limits.max_waiting:
+                self.stats.refused("queue_full")
+                raise self._overloaded(f"{len(waiting)} requests wait already, the most that may")
+            request.arrived_s = self._clock()
+            waiting.append(request)
+
+    def stop(self, name: str) -> int:
+        """End the requests with a name. Returns how many there were. A waiting request is answered at once, a running
+        one ends before its next step. No request has the name ""."""
+        with self._lock:
+            running = {s.request for s in self._scheduler.running if name in s.request.names}
+            waiting = self._take_waiting(lambda request: name in request.names)
+        for request in running:
+            request.stopped.set()
+        for request in waiting:
+            self._withdraw(request)
+        return len(running) + len(waiting)
+
+    def drain(self) -> None:
+        """Refuse the requests that wait and all further ones."""
+        with self._lock:
+            self._draining = True
+            refused = self._take_waiting(lambda _request: True)
+        for request in refused:
+            self._fail(request, server_stopping(), "stopping")
+
+    def end_all(self) -> None:
+        """Cancel what runs and withdraw what waits. Only while no other thread is in `step`."""
+        with self._lock:
+            self._draining = True
+            waiting = self._take_waiting(lambda _request: True)
+        for request in waiting:
+            self._withdraw(request)
+        for sequence in list(self._scheduler.running):
+            self._cancel(sequence)
+
+    def counts(self) -> tuple[int, int]:
+        """How many requests run and how many wait."""
+        with self._lock:
+            return len({id(s.request) for s in self._scheduler.running}), len(self._scheduler.waiting)
+
+    def has_work(self) -> bool:
+        """Whether anything runs or waits."""
+        return bool(self._scheduler.running or self._scheduler.waiting)
+
+    @property
+    def memory(self) -> tuple[int, int, int]:
+        """Bytes of keys and values: reserved by what runs, held in memory at most, and the budget."""
+        slots = self._scheduler.slots
+        with self._lock:
+            return slots.reserved_bytes, slots.held_bytes, slots.budget
+
+    def look(self) -> None:
+        """Ask whether the clients of all requests have gone; the next step ends those that have."""
+        with self._lock:
+            requests = {s.request for s in self._scheduler.running} | set(self._scheduler.waiting)
+        for request in requests:
+            try:
+                request.is_gone = request.is_gone or request.outlet.is_cancelled()
+            except Exception:  # the request goes on
+                logger.exception("cannot tell whether the client of the request %s has gone", _names(request))
+
+    # One step.
+
+    def step(self) -> bool:
+        """Compute one step. Returns whether there was anything to compute."""
+        self._end_requests()
+        with self._lock:
+            begun = self._scheduler.begin()
+        now = self._clock()
+        for request in {sequence.request for sequence in begun}:
+            self.stats.begun(now - request.arrived_s)
+        shares = self._scheduler.shares()
+        if not shares:
+            return False
+        rows = [_row(share) for share in shares]
+        try:
+            logits = self._session.step(self._cache, rows)
+        except Exception as error:  # whatever it is, the clients are told, and the engine goes on
+            for request in {share.sequence.request for share in shares}:
+                self._fail_running(request, error)
+            return True
+        self._account(shares, rows, self._clock() - now)
+        self._commit(shares, rows, logits)
+        return True
+
+    def _end_requests(self) -> None:
+        """End what was stopped, whose client has gone, whose deadline has passed, and what has waited too long."""
+        now = self._clock()
+        for sequence in list(self._scheduler.running):
+            request = sequence.request
+            if request.stopped.is_set() or request.is_gone or _is_late(request, now):
+                self._cancel(sequence)
+        with self._lock:
+            gone = self._take_waiting(lambda request: request.is_gone)
+            late = self._take_waiting(lambda request: _is_late(request, now))
+            overdue = self._take_waiting(lambda request: now - request.arrived_s > self.limits.max_wait_s)
+        for request in gone:
+            self._withdraw(request)
+        for request in late:
+            error = RequestError(
+                "answering the request: the time that it allows passed while it waited for its turn; allow more, or "
+                "send it to another server",
+                kind="UNAVAILABLE",
+            )
+            self._fail(request, error, "deadline")
+        for request in overdue:
+            problem = f"the request waited {self.limits.max_wait_s:g} s for its turn, the longest that requests wait"
+            self._fail(request, self._overloaded(problem), "waited_too_long")
+
+    def _account(self, shares: Items[Share], rows: Items[Row], seconds: float) -> None:
+        num_decoding = sum(not share.num_tokens for share in shares)
+        prompt_tokens = sum(len(row.token_ids) for row in rows) - num_decoding
+        self.stats.stepped(seconds, prompt_tokens)
+        if prompt_tokens and num_decoding:
+            self._scheduler.pace.learn(prompt_tokens, seconds)
+
+    def _commit(self, shares: Items[Share], rows: Items[Row], logits: Floats) -> None:
+        """Take the logits of a step: prompts move on, and every sequence that is due gets its next token."""
+        place, due, due_logits = 0, [], []
+        for share, row in zip(shares, rows, strict=True):
+            sequence, own = share.sequence, logits[place : place + row.num_logits]
+            place += row.num_logits
+            sequence.num_computed += len(row.token_ids)
+            followers = [other for other in self._scheduler.running if other.source is sequence]
+            if share.num_tokens and sequence.writer.wants_prompt:
+                self._echo(sequence, followers, row, own)
+            if sequence.num_left:
+                continue
+            for other in (sequence, *followers):
+                if other is not sequence:
+                    self._cache.copy(sequence.slot, other.slot)
+                    other.source, other.num_computed = None, sequence.num_computed
+                due.append(other)
+                due_logits.append(own[-1])
+        choices = choose_all(due_logits, [sequence.writer.sampler for sequence in due])
+        for sequence, choice in zip(due, choices, strict=True):
+            if sequence not in self._scheduler.running:
+                continue  # another sequence of its request failed
+            if isinstance(choice, RequestError):
+                self._fail_running(sequence.request, choice)
+            else:
+                self._write(sequence, choice)
+
+    def _write(self, sequence: Sequence, choice: Any) -> None:  # noqa: ANN401 - Choice
+        now, request = self._clock(), sequence.request
+        first = sequence.token < 0
+        self.stats.wrote(now - (request.arrived_s if first else sequence.token_s), first=first)
+        sequence.token, sequence.token_s = choice.token_id, now
+        try:
+            response, ended = sequence.writer.write(choice)
+        except Exception as error:  # whatever it is, the client is told
+            self._fail_running(request, error)
+            return
+        if ended:
+            self._end(sequence, "finished")
+            self._answer_s += _RECENT * (now - request.arrived_s - self._answer_s)
+        if response is not None:
+            self._send(request, response, is_last=ended and not request.num_running)
+
+    def _echo(self, sequence: Sequence, followers: Items[Sequence], row: Row, logits: Floats) -> None:
+        """Give the writers the log-probabilities of the prompt's tokens that follow those of a row."""
+        prompt, done = sequence.request.prompt_ids, sequence.num_computed
+        targets = prompt[done - len(row.token_ids) + 1 : done + 1]
+        try:
+            log_probs = log_probabilities_of(logits[: len(targets)], targets, self._num_tokens)
+        except RequestError as error:
+            self._fail_running(sequence.request, error)
+            return
+        for other in (sequence, *followers):
+            other.writer.take_prompt(log_probs)
+
+    # Ends.
+
+    def _end(self, sequence: Sequence, how: str) -> None:
+        with self._lock:
+            self._scheduler.end(sequence)
+        if not sequence.request.num_running:
+            self.stats.ended(how)
+
+    def _cancel(self, sequence: Sequence) -> None:
+        self._end(sequence, "cancelled")
+        self._send_cancelled(sequence.request, sequence.writer, is_last=not sequence.request.num_running)
+
+    def _fail_running(self, request: Request[Any], error: Exception) -> None:
+        """End all sequences of a request with an error."""
+        for sequence in [s for s in self._scheduler.running if s.request is request]:
+            self._end(sequence, "failed")
+        self._post(partial(_fail, request, error))
+
+    def _withdraw(self, request: Request[Any]) -> None:
+        """End a request that has not begun."""
+        self.stats.ended("cancelled")
+        last = request.writers[-1]
+        for writer in request.writers:
+            self._send_cancelled(request, writer, is_last=writer is last)
+
+    def _send_cancelled(self, request: Request[Any], writer: Writer[Any], *, is_last: bool) -> None:
+        try:
+            response = writer.cancel()
+        except Exception as error:  # whatever it is, the client is told
+            self._post(partial(_fail, request, error))
+            return
+        self._send(request, response, is_last=is_last)
+
+    def _fail(self, request: Request[Any], error: RequestError, reason: str) -> None:
+        self.stats.refused(reason)
+        self._post(partial(_fail, request, error))
+
+    def _send(self, request: Request[Any], response: Any, *, is_last: bool) -> None:  # noqa: ANN401 - the layout's own
+        def send() -> None:
+            try:
+                request.outlet.send(response, is_last)
+            except Exception as error:  # whatever it is, the client is told
+                request.is_gone = True
+                _fail(request, error)
+
+        self._post(send)
+
+    # Refusals.
+
+    def _take_waiting(self, chosen: Callable[[Request[Any]], bool]) -> list[Request[Any]]:
+        """Remove waiting requests. The caller holds the lock."""
+        waiting = self._scheduler.waiting
+        taken = [request for request in waiting if chosen(request)]
+        for request in taken:
+            waiting.remove(request)
+        return taken
+
+    def _refuse_impossible(self, request: Request[Any]) -> None:
+        """Refuse what could not begin on an idle server either."""
+        if len(request.writers) > self.limits.slots:
+            raise RequestError(
+                f"reading the request: num_return_sequences: found {len(request.writers)}, expected at most "
+                f"{self.limits.slots}, the sequences that this server computes at a time; ask for fewer"
+            )
+        most = self._scheduler.slots.most_positions(len(request.writers))
+        if request.num_positions > most:
+            raise RequestError(
+                f"reading the request: prompt and max_tokens of {request.num_positions + 1} tokens for "
+                f"{len(request.writers)} answers exceed the memory of this server, which has room for {most + 1} each; "
+                "ask for fewer tokens or answers"
+            )
+
+    def _overloaded(self, problem: str) -> RequestError:
+        rounds = (len(self._scheduler.waiting) + self.limits.slots) / self.limits.slots
+        return RequestError(
+            f"answering the request: {problem} on this server; send it again in about "
+            f"{max(1, round(rounds * self._answer_s))} s, or to another server",
+            kind="UNAVAILABLE",
+        )
+
+
+def _row(share: Share) -> Row:
+    """The row of a step for what a sequence computes in it."""
+    sequence = share.sequence
+    if not share.num_tokens:
+        return Row(slot=sequence.slot, token_ids=[sequence.token])
+    wants_prompt, start = sequence.writer.wants_prompt, sequence.num_computed
+    tokens = sequence.request.prompt_ids[start : start + share.num_tokens]
+    if wants_prompt:
+        tokens = tokens[:_MOST_ECHOED]
+    ends = len(tokens) == sequence.num_left
+    return Row(slot=sequence.slot, token_ids=tokens, num_logits=len(tokens) if wants_prompt else int(ends))
+
+
+def _is_late(request: Request[Any], now: float) -> bool:
+    return request.deadline_s is not None and now >= request.deadline_s
+
+
+def _fail(request: Request[Any], error: Exception) -> None:
+    try:
+        request.outlet.fail(error)
+    except Exception:  # the other requests must still be answered
+        logger.exception("the request %s can be sent neither its answer nor an error", _names(request))
+
+
+def _names(request: Request[Any]) -> str:
+    return " ".join(sorted(request.names)) or "without an id"

@@ -1,0 +1,125 @@
+"""Runs an engine of sequences in a server: one thread steps, another one sends.
+
+    runner = Runner(lambda post: SequenceEngine(..., post=post), heartbeat)
+    runner.submit(request)
+    runner.stop("7")
+    runner.drain()
+    runner.close()
+
+Every method except `close` returns at once, so that a model's `execute` can always take the next request. Responses are
+sent while the next step is computed. Between two steps the sending thread asks once whether each client has gone, which
+takes about 0.1 ms for each request.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from triton_repo.runtime.batching.engine import SequenceEngine
+from triton_repo.runtime.batching.sequence import Request
+
+logger = logging.getLogger(__name__)
+
+_Action = Callable[[], object]
+
+
+class Pulse(Protocol):
+    """The methods of `triton_repo.processes.heartbeat.Heartbeat` that are used here."""
+
+    def report(self, *, running: int, waiting: int) -> None:
+        """Set the numbers of requests."""
+
+    def step(self) -> None:
+        """Count a step of the engine."""
+
+
+class NoPulse:
+    """A `Pulse` that does nothing, for callers without a supervisor."""
+
+    def report(self, *, running: int, waiting: int) -> None:
+        pass
+
+    def step(self) -> None:
+        pass
+
+
+class Runner:
+    """An engine with its two threads. `make` makes the engine; its argument is the engine's `post`."""
+
+    def __init__(
+        self, make: Callable[[Callable[[_Action], object]], SequenceEngine], pulse: Pulse | None = None
+    ) -> None:
+        self._pulse = pulse or NoPulse()
+        self._actions: queue.SimpleQueue[_Action | None] = queue.SimpleQueue()
+        self._is_looking = threading.Event()  # whether a look is among the actions
+        self.engine = make(self._actions.put)
+        self._changed = threading.Condition()
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._compute, name="engine", daemon=True),
+            threading.Thread(target=self._act, name="sender", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, request: Request[Any]) -> None:
+        """Queue a request. Raises RequestError as `SequenceEngine.submit` does."""
+        self.engine.submit(request)
+        self._report()
+        with self._changed:
+            self._changed.notify_all()
+
+    def stop(self, name: str) -> int:
+        """End the requests with a name, whether they run or wait. Returns how many there were."""
+        return self.engine.stop(name)
+
+    def drain(self) -> None:
+        """Refuse the requests that wait and all further ones; running ones are finished."""
+        self.engine.drain()
+        self._report()
+
+    def close(self) -> None:
+        """Stop the running requests, withdraw the waiting ones, and end the threads."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _report(self) -> None:
+        running, waiting = self.engine.counts()
+        self._pulse.report(running=running, waiting=waiting)
+
+    def _compute(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self.engine.has_work())
+                if self._closed:
+                    break
+            try:
+                if self.engine.step():
+                    self._pulse.step()
+            except Exception:  # a fault of ours; the requests that it concerns are not known
+                logger.exception("a step of the engine failed")
+            self._report()
+            if not self._is_looking.is_set():
+                self._is_looking.set()
+                self._actions.put(self._look)
+        self.engine.end_all()
+        self._report()
+        self._actions.put(None)
+
+    def _look(self) -> None:
+        self._is_looking.clear()
+        self.engine.look()
+
+    def _act(self) -> None:
+        while (action := self._actions.get()) is not None:
+            try:
+                action()
+            except Exception:  # the other requests must still be answered
+                logger.exception("sending failed")

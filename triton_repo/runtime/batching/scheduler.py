@@ -1,0 +1,111 @@
+"""Decides which sequences begin, and what each of them computes in the next step.
+
+Requests begin in the order of their arrival, as soon as a slot is free and the memory budget has room. Every sequence
+whose prompt is computed takes one token in every step. What is left of the step goes to prompts: at most as many of
+their tokens as keep the step within a target time, so that no running answer pauses for long beside a long prompt.
+Half of them goes to the prompt that began first, the other half to the prompt that has got least, so that a short
+prompt does not wait for long ones and a long one is not held up by many short ones. There are no priorities.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Any
+
+from triton_repo.runtime.batching.sequence import Request, Sequence
+from triton_repo.runtime.batching.slots import Slots
+
+FEWEST_TOKENS = 16  # of prompts in a step; fewer would read all weights for little
+MOST_TOKENS = 128  # the width of a step: trt_build.ort.session.PREFILL_CHUNK_TOKENS
+_FIRST_TOKENS = 32  # before a step was measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How much is taken on at a time."""
+
+    slots: int = 8  # sequences in a step
+    max_waiting: int = 64  # requests
+    max_wait_s: float = 60.0  # before a request begins
+    pause_target_s: float = 0.25  # of a step that prompts share with running answers
+
+
+class Pace:
+    """How many tokens of prompts a step beside running answers may take: learnt from how long such steps took."""
+
+    def __init__(self, target_s: float) -> None:
+        self._target_s = target_s
+        self.num_tokens = _FIRST_TOKENS
+
+    def learn(self, num_tokens: int, seconds: float) -> None:
+        """A step with so many tokens of prompts took so long. A step with fewer tokens than allowed teaches only that
+        they are too many."""
+        fitting = int(num_tokens * min(2.0, max(0.5, self._target_s / max(seconds, 1e-6))))
+        if num_tokens == self.num_tokens or fitting < num_tokens:
+            self.num_tokens = min(MOST_TOKENS, max(FEWEST_TOKENS, fitting))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What a sequence computes in a step: `num_tokens` of its prompt, or with 0 its last token."""
+
+    sequence: Sequence
+    num_tokens: int
+
+
+class Scheduler:
+    """The waiting requests and the running sequences. Not for several threads at once."""
+
+    def __init__(self, slots: Slots, limits: Limits) -> None:
+        self.slots, self.limits = slots, limits
+        self.waiting: deque[Request[Any]] = deque()
+        self.running: list[Sequence] = []  # in the order in which they began
+        self.pace = Pace(limits.pause_target_s)
+
+    def begin(self) -> list[Sequence]:
+        """Give slots to the requests whose turn it is. Returns their sequences."""
+        begun: list[Sequence] = []
+        while self.waiting:
+            request = self.waiting[0]
+            if not self.slots.fits(len(request.writers), request.num_positions):
+                break
+            self.waiting.popleft()
+            first: Sequence | None = None
+            for writer in request.writers:
+                slot = self.slots.take(request.num_positions)
+                sequence = Sequence(request=request, writer=writer, slot=slot, source=first)
+                first = first or sequence
+                begun.append(sequence)
+            request.num_running = len(request.writers)
+        self.running += begun
+        return begun
+
+    def end(self, sequence: Sequence) -> None:
+        """Free the slot of a sequence."""
+        self.running.remove(sequence)
+        self.slots.give(sequence.slot)
+        sequence.request.num_running -= 1
+
+    def shares(self) -> list[Share]:
+        """What the next step computes, in the order of slots. Empty if nothing runs."""
+        decoding = [sequence for sequence in self.running if not sequence.num_left and not sequence.is_waiting]
+        prompts = [sequence for sequence in self.running if sequence.num_left]
+        room = self.pace.num_tokens if decoding else MOST_TOKENS
+        shares = [Share(sequence=sequence, num_tokens=0) for sequence in decoding]
+        shares += [Share(sequence=prompt, num_tokens=count) for prompt, count in split(prompts, room) if count]
+        return sorted(shares, key=lambda share: share.sequence.slot)
+
+
+def split(prompts: Items[Sequence], room: int) -> list[tuple[Sequence, int]]:
+    """Share `room` tokens among prompts, which are in the order in which they began."""
+    if not prompts:
+        return []
+    oldest = prompts[0]
+    by_need = sorted(prompts, key=lambda prompt: prompt.num_computed)  # stable: the earlier of equals first
+    taken = dict.fromkeys(prompts, 0)
+    taken[oldest] = min(oldest.num_left, room if by_need[0] is oldest else -(-room // 2))
+    for prompt in (*by_need, oldest):
+        taken[prompt] += min(prompt.num_left - taken[prompt], room - sum(taken.values()))
+    return list(taken.items())

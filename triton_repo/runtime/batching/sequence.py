@@ -1,0 +1,77 @@
+"""What the engine of sequences knows of a request and of each sequence that answers it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from triton_repo.runtime.batching.outlet import Outlet
+from triton_repo.runtime.sampling import Choice, Sampler
+
+Response = TypeVar("Response")
+Written = TypeVar("Written", covariant=True)
+
+
+class Writer(Protocol[Written]):
+    """Chooses and writes the tokens of one sequence."""
+
+    sampler: Sampler
+    wants_prompt: bool  # whether it wants the log-probabilities of the prompt's tokens
+
+    def write(self, choice: Choice) -> tuple[Written | None, bool]:
+        """Take the next token. Returns a response if there is one to send, and whether the sequence has ended."""
+
+    def cancel(self) -> Written:
+        """The last response of a sequence that nobody waits for."""
+
+    def take_prompt(self, log_probs: Items[float]) -> None:
+        """Take the log-probabilities of some of the prompt's tokens, in their order, from the second token on."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Request(Generic[Response]):
+    """One request: a prompt, and one writer for each sequence that continues it. Two requests are never equal.
+
+    `deadline_s` is when its client stops waiting, on the engine's clock.
+    """
+
+    names: frozenset[str]  # names by which a request to stop may name this one: its id, the key of its answer
+    prompt_ids: tuple[int, ...]
+    most_tokens: int  # new tokens of each sequence
+    writers: Items[Writer[Response]]
+    outlet: Outlet[Response]
+    deadline_s: float | None = None
+    stopped: threading.Event = field(default_factory=threading.Event)
+    arrived_s: float = 0.0  # the rest is the engine's
+    num_running: int = 0
+    is_gone: bool = False  # whether its client was found to have gone
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of the cache that each sequence takes at most. The last token is not computed."""
+        return len(self.prompt_ids) + self.most_tokens - 1
+
+
+@dataclass(kw_only=True, eq=False)
+class Sequence:
+    """A sequence that runs: its tokens, its slot, its sampler and its writer."""
+
+    request: Request[Any]
+    writer: Writer[Any]
+    slot: int
+    source: Sequence | None = None  # the sequence of the same request that computes the prompt for this one
+    num_computed: int = 0  # tokens whose keys and values are in the slot
+    token: int = -1  # the token that was chosen last
+    token_s: float = 0.0  # when it was chosen
+
+    @property
+    def num_left(self) -> int:
+        """Tokens of the prompt that are not computed yet. At 0 the sequence takes one token a step."""
+        return 0 if self.source is not None else max(0, len(self.request.prompt_ids) - self.num_computed)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether another sequence computes its prompt."""
+        return self.source is not None

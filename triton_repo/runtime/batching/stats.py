@@ -1,0 +1,61 @@
+"""Counts what an engine of sequences does, for metrics. Times are in seconds.
+
+One thread steps and counts; readers may see a count that is one step old.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+# Upper bounds of the histograms' buckets.
+_WAITS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_STEPS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+class Histogram:
+    """How often values fell into each bucket: `counts[i]` of those up to `bounds[i]`, and the last of all others."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def add(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
+@dataclass(kw_only=True)
+class Stats:
+    """Totals since the start."""
+
+    steps: int = 0
+    prompt_tokens: int = 0  # computed of prompts
+    output_tokens: int = 0  # written
+    refusals: Counter[str] = field(default_factory=Counter)  # by reason
+    ends: Counter[str] = field(default_factory=Counter)  # requests that were taken, by how they ended
+    queue_s: Histogram = field(default_factory=lambda: Histogram(_WAITS_S))
+    step_s: Histogram = field(default_factory=lambda: Histogram(_STEPS_S))
+    first_token_s: Histogram = field(default_factory=lambda: Histogram(_WAITS_S))  # since the request arrived
+    between_tokens_s: Histogram = field(default_factory=lambda: Histogram(_STEPS_S))
+
+    def refused(self, reason: str) -> None:
+        self.refusals[reason] += 1
+
+    def begun(self, waited_s: float) -> None:
+        self.queue_s.add(waited_s)
+
+    def stepped(self, seconds: float, prompt_tokens: int) -> None:
+        self.steps += 1
+        self.prompt_tokens += prompt_tokens
+        self.step_s.add(seconds)
+
+    def wrote(self, seconds: float, *, first: bool) -> None:
+        self.output_tokens += 1
+        (self.first_token_s if first else self.between_tokens_s).add(seconds)
+
+    def ended(self, how: str) -> None:
+        self.ends[how] += 1

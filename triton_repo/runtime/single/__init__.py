@@ -1,0 +1,1 @@
+"""The model without steps: wire tensors in, pieces of text out."""

@@ -1,0 +1,129 @@
+"""Answers requests of texts: writes the tokens of a sequence as pieces of text, and answers one request in process.
+
+for piece in generate(session, tokenizer, GenerationOptions(prompt="def ", max_tokens=32)):
+    print(piece.text, end="")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from triton_repo.contracts.piece import Piece, join
+from triton_repo.runtime.answer import Answer, answer_plan
+from triton_repo.runtime.batching.alone import answered, never
+from triton_repo.runtime.batching.outlet import Outlet
+from triton_repo.runtime.batching.sequence import Request
+from triton_repo.runtime.options import GenerationOptions, GenerationPlan, plan_generation
+from triton_repo.runtime.sampling import Choice, Sampler
+from triton_repo.runtime.text.stopping import TextWatcher
+
+if TYPE_CHECKING:
+    from export.tokenizer.loading import Tokenizer
+    from trt_build.ort.session import Session
+
+
+class TextWriter:
+    """Chooses the tokens of one answer and writes them as pieces, or `joined` as one piece
+    (`triton_repo.runtime.batching.sequence.Writer`)."""
+
+    def __init__(
+        self, plan: GenerationPlan, tokenizer: Tokenizer, sequence_index: int = 0, *, joined: bool = False
+    ) -> None:
+        self.plan = plan
+        self._joined = joined
+        self.wants_prompt = plan.options.return_prompt_log_probs
+        self._bad_words = plan.options.bad_words
+        self.answer = Answer(answer_plan(plan, tokenizer), tokenizer, self._bad_words, sequence_index=sequence_index)
+        self.sampler = Sampler(
+            plan,
+            tokenizer.size,
+            refuses=self._completes_bad_word if self._bad_words else None,
+            banned=(lambda: [np.array(self._bad_tokens, dtype=np.int64)]) if self._bad_words else None,
+            sequence_index=sequence_index,
+        )
+        self._tokenizer = tokenizer
+        self._bad_alone = TextWatcher(self._bad_words)
+        self._bad_tokens: list[int] = []  # tokens met so far whose own text contains a bad word
+        self._prompt_log_probs: list[float] = []
+        self._kept: list[Piece] = []  # pieces of an answer that comes in one response
+
+    def write(self, choice: Choice) -> tuple[Piece | None, bool]:
+        """Take the next token. Returns a piece if there is one to send, and whether the answer has ended."""
+        if self.wants_prompt:
+            self.answer.give_prompt(self.plan.prompt_ids, tuple(self._prompt_log_probs))
+            self.wants_prompt = False
+        piece = self.answer.extend(choice.token_id, choice.log_prob or 0.0, choice.top_log_probs)
+        if piece is None:
+            return None, False
+        ended = bool(piece.finish_reason)
+        return (self._whole(piece) if ended else self._part(piece)), ended
+
+    def cancel(self) -> Piece:
+        """The last piece of an answer that nobody waits for."""
+        return self._whole(self.answer.cancel())
+
+    def take_prompt(self, log_probs: Sequence[float]) -> None:
+        """Take the log-probabilities of some of the prompt's tokens, in their order, from the second token on."""
+        self._prompt_log_probs += log_probs
+
+    def _part(self, piece: Piece) -> Piece | None:
+        if self._joined:
+            self._kept.append(piece)
+            return None
+        return piece
+
+    def _whole(self, piece: Piece) -> Piece:
+        return join([*self._kept, piece]) if self._kept else piece
+
+    def _completes_bad_word(self, token: int) -> bool:
+        """Whether the text would contain a bad word after `token`, whatever tokens spell the word."""
+        if token in self.plan.end_ids or not self.answer.would_write_bad_word(token):
+            return False
+        if self._bad_alone.would_match(self._tokenizer.decode([token])):
+            self._bad_tokens.append(token)
+        return True
+
+
+def text_request(
+    plan: GenerationPlan,
+    tokenizer: Tokenizer,
+    outlet: Outlet[Piece],
+    names: frozenset[str] = frozenset(),
+    deadline_s: float | None = None,
+    *,
+    joined: bool = False,
+) -> Request[Piece]:
+    """The request of a checked plan. If `joined`, each of its answers comes as one piece."""
+    count = plan.options.num_return_sequences
+    return Request(
+        names=names,
+        prompt_ids=plan.prompt_ids,
+        most_tokens=plan.most_tokens,
+        writers=[TextWriter(plan, tokenizer, index, joined=joined) for index in range(count)],
+        outlet=outlet,
+        deadline_s=deadline_s,
+    )
+
+
+def generate(
+    session: Session,
+    tokenizer: Tokenizer,
+    options: GenerationOptions,
+    is_cancelled: Callable[[], bool] = never,
+) -> Iterator[Piece]:
+    """Yield the pieces of one request's answers.
+
+    `is_cancelled` is called before every step. Raises RequestError at once for options that do not fit the model, and
+    while the pieces are read for logits that are NaN or infinite.
+    """
+    plan = plan_generation(
+        options,
+        tokenizer,
+        max_sequence=session.max_sequence,
+        end_token_ids=session.engine.manifest.eos_token_ids,
+    )
+    responses = answered(session, lambda outlet: text_request(plan, tokenizer, outlet), is_cancelled)
+    return (piece for piece, _ in responses)
