@@ -1,6 +1,6 @@
 """An engine for our kernels whose files were cut or lost is refused when it is loaded, whatever its manifest says.
 
-Digests are checked when an engine is opened (tests/trt_build/test_build_engine.py). Here they are not, and sizes agree.
+Digests are checked when an engine is opened (tests/trt_build/test_open_engine.py). Here they are not, and sizes agree.
 """
 
 import json

@@ -15,7 +15,6 @@ from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
 from trtllm.weight_layout import CONTRACT
 
-from cli.main import main
 from export.errors import ConfigError, ExportError, QuantizationError
 from export.trtllm.parallel import Parallelism
 from trt_build.errors import EngineError
@@ -377,36 +376,3 @@ def test_how_experts_are_shared_follows_from_what_is_given():
     ):  # fmt: skip
         parallel = Parallelism(tp_size=4, **given)
         assert (parallel.moe_tp, parallel.moe_ep) == expected
-
-
-# Flags of one backend given to the other ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (
-            ["--tp-size", "2"],
-            "EngineError: reading the flags: --tp-size: for --backend tensorrt-llm only; leave them out",
-        ),
-        (
-            ["--until", "plan", "--plain-weights"],
-            "reading the flags: --until, --plain-weights: for --backend tensorrt-llm",
-        ),
-        (
-            ["--backend", "tensorrt-llm", "--provider", "cpu"],
-            "--provider: for --backend onnxruntime only; leave them out",
-        ),
-        (
-            ["--backend", "tensorrt-llm", "--kernels", "moeship"],
-            "reading the flags: --kernels: for --backend onnxruntime",
-        ),
-        (["--backend", "tensorrt"], "'tensorrt' is unknown. There are: onnxruntime, tensorrt-llm"),
-        (["--backend", "tensorrt-llm", "--precision", "int3"], "QuantizationError: choosing the precision: 'int3'"),
-    ],
-)
-def test_flags_of_the_other_backend_end_the_command(tmp_path, sources, capsys, words, told):
-    command = ["build", "--checkpoint", str(sources["phixtral"]), "--output", str(tmp_path / "engine")]
-    assert main([*command, *words]) == 2
-    assert told in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
