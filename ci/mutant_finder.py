@@ -106,7 +106,8 @@ class Finder(ast.NodeVisitor):
     def visit_Continue(self, node: ast.Continue) -> None:
         self._add(node, "pass")
 
-    visit_Break = visit_Continue  # noqa: N815
+    def visit_Break(self, node: ast.Break) -> None:
+        self._add(node, "pass")
 
     def visit_Assign(self, node: ast.Assign) -> None:
         if all(isinstance(target, ast.Attribute | ast.Subscript) for target in node.targets):

@@ -67,7 +67,7 @@ class Selection:
 @contextmanager
 def _labelled(label: str) -> Iterator[None]:
     before = os.environ.get("MUTANTS_LABEL", "")
-    entered = getattr(sys.modules.get("sitecustomize"), "entered", set())
+    entered: set[object] = getattr(sys.modules.get("sitecustomize"), "entered", set())
     os.environ["MUTANTS_LABEL"] = label
     entered.clear()
     try:
