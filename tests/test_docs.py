@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from cli.main import COMMANDS
+from trt_build import engine as onnx_engine
 from trt_build.engine import Manifest
+from trt_build.trtllm import engine as trtllm_engine
 from trt_build.trtllm.engine import TrtllmManifest
 
 ROOT = Path(__file__).parents[1]
@@ -137,6 +139,11 @@ def test_the_fields_of_engine_json_are_described_and_no_others(manifest, heading
     named = set(re.findall(r"^\| `(\w+)`", table, re.M)) | set(re.findall(r"^\| `\w+`, `(\w+)`", table, re.M))
     named |= set(re.findall(r"`(\w+)`", shared))
     assert named == {field.name for field in dataclasses.fields(manifest)} | {"digest"}
+
+
+def test_the_format_versions_that_engine_json_is_written_with_are_those_described():
+    found = re.findall(r"^\| `format_version` \| (\d+)", _text("docs/engine-format.md"), re.M)
+    assert found == [str(onnx_engine.FORMAT_VERSION), str(trtllm_engine.FORMAT_VERSION)]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -104,6 +104,17 @@ def test_a_truncated_file_is_refused_when_it_is_opened(phixtral):
         open_checkpoint(phixtral)
 
 
+def test_a_file_that_is_cut_while_it_is_open_is_refused_when_its_missing_bytes_are_read(phixtral):
+    checkpoint, shard = open_checkpoint(phixtral), phixtral / "model.safetensors"
+    last = max(checkpoint.tensors.values(), key=lambda stored: stored.offset)
+    assert last.offset + last.num_bytes == shard.stat().st_size
+    with shard.open("r+b") as file:
+        file.truncate(last.offset + 3)
+    missing = last.num_bytes - 3
+    with pytest.raises(CheckpointError, match=f"reading {last.name} from .*: the file ended {missing} bytes early"):
+        checkpoint.read(last.name)
+
+
 def test_a_file_cut_inside_its_header_is_refused(phixtral):
     path = phixtral / "model.safetensors"
     path.write_bytes(path.read_bytes()[:50])
