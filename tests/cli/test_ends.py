@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from checkpoints import write_phixtral_checkpoint
 
 from cli.main import COMMANDS
-from export.command import INTERNAL_ERROR, READER_GONE, run_command
+from export.command import INTERNAL_ERROR, INTERRUPTED, READER_GONE, run_command
 from export.errors import ConfigError
 
 
@@ -106,6 +107,11 @@ def test_errors_of_input_and_machine_are_one_line_with_status_2(capsys, error):
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert len(said) < 400
+
+
+def test_other_statuses_are_those_of_shells_and_of_sysexits():
+    assert (INTERRUPTED, READER_GONE) == (128 + signal.SIGINT, 128 + signal.SIGPIPE)
+    assert INTERNAL_ERROR == os.EX_SOFTWARE
 
 
 def test_a_fault_of_moeships_own_says_what_to_report(capsys, caplog):
