@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from cli.rows import Rows, in_units, print_rows
 
 if TYPE_CHECKING:
+    from export.architecture import Router
     from export.inspection import CheckpointReport
     from export.routing import RoutingReport
 
@@ -49,7 +50,7 @@ def _print_report(report: CheckpointReport) -> None:
     ]
     print_rows("by role: parameters, bytes as stored, share", shares)
     if report.routing:
-        print_rows("routing", _routing_rows(report.routing))
+        print_rows("routing", _routing_rows(report.routing, report.architecture.router))
         print_rows("warnings", [("", sentence) for sentence in warnings(report.routing)])
 
 
@@ -85,7 +86,11 @@ def _size_rows(report: CheckpointReport) -> Rows:
     ]
 
 
-def _routing_rows(report: RoutingReport) -> Rows:
+def _routing_rows(report: RoutingReport, router: Router) -> Rows:
+    from export.routing import experts_of_layers, left_out_by_layer
+
+    dead = {layer.layer: layer.never_chosen for layer in report.layers if layer.never_chosen}
+    without = "; engines do without them" if left_out_by_layer(report, router) else ""
     repeated = {group for layer in report.layers for group in layer.duplicate_groups}
     return [
         ("condition number", _span(layer.condition_number for layer in report.layers)),
@@ -93,7 +98,7 @@ def _routing_rows(report: RoutingReport) -> Rows:
         ("spread of the rows", _span(layer.spread for layer in report.layers)),
         ("equal rows", "; ".join(f"experts {', '.join(map(str, group))}" for group in sorted(repeated)) or "none"),
         ("near-equal pairs", f"{sum(len(layer.near_duplicates) for layer in report.layers)}"),
-        ("never chosen", ", ".join(f"expert {expert}" for expert in report.never_chosen) or "none proved"),
+        ("never chosen", f"{experts_of_layers(report, dead)}{without}" if dead else "none proved"),
     ]
 
 

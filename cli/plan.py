@@ -105,6 +105,7 @@ def _print_plan(checkpoint: str, plan: EnginePlan, machine: dict[str, Any]) -> N
         f"{checkpoint} as {plan.precision} for {named_with_kernels(plan.provider, plan.kernels)}", _role_rows(plan)
     )
     print_rows("engine", _engine_rows(plan))
+    print_rows("notes", [("", note) for note in plan.notes])
     print_rows(f"decoding one sequence of up to {plan.max_sequence} tokens", _decoding_rows(plan, machine))
     if machine["device_memory_bytes"] is not None:
         print_rows(f"in {in_units(machine['device_memory_bytes'])} of memory", _memory_rows(plan, machine))

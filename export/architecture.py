@@ -57,6 +57,11 @@ class Router:
         if not 1 <= self.groups <= MAX_EXPERTS:
             raise ValueError(f"groups is {shown(self.groups)}, which no router has")
 
+    @property
+    def reads_chosen_logits_alone(self) -> bool:
+        """Whether the K largest logits alone decide the choice and the weights: the other experts do nothing."""
+        return self.normalise and self.groups == 1 and not self.bias
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scales:
@@ -126,7 +131,12 @@ class Architecture:
     @property
     def num_mixtures(self) -> int:
         """Number of layers that have experts."""
-        return self.num_layers - len(set(self.dense_layers)) if self.is_moe else 0
+        return len(self.mixture_layers)
+
+    @property
+    def mixture_layers(self) -> tuple[int, ...]:
+        """The layers that have experts."""
+        return tuple(layer for layer in range(self.num_layers) if self.is_moe and layer not in self.dense_layers)
 
     @property
     def attention_scale(self) -> float:

@@ -9,7 +9,7 @@ weights.jsonl       one line a part: digests of the source bytes that were read 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,16 +66,21 @@ def plan_export(
     provider: Provider = PROVIDERS["cpu"],
     *,
     max_sequence: int | None = None,
+    left_out: Mapping[int, Collection[int]] | None = None,
 ) -> ExportPlan:
     """Build the graphs and lay out their shared data file; reads no weights.
 
-    The graphs take sequences of `max_sequence` tokens (None: all of the model's positions).
+    The graphs take sequences of `max_sequence` tokens (None: all of the model's positions). `left_out`: layer ->
+    experts that it does without (None: every layer has all).
     """
     with optional_package("onnx", "building an ONNX Runtime engine", "cpu"):
         import onnx  # noqa: F401 - imported here, so that a missing package is reported before any work
+    rows_left_out = {name: experts for layer, experts in (left_out or {}).items() for name in model.mixture_rows(layer)}
     built = {}
     for name, form in _FORMS.items():
-        graph = form(model.architecture, model.weights.table, plan, provider, max_sequence=max_sequence)
+        graph = form(
+            model.architecture, model.weights.table, plan, provider, max_sequence=max_sequence, left_out=rows_left_out
+        )
         hidden = model.family.decoder(graph, model.architecture)
         built[name] = graph, model.family.head(graph, model.architecture, graph.wanted(hidden))
     jobs = tuple(built[SERVING_GRAPH][0].jobs)

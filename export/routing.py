@@ -3,7 +3,9 @@
 A router takes the experts with the K largest logits gate @ x, and among equal logits those of lower index first.
 
 - An expert is never chosen if its row equals at least K rows of lower index: for every x those K have the same logit
-  and come first. This is a proof, for arithmetic in which equal rows give equal logits.
+  and come first. This is a proof, for arithmetic in which equal rows give equal logits. An engine does without such an
+  expert (`left_out_by_layer`). If its router computed equal rows with different rounding, the whole engine would choose
+  among them by rounding, and the engine without the expert still chooses those of lowest index.
 - Near duplicates and condition numbers are measures, not proofs: they say how little separates experts.
 
 Only differences between rows decide the routing, since a vector added to every row changes all logits equally. So a
@@ -21,6 +23,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from export.architecture import Router
 
 NEAR_DUPLICATE_COSINE = 0.999
 # Condition number above which mergekit calls a gate degenerate (mergekit/moe/router.py, warn_degenerate_gates).
@@ -74,6 +78,35 @@ def diagnose(gates: Mapping[int, Gate], experts_per_token: int) -> RoutingReport
         raise ValueError(f"diagnosing gates: {experts_per_token} experts per token, expected 1 to {num_experts}")
     layers = tuple(_diagnose_layer(layer, gates[layer], experts_per_token) for layer in sorted(gates))
     return RoutingReport(num_experts=num_experts, experts_per_token=experts_per_token, layers=layers)
+
+
+def left_out_by_layer(report: RoutingReport | None, router: Router) -> dict[int, tuple[int, ...]]:
+    """Layer -> experts that an engine does without, for the layers that have such experts. Empty for a dense model, and
+    for a router whose weights depend on the logits of experts that are not chosen."""
+    if report is None or not router.reads_chosen_logits_alone:
+        return {}
+    return {layer.layer: layer.never_chosen for layer in report.layers if layer.never_chosen}
+
+
+def left_out_of_every_layer(report: RoutingReport | None, router: Router) -> tuple[int, ...]:
+    """Like `left_out_by_layer`, for engines whose layers all have the same experts."""
+    return report.never_chosen if report is not None and left_out_by_layer(report, router) else ()
+
+
+def left_out_note(report: RoutingReport, left_out: Mapping[int, Sequence[int]]) -> str:
+    """One sentence about the experts that an engine does without: layer -> experts, of at least one layer."""
+    return (
+        f"left out: {experts_of_layers(report, left_out)}: their gate rows equal those of experts before them, so that "
+        "they can never be chosen"
+    )
+
+
+def experts_of_layers(report: RoutingReport, found: Mapping[int, Sequence[int]]) -> str:
+    """Layer -> experts as text; layers with the same experts are told together."""
+    layers: dict[tuple[int, ...], list[int]] = {}
+    for layer, experts in sorted(found.items()):
+        layers.setdefault(tuple(experts), []).append(layer)
+    return "; ".join(f"{_experts(experts)} of {_layers(numbers, report)}" for experts, numbers in layers.items())
 
 
 def warnings(report: RoutingReport) -> list[str]:

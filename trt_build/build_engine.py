@@ -26,7 +26,7 @@ from export.checkpoint.digests import source_digests
 from export.checkpoint.folder import Checkpoint
 from export.command import run_command
 from export.conversion.parts import PartRecord
-from export.conversion.sources import check_resumed, check_unchanged, source_files
+from export.conversion.sources import check_resumed, check_unchanged
 from export.conversion.writer import Progress
 from export.exporter import DATA_FILE, write_export
 from export.files.output import forget_pages
@@ -40,6 +40,8 @@ from trt_build.ort.kernels import warn_if_unusable
 from trt_build.prepare import EngineOptions, PreparedBuild, check_options, libraries, prepare_build
 from trt_build.progress_line import ProgressLine
 from trt_build.trtllm_flags import refuse_trtllm_flags
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +62,11 @@ def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | N
         warn_if_unusable("the engine is written", "verify and serve")
     refuse_made(options.output, "the engine")
     build = prepare_build(options)
+    for note in build.notes:
+        logger.info("%s", note)
     checkpoint = build.checkpoint
     space = build.export.placement.total_bytes
-    fingerprint = Fingerprint(settings=_settings(build), sources=source_files(checkpoint))
+    fingerprint = Fingerprint(settings=_settings(build), sources=build.sources)
     with partial_folder(options.output, "the engine", fingerprint, keep=(DATA_FILE,), num_bytes=space) as folder:
         check_resumed(folder, checkpoint, f"the engine {options.output}")
         records = write_export(build.export, build.model, folder, progress or (lambda _: None))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,8 @@ class Source:
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The contents of engine.json. `expert_order` gives the expert at each index of the stacked weights; `routing` is
-    the diagnosis of the gates; `verification` is the last result of `moeship verify`, if any."""
+    the diagnosis of the gates; `left_out_experts` has, by layer number, the experts whose matrices are not in the
+    engine; `verification` is the last result of `moeship verify`, if any."""
 
     format_version: int
     model: str
@@ -99,6 +100,7 @@ class Manifest:
     eos_token_ids: tuple[int, ...]
     source: Source
     routing: Mapping[str, Any] | None
+    left_out_experts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     libraries: Mapping[str, str]
     files: Mapping[str, FileRecord]
     kernels: str  # kernels that multiply the quantised matrices: "moeship" or "onnxruntime"
@@ -290,6 +292,14 @@ def _check_facts(manifest: Manifest, old: OldFormat | None) -> None:
     order = manifest.expert_order
     if len(order) != facts.num_experts or sorted(order) != list(range(facts.num_experts)):
         raise ValueError(f"expert_order is {shown(order)}, expected each of {facts.num_experts} experts once")
+    for layer, left_out in manifest.left_out_experts.items():
+        where = f"left_out_experts.{named(layer, 40)}"
+        if layer not in map(str, facts.mixture_layers):
+            raise ValueError(f"{where}: there is no such layer of experts")
+        if len(set(left_out)) != len(left_out) or not set(left_out) < set(order):
+            raise ValueError(f"{where} is {shown(left_out)}, expected some of {facts.num_experts} experts, each once")
+        if facts.num_experts - len(left_out) < facts.experts_per_token:
+            raise ValueError(f"{where} leaves fewer than the {facts.experts_per_token} experts that a token needs")
     if manifest.kernels not in KERNELS:
         raise ValueError(f"kernels is {shown(manifest.kernels)}, expected one of {', '.join(KERNELS)}")
     providers, precision = KERNELS[manifest.kernels], manifest.precision

@@ -27,6 +27,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, o
     engine.add_argument("--precision", default="int4", metavar="P", help=f"{', '.join(PLANS)} (default: %(default)s)")
     engine.add_argument("--experts-per-token", type=int, metavar="K", help="override the config's num_experts_per_tok")
     engine.add_argument(
+        "--keep-all-experts", action="store_true", help="write the experts that can never be chosen too"
+    )
+    engine.add_argument(
         "--max-seq-len", "--max-sequence", dest="max_sequence", type=int, metavar="TOKENS",
         help="context limit, prompt and answer together (default: the model's own)",
     )  # fmt: skip
@@ -67,4 +70,5 @@ def read_engine_options(arguments: argparse.Namespace) -> EngineOptions:
         experts_per_token=arguments.experts_per_token,
         max_sequence=arguments.max_sequence,
         kernels=arguments.kernels,
+        keep_all_experts=arguments.keep_all_experts,
     )

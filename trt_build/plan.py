@@ -55,7 +55,7 @@ class RolePlan:
 class EnginePlan:
     """The figures that `moeship plan` prints. `kv_bytes_per_token` is the size of the cache of one position;
     `conversion_bytes` is the peak resident memory of the build's process; `files` has the bytes of each file of the
-    engine by name."""
+    engine by name; `notes` are sentences about the engine."""
 
     family: str
     precision: str
@@ -68,6 +68,7 @@ class EnginePlan:
     source_bytes: int
     conversion_bytes: int
     kv_bytes_per_token: int
+    notes: tuple[str, ...]
 
     @property
     def engine_bytes(self) -> int:
@@ -142,17 +143,18 @@ def plan_engine(build: PreparedBuild) -> EnginePlan:
         source_bytes=sum(stored.num_bytes for stored in build.checkpoint.tensors.values()),
         conversion_bytes=conversion_bytes(converter, export.jobs),
         kv_bytes_per_token=kv_bytes_per_token(build.model.architecture, build.provider),
+        notes=build.notes,
     )
 
 
 def _share_per_token(job: WeightJob, weights: Weights, experts_per_token: int) -> float:
-    """The fraction of a job's bytes that decoding one token reads: one row of the embedding, K of E experts, all of
-    anything else."""
+    """The fraction of a job's bytes that decoding one token reads: one row of the embedding, K of the experts that are
+    stored, all of anything else."""
     spec = weights.table[job.source]
     if job.role is Role.EMBEDDING:
         return 1 / spec.shape[0]
     if spec.stacks_experts:
-        return experts_per_token / spec.shape[0]
+        return experts_per_token / job.num_groups(spec)
     return 1.0
 
 
@@ -163,7 +165,7 @@ def _role_plan(job: WeightJob, weights: Weights, share: float) -> RolePlan:
     total = sum(output.num_bytes for output in job.outputs)
     codes, scales = bytes_of(".codes"), bytes_of(".scales")
     return RolePlan(
-        num_weights=weights.table[job.source].num_elements,
+        num_weights=job.num_weights(weights.table[job.source]),
         codes_bytes=codes,
         scales_bytes=scales,
         plain_bytes=total - codes - scales,

@@ -1,4 +1,5 @@
-"""Makes every decision of a build before a weight is read: reads the checkpoint's facts and plans the engine.
+"""Makes every decision of a build: reads the checkpoint's facts and plans the engine. Of the weights only the gates are
+read, which decide the experts that are left out.
 
 `moeship build` carries out a prepared build; `moeship plan` computes its figures.
 """
@@ -16,11 +17,14 @@ from pathlib import Path
 
 from export.checkpoint.folder import Checkpoint, open_checkpoint
 from export.checkpoint.tensor_table import Weights
+from export.conversion.sources import source_files
 from export.errors import ConfigError, KernelsError
 from export.exporter import ExportPlan, plan_export
 from export.families import Model, read_model
+from export.files.resume import SourceFile
 from export.provider import KERNELS, ONNX_RUNTIME, OWN_KERNELS, Provider, provider_of
 from export.quantize.recipe import QuantPlan, plan_for
+from export.routing import RoutingReport, left_out_by_layer, left_out_note
 from export.tokenizer.loading import Tokenizer
 from export.tokenizer.settings import Settings, check_token_ids, read_settings
 from trt_build.engine import BACKEND, FORMAT_VERSION, FileRecord, Manifest, Precision, Source
@@ -39,7 +43,8 @@ _LIBRARIES = ("moeship", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tok
 class EngineOptions:
     """The options of an engine. If `experts_per_token` or `max_sequence` (tokens) is None, the checkpoint's value is
     used. `kernels` are the kernels that multiply quantised matrices; None takes those of `chosen_kernels`, and ONNX
-    Runtime's for a model that moeship's do not compute."""
+    Runtime's for a model that moeship's do not compute. With `keep_all_experts` the engine has the experts that can
+    never be chosen too."""
 
     checkpoint: str
     precision: str = "int4"
@@ -48,6 +53,7 @@ class EngineOptions:
     experts_per_token: int | None = None
     max_sequence: int | None = None
     kernels: str | None = None
+    keep_all_experts: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +77,9 @@ class SourceModel:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedBuild:
-    """A build whose options and checkpoint are checked and whose output is planned."""
+    """A build whose options and checkpoint are checked and whose output is planned. `sources` has the state of the
+    checkpoint's files before the gates were read. `routing` is the diagnosis of the gates, None for a dense model;
+    `left_out` has the experts that the engine does without, by layer."""
 
     options: EngineOptions
     provider: Provider
@@ -80,7 +88,15 @@ class PreparedBuild:
     model: Model
     settings: Settings
     max_sequence: int
+    sources: Mapping[str, SourceFile]
+    routing: RoutingReport | None
+    left_out: Mapping[int, tuple[int, ...]]
     export: ExportPlan
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about the engine for whoever builds it."""
+        return (left_out_note(self.routing, self.left_out),) if self.routing and self.left_out else ()
 
     def genai_text(self) -> str:
         """The text of genai_config.json."""
@@ -88,8 +104,8 @@ class PreparedBuild:
         return json.dumps(config, indent=2) + "\n"
 
     def manifest(self, source: Source, files: Mapping[str, FileRecord]) -> Manifest:
-        """The contents of engine.json. Reads the gates for their diagnosis."""
-        architecture, routing = self.model.architecture, self.model.routing_report()
+        """The contents of engine.json."""
+        architecture = self.model.architecture
         return Manifest(
             format_version=FORMAT_VERSION,
             model=Path(self.options.checkpoint).resolve().name,
@@ -106,7 +122,8 @@ class PreparedBuild:
             eos_token_ids=self.settings.ids.eos,
             tokenizer=self.settings.facts,
             source=source,
-            routing=None if routing is None else routing.to_json(),
+            routing=None if self.routing is None else self.routing.to_json(),
+            left_out_experts={str(layer): experts for layer, experts in self.left_out.items()},
             libraries=libraries(),
             files=files,
         )
@@ -145,6 +162,9 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
     if provider.kernels == OWN_KERNELS:
         check_level()
     source = open_source(options.checkpoint, options.experts_per_token, options.max_sequence)
+    sources = source_files(source.checkpoint)
+    routing = source.model.routing_report()
+    left_out = {} if options.keep_all_experts else left_out_by_layer(routing, source.model.architecture.router)
     fault = found_fault()
     if fault and options.kernels is None and _fit_own_kernels(options.provider, options.precision):
         logger.warning(
@@ -153,13 +173,17 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
             fault.reason,
             fault.remedy,
         )
+
+    def planned() -> ExportPlan:
+        return plan_export(source.model, quantization, provider, max_sequence=source.max_sequence, left_out=left_out)
+
     try:
-        export = plan_export(source.model, quantization, provider, max_sequence=source.max_sequence)
+        export = planned()
     except KernelsError as error:
         if options.kernels is not None or provider.kernels == ONNX_RUNTIME:
             raise
         provider, quantization = check_options(dataclasses.replace(options, kernels=ONNX_RUNTIME))
-        export = plan_export(source.model, quantization, provider, max_sequence=source.max_sequence)
+        export = planned()
         logger.warning(
             "the engine is for ONNX Runtime's CPU kernels, because moeship's do not support this model (%s)", error
         )
@@ -171,6 +195,9 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
         model=source.model,
         settings=source.settings,
         max_sequence=source.max_sequence,
+        sources=sources,
+        routing=routing,
+        left_out=left_out,
         export=export,
     )
 
@@ -215,7 +242,7 @@ def _max_sequence(asked: int | None, model: Model) -> int:
 
 
 def _precision(plan: QuantPlan, export: ExportPlan, weights: Weights) -> Precision:
-    num_weights = sum(spec.num_elements for spec in weights.table.values())
+    num_weights = sum(job.num_weights(weights.table[job.source]) for job in export.jobs)
     return Precision(
         name=plan.name,
         bits={str(role): bits for role, bits in plan.bits.items()},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -106,6 +106,10 @@ class TensorSpec:
     def stacks_experts(self) -> bool:
         """Whether the row stacks one matrix or vector for each expert."""
         return self.join in (Join.STACK, Join.INTERLEAVE)
+
+    def with_experts(self, number: int) -> TensorSpec:
+        """The row with the shape that it has if `number` experts are stacked; for planning, as its parts stay all."""
+        return replace(self, shape=(number, *self.shape[1:]))
 
     @property
     def groups(self) -> list[tuple[Part, ...]]:

@@ -87,6 +87,12 @@ class Model:
         layers = {self.family.layer(layer): layer for layer in range(self.architecture.num_layers)}
         return {_layer_of(name, layers): self.weights.load(name) for name in names}
 
+    def mixture_rows(self, layer: int) -> list[str]:
+        """The names of a layer's gate and of its rows that stack experts."""
+        prefix = f"{self.family.layer(layer)}."
+        rows = [row for row in self.weights.table.values() if row.role is Role.ROUTER or row.stacks_experts]
+        return [row.name for row in rows if row.name.startswith(prefix)]
+
     def routing_report(self) -> RoutingReport | None:
         """The diagnosis of the gates, which are read for it; None for a dense model."""
         if not self.architecture.is_moe:

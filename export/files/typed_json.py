@@ -23,7 +23,11 @@ def read_typed(cls: type[_T], raw: Any, where: str = "") -> _T:  # noqa: ANN401 
         raise ValueError(f"{where or 'the top'} is {shown(raw, 60)}, expected an object")
     hints = get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
+    required = {
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
     wrong = sorted(required - set(raw)) + sorted(set(raw) - set(fields))
     if wrong:
         raise ValueError(f"{where or 'the top'}: keys missing or unknown: {names(wrong)}")

@@ -60,11 +60,13 @@ class OnnxConverter(Converter[WeightJob]):
         checkpoint = recorded(self.weights.checkpoint, count, self.weights.run_starts(job.source))
         regions = [OpenRegion(planned) for planned in self.planned_regions(job)]
         small = SmallScales()
-        produced = job.produce(Weights(checkpoint=checkpoint, table=self.weights.table), small)
+        weights = Weights(checkpoint=checkpoint, table=self.weights.table)
+        produced = job.produce(weights, small)
         with self.data.open("r+b", buffering=0) as file:
             for pieces in produced:
                 for region, piece in zip(regions, pieces, strict=True):
                     region.write(file.fileno(), piece)
+        job.read_left_out(weights)
         ends = [sum(self.placement.offsets[output.name]) for output in job.outputs]
         if [region.position for region in regions] != ends:
             raise AssertionError(f"{job.source}: wrote to {[region.position for region in regions]}, planned {ends}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 class GraphBuilder(ABC):
     """Builds one decoder graph. A subclass (export/onnx_graph/forms.py) says how the tokens lie in the graph's inputs,
-    and which logits it gives."""
+    and which logits it gives. `left_out`: name of a gate or of a row that stacks experts -> experts that this mixture
+    does without."""
 
     gives_router_logits = False  # whether each router's logits are outputs
 
@@ -48,15 +49,20 @@ class GraphBuilder(ABC):
         provider: Provider,
         *,
         max_sequence: int | None = None,
+        left_out: Mapping[str, Collection[int]] | None = None,
     ) -> None:
         self.architecture = architecture
         self._max_sequence = max_sequence or architecture.max_positions
         self.jobs: list[WeightJob] = []
-        self._table = table
         self._plan = plan
         self._provider = provider
         self._kernels = BY_NAME[provider.kernels]
         self._expert_order = provider.expert_order(architecture.num_experts)
+        self._left_out = left_out or {}
+        self._table = {
+            name: spec.with_experts(len(self._kept(name))) if spec.stacks_experts else spec
+            for name, spec in table.items()
+        }
         self._float_type = provider.float_type
         self._float_types: dict[str, str] = {}  # name of a value -> its float type, where known
         self._query_factors: dict[str, float] = {}  # output of `query_key_value` -> factor that its queries carry
@@ -261,6 +267,12 @@ class GraphBuilder(ABC):
 
     # Helpers of the operations.
 
+    def _kept(self, name: str) -> tuple[int, ...]:
+        """The experts of a gate or of a row that stacks experts, in the engine's expert order, without those that are
+        left out."""
+        left_out = self._left_out.get(name, ())
+        return tuple(expert for expert in self._expert_order if expert not in left_out)
+
     def _by_number(self, operator: str, x: str, number: float, path: str) -> str:
         if number == 1.0:
             return x
@@ -268,12 +280,16 @@ class GraphBuilder(ABC):
         return self._node(operator, [self._cast(x, "float32"), constant], path, float_type="float32")
 
     def _router(self, x: str, gate: str, name: str) -> str:
-        """Router logits [B*S, E], in the engine's expert order and the provider's float type.
+        """Router logits [B*S, kept experts], in the engine's expert order and the provider's float type.
 
-        The matrix product is in float32. If the kernel takes float16, the K-th largest logit is subtracted from all
-        logits before they are rounded. That does not change a softmax, and it moves the logits between which the choice
-        is made close to zero, where float16 is finer than float32 is at the magnitude of the logits. So logits that
-        differ in float32 still differ in float16, and the kernel chooses the same experts.
+        The matrix product is in float32. It has the rows of all experts, since the order of a product's sums may depend
+        on its number of columns: so leaving out an expert changes the logits of no other.
+
+        If the kernel takes float16, the K-th largest logit is subtracted from all logits before they are rounded. That
+        does not change a softmax, and it moves the logits between which the choice is made close to zero, where float16
+        is finer than float32 is at the magnitude of the logits. So logits that differ in float32 still differ in
+        float16, and the kernel chooses the same experts. Equal logits stay equal, and the K-th largest is the same with
+        and without experts that can never be chosen.
         """
         job = WeightJob(
             source=gate, role=Role.ROUTER, layout=Layout.PLAIN, expert_order=self._expert_order,
@@ -290,6 +306,11 @@ class GraphBuilder(ABC):
             output = names.router_logits(len(self._router_outputs))
             self._router_outputs.append(output)
             self._node("Identity", [rows], f"{name}.router_output", output=output)
+        kept = self._kept(gate)
+        if len(kept) < self.architecture.num_experts:
+            places = [self._expert_order.index(expert) for expert in kept]
+            constant = self._constant(f"router/kept/{','.join(map(str, places))}", np.array(places, np.int64))
+            rows = self._node("Gather", [rows, constant], f"{name}.router_kept", float_type="float32", axis=1)
         return rows if self._float_type == "float32" else self._cast(self._below_the_kth(rows, name), self._float_type)
 
     def _below_the_kth(self, rows: str, name: str) -> str:
@@ -347,7 +368,7 @@ class GraphBuilder(ABC):
         are the numbers of input features of all matrices that must have the same block size (None: of this one)."""
         spec = self._table[name]
         bits = self._plan.bits_of(spec.role)
-        order = self._expert_order if spec.role is Role.EXPERT else None
+        order = self._kept(name) if spec.role is Role.EXPERT else None
         if bits is None:
             outputs: tuple[Initializer, ...] = (Initializer(name=name, dtype=self._float_type, shape=spec.shape),)
             job = WeightJob(
@@ -378,7 +399,7 @@ class GraphBuilder(ABC):
         spec = self._table[name]
         if self._plan.bits_of(spec.role) is not None:
             raise ExportError(f"planning {name}: the recipe lists the role {spec.role}, which is never quantised")
-        order = self._expert_order if spec.stacks_experts else None
+        order = self._kept(name) if spec.stacks_experts else None
         output = Initializer(name=name, dtype=float_type, shape=spec.shape)
         self.jobs.append(
             WeightJob(source=name, role=spec.role, layout=Layout.PLAIN, outputs=(output,), expert_order=order, **scaled)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.checkpoint.tensor_table import Role, Weights
+from export.checkpoint.tensor_table import Role, TensorSpec, Weights
 from export.conversion.parts import PlannedRegion
 from export.errors import QuantizationError
 from export.provider import FLOAT16_MAX
@@ -51,7 +51,8 @@ class Initializer:
 @dataclass(frozen=True, kw_only=True)
 class WeightJob:
     """The job of writing one table row's initializers. `expert_order` lists the experts in the order in which their
-    matrices are stored (for the router: their rows). The first `scaled_rows` rows are multiplied by `row_factor`."""
+    matrices are stored (for the router: their rows); experts that are not in it are left out. The first `scaled_rows`
+    rows are multiplied by `row_factor`."""
 
     source: str
     role: Role
@@ -67,6 +68,22 @@ class WeightJob:
     def row_multiple(self) -> int:
         """The number that a chunk's rows must be a multiple of."""
         return GROUP_ROWS if self.layout is Layout.GROUPS else 1
+
+    def num_weights(self, spec: TensorSpec) -> int:
+        """The number of weights that are written of the table row `spec`, the job's source."""
+        return spec.num_elements // spec.shape[0] * self.num_groups(spec)
+
+    def num_groups(self, spec: TensorSpec) -> int:
+        """The length of the first axis as it is written: of a row that stacks experts, the number of stored experts."""
+        return len(self.expert_order) if spec.stacks_experts and self.expert_order is not None else spec.shape[0]
+
+    def read_left_out(self, weights: Weights) -> None:
+        """Read the experts that are left out. Their values count in the digest of what was read, and nowhere else."""
+        spec = weights.table[self.source]
+        if spec.stacks_experts and self.expert_order is not None:
+            left_out = sorted(set(range(spec.shape[0])) - set(self.expert_order))
+            for _ in weights.placed_chunks(self.source, left_out):
+                pass
 
     def produce(self, weights: Weights, small: SmallScales) -> Iterator[tuple[npt.NDArray[Any], ...]]:
         """Yield the values of all outputs in consecutive pieces: one tuple a chunk, with one array for each output.

@@ -78,6 +78,17 @@ def test_the_engine_of_the_experts_that_count_answers_as_the_reference(equal_gat
     assert outcome.plan.average_bits_per_weight == pytest.approx(16, abs=0.1)
 
 
+def test_all_experts_can_be_kept(equal_gates, tmp_path):
+    options = {"checkpoint": str(equal_gates), "output": tmp_path / "engine", "until": "plan", "precision": "fp16"}
+    less, whole = (build_trtllm(TrtllmOptions(**options, keep_all_experts=kept)).plan for kept in (False, True))
+    assert less.notes[0] == (
+        "left out: experts 2 and 3 of all 2 layers: their gate rows equal those of experts before them, so that they "
+        "can never be chosen"
+    )
+    assert not any("left out" in note for note in whole.notes)
+    assert less.rank_bytes[0] < whole.rank_bytes[0]
+
+
 def test_an_engine_without_an_expert_that_counts_is_told(equal_gates, tmp_path, trtllm_build, monkeypatch):
     monkeypatch.setattr("export.routing.RoutingReport.never_chosen", (0, 1))
     outcome = build_trtllm(

@@ -21,7 +21,7 @@ from export.checkpoint.folder import Checkpoint
 from export.conversion.writer import Progress
 from export.errors import OutputError, listing
 from export.files.output import refuse_existing, staged_directory
-from export.routing import RoutingReport
+from export.routing import RoutingReport, left_out_of_every_layer
 from export.trtllm.checkpoint import (
     CheckpointPlan,
     changed_sources,
@@ -154,7 +154,7 @@ def _prepare(options: TrtllmOptions) -> _Build:
     source, machine = open_source(options.checkpoint, options.experts_per_token, options.max_seq_len), read_machine()
     check_options(options, source.model, machine)
     routing = source.model.routing_report()
-    left_out = routing.never_chosen if routing else ()
+    left_out = () if options.keep_all_experts else left_out_of_every_layer(routing, source.model.architecture.router)
     wanted = options.checkpoint_options(machine, source.tokenizer.size, left_out)
     checkpoint = plan_checkpoint(source.model, wanted)
     plan = plan_trtllm(checkpoint, options, source.max_sequence, routing)

@@ -26,7 +26,8 @@ class TrtllmOptions:
     """The options of a build. `checkpoint` is the source; `trtllm_checkpoint` is the folder of the TensorRT-LLM
     checkpoint that is written from it (None: beside the output). `gpu_sm` is the compute capability of the GPU to build
     for, 90 for 9.0 (None: that of this machine's GPU, or SM 80 if it has none). `kv_cache_fraction` is the share of the
-    GPU's free memory that serving gives to keys and values. `until` names the last stage to run."""
+    GPU's free memory that serving gives to keys and values. With `keep_all_experts` the engine has the experts that can
+    never be chosen too. `until` names the last stage to run."""
 
     checkpoint: str
     output: Path
@@ -35,6 +36,7 @@ class TrtllmOptions:
     group_size: int | None = None
     plain_weights: bool = False
     experts_per_token: int | None = None
+    keep_all_experts: bool = False
     tp_size: int = 1
     pp_size: int = 1
     moe_tp_size: int | None = None

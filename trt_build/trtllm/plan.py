@@ -14,7 +14,7 @@ from typing import Any
 
 from export.checkpoint.safetensors_header import FLOAT_LABELS, itemsize
 from export.checkpoint.tensor_table import Role, TensorSpec
-from export.routing import RoutingReport
+from export.routing import RoutingReport, left_out_note
 from export.trtllm.checkpoint import CheckpointPlan
 from export.trtllm.converter import rank_file
 from trt_build.trtllm.options import TrtllmOptions
@@ -117,11 +117,8 @@ def _notes(checkpoint: CheckpointPlan, routing: RoutingReport | None, *, grouped
     """Messages about the engine that a user should read before building it."""
     found, facts, left_out = [], checkpoint.model.architecture, set(checkpoint.options.left_out)
     sm = checkpoint.options.sm
-    if left_out:
-        found.append(
-            f"experts {', '.join(map(str, sorted(left_out)))} are left out: in every layer their gate rows equal those "
-            "of experts before them, so that none of them can ever be chosen"
-        )
+    if left_out and routing:
+        found.append(left_out_note(routing, {layer.layer: tuple(sorted(left_out)) for layer in routing.layers}))
     groups = {group for layer in routing.layers for group in layer.duplicate_groups} if routing else set()
     if (
         any(len(set(group) - left_out) > 1 for group in groups)
