@@ -110,6 +110,8 @@ class _Cache:
     def __init__(self, slots: int) -> None:
         self.num_slots, self.lengths = slots, [0] * slots
 
+    can_copy = True
+
     def bytes_of(self, positions: int) -> int:
         return positions
 

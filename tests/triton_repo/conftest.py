@@ -83,6 +83,8 @@ class ScriptedCache:
         self.num_slots, self.positions = slots, positions
         self.lengths, self.produced = [0] * slots, [0] * slots
 
+    can_copy = True
+
     def bytes_of(self, positions):
         return positions
 

@@ -108,7 +108,7 @@ class Cache:
         self.lengths[slot] = length
 
     def copy(self, source: int, target: int) -> None:
-        """Have the slot `target` hold what `source` holds."""
+        """Have the slot `target` hold what `source` holds. Only where `can_copy`."""
         length = self.lengths[source]
         for array in self._arrays:
             array[target, :, :length] = array[source, :, :length]

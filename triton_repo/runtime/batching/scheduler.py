@@ -75,7 +75,8 @@ class Scheduler:
             first: Sequence | None = None
             for writer in request.writers:
                 slot = self.slots.take(request.num_positions)
-                sequence = Sequence(request=request, writer=writer, slot=slot, source=first)
+                source = first if self.slots.can_copy else None
+                sequence = Sequence(request=request, writer=writer, slot=slot, source=source)
                 first = first or sequence
                 begun.append(sequence)
             request.num_running = len(request.writers)

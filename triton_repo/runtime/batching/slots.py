@@ -21,6 +21,10 @@ class SlotCache(Protocol):
     positions: int
     lengths: list[int]
 
+    @property
+    def can_copy(self) -> bool:
+        """Whether a slot can take over what another one holds."""
+
     def bytes_of(self, positions: int) -> int:
         """Bytes of memory that so many positions of one slot take at most."""
 
@@ -39,6 +43,11 @@ class Slots:
         self._cache = cache
         self._reserved: dict[int, int] = {}  # slot -> bytes, of running sequences
         self._kept = [0] * cache.num_slots  # bytes of a slot's pages that may be in memory
+
+    @property
+    def can_copy(self) -> bool:
+        """Whether a slot can take over what another one holds."""
+        return self._cache.can_copy
 
     @property
     def num_free(self) -> int:
