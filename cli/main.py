@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "package": ("cli.package", "make a Triton model repository from an engine"),
     "serve": ("cli.serve", "run Triton Inference Server on a model repository"),
     "generate": ("cli.generate", "stream a completion from a served model"),
+    "bench": ("cli.bench", "measure a server under load: tokens a second, first tokens, pauses"),
     "doctor": ("cli.doctor", "print what a bug report needs, and what is wrong here"),
     "demo": ("cli.demo", "merge, build, verify, package and serve four small experts"),
 }
@@ -62,7 +63,7 @@ def _run(argv: Sequence[str] | None) -> int:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Printable("%(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
-    for noisy in ("httpx", "httpcore", "urllib3", "huggingface_hub", "transformers", "torch"):
+    for noisy in ("httpx", "httpcore", "urllib3", "huggingface_hub", "transformers", "torch", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     if words[:1] in (["--version"], ["version"]):
         print(f"moeship {version()}")
