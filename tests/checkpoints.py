@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 Array = npt.NDArray[Any]
 END_OF_TEXT = "<|endoftext|>"
+MOST_DRAWN = (1 << 20) + 7  # no multiple of a row
 NUM_BYTE_TOKENS = 257  # 256 bytes and END_OF_TEXT, which is the last
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -151,11 +152,16 @@ def transformers_config(sizes: Dimensions) -> dict[str, Any]:
     }
 
 
+def normal(rng: np.random.Generator, rows: int, columns: int) -> Array:
+    """float32 [rows, columns]. More than MOST_DRAWN numbers repeat, at another place in every row. Only tests of memory
+    have such matrices, and to draw all of their numbers takes longer than to build an engine of them."""
+    drawn = rng.standard_normal(min(rows * columns, MOST_DRAWN), dtype=np.float32)
+    return np.resize(drawn, (rows, columns))
+
+
 def _matrix(rng: np.random.Generator, rows: int, columns: int, gain: float = 1.0) -> Array:
     """float32 [rows, columns], scaled so that a unit-variance input gives outputs of standard deviation `gain`."""
-    return (rng.standard_normal((rows, columns), dtype=np.float32) * np.float32(gain / np.sqrt(columns))).astype(
-        np.float32
-    )
+    return normal(rng, rows, columns) * np.float32(gain / np.sqrt(columns))
 
 
 def _vector(rng: np.random.Generator, size: int, mean: float = 0.0) -> Array:
@@ -186,7 +192,7 @@ def _head_rows(sizes: Dimensions) -> tuple[int, int, int]:
 def _stack(sizes: Dimensions, rng: np.random.Generator, *, dense_mlp: bool) -> dict[str, Array]:
     """Every tensor but those of a mixture, phi-msft spelling, float32."""
     hidden = sizes.hidden_size
-    tensors = {"transformer.embd.wte.weight": rng.standard_normal((sizes.vocab_size, hidden), dtype=np.float32)}
+    tensors = {"transformer.embd.wte.weight": normal(rng, sizes.vocab_size, hidden)}
     for layer in range(sizes.num_layers):
         prefix = f"transformer.h.{layer}"
         tensors |= _norm(f"{prefix}.ln", rng, hidden)

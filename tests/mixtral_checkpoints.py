@@ -18,6 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+from checkpoints import normal
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 
@@ -143,7 +144,7 @@ def random_tensors(sizes: MixtralSizes, rng: np.random.Generator) -> dict[str, A
     """Every tensor in the published spelling, float32."""
 
     def matrix(rows: int, columns: int, gain: float = 1.0) -> Array:
-        return rng.standard_normal((rows, columns), dtype=np.float32) * np.float32(gain / np.sqrt(columns))
+        return normal(rng, rows, columns) * np.float32(gain / np.sqrt(columns))
 
     def norm() -> Array:
         return (1 + 0.1 * rng.standard_normal(hidden)).astype(np.float32)
