@@ -230,10 +230,11 @@ def test_an_engine_of_another_release_is_refused(small_phixtral, built_engine, m
 
 
 @pytest.mark.parametrize("what", ["weights", "config"])
-def test_an_engine_and_a_checkpoint_of_a_source_that_changed_since_are_refused(tmp_path, small_phixtral, what):
+def test_an_engine_and_a_checkpoint_of_a_source_that_changed_since_are_refused(
+    tmp_path, small_phixtral, copied_engine, what
+):
     source = Path(shutil.copytree(small_phixtral, tmp_path / "source"))
-    build(source, tmp_path / "engine", until="engine")
-    build(source, tmp_path / "engine", until="engine")
+    assert build(source, copied_engine, until="engine").engine.folder == tmp_path / "engine"  # taken up
     if what == "config":
         (source / "config.json").write_text((source / "config.json").read_text() + "\n")
     else:
