@@ -1,15 +1,19 @@
-"""Engines and checkpoints that several test folders share, made once a session."""
+"""Engines and checkpoints that several test folders share, made once a run, and what holds for every test."""
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from checkpoints import write_phixtral_checkpoint
 
+from export.merge.config import read_merge_config
+from export.merge.merge import merge
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.serving.server import ServerOptions, running_server
 from trt_build.build_engine import BuildOptions, build_engine
@@ -19,6 +23,12 @@ from trt_build.prepare import chosen_kernels
 # A shell starts background jobs with SIGINT ignored, which programs inherit and ours respect. The commands that tests
 # interrupt must not inherit it, however the suite was started.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# torch computes in one thread, here and in every process that a test starts; it reads this when it loads. Of matrices
+# this small several threads mostly wait for each other, and they wait by spinning.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -37,28 +47,60 @@ QUANTIZABLE = {
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory) -> Path:
-    """A random phixtral of 5 experts, top-2, whose logits have a standard deviation of about 2."""
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-phixtral"
-    return write_phixtral_checkpoint(folder, seed=7, num_experts=5, experts_per_token=2, **QUANTIZABLE)
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """(name, make) -> a folder of this name that `make` made, once for all of pytest-xdist's workers. Nobody may change
+    it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of the whole run
+    parent = folder / "made-once"
+    parent.mkdir(exist_ok=True)
+
+    def made_once(name: str, make: Callable[[Path], object]) -> Path:
+        made, whole = parent / name, parent / f"{name}.whole"
+        with (parent / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not whole.exists():
+                make(made)
+                whole.touch()
+        return made
+
+    return made_once
 
 
 @pytest.fixture(scope="session")
-def tiny_engines(tmp_path_factory, tiny_checkpoint):
+def tiny_checkpoint(made_once) -> Path:
+    """A random phixtral of 5 experts, top-2, whose logits have a standard deviation of about 2."""
+    return made_once(
+        "tiny-phixtral",
+        lambda folder: write_phixtral_checkpoint(folder, seed=7, num_experts=5, experts_per_token=2, **QUANTIZABLE),
+    )
+
+
+@pytest.fixture(scope="session")
+def trained_phixtral(made_once) -> Path:
+    """The merged example: 4 trained experts, H 192, 6 heads of 32."""
+    return made_once(
+        "trained-phixtral", lambda folder: merge(read_merge_config(EXAMPLES / "tiny-phixtral/merge.yml"), folder)
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_engines(made_once, tiny_checkpoint):
     """precision, provider and kernels (None: the default) -> engine directory of `tiny_checkpoint`, built when first
     asked for."""
-    folder, built = tmp_path_factory.mktemp("engines"), {}
 
     def engine(precision: str, provider: str = "cpu", kernels: str | None = None) -> Path:
         kernels = kernels or chosen_kernels(provider, precision)
-        name = f"{provider}-{precision}-{kernels}"
-        if name not in built:
-            options = BuildOptions(
-                checkpoint=str(tiny_checkpoint), output=folder / name, precision=precision, provider=provider,
-                kernels=kernels,
-            )  # fmt: skip
-            built[name] = build_engine(options).folder
-        return built[name]
+        return made_once(
+            f"{provider}-{precision}-{kernels}",
+            lambda folder: build_engine(
+                BuildOptions(
+                    checkpoint=str(tiny_checkpoint), output=folder, precision=precision, provider=provider,
+                    kernels=kernels,
+                )
+            ),
+        )  # fmt: skip
 
     return engine
 

@@ -39,8 +39,12 @@ class Document:
 
     @property
     def held_out(self) -> bool:
-        digest = hashlib.sha256(self.name.encode()).digest()
-        return int.from_bytes(digest[:4], "big") % HELD_OUT_ONE_IN == 0
+        return is_held_out(self.name)
+
+
+def is_held_out(name: str) -> bool:
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:4], "big") % HELD_OUT_ONE_IN == 0
 
 
 def split_code_and_prose(source: str) -> tuple[str, str]:
@@ -73,14 +77,17 @@ def split_code_and_prose(source: str) -> tuple[str, str]:
     return "".join(code).strip() + "\n", "".join(prose).strip() + "\n"
 
 
-def documents() -> Iterator[Document]:
-    """Every document of this Python installation, in a fixed order."""
+def documents(*, only_held_out: bool = False) -> Iterator[Document]:
+    """Every document of this Python installation, in a fixed order. `only_held_out` leaves out modules that are not
+    held out without reading them, which takes a tenth of the time."""
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).parts
         if SKIPPED_FOLDERS & set(parts) or parts[0] == "pydoc_data":
             continue
         name = "/".join(parts)
+        if only_held_out and not is_held_out(name):
+            continue
         try:
             source = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:  # some test files are not UTF-8 on purpose
@@ -114,7 +121,7 @@ def _reference_documents() -> Iterator[Document]:
 def held_out_texts() -> dict[str, str]:
     """Slice name -> its held-out documents joined; a slice this installation does not carry is absent."""
     texts: dict[str, list[str]] = {}
-    for document in documents():
+    for document in documents(only_held_out=True):
         if document.held_out and len(document.text) > 200:
             texts.setdefault(document.slice, []).append(document.text)
     return {name: "\n".join(texts[name]) for name in SLICES if name in texts}

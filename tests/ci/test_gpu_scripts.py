@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +33,22 @@ def script(monkeypatch):
 
 
 def run(name, *words):
+    """A script as a program in a process of its own, on a machine without a GPU."""
     command = [sys.executable, SCRIPTS / name, *map(str, words)]
     no_gpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=no_gpu)
+
+
+def run_here(name, *words):
+    """The same in this process, which has loaded torch and transformers already: a fresh one takes seconds for them."""
+    command, out, err = [str(SCRIPTS / name), *map(str, words)], io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.syspath_prepend(SCRIPTS)
+        patch.setattr("sys.argv", command)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(command[0], run_name="__main__")
+    return subprocess.CompletedProcess(command, ended.value.code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +131,7 @@ def test_an_engine_that_differs_from_its_golden_logits_ends_with_status_1(tmp_pa
 
 def test_the_reference_as_golden_is_held_to_what_verify_allows(tmp_path, tiny_checkpoint, tiny_engines):
     folder = Path(shutil.copytree(tiny_engines("fp16", "cuda"), tmp_path / "engine"))
-    assert run("write_golden.py", folder, "--reference", tiny_checkpoint, "--tokens", 48).returncode == 0
+    assert run_here("write_golden.py", folder, "--reference", tiny_checkpoint, "--tokens", 48).returncode == 0
     with np.load(folder / "golden.npz") as golden:
         assert json.loads(str(golden["limits"]))["mean_kl"] == THRESHOLDS["fp16"].mean_kl
         assert str(golden["source"]).startswith("transformers in float32")
@@ -203,12 +219,12 @@ def test_kernels_are_named_by_what_they_do(monkeypatch):
 
 def test_the_reference_in_float16_is_timed_in_the_same_rows(tmp_path, tiny_checkpoint):
     words = ["--device", "cpu", "--batch", 1, 2, "--prompt", 8, "--steps", 2]
-    done = run("transformers_fp16.py", tiny_checkpoint, "--output", tmp_path, *words)
+    done = run_here("transformers_fp16.py", tiny_checkpoint, "--output", tmp_path, *words)
     assert done.returncode == 0, done.stderr
     [report] = tmp_path.iterdir()
     for row in json.loads(report.read_text())["speed"]:
         assert row["decode_tokens_per_s"] == pytest.approx(row["batch"] / row["step_s"])
-    refused = run("transformers_fp16.py", tiny_checkpoint, "--output", tmp_path)
+    refused = run_here("transformers_fp16.py", tiny_checkpoint, "--output", tmp_path)
     assert refused.returncode == 2
     assert "sees none; install its build for CUDA" in refused.stderr
 
@@ -218,14 +234,14 @@ def test_texts_of_the_serving_session_are_written_and_compared(tmp_path, tiny_en
     written = run("serving_texts.py", engine, "--write", tmp_path / "texts.json")
     assert written.returncode == 0, written.stderr
     assert len(json.loads((tmp_path / "texts.json").read_text())) == 8
-    compared = run("serving_texts.py", engine, "--expect", tmp_path / "texts.json")
+    compared = run_here("serving_texts.py", engine, "--expect", tmp_path / "texts.json")
     assert compared.stdout.startswith("8 of 8 greedy texts of 64 tokens are equal\n"), compared.stderr
     (tmp_path / "texts.json").write_text(json.dumps({"def main(": "another"}))
-    compared = run("serving_texts.py", engine, "--expect", tmp_path / "texts.json")
+    compared = run_here("serving_texts.py", engine, "--expect", tmp_path / "texts.json")
     assert compared.stdout.startswith("0 of 8")
 
 
 def test_a_profile_without_a_gpu_says_what_is_missing(engine):
-    done = run("profile_decode.py", engine, "--prompt", 12)
+    done = run_here("profile_decode.py", engine, "--prompt", 12)
     assert (done.returncode, done.stdout) == (2, "")
     assert "sees none; install its build for CUDA" in done.stderr

@@ -10,14 +10,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from checkpoints import write_phixtral_checkpoint
 from trtllm.building import build
 from trtllm.library import NETWORK, ROOT, install_programs, standin
 from trtllm.ranks import understood
 
-from export.merge.config import read_merge_config
-from export.merge.merge import merge
 from export.trtllm.checkpoint import CheckpointOptions, write_checkpoint
 
 # The packed layouts take these on up to four ranks (H a multiple of 64 for each), or two slices of F; else unequal.
@@ -28,18 +25,6 @@ PACKABLE = {
 SMALL = {
     "hidden_size": 128, "num_heads": 4, "ffn_size": 256, "num_layers": 2, "rotary_dim": 16, "dtype": "float16",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread() -> Iterator[None]:
-    """torch computes in one thread, here and in the stand-in's programs: of matrices this small several threads mostly
-    wait for each other, which more than doubles the time where other programs want the cores too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +51,6 @@ def trtllm_build(monkeypatch, tmp_path) -> Path:
 def no_library(monkeypatch, tmp_path_factory) -> None:
     """Neither trtllm-build nor nvidia-smi is on the path of programs, whatever the machine has."""
     monkeypatch.setenv("PATH", str(tmp_path_factory.mktemp("no-programs")))
-
-
-@pytest.fixture(scope="session")
-def trained_phixtral(tmp_path_factory) -> Path:
-    """The merged example: 4 trained experts, H 192, 6 heads of 32."""
-    folder = tmp_path_factory.mktemp("trained") / "phixtral"
-    merge(read_merge_config(ROOT / "examples/tiny-phixtral/merge.yml"), folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
