@@ -14,7 +14,8 @@ from export.exporter import GENERATING_GRAPH, SERVING_GRAPH
 from trt_build.engine import open_engine
 from trt_build.errors import SequenceError
 from trt_build.old_formats.manifest import OldFormat
-from trt_build.ort.session import Row, Session
+from trt_build.ort.routing import Routing, in_checkpoint_order
+from trt_build.ort.session import Row, ScoringSession, Session
 
 SLOTS = 6
 VOCABULARY = 352
@@ -57,8 +58,6 @@ def random_steps(seed: int, positions: int, count: int):
 
 def test_random_steps_give_each_sequence_its_own_logits(session):
     """The reference is the scoring graph: a whole sequence at once, without a cache."""
-    from trt_build.ort.session import ScoringSession
-
     scoring, cache = ScoringSession(session.engine), session.new_cache(SLOTS)
     bar = 1e-5 if session.engine.manifest.precision.name == "fp32" else 2e-2
     largest, checked, count = 0.0, 0, 1000 if bar == 1e-5 else 300
@@ -122,16 +121,70 @@ def test_a_provider_that_cannot_mix_lengths_computes_rows_in_groups(tiny_engines
     uniform._mixes_lengths = False
     calls = []
     run = uniform._run_together
-    uniform._run_together = lambda cache, rows, out: (calls.append([row.slot for row in rows]), run(cache, rows, out))
+    uniform._run_together = lambda cache, rows, *out: (calls.append([row.slot for row in rows]), run(cache, rows, *out))
     mixing = Session(opened)
     caches = uniform.new_cache(SLOTS), mixing.new_cache(SLOTS)
     steps = [[Row(slot=slot, token_ids=[slot + 1] * 3) for slot in range(SLOTS)]]
     steps += [[Row(slot=slot, token_ids=[slot]) for slot in slots] for slots in ([0, 1, 2, 4], [5, 3], [1, 2, 3])]
     steps += [[Row(slot=0, token_ids=[1]), Row(slot=1, token_ids=[2, 3]), Row(slot=2, token_ids=[4])]]
     for rows in steps:
-        np.testing.assert_allclose(uniform.step(caches[0], rows), mixing.step(caches[1], rows), atol=2e-5)
+        routed = [room_for_routers(session, rows) for session in (uniform, mixing)]
+        found = uniform.step(caches[0], rows, routed[0])
+        np.testing.assert_allclose(found, mixing.step(caches[1], rows, routed[1]), atol=2e-5)
+        np.testing.assert_allclose(*routed, atol=2e-5)
     assert calls[SLOTS:] == [[0, 1, 2], [4], [5], [3], [1, 2, 3], [0], [1], [2]]
     assert caches[0].lengths == caches[1].lengths
+
+
+def room_for_routers(session, rows):
+    num_tokens = sum(len(row.token_ids) for row in rows)
+    room = session.routing.room(num_tokens)
+    room[:] = np.nan
+    return room
+
+
+def test_a_step_gives_the_router_logits_of_its_tokens_and_changes_nothing_else(tiny_engines):
+    """The reference is the scoring graph, which tests of `comparison` hold to transformers."""
+    session = Session(open_engine(tiny_engines("fp32")))
+    scoring, order = ScoringSession(session.engine), session.engine.manifest.expert_order
+    sampled, plain = session.new_cache(SLOTS), session.new_cache(SLOTS)
+    for number, (_, rows, held) in enumerate(random_steps(11, session.max_sequence, 40)):
+        routed = room_for_routers(session, rows) if number % 3 == 0 else None
+        for cache in (sampled, plain):
+            for slot in range(SLOTS):
+                new = sum(len(row.token_ids) for row in rows if row.slot == slot)
+                cache.shorten(slot, len(held[slot]) - new)
+        logits = session.step(sampled, rows, routed).copy()
+        np.testing.assert_array_equal(logits, session.step(plain, rows))
+        if routed is None:
+            continue
+        found = np.split(in_checkpoint_order(routed, order), np.cumsum([len(row.token_ids) for row in rows])[:-1], 1)
+        for row, own in zip(rows, found, strict=True):
+            expected = scoring.run(held[row.slot])[1][:, -len(row.token_ids) :]
+            np.testing.assert_allclose(own, expected, atol=1e-4)
+    assert session.routing.layers == (0, 1, 2)
+
+
+def test_room_for_router_logits_of_another_shape_is_refused(session, tiny_engines):
+    rows = [Row(slot=0, token_ids=[1, 2])]
+    for room in (np.empty((3, 3, 5), np.float32), np.empty((3, 2, 4), np.float32), np.empty((2, 2, 5), np.float32)):
+        with pytest.raises(SequenceError, match=r"expected \[3, 2, 5\]"):
+            session.step(session.new_cache(2), rows, room)
+    old = of_generating_graph(tiny_engines("fp32"))
+    assert old.routing is None
+    with pytest.raises(SequenceError, match="no graph of this engine gives them"):
+        old.step(old.new_cache(2), rows, np.empty((3, 2, 5), np.float32))
+
+
+def test_chosen_experts_are_counted_in_the_checkpoints_order_and_the_lowest_of_equals_is_chosen():
+    """Two routers, three tokens, four experts that the engine has in reverse."""
+    by_expert = [
+        [[0, 1, 2, 3], [5, 5, 5, 5], [1, 9, 1, 8]],  # choose 3 and 2, 0 and 1, 1 and 3
+        [[4, 4, 7, 4], [-1, -2, -3, -4], [0, 2, 2, 2]],  # choose 2 and 0, 0 and 1, 1 and 2
+    ]
+    routing = Routing(layers=(0, 1), expert_order=(3, 2, 1, 0), experts_per_token=2)
+    counts = routing.count_chosen(np.array(by_expert, np.float32)[..., ::-1])
+    assert counts.tolist() == [[1, 2, 1, 2], [2, 2, 2, 0]]
 
 
 def test_slots_without_a_row_keep_their_keys_and_values(session):

@@ -88,16 +88,22 @@ class Cache:
         return bool(self._arrays)
 
     def binding(self, first: int, stop: int) -> Any:  # noqa: ANN401 - onnxruntime's IOBinding
-        """An IOBinding in which the slots first to stop - 1 are the past and, in place, the present of a call."""
+        """An IOBinding in which the slots first to stop - 1 are the past and, in place, the present of a call. It is
+        kept for later calls of the same slots."""
         if (first, stop) not in self._bindings:
-            self._bindings[first, stop] = binding = self._new_binding()
-            kind, index = self._device.kind, self._device.index
-            dtype, shape = np.dtype(self._device.provider.float_type).type, (stop - first, *self._shape[1:])
-            for (past, present), pointer in self._places:
-                place = pointer + first * self._slot_bytes
-                binding.bind_input(past, kind, index, dtype, shape, place)
-                binding.bind_output(present, kind, index, dtype, shape, place)
+            self._bindings[first, stop] = self.new_binding(first, stop)
         return self._bindings[first, stop]
+
+    def new_binding(self, first: int, stop: int) -> Any:  # noqa: ANN401 - onnxruntime's IOBinding
+        """The same, made for this call alone."""
+        binding = self._new_binding()
+        kind, index = self._device.kind, self._device.index
+        dtype, shape = np.dtype(self._device.provider.float_type).type, (stop - first, *self._shape[1:])
+        for (past, present), pointer in self._places:
+            place = pointer + first * self._slot_bytes
+            binding.bind_input(past, kind, index, dtype, shape, place)
+            binding.bind_output(present, kind, index, dtype, shape, place)
+        return binding
 
     def shorten(self, slot: int, length: int) -> None:
         """Drop the positions of a slot from `length` on. Raises SequenceError if it holds fewer."""

@@ -32,6 +32,7 @@ from trt_build.engine_memory import require_memory
 from trt_build.errors import EngineError, SequenceError
 from trt_build.ort.cache import Cache
 from trt_build.ort.device import Device, load_graph, open_device
+from trt_build.ort.routing import Routing, in_checkpoint_order
 
 PREFILL_CHUNK_TOKENS = 128  # limits activation memory, and the time until a server next checks for cancellation
 
@@ -71,6 +72,14 @@ class Session:
         self._mixes_lengths = self._has_serving_graph and self.device.provider.mixes_lengths
         graph = SERVING_GRAPH if self._has_serving_graph else GENERATING_GRAPH
         self.backend = load_graph(engine, graph, self.device, threads)
+        facts = engine.manifest.architecture
+        self.routing: Routing | None = None  # None if a step cannot give router logits
+        if facts.is_moe and self._has_serving_graph:
+            self.routing = Routing(
+                layers=tuple(layer for layer in range(facts.num_layers) if layer not in facts.dense_layers),
+                expert_order=engine.manifest.expert_order,
+                experts_per_token=facts.experts_per_token,
+            )
         self._mask = self.device.place(np.ones((1, self.max_sequence), dtype=np.int64))
         self._logits: dict[int, Floats] = {}  # by number of rows
 
@@ -87,23 +96,31 @@ class Session:
             positions=self.max_sequence + padding, head_size=facts.head_size, slots=slots,
         )  # fmt: skip
 
-    def step(self, cache: Cache, rows: Sequence[Row]) -> Floats:
+    def step(self, cache: Cache, rows: Sequence[Row], router_logits: Floats | None = None) -> Floats:
         """Append the tokens of every row to its slot. Returns the logits that the rows ask for, one row after the
         other, float32 [R, V]; they are valid until the next step.
 
+        `router_logits` [M, T, E] gets the logits of every router for all T tokens of the rows, in the engine's expert
+        order. `Routing.room` makes it.
+
         Logits may be NaN or infinite. Raises SequenceError, and changes nothing, for two rows of one slot, rows without
-        tokens, ids outside the vocabulary, and more tokens than a slot has room for.
+        tokens, ids outside the vocabulary, more tokens than a slot has room for, and router logits of another shape.
         """
         self._check(cache, rows)
+        self._check_router_logits(rows, router_logits)
         num_logits = sum(row.num_logits for row in rows)
         if num_logits not in self._logits:
             self._logits = {num_logits: np.empty((num_logits, self.vocab_size), dtype=np.float32)}
-        logits, done = self._logits[num_logits], 0
+        logits, done, tokens_done = self._logits[num_logits], 0, 0
         for call in self._calls(rows):
-            wanted = sum(row.num_logits for row in call)
-            run = self._run_together if self._has_serving_graph else self._run_alone
-            run(cache, call, logits[done : done + wanted])
+            wanted, tokens = sum(row.num_logits for row in call), sum(len(row.token_ids) for row in call)
+            if self._has_serving_graph:
+                routed = None if router_logits is None else router_logits[:, tokens_done : tokens_done + tokens]
+                self._run_together(cache, call, logits[done : done + wanted], routed)
+            else:
+                self._run_alone(cache, call, logits[done : done + wanted])
             done += wanted
+            tokens_done += tokens
             for row in call:
                 cache.lengths[row.slot] += len(row.token_ids)
         return logits
@@ -137,7 +154,7 @@ class Session:
             group.append(row)
         yield group
 
-    def _run_together(self, cache: Cache, rows: Sequence[Row], logits: Floats) -> None:
+    def _run_together(self, cache: Cache, rows: Sequence[Row], logits: Floats, router_logits: Floats | None) -> None:
         """Compute rows in one call of the serving graph (export/onnx_graph/forms.py has its inputs)."""
         slots = [row.slot for row in rows]
         first, stop = min(slots), max(slots) + 1
@@ -162,7 +179,14 @@ class Session:
         }  # fmt: skip
         if self._mixes_lengths:
             inputs[names.NEW_LENGTHS] = new_lengths
-        self._call(cache.binding(first, stop), inputs, logits)
+        binding = cache.binding(first, stop)
+        if router_logits is not None:
+            # A binding of its own: the kept one would go on writing router logits in later steps.
+            binding = cache.new_binding(first, stop)
+            for number, out in enumerate(router_logits):
+                name = names.router_logits(number)
+                binding.bind_output(name, "cpu", 0, np.float32, out.shape, out.ctypes.data)
+        self._call(binding, inputs, logits)
 
     def _run_alone(self, cache: Cache, rows: Sequence[Row], logits: Floats) -> None:
         """Compute one row by the graph for onnxruntime-genai."""
@@ -195,6 +219,21 @@ class Session:
             )
         for row in rows:
             self._check_row(cache, row)
+
+    def _check_router_logits(self, rows: Sequence[Row], router_logits: Floats | None) -> None:
+        if router_logits is None:
+            return
+        if self.routing is None:
+            raise SequenceError(
+                f"running the engine {self.engine.folder}: found room for router logits, expected none: no graph of this "
+                "engine gives them in a step"
+            )
+        expected = self.routing.room(sum(len(row.token_ids) for row in rows)).shape
+        if router_logits.shape != expected:
+            raise SequenceError(
+                f"running the engine {self.engine.folder}: found room for router logits of shape "
+                f"{list(router_logits.shape)}, expected {list(expected)}"
+            )
 
     def _check_row(self, cache: Cache, row: Row) -> None:
         if not 0 <= row.slot < cache.num_slots:
@@ -232,9 +271,6 @@ class ScoringSession:
         self._empty = np.zeros((1, facts.num_kv_heads, 0, facts.head_size), dtype=device.provider.float_type)
         self._layers = facts.num_layers
         self._routers = [names.router_logits(number) for number in range(facts.num_mixtures)]
-        places = np.empty(len(engine.manifest.expert_order), dtype=np.int64)
-        places[list(engine.manifest.expert_order)] = np.arange(len(places))
-        self._place_of_expert = places
 
     def run(self, token_ids: Sequence[int]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
         """Logits [S, V], and the router's logits [L, S, E] of the layers that have experts, in the checkpoint's expert
@@ -244,5 +280,5 @@ class ScoringSession:
         for layer in range(self._layers):
             feeds[names.past_key(layer)] = feeds[names.past_value(layer)] = self._empty
         logits, *routers = self._backend.run([names.LOGITS, *self._routers], feeds)
-        routed = np.stack(routers)[:, :, self._place_of_expert] if routers else None
-        return logits[0], routed
+        order = self.engine.manifest.expert_order
+        return logits[0], in_checkpoint_order(np.stack(routers), order) if routers else None
