@@ -225,8 +225,8 @@ class Session:
             return
         if self.routing is None:
             raise SequenceError(
-                f"running the engine {self.engine.folder}: found room for router logits, expected none: no graph of this "
-                "engine gives them in a step"
+                f"running the engine {self.engine.folder}: found room for router logits, expected none: no graph of "
+                "this engine gives them in a step"
             )
         expected = self.routing.room(sum(len(row.token_ids) for row in rows)).shape
         if router_logits.shape != expected:

@@ -30,12 +30,13 @@ import numpy as np
 import numpy.typing as npt
 
 from triton_repo.errors import RequestError
+from triton_repo.runtime.batching.accounts import Accounts
 from triton_repo.runtime.batching.scheduler import Limits, Scheduler, Share
 from triton_repo.runtime.batching.sequence import Request, Sequence, Writer
 from triton_repo.runtime.batching.slots import Slots
-from triton_repo.runtime.batching.stats import Stats
 from triton_repo.runtime.responses import server_stopping
 from triton_repo.runtime.sampling import choose_all, log_probabilities_of
+from trt_build.ort.routing import Routing
 from trt_build.ort.session import Row
 
 logger = logging.getLogger(__name__)
@@ -48,15 +49,17 @@ _RECENT = 0.2  # weight of the last request in the mean time of an answer
 class Computes(Protocol):
     """The parts of `trt_build.ort.session.Session` that are used here."""
 
-    def step(self, cache: Any, rows: Items[Row]) -> Floats:  # noqa: ANN401 - the session's own cache
-        """Append the tokens of every row to its slot; returns the logits that the rows ask for, [R, V]."""
+    def step(self, cache: Any, rows: Items[Row], router_logits: Floats | None = None) -> Floats:  # noqa: ANN401 - its own
+        """Append the tokens of every row to its slot; returns the logits that the rows ask for, [R, V].
+        `router_logits` gets those of the routers."""
 
 
 class SequenceEngine:
     """Waiting requests, running sequences, and the steps that compute them.
 
     `slots` hands out the slots of `cache`, which belongs to `session`. `num_tokens` is the size of the tokenizer.
-    `post` runs an action that sends something or asks Triton something; a runner has a thread for it.
+    `routing` is the session's, if the experts that tokens choose are to be counted. `post` runs an action that sends
+    something or asks Triton something; a runner has a thread for it.
     """
 
     def __init__(
@@ -66,12 +69,14 @@ class SequenceEngine:
         slots: Slots,
         *,
         num_tokens: int,
+        routing: Routing | None = None,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
         post: Callable[[Callable[[], object]], object] = lambda action: action(),
     ) -> None:
         self.limits = limits or Limits()
-        self.stats = Stats()
+        self.accounts = Accounts(routing, clock, post)
+        self.stats = self.accounts.stats
         self._session, self._cache, self._num_tokens = session, cache, num_tokens
         self._scheduler = Scheduler(slots, self.limits)
         self._clock, self._post = clock, post
@@ -86,15 +91,18 @@ class SequenceEngine:
         never be computed here."""
         waiting = self._scheduler.waiting
         with self._lock:
-            self._refuse_impossible(request)
-            if self._draining:
-                self.stats.refused("stopping")
-                raise server_stopping()
-            if len(waiting) >= self.limits.max_waiting:
-                self.stats.refused("queue_full")
-                raise self._overloaded(f"{len(waiting)} requests wait already, the most that may")
             request.arrived_s = self._clock()
-            waiting.append(request)
+            reason, error = "too_large", self._impossible(request)
+            if error is None and self._draining:
+                reason, error = "stopping", server_stopping()
+            if error is None and len(waiting) >= self.limits.max_waiting:
+                problem = f"{len(waiting)} requests wait already, the most that may"
+                reason, error = "queue_full", self._overloaded(problem)
+            if error is None:
+                waiting.append(request)
+                return
+        self.accounts.refused(request, reason, error)
+        raise error
 
     def stop(self, name: str) -> int:
         """End the requests with a name. Returns how many there were. A waiting request is answered at once, a running
@@ -105,7 +113,7 @@ class SequenceEngine:
         for request in running:
             request.stopped.set()
         for request in waiting:
-            self._withdraw(request)
+            self._withdraw(request, "stopped")
         return len(running) + len(waiting)
 
     def drain(self) -> None:
@@ -122,9 +130,9 @@ class SequenceEngine:
             self._draining = True
             waiting = self._take_waiting(lambda _request: True)
         for request in waiting:
-            self._withdraw(request)
+            self._withdraw(request, "stopping")
         for sequence in list(self._scheduler.running):
-            self._cancel(sequence)
+            self._cancel(sequence, "stopping")
 
     def counts(self) -> tuple[int, int]:
         """How many requests run and how many wait."""
@@ -134,6 +142,11 @@ class SequenceEngine:
     def has_work(self) -> bool:
         """Whether anything runs or waits."""
         return bool(self._scheduler.running or self._scheduler.waiting)
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences run, each in a slot."""
+        return len(self._scheduler.running)
 
     @property
     def memory(self) -> tuple[int, int, int]:
@@ -161,18 +174,22 @@ class SequenceEngine:
             begun = self._scheduler.begin()
         now = self._clock()
         for request in {sequence.request for sequence in begun}:
+            request.begun_s = now
             self.stats.begun(now - request.arrived_s)
         shares = self._scheduler.shares()
         if not shares:
             return False
         rows = [_row(share) for share in shares]
+        room = self.accounts.room_for_routers(sum(len(row.token_ids) for row in rows))
         try:
-            logits = self._session.step(self._cache, rows)
+            sampled = () if room is None else (room,)
+            logits = self._session.step(self._cache, rows, *sampled)
         except Exception as error:  # whatever it is, the clients are told, and the engine goes on
             for request in {share.sequence.request for share in shares}:
                 self._fail_running(request, error)
             return True
         self._account(shares, rows, self._clock() - now)
+        self.accounts.routed(room)
         self._commit(shares, rows, logits)
         return True
 
@@ -181,14 +198,18 @@ class SequenceEngine:
         now = self._clock()
         for sequence in list(self._scheduler.running):
             request = sequence.request
-            if request.stopped.is_set() or request.is_gone or _is_late(request, now):
-                self._cancel(sequence)
+            if request.stopped.is_set():
+                self._cancel(sequence, "stopped")
+            elif request.is_gone:
+                self._cancel(sequence, "disconnected")
+            elif _is_late(request, now):
+                self._cancel(sequence, "deadline")
         with self._lock:
             gone = self._take_waiting(lambda request: request.is_gone)
             late = self._take_waiting(lambda request: _is_late(request, now))
             overdue = self._take_waiting(lambda request: now - request.arrived_s > self.limits.max_wait_s)
         for request in gone:
-            self._withdraw(request)
+            self._withdraw(request, "disconnected")
         for request in late:
             error = RequestError(
                 "answering the request: the time that it allows passed while it waited for its turn; allow more, or "
@@ -239,16 +260,19 @@ class SequenceEngine:
         first = sequence.token < 0
         self.stats.wrote(now - (request.arrived_s if first else sequence.token_s), first=first)
         sequence.token, sequence.token_s = choice.token_id, now
+        request.num_output += 1
+        if request.first_token_s is None:
+            request.first_token_s = now
         try:
-            response, ended = sequence.writer.write(choice)
+            response, finish_reason = sequence.writer.write(choice)
         except Exception as error:  # whatever it is, the client is told
             self._fail_running(request, error)
             return
-        if ended:
-            self._end(sequence, "finished")
+        if finish_reason:
+            self._end(sequence, finish_reason)
             self._answer_s += _RECENT * (now - request.arrived_s - self._answer_s)
         if response is not None:
-            self._send(request, response, is_last=ended and not request.num_running)
+            self._send(request, response, is_last=bool(finish_reason) and not request.num_running)
 
     def _echo(self, sequence: Sequence, followers: Items[Sequence], row: Row, logits: Floats) -> None:
         """Give the writers the log-probabilities of the prompt's tokens that follow those of a row."""
@@ -264,25 +288,25 @@ class SequenceEngine:
 
     # Ends.
 
-    def _end(self, sequence: Sequence, how: str) -> None:
+    def _end(self, sequence: Sequence, how: str, error: Exception | None = None) -> None:
         with self._lock:
             self._scheduler.end(sequence)
         if not sequence.request.num_running:
-            self.stats.ended(how)
+            self.accounts.ended(sequence.request, how, error)
 
-    def _cancel(self, sequence: Sequence) -> None:
-        self._end(sequence, "cancelled")
+    def _cancel(self, sequence: Sequence, how: str) -> None:
+        self._end(sequence, how)
         self._send_cancelled(sequence.request, sequence.writer, is_last=not sequence.request.num_running)
 
     def _fail_running(self, request: Request[Any], error: Exception) -> None:
         """End all sequences of a request with an error."""
         for sequence in [s for s in self._scheduler.running if s.request is request]:
-            self._end(sequence, "failed")
+            self._end(sequence, "failed", error)
         self._post(partial(_fail, request, error))
 
-    def _withdraw(self, request: Request[Any]) -> None:
+    def _withdraw(self, request: Request[Any], how: str) -> None:
         """End a request that has not begun."""
-        self.stats.ended("cancelled")
+        self.accounts.ended(request, how)
         last = request.writers[-1]
         for writer in request.writers:
             self._send_cancelled(request, writer, is_last=writer is last)
@@ -296,7 +320,7 @@ class SequenceEngine:
         self._send(request, response, is_last=is_last)
 
     def _fail(self, request: Request[Any], error: RequestError, reason: str) -> None:
-        self.stats.refused(reason)
+        self.accounts.refused(request, reason, error)
         self._post(partial(_fail, request, error))
 
     def _send(self, request: Request[Any], response: Any, *, is_last: bool) -> None:  # noqa: ANN401 - the layout's own
@@ -319,20 +343,21 @@ class SequenceEngine:
             waiting.remove(request)
         return taken
 
-    def _refuse_impossible(self, request: Request[Any]) -> None:
-        """Refuse what could not begin on an idle server either."""
+    def _impossible(self, request: Request[Any]) -> RequestError | None:
+        """The refusal of what could not begin on an idle server either."""
         if len(request.writers) > self.limits.slots:
-            raise RequestError(
+            return RequestError(
                 f"reading the request: num_return_sequences: found {len(request.writers)}, expected at most "
                 f"{self.limits.slots}, the sequences that this server computes at a time; ask for fewer"
             )
         most = self._scheduler.slots.most_positions(len(request.writers))
         if request.num_positions > most:
-            raise RequestError(
+            return RequestError(
                 f"reading the request: prompt and max_tokens of {request.num_positions + 1} tokens for "
                 f"{len(request.writers)} answers exceed the memory of this server, which has room for {most + 1} each; "
                 "ask for fewer tokens or answers"
             )
+        return None
 
     def _overloaded(self, problem: str) -> RequestError:
         rounds = (len(self._scheduler.waiting) + self.limits.slots) / self.limits.slots

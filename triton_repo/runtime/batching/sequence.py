@@ -20,8 +20,9 @@ class Writer(Protocol[Written]):
     sampler: Sampler
     wants_prompt: bool  # whether it wants the log-probabilities of the prompt's tokens
 
-    def write(self, choice: Choice) -> tuple[Written | None, bool]:
-        """Take the next token. Returns a response if there is one to send, and whether the sequence has ended."""
+    def write(self, choice: Choice) -> tuple[Written | None, str]:
+        """Take the next token. Returns a response if there is one to send, and the finish reason: "stop", "length", or
+        "" while the sequence goes on."""
 
     def cancel(self) -> Written:
         """The last response of a sequence that nobody waits for."""
@@ -43,8 +44,12 @@ class Request(Generic[Response]):
     writers: Items[Writer[Response]]
     outlet: Outlet[Response]
     deadline_s: float | None = None
+    request_id: str = ""  # as its client gave it
     stopped: threading.Event = field(default_factory=threading.Event)
     arrived_s: float = 0.0  # the rest is the engine's
+    begun_s: float | None = None
+    first_token_s: float | None = None  # when it was chosen
+    num_output: int = 0  # tokens chosen, of all sequences
     num_running: int = 0
     is_gone: bool = False  # whether its client was found to have gone
 

@@ -10,9 +10,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
+# How a request that was taken on ended. The last five are early ends.
+ENDS = ("stop", "length", "stopped", "disconnected", "deadline", "stopping", "failed")
+# Why a request was refused, before it began.
+REFUSALS = ("queue_full", "waited_too_long", "deadline", "stopping", "too_large", "invalid", "failed")
 # Upper bounds of the histograms' buckets.
-_WAITS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-_STEPS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_WAITS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_STEPS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 class Histogram:
@@ -35,8 +42,10 @@ class Stats:
     steps: int = 0
     prompt_tokens: int = 0  # computed of prompts
     output_tokens: int = 0  # written
-    refusals: Counter[str] = field(default_factory=Counter)  # by reason
-    ends: Counter[str] = field(default_factory=Counter)  # requests that were taken, by how they ended
+    refusals: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(REFUSALS, 0)))
+    ends: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(ENDS, 0)))
+    # Tokens of the sampled steps that chose each expert, [M, E] by layer with experts and by the checkpoint's order.
+    expert_tokens: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
     queue_s: Histogram = field(default_factory=lambda: Histogram(_WAITS_S))
     step_s: Histogram = field(default_factory=lambda: Histogram(_STEPS_S))
     first_token_s: Histogram = field(default_factory=lambda: Histogram(_WAITS_S))  # since the request arrived

@@ -50,16 +50,17 @@ class TextWriter:
         self._prompt_log_probs: list[float] = []
         self._kept: list[Piece] = []  # pieces of an answer that comes in one response
 
-    def write(self, choice: Choice) -> tuple[Piece | None, bool]:
-        """Take the next token. Returns a piece if there is one to send, and whether the answer has ended."""
+    def write(self, choice: Choice) -> tuple[Piece | None, str]:
+        """Take the next token. Returns a piece if there is one to send, and the answer's finish reason once it has
+        ended."""
         if self.wants_prompt:
             self.answer.give_prompt(self.plan.prompt_ids, tuple(self._prompt_log_probs))
             self.wants_prompt = False
         piece = self.answer.extend(choice.token_id, choice.log_prob or 0.0, choice.top_log_probs)
         if piece is None:
-            return None, False
-        ended = bool(piece.finish_reason)
-        return (self._whole(piece) if ended else self._part(piece)), ended
+            return None, ""
+        reason = piece.finish_reason or ""
+        return (self._whole(piece) if reason else self._part(piece)), reason
 
     def cancel(self) -> Piece:
         """The last piece of an answer that nobody waits for."""
@@ -95,6 +96,7 @@ def text_request(
     deadline_s: float | None = None,
     *,
     joined: bool = False,
+    request_id: str = "",
 ) -> Request[Piece]:
     """The request of a checked plan. If `joined`, each of its answers comes as one piece."""
     count = plan.options.num_return_sequences
@@ -105,6 +107,7 @@ def text_request(
         writers=[TextWriter(plan, tokenizer, index, joined=joined) for index in range(count)],
         outlet=outlet,
         deadline_s=deadline_s,
+        request_id=request_id,
     )
 
 

@@ -20,6 +20,7 @@ from triton_repo.contracts.piece import Piece
 from triton_repo.runtime.batching.loading import Loaded, load
 from triton_repo.runtime.batching.outlet import Outlet
 from triton_repo.runtime.batching.runner import Pulse
+from triton_repo.runtime.batching.sequence import Request as Computed
 from triton_repo.runtime.options import GenerationPlan, plan_generation, read_options, refusal
 from triton_repo.runtime.single.generation import text_request
 from triton_repo.runtime.text.prompt import most_bytes
@@ -58,14 +59,27 @@ class Service:
         """Check a request and have the engine answer it: piece by piece if it streams, else by one piece for each
         answer. A request that cannot be answered fails at once, whatever else is computed."""
         try:
-            plan = self._plan(request.tensors)
-            outlet = Outlet(request.send, request.fail, request.is_cancelled)
-            names = frozenset({request.request_id} - {""})
-            deadline_s = None if request.timeout_s is None else time.monotonic() + request.timeout_s
-            joined = not plan.options.stream
-            self.runner.submit(text_request(plan, self._tokenizer, outlet, names, deadline_s, joined=joined))
+            made = self._made(request)
+        except Exception as error:  # whatever it is, the client is told
+            self.runner.engine.accounts.unread(request.request_id, error)
+            request.fail(error)
+            return
+        try:
+            self.runner.submit(made)
         except Exception as error:  # whatever it is, the client is told
             request.fail(error)
+
+    def _made(self, request: Request) -> Computed[Piece]:
+        plan = self._plan(request.tensors)
+        return text_request(
+            plan,
+            self._tokenizer,
+            Outlet(request.send, request.fail, request.is_cancelled),
+            names=frozenset({request.request_id} - {""}),
+            deadline_s=None if request.timeout_s is None else time.monotonic() + request.timeout_s,
+            joined=not plan.options.stream,
+            request_id=request.request_id,
+        )
 
     def _plan(self, tensors: Mapping[str, npt.NDArray[Any]]) -> GenerationPlan:
         options = read_options(tensors, self._most_prompt_bytes)

@@ -73,14 +73,28 @@ class TokenEngine:
         """Check a request and have the engine answer it. A request that cannot be answered fails at once, whatever else
         is computed. Use `runner.stop` and `stopped_response` for a request to stop others."""
         try:
-            key = read_key(request.tensors, ENGINE_KEY_INPUT.name)
-            tensors = {name: tensor for name, tensor in request.tensors.items() if name != ENGINE_KEY_INPUT.name}
-            asked = read_token_request(tensors, self._most_tokens, self._num_tokens, self._end_token_ids)
-            names = frozenset({request.request_id, key or ""} - {""})
-            deadline_s = None if request.timeout_s is None else time.monotonic() + request.timeout_s
-            self.runner.submit(token_request(asked, self._num_tokens, _outlet(request, key), names, deadline_s))
+            made = self._made(request)
+        except Exception as error:  # whatever it is, the client is told
+            self.runner.engine.accounts.unread(request.request_id, error)
+            request.fail(error)
+            return
+        try:
+            self.runner.submit(made)
         except Exception as error:  # whatever it is, the client is told
             request.fail(error)
+
+    def _made(self, request: Request) -> Computed[Tensors]:
+        key = read_key(request.tensors, ENGINE_KEY_INPUT.name)
+        tensors = {name: tensor for name, tensor in request.tensors.items() if name != ENGINE_KEY_INPUT.name}
+        asked = read_token_request(tensors, self._most_tokens, self._num_tokens, self._end_token_ids)
+        return token_request(
+            asked,
+            self._num_tokens,
+            _outlet(request, key),
+            names=frozenset({request.request_id, key or ""} - {""}),
+            deadline_s=None if request.timeout_s is None else time.monotonic() + request.timeout_s,
+            request_id=request.request_id,
+        )
 
 
 def token_request(
@@ -89,6 +103,7 @@ def token_request(
     outlet: Outlet[Tensors],
     names: frozenset[str] = frozenset(),
     deadline_s: float | None = None,
+    request_id: str = "",
 ) -> Computed[Tensors]:
     """The request of checked options."""
     return Computed(
@@ -98,6 +113,7 @@ def token_request(
         writers=[TokenWriter(asked, num_tokens, index) for index in range(asked.num_sequences)],
         outlet=outlet,
         deadline_s=deadline_s,
+        request_id=request_id,
     )
 
 
@@ -209,16 +225,17 @@ class TokenWriter:
             sequence_index=sequence_index,
         )
 
-    def write(self, choice: Choice) -> tuple[Tensors | None, bool]:
-        """Take the next token. Returns the tensors of a response if there is one to send, and whether the answer has
-        ended."""
+    def write(self, choice: Choice) -> tuple[Tensors | None, str]:
+        """Take the next token. Returns the tensors of a response if there is one to send, and the finish reason once
+        the answer has ended."""
         request, progress = self._request, self._progress
         self.wants_prompt = False
-        ended = choice.token_id == request.end_id
-        progress.add(choice, shown=not ended)
+        met_end = choice.token_id == request.end_id
+        progress.add(choice, shown=not met_end)
         self._bad_words.push(choice.token_id)
-        ended = self._stop_words.push(choice.token_id) or ended or len(progress.token_ids) == request.most_tokens
-        return (progress.take() if request.streaming or ended else None), ended
+        stops = self._stop_words.push(choice.token_id) or met_end
+        reason = "stop" if stops else "length" if len(progress.token_ids) == request.most_tokens else ""
+        return (progress.take() if request.streaming or reason else None), reason
 
     def cancel(self) -> Tensors:
         """The last response of an answer that nobody waits for."""

@@ -1,0 +1,107 @@
+"""Keeps the accounts of an engine of sequences: counts for metrics, what became of each request, and which experts the
+tokens of some steps chose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from triton_repo.errors import GRPC_STATUS, RequestError
+from triton_repo.runtime.batching.sequence import Request
+from triton_repo.runtime.batching.stats import Stats
+from trt_build.ort.routing import Routing
+
+SAMPLE_INTERVAL_S = 0.25  # between steps whose routers are looked at, which costs such a step up to 1 ms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """What became of one request. Times are seconds since it arrived; None for what it did not come to."""
+
+    request_id: str  # as its client gave it
+    end: str  # one of ENDS or REFUSALS in `stats`
+    status: str  # "OK", or the name of the gRPC status of the error that its client got
+    prompt_tokens: int | None
+    output_tokens: int = 0
+    queued_s: float | None = None
+    first_token_s: float | None = None
+    total_s: float = 0.0
+
+
+class Accounts:
+    """The accounts of one engine. `routing` is its session's, if the experts that tokens choose are to be counted.
+    `post` calls `report`, where one is set, with what became of each request."""
+
+    def __init__(
+        self,
+        routing: Routing | None,
+        clock: Callable[[], float],
+        post: Callable[[Callable[[], object]], object],
+    ) -> None:
+        self.stats = Stats()
+        self.routing = routing
+        self.report: Callable[[Ended], object] | None = None
+        self._clock, self._post = clock, post
+        self._sampled_s = -math.inf
+        if routing is not None:
+            self.stats.expert_tokens = np.zeros((len(routing.layers), len(routing.expert_order)), dtype=np.int64)
+
+    def ended(self, request: Request[Any], how: str, error: Exception | None = None) -> None:
+        """A request that was taken on has ended."""
+        self.stats.ended(how)
+        self._tell(request, how, error)
+
+    def refused(self, request: Request[Any], reason: str, error: Exception) -> None:
+        """A request was refused before it began."""
+        self.stats.refused(reason)
+        self._tell(request, reason, error)
+
+    def unread(self, request_id: str, error: Exception) -> None:
+        """A request was refused since it could not be read."""
+        reason = "invalid" if isinstance(error, RequestError) else "failed"
+        self.stats.refused(reason)
+        self._send(Ended(request_id=request_id, end=reason, status=_status(error), prompt_tokens=None))
+
+    def room_for_routers(self, num_tokens: int) -> npt.NDArray[np.float32] | None:
+        """Room for the logits of a step's routers; None for a step whose routers are not looked at."""
+        now = self._clock()
+        if self.routing is None or now - self._sampled_s < SAMPLE_INTERVAL_S:
+            return None
+        self._sampled_s = now
+        return self.routing.room(num_tokens)
+
+    def routed(self, router_logits: npt.NDArray[np.float32] | None) -> None:
+        """Count the experts that the tokens of a step chose."""
+        if self.routing is not None and router_logits is not None:
+            self.stats.expert_tokens += self.routing.count_chosen(router_logits)
+
+    def _tell(self, request: Request[Any], end: str, error: Exception | None) -> None:
+        if self.report is None:
+            return
+        begun_s, first_s = request.begun_s, request.first_token_s
+        self._send(
+            Ended(
+                request_id=request.request_id,
+                end=end,
+                status="OK" if error is None else _status(error),
+                prompt_tokens=len(request.prompt_ids),
+                output_tokens=request.num_output,
+                queued_s=None if begun_s is None else begun_s - request.arrived_s,
+                first_token_s=None if first_s is None else first_s - request.arrived_s,
+                total_s=self._clock() - request.arrived_s,
+            )
+        )
+
+    def _send(self, ended: Ended) -> None:
+        if self.report is not None:
+            self._post(partial(self.report, ended))
+
+
+def _status(error: Exception) -> str:
+    return GRPC_STATUS[error.kind] if isinstance(error, RequestError) else "INTERNAL"
