@@ -71,6 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="serve several TensorRT-LLM models: one server that spawns each model's ranks (orchestrator mode)",
     )  # fmt: skip
     parser.add_argument("--log", type=Path, metavar="FILE", help="append the server's log to a file")
+    parser.add_argument(
+        "--request-log", type=Path, metavar="FILE",
+        help="append a line of JSON for each request that has ended to a file; - is stdout",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print addresses and models as one line of JSON")
 
 
@@ -84,6 +88,7 @@ def read_options(arguments: argparse.Namespace) -> ServerOptions:
         ready_timeout_s=arguments.ready_timeout,
         drain_timeout_s=arguments.drain_timeout,
         log=arguments.log,
+        request_log=arguments.request_log,
         verbose=arguments.log is None and logger.isEnabledFor(logging.DEBUG),
         world_size=arguments.world_size,
         multi_model=arguments.multi_model,

@@ -8,8 +8,8 @@ from triton_repo.runtime.batching.engine import SequenceEngine
 from triton_repo.runtime.batching.outlet import Outlet
 from triton_repo.runtime.batching.scheduler import Limits
 from triton_repo.runtime.batching.slots import Slots
-from triton_repo.runtime.single.generation import text_request
 from triton_repo.runtime.options import GenerationOptions, plan_generation
+from triton_repo.runtime.single.generation import text_request
 
 STEP_S = 0.5
 PROMPT = "def main"

@@ -14,6 +14,7 @@ import triton_python_backend_utils as pb_utils
 from triton_repo.contracts.model_parameters import EngineInstance
 from triton_repo.contracts.piece import Piece
 from triton_repo.processes.heartbeat import Heartbeat
+from triton_repo.runtime.reporting.reports import Reports
 from triton_repo.runtime.responses import error_response, wire_outputs
 from triton_repo.runtime.single.service import Request, Service
 from triton_repo.runtime.stop_requests import STOPPED, asks_to_stop, check_stop_id
@@ -32,6 +33,7 @@ class TritonPythonModel:
         unary = not config["model_transaction_policy"]["decoupled"]
         self._service = Service.open(instance, self._heartbeat, unary=unary)
         self._heartbeat.on_drain(self._service.runner.drain)
+        self._reports = Reports.start(self._service.runner.engine, args["model_name"], pb_utils.MetricFamily)
         pb_utils.Logger.log_info(f"{args['model_instance_name']}: {instance.folder} is loaded")
 
     def execute(self, requests: list[Any]) -> None:
@@ -56,6 +58,7 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """End the requests and free the engine."""
         self._service.runner.close()
+        self._reports.stop()
         self._heartbeat.stop()
         del self._service
 

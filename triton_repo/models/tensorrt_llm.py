@@ -14,6 +14,7 @@ import triton_python_backend_utils as pb_utils
 
 from triton_repo.contracts.model_parameters import EngineInstance
 from triton_repo.processes.heartbeat import Heartbeat
+from triton_repo.runtime.reporting.reports import Reports
 from triton_repo.runtime.responses import error_response
 from triton_repo.runtime.steps.token_engine import Request, Tensors, TokenEngine, stopped_response
 from triton_repo.runtime.stop_requests import asks_to_stop, check_stop_id
@@ -30,6 +31,7 @@ class TritonPythonModel:
         instance = EngineInstance.from_arguments(args, json.loads(args["model_config"]))
         self._engine = TokenEngine.open(instance, self._heartbeat)
         self._heartbeat.on_drain(self._engine.runner.drain)
+        self._reports = Reports.start(self._engine.runner.engine, args["model_name"], pb_utils.MetricFamily)
         pb_utils.Logger.log_info(f"{args['model_instance_name']}: {instance.folder} is loaded")
 
     def execute(self, requests: list[Any]) -> None:
@@ -59,6 +61,7 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """End the requests and free the engine."""
         self._engine.runner.close()
+        self._reports.stop()
         self._heartbeat.stop()
         del self._engine
 

@@ -48,6 +48,7 @@ class Program:
     is_launcher: bool = False  # the program starts the processes that do the work, as mpirun does
     end_timeout_s: float = DRAIN_TIMEOUT_S  # seconds to end in after SIGTERM; KILL_GRACE_S later it is killed
     stack_bytes: int = 0  # the least stack of each of its threads
+    inherited: tuple[int, ...] = ()  # open files that it gets too, by the same numbers; a launcher's program does not
 
 
 @contextlib.contextmanager
@@ -74,6 +75,7 @@ def running_program(program: Program, log: Path | None, mark: str) -> Iterator[s
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=program.inherited,
                 umask=PRIVATE_UMASK,
             )
         except OSError as error:

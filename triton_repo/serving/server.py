@@ -14,8 +14,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import secrets
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,7 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from export.errors import listing
+from export.files.own_files import open_log
 from triton_repo.contracts.model_state import ModelState
+from triton_repo.contracts.server_variables import REQUEST_LOG_VARIABLE, RESTARTS_VARIABLE
 from triton_repo.errors import ServerError
 from triton_repo.processes.heartbeat import FOLDER_VARIABLE, announce_drain, read_beats
 from triton_repo.processes.program import (
@@ -74,6 +78,7 @@ class ServerOptions:
     drain_timeout_s: float = DEFAULT_DRAIN_TIMEOUT_S
     log: Path | None = None  # file for the server's log; None: a temporary file, removed when the server ends
     verbose: bool = False  # send the server's log to stderr instead
+    request_log: Path | None = None  # file that gets a line for each request; Path("-") is stdout
     world_size: int | None = None  # ranks of a model on several GPUs; None takes the number in the repository
     multi_model: bool = False  # orchestrator mode, for several TensorRT-LLM models
     accept_known_vulnerabilities: bool = False  # let a tritonserver with known holes listen beyond this machine
@@ -149,17 +154,20 @@ class Preparation:
     mark: str
 
     @contextlib.contextmanager
-    def started(self) -> Iterator[Server]:
-        """Start the server and wait until its models are loaded. End it when the block ends. Raises ServerError."""
+    def started(self, restarts: int = 0) -> Iterator[Server]:
+        """Start the server and wait until its models are loaded. End it when the block ends. Raises ServerError.
+        `restarts` is how often it was started before."""
         options, ports = self.options, self.ports
         heartbeats = Path(tempfile.mkdtemp(prefix="heartbeats-", dir=self.workspace))
-        program = self._program(heartbeats)
         log = None if options.verbose else options.log or self.workspace / "tritonserver.log"
         own, asked = self.address.in_url, self.address.to_ask.in_url
         endpoint = HealthEndpoint(
             grpc=f"{asked}:{ports.grpc}", http=f"http://{asked}:{ports.http}" if ports.http else None
         )
-        with running_program(program, log, self.mark) as process:
+        with contextlib.ExitStack() as stack:
+            request_log = stack.enter_context(self._request_log())
+            program = self._program(heartbeats, restarts, request_log)
+            process = stack.enter_context(running_program(program, log, self.mark))
             name = Path(program.arguments[0]).name
             waiting = Waiting(
                 process=process,
@@ -190,7 +198,23 @@ class Preparation:
                 endpoint=endpoint,
             )
 
-    def _program(self, heartbeats: Path) -> Program:
+    @contextlib.contextmanager
+    def _request_log(self) -> Iterator[int | None]:
+        """The open file that gets a line for each request, if one is asked for."""
+        path = self.options.request_log
+        if path is None:
+            yield None
+        elif str(path) == "-":
+            descriptor = os.dup(sys.stdout.fileno())
+            try:
+                yield descriptor
+            finally:
+                os.close(descriptor)
+        else:
+            with open_log(path, "opening the request log", ServerError) as descriptor:
+                yield descriptor
+
+    def _program(self, heartbeats: Path, restarts: int, request_log: int | None) -> Program:
         # `Server.drain` cannot see the requests of models without heartbeats. For those, the server itself waits.
         exit_timeout_s = DRAIN_TIMEOUT_S if self.deployment.beats else math.ceil(self.options.drain_timeout_s)
         ranks = [
@@ -205,17 +229,23 @@ class Preparation:
             ]
             for rank in range(self.launch.world_size)
         ]
+        # mpirun passes no open file on. It runs engines of TensorRT-LLM, whose requests are not logged.
+        inherited = () if request_log is None or self.launch.mpirun is not None else (request_log,)
+        named = {REQUEST_LOG_VARIABLE: str(request_log)} if inherited else {}
         return Program(
             arguments=self.launch.command(ranks, num_gpus=self.num_gpus),
             environment={
                 **self.installation.environment(),
                 **self.launch.environment(),
                 FOLDER_VARIABLE: str(heartbeats),
+                RESTARTS_VARIABLE: str(restarts),
+                **named,
             },
             folder=packages_folder(),
             is_launcher=self.launch.mpirun is not None,
             end_timeout_s=exit_timeout_s,
             stack_bytes=STACK_BYTES,
+            inherited=inherited,
         )
 
     def _plain_repository(self) -> Path:

@@ -68,11 +68,12 @@ def supervise(options: ServerOptions, policy: RestartPolicy, reporter: Reporter)
     allows, and RepositoryError if files of the repository are damaged.
     """
     with prepared(options) as preparation:
-        restarts, unserved = 0, frozenset[str]()
+        restarts = all_restarts = 0
+        unserved = frozenset[str]()
         while True:
             tail = ""
             try:
-                with preparation.started() as server:
+                with preparation.started(all_restarts) as server:
                     began = time.monotonic()
                     # Before anyone is told of the server, so that a process that dies right afterwards is noticed.
                     watch = Watch(server, policy.limits)
@@ -93,6 +94,7 @@ def supervise(options: ServerOptions, policy: RestartPolicy, reporter: Reporter)
             if restarts >= policy.max_restarts:
                 raise ServerError(f"serving {options.repository}: {fault}{_given_up(policy.max_restarts)}{tail}")
             restarts += 1
+            all_restarts += 1
             reporter.failed(fault, restarts, policy.pause_s(restarts))
             time.sleep(policy.pause_s(restarts))
 

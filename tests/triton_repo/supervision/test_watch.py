@@ -214,9 +214,11 @@ class Failing:
 
     def __init__(self, lives, repository):
         self.lives, self.repository, self.killed, self.drained = iter(lives), repository, 0, []
+        self.told_restarts = []
 
     @contextlib.contextmanager
-    def started(self):
+    def started(self, restarts):
+        self.told_restarts.append(restarts)
         self.seconds, self.fault = next(self.lives)
         if self.seconds is None:
             raise ServerError(f"serving {self.repository}: {self.fault}\n  its log")
@@ -290,10 +292,12 @@ def test_pauses_have_a_longest():
 
 
 def test_the_count_begins_anew_after_a_time_of_health(life):
-    events, _, _ = life((1, "a"), (299, "b"), (300, "c"), (1, "d"), (1, None))
+    events, _, preparation = life((1, "a"), (299, "b"), (300, "c"), (1, "d"), (1, None))
     assert [event for event in events if event[0] != "ready"] == [
         ("a", 1, 1.0), ("b", 2, 2.0), ("c", 1, 1.0), ("d", 2, 2.0), ("draining", 7),
     ]  # fmt: skip
+    # The models are told of all restarts, for a metric that never falls.
+    assert preparation.told_restarts == [0, 1, 2, 3, 4]
 
 
 def test_a_restart_that_does_not_come_up_counts_and_the_first_start_is_its_own_error(life, tmp_path):

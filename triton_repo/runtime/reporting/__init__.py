@@ -1,0 +1,1 @@
+"""What a served engine tells an operator."""
