@@ -27,7 +27,7 @@ FOLDERS = (".", "docs", "ci/gpu", "examples/tiny-phixtral", "examples/tiny-mixtr
 PAGES = sorted(str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
 TOUR = ROOT / "docs" / "architecture.md"
 # Folders of the project whose files pages name.
-SOURCES = ("benchmarks", "ci", "cli", "clients", "examples", "export", "tests", "triton_repo", "trt_build")
+SOURCES = ("benchmarks", "ci", "cli", "clients", "deploy", "examples", "export", "tests", "triton_repo", "trt_build")
 
 _LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 _ANCHOR = re.compile(r"\]\(([^)#\s]*)#([^)]*)\)")
