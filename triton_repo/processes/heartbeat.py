@@ -45,13 +45,18 @@ class Beat:
     waiting: int  # requests that wait
     steps: int  # of the engine, since the model's start
     beat_at: float  # when the file was written; seconds of CLOCK_MONOTONIC
-    step_at: float  # when `steps` was last seen to grow, or the model's start; seconds of CLOCK_MONOTONIC
+    step_at: float  # when `steps` was last seen to grow or there was no request; seconds of CLOCK_MONOTONIC
     draining: bool  # whether the instance knows that the server is about to end
 
     @property
     def age_s(self) -> float:
         """Seconds since the beat."""
         return time.monotonic() - self.beat_at
+
+    @property
+    def stuck_s(self) -> float:
+        """Seconds for which the engine had requests and ended no step, at the beat. 0 for a model that counts none."""
+        return self.beat_at - self.step_at if self.steps else 0.0
 
 
 class Heartbeat:
@@ -135,7 +140,7 @@ class Heartbeat:
         """Write the file. Returns whether that was possible."""
         assert self._folder is not None
         now, steps = time.monotonic(), self._steps
-        if steps != self._seen_steps:
+        if steps != self._seen_steps or not (self._running or self._waiting):
             self._seen_steps, self._step_at = steps, now
         beat = Beat(
             pid=os.getpid(),

@@ -3,10 +3,10 @@
     watch = Watch(server, Limits())
     fault = watch.wait()      # "the Python process of the model phixtral (pid 4711) has ended"
 
-Three things are checked: whether each process that was there when the server was ready still runs and is not stopped;
-whether the models' heartbeats are recent (processes/heartbeat.py); and whether tritonserver says that it is live. A
-model that computes passes all three: its process runs, the heartbeat's thread gets the interpreter's lock while the
-engine computes, and tritonserver answers at the same time.
+Four things are checked: whether each process that was there when the server was ready still runs and is not stopped;
+whether the models' heartbeats are recent (processes/heartbeat.py); whether an engine that has requests ends its steps;
+and whether tritonserver says that it is live. A model that computes passes all four: its process runs, the heartbeat's
+thread gets the interpreter's lock while the engine computes, and tritonserver answers at the same time.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Limits:
     interval: float = 0.5  # between two looks; a dead process is noticed at the next look, and named _ENDING_S later
     stopped: float = 3.0  # short, since a process is stopped only by a signal that somebody sent
     beat: float = 30.0
+    step: float = 300.0  # a step of 128 tokens of a prompt takes a minute where a large engine has few cores
     liveness: float = 30.0
 
 
@@ -77,7 +78,13 @@ class Watch:
             self._prober.forgive()
         self._looked = now
         protect_memory(self._server.mark)
-        return self._ended_program() or self._dead_or_stopped(now) or self._late_beat() or self._no_answer()
+        return (
+            self._ended_program()
+            or self._dead_or_stopped(now)
+            or self._late_beat()
+            or self._stuck_engine()
+            or self._no_answer()
+        )
 
     def _ended_program(self, patience_s: float = 0.0) -> str | None:
         """The program that was started, if it ends within `patience_s`."""
@@ -111,6 +118,16 @@ class Watch:
         if self._late_looks < 3:
             return None
         return f"the model {late[0].model} (pid {late[0].pid}) hangs: no heartbeat for {late[0].age_s:.0f} s"
+
+    def _stuck_engine(self) -> str | None:
+        """A model that beats and whose engine has requests, but ends no step."""
+        for beat in read_beats(self._server.heartbeats):
+            if beat.pid in self._members and beat.stuck_s > self._limits.step:
+                return (
+                    f"the engine of the model {beat.model} (pid {beat.pid}) hangs: it has requests, and has ended no "
+                    f"step for {beat.stuck_s:.0f} s"
+                )
+        return None
 
     def _no_answer(self) -> str | None:
         silent_s = self._prober.silent_s()

@@ -43,6 +43,28 @@ def test_a_beat_says_who_lives_and_what_it_does(folder, beating):
     assert read_beats(folder)[0].step_at == beat.step_at
 
 
+def test_an_engine_is_stuck_while_it_computes_and_ends_no_step(folder, beating):
+    def stuck_s() -> float:
+        [beat] = read_beats(folder)
+        return beat.stuck_s
+
+    beating.report(running=1, waiting=0)
+    time.sleep(0.1)
+    assert stuck_s() == 0, "a model that counts no steps is never stuck"
+    beating.step()
+    assert wait_until(lambda: stuck_s() > 0.2)
+    beating.step()
+    assert wait_until(lambda: stuck_s() < 0.1)
+    assert wait_until(lambda: stuck_s() > 0.2)
+    beating.report(running=0, waiting=0)
+    assert wait_until(lambda: stuck_s() == 0)
+    # A long rest counts for nothing when the next request comes.
+    time.sleep(0.2)
+    beating.report(running=0, waiting=1)
+    assert stuck_s() < 0.1
+    assert wait_until(lambda: stuck_s() > 0.2)
+
+
 def test_instances_beat_side_by_side_and_leave_when_they_stop(folder, beating):
     other = Heartbeat.start("phixtral", "phixtral_0_1")
     assert [beat.instance for beat in read_beats(folder)] == ["phixtral_0_0", "phixtral_0_1"]

@@ -34,7 +34,7 @@ from triton_repo.supervision import supervisor
 from triton_repo.supervision.supervisor import RestartPolicy, supervise
 from triton_repo.supervision.watch import Limits, Watch
 
-LIMITS = Limits(interval=0.05, stopped=0.5, beat=3.0, liveness=3.0)
+LIMITS = Limits(interval=0.05, stopped=0.5, beat=3.0, step=3.0, liveness=3.0)
 # Stands for Triton's: starts the model's process under the name of Triton's stub, and one that a library might start.
 PROGRAM = """
 import subprocess, sys, time
@@ -46,6 +46,8 @@ time.sleep(1000)
 STEPS = {
     "computes": "import hashlib\nwhile True: hashlib.sha256(bytes(200_000_000))",
     "sleeps": "import time\ntime.sleep(1000)",
+    "steps": "import time\nwhile True: heartbeat.step(); time.sleep(0.5)",
+    "stuck": "import time\nheartbeat.step()\ntime.sleep(1000)",
     "hangs": "import ctypes, time\ntime.sleep(1)\nctypes.PyDLL(None).sleep(1000)",
 }
 MODEL = """
@@ -107,13 +109,22 @@ def serving(tmp_path, endpoint):
         server.kill()
 
 
-def test_a_busy_model_is_not_taken_for_one_that_hangs(serving):
-    server, _ = serving("computes")
+@pytest.mark.parametrize("step", ["computes", "steps"])
+def test_a_busy_model_is_not_taken_for_one_that_hangs(serving, step):
+    server, _ = serving(step)
     watch = Watch(server, LIMITS)
     looking = time.monotonic() + 2 * LIMITS.beat
     while time.monotonic() < looking:
         assert watch.look() is None
         time.sleep(LIMITS.interval)
+
+
+def test_an_engine_that_ends_no_step_is_named(serving):
+    server, pid = serving("stuck")
+    assert re.fullmatch(
+        rf"the engine of the model tiny \(pid {pid}\) hangs: it has requests, and has ended no step for [34] s",
+        Watch(server, LIMITS).wait(),
+    )
 
 
 def test_a_killed_model_is_named_with_its_process(serving):

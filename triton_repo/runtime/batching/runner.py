@@ -95,6 +95,7 @@ class Runner:
         self._pulse.report(running=running, waiting=waiting)
 
     def _compute(self) -> None:
+        self._pulse.step()  # a supervisor expects steps of those that have made one
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self.engine.has_work())
