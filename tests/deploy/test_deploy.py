@@ -16,6 +16,7 @@ import yaml
 
 from triton_repo.runtime.batching.engine import SequenceEngine
 from triton_repo.runtime.batching.slots import Slots
+from triton_repo.runtime.batching.stats import ENDS, REFUSALS
 from triton_repo.runtime.reporting.metrics import DEFINITIONS
 from trt_build.ort.routing import Routing
 
@@ -142,3 +143,24 @@ def test_alerts_fire_for_their_cases_and_for_no_others():
         pytest.skip("promtool is not installed (Debian's package prometheus has it)")
     run = subprocess.run([promtool, "test", "rules", CASES.name], cwd=CASES.parent, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def table(heading: str) -> list[list[str]]:
+    """The rows, cell by cell, of the table in docs/operations.md whose first heading this is."""
+    text = (ROOT / "docs" / "operations.md").read_text("utf-8")
+    rows = text.partition(f"\n| {heading} |")[2].partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip().strip("`") for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_the_page_for_operators_has_every_metric_as_it_is_exported():
+    expected = []
+    for definition in DEFINITIONS:
+        labels = sorted(OWN.get(definition.name, ()), reverse=True)
+        expected.append([definition.name, definition.kind, "`, `".join(labels), definition.help])
+    assert table("metric") == expected
+
+
+def test_the_page_for_operators_has_every_end_reason_and_alert():
+    assert [row[0] for row in table("`end`")] == list(ENDS)
+    assert [row[0] for row in table("`reason`")] == list(REFUSALS)
+    assert [row[0] for row in table("alert")] == [rule["alert"] for rule in rules()]
