@@ -76,7 +76,7 @@ class Session:
         self.routing: Routing | None = None  # None if a step cannot give router logits
         if facts.is_moe and self._has_serving_graph:
             self.routing = Routing(
-                layers=tuple(layer for layer in range(facts.num_layers) if layer not in facts.dense_layers),
+                layers=facts.mixture_layers,
                 expert_order=engine.manifest.expert_order,
                 experts_per_token=facts.experts_per_token,
             )
