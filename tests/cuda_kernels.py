@@ -27,7 +27,7 @@ KERNELS = {
     "Div": {"T": {"float", "float16", "bfloat16", "double", "int32", "int64"}},
     "ReduceSum": {"T": {"float", "float16", "double", "int32", "int64"}},
     "Cast": {"T1": {"float", "float16", "int64", "int32"}, "T2": {"float", "float16", "int64", "int32"}},
-    "Reshape": {"T": {"float"}},
+    "Reshape": {"T": {"float", "float16"}},
     "Slice": {"T": {"float"}, "Tind": {"int64"}},
     "Shape": {"T": {"int64"}, "T1": {"int64"}},
     "Identity": {"T": {"float"}, "V": {"float"}},

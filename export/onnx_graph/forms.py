@@ -31,7 +31,7 @@ _EMPTY_INPUTS = 7  # of GroupQueryAttention, between the rotary tables and query
 class _MaskedGraph(GraphBuilder):
     """Tokens [B, S] and a mask [B, P+S] of ones."""
 
-    def _sequence_facts(self) -> None:
+    def _sequence_facts(self) -> tuple[str, str]:
         from onnx import TensorProto
 
         one, axis = self._constant("one", np.array(1, np.int64)), self._constant("axis_1", np.array([1], np.int64))
@@ -43,6 +43,7 @@ class _MaskedGraph(GraphBuilder):
         total = self._node("Gather", [shape, one], "attention/total", axis=0)
         self._node("Cast", [total], "attention/total_sequence_length", output="attention/total_sequence_length",
                    to=TensorProto.INT32)  # fmt: skip
+        return "attention/seqlens_k", "attention/total_sequence_length"
 
     def _token_inputs(self) -> list[onnx.ValueInfoProto]:
         from onnx import TensorProto, helper
@@ -93,10 +94,8 @@ class ServingGraph(GraphBuilder):
 
     gives_router_logits = True
 
-    def _sequence_facts(self) -> None:
-        self._node("Identity", [names.LAST_POSITIONS], "attention/seqlens_k", output="attention/seqlens_k")
-        total = "attention/total_sequence_length"
-        self._node("Identity", [names.TOTAL_LENGTH], total, output=total)
+    def _sequence_facts(self) -> tuple[str, str]:
+        return names.LAST_POSITIONS, names.TOTAL_LENGTH
 
     def _by_sequence(self, x: str) -> str:
         return self._node("Gather", [x, names.TOKEN_OF_QUERY], f"{x}/by_sequence", float_type=self._float_types[x],

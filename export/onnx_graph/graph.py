@@ -70,15 +70,15 @@ class GraphBuilder(ABC):
         self._constants: list[onnx.TensorProto] = []
         self._router_outputs: list[str] = []
         self._check_attention()
-        self._sequence_facts()
+        self._last_positions, self._total_length = self._sequence_facts()
         self._rotary_caches()
 
     # How tokens lie in the inputs. [...] below is [B, S], or [T] where a form packs the tokens of all sequences.
 
     @abstractmethod
-    def _sequence_facts(self) -> None:
-        """Make the values attention/seqlens_k, the index of each sequence's last position, int32 [B], and
-        attention/total_sequence_length, the length of the longest sequence, an int32 scalar."""
+    def _sequence_facts(self) -> tuple[str, str]:
+        """The names of two values: the index of each sequence's last position, int32 [B], and the length of the longest
+        sequence, an int32 scalar."""
 
     def _by_sequence(self, x: str) -> str:
         """[..., n] as attention takes it, [B, S, n]."""
@@ -181,7 +181,7 @@ class GraphBuilder(ABC):
         inputs = [
             *(self._by_sequence(self._cast(part, self._float_type)) if part else "" for part in (query, key, value)),
             names.past_key(layer), names.past_value(layer),
-            "attention/seqlens_k", "attention/total_sequence_length", "rotary/cos_cache", "rotary/sin_cache",
+            self._last_positions, self._total_length, "rotary/cos_cache", "rotary/sin_cache",
             *self._lengths_of_queries(),
         ]  # fmt: skip
         attended = self._node(

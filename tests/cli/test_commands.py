@@ -94,12 +94,6 @@ def test_the_checkpoint_is_given_once_by_its_place_or_by_its_flag(tmp_path, tiny
     assert main([command, str(tiny_checkpoint), "--precision", "fp32", *output]) == 0
 
 
-def test_the_help_of_instances_says_what_each_has_of_its_own(capsys):
-    with pytest.raises(SystemExit):
-        main(["package", "--help"])
-    assert "each with its own keys and values" in " ".join(capsys.readouterr().out.split())
-
-
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as caught:

@@ -322,7 +322,7 @@ def test_an_activation_that_the_kernels_lack_is_refused(tmp_path, family, activa
 # Batches.
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model_serving.onnx", "model_scoring.onnx"])
+@pytest.mark.parametrize("name", ["model.onnx", "model_scoring.onnx"])
 @pytest.mark.parametrize("kind", ["phixtral", "mixtral"])
 def test_a_batch_of_prompts_gives_what_each_gives_alone(tmp_path, kind, name):
     folder = tmp_path / "checkpoint"

@@ -177,14 +177,15 @@ def cancelled(live) -> list[str]:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_frees_the_worker(live, model, ask, stream):
+def test_a_client_that_goes_frees_the_slot(live, model, ask, stream):
     before = len(cancelled(live))
     asked = ask("", **ENDLESS, stream=stream)
     assert not stream or asked.begun.wait(PATIENCE_S)
     time.sleep(0.5)
     asked.call.cancel()
-    # Once the one worker is free.
+    # Once the one slot is free.
     assert live.text(model, text_input="x", max_tokens=2)
+    assert wait_until(lambda: cancelled(live)[before:])
     [num_tokens] = cancelled(live)[before:]
     assert 0 < int(num_tokens) < 500
 
