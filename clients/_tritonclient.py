@@ -5,6 +5,7 @@ names the extra to install. Importing this module loads neither package.
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 
 from export.optional import optional_package
@@ -32,6 +33,10 @@ def require_utils() -> ModuleType:
 
 
 def _require(module: str) -> ModuleType:
+    loaded = sys.modules.get(module)
+    # A client asks several times for each message, and guarding an import takes longer than reading the message does.
+    if loaded is not None and not getattr(loaded.__spec__, "_initializing", False):
+        return loaded
     package = "grpcio" if module.startswith("grpc") else "tritonclient[grpc]"
     with optional_package(package, "talking to a server", "client"):
         return importlib.import_module(module)

@@ -14,6 +14,7 @@ import struct
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +158,7 @@ def decode(raw: bytes, dtype: TritonDtype) -> list[Any]:
     return values
 
 
+@cache
 def _numpy_dtype(dtype: TritonDtype) -> np.dtype[Any]:
     import numpy as np
 
