@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,15 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """Tokens in the order of ids, and merges, of a byte-level BPE tokenizer (`gpt2` in GGUF)."""
+
+    tokens: Sequence[str]
+    merges: Sequence[str]
+    end_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Contents:
     """The contents of a GGUF file: bytes and number of tensors by type, and the bytes that a token reads."""
 
@@ -50,7 +59,12 @@ def gguf() -> Any:  # noqa: ANN401 - the package, which is imported by those who
 
 
 def write_model(
-    path: Path, model: Architecture, types: Mapping[str, GGMLQuantizationType], quantize: Quantize, file_type: int
+    path: Path,
+    model: Architecture,
+    types: Mapping[str, GGMLQuantizationType],
+    quantize: Quantize,
+    file_type: int,
+    vocabulary: Vocabulary | None = None,
 ) -> None:
     """Write a Mixtral under `path` by rename. `types` names the format of every tensor, `file_type` is llama_ftype's
     number for the mixture of them. Raises OutputError where the disk is too small."""
@@ -63,6 +77,7 @@ def write_model(
     writer = package.GGUFWriter(partial, "llama")
     try:
         _add_facts(writer, model, file_type)
+        _add_vocabulary(writer, vocabulary)
         for tensor in rows:
             kind = types[tensor.name]
             shape = package.quant_shape_to_byte_shape(tensor.shape, kind) if _is_packed(kind) else tensor.shape
@@ -163,8 +178,7 @@ def _is_packed(kind: GGMLQuantizationType) -> bool:
 
 
 def _add_facts(writer: GGUFWriter, model: Architecture, file_type: int) -> None:
-    """Write the metadata keys that llama.cpp's architecture `llama` reads. There is no tokenizer, as only token ids are
-    used."""
+    """Write the metadata keys that llama.cpp's architecture `llama` reads, except those of the tokenizer."""
     writer.add_name("Mixtral of random weights")
     writer.add_context_length(model.max_positions)
     writer.add_embedding_length(model.hidden_size)
@@ -182,4 +196,17 @@ def _add_facts(writer: GGUFWriter, model: Architecture, file_type: int) -> None:
     writer.add_vocab_size(model.vocab_size)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf().GGML_QUANT_VERSION)
-    writer.add_tokenizer_model("no_vocab")
+
+
+def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary | None) -> None:
+    """Write a byte-level BPE tokenizer; without one, callers of llama.cpp can only use token ids."""
+    if vocabulary is None:
+        writer.add_tokenizer_model("no_vocab")
+        return
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(list(vocabulary.tokens))
+    writer.add_token_types([gguf().TokenType.NORMAL] * len(vocabulary.tokens))
+    writer.add_token_merges(list(vocabulary.merges))
+    writer.add_eos_token_id(vocabulary.end_id)
+    writer.add_add_bos_token(False)
