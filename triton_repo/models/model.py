@@ -33,6 +33,7 @@ class TritonPythonModel:
         unary = not config["model_transaction_policy"]["decoupled"]
         self._service = Service.open(instance, self._heartbeat, unary=unary)
         self._heartbeat.on_drain(self._service.runner.drain)
+        self._heartbeat.on_end(self._service.runner.end_running)
         self._reports = Reports.start(self._service.runner.engine, args["model_name"], pb_utils.MetricFamily)
         pb_utils.Logger.log_info(f"{args['model_instance_name']}: {instance.folder} is loaded")
 

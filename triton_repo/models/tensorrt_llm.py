@@ -31,6 +31,7 @@ class TritonPythonModel:
         instance = EngineInstance.from_arguments(args, json.loads(args["model_config"]))
         self._engine = TokenEngine.open(instance, self._heartbeat)
         self._heartbeat.on_drain(self._engine.runner.drain)
+        self._heartbeat.on_end(self._engine.runner.end_running)
         self._reports = Reports.start(self._engine.runner.engine, args["model_name"], pb_utils.MetricFamily)
         pb_utils.Logger.log_info(f"{args['model_instance_name']}: {instance.folder} is loaded")
 

@@ -4,12 +4,14 @@ In a model's process:
 
     heartbeat = Heartbeat.start(args["model_name"], args["model_instance_name"])
     heartbeat.on_drain(stop_taking_requests)
+    heartbeat.on_end(end_requests)
     heartbeat.report(running=2, waiting=5)      # whenever these numbers change
     heartbeat.step()                            # after each step of the engine
 
 `moeship serve` names a folder in the variable MOESHIP_HEARTBEATS of its server's environment, and reads the files with
 `read_beats`. If the variable is absent, as in a tritonserver that moeship did not start, nothing is written. A file
-named `draining` in the folder tells the models that the server is about to end.
+named `draining` in the folder tells the models that the server is about to end, and one named `ending` that it waits no
+longer for what they compute.
 
 The heartbeat's thread needs the interpreter's lock for microseconds. The engine releases the lock while it computes, so
 a busy model still beats and a hung one does not. Times are those of CLOCK_MONOTONIC, which all processes of a machine
@@ -31,7 +33,7 @@ from pathlib import Path
 
 FOLDER_VARIABLE = "MOESHIP_HEARTBEATS"
 BEAT_INTERVAL_S = 0.5
-_DRAINING_FILE = "draining"
+_DRAINING_FILE, _ENDING_FILE = "draining", "ending"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +69,9 @@ class Heartbeat:
         self._model, self._instance, self._folder = model_name, instance_name, folder
         self._running = self._waiting = self._steps = 0
         self._seen_steps, self._step_at = 0, time.monotonic()
-        self._draining = False
-        self._callbacks: list[Callable[[], object]] = []
-        self._lock = threading.Lock()  # guards _draining and _callbacks, so that each callback is called exactly once
+        # What to call for each file that `serve` may make; None once it was made.
+        self._callbacks: dict[str, list[Callable[[], object]] | None] = {_DRAINING_FILE: [], _ENDING_FILE: []}
+        self._lock = threading.Lock()  # guards _callbacks, so that each callback is called exactly once
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         digest = hashlib.sha256(f"{model_name}/{instance_name}".encode()).hexdigest()[:16]
@@ -103,9 +105,17 @@ class Heartbeat:
         The heartbeat's thread calls it and does not beat meanwhile, so it must be quick. An exception that it raises is
         printed to stderr, which is the server's log.
         """
+        self._on(_DRAINING_FILE, callback)
+
+    def on_end(self, callback: Callable[[], object]) -> None:
+        """The same, when requests that are still computed are to end."""
+        self._on(_ENDING_FILE, callback)
+
+    def _on(self, file: str, callback: Callable[[], object]) -> None:
         with self._lock:
-            if not self._draining:
-                self._callbacks.append(callback)
+            callbacks = self._callbacks[file]
+            if callbacks is not None:
+                callbacks.append(callback)
                 return
         callback()
 
@@ -120,17 +130,17 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._stopped.wait(BEAT_INTERVAL_S):
-            self._drain_if_asked()
+            self._call_if_asked(_DRAINING_FILE)
+            self._call_if_asked(_ENDING_FILE)
             self._beat()
 
-    def _drain_if_asked(self) -> None:
+    def _call_if_asked(self, file: str) -> None:
         assert self._folder is not None
-        if self._draining or not (self._folder / _DRAINING_FILE).exists():
+        if self._callbacks[file] is None or not (self._folder / file).exists():
             return
         with self._lock:
-            self._draining, callbacks = True, self._callbacks
-            self._callbacks = []
-        for callback in callbacks:
+            callbacks, self._callbacks[file] = self._callbacks[file], None
+        for callback in callbacks or ():
             try:
                 callback()
             except Exception:  # a callback's failure must not end the beats
@@ -151,7 +161,7 @@ class Heartbeat:
             steps=steps,
             beat_at=now,
             step_at=self._step_at,
-            draining=self._draining,
+            draining=self._callbacks[_DRAINING_FILE] is None,
         )
         partial = self._folder / f"{self._file_name}.partial"
         try:
@@ -174,3 +184,8 @@ def read_beats(folder: Path) -> tuple[Beat, ...]:
 def announce_drain(folder: Path) -> None:
     """Tell the models that write to the folder that the server is about to end. Raises OSError."""
     (folder / _DRAINING_FILE).touch()
+
+
+def announce_end(folder: Path) -> None:
+    """Tell the models that the server waits no longer for what they compute. Raises OSError."""
+    (folder / _ENDING_FILE).touch()

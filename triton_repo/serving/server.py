@@ -29,7 +29,7 @@ from export.files.own_files import open_log
 from triton_repo.contracts.model_state import ModelState
 from triton_repo.contracts.server_variables import REQUEST_LOG_VARIABLE, RESTARTS_VARIABLE
 from triton_repo.errors import ServerError
-from triton_repo.processes.heartbeat import FOLDER_VARIABLE, announce_drain, read_beats
+from triton_repo.processes.heartbeat import FOLDER_VARIABLE, announce_drain, announce_end, read_beats
 from triton_repo.processes.program import (
     DRAIN_TIMEOUT_S,
     POLL_INTERVAL_S,
@@ -58,6 +58,8 @@ LOG_TAIL_LINES, LOG_TAIL_BYTES = 15, 1 << 16
 DEFAULT_DRAIN_TIMEOUT_S = 30.0
 # Time for the engine's last tokens to pass postprocessing and to reach the clients.
 SETTLE_S = 0.5
+# For requests that outlast a drain to end: a heartbeat, a step, and a heartbeat. Afterwards they are cut off.
+END_TIMEOUT_S = 5.0
 
 # Triton's HTTP library copies parts of a request to its thread's stack before it checks them: twice the body if the
 # body is declared as a form, as curl -d and urllib do (libevhtp, evhtp_parse_query_wflags), and 16 bytes for each
@@ -111,8 +113,16 @@ class Server:
 
     def drain(self, timeout_s: float) -> bool:
         """Have the models refuse waiting and further requests, and wait until they compute nothing. Returns whether
-        that was so within `timeout_s`."""
+        that was so within `timeout_s`. If not, the models end what they compute: its clients get what there is."""
         announce_drain(self.heartbeats)
+        if self._is_idle_within(timeout_s):
+            return True
+        announce_end(self.heartbeats)
+        self._is_idle_within(END_TIMEOUT_S)
+        return False
+
+    def _is_idle_within(self, timeout_s: float) -> bool:
+        """Wait until the models of a draining server compute nothing. Returns whether that was so in time."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             beats = [beat for beat in read_beats(self.heartbeats) if start_time(beat.pid) is not None]

@@ -11,7 +11,7 @@ import pytest
 from serve_command import wait_until
 
 from triton_repo.processes import heartbeat as module
-from triton_repo.processes.heartbeat import FOLDER_VARIABLE, Heartbeat, announce_drain, read_beats
+from triton_repo.processes.heartbeat import FOLDER_VARIABLE, Heartbeat, announce_drain, announce_end, read_beats
 
 
 @pytest.fixture
@@ -87,6 +87,21 @@ def test_a_drain_is_told_once_and_at_once_when_it_has_begun(folder, beating):
     beating.on_drain(lambda: told.append(threading.current_thread().name))
     time.sleep(0.1)
     assert told == ["heartbeat", threading.current_thread().name]
+
+
+def test_the_end_is_told_apart_from_the_drain_before_it(folder, beating):
+    told = []
+    beating.on_drain(lambda: told.append("drain"))
+    beating.on_end(lambda: told.append("end"))
+    announce_drain(folder)
+    assert wait_until(lambda: told)
+    time.sleep(0.1)
+    assert told == ["drain"]
+    announce_end(folder)
+    assert wait_until(lambda: len(told) > 1)
+    beating.on_end(lambda: told.append("at once"))
+    time.sleep(0.1)
+    assert told == ["drain", "end", "at once"]
 
 
 def test_a_callback_that_fails_does_not_end_the_beats(folder, beating, capsys):

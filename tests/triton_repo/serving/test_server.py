@@ -70,6 +70,16 @@ def test_ports_in_use_are_told_together_before_anything_starts(small_repository,
     assert "or none to have free ones chosen" in str(caught.value)
 
 
+def test_a_request_log_that_cannot_be_opened_is_told_before_the_server_starts(small_repository, tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "running_program", lambda *_: pytest.fail("it went on"))
+    options = ServerOptions(repository=small_repository, request_log=tmp_path)
+    with (
+        pytest.raises(ServerError, match=f"opening the request log {tmp_path}: it is a folder"),
+        running_server(options),
+    ):
+        pass
+
+
 def test_impossible_ports_are_refused():
     with pytest.raises(ServerError, match="the http port is 70000, expected 1 to 65535"):
         choose_ports(Address("127.0.0.1"), Ports(http=70000))

@@ -81,7 +81,7 @@ class SequenceEngine:
         self._scheduler = Scheduler(slots, self.limits)
         self._clock, self._post = clock, post
         self._lock = threading.Lock()  # guards the scheduler's lists
-        self._draining = False
+        self._draining = self._ending = False
         self._answer_s = 1.0  # how long a request runs, on average
 
     # What any thread may call.
@@ -123,6 +123,11 @@ class SequenceEngine:
             refused = self._take_waiting(lambda _request: True)
         for request in refused:
             self._fail(request, server_stopping(), "stopping")
+
+    def end_running(self) -> None:
+        """Have what runs end before its next step."""
+        with self._lock:
+            self._ending = self._draining = True
 
     def end_all(self) -> None:
         """Cancel what runs and withdraw what waits. Only while no other thread is in `step`."""
@@ -198,7 +203,9 @@ class SequenceEngine:
         now = self._clock()
         for sequence in list(self._scheduler.running):
             request = sequence.request
-            if request.stopped.is_set():
+            if self._ending:
+                self._cancel(sequence, "stopping")
+            elif request.stopped.is_set():
                 self._cancel(sequence, "stopped")
             elif request.is_gone:
                 self._cancel(sequence, "disconnected")

@@ -4,6 +4,7 @@
     runner.submit(request)
     runner.stop("7")
     runner.drain()
+    runner.end_running()
     runner.close()
 
 Every method except `close` returns at once, so that a model's `execute` can always take the next request. Responses are
@@ -81,6 +82,10 @@ class Runner:
         """Refuse the requests that wait and all further ones; running ones are finished."""
         self.engine.drain()
         self._report()
+
+    def end_running(self) -> None:
+        """Have what runs end, with what it has."""
+        self.engine.end_running()
 
     def close(self) -> None:
         """Stop the running requests, withdraw the waiting ones, and end the threads."""

@@ -103,18 +103,21 @@ def test_refusals_say_why_and_which_status_the_client_got(timed):
     engine.engine.drain()
     with pytest.raises(RequestError, match="stopping"):
         engine.submit("comes late")
+    engine.engine.end_running()
+    engine.engine.step()
     engine.engine.accounts.unread("wrong", RequestError("found 0"))
     engine.engine.accounts.unread("a fault", KeyError("x"))
     assert ends(engine) == [
         ("too many", "queue_full", "UNAVAILABLE"), ("too large", "too_large", "INVALID_ARGUMENT"),
         ("in time", "deadline", "UNAVAILABLE"), ("overdue", "waited_too_long", "UNAVAILABLE"),
         ("waits", "stopping", "UNAVAILABLE"), ("comes late", "stopping", "UNAVAILABLE"),
+        ("runs", "stopping", "OK"),
         ("wrong", "invalid", "INVALID_ARGUMENT"), ("a fault", "failed", "INTERNAL"),
     ]  # fmt: skip
     assert counted(engine) == {
         "queue_full": 1, "too_large": 1, "deadline": 1, "waited_too_long": 1, "stopping": 2, "invalid": 1, "failed": 1
     }  # fmt: skip
-    assert [ended.prompt_tokens is None for ended in engine.ended] == [False] * 6 + [True] * 2
+    assert [ended.prompt_tokens is None for ended in engine.ended] == [False] * 7 + [True] * 2
 
 
 def test_a_step_that_fails_is_the_failure_of_its_requests(timed):
