@@ -149,7 +149,7 @@ def _engine_lines(name: str, entries: Mapping[str, dict[str, Any]]) -> list[str]
 
 def _level_line(level: Mapping[str, Any]) -> str:
     def milliseconds(found: Mapping[str, Any]) -> str:
-        return f"{found['median'] * 1e3:.2f} ms (p95 {found['p95'] * 1e3:.2f})" if found["n"] else "not measured"
+        return f"{found['p50'] * 1e3:.2f} ms (p99 {found['p99'] * 1e3:.2f})" if found["n"] else "not measured"
 
     return (
         f"  {level['concurrency']:>3} streams: {level['tokens_per_s']['median']:.0f} tokens/s; first token "

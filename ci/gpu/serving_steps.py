@@ -185,5 +185,5 @@ async def _measure(
                 ]
                 levels.append(summarise(concurrency, rounds[1:]))
             except ClientError as error:
-                levels.append({"concurrency": concurrency, "error": f"{type(error).__name__}: {error}"})
+                levels.append({"concurrency": concurrency, "error": str(error)})
             keep()

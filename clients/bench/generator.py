@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import aclosing
 
 from clients.bench.load import Load
-from clients.bench.prompts import Works
+from clients.bench.prompts import Source
 from clients.bench.records import Record, Run, Target
 from clients.errors import ClientError
 
@@ -23,18 +23,18 @@ PAUSE_AFTER_ERROR_S = 0.1
 AHEAD = 256  # requests that are made before the start, where their number is not known
 
 
-async def apply(target: Target, load: Load, works: Works, first: int = 0) -> Run:
+async def apply(target: Target, load: Load, works: Source, first: int = 0) -> Run:
     """Send the requests from number `first` on, and wait until all have ended.
 
     With a duration the window ends on time, and requests in flight are ended then. With a number of requests the window
     ends with the last answer.
     """
+    records: list[Record] = []
     numbers = itertools.islice(itertools.count(first), load.requests)
     works.prepare(first, load.requests or AHEAD)
-    records: list[Record] = []
     clock = asyncio.get_running_loop().time
     started, cpu = clock(), time.process_time()
-    run = _Requests(target, works, records, lambda: clock() - started)
+    run = _Requests(target, works, records, lambda: clock() - started, stops_at_error=load.stops_at_error)
     if load.streams is not None:
         tasks = [asyncio.create_task(run.stream(stream, numbers)) for stream in range(load.streams)]
     else:
@@ -58,13 +58,18 @@ async def apply(target: Target, load: Load, works: Works, first: int = 0) -> Run
 class _Requests:
     """Sends the requests of one load."""
 
-    def __init__(self, target: Target, works: Works, records: list[Record], now: Callable[[], float]) -> None:
+    def __init__(
+        self, target: Target, works: Source, records: list[Record], now: Callable[[], float], *, stops_at_error: bool
+    ) -> None:
         self.sent: list[asyncio.Task[Record]] = []  # requests of an open loop
         self._target, self._works, self._records, self._now = target, works, records, now
+        self._stops_at_error, self._is_over = stops_at_error, False
 
     async def stream(self, stream: int, numbers: Iterator[int]) -> None:
         """One stream of a closed loop."""
         for index in numbers:
+            if self._is_over:
+                return
             record = await self._request(index, stream, None)
             if record.error:
                 await asyncio.sleep(PAUSE_AFTER_ERROR_S)
@@ -73,6 +78,8 @@ class _Requests:
         """All requests of an open loop, each when it is due."""
         for index, due_s in zip(numbers, arrivals_s, strict=False):
             await asyncio.sleep(max(0.0, due_s - self._now()))
+            if self._is_over:
+                break
             self.sent.append(asyncio.create_task(self._request(index, index, due_s)))
         await asyncio.gather(*self.sent)
 
@@ -98,6 +105,7 @@ class _Requests:
                         break
         except ClientError as error:
             record.error, record.status, record.message = type(error).__name__, error.status, str(error)
+            self._is_over = self._stops_at_error
         except asyncio.CancelledError:
             record.cut = True
             raise

@@ -64,7 +64,7 @@ class Load:
     Closed loop: `streams` streams, each of which sends its next request when its last answer has ended. Open loop:
     requests arrive at random (a Poisson process) with `rate` requests a second on average, whether or not earlier ones
     are answered. One of the two is set. The load ends after `requests` requests or `duration_s` seconds; one of these
-    is set, too. Raises ConfigError for anything else.
+    is set, too. Raises ConfigError for anything else. With `stops_at_error` no request is sent after one has failed.
     """
 
     streams: int | None = None
@@ -72,6 +72,7 @@ class Load:
     requests: int | None = None
     duration_s: float | None = None
     seed: int = 0
+    stops_at_error: bool = False
 
     def __post_init__(self) -> None:
         problems = [

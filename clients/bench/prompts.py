@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from clients.bench.load import Lengths, Sampling, Work
 from export.errors import ConfigError
@@ -59,6 +59,30 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not prompts:
         raise ConfigError(f"reading {path}: found no prompt, expected one JSON object a line")
     return prompts
+
+
+class Source(Protocol):
+    """Where the generator gets its requests from."""
+
+    def prepare(self, first: int, count: int) -> None:
+        """Make requests ahead of time, so that making them takes no time while others are measured."""
+
+    def work(self, index: int) -> Work:
+        """Request number `index`."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Requests that the caller has made."""
+
+    works: Sequence[Work]
+
+    def prepare(self, first: int, count: int) -> None:
+        """There is nothing to make."""
+
+    def work(self, index: int) -> Work:
+        """Request number `index`."""
+        return self.works[index]
 
 
 @dataclass(kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from clients.bench.load import Work
@@ -10,6 +10,8 @@ from clients.bench.records import Arrival
 from clients.generation import AsyncClient
 from clients.messages import GenerationRequest
 
+# Takes the work, the model's name and the seconds that a request may take.
+MakeRequest = Callable[[Work, str, float | None], GenerationRequest]
 NO_END = -1  # value of end_id for "no token ends the answer"
 
 
@@ -30,16 +32,18 @@ def request_of(work: Work, model: str, timeout_s: float | None = None) -> Genera
 
 
 class TritonTarget:
-    """A model of a Triton server. The client belongs to the caller."""
+    """A model of a Triton server. The client belongs to the caller. `make` makes the request of one piece of work."""
 
     counting = "the token ids of each response"
 
-    def __init__(self, client: AsyncClient, model: str, timeout_s: float | None = None) -> None:
-        self._client, self._model, self._timeout_s = client, model, timeout_s
+    def __init__(
+        self, client: AsyncClient, model: str, timeout_s: float | None = None, make: MakeRequest = request_of
+    ) -> None:
+        self._client, self._model, self._timeout_s, self._make = client, model, timeout_s, make
 
     async def answer(self, work: Work) -> AsyncGenerator[Arrival, None]:
         """Send one request and yield what arrives. Raises ClientError."""
-        request = request_of(work, self._model, self._timeout_s)
+        request = self._make(work, self._model, self._timeout_s)
         async with aclosing(self._client.stream(request)) as pieces:
             async for piece in pieces:
                 yield Arrival(

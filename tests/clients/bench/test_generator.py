@@ -10,8 +10,8 @@ import pytest
 from bench_standin import StandIn, simulate, works
 
 from clients.bench.generator import PAUSE_AFTER_ERROR_S, apply
-from clients.bench.load import Load
-from clients.bench.prompts import Prompt
+from clients.bench.load import Load, Work
+from clients.bench.prompts import Listed, Prompt
 from clients.bench.records import Arrival
 from clients.bench.report import summarise
 from clients.errors import ServerOverloaded
@@ -192,6 +192,22 @@ def test_errors_are_counted_by_kind_and_leave_the_others_alone():
     assert report["requests"]["answered"] == 20 - bad
     assert report["window_s"] == pytest.approx(0.8 * (20 - bad) + PAUSE_AFTER_ERROR_S * bad)
     assert next(record.message for record in run.records if record.error).startswith("queue full")
+
+
+@pytest.mark.parametrize("load", [{"streams": 2}, {"rate": 100.0}])
+def test_a_load_that_stops_at_an_error_sends_nothing_after_it(load):
+    async def refused(work):
+        await asyncio.sleep(0.05)
+        raise ServerOverloaded("queue full", status="UNAVAILABLE")
+        yield
+
+    made = [Work(prompt="good", max_tokens=4)] * 3 + [Work(prompt="bad", max_tokens=4)] * 1000
+    run = simulate(lambda: apply(StandIn(script={"bad": refused}), Load(requests=1003, stops_at_error=True, **load),
+                                 Listed(made)))  # fmt: skip
+    first_error = min(record.end_s for record in run.records if record.error)
+    assert len(run.records) < 50
+    assert all(record.sent_s <= first_error for record in run.records)
+    assert sum(record.is_answered for record in run.records) == 3
 
 
 def test_a_fault_of_the_generator_is_no_failed_request():
