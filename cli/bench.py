@@ -16,7 +16,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument(
         "--openai", metavar="URL", help="http://HOST:PORT of a server of OpenAI's API, instead of --url"
     )
+    server.add_argument(
+        "--body", metavar="JSON", help="with --openai: fields that are added to every request, such as "
+        '\'{"timings_per_token": true}\', by which llama.cpp\'s server counts tokens',
+    )  # fmt: skip
     server.add_argument("--model", help="name of the model; not needed where the server has one only")
     server.add_argument(
         "--timeout", type=float, metavar="SECONDS", help="give a request up after so long (wait for ever)"
@@ -173,7 +177,7 @@ async def _opened(arguments: argparse.Namespace) -> AsyncIterator[Target]:
     if arguments.openai:
         from clients.bench.openai import opened
 
-        async with opened(arguments.openai, arguments.model, arguments.timeout) as target:
+        async with opened(arguments.openai, arguments.model, arguments.timeout, read_body(arguments.body)) as target:
             yield target
         return
     from cli.generate import the_one_ready
@@ -183,6 +187,17 @@ async def _opened(arguments: argparse.Namespace) -> AsyncIterator[Target]:
     async with AsyncClient(arguments.url) as client:
         model = arguments.model or the_one_ready(await client.models(), arguments.url)
         yield TritonTarget(client, model, arguments.timeout)
+
+
+def read_body(text: str | None) -> dict[str, Any]:
+    """The fields of --body. Raises ConfigError."""
+    try:
+        fields = json.loads(text or "{}")
+    except ValueError as error:
+        raise ConfigError(f"reading --body: {error}; expected a JSON object") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"reading --body: found {text}, expected a JSON object")
+    return fields
 
 
 def _lines(levels: list[Level]) -> list[str]:
@@ -223,7 +238,7 @@ def notes(levels: list[Level]) -> Rows:
         busy = f"{generator['cores']:.2f} cores"
         if generator["cores"] > BUSY_CORES:
             busy += "; the generator itself may limit the figures"
-        rows.append((f"load {name}", f"{_sizes(report)}; the generator took {busy}"))
+        rows.append((f"load {name}", f"{_sizes(records)}; the generator took {busy}"))
         if requests["without_a_token"] > requests["failed"]:
             count = requests["without_a_token"] - requests["failed"]
             rows.append((f"load {name}", f"{count} requests got no token before the end; they are in no percentile"))
@@ -237,9 +252,12 @@ def notes(levels: list[Level]) -> Rows:
     return rows
 
 
-def _sizes(report: Mapping[str, Any]) -> str:
-    sent = max(1, report["requests"]["sent"] - report["requests"]["without_a_token"])
-    return f"{report['input_tokens'] / sent:.0f} tokens a prompt, {report['output_tokens'] / sent:.0f} an answer"
+def _sizes(records: list[Record]) -> str:
+    """The mean tokens of prompts, where the server said how many there are, and of answers."""
+    prompts = [record.num_input_tokens for record in records if record.num_input_tokens is not None]
+    answers = [record.num_tokens for record in records if record.arrivals]
+    means = (f"{sum(counts) / len(counts):.0f}" if counts else "?" for counts in (prompts, answers))
+    return "{} tokens a prompt, {} an answer".format(*means)
 
 
 def _example(records: list[Record], kind: str) -> str:

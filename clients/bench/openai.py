@@ -168,9 +168,9 @@ async def opened(
         raise AddressInvalid(f"connecting to {url}: expected http://HOST:PORT, or the same with https")
     url = url.rstrip("/").removesuffix("/v1")
     limits = library.ClientTimeout(total=timeout_s)
-    async with library.ClientSession(
-        timeout=limits, connector=library.TCPConnector(limit=0), read_bufsize=_MOST_LINE
-    ) as session:
+    # Each request has a connection of its own, as llama.cpp's server closes one after an answer without saying so.
+    connector = library.TCPConnector(limit=0, force_close=True)
+    async with library.ClientSession(timeout=limits, connector=connector, read_bufsize=_MOST_LINE) as session:
         yield OpenAITarget(
             session=session, url=url, model=model or await _the_one_model(session, url), extra=extra or {}
         )

@@ -91,6 +91,8 @@ def test_a_server_that_gives_no_token_has_no_figures(server, capsys):
         (["--warm-up", "-1"], "--warm-up is -1, expected 0 or more"),
         (["--early", "2"], "the share of early ends is 2.0, expected 0 to 1"),
         (["--max-tokens", "x"], "reading --max-tokens: found 'x'"),
+        (["--openai", "http://127.0.0.1:1", "--body", "{"], "reading --body: "),
+        (["--openai", "http://127.0.0.1:1", "--body", "[]"], "reading --body: found [], expected a JSON object"),
         (["--prompts", "/nowhere.jsonl"], "/nowhere.jsonl"),
     ],
 )
