@@ -124,7 +124,7 @@ def benchmark(options: argparse.Namespace) -> int:
             await_quiet(f"round {number + 1} of {options.rounds}")
             bandwidths.append(measure_read_bandwidth(BANDWIDTH_BYTES, options.threads))
             rounds.append(_round(contenders, lengths, options.scenarios, engine, number))
-            result = json.loads(json.dumps(assemble({**about, "bandwidth": bandwidths}, rounds, before)))
+            result = assemble({**about, "bandwidth": bandwidths}, rounds, before)
             if options.output:
                 replace_file(options.output, json.dumps(result, indent=1) + "\n")
     if options.output:

@@ -8,6 +8,7 @@ import json
 import sys
 import threading
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ class InProcessTarget:
         left = threading.Event()
 
         def put(item: tuple[Piece, bool] | Exception) -> None:
-            loop.call_soon_threadsafe(came.put_nowait, item)
+            with suppress(RuntimeError):  # the loop is closed: nobody reads the answer any more
+                loop.call_soon_threadsafe(came.put_nowait, item)
 
         self._service.submit(
             Request(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -49,7 +50,7 @@ def assemble(about: Mapping[str, Any], rounds: Sequence[Round], before: Mapping[
     result = {
         "benchmark": "serving",
         "format_version": FORMAT_VERSION,
-        **about,
+        **json.loads(json.dumps(about)),  # as an earlier result is read
         "medians": {name: _medians([one[name] for one in rounds if name in one]) for name in names},
         "answers_to_bars": bars(rounds, names),
         "rounds": list(rounds),

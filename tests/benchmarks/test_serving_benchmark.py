@@ -131,7 +131,7 @@ def round_of(ours, llama, bandwidth=1.0):
     }  # fmt: skip
 
 
-ABOUT = {"model": {"name": "x"}, "load": {"streams": [1, 8]}, "machine": {}, "threads": 2, "not_run": {}}
+ABOUT = {"model": {"name": "x"}, "load": {"streams": (1, 8)}, "machine": {}, "threads": 2, "not_run": {}}
 
 
 def test_ratios_are_of_one_round_whatever_the_bandwidth_was():
@@ -148,7 +148,7 @@ def test_ratios_are_of_one_round_whatever_the_bandwidth_was():
 
 def test_an_earlier_result_is_compared_with_if_it_is_of_the_same_work():
     earlier = assemble(ABOUT, [round_of(10, 8)], None)
-    later = assemble(ABOUT, [round_of(20, 8)], earlier)
+    later = assemble(ABOUT, [round_of(20, 8)], json.loads(json.dumps(earlier)))
     assert later["over_before"]["load 1"] == {"tokens_per_s": 2, "first_token_s": 1, "resident_bytes": 1}
     with pytest.raises(ConfigError, match="found load .* expected .*; measure both with the same options"):
         assemble({**ABOUT, "load": {"streams": [1]}}, [round_of(20, 8)], earlier)
