@@ -50,8 +50,17 @@ class Slots:
         return self._cache.can_copy
 
     @property
+    def num_slots(self) -> int:
+        return self._cache.num_slots
+
+    @property
     def num_free(self) -> int:
-        return self._cache.num_slots - len(self._reserved)
+        return self.num_slots - len(self._reserved)
+
+    @property
+    def taken(self) -> list[int]:
+        """The slots of running sequences."""
+        return list(self._reserved)
 
     @property
     def reserved_bytes(self) -> int:
@@ -76,15 +85,22 @@ class Slots:
         return count <= self.num_free and self.reserved_bytes + count * self._cache.bytes_of(positions) <= self.budget
 
     def take(self, positions: int) -> int:
-        """The lowest free slot, so that the slots that a step covers lie close together. Call `fits` first."""
-        slot = next(slot for slot in range(self._cache.num_slots) if slot not in self._reserved)
+        """The lowest free slot, so that the slots that a step covers lie close together. Call `fits` first.
+
+        A slot that kept more than the sequence may take is emptied: beside the sequence that could not be done later.
+        """
+        slot = next(slot for slot in range(self.num_slots) if slot not in self._reserved)
         self._reserved[slot] = self._cache.bytes_of(positions)
-        idle = sorted((s for s in range(self._cache.num_slots) if s not in self._reserved), key=self._kept.__getitem__)
-        while idle and self.held_bytes > self.budget:
-            self._release(idle.pop())
-        if self.held_bytes > self.budget:
+        if self._kept[slot] > self._reserved[slot]:
             self._release(slot)
+        idle = sorted((s for s in range(self.num_slots) if s not in self._reserved), key=self._kept.__getitem__)
+        while self.held_bytes > self.budget:
+            self._release(idle.pop())
         return slot
+
+    def count_all(self, slot: int) -> None:
+        """Count all that the sequence in a slot has reserved as in memory, where it is not known what was written."""
+        self._kept[slot] = self._reserved[slot]
 
     def give(self, slot: int) -> None:
         """Free a slot. Its pages stay in memory until others need it."""
