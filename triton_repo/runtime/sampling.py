@@ -2,7 +2,7 @@
 
     samplers = [Sampler(plan, num_tokens=tokenizer.size) for plan in plans]      # one for each sequence
     for choice in choose_all(logits, samplers):                                  # logits float32 [R, V]
-        choice.token_id, choice.log_prob        # or a RequestError, which concerns that row alone
+        choice.token_id, choice.log_prob        # or an error, which concerns that row alone
 
 The steps, in order: logit bias; repetition, presence and frequency penalty; min_length and banned tokens; temperature,
 min-p, top-k, top-p. This is the order of vLLM (vllm/v1/sample/sampler.py), except that tokens are excluded after
@@ -209,17 +209,18 @@ class _Tally:
         self._counts[place] += 1
 
 
-def choose_all(logits: Iterable[Floats], samplers: Sequence[Sampler]) -> list[Choice | RequestError]:
+def choose_all(logits: Iterable[Floats], samplers: Sequence[Sampler]) -> list[Choice | Exception]:
     """The next token of each sequence: R rows of logits [V] and R samplers give R choices.
 
-    A row whose logits are NaN or infinite, or for which no token is left, has the RequestError in its place. Samplers
-    are independent, so that no row changes what another one gets. The logits are only read.
+    A row whose logits are NaN or infinite, or for which no token is left, has the RequestError in its place, and a row
+    whose `refuses` or `banned` raises has that error. Samplers are independent, so that no row changes what another one
+    gets. The logits are only read.
     """
-    found: list[Choice | RequestError] = []
+    found: list[Choice | Exception] = []
     for row, sampler in zip(logits, samplers, strict=True):
         try:
             found.append(sampler.choose(row))
-        except RequestError as error:
+        except Exception as error:  # whatever it is, it concerns this row alone
             found.append(error)
     return found
 

@@ -82,7 +82,7 @@ class SequenceEngine:
         self._clock, self._post = clock, post
         self._lock = threading.Lock()  # guards the scheduler's lists
         self._draining = self._ending = False
-        self._answer_s = 1.0  # how long a request runs, on average
+        self._answer_s = 1.0  # how long a sequence runs, on average
 
     # What any thread may call.
 
@@ -108,7 +108,7 @@ class SequenceEngine:
         """End the requests with a name. Returns how many there were. A waiting request is answered at once, a running
         one ends before its next step. No request has the name ""."""
         with self._lock:
-            running = {s.request for s in self._scheduler.running if name in s.request.names}
+            running = dict.fromkeys(s.request for s in self._scheduler.running if name in s.request.names)
             waiting = self._take_waiting(lambda request: name in request.names)
         for request in running:
             request.stopped.set()
@@ -163,7 +163,7 @@ class SequenceEngine:
     def look(self) -> None:
         """Ask whether the clients of all requests have gone; the next step ends those that have."""
         with self._lock:
-            requests = {s.request for s in self._scheduler.running} | set(self._scheduler.waiting)
+            requests = dict.fromkeys([*(s.request for s in self._scheduler.running), *self._scheduler.waiting])
         for request in requests:
             try:
                 request.is_gone = request.is_gone or request.outlet.is_cancelled()
@@ -178,7 +178,7 @@ class SequenceEngine:
         with self._lock:
             begun = self._scheduler.begin()
         now = self._clock()
-        for request in {sequence.request for sequence in begun}:
+        for request in dict.fromkeys(sequence.request for sequence in begun):
             request.begun_s = now
             self.stats.begun(now - request.arrived_s)
         shares = self._scheduler.shares()
@@ -189,13 +189,11 @@ class SequenceEngine:
         try:
             sampled = () if room is None else (room,)
             logits = self._session.step(self._cache, rows, *sampled)
+            self._account(shares, rows, self._clock() - now)
+            self.accounts.routed(room)
+            self._commit(shares, rows, logits)
         except Exception as error:  # whatever it is, the clients are told, and the engine goes on
-            for request in {share.sequence.request for share in shares}:
-                self._fail_running(request, error)
-            return True
-        self._account(shares, rows, self._clock() - now)
-        self.accounts.routed(room)
-        self._commit(shares, rows, logits)
+            self._fail_step(shares, error)
         return True
 
     def _end_requests(self) -> None:
@@ -245,7 +243,7 @@ class SequenceEngine:
             followers = [other for other in self._scheduler.running if other.source is sequence]
             if share.num_tokens and sequence.writer.wants_prompt:
                 self._echo(sequence, followers, row, own)
-            if sequence.num_left:
+            if sequence.num_left or not sequence.request.num_running:
                 continue
             for other in (sequence, *followers):
                 if other is not sequence:
@@ -257,7 +255,7 @@ class SequenceEngine:
         for sequence, choice in zip(due, choices, strict=True):
             if sequence not in self._scheduler.running:
                 continue  # another sequence of its request failed
-            if isinstance(choice, RequestError):
+            if isinstance(choice, Exception):
                 self._fail_running(sequence.request, choice)
             else:
                 self._write(sequence, choice)
@@ -277,7 +275,8 @@ class SequenceEngine:
             return
         if finish_reason:
             self._end(sequence, finish_reason)
-            self._answer_s += _RECENT * (now - request.arrived_s - self._answer_s)
+            if request.begun_s is not None:
+                self._answer_s += _RECENT * (now - request.begun_s - self._answer_s)
         if response is not None:
             self._send(request, response, is_last=bool(finish_reason) and not request.num_running)
 
@@ -287,11 +286,10 @@ class SequenceEngine:
         targets = prompt[done - len(row.token_ids) + 1 : done + 1]
         try:
             log_probs = log_probabilities_of(logits[: len(targets)], targets, self._num_tokens)
-        except RequestError as error:
+            for other in (sequence, *followers):
+                other.writer.take_prompt(log_probs)
+        except Exception as error:  # whatever it is, the client is told
             self._fail_running(sequence.request, error)
-            return
-        for other in (sequence, *followers):
-            other.writer.take_prompt(log_probs)
 
     # Ends.
 
@@ -310,6 +308,16 @@ class SequenceEngine:
         for sequence in [s for s in self._scheduler.running if s.request is request]:
             self._end(sequence, "failed", error)
         self._post(partial(_fail, request, error))
+
+    def _fail_step(self, shares: Items[Share], error: Exception) -> None:
+        """End the requests of a step that failed. How far it wrote into their slots is not known."""
+        failed = dict.fromkeys(share.sequence.request for share in shares)
+        for sequence in self._scheduler.running:
+            if sequence.request in failed:
+                self._scheduler.slots.count_all(sequence.slot)
+        for request in failed:
+            if request.num_running:
+                self._fail_running(request, error)
 
     def _withdraw(self, request: Request[Any], how: str) -> None:
         """End a request that has not begun."""
@@ -352,12 +360,13 @@ class SequenceEngine:
 
     def _impossible(self, request: Request[Any]) -> RequestError | None:
         """The refusal of what could not begin on an idle server either."""
-        if len(request.writers) > self.limits.slots:
+        slots = self._scheduler.slots
+        if len(request.writers) > slots.num_slots:
             return RequestError(
                 f"reading the request: num_return_sequences: found {len(request.writers)}, expected at most "
-                f"{self.limits.slots}, the sequences that this server computes at a time; ask for fewer"
+                f"{slots.num_slots}, the sequences that this server computes at a time; ask for fewer"
             )
-        most = self._scheduler.slots.most_positions(len(request.writers))
+        most = slots.most_positions(len(request.writers))
         if request.num_positions > most:
             return RequestError(
                 f"reading the request: prompt and max_tokens of {request.num_positions + 1} tokens for "
@@ -367,7 +376,7 @@ class SequenceEngine:
         return None
 
     def _overloaded(self, problem: str) -> RequestError:
-        rounds = (len(self._scheduler.waiting) + self.limits.slots) / self.limits.slots
+        rounds = 1 + len(self._scheduler.waiting) / self._scheduler.slots.num_slots
         return RequestError(
             f"answering the request: {problem} on this server; send it again in about "
             f"{max(1, round(rounds * self._answer_s))} s, or to another server",

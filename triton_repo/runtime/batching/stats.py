@@ -1,10 +1,11 @@
 """Counts what an engine of sequences does, for metrics. Times are in seconds.
 
-One thread steps and counts; readers may see a count that is one step old.
+One thread steps and counts; readers may see a count that is one step old. Any thread may refuse and end requests.
 """
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
@@ -50,9 +51,11 @@ class Stats:
     step_s: Histogram = field(default_factory=lambda: Histogram(_STEPS_S))
     first_token_s: Histogram = field(default_factory=lambda: Histogram(_WAITS_S))  # since the request arrived
     between_tokens_s: Histogram = field(default_factory=lambda: Histogram(_STEPS_S))
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)  # of the two counters
 
     def refused(self, reason: str) -> None:
-        self.refusals[reason] += 1
+        with self._lock:
+            self.refusals[reason] += 1
 
     def begun(self, waited_s: float) -> None:
         self.queue_s.add(waited_s)
@@ -67,4 +70,5 @@ class Stats:
         (self.first_token_s if first else self.between_tokens_s).add(seconds)
 
     def ended(self, how: str) -> None:
-        self.ends[how] += 1
+        with self._lock:
+            self.ends[how] += 1
