@@ -230,8 +230,7 @@ class SequenceEngine:
         num_decoding = sum(not share.num_tokens for share in shares)
         prompt_tokens = sum(len(row.token_ids) for row in rows) - num_decoding
         self.stats.stepped(seconds, prompt_tokens)
-        if prompt_tokens and num_decoding:
-            self._scheduler.pace.learn(prompt_tokens, seconds)
+        self._scheduler.pace.learn(prompt_tokens, seconds)
 
     def _commit(self, shares: Items[Share], rows: Items[Row], logits: Floats) -> None:
         """Take the logits of a step: prompts move on, and every sequence that is due gets its next token."""

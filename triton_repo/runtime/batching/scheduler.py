@@ -4,7 +4,8 @@ Requests begin in the order of their arrival, as soon as a slot is free and the 
 whose prompt is computed takes one token in every step. What is left of the step goes to prompts: at most as many of
 their tokens as keep the step within a target time, so that no running answer pauses for long beside a long prompt.
 Half of them goes to the prompt that began first, the other half to the prompt that has got least, so that a short
-prompt does not wait for long ones and a long one is not held up by many short ones. There are no priorities.
+prompt does not wait for long ones and a long one is not held up by many short ones. Where no answer runs, prompts take
+the whole width of a step, unless one of them has a short rest: that is computed at once. There are no priorities.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ from triton_repo.runtime.batching.slots import Slots
 FEWEST_TOKENS = 16  # of prompts in a step; fewer would read all weights for little
 MOST_TOKENS = 128  # the width of a step: trt_build.ort.session.PREFILL_CHUNK_TOKENS
 _FIRST_TOKENS = 32  # before a step was measured
+# The part of the target that is aimed at. Where memory becomes 2.3 times as slow from one step to the next, a step
+# still takes less than twice the target longer than one without prompts.
+_AIM = 0.85
+_LEAST = 0.75  # of the same time: what prompts get at least, however long answers take
+_FORGETTING = 1.01  # by which the shortest step of answers counts as longer with each step, so that it is a recent one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,18 +39,29 @@ class Limits:
 
 
 class Pace:
-    """How many tokens of prompts a step beside running answers may take: learnt from how long such steps took."""
+    """How many tokens of prompts a step beside running answers may take: learnt from how long steps took.
+
+    Where answers alone take most of the target time, prompts get a part of it beside them: the pause is then longer,
+    but else a prompt would wait for as long as the answers run.
+    """
 
     def __init__(self, target_s: float) -> None:
-        self._target_s = target_s
+        self._aim_s = _AIM * target_s
+        self._answers_s = 0.0  # of a step without prompts
         self.num_tokens = _FIRST_TOKENS
 
     def learn(self, num_tokens: int, seconds: float) -> None:
         """A step with so many tokens of prompts took so long. A step with fewer tokens than allowed teaches only that
         they are too many."""
-        fitting = int(num_tokens * min(2.0, max(0.5, self._target_s / max(seconds, 1e-6))))
-        if num_tokens == self.num_tokens or fitting < num_tokens:
-            self.num_tokens = min(MOST_TOKENS, max(FEWEST_TOKENS, fitting))
+        if not num_tokens:
+            self._answers_s = min(seconds, _FORGETTING * (self._answers_s or seconds))
+            return
+        aim_s = max(self._aim_s, self._answers_s + _LEAST * self._aim_s)
+        fitting = int(num_tokens * min(2.0, aim_s / max(seconds, 1e-6)))
+        if fitting < num_tokens:
+            self.num_tokens = max(FEWEST_TOKENS, min(self.num_tokens, fitting))
+        elif num_tokens >= self.num_tokens:
+            self.num_tokens = min(MOST_TOKENS, max(fitting, num_tokens + 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +110,21 @@ class Scheduler:
         """What the next step computes, in the order of slots. Empty if nothing runs."""
         decoding = [sequence for sequence in self.running if not sequence.num_left and not sequence.is_waiting]
         prompts = [sequence for sequence in self.running if sequence.num_left]
-        room = self.pace.num_tokens if decoding else MOST_TOKENS
+        room = max(FEWEST_TOKENS, MOST_TOKENS - len(decoding))
+        counts = split(prompts, min(room, self.pace.num_tokens)) if decoding else self._split_alone(prompts)
         shares = [Share(sequence=sequence, num_tokens=0) for sequence in decoding]
-        shares += [Share(sequence=prompt, num_tokens=count) for prompt, count in split(prompts, room) if count]
+        shares += [Share(sequence=prompt, num_tokens=count) for prompt, count in counts if count]
         return sorted(shares, key=lambda share: share.sequence.slot)
+
+    def _split_alone(self, prompts: Items[Sequence]) -> list[tuple[Sequence, int]]:
+        """Share a step in which no answer runs among prompts. A short rest of a prompt is computed in one step, and the
+        others go at the pace beside it: it is an answer's first token that waits for them."""
+        shortest = min(prompts, key=lambda prompt: prompt.num_left, default=None)
+        if shortest is None or shortest.num_left > MOST_TOKENS // 2:
+            return split(prompts, MOST_TOKENS)
+        others = [prompt for prompt in prompts if prompt is not shortest]
+        room = min(self.pace.num_tokens, MOST_TOKENS - shortest.num_left)
+        return [(shortest, shortest.num_left), *split(others, room)]
 
 
 def split(prompts: Items[Sequence], room: int) -> list[tuple[Sequence, int]]:
