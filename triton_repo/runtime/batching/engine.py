@@ -139,6 +139,16 @@ class SequenceEngine:
         for sequence in list(self._scheduler.running):
             self._cancel(sequence, "stopping")
 
+    def fail_all(self, error: Exception) -> None:
+        """End all requests with an error. Only while no other thread is in `step`."""
+        with self._lock:
+            waiting = self._take_waiting(lambda _request: True)
+        for request in waiting:
+            self.accounts.ended(request, "failed", error)
+            self._post(partial(_fail, request, error))
+        for request in dict.fromkeys(sequence.request for sequence in self._scheduler.running):
+            self._fail_running(request, error)
+
     def counts(self) -> tuple[int, int]:
         """How many requests run and how many wait."""
         with self._lock:

@@ -56,8 +56,11 @@ class Runner:
     ) -> None:
         self._pulse = pulse or NoPulse()
         self._actions: queue.SimpleQueue[_Action | None] = queue.SimpleQueue()
+        self._posting = threading.Lock()  # guards _has_sender
+        self._has_sender = True
+        self._reporting = threading.Lock()
         self._is_looking = threading.Event()  # whether a look is among the actions
-        self.engine = make(self._actions.put)
+        self.engine = make(self._post)
         self._changed = threading.Condition()
         self._closed = False
         self._threads = [
@@ -76,7 +79,9 @@ class Runner:
 
     def stop(self, name: str) -> int:
         """End the requests with a name, whether they run or wait. Returns how many there were."""
-        return self.engine.stop(name)
+        found = self.engine.stop(name)
+        self._report()
+        return found
 
     def drain(self) -> None:
         """Refuse the requests that wait and all further ones; running ones are finished."""
@@ -95,9 +100,21 @@ class Runner:
         for thread in self._threads:
             thread.join()
 
+    def _post(self, action: _Action) -> None:
+        """Have the sending thread run an action. A thread that stops or drains while the runner is closed may be too
+        late for that; then it runs the action itself, after all that was posted before."""
+        with self._posting:
+            if self._has_sender:
+                self._actions.put(action)
+                return
+        self._threads[-1].join()
+        action()
+
     def _report(self) -> None:
-        running, waiting = self.engine.counts()
-        self._pulse.report(running=running, waiting=waiting)
+        # Counted and reported by one thread at a time, so that the last report has the last counts.
+        with self._reporting:
+            running, waiting = self.engine.counts()
+            self._pulse.report(running=running, waiting=waiting)
 
     def _compute(self) -> None:
         self._pulse.step()  # a supervisor expects steps of those that have made one
@@ -109,15 +126,18 @@ class Runner:
             try:
                 if self.engine.step():
                     self._pulse.step()
-            except Exception:  # a fault of ours; the requests that it concerns are not known
+            except Exception as error:  # a fault of ours; the requests that it concerns are not known
                 logger.exception("a step of the engine failed")
+                self.engine.fail_all(error)
             self._report()
             if not self._is_looking.is_set():
                 self._is_looking.set()
-                self._actions.put(self._look)
+                self._post(self._look)
         self.engine.end_all()
         self._report()
-        self._actions.put(None)
+        with self._posting:
+            self._has_sender = False
+            self._actions.put(None)
 
     def _look(self) -> None:
         self._is_looking.clear()
