@@ -163,6 +163,8 @@ def test_threads_that_submit_stop_drain_and_close_lose_nothing(seed, made, caplo
         time.sleep(rng.uniform(0, 0.05))
         if rng.random() < 0.5:
             each.runner.drain()
+        if rng.random() < 0.3:
+            each.runner.end_running()
         if rng.random() < 0.5:
             each.runner.close()
 
