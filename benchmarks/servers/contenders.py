@@ -23,6 +23,7 @@ from clients.bench.openai import opened
 from clients.bench.records import Target
 from clients.bench.triton import TritonTarget
 from clients.generation import AsyncClient
+from decode.machine import busy_seconds
 from decode.orders import Worker, worker_process
 from export.errors import ConfigError
 from servers.scenarios import SCENARIOS, Order
@@ -49,12 +50,31 @@ class Contender:
         self._signal(signal.SIGSTOP)
 
     def measure(self, order: Order) -> dict[str, Any]:
-        """Run a scenario. The result has the memory of the server's processes after it."""
+        """Run a scenario. The result has the memory of the server's processes after it, and how many cores other
+        programs kept busy meanwhile: servers whose threads wait for one another lose much more than that share."""
         self._signal(signal.SIGCONT)
         try:
-            return {**self._measure(order), "memory": self.memory()}
+            begun, busy, own = time.monotonic(), busy_seconds(), self._own_seconds()
+            found = self._measure(order)
+            others = (busy_seconds() - busy) - (self._own_seconds() - own)
+            return {
+                **found,
+                "memory": self.memory(),
+                "others_cores": max(0.0, others / (time.monotonic() - begun)),
+            }
         finally:
             self._signal(signal.SIGSTOP)
+
+    def _own_seconds(self) -> float:
+        """Processor seconds of the server's processes and of this one."""
+        ticks = 0
+        for pid in {*family(self._pid), os.getpid()}:
+            try:
+                words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            except OSError:  # it has ended
+                continue
+            ticks += int(words[11]) + int(words[12])  # utime and stime, proc(5)
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def memory(self) -> dict[str, int]:
         """Bytes of the server's processes: resident, and the part of it that no file backs."""

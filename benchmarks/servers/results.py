@@ -10,6 +10,7 @@ from typing import Any
 from export.errors import ConfigError
 
 FORMAT_VERSION = 1
+BUSY_CORES = 0.1  # if other programs use more cores than this, the figures suffer
 # One round: contender -> scenario -> the answer; the scenario `load` has one for each number of streams.
 Round = Mapping[str, Mapping[str, Any]]
 Value = Callable[[Mapping[str, Any]], float | None]
@@ -83,6 +84,7 @@ def _medians(turns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 name: median([answer[name] for answer in answers])
                 for name in ("alone_s", "first_s", "longest_pause_s", "streams_running_when_it_arrived")
             } | {"step_s": median([step for answer in answers for step in answer["steps_s"]])}
+        found[scenario]["others_cores"] = median([answer["others_cores"] for answer in answers])
         found[scenario]["resident_bytes"] = median([resident(answer) for answer in answers])
         found[scenario]["anonymous_bytes"] = median([answer["memory"]["anonymous_bytes"] for answer in answers])
     return found
@@ -195,6 +197,14 @@ def table(result: Mapping[str, Any]) -> str:
     lines += [f"{name}: {_text(value)}" for name, value in result["answers_to_bars"].items()]
     for scenario, ratios in result.get("over_before", {}).items():
         lines += [f"over before, {scenario}: {', '.join(f'{name} {_text(ratio)}' for name, ratio in ratios.items())}"]
+    busy = [
+        f"{name} {scenario}: {found['others_cores']:.2f}"
+        for name, scenarios in result["medians"].items()
+        for scenario, found in scenarios.items()
+        if found["others_cores"] > BUSY_CORES
+    ]
+    if busy:
+        lines.append(f"in doubt, as other programs kept cores busy: {', '.join(busy)}")
     lines += [f"not run: {name}: {reason}" for name, reason in result["not_run"].items()]
     return "\n".join(lines)
 

@@ -19,7 +19,7 @@ from export.errors import ConfigError
 from servers import scenarios
 from servers.contenders import Contender, family
 from servers.in_process import InProcessTarget
-from servers.results import assemble, check_kind
+from servers.results import assemble, check_kind, table
 from servers.vocabulary import read_vocabulary
 from triton_repo.contracts.model_parameters import EngineInstance, ModelParameters
 from triton_repo.runtime.single.service import Service
@@ -99,6 +99,7 @@ def test_a_contender_and_its_children_run_only_in_their_turn():
         assert "T" not in states[0]
         assert [*map(state_of, members)] == ["T", "T"]
         assert measured["a"] == 1
+        assert measured["others_cores"] >= 0
         assert measured["memory"]["resident_bytes"] > measured["memory"]["anonymous_bytes"] > 1_000_000
         contender.release()
         process.communicate(b"\n")
@@ -111,12 +112,12 @@ def load_answer(rate, first, resident=1000):
     return {
         "output_tokens_per_s": rate, "all_streams_running": {"seconds": 1, "tokens_per_s": rate * 2},
         "first_token_s": spread, "between_tokens_s": spread, "longest_pause_s": 1, "fairness": {"jain": 1},
-        "generator": {"cores": 0.1}, "memory": {"resident_bytes": resident, "anonymous_bytes": 1},
+        "generator": {"cores": 0.1}, "memory": {"resident_bytes": resident, "anonymous_bytes": 1}, "others_cores": 0.0,
     }  # fmt: skip
 
 
 def round_of(ours, llama, bandwidth=1.0):
-    memory = {"memory": {"resident_bytes": 1, "anonymous_bytes": 1}}
+    memory = {"memory": {"resident_bytes": 1, "anonymous_bytes": 1}, "others_cores": 0.3}
     return {
         "ours": {
             "load 1": load_answer(ours * bandwidth, 0.5), "load 8": load_answer(3 * ours * bandwidth, 2.0),
@@ -129,6 +130,13 @@ def round_of(ours, llama, bandwidth=1.0):
                      "steps_s": [0.1], **memory},
         },
     }  # fmt: skip
+
+
+def test_turns_beside_other_programs_are_told():
+    result = assemble(ABOUT, [round_of(10, 8)], None)
+    assert table(result).endswith(
+        "in doubt, as other programs kept cores busy: ours first: 0.30, in-process first: 0.30, llama-q4_0 long: 0.30"
+    )
 
 
 ABOUT = {"model": {"name": "x"}, "load": {"streams": (1, 8)}, "machine": {}, "threads": 2, "not_run": {}}
