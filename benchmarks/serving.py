@@ -60,6 +60,7 @@ NAMES = ("ours", "in-process", "llama-q4_0", "llama-q4_k_m", "vllm")
 SCENARIOS = ("load", "first", "long")
 BANDWIDTH_BYTES = 1 << 28
 LONG_STREAMS = 4
+WARM_UP = {"scenario": "load", "streams": 1, "requests": 1}
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +119,8 @@ def benchmark(options: argparse.Namespace) -> int:
             "contenders": {contender.name: dict(contender.notes) for contender in contenders},
             "not_run": not_run,
         }
+        for contender in contenders:  # one request each that does not count: it reads the weights from the disk
+            contender.measure({**_order(lengths, engine, options.rounds), **WARM_UP})
         rounds: list[Round] = []
         bandwidths: list[float] = []
         for number in range(options.rounds):
@@ -214,12 +217,17 @@ def _started(
     return contenders, not_run
 
 
+def _order(lengths: Lengths, engine: Path, seed: int) -> dict[str, Any]:
+    """What all orders of a round have in common."""
+    return {**dataclasses.asdict(lengths), "tokenizer": str((engine / "tokenizer.json").resolve()), "seed": seed}
+
+
 def _round(
     contenders: Sequence[Contender], lengths: Lengths, scenarios: Sequence[str], engine: Path, number: int
 ) -> Round:
     """Each scenario of each contender once. The order of contenders changes from round to round."""
     turns: dict[str, dict[str, Any]] = {contender.name: {} for contender in contenders}
-    order = {**dataclasses.asdict(lengths), "tokenizer": str((engine / "tokenizer.json").resolve()), "seed": number}
+    order = _order(lengths, engine, number)
     tasks: list[tuple[str, dict[str, Any]]] = []
     if "first" in scenarios:
         tasks.append(("first", {"scenario": "first", "requests": lengths.short_requests}))
