@@ -98,8 +98,7 @@ class Client:
         return collect(self._pieces(request, wire.build_request(request, stream=False)))
 
     def generate_all(self, request: GenerationRequest) -> tuple[Generation, ...]:
-        """The whole answers to the prompt, `num_return_sequences` of them, each of which the server sends in one
-        response."""
+        """The whole answers to the prompt, `num_return_sequences` of them. The server sends each in one response."""
         return collect_all(self._pieces(request, wire.build_request(request, stream=False)))
 
     def _pieces(self, request: GenerationRequest, message: pb.ModelInferRequest) -> Generator[Piece, None, None]:
@@ -241,8 +240,7 @@ class AsyncClient:
             return collect([piece async for piece in pieces])
 
     async def generate_all(self, request: GenerationRequest) -> tuple[Generation, ...]:
-        """The whole answers to the prompt, `num_return_sequences` of them, each of which the server sends in one
-        response."""
+        """The whole answers to the prompt, `num_return_sequences` of them. The server sends each in one response."""
         async with aclosing(self._pieces(request, wire.build_request(request, stream=False))) as pieces:
             return collect_all([piece async for piece in pieces])
 

@@ -95,7 +95,7 @@ def collect(pieces: Iterable[Piece]) -> Generation:
 
 
 def collect_all(pieces: Iterable[Piece]) -> tuple[Generation, ...]:
-    """The whole answers to one prompt, in the order of `sequence_index`, of which `pieces` are the pieces in order."""
+    """The whole answers to one prompt, in the order of `sequence_index`. `pieces` are the pieces of all of them."""
     parts: defaultdict[int, list[Piece]] = defaultdict(list)
     for piece in pieces:
         parts[piece.sequence_index].append(piece)

@@ -56,7 +56,7 @@ async def load(target: Target, order: Order) -> dict[str, Any]:
 
 
 async def first(target: Target, order: Order) -> dict[str, Any]:
-    """Seconds to the first token of short requests, of which the first does not count."""
+    """Seconds to the first token of short requests. The first request does not count."""
     works = works_of(order, order["short_prompt_tokens"], 1)
     run = await apply(target, Load(streams=1, requests=order["requests"] + 1), works)
     _require_answers(run)

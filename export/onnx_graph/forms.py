@@ -80,7 +80,7 @@ class ScoringGraph(_MaskedGraph):
 
 
 class ServingGraph(GraphBuilder):
-    """Tokens [T] of B sequences, of which each takes at most S. The inputs beside them say which are whose:
+    """Tokens [T] of B sequences; each sequence takes at most S of them. The inputs beside them say which are whose:
 
     token_of_query   int64 [B, S]  the token at each place of a sequence; any token where there is padding
     query_of_token   int64 [T]     the place of each token, as a number of B*S

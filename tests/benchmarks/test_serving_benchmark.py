@@ -63,7 +63,7 @@ def test_a_long_prompt_at_a_server_that_answers_one_at_a_time(order):
     found = simulate(lambda: scenarios.long(StandIn(one_at_a_time=True), {**order, "long_max_tokens": 400}))
     assert found["streams_running_when_it_arrived"] == 1
     assert found["alone_s"] == pytest.approx(0.5)
-    # 40.4 s for each of the four, of which the first has had 20 s.
+    # 40.4 s for each of the four; the first has had 20 s of them.
     assert found["first_s"] == pytest.approx(4 * 40.4 - scenarios.WAIT_S + 0.5, abs=0.02)
 
 
