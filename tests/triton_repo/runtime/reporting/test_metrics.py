@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from reported import STEP_S, FakeFamilies, Timed
 
@@ -116,6 +117,9 @@ def test_experts_have_the_numbers_of_their_layers(scripted, byte_level, families
     engine = Timed(scripted("return hello"), byte_level, routing=routing)
     metrics = Metrics(engine.engine, "tiny", families)
     engine.engine.stats.expert_tokens += [[1, 2], [3, 4]]
+    for _ in range(4):
+        metrics.publish()
+    assert families.of("moeship_expert_tokens_total", layer="1", expert="0") == 0
     metrics.publish()
     found = [
         families.of("moeship_expert_tokens_total", layer=layer, expert=expert) for layer in "13" for expert in "01"
@@ -143,5 +147,8 @@ def test_the_last_changes_are_published_at_the_end(engine, families):
     metrics = Metrics.start(engine.engine, "tiny", families)
     engine.submit("a")
     engine.run()
+    engine.engine.accounts.routing = Routing(layers=(0,), expert_order=(0,), experts_per_token=1)
+    engine.engine.stats.expert_tokens = np.full((1, 1), 7)
     metrics.stop()
     assert families.of("moeship_requests_ended_total", end="length") == 1
+    assert families.of("moeship_expert_tokens_total", layer="0", expert="0") == 7
