@@ -39,6 +39,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"moeship's CPU kernels are not used: {fault.reason}; {fault.remedy}")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_a_session() -> Iterator[None]:
+    """A session of ONNX Runtime computes in one thread here, where its options do not ask for more. Of models this
+    small the threads of a pool mostly spin while they wait for each other."""
+    import onnxruntime
+
+    class OneThread(onnxruntime.SessionOptions):
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "SessionOptions", OneThread)
+        yield
+
+
 # Blocks of 32 must divide H and F; E, K, L and the head count stay unequal so that no swapped axis fits.
 QUANTIZABLE = {
     "hidden_size": 192, "num_heads": 6, "ffn_size": 448, "num_layers": 3, "rotary_dim": 16, "max_positions": 640,

@@ -162,6 +162,7 @@ class Node:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Every tensor is an allocation of its own, past whose end the sanitizers and valgrind see a read.
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         if level.startswith(EMULATED):
