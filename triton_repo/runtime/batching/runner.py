@@ -8,8 +8,9 @@
     runner.close()
 
 Every method except `close` returns at once, so that a model's `execute` can always take the next request. Responses are
-sent while the next step is computed. Between two steps the sending thread asks once whether each client has gone, which
-takes about 0.1 ms for each request.
+sent while the next step is computed. The sending thread asks once a step whether each client has gone, which takes
+about 0.1 ms for each request. In a long step it asks shortly before the end, so that a slot is free after the step in
+which its client left, and not one step later.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from triton_repo.runtime.batching.engine import SequenceEngine
@@ -26,6 +29,9 @@ from triton_repo.runtime.batching.sequence import Request
 logger = logging.getLogger(__name__)
 
 _Action = Callable[[], object]
+# A shorter step is not worth a wait for its end: clients are asked for behind it.
+LONG_STEP_S = 0.02
+_LOOK_AT = 0.8  # of the time that the step before took
 
 
 class Pulse(Protocol):
@@ -60,6 +66,9 @@ class Runner:
         self._has_sender = True
         self._reporting = threading.Lock()
         self._is_looking = threading.Event()  # whether a look is among the actions
+        self._is_stepping = False
+        self._look_s: float | None = None  # the sending thread's next look in a long step, and the time between two
+        self._look_again_s = 0.0
         self.engine = make(self._post)
         self._changed = threading.Condition()
         self._closed = False
@@ -118,11 +127,15 @@ class Runner:
 
     def _compute(self) -> None:
         self._pulse.step()  # a supervisor expects steps of those that have made one
+        took_s = 0.0
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self.engine.has_work())
                 if self._closed:
                     break
+            begun_s, self._is_stepping = time.monotonic(), True
+            if took_s >= LONG_STEP_S:
+                self._post(partial(self._plan_look, begun_s, took_s))
             try:
                 if self.engine.step():
                     self._pulse.step()
@@ -130,7 +143,8 @@ class Runner:
                 logger.exception("a step of the engine failed")
                 self.engine.fail_all(error)
             self._report()
-            if not self._is_looking.is_set():
+            took_s, self._is_stepping = time.monotonic() - begun_s, False
+            if took_s < LONG_STEP_S and not self._is_looking.is_set():
                 self._is_looking.set()
                 self._post(self._look)
         self.engine.end_all()
@@ -143,8 +157,24 @@ class Runner:
         self._is_looking.clear()
         self.engine.look()
 
+    def _plan_look(self, begun_s: float, step_s: float) -> None:
+        self._look_s, self._look_again_s = begun_s + _LOOK_AT * step_s, (1 - _LOOK_AT) * step_s
+
+    def _look_in_step(self) -> None:
+        """Look, and plan another look in case that the step takes longer than the one before."""
+        self.engine.look()
+        self._look_s = time.monotonic() + self._look_again_s if self._is_stepping else None
+
+    def _next_action(self) -> _Action | None:
+        if self._look_s is None:
+            return self._actions.get()
+        try:
+            return self._actions.get(timeout=max(0.0, self._look_s - time.monotonic()))
+        except queue.Empty:
+            return self._look_in_step
+
     def _act(self) -> None:
-        while (action := self._actions.get()) is not None:
+        while (action := self._next_action()) is not None:
             try:
                 action()
             except Exception:  # the other requests must still be answered

@@ -11,7 +11,7 @@ import pytest
 from batching_standins import VOCABULARY, Client, Cost, StandInCache, StandInSession, Wish, alone
 
 from triton_repo.runtime.batching.engine import SequenceEngine
-from triton_repo.runtime.batching.runner import Runner
+from triton_repo.runtime.batching.runner import LONG_STEP_S, Runner
 from triton_repo.runtime.batching.scheduler import Limits
 from triton_repo.runtime.batching.slots import Slots
 
@@ -335,6 +335,27 @@ def test_a_client_that_has_gone_is_noticed_while_others_are_computed(made):
     wait_for(lambda: leaving.is_over and staying.is_over)
     assert leaving.end_of(0) == "cancelled"
     assert is_answered(staying)
+
+
+def test_a_client_that_leaves_in_a_long_step_is_not_in_the_next_one(made):
+    each = made(step_s=2 * LONG_STEP_S)
+    leaving, staying = each.submit(1, most_tokens=190), each.submit(2, most_tokens=190)
+    wait_for(lambda: len(leaving.parts) >= 2 and len(staying.parts) >= 2)
+    rows = []
+
+    def hold_the_first(given):
+        if not rows:
+            each.gate.clear()
+        rows.append(len(given))
+
+    each.session.before = hold_the_first
+    wait_for(lambda: rows)
+    leaving.has_left = True
+    wait_for(lambda: each.runner.engine._scheduler.running[0].request.is_gone)
+    each.gate.set()
+    wait_for(lambda: len(rows) > 1)
+    each.runner.engine.stop("2")
+    assert rows[:2] == [2, 1]
 
 
 def test_a_fault_of_the_engine_ends_its_requests_and_no_later_ones(made, caplog):
