@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,10 @@ import pytest
 from export.files.output import forget_pages
 from tests.checkpoints import write_phixtral_checkpoint
 from trt_build.build_engine import BuildOptions, build_engine
+from trt_build.engine import open_engine
+from trt_build.errors import EngineError
 from trt_build.ort.device import read_in_huge_pages
+from trt_build.ort.session import Row, Session
 
 MEMORY_PROGRAM = """
 import sys
@@ -54,3 +58,26 @@ def test_reading_ahead_takes_any_file_and_changes_nothing(tmp_path):
         forget_pages(path)
         read_in_huge_pages(path)
         assert path.read_bytes() == bytes(range(256)) * (num_bytes // 256 + 1)
+
+
+def test_a_step_of_weights_that_were_written_over_is_an_error_and_one_of_replaced_weights_is_not(tmp_path, tiny_engine):
+    folder = shutil.copytree(tiny_engine, tmp_path / "engine")
+    data = folder / "model.onnx.data"
+    session = Session(open_engine(folder, check_digests=False), threads=1)
+    cache = session.new_cache(2)
+    rows = [Row(slot=0, token_ids=[3, 4, 5]), Row(slot=1, token_ids=[6])]
+    before = session.step(cache, rows).copy()
+
+    other = tmp_path / "other"
+    other.write_bytes(bytes(data.stat().st_size))
+    kept = tmp_path / "kept"
+    kept.hardlink_to(data)
+    other.replace(data)
+    cache.shorten(0, 0), cache.shorten(1, 0)
+    assert (session.step(cache, rows) == before).all()
+
+    with kept.open("r+b") as file:
+        file.write(bytes(4096))
+    cache.shorten(0, 0), cache.shorten(1, 0)
+    with pytest.raises(EngineError, match="model.onnx.data was written to while it was in use"):
+        session.step(cache, rows)

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from export.checkpoint.file_table import TOKENIZER_FILE
 from export.errors import MoeshipError, listing
+from export.exporter import DATA_FILE
 from export.tokenizer.loading import load_tokenizer
 from triton_repo.contracts.model_parameters import TextParameters
 from triton_repo.contracts.seal import is_sealed
@@ -27,6 +28,7 @@ from triton_repo.serving.repository_check import check_repository
 from triton_repo.serving.server import Server, ServerOptions, prepared
 from triton_repo.supervision.watch import Limits, Watch
 from trt_build.manifest import MANIFEST_FILE
+from trt_build.ort.mapped_file import MappedFile
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ def supervise(options: ServerOptions, policy: RestartPolicy, reporter: Reporter)
                 with preparation.started(all_restarts) as server:
                     began = time.monotonic()
                     # Before anyone is told of the server, so that a process that dies right afterwards is noticed.
-                    watch = Watch(server, policy.limits)
+                    watch = Watch(server, policy.limits, _mapped_weights(options.repository))
                     if not restarts:
                         unserved = frozenset(model.name for model in server.models if not model.ready)
                     reporter.ready(server, restarts)
@@ -135,6 +137,12 @@ def _refuse_damaged(repository: Path, fault: str, unserved: Set[str]) -> None:
             f"serving {repository}: {fault}; it is not started again, because {what}; package the engine again:"
             f"{listing([*damaged, *missing])}"
         )
+
+
+def _mapped_weights(repository: Path) -> list[MappedFile]:
+    """The weights that the models compute with as they lie on the disk: those of engines for the CPU."""
+    engines = [read_engine_facts(folder, check_digests=False) for folder in _folders_of(repository, f"*/{DATA_FILE}")]
+    return [MappedFile(engine.folder / DATA_FILE) for engine in engines if engine.provider == "cpu"]
 
 
 def _folders_of(repository: Path, pattern: str) -> list[Path]:

@@ -3,10 +3,11 @@
     watch = Watch(server, Limits())
     fault = watch.wait()      # "the Python process of the model phixtral (pid 4711) has ended"
 
-Four things are checked: whether each process that was there when the server was ready still runs and is not stopped;
+Five things are checked: whether each process that was there when the server was ready still runs and is not stopped;
 whether the models' heartbeats are recent (processes/heartbeat.py); whether an engine that has requests ends its steps;
-and whether tritonserver says that it is live. A model that computes passes all four: its process runs, the heartbeat's
-thread gets the interpreter's lock while the engine computes, and tritonserver answers at the same time.
+whether tritonserver says that it is live; and whether nobody wrote into the weights. A model that computes passes them
+all: its process runs, the heartbeat's thread gets the interpreter's lock while the engine computes, and tritonserver
+answers at the same time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +32,8 @@ from triton_repo.processes.program import (
 from triton_repo.serving.health import HealthEndpoint, is_live
 from triton_repo.serving.readiness import SERVER_PROGRAM, model_of
 from triton_repo.serving.server import Server
+from trt_build.errors import EngineError
+from trt_build.ort.mapped_file import MappedFile
 
 _NEVER = -1  # a start time that no process has
 _ENDING_S = 0.5  # a killed program may take this long until its status can be read
@@ -50,10 +54,10 @@ class Limits:
 
 
 class Watch:
-    """Watches one server."""
+    """Watches one server. `weights` are the files that its models have in memory as they lie on the disk."""
 
-    def __init__(self, server: Server, limits: Limits) -> None:
-        self._server, self._limits = server, limits
+    def __init__(self, server: Server, limits: Limits, weights: Sequence[MappedFile] = ()) -> None:
+        self._server, self._limits, self._weights = server, limits, weights
         self._members = _members(server)
         self._stopped_since: dict[int, float] = {}
         self._looked = time.monotonic()
@@ -82,6 +86,7 @@ class Watch:
             self._ended_program()
             or self._dead_or_stopped(now)
             or self._late_beat()
+            or self._changed_weights()
             or self._stuck_engine()
             or self._no_answer()
         )
@@ -118,6 +123,14 @@ class Watch:
         if self._late_looks < 3:
             return None
         return f"the model {late[0].model} (pid {late[0].pid}) hangs: no heartbeat for {late[0].age_s:.0f} s"
+
+    def _changed_weights(self) -> str | None:
+        for file in self._weights:
+            try:
+                file.require_unchanged()
+            except EngineError as error:
+                return str(error)
+        return None
 
     def _stuck_engine(self) -> str | None:
         """A model that beats and whose engine has requests, but ends no step."""

@@ -25,13 +25,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.exporter import GENERATING_GRAPH, SCORING_GRAPH, SERVING_GRAPH
+from export.exporter import DATA_FILE, GENERATING_GRAPH, SCORING_GRAPH, SERVING_GRAPH
 from export.onnx_graph import names
 from trt_build.engine import Engine
 from trt_build.engine_memory import require_memory
 from trt_build.errors import EngineError, SequenceError
 from trt_build.ort.cache import Cache
 from trt_build.ort.device import Device, load_graph, open_device
+from trt_build.ort.mapped_file import MappedFile
 from trt_build.ort.routing import Routing, in_checkpoint_order
 
 PREFILL_CHUNK_TOKENS = 128  # limits activation memory, and the time until a server next checks for cancellation
@@ -71,6 +72,8 @@ class Session:
         self._has_serving_graph = engine.has_serving_graph
         self._mixes_lengths = self._has_serving_graph and self.device.provider.mixes_lengths
         graph = SERVING_GRAPH if self._has_serving_graph else GENERATING_GRAPH
+        # A GPU has a copy of the weights.
+        self._weights = MappedFile(engine.folder / DATA_FILE) if self.device.kind == "cpu" else None
         self.backend = load_graph(engine, graph, self.device, threads)
         facts = engine.manifest.architecture
         self.routing: Routing | None = None  # None if a step cannot give router logits
@@ -105,6 +108,7 @@ class Session:
 
         Logits may be NaN or infinite. Raises SequenceError, and changes nothing, for two rows of one slot, rows without
         tokens, ids outside the vocabulary, more tokens than a slot has room for, and router logits of another shape.
+        Raises EngineError where somebody wrote into the file of the weights.
         """
         self._check(cache, rows)
         self._check_router_logits(rows, router_logits)
@@ -123,6 +127,8 @@ class Session:
             tokens_done += tokens
             for row in call:
                 cache.lengths[row.slot] += len(row.token_ids)
+        if self._weights is not None:
+            self._weights.require_unchanged()
         return logits
 
     def run(self, cache: Cache, token_ids: Sequence[int]) -> Floats:

@@ -151,6 +151,35 @@ def test_a_data_file_that_is_cut_under_a_running_server_ends_it_and_is_named(sta
     assert "model.onnx.data: found 4096 bytes" in errors
 
 
+def test_weights_that_are_replaced_do_not_show_and_weights_that_are_written_over_end_the_server(start, package):
+    repository = package(SINGLE, copy=True)
+    command, ready = start(repository)
+    data, kept = repository / NAME / "1" / "engine" / "model.onnx.data", repository.parent / "kept"
+    right = ask(ready["http"], 40)["text_output"]
+    kept.hardlink_to(data)
+    other = repository.parent / "other"
+    other.write_bytes(data.read_bytes()[::-1])
+    other.replace(data)
+    time.sleep(1)  # two looks
+    assert ask(ready["http"], 40)["text_output"] == right
+
+    with kept.open("r+b") as file:  # what the server has in memory
+        file.write(data.read_bytes())
+    try:
+        refusal = json.dumps(ask(ready["http"], 40))
+    except urllib.error.HTTPError as error:
+        with error:
+            refusal = error.read().decode()
+    except OSError as error:  # it has been ended
+        refusal = str(error)
+    assert right not in refusal
+    assert "text_output" not in refusal
+    _, errors = command.communicate(timeout=PATIENCE_S)
+    assert command.returncode == 2
+    assert "model.onnx.data was written to while it was in use" in errors
+    assert "an engine's files are damaged" in errors
+
+
 def test_a_killed_command_leaves_nothing_after_the_next_start_even_of_a_stopped_server(start, package, tmp_path):
     repository = package(SINGLE)
     command, ready = start(repository)
