@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import write_phixtral_checkpoint
+from trtllm.warm_python import warm_python
 
 from export.merge.config import read_merge_config
 from export.merge.merge import merge
@@ -82,6 +83,13 @@ def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pat
         return made
 
     return made_once
+
+
+@pytest.fixture(scope="session")
+def torch_python(tmp_path_factory) -> Iterator[Path]:
+    """A Python that starts with torch loaded."""
+    with warm_python(tmp_path_factory.mktemp("torch") / "bin") as program:
+        yield program
 
 
 @pytest.fixture(scope="session")

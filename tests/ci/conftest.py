@@ -62,12 +62,12 @@ def driver(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def container(tmp_path_factory, driver) -> Container:
+def container(tmp_path_factory, driver, torch_python) -> Container:
     """TensorRT-LLM's stand-in where pip would have it, one GPU of SM 80 as far as nvidia-smi tells, and a tritonserver
     that finds no GPU."""
     folder = tmp_path_factory.mktemp("container")
     with pytest.MonkeyPatch.context() as patch:
-        programs = install_programs(folder / "bin", patch).parent
+        programs = install_programs(folder / "bin", patch, torch_python).parent
         environment = dict(os.environ)
     (programs / "nvidia-smi").rename(programs / "standin-nvidia-smi")
     server = folder / "tritonserver"

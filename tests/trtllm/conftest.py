@@ -41,10 +41,10 @@ def network(tensorrt_llm) -> ModuleType:
 
 
 @pytest.fixture
-def trtllm_build(monkeypatch, tmp_path) -> Path:
-    """The stand-in's trtllm-build, as pip would have installed it for this Python, with an mpirun and an nvidia-smi
+def trtllm_build(monkeypatch, tmp_path, torch_python) -> Path:
+    """The stand-in's trtllm-build, as pip would have installed it, with an mpirun and an nvidia-smi
     beside it: on the PATH of programs that a test starts, which find its tensorrt_llm too."""
-    return install_programs(tmp_path / "standin-bin", monkeypatch)
+    return install_programs(tmp_path / "standin-bin", monkeypatch, torch_python)
 
 
 @pytest.fixture
@@ -74,11 +74,11 @@ def small_phixtral(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def built_engine(tmp_path_factory, small_phixtral) -> Path:
+def built_engine(tmp_path_factory, small_phixtral, torch_python) -> Path:
     """A TensorRT-LLM engine of it by the stand-in, int4, compared with nothing; its checkpoint lies beside it."""
     folder = tmp_path_factory.mktemp("built")
     with pytest.MonkeyPatch.context() as patch:
-        install_programs(folder / "bin", patch)
+        install_programs(folder / "bin", patch, torch_python)
         outcome = build(small_phixtral, folder / "engine", until="engine")
     assert outcome.engine is not None
     return outcome.engine.folder

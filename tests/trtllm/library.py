@@ -36,13 +36,13 @@ def standin() -> Iterator[ModuleType]:
         sys.modules.update(kept)
 
 
-def install_programs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Put the stand-in's programs into a new folder on PATH, as pip would for this Python, and its package where these
+def install_programs(folder: Path, monkeypatch: pytest.MonkeyPatch, python: Path) -> Path:
+    """Put the stand-in's programs into a new folder on PATH, as pip would for `python`, and its package where these
     find it; returns trtllm-build."""
     programs = shutil.copytree(STANDIN / "bin", folder)
     program = programs / "trtllm-build"
     _, _, body = program.read_text(encoding="utf-8").partition("\n")
-    program.write_text(f"#!{sys.executable}\n{body}", encoding="utf-8")
+    program.write_text(f"#!{python}\n{body}", encoding="utf-8")
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", f"{STANDIN}{os.pathsep}{ROOT}")
     return program

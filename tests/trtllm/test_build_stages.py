@@ -26,10 +26,10 @@ from trt_build.trtllm.engine import open_trtllm_engine
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
+def programs(tmp_path_factory, torch_python):
     """The stand-in's programs, for the whole module; a test may take them off its PATH."""
     with pytest.MonkeyPatch.context() as patch:
-        yield install_programs(tmp_path_factory.mktemp("programs") / "bin", patch)
+        yield install_programs(tmp_path_factory.mktemp("programs") / "bin", patch, torch_python)
 
 
 def changes(folder):

@@ -204,7 +204,7 @@ def test_no_visible_gpu_leaves_no_worker(monkeypatch, build, checkpoint):
 
 
 def test_workers_that_do_not_know_the_class_fail(trtllm_build, monkeypatch, tmp_path, checkpoint):
-    source = checkpoint(precision="fp16", parallel=Parallelism(tp_size=2))
+    source = checkpoint(precision="fp16")  # of one rank, for which one of the workers is started
     command = ["trtllm-build", "--checkpoint_dir", source, "--output_dir", tmp_path / "engine", *CLASS_FLAGS,
                "--workers", "2"]  # fmt: skip
     monkeypatch.setenv("STANDIN_GPUS", "2")
