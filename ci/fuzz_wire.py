@@ -2,7 +2,8 @@
 
 Starts Triton on a model repository and sends to each model that clients ask. A request must be answered or refused
 within MAX_SECONDS, by a text that is short, without control characters and without the names of Python's exceptions.
-After each hundred a good request must have the answer that it had at first. Exit status 1 where anything failed; the
+After each hundred a good request must have the answer that it had at first. With --clients several are sent at a time,
+and good requests beside them all the while, whose answers must stay the same. Exit status 1 where anything failed; the
 first request that the server does not survive is the last.
 
 HTTP bodies stay below MOST_HTTP_BYTES: Triton before 25.07 dies of longer ones (CVE-2025-23310, CVE-2025-23311), before
@@ -12,15 +13,20 @@ a model sees them.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import random
 import re
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,14 +44,17 @@ if TYPE_CHECKING:
     from tritonclient.grpc.service_pb2 import ModelInferRequest
 
 BATCH = 100
+BESIDE = 2  # good requests at a time beside several clients
+FAILURES = ("UNAVAILABLE", "INTERNAL", "DEADLINE")
 MOST_HTTP_BYTES = 500_000
 # Timeout in seconds: longer than MAX_SECONDS, so that a hung request can be told from a slow one.
 PATIENCE_S = 60
 _FOREIGN = re.compile(r"\b[A-Z]\w*(Error|Exception|Warning)\b|Traceback|\.py\b")
 
 
-def message_of(model: str, request: dict[str, Any], rng: random.Random, number: int) -> ModelInferRequest:
-    """A ModelInferRequest from a request's fields. In some, a tensor's data type, shape or number of bytes is wrong."""
+def message_of(model: str, request: dict[str, Any], rng: random.Random | None, number: int) -> ModelInferRequest:
+    """A ModelInferRequest from a request's fields. In some, a tensor's data type, shape or number of bytes is wrong;
+    `rng` None makes none wrong."""
     from tritonclient.grpc import service_pb2
     from tritonclient.utils import serialize_byte_tensor
 
@@ -56,12 +65,13 @@ def message_of(model: str, request: dict[str, Any], rng: random.Random, number: 
         raw = serialize_byte_tensor(tensor).item() if datatype == "BYTES" and tensor.size else tensor.tobytes()
         if datatype == "BYTES" and not tensor.size:
             raw = b""
-        if rng.random() < 0.03:
-            datatype = rng.choice(sorted(WIRE_DTYPES.values()))
-        if rng.random() < 0.03:
-            shape = rng.choice(([1], [2, 1], [1, 1, 1], [1, 0], [1, 2**31], [-1, 1], []))
-        if rng.random() < 0.03:
-            raw = rng.choice((raw[:-1], raw + b"\x00", b"", raw * 2))
+        if rng is not None:
+            if rng.random() < 0.03:
+                datatype = rng.choice(sorted(WIRE_DTYPES.values()))
+            if rng.random() < 0.03:
+                shape = rng.choice(([1], [2, 1], [1, 1, 1], [1, 0], [1, 2**31], [-1, 1], []))
+            if rng.random() < 0.03:
+                raw = rng.choice((raw[:-1], raw + b"\x00", b"", raw * 2))
         message.inputs.add(name=name, datatype=datatype, shape=shape)
         message.raw_input_contents.append(raw)
     return message
@@ -114,40 +124,105 @@ def http_body(request: dict[str, Any]) -> bytes:
     return json.dumps(plain, default=lambda value: value.decode(errors="replace")).encode(errors="replace")
 
 
-def faults_of(sender: Sender, model: str, seed: int, count: int, counts: Counter[str]) -> Iterator[str]:
-    """Send damaged requests to a model; yields a message for each response that breaks a rule."""
-    rng = random.Random(seed)
-    good = message_of(model, GOOD[0], random.Random(0), 0)
-    good.inputs[0].shape[:] = [1, 1]
-    expected, refusal = sender.over_grpc(good)
-    if refusal:
-        yield f"{model}: a good request is refused: {refusal}"
+class GoodRequests:
+    """Requests that have one right answer, and what each of them gets alone."""
+
+    def __init__(self, sender: Sender, model: str) -> None:
+        self._sender = sender
+        seeds = ({} if "random_seed" in request else {"seed": [7]} for request in GOOD)
+        self._messages = [
+            message_of(model, {**request, **seed}, None, 0) for request, seed in zip(GOOD, seeds, strict=True)
+        ]
+        self._right = [sender.over_grpc(message) for message in self._messages]
+        self.refusal = next((refusal for _, refusal in self._right if refusal), "")
+        self._over = threading.Event()
+
+    def differs(self, number: int = 0) -> str:
+        """What a good request gets that is not its answer; empty where it gets that."""
+        number %= len(self._messages)
+        found = self._sender.over_grpc(self._messages[number])
+        return "" if found == self._right[number] else f"{found!r:.300}, expected {self._right[number]!r:.300}"
+
+    @contextlib.contextmanager
+    def beside(self, wanted: bool, counts: Counter[str]) -> Iterator[list[str]]:
+        """Send them one after the other while the block runs, if `wanted`; gives the list of other answers."""
+        faults: list[str] = []
+
+        def send() -> None:
+            for number in itertools.count():
+                if self._over.is_set():
+                    return
+                counts["good beside them"] += 1
+                if fault := self.differs(number):
+                    faults.append(fault)
+
+        threads = [threading.Thread(target=send) for _ in range(BESIDE if wanted else 0)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield faults
+        finally:
+            self._over.set()
+            for thread in threads:
+                thread.join()
+
+
+def problems_of(refusal: str, seconds: float, most_seconds: float) -> Iterator[str]:
+    """The rules that a response breaks."""
+    if seconds > most_seconds:
+        yield f"{seconds:.1f} s"
+    if len(refusal.encode()) > MAX_MESSAGE_BYTES + 100:
+        yield f"a message of {len(refusal.encode())} bytes"
+    if _FOREIGN.search(refusal):
+        yield f"{refusal[:300]!r}"
+    if not refusal.replace("\n", "").replace("\t", "").isprintable():
+        yield f"control characters in {refusal[:300]!r}"
+    if refusal.startswith(FAILURES):
+        yield refusal[:300]
+
+
+def faults_of(
+    sender: Sender, model: str, seed: int, count: int, counts: Counter[str], clients: int = 1
+) -> Iterator[str]:
+    """Send damaged requests to a model, `clients` at a time; yields a message for each response that breaks a rule.
+    Beside several clients good requests are sent all the while."""
+    rng, good = random.Random(seed), GoodRequests(sender, model)
+    if good.refusal:
+        yield f"{model}: a good request is refused: {good.refusal}"
         return
-    for number, request in enumerate(damaged_requests(seed, count), start=1):
+
+    def send(call: Callable[[], tuple[str, str]]) -> tuple[str, float]:
         started = time.perf_counter()
-        body = http_body(request)
-        if rng.random() < 0.3 and len(body) < MOST_HTTP_BYTES:
-            _, refusal = sender.over_http(model, body)
-        else:
-            _, refusal = sender.over_grpc(message_of(model, request, rng, number))
-        seconds = time.perf_counter() - started
-        counts["refused" if refusal else "answered"] += 1
-        where = f"{model}, request {number} {str(request)[:300]}"
-        if seconds > MAX_SECONDS:
-            yield f"{where}: {seconds:.1f} s"
-        if len(refusal.encode()) > MAX_MESSAGE_BYTES + 100:
-            yield f"{where}: a message of {len(refusal.encode())} bytes"
-        if _FOREIGN.search(refusal):
-            yield f"{where}: {refusal[:300]!r}"
-        if not refusal.replace("\n", "").replace("\t", "").isprintable():
-            yield f"{where}: control characters in {refusal[:300]!r}"
-        if refusal.startswith(("UNAVAILABLE", "INTERNAL", "DEADLINE")):
-            yield f"{where}: {refusal[:300]}"
-            if sender.over_grpc(good) != (expected, ""):
-                yield f"{model}: the server did not survive request {number}"
-                return
-        if number % BATCH == 0 and sender.over_grpc(good) != (expected, ""):
-            yield f"{model}, after request {number}: a good request has another answer: {sender.over_grpc(good)!r:.300}"
+        return call()[1], time.perf_counter() - started
+
+    requests = enumerate(damaged_requests(seed, count), start=1)
+    with ThreadPoolExecutor(clients) as pool, good.beside(clients > 1, counts) as others:
+        while group := list(itertools.islice(requests, clients)):
+            calls = [_call(sender, model, request, rng, number) for number, request in group]
+            has_failed = False
+            for (number, request), (refusal, seconds) in zip(group, pool.map(send, calls), strict=True):
+                counts["refused" if refusal else "answered"] += 1
+                has_failed = has_failed or refusal.startswith(FAILURES)
+                for problem in problems_of(refusal, seconds, MAX_SECONDS * clients):
+                    yield f"{model}, request {number} {str(request)[:300]}: {problem}"
+            last = group[-1][0]
+            if (has_failed or last % BATCH < clients) and (fault := good.differs()):
+                yield f"{model}, after request {last}: a good request has another answer: {fault}"
+                if has_failed:
+                    yield f"{model}: the server did not survive request {last}"
+                    return
+    for fault in others:
+        yield f"{model}: beside damaged requests a good one has another answer: {fault}"
+
+
+def _call(
+    sender: Sender, model: str, request: dict[str, Any], rng: random.Random, number: int
+) -> Callable[[], tuple[str, str]]:
+    """What sends a request, over HTTP or gRPC."""
+    body = http_body(request)
+    if rng.random() < 0.3 and len(body) < MOST_HTTP_BYTES:
+        return partial(sender.over_http, model, body)
+    return partial(sender.over_grpc, message_of(model, request, rng, number))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -161,6 +236,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="N",
         help="number of requests over all models (default %(default)s)",
     )
+    parser.add_argument(
+        "--clients",
+        type=int,
+        default=1,
+        metavar="N",
+        help="send N damaged requests at a time, and good ones beside them; for an engine of fp32, whose texts do not "
+        "depend on what else is computed (default %(default)s)",
+    )
     options = parser.parse_args(argv)
     total = 0
     with running_server(ServerOptions(repository=options.repository)) as server:
@@ -168,7 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         models = sorted({model.name for model in server.models if model.ready and model.name not in STEP_MODELS})
         for model in models:
             counts: Counter[str] = Counter()
-            for problem in faults_of(sender, model, options.seed, options.requests // len(models), counts):
+            number = options.requests // len(models)
+            for problem in faults_of(sender, model, options.seed, number, counts, options.clients):
                 print(problem, flush=True)
                 total += 1
             print(f"{model}: {dict(counts)}", flush=True)
