@@ -37,16 +37,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "ci")]
 from soak.burst import burst  # noqa: E402 - found through the path above
 from soak.echo import echo  # noqa: E402
 from soak.ends import ends  # noqa: E402
-from soak.mixed import mixed  # noqa: E402
+from soak.mixed import Amounts, mixed  # noqa: E402
 from soak.served import Report, Served  # noqa: E402
 from soak.unread import unread  # noqa: E402
 
 
 def scenarios(served: Served, options: argparse.Namespace) -> dict[str, Callable[[], Awaitable[Report]]]:
     seed, rounds = options.seed, options.rounds
+    amounts = Amounts(
+        requests=options.requests, different=options.different, clients=options.clients, torn=options.torn
+    )
     return {
-        "burst": lambda: burst(served, options.burst, seed, rounds=rounds),
-        "mixed": lambda: mixed(served, options.requests, options.torn, options.clients, seed, rounds=rounds),
+        "burst": lambda: burst(served, options.burst, options.different, seed, rounds=rounds),
+        "mixed": lambda: mixed(served, amounts, seed, rounds=rounds),
         "ends": lambda: ends(served, options.ends, seed),
         "unread": lambda: unread(served, options.unread, seed, rounds=rounds),
         "echo": lambda: echo(served, options.checkpoint, options.continuations, seed),
@@ -83,6 +86,7 @@ def main() -> int:
     for name, default, what in (
         ("burst", 500, "requests at once"),
         ("requests", 2000, "mixed requests"),
+        ("different", 108, "different requests among all of these, each of which is asked alone first"),
         ("clients", 24, "mixed requests at a time"),
         ("torn", 200, "torn connections"),
         ("ends", 60, "streams that are ended one by one"),

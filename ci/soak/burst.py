@@ -30,10 +30,11 @@ class _Outcome:
     error: ClientError | None = None
 
 
-async def burst(served: Served, number: int, seed: int, *, rounds: bool) -> Report:
-    """Send `number` requests at once. `rounds` says that the engine rounds, so that a text may differ in a batch."""
+async def burst(served: Served, number: int, different: int, seed: int, *, rounds: bool) -> Report:
+    """Send `number` requests at once, of so many different ones. `rounds` says that the engine rounds, so that a text
+    may differ in a batch."""
     report = Report()
-    wishes = [wish for wish in draw_wishes(served.model, 64, seed) if wish.request.num_return_sequences is None]
+    wishes = [wish for wish in draw_wishes(served.model, different, seed) if wish.request.num_return_sequences is None]
     wishes = [replace(wish, stream=True) for wish in wishes]
     async with AsyncClient(served.url) as client:
         expected = dict(zip(map(id, wishes), await alone(client, wishes), strict=True))

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Sequence
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 
 import grpc
 
@@ -30,7 +31,6 @@ from soak.wishes import (
 )
 from triton_repo.contracts.piece import Piece
 
-DIFFERENT = 108  # requests that are asked alone, and then many times beside others
 EARLY_SHARE, INVALID_SHARE = 0.2, 0.05
 GROWTH_BAR = 0.02  # of resident memory from one half of the requests to the next
 MOST_MESSAGE_BYTES = 2100
@@ -42,11 +42,11 @@ _CHECK_EVERY = 20  # torn connections
 class Mix:
     """Sends a mix of requests from several clients and judges what comes back."""
 
-    def __init__(self, served: Served, seed: int, *, rounds: bool) -> None:
+    def __init__(self, served: Served, different: int, seed: int, *, rounds: bool) -> None:
         self.served, self.report = served, Report()
         self._source = random.Random(f"mix {seed}")
         self._rounds = rounds
-        self.wishes = draw_wishes(served.model, DIFFERENT, seed)
+        self.wishes = draw_wishes(served.model, different, seed)
         self._expected: dict[int, Answers] = {}
 
     async def learn(self) -> None:
@@ -183,14 +183,24 @@ class Mix:
                 await relay.tear(reset=way == "reset")
 
 
-async def mixed(served: Served, number: int, torn: int, clients: int, seed: int, *, rounds: bool) -> Report:
-    """`number` requests in two equal halves, between which memory is compared, then `torn` connections."""
-    mix = Mix(served, seed, rounds=rounds)
+@dataclass(frozen=True, kw_only=True)
+class Amounts:
+    """How much is sent."""
+
+    requests: int
+    different: int  # requests that are asked alone, and then many times beside others
+    clients: int  # requests at a time
+    torn: int  # connections
+
+
+async def mixed(served: Served, amounts: Amounts, seed: int, *, rounds: bool) -> Report:
+    """Send the requests in two equal halves, between which memory is compared, then tear connections."""
+    mix = Mix(served, amounts.different, seed, rounds=rounds)
     await mix.learn()
-    await mix.send(min(number, DIFFERENT), clients)  # so that what is allocated once is there
+    await mix.send(min(amounts.requests, amounts.different), amounts.clients)  # so that what is allocated once is there
     memory, begun = [], time.monotonic()
     for _ in range(2):
-        await mix.send(number // 2, clients)
+        await mix.send(amounts.requests // 2, amounts.clients)
         held = await served.settled()
         memory.append(served.resident())
         _require_free(mix.report, held, "after half of the requests")
@@ -198,7 +208,7 @@ async def mixed(served: Served, number: int, torn: int, clients: int, seed: int,
     if growth := {name: memory[1][name] / size - 1 for name, size in memory[0].items()}:
         mix.report.numbers["growth"] = {name: round(value, 4) for name, value in growth.items()}
         mix.report.require(growth.get("model", 0) <= GROWTH_BAR, f"the model's process grew by {growth['model']:.1%}")
-    await mix.tear(torn)
+    await mix.tear(amounts.torn)
     _require_free(mix.report, await served.settled(), "after the torn connections")
     return mix.report
 
