@@ -6,28 +6,54 @@ import asyncio
 import re
 import time
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from clients.errors import ClientError, ServerOverloaded
+import grpc
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc
+
+from clients.errors import ClientError
 from clients.generation import AsyncClient, GenerationRequest
+from clients.wire import ErrorText, StreamReader, build_request
 from soak.served import Report, Served
 from soak.wishes import NO_END, PATIENCE_S, Answers, Wish, alone, difference, draw_wishes, joined, shape_fault
 
 REFUSED_BAR_S, FIRST_BAR_S = 1.0, 2.0
 # What a refusal says: how many wait, and when to send the request again.
-_REFUSAL = re.compile(r"\d+ requests wait already, .* send it again in about \d+ s")
-CONNECTIONS = 4
+_REFUSAL = re.compile(r"UNAVAILABLE: .*\d+ requests wait already, .* send it again in about \d+ s")
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """What became of one request of a burst, with the seconds from when it was sent."""
+@dataclass
+class _Sent:
+    """One request of a burst and what came back. It is read after the burst, so that the client is no slower than it
+    must be: it competes with the server for the processor where both are on one machine."""
 
     wish: Wish
-    seconds: float
-    first_s: float | None
-    answers: Answers = ()
-    error: ClientError | None = None
+    message: pb.ModelInferRequest
+    responses: list[pb.ModelStreamInferResponse] = field(default_factory=list)
+    seconds: float = 0.0  # from when it was sent to its end
+    error: str = ""
+
+    async def send(self, stub: service_pb2_grpc.GRPCInferenceServiceStub) -> None:
+        sent = time.monotonic()
+        try:
+            async for response in stub.ModelStreamInfer(iter((self.message,)), timeout=PATIENCE_S):
+                self.responses.append(response)
+        except grpc.RpcError as error:
+            self.error = f"{error.code().name}: {error.details()}"
+        self.seconds = time.monotonic() - sent
+
+    def read(self) -> Answers:
+        """The answer, or nothing and the error."""
+        reader = StreamReader("a request of a burst", log_probs=bool(self.wish.request.return_log_probs))
+        try:
+            pieces = [piece for response in self.responses for piece in reader.read(response)]
+            return () if self.error else joined([*pieces, *reader.finish()])
+        except ErrorText as error:
+            self.error = f"{error.status}: {error.details}"
+        except ClientError as error:
+            self.error = str(error)
+        return ()
 
 
 async def burst(served: Served, number: int, different: int, seed: int, *, rounds: bool) -> Report:
@@ -39,15 +65,13 @@ async def burst(served: Served, number: int, different: int, seed: int, *, round
     async with AsyncClient(served.url) as client:
         expected = dict(zip(map(id, wishes), await alone(client, wishes), strict=True))
         before = await served.settled()
-        clients = [AsyncClient(served.url) for _ in range(CONNECTIONS)]
-        for one in clients:
-            await one.server_ready()
-        outcomes = await asyncio.gather(
-            *(_ask(clients[at % CONNECTIONS], wishes[at % len(wishes)]) for at in range(number))
-        )
-        for one in clients:
-            await one.close()
-        _judge(report, outcomes, expected, rounds=rounds)
+        chosen = [wishes[at % len(wishes)] for at in range(number)]
+        sent = [_Sent(wish, build_request(wish.request, stream=True)) for wish in chosen]
+        async with grpc.aio.insecure_channel(served.url) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            await channel.channel_ready()
+            await asyncio.gather(*(one.send(stub) for one in sent))
+        _judge(report, sent, expected, rounds=rounds)
         after = await served.settled()
         report.numbers["queue"] = int(before["requests_waiting_limit"])
         report.require(
@@ -55,48 +79,31 @@ async def burst(served: Served, number: int, different: int, seed: int, *, round
             f"{report.counts['answered']} were answered, fewer than the queue holds",
         )
         report.require(not after["requests_running"] + after["requests_waiting"], "requests are left behind")
-        report.require(
-            not difference(await _one(client, wishes[0]), expected[id(wishes[0])]),
-            "a request behind the burst has another answer",
-        )
+        [behind] = await alone(client, wishes[:1])
+        report.require(not difference(behind, expected[id(wishes[0])]), "a request behind the burst has another answer")
         await _short_beside_long(report, served, client, int(before["slots"]))
     return report
 
 
-async def _one(client: AsyncClient, wish: Wish) -> Answers:
-    return (await alone(client, [wish]))[0]
-
-
-async def _ask(client: AsyncClient, wish: Wish) -> _Outcome:
-    sent, first, pieces = time.monotonic(), None, []
-    try:
-        async with aclosing(client.stream(wish.request)) as stream:
-            async for piece in stream:
-                first = first or time.monotonic() - sent
-                pieces.append(piece)
-    except ClientError as error:
-        return _Outcome(wish, time.monotonic() - sent, first, error=error)
-    return _Outcome(wish, time.monotonic() - sent, first, joined(pieces))
-
-
-def _judge(report: Report, outcomes: list[_Outcome], expected: dict[int, Answers], *, rounds: bool) -> None:
-    refused = [outcome for outcome in outcomes if outcome.error]
-    for outcome in refused:
-        is_right = isinstance(outcome.error, ServerOverloaded) and _REFUSAL.search(str(outcome.error))
-        report.require(bool(is_right), f"a refusal says {outcome.error!s:.300}")
+def _judge(report: Report, sent: list[_Sent], expected: dict[int, Answers], *, rounds: bool) -> None:
+    answers = [one.read() for one in sent]
+    refused = [one for one in sent if one.error]
+    for one in refused:
         report.counts["refused"] += 1
-    answered = [outcome for outcome in outcomes if not outcome.error]
-    for outcome in answered:
+        report.require(bool(_REFUSAL.match(one.error)), f"a refusal says {one.error:.300}")
+    for one, found in zip(sent, answers, strict=True):
+        if one.error:
+            continue
         report.counts["answered"] += 1
-        gap = difference(outcome.answers, expected[id(outcome.wish)])
+        gap = difference(found, expected[id(one.wish)])
         report.counts["other text"] += bool(gap)
-        gap = shape_fault(outcome.answers, outcome.wish) if rounds else gap
-        report.require(not gap, f"{outcome.wish.kind}: {gap}")
-    slowest = max((outcome.seconds for outcome in refused), default=0.0)
+        gap = shape_fault(found, one.wish) if rounds else gap
+        report.require(not gap, f"{one.wish.kind}: {gap}")
+    slowest = max((one.seconds for one in refused), default=0.0)
     report.require(bool(refused), "nothing was refused: the burst is no larger than the queue")
     report.require(slowest <= REFUSED_BAR_S, f"a refusal took {slowest:.2f} s, at most {REFUSED_BAR_S:g} s are allowed")
     report.numbers["slowest_refusal_s"] = round(slowest, 3)
-    report.numbers["last_answer_s"] = round(max((outcome.seconds for outcome in answered), default=0.0), 3)
+    report.numbers["last_answer_s"] = round(max((one.seconds for one in sent if not one.error), default=0.0), 3)
 
 
 async def _short_beside_long(report: Report, served: Served, client: AsyncClient, slots: int) -> None:

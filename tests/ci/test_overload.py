@@ -110,26 +110,39 @@ def test_steps_until_a_slot_is_free_are_those_behind_the_last_token_that_came(so
 
 def test_a_burst_is_judged_by_refusals_and_answers(soak):
     wish = replace(soak.wishes.draw_wishes("tiny", 1, 1)[0], stream=True)
-    expected = {id(wish): (answer(),)}
-    overloaded = soak.burst.ServerOverloaded(
-        "answering the request: 64 requests wait already, the most that may on this server; send it again in about 3 s"
+    overloaded = (
+        "UNAVAILABLE: answering the request: 64 requests wait already, the most that may on this server; send it again "
+        "in about 3 s, or to another server"
     )
-    other = soak.burst.ClientError("the server's log has the cause")
+
+    class Sent(soak.burst._Sent):
+        def read(self):
+            return self.responses
 
     def judge(*outcomes, rounds=False):
         report = soak.served.Report()
-        soak.burst._judge(report, [soak.burst._Outcome(wish, *outcome) for outcome in outcomes], expected,
-                          rounds=rounds)  # fmt: skip
+        sent = [Sent(wish, None, found, seconds, error) for seconds, found, error in outcomes]
+        soak.burst._judge(report, sent, {id(wish): (answer(),)}, rounds=rounds)
         return report.faults
 
-    right, refused = (2.0, 0.1, (answer(),)), (0.5, None, (), overloaded)
+    right, refused = (2.0, (answer(),), ""), (0.5, (), overloaded)
     assert judge(right, refused) == []
     assert judge(right) == ["nothing was refused: the burst is no larger than the queue"]
-    assert judge(right, (1.5, None, (), overloaded)) == ["a refusal took 1.50 s, at most 1 s are allowed"]
-    assert judge(right, refused, (0.5, None, (), other)) == [f"a refusal says {other}"]
-    wrong = (2.0, 0.1, (answer(token_ids=(1, 2, 9)),))
+    assert judge(right, (1.5, (), overloaded)) == ["a refusal took 1.50 s, at most 1 s are allowed"]
+    assert judge(right, refused, (0.5, (), "INTERNAL: why")) == ["a refusal says INTERNAL: why"]
+    wrong = (2.0, (answer(token_ids=(1, 2, 9)),), "")
     assert judge(wrong, refused) == ["greedy: token_ids: (1, 2, 9), expected (1, 2, 3)"]
     assert judge(wrong, refused, rounds=True) == []
+
+
+def test_a_response_of_a_burst_is_read_as_an_answer_or_an_error(soak):
+    wish = replace(soak.wishes.draw_wishes("tiny", 1, 1)[0], stream=True)
+    error = soak.burst.pb.ModelStreamInferResponse(error_message="UNAVAILABLE: 64 requests wait already")
+    sent = soak.burst._Sent(wish, None, [error])
+    assert (sent.read(), sent.error) == ((), "UNAVAILABLE: 64 requests wait already")
+    cut = soak.burst._Sent(wish, None, [])
+    assert cut.read() == ()
+    assert "ended after 0 pieces without a final one" in cut.error
 
 
 def test_a_relay_passes_on_stops_reading_and_tears(soak):

@@ -62,9 +62,9 @@ class Accounts:
         self.stats.refused(reason)
         self._tell(request, reason, error)
 
-    def unread(self, request_id: str, error: Exception) -> None:
-        """A request was refused since it could not be read."""
-        reason = "invalid" if isinstance(error, RequestError) else "failed"
+    def unread(self, request_id: str, error: Exception, reason: str = "") -> None:
+        """A request was refused before it was read, for a reason, or since it could not be read."""
+        reason = reason or ("invalid" if isinstance(error, RequestError) else "failed")
         self.stats.refused(reason)
         self._send(Ended(request_id=request_id, end=reason, status=_status(error), prompt_tokens=None))
 

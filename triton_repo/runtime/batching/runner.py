@@ -86,6 +86,26 @@ class Runner:
         with self._changed:
             self._changed.notify_all()
 
+    def answer(self, request_id: str, make: Callable[[], Request[Any]], fail: Callable[[Exception], object]) -> None:
+        """Queue the request that `make` reads. A request that cannot be read or queued fails at once. While there is
+        no room for any, none is read, so that refusing many takes nothing from those that are computed."""
+        engine = self.engine
+        if refusal := engine.refusal():
+            reason, error = refusal
+            engine.accounts.unread(request_id, error, reason)
+            fail(error)
+            return
+        try:
+            request = make()
+        except Exception as error:  # whatever it is, the client is told
+            engine.accounts.unread(request_id, error)
+            fail(error)
+            return
+        try:
+            self.submit(request)
+        except Exception as error:  # whatever it is, the client is told
+            fail(error)
+
     def stop(self, name: str) -> int:
         """End the requests with a name, whether they run or wait. Returns how many there were."""
         found = self.engine.stop(name)

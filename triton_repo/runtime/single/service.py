@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy.typing as npt
@@ -58,16 +59,7 @@ class Service:
     def submit(self, request: Request) -> None:
         """Check a request and have the engine answer it: piece by piece if it streams, else by one piece for each
         answer. A request that cannot be answered fails at once, whatever else is computed."""
-        try:
-            made = self._made(request)
-        except Exception as error:  # whatever it is, the client is told
-            self.runner.engine.accounts.unread(request.request_id, error)
-            request.fail(error)
-            return
-        try:
-            self.runner.submit(made)
-        except Exception as error:  # whatever it is, the client is told
-            request.fail(error)
+        self.runner.answer(request.request_id, partial(self._made, request), request.fail)
 
     def _made(self, request: Request) -> Computed[Piece]:
         plan = self._plan(request.tensors)

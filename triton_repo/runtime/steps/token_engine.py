@@ -22,6 +22,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -72,16 +73,7 @@ class TokenEngine:
     def submit(self, request: Request) -> None:
         """Check a request and have the engine answer it. A request that cannot be answered fails at once, whatever else
         is computed. Use `runner.stop` and `stopped_response` for a request to stop others."""
-        try:
-            made = self._made(request)
-        except Exception as error:  # whatever it is, the client is told
-            self.runner.engine.accounts.unread(request.request_id, error)
-            request.fail(error)
-            return
-        try:
-            self.runner.submit(made)
-        except Exception as error:  # whatever it is, the client is told
-            request.fail(error)
+        self.runner.answer(request.request_id, partial(self._made, request), request.fail)
 
     def _made(self, request: Request) -> Computed[Tensors]:
         key = read_key(request.tensors, ENGINE_KEY_INPUT.name)

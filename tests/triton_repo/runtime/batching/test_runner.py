@@ -327,6 +327,30 @@ def test_a_request_is_withdrawn_in_order_though_the_runner_is_closed_meanwhile(m
     assert waiting.is_over
 
 
+def test_requests_for_which_there_is_no_room_are_refused_unread(made):
+    each = made(slots=1, max_waiting=1)
+    each.gate.clear()
+    each.submit(1)
+    assert each.computes.wait(PATIENCE_S)
+    each.submit(2)
+    errors, lines = [], []
+    each.runner.engine.accounts.report = lines.append
+
+    def read():
+        raise AssertionError("it was read")
+
+    each.runner.answer("late", read, errors.append)
+    each.runner.drain()
+    each.runner.answer("later", read, errors.append)
+    each.gate.set()
+    assert ["1 requests wait already" in str(errors[0]), "the server is stopping" in str(errors[1])] == [True, True]
+    assert {error.kind for error in errors} == {"UNAVAILABLE"}
+    wait_for(lambda: len(lines) >= 3)
+    ends = {line.request_id: (line.end, line.status, line.prompt_tokens) for line in lines}
+    assert ends["late"] == ("queue_full", "UNAVAILABLE", None)
+    assert ends["later"] == ("stopping", "UNAVAILABLE", None)
+
+
 def test_a_client_that_has_gone_is_noticed_while_others_are_computed(made):
     each = made(step_s=0.0005)
     leaving, staying = each.submit(1, most_tokens=190), each.submit(2, most_tokens=190)
