@@ -17,7 +17,6 @@ from soak.wire import Relay, raw_call
 from soak.wishes import Wish, alone, difference, draw_wishes, longer, shape_fault
 
 CONNECTIONS = 4
-SETTLE_S = 2.0
 
 
 async def unread(served: Served, number: int, seed: int, *, rounds: bool) -> Report:
@@ -50,9 +49,8 @@ async def unread(served: Served, number: int, seed: int, *, rounds: bool) -> Rep
             with suppress(grpc.RpcError, grpc.aio.UsageError, asyncio.CancelledError):
                 await call.__aexit__(None, None, None)
         report.require(await served.await_answers(), "not served once the connections are torn")
-        await asyncio.sleep(SETTLE_S)
-        memory["torn"] = served.resident()
         after = await served.settled()
+        memory["torn"] = served.resident()
     tokens = held["output_tokens_total"] - before["output_tokens_total"]
     report.numbers.update(tokens=int(tokens), resident_bytes=memory)
     if memory["before"] and tokens:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -140,9 +141,14 @@ def _refuse_damaged(repository: Path, fault: str, unserved: Set[str]) -> None:
 
 
 def _mapped_weights(repository: Path) -> list[MappedFile]:
-    """The weights that the models compute with as they lie on the disk: those of engines for the CPU."""
-    engines = [read_engine_facts(folder, check_digests=False) for folder in _folders_of(repository, f"*/{DATA_FILE}")]
-    return [MappedFile(engine.folder / DATA_FILE) for engine in engines if engine.provider == "cpu"]
+    """The weights that the models compute with as they lie on the disk: those of engines for the CPU. An engine that
+    cannot be opened is not served."""
+    found = []
+    for folder in _folders_of(repository, f"*/{DATA_FILE}"):
+        with suppress(MoeshipError, OSError):
+            if read_engine_facts(folder, check_digests=False).provider == "cpu":
+                found.append(MappedFile(folder / DATA_FILE))
+    return found
 
 
 def _folders_of(repository: Path, pattern: str) -> list[Path]:

@@ -33,6 +33,7 @@ from triton_repo.serving.server import Server, ServerOptions
 from triton_repo.supervision import supervisor
 from triton_repo.supervision.supervisor import RestartPolicy, supervise
 from triton_repo.supervision.watch import Limits, Watch
+from trt_build.ort.mapped_file import MappedFile
 
 LIMITS = Limits(interval=0.05, stopped=0.5, beat=3.0, step=3.0, liveness=3.0)
 # Stands for Triton's: starts the model's process under the name of Triton's stub, and one that a library might start.
@@ -125,6 +126,18 @@ def test_an_engine_that_ends_no_step_is_named(serving):
         rf"the engine of the model tiny \(pid {pid}\) hangs: it has requests, and has ended no step for [34] s",
         Watch(server, LIMITS).wait(),
     )
+
+
+def test_weights_that_somebody_wrote_into_are_named(serving, tmp_path):
+    server, _ = serving("steps")
+    path = tmp_path / "model.onnx.data"
+    path.write_bytes(bytes(100))
+    os.utime(path, ns=(0, 0))  # not written within the same tick of the kernel's clock
+    watch = Watch(server, LIMITS, [MappedFile(path)])
+    assert watch.look() is None
+    with path.open("r+b") as file:
+        file.write(b"x")
+    assert "model.onnx.data was written to while it was in use" in watch.wait()
 
 
 def test_a_killed_model_is_named_with_its_process(serving):
@@ -266,7 +279,7 @@ def life(monkeypatch, clock, tmp_path):
         monkeypatch.setattr(supervisor, "prepared", lambda options: contextlib.nullcontext(preparation))
 
         class FakeWatch:
-            def __init__(self, server, limits):
+            def __init__(self, server, limits, weights):
                 self.server = server
 
             def wait(self):
