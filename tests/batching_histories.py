@@ -31,7 +31,7 @@ from batching_standins import (
 from triton_repo.errors import RequestError
 from triton_repo.runtime.batching.invariants import broken_invariants
 from triton_repo.runtime.batching.scheduler import FEWEST_TOKENS, Limits
-from trt_build.ort.session import Row
+from trt_build.ort.step_call import Row
 
 _MOST_STEPS = 20_000
 _GROUPS = ("red", "blue", "")

@@ -20,7 +20,8 @@ from triton_repo.runtime.batching.outlet import Outlet
 from triton_repo.runtime.batching.sequence import Request
 from triton_repo.runtime.options import SamplingOptions, SamplingPlan
 from triton_repo.runtime.sampling import Choice, Sampler
-from trt_build.ort.session import PREFILL_CHUNK_TOKENS, Row
+from trt_build.ort.session import PREFILL_CHUNK_TOKENS
+from trt_build.ort.step_call import Row
 
 Floats = npt.NDArray[np.float32]
 

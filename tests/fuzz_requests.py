@@ -29,7 +29,7 @@ from triton_repo.runtime.steps.preprocessing import Preprocessor
 from triton_repo.runtime.steps.token_engine import token_request
 from triton_repo.runtime.steps.token_request import read_token_request
 from triton_repo.runtime.text.prompt import most_bytes
-from trt_build.ort.session import Row
+from trt_build.ort.step_call import Row
 
 MAX_SEQUENCE = 64
 DTYPES: Mapping[TritonDtype, Any] = {

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from string import hexdigits
 from typing import TYPE_CHECKING
 
 from export.checkpoint.file_table import TOKENIZER_FILE
@@ -37,6 +38,12 @@ class Tokenizer:
     def most_bytes_per_token(self) -> int | None:
         """The most bytes of a text, in UTF-8, that one token can stand for; None if no bound is known."""
         return most_bytes_per_token(self.backend)
+
+    @cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """The tokens that stand for single bytes: <0x00> to <0xFF>, in either case, SentencePiece's byte fallback."""
+        names = (f"<0x{high}{low}>" for high in hexdigits for low in hexdigits)
+        return frozenset(token for token in map(self.backend.token_to_id, names) if token is not None)
 
     def encode(self, text: str) -> list[int]:
         """Encode `text` without adding tokens. A special token that is written in the text becomes that token."""

@@ -29,7 +29,8 @@ from trt_build.comparison import parity
 from trt_build.engine import open_engine, weight_regions
 from trt_build.errors import EngineError
 from trt_build.ort import kernels
-from trt_build.ort.session import Row, ScoringSession, Session
+from trt_build.ort.session import ScoringSession, Session
+from trt_build.ort.step_call import Row
 from trt_build.plan import plan_engine
 from trt_build.prepare import EngineOptions, prepare_build
 

@@ -15,7 +15,8 @@ from trt_build.engine import open_engine
 from trt_build.errors import SequenceError
 from trt_build.old_formats.manifest import OldFormat
 from trt_build.ort.routing import Routing, in_checkpoint_order
-from trt_build.ort.session import Row, ScoringSession, Session
+from trt_build.ort.session import ScoringSession, Session
+from trt_build.ort.step_call import Row
 
 SLOTS = 6
 VOCABULARY = 352

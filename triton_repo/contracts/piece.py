@@ -47,6 +47,14 @@ def join(pieces: Iterable[Piece]) -> Piece:
     )
 
 
+def join_by_answer(pieces: Iterable[Piece]) -> list[Piece]:
+    """The pieces of the answers to one prompt, in order, as one for each answer that has some."""
+    answers: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        answers.setdefault(piece.sequence_index, []).append(piece)
+    return [join(parts) for parts in answers.values()]
+
+
 def _last(values: Iterable[_Value | None]) -> _Value | None:
     sent = [value for value in values if value is not None]
     return sent[-1] if sent else None

@@ -25,7 +25,9 @@ import numpy.typing as npt
 from export.onnx_graph import names
 from trt_build.errors import SequenceError
 from trt_build.ort.device import Device
+from trt_build.ort.step_call import Key, StepCall
 
+_MOST_CALLS = 64  # kept; a call of 32 layers takes some 50 kB
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux; Python names it since 3.13
 
 
@@ -48,6 +50,7 @@ class Cache:
         self.lengths = [0] * slots
         self.num_slots, self.positions = slots, positions
         self._new_binding, self._bindings = new_binding, dict[tuple[int, int], Any]()
+        self.calls: dict[Key, StepCall] = {}
         self._device, self._shape = device, (slots, heads, positions, head_size)
         self._slot_bytes = heads * positions * head_size * np.dtype(device.provider.float_type).itemsize
         pairs = [
@@ -104,6 +107,12 @@ class Cache:
             binding.bind_input(past, kind, index, dtype, shape, place)
             binding.bind_output(present, kind, index, dtype, shape, place)
         return binding
+
+    def keep(self, key: Key, call: StepCall) -> None:
+        """Keep a call, whose binding must be its own, for later steps of rows with the same key: see `calls`."""
+        if len(self.calls) >= _MOST_CALLS:
+            self.calls.clear()
+        self.calls[key] = call
 
     def shorten(self, slot: int, length: int) -> None:
         """Drop the positions of a slot from `length` on. Raises SequenceError if it holds fewer."""

@@ -19,7 +19,6 @@ on the device; a step copies token ids to it and rows of logits back.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,20 +33,11 @@ from trt_build.ort.cache import Cache
 from trt_build.ort.device import Device, load_graph, open_device
 from trt_build.ort.mapped_file import MappedFile
 from trt_build.ort.routing import Routing, in_checkpoint_order
+from trt_build.ort.step_call import Row, StepCall, key_of, span_of
 
 PREFILL_CHUNK_TOKENS = 128  # limits activation memory, and the time until a server next checks for cancellation
 
 Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """What a step does with one sequence: append `token_ids` (at least one) to the slot, and give the logits of the
-    last `num_logits` of them."""
-
-    slot: int
-    token_ids: Sequence[int]
-    num_logits: int = 1
 
 
 class Session:
@@ -84,7 +74,7 @@ class Session:
                 experts_per_token=facts.experts_per_token,
             )
         self._mask = self.device.place(np.ones((1, self.max_sequence), dtype=np.int64))
-        self._logits: dict[int, Floats] = {}  # by number of rows
+        self._logits = np.empty((1, self.vocab_size), dtype=np.float32)  # of as many rows as a step has asked for
 
     def new_cache(self, slots: int = 1) -> Cache:
         """Empty slots of max_sequence positions.
@@ -113,9 +103,9 @@ class Session:
         self._check(cache, rows)
         self._check_router_logits(rows, router_logits)
         num_logits = sum(row.num_logits for row in rows)
-        if num_logits not in self._logits:
-            self._logits = {num_logits: np.empty((num_logits, self.vocab_size), dtype=np.float32)}
-        logits, done, tokens_done = self._logits[num_logits], 0, 0
+        if num_logits > len(self._logits):
+            self._logits = np.empty((num_logits, self.vocab_size), dtype=np.float32)
+        logits, done, tokens_done = self._logits[:num_logits], 0, 0
         for call in self._calls(rows):
             wanted, tokens = sum(row.num_logits for row in call), sum(len(row.token_ids) for row in call)
             if self._has_serving_graph:
@@ -161,38 +151,34 @@ class Session:
         yield group
 
     def _run_together(self, cache: Cache, rows: Sequence[Row], logits: Floats, router_logits: Floats | None) -> None:
-        """Compute rows in one call of the serving graph (export/onnx_graph/forms.py has its inputs)."""
-        slots = [row.slot for row in rows]
-        first, stop = min(slots), max(slots) + 1
-        counts = np.array([len(row.token_ids) for row in rows], dtype=np.int64)
-        widest = int(counts.max())
-        ends = np.cumsum(counts)
-        tokens = np.concatenate([np.asarray(row.token_ids, dtype=np.int64) for row in rows])
-        places = np.array(slots, dtype=np.int64) - first
-        # The place of each token: its sequence's row of [B, S], and its number among the sequence's tokens.
-        query_of_token = np.arange(ends[-1]) + np.repeat(places * widest - (ends - counts), counts)
-        token_of_query = np.zeros((stop - first) * widest, dtype=np.int64)
-        token_of_query[query_of_token] = np.arange(ends[-1])
-        new_lengths = np.zeros(stop - first, dtype=np.int32)
-        new_lengths[places] = counts
-        last_positions = np.maximum(np.array(cache.lengths[first:stop], dtype=np.int32) + new_lengths - 1, 0)
-        total_length = np.array(last_positions.max() + 1, dtype=np.int32)
-        wanted = [np.arange(end - row.num_logits, end) for row, end in zip(rows, ends.tolist(), strict=True)]
-        inputs = {
-            names.INPUT_IDS: tokens, names.TOKEN_OF_QUERY: token_of_query.reshape(stop - first, widest),
-            names.QUERY_OF_TOKEN: query_of_token, names.LAST_POSITIONS: last_positions,
-            names.TOTAL_LENGTH: total_length, names.LOGIT_TOKENS: np.concatenate(wanted),
-        }  # fmt: skip
-        if self._mixes_lengths:
-            inputs[names.NEW_LENGTHS] = new_lengths
-        binding = cache.binding(first, stop)
-        if router_logits is not None:
-            # A binding of its own: the kept one would go on writing router logits in later steps.
-            binding = cache.new_binding(first, stop)
+        """Compute rows in one call of the serving graph."""
+        if router_logits is None:
+            call = self._step_call(cache, rows)
+        else:
+            # A binding of its own: a kept one would go on writing router logits in later steps.
+            call = StepCall(rows, cache.new_binding(*span_of(rows)), mixes_lengths=self._mixes_lengths)
+            call.bind_inputs()
             for number, out in enumerate(router_logits):
                 name = names.router_logits(number)
-                binding.bind_output(name, "cpu", 0, np.float32, out.shape, out.ctypes.data)
-        self._call(binding, inputs, logits)
+                call.binding.bind_output(name, "cpu", 0, np.float32, out.shape, out.ctypes.data)
+        call.fill(rows, cache.lengths)
+        if self.device.kind != "cpu":
+            call.bind_inputs()
+        call.bind_logits(logits)
+        self.backend.run_with_iobinding(call.binding)
+
+    def _step_call(self, cache: Cache, rows: Sequence[Row]) -> StepCall:
+        """The call that is kept for rows that take one token each, or else a new one."""
+        key = key_of(rows)
+        if key in cache.calls:
+            return cache.calls[key]
+        repeats = all(num_tokens == 1 for _, num_tokens, _ in key)
+        binding = cache.new_binding(*span_of(rows)) if repeats else cache.binding(*span_of(rows))
+        call = StepCall(rows, binding, mixes_lengths=self._mixes_lengths)
+        call.bind_inputs()
+        if repeats:
+            cache.keep(key, call)
+        return call
 
     def _run_alone(self, cache: Cache, rows: Sequence[Row], logits: Floats) -> None:
         """Compute one row by the graph for onnxruntime-genai."""
@@ -209,13 +195,9 @@ class Session:
         binding.bind_input(
             names.ATTENTION_MASK, self.device.kind, self.device.index, np.int64, (1, total), self._mask.data_ptr()
         )
-        out = logits if row.num_logits else np.empty((1, self.vocab_size), dtype=np.float32)
-        self._call(binding, {names.INPUT_IDS: tokens}, out[None])
-
-    def _call(self, binding: Any, inputs: dict[str, npt.NDArray[Any]], logits: Floats) -> None:  # noqa: ANN401 - an IOBinding
-        for name, array in inputs.items():
-            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        binding.bind_output(names.LOGITS, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        out = (logits if row.num_logits else np.empty((1, self.vocab_size), dtype=np.float32))[None]
+        binding.bind_input(names.INPUT_IDS, "cpu", 0, np.int64, tokens.shape, tokens.ctypes.data)
+        binding.bind_output(names.LOGITS, "cpu", 0, np.float32, out.shape, out.ctypes.data)
         self.backend.run_with_iobinding(binding)
 
     def _check(self, cache: Cache, rows: Sequence[Row]) -> None:

@@ -37,7 +37,7 @@ from triton_repo.runtime.batching.slots import Slots
 from triton_repo.runtime.responses import server_stopping
 from triton_repo.runtime.sampling import choose_all, log_probabilities_of
 from trt_build.ort.routing import Routing
-from trt_build.ort.session import Row
+from trt_build.ort.step_call import Row
 
 logger = logging.getLogger(__name__)
 
@@ -354,14 +354,8 @@ class SequenceEngine:
         self._post(partial(_fail, request, error))
 
     def _send(self, request: Request[Any], response: Any, *, is_last: bool) -> None:  # noqa: ANN401 - the layout's own
-        def send() -> None:
-            try:
-                request.outlet.send(response, is_last)
-            except Exception as error:  # whatever it is, the client is told
-                request.is_gone = True
-                _fail(request, error)
-
-        self._post(send)
+        if request.outlet.put(response, is_last):
+            self._post(partial(_flush, request))
 
     # Refusals.
 
@@ -414,6 +408,14 @@ def _row(share: Share) -> Row:
 
 def _is_late(request: Request[Any], now: float) -> bool:
     return request.deadline_s is not None and now >= request.deadline_s
+
+
+def _flush(request: Request[Any]) -> None:
+    try:
+        request.outlet.flush()
+    except Exception as error:  # whatever it is, the client is told
+        request.is_gone = True
+        _fail(request, error)
 
 
 def _fail(request: Request[Any], error: Exception) -> None:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from export.tokenizer.loading import Tokenizer, load_tokenizer
 from triton_repo.contracts.model_parameters import EngineInstance
-from triton_repo.contracts.piece import Piece
+from triton_repo.contracts.piece import Piece, join_by_answer
 from triton_repo.runtime.batching.loading import Loaded, load
 from triton_repo.runtime.batching.outlet import Outlet
 from triton_repo.runtime.batching.runner import Pulse
@@ -66,7 +66,7 @@ class Service:
         return text_request(
             plan,
             self._tokenizer,
-            Outlet(request.send, request.fail, request.is_cancelled),
+            Outlet(request.send, request.fail, request.is_cancelled, merge=join_by_answer),
             names=frozenset({request.request_id} - {""}),
             deadline_s=None if request.timeout_s is None else time.monotonic() + request.timeout_s,
             joined=not plan.options.stream,

@@ -12,13 +12,11 @@ bytes in a row. Pieces hold whole code points; an emoji of several code points m
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from export.tokenizer.loading import Tokenizer
 
 _UNDECIDED = "\ufffd"
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _TRIM_TOKENS = 16  # limits how many tokens are decoded again at each step
 
 
@@ -40,7 +38,7 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """Add a token. Returns the text that cannot change any more, which may be empty."""
         self._window.append(token_id)
-        is_byte = _is_byte(self._tokenizer, token_id)
+        is_byte = token_id in self._tokenizer.byte_ids
         self._in_bytes = is_byte or (self._in_bytes and not self._tokenizer.decode([token_id]))
         if self._in_bytes:
             return ""
@@ -78,7 +76,7 @@ def last_text_token(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> tuple[in
     """The last token of the prompt that has a text and is not a byte; empty if there is none. A byte would not do,
     since a wrong byte in the answer would change how it decodes."""
     for token in reversed(prompt_ids):
-        if not _is_byte(tokenizer, token) and has_text(tokenizer, token):
+        if token not in tokenizer.byte_ids and has_text(tokenizer, token):
             return (token,)
     return ()
 
@@ -87,7 +85,3 @@ def has_text(tokenizer: Tokenizer, token_id: int) -> bool:
     """Whether a token adds text. Special tokens do not."""
     # Decoded twice in a row, since a single space is stripped at the start of a text.
     return bool(tokenizer.decode([token_id, token_id]))
-
-
-def _is_byte(tokenizer: Tokenizer, token_id: int) -> bool:
-    return _BYTE_TOKEN.fullmatch(tokenizer.backend.id_to_token(token_id) or "") is not None
