@@ -107,6 +107,8 @@ def load_graph(engine: Engine, name: str, device: Device, threads: int | None) -
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    # Between two steps tokens are chosen, written and sent. Threads that spin meanwhile take the cores from that.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     runtime_name = device.provider.runtime_name
