@@ -20,6 +20,7 @@ from clients import errors
 from clients.generation import Client, GenerationRequest
 from export.tokenizer.loading import load_tokenizer
 from triton_repo.contracts.model_parameters import ModelParameters
+from triton_repo.contracts.piece import join
 from triton_repo.packaging.model_config import read_config
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.serving.server import ServerOptions, running_server
@@ -106,9 +107,24 @@ def parts(pieces) -> list:
     ]
 
 
+def merged_like(pieces, merged) -> list:
+    """Pieces joined to those of a server that merges pieces which wait to be sent."""
+    left = list(pieces)
+    groups = []
+    for end in (piece.num_output_tokens for piece in merged):
+        size = 1 + next(
+            place for place, piece in enumerate(left) if piece.num_output_tokens == end or piece is left[-1]
+        )
+        groups.append(join(left[:size]))
+        left = left[size:]
+    assert not left
+    return groups
+
+
 def ask_both(client, **fields):
     """The pieces of both models, which must be the same; returns the ensemble's. Then the same of a whole answer."""
     alone, steps = (list(client.stream(request_to(model, **fields))) for model in (SINGLE, STEPS))
+    steps, sent = merged_like(steps, alone), steps
     assert parts(steps) == parts(alone)
     whole_alone, whole_steps = (client.generate(request_to(model, **fields)) for model in (SINGLE, STEPS))
     assert parts([whole_steps]) == parts([whole_alone])
@@ -116,7 +132,7 @@ def ask_both(client, **fields):
     for found, expected in zip([*steps, whole_steps], [*alone, whole_alone], strict=True):
         assert found.log_probs == pytest.approx(expected.log_probs, rel=1e-5, abs=1e-5)
         assert found.cum_log_prob == (expected.cum_log_prob and pytest.approx(expected.cum_log_prob, rel=1e-5))
-    return steps
+    return sent
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from served import answers
 from wire_tensors import wire
 
 from triton_repo.contracts.ensemble import ADDED_ENGINE_NAMES, ADDED_TOKEN_NAMES, ENGINE_NAMES, QUERY_NAMES, TOKEN_NAMES
@@ -11,6 +10,8 @@ from triton_repo.contracts.model_parameters import TextParameters
 from triton_repo.contracts.piece import Piece, join
 from triton_repo.runtime import answer as answer_module
 from triton_repo.runtime.batching.alone import answered
+from triton_repo.runtime.options import plan_generation, read_options
+from triton_repo.runtime.single.generation import text_request
 from triton_repo.runtime.steps.postprocessing import Postprocessor, read_tokens
 from triton_repo.runtime.steps.preprocessing import Preprocessor
 from triton_repo.runtime.steps.token_engine import token_request
@@ -46,7 +47,12 @@ OPTIONS = (
 
 
 def single(session, tokenizer, values) -> list[Piece]:
-    return answers(session, tokenizer, wire(**values))
+    """What the model without steps would send if each piece were sent before the next one is written."""
+    options = read_options(wire(**values))
+    ends = session.engine.manifest.eos_token_ids
+    plan = plan_generation(options, tokenizer, max_sequence=session.max_sequence, end_token_ids=ends)
+    sent = answered(session, lambda outlet: text_request(plan, tokenizer, outlet, joined=not options.stream))
+    return [piece for piece, _ in sent]
 
 
 def in_steps(session, tokenizer, values) -> list[Piece]:
