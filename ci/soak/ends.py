@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import random
 import time
 from collections import Counter
@@ -23,6 +22,8 @@ from soak.wishes import Wish, draw_wishes, longer
 # What an end takes to reach the model: over the connection, and through Triton.
 TRANSIT_S = 0.01
 MOST_STEPS = 1  # the one that is computed when the end arrives
+# Ends that may take a step more, since a token was on its way to the client, or the end on its way to the model.
+LATE_SHARE = 0.1
 LOGGED_S = 20.0
 
 
@@ -74,13 +75,14 @@ def _judge(
         if line.get("end") in ("stopped", "disconnected"):
             report.counts[line["end"]] += 1
             steps[way][line["output_tokens"] - count] += 1
-    most = MOST_STEPS + math.ceil(TRANSIT_S / max(step_s, 1e-6))
+    most = MOST_STEPS + int(TRANSIT_S / max(step_s, 1e-6))
     found = {way: dict(sorted(counter.items())) for way, counter in steps.items()}
     report.numbers.update(step_s=round(step_s, 4), steps=found, most_allowed=most)
     for way, counter in steps.items():
-        slowest = max(counter, default=0)
         report.require(bool(counter), f"no stream was ended: {way}")
-        report.require(slowest <= most, f"{way}: {slowest} steps until the slot was free, at most {most} are allowed")
+        late = sum(count for taken, count in counter.items() if taken > most)
+        is_late = late > LATE_SHARE * counter.total() or max(counter, default=0) > most + 1
+        report.require(not is_late, f"{way}: {late} slots were free only after {max(counter, default=0)} steps")
 
 
 async def _stop(client: AsyncClient, wish: Wish, tokens: int) -> int:

@@ -96,16 +96,26 @@ def test_metrics_are_those_of_the_model_and_what_is_held_is_a_fault(soak, tmp_pa
     assert report.faults == ["afterwards the server holds {'sequences_running': 2.0}"]
 
 
-def test_steps_until_a_slot_is_free_are_those_behind_the_last_token_that_came(soak):
-    received = {"a": ("stop", 5), "b": ("tear", 5), "c": ("tear", 5), "d": ("stop", 9)}
-    lines = {
-        "a": {"end": "stopped", "output_tokens": 6}, "b": {"end": "disconnected", "output_tokens": 6},
-        "c": {"end": "disconnected", "output_tokens": 8}, "d": {"end": "length", "output_tokens": 9},
-    }  # fmt: skip
+@pytest.mark.parametrize(
+    ("tears", "step_s", "faults"),
+    [
+        ([1] * 20, 0.05, []),
+        ([1] * 19 + [2], 0.05, []),  # a token was on its way
+        ([1] * 17 + [2] * 3, 0.05, ["tear: 3 slots were free only after 2 steps"]),
+        ([1] * 19 + [3], 0.05, ["tear: 1 slots were free only after 3 steps"]),
+        ([3] * 20, 0.004, []),  # an end takes as long to arrive as two such steps
+    ],
+)
+def test_steps_until_a_slot_is_free_are_those_behind_the_last_token_that_came(soak, tears, step_s, faults):
+    received = {"stop": ("stop", 5), "whole": ("stop", 9)}
+    lines = {"stop": {"end": "stopped", "output_tokens": 6}, "whole": {"end": "length", "output_tokens": 19}}
+    for number, steps in enumerate(tears):
+        received[str(number)] = ("tear", 5)
+        lines[str(number)] = {"end": "disconnected", "output_tokens": 5 + steps}
     report = soak.served.Report()
-    soak.ends._judge(report, received, lines, step_s=0.1)
-    assert report.numbers["steps"] == {"stop": {1: 1}, "tear": {1: 1, 3: 1}}
-    assert report.faults == ["tear: 3 steps until the slot was free, at most 2 are allowed"]
+    soak.ends._judge(report, received, lines, step_s)
+    assert report.numbers["steps"] == {"stop": {1: 1}, "tear": dict(sorted(Counter(tears).items()))}
+    assert report.faults == faults
 
 
 def test_a_burst_is_judged_by_refusals_and_answers(soak):
