@@ -26,7 +26,7 @@ from decode import machine
 from export.command import run_command
 from export.errors import ConfigError
 from export.files.output import replace_file
-from trt_build.prepare import BACKENDS
+from trt_build.manifest import BACKENDS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COMMAND = [sys.executable, "-m", "cli.main"]

@@ -38,8 +38,8 @@ from export.command import run_command
 from export.errors import ConfigError, MoeshipError
 from export.files.output import replace_file
 from synthetic_checkpoint import PHIXTRAL
-from trt_build.engine import open_engine
 from trt_build.machine.bandwidth import NUM_BYTES
+from trt_build.ort.engine import open_engine
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -43,8 +43,8 @@ from export.checkpoint.folder import read_json
 from export.command import run_command
 from export.errors import ConfigError
 from export.files.output import replace_file
-from trt_build.engine import open_engine
 from trt_build.machine.bandwidth import measure_read_bandwidth
+from trt_build.ort.engine import open_engine
 
 BANDWIDTH_BYTES = 1 << 28
 TURN_TOKENS = 16

@@ -52,8 +52,8 @@ from servers.plot import draw
 from servers.results import Round, assemble, check_kind, load_name, table
 from synthetic_checkpoint import PHIXTRAL
 from triton_repo.contracts.model_parameters import ModelParameters
-from trt_build.engine import open_engine
 from trt_build.machine.bandwidth import measure_read_bandwidth
+from trt_build.ort.engine import open_engine
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-phixtral" / "merge.yml"
 NAMES = ("ours", "in-process", "llama-q4_0", "llama-q4_k_m", "vllm")

@@ -22,8 +22,8 @@ from pathlib import Path
 from export.command import run_command
 from export.errors import MoeshipError
 from export.files.resume import partial_path
-from trt_build.engine import open_engine
 from trt_build.errors import EngineError
+from trt_build.ort.engine import open_engine
 
 POLL_INTERVAL_S = 0.001
 BUILD = [sys.executable, str(Path(__file__).resolve().parent.parent / "trt_build" / "build_engine.py")]

@@ -21,9 +21,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.rows import Rows, print_rows
+from cli.rows import print_rows
 from export.errors import ConfigError
 from export.files.output import replace_file
+from export.rows import Rows
 
 if TYPE_CHECKING:
     from clients.bench.load import Load

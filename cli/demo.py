@@ -25,7 +25,7 @@ from export.quantize.recipe import plan_for
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from trt_build.engine import Engine
+    from trt_build.ort.engine import Engine
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-phixtral"
 MODEL = "phixtral"
@@ -159,7 +159,7 @@ def _stream(url: str, prompt: str, show: Callable[[str], None]) -> Streamed:
 
 
 def _summary(console: Console, as_json: bool, folder: Path, streamed: Streamed, seconds: float) -> None:
-    from trt_build.engine import open_engine
+    from trt_build.ort.engine import open_engine
 
     engine = open_engine(folder, check_digests=False)
     if as_json:

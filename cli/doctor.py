@@ -23,9 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cli.rows import in_units, print_rows
+from cli.rows import print_rows
 from export.errors import MoeshipError
 from export.files.reading import is_there
+from export.rows import in_units
 from trt_build.errors import EngineError
 
 PACKAGES = (
@@ -298,11 +299,12 @@ def _verified(verification: object) -> str:
 
 def _what_it_lacks(folder: Path, facts: Facts) -> Iterator[str]:
     """Reasons why this machine cannot load an undamaged engine for ONNX Runtime."""
-    from trt_build.engine import BACKEND, open_engine
-    from trt_build.engine_memory import require_memory
+    from trt_build.manifest import ORT_BACKEND
+    from trt_build.ort.engine import open_engine
     from trt_build.ort.kernels import is_usable
+    from trt_build.ort.memory import require_memory
 
-    if facts.get("backend") != BACKEND:
+    if facts.get("backend") != ORT_BACKEND:
         return
     if facts.get("kernels") == "moeship" and not is_usable():
         yield f"{folder} is for moeship's CPU kernels, which cannot be used here"

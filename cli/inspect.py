@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from cli.rows import Rows, in_units, print_rows
+from cli.rows import print_rows
+from export.rows import Rows, in_units
 
 if TYPE_CHECKING:
     from export.architecture import Router

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from typing import TYPE_CHECKING
 
 from export.errors import listing
-from export.trtllm.parallel import Parallelism
 from triton_repo.errors import RepositoryError
-from triton_repo.packaging.llmapi_package import LlmApiOptions
 from triton_repo.packaging.package import PackageOptions
+
+if TYPE_CHECKING:
+    from triton_repo.packaging.llmapi_package import LlmApiOptions
 
 BACKEND = "llmapi"
 _PARALLEL = {
@@ -46,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read_options(arguments: argparse.Namespace, engine_options: PackageOptions) -> LlmApiOptions:
     """The options for the LLM API. `engine_options` are the same flags, read for an engine. Raises RepositoryError for
     flags that only engines support."""
+    from export.trtllm.parallel import Parallelism
+    from triton_repo.packaging.llmapi_package import LlmApiOptions
+
     parameters = engine_options.tensorrt_llm
     plain = PackageOptions(
         engine=engine_options.engine, name=engine_options.name, output=engine_options.output, copy=engine_options.copy,

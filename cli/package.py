@@ -17,7 +17,6 @@ from pathlib import Path
 from cli import llmapi_package
 from triton_repo.contracts.model_parameters import ModelParameters
 from triton_repo.contracts.trtllm_parameters import TensorrtLlmParameters, value_types
-from triton_repo.packaging.llmapi_package import package_llmapi
 from triton_repo.packaging.package import LAYOUTS, Package, PackageOptions, package_engine
 
 
@@ -145,6 +144,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _package(arguments: argparse.Namespace) -> Package:
     options = read_options(arguments)
     if arguments.backend == llmapi_package.BACKEND:
+        from triton_repo.packaging.llmapi_package import package_llmapi
+
         return package_llmapi(llmapi_package.read_options(arguments, options))
     llmapi_package.refuse_flags(arguments)
     return package_engine(options)

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trt_build.comparison.evaluation_text import read_texts
-from trt_build.comparison.parity import THRESHOLDS, ParityReport, Thresholds, record, verify_engine
-from trt_build.engine import open_engine
+from trt_build.comparison.parity import THRESHOLDS, ParityReport, Thresholds
 from trt_build.errors import VerificationFailed
+from trt_build.ort.engine import open_engine
+from trt_build.ort.verify import record, verify_engine
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from export.merge.config import read_merge_config
 from export.merge.merge import merge
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.serving.server import ServerOptions, running_server
-from trt_build.build_engine import BuildOptions, build_engine
+from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.kernels import found_fault
-from trt_build.prepare import chosen_kernels
+from trt_build.ort.planning.prepare import chosen_kernels
 
 # A shell starts background jobs with SIGINT ignored, which programs inherit and ours respect. The commands that tests
 # interrupt must not inherit it, however the suite was started.

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from trt_build.engine import open_engine
-from trt_build.ort.genai_config import with_library
+from trt_build.ort.engine import open_engine
 from trt_build.ort.kernels import is_usable, library
+from trt_build.ort.planning.genai_config import with_library
 from trt_build.ort.session import Session
 
 # Precisions by whose kernels: every kind of engine for the CPU, and those that are quantised.

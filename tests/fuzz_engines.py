@@ -34,11 +34,11 @@ from triton_repo.packaging.ensemble_config import (
 from triton_repo.packaging.model_config import ServedModel, config_text, model_config, packaged_parameters, read_config
 from triton_repo.serving.deployment import read_deployment
 from triton_repo.serving.repository_check import check_repository
-from trt_build.build_engine import BuildOptions, build_engine
-from trt_build.engine import open_engine
 from trt_build.errors import EngineError
 from trt_build.manifest import digested_text
+from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.device import open_device
+from trt_build.ort.engine import open_engine
 from trt_build.trtllm.engine import open_trtllm_engine
 
 SIZES = {

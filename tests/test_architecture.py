@@ -31,7 +31,7 @@ ARROWS = {
 # The same between the folders of a package and the modules beside them. The modules in COMMON are for all, and use only
 # one another. A folder in a folder belongs to that folder, unless it has a row of its own.
 COMMON = {
-    "export": {"architecture", "command", "errors", "floats", "optional", "provider", "routing"},
+    "export": {"architecture", "command", "errors", "floats", "optional", "provider", "routing", "rows"},
     "trt_build": {"errors"},
     "triton_repo": {"errors"},
 }
@@ -52,27 +52,27 @@ WITHIN = {
     "trt_build": {
         "machine": set(),
         "progress_line": set(),
+        "results": set(),
+        "comparison": set(),
         "manifest": set(),
-        "old_formats": {"manifest"},
-        "engine": {"manifest", "old_formats"},
-        "engine_memory": {"engine", "machine"},
-        "ort": {"engine", "engine_memory", "old_formats"},
-        "comparison": {"engine", "ort"},
-        "prepare": {"engine", "manifest", "ort"},
-        "plan": {"engine", "engine_memory", "manifest", "ort", "prepare"},
+        "engine_files": {"manifest"},
+        "source": {"manifest"},
         "trtllm_flags": {"manifest"},
-        "trtllm": {"comparison", "engine", "machine", "manifest", "prepare", "progress_line", "trtllm_flags"},
-        "engine_flags": {"prepare", "trtllm_flags"},
-        "build_engine": {
-            "engine",
+        "engine_flags": {"manifest", "trtllm_flags"},
+        # The two backends: what both use is beside them, and neither uses the other.
+        "ort": {"comparison", "engine_files", "engine_flags", "machine", "manifest", "results", "source"},
+        "trtllm": {
+            "comparison",
+            "engine_files",
             "engine_flags",
+            "machine",
             "manifest",
-            "ort",
-            "prepare",
-            "progress_line",
-            "trtllm",
+            "results",
+            "source",
             "trtllm_flags",
         },
+        "backends": {"manifest", "ort", "results", "trtllm"},
+        "build_engine": {"backends", "engine_flags", "progress_line"},
     },
     "triton_repo": {
         "contracts": set(),
@@ -212,7 +212,7 @@ def test_clients_use_of_triton_repo_only_the_contracts():
 
 
 def test_the_serving_path_never_names_torch():
-    serving = [*sources("triton_repo"), ROOT / "trt_build/engine.py", *sources("trt_build/ort")]
+    serving = [*sources("triton_repo"), *sources("trt_build/ort")]
     assert [path for path in serving for name in imported_names(path) if name.split(".")[0] == "torch"] == []
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from cli.main import COMMANDS
-from trt_build import engine as onnx_engine
-from trt_build.engine import Manifest
+from trt_build.ort import engine as onnx_engine
+from trt_build.ort.engine import Manifest
 from trt_build.trtllm import engine as trtllm_engine
 from trt_build.trtllm.engine import TrtllmManifest
 

@@ -16,10 +16,11 @@ from cli.main import main
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.tokenizer.loading import load_tokenizer
-from trt_build.build_engine import BuildOptions, build_engine
 from trt_build.comparison import parity
 from trt_build.comparison.torch_reference import load_reference
-from trt_build.engine import Engine
+from trt_build.ort import verify
+from trt_build.ort.build import BuildOptions, build_engine
+from trt_build.ort.engine import Engine
 from trt_build.ort.session import Session
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +79,7 @@ def some_windows(held_out):
 @pytest.fixture(scope="module")
 def exact_perplexity(engines, some_windows) -> float:
     """The float32 engine's."""
-    return parity.perplexity(engines[FP32], some_windows)
+    return verify.perplexity(engines[FP32], some_windows)
 
 
 def test_every_expert_is_small_and_fit_for_every_engines_packing():
@@ -109,7 +110,7 @@ def test_each_expert_is_the_best_of_the_four_on_its_own_slice(tmp_path, held_out
     for name in SLICES:
         options = BuildOptions(checkpoint=str(EXAMPLE / "experts" / name), output=tmp_path / name, precision="fp32")
         engine = build_engine(options)
-        found[name] = {slice_name: parity.perplexity(engine, windows) for slice_name, windows in held_out.items()}
+        found[name] = {slice_name: verify.perplexity(engine, windows) for slice_name, windows in held_out.items()}
     for slice_name in held_out:
         assert min(SLICES, key=lambda name: found[name][slice_name]) == slice_name
 
@@ -117,7 +118,7 @@ def test_each_expert_is_the_best_of_the_four_on_its_own_slice(tmp_path, held_out
 @pytest.mark.parametrize("kind", each(QUANTISED))
 def test_quantised_perplexity_stays_near_fp32(engines, some_windows, exact_perplexity, kind):
     assert (
-        parity.perplexity(engines[kind], some_windows) / exact_perplexity - 1 <= {"int8": 0.003, "int4": 0.03}[kind[0]]
+        verify.perplexity(engines[kind], some_windows) / exact_perplexity - 1 <= {"int8": 0.003, "int4": 0.03}[kind[0]]
     )
 
 
@@ -131,9 +132,9 @@ def expected(reference, held_out):
 
 @pytest.mark.parametrize("kind", each(KINDS))
 def test_parity_holds_on_held_out_text(engines, reference, expected, kind, monkeypatch):
-    monkeypatch.setattr(parity, "run_reference", lambda _reference, window, _router: expected[tuple(window)])
+    monkeypatch.setattr(verify, "run_reference", lambda _reference, window, _router: expected[tuple(window)])
     windows = list(expected)
-    report = parity.compare(engines[kind], reference, windows, lambda _text: None)
+    report = verify.compare(engines[kind], reference, windows, lambda _text: None)
     assert report.num_tokens >= 1024
     assert report.num_decoded_tokens == 256
     assert report.failures(parity.THRESHOLDS[kind[0]]) == []

@@ -12,10 +12,11 @@ from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.provider import PROVIDERS
 from export.tokenizer.loading import load_tokenizer
-from trt_build.build_engine import BuildOptions, build_engine
 from trt_build.comparison import parity
 from trt_build.comparison.evaluation_text import standard_text
 from trt_build.comparison.torch_reference import load_reference
+from trt_build.ort import verify
+from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.device import Device
 
 
@@ -39,13 +40,13 @@ def expected(reference, windows):
 def test_parity_of_a_cuda_engine_holds_on_text(
     tmp_path, trained_phixtral, reference, windows, expected, precision, monkeypatch
 ):
-    monkeypatch.setattr(parity, "run_reference", lambda _reference, window, _router: expected[tuple(window)])
+    monkeypatch.setattr(verify, "run_reference", lambda _reference, window, _router: expected[tuple(window)])
     provider = dataclasses.replace(PROVIDERS["cuda"], runtime_name="CPUExecutionProvider", options={})
     monkeypatch.setattr("trt_build.ort.session.open_device", lambda *_: Device(provider=provider, kind="cpu"))
     options = BuildOptions(
         checkpoint=str(trained_phixtral), output=tmp_path / "e", precision=precision, provider="cuda"
     )
-    report = parity.compare(build_engine(options), reference, windows, lambda _text: None)
+    report = verify.compare(build_engine(options), reference, windows, lambda _text: None)
     assert report.num_decoded_tokens == 128
     assert report.failures(parity.THRESHOLDS[precision]) == []
     if precision == "fp16":

@@ -6,19 +6,22 @@ A command line of `moeship build` is also one of `moeship plan`: with the same f
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from export.provider import KERNELS, PROVIDERS
 from export.quantize.recipe import PLANS
 from trt_build.errors import EngineError
-from trt_build.prepare import BACKENDS, EngineOptions
-from trt_build.trtllm_flags import add_trtllm_arguments
+from trt_build.manifest import BACKENDS, ORT_BACKEND, TRTLLM_BACKEND
+from trt_build.trtllm_flags import NAMES, add_trtllm_arguments
 
 DEFAULT_PROVIDER = "cpu"
+# Flags that one backend alone has. If such a flag is not given, its value is None.
+_OWN_FLAGS: Mapping[str, Collection[str]] = {ORT_BACKEND: ("provider", "kernels"), TRTLLM_BACKEND: NAMES}
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, output_required: bool) -> None:
-    """Add every flag of both backends. `read_checkpoint` and `read_engine_options` read them."""
+    """Add every flag of both backends. Each backend reads its own (`command.py`)."""
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="checkpoint folder, or a hub id owner/name")
     parser.add_argument("--checkpoint", dest="checkpoint_flag", metavar="DIR", help="the same, as a flag")
     parser.add_argument("--output", required=output_required, type=Path, metavar="ENGINE", help=output_help)
@@ -33,7 +36,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, o
         "--max-seq-len", "--max-sequence", dest="max_sequence", type=int, metavar="TOKENS",
         help="context limit, prompt and answer together (default: the model's own)",
     )  # fmt: skip
-    onnxruntime = parser.add_argument_group("onnxruntime", "for --backend onnxruntime")
+    onnxruntime = parser.add_argument_group(ORT_BACKEND, f"for --backend {ORT_BACKEND}")
     onnxruntime.add_argument("--provider", help=f"{' or '.join(PROVIDERS)} (default: {DEFAULT_PROVIDER})")
     onnxruntime.add_argument(
         "--kernels",
@@ -60,15 +63,13 @@ def read_checkpoint(arguments: argparse.Namespace) -> str:
     return str(given.pop())
 
 
-def read_engine_options(arguments: argparse.Namespace) -> EngineOptions:
-    """The options of an engine for ONNX Runtime, from the command line. Raises EngineError like `read_checkpoint`."""
-    return EngineOptions(
-        checkpoint=read_checkpoint(arguments),
-        precision=arguments.precision,
-        backend=arguments.backend,
-        provider=arguments.provider or DEFAULT_PROVIDER,
-        experts_per_token=arguments.experts_per_token,
-        max_sequence=arguments.max_sequence,
-        kernels=arguments.kernels,
-        keep_all_experts=arguments.keep_all_experts,
-    )
+def refuse_flags_of_others(arguments: argparse.Namespace, shared: Collection[str] = ()) -> None:
+    """Raise EngineError if a flag was given that only another backend than the chosen one has. A plan uses the flags in
+    `shared` for every backend."""
+    for backend, names in _OWN_FLAGS.items():
+        given = [name for name in names if name not in shared and getattr(arguments, name) is not None]
+        if given and backend != arguments.backend:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise EngineError(
+                f"reading the flags: {flags}: for --backend {backend} only; leave them out, or name that backend"
+            )

@@ -10,24 +10,48 @@ Formats up to UNDIGESTED have no digest and are read without one.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
+import platform
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from export.architecture import Architecture, is_token_id
-from export.checkpoint.file_table import TEMPLATE_FOLDER
 from export.errors import MoeshipError, kind_of, named, shown
 from export.files.reading import is_folder, is_there, parse_json, read_bytes
 from export.tokenizer.settings import MAX_TOKENS, TokenizerFacts
 from trt_build.errors import EngineError
 
 MANIFEST_FILE = "engine.json"
-TRTLLM_BACKEND = "tensorrt-llm"
-UNDIGESTED: Mapping[str, int] = {"onnxruntime": 2, TRTLLM_BACKEND: 1}  # backend -> the last format without a digest
+ORT_BACKEND, TRTLLM_BACKEND = BACKENDS = "onnxruntime", "tensorrt-llm"
+UNDIGESTED: Mapping[str, int] = {ORT_BACKEND: 2, TRTLLM_BACKEND: 1}  # backend -> the last format without a digest
 _DIGEST = re.compile(r'(?<=,\n  "digest": ")[0-9a-f]{64}(?="\n}\n\Z)')
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
+_LIBRARIES = ("moeship", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tokenizers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The checkpoint that the weights came from. `digests` has one digest for each file name, as
+    `export.checkpoint.digests` describes; `revision` is the commit of a hub id."""
+
+    checkpoint: str
+    revision: str | None
+    digests: Mapping[str, str]
+
+
+def libraries() -> dict[str, str]:
+    """Versions of Python and of the packages that decide an engine's bytes."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
 
 
 def digested_text(values: Mapping[str, Any]) -> str:
@@ -78,6 +102,15 @@ def read_manifest(folder: Path, doing: str, error: type[MoeshipError] = EngineEr
 _REMEDY = "put back the file that the build or verify wrote, or build the engine again"
 
 
+def engine_backend(folder: Path) -> str | None:
+    """The backend that a directory's engine.json names; None if there is no readable engine.json."""
+    try:
+        backend = read_manifest(folder, f"opening the engine {folder}").get("backend")
+    except EngineError:
+        return None
+    return backend if isinstance(backend, str) else None
+
+
 def _digest_of(text: str) -> str:
     """SHA-256 of the bytes before the digest's value, or of the whole text if it does not end with a digest."""
     place = _DIGEST.search(text)
@@ -90,32 +123,6 @@ def changed_meanwhile(folder: Path) -> EngineError:
         f"writing the comparison's result into {folder / MANIFEST_FILE}: it changed since it was read; verify again "
         "when no other process writes to it"
     )
-
-
-def check_file_records(files: Mapping[str, Any], needed: Sequence[str], undigested: Sequence[str] = ()) -> None:
-    """Check the names, sizes and digests in the records of an engine's files; files in `undigested` have no digest.
-
-    Raises ValueError, also for a name outside the engine's folder, which must never be opened.
-    """
-    strangers = [name for name in files if not _is_inside(name) or name == MANIFEST_FILE]
-    absent = [name for name in needed if name not in files]
-    if strangers or absent:
-        raise ValueError(f"files outside the folder: {shown(strangers)}, files not listed: {shown(absent)}")
-    for name, record in files.items():
-        if record.bytes < 0:
-            raise ValueError(f"files.{named(name, 80)}: it has {record.bytes} bytes")
-        if (record.sha256 is None) is not (name in undigested):
-            raise ValueError(
-                f"files.{named(name, 80)}: a digest is {'not expected' if name in undigested else 'missing'}"
-            )
-        if record.sha256 is not None and not _HEX_DIGEST.fullmatch(record.sha256):
-            raise ValueError(f"files.{named(name, 80)}: {shown(record.sha256, 80)} is not a SHA-256")
-
-
-def _is_inside(name: str) -> bool:
-    """Whether a name is a file directly in the engine's folder or in its folder of chat templates."""
-    folder, _, file = name.rpartition("/")
-    return folder in ("", TEMPLATE_FOLDER) and file not in ("", ".", "..") and "\0" not in file
 
 
 def check_digest(name: str, text: str) -> None:

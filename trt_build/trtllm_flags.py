@@ -7,10 +7,8 @@ texts repeat the stages, precisions and defaults of that backend; a test compare
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
 from pathlib import Path
 
-from trt_build.errors import EngineError
 from trt_build.manifest import TRTLLM_BACKEND
 
 STAGES = ("plan", "checkpoint", "engine", "verify")
@@ -38,6 +36,7 @@ FLAGS: tuple[tuple[str, type, str, str, str], ...] = (
     ("trtllm_checkpoint", Path, "DIR", "folder of the TensorRT-LLM checkpoint", "OUTPUT.checkpoint"),
     ("verify_tokens", int, "N", "positions to compare with the reference", "2048"),
 )
+NAMES = (*(name for name, *_ in FLAGS), "plain_weights")
 
 
 def add_trtllm_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,14 +52,3 @@ def add_trtllm_arguments(parser: argparse.ArgumentParser) -> None:
         "--plain-weights", action="store_true", default=None,
         help="write int8 and int4 weights as floats; the machine that builds the engine quantises them",
     )  # fmt: skip
-
-
-def refuse_trtllm_flags(arguments: argparse.Namespace, allowed: Collection[str] = ()) -> None:
-    """Raise EngineError if a flag of this backend was given for the other one. `allowed` flags are accepted."""
-    names = [name for name in (*(name for name, *_ in FLAGS), "plain_weights") if name not in allowed]
-    refused = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
-    if refused:
-        raise EngineError(
-            f"reading the flags: {', '.join(refused)}: for --backend {TRTLLM_BACKEND} only; leave them out, or name "
-            "that backend"
-        )

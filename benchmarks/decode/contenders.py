@@ -68,7 +68,7 @@ class Ours:
     """A moeship engine, run by the session that also serves it."""
 
     def __init__(self, task: Task) -> None:
-        from trt_build.engine import open_engine
+        from trt_build.ort.engine import open_engine
         from trt_build.ort.session import Session
 
         assert task.source is not None

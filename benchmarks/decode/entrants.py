@@ -16,7 +16,7 @@ from decode.shape import Weights, count_weights, mixtral_of_equal_weights
 from export.architecture import Architecture
 from export.errors import ConfigError
 from export.exporter import SERVING_GRAPH
-from trt_build.engine import Engine, open_engine
+from trt_build.ort.engine import Engine, open_engine
 
 NAMES = (
     "ours", "llama-q4_0", "llama-q4_k_m", "ik-q4_0", "ik-q4_k_m", "ik-iq4_xs", "transformers-bf16", "transformers-fp32",

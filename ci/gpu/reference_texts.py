@@ -19,7 +19,7 @@ import torch
 
 from export.command import run_command
 from trt_build.comparison.parity import load_torch_reference
-from trt_build.prepare import open_source
+from trt_build.source import open_source
 
 
 def greedy(

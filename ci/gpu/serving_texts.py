@@ -22,7 +22,7 @@ from export.errors import OutputError
 from export.tokenizer.loading import load_tokenizer
 from triton_repo.runtime.options import GenerationOptions
 from triton_repo.runtime.single.generation import generate
-from trt_build.engine import open_engine
+from trt_build.ort.engine import open_engine
 from trt_build.ort.session import Session
 
 PROMPTS = (

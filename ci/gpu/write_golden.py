@@ -29,9 +29,9 @@ from export.provider import PROVIDERS
 from export.tokenizer.loading import load_tokenizer
 from trt_build.comparison.evaluation_text import standard_text
 from trt_build.comparison.parity import THRESHOLDS
-from trt_build.engine import Engine, open_engine
 from trt_build.errors import EngineError
 from trt_build.ort.device import Device
+from trt_build.ort.engine import Engine, open_engine
 from trt_build.ort.session import ScoringSession
 
 GOLDEN_FILE = "golden.npz"

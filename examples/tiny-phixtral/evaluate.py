@@ -19,9 +19,10 @@ import corpus
 from export.merge.config import read_merge_config
 from export.merge.merge import merge
 from export.tokenizer.loading import load_tokenizer
-from trt_build.build_engine import BuildOptions, build_engine
-from trt_build.comparison.parity import perplexity, split_windows
-from trt_build.engine import Engine
+from trt_build.comparison.parity import split_windows
+from trt_build.ort.build import BuildOptions, build_engine
+from trt_build.ort.engine import Engine
+from trt_build.ort.verify import perplexity
 
 HERE = Path(__file__).resolve().parent
 WINDOW_TOKENS = 256

@@ -15,8 +15,8 @@ from decode.gguf_model import read_contents, write_model
 from decode.shape import Weights, count_weights, mixtral_of_equal_weights, tensors
 from export.errors import CheckpointError, ConfigError, OutputError
 from synthetic_checkpoint import PHIXTRAL
-from trt_build.plan import plan_engine
-from trt_build.prepare import EngineOptions, prepare_build
+from trt_build.ort.planning.plan import plan_engine
+from trt_build.ort.planning.prepare import EngineOptions, prepare_build
 
 KINDS = gguf.GGMLQuantizationType
 # Unequal sizes, so that no swapped axis fits.

@@ -19,7 +19,7 @@ from decode.entrants import prepare
 from decode.worker import task_as_json
 from export.errors import ConfigError
 from synthetic_checkpoint import PHIXTRAL
-from trt_build.engine import open_engine
+from trt_build.ort.engine import open_engine
 
 RESULTS = Path(decode_turns.__file__).parent / "results"
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from trt_build.engine import open_engine
+from trt_build.ort.engine import open_engine
 
 JOB = Path(__file__).parents[2] / "ci" / "build_engine.sh"
 

@@ -18,7 +18,7 @@ import onnx
 import pytest
 
 from trt_build.comparison.parity import THRESHOLDS
-from trt_build.engine import open_engine
+from trt_build.ort.engine import open_engine
 
 SCRIPTS = Path(__file__).parents[2] / "ci" / "gpu"
 

@@ -17,7 +17,7 @@ from export.tokenizer.loading import load_tokenizer
 from triton_repo.errors import ServerError
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.serving.server import ServerOptions, running_server
-from trt_build.engine import open_engine
+from trt_build.ort.engine import open_engine
 from trt_build.ort.session import Session
 
 SCRIPTS = Path(__file__).parents[2] / "ci" / "gpu"

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from cli.main import COMMANDS, main
-from trt_build.engine import open_engine
+from trt_build.ort.engine import open_engine
 
 
 def test_the_overview_names_every_command(capsys):

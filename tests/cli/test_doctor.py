@@ -194,7 +194,7 @@ def test_an_instruction_set_that_is_not_there_is_a_problem(doctor, monkeypatch):
 
 
 def test_an_engine_that_does_not_fit_into_memory_is_a_problem(doctor, engine, monkeypatch):
-    monkeypatch.setattr("trt_build.engine_memory.available_memory", lambda: 1000)
+    monkeypatch.setattr("trt_build.ort.memory.available_memory", lambda: 1000)
     status, report = doctor(engine)
     assert status == 1
     assert "of memory available" in report["problems"][0]

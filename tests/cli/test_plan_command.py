@@ -36,7 +36,7 @@ def test_a_bandwidth_bounds_the_tokens_per_second(capsys, tiny_checkpoint):
 
 
 def test_the_bandwidth_is_measured_when_asked(capsys, tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr("trt_build.machine.bandwidth.measure_read_bandwidth", lambda: 7e9)
+    monkeypatch.setattr("trt_build.ort.command.measure_read_bandwidth", lambda: 7e9)
     assert planned(capsys, tiny_checkpoint, "--measure-bandwidth")[1]["bandwidth_bytes_per_s"] == 7e9
 
 
@@ -61,7 +61,7 @@ def test_the_longest_sequence_that_fits_is_told_where_none_does(capsys, tiny_che
 
 
 def test_without_a_device_memory_the_cpus_is_the_machines_and_the_gpus_is_unknown(capsys, tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr("trt_build.machine.memory.available_memory", lambda: 12_000_000)
+    monkeypatch.setattr("trt_build.ort.command.available_memory", lambda: 12_000_000)
     assert planned(capsys, tiny_checkpoint)[1]["device_memory_bytes"] == 12_000_000
     assert planned(capsys, tiny_checkpoint, "--provider", "cuda")[1]["device_memory_bytes"] is None
 

@@ -18,8 +18,9 @@ from export.tokenizer.loading import Tokenizer
 from triton_repo.contracts.model_parameters import ModelParameters
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.serving.server import ServerOptions, running_server
-from trt_build.engine import open_engine, record_files
+from trt_build.engine_files import record_files
 from trt_build.manifest import TRTLLM_BACKEND
+from trt_build.ort.engine import open_engine
 from trt_build.trtllm.engine import (
     FORMAT_VERSION,
     GpuRecord,

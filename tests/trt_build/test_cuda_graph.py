@@ -27,10 +27,10 @@ from cli.main import main
 from export.errors import ExportError, MissingPackageError, QuantizationError
 from export.provider import PROVIDERS
 from export.quantize.grid import dequantize_blocks, unpack
-from trt_build.build_engine import BuildOptions, build_engine
-from trt_build.engine import open_engine
 from trt_build.errors import EngineError
+from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.device import open_device
+from trt_build.ort.engine import open_engine
 from trt_build.ort.session import Session
 
 PRECISIONS = ("fp16", "int8", "int4")
@@ -188,9 +188,7 @@ def test_genai_is_told_the_provider_and_its_options(tiny_engines):
 def test_verify_without_a_cuda_package_says_what_is_missing_before_it_loads_the_reference(
     tiny_checkpoint, tiny_engines, capsys, monkeypatch
 ):
-    monkeypatch.setattr(
-        "trt_build.comparison.parity._open_reference", lambda *_: pytest.fail("the reference was loaded")
-    )
+    monkeypatch.setattr("trt_build.ort.verify._open_reference", lambda *_: pytest.fail("the reference was loaded"))
     status = main(["-q", "verify", str(tiny_engines("int4", "cuda")), "--reference", str(tiny_checkpoint)])
     output = capsys.readouterr()
     assert (status, output.out) == (2, "")

@@ -13,9 +13,9 @@ from mixtral_checkpoints import write_mixtral_checkpoint
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.provider import PROVIDERS
-from trt_build.build_engine import BuildOptions, build_engine
-from trt_build.comparison import parity
 from trt_build.comparison.torch_reference import load_reference
+from trt_build.ort import verify
+from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.device import Device
 
 TOKENS = np.random.default_rng(4).integers(0, 250, 160).tolist()
@@ -51,7 +51,7 @@ def test_every_node_has_a_cuda_kernel_of_its_types(tmp_path, checkpoint, precisi
 @pytest.mark.usefixtures("run_on_the_cpu")
 def test_float16_differs_from_transformers_by_its_rounding(tmp_path, checkpoint):
     engine = build(checkpoint, tmp_path / "engine", "fp16")
-    report = parity.compare(engine, load_reference(read_model(open_checkpoint(checkpoint))), [TOKENS], lambda _: None)
+    report = verify.compare(engine, load_reference(read_model(open_checkpoint(checkpoint))), [TOKENS], lambda _: None)
     assert report.mean_kl <= 1e-5
     assert report.mean_decoded_kl <= 1e-5
     assert report.max_logit_difference <= 0.02
@@ -62,7 +62,7 @@ def test_float16_differs_from_transformers_by_its_rounding(tmp_path, checkpoint)
 def test_queries_that_lost_their_factor_are_caught(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setattr("export.onnx_graph.graph.WeightJob", lambda **job: _without_factor(job))
     engine = build(checkpoint, tmp_path / "engine", "fp16")
-    report = parity.compare(engine, load_reference(read_model(open_checkpoint(checkpoint))), [TOKENS], lambda _: None)
+    report = verify.compare(engine, load_reference(read_model(open_checkpoint(checkpoint))), [TOKENS], lambda _: None)
     assert report.mean_kl > 1e-3
 
 

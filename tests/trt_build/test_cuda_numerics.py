@@ -23,11 +23,12 @@ from transformers import PhiForCausalLM
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.provider import PROVIDERS
-from trt_build.build_engine import BuildOptions, build_engine
 from trt_build.comparison import parity
 from trt_build.comparison.torch_reference import load_reference
-from trt_build.engine import open_engine
+from trt_build.ort import verify
+from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.device import Device
+from trt_build.ort.engine import open_engine
 from trt_build.ort.session import Session
 
 TOKENS = np.random.default_rng(3).integers(0, 256, 600).tolist()
@@ -41,7 +42,7 @@ PRECISIONS = ("fp16", "int8", "int4")
 @pytest.fixture(autouse=True)
 def cuda_engines_run_on_the_cpu(monkeypatch):
     provider = dataclasses.replace(PROVIDERS["cuda"], runtime_name="CPUExecutionProvider", options={})
-    for module in ("trt_build.ort.session", "trt_build.comparison.parity"):
+    for module in ("trt_build.ort.session", "trt_build.ort.verify"):
         monkeypatch.setattr(f"{module}.open_device", lambda *_: Device(provider=provider, kind="cpu"))
 
 
@@ -186,7 +187,7 @@ def test_scored_and_decoded_logits_are_those_of_the_stored_weights(tmp_path, tin
     engine = copy_of(tiny_engines(precision, "cuda"), tmp_path / "engine")
     if precision == "int8":
         mix_in_float32(engine)
-    report = parity.compare(engine, reference(precision), [TOKENS], quiet)
+    report = verify.compare(engine, reference(precision), [TOKENS], quiet)
     assert (report.num_tokens, report.num_decoded_tokens) == (600, 300)
     assert report.failures(ROUNDING) == []
 
@@ -196,13 +197,13 @@ def test_dense_phi_differs_from_transformers_own_model_by_rounding_alone(tmp_pat
     dense = write_phi_checkpoint(tmp_path / "dense", seed=8, spelling="phi-msft", **sizes)
     write_phi_checkpoint(tmp_path / "outside", seed=8, spelling="transformers", **sizes)
     outside = PhiForCausalLM.from_pretrained(tmp_path / "outside", dtype=torch.float32).eval()
-    report = parity.compare(build(dense, tmp_path / "engine"), outside, [TOKENS[:256]], quiet)
+    report = verify.compare(build(dense, tmp_path / "engine"), outside, [TOKENS[:256]], quiet)
     assert report.failures(ROUNDING) == []
 
 
 def test_float16_moves_a_logit_by_what_its_rounding_explains(tiny_engines, reference):
     # A logit is a sum over three layers of values rounded to 11 bits: their errors of 2^-12 each add up like draws.
-    report = parity.compare(open_engine(tiny_engines("fp16", "cuda")), reference("fp16"), [TOKENS], quiet)
+    report = verify.compare(open_engine(tiny_engines("fp16", "cuda")), reference("fp16"), [TOKENS], quiet)
     with torch.no_grad():
         spread = float(reference("fp16")(torch.tensor([TOKENS])).logits.std())
     assert 2.0**-14 * spread < report.mean_logit_difference < 2.0**-8 * spread
@@ -254,7 +255,7 @@ FAULTS = [
 def test_a_seeded_fault_in_the_engine_is_caught(tmp_path, tiny_engines, reference, fault):
     engine = copy_of(tiny_engines("int4", "cuda"), tmp_path / "engine")
     fault(engine)
-    report = parity.compare(engine, reference("int4"), [TOKENS[:128]], quiet)
+    report = verify.compare(engine, reference("int4"), [TOKENS[:128]], quiet)
     assert report.failures(ROUNDING)
 
 
@@ -288,7 +289,7 @@ def test_scores_beyond_float16_stay_finite(tmp_path, tiny_checkpoint):
     assert np.isfinite(half_scores(packed, factor=1)).all()
     session = Session(engine)
     assert np.isfinite(session.run(session.new_cache(), TOKENS[:64])).all()
-    report = parity.compare(engine, reference_of(checkpoint), [TOKENS[:128]], quiet)
+    report = verify.compare(engine, reference_of(checkpoint), [TOKENS[:128]], quiet)
     # Scores of thousands make of a rounding another choice of key now and then.
     assert report.top1_agreement >= 0.85
     assert np.isfinite(report.max_logit_difference)
@@ -327,7 +328,7 @@ def routing(engine, tokens):
     assert given == set(list(names)[:3])
     have = {output.name for output in model.graph.output}
     found = values_of(engine, tokens, {name: number for name, number in names.items() if name not in have})
-    _, logits = parity.ScoringSession(engine).run(tokens)
+    _, logits = verify.ScoringSession(engine).run(tokens)
     return np.stack(found[:3]), logits
 
 

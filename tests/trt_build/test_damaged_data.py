@@ -11,8 +11,8 @@ import pytest
 from manifests import edit_manifest
 
 from export.exporter import DATA_FILE
-from trt_build.engine import open_engine
 from trt_build.errors import EngineError
+from trt_build.ort.engine import open_engine
 from trt_build.ort.session import ScoringSession, Session
 
 pytestmark = pytest.mark.needs_kernels

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from trt_build.engine import open_engine
-from trt_build.engine_memory import require_memory
 from trt_build.errors import EngineError
+from trt_build.ort.engine import open_engine
+from trt_build.ort.memory import require_memory
 from trt_build.ort.session import Session
 
 
@@ -25,7 +25,7 @@ def test_an_engine_that_does_not_fit_is_refused_with_the_context_that_would(tiny
 
 
 def test_the_session_refuses_before_it_loads_anything(tiny_engine, monkeypatch):
-    monkeypatch.setattr("trt_build.engine_memory.available_memory", lambda: 3_000_000)
+    monkeypatch.setattr("trt_build.ort.memory.available_memory", lambda: 3_000_000)
     monkeypatch.setattr("trt_build.ort.session.load_graph", None)
     with pytest.raises(EngineError, match=r"loading .* for sequences of 640 tokens: found 0.00 GB of memory available"):
         Session(open_engine(tiny_engine))

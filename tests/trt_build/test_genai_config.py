@@ -7,7 +7,7 @@ import pytest
 from export.architecture import Architecture
 from export.checkpoint.token_ids import TokenIds
 from export.provider import provider_of
-from trt_build.ort.genai_config import genai_config
+from trt_build.ort.planning.genai_config import genai_config
 
 SMALL = Architecture(
     family="mixtral", hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2, head_size=16, ffn_size=32,

@@ -24,15 +24,15 @@ from export.merge.config import read_merge_config
 from export.merge.merge import merge
 from export.routing import diagnose, left_out_by_layer, left_out_of_every_layer
 from tests.manifests import edit_manifest, read_values, write_values
-from trt_build.build_engine import BuildOptions, build_engine
 from trt_build.comparison import parity
-from trt_build.engine import open_engine, weight_regions
 from trt_build.errors import EngineError
-from trt_build.ort import kernels
+from trt_build.ort import kernels, verify
+from trt_build.ort.build import BuildOptions, build_engine
+from trt_build.ort.engine import open_engine, weight_regions
+from trt_build.ort.planning.plan import plan_engine
+from trt_build.ort.planning.prepare import EngineOptions, prepare_build
 from trt_build.ort.session import ScoringSession, Session
 from trt_build.ort.step_call import Row
-from trt_build.plan import plan_engine
-from trt_build.prepare import EngineOptions, prepare_build
 
 EXPERTS = Path(__file__).parents[2] / "examples/tiny-phixtral/experts"
 OWN = pytest.mark.needs_kernels
@@ -197,11 +197,11 @@ def test_the_reference_is_the_whole_model_and_an_engine_without_an_expert_that_c
 ):
     tokens = np.random.default_rng(4).integers(0, 256, 96).tolist()
     reference = parity.load_torch_reference(read_model(open_checkpoint(merged)))
-    good = parity.compare(build(merged, tmp_path / "good", "fp32"), reference, [tokens], lambda _: None)
+    good = verify.compare(build(merged, tmp_path / "good", "fp32"), reference, [tokens], lambda _: None)
     assert good.failures(parity.THRESHOLDS["fp32"]) == []
     assert good.routing_agreement == 1.0
-    monkeypatch.setattr("trt_build.prepare.left_out_by_layer", lambda *_: dict.fromkeys(range(4), (0, 1)))
-    bad = parity.compare(build(merged, tmp_path / "bad", "fp32"), reference, [tokens], lambda _: None)
+    monkeypatch.setattr("trt_build.ort.planning.prepare.left_out_by_layer", lambda *_: dict.fromkeys(range(4), (0, 1)))
+    bad = verify.compare(build(merged, tmp_path / "bad", "fp32"), reference, [tokens], lambda _: None)
     assert bad.failures(parity.THRESHOLDS["fp32"])
 
 

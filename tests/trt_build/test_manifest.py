@@ -11,8 +11,8 @@ import pytest
 
 from cli.main import main
 from tests.manifests import edit_manifest, read_values, write_values
-from trt_build.engine import open_engine, record_verification, write_manifest
 from trt_build.errors import EngineError
+from trt_build.ort.engine import open_engine, record_verification, write_manifest
 
 
 @pytest.fixture

@@ -10,15 +10,15 @@ import pytest
 
 from export.files.output import forget_pages
 from tests.checkpoints import write_phixtral_checkpoint
-from trt_build.build_engine import BuildOptions, build_engine
-from trt_build.engine import open_engine
 from trt_build.errors import EngineError
+from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.device import read_in_huge_pages
+from trt_build.ort.engine import open_engine
 from trt_build.ort.session import Row, Session
 
 MEMORY_PROGRAM = """
 import sys
-from trt_build.engine import open_engine
+from trt_build.ort.engine import open_engine
 from trt_build.ort.session import Session
 
 def private():

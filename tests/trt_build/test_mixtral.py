@@ -24,10 +24,11 @@ from export.checkpoint.folder import open_checkpoint
 from export.errors import ExportError
 from export.families import read_model
 from export.tokenizer.loading import load_tokenizer
-from trt_build.build_engine import BuildOptions, build_engine
 from trt_build.comparison import parity
 from trt_build.comparison.torch_reference import load_reference
-from trt_build.engine import open_engine
+from trt_build.ort import verify
+from trt_build.ort.build import BuildOptions, build_engine
+from trt_build.ort.engine import open_engine
 from trt_build.ort.session import Session
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-mixtral" / "checkpoint"
@@ -97,7 +98,7 @@ def test_what_transformers_saves_in_either_spelling_gives_its_logits(tmp_path, p
     assert ("model.layers.1.mlp.experts.gate_up_proj" in names) is packed
     assert ("model.layers.1.block_sparse_moe.experts.3.w2.weight" in names) is not packed
 
-    report = parity.compare(build(tmp_path / "saved", tmp_path / "engine"), model, [TOKENS], quiet)
+    report = verify.compare(build(tmp_path / "saved", tmp_path / "engine"), model, [TOKENS], quiet)
 
     assert (report.num_tokens, report.num_decoded_tokens) == (300, 150)
     assert report.failures(FP32) == []
@@ -119,7 +120,7 @@ def test_what_transformers_saves_in_either_spelling_gives_its_logits(tmp_path, p
 )
 def test_fp32_engine_equals_transformers_at_odd_sizes(tmp_path, sizes, spelling):
     folder = write_mixtral_checkpoint(tmp_path / "checkpoint", seed=2, spelling=spelling, **sizes)
-    report = parity.compare(build(folder, tmp_path / "engine"), outside(folder), [TOKENS[:120]], quiet)
+    report = verify.compare(build(folder, tmp_path / "engine"), outside(folder), [TOKENS[:120]], quiet)
     assert report.failures(FP32) == []
 
 
@@ -131,12 +132,12 @@ def test_the_reference_is_transformers_own_model_of_the_checkpoint(checkpoint):
 
 
 def test_a_window_shorter_than_the_text_is_honoured_in_prefill_and_decoding(checkpoint, engine, tmp_path):
-    report = parity.compare(engine, outside(checkpoint), [TOKENS], quiet)
+    report = verify.compare(engine, outside(checkpoint), [TOKENS], quiet)
     assert (report.num_tokens, report.num_decoded_tokens) == (300, 150)
     assert report.failures(FP32) == []
     wide = edited(checkpoint, tmp_path / "wide", lambda tensors, config: config.update(sliding_window=None))
-    assert parity.compare(engine, outside(wide), [TOKENS[:40]], quiet).failures(FP32) == []
-    assert parity.compare(engine, outside(wide), [TOKENS[:42]], quiet).failures(FP32)
+    assert verify.compare(engine, outside(wide), [TOKENS[:40]], quiet).failures(FP32) == []
+    assert verify.compare(engine, outside(wide), [TOKENS[:42]], quiet).failures(FP32)
 
 
 def swap_gate_and_up(tensors, config):
@@ -180,7 +181,7 @@ def scale_a_norm(tensors, config):
 )  # fmt: skip
 def test_a_seeded_fault_in_the_reference_is_caught(tmp_path, checkpoint, engine, fault):
     faulty = outside(edited(checkpoint, tmp_path / "faulty", fault))
-    report = parity.compare(engine, faulty, [TOKENS[:128]], quiet)
+    report = verify.compare(engine, faulty, [TOKENS[:128]], quiet)
     assert report.max_logit_difference > 1e-2
     assert report.failures(FP32)
 
@@ -191,7 +192,7 @@ def test_a_seeded_fault_in_the_engine_is_caught_at_every_precision(tmp_path, fau
     window = load_tokenizer(EXAMPLE).encode_prompt(TEXT)[:384]
     for precision, kernels in kinds_here():
         engine = build(wrong, tmp_path / f"{precision}-{kernels}", precision, kernels)
-        report = parity.compare(engine, reference, [window], quiet)
+        report = verify.compare(engine, reference, [window], quiet)
         assert report.failures(parity.THRESHOLDS[precision])
 
 
@@ -210,7 +211,7 @@ def fault_of_example(fault):
 def test_a_trained_mixtral_keeps_parity_at_every_precision(example_engines, precision, kernels):
     ids = load_tokenizer(EXAMPLE).encode_prompt(TEXT)
     windows = list(parity.split_windows(ids, 512, 2048))
-    report = parity.compare(example_engines[precision, kernels], outside(EXAMPLE), windows, quiet)
+    report = verify.compare(example_engines[precision, kernels], outside(EXAMPLE), windows, quiet)
     assert report.num_tokens > 1500
     assert report.reference_perplexity < 120  # of 1024 tokens: it did learn
     assert report.failures(parity.THRESHOLDS[precision]) == []
@@ -348,7 +349,7 @@ def test_the_commands_take_a_mixtral_from_inspect_to_verify(tmp_path, capsys):
 MEMORY_PROGRAM = """
 import sys
 from pathlib import Path
-from trt_build.build_engine import BuildOptions, build_engine
+from trt_build.ort.build import BuildOptions, build_engine
 small, large, output = sys.argv[1:]
 def peak():  # of this process alone; ru_maxrss would start from its parent's
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024

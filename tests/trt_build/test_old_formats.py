@@ -21,13 +21,13 @@ import pytest
 from tests.manifests import edit_manifest, read_values, write_values
 from tests.mixtral_checkpoints import write_mixtral_checkpoint
 from triton_repo.packaging.package import PackageOptions, package_engine
-from trt_build.build_engine import BuildOptions, build_engine
-from trt_build.engine import open_engine, record_verification
 from trt_build.errors import EngineError
-from trt_build.old_formats import packing
-from trt_build.old_formats.manifest import split_old_values
-from trt_build.old_formats.packed_alone import unpacked_weights
+from trt_build.ort.build import BuildOptions, build_engine
+from trt_build.ort.engine import open_engine, record_verification
 from trt_build.ort.kernels import library
+from trt_build.ort.old_formats import packing
+from trt_build.ort.old_formats.manifest import split_old_values
+from trt_build.ort.old_formats.packed_alone import unpacked_weights
 from trt_build.ort.session import ScoringSession, Session
 
 KEPT = Path(__file__).parent / "engines" / "format_3.tar.xz"
@@ -352,7 +352,7 @@ def test_the_installed_runtimes_own_file_is_known_too(format_2, tmp_path):
 def test_an_engine_of_other_kernels_is_refused_before_it_is_unpacked(format_2, monkeypatch):
     folder = format_2("int8")
     edit_manifest(folder, kernel_layout="0" * 64)
-    monkeypatch.setattr("trt_build.old_formats.graphs.unpacked_weights", None)
+    monkeypatch.setattr("trt_build.ort.old_formats.graphs.unpacked_weights", None)
     with pytest.raises(EngineError, match=r"packed for the kernels of another CPU .* build the engine again"):
         Session(open_engine(folder))
 

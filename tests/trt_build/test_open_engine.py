@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tests.manifests import edit_manifest
-from trt_build.engine import open_engine
 from trt_build.errors import EngineError, SequenceError
+from trt_build.ort.engine import open_engine
 from trt_build.ort.session import Session
 
 

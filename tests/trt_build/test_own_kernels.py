@@ -28,12 +28,12 @@ from export.tokenizer.loading import load_tokenizer
 from tests.manifests import edit_manifest
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.serving.server import ServerOptions, running_server
-from trt_build.build_engine import BuildOptions, build_engine
-from trt_build.engine import open_engine
 from trt_build.errors import EngineError
 from trt_build.ort import device, kernels
+from trt_build.ort.build import BuildOptions, build_engine
+from trt_build.ort.engine import open_engine
+from trt_build.ort.planning.prepare import chosen_kernels
 from trt_build.ort.session import ScoringSession, Session
-from trt_build.prepare import chosen_kernels
 
 PROMPT = [11, 5, 300, 42, 7, 8, 9, 150]
 GRAPHS = ("model.onnx", "model_serving.onnx", "model_scoring.onnx")

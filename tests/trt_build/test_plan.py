@@ -12,9 +12,9 @@ from conftest import QUANTIZABLE
 from mixtral_checkpoints import SPELLINGS, write_mixtral_checkpoint
 
 from conversion import watch
-from trt_build.build_engine import BuildOptions, build_engine
-from trt_build.plan import plan_engine
-from trt_build.prepare import EngineOptions, prepare_build
+from trt_build.ort.build import BuildOptions, build_engine
+from trt_build.ort.planning.plan import plan_engine
+from trt_build.ort.planning.prepare import EngineOptions, prepare_build
 
 
 def plan(checkpoint, **options):

@@ -20,9 +20,9 @@ from ci.kill_builds import DifferentEngine, compare, kill_builds
 from export.checkpoint.folder import open_checkpoint
 from export.errors import CheckpointError, OutputError
 from export.files.resume import partial_path
-from trt_build.build_engine import BuildOptions, build_engine
-from trt_build.engine import open_engine
 from trt_build.errors import EngineError
+from trt_build.ort.build import BuildOptions, build_engine
+from trt_build.ort.engine import open_engine
 
 
 def build(checkpoint, output, progress=None, **options):
@@ -77,7 +77,7 @@ PROGRAM = """
 import os, signal, sys
 from pathlib import Path
 from export.files.resume import PartialFolder
-from trt_build.build_engine import BuildOptions, build_engine
+from trt_build.ort.build import BuildOptions, build_engine
 TORN = b'{{"part":"tra'
 def die():
     os.kill(os.getpid(), signal.SIGKILL)

@@ -23,12 +23,12 @@ from export.checkpoint.folder import open_checkpoint
 from export.checkpoint.tensor_table import Role, single
 from export.errors import ExportError
 from export.families import families, llama_stack, mixtral, phi, phi_stack, phixtral, read_model
-from trt_build.build_engine import BuildOptions, build_engine
 from trt_build.comparison import parity
 from trt_build.comparison.torch_reference import load_reference
-from trt_build.engine import open_engine
 from trt_build.manifest import digested_text
-from trt_build.ort import kernels
+from trt_build.ort import kernels, verify
+from trt_build.ort.build import BuildOptions, build_engine
+from trt_build.ort.engine import open_engine
 
 TOKENS = np.random.default_rng(3).integers(0, 250, 60).tolist()
 FP32 = parity.THRESHOLDS["fp32"]
@@ -56,7 +56,7 @@ def family(monkeypatch):
 
 
 def failures(engine, reference, window=TOKENS, limits=FP32):
-    return parity.compare(engine, reference, [window], lambda _: None).failures(limits)
+    return verify.compare(engine, reference, [window], lambda _: None).failures(limits)
 
 
 # A phixtral whose first layer has one MLP.
@@ -103,7 +103,7 @@ def test_a_layer_may_have_an_mlp_where_the_others_have_experts(tmp_path, family,
     stored = load_file(folder / "model.safetensors")
     assert np.array_equal(gates[2], stored["transformer.h.2.moe.gate.weight"])
     engine = build(folder, tmp_path / "engine", precision)
-    report = parity.compare(engine, load_reference(model), [TOKENS], lambda _: None)
+    report = verify.compare(engine, load_reference(model), [TOKENS], lambda _: None)
     assert report.routing_agreement >= (1.0 if precision == "fp32" else 0.7)
     if precision == "fp32":
         assert report.failures(FP32) == []
@@ -200,7 +200,7 @@ def test_queries_keys_and_values_may_have_matrices_of_their_own(tmp_path, family
     assert all(node.input[:3])
     if precision == "fp32":
         assert failures(apart, reference) == []
-    logits = [parity.ScoringSession(engine).run(TOKENS)[0] for engine in (together, apart)]
+    logits = [verify.ScoringSession(engine).run(TOKENS)[0] for engine in (together, apart)]
     np.testing.assert_allclose(*logits, atol=1e-4)
 
 
@@ -257,10 +257,10 @@ def test_a_router_may_weigh_by_the_softmax_over_all_experts_times_a_scale(tmp_pa
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "routed"}))
     engine = build(folder, tmp_path / "engine", precision, kernels="onnxruntime")
-    plain = parity.compare(engine, reference, [TOKENS], lambda _: None)
+    plain = verify.compare(engine, reference, [TOKENS], lambda _: None)
     for layer in reference.model.layers:
         layer.mlp.gate = ByHand(layer.mlp.gate, 2.5)
-    report = parity.compare(engine, reference, [TOKENS], lambda _: None)
+    report = verify.compare(engine, reference, [TOKENS], lambda _: None)
     if precision == "fp32":
         assert report.failures(FP32) == []
     assert report.mean_kl < plain.mean_kl / (20 if precision == "fp32" else 3)  # int8 chooses others now and then
@@ -372,5 +372,5 @@ def test_an_engine_json_without_scales_router_and_dense_layers_is_of_a_plain_mod
     path.write_text(digested_text(values))
     older = open_engine(engine.folder)
     assert older.manifest.architecture == engine.manifest.architecture
-    parity.record(older, parity.verify_engine(older, str(folder), "the quick brown fox", 8, lambda _: None))
+    verify.record(older, verify.verify_engine(older, str(folder), "the quick brown fox", 8, lambda _: None))
     assert open_engine(engine.folder).manifest.verification["failures"] == []

@@ -11,9 +11,9 @@ import onnx
 import pytest
 
 from export.exporter import GENERATING_GRAPH, SERVING_GRAPH
-from trt_build.engine import open_engine
 from trt_build.errors import SequenceError
-from trt_build.old_formats.manifest import OldFormat
+from trt_build.ort.engine import open_engine
+from trt_build.ort.old_formats.manifest import OldFormat
 from trt_build.ort.routing import Routing, in_checkpoint_order
 from trt_build.ort.session import ScoringSession, Session
 from trt_build.ort.step_call import Row

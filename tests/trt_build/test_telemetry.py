@@ -9,9 +9,9 @@ import sys
 import pytest
 
 FIRST_IMPORTS = {
-    "serving": "from trt_build.engine import open_engine; from trt_build.ort.session import Session\n"
+    "serving": "from trt_build.ort.engine import open_engine; from trt_build.ort.session import Session\n"
     "Session(open_engine(sys.argv[1]), 1)",
-    "verifying": "from trt_build.engine import open_engine; from trt_build.ort.session import ScoringSession\n"
+    "verifying": "from trt_build.ort.engine import open_engine; from trt_build.ort.session import ScoringSession\n"
     "ScoringSession(open_engine(sys.argv[1]))",
 }
 # ONNX Runtime looks at these too, and is silent where tests run.

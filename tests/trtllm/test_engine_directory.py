@@ -14,10 +14,11 @@ from trtllm.building import manifest_of, options_of
 from trtllm.library import ROOT
 
 from tests.manifests import edit_manifest
-from trt_build.engine import open_engine
 from trt_build.errors import EngineError
+from trt_build.manifest import engine_backend
+from trt_build.ort.engine import open_engine
 from trt_build.trtllm.build import build_trtllm
-from trt_build.trtllm.engine import engine_backend, open_trtllm_engine
+from trt_build.trtllm.engine import open_trtllm_engine
 
 
 def strings_in(value):

@@ -16,7 +16,6 @@ from trtllm.building import build, options_of
 from trtllm.library import ROOT
 
 from trt_build.build_engine import add_arguments
-from trt_build.engine_flags import read_checkpoint
 from trt_build.errors import EngineError, LibraryMissing
 from trt_build.trtllm.build import command_of
 from trt_build.trtllm.command import read_trtllm_options
@@ -38,7 +37,7 @@ def parsed(command):
     assert Path(command[0]) == ROOT / "trt_build/build_engine.py"
     arguments = parser.parse_args(command[1:])
     assert arguments.backend == "tensorrt-llm"
-    return read_trtllm_options(arguments, read_checkpoint(arguments), arguments.output)
+    return read_trtllm_options(arguments, arguments.output)
 
 
 def test_without_the_library_the_checkpoint_is_kept_and_the_message_finishes_the_job(

@@ -13,8 +13,8 @@ from trtllm.ranks import Ranks, largest_difference, shares, understood
 from trtllm.references import answer_of, logits_of
 
 from export.tokenizer.loading import load_tokenizer
-from trt_build.build_engine import BuildOptions, build_engine
 from trt_build.comparison.torch_reference import load_reference
+from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.session import ScoringSession, Session
 
 BAR = 1e-4  # the largest absolute difference of a logit

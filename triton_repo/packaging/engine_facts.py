@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from export.checkpoint.file_table import is_text_file
-from trt_build.engine import FileRecord, open_engine
-from trt_build.manifest import MANIFEST_FILE, TRTLLM_BACKEND
-from trt_build.trtllm.engine import engine_backend, open_trtllm_engine
+from export.conversion.parts import Region
+from trt_build.engine_files import FileRecord
+from trt_build.manifest import MANIFEST_FILE, TRTLLM_BACKEND, engine_backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class EngineFacts:
     has_own_kernels: bool = False  # whether moeship's CPU kernels multiply its matrices
     # planned share of the GPU memory that the weights leave; None on ONNX Runtime
     kv_cache_fraction: float | None = None
+    # Files whose digests are in another file of the engine: name -> reader of the file's regions in an engine's folder
+    read_regions: Mapping[str, Callable[[Path], Sequence[Region]]] = field(default_factory=dict)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -54,6 +57,8 @@ def read_engine_facts(folder: Path, check_digests: bool = True) -> EngineFacts:
 
 
 def _of_onnxruntime(folder: Path, check_digests: bool) -> EngineFacts:
+    from trt_build.ort.engine import UNDIGESTED_FILES, open_engine, weight_regions
+
     engine = open_engine(folder, check_digests)
     manifest = engine.manifest
     return EngineFacts(
@@ -67,10 +72,13 @@ def _of_onnxruntime(folder: Path, check_digests: bool) -> EngineFacts:
         records=manifest.files,
         num_bytes=engine.num_bytes,
         has_own_kernels=engine.has_own_kernels,
+        read_regions={name: partial(weight_regions, num_bytes=manifest.files[name].bytes) for name in UNDIGESTED_FILES},
     )
 
 
 def _of_tensorrt_llm(folder: Path, check_digests: bool) -> EngineFacts:
+    from trt_build.trtllm.engine import open_trtllm_engine
+
     engine = open_trtllm_engine(folder, check_digests)
     manifest = engine.manifest
     return EngineFacts(

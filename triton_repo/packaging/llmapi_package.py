@@ -32,7 +32,7 @@ from triton_repo.packaging.ensemble_package import MODELS_FOLDER, VERSION
 from triton_repo.packaging.model_config import CONFIG_FILE, config_text, declare, messages, set_parameters
 from triton_repo.packaging.package import Package, check_output, name_problems
 from triton_repo.packaging.staging import place, staged_models
-from trt_build.prepare import SourceModel, open_source
+from trt_build.source import SourceModel, open_source
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig

@@ -34,7 +34,6 @@ from triton_repo.packaging.ensemble_package import MODELS_FOLDER, VERSION, Ensem
 from triton_repo.packaging.model_config import CONFIG_FILE, ServedModel, config_text, model_config
 from triton_repo.packaging.placing import place_files
 from triton_repo.packaging.staging import staged_models
-from trt_build.ort.kernels import check_level, warn_if_unusable
 
 logger = logging.getLogger(__name__)
 
@@ -86,14 +85,15 @@ def package_engine(options: PackageOptions) -> Package:
     steps = STEP_MODELS if layout == ENSEMBLE else ()
     _check_engine(options, facts, layout)
     if facts.has_own_kernels:
+        from trt_build.ort.kernels import check_level, warn_if_unusable
+
         check_level()
+        warn_if_unusable("the engine is packaged", "serve")
     with staged_models(options.output, (*steps, options.name)) as staging:
         if layout == ENSEMBLE:
             copied = write_ensemble(staging, facts, _ensemble_options(options))
         else:
             copied = _write_model(staging / options.name, facts, options)
-    if facts.has_own_kernels:
-        warn_if_unusable("the engine is packaged", "serve")
     folder = options.output / options.name
     logger.debug("%s: engine of %d bytes, %d of them copied", folder, facts.num_bytes, copied)
     return Package(folder=folder, name=options.name, steps=steps, engine_bytes=facts.num_bytes, copied_bytes=copied)

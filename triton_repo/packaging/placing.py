@@ -18,12 +18,10 @@ from pathlib import Path
 from export.checkpoint.digests import num_cores
 from export.conversion.parts import Region
 from export.errors import listing
-from export.exporter import DATA_FILE
 from export.files.own_files import write_all_at
 from export.files.reading import open_regular
 from triton_repo.contracts.seal import FileState
 from triton_repo.packaging.engine_facts import EngineFacts, read_engine_facts
-from trt_build.engine import weight_regions
 from trt_build.errors import EngineError
 from trt_build.manifest import MANIFEST_FILE
 
@@ -46,12 +44,10 @@ def place_files(facts: EngineFacts, names: Sequence[str], target: Path, *, copy:
     states: dict[str, FileState] = {}
     problems: list[str] = []
     copied = 0
-    # The weights come last, since their digests are in another file, which must be checked first.
-    for name in sorted(names, key=lambda name: name == DATA_FILE):
-        if name == DATA_FILE and not problems:
-            regions = weight_regions(target, facts.records[DATA_FILE].bytes)
-        else:
-            regions = _whole(facts, name)
+    # Files whose digests are in another file come last, since the other file must be checked first.
+    for name in sorted(names, key=lambda name: name in facts.read_regions):
+        read_regions = None if problems else facts.read_regions.get(name)
+        regions = _whole(facts, name) if read_regions is None else read_regions(target)
         (target / name).parent.mkdir(exist_ok=True)
         copied_bytes, states[name], found = _place(facts.folder / name, target / name, regions, copy=copy)
         copied += copied_bytes

@@ -1,29 +1,20 @@
-"""Compares an engine with its reference: logits, KL divergence, top-1, perplexity and routing, each with a threshold.
+"""The figures of a comparison of an engine with its reference: logits, KL divergence, top-1, perplexity and routing.
 
-The scoring graph computes every window of the text in one call. The first window also runs through the serving graph as
-in a server: its first half is prefilled, the second half is decoded token by token through the key/value cache.
+Each figure has a threshold by precision. Each backend computes the logits of its engines itself, in its `verify.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from export.checkpoint.digests import source_digests
-from export.checkpoint.folder import Checkpoint, open_checkpoint
-from export.errors import ConfigError
-from export.families import Model, family_named, read_model
+from export.families import Model
 from export.optional import optional_package
-from export.tokenizer.loading import load_tokenizer
-from trt_build.engine import Engine, read_part_records, record_verification
-from trt_build.errors import EngineError
-from trt_build.ort.device import open_device
-from trt_build.ort.session import ScoringSession, Session
 
 if TYPE_CHECKING:
     import transformers
@@ -31,7 +22,6 @@ if TYPE_CHECKING:
 FloatArray = npt.NDArray[np.float32]
 
 WINDOW_TOKENS = 512
-LONG_WINDOW_TOKENS = 2048  # length of the first window: the whole context of Phi-2
 SLICE_TOKENS = 256  # positions compared at a time: a limit on the size of the float64 copies of logits
 MIN_TOKENS = 4
 
@@ -147,59 +137,6 @@ class Verification:
         }
 
 
-def verify_engine(
-    engine: Engine, location: str, text: str, num_tokens: int, progress: Callable[[str], None]
-) -> Verification:
-    """Compare an engine with the checkpoint at `location`. Raises ConfigError for too little text, EngineError for
-    another model's checkpoint."""
-    windows = _windows(engine, text, num_tokens)
-    open_device(engine)  # raises for a missing package or device before the reference takes its time to load
-    checkpoint = open_checkpoint(location)
-    reference = _open_reference(engine, checkpoint)
-    progress("checking whether the reference is what the engine was built from")
-    runs = {name: found for record in read_part_records(engine.folder) for name, found in record.sources.items()}
-    same = source_digests(checkpoint, runs) == dict(engine.manifest.source.digests)
-    report = compare(engine, reference, windows, progress)
-    return Verification(
-        report=report,
-        failures=tuple(report.failures(THRESHOLDS[engine.manifest.precision.name])),
-        reference=location,
-        reference_is_the_source=same,
-    )
-
-
-def record(engine: Engine, verification: Verification) -> None:
-    """Write the result of a verification into engine.json, in place of an earlier result."""
-    record_verification(engine, verification.to_json())
-
-
-def compare(
-    engine: Engine,
-    reference: transformers.PreTrainedModel,
-    windows: Sequence[Sequence[int]],
-    progress: Callable[[str], None],
-) -> ParityReport:
-    """Compare an engine with a loaded reference over windows of token ids."""
-    if not windows:
-        raise ConfigError(f"measuring {engine.folder}: no window of at least two tokens; pass a longer text")
-    scoring = ScoringSession(engine)
-    experts_per_token = engine.manifest.architecture.experts_per_token
-    router = family_named(engine.manifest.family).reference.router
-    sums, first_logits = [], np.empty(0, dtype=np.float32)
-    for index, window in enumerate(windows):
-        progress(f"scored {index} of {len(windows)} windows of text")
-        expected, expected_routing = run_reference(reference, window, router)
-        found, found_routing = scoring.run(window)
-        sums.append(measure(found, expected, window, found_routing, expected_routing, experts_per_token))
-        if index == 0:
-            first_logits = expected
-    del scoring
-    progress(f"scored {len(windows)} windows; decoding {len(windows[0]) // 2} tokens through the cache")
-    decoded = _decode(engine, windows[0])
-    rows = slice(-len(decoded), None)  # the window's last positions
-    return combine(sums, measure(decoded, first_logits[rows], windows[0][rows]))
-
-
 def run_reference(
     reference: transformers.PreTrainedModel, window: Sequence[int], router: str | None = None
 ) -> tuple[FloatArray, FloatArray | None]:
@@ -221,13 +158,6 @@ def run_reference(
         for hook in hooks:
             hook.remove()
     return logits, np.stack(routed) if routed else None
-
-
-def perplexity(engine: Engine, windows: Sequence[Sequence[int]]) -> float:
-    """exp of the mean next-token loss of an engine over windows of token ids."""
-    scoring = ScoringSession(engine)
-    losses = [_next_token_loss(log_softmax(scoring.run(window)[0]), np.asarray(window[1:])) for window in windows]
-    return float(np.exp(sum(losses) / sum(len(window) - 1 for window in windows)))
 
 
 def log_softmax(logits: FloatArray) -> npt.NDArray[np.float64]:
@@ -252,60 +182,11 @@ def split_windows(token_ids: Sequence[int], size: int, num_tokens: int) -> Itera
             yield window
 
 
-def _windows(engine: Engine, text: str, num_tokens: int) -> list[Sequence[int]]:
-    """The windows of a text. The first is as long as the context and LONG_WINDOW_TOKENS allow, so that it covers late
-    positions and several prefill chunks; the others have WINDOW_TOKENS tokens."""
-    token_ids = load_tokenizer(engine.folder).encode_prompt(text)
-    asked = min(num_tokens, len(token_ids))
-    if asked < MIN_TOKENS:
-        remedy = "pass a longer text" if num_tokens >= MIN_TOKENS else "ask for more tokens"
-        raise ConfigError(
-            f"measuring {engine.folder}: {asked} tokens to measure on, expected at least {MIN_TOKENS}; {remedy}"
-        )
-    longest = engine.manifest.max_sequence
-    first = min(longest, LONG_WINDOW_TOKENS, asked)
-    rest = split_windows(token_ids[first:asked], min(WINDOW_TOKENS, longest), asked - first)
-    windows = [token_ids[:first], *rest] if first > 1 else []
-    if not windows:
-        raise ConfigError(f"measuring {engine.folder}: its context of {longest} token leaves nothing to predict")
-    return windows
-
-
-def _open_reference(engine: Engine, checkpoint: Checkpoint) -> transformers.PreTrainedModel:
-    facts = engine.manifest.architecture
-    model = read_model(checkpoint)
-    if facts.is_moe and model.architecture.is_moe:  # the build may have overridden experts_per_token
-        overridden = dataclasses.replace(model.architecture, experts_per_token=facts.experts_per_token)
-        model = dataclasses.replace(model, architecture=overridden)
-    if model.architecture != facts:
-        different = [
-            f"{field.name}: engine {getattr(facts, field.name)}, checkpoint {getattr(model.architecture, field.name)}"
-            for field in dataclasses.fields(facts)
-            if getattr(facts, field.name) != getattr(model.architecture, field.name)
-        ]
-        raise EngineError(
-            f"verifying {engine.folder} against {checkpoint.identity}: they are not the same model "
-            f"({'; '.join(different)}); name the checkpoint that the engine was built from"
-        )
-    return load_torch_reference(model)
-
-
 def load_torch_reference(model: Model) -> transformers.PreTrainedModel:
     """The checkpoint as a transformers model in float32. Raises MissingPackageError."""
     with optional_package("torch and transformers", "verifying against the reference", "verify"):
         from trt_build.comparison.torch_reference import load_reference
     return load_reference(model)
-
-
-def _decode(engine: Engine, window: Sequence[int]) -> FloatArray:
-    """Logits [S - S/2 + 1, V] of the serving graph: one row from prefilling the first half of the window, then one row
-    for each decoded token."""
-    session = Session(engine)
-    cache = session.new_cache()
-    half = max(1, len(window) // 2)
-    rows = [session.run(cache, window[:half]).copy()]
-    rows += [session.run(cache, [token]).copy() for token in window[half:]]
-    return np.stack(rows)
 
 
 def measure(
@@ -331,8 +212,8 @@ def measure(
         totals["difference"] += float(difference.mean(axis=-1, dtype=np.float64).sum())
         totals["kl"] += float((np.exp(expected_log) * (expected_log - found_log)).sum())
         totals["top1"] += int((found[rows].argmax(axis=-1) == expected[rows].argmax(axis=-1)).sum())
-        totals["engine_loss"] += _next_token_loss(found_log, following[rows])
-        totals["reference_loss"] += _next_token_loss(expected_log, following[rows])
+        totals["engine_loss"] += next_token_loss(found_log, following[rows])
+        totals["reference_loss"] += next_token_loss(expected_log, following[rows])
     return WindowSums(
         num_tokens=len(window),
         max_difference=largest,
@@ -345,7 +226,7 @@ def measure(
     )
 
 
-def _next_token_loss(log_probs: npt.NDArray[np.float64], following: npt.NDArray[np.int64]) -> float:
+def next_token_loss(log_probs: npt.NDArray[np.float64], following: npt.NDArray[np.int64]) -> float:
     """Sum of -log p over the tokens in `following`. The window's last row has no following token and is not counted."""
     return float(-log_probs[np.arange(len(following)), following].sum())
 

@@ -19,10 +19,10 @@ import numpy.typing as npt
 from export.exporter import DATA_FILE
 from export.optional import onnx_runtime
 from export.provider import PROVIDERS, Provider
-from trt_build.engine import Engine
 from trt_build.errors import EngineError
-from trt_build.old_formats.graphs import check_packed_form, old_graph
+from trt_build.ort.engine import Engine
 from trt_build.ort.kernels import library
+from trt_build.ort.old_formats.graphs import check_packed_form, old_graph
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -26,12 +26,12 @@ import numpy.typing as npt
 
 from export.exporter import DATA_FILE, GENERATING_GRAPH, SCORING_GRAPH, SERVING_GRAPH
 from export.onnx_graph import names
-from trt_build.engine import Engine
-from trt_build.engine_memory import require_memory
 from trt_build.errors import EngineError, SequenceError
 from trt_build.ort.cache import Cache
 from trt_build.ort.device import Device, load_graph, open_device
+from trt_build.ort.engine import Engine
 from trt_build.ort.mapped_file import MappedFile
+from trt_build.ort.memory import require_memory
 from trt_build.ort.routing import Routing, in_checkpoint_order
 from trt_build.ort.step_call import Row, StepCall, key_of, span_of
 

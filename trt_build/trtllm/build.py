@@ -17,7 +17,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from export.checkpoint.folder import Checkpoint
 from export.conversion.writer import Progress
 from export.errors import OutputError, listing
 from export.files.output import refuse_existing, staged_directory
@@ -33,11 +32,11 @@ from export.trtllm.checkpoint import (
 )
 from trt_build.comparison.evaluation_text import standard_text
 from trt_build.comparison.parity import Verification
-from trt_build.engine import Source, record_files
+from trt_build.engine_files import record_files
 from trt_build.errors import EngineError
 from trt_build.machine.readings import LIBRARY, Machine, read_machine, release
-from trt_build.manifest import TRTLLM_BACKEND
-from trt_build.prepare import SourceModel, libraries, open_source
+from trt_build.manifest import TRTLLM_BACKEND, libraries
+from trt_build.source import SourceModel, open_source, source_record
 from trt_build.trtllm.engine import (
     CONFIG_FILE,
     FORMAT_VERSION,
@@ -303,7 +302,7 @@ def _manifest(build: _Build, library: Library, digests: Mapping[str, str], folde
         head_masks_unused_ids=has_biased_head(source.model),
         eos_token_ids=source.end_ids,
         tokenizer=source.settings.facts,
-        source=_source(source.checkpoint, digests),
+        source=source_record(source.checkpoint, digests),
         routing=build.routing.to_json() if build.routing else None,
         left_out_experts=build.checkpoint.options.left_out,
         libraries={**libraries(), "tensorrt_llm": library.version},
@@ -311,10 +310,6 @@ def _manifest(build: _Build, library: Library, digests: Mapping[str, str], folde
         settings=build.settings(),
         files=record_files(folder),
     )
-
-
-def _source(checkpoint: Checkpoint, digests: Mapping[str, str]) -> Source:
-    return Source(checkpoint=checkpoint.identity, revision=checkpoint.revision, digests=dict(digests))
 
 
 def _words(name: str, value: object) -> list[str]:

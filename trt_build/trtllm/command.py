@@ -1,54 +1,71 @@
-"""Runs `build_engine.py --backend tensorrt-llm`: reads the flags of `trt_build/trtllm_flags.py`, prints the result."""
+"""Builds and plans TensorRT-LLM engines as the command line asks (`trt_build/trtllm_flags.py`), and describes them."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from trt_build.errors import EngineError, VerificationFailed
+from export.conversion.writer import Progress
+from export.rows import Rows, in_units
+from trt_build.engine_flags import read_checkpoint
+from trt_build.errors import EngineError
 from trt_build.manifest import MANIFEST_FILE
-from trt_build.progress_line import ProgressLine
+from trt_build.results import Built, Planned
 from trt_build.trtllm.build import Outcome, build_trtllm
 from trt_build.trtllm.options import TrtllmOptions
 from trt_build.trtllm.plan import TrtllmPlan
 from trt_build.trtllm_flags import STAGES
 
+GB = 1e9
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrtllmOptions)}
 
 
-def read_trtllm_options(arguments: argparse.Namespace, checkpoint: str, output: Path) -> TrtllmOptions:
-    """The options that the command line gives; a flag that is missing keeps the default of TrtllmOptions. Raises
-    EngineError for flags of the other backend."""
-    others = {
-        "--provider": arguments.provider is not None,
-        "--kernels": arguments.kernels is not None,
-    }
-    strangers = [flag for flag, is_given in others.items() if is_given]
-    if strangers:
-        raise EngineError(f"reading the flags: {', '.join(strangers)}: for --backend onnxruntime only; leave them out")
+def build(arguments: argparse.Namespace, progress: Callable[[Progress], None] | None) -> Built:
+    """Run the stages of a build. `failure` of the result names each figure of the comparison that is past its limit."""
+    options = read_trtllm_options(arguments, arguments.output)
+    outcome = build_trtllm(options, progress)
+    failures = outcome.verification.failures if outcome.verification is not None else ()
+    problem = (
+        f"verifying {options.output} ({options.precision}): {'; '.join(failures)}; the result is in its engine.json"
+    )
+    return Built(
+        text=_summary(outcome, options), json_text=f"{_json(outcome)}\n", failure=problem if failures else None
+    )
+
+
+def plan(arguments: argparse.Namespace) -> Planned:
+    """Plan an engine, and compute what follows from the memory and bandwidth of one GPU. Raises EngineError for a flag
+    that does not apply to GPUs."""
+    if arguments.measure_bandwidth:
+        raise EngineError(
+            "reading the flags: --measure-bandwidth: it measures this machine's memory, and the engine is in a GPU's "
+            "memory; give the GPU's rate with --bandwidth"
+        )
+    options = read_trtllm_options(arguments, arguments.output or Path("engine"))
+    options = dataclasses.replace(options, until=STAGES[0])
+    found = build_trtllm(options).plan
+    machine = _machine(arguments, found, options)
+    return Planned(
+        values={**found.to_json(), **machine},
+        tables=_tables(options.checkpoint, found, machine),
+        num_sequences=machine["sequences"],
+    )
+
+
+def read_trtllm_options(arguments: argparse.Namespace, output: Path) -> TrtllmOptions:
+    """The options that the command line gives. A flag that is missing keeps the default of TrtllmOptions."""
     values = {
         name: getattr(arguments, name)
         for name in _DEFAULTS
         if getattr(arguments, name, None) is not None and name not in ("checkpoint", "output", "max_seq_len")
     }
-    return TrtllmOptions(checkpoint=checkpoint, output=output, max_seq_len=arguments.max_sequence, **values)
-
-
-def run_trtllm(arguments: argparse.Namespace, checkpoint: str) -> int:
-    """Build as the command line asks, and print the result. Raises VerificationFailed if a figure of the comparison is
-    past its limit."""
-    options = read_trtllm_options(arguments, checkpoint, arguments.output)
-    outcome = build_trtllm(options, ProgressLine(sys.stderr) if sys.stderr.isatty() else None)
-    sys.stdout.write(f"{_json(outcome) if arguments.json else _summary(outcome, options)}\n")
-    if outcome.verification is not None and outcome.verification.failures:
-        raise VerificationFailed(
-            f"verifying {options.output} ({options.precision}): {'; '.join(outcome.verification.failures)}; "
-            "the result is in its engine.json"
-        )
-    return 0
+    return TrtllmOptions(
+        checkpoint=read_checkpoint(arguments), output=output, max_seq_len=arguments.max_sequence, **values
+    )
 
 
 def _json(outcome: Outcome) -> str:
@@ -94,4 +111,53 @@ def plan_lines(plan: TrtllmPlan) -> list[str]:
         f"{plan.average_bits_per_weight:.2f} bits per weight",
         f"keys and values {plan.kv_bytes_per_token / 1e3:.1f} kB a token and rank, context {plan.max_sequence} tokens; "
         f"writing the checkpoint takes up to {plan.conversion_bytes / 1e6:.0f} MB of memory",
+    ]
+
+
+def _machine(arguments: argparse.Namespace, plan: TrtllmPlan, options: TrtllmOptions) -> dict[str, Any]:
+    memory = arguments.device_memory and round(arguments.device_memory * GB)
+    bandwidth = arguments.bandwidth and arguments.bandwidth * GB
+    # The ranks of a pipeline stage read at the same time, the stages one after the other.
+    read_in_turn = plan.weights_bytes_per_token / plan.parallel["tp_size"]
+    return {
+        "device_memory_bytes": memory,
+        "kv_cache_fraction": options.kv_cache_fraction,
+        "max_batch_size": arguments.max_batch_size,
+        "sequences": None if memory is None else plan.sequences_in(memory, options.kv_cache_fraction),
+        "bandwidth_bytes_per_s": bandwidth,
+        "tokens_per_s_at_start": bandwidth and bandwidth / read_in_turn,
+    }
+
+
+def _tables(checkpoint: str, plan: TrtllmPlan, machine: dict[str, Any]) -> list[tuple[str, Rows]]:
+    shares = ", ".join(f"{name} {plan.parallel[name]}" for name in ("tp_size", "pp_size", "moe_tp_size", "moe_ep_size"))
+    groups = f" in groups of {plan.group_size}" if plan.group_size else ""
+    rows: Rows = [
+        ("network", f"{plan.architecture}, {plan.quant_algo or plan.dtype}{groups}"),
+        ("shared out", shares),
+        ("bits per weight", f"{plan.average_bits_per_weight:.2f}"),
+        ("rank files", f"{sum(plan.rank_bytes):,} bytes, {plan.largest_rank_bytes:,} the largest"),
+        (
+            "making them",
+            f"reads {in_units(plan.source_bytes)}, holds up to {in_units(plan.conversion_bytes)} of memory",
+        ),
+    ]
+    decoding: Rows = [
+        ("weights read per token", f"{in_units(plan.weights_bytes_per_token)}, all ranks together"),
+        ("keys and values of a token", f"{in_units(plan.kv_bytes_per_token)} a rank"),
+    ]
+    if machine["tokens_per_s_at_start"] is not None:
+        rate = in_units(round(machine["bandwidth_bytes_per_s"]))
+        decoding.append(("tokens per second, at most", f"{machine['tokens_per_s_at_start']:.1f} at {rate}/s a GPU"))
+    if machine["sequences"] is not None:
+        decoding.append(
+            (
+                "sequences beside the weights",
+                f"{machine['sequences']} of {plan.max_sequence} tokens in {in_units(machine['device_memory_bytes'])}, "
+                f"{machine['kv_cache_fraction']:.0%} of what is left, activations not counted",
+            )
+        )
+    return [
+        (f"{checkpoint} as {plan.precision} for TensorRT-LLM", rows),
+        (f"decoding one sequence of up to {plan.max_sequence} tokens", decoding),
     ]

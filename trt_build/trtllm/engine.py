@@ -19,16 +19,16 @@ from export.errors import listing, named, shown
 from export.files.output import replace_file
 from export.files.typed_json import read_typed
 from export.tokenizer.settings import TokenizerFacts
-from trt_build.engine import FileRecord, Source, file_problem
+from trt_build.engine_files import FileRecord, check_file_records, differing_files
 from trt_build.errors import EngineError
 from trt_build.manifest import (
     MANIFEST_FILE,
     TRTLLM_BACKEND,
+    Source,
     check_architecture,
     check_digest,
     check_end_tokens,
     check_family,
-    check_file_records,
     check_range,
     check_tokenizer,
     digested_text,
@@ -120,15 +120,6 @@ class TrtllmEngine:
         return sum(record.bytes for record in self.manifest.files.values())
 
 
-def engine_backend(folder: Path) -> str | None:
-    """The backend that a directory's engine.json names; None if there is no readable engine.json."""
-    try:
-        backend = read_manifest(folder, f"opening the engine {folder}").get("backend")
-    except EngineError:
-        return None
-    return backend if isinstance(backend, str) else None
-
-
 def rank_engine(rank: int) -> str:
     """The name of the file that holds a rank's engine."""
     return f"rank{rank}.engine"
@@ -157,8 +148,7 @@ def open_trtllm_engine(folder: Path | str, check_digests: bool = True) -> Trtllm
         raise EngineError(
             f"{where}: {MANIFEST_FILE} is not one that this moeship reads ({error}); build it again"
         ) from error
-    found = {name: file_problem(folder / name, record, check_digests) for name, record in manifest.files.items()}
-    problems = [f"{name}: {problem}" for name, problem in found.items() if problem]
+    problems = [f"{name}: {text}" for name, text in differing_files(folder, manifest.files, check_digests).items()]
     if problems:
         raise EngineError(f"{where}: its files are not those of the build; build it again:{listing(problems)}")
     return TrtllmEngine(folder=folder, manifest=manifest)

@@ -1,4 +1,4 @@
-"""Verifies a TensorRT-LLM engine: compares its logits with those of the reference, by the figures of parity.py.
+"""Verifies a TensorRT-LLM engine: compares its logits with those of the reference (figures: comparison/parity.py).
 
 Every position of a text is scored by generating one token after the prefix that ends there. In addition the engine
 generates tokens after half of the text through its cache. The engine is the one that is served: no output is added to

@@ -35,8 +35,8 @@ from export.tokenizer.loading import load_tokenizer
 from export.trtllm.checkpoint import CheckpointOptions, write_checkpoint
 from triton_repo.packaging.llmapi_package import LlmApiOptions, package_llmapi
 from triton_repo.packaging.package import PackageOptions, package_engine
-from trt_build.build_engine import BuildOptions, build_engine
-from trt_build.engine import open_engine
+from trt_build.ort.build import BuildOptions, build_engine
+from trt_build.ort.engine import open_engine
 
 ONE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 SEVERAL = {"default": ONE, "tool_use": "{{ tools }}", "rag": "{{ documents }}"}
@@ -244,7 +244,7 @@ def test_a_build_that_is_interrupted_after_the_settings_is_resumed(saved_phi, tm
 
     options = BuildOptions(checkpoint=str(saved_phi), output=tmp_path / "engine", precision="fp32")
     with monkeypatch.context() as patch:
-        patch.setattr("trt_build.build_engine.write_manifest", stop)
+        patch.setattr("trt_build.ort.build.write_manifest", stop)
         with pytest.raises(KeyboardInterrupt):
             build_engine(options)
     expect_taken(saved_phi, build_engine(options).folder)

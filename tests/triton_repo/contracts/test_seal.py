@@ -14,8 +14,8 @@ from triton_repo.contracts.seal import is_sealed
 from triton_repo.packaging import package, placing
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.runtime.single.service import Service
-from trt_build.engine import open_engine
 from trt_build.errors import EngineError
+from trt_build.ort.engine import open_engine
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def test_a_packaged_engine_is_loaded_without_reading_its_weights_for_digests(eng
     def fail(*_):
         raise AssertionError("hashed")
 
-    monkeypatch.setattr("trt_build.engine.file_digest", fail)
-    monkeypatch.setattr("trt_build.engine.damaged_regions", fail)
+    monkeypatch.setattr("trt_build.engine_files.file_digest", fail)
+    monkeypatch.setattr("trt_build.ort.engine.damaged_regions", fail)
     assert is_sealed(engine)
     Service.open(EngineInstance(folder=engine))
 

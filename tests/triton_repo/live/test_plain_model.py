@@ -19,7 +19,7 @@ from triton_repo.contracts.piece import join
 from triton_repo.packaging.model_config import read_config
 from triton_repo.runtime.options import GenerationOptions
 from triton_repo.runtime.single.generation import generate
-from trt_build.engine import open_engine
+from trt_build.ort.engine import open_engine
 from trt_build.ort.session import Session
 
 CANCELLED = r"cancelled after (\d+) tokens"

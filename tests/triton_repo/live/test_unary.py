@@ -22,7 +22,7 @@ from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.runtime.options import GenerationOptions
 from triton_repo.runtime.single.generation import generate
 from triton_repo.serving.server import ServerOptions, running_server
-from trt_build.engine import open_engine
+from trt_build.ort.engine import open_engine
 from trt_build.ort.session import Session
 
 MODEL = "unary"

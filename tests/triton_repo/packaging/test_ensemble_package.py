@@ -20,8 +20,8 @@ from triton_repo.errors import RepositoryError
 from triton_repo.packaging.model_config import read_config
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.serving.repository_check import check_repository
-from trt_build.engine import open_engine
 from trt_build.errors import EngineError
+from trt_build.ort.engine import open_engine
 
 UPSTREAM = json.loads((Path(__file__).parents[1] / "tensorrt_llm_model.json").read_text(encoding="utf-8"))
 NAMES = ("phixtral", "postprocessing", "preprocessing", "tensorrt_llm")

@@ -19,8 +19,8 @@ from triton_repo.contracts.wire import ADDED_OUTPUTS, COMPATIBILITY_INPUTS, INPU
 from triton_repo.errors import RepositoryError
 from triton_repo.packaging.model_config import ServedModel, config_text, model_config, packaged_parameters, read_config
 from triton_repo.packaging.package import PackageOptions, package_engine
-from trt_build.engine import open_engine
 from trt_build.errors import EngineError
+from trt_build.ort.engine import open_engine
 
 
 def package(engine: Path, output: Path, **fields):

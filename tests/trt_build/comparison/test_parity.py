@@ -17,10 +17,11 @@ from transformers import PhiForCausalLM
 
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
-from trt_build.build_engine import BuildOptions, build_engine
 from trt_build.comparison import parity
 from trt_build.comparison.torch_reference import load_reference
-from trt_build.engine import open_engine
+from trt_build.ort import verify
+from trt_build.ort.build import BuildOptions, build_engine
+from trt_build.ort.engine import open_engine
 from trt_build.ort.session import PREFILL_CHUNK_TOKENS, Session
 
 # What the attention kernel takes at least, the rest odd.
@@ -54,7 +55,7 @@ def edited(source, folder, edit):
 def test_fp32_engine_equals_the_reference_over_600_tokens_half_of_them_decoded_through_the_cache(
     tiny_checkpoint, tiny_engines
 ):
-    report = parity.compare(open_engine(tiny_engines("fp32")), reference_of(tiny_checkpoint), [TOKENS], quiet)
+    report = verify.compare(open_engine(tiny_engines("fp32")), reference_of(tiny_checkpoint), [TOKENS], quiet)
 
     assert (report.num_tokens, report.num_decoded_tokens) == (600, 300)
     assert report.max_logit_difference <= 1e-4
@@ -70,7 +71,7 @@ def test_dense_phi_engine_equals_transformers_own_model(tmp_path, spelling):
     engine = build(tmp_path / spelling, tmp_path / "engine")
     outside = PhiForCausalLM.from_pretrained(tmp_path / "transformers", dtype=torch.float32).eval()
 
-    report = parity.compare(engine, outside, [TOKENS[:60]], quiet)
+    report = verify.compare(engine, outside, [TOKENS[:60]], quiet)
 
     assert report.failures(FP32) == []
 
@@ -81,7 +82,7 @@ def test_fewer_key_heads_than_query_heads_equal_transformers_own_model(tmp_path,
     write_phi_checkpoint(tmp_path / "transformers", seed=6, spelling="transformers", **sizes)
     write_phi_checkpoint(tmp_path / "phi-msft", seed=6, spelling="phi-msft", **sizes)
     outside = PhiForCausalLM.from_pretrained(tmp_path / "transformers", dtype=torch.float32).eval()
-    report = parity.compare(build(tmp_path / spelling, tmp_path / "engine"), outside, [TOKENS[:60]], quiet)
+    report = verify.compare(build(tmp_path / spelling, tmp_path / "engine"), outside, [TOKENS[:60]], quiet)
     assert report.failures(FP32) == []
 
 
@@ -103,7 +104,7 @@ def test_mixture_of_equal_experts_equals_dense_phi(tmp_path):
     mixture = edited(dense, tmp_path / "mixture", copy_expert)
     outside = PhiForCausalLM.from_pretrained(tmp_path / "outside", dtype=torch.float32).eval()
 
-    report = parity.compare(build(mixture, tmp_path / "engine"), outside, [TOKENS[:512]], quiet)
+    report = verify.compare(build(mixture, tmp_path / "engine"), outside, [TOKENS[:512]], quiet)
     assert report.failures(FP32) == []
     with torch.no_grad():
         ids = torch.tensor([TOKENS[:64]])
@@ -113,7 +114,7 @@ def test_mixture_of_equal_experts_equals_dense_phi(tmp_path):
 
 def test_odd_sizes_fit_fp32(tmp_path):
     checkpoint = write_phixtral_checkpoint(tmp_path / "odd", seed=2, num_experts=3, experts_per_token=1, **ODD)
-    report = parity.compare(build(checkpoint, tmp_path / "engine"), reference_of(checkpoint), [TOKENS[:60]], quiet)
+    report = verify.compare(build(checkpoint, tmp_path / "engine"), reference_of(checkpoint), [TOKENS[:60]], quiet)
     assert report.failures(FP32) == []
 
 
@@ -150,7 +151,7 @@ def route_to_one_expert_less(tensors, config):
 def test_a_seeded_fault_in_the_reference_is_caught(tmp_path, tiny_checkpoint, tiny_engines, fault):
     # The fault sits on the reference's side, where every fault can be expressed; parity is symmetric.
     faulty = reference_of(edited(tiny_checkpoint, tmp_path / "faulty", fault))
-    report = parity.compare(open_engine(tiny_engines("fp32")), faulty, [TOKENS[:128]], quiet)
+    report = verify.compare(open_engine(tiny_engines("fp32")), faulty, [TOKENS[:128]], quiet)
     assert report.max_logit_difference > 1e-2
     assert report.failures(FP32)
 
@@ -161,14 +162,14 @@ def test_a_seeded_fault_in_the_engine_is_caught_at_every_precision(tmp_path, tin
     reference = reference_of(tiny_checkpoint)
     for precision, kernels in kinds_here():
         engine = build(wrong, tmp_path / f"{precision}-{kernels}", precision, kernels)
-        report = parity.compare(engine, reference, [TOKENS[:128]], quiet)
+        report = verify.compare(engine, reference, [TOKENS[:128]], quiet)
         assert report.failures(parity.THRESHOLDS[precision])
 
 
 def test_erf_gelu_in_place_of_tanh_is_caught(tiny_checkpoint, tiny_engines, monkeypatch):
     gelu = torch.nn.functional.gelu
     monkeypatch.setattr(torch.nn.functional, "gelu", lambda x, approximate: gelu(x, approximate="none"))
-    report = parity.compare(open_engine(tiny_engines("fp32")), reference_of(tiny_checkpoint), [TOKENS[:128]], quiet)
+    report = verify.compare(open_engine(tiny_engines("fp32")), reference_of(tiny_checkpoint), [TOKENS[:128]], quiet)
     assert report.max_logit_difference > 1e-4
     assert report.failures(FP32)
 
@@ -221,12 +222,12 @@ def test_perplexity_equals_that_of_transformers_loss(tiny_checkpoint, tiny_engin
     with torch.no_grad():
         ids = torch.tensor([TOKENS[:200]])
         expected = float(torch.exp(reference_of(tiny_checkpoint)(ids, labels=ids).loss))
-    found = parity.perplexity(open_engine(tiny_engines("fp32")), [TOKENS[:200]])
+    found = verify.perplexity(open_engine(tiny_engines("fp32")), [TOKENS[:200]])
     assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_verification_sees_positions_past_the_first_window_and_several_prefill_chunks(tiny_engines):
-    [first, *rest] = parity._windows(open_engine(tiny_engines("fp32")), "a" * 2000, 1200)
+    [first, *rest] = verify._windows(open_engine(tiny_engines("fp32")), "a" * 2000, 1200)
     assert (len(first), [len(window) for window in rest]) == (640, [512, 48])
     assert len(first) // 2 > PREFILL_CHUNK_TOKENS
 
@@ -240,7 +241,7 @@ def test_a_rotary_table_that_is_wrong_at_late_positions_alone_is_caught(tmp_path
         values[600:] = 0
         table.CopyFrom(onnx.numpy_helper.from_array(values, table.name))
         (engine.folder / name).write_bytes(model.SerializeToString())
-    found = parity.verify_engine(engine, str(tiny_checkpoint), "Late positions count. " * 40, 2048, quiet)
+    found = verify.verify_engine(engine, str(tiny_checkpoint), "Late positions count. " * 40, 2048, quiet)
     assert found.failures
 
 
@@ -248,9 +249,9 @@ def test_verification_tells_whether_the_reference_is_what_the_engine_was_built_f
     tmp_path, tiny_checkpoint, tiny_engines
 ):
     engine = open_engine(tiny_engines("fp32"))
-    same = parity.verify_engine(engine, str(tiny_checkpoint), "What is it? " * 9, 64, quiet)
+    same = verify.verify_engine(engine, str(tiny_checkpoint), "What is it? " * 9, 64, quiet)
     other = edited(tiny_checkpoint, tmp_path / "other", lambda tensors, config: tensors["lm_head.linear.bias"].fill(0))
-    different = parity.verify_engine(engine, str(other), "What is it? " * 9, 64, quiet)
+    different = verify.verify_engine(engine, str(other), "What is it? " * 9, 64, quiet)
     assert (same.reference_is_the_source, different.reference_is_the_source) == (True, False)
 
 
@@ -260,13 +261,13 @@ def test_a_serving_graph_that_is_wrong_by_itself_is_caught_when_quantised(
 ):
     engine = open_engine(shutil.copytree(tiny_engines(precision), tmp_path / "engine"))
     reference = reference_of(tiny_checkpoint)
-    sound = parity.compare(engine, reference, [TOKENS[:128]], quiet)
+    sound = verify.compare(engine, reference, [TOKENS[:128]], quiet)
     model = onnx.load(str(engine.folder / "model_serving.onnx"), load_external_data=False)
     [table] = [tensor for tensor in model.graph.initializer if tensor.name == "rotary/sin_cache"]
     table.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(table), table.name))
     (engine.folder / "model_serving.onnx").write_bytes(model.SerializeToString())
 
-    wrong = parity.compare(engine, reference, [TOKENS[:128]], quiet)
+    wrong = verify.compare(engine, reference, [TOKENS[:128]], quiet)
 
     assert wrong.mean_kl == sound.mean_kl  # the scoring graph is as it was
     assert any("decoded" in failure for failure in wrong.failures(parity.THRESHOLDS[precision]))

@@ -15,7 +15,7 @@ from kernel_nodes import (
 
 from trt_build.errors import EngineError
 from trt_build.ort import kernels
-from trt_build.prepare import chosen_kernels
+from trt_build.ort.planning.prepare import chosen_kernels
 
 pytestmark = pytest.mark.needs_kernels
 

@@ -13,8 +13,8 @@ from triton_repo.runtime.batching.engine import SequenceEngine
 from triton_repo.runtime.batching.runner import Pulse, Runner
 from triton_repo.runtime.batching.scheduler import Limits
 from triton_repo.runtime.batching.slots import Slots
-from trt_build.engine import open_engine
 from trt_build.machine.memory import available_memory
+from trt_build.ort.engine import open_engine
 from trt_build.ort.session import Session
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from triton_repo.runtime.single.generation import text_request
 from triton_repo.runtime.steps.token_engine import token_request
 from triton_repo.runtime.steps.token_request import TokenRequest
 from triton_repo.runtime.text.words import spell
-from trt_build.engine import open_engine
+from trt_build.ort.engine import open_engine
 from trt_build.ort.session import Session
 
 PROMPTS = ("def ", "import os\nfrom ", "class Reader:\n    def __init__(self", "x = [1, 2, 3]\nfor item in ", "# " * 70)

@@ -14,7 +14,7 @@ from triton_repo.contracts.piece import join
 from triton_repo.runtime.options import GenerationOptions
 from triton_repo.runtime.single.generation import generate
 from triton_repo.runtime.text.detokenizer import Detokenizer, last_text_token
-from trt_build.build_engine import BuildOptions, build_engine
+from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.session import Session
 
 EXAMPLE = Path(__file__).parents[4] / "examples" / "tiny-mixtral" / "checkpoint"

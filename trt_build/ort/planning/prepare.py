@@ -1,78 +1,53 @@
-"""Makes every decision of a build: reads the checkpoint's facts and plans the engine. Of the weights only the gates are
-read, which decide the experts that are left out.
+"""Makes every decision of a build for ONNX Runtime: reads the checkpoint's facts and plans the engine.
 
-`moeship build` carries out a prepared build; `moeship plan` computes its figures.
+Of the weights only the gates are read, which decide the experts that are left out. `moeship build` carries out a
+prepared build; `moeship plan` computes its figures.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import logging
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.checkpoint.folder import Checkpoint, open_checkpoint
+from export.checkpoint.folder import Checkpoint
 from export.checkpoint.tensor_table import Weights
 from export.conversion.sources import source_files
-from export.errors import ConfigError, KernelsError
+from export.errors import KernelsError
 from export.exporter import ExportPlan, plan_export
-from export.families import Model, read_model
+from export.families import Model
 from export.files.resume import SourceFile
 from export.provider import KERNELS, ONNX_RUNTIME, OWN_KERNELS, Provider, provider_of
 from export.quantize.recipe import QuantPlan, plan_for
 from export.routing import RoutingReport, left_out_by_layer, left_out_note
-from export.tokenizer.loading import Tokenizer
-from export.tokenizer.settings import Settings, check_token_ids, read_settings
-from trt_build.engine import BACKEND, FORMAT_VERSION, FileRecord, Manifest, Precision, Source
-from trt_build.errors import EngineError
-from trt_build.manifest import TRTLLM_BACKEND
-from trt_build.ort.genai_config import genai_config
+from export.tokenizer.settings import Settings
+from trt_build.engine_files import FileRecord
+from trt_build.manifest import ORT_BACKEND, Source, libraries
+from trt_build.ort.engine import FORMAT_VERSION, Manifest, Precision
 from trt_build.ort.kernels import check_level, found_fault, is_usable
+from trt_build.ort.planning.genai_config import genai_config
+from trt_build.source import open_source
 
 logger = logging.getLogger(__name__)
-
-BACKENDS = (BACKEND, TRTLLM_BACKEND)  # trt_build/trtllm builds for the second
-_LIBRARIES = ("moeship", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tokenizers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """The options of an engine. If `experts_per_token` or `max_sequence` (tokens) is None, the checkpoint's value is
-    used. `kernels` are the kernels that multiply quantised matrices; None takes those of `chosen_kernels`, and ONNX
-    Runtime's for a model that moeship's do not compute. With `keep_all_experts` the engine has the experts that can
-    never be chosen too."""
+    """The options of an engine for ONNX Runtime. If `experts_per_token` or `max_sequence` (tokens) is None, the
+    checkpoint's value is used. `kernels` are the kernels that multiply quantised matrices; None takes those of
+    `chosen_kernels`, and ONNX Runtime's for a model that moeship's do not compute. With `keep_all_experts` the engine
+    has the experts that can never be chosen too."""
 
     checkpoint: str
     precision: str = "int4"
-    backend: str = "onnxruntime"
     provider: str = "cpu"
     experts_per_token: int | None = None
     max_sequence: int | None = None
     kernels: str | None = None
     keep_all_experts: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceModel:
-    """A checkpoint, its model and its tokenizer's settings, and the longest sequence of the engine in tokens."""
-
-    checkpoint: Checkpoint
-    model: Model
-    settings: Settings
-    max_sequence: int
-
-    @property
-    def end_ids(self) -> tuple[int, ...]:
-        """The token ids that end a text; empty if no file of the checkpoint names one."""
-        return self.settings.ids.eos
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.settings.tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +85,7 @@ class PreparedBuild:
             format_version=FORMAT_VERSION,
             model=Path(self.options.checkpoint).resolve().name,
             family=self.model.family.name,
-            backend=self.options.backend,
+            backend=ORT_BACKEND,
             provider=self.provider.name,
             kernels=self.provider.kernels,
             precision=_precision(self.quantization, self.export, self.model.weights),
@@ -130,12 +105,8 @@ class PreparedBuild:
 
 
 def check_options(options: EngineOptions) -> tuple[Provider, QuantPlan]:
-    """The provider and the quantisation that options name. Raises EngineError, ExportError or QuantizationError for an
-    unknown name."""
-    if options.backend not in BACKENDS:
-        raise EngineError(f"choosing the backend: {options.backend!r} is unknown. There are: {', '.join(BACKENDS)}")
-    if options.backend != BACKEND:
-        raise EngineError(f"choosing the backend: {options.backend} engines are built by trt_build.trtllm.build")
+    """The provider and the quantisation that options name. Raises ExportError or QuantizationError for an unknown
+    name."""
     kernels = options.kernels or chosen_kernels(options.provider, options.precision)
     provider = provider_of(options.provider, kernels)
     return provider, plan_for(options.precision, provider)
@@ -200,45 +171,6 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
         left_out=left_out,
         export=export,
     )
-
-
-def open_source(location: str, experts_per_token: int | None, max_sequence: int | None) -> SourceModel:
-    """Open a checkpoint and read its model and settings. Raises CheckpointError and ConfigError."""
-    checkpoint = open_checkpoint(location)
-    model = read_model(checkpoint, experts_per_token)
-    settings = read_settings(checkpoint.folder, checkpoint.config)
-    longest = _max_sequence(max_sequence, model)
-    size, vocab = settings.tokenizer.size, model.architecture.vocab_size
-    if size > vocab:
-        raise ConfigError(
-            f"reading the tokenizer of {checkpoint.folder}: it has {size} ids, the model's vocabulary {vocab}; the two "
-            "belong to different models, or a special token that the tokenizer lacks was added behind its last id"
-        )
-    check_token_ids(settings, vocab)
-    model = dataclasses.replace(
-        model, architecture=dataclasses.replace(model.architecture, eos_token_ids=settings.ids.eos)
-    )
-    return SourceModel(checkpoint=checkpoint, model=model, settings=settings, max_sequence=longest)
-
-
-def libraries() -> dict[str, str]:
-    """Versions of Python and of the packages that decide an engine's bytes."""
-    versions = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def _max_sequence(asked: int | None, model: Model) -> int:
-    limit = model.architecture.max_positions
-    if asked is None:
-        return limit
-    if not 1 <= asked <= limit:
-        raise ConfigError(f"setting the longest sequence: found {asked} tokens, expected 1 to {limit}, the model's own")
-    return asked
 
 
 def _precision(plan: QuantPlan, export: ExportPlan, weights: Weights) -> Precision:

@@ -23,7 +23,7 @@ from export.errors import ExportError
 from export.optional import optional_package
 from export.quantize.grid import pack, unpack
 from trt_build.errors import EngineError
-from trt_build.old_formats.packing import TILE_ROWS, QuantizedWeight, pack_in_memory, save_with_packed_forms
+from trt_build.ort.old_formats.packing import TILE_ROWS, QuantizedWeight, pack_in_memory, save_with_packed_forms
 
 if TYPE_CHECKING:
     import onnx

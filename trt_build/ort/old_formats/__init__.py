@@ -10,6 +10,6 @@ graphs.py        the graphs without the references to packed weights
 packed_alone.py  codes and scales computed from the packed form
 packing.py       the packed form that this machine's kernels give a weight
 
-Only `trt_build/engine.py`, `trt_build/ort/device.py` and `export/conversion/parts.py` (the key of a part) use this
+Only `trt_build/ort/engine.py`, `trt_build/ort/device.py` and `export/conversion/parts.py` (the key of a part) use this
 folder.
 """

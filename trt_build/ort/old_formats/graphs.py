@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from export.optional import optional_package
 from trt_build.errors import EngineError
-from trt_build.old_formats.manifest import PROBE_GRAPH, OldFormat
-from trt_build.old_formats.packed_alone import file_layouts, unpacked_weights
+from trt_build.ort.old_formats.manifest import PROBE_GRAPH, OldFormat
+from trt_build.ort.old_formats.packed_alone import file_layouts, unpacked_weights
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import numpy as np
 
 from export.architecture import Architecture
 from export.provider import PROVIDERS, Provider
-from trt_build.engine import Engine
 from trt_build.errors import EngineError
 from trt_build.machine.memory import available_memory
+from trt_build.ort.engine import Engine
 
 
 def kv_bytes_per_token(architecture: Architecture, provider: Provider) -> int:

@@ -23,11 +23,13 @@ from export.conversion.writer import conversion_bytes
 from export.exporter import DATA_FILE, RECORDS_FILE
 from export.onnx_graph.converter import OnnxConverter
 from export.onnx_graph.weights import WeightJob
-from trt_build.engine import FileRecord, Source, manifest_text
-from trt_build.engine_memory import kv_bytes_per_token
+from trt_build.engine_files import FileRecord
 from trt_build.manifest import MANIFEST_FILE
-from trt_build.ort.genai_config import GENAI_FILE
-from trt_build.prepare import PreparedBuild
+from trt_build.ort.engine import UNDIGESTED_FILES, manifest_text
+from trt_build.ort.memory import kv_bytes_per_token
+from trt_build.ort.planning.genai_config import GENAI_FILE
+from trt_build.ort.planning.prepare import PreparedBuild
+from trt_build.source import source_record
 
 _DIGEST = "0" * 64  # as long as any SHA-256
 
@@ -185,15 +187,12 @@ def _files(build: PreparedBuild) -> dict[str, int]:
         **build.settings.sizes(),
     }
     records = {
-        name: FileRecord(bytes=size, sha256=None if name == DATA_FILE else _DIGEST)
+        name: FileRecord(bytes=size, sha256=None if name in UNDIGESTED_FILES else _DIGEST)
         for name, size in sorted(sizes.items())
     }
-    source = Source(
-        checkpoint=checkpoint.identity,
-        revision=checkpoint.revision,
-        digests=dict.fromkeys(("config.json", *(shard.name for shard in checkpoint.shards)), _DIGEST),
-    )
-    return {**sizes, MANIFEST_FILE: len(manifest_text(build.manifest(source, records)).encode())}
+    digests = dict.fromkeys(("config.json", *(shard.name for shard in checkpoint.shards)), _DIGEST)
+    manifest = build.manifest(source_record(checkpoint, digests), records)
+    return {**sizes, MANIFEST_FILE: len(manifest_text(manifest).encode())}
 
 
 def _records(build: PreparedBuild) -> list[PartRecord]:

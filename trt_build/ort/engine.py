@@ -1,4 +1,4 @@
-"""The engine directory and its manifest, engine.json.
+"""The directory of an engine for ONNX Runtime and its manifest, engine.json.
 
 An engine is a folder with a valid engine.json. The manifest is written last and the folder appears by rename, so a
 folder without a manifest is no engine, and every later stage refuses it. The manifest records the bytes and SHA-256 of
@@ -18,7 +18,6 @@ from typing import Any
 from export.architecture import MAX_DIMENSION, Architecture
 from export.checkpoint.digests import num_cores
 from export.checkpoint.file_table import TOKENIZER_FILE
-from export.checkpoint.folder import file_digest
 from export.conversion.parts import PartRecord, Region, damaged_regions, read_records
 from export.errors import listing, named, shown
 from export.exporter import DATA_FILE, GENERATING_GRAPH, RECORDS_FILE, SCORING_GRAPH, SERVING_GRAPH
@@ -27,36 +26,29 @@ from export.files.reading import check_name
 from export.files.typed_json import read_typed
 from export.provider import KERNELS, OWN_KERNELS
 from export.tokenizer.settings import TokenizerFacts
+from trt_build.engine_files import FileRecord, check_file_records, differing_files
 from trt_build.errors import EngineError
 from trt_build.manifest import (
     MANIFEST_FILE,
+    ORT_BACKEND,
+    Source,
     changed_meanwhile,
     check_architecture,
     check_digest,
     check_end_tokens,
     check_family,
-    check_file_records,
     check_range,
     check_tokenizer,
     digested_text,
     read_manifest,
 )
-from trt_build.old_formats.manifest import VERSIONS as OLD_VERSIONS
-from trt_build.old_formats.manifest import OldFormat, split_old_values
+from trt_build.ort.old_formats.manifest import VERSIONS as OLD_VERSIONS
+from trt_build.ort.old_formats.manifest import OldFormat, split_old_values
 
 _REQUIRED_FILES = (GENERATING_GRAPH, SCORING_GRAPH, DATA_FILE, RECORDS_FILE, TOKENIZER_FILE)
+UNDIGESTED_FILES = (DATA_FILE,)  # whose digests are in weights.jsonl
 FORMAT_VERSION = 5
-BACKEND = "onnxruntime"
 MAX_BATCH = 1 << 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileRecord:
-    """Size in bytes and SHA-256 in hexadecimal of one file of the engine. For model.onnx.data `sha256` is None: the
-    digests of all its bytes are in weights.jsonl."""
-
-    bytes: int
-    sha256: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +60,6 @@ class Precision:
     block_sizes: tuple[int, ...]  # all block sizes that occur among the quantised matrices, in input features
     accuracy_level: int
     average_bits_per_weight: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """The checkpoint that the weights came from. `digests` has one digest for each file name, as
-    `export.checkpoint.digests` describes; `revision` is the commit of a hub id."""
-
-    checkpoint: str
-    revision: str | None
-    digests: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,16 +127,6 @@ class Engine:
         return manifest_text(dataclasses.replace(self.manifest, verification=verification))
 
 
-def record_files(folder: Path) -> dict[str, FileRecord]:
-    """The record of every file of an engine's folder except the manifest, by its path inside the folder."""
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {
-        name: FileRecord(bytes=path.stat().st_size, sha256=None if name == DATA_FILE else file_digest(path))
-        for name, path in paths.items()
-        if name != MANIFEST_FILE
-    }
-
-
 def manifest_text(manifest: Manifest) -> str:
     """The text of engine.json."""
     return digested_text(dataclasses.asdict(manifest))
@@ -179,36 +151,22 @@ def open_engine(folder: Path | str, check_digests: bool = True) -> Engine:
     folder = Path(folder)
     check_name(folder, f"opening the engine {named(folder)}", EngineError)
     raw = read_manifest(folder, f"opening the engine {folder}")
-    if raw.get("backend") != BACKEND:
+    if raw.get("backend") != ORT_BACKEND:
         raise EngineError(
-            f"opening the engine {folder}: its backend is {named(raw.get('backend'), 40)}, expected {BACKEND}; "
+            f"opening the engine {folder}: its backend is {named(raw.get('backend'), 40)}, expected {ORT_BACKEND}; "
             "moeship package and serve take it, and build_engine.py --backend tensorrt-llm verifies it on a GPU"
         )
     engine = _parse(raw, folder)
     manifest = engine.manifest
-    found = {name: file_problem(folder / name, record, check_digests) for name, record in manifest.files.items()}
-    problems = [f"{name}: {problem}" for name, problem in found.items() if problem]
-    if check_digests and not found[DATA_FILE] and not found[RECORDS_FILE]:
+    found = differing_files(folder, manifest.files, check_digests)
+    problems = [f"{name}: {problem}" for name, problem in found.items()]
+    if check_digests and not found.keys() & {DATA_FILE, RECORDS_FILE}:
         problems += [f"{DATA_FILE}: {problem}" for problem in _weight_problems(folder, manifest)]
     if problems:
         raise EngineError(
             f"opening the engine {folder}: its files are not those of the build; build it again:{listing(problems)}"
         )
     return engine
-
-
-def file_problem(path: Path, record: FileRecord, check_digest: bool) -> str | None:
-    """A description of how a file differs from its record; None if it agrees."""
-    if not path.is_file():
-        return "missing"
-    size = path.stat().st_size
-    if size != record.bytes:
-        return f"found {size} bytes, expected {record.bytes}"
-    if check_digest and record.sha256 is not None:
-        digest = file_digest(path)
-        if digest != record.sha256:
-            return f"found SHA-256 {digest[:12]}…, expected {record.sha256[:12]}…"
-    return None
 
 
 def read_part_records(folder: Path) -> list[PartRecord]:
@@ -285,7 +243,7 @@ def _check_facts(manifest: Manifest, old: OldFormat | None) -> None:
     elif old is None or old.names_tokenizer:
         raise ValueError("tokenizer is missing")
     check_file_records(
-        manifest.files, (*_REQUIRED_FILES, *(old.files if old else (SERVING_GRAPH,))), undigested=(DATA_FILE,)
+        manifest.files, (*_REQUIRED_FILES, *(old.files if old else (SERVING_GRAPH,))), undigested=UNDIGESTED_FILES
     )
     if old and old.resident_bytes is not None:
         check_range("resident_bytes", old.resident_bytes, 1, manifest.files[DATA_FILE].bytes)

@@ -1,0 +1,134 @@
+"""Builds and plans engines for ONNX Runtime as the command line asks, and describes them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from export.conversion.writer import Progress
+from export.provider import named_with_kernels
+from export.rows import Rows, in_units
+from trt_build.engine_flags import DEFAULT_PROVIDER, read_checkpoint
+from trt_build.machine.bandwidth import measure_read_bandwidth
+from trt_build.machine.memory import available_memory
+from trt_build.manifest import MANIFEST_FILE
+from trt_build.ort.build import BuildOptions, build_engine
+from trt_build.ort.engine import Engine
+from trt_build.ort.planning.plan import EnginePlan, plan_engine
+from trt_build.ort.planning.prepare import EngineOptions, prepare_build
+from trt_build.results import Built, Planned
+
+logger = logging.getLogger(__name__)
+
+GB = 1e9
+
+
+def build(arguments: argparse.Namespace, progress: Callable[[Progress], None] | None) -> Built:
+    """Build an engine. Raises what `read_checkpoint` and `build_engine` raise."""
+    engine = build_engine(BuildOptions(output=arguments.output, **vars(_read_options(arguments))), progress)
+    return Built(text=_summary(engine), json_text=(engine.folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+
+
+def plan(arguments: argparse.Namespace) -> Planned:
+    """Plan an engine, and compute what follows from the machine's memory and bandwidth."""
+    options = _read_options(arguments)
+    found = plan_engine(prepare_build(options))
+    machine = _machine(arguments, found)
+    tables = [
+        (f"{options.checkpoint} as {found.precision} for {named_with_kernels(found.provider, found.kernels)}",
+         _role_rows(found)),
+        ("engine", _engine_rows(found)),
+        ("notes", [("", note) for note in found.notes]),
+        (f"decoding one sequence of up to {found.max_sequence} tokens", _decoding_rows(found, machine)),
+    ]  # fmt: skip
+    if machine["device_memory_bytes"] is not None:
+        tables.append((f"in {in_units(machine['device_memory_bytes'])} of memory", _memory_rows(found, machine)))
+    return Planned(values={**found.to_json(), **machine}, tables=tables, num_sequences=machine["sequences"])
+
+
+def _read_options(arguments: argparse.Namespace) -> EngineOptions:
+    return EngineOptions(
+        checkpoint=read_checkpoint(arguments),
+        precision=arguments.precision,
+        provider=arguments.provider or DEFAULT_PROVIDER,
+        experts_per_token=arguments.experts_per_token,
+        max_sequence=arguments.max_sequence,
+        kernels=arguments.kernels,
+        keep_all_experts=arguments.keep_all_experts,
+    )
+
+
+def _summary(engine: Engine) -> str:
+    manifest = engine.manifest
+    return (
+        f"{engine.folder}: {manifest.family} {manifest.precision.name} for "
+        f"{named_with_kernels(manifest.provider, manifest.kernels)}, "
+        f"{engine.num_bytes / 1e6:.1f} MB, {manifest.precision.average_bits_per_weight:.2f} bits per weight, "
+        f"context {manifest.max_sequence} tokens"
+    )
+
+
+def _machine(arguments: argparse.Namespace, plan: EnginePlan) -> dict[str, Any]:
+    """The figures that follow from a plan and the machine's memory and bandwidth; None for unknown figures."""
+    memory = arguments.device_memory and round(arguments.device_memory * GB)
+    if memory is None and plan.provider == "cpu":
+        memory = available_memory()
+    bandwidth = arguments.bandwidth and arguments.bandwidth * GB
+    if arguments.measure_bandwidth:
+        logger.info("measuring how fast this machine reads its memory, with a buffer of 4 GB: about ten seconds")
+        bandwidth = measure_read_bandwidth()
+    return {
+        "device_memory_bytes": memory,
+        "max_batch_size": arguments.max_batch_size,
+        "sequences": None if memory is None else max(0, plan.sequences_in(memory)),
+        "longest_sequence": None if memory is None else max(0, plan.tokens_in(memory)),
+        "bandwidth_bytes_per_s": bandwidth,
+        "tokens_per_s_at_start": bandwidth and bandwidth / plan.bytes_per_token(0),
+        "tokens_per_s_at_end": bandwidth and bandwidth / plan.bytes_per_token(plan.max_sequence - 1),
+    }
+
+
+def _role_rows(plan: EnginePlan) -> Rows:
+    headings = "".join(f"{name:>12}" for name in ("codes", "scales", "plain", "together"))
+    rows = [("role", f"{'weights':>15}{headings}{'bits':>7}{'per token':>12}")]
+    for name, role in sorted(plan.roles.items(), key=lambda item: -item[1].total_bytes):
+        parts = (role.codes_bytes, role.scales_bytes, role.plain_bytes, role.total_bytes)
+        sizes = "".join(f"{in_units(size) if size else '-':>12}" for size in parts)
+        bits = 8 * role.total_bytes / role.num_weights
+        rows.append((name, f"{role.num_weights:>15,}{sizes}{bits:>7.2f}{in_units(role.bytes_per_token):>12}"))
+    return rows
+
+
+def _engine_rows(plan: EnginePlan) -> Rows:
+    return [
+        ("weights", f"{plan.weights_bytes:,} bytes, {plan.average_bits_per_weight:.2f} bits per weight"),
+        ("all files", f"{plan.engine_bytes:,} bytes"),
+        ("making it", f"reads {in_units(plan.source_bytes)}, holds up to {in_units(plan.conversion_bytes)} of memory"),
+    ]
+
+
+def _decoding_rows(plan: EnginePlan, machine: dict[str, Any]) -> Rows:
+    rows = [
+        ("weights read per token", in_units(plan.weights_bytes_per_token)),
+        ("keys and values of a token", in_units(plan.kv_bytes_per_token)),
+        ("read for the last token", in_units(plan.bytes_per_token(plan.max_sequence - 1))),
+    ]
+    if machine["bandwidth_bytes_per_s"] is not None:
+        first, last = machine["tokens_per_s_at_start"], machine["tokens_per_s_at_end"]
+        rate = in_units(round(machine["bandwidth_bytes_per_s"]))
+        rows.append(("tokens per second, at most", f"{first:.1f} for the first, {last:.1f} for the last, at {rate}/s"))
+    return rows
+
+
+def _memory_rows(plan: EnginePlan, machine: dict[str, Any]) -> Rows:
+    fits = f"{machine['sequences']} of {plan.max_sequence} tokens, {in_units(plan.sequence_bytes)} each"
+    if machine["max_batch_size"] is not None:
+        short = machine["sequences"] < machine["max_batch_size"]
+        fits += f"; {machine['max_batch_size']} asked: {'they do not fit' if short else 'they fit'}"
+    rows = [("sequences beside the weights", fits)]
+    if not machine["sequences"]:
+        longest = machine["longest_sequence"]
+        rows.append(("longest sequence that fits", f"{longest} tokens" if longest else "none, the weights do not fit"))
+    return rows

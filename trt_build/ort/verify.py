@@ -1,0 +1,152 @@
+"""Verifies an engine for ONNX Runtime: compares its logits and its routing with those of the reference.
+
+The scoring graph computes every window of the text in one call. The first window also runs through the serving graph as
+in a server: its first half is prefilled, the second half is decoded token by token through the key/value cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from export.checkpoint.digests import source_digests
+from export.checkpoint.folder import Checkpoint, open_checkpoint
+from export.errors import ConfigError
+from export.families import family_named, read_model
+from export.tokenizer.loading import load_tokenizer
+from trt_build.comparison.parity import (
+    MIN_TOKENS,
+    THRESHOLDS,
+    WINDOW_TOKENS,
+    FloatArray,
+    ParityReport,
+    Verification,
+    combine,
+    load_torch_reference,
+    log_softmax,
+    measure,
+    next_token_loss,
+    run_reference,
+    split_windows,
+)
+from trt_build.errors import EngineError
+from trt_build.ort.device import open_device
+from trt_build.ort.engine import Engine, read_part_records, record_verification
+from trt_build.ort.session import ScoringSession, Session
+
+if TYPE_CHECKING:
+    import transformers
+
+LONG_WINDOW_TOKENS = 2048  # length of the first window: the whole context of Phi-2
+
+
+def verify_engine(
+    engine: Engine, location: str, text: str, num_tokens: int, progress: Callable[[str], None]
+) -> Verification:
+    """Compare an engine with the checkpoint at `location`. Raises ConfigError for too little text, EngineError for
+    another model's checkpoint."""
+    windows = _windows(engine, text, num_tokens)
+    open_device(engine)  # raises for a missing package or device before the reference takes its time to load
+    checkpoint = open_checkpoint(location)
+    reference = _open_reference(engine, checkpoint)
+    progress("checking whether the reference is what the engine was built from")
+    runs = {name: found for record in read_part_records(engine.folder) for name, found in record.sources.items()}
+    same = source_digests(checkpoint, runs) == dict(engine.manifest.source.digests)
+    report = compare(engine, reference, windows, progress)
+    return Verification(
+        report=report,
+        failures=tuple(report.failures(THRESHOLDS[engine.manifest.precision.name])),
+        reference=location,
+        reference_is_the_source=same,
+    )
+
+
+def record(engine: Engine, verification: Verification) -> None:
+    """Write the result of a verification into engine.json, in place of an earlier result."""
+    record_verification(engine, verification.to_json())
+
+
+def compare(
+    engine: Engine,
+    reference: transformers.PreTrainedModel,
+    windows: Sequence[Sequence[int]],
+    progress: Callable[[str], None],
+) -> ParityReport:
+    """Compare an engine with a loaded reference over windows of token ids."""
+    if not windows:
+        raise ConfigError(f"measuring {engine.folder}: no window of at least two tokens; pass a longer text")
+    scoring = ScoringSession(engine)
+    experts_per_token = engine.manifest.architecture.experts_per_token
+    router = family_named(engine.manifest.family).reference.router
+    sums, first_logits = [], np.empty(0, dtype=np.float32)
+    for index, window in enumerate(windows):
+        progress(f"scored {index} of {len(windows)} windows of text")
+        expected, expected_routing = run_reference(reference, window, router)
+        found, found_routing = scoring.run(window)
+        sums.append(measure(found, expected, window, found_routing, expected_routing, experts_per_token))
+        if index == 0:
+            first_logits = expected
+    del scoring
+    progress(f"scored {len(windows)} windows; decoding {len(windows[0]) // 2} tokens through the cache")
+    decoded = _decode(engine, windows[0])
+    rows = slice(-len(decoded), None)  # the window's last positions
+    return combine(sums, measure(decoded, first_logits[rows], windows[0][rows]))
+
+
+def perplexity(engine: Engine, windows: Sequence[Sequence[int]]) -> float:
+    """exp of the mean next-token loss of an engine over windows of token ids."""
+    scoring = ScoringSession(engine)
+    losses = [next_token_loss(log_softmax(scoring.run(window)[0]), np.asarray(window[1:])) for window in windows]
+    return float(np.exp(sum(losses) / sum(len(window) - 1 for window in windows)))
+
+
+def _windows(engine: Engine, text: str, num_tokens: int) -> list[Sequence[int]]:
+    """The windows of a text. The first is as long as the context and LONG_WINDOW_TOKENS allow, so that it covers late
+    positions and several prefill chunks; the others have WINDOW_TOKENS tokens."""
+    token_ids = load_tokenizer(engine.folder).encode_prompt(text)
+    asked = min(num_tokens, len(token_ids))
+    if asked < MIN_TOKENS:
+        remedy = "pass a longer text" if num_tokens >= MIN_TOKENS else "ask for more tokens"
+        raise ConfigError(
+            f"measuring {engine.folder}: {asked} tokens to measure on, expected at least {MIN_TOKENS}; {remedy}"
+        )
+    longest = engine.manifest.max_sequence
+    first = min(longest, LONG_WINDOW_TOKENS, asked)
+    rest = split_windows(token_ids[first:asked], min(WINDOW_TOKENS, longest), asked - first)
+    windows = [token_ids[:first], *rest] if first > 1 else []
+    if not windows:
+        raise ConfigError(f"measuring {engine.folder}: its context of {longest} token leaves nothing to predict")
+    return windows
+
+
+def _open_reference(engine: Engine, checkpoint: Checkpoint) -> transformers.PreTrainedModel:
+    facts = engine.manifest.architecture
+    model = read_model(checkpoint)
+    if facts.is_moe and model.architecture.is_moe:  # the build may have overridden experts_per_token
+        overridden = dataclasses.replace(model.architecture, experts_per_token=facts.experts_per_token)
+        model = dataclasses.replace(model, architecture=overridden)
+    if model.architecture != facts:
+        different = [
+            f"{field.name}: engine {getattr(facts, field.name)}, checkpoint {getattr(model.architecture, field.name)}"
+            for field in dataclasses.fields(facts)
+            if getattr(facts, field.name) != getattr(model.architecture, field.name)
+        ]
+        raise EngineError(
+            f"verifying {engine.folder} against {checkpoint.identity}: they are not the same model "
+            f"({'; '.join(different)}); name the checkpoint that the engine was built from"
+        )
+    return load_torch_reference(model)
+
+
+def _decode(engine: Engine, window: Sequence[int]) -> FloatArray:
+    """Logits [S - S/2 + 1, V] of the serving graph: one row from prefilling the first half of the window, then one row
+    for each decoded token."""
+    session = Session(engine)
+    cache = session.new_cache()
+    half = max(1, len(window) // 2)
+    rows = [session.run(cache, window[:half]).copy()]
+    rows += [session.run(cache, [token]).copy() for token in window[half:]]
+    return np.stack(rows)
