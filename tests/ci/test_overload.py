@@ -96,6 +96,12 @@ def test_metrics_are_those_of_the_model_and_what_is_held_is_a_fault(soak, tmp_pa
     assert report.faults == ["afterwards the server holds {'sequences_running': 2.0}"]
 
 
+def test_growth_is_that_of_memory_beside_keys_and_values(soak):
+    first = {"model": 100 + 20, "kv": 20, "server": 50}
+    assert soak.mixed.growth_of(first, {"model": 100 + 60, "kv": 60, "server": 90}) == 0
+    assert soak.mixed.growth_of(first, {"model": 103 + 60, "kv": 60, "server": 50}) == pytest.approx(0.03)
+
+
 @pytest.mark.parametrize(
     ("tears", "step_s", "faults"),
     [
