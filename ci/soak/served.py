@@ -21,7 +21,7 @@ from triton_repo.serving.readiness import model_of
 # Gauges that are 0 where nothing is computed and nothing waits.
 HELD = ("requests_running", "requests_waiting", "sequences_running", "kv_reserved_bytes")
 PUBLISHED_S = 1.0  # the metrics are at most so old
-IDLE_S = 30.0  # in which a server without requests must have freed all that it held
+IDLE_S = 30.0  # in which a server that computes nothing must have freed all that it held
 BACK_S = 60.0  # in which a server that died must be served again
 _SAMPLE = re.compile(r"^moeship_(\w+)\{([^}]*?)\} (\S+)$", re.M)
 _MODEL = re.compile(r'model="([^"]*)"')
@@ -70,11 +70,13 @@ class Served:
         return {name: value for name, labels, value in samples if labels == f'model="{holder}"'}
 
     async def settled(self) -> dict[str, float]:
-        """The metrics once nothing is held, or what is still held after IDLE_S."""
-        due = time.monotonic() + IDLE_S
+        """The metrics once nothing is held, or what is still held after IDLE_S in which the engine made no step."""
+        steps, due = -1.0, 0.0
         while True:
             await asyncio.sleep(PUBLISHED_S)
             found = await asyncio.to_thread(self.metrics)
+            if found["steps_total"] != steps:
+                steps, due = found["steps_total"], time.monotonic() + IDLE_S
             if not any(found[name] for name in HELD) or time.monotonic() > due:
                 return found
 

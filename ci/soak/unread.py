@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import random
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
-import grpc
-
 from clients.generation import AsyncClient
-from clients.wire import build_request
 from soak.served import HELD, Report, Served
 from soak.wire import Relay, raw_call
 from soak.wishes import Wish, alone, difference, draw_wishes, longer, shape_fault
@@ -24,30 +20,20 @@ async def unread(served: Served, number: int, seed: int, *, rounds: bool) -> Rep
     what the server keeps: while the connections last, and once they are torn."""
     report, source = Report(), random.Random(f"unread {seed}")
     wishes = draw_wishes(served.model, 40, seed)
+    good = [wish for wish in wishes if wish.kind in ("greedy", "penalties")]
     async with AsyncClient(served.url) as client:
-        good = [wish for wish in wishes if wish.kind in ("greedy", "penalties")]
         expected = await alone(client, good)
         before = await served.settled()
         memory = {"before": served.resident()}
-        relays = [Relay(served.url) for _ in range(CONNECTIONS)]
-        calls = [raw_call((await relay.__aenter__()).url, []) for relay in relays]
-        opened = [(await call.__aenter__())[1] for call in calls]
-        beside = asyncio.create_task(alone(client, good))
-        for count in range(number):
-            await opened[count % CONNECTIONS].write(build_request(_longest(wishes, source).request, stream=True))
-        for relay in relays:
-            relay.stop_reading()
-        for wish, found, right in zip(good, await beside, expected, strict=True):
-            gap = shape_fault(found, wish) if rounds else difference(found, right)
-            report.require(not gap, f"beside those that do not read, {wish.kind}: {gap}")
-        held = await served.settled()
-        memory["unread"] = served.resident()
+        longest = [_longest(wishes, source) for _ in range(min(number, int(before["requests_waiting_limit"])))]
+        async with _never_reading(served.url, longest):
+            for wish, found, right in zip(good, await alone(client, good), expected, strict=True):
+                gap = shape_fault(found, wish) if rounds else difference(found, right)
+                report.require(not gap, f"beside those that do not read, {wish.kind}: {gap}")
+            held = await served.settled()
+            memory["unread"] = served.resident()
         left = {name: held[name] for name in HELD if held[name]}
         report.require(not left, f"answers that nobody reads hold {left}")
-        for relay, call in zip(relays, calls, strict=True):
-            await relay.tear(reset=False)
-            with suppress(grpc.RpcError, grpc.aio.UsageError, asyncio.CancelledError):
-                await call.__aexit__(None, None, None)
         report.require(await served.await_answers(), "not served once the connections are torn")
         after = await served.settled()
         memory["torn"] = served.resident()
@@ -58,6 +44,19 @@ async def unread(served: Served, number: int, seed: int, *, rounds: bool) -> Rep
         report.numbers["bytes_a_token_unread"] = round(kept / tokens)
     report.counts["restarts"] += int(after["server_restarts_total"] - before["server_restarts_total"])
     return report
+
+
+@contextlib.asynccontextmanager
+async def _never_reading(url: str, wishes: Sequence[Wish]) -> AsyncIterator[None]:
+    """Connections on which these are asked and nothing is read. They are torn when the block ends."""
+    async with contextlib.AsyncExitStack() as stack:
+        relays = [await stack.enter_async_context(Relay(url)) for _ in range(CONNECTIONS)]
+        for number, relay in enumerate(relays):
+            await stack.enter_async_context(raw_call(relay.url, wishes[number::CONNECTIONS]))
+            relay.stop_reading()
+        yield
+        for relay in relays:
+            await relay.tear(reset=False)
 
 
 def _longest(wishes: Sequence[Wish], source: random.Random) -> Wish:

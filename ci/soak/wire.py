@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 
 import grpc
@@ -85,7 +85,9 @@ class Relay:
 
 
 @contextlib.asynccontextmanager
-async def raw_call(url: str, wishes: list[Wish]) -> AsyncIterator[tuple[grpc.aio.Channel, grpc.aio.StreamStreamCall]]:
+async def raw_call(
+    url: str, wishes: Sequence[Wish]
+) -> AsyncIterator[tuple[grpc.aio.Channel, grpc.aio.StreamStreamCall]]:
     """A ModelStreamInfer call of its own connection with these requests, which stays open for more of them."""
     async with grpc.aio.insecure_channel(url, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
