@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from export.errors import QuantizationError
-from export.quantize.grid import block_size, dequantize_blocks, pack, quantize_blocks, unpack
+from export.quantize.grid import SLICE_VALUES, block_size, dequantize_blocks, pack, quantize_blocks, unpack
 
 
 def test_a_block_that_lies_on_the_grid_is_met_exactly():
@@ -32,6 +32,15 @@ def test_halves_round_to_even_and_values_past_the_end_clip():
     codes, scales = quantize_blocks(block, bits=8, block_size=8)
     assert scales.tolist() == [[1.0]]
     assert (codes.astype(int) - 128).tolist() == [[-128, 127, 0, 2, 2, 0, -2, 126]]
+
+
+def test_a_block_may_be_longer_than_what_is_quantised_at_a_time():
+    block = np.zeros((1, 2 * SLICE_VALUES), dtype=np.float32)
+    block[0, 5] = -2.0
+    codes, scales = quantize_blocks(block, bits=4, block_size=2 * SLICE_VALUES)
+    assert scales.tolist() == [[0.25]]  # -2 / -8
+    assert np.flatnonzero(codes != 8).tolist() == [5]
+    assert codes[0, 5] == 0
 
 
 def test_of_all_stretches_the_one_with_the_least_squared_error_is_taken():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -11,6 +12,7 @@ import pytest
 
 from cli.main import main
 from tests.manifests import edit_manifest, read_values, write_values
+from trt_build.engine_files import FileRecord, check_file_records
 from trt_build.errors import EngineError
 from trt_build.ort.engine import open_engine, record_verification, write_manifest
 
@@ -136,8 +138,19 @@ def test_writing_gives_the_same_bytes_again(engine):
     assert (engine / "engine.json").read_bytes() == before
 
 
+def test_a_file_of_no_bytes_may_be_listed():
+    digest = hashlib.sha256(b"").hexdigest()
+    check_file_records({"empty.txt": FileRecord(bytes=0, sha256=digest)}, ["empty.txt"])
+    with pytest.raises(ValueError, match=r"files.empty.txt: it has -1 bytes"):
+        check_file_records({"empty.txt": FileRecord(bytes=-1, sha256=digest)}, ["empty.txt"])
+
+
 def architecture(**changes):
     return lambda values: {"architecture": {**values["architecture"], **changes}}
+
+
+def precision(**changes):
+    return lambda values: {"precision": {**values["precision"], **changes}}
 
 
 def tokenizer(**changes):
@@ -155,6 +168,8 @@ def tokenizer(**changes):
         (architecture(num_layers=10**6), "num_layers is 1000000"),
         (architecture(head_size=0), "head_size is 0"),
         (architecture(num_kv_heads=-1), "num_kv_heads is -1"),
+        (architecture(num_kv_heads=4), "architecture.num_heads is 6, expected a multiple of num_kv_heads"),
+        (precision(accuracy_level=5), "precision.accuracy_level is 5, expected 0 to 4"),  # MatMulNBits has five
         (architecture(experts_per_token=6), "architecture.experts_per_token is 6, expected 1 to 5"),
         (architecture(experts_per_token=0), "architecture.experts_per_token is 0, expected 1 to 5"),
         (architecture(rotary_dim=0), "architecture.rotary_dim is 0, expected 2 to"),

@@ -188,3 +188,10 @@ def test_yaml_cannot_make_python_objects(tmp_path):
 def test_a_scale_that_is_no_finite_number_is_refused(tmp_path, scale):
     text = PLAIN.replace("[y]", f"[y]\n    residual_scale: {scale}")
     assert "experts[1].residual_scale is" in refusal(tmp_path, text)
+
+
+def test_a_scale_may_be_any_finite_number(tmp_path):
+    largest = 1.7976931348623157e308  # of IEEE 754's binary64
+    for scale in (-0.5, largest):
+        config = read(tmp_path, PLAIN.replace("[y]", f"[y]\n    residual_scale: {scale!r}"))
+        assert config.experts[1].residual_scale == scale

@@ -48,6 +48,14 @@ def test_an_expert_of_other_dimensions_is_refused(tmp_path, dims, message, spell
     assert leftovers(tmp_path) == []
 
 
+def test_a_base_that_is_no_expert_is_held_to_every_expert(tmp_path):
+    write_phi_checkpoint(tmp_path / "base", seed=0)
+    write_phi_checkpoint(tmp_path / "e0", seed=1, ffn_size=48)
+    write_phi_checkpoint(tmp_path / "e1", seed=2)
+    with pytest.raises(MergeError, match=r"expert 0 .* has ffn_size 48, the base 56"):
+        run(write_yaml(tmp_path, base_model="./base"))
+
+
 def test_every_unfitting_expert_is_named_in_one_error(five):
     write_phi_checkpoint(five.parent / "e1", seed=1, ffn_size=48)
     write_phi_checkpoint(five.parent / "e4", seed=1, vocab_size=300)

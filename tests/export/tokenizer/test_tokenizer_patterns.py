@@ -74,6 +74,22 @@ def test_patterns_that_take_for_ever_are_refused(pattern):
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize("most", [1, 4, 20, 40, 63, 64, 65, 1000])
+@pytest.mark.parametrize("around", ["{}", "({})+", "(x{}){{2,9}}", "({}){{0,64}}"])
+def test_a_lazy_interval_is_judged_as_the_greedy_one(around, most):
+    """It matches the same texts and tries the same ways, in another order."""
+
+    def judged(pattern):
+        try:
+            check_pattern(pattern)
+        except ValueError as refused:
+            return str(refused).replace(pattern, "")
+        return None
+
+    for interval in (f"a{{0,{most}}}", f"a{{1,{most}}}", f"[ab]{{{most}}}"):
+        assert judged(around.format(interval)) == judged(around.format(f"{interval}?")), interval
+
+
 # Texts on which matchers that backtrack are slow: runs of what a pattern repeats, and what then makes it fail.
 RUNS = (
     "a" * 3000 + "!", " " * 3000 + "x", "1" * 3000 + "x", "!" * 3000 + "a", "aA" * 1500 + "!", "漢" * 1000 + "a",

@@ -80,6 +80,8 @@ def test_a_histogram_counts_all_up_to_each_bound(engine, families):
         "30.0": 3, "60.0": 3, "120.0": 3, "+Inf": 3,
     }  # fmt: skip
     assert (families.of("moeship_queue_seconds_sum"), families.of("moeship_queue_seconds_count")) == (3 * STEP_S, 3)
+    steps = [dict(labels)["le"] for name, labels in families.values if name.endswith("moeship_step_seconds_bucket")]
+    assert [float(bound) for bound in steps] == sorted({float(bound) for bound in steps})
     assert families.of("moeship_step_seconds_bucket", le="0.25") == 0
     assert families.of("moeship_step_seconds_bucket", le="0.5") == families.of("moeship_step_seconds_count") == 6
 
