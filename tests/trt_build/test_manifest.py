@@ -196,7 +196,7 @@ def tokenizer(**changes):
         ),
         (
             lambda values: {"files": {**values["files"], "tokenizer.json": {"bytes": 1, "sha256": "zz"}}},
-            "files.tokenizer.json: 'zz' is not a SHA-256",
+            "files.tokenizer.json.sha256 is 'zz', expected a SHA-256",
         ),
         (
             lambda values: {"files": {name: record for name, record in values["files"].items() if name[0] != "w"}},
