@@ -327,6 +327,22 @@ def test_both_spellings_build_the_same_engine_but_for_the_record_of_what_was_rea
     assert files[0] == files[1]
 
 
+def test_both_matrices_of_experts_have_blocks_that_divide_what_each_reads(tmp_path):
+    """The first reads 128 features and gives twice 96, gate and up, the second reads 96: of 64 and 32 the latter."""
+    sizes = {"hidden_size": 128, "ffn_size": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32}
+    folder = write_mixtral_checkpoint(tmp_path / "checkpoint", seed=1, **sizes)
+    engine = build(folder, tmp_path / "engine", "int4")
+    nodes = onnx.load(engine.folder / "model.onnx", load_external_data=False).graph.node
+    blocks = [
+        attribute.i
+        for node in nodes
+        if node.op_type in ("QMoE", "Experts")
+        for attribute in node.attribute
+        if attribute.name == "block_size"
+    ]
+    assert blocks == [32] * engine.manifest.architecture.num_layers
+
+
 def test_head_sizes_that_the_kernel_does_not_take_are_refused_before_anything_is_written(tmp_path):
     folder = write_mixtral_checkpoint(tmp_path / "checkpoint", seed=1, head_dim=24)
     with pytest.raises(ExportError, match="head size 24 and the rotary dimension 24, .* takes multiples of 16"):
