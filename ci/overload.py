@@ -4,9 +4,10 @@
     python ci/overload.py --server server.json --model phixtral
     python ci/overload.py --server server.json --model phixtral --only echo --checkpoint CHECKPOINT
 
-- burst: 500 requests at once. What the queue does not hold is refused within a second (and the time for which this
-  process got no turn), as UNAVAILABLE with what waits and when to send it again; the others are answered right. A
-  short request beside long ones gets its first token in two seconds more than alone.
+- burst: 500 requests at once. What the queue does not hold is refused within a second, as UNAVAILABLE with what waits
+  and when to send it again; the others are answered right. A short request beside long ones gets its first token in
+  two seconds more than alone. `client_late_s` is the longest time for which this process got no turn: where that is
+  much of the slowest refusal, the machine was busy with other work.
 - mixed: 2,000 requests of every kind from many clients, of which a fifth are ended early and a twentieth wrong; then
   200 connections are torn. Every answer is what the same request got alone, nothing is held afterwards, and the
   process that computes has not grown by 2 %. Triton before 2.57 may die of torn connections; then `moeship serve` must

@@ -116,8 +116,7 @@ def _judge(report: Report, sent: list[_Sent], expected: dict[int, Answers], *, r
         report.require(not gap, f"{one.wish.kind}: {gap}")
     slowest = max((one.seconds for one in refused), default=0.0)
     report.require(bool(refused), "nothing was refused: the burst is no larger than the queue")
-    allowed = REFUSED_BAR_S + report.numbers.get("client_late_s", 0.0)
-    report.require(slowest <= allowed, f"a refusal took {slowest:.2f} s, at most {allowed:.2f} s are allowed")
+    report.require(slowest <= REFUSED_BAR_S, f"a refusal took {slowest:.2f} s, at most {REFUSED_BAR_S:g} s are allowed")
     report.numbers["slowest_refusal_s"] = round(slowest, 3)
     report.numbers["last_answer_s"] = round(max((one.seconds for one in sent if not one.error), default=0.0), 3)
 

@@ -144,7 +144,7 @@ def test_a_burst_is_judged_by_refusals_and_answers(soak):
     right, refused = (2.0, (answer(),), ""), (0.5, (), overloaded)
     assert judge(right, refused) == []
     assert judge(right) == ["nothing was refused: the burst is no larger than the queue"]
-    assert judge(right, (1.5, (), overloaded)) == ["a refusal took 1.50 s, at most 1.00 s are allowed"]
+    assert judge(right, (1.5, (), overloaded)) == ["a refusal took 1.50 s, at most 1 s are allowed"]
     assert judge(right, refused, (0.5, (), "INTERNAL: why")) == ["a refusal says INTERNAL: why"]
     wrong = (2.0, (answer(token_ids=(1, 2, 9)),), "")
     assert judge(wrong, refused) == ["greedy: token_ids: (1, 2, 9), expected (1, 2, 3)"]
