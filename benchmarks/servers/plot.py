@@ -27,20 +27,23 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         _line(between, _scaled({streams: value["between_tokens_s"]["p50"] for streams, value in found.items()}), style)
         _line(
             between, _scaled({streams: value["between_tokens_s"]["p99"] for streams, value in found.items()}),
-            {**style, "label": f"{name}, 99 % of them below", "linestyle": ":"},
+            {**style, "linestyle": ":"},
         )  # fmt: skip
     for axis, title, unit in (
         (rates, "output tokens per second, prefill included", "tokens/s"),
         (first, "time to first token, median", "seconds"),
-        (between, "time between tokens, median", "milliseconds"),
+        (between, "time between tokens: median (line), p99 (dots)", "milliseconds"),
     ):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("streams")
         axis.set_ylabel(unit)
         axis.set_xticks(result["load"]["streams"])
-        axis.set_ylim(bottom=0)
+        if axis is between:  # from a step to the wait beside others' prompts: three powers of ten
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
-        if axis.lines:
+        if axis.lines and axis is not between:  # the same colours
             axis.legend(fontsize=8, frameon=False)
     load, machine = result["load"], result["machine"]
     figure.suptitle(
