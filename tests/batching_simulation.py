@@ -6,11 +6,13 @@ import heapq
 import itertools
 from collections.abc import Callable
 
-from batching_standins import VOCABULARY, Client, Clock, Cost, StandInCache, StandInSession, Wish
+from batching_standins import VOCABULARY, BrokenInvariantError, Client, Clock, Cost, StandInCache, StandInSession, Wish
 
 from triton_repo.runtime.batching.engine import SequenceEngine
 from triton_repo.runtime.batching.scheduler import Limits
 from triton_repo.runtime.batching.slots import Slots
+
+_MOST_STEPS = 50_000  # more than any test needs
 
 
 class Simulation:
@@ -78,9 +80,10 @@ class Simulation:
 
     def run(self) -> None:
         """Step until there is nothing to compute and nobody comes."""
-        while True:
+        for _ in range(_MOST_STEPS):
             if self.engine.step():
                 self.step_ends.append(self.clock.now)
                 self.engine.look()
             elif not self.wait():
                 return
+        raise BrokenInvariantError("the engine does not come to an end")

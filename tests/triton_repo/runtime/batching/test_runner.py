@@ -53,6 +53,10 @@ class Made:
         time.sleep(seconds)
         assert self.gate.wait(PATIENCE_S)
 
+    def close(self):
+        """Fails where the runner's threads do not end."""
+        in_threads(self.runner.close)
+
     def submit(self, number, **more):
         client = Client(wish(number, **more), time.monotonic)
         client.was_taken = client.submit(self.runner)
@@ -71,7 +75,7 @@ def made():
     yield make
     for each in runners:
         each.gate.set()
-        each.runner.close()
+        each.close()
 
 
 def wish(number, **more):
@@ -166,7 +170,7 @@ def test_threads_that_submit_stop_drain_and_close_lose_nothing(seed, made, caplo
         if rng.random() < 0.3:
             each.runner.end_running()
         if rng.random() < 0.5:
-            each.runner.close()
+            each.close()
 
     seeds = [random.Random(rng.random()) for _ in range(6)]
     in_threads(
@@ -178,7 +182,7 @@ def test_threads_that_submit_stop_drain_and_close_lose_nothing(seed, made, caplo
     if seed % 3 == 0:  # all are answered without an end of the runner
         wait_for(lambda: all(client.is_over for client in taken))
         wait_for(lambda: each.pulse.last == (0, 0))
-    each.runner.close()
+    each.close()
     assert len(clients) == 75
     assert [client.wish for client in taken if not client.is_over] == []
     for client in taken:
@@ -244,14 +248,17 @@ def test_the_heartbeat_is_told_at_once_that_a_waiting_request_was_stopped(made):
 
 
 class SlowPulse(CountingPulse):
-    """A thread that reports a waiting request is held up before the report arrives."""
+    """A thread that reports that a request waits beside one that runs is held up before the report arrives. Meanwhile
+    the engine goes on, by `gate`."""
 
     def __init__(self):
         super().__init__()
-        self.is_idle = threading.Event()
+        self.gate, self.is_idle = None, threading.Event()
 
     def report(self, *, running, waiting):
-        if waiting:
+        if running and waiting:
+            self.is_idle.clear()
+            self.gate.set()
             self.is_idle.wait(0.3)
         super().report(running=running, waiting=waiting)
         if not running and not waiting:
@@ -261,9 +268,13 @@ class SlowPulse(CountingPulse):
 def test_the_last_report_has_the_last_counts(made):
     """Else the heartbeat of an idle engine would say for good that a request waits."""
     each = made(pulse=SlowPulse())
-    client = each.submit(1, most_tokens=1)
-    wait_for(lambda: client.is_over)
-    wait_for(lambda: each.pulse.is_idle.is_set())
+    each.pulse.gate = each.gate
+    each.gate.clear()
+    running = each.submit(1, most_tokens=1)
+    assert each.computes.wait(PATIENCE_S)
+    waiting = each.submit(2, most_tokens=1)
+    wait_for(lambda: running.is_over and waiting.is_over)
+    wait_for(each.pulse.is_idle.is_set)
     assert each.pulse.last == (0, 0)
 
 
@@ -288,7 +299,7 @@ def test_a_request_that_was_taken_from_the_queue_is_refused_though_the_runner_wa
     def close():
         assert LateEngine.has_taken.wait(PATIENCE_S)
         each.gate.set()
-        each.runner.close()
+        each.close()
         LateEngine.goes_on.set()
 
     in_threads(each.runner.drain, close)
@@ -318,7 +329,7 @@ def test_a_request_is_withdrawn_in_order_though_the_runner_is_closed_meanwhile(m
     def close():
         assert is_held.wait(PATIENCE_S)
         each.gate.set()
-        each.runner.close()
+        each.close()
 
     each.runner._post(lambda: goes_on.wait(PATIENCE_S))
     in_threads(lambda: each.runner.stop("2"), close)
@@ -404,8 +415,8 @@ def test_a_fault_of_the_engine_ends_its_requests_and_no_later_ones(made, caplog)
 def test_a_closed_runner_refuses_and_can_be_closed_again(made):
     each = made()
     running = each.submit(1, most_tokens=190)
-    each.runner.close()
-    each.runner.close()
+    each.close()
+    each.close()
     assert running.is_over
     client = each.submit(2)
     assert not client.was_taken
