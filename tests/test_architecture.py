@@ -17,7 +17,6 @@ HEAVY = ("torch", "transformers", "onnxruntime", "tensorrt_llm", "onnx", "triton
 IMPORTED_BY_NEED = {
     "trt_build.comparison.torch_reference": {"torch", "transformers"},
     "trt_build.comparison.references.phixtral": {"torch", "transformers"},
-    "export.merge.hidden_states": {"torch", "transformers"},
     "trt_build.trtllm.phixtral": {"tensorrt_llm"},
 }
 # What each package may import of the others.
@@ -47,7 +46,8 @@ WITHIN = {
         "inspection": {"checkpoint", "families"},
         "tokenizer": {"checkpoint", "families", "files"},
         "trtllm": {"checkpoint", "conversion", "families", "files", "quantize", "tokenizer"},
-        "merge": {"checkpoint", "conversion", "families", "files", "tokenizer"},
+        "reference": {"checkpoint", "families"},
+        "merge": {"checkpoint", "conversion", "families", "files", "reference", "tokenizer"},
     },
     "trt_build": {
         "machine": set(),

@@ -165,6 +165,10 @@ class Weights:
             done += chunk.size
         return whole
 
+    def load_rows(self, name: str, rows: slice) -> npt.NDArray[np.float32]:
+        """Read some rows of a weight that is one tensor of the checkpoint, float32 [rows, ...]."""
+        return self.table[name].parts[0].read(self.checkpoint, rows)
+
     def chunks(
         self, name: str, expert_order: Sequence[int] | None = None, multiple: int = 1
     ) -> Iterator[npt.NDArray[np.float32]]:

@@ -22,6 +22,7 @@ from export.checkpoint.folder import Checkpoint
 from export.checkpoint.tensor_table import Role, TensorSpec, Weights, open_weights
 from export.checkpoint.token_ids import read_token_ids
 from export.errors import CheckpointError, ConfigError, ExportError, named, shown
+from export.families.network import Network
 from export.families.reference import Reference
 from export.families.trtllm_network import LlmApiModel, TrtllmNetwork
 from export.routing import RoutingReport, diagnose
@@ -43,6 +44,7 @@ class Family:
     - `decoder(graph, architecture)`: adds the network from token ids to the last layer's output; returns that output.
     - `head(graph, architecture, x)`: adds the network from the last layer's output to logits.
     - `layer(index)`: the prefix of a layer's rows in the table.
+    - `network(config)`: what the reference computes, read from a raw config.json that `read_config` has accepted.
     - `reference`: which of transformers' models is the reference.
     - `tokenizers`: model_type -> tokenizer class, if transformers has registered one (TOKENIZER_MAPPING_NAMES in
       models/auto/tokenization_auto.py).
@@ -56,6 +58,7 @@ class Family:
     decoder: Callable[[GraphBuilder, Architecture], str]
     head: Callable[[GraphBuilder, Architecture, str], str]
     layer: Callable[[int], str]
+    network: Callable[[Mapping[str, Any]], Network]
     reference: Reference
     tokenizers: Mapping[str, str] = field(default_factory=dict)
     trtllm: TrtllmNetwork | None = None

@@ -31,9 +31,11 @@ from export.families.llama_stack import (
     read_stack_config,
     stack_graph,
     stack_head,
+    stack_network,
     stack_tensors,
     transformers_name,
 )
+from export.families.network import Network
 from export.families.reference import Reference
 
 _SCALARS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
@@ -81,6 +83,19 @@ def _reference_name(name: str) -> str:
     return name.replace(".mlp.", ".block_sparse_moe.")
 
 
+def network(raw: Mapping[str, Any]) -> Network:
+    """What the network computes; missing keys have the defaults of transformers' GraniteMoeConfig."""
+    return stack_network(
+        raw,
+        rope_theta=1e4,
+        rms_norm_eps=1e-6,
+        embedding=raw.get("embedding_multiplier", 1.0),
+        attention=raw.get("attention_multiplier", 1.0),
+        residual=raw.get("residual_multiplier", 1.0),
+        logits=raw.get("logits_scaling", 1.0),
+    )
+
+
 FAMILY = Family(
     name="granitemoe",
     matches=matches,
@@ -89,6 +104,7 @@ FAMILY = Family(
     decoder=stack_graph,
     head=stack_head,
     layer=layer_name,
+    network=network,
     reference=Reference(model="GraniteMoeForCausalLM", name=_reference_name, router="block_sparse_moe.router"),
     tokenizers={"granitemoe": "TokenizersBackend"},
     harmless_tensors=HARMLESS_TENSORS,

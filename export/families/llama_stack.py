@@ -16,11 +16,12 @@ Source: transformers, models/llama and models/mixtral.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from export.architecture import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, Architecture, ConfigReader, Scales
 from export.checkpoint.tensor_table import Part, Role, TensorSpec, concatenated, interleaved, single, stacked
+from export.families.network import Activation, Attention, Layer, Mlp, Network, Norm, rotary_keys
 from export.families.transformers_config import HARMLESS_KEYS, check_heads, read_rope, refuse_quantized
 
 if TYPE_CHECKING:
@@ -160,6 +161,62 @@ def expert_tensors(
         interleaved(f"{layer}.mlp.experts.gate_up.weight", pairs, "E 2F H", Role.EXPERT),
         stacked(f"{layer}.mlp.experts.down.weight", down, "E H F", Role.EXPERT),
     ]
+
+
+def stack_network(
+    raw: Mapping[str, Any],
+    *,
+    rope_theta: float,
+    rms_norm_eps: float,
+    num_key_value_heads: int | None = None,
+    sliding_window: int | None = None,
+    embedding: float = 1.0,
+    attention: float | None = None,
+    residual: float = 1.0,
+    logits: float = 1.0,
+) -> Network:
+    """What the network computes, from a config.json with the keys of transformers' LlamaConfig. The first three are the
+    values of missing keys, the last four the factors of `export.families.network` (`logits` divides)."""
+    config = rotary_keys(raw)
+    heads = config["num_attention_heads"]
+    head_size = config.get("head_dim") or config["hidden_size"] // heads
+    epsilon = config.get("rms_norm_eps", rms_norm_eps)
+
+    def norm(name: str) -> Norm:
+        return Norm(name=name, centred=False, epsilon=epsilon)
+
+    def layer(name: str) -> Layer:
+        return Layer(
+            norm=norm(f"{name}.input_layernorm"),
+            attention=Attention(
+                inputs=(f"{name}.self_attn.qkv_proj",),
+                output=f"{name}.self_attn.o_proj",
+                num_heads=heads,
+                num_kv_heads=config.get("num_key_value_heads", num_key_value_heads) or heads,
+                rotary_dim=head_size,
+                rotary_base=config.get("rope_theta", rope_theta),
+                factor=attention,
+                window=sliding_window,
+            ),
+            mlp_norm=norm(f"{name}.post_attention_layernorm"),
+            mlp=Mlp(
+                first=f"{name}.mlp.experts.gate_up",
+                second=f"{name}.mlp.experts.down",
+                activation=Activation.SILU,
+                gated=True,
+                gate=f"{name}.mlp.gate",
+            ),
+            factor=residual,
+        )
+
+    return Network(
+        embedding=EMBEDDING,
+        layers=tuple(layer(layer_name(index)) for index in range(config["num_hidden_layers"])),
+        norm=norm(FINAL_NORM),
+        head=HEAD,
+        embedding_factor=embedding,
+        logits_divisor=logits,
+    )
 
 
 def stack_graph(graph: GraphBuilder, architecture: Architecture) -> str:

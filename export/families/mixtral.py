@@ -33,9 +33,11 @@ from export.families.llama_stack import (
     read_stack_config,
     stack_graph,
     stack_head,
+    stack_network,
     stack_tensors,
     transformers_name,
 )
+from export.families.network import Network
 from export.families.reference import Reference
 from export.families.trtllm_network import LlmApiModel, TrtllmNetwork
 
@@ -97,6 +99,13 @@ def _packed_experts(architecture: Architecture, layer: str) -> list[TensorSpec]:
     )
 
 
+def network(raw: Mapping[str, Any]) -> Network:
+    """What the network computes; missing keys have the defaults of transformers' MixtralConfig."""
+    return stack_network(
+        raw, rope_theta=1e6, rms_norm_eps=1e-5, num_key_value_heads=8, sliding_window=raw.get("sliding_window")
+    )
+
+
 FAMILY = Family(
     name="mixtral",
     matches=matches,
@@ -105,6 +114,7 @@ FAMILY = Family(
     decoder=stack_graph,
     head=stack_head,
     layer=layer_name,
+    network=network,
     reference=Reference(model="MixtralForCausalLM", name=transformers_name, router="mlp.gate"),
     tokenizers={"mixtral": "TokenizersBackend"},
     harmless_tensors=HARMLESS_TENSORS,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from export.architecture import MAX_LAYERS, MAX_POSITIONS, Architecture, ConfigReader
 from export.checkpoint.tensor_table import Part, Role, TensorSpec, concatenated, single
 from export.families import Family
+from export.families.network import Network
 from export.families.phi_stack import (
     HARMLESS_TENSORS,
     has_experts,
@@ -28,6 +29,7 @@ from export.families.phi_stack import (
     read_msft_config,
     stack_graph,
     stack_head,
+    stack_network,
     stack_tensors,
     stack_trtllm,
     transformers_config,
@@ -126,6 +128,10 @@ def decoder(graph: GraphBuilder, architecture: Architecture) -> str:
     return stack_graph(graph, architecture, _mlp)
 
 
+def network(raw: Mapping[str, Any]) -> Network:
+    return stack_network(raw, "mlp")
+
+
 FAMILY = Family(
     name="phi",
     matches=matches,
@@ -134,6 +140,7 @@ FAMILY = Family(
     decoder=decoder,
     head=stack_head,
     layer=layer_name,
+    network=network,
     reference=Reference(model="PhiForCausalLM", name=transformers_name, config=transformers_config),
     tokenizers={"phi": "GPT2Tokenizer"},
     harmless_tensors=HARMLESS_TENSORS,

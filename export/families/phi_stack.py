@@ -27,6 +27,7 @@ from export.architecture import (
     ConfigReader,
 )
 from export.checkpoint.tensor_table import Role, TensorSpec, single
+from export.families.network import Activation, Attention, Layer, Mlp, Network, Norm, rotary_keys
 from export.families.transformers_config import SCALED_ROTARY, check_heads, refuse_quantized
 from export.families.trtllm_network import TrtllmNetwork
 
@@ -169,6 +170,43 @@ def stack_tensors(architecture: Architecture, mlp: Callable[[Architecture, int],
         single(f"{HEAD}.weight", (architecture.vocab_size, hidden), "V H", Role.HEAD),
         single(f"{HEAD}.bias", (architecture.vocab_size,), "V", Role.BIAS),
     ]
+
+
+def stack_network(raw: Mapping[str, Any], mlp: str, gate: str | None = None) -> Network:
+    """What the network computes, from a config.json of phi-msft or of transformers. Missing keys have the defaults of
+    transformers' PhiConfig. `mlp` is the path of the modules fc1 and fc2 in a layer, `gate` the path of the router."""
+    config = rotary_keys(transformers_config(raw))
+    heads = config["num_attention_heads"]
+    epsilon = config.get("layer_norm_eps", 1e-5)
+
+    def norm(name: str) -> Norm:
+        return Norm(name=name, centred=True, epsilon=epsilon)
+
+    def layer(name: str) -> Layer:
+        return Layer(
+            norm=norm(f"{name}.ln"),
+            attention=Attention(
+                inputs=(f"{name}.mixer.Wqkv",),
+                output=f"{name}.mixer.out_proj",
+                num_heads=heads,
+                num_kv_heads=config.get("num_key_value_heads") or heads,
+                rotary_dim=int(config["hidden_size"] // heads * config.get("partial_rotary_factor", 0.5)),
+                rotary_base=config.get("rope_theta", 10000.0),
+            ),
+            mlp=Mlp(
+                first=f"{name}.{mlp}.fc1",
+                second=f"{name}.{mlp}.fc2",
+                activation=Activation.GELU_TANH,
+                gate=gate and f"{name}.{gate}",
+            ),
+        )
+
+    return Network(
+        embedding=EMBEDDING.rpartition(".")[0],
+        layers=tuple(layer(layer_name(index)) for index in range(config["num_hidden_layers"])),
+        norm=norm(FINAL_NORM),
+        head=HEAD,
+    )
 
 
 def stack_graph(graph: GraphBuilder, architecture: Architecture, mlp: Callable[[GraphBuilder, int, str], str]) -> str:

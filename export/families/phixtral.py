@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from export.architecture import Architecture
 from export.checkpoint.tensor_table import Part, Role, TensorSpec, single, stacked
 from export.families import Family
+from export.families.network import Network
 from export.families.phi_stack import (
     HARMLESS_TENSORS,
     has_experts,
@@ -23,6 +24,7 @@ from export.families.phi_stack import (
     read_msft_config,
     stack_graph,
     stack_head,
+    stack_network,
     stack_tensors,
     stack_trtllm,
     transformers_config,
@@ -74,6 +76,10 @@ def decoder(graph: GraphBuilder, architecture: Architecture) -> str:
     return stack_graph(graph, architecture, _moe)
 
 
+def network(raw: Mapping[str, Any]) -> Network:
+    return stack_network(raw, "moe.mlp", gate="moe.gate")
+
+
 FAMILY = Family(
     name="phixtral",
     matches=matches,
@@ -82,6 +88,7 @@ FAMILY = Family(
     decoder=decoder,
     head=stack_head,
     layer=layer_name,
+    network=network,
     reference=Reference(
         model="PhiForCausalLM",
         name=transformers_name,

@@ -1,0 +1,98 @@
+"""The record of what a family's network computes. `export.reference` computes the reference from it.
+
+A family makes the record of config.json as it stands, and not of the `Architecture` that engines are built from: so a
+fact that the reader of the Architecture gets wrong shows in a comparison of an engine with the reference. Sizes that
+the tensors' shapes show are not in the record. Names are those of modules in the tensor table, without ".weight" and
+".bias"; a bias is added wherever the table has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from export.architecture import Router
+
+
+class Activation(Enum):
+    """The function between the two matrices of an MLP."""
+
+    GELU_TANH = "gelu_tanh"  # GELU in its tanh form, which Phi-2's config calls gelu_new
+    SILU = "silu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """The normalisation of a vector over H: with `centred` a LayerNorm, which subtracts the mean, else an RMSNorm.
+    `epsilon` is added to the variance, or to the mean of the squares. The module `name` holds the factors."""
+
+    name: str
+    centred: bool
+    epsilon: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Causal attention. The outputs of the modules `inputs`, one after the other, are all queries, then all keys, then
+    all values; the module `output` follows the heads. The first `rotary_dim` values of each head of queries and keys
+    are turned, in half-split order. The products of query and key are multiplied by `factor` (None: 1/sqrt(D)). A token
+    attends to `window` positions, its own included (None: to all)."""
+
+    inputs: tuple[str, ...]
+    output: str
+    num_heads: int
+    num_kv_heads: int
+    rotary_dim: int
+    rotary_base: float
+    factor: float | None = None
+    window: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mlp:
+    """An MLP, or a mixture of several if `gate` names a router's module. It computes second(activation(first(x))).
+
+    If `gated`, the module `first` has two matrices, gate and up, whose rows alternate in the table, and the MLP
+    computes second(activation(gate(x)) * up(x)). `router` says how a mixture chooses.
+    """
+
+    first: str
+    second: str
+    activation: Activation
+    gated: bool = False
+    gate: str | None = None
+    router: Router = field(default_factory=Router)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A layer: x + attention(norm(x)), then y + mlp(mlp_norm(y)). If `mlp_norm` is None, attention and MLP have the
+    same input, and the layer is x + attention(norm(x)) + mlp(norm(x)). Outputs of attention and of MLP are multiplied
+    by `factor` before they are added."""
+
+    norm: Norm
+    attention: Attention
+    mlp: Mlp
+    mlp_norm: Norm | None = None
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A decoder: rows of the embedding, times `embedding_factor`, go through the layers, the norm and the head; the
+    logits are divided by `logits_divisor`."""
+
+    embedding: str
+    layers: tuple[Layer, ...]
+    norm: Norm
+    head: str
+    embedding_factor: float = 1.0
+    logits_divisor: float = 1.0
+
+
+def rotary_keys(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config.json in which the keys of the object rope_parameters, as transformers 5 writes it, replace those of the
+    same name at the top, where transformers 4 writes them."""
+    return {**config, **(config.get("rope_parameters") or {})}

@@ -1,0 +1,76 @@
+"""Causal attention in blocks of queries, so that its memory does not grow with the square of a window's length."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from export.families.network import Attention
+from export.reference.operations import FloatArray, softmax_in_place
+
+_SCORE_VALUES = 1 << 22  # products of query and key that are held at a time, 16 MiB; at least those of one position
+_MOST_QUERIES = 256  # positions of a block: half of the products on its diagonal are computed for nothing
+
+
+def rotary_tables(length: int, attention: Attention) -> tuple[FloatArray, FloatArray]:
+    """cos and sin, float32 [length, rotary_dim / 2], of position * base^(-2i / rotary_dim).
+
+    Frequencies and angles are rounded to float32 where PyTorch's models round them; at position 2000 an angle that was
+    computed in float64 would differ by 1e-4. Source: Su et al., RoFormer, 2021, and transformers,
+    modeling_rope_utils.py.
+    """
+    places = np.arange(0, attention.rotary_dim, 2, dtype=np.float32) / np.float32(attention.rotary_dim)
+    powers = (attention.rotary_base ** places.astype(np.float64)).astype(np.float32)
+    positions = np.arange(length, dtype=np.float32)
+    angles = np.outer(positions, np.float32(1) / powers).astype(np.float64)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def attend(
+    products: FloatArray, attention: Attention, head_size: int, tables: tuple[FloatArray, FloatArray]
+) -> FloatArray:
+    """Attention of one window of S tokens: [S, (N+2G)*D], which is all queries, then all keys, then all values, to the
+    heads' outputs [S, N*D]. `tables` are those of `rotary_tables`, of S positions or more.
+
+    Beside queries, keys, values and result it holds the scores of a block of queries for the query heads of one
+    key/value head: at most _SCORE_VALUES, or N/G rows of S if these are more.
+    """
+    length, heads, shared = len(products), attention.num_heads, attention.num_kv_heads
+    each = heads // shared  # query heads of a key/value head
+    stacked = products.reshape(length, heads + 2 * shared, head_size).transpose(1, 0, 2)  # [N+2G, S, D]
+    queries = np.ascontiguousarray(stacked[:heads])
+    keys, values = (
+        np.ascontiguousarray(stacked[heads : heads + shared]),
+        np.ascontiguousarray(stacked[heads + shared :]),
+    )
+    for turned in (queries, keys):
+        _turn(turned, tables[0][:length], tables[1][:length])
+    queries *= np.float32(1 / math.sqrt(head_size) if attention.factor is None else attention.factor)
+    result = np.empty((length, heads, head_size), dtype=np.float32)
+    step = min(_MOST_QUERIES, max(1, _SCORE_VALUES // (each * length)))
+    for start in range(0, length, step):
+        stop = min(start + step, length)
+        first = 0 if attention.window is None else max(0, start + 1 - attention.window)
+        hidden = _hidden(np.arange(start, stop), np.arange(first, stop), attention.window)
+        for group in range(shared):
+            own = slice(group * each, (group + 1) * each)
+            scores = queries[own, start:stop] @ keys[group, first:stop].T  # [N/G, block, keys]
+            np.copyto(scores, np.float32(-np.inf), where=hidden)
+            result[start:stop, own] = (softmax_in_place(scores) @ values[group, first:stop]).transpose(1, 0, 2)
+    return result.reshape(length, heads * head_size)
+
+
+def _hidden(queries: np.ndarray, keys: np.ndarray, window: int | None) -> np.ndarray:
+    """Which keys a query does not see, bool [queries, keys], by their positions: later ones, and those that lie
+    `window` positions back or more."""
+    distance = queries[:, None] - keys[None, :]
+    return (distance < 0) if window is None else (distance < 0) | (distance >= window)
+
+
+def _turn(heads: FloatArray, cos: FloatArray, sin: FloatArray) -> None:
+    """Turn the first rotary_dim values of [heads, S, D] in place, value i with value i + rotary_dim / 2."""
+    half = cos.shape[1]
+    left, right = heads[..., :half].copy(), heads[..., half : 2 * half].copy()
+    heads[..., :half] = left * cos - right * sin
+    heads[..., half : 2 * half] = right * cos + left * sin

@@ -1,0 +1,88 @@
+"""MLPs and mixtures, with one expert's matrices in memory at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from export.architecture import Router
+from export.errors import ExportError
+from export.families.network import Mlp
+from export.reference.operations import FloatArray, activate, softmax_in_place
+from export.reference.reader import Reader
+
+_BLOCK_TOKENS = 512  # tokens whose values between an expert's matrices are held at a time
+
+
+def run_mlp(x: FloatArray, mlp: Mlp, reader: Reader, experts_per_token: int) -> tuple[FloatArray, FloatArray | None]:
+    """The output [T, H] of an MLP or mixture for [T, H], and a mixture's router logits [T, E].
+
+    Holds one expert and the values of _BLOCK_TOKENS tokens between its matrices. An expert that no token chooses is not
+    read.
+    """
+    result = np.zeros_like(x)
+    if mlp.gate is None:
+        _add_expert(result, x, np.arange(len(x)), None, mlp, reader, 0)
+        return result, None
+    logits = x @ reader.weights.load(f"{mlp.gate}.weight").T
+    chosen, shares = route(logits, mlp.router, experts_per_token)
+    for expert in range(logits.shape[1]):
+        tokens, places = np.nonzero(chosen == expert)
+        if len(tokens):
+            _add_expert(result, x, tokens, shares[tokens, places, None], mlp, reader, expert)
+    return result, logits
+
+
+def route(logits: FloatArray, router: Router, experts_per_token: int) -> tuple[npt.NDArray[np.int64], FloatArray]:
+    """The K experts of each token, [T, K], and their weights, [T, K], by the router's logits [T, E]. Among equal logits
+    the lowest expert index is chosen. Raises ExportError for a router that is not computed."""
+    if router.groups > 1 or router.bias:
+        raise ExportError("computing the reference: it has no routers with groups of experts or with a bias of scores")
+    chosen = np.argsort(-logits, axis=-1, kind="stable")[:, :experts_per_token]
+    if router.score == "sigmoid":
+        scores = 1 / (1 + np.exp(-logits.astype(np.float64)))
+        shares = np.take_along_axis(scores, chosen, axis=-1).astype(np.float32)
+        shares = shares / shares.sum(axis=-1, keepdims=True) if router.normalise else shares
+    elif router.normalise:  # the quotients of a softmax's values are those of the softmax over the chosen alone
+        shares = softmax_in_place(np.take_along_axis(logits, chosen, axis=-1))
+    else:
+        shares = np.take_along_axis(softmax_in_place(logits.copy()), chosen, axis=-1)
+    return chosen, shares * np.float32(router.scale)
+
+
+def _add_expert(
+    result: FloatArray,
+    x: FloatArray,
+    tokens: npt.NDArray[np.int64],
+    shares: FloatArray | None,
+    mlp: Mlp,
+    reader: Reader,
+    expert: int,
+) -> None:
+    """Add an expert's outputs for the rows `tokens` [n] of x [T, H] to the same rows of `result`, times `shares`
+    [n, 1]. An MLP is the expert 0."""
+    first = reader.expert("input", f"{mlp.first}.weight", expert)
+    second = reader.expert("output", f"{mlp.second}.weight", expert)[0]
+    first_biases = _biases("input bias", reader, mlp.first, expert)
+    second_biases = _biases("output bias", reader, mlp.second, expert)
+    for start in range(0, len(tokens), _BLOCK_TOKENS):
+        rows = tokens[start : start + _BLOCK_TOKENS]
+        inputs = x[rows]
+        inner = []
+        for turn, matrix in enumerate(first):
+            inner.append(np.matmul(inputs, matrix.T, out=reader.space(("inner", turn), (len(rows), len(matrix)))))
+            if first_biases:
+                inner[-1] += first_biases[turn]
+        activate(inner[0], mlp.activation)
+        if mlp.gated:
+            inner[0] *= inner[1]
+        outputs = inner[0] @ second.T
+        if second_biases:
+            outputs += second_biases[0]
+        result[rows] += outputs if shares is None else outputs * shares[start : start + _BLOCK_TOKENS]
+
+
+def _biases(slot: str, reader: Reader, name: str, expert: int) -> list[FloatArray]:
+    """An expert's biases of a module, [out] for each of its matrices; none if the table has no row for them."""
+    bias = f"{name}.bias"
+    return reader.expert(slot, bias, expert) if bias in reader.weights.table else []

@@ -1,0 +1,175 @@
+"""Computes a model in float32 straight from its checkpoint, one layer's attention or one expert in memory at a time.
+
+    reference = Reference(read_model(open_checkpoint("mlabonne/phixtral-4x2_8")))
+    for logits, router_logits in reference.run([[1, 2, 3], [4, 5]]):
+        logits.shape           # (3, 51200), then (2, 51200); float32
+        router_logits.shape    # (32, 3, 4), then (32, 2, 4); float32, None for a dense model
+
+The windows of a text go through a layer together, so each weight is read once a run. float16 and bfloat16 are converted
+as they are read. Every product is one of float32, by the BLAS library that numpy was built with, on its threads.
+
+The tensor table is shared with engines, since both read the checkpoint through it. What is computed comes from the
+family's `network`, which reads config.json by itself, and from the code of this folder. The proof is equality with
+transformers' own models (tests/export/reference).
+
+Memory, beside the interpreter, in values of 4 bytes, for T tokens of all windows together and S of the longest:
+  weights             the larger of (N+2G)*D*H + N*D*H, a layer's attention, and 2*F*H (3*F*H if gated), an expert
+  activations         about 6*T*H, and M*T*E of router logits for M layers with experts
+  within attention    3*S*(N+2G)*D, and 16 MiB of scores
+  within an expert    512*F (1024*F if gated)
+  in the head         16 MiB of its weights, and the logits: S*V of a window, or 64 MiB of several short ones
+For 2,048 tokens of phixtral-4x2_8 that is 0.6 GB, and so are the logits with 0.4 GB and what the layers leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from export.errors import CheckpointError, named
+from export.families import Model
+from export.families.network import Attention, Layer, Norm
+from export.reference.attention import attend, rotary_tables
+from export.reference.mixture import run_mlp
+from export.reference.operations import FloatArray, layer_norm, rms_norm
+from export.reference.reader import Reader
+
+_HEAD_VALUES = 1 << 22  # values of the head's matrix that are held at a time
+_LOGITS_VALUES = 1 << 24  # logits that are computed at a time; at least those of one window
+
+Windows = Sequence[Sequence[int]]
+
+
+class Reference:
+    """A model's reference. It holds no weights: each call reads them again."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._weights = model.weights
+        self._network = model.family.network(model.weights.checkpoint.config)
+
+    def run(
+        self, windows: Windows, progress: Callable[[str], None] = lambda _: None
+    ) -> Iterator[tuple[FloatArray, FloatArray | None]]:
+        """Yield for each window of S token ids its logits [S, V] and the router logits [M, S, E] of the M layers that
+        have experts (None for a dense model). `progress` is told of each layer. Raises CheckpointError for a token id
+        that the embedding does not have, and for weights that cannot be read or are not finite."""
+        x, bounds, reader = self._embedded(windows), _bounds(windows), Reader(self._weights)
+        routed: list[FloatArray] = []
+        for index, layer in enumerate(self._network.layers):
+            progress(f"computing the reference: {index} of {len(self._network.layers)} layers")
+            x, logits = self._run_layer(layer, x, bounds, reader)
+            routed += [] if logits is None else [logits]
+        del reader
+        x = self._normalised(self._network.norm, x)
+        for first, last, logits in self._logits(x, bounds):
+            yield logits, np.stack([router[first:last] for router in routed]) if routed else None
+
+    def layer_inputs(self, windows: Windows) -> Iterator[list[FloatArray]]:
+        """Yield for each layer the hidden states that enter it: one array [S, H] for each window, [0, H] for an empty
+        one. They are transformers' hidden_states[0 .. L-1], without the last one, which comes after the final norm.
+        Raises CheckpointError as `run` does."""
+        x, bounds, reader = self._embedded(windows), _bounds(windows), Reader(self._weights)
+        for index, layer in enumerate(self._network.layers):
+            yield [x[first:last] for first, last in pairwise(bounds)]
+            if index + 1 < len(self._network.layers):
+                x, _ = self._run_layer(layer, x, bounds, reader)
+
+    def _embedded(self, windows: Windows) -> FloatArray:
+        """The states [T, H] that enter the first layer."""
+        rows = embedding_rows(self._model, [token for window in windows for token in window])
+        return rows * np.float32(self._network.embedding_factor)
+
+    def _run_layer(
+        self, layer: Layer, x: FloatArray, bounds: Sequence[int], reader: Reader
+    ) -> tuple[FloatArray, FloatArray | None]:
+        """The states [T, H] that leave a layer, and its router's logits [T, E]; `x` stays as it is."""
+        normed = self._normalised(layer.norm, x)
+        attended = self._attended(layer.attention, normed, bounds, reader)
+        attended *= np.float32(layer.factor)
+        x = x + attended
+        if layer.mlp_norm is not None:
+            normed = self._normalised(layer.mlp_norm, x)
+        output, logits = run_mlp(normed, layer.mlp, reader, self._model.architecture.experts_per_token)
+        output *= np.float32(layer.factor)
+        return x + output, logits
+
+    def _normalised(self, norm: Norm, x: FloatArray) -> FloatArray:
+        weight = self._weights.load(f"{norm.name}.weight")
+        if not norm.centred:
+            return rms_norm(x, weight, norm.epsilon)
+        return layer_norm(x, weight, self._weights.load(f"{norm.name}.bias"), norm.epsilon)
+
+    def _attended(self, attention: Attention, x: FloatArray, bounds: Sequence[int], reader: Reader) -> FloatArray:
+        """Attention's output [T, H] for its normed input [T, H]; each window by itself."""
+        slots = ["input", *(f"input {turn}" for turn in range(1, len(attention.inputs)))]
+        matrices = [reader.matrix(slot, f"{name}.weight") for slot, name in zip(slots, attention.inputs, strict=True)]
+        biases = [reader.bias(name) for name in attention.inputs]
+        output = reader.matrix("output", f"{attention.output}.weight")
+        head_size = output.shape[1] // attention.num_heads
+        windows = [slice(first, last) for first, last in pairwise(bounds) if first < last]
+        tables = rotary_tables(max((rows.stop - rows.start for rows in windows), default=0), attention)
+        heads = np.empty((len(x), output.shape[1]), dtype=np.float32)
+        for rows in windows:
+            widths = [len(matrix) for matrix in matrices]
+            products = reader.space("products", (rows.stop - rows.start, sum(widths)))
+            for matrix, bias, end in zip(matrices, biases, np.cumsum(widths).tolist(), strict=True):
+                own = products[:, end - len(matrix) : end]
+                np.matmul(x[rows], matrix.T, out=own)
+                own += bias
+            heads[rows] = attend(products, attention, head_size, tables)
+        result: FloatArray = heads @ output.T
+        result += reader.bias(attention.output)
+        return result
+
+    def _logits(self, x: FloatArray, bounds: Sequence[int]) -> Iterator[tuple[int, int, FloatArray]]:
+        """Yield of each window its first and last row of x [T, H], and its logits [S, V]. Short windows are computed
+        together; the head's matrix is read once for each group of windows."""
+        name = self._network.head
+        vocab = self._weights.table[f"{name}.weight"].shape[0]
+        windows = list(pairwise(bounds))
+        while windows:
+            start = windows[0][0]
+            count = sum(1 for _, last in windows if (last - start) * vocab <= _LOGITS_VALUES) or 1
+            group, windows = windows[:count], windows[count:]
+            logits = self._head(name, x[start : group[-1][1]], vocab)
+            for first, last in group:
+                yield first, last, logits[first - start : last - start]
+
+    def _head(self, name: str, x: FloatArray, vocab: int) -> FloatArray:
+        """Logits [rows, V] of [rows, H]; the head's matrix is read in slices of its rows."""
+        logits = np.empty((len(x), vocab), dtype=np.float32)
+        step = max(1, _HEAD_VALUES // x.shape[1])
+        for row in range(0, vocab, step):
+            rows = slice(row, min(row + step, vocab))
+            logits[:, rows] = x @ self._weights.load_rows(f"{name}.weight", rows).T
+        logits += Reader(self._weights).bias(name)
+        if self._network.logits_divisor != 1.0:
+            logits /= np.float32(self._network.logits_divisor)
+        return logits
+
+
+def embedding_rows(model: Model, token_ids: Sequence[int]) -> FloatArray:
+    """The embedding's rows of token ids, float32 [len(token_ids), H]; no other rows are read. Raises CheckpointError
+    for a token id that the embedding does not have."""
+    network = model.family.network(model.weights.checkpoint.config)
+    name = f"{network.embedding}.weight"
+    vocab, hidden = model.weights.table[name].shape
+    distinct, places = np.unique(np.asarray(token_ids, dtype=np.int64), return_inverse=True)
+    if len(distinct) and not 0 <= distinct[0] <= distinct[-1] < vocab:
+        raise CheckpointError(
+            f"computing {named(model.weights.checkpoint.identity)}: the text holds token {distinct[-1]}, the "
+            f"embedding has {vocab} rows; the tokenizer is from another model: put the checkpoint's own beside it"
+        )
+    rows = np.empty((len(distinct), hidden), dtype=np.float32)
+    for index, token in enumerate(distinct.tolist()):
+        rows[index] = model.weights.load_rows(name, slice(token, token + 1))[0]
+    found: FloatArray = rows[places]
+    return found
+
+
+def _bounds(windows: Windows) -> list[int]:
+    """The first row of each window in the tokens of all windows, and the number of all tokens."""
+    return np.cumsum([0, *map(len, windows)]).tolist()

@@ -1,0 +1,74 @@
+"""The operations of a decoder in numpy, float32, on the last axis of their arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from export.families.network import Activation
+
+FloatArray = npt.NDArray[np.float32]
+
+_SLICE_VALUES = 1 << 16  # values of a slice of an elementwise function: it and its temporaries stay in a core's cache
+
+
+def layer_norm(x: FloatArray, weight: FloatArray, bias: FloatArray | float, epsilon: float) -> FloatArray:
+    """LayerNorm of [T, H] over H: (x - mean) / sqrt(variance + epsilon) * weight + bias. The variance is the mean of
+    the squared differences. Source: Ba et al., Layer Normalization, 2016, as in torch.nn.LayerNorm."""
+    centred = x - x.mean(axis=-1, keepdims=True)
+    return rms_norm(centred, weight, epsilon) + bias
+
+
+def rms_norm(x: FloatArray, weight: FloatArray, epsilon: float) -> FloatArray:
+    """RMSNorm of [T, H] over H: x / sqrt(mean of squares + epsilon) * weight. Source: Zhang and Sennrich, Root Mean
+    Square Layer Normalization, 2019, with epsilon where transformers' Llama adds it."""
+    squares = np.square(x).mean(axis=-1, keepdims=True)
+    result: FloatArray = x / np.sqrt(squares + np.float32(epsilon)) * weight
+    return result
+
+
+def softmax_in_place(x: FloatArray) -> FloatArray:
+    """The softmax of x [..., n] over its last axis, written into x; returns x."""
+    x -= x.max(axis=-1, keepdims=True)
+    np.exp(x, out=x)
+    x /= x.sum(axis=-1, keepdims=True)
+    return x
+
+
+def _gelu_tanh(x: FloatArray) -> None:
+    """x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))), written into x. Source: Hendrycks and Gimpel, Gaussian
+    Error Linear Units, 2016. Where x^3 is infinite, tanh is 1 or -1."""
+    with np.errstate(over="ignore"):
+        inner = x * x
+        inner *= np.float32(0.044715)
+        inner += 1
+        inner *= x
+        inner *= np.float32(np.sqrt(2 / np.pi))
+    np.tanh(inner, out=inner)
+    inner += 1
+    inner *= np.float32(0.5)
+    x *= inner
+
+
+def _silu(x: FloatArray) -> None:
+    """x / (1 + exp(-x)), written into x. Where exp(-x) is infinite, the result is 0."""
+    with np.errstate(over="ignore"):
+        inner = np.exp(-x)
+    inner += 1
+    x /= inner
+
+
+_FUNCTIONS: dict[Activation, Callable[[FloatArray], None]] = {
+    Activation.GELU_TANH: _gelu_tanh,
+    Activation.SILU: _silu,
+}
+
+
+def activate(x: FloatArray, activation: Activation) -> None:
+    """Apply an activation to each value of x [T, F], in place."""
+    function = _FUNCTIONS[activation]
+    step = max(1, _SLICE_VALUES // x.shape[-1])
+    for start in range(0, len(x), step):
+        function(x[start : start + step])
