@@ -1,7 +1,6 @@
 """Merge dense Phi-2 experts into a phixtral checkpoint, as a mergekit-moe YAML file describes it.
 
-Paths in the YAML file are relative to its folder. Gate modes hidden, hidden_last and hidden_avg need
-pip install 'moeship[verify]'; cheap_embed, random and uniform_random do not.
+Paths in the YAML file are relative to its folder.
 """
 
 from __future__ import annotations

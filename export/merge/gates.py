@@ -27,11 +27,12 @@ import numpy.typing as npt
 from export.errors import MergeError
 from export.families import Model
 from export.merge.config import GateMode, MergeConfig
-from export.merge.hidden_states import States, embedding_rows, layer_inputs
+from export.reference.model import Reference, embedding_rows
 from export.tokenizer.settings import Settings, read_settings
 
 _SMALLEST_LENGTH = 1e-8
 Vector = npt.NDArray[np.float32]
+States = Sequence[npt.NDArray[np.float32]]
 Prompts = list[list[int]]
 
 
@@ -102,7 +103,7 @@ def _hidden(base: Model, positives: list[Prompts], negatives: list[Prompts], *, 
     groups = [*positives, *negatives]
     bounds = np.cumsum([0, *(len(group) for group in groups)])
     gates = {}
-    for layer, states in enumerate(layer_inputs(base, [prompt for group in groups for prompt in group])):
+    for layer, states in enumerate(Reference(base).layer_inputs([prompt for group in groups for prompt in group])):
         means = [_mean_state(states[first:last], average) for first, last in itertools.pairwise(bounds)]
         rows = [
             _unit(means[expert] - means[len(positives) + expert] if negatives[expert] else means[expert])

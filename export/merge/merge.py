@@ -62,7 +62,7 @@ def merge(
     """Merge models as `config` says and write the checkpoint to the new folder `output`. `seed` is for random gates and
     for noise.
 
-    Raises ConfigError, CheckpointError, MergeError, OutputError and MissingPackageError; `output` then does not exist.
+    Raises ConfigError, CheckpointError, MergeError and OutputError; `output` then does not exist.
     """
     started = time.monotonic()
     refuse_existing(output, _WHAT)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,16 +17,17 @@ from safetensors.numpy import load_file
 from transformers import PhiForCausalLM
 
 from export.checkpoint.folder import open_checkpoint
-from export.errors import CheckpointError, MergeError, MissingPackageError
+from export.errors import CheckpointError, MergeError
 from export.families import read_model
-from export.merge.config import ExpertSource, GateMode, MergeConfig
+from export.merge.config import ExpertSource, GateMode, MergeConfig, read_merge_config
 from export.merge.gates import gate_matrices, tokenize_prompts
-from export.merge.hidden_states import layer_inputs
 from export.tokenizer.settings import read_settings
 
 POSITIVE = (("def f(x):", "import os"), ("A quiet evening.",), ("#include <a.h>", "int x;", "void"))
 NEGATIVE = ((), ("def g():", "x"), ())
 START = 256
+EXAMPLE = Path(__file__).parents[3] / "examples" / "tiny-phixtral"
+GOLDEN = Path(__file__).parent / "golden_gates.json"
 
 
 @pytest.fixture(scope="module", params=["transformers", "phi-msft"])
@@ -76,17 +79,6 @@ def normalised(rows):
     return rows / rows.norm(dim=-1, keepdim=True)
 
 
-def test_states_entering_every_layer_equal_transformers(base, reference):
-    prompts = [byte_ids("def f(x): return x"), byte_ids("z")]
-    ours = list(layer_inputs(base, prompts))
-    assert len(ours) == 3
-    for index, prompt in enumerate(prompts):
-        with torch.no_grad():
-            theirs = reference(torch.tensor([prompt]), output_hidden_states=True).hidden_states
-        for layer in range(3):
-            np.testing.assert_allclose(ours[layer][index], theirs[layer][0].numpy(), atol=1e-5)
-
-
 @pytest.mark.parametrize("mode", [GateMode.HIDDEN, GateMode.HIDDEN_LAST, GateMode.HIDDEN_AVG])
 def test_hidden_gates_equal_mergekits_formula_on_transformers_states(base, reference, mode):
     gates = gate_matrices(merge_config(mode), base, seed=0)
@@ -100,6 +92,16 @@ def test_hidden_gates_equal_mergekits_formula_on_transformers_states(base, refer
         assert gate.dtype == np.float32
         expected = torch.stack([row[layer] for row in rows]).numpy()
         np.testing.assert_allclose(gate, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [GateMode.HIDDEN_AVG, GateMode.HIDDEN_LAST])
+def test_the_examples_gates_are_those_that_transformers_layers_gave(mode):
+    """golden_gates.json: the first six values of each row, [L, E, 6], by PhiDecoderLayer of transformers 5.24."""
+    config = dataclasses.replace(read_merge_config(EXAMPLE / "merge.yml"), gate_mode=mode)
+    gates = gate_matrices(config, read_model(open_checkpoint(config.base)), seed=0)
+    expected = np.array(json.loads(GOLDEN.read_text())[mode.value])
+    found = np.stack([gates[layer][:, :6] for layer in sorted(gates)])
+    np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
 def test_hidden_modes_differ(base):
@@ -196,7 +198,8 @@ def test_the_start_token_is_read_from_either_file_in_either_form(tmp_path, token
     assert tokenize_prompts(config, model, settings)[0] == [[[START, settings.tokenizer.encode("a")[0]]]]
 
 
-def test_cheap_embed_loads_neither_torch_nor_transformers(tmp_path):
+@pytest.mark.parametrize("mode", ["CHEAP_EMBED", "HIDDEN"])
+def test_gates_load_neither_torch_nor_transformers(tmp_path, mode):
     folder = write_phi_checkpoint(tmp_path / "a", seed=1)
     script = f"""
 import sys
@@ -206,16 +209,10 @@ from export.merge.gates import gate_matrices
 from export.merge.config import ExpertSource, GateMode, MergeConfig
 expert = ExpertSource(location="", positive_prompts=("x",), negative_prompts=(), noise_scale=0.0, residual_scale=1.0)
 config = MergeConfig(
-    base="", experts=(expert, expert), gate_mode=GateMode.CHEAP_EMBED, dtype=None, experts_per_token=1, text=""
+    base="", experts=(expert, expert), gate_mode=GateMode.{mode}, dtype=None, experts_per_token=1, text=""
 )
 gate_matrices(config, read_model(open_checkpoint({str(folder)!r})), seed=0)
 print(sorted({{"torch", "transformers", "onnxruntime"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_hidden_gates_without_torch_name_the_extra(base, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(MissingPackageError, match=r"needs the package torch; .*moeship\[verify\]"):
-        gate_matrices(merge_config(GateMode.HIDDEN), base, seed=0)
