@@ -44,7 +44,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(SOURCES) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,verify,client,server]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,client,server]'
 	touch $@
 
 $(VENV)/.dev: $(SOURCES) | $(BIN)/python

@@ -1,4 +1,4 @@
-"""Compare an engine with the reference: transformers in float32 on the checkpoint it was built from.
+"""Compare an engine with the reference: the checkpoint that it was built from, computed in float32.
 
 Exit status 0 within the thresholds of the engine's precision, 1 past them. The result is written into engine.json.
 """

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from export.command import run_command
-from trt_build.comparison.parity import load_torch_reference
+from trt_build.comparison.torch_reference import load_reference
 from trt_build.source import open_source
 
 
@@ -40,9 +40,9 @@ def greedy(
 
 
 def answers(checkpoint: str, prompts: list[str], num_tokens: int) -> list[dict[str, Any]]:
-    """The reference's greedy answers to prompts. Raises the errors of opening a checkpoint, and MissingPackageError."""
+    """The reference's greedy answers to prompts. Raises the errors of opening a checkpoint."""
     source = open_source(checkpoint, None, None)
-    reference, found = load_torch_reference(source.model), []
+    reference, found = load_reference(source.model), []
     for prompt in prompts:
         prompt_ids = source.tokenizer.encode_prompt(prompt)
         ids, margins = greedy(reference, prompt_ids, num_tokens, source.end_ids, source.tokenizer.size)

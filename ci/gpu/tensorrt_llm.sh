@@ -73,7 +73,7 @@ import sys, tomllib
 with open(sys.argv[1], "rb") as file:
     project = tomllib.load(file)["project"]
 extras = project["optional-dependencies"]
-print(*project["dependencies"], *extras["verify"], *extras["client"], sep="\n")
+print(*project["dependencies"], *extras["transformers"], *extras["client"], sep="\n")
 END
   )
   unset PIP_CONSTRAINT # NVIDIA's images pin packages for their own Python with it

@@ -4,8 +4,8 @@
 
 transformers' own attention, norms and head, the mixture expert by expert as in trt_build/comparison/torch_reference.py:
 no transformers release has a phixtral of its own. Prompts are prefilled and tokens decoded as in onnxruntime_cuda.py,
-without sampling. Needs moeship with the extra `verify` and a CUDA build of torch; loads the checkpoint in float32 in
-main memory first. Exit status 0 done, 2 wrong input.
+without sampling. Needs moeship with the extra `transformers` and a CUDA build of torch; loads the checkpoint in float32
+in main memory first. Exit status 0 done, 2 wrong input.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Write golden.npz into a CUDA engine's folder: what a machine with a GPU compares the engine with.
 
-    python ci/gpu/write_golden.py ENGINE --reference CHECKPOINT     transformers in float32, of the checkpoint
+    python ci/gpu/write_golden.py ENGINE --reference CHECKPOINT     the checkpoint, computed in float32
     python ci/gpu/write_golden.py ENGINE                            the engine's own graph through the CPU's kernels
 
-The first judges the engine as `moeship verify` does and loads the checkpoint in float32. The second needs the engine's
+The first judges the engine as `moeship verify` does. The second needs the engine's
 memory alone (float16 matrices are widened: twice that) and, the weights being the same, is held to float16's rounding.
 Runs where moeship is installed; no GPU is needed. Exit status 0 done, 2 wrong input.
 """
@@ -26,6 +26,7 @@ from export.command import run_command
 from export.exporter import SERVING_GRAPH
 from export.families import read_model
 from export.provider import PROVIDERS
+from export.reference.model import Reference
 from export.tokenizer.loading import load_tokenizer
 from trt_build.comparison.evaluation_text import standard_text
 from trt_build.comparison.parity import THRESHOLDS
@@ -49,16 +50,13 @@ def through_the_cpus_kernels(engine: Engine, token_ids: list[int]) -> tuple[Floa
     return ScoringSession(engine, device=Device(provider=provider, kind="cpu")).run(token_ids)
 
 
-def by_transformers(engine: Engine, checkpoint: str, token_ids: list[int]) -> tuple[FloatArray, FloatArray | None]:
+def by_the_reference(engine: Engine, checkpoint: str, token_ids: list[int]) -> tuple[FloatArray, FloatArray | None]:
     """Logits [S, V] and router logits [L, S, E] of the reference. Raises EngineError if the checkpoint is of another
     model."""
-    from trt_build.comparison.parity import run_reference
-    from trt_build.comparison.torch_reference import load_reference
-
     model = read_model(open_checkpoint(checkpoint), engine.manifest.architecture.experts_per_token or None)
     if model.architecture != engine.manifest.architecture:
         raise EngineError(f"writing golden logits: {checkpoint} is not the model of {engine.folder}")
-    return run_reference(load_reference(model), token_ids, model.family.reference.router)
+    return next(Reference(model).run([token_ids]))
 
 
 def limits(precision: str) -> dict[str, float]:
@@ -98,7 +96,7 @@ def write(folder: Path, reference: str | None, num_tokens: int) -> Path:
         logits, routed = through_the_cpus_kernels(engine, token_ids)
         source, allowed = "the engine's graph through ONNX Runtime's CPU kernels", SAME_WEIGHTS
     else:
-        logits, routed = by_transformers(engine, reference, token_ids)
+        logits, routed = by_the_reference(engine, reference, token_ids)
         source, allowed = f"transformers in float32 on {reference}", limits(engine.manifest.precision.name)
     path = folder / GOLDEN_FILE
     np.savez(

@@ -14,10 +14,12 @@ from clients.generation import AsyncClient, GenerationRequest
 from clients.messages import Generation, collect
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
+from export.reference.model import Reference
 from export.tokenizer.loading import load_tokenizer
 from soak.served import Report, Served
 from soak.wishes import PATIENCE_S
 from trt_build.comparison.evaluation_text import standard_text
+from trt_build.comparison.parity import log_softmax
 
 BAR = 1e-3  # nats, of one continuation
 AT_ONCE = 12
@@ -58,15 +60,9 @@ async def _score(client: AsyncClient, model: str, prompt: str, places: asyncio.S
 
 def _reference(checkpoint: Path, prompts: list[tuple[int, ...]]) -> list[npt.NDArray[np.float64]]:
     """Of each prompt the log-probability of every token from the second on, among the tokens that have a text."""
-    import torch
-
-    from trt_build.comparison.torch_reference import load_reference
-
-    model, size = load_reference(read_model(open_checkpoint(checkpoint))), load_tokenizer(checkpoint).size
+    reference, size = Reference(read_model(open_checkpoint(checkpoint))), load_tokenizer(checkpoint).size
     found = []
-    with torch.inference_mode():
-        for prompt in prompts:
-            logits = model(torch.tensor([prompt])).logits[0, :-1, :size].double()
-            chosen = torch.tensor(prompt[1:])[:, None]
-            found.append(torch.log_softmax(logits, dim=-1).gather(1, chosen)[:, 0].numpy())
+    for prompt, (logits, _) in zip(prompts, reference.run(prompts), strict=True):
+        chosen = np.array(prompt[1:])
+        found.append(log_softmax(logits[:-1, :size])[np.arange(len(chosen)), chosen])
     return found

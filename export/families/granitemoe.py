@@ -36,7 +36,7 @@ from export.families.llama_stack import (
     transformers_name,
 )
 from export.families.network import Network
-from export.families.reference import Reference
+from export.families.transformers_model import TransformersModel
 
 _SCALARS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 
@@ -78,7 +78,7 @@ def tensors(architecture: Architecture, names: Sequence[str]) -> list[TensorSpec
     return stack_tensors(architecture, mixture)
 
 
-def _reference_name(name: str) -> str:
+def _transformers_name(name: str) -> str:
     name = transformers_name(name).replace(".mlp.gate.", ".block_sparse_moe.router.")
     return name.replace(".mlp.", ".block_sparse_moe.")
 
@@ -105,7 +105,9 @@ FAMILY = Family(
     head=stack_head,
     layer=layer_name,
     network=network,
-    reference=Reference(model="GraniteMoeForCausalLM", name=_reference_name, router="block_sparse_moe.router"),
+    transformers=TransformersModel(
+        model="GraniteMoeForCausalLM", name=_transformers_name, router="block_sparse_moe.router"
+    ),
     tokenizers={"granitemoe": "TokenizersBackend"},
     harmless_tensors=HARMLESS_TENSORS,
 )

@@ -40,7 +40,7 @@ def layer_name(layer: int) -> str:
 
 
 def transformers_name(name: str) -> str:
-    """The name of a row in transformers' classes, in the form of Reference.name."""
+    """The name of a row in transformers' classes, in the form of TransformersModel.name."""
     for ours, theirs in (("qkv_proj", "{}_proj"), ("gate_up.weight", "gate_up_proj"), ("down.weight", "down_proj")):
         name = name.replace(ours, theirs)
     return name

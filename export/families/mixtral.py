@@ -38,7 +38,7 @@ from export.families.llama_stack import (
     transformers_name,
 )
 from export.families.network import Network
-from export.families.reference import Reference
+from export.families.transformers_model import TransformersModel
 from export.families.trtllm_network import LlmApiModel, TrtllmNetwork
 
 
@@ -115,7 +115,7 @@ FAMILY = Family(
     head=stack_head,
     layer=layer_name,
     network=network,
-    reference=Reference(model="MixtralForCausalLM", name=transformers_name, router="mlp.gate"),
+    transformers=TransformersModel(model="MixtralForCausalLM", name=transformers_name, router="mlp.gate"),
     tokenizers={"mixtral": "TokenizersBackend"},
     harmless_tensors=HARMLESS_TENSORS,
     # Source: tensorrt_llm/_torch/models/modeling_mixtral.py.

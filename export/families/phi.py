@@ -35,8 +35,8 @@ from export.families.phi_stack import (
     transformers_config,
     transformers_name,
 )
-from export.families.reference import Reference
 from export.families.transformers_config import HARMLESS_KEYS, check_heads, read_rope, refuse_quantized
+from export.families.transformers_model import TransformersModel
 
 if TYPE_CHECKING:
     from export.onnx_graph.graph import GraphBuilder
@@ -141,7 +141,7 @@ FAMILY = Family(
     head=stack_head,
     layer=layer_name,
     network=network,
-    reference=Reference(model="PhiForCausalLM", name=transformers_name, config=transformers_config),
+    transformers=TransformersModel(model="PhiForCausalLM", name=transformers_name, config=transformers_config),
     tokenizers={"phi": "GPT2Tokenizer"},
     harmless_tensors=HARMLESS_TENSORS,
     trtllm=stack_trtllm("PhiForCausalLM", {"mlp.fc1": "mlp.fc", "mlp.fc2": "mlp.proj"}),

@@ -64,7 +64,7 @@ def layer_name(layer: int) -> str:
 
 
 def transformers_name(name: str) -> str | None:
-    """The name of a row in transformers' Phi, in the form of Reference.name; None for a row of a mixture."""
+    """The name of a row in transformers' Phi, in the form of TransformersModel.name; None for a row of a mixture."""
     stem, _, kind = name.rpartition(".")
     if stem in TRANSFORMERS_TOP:
         return f"{TRANSFORMERS_TOP[stem]}.{kind}"

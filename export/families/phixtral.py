@@ -30,7 +30,7 @@ from export.families.phi_stack import (
     transformers_config,
     transformers_name,
 )
-from export.families.reference import Reference
+from export.families.transformers_model import TransformersModel
 
 if TYPE_CHECKING:
     from export.onnx_graph.graph import GraphBuilder
@@ -89,7 +89,7 @@ FAMILY = Family(
     head=stack_head,
     layer=layer_name,
     network=network,
-    reference=Reference(
+    transformers=TransformersModel(
         model="PhiForCausalLM",
         name=transformers_name,
         router="mlp.gate",

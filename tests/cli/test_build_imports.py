@@ -62,13 +62,13 @@ def test_inspecting_a_checkpoint_imports_neither_backend(tiny_checkpoint):
     assert of((*TENSORRT_LLM, *ONNX_RUNTIME), imported("inspect", tiny_checkpoint)) == []
 
 
-def test_an_engine_for_onnxruntime_is_verified_and_packaged_without_tensorrt_llm(
+def test_an_engine_for_onnxruntime_is_verified_and_packaged_without_tensorrt_llm_and_torch(
     tmp_path, tiny_checkpoint, tiny_engines
 ):
     engine = tiny_engines("fp32")
     verify = ["verify", engine, "--reference", tiny_checkpoint, "--tokens", "16"]
     package = ["package", engine, "--name", "tiny", "--output", tmp_path / "repository"]
-    assert of(TENSORRT_LLM, [*imported(*verify), *imported(*package)]) == []
+    assert of((*TENSORRT_LLM, "torch", "transformers"), [*imported(*verify), *imported(*package)]) == []
 
 
 def test_a_command_imports_no_backend_before_it_knows_which():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -154,9 +155,13 @@ def test_verify_without_text_to_measure_on_is_wrong_input(tiny_checkpoint, tiny_
     assert text in capsys.readouterr().err
 
 
-def test_the_demo_walks_the_whole_road(tmp_path):
+def test_the_demo_walks_the_whole_road_without_torch_and_transformers(tmp_path):
+    (tmp_path / "absent").mkdir()
+    for package in ("torch", "transformers"):
+        (tmp_path / "absent" / f"{package}.py").write_text(f"raise ModuleNotFoundError('no {package} here')")
     command = [sys.executable, "-m", "cli.main", "demo", "--json", "--output", tmp_path / "kept"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "absent")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["verification"]["failures"] == []

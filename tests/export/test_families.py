@@ -63,7 +63,7 @@ def test_families_differ_in_the_configs_that_they_match():
 
 def _named_families(path):
     """What of a module names a family: an import of its file, its name or its class as a text."""
-    records = [family.reference.model for family in families()]
+    records = [family.transformers.model for family in families()]
     names = {family.name for family in families()} | {"phi-msft", *records}
     names |= {family.trtllm.architecture for family in families() if family.trtllm}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -13,7 +13,7 @@ from mixtral_checkpoints import write_mixtral_checkpoint
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.provider import PROVIDERS
-from trt_build.comparison.torch_reference import load_reference
+from trt_build.comparison.torch_reference import ByTransformers, load_reference
 from trt_build.ort import verify
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.device import Device
@@ -21,6 +21,10 @@ from trt_build.ort.device import Device
 TOKENS = np.random.default_rng(4).integers(0, 250, 160).tolist()
 # In blocks of 64; fewer key heads than query heads.
 SIZES = {"hidden_size": 192, "num_heads": 6, "num_kv_heads": 2, "head_dim": 32, "ffn_size": 448, "dtype": "float16"}
+
+
+def by_transformers(checkpoint):
+    return ByTransformers(load_reference(read_model(open_checkpoint(checkpoint))))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +55,7 @@ def test_every_node_has_a_cuda_kernel_of_its_types(tmp_path, checkpoint, precisi
 @pytest.mark.usefixtures("run_on_the_cpu")
 def test_float16_differs_from_transformers_by_its_rounding(tmp_path, checkpoint):
     engine = build(checkpoint, tmp_path / "engine", "fp16")
-    report = verify.compare(engine, load_reference(read_model(open_checkpoint(checkpoint))), [TOKENS], lambda _: None)
+    report = verify.compare(engine, by_transformers(checkpoint), [TOKENS], lambda _: None)
     assert report.mean_kl <= 1e-5
     assert report.mean_decoded_kl <= 1e-5
     assert report.max_logit_difference <= 0.02
@@ -62,7 +66,7 @@ def test_float16_differs_from_transformers_by_its_rounding(tmp_path, checkpoint)
 def test_queries_that_lost_their_factor_are_caught(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setattr("export.onnx_graph.graph.WeightJob", lambda **job: _without_factor(job))
     engine = build(checkpoint, tmp_path / "engine", "fp16")
-    report = verify.compare(engine, load_reference(read_model(open_checkpoint(checkpoint))), [TOKENS], lambda _: None)
+    report = verify.compare(engine, by_transformers(checkpoint), [TOKENS], lambda _: None)
     assert report.mean_kl > 1e-3
 
 

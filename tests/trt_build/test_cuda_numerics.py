@@ -24,7 +24,7 @@ from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.provider import PROVIDERS
 from trt_build.comparison import parity
-from trt_build.comparison.torch_reference import load_reference
+from trt_build.comparison.torch_reference import ByTransformers, load_reference
 from trt_build.ort import verify
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.device import Device
@@ -187,7 +187,7 @@ def test_scored_and_decoded_logits_are_those_of_the_stored_weights(tmp_path, tin
     engine = copy_of(tiny_engines(precision, "cuda"), tmp_path / "engine")
     if precision == "int8":
         mix_in_float32(engine)
-    report = verify.compare(engine, reference(precision), [TOKENS], quiet)
+    report = verify.compare(engine, ByTransformers(reference(precision)), [TOKENS], quiet)
     assert (report.num_tokens, report.num_decoded_tokens) == (600, 300)
     assert report.failures(ROUNDING) == []
 
@@ -197,13 +197,15 @@ def test_dense_phi_differs_from_transformers_own_model_by_rounding_alone(tmp_pat
     dense = write_phi_checkpoint(tmp_path / "dense", seed=8, spelling="phi-msft", **sizes)
     write_phi_checkpoint(tmp_path / "outside", seed=8, spelling="transformers", **sizes)
     outside = PhiForCausalLM.from_pretrained(tmp_path / "outside", dtype=torch.float32).eval()
-    report = verify.compare(build(dense, tmp_path / "engine"), outside, [TOKENS[:256]], quiet)
+    report = verify.compare(build(dense, tmp_path / "engine"), ByTransformers(outside), [TOKENS[:256]], quiet)
     assert report.failures(ROUNDING) == []
 
 
 def test_float16_moves_a_logit_by_what_its_rounding_explains(tiny_engines, reference):
     # A logit is a sum over three layers of values rounded to 11 bits: their errors of 2^-12 each add up like draws.
-    report = verify.compare(open_engine(tiny_engines("fp16", "cuda")), reference("fp16"), [TOKENS], quiet)
+    report = verify.compare(
+        open_engine(tiny_engines("fp16", "cuda")), ByTransformers(reference("fp16")), [TOKENS], quiet
+    )
     with torch.no_grad():
         spread = float(reference("fp16")(torch.tensor([TOKENS])).logits.std())
     assert 2.0**-14 * spread < report.mean_logit_difference < 2.0**-8 * spread
@@ -255,7 +257,7 @@ FAULTS = [
 def test_a_seeded_fault_in_the_engine_is_caught(tmp_path, tiny_engines, reference, fault):
     engine = copy_of(tiny_engines("int4", "cuda"), tmp_path / "engine")
     fault(engine)
-    report = verify.compare(engine, reference("int4"), [TOKENS[:128]], quiet)
+    report = verify.compare(engine, ByTransformers(reference("int4")), [TOKENS[:128]], quiet)
     assert report.failures(ROUNDING)
 
 
@@ -289,7 +291,7 @@ def test_scores_beyond_float16_stay_finite(tmp_path, tiny_checkpoint):
     assert np.isfinite(half_scores(packed, factor=1)).all()
     session = Session(engine)
     assert np.isfinite(session.run(session.new_cache(), TOKENS[:64])).all()
-    report = verify.compare(engine, reference_of(checkpoint), [TOKENS[:128]], quiet)
+    report = verify.compare(engine, ByTransformers(reference_of(checkpoint)), [TOKENS[:128]], quiet)
     # Scores of thousands make of a rounding another choice of key now and then.
     assert report.top1_agreement >= 0.85
     assert np.isfinite(report.max_logit_difference)

@@ -26,7 +26,7 @@ from export.provider import PROVIDERS
 from export.tokenizer.loading import load_tokenizer
 from export.trtllm.checkpoint import CheckpointOptions, plan_checkpoint
 from trt_build.comparison import parity
-from trt_build.comparison.torch_reference import load_reference
+from trt_build.comparison.torch_reference import ByTransformers, load_reference
 from trt_build.ort import verify
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.device import Device
@@ -58,7 +58,7 @@ def build(checkpoint, output, precision="fp32", kernels="onnxruntime", **options
 
 def expect_equal(engine, reference, window):
     """Every logit to 1e-4 of the largest one, scored and decoded, and within what moeship verify allows."""
-    report = verify.compare(engine, reference, [window], quiet)
+    report = verify.compare(engine, ByTransformers(reference), [window], quiet)
     with torch.no_grad():
         largest = float(reference(torch.tensor([list(window)])).logits.abs().max())
     assert report.num_decoded_tokens == len(window) // 2
@@ -129,7 +129,7 @@ def test_the_reference_is_transformers_own_model_of_the_checkpoint(checkpoint):
 def test_each_scalar_that_is_wrong_in_the_reference_is_caught(tmp_path, checkpoint, engine, scalar):
     factor = 2.0 if scalar == "attention_multiplier" else 1.02  # scores are small, and twice as large ones too
     faulty = write_granitemoe_checkpoint(tmp_path / "faulty", seed=7, config={scalar: SCALARS[scalar] * factor})
-    report = verify.compare(engine, outside(faulty), [TOKENS[:64]], quiet)
+    report = verify.compare(engine, ByTransformers(outside(faulty)), [TOKENS[:64]], quiet)
     assert report.failures(FP32)
 
 
@@ -182,7 +182,7 @@ def test_a_model_that_no_precision_can_build_is_not_told_to_take_another(tmp_pat
 def test_a_trained_model_told_as_a_granitemoe_keeps_parity_at_every_precision(tmp_path, trained, precision, kernels):
     engine = build(trained, tmp_path / "engine", precision, kernels)
     windows = list(parity.split_windows(load_tokenizer(trained).encode_prompt(TEXT), 512, 2048))
-    report = verify.compare(engine, outside(trained), windows, quiet)
+    report = verify.compare(engine, ByTransformers(outside(trained)), windows, quiet)
     assert report.reference_perplexity < 120  # of 1024 tokens: the scalars are taken back by the weights
     assert report.failures(parity.THRESHOLDS[precision]) == []
 
@@ -255,7 +255,7 @@ def test_the_float16_graph_differs_from_transformers_by_its_rounding(tmp_path, m
     config = {"attention_multiplier": attention}
     folder = write_granitemoe_checkpoint(tmp_path / "checkpoint", seed=3, config=config, **sizes)
     engine = build(folder, tmp_path / "engine", "fp16", provider="cuda")
-    report = verify.compare(engine, outside(folder), [TOKENS], quiet)
+    report = verify.compare(engine, ByTransformers(outside(folder)), [TOKENS], quiet)
     assert report.mean_kl <= 1e-5
     assert report.mean_decoded_kl <= 1e-5
     assert report.max_logit_difference <= 0.02

@@ -22,6 +22,7 @@ from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.merge.config import read_merge_config
 from export.merge.merge import merge
+from export.reference.model import Reference
 from export.routing import diagnose, left_out_by_layer, left_out_of_every_layer
 from tests.manifests import edit_manifest, read_values, write_values
 from trt_build.comparison import parity
@@ -196,7 +197,7 @@ def test_the_reference_is_the_whole_model_and_an_engine_without_an_expert_that_c
     merged, tmp_path, monkeypatch
 ):
     tokens = np.random.default_rng(4).integers(0, 256, 96).tolist()
-    reference = parity.load_torch_reference(read_model(open_checkpoint(merged)))
+    reference = Reference(read_model(open_checkpoint(merged)))
     good = verify.compare(build(merged, tmp_path / "good", "fp32"), reference, [tokens], lambda _: None)
     assert good.failures(parity.THRESHOLDS["fp32"]) == []
     assert good.routing_agreement == 1.0

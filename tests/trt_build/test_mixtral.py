@@ -25,7 +25,7 @@ from export.errors import ExportError
 from export.families import read_model
 from export.tokenizer.loading import load_tokenizer
 from trt_build.comparison import parity
-from trt_build.comparison.torch_reference import load_reference
+from trt_build.comparison.torch_reference import ByTransformers, load_reference
 from trt_build.ort import verify
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.engine import open_engine
@@ -98,7 +98,7 @@ def test_what_transformers_saves_in_either_spelling_gives_its_logits(tmp_path, p
     assert ("model.layers.1.mlp.experts.gate_up_proj" in names) is packed
     assert ("model.layers.1.block_sparse_moe.experts.3.w2.weight" in names) is not packed
 
-    report = verify.compare(build(tmp_path / "saved", tmp_path / "engine"), model, [TOKENS], quiet)
+    report = verify.compare(build(tmp_path / "saved", tmp_path / "engine"), ByTransformers(model), [TOKENS], quiet)
 
     assert (report.num_tokens, report.num_decoded_tokens) == (300, 150)
     assert report.failures(FP32) == []
@@ -120,7 +120,7 @@ def test_what_transformers_saves_in_either_spelling_gives_its_logits(tmp_path, p
 )
 def test_fp32_engine_equals_transformers_at_odd_sizes(tmp_path, sizes, spelling):
     folder = write_mixtral_checkpoint(tmp_path / "checkpoint", seed=2, spelling=spelling, **sizes)
-    report = verify.compare(build(folder, tmp_path / "engine"), outside(folder), [TOKENS[:120]], quiet)
+    report = verify.compare(build(folder, tmp_path / "engine"), ByTransformers(outside(folder)), [TOKENS[:120]], quiet)
     assert report.failures(FP32) == []
 
 
@@ -132,12 +132,12 @@ def test_the_reference_is_transformers_own_model_of_the_checkpoint(checkpoint):
 
 
 def test_a_window_shorter_than_the_text_is_honoured_in_prefill_and_decoding(checkpoint, engine, tmp_path):
-    report = verify.compare(engine, outside(checkpoint), [TOKENS], quiet)
+    report = verify.compare(engine, ByTransformers(outside(checkpoint)), [TOKENS], quiet)
     assert (report.num_tokens, report.num_decoded_tokens) == (300, 150)
     assert report.failures(FP32) == []
     wide = edited(checkpoint, tmp_path / "wide", lambda tensors, config: config.update(sliding_window=None))
-    assert verify.compare(engine, outside(wide), [TOKENS[:40]], quiet).failures(FP32) == []
-    assert verify.compare(engine, outside(wide), [TOKENS[:42]], quiet).failures(FP32)
+    assert verify.compare(engine, ByTransformers(outside(wide)), [TOKENS[:40]], quiet).failures(FP32) == []
+    assert verify.compare(engine, ByTransformers(outside(wide)), [TOKENS[:42]], quiet).failures(FP32)
 
 
 def swap_gate_and_up(tensors, config):
@@ -181,7 +181,7 @@ def scale_a_norm(tensors, config):
 )  # fmt: skip
 def test_a_seeded_fault_in_the_reference_is_caught(tmp_path, checkpoint, engine, fault):
     faulty = outside(edited(checkpoint, tmp_path / "faulty", fault))
-    report = verify.compare(engine, faulty, [TOKENS[:128]], quiet)
+    report = verify.compare(engine, ByTransformers(faulty), [TOKENS[:128]], quiet)
     assert report.max_logit_difference > 1e-2
     assert report.failures(FP32)
 
@@ -192,7 +192,7 @@ def test_a_seeded_fault_in_the_engine_is_caught_at_every_precision(tmp_path, fau
     window = load_tokenizer(EXAMPLE).encode_prompt(TEXT)[:384]
     for precision, kernels in kinds_here():
         engine = build(wrong, tmp_path / f"{precision}-{kernels}", precision, kernels)
-        report = verify.compare(engine, reference, [window], quiet)
+        report = verify.compare(engine, ByTransformers(reference), [window], quiet)
         assert report.failures(parity.THRESHOLDS[precision])
 
 
@@ -211,7 +211,7 @@ def fault_of_example(fault):
 def test_a_trained_mixtral_keeps_parity_at_every_precision(example_engines, precision, kernels):
     ids = load_tokenizer(EXAMPLE).encode_prompt(TEXT)
     windows = list(parity.split_windows(ids, 512, 2048))
-    report = verify.compare(example_engines[precision, kernels], outside(EXAMPLE), windows, quiet)
+    report = verify.compare(example_engines[precision, kernels], ByTransformers(outside(EXAMPLE)), windows, quiet)
     assert report.num_tokens > 1500
     assert report.reference_perplexity < 120  # of 1024 tokens: it did learn
     assert report.failures(parity.THRESHOLDS[precision]) == []

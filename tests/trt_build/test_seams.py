@@ -24,7 +24,7 @@ from export.checkpoint.tensor_table import Role, single
 from export.errors import ExportError
 from export.families import families, llama_stack, mixtral, phi, phi_stack, phixtral, read_model
 from trt_build.comparison import parity
-from trt_build.comparison.torch_reference import load_reference
+from trt_build.comparison.torch_reference import ByTransformers, load_reference
 from trt_build.manifest import digested_text
 from trt_build.ort import kernels, verify
 from trt_build.ort.build import BuildOptions, build_engine
@@ -56,7 +56,7 @@ def family(monkeypatch):
 
 
 def failures(engine, reference, window=TOKENS, limits=FP32):
-    return verify.compare(engine, reference, [window], lambda _: None).failures(limits)
+    return verify.compare(engine, ByTransformers(reference), [window], lambda _: None).failures(limits)
 
 
 # A phixtral whose first layer has one MLP.
@@ -103,7 +103,7 @@ def test_a_layer_may_have_an_mlp_where_the_others_have_experts(tmp_path, family,
     stored = load_file(folder / "model.safetensors")
     assert np.array_equal(gates[2], stored["transformer.h.2.moe.gate.weight"])
     engine = build(folder, tmp_path / "engine", precision)
-    report = verify.compare(engine, load_reference(model), [TOKENS], lambda _: None)
+    report = verify.compare(engine, ByTransformers(load_reference(model)), [TOKENS], lambda _: None)
     assert report.routing_agreement >= (1.0 if precision == "fp32" else 0.7)
     if precision == "fp32":
         assert report.failures(FP32) == []
@@ -257,10 +257,10 @@ def test_a_router_may_weigh_by_the_softmax_over_all_experts_times_a_scale(tmp_pa
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "routed"}))
     engine = build(folder, tmp_path / "engine", precision, kernels="onnxruntime")
-    plain = verify.compare(engine, reference, [TOKENS], lambda _: None)
+    plain = verify.compare(engine, ByTransformers(reference), [TOKENS], lambda _: None)
     for layer in reference.model.layers:
         layer.mlp.gate = ByHand(layer.mlp.gate, 2.5)
-    report = verify.compare(engine, reference, [TOKENS], lambda _: None)
+    report = verify.compare(engine, ByTransformers(reference), [TOKENS], lambda _: None)
     if precision == "fp32":
         assert report.failures(FP32) == []
     assert report.mean_kl < plain.mean_kl / (20 if precision == "fp32" else 3)  # int8 chooses others now and then

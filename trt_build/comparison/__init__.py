@@ -1,1 +1,1 @@
-"""Comparison of an engine with its reference: the evaluation text, the reference model in torch, the parity figures."""
+"""Comparison of an engine with its reference: the evaluation text, the figures, and transformers' models for tests."""

@@ -8,16 +8,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from export.families import Model
-from export.optional import optional_package
-
-if TYPE_CHECKING:
-    import transformers
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -137,29 +131,6 @@ class Verification:
         }
 
 
-def run_reference(
-    reference: transformers.PreTrainedModel, window: Sequence[int], router: str | None = None
-) -> tuple[FloatArray, FloatArray | None]:
-    """The reference's logits [S, V] and the router logits [L, S, E] of the L layers that have the module `router`."""
-    import torch
-
-    routed: list[FloatArray] = []
-
-    def keep(_gate: torch.nn.Module, _inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
-        logits = output if isinstance(output, torch.Tensor) else output[0]  # [S, E], first in a router's tuple
-        routed.append(logits.numpy())
-
-    layers = [dict(layer.named_modules()) for layer in reference.model.layers]
-    hooks = [modules[router].register_forward_hook(keep) for modules in layers if router in modules]
-    try:
-        with torch.no_grad():
-            logits = reference(torch.tensor([list(window)]), use_cache=False).logits[0].numpy()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return logits, np.stack(routed) if routed else None
-
-
 def log_softmax(logits: FloatArray) -> npt.NDArray[np.float64]:
     """Natural-log probabilities over the last axis, float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
@@ -180,13 +151,6 @@ def split_windows(token_ids: Sequence[int], size: int, num_tokens: int) -> Itera
         window = token_ids[start : min(start + size, limit)]
         if len(window) > 1:
             yield window
-
-
-def load_torch_reference(model: Model) -> transformers.PreTrainedModel:
-    """The checkpoint as a transformers model in float32. Raises MissingPackageError."""
-    with optional_package("torch and transformers", "verifying against the reference", "verify"):
-        from trt_build.comparison.torch_reference import load_reference
-    return load_reference(model)
 
 
 def measure(

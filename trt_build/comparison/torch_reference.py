@@ -1,21 +1,23 @@
-"""The reference: transformers' own model of the family, in float32 on the CPU.
+"""transformers' own model of a checkpoint, in float32 on the CPU: what tests and programs of ci/ compare with.
 
-The reference shares only the reading of tensors with the engine: transformers reads config.json itself, independently
-of the facts that the engine was built from. The family's record (`export.families.reference`) names transformers' class
-and the names of the tensors in it. Where transformers lacks a module of a family, a module of
+It shares only the reading of tensors with engines and with `export.reference`: transformers reads config.json itself,
+independently of the facts that the engine was built from. The family's record (`export.families.transformers_model`)
+names transformers' class and the names of the tensors in it. Where transformers lacks a module of a family, a module of
 trt_build/comparison/references adds it. As in every engine, the router chooses the lowest expert index among equal
 logits.
 
-This module imports torch and transformers, so it is imported only where a reference is needed.
+This module imports torch and transformers, which the extra `transformers` installs. No command of moeship uses it.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import transformers
 from torch import nn
@@ -23,7 +25,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from export.checkpoint.tensor_table import Join
-from export.families import Model
+from export.families import Model, families
+
+FloatArray = npt.NDArray[np.float32]
 
 _LOADING_KEYS = (
     "dtype", "torch_dtype", "auto_map", "use_cache", "return_dict", "output_attentions", "output_hidden_states",
@@ -33,7 +37,7 @@ _LOADING_KEYS = (
 
 def load_reference(model: Model) -> PreTrainedModel:
     """Load the checkpoint as a complete transformers model in float32, which has `generate` too."""
-    record = model.family.reference
+    record = model.family.transformers
     model_class = getattr(transformers, record.model)
     config = _config(model, model_class.config_class)
     with torch.device("meta"):
@@ -59,10 +63,45 @@ def load_reference(model: Model) -> PreTrainedModel:
     return reference
 
 
+class ByTransformers:
+    """A transformers model in the place of an `export.reference.model.Reference`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def run(
+        self, windows: Sequence[Sequence[int]], progress: Callable[[str], None] = lambda _: None
+    ) -> Iterator[tuple[FloatArray, FloatArray | None]]:
+        """As `export.reference.model.Reference.run`."""
+        for index, window in enumerate(windows):
+            progress(f"transformers computes window {index}")
+            yield run_model(self._model, window)
+
+
+def run_model(model: PreTrainedModel, window: Sequence[int]) -> tuple[FloatArray, FloatArray | None]:
+    """A model's logits [S, V] and the router logits [M, S, E] of its M layers that have a router (None without)."""
+    routed: list[FloatArray] = []
+
+    def keep(_gate: nn.Module, _inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        logits = output if isinstance(output, torch.Tensor) else output[0]  # [S, E], first in a router's tuple
+        routed.append(logits.numpy())
+
+    paths = {family.transformers.router for family in families()} - {None}
+    layers = [dict(layer.named_modules()) for layer in model.model.layers]
+    hooks = [layer[path].register_forward_hook(keep) for layer in layers for path in paths & layer.keys()]
+    try:
+        with torch.no_grad():
+            logits = model(torch.tensor([list(window)]), use_cache=False).logits[0].numpy()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, np.stack(routed) if routed else None
+
+
 def _config(model: Model, config_class: type[PretrainedConfig]) -> PretrainedConfig:
     """The configuration that transformers reads from config.json, without the keys about loading the model and about
     what its calls return. The number of experts per token comes from `model`, as a build may have overridden it."""
-    raw = model.family.reference.config(model.weights.checkpoint.config)
+    raw = model.family.transformers.config(model.weights.checkpoint.config)
     config = config_class.from_dict({key: value for key, value in raw.items() if key not in _LOADING_KEYS})
     config._attn_implementation = "eager"
     if model.architecture.is_moe:
@@ -74,7 +113,7 @@ def _config(model: Model, config_class: type[PretrainedConfig]) -> PretrainedCon
 def _state(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
     """Pairs of a transformers tensor name and its tensor; each tensor is loaded when the iterator reaches it."""
     for name, spec in model.weights.table.items():
-        theirs = model.family.reference.name(name)
+        theirs = model.family.transformers.name(name)
         if theirs is None:
             continue
         tensor = torch.from_numpy(model.weights.load(name))

@@ -7,15 +7,16 @@ in a server: its first half is prefilled, the second half is decoded token by to
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from export.checkpoint.digests import source_digests
 from export.checkpoint.folder import Checkpoint, open_checkpoint
 from export.errors import ConfigError
-from export.families import family_named, read_model
+from export.families import read_model
+from export.reference.model import Reference
 from export.tokenizer.loading import load_tokenizer
 from trt_build.comparison.parity import (
     MIN_TOKENS,
@@ -25,11 +26,9 @@ from trt_build.comparison.parity import (
     ParityReport,
     Verification,
     combine,
-    load_torch_reference,
     log_softmax,
     measure,
     next_token_loss,
-    run_reference,
     split_windows,
 )
 from trt_build.errors import EngineError
@@ -37,10 +36,17 @@ from trt_build.ort.device import open_device
 from trt_build.ort.engine import Engine, read_part_records, record_verification
 from trt_build.ort.session import ScoringSession, Session
 
-if TYPE_CHECKING:
-    import transformers
-
 LONG_WINDOW_TOKENS = 2048  # length of the first window: the whole context of Phi-2
+
+
+class Scorer(Protocol):
+    """What computes the logits that an engine is compared with, such as `export.reference.model.Reference`."""
+
+    def run(
+        self, windows: Sequence[Sequence[int]], progress: Callable[[str], None]
+    ) -> Iterator[tuple[FloatArray, FloatArray | None]]:
+        """Yield for each window of S token ids its logits [S, V] and the router logits [M, S, E] of the layers that
+        have experts (None for a dense model)."""
 
 
 def verify_engine(
@@ -49,7 +55,7 @@ def verify_engine(
     """Compare an engine with the checkpoint at `location`. Raises ConfigError for too little text, EngineError for
     another model's checkpoint."""
     windows = _windows(engine, text, num_tokens)
-    open_device(engine)  # raises for a missing package or device before the reference takes its time to load
+    open_device(engine)  # raises for a missing package or device before the reference takes its time
     checkpoint = open_checkpoint(location)
     reference = _open_reference(engine, checkpoint)
     progress("checking whether the reference is what the engine was built from")
@@ -71,20 +77,19 @@ def record(engine: Engine, verification: Verification) -> None:
 
 def compare(
     engine: Engine,
-    reference: transformers.PreTrainedModel,
+    reference: Scorer,
     windows: Sequence[Sequence[int]],
     progress: Callable[[str], None],
 ) -> ParityReport:
-    """Compare an engine with a loaded reference over windows of token ids."""
+    """Compare an engine with its reference over windows of token ids."""
     if not windows:
         raise ConfigError(f"measuring {engine.folder}: no window of at least two tokens; pass a longer text")
     scoring = ScoringSession(engine)
     experts_per_token = engine.manifest.architecture.experts_per_token
-    router = family_named(engine.manifest.family).reference.router
     sums, first_logits = [], np.empty(0, dtype=np.float32)
-    for index, window in enumerate(windows):
+    for index, (expected, expected_routing) in enumerate(reference.run(windows, progress)):
         progress(f"scored {index} of {len(windows)} windows of text")
-        expected, expected_routing = run_reference(reference, window, router)
+        window = windows[index]
         found, found_routing = scoring.run(window)
         sums.append(measure(found, expected, window, found_routing, expected_routing, experts_per_token))
         if index == 0:
@@ -122,7 +127,7 @@ def _windows(engine: Engine, text: str, num_tokens: int) -> list[Sequence[int]]:
     return windows
 
 
-def _open_reference(engine: Engine, checkpoint: Checkpoint) -> transformers.PreTrainedModel:
+def _open_reference(engine: Engine, checkpoint: Checkpoint) -> Reference:
     facts = engine.manifest.architecture
     model = read_model(checkpoint)
     if facts.is_moe and model.architecture.is_moe:  # the build may have overridden experts_per_token
@@ -138,7 +143,7 @@ def _open_reference(engine: Engine, checkpoint: Checkpoint) -> transformers.PreT
             f"verifying {engine.folder} against {checkpoint.identity}: they are not the same model "
             f"({'; '.join(different)}); name the checkpoint that the engine was built from"
         )
-    return load_torch_reference(model)
+    return Reference(model)
 
 
 def _decode(engine: Engine, window: Sequence[int]) -> FloatArray:

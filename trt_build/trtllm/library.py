@@ -58,7 +58,7 @@ def library_missing(
     options = " ".join(f"-v {shlex.quote(folder)}:{shlex.quote(folder)}" for folder in volumes)
     inside = (
         "pip install -q virtualenv && virtualenv -q /tmp/moeship && "
-        f"{python} -m pip install -q {shlex.quote(f'{home}[verify]')} && {python} {shlex.join(command)}"
+        f"{python} -m pip install -q {shlex.quote(str(home))} && {python} {shlex.join(command)}"
     )
     return LibraryMissing(
         f"building the engine needs TensorRT-LLM {SUPPORTED[0]} to {SUPPORTED[-1]} and a GPU: {'; '.join(missing)}. "

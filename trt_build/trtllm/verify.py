@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.families import Model
+from export.reference.model import Reference
 from export.tokenizer.loading import load_tokenizer
 from trt_build.comparison.parity import (
     MIN_TOKENS,
@@ -27,9 +28,7 @@ from trt_build.comparison.parity import (
     Thresholds,
     Verification,
     combine,
-    load_torch_reference,
     measure,
-    run_reference,
     split_windows,
 )
 from trt_build.errors import EngineError
@@ -75,15 +74,13 @@ def verify_trtllm(
     progress(f"asking the engine for the logits of {sum(map(len, windows))} positions")
     module = model.family.trtllm_network().module
     answer = _ask(engine, python, module, windows, windows[0][:half])
-    progress("loading the reference")
-    reference = load_torch_reference(model)
+    own = [*windows[0][:half], *answer.decoded_ids]
+    reference = Reference(model).run([*windows, own], progress)
     sums, start = [], 0
-    for window in windows:
-        expected, _ = run_reference(reference, window)
+    for window, (expected, _) in zip(windows, reference, strict=False):  # the last is that of `own`
         sums.append(measure(answer.scored[start : start + len(window), ids], expected[:, ids], window))
         start += len(window)
-    own = [*windows[0][:half], *answer.decoded_ids]
-    after, _ = run_reference(reference, own)
+    after, _ = next(reference)
     rows = slice(half - 1, len(own) - 1)  # the logits of each row predict the next token
     report = combine(sums, measure(answer.decoded[:, ids], after[rows, ids], own[rows]))
     return Verification(

@@ -20,8 +20,7 @@ from export.errors import CheckpointError
 from export.families import families, read_model
 from export.reference import attention, mixture, model
 from export.reference.model import Reference
-from trt_build.comparison.parity import run_reference
-from trt_build.comparison.torch_reference import load_reference
+from trt_build.comparison.torch_reference import load_reference, run_model
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 TOKENS = np.random.default_rng(3).integers(0, 256, 700).tolist()
@@ -74,13 +73,13 @@ def expect_equal(found, expected):
 
 def expect_equal_to_transformers(folder, windows):
     source = read_model(open_checkpoint(folder))
-    theirs, router = load_reference(source), source.family.reference.router
+    theirs = load_reference(source)
     found = list(Reference(source).run(windows))
     assert len(found) == len(windows)
     for window, (logits, routed) in zip(windows, found, strict=True):
-        expected, expected_routed = run_reference(theirs, window, router)
+        expected, expected_routed = run_model(theirs, window)
         expect_equal(logits, expected)
-        assert (routed is None) == (expected_routed is None) == (router is None)
+        assert (routed is None) == (expected_routed is None) == (not source.architecture.is_moe)
         if routed is not None:
             expect_equal(routed, expected_routed)
 
@@ -166,7 +165,7 @@ def test_keys_that_a_config_leaves_out_are_what_transformers_makes_of_them(tmp_p
             folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
         ).eval()
         [(found, _)] = Reference(read_model(open_checkpoint(folder))).run([TOKENS[:40]])
-        expect_equal(found, run_reference(theirs, TOKENS[:40])[0])
+        expect_equal(found, run_model(theirs, TOKENS[:40])[0])
 
 
 @pytest.mark.parametrize("family", WRITERS)
@@ -204,7 +203,7 @@ def test_a_phixtral_of_equal_experts_is_the_dense_model(tmp_path, gate):
             mixture_tensors[name][:] = mixture_tensors[name][0]
     save_file(mixture_tensors, folder / "model.safetensors")
     [(found, _)] = Reference(read_model(open_checkpoint(folder))).run([TOKENS[:60]])
-    expect_equal(found, run_reference(outside, TOKENS[:60])[0])
+    expect_equal(found, run_model(outside, TOKENS[:60])[0])
 
 
 @pytest.mark.parametrize("token", [263, -1])

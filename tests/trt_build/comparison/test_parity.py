@@ -18,7 +18,7 @@ from transformers import PhiForCausalLM
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from trt_build.comparison import parity
-from trt_build.comparison.torch_reference import load_reference
+from trt_build.comparison.torch_reference import ByTransformers, load_reference
 from trt_build.ort import verify
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.engine import open_engine
@@ -38,6 +38,10 @@ def reference_of(checkpoint):
     return load_reference(read_model(open_checkpoint(checkpoint)))
 
 
+def by_transformers(checkpoint):
+    return ByTransformers(reference_of(checkpoint))
+
+
 def build(checkpoint, output, precision="fp32", kernels="onnxruntime"):
     return build_engine(BuildOptions(checkpoint=str(checkpoint), output=output, precision=precision, kernels=kernels))
 
@@ -55,7 +59,7 @@ def edited(source, folder, edit):
 def test_fp32_engine_equals_the_reference_over_600_tokens_half_of_them_decoded_through_the_cache(
     tiny_checkpoint, tiny_engines
 ):
-    report = verify.compare(open_engine(tiny_engines("fp32")), reference_of(tiny_checkpoint), [TOKENS], quiet)
+    report = verify.compare(open_engine(tiny_engines("fp32")), by_transformers(tiny_checkpoint), [TOKENS], quiet)
 
     assert (report.num_tokens, report.num_decoded_tokens) == (600, 300)
     assert report.max_logit_difference <= 1e-4
@@ -71,7 +75,7 @@ def test_dense_phi_engine_equals_transformers_own_model(tmp_path, spelling):
     engine = build(tmp_path / spelling, tmp_path / "engine")
     outside = PhiForCausalLM.from_pretrained(tmp_path / "transformers", dtype=torch.float32).eval()
 
-    report = verify.compare(engine, outside, [TOKENS[:60]], quiet)
+    report = verify.compare(engine, ByTransformers(outside), [TOKENS[:60]], quiet)
 
     assert report.failures(FP32) == []
 
@@ -82,7 +86,9 @@ def test_fewer_key_heads_than_query_heads_equal_transformers_own_model(tmp_path,
     write_phi_checkpoint(tmp_path / "transformers", seed=6, spelling="transformers", **sizes)
     write_phi_checkpoint(tmp_path / "phi-msft", seed=6, spelling="phi-msft", **sizes)
     outside = PhiForCausalLM.from_pretrained(tmp_path / "transformers", dtype=torch.float32).eval()
-    report = verify.compare(build(tmp_path / spelling, tmp_path / "engine"), outside, [TOKENS[:60]], quiet)
+    report = verify.compare(
+        build(tmp_path / spelling, tmp_path / "engine"), ByTransformers(outside), [TOKENS[:60]], quiet
+    )
     assert report.failures(FP32) == []
 
 
@@ -104,7 +110,7 @@ def test_mixture_of_equal_experts_equals_dense_phi(tmp_path):
     mixture = edited(dense, tmp_path / "mixture", copy_expert)
     outside = PhiForCausalLM.from_pretrained(tmp_path / "outside", dtype=torch.float32).eval()
 
-    report = verify.compare(build(mixture, tmp_path / "engine"), outside, [TOKENS[:512]], quiet)
+    report = verify.compare(build(mixture, tmp_path / "engine"), ByTransformers(outside), [TOKENS[:512]], quiet)
     assert report.failures(FP32) == []
     with torch.no_grad():
         ids = torch.tensor([TOKENS[:64]])
@@ -114,7 +120,7 @@ def test_mixture_of_equal_experts_equals_dense_phi(tmp_path):
 
 def test_odd_sizes_fit_fp32(tmp_path):
     checkpoint = write_phixtral_checkpoint(tmp_path / "odd", seed=2, num_experts=3, experts_per_token=1, **ODD)
-    report = verify.compare(build(checkpoint, tmp_path / "engine"), reference_of(checkpoint), [TOKENS[:60]], quiet)
+    report = verify.compare(build(checkpoint, tmp_path / "engine"), by_transformers(checkpoint), [TOKENS[:60]], quiet)
     assert report.failures(FP32) == []
 
 
@@ -151,7 +157,7 @@ def route_to_one_expert_less(tensors, config):
 def test_a_seeded_fault_in_the_reference_is_caught(tmp_path, tiny_checkpoint, tiny_engines, fault):
     # The fault sits on the reference's side, where every fault can be expressed; parity is symmetric.
     faulty = reference_of(edited(tiny_checkpoint, tmp_path / "faulty", fault))
-    report = verify.compare(open_engine(tiny_engines("fp32")), faulty, [TOKENS[:128]], quiet)
+    report = verify.compare(open_engine(tiny_engines("fp32")), ByTransformers(faulty), [TOKENS[:128]], quiet)
     assert report.max_logit_difference > 1e-2
     assert report.failures(FP32)
 
@@ -162,14 +168,14 @@ def test_a_seeded_fault_in_the_engine_is_caught_at_every_precision(tmp_path, tin
     reference = reference_of(tiny_checkpoint)
     for precision, kernels in kinds_here():
         engine = build(wrong, tmp_path / f"{precision}-{kernels}", precision, kernels)
-        report = verify.compare(engine, reference, [TOKENS[:128]], quiet)
+        report = verify.compare(engine, ByTransformers(reference), [TOKENS[:128]], quiet)
         assert report.failures(parity.THRESHOLDS[precision])
 
 
 def test_erf_gelu_in_place_of_tanh_is_caught(tiny_checkpoint, tiny_engines, monkeypatch):
     gelu = torch.nn.functional.gelu
     monkeypatch.setattr(torch.nn.functional, "gelu", lambda x, approximate: gelu(x, approximate="none"))
-    report = verify.compare(open_engine(tiny_engines("fp32")), reference_of(tiny_checkpoint), [TOKENS[:128]], quiet)
+    report = verify.compare(open_engine(tiny_engines("fp32")), by_transformers(tiny_checkpoint), [TOKENS[:128]], quiet)
     assert report.max_logit_difference > 1e-4
     assert report.failures(FP32)
 
@@ -261,13 +267,13 @@ def test_a_serving_graph_that_is_wrong_by_itself_is_caught_when_quantised(
 ):
     engine = open_engine(shutil.copytree(tiny_engines(precision), tmp_path / "engine"))
     reference = reference_of(tiny_checkpoint)
-    sound = verify.compare(engine, reference, [TOKENS[:128]], quiet)
+    sound = verify.compare(engine, ByTransformers(reference), [TOKENS[:128]], quiet)
     model = onnx.load(str(engine.folder / "model_serving.onnx"), load_external_data=False)
     [table] = [tensor for tensor in model.graph.initializer if tensor.name == "rotary/sin_cache"]
     table.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(table), table.name))
     (engine.folder / "model_serving.onnx").write_bytes(model.SerializeToString())
 
-    wrong = verify.compare(engine, reference, [TOKENS[:128]], quiet)
+    wrong = verify.compare(engine, ByTransformers(reference), [TOKENS[:128]], quiet)
 
     assert wrong.mean_kl == sound.mean_kl  # the scoring graph is as it was
     assert any("decoded" in failure for failure in wrong.failures(parity.THRESHOLDS[precision]))

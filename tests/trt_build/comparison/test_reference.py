@@ -74,7 +74,7 @@ def test_of_equal_router_logits_the_lowest_experts_are_chosen(tmp_path, family):
     model = read_model(open_checkpoint(folder), 3)
     for layer in load_reference(model).model.layers:
         with torch.no_grad():
-            _, shares, chosen = layer.get_submodule(model.family.reference.router)(torch.ones(64, 80))
+            _, shares, chosen = layer.get_submodule(model.family.transformers.router)(torch.ones(64, 80))
         assert torch.equal(chosen, torch.arange(3).expand(64, 3))
         torch.testing.assert_close(shares, torch.full((64, 3), 1 / 3))
 
@@ -85,6 +85,6 @@ def test_a_record_that_names_no_router_of_the_class_is_told_as_its_routing_would
     tmp_path, family, router
 ):
     model = read_model(open_checkpoint(WRITERS[family](tmp_path / "c")))
-    wrong = replace(model.family, reference=replace(model.family.reference, router=router))
+    wrong = replace(model.family, transformers=replace(model.family.transformers, router=router))
     with pytest.raises(AssertionError, match=f"0 layers of .* have the router {router}, expected [23]$"):
         load_reference(replace(model, family=wrong))

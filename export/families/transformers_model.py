@@ -1,4 +1,5 @@
-"""The record that says which of transformers' models is a family's reference; trt_build makes the reference from it."""
+"""The record that says which of transformers' models computes a family. Tests and programs of ci/ compare with that
+model; `trt_build/comparison/torch_reference.py` makes it."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ def _as_it_is(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reference:
+class TransformersModel:
     """How transformers' model of a family is made from a checkpoint.
 
     `model` is the class in transformers. `name` converts a row's name to the class's name of that weight; "{}" in it
