@@ -48,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(verification.to_json(), indent=2))
     else:
         print(table(verification.report, THRESHOLDS[engine.manifest.precision.name]))
+        for text in verification.findings:
+            print(f"finding: {text}")
     record(engine, verification)
     if verification.failures:
         raise VerificationFailed(

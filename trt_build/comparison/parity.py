@@ -94,6 +94,17 @@ class ParityReport:
             found.append(f"routing agreement {self.routing_agreement:.2%}, expected {limits.routing_agreement:.2%}")
         return found
 
+    def findings(self, num_text_ids: int) -> tuple[str, ...]:
+        """A sentence for a reference whose perplexity is above `num_text_ids`, the number of token ids that stand for
+        text. Guessing each of them with the same probability has that perplexity."""
+        if self.reference_perplexity <= num_text_ids:
+            return ()
+        return (
+            f"the reference's perplexity is {self.reference_perplexity:.0f}, worse than guessing among the "
+            f"{num_text_ids} token ids of the tokenizer: the tokenizer and the weights are of different models, or the "
+            "weights are random; look at where the checkpoint's tokenizer files come from",
+        )
+
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "perplexity_increase": self.perplexity_increase}
 
@@ -115,10 +126,12 @@ class WindowSums:
 @dataclass(frozen=True, kw_only=True)
 class Verification:
     """A report, the thresholds that it misses, and whether the reference was read from the files that the engine was
-    built from."""
+    built from. `findings` are sentences on what is out of reason and fails no engine, such as a reference that knows
+    less than nothing of the text."""
 
     report: ParityReport
     failures: tuple[str, ...]
+    findings: tuple[str, ...]
     reference: str
     reference_is_the_source: bool
 
@@ -126,6 +139,7 @@ class Verification:
         return {
             **self.report.to_json(),
             "failures": list(self.failures),
+            "findings": list(self.findings),
             "reference": self.reference,
             "reference_is_the_source": self.reference_is_the_source,
         }

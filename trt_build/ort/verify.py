@@ -17,7 +17,8 @@ from export.checkpoint.folder import Checkpoint, open_checkpoint
 from export.errors import ConfigError
 from export.families import read_model
 from export.reference.model import Reference
-from export.tokenizer.loading import load_tokenizer
+from export.tokenizer.loading import Tokenizer
+from export.tokenizer.settings import read_settings
 from trt_build.comparison.parity import (
     MIN_TOKENS,
     THRESHOLDS,
@@ -31,6 +32,7 @@ from trt_build.comparison.parity import (
     next_token_loss,
     split_windows,
 )
+from trt_build.comparison.same_tokenizer import require_same_tokenizer
 from trt_build.errors import EngineError
 from trt_build.ort.device import open_device
 from trt_build.ort.engine import Engine, read_part_records, record_verification
@@ -52,19 +54,22 @@ class Scorer(Protocol):
 def verify_engine(
     engine: Engine, location: str, text: str, num_tokens: int, progress: Callable[[str], None]
 ) -> Verification:
-    """Compare an engine with the checkpoint at `location`. Raises ConfigError for too little text, EngineError for
-    another model's checkpoint."""
-    windows = _windows(engine, text, num_tokens)
+    """Compare an engine with the checkpoint at `location`. The checkpoint's tokenizer encodes the text. Raises
+    ConfigError for too little text, EngineError for another model's checkpoint and for another tokenizer."""
     open_device(engine)  # raises for a missing package or device before the reference takes its time
-    checkpoint = open_checkpoint(location)
-    reference = _open_reference(engine, checkpoint)
+    checkpoint, manifest = open_checkpoint(location), engine.manifest
+    settings = read_settings(checkpoint.folder, checkpoint.config)
+    reference = _open_reference(engine, checkpoint, settings.ids.eos)
+    tokenizer = require_same_tokenizer(engine.folder, manifest.tokenizer, manifest.eos_token_ids, settings)
+    windows = _windows(engine, tokenizer, text, num_tokens)
     progress("checking whether the reference is what the engine was built from")
     runs = {name: found for record in read_part_records(engine.folder) for name, found in record.sources.items()}
-    same = source_digests(checkpoint, runs) == dict(engine.manifest.source.digests)
+    same = source_digests(checkpoint, runs) == dict(manifest.source.digests)
     report = compare(engine, reference, windows, progress)
     return Verification(
         report=report,
-        failures=tuple(report.failures(THRESHOLDS[engine.manifest.precision.name])),
+        failures=tuple(report.failures(THRESHOLDS[manifest.precision.name])),
+        findings=report.findings(manifest.tokenizer_size),
         reference=location,
         reference_is_the_source=same,
     )
@@ -108,10 +113,10 @@ def perplexity(engine: Engine, windows: Sequence[Sequence[int]]) -> float:
     return float(np.exp(sum(losses) / sum(len(window) - 1 for window in windows)))
 
 
-def _windows(engine: Engine, text: str, num_tokens: int) -> list[Sequence[int]]:
+def _windows(engine: Engine, tokenizer: Tokenizer, text: str, num_tokens: int) -> list[Sequence[int]]:
     """The windows of a text. The first is as long as the context and LONG_WINDOW_TOKENS allow, so that it covers late
     positions and several prefill chunks; the others have WINDOW_TOKENS tokens."""
-    token_ids = load_tokenizer(engine.folder).encode_prompt(text)
+    token_ids = tokenizer.encode_prompt(text)
     asked = min(num_tokens, len(token_ids))
     if asked < MIN_TOKENS:
         remedy = "pass a longer text" if num_tokens >= MIN_TOKENS else "ask for more tokens"
@@ -127,9 +132,11 @@ def _windows(engine: Engine, text: str, num_tokens: int) -> list[Sequence[int]]:
     return windows
 
 
-def _open_reference(engine: Engine, checkpoint: Checkpoint) -> Reference:
+def _open_reference(engine: Engine, checkpoint: Checkpoint, end_ids: tuple[int, ...]) -> Reference:
     facts = engine.manifest.architecture
     model = read_model(checkpoint)
+    # As in a build: where no file of the checkpoint names an end token, it is the tokenizer's.
+    model = dataclasses.replace(model, architecture=dataclasses.replace(model.architecture, eos_token_ids=end_ids))
     if facts.is_moe and model.architecture.is_moe:  # the build may have overridden experts_per_token
         overridden = dataclasses.replace(model.architecture, experts_per_token=facts.experts_per_token)
         model = dataclasses.replace(model, architecture=overridden)

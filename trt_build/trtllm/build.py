@@ -137,7 +137,7 @@ def build_trtllm(options: TrtllmOptions, progress: Callable[[Progress], None] | 
     verification = None
     if engine is not None and build.reaches("verify"):
         python, text = _library(build).python, standard_text()
-        verification = verify_trtllm(engine, build.source.model, python, text, options.verify_tokens, logger.info)
+        verification = verify_trtllm(engine, build.source, python, text, options.verify_tokens, logger.info)
         record_trtllm(engine, verification)
     folder = options.checkpoint_folder  # the user may have removed it after the engine was built
     return Outcome(

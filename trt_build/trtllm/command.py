@@ -98,6 +98,7 @@ def _summary(outcome: Outcome, options: TrtllmOptions) -> str:
             f"against the reference: mean KL {report.mean_kl:.2e} scored and {report.mean_decoded_kl:.2e} decoded, "
             f"perplexity {report.perplexity_increase:+.2%}, top-1 {report.top1_agreement:.1%} of {report.num_tokens}"
         )
+        lines += [f"finding: {text}" for text in outcome.verification.findings]
     elif options.until == STAGES[-1]:
         lines.append("not compared with the reference")
     return "\n".join(lines)

@@ -18,9 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from export.families import Model
 from export.reference.model import Reference
-from export.tokenizer.loading import load_tokenizer
 from trt_build.comparison.parity import (
     MIN_TOKENS,
     THRESHOLDS,
@@ -31,10 +29,12 @@ from trt_build.comparison.parity import (
     measure,
     split_windows,
 )
+from trt_build.comparison.same_tokenizer import require_same_tokenizer
 from trt_build.errors import EngineError
 from trt_build.machine.child import child_program
 from trt_build.machine.readings import MPIRUN
 from trt_build.manifest import changed_meanwhile
+from trt_build.source import SourceModel
 from trt_build.trtllm.engine import TrtllmEngine, open_trtllm_engine, write_trtllm_manifest
 
 # Equal to the limits of the same precisions in parity.py, with these differences: bfloat16 has 8 bits of mantissa where
@@ -56,13 +56,14 @@ _HOME = Path(__file__).resolve().parents[2]
 
 
 def verify_trtllm(
-    engine: TrtllmEngine, model: Model, python: Path, text: str, num_tokens: int, progress: Callable[[str], None]
+    engine: TrtllmEngine, source: SourceModel, python: Path, text: str, num_tokens: int, progress: Callable[[str], None]
 ) -> Verification:
     """Compare an engine with the float32 reference of its source over the first `num_tokens` tokens of a text. `python`
-    is the Python in which TensorRT-LLM is installed. Raises EngineError if the engine gives no logits or the text is
-    too short."""
-    manifest = engine.manifest
-    tokens = load_tokenizer(engine.folder).encode_prompt(text)
+    is the Python in which TensorRT-LLM is installed. Raises EngineError if the engine gives no logits, the text is too
+    short or the engine's tokenizer is not the source's."""
+    manifest, model = engine.manifest, source.model
+    tokenizer = require_same_tokenizer(engine.folder, manifest.tokenizer, manifest.eos_token_ids, source.settings)
+    tokens = tokenizer.encode_prompt(text)
     size = min(WINDOW_TOKENS, manifest.max_sequence - 1, manifest.max_num_tokens)
     windows = list(split_windows(tokens, size, num_tokens)) if size > 0 else []
     if not windows or len(windows[0]) < MIN_TOKENS:
@@ -86,6 +87,7 @@ def verify_trtllm(
     return Verification(
         report=report,
         failures=tuple(report.failures(LIMITS[manifest.precision.name])),
+        findings=report.findings(manifest.tokenizer_size),
         reference=manifest.source.checkpoint,
         reference_is_the_source=True,
     )

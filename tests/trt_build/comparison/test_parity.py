@@ -17,6 +17,7 @@ from transformers import PhiForCausalLM
 
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
+from export.tokenizer.loading import load_tokenizer
 from trt_build.comparison import parity
 from trt_build.comparison.torch_reference import ByTransformers, load_reference
 from trt_build.ort import verify
@@ -233,7 +234,8 @@ def test_perplexity_equals_that_of_transformers_loss(tiny_checkpoint, tiny_engin
 
 
 def test_verification_sees_positions_past_the_first_window_and_several_prefill_chunks(tiny_engines):
-    [first, *rest] = verify._windows(open_engine(tiny_engines("fp32")), "a" * 2000, 1200)
+    engine = open_engine(tiny_engines("fp32"))
+    [first, *rest] = verify._windows(engine, load_tokenizer(engine.folder), "a" * 2000, 1200)
     assert (len(first), [len(window) for window in rest]) == (640, [512, 48])
     assert len(first) // 2 > PREFILL_CHUNK_TOKENS
 
