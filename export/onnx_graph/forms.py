@@ -34,14 +34,17 @@ class _MaskedGraph(GraphBuilder):
     def _sequence_facts(self) -> tuple[str, str]:
         from onnx import TensorProto
 
-        one, axis = self._constant("one", np.array(1, np.int64)), self._constant("axis_1", np.array([1], np.int64))
-        lengths = self._node("ReduceSum", [names.ATTENTION_MASK, axis], "attention/lengths", keepdims=0,
+        one, axis = (
+            self._nodes.constant("one", np.array(1, np.int64)),
+            self._nodes.constant("axis_1", np.array([1], np.int64)),
+        )
+        lengths = self._nodes.add("ReduceSum", [names.ATTENTION_MASK, axis], "attention/lengths", keepdims=0,
                              noop_with_empty_axes=0)  # fmt: skip
-        last = self._node("Sub", [lengths, one], "attention/last")
-        self._node("Cast", [last], "attention/seqlens_k", output="attention/seqlens_k", to=TensorProto.INT32)
-        shape = self._node("Shape", [names.ATTENTION_MASK], "attention/mask_shape", start=0)
-        total = self._node("Gather", [shape, one], "attention/total", axis=0)
-        self._node("Cast", [total], "attention/total_sequence_length", output="attention/total_sequence_length",
+        last = self._nodes.add("Sub", [lengths, one], "attention/last")
+        self._nodes.add("Cast", [last], "attention/seqlens_k", output="attention/seqlens_k", to=TensorProto.INT32)
+        shape = self._nodes.add("Shape", [names.ATTENTION_MASK], "attention/mask_shape", start=0)
+        total = self._nodes.add("Gather", [shape, one], "attention/total", axis=0)
+        self._nodes.add("Cast", [total], "attention/total_sequence_length", output="attention/total_sequence_length",
                    to=TensorProto.INT32)  # fmt: skip
         return "attention/seqlens_k", "attention/total_sequence_length"
 
@@ -59,9 +62,9 @@ class GeneratingGraph(_MaskedGraph):
     """Gives the logits of the last position, [B, 1, V]."""
 
     def wanted(self, x: str) -> str:
-        starts, ends, axes = (self._constant(f"last/{n}", np.array([v], np.int64)) for n, v in
+        starts, ends, axes = (self._nodes.constant(f"last/{n}", np.array([v], np.int64)) for n, v in
                               (("start", -1), ("end", np.iinfo(np.int64).max), ("axis", 1)))  # fmt: skip
-        return self._node("Slice", [x, starts, ends, axes], "last_position", float_type=self._float_types[x])
+        return self._nodes.add("Slice", [x, starts, ends, axes], "last_position", float_type=self._nodes.float_types[x])
 
     def _logits_shape(self) -> list[str | int]:
         return [names.BATCH, 1, self.architecture.vocab_size]
@@ -98,20 +101,22 @@ class ServingGraph(GraphBuilder):
         return names.LAST_POSITIONS, names.TOTAL_LENGTH
 
     def _by_sequence(self, x: str) -> str:
-        return self._node("Gather", [x, names.TOKEN_OF_QUERY], f"{x}/by_sequence", float_type=self._float_types[x],
-                          axis=0)  # fmt: skip
+        kind = self._nodes.float_types[x]
+        return self._nodes.add("Gather", [x, names.TOKEN_OF_QUERY], f"{x}/by_sequence", float_type=kind, axis=0)
 
     def _by_token(self, x: str) -> str:
-        facts, kind = self.architecture, self._float_types[x]
-        shape = self._constant("attention/flat", np.array([-1, facts.num_heads * facts.head_size], np.int64))
-        rows = self._node("Reshape", [x, shape], f"{x}/rows", float_type=kind, allowzero=0)
-        return self._node("Gather", [rows, names.QUERY_OF_TOKEN], f"{x}/by_token", float_type=kind, axis=0)
+        facts, kind = self.architecture, self._nodes.float_types[x]
+        shape = self._nodes.constant("attention/flat", np.array([-1, facts.num_heads * facts.head_size], np.int64))
+        rows = self._nodes.add("Reshape", [x, shape], f"{x}/rows", float_type=kind, allowzero=0)
+        return self._nodes.add("Gather", [rows, names.QUERY_OF_TOKEN], f"{x}/by_token", float_type=kind, axis=0)
 
     def _lengths_of_queries(self) -> list[str]:
         return [*[""] * _EMPTY_INPUTS, names.NEW_LENGTHS] if self._provider.mixes_lengths else []
 
     def wanted(self, x: str) -> str:
-        return self._node("Gather", [x, names.LOGIT_TOKENS], "wanted", float_type=self._float_types[x], axis=0)
+        return self._nodes.add(
+            "Gather", [x, names.LOGIT_TOKENS], "wanted", float_type=self._nodes.float_types[x], axis=0
+        )
 
     def _token_inputs(self) -> list[onnx.ValueInfoProto]:
         from onnx import TensorProto, helper

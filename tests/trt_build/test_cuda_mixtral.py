@@ -64,7 +64,7 @@ def test_float16_differs_from_transformers_by_its_rounding(tmp_path, checkpoint)
 
 @pytest.mark.usefixtures("run_on_the_cpu")
 def test_queries_that_lost_their_factor_are_caught(tmp_path, checkpoint, monkeypatch):
-    monkeypatch.setattr("export.onnx_graph.graph.WeightJob", lambda **job: _without_factor(job))
+    monkeypatch.setattr("export.onnx_graph.weight_planner.WeightJob", lambda **job: _without_factor(job))
     engine = build(checkpoint, tmp_path / "engine", "fp16")
     report = verify.compare(engine, by_transformers(checkpoint), [TOKENS], lambda _: None)
     assert report.mean_kl > 1e-3

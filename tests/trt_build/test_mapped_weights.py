@@ -14,7 +14,8 @@ from trt_build.errors import EngineError
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.device import read_in_huge_pages
 from trt_build.ort.engine import open_engine
-from trt_build.ort.session import Row, Session
+from trt_build.ort.session import Session
+from trt_build.ort.step_call import Row
 
 MEMORY_PROGRAM = """
 import sys
