@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-from triton_repo.contracts.ensemble import ADDED_TOKEN_NAMES, TOKEN_NAMES
 from triton_repo.errors import RequestError
 from triton_repo.runtime.answer import answer_plan
 from triton_repo.runtime.options import GenerationOptions, plan_generation
@@ -14,7 +12,6 @@ from triton_repo.runtime.steps.postprocessing import (
     LONGEST_SILENCE_S,
     Postprocessor,
     Tokens,
-    read_tokens,
 )
 from triton_repo.runtime.text import stopping
 from triton_repo.runtime.text.automaton import Automaton
@@ -363,53 +360,3 @@ def test_an_answer_that_cannot_be_written_is_given_up_and_its_engine_stopped(pos
     with pytest.raises(RequestError, match="gave 0 log-probabilities for 1 tokens"):
         post.extend("k", one(5), never)
     assert [post.abandon("k"), post.abandon("k"), post.abandon("unknown")] == ["k", "", ""]
-
-
-def response(ids, **arrays) -> dict[str, np.ndarray]:
-    made = {
-        "output_ids": np.array([[ids]], dtype=np.int32),
-        "sequence_length": np.array([[len(ids)]], dtype=np.int32),
-        **arrays,
-    }
-    return {TOKEN_NAMES[name]: array for name, array in made.items()}
-
-
-def test_of_log_probabilities_of_all_tokens_so_far_the_last_are_this_responses():
-    logs = np.array([[[-1.0, -2.0, -3.0]]], dtype=np.float32)
-    cum = np.array([[-6.0]], dtype=np.float32)
-    assert read_tokens(response([7], output_log_probs=logs, cum_log_probs=cum)) == Tokens(
-        token_ids=(7,), log_probs=(-3.0,), cum_log_prob=-6.0
-    )
-    assert read_tokens(response([5, 6, 7], output_log_probs=logs)).log_probs == (-1.0, -2.0, -3.0)
-    assert read_tokens(response([], output_log_probs=logs)).log_probs == ()
-
-
-def test_the_outputs_that_only_our_engine_has_are_read():
-    added = {
-        "top_token_ids": np.array([[[5, 6], [7, 8]]], np.int32),
-        "top_log_probs": np.array([[[-0.5, -1.0], [-0.25, -2.0]]], np.float32),
-        "sequence_index": np.array([[3]], np.int32),
-        "prompt_token_ids": np.array([[1, 2, 3]], np.int32),
-        "prompt_log_probs": np.array([[-4.0, -5.0]], np.float32),
-    }
-    assert set(added) == set(ADDED_TOKEN_NAMES)
-    found = read_tokens({**response([7]), **{ADDED_TOKEN_NAMES[name]: array for name, array in added.items()}})
-    assert found == Tokens(
-        token_ids=(7,), tops=(((5, -0.5), (6, -1.0)), ((7, -0.25), (8, -2.0))), sequence_index=3,
-        prompt_token_ids=(1, 2, 3), prompt_log_probs=(-4.0, -5.0),
-    )  # fmt: skip
-
-
-def test_padding_past_the_sequences_length_is_cut_off():
-    tensors = {**response([7, 8, -1]), TOKEN_NAMES["sequence_length"]: np.array([[2]], dtype=np.int32)}
-    assert read_tokens(tensors).token_ids == (7, 8)
-
-
-def test_responses_of_several_beams_or_without_their_tensors_are_refused():
-    beams = {**response([7]), TOKEN_NAMES["output_ids"]: np.zeros((1, 2, 1), dtype=np.int32)}
-    with pytest.raises(
-        RequestError, match=r"shape \[1, 2, 1\], expected \[1, 1, n\]; build the engine with beam width 1"
-    ):
-        read_tokens(beams)
-    with pytest.raises(RequestError, match="TOKENS_BATCH, SEQUENCE_LENGTH absent"):
-        read_tokens({})
