@@ -18,8 +18,15 @@ class MappedFile:
     """
 
     def __init__(self, path: Path) -> None:
+        """Open the file. Raises EngineError if it cannot be opened."""
         self._path = path
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise EngineError(
+                f"loading the engine {path.parent}: {path.name} cannot be opened ({error.strerror}); "
+                f"`moeship doctor {path.parent}` says whether its files are those of the build"
+            ) from error
         self._state = self._now()
 
     def __del__(self) -> None:
