@@ -38,41 +38,54 @@ BUSY_CORES = 0.7  # above this share of a core the generator itself may limit wh
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("server")
-    server.add_argument("--url", default="127.0.0.1:8001", metavar="HOST:PORT", help="gRPC address (%(default)s)")
+    server.add_argument(
+        "--url", default="127.0.0.1:8001", metavar="HOST:PORT", help="gRPC address (default: %(default)s)"
+    )
     server.add_argument(
         "--openai", metavar="URL", help="http://HOST:PORT of a server of OpenAI's API, instead of --url"
     )
     server.add_argument(
         "--body", metavar="JSON", help="with --openai: fields that are added to every request, such as "
-        '\'{"timings_per_token": true}\', by which llama.cpp\'s server counts tokens',
+        '\'{"timings_per_token": true}\', with which llama.cpp\'s server counts tokens',
     )  # fmt: skip
     server.add_argument("--model", help="name of the model; not needed where the server has one only")
     server.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="give a request up after so long (wait for ever)"
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="give up a request after this time (default: wait without limit)",
     )
     load = parser.add_argument_group("load")
-    load.add_argument("--streams", metavar="N,N", help="streams of a closed loop, one load after another (1)")
+    load.add_argument("--streams", metavar="N,N", help="streams of a closed loop, one load after another (default: 1)")
     load.add_argument("--rate", metavar="R,R", help="requests a second of an open loop instead, one load after another")
-    load.add_argument("--requests", type=int, metavar="N", help="requests of each load (8 for each stream)")
-    load.add_argument("--duration", type=float, metavar="SECONDS", help="end each load after so long instead")
+    load.add_argument("--requests", type=int, metavar="N", help="requests of each load (default: 8 for each stream)")
+    load.add_argument("--duration", type=float, metavar="SECONDS", help="end each load after this time instead")
     load.add_argument("--warm-up", type=int, default=1, metavar="N",
-                      help="requests before each load that are not counted (%(default)s)")  # fmt: skip
+                      help="requests before each load that are not counted (default: %(default)s)")  # fmt: skip
     load.add_argument("--early", type=float, default=0.0, metavar="SHARE",
-                      help="share of the requests that the client ends early, 0 to 1 (%(default)s)")  # fmt: skip
+                      help="share of the requests that the client ends early, 0 to 1 (default: 0)")  # fmt: skip
     load.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed sends the same requests")
     work = parser.add_argument_group("prompts and answers")
     work.add_argument("--prompts", type=Path, metavar="FILE", help="JSONL file of prompts")
-    work.add_argument("--prompt-tokens", default="128", metavar="LENGTHS", help="of synthetic prompts (%(default)s)")
+    work.add_argument(
+        "--prompt-tokens",
+        default="128",
+        metavar="LENGTHS",
+        help="tokens of each synthetic prompt (default: %(default)s)",
+    )
     work.add_argument("--tokenizer", type=Path, metavar="FILE",
                       help="tokenizer.json, or the folder of an engine, that counts the tokens of synthetic prompts; "
-                      "without it prompts have as many words")  # fmt: skip
-    work.add_argument("--max-tokens", default="64", metavar="LENGTHS", help="new tokens of an answer (%(default)s)")
+                      "without it the lengths count words")  # fmt: skip
+    work.add_argument(
+        "--max-tokens", default="64", metavar="LENGTHS", help="new tokens of each answer (default: %(default)s)"
+    )
     work.add_argument(
         "--ignore-end", action="store_true", help="go on after end tokens, so all answers have that length"
     )
-    work.add_argument("--temperature", type=float, metavar="T", help="the server's default where it is left out")
-    work.add_argument("--top-k", type=int, metavar="K")
-    work.add_argument("--top-p", type=float, metavar="P")
+    sampling = parser.add_argument_group("sampling", "as in moeship generate (default: the server's)")
+    sampling.add_argument("--temperature", type=float, metavar="T")
+    sampling.add_argument("--top-k", type=int, metavar="K")
+    sampling.add_argument("--top-p", type=float, metavar="P")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument(

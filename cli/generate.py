@@ -101,10 +101,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-log-probs",
         type=int,
         metavar="N",
-        help="print those of the N likeliest tokens at each place too, by their ids",
+        help="also print the log-probabilities of the N likeliest tokens at each place, by their ids",
     )
     output.add_argument(
-        "--prompt-log-probs", action="store_true", help="print those of the prompt's tokens too, by their ids"
+        "--prompt-log-probs",
+        action="store_true",
+        help="also print the log-probability of each token of the prompt, by its id",
     )
     output.add_argument("--stats", action="store_true", help="print a line of counts and speed on stderr at the end")
 

@@ -1,7 +1,7 @@
 """Run Triton Inference Server on a model repository until it is interrupted.
 
-Prints the addresses once the models are loaded. A port that is not given is a free one. If a model does not load, its
-reason is printed and the other models are served; if no model loads, the exit status is 2. A model that runs on
+Prints the addresses once the models are loaded. If a port is not given, a free one is taken. If a model does not load,
+its reason is printed and the other models are served; if no model loads, the exit status is 2. A model that runs on
 several GPUs is started by mpirun, with one rank for each GPU.
 
 The server and each of its processes are watched. If one dies or hangs, a line says which, and the server is started

@@ -105,7 +105,7 @@ def provider_of(name: str, kernels: str = ONNX_RUNTIME) -> Provider:
         raise ExportError(f"choosing the kernels: {unknown(kernels, KERNELS)}")
     if name not in KERNELS[kernels]:
         raise ExportError(
-            f"choosing the kernels: those of {kernels} are for the provider {', '.join(KERNELS[kernels])}, found "
+            f"choosing the kernels: the kernels of {kernels} are for the provider {', '.join(KERNELS[kernels])}, found "
             f"{name}; leave --kernels out, or build for that provider"
         )
     return KERNELS[kernels][name]

@@ -23,18 +23,18 @@ _OWN_FLAGS: Mapping[str, Collection[str]] = {ORT_BACKEND: ("provider", "kernels"
 def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, output_required: bool) -> None:
     """Add every flag of both backends. Each backend reads its own (`command.py`)."""
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="checkpoint folder, or a hub id owner/name")
-    parser.add_argument("--checkpoint", dest="checkpoint_flag", metavar="DIR", help="the same, as a flag")
+    parser.add_argument("--checkpoint", dest="checkpoint_flag", metavar="DIR", help="the checkpoint, as a flag")
     parser.add_argument("--output", required=output_required, type=Path, metavar="ENGINE", help=output_help)
     engine = parser.add_argument_group("engine")
     engine.add_argument("--backend", default=BACKENDS[0], help=f"{' or '.join(BACKENDS)} (default: %(default)s)")
     engine.add_argument("--precision", default="int4", metavar="P", help=f"{', '.join(PLANS)} (default: %(default)s)")
     engine.add_argument("--experts-per-token", type=int, metavar="K", help="override the config's num_experts_per_tok")
     engine.add_argument(
-        "--keep-all-experts", action="store_true", help="write the experts that can never be chosen too"
+        "--keep-all-experts", action="store_true", help="also write the experts that can never be chosen"
     )
     engine.add_argument(
         "--max-seq-len", "--max-sequence", dest="max_sequence", type=int, metavar="TOKENS",
-        help="context limit, prompt and answer together (default: the model's own)",
+        help="longest context, prompt and answer together (default: the model's own)",
     )  # fmt: skip
     onnxruntime = parser.add_argument_group(ORT_BACKEND, f"for --backend {ORT_BACKEND}")
     onnxruntime.add_argument("--provider", help=f"{' or '.join(PROVIDERS)} (default: {DEFAULT_PROVIDER})")

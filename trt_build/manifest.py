@@ -94,7 +94,7 @@ def read_manifest(folder: Path, doing: str, error: type[MoeshipError] = EngineEr
     if given != expected or not _DIGEST.search(text):
         raise error(
             f"{doing}: {named(path)} was edited or is damaged: found the digest {shown(given, 20)}, expected "
-            f"{expected[:12]}…, that of its bytes; {_REMEDY}"
+            f"{expected[:12]}…, the digest of its bytes; {_REMEDY}"
         )
     return values
 

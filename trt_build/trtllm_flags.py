@@ -15,7 +15,7 @@ STAGES = ("plan", "checkpoint", "engine", "verify")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "int4_gptq", "int4_awq")
 # Name, type, metavar, help and default of the flags that only this backend has.
 FLAGS: tuple[tuple[str, type, str, str, str], ...] = (
-    ("until", str, "STAGE", f"last stage: {', '.join(STAGES)}", STAGES[-1]),
+    ("until", str, "STAGE", f"last stage to run: {', '.join(STAGES)}", STAGES[-1]),
     ("dtype", str, "TYPE", "float16 or bfloat16, for weights that are not quantised", "float16"),
     ("group_size", int, "G", "group size of int4_gptq and int4_awq: 128 or 64", "the larger that fits"),
     ("tp_size", int, "N", "tensor parallelism", "1"),
@@ -29,9 +29,15 @@ FLAGS: tuple[tuple[str, type, str, str, str], ...] = (
         "--tp-size divided by --moe-tp-size",
     ),
     ("gpu_sm", int, "SM", "compute capability of the GPU to build for, 90 for 9.0", "this machine's"),
-    ("max_batch_size", int, "B", "sequences in a step; in a plan of either backend, the number that should fit", "32"),
+    (
+        "max_batch_size",
+        int,
+        "B",
+        "sequences in a step; moeship plan, for either backend: whether that many fit",
+        "32",
+    ),
     ("max_num_tokens", int, "T", "tokens in a step, of all sequences together", "8192"),
-    ("kv_cache_fraction", float, "F", "share of the GPU's free memory for keys and values when it is served", "0.9"),
+    ("kv_cache_fraction", float, "F", "share of the GPU's free memory that serving gives to keys and values", "0.9"),
     ("workers", int, "N", "ranks that trtllm-build builds at the same time", "1"),
     ("trtllm_checkpoint", Path, "DIR", "folder of the TensorRT-LLM checkpoint", "OUTPUT.checkpoint"),
     ("verify_tokens", int, "N", "positions to compare with the reference", "2048"),

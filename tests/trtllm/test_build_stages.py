@@ -161,7 +161,7 @@ def test_ranks_without_an_mpirun_are_told_how_to_be_compared(tmp_path, small_phi
         shutil.copy(programs.parent / name, alone)
     monkeypatch.setenv("PATH", str(alone))
     with pytest.raises(
-        EngineError, match="an engine of 2 ranks is run by mpirun, and there is none on PATH: install Open MPI, or stop"
+        EngineError, match="an engine of 2 ranks is run by mpirun, which is not on PATH: install Open MPI, or stop"
     ):
         build(small_phixtral, tmp_path / "engine", precision="fp16", tp_size=2)
     assert [path.name for path in tmp_path.iterdir()] == ["bin"]

@@ -164,8 +164,8 @@ CASES = {
     ),
     "a sliding window": Case(
         "sliding", {"precision": "fp16"},
-        "attention sees only the last 48 positions, and that of the engine's network sees all; build it with "
-        "--max-seq-len 48 or less, where the two are the same",
+        "the model's attention sees only the last 48 positions, and the engine's network sees all positions; build it "
+        "with --max-seq-len 48 or less, where that is the same",
         EngineError,
     ),
     "an epsilon that PhiForCausalLM does not read": Case(
@@ -266,12 +266,12 @@ OWN = {
     ),
     "ranks that no GPU is there to run": Case(
         "phixtral", {"precision": "fp16", "tp_size": 2},
-        r"an engine of 2 ranks runs on as many GPUs, and this machine has GPU 0 \(SM 80\): stop with --until engine, "
-        "and give the same command without it where it can be verified",
+        r"an engine of 2 ranks needs 2 GPUs, and this machine has GPU 0 \(SM 80\): stop with --until engine, "
+        "and run the same command without that flag on a machine with enough GPUs",
         EngineError, machine(80), "verify",
     ),
     "ranks that too few GPUs are visible to": Case(
-        "phixtral", {"precision": "fp16", "tp_size": 2}, "an engine of 2 ranks runs on as many GPUs", EngineError,
+        "phixtral", {"precision": "fp16", "tp_size": 2}, "an engine of 2 ranks needs 2 GPUs", EngineError,
         machine(80, 80, visible=1), "verify",
     ),
 }  # fmt: skip

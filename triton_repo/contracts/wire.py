@@ -175,7 +175,7 @@ ADDED_INPUTS: tuple[WireTensor, ...] = (
     _optional(
         "num_log_probs",
         "INT32",
-        f"fill top_token_ids and top_log_probs with so many of the likeliest tokens, 0 to {MOST_LOG_PROBS}",
+        f"number of likeliest tokens that fill top_token_ids and top_log_probs, 0 to {MOST_LOG_PROBS}",
     ),
     _optional("return_prompt_log_probs", "BOOL", "fill prompt_token_ids and prompt_log_probs"),
 )
@@ -189,7 +189,7 @@ COMPATIBILITY_INPUTS: tuple[WireTensor, ...] = (
     _optional(
         "embedding_bias_words",
         "STRING",
-        "texts to each of whose tokens a number in embedding_bias_weights is added, as logit_bias_values are",
+        "texts; the text's number in embedding_bias_weights is added to the logit of each of its tokens",
         dims=(-1,),
         differs="there a begin token that the tokenizer puts around texts gets the number too",
     ),

@@ -135,7 +135,7 @@ def _check_model(options: LlmApiOptions, source: SourceModel) -> None:
     family, facts = source.model.family, source.model.architecture
     if family.llm_api is None:
         raise RepositoryError(
-            f"packaging {options.checkpoint}: it is a {family.name}, and TensorRT-LLM's PyTorch backend has none; "
+            f"packaging {options.checkpoint}: it is a {family.name}, which TensorRT-LLM's PyTorch backend lacks; "
             "build an engine with TensorRT-LLM 1.2 or an ONNX Runtime engine, and package that"
         )
     config = source.checkpoint.config

@@ -187,7 +187,7 @@ def read_options(tensors: Mapping[str, npt.NDArray[Any]], most_prompt_bytes: int
         things, numbers = (values.pop(name, ()) for name in names)
         if len(things) != len(numbers):
             problems.append(
-                f"{names[0]}: found {len(things)} beside {len(numbers)} in {names[1]}, expected as many; send pairs"
+                f"{names[0]}: found {len(things)} values and {len(numbers)} in {names[1]}, expected the same number"
             )
         elif things:
             values[field] = tuple(zip(things, numbers, strict=True))

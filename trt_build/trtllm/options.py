@@ -125,9 +125,8 @@ def _value_problems(options: TrtllmOptions, facts: Architecture) -> Iterator[str
         )
     if facts.sliding_window is not None and (options.max_seq_len or facts.max_positions) > facts.sliding_window:
         yield (
-            f"attention sees only the last {facts.sliding_window} positions, and that of the engine's network sees "
-            "all; "
-            f"build it with --max-seq-len {facts.sliding_window} or less, where the two are the same"
+            f"the model's attention sees only the last {facts.sliding_window} positions, and the engine's network sees "
+            f"all positions; build it with --max-seq-len {facts.sliding_window} or less, where that is the same"
         )
 
 
@@ -185,11 +184,11 @@ def _machine_problems(options: TrtllmOptions, machine: Machine) -> Iterator[str]
     ranks, gpus = options.parallel.world_size, len(machine.gpus) if machine.visible is None else machine.visible
     if options.until == STAGES[-1] and ranks > gpus:
         yield (
-            f"an engine of {ranks} ranks runs on as many GPUs, and this machine has {found}: stop with --until engine, "
-            "and give the same command without it where it can be verified"
+            f"an engine of {ranks} ranks needs {ranks} GPUs, and this machine has {found}: stop with --until engine, "
+            "and run the same command without that flag on a machine with enough GPUs"
         )
     elif options.until == STAGES[-1] and ranks > 1 and shutil.which(MPIRUN) is None:
         yield (
-            f"an engine of {ranks} ranks is run by {MPIRUN}, and there is none on PATH: install Open MPI, or stop with "
+            f"an engine of {ranks} ranks is run by {MPIRUN}, which is not on PATH: install Open MPI, or stop with "
             "--until engine"
         )

@@ -34,7 +34,7 @@ def check_packed_form(folder: Path, old: OldFormat, built: str) -> None:
     if old.is_packed_alone and old.kernel_layout not in file_layouts((folder / PROBE_GRAPH).read_bytes()):
         raise EngineError(
             f"loading the engine {folder}: its weights are packed for the kernels of another CPU or of ONNX Runtime "
-            f"{built}, and those of this machine read another layout; build the engine again"
+            f"{built}, and the kernels of this machine read another layout; build the engine again"
         )
 
 
