@@ -65,7 +65,10 @@ async def first(target: Target, order: Order) -> dict[str, Any]:
 
 async def long(target: Target, order: Order) -> dict[str, Any]:
     """What the streams and the long prompt see of each other. Seconds; `longest_pause_s` is that of any stream between
-    the arrival of the long prompt and its first token, `steps_s` the pauses of streams before it arrived."""
+    the arrival of the long prompt and its first token, `steps_s` the times for a token of streams before it arrived.
+
+    A message may bring several tokens, as a server keeps back tokens that end within a character. Then all of them but
+    one count as the shortest of these steps, and the rest of the time as the pause."""
     longs = works_of(order, order["long_prompt_tokens"], LONG_ANSWER_TOKENS)
     alone = await apply(target, Load(streams=1, requests=1), longs)
     _require_answers(alone)
@@ -75,9 +78,9 @@ async def long(target: Target, order: Order) -> dict[str, Any]:
     answers = [_Answer(target, works, number, now) for number in range(streams)]
     tasks = [asyncio.create_task(answer.read()) for answer in answers]
     deadline = now() + WAIT_S
-    while now() < deadline and not all(a.has_ended or len(a.times) >= TOKENS_BEFORE_LONG for a in answers):
+    while now() < deadline and not all(a.has_ended or a.num_tokens >= TOKENS_BEFORE_LONG for a in answers):
         await asyncio.sleep(0.005)
-    running = sum(bool(answer.times) and not answer.has_ended for answer in answers)
+    running = sum(bool(answer.arrivals) and not answer.has_ended for answer in answers)
     arrived = now()
     late = await apply(target, Load(streams=1, requests=1), longs, first=1)
     _require_answers(late)
@@ -87,43 +90,57 @@ async def long(target: Target, order: Order) -> dict[str, Any]:
     for task in tasks:
         with suppress(asyncio.CancelledError):
             await task
+    steps_s = [
+        (after - before) / tokens
+        for answer in answers
+        for (before, _), (after, tokens) in pairwise(answer.arrivals)
+        if after <= arrived
+    ]
+    step_s = min(steps_s, default=0.0)
+    pauses = [answer.longest_pause(arrived, arrived + first_s, step_s) for answer in answers]
     return {
         "alone_s": alone.records[0].first_token_s,
         "first_s": first_s,
         "streams_running_when_it_arrived": running,
-        "longest_pause_s": max((answer.longest_pause(arrived, arrived + first_s) for answer in answers), default=0.0),
-        "steps_s": [
-            after - before for answer in answers for before, after in pairwise(answer.times) if after <= arrived
-        ],
+        "longest_pause_s": max(pauses, default=0.0),
+        "steps_s": steps_s,
     }
 
 
 class _Answer:
-    """Reads one answer and keeps when its tokens came."""
+    """Reads one answer and keeps when messages with tokens came, and with how many."""
 
     def __init__(self, target: Target, works: Works, number: int, now: Callable[[], float]) -> None:
-        self.times: list[float] = []
+        self.arrivals: list[tuple[float, int]] = []
         self.has_ended = False
         self._target, self._work, self._now = target, works.work(number), now
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(tokens for _, tokens in self.arrivals)
 
     async def read(self) -> None:
         answer = self._target.answer(self._work)
         try:
             async for arrival in answer:
                 if arrival.tokens:
-                    self.times.append(self._now())
+                    self.arrivals.append((self._now(), arrival.tokens))
         finally:
             self.has_ended = True
             await answer.aclose()
 
-    def longest_pause(self, begin: float, end: float) -> float:
-        """The longest time without a token between two moments, of a stream that had begun before and had not ended."""
-        if not self.times or self.times[0] > begin or self.times[-1] < begin:
+    def longest_pause(self, begin: float, end: float, step_s: float) -> float:
+        """The longest time without a token between two moments, of a stream that had begun before and had not ended.
+        All tokens of a message but one take `step_s`."""
+        times = [time for time, _ in self.arrivals]
+        if not times or times[0] > begin or times[-1] < begin:
             return 0.0
-        before = max(time for time in self.times if time <= begin)
-        inside = [time for time in self.times if begin < time < end]
-        after = min((time for time in self.times if time >= end), default=end)
-        return max(later - earlier for earlier, later in pairwise([before, *inside, after]))
+        pauses = [
+            after - before - (tokens - 1) * step_s
+            for (before, _), (after, tokens) in pairwise(self.arrivals)
+            if after > begin and before < end
+        ]
+        return max([*pauses, *([end - times[-1]] if times[-1] < end and not self.has_ended else [])], default=0.0)
 
 
 SCENARIOS: Mapping[str, Callable[[Target, Order], Awaitable[dict[str, Any]]]] = {
