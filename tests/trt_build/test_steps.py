@@ -239,6 +239,19 @@ def test_a_step_that_cannot_be_changes_nothing(session, rows, message):
     assert cache.lengths == [2, 0]
 
 
+def test_a_sequence_at_the_end_of_its_context_shares_a_step_with_the_longest_part_of_a_prompt(session):
+    """Of two slots as of more: attention wants room behind the sequence for the padding of its row."""
+    long, prompt = [3] * session.max_sequence, list(range(5, 133))
+    alone = [session.step(session.new_cache(), [Row(slot=0, token_ids=ids)])[0].copy() for ids in (long, prompt)]
+    cache = session.new_cache(2)
+    session.step(cache, [Row(slot=0, token_ids=long[:-1])])
+    found = session.step(cache, [Row(slot=0, token_ids=long[-1:]), Row(slot=1, token_ids=prompt)])
+    assert cache.lengths == [len(long), len(prompt)]
+    bar = 1e-5 if session.engine.manifest.precision.name == "fp32" else 2e-2
+    for logits, expected in zip(found, alone, strict=True):
+        assert np.abs(logits - expected).max() <= bar * np.abs(expected).max()
+
+
 def test_a_slot_takes_memory_as_it_grows_and_gives_it_back(tiny_engines):
     """Resident memory of the cache's mapping, as the system counts it."""
     session = Session(open_engine(tiny_engines("fp32")))
