@@ -1,4 +1,5 @@
-"""Run the kernels of an installed moeship: a node of each kind on every instruction set that this CPU has.
+"""Run the kernels of an installed moeship: a node of each kind on every instruction set that this CPU has. Read the
+text that verify measures on.
 
     python ci/check_wheel.py
 
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import trt_build
+from trt_build.comparison.evaluation_text import own_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(trt_build.__path__[0]).resolve()
@@ -22,6 +24,7 @@ def main() -> int:
     if PACKAGE.is_relative_to(ROOT) and "site-packages" not in PACKAGE.parts:
         print(f"checking the wheel: found {PACKAGE}, which is the folder of the sources, expected an installed moeship")
         return 1
+    print(f"{len(own_text().content)} characters of held-out text")  # raises where a file is missing
     import kernel_nodes
     from kernel_nodes import block_linear, experts, levels, mixture, product_float, product_int8, random_matrices
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trt_build.comparison.evaluation_text import read_texts
-from trt_build.comparison.parity import THRESHOLDS, ParityReport, Thresholds
+from trt_build.comparison.parity import THRESHOLDS, ParityReport, Thresholds, Verification
 from trt_build.errors import VerificationFailed
 from trt_build.ort.engine import open_engine
 from trt_build.ort.verify import record, verify_engine
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("engine", type=Path, metavar="ENGINE", help="engine directory")
     parser.add_argument("--reference", required=True, metavar="CHECKPOINT", help="the checkpoint it was built from")
     parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE",
-                        help="measure on this text; repeatable (default: Python's help and modules)")  # fmt: skip
+                        help="measure on this text; repeatable (default: moeship's own held-out text)")  # fmt: skip
     parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="tokens to score (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
@@ -47,9 +47,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(verification.to_json(), indent=2))
     else:
+        print(text_line(verification))
         print(table(verification.report, THRESHOLDS[engine.manifest.precision.name]))
-        for text in verification.findings:
-            print(f"finding: {text}")
+        for finding in verification.findings:
+            print(f"finding: {finding}")
     record(engine, verification)
     if verification.failures:
         raise VerificationFailed(
@@ -70,6 +71,15 @@ def every(seconds: float, tell: Callable[[str], None]) -> Callable[[str], None]:
             tell(text)
 
     return throttled
+
+
+def text_line(verification: Verification) -> str:
+    """The text that was measured on, in one line."""
+    text, windows = verification.text, verification.windows
+    return (
+        f"{sum(windows)} tokens in {len(windows)} window{'s' if len(windows) > 1 else ''} of {', '.join(text.names)} "
+        f"(SHA-256 {text.sha256[:12]}…)"
+    )
 
 
 def table(report: ParityReport, limits: Thresholds) -> str:

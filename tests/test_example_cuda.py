@@ -13,7 +13,7 @@ from export.families import read_model
 from export.provider import PROVIDERS
 from export.tokenizer.loading import load_tokenizer
 from trt_build.comparison import parity
-from trt_build.comparison.evaluation_text import standard_text
+from trt_build.comparison.evaluation_text import own_text
 from trt_build.comparison.torch_reference import load_reference, run_model
 from trt_build.ort import verify
 from trt_build.ort.build import BuildOptions, build_engine
@@ -37,7 +37,7 @@ def reference(trained_phixtral):
 
 @pytest.fixture(scope="module")
 def windows(trained_phixtral):
-    return list(parity.split_windows(load_tokenizer(trained_phixtral).encode(standard_text()), 256, 1024))
+    return list(parity.split_windows(load_tokenizer(trained_phixtral).encode(own_text().content), 256, 1024))
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from export.errors import ConfigError, MoeshipError
 from export.tokenizer.loading import load_tokenizer
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.serving.server import ServerOptions, running_server
-from trt_build.comparison.evaluation_text import standard_text
+from trt_build.comparison.evaluation_text import own_text
 
 MODEL = "ensemble"  # the model name that NVIDIA's clients use
 READY_TIMEOUT_S = 1800
@@ -88,7 +88,7 @@ def try_serving(trial: Trial, serving: Serving, keep: Callable[[], None], found:
     """
     check_lengths(trial.engine, trial.load)
     prompts = different_prompts(
-        load_tokenizer(trial.engine), standard_text(), trial.load.num_prompts, trial.load.prompt_tokens
+        load_tokenizer(trial.engine), own_text().content, trial.load.num_prompts, trial.load.prompt_tokens
     )
     shutil.rmtree(trial.repository, ignore_errors=True)
     trial.repository.parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ from export.families import read_model
 from export.provider import PROVIDERS
 from export.reference.model import Reference
 from export.tokenizer.loading import load_tokenizer
-from trt_build.comparison.evaluation_text import standard_text
+from trt_build.comparison.evaluation_text import own_text
 from trt_build.comparison.parity import THRESHOLDS
 from trt_build.errors import EngineError
 from trt_build.ort.device import Device
@@ -91,7 +91,7 @@ def write(folder: Path, reference: str | None, num_tokens: int) -> Path:
     engine = open_engine(folder)
     if engine.manifest.provider != "cuda":
         raise EngineError(f"writing golden logits: {folder} is built for {engine.manifest.provider}, expected cuda")
-    token_ids = load_tokenizer(folder).encode(standard_text())[: min(num_tokens, engine.manifest.max_sequence)]
+    token_ids = load_tokenizer(folder).encode(own_text().content)[: min(num_tokens, engine.manifest.max_sequence)]
     if reference is None:
         logits, routed = through_the_cpus_kernels(engine, token_ids)
         source, allowed = "the engine's graph through ONNX Runtime's CPU kernels", SAME_WEIGHTS

@@ -18,7 +18,7 @@ from export.reference.model import Reference
 from export.tokenizer.loading import load_tokenizer
 from soak.served import Report, Served
 from soak.wishes import PATIENCE_S
-from trt_build.comparison.evaluation_text import standard_text
+from trt_build.comparison.evaluation_text import own_text
 from trt_build.comparison.parity import log_softmax
 
 BAR = 1e-3  # nats, of one continuation
@@ -28,7 +28,7 @@ CONTEXT_CHARACTERS, CONTINUATION_TOKENS = (20, 300), (1, 24)
 
 async def echo(served: Served, checkpoint: Path, number: int, seed: int) -> Report:
     """Score so many continuations, several at a time. The engine must be of fp32."""
-    source, text, report = random.Random(f"echo {seed}"), standard_text(), Report()
+    source, text, report = random.Random(f"echo {seed}"), own_text().content, Report()
     prompts = []
     for _ in range(number):
         size = source.randint(*CONTEXT_CHARACTERS)

@@ -1,36 +1,63 @@
-"""The evaluation text that is used when the user names none: help topics and modules of Python's standard library."""
+"""The text that an engine is measured on: moeship's own held-out text, or files that the user names.
+
+The own text is in `texts/`, one file a kind: prose, code, markup, other languages, numbers. All of it was written for
+this purpose, so no model that is older than this file was trained on it. Each file has NUM_SECTIONS sections, divided
+by form feeds. The sections are taken in turns, so that each quarter of the text has a section of every kind.
+"""
 
 from __future__ import annotations
 
-import importlib.util
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from export.errors import ConfigError
 
-_TOPICS = ("assignment", "context-managers", "formatstrings", "operator-summary", "typesseq")
-_MODULES = ("textwrap", "queue", "shlex", "fractions", "calendar")
+OWN_TEXT = "moeship's held-out text"
+KINDS = (
+    "prose-kitchen", "python", "german", "markdown", "numbers", "prose-harbour", "c", "russian", "json", "french",
+    "prose-letters", "javascript", "chinese", "html", "sql", "spanish", "prose-science", "latex", "japanese", "shell",
+    "arabic", "yaml", "python-tools", "hindi", "tables",
+)  # fmt: skip
+NUM_SECTIONS = 4
+_DIVIDER = "\n\f\n"
 
 
-def standard_text() -> str:
-    """English text and Python code, alternating: a few tens of kilobytes in total."""
-    from pydoc_data.topics import topics
+@dataclass(frozen=True, kw_only=True)
+class EvaluationText:
+    """A text and the names of what it consists of."""
 
-    pieces = []
-    for topic, module in zip(_TOPICS, _MODULES, strict=True):
-        spec = importlib.util.find_spec(module)
-        if spec is None or spec.origin is None:
-            raise ConfigError(f"reading the standard text: this Python lacks the module {module}; pass --text FILE")
-        pieces += [topics[topic], Path(spec.origin).read_text(encoding="utf-8")]
-    return "\n\n".join(pieces)
+    names: tuple[str, ...]
+    content: str
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the text in UTF-8, in hexadecimal."""
+        return hashlib.sha256(self.content.encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Names, number of bytes in UTF-8, and digest."""
+        return {"names": list(self.names), "bytes": len(self.content.encode()), "sha256": self.sha256}
 
 
-def read_texts(paths: Sequence[Path]) -> str:
-    """The text of all `paths`, joined, or the standard text if `paths` is empty. Raises ConfigError for a file that
-    cannot be read as UTF-8."""
+def own_text() -> EvaluationText:
+    """Moeship's held-out text: some 25 kB of UTF-8, whose kinds alternate."""
+    folder = resources.files("trt_build.comparison") / "texts"
+    files = [(folder / f"{kind}.txt").read_text(encoding="utf-8").removesuffix("\n").split(_DIVIDER) for kind in KINDS]
+    sections = [sections[turn] for turn in range(NUM_SECTIONS) for sections in files]
+    return EvaluationText(names=(OWN_TEXT,), content="\n\n".join(sections) + "\n")
+
+
+def read_texts(paths: Sequence[Path]) -> EvaluationText:
+    """The text of all `paths`, joined, or moeship's own if `paths` is empty. Raises ConfigError for a file that cannot
+    be read as UTF-8."""
     if not paths:
-        return standard_text()
+        return own_text()
     try:
-        return "\n\n".join(path.read_text(encoding="utf-8") for path in paths)
+        content = "\n\n".join(path.read_text(encoding="utf-8") for path in paths)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"reading the text to measure on: {error}; pass UTF-8 text files") from error
+    return EvaluationText(names=tuple(map(str, paths)), content=content)

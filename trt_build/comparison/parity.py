@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trt_build.comparison.evaluation_text import EvaluationText
+
 FloatArray = npt.NDArray[np.float32]
 
 WINDOW_TOKENS = 512
@@ -134,6 +136,8 @@ class Verification:
     findings: tuple[str, ...]
     reference: str
     reference_is_the_source: bool
+    text: EvaluationText
+    windows: tuple[int, ...]  # number of tokens of each window
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -142,6 +146,7 @@ class Verification:
             "findings": list(self.findings),
             "reference": self.reference,
             "reference_is_the_source": self.reference_is_the_source,
+            "text": {**self.text.to_json(), "tokens": sum(self.windows), "windows": len(self.windows)},
         }
 
 

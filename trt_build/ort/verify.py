@@ -19,6 +19,7 @@ from export.families import read_model
 from export.reference.model import Reference
 from export.tokenizer.loading import Tokenizer
 from export.tokenizer.settings import read_settings
+from trt_build.comparison.evaluation_text import EvaluationText
 from trt_build.comparison.parity import (
     MIN_TOKENS,
     THRESHOLDS,
@@ -52,7 +53,7 @@ class Scorer(Protocol):
 
 
 def verify_engine(
-    engine: Engine, location: str, text: str, num_tokens: int, progress: Callable[[str], None]
+    engine: Engine, location: str, text: EvaluationText, num_tokens: int, progress: Callable[[str], None]
 ) -> Verification:
     """Compare an engine with the checkpoint at `location`. The checkpoint's tokenizer encodes the text. Raises
     ConfigError for too little text, EngineError for another model's checkpoint and for another tokenizer."""
@@ -61,7 +62,7 @@ def verify_engine(
     settings = read_settings(checkpoint.folder, checkpoint.config)
     reference = _open_reference(engine, checkpoint, settings.ids.eos)
     tokenizer = require_same_tokenizer(engine.folder, manifest.tokenizer, manifest.eos_token_ids, settings)
-    windows = _windows(engine, tokenizer, text, num_tokens)
+    windows = _windows(engine, tokenizer, text.content, num_tokens)
     progress("checking whether the reference is what the engine was built from")
     runs = {name: found for record in read_part_records(engine.folder) for name, found in record.sources.items()}
     same = source_digests(checkpoint, runs) == dict(manifest.source.digests)
@@ -72,6 +73,8 @@ def verify_engine(
         findings=report.findings(manifest.tokenizer_size),
         reference=location,
         reference_is_the_source=same,
+        text=text,
+        windows=tuple(map(len, windows)),
     )
 
 

@@ -30,7 +30,7 @@ from export.trtllm.checkpoint import (
     require_written,
     write_checkpoint,
 )
-from trt_build.comparison.evaluation_text import standard_text
+from trt_build.comparison.evaluation_text import own_text
 from trt_build.comparison.parity import Verification
 from trt_build.engine_files import record_files
 from trt_build.errors import EngineError
@@ -136,7 +136,7 @@ def build_trtllm(options: TrtllmOptions, progress: Callable[[Progress], None] | 
         engine = _build_engine(build, digests) if build.reaches("engine") else None
     verification = None
     if engine is not None and build.reaches("verify"):
-        python, text = _library(build).python, standard_text()
+        python, text = _library(build).python, own_text()
         verification = verify_trtllm(engine, build.source, python, text, options.verify_tokens, logger.info)
         record_trtllm(engine, verification)
     folder = options.checkpoint_folder  # the user may have removed it after the engine was built

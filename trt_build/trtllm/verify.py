@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.reference.model import Reference
+from trt_build.comparison.evaluation_text import EvaluationText
 from trt_build.comparison.parity import (
     MIN_TOKENS,
     THRESHOLDS,
@@ -56,14 +57,19 @@ _HOME = Path(__file__).resolve().parents[2]
 
 
 def verify_trtllm(
-    engine: TrtllmEngine, source: SourceModel, python: Path, text: str, num_tokens: int, progress: Callable[[str], None]
+    engine: TrtllmEngine,
+    source: SourceModel,
+    python: Path,
+    text: EvaluationText,
+    num_tokens: int,
+    progress: Callable[[str], None],
 ) -> Verification:
     """Compare an engine with the float32 reference of its source over the first `num_tokens` tokens of a text. `python`
     is the Python in which TensorRT-LLM is installed. Raises EngineError if the engine gives no logits, the text is too
     short or the engine's tokenizer is not the source's."""
     manifest, model = engine.manifest, source.model
     tokenizer = require_same_tokenizer(engine.folder, manifest.tokenizer, manifest.eos_token_ids, source.settings)
-    tokens = tokenizer.encode_prompt(text)
+    tokens = tokenizer.encode_prompt(text.content)
     size = min(WINDOW_TOKENS, manifest.max_sequence - 1, manifest.max_num_tokens)
     windows = list(split_windows(tokens, size, num_tokens)) if size > 0 else []
     if not windows or len(windows[0]) < MIN_TOKENS:
@@ -90,6 +96,8 @@ def verify_trtllm(
         findings=report.findings(manifest.tokenizer_size),
         reference=manifest.source.checkpoint,
         reference_is_the_source=True,
+        text=text,
+        windows=tuple(map(len, windows)),
     )
 
 

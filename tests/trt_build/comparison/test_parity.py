@@ -19,6 +19,7 @@ from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.tokenizer.loading import load_tokenizer
 from trt_build.comparison import parity
+from trt_build.comparison.evaluation_text import EvaluationText
 from trt_build.comparison.torch_reference import ByTransformers, load_reference
 from trt_build.ort import verify
 from trt_build.ort.build import BuildOptions, build_engine
@@ -33,6 +34,10 @@ FP32 = parity.THRESHOLDS["fp32"]
 
 def quiet(_text: str) -> None:
     pass
+
+
+def text(content):
+    return EvaluationText(names=("test",), content=content)
 
 
 def reference_of(checkpoint):
@@ -249,7 +254,7 @@ def test_a_rotary_table_that_is_wrong_at_late_positions_alone_is_caught(tmp_path
         values[600:] = 0
         table.CopyFrom(onnx.numpy_helper.from_array(values, table.name))
         (engine.folder / name).write_bytes(model.SerializeToString())
-    found = verify.verify_engine(engine, str(tiny_checkpoint), "Late positions count. " * 40, 2048, quiet)
+    found = verify.verify_engine(engine, str(tiny_checkpoint), text("Late positions count. " * 40), 2048, quiet)
     assert found.failures
 
 
@@ -257,9 +262,9 @@ def test_verification_tells_whether_the_reference_is_what_the_engine_was_built_f
     tmp_path, tiny_checkpoint, tiny_engines
 ):
     engine = open_engine(tiny_engines("fp32"))
-    same = verify.verify_engine(engine, str(tiny_checkpoint), "What is it? " * 9, 64, quiet)
+    same = verify.verify_engine(engine, str(tiny_checkpoint), text("What is it? " * 9), 64, quiet)
     other = edited(tiny_checkpoint, tmp_path / "other", lambda tensors, config: tensors["lm_head.linear.bias"].fill(0))
-    different = verify.verify_engine(engine, str(other), "What is it? " * 9, 64, quiet)
+    different = verify.verify_engine(engine, str(other), text("What is it? " * 9), 64, quiet)
     assert (same.reference_is_the_source, different.reference_is_the_source) == (True, False)
 
 
