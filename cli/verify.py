@@ -85,17 +85,20 @@ def text_line(verification: Verification) -> str:
 def table(report: ParityReport, limits: Thresholds) -> str:
     """The report as a table of text: figure, found, allowed."""
     limit = limits.max_logit_difference
+    clear = report.clear_top1_agreement
     allowed = f"<= {limit:.1e}" if limit is not None else "reported"
     rows = [
         ("tokens scored / decoded one by one", f"{report.num_tokens} / {report.num_decoded_tokens}", ""),
+        ("mean KL, nats, scored", f"{report.mean_kl:.2e}", f"<= {limits.mean_kl:.1e}"),
+        ("mean KL, nats, decoded", f"{report.mean_decoded_kl:.2e}", f"<= {limits.mean_kl:.1e}"),
+        ("99th percentile / max KL, scored", f"{report.p99_kl:.2e} / {report.max_kl:.2e}", "reported"),
+        ("top-1 agreement", f"{report.top1_agreement:.2%}", f">= {limits.top1_agreement:.2%}"),
+        (f"  without {report.near_ties} near ties", "none" if clear is None else f"{clear:.2%}", "reported"),
+        ("perplexity of reference / engine", f"{report.reference_perplexity:.3f} / {report.engine_perplexity:.3f}", ""),
+        ("perplexity increase", f"{report.perplexity_increase:+.3%}", f"<= {limits.perplexity_increase:+.3%}"),
         ("max |logit difference|, scored", f"{report.max_logit_difference:.2e}", allowed),
         ("max |logit difference|, decoded", f"{report.max_decoded_difference:.2e}", allowed),
         ("mean |logit difference|", f"{report.mean_logit_difference:.2e}", "reported"),
-        ("mean KL, nats, scored", f"{report.mean_kl:.2e}", f"<= {limits.mean_kl:.1e}"),
-        ("mean KL, nats, decoded", f"{report.mean_decoded_kl:.2e}", f"<= {limits.mean_kl:.1e}"),
-        ("top-1 agreement", f"{report.top1_agreement:.2%}", f">= {limits.top1_agreement:.2%}"),
-        ("perplexity of reference / engine", f"{report.reference_perplexity:.3f} / {report.engine_perplexity:.3f}", ""),
-        ("perplexity increase", f"{report.perplexity_increase:+.3%}", f"<= {limits.perplexity_increase:+.3%}"),
     ]
     if report.routing_agreement is not None:
         rows.append(("same experts chosen", f"{report.routing_agreement:.2%}", f">= {limits.routing_agreement:.2%}"))

@@ -58,7 +58,12 @@ THRESHOLDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ParityReport:
-    """The result of a comparison over `num_tokens` scored and `num_decoded_tokens` decoded positions."""
+    """The result of a comparison over `num_tokens` scored and `num_decoded_tokens` decoded positions.
+
+    A near tie is a position at which the reference's two largest logits differ by less than twice the engine's mean
+    |logit difference|. An error of the usual size in both of them can exchange them, so that another most likely token
+    there says little.
+    """
 
     num_tokens: int
     num_decoded_tokens: int
@@ -67,7 +72,11 @@ class ParityReport:
     max_decoded_difference: float
     mean_kl: float
     mean_decoded_kl: float  # mean KL divergence of the serving graph with its cache, in nats; same limit as mean_kl
+    p99_kl: float  # 99 % of the scored positions have at most this KL divergence, in nats
+    max_kl: float
     top1_agreement: float
+    near_ties: int
+    clear_top1_agreement: float | None  # top-1 agreement without the near ties; None if all positions are near ties
     engine_perplexity: float
     reference_perplexity: float
     routing_agreement: float | None
@@ -113,13 +122,15 @@ class ParityReport:
 
 @dataclass(frozen=True, kw_only=True)
 class WindowSums:
-    """The figures of one window of S tokens, summed over its positions; the next-token loss has S - 1 terms."""
+    """The figures of one window of S tokens: of each position, or summed over them. The next-token loss has S - 1
+    terms."""
 
     num_tokens: int
     max_difference: float
     sum_difference: float  # sum over positions of the mean absolute logit difference
-    sum_kl: float
-    num_top1: int
+    kl: npt.NDArray[np.float64]  # [S], nats
+    same_top1: npt.NDArray[np.bool_]  # [S]
+    lead: FloatArray  # [S], the reference's largest logit minus its second largest
     engine_loss: float
     reference_loss: float
     routing: tuple[int, int, int] | None  # numbers of (layer, position) pairs: agreeing, tied, all
@@ -186,23 +197,26 @@ def measure(
     if found_routing is not None and expected_routing is not None:
         routing = _routing(found_routing, expected_routing, experts_per_token)
     following = np.asarray(window[1:])
-    totals: dict[str, float] = dict.fromkeys(("difference", "kl", "top1", "engine_loss", "reference_loss"), 0.0)
-    largest = 0.0
+    totals: dict[str, float] = dict.fromkeys(("difference", "engine_loss", "reference_loss"), 0.0)
+    largest, kl, same, lead = 0.0, np.empty(len(window)), np.empty(len(window), dtype=bool), np.empty(len(window))
     for rows in (slice(start, start + SLICE_TOKENS) for start in range(0, len(window), SLICE_TOKENS)):
         difference = np.abs(found[rows] - expected[rows])
         largest = float(np.maximum(largest, difference.max()))  # np.maximum keeps NaN; Python's max may drop it
         found_log, expected_log = log_softmax(found[rows]), log_softmax(expected[rows])
         totals["difference"] += float(difference.mean(axis=-1, dtype=np.float64).sum())
-        totals["kl"] += float((np.exp(expected_log) * (expected_log - found_log)).sum())
-        totals["top1"] += int((found[rows].argmax(axis=-1) == expected[rows].argmax(axis=-1)).sum())
+        kl[rows] = (np.exp(expected_log) * (expected_log - found_log)).sum(axis=-1)
+        same[rows] = found[rows].argmax(axis=-1) == expected[rows].argmax(axis=-1)
+        two = np.partition(expected[rows], -2, axis=-1)[:, -2:]
+        lead[rows] = two[:, 1] - two[:, 0]
         totals["engine_loss"] += next_token_loss(found_log, following[rows])
         totals["reference_loss"] += next_token_loss(expected_log, following[rows])
     return WindowSums(
         num_tokens=len(window),
         max_difference=largest,
         sum_difference=totals["difference"],
-        sum_kl=totals["kl"],
-        num_top1=int(totals["top1"]),
+        kl=kl,
+        same_top1=same,
+        lead=lead.astype(np.float32),
         engine_loss=totals["engine_loss"],
         reference_loss=totals["reference_loss"],
         routing=routing,
@@ -228,15 +242,24 @@ def combine(sums: Sequence[WindowSums], decoded: WindowSums) -> ParityReport:
     num_tokens = sum(window.num_tokens for window in sums)
     num_losses = num_tokens - len(sums)
     routings = [window.routing for window in sums if window.routing is not None]
+    kl, same, lead = (
+        np.concatenate([getattr(window, name) for window in sums]) for name in ("kl", "same_top1", "lead")
+    )
+    mean_difference = sum(window.sum_difference for window in sums) / num_tokens
+    clear = lead >= 2 * mean_difference
     return ParityReport(
         num_tokens=num_tokens,
         num_decoded_tokens=decoded.num_tokens - 1,  # the first row comes from the prefill
         max_logit_difference=float(np.max([window.max_difference for window in sums])),
-        mean_logit_difference=sum(window.sum_difference for window in sums) / num_tokens,
+        mean_logit_difference=mean_difference,
         max_decoded_difference=decoded.max_difference,
-        mean_kl=sum(window.sum_kl for window in sums) / num_tokens,
-        mean_decoded_kl=decoded.sum_kl / decoded.num_tokens,
-        top1_agreement=sum(window.num_top1 for window in sums) / num_tokens,
+        mean_kl=float(kl.mean()),
+        p99_kl=float(np.quantile(kl, 0.99)),
+        max_kl=float(kl.max()),
+        mean_decoded_kl=float(decoded.kl.mean()),
+        top1_agreement=float(same.mean()),
+        near_ties=int((~clear).sum()),
+        clear_top1_agreement=float(same[clear].mean()) if clear.any() else None,
         engine_perplexity=float(np.exp(sum(window.engine_loss for window in sums) / num_losses)),
         reference_perplexity=float(np.exp(sum(window.reference_loss for window in sums) / num_losses)),
         routing_agreement=sum(r[0] for r in routings) / sum(r[2] for r in routings) if routings else None,

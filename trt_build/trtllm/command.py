@@ -96,7 +96,8 @@ def _summary(outcome: Outcome, options: TrtllmOptions) -> str:
         report = outcome.verification.report
         lines.append(
             f"against the reference: mean KL {report.mean_kl:.2e} scored and {report.mean_decoded_kl:.2e} decoded, "
-            f"perplexity {report.perplexity_increase:+.2%}, top-1 {report.top1_agreement:.1%} of {report.num_tokens}"
+            f"99 % of {report.num_tokens} tokens below {report.p99_kl:.2e}, the largest {report.max_kl:.2e}; top-1 "
+            f"{report.top1_agreement:.1%}, perplexity {report.perplexity_increase:+.2%}"
         )
         lines += [f"finding: {text}" for text in outcome.verification.findings]
     elif options.until == STAGES[-1]:

@@ -291,7 +291,7 @@ def test_report_of_nan_fails_every_judged_figure():
     nan = float("nan")
     report = parity.ParityReport(
         num_tokens=1, num_decoded_tokens=1, max_logit_difference=nan, mean_logit_difference=nan,
-        max_decoded_difference=nan, mean_kl=nan,
+        max_decoded_difference=nan, mean_kl=nan, p99_kl=nan, max_kl=nan, near_ties=0, clear_top1_agreement=nan,
         mean_decoded_kl=nan, top1_agreement=nan, engine_perplexity=nan, reference_perplexity=1.0,
         routing_agreement=nan, tied_routings=0,
     )  # fmt: skip

@@ -15,7 +15,8 @@ from trt_build.trtllm.verify import LIMITS
 
 EQUAL = ParityReport(
     num_tokens=9, num_decoded_tokens=4, max_logit_difference=0.0, mean_logit_difference=0.0,
-    max_decoded_difference=0.0, mean_kl=0.0, mean_decoded_kl=0.0, top1_agreement=1.0, engine_perplexity=4.0,
+    max_decoded_difference=0.0, mean_kl=0.0, mean_decoded_kl=0.0, p99_kl=0.0, max_kl=0.0, top1_agreement=1.0,
+    near_ties=0, clear_top1_agreement=1.0, engine_perplexity=4.0,
     reference_perplexity=4.0, routing_agreement=1.0, tied_routings=0,
 )  # fmt: skip
 LIMIT = Thresholds(
@@ -30,11 +31,11 @@ def test_the_figures_of_two_windows_are_those_worked_by_hand(monkeypatch, slice_
     found = np.array([[high, 0], [high, 0], [0, high]], dtype=np.float32)
     expected = np.zeros((3, 2), dtype=np.float32)  # probabilities 1/2; of equal logits the first is the likeliest
     first = measure(found, expected, [1, 0, 1])
-    assert (first.num_tokens, first.num_top1, first.routing) == (3, 2, None)
+    assert (first.num_tokens, first.same_top1.tolist(), first.routing) == (3, [True, True, False], None)
     assert first.max_difference == pytest.approx(high)
     assert first.sum_difference == pytest.approx(3 * high / 2)
     # Of each row: 1/2 log(1/2 / 3/4) + 1/2 log(1/2 / 1/4) = 1/2 log(4/3).
-    assert first.sum_kl == pytest.approx(3 * math.log(4 / 3) / 2)
+    assert first.kl == pytest.approx([math.log(4 / 3) / 2] * 3)
     # Tokens 0 and 1 follow the first and the second row; nothing follows the third.
     assert first.engine_loss == pytest.approx(-math.log(3 / 4) - math.log(1 / 4))
     assert first.reference_loss == pytest.approx(2 * math.log(2))
@@ -50,6 +51,37 @@ def test_the_figures_of_two_windows_are_those_worked_by_hand(monkeypatch, slice_
     assert report.engine_perplexity == pytest.approx((3 / 4 * 1 / 4 * 1 / 2) ** (-1 / 3))
     assert report.reference_perplexity == pytest.approx(2)
     assert report.to_json()["perplexity_increase"] == pytest.approx((4 / 3) ** (1 / 3) - 1)
+
+
+def test_the_tail_of_the_divergence_is_told_beside_its_mean():
+    """100 positions of which one is as far off as log(4/3)/2, and the rest equal."""
+    expected = np.zeros((100, 2), dtype=np.float32)
+    found = expected.copy()
+    found[70, 0] = math.log(3)
+    report = combine([measure(found, expected, [0] * 100)], decoded=measure(found[:2], expected[:2], [0, 0]))
+    worst = math.log(4 / 3) / 2
+    assert report.max_kl == pytest.approx(worst)
+    assert report.mean_kl == pytest.approx(worst / 100)
+    # Between the 99th and the 100th of the sorted values, 1 % of the way.
+    assert report.p99_kl == pytest.approx(worst / 100)
+
+
+def test_near_ties_are_told_apart_by_the_engines_own_error():
+    """All logits are off by 1 on average, so a lead below 2 is a near tie."""
+    expected = np.array([[1.5, 0, -9], [2, 0, -9], [5, 0, -9], [3, 0, -9]], dtype=np.float32)
+    found = expected + np.array([[-1, 1, 1], [1, -1, 1], [-1, 1, 1], [-2, 1, 0]], dtype=np.float32)
+    report = combine([measure(found, expected, [0] * 4)], decoded=measure(found[:2], expected[:2], [0, 0]))
+    assert report.mean_logit_difference == pytest.approx(1)
+    assert report.near_ties == 1  # the first; in the last the order cannot be excused
+    assert report.top1_agreement == 3 / 4
+    assert report.clear_top1_agreement == 1
+    found[3] = [0, 3, -9]
+    moved = combine([measure(found, expected, [0] * 4)], decoded=measure(found[:2], expected[:2], [0, 0]))
+    # Off by 1.25 on average: the second is a near tie too.
+    assert (moved.near_ties, moved.top1_agreement, moved.clear_top1_agreement) == (2, 2 / 4, 1 / 2)
+    constant, off = np.zeros((2, 2), dtype=np.float32), np.array([[1, -1]] * 2, dtype=np.float32)
+    tied = combine([measure(off, constant, [0, 0])], decoded=measure(constant, constant, [0, 0]))
+    assert (tied.near_ties, tied.clear_top1_agreement) == (2, None)
 
 
 def test_routings_agree_where_the_sets_of_experts_are_equal_and_tie_where_the_choice_is_open():
