@@ -28,8 +28,12 @@ class Thresholds:
 
     fp32 differs from the reference only by the order of summation. fp16 rounds activations between matrices to 11 bits:
     a logit moves by 1e-3 on average, and by more where two experts have nearly equal logits and the engine chooses the
-    other one. int8 and int4 have to reach the relative perplexity that their quantisation grids reach on trained
-    models; their individual logits are not compared.
+    other one. int8 and int4 have to reach what their quantisation grids reach on trained models; their individual logits
+    are not compared. Measured on the two trained examples, 2,048 and 8,192 tokens of the held-out text, with the kernels
+    of moeship and of ONNX Runtime, the worst of all: int8 mean KL 1.3e-3, top-1 97.5 %, perplexity +0.14 %, routing
+    99.5 %; int4 mean KL 0.046, top-1 82.5 %, perplexity +2.6 %, routing 96.1 %. Most of the text is of kinds that the
+    examples never saw: there the best logits are close together, and a top choice changes more often than on text like
+    their training's, 98.4 % and 88.3 %.
     """
 
     max_logit_difference: float | None
@@ -48,10 +52,10 @@ THRESHOLDS = {
         max_logit_difference=None, mean_kl=1e-4, perplexity_increase=0.001, top1_agreement=0.99, routing_agreement=0.99
     ),
     "int8": Thresholds(
-        max_logit_difference=None, mean_kl=2e-3, perplexity_increase=0.003, top1_agreement=0.97, routing_agreement=0.97
+        max_logit_difference=None, mean_kl=2e-3, perplexity_increase=0.003, top1_agreement=0.96, routing_agreement=0.97
     ),
     "int4": Thresholds(
-        max_logit_difference=None, mean_kl=0.06, perplexity_increase=0.03, top1_agreement=0.85, routing_agreement=0.85
+        max_logit_difference=None, mean_kl=0.06, perplexity_increase=0.03, top1_agreement=0.78, routing_agreement=0.85
     ),
 }  # fmt: skip
 
@@ -112,8 +116,9 @@ class ParityReport:
             return ()
         return (
             f"the reference's perplexity is {self.reference_perplexity:.0f}, worse than guessing among the "
-            f"{num_text_ids} token ids of the tokenizer: the tokenizer and the weights are of different models, or the "
-            "weights are random; look at where the checkpoint's tokenizer files come from",
+            f"{num_text_ids} token ids of the tokenizer: the tokenizer and the weights are of different models, the "
+            "weights are random, or the model never saw text of this kind; look at where the checkpoint's tokenizer "
+            "files come from, and try --text with a text that the model should know",
         )
 
     def to_json(self) -> dict[str, Any]:
