@@ -173,6 +173,7 @@ def _summary(console: Console, as_json: bool, folder: Path, streamed: Streamed, 
     rows = [
         ("engine", f"{precision.name}, {engine.num_bytes / 1e6:.2f} MB"),
         ("bits per weight", f"{precision.average_bits_per_weight:.2f}"),
+        ("mean KL from the reference", f"{verification['mean_kl']:.3f} nats"),
         ("perplexity over the reference", f"{verification['perplexity_increase']:+.2%}"),
         ("top-1 agreement", f"{verification['top1_agreement']:.1%}"),
         ("same experts chosen", f"{verification['routing_agreement']:.1%}"),
