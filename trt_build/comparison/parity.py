@@ -26,14 +26,14 @@ MIN_TOKENS = 4
 class Thresholds:
     """The limits that an engine of one precision must keep. A figure whose limit is None is reported and not judged.
 
-    fp32 differs from the reference only by the order of summation. fp16 rounds activations between matrices to 11 bits:
-    a logit moves by 1e-3 on average, and by more where two experts have nearly equal logits and the engine chooses the
-    other one. int8 and int4 have to reach what their quantisation grids reach on trained models; their individual logits
-    are not compared. Measured on the two trained examples, 2,048 and 8,192 tokens of the held-out text, with the kernels
-    of moeship and of ONNX Runtime, the worst of all: int8 mean KL 1.3e-3, top-1 97.5 %, perplexity +0.14 %, routing
-    99.5 %; int4 mean KL 0.046, top-1 82.5 %, perplexity +2.6 %, routing 96.1 %. Most of the text is of kinds that the
-    examples never saw: there the best logits are close together, and a top choice changes more often than on text like
-    their training's, 98.4 % and 88.3 %.
+    fp32 differs from the reference only by the order of summation. fp16 rounds activations between matrices to 11
+    bits: a logit moves by 1e-3 on average, and by more where two experts have nearly equal logits and the engine
+    chooses the other one. int8 and int4 have to reach what their quantisation grids reach on trained models; their
+    individual logits are not compared. Measured on the two trained examples, 2,048 and 8,192 tokens of the held-out
+    text, with the kernels of moeship and of ONNX Runtime, the worst of all: int8 mean KL 1.3e-3, top-1 97.5 %,
+    perplexity +0.14 %, routing 99.5 %; int4 mean KL 0.046, top-1 82.5 %, perplexity +2.6 %, routing 96.1 %. Most of
+    the text is of kinds that the examples never saw: there the best logits are close together, and a top choice
+    changes more often than on text like their training's, 98.4 % and 88.3 %.
     """
 
     max_logit_difference: float | None
