@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -65,7 +66,7 @@ def test_inspecting_a_checkpoint_imports_neither_backend(tiny_checkpoint):
 def test_an_engine_for_onnxruntime_is_verified_and_packaged_without_tensorrt_llm_and_torch(
     tmp_path, tiny_checkpoint, tiny_engines
 ):
-    engine = tiny_engines("fp32")
+    engine = shutil.copytree(tiny_engines("fp32"), tmp_path / "engine")  # verify writes into engine.json
     verify = ["verify", engine, "--reference", tiny_checkpoint, "--tokens", "16"]
     package = ["package", engine, "--name", "tiny", "--output", tmp_path / "repository"]
     assert of((*TENSORRT_LLM, "torch", "transformers"), [*imported(*verify), *imported(*package)]) == []
