@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trt_build.comparison.evaluation_text import read_texts
-from trt_build.comparison.parity import THRESHOLDS, ParityReport, Thresholds, Verification
+from trt_build.comparison.parity import THRESHOLDS, Verification
+from trt_build.comparison.serving_ways import SERVING_LIMITS
 from trt_build.errors import VerificationFailed
 from trt_build.ort.engine import open_engine
 from trt_build.ort.verify import record, verify_engine
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(verification.to_json(), indent=2))
     else:
         print(text_line(verification))
-        print(table(verification.report, THRESHOLDS[engine.manifest.precision.name]))
+        print(table(verification, engine.manifest.precision.name))
         for finding in verification.findings:
             print(f"finding: {finding}")
     record(engine, verification)
@@ -82,8 +83,9 @@ def text_line(verification: Verification) -> str:
     )
 
 
-def table(report: ParityReport, limits: Thresholds) -> str:
-    """The report as a table of text: figure, found, allowed."""
+def table(verification: Verification, precision: str) -> str:
+    """The result as a table of text: figure, found, allowed."""
+    report, limits = verification.report, THRESHOLDS[precision]
     limit = limits.max_logit_difference
     clear = report.clear_top1_agreement
     allowed = f"<= {limit:.1e}" if limit is not None else "reported"
@@ -103,4 +105,8 @@ def table(report: ParityReport, limits: Thresholds) -> str:
     if report.routing_agreement is not None:
         rows.append(("same experts chosen", f"{report.routing_agreement:.2%}", f">= {limits.routing_agreement:.2%}"))
         rows.append(("tied routings", str(report.tied_routings), "reported"))
+    most = SERVING_LIMITS[precision].largest
+    rows += [
+        (f"served in {way.name} as scored", f"{way.largest:.1e}", f"<= {most:.1e}") for way in verification.serving
+    ]
     return "\n".join(f"{name:<36}{found:>16}  {allowed}".rstrip() for name, found, allowed in rows)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trt_build.comparison.evaluation_text import EvaluationText
+from trt_build.comparison.serving_ways import Way, ways_to_json
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -154,6 +155,7 @@ class Verification:
     reference_is_the_source: bool
     text: EvaluationText
     windows: tuple[int, ...]  # number of tokens of each window
+    serving: tuple[Way, ...] = ()  # the serving graph against the scoring graph; empty where an engine has one graph
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -163,6 +165,7 @@ class Verification:
             "reference": self.reference,
             "reference_is_the_source": self.reference_is_the_source,
             "text": {**self.text.to_json(), "tokens": sum(self.windows), "windows": len(self.windows)},
+            "serving": ways_to_json(self.serving),
         }
 
 

@@ -1,7 +1,8 @@
 """Verifies an engine for ONNX Runtime: compares its logits and its routing with those of the reference.
 
 The scoring graph computes every window of the text in one call. The first window also runs through the serving graph as
-in a server: its first half is prefilled, the second half is decoded token by token through the key/value cache.
+in a server: its first half is prefilled, the second half is decoded token by token through the key/value cache. Last,
+the serving graph is compared with the scoring graph of the same engine (`served_as_scored.py`).
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ from trt_build.comparison.parity import (
     split_windows,
 )
 from trt_build.comparison.same_tokenizer import require_same_tokenizer
+from trt_build.comparison.serving_ways import SERVING_LIMITS
 from trt_build.errors import EngineError
 from trt_build.ort.device import open_device
 from trt_build.ort.engine import Engine, read_part_records, record_verification
+from trt_build.ort.served_as_scored import compare_serving
 from trt_build.ort.session import ScoringSession, Session
 
 LONG_WINDOW_TOKENS = 2048  # length of the first window: the whole context of Phi-2
@@ -67,14 +70,19 @@ def verify_engine(
     runs = {name: found for record in read_part_records(engine.folder) for name, found in record.sources.items()}
     same = source_digests(checkpoint, runs) == dict(manifest.source.digests)
     report = compare(engine, reference, windows, progress)
+    ways = compare_serving(engine, windows[0], progress)
+    precision = manifest.precision.name
+    limits = SERVING_LIMITS[precision]
+    misserved = [failure for way in ways if (failure := way.failure(limits)) is not None]
     return Verification(
         report=report,
-        failures=tuple(report.failures(THRESHOLDS[manifest.precision.name])),
+        failures=(*report.failures(THRESHOLDS[precision]), *misserved),
         findings=report.findings(manifest.tokenizer_size),
         reference=location,
         reference_is_the_source=same,
         text=text,
         windows=tuple(map(len, windows)),
+        serving=ways,
     )
 
 

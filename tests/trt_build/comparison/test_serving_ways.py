@@ -1,0 +1,118 @@
+"""Is what is served what was scored: a serving graph that differs from the scoring graph is caught, and where."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from decoding import KINDS, each
+
+from cli.main import main
+from trt_build.comparison.serving_ways import SERVING_LIMITS, ServingLimits, Way
+from trt_build.ort import served_as_scored
+from trt_build.ort.engine import open_engine
+from trt_build.ort.served_as_scored import compare_serving
+from trt_build.ort.session import Session
+
+TOKENS = np.random.default_rng(3).integers(0, 256, 600).tolist()
+KEPT = Path(__file__).parent.parent / "engines" / "format_3.tar.xz"
+LIMITS = ServingLimits(largest=0.5, mean=0.125)
+
+
+def quiet(_text: str) -> None:
+    pass
+
+
+def failures(engine, window=TOKENS) -> dict[str, str | None]:
+    limits = SERVING_LIMITS[engine.manifest.precision.name]
+    return {way.name: way.failure(limits) for way in compare_serving(engine, window, quiet)}
+
+
+@pytest.mark.parametrize(("precision", "kernels"), each(KINDS, apart=True))
+def test_a_sound_engine_serves_what_it_scores(tiny_engines, precision, kernels):
+    engine = open_engine(tiny_engines(precision, kernels=kernels))
+    for window in (TOKENS, TOKENS[:4], TOKENS[:2]):
+        assert failures(engine, window) == {"decoding": None, "chunks": None, "a batch": None}
+
+
+def test_every_position_of_a_chunk_and_of_a_batch_is_compared(tiny_engines):
+    ways = {way.name: way for way in compare_serving(open_engine(tiny_engines("fp32")), TOKENS, quiet)}
+    assert ways["chunks"].places == tuple(f"position {place}" for place in range(512))
+    assert ways["decoding"].places == tuple(f"position {place}" for place in range(447, 512))
+    assert len(ways["a batch"].places) == sum(served_as_scored.BATCH) + 4 * 6 + 33
+    assert len(set(ways["a batch"].places)) == len(ways["a batch"].places)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_a_serving_graph_with_a_wrong_rotary_table_differs_in_every_way(tmp_path, tiny_engines, precision):
+    engine = open_engine(shutil.copytree(tiny_engines(precision), tmp_path / "engine"))
+    model = onnx.load(str(engine.folder / "model_serving.onnx"), load_external_data=False)
+    [table] = [tensor for tensor in model.graph.initializer if tensor.name == "rotary/sin_cache"]
+    table.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(table), table.name))
+    (engine.folder / "model_serving.onnx").write_bytes(model.SerializeToString())
+    found = failures(engine)
+    for way, told in found.items():
+        assert told.startswith(f"served in {way}, ")
+    if precision == "fp32":
+        assert "first position 1; " in found["chunks"]  # the position before it has nothing to look back at
+
+
+def test_a_fault_of_one_way_is_told_of_that_way_and_of_its_first_position(tiny_engines, monkeypatch):
+    """Two sequences change places in steps of one token each, which no sequence alone shows."""
+    engine = open_engine(tiny_engines("fp32"))
+    step = Session.step
+
+    def mixed_up(session, cache, rows, **more):
+        if len(rows) > 1 and all(len(row.token_ids) == 1 for row in rows):
+            first, second, *rest = rows
+            rows = [dataclasses.replace(first, slot=second.slot), dataclasses.replace(second, slot=first.slot), *rest]
+        return step(session, cache, rows, **more)
+
+    monkeypatch.setattr(Session, "step", mixed_up)
+    found = failures(engine)
+    assert (found["decoding"], found["chunks"]) == (None, None)
+    assert "first position 5 of sequence 1; " in found["a batch"]
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_an_engine_of_format_3_is_compared_by_the_last_position_of_each_chunk(tmp_path, precision):
+    with tarfile.open(KEPT) as kept:
+        kept.extraction_filter = getattr(tarfile, "data_filter", None)
+        kept.extractall(tmp_path)
+    engine = open_engine(tmp_path / precision, check_digests=False)
+    size = engine.manifest.tokenizer_size
+    window = [token % size for token in TOKENS[: engine.manifest.max_sequence]]
+    ways = compare_serving(engine, window, quiet)
+    assert [way.failure(SERVING_LIMITS[precision]) for way in ways] == [None, None, None]
+    assert ways[1].places[:2] == ("position 0", "position 2")
+
+
+@pytest.mark.parametrize(
+    ("differences", "told"),
+    [
+        ([0.1, 0.1, 0.1], None),
+        ([0.1, 0.6, 0.9], "served in chunks, 2 of 3 positions differ from the scoring graph, first position 1; the "),
+        ([0.0, 0.0, np.nan], "served in chunks, 1 of 3 positions differ from the scoring graph, first position 2; "),
+        ([0.4, 0.4, 0.4], "served in chunks, positions differ from the scoring graph by 4.0e-01 of the largest logit"),
+    ],
+)
+def test_a_way_is_judged_by_its_largest_and_its_mean_difference(differences, told):
+    way = Way(name="chunks", differences=np.array(differences), places=tuple(f"position {place}" for place in range(3)))
+    found = way.failure(LIMITS)
+    assert found is None if told is None else found.startswith(told)
+
+
+def test_verify_prints_and_keeps_the_three_ways(tmp_path, tiny_checkpoint, tiny_engines, capsys):
+    engine = shutil.copytree(tiny_engines("fp32"), tmp_path / "engine")
+    assert main(["-q", "verify", str(engine), "--reference", str(tiny_checkpoint), "--tokens", "64"]) == 0
+    told = capsys.readouterr().out
+    for way in ("decoding", "chunks", "a batch"):
+        assert f"served in {way} as scored" in told
+    found = open_engine(engine).manifest.verification["serving"]
+    assert set(found) == {"decoding", "chunks", "a batch"}
+    assert found["chunks"]["positions"] == 64

@@ -1,0 +1,81 @@
+"""The answer to the question whether what is served is what was scored, and the limits that it is judged by.
+
+Differences are relative to the largest |logit| of the window that a position belongs to. Both graphs read the same
+weights, so the quantiser's error cancels, and what is left is the order of summation. Measured on both trained examples
+with the kernels of moeship and of ONNX Runtime, sixteen windows of 512 tokens, half of them of the held-out text and
+half of Python: the largest difference of all, and the largest mean of a way.
+
+precision  largest  mean     reason of the limits
+fp32       1.6e-6   5.3e-7   three and four times what was measured
+fp16       2.1e-4   1.8e-5   four windows through the CPU's float16 kernels. A GPU's kernels sum in another order, which
+                             was not measured, hence a hundred times the mean
+int8       7.0e-3   2.7e-3   activations are rounded to 8 bits, so that a last bit which differs can move one by a step
+int4       3.3e-2   4.8e-3   the same. The mean allowed is twice the worst. The largest allowed, a tenth, leaves room
+                             for a token whose router logits are nearly equal, where the graphs choose other experts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingLimits:
+    """The largest allowed differences of the serving graph from the scoring graph, relative to the largest logit."""
+
+    largest: float  # of any logit
+    mean: float  # mean over positions of the largest difference of a position
+
+
+_QUANTISED = ServingLimits(largest=0.1, mean=0.01)
+SERVING_LIMITS: Mapping[str, ServingLimits] = {
+    "fp32": ServingLimits(largest=5e-6, mean=2e-6),
+    "fp16": ServingLimits(largest=0.05, mean=2e-3),
+    "int8": _QUANTISED,
+    "int4": _QUANTISED,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way to run the serving graph: the largest difference of each compared position [P], relative to the largest
+    logit of its window, and a name for each position."""
+
+    name: str
+    differences: npt.NDArray[np.float64]
+    places: tuple[str, ...]
+
+    @property
+    def largest(self) -> float:
+        return float(self.differences.max())
+
+    @property
+    def mean(self) -> float:
+        return float(self.differences.mean())
+
+    def failure(self, limits: ServingLimits) -> str | None:
+        """A sentence if a limit is missed: which way, where, found and allowed. NaN misses each limit."""
+        wrong = np.flatnonzero(~(self.differences <= limits.largest))
+        if len(wrong):
+            worst = int(np.argmax(np.nan_to_num(self.differences, nan=np.inf)))
+            return (
+                f"served in {self.name}, {len(wrong)} of {len(self.places)} positions differ from the scoring graph, "
+                f"first {self.places[wrong[0]]}; the largest difference is {self.differences[worst]:.1e} of the "
+                f"largest logit, allowed {limits.largest:.1e}"
+            )
+        if not self.mean <= limits.mean:
+            return (
+                f"served in {self.name}, positions differ from the scoring graph by {self.mean:.1e} of the largest "
+                f"logit on average, allowed {limits.mean:.1e}"
+            )
+        return None
+
+
+def ways_to_json(ways: Sequence[Way]) -> dict[str, Any]:
+    """For each way the number of compared positions, and the largest and the mean difference."""
+    return {way.name: {"positions": len(way.places), "largest": way.largest, "mean": way.mean} for way in ways}
