@@ -1,0 +1,122 @@
+"""The first question: sound engines pass at every precision, and each seeded fault is found and named."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from checkpoints import write_phixtral_checkpoint
+from conftest import QUANTIZABLE
+from decoding import KINDS, each
+from engine_faults import FAULTS, with_fault
+from safetensors.numpy import load_file, save_file
+
+from export.checkpoint.folder import open_checkpoint
+from export.families import read_model
+from export.quantize.grid import dequantize_blocks, quantize_blocks
+from trt_build.ort.build import BuildOptions, build_engine
+from trt_build.ort.questions.limits import limits_of, proved_row_error
+from trt_build.ort.questions.weights import ask_about_weights
+
+FOUND = [name for name, fault in FAULTS.items() if fault.at == "weights"]
+
+
+def network(model):
+    return model.family.network(model.weights.checkpoint.config)
+
+
+@pytest.mark.parametrize("family", ["phixtral", "mixtral"])
+@pytest.mark.parametrize(
+    ("precision", "kernels", "provider"),
+    each([*((*kind, "cpu") for kind in KINDS),
+          *((precision, "onnxruntime", "cuda") for precision in ("fp16", "int8", "int4"))], apart=True),
+)  # fmt: skip
+def test_sound_engines_pass(built, family, precision, kernels, provider):
+    engine, model = built(family, precision, kernels, provider)
+    answer = ask_about_weights(engine, model)
+    assert answer.failures == ()
+    assert answer.figures["num_weights"] == sum(spec.num_elements for spec in model.weights.table.values())
+
+
+# Each kind of file and each family once; ci/engine_faults.py asks all of them of the trained examples too.
+@pytest.mark.parametrize(
+    ("family", "precision", "kernels"),
+    each(
+        [("phixtral", "fp32", "onnxruntime"), ("phixtral", "int4", "moeship"), ("mixtral", "int8", "onnxruntime")],
+        apart=True,
+    ),
+)
+def test_each_fault_is_found(built, tmp_path, family, precision, kernels):
+    engine, model = built(family, precision, kernels)
+    missed = []
+    for number, name in enumerate(FOUND):
+        if FAULTS[name].needs_bias and family == "mixtral":
+            continue
+        wrong = with_fault(engine, tmp_path / str(number), FAULTS[name], network(model))
+        if ask_about_weights(wrong, model).passed:
+            missed.append(name)
+    assert missed == []
+
+
+NAMED = {
+    "an embedding row of zeros": ["embedding transformer.embd.wte.weight", "row 65", "found relative error 1,"],
+    "two experts swapped": ["layer 1, expert, expert 0 transformer.h.1.moe.mlp.0.fc1.weight", "relative error 1."],
+    "one expert's second times 1.05": ["expert 1 transformer.h.1.moe.mlp.1.fc2.weight", "1.05 times", "within 0.01"],
+    "one bias of zero": ["layer 1, bias transformer.h.1.mixer.out_proj.bias, row 3: found 0, expected -0.", "exactly"],
+    "one expert less in a layer": ["model_scoring.onnx: transformer.h.1.moe has k 1, expected 2"],
+    "head bias dropped": ["lm_head.linear.bias"],
+    "rotary base off by one": ["rotary/cos_cache at position 1", "for base 10000 and width 16"],
+    "another layer's norm": ["transformer.h.1.ln.weight is taken by no node"],
+}  # fmt: skip
+
+
+@pytest.mark.needs_kernels
+def test_a_failure_names_what_is_wrong_where(built, tmp_path):
+    engine, model = built("phixtral", "int4", "moeship")
+    for number, (name, words) in enumerate(NAMED.items()):
+        wrong = with_fault(engine, tmp_path / str(number), FAULTS[name], network(model))
+        text = "\n".join(ask_about_weights(wrong, model).failures).replace("1.0495", "1.05").replace("1.0496", "1.05")
+        assert [word for word in words if word not in text] == [], text
+
+
+def test_graphs_that_disagree_about_a_place_are_found(built, tmp_path):
+    engine, model = built("phixtral", "int8", "onnxruntime")
+
+    def move(files):
+        for tensor in files.models["model_serving.onnx"].graph.initializer:
+            if tensor.name == "transformer.h.0.ln.bias":
+                other = next(t for t in files.models["model.onnx"].graph.initializer if t.name == "lm_head.ln.bias")
+                for entry, theirs in zip(tensor.external_data, other.external_data, strict=True):
+                    entry.value = theirs.value
+
+    fault = dataclasses.replace(FAULTS["norm times 1.03"], edit=move)
+    failures = ask_about_weights(with_fault(engine, tmp_path / "wrong", fault, network(model)), model).failures
+    assert [text.partition(" at byte")[0] for text in failures] == [
+        "model_serving.onnx: the initializer transformer.h.0.ln.bias is float32 [192]"
+    ]
+
+
+@pytest.mark.parametrize(("bits", "block"), [(4, 32), (4, 64), (8, 32), (8, 64)])
+def test_rounding_to_the_nearest_never_passes_the_proved_error_of_a_row(bits, block):
+    rng = np.random.default_rng(0)
+    rows = rng.standard_t(1, (256, 4 * block)).astype(np.float32)
+    half_steps = np.full((1, block), 0.5, np.float32)  # the worst: all but the largest lie between two steps
+    half_steps[0, 0] = -(2 ** (bits - 1))
+    worst = 0.0
+    for values in (rows, half_steps):
+        codes, scales = quantize_blocks(values, bits, block)
+        error = dequantize_blocks(codes, scales, bits) - values
+        worst = max(worst, (np.linalg.norm(error, axis=1) / np.linalg.norm(values, axis=1)).max())
+    assert worst <= proved_row_error(bits, block) == limits_of(bits, block).row
+    assert worst > 0.7 * proved_row_error(bits, block)  # int4 also tries other scales, which help here
+
+
+@pytest.mark.needs_kernels
+def test_scales_too_small_for_float16_are_no_fault(tmp_path):
+    folder = write_phixtral_checkpoint(tmp_path / "c", seed=4, num_experts=2, experts_per_token=1, **QUANTIZABLE)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.h.0.moe.mlp.0.fc1.weight"][5] *= np.float32(1e-7)
+    save_file(tensors, folder / "model.safetensors")
+    engine = build_engine(BuildOptions(checkpoint=str(folder), output=tmp_path / "e", kernels="moeship"))
+    assert ask_about_weights(engine, read_model(open_checkpoint(folder))).failures == ()

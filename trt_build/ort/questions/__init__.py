@@ -1,0 +1,8 @@
+"""What `moeship verify` asks of an engine: is what lies in its folder the checkpoint, and is that what it computes?
+
+stored_graph.py    a graph as it lies in the folder: nodes, and where each initializer is in the data file
+stored_weights.py  the weights that an engine stores, in the checkpoint's own layout
+limits.py          the limits of both questions, with their reasons
+graph_facts.py     attributes of nodes, operands and rotary caches against config.json
+weights.py         first question: are these the checkpoint's weights?
+"""
