@@ -88,7 +88,7 @@ def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pat
 @pytest.fixture(scope="session")
 def torch_python(tmp_path_factory) -> Iterator[Path]:
     """A Python that starts with torch loaded."""
-    with warm_python(tmp_path_factory.mktemp("torch") / "bin") as program:
+    with warm_python(tmp_path_factory.mktemp("torch") / "bin", ["torch"]) as program:
         yield program
 
 

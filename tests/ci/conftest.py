@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from trtllm.library import ROOT, install_programs
+from trtllm.warm_python import warm_python
 
 SCRIPTS = ROOT / "ci" / "gpu"
 # Answers to the two questions that are asked; the first is the stand-in's own.
@@ -51,23 +52,37 @@ class Container:
 
 
 @pytest.fixture(scope="session")
-def driver(tmp_path_factory) -> Path:
+def libraries(tmp_path_factory) -> Path:
+    """A folder in which programs of the container look for libraries."""
+    return tmp_path_factory.mktemp("libraries")
+
+
+@pytest.fixture(scope="session")
+def reference_python(tmp_path_factory, libraries) -> Iterator[Path]:
+    """A Python of the container that starts with what the reference computes with."""
+    modules = ["torch", *(f"transformers.models.{name}.modeling_{name}" for name in ("phi", "mixtral"))]
+    with warm_python(tmp_path_factory.mktemp("reference") / "bin", modules, libraries) as program:
+        yield program
+
+
+@pytest.fixture(scope="session")
+def driver(libraries) -> Path:
     """The folder of a libcuda.so.1 that starts and has no GPU. Skips where no C compiler makes one."""
     if shutil.which("cc") is None:
         pytest.skip("there is no C compiler: cc is not on PATH")
-    folder = tmp_path_factory.mktemp("driver")
+    folder = libraries
     (folder / "cuda.c").write_text(LIBCUDA)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", folder / "libcuda.so.1", folder / "cuda.c"], check=True)
     return folder
 
 
 @pytest.fixture(scope="session")
-def container(tmp_path_factory, driver, torch_python) -> Container:
+def container(tmp_path_factory, driver, reference_python) -> Container:
     """TensorRT-LLM's stand-in where pip would have it, one GPU of SM 80 as far as nvidia-smi tells, and a tritonserver
     that finds no GPU."""
     folder = tmp_path_factory.mktemp("container")
     with pytest.MonkeyPatch.context() as patch:
-        programs = install_programs(folder / "bin", patch, torch_python).parent
+        programs = install_programs(folder / "bin", patch, reference_python).parent
         environment = dict(os.environ)
     (programs / "nvidia-smi").rename(programs / "standin-nvidia-smi")
     server = folder / "tritonserver"
@@ -80,4 +95,6 @@ def container(tmp_path_factory, driver, torch_python) -> Container:
         path.write_text(text)
         path.chmod(0o755)
     environment["PATH"] = f"{server / 'bin'}{os.pathsep}{environment['PATH']}"
-    return Container({**environment, "LD_LIBRARY_PATH": str(driver), "PYTHON": sys.executable}, server / "backends")
+    return Container(
+        {**environment, "LD_LIBRARY_PATH": str(driver), "PYTHON": str(reference_python)}, server / "backends"
+    )

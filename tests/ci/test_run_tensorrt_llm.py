@@ -6,8 +6,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -80,6 +82,9 @@ def rerun(script, container, failed_at_serving, tiny_checkpoint, monkeypatch):
         with monkeypatch.context() as inside:
             for name in ("PATH", "PYTHONPATH"):
                 inside.setenv(name, container.environment[name])
+            # The programs are those of the first run, by their commands.
+            started = {**vars(sys), "executable": container.environment["PYTHON"]}
+            inside.setattr("engine_steps.sys", SimpleNamespace(**started))
             return script.run(options, script.read_readings(), serving)
 
     return rerun

@@ -1,18 +1,19 @@
-"""A Python that starts with torch loaded: one process loads it, and forks for every program that is started.
+"""A Python that starts with modules loaded: one process loads them, and forks for every program that is started.
 
-    with warm_python(folder) as python:
+    with warm_python(folder, ["torch"]) as python:
         subprocess.run([python, "-m", "module", "argument"])
 
 `python` is a small program that takes Python's own arguments, asks the process for a fork and ends as the fork ends.
 The fork has the arguments, the working folder, the environment, the streams and the process group of the program that
-asked; if nobody waits for it any more, it gets SIGTERM. Loading torch takes more than a second of processor time, and
-the programs of TensorRT-LLM's stand-in take little else.
+asked, and gets the signals that are sent to that program; if nobody waits for it any more, it gets SIGTERM. Loading
+torch takes more than a second of processor time, and transformers' models two more; many programs take little else.
 """
 
 from __future__ import annotations
 
 import array
 import contextlib
+import importlib
 import json
 import os
 import runpy
@@ -25,15 +26,24 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-# What is asked for: its length in four bytes with the three streams, then JSON. The answer: a wait status.
+# What is asked for: its length in four bytes with the three streams, then JSON. The answers, of four bytes each: the
+# number of the fork, and at its end its wait status.
+ADDRESS = "socket"
 PROGRAM = """#!{python} -IS
 import array, json, os, signal, socket, sys
+known = sys.argv[1:2] in (["-c"], ["-m"]) or (len(sys.argv) > 1 and not sys.argv[1].startswith("-"))
+if not known or os.environ.get("LD_LIBRARY_PATH", "") != {libraries!r}:
+    # It has other flags, reads its program from a stream, or looks for libraries where the process does not.
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 asked = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ), os.getpgid(0)]).encode()
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
     streams = array.array("i", [0, 1, 2])
     server.sendmsg([len(asked).to_bytes(4, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
     server.sendall(asked)
+    process = int.from_bytes(server.recv(4), "big")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: os.kill(process, number))
     status = os.waitstatus_to_exitcode(int.from_bytes(server.recv(4), "big"))
 if status < 0:
     signal.signal(-status, signal.SIG_DFL)
@@ -43,26 +53,32 @@ os._exit(status)
 
 
 @contextlib.contextmanager
-def warm_python(folder: Path) -> Iterator[Path]:
-    """Such a program in a new folder, for as long as the block lasts."""
+def warm_python(folder: Path, modules: Sequence[str], libraries: Path | None = None) -> Iterator[Path]:
+    """Such a program in a new folder, for as long as the block lasts. `libraries`: where it looks for libraries, as
+    LD_LIBRARY_PATH says to the programs that are to be forks; others load their modules themselves."""
     folder.mkdir()
-    program, address = folder / "python3", str(folder / "socket")
-    program.write_text(PROGRAM.format(python=sys.executable, address=address), encoding="utf-8")
+    program = folder / "python3"
+    environment = {**os.environ, **({} if libraries is None else {"LD_LIBRARY_PATH": str(libraries)})}
+    text = PROGRAM.format(
+        python=sys.executable, address=str(folder / ADDRESS), libraries=environment.get("LD_LIBRARY_PATH", "")
+    )
+    program.write_text(text, encoding="utf-8")
     program.chmod(0o755)
-    command = [sys.executable, "-I", __file__, address]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+    command = [sys.executable, "-I", __file__, str(program), *modules]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
         assert server.stdin is not None
         assert server.stdout is not None
         assert server.stdout.readline() == "ready\n"
         yield program
 
 
-def serve(address: str) -> None:
-    """Fork for those who ask, until the standard input ends."""
-    import torch  # noqa: F401 - the forks have it loaded
-
+def serve(program: Path, modules: Sequence[str]) -> None:
+    """Load modules and fork for those who ask, until the standard input ends."""
+    for name in modules:
+        importlib.import_module(name)
+    sys.executable = str(program)  # where a fork starts Python
     with socket.socket(socket.AF_UNIX) as listening, selectors.DefaultSelector() as selector:
-        listening.bind(address)
+        listening.bind(str(program.with_name(ADDRESS)))
         listening.listen()
         selector.register(listening, selectors.EVENT_READ)
         selector.register(sys.stdin, selectors.EVENT_READ)
@@ -76,6 +92,7 @@ def serve(address: str) -> None:
                 if key.fileobj is listening:
                     client, _ = listening.accept()
                     process = _fork(client)
+                    client.sendall(process.to_bytes(4, "big"))
                     ended = os.pidfd_open(process)
                     waiting[ended] = process, client
                     selector.register(ended, selectors.EVENT_READ)
@@ -110,14 +127,15 @@ def _fork(client: socket.socket) -> int:
             os.closerange(3, max(streams) + 1)
             with contextlib.suppress(OSError):  # the group has ended meanwhile
                 os.setpgid(0, group)
+            sys.stdin, sys.stdout, sys.stderr = map(os.fdopen, range(3), "rww")
             os.environ.clear()
             os.environ.update(environment)
             os.chdir(folder)
             status = _run(words)
         finally:
-            with contextlib.suppress(OSError):
-                sys.stdout.flush()
-                sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
             os._exit(status)
     for stream in streams:
         os.close(stream)
@@ -150,4 +168,4 @@ def _run(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(Path(sys.argv[1]), sys.argv[2:])
