@@ -24,6 +24,7 @@ from export.checkpoint.tensor_table import Role, single
 from export.errors import ExportError
 from export.families import families, llama_stack, mixtral, phi, phi_stack, phixtral, read_model
 from trt_build.comparison import parity
+from trt_build.comparison.evaluation_text import EvaluationText
 from trt_build.comparison.torch_reference import ByTransformers, load_reference
 from trt_build.manifest import digested_text
 from trt_build.ort import kernels, verify
@@ -372,5 +373,6 @@ def test_an_engine_json_without_scales_router_and_dense_layers_is_of_a_plain_mod
     path.write_text(digested_text(values))
     older = open_engine(engine.folder)
     assert older.manifest.architecture == engine.manifest.architecture
-    verify.record(older, verify.verify_engine(older, str(folder), "the quick brown fox", 8, lambda _: None))
+    text = EvaluationText(names=("fox",), content="the quick brown fox")
+    verify.record(older, verify.verify_engine(older, str(folder), text, 8, lambda _: None))
     assert open_engine(engine.folder).manifest.verification["failures"] == []
