@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from decoding import KINDS, QUANTISED, each, genai_greedy, greedy, load_genai
 
@@ -17,10 +19,12 @@ from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.tokenizer.loading import load_tokenizer
 from trt_build.comparison import parity
+from trt_build.comparison.serving_ways import SERVING_LIMITS
 from trt_build.comparison.torch_reference import load_reference, run_model
 from trt_build.ort import verify
 from trt_build.ort.build import BuildOptions, build_engine
-from trt_build.ort.engine import Engine
+from trt_build.ort.engine import Engine, open_engine
+from trt_build.ort.served_as_scored import compare_serving
 from trt_build.ort.session import Session
 
 ROOT = Path(__file__).parent.parent
@@ -138,6 +142,24 @@ def expected(reference, held_out):
     text = [token for part in held_out.values() for window in part[:2] for token in window]
     windows = parity.split_windows(text, 512, 1536)
     return {tuple(window): run_model(reference, window) for window in windows}
+
+
+@pytest.mark.parametrize("kind", each(KINDS))
+def test_attention_that_is_scaled_by_three_percent_in_the_serving_graph_alone_is_caught(
+    tmp_path, engines, held_out, kind
+):
+    window, limits = [*held_out["code"][0], *held_out["code"][1]], SERVING_LIMITS[kind[0]]
+    sound = compare_serving(engines[kind], window, lambda _text: None)
+    assert [way.failure(limits) for way in sound] == [None, None, None]
+    wrong = open_engine(shutil.copytree(engines[kind].folder, tmp_path / "wrong"))
+    graph = wrong.folder / "model_serving.onnx"
+    model = onnx.load(str(graph), load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "GroupQueryAttention" and attribute.name == "scale":
+                attribute.f *= 1.03
+    graph.write_bytes(model.SerializeToString())
+    assert any(way.failure(limits) for way in compare_serving(wrong, window, lambda _text: None))
 
 
 @pytest.mark.parametrize("kind", each(KINDS))
