@@ -134,6 +134,14 @@ def test_every_problem_is_reported_and_so_is_a_missing_prompt():
         read_token_request(broken, 64, 300)
 
 
+def test_one_prompt_a_request_with_or_without_its_batch_dimension():
+    batch = tensors() | {"input_ids": np.array([[5, 6, 7], [8, 9, 10]], dtype=np.int32)}
+    with pytest.raises(RequestError, match="input_ids: found a batch of 2, expected 1"):
+        read_token_request(batch, 64, 300)
+    flat = tensors() | {"input_ids": np.array([5, 6, 7], dtype=np.int32)}
+    assert read_token_request(flat, 64, 300).plan.prompt_ids == (5, 6, 7)
+
+
 def test_all_that_preprocessing_sends_is_taken_and_known():
     assert {*ENGINE_NAMES.values(), *ADDED_ENGINE_NAMES.values()} <= TAKEN_INPUTS <= set(DTYPES)
 
