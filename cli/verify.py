@@ -9,9 +9,10 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from trt_build.comparison.answers import Answer
 from trt_build.comparison.evaluation_text import read_texts
 from trt_build.comparison.parity import THRESHOLDS, Verification
 from trt_build.comparison.serving_ways import SERVING_LIMITS
@@ -48,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(verification.to_json(), indent=2))
     else:
+        print("\n".join(answer_lines(verification.questions)))
         print(text_line(verification))
         print(table(verification, engine.manifest.precision.name))
         for finding in verification.findings:
@@ -72,6 +74,24 @@ def every(seconds: float, tell: Callable[[str], None]) -> Callable[[str], None]:
             tell(text)
 
     return throttled
+
+
+def answer_lines(answers: Sequence[Answer]) -> list[str]:
+    """The questions with their answers and figures, one a line, and their failures."""
+    lines = []
+    for answer in answers:
+        said = {True: "yes", False: "NO", None: f"not asked: {answer.unasked}"}[answer.passed]
+        lines.append(f"{answer.question} {said}")
+        for name, figures in answer.figures.get("largest", {}).items():
+            shown = ", ".join(f"{key} {value:.2g}" for key, value in figures.items())
+            lines.append(f"  {name}: off by at most {shown}")
+        if "logits" in answer.figures:
+            lines.append(
+                f"  {answer.figures['num_tokens']} tokens: logits off by {answer.figures['logits']:.1e} of the "
+                f"largest, allowed {answer.figures['allowed']:.0e}"
+            )
+        lines += [f"  {failure}" for failure in answer.failures]
+    return lines
 
 
 def text_line(verification: Verification) -> str:

@@ -278,11 +278,12 @@ def skip_attention(files: Files) -> None:
 
 
 def later_positions(files: Files) -> None:
-    """Attention believes that each sequence is one token shorter, in the graphs that take a mask."""
+    """Each token is turned as the one before it."""
     for model in files.models.values():
         for tensor in model.graph.initializer:
-            if tensor.name == "one":
-                tensor.CopyFrom(numpy_helper.from_array(np.array(2, np.int64), "one"))
+            if tensor.name.startswith("rotary/"):
+                moved = np.roll(numpy_helper.to_array(tensor), 1, axis=0)
+                tensor.CopyFrom(numpy_helper.from_array(moved, tensor.name))
 
 
 _MIXTURE = ("MoE", "QMoE", "Experts")
@@ -370,5 +371,5 @@ FAULTS: dict[str, Fault] = {
     "rotary base off by one": Fault(rotary(10001.0)),
     "another layer's queries": Fault(rewire, at="graph"),
     "a residual taken twice": Fault(skip_attention, at="graph"),
-    "positions off by one": Fault(later_positions, at="graph"),
+    "positions off by one": Fault(later_positions),
 }

@@ -6,7 +6,7 @@
 The checkpoint's tensors are checked against its config, quantised and written one chunk at a time; the engine appears
 under its name only when it is whole. A build that was interrupted, however it was, is resumed by the same command.
 For TensorRT-LLM the stages are plan, checkpoint, engine and verify.
-Exit status 0 done, 1 a TensorRT-LLM engine differs from the reference, 2 wrong input, 3 TensorRT-LLM or a GPU is
+Exit status 0 done, 1 an engine differs from its checkpoint, 2 wrong input, 3 TensorRT-LLM or a GPU is
 missing and all before that is done.
 """
 
@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Build as the command line asks, and print what was built. Raises VerificationFailed if a TensorRT-LLM engine
-    differs from the reference by more than its precision allows."""
+    """Build as the command line asks, and print what was built. Raises VerificationFailed if the engine
+    differs from its checkpoint by more than its precision allows."""
     backend = choose_backend(arguments.backend)
     refuse_flags_of_others(arguments)
     built = backend.build(arguments, ProgressLine(sys.stderr) if sys.stderr.isatty() else None)

@@ -17,7 +17,7 @@ from trt_build.trtllm_flags import NAMES, add_trtllm_arguments
 
 DEFAULT_PROVIDER = "cpu"
 # Flags that one backend alone has. If such a flag is not given, its value is None.
-_OWN_FLAGS: Mapping[str, Collection[str]] = {ORT_BACKEND: ("provider", "kernels"), TRTLLM_BACKEND: NAMES}
+_OWN_FLAGS: Mapping[str, Collection[str]] = {ORT_BACKEND: ("provider", "kernels", "unchecked"), TRTLLM_BACKEND: NAMES}
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, output_required: bool) -> None:
@@ -43,6 +43,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, o
         metavar="K",
         help=f"{' or '.join(KERNELS)}: whose kernels multiply quantised matrices on the CPU (default: moeship's, "
         "where they can be used)",
+    )
+    onnxruntime.add_argument(
+        "--unchecked",
+        action="store_const",
+        const=True,
+        help="leave out the comparison of the stored weights with the checkpoint's, which ends a build",
     )
     add_trtllm_arguments(parser)
 

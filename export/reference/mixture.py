@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -14,7 +16,13 @@ from export.reference.reader import Reader
 _BLOCK_TOKENS = 512  # tokens whose values between an expert's matrices are held at a time
 
 
-def run_mlp(x: FloatArray, mlp: Mlp, reader: Reader, experts_per_token: int) -> tuple[FloatArray, FloatArray | None]:
+def run_mlp(
+    x: FloatArray,
+    mlp: Mlp,
+    reader: Reader,
+    experts_per_token: int,
+    choose: Callable[[FloatArray], npt.NDArray[np.int64]] | None = None,
+) -> tuple[FloatArray, FloatArray | None]:
     """The output [T, H] of an MLP or mixture for [T, H], and a mixture's router logits [T, E].
 
     Holds one expert and the values of _BLOCK_TOKENS tokens between its matrices. An expert that no token chooses is not
@@ -25,7 +33,7 @@ def run_mlp(x: FloatArray, mlp: Mlp, reader: Reader, experts_per_token: int) -> 
         _add_expert(result, x, np.arange(len(x)), None, mlp, reader, 0)
         return result, None
     logits = x @ reader.weights.load(f"{mlp.gate}.weight").T
-    chosen, shares = route(logits, mlp.router, experts_per_token)
+    chosen, shares = route(logits, mlp.router, experts_per_token, choose)
     for expert in range(logits.shape[1]):
         tokens, places = np.nonzero(chosen == expert)
         if len(tokens):
@@ -33,12 +41,18 @@ def run_mlp(x: FloatArray, mlp: Mlp, reader: Reader, experts_per_token: int) -> 
     return result, logits
 
 
-def route(logits: FloatArray, router: Router, experts_per_token: int) -> tuple[npt.NDArray[np.int64], FloatArray]:
+def route(
+    logits: FloatArray,
+    router: Router,
+    experts_per_token: int,
+    choose: Callable[[FloatArray], npt.NDArray[np.int64]] | None = None,
+) -> tuple[npt.NDArray[np.int64], FloatArray]:
     """The K experts of each token, [T, K], and their weights, [T, K], by the router's logits [T, E]. Among equal logits
-    the lowest expert index is chosen. Raises ExportError for a router that is not computed."""
+    the lowest expert index is chosen; with `choose`, the experts [T, K] that it gives for the logits. Raises
+    ExportError for a router that is not computed."""
     if router.groups > 1 or router.bias:
         raise ExportError("computing the reference: it has no routers with groups of experts or with a bias of scores")
-    chosen = np.argsort(-logits, axis=-1, kind="stable")[:, :experts_per_token]
+    chosen = choose(logits) if choose else np.argsort(-logits, axis=-1, kind="stable")[:, :experts_per_token]
     if router.score == "sigmoid":
         scores = 1 / (1 + np.exp(-logits.astype(np.float64)))
         shares = np.take_along_axis(scores, chosen, axis=-1).astype(np.float32)

@@ -24,9 +24,11 @@ For 2,048 tokens of phixtral-4x2_8 that is 0.5 GB in the layers and 0.7 GB at th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from export.errors import CheckpointError, named
 from export.families import Model
@@ -40,6 +42,7 @@ _HEAD_VALUES = 1 << 22  # values of the head's matrix that are held at a time
 _LOGITS_VALUES = 1 << 24  # logits that are computed at a time; at least those of one window
 
 Windows = Sequence[Sequence[int]]
+Choose = Callable[[int, FloatArray], npt.NDArray[np.int64]]
 
 
 class Reference:
@@ -51,16 +54,19 @@ class Reference:
         self._network = model.family.network(model.weights.checkpoint.config)
 
     def run(
-        self, windows: Windows, progress: Callable[[str], None] = lambda _: None
+        self, windows: Windows, progress: Callable[[str], None] = lambda _: None, choose: Choose | None = None
     ) -> Iterator[tuple[FloatArray, FloatArray | None]]:
         """Yield for each window of S token ids its logits [S, V] and the router logits [M, S, E] of the M layers that
-        have experts (None for a dense model). `progress` is told of each layer. Raises CheckpointError for a token id
+        have experts (None for a dense model). `progress` is told of each layer.
+        `choose(m, logits)` gives the experts [T, K] of the m-th mixture for its router logits [T, E] of all windows
+        (None: those of the largest logits). Raises CheckpointError for a token id
         that the embedding does not have, and for weights that cannot be read or are not finite."""
         x, bounds, reader = self._embedded(windows), _bounds(windows), Reader(self._weights)
         routed: list[FloatArray] = []
         for index, layer in enumerate(self._network.layers):
             progress(f"computing the reference: {index} of {len(self._network.layers)} layers")
-            x, logits = self._run_layer(layer, x, bounds, reader)
+            own = partial(choose, len(routed)) if choose else None
+            x, logits = self._run_layer(layer, x, bounds, reader, own)
             routed += [] if logits is None else [logits]
         del reader
         x = self._normalised(self._network.norm, x)
@@ -83,7 +89,12 @@ class Reference:
         return rows * np.float32(self._network.embedding_factor)
 
     def _run_layer(
-        self, layer: Layer, x: FloatArray, bounds: Sequence[int], reader: Reader
+        self,
+        layer: Layer,
+        x: FloatArray,
+        bounds: Sequence[int],
+        reader: Reader,
+        choose: Callable[[FloatArray], npt.NDArray[np.int64]] | None = None,
     ) -> tuple[FloatArray, FloatArray | None]:
         """The states [T, H] that leave a layer, and its router's logits [T, E]; `x` stays as it is."""
         normed = self._normalised(layer.norm, x)
@@ -92,7 +103,7 @@ class Reference:
         x = x + attended
         if layer.mlp_norm is not None:
             normed = self._normalised(layer.mlp_norm, x)
-        output, logits = run_mlp(normed, layer.mlp, reader, self._model.architecture.experts_per_token)
+        output, logits = run_mlp(normed, layer.mlp, reader, self._model.architecture.experts_per_token, choose)
         output *= np.float32(layer.factor)
         return x + output, logits
 

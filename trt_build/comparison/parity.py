@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trt_build.comparison.answers import Answer
 from trt_build.comparison.evaluation_text import EvaluationText
 from trt_build.comparison.serving_ways import Way, ways_to_json
 
@@ -155,6 +156,7 @@ class Verification:
     reference_is_the_source: bool
     text: EvaluationText
     windows: tuple[int, ...]  # number of tokens of each window
+    questions: tuple[Answer, ...] = ()  # what was asked of the weights and of the graph
     serving: tuple[Way, ...] = ()  # the serving graph against the scoring graph; empty where an engine has one graph
 
     def to_json(self) -> dict[str, Any]:
@@ -165,6 +167,7 @@ class Verification:
             "reference": self.reference,
             "reference_is_the_source": self.reference_is_the_source,
             "text": {**self.text.to_json(), "tokens": sum(self.windows), "windows": len(self.windows)},
+            "questions": [answer.to_json() for answer in self.questions],
             "serving": ways_to_json(self.serving),
         }
 

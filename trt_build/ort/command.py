@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
+from export.checkpoint.folder import open_checkpoint
 from export.conversion.writer import Progress
+from export.families import read_model
 from export.provider import named_with_kernels
 from export.rows import Rows, in_units
 from trt_build.engine_flags import DEFAULT_PROVIDER, read_checkpoint
@@ -18,6 +21,7 @@ from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.engine import Engine
 from trt_build.ort.planning.plan import EnginePlan, plan_engine
 from trt_build.ort.planning.prepare import EngineOptions, prepare_build
+from trt_build.ort.questions.weights import ask_about_weights
 from trt_build.results import Built, Planned
 
 logger = logging.getLogger(__name__)
@@ -26,9 +30,28 @@ GB = 1e9
 
 
 def build(arguments: argparse.Namespace, progress: Callable[[Progress], None] | None) -> Built:
-    """Build an engine. Raises what `read_checkpoint` and `build_engine` raise."""
-    engine = build_engine(BuildOptions(output=arguments.output, **vars(_read_options(arguments))), progress)
-    return Built(text=_summary(engine), json_text=(engine.folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    """Build an engine, and ask whether its weights are the checkpoint's. Raises what `read_checkpoint` and
+    `build_engine` raise."""
+    options = _read_options(arguments)
+    engine = build_engine(BuildOptions(output=arguments.output, **vars(options)), progress)
+    return Built(
+        text=_summary(engine),
+        json_text=(engine.folder / MANIFEST_FILE).read_text(encoding="utf-8"),
+        failure=None if arguments.unchecked else _fault_of_weights(engine, options),
+    )
+
+
+def _fault_of_weights(engine: Engine, options: EngineOptions) -> str | None:
+    """What of a built engine's weights is not the checkpoint's; None if nothing is."""
+    start = time.monotonic()
+    model = read_model(open_checkpoint(options.checkpoint), options.experts_per_token)
+    answer = ask_about_weights(engine, model)
+    seconds = time.monotonic() - start
+    logger.info("compared the %s stored weights with the checkpoint's in %.1f s",
+                f"{answer.figures['num_weights']:,}", seconds)  # fmt: skip
+    if answer.passed:
+        return None
+    return f"building {engine.folder}: its weights are not those of {options.checkpoint}: {'; '.join(answer.failures)}"
 
 
 def plan(arguments: argparse.Namespace) -> Planned:

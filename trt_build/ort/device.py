@@ -98,9 +98,11 @@ def _flags_for_cpu(engine: Engine) -> str:
     return "--provider cpu" if precision in PROVIDERS["cpu"].precisions else "--provider cpu --precision fp32"
 
 
-def load_graph(engine: Engine, name: str, device: Device, threads: int | None) -> onnxruntime.InferenceSession:
-    """Load one of an engine's graphs on a device. Raises EngineError if ONNX Runtime refuses the graph or would run
-    part of it on another device."""
+def load_graph(
+    engine: Engine, name: str, device: Device, threads: int | None, content: bytes | None = None
+) -> onnxruntime.InferenceSession:
+    """Load one of an engine's graphs on a device, or `content`, a graph over the same data file. Raises
+    EngineError if ONNX Runtime refuses the graph or would run part of it on another device."""
     import onnxruntime
 
     path = engine.folder / name
@@ -118,7 +120,7 @@ def load_graph(engine: Engine, name: str, device: Device, threads: int | None) -
     if engine.has_own_kernels:
         _add_kernels(options, engine)
         read_in_huge_pages(engine.folder / DATA_FILE)
-    source: str | bytes = str(path)
+    source: str | bytes = str(path) if content is None else content
     values = {}  # kept alive, as the session reads these buffers while it loads the graph
     if engine.old and engine.old.is_packed:
         old = old_graph(path, engine.old)
@@ -127,6 +129,8 @@ def load_graph(engine: Engine, name: str, device: Device, threads: int | None) -
         values = {key: onnxruntime.OrtValue.ortvalue_from_numpy(array) for key, array in old.weights.items()}
         for key, value in values.items():
             options.add_initializer(key, value)
+    elif content is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(engine.folder))
     try:
         graph = onnxruntime.InferenceSession(source, options, providers=[(runtime_name, settings)], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no base class

@@ -249,12 +249,14 @@ class Session:
 
 class ScoringSession:
     """An engine's scoring graph: logits of every position and the router's logits, without a cache. `device` None opens
-    a device of the engine's provider."""
+    a device of the engine's provider; `content` is a graph in place of the stored one."""
 
-    def __init__(self, engine: Engine, threads: int | None = None, device: Device | None = None) -> None:
+    def __init__(
+        self, engine: Engine, threads: int | None = None, device: Device | None = None, content: bytes | None = None
+    ) -> None:
         self.engine = engine
         device = device or open_device(engine)
-        self._backend = load_graph(engine, SCORING_GRAPH, device, threads)
+        self._backend = load_graph(engine, SCORING_GRAPH, device, threads, content)
         facts = engine.manifest.architecture
         self._empty = np.zeros((1, facts.num_kv_heads, 0, facts.head_size), dtype=device.provider.float_type)
         self._layers = facts.num_layers

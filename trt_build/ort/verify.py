@@ -1,8 +1,9 @@
 """Verifies an engine for ONNX Runtime: compares its logits and its routing with those of the reference.
 
-The scoring graph computes every window of the text in one call. The first window also runs through the serving graph as
-in a server: its first half is prefilled, the second half is decoded token by token through the key/value cache. Last,
-the serving graph is compared with the scoring graph of the same engine (`served_as_scored.py`).
+First the stored weights are compared with the checkpoint's, and the scoring graph with the reference on what is stored
+(`questions/`). Then the scoring graph computes every window of the text in one call. The first window also runs through
+the serving graph as in a server: its first half is prefilled, the second half is decoded token by token through the
+key/value cache. Last, the serving graph is compared with the scoring graph of the same engine (`served_as_scored.py`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import numpy as np
 from export.checkpoint.digests import source_digests
 from export.checkpoint.folder import Checkpoint, open_checkpoint
 from export.errors import ConfigError
-from export.families import read_model
+from export.families import Model, read_model
 from export.reference.model import Reference
 from export.tokenizer.loading import Tokenizer
 from export.tokenizer.settings import read_settings
+from trt_build.comparison.answers import Answer
 from trt_build.comparison.evaluation_text import EvaluationText
 from trt_build.comparison.parity import (
     MIN_TOKENS,
@@ -39,6 +41,10 @@ from trt_build.comparison.serving_ways import SERVING_LIMITS
 from trt_build.errors import EngineError
 from trt_build.ort.device import open_device
 from trt_build.ort.engine import Engine, read_part_records, record_verification
+from trt_build.ort.questions.graph import QUESTION as OF_GRAPH
+from trt_build.ort.questions.graph import ask_about_graph
+from trt_build.ort.questions.weights import QUESTION as OF_WEIGHTS
+from trt_build.ort.questions.weights import ask_about_weights
 from trt_build.ort.served_as_scored import compare_serving
 from trt_build.ort.session import ScoringSession, Session
 
@@ -63,27 +69,43 @@ def verify_engine(
     open_device(engine)  # raises for a missing package or device before the reference takes its time
     checkpoint, manifest = open_checkpoint(location), engine.manifest
     settings = read_settings(checkpoint.folder, checkpoint.config)
-    reference = _open_reference(engine, checkpoint, settings.ids.eos)
+    model = _same_model(engine, checkpoint, settings.ids.eos)
     tokenizer = require_same_tokenizer(engine.folder, manifest.tokenizer, manifest.eos_token_ids, settings)
     windows = _windows(engine, tokenizer, text.content, num_tokens)
     progress("checking whether the reference is what the engine was built from")
     runs = {name: found for record in read_part_records(engine.folder) for name, found in record.sources.items()}
     same = source_digests(checkpoint, runs) == dict(manifest.source.digests)
-    report = compare(engine, reference, windows, progress)
+    questions = ask(engine, model, windows[0], progress)
+    report = compare(engine, Reference(model), windows, progress)
     ways = compare_serving(engine, windows[0], progress)
     precision = manifest.precision.name
     limits = SERVING_LIMITS[precision]
     misserved = [failure for way in ways if (failure := way.failure(limits)) is not None]
     return Verification(
         report=report,
-        failures=(*report.failures(THRESHOLDS[precision]), *misserved),
+        failures=(
+            *(failure for answer in questions for failure in answer.failures),
+            *report.failures(THRESHOLDS[precision]),
+            *misserved,
+        ),
         findings=report.findings(manifest.tokenizer_size),
         reference=location,
         reference_is_the_source=same,
         text=text,
         windows=tuple(map(len, windows)),
+        questions=questions,
         serving=ways,
     )
+
+
+def ask(engine: Engine, model: Model, window: Sequence[int], progress: Callable[[str], None]) -> tuple[Answer, ...]:
+    """Ask whether an engine's weights are those of its model, and whether its graph computes what they say. Engines of
+    earlier formats are not asked, since their weights may be packed for the kernels of one machine."""
+    if engine.old:
+        reason = f"format {engine.manifest.format_version} is not read back; build the engine again"
+        return tuple(Answer(question=question, unasked=reason) for question in (OF_WEIGHTS, OF_GRAPH))
+    weights = ask_about_weights(engine, model, progress)
+    return weights, ask_about_graph(engine, model, window, progress, open_device(engine))
 
 
 def record(engine: Engine, verification: Verification) -> None:
@@ -143,7 +165,7 @@ def _windows(engine: Engine, tokenizer: Tokenizer, text: str, num_tokens: int) -
     return windows
 
 
-def _open_reference(engine: Engine, checkpoint: Checkpoint, end_ids: tuple[int, ...]) -> Reference:
+def _same_model(engine: Engine, checkpoint: Checkpoint, end_ids: tuple[int, ...]) -> Model:
     facts = engine.manifest.architecture
     model = read_model(checkpoint)
     # As in a build: where no file of the checkpoint names an end token, it is the tokenizer's.
@@ -161,7 +183,7 @@ def _open_reference(engine: Engine, checkpoint: Checkpoint, end_ids: tuple[int, 
             f"verifying {engine.folder} against {checkpoint.identity}: they are not the same model "
             f"({'; '.join(different)}); name the checkpoint that the engine was built from"
         )
-    return Reference(model)
+    return model
 
 
 def _decode(engine: Engine, window: Sequence[int]) -> FloatArray:

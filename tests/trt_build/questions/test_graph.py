@@ -1,0 +1,87 @@
+"""The second question: sound graphs compute what their codes say, and a fault of nodes or edges is found."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from decoding import KINDS, each
+from engine_faults import FAULTS, with_fault
+
+from export.provider import PROVIDERS
+from trt_build.ort.device import Device
+from trt_build.ort.questions.graph import ask_about_graph
+from trt_build.ort.questions.weights import ask_about_weights
+
+TOKENS = np.random.default_rng(3).integers(0, 256, 96).tolist()
+# Of nodes and edges; the first question finds most of them too.
+COMPUTED = [
+    "another layer's queries", "a residual taken twice", "another layer's norm",
+    "attention's scale times 1.03", "one position less in the window", "interleaved rotary", "no rotary",
+    "one expert less in a layer", "another activation", "head bias dropped", "biases of the experts' second dropped",
+]  # fmt: skip
+
+
+def network(model):
+    return model.family.network(model.weights.checkpoint.config)
+
+
+@pytest.mark.parametrize("family", ["phixtral", "mixtral"])
+@pytest.mark.parametrize(("precision", "kernels"), each(KINDS, apart=True))
+def test_a_sound_graph_differs_by_the_order_of_summation_alone(built, family, precision, kernels):
+    engine, model = built(family, precision, kernels)
+    answer = ask_about_graph(engine, model, TOKENS)
+    assert answer.failures == ()
+    assert answer.figures["logits"] <= 5e-6
+    assert max(answer.figures["routers"].values()) <= 5e-6
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+def test_a_cuda_graph_on_the_cpu_keeps_its_own_limit(built, precision):
+    engine, model = built("phixtral", precision, "onnxruntime", "cuda")
+    provider = dataclasses.replace(PROVIDERS["cuda"], runtime_name="CPUExecutionProvider", options={})
+    answer = ask_about_graph(engine, model, TOKENS, device=Device(provider=provider, kind="cpu"))
+    assert answer.failures == ()
+    assert 1e-5 < answer.figures["logits"] <= answer.figures["allowed"] == 5e-3
+
+
+@pytest.mark.parametrize(
+    ("family", "precision", "kernels"),
+    each([("phixtral", "int4", "moeship"), ("mixtral", "int8", "onnxruntime")], apart=True),
+)
+def test_each_fault_of_the_graph_is_found_at_ten_times_the_limit(built, tmp_path, family, precision, kernels):
+    engine, model = built(family, precision, kernels)
+    small = {}
+    for number, name in enumerate(COMPUTED):
+        if FAULTS[name].needs_bias and family == "mixtral":
+            continue
+        wrong = with_fault(engine, tmp_path / str(number), FAULTS[name], network(model))
+        answer = ask_about_graph(wrong, model, TOKENS)
+        # A mixture of another activation has other shapes, and ONNX Runtime refuses to run it.
+        largest = answer.figures.get("logits", np.inf if answer.failures else 0.0)
+        if not answer.failures or not largest >= 10 * 1e-4:
+            small[name] = largest
+    assert small == {}
+
+
+@pytest.mark.needs_kernels
+def test_a_failure_names_the_layer_where_the_difference_begins(built, tmp_path):
+    engine, model = built("phixtral", "int4", "moeship")
+    wrong = with_fault(engine, tmp_path / "a", FAULTS["one expert less in a layer"], network(model))
+    assert (
+        ask_about_graph(wrong, model, TOKENS)
+        .failures[0]
+        .startswith("the router logits of layer 2 are the first that differ: found ")
+    )
+    wrong = with_fault(engine, tmp_path / "b", FAULTS["head bias dropped"], network(model))
+    assert "no router's do: it begins behind the router of layer 2" in ask_about_graph(wrong, model, TOKENS).failures[0]
+
+
+@pytest.mark.needs_kernels
+@pytest.mark.parametrize("name", [name for name, fault in FAULTS.items() if fault.at == "graph"])
+def test_what_the_first_question_cannot_see_the_second_does(built, tmp_path, name):
+    engine, model = built("phixtral", "int4", "moeship")
+    wrong = with_fault(engine, tmp_path / "wrong", FAULTS[name], network(model))
+    assert ask_about_weights(wrong, model).passed is True
+    assert ask_about_graph(wrong, model, TOKENS).passed is False

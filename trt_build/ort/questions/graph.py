@@ -1,0 +1,139 @@
+"""Second question: does the graph compute what the codes say?
+
+The scoring graph, with float32 activations in its quantised products, is compared with the streamed reference on the
+dequantised codes of the same engine (`stored_weights.py`). So the quantiser's error is on both sides, and what is left
+is the order of summation, at every precision. A fault of a node, an edge or a kernel shows at its full size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.exporter import SCORING_GRAPH
+from export.families import Model
+from export.provider import PROVIDERS
+from export.reference.model import Reference
+from trt_build.comparison.answers import Answer
+from trt_build.ort.device import Device
+from trt_build.ort.engine import Engine
+from trt_build.ort.questions.limits import graph_limit
+from trt_build.ort.questions.stored_graph import with_float32_activations
+from trt_build.ort.questions.stored_weights import FloatArray, StoredWeights, open_stored_weights
+from trt_build.ort.session import ScoringSession
+
+QUESTION = "Does the graph compute what the codes say?"
+GRAPH_TOKENS = 256  # tokens of the text that are compared
+# Its value 0 makes ONNX Runtime's QMoE multiply dequantised float32 weights: at 8 bits it rounds activations to int8
+# whatever its attribute says. It is read when a session is made (onnxruntime/contrib_ops/cpu/moe).
+_QMOE_VARIABLE = "ORT_QMOE_CPU_QNBIT_GEMM"
+
+
+def ask_about_graph(
+    engine: Engine,
+    model: Model,
+    token_ids: Sequence[int],
+    progress: Callable[[str], None] = lambda _: None,
+    device: Device | None = None,
+) -> Answer:
+    """Compare an engine's scoring graph with the reference on what the engine stores, over the first GRAPH_TOKENS of a
+    text. Raises EngineError for graphs that cannot be read or loaded."""
+    stored = open_stored_weights(engine, model)
+    missing = next((name for name in stored.table if stored.misfit(name)), None)
+    if missing is not None:
+        return Answer(question=QUESTION, unasked=f"the engine does not store {missing} in its shape")
+    window = list(token_ids[:GRAPH_TOKENS])
+    with _float32_experts():
+        content = with_float32_activations(engine.folder, SCORING_GRAPH)
+        session = ScoringSession(engine, device=device, content=content)
+        try:
+            found, found_routing = session.run(window)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            return Answer(question=QUESTION, failures=(f"ONNX Runtime cannot run {SCORING_GRAPH}: {error}",))
+    del session
+    limit = graph_limit(PROVIDERS[engine.manifest.provider].float_type)
+    choices = _Choices(found_routing, model.architecture.experts_per_token, limit)
+    expected, expected_routing = _reference(model, stored, window, choices, progress)
+    figures: dict[str, Any] = {"num_tokens": len(window), "allowed": limit, "near_ties": choices.near_ties}
+    layers = model.architecture.mixture_layers if found_routing is not None else ()
+    failures: list[str] = []
+    routers: list[float] = []
+    for layer, one, other in _by_layer(layers, found_routing, expected_routing):
+        routers.append(relative_difference(one, other))
+        if not routers[-1] <= limit and not failures:
+            failures.append(f"the router logits of layer {layer} are the first that differ: {_off(routers[-1], limit)}")
+    logits = relative_difference(found, expected)
+    if not logits <= limit:
+        begin = (
+            "" if failures or not layers else f", and no router's do: it begins behind the router of layer {layers[-1]}"
+        )
+        failures.append(f"the logits differ{begin}: {_off(logits, limit)}")
+    figures |= {"logits": logits, "routers": dict(zip(map(str, layers), routers, strict=True))}
+    return Answer(question=QUESTION, figures=figures, failures=tuple(failures))
+
+
+def relative_difference(found: FloatArray, expected: FloatArray) -> float:
+    """The largest |found - expected| over the largest |expected|; NaN where one is."""
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def _by_layer(
+    layers: Sequence[int], found: FloatArray | None, expected: FloatArray | None
+) -> Iterator[tuple[int, FloatArray, FloatArray]]:
+    """Each layer that has experts, with its router logits [S, E] of engine and reference."""
+    if found is not None and expected is not None:
+        yield from zip(layers, found, expected, strict=True)
+
+
+def _off(found: float, limit: float) -> str:
+    return f"found {found:.2e} of the largest, allowed {limit:.0e}"
+
+
+def _reference(
+    model: Model, stored: StoredWeights, window: Sequence[int], choices: _Choices, progress: Callable[[str], None]
+) -> tuple[FloatArray, FloatArray | None]:
+    reference = Reference(dataclasses.replace(model, weights=stored))
+    [result] = reference.run([window], progress, choose=choices if choices.found is not None else None)
+    return result
+
+
+class _Choices:
+    """Which experts the reference takes: its own, and the engine's where the logits of those that differ are within
+    `limit` of each other, relative to the largest logit. There the order of summation decides, and either is right."""
+
+    def __init__(self, found: FloatArray | None, experts_per_token: int, limit: float) -> None:
+        self.found = found  # the engine's router logits [M, S, E]
+        self.near_ties = 0
+        self._experts_per_token, self._limit = experts_per_token, limit
+
+    def __call__(self, mixture: int, logits: FloatArray) -> npt.NDArray[np.int64]:
+        assert self.found is not None
+        k = self._experts_per_token
+        own, theirs = (np.argsort(-part, axis=-1, kind="stable")[:, :k] for part in (logits, self.found[mixture]))
+        least = np.take_along_axis(logits, own, axis=-1).min(axis=-1)
+        gap = least - np.take_along_axis(logits, theirs, axis=-1).min(axis=-1)
+        other = (np.sort(own, axis=-1) != np.sort(theirs, axis=-1)).any(axis=-1)
+        near = other & (gap <= self._limit * np.abs(logits).max())
+        self.near_ties += int(near.sum())
+        own[near] = theirs[near]
+        return own
+
+
+@contextmanager
+def _float32_experts() -> Iterator[None]:
+    """Sessions that are made in the block multiply the experts of ONNX Runtime's QMoE in float32."""
+    before = os.environ.get(_QMOE_VARIABLE)
+    os.environ[_QMOE_VARIABLE] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_QMOE_VARIABLE]
+        else:
+            os.environ[_QMOE_VARIABLE] = before
