@@ -212,7 +212,9 @@ def _add_band(sums: _Sums, found: FloatArray, wanted: FloatArray, first: int, li
     own = total + 2 * products + float(errors.sum())
     factor = (total + products) / own if own else math.inf
     shift = abs(offset) / math.sqrt(error.size * total)
-    more = halved * math.sqrt(error.size / total)
+    # A band of few values, as small models have, scatters by |e| / |w| / sqrt(n); six times that is once in 1e9.
+    scatter = 6 * min(math.sqrt(float(errors.sum()) / total), limits.matrix) / math.sqrt(error.size)
+    more = halved * math.sqrt(error.size / total) + scatter
     sums.factor, sums.shift = max(sums.factor, abs(factor - 1)), max(sums.shift, shift)
     rows = f"rows {first} to {first + len(error) - 1}"
     if not abs(factor - 1) <= limits.factor + more:
