@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
-from served import answers
+from served import PATIENCE_S, Sent, answers
 
 from export.errors import MoeshipError
+from triton_repo.contracts.model_parameters import ModelParameters
 from triton_repo.contracts.piece import Piece
 from triton_repo.contracts.wire import ADDED_OUTPUTS, OUTPUTS
 from triton_repo.errors import RequestError
+from triton_repo.runtime.batching.loading import start
 from triton_repo.runtime.responses import failure, wire_outputs
+from triton_repo.runtime.single.service import Request, Service
 
 
 def request(**values) -> dict:
@@ -24,8 +29,31 @@ def test_a_request_that_does_not_stream_has_one_piece_with_all(scripted, byte_le
     [whole] = answers(scripted("return hello"), byte_level, request(**asked))
     pieces = answers(scripted("return hello"), byte_level, request(**asked, stream=True))
     assert whole.text == "".join(piece.text for piece in pieces) == "return hello"
-    assert len(pieces) > 1
     assert whole.finish_reason == "stop"
+
+
+def test_the_first_piece_of_a_stream_is_sent_before_the_answer_goes_on(scripted, byte_level):
+    session, has_come = scripted("return hello"), threading.Event()
+    step, first = session.step, session.script[0]
+
+    def step_after_the_first_piece(cache, rows, *more):
+        if list(rows[0].token_ids) == [first]:
+            assert has_come.wait(PATIENCE_S)
+        return step(cache, rows, *more)
+
+    session.step = step_after_the_first_piece
+    tensors = request(text_input=b"def ", max_tokens=50, stream=True)
+    sent = Sent(Request, request_id="", tensors=tensors)
+    service = Service(start(session, ModelParameters(slots=1)), byte_level)
+    try:
+        service.submit(sent.request)
+        pieces = [sent.next()[0]]
+        has_come.set()
+        pieces += sent.all()
+    finally:
+        service.runner.close()
+    assert (pieces[0].token_ids, pieces[0].finish_reason) == ((first,), None)
+    assert "".join(piece.text for piece in pieces) == "return hello"
 
 
 def test_outputs_are_those_of_the_contract_with_its_types():
