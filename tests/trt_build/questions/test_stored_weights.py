@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import shutil
 
 import numpy as np
@@ -62,15 +63,16 @@ def test_float16_queries_lose_the_factor_that_they_carry(tiny_engines, tiny_chec
     np.testing.assert_allclose(stored.load_rows(name, slice(0, 576)), values, rtol=2**-11, atol=1e-6)
 
 
-def test_zero_points_that_are_stored_are_subtracted(tiny_engines, tiny_checkpoint):
+def test_zero_points_that_are_stored_are_subtracted(tmp_path, tiny_engines, tiny_checkpoint):
     model = read_model(open_checkpoint(tiny_checkpoint))
     name = "transformer.embd.wte.weight"
     before = open_stored_weights(open_engine(tiny_engines("int4", "cuda")), model)
-    scales = before.graph.extents[f"{name}.scales"].view(before.data)
-    changed = before.data.copy()
+    row, changed = before.load_rows(name, slice(7, 8)), np.frombuffer(before.mapped, dtype=np.uint8).copy()
+    scales = before.graph.extents[f"{name}.scales"].view(changed)
     before.graph.extents[f"{name}.zero_points"].view(changed)[7] += 3
-    row = before.load_rows(name, slice(7, 8))
-    object.__setattr__(before, "data", changed)
+    (tmp_path / "changed").write_bytes(changed.tobytes())
+    with (tmp_path / "changed").open("rb") as file:
+        object.__setattr__(before, "mapped", mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     np.testing.assert_allclose(
         before.load_rows(name, slice(7, 8)), row - 3 * np.repeat(scales[7], 64)[None], rtol=1e-5, atol=1e-6
     )

@@ -12,8 +12,10 @@ float16 queries carry. The file is mapped, and a few rows are dequantised at a t
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,7 +49,7 @@ class StoredWeights(Weights):
     in the order in which the engine stores them. `factors`: a row -> how many of its first rows carry which factor."""
 
     graph: StoredGraph
-    data: ByteArray
+    mapped: mmap.mmap
     matrices: Mapping[str, StoredMatrix]
     experts: Mapping[str, tuple[int, ...]]
     factors: Mapping[str, tuple[int, float]]
@@ -133,11 +135,12 @@ class StoredWeights(Weights):
         return sum(parts[0].shape[0] for parts in spec.groups[:group]) if spec.join is Join.CONCATENATE else 0
 
     def _rows(self, spec: TensorSpec, place: int, turns: int, before: int, first: int, last: int) -> FloatArray:
-        """Rows of a matrix or vector as they are stored, with the factor undone."""
+        """Rows of a matrix or vector as they are stored, with the factor undone. The pages that were read are given
+        back, since else the whole file would come to count as this process's memory."""
         start, stop = before + turns * first, before + turns * last
-        matrix = self.matrix(spec.name)
+        matrix, data = self.matrix(spec.name), np.frombuffer(self.mapped, dtype=np.uint8)
         if matrix is None:
-            stored = self.graph.extents[spec.name].view(self.data)
+            stored = self.graph.extents[spec.name].view(data)
             stored = stored[place] if spec.stacks_experts else stored
             if spec.name in self.experts and not spec.stacks_experts:  # a router's rows
                 stored = stored[[self.experts[spec.name].index(row) for row in range(start, stop)]]
@@ -147,7 +150,8 @@ class StoredWeights(Weights):
             values = widen(stored) if stored.dtype == np.float16 else stored.astype(np.float32)
         else:
             count = len(self.experts[spec.name]) if spec.stacks_experts else 1
-            values = _dequantise(matrix, self.data, spec.shape[-2:], count, place, start, stop)
+            values = _dequantise(matrix, data, spec.shape[-2:], count, place, start, stop)
+        self.mapped.madvise(mmap.MADV_DONTNEED)
         scaled, factor = self.factors.get(spec.name, (0, 1.0))
         if start < scaled:
             values[: scaled - start] /= np.float32(factor)
@@ -167,11 +171,16 @@ def open_stored_weights(engine: Engine, model: Model) -> StoredWeights:
         checkpoint=model.weights.checkpoint,
         table=model.weights.table,
         graph=graph,
-        data=np.asarray(np.memmap(engine.folder / DATA_FILE, dtype=np.uint8, mode="r")),
+        mapped=_map(engine.folder / DATA_FILE),
         matrices=graph.matrices(),
         experts=_stored_experts(engine, model),
         factors=_query_factors(graph, model),
     )
+
+
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def attention_factor(graph: StoredGraph, layer: int, attention: Attention, head_size: int) -> float:
