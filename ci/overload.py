@@ -8,7 +8,7 @@
   and when to send it again; the others are answered right. A short request beside long ones gets its first token in
   two seconds more than alone. `client_late_s` is the longest time for which this process got no turn: where that is
   much of the slowest refusal, the machine was busy with other work.
-- mixed: 2,000 requests of every kind from many clients, of which a fifth are ended early and a twentieth wrong; then
+- mixed: 2,000 requests of every kind from many clients. Clients end a fifth of them early, a twentieth are wrong; then
   200 connections are torn. Every answer is what the same request got alone, nothing is held afterwards, and the
   process that computes has not grown by 2 %. Triton before 2.57 may die of torn connections; then `moeship serve` must
   serve again, which is counted.
@@ -87,7 +87,7 @@ def main() -> int:
     for name, default, what in (
         ("burst", 500, "requests at once"),
         ("requests", 2000, "mixed requests"),
-        ("different", 108, "different requests among all of these, each of which is asked alone first"),
+        ("different", 108, "different requests among all of these; each is asked alone first"),
         ("clients", 24, "mixed requests at a time"),
         ("torn", 200, "torn connections"),
         ("ends", 60, "streams that are ended one by one"),

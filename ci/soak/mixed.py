@@ -1,4 +1,4 @@
-"""Many clients with requests of every kind, of which some are ended early and some are wrong; then torn connections."""
+"""Many clients send requests of every kind; they end some early, and some are wrong. Then connections are torn."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _MODEL = re.compile(r'model="([^"]*)"')
 
 @dataclass
 class Report:
-    """What one scenario found: numbers, and the faults, of which each breaks a bar."""
+    """What one scenario found: numbers, and faults. Each fault breaks a bar."""
 
     numbers: dict[str, Any] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)

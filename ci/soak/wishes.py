@@ -42,7 +42,7 @@ INVALID: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """A request, of which kind it is, and whether it is asked for as a stream."""
+    """A request, its kind, and whether it is asked for as a stream."""
 
     kind: str
     request: GenerationRequest
@@ -90,7 +90,7 @@ async def alone(client: AsyncClient, wishes: Sequence[Wish]) -> list[Answers]:
 
 
 def joined(pieces: Sequence[Piece]) -> Answers:
-    """The answers of which these are all pieces, or the first ones."""
+    """The answers that these pieces make, whole or begun."""
     parts: defaultdict[int, list[Piece]] = defaultdict(list)
     for piece in pieces:
         parts[piece.sequence_index].append(piece)
@@ -128,7 +128,7 @@ def shape_fault(found: Answers, wish: Wish) -> str:
         return f"{len(found)} answers"
     for one in found:
         if one.finish_reason not in ("stop", "length") or len(one.token_ids) != one.num_output_tokens:
-            return f"{one.finish_reason!r} after {one.num_output_tokens} tokens, {len(one.token_ids)} of which came"
+            return f"{one.finish_reason!r} after {one.num_output_tokens} tokens, {len(one.token_ids)} came"
     return ""
 
 

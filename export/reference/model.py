@@ -57,10 +57,11 @@ class Reference:
         self, windows: Windows, progress: Callable[[str], None] = lambda _: None, choose: Choose | None = None
     ) -> Iterator[tuple[FloatArray, FloatArray | None]]:
         """Yield for each window of S token ids its logits [S, V] and the router logits [M, S, E] of the M layers that
-        have experts (None for a dense model). `progress` is told of each layer.
-        `choose(m, logits)` gives the experts [T, K] of the m-th mixture for its router logits [T, E] of all windows
-        (None: those of the largest logits). Raises CheckpointError for a token id
-        that the embedding does not have, and for weights that cannot be read or are not finite."""
+        have experts (None for a dense model). `progress` is told of each layer. `choose(m, logits)` gives the experts
+        [T, K] of the m-th mixture for its router logits [T, E] of all windows (None: those of the largest logits).
+
+        Raises CheckpointError for a token id that the embedding does not have, and for weights that cannot be read or
+        are not finite."""
         x, bounds, reader = self._embedded(windows), _bounds(windows), Reader(self._weights)
         routed: list[FloatArray] = []
         for index, layer in enumerate(self._network.layers):

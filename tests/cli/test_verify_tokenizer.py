@@ -1,4 +1,4 @@
-"""verify and the tokenizer: it is part of the model, and another's is wrong input."""
+"""The tokenizer is part of the model: verify refuses an engine whose tokenizer is not the checkpoint's."""
 
 from __future__ import annotations
 

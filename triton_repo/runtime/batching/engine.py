@@ -31,6 +31,7 @@ import numpy.typing as npt
 
 from triton_repo.errors import RequestError
 from triton_repo.runtime.batching.accounts import Accounts
+from triton_repo.runtime.batching.refusals import overloaded, too_large, too_late
 from triton_repo.runtime.batching.scheduler import Limits, Scheduler, Share
 from triton_repo.runtime.batching.sequence import Request, Sequence, Writer
 from triton_repo.runtime.batching.slots import Slots
@@ -91,7 +92,7 @@ class SequenceEngine:
         never be computed here."""
         with self._lock:
             request.arrived_s = self._clock()
-            if (error := self._impossible(request)) is not None:
+            if (error := too_large(request, self._scheduler.slots)) is not None:
                 reason = "too_large"
             elif (refusal := self.refusal()) is not None:
                 reason, error = refusal
@@ -232,12 +233,7 @@ class SequenceEngine:
         for request in gone:
             self._withdraw(request, "disconnected")
         for request in late:
-            error = RequestError(
-                "answering the request: the time that it allows passed while it waited for its turn; allow more, or "
-                "send it to another server",
-                kind="UNAVAILABLE",
-            )
-            self._fail(request, error, "deadline")
+            self._fail(request, too_late(), "deadline")
         for request in overdue:
             problem = f"the request waited {self.limits.max_wait_s:g} s for its turn, the longest that requests wait"
             self._fail(request, self._overloaded(problem), "waited_too_long")
@@ -367,30 +363,9 @@ class SequenceEngine:
             waiting.remove(request)
         return taken
 
-    def _impossible(self, request: Request[Any]) -> RequestError | None:
-        """The refusal of what could not begin on an idle server either."""
-        slots = self._scheduler.slots
-        if len(request.writers) > slots.num_slots:
-            return RequestError(
-                f"reading the request: num_return_sequences: found {len(request.writers)}, expected at most "
-                f"{slots.num_slots}, the sequences that this server computes at a time; ask for fewer"
-            )
-        most = slots.most_positions(len(request.writers))
-        if request.num_positions > most:
-            return RequestError(
-                f"reading the request: prompt and max_tokens of {request.num_positions + 1} tokens for "
-                f"{len(request.writers)} answers exceed the memory of this server, which has room for {most + 1} each; "
-                "ask for fewer tokens or answers"
-            )
-        return None
-
     def _overloaded(self, problem: str) -> RequestError:
-        rounds = 1 + len(self._scheduler.waiting) / self._scheduler.slots.num_slots
-        return RequestError(
-            f"answering the request: {problem} on this server; send it again in about "
-            f"{max(1, round(rounds * self._answer_s))} s, or to another server",
-            kind="UNAVAILABLE",
-        )
+        scheduler = self._scheduler
+        return overloaded(problem, len(scheduler.waiting), scheduler.slots.num_slots, self._answer_s)
 
 
 def _row(share: Share) -> Row:

@@ -94,7 +94,7 @@ class TokenWatcher:
         return self._automaton.matched[self._state] > 0
 
     def completing(self) -> list[Ids]:
-        """The tokens of which each would complete a sequence if it came next, as arrays that may overlap."""
+        """The tokens that would complete a sequence if they came next, as arrays that may overlap."""
         found, state = [], self._state
         while True:
             if state in self._last:

@@ -10,8 +10,8 @@ shift    sum of e / (sqrt(n) * |w|): a zero point or rounding that is off by a p
          at 4 bits and 0.0005 at 8; codes that are off by one give 0.3 and 0.02.
 matrix   |e| / |w| of a matrix. Measured: at most 0.16 (int4, blocks of 64, Student's t with 3 degrees of freedom) and
          0.017 (int8, blocks of 64, one value in 500 fifty times as large); 0.09 and 0.006 for normal weights.
-row      |e| / |w| of one output row. Proved: a value is rounded to the nearest of 2^b steps, of which the block's
-         largest value has 2^(b-1), so it is off by at most m / 2^b, where m is that value, which is exact. Over a block
+row      |e| / |w| of one output row. Proved: a value is rounded to the nearest of 2^b steps, and the block's
+         largest value m is 2^(b-1) steps and exact, so a value is off by at most m / 2^b. Over a block
          of B values that is at most sqrt(B-1) / 2^b / sqrt(1 + (B-1) / 4^b). A row of zeros has 1, another row 1.4.
 
 The first two are judged for each BAND_VALUES values of neighbouring rows, so that a small part of a large matrix cannot
