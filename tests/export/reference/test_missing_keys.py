@@ -1,0 +1,35 @@
+"""A key that config.json leaves out has the value of transformers' own configuration class."""
+
+from __future__ import annotations
+
+import pytest
+
+from export.families import family_named
+
+REQUIRED = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 16, "max_position_embeddings": 64}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "optional"),
+    [
+        ("phi", "PhiConfig", {"layer_norm_eps": 1e-3, "partial_rotary_factor": 0.25, "rope_theta": 5e5}),
+        ("mixtral", "MixtralConfig", {"rms_norm_eps": 1e-3, "num_key_value_heads": 4, "rope_theta": 5e5}),
+        (
+            "granitemoe", "GraniteMoeConfig",
+            {
+                "rms_norm_eps": 1e-3, "num_key_value_heads": 4, "rope_theta": 5e5, "embedding_multiplier": 2.0,
+                "attention_multiplier": 0.5, "residual_multiplier": 0.25, "logits_scaling": 4.0,
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_missing_keys_have_the_values_of_transformers_class(family, name, optional):
+    import transformers
+
+    network = family_named(family).network
+    whole = getattr(transformers, name)(**REQUIRED).to_dict()
+    model = {"model_type": whole["model_type"]}
+    assert network({**model, **REQUIRED}) == network(whole)
+    for key, value in optional.items():  # each of these keys is read
+        assert network({**model, **REQUIRED, key: value}) != network(whole), key
