@@ -121,6 +121,8 @@ def read_loads(arguments: argparse.Namespace) -> list[tuple[str, Load]]:
         raise ConfigError("planning a load: found --streams and --rate; give one of them")
     if arguments.requests is not None and arguments.duration is not None:
         raise ConfigError("planning a load: found --requests and --duration; give one of them")
+    if arguments.requests is not None and arguments.requests < 1:
+        raise ConfigError(f"planning a load: --requests is {arguments.requests}, expected 1 or more")
     if arguments.warm_up < 0:
         raise ConfigError(f"planning a load: --warm-up is {arguments.warm_up}, expected 0 or more")
     flag, text, kind = ("--rate", arguments.rate, float) if arguments.rate else ("--streams", arguments.streams, int)

@@ -293,7 +293,14 @@ def _verified(verification: object) -> str:
     if not isinstance(verification, dict):
         return "not yet"
     increase = verification.get("perplexity_increase")
-    return f"perplexity {increase:+.3%}" if isinstance(increase, float) else "yes"
+    figure = f"perplexity {increase:+.3%}" if isinstance(increase, float) else "yes"
+    failures = verification.get("failures")
+    return f"failed: {_first_of(failures)}" if isinstance(failures, list) and failures else figure
+
+
+def _first_of(failures: Sequence[object]) -> str:
+    more = f", and {len(failures) - 1} more" if len(failures) > 1 else ""
+    return f"{failures[0]}{more}"
 
 
 def _what_it_lacks(folder: Path, facts: Facts) -> Iterator[str]:

@@ -89,6 +89,7 @@ def test_a_server_that_gives_no_token_has_no_figures(server, capsys):
         (["--streams", "two"], "--streams is 'two', expected numbers"),
         (["--streams", "0"], "the number of streams is 0, expected 1 or more"),
         (["--warm-up", "-1"], "--warm-up is -1, expected 0 or more"),
+        (["--requests", "0"], "--requests is 0, expected 1 or more"),
         (["--early", "2"], "the share of early ends is 2.0, expected 0 to 1"),
         (["--max-tokens", "x"], "reading --max-tokens: found 'x'"),
         (["--openai", "http://127.0.0.1:1", "--body", "{"], "reading --body: "),

@@ -142,6 +142,33 @@ def test_verify_against_a_model_of_another_shape_is_wrong_input(tmp_path, tiny_c
     assert "not the same model (norm_epsilon: engine 1e-05, checkpoint 1e-06)" in capsys.readouterr().err
 
 
+def test_verify_says_where_the_engine_takes_another_number_of_experts_than_the_checkpoint(
+    tmp_path, tiny_checkpoint, tiny_engines, capsys
+):
+    other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 1}))
+    engine = shutil.copytree(tiny_engines("fp32"), tmp_path / "engine")
+    words = ["-q", "verify", str(engine), "--tokens", "64", "--json", "--reference"]
+    finding = "the engine takes 2 experts per token, and the checkpoint's config.json says 1"
+    for reference, found in ((tiny_checkpoint, 0), (other, 1)):
+        main([*words, str(reference)])
+        findings = json.loads(capsys.readouterr().out)["findings"]
+        assert sum(finding in one for one in findings) == found
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b" \n", "it holds no text; leave it out"), (b"a\x8a", "byte 1 is not UTF-8; pass text files in UTF-8")],
+)
+def test_each_text_file_is_named_with_what_is_wrong(tmp_path, tiny_checkpoint, tiny_engines, capsys, content, message):
+    (tmp_path / "good").write_text("a text that could be measured on")
+    (tmp_path / "bad").write_bytes(content)
+    words = ["--text", str(tmp_path / "good"), "--text", str(tmp_path / "bad")]
+    assert main(["-q", "verify", str(tiny_engines("fp32")), "--reference", str(tiny_checkpoint), *words]) == 2
+    assert f"{tmp_path / 'bad'}: {message}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.doctor import _verified
 from cli.main import main
 from triton_repo.packaging.package import PackageOptions, package_engine
 from trt_build.ort import kernels
@@ -90,6 +91,14 @@ def test_an_engines_facts_are_told(doctor, engine):
     assert facts["precision"] == manifest["precision"]["name"]
     assert facts["files"].startswith(f"{len(manifest['files'])} of ")
     assert facts["files"].endswith("digests checked")
+
+
+def test_a_failed_verification_is_not_told_as_a_figure():
+    failures = ["mean KL 0.3 nats, allowed 0.06", "perplexity +10.490%, allowed +3.000%"]
+    assert _verified({"perplexity_increase": 0.1049, "failures": failures}) == (
+        "failed: mean KL 0.3 nats, allowed 0.06, and 1 more"
+    )
+    assert _verified({"perplexity_increase": 0.0024, "failures": []}) == "perplexity +0.240%"
 
 
 def test_a_damaged_byte_of_the_weights_is_a_problem_and_the_facts_are_told_all_the_same(doctor, engine):

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from export.errors import ConfigError
+from export.errors import ConfigError, named
 
 OWN_TEXT = "moeship's held-out text"
 KINDS = (
@@ -53,11 +53,20 @@ def own_text() -> EvaluationText:
 
 def read_texts(paths: Sequence[Path]) -> EvaluationText:
     """The text of all `paths`, joined, or moeship's own if `paths` is empty. Raises ConfigError for a file that cannot
-    be read as UTF-8."""
+    be read as UTF-8, and for one without text."""
     if not paths:
         return own_text()
+    return EvaluationText(names=tuple(map(str, paths)), content="\n\n".join(map(_read_text, paths)))
+
+
+def _read_text(path: Path) -> str:
+    doing = f"reading the text to measure on, {named(path)}"
     try:
-        content = "\n\n".join(path.read_text(encoding="utf-8") for path in paths)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"reading the text to measure on: {error}; pass UTF-8 text files") from error
-    return EvaluationText(names=tuple(map(str, paths)), content=content)
+        content = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{doing}: it cannot be read ({error.strerror}); pass text files") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{doing}: byte {error.start} is not UTF-8; pass text files in UTF-8") from error
+    if not content.strip():
+        raise ConfigError(f"{doing}: it holds no text; leave it out")
+    return content

@@ -69,7 +69,7 @@ def verify_engine(
     open_device(engine)  # raises for a missing package or device before the reference takes its time
     checkpoint, manifest = open_checkpoint(location), engine.manifest
     settings = read_settings(checkpoint.folder, checkpoint.config)
-    model = _same_model(engine, checkpoint, settings.ids.eos)
+    model, findings = _same_model(engine, checkpoint, settings.ids.eos)
     tokenizer = require_same_tokenizer(engine.folder, manifest.tokenizer, manifest.eos_token_ids, settings)
     windows = _windows(engine, tokenizer, text.content, num_tokens)
     progress("checking whether the reference is what the engine was built from")
@@ -88,7 +88,7 @@ def verify_engine(
             *report.failures(THRESHOLDS[precision]),
             *misserved,
         ),
-        findings=report.findings(manifest.tokenizer_size),
+        findings=(*findings, *report.findings(manifest.tokenizer_size)),
         reference=location,
         reference_is_the_source=same,
         text=text,
@@ -165,12 +165,21 @@ def _windows(engine: Engine, tokenizer: Tokenizer, text: str, num_tokens: int) -
     return windows
 
 
-def _same_model(engine: Engine, checkpoint: Checkpoint, end_ids: tuple[int, ...]) -> Model:
+def _same_model(engine: Engine, checkpoint: Checkpoint, end_ids: tuple[int, ...]) -> tuple[Model, tuple[str, ...]]:
+    """The checkpoint's model with the engine's number of experts per token, which a build may override, and a finding
+    where that is not the checkpoint's. Raises EngineError for another model."""
     facts = engine.manifest.architecture
     model = read_model(checkpoint)
+    findings: tuple[str, ...] = ()
     # As in a build: where no file of the checkpoint names an end token, it is the tokenizer's.
     model = dataclasses.replace(model, architecture=dataclasses.replace(model.architecture, eos_token_ids=end_ids))
-    if facts.is_moe and model.architecture.is_moe:  # the build may have overridden experts_per_token
+    if facts.is_moe and model.architecture.is_moe:
+        if model.architecture.experts_per_token != facts.experts_per_token:
+            findings = (
+                f"the engine takes {facts.experts_per_token} experts per token, and the checkpoint's config.json says "
+                f"{model.architecture.experts_per_token}: the reference was computed with "
+                f"{facts.experts_per_token}; that is right where the engine was built with --experts-per-token",
+            )
         overridden = dataclasses.replace(model.architecture, experts_per_token=facts.experts_per_token)
         model = dataclasses.replace(model, architecture=overridden)
     if model.architecture != facts:
@@ -183,7 +192,7 @@ def _same_model(engine: Engine, checkpoint: Checkpoint, end_ids: tuple[int, ...]
             f"verifying {engine.folder} against {checkpoint.identity}: they are not the same model "
             f"({'; '.join(different)}); name the checkpoint that the engine was built from"
         )
-    return model
+    return model, findings
 
 
 def _decode(engine: Engine, window: Sequence[int]) -> FloatArray:

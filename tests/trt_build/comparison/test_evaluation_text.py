@@ -85,5 +85,5 @@ def test_the_result_names_the_text_its_digest_and_how_much_of_it_was_scored(
 
 def test_a_text_that_is_no_utf8_is_wrong_input(tmp_path):
     (tmp_path / "latin").write_bytes("Grüße".encode("latin-1"))
-    with pytest.raises(ConfigError, match="pass UTF-8 text files"):
+    with pytest.raises(ConfigError, match="pass text files in UTF-8"):
         read_texts([tmp_path / "latin"])
