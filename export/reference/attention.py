@@ -16,8 +16,10 @@ _MOST_QUERIES = 256  # positions of a block: half of the products on its diagona
 def rotary_tables(length: int, attention: Attention) -> tuple[FloatArray, FloatArray]:
     """cos and sin, float32 [length, rotary_dim / 2], of position * base^(-2i / rotary_dim).
 
-    Frequencies and angles are rounded to float32 where PyTorch's models round them; at position 2000 an angle that was
-    computed in float64 would differ by 1e-4. Source: Su et al., RoFormer, 2021, and transformers,
+    Powers, frequencies, angles, cos and sin are each rounded to float32 where PyTorch's models round them; at position
+    2000 an angle that was computed in float64 would differ by 1e-4. Each is the float32 nearest to the exact value.
+    PyTorch's own hang on the processor: of 1,024 frequencies its AVX2 code gives 10 another last bit, its plain code 1
+    (tests/export/reference/test_rotary.py). Source: Su et al., RoFormer, 2021, and transformers,
     modeling_rope_utils.py.
     """
     places = np.arange(0, attention.rotary_dim, 2, dtype=np.float32) / np.float32(attention.rotary_dim)
