@@ -9,7 +9,6 @@ questions missed. Exit status 1 for a missed fault, and for a sound engine that 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +53,6 @@ def missed_faults(engine: Engine, model: Model, work: Path) -> list[str]:
         wrong = with_fault(engine, work / "faulty", fault, network)
         if not failures(wrong, model, tokens):
             missed.append(name)
-        shutil.rmtree(wrong.folder)
     return missed
 
 

@@ -117,7 +117,11 @@ class Fault:
 
 
 def with_fault(engine: Engine, folder: Path, fault: Fault, network: Network) -> Engine:
-    """A copy of an engine with a fault in it. It is not opened again, since its files are not those of engine.json."""
+    """A copy of an engine with a fault in it, in place of what `folder` holds.
+
+    It is not opened again, since its files are not those of engine.json.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(engine.folder, folder)
     files = Files(folder, network)
     fault.edit(files)

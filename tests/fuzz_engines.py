@@ -7,6 +7,7 @@ kind gives the damaged values the digest that goes with them.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import random
@@ -51,6 +52,7 @@ SIZES = {
 def engine() -> Path:
     """A small packed engine for ONNX Runtime."""
     folder = Path(tempfile.mkdtemp(prefix="moeship-fuzz-"))
+    atexit.register(shutil.rmtree, folder)
     source = write_phixtral_checkpoint(folder / "source", seed=1, num_experts=3, experts_per_token=2, **SIZES)
     return build_engine(BuildOptions(checkpoint=str(source), output=folder / "engine", precision="int4")).folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import random
 import shutil
@@ -36,6 +37,7 @@ SIZES = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "ffn_size": 8, "voca
 def checkpoints() -> tuple[Path, ...]:
     """A small checkpoint of each family."""
     folder = Path(tempfile.mkdtemp(prefix="moeship-fuzz-"))
+    atexit.register(shutil.rmtree, folder)
     return (
         write_phi_checkpoint(folder / "phi", seed=1, **SIZES),
         write_phixtral_checkpoint(folder / "phixtral", seed=1, num_experts=3, experts_per_token=2, **SIZES),

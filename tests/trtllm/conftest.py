@@ -91,9 +91,12 @@ def copied_engine(tmp_path, built_engine) -> Path:
     return Path(shutil.copytree(built_engine, tmp_path / "engine"))
 
 
-@pytest.fixture(scope="session")
-def rank_files(tmp_path_factory) -> Callable[..., Path]:
-    """(checkpoint folder, CheckpointOptions' fields) -> the rank files that our writer makes of it, made once."""
+@pytest.fixture(scope="module")
+def rank_files(tmp_path_factory) -> Iterator[Callable[..., Path]]:
+    """(checkpoint folder, CheckpointOptions' fields) -> the rank files that our writer makes of it, made once a module.
+
+    They are removed with the module: all that the tests ask for together takes a gigabyte.
+    """
     parent, made = tmp_path_factory.mktemp("rank-files"), {}
 
     def rank_files(source: Path, **options: Any) -> Path:
@@ -103,4 +106,5 @@ def rank_files(tmp_path_factory) -> Callable[..., Path]:
             write_checkpoint(understood(source), CheckpointOptions(**options), made[key])
         return made[key]
 
-    return rank_files
+    yield rank_files
+    shutil.rmtree(parent)
