@@ -50,7 +50,7 @@ MIXES = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def sources(tmp_path_factory, packable_phixtral) -> dict[str, Path]:
     """Checkpoint folders by family, "packed" the Mixtral's other spelling."""
     parent = tmp_path_factory.mktemp("sources")
@@ -62,7 +62,7 @@ def sources(tmp_path_factory, packable_phixtral) -> dict[str, Path]:
     return {"phixtral": packable_phixtral, "mixtral": mixtral, "packed": packed, "phi": phi}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranks_of(rank_files, sources) -> Callable[..., Path]:
     """(family, form, tp_size, moe_ep_size, pp_size) -> a folder of rank files."""
 
@@ -83,7 +83,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def whole_of(ranks_of) -> Callable[[str, str], dict[str, Array]]:
     """(family, form) -> what one rank that holds all holds."""
     return functools.cache(lambda family, form: RankFiles(ranks_of(family, form), sm_of(form)).whole())
