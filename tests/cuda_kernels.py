@@ -19,6 +19,7 @@ KERNELS = {
     "SimplifiedLayerNormalization": {"T": {"float", "float16", "bfloat16", "double"}, "V": {"float", "float16"}},
     "LayerNormalization": {"T": {"float", "float16", "bfloat16", "double"}},
     "Gelu": {"T": {"float", "float16", "double"}},
+    "Sigmoid": {"T": {"float", "float16", "bfloat16", "double"}},
     "TopK": {"T": {"float", "float16", "double", "int32", "int64"}},
     "Gather": {"T": {"float", "float16", "int64"}, "Tind": {"int32", "int64"}},
     "Add": {"T": {"float", "float16", "bfloat16", "double", "int32", "int64"}},

@@ -14,6 +14,7 @@ from pathlib import Path
 import safetensors
 import yaml
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
+from dense_checkpoints import write_dense_checkpoint
 from fuzz_engines import READERS as ENGINE_READERS
 from fuzz_requests import READERS as REQUEST_READERS
 from fuzzing import Reader, mutated_bytes, mutated_json
@@ -43,6 +44,8 @@ def checkpoints() -> tuple[Path, ...]:
         write_phixtral_checkpoint(folder / "phixtral", seed=1, num_experts=3, experts_per_token=2, **SIZES),
         write_mixtral_checkpoint(folder / "mixtral", seed=1),
         write_granitemoe_checkpoint(folder / "granitemoe", seed=1),
+        write_dense_checkpoint(folder / "mistral", seed=1, family="mistral"),
+        write_dense_checkpoint(folder / "llama", seed=1, family="llama"),
     )
 
 

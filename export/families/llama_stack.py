@@ -1,4 +1,4 @@
-"""Code for Mixtral and similar families: Llama's attention, RMSNorm and SwiGLU experts.
+"""Code for Llama and similar families: Llama's attention, RMSNorm, and a SwiGLU MLP or SwiGLU experts.
 
   our name, in layer i under model.layers.{i}
   self_attn.qkv_proj            q, k and v one after the other, [(N+2G)*D, H]
@@ -6,11 +6,13 @@
   mlp.gate                      the router, [E, H]
   mlp.experts.gate_up           [E, 2F, H], rows alternate between gate and up
   mlp.experts.down              [E, H, F]
+  mlp.gate_proj, mlp.up_proj    in a dense model: [F, H] each
+  mlp.down_proj                 in a dense model: [H, F]
 
 Each layer also has two norms, and the model has model.embed_tokens and lm_head [V, H] and model.norm. Nothing has a
-bias. An expert is down(silu(gate x) * up x). Attention and mixture each take the RMSNorm of the residual as input, and
-their outputs are added to the residual. The rotary embedding covers all of a head's D, in half-split order. Factors are
-those of `export.architecture.Scales`.
+bias. An expert, and a dense model's MLP, is down(silu(gate x) * up x). Attention and mixture (or MLP) each take the
+RMSNorm of the residual as input, and their outputs are added to the residual. The rotary embedding covers all of a
+head's D, in half-split order. Factors are those of `export.architecture.Scales`.
 Source: transformers, models/llama and models/mixtral.
 """
 
@@ -55,12 +57,13 @@ def read_stack_config(
     num_kv_heads: int | None = None,
     sliding_window: int | None = None,
     scales: Scales | None = None,
+    dense: bool = False,
 ) -> Architecture:
     """Read the Architecture from a config.json with the keys of transformers' LlamaConfig. `rope_base`, `norm_epsilon`
     and `num_kv_heads` (None: as many as query heads) are the defaults of the family's configuration class for missing
-    keys. Null means as many key/value heads as query heads. Raises ConfigError."""
+    keys. Null means as many key/value heads as query heads. A `dense` family has no experts. Raises ConfigError."""
     raw = reader.raw
-    reader.harmless(*HARMLESS_KEYS, *_TRAINING_KEYS)
+    reader.harmless(*HARMLESS_KEYS, *(() if dense else _TRAINING_KEYS))
     refuse_quantized(reader)
     hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
     reader.require("hidden_act", ["silu"], absent="silu")
@@ -69,8 +72,8 @@ def read_stack_config(
     head_size = reader.integer("head_dim", absent=hidden // heads, null=hidden // heads)
     if raw.get("head_dim") is None and hidden % heads:
         reader.problem(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-    experts = reader.integer("num_local_experts", absent=8, maximum=MAX_EXPERTS)
-    per_token = reader.integer("num_experts_per_tok", absent=2)
+    experts = 0 if dense else reader.integer("num_local_experts", absent=8, maximum=MAX_EXPERTS)
+    per_token = 0 if dense else reader.integer("num_experts_per_tok", absent=2)
     if per_token > experts:
         reader.problem(f"num_experts_per_tok is {per_token}, expected 1 to num_local_experts = {experts}")
     rope = read_rope(reader, "rope_theta")
@@ -103,8 +106,8 @@ def read_stack_config(
 def stack_tensors(
     architecture: Architecture, mixture: Callable[[Architecture, str], list[TensorSpec]]
 ) -> list[TensorSpec]:
-    """The rows of the tensor table; `mixture(architecture, layer_name)` returns the rows of a layer's router and
-    experts."""
+    """The rows of the tensor table; `mixture(architecture, layer_name)` returns the rows of a layer's MLP, or of its
+    router and experts."""
     hidden, vocab = architecture.hidden_size, architecture.vocab_size
     specs = [single(f"{EMBEDDING}.weight", (vocab, hidden), "V H", Role.EMBEDDING)]
     for layer in range(architecture.num_layers):
@@ -133,6 +136,20 @@ def _attention_tensors(architecture: Architecture, name: str) -> list[TensorSpec
         concatenated(f"{name}.qkv_proj.weight", parts, "(N+2G)D H", Role.ATTENTION),
         single(f"{name}.o_proj.weight", (hidden, rows[0]), "H ND", Role.ATTENTION),
     ]
+
+
+def dense_tensors(architecture: Architecture, _names: Sequence[str]) -> list[TensorSpec]:
+    """The rows of the tensor table of a dense model, whose tensors have the same names in every checkpoint."""
+    width, hidden = architecture.ffn_size, architecture.hidden_size
+
+    def mlp(_: Architecture, layer: str) -> list[TensorSpec]:
+        return [
+            single(f"{layer}.mlp.gate_proj.weight", (width, hidden), "F H", Role.FFN),
+            single(f"{layer}.mlp.up_proj.weight", (width, hidden), "F H", Role.FFN),
+            single(f"{layer}.mlp.down_proj.weight", (hidden, width), "H F", Role.FFN),
+        ]
+
+    return stack_tensors(architecture, mlp)
 
 
 def packed_experts(architecture: Architecture, layer: str, gate: str, gate_up: str, down: str) -> list[TensorSpec]:
@@ -174,9 +191,10 @@ def stack_network(
     attention: float | None = None,
     residual: float = 1.0,
     logits: float = 1.0,
+    dense: bool = False,
 ) -> Network:
     """What the network computes, from a config.json with the keys of transformers' LlamaConfig. The first three are the
-    values of missing keys, the last four the factors of `export.families.network` (`logits` divides)."""
+    values of missing keys; `embedding` to `logits` are the factors of `export.families.network` (`logits` divides)."""
     config = rotary_keys(raw)
     heads = config["num_attention_heads"]
     head_size = config.get("head_dim") or config["hidden_size"] // heads
@@ -184,6 +202,23 @@ def stack_network(
 
     def norm(name: str) -> Norm:
         return Norm(name=name, centred=False, epsilon=epsilon)
+
+    def mlp(name: str) -> Mlp:
+        if dense:
+            return Mlp(
+                first=f"{name}.gate_proj",
+                up=f"{name}.up_proj",
+                second=f"{name}.down_proj",
+                activation=Activation.SILU,
+                gated=True,
+            )
+        return Mlp(
+            first=f"{name}.experts.gate_up",
+            second=f"{name}.experts.down",
+            activation=Activation.SILU,
+            gated=True,
+            gate=f"{name}.gate",
+        )
 
     def layer(name: str) -> Layer:
         return Layer(
@@ -199,13 +234,7 @@ def stack_network(
                 window=sliding_window,
             ),
             mlp_norm=norm(f"{name}.post_attention_layernorm"),
-            mlp=Mlp(
-                first=f"{name}.mlp.experts.gate_up",
-                second=f"{name}.mlp.experts.down",
-                activation=Activation.SILU,
-                gated=True,
-                gate=f"{name}.mlp.gate",
-            ),
+            mlp=mlp(f"{name}.mlp"),
             factor=residual,
         )
 
@@ -231,12 +260,21 @@ def stack_graph(graph: GraphBuilder, architecture: Architecture) -> str:
         attended = graph.scale(graph.linear(heads, f"{name}.self_attn.o_proj"), scales.residual, f"{name}.self_attn")
         x = graph.add(x, attended, f"{name}.attention_residual")
         normed = graph.rms_norm(x, f"{name}.post_attention_layernorm", epsilon)
-        mixed = graph.experts(
-            normed, gate=f"{name}.mlp.gate.weight", fc1=f"{name}.mlp.experts.gate_up", fc2=f"{name}.mlp.experts.down",
-            name=f"{name}.mlp", activation="swiglu",
-        )  # fmt: skip
-        x = graph.add(x, graph.scale(mixed, scales.residual, f"{name}.mlp"), name)
+        output = (_mixture if architecture.is_moe else _mlp)(graph, normed, f"{name}.mlp")
+        x = graph.add(x, graph.scale(output, scales.residual, f"{name}.mlp"), name)
     return x
+
+
+def _mixture(graph: GraphBuilder, normed: str, name: str) -> str:
+    return graph.experts(
+        normed, gate=f"{name}.gate.weight", fc1=f"{name}.experts.gate_up", fc2=f"{name}.experts.down", name=name,
+        activation="swiglu",
+    )  # fmt: skip
+
+
+def _mlp(graph: GraphBuilder, normed: str, name: str) -> str:
+    gate, up = (graph.linear(normed, f"{name}.{matrix}") for matrix in ("gate_proj", "up_proj"))
+    return graph.linear(graph.silu_times(gate, up, f"{name}.act"), f"{name}.down_proj")
 
 
 def stack_head(graph: GraphBuilder, architecture: Architecture, x: str) -> str:

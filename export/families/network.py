@@ -54,14 +54,16 @@ class Attention:
 class Mlp:
     """An MLP, or a mixture of several if `gate` names a router's module. It computes second(activation(first(x))).
 
-    If `gated`, the module `first` has two matrices, gate and up, whose rows alternate in the table, and the MLP
-    computes second(activation(gate(x)) * up(x)). `router` says how a mixture chooses.
+    If `gated`, the MLP computes second(activation(gate(x)) * up(x)). The module `first` then has two matrices, gate and
+    up, whose rows alternate in the table; or it is gate alone, and the module `up` is the other one. `router` says how
+    a mixture chooses.
     """
 
     first: str
     second: str
     activation: Activation
     gated: bool = False
+    up: str | None = None
     gate: str | None = None
     router: Router = field(default_factory=Router)
 

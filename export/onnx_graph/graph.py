@@ -196,6 +196,13 @@ class GraphBuilder(ABC):
         """GELU in its tanh form, which Phi-2's config calls gelu_new."""
         return self._nodes.add("Gelu", [x], path, float_type=self._nodes.float_types[x], approximate="tanh")
 
+    def silu_times(self, gate: str, up: str, path: str) -> str:
+        """silu(gate) * up, value by value, where silu(x) is x / (1 + exp(-x)); in float32."""
+        gate, up = (self._nodes.cast(x, "float32") for x in (gate, up))
+        sigmoid = self._nodes.add("Sigmoid", [gate], f"{path}.sigmoid", float_type="float32")
+        silu = self._nodes.add("Mul", [gate, sigmoid], f"{path}.silu", float_type="float32")
+        return self._nodes.add("Mul", [silu, up], path, float_type="float32")
+
     def add(self, left: str, right: str, path: str) -> str:
         """left + right in float32: the residual stream and the output of attention or MLP."""
         inputs = [self._nodes.cast(left, "float32"), self._nodes.cast(right, "float32")]

@@ -76,6 +76,8 @@ def _add_expert(
     """Add an expert's outputs for the rows `tokens` [n] of x [T, H] to the same rows of `result`, times `shares`
     [n, 1]. An MLP is the expert 0."""
     first = reader.expert("input", f"{mlp.first}.weight", expert)
+    if mlp.up is not None:
+        first += reader.expert("up", f"{mlp.up}.weight", expert)
     second = reader.expert("output", f"{mlp.second}.weight", expert)[0]
     first_biases = _biases("input bias", reader, mlp.first, expert)
     second_biases = _biases("output bias", reader, mlp.second, expert)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from checkpoints import Dimensions, phi_msft_config, transformers_config
+from dense_checkpoints import dense_config
 from granitemoe_checkpoints import SCALARS
 from mixtral_checkpoints import MixtralSizes, published_config
 from transformers import AutoConfig
@@ -21,6 +22,8 @@ WRITTEN = {
     "phi": {**transformers_config(Dimensions(num_kv_heads=1)), "qk_layernorm": False},
     "mixtral": {**published_config(SHAPES), "tie_word_embeddings": True},
     "granitemoe": {**published_config(SHAPES), **SCALARS, "model_type": "granitemoe", "attention_bias": False},
+    "mistral": {**dense_config(SHAPES, "mistral"), "tie_word_embeddings": True, "sliding_window": 7},
+    "llama": {**dense_config(SHAPES, "llama"), "tie_word_embeddings": True},
 }
 for no_key in ("sliding_window", "head_dim"):
     del WRITTEN["granitemoe"][no_key]
@@ -39,6 +42,7 @@ def of_transformers(family, raw):
         "num_experts": getattr(config, "num_local_experts", 0),
         "experts_per_token": getattr(config, "num_experts_per_tok", 0),
         "tied_head": config.tie_word_embeddings,
+        "sliding_window": getattr(config, "sliding_window", None),
     }
 
 

@@ -55,10 +55,10 @@ def test_families_differ_in_the_configs_that_they_match():
         registry.detect(config, "here").name
         for config in (
             {"model_type": "phi"}, {"model_type": "phi-msft"}, {"model_type": "phi-msft", "num_local_experts": 4},
-            {"model_type": "mixtral"}, {"model_type": "granitemoe"},
+            {"model_type": "mixtral"}, {"model_type": "granitemoe"}, {"model_type": "mistral"}, {"model_type": "llama"},
         )
     ]  # fmt: skip
-    assert names == ["phi", "phi", "phixtral", "mixtral", "granitemoe"]
+    assert names == ["phi", "phi", "phixtral", "mixtral", "granitemoe", "mistral", "llama"]
 
 
 def _named_families(path):

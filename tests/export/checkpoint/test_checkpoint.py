@@ -289,7 +289,8 @@ def test_an_unknown_model_type_lists_what_exists(phixtral):
     edit_config(phixtral, model_type="mamba")
     with pytest.raises(
         ConfigError,
-        match=r"model_type 'mamba' is not among those that moeship builds \(granitemoe, mixtral, phi, phixtral\)",
+        match=r"model_type 'mamba' is not among those that moeship builds "
+        r"\(granitemoe, llama, mistral, mixtral, phi, phixtral\)",
     ):
         read(phixtral)
 

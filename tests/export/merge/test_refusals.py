@@ -72,8 +72,8 @@ def test_a_mixture_as_an_expert_is_refused(tmp_path):
 
 def test_another_architecture_is_refused(five):
     config = five.parent / "e1" / "config.json"
-    config.write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ConfigError, match="model_type 'llama' is not among those that moeship builds"):
+    config.write_text(json.dumps({"model_type": "gemma"}))
+    with pytest.raises(ConfigError, match="model_type 'gemma' is not among those that moeship builds"):
         run(five)
 
 

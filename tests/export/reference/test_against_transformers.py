@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
+from dense_checkpoints import write_dense_checkpoint
 from granitemoe_checkpoints import tell_mixtral_as_granitemoe, write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
 from safetensors.numpy import load_file, save_file
@@ -45,7 +46,17 @@ def granitemoe(folder, **sizes):
     return write_granitemoe_checkpoint(folder, seed=1, **sizes)
 
 
-WRITERS = {"phi": phi, "phixtral": phixtral, "mixtral": mixtral, "granitemoe": granitemoe}
+def mistral(folder, **sizes):
+    return write_dense_checkpoint(folder, seed=1, **sizes)
+
+
+def llama(folder, **sizes):
+    return write_dense_checkpoint(folder, seed=1, family="llama", **sizes)
+
+
+WRITERS = {
+    "phi": phi, "phixtral": phixtral, "mixtral": mixtral, "granitemoe": granitemoe, "mistral": mistral, "llama": llama,
+}  # fmt: skip
 CASES = [
     (phi, {}),
     (phi, {"spelling": "phi-msft", "rotary_dim": 2, "ffn_size": 33}),
@@ -62,6 +73,12 @@ CASES = [
     (granitemoe, {}),
     (granitemoe, {"spelling": "packed", "num_experts": 3, "experts_per_token": 1, "ffn_size": 37}),
     (granitemoe, {"num_heads": 5, "num_kv_heads": 1, "head_dim": None, "tied": True, "dtype": "bfloat16"}),
+    (mistral, {}),
+    (mistral, {"config": {"sliding_window": 7}, "num_kv_heads": 1, "ffn_size": 37}),
+    (mistral, {"num_heads": 5, "num_kv_heads": 5, "head_dim": None, "tied": True, "dtype": "float16"}),
+    (llama, {"num_heads": 4}),
+    (llama, {"hidden_size": 54, "head_dim": 24, "dtype": "bfloat16"}),
+    (llama, {"num_heads": 5, "num_kv_heads": 1, "head_dim": None, "tied": True}),
 ]
 
 

@@ -16,6 +16,11 @@ REQUIRED = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 64, "num_
         ("phi", "PhiConfig", {"layer_norm_eps": 1e-3, "partial_rotary_factor": 0.25, "rope_theta": 5e5}),
         ("mixtral", "MixtralConfig", {"rms_norm_eps": 1e-3, "num_key_value_heads": 4, "rope_theta": 5e5}),
         (
+            "mistral", "MistralConfig",
+            {"rms_norm_eps": 1e-3, "num_key_value_heads": 4, "rope_theta": 5e5, "sliding_window": 7},
+        ),
+        ("llama", "LlamaConfig", {"rms_norm_eps": 1e-3, "num_key_value_heads": 4, "rope_theta": 5e5}),
+        (
             "granitemoe", "GraniteMoeConfig",
             {
                 "rms_norm_eps": 1e-3, "num_key_value_heads": 4, "rope_theta": 5e5, "embedding_multiplier": 2.0,

@@ -103,7 +103,7 @@ def expect_as_transformers(folder, config):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("model_type", ["phi", "phi-msft", "mixtral", "granitemoe"])
+@pytest.mark.parametrize("model_type", ["phi", "phi-msft", "mixtral", "granitemoe", "mistral", "llama"])
 @pytest.mark.parametrize("kind", ["bytes", "llama", "metaspace"])
 def test_every_class_of_every_family_encodes_as_transformers_does(tmp_path, kinds, kind, model_type, name):
     settings = {"tokenizer_class": name, "eos_token": END_OF_TEXT} if name else {"add_prefix_space": True}

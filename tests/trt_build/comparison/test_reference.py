@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
+from dense_checkpoints import write_dense_checkpoint
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
 from safetensors.numpy import load_file, save_file
@@ -23,6 +24,8 @@ WRITERS = {
     "phixtral": lambda folder: write_phixtral_checkpoint(folder, seed=1, num_experts=3, experts_per_token=2),
     "mixtral": lambda folder: write_mixtral_checkpoint(folder, seed=1),
     "granitemoe": lambda folder: write_granitemoe_checkpoint(folder, seed=1),
+    "mistral": lambda folder: write_dense_checkpoint(folder, seed=1, family="mistral"),
+    "llama": lambda folder: write_dense_checkpoint(folder, seed=1, family="llama", num_heads=4),
 }
 
 
@@ -45,7 +48,7 @@ def test_what_a_config_says_of_loading_and_training_changes_nothing(tmp_path, fa
     path = folder / "config.json"
     config = json.loads(path.read_text())
     more = {"torch_dtype": "float16", "use_cache": False, "auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}
-    if family in ("phi", "mixtral", "granitemoe"):
+    if family in ("phi", "mixtral", "granitemoe", "mistral", "llama"):
         more |= {"return_dict": False, "output_attentions": True, "is_encoder_decoder": True}
     if family == "mixtral":
         more |= {"output_router_logits": True, "router_jitter_noise": 0.5}

@@ -1,0 +1,77 @@
+"""Dense Mistral: `export.families.llama_stack` with an MLP, and a window of positions that a token attends to.
+
+Tensors have the names of transformers' MistralForCausalLM. Where config.json has no sliding_window, the window is the
+4096 positions of transformers' MistralConfig; where sliding_window is null, there is none. Several of these models are
+merged into a Mixtral (export/merge).
+Source: transformers, models/mistral.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from export.architecture import Architecture, ConfigReader
+from export.families import Family
+from export.families.llama_stack import (
+    HARMLESS_TENSORS,
+    dense_tensors,
+    layer_name,
+    read_stack_config,
+    stack_graph,
+    stack_head,
+    stack_network,
+    transformers_name,
+)
+from export.families.network import Network
+from export.families.transformers_model import TransformersModel
+
+_WINDOW = 4096  # of MistralConfig, for a config.json without the key
+
+
+def matches(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") == "mistral"
+
+
+def read_config(raw: Mapping[str, Any]) -> Architecture:
+    """Read the Architecture from a Mistral config.json. Missing keys have the defaults of transformers' MistralConfig.
+    Raises ConfigError."""
+    reader = ConfigReader(raw, "mistral")
+    reader.harmless("sliding_window")
+    null = "sliding_window" in raw and raw["sliding_window"] is None
+    return read_stack_config(
+        reader,
+        "mistral",
+        rope_base=1e4,
+        norm_epsilon=1e-6,
+        num_kv_heads=8,
+        sliding_window=None if null else reader.integer("sliding_window", absent=_WINDOW),
+        dense=True,
+    )
+
+
+def network(raw: Mapping[str, Any]) -> Network:
+    """What the network computes; missing keys have the defaults of transformers' MistralConfig."""
+    return stack_network(
+        raw,
+        rope_theta=1e4,
+        rms_norm_eps=1e-6,
+        num_key_value_heads=8,
+        sliding_window=raw.get("sliding_window", _WINDOW),
+        dense=True,
+    )
+
+
+FAMILY = Family(
+    name="mistral",
+    matches=matches,
+    read_config=read_config,
+    tensors=dense_tensors,
+    decoder=stack_graph,
+    head=stack_head,
+    layer=layer_name,
+    network=network,
+    transformers=TransformersModel(model="MistralForCausalLM", name=transformers_name),
+    tokenizers={"mistral": "TokenizersBackend"},
+    harmless_tensors=HARMLESS_TENSORS,
+)
