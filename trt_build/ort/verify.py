@@ -38,12 +38,12 @@ from trt_build.comparison.parity import (
 )
 from trt_build.comparison.same_tokenizer import require_same_tokenizer
 from trt_build.comparison.serving_ways import SERVING_LIMITS
+from trt_build.comparison.weights import QUESTION as OF_WEIGHTS
 from trt_build.errors import EngineError
 from trt_build.ort.device import open_device
 from trt_build.ort.engine import Engine, read_part_records, record_verification
 from trt_build.ort.questions.graph import QUESTION as OF_GRAPH
 from trt_build.ort.questions.graph import ask_about_graph
-from trt_build.ort.questions.weights import QUESTION as OF_WEIGHTS
 from trt_build.ort.questions.weights import ask_about_weights
 from trt_build.ort.served_as_scored import compare_serving
 from trt_build.ort.session import ScoringSession, Session

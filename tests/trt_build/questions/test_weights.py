@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.quantize.grid import dequantize_blocks, quantize_blocks
+from trt_build.comparison.limits import limits_of, proved_row_error
 from trt_build.ort.build import BuildOptions, build_engine
-from trt_build.ort.questions.limits import limits_of, proved_row_error
 from trt_build.ort.questions.weights import ask_about_weights
 
 FOUND = [name for name, fault in FAULTS.items() if fault.at == "weights"]

@@ -2,7 +2,6 @@
 
 stored_graph.py    a graph as it lies in the folder: nodes, and where each initializer is in the data file
 stored_weights.py  the weights that an engine stores, in the checkpoint's own layout
-limits.py          the limits of both questions, with their reasons
 graph_facts.py     attributes of nodes, operands and rotary caches against config.json
 weights.py         first question: are these the checkpoint's weights?
 graph.py           second question: does the graph compute what the codes say?

@@ -21,9 +21,9 @@ from export.families import Model
 from export.provider import PROVIDERS
 from export.reference.model import Reference
 from trt_build.comparison.answers import Answer
+from trt_build.comparison.limits import graph_limit
 from trt_build.ort.device import Device
 from trt_build.ort.engine import Engine
-from trt_build.ort.questions.limits import graph_limit
 from trt_build.ort.questions.stored_graph import with_float32_activations
 from trt_build.ort.questions.stored_weights import FloatArray, StoredWeights, open_stored_weights
 from trt_build.ort.session import ScoringSession

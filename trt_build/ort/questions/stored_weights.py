@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.checkpoint.tensor_table import CHUNK_ELEMENTS, Join, TensorSpec, Weights
+from export.checkpoint.tensor_table import Join, TensorSpec
 from export.errors import QuantizationError
 from export.exporter import DATA_FILE, SCORING_GRAPH
 from export.families import Model
@@ -30,11 +30,11 @@ from export.floats import widen
 from export.onnx_graph import names
 from export.quantize.grid import unpack
 from export.quantize.layout import GROUP_ROWS, MatrixLayout
+from trt_build.comparison.read_back import FloatArray, ReadBack, Recipe
 from trt_build.errors import EngineError
 from trt_build.ort.engine import Engine
 from trt_build.ort.questions.stored_graph import Extent, StoredGraph, StoredMatrix, read_graph
 
-FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
 
 # The two codes of a byte as signed float32 numbers, the lower one first, read as one item of eight bytes: a look-up
@@ -44,19 +44,23 @@ _PAIRS = np.ascontiguousarray(_NIBBLES).view(np.uint64)[:, 0]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredWeights(Weights):
-    """An engine's weights under our names. `experts`: a row that stacks experts or belongs to a router -> the experts
-    in the order in which the engine stores them. `factors`: a row -> how many of its first rows carry which factor."""
+class StoredWeights(ReadBack):
+    """An engine's weights under our names. `factors`: a row -> how many of its first rows carry which factor."""
 
     graph: StoredGraph
     mapped: mmap.mmap
     matrices: Mapping[str, StoredMatrix]
-    experts: Mapping[str, tuple[int, ...]]
     factors: Mapping[str, tuple[int, float]]
 
     def matrix(self, name: str) -> StoredMatrix | None:
         """The quantised form of a row; None if it is stored as floats, or not at all."""
         return self.matrices.get(f"{name}.codes")
+
+    def recipe(self, name: str) -> Recipe | None:
+        matrix = self.matrix(name)
+        if matrix is None:
+            return None
+        return Recipe(bits=matrix.bits, block=matrix.block_size, scale_type=matrix.scales.dtype)
 
     def float_type(self, name: str) -> str | None:
         """The dtype in which a row that is not quantised is stored; None if it is quantised or absent."""
@@ -64,7 +68,6 @@ class StoredWeights(Weights):
         return None if extent is None else extent.dtype
 
     def misfit(self, name: str) -> str | None:
-        """What is wrong with the shapes of a row's initializers, in words; None if nothing is."""
         spec, matrix = self.table[name], self.matrix(name)
         shape = self._shape(spec)
         if matrix is None:
@@ -82,38 +85,21 @@ class StoredWeights(Weights):
         return None
 
     def part_rows(self, name: str, group: int, first: int, last: int) -> list[FloatArray]:
-        """Rows `first` to `last` of each part of a group of a row, float32, as `TensorSpec.groups` has them. Raises
-        EngineError for an expert that the engine does without."""
         spec = self.table[name]
         turns = len(spec.groups[group])
         values = self._rows(spec, self._place(spec, group), turns, self.rows_before(spec, group), first, last)
         return [values[turn::turns] for turn in range(turns)]
 
-    def load(self, name: str) -> FloatArray:
-        """Read a whole weight, float32, in the table's shape."""
-        whole = np.empty(self.table[name].shape, dtype=np.float32)
-        flat, done = whole.reshape(-1), 0
-        for chunk in self.chunks(name):
-            flat[done : done + chunk.size] = chunk.reshape(-1)
-            done += chunk.size
-        return whole
-
-    def load_rows(self, name: str, rows: slice) -> FloatArray:
-        """Read some rows of a weight that is one tensor of the checkpoint, float32 [rows, ...]."""
-        first, last, _ = rows.indices(self.table[name].parts[0].shape[0])
-        return self.part_rows(name, 0, first, last)[0]
-
-    def placed_chunks(
-        self, name: str, expert_order: Sequence[int] | None = None, multiple: int = GROUP_ROWS
-    ) -> Iterator[tuple[int, int, list[npt.NDArray[Any]]]]:
-        """Read a weight in chunks, as `Weights.placed_chunks` does, in float32."""
-        groups = self.table[name].groups
-        for index in range(len(groups)) if expert_order is None else expert_order:
-            num_rows, *others = groups[index][0].shape
-            step = max(1, CHUNK_ELEMENTS // max(1, len(groups[index]) * math.prod(others)))
-            step = max(multiple, step - step % multiple)
-            for row in range(0, num_rows, step):
-                yield index, row, list(self.part_rows(name, index, row, min(row + step, num_rows)))
+    def rounded(self, name: str, group: int, first: int, values: npt.NDArray[Any]) -> FloatArray:
+        """The values rounded to the engine's float type, with the factor that they carry there taken back."""
+        expected, (scaled, factor) = widen(values).copy(), self.factors.get(name, (0, 1.0))
+        if self.float_type(name) == "float16":
+            own = max(0, scaled - self.rows_before(self.table[name], group) - first)
+            expected[:own] *= np.float32(factor)
+            with np.errstate(over="ignore"):
+                expected = widen(expected.astype(np.float16))
+            expected[:own] /= np.float32(factor)
+        return expected
 
     def _shape(self, spec: TensorSpec) -> tuple[int, ...]:
         """The shape of a row as it is stored, before quantisation."""

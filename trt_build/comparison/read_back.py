@@ -1,0 +1,89 @@
+"""The weights that an engine stores, read back from its files in the checkpoint's own layout.
+
+Each backend has a class of its own, which knows its files. What is shared reads them for the comparison with the
+checkpoint (`weights.py`) and for the reference on what is stored (`export/reference`).
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.checkpoint.tensor_table import CHUNK_ELEMENTS, TensorSpec, Weights
+from export.quantize.layout import GROUP_ROWS
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a quantised matrix is stored: bits of a code, input features that share a scale, and the scales' dtype."""
+
+    bits: int
+    block: int
+    scale_type: str
+
+    def __str__(self) -> str:
+        return f"int{self.bits} in blocks of {self.block}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadBack(Weights, abc.ABC):
+    """An engine's weights under our names. `experts`: a row that stacks experts or belongs to a router -> the experts
+    in the order in which the engine stores them."""
+
+    experts: Mapping[str, tuple[int, ...]]
+
+    @abc.abstractmethod
+    def recipe(self, name: str) -> Recipe | None:
+        """How a row is quantised; None if it is stored as floats, or not at all."""
+
+    @abc.abstractmethod
+    def misfit(self, name: str) -> str | None:
+        """What is wrong with the shapes in which a row is stored, in words; None if nothing is."""
+
+    @abc.abstractmethod
+    def part_rows(self, name: str, group: int, first: int, last: int) -> list[FloatArray]:
+        """Rows `first` to `last` of each part of a group of a row, float32, as `TensorSpec.groups` has them. Raises
+        EngineError for an expert that the engine does without."""
+
+    @abc.abstractmethod
+    def rounded(self, name: str, group: int, first: int, values: npt.NDArray[Any]) -> FloatArray:
+        """The float32 values that a row which is not quantised should have where the checkpoint has `values`, which are
+        its rows from `first` on."""
+
+    def stored_groups(self, spec: TensorSpec) -> Sequence[int]:
+        """The groups of a row that are stored: all, or those of the experts that the engine has."""
+        return self.experts[spec.name] if spec.stacks_experts else range(len(spec.groups))
+
+    def load(self, name: str) -> FloatArray:
+        """Read a whole weight, float32, in the table's shape."""
+        whole = np.empty(self.table[name].shape, dtype=np.float32)
+        flat, done = whole.reshape(-1), 0
+        for chunk in self.chunks(name):
+            flat[done : done + chunk.size] = chunk.reshape(-1)
+            done += chunk.size
+        return whole
+
+    def load_rows(self, name: str, rows: slice) -> FloatArray:
+        """Read some rows of a weight that is one tensor of the checkpoint, float32 [rows, ...]."""
+        first, last, _ = rows.indices(self.table[name].parts[0].shape[0])
+        return self.part_rows(name, 0, first, last)[0]
+
+    def placed_chunks(
+        self, name: str, expert_order: Sequence[int] | None = None, multiple: int = GROUP_ROWS
+    ) -> Iterator[tuple[int, int, list[npt.NDArray[Any]]]]:
+        """Read a weight in chunks, as `Weights.placed_chunks` does, in float32."""
+        groups = self.table[name].groups
+        for index in range(len(groups)) if expert_order is None else expert_order:
+            num_rows, *others = groups[index][0].shape
+            step = max(1, CHUNK_ELEMENTS // max(1, len(groups[index]) * math.prod(others)))
+            step = max(multiple, step - step % multiple)
+            for row in range(0, num_rows, step):
+                yield index, row, list(self.part_rows(name, index, row, min(row + step, num_rows)))
