@@ -13,11 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trt_build.comparison.answers import Answer
+from trt_build.comparison.cost import Grain
 from trt_build.comparison.evaluation_text import read_texts
 from trt_build.comparison.parity import THRESHOLDS, Verification
 from trt_build.comparison.serving_ways import SERVING_LIMITS
 from trt_build.errors import VerificationFailed
 from trt_build.ort.engine import open_engine
+from trt_build.ort.questions.cost import CostOptions
 from trt_build.ort.verify import record, verify_engine
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE",
                         help="measure on this text; repeatable (default: moeship's own held-out text)")  # fmt: skip
     parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="tokens to score (default: %(default)s)")
+    parser.add_argument("--cost", nargs="?", const="auto", metavar="GRAIN", choices=["auto", *Grain],
+                        help="say what the quantiser cost by 'layers' (each layer's attention and experts) or also by "
+                        "'experts'; without a word, experts where the model is small enough")  # fmt: skip
+    parser.add_argument("--cost-tokens", type=int, metavar="N",
+                        help="tokens for --cost (default: what a bound on time and memory allows)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -38,7 +45,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Verify an engine and print the report. Raises VerificationFailed if a figure misses its threshold."""
     engine = open_engine(arguments.engine)
     verification = verify_engine(
-        engine, arguments.reference, read_texts(arguments.text), arguments.tokens, every(PROGRESS_S, logger.info)
+        engine,
+        arguments.reference,
+        read_texts(arguments.text),
+        arguments.tokens,
+        every(PROGRESS_S, logger.info),
+        cost_options(arguments),
     )
     if not verification.reference_is_the_source:
         logger.warning(
@@ -52,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
         print("\n".join(answer_lines(verification.questions)))
         print(text_line(verification))
         print(table(verification, engine.manifest.precision.name))
+        if verification.cost is not None:
+            print("\n".join(verification.cost.lines()))
         for finding in verification.findings:
             print(f"finding: {finding}")
     record(engine, verification)
@@ -61,6 +75,14 @@ def run(arguments: argparse.Namespace) -> int:
             f"{'; '.join(verification.failures)}"
         )
     return 0
+
+
+def cost_options(arguments: argparse.Namespace) -> CostOptions | None:
+    """What the flags ask of the quantiser's cost; None if they ask nothing."""
+    if arguments.cost is None and arguments.cost_tokens is None:
+        return None
+    grain = None if arguments.cost in (None, "auto") else Grain(arguments.cost)
+    return CostOptions(grain=grain, tokens=arguments.cost_tokens)
 
 
 def every(seconds: float, tell: Callable[[str], None]) -> Callable[[str], None]:

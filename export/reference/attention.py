@@ -3,14 +3,51 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
 from export.families.network import Attention
 from export.reference.operations import FloatArray, softmax_in_place
+from export.reference.reader import Reader
 
 _SCORE_VALUES = 1 << 22  # products of query and key that are held at a time, 16 MiB; at least those of one position
 _MOST_QUERIES = 256  # positions of a block: half of the products on its diagonal are computed for nothing
+
+
+class Projections:
+    """A layer's attention with its matrices in float32, read once. They are in slots of `reader`, so they are valid
+    until it reads another layer's."""
+
+    def __init__(self, attention: Attention, reader: Reader) -> None:
+        slots = ["input", *(f"input {turn}" for turn in range(1, len(attention.inputs)))]
+        self._attention, self._reader = attention, reader
+        self._matrices = [
+            reader.matrix(slot, f"{name}.weight") for slot, name in zip(slots, attention.inputs, strict=True)
+        ]
+        self._biases = [reader.bias(name) for name in attention.inputs]
+        self._output = reader.matrix("output", f"{attention.output}.weight")
+        self._output_bias = reader.bias(attention.output)
+
+    def attended(self, x: FloatArray, bounds: Sequence[int]) -> FloatArray:
+        """Attention's output [T, H] for its normed input [T, H]; each window by itself. `bounds` are the first row of
+        each window, and T."""
+        windows = [slice(first, last) for first, last in pairwise(bounds) if first < last]
+        head_size = self._output.shape[1] // self._attention.num_heads
+        tables = rotary_tables(max((rows.stop - rows.start for rows in windows), default=0), self._attention)
+        heads = np.empty((len(x), self._output.shape[1]), dtype=np.float32)
+        widths = [len(matrix) for matrix in self._matrices]
+        for rows in windows:
+            products = self._reader.space("products", (rows.stop - rows.start, sum(widths)))
+            for matrix, bias, end in zip(self._matrices, self._biases, np.cumsum(widths).tolist(), strict=True):
+                own = products[:, end - len(matrix) : end]
+                np.matmul(x[rows], matrix.T, out=own)
+                own += bias
+            heads[rows] = attend(products, self._attention, head_size, tables)
+        result: FloatArray = heads @ self._output.T
+        result += self._output_bias
+        return result
 
 
 def rotary_tables(length: int, attention: Attention) -> tuple[FloatArray, FloatArray]:

@@ -30,14 +30,14 @@ def run_mlp(
     """
     result = np.zeros_like(x)
     if mlp.gate is None:
-        _add_expert(result, x, np.arange(len(x)), None, mlp, reader, 0)
+        add_expert(result, x, np.arange(len(x)), None, mlp, reader, 0)
         return result, None
     logits = x @ reader.weights.load(f"{mlp.gate}.weight").T
     chosen, shares = route(logits, mlp.router, experts_per_token, choose)
     for expert in range(logits.shape[1]):
         tokens, places = np.nonzero(chosen == expert)
         if len(tokens):
-            _add_expert(result, x, tokens, shares[tokens, places, None], mlp, reader, expert)
+            add_expert(result, x, tokens, shares[tokens, places, None], mlp, reader, expert)
     return result, logits
 
 
@@ -64,7 +64,7 @@ def route(
     return chosen, shares * np.float32(router.scale)
 
 
-def _add_expert(
+def add_expert(
     result: FloatArray,
     x: FloatArray,
     tokens: npt.NDArray[np.int64],

@@ -30,10 +30,11 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from export.checkpoint.tensor_table import Weights
 from export.errors import CheckpointError, named
 from export.families import Model
-from export.families.network import Attention, Layer, Norm
-from export.reference.attention import attend, rotary_tables
+from export.families.network import Layer, Network, Norm
+from export.reference.attention import Projections
 from export.reference.mixture import run_mlp
 from export.reference.operations import FloatArray, layer_norm, rms_norm
 from export.reference.reader import Reader
@@ -62,7 +63,7 @@ class Reference:
 
         Raises CheckpointError for a token id that the embedding does not have, and for weights that cannot be read or
         are not finite."""
-        x, bounds, reader = self._embedded(windows), _bounds(windows), Reader(self._weights)
+        x, bounds, reader = self._embedded(windows), bounds_of(windows), Reader(self._weights)
         routed: list[FloatArray] = []
         for index, layer in enumerate(self._network.layers):
             progress(f"computing the reference: {index} of {len(self._network.layers)} layers")
@@ -70,7 +71,7 @@ class Reference:
             x, logits = self._run_layer(layer, x, bounds, reader, own)
             routed += [] if logits is None else [logits]
         del reader
-        x = self._normalised(self._network.norm, x)
+        x = normalise(x, self._network.norm, self._weights)
         for first, last, logits in self._logits(x, bounds):
             yield logits, np.stack([router[first:last] for router in routed]) if routed else None
 
@@ -78,7 +79,7 @@ class Reference:
         """Yield for each layer the hidden states that enter it: one array [S, H] for each window, [0, H] for an empty
         one. They are transformers' hidden_states[0 .. L-1], without the last one, which comes after the final norm.
         Raises CheckpointError as `run` does."""
-        x, bounds, reader = self._embedded(windows), _bounds(windows), Reader(self._weights)
+        x, bounds, reader = self._embedded(windows), bounds_of(windows), Reader(self._weights)
         for index, layer in enumerate(self._network.layers):
             yield [x[first:last] for first, last in pairwise(bounds)]
             if index + 1 < len(self._network.layers):
@@ -98,78 +99,68 @@ class Reference:
         choose: Callable[[FloatArray], npt.NDArray[np.int64]] | None = None,
     ) -> tuple[FloatArray, FloatArray | None]:
         """The states [T, H] that leave a layer, and its router's logits [T, E]; `x` stays as it is."""
-        normed = self._normalised(layer.norm, x)
-        attended = self._attended(layer.attention, normed, bounds, reader)
+        normed = normalise(x, layer.norm, self._weights)
+        attended = Projections(layer.attention, reader).attended(normed, bounds)
         attended *= np.float32(layer.factor)
         x = x + attended
         if layer.mlp_norm is not None:
-            normed = self._normalised(layer.mlp_norm, x)
+            normed = normalise(x, layer.mlp_norm, self._weights)
         output, logits = run_mlp(normed, layer.mlp, reader, self._model.architecture.experts_per_token, choose)
         output *= np.float32(layer.factor)
         return x + output, logits
 
-    def _normalised(self, norm: Norm, x: FloatArray) -> FloatArray:
-        weight = self._weights.load(f"{norm.name}.weight")
-        if not norm.centred:
-            return rms_norm(x, weight, norm.epsilon)
-        return layer_norm(x, weight, self._weights.load(f"{norm.name}.bias"), norm.epsilon)
-
-    def _attended(self, attention: Attention, x: FloatArray, bounds: Sequence[int], reader: Reader) -> FloatArray:
-        """Attention's output [T, H] for its normed input [T, H]; each window by itself."""
-        slots = ["input", *(f"input {turn}" for turn in range(1, len(attention.inputs)))]
-        matrices = [reader.matrix(slot, f"{name}.weight") for slot, name in zip(slots, attention.inputs, strict=True)]
-        biases = [reader.bias(name) for name in attention.inputs]
-        output = reader.matrix("output", f"{attention.output}.weight")
-        head_size = output.shape[1] // attention.num_heads
-        windows = [slice(first, last) for first, last in pairwise(bounds) if first < last]
-        tables = rotary_tables(max((rows.stop - rows.start for rows in windows), default=0), attention)
-        heads = np.empty((len(x), output.shape[1]), dtype=np.float32)
-        for rows in windows:
-            widths = [len(matrix) for matrix in matrices]
-            products = reader.space("products", (rows.stop - rows.start, sum(widths)))
-            for matrix, bias, end in zip(matrices, biases, np.cumsum(widths).tolist(), strict=True):
-                own = products[:, end - len(matrix) : end]
-                np.matmul(x[rows], matrix.T, out=own)
-                own += bias
-            heads[rows] = attend(products, attention, head_size, tables)
-        result: FloatArray = heads @ output.T
-        result += reader.bias(attention.output)
-        return result
-
     def _logits(self, x: FloatArray, bounds: Sequence[int]) -> Iterator[tuple[int, int, FloatArray]]:
         """Yield of each window its first and last row of x [T, H], and its logits [S, V]. Short windows are computed
         together; the head's matrix is read once for each group of windows."""
-        name = self._network.head
-        vocab = self._weights.table[f"{name}.weight"].shape[0]
+        vocab = self._weights.table[f"{self._network.head}.weight"].shape[0]
         windows = list(pairwise(bounds))
         while windows:
             start = windows[0][0]
             count = sum(1 for _, last in windows if (last - start) * vocab <= _LOGITS_VALUES) or 1
             group, windows = windows[:count], windows[count:]
-            logits = self._head(name, x[start : group[-1][1]], vocab)
+            logits = self._head(x[start : group[-1][1]], vocab)
             for first, last in group:
                 yield first, last, logits[first - start : last - start]
             del logits  # freed before as much again is taken
 
-    def _head(self, name: str, x: FloatArray, vocab: int) -> FloatArray:
+    def _head(self, x: FloatArray, vocab: int) -> FloatArray:
         """Logits [rows, V] of [rows, H]; the head's matrix is read in slices of its rows."""
         logits = np.empty((len(x), vocab), dtype=np.float32)
-        step = max(1, _HEAD_VALUES // x.shape[1])
-        for row in range(0, vocab, step):
-            rows = slice(row, min(row + step, vocab))
-            np.matmul(x, self._weights.load_rows(f"{name}.weight", rows).T, out=logits[:, rows])
-        logits += Reader(self._weights).bias(name)
+        for columns, matrix, bias in head_slices(self._network, self._weights):
+            np.matmul(x, matrix.T, out=logits[:, columns])
+            logits[:, columns] += bias
         if self._network.logits_divisor != 1.0:
             logits /= np.float32(self._network.logits_divisor)
         return logits
 
 
-def embedding_rows(model: Model, token_ids: Sequence[int]) -> FloatArray:
-    """The embedding's rows of token ids, float32 [len(token_ids), H]; no other rows are read. Raises CheckpointError
-    for a token id that the embedding does not have."""
+def normalise(x: FloatArray, norm: Norm, weights: Weights) -> FloatArray:
+    """A norm of [T, H] over H with the factors that `weights` hold."""
+    weight = weights.load(f"{norm.name}.weight")
+    if not norm.centred:
+        return rms_norm(x, weight, norm.epsilon)
+    return layer_norm(x, weight, weights.load(f"{norm.name}.bias"), norm.epsilon)
+
+
+def head_slices(network: Network, weights: Weights) -> Iterator[tuple[slice, FloatArray, FloatArray | float]]:
+    """Yield the head in slices of its rows, which are columns of the logits: which, their matrix [n, H] and their bias
+    [n] (0 without)."""
+    name = f"{network.head}.weight"
+    vocab, hidden = weights.table[name].shape
+    biases = Reader(weights).bias(network.head)
+    step = max(1, _HEAD_VALUES // hidden)
+    for row in range(0, vocab, step):
+        rows = slice(row, min(row + step, vocab))
+        yield rows, weights.load_rows(name, rows), biases if isinstance(biases, float) else biases[rows]
+
+
+def embedding_rows(model: Model, token_ids: Sequence[int], weights: Weights | None = None) -> FloatArray:
+    """The embedding's rows of token ids, float32 [len(token_ids), H]; no other rows are read. `weights` are those of
+    `model` unless they are given. Raises CheckpointError for a token id that the embedding does not have."""
+    weights = weights or model.weights
     network = model.family.network(model.weights.checkpoint.config)
     name = f"{network.embedding}.weight"
-    vocab, hidden = model.weights.table[name].shape
+    vocab, hidden = weights.table[name].shape
     distinct, places = np.unique(np.asarray(token_ids, dtype=np.int64), return_inverse=True)
     if len(distinct) and not 0 <= distinct[0] <= distinct[-1] < vocab:
         raise CheckpointError(
@@ -178,11 +169,11 @@ def embedding_rows(model: Model, token_ids: Sequence[int]) -> FloatArray:
         )
     rows = np.empty((len(distinct), hidden), dtype=np.float32)
     for index, token in enumerate(distinct.tolist()):
-        rows[index] = model.weights.load_rows(name, slice(token, token + 1))[0]
+        rows[index] = weights.load_rows(name, slice(token, token + 1))[0]
     found: FloatArray = rows[places]
     return found
 
 
-def _bounds(windows: Windows) -> list[int]:
+def bounds_of(windows: Windows) -> list[int]:
     """The first row of each window in the tokens of all windows, and the number of all tokens."""
     return np.cumsum([0, *map(len, windows)]).tolist()

@@ -182,6 +182,25 @@ def test_verify_without_text_to_measure_on_is_wrong_input(tiny_checkpoint, tiny_
     assert text in capsys.readouterr().err
 
 
+def test_verify_says_what_the_quantiser_cost_where_it_is_asked(tmp_path, tiny_checkpoint, tiny_engines, capsys):
+    engine = shutil.copytree(tiny_engines("int4"), tmp_path / "engine")
+    words = ["-q", "verify", str(engine), "--reference", str(tiny_checkpoint), "--tokens", "64"]
+    main([*words, "--json"])
+    assert "cost" not in json.loads(capsys.readouterr().out)
+    main([*words, "--cost", "--json"])
+    cost = json.loads(capsys.readouterr().out)["cost"]
+    assert (cost["grain"], cost["tokens"], cost["whole"]["role"]) == ("experts", 64, "all")
+    assert len(cost["parts"]) == 2 + 3 * (2 + 5)
+    recorded = open_engine(engine).manifest.verification["cost"]
+    assert recorded == {**cost, "parts": [part for part in cost["parts"] if "expert" not in part]}
+    main([*words, "--cost", "layers", "--cost-tokens", "20"])
+    printed = capsys.readouterr().out
+    assert "  20 tokens (asked for) by layers: 9 variants, " in printed
+    assert re.search(r"^  layer 2: attention \S+, expert \S+$", printed, re.M)
+    assert main([*words, "--cost-tokens", "65"]) == 2
+    assert "found 65, expected 16 to 64, the tokens of the text" in capsys.readouterr().err
+
+
 def test_the_demo_walks_the_whole_road_without_torch_and_transformers(tmp_path):
     (tmp_path / "absent").mkdir()
     for package in ("torch", "transformers"):

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trt_build.comparison.answers import Answer
+from trt_build.comparison.cost import Cost
 from trt_build.comparison.evaluation_text import EvaluationText
 from trt_build.comparison.serving_ways import Way, ways_to_json
 
@@ -87,6 +88,7 @@ class ParityReport:
     reference_perplexity: float
     routing_agreement: float | None
     tied_routings: int | None  # number of (layer, position) pairs whose K-th and K+1-th router logits are equal
+    routing_by_layer: tuple[float, ...] | None = None  # of the layers that have experts, the share of positions
 
     @property
     def perplexity_increase(self) -> float:
@@ -141,6 +143,20 @@ class WindowSums:
     engine_loss: float
     reference_loss: float
     routing: tuple[int, int, int] | None  # numbers of (layer, position) pairs: agreeing, tied, all
+    same_experts: npt.NDArray[np.int64] | None = None  # [M], positions that agree in each layer that has experts
+    choices: npt.NDArray[np.int64]  # [2, S], the most likely token of the engine, and of the reference
+    probabilities: npt.NDArray[np.float64]  # [2, S], the engine's of its choice, and the reference's of its own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Positions:
+    """What an engine and the reference would say next at each of N scored positions, and how far apart they are.
+    `windows` holds the token ids that were scored; position i is behind the i-th of all their tokens."""
+
+    windows: tuple[tuple[int, ...], ...]
+    kl: npt.NDArray[np.float64]  # [N], nats
+    choices: npt.NDArray[np.int64]  # [2, N], the most likely token of the engine, and of the reference
+    probabilities: npt.NDArray[np.float64]  # [2, N], the engine's of its choice, and the reference's of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +174,11 @@ class Verification:
     windows: tuple[int, ...]  # number of tokens of each window
     questions: tuple[Answer, ...] = ()  # what was asked of the weights and of the graph
     serving: tuple[Way, ...] = ()  # the serving graph against the scoring graph; empty where an engine has one graph
+    cost: Cost | None = None  # None if it was not asked for
+    positions: Positions | None = None  # for a report; not in JSON
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, brief: bool = False) -> dict[str, Any]:
+        """Everything, or with `brief`, as engine.json has it, without the cost of single experts."""
         return {
             **self.report.to_json(),
             "failures": list(self.failures),
@@ -169,6 +188,7 @@ class Verification:
             "text": {**self.text.to_json(), "tokens": sum(self.windows), "windows": len(self.windows)},
             "questions": [answer.to_json() for answer in self.questions],
             "serving": ways_to_json(self.serving),
+            **({} if self.cost is None else {"cost": self.cost.to_json(experts=not brief)}),
         }
 
 
@@ -204,19 +224,23 @@ def measure(
 ) -> WindowSums:
     """Sums over one window of S token ids, from the logits `found` and `expected` [S, V] of engine and reference, and
     from their router logits [L, S, E] if both are given."""
-    routing = None
+    routing = same_experts = None
     if found_routing is not None and expected_routing is not None:
-        routing = _routing(found_routing, expected_routing, experts_per_token)
+        same_sets = _same_sets(found_routing, expected_routing, experts_per_token)
+        routing, same_experts = _routing(same_sets, expected_routing, experts_per_token), same_sets.sum(axis=-1)
     following = np.asarray(window[1:])
     totals: dict[str, float] = dict.fromkeys(("difference", "engine_loss", "reference_loss"), 0.0)
-    largest, kl, same, lead = 0.0, np.empty(len(window)), np.empty(len(window), dtype=bool), np.empty(len(window))
+    largest, kl, lead = 0.0, np.empty(len(window)), np.empty(len(window))
+    choices, probabilities = np.empty((2, len(window)), dtype=np.int64), np.empty((2, len(window)))
     for rows in (slice(start, start + SLICE_TOKENS) for start in range(0, len(window), SLICE_TOKENS)):
         difference = np.abs(found[rows] - expected[rows])
         largest = float(np.maximum(largest, difference.max()))  # np.maximum keeps NaN; Python's max may drop it
         found_log, expected_log = log_softmax(found[rows]), log_softmax(expected[rows])
         totals["difference"] += float(difference.mean(axis=-1, dtype=np.float64).sum())
         kl[rows] = (np.exp(expected_log) * (expected_log - found_log)).sum(axis=-1)
-        same[rows] = found[rows].argmax(axis=-1) == expected[rows].argmax(axis=-1)
+        for own, logits, logs in zip((0, 1), (found, expected), (found_log, expected_log), strict=True):
+            choices[own, rows] = logits[rows].argmax(axis=-1)
+            probabilities[own, rows] = np.exp(logs[np.arange(len(logs)), choices[own, rows]])
         two = np.partition(expected[rows], -2, axis=-1)[:, -2:]
         lead[rows] = two[:, 1] - two[:, 0]
         totals["engine_loss"] += next_token_loss(found_log, following[rows])
@@ -226,11 +250,24 @@ def measure(
         max_difference=largest,
         sum_difference=totals["difference"],
         kl=kl,
-        same_top1=same,
+        same_top1=choices[0] == choices[1],
         lead=lead.astype(np.float32),
         engine_loss=totals["engine_loss"],
         reference_loss=totals["reference_loss"],
         routing=routing,
+        same_experts=same_experts,
+        choices=choices,
+        probabilities=probabilities,
+    )
+
+
+def positions_of(windows: Sequence[Sequence[int]], sums: Sequence[WindowSums]) -> Positions:
+    """The scored positions of all windows of token ids."""
+    return Positions(
+        windows=tuple(map(tuple, windows)),
+        kl=np.concatenate([window.kl for window in sums]),
+        choices=np.concatenate([window.choices for window in sums], axis=1),
+        probabilities=np.concatenate([window.probabilities for window in sums], axis=1),
     )
 
 
@@ -239,8 +276,15 @@ def next_token_loss(log_probs: npt.NDArray[np.float64], following: npt.NDArray[n
     return float(-log_probs[np.arange(len(following)), following].sum())
 
 
-def _routing(found: FloatArray, expected: FloatArray, experts_per_token: int) -> tuple[int, int, int]:
-    same = (chosen_experts(found, experts_per_token) == chosen_experts(expected, experts_per_token)).all(axis=-1)
+def _same_sets(found: FloatArray, expected: FloatArray, experts_per_token: int) -> npt.NDArray[np.bool_]:
+    """Where engine and reference choose the same experts, bool [L, S]."""
+    same: npt.NDArray[np.bool_] = (
+        chosen_experts(found, experts_per_token) == chosen_experts(expected, experts_per_token)
+    ).all(axis=-1)
+    return same
+
+
+def _routing(same: npt.NDArray[np.bool_], expected: FloatArray, experts_per_token: int) -> tuple[int, int, int]:
     ordered = -np.sort(-expected, axis=-1)
     tied = 0
     if expected.shape[-1] > experts_per_token:
@@ -258,6 +302,7 @@ def combine(sums: Sequence[WindowSums], decoded: WindowSums) -> ParityReport:
     )
     mean_difference = sum(window.sum_difference for window in sums) / num_tokens
     clear = lead >= 2 * mean_difference
+    by_layer = [window.same_experts for window in sums if window.same_experts is not None]
     return ParityReport(
         num_tokens=num_tokens,
         num_decoded_tokens=decoded.num_tokens - 1,  # the first row comes from the prefill
@@ -275,4 +320,5 @@ def combine(sums: Sequence[WindowSums], decoded: WindowSums) -> ParityReport:
         reference_perplexity=float(np.exp(sum(window.reference_loss for window in sums) / num_losses)),
         routing_agreement=sum(r[0] for r in routings) / sum(r[2] for r in routings) if routings else None,
         tied_routings=sum(r[1] for r in routings) if routings else None,
+        routing_by_layer=tuple((np.sum(by_layer, axis=0) / num_tokens).tolist()) if by_layer else None,
     )

@@ -29,11 +29,13 @@ from trt_build.comparison.parity import (
     WINDOW_TOKENS,
     FloatArray,
     ParityReport,
+    Positions,
     Verification,
     combine,
     log_softmax,
     measure,
     next_token_loss,
+    positions_of,
     split_windows,
 )
 from trt_build.comparison.same_tokenizer import require_same_tokenizer
@@ -42,6 +44,7 @@ from trt_build.comparison.weights import QUESTION as OF_WEIGHTS
 from trt_build.errors import EngineError
 from trt_build.ort.device import open_device
 from trt_build.ort.engine import Engine, read_part_records, record_verification
+from trt_build.ort.questions.cost import CostOptions, prepare_cost
 from trt_build.ort.questions.graph import QUESTION as OF_GRAPH
 from trt_build.ort.questions.graph import ask_about_graph
 from trt_build.ort.questions.weights import ask_about_weights
@@ -62,21 +65,29 @@ class Scorer(Protocol):
 
 
 def verify_engine(
-    engine: Engine, location: str, text: EvaluationText, num_tokens: int, progress: Callable[[str], None]
+    engine: Engine,
+    location: str,
+    text: EvaluationText,
+    num_tokens: int,
+    progress: Callable[[str], None],
+    cost: CostOptions | None = None,
 ) -> Verification:
-    """Compare an engine with the checkpoint at `location`. The checkpoint's tokenizer encodes the text. Raises
-    ConfigError for too little text, EngineError for another model's checkpoint and for another tokenizer."""
+    """Compare an engine with the checkpoint at `location`. The checkpoint's tokenizer encodes the text. With `cost` the
+    cost of the quantiser is told apart by layer, role and expert. Raises ConfigError for too little text, EngineError
+    for another model's checkpoint and for another tokenizer."""
     open_device(engine)  # raises for a missing package or device before the reference takes its time
     checkpoint, manifest = open_checkpoint(location), engine.manifest
     settings = read_settings(checkpoint.folder, checkpoint.config)
     model, findings = _same_model(engine, checkpoint, settings.ids.eos)
     tokenizer = require_same_tokenizer(engine.folder, manifest.tokenizer, manifest.eos_token_ids, settings)
     windows = _windows(engine, tokenizer, text.content, num_tokens)
+    token_ids = [token for window in windows for token in window]
+    measure_cost = None if cost is None else prepare_cost(engine, model, token_ids, cost)
     progress("checking whether the reference is what the engine was built from")
     runs = {name: found for record in read_part_records(engine.folder) for name, found in record.sources.items()}
     same = source_digests(checkpoint, runs) == dict(manifest.source.digests)
     questions = ask(engine, model, windows[0], progress)
-    report = compare(engine, Reference(model), windows, progress)
+    report, positions = _scored(engine, Reference(model), windows, progress)
     ways = compare_serving(engine, windows[0], progress)
     precision = manifest.precision.name
     limits = SERVING_LIMITS[precision]
@@ -95,6 +106,8 @@ def verify_engine(
         windows=tuple(map(len, windows)),
         questions=questions,
         serving=ways,
+        cost=None if measure_cost is None else measure_cost(progress),
+        positions=positions,
     )
 
 
@@ -110,7 +123,7 @@ def ask(engine: Engine, model: Model, window: Sequence[int], progress: Callable[
 
 def record(engine: Engine, verification: Verification) -> None:
     """Write the result of a verification into engine.json, in place of an earlier result."""
-    record_verification(engine, verification.to_json())
+    record_verification(engine, verification.to_json(brief=True))
 
 
 def compare(
@@ -120,6 +133,13 @@ def compare(
     progress: Callable[[str], None],
 ) -> ParityReport:
     """Compare an engine with its reference over windows of token ids."""
+    return _scored(engine, reference, windows, progress)[0]
+
+
+def _scored(
+    engine: Engine, reference: Scorer, windows: Sequence[Sequence[int]], progress: Callable[[str], None]
+) -> tuple[ParityReport, Positions]:
+    """The report of `compare`, and the positions that it sums up."""
     if not windows:
         raise ConfigError(f"measuring {engine.folder}: no window of at least two tokens; pass a longer text")
     scoring = ScoringSession(engine)
@@ -136,7 +156,8 @@ def compare(
     progress(f"scored {len(windows)} windows; decoding {len(windows[0]) // 2} tokens through the cache")
     decoded = _decode(engine, windows[0])
     rows = slice(-len(decoded), None)  # the window's last positions
-    return combine(sums, measure(decoded, first_logits[rows], windows[0][rows]))
+    report = combine(sums, measure(decoded, first_logits[rows], windows[0][rows]))
+    return report, positions_of(windows, sums)
 
 
 def perplexity(engine: Engine, windows: Sequence[Sequence[int]]) -> float:

@@ -130,3 +130,20 @@ def test_limits_can_be_kept_and_are_no_tighter_with_fewer_bits(limits):
         assert limits[more].perplexity_increase < limits[fewer].perplexity_increase
         assert limits[more].top1_agreement > limits[fewer].top1_agreement
         assert limits[more].routing_agreement > limits[fewer].routing_agreement
+
+
+def test_routing_by_layer_and_choices_are_those_worked_by_hand():
+    # Two layers, two positions, three experts, one of them chosen.
+    expected = np.array([[[3, 2, 1], [1, 2, 3]], [[5, 1, 0], [0, 1, 2]]], dtype=np.float32)
+    found = np.array([[[2, 3, 1], [1, 2, 3]], [[5, 1, 0], [0, 1, 2]]], dtype=np.float32)
+    logits = np.log([[0.25, 0.75], [0.5, 0.5]]).astype(np.float32)
+    other = np.log([[0.625, 0.375], [0.125, 0.875]]).astype(np.float32)
+    sums = measure(other, logits, [0, 1], found, expected, 1)
+    report = combine([sums, sums], sums)
+    assert report.routing_by_layer == (0.5, 1.0)
+    assert report.to_json()["routing_by_layer"] == (0.5, 1.0)
+    positions = parity.positions_of([[0, 1], [0, 1]], [sums, sums])
+    assert positions.windows == ((0, 1), (0, 1))
+    assert positions.choices.tolist() == [[0, 1, 0, 1], [1, 0, 1, 0]]
+    assert positions.probabilities == pytest.approx(np.array([[0.625, 0.875] * 2, [0.75, 0.5] * 2]), rel=1e-6)
+    assert positions.kl[0] == pytest.approx(0.25 * math.log(0.25 / 0.625) + 0.75 * math.log(0.75 / 0.375), rel=1e-5)
