@@ -144,19 +144,20 @@ def _scored(
         raise ConfigError(f"measuring {engine.folder}: no window of at least two tokens; pass a longer text")
     scoring = ScoringSession(engine)
     experts_per_token = engine.manifest.architecture.experts_per_token
-    sums, first_logits = [], np.empty(0, dtype=np.float32)
+    sums, late_logits = [], np.empty(0, dtype=np.float32)
+    half = max(1, len(windows[0]) // 2)
     for index, (expected, expected_routing) in enumerate(reference.run(windows, progress)):
         progress(f"scored {index} of {len(windows)} windows of text")
         window = windows[index]
         found, found_routing = scoring.run(window)
         sums.append(measure(found, expected, window, found_routing, expected_routing, experts_per_token))
         if index == 0:
-            first_logits = expected
+            late_logits = expected[half - 1 :].copy()
+        del found, expected  # two windows of logits of a large vocabulary are most of the memory
     del scoring
-    progress(f"scored {len(windows)} windows; decoding {len(windows[0]) // 2} tokens through the cache")
-    decoded = _decode(engine, windows[0])
-    rows = slice(-len(decoded), None)  # the window's last positions
-    report = combine(sums, measure(decoded, first_logits[rows], windows[0][rows]))
+    progress(f"scored {len(windows)} windows; decoding {len(windows[0]) - half} tokens through the cache")
+    decoded = _decode(engine, windows[0], half)
+    report = combine(sums, measure(decoded, late_logits, windows[0][half - 1 :]))
     return report, positions_of(windows, sums)
 
 
@@ -216,12 +217,13 @@ def _same_model(engine: Engine, checkpoint: Checkpoint, end_ids: tuple[int, ...]
     return model, findings
 
 
-def _decode(engine: Engine, window: Sequence[int]) -> FloatArray:
-    """Logits [S - S/2 + 1, V] of the serving graph: one row from prefilling the first half of the window, then one row
-    for each decoded token."""
+def _decode(engine: Engine, window: Sequence[int], half: int) -> FloatArray:
+    """Logits [S - half + 1, V] of the serving graph: one row from prefilling the first `half` tokens of the window,
+    then one row for each decoded token."""
     session = Session(engine)
     cache = session.new_cache()
-    half = max(1, len(window) // 2)
-    rows = [session.run(cache, window[:half]).copy()]
-    rows += [session.run(cache, [token]).copy() for token in window[half:]]
-    return np.stack(rows)
+    logits = np.empty((len(window) - half + 1, session.vocab_size), dtype=np.float32)
+    logits[0] = session.run(cache, window[:half])
+    for row, token in enumerate(window[half:], start=1):
+        logits[row] = session.run(cache, [token])
+    return logits
