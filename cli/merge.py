@@ -1,4 +1,5 @@
-"""Merge dense Phi-2 experts into a phixtral checkpoint, as a mergekit-moe YAML file describes it.
+"""Merge dense models into a mixture, as a mergekit-moe YAML file describes it: Phi-2s into a phixtral, Mistrals or
+Llamas into a Mixtral. An expert may be a model with a LoRA adapter: model+adapter.
 
 Paths in the YAML file are relative to its folder.
 """
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     result = merge(config, arguments.output, seed=arguments.seed, max_shard_bytes=arguments.max_shard_size)
     facts = result.architecture
     print(
-        f"{result.folder}: phixtral of {facts.num_experts} experts, {facts.experts_per_token} per token, "
+        f"{result.folder}: {facts.family} of {facts.num_experts} experts, {facts.experts_per_token} per token, "
         f"{facts.num_layers} layers, {result.num_parameters / 1e6:.1f} M parameters, {result.dtype}, "
         f"{result.num_bytes / 1e6:.1f} MB in {len(result.shards)} file(s)"
     )

@@ -111,18 +111,30 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_checkpoint(location: str | Path) -> Checkpoint:
-    """Open a checkpoint folder, or download a hub id into the hub's cache first.
-
-    Raises ConfigError for an unreadable config.json and CheckpointError for missing or damaged shards.
-    """
-    folder, revision = Path(location), None
+def model_folder(location: str | Path, revision: str | None = None) -> tuple[Path, str | None]:
+    """The folder of a model or an adapter, and its commit on the hub. A location that is no folder here is a hub id,
+    which is downloaded into the hub's cache, at `revision` (None: its main branch). Raises CheckpointError."""
+    folder = Path(location)
     check_name(folder, f"opening the checkpoint {named(location)}", CheckpointError)
     if is_regular(folder):
         raise CheckpointError(f"opening the checkpoint {named(location)}: it is a file; pass the folder that holds it")
-    if not is_folder(folder):
-        folder = _download(str(location))
-        revision = folder.name  # the hub's cache keeps each commit in a folder of its own
+    if is_folder(folder):
+        if revision is not None:
+            raise CheckpointError(
+                f"opening the checkpoint {named(location)}: it is a folder of this machine, which has no revision "
+                f"{named(revision)}; leave the revision out, or give a hub id"
+            )
+        return folder, None
+    folder = _download(str(location), revision)
+    return folder, folder.name  # the hub's cache keeps each commit in a folder of its own
+
+
+def open_checkpoint(location: str | Path, revision: str | None = None) -> Checkpoint:
+    """Open a checkpoint folder, or download a hub id (`revision` of it) into the hub's cache first.
+
+    Raises ConfigError for an unreadable config.json and CheckpointError for missing or damaged shards.
+    """
+    folder, revision = model_folder(location, revision)
     _refuse_adapter(folder)
     config = read_json(folder / "config.json", "config.json of the checkpoint")
     shards, weight_map = _shards(folder)
@@ -148,7 +160,7 @@ def open_checkpoint(location: str | Path) -> Checkpoint:
     )
 
 
-def _download(location: str) -> Path:
+def _download(location: str, revision: str | None) -> Path:
     """Download a hub repository's configuration, safetensors and tokenizer, never its code or pickles; returns the
     folder in the hub's cache."""
     if not HUB_ID.fullmatch(location):
@@ -161,7 +173,10 @@ def _download(location: str) -> Path:
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                location, allow_patterns=list(DOWNLOAD_PATTERNS), ignore_patterns=list(DOWNLOAD_EXCEPTIONS)
+                location,
+                revision=revision,
+                allow_patterns=list(DOWNLOAD_PATTERNS),
+                ignore_patterns=list(DOWNLOAD_EXCEPTIONS),
             )
         )
     except (OSError, ValueError, RuntimeError) as error:

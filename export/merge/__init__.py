@@ -1,1 +1,1 @@
-"""Merges dense Phi-2 experts into one phixtral checkpoint: merge.py merges, config.py reads mergekit-moe's YAML."""
+"""Merges dense models into a mixture: merge.py merges, config.py reads mergekit-moe's YAML."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,32 +11,31 @@ import numpy.typing as npt
 from export.checkpoint.safetensors_header import FLOAT_LABELS
 from export.errors import MergeError, listing
 from export.families import Model
-from export.families.phi_stack import ROPE_BASE
+from export.merge.outputs import Output
 
 SAMPLED_ROWS = 16
 _COMPARED = (
-    "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_size", "ffn_size", "vocab_size", "rotary_dim",
-    "rope_base", "norm_epsilon",
+    "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_size", "ffn_size", "rotary_dim",
 )  # fmt: skip
+# Facts that a merge takes from the base, so that an expert may have another: it loses its own.
+_OF_THE_BASE = ("vocab_size", "rope_base", "norm_epsilon", "sliding_window")
 # Stored dtype -> largest relative difference that may be rounding, if two models are stored in different dtypes.
 _ROUNDING = {"F32": 0.0, "F16": 2.0**-10, "BF16": 2.0**-7}
 
 
-def check_models(base: Model, experts: Sequence[Model]) -> None:
-    """Raise MergeError that lists every model that is not a Phi-2 or does not have the dimensions of the base."""
-    named = [("the base", base), *((f"expert {index}", expert) for index, expert in enumerate(experts))]
+def check_models(output: Output, base: Model, experts: Sequence[Model]) -> None:
+    """Raise MergeError that lists every model that is not of the base's family or does not have its dimensions, and
+    what of the base the output's layout cannot say."""
+    named = [(f"expert {index}", expert) for index, expert in enumerate(experts)]
     problems = [
-        f"{name} ({_where(model)}) is of family {model.family.name}; moeship merges dense Phi-2s (phi)"
+        f"{name} ({_where(model)}) is of family {model.family.name}, the base of {base.family.name}; "
+        f"a {output.name} is merged from models of one family"
         for name, model in named
-        if model.family.name != "phi"
+        if model.family.name != base.family.name
     ]
     if not problems:
-        problems = [problem for name, model in named[1:] for problem in _differences(name, model, base)]
-    if base.architecture.rope_base != ROPE_BASE:
-        problems.append(
-            f"the base ({_where(base)}) has rope_theta {base.architecture.rope_base:g}; "
-            f"the phi-msft layout has no key for it and fixes it at {ROPE_BASE:g}"
-        )
+        problems = [problem for name, model in named for problem in _differences(name, model, base)]
+    problems += output.problems(base)
     if problems:
         raise MergeError(f"merging into {_where(base)}: leave out or replace what does not fit:{listing(problems)}")
 
@@ -71,28 +70,35 @@ def output_dtype(asked: str | None, base: Model) -> str:
 @dataclass(frozen=True, kw_only=True)
 class LostTraining:
     """How much an expert differs from the base outside the MLPs: training that a merge would lose. `relative` is
-    |expert - base| / |base| of the tensor `tensor`."""
+    |expert - base| / |base| of the tensor `tensor`. `facts` are numbers of the architecture that the base has
+    otherwise: name -> the expert's, the base's."""
 
     expert: int
     num_differing: int
     num_compared: int
     relative: float
     tensor: str
+    facts: Mapping[str, tuple[object, object]]
 
 
 def measure_lost_training(base: Model, experts: Sequence[Model]) -> list[LostTraining]:
-    """Compare SAMPLED_ROWS rows of every tensor that a merge takes from the base; returns one record for each expert
-    that differs."""
-    shared = [name for name in base.weights.table if ".mlp." not in name]
-    ours = {name: _sample(base, name) for name in shared}
+    """Compare SAMPLED_ROWS rows of every tensor that a merge takes from the base, and facts that it takes from there;
+    returns one record for each expert that differs."""
+    shared = shared_rows(base)
     found = []
     for index, expert in enumerate(experts):
-        if expert.weights.checkpoint.folder.resolve() == base.weights.checkpoint.folder.resolve():
+        if expert is base:
             continue
-        relative = {name: _relative(_sample(expert, name), ours[name]) for name in shared}
-        differing = [name for name in shared if relative[name] > _tolerance(base, expert, name)]
-        if differing:
-            worst = max(differing, key=lambda name: relative[name])
+        facts = {
+            name: (getattr(expert.architecture, name), getattr(base.architecture, name))
+            for name in _OF_THE_BASE
+            if getattr(expert.architecture, name) != getattr(base.architecture, name)
+        }
+        relative = {name: _relative(*(_sample(model, name, _rows(base, expert, name)) for model in (expert, base)))
+                    for name in shared}  # fmt: skip
+        differing = [name for name in shared if relative[name] > rounding_between(base, expert, name)]
+        if differing or facts:
+            worst = max(shared, key=lambda name: relative[name])
             found.append(
                 LostTraining(
                     expert=index,
@@ -100,17 +106,28 @@ def measure_lost_training(base: Model, experts: Sequence[Model]) -> list[LostTra
                     num_compared=len(shared),
                     relative=relative[worst],
                     tensor=worst,
+                    facts=facts,
                 )
             )
     return found
 
 
-def _sample(model: Model, name: str) -> npt.NDArray[np.float64]:
-    """SAMPLED_ROWS rows from the middle of a weight, or all of a vector. The rows are counted in our table, so they are
-    the same whatever names the checkpoint uses."""
+def shared_rows(base: Model) -> list[str]:
+    """The rows of the table that a merge takes from the base."""
+    return [name for name in base.weights.table if ".mlp." not in name]
+
+
+def _rows(base: Model, expert: Model, name: str) -> int:
+    """The number of rows of a weight that both models have: vocabularies may differ in size."""
+    return min(model.weights.table[name].shape[0] for model in (base, expert))
+
+
+def _sample(model: Model, name: str, num_rows: int) -> npt.NDArray[np.float64]:
+    """SAMPLED_ROWS rows from the middle of the first `num_rows` of a weight, or `num_rows` values of a vector. The rows
+    are counted in our table, so they are the same whatever names the checkpoint uses."""
     spec = model.weights.table[name]
-    first = max(0, (spec.shape[0] - SAMPLED_ROWS) // 2) if len(spec.shape) > 1 else 0
-    last = first + SAMPLED_ROWS if len(spec.shape) > 1 else spec.shape[0]
+    first = max(0, (num_rows - SAMPLED_ROWS) // 2) if len(spec.shape) > 1 else 0
+    last = min(first + SAMPLED_ROWS, num_rows) if len(spec.shape) > 1 else num_rows
     pieces, offset = [], 0
     for part in spec.parts:
         rows = slice(max(first - offset, 0), min(max(last - offset, 0), part.shape[0]))
@@ -125,7 +142,8 @@ def _relative(values: npt.NDArray[np.float64], reference: npt.NDArray[np.float64
     return difference / size if size else float(difference > 0)
 
 
-def _tolerance(base: Model, expert: Model, name: str) -> float:
+def rounding_between(base: Model, expert: Model, name: str) -> float:
+    """The largest relative difference of a weight that is rounding alone, 0 if both models store one dtype."""
     dtypes = {
         model.weights.checkpoint.tensors[model.weights.table[name].parts[0].name].dtype for model in (base, expert)
     }

@@ -10,6 +10,7 @@
         negative_prompts: ["Once upon a time"]
         noise_scale: 0.01               # standard deviation of noise added to the expert's MLP
         residual_scale: 0.5             # scales what the expert's MLP adds to the residual
+      - source_model: owner/name@v1+./adapter   # a revision of a hub id, and a LoRA adapter that is merged into it
 
 Every key is used, listed as harmless, or refused by name. The keys are those of mergekit's moe/config.py.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ _TOP_KEYS = (
 )  # fmt: skip
 _EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
 _WHAT = "the merge configuration"
-_ARCHITECTURES = ("phixtral", "phi-msft")
+# The words that mergekit and its forks write for each kind of mixture -> its family.
+_ARCHITECTURES = {"mixtral": "mixtral", "phixtral": "phixtral", "phi-msft": "phixtral"}
 _REFUSED = {
     "merge_method": "it belongs to mergekit-yaml, which merges dense models into a dense one",
     "slices": "it belongs to mergekit-yaml, which merges dense models into a dense one",
@@ -61,11 +63,24 @@ class GateMode(StrEnum):
         return self not in (GateMode.RANDOM, GateMode.UNIFORM_RANDOM)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExpertSource:
-    """One expert: its folder or hub id, the prompts for its router row, and the changes to its MLP."""
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is: a folder or a hub id, a revision of the hub id, and an adapter that is merged into it."""
 
     location: str
+    revision: str | None = None
+    adapter: ModelSource | None = None
+
+    def __str__(self) -> str:
+        at = f"@{self.revision}" if self.revision else ""
+        return f"{self.location}{at}" + (f"+{self.adapter}" if self.adapter else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertSource:
+    """One expert: its model, the prompts for its router row, and the changes to its MLP."""
+
+    model: ModelSource
     positive_prompts: tuple[str, ...]
     negative_prompts: tuple[str, ...]
     noise_scale: float
@@ -74,15 +89,16 @@ class ExpertSource:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """The configuration of a merge. `dtype` is a safetensors label (None: the dtype of the base). `text` is the
-    YAML."""
+    """The configuration of a merge. `dtype` is a safetensors label (None: the dtype of the base). `architecture` is
+    the family of the mixture, if the YAML names one. `text` is the YAML."""
 
-    base: str
+    base: ModelSource
     experts: tuple[ExpertSource, ...]
     gate_mode: GateMode
     dtype: str | None
     experts_per_token: int
     text: str
+    architecture: str | None = None
 
 
 def read_merge_config(path: Path) -> MergeConfig:
@@ -112,10 +128,15 @@ class _Reader:
         gate_mode = GateMode(mode)
         experts = self._experts(raw, gate_mode)
         if raw.get("shared_experts"):
-            self.problems.append("shared_experts: a phixtral has none; every expert goes under experts")
-        if str(raw.get("architecture") or _ARCHITECTURES[0]).lower() not in _ARCHITECTURES:
             self.problems.append(
-                f"architecture is {shown(raw['architecture'])}; moeship merges into {_ARCHITECTURES[0]}"
+                "shared_experts: a Mixtral or a phixtral has none, only Qwen's and DeepSeek's mixtures have; every "
+                "expert goes under experts"
+            )
+        architecture = _ARCHITECTURES.get(str(raw.get("architecture") or "").lower())
+        if raw.get("architecture") and architecture is None:
+            known = sorted(set(_ARCHITECTURES.values()))
+            self.problems.append(
+                f"architecture is {shown(raw['architecture'])}; moeship merges into {' or '.join(known)}"
             )
         if raw.get("tokenizer_source") not in (None, "base", raw.get("base_model")):
             self.problems.append(
@@ -123,12 +144,13 @@ class _Reader:
             )
         dtype = self._choice(raw, "dtype", list(FLOAT_LABELS), default=None)
         return MergeConfig(
-            base=self._location(raw, "base_model", ""),
+            base=self._model(raw, "base_model", ""),
             experts=experts,
             gate_mode=gate_mode,
             dtype=FLOAT_LABELS[dtype] if dtype else None,
             experts_per_token=self._experts_per_token(raw, len(experts)),
             text=text,
+            architecture=architecture,
         )
 
     def _experts(self, raw: Mapping[Any, Any], gate_mode: GateMode) -> tuple[ExpertSource, ...]:
@@ -151,7 +173,7 @@ class _Reader:
                 "write one or more prompts, or take gate_mode random"
             )
         return ExpertSource(
-            location=self._location(raw, "source_model", f"{where}."),
+            model=self._model(raw, "source_model", f"{where}."),
             positive_prompts=positive,
             negative_prompts=self._prompts(raw, "negative_prompts", where),
             noise_scale=self._number(raw, "noise_scale", where, absent=0.0, minimum=0.0),
@@ -201,25 +223,41 @@ class _Reader:
         )
         return default
 
-    def _location(self, raw: Mapping[Any, Any], key: str, where: str) -> str:
-        """Read a model's location: a folder, relative to that of the YAML, or a hub id."""
+    def _model(self, raw: Mapping[Any, Any], key: str, where: str) -> ModelSource:
+        """Read a model: a folder relative to that of the YAML, or a hub id, with `@revision`, with `+adapter`."""
         value = raw.get(key)
         if not isinstance(value, str) or not value:
             self.problems.append(f"{where}{key} is {shown(value)}, expected a folder or a hub id")
-            return ""
+            return ModelSource("")
+        if self._is_folder(value):  # its name may hold any character
+            return self._place(value, f"{where}{key}")
+        model, plus, adapter = value.partition("+")
+        if plus and ("+" in adapter or not model or not adapter):
+            self.problems.append(f"{where}{key} is {shown(value)}, expected one model and one adapter: model+adapter")
+            return ModelSource("")
+        found = self._place(model, f"{where}{key}")
+        return replace(found, adapter=self._place(adapter, f"{where}{key}")) if plus else found
+
+    def _place(self, text: str, where: str) -> ModelSource:
+        """A folder, or a hub id with a revision."""
+        name, at, revision = text.partition("@")
+        if at and not self._is_folder(text):
+            if HUB_ID.fullmatch(name) and revision and not self._is_folder(name):
+                return ModelSource(name, revision)
+            self.problems.append(f"{where} is {shown(text)}: only a hub id has a revision (owner/name@revision)")
+            return ModelSource("")
         try:
-            folder = self._folder / Path(value).expanduser()
+            folder = self._folder / Path(text).expanduser()
         except RuntimeError as error:  # `~name` for a user who does not exist
-            self.problems.append(f"{where}{key} is {shown(value)}: {error}")
-            return ""
-        if is_folder(folder):
-            return str(folder)
-        if "+" in value or "@" in value:
-            self.problems.append(
-                f"{where}{key} is {shown(value)}: adapters (+) and revisions (@) are not supported; merge the adapter "
-                "or download the revision, and give its folder"
-            )
-        return value if HUB_ID.fullmatch(value) else str(folder)
+            self.problems.append(f"{where} is {shown(text)}: {error}")
+            return ModelSource("")
+        return ModelSource(text if HUB_ID.fullmatch(text) and not is_folder(folder) else str(folder))
+
+    def _is_folder(self, text: str) -> bool:
+        try:
+            return is_folder(self._folder / Path(text).expanduser())
+        except RuntimeError:
+            return False
 
     def _refuse_unknown(self, raw: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
         for key in raw:

@@ -1,4 +1,4 @@
-"""Merges dense Phi-2 experts into a phixtral checkpoint: a folder with shards, config.json and the base's tokenizer.
+"""Merges dense models into a mixture's checkpoint: a folder with shards, config.json and the base's tokenizer.
 
     config = read_merge_config(Path("merge.yml"))
     result = merge(config, Path("mixture"))
@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,15 @@ import numpy.typing as npt
 
 from export import routing
 from export.architecture import Architecture
-from export.checkpoint.folder import open_checkpoint
 from export.checkpoint.shard_writer import write_sharded
 from export.conversion.sources import check_unchanged, source_files
-from export.families import Model, read_model
+from export.families import Model
 from export.files.output import refuse_existing, require_space, staged_directory
-from export.merge.checks import check_models, measure_lost_training, output_dtype
 from export.merge.config import GateMode, MergeConfig
 from export.merge.gates import gate_matrices
-from export.merge.layout import MergedTensor, MergeSources, cast, config_json, merged_tensors
-from export.tokenizer.settings import Settings, read_settings
+from export.merge.layout import MergedTensor, MergeSources, cast
+from export.merge.plan import MergePlan, losses, plan_merge, sources_of
+from export.tokenizer.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -66,30 +64,19 @@ def merge(
     """
     started = time.monotonic()
     refuse_existing(output, _WHAT)
-    base, experts = _open_models(config)
-    read = {model.weights.checkpoint.folder: model.weights.checkpoint for model in (base, *experts)}.values()
-    states = [(source, source_files(source)) for source in read]
-    check_models(base, experts)
-    checkpoint = base.weights.checkpoint
-    settings = read_settings(checkpoint.folder, checkpoint.config)  # refused before anything is computed
-    dtype = output_dtype(config.dtype, base)
-    architecture = replace(
-        base.architecture,
-        family="phixtral",
-        eos_token_ids=settings.ids.eos,
-        num_experts=len(experts),
-        experts_per_token=config.experts_per_token,
-    )
-    tensors = merged_tensors(architecture, dtype)
-    require_space(output, sum(tensor.planned.num_bytes for tensor in tensors), _WHAT)
-    _warn_of_losses(config, base, experts)
+    plan = plan_merge(config)
+    base, experts, dtype, tensors = plan.base, plan.experts, plan.dtype, plan.tensors
+    architecture, settings = plan.architecture, plan.settings
+    states = [(source, source_files(source)) for source in sources_of((base, *experts))]
+    require_space(output, plan.num_bytes, _WHAT)
+    _warn_of_losses(config, plan)
     gates = _gates(config, base, dtype, seed)
     report = routing.diagnose(gates, config.experts_per_token)
     for sentence in routing.warnings(report):
         logger.warning("routing: %s", sentence)
     sources = MergeSources(base=base, experts=experts, settings=config.experts, gates=gates, seed=seed)
     with staged_directory(output, _WHAT) as folder:
-        values = config_json(architecture, dtype, settings.ids.pad)
+        values = plan.output.config(base, architecture, dtype, _token_keys(architecture, settings))
         _write_folder(folder, config, values, settings, tensors, sources, max_shard_bytes)
         for source, state in states:
             check_unchanged(source, state)
@@ -98,8 +85,8 @@ def merge(
         architecture=architecture,
         dtype=dtype,
         num_tensors=len(tensors),
-        num_parameters=sum(math.prod(tensor.planned.shape) for tensor in tensors),
-        num_bytes=sum(tensor.planned.num_bytes for tensor in tensors),
+        num_parameters=plan.num_parameters,
+        num_bytes=plan.num_bytes,
         shards=tuple(sorted(output.glob("*.safetensors"))),
         routing=report,
     )
@@ -132,27 +119,24 @@ def _write_folder(
     settings.write(folder)
 
 
-def _open_models(config: MergeConfig) -> tuple[Model, list[Model]]:
-    """Open the base and the experts; a location that is given several times is opened once."""
-    locations = [config.base, *(expert.location for expert in config.experts)]
-    models = {location: read_model(open_checkpoint(location)) for location in dict.fromkeys(locations)}
-    return models[config.base], [models[expert.location] for expert in config.experts]
+def _token_keys(architecture: Architecture, settings: Settings) -> dict[str, Any]:
+    """The keys of config.json with the base's token ids, after `export.tokenizer.settings` has joined its files. A
+    program that reads only config.json finds them there."""
+    ids = architecture.eos_token_ids
+    end = ids[0] if len(ids) == 1 else list(ids) or None
+    stated = {"bos_token_id": architecture.bos_token_id, "eos_token_id": end, "pad_token_id": settings.ids.pad}
+    return {name: value for name, value in stated.items() if value is not None}
 
 
-def _warn_of_losses(config: MergeConfig, base: Model, experts: Sequence[Model]) -> None:
+def _warn_of_losses(config: MergeConfig, plan: MergePlan) -> None:
     """Log warnings about experts that are the same model, and about experts that lose training outside their MLPs."""
-    counts = Counter((setting.location, setting.noise_scale > 0, setting.residual_scale) for setting in config.experts)
-    for (location, noisy, _), count in counts.items():
+    counts = Counter((setting.model, setting.noise_scale > 0, setting.residual_scale) for setting in config.experts)
+    for (model, noisy, _), count in counts.items():
         if count > 1 and not noisy:
             logger.warning("%d of the %d experts are the same model, %s: choosing between them changes nothing",
-                           count, len(experts), location)  # fmt: skip
-    for lost in measure_lost_training(base, experts):
-        logger.warning(
-            "expert %d (%s) differs from the base outside its MLPs in %d of %d sampled tensors, most in %s by %.3g of "
-            "its size: a phixtral keeps the base's there, so what the expert learned in them is lost",
-            lost.expert, config.experts[lost.expert].location, lost.num_differing, lost.num_compared, lost.tensor,
-            lost.relative,
-        )  # fmt: skip
+                           count, len(config.experts), model)  # fmt: skip
+    for sentence in losses(config, plan):
+        logger.warning("%s", sentence)
 
 
 def _gates(config: MergeConfig, base: Model, dtype: str, seed: int) -> dict[int, npt.NDArray[Any]]:

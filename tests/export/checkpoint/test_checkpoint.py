@@ -278,7 +278,7 @@ def test_a_hub_id_fetches_no_code_and_no_pickles(monkeypatch, phixtral):
     monkeypatch.setattr(
         huggingface_hub,
         "snapshot_download",
-        lambda name, allow_patterns, ignore_patterns: asked.update({name: allow_patterns}) or phixtral,
+        lambda name, revision, allow_patterns, ignore_patterns: asked.update({name: allow_patterns}) or phixtral,
     )
     assert open_checkpoint("mlabonne/phixtral-4x2_8").folder == phixtral
     (patterns,) = asked.values()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from export.errors import ConfigError
-from export.merge.config import GateMode, read_merge_config
+from export.merge.config import GateMode, ModelSource, read_merge_config
 
 # As published on the card of mlabonne/phixtral-4x2_8.
 PHIXTRAL_YAML = """
@@ -48,7 +48,7 @@ def test_phixtrals_own_yaml_is_accepted(tmp_path):
     assert config.gate_mode is GateMode.CHEAP_EMBED
     assert config.experts_per_token == 2
     assert config.dtype is None
-    assert [expert.location for expert in config.experts][1:3] == [
+    assert [expert.model.location for expert in config.experts][1:3] == [
         "lxuechen/phi-2-dpo",
         "Yhyu13/phi-2-sft-dpo-gpt4_en-ep1",
     ]
@@ -80,7 +80,7 @@ experts:
     assert (first.positive_prompts, first.negative_prompts) == (("p", "q"), ("n",))
     assert (first.noise_scale, first.residual_scale) == (0.25, 2.0)
     assert (second.noise_scale, second.residual_scale, second.positive_prompts) == (0.0, 1.0, ())
-    assert second.location == "/abs/b"
+    assert second.model.location == "/abs/b"
 
 
 def test_the_gate_mode_is_hidden_when_absent(tmp_path):
@@ -92,8 +92,8 @@ def test_paths_are_seen_from_the_yaml_and_not_from_the_working_directory(tmp_pat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "deep" / "m.yml").write_text(PLAIN.replace("./a", "experts/a"))
     config = read_merge_config(tmp_path / "deep" / "m.yml")
-    assert config.base == str(tmp_path / "deep" / "experts" / "a")
-    assert config.experts[1].location == str(tmp_path / "deep" / "b")
+    assert config.base.location == str(tmp_path / "deep" / "experts" / "a")
+    assert config.experts[1].model.location == str(tmp_path / "deep" / "b")
 
 
 def test_all_problems_stand_in_one_error(tmp_path):
@@ -106,7 +106,7 @@ dtype: fp16
 experts_per_token: 3
 positive_prompt: x
 shared_experts: [{source_model: ./c}]
-architecture: mixtral
+architecture: deepseek
 tokenizer_source: union
 merge_method: slerp
 experts:
@@ -123,8 +123,8 @@ experts:
         "dtype is 'fp16', expected one of float16, bfloat16, float32",
         "experts_per_token is 3, expected 1 to 2, the number of experts",
         "positive_prompt: no such key; there are: base_model",
-        "shared_experts: a phixtral has none",
-        "architecture is 'mixtral'; moeship merges into phixtral",
+        "shared_experts: a Mixtral or a phixtral has none, only Qwen's and DeepSeek's mixtures have",
+        "architecture is 'deepseek'; moeship merges into mixtral or phixtral",
         "tokenizer_source is 'union'; the base's tokenizer is kept: base",
         "merge_method: it belongs to mergekit-yaml",
         "experts[0].positive_prompt: no such key (did you mean positive_prompts?)",
@@ -156,11 +156,46 @@ def test_a_prompt_outside_a_list_is_refused(tmp_path):
     )
 
 
-@pytest.mark.parametrize("location", ["owner/name+adapter", "owner/name@main"])
-def test_adapters_and_revisions_are_refused(tmp_path, location):
-    assert f"experts[1].source_model is '{location}': adapters (+) and revisions (@) are not supported" in refusal(
-        tmp_path, PLAIN.replace("./b", location)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("owner/name@v1", ModelSource("owner/name", "v1")),
+        ("owner/name+other/adapter", ModelSource("owner/name", None, ModelSource("other/adapter"))),
+        ("owner/name@v1+other/adapter@v2", ModelSource("owner/name", "v1", ModelSource("other/adapter", "v2"))),
+    ],
+)
+def test_revisions_and_adapters_are_read(tmp_path, text, expected):
+    found = read(tmp_path, PLAIN.replace("./b", text)).experts[1].model
+    assert found == expected
+    assert str(found) == text
+
+
+def test_adapters_are_folders_seen_from_the_yaml_and_a_folders_name_may_hold_a_plus(tmp_path):
+    for name in ("a+b", "c@d"):
+        (tmp_path / name).mkdir()
+    text = (
+        PLAIN.replace("base_model: ./a", "base_model: ./a+b").replace("./b\n", "./c@d\n").replace("./a\n", "./a+./c\n")
     )
+    config = read(tmp_path, text)
+    assert config.base == ModelSource(str(tmp_path / "a+b"))
+    assert config.experts[0].model == ModelSource(str(tmp_path / "a"), None, ModelSource(str(tmp_path / "c")))
+    assert config.experts[1].model == ModelSource(str(tmp_path / "c@d"))
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("./b@main", "only a hub id has a revision (owner/name@revision)"),
+        ("owner/name@", "only a hub id has a revision (owner/name@revision)"),
+        ("a+b+c", "expected one model and one adapter: model+adapter"),
+        ("+b", "expected one model and one adapter: model+adapter"),
+        ("b+", "expected one model and one adapter: model+adapter"),
+    ],
+)
+def test_revisions_and_adapters_that_are_none_are_refused(tmp_path, location, message):
+    text = refusal(tmp_path, PLAIN.replace("./b", location))
+    assert "experts[1].source_model is " in text
+    assert message in text
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path):

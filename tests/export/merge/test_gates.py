@@ -19,10 +19,11 @@ from transformers import PhiForCausalLM
 from export.checkpoint.folder import open_checkpoint
 from export.errors import CheckpointError, MergeError
 from export.families import read_model
-from export.merge.config import ExpertSource, GateMode, MergeConfig, read_merge_config
+from export.merge.config import ExpertSource, GateMode, MergeConfig, ModelSource, read_merge_config
 from export.merge.gates import gate_matrices, tokenize_prompts
 from export.tokenizer.settings import read_settings
 
+SOME = ModelSource("x")
 POSITIVE = (("def f(x):", "import os"), ("A quiet evening.",), ("#include <a.h>", "int x;", "void"))
 NEGATIVE = ((), ("def g():", "x"), ())
 START = 256
@@ -45,10 +46,10 @@ def reference(tmp_path_factory):
 
 def merge_config(mode, positive=POSITIVE, negative=NEGATIVE):
     experts = tuple(
-        ExpertSource(location="x", positive_prompts=p, negative_prompts=n, noise_scale=0.0, residual_scale=1.0)
+        ExpertSource(model=SOME, positive_prompts=p, negative_prompts=n, noise_scale=0.0, residual_scale=1.0)
         for p, n in zip(positive, negative, strict=True)
     )
-    return MergeConfig(base="x", experts=experts, gate_mode=mode, dtype=None, experts_per_token=2, text="")
+    return MergeConfig(base=SOME, experts=experts, gate_mode=mode, dtype=None, experts_per_token=2, text="")
 
 
 def byte_ids(text):
@@ -98,7 +99,7 @@ def test_hidden_gates_equal_mergekits_formula_on_transformers_states(base, refer
 def test_the_examples_gates_are_those_that_transformers_layers_gave(mode):
     """golden_gates.json: the first six values of each row, [L, E, 6], by PhiDecoderLayer of transformers 5.24."""
     config = dataclasses.replace(read_merge_config(EXAMPLE / "merge.yml"), gate_mode=mode)
-    gates = gate_matrices(config, read_model(open_checkpoint(config.base)), seed=0)
+    gates = gate_matrices(config, read_model(open_checkpoint(config.base.location)), seed=0)
     expected = np.array(json.loads(GOLDEN.read_text())[mode.value])
     found = np.stack([gates[layer][:, :6] for layer in sorted(gates)])
     np.testing.assert_allclose(found, expected, atol=2e-6)
@@ -206,10 +207,11 @@ import sys
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.merge.gates import gate_matrices
-from export.merge.config import ExpertSource, GateMode, MergeConfig
-expert = ExpertSource(location="", positive_prompts=("x",), negative_prompts=(), noise_scale=0.0, residual_scale=1.0)
+from export.merge.config import ExpertSource, GateMode, MergeConfig, ModelSource
+some = ModelSource("")
+expert = ExpertSource(model=some, positive_prompts=("x",), negative_prompts=(), noise_scale=0.0, residual_scale=1.0)
 config = MergeConfig(
-    base="", experts=(expert, expert), gate_mode=GateMode.{mode}, dtype=None, experts_per_token=1, text=""
+    base=some, experts=(expert, expert), gate_mode=GateMode.{mode}, dtype=None, experts_per_token=1, text=""
 )
 gate_matrices(config, read_model(open_checkpoint({str(folder)!r})), seed=0)
 print(sorted({{"torch", "transformers", "onnxruntime"}} & set(sys.modules)))

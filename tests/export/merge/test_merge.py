@@ -59,14 +59,14 @@ def test_every_merged_tensor_is_byte_for_byte_an_experts_or_the_bases(five, tmp_
 
 def test_phi_2_gives_phixtrals_count_of_tensors_and_parameters():
     from export.architecture import Architecture
-    from export.merge.layout import merged_tensors
+    from export.merge.outputs import OUTPUTS
 
     phixtral = Architecture(
         family="phixtral", hidden_size=2560, num_layers=32, num_heads=32, num_kv_heads=32, head_size=80,
         ffn_size=10240, vocab_size=51200, num_experts=4, experts_per_token=2, rotary_dim=32, rope_base=10000.0,
         norm_epsilon=1e-5, max_positions=2048, bos_token_id=None, eos_token_ids=(), source_dtype=None,
     )  # fmt: skip
-    tensors = merged_tensors(phixtral, "F16")
+    tensors = OUTPUTS[0].tensors(phixtral, "F16")
     assert len(tensors) == 741
     assert sum(np.prod(tensor.planned.shape) for tensor in tensors) == pytest.approx(7.81e9, rel=1e-3)
 

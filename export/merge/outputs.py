@@ -1,0 +1,198 @@
+"""The checkpoints that a merge writes: of which models, their config.json, and the model each tensor is taken from.
+
+  phixtral, from dense Phi-2s
+    from expert e     transformer.h.{i}.mlp.fc1|fc2           -> transformer.h.{i}.moe.mlp.{e}.fc1|fc2
+    from the prompts  gate rows                               -> transformer.h.{i}.moe.gate.weight
+  mixtral, from dense Mistrals or from dense Llamas; under model.layers.{i}
+    from expert e     mlp.gate_proj|down_proj|up_proj         -> block_sparse_moe.experts.{e}.w1|w2|w3
+    from the prompts  gate rows                               -> block_sparse_moe.gate.weight
+  both
+    from the base     embedding, norms, attention, head       -> under the same name
+
+A phixtral has the layout of mlabonne/phixtral-4x2_8 (model_type phi-msft). Its auto_map is left out: it names Python
+files that do not travel with the merged checkpoint. A Mixtral has the names of the published files, which every version
+of transformers and TensorRT-LLM read; mergekit 0.1.5 packs the same values as transformers 5 does. Its config.json says
+what mergekit's says (mergekit/moe/mixtral.py): no sliding window, even where the base has one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from export.architecture import Architecture
+from export.checkpoint.shard_writer import PlannedTensor
+from export.checkpoint.tensor_table import Join, Role
+from export.errors import MergeError
+from export.families import Model, mixtral, phixtral
+from export.families.phi_stack import ROPE_BASE
+from export.merge.layout import DTYPE_NAMES, MergedTensor
+
+_EXPERT_MATRIX = re.compile(r"(model\.layers\.(\d+))\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")
+_MATRICES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """A kind of checkpoint that a merge writes.
+
+    - `name`: its family; `sources`: the families of the dense models, all of which must be of one family.
+    - `config(base, architecture, dtype, tokens)`: the config.json. `dtype` is a safetensors label, `tokens` are the
+      keys of the token ids.
+    - `tensors(architecture, dtype)`: the tensors, in the order of the family's table.
+    - `problems(base)`: what of the base the layout cannot say.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    config: Callable[[Model, Architecture, str, Mapping[str, Any]], dict[str, Any]]
+    tensors: Callable[[Architecture, str], list[MergedTensor]]
+    problems: Callable[[Model], list[str]]
+
+
+def choose_output(base: Model, asked: str | None) -> Output:
+    """The kind of checkpoint that is made of models like `base`. Raises MergeError if there is none, or if `asked`
+    names another."""
+    where = base.weights.checkpoint.identity
+    found = next((output for output in OUTPUTS if base.family.name in output.sources), None)
+    if found is None:
+        known = "; ".join(f"{' or '.join(output.sources)} into {output.name}" for output in OUTPUTS)
+        raise MergeError(
+            f"merging into {where}: the base is of family {base.family.name}; moeship merges dense models: {known}"
+        )
+    if asked is not None and asked != found.name:
+        raise MergeError(
+            f"merging into {where}: architecture is {asked}, and the base is of family {base.family.name}, from which "
+            f"moeship merges {found.name}; leave architecture out, or take another base"
+        )
+    return found
+
+
+def _phixtral_config(_base: Model, architecture: Architecture, dtype: str, tokens: Mapping[str, Any]) -> dict[str, Any]:
+    heads, width = architecture.num_kv_heads, architecture.ffn_size
+    return {
+        "activation_function": "gelu_new",
+        "architectures": ["PhiForCausalLM"],
+        "attn_pdrop": 0.0,
+        **tokens,
+        "embd_pdrop": 0.0,
+        "flash_attn": False,
+        "flash_rotary": False,
+        "fused_dense": False,
+        "img_processor": None,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": architecture.norm_epsilon,
+        "model_type": "phi-msft",
+        "n_embd": architecture.hidden_size,
+        "n_head": architecture.num_heads,
+        "n_head_kv": None if heads == architecture.num_heads else heads,
+        "n_inner": None if width == 4 * architecture.hidden_size else width,
+        "n_layer": architecture.num_layers,
+        "n_positions": architecture.max_positions,
+        "num_experts_per_tok": architecture.experts_per_token,
+        "num_local_experts": architecture.num_experts,
+        "resid_pdrop": 0.1,
+        "rotary_dim": architecture.rotary_dim,
+        "tie_word_embeddings": False,
+        "torch_dtype": DTYPE_NAMES[dtype],
+        "vocab_size": architecture.vocab_size,
+    }
+
+
+def _phixtral_tensors(architecture: Architecture, dtype: str) -> list[MergedTensor]:
+    tensors = []
+    for spec in phixtral.FAMILY.tensors(architecture, ()):
+        layer = int(spec.name.split(".")[2]) if spec.name.startswith("transformer.h.") else None
+        for index, part in enumerate(spec.parts):
+            planned = PlannedTensor(name=part.name, dtype=dtype, shape=part.shape)
+            expert = index if spec.join is Join.STACK else None
+            row = None if spec.role is Role.ROUTER else part.name.replace(f".moe.mlp.{index}.", ".mlp.")
+            residual = ".mlp.fc2." in (row or "")
+            tensors.append(MergedTensor(planned=planned, layer=layer, expert=expert, row=row, residual=residual))
+    return tensors
+
+
+def _phixtral_problems(base: Model) -> list[str]:
+    if base.architecture.rope_base == ROPE_BASE:
+        return []
+    return [
+        f"the base ({base.weights.checkpoint.identity}) has rope_theta {base.architecture.rope_base:g}; "
+        f"the phi-msft layout has no key for it and fixes it at {ROPE_BASE:g}"
+    ]
+
+
+def _mixtral_config(base: Model, architecture: Architecture, dtype: str, tokens: Mapping[str, Any]) -> dict[str, Any]:
+    raw = base.weights.checkpoint.config
+    rotary = {key: raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key)}
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "attention_dropout": 0.0,
+        **tokens,
+        "head_dim": architecture.head_size,
+        "hidden_act": "silu",
+        "hidden_size": architecture.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": architecture.ffn_size,
+        "max_position_embeddings": architecture.max_positions,
+        "model_type": "mixtral",
+        "num_attention_heads": architecture.num_heads,
+        "num_experts_per_tok": architecture.experts_per_token,
+        "num_hidden_layers": architecture.num_layers,
+        "num_key_value_heads": architecture.num_kv_heads,
+        "num_local_experts": architecture.num_experts,
+        "output_router_logits": False,
+        "rms_norm_eps": architecture.norm_epsilon,
+        "rope_theta": architecture.rope_base,
+        **rotary,
+        "router_aux_loss_coef": 0.001,
+        "router_jitter_noise": 0.0,
+        "sliding_window": None,
+        "tie_word_embeddings": architecture.tied_head,
+        "torch_dtype": DTYPE_NAMES[dtype],
+        "use_cache": True,
+        "vocab_size": architecture.vocab_size,
+    }
+
+
+def _mixtral_tensors(architecture: Architecture, dtype: str) -> list[MergedTensor]:
+    tensors: dict[str, MergedTensor] = {}
+    for spec in mixtral.FAMILY.tensors(architecture, ()):
+        for index, part in enumerate(spec.parts):
+            planned = PlannedTensor(name=part.name, dtype=dtype, shape=part.shape)
+            matrix = _EXPERT_MATRIX.fullmatch(part.name)
+            if matrix is not None:
+                layer, number, expert, letter = matrix.groups()
+                found = MergedTensor(
+                    planned=planned,
+                    layer=int(number),
+                    expert=int(expert),
+                    row=f"{layer}.mlp.{_MATRICES[letter]}.weight",
+                    residual=letter == "w2",
+                )
+            else:
+                words = spec.name.split(".")
+                number_of = int(words[2]) if words[1] == "layers" else None
+                row = None if spec.role is Role.ROUTER else spec.name
+                found = MergedTensor(planned=planned, layer=number_of, expert=None, row=row, part=index)
+            tensors.setdefault(part.name, found)  # a tied head is the embedding, which comes before it
+    return list(tensors.values())
+
+
+OUTPUTS = (
+    Output(
+        name="phixtral",
+        sources=("phi",),
+        config=_phixtral_config,
+        tensors=_phixtral_tensors,
+        problems=_phixtral_problems,
+    ),
+    Output(
+        name="mixtral",
+        sources=("mistral", "llama"),
+        config=_mixtral_config,
+        tensors=_mixtral_tensors,
+        problems=lambda _base: [],
+    ),
+)
