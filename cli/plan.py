@@ -1,5 +1,8 @@
 """Say what an engine will contain and need before it is built: bytes, memory, and the speed that memory allows.
 
+The configuration of a merge (a .yml) is explained instead: what it makes, what each expert loses of its training, which
+experts no token can choose, and what the merge needs. `moeship merge` takes the same file.
+
 Reads only headers and gates, and writes nothing. Decoding reads the weights that a token touches and the keys and
 values before it, so bandwidth over those bytes bounds the tokens per second of one sequence. The flags are those of
 moeship build: the same words plan the engine that they build.
@@ -10,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from cli.rows import print_rows
-from export.errors import ConfigError
+from export.errors import ConfigError, named
+from export.files.reading import is_folder
 from trt_build.backends import choose_backend
 from trt_build.engine_flags import add_engine_arguments, refuse_flags_of_others
 
@@ -39,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan as the command line asks, and print the plan. Raises ConfigError for a number that is not above zero."""
+    asked = arguments.checkpoint or arguments.checkpoint_flag or ""
+    if Path(asked).suffix in (".yml", ".yaml") and not is_folder(Path(asked)):
+        return _explain_merge(Path(asked), arguments)
     for name in ("max_batch_size", "device_memory", "bandwidth"):
         value = getattr(arguments, name)
         if value is not None and not 0 < value < float("inf"):
@@ -54,3 +62,25 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.device_memory is None or arguments.max_batch_size is None or planned.num_sequences is None:
         return 0
     return int(planned.num_sequences < arguments.max_batch_size)
+
+
+def _explain_merge(path: Path, arguments: argparse.Namespace) -> int:
+    """Print what a merge would make and need. Raises ConfigError for flags that describe an engine."""
+    from export.merge.config import read_merge_config
+    from export.merge.explain import explain_merge
+
+    shared = ("checkpoint", "checkpoint_flag", "output", "json", "backend", "precision")
+    given = [name for name, value in vars(arguments).items() if name not in shared and value not in (None, False)]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(
+            f"planning the merge {named(path)}: {flags} describes an engine; leave it out, merge, and plan the engine "
+            "of the merged folder"
+        )
+    explanation = explain_merge(read_merge_config(path))
+    if arguments.json:
+        print(json.dumps(explanation.to_json(), indent=2))
+    else:
+        for heading, rows in explanation.tables():
+            print_rows(heading, rows)
+    return 0

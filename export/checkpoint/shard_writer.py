@@ -39,8 +39,12 @@ class PlannedTensor:
     shape: tuple[int, ...]
 
     @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(numpy_dtype(self.dtype)).itemsize
+        return self.num_elements * np.dtype(numpy_dtype(self.dtype)).itemsize
 
 
 def plan_shards(tensors: Sequence[PlannedTensor], max_shard_bytes: int) -> list[list[PlannedTensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.checkpoint.safetensors_header import FLOAT_LABELS
+from export.checkpoint.tensor_table import CHUNK_ELEMENTS
 from export.errors import MergeError, listing
 from export.families import Model
 from export.merge.outputs import Output
@@ -89,11 +91,7 @@ def measure_lost_training(base: Model, experts: Sequence[Model]) -> list[LostTra
     for index, expert in enumerate(experts):
         if expert is base:
             continue
-        facts = {
-            name: (getattr(expert.architecture, name), getattr(base.architecture, name))
-            for name in _OF_THE_BASE
-            if getattr(expert.architecture, name) != getattr(base.architecture, name)
-        }
+        facts = facts_of_the_base(base, expert)
         relative = {name: _relative(*(_sample(model, name, _rows(base, expert, name)) for model in (expert, base)))
                     for name in shared}  # fmt: skip
         differing = [name for name in shared if relative[name] > rounding_between(base, expert, name)]
@@ -112,6 +110,39 @@ def measure_lost_training(base: Model, experts: Sequence[Model]) -> list[LostTra
     return found
 
 
+def facts_of_the_base(base: Model, expert: Model) -> dict[str, tuple[object, object]]:
+    """The facts that a merge takes from the base and in which the expert differs: name -> the expert's, the base's."""
+    pairs = {
+        name: (getattr(expert.architecture, name), getattr(base.architecture, name)) for name in _OF_THE_BASE
+    }  # fmt: skip
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def differences_by_role(base: Model, expert: Model) -> dict[str, float]:
+    """Role -> |expert - base| / |base| over all weights of that role that a merge takes from the base, read in chunks.
+    Differences of a weight that may be rounding count as 0."""
+    sums: dict[str, list[float]] = {}
+    for name in shared_rows(base):
+        difference, size = _squares(base, expert, name)
+        own = sums.setdefault(base.weights.table[name].role.value, [0.0, 0.0])
+        own[0] += difference if difference > size * rounding_between(base, expert, name) ** 2 else 0.0
+        own[1] += size
+    return {role: math.sqrt(found / size) if size else float(found > 0) for role, (found, size) in sums.items()}
+
+
+def _squares(base: Model, expert: Model, name: str) -> tuple[float, float]:
+    """The sums of the squares of expert - base and of base, over the rows of a weight that both have."""
+    num_rows, columns = _rows(base, expert, name), math.prod(base.weights.table[name].shape[1:])
+    step, difference, size = max(1, CHUNK_ELEMENTS // columns), 0.0, 0.0
+    for first in range(0, num_rows, step):
+        last = min(first + step, num_rows)
+        theirs, ours = (_read_rows(model, name, first, last).reshape(-1) for model in (base, expert))
+        size += float(np.dot(theirs, theirs))
+        ours = ours - theirs
+        difference += float(np.dot(ours, ours))
+    return difference, size
+
+
 def shared_rows(base: Model) -> list[str]:
     """The rows of the table that a merge takes from the base."""
     return [name for name in base.weights.table if ".mlp." not in name]
@@ -128,13 +159,18 @@ def _sample(model: Model, name: str, num_rows: int) -> npt.NDArray[np.float64]:
     spec = model.weights.table[name]
     first = max(0, (num_rows - SAMPLED_ROWS) // 2) if len(spec.shape) > 1 else 0
     last = min(first + SAMPLED_ROWS, num_rows) if len(spec.shape) > 1 else num_rows
+    return _read_rows(model, name, first, last).astype(np.float64)
+
+
+def _read_rows(model: Model, name: str, first: int, last: int) -> npt.NDArray[np.float32]:
+    """The rows from `first` to before `last` of a weight, across its parts."""
     pieces, offset = [], 0
-    for part in spec.parts:
+    for part in model.weights.table[name].parts:
         rows = slice(max(first - offset, 0), min(max(last - offset, 0), part.shape[0]))
         if rows.start < rows.stop:
             pieces.append(model.weights.checkpoint.read_float32(part.name, rows))
         offset += part.shape[0]
-    return np.concatenate(pieces).astype(np.float64)
+    return np.concatenate(pieces)
 
 
 def _relative(values: npt.NDArray[np.float64], reference: npt.NDArray[np.float64]) -> float:

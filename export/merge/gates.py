@@ -39,8 +39,7 @@ Prompts = list[list[int]]
 def gate_matrices(config: MergeConfig, base: Model, *, seed: int) -> dict[int, npt.NDArray[np.float32]]:
     """Layer -> gate matrix, float32 [E, H]. Raises MergeError for prompts that the base cannot compute."""
     if config.gate_mode.reads_prompts:
-        checkpoint = base.weights.checkpoint
-        positives, negatives = tokenize_prompts(config, base, read_settings(checkpoint.folder, checkpoint.config))
+        positives, negatives = prompts_of(config, base)
         if config.gate_mode is GateMode.CHEAP_EMBED:
             return _cheap_embed(base, positives, negatives)
         return _hidden(base, positives, negatives, average=config.gate_mode is GateMode.HIDDEN_AVG)
@@ -51,6 +50,12 @@ def gate_matrices(config: MergeConfig, base: Model, *, seed: int) -> dict[int, n
         return {layer: rng.standard_normal(shape, dtype=np.float32) for layer in layers}
     bound = 1.0 / np.sqrt(hidden)
     return {layer: rng.uniform(-bound, bound, shape).astype(np.float32) for layer in layers}
+
+
+def prompts_of(config: MergeConfig, base: Model) -> tuple[list[Prompts], list[Prompts]]:
+    """`tokenize_prompts` with the base's own tokenizer."""
+    checkpoint = base.weights.checkpoint
+    return tokenize_prompts(config, base, read_settings(checkpoint.folder, checkpoint.config))
 
 
 def tokenize_prompts(config: MergeConfig, base: Model, settings: Settings) -> tuple[list[Prompts], list[Prompts]]:

@@ -5,7 +5,6 @@ Only headers are read, and some rows of what a merge takes from the base.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +34,7 @@ class MergePlan:
 
     @property
     def num_parameters(self) -> int:
-        return sum(math.prod(tensor.planned.shape) for tensor in self.tensors)
+        return sum(tensor.planned.num_elements for tensor in self.tensors)
 
     @property
     def num_bytes(self) -> int:
