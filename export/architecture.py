@@ -6,12 +6,16 @@ G key/value heads, D head size, E experts, K experts per token, F expert width, 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from export.errors import ConfigError, listing, named, shown, suggestion
+from export.config_keys.rules import FamilyKeys, contradictions, judge, resolved
+from export.errors import ConfigError, listing, named, names, shown
+
+logger = logging.getLogger(__name__)
 
 MAX_DIMENSION = 1 << 24  # far above any model's size, and low enough that a mistyped digit cannot exhaust memory
 MAX_LAYERS = 1 << 14
@@ -20,12 +24,9 @@ MAX_EXPERTS = 1 << 12  # the experts of a layer are compared with each other, pa
 MIN_REAL, MAX_REAL = 2.0**-126, 3.4e38
 
 SCORES = ("softmax", "sigmoid")  # functions by which a router turns logits into scores
+MAX_UNREAD = 1000  # limit on keys that nobody reads: each is compared with those that are read
 MAX_LISTED = 12  # number of unknown keys that an error names
 MAX_POSITIONS = 1 << 20  # limit on positions: every graph holds rotary tables with one row a position
-
-
-# Keys of config.json that export/tokenizer/settings.py reads, since other files can state them too.
-SETTINGS_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class")
 
 
 def _check_real(name: str, value: float) -> None:
@@ -160,16 +161,18 @@ def is_token_id(value: Any) -> bool:  # noqa: ANN401 - JSON value
 
 
 class ConfigReader:
-    """Reads a raw config.json so that every key is used, listed as harmless, or refused by name.
+    """Reads a raw config.json so that every key is used, known to change nothing, or refused by name. `keys` are those
+    of the family's configuration class; export/config_keys/rules.py decides about each key that nobody reads.
 
     Problems are collected; `finish` raises one ConfigError that lists them all.
     """
 
-    def __init__(self, raw: Mapping[str, Any], family: str) -> None:
-        self.raw = raw
+    def __init__(self, raw: Mapping[str, Any], family: str, keys: FamilyKeys) -> None:
+        self.raw = resolved(raw, keys)
         self._family = family
-        self._seen: set[str] = set()
-        self._problems: list[str] = []
+        self._keys = keys
+        self._seen: set[str] = set(keys.aliases)
+        self._problems: list[str] = contradictions(raw, keys)
         self._notes: dict[str, str] = {}
         self.overlaid: frozenset[str] = frozenset()  # keys that come from the nested object of `nested`
 
@@ -177,7 +180,7 @@ class ConfigReader:
         """A reader of this config in which the keys of a nested object replace those of the same name. Its problems
         are added to the problems of this reader."""
         nested = self.mapping(key)
-        reader = ConfigReader({**self.raw, **nested}, self._family)
+        reader = ConfigReader({**self.raw, **nested}, self._family, self._keys)
         reader._problems = self._problems
         reader.overlaid = frozenset(nested)
         return reader
@@ -229,7 +232,7 @@ class ConfigReader:
             self._problems.append(f"{key} is {shown(value)}; moeship builds only {' or '.join(map(repr, allowed))}")
 
     def harmless(self, *keys: str) -> None:
-        """Accept and ignore keys that change nothing at inference."""
+        """Accept keys that this family does not read with any value."""
         self._seen.update(keys)
 
     def problem(self, text: str) -> None:
@@ -243,21 +246,40 @@ class ConfigReader:
             self._seen.add(key)
 
     def finish(self) -> None:
-        """Raise one ConfigError that lists all problems and every key that was never read; return if there are none."""
-        unknown = sorted(set(self.raw) - self._seen)
-        for key in unknown[:MAX_LISTED]:
-            self._problems.append(
-                f"{named(key, 60)} = {shown(self.raw[key])} is a key that moeship does not support for this family"
-                + (f": {self._notes[key]}" if key in self._notes else suggestion(key, self._seen))
-            )
-        if len(unknown) > MAX_LISTED:
-            self._problems.append(f"and {len(unknown) - MAX_LISTED} more such keys")
+        """Raise one ConfigError that lists all problems and every key that is refused; return if there are none. One
+        warning names the keys that are ignored because nobody knows them."""
+        refused, ignored = self._judged()
+        self._problems += [f"{named(key, 60)} = {shown(self.raw[key])} {refused[key]}" for key in refused][:MAX_LISTED]
+        if len(refused) > MAX_LISTED:
+            self._problems.append(f"and {len(refused) - MAX_LISTED} more such keys")
         if self._problems:
             raise ConfigError(
                 f"reading config.json of a {self._family} checkpoint: moeship refuses keys and values that it does not "
                 "support. Correct those that are misspelled or damaged. Leave the others in place: they describe the "
                 f"weights, and without them another model would be built:{listing(self._problems, 2 * MAX_LISTED)}"
             )
+        if ignored:
+            logger.warning("config.json has keys that %s and moeship ignore: %s", self._keys.source, names(ignored))
+
+    def _judged(self) -> tuple[dict[str, str], list[str]]:
+        """The keys that were never read: key -> problem of the refused ones, and the keys that a warning names."""
+        refused: dict[str, str] = {}
+        ignored: list[str] = []
+        used = frozenset(self._seen)
+        unread = sorted(set(self.raw) - used)
+        if len(unread) > MAX_UNREAD:
+            self._problems.append(f"{len(unread)} keys that no reader knows; is this the config.json of a model?")
+            return refused, ignored
+        for key in unread:
+            if key in self._notes:
+                refused[key] = f"is a key that moeship does not support for this family: {self._notes[key]}"
+                continue
+            verdict = judge(key, self.raw[key], self.raw, self._keys, used)
+            if verdict.problem:
+                refused[key] = verdict.problem
+            elif verdict.noted:
+                ignored.append(key)
+        return refused, ignored
 
     def _value(self, key: str, absent: Any, null: Any) -> Any:  # noqa: ANN401 - JSON value
         self._seen.add(key)

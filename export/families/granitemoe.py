@@ -23,6 +23,7 @@ from typing import Any
 
 from export.architecture import Architecture, ConfigReader, Scales
 from export.checkpoint.tensor_table import TensorSpec
+from export.config_keys.rules import transformers_keys
 from export.families import Family
 from export.families.llama_stack import (
     HARMLESS_TENSORS,
@@ -50,7 +51,7 @@ def read_config(raw: Mapping[str, Any]) -> Architecture:
 
     Missing keys have the defaults of transformers' GraniteMoeConfig, where attention_multiplier is 1 and not 1/sqrt(D).
     """
-    reader = ConfigReader(raw, "granitemoe")
+    reader = ConfigReader(raw, "granitemoe", transformers_keys("GraniteMoeConfig"))
     embedding, residual, attention, logits = (reader.real(key, absent=1.0) for key in _SCALARS)
     return read_stack_config(
         reader,

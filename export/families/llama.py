@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from export.architecture import Architecture, ConfigReader
+from export.config_keys.rules import transformers_keys
 from export.families import Family
 from export.families.llama_stack import (
     HARMLESS_TENSORS,
@@ -33,8 +34,7 @@ def matches(config: Mapping[str, Any]) -> bool:
 def read_config(raw: Mapping[str, Any]) -> Architecture:
     """Read the Architecture from a Llama config.json. Missing keys have the defaults of transformers' LlamaConfig.
     Raises ConfigError."""
-    reader = ConfigReader(raw, "llama")
-    reader.harmless("pretraining_tp")  # a way to split the products of a training; the sums are the same
+    reader = ConfigReader(raw, "llama", transformers_keys("LlamaConfig"))
     reader.require("mlp_bias", [False], absent=False)
     return read_stack_config(reader, "llama", rope_base=1e4, norm_epsilon=1e-6, dense=True)
 

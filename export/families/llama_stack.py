@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from export.architecture import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, Architecture, ConfigReader, Scales
 from export.checkpoint.tensor_table import Part, Role, TensorSpec, concatenated, interleaved, single, stacked
 from export.families.network import Activation, Attention, Layer, Mlp, Network, Norm, rotary_keys
-from export.families.transformers_config import HARMLESS_KEYS, check_heads, read_rope, refuse_quantized
+from export.families.transformers_config import check_heads, read_rope, refuse_quantized
 
 if TYPE_CHECKING:
     from export.onnx_graph.graph import GraphBuilder
@@ -33,8 +33,6 @@ EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm"
 HEAD = "lm_head"
 HARMLESS_TENSORS = ("rotary_emb.inv_freq",)
-# Keys of config.json that only training reads.
-_TRAINING_KEYS = ("output_router_logits", "router_aux_loss_coef", "router_jitter_noise")
 
 
 def layer_name(layer: int) -> str:
@@ -63,10 +61,9 @@ def read_stack_config(
     and `num_kv_heads` (None: as many as query heads) are the defaults of the family's configuration class for missing
     keys. Null means as many key/value heads as query heads. A `dense` family has no experts. Raises ConfigError."""
     raw = reader.raw
-    reader.harmless(*HARMLESS_KEYS, *(() if dense else _TRAINING_KEYS))
     refuse_quantized(reader)
     hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
-    reader.require("hidden_act", ["silu"], absent="silu")
+    reader.require("hidden_act", ["silu", "swish"], absent="silu")
     reader.require("attention_bias", [False], absent=False)
     reader.require("tie_word_embeddings", [False, True], absent=False)
     head_size = reader.integer("head_dim", absent=hidden // heads, null=hidden // heads)

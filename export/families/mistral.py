@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from export.architecture import Architecture, ConfigReader
+from export.config_keys.rules import transformers_keys
 from export.families import Family
 from export.families.llama_stack import (
     HARMLESS_TENSORS,
@@ -36,7 +37,7 @@ def matches(config: Mapping[str, Any]) -> bool:
 def read_config(raw: Mapping[str, Any]) -> Architecture:
     """Read the Architecture from a Mistral config.json. Missing keys have the defaults of transformers' MistralConfig.
     Raises ConfigError."""
-    reader = ConfigReader(raw, "mistral")
+    reader = ConfigReader(raw, "mistral", transformers_keys("MistralConfig"))
     reader.harmless("sliding_window")
     null = "sliding_window" in raw and raw["sliding_window"] is None
     return read_stack_config(

@@ -21,6 +21,7 @@ from typing import Any
 
 from export.architecture import Architecture, ConfigReader
 from export.checkpoint.tensor_table import Part, TensorSpec
+from export.config_keys.rules import transformers_keys
 from export.families import Family
 from export.families.llama_stack import (
     EMBEDDING,
@@ -49,7 +50,7 @@ def matches(config: Mapping[str, Any]) -> bool:
 def read_config(raw: Mapping[str, Any]) -> Architecture:
     """Read the Architecture from a Mixtral config.json. Missing keys have the defaults of transformers' MixtralConfig.
     Raises ConfigError."""
-    reader = ConfigReader(raw, "mixtral")
+    reader = ConfigReader(raw, "mixtral", transformers_keys("MixtralConfig"))
     reader.harmless("sliding_window")
     return read_stack_config(
         reader,

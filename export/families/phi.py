@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from export.architecture import MAX_LAYERS, MAX_POSITIONS, Architecture, ConfigReader
 from export.checkpoint.tensor_table import Part, Role, TensorSpec, concatenated, single
+from export.config_keys.rules import transformers_keys
 from export.families import Family
 from export.families.network import Network
 from export.families.phi_stack import (
+    GELU_TANH,
     HARMLESS_TENSORS,
     has_experts,
     layer_name,
@@ -35,7 +37,7 @@ from export.families.phi_stack import (
     transformers_config,
     transformers_name,
 )
-from export.families.transformers_config import HARMLESS_KEYS, check_heads, read_rope, refuse_quantized
+from export.families.transformers_config import check_heads, read_rope, refuse_quantized
 from export.families.transformers_model import TransformersModel
 
 if TYPE_CHECKING:
@@ -56,11 +58,11 @@ def read_config(raw: Mapping[str, Any]) -> Architecture:
 def _read_transformers_config(raw: Mapping[str, Any]) -> Architecture:
     """Read the Architecture from transformers' config.json of a Phi-2. Missing keys have the defaults of transformers'
     PhiConfig (models/phi/configuration_phi.py). Raises ConfigError."""
-    reader = ConfigReader(raw, "phi")
-    reader.harmless(*HARMLESS_KEYS, "embd_pdrop", "resid_pdrop")
+    reader = ConfigReader(raw, "phi", transformers_keys("PhiConfig"))
     refuse_quantized(reader)
     hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
-    reader.require("hidden_act", ["gelu_new"], absent="gelu_new")
+    reader.require("hidden_act", GELU_TANH, absent="gelu_new")
+    reader.require("head_dim", [hidden // heads], absent=hidden // heads)
     reader.require("qk_layernorm", [False], absent=False)
     reader.require("tie_word_embeddings", [False], absent=False)
     rope = read_rope(reader, "rope_theta", "partial_rotary_factor")

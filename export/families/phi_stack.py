@@ -22,11 +22,11 @@ from export.architecture import (
     MAX_EXPERTS,
     MAX_LAYERS,
     MAX_POSITIONS,
-    SETTINGS_KEYS,
     Architecture,
     ConfigReader,
 )
 from export.checkpoint.tensor_table import Role, TensorSpec, single
+from export.config_keys.rules import PHI_MSFT, resolved
 from export.families.network import Activation, Attention, Layer, Mlp, Network, Norm, rotary_keys
 from export.families.transformers_config import SCALED_ROTARY, check_heads, refuse_quantized
 from export.families.trtllm_network import TrtllmNetwork
@@ -38,6 +38,8 @@ EMBEDDING = "transformer.embd.wte.weight"
 FINAL_NORM = "lm_head.ln"
 HEAD = "lm_head.linear"
 ROPE_BASE = 10000.0
+# Names of one function in transformers' ACT2FN (activations.py): GELU in its tanh form.
+GELU_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 # Our module names -> those of transformers' Phi, at the top of the model and inside a layer.
 TRANSFORMERS_TOP = {
     EMBEDDING.rpartition(".")[0]: "model.embed_tokens",
@@ -52,11 +54,6 @@ TRANSFORMERS_MODULES = {
 }
 # Buffers that some exports keep; every engine recomputes them.
 HARMLESS_TENSORS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "causal_mask", "mask")
-_HARMLESS_KEYS = (
-    "architectures", "auto_map", "model_type", "attn_pdrop", "embd_pdrop", "resid_pdrop", "initializer_range",
-    "flash_attn", "flash_rotary", "fused_dense", "transformers_version", "use_cache", "_name_or_path",
-    *SETTINGS_KEYS,
-)  # fmt: skip
 
 
 def layer_name(layer: int) -> str:
@@ -78,6 +75,7 @@ def transformers_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     have the defaults of the published configuration_phi.py. A config.json of transformers is returned as it is."""
     if raw["model_type"] == "phi":
         return raw
+    raw = resolved(raw, PHI_MSFT)
     hidden, heads = raw["n_embd"], raw["n_head"]
     return {
         "vocab_size": raw["vocab_size"],
@@ -107,13 +105,12 @@ def has_experts(config: Mapping[str, Any]) -> bool:
 
 def read_msft_config(raw: Mapping[str, Any], family: str) -> Architecture:
     """Read the Architecture from a phi-msft config.json, dense or with experts. Raises ConfigError."""
-    reader = ConfigReader(raw, family)
-    reader.harmless(*_HARMLESS_KEYS)
+    reader = ConfigReader(raw, family, PHI_MSFT)
     reader.explain("rope_scaling", f"scaled rotary embedding {SCALED_ROTARY}")
     refuse_quantized(reader)
     hidden, heads = reader.integer("n_embd"), reader.integer("n_head")
     experts = reader.integer("num_local_experts", absent=0, minimum=0, maximum=MAX_EXPERTS)
-    reader.require("activation_function", ["gelu_new"])
+    reader.require("activation_function", GELU_TANH)
     reader.require("tie_word_embeddings", [False], absent=False)
     reader.require("img_processor", [None])
     if hidden % heads:

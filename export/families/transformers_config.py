@@ -1,16 +1,10 @@
-"""Reads what is the same in every config.json that transformers writes: harmless keys, rotary embedding, head sizes."""
+"""Reads what is the same in every config.json that transformers writes: the rotary embedding and the head sizes."""
 
 from __future__ import annotations
 
-from export.architecture import SETTINGS_KEYS, Architecture, ConfigReader
+from export.architecture import Architecture, ConfigReader
 from export.errors import named, names, shown
 
-# Keys that transformers' PretrainedConfig writes and that change nothing at inference.
-HARMLESS_KEYS = (
-    "architectures", "auto_map", "model_type", "attention_dropout", "initializer_range", "transformers_version",
-    "use_cache", "_name_or_path", "chunk_size_feed_forward", "id2label", "label2id",
-    "is_encoder_decoder", *SETTINGS_KEYS, "output_attentions", "output_hidden_states", "problem_type", "return_dict",
-)  # fmt: skip
 SCALED_ROTARY = "is not supported yet, and without it the logits would be wrong"
 
 

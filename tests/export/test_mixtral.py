@@ -154,7 +154,7 @@ def test_rotary_base_and_key_heads_are_read_wherever_they_stand():
         ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type is 'dynamic'; moeship builds only 'default'"),
         (
             {"num_experts": 8},
-            "num_experts = 8 is a key that moeship does not support for this family (did you mean num_local_experts?)",
+            "num_experts is 8 and num_local_experts is 5, but transformers 5.24.0 takes both for one key",
         ),
         ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4} is a key"),
         ({"intermediate_size": "absent"}, "intermediate_size is None, expected a whole number"),
