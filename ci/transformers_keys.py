@@ -32,7 +32,12 @@ SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
-FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 32}
+FACTORS = {
+    "partial_rotary_factor": 1.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 32,
+}
 # What the code looks up depends on what it finds.
 SCALED = ({"rope_type": "linear"}, {"rope_type": "dynamic"}, {"rope_type": "yarn"}, {"rope_type": "longrope"})
 VARIANTS: tuple[dict[str, Any], ...] = (

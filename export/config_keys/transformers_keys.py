@@ -1,9 +1,9 @@
 """What transformers 5.24.0 does with the keys of config.json. Written by ci/transformers_keys.py.
 
-FIELDS: class -> key -> default in the configuration class. LOOKED_UP: other names that transformers looks up in the
-configuration while it loads a model, computes and generates; OWN_LOOKED_UP has those of one class. ATTRIBUTES: names
-of the classes themselves, which a key of config.json would overwrite. ALIASES: class -> key -> the field that
-transformers sets instead. GENERATION: keys of generation_config.json, which older files have in config.json.
+FIELDS: class -> key -> default in the configuration class. LOOKED_UP: names that transformers looks up in a
+configuration of any of these classes while it loads a model, computes and generates. ATTRIBUTES: names of the classes
+themselves, which a key of config.json would overwrite. ALIASES: class -> key -> the field that transformers sets
+instead. GENERATION: keys of generation_config.json, which older files have in config.json.
 """
 # ruff: noqa: SIM905
 
@@ -32,24 +32,17 @@ LOOKED_UP = frozenset(
     """
     _attn_implementation_internal _experts_implementation_internal _heterogeneity_spec _name_or_path
     _output_attentions _post_init_done _rope_type_labels assistant_confidence_threshold assistant_lookbehind
-    auto_map bad_words_ids begin_suppress_tokens decoder diversity_penalty do_sample early_stopping
-    encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff
+    attention_chunk_size auto_map bad_words_ids begin_suppress_tokens decoder diversity_penalty do_sample
+    early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id fusion_config generator
-    gradient_checkpointing is_causal kv_sharing_modes layer_types length_penalty max_length min_length
+    gradient_checkpointing head_dim is_causal kv_sharing_modes layer_types length_penalty max_length min_length
     mtp_layer_types no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beam_groups
-    num_beams num_return_sequences output_scores partial_rotary_factor quantization_config remove_invalid_values
-    repetition_penalty return_dict_in_generate rope_theta suppress_tokens target_lookbehind temperature text_config
-    top_k top_p transformers_weights typical_p vision_aspect_ratio vision_feature_layer
-    vision_feature_select_strategy
+    num_beams num_heads num_return_sequences original_max_position_embeddings output_scores partial_rotary_factor
+    quantization_config remove_invalid_values repetition_penalty return_dict_in_generate rope_theta sliding_window
+    suppress_tokens target_lookbehind temperature text_config top_k top_p transformers_weights typical_p
+    vision_aspect_ratio vision_feature_layer vision_feature_select_strategy
     """.split()
 )
-OWN_LOOKED_UP: dict[str, list[str]] = {
-    "GraniteMoeConfig": ["attention_chunk_size", "head_dim", "sliding_window"],
-    "LlamaConfig": ["attention_chunk_size", "sliding_window"],
-    "MistralConfig": ["num_heads"],
-    "MixtralConfig": ["attention_chunk_size", "num_heads"],
-    "PhiConfig": ["attention_chunk_size", "head_dim", "sliding_window"],
-}
 ATTRIBUTES = frozenset(
     """
     _attn_implementation _auto_class _check_received_keys _decode_special_floats _dict_from_json_file

@@ -34,7 +34,7 @@ WRITERS = {
     "mixtral": lambda folder: write_mixtral_checkpoint(folder, seed=1, num_experts=5),
     "granitemoe": lambda folder: write_granitemoe_checkpoint(folder, seed=1),
     "mistral": lambda folder: write_dense_checkpoint(folder, seed=1, family="mistral"),
-    "llama": lambda folder: write_dense_checkpoint(folder, seed=1, family="llama"),
+    "llama": lambda folder: write_dense_checkpoint(folder, seed=1, family="llama", hidden_size=96),
 }
 CLASSES = {
     "phi": "PhiConfig",
