@@ -17,7 +17,9 @@ from trt_build.comparison.cost import Grain
 from trt_build.comparison.evaluation_text import read_texts
 from trt_build.comparison.parity import THRESHOLDS, Verification
 from trt_build.comparison.serving_ways import SERVING_LIMITS
-from trt_build.errors import VerificationFailed
+from trt_build.comparison.verified import Verified
+from trt_build.errors import EngineError, VerificationFailed
+from trt_build.manifest import ORT_BACKEND, TRTLLM_BACKEND, engine_backend
 from trt_build.ort.engine import open_engine
 from trt_build.ort.questions.cost import CostOptions
 from trt_build.ort.verify import record, verify_engine
@@ -38,24 +40,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "'experts'; without a word, experts where the model is small enough")  # fmt: skip
     parser.add_argument("--cost-tokens", type=int, metavar="N",
                         help="tokens for --cost (default: what a bound on time and memory allows)")  # fmt: skip
+    parser.add_argument("--trtllm-checkpoint", type=Path, metavar="DIR",
+                        help="rank files of a TensorRT-LLM engine (default: ENGINE.checkpoint)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Verify an engine and print the report. Raises VerificationFailed if a figure misses its threshold."""
-    engine = open_engine(arguments.engine)
-    verification = verify_engine(
-        engine,
-        arguments.reference,
-        read_texts(arguments.text),
-        arguments.tokens,
-        every(PROGRESS_S, logger.info),
-        cost_options(arguments),
-    )
+    verified = _verify(arguments)
+    verification = verified.verification
     if not verification.reference_is_the_source:
         logger.warning(
             "%s was not built from these files of %s: the figures hold for the two as they are",
-            engine.folder,
+            arguments.engine,
             arguments.reference,
         )
     if arguments.json:
@@ -63,18 +60,44 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(answer_lines(verification.questions)))
         print(text_line(verification))
-        print(table(verification, engine.manifest.precision.name))
+        print(table(verified))
         if verification.cost is not None:
             print("\n".join(verification.cost.lines()))
         for finding in verification.findings:
             print(f"finding: {finding}")
-    record(engine, verification)
+    verified.record()
     if verification.failures:
         raise VerificationFailed(
-            f"verifying {engine.folder} ({engine.manifest.precision.name}) against {arguments.reference}: "
+            f"verifying {arguments.engine} ({verified.precision}) against {arguments.reference}: "
             f"{'; '.join(verification.failures)}"
         )
     return 0
+
+
+def _verify(arguments: argparse.Namespace) -> Verified:
+    """Verify an engine by its backend. Raises EngineError for a flag that only the other backend has."""
+    text, progress = read_texts(arguments.text), every(PROGRESS_S, logger.info)
+    cost = cost_options(arguments)
+    if engine_backend(arguments.engine) == TRTLLM_BACKEND:
+        from trt_build.trtllm.command import verify
+
+        if cost is not None:
+            raise EngineError(f"reading the flags: --cost: for engines of {ORT_BACKEND} only; leave it out")
+        return verify(
+            arguments.engine, arguments.reference, arguments.trtllm_checkpoint, text, arguments.tokens, progress
+        )
+    if arguments.trtllm_checkpoint is not None:
+        raise EngineError(f"reading the flags: --trtllm-checkpoint: for engines of {TRTLLM_BACKEND} only; leave it out")
+    engine = open_engine(arguments.engine)
+    precision = engine.manifest.precision.name
+    verification = verify_engine(engine, arguments.reference, text, arguments.tokens, progress, cost)
+    return Verified(
+        verification=verification,
+        precision=precision,
+        limits=THRESHOLDS[precision],
+        serving_limits=SERVING_LIMITS[precision],
+        record=lambda: record(engine, verification),
+    )
 
 
 def cost_options(arguments: argparse.Namespace) -> CostOptions | None:
@@ -103,7 +126,8 @@ def answer_lines(answers: Sequence[Answer]) -> list[str]:
     lines = []
     for answer in answers:
         said = {True: "yes", False: "NO", None: f"not asked: {answer.unasked}"}[answer.passed]
-        lines.append(f"{answer.question} {said}")
+        asked = f", asked {answer.figures['asked']}" if "asked" in answer.figures else ""
+        lines.append(f"{answer.question} {said}{asked}")
         for name, figures in answer.figures.get("largest", {}).items():
             shown = ", ".join(f"{key} {value:.2g}" for key, value in figures.items())
             lines.append(f"  {name}: off by at most {shown}")
@@ -111,6 +135,13 @@ def answer_lines(answers: Sequence[Answer]) -> list[str]:
             lines.append(
                 f"  {answer.figures['num_tokens']} tokens: logits off by {answer.figures['logits']:.1e} of the "
                 f"largest, allowed {answer.figures['allowed']:.0e}"
+            )
+        if "mean_kl" in answer.figures:
+            found = answer.figures
+            lines.append(
+                f"  {found['num_tokens']} tokens: KL {found['mean_kl']:.1e} on average, p99 {found['p99_kl']:.1e}, at "
+                f"most {found['max_kl']:.1e} nats; top-1 {found['top1_agreement']:.1%} ({found['near_ties']} near "
+                f"ties), perplexity {found['perplexity_increase']:+.2%}"
             )
         lines += [f"  {failure}" for failure in answer.failures]
     return lines
@@ -125,9 +156,9 @@ def text_line(verification: Verification) -> str:
     )
 
 
-def table(verification: Verification, precision: str) -> str:
+def table(verified: Verified) -> str:
     """The result as a table of text: figure, found, allowed."""
-    report, limits = verification.report, THRESHOLDS[precision]
+    report, limits = verified.verification.report, verified.limits
     limit = limits.max_logit_difference
     clear = report.clear_top1_agreement
     allowed = f"<= {limit:.1e}" if limit is not None else "reported"
@@ -147,8 +178,9 @@ def table(verification: Verification, precision: str) -> str:
     if report.routing_agreement is not None:
         rows.append(("same experts chosen", f"{report.routing_agreement:.2%}", f">= {limits.routing_agreement:.2%}"))
         rows.append(("tied routings", str(report.tied_routings), "reported"))
-    most = SERVING_LIMITS[precision].largest
+    most = verified.serving_limits.largest
     rows += [
-        (f"served in {way.name} as scored", f"{way.largest:.1e}", f"<= {most:.1e}") for way in verification.serving
+        (f"served in {way.name} as scored", f"{way.largest:.1e}", f"<= {most:.1e}")
+        for way in verified.verification.serving
     ]
     return "\n".join(f"{name:<36}{found:>16}  {allowed}".rstrip() for name, found, allowed in rows)

@@ -17,7 +17,7 @@ from trt_build.trtllm_flags import NAMES, add_trtllm_arguments
 
 DEFAULT_PROVIDER = "cpu"
 # Flags that one backend alone has. If such a flag is not given, its value is None.
-_OWN_FLAGS: Mapping[str, Collection[str]] = {ORT_BACKEND: ("provider", "kernels", "unchecked"), TRTLLM_BACKEND: NAMES}
+_OWN_FLAGS: Mapping[str, Collection[str]] = {ORT_BACKEND: ("provider", "kernels"), TRTLLM_BACKEND: NAMES}
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, output_required: bool) -> None:
@@ -33,6 +33,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, o
         "--keep-all-experts", action="store_true", help="also write the experts that can never be chosen"
     )
     engine.add_argument(
+        "--unchecked",
+        action="store_true",
+        help="leave out the comparison of the written weights with the checkpoint's",
+    )
+    engine.add_argument(
         "--max-seq-len", "--max-sequence", dest="max_sequence", type=int, metavar="TOKENS",
         help="longest context, prompt and answer together (default: the model's own)",
     )  # fmt: skip
@@ -43,12 +48,6 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, o
         metavar="K",
         help=f"{' or '.join(KERNELS)}: whose kernels multiply quantised matrices on the CPU (default: moeship's, "
         "where they can be used)",
-    )
-    onnxruntime.add_argument(
-        "--unchecked",
-        action="store_const",
-        const=True,
-        help="leave out the comparison of the stored weights with the checkpoint's, which ends a build",
     )
     add_trtllm_arguments(parser)
 

@@ -49,6 +49,7 @@ CONFIG_FILE = "config.json"
 MANIFEST_FILE = "checkpoint.json"
 FORMAT_VERSION = 1
 DEFAULT_SM = 80  # compute capability; its packed layout is the one of every supported GPU except SM 90
+_UNLIKE_SM = 90
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,12 +266,34 @@ def checkpoint_settings(plan: CheckpointPlan) -> dict[str, Any]:
     """Everything but the source files that decides the bytes of the checkpoint, as plain JSON values."""
     options = {**dataclasses.asdict(plan.options), "parallel": plan.options.parallel.mapping()}
     sm = options.pop("sm")
-    packed_for = "every GPU but SM 90" if interleaves_columns(sm, experts=False) else "SM 90"
+    packed_for = f"every GPU but SM {_UNLIKE_SM}" if interleaves_columns(sm, experts=False) else f"SM {_UNLIKE_SM}"
     layout = {
         "packed for": packed_for if plan.layout.is_packed else None,
         "layout": hashlib.sha256(repr(plan.layout).encode()).hexdigest(),
     }
     return {**options, "format version": FORMAT_VERSION, **layout, "config": dict(plan.config)}
+
+
+def options_of(settings: Mapping[str, Any]) -> CheckpointOptions:
+    """The options of a checkpoint with these `checkpoint_settings`. Raises ExportError for values that are none."""
+    try:
+        mapping = {
+            name: int(settings["parallel"][name]) for name in ("tp_size", "pp_size", "moe_tp_size", "moe_ep_size")
+        }
+        if mapping["moe_ep_size"] == 1:  # the default, which a dense model must have
+            mapping = {name: mapping[name] for name in ("tp_size", "pp_size")}
+        return CheckpointOptions(
+            precision=str(settings["precision"]),
+            dtype=settings["dtype"],
+            parallel=Parallelism(**mapping),
+            group_size=settings["group_size"],
+            sm=_UNLIKE_SM if settings["packed for"] == f"SM {_UNLIKE_SM}" else DEFAULT_SM,
+            plain=bool(settings["plain"]),
+            mask_from=settings["mask_from"],
+            left_out=tuple(settings["left_out"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ExportError(f"reading the settings of a TensorRT-LLM checkpoint: {error!r}; write it again") from error
 
 
 def _states(sources: Mapping[str, SourceFile]) -> dict[str, Any]:

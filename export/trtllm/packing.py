@@ -48,12 +48,39 @@ def pack(codes: ByteArray, bits: int, *, interleave: bool) -> ByteArray:
     return np.ascontiguousarray(tiled.transpose(0, 2, 1, 3)).view(np.uint8).reshape(rows, -1)
 
 
+def unpack(packed: ByteArray, bits: int, *, interleave: bool) -> ByteArray:
+    """Unpack bytes [n, K * bits / 8] to unsigned codes [n, K]; the inverse of `pack`, with the same conditions on n and
+    K."""
+    rows = len(packed)
+    blocks = np.ascontiguousarray(packed).view(np.complex128)  # of 16 bytes
+    if interleave:
+        group = INTERLEAVED_ROWS[bits]
+        tiled = blocks.reshape(rows // group, -1, group, TILE * bits // 128)
+        blocks = np.ascontiguousarray(tiled.transpose(0, 2, 1, 3))
+    turns = blocks.reshape(-1, 1).view(np.uint8).reshape(-1, 8, 2)  # the bytes of two groups of eight alternate
+    if bits == 8:
+        return np.ascontiguousarray(turns.swapaxes(1, 2)).reshape(rows, -1)
+    codes = np.empty((len(turns), 2, 2, 8), dtype=np.uint8)  # block, byte of a pair, nibble, k mod 8
+    pairs = turns.swapaxes(1, 2)
+    np.bitwise_and(pairs, np.uint8(15), out=codes[:, :, 0])
+    np.right_shift(pairs, np.uint8(4), out=codes[:, :, 1])
+    return codes.reshape(rows, -1)
+
+
 def pack_pairs(codes: ByteArray) -> ByteArray:
     """Pack unsigned 4-bit codes [n, K] into bytes [n / 2, K] of two signed codes, as AWQ checkpoints store them: the
     even row in the low four bits."""
     signed = codes ^ np.uint8(8)  # q + 8 as the two's complement of q
     pairs: ByteArray = signed[0::2] | signed[1::2] << np.uint8(4)
     return pairs
+
+
+def unpack_pairs(pairs: ByteArray) -> ByteArray:
+    """Unpack bytes [n / 2, K] to unsigned 4-bit codes [n, K]; the inverse of `pack_pairs`."""
+    codes = np.empty((2 * len(pairs), pairs.shape[1]), dtype=np.uint8)
+    codes[0::2], codes[1::2] = pairs & np.uint8(15), pairs >> np.uint8(4)
+    codes ^= np.uint8(8)
+    return codes
 
 
 def _blocks(codes: ByteArray, bits: int) -> np.ndarray[tuple[int], np.dtype[np.complex128]]:

@@ -144,7 +144,12 @@ def test_an_engine_that_differs_ends_with_status_1_and_keeps_what_was_found(tmp_
             size = (last - first) // entry["shape"][0]
             data[first : first + 2 * size] = data[first + size : first + 2 * size] + data[first : first + size]
     path.write_bytes(data)
-    assert main(["build", *words(small_phixtral, output, "--precision", "fp16", "--verify-tokens", "24")]) == 1
+    command = ["build", *words(small_phixtral, output, "--precision", "fp16", "--verify-tokens", "24")]
+    assert main(command) == 1
+    told = capfd.readouterr().err
+    assert f"the rank files in {output}.checkpoint are not the weights of {small_phixtral}: layer 0, expert" in told
+    assert not output.exists()
+    assert main([*command, "--unchecked"]) == 1
     told = capfd.readouterr().err
     assert f"VerificationFailed: verifying {output} (fp16): " in told
     failures = manifest_of(output)["verification"]["failures"]

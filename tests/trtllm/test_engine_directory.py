@@ -129,7 +129,7 @@ def test_engines_of_the_other_backend_are_told_apart(tmp_path, built_engine, tin
     with pytest.raises(
         EngineError,
         match="its backend is tensorrt-llm, expected onnxruntime; moeship package and serve take it, and "
-        "build_engine.py --backend tensorrt-llm verifies it on a GPU",
+        "moeship verify does on a machine with a GPU",
     ):
         open_engine(built_engine)
     assert (engine_backend(built_engine), engine_backend(tiny_engine)) == ("tensorrt-llm", "onnxruntime")

@@ -14,6 +14,10 @@ row      |e| / |w| of one output row. Proved: a value is rounded to the nearest 
          largest value m is 2^(b-1) steps and exact, so a value is off by at most m / 2^b. Over a block
          of B values that is at most sqrt(B-1) / 2^b / sqrt(1 + (B-1) / 4^b). A row of zeros has 1, another row 1.4.
 
+A matrix with one scale a row, as TensorRT-LLM has them, is not compared with w. There the recipe says which value of
+the grid each weight becomes, the nearest (`weights.py: nearest_of_rows`), and w is that value. What is left is the
+rounding of the scale to its dtype, which is proved: 2^-11 of it for float16, 2^-8 for bfloat16. All four keep it.
+
 The first two are judged for each BAND_VALUES values of neighbouring rows, so that a small part of a large matrix cannot
 hide. These are the limits for rounding to the nearest; a quantiser that feeds errors back needs its own.
 """
@@ -28,6 +32,8 @@ from types import MappingProxyType
 BAND_VALUES = 1 << 16
 # Rounding of scales to float16: 2^-11 of a scale above 2^-14, and at most 2^-25 below it.
 HALF_ROUNDING, HALF_STEP = 2.0**-11, 2.0**-25
+_ROUNDING: Mapping[str, float] = MappingProxyType({"float32": 0.0, "float16": HALF_ROUNDING, "bfloat16": 2.0**-8})
+_SUMMATION = 1e-5  # of sums in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +47,21 @@ class Limits:
 
 
 _MEASURED: Mapping[int, tuple[float, float]] = MappingProxyType({4: (0.01, 0.01), 8: (0.001, 0.001)})
-_MATRIX: Mapping[tuple[int, int], float] = MappingProxyType({(4, 32): 0.2, (4, 64): 0.25, (8, 32): 0.02, (8, 64): 0.03})
+_MATRIX: Mapping[tuple[int, int], float] = MappingProxyType(
+    {(4, 32): 0.2, (4, 64): 0.25, (4, 128): 0.3, (8, 32): 0.02, (8, 64): 0.03}
+)
 
 
-def limits_of(bits: int, block: int) -> Limits | None:
-    """The limits of a recipe; None if there is no such recipe."""
+def limits_of(bits: int, block: int, scale_type: str = "float16") -> Limits | None:
+    """The limits of a recipe; `block` 0 stands for one scale a row. None if there is no such recipe."""
+    if bits in _MEASURED and block == 0:
+        rounding = _ROUNDING[scale_type] + _SUMMATION
+        return Limits(factor=rounding, shift=rounding, matrix=rounding, row=rounding)
     if (bits, block) not in _MATRIX:
         return None
     factor, shift = _MEASURED[bits]
-    return Limits(factor=factor, shift=shift, matrix=_MATRIX[bits, block], row=proved_row_error(bits, block))
+    row = proved_row_error(bits, block) + max(0.0, _ROUNDING[scale_type] - HALF_ROUNDING)
+    return Limits(factor=factor, shift=shift, matrix=_MATRIX[bits, block], row=row)
 
 
 def graph_limit(float_type: str) -> float:

@@ -23,14 +23,15 @@ FloatArray = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a quantised matrix is stored: bits of a code, input features that share a scale, and the scales' dtype."""
+    """How a quantised matrix is stored: bits of a code, input features that share a scale (0: all of a row), and the
+    scales' dtype."""
 
     bits: int
     block: int
     scale_type: str
 
     def __str__(self) -> str:
-        return f"int{self.bits} in blocks of {self.block}"
+        return f"int{self.bits} in blocks of {self.block}" if self.block else f"int{self.bits} with a scale a row"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +50,18 @@ class ReadBack(Weights, abc.ABC):
         """What is wrong with the shapes in which a row is stored, in words; None if nothing is."""
 
     @abc.abstractmethod
-    def part_rows(self, name: str, group: int, first: int, last: int) -> list[FloatArray]:
-        """Rows `first` to `last` of each part of a group of a row, float32, as `TensorSpec.groups` has them. Raises
-        EngineError for an expert that the engine does without."""
+    def part_rows(self, name: str, group: int, first: int, last: int, copy: int = 0) -> list[FloatArray]:
+        """Rows `first` to `last` of each part of a group of a row, float32, as `TensorSpec.groups` has them. `copy` is
+        an index of `copies`. Raises EngineError for an expert that the engine does without."""
 
     @abc.abstractmethod
     def rounded(self, name: str, group: int, first: int, values: npt.NDArray[Any]) -> FloatArray:
         """The float32 values that a row which is not quantised should have where the checkpoint has `values`, which are
         its rows from `first` on."""
+
+    def copies(self, name: str) -> Sequence[str]:  # noqa: ARG002 - for classes that store copies
+        """The places that hold a row as a whole, in words; one without a name, unless a row is stored several times."""
+        return ("",)
 
     def stored_groups(self, spec: TensorSpec) -> Sequence[int]:
         """The groups of a row that are stored: all, or those of the experts that the engine has."""

@@ -34,6 +34,7 @@ class _Unit:
 
     spec: TensorSpec
     group: int
+    copy: int  # an index of `ReadBack.copies`
     first: int
     last: int
 
@@ -74,17 +75,17 @@ def compare_weights(stored: ReadBack, model: Model, failures: Sequence[str], pro
         else:
             comparable.append(spec)
     units = [unit for spec in comparable for unit in _units(stored, spec)]
-    sums: dict[tuple[str, int, int], _Sums] = {}
+    sums: dict[tuple[str, int, int, int], _Sums] = {}
     with ThreadPoolExecutor(max_workers=num_cores()) as pool:
         done = 0
         for unit, compared in zip(units, pool.map(lambda unit: _compare(stored, unit), units), strict=True):
             done += sum(part.count for part in compared)
             progress(f"compared {done:,} weights with the checkpoint's")
             for turn, part in enumerate(compared):
-                sums.setdefault((unit.spec.name, unit.group, turn), _Sums()).add(part)
-    for (name, group, turn), part in sums.items():
+                sums.setdefault((unit.spec.name, unit.group, unit.copy, turn), _Sums()).add(part)
+    for (name, group, copy, turn), part in sums.items():
         spec = stored.table[name]
-        where = _where(model, spec, group, turn)
+        where = _where(model, spec, group, turn) + stored.copies(name)[copy]
         found += [f"{where}{problem}" for problem in _problems(stored, spec, part)]
         worst.add(stored, spec, part)
     figures = {"num_weights": sum(part.count for part in sums.values()), "num_matrices": len(sums), **worst.figures()}
@@ -118,17 +119,18 @@ def _recipe_problem(stored: ReadBack, spec: TensorSpec) -> str | None:
 
 
 def _limits(recipe: Recipe | None) -> Limits | None:
-    return None if recipe is None else limits_of(recipe.bits, recipe.block)
+    return None if recipe is None else limits_of(recipe.bits, recipe.block, recipe.scale_type)
 
 
 def _units(stored: ReadBack, spec: TensorSpec) -> Iterator[_Unit]:
-    for group in stored.stored_groups(spec):
+    places = [(group, copy) for group in stored.stored_groups(spec) for copy in range(len(stored.copies(spec.name)))]
+    for group, copy in places:
         parts = spec.groups[group]
         num_rows, *others = parts[0].shape
         step = max(1, CHUNK_ELEMENTS // max(1, len(parts) * math.prod(others)))
         step = max(GROUP_ROWS, step - step % GROUP_ROWS)
         for row in range(0, num_rows, step):
-            yield _Unit(spec=spec, group=group, first=row, last=min(row + step, num_rows))
+            yield _Unit(spec=spec, group=group, copy=copy, first=row, last=min(row + step, num_rows))
 
 
 def _compare(stored: ReadBack, unit: _Unit) -> list[_Sums]:
@@ -145,14 +147,15 @@ def _compare(stored: ReadBack, unit: _Unit) -> list[_Sums]:
     if len(starts) > 1 and unit.last - starts[-1] < step:
         starts.pop()
     for first, last in zip(starts, [*starts[1:], unit.last], strict=True):
-        found = stored.part_rows(unit.spec.name, unit.group, first, last)
+        found = stored.part_rows(unit.spec.name, unit.group, first, last, unit.copy)
         for sums, values, wanted in zip(result, found, expected, strict=True):
             own = wanted[first - unit.first : last - unit.first]
             if recipe is None or limits is None:
                 _add_exact(sums, values, stored.rounded(unit.spec.name, unit.group, first, own), first)
             else:
                 halved = half_scale_error(recipe.bits, 1) if recipe.scale_type == "float16" else 0.0
-                _add_band(sums, values, widen(own), first, limits, halved)
+                wanted_values = widen(own) if recipe.block else nearest_of_rows(widen(own), recipe.bits)
+                _add_band(sums, values, wanted_values, first, limits, halved)
     return result
 
 
@@ -165,6 +168,18 @@ def _add_exact(sums: _Sums, found: FloatArray, expected: FloatArray, first: int)
             place = int(np.flatnonzero(~same[row].reshape(-1))[0])
             pair = float(found[row].reshape(-1)[place]), float(expected[row].reshape(-1)[place])
             sums.different.append((first + row, *pair))
+
+
+def nearest_of_rows(rows: FloatArray, bits: int) -> FloatArray:
+    """The nearest values [n, K] to `rows` of a grid with one scale a row: the row's largest magnitude over 2^(bits-1).
+    The codes are the whole numbers from -2^(bits-1) to 2^(bits-1) - 1, of two as near the one farther from zero."""
+    half = 1 << (bits - 1)
+    scales = np.abs(rows).max(axis=1, keepdims=True) / np.float32(half)
+    # float32 as the scale is; in float64 adding a half rounds nothing.
+    ratios = np.divide(rows, scales, out=np.zeros_like(rows), where=scales > 0).astype(np.float64)
+    codes = np.clip(np.copysign(np.floor(np.abs(ratios) + 0.5), ratios), -half, half - 1).astype(np.float32)
+    nearest: FloatArray = codes * scales
+    return nearest
 
 
 def _add_band(sums: _Sums, found: FloatArray, wanted: FloatArray, first: int, limits: Limits, halved: float) -> None:

@@ -154,7 +154,7 @@ def open_engine(folder: Path | str, check_digests: bool = True) -> Engine:
     if raw.get("backend") != ORT_BACKEND:
         raise EngineError(
             f"opening the engine {folder}: its backend is {named(raw.get('backend'), 40)}, expected {ORT_BACKEND}; "
-            "moeship package and serve take it, and build_engine.py --backend tensorrt-llm verifies it on a GPU"
+            "moeship package and serve take it, and moeship verify does on a machine with a GPU"
         )
     engine = _parse(raw, folder)
     manifest = engine.manifest

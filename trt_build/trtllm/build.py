@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,11 @@ from export.trtllm.checkpoint import (
     require_written,
     write_checkpoint,
 )
+from trt_build.comparison.answers import Answer
 from trt_build.comparison.evaluation_text import own_text
 from trt_build.comparison.parity import Verification
 from trt_build.engine_files import record_files
-from trt_build.errors import EngineError
+from trt_build.errors import EngineError, VerificationFailed
 from trt_build.machine.readings import LIBRARY, Machine, read_machine, release
 from trt_build.manifest import TRTLLM_BACKEND, libraries
 from trt_build.source import SourceModel, open_source, source_record
@@ -52,6 +54,7 @@ from trt_build.trtllm.engine import (
 from trt_build.trtllm.library import Library, find_library, library_missing, run_build
 from trt_build.trtllm.options import TrtllmOptions, check_options, has_biased_head
 from trt_build.trtllm.plan import TrtllmPlan, plan_trtllm
+from trt_build.trtllm.questions.weights import RankFolder, ask_about_weights
 from trt_build.trtllm.verify import record_trtllm, verify_trtllm
 from trt_build.trtllm_flags import STAGES
 
@@ -80,6 +83,11 @@ class _Build:
     checkpoint: CheckpointPlan
     routing: RoutingReport | None
     plan: TrtllmPlan
+
+    @property
+    def ranks(self) -> RankFolder:
+        folder = self.options.checkpoint_folder
+        return RankFolder(plan=self.checkpoint, folder=folder, max_sequence=self.source.max_sequence)
 
     def reaches(self, stage: str) -> bool:
         return STAGES.index(self.options.until) >= STAGES.index(stage)
@@ -124,8 +132,8 @@ def build_trtllm(options: TrtllmOptions, progress: Callable[[Progress], None] | 
     """Run the stages up to `options.until`; stages whose output an earlier run left are skipped.
 
     Raises EngineError and ExportError for options that are refused before any work, OutputError if an output path is
-    taken, and, after the checkpoint is written, LibraryMissing if the engine cannot be built here. A failed comparison
-    raises nothing: the outcome holds its result.
+    taken, and, after the checkpoint is written, VerificationFailed if it is not the source's, and LibraryMissing if the
+    engine cannot be built here. A failed comparison of the engine raises nothing: the outcome holds its result.
     """
     build = _prepare(options)
     if not build.reaches("checkpoint"):
@@ -133,11 +141,21 @@ def build_trtllm(options: TrtllmOptions, progress: Callable[[Progress], None] | 
     engine = _existing_engine(build) if build.reaches("engine") else None
     if engine is None:
         digests = _checkpoint(build, progress)
-        engine = _build_engine(build, digests) if build.reaches("engine") else None
+        questions = () if options.unchecked else (_ask_about_weights(build),)
+        engine = _build_engine(build, digests, questions) if build.reaches("engine") else None
     verification = None
     if engine is not None and build.reaches("verify"):
         python, text = _library(build).python, own_text()
-        verification = verify_trtllm(engine, build.source, python, text, options.verify_tokens, logger.info)
+        verification = verify_trtllm(
+            engine,
+            build.source,
+            build.ranks,
+            python,
+            text,
+            options.verify_tokens,
+            logger.info,
+            again=False,
+        )
         record_trtllm(engine, verification)
     folder = options.checkpoint_folder  # the user may have removed it after the engine was built
     return Outcome(
@@ -225,6 +243,20 @@ def _checkpoint(build: _Build, progress: Callable[[Progress], None] | None) -> M
     return require_written(build.checkpoint, folder)
 
 
+def _ask_about_weights(build: _Build) -> Answer:
+    """Ask whether the rank files hold the source's weights. Raises VerificationFailed if they do not."""
+    start = time.monotonic()
+    answer = ask_about_weights(build.ranks)
+    logger.info("compared the %s weights of the rank files with the checkpoint's in %.1f s",
+                f"{answer.figures['num_weights']:,}", time.monotonic() - start)  # fmt: skip
+    if not answer.passed:
+        raise VerificationFailed(
+            f"building {build.options.output}: the rank files in {build.ranks.folder} are not the weights of "
+            f"{build.options.checkpoint}: {'; '.join(answer.failures)}; remove the folder to have them written again"
+        )
+    return answer
+
+
 def _library(build: _Build) -> Library:
     """The installed TensorRT-LLM. Raises LibraryMissing if the library or a GPU is missing."""
     options = build.options
@@ -241,7 +273,7 @@ def _library(build: _Build) -> Library:
     raise library_missing(found, options.checkpoint_folder, command_of(options), mounts)
 
 
-def _build_engine(build: _Build, digests: Mapping[str, str]) -> TrtllmEngine:
+def _build_engine(build: _Build, digests: Mapping[str, str], questions: Sequence[Answer]) -> TrtllmEngine:
     """Run trtllm-build for all ranks and write the engine directory. Raises LibraryMissing and EngineError."""
     library, options = _library(build), build.options
     logger.info("building %d rank(s) with TensorRT-LLM %s", options.parallel.world_size, library.version)
@@ -265,7 +297,9 @@ def _build_engine(build: _Build, digests: Mapping[str, str]) -> TrtllmEngine:
                 f"building the engine: trtllm-build ended with status 0 and did not write {', '.join(absent)}"
             )
         build.source.settings.write(folder)
-        write_trtllm_manifest(folder, _manifest(build, library, digests, folder))
+        manifest = _manifest(build, library, digests, folder)
+        asked = tuple(answer.to_json() for answer in questions)
+        write_trtllm_manifest(folder, replace(manifest, questions=asked))
     return open_trtllm_engine(options.output, check_digests=False)
 
 

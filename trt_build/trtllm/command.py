@@ -10,14 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from export.conversion.writer import Progress
+from export.errors import listing
 from export.rows import Rows, in_units
+from export.trtllm.checkpoint import differing_settings, options_of, plan_checkpoint
+from trt_build.comparison.evaluation_text import EvaluationText
+from trt_build.comparison.verified import Verified
 from trt_build.engine_flags import read_checkpoint
-from trt_build.errors import EngineError
+from trt_build.errors import EngineError, LibraryMissing
+from trt_build.machine.readings import read_machine
 from trt_build.manifest import MANIFEST_FILE
 from trt_build.results import Built, Planned
+from trt_build.source import open_source
 from trt_build.trtllm.build import Outcome, build_trtllm
+from trt_build.trtllm.engine import open_trtllm_engine
+from trt_build.trtllm.library import Library, find_library
 from trt_build.trtllm.options import TrtllmOptions
 from trt_build.trtllm.plan import TrtllmPlan
+from trt_build.trtllm.questions.logits import GENERATION_LIMITS
+from trt_build.trtllm.questions.weights import RankFolder
+from trt_build.trtllm.verify import LIMITS, record_trtllm, verify_trtllm
 from trt_build.trtllm_flags import STAGES
 
 GB = 1e9
@@ -34,6 +45,44 @@ def build(arguments: argparse.Namespace, progress: Callable[[Progress], None] | 
     )
     return Built(
         text=_summary(outcome, options), json_text=f"{_json(outcome)}\n", failure=problem if failures else None
+    )
+
+
+def verify(
+    folder: Path,
+    location: str,
+    rank_folder: Path | None,
+    text: EvaluationText,
+    num_tokens: int,
+    progress: Callable[[str], None],
+) -> Verified:
+    """Verify an engine against the checkpoint at `location`. `rank_folder` holds the rank files that it was built from
+    (None: beside the engine). Raises EngineError for another model's checkpoint, and LibraryMissing where TensorRT-LLM
+    or a GPU is missing."""
+    engine = open_trtllm_engine(folder)
+    manifest = engine.manifest
+    facts = manifest.architecture
+    source = open_source(location, facts.experts_per_token if facts.is_moe else None, manifest.max_sequence)
+    options = options_of(manifest.settings["checkpoint"])
+    planned = plan_checkpoint(source.model, options)
+    different = differing_settings(manifest.settings["checkpoint"], planned)
+    if source.model.architecture != facts or different:
+        raise EngineError(
+            f"verifying {folder} against {source.checkpoint.identity}: they are not the same model; name the "
+            f"checkpoint that the engine was built from{listing(different) if different else ''}"
+        )
+    library = find_library(read_machine())
+    if not isinstance(library, Library):
+        raise LibraryMissing(f"verifying {folder} needs TensorRT-LLM and a GPU: {'; '.join(library)}")
+    beside = folder.resolve().with_name(f"{folder.resolve().name}.checkpoint")
+    ranks = RankFolder(plan=planned, folder=rank_folder or beside, max_sequence=manifest.max_sequence)
+    found = verify_trtllm(engine, source, ranks, library.python, text, num_tokens, progress)
+    return Verified(
+        verification=found,
+        precision=manifest.precision.name,
+        limits=LIMITS[manifest.precision.name],
+        serving_limits=GENERATION_LIMITS[manifest.precision.dtype],
+        record=lambda: record_trtllm(engine, found),
     )
 
 

@@ -105,6 +105,7 @@ class TrtllmManifest:
     flags: tuple[str, ...]
     settings: Mapping[str, Any]  # everything except source and library that decides the engine
     files: Mapping[str, FileRecord]
+    questions: tuple[Mapping[str, Any], ...] = ()  # what was asked of the rank files before the engine was built
     verification: Mapping[str, Any] | None = None
 
 

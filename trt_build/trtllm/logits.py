@@ -31,8 +31,9 @@ def ask(
     steps: int,
     module: str | None,
 ) -> dict[str, Any]:
-    """The logits [len(prompts), V] after each prompt, and the ids [n] and logits [n, V] of `steps` tokens that the
-    engine generates after the prompt `decoded`. Empty on ranks other than the first."""
+    """The logits [len(prompts), V] after each prompt; the ids [n] and logits [n, V] of `steps` tokens that the engine
+    generates after the prompt `decoded`; and the logits [n, V] after the same tokens when each is the end of a prompt.
+    Empty on ranks other than the first."""
     import importlib
 
     import torch
@@ -57,20 +58,25 @@ def ask(
             return_dict=True, output_sequence_lengths=True, output_generation_logits=True,
         )  # fmt: skip
 
-    scored: list[FloatArray] = []
     size = config["build_config"]["max_batch_size"]
-    for start in range(0, len(prompts), size):
-        answer = generate(prompts[start : start + size], 1)
-        if answer:
-            scored.append(_rows(answer["generation_logits"])[:, 0, 0])  # [batch, sequences, new tokens, V]
+
+    def score(batch: list[npt.NDArray[np.int32]]) -> FloatArray:
+        found = []
+        for start in range(0, len(batch), size):
+            answer = generate(batch[start : start + size], 1)
+            found.append(_rows(answer["generation_logits"])[:, 0, 0])  # [batch, sequences, new tokens, V]
+        return np.concatenate(found)
+
     answer = generate([decoded], steps)
     if not answer:
         return {}
-    ids = answer["output_ids"].cpu().numpy()[0, 0, len(decoded) : len(decoded) + steps]
+    ids = answer["output_ids"].cpu().numpy()[0, 0, len(decoded) : len(decoded) + steps].astype(np.int32)
+    prefixes = [np.concatenate([decoded, ids[:step]]) for step in range(steps)]
     return {
-        "scored": np.concatenate(scored),
-        "decoded_ids": ids.astype(np.int32),
+        "scored": score(prompts),
+        "decoded_ids": ids,
         "decoded_logits": _rows(answer["generation_logits"])[0, 0, :steps],
+        "context_logits": score(prefixes),
     }
 
 

@@ -27,7 +27,8 @@ class TrtllmOptions:
     checkpoint that is written from it (None: beside the output). `gpu_sm` is the compute capability of the GPU to build
     for, 90 for 9.0 (None: that of this machine's GPU, or SM 80 if it has none). `kv_cache_fraction` is the share of the
     GPU's free memory that serving gives to keys and values. With `keep_all_experts` the engine has the experts that can
-    never be chosen too. `until` names the last stage to run."""
+    never be chosen too. `until` names the last stage to run. With
+    `unchecked` the rank files are not compared with the checkpoint."""
 
     checkpoint: str
     output: Path
@@ -50,6 +51,7 @@ class TrtllmOptions:
     until: str = "verify"
     trtllm_checkpoint: Path | None = None
     verify_tokens: int = 2048
+    unchecked: bool = False
 
     @property
     def parallel(self) -> Parallelism:

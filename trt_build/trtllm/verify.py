@@ -1,4 +1,5 @@
-"""Verifies a TensorRT-LLM engine: compares its logits with those of the reference (figures: comparison/parity.py).
+"""Verifies a TensorRT-LLM engine: asks the four questions of `questions/`, and compares its logits with those of the
+reference (figures: comparison/parity.py).
 
 Every position of a text is scored by generating one token after the prefix that ends there. In addition the engine
 generates tokens after half of the text through its cache. The engine is the one that is served: no output is added to
@@ -11,7 +12,7 @@ import dataclasses
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from export.reference.model import Reference
+from export.trtllm.checkpoint import changed_sources
+from trt_build.comparison.answers import Answer
 from trt_build.comparison.evaluation_text import EvaluationText
 from trt_build.comparison.parity import (
     MIN_TOKENS,
@@ -26,8 +29,10 @@ from trt_build.comparison.parity import (
     WINDOW_TOKENS,
     Thresholds,
     Verification,
+    WindowSums,
     combine,
     measure,
+    positions_of,
     split_windows,
 )
 from trt_build.comparison.same_tokenizer import require_same_tokenizer
@@ -36,7 +41,18 @@ from trt_build.machine.child import child_program
 from trt_build.machine.readings import MPIRUN
 from trt_build.manifest import changed_meanwhile
 from trt_build.source import SourceModel
-from trt_build.trtllm.engine import TrtllmEngine, open_trtllm_engine, write_trtllm_manifest
+from trt_build.trtllm.engine import CONFIG_FILE, TrtllmEngine, open_trtllm_engine, write_trtllm_manifest
+from trt_build.trtllm.questions.logits import (
+    GENERATION_LIMITS,
+    LOGITS_TOKENS,
+    OF_COST,
+    OF_LOGITS,
+    ask_about_cost,
+    ask_about_generation,
+    ask_about_logits,
+)
+from trt_build.trtllm.questions.rank_weights import open_rank_weights
+from trt_build.trtllm.questions.weights import RankFolder, ask_about_engine
 
 # Equal to the limits of the same precisions in parity.py, with these differences: bfloat16 has 8 bits of mantissa where
 # float16 has 11; with one scale per channel, int4 costs the tiny phixtral 3.7 % of perplexity on Python, with blocks of
@@ -54,20 +70,25 @@ LIMITS: dict[str, Thresholds] = {
     "int4_gptq": THRESHOLDS["int4"],
     "int4_awq": THRESHOLDS["int4"],
 }  # fmt: skip
+Windows = Sequence[Sequence[int]]
+FloatArray = npt.NDArray[np.float32]
 _HOME = Path(__file__).resolve().parents[2]
 
 
 def verify_trtllm(
     engine: TrtllmEngine,
     source: SourceModel,
+    ranks: RankFolder,
     python: Path,
     text: EvaluationText,
     num_tokens: int,
     progress: Callable[[str], None],
+    again: bool = True,
 ) -> Verification:
-    """Compare an engine with the float32 reference of its source over the first `num_tokens` tokens of a text. `python`
-    is the Python in which TensorRT-LLM is installed. Raises EngineError if the engine gives no logits, the text is too
-    short or the engine's tokenizer is not the source's."""
+    """Compare an engine with the float32 reference of its source over the first `num_tokens` tokens of a text. `ranks`
+    are the rank files that it was built from, which may be gone; with `again` they are compared with the checkpoint
+    even if the build did so. `python` is the Python in which TensorRT-LLM is installed. Raises EngineError if the
+    engine gives no logits, the text is too short or the engine's tokenizer is not the source's."""
     manifest, model = engine.manifest, source.model
     tokenizer = require_same_tokenizer(engine.folder, manifest.tokenizer, manifest.eos_token_ids, source.settings)
     tokens = tokenizer.encode_prompt(text.content)
@@ -78,28 +99,70 @@ def verify_trtllm(
             f"verifying {engine.folder}: {min(size, num_tokens, len(tokens))} tokens to measure on, expected at least "
             f"{MIN_TOKENS}; ask for more with --verify-tokens, or build it with a longer --max-seq-len"
         )
+    k, dtype = model.architecture.experts_per_token, manifest.precision.dtype
     half, ids = len(windows[0]) // 2, slice(manifest.tokenizer_size)  # the other ids stand for no text and are masked
+    weights = ask_about_engine(engine, ranks, progress, again=again)
     progress(f"asking the engine for the logits of {sum(map(len, windows))} positions")
     module = model.family.trtllm_network().module
     answer = _ask(engine, python, module, windows, windows[0][:half])
     own = [*windows[0][:half], *answer.decoded_ids]
     reference = Reference(model).run([*windows, own], progress)
-    sums, start = [], 0
-    for window, (expected, _) in zip(windows, reference, strict=False):  # the last is that of `own`
-        sums.append(measure(answer.scored[start : start + len(window), ids], expected[:, ids], window))
+    dequantised = _dequantised(engine, ranks, weights, windows, progress)
+    stored = None if isinstance(dequantised, str) else dequantised
+    changed = changed_sources(model.weights, manifest.source.digests, engine.folder / CONFIG_FILE)
+    costs: list[WindowSums] = []
+    sums, start, second = [], 0, Answer(question=OF_LOGITS, unasked=str(dequantised))
+    for window, (expected, routing) in zip(windows, reference, strict=False):  # the last is that of `own`
+        scored = answer.scored[start : start + len(window), ids]
+        sums.append(measure(scored, expected[:, ids], window))
         start += len(window)
+        if stored is not None:
+            logits, routers = next(stored)
+            if not costs:
+                first = slice(LOGITS_TOKENS)
+                second = ask_about_logits(
+                    scored[first], logits[first, ids], None if routers is None else routers[:, first], k, dtype
+                )
+            costs.append(measure(logits[:, ids], expected[:, ids], window, routers, routing, k))
     after, _ = next(reference)
     rows = slice(half - 1, len(own) - 1)  # the logits of each row predict the next token
     report = combine(sums, measure(answer.decoded[:, ids], after[rows, ids], own[rows]))
+    limits = LIMITS[manifest.precision.name]
+    cost = ask_about_cost(costs, limits) if costs else Answer(question=OF_COST, unasked=str(dequantised))
+    way = ask_about_generation(answer.decoded[:, ids], answer.context[:, ids], half - 1)
+    misserved = way.failure(GENERATION_LIMITS[dtype])
+    questions = weights, second, cost
     return Verification(
         report=report,
-        failures=tuple(report.failures(LIMITS[manifest.precision.name])),
+        failures=(
+            *(failure for question in questions for failure in question.failures),
+            *report.failures(limits),
+            *([] if misserved is None else [misserved]),
+        ),
         findings=report.findings(manifest.tokenizer_size),
-        reference=manifest.source.checkpoint,
-        reference_is_the_source=True,
+        reference=source.checkpoint.identity,
+        reference_is_the_source=not changed,
         text=text,
         windows=tuple(map(len, windows)),
+        questions=questions,
+        serving=(way,),
+        positions=positions_of(windows, sums),
     )
+
+
+def _dequantised(
+    engine: TrtllmEngine, ranks: RankFolder, answer: Answer, windows: Windows, progress: Callable[[str], None]
+) -> Iterator[tuple[FloatArray, FloatArray | None]] | str:
+    """The logits of each window, and its router logits, by the reference on the dequantised weights of rank files; or
+    why there are none."""
+    present = ranks.digests()
+    if not present or answer.figures.get("asked_of", present) != present:
+        return f"the rank files that {engine.folder.name} was built from are not in {ranks.folder}"
+    stored = open_rank_weights(ranks.plan, ranks.folder)
+    missing = next((problem for name in stored.table if (problem := stored.misfit(name))), None)
+    if missing is not None:
+        return missing
+    return Reference(dataclasses.replace(ranks.plan.model, weights=stored)).run(windows, progress)
 
 
 def record_trtllm(engine: TrtllmEngine, verification: Verification) -> None:
@@ -113,11 +176,13 @@ def record_trtllm(engine: TrtllmEngine, verification: Verification) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Answer:
-    """Logits [positions, V] of all windows, and ids [n] and logits [n, V] of the tokens generated after a prompt."""
+    """Logits [positions, V] of all windows, ids [n] and logits [n, V] of the tokens generated after a prompt, and the
+    logits [n, V] of the same tokens in a prompt."""
 
     scored: npt.NDArray[np.float32]
     decoded_ids: list[int]
     decoded: npt.NDArray[np.float32]
+    context: npt.NDArray[np.float32]
 
 
 def _ask(
@@ -150,5 +215,8 @@ def _ask(
             )
         with np.load(answers) as found:
             return _Answer(
-                scored=found["scored"], decoded_ids=found["decoded_ids"].tolist(), decoded=found["decoded_logits"]
+                scored=found["scored"],
+                decoded_ids=found["decoded_ids"].tolist(),
+                decoded=found["decoded_logits"],
+                context=found["context_logits"],
             )

@@ -84,7 +84,14 @@ class StoredWeights(ReadBack):
                 return f"{extent.name}: found {_shapes(extent.shape)}, expected as many values as {_shapes(one)}"
         return None
 
-    def part_rows(self, name: str, group: int, first: int, last: int) -> list[FloatArray]:
+    def part_rows(
+        self,
+        name: str,
+        group: int,
+        first: int,
+        last: int,
+        copy: int = 0,  # noqa: ARG002 - there is one
+    ) -> list[FloatArray]:
         spec = self.table[name]
         turns = len(spec.groups[group])
         values = self._rows(spec, self._place(spec, group), turns, self.rows_before(spec, group), first, last)

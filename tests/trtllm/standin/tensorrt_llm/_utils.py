@@ -49,3 +49,10 @@ def get_init_params(obj: object, cls: type | None = None) -> dict[str, Any]:
         taken = set(inspect.signature(cls.__init__).parameters)
         names = [name for name in names if name in taken]
     return {name: getattr(obj, name) for name in names}
+
+
+def activations(x: torch.Tensor) -> torch.Tensor:
+    """Floats as the kernels hand them on: rounded to the dtype that STANDIN_ACTIVATIONS names, if it is set. Sums
+    within an operation stay float32, as in the kernels."""
+    name = os.environ.get("STANDIN_ACTIVATIONS")
+    return x if name is None or not x.is_floating_point() else x.to(getattr(torch, name)).float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from tensorrt_llm._utils import activations
 from tensorrt_llm.parameter import Parameter
 
 
@@ -17,7 +18,12 @@ class Module:
         raise NotImplementedError
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.forward(*args, **kwargs)
+        output = self.forward(*args, **kwargs)
+        if getattr(self, "dtype", None) == "float32":  # a router
+            return output
+        if isinstance(output, tuple):
+            return (activations(output[0]), *output[1:])
+        return activations(output)
 
     def __getattr__(self, name: str) -> Any:
         for store in ("_parameters", "_modules"):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tensorrt_llm._utils import absent
+from tensorrt_llm._utils import absent, activations
 from tensorrt_llm.functional import AttentionMaskType, LayerNormType, PositionEmbeddingType, Tensor
 from tensorrt_llm.layers.linear import ColumnLinear, RowLinear
 from tensorrt_llm.module import Module
@@ -172,10 +172,10 @@ class Attention(Module):
         query, key, value = heads.split(sizes)
         seen = past[0].shape[1] if past else 0
         table = self._table(attention_params, seen, len(hidden_states))
-        query, key = rotate(query, table), rotate(key, table)
+        query, key = activations(rotate(query, table)), activations(rotate(key, table))
         if past:
             key, value = torch.cat([past[0], key], dim=1), torch.cat([past[1], value], dim=1)
-        output = self.dense(self._attend(query, key, value, seen), all_reduce_params=all_reduce_params)
+        output = self.dense(activations(self._attend(query, key, value, seen)), all_reduce_params=all_reduce_params)
         return (output, (key, value)) if use_cache else output
 
     def _table(self, params: AttentionParams | None, seen: int, count: int) -> Tensor:

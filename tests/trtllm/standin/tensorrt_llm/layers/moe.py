@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tensorrt_llm._utils import absent
+from tensorrt_llm._utils import absent, activations
 from tensorrt_llm.functional import MOE_ACTIVATIONS, SideStreamIDType, Tensor, allreduce, is_gated_activation, topk
 from tensorrt_llm.layers.linear import RowLinear
 from tensorrt_llm.mapping import Mapping
@@ -224,10 +224,10 @@ class MixtureOfExperts(Module):
                 inner = linear * activation(gate)
             else:
                 inner = activation(inner)
-            result = self.proj.scaled(inner) @ proj[place]
+            result = self.proj.scaled(activations(inner)) @ proj[place]
             if self.bias and self.mapping.moe_tp_rank == 0:
                 result = result + self.proj.bias.float32()[place]
-            output.index_add_(0, tokens, result * shares[tokens, rank, None])
+            output.index_add_(0, tokens, activations(result) * shares[tokens, rank, None])
         return output
 
 

@@ -1,0 +1,169 @@
+"""`moeship verify` asks the four questions of an engine that the stand-in built and runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from trtllm.building import build, manifest_of
+from trtllm.library import install_programs
+
+from cli.main import main
+from trt_build.comparison.parity import THRESHOLDS, measure
+from trt_build.engine_files import record_files
+from trt_build.trtllm.engine import open_trtllm_engine, write_trtllm_manifest
+from trt_build.trtllm.questions.logits import ask_about_cost, ask_about_generation, ask_about_logits, near_ties
+
+TOKENS = "24"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs(tmp_path_factory, torch_python):
+    with pytest.MonkeyPatch.context() as patch:
+        yield install_programs(tmp_path_factory.mktemp("programs") / "bin", patch, torch_python)
+
+
+def verified(capfd, engine, reference, *flags):
+    """Exit status, the printed JSON, and what went to stderr."""
+    status = main(["verify", str(engine), "--reference", str(reference), "--tokens", TOKENS, "--json", *flags])
+    told = capfd.readouterr()
+    return status, json.loads(told.out) if told.out else None, told.err
+
+
+def test_the_four_questions_of_a_sound_engine(copied_engine, small_phixtral, capfd, monkeypatch):
+    monkeypatch.setenv("STANDIN_ACTIVATIONS", "float16")
+    status, found, _ = verified(capfd, copied_engine, small_phixtral)
+    assert status == 0
+    weights, graph, cost = found["questions"]
+    assert [answer["passed"] for answer in (weights, graph, cost)] == [True] * 3
+    assert weights["largest"] == {"int4 with a scale a row": weights["largest"]["int4 with a scale a row"]}
+    assert weights["asked_of"] == manifest_of(copied_engine)["questions"][0]["asked_of"]
+    assert graph["num_tokens"] == 24
+    assert 1e-6 < graph["logits"] <= graph["allowed"]  # float16 between the operations
+    assert found["mean_kl"] == pytest.approx(cost["mean_kl"], rel=0.05)  # the quantiser's, by either
+    assert 0.5 < cost["routing_agreement"] <= 1
+    assert set(found["serving"]) == {"generation"}
+    assert found["serving"]["generation"]["positions"] == 12
+    assert manifest_of(copied_engine)["verification"] == found
+    assert main(["verify", str(copied_engine), "--reference", str(small_phixtral), "--tokens", TOKENS]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "Are these the checkpoint's weights? yes"
+    assert lines[2] == "Does the graph compute what the codes say? yes"
+    assert lines[4] == "What did the quantiser cost? yes"
+    assert any(line.startswith("served in generation as scored") for line in lines)
+
+
+def test_rank_files_that_are_gone_leave_the_answer_of_the_build(copied_engine, small_phixtral, capfd):
+    folder = copied_engine.with_name("engine.checkpoint")
+    moved = folder.rename(folder.with_name("elsewhere"))
+    status, found, _ = verified(capfd, copied_engine, small_phixtral)
+    weights, graph, cost = found["questions"]
+    assert (status, weights["passed"]) == (0, True)
+    assert weights["asked"] == "when the engine was built, of rank files that are gone"
+    assert weights["asked_of"].keys() == {"config.json", "rank0.safetensors"}
+    assert (graph["passed"], cost["passed"]) == (None, None)
+    assert graph["unasked"] == f"the rank files that engine was built from are not in {folder}"
+    status, found, _ = verified(capfd, copied_engine, small_phixtral, "--trtllm-checkpoint", str(moved))
+    assert [answer["passed"] for answer in found["questions"]] == [True] * 3
+    assert "asked" not in found["questions"][0]
+    (moved / "config.json").write_text("{}")
+    status, found, _ = verified(capfd, copied_engine, small_phixtral, "--trtllm-checkpoint", str(moved))
+    assert found["questions"][0]["asked"] == "when the engine was built, of rank files that are changed since"
+
+
+def test_an_engine_that_was_not_asked_says_so(tmp_path, small_phixtral, capfd):
+    outcome = build(small_phixtral, tmp_path / "engine", precision="int8", unchecked=True)
+    assert outcome.verification.questions[0].unasked == "the build was told not to"
+    assert manifest_of(outcome.engine.folder)["questions"] == []
+    _, found, _ = verified(capfd, outcome.engine.folder, small_phixtral)
+    assert found["questions"][0]["passed"] is True
+    shutil.rmtree(tmp_path / "engine.checkpoint")
+    _, found, _ = verified(capfd, outcome.engine.folder, small_phixtral)
+    assert found["questions"][0]["unasked"] == f"the rank files are not in {tmp_path / 'engine.checkpoint'}"
+
+
+def rewritten(engine, edit):
+    """Change what the stand-in's engine holds, and its record."""
+    manifest = open_trtllm_engine(engine).manifest
+    edit(engine)
+    write_trtllm_manifest(engine, replace(manifest, files=record_files(engine)))
+
+
+def spoil_dense(engine):
+    tensors = load_file(engine / "rank0.engine")
+    tensors["transformer.layers.1.attention.dense.bias"][::2] += np.float16(0.5)  # LayerNorm hides a shift of all
+    save_file(tensors, engine / "rank0.engine")
+
+
+def one_expert_less(engine):
+    config = json.loads((engine / "config.json").read_text())
+    config["pretrained_config"]["moe"]["top_k"] = 1
+    (engine / "config.json").write_text(json.dumps(config))
+
+
+def test_an_engine_that_computes_something_else_fails_by_the_second_question(copied_engine, small_phixtral, capfd):
+    rewritten(copied_engine, spoil_dense)
+    status, found, told = verified(capfd, copied_engine, small_phixtral)
+    weights, graph, _ = found["questions"]
+    assert (status, weights["passed"], graph["passed"]) == (1, True, False)
+    assert "the logits differ, first at position 0: found" in told
+
+
+def test_an_engine_of_another_number_of_experts_fails_by_the_first_and_the_second(copied_engine, small_phixtral, capfd):
+    rewritten(copied_engine, one_expert_less)
+    status, found, _ = verified(capfd, copied_engine, small_phixtral)
+    weights, graph, _ = found["questions"]
+    assert (status, weights["passed"], graph["passed"]) == (1, False, False)
+    assert weights["failures"] == ["config.json, pretrained_config: moe: top_k is 1, expected 2"]
+
+
+def test_another_models_checkpoint_and_a_flag_of_the_other_backend_are_one_error(
+    copied_engine, small_phixtral, packable_phixtral, tiny_engine, capfd
+):
+    status, _, told = verified(capfd, copied_engine, packable_phixtral)
+    assert status == 2
+    assert "they are not the same model; name the checkpoint that the engine was built from" in told
+    status, _, told = verified(capfd, tiny_engine, small_phixtral, "--trtllm-checkpoint", "x")
+    assert (status, "--trtllm-checkpoint: for engines of tensorrt-llm only" in told) == (2, True)
+    status, _, told = verified(capfd, copied_engine, small_phixtral, "--cost")
+    assert (status, "--cost: for engines of onnxruntime only" in told) == (2, True)
+
+
+# Figures by hand ------------------------------------------------------------------------------------------------------
+
+
+def test_logits_are_judged_at_clear_positions_and_on_average():
+    expected = np.float32([[0, 4], [2, -2], [1, 1]])
+    routers = np.float32([[[5, 1, 0], [3, 2.999, 0], [2, 1, 0]]])  # of position 1 the two largest are nearly equal
+    assert near_ties(routers, 1, 0.001, 3).tolist() == [False, True, False]
+    assert near_ties(routers, 3, 0.001, 3).tolist() == [False] * 3
+    found = expected + np.float32([[0, 0.004], [0.4, 0], [0, 0]])
+    answer = ask_about_logits(found, expected, routers, 1, "float16")
+    assert answer.figures["logits"] == pytest.approx(0.001, rel=1e-3)
+    assert answer.figures["mean"] == pytest.approx((0.001 + 0.1) / 3, rel=1e-3)
+    assert len(answer.failures) == 1
+    assert answer.failures[0].startswith("the logits differ by 3.37e-02 of the largest on average, allowed 5e-03; ")
+    found[2] += 1
+    assert "first at position 2: found 2.50e-01" in ask_about_logits(found, expected, routers, 1, "float16").failures[0]
+    found[:] = np.nan
+    assert len(ask_about_logits(found, expected, routers, 1, "float16").failures) == 2
+
+
+def test_the_cost_is_that_of_the_codes_alone():
+    expected = np.float32([[0, 0], [0, np.log(3)]])
+    found = np.float32([[0, 0], [0, 0]])
+    answer = ask_about_cost([measure(found, expected, [0, 1])], THRESHOLDS["int4"])
+    kl = 0.25 * np.log(0.25 / 0.5) + 0.75 * np.log(0.75 / 0.5)  # of the second position; the first has none
+    assert answer.figures["mean_kl"] == pytest.approx(kl / 2)
+    assert answer.figures["max_kl"] == pytest.approx(kl)
+    assert answer.passed is False
+
+
+def test_generation_is_relative_to_the_largest_logit_of_the_context():
+    way = ask_about_generation(np.float32([[1, 2], [3, -8]]), np.float32([[1, 2.5], [3, -10]]), 7)
+    assert way.differences.tolist() == [0.05, 0.2]
+    assert way.places == ("position 7", "position 8")
