@@ -76,11 +76,13 @@ def plan_export(
     with optional_package("onnx", "building an ONNX Runtime engine", "cpu"):
         import onnx  # noqa: F401 - imported here, so that a missing package is reported before any work
     rows_left_out = {name: experts for layer, experts in (left_out or {}).items() for name in model.mixture_rows(layer)}
+    grids = model.weights.grids() if plan.bits else {}
     built = {}
     for name, form in _FORMS.items():
         graph = form(
-            model.architecture, model.weights.table, plan, provider, max_sequence=max_sequence, left_out=rows_left_out
-        )
+            model.architecture, model.weights.table, plan, provider,
+            max_sequence=max_sequence, left_out=rows_left_out, grids=grids,
+        )  # fmt: skip
         hidden = model.family.decoder(graph, model.architecture)
         built[name] = graph, model.family.head(graph, model.architecture, graph.wanted(hidden))
     jobs = tuple(built[SERVING_GRAPH][0].jobs)

@@ -71,7 +71,9 @@ def describe(checkpoint: Checkpoint, experts_per_token: int | None = None) -> Ch
         for part in spec.parts:
             tensor = checkpoint.tensors[part.name]
             part_bytes = tensor.num_bytes * part.num_elements // math.prod(part.whole_shape)
-            dtype_bytes[tensor.dtype] = dtype_bytes.get(tensor.dtype, 0) + part_bytes
+            packed = part.packed_in(checkpoint)
+            label = tensor.dtype if packed is None else packed.label
+            dtype_bytes[label] = dtype_bytes.get(label, 0) + part_bytes
             num_bytes += part_bytes
         roles[spec.role] = RoleSize(
             num_parameters=so_far.num_parameters + spec.num_elements, num_bytes=so_far.num_bytes + num_bytes

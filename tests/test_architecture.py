@@ -37,10 +37,11 @@ COMMON = {
 WITHIN = {
     "export": {
         "files": set(),
-        "checkpoint": {"files"},
+        "formats": set(),
+        "checkpoint": {"files", "formats"},
         "conversion": {"checkpoint", "files"},
         "quantize": {"checkpoint"},
-        "onnx_graph": {"checkpoint", "conversion", "quantize"},
+        "onnx_graph": {"checkpoint", "conversion", "formats", "quantize"},
         "families": {"checkpoint", "onnx_graph"},
         "exporter": {"checkpoint", "conversion", "families", "files", "onnx_graph", "quantize"},
         "inspection": {"checkpoint", "families"},

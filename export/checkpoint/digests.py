@@ -15,7 +15,7 @@ import hashlib
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class RecordedCheckpoint(Checkpoint):
         for name, runs in self._open.items():
             runs.sort(key=lambda run: run.start)
             ends = [0, *(run.end for run in runs)]
-            if [run.start for run in runs] != ends[:-1] or ends[-1] != self.tensors[name].num_bytes:
+            if [run.start for run in runs] != ends[:-1] or ends[-1] != self.stored[name].num_bytes:
                 raise AssertionError(
                     f"{name} was read in {[(run.start, run.end) for run in runs]}, expected each byte once"
                 )
@@ -89,7 +89,8 @@ def recorded(
     checkpoint: Checkpoint, count: Callable[[int], None], starts: Mapping[str, Collection[int]] | None = None
 ) -> RecordedCheckpoint:
     """The checkpoint as a RecordedCheckpoint, which hashes the bytes that are read through it."""
-    return RecordedCheckpoint(**vars(checkpoint), count=count, starts=starts or {})
+    values = {entry.name: getattr(checkpoint, entry.name) for entry in fields(checkpoint) if entry.init}
+    return RecordedCheckpoint(**values, count=count, starts=starts or {})
 
 
 def source_digests(checkpoint: Checkpoint, runs: Runs, read: bool = True) -> dict[str, str]:
@@ -100,7 +101,7 @@ def source_digests(checkpoint: Checkpoint, runs: Runs, read: bool = True) -> dic
     are taken from `runs` too, and only tensors that it does not name are read. Raises CheckpointError if a file ends
     early.
     """
-    ordered = sorted(checkpoint.tensors.values(), key=lambda stored: stored.offset)
+    ordered = sorted(checkpoint.stored.values(), key=lambda stored: stored.offset)
     with ThreadPoolExecutor(max_workers=num_cores()) as pool:
         digests = dict(
             zip(
@@ -125,7 +126,7 @@ def shards_read_otherwise(checkpoint: Checkpoint, runs: Runs, shards: Collection
 
     Raises CheckpointError if a file ends early.
     """
-    stored = [item for item in checkpoint.tensors.values() if item.shard.name in shards and item.name in runs]
+    stored = [item for item in checkpoint.stored.values() if item.shard.name in shards and item.name in runs]
     with ThreadPoolExecutor(max_workers=num_cores()) as pool:
         same = pool.map(
             lambda item: _run_digests(item, runs[item.name], True) == _run_digests(item, runs[item.name], False), stored

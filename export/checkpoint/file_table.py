@@ -67,6 +67,7 @@ FILE_RULES = (
     # Facts of the model: they are written as engine.json, or as config.json and index of the written checkpoint.
     FileRule("config.json", Fate.DERIVED, "facts of the model"),
     FileRule(INDEX_FILE, Fate.DERIVED, "which shard holds which tensor"),
+    FileRule("quantize_config.json", Fate.DERIVED, "how the weights are packed, where config.json does not say it"),
     FileRule("adapter_config.json", Fate.DERIVED, "says that the weights are an adapter's, which is refused"),
     FileRule("*.safetensors", Fate.DERIVED, "the weights"),
     FileRule(TOKENIZER_FILE, Fate.DERIVED, "the tokenizer, written with what the other files add to it"),

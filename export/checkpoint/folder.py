@@ -17,7 +17,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -30,17 +30,26 @@ from export.checkpoint.safetensors_header import StoredTensor, numpy_dtype, read
 from export.errors import CheckpointError, listing, named, names, shown
 from export.files.reading import check_name, is_folder, is_regular, is_there, open_regular, read_json
 from export.floats import all_finite, widen
+from export.formats import SETTINGS_KEYS, settings_of, views_of
+from export.formats.view import PackedTensor
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
 _SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
+PACKED_SETTINGS_FILE = "quantize_config.json"  # says how weights are packed, where config.json does not
+KEPT_TENSORS = 16  # most packed tensors that stay in memory: those of a pair of matrices, for two threads
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """An opened checkpoint: the values of config.json, and where each tensor is stored."""
+    """An opened checkpoint: the values of config.json, and where each tensor is stored.
+
+    If weights are packed, `packed` has them by the names that they have in an ordinary checkpoint. `tensors` then lists
+    them as float32 under these names, and `in_files` has the tensors that the files hold (None: those of `tensors`).
+    The values of config.json are those of an ordinary checkpoint.
+    """
 
     folder: Path
     identity: str
@@ -48,14 +57,46 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     shards: tuple[Path, ...]
+    packed: Mapping[str, PackedTensor] = field(default_factory=dict)
+    in_files: Mapping[str, StoredTensor] | None = None
+    _kept: dict[str, npt.NDArray[Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def stored(self) -> Mapping[str, StoredTensor]:
+        """The tensors of the files, packed or not, by their names there."""
+        return self.tensors if self.in_files is None else self.in_files
+
+    def kept(self, name: str) -> npt.NDArray[Any]:
+        """A whole tensor of the files, in the stored dtype. The last KEPT_TENSORS that were asked for are kept."""
+        found = self._kept.pop(name, None)
+        array = self._read_stored(self.stored[name], None, None) if found is None else found
+        self._kept[name] = array
+        for oldest in list(self._kept)[:-KEPT_TENSORS]:
+            self._kept.pop(oldest, None)
+        return array
+
+    def stored_rows(self, name: str, first: int, last: int) -> npt.NDArray[Any]:
+        """Rows of the first axis of a tensor of the files, in the stored dtype."""
+        return self._read_stored(self.stored[name], slice(first, last), None)
 
     def read(self, name: str, rows: slice | None = None, row_shape: tuple[int, ...] | None = None) -> npt.NDArray[Any]:
         """Read a tensor, or `rows` of its first axis, in the stored dtype. Raises CheckpointError if the file ends
         early.
 
         With `row_shape` the tensor is reshaped to [rows, *row_shape] first: with (H,), [E, F, H] has E*F rows.
+        A packed tensor is dequantised to float32.
         """
-        stored = self.tensors[name]
+        if name not in self.packed:
+            return self._read_stored(self.tensors[name], rows, row_shape)
+        packed = self.packed[name]
+        inner = packed.shape[1:] if row_shape is None else row_shape
+        first, last, _ = (rows or slice(None)).indices(math.prod(packed.shape) // math.prod(inner))
+        per_row = math.prod(inner) // packed.features
+        return packed.read(self, first * per_row, last * per_row).reshape(last - first, *inner)
+
+    def _read_stored(
+        self, stored: StoredTensor, rows: slice | None, row_shape: tuple[int, ...] | None
+    ) -> npt.NDArray[Any]:
         inner = stored.shape[1:] if row_shape is None else row_shape
         num_rows = math.prod(stored.shape[: len(stored.shape) - len(inner)])
         first, last, _ = (rows or slice(None)).indices(num_rows)
@@ -150,13 +191,41 @@ def open_checkpoint(location: str | Path, revision: str | None = None) -> Checkp
             tensors[stored.name] = stored
     if weight_map is not None:
         _check_index(folder, weight_map, tensors)
-    return Checkpoint(
+    checkpoint = Checkpoint(
         folder=folder,
         identity=str(location),
         revision=revision,
         config=MappingProxyType(config),
         tensors=MappingProxyType(tensors),
         shards=tuple(shards),
+    )
+    return _unpacked(checkpoint)
+
+
+def _unpacked(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its packed weights under their ordinary names; itself if none are packed, or by a method that
+    moeship does not read. Raises ConfigError and CheckpointError."""
+    config, stored = checkpoint.config, checkpoint.tensors
+    settings = settings_of(config)
+    beside = checkpoint.folder / PACKED_SETTINGS_FILE
+    if settings is None and is_there(beside) and any(name.endswith(".qweight") for name in stored):
+        settings = {"quant_method": "gptq", **read_json(beside, "how the weights are packed")}
+    packed = views_of(settings, stored) if settings is not None else None
+    if settings is None or packed is None:
+        return checkpoint
+    used = {name for tensor in packed.values() for name in tensor.sources}
+    tensors = {name: tensor for name, tensor in stored.items() if name not in used}
+    for name, tensor in packed.items():
+        parts = [stored[source] for source in tensor.sources]
+        tensors[name] = replace(
+            parts[0], name=name, dtype="F32", shape=tensor.shape, num_bytes=sum(part.num_bytes for part in parts)
+        )
+    return replace(
+        checkpoint,
+        config=MappingProxyType({key: value for key, value in config.items() if key not in SETTINGS_KEYS}),
+        tensors=MappingProxyType(tensors),
+        packed=packed,
+        in_files=stored,
     )
 
 

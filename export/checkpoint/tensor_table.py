@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.checkpoint.folder import Checkpoint
+from export.checkpoint.folder import KEPT_TENSORS, Checkpoint
 from export.checkpoint.safetensors_header import FLOAT_DTYPES, StoredTensor
 from export.errors import CheckpointError, listing, named, shown
 from export.floats import widen
+from export.formats.view import Grid, PackedTensor
 
 MAX_DESCRIBED = 8  # most tensors that an error describes; with another model's checkpoint tens of thousands misfit
 CHUNK_ELEMENTS = 1 << 19  # values of a chunk, 2 MiB as float32: read at disk speed, and small beside any real tensor
@@ -74,6 +75,17 @@ class Part:
     def first_element(self) -> int:
         """The index of the part's first value in the checkpoint's tensor."""
         return self.first_row * math.prod(self.shape[1:])
+
+    def packed_in(self, checkpoint: Checkpoint) -> PackedTensor | None:
+        """The packed tensor that holds the part; None if it is stored as floats."""
+        return checkpoint.packed.get(self.name)
+
+    def run_start(self, checkpoint: Checkpoint) -> dict[str, int]:
+        """Tensor of the files -> byte at which the part begins."""
+        packed = self.packed_in(checkpoint)
+        if packed is not None:
+            return packed.run_start(self.first_row)
+        return {self.name: self.first_element * checkpoint.tensors[self.name].itemsize}
 
     def read(self, checkpoint: Checkpoint, rows: slice | None = None) -> npt.NDArray[np.float32]:
         """Read the part, or `rows` of it, as float32. Raises CheckpointError if a value is not finite."""
@@ -147,6 +159,16 @@ def interleaved(name: str, pairs: Sequence[tuple[Part, Part]], letters: str, rol
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnGrid:
+    """Rows [n, K] of a weight whose checkpoint stores it on a uniform grid, float32, with the scales, float32, and zero
+    points, uint8, of their groups of neighbours [n, K / group_size]."""
+
+    values: npt.NDArray[np.float32]
+    scales: npt.NDArray[np.float32]
+    zero_points: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Weights:
     """A checkpoint with its family's table: reads weights by our names, as float32, when they are asked for."""
 
@@ -179,13 +201,57 @@ class Weights:
         multiple of `multiple`, except in the last chunk of a part.
         """
         for _, _, parts in self.placed_chunks(name, expert_order, multiple):
-            if len(parts) == 1:
-                yield widen(parts[0])
-                continue
-            chunk = np.empty((len(parts[0]), len(parts), *parts[0].shape[1:]), dtype=np.float32)
-            for turn, part in enumerate(parts):
-                chunk[:, turn] = widen(part)
-            yield chunk.reshape(-1, *parts[0].shape[1:])
+            yield _alternating([widen(part) for part in parts])
+
+    def grid(self, name: str) -> Grid | None:
+        """The grid of all parts of a row, with the group size that fits all of them; None if a part is on no grid."""
+        grids = {}
+        for part in self.table[name].parts:
+            packed = part.packed_in(self.checkpoint)
+            grids[part.name] = packed.grid(self.checkpoint) if packed is not None else None
+        if not grids or any(grid is None for grid in grids.values()):
+            return None
+        found = [grid for grid in grids.values() if grid is not None]
+        return Grid(
+            bits=max(grid.bits for grid in found),
+            group_size=math.gcd(*(grid.group_size for grid in found)),
+            has_zeros=any(grid.has_zeros for grid in found),
+        )
+
+    def grids(self) -> dict[str, Grid]:
+        """Name of a row -> its grid, for the rows that have one. Of packed tensors their groups and zero points are
+        read."""
+        found = {name: self.grid(name) for name in self.table} if self.checkpoint.packed else {}
+        return {name: grid for name, grid in found.items() if grid is not None}
+
+    def grid_chunks(
+        self, name: str, grid: Grid, expert_order: Sequence[int] | None = None, multiple: int = 1
+    ) -> Iterator[OnGrid]:
+        """Read a weight that has the grid `grid` in the chunks of `chunks`. Zero points are those of codes of
+        `grid.bits` bits."""
+        groups = self.table[name].groups
+        for index, row, parts in self.placed_chunks(name, expert_order, multiple):
+            scales, zeros = [], []
+            for part, values in zip(groups[index], parts, strict=True):
+                packed = part.packed_in(self.checkpoint)
+                assert packed is not None  # of a row that has a grid every part is packed
+                first = part.first_row + row
+                own_scales, own_zeros = packed.steps(self.checkpoint, first, first + len(values))
+                more = packed.features // grid.group_size // own_scales.shape[1]
+                scales.append(np.repeat(own_scales, more, axis=1))
+                zeros.append(np.repeat(own_zeros, more, axis=1))
+            yield OnGrid(
+                values=_alternating([widen(part) for part in parts]),
+                scales=_alternating(scales),
+                zero_points=_alternating(zeros),
+            )
+
+    def kept_bytes(self, name: str) -> int:
+        """The most bytes of packed tensors that reading a row keeps in memory."""
+        packed = [part for part in self.table[name].parts if part.packed_in(self.checkpoint) is not None]
+        largest = max((self.checkpoint.tensors[part.name].num_bytes for part in packed), default=0)
+        fewest = min((len(self.checkpoint.packed[part.name].sources) for part in packed), default=1)
+        return largest * min(len(packed), -(-KEPT_TENSORS // fewest))
 
     def placed_chunks(
         self, name: str, expert_order: Sequence[int] | None = None, multiple: int = 1
@@ -205,9 +271,10 @@ class Weights:
     def run_starts(self, name: str) -> dict[str, list[int]]:
         """The first bytes of the runs (export/checkpoint/digests.py) in each source tensor of a row: the bytes at which
         the row's parts begin."""
-        starts: dict[str, list[int]] = {}
+        starts: dict[str, set[int]] = {}
         for part in self.table[name].parts:
-            starts.setdefault(part.name, []).append(part.first_element * self.checkpoint.tensors[part.name].itemsize)
+            for source, start in part.run_start(self.checkpoint).items():
+                starts.setdefault(source, set()).add(start)
         return {name: sorted(found) for name, found in starts.items()}
 
     def stored_dtypes(self) -> list[str]:
@@ -243,8 +310,21 @@ def _misfits(
             if stored is None or stored.shape != part.whole_shape or stored.dtype not in FLOAT_DTYPES:
                 yield partial(_describe_misfit, spec, part, stored)
     for name in sorted(set(checkpoint.tensors) - used):
-        if not name.endswith(harmless):
+        if not name.endswith(harmless) and not _is_empty_bias(checkpoint, name):
             yield partial(_describe_extra, checkpoint.tensors[name])
+
+
+def _is_empty_bias(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor is the bias of a packed linear and holds only zeros: some packers write one for every linear."""
+    stem, _, kind = name.rpartition(".")
+    return kind == "bias" and f"{stem}.weight" in checkpoint.packed and not checkpoint.read_float32(name).any()
+
+
+def _alternating(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Rows [n, ...] of one part or of several, the parts' rows in turns."""
+    if len(parts) == 1:
+        return parts[0]
+    return np.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
 
 
 def _describe_misfit(spec: TensorSpec, part: Part, stored: StoredTensor | None) -> str:

@@ -45,12 +45,15 @@ class Region:
 
 @dataclass(frozen=True, kw_only=True)
 class PartRecord:
-    """What one job read and wrote. `warning` is logged when all parts are written; it is not in weights.jsonl."""
+    """What one job read and wrote. `warning` is logged when all parts are written. `loss` has, of a matrix that the
+    checkpoint stores packed, the sum of squared errors against the checkpoint's values and the sum of their squares.
+    Neither is in weights.jsonl."""
 
     part: str
     sources: Mapping[str, tuple[Run, ...]]
     regions: tuple[Region, ...]
     warning: str | None = None
+    loss: tuple[float, ...] | None = None
 
 
 class OpenRegion:
@@ -98,11 +101,11 @@ def damaged_regions(path: Path, regions: Iterable[Region]) -> list[str]:
 
 
 def records_text(records: Iterable[PartRecord]) -> str:
-    """The text of weights.jsonl: one record a line, as a JSON object without its warning."""
+    """The text of weights.jsonl: one record a line, as a JSON object without its warning and its loss."""
     lines = []
     for record in records:
         values = asdict(record)
-        del values["warning"]
+        del values["warning"], values["loss"]
         lines.append(json.dumps(values, separators=(",", ":")) + "\n")
     return "".join(lines)
 

@@ -97,7 +97,8 @@ def _start(converter: Converter[J]) -> _Worker:
     theirs.close()
     worker = _Worker(process=process, connection=ours)
     checkpoint = converter.weights.checkpoint
-    plain = replace(checkpoint, config={}, tensors=dict(checkpoint.tensors))  # mapping proxies cannot be pickled
+    in_files = None if checkpoint.in_files is None else dict(checkpoint.in_files)  # mapping proxies cannot be pickled
+    plain = replace(checkpoint, config={}, tensors=dict(checkpoint.tensors), in_files=in_files)
     ours.send(replace(converter, weights=replace(converter.weights, checkpoint=plain)))
     return worker
 

@@ -12,6 +12,7 @@ from export.checkpoint.tensor_table import CHUNK_ELEMENTS, Weights
 from export.conversion.converter import Converter
 from export.conversion.parts import OpenRegion, PartRecord, PlannedRegion
 from export.onnx_graph.weights import Layout, Placement, WeightJob
+from export.quantize.carry import Loss
 from export.quantize.grid import SLICE_VALUES
 from export.quantize.half_scales import SmallScales
 
@@ -49,6 +50,9 @@ class OnnxConverter(Converter[WeightJob]):
         chunk = min(max(CHUNK_ELEMENTS, least), row.num_elements)
         stored = max(self.weights.checkpoint.tensors[part.name].itemsize for part in row.parts)
         plain = chunk * (stored + 2 * 4)
+        kept = self.weights.kept_bytes(job.source)
+        if kept:  # packed bytes in order, codes, zero points and scales of a chunk, or its error
+            plain += kept + chunk * (1 + 1 + 2 * 4)
         if job.layout is Layout.PLAIN:
             return plain
         blocks = plain + chunk * (1 + 1 + 1) + 3 * 4 * SLICE_VALUES
@@ -60,8 +64,10 @@ class OnnxConverter(Converter[WeightJob]):
         checkpoint = recorded(self.weights.checkpoint, count, self.weights.run_starts(job.source))
         regions = [OpenRegion(planned) for planned in self.planned_regions(job)]
         small = SmallScales()
+        packed = any(part.packed_in(checkpoint) is not None for part in self.weights.table[job.source].parts)
+        loss = Loss() if packed and job.layout is not Layout.PLAIN else None
         weights = Weights(checkpoint=checkpoint, table=self.weights.table)
-        produced = job.produce(weights, small)
+        produced = job.produce(weights, small, loss)
         with self.data.open("r+b", buffering=0) as file:
             for pieces in produced:
                 for region, piece in zip(regions, pieces, strict=True):
@@ -72,5 +78,6 @@ class OnnxConverter(Converter[WeightJob]):
             raise AssertionError(f"{job.source}: wrote to {[region.position for region in regions]}, planned {ends}")
         written = tuple(region.finish() for region in regions)
         return PartRecord(
-            part=job.source, sources=checkpoint.runs(), regions=written, warning=small.warning(job.source)
-        )
+            part=job.source, sources=checkpoint.runs(), regions=written, warning=small.warning(job.source),
+            loss=None if loss is None else (loss.error, loss.size),
+        )  # fmt: skip

@@ -21,6 +21,7 @@ import numpy as np
 from export.architecture import Architecture
 from export.checkpoint.tensor_table import TensorSpec
 from export.errors import ExportError
+from export.formats.view import Grid
 from export.onnx_graph import names
 from export.onnx_graph.initializers import onnx_type, tensors
 from export.onnx_graph.kernels import BY_NAME, Matrix, Operation, Routed, mixture_attributes
@@ -50,6 +51,7 @@ class GraphBuilder(ABC):
         *,
         max_sequence: int | None = None,
         left_out: Mapping[str, Collection[int]] | None = None,
+        grids: Mapping[str, Grid] | None = None,
     ) -> None:
         self.architecture = architecture
         self._max_sequence = max_sequence or architecture.max_positions
@@ -57,7 +59,7 @@ class GraphBuilder(ABC):
         self._provider = provider
         self._kernels = BY_NAME[provider.kernels]
         self._expert_order = provider.expert_order(architecture.num_experts)
-        self._weights = WeightPlanner(table, plan, provider, self._expert_order, left_out or {})
+        self._weights = WeightPlanner(table, plan, provider, self._expert_order, left_out or {}, grids or {})
         self._float_type = provider.float_type
         self._nodes = Nodes()
         self._query_factors: dict[str, float] = {}  # output of `query_key_value` -> factor that its queries carry
@@ -227,8 +229,8 @@ class GraphBuilder(ABC):
         self._kernels.check_mixture(rule, activation, name)
         router = self._router(x, gate, name)
         x = self._cast(x)
-        features = [self._weights.table[f"{fc}.weight"].shape[-1] for fc in (fc1, fc2)]
-        (weight1, job1), (weight2, job2) = (self._weights.matrix(f"{fc}.weight", features) for fc in (fc1, fc2))
+        both = [f"{fc1}.weight", f"{fc2}.weight"]
+        (weight1, job1), (weight2, job2) = (self._weights.matrix(name, both) for name in both)
         bias1, bias2 = self._weights.bias(fc1), self._weights.bias(fc2)
         routed = Routed(
             router=router, k=self.architecture.experts_per_token, activation=activation, normalise=rule.normalise

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     import onnx
 
 
-def quantized_initializers(spec: TensorSpec, bits: int, block: int, provider: Provider) -> tuple[Initializer, ...]:
-    """The initializers of a quantised weight: codes, scales and, for an embedding on a provider with
+def quantized_initializers(
+    spec: TensorSpec, bits: int, block: int, provider: Provider, *, zeros: bool = False
+) -> tuple[Initializer, ...]:
+    """The initializers of a quantised weight: codes, scales and, with `zeros` or for an embedding on a provider with
     `writes_zero_points`, zero points. An embedding's scales are float32, like the residual stream."""
     *rows, columns = spec.shape
     blocks = columns // block
@@ -29,9 +31,9 @@ def quantized_initializers(spec: TensorSpec, bits: int, block: int, provider: Pr
         Initializer(name=of_codes, dtype="uint8", shape=codes),
         Initializer(name=of_scales, dtype="float32" if embedding else provider.float_type, shape=(*rows, blocks)),
     ]
-    if embedding and provider.writes_zero_points:
-        shape = (*rows, blocks * bits // 8)
-        initializers.append(Initializer(name=f"{spec.name}.zero_points", dtype="uint8", shape=shape))
+    if zeros or (embedding and provider.writes_zero_points):
+        shape = (*rows, -(-blocks * bits // 8))
+        initializers.append(Initializer(name=zero_points_name(spec.name), dtype="uint8", shape=shape))
     return tuple(initializers)
 
 
@@ -54,6 +56,11 @@ def tensors(job: WeightJob, placement: Placement, data_file: str) -> list[onnx.T
 def initializer_names(source: str) -> tuple[str, str]:
     """The names of the two initializers that hold a quantised weight's codes and its scales."""
     return f"{source}.codes", f"{source}.scales"
+
+
+def zero_points_name(source: str) -> str:
+    """The name of the initializer that holds a quantised weight's zero points, where they are stated."""
+    return f"{source}.zero_points"
 
 
 def _external(name: str, dtype: str, shape: Sequence[int], place: tuple[int, int], data_file: str) -> onnx.TensorProto:

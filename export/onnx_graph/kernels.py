@@ -17,7 +17,7 @@ from export.architecture import Router
 from export.checkpoint.tensor_table import TensorSpec
 from export.errors import KernelsError
 from export.onnx_graph import names
-from export.onnx_graph.initializers import initializer_names, quantized_initializers
+from export.onnx_graph.initializers import initializer_names, quantized_initializers, zero_points_name
 from export.onnx_graph.weights import Initializer, Layout, WeightJob
 from export.provider import ONNX_RUNTIME, OWN_KERNELS, Provider
 from export.quantize.layout import LAYOUT, MatrixLayout
@@ -31,6 +31,16 @@ class Matrix:
     initializers: list[str]
     shape: tuple[int, ...]
     bias: str
+
+    @property
+    def codes_and_scales(self) -> list[str]:
+        """The names of the initializers of codes and scales."""
+        return self.initializers[:2]
+
+    @property
+    def zeros(self) -> str:
+        """The name of the zero points' initializer, or "" if every zero point is 2^(bits-1)."""
+        return self.initializers[2] if len(self.initializers) > 2 else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +90,10 @@ class Kernels(ABC):
                 )
 
     @abstractmethod
-    def initializers(self, spec: TensorSpec, bits: int, block: int, provider: Provider) -> tuple[Initializer, ...]:
-        """The initializers of a quantised weight: codes and scales."""
+    def initializers(
+        self, spec: TensorSpec, bits: int, block: int, provider: Provider, *, zeros: bool
+    ) -> tuple[Initializer, ...]:
+        """The initializers of a quantised weight: codes, scales and, with `zeros`, zero points."""
 
     @abstractmethod
     def linear(self, x: str, matrix: Matrix, accuracy_level: int) -> Operation:
@@ -90,6 +102,13 @@ class Kernels(ABC):
     @abstractmethod
     def experts(self, x: str, routed: Routed, first: Matrix, second: Matrix, accuracy_level: int) -> Operation:
         """The node that computes a mixture on x [..., H]; `first` and `second` stack the matrices of all experts."""
+
+
+def without_absent_end(inputs: list[str]) -> list[str]:
+    """The inputs up to the last that is present."""
+    while not inputs[-1]:
+        inputs = inputs[:-1]
+    return inputs
 
 
 def mixture_attributes(routed: Routed) -> dict[str, Any]:
@@ -109,20 +128,27 @@ class _OnnxRuntime(Kernels):
     normalises = (True, False)
     activations = ("relu", "gelu", "silu", "swiglu", "identity")
 
-    def initializers(self, spec: TensorSpec, bits: int, block: int, provider: Provider) -> tuple[Initializer, ...]:
-        return quantized_initializers(spec, bits, block, provider)
+    def initializers(
+        self, spec: TensorSpec, bits: int, block: int, provider: Provider, *, zeros: bool
+    ) -> tuple[Initializer, ...]:
+        return quantized_initializers(spec, bits, block, provider, zeros=zeros)
 
     def linear(self, x: str, matrix: Matrix, accuracy_level: int) -> Operation:
         rows, columns = matrix.shape
-        inputs = [x, *matrix.initializers, *(("", "", matrix.bias) if matrix.bias else ())]
+        inputs = [x, *matrix.codes_and_scales, matrix.zeros, "", matrix.bias]
         attributes = {
             "N": rows, "K": columns, "bits": matrix.job.bits, "block_size": matrix.job.block_size,
             "accuracy_level": accuracy_level, "weight_prepacked": 0,
         }  # fmt: skip
-        return Operation(operator="MatMulNBits", domain=self.domain, inputs=inputs, attributes=attributes)
+        return Operation(
+            operator="MatMulNBits", domain=self.domain, inputs=without_absent_end(inputs), attributes=attributes
+        )
 
     def experts(self, x: str, routed: Routed, first: Matrix, second: Matrix, accuracy_level: int) -> Operation:
-        inputs = [x, routed.router, *first.initializers, first.bias, *second.initializers, second.bias]
+        inputs = [x, routed.router, *first.codes_and_scales, first.bias, *second.codes_and_scales, second.bias]
+        if first.zeros or second.zeros:
+            inputs += ["", "", "", first.zeros, second.zeros]
+            inputs = without_absent_end(inputs)
         attributes = {
             **mixture_attributes(routed), "expert_weight_bits": first.job.bits, "block_size": first.job.block_size,
             "quant_type": "int", "weights_prepacked": 0, "accuracy_level": accuracy_level,
@@ -136,19 +162,31 @@ class _Moeship(Kernels):
     normalises = (True,)
     activations = ("gelu", "silu", "swiglu")
 
-    def initializers(self, spec: TensorSpec, bits: int, block: int, provider: Provider) -> tuple[Initializer, ...]:  # noqa: ARG002 - the layout is one for all
+    def initializers(
+        self,
+        spec: TensorSpec,
+        bits: int,
+        block: int,
+        provider: Provider,  # noqa: ARG002 - the layout is one for all
+        *,
+        zeros: bool,
+    ) -> tuple[Initializer, ...]:
         *stack, rows, features = spec.shape
         matrix = MatrixLayout(rows=rows, features=features, bits=bits, block_size=block)
         of_codes, of_scales = initializer_names(spec.name)
-        return (
+        scales_shape = (*stack, *matrix.scales_shape)
+        found = [
             Initializer(name=of_codes, dtype="uint8", shape=(*stack, *matrix.codes_shape)),
-            Initializer(name=of_scales, dtype="float16", shape=(*stack, *matrix.scales_shape)),
-        )
+            Initializer(name=of_scales, dtype="float16", shape=scales_shape),
+        ]
+        if zeros:
+            found.append(Initializer(name=zero_points_name(spec.name), dtype="uint8", shape=scales_shape))
+        return tuple(found)
 
     def linear(self, x: str, matrix: Matrix, accuracy_level: int) -> Operation:
         rows, columns = matrix.shape
         attributes = self._common(matrix, accuracy_level) | {"in_features": columns, "out_features": rows}
-        inputs = [x, *matrix.initializers, *(("", matrix.bias) if matrix.bias else ())]
+        inputs = without_absent_end([x, *matrix.codes_and_scales, matrix.zeros, matrix.bias])
         return Operation(operator="BlockLinear", domain=self.domain, inputs=inputs, attributes=attributes)
 
     def experts(self, x: str, routed: Routed, first: Matrix, second: Matrix, accuracy_level: int) -> Operation:
@@ -159,8 +197,8 @@ class _Moeship(Kernels):
             # gate * sigmoid(alpha * gate) * (up + beta), without clamping gate or up
             "activation_alpha": 1.0, "activation_beta": 0.0, "activation_limit": math.inf,
         }  # fmt: skip
-        inputs = [x, routed.router, *first.initializers, "", first.bias, *second.initializers]
-        inputs += ["", second.bias] if second.bias else []
+        inputs = [x, routed.router, *first.codes_and_scales, first.zeros, first.bias]
+        inputs = without_absent_end([*inputs, *second.codes_and_scales, second.zeros, second.bias])
         return Operation(operator="Experts", domain=self.domain, inputs=inputs, attributes=attributes)
 
     def _common(self, matrix: Matrix, accuracy_level: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from export.checkpoint.tensor_table import Role, TensorSpec
 from export.errors import ExportError
+from export.formats.view import Grid
 from export.onnx_graph.kernels import BY_NAME
 from export.onnx_graph.weights import Initializer, Layout, WeightJob
 from export.provider import ONNX_RUNTIME, Provider
@@ -16,7 +17,8 @@ from export.quantize.recipe import QuantPlan
 
 class WeightPlanner:
     """Makes the jobs of the weights that a graph asks for, in the order in which it asks. `expert_order` has all
-    experts; `left_out`: name of a gate or of a row that stacks experts -> experts that this mixture does without."""
+    experts; `left_out`: name of a gate or of a row that stacks experts -> experts that this mixture does without.
+    `grids`: name of a row -> the uniform grid on which the checkpoint stores it."""
 
     def __init__(
         self,
@@ -25,12 +27,14 @@ class WeightPlanner:
         provider: Provider,
         expert_order: Sequence[int],
         left_out: Mapping[str, Collection[int]],
+        grids: Mapping[str, Grid],
     ) -> None:
         self.jobs: list[WeightJob] = []
         self._plan = plan
         self._provider = provider
         self._expert_order = tuple(expert_order)
         self._left_out = left_out
+        self._grids = grids
         self.table = {
             name: spec.with_experts(len(self.kept(name))) if spec.stacks_experts else spec
             for name, spec in table.items()
@@ -45,11 +49,15 @@ class WeightPlanner:
     def matrix(
         self,
         name: str,
-        features: Sequence[int] | None = None,
+        together: Sequence[str] = (),
         **scaled: Any,  # noqa: ANN401 - WeightJob's fields
     ) -> tuple[list[str], WeightJob]:
-        """Plan a matrix in the precision of its role; returns the names of its initializers, and its job. `features`
-        are the numbers of input features of all matrices that must have the same block size (None: of this one)."""
+        """Plan a matrix in the precision of its role; returns the names of its initializers, and its job. `together`
+        names all matrices that must have the same block size (empty: this one alone).
+
+        A matrix that the checkpoint stores on a grid keeps its codes if they have room in the role's bits and a block
+        size divides the groups. A larger block than the preferred one is never taken for it.
+        """
         spec = self.table[name]
         bits = self._plan.bits_of(spec.role)
         order = self.kept(name) if spec.role is Role.EXPERT else None
@@ -60,15 +68,28 @@ class WeightPlanner:
             )
             self.jobs.append(job)
             return [name], job
-        block = block_size(name, features or spec.shape[-1:], self._plan.block_sizes)
+        block = self._block_size(name, together or [name])
         kernels = BY_NAME[ONNX_RUNTIME] if spec.role is Role.EMBEDDING else BY_NAME[self._provider.kernels]
-        initializers = kernels.initializers(spec, bits, block, self._provider)
+        grid = self._grids.get(name)
+        if grid is not None and (grid.bits > bits or grid.group_size % block):
+            grid = None
+        initializers = kernels.initializers(
+            spec, bits, block, self._provider, zeros=grid is not None and grid.has_zeros
+        )
         job = WeightJob(
             source=name, role=spec.role, layout=kernels.layout, bits=bits, block_size=block, expert_order=order,
-            outputs=initializers, **scaled,
+            outputs=initializers, grid=grid, **scaled,
         )  # fmt: skip
         self.jobs.append(job)
         return [initializer.name for initializer in initializers], job
+
+    def _block_size(self, name: str, together: Sequence[str]) -> int:
+        """The first block size that divides the input features of all matrices `together` and the groups of those that
+        are on a grid; if none does, the first that divides the input features."""
+        features = [self.table[other].shape[-1] for other in together]
+        groups = [self._grids[other].group_size for other in together if other in self._grids]
+        fitting = [size for size in self._plan.block_sizes if not any(number % size for number in [*features, *groups])]
+        return fitting[0] if fitting else block_size(name, features, self._plan.block_sizes)
 
     def plain(self, name: str, float_type: str = "float32", **scaled: Any) -> str:  # noqa: ANN401 - WeightJob's fields
         """Plan a tensor that is never quantised (a norm or bias); returns its name. Biases of experts are stored in the

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.checkpoint.tensor_table import Role, TensorSpec, Weights
+from export.checkpoint.tensor_table import OnGrid, Role, TensorSpec, Weights
 from export.conversion.parts import PlannedRegion
 from export.errors import QuantizationError
+from export.formats.view import Grid
 from export.provider import FLOAT16_MAX
-from export.quantize.grid import pack, quantize_blocks
+from export.quantize.carry import Loss, carried_blocks
+from export.quantize.grid import ByteArray, FloatArray, pack, quantize_blocks
 from export.quantize.half_scales import SmallScales
 from export.quantize.layout import GROUP_ROWS, MatrixLayout
 
@@ -52,7 +54,7 @@ class Initializer:
 class WeightJob:
     """The job of writing one table row's initializers. `expert_order` lists the experts in the order in which their
     matrices are stored (for the router: their rows); experts that are not in it are left out. The first `scaled_rows`
-    rows are multiplied by `row_factor`."""
+    rows are multiplied by `row_factor`. With `grid` the codes of the checkpoint's own grid are carried over."""
 
     source: str
     role: Role
@@ -63,6 +65,7 @@ class WeightJob:
     expert_order: tuple[int, ...] | None = None
     scaled_rows: int = 0
     row_factor: float = 1.0
+    grid: Grid | None = None
 
     @property
     def row_multiple(self) -> int:
@@ -85,9 +88,11 @@ class WeightJob:
             for _ in weights.placed_chunks(self.source, left_out):
                 pass
 
-    def produce(self, weights: Weights, small: SmallScales) -> Iterator[tuple[npt.NDArray[Any], ...]]:
+    def produce(
+        self, weights: Weights, small: SmallScales, loss: Loss | None = None
+    ) -> Iterator[tuple[npt.NDArray[Any], ...]]:
         """Yield the values of all outputs in consecutive pieces: one tuple a chunk, with one array for each output.
-        `small` counts the scales that are stored as float16.
+        `small` counts the scales that are stored as float16, `loss` measures the error against a packed checkpoint.
 
         Raises QuantizationError for values that the output's dtype cannot hold.
         """
@@ -96,28 +101,63 @@ class WeightJob:
             yield (gate[list(self.expert_order)] if self.expert_order else gate,)
             return
         row = 0
+        if self.grid is not None:
+            for found in weights.grid_chunks(self.source, self.grid, self.expert_order, self.row_multiple):
+                for values in (found.values, found.scales):
+                    self._scale(values, row)
+                row += len(found.values)
+                yield self._narrowed(self._carried(found, self.grid, loss))
+            return
         for chunk in weights.chunks(self.source, self.expert_order, self.row_multiple):
-            if row < self.scaled_rows:
-                chunk[: self.scaled_rows - row] *= np.float32(self.row_factor)
+            self._scale(chunk, row)
             row += len(chunk)
-            pieces = (chunk,) if self.layout is Layout.PLAIN else self._blocks(chunk, small)
-            yield tuple(
-                _as_float16(piece, self.source) if output.dtype == "float16" else piece
-                for piece, output in zip(pieces, self.outputs, strict=True)
-            )
+            yield self._narrowed((chunk,) if self.layout is Layout.PLAIN else self._blocks(chunk, small, loss))
 
-    def _blocks(self, chunk: npt.NDArray[np.float32], small: SmallScales) -> tuple[npt.NDArray[Any], ...]:
+    def _scale(self, values: FloatArray, row: int) -> None:
+        """Multiply those of the rows from `row` on that carry the factor."""
+        if row < self.scaled_rows:
+            values[: self.scaled_rows - row] *= np.float32(self.row_factor)
+
+    def _narrowed(self, pieces: tuple[npt.NDArray[Any], ...]) -> tuple[npt.NDArray[Any], ...]:
+        return tuple(
+            _as_float16(piece, self.source) if output.dtype == "float16" else piece
+            for piece, output in zip(pieces, self.outputs, strict=True)
+        )
+
+    def _blocks(self, chunk: FloatArray, small: SmallScales, loss: Loss | None) -> tuple[npt.NDArray[Any], ...]:
         half_scales = self.layout is Layout.GROUPS
         codes, scales = quantize_blocks(chunk, self.bits, self.block_size, half_scales=half_scales)
+        if loss is not None:
+            loss.add(chunk, codes, scales, self.bits)
         if self.layout is Layout.GROUPS:
             small.add(chunk, scales, self.bits, self.block_size)
-            rows, features = chunk.shape
+        return self._packed(codes, scales, np.full_like(scales, 1 << (self.bits - 1), dtype=np.uint8))
+
+    def _carried(self, found: OnGrid, grid: Grid, loss: Loss | None) -> tuple[npt.NDArray[Any], ...]:
+        codes, scales, zeros = carried_blocks(found, self.bits, self.block_size, has_zeros=grid.has_zeros)
+        stored = scales
+        if self.outputs[1].dtype == "float16":
+            stored = _as_float16(scales, self.source).astype(np.float32)
+        if loss is not None:
+            loss.add_rounded(found.values, scales, stored)
+        return self._packed(codes, stored, zeros)
+
+    def _packed(self, codes: ByteArray, scales: FloatArray, zeros: ByteArray) -> tuple[npt.NDArray[Any], ...]:
+        """The outputs of codes [n, K] with scales and zero points [n, blocks]."""
+        if self.layout is Layout.GROUPS:
+            rows, features = codes.shape
             matrix = MatrixLayout(rows=rows, features=features, bits=self.bits, block_size=self.block_size)
-            return matrix.pack_codes(codes), matrix.pack_scales(scales)
-        if len(self.outputs) == 2:
-            return pack(codes, self.bits), scales
-        zero_points = np.full_like(scales, 1 << (self.bits - 1), dtype=np.uint8)
-        return pack(codes, self.bits), scales, pack(zero_points, self.bits)
+            stated = zeros if len(self.outputs) == 3 else None
+            pieces = matrix.pack_codes(codes, stated), matrix.pack_scales(scales), matrix.pack_scales(zeros)
+        else:
+            pieces = pack(codes, self.bits), scales, _packed_zeros(zeros, self.bits)
+        return pieces[: len(self.outputs)]
+
+
+def _packed_zeros(zeros: ByteArray, bits: int) -> ByteArray:
+    """Pack the zero points of each row [n, blocks] into whole bytes."""
+    odd = zeros.shape[1] % (8 // bits)
+    return pack(np.pad(zeros, ((0, 0), (0, odd))) if odd else zeros, bits)
 
 
 def _as_float16(values: npt.NDArray[np.float32], source: str) -> npt.NDArray[np.float16]:

@@ -349,7 +349,7 @@ def changed_sources(weights: Weights, digests: Mapping[str, str], written: Path)
     runs: dict[str, tuple[Run, ...]] = {}
     for row in weights.table:
         for name, starts in weights.run_starts(row).items():
-            ends = [*starts[1:], checkpoint.tensors[name].num_bytes]
+            ends = [*starts[1:], checkpoint.stored[name].num_bytes]
             runs[name] = tuple(Run(bytes=end - start, sha256="") for start, end in zip(starts, ends, strict=True))
     return _differences(digests, source_digests(checkpoint, runs))
 

@@ -197,7 +197,7 @@ def _files(build: PreparedBuild) -> dict[str, int]:
 
 def _records(build: PreparedBuild) -> list[PartRecord]:
     """The records of weights.jsonl, with placeholders for the digests."""
-    stored, weights = build.checkpoint.tensors, build.model.weights
+    stored, weights = build.checkpoint.stored, build.model.weights
     return [
         PartRecord(
             part=job.source,

@@ -17,6 +17,7 @@ from export.exporter import GENERATING_GRAPH, SERVING_GRAPH
 from export.families import Model
 from export.families.network import Activation, Attention, Mlp, Network, Norm
 from export.onnx_graph import names
+from export.onnx_graph.initializers import zero_points_name
 from export.provider import KERNELS
 from export.quantize.layout import LAYOUT
 from export.reference.attention import rotary_tables
@@ -122,6 +123,11 @@ class _Facts:
     def _matrix(self, row: str) -> list[str]:
         return [f"{row}.codes", f"{row}.scales"] if self._quantised(row) else [row]
 
+    def _zeros(self, row: str) -> str:
+        """The zero points of a row; "" if it has none."""
+        name = zero_points_name(row)
+        return name if name in self._graph.extents else ""
+
     def _recipe(self, node: Node, spec: TensorSpec, bits: str = "bits") -> None:
         """Check bits and block size against engine.json."""
         expected = self._manifest.precision.bits.get(str(spec.role))
@@ -151,8 +157,8 @@ class _Facts:
                 self._attributes(node, {"axis": 0})
             return
         if node := self._user(f"{row}.codes", 0, ["GatherBlockQuantized"]):
-            zeros = [f"{row}.zero_points"] if self._provider.writes_zero_points else []
-            self._operands(node, 0, [f"{row}.codes", names.INPUT_IDS, f"{row}.scales", *zeros])
+            zeros = zero_points_name(row) if self._provider.writes_zero_points else self._zeros(row)
+            self._operands(node, 0, [f"{row}.codes", names.INPUT_IDS, f"{row}.scales", zeros])
             self._recipe(node, self._table[row])
             self._attributes(node, {"gather_axis": 0, "quantize_axis": 1})
 
@@ -176,8 +182,8 @@ class _Facts:
         node = self._user(f"{row}.codes", 1, ["BlockLinear" if own else "MatMulNBits"])
         if node is None:
             return
-        gap = [""] if own else ["", ""]
-        self._operands(node, 1, [*self._matrix(row), *gap, bias])
+        gap = [] if own else [""]
+        self._operands(node, 1, [*self._matrix(row), self._zeros(row), *gap, bias])
         self._recipe(node, self._table[row])
         sizes: dict[str, Any] = (
             {"in_features": columns, "out_features": rows} if own else {"N": rows, "K": columns, "weight_prepacked": 0}
@@ -221,9 +227,13 @@ class _Facts:
         node = self._user(self._matrix(first)[0], 2, [operator])
         if node is None:
             return
-        gap = [""] if own else []
-        biases = [self._bias(mlp.first), self._bias(mlp.second)]
-        self._operands(node, 2, [*self._matrix(first), *gap, biases[0], *self._matrix(second), *gap, biases[1]])
+        zeros = [[self._zeros(row)] for row in (first, second)]
+        biases = [[self._bias(mlp.first)], [self._bias(mlp.second)]]
+        if own:
+            expected = [self._matrix(first), zeros[0], biases[0], self._matrix(second), zeros[1], biases[1]]
+        else:
+            expected = [self._matrix(first), biases[0], self._matrix(second), biases[1], ["", "", ""], *zeros]
+        self._operands(node, 2, [name for names_of in expected for name in names_of])
         self._attributes(node, {"k": self._experts_per_token, **self._mixture(layer, mlp, own=own)})
         if plain:
             return

@@ -1,0 +1,68 @@
+"""Matrices whose values are (code - zero point) * scale, with scales and zero points for groups of input features."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from export.formats.view import ByteArray, FloatArray, Grid, PackedTensor, Source
+
+IndexArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedMatrix(PackedTensor):
+    """A matrix [out, in] of codes of `bits` bits. A group has `group_size` input features; the last may have fewer."""
+
+    bits: int
+    group_size: int
+
+    @property
+    def num_groups(self) -> int:
+        return -(-self.features // self.group_size)
+
+    @abstractmethod
+    def codes(self, source: Source, first: int, last: int) -> ByteArray:
+        """The codes of some rows, uint8 [rows, features]."""
+
+    @abstractmethod
+    def zero_points(self, source: Source, first: int, last: int) -> ByteArray | None:
+        """The zero points of some rows, uint8 [rows, groups]; None if all are 2^(bits-1)."""
+
+    @abstractmethod
+    def scales(self, source: Source, first: int, last: int) -> FloatArray:
+        """The scales of some rows, float32 [rows, groups], checked."""
+
+    def group_of_feature(self, source: Source) -> IndexArray | None:  # noqa: ARG002 - few formats store an order
+        """The group of each input feature, checked; None if the features of a group are neighbours, in order."""
+        return None
+
+    def read(self, source: Source, first: int, last: int) -> FloatArray:
+        """Dequantise rows. A product of a float16 or bfloat16 scale and such a code is exact in float32."""
+        values = self.codes(source, first, last).astype(np.float32)
+        scales, zeros = self.steps(source, first, last)
+        order, shifts = self.group_of_feature(source), zeros.astype(np.float32)
+        if order is None and self.features % self.group_size == 0:
+            grouped = values.reshape(len(values), self.num_groups, self.group_size)
+            grouped -= shifts[..., None]
+            grouped *= scales[..., None]
+            return values
+        groups = np.arange(self.features) // self.group_size if order is None else order
+        values -= shifts[:, groups]
+        values *= scales[:, groups]
+        return values
+
+    def steps(self, source: Source, first: int, last: int) -> tuple[FloatArray, ByteArray]:
+        scales = self.scales(source, first, last)
+        zeros = self.zero_points(source, first, last)
+        return scales, np.full(scales.shape, 1 << (self.bits - 1), dtype=np.uint8) if zeros is None else zeros
+
+    def grid(self, source: Source) -> Grid | None:
+        if self.features % self.group_size or self.group_of_feature(source) is not None:
+            return None
+        zeros = self.zero_points(source, 0, self.num_rows)
+        has_zeros = zeros is not None and bool((zeros != 1 << (self.bits - 1)).any())
+        return Grid(bits=self.bits, group_size=self.group_size, has_zeros=has_zeros)

@@ -1,0 +1,52 @@
+"""Matrices that the field's own tools packed, against what the same tools dequantise them to (ci/packers)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from export.checkpoint.folder import open_checkpoint
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def cases():
+    for path in sorted(GOLDEN.glob("*.safetensors")):
+        with safe_open(path, "numpy") as file:
+            for name in json.loads(file.metadata()["cases"]):
+                yield pytest.param(path, name, id=f"{path.stem}-{name}")
+
+
+def open_case(folder, path, name):
+    """The checkpoint of one case, and its expected matrix."""
+    with safe_open(path, "numpy") as file:
+        settings = json.loads(file.metadata()["cases"])[name]
+        parts = {key: file.get_tensor(key) for key in file.keys() if key.startswith(f"{name}.")}  # noqa: SIM118
+    expected = parts.pop(f"{name}.expected")
+    save_file(parts, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    return open_checkpoint(folder), expected
+
+
+@pytest.mark.parametrize(("path", "name"), [*cases()])
+def test_a_packed_matrix_has_the_packers_values(tmp_path, path, name):
+    checkpoint, expected = open_case(tmp_path, path, name)
+    found = checkpoint.read_float32(f"{name}.weight")
+    assert found.shape == expected.shape
+    # The packer rounds each product of a code and a scale to its own float type: half a unit in the last place.
+    wide = expected.astype(np.float32)
+    assert (np.abs(found - wide) <= np.spacing(np.abs(expected)).astype(np.float32) / 2).all()
+    assert np.abs(found).max() > 0.05
+
+
+@pytest.mark.parametrize(("path", "name"), [*cases()])
+def test_rows_are_read_alone_as_they_are_together(tmp_path, path, name):
+    checkpoint, expected = open_case(tmp_path, path, name)
+    whole = checkpoint.read_float32(f"{name}.weight")
+    for first, last in ((0, 1), (3, 17), (len(expected) - 9, len(expected))):
+        assert (checkpoint.read_float32(f"{name}.weight", slice(first, last)) == whole[first:last]).all()
