@@ -42,7 +42,7 @@ WITHIN = {
         "conversion": {"checkpoint", "files"},
         "quantize": {"checkpoint"},
         "onnx_graph": {"checkpoint", "conversion", "formats", "quantize"},
-        "families": {"checkpoint", "onnx_graph"},
+        "families": {"checkpoint", "formats", "onnx_graph"},
         "exporter": {"checkpoint", "conversion", "families", "files", "onnx_graph", "quantize"},
         "inspection": {"checkpoint", "families"},
         "tokenizer": {"checkpoint", "families", "files"},

@@ -46,7 +46,9 @@ def main(folder: Path, methods: list[str]) -> None:
         settings = {}
         for number, (name, shape, chosen) in enumerate(cases):
             generator = torch.Generator().manual_seed(number)
-            weight = torch.randn(shape, generator=generator) * 0.05 + 0.02 * torch.randn(shape[0], 1, generator=generator)
+            weight = torch.randn(shape, generator=generator) * 0.05 + 0.02 * torch.randn(
+                shape[0], 1, generator=generator
+            )
             inputs = torch.randn(512, shape[1], generator=generator) * torch.rand(shape[1], generator=generator) * 2
             parts, expected = module.pack(weight, inputs, chosen)
             tensors |= {f"{name}.{ending}": part.contiguous() for ending, part in parts.items()}

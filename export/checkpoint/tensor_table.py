@@ -246,6 +246,11 @@ class Weights:
                 zero_points=_alternating(zeros),
             )
 
+    def packed_labels(self) -> list[str]:
+        """How the packed tensors of the table are packed, in words."""
+        parts = (part for spec in self.table.values() for part in spec.parts)
+        return sorted({packed.label for part in parts if (packed := part.packed_in(self.checkpoint))})
+
     def kept_bytes(self, name: str) -> int:
         """The most bytes of packed tensors that reading a row keeps in memory."""
         packed = [part for part in self.table[name].parts if part.packed_in(self.checkpoint) is not None]

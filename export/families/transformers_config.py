@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from export.architecture import Architecture, ConfigReader
 from export.errors import named, names, shown
+from export.formats import methods
 
 SCALED_ROTARY = "is not supported yet, and without it the logits would be wrong"
 
@@ -50,7 +51,7 @@ def refuse_quantized(reader: ConfigReader) -> None:
         reader.explain(
             key,
             f"the weights are quantised by {named(method, 40) if method else 'an unnamed method'}, which moeship does "
-            "not read yet; take the checkpoint as it was before quantisation, since moeship quantises it itself",
+            f"not read; it reads {', '.join(methods())}, and the checkpoint as it was before quantisation",
         )
 
 

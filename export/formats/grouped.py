@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ class GroupedMatrix(PackedTensor):
     def read(self, source: Source, first: int, last: int) -> FloatArray:
         """Dequantise rows. A product of a float16 or bfloat16 scale and such a code is exact in float32."""
         values = self.codes(source, first, last).astype(np.float32)
-        scales, zeros = self.steps(source, first, last)
+        scales, zeros = self._group_steps(source, first, last)
         order, shifts = self.group_of_feature(source), zeros.astype(np.float32)
         if order is None and self.features % self.group_size == 0:
             grouped = values.reshape(len(values), self.num_groups, self.group_size)
@@ -56,13 +57,22 @@ class GroupedMatrix(PackedTensor):
         return values
 
     def steps(self, source: Source, first: int, last: int) -> tuple[FloatArray, ByteArray]:
+        scales, zeros = self._group_steps(source, first, last)
+        size = math.gcd(self.group_size, self.features)
+        if size == self.group_size:
+            return scales, zeros
+        # The last group is shorter: each group is taken as several smaller ones.
+        more, number = self.group_size // size, self.features // size
+        return np.repeat(scales, more, axis=1)[:, :number], np.repeat(zeros, more, axis=1)[:, :number]
+
+    def _group_steps(self, source: Source, first: int, last: int) -> tuple[FloatArray, ByteArray]:
         scales = self.scales(source, first, last)
         zeros = self.zero_points(source, first, last)
         return scales, np.full(scales.shape, 1 << (self.bits - 1), dtype=np.uint8) if zeros is None else zeros
 
     def grid(self, source: Source) -> Grid | None:
-        if self.features % self.group_size or self.group_of_feature(source) is not None:
+        if self.group_of_feature(source) is not None:
             return None
         zeros = self.zero_points(source, 0, self.num_rows)
         has_zeros = zeros is not None and bool((zeros != 1 << (self.bits - 1)).any())
-        return Grid(bits=self.bits, group_size=self.group_size, has_zeros=has_zeros)
+        return Grid(bits=self.bits, group_size=math.gcd(self.group_size, self.features), has_zeros=has_zeros)

@@ -64,7 +64,10 @@ def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | N
         records = write_export(build.export, build.model, folder, progress or (lambda _: None))
         build.settings.write(folder.content)
         (folder.content / GENAI_FILE).write_text(build.genai_text(), encoding="utf-8")
-        manifest = build.manifest(_source(checkpoint, records), record_files(folder.content, UNDIGESTED_FILES))
+        for note in build.packed_notes(records):
+            logger.info("%s", note)
+        files = record_files(folder.content, UNDIGESTED_FILES)
+        manifest = build.manifest(_source(checkpoint, records), files, records)
         check_unchanged(checkpoint, fingerprint.sources, records)
         write_manifest(folder.content, manifest)
     engine = open_engine(options.output, check_digests=False)

@@ -63,10 +63,25 @@ class Precision:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PackedRole:
+    """The packed rows of one role. `codes_kept` rows have exactly the checkpoint's codes; `quantised_anew` have others,
+    for `reasons`. `relative_error` is |e| / |w| over all of them, in decimal notation with an exponent: of the engine's
+    dequantised values against the checkpoint's. Rows that are stored as floats lose at most that rounding, and are in
+    `as_floats`."""
+
+    codes_kept: int = 0
+    quantised_anew: int = 0
+    as_floats: int = 0
+    reasons: tuple[str, ...] = ()
+    relative_error: str = "0.000e+00"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The contents of engine.json. `expert_order` gives the expert at each index of the stacked weights; `routing` is
-    the diagnosis of the gates; `left_out_experts` has, by layer number, the experts whose matrices are not in the
-    engine; `verification` is the last result of `moeship verify`, if any."""
+    """The contents of engine.json. `expert_order` gives the expert at each index of the stacked weights; `packed` says,
+    by role, what became of weights that the checkpoint stores packed; `routing` is the diagnosis of the gates;
+    `left_out_experts` has, by layer number, the experts whose matrices are not in the engine; `verification` is the
+    last result of `moeship verify`, if any."""
 
     format_version: int
     model: str
@@ -81,6 +96,7 @@ class Manifest:
     tokenizer_size: int
     eos_token_ids: tuple[int, ...]
     source: Source
+    packed: Mapping[str, PackedRole] = field(default_factory=dict)
     routing: Mapping[str, Any] | None
     left_out_experts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     libraries: Mapping[str, str]

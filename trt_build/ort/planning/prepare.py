@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from export.checkpoint.folder import Checkpoint
 from export.checkpoint.tensor_table import Weights
+from export.conversion.parts import PartRecord
 from export.conversion.sources import source_files
 from export.errors import KernelsError
 from export.exporter import ExportPlan, plan_export
@@ -29,6 +30,7 @@ from trt_build.manifest import ORT_BACKEND, Source, libraries
 from trt_build.ort.engine import FORMAT_VERSION, Manifest, Precision
 from trt_build.ort.kernels import check_level, found_fault, is_usable
 from trt_build.ort.planning.genai_config import genai_config
+from trt_build.ort.planning.packed import packed_roles, sentences
 from trt_build.source import open_source
 
 logger = logging.getLogger(__name__)
@@ -71,15 +73,21 @@ class PreparedBuild:
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences about the engine for whoever builds it."""
-        return (left_out_note(self.routing, self.left_out),) if self.routing and self.left_out else ()
+        found = [left_out_note(self.routing, self.left_out)] if self.routing and self.left_out else []
+        return (*found, *self.packed_notes())
+
+    def packed_notes(self, records: Sequence[PartRecord] = ()) -> list[str]:
+        """What becomes of packed weights; with the `records` of the written parts, at what error."""
+        weights = self.model.weights
+        return sentences(packed_roles(self.export.jobs, weights, records), weights.packed_labels())
 
     def genai_text(self) -> str:
         """The text of genai_config.json."""
         config = genai_config(self.model.architecture, self.max_sequence, self.settings.ids, self.provider)
         return json.dumps(config, indent=2) + "\n"
 
-    def manifest(self, source: Source, files: Mapping[str, FileRecord]) -> Manifest:
-        """The contents of engine.json."""
+    def manifest(self, source: Source, files: Mapping[str, FileRecord], records: Sequence[PartRecord] = ()) -> Manifest:
+        """The contents of engine.json. `records` are those of the parts, once they are written."""
         architecture = self.model.architecture
         return Manifest(
             format_version=FORMAT_VERSION,
@@ -97,6 +105,7 @@ class PreparedBuild:
             eos_token_ids=self.settings.ids.eos,
             tokenizer=self.settings.facts,
             source=source,
+            packed=packed_roles(self.export.jobs, self.model.weights, records),
             routing=None if self.routing is None else self.routing.to_json(),
             left_out_experts={str(layer): experts for layer, experts in self.left_out.items()},
             libraries=libraries(),

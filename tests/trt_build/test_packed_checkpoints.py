@@ -1,0 +1,132 @@
+"""Engines of checkpoints whose weights other tools packed: codes that fit are kept, others are quantised anew."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from checkpoints import write_phixtral_checkpoint
+from mixtral_checkpoints import write_mixtral_checkpoint
+from packed_checkpoints import pack_gptq
+
+from export.checkpoint.folder import open_checkpoint
+from export.checkpoint.tensor_table import Role
+from export.families import read_model
+from trt_build.ort.build import BuildOptions, build_engine
+from trt_build.ort.planning.plan import plan_engine
+from trt_build.ort.planning.prepare import EngineOptions, prepare_build
+from trt_build.ort.questions.graph import ask_about_graph
+from trt_build.ort.questions.stored_weights import open_stored_weights
+from trt_build.ort.questions.weights import ask_about_weights
+
+KERNELS = ["onnxruntime", pytest.param("moeship", marks=pytest.mark.needs_kernels)]
+PACKED = (Role.ATTENTION, Role.EXPERT)
+
+
+def write_phixtral(folder):
+    return write_phixtral_checkpoint(
+        folder, seed=3, num_experts=3, experts_per_token=2, hidden_size=128, num_heads=4, rotary_dim=16, ffn_size=192
+    )
+
+
+def write_mixtral(folder):
+    return write_mixtral_checkpoint(folder, seed=1, spelling="published", hidden_size=128, ffn_size=192)
+
+
+def errors_by_role(engine, checkpoint):
+    """The largest difference of the stored values from the checkpoint's, by role."""
+    model = read_model(open_checkpoint(checkpoint))
+    stored, found = open_stored_weights(engine, model), {}
+    for name, spec in model.weights.table.items():
+        difference = float(np.abs(stored.load(name) - model.weights.load(name)).max())
+        found[spec.role] = max(found.get(spec.role, 0.0), difference)
+    return found
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("write", [write_phixtral, write_mixtral])
+@pytest.mark.parametrize(
+    ("options", "precision"),
+    [
+        ({"sym": True, "group_size": 64}, "int4"),
+        ({"sym": False, "group_size": 64}, "int4"),
+        ({"sym": False, "group_size": 32}, "int4"),
+        ({"sym": False, "group_size": 128}, "int4"),  # 192 input features are one group and a half
+        ({"sym": False, "bits": 3, "group_size": 64}, "int4"),
+        ({"sym": True, "bits": 3, "group_size": 32}, "int4"),
+        ({"sym": False, "group_size": 32}, "int8"),
+        ({"sym": False, "bits": 8, "group_size": 64}, "int8"),
+    ],
+)
+def test_codes_that_fit_are_kept_exactly(tmp_path, kernels, write, options, precision):
+    checkpoint = pack_gptq(write(tmp_path / "packed"), **options)
+    engine = build_engine(
+        BuildOptions(checkpoint=str(checkpoint), output=tmp_path / "engine", precision=precision, kernels=kernels)
+    )
+    found = errors_by_role(engine, checkpoint)
+    assert [found[role] for role in PACKED] == [0.0, 0.0]
+    assert found[Role.HEAD] > 0  # stored as floats in the checkpoint, and quantised by us
+    for role in PACKED:
+        record = engine.manifest.packed[str(role)]
+        assert (record.quantised_anew, record.relative_error) == (0, "0.000e+00")
+        assert record.codes_kept > 0
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("write", [write_phixtral, write_mixtral])
+def test_an_engine_with_kept_codes_and_zero_points_passes_its_verification(tmp_path, kernels, write):
+    checkpoint = pack_gptq(write(tmp_path / "packed"), group_size=64)
+    engine = build_engine(BuildOptions(checkpoint=str(checkpoint), output=tmp_path / "engine", kernels=kernels))
+    model = read_model(open_checkpoint(checkpoint))
+    for answer in (ask_about_weights(engine, model), ask_about_graph(engine, model, list(range(5, 45)))):
+        assert answer.failures == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "precision", "reason"),
+    [
+        ({"ordered": True, "group_size": 64}, "int4", "they lie on no uniform grid of neighbouring input features"),
+        ({"bits": 8, "group_size": 64}, "int4", "their codes have 8 bits and the engine's 4"),
+        ({"bits": 4, "group_size": 16}, "int4", "their groups of 16 are no multiple of the kernels' blocks of 64"),
+    ],
+)
+def test_what_does_not_fit_is_quantised_anew_and_said(tmp_path, caplog, options, precision, reason):
+    checkpoint = pack_gptq(write_phixtral(tmp_path / "packed"), **options)
+    with caplog.at_level(logging.INFO):
+        engine = build_engine(
+            BuildOptions(
+                checkpoint=str(checkpoint), output=tmp_path / "engine", precision=precision, kernels="onnxruntime"
+            )
+        )
+    model = read_model(open_checkpoint(checkpoint))
+    stored = open_stored_weights(engine, model)
+    for role in PACKED:
+        rows = [name for name, spec in model.weights.table.items() if spec.role is role]
+        wanted = [model.weights.load(name).astype(np.float64) for name in rows]
+        error = sum(np.square(stored.load(name) - values).sum() for name, values in zip(rows, wanted, strict=True))
+        expected = np.sqrt(error / sum(np.square(values).sum() for values in wanted))
+        record = engine.manifest.packed[str(role)]
+        assert (record.codes_kept, record.quantised_anew) == (0, len(rows))
+        assert record.reasons == (reason.replace("they lie", "their values lie"),)
+        assert float(record.relative_error) == pytest.approx(expected, rel=2e-3)
+        said = f"{role}: {len(rows)} weights are quantised anew, because {record.reasons[0]}; the relative error"
+        assert f"{said} that this adds is {float(record.relative_error):.2%}" in caplog.text
+
+
+def test_a_plan_knows_the_bytes_and_says_what_will_become_of_the_weights(tmp_path):
+    checkpoint = pack_gptq(write_phixtral(tmp_path / "packed"), group_size=64)
+    plan = plan_engine(prepare_build(EngineOptions(checkpoint=str(checkpoint), kernels="onnxruntime")))
+    engine = build_engine(BuildOptions(checkpoint=str(checkpoint), output=tmp_path / "engine", kernels="onnxruntime"))
+    assert plan.files == {path.name: path.stat().st_size for path in engine.folder.iterdir() if path.is_file()}
+    assert plan.source_bytes < (checkpoint / "model.safetensors").stat().st_size
+    assert "the checkpoint packs its weights as gptq int4 in groups of 64: expert: the codes of 6 weights are kept " \
+           "exactly" in plan.notes  # fmt: skip
+
+
+def test_a_float_engine_has_the_dequantised_values(tmp_path):
+    checkpoint = pack_gptq(write_phixtral(tmp_path / "packed"), group_size=64, ordered=True)
+    engine = build_engine(BuildOptions(checkpoint=str(checkpoint), output=tmp_path / "engine", precision="fp32"))
+    assert set(errors_by_role(engine, checkpoint).values()) == {0.0}
+    assert json.loads((engine.folder / "engine.json").read_text())["packed"]["expert"]["as_floats"] == 6
