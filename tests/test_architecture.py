@@ -37,7 +37,7 @@ COMMON = {
 WITHIN = {
     "export": {
         "files": set(),
-        "formats": set(),
+        "formats": {"files"},
         "checkpoint": {"files", "formats"},
         "conversion": {"checkpoint", "files"},
         "quantize": {"checkpoint"},

@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from export.checkpoint.file_table import TOKENIZER_FILE
 from export.checkpoint.folder import Checkpoint, open_checkpoint
-from export.errors import ConfigError
+from export.errors import ConfigError, named
 from export.families import Model, read_model
+from export.files.reading import is_there
 from export.tokenizer.loading import Tokenizer
 from export.tokenizer.settings import Settings, check_token_ids, read_settings
 from trt_build.manifest import Source
@@ -37,6 +39,11 @@ def open_source(location: str, experts_per_token: int | None, max_sequence: int 
     """Open a checkpoint and read its model and settings. Raises CheckpointError and ConfigError."""
     checkpoint = open_checkpoint(location)
     model = read_model(checkpoint, experts_per_token)
+    if checkpoint.is_gguf and not is_there(checkpoint.folder / TOKENIZER_FILE):
+        raise ConfigError(
+            f"opening {named(location)}: there is no {TOKENIZER_FILE} beside it, and moeship does not take the "
+            "tokenizer from a GGUF file; put the original model's tokenizer.json and its settings into the same folder"
+        )
     settings = read_settings(checkpoint.folder, checkpoint.config)
     longest = _max_sequence(max_sequence, model)
     size, vocab = settings.tokenizer.size, model.architecture.vocab_size

@@ -35,6 +35,15 @@ CASES = {
             ("int3_ordered", (32, 128), {"group_size": 32, "sym": False, "desc_act": True, "bits": 3}),
         ],
     ),
+    "awq": (
+        ["torch"],  # and AutoAWQ's source, whose version ci/packers/awq.py names
+        [
+            ("group32", (32, 128), {"group_size": 32}),
+            ("group64", (64, 128), {"group_size": 64}),
+            ("group128", (32, 256), {"group_size": 128}),
+            ("whole_row", (32, 96), {"group_size": -1}),
+        ],
+    ),
 }
 
 

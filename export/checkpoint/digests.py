@@ -19,8 +19,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from export.checkpoint.folder import Checkpoint, file_digest
-from export.checkpoint.safetensors_header import StoredTensor, header_bytes
+from export.checkpoint.folder import Checkpoint, file_digest, header_bytes
+from export.checkpoint.safetensors_header import StoredTensor
 from export.errors import CheckpointError, named
 from export.files.reading import open_regular
 
@@ -94,8 +94,8 @@ def recorded(
 
 
 def source_digests(checkpoint: Checkpoint, runs: Runs, read: bool = True) -> dict[str, str]:
-    """Digests of a checkpoint's files by name: SHA-256 of config.json, and the digest of every shard that is described
-    at the top of this module.
+    """Digests of a checkpoint's files by name: SHA-256 of config.json, which a GGUF file has not, and the digest of
+    every shard that is described at the top of this module.
 
     With `read` every tensor is read, and only the lengths of the runs are taken from `runs`. Without `read` the digests
     are taken from `runs` too, and only tensors that it does not name are read. Raises CheckpointError if a file ends
@@ -110,7 +110,7 @@ def source_digests(checkpoint: Checkpoint, runs: Runs, read: bool = True) -> dic
                 strict=True,
             )
         )
-    found = {"config.json": file_digest(checkpoint.folder / "config.json")}
+    found = {path.name: file_digest(path) for path in checkpoint.settings_files()}
     for shard in checkpoint.shards:
         whole = hashlib.sha256(header_bytes(shard))
         for stored in ordered:

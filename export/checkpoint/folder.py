@@ -27,10 +27,13 @@ import numpy.typing as npt
 
 from export.checkpoint.file_table import DOWNLOAD_EXCEPTIONS, DOWNLOAD_PATTERNS, INDEX_FILE, text_files
 from export.checkpoint.safetensors_header import StoredTensor, numpy_dtype, read_header
+from export.checkpoint.safetensors_header import header_bytes as safetensors_header_bytes
 from export.errors import CheckpointError, listing, named, names, shown
 from export.files.reading import check_name, is_folder, is_regular, is_there, open_regular, read_json
 from export.floats import all_finite, widen
 from export.formats import SETTINGS_KEYS, settings_of, views_of
+from export.formats.gguf_file import gguf_header_bytes, is_gguf, read_gguf
+from export.formats.gguf_model import FLOATS, read_model
 from export.formats.view import PackedTensor
 
 logger = logging.getLogger(__name__)
@@ -60,6 +63,9 @@ class Checkpoint:
     packed: Mapping[str, PackedTensor] = field(default_factory=dict)
     in_files: Mapping[str, StoredTensor] | None = None
     _kept: dict[str, npt.NDArray[Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _rows: dict[str, tuple[int, int, npt.NDArray[Any]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def stored(self) -> Mapping[str, StoredTensor]:
@@ -76,8 +82,14 @@ class Checkpoint:
         return array
 
     def stored_rows(self, name: str, first: int, last: int) -> npt.NDArray[Any]:
-        """Rows of the first axis of a tensor of the files, in the stored dtype."""
-        return self._read_stored(self.stored[name], slice(first, last), None)
+        """Rows of the first axis of a tensor of the files, in the stored dtype. The last that were asked for are
+        kept."""
+        found = self._rows.get(name)
+        if found is None or found[:2] != (first, last):
+            found = first, last, self._read_stored(self.stored[name], slice(first, last), None)
+            self._rows.clear() if len(self._rows) >= KEPT_TENSORS else None
+            self._rows[name] = found
+        return found[2]
 
     def read(self, name: str, rows: slice | None = None, row_shape: tuple[int, ...] | None = None) -> npt.NDArray[Any]:
         """Read a tensor, or `rows` of its first axis, in the stored dtype. Raises CheckpointError if the file ends
@@ -140,6 +152,18 @@ class Checkpoint:
         """Like `read_finite`, converted to float32."""
         return widen(self.read_finite(name, rows, row_shape))
 
+    def settings_files(self) -> list[Path]:
+        """The files that say what the tensors mean; none for a GGUF file, which says it itself."""
+        if self.is_gguf:
+            return []
+        beside = self.folder / PACKED_SETTINGS_FILE
+        return [self.folder / "config.json", *([beside] if self.packed and is_regular(beside) else [])]
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the checkpoint is a GGUF file."""
+        return all(map(is_gguf, self.shards))
+
     def tokenizer_files(self) -> list[Path]:
         """Paths of the tokenizer and settings files that are copied with the model."""
         return [self.folder / name for name in text_files(self.folder)]
@@ -158,7 +182,9 @@ def model_folder(location: str | Path, revision: str | None = None) -> tuple[Pat
     folder = Path(location)
     check_name(folder, f"opening the checkpoint {named(location)}", CheckpointError)
     if is_regular(folder):
-        raise CheckpointError(f"opening the checkpoint {named(location)}: it is a file; pass the folder that holds it")
+        raise CheckpointError(
+            f"opening the checkpoint {named(location)}: it is a file; pass the folder that holds it, or a GGUF file"
+        )
     if is_folder(folder):
         if revision is not None:
             raise CheckpointError(
@@ -171,10 +197,12 @@ def model_folder(location: str | Path, revision: str | None = None) -> tuple[Pat
 
 
 def open_checkpoint(location: str | Path, revision: str | None = None) -> Checkpoint:
-    """Open a checkpoint folder, or download a hub id (`revision` of it) into the hub's cache first.
+    """Open a checkpoint folder or a GGUF file, or download a hub id (`revision` of it) into the hub's cache first.
 
     Raises ConfigError for an unreadable config.json and CheckpointError for missing or damaged shards.
     """
+    if is_gguf(Path(location)) and is_regular(Path(location)):
+        return _open_gguf(Path(location))
     folder, revision = model_folder(location, revision)
     _refuse_adapter(folder)
     config = read_json(folder / "config.json", "config.json of the checkpoint")
@@ -200,6 +228,43 @@ def open_checkpoint(location: str | Path, revision: str | None = None) -> Checkp
         shards=tuple(shards),
     )
     return _unpacked(checkpoint)
+
+
+def header_bytes(shard: Path) -> bytes:
+    """The header of a file of weights, safetensors or GGUF. Raises CheckpointError."""
+    return gguf_header_bytes(shard) if is_gguf(shard) else safetensors_header_bytes(shard)
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    """Open a GGUF file; the tokenizer and settings are those of the files beside it. Raises ConfigError and
+    CheckpointError."""
+    file = read_gguf(path)
+    model = read_model(file, f"opening {named(path)}")
+    stored: dict[str, StoredTensor] = {}
+    for tensor in file.tensors:
+        rows = math.prod(tensor.shape[:-1])
+        plain = tensor.name in model.plain
+        name = model.plain.get(tensor.name, tensor.name)
+        stored[name] = StoredTensor(
+            name=name, dtype=FLOATS[tensor.kind] if plain else "U8",
+            shape=tensor.shape if plain else (rows, tensor.num_bytes // rows),
+            shard=path, offset=tensor.offset, num_bytes=tensor.num_bytes,
+        )  # fmt: skip
+    tensors = {name: stored[name] for name in model.plain.values()}
+    for name, packed in model.packed.items():
+        whole = stored[packed.sources[0]]
+        num_bytes = whole.shape[1] * packed.num_rows
+        tensors[name] = replace(whole, name=name, dtype="F32", shape=packed.shape, num_bytes=num_bytes)
+    return Checkpoint(
+        folder=path.parent,
+        identity=str(path),
+        revision=None,
+        config=MappingProxyType(dict(model.config)),
+        tensors=MappingProxyType(tensors),
+        shards=(path,),
+        packed=dict(model.packed),
+        in_files=MappingProxyType(stored),
+    )
 
 
 def _unpacked(checkpoint: Checkpoint) -> Checkpoint:
@@ -324,6 +389,9 @@ def _no_weights(folder: Path, found: list[Path]) -> str:
             f"neither {WEIGHTS_FILE} nor {INDEX_FILE}, only {names(path.name for path in found)}; download the "
             "checkpoint in transformers' format"
         )
+    models = sorted(path.name for path in folder.iterdir() if is_gguf(path))
+    if models:
+        return f"no safetensors file; pass a GGUF file itself as the checkpoint: {names(models)}"
     pickles = [path.name for path in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))]
     if pickles:
         return (

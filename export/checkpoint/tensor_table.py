@@ -253,7 +253,11 @@ class Weights:
 
     def kept_bytes(self, name: str) -> int:
         """The most bytes of packed tensors that reading a row keeps in memory."""
-        packed = [part for part in self.table[name].parts if part.packed_in(self.checkpoint) is not None]
+        packed = [
+            part
+            for part in self.table[name].parts
+            if (tensor := part.packed_in(self.checkpoint)) is not None and tensor.reads_whole
+        ]
         largest = max((self.checkpoint.tensors[part.name].num_bytes for part in packed), default=0)
         fewest = min((len(self.checkpoint.packed[part.name].sources) for part in packed), default=1)
         return largest * min(len(packed), -(-KEPT_TENSORS // fewest))

@@ -8,8 +8,7 @@ from dataclasses import replace
 
 from export.checkpoint.digests import Run, shards_read_otherwise
 from export.checkpoint.file_table import INDEX_FILE
-from export.checkpoint.folder import PACKED_SETTINGS_FILE, Checkpoint, file_digest
-from export.checkpoint.safetensors_header import header_bytes
+from export.checkpoint.folder import Checkpoint, file_digest, header_bytes
 from export.conversion.parts import PartRecord, read_record
 from export.errors import CheckpointError, names
 from export.files.reading import is_regular
@@ -19,8 +18,8 @@ from export.files.resume import PartialFolder, SourceFile
 def source_files(checkpoint: Checkpoint) -> dict[str, SourceFile]:
     """The state of every file that a conversion reads. Of a shard only the header is hashed, of other files all."""
     found = {}
-    facts_of_weights = ["config.json", INDEX_FILE, PACKED_SETTINGS_FILE]
-    small = [*(checkpoint.folder / name for name in facts_of_weights), *checkpoint.tokenizer_files()]
+    small = [*checkpoint.settings_files(), *checkpoint.tokenizer_files()]
+    small += [] if checkpoint.is_gguf else [checkpoint.folder / INDEX_FILE]
     for path in [*checkpoint.shards, *(path for path in small if is_regular(path))]:
         shard = path in checkpoint.shards
         digest = hashlib.sha256(header_bytes(path)).hexdigest() if shard else file_digest(path)

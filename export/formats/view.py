@@ -34,7 +34,8 @@ class Source(Protocol):
         """A whole tensor of the files, in the stored dtype. It is kept for the next reads."""
 
     def stored_rows(self, name: str, first: int, last: int) -> npt.NDArray[Any]:
-        """Rows of the first axis of a tensor of the files, in the stored dtype; read once and in order."""
+        """Rows of the first axis of a tensor of the files, in the stored dtype. The last that were asked for are kept,
+        so that asking for them again reads nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,11 @@ class PackedTensor(ABC):
     def num_rows(self) -> int:
         """The number of rows, of all matrices of a stack together."""
         return math.prod(self.shape[:-1])
+
+    @property
+    def reads_whole(self) -> bool:
+        """Whether the tensors of the files are read whole and kept, rather than a few rows at a time."""
+        return True
 
     @abstractmethod
     def read(self, source: Source, first: int, last: int) -> FloatArray:

@@ -343,7 +343,7 @@ def changed_sources(weights: Weights, digests: Mapping[str, str], written: Path)
     """Names of the source files whose digests are not `digests`. The files are read only if one of them changed after
     the file `written` was written."""
     checkpoint = weights.checkpoint
-    files = [*checkpoint.shards, checkpoint.folder / "config.json"]
+    files = [*checkpoint.shards, *checkpoint.settings_files()]
     if max(path.stat().st_ctime_ns for path in files) <= written.stat().st_mtime_ns:
         return []
     runs: dict[str, tuple[Run, ...]] = {}

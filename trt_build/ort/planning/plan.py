@@ -190,7 +190,8 @@ def _files(build: PreparedBuild) -> dict[str, int]:
         name: FileRecord(bytes=size, sha256=None if name in UNDIGESTED_FILES else _DIGEST)
         for name, size in sorted(sizes.items())
     }
-    digests = dict.fromkeys(("config.json", *(shard.name for shard in checkpoint.shards)), _DIGEST)
+    files = [*checkpoint.settings_files(), *checkpoint.shards]
+    digests = dict.fromkeys((path.name for path in files), _DIGEST)
     manifest = build.manifest(source_record(checkpoint, digests), records)
     return {**sizes, MANIFEST_FILE: len(manifest_text(manifest).encode())}
 

@@ -1,0 +1,248 @@
+"""GGUF files of llama.cpp's own converter and quantiser as checkpoints, and files that are refused."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import struct
+from pathlib import Path
+
+import gguf
+import gguf.quants
+import numpy as np
+import pytest
+from checkpoints import write_phi_checkpoint, write_tokenizer
+from mixtral_checkpoints import write_llama_tokenizer, write_mixtral_checkpoint
+
+from export.checkpoint.folder import open_checkpoint
+from export.errors import CheckpointError, ConfigError, MoeshipError
+from export.families import read_model
+from export.formats.gguf_file import read_gguf
+from trt_build.ort.build import BuildOptions, build_engine
+from trt_build.ort.questions.stored_weights import open_stored_weights
+
+GOLDEN = Path(__file__).parent / "golden"
+# The checkpoints that ci/packers/gguf_model.py converted.
+ORIGINALS = {
+    "mixtral": lambda folder: write_mixtral_checkpoint(
+        folder, seed=7, spelling="published", hidden_size=64, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16,
+        ffn_size=96, num_experts=2, vocab_size=371,
+    ),
+    "phi": lambda folder: write_phi_checkpoint(
+        folder, seed=7, hidden_size=64, num_layers=1, num_heads=2, ffn_size=256, rotary_dim=16
+    ),
+}  # fmt: skip
+# Relative error of each type: at most that of its rounding, and far below that of rows in another order.
+ERRORS = {"F16": 3e-4, "Q8_0": 8e-3, "Q4_0": 0.11}
+
+
+def relative_errors(found, expected):
+    for name in expected.table:
+        wanted = expected.load(name)
+        yield np.linalg.norm(found.load(name) - wanted) / np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("family", ORIGINALS)
+@pytest.mark.parametrize("kind", ERRORS)
+def test_a_converted_model_is_the_original(tmp_path, family, kind):
+    original = read_model(open_checkpoint(ORIGINALS[family](tmp_path / "original")))
+    found = read_model(open_checkpoint(GOLDEN / f"{family}-{kind}.gguf"))
+    assert found.family.name == original.family.name
+    for field in ("hidden_size", "num_heads", "num_kv_heads", "head_size", "ffn_size", "rotary_dim", "rope_base",
+                  "norm_epsilon", "num_experts", "experts_per_token", "max_positions", "vocab_size"):  # fmt: skip
+        assert getattr(found.architecture, field) == getattr(original.architecture, field)
+    errors = list(relative_errors(found.weights, original.weights))
+    assert max(errors) < ERRORS[kind]
+
+
+@pytest.mark.parametrize("family", ORIGINALS)
+def test_codes_of_blocks_with_a_float16_scale_are_kept(tmp_path, family):
+    for kind, precision in (("Q4_0", "int4"), ("Q8_0", "int8")):
+        folder = tmp_path / kind
+        folder.mkdir()
+        path = shutil.copy(GOLDEN / f"{family}-{kind}.gguf", folder / "model.gguf")
+        write_llama_tokenizer(folder) if family == "mixtral" else write_tokenizer(folder)
+        engine = build_engine(
+            BuildOptions(checkpoint=str(path), output=folder / "engine", precision=precision, kernels="onnxruntime")
+        )
+        model = read_model(open_checkpoint(path))
+        stored = open_stored_weights(engine, model)
+        for name, spec in model.weights.table.items():
+            if model.weights.grid(name) is not None:
+                assert (stored.load(name) == model.weights.load(name)).all()
+                assert engine.manifest.packed[str(spec.role)].codes_kept
+        assert set(engine.manifest.source.digests) == {"model.gguf"}
+
+
+def test_a_gguf_without_tokenizer_files_beside_it_asks_for_them(tmp_path):
+    path = shutil.copy(GOLDEN / "phi-Q4_0.gguf", tmp_path / "model.gguf")
+    with pytest.raises(ConfigError, match=r"no tokenizer.json beside it, .* put the original model's tokenizer.json"):
+        build_engine(BuildOptions(checkpoint=str(path), output=tmp_path / "engine"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"pass a GGUF file itself as the checkpoint: model.gguf"):
+        open_checkpoint(tmp_path)
+
+
+def write_file(path, *, tensors=None, architecture="llama", **metadata):
+    """A small Llama with tied embeddings; `metadata` replaces values, None leaves them out."""
+    values = {
+        "context_length": 64, "embedding_length": 32, "block_count": 1, "feed_forward_length": 32,
+        "attention.head_count": 2, "attention.layer_norm_rms_epsilon": 1e-5, **metadata,
+    }  # fmt: skip
+    writer = gguf.GGUFWriter(str(path), architecture)
+    for key, value in values.items():
+        name = key if key.startswith(("general.", "split.", "tokenizer.")) else f"{architecture}.{key}"
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        elif isinstance(value, str):
+            writer.add_string(name, value)
+        elif isinstance(value, float):
+            writer.add_float32(name, value)
+        elif value is not None:
+            writer.add_uint32(name, value)
+    shapes = {
+        "token_embd.weight": (40, 32), "output_norm.weight": (32,), "blk.0.attn_norm.weight": (32,),
+        "blk.0.ffn_norm.weight": (32,),
+        **{f"blk.0.{name}.weight": (32, 32)
+           for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")},
+        **(tensors or {}),
+    }  # fmt: skip
+    rng = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        writer.add_tensor(name, rng.standard_normal(shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_each_type_is_dequantised_as_the_package_does(tmp_path, kind):
+    values = np.random.default_rng(1).standard_normal((8, 64)).astype(np.float32)
+    number = gguf.GGMLQuantizationType[kind]
+    packed = gguf.quants.quantize(values, number)
+    path = tmp_path / "m.gguf"
+    write_file(path)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    for key in ("context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count"):
+        writer.add_uint32(f"llama.{key}", 64)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_tensor("token_embd.weight", packed, raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    checkpoint = open_checkpoint(path)
+    found = checkpoint.read_float32("model.embed_tokens.weight")
+    assert (found == gguf.quants.dequantize(packed, number)).all()
+    assert (checkpoint.read_float32("model.embed_tokens.weight", slice(3, 5)) == found[3:5]).all()
+    assert checkpoint.packed["model.embed_tokens.weight"].label == f"gguf {kind}"
+
+
+def test_a_written_file_is_read(tmp_path):
+    model = read_model(open_checkpoint(write_file(tmp_path / "m.gguf")))
+    assert model.family.name == "llama"
+    assert model.architecture.tied_head
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"architecture": "qwen2"}, "its architecture is 'qwen2', moeship reads GGUF files of phi2 and llama"),
+        ({"embedding_length": None}, "its metadata lack llama.embedding_length"),
+        ({"attention.head_count": "two"}, "llama.attention.head_count is 'two', expected a whole number"),
+        ({"vocab_size": 41}, "llama.vocab_size says 41 tokens, the embedding has 40 rows; the file contradicts itself"),
+        ({"tokenizer.ggml.tokens": ["a", "b"]}, "tokenizer.ggml.tokens says 2 tokens, the embedding has 40 rows"),
+        ({"rope.scaling.type": "yarn"}, "llama.rope.scaling.type is 'yarn', which moeship does not support"),
+        ({"attention.value_length": 8}, "the lengths of keys, values and rotary embedding differ, expected 16"),
+        ({"split.count": 3}, "it is one of 3 files; join them with llama-gguf-split --merge"),
+        ({"block_count": 2}, "model.layers.1.input_layernorm.weight is missing"),
+        ({"feed_forward_length": 48}, "found [32, 32], config.json says [48, 32]"),
+        ({"expert_count": 4, "expert_used_count": 2, "tensors": {"blk.0.ffn_up_exps.weight": (3, 32, 32)}},
+         "blk.0.ffn_up_exps.weight stacks 3 experts, llama.expert_count says 4; the file contradicts itself"),
+        ({"tensors": {"rope_freqs.weight": (8,)}}, "rope_freqs.weight: moeship does not know what is computed"),
+        ({"tensors": {"blk.0.attn_q.weight": (33, 32)}}, "blk.0.attn_q.weight has 33 rows, no even number"),
+    ],
+)  # fmt: skip
+def test_metadata_that_contradict_the_tensors_are_refused(tmp_path, changes, said):
+    path = write_file(tmp_path / "m.gguf", **changes)
+    with pytest.raises(MoeshipError) as caught:
+        read_model(open_checkpoint(path))
+    assert said in str(caught.value)
+
+
+def edited(path, place, data):
+    content = bytearray(path.read_bytes())
+    content[place : place + len(data)] = data
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("place", "data", "said"),
+    [
+        (0, b"GGML", "it does not begin with GGUF"),
+        (4, struct.pack("<I", 9), "it has version 9 of GGUF, moeship reads 2 and 3"),
+        (8, struct.pack("<Q", 1 << 60), f"says that it has {1 << 60} tensors, more than a file of"),
+        (16, struct.pack("<Q", 60_000), "says that it has 60000 metadata entries, more than a file of"),
+        (24, struct.pack("<Q", 1 << 62), f"has a text of {1 << 62} bytes"),
+        (24, struct.pack("<Q", 1 << 22), "its header needs 4194304 bytes at byte 32"),
+    ],
+)
+def test_hostile_headers_are_refused(tmp_path, place, data, said):
+    path = write_file(tmp_path / "m.gguf")
+    edited(path, place, data)
+    with pytest.raises(CheckpointError, match=r"opening .*m\.gguf") as caught:
+        open_checkpoint(path)
+    assert said in str(caught.value)
+
+
+def place_of(path, name):
+    """The byte behind a tensor's name in the header: its number of dimensions."""
+    content = path.read_bytes()
+    return content.rindex(name.encode()) + len(name)
+
+
+@pytest.mark.parametrize(
+    ("offset", "data", "said"),
+    [
+        (0, struct.pack("<I", 77), "has 77 dimensions, expected 1 to 4"),
+        (4, struct.pack("<Q", 1 << 50), "which no tensor has"),
+        (4, struct.pack("<Q", 1 << 33), "ends at byte"),
+        (4, struct.pack("<Q", 0), "which no tensor has"),
+        (20, struct.pack("<I", 999), "has the type 999, which the package gguf does not know"),
+        (24, struct.pack("<Q", 1 << 50), "ends at byte"),
+        (24, struct.pack("<Q", 8), "is at byte"),
+        (24, struct.pack("<Q", 32), "overlap"),
+    ],
+)
+def test_hostile_tensors_are_refused(tmp_path, offset, data, said):
+    path = write_file(tmp_path / "m.gguf")
+    edited(path, place_of(path, "blk.0.attn_q.weight") + offset, data)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    assert said in str(caught.value)
+
+
+def test_every_cut_is_refused(tmp_path):
+    path = write_file(tmp_path / "m.gguf")
+    whole = path.read_bytes()
+    header = read_gguf(path).data_offset
+    cuts = [*range(1, header, 7), header + 1, len(whole) - 1 - len(whole) % 32]
+    last = max(tensor.offset + tensor.num_bytes for tensor in read_gguf(path).tensors)
+    for cut in {min(cut, last - 1) for cut in cuts}:
+        path.write_bytes(whole[:cut])
+        with pytest.raises(CheckpointError):
+            open_checkpoint(path)
+
+
+def test_the_parser_agrees_with_the_package():
+    for path in GOLDEN.glob("*.gguf"):
+        ours, theirs = read_gguf(path), gguf.GGUFReader(path)
+        assert ours.data_offset == theirs.data_offset
+        found = {one.name: (one.shape, one.kind, one.offset, one.num_bytes) for one in ours.tensors}
+        assert found == {
+            one.name: (tuple(reversed(one.shape.tolist())), int(one.tensor_type), one.data_offset, one.n_bytes)
+            for one in theirs.tensors
+        }
+        assert sum(math.prod(tensor.shape) for tensor in ours.tensors) > 10_000
