@@ -63,7 +63,9 @@ class RankConverter(Converter[TensorJob]):
         chunk = min(max(CHUNK_ELEMENTS, smallest), row.num_elements)
         stored = max(self.weights.checkpoint.tensors[part.name].itemsize for part in row.parts)
         beside = sum(side.planned.num_bytes for _, side in job.side_tensors)
-        return chunk * (stored + 3 * 4 + 3) + 4 * beside
+        kept = self.weights.kept_bytes(job.source)
+        unpacking = kept + chunk * (1 + 1 + 4) if kept else 0
+        return chunk * (stored + 3 * 4 + 3) + 4 * beside + unpacking
 
     def convert(self, job: TensorJob, count: Callable[[int], None]) -> PartRecord:
         """Do the job: read, quantise, write. Raises CheckpointError when reading fails, and QuantizationError for a

@@ -15,12 +15,14 @@ from export.quantize.grid import SLICE_VALUES
 SMALL, WIDE = 12, 4 * CHUNK_ELEMENTS  # input features
 
 
-def bytes_of(layout, rows, features, *, row_multiple=1, files=1, itemsizes=(2,)):
-    """`files`: tensors of the checkpoint whose rows lie beside one another in a row of the weight."""
+def bytes_of(layout, rows, features, *, row_multiple=1, files=1, itemsizes=(2,), kept=0):
+    """`files`: tensors of the checkpoint whose rows lie beside one another in a row of the weight; `kept`: bytes of
+    packed tensors that are kept."""
     parts = [SimpleNamespace(name=f"part{index}") for index in range(len(itemsizes))]
     row = SimpleNamespace(groups=[parts[:1] * files], shape=(rows, features), num_elements=rows * features, parts=parts)
     stored = {part.name: SimpleNamespace(itemsize=size) for part, size in zip(parts, itemsizes, strict=True)}
-    weights = SimpleNamespace(table={"w": row}, checkpoint=SimpleNamespace(tensors=stored))
+    weights = SimpleNamespace(table={"w": row}, checkpoint=SimpleNamespace(tensors=stored),
+                              kept_bytes=lambda name: kept)  # fmt: skip
     job = SimpleNamespace(source="w", row_multiple=row_multiple, layout=layout)
     return OnnxConverter(weights=weights, data=Path(), placement=None).working_bytes(job)
 
@@ -45,3 +47,8 @@ def test_a_quantised_weight_holds_its_codes_and_a_slice_beside_them():
     blocks = bytes_of(Layout.BLOCKS, 100, WIDE)
     assert blocks == plain + 3 * WIDE + 3 * 4 * SLICE_VALUES
     assert bytes_of(Layout.GROUPS, 100, WIDE) == blocks + WIDE
+
+
+def test_a_packed_weight_is_held_whole_beside_a_chunk_of_its_codes_and_its_error():
+    blocks = bytes_of(Layout.BLOCKS, 100, WIDE)
+    assert bytes_of(Layout.BLOCKS, 100, WIDE, kept=7_000_000) == blocks + 7_000_000 + WIDE * (1 + 1 + 4 + 4)
