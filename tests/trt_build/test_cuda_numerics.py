@@ -24,11 +24,16 @@ from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.provider import PROVIDERS
 from trt_build.comparison import parity
+from trt_build.comparison.evaluation_text import read_texts
+from trt_build.comparison.parity import THRESHOLDS
+from trt_build.comparison.serving_ways import SERVING_LIMITS
 from trt_build.comparison.torch_reference import ByTransformers, load_reference
 from trt_build.ort import verify
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.device import Device
 from trt_build.ort.engine import open_engine
+from trt_build.ort.questions.graph import ask_about_graph
+from trt_build.ort.served_as_scored import compare_serving
 from trt_build.ort.session import Session
 
 TOKENS = np.random.default_rng(3).integers(0, 256, 600).tolist()
@@ -209,6 +214,38 @@ def test_float16_moves_a_logit_by_what_its_rounding_explains(tiny_engines, refer
     with torch.no_grad():
         spread = float(reference("fp16")(torch.tensor([TOKENS])).logits.std())
     assert 2.0**-14 * spread < report.mean_logit_difference < 2.0**-8 * spread
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_four_questions_are_asked_of_an_engine_for_cuda(tiny_engines, tiny_checkpoint, precision):
+    engine = open_engine(tiny_engines(precision, "cuda"))
+    found = verify.verify_engine(engine, str(tiny_checkpoint), read_texts([]), 160, quiet).to_json()
+    weights, graph = found["questions"]
+    assert (weights["passed"], graph["passed"]) == (True, True)
+    assert 1e-5 < graph["logits"] <= graph["allowed"] == 5e-3
+    assert set(found["serving"]) == {"decoding", "chunks", "a batch"}
+    assert 0 < found["mean_kl"] < THRESHOLDS[precision].mean_kl * 2  # random weights, which cost more than trained ones
+    assert not [text for text in found["failures"] if text.startswith("served")]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("file", ["model_serving.onnx", "model_scoring.onnx"])
+def test_attention_that_one_graph_scales_by_1_03_is_told_by_the_question_about_it(
+    tmp_path, tiny_engines, tiny_checkpoint, precision, file
+):
+    engine = copy_of(tiny_engines(precision, "cuda"), tmp_path / "engine")
+    model = onnx.load(str(engine.folder / file), load_external_data=False)
+    for node in model.graph.node:
+        for entry in node.attribute:
+            if entry.name == "scale":
+                entry.f *= 1.03
+    (engine.folder / file).write_bytes(model.SerializeToString())
+    ways = compare_serving(engine, TOKENS[:256], quiet)
+    assert any(way.failure(SERVING_LIMITS[precision]) for way in ways)
+    answer = ask_about_graph(
+        engine, read_model(open_checkpoint(tiny_checkpoint)), TOKENS[:96], device=verify.open_device(engine)
+    )
+    assert answer.passed is (file == "model_serving.onnx")
 
 
 # Faults in what is particular to this graph.
