@@ -65,6 +65,7 @@ def _size_rows(report: CheckpointReport) -> Rows:
         ("hidden size", f"{facts.hidden_size}"),
         ("heads", f"{facts.num_heads} of size {facts.head_size}, {facts.num_kv_heads} key/value"),
         ("rotary", f"{facts.rotary_dim} dimensions of a head, base {facts.rope_base:g}"),
+        *([("rotary scaling", facts.rotary_scaling.described)] if facts.rotary_scaling else []),
         ("ffn size", f"{facts.ffn_size}" + (" of one expert" if facts.is_moe else "")),
         ("vocabulary", f"{facts.vocab_size}"),
         ("positions", f"{facts.max_positions}"),

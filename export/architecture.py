@@ -14,6 +14,7 @@ from typing import Any
 
 from export.config_keys.rules import FamilyKeys, contradictions, judge, resolved
 from export.errors import ConfigError, listing, named, names, shown
+from export.rotary import RotaryScaling
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ class Architecture:
     norm_epsilon: float
     max_positions: int
     source_dtype: str | None  # dtype that config.json states; the stored tensors may have another, which counts
+    rotary_scaling: RotaryScaling | None = None
     sliding_window: int | None = None  # number of positions a token attends to, its own included; None for all
     tied_head: bool = False  # whether the head uses the embedding's matrix
     dense_layers: tuple[int, ...] = ()  # in a model with experts, the layers that have one MLP instead of a mixture
@@ -174,15 +176,11 @@ class ConfigReader:
         self._seen: set[str] = set(keys.aliases)
         self._problems: list[str] = contradictions(raw, keys)
         self._notes: dict[str, str] = {}
-        self.overlaid: frozenset[str] = frozenset()  # keys that come from the nested object of `nested`
 
-    def nested(self, key: str) -> ConfigReader:
-        """A reader of this config in which the keys of a nested object replace those of the same name. Its problems
-        are added to the problems of this reader."""
-        nested = self.mapping(key)
-        reader = ConfigReader({**self.raw, **nested}, self._family, self._keys)
+    def inside(self, values: Mapping[str, Any]) -> ConfigReader:
+        """A reader of a nested object. Its problems are added to the problems of this reader."""
+        reader = ConfigReader(values, self._family, self._keys)
         reader._problems = self._problems
-        reader.overlaid = frozenset(nested)
         return reader
 
     def integer(
@@ -234,6 +232,10 @@ class ConfigReader:
     def harmless(self, *keys: str) -> None:
         """Accept keys that this family does not read with any value."""
         self._seen.update(keys)
+
+    @property
+    def number_of_problems(self) -> int:
+        return len(self._problems)
 
     def problem(self, text: str) -> None:
         self._problems.append(text)

@@ -30,7 +30,10 @@ ARROWS = {
 # The same between the folders of a package and the modules beside them. The modules in COMMON are for all, and use only
 # one another. A folder in a folder belongs to that folder, unless it has a row of its own.
 COMMON = {
-    "export": {"architecture", "command", "config_keys", "errors", "floats", "optional", "provider", "routing", "rows"},
+    "export": {
+        *("architecture", "command", "config_keys", "errors", "floats", "optional", "provider", "rotary", "routing"),
+        "rows",
+    },
     "trt_build": {"errors"},
     "triton_repo": {"errors"},
 }

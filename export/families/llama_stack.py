@@ -21,9 +21,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from export.architecture import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, Architecture, ConfigReader, Scales
+from export import rotary
+from export.architecture import MAX_EXPERTS, MAX_LAYERS, Architecture, ConfigReader, Scales
 from export.checkpoint.tensor_table import Part, Role, TensorSpec, concatenated, interleaved, single, stacked
-from export.families.network import Activation, Attention, Layer, Mlp, Network, Norm, rotary_keys
+from export.families.network import Activation, Attention, Layer, Mlp, Network, Norm
 from export.families.transformers_config import check_heads, read_rope, refuse_quantized
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def read_stack_config(
     per_token = 0 if dense else reader.integer("num_experts_per_tok", absent=2)
     if per_token > experts:
         reader.problem(f"num_experts_per_tok is {per_token}, expected 1 to num_local_experts = {experts}")
-    rope = read_rope(reader, "rope_theta")
+    rope = read_rope(reader, head_size, base=rope_base)
     architecture = Architecture(
         family=family,
         hidden_size=hidden,
@@ -85,10 +86,11 @@ def read_stack_config(
         vocab_size=reader.integer("vocab_size"),
         num_experts=experts,
         experts_per_token=per_token,
-        rotary_dim=head_size,
-        rope_base=rope.real("rope_theta", absent=rope_base),
+        rotary_dim=rope.dim,
+        rope_base=rope.base,
+        rotary_scaling=rope.scaling,
         norm_epsilon=reader.real("rms_norm_eps", absent=norm_epsilon),
-        max_positions=reader.integer("max_position_embeddings", maximum=MAX_POSITIONS),
+        max_positions=rope.positions,
         source_dtype=reader.text("dtype") or reader.text("torch_dtype"),
         sliding_window=sliding_window,
         tied_head=bool(raw.get("tie_word_embeddings")),
@@ -192,10 +194,12 @@ def stack_network(
 ) -> Network:
     """What the network computes, from a config.json with the keys of transformers' LlamaConfig. The first three are the
     values of missing keys; `embedding` to `logits` are the factors of `export.families.network` (`logits` divides)."""
-    config = rotary_keys(raw)
+    config = raw
+    turned = rotary.parameters(raw, rope_theta)
     heads = config["num_attention_heads"]
     head_size = config.get("head_dim") or config["hidden_size"] // heads
     epsilon = config.get("rms_norm_eps", rms_norm_eps)
+    scaling = rotary.scaling_of(turned, config["max_position_embeddings"])
 
     def norm(name: str) -> Norm:
         return Norm(name=name, centred=False, epsilon=epsilon)
@@ -226,7 +230,8 @@ def stack_network(
                 num_heads=heads,
                 num_kv_heads=config.get("num_key_value_heads", num_key_value_heads) or heads,
                 rotary_dim=head_size,
-                rotary_base=config.get("rope_theta", rope_theta),
+                rotary_base=turned["rope_theta"],
+                rotary_scaling=scaling,
                 factor=attention,
                 window=sliding_window,
             ),

@@ -125,6 +125,7 @@ FAMILY = Family(
     trtllm=TrtllmNetwork(
         architecture="MixtralForCausalLM",
         hidden_act="swiglu",
+        scaled=("linear", "llama3"),
         pipeline=True,
         gated=True,
         layer=layer_name,

@@ -8,12 +8,11 @@ the tensors' shapes show are not in the record. Names are those of modules in th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
 from export.architecture import Router
+from export.rotary import RotaryScaling
 
 
 class Activation(Enum):
@@ -35,10 +34,11 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Causal attention. The outputs of the modules `inputs`, one after the other, are all queries, then all keys, then
-    all values; the module `output` follows the heads. The first `rotary_dim` values of each head of queries and keys
-    are turned, in half-split order. The products of query and key are multiplied by `factor` (None: 1/sqrt(D)). A token
-    attends to `window` positions, its own included (None: to all)."""
+    """Causal attention. The outputs of the modules `inputs`, one after the other, are all queries, then all keys,
+    then all values; the module `output` follows the heads. The first `rotary_dim` values of each head of queries and
+    keys are turned, in half-split order, by frequencies that `rotary_scaling` scales. The products of query and key
+    are multiplied by `factor` (None: 1/sqrt(D)). A token attends to `window` positions, its own included (None: to
+    all)."""
 
     inputs: tuple[str, ...]
     output: str
@@ -46,6 +46,7 @@ class Attention:
     num_kv_heads: int
     rotary_dim: int
     rotary_base: float
+    rotary_scaling: RotaryScaling | None = None
     factor: float | None = None
     window: int | None = None
 
@@ -92,9 +93,3 @@ class Network:
     head: str
     embedding_factor: float = 1.0
     logits_divisor: float = 1.0
-
-
-def rotary_keys(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config.json in which the keys of the object rope_parameters, as transformers 5 writes it, replace those of the
-    same name at the top, where transformers 4 writes them."""
-    return {**config, **(config.get("rope_parameters") or {})}

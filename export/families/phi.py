@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from export.architecture import MAX_LAYERS, MAX_POSITIONS, Architecture, ConfigReader
+from export.architecture import MAX_LAYERS, Architecture, ConfigReader
 from export.checkpoint.tensor_table import Part, Role, TensorSpec, concatenated, single
 from export.config_keys.rules import transformers_keys
 from export.families import Family
@@ -65,7 +65,7 @@ def _read_transformers_config(raw: Mapping[str, Any]) -> Architecture:
     reader.require("head_dim", [hidden // heads], absent=hidden // heads)
     reader.require("qk_layernorm", [False], absent=False)
     reader.require("tie_word_embeddings", [False], absent=False)
-    rope = read_rope(reader, "rope_theta", "partial_rotary_factor")
+    rope = read_rope(reader, max(1, hidden // heads), base=10000.0, share=0.5)
     if hidden % heads:
         reader.problem(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     architecture = Architecture(
@@ -79,10 +79,11 @@ def _read_transformers_config(raw: Mapping[str, Any]) -> Architecture:
         vocab_size=reader.integer("vocab_size"),
         num_experts=0,
         experts_per_token=0,
-        rotary_dim=int(hidden // heads * rope.real("partial_rotary_factor", absent=0.5, maximum=1.0)),
-        rope_base=rope.real("rope_theta", absent=10000.0),
+        rotary_dim=rope.dim,
+        rope_base=rope.base,
+        rotary_scaling=rope.scaling,
         norm_epsilon=reader.real("layer_norm_eps", absent=1e-5),
-        max_positions=reader.integer("max_position_embeddings", maximum=MAX_POSITIONS),
+        max_positions=rope.positions,
         source_dtype=reader.text("dtype") or reader.text("torch_dtype"),
     )
     reader.harmless("torch_dtype", "dtype")

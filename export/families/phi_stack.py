@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from export import rotary
 from export.architecture import (
     MAX_EXPERTS,
     MAX_LAYERS,
@@ -27,8 +28,8 @@ from export.architecture import (
 )
 from export.checkpoint.tensor_table import Role, TensorSpec, single
 from export.config_keys.rules import PHI_MSFT, resolved
-from export.families.network import Activation, Attention, Layer, Mlp, Network, Norm, rotary_keys
-from export.families.transformers_config import SCALED_ROTARY, check_heads, refuse_quantized
+from export.families.network import Activation, Attention, Layer, Mlp, Network, Norm
+from export.families.transformers_config import check_heads, refuse_quantized
 from export.families.trtllm_network import TrtllmNetwork
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def has_experts(config: Mapping[str, Any]) -> bool:
 def read_msft_config(raw: Mapping[str, Any], family: str) -> Architecture:
     """Read the Architecture from a phi-msft config.json, dense or with experts. Raises ConfigError."""
     reader = ConfigReader(raw, family, PHI_MSFT)
-    reader.explain("rope_scaling", f"scaled rotary embedding {SCALED_ROTARY}")
+    reader.explain("rope_scaling", "the published modeling_phi.py does not scale the rotary embedding")
     refuse_quantized(reader)
     hidden, heads = reader.integer("n_embd"), reader.integer("n_head")
     experts = reader.integer("num_local_experts", absent=0, minimum=0, maximum=MAX_EXPERTS)
@@ -172,9 +173,11 @@ def stack_tensors(architecture: Architecture, mlp: Callable[[Architecture, int],
 def stack_network(raw: Mapping[str, Any], mlp: str, gate: str | None = None) -> Network:
     """What the network computes, from a config.json of phi-msft or of transformers. Missing keys have the defaults of
     transformers' PhiConfig. `mlp` is the path of the modules fc1 and fc2 in a layer, `gate` the path of the router."""
-    config = rotary_keys(transformers_config(raw))
+    config = transformers_config(raw)
+    turned = rotary.parameters(config, 10000.0, 0.5)
     heads = config["num_attention_heads"]
     epsilon = config.get("layer_norm_eps", 1e-5)
+    scaling = rotary.scaling_of(turned, config["max_position_embeddings"])
 
     def norm(name: str) -> Norm:
         return Norm(name=name, centred=True, epsilon=epsilon)
@@ -187,8 +190,9 @@ def stack_network(raw: Mapping[str, Any], mlp: str, gate: str | None = None) -> 
                 output=f"{name}.mixer.out_proj",
                 num_heads=heads,
                 num_kv_heads=config.get("num_key_value_heads") or heads,
-                rotary_dim=int(config["hidden_size"] // heads * config.get("partial_rotary_factor", 0.5)),
-                rotary_base=config.get("rope_theta", 10000.0),
+                rotary_dim=int(config["hidden_size"] // heads * turned["partial_rotary_factor"]),
+                rotary_base=turned["rope_theta"],
+                rotary_scaling=scaling,
             ),
             mlp=Mlp(
                 first=f"{name}.{mlp}.fc1",

@@ -2,44 +2,123 @@
 
 from __future__ import annotations
 
-from export.architecture import Architecture, ConfigReader
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from export import rotary
+from export.architecture import MAX_POSITIONS, MAX_REAL, MIN_REAL, Architecture, ConfigReader
 from export.errors import named, names, shown
 from export.formats import methods
+from export.rotary import RotaryScaling
 
-SCALED_ROTARY = "is not supported yet, and without it the logits would be wrong"
+logger = logging.getLogger(__name__)
+
+_AT_THE_TOP = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+# Keys of every kind. Files of early yarn models say "finetuned", which nothing reads.
+_OF_ANY_KIND = ("type", "rope_type", "rope_theta", "partial_rotary_factor", "finetuned")
 
 
-def read_rope(reader: ConfigReader, *keys: str) -> ConfigReader:
-    """A reader of the keys `keys` of the rotary embedding. Every scaled rotary embedding is refused.
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """The rotary embedding of a config.json. `positions` is the model's number of positions: max_position_embeddings,
+    or less where more positions would need other tables."""
 
-    transformers 5 writes these keys in the object rope_parameters, transformers 4 at the top of config.json.
-    """
-    _refuse_rotary_scaling(reader)
-    rope = reader.nested("rope_parameters")
-    reader.harmless(*keys)
-    rope.require("rope_type", ["default"], absent="default")
-    unknown = rope.overlaid - {*keys, "rope_type"}
-    if unknown:
+    base: float
+    dim: int
+    scaling: RotaryScaling | None
+    positions: int
+
+
+def read_rope(reader: ConfigReader, head_size: int, *, base: float, share: float | None = None) -> Rope:
+    """Read the rotary embedding, in the spelling of transformers 4 (keys at the top, rope_scaling) or of transformers 5
+    (rope_parameters). `base` and `share` are the class's own rope_theta and partial_rotary_factor; if `share` is None,
+    the whole head turns and another factor is refused. Adds a problem for each value that is wrong or not built."""
+    reader.harmless(*_AT_THE_TOP)
+    most = reader.integer("max_position_embeddings", maximum=MAX_POSITIONS)
+    older, newer = reader.mapping("rope_scaling"), reader.mapping("rope_parameters")
+    if older and newer and older != newer:
+        reader.problem("rope_scaling and rope_parameters both set the rotary embedding; keep one of them")
+    values = rotary.parameters({**reader.raw, "rope_scaling": older, "rope_parameters": newer}, base, share)
+    rope = reader.inside(values)
+    part = rope.real("partial_rotary_factor", absent=1.0, maximum=1.0)
+    if share is None and part != 1:
+        reader.problem(f"partial_rotary_factor is {part:g}; this family turns the whole head")
+    theta = rope.real("rope_theta", absent=base)
+    scaling = _read_scaling(reader, rope, values, int(head_size * part), most)
+    positions = most
+    if scaling is not None and scaling.kind == "longrope" and most > scaling.original_positions:
+        positions = scaling.original_positions
+        logger.warning(
+            "the rotary embedding (longrope) turns every position of a text of more than %d tokens in another way, so "
+            "engines take %d of the model's %d positions", positions, positions, most,
+        )  # fmt: skip
+    return Rope(base=theta, dim=int(head_size * part), scaling=scaling, positions=positions)
+
+
+def _read_scaling(
+    reader: ConfigReader, rope: ConfigReader, values: Mapping[str, Any], width: int, most: int
+) -> RotaryScaling | None:
+    kind = values["rope_type"]
+    if kind == "dynamic":
         reader.problem(
-            f"rope_parameters holds {names(sorted(unknown))}, which moeship does not support for this family"
+            "rope_type is 'dynamic': its frequencies change with the length of the text, also for tokens that are "
+            "in the cache, and an engine has one table; take a model with another scaling"
         )
-    return rope
+        return None
+    if not isinstance(kind, str) or kind not in rotary.KEYS:
+        reader.problem(f"rope_type is {shown(kind, 40)}; moeship builds {', '.join(rotary.KEYS)}")
+        return None
+    if values.get("type", kind) != kind:
+        reader.problem(f"rope_type is {shown(kind, 40)} and type is {shown(values['type'], 40)}; keep one of them")
+    unused = [
+        key for key, value in values.items() if key not in (*rotary.KEYS[kind], *_OF_ANY_KIND) and value is not None
+    ]
+    if unused:
+        reader.problem(
+            f"the rotary embedding of kind {kind!r} has {names(sorted(unused))}, which that kind does not read"
+        )
+    before = reader.number_of_problems
+    _check_scaling(rope, values, kind, width)
+    if unused or reader.number_of_problems > before:
+        return None
+    try:
+        return rotary.scaling_of(values, most)
+    except ValueError as error:
+        reader.problem(str(error))
+        return None
 
 
-def _refuse_rotary_scaling(reader: ConfigReader) -> None:
-    """Refuse a rope_scaling that scales. As in transformers, null, an empty object, and an object with the kind
-    "default" alone do not scale."""
-    scaling = reader.mapping("rope_scaling")
-    if scaling:
-        kind = scaling.get("rope_type") or scaling.get("type")
-        more = sorted(set(scaling) - {"rope_type", "type"})
-        if kind == "default":
-            if more:
-                reader.problem(f"rope_scaling of the kind 'default' holds {names(more)}, which is not supported there")
-            if reader.mapping("rope_parameters"):
-                reader.problem("rope_scaling and rope_parameters both set the rotary embedding; keep one of them")
-            return
-        reader.problem(f"rope_scaling is {shown(scaling)}: its kind, {shown(kind, 40)}, {SCALED_ROTARY}")
+def _check_scaling(rope: ConfigReader, values: Mapping[str, Any], kind: str, width: int) -> None:
+    """Add a problem for each value that a scaling cannot have."""
+    for key in rotary.KEYS[kind]:
+        value = values.get(key)
+        if key in ("short_factor", "long_factor"):
+            if not _is_factors(value, width // 2):
+                rope.problem(f"{key} is {shown(value)}, expected {width // 2} positive numbers")
+        elif key == "original_max_position_embeddings":
+            rope.integer(key, minimum=2)
+        elif key == "truncate":
+            if key in values and not isinstance(value, bool):
+                rope.problem(f"truncate is {shown(value)}, expected true or false")
+        elif key == "factor" and value is None and key in values and kind in ("yarn", "longrope"):
+            continue  # then it is the quotient of the two lengths
+        elif key in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim") and not value:
+            if value is not None and (key == "attention_factor" or value != 0 or value is False):
+                rope.problem(f"{key} is {shown(value)}, expected a positive number")
+        elif key != "factor" or kind != "longrope" or key in values:
+            rope.real(key)
+    if kind == "yarn" and rope.real("rope_theta") == 1:
+        rope.problem("rope_theta is 1, and a yarn takes its logarithm")
+
+
+def _is_factors(value: object, number: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == number
+        and all(type(item) in (int, float) and MIN_REAL <= item <= MAX_REAL for item in value)
+    )
 
 
 def refuse_quantized(reader: ConfigReader) -> None:

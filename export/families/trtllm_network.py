@@ -28,7 +28,8 @@ class TrtllmNetwork:
     outside the layers to the network's, and `modules` those inside a layer, without the prefix. `gated`: the rows of an
     expert's first matrix alternate between gate and up. `pipeline`: the network supports pipeline parallelism.
     `norm_epsilon` is the value that the network uses whatever config.json says; None if it reads config.json.
-    `grouped_heads`: several query heads may share a key/value head.
+    `grouped_heads`: several query heads may share a key/value head. `scaled`: the kinds of rotary scaling that the
+    network computes.
     """
 
     architecture: str
@@ -40,6 +41,7 @@ class TrtllmNetwork:
     modules: Mapping[str, str]
     norm_epsilon: float | None = None
     grouped_heads: bool = True
+    scaled: tuple[str, ...] = ()
     module: str | None = None
 
     def names(self, num_layers: int) -> dict[str, tuple[int | None, str]]:
@@ -61,6 +63,12 @@ class TrtllmNetwork:
             found.append(
                 f"{facts.num_kv_heads} key/value heads serve {facts.num_heads} attention heads, and TensorRT-LLM's "
                 f"{name} needs one for each; build for onnxruntime"
+            )
+        if facts.rotary_scaling is not None and facts.rotary_scaling.kind not in self.scaled:
+            some = f"scales by {' or '.join(self.scaled)} alone" if self.scaled else "does not scale it"
+            found.append(
+                f"the rotary embedding is scaled ({facts.rotary_scaling.described}), and TensorRT-LLM's {name} {some}; "
+                "build for onnxruntime"
             )
         for what, plain in (("scales", Scales()), ("router", Router()), ("dense_layers", ())):
             if getattr(facts, what) != plain:

@@ -20,7 +20,7 @@ _COMPARED = (
     "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_size", "ffn_size", "rotary_dim",
 )  # fmt: skip
 # Facts that a merge takes from the base, so that an expert may have another: it loses its own.
-_OF_THE_BASE = ("vocab_size", "rope_base", "norm_epsilon", "sliding_window")
+_OF_THE_BASE = ("vocab_size", "rope_base", "rotary_scaling", "norm_epsilon", "sliding_window")
 # Stored dtype -> largest relative difference that may be rounding, if two models are stored in different dtypes.
 _ROUNDING = {"F32": 0.0, "F16": 2.0**-10, "BF16": 2.0**-7}
 

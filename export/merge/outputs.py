@@ -115,17 +115,27 @@ def _phixtral_tensors(architecture: Architecture, dtype: str) -> list[MergedTens
 
 
 def _phixtral_problems(base: Model) -> list[str]:
-    if base.architecture.rope_base == ROPE_BASE:
-        return []
-    return [
-        f"the base ({base.weights.checkpoint.identity}) has rope_theta {base.architecture.rope_base:g}; "
-        f"the phi-msft layout has no key for it and fixes it at {ROPE_BASE:g}"
-    ]
+    identity, facts = base.weights.checkpoint.identity, base.architecture
+    problems = []
+    if facts.rope_base != ROPE_BASE:
+        problems.append(
+            f"the base ({identity}) has rope_theta {facts.rope_base:g}; the phi-msft layout has no key for it and "
+            f"fixes it at {ROPE_BASE:g}"
+        )
+    if facts.rotary_scaling is not None:
+        problems.append(
+            f"the base ({identity}) has a scaled rotary embedding ({facts.rotary_scaling.described}); the phi-msft "
+            "layout has no key for it"
+        )
+    return problems
+
+
+_ROTARY_KEYS = ("rope_scaling", "rope_parameters", "original_max_position_embeddings")
 
 
 def _mixtral_config(base: Model, architecture: Architecture, dtype: str, tokens: Mapping[str, Any]) -> dict[str, Any]:
     raw = base.weights.checkpoint.config
-    rotary = {key: raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key)}
+    rotary = {key: raw[key] for key in _ROTARY_KEYS if raw.get(key)}
     return {
         "architectures": ["MixtralForCausalLM"],
         "attention_dropout": 0.0,
@@ -135,7 +145,7 @@ def _mixtral_config(base: Model, architecture: Architecture, dtype: str, tokens:
         "hidden_size": architecture.hidden_size,
         "initializer_range": 0.02,
         "intermediate_size": architecture.ffn_size,
-        "max_position_embeddings": architecture.max_positions,
+        "max_position_embeddings": raw["max_position_embeddings"],
         "model_type": "mixtral",
         "num_attention_heads": architecture.num_heads,
         "num_experts_per_tok": architecture.experts_per_token,

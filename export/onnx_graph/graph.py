@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from export import rotary
 from export.architecture import Architecture
 from export.checkpoint.tensor_table import TensorSpec
 from export.errors import ExportError
@@ -349,18 +350,11 @@ class GraphBuilder(ABC):
             )
 
     def _rotary_caches(self) -> None:
-        """Add the rotary tables: cos and sin [max_sequence, rotary_dim / 2] of position * base^(-2i / rotary_dim).
-
-        Frequencies and angles are rounded to float32 at the same steps as in PyTorch's implementations. An angle
-        computed in float64 would differ by 1e-4 at position 2000.
-        """
+        """Add the rotary tables: cos and sin [max_sequence, rotary_dim / 2]."""
         facts = self.architecture
-        exponents = np.arange(0, facts.rotary_dim, 2, dtype=np.float32) / np.float32(facts.rotary_dim)
-        powers = np.power(np.float64(facts.rope_base), exponents.astype(np.float64)).astype(np.float32)
-        frequencies = np.float32(1.0) / powers
-        angles = np.arange(self._max_sequence, dtype=np.float32)[:, None] * frequencies[None, :]
-        self._nodes.constant("rotary/cos_cache", np.cos(angles.astype(np.float64)).astype(self._float_type))
-        self._nodes.constant("rotary/sin_cache", np.sin(angles.astype(np.float64)).astype(self._float_type))
+        found = rotary.tables(self._max_sequence, facts.rotary_dim, facts.rope_base, facts.rotary_scaling)
+        for name, table in zip(("cos", "sin"), found, strict=True):
+            self._nodes.constant(f"rotary/{name}_cache", table.astype(self._float_type))
 
     def _matrix(self, path: str, initializers: list[str], job: WeightJob, bias: str) -> Matrix:
         return Matrix(job=job, initializers=initializers, shape=self._weights.table[f"{path}.weight"].shape, bias=bias)

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from export import rotary
 from export.families.network import Attention
 from export.reference.operations import FloatArray, softmax_in_place
 from export.reference.reader import Reader
@@ -35,7 +36,11 @@ class Projections:
         each window, and T."""
         windows = [slice(first, last) for first, last in pairwise(bounds) if first < last]
         head_size = self._output.shape[1] // self._attention.num_heads
-        tables = rotary_tables(max((rows.stop - rows.start for rows in windows), default=0), self._attention)
+        lengths = [rows.stop - rows.start for rows in windows]
+        tables = {
+            long: rotary_tables(max(length for length in lengths if self._is_long(length) == long), self._attention)
+            for long in {self._is_long(length) for length in lengths}
+        }
         heads = np.empty((len(x), self._output.shape[1]), dtype=np.float32)
         widths = [len(matrix) for matrix in self._matrices]
         for rows in windows:
@@ -44,26 +49,20 @@ class Projections:
                 own = products[:, end - len(matrix) : end]
                 np.matmul(x[rows], matrix.T, out=own)
                 own += bias
-            heads[rows] = attend(products, self._attention, head_size, tables)
+            heads[rows] = attend(products, self._attention, head_size, tables[self._is_long(rows.stop - rows.start)])
         result: FloatArray = heads @ self._output.T
         result += self._output_bias
         return result
 
+    def _is_long(self, length: int) -> bool:
+        """Whether a text of `length` positions has the tables of long texts, if the scaling has such."""
+        scaling = self._attention.rotary_scaling
+        return scaling is not None and length > scaling.original_positions
+
 
 def rotary_tables(length: int, attention: Attention) -> tuple[FloatArray, FloatArray]:
-    """cos and sin, float32 [length, rotary_dim / 2], of position * base^(-2i / rotary_dim).
-
-    Powers, frequencies, angles, cos and sin are each rounded to float32 where PyTorch's models round them; at position
-    2000 an angle that was computed in float64 would differ by 1e-4. Each is the float32 nearest to the exact value.
-    PyTorch's own hang on the processor: of 1,024 frequencies its AVX2 code gives 10 another last bit, its plain code 1
-    (tests/export/reference/test_rotary.py). Source: Su et al., RoFormer, 2021, and transformers,
-    modeling_rope_utils.py.
-    """
-    places = np.arange(0, attention.rotary_dim, 2, dtype=np.float32) / np.float32(attention.rotary_dim)
-    powers = (attention.rotary_base ** places.astype(np.float64)).astype(np.float32)
-    positions = np.arange(length, dtype=np.float32)
-    angles = np.outer(positions, np.float32(1) / powers).astype(np.float64)
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    """cos and sin, float32 [length, rotary_dim / 2], for a text of `length` positions (export/rotary.py)."""
+    return rotary.tables(length, attention.rotary_dim, attention.rotary_base, attention.rotary_scaling)
 
 
 def attend(

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 from export.families import Model
+from export.rotary import RotaryScaling
 from export.trtllm.layout import LayoutOptions
 
 RENORMALIZE = 1  # MoeConfig.ExpertScaleNormalizationMode: choose the K largest logits, then softmax over these K
@@ -35,7 +36,7 @@ def checkpoint_config(model: Model, options: LayoutOptions) -> dict[str, Any]:
         "position_embedding_type": "rope_gpt_neox",
         "max_position_embeddings": facts.max_positions,
         "rotary_base": facts.rope_base,
-        "rotary_scaling": None,
+        "rotary_scaling": rotary_scaling(facts.rotary_scaling),
         "rotary_pct": rotary_share(facts.rotary_dim, facts.head_size),
         "rotary_embedding_dim": facts.rotary_dim,
         "use_parallel_embedding": False,
@@ -51,6 +52,23 @@ def checkpoint_config(model: Model, options: LayoutOptions) -> dict[str, Any]:
             "normalization_mode": RENORMALIZE,
         }
     return config
+
+
+def rotary_scaling(scaling: RotaryScaling | None) -> dict[str, Any] | None:
+    """The value of rotary_scaling, for the kinds that a network may have (TrtllmNetwork.scaled). Source:
+    RopeEmbeddingUtils in tensorrt_llm/functional.py."""
+    if scaling is None:
+        return None
+    if scaling.kind == "linear":
+        return {"type": "linear", "factor": scaling.factor}
+    assert scaling.kind == "llama3"
+    return {
+        "type": scaling.kind,
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_positions,
+    }
 
 
 def rotary_share(rotary_dim: int, head_size: int) -> float:

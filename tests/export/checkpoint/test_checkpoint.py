@@ -312,16 +312,6 @@ def test_a_missing_dimension_is_not_guessed(phixtral):
         read(phixtral)
 
 
-def test_transformers_rotary_scaling_is_refused(tmp_path):
-    folder = write_phi_checkpoint(tmp_path / "phi", seed=1)
-    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-    edit_config(folder, rope_parameters=rope)
-    with pytest.raises(ConfigError) as caught:
-        read(folder)
-    assert "rope_type is 'linear'; moeship builds only 'default'" in str(caught.value)
-    assert "rope_parameters holds factor" in str(caught.value)
-
-
 def test_experts_per_token_can_be_overridden_within_the_number_of_experts(phixtral, tmp_path):
     assert read_model(open_checkpoint(phixtral), 3).architecture.experts_per_token == 3
     with pytest.raises(ConfigError, match="found 4, expected 1 to 3, the number of experts"):

@@ -64,6 +64,25 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine, rest], dim=-1)
 
 
+def scaled(frequencies: Tensor, scaling: dict[str, Any] | None) -> Tensor:
+    """Frequencies scaled as RopeEmbeddingUtils in tensorrt_llm/functional.py scales them."""
+    kind = None if scaling is None else scaling.get("type", scaling.get("rope_type"))
+    if scaling is None or kind is None:
+        return frequencies
+    if kind == "linear":
+        return frequencies / scaling.get("factor", 1.0)
+    assert kind == "llama3", f"rotary_scaling of kind {kind} is not computed here"
+    low, high = scaling.get("low_freq_factor", 1.0), scaling.get("high_freq_factor", 4.0)
+    length, factor = scaling.get("original_max_position_embeddings", 8192), scaling.get("factor", 8.0)
+    result = []
+    for frequency in frequencies.tolist():
+        wave = 2 * math.pi / frequency
+        smooth = (length / wave - low) / (high - low)
+        between = (1 - smooth) * frequency / factor + smooth * frequency
+        result.append(frequency if wave < length / high else frequency / factor if wave > length / low else between)
+    return torch.tensor(result, dtype=frequencies.dtype)
+
+
 class Attention(Module):
     def __init__(
         self,
@@ -122,7 +141,7 @@ class Attention(Module):
         super().__init__()
         assert num_attention_heads % tp_size == 0, "num_attention_heads must be divisible by tp_size"
         absent(
-            cp_size=cp_size > 1, clip_qkv=clip_qkv, rotary_embedding_scaling=rotary_embedding_scaling,
+            cp_size=cp_size > 1, clip_qkv=clip_qkv,
             qk_layernorm=qk_layernorm, inner_layernorm=inner_layernorm, cross_attention=cross_attention,
             relative_attention=relative_attention, is_local=is_local, use_logn_scaling=use_logn_scaling,
         )  # fmt: skip
@@ -206,6 +225,7 @@ class Attention(Module):
         dimensions = getattr(config, "rotary_dim", int(config.head_size * getattr(config, "rotary_pct", 1.0)))
         exponents = torch.arange(0, dimensions, 2, dtype=torch.float64) / dimensions
         frequencies = 1.0 / (getattr(config, "rotary_base", 10000.0) ** exponents).float()
+        frequencies = scaled(frequencies, getattr(config, "rotary_scaling", None))
         angles = torch.arange(config.max_position_embeddings).float()[:, None] * frequencies
         table = torch.stack([angles.cos(), angles.sin()], dim=1)
         for name, value in (("rotary_inv_freq", frequencies), ("embed_positions_for_gpt_attention", table)):
