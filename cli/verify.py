@@ -1,6 +1,6 @@
-"""Compare an engine with the reference: the checkpoint that it was built from, computed in float32.
+"""Compare engines with the reference: the checkpoint that they were built from, computed in float32.
 
-Exit status 0 within the thresholds of the engine's precision, 1 past them. The result is written into engine.json.
+Exit status 0 within the thresholds of each engine's precision, 1 past them. The results are written into engine.json.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cli.verify_report import AnyEngine, open_engines, refuse_output, write_report
 from trt_build.comparison.answers import Answer
 from trt_build.comparison.cost import Grain
-from trt_build.comparison.evaluation_text import read_texts
+from trt_build.comparison.evaluation_text import EvaluationText, read_texts
 from trt_build.comparison.parity import THRESHOLDS, Verification
 from trt_build.comparison.serving_ways import SERVING_LIMITS
 from trt_build.comparison.verified import Verified
-from trt_build.errors import EngineError, VerificationFailed
-from trt_build.manifest import ORT_BACKEND, TRTLLM_BACKEND, engine_backend
-from trt_build.ort.engine import open_engine
+from trt_build.errors import EngineError, LibraryMissing, VerificationFailed
+from trt_build.manifest import ORT_BACKEND, TRTLLM_BACKEND
+from trt_build.ort.engine import Engine
 from trt_build.ort.questions.cost import CostOptions
 from trt_build.ort.verify import record, verify_engine
 
@@ -30,7 +31,8 @@ PROGRESS_S = 5.0  # seconds between two progress messages
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("engine", type=Path, metavar="ENGINE", help="engine directory")
+    parser.add_argument("engine", type=Path, nargs="+", metavar="ENGINE",
+                        help="engine directory; several must be of one model")  # fmt: skip
     parser.add_argument("--reference", required=True, metavar="CHECKPOINT", help="the checkpoint it was built from")
     parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE",
                         help="measure on this text; repeatable (default: moeship's own held-out text)")  # fmt: skip
@@ -42,22 +44,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="tokens for --cost (default: what a bound on time and memory allows)")  # fmt: skip
     parser.add_argument("--trtllm-checkpoint", type=Path, metavar="DIR",
                         help="rank files of a TensorRT-LLM engine (default: ENGINE.checkpoint)")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--report", type=Path, metavar="OUT.html",
+                        help="write a page that shows the engines side by side; asks for --cost too")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Verify an engine and print the report. Raises VerificationFailed if a figure misses its threshold."""
-    verified = _verify(arguments)
+    """Verify engines, print their results and write the report. Raises VerificationFailed if a figure of an engine
+    misses its threshold."""
+    report, text = arguments.report, read_texts(arguments.text)
+    if report is not None:
+        refuse_output(report)
+    engines = open_engines(arguments.engine)
+    _refuse_flags(arguments, engines)
+    progress = every(PROGRESS_S, logger.info)
+    results = [_verify_and_print(arguments, engine, text, progress) for engine in engines]
+    if arguments.json:
+        _print_json(engines, results)
+    if report is not None:
+        write_report(report, engines, results, arguments.reference, text, command_words(arguments), progress)
+        logger.info("the report is in %s", report)
+    failures = [_failures(engine, one) for engine, one in zip(engines, results, strict=True)]
+    failed = [
+        f"verifying {engine.folder} ({engine.manifest.precision.name}) against {arguments.reference}: {'; '.join(own)}"
+        for engine, own in zip(engines, failures, strict=True)
+        if own
+    ]
+    if failed:
+        raise VerificationFailed("\n".join(failed))
+    return 0
+
+
+def _refuse_flags(arguments: argparse.Namespace, engines: Sequence[AnyEngine]) -> None:
+    """Raise EngineError for a flag that none of the engines' backends has, and for one that several would share."""
+    of_trtllm = sum(not isinstance(engine, Engine) for engine in engines)
+    if of_trtllm and arguments.report is None and cost_options(arguments) is not None:
+        raise EngineError(f"reading the flags: --cost: for engines of {ORT_BACKEND} only; leave it out")
+    if arguments.trtllm_checkpoint is not None and not of_trtllm:
+        raise EngineError(f"reading the flags: --trtllm-checkpoint: for engines of {TRTLLM_BACKEND} only; leave it out")
+    if arguments.trtllm_checkpoint is not None and of_trtllm > 1:
+        raise EngineError(
+            f"reading the flags: --trtllm-checkpoint: found {of_trtllm} engines of {TRTLLM_BACKEND}, expected one; "
+            "verify them one by one"
+        )
+
+
+def _verify_and_print(
+    arguments: argparse.Namespace, engine: AnyEngine, text: EvaluationText, progress: Callable[[str], None]
+) -> Verified | None:
+    """Verify one engine, print the result as text and write it into engine.json. None for an engine for TensorRT-LLM
+    that cannot run here, of which the report shows what is recorded."""
+    try:
+        verified = _verify(arguments, engine, text, progress)
+    except LibraryMissing as error:
+        if arguments.report is None:
+            raise
+        logger.warning("%s; the report shows what engine.json recorded", error)
+        return None
     verification = verified.verification
     if not verification.reference_is_the_source:
         logger.warning(
             "%s was not built from these files of %s: the figures hold for the two as they are",
-            arguments.engine,
+            engine.folder,
             arguments.reference,
         )
-    if arguments.json:
-        print(json.dumps(verification.to_json(), indent=2))
-    else:
+    if not arguments.json:
+        if len(arguments.engine) > 1:
+            print(f"{engine.folder} ({verified.precision})")
         print("\n".join(answer_lines(verification.questions)))
         print(text_line(verification))
         print(table(verified))
@@ -66,31 +119,19 @@ def run(arguments: argparse.Namespace) -> int:
         for finding in verification.findings:
             print(f"finding: {finding}")
     verified.record()
-    if verification.failures:
-        raise VerificationFailed(
-            f"verifying {arguments.engine} ({verified.precision}) against {arguments.reference}: "
-            f"{'; '.join(verification.failures)}"
-        )
-    return 0
+    return verified
 
 
-def _verify(arguments: argparse.Namespace) -> Verified:
-    """Verify an engine by its backend. Raises EngineError for a flag that only the other backend has."""
-    text, progress = read_texts(arguments.text), every(PROGRESS_S, logger.info)
-    cost = cost_options(arguments)
-    if engine_backend(arguments.engine) == TRTLLM_BACKEND:
+def _verify(
+    arguments: argparse.Namespace, engine: AnyEngine, text: EvaluationText, progress: Callable[[str], None]
+) -> Verified:
+    """Verify an engine by its backend."""
+    if not isinstance(engine, Engine):
         from trt_build.trtllm.command import verify
 
-        if cost is not None:
-            raise EngineError(f"reading the flags: --cost: for engines of {ORT_BACKEND} only; leave it out")
-        return verify(
-            arguments.engine, arguments.reference, arguments.trtllm_checkpoint, text, arguments.tokens, progress
-        )
-    if arguments.trtllm_checkpoint is not None:
-        raise EngineError(f"reading the flags: --trtllm-checkpoint: for engines of {TRTLLM_BACKEND} only; leave it out")
-    engine = open_engine(arguments.engine)
+        return verify(engine.folder, arguments.reference, arguments.trtllm_checkpoint, text, arguments.tokens, progress)
     precision = engine.manifest.precision.name
-    verification = verify_engine(engine, arguments.reference, text, arguments.tokens, progress, cost)
+    verification = verify_engine(engine, arguments.reference, text, arguments.tokens, progress, cost_options(arguments))
     return Verified(
         verification=verification,
         precision=precision,
@@ -100,9 +141,39 @@ def _verify(arguments: argparse.Namespace) -> Verified:
     )
 
 
+def _failures(engine: AnyEngine, verified: Verified | None) -> tuple[str, ...]:
+    """What an engine missed in this run, or in the one that its engine.json records if it cannot run here."""
+    if verified is not None:
+        return verified.verification.failures
+    recorded = (engine.manifest.verification or {}).get("failures", ())
+    return tuple(f"{failure} (recorded in engine.json)" for failure in recorded)
+
+
+def _print_json(engines: Sequence[AnyEngine], results: Sequence[Verified | None]) -> None:
+    """One object for one engine; for several, an object whose `engines` has one for each."""
+    found = [
+        engine.manifest.verification if one is None else one.verification.to_json()
+        for engine, one in zip(engines, results, strict=True)
+    ]
+    several = [{"engine": str(engine.folder), "verification": one} for engine, one in zip(engines, found, strict=True)]
+    print(json.dumps(found[0] if len(found) == 1 else {"engines": several}, indent=2))
+
+
+def command_words(arguments: argparse.Namespace) -> list[str]:
+    """The words behind `moeship verify` that mean what the arguments mean."""
+    words = [*map(str, arguments.engine), "--reference", arguments.reference, "--tokens", str(arguments.tokens)]
+    for name in arguments.text:
+        words += ["--text", str(name)]
+    words += ["--cost", arguments.cost] if arguments.cost is not None else []
+    words += ["--cost-tokens", str(arguments.cost_tokens)] if arguments.cost_tokens is not None else []
+    if arguments.trtllm_checkpoint is not None:
+        words += ["--trtllm-checkpoint", str(arguments.trtllm_checkpoint)]
+    return [*words, "--report", str(arguments.report)]
+
+
 def cost_options(arguments: argparse.Namespace) -> CostOptions | None:
-    """What the flags ask of the quantiser's cost; None if they ask nothing."""
-    if arguments.cost is None and arguments.cost_tokens is None:
+    """What the flags ask of the quantiser's cost; None if they ask nothing. A report asks for it."""
+    if arguments.cost is None and arguments.cost_tokens is None and arguments.report is None:
         return None
     grain = None if arguments.cost in (None, "auto") else Grain(arguments.cost)
     return CostOptions(grain=grain, tokens=arguments.cost_tokens)

@@ -58,6 +58,7 @@ WITHIN = {
         "progress_line": set(),
         "results": set(),
         "comparison": set(),
+        "report": {"comparison"},
         "manifest": set(),
         "engine_files": {"manifest"},
         "source": {"manifest"},

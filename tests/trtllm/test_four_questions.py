@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from html_pages import Page
 from safetensors.numpy import load_file, save_file
 from trtllm.building import build, manifest_of
 from trtllm.library import install_programs
@@ -15,6 +16,7 @@ from trtllm.library import install_programs
 from cli.main import main
 from trt_build.comparison.parity import THRESHOLDS, measure
 from trt_build.engine_files import record_files
+from trt_build.report.visible import number
 from trt_build.trtllm.engine import open_trtllm_engine, write_trtllm_manifest
 from trt_build.trtllm.questions.logits import ask_about_cost, ask_about_generation, ask_about_logits, near_ties
 
@@ -55,6 +57,22 @@ def test_the_four_questions_of_a_sound_engine(copied_engine, small_phixtral, cap
     assert lines[2] == "Does the graph compute what the codes say? yes"
     assert lines[4] == "What did the quantiser cost? yes"
     assert any(line.startswith("served in generation as scored") for line in lines)
+
+
+def test_a_report_of_an_engine_that_can_run_shows_its_figures(copied_engine, small_phixtral, tmp_path, capfd):
+    out = tmp_path / "report.html"
+    status, found, _ = verified(capfd, copied_engine, small_phixtral, "--report", str(out))
+    assert status == 0
+    text = Page(out.read_text()).text
+    for words in (
+        f"{number(found['mean_kl'])} ≤ ", "in generation: largest difference",
+        "int4 with a scale a row: error of a row",
+        "of an engine for TensorRT-LLM the cost is not told apart", "Its text is not shown.", "Where they differ most",
+    ):  # fmt: skip
+        assert words in text, words
+    words = ["verify", str(copied_engine), "--reference", str(small_phixtral)]
+    assert main([*words, "--cost"]) == 2
+    assert "--cost: for engines of onnxruntime only; leave it out" in capfd.readouterr().err
 
 
 def test_rank_files_that_are_gone_leave_the_answer_of_the_build(copied_engine, small_phixtral, capfd):

@@ -5,5 +5,6 @@ stored_weights.py  the weights that an engine stores, in the checkpoint's own la
 graph_facts.py     attributes of nodes, operands and rotary caches against config.json
 weights.py         first question: are these the checkpoint's weights?
 graph.py           second question: does the graph compute what the codes say?
+greedy.py          greedy text, for a report
 cost.py            third question, in parts: what did the quantiser cost in each layer, role and expert?
 """
