@@ -81,3 +81,89 @@ def pack_gptq(folder: Path, *, more_settings: dict[str, Any] | None = None, **op
         **(more_settings or {}),
     }  # fmt: skip
     return pack_checkpoint(folder, lambda weight: gptq_parts(weight, **options), settings)
+
+
+def awq_parts(weight: Array, *, group_size: int = 64) -> dict[str, Array]:
+    """The tensors of a linear as AutoAWQ's version gemm has them, by their endings."""
+    parts = gptq_parts(weight, group_size=group_size)
+    rows, features = weight.shape
+    codes = _unpacked(parts["qweight"].T)[:, :features]
+    zeros = _unpacked(parts["qzeros"])[:, :rows]
+    return {"qweight": _awq_words(codes.T), "qzeros": _awq_words(zeros), "scales": parts["scales"]}
+
+
+def _unpacked(words: Array) -> Array:
+    packed = np.ascontiguousarray(words).view(np.uint8)
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
+
+
+def _awq_words(codes: Array) -> Array:
+    """Codes [rows, outputs] as words int32 [rows, outputs / 8], in AWQ's order."""
+    ordered = codes.reshape(len(codes), -1, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]].reshape(len(codes), -1)
+    return packed_stream(np.ascontiguousarray(ordered), 4)
+
+
+def pack_awq(folder: Path, *, group_size: int = 64) -> Path:
+    """Pack the linears of a checkpoint as AWQ does."""
+    settings = {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm"}
+    return pack_checkpoint(folder, lambda weight: awq_parts(weight, group_size=group_size), settings)
+
+
+def ct_parts(weight: Array, *, group_size: int = 64) -> dict[str, Array]:
+    """The tensors of a linear in the format pack-quantized of compressed-tensors, 4 bits and symmetric."""
+    rows, features = weight.shape
+    blocks = weight.astype(np.float32).reshape(rows, -1, group_size)
+    scales = (np.abs(blocks).max(axis=-1) / 7).astype(np.float16)
+    codes = np.rint(blocks / scales[..., None].astype(np.float32)).reshape(rows, features) + 8
+    return {
+        "weight_packed": packed_stream(codes.astype(np.uint8), 4),
+        "weight_scale": scales,
+        "weight_shape": np.array([rows, features], np.int64),
+    }
+
+
+def ct_settings(**weights: Any) -> dict[str, Any]:
+    """A quantization_config of compressed-tensors."""
+    chosen = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64, **weights}
+    groups = {"group_0": {"targets": ["Linear"], "weights": chosen, "input_activations": None}}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": groups,
+        "ignore": ["lm_head"],
+    }
+
+
+def pack_compressed(folder: Path, *, group_size: int = 64) -> Path:
+    """Pack the linears of a checkpoint as compressed-tensors does."""
+    settings = ct_settings(group_size=group_size)
+    return pack_checkpoint(folder, lambda weight: ct_parts(weight, group_size=group_size), settings)
+
+
+def int8_parts(weight: Array) -> dict[str, Array]:
+    """The tensors of a linear as bitsandbytes stores 8 bits; the weight itself is added by `pack_int8`."""
+    largest = np.abs(weight.astype(np.float32)).max(axis=1)
+    return {"weight": np.rint(weight / largest[:, None] * 127).astype(np.int8), "SCB": largest}
+
+
+def pack_int8(folder: Path) -> Path:
+    """Pack the linears of a checkpoint as bitsandbytes does with 8 bits."""
+    return pack_checkpoint(folder, int8_parts, {"quant_method": "bitsandbytes", "load_in_8bit": True})
+
+
+def nf4_parts(weight: Array) -> dict[str, Array]:
+    """The tensors of a linear as bitsandbytes stores nf4, in blocks of 64; the codes are arbitrary."""
+    rows, features = weight.shape
+    rng = np.random.default_rng(rows)
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [rows, features]}
+    return {
+        "weight": rng.integers(0, 256, (rows * features // 2, 1), dtype=np.uint8),
+        "weight.absmax": np.full(rows * features // 64, 0.1, np.float32),
+        "weight.quant_map": np.linspace(-1, 1, 16, dtype=np.float32),
+        "weight.quant_state.bitsandbytes__nf4": np.frombuffer(json.dumps(state).encode(), np.uint8),
+    }
+
+
+def pack_nf4(folder: Path) -> Path:
+    """Pack the linears of a checkpoint as bitsandbytes does with nf4."""
+    return pack_checkpoint(folder, nf4_parts, {"quant_method": "bitsandbytes", "load_in_4bit": True})

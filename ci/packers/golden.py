@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+_INT = {"format": "int-quantized"}
+_FLOAT = {"format": "float-quantized", "type": "float", "num_bits": 8, "symmetric": True}
 # Method -> the packages that made it, and its cases: name, shape [out, in], settings.
 CASES = {
     "gptq": (
@@ -42,6 +44,33 @@ CASES = {
             ("group64", (64, 128), {"group_size": 64}),
             ("group128", (32, 256), {"group_size": 128}),
             ("whole_row", (32, 96), {"group_size": -1}),
+        ],
+    ),
+    "ct": (
+        ["compressed-tensors", "torch"],
+        [
+            ("int4_group32", (32, 128), {"group_size": 32, "symmetric": True}),
+            ("int4_group128_half", (32, 256), {"symmetric": True, "scales": "float16"}),
+            ("int4_asymmetric", (40, 128), {"group_size": 64, "symmetric": False}),
+            ("int4_channel", (32, 96), {"strategy": "channel", "symmetric": True}),
+            ("int8_packed", (32, 64), {"num_bits": 8, "strategy": "channel", "symmetric": True}),
+            ("int8_channel", (32, 64), {"num_bits": 8, "strategy": "channel", "symmetric": True, **_INT}),
+            ("int8_asymmetric", (32, 64), {"num_bits": 8, "strategy": "channel", "symmetric": False, **_INT}),
+            ("int8_tensor", (32, 64), {"num_bits": 8, "strategy": "tensor", "symmetric": True, **_INT}),
+            ("float8_tensor", (32, 64), {"strategy": "tensor", **_FLOAT}),
+            ("float8_channel", (32, 64), {"strategy": "channel", **_FLOAT}),
+            ("float8_block", (64, 96), {"strategy": "block", "block_structure": [16, 32], **_FLOAT}),
+        ],
+    ),
+    "bnb": (
+        ["bitsandbytes", "torch"],
+        [
+            ("nf4", (32, 128), {}),
+            ("nf4_nested", (48, 640), {"nested": True}),
+            ("nf4_bfloat16", (32, 192), {"dtype": "bfloat16", "nested": True}),
+            ("fp4", (32, 128), {"kind": "fp4"}),
+            ("fp4_block128", (32, 128), {"kind": "fp4", "block": 128, "nested": True}),
+            ("int8", (32, 128), {"kind": "int8"}),
         ],
     ),
 }

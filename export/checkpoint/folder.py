@@ -275,10 +275,10 @@ def _unpacked(checkpoint: Checkpoint) -> Checkpoint:
     beside = checkpoint.folder / PACKED_SETTINGS_FILE
     if settings is None and is_there(beside) and any(name.endswith(".qweight") for name in stored):
         settings = {"quant_method": "gptq", **read_json(beside, "how the weights are packed")}
-    packed = views_of(settings, stored) if settings is not None else None
+    packed = views_of(settings, stored, checkpoint) if settings is not None else None
     if settings is None or packed is None:
         return checkpoint
-    used = {name for tensor in packed.values() for name in tensor.sources}
+    used = {name for tensor in packed.values() for name in (*tensor.sources, *tensor.unread)}
     tensors = {name: tensor for name, tensor in stored.items() if name not in used}
     for name, tensor in packed.items():
         parts = [stored[source] for source in tensor.sources]

@@ -48,6 +48,10 @@ def numpy_dtype(dtype: str) -> npt.DTypeLike:
         import ml_dtypes
 
         return np.dtype(ml_dtypes.bfloat16)
+    if dtype == "F8_E4M3":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.float8_e4m3fn)
     return {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
             "U8": "u1", "BOOL": "?"}[dtype]  # fmt: skip
 

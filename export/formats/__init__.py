@@ -14,7 +14,7 @@ from typing import Any
 
 from export.errors import ConfigError, named
 from export.formats.registry import Format
-from export.formats.view import Header, PackedTensor
+from export.formats.view import Header, PackedTensor, Source
 
 SETTINGS_KEYS = ("quantization_config", "compression_config")  # keys of config.json that say how weights are packed
 
@@ -38,14 +38,16 @@ def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return found[0] if found and isinstance(found[0], dict) else None
 
 
-def views_of(settings: Mapping[str, Any], headers: Mapping[str, Header]) -> dict[str, PackedTensor] | None:
+def views_of(
+    settings: Mapping[str, Any], headers: Mapping[str, Header], source: Source
+) -> dict[str, PackedTensor] | None:
     """The packed tensors of a checkpoint by their ordinary names; None for a method that moeship does not read, which
     the family refuses by name. Raises ConfigError and CheckpointError."""
     method = settings.get("quant_method")
     one = next((one for one in formats() if method in one.methods), None)
     if one is None:
         return None
-    found = one.views(settings, headers)
+    found = one.views(settings, headers, source)
     if not found:
         raise ConfigError(
             f"reading the packed weights: config.json says that they are packed by {named(method, 40)}, and no tensor "

@@ -60,7 +60,7 @@ def _unpacked(words: npt.NDArray[Any], first: int, last: int) -> ByteArray:
     return ordered[:, first - start * _FIELDS : last - start * _FIELDS]
 
 
-def views(settings: Mapping[str, Any], headers: Mapping[str, Header]) -> dict[str, PackedTensor]:
+def views(settings: Mapping[str, Any], headers: Mapping[str, Header], source: Source) -> dict[str, PackedTensor]:  # noqa: ARG001 - headers say it all
     """The packed linears of a checkpoint, by the names of their weights. Raises ConfigError for settings and
     CheckpointError for shapes that AWQ does not have."""
     group_size, has_zeros = _read_settings(settings)

@@ -23,7 +23,7 @@ import numpy as np
 
 from export.errors import ConfigError, names, shown
 from export.formats.bits import unpack_bits
-from export.formats.grouped import GroupedMatrix, IndexArray
+from export.formats.grouped import GroupedMatrix, IndexArray, check_order
 from export.formats.registry import Format
 from export.formats.view import ByteArray, FloatArray, Header, PackedTensor, Source, check_scales, refuse
 
@@ -74,28 +74,10 @@ class GptqMatrix(GroupedMatrix):
     def group_of_feature(self, source: Source) -> IndexArray | None:
         if not self.ordered:
             return None
-        groups = source.kept(f"{self.stem}.g_idx").astype(np.int64)
-        expected = np.arange(self.features) // self.group_size
-        if (groups == expected).all():
-            return None
-        if groups.min() < 0 or groups.max() >= self.num_groups:
-            raise refuse(
-                self.name,
-                f"its g_idx names the groups {groups.min()} to {groups.max()}, expected 0 to {self.num_groups - 1}; "
-                "the file is damaged or was made with other settings: take another copy",
-            )
-        sizes = np.bincount(groups, minlength=self.num_groups)
-        if not (sizes == np.bincount(expected, minlength=self.num_groups)).all():
-            wrong = int(np.flatnonzero(sizes != np.bincount(expected, minlength=self.num_groups))[0])
-            raise refuse(
-                self.name,
-                f"its g_idx is no permutation of the groups: group {wrong} has {sizes[wrong]} input features, expected "
-                f"{self.group_size}; the file is damaged or was made with other settings: take another copy",
-            )
-        return groups
+        return check_order(self, source.kept(f"{self.stem}.g_idx").astype(np.int64))
 
 
-def views(settings: Mapping[str, Any], headers: Mapping[str, Header]) -> dict[str, PackedTensor]:
+def views(settings: Mapping[str, Any], headers: Mapping[str, Header], source: Source) -> dict[str, PackedTensor]:  # noqa: ARG001 - headers say it all
     """The packed linears of a checkpoint, by the names of their weights. Raises ConfigError for settings and
     CheckpointError for shapes that GPTQ does not have."""
     version, bits, group_size = _read_settings(settings)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from export.formats.view import ByteArray, FloatArray, Grid, PackedTensor, Source
+from export.formats.view import ByteArray, FloatArray, Grid, PackedTensor, Source, refuse
 
 IndexArray = npt.NDArray[np.int64]
 
@@ -76,3 +76,26 @@ class GroupedMatrix(PackedTensor):
         zeros = self.zero_points(source, 0, self.num_rows)
         has_zeros = zeros is not None and bool((zeros != 1 << (self.bits - 1)).any())
         return Grid(bits=self.bits, group_size=math.gcd(self.group_size, self.features), has_zeros=has_zeros)
+
+
+def check_order(matrix: GroupedMatrix, groups: IndexArray) -> IndexArray | None:
+    """The group of each input feature as a file states it; None if the features of a group are neighbours, in order.
+    Raises CheckpointError unless every group has its number of features."""
+    expected = np.arange(matrix.features) // matrix.group_size
+    if (groups == expected).all():
+        return None
+    if groups.min() < 0 or groups.max() >= matrix.num_groups:
+        raise refuse(
+            matrix.name,
+            f"its g_idx names the groups {groups.min()} to {groups.max()}, expected 0 to {matrix.num_groups - 1}; "
+            "the file is damaged or was made with other settings: take another copy",
+        )
+    sizes = np.bincount(groups, minlength=matrix.num_groups)
+    if not (sizes == np.bincount(expected, minlength=matrix.num_groups)).all():
+        wrong = int(np.flatnonzero(sizes != np.bincount(expected, minlength=matrix.num_groups))[0])
+        raise refuse(
+            matrix.name,
+            f"its g_idx is no permutation of the groups: group {wrong} has {sizes[wrong]} input features, expected "
+            f"{matrix.group_size}; the file is damaged or was made with other settings: take another copy",
+        )
+    return groups

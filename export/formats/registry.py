@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from export.formats.view import Header, PackedTensor
+from export.formats.view import Header, PackedTensor, Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,9 +14,10 @@ class Format:
     """A format of packed weights.
 
     - `methods`: the values of `quant_method` in config.json that name it.
-    - `views(settings, headers)`: the packed tensors, by the names that they have in an ordinary checkpoint. `settings`
-      is the object quantization_config, `headers` the tensors of the files. Raises ConfigError and CheckpointError.
+    - `views(settings, headers, source)`: the packed tensors, by the names that they have in an ordinary checkpoint.
+      `settings` is the object quantization_config, `headers` the tensors of the files, and `source` reads them. Raises
+      ConfigError and CheckpointError.
     """
 
     methods: tuple[str, ...]
-    views: Callable[[Mapping[str, Any], Mapping[str, Header]], dict[str, PackedTensor]]
+    views: Callable[[Mapping[str, Any], Mapping[str, Header], Source], dict[str, PackedTensor]]

@@ -56,6 +56,7 @@ class PackedTensor(ABC):
     name: str
     shape: tuple[int, ...]
     sources: tuple[str, ...]
+    unread: tuple[str, ...] = ()  # tensors of the files beside it that change no weight
     label: str  # such as "gptq int4 in groups of 128"
 
     @property

@@ -128,6 +128,12 @@ def _notes(checkpoint: CheckpointPlan, routing: RoutingReport | None, *, grouped
             "some gate rows are equal: equal router logits go to the lowest expert index, in TensorRT-LLM (its plugin "
             "TopkLastDim) as in the reference; other runtimes may choose another expert"
         )
+    labels = checkpoint.model.weights.packed_labels()
+    if labels:
+        found.append(
+            f"the checkpoint packs its weights as {', '.join(labels)}; they are dequantised for TensorRT-LLM, and what "
+            "the precision stores as integers is quantised anew, which adds an error to the packer's"
+        )
     if sm >= 120 and checkpoint.config["quantization"]["quant_algo"] == "W4A16_AWQ":
         found.append(
             f"int4_awq on SM {sm}: TensorRT-LLM packs these weights when it loads them, and some releases pack "
