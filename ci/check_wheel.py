@@ -1,5 +1,5 @@
 """Run the kernels of an installed moeship: a node of each kind on every instruction set that this CPU has. Read the
-text that verify measures on.
+text that verify measures on, and the style of its reports.
 
     python ci/check_wheel.py
 
@@ -14,6 +14,7 @@ import numpy as np
 
 import trt_build
 from trt_build.comparison.evaluation_text import own_text
+from trt_build.report.page import style
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(trt_build.__path__[0]).resolve()
@@ -25,6 +26,7 @@ def main() -> int:
         print(f"checking the wheel: found {PACKAGE}, which is the folder of the sources, expected an installed moeship")
         return 1
     print(f"{len(own_text().content)} characters of held-out text")  # raises where a file is missing
+    print(f"{len(style())} characters of the style of reports")
     import kernel_nodes
     from kernel_nodes import block_linear, experts, levels, mixture, product_float, product_int8, random_matrices
 

@@ -67,6 +67,7 @@ class Cost:
             "grain": str(self.grain),
             "tokens": self.num_tokens,
             "windows": self.num_windows,
+            "choice": self.choice,
             "whole": None if self.whole is None else self.whole.to_json(),
             "parts": parts,
         }

@@ -13,7 +13,8 @@ WIDTH, HEIGHT = 360, 230  # in units of about one pixel on a phone
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 12, 40
 NUM_STYLES = 6
 _MOST_TICKS = 7
-_MOST_MARKERS = 40  # with more points a line has no markers
+_MOST_MARKERS = 12  # of a line; with more points every second has one, or fewer
+_CURVE = 40  # a line of more points than that has none, but for its ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +102,12 @@ def line_chart(series: Sequence[Series], x: Axis, y: Axis, x_name: str, y_name: 
         parts.append(f'<text class="middle" x="{place}" y="{bottom + 16}">{escaped(text)}</text>')
     parts.append(f'<line class="axis" x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     for one in series:
-        places = [(across(a), down(b)) for a, b in one.points if not math.isnan(b)]
+        places = [(across(a), down(b)) for a, b in one.points if not math.isnan(a + b)]
         style = one.style % NUM_STYLES
         path = " ".join(f"{a:g},{b:g}" for a, b in places)
         parts.append(f'<g class="s{style}"><title>{escaped(one.name)}</title><polyline points="{path}"/>')
-        if len(places) <= _MOST_MARKERS:
-            parts += [_marker(style, a, b) for a, b in places]
+        step = max(1, math.ceil(len(places) / _MOST_MARKERS)) if len(places) <= _CURVE else len(places) - 1
+        parts += [_marker(style, a, b) for a, b in places[::step]]
         parts.append("</g>")
     return "".join([*parts, "</svg>"])
 

@@ -21,7 +21,6 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 def page(report: Report) -> str:
     """The text of the HTML file."""
-    style = (resources.files("trt_build.report") / "page.css").read_text(encoding="utf-8")
     title = escaped(f"Verification of {len(report.engines)} engine{'s' * (len(report.engines) > 1)} of {report.model}")
     sections = [
         _section("Engines", _facts(report.facts) + engine_table(report.engines)),
@@ -37,9 +36,15 @@ def page(report: Report) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{escaped(_POLICY)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="color-scheme" content="light dark">\n<title>{title}</title>\n<style>\n{style}</style>\n</head>\n'
+        f'<meta name="color-scheme" content="light dark">\n<title>{title}</title>\n'
+        f"<style>\n{style()}</style>\n</head>\n"
         f"<body>\n<main>\n<h1>{title}</h1>\n{''.join(sections)}</main>\n</body>\n</html>\n"
     )
+
+
+def style() -> str:
+    """The page's style sheet."""
+    return (resources.files("trt_build.report") / "page.css").read_text(encoding="utf-8")
 
 
 def _section(title: str, content: str) -> str:

@@ -58,7 +58,8 @@ def cost_tables(engines: Sequence[ReportedEngine]) -> str:
     """For each engine a table of the costs of its parts, in thousandths of a nat, coloured by one scale for all."""
     means = [part["mean_kl"] for engine in engines for part in cost_parts(engine)]
     largest = max(means, default=0.0)
-    return "".join(_cost_table(engine, largest) for engine in engines)
+    tables = "".join(f"<div>{_cost_table(engine, largest)}</div>" for engine in engines)
+    return f'<div class="costs">{tables}</div>'
 
 
 def cost_parts(engine: ReportedEngine) -> Sequence[Json]:

@@ -59,8 +59,8 @@ def number(value: float | None) -> str:
     size = abs(value)
     if size >= 100:
         return f"{value:,.0f}"
-    if size >= 1e-3:
-        digits = max(0, 1 - math.floor(math.log10(size)))
+    if size >= 9.95e-4:  # what rounds to 0.0010
+        digits = max(0, 1 - math.floor(math.log10(max(size, 1e-3))))
         return f"{value:.{digits}f}"
     mantissa, _, exponent = f"{value:.1e}".partition("e")
     return f"{mantissa}e{int(exponent)}".replace("-", "−")

@@ -42,7 +42,7 @@ def test_spaces_at_the_ends_of_a_token_are_shown_and_an_empty_token_is_named():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "none"), (0.0, "0"), (0.04334, "0.043"), (0.001, "0.0010"), (7.69e-5, "7.7e−5"), (3.14, "3.1"),
+    [(None, "none"), (0.0, "0"), (0.04334, "0.043"), (0.00099996, "0.0010"), (7.69e-5, "7.7e−5"), (3.14, "3.1"),
      (42.4, "42"), (2726.4, "2,726"), (-0.5, "-0.50"), (math.nan, "nan"), (math.inf, "inf")],
 )  # fmt: skip
 def test_numbers_have_two_digits_that_count(value, text):
