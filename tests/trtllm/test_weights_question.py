@@ -73,7 +73,7 @@ def test_pairs_of_rows_are_unpacked():
 
 
 def test_the_nearest_values_of_a_row():
-    rows = np.float32([[-8, 0.5, -0.5, 1.49, 7.6, 8, 0], [0] * 7])
+    rows = np.float32([[-8, 0.5, -0.5, 1.49, 7.6, 8, np.nextafter(np.float32(0.5), np.float32(0))], [0] * 7])
     assert nearest_of_rows(rows, 4).tolist() == [[-8, 1, -1, 1, 7, 7, 0], [0] * 7]
 
 

@@ -19,12 +19,16 @@ from export.checkpoint.digests import num_cores
 from export.checkpoint.tensor_table import CHUNK_ELEMENTS, Role, TensorSpec
 from export.families import Model
 from export.floats import widen
+from export.quantize.grid import SLICE_VALUES
 from export.quantize.layout import GROUP_ROWS
 from trt_build.comparison.answers import Answer, listed
 from trt_build.comparison.limits import BAND_VALUES, Limits, half_scale_error, limits_of
 from trt_build.comparison.read_back import FloatArray, ReadBack, Recipe
 
 QUESTION = "Are these the checkpoint's weights?"
+# Adding 0.5 before truncation would round up values just below a half, since the sum is rounded. The largest float32
+# below 0.5 takes exact halves up and everything below them down.
+_BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 Doubles = npt.NDArray[np.float64]
 
 
@@ -173,12 +177,16 @@ def _add_exact(sums: _Sums, found: FloatArray, expected: FloatArray, first: int)
 def nearest_of_rows(rows: FloatArray, bits: int) -> FloatArray:
     """The nearest values [n, K] to `rows` of a grid with one scale a row: the row's largest magnitude over 2^(bits-1).
     The codes are the whole numbers from -2^(bits-1) to 2^(bits-1) - 1, of two as near the one farther from zero."""
-    half = 1 << (bits - 1)
-    scales = np.abs(rows).max(axis=1, keepdims=True) / np.float32(half)
-    # float32 as the scale is; in float64 adding a half rounds nothing.
-    ratios = np.divide(rows, scales, out=np.zeros_like(rows), where=scales > 0).astype(np.float64)
-    codes = np.clip(np.copysign(np.floor(np.abs(ratios) + 0.5), ratios), -half, half - 1).astype(np.float32)
-    nearest: FloatArray = codes * scales
+    half, nearest = 1 << (bits - 1), np.empty_like(rows)
+    step = max(1, SLICE_VALUES // max(1, rows.shape[1]))
+    for start in range(0, len(rows), step):
+        part, codes = rows[start : start + step], nearest[start : start + step]
+        scales = np.maximum(part.max(axis=1), -part.min(axis=1))[:, None] / np.float32(half)
+        np.divide(part, np.where(scales == 0, np.float32(1), scales), out=codes)
+        codes += np.copysign(_BELOW_HALF, codes)
+        np.trunc(codes, out=codes)
+        np.clip(codes, np.float32(-half), np.float32(half - 1), out=codes)
+        codes *= scales
     return nearest
 
 
