@@ -17,7 +17,7 @@ from trt_build.comparison.answers import Answer
 from trt_build.comparison.cost import Grain
 from trt_build.comparison.evaluation_text import EvaluationText, read_texts
 from trt_build.comparison.parity import THRESHOLDS, Verification
-from trt_build.comparison.serving_ways import SERVING_LIMITS
+from trt_build.comparison.serving_ways import serving_limits
 from trt_build.comparison.verified import Verified
 from trt_build.errors import EngineError, LibraryMissing, VerificationFailed
 from trt_build.manifest import ORT_BACKEND, TRTLLM_BACKEND
@@ -136,7 +136,7 @@ def _verify(
         verification=verification,
         precision=precision,
         limits=THRESHOLDS[precision],
-        serving_limits=SERVING_LIMITS[precision],
+        serving_limits=serving_limits(precision, engine.manifest.provider),
         record=lambda: record(engine, verification),
     )
 

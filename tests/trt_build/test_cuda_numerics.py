@@ -26,7 +26,7 @@ from export.provider import PROVIDERS
 from trt_build.comparison import parity
 from trt_build.comparison.evaluation_text import read_texts
 from trt_build.comparison.parity import THRESHOLDS
-from trt_build.comparison.serving_ways import SERVING_LIMITS
+from trt_build.comparison.serving_ways import serving_limits
 from trt_build.comparison.torch_reference import ByTransformers, load_reference
 from trt_build.ort import verify
 from trt_build.ort.build import BuildOptions, build_engine
@@ -241,7 +241,7 @@ def test_attention_that_one_graph_scales_by_1_03_is_told_by_the_question_about_i
                 entry.f *= 1.03
     (engine.folder / file).write_bytes(model.SerializeToString())
     ways = compare_serving(engine, TOKENS[:256], quiet)
-    assert any(way.failure(SERVING_LIMITS[precision]) for way in ways)
+    assert any(way.failure(serving_limits(precision, "cuda")) for way in ways)
     answer = ask_about_graph(
         engine, read_model(open_checkpoint(tiny_checkpoint)), TOKENS[:96], device=verify.open_device(engine)
     )

@@ -16,6 +16,7 @@ there `chunks` compares the last position of each chunk, and `batch` shows only 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -24,6 +25,7 @@ import numpy.typing as npt
 from trt_build.comparison.parity import FloatArray
 from trt_build.comparison.serving_ways import Way
 from trt_build.ort.engine import Engine
+from trt_build.ort.questions.graph import float32_experts
 from trt_build.ort.session import ScoringSession, Session
 from trt_build.ort.step_call import Row
 
@@ -36,7 +38,15 @@ DECODED_TOKENS = 64
 
 
 def compare_serving(engine: Engine, window: Sequence[int], progress: Callable[[str], None]) -> tuple[Way, ...]:
-    """Run a window of at least two token ids through the scoring graph and through the serving graph in each way."""
+    """Run a window of at least two token ids through the scoring graph and through the serving graph in each way.
+
+    Graphs for CUDA round no activations to 8 bits. Where the CPU's kernels compute them, these must not either.
+    """
+    with contextlib.nullcontext() if engine.manifest.provider == "cpu" else float32_experts():
+        return _compare(engine, window, progress)
+
+
+def _compare(engine: Engine, window: Sequence[int], progress: Callable[[str], None]) -> tuple[Way, ...]:
     tokens = list(window[:CHUNKED_TOKENS])
     decoded_from = max(1, len(tokens) - DECODED_TOKENS)
     starts = _starts(tokens, engine.manifest.max_sequence)

@@ -39,7 +39,7 @@ from trt_build.comparison.parity import (
     split_windows,
 )
 from trt_build.comparison.same_tokenizer import require_same_tokenizer
-from trt_build.comparison.serving_ways import SERVING_LIMITS
+from trt_build.comparison.serving_ways import serving_limits
 from trt_build.comparison.weights import QUESTION as OF_WEIGHTS
 from trt_build.errors import EngineError
 from trt_build.ort.device import open_device
@@ -90,7 +90,7 @@ def verify_engine(
     report, positions = _scored(engine, Reference(model), windows, progress)
     ways = compare_serving(engine, windows[0], progress)
     precision = manifest.precision.name
-    limits = SERVING_LIMITS[precision]
+    limits = serving_limits(precision, manifest.provider)
     misserved = [failure for way in ways if (failure := way.failure(limits)) is not None]
     return Verification(
         report=report,

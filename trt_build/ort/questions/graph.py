@@ -49,7 +49,7 @@ def ask_about_graph(
     if missing is not None:
         return Answer(question=QUESTION, unasked=f"the engine does not store {missing} in its shape")
     window = list(token_ids[:GRAPH_TOKENS])
-    with _float32_experts():
+    with float32_experts():
         content = with_float32_activations(engine.folder, SCORING_GRAPH)
         session = ScoringSession(engine, device=device, content=content)
         try:
@@ -126,7 +126,7 @@ class _Choices:
 
 
 @contextmanager
-def _float32_experts() -> Iterator[None]:
+def float32_experts() -> Iterator[None]:
     """Sessions that are made in the block multiply the experts of ONNX Runtime's QMoE in float32."""
     before = os.environ.get(_QMOE_VARIABLE)
     os.environ[_QMOE_VARIABLE] = "0"
