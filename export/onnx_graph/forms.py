@@ -71,17 +71,9 @@ class GeneratingGraph(_MaskedGraph):
 
 
 class ScoringGraph(_MaskedGraph):
-    """Gives the logits of every position, [B, S, V], and the router logits [B*S, E] of every layer with experts.
-
-    Keys and values in float32 are no outputs: ONNX Runtime would hold those of all layers until the last one is
-    computed. Those in float16 are: where nobody asks for them, its CPU provider leaves out their rounding.
-    """
+    """Gives the logits of every position, [B, S, V], and the router logits [B*S, E] of every layer with experts."""
 
     gives_router_logits = True
-
-    @property
-    def gives_caches(self) -> bool:
-        return self._float_type == "float16"
 
     def wanted(self, x: str) -> str:
         return x

@@ -246,11 +246,6 @@ class GraphBuilder(ABC):
             mixed = self._operation(self._kernels.experts(x, routed, first, second, self._plan.accuracy_level), name)
         return self.scale(mixed, rule.scale, f"{name}.routed")
 
-    @property
-    def gives_caches(self) -> bool:
-        """Whether the keys and values of all layers are outputs."""
-        return True
-
     def finish(self, logits: str, placement: Placement, data_file: str) -> onnx.ModelProto:
         """The complete ONNX model with `logits` as output. Its weights are in `data_file`, at the offsets of
         `placement`."""
@@ -271,8 +266,7 @@ class GraphBuilder(ABC):
         outputs = [value(names.LOGITS, float32, self._logits_shape())]
         for layer in range(facts.num_layers):
             inputs += [value(f(layer), cache, past_shape) for f in (names.past_key, names.past_value)]
-            if self.gives_caches:
-                outputs += [value(f(layer), cache, present_shape) for f in (names.present_key, names.present_value)]
+            outputs += [value(f(layer), cache, present_shape) for f in (names.present_key, names.present_value)]
         outputs += [value(name, float32, ["tokens", facts.num_experts]) for name in self._router_outputs]
         graph = helper.make_graph(self._nodes.nodes, facts.family, inputs, outputs, initializers)
         opsets = [helper.make_opsetid("", names.OPSET), helper.make_opsetid(names.MICROSOFT_DOMAIN, 1)]
