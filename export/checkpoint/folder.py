@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS_FILE = "model.safetensors"
 _SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
 PACKED_SETTINGS_FILE = "quantize_config.json"  # says how weights are packed, where config.json does not
+_COMPARED_BYTES = 1 << 20  # of two tensors of one name, read at a time
 KEPT_TENSORS = 16  # most packed tensors that stay in memory: those of a pair of matrices, for two threads
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -136,8 +137,11 @@ class Checkpoint:
     def read_finite(
         self, name: str, rows: slice | None = None, row_shape: tuple[int, ...] | None = None
     ) -> npt.NDArray[Any]:
-        """Like `read`, and raises CheckpointError if a value is NaN or infinite."""
+        """Like `read`, and raises CheckpointError if a value is NaN or infinite. float64 is rounded to float32."""
         stored = self.read(name, rows, row_shape)
+        if stored.dtype == np.float64:
+            with np.errstate(over="ignore"):
+                stored = stored.astype(np.float32)
         if not all_finite(stored):
             bad = int(stored.size - np.isfinite(stored.astype(np.float32)).sum())
             raise CheckpointError(
@@ -212,10 +216,9 @@ def open_checkpoint(location: str | Path, revision: str | None = None) -> Checkp
         check_name(shard, f"opening {named(folder)}", CheckpointError)
         for stored in read_header(shard):
             if stored.name in tensors:
-                raise CheckpointError(
-                    f"opening {named(folder)}: {named(stored.name)} is in {named(tensors[stored.name].shard.name)} and "
-                    f"also in {named(shard.name)}; remove the shard that does not belong to this checkpoint"
-                )
+                _check_same(folder, tensors[stored.name], stored)
+                if weight_map is None or weight_map.get(stored.name) != shard.name:
+                    continue
             tensors[stored.name] = stored
     if weight_map is not None:
         _check_index(folder, weight_map, tensors)
@@ -228,6 +231,29 @@ def open_checkpoint(location: str | Path, revision: str | None = None) -> Checkp
         shards=tuple(shards),
     )
     return _unpacked(checkpoint)
+
+
+def _check_same(folder: Path, one: StoredTensor, other: StoredTensor) -> None:
+    """Raise CheckpointError unless two shards hold the same bytes under one name. transformers reads the later one."""
+    same = (one.dtype, one.shape) == (other.dtype, other.shape)
+    if same:
+        doing = f"reading {named(one.name)}"
+        with (
+            open_regular(one.shard, doing, CheckpointError) as first,
+            open_regular(other.shard, doing, CheckpointError) as second,
+        ):
+            first.seek(one.offset)
+            second.seek(other.offset)
+            for start in range(0, one.num_bytes, _COMPARED_BYTES):
+                count = min(_COMPARED_BYTES, one.num_bytes - start)
+                if first.read(count) != second.read(count):
+                    same = False
+                    break
+    if not same:
+        raise CheckpointError(
+            f"opening {named(folder)}: {named(one.name)} is in {named(one.shard.name)} and, with other values, also in "
+            f"{named(other.shard.name)}; remove the shard that does not belong to this checkpoint"
+        )
 
 
 def header_bytes(shard: Path) -> bytes:

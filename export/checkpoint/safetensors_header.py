@@ -31,7 +31,7 @@ _ITEM_BITS = {
 }  # fmt: skip
 # The dtypes that weights may be stored in: name in numpy and config.json -> label of the format.
 FLOAT_LABELS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-FLOAT_DTYPES = tuple(FLOAT_LABELS.values())
+FLOAT_DTYPES = (*FLOAT_LABELS.values(), "F64")  # F64 is read and rounded to float32, never written
 MAX_RANK = 32  # most dimensions of a tensor: numpy's limit before 2.0
 _MAX_SIZE = 1 << 48  # limit on one dimension or offset: far above any file's
 _METADATA = "__metadata__"

@@ -8,6 +8,7 @@ the experts of a layer are stacked under one name.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -24,6 +25,8 @@ from export.floats import widen
 from export.formats.view import Grid, PackedTensor
 
 MAX_DESCRIBED = 8  # most tensors that an error describes; with another model's checkpoint tens of thousands misfit
+# Of a module rotary_emb: inv_freq, cos_cached and the like, under whatever name a version of the code gave them.
+_ROTARY_BUFFER = re.compile(r"(^|\.)rotary_emb(edding)?\.[\w.]*(inv_freq|cached|scale)[\w.]*$")
 CHUNK_ELEMENTS = 1 << 19  # values of a chunk, 2 MiB as float32: read at disk speed, and small beside any real tensor
 
 
@@ -295,7 +298,8 @@ def open_weights(checkpoint: Checkpoint, specs: Sequence[TensorSpec], harmless: 
     """Check a checkpoint's tensors against a table; returns its weights.
 
     Raises CheckpointError that lists the missing, extra and misshapen tensors. `harmless` lists endings of names that
-    may be present and are ignored (buffers that are recomputed).
+    may be present and are ignored (buffers that are recomputed). So are the buffers of rotary embeddings, whose modules
+    have no weights in any model.
     """
     misfits = list(_misfits(checkpoint, specs, tuple(harmless)))
     if misfits:
@@ -319,7 +323,7 @@ def _misfits(
             if stored is None or stored.shape != part.whole_shape or stored.dtype not in FLOAT_DTYPES:
                 yield partial(_describe_misfit, spec, part, stored)
     for name in sorted(set(checkpoint.tensors) - used):
-        if not name.endswith(harmless) and not _is_empty_bias(checkpoint, name):
+        if not (name.endswith(harmless) or _ROTARY_BUFFER.search(name) or _is_empty_bias(checkpoint, name)):
             yield partial(_describe_extra, checkpoint.tensors[name])
 
 
@@ -344,8 +348,9 @@ def _describe_misfit(spec: TensorSpec, part: Part, stored: StoredTensor | None) 
             f"{part.name} ({named(stored.shard.name, 60)}): found {shown(list(stored.shape))}, config.json says "
             f"{list(part.whole_shape)} [{spec.letters}]; is the config from another checkpoint?"
         )
-    return f"{part.name} has dtype {stored.dtype}, expected one of {', '.join(FLOAT_DTYPES)}: " + (
-        "save it as F32" if stored.dtype == "F64" else "take the checkpoint before it was quantised"
+    return (
+        f"{part.name} has dtype {stored.dtype}, expected one of {', '.join(FLOAT_DTYPES)}: take the checkpoint before "
+        "it was quantised"
     )
 
 

@@ -48,6 +48,8 @@ class Family:
     - `transformers`: which of transformers' models computes the family, for tests.
     - `tokenizers`: model_type -> tokenizer class, if transformers has registered one (TOKENIZER_MAPPING_NAMES in
       models/auto/tokenization_auto.py).
+    - `harmless_tensors`: endings of the names of tensors that are ignored.
+    - `base_modules`: module at the top of the model without its head -> the name that the whole model has for it.
     - `trtllm`: TensorRT-LLM's network; `llm_api`: the class in TensorRT-LLM's LLM API. None if there is none.
     """
 
@@ -64,6 +66,7 @@ class Family:
     trtllm: TrtllmNetwork | None = None
     llm_api: LlmApiModel | None = None
     harmless_tensors: tuple[str, ...] = ()
+    base_modules: Mapping[str, str] = field(default_factory=dict)
 
     def trtllm_network(self) -> TrtllmNetwork:
         """TensorRT-LLM's network of this family. Raises ExportError if there is none."""
@@ -155,10 +158,41 @@ def read_model(checkpoint: Checkpoint, experts_per_token: int | None = None) -> 
     architecture = replace(family.read_config(checkpoint.config), bos_token_id=ids.bos, eos_token_ids=ids.eos)
     if experts_per_token is not None:
         architecture = _with_experts_per_token(architecture, experts_per_token)
+    checkpoint = _with_whole_names(checkpoint, family)
     _check_counts(checkpoint, architecture)
     specs = family.tensors(architecture, list(checkpoint.tensors))
     weights = open_weights(checkpoint, specs, family.harmless_tensors)
+    if architecture.tied_head and not _shares_one_tensor(specs):
+        architecture = replace(architecture, tied_head=False)
     return Model(family=family, architecture=architecture, weights=weights)
+
+
+def _shares_one_tensor(specs: Sequence[TensorSpec]) -> bool:
+    """Whether embedding and head are one tensor of the checkpoint."""
+    matrices = [spec.parts for spec in specs if spec.role in (Role.EMBEDDING, Role.HEAD)]
+    return len(matrices) == 2 and matrices[0] == matrices[1]
+
+
+def _with_whole_names(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+    """The checkpoint with the names that tensors have in the whole model. A file of the model without its head lacks
+    the base model's prefix, and some tools put it before the head too; transformers reads both
+    (core_model_loading.py: rename_source_key)."""
+    renamed: dict[str, str] = {}
+    for name in checkpoint.tensors:
+        first, _, rest = name.partition(".")
+        if first in family.base_modules:
+            renamed[name] = f"{family.base_modules[first]}.{name}"
+        elif first in family.base_modules.values() and rest.startswith("lm_head."):
+            renamed[name] = rest
+    renamed = {old: new for old, new in renamed.items() if new not in checkpoint.tensors}
+    if not renamed:
+        return checkpoint
+    tensors = {
+        renamed.get(name, name): replace(stored, name=renamed.get(stored.name, stored.name))
+        for name, stored in checkpoint.tensors.items()
+    }
+    packed = {renamed.get(name, name): tensor for name, tensor in checkpoint.packed.items()}
+    return replace(checkpoint, tensors=tensors, packed=packed)
 
 
 def _check_counts(checkpoint: Checkpoint, architecture: Architecture) -> None:

@@ -26,7 +26,7 @@ from export.checkpoint.tensor_table import TensorSpec
 from export.config_keys.rules import transformers_keys
 from export.families import Family
 from export.families.llama_stack import (
-    HARMLESS_TENSORS,
+    BASE_MODULES,
     layer_name,
     packed_experts,
     read_stack_config,
@@ -76,7 +76,7 @@ def tensors(architecture: Architecture, names: Sequence[str]) -> list[TensorSpec
         name = f"{layer}.block_sparse_moe"
         return packed_experts(facts, layer, f"{name}.{gate}", f"{name}.{gate_up}", f"{name}.{down}")
 
-    return stack_tensors(architecture, mixture)
+    return stack_tensors(architecture, names, mixture)
 
 
 def _transformers_name(name: str) -> str:
@@ -110,5 +110,5 @@ FAMILY = Family(
         model="GraniteMoeForCausalLM", name=_transformers_name, router="block_sparse_moe.router"
     ),
     tokenizers={"granitemoe": "TokenizersBackend"},
-    harmless_tensors=HARMLESS_TENSORS,
+    base_modules=BASE_MODULES,
 )

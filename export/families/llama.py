@@ -14,7 +14,7 @@ from export.architecture import Architecture, ConfigReader
 from export.config_keys.rules import transformers_keys
 from export.families import Family
 from export.families.llama_stack import (
-    HARMLESS_TENSORS,
+    BASE_MODULES,
     dense_tensors,
     layer_name,
     read_stack_config,
@@ -54,5 +54,5 @@ FAMILY = Family(
     layer=layer_name,
     network=network,
     transformers=TransformersModel(model="LlamaForCausalLM", name=transformers_name),
-    harmless_tensors=HARMLESS_TENSORS,
+    base_modules=BASE_MODULES,
 )

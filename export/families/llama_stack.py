@@ -25,7 +25,7 @@ from export import rotary
 from export.architecture import MAX_EXPERTS, MAX_LAYERS, Architecture, ConfigReader, Scales
 from export.checkpoint.tensor_table import Part, Role, TensorSpec, concatenated, interleaved, single, stacked
 from export.families.network import Activation, Attention, Layer, Mlp, Network, Norm
-from export.families.transformers_config import check_heads, read_rope, refuse_quantized
+from export.families.transformers_config import check_heads, read_rope, refuse_quantized, tied_names
 
 if TYPE_CHECKING:
     from export.onnx_graph.graph import GraphBuilder
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm"
 HEAD = "lm_head"
-HARMLESS_TENSORS = ("rotary_emb.inv_freq",)
+BASE_MODULES = {"embed_tokens": "model", "layers": "model", "norm": "model"}
 
 
 def layer_name(layer: int) -> str:
@@ -103,12 +103,13 @@ def read_stack_config(
 
 
 def stack_tensors(
-    architecture: Architecture, mixture: Callable[[Architecture, str], list[TensorSpec]]
+    architecture: Architecture, names: Sequence[str], mixture: Callable[[Architecture, str], list[TensorSpec]]
 ) -> list[TensorSpec]:
-    """The rows of the tensor table; `mixture(architecture, layer_name)` returns the rows of a layer's MLP, or of its
-    router and experts."""
+    """The rows of the tensor table; `names` are the checkpoint's tensors, and `mixture(architecture, layer_name)`
+    returns the rows of a layer's MLP, or of its router and experts."""
     hidden, vocab = architecture.hidden_size, architecture.vocab_size
-    specs = [single(f"{EMBEDDING}.weight", (vocab, hidden), "V H", Role.EMBEDDING)]
+    embedding, head = tied_names(architecture.tied_head, f"{EMBEDDING}.weight", f"{HEAD}.weight", names)
+    specs = [single(f"{EMBEDDING}.weight", (vocab, hidden), "V H", Role.EMBEDDING, stored_name=embedding)]
     for layer in range(architecture.num_layers):
         name = layer_name(layer)
         specs += [
@@ -117,11 +118,10 @@ def stack_tensors(
             single(f"{name}.post_attention_layernorm.weight", (hidden,), "H", Role.NORM),
             *mixture(architecture, name),
         ]
-    head = EMBEDDING if architecture.tied_head else HEAD
     return [
         *specs,
         single(f"{FINAL_NORM}.weight", (hidden,), "H", Role.NORM),
-        single(f"{HEAD}.weight", (vocab, hidden), "V H", Role.HEAD, stored_name=f"{head}.weight"),
+        single(f"{HEAD}.weight", (vocab, hidden), "V H", Role.HEAD, stored_name=head),
     ]
 
 
@@ -137,7 +137,7 @@ def _attention_tensors(architecture: Architecture, name: str) -> list[TensorSpec
     ]
 
 
-def dense_tensors(architecture: Architecture, _names: Sequence[str]) -> list[TensorSpec]:
+def dense_tensors(architecture: Architecture, names: Sequence[str]) -> list[TensorSpec]:
     """The rows of the tensor table of a dense model, whose tensors have the same names in every checkpoint."""
     width, hidden = architecture.ffn_size, architecture.hidden_size
 
@@ -148,7 +148,7 @@ def dense_tensors(architecture: Architecture, _names: Sequence[str]) -> list[Ten
             single(f"{layer}.mlp.down_proj.weight", (hidden, width), "H F", Role.FFN),
         ]
 
-    return stack_tensors(architecture, mlp)
+    return stack_tensors(architecture, names, mlp)
 
 
 def packed_experts(architecture: Architecture, layer: str, gate: str, gate_up: str, down: str) -> list[TensorSpec]:

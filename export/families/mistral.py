@@ -15,7 +15,7 @@ from export.architecture import Architecture, ConfigReader
 from export.config_keys.rules import transformers_keys
 from export.families import Family
 from export.families.llama_stack import (
-    HARMLESS_TENSORS,
+    BASE_MODULES,
     dense_tensors,
     layer_name,
     read_stack_config,
@@ -74,5 +74,5 @@ FAMILY = Family(
     network=network,
     transformers=TransformersModel(model="MistralForCausalLM", name=transformers_name),
     tokenizers={"mistral": "TokenizersBackend"},
-    harmless_tensors=HARMLESS_TENSORS,
+    base_modules=BASE_MODULES,
 )

@@ -24,9 +24,9 @@ from export.checkpoint.tensor_table import Part, TensorSpec
 from export.config_keys.rules import transformers_keys
 from export.families import Family
 from export.families.llama_stack import (
+    BASE_MODULES,
     EMBEDDING,
     FINAL_NORM,
-    HARMLESS_TENSORS,
     HEAD,
     expert_tensors,
     layer_name,
@@ -65,7 +65,7 @@ def read_config(raw: Mapping[str, Any]) -> Architecture:
 def tensors(architecture: Architecture, names: Sequence[str]) -> list[TensorSpec]:
     """The tensor table. The parts have the names that the checkpoint uses; if `names` is empty, those of the published
     files."""
-    return stack_tensors(architecture, _packed_experts if _is_packed(names) else _single_experts)
+    return stack_tensors(architecture, names, _packed_experts if _is_packed(names) else _single_experts)
 
 
 def _is_packed(names: Iterable[str]) -> bool:
@@ -118,7 +118,7 @@ FAMILY = Family(
     network=network,
     transformers=TransformersModel(model="MixtralForCausalLM", name=transformers_name, router="mlp.gate"),
     tokenizers={"mixtral": "TokenizersBackend"},
-    harmless_tensors=HARMLESS_TENSORS,
+    base_modules=BASE_MODULES,
     # Source: tensorrt_llm/_torch/models/modeling_mixtral.py.
     llm_api=LlmApiModel(architecture="MixtralForCausalLM", problems=_llm_api_problems),
     # Source: tensorrt_llm/models/llama/{model,convert}.py. MODEL_MAP maps Mixtral's name to Llama's class.

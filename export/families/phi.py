@@ -24,6 +24,7 @@ from export.config_keys.rules import transformers_keys
 from export.families import Family
 from export.families.network import Network
 from export.families.phi_stack import (
+    BASE_MODULES,
     GELU_TANH,
     HARMLESS_TENSORS,
     has_experts,
@@ -37,7 +38,7 @@ from export.families.phi_stack import (
     transformers_config,
     transformers_name,
 )
-from export.families.transformers_config import check_heads, read_rope, refuse_quantized
+from export.families.transformers_config import check_heads, read_rope, refuse_quantized, tied_names
 from export.families.transformers_model import TransformersModel
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def _read_transformers_config(raw: Mapping[str, Any]) -> Architecture:
     reader.require("hidden_act", GELU_TANH, absent="gelu_new")
     reader.require("head_dim", [hidden // heads], absent=hidden // heads)
     reader.require("qk_layernorm", [False], absent=False)
-    reader.require("tie_word_embeddings", [False], absent=False)
+    reader.require("tie_word_embeddings", [False, True], absent=False)
     rope = read_rope(reader, max(1, hidden // heads), base=10000.0, share=0.5)
     if hidden % heads:
         reader.problem(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
@@ -85,6 +86,7 @@ def _read_transformers_config(raw: Mapping[str, Any]) -> Architecture:
         norm_epsilon=reader.real("layer_norm_eps", absent=1e-5),
         max_positions=rope.positions,
         source_dtype=reader.text("dtype") or reader.text("torch_dtype"),
+        tied_head=raw.get("tie_word_embeddings") is True,
     )
     reader.harmless("torch_dtype", "dtype")
     check_heads(reader, architecture)
@@ -105,9 +107,17 @@ def mlp_tensors(architecture: Architecture, layer: int) -> list[TensorSpec]:
 def tensors(architecture: Architecture, names: Sequence[str]) -> list[TensorSpec]:
     """The tensor table. The parts have the names that the checkpoint uses."""
     specs = stack_tensors(architecture, mlp_tensors)
-    if any(name.startswith("transformer.") for name in names):
+    if not any(name.startswith("transformer.") for name in names):
+        specs = [_in_transformers_spelling(spec, architecture) for spec in specs]
+    if not architecture.tied_head:
         return specs
-    return [_in_transformers_spelling(spec, architecture) for spec in specs]
+    first, second = (next(spec for spec in specs if spec.role is role) for role in (Role.EMBEDDING, Role.HEAD))
+    stored = tied_names(True, first.parts[0].name, second.parts[0].name, names)
+    theirs = {spec.name: name for spec, name in zip((first, second), stored, strict=True)}
+    return [
+        replace(spec, parts=(replace(spec.parts[0], name=theirs[spec.name]),)) if spec.name in theirs else spec
+        for spec in specs
+    ]
 
 
 def _in_transformers_spelling(spec: TensorSpec, architecture: Architecture) -> TensorSpec:
@@ -147,5 +157,6 @@ FAMILY = Family(
     transformers=TransformersModel(model="PhiForCausalLM", name=transformers_name, config=transformers_config),
     tokenizers={"phi": "GPT2Tokenizer"},
     harmless_tensors=HARMLESS_TENSORS,
+    base_modules=BASE_MODULES,
     trtllm=stack_trtllm("PhiForCausalLM", {"mlp.fc1": "mlp.fc", "mlp.fc2": "mlp.proj"}),
 )

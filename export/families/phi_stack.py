@@ -54,7 +54,14 @@ TRANSFORMERS_MODULES = {
     "mlp.fc2": "mlp.fc2",
 }
 # Buffers that some exports keep; every engine recomputes them.
-HARMLESS_TENSORS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "causal_mask", "mask")
+BASE_MODULES = {
+    "embd": "transformer",
+    "h": "transformer",
+    "embed_tokens": "model",
+    "layers": "model",
+    "final_layernorm": "model",
+}
+HARMLESS_TENSORS = ("causal_mask", "mask")
 
 
 def layer_name(layer: int) -> str:

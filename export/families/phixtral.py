@@ -18,6 +18,7 @@ from export.checkpoint.tensor_table import Part, Role, TensorSpec, single, stack
 from export.families import Family
 from export.families.network import Network
 from export.families.phi_stack import (
+    BASE_MODULES,
     HARMLESS_TENSORS,
     has_experts,
     layer_name,
@@ -97,6 +98,7 @@ FAMILY = Family(
         additions="phixtral",
     ),
     harmless_tensors=HARMLESS_TENSORS,
+    base_modules=BASE_MODULES,
     trtllm=stack_trtllm(
         "PhixtralForCausalLM",
         {"moe.gate": "mlp.router", "moe.mlp.fc1": "mlp.fc", "moe.mlp.fc2": "mlp.proj"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +132,14 @@ def refuse_quantized(reader: ConfigReader) -> None:
             f"the weights are quantised by {named(method, 40) if method else 'an unnamed method'}, which moeship does "
             f"not read; it reads {', '.join(methods())}, and the checkpoint as it was before quantisation",
         )
+
+
+def tied_names(tied: bool, embedding: str, head: str, names: Collection[str]) -> tuple[str, str]:
+    """The tensors of the checkpoint that hold the embedding and the head. If they are tied, the one that a checkpoint
+    has serves for both; if it has both, each is itself, whatever config.json says (transformers, tie_weights)."""
+    if not tied or (embedding in names and head in names):
+        return embedding, head
+    return (head, head) if head in names else (embedding, embedding)
 
 
 def check_heads(reader: ConfigReader, architecture: Architecture) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.checkpoint.folder import Checkpoint, model_folder
-from export.checkpoint.safetensors_header import FLOAT_DTYPES, read_header
+from export.checkpoint.safetensors_header import FLOAT_LABELS, read_header
 from export.errors import ConfigError, MergeError, kind_of, listing, named, names, shown
 from export.files.reading import is_regular, read_json
 from export.floats import all_finite, widen
@@ -171,7 +171,7 @@ def _modules(settings: Mapping[str, Any], checkpoint: Checkpoint, problems: list
     odd = []
     for name, tensor in checkpoint.tensors.items():
         match = _TENSOR.fullmatch(name)
-        if match is None or len(tensor.shape) != 2 or tensor.dtype not in FLOAT_DTYPES:
+        if match is None or len(tensor.shape) != 2 or tensor.dtype not in FLOAT_LABELS.values():
             odd.append(name)
         else:
             pairs.setdefault(match[1], {})[match[2]] = tensor.shape

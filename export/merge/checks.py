@@ -22,7 +22,7 @@ _COMPARED = (
 # Facts that a merge takes from the base, so that an expert may have another: it loses its own.
 _OF_THE_BASE = ("vocab_size", "rope_base", "rotary_scaling", "norm_epsilon", "sliding_window")
 # Stored dtype -> largest relative difference that may be rounding, if two models are stored in different dtypes.
-_ROUNDING = {"F32": 0.0, "F16": 2.0**-10, "BF16": 2.0**-7}
+_ROUNDING = {"F64": 0.0, "F32": 0.0, "F16": 2.0**-10, "BF16": 2.0**-7}
 
 
 def check_models(output: Output, base: Model, experts: Sequence[Model]) -> None:
@@ -61,7 +61,7 @@ def output_dtype(asked: str | None, base: Model) -> str:
     stored = base.weights.stored_dtypes()
     if asked is not None:
         return asked
-    if len(stored) != 1:
+    if len(stored) != 1 or stored[0] not in FLOAT_LABELS.values():
         raise MergeError(
             f"merging into {_where(base)}: it stores {' and '.join(stored)}; "
             f"say which to write with dtype in the YAML: {', '.join(FLOAT_LABELS)}"

@@ -194,13 +194,6 @@ def test_a_checkpoint_of_two_spellings_is_refused(tmp_path):
     assert "model.layers.1.block_sparse_moe.gate.weight [5, 80] is not a tensor of this family" in str(caught.value)
 
 
-def test_a_head_beside_a_tied_embedding_is_refused(tmp_path):
-    folder = write_mixtral_checkpoint(tmp_path / "mixture", seed=4)
-    edit_config(folder, tie_word_embeddings=True)
-    with pytest.raises(CheckpointError, match=r"lm_head.weight \[371, 80\] is not a tensor of this family"):
-        read(folder)
-
-
 def test_a_value_that_is_no_number_is_found_inside_a_packed_tensor(tmp_path):
     folder = write_mixtral_checkpoint(tmp_path / "mixture", seed=4, spelling="packed")
     edit_tensors(
