@@ -32,7 +32,7 @@ from export.checkpoint.shard_writer import PlannedTensor, write_sharded
 from export.command import run_command
 from export.families import families
 from export.files.output import require_space, staged_directory
-from export.merge.layout import config_json as phixtral_config
+from export.merge.outputs import phixtral_config
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-phixtral" / "experts" / "code"
 SHARD_BYTES = 5_000_000_000
@@ -77,7 +77,14 @@ MIXTRAL = Architecture(
     eos_token_ids=(0,),  # of the example's tokenizer
     source_dtype="bfloat16",
 )
-MODELS = {"phixtral-4x2_8": PHIXTRAL, "phixtral-2x2_8": replace(PHIXTRAL, num_experts=2), "mixtral-8x7b": MIXTRAL}
+# config.json of mistralai/Mistral-7B-v0.1.
+MISTRAL = replace(MIXTRAL, family="mistral", num_experts=0, experts_per_token=0, rope_base=1e4, sliding_window=4096)
+MODELS = {
+    "mistral-7b": MISTRAL,
+    "phixtral-4x2_8": PHIXTRAL,
+    "phixtral-2x2_8": replace(PHIXTRAL, num_experts=2),
+    "mixtral-8x7b": MIXTRAL,
+}
 DTYPES = {"float16": "F16", "bfloat16": "BF16"}
 
 logger = logging.getLogger(__name__)
@@ -105,10 +112,16 @@ def draws(seed: int) -> Callable[[PlannedTensor], Iterator[npt.NDArray[Any]]]:
     return chunks
 
 
-def mixtral_config(architecture: Architecture) -> dict[str, Any]:
-    """The contents of config.json, with the keys of the published one."""
+def llama_config(architecture: Architecture) -> dict[str, Any]:
+    """The contents of config.json of a Mixtral or Mistral, with the published keys."""
+    mixture = {
+        "num_experts_per_tok": architecture.experts_per_token,
+        "num_local_experts": architecture.num_experts,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.02,
+    }
     return {
-        "architectures": ["MixtralForCausalLM"],
+        "architectures": [f"{architecture.family.title()}ForCausalLM"],
         "attention_dropout": 0.0,
         "eos_token_id": architecture.eos_token_ids[0],
         "hidden_act": "silu",
@@ -116,17 +129,14 @@ def mixtral_config(architecture: Architecture) -> dict[str, Any]:
         "initializer_range": 0.02,
         "intermediate_size": architecture.ffn_size,
         "max_position_embeddings": architecture.max_positions,
-        "model_type": "mixtral",
+        "model_type": architecture.family,
         "num_attention_heads": architecture.num_heads,
-        "num_experts_per_tok": architecture.experts_per_token,
         "num_hidden_layers": architecture.num_layers,
         "num_key_value_heads": architecture.num_kv_heads,
-        "num_local_experts": architecture.num_experts,
-        "output_router_logits": False,
         "rms_norm_eps": architecture.norm_epsilon,
         "rope_theta": architecture.rope_base,
-        "router_aux_loss_coef": 0.02,
-        "sliding_window": None,
+        **(mixture if architecture.is_moe else {}),
+        "sliding_window": architecture.sliding_window,
         "tie_word_embeddings": False,
         "torch_dtype": architecture.source_dtype,
         "use_cache": True,
@@ -147,7 +157,10 @@ def planned_tensors(architecture: Architecture, dtype: str) -> list[PlannedTenso
 def write(architecture: Architecture, output: Path, seed: int) -> int:
     """Write the checkpoint into the new folder `output`; returns its bytes of tensors."""
     dtype = DTYPES[str(architecture.source_dtype)]
-    config = mixtral_config(architecture) if architecture.family == "mixtral" else phixtral_config(architecture, dtype)
+    end = {"eos_token_id": architecture.eos_token_ids[0]}
+    config = (
+        phixtral_config(architecture, dtype, end) if architecture.family == "phixtral" else llama_config(architecture)
+    )
     tensors = planned_tensors(architecture, dtype)
     num_bytes = sum(tensor.num_bytes for tensor in tensors)
     require_space(output, num_bytes, "the synthetic checkpoint")

@@ -70,7 +70,8 @@ def choose_output(base: Model, asked: str | None) -> Output:
     return found
 
 
-def _phixtral_config(_base: Model, architecture: Architecture, dtype: str, tokens: Mapping[str, Any]) -> dict[str, Any]:
+def phixtral_config(architecture: Architecture, dtype: str, tokens: Mapping[str, Any]) -> dict[str, Any]:
+    """A phixtral's config.json. `dtype` is a safetensors label, `tokens` are the keys of the token ids."""
     heads, width = architecture.num_kv_heads, architecture.ffn_size
     return {
         "activation_function": "gelu_new",
@@ -194,7 +195,7 @@ OUTPUTS = (
     Output(
         name="phixtral",
         sources=("phi",),
-        config=_phixtral_config,
+        config=lambda _base, *arguments: phixtral_config(*arguments),
         tensors=_phixtral_tensors,
         problems=_phixtral_problems,
     ),

@@ -77,7 +77,7 @@ def test_every_model_is_planned_with_the_published_names_and_bytes(module):
         planned = module.planned_tensors(facts, module.DTYPES[facts.source_dtype])
         assert sum(tensor.num_bytes for tensor in planned) == num_bytes
         assert sample in [tensor.name for tensor in planned]
-    config = module.mixtral_config(module.MIXTRAL)
+    config = module.llama_config(module.MIXTRAL)
     # The end tokens are read by export.tokenizer.settings.
     assert mixtral.read_config(config) == replace(module.MIXTRAL, eos_token_ids=())
 

@@ -22,7 +22,7 @@ import synthetic_checkpoint
 from conversion import watch
 from export.checkpoint.shard_writer import header_of
 from export.conversion import writer
-from export.merge.layout import config_json
+from export.merge.outputs import phixtral_config
 from export.trtllm.checkpoint import CheckpointOptions, plan_checkpoint, write_checkpoint
 from export.trtllm.config import rotary_share
 from export.trtllm.parallel import Parallelism
@@ -62,10 +62,13 @@ def published(tmp_path_factory):
     for name in ("phixtral-4x2_8", "mixtral-8x7b"):
         facts = synthetic_checkpoint.MODELS[name]
         label = synthetic_checkpoint.DTYPES[facts.source_dtype]
-        mixtral = synthetic_checkpoint.mixtral_config(facts)
+        if facts.family == "mixtral":
+            config = synthetic_checkpoint.llama_config(facts)
+        else:
+            config = phixtral_config(facts, label, {"eos_token_id": 0})
         folders[name] = folder = tmp_path_factory.mktemp("published") / name
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(mixtral if "mixtral" in name else config_json(facts, label)))
+        (folder / "config.json").write_text(json.dumps(config))
         tensors = synthetic_checkpoint.planned_tensors(facts, label)
         header = header_of(tensors)
         with (folder / "model.safetensors").open("wb") as file:
