@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint folder or a hub id")
+    parser.add_argument(
+        "--revision", metavar="REV", help="branch, tag or commit of a hub id (default: its main branch)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--experts-per-token", type=int, metavar="K", help="override the config's num_experts_per_tok")
 
@@ -30,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     from export.checkpoint.folder import open_checkpoint
     from export.inspection import describe
 
-    report = describe(open_checkpoint(arguments.checkpoint), arguments.experts_per_token)
+    report = describe(open_checkpoint(arguments.checkpoint, arguments.revision), arguments.experts_per_token)
     if arguments.json:
         print(json.dumps(report.to_json(), indent=2, allow_nan=False))
     else:

@@ -63,7 +63,17 @@ def _run(argv: Sequence[str] | None) -> int:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Printable("%(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
-    for noisy in ("httpx", "httpcore", "urllib3", "huggingface_hub", "transformers", "torch", "matplotlib"):
+    for noisy in (
+        "httpx",
+        "httpx2",
+        "httpcore",
+        "httpcore2",
+        "urllib3",
+        "huggingface_hub",
+        "transformers",
+        "torch",
+        "matplotlib",
+    ):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     if words[:1] in (["--version"], ["version"]):
         print(f"moeship {version()}")

@@ -24,6 +24,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, o
     """Add every flag of both backends. Each backend reads its own (`command.py`)."""
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="checkpoint folder, or a hub id owner/name")
     parser.add_argument("--checkpoint", dest="checkpoint_flag", metavar="DIR", help="the checkpoint, as a flag")
+    parser.add_argument(
+        "--revision", metavar="REV", help="branch, tag or commit of a hub id (default: its main branch)"
+    )
     parser.add_argument("--output", required=output_required, type=Path, metavar="ENGINE", help=output_help)
     engine = parser.add_argument_group("engine")
     engine.add_argument("--backend", default=BACKENDS[0], help=f"{' or '.join(BACKENDS)} (default: %(default)s)")
@@ -65,7 +68,8 @@ def read_checkpoint(arguments: argparse.Namespace) -> str:
             f"reading the flags: found two checkpoints, {arguments.checkpoint} and --checkpoint "
             f"{arguments.checkpoint_flag}; give one"
         )
-    return str(given.pop())
+    found = str(given.pop())
+    return found if arguments.revision is None else f"{found}@{arguments.revision}"
 
 
 def refuse_flags_of_others(arguments: argparse.Namespace, shared: Collection[str] = ()) -> None:

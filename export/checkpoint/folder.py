@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.checkpoint.file_table import DOWNLOAD_EXCEPTIONS, DOWNLOAD_PATTERNS, INDEX_FILE, text_files
+from export.checkpoint.file_table import INDEX_FILE, text_files
+from export.checkpoint.hub import download
 from export.checkpoint.safetensors_header import StoredTensor, numpy_dtype, read_header
 from export.checkpoint.safetensors_header import header_bytes as safetensors_header_bytes
 from export.errors import CheckpointError, listing, named, names, shown
@@ -44,6 +45,7 @@ PACKED_SETTINGS_FILE = "quantize_config.json"  # says how weights are packed, wh
 _COMPARED_BYTES = 1 << 20  # of two tensors of one name, read at a time
 KEPT_TENSORS = 16  # most packed tensors that stay in memory: those of a pair of matrices, for two threads
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,21 +184,26 @@ def file_digest(path: Path) -> str:
 
 def model_folder(location: str | Path, revision: str | None = None) -> tuple[Path, str | None]:
     """The folder of a model or an adapter, and its commit on the hub. A location that is no folder here is a hub id,
-    which is downloaded into the hub's cache, at `revision` (None: its main branch). Raises CheckpointError."""
-    folder = Path(location)
-    check_name(folder, f"opening the checkpoint {named(location)}", CheckpointError)
+    which is downloaded into the hub's cache, at `revision` or at what stands behind an @ (None: its main branch).
+    Raises CheckpointError."""
+    folder, doing = Path(location), f"opening the checkpoint {named(location)}"
+    check_name(folder, doing, CheckpointError)
     if is_regular(folder):
-        raise CheckpointError(
-            f"opening the checkpoint {named(location)}: it is a file; pass the folder that holds it, or a GGUF file"
-        )
-    if is_folder(folder):
-        if revision is not None:
+        raise CheckpointError(f"{doing}: it is a file; pass the folder that holds it, or a GGUF file")
+    name, at, behind = str(location).partition("@")
+    revision = revision or behind or None
+    if is_folder(folder) or (at and is_folder(Path(name))):
+        if revision is not None and not (at and is_folder(folder)):
             raise CheckpointError(
-                f"opening the checkpoint {named(location)}: it is a folder of this machine, which has no revision "
-                f"{named(revision)}; leave the revision out, or give a hub id"
+                f"{doing}: it is a folder of this machine, which has no revision {named(revision)}; leave the revision "
+                "out, or give a hub id"
             )
         return folder, None
-    folder = _download(str(location), revision)
+    if not HUB_ID.fullmatch(name) or (at and not behind) or not _REVISION.fullmatch(revision or "main"):
+        raise CheckpointError(
+            f"{doing}: no such folder, and not a hub id like owner/name or owner/name@revision; check the path"
+        )
+    folder = download(name, revision)
     return folder, folder.name  # the hub's cache keeps each commit in a folder of its own
 
 
@@ -318,34 +325,6 @@ def _unpacked(checkpoint: Checkpoint) -> Checkpoint:
         packed=packed,
         in_files=stored,
     )
-
-
-def _download(location: str, revision: str | None) -> Path:
-    """Download a hub repository's configuration, safetensors and tokenizer, never its code or pickles; returns the
-    folder in the hub's cache."""
-    if not HUB_ID.fullmatch(location):
-        raise CheckpointError(
-            f"opening the checkpoint {named(location)}: no such folder, and not a hub id like owner/name; "
-            "check the path"
-        )
-    import huggingface_hub
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                location,
-                revision=revision,
-                allow_patterns=list(DOWNLOAD_PATTERNS),
-                ignore_patterns=list(DOWNLOAD_EXCEPTIONS),
-            )
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"opening the checkpoint {named(location)}: there is no such folder here, and it could not be downloaded "
-            "from the hub "
-            f"({named(reason)}); check the name and the network, or download it and pass its folder"
-        ) from error
 
 
 def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:

@@ -254,35 +254,10 @@ def test_pickled_weights_are_never_opened(phixtral):
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="no such folder, and not a hub id"):
-        open_checkpoint(tmp_path / "nowhere" / "deep")
-
-
-def test_a_hub_id_that_cannot_be_reached_says_so(monkeypatch):
-    import huggingface_hub
-
-    def refuse(*_args, **_kwargs):
-        raise OSError("no route to the hub")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(
-        CheckpointError, match=r"could not be downloaded from the hub \(no route to the hub\); check the name"
+        CheckpointError, match="no such folder, and not a hub id like owner/name or owner/name@revision; check the path"
     ):
-        open_checkpoint("somebody/some-model")
-
-
-def test_a_hub_id_fetches_no_code_and_no_pickles(monkeypatch, phixtral):
-    import huggingface_hub
-
-    asked = {}
-    monkeypatch.setattr(
-        huggingface_hub,
-        "snapshot_download",
-        lambda name, revision, allow_patterns, ignore_patterns: asked.update({name: allow_patterns}) or phixtral,
-    )
-    assert open_checkpoint("mlabonne/phixtral-4x2_8").folder == phixtral
-    (patterns,) = asked.values()
-    assert not [pattern for pattern in patterns if pattern.endswith((".py", ".bin", ".pt", ".pkl")) or pattern == "*"]
+        open_checkpoint(tmp_path / "nowhere" / "deep")
 
 
 def test_an_unknown_model_type_lists_what_exists(phixtral):

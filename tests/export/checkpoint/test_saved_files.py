@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from hub_standin import COMMIT, hub_of
-from merging import run
 from mixtral_checkpoints import write_llama_tokenizer, write_mixtral_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -33,6 +32,7 @@ from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.tokenizer.loading import load_tokenizer
 from export.trtllm.checkpoint import CheckpointOptions, write_checkpoint
+from merging import run
 from triton_repo.packaging.llmapi_package import LlmApiOptions, package_llmapi
 from triton_repo.packaging.package import PackageOptions, package_engine
 from trt_build.ort.build import BuildOptions, build_engine
@@ -212,13 +212,12 @@ def test_a_download_fetches_what_the_table_takes_or_derives_and_nothing_else(sav
     for name in ("pytorch_model.bin", "consolidated.00.safetensors", "original.pth", "tekken.json"):
         (saved_phi / name).write_bytes(b"not asked for")
     try:
-        with hub_of({"owner/model": saved_phi}) as (endpoint, downloads):
+        with hub_of({"owner/model": saved_phi}) as hub:
             script = (
                 "import sys; from export.checkpoint.folder import open_checkpoint; c = open_checkpoint('owner/model'); "
             )
             words = [sys.executable, "-c", script + "print(c.folder, c.revision)"]
-            places = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-            environment = {**os.environ, **places, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+            environment = {**os.environ, **hub.environment(tmp_path / "home")}
             result = subprocess.run(
                 words, env=environment, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False
             )
@@ -228,7 +227,7 @@ def test_a_download_fetches_what_the_table_takes_or_derives_and_nothing_else(sav
     assert result.returncode == 0, result.stderr
     folder, revision = result.stdout.split()
     expected = {name for name in names_in(saved_phi) if rule_of(name).fate is not Fate.REFUSED}
-    assert (set(downloads), revision) == (expected, COMMIT)
+    assert (set(hub.downloads), revision) == (expected, COMMIT)
     assert names_in(Path(folder)) == expected
 
 
