@@ -142,7 +142,7 @@ def with_adapter(base: Checkpoint, adapter: Adapter) -> AdaptedCheckpoint:
             "the adapter %s fits %s by its shapes, but its settings name the base %s",
             adapter.checkpoint.identity, base.identity, shown(asked, 80),
         )  # fmt: skip
-    own = {fact.name: getattr(base, fact.name) for fact in fields(Checkpoint)}
+    own = {fact.name: getattr(base, fact.name) for fact in fields(Checkpoint) if fact.init}
     return AdaptedCheckpoint(**own | {"identity": f"{base.identity}+{adapter.checkpoint.identity}"}, adapter=adapter)
 
 
