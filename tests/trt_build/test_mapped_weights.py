@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from export.files.output import forget_pages
-from tests.checkpoints import write_phixtral_checkpoint
+from tests.checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from trt_build.errors import EngineError
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.device import read_in_huge_pages
@@ -32,6 +32,37 @@ cache = session.new_cache()
 session.run(cache, list(range(5, 40)))
 print(private() - before)
 """
+
+SCORING_PROGRAM = """
+import sys
+from trt_build.ort.engine import open_engine
+from trt_build.ort.session import ScoringSession
+
+def private():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+
+session = ScoringSession(open_engine(sys.argv[1], check_digests=False), threads=1)
+before = private()
+session.run([number % 250 for number in range(int(sys.argv[2]))])
+print(private() - before)
+"""
+
+
+def test_scoring_does_not_hold_the_keys_and_values_of_all_layers(tmp_path):
+    heads, size, num_tokens, grown = 16, 32, 2000, []
+    for layers in (1, 9):
+        checkpoint = write_phi_checkpoint(
+            tmp_path / f"c{layers}", seed=1, hidden_size=heads * size, num_heads=heads, num_kv_heads=heads,
+            rotary_dim=size, ffn_size=64, num_layers=layers, max_positions=num_tokens,
+        )  # fmt: skip
+        options = BuildOptions(checkpoint=str(checkpoint), output=tmp_path / f"e{layers}", precision="fp32")
+        engine = build_engine(options).folder
+        done = subprocess.run(
+            [sys.executable, "-c", SCORING_PROGRAM, engine, str(num_tokens)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        grown.append(int(done.stdout))
+    assert grown[1] - grown[0] < 4 * 2 * num_tokens * heads * size * 4  # those of four of the eight more layers
 
 
 @pytest.mark.needs_kernels
