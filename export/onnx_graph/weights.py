@@ -126,7 +126,9 @@ class WeightJob:
 
     def _blocks(self, chunk: FloatArray, small: SmallScales, loss: Loss | None) -> tuple[npt.NDArray[Any], ...]:
         half_scales = self.layout is Layout.GROUPS
-        codes, scales = quantize_blocks(chunk, self.bits, self.block_size, half_scales=half_scales)
+        codes, scales = quantize_blocks(
+            chunk, self.bits, self.block_size, half_scales=half_scales, refit=loss is not None
+        )
         if loss is not None:
             loss.add(chunk, codes, scales, self.bits)
         if self.layout is Layout.GROUPS:

@@ -44,7 +44,7 @@ def block_size(name: str, features: Sequence[int], allowed: Sequence[int]) -> in
 
 
 def quantize_blocks(
-    values: FloatArray, bits: int, block_size: int, *, half_scales: bool = False
+    values: FloatArray, bits: int, block_size: int, *, half_scales: bool = False, refit: bool = False
 ) -> tuple[ByteArray, FloatArray]:
     """Quantise float32 [..., K] to codes uint8 [..., K] and scales float32 [..., K / block_size], `block_size` a
     multiple of 4.
@@ -53,6 +53,10 @@ def quantize_blocks(
     end of the grid without a counterpart on the other side. So that value is exact and no code is unused. Each block
     takes the stretch of STRETCHES with the least squared error. With `half_scales` every scale is rounded to float16
     (infinite beyond its range) before the codes are computed, so that they fit the scale that is stored.
+
+    With `refit` each scale is at last the one with the least squared error for the codes. Values that lie on another
+    grid, as those that were quantised before, have errors that no stretch makes orthogonal to the stored values; they
+    would be too large or too small together by a per cent or two.
     """
     blocks = np.ascontiguousarray(values).reshape(-1, block_size)
     codes, scales = np.empty(blocks.shape, dtype=np.uint8), np.empty(len(blocks), dtype=np.float32)
@@ -60,11 +64,11 @@ def quantize_blocks(
     with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
         for start in range(0, len(blocks), step):
             part = slice(start, start + step)
-            scales[part] = _quantize_slice(blocks[part], bits, codes[part], half_scales=half_scales)
+            scales[part] = _quantize_slice(blocks[part], bits, codes[part], half_scales=half_scales, refit=refit)
     return codes.reshape(values.shape), scales.reshape(*values.shape[:-1], -1)
 
 
-def _quantize_slice(blocks: FloatArray, bits: int, codes: ByteArray, *, half_scales: bool) -> FloatArray:
+def _quantize_slice(blocks: FloatArray, bits: int, codes: ByteArray, *, half_scales: bool, refit: bool) -> FloatArray:
     """Write the codes of contiguous blocks [n, block_size] into `codes`; returns the blocks' scales [n].
 
     The blocks are transposed to [block_size / 4, n * 4], four neighbouring values of a block side by side. So numpy's
@@ -78,6 +82,8 @@ def _quantize_slice(blocks: FloatArray, bits: int, codes: ByteArray, *, half_sca
     unit = np.where(-low >= high, low, high) / np.float32(-half) + np.float32(0)  # + 0 turns a scale of -0 into +0
     scales, grid = _best_scales(turned, unit, bits, half_scales=half_scales), np.empty_like(turned)
     _round(turned, _in_lanes(scales), _ends(scales, half), grid)
+    if refit:
+        scales = _refitted(turned, grid, scales, half_scales=half_scales)
     unsigned = grid.astype(np.int8).view(np.uint8)
     np.bitwise_xor(unsigned, np.uint8(half), out=unsigned)
     np.bitwise_and(unsigned, np.uint8(2 * half - 1), out=unsigned)
@@ -123,6 +129,15 @@ def _best_scales(turned: FloatArray, unit: FloatArray, bits: int, *, half_scales
         np.copyto(least, error, where=better)
         np.copyto(scales, tried, where=better)
     return scales
+
+
+def _refitted(turned: FloatArray, grid: FloatArray, scales: FloatArray, *, half_scales: bool) -> FloatArray:
+    """The scales [n] with the least squared error for the signed codes `grid`: <q, w> / <q, q> of each block. Blocks
+    without a code other than 0 keep theirs."""
+    products = _across_lanes(np.add, np.einsum("ij,ij->j", grid, turned))
+    squares = _across_lanes(np.add, np.einsum("ij,ij->j", grid, grid))
+    found = np.divide(products, squares, out=scales.copy(), where=squares > 0)
+    return _stretched(found, 1.0, half=half_scales)
 
 
 def _stretched(unit: FloatArray, stretch: float, *, half: bool) -> FloatArray:

@@ -77,7 +77,8 @@ def test_codes_that_fit_are_kept_exactly(tmp_path, kernels, write, options, prec
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize(("pack", "precision"), [(pack_awq, "int4"), (pack_compressed, "int4"), (pack_int8, "int8")])
 def test_codes_of_other_formats_are_kept(tmp_path, kernels, pack, precision):
-    checkpoint = pack(write_mixtral(tmp_path / "packed"))
+    groups = {} if pack is pack_int8 else {"group_size": 32}
+    checkpoint = pack(write_mixtral(tmp_path / "packed"), **groups)
     engine = build_engine(
         BuildOptions(checkpoint=str(checkpoint), output=tmp_path / "engine", precision=precision, kernels=kernels)
     )
