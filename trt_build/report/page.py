@@ -84,7 +84,9 @@ def _costs(report: Report) -> str:
     said = (
         "The mean KL divergence from the reference of a model in which one part alone has the engine's codes and all "
         "else is the checkpoint's, computed in float32. Parts do not add up to the whole: errors of one layer meet "
-        "those of another. The engines' own figures, above, hold what their kernels round, too."
+        "those of another. The engines' own figures, above, hold what their kernels round, too. In italics: few tokens "
+        "carry the figure, and its standard error is more than half of it; such are tokens for which two experts' "
+        "router logits are nearly equal, so that any error changes the choice."
     )
     pictures = legend(lines) + _pictures(charts) if charts else ""
     return f"<p>{escaped(said)}</p>{pictures}{cost_tables(report.engines)}"

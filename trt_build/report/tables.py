@@ -243,14 +243,17 @@ def _role(role: str) -> str:
 
 
 def _heat(part: Json | None, largest: float, coloured: bool = True) -> str:
-    """A cell with a cost in thousandths of a nat, the darker the larger, by its logarithm."""
+    """A cell with a cost in thousandths of a nat, the darker the larger, by its logarithm; in italics if few positions
+    carry it."""
     if part is None:
         return "<td>–</td>"
     value = part["mean_kl"]
     shade = 0.0
     if coloured and value > 0 and largest > 0:
         shade = max(0.0, 1 + math.log10(min(value / largest, 1.0)) / COLOURED_DECADES)
-    return f'<td style="--a:{0.7 * shade:.2f}">{number(value * 1e3)}</td>'
+    kind = ' class="few"' if part["standard_error"] > 0.5 * value else ""
+    said = f"± {number(part['standard_error'] * 1e3)}, the largest of a token {number(part['max_kl'] * 1e3)}"
+    return f'<td style="--a:{0.7 * shade:.2f}" title="{said}"{kind}>{number(value * 1e3)}</td>'
 
 
 def _table(engines: Sequence[ReportedEngine], rows: Sequence[str]) -> str:

@@ -131,14 +131,20 @@ def test_every_section_is_there_with_its_figures():
 
 
 def test_the_heat_of_a_cost_is_on_one_scale_for_all_engines():
-    cells = [
-        (float(shade), text) for shade, text in re.findall(r'<td style="--a:([\d.]+)">(?:([^<]*))</td>', page(TWO))
-    ]
-    by_text = {text: shade for shade, text in cells}
+    cells = re.findall(r'<td style="--a:([\d.]+)" title="[^"]*">([^<]*)</td>', page(TWO))
+    by_text = {text: float(shade) for shade, text in cells}
     assert by_text["10"] == max(by_text.values()) == 0.7  # attention of layer 0 at 0.04 / 4, in thousandths
     assert by_text["0.025"] == pytest.approx(0.7 * (1 - np.log10(400) / COLOURED_DECADES), abs=0.01)
     assert by_text["40"] == 0.0  # all parts together, which is no part
     assert sorted(by_text, key=lambda text: by_text[text])[-2:] == ["8.0", "10"]
+
+
+def test_a_cost_that_few_tokens_carry_is_in_italics():
+    found = record(0.04)
+    found["cost"]["parts"][2]["standard_error"] = 0.0051
+    content = page(report(engine("one", record=found)))
+    cells = re.findall(r'<td style="[^"]*" title="([^"]*)"( class="few")?>([^<]*)</td>', content)
+    assert [cell for cell in cells if cell[1]] == [("± 5.1, the largest of a token 90", ' class="few"', "10")]
 
 
 def test_an_engine_that_cannot_be_asked_says_why():
