@@ -76,7 +76,8 @@ class AdaptedCheckpoint(Checkpoint):
         stored = super().read(name, rows, row_shape)
         module = name.removesuffix(".weight")
         scaling = self.adapter.modules.get(module)
-        if scaling is None or not all_finite(stored):  # the caller says which values are not finite
+        finite = np.isfinite(stored).all() if stored.dtype == np.float64 else all_finite(stored)
+        if scaling is None or not finite:  # the caller says which values are not finite
             return stored
         low = self.adapter.checkpoint.read_float32(_tensor_name(module, "B"), rows)  # [rows, r]
         if module not in self._last:

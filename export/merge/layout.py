@@ -77,7 +77,8 @@ class MergeSources:
                 values = values + np.float32(setting.noise_scale) * rng.standard_normal(values.shape, dtype=np.float32)
             with np.errstate(over="ignore"):  # the result is checked below
                 values = values * scale
-            stored = cast(values, checkpoint.tensors[part.name].dtype, tensor.planned.name)
+            kept = checkpoint.tensors[part.name].dtype  # float64 is read as float32
+            stored = cast(values, "F32" if kept == "F64" else kept, tensor.planned.name)
             yield cast(stored.astype(np.float32, copy=False), tensor.planned.dtype, tensor.planned.name)
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from adapters import write_adapter
 from dense_checkpoints import write_dense_checkpoint
-from merging import leftovers, run, write_yaml
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from transformers import MistralForCausalLM, MixtralForCausalLM
 
 from cli.main import main
 from export.errors import MergeError
+from export.merge.config import read_merge_config
+from export.merge.merge import merge
+from merging import leftovers, run, write_yaml
 
 TOKENS = np.random.default_rng(3).integers(0, 365, 60).tolist()
 
@@ -48,6 +51,27 @@ def test_experts_of_another_vocabulary_give_their_mlps_alone(tmp_path, caplog):
         f"expert 1 ({tmp_path / 'e1'}) has vocab_size 400 for 371, rope_base 1000000.0 for 10000.0 of the base: the "
         "mixture has the base's"
     ) in caplog.messages
+
+
+def test_experts_of_float64_are_merged_as_float32(tmp_path):
+    write_experts(tmp_path)
+    path = write_yaml(tmp_path, dtype="float32")
+    write_adapter(tmp_path / "adapter", tmp_path / "e1", seed=3)
+    plain = load_file(run(path).folder / "model.safetensors")
+    for name in ("e0", "e1"):
+        narrow = load_file(tmp_path / name / "model.safetensors")
+        wide = {key: values.astype(np.float64) for key, values in narrow.items()}
+        save_file(wide, tmp_path / name / "model.safetensors")
+    found = load_file(merge(read_merge_config(path), tmp_path / "wide").folder / "model.safetensors")
+    assert {name: values.tobytes() for name, values in found.items()} == {k: v.tobytes() for k, v in plain.items()}
+    experts = [
+        {"source_model": "e0", "positive_prompts": ["fox"], "residual_scale": 0.5},
+        {"source_model": "e1+adapter", "positive_prompts": ["def"], "noise_scale": 0.1},
+    ]
+    path = write_yaml(tmp_path, experts=experts, dtype="float32")
+    scaled = load_file(merge(read_merge_config(path), tmp_path / "scaled").folder / "model.safetensors")
+    name = "model.layers.0.block_sparse_moe.experts.0.w2.weight"
+    np.testing.assert_array_equal(scaled[name], plain[name] * np.float32(0.5))
 
 
 def test_a_window_of_the_base_is_told_as_lost(tmp_path, caplog):
