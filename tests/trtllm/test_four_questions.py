@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -81,8 +82,10 @@ def test_rank_files_that_are_gone_leave_the_answer_of_the_build(copied_engine, s
     status, found, _ = verified(capfd, copied_engine, small_phixtral)
     weights, graph, cost = found["questions"]
     assert (status, weights["passed"]) == (0, True)
-    assert weights["asked"] == "when the engine was built, of rank files that are gone"
+    digest = hashlib.sha256((moved / "rank0.safetensors").read_bytes()).hexdigest()
+    assert weights["asked"] == f"when the engine was built, of rank files that are gone (SHA-256 {digest[:12]}…)"
     assert weights["asked_of"].keys() == {"config.json", "rank0.safetensors"}
+    assert weights["asked_of"]["rank0.safetensors"] == digest
     assert (graph["passed"], cost["passed"]) == (None, None)
     assert graph["unasked"] == f"the rank files that engine was built from are not in {folder}"
     status, found, _ = verified(capfd, copied_engine, small_phixtral, "--trtllm-checkpoint", str(moved))
@@ -90,7 +93,7 @@ def test_rank_files_that_are_gone_leave_the_answer_of_the_build(copied_engine, s
     assert "asked" not in found["questions"][0]
     (moved / "config.json").write_text("{}")
     status, found, _ = verified(capfd, copied_engine, small_phixtral, "--trtllm-checkpoint", str(moved))
-    assert found["questions"][0]["asked"] == "when the engine was built, of rank files that are changed since"
+    assert "of rank files that are changed since (SHA-256" in found["questions"][0]["asked"]
 
 
 def test_an_engine_that_was_not_asked_says_so(tmp_path, small_phixtral, capfd):

@@ -63,9 +63,9 @@ def verify(
     manifest = engine.manifest
     facts = manifest.architecture
     source = open_source(location, facts.experts_per_token if facts.is_moe else None, manifest.max_sequence)
-    options = options_of(manifest.settings["checkpoint"])
+    options = options_of(manifest.settings.get("checkpoint") or {})
     planned = plan_checkpoint(source.model, options)
-    different = differing_settings(manifest.settings["checkpoint"], planned)
+    different = differing_settings(manifest.settings.get("checkpoint"), planned)
     if source.model.architecture != facts or different:
         raise EngineError(
             f"verifying {folder} against {source.checkpoint.identity}: they are not the same model; name the "

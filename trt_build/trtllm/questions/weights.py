@@ -63,7 +63,8 @@ def ask_about_engine(
     elif recorded is not None:
         told = "when the engine was built"
         if recorded.figures["asked_of"] != present:
-            told += f", of rank files that are {'changed since' if present else 'gone'}"
+            digest = str(recorded.figures["asked_of"].get(rank_file(0)))[:12]
+            told += f", of rank files that are {'changed since' if present else 'gone'} (SHA-256 {digest}…)"
         answer = dataclasses.replace(recorded, figures={**recorded.figures, "asked": told})
     elif facts:
         return Answer(question=QUESTION, failures=tuple(facts))
