@@ -15,8 +15,6 @@ PACKAGES = ("export", "trt_build", "triton_repo", "clients", "cli")
 HEAVY = ("torch", "transformers", "onnxruntime", "tensorrt_llm", "onnx", "tritonclient", "grpc", "tokenizers")
 # Read by no one but the function that asks for the reference, and by Triton's stub.
 IMPORTED_BY_NEED = {
-    "trt_build.comparison.torch_reference": {"torch", "transformers"},
-    "trt_build.comparison.references.phixtral": {"torch", "transformers"},
     "trt_build.trtllm.phixtral": {"tensorrt_llm"},
 }
 # What each package may import of the others.

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from decoding import KINDS, QUANTISED, each, genai_greedy, greedy, load_genai
+from torch_reference import load_reference, run_model
 
 from cli.main import main
 from export.checkpoint.folder import open_checkpoint
@@ -20,7 +21,6 @@ from export.families import read_model
 from export.tokenizer.loading import load_tokenizer
 from trt_build.comparison import parity
 from trt_build.comparison.serving_ways import SERVING_LIMITS
-from trt_build.comparison.torch_reference import load_reference, run_model
 from trt_build.ort import verify
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.engine import Engine, open_engine

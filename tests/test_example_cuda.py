@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from torch_reference import load_reference, run_model
 
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
@@ -14,7 +15,6 @@ from export.provider import PROVIDERS
 from export.tokenizer.loading import load_tokenizer
 from trt_build.comparison import parity
 from trt_build.comparison.evaluation_text import own_text
-from trt_build.comparison.torch_reference import load_reference, run_model
 from trt_build.ort import verify
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.device import Device

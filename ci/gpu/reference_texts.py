@@ -13,12 +13,17 @@ import argparse
 import json
 import sys
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
 
+# tests/torch_reference makes transformers' model of a checkpoint.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+
+from torch_reference import load_reference
+
 from export.command import run_command
-from trt_build.comparison.torch_reference import load_reference
 from trt_build.source import open_source
 
 

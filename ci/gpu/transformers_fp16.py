@@ -2,7 +2,7 @@
 
     python ci/gpu/transformers_fp16.py CHECKPOINT --output benchmarks/results
 
-transformers' own attention, norms and head, the mixture expert by expert as in trt_build/comparison/torch_reference.py:
+transformers' own attention, norms and head, the mixture expert by expert as in tests/torch_reference:
 no transformers release has a phixtral of its own. Prompts are prefilled and tokens decoded as in onnxruntime_cuda.py,
 without sampling. Needs moeship with the extra `transformers` and a CUDA build of torch; loads the checkpoint in float32
 in main memory first. Exit status 0 done, 2 wrong input.
@@ -23,11 +23,15 @@ from typing import Any
 import torch
 from onnxruntime_cuda import PREFILL_RUNS, WARM_UP_STEPS, describe_device, positive, report_file
 
+# tests/torch_reference makes transformers' model of a checkpoint.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+
+from torch_reference import load_reference
+
 from export.checkpoint.folder import open_checkpoint
 from export.command import run_command
 from export.errors import ConfigError, OutputError
 from export.families import read_model
-from trt_build.comparison.torch_reference import load_reference
 
 
 def measure(reference: torch.nn.Module, device: str, batch: int, prompt: int, steps: int) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """The record that says which of transformers' models computes a family. Tests and programs of ci/ compare with that
-model; `trt_build/comparison/torch_reference.py` makes it."""
+model; `tests/torch_reference` makes it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TransformersModel:
     stands for q, k and v, which are one row of the table and three tensors of the class. It returns None for a row that
     the class does not have. `router` is the path of the router's module inside a layer; None for a dense family.
     `config` converts a config.json to the keys of the class's configuration, from the JSON alone. `additions` is the
-    module of trt_build/comparison/references that adds what the class lacks.
+    module of tests/torch_reference that adds what the class lacks.
     """
 
     model: str

@@ -9,11 +9,11 @@ import onnx
 import pytest
 from cuda_kernels import check_types
 from mixtral_checkpoints import write_mixtral_checkpoint
+from torch_reference import ByTransformers, load_reference
 
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.provider import PROVIDERS
-from trt_build.comparison.torch_reference import ByTransformers, load_reference
 from trt_build.ort import verify
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.device import Device

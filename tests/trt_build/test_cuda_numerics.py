@@ -18,6 +18,7 @@ from checkpoints import write_phi_checkpoint
 from conftest import QUANTIZABLE
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
+from torch_reference import ByTransformers, load_reference
 from transformers import PhiForCausalLM
 
 from export.checkpoint.folder import open_checkpoint
@@ -27,7 +28,6 @@ from trt_build.comparison import parity
 from trt_build.comparison.evaluation_text import read_texts
 from trt_build.comparison.parity import THRESHOLDS
 from trt_build.comparison.serving_ways import serving_limits
-from trt_build.comparison.torch_reference import ByTransformers, load_reference
 from trt_build.ort import verify
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.device import Device

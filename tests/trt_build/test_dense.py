@@ -9,6 +9,7 @@ import torch
 from cuda_kernels import check_types
 from decoding import KINDS, each
 from dense_checkpoints import write_dense_checkpoint
+from torch_reference import ByTransformers
 from transformers import LlamaForCausalLM, MistralForCausalLM
 
 from export.checkpoint.folder import open_checkpoint
@@ -16,7 +17,6 @@ from export.errors import ConfigError, ExportError
 from export.families import read_model
 from export.trtllm.checkpoint import CheckpointOptions, plan_checkpoint
 from trt_build.comparison import parity
-from trt_build.comparison.torch_reference import ByTransformers
 from trt_build.ort import verify
 from trt_build.ort.build import BuildOptions, build_engine
 

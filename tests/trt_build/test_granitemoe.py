@@ -15,6 +15,7 @@ from decoding import KINDS, each, genai_greedy, greedy, load_genai
 from granitemoe_checkpoints import SCALARS, tell_mixtral_as_granitemoe, write_granitemoe_checkpoint
 from mixtral_checkpoints import SPELLINGS, write_llama_tokenizer
 from safetensors.numpy import load_file, save_file
+from torch_reference import ByTransformers, load_reference
 from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
 from cli.main import main
@@ -26,7 +27,6 @@ from export.provider import PROVIDERS
 from export.tokenizer.loading import load_tokenizer
 from export.trtllm.checkpoint import CheckpointOptions, plan_checkpoint
 from trt_build.comparison import parity
-from trt_build.comparison.torch_reference import ByTransformers, load_reference
 from trt_build.ort import verify
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.device import Device

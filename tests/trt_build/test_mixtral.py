@@ -17,6 +17,7 @@ from cuda_kernels import check_types
 from decoding import KINDS, QUANTISED, each, genai_greedy, greedy, kinds_here, load_genai
 from mixtral_checkpoints import SPELLINGS, write_llama_tokenizer, write_mixtral_checkpoint
 from safetensors.numpy import load_file, save_file
+from torch_reference import ByTransformers, load_reference
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from cli.main import main
@@ -25,7 +26,6 @@ from export.errors import ExportError
 from export.families import read_model
 from export.tokenizer.loading import load_tokenizer
 from trt_build.comparison import parity
-from trt_build.comparison.torch_reference import ByTransformers, load_reference
 from trt_build.ort import verify
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.engine import open_engine
@@ -358,8 +358,8 @@ def test_the_commands_take_a_mixtral_from_inspect_to_verify(tmp_path, capsys):
     assert main(["verify", str(tmp_path / "engine"), "--reference", str(EXAMPLE), "--tokens", "600"]) == 0
     engine = open_engine(tmp_path / "engine")
     assert engine.manifest.family == "mixtral"
-    assert engine.manifest.verification["failures"] == []
     assert engine.manifest.verification["reference_is_the_source"] is True
+    assert engine.manifest.verification["failures"] == []
 
 
 MEMORY_PROGRAM = """

@@ -15,6 +15,7 @@ from checkpoints import write_phixtral_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
 from safetensors.numpy import load_file, save_file
 from torch import nn
+from torch_reference import ByTransformers, load_reference
 from transformers import MixtralForCausalLM
 
 from ci.kill_builds import compare
@@ -25,7 +26,6 @@ from export.errors import ExportError
 from export.families import families, llama_stack, mixtral, phi, phi_stack, phixtral, read_model
 from trt_build.comparison import parity
 from trt_build.comparison.evaluation_text import EvaluationText
-from trt_build.comparison.torch_reference import ByTransformers, load_reference
 from trt_build.manifest import digested_text
 from trt_build.ort import kernels, verify
 from trt_build.ort.build import BuildOptions, build_engine

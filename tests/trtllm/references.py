@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch_reference import load_reference
 from trtllm.ranks import FloatArray
 
 from export.families import Model
 from export.quantize.grid import quantize_blocks
-from trt_build.comparison.torch_reference import load_reference
 
 Tensor = torch.Tensor
 Rounding = Callable[[Tensor, int], Tensor]  # a matrix [out, in], and among how many ranks its input is cut

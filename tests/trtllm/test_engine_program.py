@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch_reference import load_reference
 from trtllm.library import ROOT
 from trtllm.ranks import Ranks, largest_difference, understood
 from trtllm.references import logits_of
 
 from export.trtllm.parallel import Parallelism
-from trt_build.comparison.torch_reference import load_reference
 
 CLASS_FILE = ROOT / "trt_build/trtllm/phixtral.py"
 CLASS_FLAGS = ["--model_cls_file", str(CLASS_FILE), "--model_cls_name", "PhixtralForCausalLM"]

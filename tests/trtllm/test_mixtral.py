@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from mixtral_checkpoints import write_mixtral_checkpoint
+from torch_reference import load_reference
 from trtllm.ranks import Ranks, largest_difference, understood
 from trtllm.references import answer_of, logits_of
 
 from export.tokenizer.loading import load_tokenizer
 from export.trtllm.parallel import Parallelism
-from trt_build.comparison.torch_reference import load_reference
 
 BAR = 1e-4
 TEXT = "def read(self, path):\n    with open(path) as stream:\n        return stream.read()\n" * 3

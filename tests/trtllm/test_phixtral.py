@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from decoding import greedy
+from torch_reference import load_reference
 from trtllm.ranks import Ranks, largest_difference, shares, understood
 from trtllm.references import answer_of, logits_of
 
 from export.tokenizer.loading import load_tokenizer
-from trt_build.comparison.torch_reference import load_reference
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.session import ScoringSession, Session
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 from checkpoints import write_phixtral_checkpoint
 from safetensors.torch import load_file, save_file
+from torch_reference import load_reference
 from trtllm.ranks import Ranks, largest_difference, relative_difference, understood
 from trtllm.references import groupwise, logits_of, reference_with
 
 from export.trtllm.checkpoint import CheckpointOptions, write_checkpoint
 from export.trtllm.parallel import Parallelism
-from trt_build.comparison.torch_reference import load_reference
 
 BAR = 1e-4
 IDS = np.random.default_rng(9).integers(0, 1000, 48).tolist()

@@ -14,6 +14,7 @@ from dense_checkpoints import write_dense_checkpoint
 from granitemoe_checkpoints import tell_mixtral_as_granitemoe, write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
 from safetensors.numpy import load_file, save_file
+from torch_reference import load_reference, run_model
 from transformers import GraniteMoeForCausalLM, MixtralForCausalLM, PhiForCausalLM
 
 from export.checkpoint.folder import open_checkpoint
@@ -21,7 +22,6 @@ from export.errors import CheckpointError
 from export.families import families, read_model
 from export.reference import attention, mixture, model
 from export.reference.model import Reference
-from trt_build.comparison.torch_reference import load_reference, run_model
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 TOKENS = np.random.default_rng(3).integers(0, 256, 700).tolist()

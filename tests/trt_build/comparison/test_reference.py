@@ -12,10 +12,10 @@ from dense_checkpoints import write_dense_checkpoint
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
 from safetensors.numpy import load_file, save_file
+from torch_reference import load_reference
 
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
-from trt_build.comparison.torch_reference import load_reference
 
 TOKENS = torch.arange(40).unsqueeze(0)
 WRITERS = {

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EXAMPLES
+from torch_reference import load_reference, run_model
 
 from export.checkpoint.folder import open_checkpoint
 from export.checkpoint.tensor_table import Role
@@ -20,7 +21,6 @@ from trt_build.comparison import torch_reference
 from trt_build.comparison.cost import Grain
 from trt_build.comparison.evaluation_text import own_text
 from trt_build.comparison.parity import measure
-from trt_build.comparison.torch_reference import load_reference, run_model
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.engine import open_engine
 from trt_build.ort.questions import cost

@@ -3,7 +3,7 @@
 It shares only the reading of tensors with engines and with `export.reference`: transformers reads config.json itself,
 independently of the facts that the engine was built from. The family's record (`export.families.transformers_model`)
 names transformers' class and the names of the tensors in it. Where transformers lacks a module of a family, a module of
-trt_build/comparison/references adds it. As in every engine, the router chooses the lowest expert index among equal
+this package adds it. As in every engine, the router chooses the lowest expert index among equal
 logits.
 
 This module imports torch and transformers, which the extra `transformers` installs. No command of moeship uses it.
@@ -43,7 +43,7 @@ def load_reference(model: Model) -> PreTrainedModel:
     with torch.device("meta"):
         reference = model_class(config).eval()
     if record.additions is not None:
-        importlib.import_module(f"trt_build.comparison.references.{record.additions}").add(reference, model)
+        importlib.import_module(f"torch_reference.{record.additions}").add(reference, model)
     layers = [dict(layer.named_modules()) for layer in reference.model.layers]
     routers = [modules[record.router] for modules in layers if record.router is not None and record.router in modules]
     if len(routers) != model.architecture.num_mixtures:
@@ -131,11 +131,11 @@ class _StableTopK(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        func: Any,  # noqa: ANN401 - any function of torch
+        func: Any,
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 - what the function returns
+    ) -> Any:
         if func not in (torch.topk, torch.Tensor.topk):
             return func(*args, **(kwargs or {}))
         return _stable_topk(*args, **(kwargs or {}))
@@ -150,7 +150,7 @@ def _prefer_the_lowest(router: nn.Module) -> None:
     """Make a transformers router choose the lowest expert index among equal logits."""
     forward = router.forward
 
-    def settled(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - those of the module
+    def settled(*args: Any, **kwargs: Any) -> Any:
         with _StableTopK():
             return forward(*args, **kwargs)
 

@@ -1,1 +1,0 @@
-"""Modules that transformers' classes lack, one file for each family; `add(reference, model)` puts them into a model."""
