@@ -290,17 +290,14 @@ def _listed(values: object) -> str | None:
 
 
 def _verified(verification: object) -> str:
+    from trt_build.manifest import failed_verification
+
     if not isinstance(verification, dict):
         return "not yet"
     increase = verification.get("perplexity_increase")
     figure = f"perplexity {increase:+.3%}" if isinstance(increase, float) else "yes"
-    failures = verification.get("failures")
-    return f"failed: {_first_of(failures)}" if isinstance(failures, list) and failures else figure
-
-
-def _first_of(failures: Sequence[object]) -> str:
-    more = f", and {len(failures) - 1} more" if len(failures) > 1 else ""
-    return f"{failures[0]}{more}"
+    failure = failed_verification(verification)
+    return figure if failure is None else f"failed: {failure}"
 
 
 def _what_it_lacks(folder: Path, facts: Facts) -> Iterator[str]:

@@ -16,7 +16,7 @@ from cli.verify_report import AnyEngine, open_engines, refuse_output, write_repo
 from trt_build.comparison.answers import Answer
 from trt_build.comparison.cost import Grain
 from trt_build.comparison.evaluation_text import EvaluationText, read_texts
-from trt_build.comparison.parity import THRESHOLDS, Verification
+from trt_build.comparison.parity import MIN_TOKENS, THRESHOLDS, Verification
 from trt_build.comparison.serving_ways import serving_limits
 from trt_build.comparison.verified import Verified
 from trt_build.errors import EngineError, LibraryMissing, VerificationFailed
@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", required=True, metavar="CHECKPOINT", help="the checkpoint it was built from")
     parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE",
                         help="measure on this text; repeatable (default: moeship's own held-out text)")  # fmt: skip
-    parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="tokens to score (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=2048, metavar="N",
+                        help=f"tokens to score, {MIN_TOKENS} or more (default: %(default)s)")  # fmt: skip
     parser.add_argument("--cost", nargs="?", const="auto", metavar="GRAIN", choices=["auto", *Grain],
                         help="say what the quantiser cost by 'layers' (each layer's attention and experts) or also by "
                         "'experts'; without a word, experts where the model is small enough")  # fmt: skip
@@ -200,8 +201,9 @@ def answer_lines(answers: Sequence[Answer]) -> list[str]:
         asked = f", asked {answer.figures['asked']}" if "asked" in answer.figures else ""
         lines.append(f"{answer.question} {said}{asked}")
         for name, figures in answer.figures.get("largest", {}).items():
-            shown = ", ".join(f"{key} {value:.2g}" for key, value in figures.items())
-            lines.append(f"  {name}: off by at most {shown}")
+            limits = answer.figures.get("limits", {}).get(name, {})
+            shown = ", ".join(f"{key} {value:.2g} ({limits[key]:.2g})" for key, value in figures.items())
+            lines.append(f"  {name}: off by at most (allowed) {shown}")
         if "logits" in answer.figures:
             lines.append(
                 f"  {answer.figures['num_tokens']} tokens: logits off by {answer.figures['logits']:.1e} of the "
@@ -249,9 +251,8 @@ def table(verified: Verified) -> str:
     if report.routing_agreement is not None:
         rows.append(("same experts chosen", f"{report.routing_agreement:.2%}", f">= {limits.routing_agreement:.2%}"))
         rows.append(("tied routings", str(report.tied_routings), "reported"))
-    most = verified.serving_limits.largest
-    rows += [
-        (f"served in {way.name} as scored", f"{way.largest:.1e}", f"<= {most:.1e}")
-        for way in verified.verification.serving
-    ]
-    return "\n".join(f"{name:<36}{found:>16}  {allowed}".rstrip() for name, found, allowed in rows)
+    for way in verified.verification.serving:
+        most = way.limits(verified.serving_limits)
+        found, bound = (way.mean, most.mean) if way.exact else (way.largest, most.largest)
+        rows.append((f"served in {way.name}{'' if way.exact else ' as scored'}", f"{found:.1e}", f"<= {bound:.1e}"))
+    return "\n".join(f"{name:<38}{found:>16}  {allowed}".rstrip() for name, found, allowed in rows)

@@ -25,6 +25,7 @@ from export.quantize.layout import MatrixLayout
 from trt_build.ort.engine import Engine
 
 GRAPHS = ("model.onnx", "model_serving.onnx", "model_scoring.onnx")
+SERVING = GRAPHS[1]
 DATA = "model.onnx.data"
 _FLOATS = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.FLOAT16: np.float16, onnx.TensorProto.UINT8: np.uint8}
 
@@ -109,7 +110,8 @@ class Files:
 @dataclass(frozen=True)
 class Fault:
     """A change of an engine's files. `at`: "weights" for what the first question must find, "graph" for what only the
-    second can. `needs_bias`: whether it is about a bias, which Mixtral does not have."""
+    second can, "serving" for a change of the serving graph alone. `needs_bias`: whether it is about a bias, which
+    Mixtral does not have."""
 
     edit: Callable[[Files], None]
     at: str = "weights"
@@ -124,6 +126,8 @@ def with_fault(engine: Engine, folder: Path, fault: Fault, network: Network) -> 
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(engine.folder, folder)
     files = Files(folder, network)
+    if fault.at == "serving":
+        files.models = {SERVING: files.models[SERVING]}
     fault.edit(files)
     files.save()
     return dataclasses.replace(engine, folder=folder)
@@ -202,17 +206,20 @@ def values(which: Callable[[Files], str], edit: Callable[[np.ndarray], Any]) -> 
     return apply
 
 
-def number(operators: tuple[str, ...], name: str, edit: Callable[[Any], Any]) -> Callable[[Files], None]:
-    """Change an attribute of the second such node of each graph."""
+def number(
+    operators: tuple[str, ...], name: str, edit: Callable[[Any], Any], *, everywhere: bool = False
+) -> Callable[[Files], None]:
+    """Change an attribute of the second such node of each graph, or of all of them."""
 
     def apply(files: Files) -> None:
         for model in files.models.values():
-            node = [node for node in model.graph.node if node.op_type in operators][1]
-            entry = attribute(node, name)
-            if entry.type == onnx.AttributeProto.FLOAT:
-                entry.f = edit(entry.f)
-            else:
-                entry.i = edit(entry.i)
+            nodes = [node for node in model.graph.node if node.op_type in operators]
+            for node in nodes if everywhere else nodes[1:2]:
+                entry = attribute(node, name)
+                if entry.type == onnx.AttributeProto.FLOAT:
+                    entry.f = edit(entry.f)
+                else:
+                    entry.i = edit(entry.i)
 
     return apply
 
@@ -257,6 +264,24 @@ def rotary(base: float) -> Callable[[Files], None]:
     return apply
 
 
+def tables(edit: Callable[[np.ndarray], np.ndarray], kinds: str = "cos sin") -> Callable[[Files], None]:
+    """Change the rotary tables [positions, frequencies]."""
+
+    def apply(files: Files) -> None:
+        for model in files.models.values():
+            for tensor in model.graph.initializer:
+                if tensor.name.startswith("rotary/") and tensor.name[7:10] in kinds.split():
+                    changed = edit(numpy_helper.to_array(tensor)).astype(np.float32)
+                    tensor.CopyFrom(numpy_helper.from_array(changed, tensor.name))
+
+    return apply
+
+
+def anew(table: np.ndarray) -> np.ndarray:
+    """Positions from 300 on count from 0 again."""
+    return np.concatenate([table[:300], table[: len(table) - 300]])
+
+
 def other_layers_norm(files: Files) -> None:
     """The second layer is normalised with the factors of the first."""
     names = [f"{files.network.layers[layer].norm.name}.weight" for layer in (0, 1)]
@@ -279,15 +304,6 @@ def skip_attention(files: Files) -> None:
     for model in files.models.values():
         sums = [node for node in model.graph.node if node.op_type == "Add" and node.name.endswith("residual.sum")]
         sums[1].input[0] = sums[1].input[1]
-
-
-def later_positions(files: Files) -> None:
-    """Each token is turned as the one before it."""
-    for model in files.models.values():
-        for tensor in model.graph.initializer:
-            if tensor.name.startswith("rotary/"):
-                moved = np.roll(numpy_helper.to_array(tensor), 1, axis=0)
-                tensor.CopyFrom(numpy_helper.from_array(moved, tensor.name))
 
 
 _MIXTURE = ("MoE", "QMoE", "Experts")
@@ -375,5 +391,17 @@ FAULTS: dict[str, Fault] = {
     "rotary base off by one": Fault(rotary(10001.0)),
     "another layer's queries": Fault(rewire, at="graph"),
     "a residual taken twice": Fault(skip_attention, at="graph"),
-    "positions off by one": Fault(later_positions),
+    "positions off by one": Fault(tables(lambda table: np.roll(table, 1, axis=0))),
+}
+# Of the serving graph alone. The first question finds each of them too; they are for the question about serving.
+SERVING_FAULTS: dict[str, Fault] = {
+    name: Fault(edit, at="serving")
+    for name, edit in {
+        "rotary sine negated": tables(np.negative, "sin"),
+        "rotary positions from 300 on begin anew": tables(anew),
+        "one expert less per token": number(_MIXTURE, "k", lambda k: k - 1, everywhere=True),
+        "norms' epsilon a hundred times as large": number(_NORM, "epsilon", lambda value: value * 100, everywhere=True),
+        "rotary base 10100 in place of 10000": rotary(10100.0),
+        "attention scaled by 1.03": number(_ATTENTION, "scale", lambda value: value * 1.03, everywhere=True),
+    }.items()
 }

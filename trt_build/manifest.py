@@ -63,6 +63,15 @@ def digested_text(values: Mapping[str, Any]) -> str:
     return _DIGEST.sub(_digest_of(text), text)
 
 
+def failed_verification(verification: object) -> str | None:
+    """The first failure of an engine's last verification, as engine.json has it, and how many more there are; None if
+    it passed or there was none."""
+    failures = verification.get("failures") if isinstance(verification, dict) else None
+    if not isinstance(failures, list) or not failures:
+        return None
+    return f"{failures[0]}{f', and {len(failures) - 1} more' if len(failures) > 1 else ''}"
+
+
 def read_manifest(folder: Path, doing: str, error: type[MoeshipError] = EngineError) -> dict[str, Any]:
     """The values of a folder's engine.json without the digest. Raises `error`, whose message begins with `doing`, if
     the file is missing, is no JSON object, or was changed after it was written."""

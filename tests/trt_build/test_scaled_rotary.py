@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 from mixtral_checkpoints import write_mixtral_checkpoint
+from torch_reference import ByTransformers
 from transformers import MixtralForCausalLM
 
 from cli.main import main
 from trt_build.comparison import parity
-from trt_build.comparison.torch_reference import ByTransformers
 from trt_build.ort import verify
 from trt_build.ort.build import BuildOptions, build_engine
 

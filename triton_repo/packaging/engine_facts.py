@@ -10,7 +10,7 @@ from pathlib import Path
 from export.checkpoint.file_table import is_text_file
 from export.conversion.parts import Region
 from trt_build.engine_files import FileRecord
-from trt_build.manifest import MANIFEST_FILE, TRTLLM_BACKEND, engine_backend
+from trt_build.manifest import MANIFEST_FILE, TRTLLM_BACKEND, engine_backend, failed_verification
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class EngineFacts:
     has_own_kernels: bool = False  # whether moeship's CPU kernels multiply its matrices
     # planned share of the GPU memory that the weights leave; None on ONNX Runtime
     kv_cache_fraction: float | None = None
+    failed_verification: str | None = None  # what the last verification found wrong
     # Files whose digests are in another file of the engine: name -> reader of the file's regions in an engine's folder
     read_regions: Mapping[str, Callable[[Path], Sequence[Region]]] = field(default_factory=dict)
 
@@ -72,6 +73,7 @@ def _of_onnxruntime(folder: Path, check_digests: bool) -> EngineFacts:
         records=manifest.files,
         num_bytes=engine.num_bytes,
         has_own_kernels=engine.has_own_kernels,
+        failed_verification=failed_verification(manifest.verification),
         read_regions={name: partial(weight_regions, num_bytes=manifest.files[name].bytes) for name in UNDIGESTED_FILES},
     )
 
@@ -95,4 +97,5 @@ def _of_tensorrt_llm(folder: Path, check_digests: bool) -> EngineFacts:
         world_size=manifest.parallel.world_size,
         paged_context_fmha=manifest.use_paged_context_fmha,
         kv_cache_fraction=manifest.kv_cache_fraction,
+        failed_verification=failed_verification(manifest.verification),
     )

@@ -84,6 +84,8 @@ def package_engine(options: PackageOptions) -> Package:
     layout = options.layout or (ENSEMBLE if facts.runs_on_tensorrt_llm else SINGLE)
     steps = STEP_MODELS if layout == ENSEMBLE else ()
     _check_engine(options, facts, layout)
+    if facts.failed_verification is not None:
+        logger.warning("packaging %s: its last verification failed: %s", options.engine, facts.failed_verification)
     if facts.has_own_kernels:
         from trt_build.ort.kernels import check_level, warn_if_unusable
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from triton_repo.contracts.model_parameters import (
 )  # fmt: skip
 from triton_repo.errors import RepositoryError
 from triton_repo.packaging.model_config import CONFIG_FILE, read_config
-from trt_build.manifest import MANIFEST_FILE, TRTLLM_BACKEND, check_range, read_manifest
+from trt_build.manifest import MANIFEST_FILE, TRTLLM_BACKEND, check_range, failed_verification, read_manifest
 from trt_build.trtllm.engine import MAX_RANKS, GpuRecord, ParallelRecord
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class Deployment:
 
     gpu_models: tuple[GpuModel, ...]  # the models on TensorRT-LLM
     steps: frozenset[str]  # models that are steps of an ensemble in the repository
+    failed: Mapping[str, str] = field(default_factory=dict)  # model -> why its engine failed the last verification
     own_kernels: tuple[Path, ...] = ()  # the engines that moeship's CPU kernels compute
     beats: bool = True  # every request passes a model that moeship packaged, whose heartbeats say what it computes
 
@@ -85,6 +86,7 @@ def read_deployment(repository: Path) -> Deployment:
     return Deployment(
         gpu_models=tuple(model for folder, config in configs.items() for model in _gpu_models(folder, config)),
         steps=frozenset(step.model_name for config in configs.values() for step in config.ensemble_scheduling.step),
+        failed=dict(pair for folder in configs for pair in _failed(folder)),
         own_kernels=tuple(path for folder, config in configs.items() for path in _own_kernels(folder, config)),
         beats=all(map(_beats, configs.values())),
     )
@@ -125,6 +127,19 @@ def _own_kernels(folder: Path, config: ModelConfig) -> Iterator[Path]:
     with contextlib.suppress(RepositoryError):
         if read_manifest(path.parent, f"reading {path}", RepositoryError).get("kernels") == OWN_KERNELS:
             yield path.parent
+
+
+def _failed(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yields the model and what is wrong with its engine if the engine's last verification failed."""
+    path = _newest_manifest(folder)
+    if path is None:
+        return
+    with contextlib.suppress(RepositoryError):
+        failure = failed_verification(
+            read_manifest(path.parent, f"reading {path}", RepositoryError).get("verification")
+        )
+        if failure is not None:
+            yield folder.name, failure
 
 
 def _number(folder: Path, key: str, text: str) -> int:

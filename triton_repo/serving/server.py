@@ -289,6 +289,8 @@ def prepared(options: ServerOptions) -> Iterator[Preparation]:
     check_repository(options.repository)
     deployment = read_deployment(options.repository)
     check_kernels(deployment)
+    for model, failure in deployment.failed.items():
+        logger.warning("the engine of %s failed its last verification: %s", model, failure)
     launch = plan_launch(options.repository, deployment, world_size=options.world_size, multi_model=options.multi_model)
     address = resolve_host(options.host)
     ports = choose_ports(address, options.ports, http=options.http)

@@ -2,12 +2,17 @@
 
 Of stored values q and the checkpoint's values w, e = q - w:
 
-factor   <q, w> / <q, q>, the number by which q must be multiplied to come closest to w: 1 in a sound engine. The scale
-         of an int4 block is the best of several, so that e is at right angles to q; int8 takes one scale, and e is at
-         right angles to w, which leaves 1 / (1 + error^2). Measured over seven distributions of weights, from uniform
-         to heavy-tailed, and on both trained examples: within 0.0032 of 1 at 4 bits, 0.0003 at 8 bits.
-shift    sum of e / (sqrt(n) * |w|): a zero point or rounding that is off by a part of a step. Measured: below 0.005
-         at 4 bits and 0.0005 at 8; codes that are off by one give 0.3 and 0.02.
+factor   <q, w> / <q, q>, the number by which q must be multiplied to come closest to w. The scale of an int4 block is
+         the best of several, so that e is nearly at right angles to q; `bias` is what is left for normal weights. For
+         weights from uniform to heavy-tailed the bias lies between -0.0039 and 0.0059 at 4 bits and within 0.0004 at
+         8 bits, so a band that is further off than the limit is judged by what the recipe gives for its own weights
+         (`bands.py`), from which a sound engine has no distance.
+offset   the mean of e in steps between two codes of a block, with the sign of its scale: a zero point or rounding that
+         is off by a part of a step; judged alike. Measured: within 0.021 at 4 bits and 0.036 at 8 (heavy-tailed; 0.009
+         and 0.003 for normal weights); codes that are off by one give 0.9 or more.
+excess   by how much |e| / |w| of one output row is more than in a sound engine; judged alike, beginning with `usual`,
+         which is that of normal weights. A sound engine has none. Rows that changed places with a row much like them
+         give 0.07, a row of zeros 0.9, a row in another's place 1.3.
 matrix   |e| / |w| of a matrix. Measured: at most 0.16 (int4, blocks of 64, Student's t with 3 degrees of freedom) and
          0.017 (int8, blocks of 64, one value in 500 fifty times as large); 0.09 and 0.006 for normal weights.
 row      |e| / |w| of one output row. Proved: a value is rounded to the nearest of 2^b steps, and the block's
@@ -40,13 +45,29 @@ _SUMMATION = 1e-5  # of sums in float32
 class Limits:
     """The limits of a quantised weight, as this module's text defines them."""
 
-    factor: float  # of |factor - 1|
-    shift: float
+    factor: float
+    bias: float  # factor - 1 of normal weights
+    offset: float  # steps
+    usual: float  # |e| / |w| of normal weights
+    excess: float
     matrix: float
     row: float
 
 
-_MEASURED: Mapping[int, tuple[float, float]] = MappingProxyType({4: (0.01, 0.01), 8: (0.001, 0.001)})
+# Factor, offset and excess by bits.
+_MEASURED: Mapping[int, tuple[float, float, float]] = MappingProxyType(
+    {4: (0.002, 0.05, 0.03), 8: (0.001, 0.05, 0.002)}
+)
+# Bias and relative error of normal weights, by bits and block.
+_NORMAL: Mapping[tuple[int, int], tuple[float, float]] = MappingProxyType(
+    {
+        (4, 32): (0.002, 0.083),
+        (4, 64): (0.0008, 0.091),
+        (4, 128): (0.0, 0.1),
+        (8, 32): (0.0, 0.0053),
+        (8, 64): (0.0, 0.0059),
+    }
+)
 _MATRIX: Mapping[tuple[int, int], float] = MappingProxyType(
     {(4, 32): 0.2, (4, 64): 0.25, (4, 128): 0.3, (8, 32): 0.02, (8, 64): 0.03}
 )
@@ -56,12 +77,18 @@ def limits_of(bits: int, block: int, scale_type: str = "float16") -> Limits | No
     """The limits of a recipe; `block` 0 stands for one scale a row. None if there is no such recipe."""
     if bits in _MEASURED and block == 0:
         rounding = _ROUNDING[scale_type] + _SUMMATION
-        return Limits(factor=rounding, shift=rounding, matrix=rounding, row=rounding)
+        return Limits(
+            factor=rounding, bias=0.0, offset=_MEASURED[bits][1], usual=0.0, excess=rounding, matrix=rounding,
+            row=rounding,
+        )  # fmt: skip
     if (bits, block) not in _MATRIX:
         return None
-    factor, shift = _MEASURED[bits]
+    factor, offset, excess = _MEASURED[bits]
+    bias, usual = _NORMAL[bits, block]
     row = proved_row_error(bits, block) + max(0.0, _ROUNDING[scale_type] - HALF_ROUNDING)
-    return Limits(factor=factor, shift=shift, matrix=_MATRIX[bits, block], row=row)
+    return Limits(
+        factor=factor, bias=bias, offset=offset, usual=usual, excess=excess, matrix=_MATRIX[bits, block], row=row
+    )
 
 
 def graph_limit(float_type: str) -> float:

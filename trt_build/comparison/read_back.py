@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.checkpoint.tensor_table import CHUNK_ELEMENTS, TensorSpec, Weights
+from export.quantize.grid import dequantize_blocks, quantize_blocks
 from export.quantize.layout import GROUP_ROWS
 
 FloatArray = npt.NDArray[np.float32]
@@ -62,6 +63,26 @@ class ReadBack(Weights, abc.ABC):
     def copies(self, name: str) -> Sequence[str]:  # noqa: ARG002 - for classes that store copies
         """The places that hold a row as a whole, in words; one without a name, unless a row is stored several times."""
         return ("",)
+
+    def requantized(self, name: str, values: FloatArray) -> FloatArray:
+        """Values [rows, K] of a quantised row of the table as a sound quantiser would store them, dequantised."""
+        recipe = self.recipe(name)
+        assert recipe is not None
+        if not recipe.block:
+            return values  # which are those of the grid (`weights.py: nearest_of_rows`)
+        halves = recipe.scale_type == "float16"
+        codes, scales = quantize_blocks(values, recipe.bits, recipe.block, half_scales=halves)
+        return dequantize_blocks(codes, scales, recipe.bits)
+
+    def steps(self, name: str, values: FloatArray) -> FloatArray:
+        """About how far two neighbouring codes are apart in each block of values [rows, K] of a quantised row of the
+        table, float32 [rows, K / block], with the sign of the scale (export/quantize/grid.py)."""
+        recipe = self.recipe(name)
+        assert recipe is not None
+        blocks = values.reshape(len(values), -1, recipe.block or values.shape[1])
+        largest = np.abs(blocks).argmax(axis=2)[..., None]
+        steps: FloatArray = np.take_along_axis(blocks, largest, axis=2)[..., 0] / np.float32(-(2 ** (recipe.bits - 1)))
+        return steps
 
     def stored_groups(self, spec: TensorSpec) -> Sequence[int]:
         """The groups of a row that are stored: all, or those of the experts that the engine has."""

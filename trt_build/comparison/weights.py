@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 from export.checkpoint.digests import num_cores
 from export.checkpoint.tensor_table import CHUNK_ELEMENTS, Role, TensorSpec
@@ -22,14 +22,18 @@ from export.floats import widen
 from export.quantize.grid import SLICE_VALUES
 from export.quantize.layout import GROUP_ROWS
 from trt_build.comparison.answers import Answer, listed
+from trt_build.comparison.bands import Band, distances, measure
 from trt_build.comparison.limits import BAND_VALUES, Limits, half_scale_error, limits_of
 from trt_build.comparison.read_back import FloatArray, ReadBack, Recipe
 
 QUESTION = "Are these the checkpoint's weights?"
+Place = tuple[TensorSpec, int, int]  # a row of the table, a group of it, and a part of the group
 # Adding 0.5 before truncation would round up values just below a half, since the sum is rounded. The largest float32
 # below 0.5 takes exact halves up and everything below them down.
 _BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0))
-Doubles = npt.NDArray[np.float64]
+READ_VALUES = 1 << 18  # values that are dequantised and compared at a time
+MOST_SEARCHES = 4  # wrong matrices of which it is said whose weights they have
+_LARGEST = ("factor", "offset", "excess", "row")  # figures of _Sums of which the largest counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,21 +54,52 @@ class _Sums:
     weights: float = 0.0
     errors: float = 0.0
     count: int = 0
-    factor: float = 0.0  # the largest |factor - 1| of a band
-    shift: float = 0.0
+    factor: float = 0.0  # the largest distance of a band from a sound one
+    offset: float = 0.0
+    excess: float = 0.0  # the largest of a row over a sound one
     row: float = 0.0  # the largest |e| / |w| of a row
     rows: list[tuple[int, float]] = field(default_factory=list)  # rows past the limit, and their |e| / |w|
-    bands: list[str] = field(default_factory=list)
+    excesses: list[tuple[int, float, float]] = field(default_factory=list)  # other wrong rows, |e| / |w| and the excess
+    bands: list[tuple[int, str]] = field(default_factory=list)  # the first row, and what is wrong
     different: list[tuple[int, float, float]] = field(default_factory=list)  # row, found, expected
 
     def add(self, other: _Sums) -> None:
         for name in ("weights", "errors", "count"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("factor", "shift", "row"):
-            setattr(self, name, float(np.maximum(getattr(self, name), getattr(other, name))))  # keeps NaN
+        for name in _LARGEST:
+            self.raise_to(name, getattr(other, name))
         self.rows += other.rows
+        self.excesses += other.excesses
         self.bands += other.bands
         self.different += other.different
+
+    def raise_to(self, name: str, value: float) -> None:
+        """Make a figure the larger of itself and a value; NaN is kept."""
+        setattr(self, name, float(np.maximum(getattr(self, name), value)))
+
+    @property
+    def error(self) -> float:
+        """|e| / |w| of the matrix."""
+        return math.sqrt(self.errors / self.weights) if self.weights else 0.0
+
+    @property
+    def wrong_rows(self) -> list[int]:
+        """First rows of bands and rows past a limit."""
+        return sorted({row[0] for found in (self.rows, self.excesses, self.bands) for row in found})
+
+
+@dataclass(frozen=True)
+class _Quantiser:
+    """What a sound engine makes of the values of one row of the table."""
+
+    stored: ReadBack
+    name: str
+
+    def requantized(self, values: FloatArray) -> FloatArray:
+        return self.stored.requantized(self.name, values)
+
+    def steps(self, values: FloatArray) -> FloatArray:
+        return self.stored.steps(self.name, values)
 
 
 def compare_weights(stored: ReadBack, model: Model, failures: Sequence[str], progress: Callable[[str], None]) -> Answer:
@@ -78,6 +113,7 @@ def compare_weights(stored: ReadBack, model: Model, failures: Sequence[str], pro
             found.append(f"{_where(model, spec, None, 0)}: {problem}")
         else:
             comparable.append(spec)
+    misfits = len(stored.table) - len(comparable)
     units = [unit for spec in comparable for unit in _units(stored, spec)]
     sums: dict[tuple[str, int, int, int], _Sums] = {}
     with ThreadPoolExecutor(max_workers=num_cores()) as pool:
@@ -87,33 +123,73 @@ def compare_weights(stored: ReadBack, model: Model, failures: Sequence[str], pro
             progress(f"compared {done:,} weights with the checkpoint's")
             for turn, part in enumerate(compared):
                 sums.setdefault((unit.spec.name, unit.group, unit.copy, turn), _Sums()).add(part)
+    searches = MOST_SEARCHES
     for (name, group, copy, turn), part in sums.items():
         spec = stored.table[name]
         where = _where(model, spec, group, turn) + stored.copies(name)[copy]
-        found += [f"{where}{problem}" for problem in _problems(stored, spec, part)]
+        problems = list(_problems(stored, spec, part))
+        if part.wrong_rows and searches:
+            searches -= 1
+            problems[0] += _whose(stored, model, (spec, group, turn), part.wrong_rows[0])
+        found += [f"{where}{problem}" for problem in problems]
         worst.add(stored, spec, part)
-    figures = {"num_weights": sum(part.count for part in sums.values()), "num_matrices": len(sums), **worst.figures()}
+    inexact = len(failures) + misfits + sum(bool(part.different) for part in sums.values())
+    figures = {
+        "num_weights": sum(part.count for part in sums.values()), "num_matrices": len(sums),
+        "num_inexact": inexact, **worst.figures(),
+    }  # fmt: skip
     return Answer(question=QUESTION, figures=figures, failures=listed(found))
 
 
+def _nearest(stored: ReadBack, place: Place, row: int) -> tuple[Place, float]:
+    """The matrix of the checkpoint that is nearest to a stored one, and |e| / |w| from it, by at most BAND_VALUES
+    values from `row` on. Matrices of the same role and shape are compared."""
+    spec, group, turn = place
+    shape = spec.groups[group][turn].shape
+    last = min(shape[0], row + max(1, BAND_VALUES // math.prod(shape[1:])))
+    found = stored.part_rows(spec.name, group, row, last)[turn]
+    best, least = place, math.inf
+    for other in (spec, *stored.table.values()):
+        for number, parts in enumerate(other.groups if other.role == spec.role else ()):
+            for at, part in enumerate(parts):
+                if part.shape != shape:
+                    continue
+                wanted = widen(part.read_stored(stored.checkpoint, slice(row, last)))
+                size = float(np.linalg.norm(wanted))
+                error = float(np.linalg.norm(found - wanted)) / size if size else math.inf
+                if error < least:
+                    best, least = (other, number, at), error
+    return best, least
+
+
+def _whose(stored: ReadBack, model: Model, place: Place, row: int) -> str:
+    """Words that say whose weights a wrong matrix has; none if it is nearer to its own than to others."""
+    nearest, error = _nearest(stored, place, row)
+    if nearest == place:
+        return ""
+    spec, group, turn = nearest
+    return f"; from row {row} on they are nearer to {_where(model, spec, group, turn)} (relative error {error:.3g})"
+
+
 class _Worst:
-    """The largest figures of each recipe, such as "int4 in blocks of 64"."""
+    """The largest figures of each recipe, such as "int4 in blocks of 64", and what is allowed."""
 
     def __init__(self) -> None:
         self._found: dict[str, dict[str, float]] = {}
+        self._limits: dict[str, dict[str, float]] = {}
 
     def add(self, stored: ReadBack, spec: TensorSpec, part: _Sums) -> None:
         recipe = stored.recipe(spec.name)
-        if recipe is None:
+        limits = _limits(recipe)
+        if recipe is None or limits is None:
             return
         figures = self._found.setdefault(str(recipe), {})
-        error = math.sqrt(part.errors / part.weights) if part.weights else 0.0
-        values = (("factor", part.factor), ("shift", part.shift), ("matrix", error), ("row", part.row))
-        for name, value in values:
-            figures[name] = float(np.maximum(figures.get(name, 0.0), value))
+        self._limits[str(recipe)] = {key: getattr(limits, key) for key in (*_LARGEST, "matrix")}
+        for key, value in (*((key, getattr(part, key)) for key in _LARGEST), ("matrix", part.error)):
+            figures[key] = float(np.maximum(figures.get(key, 0.0), value))
 
     def figures(self) -> dict[str, dict[str, dict[str, float]]]:
-        return {"largest": self._found}
+        return {"largest": self._found, "limits": self._limits}
 
 
 def _recipe_problem(stored: ReadBack, spec: TensorSpec) -> str | None:
@@ -145,12 +221,10 @@ def _compare(stored: ReadBack, unit: _Unit) -> list[_Sums]:
     result = [_Sums() for _ in parts]
     recipe = stored.recipe(unit.spec.name)
     limits = _limits(recipe)
-    # A last band that is short would be judged by few values, so it joins the one before.
-    step = max(GROUP_ROWS, BAND_VALUES // max(1, math.prod(parts[0].shape[1:])) // GROUP_ROWS * GROUP_ROWS)
-    starts = list(range(unit.first, unit.last, step))
-    if len(starts) > 1 and unit.last - starts[-1] < step:
-        starts.pop()
-    for first, last in zip(starts, [*starts[1:], unit.last], strict=True):
+    width = max(1, math.prod(parts[0].shape[1:]))
+    step = max(GROUP_ROWS, READ_VALUES // width // GROUP_ROWS * GROUP_ROWS)
+    for first in range(unit.first, unit.last, step):
+        last = min(first + step, unit.last)
         found = stored.part_rows(unit.spec.name, unit.group, first, last, unit.copy)
         for sums, values, wanted in zip(result, found, expected, strict=True):
             own = wanted[first - unit.first : last - unit.first]
@@ -159,7 +233,8 @@ def _compare(stored: ReadBack, unit: _Unit) -> list[_Sums]:
             else:
                 halved = half_scale_error(recipe.bits, 1) if recipe.scale_type == "float16" else 0.0
                 wanted_values = widen(own) if recipe.block else nearest_of_rows(widen(own), recipe.bits)
-                _add_band(sums, values, wanted_values, first, limits, halved)
+                quantiser = _Quantiser(stored, unit.spec.name)
+                _add_rows(sums, values, wanted_values, first, limits, halved, quantiser)
     return result
 
 
@@ -190,38 +265,51 @@ def nearest_of_rows(rows: FloatArray, bits: int) -> FloatArray:
     return nearest
 
 
-def _add_band(sums: _Sums, found: FloatArray, wanted: FloatArray, first: int, limits: Limits, halved: float) -> None:
+def _add_rows(
+    sums: _Sums, found: FloatArray, wanted: FloatArray, first: int, limits: Limits, halved: float, quantiser: _Quantiser
+) -> None:
     """Add neighbouring rows [n, K] of a quantised matrix; `halved` is `half_scale_error` of one value."""
-    error = found - wanted
-    squares = np.einsum("ij,ij->i", wanted, wanted).astype(np.float64)
-    errors = np.einsum("ij,ij->i", error, error).astype(np.float64)
-    products = float(np.einsum("ij,ij->i", error, wanted).sum(dtype=np.float64))
-    offset = float(np.add.reduce(error, axis=1).sum(dtype=np.float64))
-    sums.weights += float(squares.sum())
-    sums.errors += float(errors.sum())
-    sums.count += error.size
-    slack = halved * math.sqrt(error.shape[1])
-    past = ~(np.sqrt(errors) <= limits.row * np.sqrt(squares) + slack)
-    relative = np.sqrt(np.divide(errors, squares, out=np.where(errors > 0, np.inf, 0.0), where=squares > 0))
-    sums.row = float(np.maximum(sums.row, relative.max()))
+    steps = quantiser.steps(wanted)
+    rows = measure(found, wanted, steps)
+    sums.weights += float(rows.weights.sum())
+    sums.errors += float(rows.errors.sum())
+    sums.count += found.size
+    relative = rows.rows
+    past = ~(np.sqrt(rows.errors) <= limits.row * np.sqrt(rows.weights) + halved * math.sqrt(found.shape[1]))
+    sums.raise_to("row", relative.max())
     sums.rows += [(first + row, float(relative[row])) for row in np.flatnonzero(past).tolist()]
-    total = float(squares.sum())
-    if not total:
-        return
-    # <q, q> = <w, w> + 2 <e, w> + <e, e>, and <q, w> = <w, w> + <e, w>
-    own = total + 2 * products + float(errors.sum())
-    factor = (total + products) / own if own else math.inf
-    shift = abs(offset) / math.sqrt(error.size * total)
-    # A band of few values, as small models have, scatters by |e| / |w| / sqrt(n); six times that is once in 1e9.
-    scatter = 6 * min(math.sqrt(float(errors.sum()) / total), limits.matrix) / math.sqrt(error.size)
-    more = halved * math.sqrt(error.size / total) + scatter
-    sums.factor, sums.shift = max(sums.factor, abs(factor - 1)), max(sums.shift, shift)
-    rows = f"rows {first} to {first + len(error) - 1}"
-    if not abs(factor - 1) <= limits.factor + more:
-        sums.bands.append(f", {rows}: found them {1 / factor if factor else math.inf:.4f} times the checkpoint's, "
-                          f"expected 1 within {limits.factor}")  # fmt: skip
-    if not shift <= limits.shift + more:
-        sums.bands.append(f", {rows}: found them shifted by {shift:.2g} of their size, allowed {limits.shift}")
+    for begin, end in _bands(*found.shape):
+        band = rows.part(begin, end)
+        if not band.weights.any():
+            continue
+        part = slice(begin, end)
+        again = partial(_sound, quantiser, wanted[part], steps[part])
+        off = distances(band, limits, again)
+        sums.raise_to("factor", off.factor)
+        sums.raise_to("offset", off.offset)
+        sums.raise_to("excess", off.excess.max())
+        wrong = begin + np.flatnonzero(~(off.excess <= limits.excess) & ~past[part])
+        sums.excesses += [(first + row, float(relative[row]), float(off.excess[row - begin])) for row in wrong.tolist()]
+        where = f", rows {first + begin} to {first + end - 1}"
+        if not off.factor <= limits.factor:
+            times = f"{1 / band.factor:.4f}" if band.factor else "0"
+            problem = f"{where}: found them {times} times the checkpoint's, expected 1 within {limits.factor}"
+            sums.bands.append((first + begin, problem))
+        if not off.offset <= limits.offset:
+            problem = f"{where}: found the codes {band.offset:.3g} steps off on average, allowed {limits.offset}"
+            sums.bands.append((first + begin, problem))
+
+
+def _bands(rows: int, width: int) -> Iterator[tuple[int, int]]:
+    """First rows and ends of bands of BAND_VALUES values. A last band that is short joins the one before."""
+    step = max(GROUP_ROWS, BAND_VALUES // width // GROUP_ROWS * GROUP_ROWS)
+    starts = list(range(0, max(rows - step, 0) + 1, step))
+    yield from zip(starts, [*starts[1:], rows], strict=True)
+
+
+def _sound(quantiser: _Quantiser, wanted: FloatArray, steps: FloatArray) -> Band:
+    """The band of a sound engine."""
+    return measure(quantiser.requantized(wanted), wanted, steps)
 
 
 def _problems(stored: ReadBack, spec: TensorSpec, part: _Sums) -> Iterator[str]:
@@ -238,11 +326,16 @@ def _problems(stored: ReadBack, spec: TensorSpec, part: _Sums) -> Iterator[str]:
             f", {_rows([row for row, _ in part.rows])}: found relative error "
             f"{max(error for _, error in part.rows):.3g}, allowed {limits.row:.3g}"
         )
-    yield from part.bands[:2]
-    error = math.sqrt(part.errors / part.weights) if part.weights else 0.0
+    if part.excesses:
+        _, error, excess = max(part.excesses, key=lambda row: row[2])
+        yield (
+            f", {_rows([row for row, *_ in part.excesses])}: found relative error {error:.3g}, expected "
+            f"{error - excess:.3g} within {limits.excess}"
+        )
+    yield from (problem for _, problem in part.bands[:2])
     slack = half_scale_error(recipe.bits, part.count) if recipe.scale_type == "float16" else 0.0
     if not math.sqrt(part.errors) <= limits.matrix * math.sqrt(part.weights) + slack:
-        yield f": found relative error {error:.3g}, allowed {limits.matrix}"
+        yield f": found relative error {part.error:.3g}, allowed {limits.matrix}"
 
 
 def _rows(rows: Sequence[int]) -> str:

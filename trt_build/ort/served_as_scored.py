@@ -8,7 +8,8 @@ in the three ways in which a server runs it:
   batch       several sequences of different lengths in one step, then their next tokens together, while one more prompt
               comes in
 
-Each difference is relative to the largest logit of the position's window.
+Each difference is relative to the largest logit of the position's window. A quantised engine for the CPU is run in each
+way once more with float32 activations in both graphs: without rounded activations only the order of summation differs.
 
 An engine of an earlier format computes each row of a step by itself and gives the logits of its last token only. So
 there `chunks` compares the last position of each chunk, and `batch` shows only that slots of the cache are kept apart.
@@ -16,16 +17,17 @@ there `chunks` compares the last position of each chunk, and `batch` shows only 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
+from export.exporter import SCORING_GRAPH, SERVING_GRAPH
 from trt_build.comparison.parity import FloatArray
 from trt_build.comparison.serving_ways import Way
 from trt_build.ort.engine import Engine
-from trt_build.ort.questions.graph import float32_experts
+from trt_build.ort.questions.float32 import float32_experts, with_float32_activations
 from trt_build.ort.session import ScoringSession, Session
 from trt_build.ort.step_call import Row
 
@@ -38,25 +40,38 @@ DECODED_TOKENS = 64
 
 
 def compare_serving(engine: Engine, window: Sequence[int], progress: Callable[[str], None]) -> tuple[Way, ...]:
-    """Run a window of at least two token ids through the scoring graph and through the serving graph in each way.
+    """Run a window of at least two token ids through the scoring graph and through the serving graph in each way; of a
+    quantised engine for the CPU also with float32 activations in both graphs.
 
     Graphs for CUDA round no activations to 8 bits. Where the CPU's kernels compute them, these must not either.
     """
-    with contextlib.nullcontext() if engine.manifest.provider == "cpu" else float32_experts():
-        return _compare(engine, window, progress)
+    progress("scoring a window to compare the serving graph with")
+    if engine.manifest.provider != "cpu":
+        with float32_experts():
+            return _compare(engine, window)
+    served = _compare(engine, window)
+    if not engine.manifest.precision.bits or not engine.has_serving_graph:
+        return served
+    progress("serving the same window with float32 activations")
+    with float32_experts():
+        exact = _compare(
+            engine, window, *(with_float32_activations(engine.folder, file) for file in (SCORING_GRAPH, SERVING_GRAPH))
+        )
+    return *served, *(replace(way, name=f"{way.name}, float32 activations", exact=True) for way in exact)
 
 
-def _compare(engine: Engine, window: Sequence[int], progress: Callable[[str], None]) -> tuple[Way, ...]:
+def _compare(
+    engine: Engine, window: Sequence[int], scoring_graph: bytes | None = None, serving_graph: bytes | None = None
+) -> tuple[Way, ...]:
+    """The three ways, with other graphs in place of the stored ones."""
     tokens = list(window[:CHUNKED_TOKENS])
     decoded_from = max(1, len(tokens) - DECODED_TOKENS)
     starts = _starts(tokens, engine.manifest.max_sequence)
-    scoring = ScoringSession(engine)
-    progress("scoring a window to compare the serving graph with")
+    scoring = ScoringSession(engine, content=scoring_graph)
     scored = scoring.run(tokens)[0]
     alone = [scoring.run(sequence)[0] for sequence in starts]
     del scoring
-    session = Session(engine)
-    progress("serving the same window by decoding, in chunks and in a batch")
+    session = Session(engine, content=serving_graph)
     return (
         _decode(session, tokens, decoded_from, scored),
         _in_chunks(session, tokens, scored),

@@ -42,13 +42,15 @@ Floats = npt.NDArray[np.float32]
 
 class Session:
     """An engine's serving graph, loaded. `threads` None lets ONNX Runtime use every physical core; `device_index` is
-    the number of the GPU.
+    the number of the GPU; `content` is a graph in place of the stored one.
 
     An engine of an earlier format has no such graph: there each row of a step is computed by itself, and gives the
     logits of its last token only.
     """
 
-    def __init__(self, engine: Engine, threads: int | None = None, device_index: int = 0) -> None:
+    def __init__(
+        self, engine: Engine, threads: int | None = None, device_index: int = 0, content: bytes | None = None
+    ) -> None:
         if engine.manifest.backend != "onnxruntime":
             raise EngineError(
                 f"loading the engine {engine.folder}: built for {engine.manifest.backend}, "
@@ -64,7 +66,7 @@ class Session:
         graph = SERVING_GRAPH if self._has_serving_graph else GENERATING_GRAPH
         # A GPU has a copy of the weights.
         self._weights = MappedFile(engine.folder / DATA_FILE) if self.device.kind == "cpu" else None
-        self.backend = load_graph(engine, graph, self.device, threads)
+        self.backend = load_graph(engine, graph, self.device, threads, content)
         facts = engine.manifest.architecture
         self.routing: Routing | None = None  # None if a step cannot give router logits
         if facts.is_moe and self._has_serving_graph:

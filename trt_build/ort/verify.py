@@ -9,6 +9,7 @@ key/value cache. Last, the serving graph is compared with the scoring graph of t
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -51,6 +52,8 @@ from trt_build.ort.questions.weights import ask_about_weights
 from trt_build.ort.served_as_scored import compare_serving
 from trt_build.ort.session import ScoringSession, Session
 
+logger = logging.getLogger(__name__)
+
 LONG_WINDOW_TOKENS = 2048  # length of the first window: the whole context of Phi-2
 
 
@@ -74,7 +77,8 @@ def verify_engine(
 ) -> Verification:
     """Compare an engine with the checkpoint at `location`. The checkpoint's tokenizer encodes the text. With `cost` the
     cost of the quantiser is told apart by layer, role and expert. Raises ConfigError for too little text, EngineError
-    for another model's checkpoint and for another tokenizer."""
+    for another model's checkpoint, for another tokenizer, and for a checkpoint whose files are not those of the
+    build."""
     open_device(engine)  # raises for a missing package or device before the reference takes its time
     checkpoint, manifest = open_checkpoint(location), engine.manifest
     settings = read_settings(checkpoint.folder, checkpoint.config)
@@ -84,14 +88,13 @@ def verify_engine(
     token_ids = [token for window in windows for token in window]
     measure_cost = None if cost is None else prepare_cost(engine, model, token_ids, cost)
     progress("checking whether the reference is what the engine was built from")
-    runs = {name: found for record in read_part_records(engine.folder) for name, found in record.sources.items()}
-    same = source_digests(checkpoint, runs) == dict(manifest.source.digests)
+    _require_same_files(engine, checkpoint)
     questions = ask(engine, model, windows[0], progress)
     report, positions = _scored(engine, Reference(model), windows, progress)
     ways = compare_serving(engine, windows[0], progress)
     precision = manifest.precision.name
     limits = serving_limits(precision, manifest.provider)
-    misserved = [failure for way in ways if (failure := way.failure(limits)) is not None]
+    misserved = [failure for way in ways if (failure := way.failure(way.limits(limits))) is not None]
     return Verification(
         report=report,
         failures=(
@@ -101,7 +104,7 @@ def verify_engine(
         ),
         findings=(*findings, *report.findings(manifest.tokenizer_size)),
         reference=location,
-        reference_is_the_source=same,
+        reference_is_the_source=True,
         text=text,
         windows=tuple(map(len, windows)),
         questions=questions,
@@ -122,8 +125,15 @@ def ask(engine: Engine, model: Model, window: Sequence[int], progress: Callable[
 
 
 def record(engine: Engine, verification: Verification) -> None:
-    """Write the result of a verification into engine.json, in place of an earlier result."""
-    record_verification(engine, verification.to_json(brief=True))
+    """Write the result of a verification into engine.json, in place of an earlier result. Where it failed, the text and
+    the figures of the last that passed are kept under `last_passed`."""
+    written, before = verification.to_json(brief=True), engine.manifest.verification
+    if verification.failures and before is not None:
+        passed = before.get("last_passed") if before.get("failures") else before
+        written |= {"last_passed": passed} if passed is not None else {}
+        if passed is before:
+            logger.warning("engine.json said that %s passed; this failure is written in its place", engine.folder)
+    record_verification(engine, written)
 
 
 def compare(
@@ -170,21 +180,43 @@ def perplexity(engine: Engine, windows: Sequence[Sequence[int]]) -> float:
 
 def _windows(engine: Engine, tokenizer: Tokenizer, text: str, num_tokens: int) -> list[Sequence[int]]:
     """The windows of a text. The first is as long as the context and LONG_WINDOW_TOKENS allow, so that it covers late
-    positions and several prefill chunks; the others have WINDOW_TOKENS tokens."""
+    positions and several prefill chunks; the others have WINDOW_TOKENS tokens. Raises ConfigError for a text that does
+    not fill the first."""
+    doing, longest = f"measuring {engine.folder}", engine.manifest.max_sequence
+    if num_tokens < MIN_TOKENS:
+        raise ConfigError(
+            f"{doing}: asked for {num_tokens} tokens, expected at least {MIN_TOKENS}; ask for more tokens"
+        )
     token_ids = tokenizer.encode_prompt(text)
     asked = min(num_tokens, len(token_ids))
-    if asked < MIN_TOKENS:
-        remedy = "pass a longer text" if num_tokens >= MIN_TOKENS else "ask for more tokens"
+    first = min(longest, LONG_WINDOW_TOKENS, num_tokens)
+    if asked < first:
         raise ConfigError(
-            f"measuring {engine.folder}: {asked} tokens to measure on, expected at least {MIN_TOKENS}; {remedy}"
+            f"{doing}: the text has {asked} tokens, expected at least {first}, which fill the first window of "
+            f"{num_tokens} tokens; pass a longer text, or ask for {asked} tokens"
         )
-    longest = engine.manifest.max_sequence
-    first = min(longest, LONG_WINDOW_TOKENS, asked)
     rest = split_windows(token_ids[first:asked], min(WINDOW_TOKENS, longest), asked - first)
     windows = [token_ids[:first], *rest] if first > 1 else []
     if not windows:
         raise ConfigError(f"measuring {engine.folder}: its context of {longest} token leaves nothing to predict")
     return windows
+
+
+def _require_same_files(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Raise EngineError if a file of the checkpoint is not what the engine was built from."""
+    runs = {name: found for record in read_part_records(engine.folder) for name, found in record.sources.items()}
+    found, expected = source_digests(checkpoint, runs), engine.manifest.source.digests
+    for name in sorted(found.keys() | expected.keys(), key=lambda name: (name != "config.json", name)):
+        if found.get(name) != expected.get(name):
+            raise EngineError(
+                f"verifying {engine.folder} against {checkpoint.identity}: {name} is not what the engine was built "
+                f"from (digest {_digest(found.get(name))}, in engine.json {_digest(expected.get(name))}); build the "
+                "engine again, or name the checkpoint as it was"
+            )
+
+
+def _digest(sha256: str | None) -> str:
+    return "none" if sha256 is None else f"{sha256[:12]}…"
 
 
 def _same_model(engine: Engine, checkpoint: Checkpoint, end_ids: tuple[int, ...]) -> tuple[Model, tuple[str, ...]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from trt_build.comparison.cost import QUESTION as OF_COST
 from trt_build.comparison.limits import limits_of
+from trt_build.comparison.serving_ways import FLOAT32_LIMITS
 from trt_build.comparison.weights import QUESTION as OF_WEIGHTS
 from trt_build.report.contents import ReportedEngine
 from trt_build.report.visible import change, escaped, number, percent
@@ -110,8 +111,9 @@ def _cost_figures(engine: ReportedEngine) -> dict[str, _Figure]:
 def _serving_figures(engine: ReportedEngine) -> dict[str, _Figure]:
     found: dict[str, _Figure] = {}
     for name, way in ((engine.record or {}).get("serving") or {}).items():
+        limits = FLOAT32_LIMITS if way.get("exact") else engine.serving
         for kind in ("largest", "mean"):
-            value, limit = way[kind], getattr(engine.serving, kind, None)
+            value, limit = way[kind], getattr(limits, kind, None)
             allowed = "" if limit is None else f"≤ {number(limit)}"
             found[f"in {name}: {kind} difference"] = (
                 number(value), allowed, None if limit is None else value <= limit

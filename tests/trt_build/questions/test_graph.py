@@ -69,13 +69,14 @@ def test_each_fault_of_the_graph_is_found_at_ten_times_the_limit(built, tmp_path
 def test_a_failure_names_the_layer_where_the_difference_begins(built, tmp_path):
     engine, model = built("phixtral", "int4", "moeship")
     wrong = with_fault(engine, tmp_path / "a", FAULTS["one expert less in a layer"], network(model))
-    assert (
-        ask_about_graph(wrong, model, TOKENS)
-        .failures[0]
-        .startswith("the router logits of layer 2 are the first that differ: found ")
-    )
+    told = ask_about_graph(wrong, model, TOKENS).failures[0]
+    begin = "so it begins in the experts of layer 1, or in attention, norms or router of layer 2: found "
+    assert told.startswith(f"the router logits of layer 2 are the first that differ, {begin}")
     wrong = with_fault(engine, tmp_path / "b", FAULTS["head bias dropped"], network(model))
-    assert "no router's do: it begins behind the router of layer 2" in ask_about_graph(wrong, model, TOKENS).failures[0]
+    told = ask_about_graph(wrong, model, TOKENS).failures[0]
+    assert told.startswith(
+        "the logits differ, and no router's do, so it begins in the experts of layer 2 or behind them: "
+    )
 
 
 @pytest.mark.needs_kernels

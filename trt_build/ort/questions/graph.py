@@ -8,9 +8,7 @@ is the order of summation, at every precision. A fault of a node, an edge or a k
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -24,15 +22,12 @@ from trt_build.comparison.answers import Answer
 from trt_build.comparison.limits import graph_limit
 from trt_build.ort.device import Device
 from trt_build.ort.engine import Engine
-from trt_build.ort.questions.stored_graph import with_float32_activations
+from trt_build.ort.questions.float32 import float32_experts, with_float32_activations
 from trt_build.ort.questions.stored_weights import FloatArray, StoredWeights, open_stored_weights
 from trt_build.ort.session import ScoringSession
 
 QUESTION = "Does the graph compute what the codes say?"
 GRAPH_TOKENS = 256  # tokens of the text that are compared
-# Its value 0 makes ONNX Runtime's QMoE multiply dequantised float32 weights: at 8 bits it rounds activations to int8
-# whatever its attribute says. It is read when a session is made (onnxruntime/contrib_ops/cpu/moe).
-_QMOE_VARIABLE = "ORT_QMOE_CPU_QNBIT_GEMM"
 
 
 def ask_about_graph(
@@ -51,8 +46,8 @@ def ask_about_graph(
     window = list(token_ids[:GRAPH_TOKENS])
     with float32_experts():
         content = with_float32_activations(engine.folder, SCORING_GRAPH)
-        session = ScoringSession(engine, device=device, content=content)
         try:
+            session = ScoringSession(engine, device=device, content=content)
             found, found_routing = session.run(window)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             return Answer(question=QUESTION, failures=(f"ONNX Runtime cannot run {SCORING_GRAPH}: {error}",))
@@ -67,20 +62,23 @@ def ask_about_graph(
     for layer, one, other in _by_layer(layers, found_routing, expected_routing):
         routers.append(relative_difference(one, other))
         if not routers[-1] <= limit and not failures:
-            failures.append(f"the router logits of layer {layer} are the first that differ: {_off(routers[-1], limit)}")
+            begin = _between(layers[len(routers) - 2] if len(routers) > 1 else None, layer)
+            failures.append(f"the router logits of layer {layer} are the first that differ, {begin}: "
+                            f"{_off(routers[-1], limit)}")  # fmt: skip
     logits = relative_difference(found, expected)
     if not logits <= limit:
-        begin = (
-            "" if failures or not layers else f", and no router's do: it begins behind the router of layer {layers[-1]}"
+        last = (
+            f", and no router's do, so it begins in the experts of layer {layers[-1]} or behind them" if layers else ""
         )
-        failures.append(f"the logits differ{begin}: {_off(logits, limit)}")
+        failures.append(f"the logits differ{'' if failures else last}: {_off(logits, limit)}")
     figures |= {"logits": logits, "routers": dict(zip(map(str, layers), routers, strict=True))}
     return Answer(question=QUESTION, figures=figures, failures=tuple(failures))
 
 
 def relative_difference(found: FloatArray, expected: FloatArray) -> float:
     """The largest |found - expected| over the largest |expected|; NaN where one is."""
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 def _by_layer(
@@ -89,6 +87,16 @@ def _by_layer(
     """Each layer that has experts, with its router logits [S, E] of engine and reference."""
     if found is not None and expected is not None:
         yield from zip(layers, found, expected, strict=True)
+
+
+def _between(before: int | None, layer: int) -> str:
+    """Where a difference begins that the router of `layer` is the first to show."""
+    parts = f"attention, norms or router of layer {layer}"
+    return (
+        f"so it begins in the embedding, or in {parts}"
+        if before is None
+        else (f"so it begins in the experts of layer {before}, or in {parts}")
+    )
 
 
 def _off(found: float, limit: float) -> str:
@@ -123,17 +131,3 @@ class _Choices:
         self.near_ties += int(near.sum())
         own[near] = theirs[near]
         return own
-
-
-@contextmanager
-def float32_experts() -> Iterator[None]:
-    """Sessions that are made in the block multiply the experts of ONNX Runtime's QMoE in float32."""
-    before = os.environ.get(_QMOE_VARIABLE)
-    os.environ[_QMOE_VARIABLE] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_QMOE_VARIABLE]
-        else:
-            os.environ[_QMOE_VARIABLE] = before

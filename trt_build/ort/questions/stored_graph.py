@@ -154,22 +154,6 @@ def read_graph(folder: Path, file: str) -> StoredGraph:
     return StoredGraph(file=file, nodes=nodes, extents=extents, constants=constants)
 
 
-def with_float32_activations(folder: Path, file: str) -> bytes:
-    """A graph of the engine in `folder` whose quantised products take float32 activations, serialised; its weights stay
-    in the data file."""
-    with optional_package("onnx", "reading an engine's graph", "cpu"):
-        import onnx
-    model = onnx.load(str(folder / file), load_external_data=False)
-    for node in model.graph.node:
-        for entry in node.attribute:
-            if entry.name == "accuracy_level":
-                entry.i = 1  # of MatMulNBits and QMoE: float32
-            elif entry.name == "activations" and node.op_type in ("BlockLinear", "Experts"):
-                entry.s = b"float32"
-    content: bytes = model.SerializeToString()
-    return content
-
-
 def _extent(tensor: Any, size: int, doing: str) -> Extent:  # noqa: ANN401 - an onnx.TensorProto
     entries = {entry.key: entry.value for entry in tensor.external_data}
     dtype = _DTYPES.get(tensor.data_type)

@@ -25,6 +25,7 @@ from export.checkpoint.safetensors_header import FLOAT_LABELS, StoredTensor, num
 from export.checkpoint.tensor_table import Role
 from export.errors import CheckpointError
 from export.floats import widen
+from export.quantize.grid import dequantize_blocks, quantize_blocks
 from export.trtllm.checkpoint import CheckpointPlan
 from export.trtllm.converter import MASKED_LOGIT, rank_file
 from export.trtllm.layout import Form, RankTensor, Slice, TensorJob
@@ -117,6 +118,16 @@ class RankWeights(ReadBack):
         dtype = np.dtype(numpy_dtype(next(iter(job.tensors.values())).planned.dtype))
         with np.errstate(over="ignore"):
             return expected if dtype == np.float32 else widen(expected.astype(dtype))
+
+    def requantized(self, name: str, values: FloatArray) -> FloatArray:
+        """The codes are those of float32 scales, which are rounded after them."""
+        recipe = self.recipe(name)
+        if recipe is None or not recipe.block:
+            return values
+        codes, scales = quantize_blocks(values, recipe.bits, recipe.block)
+        if recipe.scale_type != "float32":
+            scales = widen(scales.astype(numpy_dtype(FLOAT_LABELS[recipe.scale_type])))
+        return dequantize_blocks(codes, scales, recipe.bits)
 
     def filling_failures(self) -> list[str]:
         """Rows that the checkpoint does not have: zeros, and biases that keep an id from being sampled."""

@@ -1,0 +1,115 @@
+"""Figures of neighbouring rows of a quantised matrix, a band: how the stored values q differ from the checkpoint's w.
+
+What a sound quantiser gives is not quite 1 for a factor, and depends on how the weights are distributed. A band whose
+figures lie well within the limits of what the recipe gives for normal weights is sound. Any other is quantised again
+with the recipe, and judged by its distance from what that gives: a sound engine has none, however few values the band
+has and however they are distributed. What is judged are the engine's own codes all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from trt_build.comparison.limits import Limits
+
+FloatArray = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+_NEAR = 0.5  # part of a limit up to which a distance is taken as it is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Band:
+    """Sums over each row of stored values q and the checkpoint's w, with e = q - w, all [rows]."""
+
+    weights: Doubles  # <w, w>
+    errors: Doubles  # <e, e>
+    products: Doubles  # <e, w>
+    steps: Doubles  # <s, s>, where s is the step between two codes of each value's block
+    offsets: Doubles  # <e, s>
+
+    def part(self, first: int, last: int) -> Band:
+        """Some of the rows."""
+        own = slice(first, last)
+        return Band(
+            weights=self.weights[own], errors=self.errors[own], products=self.products[own], steps=self.steps[own],
+            offsets=self.offsets[own],
+        )  # fmt: skip
+
+    @property
+    def factor(self) -> float:
+        """<q, w> / <q, q>, the number by which q must be multiplied to come closest to w; 0 for a q of zeros."""
+        total, products = float(self.weights.sum()), float(self.products.sum())
+        # <q, q> = <w, w> + 2 <e, w> + <e, e>, and <q, w> = <w, w> + <e, w>
+        own = total + 2 * products + float(self.errors.sum())
+        return (total + products) / own if own else 0.0
+
+    @property
+    def offset(self) -> float:
+        """The mean of e in steps between two codes, weighted by the squares of the steps."""
+        squares = float(self.steps.sum())
+        return float(self.offsets.sum()) / squares if squares else 0.0
+
+    @property
+    def rows(self) -> Doubles:
+        """|e| / |w| of each row; 0 where both are zeros, infinite where w alone is."""
+        nothing = np.where(self.errors > 0, np.inf, 0.0)
+        relative: Doubles = np.sqrt(np.divide(self.errors, self.weights, out=nothing, where=self.weights > 0))
+        return relative
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distances:
+    """How far a band's figures are from those of a sound engine."""
+
+    factor: float
+    offset: float
+    excess: Doubles  # of the relative error of each row over that of a sound engine, [rows]
+
+
+def measure(found: FloatArray, wanted: FloatArray, steps: FloatArray) -> Band:
+    """The sums of a band, from its stored values [rows, K] and the checkpoint's; `steps` [rows, P] has the difference
+    of two neighbouring codes of each block, with its sign."""
+    error = found - wanted
+    size = error.size // steps.size
+    sums = (error.reshape(-1, size) @ np.ones(size, dtype=np.float32)).reshape(steps.shape)  # of each block
+    return Band(
+        weights=_products(wanted, wanted),
+        errors=_products(error, error),
+        products=_products(error, wanted),
+        steps=_products(steps, steps) * size,
+        offsets=_products(sums, steps),
+    )
+
+
+def _products(one: FloatArray, other: FloatArray) -> Doubles:
+    return np.einsum("ij,ij->i", one, other).astype(np.float64)
+
+
+def distances(band: Band, limits: Limits, again: Callable[[], Band]) -> Distances:
+    """The distances of a band from a sound one. `again` gives the band that a sound engine has; it is called where a
+    distance from the usual figures is not well within its limit. NaN stays NaN."""
+    found = _from(band, 1 + limits.bias, 0.0, np.full_like(band.weights, limits.usual))
+    pairs = ((found.factor, limits.factor), (found.offset, limits.offset), (found.excess.max(), limits.excess))
+    if all(distance <= _NEAR * limit for distance, limit in pairs):
+        return found
+    sound = again()
+    nearer = _from(band, sound.factor, sound.offset, sound.rows)
+    return Distances(
+        factor=_least(found.factor, nearer.factor),
+        offset=_least(found.offset, nearer.offset),
+        excess=np.minimum(found.excess, nearer.excess),
+    )
+
+
+def _from(band: Band, factor: float, offset: float, rows: Doubles) -> Distances:
+    with np.errstate(invalid="ignore"):  # infinite less infinite
+        excess = np.maximum(band.rows - rows, 0)
+    return Distances(factor=abs(band.factor - factor), offset=abs(band.offset - offset), excess=excess)
+
+
+def _least(one: float, other: float) -> float:
+    return float(np.minimum(one, other))
