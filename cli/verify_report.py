@@ -11,7 +11,7 @@ from export.errors import ConfigError, OutputError, named
 from export.families import read_model
 from export.files.output import refuse_existing, replace_file
 from export.reference.model import Reference
-from export.tokenizer.settings import read_settings
+from export.tokenizer.surplus import model_settings
 from trt_build.comparison.evaluation_text import EvaluationText
 from trt_build.comparison.verified import Verified
 from trt_build.errors import EngineError
@@ -113,9 +113,8 @@ def _gather(
     words: Sequence[str],
     progress: Callable[[str], None],
 ) -> Report:
-    checkpoint = open_checkpoint(reference)
-    tokenizer = read_settings(checkpoint.folder, checkpoint.config).tokenizer
-    model = read_model(checkpoint, engines[0].manifest.architecture.experts_per_token or None)
+    model = read_model(open_checkpoint(reference), engines[0].manifest.architecture.experts_per_token or None)
+    tokenizer = model_settings(model).tokenizer
     positions = [None if one is None else one.verification.positions for one in results]
     scored = next((one for one in positions if one is not None), None)
     prompts = [] if scored is None else _prompts([token for window in scored.windows for token in window])
@@ -128,7 +127,7 @@ def _gather(
     facts = engines[0].manifest.architecture
     names = _names([engine.folder for engine in engines])
     return Report(
-        model=checkpoint.folder.name,
+        model=model.weights.checkpoint.folder.name,
         facts=_model_facts(engines[0], reference),
         engines=tuple(_reported(name, engine, one) for name, engine, one in zip(names, engines, results, strict=True)),
         places=differing_places(positions, tokenizer),

@@ -62,6 +62,7 @@ class CheckpointReport:
 def describe(checkpoint: Checkpoint, experts_per_token: int | None = None) -> CheckpointReport:
     """Describe a checkpoint; `experts_per_token` replaces the config's K. Raises ConfigError and CheckpointError."""
     model = read_model(checkpoint, experts_per_token)
+    checkpoint = model.weights.checkpoint
     dtype_bytes: dict[str, int] = {}
     roles: dict[Role, RoleSize] = {}
     specs = _stored_once(model.weights.table.values())

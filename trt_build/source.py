@@ -12,7 +12,8 @@ from export.errors import ConfigError, named
 from export.families import Model, read_model
 from export.files.reading import is_there
 from export.tokenizer.loading import Tokenizer
-from export.tokenizer.settings import Settings, check_token_ids, read_settings
+from export.tokenizer.settings import Settings, check_token_ids
+from export.tokenizer.surplus import model_settings
 from trt_build.manifest import Source
 
 
@@ -37,21 +38,16 @@ class SourceModel:
 
 def open_source(location: str, experts_per_token: int | None, max_sequence: int | None) -> SourceModel:
     """Open a checkpoint and read its model and settings. Raises CheckpointError and ConfigError."""
-    checkpoint = open_checkpoint(location)
-    model = read_model(checkpoint, experts_per_token)
+    model = read_model(open_checkpoint(location), experts_per_token)
+    checkpoint = model.weights.checkpoint
     if checkpoint.is_gguf and not is_there(checkpoint.folder / TOKENIZER_FILE):
         raise ConfigError(
             f"opening {named(location)}: there is no {TOKENIZER_FILE} beside it, and moeship does not take the "
             "tokenizer from a GGUF file; put the original model's tokenizer.json and its settings into the same folder"
         )
-    settings = read_settings(checkpoint.folder, checkpoint.config)
+    settings = model_settings(model)
     longest = _max_sequence(max_sequence, model)
-    size, vocab = settings.tokenizer.size, model.architecture.vocab_size
-    if size > vocab:
-        raise ConfigError(
-            f"reading the tokenizer of {checkpoint.folder}: it has {size} ids, the model's vocabulary {vocab}; the two "
-            "belong to different models, or a special token that the tokenizer lacks was added behind its last id"
-        )
+    vocab = model.architecture.vocab_size
     check_token_ids(settings, vocab)
     model = dataclasses.replace(
         model, architecture=dataclasses.replace(model.architecture, eos_token_ids=settings.ids.eos)

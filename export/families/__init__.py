@@ -158,7 +158,7 @@ def read_model(checkpoint: Checkpoint, experts_per_token: int | None = None) -> 
     architecture = replace(family.read_config(checkpoint.config), bos_token_id=ids.bos, eos_token_ids=ids.eos)
     if experts_per_token is not None:
         architecture = _with_experts_per_token(architecture, experts_per_token)
-    checkpoint = _with_whole_names(checkpoint, family)
+    checkpoint = with_whole_names(checkpoint)
     _check_counts(checkpoint, architecture)
     specs = family.tensors(architecture, list(checkpoint.tensors))
     weights = open_weights(checkpoint, specs, family.harmless_tensors)
@@ -173,10 +173,11 @@ def _shares_one_tensor(specs: Sequence[TensorSpec]) -> bool:
     return len(matrices) == 2 and matrices[0] == matrices[1]
 
 
-def _with_whole_names(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+def with_whole_names(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with the names that tensors have in the whole model. A file of the model without its head lacks
     the base model's prefix, and some tools put it before the head too; transformers reads both
-    (core_model_loading.py: rename_source_key)."""
+    (core_model_loading.py: rename_source_key). Raises ConfigError for a family that is not known."""
+    family = detect(checkpoint.config, str(checkpoint.folder))
     renamed: dict[str, str] = {}
     for name in checkpoint.tensors:
         first, _, rest = name.partition(".")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from export.architecture import Architecture
 from export.checkpoint.folder import Checkpoint, open_checkpoint
-from export.families import Model, read_model
+from export.families import Model, read_model, with_whole_names
 from export.merge.adapters import AdaptedCheckpoint, open_adapter, with_adapter
 from export.merge.checks import check_models, measure_lost_training, output_dtype
 from export.merge.config import MergeConfig, ModelSource
@@ -72,7 +72,7 @@ def _open_models(config: MergeConfig) -> tuple[Model, list[Model]]:
 
 
 def _open_model(source: ModelSource) -> Model:
-    checkpoint = open_checkpoint(source.location, source.revision)
+    checkpoint = with_whole_names(open_checkpoint(source.location, source.revision))
     if source.adapter is not None:
         checkpoint = with_adapter(checkpoint, open_adapter(source.adapter.location, source.adapter.revision))
     return read_model(checkpoint)

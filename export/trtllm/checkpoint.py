@@ -29,7 +29,7 @@ from export.conversion.writer import Progress, conversion_bytes, write_parts
 from export.errors import ConfigError, ExportError, listing
 from export.families import Model
 from export.files.resume import Fingerprint, SourceFile, partial_folder, refuse_made
-from export.tokenizer.settings import read_settings
+from export.tokenizer.surplus import model_settings
 from export.trtllm.config import checkpoint_config
 from export.trtllm.converter import RankConverter, rank_file
 from export.trtllm.layout import DENSE, QKV, Layout, LayoutOptions, matrix_shapes, plan_layout
@@ -235,7 +235,7 @@ def write_checkpoint(
     refuse_made(output, what)
     plan = plan_checkpoint(model, options)
     checkpoint = model.weights.checkpoint
-    settings = read_settings(checkpoint.folder, checkpoint.config)
+    settings = model_settings(model)
     fingerprint = Fingerprint(settings=checkpoint_settings(plan), sources=source_files(checkpoint))
     keep = tuple(rank_file(rank) for rank in plan.headers)
     with partial_folder(output, what, fingerprint, keep, sum(plan.rank_bytes.values())) as folder:

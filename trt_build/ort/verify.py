@@ -21,7 +21,7 @@ from export.errors import ConfigError
 from export.families import Model, read_model
 from export.reference.model import Reference
 from export.tokenizer.loading import Tokenizer
-from export.tokenizer.settings import read_settings
+from export.tokenizer.surplus import model_settings
 from trt_build.comparison.answers import Answer
 from trt_build.comparison.evaluation_text import EvaluationText
 from trt_build.comparison.parity import (
@@ -80,15 +80,15 @@ def verify_engine(
     for another model's checkpoint, for another tokenizer, and for a checkpoint whose files are not those of the
     build."""
     open_device(engine)  # raises for a missing package or device before the reference takes its time
-    checkpoint, manifest = open_checkpoint(location), engine.manifest
-    settings = read_settings(checkpoint.folder, checkpoint.config)
-    model, findings = _same_model(engine, checkpoint, settings.ids.eos)
+    manifest, model = engine.manifest, read_model(open_checkpoint(location))
+    settings = model_settings(model)
+    model, findings = _same_model(engine, model, settings.ids.eos)
     tokenizer = require_same_tokenizer(engine.folder, manifest.tokenizer, manifest.eos_token_ids, settings)
     windows = _windows(engine, tokenizer, text.content, num_tokens)
     token_ids = [token for window in windows for token in window]
     measure_cost = None if cost is None else prepare_cost(engine, model, token_ids, cost)
     progress("checking whether the reference is what the engine was built from")
-    _require_same_files(engine, checkpoint)
+    _require_same_files(engine, model.weights.checkpoint)
     questions = ask(engine, model, windows[0], progress)
     report, positions = _scored(engine, Reference(model), windows, progress)
     ways = compare_serving(engine, windows[0], progress)
@@ -219,11 +219,10 @@ def _digest(sha256: str | None) -> str:
     return "none" if sha256 is None else f"{sha256[:12]}…"
 
 
-def _same_model(engine: Engine, checkpoint: Checkpoint, end_ids: tuple[int, ...]) -> tuple[Model, tuple[str, ...]]:
-    """The checkpoint's model with the engine's number of experts per token, which a build may override, and a finding
+def _same_model(engine: Engine, model: Model, end_ids: tuple[int, ...]) -> tuple[Model, tuple[str, ...]]:
+    """The model with the engine's number of experts per token, which a build may override, and a finding
     where that is not the checkpoint's. Raises EngineError for another model."""
     facts = engine.manifest.architecture
-    model = read_model(checkpoint)
     findings: tuple[str, ...] = ()
     # As in a build: where no file of the checkpoint names an end token, it is the tokenizer's.
     model = dataclasses.replace(model, architecture=dataclasses.replace(model.architecture, eos_token_ids=end_ids))
@@ -243,7 +242,7 @@ def _same_model(engine: Engine, checkpoint: Checkpoint, end_ids: tuple[int, ...]
             if getattr(facts, field.name) != getattr(model.architecture, field.name)
         ]
         raise EngineError(
-            f"verifying {engine.folder} against {checkpoint.identity}: they are not the same model "
+            f"verifying {engine.folder} against {model.weights.checkpoint.identity}: they are not the same model "
             f"({'; '.join(different)}); name the checkpoint that the engine was built from"
         )
     return model, findings
