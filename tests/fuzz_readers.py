@@ -13,6 +13,7 @@ from pathlib import Path
 
 import safetensors
 import yaml
+from adapters import write_adapter
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from dense_checkpoints import write_dense_checkpoint
 from fuzz_engines import READERS as ENGINE_READERS
@@ -27,6 +28,7 @@ from export.checkpoint.safetensors_header import read_header
 from export.errors import MoeshipError
 from export.families import read_model
 from export.files.reading import read_json
+from export.merge.adapters import open_adapter, with_adapter
 from export.merge.config import read_merge_config
 from export.tokenizer.loading import load_tokenizer
 from export.tokenizer.settings import check_token_ids, read_settings
@@ -121,6 +123,31 @@ def read_merge(data: bytes, folder: Path) -> None:
     read_merge_config(path)
 
 
+@cache
+def adapter() -> Path:
+    """An adapter of the small Mistral."""
+    mistral = next(folder for folder in checkpoints() if folder.name == "mistral")
+    return write_adapter(
+        mistral.parent / "adapter", mistral, seed=1, ranks={"down_proj": 3}, alpha_pattern={"q_proj": 2}
+    )
+
+
+def copied_adapter(folder: Path) -> None:
+    copies(folder)
+    shutil.copytree(adapter(), folder / "adapter")
+
+
+def adapter_reader(name: str) -> Callable[[bytes, Path], None]:
+    """Merges an adapter, one of whose files holds the bytes, into its base, and reads a tensor of that."""
+
+    def read(data: bytes, folder: Path) -> None:
+        (folder / "adapter" / name).write_bytes(data)
+        merged = with_adapter(open_checkpoint(folder / "mistral"), open_adapter(str(folder / "adapter")))
+        merged.read_finite("model.layers.0.mlp.down_proj.weight")
+
+    return read
+
+
 def tokenizer_texts() -> list[bytes]:
     """A byte-level and a Llama tokenizer, and the first with patterns in every place that takes one."""
     plain, *_, llama = files("tokenizer.json")
@@ -174,6 +201,14 @@ READERS = (
     Reader(name="index", seeds=index_texts, read=read_index, mutate=mutated_json, setup=copies),
     Reader(name="config", seeds=lambda: files("config.json"), read=read_config, mutate=mutated_json, setup=copies),
     Reader(name="merge YAML", seeds=merge_texts, read=read_merge),
+    Reader(
+        name="adapter settings", seeds=lambda: [(adapter() / "adapter_config.json").read_bytes()],
+        read=adapter_reader("adapter_config.json"), mutate=mutated_json, setup=copied_adapter,
+    ),
+    Reader(
+        name="adapter", seeds=lambda: [(adapter() / "adapter_model.safetensors").read_bytes()],
+        read=adapter_reader("adapter_model.safetensors"), mutate=framed, setup=copied_adapter,
+    ),
     Reader(
         name="tokenizer", seeds=tokenizer_texts, read=read_tokenizer, mutate=mutated_json,
         setup=copies,

@@ -104,7 +104,7 @@ def _listing(name: str, revision: str) -> tuple[str, list[_HubFile]]:
 
     api = HfApi()
     commit = api.repo_info(name, revision=revision).sha
-    if not isinstance(commit, str) or not commit:
+    if not _is_digest(commit):  # it becomes the name of a folder
         raise ValueError("the answer names no commit")
     found = []
     for entry in api.list_repo_tree(name, recursive=True, revision=commit):
