@@ -47,7 +47,7 @@ WITHIN = {
         "exporter": {"checkpoint", "conversion", "families", "files", "onnx_graph", "quantize"},
         "inspection": {"checkpoint", "families"},
         "tokenizer": {"checkpoint", "families", "files"},
-        "trtllm": {"checkpoint", "conversion", "families", "files", "quantize", "tokenizer"},
+        "trtllm": {"checkpoint", "conversion", "families", "files", "formats", "quantize", "tokenizer"},
         "reference": {"checkpoint", "families"},
         "merge": {"checkpoint", "conversion", "families", "files", "reference", "tokenizer"},
     },

@@ -21,6 +21,7 @@ from export.errors import QuantizationError
 from export.floats import widen
 from export.quantize.channels import quantize_channels
 from export.quantize.grid import FloatArray, quantize_blocks
+from export.trtllm.carry import carried_groups, kept_grid
 from export.trtllm.layout import Form, RankTensor, Slice, TensorJob
 from export.trtllm.packing import TILE, pack, pack_pairs
 
@@ -74,6 +75,9 @@ class RankConverter(Converter[TensorJob]):
         weights = Weights(checkpoint=checkpoint, table=self.weights.table)
         regions = [OpenRegion(region) for region in self.planned_regions(job)]
         scales = {rank: _scales_of(job, tensor) for rank, tensor in job.tensors.items()}
+        zeros = {rank: np.zeros_like(own) for rank, own in scales.items()}
+        grid = kept_grid(self.weights, job)
+        table = weights.table[job.source].groups
         with ExitStack() as stack:
             files = {
                 rank: stack.enter_context((self.folder / rank_file(rank)).open("r+b", buffering=0)).fileno()
@@ -84,13 +88,20 @@ class RankConverter(Converter[TensorJob]):
                     takers = _takers(job, group, turn, first, len(values))
                     if not takers:  # the chunk belongs to an expert that is left out
                         continue
-                    rows = _encoded(job, _masked(job, values, first))
+                    part = table[group][turn]
+                    if grid is not None:
+                        rows = _Rows(*carried_groups(weights, part, first, widen(values), job, grid))
+                    else:
+                        rows = _encoded(job, _masked(job, values, first), packed=part.packed_in(checkpoint) is not None)
                     for index, taken in takers:
                         piece = job.slices[index]
                         regions[index].write(files[piece.rank], rows.share(job, piece, first, taken))
-                        rows.note_scales(scales[piece.rank], job, piece, first, taken)
+                        rows.note(rows.scales, scales[piece.rank], job, piece, first, taken)
+                        rows.note(rows.zeros, zeros[piece.rank], job, piece, first, taken)
             for (ending, side), region in zip(job.side_tensors, regions[len(job.slices) :], strict=True):
-                region.write(files[side.rank], _beside(job, ending, side, scales[side.rank]))
+                region.write(
+                    files[side.rank], _beside(job, ending, side, (zeros if ending == "zero" else scales)[side.rank])
+                )
             if job.mask_from is not None:  # the rows that pad the vocabulary are masked too
                 for piece, region in zip(job.slices, regions, strict=True):
                     dtype = numpy_dtype(job.tensors[piece.rank].planned.dtype)
@@ -139,10 +150,12 @@ def _rows_taken(piece: Slice, group: int, turn: int, first: int, num_rows: int) 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of a part as they are written: floats, or codes with their scales [n, K / group]."""
+    """Rows of a part as they are written: floats, or codes with their scales and zeros [n, K / group]. Without zeros
+    all are 0."""
 
     values: npt.NDArray[Any]
     scales: FloatArray | None
+    zeros: FloatArray | None = None
 
     def share(self, job: TensorJob, piece: Slice, first: int, taken: tuple[int, int]) -> npt.NDArray[Any]:
         """The values that a rank's file gets: the rows `taken` and the columns of the slice, packed as the job asks."""
@@ -153,25 +166,29 @@ class _Rows:
             return pack_pairs(rows)
         return pack(rows, job.bits, interleave=job.interleave)
 
-    def note_scales(self, scales: FloatArray, job: TensorJob, piece: Slice, first: int, taken: tuple[int, int]) -> None:
-        """Copy the scales of the rows `taken` into a rank's `scales` [rows, groups]."""
-        if self.scales is None:
+    @staticmethod
+    def note(
+        own: FloatArray | None, whole: FloatArray, job: TensorJob, piece: Slice, first: int, taken: tuple[int, int]
+    ) -> None:
+        """Copy `own` scales or zeros of the rows `taken` into a rank's `whole` [rows, groups]."""
+        if own is None:
             return
-        rows = self.scales[taken[0] - first : taken[1] - first]
+        rows = own[taken[0] - first : taken[1] - first]
         if job.group_size:
             rows = rows[:, piece.columns[0] // job.group_size : piece.columns[1] // job.group_size]
         start = piece.row + taken[0] - piece.first
-        scales[start : start + len(rows)] = rows
+        whole[start : start + len(rows)] = rows
 
 
-def _encoded(job: TensorJob, values: npt.NDArray[Any]) -> _Rows:
+def _encoded(job: TensorJob, values: npt.NDArray[Any], *, packed: bool) -> _Rows:
+    """Rows as they are written. Groups of values that the checkpoint stores packed get refitted scales."""
     matrix = values.reshape(len(values), -1)
     if job.form is Form.FLOAT:
         return _Rows(_narrow(matrix, next(iter(job.tensors.values())).planned.dtype, job.source), None)
     if job.form is Form.CHANNELS:
         codes, scales = quantize_channels(widen(matrix), job.bits)
         return _Rows(codes, scales[:, None])
-    codes, scales = quantize_blocks(widen(matrix), job.bits, job.group_size)
+    codes, scales = quantize_blocks(widen(matrix), job.bits, job.group_size, refit=packed)
     return _Rows(codes, scales)
 
 
@@ -181,13 +198,12 @@ def _scales_of(job: TensorJob, tensor: RankTensor) -> FloatArray:
 
 
 def _beside(job: TensorJob, ending: str, side: RankTensor, scales: FloatArray) -> npt.NDArray[Any]:
-    """The values of the side tensor whose name ends in `ending`; `scales` [rows, groups] are the scales of its rank."""
+    """The values of the side tensor whose name ends in `ending`; `scales` [rows, groups] are the scales of its rank, or
+    its zeros."""
     shape = side.planned.shape
-    if ending == "zero":
-        return np.zeros(shape, dtype=numpy_dtype(side.planned.dtype))
     if ending == "prequant_scaling_factor":
         return np.ones(shape, dtype=numpy_dtype(side.planned.dtype))
-    narrow = _narrow(scales, side.planned.dtype, f"the scales of {job.source}")
+    narrow = _narrow(scales, side.planned.dtype, f"the {'zeros' if ending == 'zero' else 'scales'} of {job.source}")
     if job.form is Form.GROUPS:  # [experts, groups, rows]
         return narrow.reshape(-1, shape[-1], scales.shape[1]).swapaxes(-1, -2)
     return narrow

@@ -15,8 +15,10 @@ from typing import Any
 from export.checkpoint.safetensors_header import FLOAT_LABELS, itemsize
 from export.checkpoint.tensor_table import Role, TensorSpec
 from export.routing import RoutingReport, left_out_note
+from export.trtllm.carry import kept_grid
 from export.trtllm.checkpoint import CheckpointPlan
 from export.trtllm.converter import rank_file
+from export.trtllm.layout import Form
 from trt_build.trtllm.options import TrtllmOptions
 
 
@@ -113,6 +115,23 @@ def _bytes_per_token(checkpoint: CheckpointPlan) -> int:
     return round(total)
 
 
+def _packed_notes(checkpoint: CheckpointPlan) -> list[str]:
+    """What becomes of the weights that the checkpoint stores packed; empty if there are none."""
+    weights = checkpoint.model.weights
+    packed = [
+        job
+        for job in checkpoint.layout.jobs
+        if any(part.packed_in(weights.checkpoint) for part in weights.table[job.source].parts)
+    ]
+    kept = sum(kept_grid(weights, job) is not None for job in packed)
+    anew = sum(job.form is not Form.FLOAT for job in packed) - kept
+    if not packed:
+        return []
+    said = f"the checkpoint packs its weights as {', '.join(weights.packed_labels())}: "
+    said += f"{kept} keep their codes, {anew} are quantised anew and {len(packed) - kept - anew} stored as floats"
+    return [said + ("; quantising anew adds an error to the packer's" if anew else "")]
+
+
 def _notes(checkpoint: CheckpointPlan, routing: RoutingReport | None, *, grouped: bool) -> tuple[str, ...]:
     """Messages about the engine that a user should read before building it."""
     found, facts, left_out = [], checkpoint.model.architecture, set(checkpoint.options.left_out)
@@ -128,12 +147,7 @@ def _notes(checkpoint: CheckpointPlan, routing: RoutingReport | None, *, grouped
             "some gate rows are equal: equal router logits go to the lowest expert index, in TensorRT-LLM (its plugin "
             "TopkLastDim) as in the reference; other runtimes may choose another expert"
         )
-    labels = checkpoint.model.weights.packed_labels()
-    if labels:
-        found.append(
-            f"the checkpoint packs its weights as {', '.join(labels)}; they are dequantised for TensorRT-LLM, and what "
-            "the precision stores as integers is quantised anew, which adds an error to the packer's"
-        )
+    found += _packed_notes(checkpoint)
     if sm >= 120 and checkpoint.config["quantization"]["quant_algo"] == "W4A16_AWQ":
         found.append(
             f"int4_awq on SM {sm}: TensorRT-LLM packs these weights when it loads them, and some releases pack "
