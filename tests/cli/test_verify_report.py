@@ -177,7 +177,7 @@ def another(tmp_path_factory):
         ("report.html", "another", "were built from different checkpoints (model.safetensors has the digest "),
         ("report.html", "same", "is named twice; name each engine once"),
         ("report.html", "more experts", "the first takes 2 experts per token and the second 3"),
-        ("report.html", "absent", "absent does not exist"),
+        ("report.html", "absent", "absent: no such folder, expected the folder of an engine"),
     ],
 )
 def test_what_cannot_be_reported_is_refused_before_anything_is_done(
