@@ -414,8 +414,8 @@ def _refuse_adapter(folder: Path) -> None:
     adapter = read_json(settings, "the adapter's settings")
     raise CheckpointError(
         f"opening {named(folder)}: it is not a model but an adapter of type {shown(adapter.get('peft_type'))} for the "
-        f"base model {shown(adapter.get('base_model_name_or_path'))}; merge it into that model (peft's "
-        "merge_and_unload), save the result, and pass its folder"
+        f"base model {shown(adapter.get('base_model_name_or_path'))}; merge it into that model: as "
+        "model+adapter in the YAML of `moeship merge`, or with peft's merge_and_unload"
     )
 
 
