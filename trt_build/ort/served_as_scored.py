@@ -18,7 +18,7 @@ there `chunks` compares the last position of each chunk, and `batch` shows only 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +26,11 @@ import numpy.typing as npt
 from export.exporter import SCORING_GRAPH, SERVING_GRAPH
 from trt_build.comparison.parity import FloatArray
 from trt_build.comparison.serving_ways import Way
+from trt_build.ort.cache import Cache
 from trt_build.ort.engine import Engine
 from trt_build.ort.questions.float32 import float32_experts, with_float32_activations
-from trt_build.ort.session import ScoringSession, Session
+from trt_build.ort.routing import in_checkpoint_order
+from trt_build.ort.session import PREFILL_CHUNK_TOKENS, ScoringSession, Session
 from trt_build.ort.step_call import Row
 
 CHUNKS = (1, 2, 127, 128, 3, 64, 65)  # at and beside the largest chunk; in turns until the window ends
@@ -37,6 +39,11 @@ LATE_TOKENS = 33  # of the sequence that comes in when the others decode
 BATCH_STEPS = 6  # tokens of each sequence that are decoded together
 CHUNKED_TOKENS = 512
 DECODED_TOKENS = 64
+# Router logits that differ by this part of the largest are nearly equal: activations rounded to 8 bits move them by
+# about a hundredth, and the order of summation by 1e-6.
+NEAR_ROUNDED, NEAR_PRECISE = 0.03, 1e-4
+
+_Compared = tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]  # differences, and which of them are near ties
 
 
 def compare_serving(engine: Engine, window: Sequence[int], progress: Callable[[str], None]) -> tuple[Way, ...]:
@@ -67,9 +74,10 @@ def _compare(
     tokens = list(window[:CHUNKED_TOKENS])
     decoded_from = max(1, len(tokens) - DECODED_TOKENS)
     starts = _starts(tokens, engine.manifest.max_sequence)
+    precise = scoring_graph is not None or engine.manifest.precision.name == "fp32"
     scoring = ScoringSession(engine, content=scoring_graph)
-    scored = scoring.run(tokens)[0]
-    alone = [scoring.run(sequence)[0] for sequence in starts]
+    k, near = engine.manifest.architecture.experts_per_token, NEAR_PRECISE if precise else NEAR_ROUNDED
+    scored, *alone = (_Scored(*scoring.run(sequence), k, near) for sequence in (tokens, *starts))
     del scoring
     session = Session(engine, content=serving_graph)
     return (
@@ -79,34 +87,78 @@ def _compare(
     )
 
 
-def _relative(found: FloatArray, expected: FloatArray, scale: float) -> npt.NDArray[np.float64]:
-    return np.abs(found.astype(np.float64) - expected).max(axis=-1) / scale
+@dataclass(frozen=True)
+class _Scored:
+    """What the scoring graph gives for a sequence: logits [S, V] and router logits [M, S, E] (None without experts).
+    Router logits that differ by `near` of the largest at most are nearly equal."""
+
+    logits: FloatArray
+    routed: FloatArray | None
+    experts_per_token: int
+    near: float
+
+    def compare(self, found: FloatArray, routed: FloatArray | None, first: int) -> _Compared:
+        """Compare logits [n, V] of the positions from `first` on, and their router logits [M, n, E]."""
+        own = slice(first, first + len(found))
+        differences = np.abs(found.astype(np.float64) - self.logits[own]).max(axis=-1) / np.abs(self.logits).max()
+        if self.routed is None or routed is None:
+            return differences, np.zeros(len(found), dtype=np.bool_)
+        return differences, self._ties(self.routed[:, own], routed)
+
+    def _ties(self, expected: FloatArray, found: FloatArray) -> npt.NDArray[np.bool_]:
+        """The positions [n] at which the first router that chooses other experts has them nearly equal. Behind it other
+        choices are no wonder."""
+        k = self.experts_per_token
+        ours, theirs = (np.argsort(-logits, axis=-1, kind="stable")[..., :k] for logits in (expected, found))
+        other = (np.sort(ours, axis=-1) != np.sort(theirs, axis=-1)).any(axis=-1)
+        least, least_of_theirs = (
+            np.take_along_axis(expected, chosen, axis=-1).min(axis=-1) for chosen in (ours, theirs)
+        )
+        near = other & (least - least_of_theirs <= self.near * np.abs(expected).max(axis=(1, 2))[:, None])
+        ties: npt.NDArray[np.bool_] = np.take_along_axis(near, other.argmax(axis=0)[None], axis=0)[0]
+        return ties
 
 
-def _scale(logits: FloatArray) -> float:
-    return float(np.abs(logits).max())
+def _step(session: Session, cache: Cache, rows: Sequence[Row]) -> tuple[FloatArray, FloatArray | None]:
+    """Take a step; returns the logits that the rows ask for, and the router logits [M, T, E] of all their tokens (None
+    without experts)."""
+    if session.routing is None:
+        return session.step(cache, rows).copy(), None
+    room = session.routing.room(sum(len(row.token_ids) for row in rows))
+    logits = session.step(cache, rows, router_logits=room).copy()
+    return logits, in_checkpoint_order(room, session.routing.expert_order)
 
 
-def _decode(session: Session, tokens: Sequence[int], start: int, scored: FloatArray) -> Way:
+def _way(name: str, compared: Sequence[_Compared], places: Sequence[str]) -> Way:
+    differences, ties = (np.concatenate(found) for found in zip(*compared, strict=True))
+    return Way(name=name, differences=differences, places=tuple(places), ties=ties)
+
+
+def _decode(session: Session, tokens: Sequence[int], start: int, scored: _Scored) -> Way:
     """Prefill the tokens before `start`, then append the rest one by one."""
-    cache, places = session.new_cache(), range(start - 1, len(tokens))
-    rows = [session.run(cache, tokens[:start]).copy()]
-    rows += [session.run(cache, [token]).copy() for token in tokens[start:]]
-    differences = _relative(np.stack(rows), scored[start - 1 :], _scale(scored))
-    return Way(name="decoding", differences=differences, places=tuple(f"position {place}" for place in places))
+    cache, compared = session.new_cache(), []
+    prefilled = [
+        range(begin, min(begin + PREFILL_CHUNK_TOKENS, start)) for begin in range(0, start, PREFILL_CHUNK_TOKENS)
+    ]
+    for span in (*prefilled, *(range(place, place + 1) for place in range(start, len(tokens)))):
+        logits, routed = _step(session, cache, [Row(slot=0, token_ids=tokens[span.start : span.stop])])
+        if span.stop >= start:
+            last = None if routed is None else routed[:, -1:]
+            compared.append(scored.compare(logits, last, span.stop - 1))
+    return _way("decoding", compared, [f"position {place}" for place in range(start - 1, len(tokens))])
 
 
-def _in_chunks(session: Session, tokens: Sequence[int], scored: FloatArray) -> Way:
+def _in_chunks(session: Session, tokens: Sequence[int], scored: _Scored) -> Way:
     cache, start, number = session.new_cache(), 0, 0
-    rows, places = [], []
+    compared, places = [], []
     while start < len(tokens):
         chunk = tokens[start : start + CHUNKS[number % len(CHUNKS)]]
         num_logits = len(chunk) if session.engine.has_serving_graph else 1
-        rows.append(session.step(cache, [Row(slot=0, token_ids=chunk, num_logits=num_logits)]).copy())
+        logits, routed = _step(session, cache, [Row(slot=0, token_ids=chunk, num_logits=num_logits)])
         start, number = start + len(chunk), number + 1
-        places += list(range(start - num_logits, start))
-    differences = _relative(np.concatenate(rows), scored[places], _scale(scored))
-    return Way(name="chunks", differences=differences, places=tuple(f"position {place}" for place in places))
+        compared.append(scored.compare(logits, routed, start - num_logits))
+        places += [f"position {place}" for place in range(start - num_logits, start)]
+    return _way("chunks", compared, places)
 
 
 def _starts(tokens: Sequence[int], longest: int) -> list[list[int]]:
@@ -120,14 +172,14 @@ def _starts(tokens: Sequence[int], longest: int) -> list[list[int]]:
     return found
 
 
-def _in_a_batch(session: Session, sequences: Sequence[Sequence[int]], scored: Sequence[FloatArray]) -> Way:
+def _in_a_batch(session: Session, sequences: Sequence[Sequence[int]], scored: Sequence[_Scored]) -> Way:
     """All sequences but the last in one step, then one token of each in a step. The last comes in at the third of
     these steps, into a slot between the others."""
     late = len(sequences) - 1
     slots = [0, 1, 3, 4, 2]
     cache = session.new_cache(slots=len(sequences))
     done = [0] * len(sequences)
-    differences: list[npt.NDArray[np.float64]] = []
+    compared: list[_Compared] = []
     places: list[str] = []
     for step in range(BATCH_STEPS + 1):
         rows, spans = [], []
@@ -144,10 +196,11 @@ def _in_a_batch(session: Session, sequences: Sequence[Sequence[int]], scored: Se
                 spans.append((number, done[number] - num_logits, done[number]))
         if not rows:
             break
-        logits, begin = session.step(cache, rows), 0
+        (logits, routed), begin = _step(session, cache, rows), 0
         for number, first, stop in spans:
-            found = logits[begin : begin + stop - first]
-            differences.append(_relative(found, scored[number][first:stop], _scale(scored[number])))
+            own = slice(begin, begin + stop - first)
+            routers = None if routed is None else routed[:, own]
+            compared.append(scored[number].compare(logits[own], routers, first))
             places += [f"position {place} of sequence {number + 1}" for place in range(first, stop)]
             begin += stop - first
-    return Way(name="a batch", differences=np.concatenate(differences), places=tuple(places))
+    return _way("a batch", compared, places)

@@ -116,17 +116,27 @@ def test_a_way_is_judged_by_its_largest_and_its_mean_difference(differences, tol
     assert found is None if told is None else found.startswith(told)
 
 
-def test_an_exact_way_leaves_out_the_tenth_of_the_positions_that_differs_most():
-    """Such as those of a token whose router logits are nearly equal."""
-    places = tuple(f"position {place}" for place in range(20))
-    differences = np.full(20, 5e-5)
-    differences[[3, 7]] = 0.09
-    way = Way(name="chunks", differences=differences, places=places, exact=True)
-    assert way.failure(way.limits(SERVING_LIMITS["int4"])) is None
-    differences[9] = 0.09
-    assert way.failure(way.limits(SERVING_LIMITS["int4"])).startswith(
-        "served in chunks, positions differ from the scoring graph by 5"
-    )
+def test_near_ties_are_not_judged_unless_they_are_many():
+    places, limits = tuple(f"position {place}" for place in range(20)), SERVING_LIMITS["int4"]
+    differences, ties = np.full(20, 5e-5), np.zeros(20, dtype=bool)
+    differences[[3, 7, 9]], ties[[3, 7]] = 0.9, True
+    told = Way(name="chunks", differences=differences, places=places, ties=ties).failure(limits)
+    assert told.startswith("served in chunks, 1 of 20 positions differ from the scoring graph, first position 9; ")
+    ties[9] = True
+    told = Way(name="chunks", differences=differences, places=places, ties=ties).failure(limits)
+    assert told.startswith("served in chunks, 3 of 20 positions differ from the scoring graph, first position 3; ")
+    differences[9], ties[9] = 5e-5, False
+    assert Way(name="chunks", differences=differences, places=places, ties=ties).failure(limits) is None
+
+
+def test_experts_that_are_nearly_equal_make_a_tie_where_they_are_the_first_to_differ():
+    """Two routers of three experts, two chosen: nearly equal, far apart, and far apart behind nearly equal ones."""
+    expected = np.array([[[4, 2, 1.99], [4, 2, 1], [4, 2, 1.99]], [[4, 3, 1], [4, 3, 1], [4, 3, 1]]], np.float32)
+    found = np.array([[[4, 1.99, 2], [4, 1, 2], [4, 1.99, 2]], [[4, 3, 1], [4, 3, 1], [1, 3, 4]]], np.float32)
+    scored = served_as_scored._Scored(np.ones((3, 2), np.float32), expected, 2, 0.03)
+    differences, ties = scored.compare(np.full((3, 2), 1.5, np.float32), found, 0)
+    assert differences.tolist() == [0.5, 0.5, 0.5]
+    assert ties.tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize(("precision", "kernels"), each(KINDS, apart=True))
