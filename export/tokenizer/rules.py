@@ -38,6 +38,7 @@ from export.checkpoint.file_table import ADDED_TOKENS_FILE, SETTINGS_FILE, SPECI
 from export.errors import ConfigError, named, shown
 from export.families import registered_tokenizer
 from export.files.reading import is_there, read_json
+from export.tokenizer.from_sentencepiece import converted_text
 from export.tokenizer.loading import make_backend, tokenizer_text
 
 if TYPE_CHECKING:
@@ -86,6 +87,12 @@ class BuiltTokenizer:
     as_stored: bool
 
 
+def _text(folder: Path) -> str:
+    """The text of tokenizer.json, or of one made of a SentencePiece model if there is none."""
+    converted = None if is_there(folder / TOKENIZER_FILE) else converted_text(folder)
+    return tokenizer_text(folder) if converted is None else converted
+
+
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     """Read a tokenizer's files. Raises CheckpointError if tokenizer.json is missing, and ConfigError for a settings
     file that is not a JSON object."""
@@ -95,7 +102,7 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
 
     return TokenizerFiles(
         folder=folder,
-        text=tokenizer_text(folder),
+        text=_text(folder),
         settings=optional(SETTINGS_FILE, "the tokenizer's settings"),
         special_tokens=optional(SPECIAL_TOKENS_FILE, "the special tokens"),
         added_tokens=optional(ADDED_TOKENS_FILE, "the added tokens"),

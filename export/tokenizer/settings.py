@@ -117,6 +117,8 @@ class Settings:
                 target.write_text(self.tokenizer_json, encoding="utf-8")
             else:
                 place(self.folder / name, target)
+        if self.tokenizer_json is not None and TOKENIZER_FILE not in self.files:  # made of a SentencePiece model
+            (folder / TOKENIZER_FILE).write_text(self.tokenizer_json, encoding="utf-8")
 
 
 def read_settings(folder: Path, config: Mapping[str, Any]) -> Settings:
@@ -132,13 +134,14 @@ def read_settings(folder: Path, config: Mapping[str, Any]) -> Settings:
         ids = TokenIds(eos=() if end is None else (end,), bos=ids.bos, pad=ids.pad)
     facts = _facts(files, built, ids)
     _warn(files, facts)
+    is_stored = built.as_stored and TOKENIZER_FILE in travelling
     return Settings(
         folder=folder,
         files=tuple(travelling),
         ids=ids,
         facts=facts,
         tokenizer=tokenizer,
-        tokenizer_json=None if built.as_stored else built.backend.to_str(pretty=True),
+        tokenizer_json=None if is_stored else built.backend.to_str(pretty=True),
     )
 
 
