@@ -151,17 +151,18 @@ class _Schemes:
         if written not in _FORMATS:
             problems.append(f"format is {shown(written)}, expected one of {', '.join(_FORMATS)}")
         sparsity = settings.get("sparsity_config") or {}
-        if sparsity.get("format", "dense") != "dense":
+        if not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense":
             problems.append(f"sparsity_config is {shown(sparsity)}, expected dense weights")
         transforms = settings.get("transform_config") or {}
-        if transforms.get("config_groups"):
+        if not isinstance(transforms, dict) or transforms.get("config_groups"):
             problems.append("transform_config rotates activations, which moeship does not support")
         groups = settings.get("config_groups")
         self._groups: list[tuple[str, Mapping[str, Any]]] = []
         for group in groups.values() if isinstance(groups, dict) else []:
             weights = group.get("weights") if isinstance(group, dict) else None
-            if isinstance(weights, dict):
-                self._groups += [(str(target), weights) for target in group.get("targets") or []]
+            targets = group.get("targets") if isinstance(group, dict) else None
+            if isinstance(weights, dict) and isinstance(targets, list):
+                self._groups += [(str(target), weights) for target in targets]
         if not self._groups:
             problems.append(f"config_groups is {shown(groups)}, which says nothing of weights")
         if problems:
@@ -222,7 +223,11 @@ def _integers(stem: str, headers: Mapping[str, Header], scheme: Mapping[str, Any
         zeros = headers[f"{stem}.weight_zero_point"]
         words = (-(-rows * bits // 32), groups)
         fits = fits and zeros.shape == (words if packed else scales.shape) and not (packed and whole)
-    if not fits or scales.dtype not in _FLOATS or (order and headers[order].shape != (features,)):
+    integers = [codes, *([] if symmetric else [headers[f"{stem}.weight_zero_point"]])]
+    fits = fits and all(one.dtype == ("I32" if packed else "I8") for one in integers)
+    if order:
+        fits = fits and headers[order].shape == (features,) and headers[order].dtype == "I32"
+    if not fits or scales.dtype not in _FLOATS:
         said = f"{bits} bits, strategy {shown(strategy)}" + (f" of {size}" if strategy == "group" else "")
         found = [(one.name.removeprefix(f"{stem}."), list(one.shape)) for one in headers.values()
                  if one.name.startswith(f"{stem}.weight")]  # fmt: skip

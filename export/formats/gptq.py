@@ -91,7 +91,7 @@ def _read_settings(settings: Mapping[str, Any]) -> tuple[int, int, int]:
     problems = []
     written = settings.get("checkpoint_format", settings.get("format")) or "gptq"
     bits, group_size = settings.get("bits"), settings.get("group_size")
-    if written not in _FORMATS:
+    if not isinstance(written, str) or written not in _FORMATS:
         problems.append(f"checkpoint_format is {shown(written)}, expected {' or '.join(_FORMATS)}")
     if bits not in BITS or isinstance(bits, bool):
         problems.append(f"bits is {shown(bits)}, expected one of {', '.join(map(str, BITS))}")

@@ -236,6 +236,23 @@ def test_every_cut_is_refused(tmp_path):
             open_checkpoint(path)
 
 
+def test_any_damage_of_a_header_is_read_or_refused(tmp_path):
+    path = write_file(tmp_path / "m.gguf")
+    whole, header = path.read_bytes(), read_gguf(path).data_offset
+    rng, refused = np.random.default_rng(3), 0
+    for _ in range(600):
+        content = bytearray(whole)
+        for place in rng.integers(0, header, rng.integers(1, 4)).tolist():
+            content[place] = int(rng.choice([0, 1, 2, 8, 32, 127, 128, 255, int(rng.integers(256))]))
+        path.write_bytes(content)
+        try:
+            read_model(open_checkpoint(path))
+        except MoeshipError as error:
+            refused += 1
+            assert len(str(error)) < 4000
+    assert refused > 300
+
+
 def test_the_parser_agrees_with_the_package():
     for path in GOLDEN.glob("*.gguf"):
         ours, theirs = read_gguf(path), gguf.GGUFReader(path)
