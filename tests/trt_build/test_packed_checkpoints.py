@@ -12,7 +12,7 @@ from mixtral_checkpoints import write_mixtral_checkpoint
 from packed_checkpoints import pack_awq, pack_compressed, pack_gptq, pack_int8, pack_nf4
 
 from export.checkpoint.folder import open_checkpoint
-from export.checkpoint.tensor_table import Role
+from export.checkpoint.tensor_table import Role, Weights
 from export.families import read_model
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.planning.plan import plan_engine
@@ -96,6 +96,19 @@ def test_nf4_is_quantised_anew(tmp_path):
     engine = build_engine(BuildOptions(checkpoint=str(checkpoint), output=tmp_path / "engine", kernels="onnxruntime"))
     assert engine.manifest.packed["expert"].quantised_anew == 6
     assert float(engine.manifest.packed["expert"].relative_error) > 0.01
+    assert ask_about_weights(engine, read_model(open_checkpoint(checkpoint))).failures == ()
+
+
+def test_codes_that_should_have_been_kept_are_missed(tmp_path, monkeypatch):
+    checkpoint = pack_gptq(write_phixtral(tmp_path / "packed"), group_size=64)
+    with monkeypatch.context() as patched:
+        patched.setattr(Weights, "grids", lambda self: {})
+        engine = build_engine(
+            BuildOptions(checkpoint=str(checkpoint), output=tmp_path / "engine", kernels="onnxruntime")
+        )
+    failures = ask_about_weights(engine, read_model(open_checkpoint(checkpoint))).failures
+    assert any("attention" in failure and "relative error" in failure for failure in failures)
+    assert any("expert 1" in failure and "relative error" in failure for failure in failures)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

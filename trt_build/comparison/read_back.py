@@ -71,8 +71,23 @@ class ReadBack(Weights, abc.ABC):
         if not recipe.block:
             return values  # which are those of the grid (`weights.py: nearest_of_rows`)
         halves = recipe.scale_type == "float16"
-        codes, scales = quantize_blocks(values, recipe.bits, recipe.block, half_scales=halves)
+        codes, scales = quantize_blocks(
+            values, recipe.bits, recipe.block, half_scales=halves, refit=self.is_packed(name)
+        )
         return dequantize_blocks(codes, scales, recipe.bits)
+
+    def is_packed(self, name: str) -> bool:
+        """Whether the checkpoint stores a row packed."""
+        return any(part.packed_in(self.checkpoint) is not None for part in self.table[name].parts)
+
+    def keeps_codes(self, name: str) -> bool:
+        """Whether an engine keeps the codes that the checkpoint has of a row, so that it has the checkpoint's values,
+        but for the rounding of scales. Of packed rows their groups and zero points are read."""
+        recipe = self.recipe(name)
+        if recipe is None or not recipe.block or not self.is_packed(name):
+            return False
+        grid = self.grid(name)
+        return grid is not None and grid.bits <= recipe.bits and grid.group_size % recipe.block == 0
 
     def steps(self, name: str, values: FloatArray) -> FloatArray:
         """About how far two neighbouring codes are apart in each block of values [rows, K] of a quantised row of the

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -94,9 +94,10 @@ class _Quantiser:
 
     stored: ReadBack
     name: str
+    keeps_codes: bool  # of the checkpoint, whose values it then has
 
     def requantized(self, values: FloatArray) -> FloatArray:
-        return self.stored.requantized(self.name, values)
+        return values if self.keeps_codes else self.stored.requantized(self.name, values)
 
     def steps(self, values: FloatArray) -> FloatArray:
         return self.stored.steps(self.name, values)
@@ -116,9 +117,10 @@ def compare_weights(stored: ReadBack, model: Model, failures: Sequence[str], pro
     misfits = len(stored.table) - len(comparable)
     units = [unit for spec in comparable for unit in _units(stored, spec)]
     sums: dict[tuple[str, int, int, int], _Sums] = {}
+    kept = frozenset(spec.name for spec in comparable if stored.keeps_codes(spec.name))
     with ThreadPoolExecutor(max_workers=num_cores()) as pool:
         done = 0
-        for unit, compared in zip(units, pool.map(lambda unit: _compare(stored, unit), units), strict=True):
+        for unit, compared in zip(units, pool.map(lambda unit: _compare(stored, unit, kept), units), strict=True):
             done += sum(part.count for part in compared)
             progress(f"compared {done:,} weights with the checkpoint's")
             for turn, part in enumerate(compared):
@@ -213,14 +215,16 @@ def _units(stored: ReadBack, spec: TensorSpec) -> Iterator[_Unit]:
             yield _Unit(spec=spec, group=group, copy=copy, first=row, last=min(row + step, num_rows))
 
 
-def _compare(stored: ReadBack, unit: _Unit) -> list[_Sums]:
-    """The sums of each part of a unit."""
+def _compare(stored: ReadBack, unit: _Unit, kept: frozenset[str]) -> list[_Sums]:
+    """The sums of each part of a unit. `kept` names the rows that should have the checkpoint's own codes."""
     parts = unit.spec.groups[unit.group]
     rows = slice(unit.first, unit.last)
     expected = [part.read_stored(stored.checkpoint, rows) for part in parts]
     result = [_Sums() for _ in parts]
     recipe = stored.recipe(unit.spec.name)
-    limits = _limits(recipe)
+    limits, keeps = _limits(recipe), unit.spec.name in kept
+    if limits is not None and keeps:
+        limits = replace(limits, bias=0.0, usual=0.0)
     width = max(1, math.prod(parts[0].shape[1:]))
     step = max(GROUP_ROWS, READ_VALUES // width // GROUP_ROWS * GROUP_ROWS)
     for first in range(unit.first, unit.last, step):
@@ -233,7 +237,7 @@ def _compare(stored: ReadBack, unit: _Unit) -> list[_Sums]:
             else:
                 halved = half_scale_error(recipe.bits, 1) if recipe.scale_type == "float16" else 0.0
                 wanted_values = widen(own) if recipe.block else nearest_of_rows(widen(own), recipe.bits)
-                quantiser = _Quantiser(stored, unit.spec.name)
+                quantiser = _Quantiser(stored, unit.spec.name, keeps)
                 _add_rows(sums, values, wanted_values, first, limits, halved, quantiser)
     return result
 

@@ -247,9 +247,8 @@ def test_any_damage_of_a_header_is_read_or_refused(tmp_path):
         path.write_bytes(content)
         try:
             read_model(open_checkpoint(path))
-        except MoeshipError as error:
+        except MoeshipError:
             refused += 1
-            assert len(str(error)) < 4000
     assert refused > 300
 
 

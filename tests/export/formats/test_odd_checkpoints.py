@@ -35,8 +35,7 @@ def is_read(folder):
         model.weights.grids()
         for name in model.weights.table:
             model.weights.load(name)
-    except MoeshipError as error:
-        assert len(str(error)) < 4000
+    except MoeshipError:
         return False
     return True
 

@@ -26,6 +26,7 @@ from export.checkpoint.tensor_table import Role
 from export.errors import CheckpointError
 from export.floats import widen
 from export.quantize.grid import dequantize_blocks, quantize_blocks
+from export.trtllm.carry import kept_grid
 from export.trtllm.checkpoint import CheckpointPlan
 from export.trtllm.converter import MASKED_LOGIT, rank_file
 from export.trtllm.layout import Form, RankTensor, Slice, TensorJob
@@ -124,10 +125,13 @@ class RankWeights(ReadBack):
         recipe = self.recipe(name)
         if recipe is None or not recipe.block:
             return values
-        codes, scales = quantize_blocks(values, recipe.bits, recipe.block)
+        codes, scales = quantize_blocks(values, recipe.bits, recipe.block, refit=self.is_packed(name))
         if recipe.scale_type != "float32":
             scales = widen(scales.astype(numpy_dtype(FLOAT_LABELS[recipe.scale_type])))
         return dequantize_blocks(codes, scales, recipe.bits)
+
+    def keeps_codes(self, name: str) -> bool:
+        return self.is_packed(name) and kept_grid(self, self.jobs[name]) is not None
 
     def filling_failures(self) -> list[str]:
         """Rows that the checkpoint does not have: zeros, and biases that keep an id from being sampled."""
