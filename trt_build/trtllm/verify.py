@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from export.families import Model
 from export.reference.model import Reference
 from export.trtllm.checkpoint import changed_sources
 from trt_build.comparison.answers import Answer
@@ -72,6 +73,7 @@ LIMITS: dict[str, Thresholds] = {
 }  # fmt: skip
 Windows = Sequence[Sequence[int]]
 FloatArray = npt.NDArray[np.float32]
+Scored = Iterator[tuple[FloatArray, FloatArray | None]]  # logits [S, V] and router logits [M, S, E] of each window
 _HOME = Path(__file__).resolve().parents[2]
 
 
@@ -91,57 +93,33 @@ def verify_trtllm(
     engine gives no logits, the text is too short or the engine's tokenizer is not the source's."""
     manifest, model = engine.manifest, source.model
     tokenizer = require_same_tokenizer(engine.folder, manifest.tokenizer, manifest.eos_token_ids, source.settings)
-    tokens = tokenizer.encode_prompt(text.content)
-    size = min(WINDOW_TOKENS, manifest.max_sequence - 1, manifest.max_num_tokens)
-    windows = list(split_windows(tokens, size, num_tokens)) if size > 0 else []
-    if not windows or len(windows[0]) < MIN_TOKENS:
-        raise EngineError(
-            f"verifying {engine.folder}: {min(size, num_tokens, len(tokens))} tokens to measure on, expected at least "
-            f"{MIN_TOKENS}; ask for more with --verify-tokens, or build it with a longer --max-seq-len"
-        )
-    k, dtype = model.architecture.experts_per_token, manifest.precision.dtype
+    windows = _windows(engine, tokenizer.encode_prompt(text.content), num_tokens)
     half, ids = len(windows[0]) // 2, slice(manifest.tokenizer_size)  # the other ids stand for no text and are masked
     weights = ask_about_engine(engine, ranks, progress, again=again)
     progress(f"asking the engine for the logits of {sum(map(len, windows))} positions")
-    module = model.family.trtllm_network().module
-    answer = _ask(engine, python, module, windows, windows[0][:half])
+    answer = _ask(engine, python, model.family.trtllm_network().module, windows, windows[0][:half])
     own = [*windows[0][:half], *answer.decoded_ids]
     reference = Reference(model).run([*windows, own], progress)
-    dequantised = _dequantised(engine, ranks, weights, windows, progress)
-    stored = None if isinstance(dequantised, str) else dequantised
-    changed = changed_sources(model.weights, manifest.source.digests, engine.folder / CONFIG_FILE)
-    costs: list[WindowSums] = []
-    sums, start, second = [], 0, Answer(question=OF_LOGITS, unasked=str(dequantised))
-    for window, (expected, routing) in zip(windows, reference, strict=False):  # the last is that of `own`
-        scored = answer.scored[start : start + len(window), ids]
-        sums.append(measure(scored, expected[:, ids], window))
-        start += len(window)
-        if stored is not None:
-            logits, routers = next(stored)
-            if not costs:
-                first = slice(LOGITS_TOKENS)
-                second = ask_about_logits(
-                    scored[first], logits[first, ids], None if routers is None else routers[:, first], k, dtype
-                )
-            costs.append(measure(logits[:, ids], expected[:, ids], window, routers, routing, k))
+    stored = _dequantised(engine, ranks, weights, windows, progress)
+    sums, graph, cost = _compare(engine, model, windows, answer.scored, reference, stored)
     after, _ = next(reference)
     rows = slice(half - 1, len(own) - 1)  # the logits of each row predict the next token
     report = combine(sums, measure(answer.decoded[:, ids], after[rows, ids], own[rows]))
-    limits = LIMITS[manifest.precision.name]
-    cost = ask_about_cost(costs, limits) if costs else Answer(question=OF_COST, unasked=str(dequantised))
     way = ask_about_generation(answer.decoded[:, ids], answer.context[:, ids], half - 1)
-    misserved = way.failure(GENERATION_LIMITS[dtype])
-    questions = weights, second, cost
+    misserved = way.failure(GENERATION_LIMITS[manifest.precision.dtype])
+    questions = weights, graph, cost
     return Verification(
         report=report,
         failures=(
             *(failure for question in questions for failure in question.failures),
-            *report.failures(limits),
+            *report.failures(LIMITS[manifest.precision.name]),
             *([] if misserved is None else [misserved]),
         ),
         findings=report.findings(manifest.tokenizer_size),
         reference=source.checkpoint.identity,
-        reference_is_the_source=not changed,
+        reference_is_the_source=not changed_sources(
+            model.weights, manifest.source.digests, engine.folder / CONFIG_FILE
+        ),
         text=text,
         windows=tuple(map(len, windows)),
         questions=questions,
@@ -150,9 +128,48 @@ def verify_trtllm(
     )
 
 
+def _windows(engine: TrtllmEngine, tokens: Sequence[int], num_tokens: int) -> Windows:
+    """The windows of a text's tokens that the engine takes. Raises EngineError for too few tokens."""
+    manifest = engine.manifest
+    size = min(WINDOW_TOKENS, manifest.max_sequence - 1, manifest.max_num_tokens)
+    windows = list(split_windows(tokens, size, num_tokens)) if size > 0 else []
+    if not windows or len(windows[0]) < MIN_TOKENS:
+        raise EngineError(
+            f"verifying {engine.folder}: {min(size, num_tokens, len(tokens))} tokens to measure on, expected at least "
+            f"{MIN_TOKENS}; ask for more with --verify-tokens, or build it with a longer --max-seq-len"
+        )
+    return windows
+
+
+def _compare(
+    engine: TrtllmEngine, model: Model, windows: Windows, scored: FloatArray, reference: Scored, stored: Scored | str
+) -> tuple[list[WindowSums], Answer, Answer]:
+    """The figures of each window of `scored` logits [positions, V] against the reference, and the answers to the second
+    and the third question. `stored` is the reference on the dequantised weights, or why there is none."""
+    manifest, k = engine.manifest, model.architecture.experts_per_token
+    ids, first = slice(manifest.tokenizer_size), slice(LOGITS_TOKENS)
+    sums: list[WindowSums] = []
+    costs: list[WindowSums] = []
+    graph, start = Answer(question=OF_LOGITS, unasked=str(stored)), 0
+    for window, (expected, routing) in zip(windows, reference, strict=False):  # one more window follows
+        found = scored[start : start + len(window), ids]
+        sums.append(measure(found, expected[:, ids], window))
+        start += len(window)
+        if isinstance(stored, str):
+            continue
+        logits, routers = next(stored)
+        if not costs:
+            near = None if routers is None else routers[:, first]
+            graph = ask_about_logits(found[first], logits[first, ids], near, k, manifest.precision.dtype)
+        costs.append(measure(logits[:, ids], expected[:, ids], window, routers, routing, k))
+    limits = LIMITS[manifest.precision.name]
+    cost = ask_about_cost(costs, limits) if costs else Answer(question=OF_COST, unasked=str(stored))
+    return sums, graph, cost
+
+
 def _dequantised(
     engine: TrtllmEngine, ranks: RankFolder, answer: Answer, windows: Windows, progress: Callable[[str], None]
-) -> Iterator[tuple[FloatArray, FloatArray | None]] | str:
+) -> Scored | str:
     """The logits of each window, and its router logits, by the reference on the dequantised weights of rank files; or
     why there are none."""
     present = ranks.digests()
