@@ -15,11 +15,11 @@ from trtllm.building import build, manifest_of
 from trtllm.library import install_programs
 
 from cli.main import main
-from trt_build.comparison.parity import THRESHOLDS, measure
+from trt_build.comparison.parity import THRESHOLDS, measure, near_ties
 from trt_build.engine_files import record_files
 from trt_build.report.visible import number
 from trt_build.trtllm.engine import open_trtllm_engine, write_trtllm_manifest
-from trt_build.trtllm.questions.logits import ask_about_cost, ask_about_generation, ask_about_logits, near_ties
+from trt_build.trtllm.questions.logits import ask_about_cost, ask_about_generation, ask_about_logits
 
 TOKENS = "24"
 

@@ -205,6 +205,19 @@ def chosen_experts(logits: FloatArray, experts_per_token: int) -> npt.NDArray[np
     return np.sort(order, axis=-1)
 
 
+def near_ties(
+    routers: FloatArray | None, experts_per_token: int, share: float, num_tokens: int
+) -> npt.NDArray[np.bool_]:
+    """Positions [S] whose K-th and K+1-th router logit of a layer differ by no more than `share` of that layer's
+    largest."""
+    if routers is None or routers.shape[-1] <= experts_per_token:
+        return np.zeros(num_tokens, dtype=bool)
+    ordered = -np.sort(-routers, axis=-1)
+    gap = ordered[..., experts_per_token - 1] - ordered[..., experts_per_token]
+    near: npt.NDArray[np.bool_] = (gap <= share * np.abs(routers).max(axis=(1, 2), keepdims=True)[..., 0]).any(axis=0)
+    return near
+
+
 def split_windows(token_ids: Sequence[int], size: int, num_tokens: int) -> Iterator[Sequence[int]]:
     """Consecutive windows of `size` tokens until `num_tokens` are covered or the text ends."""
     limit = min(num_tokens, len(token_ids))

@@ -33,6 +33,7 @@ from trt_build.comparison.parity import (
     WindowSums,
     combine,
     measure,
+    near_ties,
     positions_of,
     split_windows,
 )
@@ -45,6 +46,7 @@ from trt_build.source import SourceModel
 from trt_build.trtllm.engine import CONFIG_FILE, TrtllmEngine, open_trtllm_engine, write_trtllm_manifest
 from trt_build.trtllm.questions.logits import (
     GENERATION_LIMITS,
+    LOGITS_LIMITS,
     LOGITS_TOKENS,
     OF_COST,
     OF_LOGITS,
@@ -100,12 +102,15 @@ def verify_trtllm(
     answer = _ask(engine, python, model.family.trtllm_network().module, windows, windows[0][:half])
     own = [*windows[0][:half], *answer.decoded_ids]
     reference = Reference(model).run([*windows, own], progress)
-    stored = _dequantised(engine, ranks, weights, windows, progress)
+    stored = _dequantised(engine, ranks, weights, [*windows, own], progress)
     sums, graph, cost = _compare(engine, model, windows, answer.scored, reference, stored)
     after, _ = next(reference)
     rows = slice(half - 1, len(own) - 1)  # the logits of each row predict the next token
     report = combine(sums, measure(answer.decoded[:, ids], after[rows, ids], own[rows]))
-    way = ask_about_generation(answer.decoded[:, ids], answer.context[:, ids], half - 1)
+    _, routers = (None, None) if isinstance(stored, str) else next(stored)
+    share, k = LOGITS_LIMITS[manifest.precision.dtype].mean, model.architecture.experts_per_token
+    near = None if routers is None else near_ties(routers[:, rows], k, share, len(answer.decoded_ids))
+    way = ask_about_generation(answer.decoded[:, ids], answer.context[:, ids], half - 1, near)
     misserved = way.failure(GENERATION_LIMITS[manifest.precision.dtype])
     questions = weights, graph, cost
     return Verification(

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trt_build.comparison.answers import Answer
-from trt_build.comparison.parity import Thresholds, WindowSums, combine
+from trt_build.comparison.parity import Thresholds, WindowSums, combine, near_ties
 from trt_build.comparison.read_back import FloatArray
 from trt_build.comparison.serving_ways import ServingLimits, Way
 
@@ -90,19 +90,6 @@ def ask_about_logits(
 _NO_LAYER = "an engine of TensorRT-LLM shows no layer, so the network or its build is to be looked at"
 
 
-def near_ties(
-    routers: FloatArray | None, experts_per_token: int, share: float, num_tokens: int
-) -> npt.NDArray[np.bool_]:
-    """Positions [S] whose K-th and K+1-th router logit of a layer differ by no more than `share` of that layer's
-    largest."""
-    if routers is None or routers.shape[-1] <= experts_per_token:
-        return np.zeros(num_tokens, dtype=bool)
-    ordered = -np.sort(-routers, axis=-1)
-    gap = ordered[..., experts_per_token - 1] - ordered[..., experts_per_token]
-    near: npt.NDArray[np.bool_] = (gap <= share * np.abs(routers).max(axis=(1, 2), keepdims=True)[..., 0]).any(axis=0)
-    return near
-
-
 def ask_about_cost(sums: Sequence[WindowSums], limits: Thresholds) -> Answer:
     """The figures of the reference on the dequantised weights (as the engine) against that on the checkpoint's."""
     report = combine(sums, sums[0])
@@ -117,10 +104,12 @@ def ask_about_cost(sums: Sequence[WindowSums], limits: Thresholds) -> Answer:
     return Answer(question=OF_COST, figures=figures, failures=failures)
 
 
-def ask_about_generation(decoded: FloatArray, context: FloatArray, first: int) -> Way:
+def ask_about_generation(
+    decoded: FloatArray, context: FloatArray, first: int, near: npt.NDArray[np.bool_] | None = None
+) -> Way:
     """Compare the logits [n, V] of generated tokens with those of the same tokens as a prompt; `first` is the position
-    of the first of them."""
+    of the first of them, and `near` says which are near ties (None: none)."""
     scale = float(np.abs(context).max())
     differences = np.abs(decoded.astype(np.float64) - context).max(axis=-1) / scale
     places = tuple(f"position {first + step}" for step in range(len(decoded)))
-    return Way(name="generation", differences=differences, places=places)
+    return Way(name="generation", differences=differences, places=places, ties=near)
