@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from cli.main import main
+from triton_repo.serving.deployment import read_deployment
 from trt_build.manifest import digested_text
 from trt_build.ort.engine import open_engine
 
@@ -109,6 +110,10 @@ def test_a_failure_is_recorded_and_keeps_what_passed_before(engine, checkpoint, 
     assert found["last_passed"] == passed
     assert main(["doctor", str(engine)]) in (0, 1)
     assert "failed: served wrongly, and 2 more" in capsys.readouterr().out
+    repository = tmp_path / "repository"
+    assert main(["package", str(engine), "--name", "wrong", "--output", str(repository)]) == 0
+    assert f"packaging {engine}: its last verification failed: served wrongly, and 2 more" in caplog.messages
+    assert read_deployment(repository).failed == {"wrong": "served wrongly, and 2 more"}
     monkeypatch.undo()
     assert main(["-q", *words]) == 0
     assert "last_passed" not in open_engine(engine).manifest.verification
