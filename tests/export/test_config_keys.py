@@ -44,7 +44,7 @@ CLASSES = {
     "llama": "LlamaConfig",
 }
 VALUES = [
-    None, False, True, 0, 1, 3, 0.5, "nope", {}, [], {"0": {"rms_norm_eps": 1.0}}, ["sliding_attention"] * 2,
+    None, False, True, 3, 0.5, "nope", {}, {"0": {"rms_norm_eps": 1.0}}, ["sliding_attention"] * 2,
     ["full_attention"] * 2,
 ]  # fmt: skip
 # PretrainedConfig().to_dict() and what PhiConfig, MixtralConfig and GraniteMoeConfig add, in transformers 4.57.1.

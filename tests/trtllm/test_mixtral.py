@@ -56,3 +56,25 @@ def test_logits_of_a_random_model_are_the_references(tmp_path, rank_files, spell
     expected = logits_of(load_reference(understood(source)), ids)
     ranks = Ranks(rank_files(source, precision="fp32", parallel=parallel(tp, ep, pp)))
     assert largest_difference(ranks.logits(ids), expected) <= BAR
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"type": "linear", "factor": 4.0},
+        {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+    ids=["linear", "llama3"],
+)  # fmt: skip
+def test_logits_with_a_scaled_rotary_embedding_are_the_references(tmp_path, rank_files, scaling):
+    sizes = {"num_experts": 6, "ffn_size": 56, "vocab_size": 371, "max_positions": 256}
+    plain = write_mixtral_checkpoint(tmp_path / "plain", seed=5, **sizes)
+    source = write_mixtral_checkpoint(tmp_path / "scaled", seed=5, config={"rope_scaling": scaling}, **sizes)
+    ids = np.random.default_rng(4).integers(0, 371, 200).tolist()
+    expected = logits_of(load_reference(understood(source)), ids)
+    assert largest_difference(logits_of(load_reference(understood(plain)), ids), expected) > 10 * BAR
+    ranks = Ranks(rank_files(source, precision="fp32", parallel=parallel(2, 1, 1)))
+    assert largest_difference(ranks.logits(ids), expected) <= BAR
