@@ -28,17 +28,18 @@ _MOST_BYTES = 128 << 20
 _PROGRAM = """
 import sys
 from sentencepiece import SentencePieceProcessor
-from transformers import AutoTokenizer
 
 folder, model, output = sys.argv[1:]
-converted = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-pieces = SentencePieceProcessor(model_file=model)
 texts = [
     "a", "two  spaces ", "The quick brown fox, 1234567890!", "def f(x):\\n\\treturn x ** 2  # ok\\n",
     "naïve café, über die Brücke", "Привет, мир", "你好，世界", "こんにちは", "مرحبا", "😀 🚀", "a\\u00a0b\\u200bc", "",
 ]
-for text in texts:
-    ours, theirs = converted.encode(text, add_special_tokens=False), pieces.encode(text)
+expected = SentencePieceProcessor(model_file=model).encode(texts)
+from transformers import AutoTokenizer  # after it: with torch's libraries loaded sentencepiece may crash
+
+converted = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+for text, theirs in zip(texts, expected, strict=True):
+    ours = converted.encode(text, add_special_tokens=False)
     if ours != theirs:
         sys.exit(f"transformers' conversion encodes {text!r} as {ours[:8]}, sentencepiece as {theirs[:8]}")
 with open(output, "w", encoding="utf-8") as file:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from export.tokenizer import from_sentencepiece
 from export.tokenizer.loading import load_tokenizer
 from export.tokenizer.settings import read_settings
 
-sentencepiece = pytest.importorskip("sentencepiece")
+pytest.importorskip("sentencepiece")
 TEXTS = sorted((Path(__file__).parents[3] / "trt_build" / "comparison" / "texts").glob("*.txt"))
 SETTINGS = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 SETTINGS |= {"add_bos_token": True, "add_eos_token": False, "legacy": False}
@@ -26,12 +28,19 @@ def model(tmp_path_factory):
     """A byte-pair model of Llama's kind, trained on the texts."""
     folder = tmp_path_factory.mktemp("pieces")
     (folder / "corpus.txt").write_text("\n".join(path.read_text() for path in TEXTS))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "corpus.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=1000, model_type="bpe",
-        byte_fallback=True, character_coverage=0.999, normalization_rule_name="identity", split_digits=True,
-        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2,
-    )  # fmt: skip
+    settings = {
+        "input": str(folder / "corpus.txt"), "model_prefix": str(folder / "tokenizer"), "vocab_size": 1000,
+        "model_type": "bpe", "byte_fallback": True, "character_coverage": 0.999, "normalization_rule_name": "identity",
+        "split_digits": True, "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True, "minloglevel": 2,
+    }  # fmt: skip
+    alone(f"sentencepiece.SentencePieceTrainer.train(**{settings!r})")
     return folder / "tokenizer.model"
+
+
+def alone(code):
+    """What code prints as JSON in a process of its own: with torch's libraries loaded sentencepiece may crash."""
+    command = [sys.executable, "-c", f"import json, sentencepiece\nprint(json.dumps({code}))"]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def checkpoint(folder, model):
@@ -49,11 +58,11 @@ def test_the_ids_are_sentencepieces_own_on_every_text(tmp_path, model):
     settings.write(tmp_path / "out")
     written = load_tokenizer(tmp_path / "out")
     assert settings.sizes()["tokenizer.json"] == (tmp_path / "out" / "tokenizer.json").stat().st_size
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    assert len(TEXTS) > 20
-    for path in TEXTS:
-        text = path.read_text()
-        assert written.encode_prompt(text) == settings.tokenizer.encode_prompt(text) == [1, *pieces.encode(text)], path
+    texts = [path.read_text() for path in TEXTS]
+    expected = alone(f"sentencepiece.SentencePieceProcessor(model_file={str(model)!r}).encode({texts!r})")
+    assert len(texts) > 20
+    for text, ids in zip(texts, expected, strict=True):
+        assert written.encode_prompt(text) == settings.tokenizer.encode_prompt(text) == [1, *ids]
 
 
 def test_the_ids_are_those_of_transformers_also_where_sentencepiece_has_others(tmp_path, model):
