@@ -75,7 +75,8 @@ def measure(found: FloatArray, wanted: FloatArray, steps: FloatArray) -> Band:
     of two neighbouring codes of each block, with its sign."""
     error = found - wanted
     size = error.size // steps.size
-    sums = (error.reshape(-1, size) @ np.ones(size, dtype=np.float32)).reshape(steps.shape)  # of each block
+    # Of each block. Not by a product of matrices, whose library would start threads in each of ours.
+    sums = np.einsum("ij->i", error.reshape(-1, size)).reshape(steps.shape)
     return Band(
         weights=_products(wanted, wanted),
         errors=_products(error, error),
