@@ -46,6 +46,7 @@ class Provider:
     prefers_highest_place: bool  # whether, among equal router logits, the kernels choose the highest index in the graph
     mixes_lengths: bool  # whether a step of several sequences may take different numbers of tokens of each
     writes_zero_points: bool  # whether the graph states the zero points of the embedding
+    experts_take_zero_points: bool  # whether the kernel of the experts is known to compute with zero points
     package: str  # PyPI package that contains this execution provider
     extra: str  # moeship's extra that installs the package
     options: Mapping[str, str] = field(default_factory=dict)  # provider options of a session
@@ -67,14 +68,14 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             # decoding would read a fifth more bytes. The kernels round activations to int8 in blocks of the same size,
             # and with int8 weights that error is visible: so int8 takes blocks of 32.
             block_sizes=MappingProxyType({"int8": (32,), "int4": (64, 32)}),
-            prefers_highest_place=True, mixes_lengths=True, writes_zero_points=False,
+            prefers_highest_place=True, mixes_lengths=True, writes_zero_points=False, experts_take_zero_points=True,
             package="onnxruntime", extra="cpu",
         ),
         "cuda": Provider(
             name="cuda", runtime_name="CUDAExecutionProvider", float_type="float16",
             precisions=("fp16", "int8", "int4"), accuracy_level=0,
             block_sizes=MappingProxyType({"int8": (64,), "int4": (64,)}),
-            prefers_highest_place=False, mixes_lengths=False, writes_zero_points=True,
+            prefers_highest_place=False, mixes_lengths=False, writes_zero_points=True, experts_take_zero_points=False,
             package="onnxruntime-gpu", extra="cuda",
             options=MappingProxyType({"use_tf32": "0"}),
         ),

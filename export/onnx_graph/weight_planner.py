@@ -71,7 +71,7 @@ class WeightPlanner:
         block = self._block_size(name, together or [name])
         kernels = BY_NAME[ONNX_RUNTIME] if spec.role is Role.EMBEDDING else BY_NAME[self._provider.kernels]
         grid = self._grids.get(name)
-        if grid is not None and (grid.bits > bits or grid.group_size % block):
+        if grid is not None and (grid.bits > bits or grid.group_size % block or not self._states(grid, spec.role)):
             grid = None
         initializers = kernels.initializers(
             spec, bits, block, self._provider, zeros=grid is not None and grid.has_zeros
@@ -82,6 +82,10 @@ class WeightPlanner:
         )  # fmt: skip
         self.jobs.append(job)
         return [initializer.name for initializer in initializers], job
+
+    def _states(self, grid: Grid, role: Role) -> bool:
+        """Whether the kernels of a role compute with the zero points of a grid."""
+        return not grid.has_zeros or role is not Role.EXPERT or self._provider.experts_take_zero_points
 
     def _block_size(self, name: str, together: Sequence[str]) -> int:
         """The first block size that divides the input features of all matrices `together` and the groups of those that

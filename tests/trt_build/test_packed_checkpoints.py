@@ -91,6 +91,18 @@ def test_codes_of_other_formats_are_kept(tmp_path, kernels, pack, precision):
         assert 0 < float(record.relative_error) < 2.0**-11 if rounded else found[role] < 1e-7
 
 
+@pytest.mark.parametrize("sym", [True, False])
+def test_on_cuda_experts_keep_codes_without_zero_points_alone(tmp_path, sym):
+    checkpoint = pack_gptq(write_phixtral(tmp_path / "packed"), group_size=64, sym=sym)
+    engine = build_engine(BuildOptions(checkpoint=str(checkpoint), output=tmp_path / "engine", provider="cuda"))
+    assert engine.manifest.packed["attention"].codes_kept == 6
+    assert engine.manifest.packed["expert"].codes_kept == (6 if sym else 0)
+    found = errors_by_role(engine, checkpoint)
+    assert found[Role.ATTENTION] == 0
+    assert (found[Role.EXPERT] == 0) is sym
+    assert ask_about_weights(engine, read_model(open_checkpoint(checkpoint))).failures == ()
+
+
 def test_nf4_is_quantised_anew(tmp_path):
     checkpoint = pack_nf4(write_phixtral(tmp_path / "packed"))
     engine = build_engine(BuildOptions(checkpoint=str(checkpoint), output=tmp_path / "engine", kernels="onnxruntime"))

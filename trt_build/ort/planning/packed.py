@@ -66,4 +66,6 @@ def _reason(job: WeightJob, weights: Weights) -> str:
         return "their values lie on no uniform grid of neighbouring input features"
     if grid.bits > job.bits:
         return f"their codes have {grid.bits} bits and the engine's {job.bits}"
+    if grid.group_size % job.block_size == 0:
+        return "the kernels of the experts are not known to take zero points there"
     return f"their groups of {grid.group_size} are no multiple of the kernels' blocks of {job.block_size}"

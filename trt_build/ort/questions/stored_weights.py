@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.checkpoint.tensor_table import Join, TensorSpec
+from export.checkpoint.tensor_table import Join, Role, TensorSpec
 from export.errors import QuantizationError
 from export.exporter import DATA_FILE, SCORING_GRAPH
 from export.families import Model
@@ -55,6 +55,14 @@ class StoredWeights(ReadBack):
     def matrix(self, name: str) -> StoredMatrix | None:
         """The quantised form of a row; None if it is stored as floats, or not at all."""
         return self.matrices.get(f"{name}.codes")
+
+    def keeps_codes(self, name: str) -> bool:
+        """Codes with zero points are not kept for the experts on CUDA, whose scales ONNX Runtime takes as float16."""
+        grid, matrix = self.grid(name), self.matrix(name)
+        if grid is None or matrix is None or not super().keeps_codes(name):
+            return False
+        on_cuda = matrix.scales.dtype == "float16" and not matrix.grouped
+        return not (grid.has_zeros and on_cuda and self.table[name].role is Role.EXPERT)
 
     def recipe(self, name: str) -> Recipe | None:
         matrix = self.matrix(name)
