@@ -167,6 +167,16 @@ def test_a_download_that_is_killed_at_random_goes_on_and_ends_with_the_same_byte
     expect_whole(tmp_path, big)
 
 
+def test_two_processes_fetch_a_file_once(tmp_path, big):
+    with hub_of({"owner/model": big}) as hub:
+        variables = {**os.environ, **hub.environment(tmp_path / "home")}
+        words = [sys.executable, "-m", "cli.main", "inspect", "owner/model"]
+        both = [subprocess.Popen(words, env=variables, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(2)]
+        assert [process.wait() for process in both] == [0, 0]
+        assert ranges_of(hub) == [None]
+    expect_whole(tmp_path, big)
+
+
 def test_bytes_that_are_not_those_of_the_listing_are_refused_and_removed(hub, tmp_path, model):
     hub.wrong = {"model.safetensors"}
     said = refused(hub, tmp_path)
