@@ -91,6 +91,8 @@ def write_file(path, *, tensors=None, architecture="llama", **metadata):
     }  # fmt: skip
     writer = gguf.GGUFWriter(str(path), architecture)
     for key, value in values.items():
+        if key == "without":
+            continue
         name = key if key.startswith(("general.", "split.", "tokenizer.")) else f"{architecture}.{key}"
         if isinstance(value, list):
             writer.add_array(name, value)
@@ -100,6 +102,7 @@ def write_file(path, *, tensors=None, architecture="llama", **metadata):
             writer.add_float32(name, value)
         elif value is not None:
             writer.add_uint32(name, value)
+    without = tuple(values.pop("without", ()))
     shapes = {
         "token_embd.weight": (40, 32), "output_norm.weight": (32,), "blk.0.attn_norm.weight": (32,),
         "blk.0.ffn_norm.weight": (32,),
@@ -109,6 +112,8 @@ def write_file(path, *, tensors=None, architecture="llama", **metadata):
     }  # fmt: skip
     rng = np.random.default_rng(0)
     for name, shape in shapes.items():
+        if name.startswith(without):
+            continue
         writer.add_tensor(name, rng.standard_normal(shape).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -144,6 +149,45 @@ def test_a_written_file_is_read(tmp_path):
     model = read_model(open_checkpoint(write_file(tmp_path / "m.gguf")))
     assert model.family.name == "llama"
     assert model.architecture.tied_head
+
+
+def test_experts_may_be_stored_one_by_one(tmp_path):
+    """As llama.cpp's converter did before experts were stacked."""
+    single = {f"blk.0.ffn_{kind}.{expert}.weight": (32, 32) for kind in ("gate", "up", "down") for expert in range(2)}
+    facts = {"expert_count": 2, "expert_used_count": 1, "without": ("blk.0.ffn_gate.w", "blk.0.ffn_up.w",
+             "blk.0.ffn_down.w")}  # fmt: skip
+    path = write_file(tmp_path / "m.gguf", tensors={"blk.0.ffn_gate_inp.weight": (2, 32), **single}, **facts)
+    weights = read_model(open_checkpoint(path)).weights
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    both = weights.load("model.layers.0.mlp.experts.gate_up.weight")
+    for expert in range(2):
+        assert (both[expert, 0::2] == tensors[f"blk.0.ffn_gate.{expert}.weight"]).all()
+        assert (both[expert, 1::2] == tensors[f"blk.0.ffn_up.{expert}.weight"]).all()
+    down = weights.load("model.layers.0.mlp.experts.down.weight")
+    assert (down[1] == tensors["blk.0.ffn_down.1.weight"]).all()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_phi2_has_its_query_key_and_value_in_one_tensor_or_in_three(tmp_path, fused):
+    shapes = {"attn_qkv": (96, 32)} if fused else dict.fromkeys(("attn_q", "attn_k", "attn_v"), (32, 32))
+    layer = {**shapes, "attn_output": (32, 32), "ffn_up": (128, 32), "ffn_down": (32, 128)}
+    tensors = {f"blk.0.{name}.weight": shape for name, shape in layer.items()}
+    tensors |= {f"blk.0.{name}.bias": shape[:1] for name, shape in layer.items()}
+    tensors |= dict.fromkeys(("blk.0.attn_norm.weight", "blk.0.attn_norm.bias", "output_norm.bias"), (32,))
+    tensors |= {"output.weight": (40, 32), "output.bias": (40,)}
+    single = ("blk.0.attn_q.", "blk.0.attn_k.", "blk.0.attn_v.")
+    path = write_file(
+        tmp_path / "m.gguf", tensors=tensors, architecture="phi2", feed_forward_length=128,
+        without=("blk.0.ffn_gate", "blk.0.ffn_norm", *(single if fused else ())),
+        **{"attention.layer_norm_rms_epsilon": None, "attention.layer_norm_epsilon": 1e-5, "rope.dimension_count": 16},
+    )  # fmt: skip
+    model = read_model(open_checkpoint(path))
+    assert model.architecture.rotary_dim == 16
+    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    names = ["attn_qkv"] if fused else ["attn_q", "attn_k", "attn_v"]
+    for kind in ("weight", "bias"):
+        wanted = np.concatenate([stored[f"blk.0.{name}.{kind}"] for name in names])
+        assert (model.weights.load(f"transformer.h.0.mixer.Wqkv.{kind}") == wanted).all()
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,24 @@ def test_compressed_tensors_that_do_not_fit_are_refused(tmp_path, settings, tens
     assert said in refusal(folder)
 
 
+def test_compressed_tensors_may_be_in_order_of_activation(tmp_path):
+    folder = pack_compressed(write(tmp_path / "m"), group_size=32)
+    stored = load_file(folder / "model.safetensors")
+    name = f"{STEM}.weight_g_idx"
+    groups = np.random.default_rng(0).permutation(np.arange(64) // 32).astype(np.int32)
+    in_order = open_checkpoint(folder).read_float32(f"{STEM}.weight")
+    scales = stored[f"{STEM}.weight_scale"].astype(np.float32)
+    codes = np.rint(in_order / np.repeat(scales, 32, axis=1))
+    save_file({**stored, name: groups}, folder / "model.safetensors")
+    checkpoint = open_checkpoint(folder)
+    assert (checkpoint.read_float32(f"{STEM}.weight") == codes * scales[:, groups]).all()
+    assert checkpoint.packed[f"{STEM}.weight"].grid(checkpoint) is None
+    save_file({**stored, name: np.full(64, -1, np.int32)}, folder / "model.safetensors")
+    assert (open_checkpoint(folder).read_float32(f"{STEM}.weight") == in_order).all()
+    save_file({**stored, name: np.zeros(64, np.int32)}, folder / "model.safetensors")
+    assert "its g_idx is no permutation of the groups: group 0 has 64 input features" in refusal(folder)
+
+
 @pytest.mark.parametrize(
     ("pack", "tensors", "said"),
     [
