@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from trt_build.comparison.cost import QUESTION as OF_COST
-from trt_build.comparison.limits import limits_of
 from trt_build.comparison.serving_ways import FLOAT32_LIMITS
 from trt_build.comparison.weights import QUESTION as OF_WEIGHTS
 from trt_build.report.contents import ReportedEngine
@@ -17,7 +15,11 @@ from trt_build.report.visible import change, escaped, number, percent
 OF_GRAPH = "Does the graph compute what the codes say?"
 OF_SERVING = "Is what is served what was scored?"
 COLOURED_DECADES = 4  # costs that are smaller than the largest by more have no colour
-_RECIPE = re.compile(r"int(\d+) in blocks of (\d+)")
+# Figures of the first question (trt_build/comparison/limits.py).
+_WEIGHT_FIGURES = {
+    "factor": "factor off 1", "offset": "offset, steps", "excess": "excess of a row", "row": "error of a row",
+    "matrix": "error of a matrix",
+}  # fmt: skip
 
 Json = Mapping[str, Any]
 
@@ -35,11 +37,10 @@ def question_table(engines: Sequence[ReportedEngine]) -> str:
     """The four questions: of each figure what was found, what is allowed, and whether that is kept."""
     records = [engine.record or {} for engine in engines]
     rows = [_heading(OF_WEIGHTS, [_answer(engine, OF_WEIGHTS) for engine in engines])]
-    weights = [_question(record, OF_WEIGHTS).get("largest", {}) for record in records]
-    for recipe in dict.fromkeys(recipe for found in weights for recipe in found):
-        for figure in ("matrix", "row"):
-            cells = [_weights_cell(found, recipe, figure) for found in weights]
-            rows.append(_row(f"{recipe}: error of a {figure}", cells))
+    weights = [_question(record, OF_WEIGHTS) for record in records]
+    for recipe in dict.fromkeys(recipe for answer in weights for recipe in answer.get("largest", {})):
+        for figure, name in _WEIGHT_FIGURES.items():
+            rows.append(_row(f"{recipe}: {name}", [_weights_cell(answer, recipe, figure) for answer in weights]))
     rows.append(_heading(OF_GRAPH, [_answer(engine, OF_GRAPH) for engine in engines]))
     for name, cell in (("error of the logits", _graph_cell), ("error of router logits", _router_cell)):
         rows.append(_row(name, [cell(_question(record, OF_GRAPH)) for record in records]))
@@ -48,9 +49,11 @@ def question_table(engines: Sequence[ReportedEngine]) -> str:
     rows.append(_heading(OF_SERVING, [_kept(engine, _serving_figures(engine)) for engine in engines]))
     rows += _figure_rows(engines, _serving_figures)
     said = (
-        "Each figure with its limit, if it has one. The error of a matrix or of a row is the largest one, as a part of "
-        "its norm; that of logits, and the differences in serving, are parts of the largest logit. Near ties are tokens"
-        " for which the reference's two best logits are so close that another choice says little."
+        "Each figure with its limit, if it has one. Of stored weights the largest figures: the factor by which they "
+        "would come closest to the checkpoint's, their mean error in steps of the grid, the error of a row and of a "
+        "matrix as a part of its norm, and by how much a row's is more than a sound engine's. The error of logits, and "
+        "the differences in serving, are parts of the largest logit. Near ties are tokens for which the reference's "
+        "two best logits are so close that another choice says little."
     )
     return f"<p>{said}</p>{_table(engines, rows)}{''.join(map(_failures, engines))}"
 
@@ -166,15 +169,17 @@ def _said(passed: bool | None, engine: ReportedEngine) -> str:
     return '<span class="ok">yes ✓</span>' if passed else '<span class="no">NO ✗</span>'
 
 
-def _weights_cell(found: Json, recipe: str, figure: str) -> str:
-    if recipe not in found:
+def _weights_cell(answer: Json, recipe: str, figure: str) -> str:
+    """A figure of a recipe with its limit. A band of few values may exceed it within its scatter, so a figure above the
+    limit is marked only where the question failed."""
+    value = answer.get("largest", {}).get(recipe, {}).get(figure)
+    if value is None:
         return "–"
-    match = _RECIPE.fullmatch(recipe)
-    limits = limits_of(int(match[1]), int(match[2])) if match else None
-    allowed = None if limits is None else getattr(limits, figure)
-    value = found[recipe][figure]
-    limit = "" if allowed is None else f"≤ {number(allowed)}"
-    return _cell((number(value), limit, None if allowed is None else value <= allowed))
+    limit = answer.get("limits", {}).get(recipe, {}).get(figure)
+    if limit is None:
+        return _cell((number(value), "", None))
+    kept = True if value <= limit else None if answer.get("passed") else False
+    return _cell((number(value), f"≤ {number(limit)}", kept))
 
 
 def _graph_cell(answer: Json) -> str:

@@ -39,7 +39,8 @@ def record(scale, failures=(), experts=True):
         "findings": [f"a finding {HOSTILE}"],
         "questions": [
             {"question": "Are these the checkpoint's weights?", "passed": True,
-             "largest": {"int4 in blocks of 64": {"matrix": 0.098, "row": 0.5}}},
+             "largest": {"int4 in blocks of 64": {"matrix": 0.098, "row": 0.5, "factor": 0.002}},
+             "limits": {"int4 in blocks of 64": {"matrix": 0.25, "row": 0.44}}},
             {"question": "Does the graph compute what the codes say?", "passed": False, "logits": 0.25, "allowed": 1e-4,
              "routers": {"0": 1e-7, "1": 2e-7}},
         ],
@@ -118,7 +119,8 @@ def test_every_section_is_there_with_its_figures():
     ]  # fmt: skip
     text = found.text
     for words in (
-        "Verification of 2 engines of model", "0.040 ≤ 0.060 ✓", "1.0e−4 ≤ 0.060 ✓", "0.098 ≤ 0.25 ✓", "0.50 ≤ 0.44 ✗",
+        "Verification of 2 engines of model", "0.040 ≤ 0.060 ✓", "1.0e−4 ≤ 0.060 ✓", "0.098 ≤ 0.25 ✓", "0.50 ≤ 0.44",
+        "offset, steps––",
         "0.25 ≤ 1.0e−4 ✗", "0.50 ≤ 0.010 ✗", "90.0 % ≥ 78.0 % ✓", "+1.0 % ≤ +3.0 % ✓", "101.0 (100.0)",
         "failed:it failed ", "a finding ", "SHA-256 982d9e3eb996f559e633f4d194def3761d909f5a3b647d1a851fead67c32c9d1",
         "64 tokens of ", "version of numpy", "In the text: ⇥", "position 7", "1 of 2 tokens are not the reference's",
@@ -128,6 +130,16 @@ def test_every_section_is_there_with_its_figures():
     # Each engine: verdict, weights yes and the graph NO.
     assert text.count("yes ✓") == 2 + 2
     assert len(found.named("svg")) == 2 + 1 + 1 + 3 * 2  # charts, and two swatches in each of three legends
+
+
+def test_a_figure_of_weights_is_marked_as_missed_only_where_the_question_failed():
+    """A band of few values may exceed a limit within its scatter."""
+    failed = record(0.04)
+    failed["questions"][0]["passed"] = False
+    text = Page(page(report(engine("sound"), engine("failed", record=failed)))).text
+    assert "error of a row0.50 ≤ 0.440.50 ≤ 0.44 ✗" in text
+    assert "factor off 10.00200.0020" in text
+    assert "error of a matrix0.098 ≤ 0.25 ✓0.098 ≤ 0.25 ✓" in text
 
 
 def test_the_heat_of_a_cost_is_on_one_scale_for_all_engines():
