@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EXAMPLES
-from torch_reference import load_reference, run_model
+from torch_reference import _state, load_reference, run_model
 
 from export.checkpoint.folder import open_checkpoint
 from export.checkpoint.tensor_table import Role
@@ -17,7 +17,6 @@ from export.families import read_model
 from export.reference import variants
 from export.reference.variants import Part
 from export.tokenizer.settings import read_settings
-from trt_build.comparison import torch_reference
 from trt_build.comparison.cost import Grain
 from trt_build.comparison.evaluation_text import own_text
 from trt_build.comparison.parity import measure
@@ -68,7 +67,7 @@ def by_transformers(engine, model, part, windows):
     replaced = dataclasses.replace(stored, table=wanted)
     state = outside.state_dict()
     with torch.no_grad():
-        tensors = dict(torch_reference._state(dataclasses.replace(model, weights=replaced)))
+        tensors = dict(_state(dataclasses.replace(model, weights=replaced)))
         for name in wanted:
             if model.family.transformers.name(name) is None and ".moe.mlp." in name:  # an added mixture
                 layer, place = name.removeprefix("transformer.h.").split(".moe.mlp.")
