@@ -27,14 +27,14 @@ import numpy.typing as npt
 
 from export.checkpoint.file_table import INDEX_FILE, text_files
 from export.checkpoint.hub import download
+from export.checkpoint.packed import ordinary_tensors, read_gguf_tensors
 from export.checkpoint.safetensors_header import StoredTensor, numpy_dtype, read_header
 from export.checkpoint.safetensors_header import header_bytes as safetensors_header_bytes
 from export.errors import CheckpointError, listing, named, names, shown
 from export.files.reading import check_name, is_folder, is_regular, is_there, open_regular, read_json
 from export.floats import all_finite, widen
 from export.formats import SETTINGS_KEYS, settings_of, views_of
-from export.formats.gguf_file import gguf_header_bytes, is_gguf, read_gguf
-from export.formats.gguf_model import FLOATS, read_model
+from export.formats.gguf_file import gguf_header_bytes, is_gguf
 from export.formats.view import PackedTensor
 
 logger = logging.getLogger(__name__)
@@ -271,32 +271,16 @@ def header_bytes(shard: Path) -> bytes:
 def _open_gguf(path: Path) -> Checkpoint:
     """Open a GGUF file; the tokenizer and settings are those of the files beside it. Raises ConfigError and
     CheckpointError."""
-    file = read_gguf(path)
-    model = read_model(file, f"opening {named(path)}")
-    stored: dict[str, StoredTensor] = {}
-    for tensor in file.tensors:
-        rows = math.prod(tensor.shape[:-1])
-        plain = tensor.name in model.plain
-        name = model.plain.get(tensor.name, tensor.name)
-        stored[name] = StoredTensor(
-            name=name, dtype=FLOATS[tensor.kind] if plain else "U8",
-            shape=tensor.shape if plain else (rows, tensor.num_bytes // rows),
-            shard=path, offset=tensor.offset, num_bytes=tensor.num_bytes,
-        )  # fmt: skip
-    tensors = {name: stored[name] for name in model.plain.values()}
-    for name, packed in model.packed.items():
-        whole = stored[packed.sources[0]]
-        num_bytes = whole.shape[1] * packed.num_rows
-        tensors[name] = replace(whole, name=name, dtype="F32", shape=packed.shape, num_bytes=num_bytes)
+    content = read_gguf_tensors(path)
     return Checkpoint(
         folder=path.parent,
         identity=str(path),
         revision=None,
-        config=MappingProxyType(dict(model.config)),
-        tensors=MappingProxyType(tensors),
+        config=MappingProxyType(dict(content.config)),
+        tensors=MappingProxyType(content.tensors),
         shards=(path,),
-        packed=dict(model.packed),
-        in_files=MappingProxyType(stored),
+        packed=content.packed,
+        in_files=MappingProxyType(content.stored),
     )
 
 
@@ -311,13 +295,7 @@ def _unpacked(checkpoint: Checkpoint) -> Checkpoint:
     packed = views_of(settings, stored, checkpoint) if settings is not None else None
     if settings is None or packed is None:
         return checkpoint
-    used = {name for tensor in packed.values() for name in (*tensor.sources, *tensor.unread)}
-    tensors = {name: tensor for name, tensor in stored.items() if name not in used}
-    for name, tensor in packed.items():
-        parts = [stored[source] for source in tensor.sources]
-        tensors[name] = replace(
-            parts[0], name=name, dtype="F32", shape=tensor.shape, num_bytes=sum(part.num_bytes for part in parts)
-        )
+    tensors = ordinary_tensors(stored, packed)
     return replace(
         checkpoint,
         config=MappingProxyType({key: value for key, value in config.items() if key not in SETTINGS_KEYS}),

@@ -272,7 +272,8 @@ def _read_phi2(facts: _Facts, tensors: Mapping[str, GgufTensor]) -> tuple[dict[s
     return config, rename
 
 
-def _read_llama(facts: _Facts, tensors: Mapping[str, GgufTensor]) -> tuple[dict[str, Any], Callable[..., _Renamed]]:
+def _llama_config(facts: _Facts, tensors: Mapping[str, GgufTensor]) -> dict[str, Any]:
+    """The config.json of a Llama, or with experts of a Mixtral."""
     hidden, heads = facts.integer("embedding_length"), max(1, facts.integer("attention.head_count"))
     kv_heads = max(1, facts.integer("attention.head_count_kv", heads))
     size = facts.integer("attention.key_length", max(1, hidden // heads))
@@ -302,6 +303,14 @@ def _read_llama(facts: _Facts, tensors: Mapping[str, GgufTensor]) -> tuple[dict[
     if experts:
         config |= {"num_local_experts": experts, "num_experts_per_tok": facts.integer("expert_used_count")}
     facts.finish()
+    return config
+
+
+def _read_llama(facts: _Facts, tensors: Mapping[str, GgufTensor]) -> tuple[dict[str, Any], Callable[..., _Renamed]]:
+    config = _llama_config(facts, tensors)
+    heads, kv_heads, experts = (
+        config.get(key, 0) for key in ("num_attention_heads", "num_key_value_heads", "num_local_experts")
+    )
     top = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
     modules = {
         "attn_norm": "input_layernorm", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
