@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.checkpoint.file_table import INDEX_FILE
-from export.errors import listing
+from export.checkpoint.safetensors_header import read_header
+from export.errors import listing, named
 from export.trtllm.parallel import Parallelism
 from triton_repo.contracts.llmapi import LLMAPI_INPUTS, LLMAPI_OUTPUTS, METRICS
 from triton_repo.contracts.llmapi_settings import SETTINGS_FILE, LlmSettings, TextSettings, TritonSettings
@@ -149,6 +150,7 @@ def _check_model(options: LlmApiOptions, source: SourceModel) -> None:
             f"its attention sees {facts.sliding_window} tokens back, TensorRT-LLM's sees all {source.max_sequence}; "
             f"ask for a max_seq_len of at most {facts.sliding_window}"
         )
+    problems += _form_problems(source)
     if not source.end_ids:
         problems.append(
             "no file names an end token, and the LLM API takes no request without one; add eos_token_id to "
@@ -156,6 +158,33 @@ def _check_model(options: LlmApiOptions, source: SourceModel) -> None:
         )
     if problems:
         raise RepositoryError(f"packaging {options.checkpoint} for TensorRT-LLM's LLM API:{listing(problems)}")
+
+
+def _form_problems(source: SourceModel) -> Iterator[str]:
+    """Forms of a checkpoint that moeship and transformers read, and that TensorRT-LLM's class, which reads the same
+    files by itself, is not known to read."""
+    facts, checkpoint = source.model.architecture, source.checkpoint
+    if facts.rotary_scaling is not None:
+        yield (
+            f"its rotary embedding is scaled ({facts.rotary_scaling.described}), and whether TensorRT-LLM's class "
+            "gives transformers' numbers then is not known; build an ONNX Runtime engine"
+        )
+    if checkpoint.packed:
+        return
+    stored = {tensor.name for shard in checkpoint.shards for tensor in read_header(shard)}
+    other = sorted(set(checkpoint.tensors) - stored)
+    if other:
+        yield (
+            f"its tensors have other names than those of the whole model, such as {named(other[0])}; save it once with "
+            "transformers' save_pretrained"
+        )
+    if "F64" in source.model.weights.stored_dtypes():
+        yield "it stores float64; save it in bfloat16 or float16"
+    if bool(checkpoint.config.get("tie_word_embeddings")) is not facts.tied_head:
+        yield (
+            "config.json sets tie_word_embeddings, and the file has a head of its own, which transformers uses; set "
+            "tie_word_embeddings to false"
+        )
 
 
 def _settings(options: LlmApiOptions, source: SourceModel) -> LlmSettings:

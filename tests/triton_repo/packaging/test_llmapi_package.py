@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from mixtral_checkpoints import write_mixtral_checkpoint
+from safetensors.numpy import load_file, save_file
 
 from export.errors import CheckpointError, MoeshipError, OutputError
 from export.trtllm.parallel import Parallelism
@@ -161,6 +163,21 @@ def test_what_tensorrt_llms_mixtral_would_not_load_or_compute_is_refused(tmp_pat
     )
     assert "6 attention heads cannot be divided evenly by tp_size 4" in text
     assert "4 experts cannot be divided evenly by moe_ep_size 3" in text
+
+
+def test_forms_that_only_transformers_is_known_to_read_are_refused(tmp_path):
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    config = {"rope_scaling": scaling, "tie_word_embeddings": True}
+    folder = write_mixtral_checkpoint(tmp_path / "mixtral", seed=5, config=config, **SIZES)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["norm.weight"] = tensors.pop("model.norm.weight").astype(np.float64)
+    save_file(tensors, file)
+    text = refusal(folder, tmp_path)
+    assert "its rotary embedding is scaled (linear, factor 2), and whether TensorRT-LLM's class gives" in text
+    assert "its tensors have other names than those of the whole model, such as model.norm.weight; save it once" in text
+    assert "it stores float64; save it in bfloat16 or float16" in text
+    assert "config.json sets tie_word_embeddings, and the file has a head of its own" in text
 
 
 def test_a_window_that_is_never_left_is_none(tmp_path):
