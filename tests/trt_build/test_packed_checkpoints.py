@@ -174,6 +174,24 @@ def test_a_plan_knows_the_bytes_and_says_what_will_become_of_the_weights(tmp_pat
            "exactly" in plan.notes  # fmt: skip
 
 
+def test_a_resumed_build_knows_the_errors_of_all_parts(tmp_path):
+    checkpoint = pack_gptq(write_phixtral(tmp_path / "packed"), group_size=64, ordered=True)
+
+    def build(output, progress=None):
+        options = BuildOptions(checkpoint=str(checkpoint), output=tmp_path / output, kernels="onnxruntime")
+        return build_engine(options, progress)
+
+    def interrupt(progress):
+        if progress.parts >= 9:
+            raise KeyboardInterrupt
+
+    whole = build("whole")
+    with pytest.raises(KeyboardInterrupt):
+        build("resumed", interrupt)
+    assert build("resumed").manifest.packed == whole.manifest.packed
+    assert float(whole.manifest.packed["expert"].relative_error) > 0.01
+
+
 def test_a_float_engine_has_the_dequantised_values(tmp_path):
     checkpoint = pack_gptq(write_phixtral(tmp_path / "packed"), group_size=64, ordered=True)
     engine = build_engine(BuildOptions(checkpoint=str(checkpoint), output=tmp_path / "engine", precision="fp32"))
