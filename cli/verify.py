@@ -255,4 +255,4 @@ def table(verified: Verified) -> str:
         most = way.limits(verified.serving_limits)
         found, bound = (way.mean, most.mean) if way.exact else (way.largest, most.largest)
         rows.append((f"served in {way.name}{'' if way.exact else ' as scored'}", f"{found:.1e}", f"<= {bound:.1e}"))
-    return "\n".join(f"{name:<38}{found:>16}  {allowed}".rstrip() for name, found, allowed in rows)
+    return "\n".join(f"{name:<40}{found:>16}  {allowed}".rstrip() for name, found, allowed in rows)
