@@ -26,6 +26,7 @@ _PACKAGES = ("transformers", "sentencepiece")
 _SECONDS = 300
 _MOST_BYTES = 128 << 20
 _PROGRAM = """
+import os
 import sys
 from sentencepiece import SentencePieceProcessor
 
@@ -44,6 +45,8 @@ for text, theirs in zip(texts, expected, strict=True):
         sys.exit(f"transformers' conversion encodes {text!r} as {ours[:8]}, sentencepiece as {theirs[:8]}")
 with open(output, "w", encoding="utf-8") as file:
     file.write(converted.backend_tokenizer.to_str())
+sys.stderr.flush()
+os._exit(0)  # both libraries together may also crash as they are taken down
 """
 
 

@@ -219,3 +219,38 @@ def test_tensorrt_llm_gets_what_its_networks_compute(tmp_path):
     assert "scaled (yarn, factor 4, original 2048 positions), and TensorRT-LLM's MixtralForCausalLM scales" in problem
     problems = networks["phi"].problems(dataclasses.replace(facts, rotary_scaling=linear))
     assert [text for text in problems if "TensorRT-LLM's PhiForCausalLM does not scale it; build for onnx" in text]
+
+
+WHOLE = {
+    "default": {"rope_type": "default"}, "linear": {"rope_type": "linear", "factor": 2.0},
+    "llama3": {**LLAMA3, "original_max_position_embeddings": 16},
+    "yarn": {**YARN, "original_max_position_embeddings": 16},
+}  # fmt: skip
+NESTED = sorted(
+    {*(key for keys in rotary.KEYS.values() for key in keys), "type", "rope_theta", "partial_rotary_factor"}
+)
+NESTED_VALUES = [None, 0.5, 3, True, False, "linear", [2.0] * 8]
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_nested_key_that_changes_transformers_logits_changes_ours_or_is_refused(tmp_path, kind):
+    folder = write_dense_checkpoint(
+        tmp_path / "c", seed=1, family="llama", hidden_size=96, num_layers=1, max_positions=64
+    )
+    path = folder / "config.json"
+    raw = json.loads(path.read_text())
+    compared = 0
+    for key in [*NESTED, "mrope_section", "short_mscale", "unknown"]:
+        for value in NESTED_VALUES:
+            path.write_text(json.dumps({**raw, "rope_scaling": {**WHOLE[kind], key: value}}))
+            try:
+                found = ours(folder, TOKENS[:40])
+            except ConfigError:
+                continue
+            try:
+                expected = theirs(folder, TOKENS[:40])
+            except Exception:
+                continue  # transformers does not take it
+            compared += 1
+            assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max(), (key, value)
+    assert compared > 10

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import safetensors
-from checkpoints import write_phixtral_checkpoint
 from fuzz_readers import READERS, checkpoints
 from fuzzing import inputs_of
 
-from export.checkpoint.folder import open_checkpoint
 from export.checkpoint.safetensors_header import read_header
 from export.errors import CheckpointError
 
@@ -162,18 +159,6 @@ def test_a_large_header_is_read_in_seconds_or_refused(tmp_path):
     )
     huge = (64 << 20).to_bytes(8, "little") + b" " * (64 << 20)
     assert "its header takes 67108864 bytes, moeship reads at most" in refusal(tmp_path, huge)
-
-
-def test_tensors_in_float64_are_refused_with_what_to_do(tmp_path):
-    from safetensors.numpy import load_file, save_file
-
-    from export.families import read_model
-
-    folder = write_phixtral_checkpoint(tmp_path / "c", seed=1, num_experts=2, experts_per_token=1)
-    tensors = load_file(folder / "model.safetensors")
-    save_file({name: values.astype(np.float64) for name, values in tensors.items()}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="has dtype F64, expected one of F16, BF16, F32: save it as F32"):
-        read_model(open_checkpoint(folder))
 
 
 def test_good_files_are_read_whole():
