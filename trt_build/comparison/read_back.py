@@ -17,9 +17,12 @@ import numpy.typing as npt
 
 from export.checkpoint.tensor_table import CHUNK_ELEMENTS, TensorSpec, Weights
 from export.quantize.grid import dequantize_blocks, quantize_blocks
-from export.quantize.layout import GROUP_ROWS
 
 FloatArray = npt.NDArray[np.float32]
+
+# Chunks of rows begin at multiples of it: ONNX Runtime's engines store sixteen rows side by side (MatrixLayout), and an
+# import of their layout would be one of the other backend.
+ROW_MULTIPLE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +121,7 @@ class ReadBack(Weights, abc.ABC):
         return self.part_rows(name, 0, first, last)[0]
 
     def placed_chunks(
-        self, name: str, expert_order: Sequence[int] | None = None, multiple: int = GROUP_ROWS
+        self, name: str, expert_order: Sequence[int] | None = None, multiple: int = ROW_MULTIPLE
     ) -> Iterator[tuple[int, int, list[npt.NDArray[Any]]]]:
         """Read a weight in chunks, as `Weights.placed_chunks` does, in float32."""
         groups = self.table[name].groups

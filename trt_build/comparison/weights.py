@@ -20,11 +20,10 @@ from export.checkpoint.tensor_table import CHUNK_ELEMENTS, Role, TensorSpec
 from export.families import Model
 from export.floats import widen
 from export.quantize.grid import SLICE_VALUES
-from export.quantize.layout import GROUP_ROWS
 from trt_build.comparison.answers import Answer, listed
 from trt_build.comparison.bands import Band, distances, measure
 from trt_build.comparison.limits import BAND_VALUES, Limits, half_scale_error, limits_of
-from trt_build.comparison.read_back import FloatArray, ReadBack, Recipe
+from trt_build.comparison.read_back import ROW_MULTIPLE, FloatArray, ReadBack, Recipe
 
 QUESTION = "Are these the checkpoint's weights?"
 Place = tuple[TensorSpec, int, int]  # a row of the table, a group of it, and a part of the group
@@ -210,7 +209,7 @@ def _units(stored: ReadBack, spec: TensorSpec) -> Iterator[_Unit]:
         parts = spec.groups[group]
         num_rows, *others = parts[0].shape
         step = max(1, CHUNK_ELEMENTS // max(1, len(parts) * math.prod(others)))
-        step = max(GROUP_ROWS, step - step % GROUP_ROWS)
+        step = max(ROW_MULTIPLE, step - step % ROW_MULTIPLE)
         for row in range(0, num_rows, step):
             yield _Unit(spec=spec, group=group, copy=copy, first=row, last=min(row + step, num_rows))
 
@@ -226,7 +225,7 @@ def _compare(stored: ReadBack, unit: _Unit, kept: frozenset[str]) -> list[_Sums]
     if limits is not None and keeps:
         limits = replace(limits, bias=0.0, usual=0.0)
     width = max(1, math.prod(parts[0].shape[1:]))
-    step = max(GROUP_ROWS, READ_VALUES // width // GROUP_ROWS * GROUP_ROWS)
+    step = max(ROW_MULTIPLE, READ_VALUES // width // ROW_MULTIPLE * ROW_MULTIPLE)
     for first in range(unit.first, unit.last, step):
         last = min(first + step, unit.last)
         found = stored.part_rows(unit.spec.name, unit.group, first, last, unit.copy)
@@ -306,7 +305,7 @@ def _add_rows(
 
 def _bands(rows: int, width: int) -> Iterator[tuple[int, int]]:
     """First rows and ends of bands of BAND_VALUES values. A last band that is short joins the one before."""
-    step = max(GROUP_ROWS, BAND_VALUES // width // GROUP_ROWS * GROUP_ROWS)
+    step = max(ROW_MULTIPLE, BAND_VALUES // width // ROW_MULTIPLE * ROW_MULTIPLE)
     starts = list(range(0, max(rows - step, 0) + 1, step))
     yield from zip(starts, [*starts[1:], rows], strict=True)
 

@@ -16,6 +16,8 @@ from safetensors.numpy import load_file, save_file
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.quantize.grid import dequantize_blocks, quantize_blocks
+from export.quantize.layout import GROUP_ROWS
+from trt_build.comparison.read_back import ROW_MULTIPLE
 from trt_build.errors import EngineError
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.engine import open_engine
@@ -105,3 +107,7 @@ def test_a_graph_that_refers_past_the_data_file_is_refused(tmp_path, built):
     (folder / "model_scoring.onnx").write_bytes(b"\xff\xff\xff")
     with pytest.raises(EngineError, match="it is no ONNX graph"):
         read_graph(folder, "model_scoring.onnx")
+
+
+def test_chunks_of_rows_begin_at_whole_groups_of_the_layout():
+    assert ROW_MULTIPLE % GROUP_ROWS == 0
