@@ -121,6 +121,9 @@ def read_msft_config(raw: Mapping[str, Any], family: str) -> Architecture:
     reader.require("activation_function", GELU_TANH)
     reader.require("tie_word_embeddings", [False], absent=False)
     reader.require("img_processor", [None])
+    # The published code does not read these; other values belong to another model.
+    reader.require("rope_theta", [ROPE_BASE], absent=ROPE_BASE)
+    reader.require("head_dim", [hidden // heads], absent=hidden // heads)
     if hidden % heads:
         reader.problem(f"n_embd {hidden} is not a multiple of n_head {heads}")
     # 2 is the default of the published configuration_phi.py. A dense config may have the key too.

@@ -246,11 +246,14 @@ def test_a_phixtrals_keys_follow_its_published_class(tmp_path):
     plain = ours(folder)
     write_config(folder, {**DUMP, **TOOLS, **raw, "hidden_size": raw["n_embd"], "num_hidden_layers": raw["n_layer"]})
     assert np.array_equal(ours(folder), plain)
+    write_config(folder, {**raw, "rope_theta": 10000, "head_dim": 8, "rope_scaling": None})
+    assert np.array_equal(ours(folder), plain)
     for key, value, problem in (
         ("hidden_size", 41, "hidden_size is 41 and n_embd is 40, but the published configuration_phi.py takes both"),
         ("max_position_embeddings", 7, "max_position_embeddings is 7 and n_positions is 64"),
         ("n_layers", 3, r"did you mean n_layer\?"),
-        ("rope_theta", 1e6, "rope_theta = 1000000.0 is a key that moeship does not support"),
+        ("rope_theta", 1e6, "rope_theta is 1000000.0; moeship builds only 10000.0"),
+        ("head_dim", 4, "head_dim is 4; moeship builds only 8"),
         ("embd_layer", "mixed", "it can change what the published"),
         ("is_causal", False, "only True is supported"),
     ):
