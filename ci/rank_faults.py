@@ -38,6 +38,7 @@ from trt_build.trtllm.questions.logits import (  # noqa: E402
     GENERATION_LIMITS,
     ask_about_generation,
     ask_about_logits,
+    judged_differences,
 )
 from trt_build.trtllm.questions.rank_weights import open_rank_weights  # noqa: E402
 from trt_build.trtllm.questions.weights import RankFolder, ask_about_weights  # noqa: E402
@@ -78,7 +79,8 @@ class Engine:
 
     def logits(self, folder: Path) -> Answer:
         found = Ranks(folder).logits(self.tokens)[:, self.ids]
-        return ask_about_logits(found, self.expected, self.routers, 2, self.dtype)
+        judged = judged_differences(found, self.expected, self.routers, 2, self.dtype)
+        return ask_about_logits([judged], NUM_TOKENS, self.dtype)
 
     def generation(self) -> tuple[float, float, str | None]:
         """Mean and largest difference of generated tokens, and what is wrong with them."""
@@ -121,10 +123,10 @@ def sound_engines(work: Path, seeds: range) -> int:
                 for text in filter(None, failures):
                     print(f"FALSE ALARM: {family} {precision} {dtype}, seed {seed}: {text}")
                 found = answers[1].figures
-                figures.append((found["logits"], found["mean"], found["near_ties"] / NUM_TOKENS, largest, mean))
+                figures.append((found["logits"], found["mean"], found["behind_near_ties"] / NUM_TOKENS, largest, mean))
                 shutil.rmtree(work / "ranks")
                 shutil.rmtree(source)
-            names = ("logits largest", "mean", "near ties", "generation largest", "mean")
+            names = ("logits largest", "mean", "behind near ties", "generation largest", "mean")
             worst = ", ".join(f"{name} {value:.2g}" for name, value in zip(names, np.max(figures, axis=0), strict=True))
             print(f"sound {family} {precision} {dtype}: {worst}", flush=True)
     return alarms

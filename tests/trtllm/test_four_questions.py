@@ -19,7 +19,7 @@ from trt_build.comparison.parity import THRESHOLDS, measure, near_ties
 from trt_build.engine_files import record_files
 from trt_build.report.visible import number
 from trt_build.trtllm.engine import open_trtllm_engine, write_trtllm_manifest
-from trt_build.trtllm.questions.logits import ask_about_cost, ask_about_generation, ask_about_logits
+from trt_build.trtllm.questions.logits import ask_about_cost, ask_about_generation, ask_about_logits, judged_differences
 
 TOKENS = "24"
 
@@ -131,7 +131,7 @@ def test_an_engine_that_computes_something_else_fails_by_the_second_question(cop
     status, found, told = verified(capfd, copied_engine, small_phixtral)
     weights, graph, _ = found["questions"]
     assert (status, weights["passed"], graph["passed"]) == (1, True, False)
-    assert "the logits differ, first at position 0: found" in told
+    assert "the logits differ, first at position 0 of window 1: found" in told
 
 
 def test_an_engine_of_another_number_of_experts_fails_by_the_first_and_the_second(copied_engine, small_phixtral, capfd):
@@ -157,21 +157,24 @@ def test_another_models_checkpoint_and_a_flag_of_the_other_backend_are_one_error
 # Figures by hand ------------------------------------------------------------------------------------------------------
 
 
-def test_logits_are_judged_at_clear_positions_and_on_average():
+def test_logits_are_judged_before_the_first_near_tie_that_differs():
     expected = np.float32([[0, 4], [2, -2], [1, 1]])
     routers = np.float32([[[5, 1, 0], [3, 2.999, 0], [2, 1, 0]]])  # of position 1 the two largest are nearly equal
     assert near_ties(routers, 1, 0.001, 3).tolist() == [False, True, False]
     assert near_ties(routers, 3, 0.001, 3).tolist() == [False] * 3
-    found = expected + np.float32([[0, 0.004], [0.4, 0], [0, 0]])
-    answer = ask_about_logits(found, expected, routers, 1, "float16")
-    assert answer.figures["logits"] == pytest.approx(0.001, rel=1e-3)
-    assert answer.figures["mean"] == pytest.approx((0.001 + 0.1) / 3, rel=1e-3)
-    assert len(answer.failures) == 1
-    assert answer.failures[0].startswith("the logits differ by 3.37e-02 of the largest on average, allowed 2e-03; ")
-    found[2] += 1
-    assert "first at position 2: found 2.50e-01" in ask_about_logits(found, expected, routers, 1, "float16").failures[0]
-    found[:] = np.nan
-    assert len(ask_about_logits(found, expected, routers, 1, "float16").failures) == 2
+    found = expected + np.float32([[0, 0.004], [0.4, 0], [0.4, 0]])
+    judged = judged_differences(found, expected, routers, 1, "float16")
+    assert judged.tolist() == pytest.approx([0.001], rel=1e-3)
+    assert len(judged_differences(expected, expected, routers, 1, "float16")) == 3
+    answer = ask_about_logits([judged], 3, "float16")
+    assert (answer.passed, answer.figures["num_tokens"], answer.figures["behind_near_ties"]) == (True, 1, 2)
+    judged = judged_differences(found, expected, None, 1, "float16")
+    first, second = ask_about_logits([judged[:1], judged], 4, "float16").failures
+    assert first.startswith("the logits differ, first at position 1 of window 2: found 1.00e-01")
+    assert second.startswith("the logits differ by 5.05e-02 of the largest on average, allowed 2e-03; ")
+    judged = judged_differences(found * np.nan, expected, routers, 1, "float16")
+    assert len(ask_about_logits([judged], 3, "float16").failures) == 2
+    assert ask_about_logits([judged[:0]], 3, "float16").passed is None
 
 
 def test_the_cost_is_that_of_the_codes_alone():

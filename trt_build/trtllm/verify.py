@@ -53,6 +53,7 @@ from trt_build.trtllm.questions.logits import (
     ask_about_cost,
     ask_about_generation,
     ask_about_logits,
+    judged_differences,
 )
 from trt_build.trtllm.questions.rank_weights import open_rank_weights
 from trt_build.trtllm.questions.weights import RankFolder, ask_about_engine
@@ -108,7 +109,7 @@ def verify_trtllm(
     rows = slice(half - 1, len(own) - 1)  # the logits of each row predict the next token
     report = combine(sums, measure(answer.decoded[:, ids], after[rows, ids], own[rows]))
     _, routers = (None, None) if isinstance(stored, str) else next(stored)
-    share, k = LOGITS_LIMITS[manifest.precision.dtype].mean, model.architecture.experts_per_token
+    share, k = LOGITS_LIMITS[manifest.precision.dtype].near, model.architecture.experts_per_token
     near = None if routers is None else near_ties(routers[:, rows], k, share, len(answer.decoded_ids))
     way = ask_about_generation(answer.decoded[:, ids], answer.context[:, ids], half - 1, near)
     misserved = way.failure(GENERATION_LIMITS[manifest.precision.dtype])
@@ -155,7 +156,7 @@ def _compare(
     ids, first = slice(manifest.tokenizer_size), slice(LOGITS_TOKENS)
     sums: list[WindowSums] = []
     costs: list[WindowSums] = []
-    graph, start = Answer(question=OF_LOGITS, unasked=str(stored)), 0
+    judged, start = [], 0
     for window, (expected, routing) in zip(windows, reference, strict=False):  # one more window follows
         found = scored[start : start + len(window), ids]
         sums.append(measure(found, expected[:, ids], window))
@@ -163,13 +164,15 @@ def _compare(
         if isinstance(stored, str):
             continue
         logits, routers = next(stored)
-        if not costs:
-            near = None if routers is None else routers[:, first]
-            graph = ask_about_logits(found[first], logits[first, ids], near, k, manifest.precision.dtype)
+        near = None if routers is None else routers[:, first]
+        judged.append(judged_differences(found[first], logits[first, ids], near, k, manifest.precision.dtype))
         costs.append(measure(logits[:, ids], expected[:, ids], window, routers, routing, k))
     limits = LIMITS[manifest.precision.name]
-    cost = ask_about_cost(costs, limits) if costs else Answer(question=OF_COST, unasked=str(stored))
-    return sums, graph, cost
+    if isinstance(stored, str):
+        return sums, Answer(question=OF_LOGITS, unasked=stored), Answer(question=OF_COST, unasked=stored)
+    num_tokens = sum(len(window[first]) for window in windows)
+    graph = ask_about_logits(judged, num_tokens, manifest.precision.dtype)
+    return sums, graph, ask_about_cost(costs, limits)
 
 
 def _dequantised(

@@ -28,15 +28,20 @@ from trt_build.comparison.serving_ways import ServingLimits, Way
 
 OF_LOGITS = "Does the graph compute what the codes say?"
 OF_COST = "What did the quantiser cost?"
-LOGITS_TOKENS = 256  # tokens of the text for the second question
+LOGITS_TOKENS = 256  # tokens of each window for the second question
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogitsLimits:
-    """The largest allowed differences from the reference on the same weights, each relative to the largest logit."""
+    """The largest allowed differences from the reference on the same weights, each relative to the largest logit.
 
-    largest: float  # of a position at which no router logits are nearly equal
+    `near`: router logits that differ by this part of a layer's largest are nearly equal, since rounding moves them so
+    far. There either choice of experts is right, and what follows attends to the position that chose otherwise.
+    """
+
+    largest: float  # of any position
     mean: float  # mean over positions of the largest difference of a position
+    near: float
 
 
 # float32 differs by the order of summation, as in an engine of ONNX Runtime. The others were measured through the
@@ -44,9 +49,9 @@ class LogitsLimits:
 # the figures). A GPU's attention may sum in float16 where the stand-in does not, which was not measured, hence three
 # times the mean and ten times the largest; bfloat16 has three bits less than float16.
 LOGITS_LIMITS: Mapping[str, LogitsLimits] = {
-    "float32": LogitsLimits(largest=1e-4, mean=1e-4),
-    "float16": LogitsLimits(largest=1e-2, mean=2e-3),
-    "bfloat16": LogitsLimits(largest=8e-2, mean=1.6e-2),
+    "float32": LogitsLimits(largest=1e-4, mean=1e-4, near=1e-4),
+    "float16": LogitsLimits(largest=1e-2, mean=2e-3, near=1e-3),
+    "bfloat16": LogitsLimits(largest=8e-2, mean=1.6e-2, near=8e-3),
 }
 # Of two computations that both keep the limits above, the mean difference is at most twice theirs. The largest leaves
 # room for a position at which the two choose other experts.
@@ -57,28 +62,36 @@ GENERATION_LIMITS: Mapping[str, ServingLimits] = {
 }
 
 
-def ask_about_logits(
+def judged_differences(
     found: FloatArray, expected: FloatArray, routers: FloatArray | None, experts_per_token: int, dtype: str
-) -> Answer:
-    """Compare an engine's logits [S, V] with the reference on its rank files, whose router logits are [M, S, E] (None
-    for a dense model). A position is a near tie from the first layer on in which rounding may choose another expert;
-    such positions count for the mean alone."""
+) -> npt.NDArray[np.float64]:
+    """The differences of an engine's logits [S, V] from the reference on its rank files, whose router logits are [M, S,
+    E] (None for a dense model): of the positions before the first near tie that differs by more than the mean
+    allowed."""
     limits = LOGITS_LIMITS[dtype]
-    scale = float(np.abs(expected).max())
-    differences = np.abs(found.astype(np.float64) - expected).max(axis=-1) / scale
-    near = near_ties(routers, experts_per_token, limits.mean, len(found))
-    clear = differences[~near]
-    largest, mean = float(clear.max()) if len(clear) else 0.0, float(differences.mean())
+    differences = np.abs(found.astype(np.float64) - expected).max(axis=-1) / np.abs(expected).max()
+    other = near_ties(routers, experts_per_token, limits.near, len(found)) & (differences > limits.mean)
+    judged: npt.NDArray[np.float64] = differences[: int(other.argmax()) if other.any() else len(found)]
+    return judged
+
+
+def ask_about_logits(windows: Sequence[npt.NDArray[np.float64]], num_tokens: int, dtype: str) -> Answer:
+    """The answer from the `judged_differences` of windows that have `num_tokens` together."""
+    limits, judged = LOGITS_LIMITS[dtype], np.concatenate(windows)
+    if not len(judged):
+        return Answer(question=OF_LOGITS, unasked="each window begins with a near tie; take more --tokens")
+    largest, mean = float(judged.max()), float(judged.mean())
     figures: dict[str, Any] = {
-        "num_tokens": len(found), "allowed": limits.largest, "logits": largest, "near_ties": int(near.sum()),
-        "mean": mean, "allowed_mean": limits.mean,
+        "num_tokens": len(judged), "allowed": limits.largest, "logits": largest, "mean": mean,
+        "allowed_mean": limits.mean, "behind_near_ties": num_tokens - len(judged),
     }  # fmt: skip
     failures = []
     if not largest <= limits.largest:
-        place = int(np.flatnonzero(~near & ~(differences <= limits.largest))[0])
+        index = next(index for index, found in enumerate(windows) if not (found <= limits.largest).all())
+        place = int(np.flatnonzero(~(windows[index] <= limits.largest))[0])
         failures.append(
-            f"the logits differ, first at position {place}: found {largest:.2e} of the largest, allowed "
-            f"{limits.largest:.0e}; {_NO_LAYER}"
+            f"the logits differ, first at position {place} of window {index + 1}: found {largest:.2e} of the largest, "
+            f"allowed {limits.largest:.0e}; {_NO_LAYER}"
         )
     if not mean <= limits.mean:
         failures.append(
