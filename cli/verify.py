@@ -11,8 +11,9 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cli.verify_report import AnyEngine, open_engines, refuse_output, write_report
+from cli.verify_report import open_engines, refuse_output, write_report
 from trt_build.comparison.answers import Answer
 from trt_build.comparison.cost import Grain
 from trt_build.comparison.evaluation_text import EvaluationText, read_texts
@@ -24,6 +25,9 @@ from trt_build.manifest import ORT_BACKEND, TRTLLM_BACKEND
 from trt_build.ort.engine import Engine
 from trt_build.ort.questions.cost import CostOptions
 from trt_build.ort.verify import record, verify_engine
+
+if TYPE_CHECKING:
+    from cli.verify_report import AnyEngine
 
 logger = logging.getLogger(__name__)
 

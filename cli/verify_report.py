@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from export.checkpoint.folder import open_checkpoint
 from export.errors import ConfigError, OutputError, named
@@ -22,14 +23,14 @@ from trt_build.report.contents import Report, ReportedEngine, Rows
 from trt_build.report.page import page
 from trt_build.report.places import differing_places, greedy_texts
 from trt_build.report.visible import bytes_text
-from trt_build.trtllm.engine import TrtllmEngine, open_trtllm_engine
-from trt_build.trtllm.questions.logits import GENERATION_LIMITS
-from trt_build.trtllm.verify import LIMITS as TRTLLM_LIMITS
+
+if TYPE_CHECKING:
+    from trt_build.trtllm.engine import TrtllmEngine
+
+    AnyEngine = Engine | TrtllmEngine
 
 NUM_PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 3, 24, 48
 _REPORT = "the report"
-
-AnyEngine = Engine | TrtllmEngine
 
 
 def refuse_output(path: Path) -> None:
@@ -56,6 +57,8 @@ def open_engines(folders: Sequence[Path]) -> list[AnyEngine]:
 
 def _open(folder: Path) -> AnyEngine:
     if engine_backend(folder) == TRTLLM_BACKEND:
+        from trt_build.trtllm.engine import open_trtllm_engine
+
         return open_trtllm_engine(folder, check_digests=False)  # its verification checks them
     return open_engine(folder)
 
@@ -192,13 +195,16 @@ def _reported(name: str, engine: AnyEngine, verified: Verified | None) -> Report
             kl=None if positions is None else positions.kl,
             note=None if isinstance(engine, Engine) else "of an engine for TensorRT-LLM the cost is not told apart",
         )
-    assert isinstance(engine, TrtllmEngine)
+    assert not isinstance(engine, Engine)
+    from trt_build.trtllm.questions.logits import GENERATION_LIMITS
+    from trt_build.trtllm.verify import LIMITS
+
     record = manifest.verification
     return ReportedEngine(
         name=name,
         facts=tuple(facts),
         record=record,
-        limits=TRTLLM_LIMITS[precision.name],
+        limits=LIMITS[precision.name],
         serving=GENERATION_LIMITS[engine.manifest.precision.dtype],
         note=(
             "it needs TensorRT-LLM and a GPU, which are not here; "
