@@ -110,7 +110,7 @@ def test_verify_writes_its_result_into_the_engine_and_ends_with_status_0(
     text = tmp_path / "text"
     text.write_text("What is verified is what is served. " * 8)
     words = ["-q", "verify", str(engine), "--reference", str(tiny_checkpoint), "--text", str(text), "--json"]
-    assert main(words) == 0
+    assert main([*words, "--tokens", "64"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["failures"] == []
     assert report["max_logit_difference"] <= 1e-4
@@ -119,19 +119,15 @@ def test_verify_writes_its_result_into_the_engine_and_ends_with_status_0(
     assert kept["reference"] == str(tiny_checkpoint)
 
 
-def test_verify_against_another_model_of_the_same_shape_ends_with_status_1(
-    tmp_path, tiny_checkpoint, tiny_engines, capsys
-):
+def test_verify_against_another_model_of_the_same_shape_is_wrong_input(tmp_path, tiny_checkpoint, tiny_engines, capsys):
     engine = Path(shutil.copytree(tiny_engines("fp32"), tmp_path / "engine"))
     other = Path(shutil.copytree(tiny_checkpoint, tmp_path / "other"))
     tensors = load_file(other / "model.safetensors")
     tensors["transformer.h.0.ln.bias"] = tensors["transformer.h.0.ln.bias"] + np.float32(0.05)
     save_file(tensors, other / "model.safetensors")
-    assert main(["-q", "verify", str(engine), "--reference", str(other), "--tokens", "64"]) == 1
-    output = capsys.readouterr()
-    assert "max |logit difference|" in output.out
-    assert "VerificationFailed: verifying" in output.err
-    assert open_engine(engine).manifest.verification["failures"]
+    assert main(["-q", "verify", str(engine), "--reference", str(other), "--tokens", "64"]) == 2
+    assert "model.safetensors is not what the engine was built from (digest" in capsys.readouterr().err
+    assert open_engine(engine).manifest.verification is None
 
 
 def test_verify_against_a_model_of_another_shape_is_wrong_input(tmp_path, tiny_checkpoint, tiny_engines, capsys):
@@ -145,14 +141,13 @@ def test_verify_against_a_model_of_another_shape_is_wrong_input(tmp_path, tiny_c
 def test_verify_says_where_the_engine_takes_another_number_of_experts_than_the_checkpoint(
     tmp_path, tiny_checkpoint, tiny_engines, capsys
 ):
-    other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 1}))
-    engine = shutil.copytree(tiny_engines("fp32"), tmp_path / "engine")
-    words = ["-q", "verify", str(engine), "--tokens", "64", "--json", "--reference"]
-    finding = "the engine takes 2 experts per token, and the checkpoint's config.json says 1"
-    for reference, found in ((tiny_checkpoint, 0), (other, 1)):
-        main([*words, str(reference)])
+    plain = shutil.copytree(tiny_engines("fp32"), tmp_path / "plain")
+    options = ["--precision", "fp32", "--experts-per-token", "1", "--output", str(tmp_path / "other")]
+    assert main(["-q", "build", str(tiny_checkpoint), *options]) == 0
+    capsys.readouterr()
+    finding = "the engine takes 1 experts per token, and the checkpoint's config.json says 2"
+    for engine, found in ((plain, 0), (tmp_path / "other", 1)):
+        main(["-q", "verify", str(engine), "--tokens", "64", "--json", "--reference", str(tiny_checkpoint)])
         findings = json.loads(capsys.readouterr().out)["findings"]
         assert sum(finding in one for one in findings) == found
 
@@ -172,7 +167,7 @@ def test_each_text_file_is_named_with_what_is_wrong(tmp_path, tiny_checkpoint, t
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--tokens", "1"], "1 tokens to measure on, expected at least 4"),
+        (["--tokens", "1"], "asked for 1 tokens, expected at least 4; ask for more"),
         (["--text", "/nowhere/text"], "reading the text to measure on"),
     ],
 )
