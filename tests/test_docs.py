@@ -23,7 +23,7 @@ from trt_build.trtllm.engine import TrtllmManifest
 
 ROOT = Path(__file__).parents[1]
 MOST_README_LINES = 150
-FOLDERS = (".", "docs", "ci/gpu", "examples/tiny-phixtral", "examples/tiny-mixtral")
+FOLDERS = (".", "docs", "ci/gpu", "examples/tiny-phixtral", "examples/tiny-mixtral", "examples/maixtchup")
 PAGES = sorted(str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
 TOUR = ROOT / "docs" / "architecture.md"
 # Folders of the project whose files pages name.

@@ -1,10 +1,10 @@
-"""Train four small Mistral-architecture experts from one common base, each on another kind of text.
+"""Train three small Mistral-architecture experts from one common base, each on another kind of text.
 
 The base is trained on all four slices of examples/tiny-phixtral/corpus.py. Each expert continues from it on one slice,
 and only its MLPs are trained: attention, embedding and norms stay the base's, and so a merge loses nothing of them.
 
     python train.py --output experts                 # everything; what exists is kept
-    python train.py --output experts --stage warm    # some of the stages: warm, base, code, prose, tests, headers
+    python train.py --output experts --stage warm    # some of the stages: warm, base, code, prose, tests
 
 Writes experts/<slice>/ (transformers' MistralForCausalLM, bfloat16), the tokenizer into experts/code alone, since a
 merge takes the base's, and training_log.jsonl beside the folder. experts/warm and experts/base are the base, float32.
@@ -72,7 +72,6 @@ STAGES = {
     "code": Stage(start="base", steps=350, first=1.5e-3, last=1e-4, own=0.9),
     "prose": Stage(start="base", steps=350, first=1.5e-3, last=1e-4, own=0.9),
     "tests": Stage(start="base", steps=350, first=1.5e-3, last=1e-4, own=0.9),
-    "headers": Stage(start="base", steps=100, first=5e-4, last=5e-5, own=0.9),
 }
 
 
