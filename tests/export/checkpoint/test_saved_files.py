@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from hub_standin import COMMIT, hub_of
+from merging import run
 from mixtral_checkpoints import write_llama_tokenizer, write_mixtral_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -32,7 +33,6 @@ from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.tokenizer.loading import load_tokenizer
 from export.trtllm.checkpoint import CheckpointOptions, write_checkpoint
-from merging import run
 from triton_repo.packaging.llmapi_package import LlmApiOptions, package_llmapi
 from triton_repo.packaging.package import PackageOptions, package_engine
 from trt_build.ort.build import BuildOptions, build_engine

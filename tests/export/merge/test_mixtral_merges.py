@@ -7,6 +7,7 @@ import pytest
 import torch
 from adapters import write_adapter
 from dense_checkpoints import write_dense_checkpoint
+from merging import leftovers, run, write_yaml
 from safetensors.numpy import load_file, save_file
 from transformers import MistralForCausalLM, MixtralForCausalLM
 
@@ -14,7 +15,6 @@ from cli.main import main
 from export.errors import MergeError
 from export.merge.config import read_merge_config
 from export.merge.merge import merge
-from merging import leftovers, run, write_yaml
 
 TOKENS = np.random.default_rng(3).integers(0, 365, 60).tolist()
 

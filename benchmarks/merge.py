@@ -1,6 +1,6 @@
 """Measure a merge of four Mistral-7B-shaped experts: memory, and time over plain reading and writing of as many bytes.
 
-    python benchmarks/merging.py --work DIR [--layers N] [--rounds N] [--dtype float16]
+    python benchmarks/merge.py --work DIR [--layers N] [--rounds N] [--dtype float16]
 
 Writes four synthetic checkpoints (synthetic_checkpoint.py) into DIR, merges them, and copies as many bytes by a plain
 loop, in turns, so that both meet the same machine. Everything in DIR is removed at the end. Prints one JSON object.
