@@ -123,7 +123,8 @@ def sound_engines(work: Path, seeds: range) -> int:
                 for text in filter(None, failures):
                     print(f"FALSE ALARM: {family} {precision} {dtype}, seed {seed}: {text}")
                 found = answers[1].figures
-                figures.append((found["logits"], found["mean"], found["behind_near_ties"] / NUM_TOKENS, largest, mean))
+                behind = found.get("behind_near_ties", NUM_TOKENS) / NUM_TOKENS
+                figures.append((found.get("logits", 0.0), found.get("mean", 0.0), behind, largest, mean))
                 shutil.rmtree(work / "ranks")
                 shutil.rmtree(source)
             names = ("logits largest", "mean", "behind near ties", "generation largest", "mean")
