@@ -83,7 +83,10 @@ def test_no_module_names_a_family_but_the_familys_own():
             own = path.parent == FOLDER or path.stem in {family.name for family in families()}
             if not own and not where.startswith(OF_MERGES) and (found := set(_named_families(path))):
                 wrong[where] = found
-    assert wrong == {"cli/demo.py": {"phixtral"}}  # the demo's own model bears that name
+    # The demo's own model bears a family's name. A GGUF file says its architecture in llama.cpp's words, so its reader
+    # writes the model_type and the class that transformers has for them.
+    assert set(wrong) == {"cli/demo.py", "export/formats/gguf_model.py"}
+    assert wrong["cli/demo.py"] == {"phixtral"}
 
 
 def test_finding_the_families_imports_nothing_heavy():
