@@ -14,8 +14,11 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from export.errors import CheckpointError, named, shown
 from export.files.reading import open_regular
@@ -199,7 +202,26 @@ def block_of(reader: _Reader, name: str, kind: int) -> tuple[int, int]:
         values, num_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
     except (ValueError, KeyError) as error:
         raise reader.refuse(f"{named(name)} has the type {kind}, which the package gguf does not know") from error
+    if not _is_dequantised(kind, int(num_bytes)):
+        raise CheckpointError(
+            f"{reader.doing}: {named(name)} has the type {gguf.GGMLQuantizationType(kind).name}, which the package "
+            "gguf does not dequantise; convert the model again to another type"
+        )
     return int(values), int(num_bytes)
+
+
+@cache
+def _is_dequantised(kind: int, num_bytes: int) -> bool:
+    """Whether the package gguf dequantises a type, whose blocks have `num_bytes` bytes. Integers, float64 and types of
+    activations it does not."""
+    import gguf
+    import gguf.quants
+
+    try:
+        gguf.quants.dequantize(np.zeros((1, num_bytes), dtype=np.uint8), gguf.GGMLQuantizationType(kind))
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _check_places(reader: _Reader, tensors: tuple[GgufTensor, ...], alignment: int) -> None:
