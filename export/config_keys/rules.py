@@ -158,8 +158,6 @@ def _changes_nothing(key: str, value: object, raw: Mapping[str, Any], keys: Fami
         return type(value) is type(_ONLY[key]) and value == _ONLY[key]
     if key in _FORMERLY:
         return _says_nothing(value)
-    if key in _FORMERLY:
-        return _says_nothing(value)
     if key == "layer_types":
         layers = raw.get("num_hidden_layers")
         return value is None or (isinstance(layers, int) and value == ["full_attention"] * min(layers, _MOST_LAYERS))

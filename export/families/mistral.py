@@ -1,9 +1,10 @@
 """Dense Mistral: `export.families.llama_stack` with an MLP, and a window of positions that a token attends to.
 
 Tensors have the names of transformers' MistralForCausalLM. Where config.json has no sliding_window, the window is the
-4096 positions of transformers' MistralConfig; where sliding_window is null, there is none. Several of these models are
-merged into a Mixtral (export/merge).
-Source: transformers, models/mistral.
+4096 positions of transformers' MistralConfig; where sliding_window is null, there is none. A config.json with
+layer_types is a Ministral to transformers: its layers of full_attention have no window, whatever sliding_window says.
+Layers that differ are refused. Several of these models are merged into a Mixtral (export/merge).
+Source: transformers, models/mistral, models/ministral and models/auto/configuration_auto.py.
 """
 
 from __future__ import annotations
@@ -39,16 +40,30 @@ def read_config(raw: Mapping[str, Any]) -> Architecture:
     Raises ConfigError."""
     reader = ConfigReader(raw, "mistral", transformers_keys("MistralConfig"))
     reader.harmless("sliding_window")
-    null = "sliding_window" in raw and raw["sliding_window"] is None
+    slides = _layers_are(raw, "sliding_attention")
+    if slides:
+        reader.harmless("layer_types")
+    window = _window(raw)
     return read_stack_config(
         reader,
         "mistral",
         rope_base=1e4,
         norm_epsilon=1e-6,
         num_kv_heads=8,
-        sliding_window=None if null else reader.integer("sliding_window", absent=_WINDOW),
+        sliding_window=None if window is None and not slides else reader.integer("sliding_window", absent=_WINDOW),
         dense=True,
     )
+
+
+def _window(raw: Mapping[str, Any]) -> Any:  # noqa: ANN401 - JSON value
+    """The window that a config.json states, as it is written; None for none."""
+    return None if _layers_are(raw, "full_attention") else raw.get("sliding_window", _WINDOW)
+
+
+def _layers_are(raw: Mapping[str, Any], kind: str) -> bool:
+    """Whether layer_types says of every layer that it is of the kind."""
+    kinds, number = raw.get("layer_types"), raw.get("num_hidden_layers")
+    return isinstance(kinds, list) and len(kinds) == number and all(one == kind for one in kinds)
 
 
 def network(raw: Mapping[str, Any]) -> Network:
@@ -58,7 +73,7 @@ def network(raw: Mapping[str, Any]) -> Network:
         rope_theta=1e4,
         rms_norm_eps=1e-6,
         num_key_value_heads=8,
-        sliding_window=raw.get("sliding_window", _WINDOW),
+        sliding_window=_window(raw),
         dense=True,
     )
 
