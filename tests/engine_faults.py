@@ -118,6 +118,18 @@ class Fault:
     needs_bias: bool = False
 
 
+def in_generating_graph(edit: Callable[[Files], None]) -> Callable[[Files], None]:
+    """Change the graph for onnxruntime-genai alone."""
+
+    def apply(files: Files) -> None:
+        every = files.models
+        files.models = {GRAPHS[0]: every[GRAPHS[0]]}
+        edit(files)
+        files.models = every
+
+    return apply
+
+
 def with_fault(engine: Engine, folder: Path, fault: Fault, network: Network) -> Engine:
     """A copy of an engine with a fault in it, in place of what `folder` holds.
 
@@ -306,6 +318,40 @@ def skip_attention(files: Files) -> None:
         sums[1].input[0] = sums[1].input[1]
 
 
+def other_layers_output(files: Files) -> None:
+    """The first two layers' attention outputs exchange their weights."""
+    one, other = (files.network.layers[layer].attention.output for layer in (0, 1))
+    for model in files.models.values():
+        for node in model.graph.node:
+            for place, name in enumerate(node.input):
+                if name.startswith(f"{one}."):
+                    node.input[place] = other + name.removeprefix(one)
+                elif name.startswith(f"{other}."):
+                    node.input[place] = one + name.removeprefix(other)
+
+
+def first_position(files: Files) -> None:
+    for model in files.models.values():
+        for tensor in model.graph.initializer:
+            if tensor.name in ("last/start", "last/end"):
+                value = np.array([0 if tensor.name == "last/start" else 1])
+                tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+
+
+def scaled_head(files: Files) -> None:
+    """A node that nobody planned multiplies what enters the head by 1.0005."""
+    for model in files.models.values():
+        nodes = list(model.graph.node)
+        place = max(number for number, node in enumerate(nodes) if node.op_type in _NORM)
+        [output] = nodes[place].output
+        nodes[place].output[0] = f"{output}/before"
+        factor = numpy_helper.from_array(np.array(1.0005, np.float32), "factor")
+        model.graph.initializer.append(factor)
+        added = onnx.helper.make_node("Mul", [f"{output}/before", "factor"], [output], name="added")
+        del model.graph.node[:]
+        model.graph.node.extend([*nodes[: place + 1], added, *nodes[place + 1 :]])
+
+
 _MIXTURE = ("MoE", "QMoE", "Experts")
 _NORM = ("LayerNormalization", "SimplifiedLayerNormalization")
 _ATTENTION = ("GroupQueryAttention",)
@@ -391,6 +437,11 @@ FAULTS: dict[str, Fault] = {
     "rotary base off by one": Fault(rotary(10001.0)),
     "another layer's queries": Fault(rewire, at="graph"),
     "a residual taken twice": Fault(skip_attention, at="graph"),
+    "generating alone: a residual taken twice": Fault(in_generating_graph(skip_attention)),
+    "generating alone: another layer's queries": Fault(in_generating_graph(rewire)),
+    "generating alone: another layer's output": Fault(in_generating_graph(other_layers_output)),
+    "generating alone: what enters the head times 1.0005": Fault(in_generating_graph(scaled_head)),
+    "generating alone: the first position's logits": Fault(in_generating_graph(first_position)),
     "positions off by one": Fault(tables(lambda table: np.roll(table, 1, axis=0))),
 }
 # Of the serving graph alone. The first question finds each of them too; they are for the question about serving.

@@ -1,7 +1,8 @@
 """The facts of an engine's graphs against config.json: attributes of nodes, operands in their places, rotary caches.
 
 What is expected comes from the family's `network`, which reads config.json by itself, and the quantisation from
-engine.json. What flows from node to node is not looked at.
+engine.json. What flows from node to node is only looked at where the generating graph has another flow than the
+scoring graph (`same_flow.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from export.provider import KERNELS
 from export.quantize.layout import LAYOUT
 from export.reference.attention import rotary_tables
 from trt_build.ort.engine import Engine
+from trt_build.ort.questions.same_flow import flow_failures
 from trt_build.ort.questions.stored_graph import Node, StoredGraph, read_graph
 from trt_build.ort.questions.stored_weights import attention_factor, attention_scale
 
@@ -34,6 +36,7 @@ def graph_failures(engine: Engine, model: Model, scoring: StoredGraph) -> list[s
     scoring graph. Raises EngineError for a graph that cannot be read."""
     graphs = [scoring, *(read_graph(engine.folder, file) for file in (GENERATING_GRAPH, SERVING_GRAPH))]
     found = [failure for graph in graphs for failure in _Facts(engine, model, graph).failures()]
+    found += flow_failures(graphs[1], scoring)
     for graph in graphs[1:]:
         for name in sorted(graph.extents.keys() | scoring.extents.keys()):
             here, there = graph.extents.get(name), scoring.extents.get(name)
