@@ -187,7 +187,16 @@ def _dequantised(
     missing = next((problem for name in stored.table if (problem := stored.misfit(name))), None)
     if missing is not None:
         return missing
-    return Reference(dataclasses.replace(ranks.plan.model, weights=stored)).run(windows, progress)
+    model, left_out = ranks.plan.model, list(ranks.plan.options.left_out)
+
+    def choose(_mixture: int, logits: FloatArray) -> npt.NDArray[np.int64]:
+        """The experts [T, K] of router logits [T, E] among those that the rank files have."""
+        kept = logits.copy()
+        kept[:, left_out] = -np.inf
+        return np.argsort(-kept, axis=-1, kind="stable")[:, : model.architecture.experts_per_token]
+
+    reference = Reference(dataclasses.replace(model, weights=stored))
+    return reference.run(windows, progress, choose=choose if left_out else None)
 
 
 def record_trtllm(engine: TrtllmEngine, verification: Verification) -> None:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 from google.protobuf import text_format
 from live_triton import Refused
+from serve_command import wait_until
 from tritonclient.grpc import model_config_pb2, service_pb2
 
 from export.tokenizer.loading import load_tokenizer
@@ -134,7 +135,7 @@ def test_cancellation_ends_the_generation_and_frees_the_instance(live):
     call.cancel()
     # The model has one instance: this answer comes only once the cancelled request has left it.
     assert live.text("tiny", text_input="x", max_tokens=2)
-    [produced] = re.findall(CANCELLED, live.server.log.read_text())[before:]
+    [produced] = wait_until(lambda: re.findall(CANCELLED, live.server.log.read_text())[before:])
     assert 0 < int(produced) < 639
     with pytest.raises(grpc.RpcError) as caught:
         list(call)

@@ -49,7 +49,7 @@ def test_what_a_config_says_of_loading_and_training_changes_nothing(tmp_path, fa
     config = json.loads(path.read_text())
     more = {"torch_dtype": "float16", "use_cache": False, "auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}
     if family in ("phi", "mixtral", "granitemoe", "mistral", "llama"):
-        more |= {"return_dict": False, "output_attentions": True, "is_encoder_decoder": True}
+        more |= {"return_dict": False, "output_attentions": True, "is_decoder": True}
     if family == "mixtral":
         more |= {"output_router_logits": True, "router_jitter_noise": 0.5}
     path.write_text(json.dumps(config | more))
