@@ -6,7 +6,8 @@
              Double quantisation: absmax are bytes, and X.weight.nested_absmax, X.weight.nested_quant_map float32 [256]
              with nested_blocksize and nested_offset of the JSON give absmax = map[byte] * nested_absmax + offset.
              value = quant_map[code] * absmax
-  int8       X.weight int8 [N, K], X.SCB float32 [N]; value = code * SCB / 127
+  int8       X.weight int8 [N, K], X.SCB float32 [N]; value = code * SCB / 127. X.weight_format, a number: 0 where the
+             codes lie row after row. Versions before 0.45 also saved the tiles of GPUs (1 to 3)
 
 Source: bitsandbytes 0.50, functional.py (QuantState, dequantize_4bit, int8_vectorwise_dequant).
 """
@@ -28,6 +29,7 @@ from export.formats.view import ByteArray, FloatArray, Grid, Header, PackedTenso
 _STATE = ".weight.quant_state.bitsandbytes__"
 _TYPES = ("nf4", "fp4")
 _MAX_BLOCK = 1 << 16
+_ROWS = 0  # X.weight_format of codes row after row, as INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING numbers the layouts
 _INT8_STEP = np.float32(7.874015718698502e-3)  # 1 / 127, as int8_vectorwise_dequant writes it
 
 
@@ -99,7 +101,7 @@ def views(settings: Mapping[str, Any], headers: Mapping[str, Header], source: So
             found[f"{stem}.weight"] = _four_bits(f"{stem}.weight", kind, headers, source)
         elif name.endswith(".SCB"):
             stem = name.removesuffix(".SCB")
-            found[f"{stem}.weight"] = _eight_bits(stem, headers)
+            found[f"{stem}.weight"] = _eight_bits(stem, headers, source)
     return found
 
 
@@ -162,7 +164,7 @@ def _state(name: str, state_name: str, header: Header, source: Source) -> Mappin
     return state if isinstance(state, dict) else {}
 
 
-def _eight_bits(stem: str, headers: Mapping[str, Header]) -> Int8Matrix:
+def _eight_bits(stem: str, headers: Mapping[str, Header], source: Source) -> Int8Matrix:
     name = f"{stem}.weight"
     weight, scale = headers.get(name), headers[f"{stem}.SCB"]
     if weight is None or weight.dtype != "I8" or len(weight.shape) != 2:
@@ -174,6 +176,12 @@ def _eight_bits(stem: str, headers: Mapping[str, Header]) -> Int8Matrix:
         found = f"SCB is {scale.dtype} {list(scale.shape)}"
         raise refuse(name, f"{found}, expected F32 [{weight.shape[0]}]; take another copy")
     layout = f"{stem}.weight_format"
+    if layout in headers and (order := source.kept(layout).reshape(-1).tolist()) != [_ROWS]:
+        raise refuse(
+            name,
+            f"its weight_format is {shown(order)}, expected [{_ROWS}]: the codes are in the order of a GPU's tiles, "
+            "not row after row; load and save the model again with a recent bitsandbytes, or take it unquantised",
+        )
     return Int8Matrix(
         name=name, shape=weight.shape, sources=(name, scale.name), scale=scale.name, label="bitsandbytes int8",
         unread=(layout,) if layout in headers else (),

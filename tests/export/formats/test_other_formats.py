@@ -164,6 +164,17 @@ def test_bitsandbytes_that_do_not_fit_are_refused(tmp_path, pack, tensors, said)
     assert said in refusal(folder)
 
 
+@pytest.mark.parametrize("layout", [0, 2])
+def test_int8_in_the_order_of_a_gpus_tiles_is_refused(tmp_path, layout):
+    folder = pack_int8(write(tmp_path / "m"))
+    stored = load_file(folder / "model.safetensors")
+    save_file({**stored, f"{STEM}.weight_format": np.array(layout, np.uint8)}, folder / "model.safetensors")
+    if layout:
+        assert f"{STEM}.weight: its weight_format is [{layout}], expected [0]" in refusal(folder)
+    else:
+        read_all(folder)
+
+
 @pytest.mark.parametrize(
     ("quant_block", "scale_shape", "name"),
     [([32, 16], (4, 4), "weight_scale_inv"), (None, (1,), "weight_scale"), (None, (128, 1), "weight_scale")],
