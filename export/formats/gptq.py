@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from export.errors import ConfigError, names, shown
+from export.errors import ConfigError, named, names, shown
 from export.formats.bits import unpack_bits
 from export.formats.grouped import GroupedMatrix, IndexArray, check_order
 from export.formats.registry import Format
@@ -57,13 +58,18 @@ class GptqMatrix(GroupedMatrix):
     def zero_points(self, source: Source, first: int, last: int) -> ByteArray:
         start, stop = first // _FIELDS * _FIELDS, -(-last // _FIELDS) * _FIELDS
         packed = source.kept(f"{self.stem}.qzeros")
-        words = np.ascontiguousarray(packed[:, start * self.bits // 32 : stop * self.bits // 32]).view(np.uint32)
+        zeros = self.unpacked_zeros(packed[:, start * self.bits // 32 : stop * self.bits // 32])
+        return np.ascontiguousarray(zeros[:, first - start : last - start].T)
+
+    def unpacked_zeros(self, packed: npt.NDArray[np.int32]) -> ByteArray:
+        """Zero points, uint8 [groups, rows], of columns of qzeros that begin and end where codes do."""
+        words = np.ascontiguousarray(packed).view(np.uint32)
         if self.version == 1 and self.bits in _ONES:
             words = words + np.uint32(_ONES[self.bits])
-        zeros = unpack_bits(words.view(np.uint8), self.bits)[:, first - start : last - start]
+        zeros = unpack_bits(words.view(np.uint8), self.bits)
         if self.version == 1 and self.bits not in _ONES:
             zeros = (zeros + np.uint8(1)) & np.uint8((1 << self.bits) - 1)
-        return np.ascontiguousarray(zeros.T)
+        return zeros
 
     def scales(self, source: Source, first: int, last: int) -> FloatArray:
         stored = source.kept(f"{self.stem}.scales")[:, first:last]
@@ -77,13 +83,29 @@ class GptqMatrix(GroupedMatrix):
         return check_order(self, source.kept(f"{self.stem}.g_idx").astype(np.int64))
 
 
-def views(settings: Mapping[str, Any], headers: Mapping[str, Header], source: Source) -> dict[str, PackedTensor]:  # noqa: ARG001 - headers say it all
+def views(settings: Mapping[str, Any], headers: Mapping[str, Header], source: Source) -> dict[str, PackedTensor]:
     """The packed linears of a checkpoint, by the names of their weights. Raises ConfigError for settings and
     CheckpointError for shapes that GPTQ does not have."""
     version, bits, group_size = _read_settings(settings)
     stems = [name.removesuffix(".qweight") for name in headers if name.endswith(".qweight")]
     found = [_matrix(stem, headers, version, bits, group_size, mixed=bool(settings.get("dynamic"))) for stem in stems]
+    if found and settings.get("sym") is True:
+        _check_version(found[0], source)
     return {matrix.name: matrix for matrix in found}
+
+
+def _check_version(matrix: GptqMatrix, source: Source) -> None:
+    """Raise ConfigError if a symmetric matrix has zero points that are all one off: they are of the other version, and
+    every weight would be moved by a step. A zero point of a symmetric matrix is 2^(bits-1)."""
+    words = source.stored_rows(f"{matrix.stem}.qzeros", 0, matrix.num_groups)
+    zeros, middle = matrix.unpacked_zeros(words), 1 << (matrix.bits - 1)
+    if zeros.min() == zeros.max() and abs(int(zeros[0, 0]) - middle) == 1:
+        said, other = sorted(_FORMATS, key=lambda name: _FORMATS[name] != matrix.version)
+        raise ConfigError(
+            f"reading the settings of the GPTQ weights: sym is true, and read as checkpoint_format {said} every zero "
+            f"point of {named(matrix.name)} is {zeros[0, 0]}, expected {middle}; the file seems to be of {other}: "
+            "correct checkpoint_format, or sym if the model is not symmetric"
+        )
 
 
 def _read_settings(settings: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
-from packed_checkpoints import gptq_parts, pack_gptq
+from packed_checkpoints import gptq_parts, pack_gptq, packed_stream
 from safetensors.numpy import load_file, save_file
 
 from export.checkpoint.digests import recorded
@@ -141,6 +141,32 @@ def test_each_byte_is_read_and_hashed_once(packed):
 def test_settings_that_do_not_fit_are_refused(packed, changes, said):
     edit_settings(packed, **changes)
     assert said in refusal(packed)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zero_points_of_the_other_version_are_refused_where_the_model_is_symmetric(tmp_path, bits):
+    """Every weight would be a step off. In version 1 a zero point is stored less one."""
+    middle = 1 << (bits - 1)
+    folder = write_phi_checkpoint(tmp_path / "m", seed=1, hidden_size=64, num_heads=4, ffn_size=96, num_layers=1)
+    pack_gptq(folder, bits=bits, sym=True)
+    read_all(folder)
+    edit_settings(folder, checkpoint_format="gptq")
+    said = "sym is true, and read as checkpoint_format {} every zero point of {}.weight is {}, expected {}"
+    stem = "model.layers.0.mlp.fc1"
+    assert said.format("gptq", stem, middle + 1, middle) in refusal(folder)
+    edit_settings(folder, checkpoint_format="gptq", sym=False)
+    read_all(folder)
+
+    def less_one(tensors):
+        for name in [name for name in tensors if name.endswith(".qzeros")]:
+            groups, words = tensors[name].shape
+            tensors[name] = packed_stream(np.full((groups, words * 32 // bits), middle - 1, np.uint8), bits)
+
+    edit_tensors(folder, less_one)
+    edit_settings(folder, checkpoint_format="gptq", sym=True)
+    read_all(folder)
+    edit_settings(folder, checkpoint_format="gptq_v2")
+    assert said.format("gptq_v2", stem, middle - 1, middle) in refusal(folder)
 
 
 def change(ending, edit):
