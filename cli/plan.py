@@ -19,7 +19,8 @@ from cli.rows import print_rows
 from export.errors import ConfigError, named
 from export.files.reading import is_folder
 from trt_build.backends import choose_backend
-from trt_build.engine_flags import add_engine_arguments, refuse_flags_of_others
+from trt_build.engine_flags import DEFAULT_PRECISION, add_engine_arguments, refuse_flags_of_others
+from trt_build.manifest import BACKENDS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,17 +66,23 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _explain_merge(path: Path, arguments: argparse.Namespace) -> int:
-    """Print what a merge would make and need. Raises ConfigError for flags that describe an engine."""
+    """Print what a merge would make and need. Raises ConfigError for flags that describe an engine and are not at
+    their default."""
     from export.merge.config import read_merge_config
     from export.merge.explain import explain_merge
 
-    shared = ("checkpoint", "checkpoint_flag", "output", "json", "backend", "precision")
-    given = [name for name, value in vars(arguments).items() if name not in shared and value not in (None, False)]
+    shared = ("checkpoint", "checkpoint_flag", "output", "json")
+    unless = {"backend": BACKENDS[0], "precision": DEFAULT_PRECISION}
+    given = [
+        name
+        for name, value in vars(arguments).items()
+        if name not in shared and value not in (None, False, unless.get(name))
+    ]
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ConfigError(
-            f"planning the merge {named(path)}: {flags} describes an engine; leave it out, merge, and plan the engine "
-            "of the merged folder"
+            f"planning the merge {named(path)}: a merge has no {flags}, which moeship plan takes for a checkpoint; "
+            "leave it out here, merge, and plan the merged folder with it"
         )
     explanation = explain_merge(read_merge_config(path))
     if arguments.json:

@@ -16,13 +16,16 @@ from trt_build.manifest import BACKENDS, ORT_BACKEND, TRTLLM_BACKEND
 from trt_build.trtllm_flags import NAMES, add_trtllm_arguments
 
 DEFAULT_PROVIDER = "cpu"
+DEFAULT_PRECISION = "int4"
 # Flags that one backend alone has. If such a flag is not given, its value is None.
 _OWN_FLAGS: Mapping[str, Collection[str]] = {ORT_BACKEND: ("provider", "kernels"), TRTLLM_BACKEND: NAMES}
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, output_required: bool) -> None:
     """Add every flag of both backends. Each backend reads its own (`command.py`)."""
-    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="checkpoint folder, or a hub id owner/name")
+    parser.add_argument(
+        "checkpoint", nargs="?", metavar="CHECKPOINT", help="checkpoint folder, a hub id owner/name, or a GGUF file"
+    )
     parser.add_argument("--checkpoint", dest="checkpoint_flag", metavar="DIR", help="the checkpoint, as a flag")
     parser.add_argument(
         "--revision", metavar="REV", help="branch, tag or commit of a hub id (default: its main branch)"
@@ -30,7 +33,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, o
     parser.add_argument("--output", required=output_required, type=Path, metavar="ENGINE", help=output_help)
     engine = parser.add_argument_group("engine")
     engine.add_argument("--backend", default=BACKENDS[0], help=f"{' or '.join(BACKENDS)} (default: %(default)s)")
-    engine.add_argument("--precision", default="int4", metavar="P", help=f"{', '.join(PLANS)} (default: %(default)s)")
+    engine.add_argument(
+        "--precision", default=DEFAULT_PRECISION, metavar="P", help=f"{', '.join(PLANS)} (default: %(default)s)"
+    )
     engine.add_argument("--experts-per-token", type=int, metavar="K", help="override the config's num_experts_per_tok")
     engine.add_argument(
         "--keep-all-experts", action="store_true", help="also write the experts that can never be chosen"

@@ -115,7 +115,13 @@ def test_the_command_prints_json_and_text(three, capsys):
 
 def test_flags_of_an_engine_are_refused(three, capsys):
     assert main(["plan", str(three), "--max-batch-size", "3", "--provider", "cuda"]) == 2
-    assert "--provider, --max-batch-size describes an engine; leave it out, merge, and plan" in capsys.readouterr().err
+    assert "a merge has no --provider, --max-batch-size, which moeship plan takes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--precision", "int8"), ("--backend", "tensorrt-llm")])
+def test_flags_of_an_engine_that_have_a_default_are_refused_too(three, capsys, flag, value):
+    assert main(["plan", str(three), flag, value]) == 2
+    assert f"a merge has no {flag}, which moeship plan takes" in capsys.readouterr().err
 
 
 def test_what_a_merge_refuses_its_plan_refuses(three, capsys):
