@@ -191,9 +191,10 @@ def _windows(engine: Engine, tokenizer: Tokenizer, text: str, num_tokens: int) -
     asked = min(num_tokens, len(token_ids))
     first = min(longest, LONG_WINDOW_TOKENS, num_tokens)
     if asked < first:
+        fewer = f", or --tokens {asked}" if asked >= MIN_TOKENS else ""
         raise ConfigError(
-            f"{doing}: the text has {asked} tokens, expected at least {first}, which fill the first window of "
-            f"{num_tokens} tokens; pass a longer text, or ask for {asked} tokens"
+            f"{doing}: the text has {asked} tokens, expected at least {first}, the first window of a measurement of "
+            f"{num_tokens} tokens; pass a longer text{fewer}"
         )
     rest = split_windows(token_ids[first:asked], min(WINDOW_TOKENS, longest), asked - first)
     windows = [token_ids[:first], *rest] if first > 1 else []

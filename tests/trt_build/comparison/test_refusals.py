@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -44,7 +45,20 @@ def refused(engine, checkpoint, tmp_path, capsys):
 def test_a_text_shorter_than_a_window_is_refused_with_both_counts(refused):
     told = refused("--tokens", "2048", content="Short. ")
     assert ": the text has " in told
-    assert " tokens, expected at least 640, which fill the first window of 2048 tokens; pass a longer text, or" in told
+    assert (
+        " tokens, expected at least 640, the first window of a measurement of 2048 tokens; pass a longer text" in told
+    )
+
+
+def test_a_short_text_is_told_the_flag_that_measures_all_of_it(refused):
+    told = refused("--tokens", "2048", content="What is it? " * 8)
+    count = re.search(r"the text has (\d+) tokens", told)[1]
+    assert told.endswith(f"; pass a longer text, or --tokens {count}")
+
+
+def test_a_text_below_the_least_is_not_told_to_ask_for_less_than_the_least(refused):
+    told = refused("--tokens", "2048", content="a")
+    assert told.endswith("; pass a longer text")
 
 
 def test_fewer_tokens_than_the_least_are_refused(refused):
