@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint folder or a hub id")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, a hub id or a GGUF file")
     parser.add_argument(
         "--revision", metavar="REV", help="branch, tag or commit of a hub id (default: its main branch)"
     )

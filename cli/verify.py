@@ -37,7 +37,9 @@ PROGRESS_S = 5.0  # seconds between two progress messages
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("engine", type=Path, nargs="+", metavar="ENGINE",
                         help="engine directory; several must be of one model")  # fmt: skip
-    parser.add_argument("--reference", required=True, metavar="CHECKPOINT", help="the checkpoint it was built from")
+    parser.add_argument(
+        "--reference", required=True, metavar="CHECKPOINT", help="the checkpoint that the engines were built from"
+    )
     parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE",
                         help="measure on this text; repeatable (default: moeship's own held-out text)")  # fmt: skip
     parser.add_argument("--tokens", type=int, default=2048, metavar="N",

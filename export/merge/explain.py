@@ -133,7 +133,7 @@ def explain_merge(config: MergeConfig) -> MergeExplanation:
     rate = _measured_rate(config, plan)
     experts = []
     for index, (expert, setting) in enumerate(zip(plan.experts, config.experts, strict=True)):
-        logger.info("comparing expert %d of %d with the base", index + 1, len(plan.experts))
+        logger.info("comparing expert %d with the base; the last is %d", index, len(plan.experts) - 1)
         experts.append(
             ExpertLoss(
                 model=str(setting.model),
