@@ -208,6 +208,34 @@ def raise_codes(files: Files) -> None:
     files.change(f"{files.attention.output}.weight", edit)
 
 
+def move_codes(which: Callable[[Files], str], rows: slice, columns: slice) -> Callable[[Files], None]:
+    """Make codes of every matrix of a weight the next ones; float values become larger by a hundredth."""
+
+    def edit(codes: np.ndarray, scales: np.ndarray) -> tuple[Any, Any]:
+        part = codes[..., rows, columns]
+        if codes.dtype != np.uint8:
+            part *= codes.dtype.type(1.01)
+        else:
+            top = 15 if codes.max() < 16 else 255
+            part[:] = np.where(part < top, part + 1, part - 1)
+        return codes, scales
+
+    return lambda files: files.change(which(files), edit)
+
+
+def scale_block(which: Callable[[Files], str], factor: float) -> Callable[[Files], None]:
+    """Multiply the scale of one block of every matrix of a weight; of a float weight half of a row."""
+
+    def edit(codes: np.ndarray, scales: np.ndarray) -> tuple[Any, Any]:
+        if codes.dtype == np.uint8:
+            scales[..., 5, 0] *= scales.dtype.type(factor)
+        else:
+            codes[..., 5, : codes.shape[-1] // 2] *= codes.dtype.type(factor)
+        return codes, scales
+
+    return lambda files: files.change(which(files), edit)
+
+
 def values(which: Callable[[Files], str], edit: Callable[[np.ndarray], Any]) -> Callable[[Files], None]:
     """Change the values of a float initializer in place."""
 
@@ -406,6 +434,11 @@ FAULTS: dict[str, Fault] = {
     "eight rows of the experts' second of zeros": Fault(scale(second, 0.0, slice(8, 16))),
     "one expert's second times 1.05": Fault(one_expert(1.05)),
     "codes off by one": Fault(raise_codes),
+    "every 64th code off by one": Fault(move_codes(second, slice(None), slice(63, None, 64))),
+    "a code of each row off by one": Fault(move_codes(qkv, slice(None), slice(7, 8))),
+    "one code off by one": Fault(move_codes(output, slice(5, 6), slice(7, 8))),
+    "one block's scale times 1.05": Fault(scale_block(first, 1.05)),
+    "sixteen rows of attention's output times 1.03": Fault(scale(output, 1.03, slice(16, 32))),
     "two experts swapped": Fault(swap_experts),
     "two router rows swapped": Fault(values(gate, lambda rows: rows[[1, 0, *range(2, len(rows))]])),
     "router times 1.03": Fault(values(gate, lambda rows: rows * np.float32(1.03))),

@@ -4,6 +4,10 @@ What a sound quantiser gives is not quite 1 for a factor, and depends on how the
 figures lie well within the limits of what the recipe gives for normal weights is sound. Any other is quantised again
 with the recipe, and judged by its distance from what that gives: a sound engine has none, however few values the band
 has and however they are distributed. What is judged are the engine's own codes all the same.
+
+Sums hide a single code or scale that is another one behind the quantiser's own error. But a block's scale is one of a
+few stretches of that of its largest value, and each code is the one nearest to its weight on the scale that is stored
+(export/quantize/grid.py), so each is looked at by itself.
 """
 
 from __future__ import annotations
@@ -14,10 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from trt_build.comparison.limits import Limits
+from export.quantize.grid import SMALLEST_SCALE, STRETCHES
+from trt_build.comparison.limits import HALF_STEP, Limits
 
 FloatArray = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
+_SMALLEST_STEP = 2.0**-149  # of float32
 _NEAR = 0.5  # part of a limit up to which a distance is taken as it is
 
 
@@ -114,3 +120,29 @@ def _from(band: Band, factor: float, offset: float, rows: Doubles) -> Distances:
 
 def _least(one: float, other: float) -> float:
     return float(np.minimum(one, other))
+
+
+def past_nearest(found: FloatArray, wanted: FloatArray, scales: FloatArray, bits: int) -> FloatArray:
+    """By how many steps the code that is furthest from its weight is past a half step, [rows]; 0 or less where each is
+    the nearest. `found` and `wanted` [rows, K], `scales` [rows, P]. Weights outside the grid count as its ends."""
+    half = 1 << (bits - 1)
+    inverse = np.zeros_like(scales)
+    np.divide(np.float32(1), scales, out=inverse, where=np.abs(scales) >= SMALLEST_SCALE)
+    steps = wanted.reshape(*scales.shape, -1) * inverse[..., None]
+    np.clip(steps, np.float32(-half), np.float32(half - 1), out=steps)
+    with np.errstate(invalid="ignore"):  # an infinite scale, which has an inverse of 0
+        steps -= found.reshape(steps.shape) * inverse[..., None]
+    np.abs(steps, out=steps)
+    past: FloatArray = steps.reshape(len(found), -1).max(axis=1) - np.float32(0.5)
+    return past
+
+
+def off_stretches(scales: FloatArray, units: FloatArray, bits: int, scale_type: str) -> FloatArray:
+    """How far the scale that is furthest from a stretch is from the nearest one, as a part of `units`, the scales of
+    stretch 1; [rows], from two arrays [rows, P]. Signs are those of two equally large values, and do not count."""
+    slack = HALF_STEP if scale_type == "float16" else _SMALLEST_STEP
+    units = np.abs(units).astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        nearest = np.min([np.abs(np.abs(scales) - stretch * units) for stretch in STRETCHES[bits]], axis=0) - slack
+        off: FloatArray = np.where(nearest <= 0, 0, nearest / units).max(axis=1)
+    return off

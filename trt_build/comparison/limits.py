@@ -13,6 +13,11 @@ offset   the mean of e in steps between two codes of a block, with the sign of i
 excess   by how much |e| / |w| of one output row is more than in a sound engine; judged alike, beginning with `usual`,
          which is that of normal weights. A sound engine has none. Rows that changed places with a row much like them
          give 0.07, a row of zeros 0.9, a row in another's place 1.3.
+code     by how much of a step the worst code is past half a step from its weight, on the scale that is stored. 0 where
+         each code is the nearest; products and inverses in float32 move it by 1e-4. Where codes were computed before
+         the scale was rounded to float16, 2^(b-1) 2^-11 is taken off. A code off by one gives 0.5 on average.
+scale    how far a scale is from the nearest one of those that the recipe tries, relative to the first. Only rounding to
+         the scales' dtype is left.
 matrix   |e| / |w| of a matrix. Measured: at most 0.16 (int4, blocks of 64, Student's t with 3 degrees of freedom) and
          0.017 (int8, blocks of 64, one value in 500 fifty times as large); 0.09 and 0.006 for normal weights.
 row      |e| / |w| of one output row. Proved: a value is rounded to the nearest of 2^b steps, and the block's
@@ -31,14 +36,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
+
+from export.quantize.grid import STRETCHES
 
 BAND_VALUES = 1 << 16
 # Rounding of scales to float16: 2^-11 of a scale above 2^-14, and at most 2^-25 below it.
 HALF_ROUNDING, HALF_STEP = 2.0**-11, 2.0**-25
 _ROUNDING: Mapping[str, float] = MappingProxyType({"float32": 0.0, "float16": HALF_ROUNDING, "bfloat16": 2.0**-8})
 _SUMMATION = 1e-5  # of sums in float32
+_NEAREST = 1e-3  # steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +60,8 @@ class Limits:
     excess: float
     matrix: float
     row: float
+    code: float  # steps
+    scale: float
 
 
 # Factor, offset and excess by bits.
@@ -79,7 +89,7 @@ def limits_of(bits: int, block: int, scale_type: str = "float16") -> Limits | No
         rounding = _ROUNDING[scale_type] + _SUMMATION
         return Limits(
             factor=rounding, bias=0.0, offset=_MEASURED[bits][1], usual=0.0, excess=rounding, matrix=rounding,
-            row=rounding,
+            row=rounding, code=_NEAREST, scale=rounding,
         )  # fmt: skip
     if (bits, block) not in _MATRIX:
         return None
@@ -87,8 +97,15 @@ def limits_of(bits: int, block: int, scale_type: str = "float16") -> Limits | No
     bias, usual = _NORMAL[bits, block]
     row = proved_row_error(bits, block) + max(0.0, _ROUNDING[scale_type] - HALF_ROUNDING)
     return Limits(
-        factor=factor, bias=bias, offset=offset, usual=usual, excess=excess, matrix=_MATRIX[bits, block], row=row
-    )
+        factor=factor, bias=bias, offset=offset, usual=usual, excess=excess, matrix=_MATRIX[bits, block], row=row,
+        code=_NEAREST, scale=_ROUNDING[scale_type] * max(STRETCHES[bits]) + _SUMMATION,
+    )  # fmt: skip
+
+
+def kept_limits(limits: Limits, scale_type: str) -> Limits:
+    """The limits of a matrix that has the checkpoint's own codes: only the rounding of its scales is left."""
+    rounding = _ROUNDING[scale_type] + _SUMMATION
+    return replace(limits, bias=0.0, usual=0.0, matrix=rounding, row=rounding)
 
 
 def graph_limit(float_type: str) -> float:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.checkpoint.tensor_table import CHUNK_ELEMENTS, TensorSpec, Weights
+from export.floats import widen
 from export.quantize.grid import dequantize_blocks, quantize_blocks
 
 FloatArray = npt.NDArray[np.float32]
@@ -28,11 +29,12 @@ ROW_MULTIPLE = 16
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How a quantised matrix is stored: bits of a code, input features that share a scale (0: all of a row), and the
-    scales' dtype."""
+    scales' dtype; `late`: whether scales are rounded to it after the codes were computed."""
 
     bits: int
     block: int
     scale_type: str
+    late: bool = False
 
     def __str__(self) -> str:
         return f"int{self.bits} in blocks of {self.block}" if self.block else f"int{self.bits} with a scale a row"
@@ -63,6 +65,11 @@ class ReadBack(Weights, abc.ABC):
         """The float32 values that a row which is not quantised should have where the checkpoint has `values`, which are
         its rows from `first` on."""
 
+    def part_scales(self, name: str, group: int, first: int, last: int) -> Sequence[FloatArray] | None:  # noqa: ARG002
+        """The scales of the blocks of `part_rows`, [rows, P], where a sound engine has the nearest code for each weight
+        on them; None where it need not have."""
+        return None
+
     def copies(self, name: str) -> Sequence[str]:  # noqa: ARG002 - for classes that store copies
         """The places that hold a row as a whole, in words; one without a name, unless a row is stored several times."""
         return ("",)
@@ -73,10 +80,13 @@ class ReadBack(Weights, abc.ABC):
         assert recipe is not None
         if not recipe.block:
             return values  # which are those of the grid (`weights.py: nearest_of_rows`)
-        halves = recipe.scale_type == "float16"
+        halves = recipe.scale_type == "float16" and not recipe.late
         codes, scales = quantize_blocks(
             values, recipe.bits, recipe.block, half_scales=halves, refit=self.is_packed(name)
         )
+        if recipe.late:
+            with np.errstate(over="ignore", under="ignore"):
+                scales = widen(scales.astype(np.float16))
         return dequantize_blocks(codes, scales, recipe.bits)
 
     def is_packed(self, name: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -21,8 +21,8 @@ from export.families import Model
 from export.floats import widen
 from export.quantize.grid import SLICE_VALUES
 from trt_build.comparison.answers import Answer, listed
-from trt_build.comparison.bands import Band, distances, measure
-from trt_build.comparison.limits import BAND_VALUES, Limits, half_scale_error, limits_of
+from trt_build.comparison.bands import Band, distances, measure, off_stretches, past_nearest
+from trt_build.comparison.limits import BAND_VALUES, HALF_ROUNDING, Limits, half_scale_error, kept_limits, limits_of
 from trt_build.comparison.read_back import ROW_MULTIPLE, FloatArray, ReadBack, Recipe
 
 QUESTION = "Are these the checkpoint's weights?"
@@ -32,7 +32,7 @@ Place = tuple[TensorSpec, int, int]  # a row of the table, a group of it, and a 
 _BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 READ_VALUES = 1 << 18  # values that are dequantised and compared at a time
 MOST_SEARCHES = 4  # wrong matrices of which it is said whose weights they have
-_LARGEST = ("factor", "offset", "excess", "row")  # figures of _Sums of which the largest counts
+_LARGEST = ("factor", "offset", "excess", "row", "code", "scale")  # figures of _Sums of which the largest counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +57,12 @@ class _Sums:
     offset: float = 0.0
     excess: float = 0.0  # the largest of a row over a sound one
     row: float = 0.0  # the largest |e| / |w| of a row
+    code: float = 0.0
+    scale: float = 0.0
     rows: list[tuple[int, float]] = field(default_factory=list)  # rows past the limit, and their |e| / |w|
     excesses: list[tuple[int, float, float]] = field(default_factory=list)  # other wrong rows, |e| / |w| and the excess
+    codes: list[tuple[int, float]] = field(default_factory=list)  # rows with a code that is not the nearest
+    scales: list[tuple[int, float]] = field(default_factory=list)  # rows with a scale that the recipe does not try
     bands: list[tuple[int, str]] = field(default_factory=list)  # the first row, and what is wrong
     different: list[tuple[int, float, float]] = field(default_factory=list)  # row, found, expected
 
@@ -69,6 +73,8 @@ class _Sums:
             self.raise_to(name, getattr(other, name))
         self.rows += other.rows
         self.excesses += other.excesses
+        self.codes += other.codes
+        self.scales += other.scales
         self.bands += other.bands
         self.different += other.different
 
@@ -222,14 +228,15 @@ def _compare(stored: ReadBack, unit: _Unit, kept: frozenset[str]) -> list[_Sums]
     result = [_Sums() for _ in parts]
     recipe = stored.recipe(unit.spec.name)
     limits, keeps = _limits(recipe), unit.spec.name in kept
-    if limits is not None and keeps:
-        limits = replace(limits, bias=0.0, usual=0.0)
+    if recipe is not None and limits is not None and keeps:
+        limits = kept_limits(limits, recipe.scale_type)
     width = max(1, math.prod(parts[0].shape[1:]))
     step = max(ROW_MULTIPLE, READ_VALUES // width // ROW_MULTIPLE * ROW_MULTIPLE)
     for first in range(unit.first, unit.last, step):
         last = min(first + step, unit.last)
         found = stored.part_rows(unit.spec.name, unit.group, first, last, unit.copy)
-        for sums, values, wanted in zip(result, found, expected, strict=True):
+        scales = stored.part_scales(unit.spec.name, unit.group, first, last)
+        for turn, (sums, values, wanted) in enumerate(zip(result, found, expected, strict=True)):
             own = wanted[first - unit.first : last - unit.first]
             if recipe is None or limits is None:
                 _add_exact(sums, values, stored.rounded(unit.spec.name, unit.group, first, own), first)
@@ -238,6 +245,8 @@ def _compare(stored: ReadBack, unit: _Unit, kept: frozenset[str]) -> list[_Sums]
                 wanted_values = widen(own) if recipe.block else nearest_of_rows(widen(own), recipe.bits)
                 quantiser = _Quantiser(stored, unit.spec.name, keeps)
                 _add_rows(sums, values, wanted_values, first, limits, halved, quantiser)
+                if scales is not None:
+                    _add_codes(sums, values, wanted_values, scales[turn], first, limits, recipe, quantiser)
     return result
 
 
@@ -303,6 +312,21 @@ def _add_rows(
             sums.bands.append((first + begin, problem))
 
 
+def _add_codes(
+    sums: _Sums, found: FloatArray, wanted: FloatArray, scales: FloatArray, first: int, limits: Limits, recipe: Recipe,
+    quantiser: _Quantiser,
+) -> None:  # fmt: skip
+    """Look at each code and each scale of neighbouring rows [n, K] of a quantised matrix."""
+    codes = past_nearest(found, wanted, scales, recipe.bits)
+    if recipe.late:
+        codes -= np.float32(2 ** (recipe.bits - 1) * HALF_ROUNDING)
+    off = off_stretches(scales, quantiser.steps(wanted), recipe.bits, recipe.scale_type)
+    sums.raise_to("code", codes.max())
+    sums.raise_to("scale", off.max())
+    sums.codes += [(first + row, float(codes[row])) for row in np.flatnonzero(~(codes <= limits.code)).tolist()]
+    sums.scales += [(first + row, float(off[row])) for row in np.flatnonzero(~(off <= limits.scale)).tolist()]
+
+
 def _bands(rows: int, width: int) -> Iterator[tuple[int, int]]:
     """First rows and ends of bands of BAND_VALUES values. A last band that is short joins the one before."""
     step = max(ROW_MULTIPLE, BAND_VALUES // width // ROW_MULTIPLE * ROW_MULTIPLE)
@@ -336,9 +360,27 @@ def _problems(stored: ReadBack, spec: TensorSpec, part: _Sums) -> Iterator[str]:
             f"{error - excess:.3g} within {limits.excess}"
         )
     yield from (problem for _, problem in part.bands[:2])
+    if not any((part.rows, part.excesses, part.bands)):
+        yield from _single_problems(part, limits)
     slack = half_scale_error(recipe.bits, part.count) if recipe.scale_type == "float16" else 0.0
     if not math.sqrt(part.errors) <= limits.matrix * math.sqrt(part.weights) + slack:
         yield f": found relative error {part.error:.3g}, allowed {limits.matrix}"
+
+
+def _single_problems(part: _Sums, limits: Limits) -> Iterator[str]:
+    """What is wrong with single codes and scales, which is said where it does not show in sums."""
+    if part.scales:
+        most = max(off for _, off in part.scales)
+        yield (
+            f", {_rows([row for row, _ in part.scales])}: found a scale that is {most:.3g} off those that the recipe "
+            f"tries, relative to the first, allowed {limits.scale:.2g}"
+        )
+    if part.codes:
+        most = max(past for _, past in part.codes)
+        yield (
+            f", {_rows([row for row, _ in part.codes])}: found a code that is not the nearest to its weight, by "
+            f"{most:.3g} steps, allowed {limits.code:.2g}"
+        )
 
 
 def _rows(rows: Sequence[int]) -> str:

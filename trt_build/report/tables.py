@@ -18,7 +18,7 @@ COLOURED_DECADES = 4  # costs that are smaller than the largest by more have no 
 # Figures of the first question (trt_build/comparison/limits.py).
 _WEIGHT_FIGURES = {
     "factor": "factor off 1", "offset": "offset, steps", "excess": "excess of a row", "row": "error of a row",
-    "matrix": "error of a matrix",
+    "matrix": "error of a matrix", "code": "past the nearest code, steps", "scale": "scale off the recipe's",
 }  # fmt: skip
 
 Json = Mapping[str, Any]

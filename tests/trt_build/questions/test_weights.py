@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.quantize.grid import dequantize_blocks, quantize_blocks
+from trt_build.comparison.bands import off_stretches, past_nearest
 from trt_build.comparison.limits import limits_of, proved_row_error
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.questions.weights import ask_about_weights
@@ -123,3 +124,32 @@ def test_scales_too_small_for_float16_are_no_fault(tmp_path):
     save_file(tensors, folder / "model.safetensors")
     engine = build_engine(BuildOptions(checkpoint=str(folder), output=tmp_path / "e", kernels="moeship"))
     assert ask_about_weights(engine, read_model(open_checkpoint(folder))).failures == ()
+
+
+def test_small_scales_that_are_rounded_after_the_codes_are_no_fault(tmp_path):
+    """Engines for CUDA round scales to float16 once the codes are computed, and so does what they are judged by."""
+    folder = write_phixtral_checkpoint(tmp_path / "c", seed=4, num_experts=2, experts_per_token=1, **QUANTIZABLE)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.h.0.moe.mlp.0.fc1.weight"][5::8] *= np.float32(1e-5)
+    save_file(tensors, folder / "model.safetensors")
+    options = BuildOptions(
+        checkpoint=str(folder), output=tmp_path / "e", precision="int4", kernels="onnxruntime", provider="cuda"
+    )
+    assert ask_about_weights(build_engine(options), read_model(open_checkpoint(folder))).failures == ()
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_one_code_and_one_scale_show_in_a_large_matrix(precision):
+    """Beside 4,095 others of its row neither shows in a sum over rows or bands."""
+    bits = int(precision.removeprefix("int"))
+    rows = np.random.default_rng(1).standard_normal((64, 4096)).astype(np.float32)
+    codes, scales = quantize_blocks(rows, bits, 64)
+    units = np.abs(rows.reshape(64, 64, 64)).max(axis=2) / 2 ** (bits - 1)
+    limits = limits_of(bits, 64, "float32")
+    assert past_nearest(dequantize_blocks(codes, scales, bits), rows, scales, bits).max() <= limits.code
+    assert off_stretches(scales, units, bits, "float32").max() <= limits.scale
+    codes[3, 100] ^= 1
+    scales[5, 7] *= np.float32(1.01)
+    past = past_nearest(dequantize_blocks(codes, scales, bits), rows, scales, bits)
+    assert past[3] > limits.code
+    assert np.flatnonzero(off_stretches(scales, units, bits, "float32") > limits.scale).tolist() == [5]

@@ -40,6 +40,7 @@ ByteArray = npt.NDArray[np.uint8]
 # The two codes of a byte as signed float32 numbers, the lower one first, read as one item of eight bytes: a look-up
 # unpacks and converts at once.
 _NIBBLES = np.stack([np.arange(256) & 15, np.arange(256) >> 4], axis=1).astype(np.float32) - 8
+_SMALLEST_NORMAL = 2.0**-14  # of float16
 _PAIRS = np.ascontiguousarray(_NIBBLES).view(np.uint64)[:, 0]
 
 
@@ -68,7 +69,9 @@ class StoredWeights(ReadBack):
         matrix = self.matrix(name)
         if matrix is None:
             return None
-        return Recipe(bits=matrix.bits, block=matrix.block_size, scale_type=matrix.scales.dtype)
+        scale_type = matrix.scales.dtype
+        late = scale_type == "float16" and not matrix.grouped
+        return Recipe(bits=matrix.bits, block=matrix.block_size, scale_type=scale_type, late=late)
 
     def float_type(self, name: str) -> str | None:
         """The dtype in which a row that is not quantised is stored; None if it is quantised or absent."""
@@ -104,6 +107,24 @@ class StoredWeights(ReadBack):
         turns = len(spec.groups[group])
         values = self._rows(spec, self._place(spec, group), turns, self.rows_before(spec, group), first, last)
         return [values[turn::turns] for turn in range(turns)]
+
+    def part_scales(self, name: str, group: int, first: int, last: int) -> list[FloatArray] | None:
+        """None for refitted scales, and for scales that were rounded to so small float16 numbers after the codes were
+        computed that other codes may be nearer."""
+        spec, matrix = self.table[name], self.matrix(name)
+        if matrix is None or (self.checkpoint.packed and self.is_packed(name)):
+            return None
+        turns, before = len(spec.groups[group]), self.rows_before(spec, group)
+        start, stop = before + turns * first, before + turns * last
+        count = len(self.experts[name]) if spec.stacks_experts else 1
+        data = np.frombuffer(self.mapped, dtype=np.uint8)
+        scales = _block_scales(matrix, data, spec.shape[-2:], count, self._place(spec, group), start, stop)
+        if matrix.scales.dtype == "float16" and not matrix.grouped and (np.abs(scales) < _SMALLEST_NORMAL).any():
+            return None
+        scaled, factor = self.factors.get(name, (0, 1.0))
+        if start < scaled:
+            scales[: scaled - start] /= np.float32(factor)
+        return [scales[turn::turns] for turn in range(turns)]
 
     def rounded(self, name: str, group: int, first: int, values: npt.NDArray[Any]) -> FloatArray:
         """The values rounded to the engine's float type, with the factor that they carry there taken back."""
@@ -241,6 +262,21 @@ def _quantised_shapes(matrix: StoredMatrix, shape: tuple[int, ...]) -> list[tupl
         raise QuantizationError(f"found {bits} bits in blocks of {block} for {features} input features")
     blocks = features // block
     return [(*stack, rows, features * bits // 8), (*stack, rows, blocks), (*stack, rows, -(-blocks * bits // 8))]
+
+
+def _block_scales(
+    matrix: StoredMatrix, data: ByteArray, shape: Sequence[int], count: int, place: int, first: int, last: int
+) -> FloatArray:
+    """The scales [last - first, P] of what `_dequantise` gives."""
+    rows, features = shape
+    if not matrix.grouped:
+        return widen(matrix.scales.view(data).reshape(count, rows, -1)[place, first:last]).copy()
+    layout = _layout(matrix, rows, features)
+    start = first // GROUP_ROWS
+    own = slice(first - start * GROUP_ROWS, last - start * GROUP_ROWS)
+    groups = matrix.scales.view(data).reshape(count, layout.groups, -1)[place, start : -(-last // GROUP_ROWS)]
+    by_row = groups.reshape(-1, layout.blocks, GROUP_ROWS).transpose(0, 2, 1)
+    return widen(by_row).reshape(-1, layout.blocks)[own].copy()
 
 
 def _dequantise(
