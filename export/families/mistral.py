@@ -3,7 +3,7 @@
 Tensors have the names of transformers' MistralForCausalLM. Where config.json has no sliding_window, the window is the
 4096 positions of transformers' MistralConfig; where sliding_window is null, there is none. A config.json with
 layer_types is a Ministral to transformers: its layers of full_attention have no window, whatever sliding_window says.
-Layers that differ are refused. Several of these models are merged into a Mixtral (export/merge).
+Layers of another type are refused. Several of these models are merged into a Mixtral (export/merge).
 Source: transformers, models/mistral, models/ministral and models/auto/configuration_auto.py.
 """
 
@@ -40,30 +40,21 @@ def read_config(raw: Mapping[str, Any]) -> Architecture:
     Raises ConfigError."""
     reader = ConfigReader(raw, "mistral", transformers_keys("MistralConfig"))
     reader.harmless("sliding_window")
-    slides = _layers_are(raw, "sliding_attention")
-    if slides:
-        reader.harmless("layer_types")
-    window = _window(raw)
     return read_stack_config(
         reader,
         "mistral",
         rope_base=1e4,
         norm_epsilon=1e-6,
         num_kv_heads=8,
-        sliding_window=None if window is None and not slides else reader.integer("sliding_window", absent=_WINDOW),
+        sliding_window=None if _window(raw) is None else reader.integer("sliding_window", absent=_WINDOW),
         dense=True,
     )
 
 
 def _window(raw: Mapping[str, Any]) -> Any:  # noqa: ANN401 - JSON value
-    """The window that a config.json states, as it is written; None for none."""
-    return None if _layers_are(raw, "full_attention") else raw.get("sliding_window", _WINDOW)
-
-
-def _layers_are(raw: Mapping[str, Any], kind: str) -> bool:
-    """Whether layer_types says of every layer that it is of the kind."""
-    kinds, number = raw.get("layer_types"), raw.get("num_hidden_layers")
-    return isinstance(kinds, list) and len(kinds) == number and all(one == kind for one in kinds)
+    """The window that a config.json states, as it is written; None for none. Layers can be of no type but
+    full_attention, since any other layer_types is refused."""
+    return None if raw.get("layer_types") is not None else raw.get("sliding_window", _WINDOW)
 
 
 def network(raw: Mapping[str, Any]) -> Network:
