@@ -102,8 +102,11 @@ def limits_of(bits: int, block: int, scale_type: str = "float16") -> Limits | No
     )  # fmt: skip
 
 
-def kept_limits(limits: Limits, scale_type: str) -> Limits:
-    """The limits of a matrix that has the checkpoint's own codes: only the rounding of its scales is left."""
+def kept_limits(limits: Limits, scale_type: str, *, rounds_zeros: bool) -> Limits:
+    """The limits of a matrix that has the checkpoint's own codes: only the rounding of its scales is left. Zero points
+    that are stored as rounded floats (`rounds_zeros`) move values by a part of a step, whatever the values are."""
+    if rounds_zeros:
+        return replace(limits, bias=0.0, usual=0.0)
     rounding = _ROUNDING[scale_type] + _SUMMATION
     return replace(limits, bias=0.0, usual=0.0, matrix=rounding, row=rounding)
 

@@ -102,6 +102,10 @@ class ReadBack(Weights, abc.ABC):
         grid = self.grid(name)
         return grid is not None and grid.bits <= recipe.bits and grid.group_size % recipe.block == 0
 
+    def rounds_zeros(self, name: str) -> bool:  # noqa: ARG002
+        """Whether zero points of kept codes are stored as floats that are rounded."""
+        return False
+
     def steps(self, name: str, values: FloatArray) -> FloatArray:
         """About how far two neighbouring codes are apart in each block of values [rows, K] of a quantised row of the
         table, float32 [rows, K / block], with the sign of the scale (export/quantize/grid.py)."""

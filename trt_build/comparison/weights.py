@@ -229,7 +229,7 @@ def _compare(stored: ReadBack, unit: _Unit, kept: frozenset[str]) -> list[_Sums]
     recipe = stored.recipe(unit.spec.name)
     limits, keeps = _limits(recipe), unit.spec.name in kept
     if recipe is not None and limits is not None and keeps:
-        limits = kept_limits(limits, recipe.scale_type)
+        limits = kept_limits(limits, recipe.scale_type, rounds_zeros=stored.rounds_zeros(unit.spec.name))
     width = max(1, math.prod(parts[0].shape[1:]))
     step = max(ROW_MULTIPLE, READ_VALUES // width // ROW_MULTIPLE * ROW_MULTIPLE)
     for first in range(unit.first, unit.last, step):

@@ -133,6 +133,10 @@ class RankWeights(ReadBack):
     def keeps_codes(self, name: str) -> bool:
         return self.is_packed(name) and kept_grid(self, self.jobs[name]) is not None
 
+    def rounds_zeros(self, name: str) -> bool:
+        grid = kept_grid(self, self.jobs[name])
+        return grid is not None and grid.has_zeros
+
     def filling_failures(self) -> list[str]:
         """Rows that the checkpoint does not have: zeros, and biases that keep an id from being sampled."""
         found = []
