@@ -43,7 +43,8 @@ def open_source(location: str, experts_per_token: int | None, max_sequence: int 
     if checkpoint.is_gguf and not is_there(checkpoint.folder / TOKENIZER_FILE):
         raise ConfigError(
             f"opening {named(location)}: there is no {TOKENIZER_FILE} beside it, and moeship does not take the "
-            "tokenizer from a GGUF file; put the original model's tokenizer.json and its settings into the same folder"
+            "tokenizer from a GGUF file; put the original model's tokenizer.json and tokenizer_config.json into "
+            "the same folder"
         )
     settings = model_settings(model)
     longest = _max_sequence(max_sequence, model)

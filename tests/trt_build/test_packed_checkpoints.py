@@ -174,6 +174,13 @@ def test_a_plan_knows_the_bytes_and_says_what_will_become_of_the_weights(tmp_pat
            "exactly" in plan.notes  # fmt: skip
 
 
+def test_a_build_says_once_what_becomes_of_codes_that_are_kept(tmp_path, caplog):
+    checkpoint = pack_gptq(write_phixtral(tmp_path / "packed"), group_size=64)
+    with caplog.at_level(logging.INFO):
+        build_engine(BuildOptions(checkpoint=str(checkpoint), output=tmp_path / "engine", kernels="onnxruntime"))
+    assert caplog.text.count(": expert: the codes of 6 weights are kept exactly") == 1
+
+
 def test_a_resumed_build_knows_the_errors_of_all_parts(tmp_path):
     checkpoint = pack_gptq(write_phixtral(tmp_path / "packed"), group_size=64, ordered=True)
 

@@ -65,7 +65,8 @@ def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | N
         build.settings.write(folder.content)
         (folder.content / GENAI_FILE).write_text(build.genai_text(), encoding="utf-8")
         for note in build.packed_notes(records):
-            logger.info("%s", note)
+            if note not in build.notes:  # the errors are known after the write, and are nothing where codes are kept
+                logger.info("%s", note)
         files = record_files(folder.content, UNDIGESTED_FILES)
         manifest = build.manifest(_source(checkpoint, records), files, records)
         check_unchanged(checkpoint, fingerprint.sources, records)
