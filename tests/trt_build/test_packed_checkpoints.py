@@ -8,6 +8,7 @@ import logging
 import numpy as np
 import pytest
 from checkpoints import write_phixtral_checkpoint
+from engine_faults import FAULTS, with_fault
 from mixtral_checkpoints import write_mixtral_checkpoint
 from packed_checkpoints import pack_awq, pack_compressed, pack_gptq, pack_int8, pack_nf4
 
@@ -101,6 +102,17 @@ def test_on_cuda_experts_keep_codes_without_zero_points_alone(tmp_path, sym):
     assert found[Role.ATTENTION] == 0
     assert (found[Role.EXPERT] == 0) is sym
     assert ask_about_weights(engine, read_model(open_checkpoint(checkpoint))).failures == ()
+
+
+@pytest.mark.parametrize("name", ["one code off by one", "one block's scale times 1.05"])
+def test_kept_codes_may_not_differ_at_all(tmp_path, name):
+    checkpoint = pack_gptq(write_mixtral(tmp_path / "packed"), group_size=64)
+    engine = build_engine(BuildOptions(checkpoint=str(checkpoint), output=tmp_path / "e", kernels="onnxruntime"))
+    model = read_model(open_checkpoint(checkpoint))
+    network = model.family.network(model.weights.checkpoint.config)
+    failures = ask_about_weights(with_fault(engine, tmp_path / "wrong", FAULTS[name], network), model).failures
+    assert "row 5: found relative error" in failures[0]
+    assert failures[0].endswith("allowed 1e-05")
 
 
 def test_nf4_is_quantised_anew(tmp_path):

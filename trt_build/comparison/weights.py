@@ -134,7 +134,7 @@ def compare_weights(stored: ReadBack, model: Model, failures: Sequence[str], pro
     for (name, group, copy, turn), part in sums.items():
         spec = stored.table[name]
         where = _where(model, spec, group, turn) + stored.copies(name)[copy]
-        problems = list(_problems(stored, spec, part))
+        problems = list(_problems(stored, spec, part, keeps=name in kept))
         if part.wrong_rows and searches:
             searches -= 1
             problems[0] += _whose(stored, model, (spec, group, turn), part.wrong_rows[0])
@@ -209,6 +209,15 @@ def _limits(recipe: Recipe | None) -> Limits | None:
     return None if recipe is None else limits_of(recipe.bits, recipe.block, recipe.scale_type)
 
 
+def _limits_of_row(stored: ReadBack, name: str, *, keeps: bool) -> Limits | None:
+    """The limits of a row of the table; `keeps`: whether it should have the checkpoint's own codes."""
+    recipe = stored.recipe(name)
+    limits = _limits(recipe)
+    if recipe is None or limits is None or not keeps:
+        return limits
+    return kept_limits(limits, recipe.scale_type, rounds_zeros=stored.rounds_zeros(name))
+
+
 def _units(stored: ReadBack, spec: TensorSpec) -> Iterator[_Unit]:
     places = [(group, copy) for group in stored.stored_groups(spec) for copy in range(len(stored.copies(spec.name)))]
     for group, copy in places:
@@ -227,9 +236,8 @@ def _compare(stored: ReadBack, unit: _Unit, kept: frozenset[str]) -> list[_Sums]
     expected = [part.read_stored(stored.checkpoint, rows) for part in parts]
     result = [_Sums() for _ in parts]
     recipe = stored.recipe(unit.spec.name)
-    limits, keeps = _limits(recipe), unit.spec.name in kept
-    if recipe is not None and limits is not None and keeps:
-        limits = kept_limits(limits, recipe.scale_type, rounds_zeros=stored.rounds_zeros(unit.spec.name))
+    keeps = unit.spec.name in kept
+    limits = _limits_of_row(stored, unit.spec.name, keeps=keeps)
     width = max(1, math.prod(parts[0].shape[1:]))
     step = max(ROW_MULTIPLE, READ_VALUES // width // ROW_MULTIPLE * ROW_MULTIPLE)
     for first in range(unit.first, unit.last, step):
@@ -339,13 +347,13 @@ def _sound(quantiser: _Quantiser, wanted: FloatArray, steps: FloatArray) -> Band
     return measure(quantiser.requantized(wanted), wanted, steps)
 
 
-def _problems(stored: ReadBack, spec: TensorSpec, part: _Sums) -> Iterator[str]:
+def _problems(stored: ReadBack, spec: TensorSpec, part: _Sums, *, keeps: bool) -> Iterator[str]:
     """What is wrong with one part of a group, to be read after its name."""
     if part.different:
         _, found, expected = part.different[0]
         yield f", {_rows([row for row, *_ in part.different])}: found {found:.8g}, expected {expected:.8g}, exactly"
     recipe = stored.recipe(spec.name)
-    limits = _limits(recipe)
+    limits = _limits_of_row(stored, spec.name, keeps=keeps)
     if recipe is None or limits is None:
         return
     if part.rows:
@@ -364,7 +372,7 @@ def _problems(stored: ReadBack, spec: TensorSpec, part: _Sums) -> Iterator[str]:
         yield from _single_problems(part, limits)
     slack = half_scale_error(recipe.bits, part.count) if recipe.scale_type == "float16" else 0.0
     if not math.sqrt(part.errors) <= limits.matrix * math.sqrt(part.weights) + slack:
-        yield f": found relative error {part.error:.3g}, allowed {limits.matrix}"
+        yield f": found relative error {part.error:.3g}, allowed {limits.matrix:.3g}"
 
 
 def _single_problems(part: _Sums, limits: Limits) -> Iterator[str]:
