@@ -111,7 +111,7 @@ def test_kept_codes_may_not_differ_at_all(tmp_path, name):
     model = read_model(open_checkpoint(checkpoint))
     network = model.family.network(model.weights.checkpoint.config)
     failures = ask_about_weights(with_fault(engine, tmp_path / "wrong", FAULTS[name], network), model).failures
-    assert "row 5: found relative error" in failures[0]
+    assert ": found relative error" in failures[0]
     assert failures[0].endswith("allowed 1e-05")
 
 
