@@ -49,11 +49,13 @@ def question_table(engines: Sequence[ReportedEngine]) -> str:
     rows.append(_heading(OF_SERVING, [_kept(engine, _serving_figures(engine)) for engine in engines]))
     rows += _figure_rows(engines, _serving_figures)
     said = (
-        "Each figure with its limit, if it has one. Of stored weights the largest figures: the factor by which they "
-        "would come closest to the checkpoint's, their mean error in steps of the grid, the error of a row and of a "
-        "matrix as a part of its norm, and by how much a row's is more than a sound engine's. The error of logits, and "
-        "the differences in serving, are parts of the largest logit. Near ties are tokens for which the reference's "
-        "two best logits are so close that another choice says little."
+        "Each row has the engine's figure, its limit if there is one, and whether the limit is kept. Figures of "
+        "stored weights are the largest of all rows and matrices. Factor: the number by which the weights would have "
+        "to be multiplied to come closest to the checkpoint's, less that of a sound engine. Offset: the mean error, "
+        "in steps of the grid. Error: a part of the norm of a row or a matrix. Excess: how much larger the error of a "
+        "row is than a sound engine's. The error of logits, and the differences in serving, are parts of the largest "
+        "logit. Near ties are tokens for which the reference's two best logits are so close that another choice of "
+        "the engine says little."
     )
     return f"<p>{said}</p>{_table(engines, rows)}{''.join(map(_failures, engines))}"
 
