@@ -203,7 +203,8 @@ def answer_lines(answers: Sequence[Answer]) -> list[str]:
     """The questions with their answers and figures, one a line, and their failures."""
     lines = []
     for answer in answers:
-        said = {True: "yes", False: "NO", None: f"not asked: {answer.unasked}"}[answer.passed]
+        kept, missed = ("within its limits", "PAST ITS LIMITS") if answer.question.startswith("What") else ("yes", "NO")
+        said = {True: kept, False: missed, None: f"not asked: {answer.unasked}"}[answer.passed]
         asked = f", asked {answer.figures['asked']}" if "asked" in answer.figures else ""
         lines.append(f"{answer.question} {said}{asked}")
         for name, figures in answer.figures.get("largest", {}).items():
