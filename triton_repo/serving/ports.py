@@ -1,19 +1,26 @@
 """Chooses where a server listens: the address of a host, and a port each for gRPC, HTTP and metrics.
 
-A port that is asked for must be free. If none is asked for, a free one is chosen.
+A port that is asked for must be free. If none is asked for, a free one is chosen, below those that the kernel gives to
+outgoing connections: one of these may be taken again before the server listens on it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ipaddress
+import random
 import socket
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from export.errors import listing
 from triton_repo.errors import ServerError
 
 HIGHEST_PORT = 65535
+LOWEST_CHOSEN = 10000
+_OUTGOING = Path("/proc/sys/net/ipv4/ip_local_port_range")  # of IPv6 too
+_TRIES = 64
 EVERY_ADDRESS = ("0.0.0.0", "::")
 _LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -104,11 +111,8 @@ def choose_ports(address: Address, wanted: Ports, *, http: bool = True) -> Chose
     chosen: dict[str, int | None] = {"http": None}
     with contextlib.ExitStack() as held:  # each is held until the last is chosen, so that no two are equal
         for name, port in sorted(wishes.items(), key=lambda item: item[1] is None):
-            family = socket.AF_INET6 if address.is_ipv6 else socket.AF_INET
             try:
-                probe = held.enter_context(socket.socket(family, socket.SOCK_STREAM))
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((address.text, port or 0))
+                probe = held.enter_context(_listening(address, [port] if port else _candidates()))
             except OSError as error:
                 what = f"the {name} port {port}" if port else f"a port for {name}"
                 problems.append(f"{what} on {address.text} cannot be used ({error.strerror})")
@@ -117,3 +121,30 @@ def choose_ports(address: Address, wanted: Ports, *, http: bool = True) -> Chose
     if problems:
         raise ServerError(f"choosing ports: give other ports, or none to have free ones chosen:{listing(problems)}")
     return ChosenPorts(**chosen)  # type: ignore[arg-type]  # only `http` may be None
+
+
+def _candidates() -> Iterator[int]:
+    """Ports to try: some below those of outgoing connections, in a random order, then 0, any that is free."""
+    try:
+        end = int(_OUTGOING.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        end = 0
+    yield from random.sample(range(LOWEST_CHOSEN, end), _TRIES) if end >= LOWEST_CHOSEN + _TRIES else ()
+    yield 0
+
+
+def _listening(address: Address, ports: Iterable[int]) -> socket.socket:
+    """A socket that listens on the first of `ports` that is free. Raises OSError, that of the last, if none is."""
+    family = socket.AF_INET6 if address.is_ipv6 else socket.AF_INET
+    for port in ports:
+        probe = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address.text, port))
+            probe.listen()  # with SO_REUSEADDR two sockets that do not listen can have one port
+        except OSError as error:
+            probe.close()
+            failure = error
+        else:
+            return probe
+    raise failure

@@ -109,6 +109,20 @@ def test_a_port_whose_last_server_has_just_ended_is_taken():
     assert choose_ports(Address("127.0.0.1"), Ports(grpc=port)).grpc == port
 
 
+def test_chosen_ports_are_below_those_of_outgoing_connections_and_not_taken(monkeypatch):
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    free = choose_ports(Address("127.0.0.1"), Ports())
+    assert all(10000 <= port < first for port in (free.grpc, free.http, free.metrics))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", free.grpc))
+        taken.listen()
+        tries = iter([[free.grpc, free.http], [free.http, free.metrics], [free.grpc]])
+        monkeypatch.setattr("triton_repo.serving.ports.random.sample", lambda *_: next(tries))
+        again = choose_ports(Address("127.0.0.1"), Ports())
+    assert (again.grpc, again.http) == (free.http, free.metrics)
+    assert again.metrics >= first  # any that is free
+
+
 def test_chosen_ports_differ():
     ports = choose_ports(Address("127.0.0.1"), Ports())
     assert len({ports.grpc, ports.http, ports.metrics}) == 3
