@@ -100,7 +100,7 @@ def _verify_and_print(
     arguments: argparse.Namespace, engine: AnyEngine, text: EvaluationText, progress: Callable[[str], None]
 ) -> Verified | None:
     """Verify one engine, print the result as text and write it into engine.json. None for an engine for TensorRT-LLM
-    that cannot run here, of which the report shows what is recorded."""
+    that cannot run here; the report shows what its engine.json has recorded."""
     try:
         verified = _verify(arguments, engine, text, progress)
     except LibraryMissing as error:

@@ -38,7 +38,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 
 @dataclass(frozen=True, kw_only=True)
 class Array:
-    """An array of the metadata, of which only the length is read."""
+    """An array of the metadata. Only its length is read."""
 
     length: int
 

@@ -141,7 +141,7 @@ class Sampler:
         scores[self._end_ids] = kept
 
     def _pick(self, scores: Floats, best: int) -> int:
-        """A token by the scores, of which scores[best] is the highest."""
+        """A token by the scores. The highest is scores[best]."""
         if scores[best] == -np.inf:
             raise RequestError("choosing a token: bad_words and min_length together leave none; send fewer bad_words")
         if self._generator is None or scores[best] == np.inf:  # a penalty can take a huge logit out of float32's range
