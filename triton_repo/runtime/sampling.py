@@ -226,8 +226,8 @@ def choose_all(logits: Iterable[Floats], samplers: Sequence[Sampler]) -> list[Ch
 
 
 def log_probabilities_of(logits: Floats, token_ids: Sequence[int], num_tokens: int) -> list[float]:
-    """Natural logarithms of the probabilities of given tokens: of token_ids [S] under logits [S, V], of which the first
-    `num_tokens` are the model's tokens. Only one row is held as float64 at a time.
+    """Natural logarithms of the probabilities of token_ids [S] under logits [S, V]. The first `num_tokens` columns are
+    the model's tokens; the others do not count. Only one row is held as float64 at a time.
 
     For a prompt, row i holds the logits after token i, and token_ids are the prompt's tokens from the second on: its
     first token has no probability. Raises RequestError for logits that are NaN or infinite.

@@ -31,8 +31,8 @@ Place = tuple[TensorSpec, int, int]  # a row of the table, a group of it, and a 
 # below 0.5 takes exact halves up and everything below them down.
 _BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 READ_VALUES = 1 << 18  # values that are dequantised and compared at a time
-MOST_SEARCHES = 4  # wrong matrices of which it is said whose weights they have
-_LARGEST = ("factor", "offset", "excess", "row", "code", "scale")  # figures of _Sums of which the largest counts
+MOST_SEARCHES = 4  # for so many wrong matrices it is said whose weights they have
+_LARGEST = ("factor", "offset", "excess", "row", "code", "scale")  # figures of _Sums: the largest counts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -150,7 +150,7 @@ def test_requests_are_counted_and_logged_one_by_one(serving, model):
     assert grown["moeship_steps_total", ()] == grown["moeship_step_seconds_bucket", (("le", "+Inf"),)]
     # A step takes 10 ms at least, so each request's five tokens take 40 ms behind its first.
     assert 12 * 0.01 < grown["moeship_between_tokens_seconds_sum", ()] < 12
-    # Five experts, of which each token of a sampled step chooses two, in each of three layers.
+    # Each token of a sampled step chooses two of five experts, in each of three layers.
     chosen = {labels: value for (name, labels), value in grown.items() if name == experts}
     layers = [sum(value for labels, value in chosen.items() if ("layer", layer) in labels) for layer in "012"]
     assert layers[0] == layers[1] == layers[2] > 0

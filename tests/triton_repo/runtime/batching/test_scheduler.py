@@ -17,7 +17,7 @@ class Made:
         self.scheduler = Scheduler(Slots(self.cache, 1 << 40), Limits(slots=slots))
 
     def begin(self, size: int, *, computed: int = 0, count: int = 1):
-        """The first sequence of a request with a prompt of `size` tokens, of which so many are computed."""
+        """The first sequence of a request with a prompt of `size` tokens; `computed` of them are computed already."""
         wish = Wish(number=1, prompt=bytes([1] * size), most_tokens=10, count=count)
         self.scheduler.waiting.append(Client(wish).request)
         first = self.scheduler.begin()[0]
