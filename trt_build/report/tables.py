@@ -14,6 +14,7 @@ from trt_build.report.visible import change, escaped, number, percent
 
 OF_GRAPH = "Does the graph compute what the codes say?"
 OF_SERVING = "Is what is served what was scored?"
+_YES_NO, _LIMITS = ("yes", "NO"), ("within its limits", "PAST ITS LIMITS")
 COLOURED_DECADES = 4  # costs that are smaller than the largest by more have no colour
 # Figures of the first question (trt_build/comparison/limits.py).
 _WEIGHT_FIGURES = {
@@ -44,7 +45,7 @@ def question_table(engines: Sequence[ReportedEngine]) -> str:
     rows.append(_heading(OF_GRAPH, [_answer(engine, OF_GRAPH) for engine in engines]))
     for name, cell in (("error of the logits", _graph_cell), ("error of router logits", _router_cell)):
         rows.append(_row(name, [cell(_question(record, OF_GRAPH)) for record in records]))
-    rows.append(_heading(OF_COST, [_kept(engine, _cost_figures(engine)) for engine in engines]))
+    rows.append(_heading(OF_COST, [_kept(engine, _cost_figures(engine), _LIMITS) for engine in engines]))
     rows += _figure_rows(engines, _cost_figures)
     rows.append(_heading(OF_SERVING, [_kept(engine, _serving_figures(engine)) for engine in engines]))
     rows += _figure_rows(engines, _serving_figures)
@@ -159,16 +160,16 @@ def _answer(engine: ReportedEngine, question: str) -> str:
     return _said(found.get("passed"), engine)
 
 
-def _kept(engine: ReportedEngine, figures: Mapping[str, _Figure]) -> str:
-    """yes or NO, by whether all limits of a question are kept."""
+def _kept(engine: ReportedEngine, figures: Mapping[str, _Figure], words: tuple[str, str] = _YES_NO) -> str:
+    """The first of `words` if all limits of a question are kept, else the second."""
     judged = [kept for _, _, kept in figures.values() if kept is not None]
-    return _said(all(judged) if judged else None, engine)
+    return _said(all(judged) if judged else None, engine, words)
 
 
-def _said(passed: bool | None, engine: ReportedEngine) -> str:
+def _said(passed: bool | None, engine: ReportedEngine, words: tuple[str, str] = _YES_NO) -> str:
     if passed is None:
         return "not verified" if engine.record is None else "not asked: nothing was measured"
-    return '<span class="ok">yes ✓</span>' if passed else '<span class="no">NO ✗</span>'
+    return f'<span class="ok">{words[0]} ✓</span>' if passed else f'<span class="no">{words[1]} ✗</span>'
 
 
 def _weights_cell(answer: Json, recipe: str, figure: str) -> str:
