@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,3 +38,27 @@ def listed(failures: list[str]) -> tuple[str, ...]:
     """The first MOST_FAILURES of the failures, and how many more there are."""
     rest = len(failures) - MOST_FAILURES
     return tuple(failures[:MOST_FAILURES]) + ((f"and {rest} more",) if rest > 0 else ())
+
+
+def first_layer(layers: Sequence[int], differences: Sequence[float], limit: float) -> str | None:
+    """Where a difference begins, by the routers of `layers`, whose logits differ by `differences`, relative to the
+    largest: a sentence on the first that differs by more than `limit`. None if no router does. NaN differs."""
+    number = next((number for number, found in enumerate(differences) if not found <= limit), None)
+    if number is None:
+        return None
+    parts = f"attention, norms or router of layer {layers[number]}"
+    begin = f"the experts of layer {layers[number - 1]}, or in {parts}" if number else f"the embedding, or in {parts}"
+    return (
+        f"the router logits of layer {layers[number]} are the first that differ, so it begins in {begin}: "
+        f"{off(differences[number], limit)}"
+    )
+
+
+def behind_routers(layers: Sequence[int]) -> str:
+    """Where a difference begins that no router shows."""
+    return f"no router's do, so it begins in the experts of layer {layers[-1]} or behind them"
+
+
+def off(found: float, limit: float) -> str:
+    """A difference relative to the largest value, with its limit."""
+    return f"found {found:.2e} of the largest, allowed {limit:.0e}"

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
+
 QUESTION = "What did the quantiser cost?"
 
 
@@ -32,6 +34,12 @@ class PartCost:
     mean_kl: float
     standard_error: float  # of the mean over positions: their standard deviation over the root of their number
     max_kl: float
+
+    def words(self) -> str:
+        """The part in words, such as "the experts of layer 3"."""
+        role = {"expert": "experts", "ffn": "MLP"}.get(self.role, self.role)
+        layer = "" if self.layer is None else f" of layer {self.layer}"
+        return f"the {role}{layer}" if self.expert is None else f"expert {self.expert}{layer}"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -56,6 +64,23 @@ class Cost:
     whole: PartCost | None = None  # all stored weights together
     parts: tuple[PartCost, ...] = ()
     unasked: str | None = None
+
+    def dearest(self, allowed: float) -> str | None:
+        """A sentence on the part that costs most, for a failure whose limit of the mean KL is `allowed`, in nats. None
+        if no cost was measured."""
+        if self.whole is None or not self.parts:
+            return None
+        part = max(self.parts, key=lambda part: np.nan_to_num(part.mean_kl, nan=np.inf))
+        if self.whole.mean_kl <= allowed:
+            return (
+                f"all weights as the engine stores them cost {self.whole.mean_kl:.2g} nats of mean KL over "
+                f"{self.num_tokens} tokens, within the limit: what is past it comes from the graph, or from rounded "
+                "activations"
+            )
+        return (
+            f"the part that costs most is {part.words()}: {part.mean_kl:.2g} nats of mean KL over {self.num_tokens} "
+            f"tokens, with all else the checkpoint's; all parts together {self.whole.mean_kl:.2g}"
+        )
 
     def to_json(self, experts: bool = True) -> dict[str, Any]:
         """Everything, or without the single experts."""

@@ -35,6 +35,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trt_build.comparison.answers import behind_routers, first_layer
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServingLimits:
@@ -52,6 +54,9 @@ SERVING_LIMITS: Mapping[str, ServingLimits] = {
 }
 
 
+# Router logits that differ by this part of the largest are nearly equal: activations rounded to 8 bits move them by
+# about a hundredth, and the order of summation by 1e-6.
+NEAR_ROUNDED, NEAR_PRECISE = 0.03, 1e-4
 MOST_TIES = 0.1  # part of the positions of a way that may be near ties
 FLOAT32_LIMITS = ServingLimits(largest=0.1, mean=1e-4)
 
@@ -67,13 +72,19 @@ class Way:
     """One way to run the serving graph: the largest difference of each compared position [P], relative to the largest
     logit of its window, and a name for each position. `ties` [P]: the positions at which the two graphs chose other
     experts whose router logits are nearly equal; they are not judged, unless they are more than MOST_TIES of all.
-    `exact`: with float32 activations, in both graphs."""
+    `exact`: with float32 activations, in both graphs.
+
+    `routers` [M, P]: how far the router logits of each of `layers` differ at each position, relative to the layer's
+    largest; a router differs where that is more than `near`. None if the steps give no router logits."""
 
     name: str
     differences: npt.NDArray[np.float64]
     places: tuple[str, ...]
     ties: npt.NDArray[np.bool_] | None = None
     exact: bool = False
+    routers: npt.NDArray[np.float64] | None = None
+    layers: tuple[int, ...] = ()
+    near: float = 0.0
 
     @property
     def judged(self) -> npt.NDArray[np.bool_]:
@@ -97,21 +108,38 @@ class Way:
         return FLOAT32_LIMITS if self.exact else served
 
     def failure(self, limits: ServingLimits) -> str | None:
-        """A sentence if a limit is missed: which way, where, found and allowed. NaN misses each limit."""
+        """A sentence if a limit is missed: which way, where, found and allowed, and the layer where it begins. NaN
+        misses each limit."""
         wrong = np.flatnonzero(~(self.differences <= limits.largest) & self.judged)
         if len(wrong):
             worst = int(wrong[np.argmax(np.nan_to_num(self.differences[wrong], nan=np.inf))])
             return (
                 f"served in {self.name}, {len(wrong)} of {len(self.places)} positions differ from the scoring graph, "
                 f"first {self.places[wrong[0]]}; the largest difference is {self.differences[worst]:.1e} of the "
-                f"largest logit, allowed {limits.largest:.1e}"
+                f"largest logit, allowed {limits.largest:.1e}{self._begin(int(wrong[0]))}"
             )
         if not self.mean <= limits.mean:
+            worst = int(np.argmax(np.where(self.judged, self.differences, 0.0)))
             return (
                 f"served in {self.name}, positions differ from the scoring graph by {self.mean:.1e} of the largest "
-                f"logit on average, allowed {limits.mean:.1e}"
+                f"logit on average, allowed {limits.mean:.1e}{self._begin(worst)}"
             )
         return None
+
+    def _begin(self, position: int) -> str:
+        """Where in the model the difference at one of the positions begins, as the end of a sentence."""
+        if self.routers is None or not self.layers:
+            return ""
+        where = first_layer(self.layers, self.routers[:, position].tolist(), self.near)
+        if where is None:
+            # Rounded activations hide what is less, so nothing follows from routers that are as they should be.
+            precise = self.near <= NEAR_PRECISE
+            where = (
+                f"the logits differ, and {behind_routers(self.layers)}"
+                if precise
+                else f"no router logits differ by more than {self.near:.0e} of the largest"
+            )
+        return f"; at {self.places[position]} {where}"
 
 
 def ways_to_json(ways: Sequence[Way]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from export.exporter import SCORING_GRAPH, SERVING_GRAPH
 from trt_build.comparison.parity import FloatArray
-from trt_build.comparison.serving_ways import Way
+from trt_build.comparison.serving_ways import NEAR_PRECISE, NEAR_ROUNDED, Way
 from trt_build.ort.cache import Cache
 from trt_build.ort.engine import Engine
 from trt_build.ort.questions.float32 import float32_experts, with_float32_activations
@@ -39,11 +39,16 @@ LATE_TOKENS = 33  # of the sequence that comes in when the others decode
 BATCH_STEPS = 6  # tokens of each sequence that are decoded together
 CHUNKED_TOKENS = 512
 DECODED_TOKENS = 64
-# Router logits that differ by this part of the largest are nearly equal: activations rounded to 8 bits move them by
-# about a hundredth, and the order of summation by 1e-6.
-NEAR_ROUNDED, NEAR_PRECISE = 0.03, 1e-4
 
-_Compared = tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]  # differences, and which of them are near ties
+
+@dataclass(frozen=True, kw_only=True)
+class _Compared:
+    """The differences of n positions, which of them are near ties [n], and those of the routers [M, n] (None: no router
+    logits)."""
+
+    differences: npt.NDArray[np.float64]
+    ties: npt.NDArray[np.bool_]
+    routers: npt.NDArray[np.float64] | None
 
 
 def compare_serving(engine: Engine, window: Sequence[int], progress: Callable[[str], None]) -> tuple[Way, ...]:
@@ -102,8 +107,10 @@ class _Scored:
         own = slice(first, first + len(found))
         differences = np.abs(found.astype(np.float64) - self.logits[own]).max(axis=-1) / np.abs(self.logits).max()
         if self.routed is None or routed is None:
-            return differences, np.zeros(len(found), dtype=np.bool_)
-        return differences, self._ties(self.routed[:, own], routed)
+            return _Compared(differences=differences, ties=np.zeros(len(found), dtype=np.bool_), routers=None)
+        largest = np.abs(self.routed).max(axis=(1, 2))[:, None]
+        routers = np.abs(routed.astype(np.float64) - self.routed[:, own]).max(axis=-1) / largest
+        return _Compared(differences=differences, ties=self._ties(self.routed[:, own], routed), routers=routers)
 
     def _ties(self, expected: FloatArray, found: FloatArray) -> npt.NDArray[np.bool_]:
         """The positions [n] at which the first router that chooses other experts has them nearly equal. Behind it other
@@ -129,9 +136,17 @@ def _step(session: Session, cache: Cache, rows: Sequence[Row]) -> tuple[FloatArr
     return logits, in_checkpoint_order(room, session.routing.expert_order)
 
 
-def _way(name: str, compared: Sequence[_Compared], places: Sequence[str]) -> Way:
-    differences, ties = (np.concatenate(found) for found in zip(*compared, strict=True))
-    return Way(name=name, differences=differences, places=tuple(places), ties=ties)
+def _way(name: str, compared: Sequence[_Compared], places: Sequence[str], session: Session, scored: _Scored) -> Way:
+    routers = [own.routers for own in compared if own.routers is not None]
+    return Way(
+        name=name,
+        differences=np.concatenate([own.differences for own in compared]),
+        places=tuple(places),
+        ties=np.concatenate([own.ties for own in compared]),
+        routers=np.concatenate(routers, axis=1) if routers else None,
+        layers=() if session.routing is None else session.routing.layers,
+        near=scored.near,
+    )
 
 
 def _decode(session: Session, tokens: Sequence[int], start: int, scored: _Scored) -> Way:
@@ -145,7 +160,7 @@ def _decode(session: Session, tokens: Sequence[int], start: int, scored: _Scored
         if span.stop >= start:
             last = None if routed is None else routed[:, -1:]
             compared.append(scored.compare(logits, last, span.stop - 1))
-    return _way("decoding", compared, [f"position {place}" for place in range(start - 1, len(tokens))])
+    return _way("decoding", compared, [f"position {place}" for place in range(start - 1, len(tokens))], session, scored)
 
 
 def _in_chunks(session: Session, tokens: Sequence[int], scored: _Scored) -> Way:
@@ -158,7 +173,7 @@ def _in_chunks(session: Session, tokens: Sequence[int], scored: _Scored) -> Way:
         start, number = start + len(chunk), number + 1
         compared.append(scored.compare(logits, routed, start - num_logits))
         places += [f"position {place}" for place in range(start - num_logits, start)]
-    return _way("chunks", compared, places)
+    return _way("chunks", compared, places, session, scored)
 
 
 def _starts(tokens: Sequence[int], longest: int) -> list[list[int]]:
@@ -203,4 +218,4 @@ def _in_a_batch(session: Session, sequences: Sequence[Sequence[int]], scored: Se
             compared.append(scored[number].compare(logits[own], routers, first))
             places += [f"position {place} of sequence {number + 1}" for place in range(first, stop)]
             begin += stop - first
-    return _way("a batch", compared, places)
+    return _way("a batch", compared, places, session, scored[0])

@@ -45,7 +45,7 @@ from trt_build.comparison.weights import QUESTION as OF_WEIGHTS
 from trt_build.errors import EngineError
 from trt_build.ort.device import open_device
 from trt_build.ort.engine import Engine, read_part_records, record_verification
-from trt_build.ort.questions.cost import CostOptions, prepare_cost
+from trt_build.ort.questions.cost import OF_A_FAILURE, CostOptions, prepare_cost
 from trt_build.ort.questions.graph import QUESTION as OF_GRAPH
 from trt_build.ort.questions.graph import ask_about_graph
 from trt_build.ort.questions.weights import ask_about_weights
@@ -76,9 +76,9 @@ def verify_engine(
     cost: CostOptions | None = None,
 ) -> Verification:
     """Compare an engine with the checkpoint at `location`. The checkpoint's tokenizer encodes the text. With `cost` the
-    cost of the quantiser is told apart by layer, role and expert. Raises ConfigError for too little text, EngineError
-    for another model's checkpoint, for another tokenizer, and for a checkpoint whose files are not those of the
-    build."""
+    cost of the quantiser is told apart by layer, role and expert; without it this is done where the engine misses a
+    limit, by layer and role. Raises ConfigError for too little text, EngineError for another model's checkpoint, for
+    another tokenizer, and for a checkpoint whose files are not those of the build."""
     open_device(engine)  # raises for a missing package or device before the reference takes its time
     manifest, model = engine.manifest, read_model(open_checkpoint(location))
     settings = model_settings(model)
@@ -93,13 +93,19 @@ def verify_engine(
     report, positions = _scored(engine, Reference(model), windows, progress)
     ways = compare_serving(engine, windows[0], progress)
     precision = manifest.precision.name
+    missed = report.failures(THRESHOLDS[precision])
+    if missed:
+        measure_cost = measure_cost or prepare_cost(engine, model, token_ids, OF_A_FAILURE)
+    measured = None if measure_cost is None else measure_cost(progress)
+    if missed and measured is not None and (dearest := measured.dearest(THRESHOLDS[precision].mean_kl)) is not None:
+        missed.append(dearest)
     limits = serving_limits(precision, manifest.provider)
     misserved = [failure for way in ways if (failure := way.failure(way.limits(limits))) is not None]
     return Verification(
         report=report,
         failures=(
             *(failure for answer in questions for failure in answer.failures),
-            *report.failures(THRESHOLDS[precision]),
+            *missed,
             *misserved,
         ),
         findings=(*findings, *report.findings(manifest.tokenizer_size)),
@@ -109,7 +115,7 @@ def verify_engine(
         windows=tuple(map(len, windows)),
         questions=questions,
         serving=ways,
-        cost=None if measure_cost is None else measure_cost(progress),
+        cost=measured,
         positions=positions,
     )
 

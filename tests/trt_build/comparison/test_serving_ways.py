@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from decoding import KINDS, each
-from engine_faults import SERVING_FAULTS, with_fault
+from engine_faults import FAULTS, SERVING_FAULTS, with_fault
 
 from cli.main import main
 from export.checkpoint.folder import open_checkpoint
@@ -134,9 +134,10 @@ def test_experts_that_are_nearly_equal_make_a_tie_where_they_are_the_first_to_di
     expected = np.array([[[4, 2, 1.99], [4, 2, 1], [4, 2, 1.99]], [[4, 3, 1], [4, 3, 1], [4, 3, 1]]], np.float32)
     found = np.array([[[4, 1.99, 2], [4, 1, 2], [4, 1.99, 2]], [[4, 3, 1], [4, 3, 1], [1, 3, 4]]], np.float32)
     scored = served_as_scored._Scored(np.ones((3, 2), np.float32), expected, 2, 0.03)
-    differences, ties = scored.compare(np.full((3, 2), 1.5, np.float32), found, 0)
-    assert differences.tolist() == [0.5, 0.5, 0.5]
-    assert ties.tolist() == [True, False, True]
+    compared = scored.compare(np.full((3, 2), 1.5, np.float32), found, 0)
+    assert compared.differences.tolist() == [0.5, 0.5, 0.5]
+    assert compared.ties.tolist() == [True, False, True]
+    assert compared.routers.round(4).tolist() == [[0.0025, 0.25, 0.0025], [0, 0, 0.75]]
 
 
 @pytest.mark.parametrize(("precision", "kernels"), each(KINDS, apart=True))
@@ -164,3 +165,21 @@ def test_verify_prints_and_keeps_the_three_ways(tmp_path, tiny_checkpoint, tiny_
     found = open_engine(engine).manifest.verification["serving"]
     assert set(found) == {"decoding", "chunks", "a batch"}
     assert found["chunks"]["positions"] == 64
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_a_failure_names_the_layer_where_the_difference_begins(tmp_path, tiny_checkpoint, tiny_engines, precision):
+    model = read_model(open_checkpoint(tiny_checkpoint))
+    network = model.family.network(model.weights.checkpoint.config)
+    engine = open_engine(tiny_engines(precision))
+    fault = dataclasses.replace(FAULTS["one expert less in a layer"], at="serving")
+    found = failures(with_fault(engine, tmp_path / "experts", fault, network))
+    begin = "so it begins in the experts of layer 1, or in attention, norms or router of layer 2: found "
+    for way, told in found.items():
+        if precision == "fp32" or way.endswith("float32 activations"):
+            assert f" the router logits of layer 2 are the first that differ, {begin}" in told
+    fault = dataclasses.replace(FAULTS["head bias dropped"], at="serving")
+    told = failures(with_fault(engine, tmp_path / "head", fault, network))
+    exact = "chunks" if precision == "fp32" else "chunks, float32 activations"
+    last = " the logits differ, and no router's do, so it begins in the experts of layer 2 or behind them"
+    assert told[exact].endswith(last)

@@ -48,3 +48,23 @@ def test_a_build_asks_the_first_question_unless_it_is_told_not_to(wrong, tiny_ch
         assert failure is None
     else:
         assert f"its weights are not those of {tiny_checkpoint}: layer 1, bias transformer.h.1.mixer" in failure
+
+
+def test_a_cost_past_its_limits_names_the_layer_and_the_role_that_cost_most(built, tiny_checkpoint, tmp_path):
+    engine, model = built("phixtral", "int8", "onnxruntime")
+    network = model.family.network(model.weights.checkpoint.config)
+    wrong = with_fault(engine, tmp_path / "wrong", FAULTS["experts' second of zeros"], network)
+    verification = verify_engine(wrong, str(tiny_checkpoint), read_texts([]), 64, lambda _: None)
+    [told] = [text for text in verification.failures if "costs most" in text]
+    assert told.startswith("the part that costs most is the experts of layer 1: ")
+    assert " nats of mean KL over 64 tokens, with all else the checkpoint's; all parts together " in told
+    assert {part.layer for part in verification.cost.parts if part.role == "expert"} == {0, 1, 2}
+
+
+def test_a_graph_that_is_past_the_limits_is_told_from_stored_weights_that_are_not(built, tiny_checkpoint, tmp_path):
+    engine, model = built("phixtral", "int8", "onnxruntime")
+    network = model.family.network(model.weights.checkpoint.config)
+    wrong = with_fault(engine, tmp_path / "wrong", FAULTS["another layer's queries"], network)
+    verification = verify_engine(wrong, str(tiny_checkpoint), read_texts([]), 64, lambda _: None)
+    [told] = [text for text in verification.failures if text.startswith("all weights as the engine stores them cost ")]
+    assert "within the limit: what is past it comes from the graph, or from rounded activations" in told

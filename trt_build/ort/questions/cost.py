@@ -38,10 +38,15 @@ _NUM_WINDOWS, _LEAST_WINDOW = 8, 32
 @dataclass(frozen=True, kw_only=True)
 class CostOptions:
     """What is asked for; None is chosen by the bounds. A number of tokens that is asked for may exceed MOST_PRODUCTS,
-    and not the memory."""
+    and not the memory. Where none is asked for, at most `most` are taken."""
 
     grain: Grain | None = None
     tokens: int | None = None
+    most: int | None = None
+
+
+# Of an engine that failed: enough to tell the part that costs most.
+OF_A_FAILURE = CostOptions(grain=Grain.LAYERS, most=256)
 
 
 def ask_about_cost(
@@ -107,7 +112,7 @@ def plan_cost(stored: StoredWeights, model: Model, available: int, options: Cost
         products, state_bytes = work_of_a_token(model, parts)
         in_memory = math.floor(MOST_STATE_BYTES / state_bytes)
         in_time = math.floor(MOST_PRODUCTS / products)
-        wanted = options.tokens or min(available, in_time)
+        wanted = options.tokens or min(available, in_time, options.most or available)
         if options.tokens is not None and wanted > in_memory:
             if grain is grains[-1]:
                 raise ConfigError(
@@ -124,7 +129,12 @@ def plan_cost(stored: StoredWeights, model: Model, available: int, options: Cost
             f"{LEAST_TOKENS} tokens by {grain} are {LEAST_TOKENS * products:.1e} products, more than the "
             f"{MOST_PRODUCTS:.1e} that are taken unasked; ask for them with --cost-tokens"
         )
-    limits = {"all of the text": available, "the bound of products": in_time, "the bound of memory": in_memory}
+    limits = {
+        "all of the text": available,
+        "enough for a failure": options.most or available,
+        "the bound of products": in_time,
+        "the bound of memory": in_memory,
+    }
     reason = "asked for" if options.tokens is not None else min(limits, key=lambda name: limits[name])
     return CostPlan(
         grain=grain,

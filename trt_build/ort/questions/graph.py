@@ -18,7 +18,7 @@ from export.exporter import SCORING_GRAPH
 from export.families import Model
 from export.provider import PROVIDERS
 from export.reference.model import Reference
-from trt_build.comparison.answers import Answer
+from trt_build.comparison.answers import Answer, behind_routers, first_layer, off
 from trt_build.comparison.limits import graph_limit
 from trt_build.ort.device import Device
 from trt_build.ort.engine import Engine
@@ -57,20 +57,13 @@ def ask_about_graph(
     expected, expected_routing = _reference(model, stored, window, choices, progress)
     figures: dict[str, Any] = {"num_tokens": len(window), "allowed": limit, "near_ties": choices.near_ties}
     layers = model.architecture.mixture_layers if found_routing is not None else ()
-    failures: list[str] = []
-    routers: list[float] = []
-    for layer, one, other in _by_layer(layers, found_routing, expected_routing):
-        routers.append(relative_difference(one, other))
-        if not routers[-1] <= limit and not failures:
-            begin = _between(layers[len(routers) - 2] if len(routers) > 1 else None, layer)
-            failures.append(f"the router logits of layer {layer} are the first that differ, {begin}: "
-                            f"{_off(routers[-1], limit)}")  # fmt: skip
+    routers = [relative_difference(*both) for both in _by_layer(found_routing, expected_routing)]
+    where = first_layer(layers, routers, limit)
+    failures = [] if where is None else [where]
     logits = relative_difference(found, expected)
     if not logits <= limit:
-        last = (
-            f", and no router's do, so it begins in the experts of layer {layers[-1]} or behind them" if layers else ""
-        )
-        failures.append(f"the logits differ{'' if failures else last}: {_off(logits, limit)}")
+        last = f", and {behind_routers(layers)}" if layers and where is None else ""
+        failures.append(f"the logits differ{last}: {off(logits, limit)}")
     figures |= {"logits": logits, "routers": dict(zip(map(str, layers), routers, strict=True))}
     return Answer(question=QUESTION, figures=figures, failures=tuple(failures))
 
@@ -81,26 +74,10 @@ def relative_difference(found: FloatArray, expected: FloatArray) -> float:
         return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def _by_layer(
-    layers: Sequence[int], found: FloatArray | None, expected: FloatArray | None
-) -> Iterator[tuple[int, FloatArray, FloatArray]]:
-    """Each layer that has experts, with its router logits [S, E] of engine and reference."""
+def _by_layer(found: FloatArray | None, expected: FloatArray | None) -> Iterator[tuple[FloatArray, FloatArray]]:
+    """The router logits [S, E] of engine and reference, of each layer that has experts."""
     if found is not None and expected is not None:
-        yield from zip(layers, found, expected, strict=True)
-
-
-def _between(before: int | None, layer: int) -> str:
-    """Where a difference begins that the router of `layer` is the first to show."""
-    parts = f"attention, norms or router of layer {layer}"
-    return (
-        f"so it begins in the embedding, or in {parts}"
-        if before is None
-        else (f"so it begins in the experts of layer {before}, or in {parts}")
-    )
-
-
-def _off(found: float, limit: float) -> str:
-    return f"found {found:.2e} of the largest, allowed {limit:.0e}"
+        yield from zip(found, expected, strict=True)
 
 
 def _reference(
