@@ -23,7 +23,6 @@ from export.checkpoint.tensor_table import Role, TensorSpec, Weights, open_weigh
 from export.checkpoint.token_ids import read_token_ids
 from export.errors import CheckpointError, ConfigError, ExportError, named, shown
 from export.families.network import Network
-from export.families.transformers_model import TransformersModel
 from export.families.trtllm_network import LlmApiModel, TrtllmNetwork
 from export.routing import RoutingReport, diagnose
 
@@ -45,7 +44,6 @@ class Family:
     - `head(graph, architecture, x)`: adds the network from the last layer's output to logits.
     - `layer(index)`: the prefix of a layer's rows in the table.
     - `network(config)`: what the reference computes, read from a raw config.json that `read_config` has accepted.
-    - `transformers`: which of transformers' models computes the family, for tests.
     - `tokenizers`: model_type -> tokenizer class, if transformers has registered one (TOKENIZER_MAPPING_NAMES in
       models/auto/tokenization_auto.py).
     - `harmless_tensors`: endings of the names of tensors that are ignored.
@@ -61,7 +59,6 @@ class Family:
     head: Callable[[GraphBuilder, Architecture, str], str]
     layer: Callable[[int], str]
     network: Callable[[Mapping[str, Any]], Network]
-    transformers: TransformersModel
     tokenizers: Mapping[str, str] = field(default_factory=dict)
     trtllm: TrtllmNetwork | None = None
     llm_api: LlmApiModel | None = None

@@ -34,10 +34,8 @@ from export.families.llama_stack import (
     stack_head,
     stack_network,
     stack_tensors,
-    transformers_name,
 )
 from export.families.network import Network
-from export.families.transformers_model import TransformersModel
 
 _SCALARS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 
@@ -79,11 +77,6 @@ def tensors(architecture: Architecture, names: Sequence[str]) -> list[TensorSpec
     return stack_tensors(architecture, names, mixture)
 
 
-def _transformers_name(name: str) -> str:
-    name = transformers_name(name).replace(".mlp.gate.", ".block_sparse_moe.router.")
-    return name.replace(".mlp.", ".block_sparse_moe.")
-
-
 def network(raw: Mapping[str, Any]) -> Network:
     """What the network computes; missing keys have the defaults of transformers' GraniteMoeConfig."""
     return stack_network(
@@ -106,9 +99,6 @@ FAMILY = Family(
     head=stack_head,
     layer=layer_name,
     network=network,
-    transformers=TransformersModel(
-        model="GraniteMoeForCausalLM", name=_transformers_name, router="block_sparse_moe.router"
-    ),
     tokenizers={"granitemoe": "TokenizersBackend"},
     base_modules=BASE_MODULES,
 )

@@ -21,10 +21,8 @@ from export.families.llama_stack import (
     stack_graph,
     stack_head,
     stack_network,
-    transformers_name,
 )
 from export.families.network import Network
-from export.families.transformers_model import TransformersModel
 
 
 def matches(config: Mapping[str, Any]) -> bool:
@@ -53,6 +51,5 @@ FAMILY = Family(
     head=stack_head,
     layer=layer_name,
     network=network,
-    transformers=TransformersModel(model="LlamaForCausalLM", name=transformers_name),
     base_modules=BASE_MODULES,
 )

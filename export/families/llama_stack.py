@@ -40,13 +40,6 @@ def layer_name(layer: int) -> str:
     return f"model.layers.{layer}"
 
 
-def transformers_name(name: str) -> str:
-    """The name of a row in transformers' classes, in the form of TransformersModel.name."""
-    for ours, theirs in (("qkv_proj", "{}_proj"), ("gate_up.weight", "gate_up_proj"), ("down.weight", "down_proj")):
-        name = name.replace(ours, theirs)
-    return name
-
-
 def read_stack_config(
     reader: ConfigReader,
     family: str,

@@ -23,10 +23,8 @@ from export.families.llama_stack import (
     stack_graph,
     stack_head,
     stack_network,
-    transformers_name,
 )
 from export.families.network import Network
-from export.families.transformers_model import TransformersModel
 
 _WINDOW = 4096  # of MistralConfig, for a config.json without the key
 
@@ -78,7 +76,6 @@ FAMILY = Family(
     head=stack_head,
     layer=layer_name,
     network=network,
-    transformers=TransformersModel(model="MistralForCausalLM", name=transformers_name),
     tokenizers={"mistral": "TokenizersBackend"},
     base_modules=BASE_MODULES,
 )

@@ -36,10 +36,8 @@ from export.families.llama_stack import (
     stack_head,
     stack_network,
     stack_tensors,
-    transformers_name,
 )
 from export.families.network import Network
-from export.families.transformers_model import TransformersModel
 from export.families.trtllm_network import LlmApiModel, TrtllmNetwork
 
 
@@ -116,7 +114,6 @@ FAMILY = Family(
     head=stack_head,
     layer=layer_name,
     network=network,
-    transformers=TransformersModel(model="MixtralForCausalLM", name=transformers_name, router="mlp.gate"),
     tokenizers={"mixtral": "TokenizersBackend"},
     base_modules=BASE_MODULES,
     # Source: tensorrt_llm/_torch/models/modeling_mixtral.py.

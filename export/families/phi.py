@@ -35,11 +35,9 @@ from export.families.phi_stack import (
     stack_network,
     stack_tensors,
     stack_trtllm,
-    transformers_config,
     transformers_name,
 )
 from export.families.transformers_config import check_heads, read_rope, refuse_quantized, tied_names
-from export.families.transformers_model import TransformersModel
 
 if TYPE_CHECKING:
     from export.onnx_graph.graph import GraphBuilder
@@ -154,7 +152,6 @@ FAMILY = Family(
     head=stack_head,
     layer=layer_name,
     network=network,
-    transformers=TransformersModel(model="PhiForCausalLM", name=transformers_name, config=transformers_config),
     tokenizers={"phi": "GPT2Tokenizer"},
     harmless_tensors=HARMLESS_TENSORS,
     base_modules=BASE_MODULES,

@@ -69,7 +69,8 @@ def layer_name(layer: int) -> str:
 
 
 def transformers_name(name: str) -> str | None:
-    """The name of a row in transformers' Phi, in the form of TransformersModel.name; None for a row of a mixture."""
+    """The name of a row in transformers' Phi; None for a row of a mixture. "{}" in it stands for q, k and v, which are
+    one row of the table and three tensors there."""
     stem, _, kind = name.rpartition(".")
     if stem in TRANSFORMERS_TOP:
         return f"{TRANSFORMERS_TOP[stem]}.{kind}"

@@ -28,10 +28,7 @@ from export.families.phi_stack import (
     stack_network,
     stack_tensors,
     stack_trtllm,
-    transformers_config,
-    transformers_name,
 )
-from export.families.transformers_model import TransformersModel
 
 if TYPE_CHECKING:
     from export.onnx_graph.graph import GraphBuilder
@@ -90,13 +87,6 @@ FAMILY = Family(
     head=stack_head,
     layer=layer_name,
     network=network,
-    transformers=TransformersModel(
-        model="PhiForCausalLM",
-        name=transformers_name,
-        router="mlp.gate",
-        config=transformers_config,
-        additions="phixtral",
-    ),
     harmless_tensors=HARMLESS_TENSORS,
     base_modules=BASE_MODULES,
     trtllm=stack_trtllm(

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers_models import TRANSFORMERS_MODELS
 
 from export import families as registry
 from export.architecture import Architecture, Router, Scales
@@ -26,6 +27,10 @@ def test_every_file_with_a_record_is_a_family_under_its_own_name():
     files = sorted(path.stem for path in FOLDER.glob("*.py") if "FAMILY = Family(" in path.read_text())
     assert [family.name for family in families()] == files
     assert len(files) >= 4
+
+
+def test_every_family_has_a_model_of_transformers_that_tests_compare_with():
+    assert sorted(TRANSFORMERS_MODELS) == sorted(family.name for family in families())
 
 
 def test_a_file_more_is_a_family_more(tmp_path, monkeypatch):
@@ -63,7 +68,7 @@ def test_families_differ_in_the_configs_that_they_match():
 
 def _named_families(path):
     """What of a module names a family: an import of its file, its name or its class as a text."""
-    records = [family.transformers.model for family in families()]
+    records = [record.model for record in TRANSFORMERS_MODELS.values()]
     names = {family.name for family in families()} | {"phi-msft", *records}
     names |= {family.trtllm.architecture for family in families() if family.trtllm}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,8 +1,8 @@
 """transformers' own model of a checkpoint, in float32 on the CPU: what tests and programs of ci/ compare with.
 
 It shares only the reading of tensors with engines and with `export.reference`: transformers reads config.json itself,
-independently of the facts that the engine was built from. The family's record (`export.families.transformers_model`)
-names transformers' class and the names of the tensors in it. Where transformers lacks a module of a family, a module of
+independently of the facts that the engine was built from. The family's record in `tests/transformers_models.py` names
+transformers' class and the names of the tensors in it. Where transformers lacks a module of a family, a module of
 this package adds it. As in every engine, the router chooses the lowest expert index among equal
 logits.
 
@@ -23,9 +23,10 @@ import transformers
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers_models import TRANSFORMERS_MODELS
 
 from export.checkpoint.tensor_table import Join
-from export.families import Model, families
+from export.families import Model
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -37,7 +38,7 @@ _LOADING_KEYS = (
 
 def load_reference(model: Model) -> PreTrainedModel:
     """Load the checkpoint as a complete transformers model in float32, which has `generate` too."""
-    record = model.family.transformers
+    record = TRANSFORMERS_MODELS[model.family.name]
     model_class = getattr(transformers, record.model)
     config = _config(model, model_class.config_class)
     with torch.device("meta"):
@@ -86,7 +87,7 @@ def run_model(model: PreTrainedModel, window: Sequence[int]) -> tuple[FloatArray
         logits = output if isinstance(output, torch.Tensor) else output[0]  # [S, E], first in a router's tuple
         routed.append(logits.numpy())
 
-    paths = {family.transformers.router for family in families()} - {None}
+    paths = {record.router for record in TRANSFORMERS_MODELS.values()} - {None}
     layers = [dict(layer.named_modules()) for layer in model.model.layers]
     hooks = [layer[path].register_forward_hook(keep) for layer in layers for path in paths & layer.keys()]
     try:
@@ -101,7 +102,7 @@ def run_model(model: PreTrainedModel, window: Sequence[int]) -> tuple[FloatArray
 def _config(model: Model, config_class: type[PretrainedConfig]) -> PretrainedConfig:
     """The configuration that transformers reads from config.json, without the keys about loading the model and about
     what its calls return. The number of experts per token comes from `model`, as a build may have overridden it."""
-    raw = model.family.transformers.config(model.weights.checkpoint.config)
+    raw = TRANSFORMERS_MODELS[model.family.name].config(model.weights.checkpoint.config)
     config = config_class.from_dict({key: value for key, value in raw.items() if key not in _LOADING_KEYS})
     config._attn_implementation = "eager"
     if model.architecture.is_moe:
@@ -113,7 +114,7 @@ def _config(model: Model, config_class: type[PretrainedConfig]) -> PretrainedCon
 def _state(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
     """Pairs of a transformers tensor name and its tensor; each tensor is loaded when the iterator reaches it."""
     for name, spec in model.weights.table.items():
-        theirs = model.family.transformers.name(name)
+        theirs = TRANSFORMERS_MODELS[model.family.name].name(name)
         if theirs is None:
             continue
         tensor = torch.from_numpy(model.weights.load(name))

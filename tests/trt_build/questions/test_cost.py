@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import EXAMPLES
 from torch_reference import _state, load_reference, run_model
+from transformers_models import TRANSFORMERS_MODELS
 
 from export.checkpoint.folder import open_checkpoint
 from export.checkpoint.tensor_table import Role
@@ -69,7 +70,7 @@ def by_transformers(engine, model, part, windows):
     with torch.no_grad():
         tensors = dict(_state(dataclasses.replace(model, weights=replaced)))
         for name in wanted:
-            if model.family.transformers.name(name) is None and ".moe.mlp." in name:  # an added mixture
+            if TRANSFORMERS_MODELS[model.family.name].name(name) is None and ".moe.mlp." in name:  # an added mixture
                 layer, place = name.removeprefix("transformer.h.").split(".moe.mlp.")
                 place = f"model.layers.{layer}.mlp.{place}"
                 tensors[place] = torch.from_numpy(stored.load(name))
