@@ -1,0 +1,269 @@
+"""GPTQ: codes of a matrix that disturb its products with given inputs least, each error fed back into what follows.
+
+With inputs X [T, K] and H = X^T X, the error of storing Q for W [n, K] is tr(E H E^T), E = W - Q. Let H = U D U^T with
+U unit upper triangular and D diagonal. The error is then the sum over k of D_k |e_k + sum_{j<k} e_j U_jk|^2. So column
+k is rounded to the grid from w_k + sum_{j<k} e_j U_jk, one after the other. That is GPTQ (Frantar et al., 2022) in the
+form that needs no inverse of H, whose equality Chee et al., QuIP, 2023, prove as "LDLQ". All rows are independent.
+
+The scale of a block of columns is chosen when the block begins, for the weights as GPTQ has them there: those that are
+best for all columns from there on, given the errors before. They are W + S U_bb^-1, where S = sum_{j before} e_j U_j.
+
+Memory for a matrix [n, K]: 4 * K * K bytes for H, which is factorised in place, 4 * 2048 * K for the errors of as many
+rows, and n * K for the codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from export.errors import QuantizationError
+from export.provider import FLOAT16_MAX
+from export.quantize.grid import ByteArray, FloatArray
+
+DAMPING = 0.01  # part of the mean of H's diagonal that is added to it; Frantar et al. take 1 %
+_MOST_DAMPING = 10.0
+_PANEL = 256  # columns that are factorised together
+_ROWS = 2048  # output rows that are solved together, so that a block's errors stay in a core's cache
+# Parts of the scale that fits a block's largest value, tried in turn at up to 4 bits. With more bits a value that is
+# clipped costs more than a finer scale gains, whatever the estimate when the block begins.
+STRETCHES: tuple[float, ...] = (1.0, 1.05, *(round(0.96 - 0.04 * step, 2) for step in range(15)))
+_MOST_BITS_TRIED = 4
+
+Grid = tuple[FloatArray, FloatArray]  # scales and zero points, float32 [n]
+ChooseGrid = Callable[[FloatArray, FloatArray], Grid]  # of the current weights [B, n] and the columns' weights [B]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codes:
+    """Codes uint8 [n, K], and for each block of columns scales float32 [n, blocks], which float16 holds exactly, and
+    zero points uint8 [n, blocks]: value = (code - zero point) * scale."""
+
+    codes: ByteArray
+    scales: FloatArray
+    zeros: ByteArray
+
+    def values(self) -> FloatArray:
+        """The dequantised matrix, float32 [n, K]."""
+        blocks = self.codes.reshape(*self.scales.shape, -1).astype(np.float32)
+        blocks -= self.zeros[..., None].astype(np.float32)
+        blocks *= self.scales[..., None]
+        return blocks.reshape(self.codes.shape)
+
+
+class Hessian:
+    """H = X^T X of the inputs of a matrix, float32 [K, K], summed up as they come."""
+
+    def __init__(self, features: int) -> None:
+        self.num_tokens = 0
+        self._sums = np.zeros((features, features), dtype=np.float32)
+
+    def add(self, inputs: FloatArray) -> None:
+        """Add inputs [T, K]. Only the upper part is summed, in strips."""
+        self.num_tokens += len(inputs)
+        features = len(self._sums)
+        for start in range(0, features, _PANEL):
+            stop = min(start + _PANEL, features)
+            self._sums[:stop, start:stop] += inputs[:, :stop].T @ inputs[:, start:stop]
+
+    def factor(self, name: str, damping: float = DAMPING) -> Factor:
+        """Factorise H in place; this object is used up. Columns without any input are rounded to the nearest, since
+        no error of theirs is fed back. Raises QuantizationError, which names the matrix `name`, if a value is not
+        finite, and if there was no input but zeros."""
+        sums = self._sums
+        diagonal = sums.diagonal().astype(np.float64)
+        mean = float(diagonal.mean())
+        panels = [slice(start, start + _PANEL) for start in range(0, len(sums), _PANEL)]
+        if not all(np.isfinite(sums[: panel.stop, panel].sum()) for panel in panels):
+            raise QuantizationError(
+                f"quantising {name} by GPTQ: its inputs over the calibration text, or their squares, are beyond "
+                "float32; the checkpoint is damaged, or its activations grow without bound: build with --method search"
+            )
+        if mean == 0:
+            raise QuantizationError(
+                f"quantising {name} by GPTQ: its inputs over the calibration text are all zero; build with --method "
+                "search"
+            )
+        squares = [sums[panel, panel].copy() for panel in panels]
+        for panel in panels:  # beside the squares the lower part keeps H for another attempt
+            sums[panel, : panel.start] = sums[: panel.start, panel].T
+        while True:
+            np.fill_diagonal(sums, diagonal + damping * mean)
+            try:
+                return _factorised(sums)
+            except np.linalg.LinAlgError:
+                damping *= 10
+                if damping > _MOST_DAMPING:
+                    raise QuantizationError(
+                        f"quantising {name} by GPTQ: the products of its inputs are not positive definite, with ten "
+                        "times their mean added; build with --method search"
+                    ) from None
+            for panel, square in zip(panels, squares, strict=True):
+                sums[: panel.start, panel] = sums[panel, : panel.start].T
+                sums[panel, panel] = square
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factor:
+    """H = U D U^T: above the diagonal of `unit` [K, K] is U, whose diagonal is ones; `pivots` [K] are D. What lies
+    below the diagonal of `unit` means nothing."""
+
+    unit: FloatArray
+    pivots: FloatArray
+
+
+def _factorised(sums: FloatArray) -> Factor:
+    """Factorise the upper part of `sums` in place, panel by panel from the last on, into V V^T with V upper triangular;
+    then U is V with its columns divided by its diagonal. A panel's square is factorised in float64."""
+    features = len(sums)
+    for start in reversed(range(0, features, _PANEL)):
+        stop = min(start + _PANEL, features)
+        upper = np.triu(sums[start:stop, start:stop]).astype(np.float64)
+        square = upper + np.triu(upper, 1).T
+        own = np.linalg.cholesky(square[::-1, ::-1])[::-1, ::-1]
+        panel = sums[:start, start:stop] @ np.linalg.inv(own).T.astype(np.float32)
+        sums[:start, start:stop] = panel
+        places = np.triu_indices(stop - start)
+        sums[start:stop, start:stop][places] = own[places]
+        for first in range(0, start, _PANEL):
+            last = min(first + _PANEL, start)
+            sums[:last, first:last] -= panel[:last] @ panel[first:last].T
+    diagonal = sums.diagonal().copy()
+    if not np.isfinite(diagonal).all() or not (diagonal > 0).all():
+        raise np.linalg.LinAlgError
+    for start in range(0, features, _PANEL):
+        stop = min(start + _PANEL, features)
+        sums[:stop, start:stop] /= diagonal[start:stop]
+    return Factor(unit=sums, pivots=diagonal * diagonal)
+
+
+def solve(name: str, weights: FloatArray, factor: Factor, block_size: int, bits: int, choose: ChooseGrid) -> Codes:
+    """The codes of weights [n, K] by GPTQ, with a grid of `choose` for every `block_size` columns of a row. Raises
+    QuantizationError, which names the matrix `name`, for scales that float16 does not hold."""
+    rows, features = weights.shape
+    found = Codes(
+        codes=np.empty((rows, features), dtype=np.uint8),
+        scales=np.empty((rows, features // block_size), dtype=np.float32),
+        zeros=np.empty((rows, features // block_size), dtype=np.uint8),
+    )
+    for start in range(0, rows, _ROWS):
+        own = slice(start, start + _ROWS)
+        part = Codes(codes=found.codes[own], scales=found.scales[own], zeros=found.zeros[own])
+        try:
+            _solve_rows(weights[own], factor, block_size, bits, choose, part)
+        except OverflowError as error:
+            raise QuantizationError(
+                f"quantising {name} by GPTQ: a scale is beyond float16's {FLOAT16_MAX:.0f}; build with --method search "
+                "and --kernels onnxruntime, whose scales are float32"
+            ) from error
+    return found
+
+
+def _solve_rows(
+    weights: FloatArray, factor: Factor, block_size: int, bits: int, choose: ChooseGrid, found: Codes
+) -> None:
+    """Solve rows [n, K] into `found`. Raises OverflowError for a scale beyond float16. The rows are held transposed, so
+    that a column lies in one piece. Column by column the errors take the place of the weights."""
+    features, most = weights.shape[1], np.float32((1 << bits) - 1)
+    errors = np.array(weights.T, order="C")
+    codes = np.empty((block_size, len(weights)), dtype=np.float32)
+    for start in range(0, features, block_size):
+        stop = start + block_size
+        fed = factor.unit[:start, start:stop].T @ errors[:start]  # [B, n]
+        square = np.triu(factor.unit[start:stop, start:stop], 1)
+        current = np.linalg.inv(square + np.eye(block_size, dtype=np.float32)).T @ fed
+        current += errors[start:stop]
+        scales, zeros = choose(current, factor.pivots[start:stop])
+        inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
+        for column in range(block_size):
+            own = errors[start + column]
+            wanted = square[:column, column] @ errors[start : start + column]
+            wanted += fed[column]
+            wanted += own
+            wanted *= inverse
+            wanted += zeros
+            np.rint(wanted, out=wanted)
+            np.clip(wanted, np.float32(0), most, out=wanted)
+            codes[column] = wanted
+            wanted -= zeros
+            wanted *= scales
+            own -= wanted
+        found.codes[:, start:stop] = codes.T
+        found.scales[:, start // block_size] = scales
+        found.zeros[:, start // block_size] = zeros
+
+
+def symmetric(bits: int) -> ChooseGrid:
+    """Grids whose zero point is 2^(bits-1): of the scales that float16 has nearest to STRETCHES times the one that
+    maps the largest value onto -2^(bits-1), the one with the least squared error, weighted by column."""
+    half, stretches = np.float32(1 << (bits - 1)), _stretches(bits)
+
+    def choose(current: FloatArray, pivots: FloatArray) -> Grid:
+        low, high = current.min(axis=0), current.max(axis=0)
+        unit = np.where(-low >= high, low, high) / -half + np.float32(0)
+        zeros = np.full_like(unit, half)
+        return _best(current, pivots, bits, [(_halved(unit * np.float32(part)), zeros) for part in stretches])
+
+    return choose
+
+
+def asymmetric(bits: int) -> ChooseGrid:
+    """Grids with a zero point of their own: of those that span STRETCHES of the values and zero the one with the least
+    squared error, weighted by column."""
+    most, stretches = np.float32((1 << bits) - 1), _stretches(bits)
+
+    def choose(current: FloatArray, pivots: FloatArray) -> Grid:
+        low, high = np.minimum(current.min(axis=0), 0), np.maximum(current.max(axis=0), 0)
+        tried = []
+        for part in stretches:
+            scales = _halved((high - low) / most * np.float32(part))
+            zeros = np.divide(-low * np.float32(part), scales, out=np.zeros_like(scales), where=scales != 0)
+            tried.append((scales, np.clip(np.rint(zeros), 0, most)))
+        return _best(current, pivots, bits, tried)
+
+    return choose
+
+
+def _stretches(bits: int) -> Sequence[float]:
+    return STRETCHES if bits <= _MOST_BITS_TRIED else STRETCHES[:1]
+
+
+def _halved(scales: FloatArray) -> FloatArray:
+    """Rounded to float16. Raises OverflowError beyond its range."""
+    if not np.abs(scales).max(initial=0) <= FLOAT16_MAX:
+        raise OverflowError
+    return scales.astype(np.float16).astype(np.float32)
+
+
+def _best(current: FloatArray, pivots: FloatArray, bits: int, tried: Sequence[Grid]) -> Grid:
+    """Of several grids [n] the one with the least sum over the columns of `pivots` times the squared error of current
+    [B, n]."""
+    most = np.float32((1 << bits) - 1)
+    best_scales, best_zeros = (array.copy() for array in tried[0])
+    least, rounded = None, np.empty_like(current)
+    for scales, zeros in tried:
+        inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
+        np.multiply(current, inverse, out=rounded)
+        rounded += zeros
+        np.rint(rounded, out=rounded)
+        np.clip(rounded, np.float32(0), most, out=rounded)
+        rounded -= zeros
+        rounded *= scales
+        rounded -= current
+        np.square(rounded, out=rounded)
+        error = pivots @ rounded
+        if least is None:
+            least = error
+            continue
+        better = error < least
+        np.copyto(least, error, where=better)
+        np.copyto(best_scales, scales, where=better)
+        np.copyto(best_zeros, zeros, where=better)
+    return best_scales, best_zeros
+
+
+def objective(weights: FloatArray, values: FloatArray, inputs: FloatArray) -> float:
+    """tr(E H E^T) of storing `values` for weights [n, K] over inputs [T, K]: the squared error of the products."""
+    return float(np.square((inputs @ (weights - values).T).astype(np.float64)).sum())
