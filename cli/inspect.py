@@ -1,6 +1,8 @@
 """Describe a checkpoint: family, dimensions, parameters, bytes by role, and what its gates show about its routing.
 
 Reads only the headers and the gates of a folder, so it answers at once for any size. A hub id is downloaded first.
+With --text the reference, the checkpoint computed in float32, routes a text: which experts its tokens use, how sure the
+routers are, which experts go together. That reads every weight once.
 """
 
 from __future__ import annotations
@@ -9,15 +11,20 @@ import argparse
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.rows import print_rows
+from export.errors import ConfigError, named
+from export.reference.windows import MIN_TOKENS
 from export.rows import Rows, in_units
 
 if TYPE_CHECKING:
     from export.architecture import Router
     from export.inspection import CheckpointReport
     from export.routing import RoutingReport
+
+DEFAULT_TOKENS = 2048
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,18 +34,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--experts-per-token", type=int, metavar="K", help="override the config's num_experts_per_tok")
+    parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE",
+                        help="measure how this text uses the experts; repeatable")  # fmt: skip
+    parser.add_argument("--tokens", type=int, metavar="N",
+                        help=f"tokens to route, {MIN_TOKENS} or more (default: {DEFAULT_TOKENS})")  # fmt: skip
+    parser.add_argument("--report", type=Path, metavar="OUT.html",
+                        help="write a page that shows how the text uses the experts")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from cli.inspect_text import measure_text, print_usage
     from export.checkpoint.folder import open_checkpoint
     from export.inspection import describe
 
-    report = describe(open_checkpoint(arguments.checkpoint, arguments.revision), arguments.experts_per_token)
+    if not arguments.text:
+        _refuse_without_text(arguments)
+    checkpoint = open_checkpoint(arguments.checkpoint, arguments.revision)
+    report = describe(checkpoint, arguments.experts_per_token)
+    measured = measure_text(arguments, checkpoint) if arguments.text else None
     if arguments.json:
-        print(json.dumps(report.to_json(), indent=2, allow_nan=False))
+        values = report.to_json() | ({} if measured is None else {"usage": measured.to_json()})
+        print(json.dumps(values, indent=2, allow_nan=False))
     else:
         _print_report(report)
+        if measured is not None:
+            print_usage(measured)
     return 0
+
+
+def _refuse_without_text(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for a flag that means nothing without a text."""
+    given = [f"--{name}" for name in ("tokens", "report") if getattr(arguments, name) is not None]
+    if given:
+        raise ConfigError(
+            f"inspecting {named(arguments.checkpoint)}: {' and '.join(given)} belong to a text; name one "
+            "with --text FILE, or leave them out"
+        )
 
 
 def _print_report(report: CheckpointReport) -> None:

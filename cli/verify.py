@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cli.progress import PROGRESS_S, every
 from cli.verify_report import open_engines, refuse_output, write_report
 from trt_build.comparison.answers import Answer
 from trt_build.comparison.cost import Grain
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from cli.verify_report import AnyEngine
 
 logger = logging.getLogger(__name__)
-
-PROGRESS_S = 5.0  # seconds between two progress messages
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -184,19 +182,6 @@ def cost_options(arguments: argparse.Namespace) -> CostOptions | None:
         return None
     grain = None if arguments.cost in (None, "auto") else Grain(arguments.cost)
     return CostOptions(grain=grain, tokens=arguments.cost_tokens)
-
-
-def every(seconds: float, tell: Callable[[str], None]) -> Callable[[str], None]:
-    """A function that calls `tell` only if `seconds` have passed since it was made or since its last call of `tell`."""
-    last = time.monotonic()
-
-    def throttled(text: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= seconds:
-            last = time.monotonic()
-            tell(text)
-
-    return throttled
 
 
 def answer_lines(answers: Sequence[Answer]) -> list[str]:

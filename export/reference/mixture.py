@@ -22,8 +22,10 @@ def run_mlp(
     reader: Reader,
     experts_per_token: int,
     choose: Callable[[FloatArray], npt.NDArray[np.int64]] | None = None,
+    adjust: Callable[[FloatArray, FloatArray], FloatArray] | None = None,
 ) -> tuple[FloatArray, FloatArray | None]:
-    """The output [T, H] of an MLP or mixture for [T, H], and a mixture's router logits [T, E].
+    """The output [T, H] of an MLP or mixture for [T, H], and a mixture's router logits [T, E]. `adjust(x, logits)`
+    gives the logits [T, E] that route in place of the router's own; those that are returned are the router's own.
 
     Holds one expert and the values of _BLOCK_TOKENS tokens between its matrices. An expert that no token chooses is not
     read.
@@ -33,7 +35,8 @@ def run_mlp(
         add_expert(result, x, np.arange(len(x)), None, mlp, reader, 0)
         return result, None
     logits = x @ reader.weights.load(f"{mlp.gate}.weight").T
-    chosen, shares = route(logits, mlp.router, experts_per_token, choose)
+    routing = logits if adjust is None else adjust(x, logits)
+    chosen, shares = route(routing, mlp.router, experts_per_token, choose)
     for expert in range(logits.shape[1]):
         tokens, places = np.nonzero(chosen == expert)
         if len(tokens):

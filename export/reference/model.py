@@ -44,6 +44,7 @@ _LOGITS_VALUES = 1 << 24  # logits that are computed at a time; at least those o
 
 Windows = Sequence[Sequence[int]]
 Choose = Callable[[int, FloatArray], npt.NDArray[np.int64]]
+Adjust = Callable[[int, FloatArray, FloatArray], FloatArray]
 
 
 class Reference:
@@ -55,25 +56,52 @@ class Reference:
         self._network = model.family.network(model.weights.checkpoint.config)
 
     def run(
-        self, windows: Windows, progress: Callable[[str], None] = lambda _: None, choose: Choose | None = None
+        self,
+        windows: Windows,
+        progress: Callable[[str], None] = lambda _: None,
+        choose: Choose | None = None,
+        adjust: Adjust | None = None,
     ) -> Iterator[tuple[FloatArray, FloatArray | None]]:
         """Yield for each window of S token ids its logits [S, V] and the router logits [M, S, E] of the M layers that
         have experts (None for a dense model). `progress` is told of each layer. `choose(m, logits)` gives the experts
         [T, K] of the m-th mixture for its router logits [T, E] of all windows (None: those of the largest logits).
+        `adjust(m, x, logits)` gives the logits [T, E] by which the m-th mixture routes, from its inputs x [T, H] and
+        its router's own logits (None: these); the router logits that are yielded are its own.
 
         Raises CheckpointError for a token id that the embedding does not have, and for weights that cannot be read or
         are not finite."""
-        x, bounds, reader = self._embedded(windows), bounds_of(windows), Reader(self._weights)
-        routed: list[FloatArray] = []
-        for index, layer in enumerate(self._network.layers):
-            progress(f"computing the reference: {index} of {len(self._network.layers)} layers")
-            own = partial(choose, len(routed)) if choose else None
-            x, logits = self._run_layer(layer, x, bounds, reader, own)
+        bounds, routed = bounds_of(windows), list[FloatArray]()
+        x = np.empty((0, 0), dtype=np.float32)
+        for states, logits in self._layers(windows, progress, choose, adjust):
+            x = states
             routed += [] if logits is None else [logits]
-        del reader
+            del states
         x = normalise(x, self._network.norm, self._weights)
         for first, last, logits in self._logits(x, bounds):
             yield logits, np.stack([router[first:last] for router in routed]) if routed else None
+
+    def router_logits(
+        self, windows: Windows, progress: Callable[[str], None] = lambda _: None, adjust: Adjust | None = None
+    ) -> Iterator[FloatArray]:
+        """Yield the router logits [T, E] of each mixture, of the tokens of all windows one after the other. The head is
+        not computed. `adjust` and errors are those of `run`."""
+        for _, logits in self._layers(windows, progress, None, adjust):
+            if logits is not None:
+                yield logits
+
+    def _layers(
+        self, windows: Windows, progress: Callable[[str], None], choose: Choose | None, adjust: Adjust | None
+    ) -> Iterator[tuple[FloatArray, FloatArray | None]]:
+        """Yield for each layer the states [T, H] that leave it, and its router's logits [T, E]."""
+        x, bounds, reader = self._embedded(windows), bounds_of(windows), Reader(self._weights)
+        mixture = 0
+        for index, layer in enumerate(self._network.layers):
+            progress(f"computing the reference: {index} of {len(self._network.layers)} layers")
+            chosen = partial(choose, mixture) if choose else None
+            adjusted = partial(adjust, mixture) if adjust else None
+            x, logits = self._run_layer(layer, x, bounds, reader, chosen, adjusted)
+            mixture += logits is not None
+            yield x, logits
 
     def layer_inputs(self, windows: Windows) -> Iterator[list[FloatArray]]:
         """Yield for each layer the hidden states that enter it: one array [S, H] for each window, [0, H] for an empty
@@ -97,6 +125,7 @@ class Reference:
         bounds: Sequence[int],
         reader: Reader,
         choose: Callable[[FloatArray], npt.NDArray[np.int64]] | None = None,
+        adjust: Callable[[FloatArray, FloatArray], FloatArray] | None = None,
     ) -> tuple[FloatArray, FloatArray | None]:
         """The states [T, H] that leave a layer, and its router's logits [T, E]; `x` stays as it is."""
         normed = normalise(x, layer.norm, self._weights)
@@ -105,7 +134,7 @@ class Reference:
         x = x + attended
         if layer.mlp_norm is not None:
             normed = normalise(x, layer.mlp_norm, self._weights)
-        output, logits = run_mlp(normed, layer.mlp, reader, self._model.architecture.experts_per_token, choose)
+        output, logits = run_mlp(normed, layer.mlp, reader, self._model.architecture.experts_per_token, choose, adjust)
         output *= np.float32(layer.factor)
         return x + output, logits
 

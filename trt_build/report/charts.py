@@ -1,5 +1,5 @@
-"""Line charts as inline SVG. Colours and strokes are classes of page.css, so that they follow the colour scheme; series
-differ in stroke and marker too, for print in grey."""
+"""Line charts and heat maps as inline SVG. Colours and strokes are classes of page.css, so that they follow the colour
+scheme; series differ in stroke and marker too, for print in grey."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 12, 40
 NUM_STYLES = 6
 _MOST_TICKS = 7
 _MOST_MARKERS = 12  # of a line; with more points every second has one, or fewer
+_LEAST_ROOM = 18  # of a column's name in a heat map
 _CURVE = 40  # a line of more points than that has none, but for its ends
 
 
@@ -42,6 +43,16 @@ class Series:
     name: str
     style: int
     points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A cell of a heat map: the text in it, the text that a pointer shows, and its shade. The shade lies between -1 and
+    1; above zero it has the first colour, below the second."""
+
+    text: str
+    said: str
+    shade: float
 
 
 def log_axis(values: Sequence[float], most_decades: int = 6, shares: bool = False) -> Axis:
@@ -109,6 +120,45 @@ def line_chart(series: Sequence[Series], x: Axis, y: Axis, x_name: str, y_name: 
         step = max(1, math.ceil(len(places) / _MOST_MARKERS)) if len(places) <= _CURVE else len(places) - 1
         parts += [_marker(style, a, b) for a, b in places[::step]]
         parts.append("</g>")
+    return "".join([*parts, "</svg>"])
+
+
+def heat_map(
+    cells: Sequence[Sequence[Cell | None]], rows: Sequence[str], columns: Sequence[str], row_name: str, column_name: str
+) -> str:
+    """An SVG picture of rows of cells, with the names of rows and columns; None leaves a cell empty. The cells have
+    their texts where there is room for them."""
+    left, top = _LEFT, 30
+    width = (WIDTH - _RIGHT - left) / len(columns)
+    height = min(26.0, max(9.0, width))
+    total = round(top + height * len(rows) + 4)
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {total}" role="img" aria-label="{escaped(row_name)} by {escaped(column_name)}">',
+        f'<text class="name" x="2" y="9">{escaped(row_name)}</text>',
+        f'<text class="name end" x="{WIDTH - _RIGHT}" y="9">{escaped(column_name)}</text>',
+    ]
+    for at in range(0, len(columns), max(1, math.ceil(_LEAST_ROOM / width))):
+        parts.append(
+            f'<text class="middle" x="{left + (at + 0.5) * width:.1f}" y="{top - 6}">{escaped(columns[at])}</text>'
+        )
+    for at in range(0, len(rows), max(1, math.ceil(12 / height))):
+        place = top + (at + 0.5) * height + 4
+        parts.append(f'<text class="end" x="{left - 5}" y="{place:.1f}">{escaped(rows[at])}</text>')
+    for row, line in enumerate(cells):
+        for column, cell in enumerate(line):
+            if cell is None:
+                continue
+            x, y, kind = left + column * width, top + row * height, "more" if cell.shade >= 0 else "less"
+            parts.append(
+                f'<g class="{kind}"><title>{escaped(cell.said)}</title><rect x="{x:.1f}" y="{y:.1f}" '
+                f'width="{width:.1f}" height="{height:.1f}" fill-opacity="{0.7 * min(1.0, abs(cell.shade)):.2f}"/>'
+            )
+            if width >= 6.5 * len(cell.text) and height >= 12:
+                parts.append(
+                    f'<text class="middle cell" x="{x + width / 2:.1f}" y="{y + height / 2 + 4:.1f}">'
+                    f"{escaped(cell.text)}</text>"
+                )
+            parts.append("</g>")
     return "".join([*parts, "</svg>"])
 
 

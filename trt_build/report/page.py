@@ -21,17 +21,23 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 def page(report: Report) -> str:
     """The text of the HTML file."""
-    title = escaped(f"Verification of {len(report.engines)} engine{'s' * (len(report.engines) > 1)} of {report.model}")
+    title = f"Verification of {len(report.engines)} engine{'s' * (len(report.engines) > 1)} of {report.model}"
     sections = [
-        _section("Engines", _facts(report.facts) + engine_table(report.engines)),
-        _section("Four questions", question_table(report.engines)),
-        _section("What the quantiser cost, part by part", _costs(report)),
-        _section("The same experts, layer by layer", _routing(report)),
-        _section("How far apart, token by token", _distribution(report)),
-        _section("Where they differ most", _places(report)),
-        _section("What they write", _texts(report)),
-        _section("How this was measured", _measured(report)),
+        section("Engines", facts(report.facts) + engine_table(report.engines)),
+        section("Four questions", question_table(report.engines)),
+        section("What the quantiser cost, part by part", _costs(report)),
+        section("The same experts, layer by layer", _routing(report)),
+        section("How far apart, token by token", _distribution(report)),
+        section("Where they differ most", _places(report)),
+        section("What they write", _texts(report)),
+        section("How this was measured", _measured(report)),
     ]
+    return document(title, sections)
+
+
+def document(title: str, sections: Sequence[str]) -> str:
+    """An HTML file that needs nothing else, of sections in HTML. `title` is plain text."""
+    title = escaped(title)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{escaped(_POLICY)}">\n'
@@ -47,11 +53,13 @@ def style() -> str:
     return (resources.files("trt_build.report") / "page.css").read_text(encoding="utf-8")
 
 
-def _section(title: str, content: str) -> str:
+def section(title: str, content: str) -> str:
+    """A heading and its content in HTML; nothing without content. `title` is plain text."""
     return f"<section>\n<h2>{escaped(title)}</h2>\n{content}\n</section>\n" if content else ""
 
 
-def _facts(rows: Rows) -> str:
+def facts(rows: Rows) -> str:
+    """Names and values as an HTML list."""
     items = "".join(f"<dt>{escaped(name)}</dt><dd>{escaped(value)}</dd>" for name, value in rows)
     return f"<dl>{items}</dl>"
 
@@ -88,8 +96,8 @@ def _costs(report: Report) -> str:
         "carry the figure, and its standard error is more than half of it; such are tokens for which two experts' "
         "router logits are nearly equal, so that any error changes the choice."
     )
-    pictures = legend(lines) + _pictures(charts) if charts else ""
-    return f"<p>{escaped(said)}</p>{pictures}{cost_tables(report.engines)}"
+    shown = legend(lines) + pictures(charts) if charts else ""
+    return f"<p>{escaped(said)}</p>{shown}{cost_tables(report.engines)}"
 
 
 def _routing(report: Report) -> str:
@@ -107,7 +115,7 @@ def _routing(report: Report) -> str:
     )
     return (
         "<p>The share of scored tokens for which the engine chose the same set of experts as the reference.</p>"
-        f"{legend(series)}{_pictures([chart])}"
+        f"{legend(series)}{pictures([chart])}"
     )
 
 
@@ -124,7 +132,7 @@ def _distribution(report: Report) -> str:
     chart = line_chart(series, across, down, "KL, nats", "share of tokens with at least that KL")
     return (
         "<p>Where a curve crosses 1 %, one token in a hundred is at least that far from the "
-        f"reference.</p>{legend(series)}{_pictures([chart])}"
+        f"reference.</p>{legend(series)}{pictures([chart])}"
     )
 
 
@@ -135,7 +143,8 @@ def _curve(kl: npt.NDArray[np.float64]) -> list[tuple[float, float]]:
     return [(float(ordered[rank - 1]), rank / len(kl)) for rank in ranks.tolist()]
 
 
-def _pictures(charts: Sequence[str]) -> str:
+def pictures(charts: Sequence[str]) -> str:
+    """SVG pictures side by side, as far as there is room."""
     return f'<div class="pictures">{"".join(f"<figure>{chart}</figure>" for chart in charts)}</div>'
 
 
@@ -218,4 +227,4 @@ def _measured(report: Report) -> str:
         "KL is the Kullback-Leibler divergence of the engine's distribution over the next token from the reference's, "
         "in nats: 0 for equal ones. The reference is the checkpoint, computed in float32."
     )
-    return f"<p>{escaped(said)}</p>{_facts(rows)}"
+    return f"<p>{escaped(said)}</p>{facts(rows)}"

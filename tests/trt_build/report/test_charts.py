@@ -8,7 +8,18 @@ from xml.etree import ElementTree
 
 import pytest
 
-from trt_build.report.charts import HEIGHT, WIDTH, Series, count_axis, legend, line_chart, log_axis, share_axis
+from trt_build.report.charts import (
+    HEIGHT,
+    WIDTH,
+    Cell,
+    Series,
+    count_axis,
+    heat_map,
+    legend,
+    line_chart,
+    log_axis,
+    share_axis,
+)
 
 
 def texts(axis):
@@ -81,3 +92,28 @@ def test_a_legend_names_each_line_once_with_its_stroke():
     found = legend([*lines, *lines])
     assert found.count("<li>") == 7
     assert re.findall(r"swatch (s\d)", found) == ["s0", "s1", "s2", "s3", "s4", "s5", "s0"]
+
+
+def test_cells_of_a_heat_map_lie_in_their_rows_and_columns():
+    cells = [
+        [Cell(text="1.5", said="<one>", shade=0.5), None],
+        [Cell(text="2", said="two", shade=-2.0), Cell(text="3", said="three", shade=0.0)],
+    ]
+    root = ElementTree.fromstring(heat_map(cells, ["r0", "r1"], ["c0", "c1"], "rows", "columns"))
+    groups = root.findall("g")
+    rects = [group.find("rect") for group in groups]
+    assert [group.find("title").text for group in groups] == ["<one>", "two", "three"]
+    assert [group.get("class") for group in groups] == ["more", "less", "more"]
+    assert [rect.get("fill-opacity") for rect in rects] == ["0.35", "0.70", "0.00"]
+    assert float(rects[0].get("x")) == float(rects[1].get("x")) < float(rects[2].get("x"))
+    assert float(rects[1].get("y")) == float(rects[2].get("y")) > float(rects[0].get("y"))
+    assert all(float(rect.get("x")) + float(rect.get("width")) <= WIDTH for rect in rects)
+    assert float(rects[2].get("y")) + float(rects[2].get("height")) <= float(root.get("viewBox").split()[3])
+    assert [group.findtext("text") for group in groups] == ["1.5", "2", "3"]
+
+
+def test_a_heat_map_of_many_columns_has_no_texts_in_its_cells():
+    cells = [[Cell(text="99.9", said="x", shade=1.0)] * 64] * 2
+    root = ElementTree.fromstring(heat_map(cells, ["0", "1"], list(map(str, range(64))), "layer", "expert"))
+    assert all(group.find("text") is None for group in root.findall("g"))
+    assert len(root.findall("text")) < 64
