@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 
 from cli.progress import PROGRESS_S, every
 from cli.verify_report import open_engines, refuse_output, write_report
+from export.families import Model
+from export.reference.kept import KeptLogits
+from export.reference.model import Reference
 from trt_build.comparison.answers import Answer
 from trt_build.comparison.cost import Grain
 from trt_build.comparison.evaluation_text import EvaluationText, read_texts
@@ -24,7 +27,7 @@ from trt_build.errors import EngineError, LibraryMissing, VerificationFailed
 from trt_build.manifest import ORT_BACKEND, TRTLLM_BACKEND
 from trt_build.ort.engine import Engine
 from trt_build.ort.questions.cost import CostOptions
-from trt_build.ort.verify import record, verify_engine
+from trt_build.ort.verify import Scorer, record, verify_engine
 
 if TYPE_CHECKING:
     from cli.verify_report import AnyEngine
@@ -63,7 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
     engines = open_engines(arguments.engine)
     _refuse_flags(arguments, engines)
     progress = every(PROGRESS_S, logger.info)
-    results = [_verify_and_print(arguments, engine, text, progress) for engine in engines]
+    with KeptLogits() as kept:
+        reference = kept.reference if len(engines) > 1 else Reference
+        results = [_verify_and_print(arguments, engine, text, progress, reference) for engine in engines]
     if arguments.json:
         _print_json(engines, results)
     if report is not None:
@@ -95,12 +100,16 @@ def _refuse_flags(arguments: argparse.Namespace, engines: Sequence[AnyEngine]) -
 
 
 def _verify_and_print(
-    arguments: argparse.Namespace, engine: AnyEngine, text: EvaluationText, progress: Callable[[str], None]
+    arguments: argparse.Namespace,
+    engine: AnyEngine,
+    text: EvaluationText,
+    progress: Callable[[str], None],
+    reference: Callable[[Model], Scorer],
 ) -> Verified | None:
     """Verify one engine, print the result as text and write it into engine.json. None for an engine for TensorRT-LLM
     that cannot run here; the report shows what its engine.json has recorded."""
     try:
-        verified = _verify(arguments, engine, text, progress)
+        verified = _verify(arguments, engine, text, progress, reference)
     except LibraryMissing as error:
         if arguments.report is None:
             raise
@@ -128,7 +137,11 @@ def _verify_and_print(
 
 
 def _verify(
-    arguments: argparse.Namespace, engine: AnyEngine, text: EvaluationText, progress: Callable[[str], None]
+    arguments: argparse.Namespace,
+    engine: AnyEngine,
+    text: EvaluationText,
+    progress: Callable[[str], None],
+    reference: Callable[[Model], Scorer],
 ) -> Verified:
     """Verify an engine by its backend."""
     if not isinstance(engine, Engine):
@@ -136,7 +149,9 @@ def _verify(
 
         return verify(engine.folder, arguments.reference, arguments.trtllm_checkpoint, text, arguments.tokens, progress)
     precision = engine.manifest.precision.name
-    verification = verify_engine(engine, arguments.reference, text, arguments.tokens, progress, cost_options(arguments))
+    verification = verify_engine(
+        engine, arguments.reference, text, arguments.tokens, progress, cost_options(arguments), reference
+    )
     return Verified(
         verification=verification,
         precision=precision,

@@ -13,6 +13,7 @@ from html_pages import Page, loads_nothing
 from manifests import edit_manifest, read_values
 
 from cli.main import main
+from export.reference.model import Reference
 from trt_build.engine_files import record_files
 from trt_build.errors import LibraryMissing
 from trt_build.manifest import TRTLLM_BACKEND
@@ -116,6 +117,18 @@ def test_several_engines_without_a_report_are_verified_one_after_the_other(engin
     assert [one["engine"].rpartition("/")[2] for one in found] == ["fp32", "int8"]
     assert [bool(one["verification"]["failures"]) for one in found] == [False, True]
     assert "cost" not in found[0]["verification"]
+
+
+def test_the_reference_of_several_engines_is_computed_once(tmp_path, engines, verify, monkeypatch):
+    """Of each engine's own codes the reference is computed too, which is the second question."""
+    runs, run = [], Reference.run
+    monkeypatch.setattr(Reference, "run", lambda *words, **more: runs.append(words[1]) or run(*words, **more))
+    _, alone, _ = verify(engines("fp32"), "--json")
+    assert len(runs) == 2
+    runs.clear()
+    _, together, _ = verify(tmp_path / "fp32", shutil.copytree(tmp_path / "fp32", tmp_path / "again"), "--json")
+    assert len(runs) == 3
+    assert json.loads(together)["engines"][0]["verification"] == json.loads(alone)
 
 
 def test_what_is_recorded_of_an_engine_for_another_machine_is_shown(tmp_path, engines, verify, monkeypatch):

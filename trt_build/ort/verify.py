@@ -74,11 +74,13 @@ def verify_engine(
     num_tokens: int,
     progress: Callable[[str], None],
     cost: CostOptions | None = None,
+    reference: Callable[[Model], Scorer] = Reference,
 ) -> Verification:
     """Compare an engine with the checkpoint at `location`. The checkpoint's tokenizer encodes the text. With `cost` the
     cost of the quantiser is told apart by layer, role and expert; without it this is done where the engine misses a
     limit, by layer and role. Raises ConfigError for too little text, EngineError for another model's checkpoint, for
-    another tokenizer, and for a checkpoint whose files are not those of the build."""
+    another tokenizer, and for a checkpoint whose files are not those of the build. `reference` makes what the engine is
+    compared with, of the checkpoint's model."""
     open_device(engine)  # raises for a missing package or device before the reference takes its time
     manifest, model = engine.manifest, read_model(open_checkpoint(location))
     settings = model_settings(model)
@@ -90,7 +92,7 @@ def verify_engine(
     progress("checking whether the reference is what the engine was built from")
     _require_same_files(engine, model.weights.checkpoint)
     questions = ask(engine, model, windows[0], progress)
-    report, positions = _scored(engine, Reference(model), windows, progress)
+    report, positions = _scored(engine, reference(model), windows, progress)
     ways = compare_serving(engine, windows[0], progress)
     precision = manifest.precision.name
     missed = report.failures(THRESHOLDS[precision])
