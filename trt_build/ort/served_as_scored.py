@@ -3,8 +3,8 @@
 Both graphs read the same weights, so the checkpoint and the quantiser are out of the comparison. The serving graph runs
 in the three ways in which a server runs it:
 
-  decoding    one token a step, through the cache
   chunks      a prompt in chunks of unequal lengths
+  decoding    the end of it once more, one token a step
   batch       several sequences of different lengths in one step, then their next tokens together, while one more prompt
               comes in
 
@@ -30,7 +30,7 @@ from trt_build.ort.cache import Cache
 from trt_build.ort.engine import Engine
 from trt_build.ort.questions.float32 import float32_experts, with_float32_activations
 from trt_build.ort.routing import in_checkpoint_order
-from trt_build.ort.session import PREFILL_CHUNK_TOKENS, ScoringSession, Session
+from trt_build.ort.session import ScoringSession, Session
 from trt_build.ort.step_call import Row
 
 CHUNKS = (1, 2, 127, 128, 3, 64, 65)  # at and beside the largest chunk; in turns until the window ends
@@ -77,7 +77,6 @@ def _compare(
 ) -> tuple[Way, ...]:
     """The three ways, with other graphs in place of the stored ones."""
     tokens = list(window[:CHUNKED_TOKENS])
-    decoded_from = max(1, len(tokens) - DECODED_TOKENS)
     starts = _starts(tokens, engine.manifest.max_sequence)
     precise = scoring_graph is not None or engine.manifest.precision.name == "fp32"
     scoring = ScoringSession(engine, content=scoring_graph)
@@ -85,11 +84,9 @@ def _compare(
     scored, *alone = (_Scored(*scoring.run(sequence), k, near) for sequence in (tokens, *starts))
     del scoring
     session = Session(engine, content=serving_graph)
-    return (
-        _decode(session, tokens, decoded_from, scored),
-        _in_chunks(session, tokens, scored),
-        _in_a_batch(session, starts, alone),
-    )
+    cache = session.new_cache()
+    in_chunks = _in_chunks(session, cache, tokens, scored)
+    return _decode(session, cache, tokens, scored), in_chunks, _in_a_batch(session, starts, alone)
 
 
 @dataclass(frozen=True)
@@ -149,22 +146,8 @@ def _way(name: str, compared: Sequence[_Compared], places: Sequence[str], sessio
     )
 
 
-def _decode(session: Session, tokens: Sequence[int], start: int, scored: _Scored) -> Way:
-    """Prefill the tokens before `start`, then append the rest one by one."""
-    cache, compared = session.new_cache(), []
-    prefilled = [
-        range(begin, min(begin + PREFILL_CHUNK_TOKENS, start)) for begin in range(0, start, PREFILL_CHUNK_TOKENS)
-    ]
-    for span in (*prefilled, *(range(place, place + 1) for place in range(start, len(tokens)))):
-        logits, routed = _step(session, cache, [Row(slot=0, token_ids=tokens[span.start : span.stop])])
-        if span.stop >= start:
-            last = None if routed is None else routed[:, -1:]
-            compared.append(scored.compare(logits, last, span.stop - 1))
-    return _way("decoding", compared, [f"position {place}" for place in range(start - 1, len(tokens))], session, scored)
-
-
-def _in_chunks(session: Session, tokens: Sequence[int], scored: _Scored) -> Way:
-    cache, start, number = session.new_cache(), 0, 0
+def _in_chunks(session: Session, cache: Cache, tokens: Sequence[int], scored: _Scored) -> Way:
+    start, number = 0, 0
     compared, places = [], []
     while start < len(tokens):
         chunk = tokens[start : start + CHUNKS[number % len(CHUNKS)]]
@@ -174,6 +157,17 @@ def _in_chunks(session: Session, tokens: Sequence[int], scored: _Scored) -> Way:
         compared.append(scored.compare(logits, routed, start - num_logits))
         places += [f"position {place}" for place in range(start - num_logits, start)]
     return _way("chunks", compared, places, session, scored)
+
+
+def _decode(session: Session, cache: Cache, tokens: Sequence[int], scored: _Scored) -> Way:
+    """Append the last tokens one by one. The cache holds those before them since they were computed in chunks."""
+    start = max(0, len(tokens) - 1 - DECODED_TOKENS)
+    cache.shorten(0, start)
+    compared = []
+    for place in range(start, len(tokens)):
+        logits, routed = _step(session, cache, [Row(slot=0, token_ids=tokens[place : place + 1])])
+        compared.append(scored.compare(logits, routed, place))
+    return _way("decoding", compared, [f"position {place}" for place in range(start, len(tokens))], session, scored)
 
 
 def _starts(tokens: Sequence[int], longest: int) -> list[list[int]]:
