@@ -94,7 +94,9 @@ class Files:
         return node, attributes, list(node.input).index(name)
 
     def _recipe(self, codes: str) -> tuple[int, int, bool]:
-        node, attributes, _ = self._user(codes)
+        node, attributes, place = self._user(codes)
+        if node.op_type == "Experts" and place > 2:
+            return attributes["second_bits"], attributes["second_block_size"], True
         bits = attributes.get("bits", attributes.get("expert_weight_bits"))
         return bits, attributes["block_size"], node.domain == "moeship"
 
@@ -102,6 +104,8 @@ class Files:
         node, attributes, place = self._user(codes)
         if node.op_type == "BlockLinear":
             return attributes["out_features"], attributes["in_features"]
+        if node.op_type == "Embedding":
+            return attributes["rows"], attributes["features"]
         hidden, width = attributes["hidden_size"], attributes["expert_size"]
         gated = attributes["activation"] == b"swiglu"
         return ((1 + gated) * width, hidden) if place == 2 else (hidden, width)

@@ -157,6 +157,7 @@ class Node:
         node = helper.make_node(self.operator, inputs, ["y"], name="layer/mlp", domain=DOMAIN, **self.attributes)
         value = helper.make_tensor_value_info
         fed = [value(name, TensorProto.FLOAT, None) for name in inputs if name in ("x", "router")]
+        fed += [value(name, TensorProto.INT64, None) for name in inputs if name == "ids"]
         fed += [
             value(name, TensorProto.UINT8, None) for name in inputs if name.startswith("fed_")
         ]  # weights that are no initializers
@@ -203,15 +204,24 @@ def experts(first, second, k, activation="gelu", activations="int8", alpha=1.0, 
     names1, initializers1 = first.tensors("fc1_", stacked=True)
     names2, initializers2 = second.tensors("fc2_", stacked=True)
     attributes = {
-        "layout": LAYOUT, "bits": first.bits, "block_size": first.block_size, "activations": activations,
-        "hidden_size": first.codes.shape[2], "expert_size": second.codes.shape[2], "experts": first.codes.shape[0],
-        "k": k, "activation": activation, "activation_alpha": alpha, "activation_beta": beta,
-        "activation_limit": float(limit),
+        "layout": LAYOUT, "bits": first.bits, "block_size": first.block_size, "second_bits": second.bits,
+        "second_block_size": second.block_size, "activations": activations, "hidden_size": first.codes.shape[2],
+        "expert_size": second.codes.shape[2], "experts": first.codes.shape[0], "k": k, "activation": activation,
+        "activation_alpha": alpha, "activation_beta": beta, "activation_limit": float(limit),
     }  # fmt: skip
     return Node(
         operator="Experts", attributes=attributes, inputs=["x", "router" if router else "", *names1, *names2],
         initializers=initializers1 | initializers2,
     )  # fmt: skip
+
+
+def embedding(matrices):
+    names, initializers = matrices.tensors("", stacked=False)
+    attributes = {
+        "layout": LAYOUT, "bits": matrices.bits, "block_size": matrices.block_size,
+        "features": matrices.codes.shape[2], "rows": matrices.codes.shape[1],
+    }  # fmt: skip
+    return Node(operator="Embedding", attributes=attributes, inputs=["ids", *names[:3]], initializers=initializers)
 
 
 def rounded(x, block_size):

@@ -231,7 +231,8 @@ class GraphBuilder(ABC):
         router = self._router(x, gate, name)
         x = self._cast(x)
         both = [f"{fc1}.weight", f"{fc2}.weight"]
-        (weight1, job1), (weight2, job2) = (self._weights.matrix(name, both) for name in both)
+        together = both if self._kernels.one_storage else ()
+        (weight1, job1), (weight2, job2) = (self._weights.matrix(name, together) for name in both)
         bias1, bias2 = self._weights.bias(fc1), self._weights.bias(fc2)
         routed = Routed(
             router=router, k=self.architecture.experts_per_token, activation=activation, normalise=rule.normalise

@@ -72,6 +72,7 @@ class Kernels(ABC):
     layout: ClassVar[Layout]
     normalises: ClassVar[tuple[bool, ...]]  # values of Router.normalise that the kernel of the experts supports
     activations: ClassVar[tuple[str, ...]]  # activations that the kernel of the experts supports
+    one_storage: ClassVar[bool]  # whether both matrices of the experts have the same bits and block size
 
     def check_mixture(self, router: Router, activation: str, path: str) -> None:
         """Raise KernelsError that names what of a mixture's router and activation these kernels do not support."""
@@ -127,6 +128,7 @@ class _OnnxRuntime(Kernels):
     layout = Layout.BLOCKS
     normalises = (True, False)
     activations = ("relu", "gelu", "silu", "swiglu", "identity")
+    one_storage = True
 
     def initializers(
         self, spec: TensorSpec, bits: int, block: int, provider: Provider, *, zeros: bool
@@ -145,6 +147,14 @@ class _OnnxRuntime(Kernels):
         )
 
     def experts(self, x: str, routed: Routed, first: Matrix, second: Matrix, accuracy_level: int) -> Operation:
+        stored = [(matrix.job.bits, matrix.job.block_size) for matrix in (first, second)]
+        if stored[0] != stored[1]:
+            (bits, block), (second_bits, second_block) = stored
+            raise KernelsError(
+                f"planning {second.job.source}: ONNX Runtime's QMoE has one storage for both matrices of an expert, "
+                f"found {second_bits} bits in blocks of {second_block} beside {bits} bits in blocks of {block} for "
+                f"{first.job.source}; give both the same, or build for moeship's kernels"
+            )
         inputs = [x, routed.router, *first.codes_and_scales, first.bias, *second.codes_and_scales, second.bias]
         if first.zeros or second.zeros:
             inputs += ["", "", "", first.zeros, second.zeros]
@@ -161,6 +171,7 @@ class _Moeship(Kernels):
     layout = Layout.GROUPS
     normalises = (True,)
     activations = ("gelu", "silu", "swiglu")
+    one_storage = False
 
     def initializers(
         self,
@@ -192,6 +203,7 @@ class _Moeship(Kernels):
     def experts(self, x: str, routed: Routed, first: Matrix, second: Matrix, accuracy_level: int) -> Operation:
         experts, hidden, width = second.shape
         attributes = self._common(first, accuracy_level) | {
+            "second_bits": second.job.bits, "second_block_size": second.job.block_size,
             "hidden_size": hidden, "expert_size": width, "experts": experts, "k": routed.k,
             "activation": routed.activation,
             # gate * sigmoid(alpha * gate) * (up + beta), without clamping gate or up

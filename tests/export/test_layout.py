@@ -15,15 +15,20 @@ def test_every_code_lies_where_the_formula_says(bits, block_size):
     codes = np.random.default_rng(bits).integers(0, 1 << bits, (rows, features), dtype=np.uint8)
     packed = layout.pack_codes(codes)
     assert packed.shape == (2, 2, 2 * block_size * bits)
-    per_byte = 8 // bits
+    low = {2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 8: 8}[bits]
+    planes = [(low, 0, 0)] + ([(bits - low, low, low)] if bits > low else [])  # width, first line, lowest bit
     for row in range(32):
         for feature in range(2 * block_size):
             block, inside = divmod(feature, block_size)
+            unit, inside = divmod(inside, 32)
             quad, last = divmod(inside, 4)
-            line, place = divmod(quad, per_byte)
-            byte = packed[row // 16, block, 64 * line + 4 * (row % 16) + last]
+            found = 0
+            for width, first_line, lowest in planes:
+                line, place = divmod(quad, 8 // width)
+                byte = packed[row // 16, block, 64 * (bits * unit + first_line + line) + 4 * (row % 16) + last]
+                found |= (int(byte) >> (width * place) & ((1 << width) - 1)) << lowest
             expected = codes[row, feature] if row < rows and feature < features else 1 << (bits - 1)
-            assert byte >> (bits * place) & ((1 << bits) - 1) == expected
+            assert found == expected
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -52,13 +57,39 @@ def test_a_line_by_hand():
     assert not line[4:].any()
 
 
-def test_bytes_a_weight():
-    layout = MatrixLayout(rows=10240, features=2560, bits=4, block_size=64)
+def test_a_unit_of_three_bits_by_hand():
+    # Row 0 holds 0, 1, ... 7 four times: an even quad is 0, 1, 2, 3, an odd one 4, 5, 6, 7. Their two low bits are the
+    # same 0, 1, 2, 3 in all four places of a byte: 0, 1 * 0x55, 2 * 0x55, 3 * 0x55. The third bit is set in odd quads.
+    codes = np.zeros((16, 32), np.uint8)
+    codes[0] = np.arange(32) % 8
+    packed = MatrixLayout(rows=16, features=32, bits=3, block_size=32).pack_codes(codes)[0, 0].reshape(3, 64)
+    assert packed[:, :4].tolist() == [[0, 0x55, 0xAA, 0xFF], [0, 0x55, 0xAA, 0xFF], [0xAA] * 4]
+    assert not packed[:, 4:].any()
+
+
+def test_a_unit_of_six_bits_by_hand():
+    # Row 1 holds 0, 2, 4, ... 62: quad i is 8 * i + (0, 2, 4, 6). Line t has the low halves of quads 2 * t and
+    # 2 * t + 1, which are 0, 2, 4, 6 and 8, 10, 12, 14. The two high bits are i // 2: 0, 0, 1, 1 in the fifth line and
+    # 2, 2, 3, 3 in the sixth, lowest place first.
+    codes = np.zeros((16, 32), np.uint8)
+    codes[1] = 2 * np.arange(32)
+    packed = MatrixLayout(rows=16, features=32, bits=6, block_size=32).pack_codes(codes)[0, 0].reshape(6, 64)
+    low = [0x80, 0xA2, 0xC4, 0xE6]
+    assert packed[:, 4:8].tolist() == [low, low, low, low, [0b01010000] * 4, [0b11111010] * 4]
+    assert not packed[:, :4].any()
+    assert not packed[:, 8:].any()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_bytes_a_weight(bits):
+    layout = MatrixLayout(rows=10240, features=2560, bits=bits, block_size=64)
     num_bytes = np.prod(layout.codes_shape) + 2 * np.prod(layout.scales_shape)
-    assert num_bytes * 8 / (10240 * 2560) == 4.25
+    assert num_bytes * 8 / (10240 * 2560) == bits + 0.25
 
 
-@pytest.mark.parametrize(("bits", "block_size", "rows"), [(3, 32, 16), (4, 16, 16), (4, 256, 16), (4, 32, 0)])
+@pytest.mark.parametrize(
+    ("bits", "block_size", "rows"), [(7, 32, 16), (1, 32, 16), (4, 16, 16), (4, 256, 16), (4, 32, 0)]
+)
 def test_what_it_does_not_have(bits, block_size, rows):
     with pytest.raises(QuantizationError, match="laying out a matrix"):
         MatrixLayout(rows=rows, features=64, bits=bits, block_size=block_size)

@@ -28,6 +28,14 @@ struct Avx512 {
     if (kBits == 8) return codes;
     return _mm512_and_si512(_mm512_srli_epi16(codes, kBits * plane), _mm512_set1_epi8((1 << kBits) - 1));
   }
+  template <int kLow, int kHigh>
+  static I join(I low, int low_place, I high, int high_place) {
+    const int up = kLow - kHigh * high_place;
+    low = _mm512_srli_epi16(low, kLow * low_place);
+    high = up < 0 ? _mm512_srli_epi16(high, -up) : _mm512_slli_epi16(high, up);
+    high = _mm512_and_si512(high, _mm512_set1_epi8(((1 << kHigh) - 1) << kLow));
+    return _mm512_ternarylogic_epi32(low, _mm512_set1_epi8((1 << kLow) - 1), high, 0xEA);  // low & mask | high
+  }
   static I byte(I q, int j) { return _mm512_and_si512(_mm512_srli_epi32(q, 8 * j), _mm512_set1_epi32(255)); }
   static I multiply(I a, I b) { return _mm512_mullo_epi32(a, b); }
   static I subtract(I a, I b) { return _mm512_sub_epi32(a, b); }

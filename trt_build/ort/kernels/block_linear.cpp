@@ -17,7 +17,7 @@ class BlockLinear : public Kernel {
       : settings_(read_settings(node)),
         features_(node.integer("in_features", 1, int64_t{1} << 30)),
         rows_(node.integer("out_features", 1, int64_t{1} << 30)),
-        weights_(node, settings_, 1, 1, rows_, features_, false) {}
+        weights_(node, read_storage(node), 1, 1, rows_, features_, false) {}
 
   void compute(const Call& call) const override {
     const Tensor x = call.input(0, "the input of BlockLinear", features_);

@@ -22,6 +22,13 @@ inline uint32_t as_bits(float value) {
   return bits;
 }
 
+inline float from_half(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, rest = half & 0x7FFF;
+  if (rest >= 0x7C00) return as_float(sign | 0x7F800000u | (rest & 0x3FF) << 13 | (rest > 0x7C00 ? 0x400000u : 0u));
+  if (rest >= 0x400) return as_float(sign | ((rest << 13) + 0x38000000u));
+  return as_float(sign | as_bits(static_cast<float>(rest) * 5.9604644775390625e-8f));  // rest * 2^-24
+}
+
 // The builtin instead of std::fma: if std::fma is not inlined, the linker keeps one copy of it for all files, which may
 // be compiled for an instruction set that the CPU does not have.
 inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }

@@ -6,9 +6,9 @@
 // [E, N/16, K/block, 16], optionally zero points uint8 of the scales' shape, optionally bias float32 [E, N]. The first
 // matrix has K = H and N = F, the second K = F and N = H. With the activation "swiglu" the first matrix has N = 2 F,
 // and its rows alternate between gate and up.
-// Attributes: layout, bits, block_size, activations ("int8" or "float32"), hidden_size, expert_size (F), experts, k,
-// activation ("gelu" in its tanh form, "silu", "swiglu"), activation_alpha, activation_beta, activation_limit:
-// swiglu is g * sigmoid(alpha * g) * (u + beta), where g is clamped to at most the limit and u to [-limit, limit].
+// Attributes: layout, bits and block_size of the first matrix, second_bits and second_block_size (absent: those of the
+// first matrix), activations ("int8" or "float32"), hidden_size, expert_size (F), experts, k, activation ("gelu" in its
+// tanh form, "silu", "swiglu"), activation_alpha, activation_beta, activation_limit: swiglu is g * sigmoid(alpha * g) * (u + beta), where g is clamped to at most the limit and u to [-limit, limit].
 //
 // Each row chooses the k largest logits, among equal logits the lowest expert index; the weights of its experts are the
 // softmax over these k. A row's outputs are summed in ascending order of the experts. The weights of an expert that no
@@ -100,8 +100,10 @@ class Experts : public Kernel {
     gated_ = function_.kind == Activation::kSwiglu ? 2 : 1;
     routed_ = node.has_input(1);
     if (!routed_ && experts_ > 1) node.fail("the router's logits are missing");
-    in_ = Weights(node, settings_, 2, experts_, gated_ * width_, hidden_, true);
-    out_ = Weights(node, settings_, 6, experts_, hidden_, width_, true);
+    const char* const bits = node.has_attribute("second_bits") ? "second_bits" : "bits";
+    const char* const block = node.has_attribute("second_block_size") ? "second_block_size" : "block_size";
+    in_ = Weights(node, read_storage(node), 2, experts_, gated_ * width_, hidden_, true);
+    out_ = Weights(node, read_storage(node, bits, block), 6, experts_, hidden_, width_, true);
   }
 
   void compute(const Call& call) const override {
@@ -150,12 +152,13 @@ class Experts : public Kernel {
     }
   }
 
-  // The first product and the activation: a task computes whole blocks of inner features, for all rows of one expert.
+  // The first product and the activation: a task computes whole blocks of the inner features, as the second matrix has
+  // them, for all rows of one expert.
   void first_product(const Call& call, const Routing& routing, const Activations& inputs,
                      const Activations& inner) const {
     const Matrix& shape = in_.shape();
-    const int64_t values = kGroupRows / gated_;  // values of one group after the activation
-    const int64_t step = groups_of_task(shape, settings_.block / values);
+    const int64_t block = out_.shape().block, values = kGroupRows / gated_;  // values of one group after the activation
+    const int64_t step = groups_of_task(shape, block / values);
     const int64_t tasks = (shape.groups + step - 1) / step;
     const auto& active = routing.active();
     call.parallel(tasks * static_cast<int64_t>(active.size()), [&](int64_t task) {
@@ -171,7 +174,7 @@ class Experts : public Kernel {
         for (int r = 0; r < span.rows; ++r) {
           float* row = sums + r * count * kGroupRows;
           settings_.level->activate(function_, row, width * gated_);
-          inner.put(row, width, begin / settings_.block, r, to);
+          inner.put(row, width, begin / block, r, to);
         }
       }
     });

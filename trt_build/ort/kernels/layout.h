@@ -2,9 +2,11 @@
 //
 // Layout 1 of a matrix [N, K] in blocks of B input features at b bits (export/quantize/layout.py writes it). Sixteen
 // output rows form a group and are stored interleaved; N is padded to whole groups, K to whole blocks. A group stores
-// its blocks one after the other; a block has B * b / 32 lines of 64 bytes. Byte j of line t belongs to row j / 4 of
-// the group. Its p-th b bits, counted from the lowest, are the code of input feature 4 * (t * 8 / b + p) + j % 4 of
-// the block. Scales [groups, blocks, 16] and zero points [groups, blocks, 16] are separate arrays in the same order.
+// its blocks one after the other, a block its units of 32 input features. A unit has b lines of 64 bytes. Its codes are
+// split into planes, the lowest bits first: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2 bits; 2, 4 and 8 bits are one plane. A
+// plane of w bits takes w lines. Byte j of its line t belongs to row j / 4 of the group. The byte's p-th w bits,
+// counted from the lowest, are those of input feature 4 * (t * 8 / w + p) + j % 4 of the unit. Scales
+// [groups, blocks, 16] and zero points [groups, blocks, 16] are separate arrays in the same order.
 #pragma once
 
 #include <cstddef>
@@ -13,13 +15,17 @@
 namespace moeship {
 
 constexpr int64_t kLayout = 1;
-constexpr int64_t kInterface = 2;  // incremented whenever kLayout, an operator or a function of the library changes
+constexpr int64_t kInterface = 3;  // incremented whenever kLayout, an operator or a function of the library changes
 constexpr int kGroupRows = 16;
 constexpr int kLineBytes = 64;
 constexpr int kUnit = 32;      // input features; divides every block size, and takes `bits` lines
+constexpr int kQuads = 8;      // groups of four neighbouring features of a row, which are stored together, in a unit
 constexpr int kTileRows = 16;  // largest number of rows of activations in a tile
 constexpr int kFewRows = 8;    // largest number of rows whose sums fit in registers
 constexpr int kMostGroups = 32;  // largest number of groups in a task
+
+// Width of the plane that holds the lowest bits of a code; a second plane holds the rest, if there is any.
+constexpr int low_bits(int bits) { return bits == 8 ? 8 : bits >= 4 ? 4 : 2; }
 
 struct Matrix {
   const uint8_t* codes;

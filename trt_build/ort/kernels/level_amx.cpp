@@ -26,14 +26,15 @@ void quantize_rows(const float* x, int64_t count, int block, int zero, int64_t f
 // Decode the codes of one block into tile rows: line q has features 4 * q to 4 * q + 3 of all sixteen rows.
 template <int kBits>
 inline const uint8_t* decode(const uint8_t* lines, int block, uint8_t* decoded) {
-  constexpr int kPlanes = 8 / kBits;
-  for (int t = 0; t < block / 4 / kPlanes; ++t) {
-    prefetch(lines + t * kLineBytes + kPrefetchBytes);
+  for (int u = 0; u < block / kUnit; ++u) {
+    const uint8_t* const unit = lines + u * kBits * kLineBytes;
+#pragma GCC unroll 8
+    for (int t = 0; t < kBits; ++t) prefetch(unit + t * kLineBytes + kPrefetchBytes);
     if (kBits == 8) continue;  // codes of 8 bits are stored in this order already
-    const __m512i codes = Avx512::load_line(lines + t * kLineBytes);
-#pragma GCC unroll 4
-    for (int plane = 0; plane < kPlanes; ++plane)
-      _mm512_store_si512(decoded + (t * kPlanes + plane) * kLineBytes, Avx512::plane<kBits>(codes, plane));
+    __m512i low{}, high{};
+#pragma GCC unroll 8
+    for (int i = 0; i < kQuads; ++i)
+      _mm512_store_si512(decoded + (u * kQuads + i) * kLineBytes, decode_quad<Avx512, kBits>(unit, i, low, high));
   }
   return kBits == 8 ? lines : decoded;
 }
@@ -108,9 +109,7 @@ void product_of_rows(const Matrix& w, int64_t first, int64_t count, const Tile& 
 void product_amx(const Matrix& w, int64_t first, int64_t count, const Tile& x, float* y) {
   if (x.values || x.rows < kFewestRows) return kAvx512vnni.product(w, first, count, x, y);
   constexpr auto rows = std::make_integer_sequence<int, kTileRows - kFewestRows + 1>();
-  if (w.bits == 4) return product_of_rows<4>(w, first, count, x, y, rows);
-  if (w.bits == 8) return product_of_rows<8>(w, first, count, x, y, rows);
-  product_of_rows<2>(w, first, count, x, y, rows);
+  with_bits(w.bits, [&](auto bits) { product_of_rows<bits()>(w, first, count, x, y, rows); });
 }
 
 }  // namespace

@@ -26,6 +26,13 @@ struct Avx2 {
     if (kBits == 8) return codes;
     return _mm256_and_si256(_mm256_srli_epi16(codes, kBits * plane), _mm256_set1_epi8((1 << kBits) - 1));
   }
+  template <int kLow, int kHigh>
+  static I join(I low, int low_place, I high, int high_place) {
+    const int up = kLow - kHigh * high_place;
+    high = up < 0 ? _mm256_srli_epi16(high, -up) : _mm256_slli_epi16(high, up);
+    high = _mm256_and_si256(high, _mm256_set1_epi8(((1 << kHigh) - 1) << kLow));
+    return _mm256_or_si256(plane<kLow>(low, low_place), high);
+  }
   static I byte(I q, int j) { return _mm256_and_si256(_mm256_srli_epi32(q, 8 * j), _mm256_set1_epi32(255)); }
   static I multiply(I a, I b) { return _mm256_mullo_epi32(a, b); }
   static I subtract(I a, I b) { return _mm256_sub_epi32(a, b); }

@@ -7,10 +7,11 @@ namespace {
 struct Avx512vnni : Avx512 {
   template <int kBits>
   struct Sum {
+    static constexpr int kQuadsTogether = kQuads;
     I sum;
     void start(I first) { sum = first; }
-    void begin_unit() {}
-    void end_unit() {}
+    void begin() {}
+    void end() {}
     void add(I q, I a) { sum = _mm512_dpbusd_epi32(sum, q, a); }
   };
 };

@@ -4,23 +4,24 @@
 namespace moeship {
 namespace {
 
-inline float from_half(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, rest = half & 0x7FFF;
-  if (rest >= 0x7C00) return as_float(sign | 0x7F800000u | (rest & 0x3FF) << 13 | (rest > 0x7C00 ? 0x400000u : 0u));
-  if (rest >= 0x400) return as_float(sign | ((rest << 13) + 0x38000000u));
-  return as_float(sign | as_bits(static_cast<float>(rest) * 5.9604644775390625e-8f));  // rest * 2^-24
-}
-
 // Decode the codes of one block of one group, minus their zero points: [block][16].
 void decode(const Matrix& w, int64_t group, int64_t block, int32_t (*weights)[kGroupRows]) {
-  const int planes = 8 / w.bits, mask = (1 << w.bits) - 1, lines = w.block * w.bits / 32;
+  const int units = w.block / kUnit, low = low_bits(w.bits);
   const int64_t place = group * w.blocks + block;
-  const uint8_t* line = w.codes + place * lines * kLineBytes;
-  for (int t = 0; t < lines; ++t, line += kLineBytes)
-    for (int byte = 0; byte < kLineBytes; ++byte)
-      for (int p = 0; p < planes; ++p) {
-        const int lane = byte / 4, zero = w.zeros ? w.zeros[place * kGroupRows + lane] : 1 << (w.bits - 1);
-        weights[4 * (t * planes + p) + byte % 4][lane] = (line[byte] >> (w.bits * p) & mask) - zero;
+  const uint8_t* unit = w.codes + place * units * w.bits * kLineBytes;
+  // The bits that a plane of `width` bits, beginning with a line, has of one feature of the unit.
+  auto of_plane = [](const uint8_t* line, int width, int feature, int lane) {
+    const int quad = feature / 4, in_byte = 8 / width;
+    const uint8_t byte = line[quad / in_byte * kLineBytes + 4 * lane + feature % 4];
+    return byte >> (quad % in_byte * width) & ((1 << width) - 1);
+  };
+  for (int u = 0; u < units; ++u, unit += w.bits * kLineBytes)
+    for (int feature = 0; feature < kUnit; ++feature)
+      for (int lane = 0; lane < kGroupRows; ++lane) {
+        int code = of_plane(unit, low, feature, lane);
+        if (low < w.bits) code |= of_plane(unit + low * kLineBytes, w.bits - low, feature, lane) << low;
+        const int zero = w.zeros ? w.zeros[place * kGroupRows + lane] : 1 << (w.bits - 1);
+        weights[u * kUnit + feature][lane] = code - zero;
       }
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "elementwise.h"
@@ -16,14 +17,31 @@ constexpr int kPrefetchBytes = 4096;
 
 inline void prefetch(const void* place) { __builtin_prefetch(place); }
 
-// Byte products without VNNI: V adds pairs of them in 16 bits. The products of a unit fit for codes up to 15, as
-// 8 * 2 * 15 * 127 < 2^15. Codes of 8 bits are split into two halves of 4 bits.
+// Decodes quad `i` of a unit for the lanes that begin at `unit`: four codes in each lane. `low` and `high` keep the
+// lines of the two planes from one quad to the next, in ascending order of `i`.
+template <class V, int kBits>
+inline typename V::I decode_quad(const uint8_t* unit, int i, typename V::I& low, typename V::I& high) {
+  constexpr int kLow = low_bits(kBits), kHigh = kBits - kLow, kInLow = 8 / kLow;
+  if (i % kInLow == 0) low = V::load_line(unit + i / kInLow * kLineBytes);
+  if constexpr (kHigh == 0) {
+    return V::template plane<kLow>(low, i % kInLow);
+  } else {
+    constexpr int kInHigh = 8 / kHigh;
+    if (i % kInHigh == 0) high = V::load_line(unit + (kLow + i / kInHigh) * kLineBytes);
+    return V::template join<kLow, kHigh>(low, i % kInLow, high, i % kInHigh);
+  }
+}
+
+// Byte products without VNNI: V adds pairs of them in 16 bits. The products of `kQuadsTogether` quads fit: of a unit for
+// codes up to 15, as 8 * 2 * 15 * 127 < 2^15, of half a unit up to 31, of a quarter up to 63. Codes of 8 bits are split
+// into two halves of 4 bits.
 template <class V, int kBits>
 struct PairSum {
+  static constexpr int kQuadsTogether = kBits == 5 ? 4 : kBits == 6 ? 2 : kQuads;
   typename V::I sum, low, high;
 
   void start(typename V::I first) { sum = first; }
-  void begin_unit() { low = high = V::broadcast(0); }
+  void begin() { low = high = V::broadcast(0); }
   void add(typename V::I q, typename V::I a) {
     if (kBits == 8) {
       high = V::add_products(V::template plane<4>(q, 1), a, high);
@@ -31,7 +49,7 @@ struct PairSum {
     }
     low = V::add_products(q, a, low);
   }
-  void end_unit() {
+  void end() {
     sum = V::add_pairs(low, 1, sum);
     if (kBits == 8) sum = V::add_pairs(high, 16, sum);
   }
@@ -62,7 +80,8 @@ template <class V, int kBits, int kRows>
 void product_int8(const Matrix& w, int64_t first, int64_t count, const Tile& x, float* y) {
   using I = typename V::I;
   using F = typename V::F;
-  constexpr int kHalves = kGroupRows / V::kLanes, kPlanes = 8 / kBits;
+  using Sum = typename V::template Sum<kBits>;
+  constexpr int kHalves = kGroupRows / V::kLanes;
   constexpr int kTogether = kRows < V::kRows ? kRows : V::kRows;
   const int units = w.block / kUnit;
   const int64_t block_bytes = int64_t{units} * kBits * kLineBytes;
@@ -82,7 +101,7 @@ void product_int8(const Matrix& w, int64_t first, int64_t count, const Tile& x, 
         const F scale = scales_at<V>(w, place + h * V::kLanes);
 #pragma GCC unroll 2
         for (int r0 = 0; r0 < kRows; r0 += kTogether) {
-          typename V::template Sum<kBits> sum[kTogether];
+          Sum sum[kTogether];
 #pragma GCC unroll 8
           for (int r = 0; r < kTogether; ++r)
             if (r0 + r < kRows) sum[r].start(V::broadcast(a_offsets[r0 + r]));
@@ -93,24 +112,28 @@ void product_int8(const Matrix& w, int64_t first, int64_t count, const Tile& x, 
               if (r0 + r < kRows) sum[r].start(V::multiply(zeros, sum[r].sum));
           }
           for (int u = 0; u < units; ++u) {
+            const uint8_t* const unit = line + u * kBits * kLineBytes;
+            if (h == 0 && r0 == 0) {
 #pragma GCC unroll 8
-            for (int r = 0; r < kTogether; ++r) sum[r].begin_unit();
+              for (int t = 0; t < kBits; ++t) prefetch(unit + t * kLineBytes + kPrefetchBytes);
+            }
+            I low{}, high{};
 #pragma GCC unroll 8
-            for (int t = 0; t < kBits; ++t) {
-              const uint8_t* p = line + (u * kBits + t) * kLineBytes;
-              if (h == 0 && r0 == 0) prefetch(p + kPrefetchBytes);
-              const I codes = V::load_line(p + h * V::kLanes * 4);
-#pragma GCC unroll 4
-              for (int plane = 0; plane < kPlanes; ++plane) {
-                const I q = V::template plane<kBits>(codes, plane);
-                const int8_t* quad = a + (u * 8 + t * kPlanes + plane) * kRows * 4;
+            for (int i = 0; i < kQuads; ++i) {
+              if (i % Sum::kQuadsTogether == 0) {
 #pragma GCC unroll 8
-                for (int r = 0; r < kTogether; ++r)
-                  if (r0 + r < kRows) sum[r].add(q, V::broadcast_quad(quad + (r0 + r) * 4));
+                for (int r = 0; r < kTogether; ++r) sum[r].begin();
+              }
+              const I q = decode_quad<V, kBits>(unit + h * V::kLanes * 4, i, low, high);
+              const int8_t* quad = a + (u * kQuads + i) * kRows * 4;
+#pragma GCC unroll 8
+              for (int r = 0; r < kTogether; ++r)
+                if (r0 + r < kRows) sum[r].add(q, V::broadcast_quad(quad + (r0 + r) * 4));
+              if ((i + 1) % Sum::kQuadsTogether == 0) {
+#pragma GCC unroll 8
+                for (int r = 0; r < kTogether; ++r) sum[r].end();
               }
             }
-#pragma GCC unroll 8
-            for (int r = 0; r < kTogether; ++r) sum[r].end_unit();
           }
 #pragma GCC unroll 8
           for (int r = 0; r < kTogether; ++r)
@@ -129,7 +152,7 @@ template <class V, int kBits, int kRows>
 void product_float(const Matrix& w, int64_t first, int64_t count, const Tile& x, float* y) {
   using I = typename V::I;
   using F = typename V::F;
-  constexpr int kHalves = kGroupRows / V::kLanes, kPlanes = 8 / kBits;
+  constexpr int kHalves = kGroupRows / V::kLanes;
   for (int64_t index = 0; index < count; ++index) {
     const uint8_t* line = w.codes + (first + index) * w.group_bytes();
     const float* a = x.values;
@@ -142,13 +165,14 @@ void product_float(const Matrix& w, int64_t first, int64_t count, const Tile& x,
         const I zero = w.zeros ? V::load_bytes(w.zeros + place + h * V::kLanes) : V::broadcast(1 << (kBits - 1));
         F inside[kRows];
         for (F& sum : inside) sum = V::zero();
-        for (int t = 0; t < w.block * kBits / 32; ++t) {
-          const I codes = V::load_line(line + t * kLineBytes + h * V::kLanes * 4);
-          for (int plane = 0; plane < kPlanes; ++plane) {
-            const I q = V::template plane<kBits>(codes, plane);
+        for (int u = 0; u < w.block / kUnit; ++u) {
+          I low{}, high{};
+          for (int i = 0; i < kQuads; ++i) {
+            const uint8_t* const unit = line + u * kBits * kLineBytes;
+            const I q = decode_quad<V, kBits>(unit + h * V::kLanes * 4, i, low, high);
             for (int j = 0; j < 4; ++j) {
               const F weight = V::to_float(V::subtract(V::byte(q, j), zero));
-              const float* from = a + ((t * kPlanes + plane) * 4 + j) * kRows;
+              const float* from = a + ((u * kQuads + i) * 4 + j) * kRows;
 #pragma GCC unroll 8
               for (int r = 0; r < kRows; ++r) inside[r] = V::fma(weight, V::broadcast(from[r]), inside[r]);
             }
@@ -164,6 +188,19 @@ void product_float(const Matrix& w, int64_t first, int64_t count, const Tile& x,
 
 using Product = void (*)(const Matrix&, int64_t, int64_t, const Tile&, float*);
 
+// Calls f with the number of bits as a type, std::integral_constant<int, bits>.
+template <class F>
+inline void with_bits(int bits, const F& f) {
+  switch (bits) {
+    case 2: return f(std::integral_constant<int, 2>());
+    case 3: return f(std::integral_constant<int, 3>());
+    case 4: return f(std::integral_constant<int, 4>());
+    case 5: return f(std::integral_constant<int, 5>());
+    case 6: return f(std::integral_constant<int, 6>());
+    case 8: return f(std::integral_constant<int, 8>());
+  }
+}
+
 template <class V, int kBits, int... kRows>
 inline void product_of_bits(const Matrix& w, int64_t first, int64_t count, const Tile& x, float* y,
                             std::integer_sequence<int, kRows...>) {
@@ -175,9 +212,7 @@ inline void product_of_bits(const Matrix& w, int64_t first, int64_t count, const
 template <class V>
 void product(const Matrix& w, int64_t first, int64_t count, const Tile& x, float* y) {
   constexpr auto rows = std::make_integer_sequence<int, kFewRows>();
-  if (w.bits == 4) return product_of_bits<V, 4>(w, first, count, x, y, rows);
-  if (w.bits == 8) return product_of_bits<V, 8>(w, first, count, x, y, rows);
-  product_of_bits<V, 2>(w, first, count, x, y, rows);
+  with_bits(w.bits, [&](auto bits) { product_of_bits<V, bits()>(w, first, count, x, y, rows); });
 }
 
 }  // namespace

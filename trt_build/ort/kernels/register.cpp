@@ -31,7 +31,7 @@ struct Operator : OrtCustomOp {
   const char* name;
   size_t inputs;
   uint32_t optional;  // bit i: input i may be absent
-  uint32_t floats;    // bit i: input i is float32; the types of other inputs are checked when a kernel is made
+  uint32_t floats;    // bit i: input i is float32; the types of other inputs are checked when a kernel is made or run
   Kernel* (*make)(const Node&);
 };
 
@@ -80,10 +80,13 @@ OrtCustomOpDomain* make_domain() {
   static const Operator block_linear = describe("BlockLinear", 5, 0b11000, 0b10001, make_block_linear);
   // x, logits, then codes, scales, zeros, bias for each of the two matrices
   static const Operator experts = describe("Experts", 10, 0b1100110010, 0b1000100011, make_experts);
+  // token ids, codes, scales, zeros
+  static const Operator embedding = describe("Embedding", 4, 0b1000, 0, make_embedding);
   OrtCustomOpDomain* domain = nullptr;
   check(*api, api->CreateCustomOpDomain(kDomain, &domain));
   check(*api, api->CustomOpDomain_Add(domain, &block_linear));
   check(*api, api->CustomOpDomain_Add(domain, &experts));
+  check(*api, api->CustomOpDomain_Add(domain, &embedding));
   return domain;
 }
 

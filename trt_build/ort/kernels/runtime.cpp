@@ -63,6 +63,7 @@ const char* type_name(ONNXTensorElementDataType type) {
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: return "float32";
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return "float16";
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8: return "uint8";
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64: return "int64";
     default: return "another type";
   }
 }
@@ -131,6 +132,13 @@ std::string Node::choice(const char* name, const std::vector<std::string>& choic
   fail(std::string("found ") + name + " \"" + found + "\", expected " + expected);
 }
 
+bool Node::has_attribute(const char* name) const {
+  int64_t value = 0;
+  OrtStatus* status = api_.KernelInfoGetAttribute_int64(info_, name, &value);
+  if (status) api_.ReleaseStatus(status);
+  return !status;
+}
+
 bool Node::has_input(size_t index) const {
   size_t count = 0, size = 0;
   check(api_, api_.KernelInfo_GetInputCount(info_, &count));
@@ -156,33 +164,35 @@ Tensor Node::constant(size_t index, const char* what, const std::vector<ONNXTens
   return tensor;
 }
 
-Settings read_settings(const Node& node) {
+Storage read_storage(const Node& node, const char* bits, const char* block) {
   node.integer("layout", kLayout, kLayout);
+  const Storage storage{static_cast<int>(node.integer(bits, 2, 8)), static_cast<int>(node.integer(block, 32, 128))};
+  if (storage.bits == 7) node.fail(std::string("found ") + bits + " 7, expected 2, 3, 4, 5, 6 or 8");
+  if (storage.block != 32 && storage.block != 64 && storage.block != 128)
+    node.fail(std::string("found ") + block + " " + std::to_string(storage.block) + ", expected 32, 64 or 128");
+  return storage;
+}
+
+Settings read_settings(const Node& node) {
   Settings settings{};
-  settings.bits = static_cast<int>(node.integer("bits", 2, 8));
-  settings.block = static_cast<int>(node.integer("block_size", 32, 128));
-  if (settings.bits != 2 && settings.bits != 4 && settings.bits != 8)
-    node.fail("found bits " + std::to_string(settings.bits) + ", expected 2, 4 or 8");
-  if (settings.block != 32 && settings.block != 64 && settings.block != 128)
-    node.fail("found block_size " + std::to_string(settings.block) + ", expected 32, 64 or 128");
   settings.floats = node.choice("activations", {"int8", "float32"}) == "float32";
   settings.level = &chosen_level();
   settings.tile_rows = settings.floats ? kFewRows : settings.level->tile_rows;
   return settings;
 }
 
-Weights::Weights(const Node& node, const Settings& settings, size_t first_input, int64_t experts, int64_t rows,
+Weights::Weights(const Node& node, const Storage& storage, size_t first_input, int64_t experts, int64_t rows,
                  int64_t features, bool stacked) {
-  first_.bits = settings.bits;
-  first_.block = settings.block;
+  first_.bits = storage.bits;
+  first_.block = storage.block;
   first_.rows = rows;
   first_.groups = (rows + kGroupRows - 1) / kGroupRows;
-  first_.blocks = (features + settings.block - 1) / settings.block;
+  first_.blocks = (features + storage.block - 1) / storage.block;
   auto shape = [&](std::vector<int64_t> axes) {
     if (stacked) axes.insert(axes.begin(), experts);
     return axes;
   };
-  const int64_t block_bytes = int64_t{settings.block} * kGroupRows * settings.bits / 8;
+  const int64_t block_bytes = int64_t{storage.block} * kGroupRows * storage.bits / 8;
   const auto uint8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, float32 = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
              float16 = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
   const Tensor codes = node.constant(first_input, "the codes' tensor", {uint8},
@@ -211,13 +221,25 @@ Matrix Weights::of(int64_t expert) const {
   return matrix;
 }
 
-Tensor Call::input(size_t index, const char* what, int64_t width) const {
+Tensor Call::any(size_t index) const {
   const OrtValue* value = nullptr;
   size_t count = 0;
   check(api_, api_.KernelContext_GetInputCount(context_, &count));
   if (index < count) check(api_, api_.KernelContext_GetInput(context_, index, &value));
   if (!value) return {nullptr, ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, {}};
-  Tensor tensor = describe(api_, value);
+  return describe(api_, value);
+}
+
+Tensor Call::indices(size_t index, const char* what) const {
+  Tensor tensor = any(index);
+  if (tensor.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64)
+    throw Failure{std::string(what) + " is of " + type_name(tensor.type) + ", expected int64"};
+  return tensor;
+}
+
+Tensor Call::input(size_t index, const char* what, int64_t width) const {
+  Tensor tensor = any(index);
+  if (tensor.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED) return tensor;
   if (tensor.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT)
     throw Failure{std::string(what) + " is of " + type_name(tensor.type) + ", expected float32"};
   if (tensor.shape.empty() || tensor.shape.back() != width)
@@ -258,7 +280,10 @@ size_t Activations::bytes(const Settings& settings, int64_t rows, const Matrix& 
 }
 
 Activations::Activations(const Settings& settings, int64_t rows, const Matrix& weights, Scratch& scratch)
-    : settings_(settings), blocks_(weights.blocks), zero_(weights.zeros ? 1 : 1 << (weights.bits - 1)) {
+    : settings_(settings),
+      block_(weights.block),
+      blocks_(weights.blocks),
+      zero_(weights.zeros ? 1 : 1 << (weights.bits - 1)) {
   const size_t features = static_cast<size_t>(rows * weights.features());
   const size_t blocks = static_cast<size_t>(rows * weights.blocks);
   if (settings.floats) {
@@ -271,15 +296,15 @@ Activations::Activations(const Settings& settings, int64_t rows, const Matrix& w
 }
 
 Tile Activations::tile(int64_t first_row, int rows) const {
-  const int64_t features = first_row * blocks_ * settings_.block, blocks = first_row * blocks_;
+  const int64_t features = first_row * blocks_ * block_, blocks = first_row * blocks_;
   if (settings_.floats) return {rows, nullptr, nullptr, nullptr, values_ + features};
   return {rows, codes_ + features, scales_ + blocks, offsets_ + blocks, nullptr};
 }
 
 void Activations::put(const float* x, int64_t count, int64_t first_block, int row, const Tile& tile) const {
-  if (!settings_.floats) return settings_.level->quantize(x, count, settings_.block, zero_, first_block, row, tile);
-  float* to = tile.values + first_block * settings_.block * tile.rows + row;
-  const int64_t padded = (count + settings_.block - 1) / settings_.block * settings_.block;
+  if (!settings_.floats) return settings_.level->quantize(x, count, block_, zero_, first_block, row, tile);
+  float* to = tile.values + first_block * block_ * tile.rows + row;
+  const int64_t padded = (count + block_ - 1) / block_ * block_;
   for (int64_t i = 0; i < padded; ++i) to[i * tile.rows] = i < count ? x[i] : 0.0f;
 }
 

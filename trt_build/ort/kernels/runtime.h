@@ -32,6 +32,7 @@ class Node {
   int64_t integer(const char* name, int64_t least, int64_t most) const;
   float real(const char* name) const;
   std::string choice(const char* name, const std::vector<std::string>& choices) const;
+  bool has_attribute(const char* name) const;
   bool has_input(size_t index) const;
   // A constant input of one of the given types and of exactly this shape; `what` names it in errors.
   Tensor constant(size_t index, const char* what, const std::vector<ONNXTensorElementDataType>& types,
@@ -43,9 +44,14 @@ class Node {
   std::string name_;
 };
 
-// The attributes that both operators have.
-struct Settings {
+// How a matrix is stored. Throws Failure for a layout that is not this library's.
+struct Storage {
   int bits, block;
+};
+Storage read_storage(const Node& node, const char* bits = "bits", const char* block = "block_size");
+
+// How a node multiplies.
+struct Settings {
   bool floats;  // activations stay float32
   const Level* level;
   int tile_rows;  // largest number of rows in a tile
@@ -57,7 +63,7 @@ Settings read_settings(const Node& node);
 class Weights {
  public:
   Weights() = default;
-  Weights(const Node& node, const Settings& settings, size_t first_input, int64_t experts, int64_t rows,
+  Weights(const Node& node, const Storage& storage, size_t first_input, int64_t experts, int64_t rows,
           int64_t features, bool stacked);
   Matrix of(int64_t expert) const;
   const Matrix& shape() const { return first_; }
@@ -73,6 +79,8 @@ class Call {
 
   // A float32 input whose last axis has `width` values; its data is null if an optional input is absent.
   Tensor input(size_t index, const char* what, int64_t width) const;
+  // An int64 input of any shape.
+  Tensor indices(size_t index, const char* what) const;
   float* output(size_t index, const std::vector<int64_t>& shape) const;
 
   // f(0) ... f(count - 1) on the session's threads.
@@ -85,6 +93,8 @@ class Call {
   }
 
  private:
+  Tensor any(size_t index) const;
+
   const OrtApi& api_;
   OrtKernelContext* context_;
 };
@@ -113,6 +123,7 @@ class Activations {
 
  private:
   const Settings& settings_;
+  int block_;
   int64_t blocks_;
   int zero_;  // see Level::quantize
   int8_t* codes_ = nullptr;
@@ -133,6 +144,7 @@ struct Kernel {
 };
 
 Kernel* make_block_linear(const Node& node);
+Kernel* make_embedding(const Node& node);
 Kernel* make_experts(const Node& node);
 
 }  // namespace moeship

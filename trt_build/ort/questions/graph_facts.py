@@ -131,14 +131,14 @@ class _Facts:
         name = zero_points_name(row)
         return name if name in self._graph.extents else ""
 
-    def _recipe(self, node: Node, spec: TensorSpec, bits: str = "bits") -> None:
-        """Check bits and block size against engine.json."""
+    def _recipe(self, node: Node, spec: TensorSpec, bits: str = "bits", block_size: str = "block_size") -> None:
+        """Check the attributes of bits and block size against engine.json."""
         expected = self._manifest.precision.bits.get(str(spec.role))
         if node.attributes.get(bits) != expected:
             self._fail(node.name, f"has {bits} {node.attributes.get(bits)}, engine.json says {expected}")
-        block, sizes = node.attributes.get("block_size"), self._manifest.precision.block_sizes
+        block, sizes = node.attributes.get(block_size), self._manifest.precision.block_sizes
         if block not in sizes:
-            self._fail(node.name, f"has block_size {block}, engine.json says {' or '.join(map(str, sizes))}")
+            self._fail(node.name, f"has {block_size} {block}, engine.json says {' or '.join(map(str, sizes))}")
 
     def _is_plain(self, row: str) -> bool:
         """Whether a matrix is stored as floats; adds a failure if engine.json says otherwise."""
@@ -241,6 +241,8 @@ class _Facts:
         if plain:
             return
         self._recipe(node, self._table[first], "bits" if own else "expert_weight_bits")
+        if "second_bits" in node.attributes or "second_block_size" in node.attributes:
+            self._recipe(node, self._table[second], "second_bits", "second_block_size")
         extra: dict[str, Any] = {} if own else {"quant_type": "int", "weights_prepacked": 0}
         self._attributes(node, {**extra, **self._accuracy()})
 

@@ -70,21 +70,35 @@ class StoredMatrix:
 
 @dataclass(frozen=True, kw_only=True)
 class _Operands:
-    """How an operator reads quantised weights: the inputs of codes, scales and zero points of each, and the attribute
-    of their bits."""
+    """How an operator reads quantised weights: the inputs of codes, scales and zero points of each, and the attributes
+    of the bits and block size of each, or of the one storage that all have."""
 
     places: tuple[tuple[int, int, int], ...]
-    bits: str = "bits"
+    storage: tuple[tuple[str, str], ...] = (("bits", "block_size"),)
     grouped: bool = False
+
+    def storage_of(self, place: int, attributes: Mapping[str, Any]) -> tuple[int, int]:
+        """Bits and block size of a weight, 0 where a node does not state them. A later weight without a statement has
+        those of the first."""
+        bits, block = self.storage[place if place < len(self.storage) else 0]
+        first_bits, first_block = self.storage[0]
+        return (
+            int(attributes.get(bits, attributes.get(first_bits, 0))),
+            int(attributes.get(block, attributes.get(first_block, 0))),
+        )
 
 
 # Source: ONNX Runtime's docs/ContribOperators.md, and trt_build/ort/kernels/register.cpp for the last two.
 _OPERATORS = {
     "MatMulNBits": _Operands(places=((1, 2, 3),)),
     "GatherBlockQuantized": _Operands(places=((0, 2, 3),)),
-    "QMoE": _Operands(places=((2, 3, 11), (5, 6, 12)), bits="expert_weight_bits"),
+    "QMoE": _Operands(places=((2, 3, 11), (5, 6, 12)), storage=(("expert_weight_bits", "block_size"),)),
     "BlockLinear": _Operands(places=((1, 2, 3),), grouped=True),
-    "Experts": _Operands(places=((2, 3, 4), (6, 7, 8)), grouped=True),
+    "Experts": _Operands(
+        places=((2, 3, 4), (6, 7, 8)),
+        storage=(("bits", "block_size"), ("second_bits", "second_block_size")),
+        grouped=True,
+    ),
 }
 
 
@@ -111,15 +125,18 @@ class StoredGraph:
 
     def _matrices(self, node: Node) -> Iterator[StoredMatrix]:
         operands = _OPERATORS.get(node.operator)
-        for codes, scales, zeros in operands.places if operands else ():
+        if operands is None:
+            return
+        for place, (codes, scales, zeros) in enumerate(operands.places):
             if node.input(codes) in self.extents and node.input(scales) in self.extents:
+                bits, block = operands.storage_of(place, node.attributes)
                 yield StoredMatrix(
                     codes=self.extents[node.input(codes)],
                     scales=self.extents[node.input(scales)],
                     zeros=self.extents.get(node.input(zeros)),
-                    bits=int(node.attributes.get(operands.bits, 0)) if operands else 0,
-                    block_size=int(node.attributes.get("block_size", 0)),
-                    grouped=bool(operands and operands.grouped),
+                    bits=bits,
+                    block_size=block,
+                    grouped=operands.grouped,
                 )
 
 

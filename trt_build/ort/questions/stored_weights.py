@@ -320,16 +320,8 @@ def _signed(packed: ByteArray, bits: int) -> FloatArray:
 
 
 def _signed_of_groups(packed: ByteArray, layout: MatrixLayout) -> FloatArray:
-    """Like `_signed`, for groups [g, bytes] of sixteen rows: float32 [g, 16, P, B]. Four neighbouring codes of a row
-    are moved as one item (export/quantize/layout.py)."""
-    lines, per_byte = layout.block_size * layout.bits // 32, 8 // layout.bits
-    items = packed.view(np.uint32).reshape(len(packed), layout.blocks, lines, GROUP_ROWS)
-    codes = np.empty((len(packed), GROUP_ROWS, layout.blocks, lines, per_byte), dtype=np.uint32)
-    mask = np.uint32(0x01010101 * ((1 << layout.bits) - 1))
-    by_row = np.ascontiguousarray(items.transpose(0, 3, 1, 2))
-    for turn in range(per_byte):
-        np.bitwise_and(by_row >> np.uint32(turn * layout.bits), mask, out=codes[..., turn])
-    values = codes.view(np.uint8).astype(np.float32)
+    """Like `_signed`, for groups [g, bytes] of sixteen rows: float32 [g, 16, P, B]."""
+    values = layout.unpack_groups(packed).astype(np.float32)
     values -= np.float32(1 << (layout.bits - 1))
     return values.reshape(len(packed), GROUP_ROWS, layout.blocks, layout.block_size)
 
