@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.errors import ConfigError, MoeshipError
-from export.quantize.recipe import plan_for
+from export.quantize.presets import recipe_for
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"starting the demo: {EXAMPLE} does not exist; run it from a clone of the project (pip install -e .)"
         )
-    plan_for(arguments.precision)  # raises for an unknown precision before any file is written
+    recipe_for(arguments.precision)  # raises for an unknown precision before any file is written
     with contextlib.ExitStack() as stack:
         folder = arguments.output or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moeship-demo-")))
         folder.mkdir(parents=True, exist_ok=True)

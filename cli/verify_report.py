@@ -175,7 +175,8 @@ def _reported(name: str, engine: AnyEngine, verified: Verified | None) -> Report
     facts: list[tuple[str, str]] = [("precision", precision.name), ("backend", manifest.backend)]
     if isinstance(engine, Engine):
         facts += [("provider", engine.manifest.provider), ("kernels", engine.manifest.kernels)]
-        facts += [("blocks", ", ".join(map(str, engine.manifest.precision.block_sizes)) or "none")]
+        sizes = {size for role in engine.manifest.precision.roles.values() for size in role.block_sizes}
+        facts += [("blocks", ", ".join(map(str, sorted(sizes))) or "none")]
     else:
         facts += [("GPU", engine.manifest.gpu.name or "unknown")]
     facts += [

@@ -24,7 +24,7 @@ from export.onnx_graph.graph import GraphBuilder
 from export.onnx_graph.weights import Placement, WeightJob, place
 from export.optional import optional_package
 from export.provider import PROVIDERS, Provider
-from export.quantize.recipe import QuantPlan
+from export.quantize.recipe import Recipe
 
 if TYPE_CHECKING:
     import onnx
@@ -62,7 +62,7 @@ class ExportPlan:
 
 def plan_export(
     model: Model,
-    plan: QuantPlan,
+    recipe: Recipe,
     provider: Provider = PROVIDERS["cpu"],
     *,
     max_sequence: int | None = None,
@@ -76,11 +76,11 @@ def plan_export(
     with optional_package("onnx", "building an ONNX Runtime engine", "cpu"):
         import onnx  # noqa: F401 - imported here, so that a missing package is reported before any work
     rows_left_out = {name: experts for layer, experts in (left_out or {}).items() for name in model.mixture_rows(layer)}
-    grids = model.weights.grids() if plan.bits else {}
+    grids = model.weights.grids() if recipe.quantises else {}
     built = {}
     for name, form in _FORMS.items():
         graph = form(
-            model.architecture, model.weights.table, plan, provider,
+            model.architecture, model.weights.table, recipe, provider,
             max_sequence=max_sequence, left_out=rows_left_out, grids=grids,
         )  # fmt: skip
         hidden = model.family.decoder(graph, model.architecture)

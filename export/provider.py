@@ -28,29 +28,45 @@ ONNX_RUNTIME, OWN_KERNELS = "onnxruntime", "moeship"  # values of `kernels`: who
 
 
 @dataclass(frozen=True, kw_only=True)
+class Offer:
+    """The forms in which the kernel of an operation takes quantised matrices: bits of a code, input features that share
+    a scale, whether it is known to compute with zero points, and the dtype of the scales."""
+
+    bits: tuple[int, ...] = (4, 8)
+    block_sizes: tuple[int, ...] = (32, 64, 128)
+    zero_points: bool = True
+    scales: str = "float16"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Provider:
     """What an execution provider computes with, and how its kernels behave.
 
     `float_type` is the type of the matrices, of the activations between them and of the key/value cache. The residual
-    stream, the norms, the router and the logits are float32 on every provider. `block_sizes` lists the block sizes of
-    quantised matrices by preference: a matrix gets the first that divides its input features. `accuracy_level` is the
-    attribute of the nodes that multiply quantised matrices. `kernels` says whose kernels multiply quantised matrices
+    stream, the norms, the router and the logits are float32 on every provider. `linear`, `experts` and `embedding` say
+    in which forms the kernels of these operations take quantised matrices. `accuracy_level` is the attribute of the
+    nodes that multiply quantised matrices. `kernels` says whose kernels multiply quantised matrices
     (export/onnx_graph/kernels.py)."""
 
     name: str
     runtime_name: str  # ONNX Runtime's name of the provider
     float_type: str
     precisions: tuple[str, ...]
-    block_sizes: Mapping[str, tuple[int, ...]]  # precision -> allowed block sizes, the preferred one first
+    linear: Offer
+    experts: Offer
+    embedding: Offer
     accuracy_level: int
     prefers_highest_place: bool  # whether, among equal router logits, the kernels choose the highest index in the graph
     mixes_lengths: bool  # whether a step of several sequences may take different numbers of tokens of each
     writes_zero_points: bool  # whether the graph states the zero points of the embedding
-    experts_take_zero_points: bool  # whether the kernel of the experts is known to compute with zero points
     package: str  # PyPI package that contains this execution provider
     extra: str  # moeship's extra that installs the package
     options: Mapping[str, str] = field(default_factory=dict)  # provider options of a session
     kernels: str = ONNX_RUNTIME
+
+    def offers(self, role: str) -> Offer:
+        """What the kernel that takes the matrices of a role has."""
+        return {"embedding": self.embedding, "expert": self.experts}.get(role, self.linear)
 
     def expert_order(self, num_experts: int) -> tuple[int, ...]:
         """The expert at each index of the graph's stacked matrices, in such an order that among equal router logits
@@ -64,18 +80,16 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
         "cpu": Provider(
             name="cpu", runtime_name="CPUExecutionProvider", float_type="float32",
             precisions=("fp32", "int8", "int4"), accuracy_level=4,
-            # At int4, blocks of 32 instead of 64 would lower the tiny phixtral's perplexity by half a per cent, but
-            # decoding would read a fifth more bytes. The kernels round activations to int8 in blocks of the same size,
-            # and with int8 weights that error is visible: so int8 takes blocks of 32.
-            block_sizes=MappingProxyType({"int8": (32,), "int4": (64, 32)}),
-            prefers_highest_place=True, mixes_lengths=True, writes_zero_points=False, experts_take_zero_points=True,
+            linear=Offer(scales="float32"), experts=Offer(scales="float32"), embedding=Offer(scales="float32"),
+            prefers_highest_place=True, mixes_lengths=True, writes_zero_points=False,
             package="onnxruntime", extra="cpu",
         ),
         "cuda": Provider(
             name="cuda", runtime_name="CUDAExecutionProvider", float_type="float16",
             precisions=("fp16", "int8", "int4"), accuracy_level=0,
-            block_sizes=MappingProxyType({"int8": (64,), "int4": (64,)}),
-            prefers_highest_place=False, mixes_lengths=False, writes_zero_points=True, experts_take_zero_points=False,
+            linear=Offer(block_sizes=(64, 128)), experts=Offer(block_sizes=(64, 128), zero_points=False),
+            embedding=Offer(block_sizes=(64, 128), scales="float32"),
+            prefers_highest_place=False, mixes_lengths=False, writes_zero_points=True,
             package="onnxruntime-gpu", extra="cuda",
             options=MappingProxyType({"use_tf32": "0"}),
         ),
@@ -90,7 +104,8 @@ KERNELS: Mapping[str, Mapping[str, Provider]] = MappingProxyType(
         OWN_KERNELS: MappingProxyType(
             {
                 "cpu": replace(
-                    PROVIDERS["cpu"], kernels=OWN_KERNELS, precisions=("int8", "int4"), prefers_highest_place=False
+                    PROVIDERS["cpu"], kernels=OWN_KERNELS, precisions=("int8", "int4"), prefers_highest_place=False,
+                    linear=Offer(bits=(2, 4, 8)), experts=Offer(bits=(2, 4, 8)),
                 )
             }
         ),

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from export.provider import KERNELS, PROVIDERS
-from export.quantize.recipe import PLANS
+from export.quantize.presets import PRESETS
 from trt_build.errors import EngineError
 from trt_build.manifest import BACKENDS, ORT_BACKEND, TRTLLM_BACKEND
 from trt_build.trtllm_flags import NAMES, add_trtllm_arguments
@@ -34,7 +34,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, o
     engine = parser.add_argument_group("engine")
     engine.add_argument("--backend", default=BACKENDS[0], help=f"{' or '.join(BACKENDS)} (default: %(default)s)")
     engine.add_argument(
-        "--precision", default=DEFAULT_PRECISION, metavar="P", help=f"{', '.join(PLANS)} (default: %(default)s)"
+        "--precision", default=DEFAULT_PRECISION, metavar="P", help=f"{', '.join(PRESETS)} (default: %(default)s)"
     )
     engine.add_argument("--experts-per-token", type=int, metavar="K", help="override the config's num_experts_per_tok")
     engine.add_argument(

@@ -31,7 +31,7 @@ CHUNK_ELEMENTS = 1 << 19  # values of a chunk, 2 MiB as float32: read at disk sp
 
 
 class Role(StrEnum):
-    """What a weight does in the network; a QuantPlan gives each role its bits."""
+    """What a weight does in the network; a recipe (export/quantize/recipe.py) goes by it."""
 
     EMBEDDING = "embedding"
     NORM = "norm"

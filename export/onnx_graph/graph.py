@@ -30,7 +30,7 @@ from export.onnx_graph.nodes import Nodes
 from export.onnx_graph.weight_planner import WeightPlanner
 from export.onnx_graph.weights import Layout, Placement, WeightJob
 from export.provider import Provider
-from export.quantize.recipe import QuantPlan
+from export.quantize.recipe import Recipe
 
 if TYPE_CHECKING:
     import onnx
@@ -47,7 +47,7 @@ class GraphBuilder(ABC):
         self,
         architecture: Architecture,
         table: Mapping[str, TensorSpec],
-        plan: QuantPlan,
+        recipe: Recipe,
         provider: Provider,
         *,
         max_sequence: int | None = None,
@@ -56,11 +56,11 @@ class GraphBuilder(ABC):
     ) -> None:
         self.architecture = architecture
         self._max_sequence = max_sequence or architecture.max_positions
-        self._plan = plan
+        self._recipe = recipe
         self._provider = provider
         self._kernels = BY_NAME[provider.kernels]
         self._expert_order = provider.expert_order(architecture.num_experts)
-        self._weights = WeightPlanner(table, plan, provider, self._expert_order, left_out or {}, grids or {})
+        self._weights = WeightPlanner(table, recipe, provider, self._expert_order, left_out or {}, grids or {})
         self._float_type = provider.float_type
         self._nodes = Nodes()
         self._query_factors: dict[str, float] = {}  # output of `query_key_value` -> factor that its queries carry
@@ -148,7 +148,7 @@ class GraphBuilder(ABC):
             )  # fmt: skip
             return self._nodes.add("Add", [product, bias], path, float_type=self._float_type) if bias else product
         matrix = self._matrix(path, outputs, job, bias)
-        return self._operation(self._kernels.linear(x, matrix, self._plan.accuracy_level), path)
+        return self._operation(self._kernels.linear(x, matrix, self._recipe.accuracy_level), path)
 
     def query_key_value(self, x: str, path: str) -> str:
         """Queries, keys and values for `attention`, from one matrix: [B, S, H] to [B, S, (N+2G)*D].
@@ -244,7 +244,7 @@ class GraphBuilder(ABC):
             )
         else:
             first, second = self._matrix(fc1, weight1, job1, bias1), self._matrix(fc2, weight2, job2, bias2)
-            mixed = self._operation(self._kernels.experts(x, routed, first, second, self._plan.accuracy_level), name)
+            mixed = self._operation(self._kernels.experts(x, routed, first, second, self._recipe.accuracy_level), name)
         return self.scale(mixed, rule.scale, f"{name}.routed")
 
     def finish(self, logits: str, placement: Placement, data_file: str) -> onnx.ModelProto:

@@ -66,7 +66,7 @@ class Routed:
 
 
 class Kernels(ABC):
-    """One kind of kernels. The argument `accuracy_level` is that of the QuantPlan."""
+    """One kind of kernels. The argument `accuracy_level` is that of the recipe."""
 
     domain: ClassVar[str]
     layout: ClassVar[Layout]

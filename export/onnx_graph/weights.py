@@ -24,6 +24,7 @@ from export.quantize.carry import Loss, carried_blocks
 from export.quantize.grid import ByteArray, FloatArray, pack, quantize_blocks
 from export.quantize.half_scales import SmallScales
 from export.quantize.layout import GROUP_ROWS, MatrixLayout
+from export.quantize.recipe import Storage
 
 ALIGNMENT_BYTES = 256  # alignment of CUDA's own allocations; a multiple of 64, the bytes of a cache line and a register
 _ITEM_BYTES = {"float32": 4, "float16": 2, "uint8": 1}
@@ -60,12 +61,21 @@ class WeightJob:
     role: Role
     layout: Layout
     outputs: tuple[Initializer, ...]
-    bits: int = 32
-    block_size: int = 0
+    storage: Storage | None = None  # None: floats
     expert_order: tuple[int, ...] | None = None
     scaled_rows: int = 0
     row_factor: float = 1.0
     grid: Grid | None = None
+
+    @property
+    def bits(self) -> int:
+        """The bits of a code; 32 of a weight that is not quantised."""
+        return self.storage.bits if self.storage else 32
+
+    @property
+    def block_size(self) -> int:
+        """The input features that share a scale; 0 of a weight that is not quantised."""
+        return self.storage.block_size if self.storage else 0
 
     @property
     def row_multiple(self) -> int:

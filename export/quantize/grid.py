@@ -7,13 +7,10 @@ Source of the layout: ONNX Runtime's MatMulNBits, QMoE and GatherBlockQuantized 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from export.errors import QuantizationError
 
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
@@ -27,22 +24,6 @@ STRETCHES = {4: (1.0, 0.93, 0.87, 0.8, 1.07), 8: (1.0,)}
 LANES = 4  # number of neighbouring values of a block that are moved together
 SMALLEST_SCALE = 1e-36  # smallest scale whose stretched value surely has an accurate inverse in float32
 SLICE_VALUES = 1 << 16  # values quantised at a time: 256 kB as float32, so that the arrays stay in a core's own cache
-
-
-def block_size(name: str, features: Sequence[int], allowed: Sequence[int]) -> int:
-    """The first allowed block size that divides every number in `features`: the input features of the matrices that
-    must have the same block size.
-
-    Raises QuantizationError if none does.
-    """
-    for size in allowed:
-        if not any(number % size for number in features):
-            return size
-    raise QuantizationError(
-        f"quantising {name}: {' and '.join(map(str, features))} input features are not a multiple of any block size "
-        f"that the kernels take ({', '.join(map(str, allowed))}); build it without blocks: with --provider cpu "
-        "--precision fp32 or --provider cuda --precision fp16, and without --kernels"
-    )
 
 
 def quantize_blocks(

@@ -1,70 +1,190 @@
-"""The bits of each role at each precision. The plan of an engine is written into its engine.json."""
+"""Recipes: how each matrix of a model is stored. A recipe is data; it is written into engine.json and read back.
+
+    recipe = recipe_for("int4", PROVIDERS["cpu"])
+    recipe.storage(spec)         # Storage(bits=4, block_size=64, ...), or None for a weight that is stored as floats
+
+A recipe has a default and rules. A rule says which matrices it is for and which fields it changes; of several rules
+the last one that matches wins, field by field. Router, norms and biases are never quantised.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
-from export.checkpoint.tensor_table import Role
-from export.errors import QuantizationError, unknown
-from export.provider import ONNX_RUNTIME, PROVIDERS, Provider
+from export.checkpoint.tensor_table import Role, TensorSpec
+from export.errors import QuantizationError
+from export.provider import PROVIDERS, Provider
+
+FLOATS = "float"  # as bits: the matrix keeps the provider's float type
+NEAREST, SEARCH, GPTQ = METHODS = ("nearest", "search", "gptq")
+QUANTISED_ROLES = (Role.EMBEDDING, Role.ATTENTION, Role.FFN, Role.EXPERT, Role.HEAD)
+_LAYER = re.compile(r"\.(\d+)\.")  # in a row's name
+# Part of a layer -> the role and the letter of the input features of its matrices (the letters of TensorSpec).
+_PARTS: Mapping[str, tuple[tuple[Role, ...], str]] = {
+    "qkv": ((Role.ATTENTION,), "H"),
+    "out": ((Role.ATTENTION,), "ND"),
+    "first": ((Role.EXPERT, Role.FFN), "H"),
+    "second": ((Role.EXPERT, Role.FFN), "F"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantPlan:
-    """Bits per role; a role that is absent keeps its provider's float type. Router, norms and biases are never listed.
+class Storage:
+    """How one matrix is stored. `block_size` neighbouring input features of a row share a scale; without `symmetric`
+    they also have a zero point. `scales` is the dtype of the scales as they are stored. `method` chooses the codes:
+    "nearest" rounds, "search" also looks for the scale with the least error, "gptq" minimises the error of the outputs
+    over calibration text."""
 
-    `accuracy_level` is the attribute of ONNX Runtime's MatMulNBits and QMoE operators. Level 4 allows the kernels to
-    round activations to int8 in blocks, which makes them fast.
-    """
-
-    name: str
-    bits: Mapping[Role, int]
-    block_sizes: tuple[int, ...]
-    accuracy_level: int
-
-    def bits_of(self, role: Role) -> int | None:
-        return self.bits.get(role)
+    bits: int
+    block_size: int
+    symmetric: bool = True
+    scales: str = "float16"
+    method: str = SEARCH
 
 
-def _bits(layers: int, ends: int) -> Mapping[Role, int]:
-    """Bits per role: `layers` for the matrices of the layers, `ends` for embedding and head."""
-    inside, outside = (Role.ATTENTION, Role.FFN, Role.EXPERT), (Role.EMBEDDING, Role.HEAD)
-    return MappingProxyType(dict.fromkeys(inside, layers) | dict.fromkeys(outside, ends))
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Fields of a Storage that a recipe states; None: not stated. `block` has the block sizes by preference: a matrix
+    gets the first that its kernel has and that divides its input features. `scales` None: the kernel's dtype."""
+
+    bits: int | str | None = None  # or FLOATS
+    block: tuple[int, ...] | None = None
+    symmetric: bool | None = None
+    scales: str | None = None
+    method: str | None = None
+
+    def over(self, other: Choice) -> Choice:
+        """This choice where it states a field, `other` where it does not."""
+        stated = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(other, **stated)
 
 
-# Plans by precision. `plan_for` fills in the block sizes and the accuracy level of a provider.
-PLANS: Mapping[str, QuantPlan] = MappingProxyType(
-    {
-        "fp32": QuantPlan(name="fp32", bits=MappingProxyType({}), block_sizes=(), accuracy_level=0),
-        "fp16": QuantPlan(name="fp16", bits=MappingProxyType({}), block_sizes=(), accuracy_level=0),
-        "int8": QuantPlan(name="int8", bits=_bits(8, ends=8), block_sizes=(), accuracy_level=4),
-        # Embedding and head at 4 bits would raise the tiny phixtral's perplexity by another 0.8 % and save little: a
-        # token reads one row of the embedding, and the head is 3 % of the bytes that a full-size phixtral reads.
-        "int4": QuantPlan(name="int4", bits=_bits(4, ends=8), block_sizes=(), accuracy_level=4),
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Which matrices a rule is for, and what it changes. An empty field matches every matrix. `weight` has parts of our
+    rows' names, or the parts of a layer: qkv and out of attention, first and second of an expert or MLP. `layers` has
+    numbers of layers; a negative number counts from the last layer, which is -1."""
+
+    role: tuple[str, ...] = ()
+    weight: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    choice: Choice = field(default_factory=Choice)
+
+    def matches(self, spec: TensorSpec, num_layers: int) -> bool:
+        """Whether the rule is for a row of the table of a model with so many layers."""
+        if self.role and str(spec.role) not in self.role:
+            return False
+        if self.weight and not any(_is_named(spec, weight) for weight in self.weight):
+            return False
+        if not self.layers:
+            return True
+        layer = layer_of(spec.name)
+        return layer is not None and any(layer == (n if n >= 0 else num_layers + n) for n in self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How each matrix of a model with `num_layers` layers is stored on a provider. `accuracy_level` is the attribute of
+    ONNX Runtime's MatMulNBits and QMoE operators. Level 4 allows the kernels to round activations to int8 in blocks,
+    which makes them fast."""
+
+    name: str  # a preset's name, or the recipe file's
+    default: Choice
+    rules: tuple[Rule, ...] = ()
+    provider: Provider = PROVIDERS["cpu"]
+    num_layers: int = 0
+
+    @property
+    def quantises(self) -> bool:
+        """Whether any matrix may be quantised."""
+        return any(
+            choice.bits not in (None, FLOATS) for choice in (self.default, *(rule.choice for rule in self.rules))
+        )
+
+    @property
+    def accuracy_level(self) -> int:
+        return self.provider.accuracy_level if self.quantises else 0
+
+    def for_model(self, table: Iterable[TensorSpec]) -> Recipe:
+        """The recipe for the rows of a model."""
+        return replace(self, num_layers=1 + max((layer_of(spec.name) or 0 for spec in table), default=0))
+
+    def choice(self, spec: TensorSpec) -> Choice | None:
+        """What the recipe states of a row; None if it is stored as floats."""
+        if spec.role not in QUANTISED_ROLES:
+            return None
+        found = self.default
+        for rule in self.rules:
+            if rule.matches(spec, self.num_layers):
+                found = rule.choice.over(found)
+        return None if found.bits in (None, FLOATS) else found
+
+    def block_sizes(self, spec: TensorSpec) -> tuple[int, ...]:
+        """The block sizes that a quantised row may have, by preference; empty if none of the recipe's divides its input
+        features."""
+        choice = self.choice(spec)
+        stated = (choice.block if choice else None) or ()
+        return tuple(size for size in self._of_kernels(spec, stated) if spec.shape[-1] % size == 0)
+
+    def storage(self, spec: TensorSpec) -> Storage | None:
+        """How a row is stored; None: as floats. Raises QuantizationError if no block size fits."""
+        choice = self.choice(spec)
+        if choice is None:
+            return None
+        sizes = self.block_sizes(spec)
+        if not sizes:
+            raise no_block_size(spec.name, [spec.shape[-1]], self._of_kernels(spec, choice.block or ()))
+        return Storage(
+            bits=int(choice.bits or 0),
+            block_size=sizes[0],
+            symmetric=choice.symmetric is not False,
+            scales=choice.scales or self.provider.offers(spec.role).scales,
+            method=choice.method or SEARCH,
+        )
+
+    def _of_kernels(self, spec: TensorSpec, sizes: Sequence[int]) -> tuple[int, ...]:
+        offered = self.provider.offers(spec.role).block_sizes
+        return tuple(size for size in sizes if size in offered)
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as plain JSON values, as in a recipe file."""
+        rules = [
+            {**{name: list(value) for name in ("role", "weight", "layers") if (value := getattr(rule, name))},
+             **_stated(rule.choice)}
+            for rule in self.rules
+        ]  # fmt: skip
+        return {"name": self.name, "default": _stated(self.default), **({"rules": rules} if rules else {})}
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a row's name belongs to; None if it belongs to none."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
+
+
+def no_block_size(name: str, features: Sequence[int], sizes: Sequence[int]) -> QuantizationError:
+    """The error for a matrix whose input features no block size divides. `features` has those of all matrices that must
+    have the same block size."""
+    return QuantizationError(
+        f"quantising {name}: {' and '.join(map(str, features))} input features are not a multiple of any block size "
+        f"that the kernels take ({', '.join(map(str, sizes))}); build it without blocks: with --provider cpu "
+        "--precision fp32 or --provider cuda --precision fp16, and without --kernels"
+    )
+
+
+def _stated(choice: Choice) -> dict[str, Any]:
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(choice).items()
+        if value is not None
     }
-)
 
 
-def plan_for(precision: str, provider: Provider = PROVIDERS["cpu"]) -> QuantPlan:
-    """The quantisation plan of a precision on a provider. Raises QuantizationError that lists the precisions there."""
-    if precision not in PLANS:
-        raise QuantizationError(f"choosing the precision: {unknown(precision, provider.precisions)}")
-    if precision not in provider.precisions and provider.kernels != ONNX_RUNTIME:
-        without = PROVIDERS[provider.name].precisions
-        remedy = f"leave --kernels out to build {precision}" if precision in without else "choose one of these"
-        raise QuantizationError(
-            f"choosing the precision: the kernels of {provider.kernels} multiply quantised matrices, found "
-            f"{precision}, expected {' or '.join(provider.precisions)}; {remedy}"
-        )
-    if precision not in provider.precisions:
-        others = [f"--provider {other.name}" for other in PROVIDERS.values() if precision in other.precisions]
-        raise QuantizationError(
-            f"choosing the precision: ONNX Runtime has no {precision} kernels for mixtures on the provider "
-            f"{provider.name}; build {', '.join(provider.precisions)}, or {precision} with {' or '.join(others)}"
-        )
-    plan = PLANS[precision]
-    if not plan.bits:
-        return plan
-    return replace(plan, block_sizes=provider.block_sizes[precision], accuracy_level=provider.accuracy_level)
+def _is_named(spec: TensorSpec, weight: str) -> bool:
+    if weight not in _PARTS:
+        return weight in spec.name
+    roles, letter = _PARTS[weight]
+    return spec.role in roles and spec.letters.split()[-1] == letter

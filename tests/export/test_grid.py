@@ -7,8 +7,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from export.errors import QuantizationError
-from export.quantize.grid import SLICE_VALUES, block_size, dequantize_blocks, pack, quantize_blocks, unpack
+from export.quantize.grid import SLICE_VALUES, dequantize_blocks, pack, quantize_blocks, unpack
 
 
 def test_a_block_that_lies_on_the_grid_is_met_exactly():
@@ -133,19 +132,6 @@ def test_matmulnbits_reads_our_packing_as_we_do(bits):
     feeds = {"x": np.eye(64, dtype=np.float32), "codes": pack(codes, bits).reshape(5, 2, -1), "scales": scales}
     (found,) = session.run(None, feeds)
     np.testing.assert_allclose(found.T, dequantize_blocks(codes, scales, bits), atol=1e-6)
-
-
-def test_features_that_do_not_fill_their_blocks_are_refused():
-    with pytest.raises(
-        QuantizationError,
-        match=r"quantising w: 72 and 96 input features .* take \(64, 32\); build it without blocks: with --provider",
-    ):
-        block_size("w", [72, 96], (64, 32))
-
-
-def test_matrices_that_share_a_block_size_get_the_first_that_divides_all_of_them():
-    assert block_size("w", [640], (128, 64, 32)) == 128
-    assert block_size("w", [640, 160], (128, 64, 32)) == 32
 
 
 @pytest.mark.parametrize("bits", [4, 8])

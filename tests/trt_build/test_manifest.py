@@ -11,6 +11,8 @@ import time
 import pytest
 
 from cli.main import main
+from export.checkpoint.folder import open_checkpoint
+from export.families import read_model
 from tests.manifests import edit_manifest, read_values, write_values
 from trt_build.engine_files import FileRecord, check_file_records
 from trt_build.errors import EngineError
@@ -153,6 +155,10 @@ def precision(**changes):
     return lambda values: {"precision": {**values["precision"], **changes}}
 
 
+def recipe(**changes):
+    return lambda values: precision(recipe={**values["precision"]["recipe"], **changes})(values)
+
+
 def tokenizer(**changes):
     return lambda values: {"tokenizer": {**values["tokenizer"], **changes}}
 
@@ -170,6 +176,9 @@ def tokenizer(**changes):
         (architecture(num_kv_heads=-1), "num_kv_heads is -1"),
         (architecture(num_kv_heads=4), "architecture.num_heads is 6, expected a multiple of num_kv_heads"),
         (precision(accuracy_level=5), "precision.accuracy_level is 5, expected 0 to 4"),  # MatMulNBits has five
+        (recipe(rules=[{"bits": 7}]), "rules[0].bits is 7, expected one of 2, 3, 4, 5, 6, 8, float"),
+        (recipe(default={"bit": 4}), "default has the unknown key bit, expected bits, block"),
+        (recipe(default={"block": [64]}), "default.bits is missing"),
         (architecture(experts_per_token=6), "architecture.experts_per_token is 6, expected 1 to 5"),
         (architecture(experts_per_token=0), "architecture.experts_per_token is 0, expected 1 to 5"),
         (architecture(rotary_dim=0), "architecture.rotary_dim is 0, expected 2 to"),
@@ -218,3 +227,20 @@ def test_a_key_that_stands_twice_is_refused(engine):
     text = (engine / "engine.json").read_text()
     (engine / "engine.json").write_text(text.replace('{\n  "format_version"', '{\n  "model": "x",\n  "format_version"'))
     assert "the key 'model' occurs twice in one object" in refused(engine)
+
+
+def test_an_engine_with_bits_by_role_in_place_of_a_recipe_is_read(engine, tiny_checkpoint):
+    values = read_values(engine)
+    stored = open_engine(engine, check_digests=False).manifest.recipe()
+    bits = {"attention": 4, "ffn": 4, "expert": 4, "embedding": 8, "head": 8}
+    own = {name: values["precision"][name] for name in ("name", "accuracy_level", "average_bits_per_weight")}
+    write_values(engine, {**values, "precision": {**own, "bits": bits, "block_sizes": [64]}})
+    manifest = open_engine(engine, check_digests=False).manifest
+    assert manifest.precision.quantises
+    assert {role: stored.bits for role, stored in manifest.precision.roles.items()} == {
+        role: (number,) for role, number in bits.items()
+    }
+    table = read_model(open_checkpoint(tiny_checkpoint)).weights.table
+    for spec in table.values():
+        old, present = manifest.recipe().storage(spec), stored.storage(spec)
+        assert (old and (old.bits, old.block_size)) == (present and (present.bits, present.block_size))

@@ -25,6 +25,8 @@ from export.files.output import replace_file
 from export.files.reading import check_name
 from export.files.typed_json import read_typed
 from export.provider import KERNELS, OWN_KERNELS
+from export.quantize.recipe import Recipe
+from export.quantize.recipe_reading import read_recipe
 from export.tokenizer.settings import TokenizerFacts
 from trt_build.engine_files import FileRecord, check_file_records, differing_files
 from trt_build.errors import EngineError
@@ -43,7 +45,7 @@ from trt_build.manifest import (
     read_manifest,
 )
 from trt_build.ort.old_formats.manifest import VERSIONS as OLD_VERSIONS
-from trt_build.ort.old_formats.manifest import OldFormat, split_old_values
+from trt_build.ort.old_formats.manifest import OldFormat, split_old_values, with_recipe
 
 _REQUIRED_FILES = (GENERATING_GRAPH, SCORING_GRAPH, DATA_FILE, RECORDS_FILE, TOKENIZER_FILE)
 UNDIGESTED_FILES = (DATA_FILE,)  # whose digests are in weights.jsonl
@@ -52,14 +54,32 @@ MAX_BATCH = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoredRole:
+    """How the weights of a role are stored: all bits of codes, block sizes (in input features) and methods that occur
+    among the quantised matrices, and the bits of codes, scales, zero points and floats for each weight. Engines without
+    a recipe in engine.json do not say their methods and `bits_per_weight`."""
+
+    bits: tuple[int, ...] = ()
+    block_sizes: tuple[int, ...] = ()
+    methods: tuple[str, ...] = ()
+    bits_per_weight: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Precision:
-    """The quantisation that the engine was built with: bits per role, and the average over all weights."""
+    """The quantisation that the engine was built with: its recipe as data (export/quantize/recipe.py), what became of
+    each role, and the bits of all that is stored for each weight."""
 
     name: str
-    bits: Mapping[str, int]
-    block_sizes: tuple[int, ...]  # all block sizes that occur among the quantised matrices, in input features
+    recipe: Mapping[str, Any]
+    roles: Mapping[str, StoredRole]
     accuracy_level: int
     average_bits_per_weight: float
+
+    @property
+    def quantises(self) -> bool:
+        """Whether any matrix is quantised."""
+        return any(role.bits for role in self.roles.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +124,11 @@ class Manifest:
     kernels: str  # kernels that multiply the quantised matrices: "moeship" or "onnxruntime"
     tokenizer: TokenizerFacts | None  # None in an engine of format 2, whose engine.json lacks these facts
     verification: Mapping[str, Any] | None = None
+
+    def recipe(self) -> Recipe:
+        """The recipe that the engine was built with. Raises ValueError for data that is none."""
+        provider = KERNELS[self.kernels][self.provider]
+        return read_recipe(self.precision.recipe, provider, self.architecture.num_layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +265,7 @@ def _parse(raw: dict[str, Any], folder: Path) -> Engine:
         )
     try:
         values, old = split_old_values(raw)
+        values["precision"] = with_recipe(values.get("precision"))
         manifest = read_typed(Manifest, values)
         _check_facts(manifest, old)
     except ValueError as error:
@@ -282,10 +308,13 @@ def _check_facts(manifest: Manifest, old: OldFormat | None) -> None:
         raise ValueError(f"provider is {shown(manifest.provider)}, expected one of {', '.join(providers)}")
     if precision.name not in provider.precisions:
         raise ValueError(f"precision is {shown(precision.name)}, expected one of {', '.join(provider.precisions)}")
-    for role, bits in precision.bits.items():
-        check_range(f"precision.bits.{named(role, 40)}", bits, 1, 64)
-    for size in precision.block_sizes:
-        check_range("precision.block_sizes", size, 1, MAX_DIMENSION)
+    for name, role in precision.roles.items():
+        where = f"precision.roles.{named(name, 40)}"
+        for bits in role.bits:
+            check_range(f"{where}.bits", bits, 1, 64)
+        for size in role.block_sizes:
+            check_range(f"{where}.block_sizes", size, 1, MAX_DIMENSION)
+    manifest.recipe()
     check_range("precision.accuracy_level", precision.accuracy_level, 0, 4)
     check_range("precision.average_bits_per_weight", precision.average_bits_per_weight, 0, 64)
     check_range("max_sequence", manifest.max_sequence, 1, facts.max_positions)

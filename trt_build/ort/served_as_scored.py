@@ -62,7 +62,7 @@ def compare_serving(engine: Engine, window: Sequence[int], progress: Callable[[s
         with float32_experts():
             return _compare(engine, window)
     served = _compare(engine, window)
-    if not engine.manifest.precision.bits or not engine.has_serving_graph:
+    if not engine.manifest.precision.quantises or not engine.has_serving_graph:
         return served
     progress("serving the same window with float32 activations")
     with float32_experts():

@@ -2,7 +2,7 @@
 
 Formats 2 and 3 have `stages` and `kernel_layout`, which the present format does not have. Format 3 adds the digest,
 `resident_bytes`, `kernels` and `tokenizer` to format 2. Format 4 has the values of the present format; its engines lack
-the serving graph.
+the serving graph. Engines of format 5 may have bits by role in place of a recipe.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from export.errors import names, shown
+from export.quantize.recipe import FLOATS
 from trt_build.manifest import digested_text
 
 VERSIONS = (2, 3, 4)
@@ -78,3 +79,18 @@ def split_old_values(raw: Mapping[str, Any]) -> tuple[dict[str, Any], OldFormat 
     for name in _ADDED:
         values.pop(name, None)
     return values, OldFormat(values=raw, kernel_layout=layout, resident_bytes=resident)
+
+
+def with_recipe(precision: Any) -> Any:  # noqa: ANN401 - JSON value
+    """The values of `precision` with a recipe, for an engine that has bits by role in its place. Values that are none
+    are left to the reader."""
+    if not isinstance(precision, dict) or "recipe" in precision or not {"bits", "block_sizes"} <= set(precision):
+        return precision
+    bits, sizes = precision["bits"], precision["block_sizes"]
+    if not isinstance(bits, dict) or not isinstance(sizes, list):
+        raise ValueError("precision.bits and precision.block_sizes are no object and list")
+    others = {name: value for name, value in precision.items() if name not in ("bits", "block_sizes")}
+    rules = [{"role": [role], "bits": own, "block": sizes} for role, own in bits.items()]
+    recipe = {"name": precision.get("name"), "default": {"bits": FLOATS}, "rules": rules}
+    roles = {role: {"bits": [own], "block_sizes": sizes} for role, own in bits.items()}
+    return {**others, "recipe": recipe, "roles": roles}

@@ -135,7 +135,7 @@ def plan_engine(build: PreparedBuild) -> EnginePlan:
     converter = OnnxConverter(weights=weights, data=Path(), placement=export.placement)
     return EnginePlan(
         family=build.model.family.name,
-        precision=build.quantization.name,
+        precision=build.recipe.name,
         provider=build.provider.name,
         kernels=build.provider.kernels,
         max_sequence=build.max_sequence,

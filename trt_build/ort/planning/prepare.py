@@ -21,13 +21,15 @@ from export.errors import KernelsError
 from export.exporter import ExportPlan, plan_export
 from export.families import Model
 from export.files.resume import SourceFile
+from export.onnx_graph.weights import WeightJob
 from export.provider import KERNELS, ONNX_RUNTIME, OWN_KERNELS, Provider, provider_of
-from export.quantize.recipe import QuantPlan, plan_for
+from export.quantize.presets import recipe_for
+from export.quantize.recipe import Recipe
 from export.routing import RoutingReport, left_out_by_layer, left_out_note
 from export.tokenizer.settings import Settings
 from trt_build.engine_files import FileRecord
 from trt_build.manifest import ORT_BACKEND, Source, libraries
-from trt_build.ort.engine import FORMAT_VERSION, Manifest, Precision
+from trt_build.ort.engine import FORMAT_VERSION, Manifest, Precision, StoredRole
 from trt_build.ort.kernels import check_level, found_fault, is_usable
 from trt_build.ort.planning.genai_config import genai_config
 from trt_build.ort.planning.packed import packed_roles, sentences
@@ -60,7 +62,7 @@ class PreparedBuild:
 
     options: EngineOptions
     provider: Provider
-    quantization: QuantPlan
+    recipe: Recipe
     checkpoint: Checkpoint
     model: Model
     settings: Settings
@@ -96,7 +98,7 @@ class PreparedBuild:
             backend=ORT_BACKEND,
             provider=self.provider.name,
             kernels=self.provider.kernels,
-            precision=_precision(self.quantization, self.export, self.model.weights),
+            precision=_precision(self.recipe, self.export, self.model.weights),
             architecture=architecture,
             expert_order=self.provider.expert_order(architecture.num_experts),
             max_sequence=self.max_sequence,
@@ -113,12 +115,12 @@ class PreparedBuild:
         )
 
 
-def check_options(options: EngineOptions) -> tuple[Provider, QuantPlan]:
-    """The provider and the quantisation that options name. Raises ExportError or QuantizationError for an unknown
+def check_options(options: EngineOptions) -> tuple[Provider, Recipe]:
+    """The provider and the recipe that options name. Raises ExportError or QuantizationError for an unknown
     name."""
     kernels = options.kernels or chosen_kernels(options.provider, options.precision)
     provider = provider_of(options.provider, kernels)
-    return provider, plan_for(options.precision, provider)
+    return provider, recipe_for(options.precision, provider)
 
 
 def chosen_kernels(provider: str, precision: str) -> str:
@@ -138,7 +140,7 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
 
     Raises the MoeshipError of the stage that failed.
     """
-    provider, quantization = check_options(options)
+    provider, recipe = check_options(options)
     if provider.kernels == OWN_KERNELS:
         check_level()
     source = open_source(options.checkpoint, options.experts_per_token, options.max_sequence)
@@ -155,14 +157,14 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
         )
 
     def planned() -> ExportPlan:
-        return plan_export(source.model, quantization, provider, max_sequence=source.max_sequence, left_out=left_out)
+        return plan_export(source.model, recipe, provider, max_sequence=source.max_sequence, left_out=left_out)
 
     try:
         export = planned()
     except KernelsError as error:
         if options.kernels is not None or provider.kernels == ONNX_RUNTIME:
             raise
-        provider, quantization = check_options(dataclasses.replace(options, kernels=ONNX_RUNTIME))
+        provider, recipe = check_options(dataclasses.replace(options, kernels=ONNX_RUNTIME))
         export = planned()
         logger.warning(
             "the engine is for ONNX Runtime's CPU kernels, because moeship's do not support this model (%s)", error
@@ -170,7 +172,7 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
     return PreparedBuild(
         options=dataclasses.replace(options, kernels=provider.kernels),
         provider=provider,
-        quantization=quantization,
+        recipe=recipe,
         checkpoint=source.checkpoint,
         model=source.model,
         settings=source.settings,
@@ -182,12 +184,31 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
     )
 
 
-def _precision(plan: QuantPlan, export: ExportPlan, weights: Weights) -> Precision:
-    num_weights = sum(job.num_weights(weights.table[job.source]) for job in export.jobs)
+def _precision(recipe: Recipe, export: ExportPlan, weights: Weights) -> Precision:
+    by_role: dict[str, list[WeightJob]] = {}
+    for job in export.jobs:
+        by_role.setdefault(str(job.role), []).append(job)
     return Precision(
-        name=plan.name,
-        bits={str(role): bits for role, bits in plan.bits.items()},
-        block_sizes=tuple(sorted({job.block_size for job in export.jobs if job.block_size})),
-        accuracy_level=plan.accuracy_level,
-        average_bits_per_weight=round(8 * export.num_weights_bytes / num_weights, 3),
+        name=recipe.name,
+        recipe=recipe.to_json(),
+        roles={role: _stored_role(jobs, weights) for role, jobs in by_role.items()},
+        accuracy_level=recipe.accuracy_level,
+        average_bits_per_weight=_bits_per_weight(export.jobs, weights),
     )
+
+
+def _stored_role(jobs: Sequence[WeightJob], weights: Weights) -> StoredRole:
+    stored = [job.storage for job in jobs if job.storage is not None]
+    return StoredRole(
+        bits=tuple(sorted({storage.bits for storage in stored})),
+        block_sizes=tuple(sorted({storage.block_size for storage in stored})),
+        methods=tuple(sorted({storage.method for storage in stored})),
+        bits_per_weight=_bits_per_weight(jobs, weights),
+    )
+
+
+def _bits_per_weight(jobs: Sequence[WeightJob], weights: Weights) -> float:
+    """The bits of all that the jobs write, codes, scales, zero points and floats, for each weight."""
+    num_weights = sum(job.num_weights(weights.table[job.source]) for job in jobs)
+    num_bytes = sum(output.num_bytes for job in jobs for output in job.outputs)
+    return round(8 * num_bytes / num_weights, 3)

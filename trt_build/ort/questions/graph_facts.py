@@ -56,6 +56,7 @@ class _Facts:
 
     def __init__(self, engine: Engine, model: Model, graph: StoredGraph) -> None:
         self._manifest = engine.manifest
+        self._stored = engine.manifest.recipe()
         self._provider = KERNELS[engine.manifest.kernels][engine.manifest.provider]
         self._table = model.weights.table
         self._network: Network = model.family.network(model.weights.checkpoint.config)
@@ -133,16 +134,18 @@ class _Facts:
 
     def _recipe(self, node: Node, spec: TensorSpec, bits: str = "bits", block_size: str = "block_size") -> None:
         """Check the attributes of bits and block size against engine.json."""
-        expected = self._manifest.precision.bits.get(str(spec.role))
+        choice = self._stored.choice(spec)
+        expected = choice.bits if choice else None
         if node.attributes.get(bits) != expected:
             self._fail(node.name, f"has {bits} {node.attributes.get(bits)}, engine.json says {expected}")
-        block, sizes = node.attributes.get(block_size), self._manifest.precision.block_sizes
+        block, sizes = node.attributes.get(block_size), self._stored.block_sizes(spec)
         if block not in sizes:
             self._fail(node.name, f"has {block_size} {block}, engine.json says {' or '.join(map(str, sizes))}")
 
     def _is_plain(self, row: str) -> bool:
         """Whether a matrix is stored as floats; adds a failure if engine.json says otherwise."""
-        bits = self._manifest.precision.bits.get(str(self._table[row].role))
+        choice = self._stored.choice(self._table[row])
+        bits = choice.bits if choice else None
         if self._quantised(row) == (bits is None):
             self._fail(row, f"is {'quantised' if bits is None else 'not quantised'}, engine.json says {bits} bits")
         return not self._quantised(row)
