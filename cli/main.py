@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("cli.plan", "say what an engine will contain and need, before it is built"),
     "build": ("cli.build", "build an engine directory from a checkpoint"),
     "verify": ("cli.verify", "compare an engine with the reference"),
+    "eval": ("cli.eval", "evaluate an engine on tasks of lm-evaluation-harness"),
     "package": ("cli.package", "make a Triton model repository from an engine"),
     "serve": ("cli.serve", "run Triton Inference Server on a model repository"),
     "generate": ("cli.generate", "stream a completion from a served model"),

@@ -12,10 +12,22 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("export", "trt_build", "triton_repo", "clients", "cli")
-HEAVY = ("torch", "transformers", "onnxruntime", "tensorrt_llm", "onnx", "tritonclient", "grpc", "tokenizers")
+HEAVY = (
+    "torch",
+    "transformers",
+    "lm_eval",
+    "datasets",
+    "onnxruntime",
+    "tensorrt_llm",
+    "onnx",
+    "tritonclient",
+    "grpc",
+    "tokenizers",
+)
 # Read by no one but the function that asks for the reference, and by Triton's stub.
 IMPORTED_BY_NEED = {
     "trt_build.trtllm.phixtral": {"tensorrt_llm"},
+    "triton_repo.evaluation.model": {"lm_eval"},
 }
 # What each package may import of the others.
 ARROWS = {
@@ -96,6 +108,7 @@ WITHIN = {
             "runtime.steps",
             "runtime.llmapi",
         },
+        "evaluation": {"runtime", "runtime.batching", "runtime.text"},
         "packaging": {"contracts", "runtime.steps"},
         "serving": {"contracts", "packaging", "processes"},
         "supervision": {"contracts", "packaging", "processes", "serving"},

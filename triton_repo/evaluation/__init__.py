@@ -1,0 +1,1 @@
+"""Evaluates an engine by lm-evaluation-harness in process: `moeship eval`."""
