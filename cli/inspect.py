@@ -3,6 +3,7 @@
 Reads only the headers and the gates of a folder, so it answers at once for any size. A hub id is downloaded first.
 With --text the reference, the checkpoint computed in float32, routes a text: which experts its tokens use, how sure the
 routers are, which experts go together. That reads every weight once.
+Of an engine for ONNX Runtime it shows how each role is stored, and its recipe.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from typing import TYPE_CHECKING
 
 from cli.rows import print_rows
 from export.errors import ConfigError, named
+from export.files.reading import is_there
 from export.reference.windows import MIN_TOKENS
 from export.rows import Rows, in_units
+from trt_build.manifest import MANIFEST_FILE
 
 if TYPE_CHECKING:
     from export.architecture import Router
@@ -28,7 +31,9 @@ DEFAULT_TOKENS = 2048
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, a hub id or a GGUF file")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, a hub id, a GGUF file or an engine"
+    )
     parser.add_argument(
         "--revision", metavar="REV", help="branch, tag or commit of a hub id (default: its main branch)"
     )
@@ -43,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if is_there(Path(arguments.checkpoint) / MANIFEST_FILE):
+        return _inspect_engine(arguments)
     from cli.inspect_text import measure_text, print_usage
     from export.checkpoint.folder import open_checkpoint
     from export.inspection import describe
@@ -59,6 +66,26 @@ def run(arguments: argparse.Namespace) -> int:
         _print_report(report)
         if measured is not None:
             print_usage(measured)
+    return 0
+
+
+def _inspect_engine(arguments: argparse.Namespace) -> int:
+    """Describe an engine. Raises ConfigError for flags that are for checkpoints."""
+    from trt_build.ort.command import describe
+    from trt_build.ort.engine import open_engine
+
+    given = [name for name in ("revision", "experts_per_token", "text", "tokens", "report") if getattr(arguments, name)]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(
+            f"inspecting the engine {named(arguments.checkpoint)}: {flags} is for checkpoints; leave it out"
+        )
+    engine = open_engine(arguments.checkpoint, check_digests=False)
+    if arguments.json:
+        print((engine.folder / MANIFEST_FILE).read_text(encoding="utf-8"), end="")
+        return 0
+    for heading, rows in describe(engine):
+        print_rows(heading, rows)
     return 0
 
 

@@ -105,7 +105,7 @@ KERNELS: Mapping[str, Mapping[str, Provider]] = MappingProxyType(
             {
                 "cpu": replace(
                     PROVIDERS["cpu"], kernels=OWN_KERNELS, precisions=("int8", "int4"), prefers_highest_place=False,
-                    linear=Offer(bits=(2, 4, 8)), experts=Offer(bits=(2, 4, 8)),
+                    linear=Offer(bits=(2, 3, 4, 5, 6, 8)), experts=Offer(bits=(2, 3, 4, 5, 6, 8)),
                 )
             }
         ),

@@ -53,7 +53,7 @@ WITHIN = {
         "formats": {"files"},
         "checkpoint": {"files", "formats"},
         "conversion": {"checkpoint", "files"},
-        "quantize": {"checkpoint"},
+        "quantize": {"checkpoint", "files"},
         "onnx_graph": {"checkpoint", "conversion", "formats", "quantize"},
         "families": {"checkpoint", "formats", "onnx_graph"},
         "exporter": {"checkpoint", "conversion", "families", "files", "onnx_graph", "quantize"},

@@ -18,7 +18,7 @@ from trt_build.trtllm_flags import NAMES, add_trtllm_arguments
 DEFAULT_PROVIDER = "cpu"
 DEFAULT_PRECISION = "int4"
 # Flags that one backend alone has. If such a flag is not given, its value is None.
-_OWN_FLAGS: Mapping[str, Collection[str]] = {ORT_BACKEND: ("provider", "kernels"), TRTLLM_BACKEND: NAMES}
+_OWN_FLAGS: Mapping[str, Collection[str]] = {ORT_BACKEND: ("provider", "kernels", "recipe"), TRTLLM_BACKEND: NAMES}
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, output_required: bool) -> None:
@@ -33,8 +33,15 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, o
     parser.add_argument("--output", required=output_required, type=Path, metavar="ENGINE", help=output_help)
     engine = parser.add_argument_group("engine")
     engine.add_argument("--backend", default=BACKENDS[0], help=f"{' or '.join(BACKENDS)} (default: %(default)s)")
-    engine.add_argument(
+    stored = engine.add_mutually_exclusive_group()
+    stored.add_argument(
         "--precision", default=DEFAULT_PRECISION, metavar="P", help=f"{', '.join(PRESETS)} (default: %(default)s)"
+    )
+    stored.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        help="how each matrix is stored, a YAML or JSON file (docs/recipes.md), in place of --precision",
     )
     engine.add_argument("--experts-per-token", type=int, metavar="K", help="override the config's num_experts_per_tok")
     engine.add_argument(

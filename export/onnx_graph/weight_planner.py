@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from export.checkpoint.tensor_table import Role, TensorSpec
+from export.errors import KernelsError
 from export.formats.view import Grid
 from export.onnx_graph.kernels import BY_NAME
 from export.onnx_graph.weights import Initializer, Layout, WeightJob
@@ -94,6 +95,12 @@ class WeightPlanner:
         common = [size for size in allowed[0] if all(size in others for others in allowed)]
         groups = [self._grids[other].group_size for other in together if other in self._grids]
         fitting = [size for size in common if not any(number % size for number in groups)]
+        if not common and all(allowed):
+            found = " and ".join(str(sizes[0]) for sizes in allowed)
+            raise KernelsError(
+                f"planning {name}: the kernel of {specs[0].role} weights has one block size for "
+                f"{' and '.join(together)}, found {found}; give both the same"
+            )
         if not common:
             features = [spec.shape[-1] for spec in specs]
             raise no_block_size(name, features, self._provider.offers(specs[0].role).block_sizes)

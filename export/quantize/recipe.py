@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from export.checkpoint.tensor_table import Role, TensorSpec
-from export.errors import QuantizationError
+from export.errors import QuantizationError, named
 from export.provider import PROVIDERS, Provider
 
 FLOATS = "float"  # as bits: the matrix keeps the provider's float type
@@ -84,6 +84,12 @@ class Rule:
         layer = layer_of(spec.name)
         return layer is not None and any(layer == (n if n >= 0 else num_layers + n) for n in self.layers)
 
+    @property
+    def words(self) -> str:
+        """What the rule is for, as in a recipe file."""
+        parts = [(name, getattr(self, name)) for name in ("role", "weight", "layers")]
+        return ", ".join(f"{name} {' or '.join(named(str(one), 40) for one in few[:8])}" for name, few in parts if few)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -111,6 +117,48 @@ class Recipe:
     def for_model(self, table: Iterable[TensorSpec]) -> Recipe:
         """The recipe for the rows of a model."""
         return replace(self, num_layers=1 + max((layer_of(spec.name) or 0 for spec in table), default=0))
+
+    def check(self, table: Iterable[TensorSpec]) -> None:
+        """Raise QuantizationError for a rule that matches no row, and for the first row whose storage its kernel does
+        not have or whose input features no block size divides."""
+        rows = [spec for spec in table if spec.role in QUANTISED_ROLES]
+        for rule in self.rules:
+            if not any(rule.matches(spec, self.num_layers) for spec in rows):
+                raise QuantizationError(
+                    f"reading the recipe {named(self.name, 60)}: the rule for {rule.words} matches no matrix of this "
+                    f"model, which has {_described(rows)}; mend the rule or take it out"
+                )
+        for spec in rows:
+            self._check_row(spec)
+
+    def _check_row(self, spec: TensorSpec) -> None:
+        choice, offer = self.choice(spec), self.provider.offers(spec.role)
+        if choice is None:
+            return
+        doing = f"quantising {spec.name} by the recipe {named(self.name, 60)}"
+        whose = f"the kernel of {spec.role} weights, of {self.provider.kernels} on {self.provider.name},"
+        stated = choice.block or ()
+        if choice.bits not in offer.bits:
+            raise QuantizationError(
+                f"{doing}: found {choice.bits} bits, and {whose} has {', '.join(map(str, offer.bits))}; add a rule for "
+                f"role: {spec.role}"
+            )
+        if not stated or not any(size in offer.block_sizes for size in stated):
+            found = " or ".join(map(str, stated)) or "no block"
+            raise QuantizationError(
+                f"{doing}: found {found}, and {whose} has blocks of {', '.join(map(str, offer.block_sizes))}"
+            )
+        if choice.scales not in (None, offer.scales):
+            raise QuantizationError(f"{doing}: found scales of {choice.scales}, and {whose} takes {offer.scales}")
+        if choice.symmetric is False and not offer.zero_points:
+            raise QuantizationError(f"{doing}: found symmetric false, and {whose} has no zero points")
+        if not self.block_sizes(spec):
+            fitting = [size for size in offer.block_sizes if spec.shape[-1] % size == 0]
+            remedy = f"take blocks of {' or '.join(map(str, fitting))}" if fitting else "store it with bits: float"
+            raise QuantizationError(
+                f"{doing}: its {spec.shape[-1]} input features are not a multiple of {' or '.join(map(str, stated))}; "
+                f"{remedy}"
+            )
 
     def choice(self, spec: TensorSpec) -> Choice | None:
         """What the recipe states of a row; None if it is stored as floats."""
@@ -157,6 +205,14 @@ class Recipe:
             for rule in self.rules
         ]  # fmt: skip
         return {"name": self.name, "default": _stated(self.default), **({"rules": rules} if rules else {})}
+
+
+def _described(rows: Sequence[TensorSpec]) -> str:
+    """The roles and layers of rows, and the parts of a layer that can be named."""
+    roles = dict.fromkeys(str(spec.role) for spec in rows)
+    parts = [part for part in _PARTS if any(_is_named(spec, part) for spec in rows)]
+    last = max((layer_of(spec.name) or 0 for spec in rows), default=0)
+    return f"the roles {', '.join(roles)}, the weights {', '.join(parts)} and the layers 0 to {last}"
 
 
 def layer_of(name: str) -> int | None:

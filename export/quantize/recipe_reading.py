@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,12 +14,15 @@ BITS = (2, 3, 4, 5, 6, 8)
 BLOCK_SIZES = (32, 64, 128)
 SCALES = ("float16", "float32")
 MAX_RULES = 1000
+MAX_LAYERS = 1 << 14
+_RANGE = re.compile(r"(\d{1,5})-(\d{1,5})")
 _CHOICE = ("bits", "block", "symmetric", "scales", "method")
 _MATCH = ("role", "weight", "layers")
 
 
 def read_recipe(values: Any, provider: Provider = PROVIDERS["cpu"], num_layers: int = 0) -> Recipe:  # noqa: ANN401 - plain values
-    """The recipe of plain values with the keys name, default and, if there are any, rules.
+    """The recipe of plain values with the keys name, default and, if there are any, rules. A list may be written as its
+    one item, and layers as ranges such as "0-3".
 
     Raises ValueError that names the place, what was found and what was expected.
     """
@@ -96,7 +100,13 @@ def _texts(value: Any, where: str) -> tuple[str, ...]:  # noqa: ANN401 - plain v
 
 
 def _layers(value: Any, where: str) -> tuple[int, ...]:  # noqa: ANN401 - plain values
-    numbers = value if isinstance(value, list) else [value]
-    if not all(type(number) is int for number in numbers):
-        raise ValueError(f"{where} is {shown(value, 60)}, expected numbers of layers")
+    numbers: list[int] = []
+    for item in value if isinstance(value, list) else [value]:
+        span = _RANGE.fullmatch(item) if isinstance(item, str) else None
+        if type(item) is int and abs(item) <= MAX_LAYERS:
+            numbers.append(item)
+        elif span is not None and int(span[1]) <= int(span[2]) <= MAX_LAYERS:
+            numbers += range(int(span[1]), int(span[2]) + 1)
+        else:
+            raise ValueError(f"{where} is {shown(value, 60)}, expected numbers of layers or ranges such as 0-3")
     return tuple(numbers)

@@ -82,7 +82,9 @@ def _settings(build: PreparedBuild) -> dict[str, Any]:
     plan = build.export
     layout = hashlib.sha256(b"".join(graph.SerializeToString() for graph in plan.graphs.values()))
     layout.update(repr(plan.jobs).encode())
-    asked = {name: value for name, value in dataclasses.asdict(build.options).items() if name != "output"}
+    own = ("output", "recipe")
+    asked = {name: value for name, value in dataclasses.asdict(build.options).items() if name not in own}
+    asked["recipe"] = build.recipe.to_json()
     return {**asked, **libraries(), "format version": FORMAT_VERSION, "layout": layout.hexdigest()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from export.checkpoint.folder import open_checkpoint
@@ -62,6 +62,7 @@ def plan(arguments: argparse.Namespace) -> Planned:
     tables = [
         (f"{options.checkpoint} as {found.precision} for {named_with_kernels(found.provider, found.kernels)}",
          _role_rows(found)),
+        ("stored as", [(name, role.words) for name, role in found.stored.items()]),
         ("engine", _engine_rows(found)),
         ("notes", [("", note) for note in found.notes]),
         (f"decoding one sequence of up to {found.max_sequence} tokens", _decoding_rows(found, machine)),
@@ -79,6 +80,7 @@ def _read_options(arguments: argparse.Namespace) -> EngineOptions:
         experts_per_token=arguments.experts_per_token,
         max_sequence=arguments.max_sequence,
         kernels=arguments.kernels,
+        recipe=arguments.recipe,
         keep_all_experts=arguments.keep_all_experts,
     )
 
@@ -90,6 +92,33 @@ def _summary(engine: Engine) -> str:
         f"{named_with_kernels(manifest.provider, manifest.kernels)}, "
         f"{engine.num_bytes / 1e6:.1f} MB, {manifest.precision.average_bits_per_weight:.2f} bits per weight, "
         f"context {manifest.max_sequence} tokens"
+    )
+
+
+def describe(engine: Engine) -> list[tuple[str, Rows]]:
+    """Tables that describe an engine: what it is, how each role is stored, and its recipe."""
+    manifest = engine.manifest
+    facts, precision = manifest.architecture, manifest.precision
+    experts = f", {facts.num_experts} experts, {facts.experts_per_token} per token" if facts.is_moe else ""
+    rows = [
+        ("model", f"{manifest.model}, {manifest.family} of {facts.num_layers} layers{experts}"),
+        ("precision", precision.name),
+        ("kernels", named_with_kernels(manifest.provider, manifest.kernels)),
+        ("size", f"{in_units(engine.num_bytes)}, {precision.average_bits_per_weight:.2f} bits per weight"),
+        ("context", f"{manifest.max_sequence} tokens"),
+    ]
+    stored = [
+        (name, role.words + ("" if role.bits_per_weight is None else f": {role.bits_per_weight:.2f} bits per weight"))
+        for name, role in precision.roles.items()
+    ]
+    recipe = manifest.recipe().to_json()
+    rules = [("default", _in_words(recipe["default"])), *(("rule", _in_words(one)) for one in recipe.get("rules", ()))]
+    return [(str(engine.folder), rows), ("by role, as stored", stored), (f"recipe {recipe['name']}", rules)]
+
+
+def _in_words(values: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in values.items()
     )
 
 

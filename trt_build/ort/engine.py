@@ -64,6 +64,14 @@ class StoredRole:
     methods: tuple[str, ...] = ()
     bits_per_weight: float | None = None
 
+    @property
+    def words(self) -> str:
+        """Bits, blocks and methods as text."""
+        if not self.bits:
+            return "floats"
+        bits, sizes = (", ".join(map(str, values)) for values in (self.bits, self.block_sizes))
+        return f"{bits} bits in blocks of {sizes}" + (f", {', '.join(self.methods)}" if self.methods else "")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:

@@ -25,10 +25,10 @@ from export.onnx_graph.converter import OnnxConverter
 from export.onnx_graph.weights import WeightJob
 from trt_build.engine_files import FileRecord
 from trt_build.manifest import MANIFEST_FILE
-from trt_build.ort.engine import UNDIGESTED_FILES, manifest_text
+from trt_build.ort.engine import UNDIGESTED_FILES, StoredRole, manifest_text
 from trt_build.ort.memory import kv_bytes_per_token
 from trt_build.ort.planning.genai_config import GENAI_FILE
-from trt_build.ort.planning.prepare import PreparedBuild
+from trt_build.ort.planning.prepare import PreparedBuild, stored_roles
 from trt_build.source import source_record
 
 _DIGEST = "0" * 64  # as long as any SHA-256
@@ -56,8 +56,8 @@ class RolePlan:
 @dataclass(frozen=True, kw_only=True)
 class EnginePlan:
     """The figures that `moeship plan` prints. `kv_bytes_per_token` is the size of the cache of one position;
-    `conversion_bytes` is the peak resident memory of the build's process; `files` has the bytes of each file of the
-    engine by name; `notes` are sentences about the engine."""
+    `stored` says how the weights of each role are stored; `conversion_bytes` is the peak resident memory of the build's
+    process; `files` has the bytes of each file of the engine by name; `notes` are sentences about the engine."""
 
     family: str
     precision: str
@@ -65,6 +65,7 @@ class EnginePlan:
     kernels: str
     max_sequence: int
     roles: Mapping[str, RolePlan]
+    stored: Mapping[str, StoredRole]
     average_bits_per_weight: float
     files: Mapping[str, int]
     source_bytes: int
@@ -140,6 +141,7 @@ def plan_engine(build: PreparedBuild) -> EnginePlan:
         kernels=build.provider.kernels,
         max_sequence=build.max_sequence,
         roles=roles,
+        stored=stored_roles(export.jobs, weights),
         average_bits_per_weight=8 * total.total_bytes / total.num_weights,
         files=files,
         source_bytes=sum(stored.num_bytes for stored in build.checkpoint.tensors.values()),

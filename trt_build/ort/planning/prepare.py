@@ -22,9 +22,10 @@ from export.exporter import ExportPlan, plan_export
 from export.families import Model
 from export.files.resume import SourceFile
 from export.onnx_graph.weights import WeightJob
-from export.provider import KERNELS, ONNX_RUNTIME, OWN_KERNELS, Provider, provider_of
+from export.provider import KERNELS, ONNX_RUNTIME, OWN_KERNELS, PROVIDERS, Provider, provider_of
 from export.quantize.presets import recipe_for
 from export.quantize.recipe import Recipe
+from export.quantize.recipe_file import read_recipe_file
 from export.routing import RoutingReport, left_out_by_layer, left_out_note
 from export.tokenizer.settings import Settings
 from trt_build.engine_files import FileRecord
@@ -43,7 +44,7 @@ class EngineOptions:
     """The options of an engine for ONNX Runtime. If `experts_per_token` or `max_sequence` (tokens) is None, the
     checkpoint's value is used. `kernels` are the kernels that multiply quantised matrices; None takes those of
     `chosen_kernels`, and ONNX Runtime's for a model that moeship's do not compute. With `keep_all_experts` the engine
-    has the experts that can never be chosen too."""
+    has the experts that can never be chosen too. `recipe` is a recipe file, in place of the precision."""
 
     checkpoint: str
     precision: str = "int4"
@@ -52,6 +53,7 @@ class EngineOptions:
     max_sequence: int | None = None
     kernels: str | None = None
     keep_all_experts: bool = False
+    recipe: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,22 +118,27 @@ class PreparedBuild:
 
 
 def check_options(options: EngineOptions) -> tuple[Provider, Recipe]:
-    """The provider and the recipe that options name. Raises ExportError or QuantizationError for an unknown
-    name."""
-    kernels = options.kernels or chosen_kernels(options.provider, options.precision)
+    """The provider and the recipe that options name. Raises ExportError or QuantizationError for an unknown name, and
+    QuantizationError for a recipe file that cannot be read."""
+    kernels = options.kernels or chosen_kernels(options.provider, None if options.recipe else options.precision)
     provider = provider_of(options.provider, kernels)
+    if options.recipe is not None:
+        return provider, read_recipe_file(options.recipe, provider)
     return provider, recipe_for(options.precision, provider)
 
 
-def chosen_kernels(provider: str, precision: str) -> str:
-    """The kernels to use if the options name none: moeship's if they support the provider and the precision and can be
-    used on this machine, else ONNX Runtime's."""
-    return OWN_KERNELS if _fit_own_kernels(provider, precision) and is_usable() else ONNX_RUNTIME
+def chosen_kernels(provider: str, precision: str | None) -> str:
+    """The kernels to use if the options name none: moeship's if they support the provider and the precision (None: any
+    of theirs) and can be used on this machine, else ONNX Runtime's. A precision that ONNX Runtime's do not have gets
+    moeship's on any machine."""
+    alone = provider in PROVIDERS and precision is not None and precision not in PROVIDERS[provider].precisions
+    fit = _fit_own_kernels(provider, precision)
+    return OWN_KERNELS if fit and (alone or is_usable()) else ONNX_RUNTIME
 
 
-def _fit_own_kernels(provider: str, precision: str) -> bool:
+def _fit_own_kernels(provider: str, precision: str | None) -> bool:
     record = KERNELS[OWN_KERNELS].get(provider)
-    return record is not None and precision in record.precisions
+    return record is not None and (precision is None or precision in record.precisions)
 
 
 def prepare_build(options: EngineOptions) -> PreparedBuild:
@@ -148,7 +155,8 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
     routing = source.model.routing_report()
     left_out = {} if options.keep_all_experts else left_out_by_layer(routing, source.model.architecture.router)
     fault = found_fault()
-    if fault and options.kernels is None and _fit_own_kernels(options.provider, options.precision):
+    wanted = options.kernels is None and _fit_own_kernels(provider.name, None if options.recipe else options.precision)
+    if fault and wanted and provider.kernels == ONNX_RUNTIME:
         logger.warning(
             "the engine is for ONNX Runtime's CPU kernels, which decode at two thirds of the speed of moeship's or "
             "less, because moeship's cannot be used here (%s); %s",
@@ -156,7 +164,11 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
             fault.remedy,
         )
 
+    table = source.model.weights.table.values()
+
     def planned() -> ExportPlan:
+        if options.recipe is not None:
+            recipe.for_model(table).check(table)
         return plan_export(source.model, recipe, provider, max_sequence=source.max_sequence, left_out=left_out)
 
     try:
@@ -184,14 +196,19 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
     )
 
 
-def _precision(recipe: Recipe, export: ExportPlan, weights: Weights) -> Precision:
+def stored_roles(jobs: Sequence[WeightJob], weights: Weights) -> dict[str, StoredRole]:
+    """How the weights of each role are stored."""
     by_role: dict[str, list[WeightJob]] = {}
-    for job in export.jobs:
+    for job in jobs:
         by_role.setdefault(str(job.role), []).append(job)
+    return {role: _stored_role(own, weights) for role, own in by_role.items()}
+
+
+def _precision(recipe: Recipe, export: ExportPlan, weights: Weights) -> Precision:
     return Precision(
         name=recipe.name,
         recipe=recipe.to_json(),
-        roles={role: _stored_role(jobs, weights) for role, jobs in by_role.items()},
+        roles=stored_roles(export.jobs, weights),
         accuracy_level=recipe.accuracy_level,
         average_bits_per_weight=_bits_per_weight(export.jobs, weights),
     )
