@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -50,6 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     for noisy in ("lm_eval", "datasets", "fsspec", "absl"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    if sys.stderr is None or not sys.stderr.isatty():
+        # Bars of lm_eval and of the package datasets, which overwrite their line.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     line = _Progress(sys.stderr)
     options = EvaluationOptions(
         engine=arguments.engine,

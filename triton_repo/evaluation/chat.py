@@ -84,13 +84,18 @@ class ChatTemplate:
             raise _failed(error) from error
 
     def _render(self, messages: Messages, add_generation_prompt: bool) -> str:
-        text = self._template.render(
-            messages=[dict(message) for message in messages],
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **self._special_tokens,
-        )
+        try:
+            text = self._template.render(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+            )
+        except self._jinja_error:
+            raise
+        except Exception as error:  # whatever the template's expressions raise
+            raise _failed(error) from error
         if add_generation_prompt:
             return text
         last = messages[-1]["content"]

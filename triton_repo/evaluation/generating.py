@@ -64,7 +64,6 @@ def read_settings(task_kwargs: Mapping[str, Any], most_tokens: int) -> Settings:
     limit = next((value for value in limits if value is not None), most_tokens)
     until = kwargs.pop("until", None) or ()
     sampled = {name: kwargs.pop(name) for name in _SAMPLING if kwargs.get(name) is not None}
-    temperature = sampled.get("temperature", 0)
     does_sample = kwargs.pop("do_sample", None)
     doing = "reading generation_kwargs of a task"
     if kwargs:
@@ -78,19 +77,27 @@ def read_settings(task_kwargs: Mapping[str, Any], most_tokens: int) -> Settings:
         raise EvaluationError(f"{doing}: until is {shown(until)}, expected a text or a list of texts")
     if type(limit) is not int or limit < 1:
         raise EvaluationError(f"{doing}: {_LIMITS[0]} is {shown(limit)}, expected a number of tokens from 1 on")
-    numbers = [name for name, value in sampled.items() if isinstance(value, bool) or not isinstance(value, int | float)]
-    problems = [f"{name}: found {shown(sampled[name])}, expected a number" for name in numbers]
+    if does_sample is not None and not isinstance(does_sample, bool):
+        raise EvaluationError(f"{doing}: do_sample is {shown(does_sample)}, expected true or false")
+    return Settings(
+        most_tokens=limit,
+        until=tuple(word for word in words if word),
+        options=_options(sampled, does_sample, doing),
+    )
+
+
+def _options(sampled: Mapping[str, Any], does_sample: bool | None, doing: str) -> SamplingOptions:
+    """How tokens are chosen. Where a task does not say, a temperature means to draw, as in lm_eval."""
+    odd = [name for name, value in sampled.items() if isinstance(value, bool) or not isinstance(value, int | float)]
+    problems = [f"{name}: found {shown(sampled[name])}, expected a number" for name in odd]
     problems = problems or value_problems(sampled, {})
     if problems:
         raise EvaluationError(f"{doing}: {problems[0]}")
-    if not (temperature > 0 if does_sample is None else does_sample):
-        penalty = sampled.get("repetition_penalty", 1.0)
-        options = SamplingOptions(repetition_penalty=penalty)
-    else:
-        # A temperature alone is greedy for the server; drawing among all tokens has to be said.
-        draws = any(sampled.get(name) for name in ("top_k", "top_p", "min_p"))
-        options = SamplingOptions(**{**sampled, **({} if draws else {"top_p": 1.0})})
-    return Settings(most_tokens=limit, until=tuple(word for word in words if word), options=options)
+    if not (sampled.get("temperature", 0) > 0 if does_sample is None else does_sample):
+        return SamplingOptions(repetition_penalty=sampled.get("repetition_penalty", 1.0))
+    # For the server a temperature alone is greedy: to draw among all tokens has to be said.
+    cuts = any(sampled.get(name) for name in ("top_k", "top_p", "min_p"))
+    return SamplingOptions(**sampled) if cuts else SamplingOptions(**{**sampled, "top_p": 1.0})
 
 
 class _Writer:

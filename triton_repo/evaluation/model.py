@@ -90,6 +90,11 @@ class EngineModel(TemplateLM):
             add_special_tokens = not (self._prefix_text and string.startswith(self._prefix_text))
         return list(self._encoder.backend.encode(string, add_special_tokens=add_special_tokens).ids)
 
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """The log-probability of each continuation after its context, and whether it is what greedy decoding gives."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return found
+
     def _loglikelihood_tokens(
         self,
         requests: Sequence[tuple[Any, list[int], list[int]]],
@@ -99,7 +104,8 @@ class EngineModel(TemplateLM):
             if not context or not target:
                 raise EvaluationError(
                     f"scoring {shown(texts)}: found a context of {len(context)} tokens and a continuation of "
-                    f"{len(target)}, expected at least one of each; mend the task's document"
+                    f"{len(target)}, expected at least one of each; if the tokenizer joined the continuation with the "
+                    "context's end, let the task put a space between them (target_delimiter)"
                 )
         continuations = [Continuation(context=tuple(context), target=tuple(target)) for _, context, target in requests]
         self.truncated += num_truncated(continuations, self.max_length)

@@ -64,10 +64,7 @@ def load_tasks(wanted: Sequence[str], include_path: Path | None, num_fewshot: in
         _configure(loaded["tasks"], num_fewshot)
         empty = [name for name, task in loaded["tasks"].items() if not len(task.eval_docs)]
     if empty or not loaded["tasks"]:
-        raise EvaluationError(
-            f"loading the task {named(empty[0] if empty else wanted[0])}: found no documents, expected at least one; "
-            "look at its data files and its test_split"
-        )
+        raise _without_documents(f"loading the task {named(empty[0] if empty else wanted[0])}")
     return Tasks(loaded=loaded)
 
 
@@ -123,12 +120,15 @@ def _loading_errors(wanted: Sequence[str]) -> Iterator[None]:
         raise
     except Exception as error:  # of lm_eval, datasets, huggingface_hub, a YAML's values or a task's own functions
         task, data = _place(error.__traceback__)
-        doing = f"loading the task {named(task or names(wanted))}"
-        if isinstance(error, ModuleNotFoundError):
+        doing = f"loading the task {named(task.config.task if task else names(wanted))}"
+        missing = next((cause for cause in _causes(error) if isinstance(cause, ModuleNotFoundError)), None)
+        if missing is not None:
             raise EvaluationError(
-                f"{doing}: it needs the package {named(error.name)}; install what lm_eval's tasks need with: "
+                f"{doing}: it needs the package {named(missing.name)}; install what lm_eval's tasks need with: "
                 "pip install 'moeship[eval]'"
             ) from error
+        if isinstance(error, IndexError) and _is_empty(task):
+            raise _without_documents(doing) from error
         reason = f"{type(error).__name__}: {named(error, 500)}"
         if data is None:
             raise EvaluationError(f"{doing}: {reason}; mend the task's YAML") from error
@@ -139,16 +139,35 @@ def _loading_errors(wanted: Sequence[str]) -> Iterator[None]:
         ) from error
 
 
-def _place(traceback: TracebackType | None) -> tuple[str | None, str | None]:
-    """The task that an error came from, and the data set if it was being loaded; None for what is not known."""
-    task: str | None = None
+def _without_documents(doing: str) -> EvaluationError:
+    return EvaluationError(
+        f"{doing}: found no documents, expected at least one; look at its data files and its test_split"
+    )
+
+
+def _is_empty(task: Any) -> bool:  # noqa: ANN401 - lm_eval's task
+    """Whether a task has no documents, which its own constructor does not expect."""
+    try:
+        return not len(task.eval_docs)
+    except Exception:  # whatever a half made task raises
+        return False
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _place(traceback: TracebackType | None) -> tuple[Any, str | None]:
+    """lm_eval's task that an error came from, and the data set if it was being loaded; None for what is not known."""
+    task: Any = None
     data: str | None = None
     while traceback is not None:
         owner = traceback.tb_frame.f_locals.get("self")
-        config = getattr(owner, "_config", None)
-        name = getattr(config, "task", None)
-        if isinstance(name, str):
-            task = name
+        if isinstance(getattr(getattr(owner, "_config", None), "task", None), str):
+            task = owner
             if traceback.tb_frame.f_code.co_name == "download":
                 data = _data_set(owner)
         traceback = traceback.tb_next
