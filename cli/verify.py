@@ -19,14 +19,14 @@ from export.reference.kept import KeptLogits
 from export.reference.model import Reference
 from trt_build.comparison.answers import Answer
 from trt_build.comparison.cost import Grain
+from trt_build.comparison.cost.measuring import CostOptions
 from trt_build.comparison.evaluation_text import EvaluationText, read_texts
 from trt_build.comparison.parity import MIN_TOKENS, THRESHOLDS, Verification
 from trt_build.comparison.serving_ways import serving_limits
 from trt_build.comparison.verified import Verified
 from trt_build.errors import EngineError, LibraryMissing, VerificationFailed
-from trt_build.manifest import ORT_BACKEND, TRTLLM_BACKEND
+from trt_build.manifest import TRTLLM_BACKEND
 from trt_build.ort.engine import Engine
-from trt_build.ort.questions.cost import CostOptions
 from trt_build.ort.verify import Scorer, record, verify_engine
 
 if TYPE_CHECKING:
@@ -88,8 +88,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _refuse_flags(arguments: argparse.Namespace, engines: Sequence[AnyEngine]) -> None:
     """Raise EngineError for a flag that none of the engines' backends has, and for one that several would share."""
     of_trtllm = sum(not isinstance(engine, Engine) for engine in engines)
-    if of_trtllm and arguments.report is None and cost_options(arguments) is not None:
-        raise EngineError(f"reading the flags: --cost: for engines of {ORT_BACKEND} only; leave it out")
     if arguments.trtllm_checkpoint is not None and not of_trtllm:
         raise EngineError(f"reading the flags: --trtllm-checkpoint: for engines of {TRTLLM_BACKEND} only; leave it out")
     if arguments.trtllm_checkpoint is not None and of_trtllm > 1:
@@ -147,7 +145,15 @@ def _verify(
     if not isinstance(engine, Engine):
         from trt_build.trtllm.command import verify
 
-        return verify(engine.folder, arguments.reference, arguments.trtllm_checkpoint, text, arguments.tokens, progress)
+        return verify(
+            engine.folder,
+            arguments.reference,
+            arguments.trtllm_checkpoint,
+            text,
+            arguments.tokens,
+            progress,
+            cost_options(arguments),
+        )
     precision = engine.manifest.precision.name
     verification = verify_engine(
         engine, arguments.reference, text, arguments.tokens, progress, cost_options(arguments), reference

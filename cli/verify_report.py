@@ -194,7 +194,6 @@ def _reported(name: str, engine: AnyEngine, verified: Verified | None) -> Report
             limits=verified.limits,
             serving=verified.serving_limits,
             kl=None if positions is None else positions.kl,
-            note=None if isinstance(engine, Engine) else "of an engine for TensorRT-LLM the cost is not told apart",
         )
     assert not isinstance(engine, Engine)
     from trt_build.trtllm.questions.logits import GENERATION_LIMITS

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from export.architecture import Architecture
 from export.checkpoint.file_table import TOKENIZER_FILE
 from export.checkpoint.folder import Checkpoint, open_checkpoint
 from export.errors import ConfigError, named
@@ -63,6 +64,20 @@ def _max_sequence(asked: int | None, model: Model) -> int:
     if not 1 <= asked <= limit:
         raise ConfigError(f"setting the longest sequence: found {asked} tokens, expected 1 to {limit}, the model's own")
     return asked
+
+
+def with_built_experts(model: Model, facts: Architecture) -> tuple[Model, tuple[str, ...]]:
+    """The checkpoint's model with the experts per token of an engine that has these facts, which a build may override,
+    and a finding where that is not the checkpoint's number."""
+    said, taken = model.architecture.experts_per_token, facts.experts_per_token
+    if not (facts.is_moe and model.architecture.is_moe) or said == taken:
+        return model, ()
+    finding = (
+        f"the engine takes {taken} experts per token, and the checkpoint's config.json says {said}: the reference was "
+        f"computed with {taken}; that is right where the engine was built with --experts-per-token"
+    )
+    architecture = dataclasses.replace(model.architecture, experts_per_token=taken)
+    return dataclasses.replace(model, architecture=architecture), (finding,)
 
 
 def source_record(checkpoint: Checkpoint, digests: Mapping[str, str]) -> Source:

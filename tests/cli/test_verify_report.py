@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import stat
@@ -14,6 +15,7 @@ from manifests import edit_manifest, read_values
 
 from cli.main import main
 from export.reference.model import Reference
+from trt_build.comparison.parity import THRESHOLDS
 from trt_build.engine_files import record_files
 from trt_build.errors import LibraryMissing
 from trt_build.manifest import TRTLLM_BACKEND
@@ -37,6 +39,13 @@ def engines(tmp_path, tiny_engines):
         return shutil.copytree(tiny_engines(precision), tmp_path / precision)
 
     return engines
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """Few tokens are judged as many are."""
+    for name, limits in THRESHOLDS.items():
+        monkeypatch.setitem(THRESHOLDS, name, dataclasses.replace(limits, judged_tokens=0))
 
 
 @pytest.fixture
@@ -96,7 +105,7 @@ def test_two_sound_engines_side_by_side(tmp_path, trained_phixtral, verify):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fp32", "int8", "report.html"]
 
 
-def test_a_failing_engine_is_exit_1_and_the_report_is_written(tmp_path, engines, verify):
+def test_a_failing_engine_is_exit_1_and_the_report_is_written(tmp_path, engines, judged, verify):
     """Of random weights int4 leaves too little."""
     out = tmp_path / "report.html"
     status, _, said = verify(engines("int4"), engines("fp32"), "--report", out)
@@ -109,14 +118,25 @@ def test_a_failing_engine_is_exit_1_and_the_report_is_written(tmp_path, engines,
     assert "fp32 failed:" not in text
 
 
-def test_several_engines_without_a_report_are_verified_one_after_the_other(engines, verify):
+def test_several_engines_without_a_report_are_verified_one_after_the_other(engines, judged, verify):
     status, printed, said = verify(engines("fp32"), engines("int8"), "--json")
     assert status == 1
     assert "(fp32)" not in said
     found = json.loads(printed)["engines"]
     assert [one["engine"].rpartition("/")[2] for one in found] == ["fp32", "int8"]
     assert [bool(one["verification"]["failures"]) for one in found] == [False, True]
-    assert "cost" not in found[0]["verification"]
+    assert ["cost" in one["verification"] for one in found] == [False, True]  # a failure says which part costs most
+
+
+def test_too_few_tokens_for_a_verdict_are_a_finding_and_no_failure(engines, verify):
+    """Of random weights int8 changes more choices than the limits allow, over 64 tokens too few to tell."""
+    status, printed, _ = verify(engines("int8"), "--json")
+    record = json.loads(printed)
+    assert record["top1_agreement"] < THRESHOLDS["int8"].top1_agreement
+    assert (status, record["failures"]) == (0, [])
+    finding = record["findings"][0]
+    assert finding.startswith("too few tokens to judge: 64, at least 2048: ")
+    assert f"top-1 agreement {record['top1_agreement']:.2%}, expected 96.00%" in finding
 
 
 def test_the_reference_of_several_engines_is_computed_once(tmp_path, engines, verify, monkeypatch):

@@ -68,12 +68,31 @@ def test_a_report_of_an_engine_that_can_run_shows_its_figures(copied_engine, sma
     for words in (
         f"{number(found['mean_kl'])} ≤ ", "in generation: largest difference",
         "int4 with a scale a row: error of a row",
-        "of an engine for TensorRT-LLM the cost is not told apart", "Its text is not shown.", "Where they differ most",
+        "layer 1", "Its text is not shown.", "Where they differ most",
     ):  # fmt: skip
         assert words in text, words
-    words = ["verify", str(copied_engine), "--reference", str(small_phixtral)]
-    assert main([*words, "--cost"]) == 2
-    assert "--cost: for engines of onnxruntime only; leave it out" in capfd.readouterr().err
+
+
+def test_the_cost_of_rank_files_is_told_apart_over_the_ids_that_stand_for_text(copied_engine, small_phixtral, capfd):
+    """All parts together are the third question, asked of the same tokens."""
+    status, found, _ = verified(capfd, copied_engine, small_phixtral, "--cost", "experts")
+    cost, whole = found["cost"], found["questions"][2]
+    assert status == 0
+    assert cost["tokens"] == whole["num_tokens"] == 24
+    assert cost["whole"]["mean_kl"] == pytest.approx(whole["mean_kl"], rel=1e-3)
+    parts = {(part["role"], part.get("layer"), part.get("expert")): part["mean_kl"] for part in cost["parts"]}
+    assert {("attention", 0, None), ("expert", 1, None), ("expert", 1, 2)} <= set(parts)
+    assert all(0 <= kl < 1 for kl in parts.values())
+
+
+def test_experts_per_token_that_the_build_overrode_are_a_finding(tmp_path, small_phixtral, capfd):
+    build(small_phixtral, tmp_path / "engine", precision="fp16", experts_per_token=1)
+    status, found, _ = verified(capfd, tmp_path / "engine", small_phixtral)
+    assert status == 0
+    assert found["findings"][0] == (
+        "the engine takes 1 experts per token, and the checkpoint's config.json says 2: the reference was computed "
+        "with 1; that is right where the engine was built with --experts-per-token"
+    )
 
 
 def test_rank_files_that_are_gone_leave_the_answer_of_the_build(copied_engine, small_phixtral, capfd):
@@ -150,8 +169,6 @@ def test_another_models_checkpoint_and_a_flag_of_the_other_backend_are_one_error
     assert "they are not the same model; name the checkpoint that the engine was built from" in told
     status, _, told = verified(capfd, tiny_engine, small_phixtral, "--trtllm-checkpoint", "x")
     assert (status, "--trtllm-checkpoint: for engines of tensorrt-llm only" in told) == (2, True)
-    status, _, told = verified(capfd, copied_engine, small_phixtral, "--cost")
-    assert (status, "--cost: for engines of onnxruntime only" in told) == (2, True)
 
 
 # Figures by hand ------------------------------------------------------------------------------------------------------
@@ -180,7 +197,8 @@ def test_logits_are_judged_before_the_first_near_tie_that_differs():
 def test_the_cost_is_that_of_the_codes_alone():
     expected = np.float32([[0, 0], [0, np.log(3)]])
     found = np.float32([[0, 0], [0, 0]])
-    answer = ask_about_cost([measure(found, expected, [0, 1])], THRESHOLDS["int4"])
+    limits = replace(THRESHOLDS["int4"], judged_tokens=2)
+    answer = ask_about_cost([measure(found, expected, [0, 1])], limits)
     kl = 0.25 * np.log(0.25 / 0.5) + 0.75 * np.log(0.75 / 0.5)  # of the second position; the first has none
     assert answer.figures["mean_kl"] == pytest.approx(kl / 2)
     assert answer.figures["max_kl"] == pytest.approx(kl)

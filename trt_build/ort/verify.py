@@ -23,6 +23,7 @@ from export.reference.model import Reference
 from export.tokenizer.loading import Tokenizer
 from export.tokenizer.surplus import model_settings
 from trt_build.comparison.answers import Answer
+from trt_build.comparison.cost.measuring import OF_A_FAILURE, CostOptions
 from trt_build.comparison.evaluation_text import EvaluationText
 from trt_build.comparison.parity import (
     MIN_TOKENS,
@@ -45,12 +46,13 @@ from trt_build.comparison.weights import QUESTION as OF_WEIGHTS
 from trt_build.errors import EngineError
 from trt_build.ort.device import open_device
 from trt_build.ort.engine import Engine, read_part_records, record_verification
-from trt_build.ort.questions.cost import OF_A_FAILURE, CostOptions, prepare_cost
+from trt_build.ort.questions.cost import prepare_cost
 from trt_build.ort.questions.graph import QUESTION as OF_GRAPH
 from trt_build.ort.questions.graph import ask_about_graph
 from trt_build.ort.questions.weights import ask_about_weights
 from trt_build.ort.served_as_scored import compare_serving
 from trt_build.ort.session import ScoringSession, Session
+from trt_build.source import with_built_experts
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +112,7 @@ def verify_engine(
             *missed,
             *misserved,
         ),
-        findings=(*findings, *report.findings(manifest.tokenizer_size)),
+        findings=(*findings, *report.findings(manifest.tokenizer_size, THRESHOLDS[precision])),
         reference=location,
         reference_is_the_source=True,
         text=text,
@@ -229,21 +231,12 @@ def _digest(sha256: str | None) -> str:
 
 
 def _same_model(engine: Engine, model: Model, end_ids: tuple[int, ...]) -> tuple[Model, tuple[str, ...]]:
-    """The model with the engine's number of experts per token, which a build may override, and a finding
-    where that is not the checkpoint's. Raises EngineError for another model."""
+    """The model with the engine's number of experts per token, which a build may override, and a finding where
+    that is not the checkpoint's. Raises EngineError for another model."""
     facts = engine.manifest.architecture
-    findings: tuple[str, ...] = ()
     # As in a build: where no file of the checkpoint names an end token, it is the tokenizer's.
     model = dataclasses.replace(model, architecture=dataclasses.replace(model.architecture, eos_token_ids=end_ids))
-    if facts.is_moe and model.architecture.is_moe:
-        if model.architecture.experts_per_token != facts.experts_per_token:
-            findings = (
-                f"the engine takes {facts.experts_per_token} experts per token, and the checkpoint's config.json says "
-                f"{model.architecture.experts_per_token}: the reference was computed with "
-                f"{facts.experts_per_token}; that is right where the engine was built with --experts-per-token",
-            )
-        overridden = dataclasses.replace(model.architecture, experts_per_token=facts.experts_per_token)
-        model = dataclasses.replace(model, architecture=overridden)
+    model, findings = with_built_experts(model, facts)
     if model.architecture != facts:
         different = [
             f"{field.name}: engine {getattr(facts, field.name)}, checkpoint {getattr(model.architecture, field.name)}"

@@ -13,6 +13,7 @@ from export.conversion.writer import Progress
 from export.errors import listing
 from export.rows import Rows, in_units
 from export.trtllm.checkpoint import differing_settings, options_of, plan_checkpoint
+from trt_build.comparison.cost.measuring import CostOptions
 from trt_build.comparison.evaluation_text import EvaluationText
 from trt_build.comparison.verified import Verified
 from trt_build.engine_flags import read_checkpoint
@@ -20,7 +21,7 @@ from trt_build.errors import EngineError, LibraryMissing
 from trt_build.machine.readings import read_machine
 from trt_build.manifest import MANIFEST_FILE
 from trt_build.results import Built, Planned
-from trt_build.source import open_source
+from trt_build.source import open_source, with_built_experts
 from trt_build.trtllm.build import Outcome, build_trtllm
 from trt_build.trtllm.engine import open_trtllm_engine
 from trt_build.trtllm.library import Library, find_library
@@ -55,14 +56,17 @@ def verify(
     text: EvaluationText,
     num_tokens: int,
     progress: Callable[[str], None],
+    cost: CostOptions | None = None,
 ) -> Verified:
     """Verify an engine against the checkpoint at `location`. `rank_folder` holds the rank files that it was built from
-    (None: beside the engine). Raises EngineError for another model's checkpoint, and LibraryMissing where TensorRT-LLM
-    or a GPU is missing."""
+    (None: beside the engine). With `cost` the cost of the quantiser is told apart by layer, role and expert. Raises
+    EngineError for another model's checkpoint, and LibraryMissing where TensorRT-LLM or a GPU is missing."""
     engine = open_trtllm_engine(folder)
     manifest = engine.manifest
     facts = manifest.architecture
-    source = open_source(location, facts.experts_per_token if facts.is_moe else None, manifest.max_sequence)
+    source = open_source(location, None, manifest.max_sequence)
+    model, findings = with_built_experts(source.model, facts)
+    source = dataclasses.replace(source, model=model)
     options = options_of(manifest.settings.get("checkpoint") or {})
     planned = plan_checkpoint(source.model, options)
     different = differing_settings(manifest.settings.get("checkpoint"), planned)
@@ -76,7 +80,8 @@ def verify(
         raise LibraryMissing(f"verifying {folder} needs TensorRT-LLM and a GPU: {'; '.join(library)}")
     beside = folder.resolve().with_name(f"{folder.resolve().name}.checkpoint")
     ranks = RankFolder(plan=planned, folder=rank_folder or beside, max_sequence=manifest.max_sequence)
-    found = verify_trtllm(engine, source, ranks, library.python, text, num_tokens, progress)
+    found = verify_trtllm(engine, source, ranks, library.python, text, num_tokens, progress, cost=cost)
+    found = dataclasses.replace(found, findings=(*findings, *found.findings))
     return Verified(
         verification=found,
         precision=manifest.precision.name,

@@ -23,8 +23,11 @@ from export.families import Model
 from export.reference.model import Reference
 from export.trtllm.checkpoint import changed_sources
 from trt_build.comparison.answers import Answer
+from trt_build.comparison.cost import Grain
+from trt_build.comparison.cost.measuring import OF_A_FAILURE, CostOptions, CostWork, prepare_cost, unasked
 from trt_build.comparison.evaluation_text import EvaluationText
 from trt_build.comparison.parity import (
+    JUDGED_TOKENS,
     MIN_TOKENS,
     THRESHOLDS,
     WINDOW_TOKENS,
@@ -65,11 +68,13 @@ LIMITS: dict[str, Thresholds] = {
     "fp32": THRESHOLDS["fp32"],
     "fp16": THRESHOLDS["fp16"],
     "bf16": Thresholds(
-        max_logit_difference=None, mean_kl=2e-3, perplexity_increase=0.005, top1_agreement=0.97, routing_agreement=0.97
+        max_logit_difference=None, mean_kl=2e-3, perplexity_increase=0.005, top1_agreement=0.97, routing_agreement=0.97,
+        judged_tokens=JUDGED_TOKENS,
     ),
     "int8": THRESHOLDS["int8"],
     "int4": Thresholds(
-        max_logit_difference=None, mean_kl=0.1, perplexity_increase=0.06, top1_agreement=0.74, routing_agreement=0.8
+        max_logit_difference=None, mean_kl=0.1, perplexity_increase=0.06, top1_agreement=0.74, routing_agreement=0.8,
+        judged_tokens=JUDGED_TOKENS,
     ),
     "int4_gptq": THRESHOLDS["int4"],
     "int4_awq": THRESHOLDS["int4"],
@@ -89,11 +94,14 @@ def verify_trtllm(
     num_tokens: int,
     progress: Callable[[str], None],
     again: bool = True,
+    cost: CostOptions | None = None,
 ) -> Verification:
     """Compare an engine with the float32 reference of its source over the first `num_tokens` tokens of a text. `ranks`
     are the rank files that it was built from, which may be gone; with `again` they are compared with the checkpoint
-    even if the build did so. `python` is the Python in which TensorRT-LLM is installed. Raises EngineError if the
-    engine gives no logits, the text is too short or the engine's tokenizer is not the source's."""
+    even if the build did so. With `cost` the cost of the quantiser is told apart by layer, role and expert; without it
+    this is done where a figure misses its limit, by layer and role. `python` is the Python in which TensorRT-LLM is
+    installed. Raises EngineError if the engine gives no logits, the text is too short or the engine's tokenizer is not
+    the source's."""
     manifest, model = engine.manifest, source.model
     tokenizer = require_same_tokenizer(engine.folder, manifest.tokenizer, manifest.eos_token_ids, source.settings)
     windows = _windows(engine, tokenizer.encode_prompt(text.content), num_tokens)
@@ -104,7 +112,7 @@ def verify_trtllm(
     own = [*windows[0][:half], *answer.decoded_ids]
     reference = Reference(model).run([*windows, own], progress)
     stored = _dequantised(engine, ranks, weights, [*windows, own], progress)
-    sums, graph, cost = _compare(engine, model, windows, answer.scored, reference, stored)
+    sums, graph, whole_cost = _compare(engine, model, windows, answer.scored, reference, stored)
     after, _ = next(reference)
     rows = slice(half - 1, len(own) - 1)  # the logits of each row predict the next token
     report = combine(sums, measure(answer.decoded[:, ids], after[rows, ids], own[rows]))
@@ -113,15 +121,20 @@ def verify_trtllm(
     near = None if routers is None else near_ties(routers[:, rows], k, share, len(answer.decoded_ids))
     way = ask_about_generation(answer.decoded[:, ids], answer.context[:, ids], half - 1, near)
     misserved = way.failure(GENERATION_LIMITS[manifest.precision.dtype])
-    questions = weights, graph, cost
+    missed = report.failures(LIMITS[manifest.precision.name])
+    options = cost if cost is not None or not missed else OF_A_FAILURE
+    parts = None if options is None else _parts_cost(engine, ranks, stored, windows, options)(progress)
+    if parts is not None and missed and (dearest := parts.dearest(LIMITS[manifest.precision.name].mean_kl)) is not None:
+        missed.append(dearest)
+    questions = weights, graph, whole_cost
     return Verification(
         report=report,
         failures=(
             *(failure for question in questions for failure in question.failures),
-            *report.failures(LIMITS[manifest.precision.name]),
+            *missed,
             *([] if misserved is None else [misserved]),
         ),
-        findings=report.findings(manifest.tokenizer_size),
+        findings=report.findings(manifest.tokenizer_size, LIMITS[manifest.precision.name]),
         reference=source.checkpoint.identity,
         reference_is_the_source=not changed_sources(
             model.weights, manifest.source.digests, engine.folder / CONFIG_FILE
@@ -130,6 +143,7 @@ def verify_trtllm(
         windows=tuple(map(len, windows)),
         questions=questions,
         serving=(way,),
+        cost=parts,
         positions=positions_of(windows, sums),
     )
 
@@ -197,6 +211,27 @@ def _dequantised(
 
     reference = Reference(dataclasses.replace(model, weights=stored))
     return reference.run(windows, progress, choose=choose if left_out else None)
+
+
+def _parts_cost(
+    engine: TrtllmEngine, ranks: RankFolder, reference: Scored | str, windows: Windows, options: CostOptions
+) -> CostWork:
+    """What measures the cost of each part of rank files; `reference` is why they cannot be read, if they cannot."""
+    manifest, model, grain = engine.manifest, ranks.plan.model, options.grain or Grain.LAYERS
+    if isinstance(reference, str):
+        return unasked(grain, reference)
+    if ranks.plan.options.left_out:
+        return unasked(grain, "experts are left out of the rank files; build with --keep-all-experts")
+    token_ids = [token for window in windows for token in window]
+    return prepare_cost(
+        open_rank_weights(ranks.plan, ranks.folder),
+        model,
+        token_ids,
+        options,
+        longest=manifest.max_sequence,
+        precision=manifest.precision.name,
+        num_ids=manifest.tokenizer_size,
+    )
 
 
 def record_trtllm(engine: TrtllmEngine, verification: Verification) -> None:

@@ -116,6 +116,45 @@ def test_a_figure_on_its_limit_keeps_it_and_one_just_past_it_is_named(figures, m
         assert failure.startswith(message)
 
 
+FEW = dataclasses.replace(LIMIT, judged_tokens=2048)
+
+
+@pytest.mark.parametrize(
+    ("figures", "certain"),
+    [
+        # Standard errors of shares over 100 tokens: sqrt(0.75 * 0.25 / 100) = 0.043, sqrt(0.625 * 0.375 / 100) = 0.048.
+        ({"mean_kl": 0.3, "kl_error": 0.011}, False),
+        ({"mean_kl": 0.3, "kl_error": 0.009}, True),
+        ({"mean_decoded_kl": 0.3, "decoded_kl_error": 0.011}, False),
+        ({"mean_decoded_kl": 0.3, "decoded_kl_error": 0.009}, True),
+        ({"top1_agreement": 0.54}, False),
+        ({"top1_agreement": 0.53}, True),
+        ({"routing_agreement": 0.39}, False),
+        ({"routing_agreement": 0.38}, True),
+        ({"engine_perplexity": 400.0}, False),
+        ({"engine_perplexity": math.nan}, True),
+        ({"mean_kl": math.nan, "kl_error": math.nan}, True),
+        ({"max_logit_difference": 0.6}, True),
+    ],
+)
+def test_of_few_tokens_a_figure_fails_where_it_is_past_its_limit_by_five_standard_errors(figures, certain):
+    report = dataclasses.replace(EQUAL, num_tokens=100, **figures)
+    assert bool(report.failures(FEW)) is certain
+    findings = report.findings(10, FEW)
+    assert [text.startswith("too few tokens to judge: 100, at least 2048: ") for text in findings] == [True] * (
+        not certain
+    )
+    assert len(dataclasses.replace(report, num_tokens=2048).failures(FEW)) == 1
+    assert dataclasses.replace(report, num_tokens=2048).findings(10, FEW) == ()
+
+
+def test_of_fewer_than_sixteen_tokens_no_mean_is_past_its_limit_for_certain():
+    report = dataclasses.replace(EQUAL, num_tokens=15, mean_kl=9.0, kl_error=0.1, top1_agreement=0.0)
+    assert report.failures(FEW) == []
+    [finding] = report.findings(10, FEW)
+    assert "mean KL 9 nats, allowed 0.25; top-1 agreement 0.00%, expected 75.00%" in finding
+
+
 def test_an_engine_without_experts_and_a_precision_without_a_limit_on_logits_are_not_judged_by_them():
     free = dataclasses.replace(LIMIT, max_logit_difference=None)
     assert dataclasses.replace(EQUAL, routing_agreement=None, max_logit_difference=9.0).failures(free) == []

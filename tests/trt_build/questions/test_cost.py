@@ -18,13 +18,13 @@ from export.families import read_model
 from export.reference import variants
 from export.reference.variants import Part
 from export.tokenizer.settings import read_settings
-from trt_build.comparison.cost import Grain
+from trt_build.comparison.cost import Grain, measuring
+from trt_build.comparison.cost.measuring import CostOptions, CostPlan, measure_cost, spread_windows
 from trt_build.comparison.evaluation_text import own_text
 from trt_build.comparison.parity import measure
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.engine import open_engine
-from trt_build.ort.questions import cost
-from trt_build.ort.questions.cost import CostOptions, CostPlan, ask_about_cost, measure_cost, spread_windows
+from trt_build.ort.questions.cost import ask_about_cost
 from trt_build.ort.questions.stored_weights import open_stored_weights
 
 
@@ -153,18 +153,18 @@ def test_by_default_small_models_are_told_apart_by_expert_over_the_whole_text(tr
 def test_the_bounds_choose_fewer_tokens_and_coarser_parts(trained, monkeypatch):
     engine, model, tokens = trained
     parts = ask_about_cost(engine, model, tokens, CostOptions(grain=Grain.LAYERS)).parts
-    products, memory = cost.work_of_a_token(model, (Part(role=None), *(Part(role=Role.HEAD) for _ in parts)))
-    monkeypatch.setattr(cost, "MOST_PRODUCTS", products * 60)
+    products, memory = measuring.work_of_a_token(model, (Part(role=None), *(Part(role=Role.HEAD) for _ in parts)))
+    monkeypatch.setattr(measuring, "MOST_PRODUCTS", products * 60)
     found = ask_about_cost(engine, model, tokens, CostOptions())
     assert found.grain is Grain.LAYERS
     assert 16 <= found.num_tokens < 60
     assert "(the bound of products) by layers" in found.choice
     asked = ask_about_cost(engine, model, tokens, CostOptions(tokens=190, grain=Grain.EXPERTS))
     assert (asked.grain, "190 tokens (asked for)" in asked.choice) == (Grain.EXPERTS, True)
-    monkeypatch.setattr(cost, "MOST_STATE_BYTES", memory * 100)
+    monkeypatch.setattr(measuring, "MOST_STATE_BYTES", memory * 100)
     with pytest.raises(ConfigError, match=r"by layers on 190 tokens: their hidden states take .* ask for at most 100 "):
         ask_about_cost(engine, model, tokens, CostOptions(tokens=190))
-    monkeypatch.setattr(cost, "MOST_PRODUCTS", products)
+    monkeypatch.setattr(measuring, "MOST_PRODUCTS", products)
     too_much = ask_about_cost(engine, model, tokens, CostOptions())
     assert "16 tokens by layers are " in too_much.unasked
     for wrong in (15, 201):
