@@ -175,8 +175,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
                         help="default: every core")  # fmt: skip
     parser.add_argument("--contenders", type=lambda text: text.split(","), default=list(NAMES), metavar="A,B",
-                        help=f"of {', '.join(NAMES)} (default: all), or moeship LEVEL for an instruction set of "
-                        "ours")  # fmt: skip
+                        help=f"of {', '.join(NAMES)} (default: all), or moeship with words behind it: an instruction "
+                        "set, bits as q3, a block size as b128")  # fmt: skip
     parser.add_argument("--rows", type=lambda text: [int(part) for part in text.split(",")], default=list(ROWS),
                         metavar="N,N")  # fmt: skip
     parser.add_argument("--no-peak", action="store_true", help="do not measure int8 products, which needs a C compiler")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,15 +17,33 @@ from export.quantize.layout import LAYOUT, MatrixLayout
 from layer.shape import CHOSEN, EXPERTS, HIDDEN, MATRICES, WIDTH, Rows
 from trt_build.ort.kernels import DOMAIN, LEVEL_VARIABLE, library
 
-BITS, BLOCK = 4, 64
+BITS, BLOCK = 4, 64  # of QMoE, and of ours unless a contender's name has others
 Arrays = dict[str, tuple[npt.DTypeLike, tuple[int, ...]]]
 
 
-def moeship_arrays() -> Arrays:
+def moeship_layer(kind: str, folder: Path, threads: int) -> OnnxLayer:
+    """The layer with Experts. `kind` has the words of the contender's name behind "moeship"; each may be absent:
+    an instruction set, bits as "q3", a block size as "b128"."""
+    level, bits, block = "", BITS, BLOCK
+    for word in kind.split():
+        if word[0] in "qb" and word[1:].isdecimal():
+            bits, block = (int(word[1:]), block) if word[0] == "q" else (bits, int(word[1:]))
+        else:
+            level = word
+    node = partial(experts_node, bits=bits, block=block)
+    return OnnxLayer(moeship_arrays(bits, block), node, folder, threads, own=True, level=level)
+
+
+def qmoe_layer(folder: Path, threads: int) -> OnnxLayer:
+    """The layer with ONNX Runtime's QMoE."""
+    return OnnxLayer(qmoe_arrays(), qmoe_node, folder, threads)
+
+
+def moeship_arrays(bits: int, block: int) -> Arrays:
     """Initializers of one layer in our layout, by name."""
     arrays: Arrays = {}
     for name, (rows, features) in MATRICES.items():
-        layout = MatrixLayout(rows=rows, features=features, bits=BITS, block_size=BLOCK)
+        layout = MatrixLayout(rows=rows, features=features, bits=bits, block_size=block)
         arrays[f"{name}_codes"] = (np.uint8, (EXPERTS, *layout.codes_shape))
         arrays[f"{name}_scales"] = (np.float16, (EXPERTS, *layout.scales_shape))
     return arrays
@@ -39,14 +58,20 @@ def qmoe_arrays() -> Arrays:
     return arrays
 
 
-def experts_node(names: Mapping[str, str], output: str) -> Any:  # noqa: ANN401 - an onnx.NodeProto
+def experts_node(
+    names: Mapping[str, str],
+    output: str,
+    *,
+    bits: int,
+    block: int,
+) -> Any:  # noqa: ANN401 - an onnx.NodeProto
     from onnx import helper
 
     inputs = ["x", "router", names["fc1_codes"], names["fc1_scales"], "", "", names["fc2_codes"], names["fc2_scales"]]
     return helper.make_node(
-        "Experts", inputs, [output], domain=DOMAIN, layout=LAYOUT, bits=BITS, block_size=BLOCK, activations="int8",
-        hidden_size=HIDDEN, expert_size=WIDTH, experts=EXPERTS, k=CHOSEN, activation="gelu", activation_alpha=1.0,
-        activation_beta=0.0, activation_limit=float("inf"),
+        "Experts", inputs, [output], domain=DOMAIN, layout=LAYOUT, bits=bits, block_size=block, second_bits=bits,
+        second_block_size=block, activations="int8", hidden_size=HIDDEN, expert_size=WIDTH, experts=EXPERTS, k=CHOSEN,
+        activation="gelu", activation_alpha=1.0, activation_beta=0.0, activation_limit=float("inf"),
     )  # fmt: skip
 
 
@@ -62,10 +87,19 @@ def qmoe_node(names: Mapping[str, str], output: str) -> Any:  # noqa: ANN401 - a
 
 
 class OnnxLayer:
-    """A graph of one layer with random weights, written into `folder` and mapped. `level` selects the instruction set
-    of moeship's kernels."""
+    """A graph of one layer with random weights, written into `folder` and mapped. With `own` its node is of moeship's
+    kernels, and `level` selects their instruction set."""
 
-    def __init__(self, arrays: Arrays, node: Callable[..., Any], folder: Path, threads: int, level: str = "") -> None:
+    def __init__(
+        self,
+        arrays: Arrays,
+        node: Callable[..., Any],
+        folder: Path,
+        threads: int,
+        *,
+        own: bool = False,
+        level: str = "",
+    ) -> None:
         with onnx_runtime("onnxruntime", "measuring the kernels", "cpu"):
             import onnxruntime
         self._version: str = onnxruntime.__version__
@@ -76,7 +110,7 @@ class OnnxLayer:
         # The next process needs the cores, so this session's threads must not spin while they wait for work.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        if node is experts_node:
+        if own:
             options.register_custom_ops_library(str(library()))
         with mock.patch.dict(os.environ, {LEVEL_VARIABLE: level}):
             self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -16,7 +16,7 @@ import numpy as np
 from decode.orders import Answer, Worker, answers, orders, refusals, worker_process
 from export.errors import ConfigError
 from layer.ggml_layer import GgmlLayer
-from layer.onnx_layer import OnnxLayer, experts_node, moeship_arrays, qmoe_arrays, qmoe_node
+from layer.onnx_layer import moeship_layer, qmoe_layer
 from layer.shape import HIDDEN, PAIRS, Layer
 
 _SETTLE_S = 0.02  # OpenMP's threads spin some milliseconds after their last call (libgomp's GOMP_SPINCOUNT)
@@ -45,7 +45,7 @@ class Contender(Worker):
 
 @contextmanager
 def started(name: str, threads: int) -> Iterator[Contender]:
-    """Start a contender of NAMES, or `moeship LEVEL`. Raises ConfigError if it cannot run."""
+    """Start a contender of NAMES, or one of `moeship_layer`. Raises ConfigError if it cannot run."""
     runtime = name.partition(" ")[0]
     if name not in NAMES and runtime != MOESHIP:
         raise ConfigError(f"measuring kernels: {name!r} is unknown. There are: {', '.join(NAMES)}")
@@ -56,9 +56,9 @@ def started(name: str, threads: int) -> Iterator[Contender]:
 def _open(name: str, threads: int, folder: Path) -> Layer:
     runtime, _, kind = name.partition(" ")
     if runtime == MOESHIP:
-        return OnnxLayer(moeship_arrays(), experts_node, folder, threads, level=kind)
+        return moeship_layer(kind, folder, threads)
     if name == QMOE:
-        return OnnxLayer(qmoe_arrays(), qmoe_node, folder, threads)
+        return qmoe_layer(folder, threads)
     return GgmlLayer(runtime, kind, threads)
 
 

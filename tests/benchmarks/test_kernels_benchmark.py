@@ -13,7 +13,7 @@ import pytest
 import kernels
 from export.errors import ConfigError
 from layer import peak, process
-from layer.onnx_layer import OnnxLayer, experts_node, moeship_arrays, qmoe_arrays, qmoe_node
+from layer.onnx_layer import moeship_layer, qmoe_layer
 from layer.process import started
 from layer.shape import HIDDEN, WEIGHTS, WIDTH
 
@@ -75,15 +75,17 @@ def test_the_report_is_of_medians_with_the_best_call_beside_them():
 
 
 @pytest.mark.parametrize(
-    ("arrays", "node", "num_bytes"),
-    # Two experts of 2 * 2560 * 10240 weights: half a byte each, and for 64 of them a scale of 2 bytes or of 4.
+    ("kind", "num_bytes"),
+    # Two experts of 2 * 2560 * 10240 weights: half a byte each, and for 64 of them a scale of 2 bytes or of 4 (QMoE).
+    # At 3 bits 3/8 of a byte each, and a scale of 2 bytes for 128.
     [
-        pytest.param(moeship_arrays, experts_node, 55_705_600, marks=pytest.mark.needs_kernels),
-        (qmoe_arrays, qmoe_node, 58_982_400),
+        pytest.param("", 55_705_600, marks=pytest.mark.needs_kernels),
+        pytest.param("avx2 q3 b128", 40_960_000, marks=pytest.mark.needs_kernels),
+        (None, 58_982_400),
     ],
 )
-def test_a_layer_in_onnx_runtime_runs_and_counts_its_bytes(arrays, node, num_bytes, tmp_path):
-    layer = OnnxLayer(arrays(), node, tmp_path, threads=1)
+def test_a_layer_in_onnx_runtime_runs_and_counts_its_bytes(kind, num_bytes, tmp_path):
+    layer = qmoe_layer(tmp_path, threads=1) if kind is None else moeship_layer(kind, tmp_path, threads=1)
     assert layer.num_bytes == num_bytes
     assert (HIDDEN, WIDTH) == (2560, 10240)
     layer.run(np.zeros((2, HIDDEN), dtype=np.float32), (3, 2))
