@@ -96,6 +96,8 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
     }
 )  # fmt: skip
 
+OWN = Offer(bits=(2, 3, 4, 5, 6, 8))  # of every operation of moeship's kernels (export/quantize/layout.py)
+
 # Name of the kernels -> the providers that they exist for. Moeship's own kernels multiply quantised matrices only, read
 # them as they lie in the file, and among equal router logits choose the lowest index.
 KERNELS: Mapping[str, Mapping[str, Provider]] = MappingProxyType(
@@ -105,7 +107,7 @@ KERNELS: Mapping[str, Mapping[str, Provider]] = MappingProxyType(
             {
                 "cpu": replace(
                     PROVIDERS["cpu"], kernels=OWN_KERNELS, precisions=("int8", "int4"), prefers_highest_place=False,
-                    linear=Offer(bits=(2, 3, 4, 5, 6, 8)), experts=Offer(bits=(2, 3, 4, 5, 6, 8)),
+                    linear=OWN, experts=OWN, embedding=OWN,
                 )
             }
         ),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 EXPERT_OPS = ("MoE", "QMoE", "Experts")
 ROW_OPS = ("Gather", "GatherBlockQuantized")  # operators of the embedding, which read one row of each operand
+GROUP_OPS = ("Embedding",)  # that of our kernels, which reads the lines of one group of sixteen rows
 ATTENTION_OPS = ("GroupQueryAttention",)  # operators whose constants are the rotary tables; they read one row of each
 
 
@@ -43,7 +44,7 @@ def count_bytes(graph: Path, num_experts: int, experts_per_token: int) -> Engine
             used = 1.0
             if node.op_type in EXPERT_OPS:
                 used = experts_per_token / num_experts
-            elif node.op_type in (*ROW_OPS, *ATTENTION_OPS):
+            elif node.op_type in (*ROW_OPS, *GROUP_OPS, *ATTENTION_OPS):
                 used = 1 / max(rows, 1)
             share[name] = max(share.get(name, 0.0), used)
     sizes = {name: _num_bytes(constant.data_type, list(constant.dims)) for name, constant in constants.items()}

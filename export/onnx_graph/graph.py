@@ -113,11 +113,8 @@ class GraphBuilder(ABC):
         if job.layout is Layout.PLAIN:
             rows = self._nodes.add("Gather", [outputs[0], names.INPUT_IDS], weight, float_type=self._float_type, axis=0)
             return self._nodes.cast(rows, "float32")
-        inputs = [outputs[0], names.INPUT_IDS, *outputs[1:]]
-        return self._nodes.add(
-            "GatherBlockQuantized", inputs, weight, microsoft=True, float_type="float32",
-            bits=job.bits, block_size=job.block_size, gather_axis=0, quantize_axis=1,
-        )  # fmt: skip
+        matrix = Matrix(job=job, initializers=outputs, shape=self._weights.table[weight].shape, bias="")
+        return self._operation(self._kernels.embedding(names.INPUT_IDS, matrix), weight, "float32")
 
     def layer_norm(self, x: str, path: str, epsilon: float) -> str:
         """LayerNorm of [B, S, H] over H: normalised, multiplied by path.weight, path.bias added."""
@@ -354,9 +351,10 @@ class GraphBuilder(ABC):
     def _matrix(self, path: str, initializers: list[str], job: WeightJob, bias: str) -> Matrix:
         return Matrix(job=job, initializers=initializers, shape=self._weights.table[f"{path}.weight"].shape, bias=bias)
 
-    def _operation(self, operation: Operation, path: str) -> str:
-        """Add a node that multiplies quantised matrices; returns the name of its output."""
+    def _operation(self, operation: Operation, path: str, float_type: str | None = None) -> str:
+        """Add a node that takes quantised matrices; returns the name of its output, of the provider's float type unless
+        another is given."""
         return self._nodes.add(
-            operation.operator, operation.inputs, path, domain=operation.domain, float_type=self._float_type,
-            **operation.attributes,
+            operation.operator, operation.inputs, path, domain=operation.domain,
+            float_type=float_type or self._float_type, **operation.attributes,
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """The two kinds of kernels that multiply quantised matrices: their nodes, and the shapes of their weights.
 
-onnxruntime  MatMulNBits and QMoE, ONNX Runtime's contributed operators (docs/ContribOperators.md)
-moeship      BlockLinear and Experts, of the library in trt_build/ort/kernels, over export/quantize/layout.py
+onnxruntime  MatMulNBits, QMoE and GatherBlockQuantized, ONNX Runtime's contributed operators (docs/ContribOperators.md)
+moeship      BlockLinear, Experts and Embedding, of the library in trt_build/ort/kernels, over export/quantize/layout.py
 """
 
 from __future__ import annotations
@@ -97,6 +97,10 @@ class Kernels(ABC):
         """The initializers of a quantised weight: codes, scales and, with `zeros`, zero points."""
 
     @abstractmethod
+    def embedding(self, ids: str, matrix: Matrix) -> Operation:
+        """The node that looks up rows of a matrix [N, K]: int64 [...] to float32 [..., K]."""
+
+    @abstractmethod
     def linear(self, x: str, matrix: Matrix, accuracy_level: int) -> Operation:
         """The node that multiplies x [..., K] by a matrix [N, K] and adds its bias."""
 
@@ -134,6 +138,14 @@ class _OnnxRuntime(Kernels):
         self, spec: TensorSpec, bits: int, block: int, provider: Provider, *, zeros: bool
     ) -> tuple[Initializer, ...]:
         return quantized_initializers(spec, bits, block, provider, zeros=zeros)
+
+    def embedding(self, ids: str, matrix: Matrix) -> Operation:
+        codes, scales = matrix.codes_and_scales
+        inputs = without_absent_end([codes, ids, scales, matrix.zeros])
+        attributes = {
+            "bits": matrix.job.bits, "block_size": matrix.job.block_size, "gather_axis": 0, "quantize_axis": 1,
+        }  # fmt: skip
+        return Operation(operator="GatherBlockQuantized", domain=self.domain, inputs=inputs, attributes=attributes)
 
     def linear(self, x: str, matrix: Matrix, accuracy_level: int) -> Operation:
         rows, columns = matrix.shape
@@ -194,6 +206,12 @@ class _Moeship(Kernels):
             found.append(Initializer(name=zero_points_name(spec.name), dtype="uint8", shape=scales_shape))
         return tuple(found)
 
+    def embedding(self, ids: str, matrix: Matrix) -> Operation:
+        rows, columns = matrix.shape
+        attributes = self._storage(matrix) | {"features": columns, "rows": rows}
+        inputs = without_absent_end([ids, *matrix.codes_and_scales, matrix.zeros])
+        return Operation(operator="Embedding", domain=self.domain, inputs=inputs, attributes=attributes)
+
     def linear(self, x: str, matrix: Matrix, accuracy_level: int) -> Operation:
         rows, columns = matrix.shape
         attributes = self._common(matrix, accuracy_level) | {"in_features": columns, "out_features": rows}
@@ -214,10 +232,10 @@ class _Moeship(Kernels):
         return Operation(operator="Experts", domain=self.domain, inputs=inputs, attributes=attributes)
 
     def _common(self, matrix: Matrix, accuracy_level: int) -> dict[str, Any]:
-        return {
-            "layout": LAYOUT, "bits": matrix.job.bits, "block_size": matrix.job.block_size,
-            "activations": "int8" if accuracy_level == 4 else "float32",
-        }  # fmt: skip
+        return self._storage(matrix) | {"activations": "int8" if accuracy_level == 4 else "float32"}
+
+    def _storage(self, matrix: Matrix) -> dict[str, Any]:
+        return {"layout": LAYOUT, "bits": matrix.job.bits, "block_size": matrix.job.block_size}
 
 
 BY_NAME: Mapping[str, Kernels] = MappingProxyType({ONNX_RUNTIME: _OnnxRuntime(), OWN_KERNELS: _Moeship()})

@@ -11,7 +11,7 @@ from export.errors import KernelsError
 from export.formats.view import Grid
 from export.onnx_graph.kernels import BY_NAME
 from export.onnx_graph.weights import Initializer, Layout, WeightJob
-from export.provider import ONNX_RUNTIME, Provider
+from export.provider import Provider
 from export.quantize.recipe import Recipe, no_block_size
 
 
@@ -69,7 +69,7 @@ class WeightPlanner:
             self.jobs.append(job)
             return [name], job
         bits, block = storage.bits, self._block_size(name, together or [name])
-        kernels = BY_NAME[ONNX_RUNTIME] if spec.role is Role.EMBEDDING else BY_NAME[self._provider.kernels]
+        kernels = BY_NAME[self._provider.kernels]
         grid = self._grids.get(name)
         if grid is not None and (grid.bits > bits or grid.group_size % block or not self._states(grid, spec.role)):
             grid = None

@@ -162,7 +162,13 @@ class _Facts:
                 self._operands(node, 0, [row, names.INPUT_IDS])
                 self._attributes(node, {"axis": 0})
             return
-        if node := self._user(f"{row}.codes", 0, ["GatherBlockQuantized"]):
+        if any(node.operator == "Embedding" for node, _ in self._users.get(f"{row}.codes", [])):
+            if node := self._user(f"{row}.codes", 1, ["Embedding"]):
+                self._operands(node, 0, [names.INPUT_IDS, *self._matrix(row), self._zeros(row)])
+                self._recipe(node, self._table[row])
+                rows, columns = self._table[row].shape
+                self._attributes(node, {"layout": LAYOUT, "rows": rows, "features": columns})
+        elif node := self._user(f"{row}.codes", 0, ["GatherBlockQuantized"]):
             zeros = zero_points_name(row) if self._provider.writes_zero_points else self._zeros(row)
             self._operands(node, 0, [f"{row}.codes", names.INPUT_IDS, f"{row}.scales", zeros])
             self._recipe(node, self._table[row])

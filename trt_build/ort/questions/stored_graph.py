@@ -88,12 +88,13 @@ class _Operands:
         )
 
 
-# Source: ONNX Runtime's docs/ContribOperators.md, and trt_build/ort/kernels/register.cpp for the last two.
+# Source: ONNX Runtime's docs/ContribOperators.md, and trt_build/ort/kernels/register.cpp for the last three.
 _OPERATORS = {
     "MatMulNBits": _Operands(places=((1, 2, 3),)),
     "GatherBlockQuantized": _Operands(places=((0, 2, 3),)),
     "QMoE": _Operands(places=((2, 3, 11), (5, 6, 12)), storage=(("expert_weight_bits", "block_size"),)),
     "BlockLinear": _Operands(places=((1, 2, 3),), grouped=True),
+    "Embedding": _Operands(places=((1, 2, 3),), grouped=True),
     "Experts": _Operands(
         places=((2, 3, 4), (6, 7, 8)),
         storage=(("bits", "block_size"), ("second_bits", "second_block_size")),
