@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from export.errors import QuantizationError
+from export.provider import OWN
 from export.quantize.layout import BITS, BLOCK_SIZES, MatrixLayout
 
 
@@ -93,3 +94,7 @@ def test_bytes_a_weight(bits):
 def test_what_it_does_not_have(bits, block_size, rows):
     with pytest.raises(QuantizationError, match="laying out a matrix"):
         MatrixLayout(rows=rows, features=64, bits=bits, block_size=block_size)
+
+
+def test_the_provider_offers_what_the_layout_has():
+    assert (OWN.bits, OWN.block_sizes) == (BITS, BLOCK_SIZES)

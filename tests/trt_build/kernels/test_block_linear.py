@@ -1,9 +1,12 @@
 """BlockLinear against numpy, torch and ONNX Runtime's MatMulNBits; every instruction set gives the same bits."""
 
+import ctypes
+import ctypes.util
+
 import numpy as np
 import onnxruntime
 import pytest
-from kernel_nodes import block_linear, product_float, product_int8, random_matrices
+from kernel_nodes import block_linear, product_float, product_int8, random_matrices, rounded
 from onnx import TensorProto, helper, numpy_helper
 
 from export.quantize.grid import pack
@@ -32,6 +35,43 @@ def test_both_paths_over_odd_shapes(bits, block_size, zeros):
             found = block_linear(matrices, activations).run_everywhere({"x": x})
             worst = np.abs(found - expected).max() / np.abs(expected).max()
             assert worst <= 1e-6, (activations, tokens, rows, features)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_every_sum_has_the_bits_of_its_stated_order(bits, block_size):
+    # products.h: with float32 activations s = fma(code - zero, x, s) over the features of a block, y = fma(s, scale, y)
+    # over the blocks; with int8 ones y = fma(float(sum of code products), weight scale * activation scale, y). The
+    # codes are those that the layout unpacks, the fused products those of the C library.
+    draw = np.random.default_rng(bits + block_size)
+    for tokens, rows, features, zeros in [(1, 17, block_size + 5, True), (3, 3, 2 * block_size, False)]:
+        x = draw.normal(size=(tokens, features)).astype(np.float32)
+        matrices = random_matrices(draw, 1, rows, features, bits, block_size, zeros=zeros)
+        layout, num_blocks = matrices.layout, -(-features // block_size)
+        codes = layout.unpack_codes(layout.pack_codes(matrices.codes, matrices.zeros))[0].astype(np.int64)
+        points = np.full(matrices.scales.shape, 1 << (bits - 1)) if matrices.zeros is None else matrices.zeros
+        scales = matrices.scales[0].astype(np.float32)
+        inner, inner_scales = rounded(x, block_size)
+        expected = {kind: np.zeros((tokens, rows), np.float32) for kind in ("float32", "int8")}
+        for t, n in np.ndindex(tokens, rows):
+            y_float = y_int8 = 0.0
+            for p in range(num_blocks):
+                own = slice(p * block_size, min(features, (p + 1) * block_size))
+                weights, s = codes[n, own] - int(points[0, n, p]), 0.0
+                for weight, value in zip(weights, x[t, own], strict=True):
+                    s = _fmaf(float(weight), float(value), s)
+                y_float = _fmaf(s, float(scales[n, p]), y_float)
+                total = float(np.float32((weights * inner[t, p, : len(weights)]).sum()))
+                y_int8 = _fmaf(total, float(scales[n, p] * inner_scales[t, p]), y_int8)
+            bias = matrices.bias[0, n]
+            expected["float32"][t, n], expected["int8"][t, n] = np.float32(y_float) + bias, np.float32(y_int8) + bias
+        for activations, values in expected.items():
+            found = block_linear(matrices, activations).run_everywhere({"x": x})
+            np.testing.assert_array_equal(found.view(np.uint32), values.view(np.uint32), err_msg=activations)
+
+
+_fmaf = ctypes.CDLL(ctypes.util.find_library("m") or "libm.so.6").fmaf
+_fmaf.restype, _fmaf.argtypes = ctypes.c_float, [ctypes.c_float] * 3
 
 
 def test_against_dequantised_torch_at_full_width():
