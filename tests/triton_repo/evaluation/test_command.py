@@ -208,6 +208,11 @@ BROKEN = {
         "generation_kwargs: {until: [x], num_beams: 4}\n",
         "generation_kwargs of a task: found 'num_beams'",
     ),
+    "code-that-the-model-writes": (
+        "task: broken\ndataset_path: json\ndataset_kwargs: {data_files: tiny_answer.jsonl}\ntest_split: train\n"
+        "output_type: generate_until\ndoc_to_text: '{{prompt}}'\ndoc_to_target: '{{answer}}'\nunsafe_code: true\n",
+        "evaluating broken: ValueError: .*marked as unsafe",
+    ),
     "more-tokens-than-fit": (
         "task: broken\ndataset_path: json\ndataset_kwargs: {data_files: tiny_answer.jsonl}\ntest_split: train\n"
         "output_type: generate_until\ndoc_to_text: '{{prompt}}'\ndoc_to_target: '{{answer}}'\n"
