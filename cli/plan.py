@@ -23,12 +23,19 @@ from trt_build.engine_flags import DEFAULT_PRECISION, add_engine_arguments, refu
 from trt_build.manifest import BACKENDS
 
 
+class _Default(str):
+    """The value of a flag that was not given."""
+
+    __slots__ = ()
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(
         parser,
         output_help="accepted as in moeship build; a plan does not need it and writes nothing",
         output_required=False,
     )
+    parser.set_defaults(backend=_Default(BACKENDS[0]), precision=_Default(DEFAULT_PRECISION))
     machine = parser.add_argument_group("machine")
     machine.add_argument(
         "--device-memory", type=float, metavar="GB",
@@ -66,17 +73,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _explain_merge(path: Path, arguments: argparse.Namespace) -> int:
-    """Print what a merge would make and need. Raises ConfigError for flags that describe an engine and are not at
-    their default."""
+    """Print what a merge would make and need. Raises ConfigError for flags that describe an engine."""
     from export.merge.config import read_merge_config
     from export.merge.explain import explain_merge
 
-    shared = ("checkpoint", "checkpoint_flag", "output", "json")
-    unless = {"backend": BACKENDS[0], "precision": DEFAULT_PRECISION}
+    shared = ("checkpoint", "checkpoint_flag", "json")
     given = [
         name
         for name, value in vars(arguments).items()
-        if name not in shared and value not in (None, False, unless.get(name))
+        if name not in shared and value is not None and value is not False and not isinstance(value, _Default)
     ]
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)

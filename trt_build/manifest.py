@@ -22,6 +22,7 @@ from typing import Any
 from export.architecture import Architecture, is_token_id
 from export.errors import MoeshipError, kind_of, named, shown
 from export.files.reading import is_folder, is_there, parse_json, read_bytes
+from export.files.recognised import recognised
 from export.tokenizer.settings import MAX_TOKENS, TokenizerFacts
 from trt_build.errors import EngineError
 
@@ -77,9 +78,13 @@ def read_manifest(folder: Path, doing: str, error: type[MoeshipError] = EngineEr
     the file is missing, is no JSON object, or was changed after it was written."""
     path = folder / MANIFEST_FILE
     if not is_folder(folder):
+        if (taken := recognised(folder)) is not None:
+            raise error(f"{doing}: {taken}")
         found = "it is a file" if is_there(folder) else "no such folder"
         raise error(f"{doing}: {found}, expected the folder of an engine; check the path")
     if not is_there(path):
+        if (taken := recognised(folder)) is not None:
+            raise error(f"{doing}: there is no {MANIFEST_FILE} in it, which every engine has: {taken}")
         raise error(
             f"{doing}: there is no {MANIFEST_FILE} in it, which every engine has; check the path, and if it is an "
             f"engine, {_REMEDY}"

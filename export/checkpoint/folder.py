@@ -32,6 +32,7 @@ from export.checkpoint.safetensors_header import StoredTensor, numpy_dtype, read
 from export.checkpoint.safetensors_header import header_bytes as safetensors_header_bytes
 from export.errors import CheckpointError, listing, named, names, shown
 from export.files.reading import check_name, is_folder, is_regular, is_there, open_regular, read_json
+from export.files.recognised import FILE_SUFFIXES, recognised
 from export.floats import all_finite, widen
 from export.formats import SETTINGS_KEYS, settings_of, views_of
 from export.formats.gguf_file import gguf_header_bytes, is_gguf
@@ -189,7 +190,8 @@ def model_folder(location: str | Path, revision: str | None = None) -> tuple[Pat
     folder, doing = Path(location), f"opening the checkpoint {named(location)}"
     check_name(folder, doing, CheckpointError)
     if is_regular(folder):
-        raise CheckpointError(f"{doing}: it is a file; pass the folder that holds it, or a GGUF file")
+        found = recognised(folder) or "it is a file; pass the folder that holds it, or a GGUF file"
+        raise CheckpointError(f"{doing}: {found}")
     name, at, behind = str(location).partition("@")
     revision = revision or behind or None
     if is_folder(folder) or (at and is_folder(Path(name))):
@@ -199,6 +201,9 @@ def model_folder(location: str | Path, revision: str | None = None) -> tuple[Pat
                 "out, or give a hub id"
             )
         return folder, None
+    # A file that is not there, unless the path could be a hub id.
+    if folder.suffix.lower() in FILE_SUFFIXES and (is_folder(folder.parent) or not HUB_ID.fullmatch(name)):
+        raise CheckpointError(f"{doing}: there is no such file; check the path")
     if not HUB_ID.fullmatch(name) or (at and not behind) or not _REVISION.fullmatch(revision or "main"):
         raise CheckpointError(
             f"{doing}: no such folder, and not a hub id like owner/name or owner/name@revision; check the path"
@@ -216,6 +221,8 @@ def open_checkpoint(location: str | Path, revision: str | None = None) -> Checkp
         return _open_gguf(Path(location))
     folder, revision = model_folder(location, revision)
     _refuse_adapter(folder)
+    if not is_there(folder / "config.json") and (found := recognised(folder)) is not None:
+        raise CheckpointError(f"opening the checkpoint {named(folder)}: {found}")
     config = read_json(folder / "config.json", "config.json of the checkpoint")
     shards, weight_map = _shards(folder)
     tensors: dict[str, StoredTensor] = {}

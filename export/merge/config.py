@@ -29,6 +29,7 @@ from export.checkpoint.folder import HUB_ID
 from export.checkpoint.safetensors_header import FLOAT_LABELS
 from export.errors import ConfigError, kind_of, listing, named, shown, suggestion
 from export.files.reading import is_folder, read_text
+from export.files.recognised import MERGE_SUFFIXES, recognised
 from export.files.yaml_reading import MAX_YAML_BYTES, parse_yaml
 
 _TOP_KEYS = (
@@ -103,6 +104,9 @@ class MergeConfig:
 
 def read_merge_config(path: Path) -> MergeConfig:
     """Read and check a merge YAML. Raises ConfigError that lists every problem."""
+    taken = recognised(path) if path.suffix.lower() not in MERGE_SUFFIXES else None
+    if taken is not None:
+        raise ConfigError(f"reading {_WHAT} {named(path)}: {taken}; a merge takes a YAML file")
     text = read_text(path, _WHAT, most=MAX_YAML_BYTES)
     raw = parse_yaml(text, path, _WHAT)
     if not isinstance(raw, dict):

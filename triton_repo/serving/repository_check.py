@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from export.checkpoint.file_table import TOKENIZER_FILE
 from export.errors import listing
+from export.files.recognised import recognised
 from triton_repo.contracts.model_parameters import NUM_IDS_KEY, TOKENIZER_KEY, TRITON_BACKEND, WORLD_SIZE_KEY
 from triton_repo.contracts.trtllm_parameters import ENGINE_PATH_KEY
 from triton_repo.errors import RepositoryError
@@ -26,10 +27,16 @@ if TYPE_CHECKING:
 
 def check_repository(repository: Path) -> tuple[str, ...]:
     """The names of the repository's models. Raises RepositoryError that lists every problem of every model."""
+    taken = recognised(repository)
     if not repository.is_dir():
-        raise RepositoryError(f"serving {repository}: no such folder; make one with: moeship package")
+        if taken is not None:
+            raise RepositoryError(f"serving {repository}: {taken}")
+        found = "it is a file, expected a folder" if repository.exists() else "no such folder"
+        raise RepositoryError(f"serving {repository}: {found}; make one with: moeship package")
     folders = sorted(path for path in repository.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not any((folder / CONFIG_FILE).is_file() for folder in folders):
+        if taken is not None and not (repository / CONFIG_FILE).is_file():
+            raise RepositoryError(f"serving {repository}: {taken}")
         raise RepositoryError(
             f"serving {repository}: found no model, expected folders with a {CONFIG_FILE}; pass the repository itself, "
             "not the folder above it or a model in it, or make one with: moeship package"

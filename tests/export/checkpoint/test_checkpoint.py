@@ -160,7 +160,7 @@ def test_tensors_that_overlap_are_refused(phixtral):
 
 
 def test_a_file_in_place_of_the_folder_is_told(phixtral):
-    with pytest.raises(CheckpointError, match="it is a file; pass the folder that holds it"):
+    with pytest.raises(CheckpointError, match="it is a file of weights; name the folder of the checkpoint"):
         open_checkpoint(phixtral / "model.safetensors")
 
 
