@@ -3,6 +3,8 @@
     with hub_of({"owner/model": folder}) as hub:
         subprocess.run([...], env={**os.environ, **hub.environment(home)})
 
+A name that begins with datasets/ is a data set's; its files lie side by side.
+
 As the real hub does, it lists safetensors files as LFS objects with their SHA-256, redirects them to another path (here
 of another host name), lists other files with git's SHA-1, and answers ranges. The fields of `Hub` are its faults.
 """
@@ -80,8 +82,8 @@ def hub_of(repositories: Mapping[str, Path]) -> Iterator[Hub]:
                 self._send(200, HTML, {"Content-Type": "text/html"}, with_body=with_body)
             elif status is not None:
                 self._refuse(status)
-            elif path.startswith("/api/models/"):
-                self._list(path)
+            elif path.startswith(("/api/models/", "/api/datasets/")):
+                self._list(path.removeprefix("/api/models/").removeprefix("/api/"))
             elif path.startswith("/cdn/"):
                 self._give(path.removeprefix("/cdn/"), {}, with_body=with_body)
             else:
@@ -96,11 +98,11 @@ def hub_of(repositories: Mapping[str, Path]) -> Iterator[Hub]:
             return found
 
         def _list(self, path: str) -> None:
-            found = self._repository(path.removeprefix("/api/models/"))
+            found = self._repository(path)
             if found is None:
                 return
             name, folder = found
-            kind, _, revision = path.removeprefix(f"/api/models/{name}/").partition("/")
+            kind, _, revision = path.removeprefix(f"{name}/").partition("/")
             if revision not in hub.revisions:
                 self._refuse(404, "RevisionNotFound")
                 return
@@ -123,7 +125,7 @@ def hub_of(repositories: Mapping[str, Path]) -> Iterator[Hub]:
             if name in hub.gated:
                 self._refuse(403, "GatedRepo")
                 return
-            file = path.removeprefix(f"/{name}/resolve/{COMMIT}/")
+            file = path.removeprefix(f"/{name}/resolve/").partition("/")[2]
             if not (folder / file).is_file():
                 self._refuse(404, "EntryNotFound")
                 return

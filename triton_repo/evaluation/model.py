@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
@@ -23,13 +23,28 @@ from export.tokenizer.loading import Tokenizer
 from triton_repo.evaluation.chat import ChatTemplate
 from triton_repo.evaluation.errors import EvaluationError
 from triton_repo.evaluation.generating import SEED, Prompt, generate, read_settings
-from triton_repo.evaluation.scoring import Continuation, num_truncated, score
+from triton_repo.evaluation.scoring import Continuation, Score, num_truncated, score
 from trt_build.ort.session import Session
 
 logger = logging.getLogger(__name__)
 
+BLOCK_LETTERS = 4 << 20
 MOST_NEW_TOKENS = 256  # of an answer whose task names no limit, as in lm_eval's model hf
 Progress = Callable[[str, int, int], object]  # what is counted, how many are done, of how many
+
+
+def _blocks(requests: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """Requests in their order, in runs of at most BLOCK_LETTERS of text, or of one request. Only the tokens of one run
+    are in memory: as Python's numbers they take ten times the text."""
+    begin, letters = 0, 0
+    for place, request in enumerate(requests):
+        size = sum(len(text) for text in request.args if isinstance(text, str))
+        if place > begin and letters + size > BLOCK_LETTERS:
+            yield requests[begin:place]
+            begin, letters = place, 0
+        letters += size
+    if begin < len(requests):
+        yield requests[begin:]
 
 
 def _quiet(_what: str, _done: int, _total: int) -> None:
@@ -55,6 +70,7 @@ class EngineModel(TemplateLM):
         self._prefix = self._end if start is None else start
         self._prefix_text = "" if self._prefix is None else tokenizer.backend.id_to_token(self._prefix)
         self._template: ChatTemplate | None = None
+        self._showing = ("", 0, 0, 0)
 
     @property
     def eot_token_id(self) -> int:
@@ -92,7 +108,10 @@ class EngineModel(TemplateLM):
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """The log-probability of each continuation after its context, and whether it is what greedy decoding gives."""
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        found: list[tuple[float, bool]] = []
+        for block in _blocks(requests):
+            self._show("continuations", len(found), len(block), len(requests))
+            found += super().loglikelihood(block, disable_tqdm=disable_tqdm)
         return found
 
     def _loglikelihood_tokens(
@@ -109,42 +128,52 @@ class EngineModel(TemplateLM):
                 )
         continuations = [Continuation(context=tuple(context), target=tuple(target)) for _, context, target in requests]
         self.truncated += num_truncated(continuations, self.max_length)
-        return [(found.log_prob, found.is_greedy) for found in self._scored("continuations", continuations)]
+        return [(found.log_prob, found.is_greedy) for found in self._scored(continuations)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:  # noqa: ARG002 - the harness's signature
         """The log-likelihood of each text, in windows that overlap by no predicted token."""
-        windows = [
-            [
-                Continuation(context=tuple(context), target=tuple(target))
-                for context, target in map(
-                    make_disjoint_window,
-                    get_rolling_token_windows(
-                        self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
-                    ),
-                )
-            ]
-            for request in requests
-        ]
-        found = iter(self._scored("windows of text", [window for every in windows for window in every]))
-        return [sum(next(found).log_prob for _ in every) for every in windows]
+        found: list[float] = []
+        for block in _blocks(requests):
+            windows = [self._windows(request.args[0]) for request in block]
+            self._show("texts", len(found), len(block), len(requests))
+            scores = iter(self._scored([window for every in windows for window in every]))
+            found += [sum(next(scores).log_prob for _ in every) for every in windows]
+        return found
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002 - the harness's signature
         """The text that continues each context."""
-        prompts = [self._prompt(request.args[0], request.args[1], place) for place, request in enumerate(requests)]
-        return generate(
-            self._session, self._encoder, prompts, self._lanes,
-            lambda done: self._progress("answers", done, len(prompts)),
-        )  # fmt: skip
+        found: list[str] = []
+        for block in _blocks(requests):
+            prompts = [
+                self._prompt(request.args[0], request.args[1], place) for place, request in enumerate(block, len(found))
+            ]
+            self._show("answers", len(found), len(block), len(requests))
+            found += generate(self._session, self._encoder, prompts, self._lanes, self._counted(len(prompts)))
+        return found
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if self._template is None:
             self._template = ChatTemplate(self._session.engine.manifest.tokenizer)
         return self._template.render(chat_history, add_generation_prompt=add_generation_prompt)
 
-    def _scored(self, what: str, continuations: Sequence[Continuation]) -> list[Any]:
-        return score(
-            self._session, continuations, self._lanes, lambda done: self._progress(what, done, len(continuations))
-        )
+    def _scored(self, continuations: Sequence[Continuation]) -> list[Score]:
+        return score(self._session, continuations, self._lanes, self._counted(len(continuations)))
+
+    def _windows(self, text: str) -> list[Continuation]:
+        pairs = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1)
+        return [
+            Continuation(context=tuple(context), target=tuple(target))
+            for context, target in map(make_disjoint_window, pairs)
+        ]
+
+    def _show(self, what: str, done: int, now: int, total: int) -> None:
+        """Say what the block that is computed next is: `now` requests after `done` ones, of `total`."""
+        self._showing = (what, done, now, total)
+
+    def _counted(self, num_parts: int) -> Callable[[int], object]:
+        """Tells the progress of a block of so many parts. Texts are computed in windows, others as they are."""
+        what, done, now, total = self._showing
+        return lambda parts: self._progress(what, done + now * parts // num_parts, total)
 
     def _prompt(self, context: str, task_kwargs: dict[str, Any], place: int) -> Prompt:
         """What one request asks for. The context keeps as many of its last tokens as leave room for the answer."""

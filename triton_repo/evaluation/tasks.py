@@ -131,7 +131,7 @@ def _loading_errors(wanted: Sequence[str]) -> Iterator[None]:
             raise _without_documents(doing) from error
         reason = f"{type(error).__name__}: {named(error, 500)}"
         if data is None:
-            raise EvaluationError(f"{doing}: {reason}; mend the task's YAML") from error
+            raise EvaluationError(f"{doing}: {reason}; mend the task's YAML, or leave the task out") from error
         raise EvaluationError(
             f"{doing}: its data set {named(data)} cannot be loaded ({reason}). A data set of the hub needs the network "
             "once, or a copy in the cache of the package datasets; a gated one needs a token (`hf auth login`). A task "

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -246,6 +249,30 @@ def test_a_group_has_a_row_of_its_own(phixtral, folder, capsys):
     assert found["groups"]["tiny_group"]["acc,none"] == found["results"]["tiny_choice"]["acc,none"]
     _, printed, _ = run(capsys, "eval", phixtral.engine, *words)
     assert re.search(r"^\| tiny_group +\| 3.0 ", printed, re.M)
+
+
+def test_a_task_twice_is_refused(phixtral, folder, capsys, monkeypatch):
+    only_the_folder(monkeypatch)
+    (folder / "group.yaml").write_text("group: tiny_group\ntask: [tiny_choice]\n")
+    words = ("--include-path", folder, "--tasks", "tiny_group,tiny_choice")
+    status, _, said = run(capsys, "eval", phixtral.engine, *words)
+    assert status == 2
+    assert re.search("Duplicate task 'tiny_choice'.*or leave the task out", said)
+
+
+def test_neither_torch_nor_transformers_is_imported(phixtral, folder):
+    code = """
+import json, sys
+from cli.main import main
+status = main(sys.argv[1:])
+print(json.dumps([status, sorted({"torch", "transformers", "lm_eval"} & set(sys.modules))]))
+"""
+    words = ("eval", phixtral.engine, "--include-path", folder, "--tasks", "tiny_suite")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(TASKS.parents[3]), "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert json.loads(done.stdout.splitlines()[-1]) == [0, ["lm_eval"]]
 
 
 def test_a_folder_without_tasks_is_refused(phixtral, folder, capsys):

@@ -91,6 +91,29 @@ def test_answers_equal_those_of_the_harness_own_model(mixtral, hf):
     assert model.truncated == len(KWARGS)
 
 
+def test_blocks_of_requests_change_nothing(mixtral, monkeypatch):
+    """Neither scores nor texts, nor which seed an answer is drawn by, nor the count of what is done."""
+
+    def answers():
+        shown = []
+        model = EngineModel(mixtral.session, mixtral.tokenizer, 3, lambda *each: shown.append(each))
+        drawn = {"do_sample": True, "temperature": 1.5, "max_gen_toks": 8}
+        return (
+            model.loglikelihood(asked("loglikelihood", PAIRS)),
+            model.loglikelihood_rolling(asked("loglikelihood_rolling", [(CODE[:900],), (LONG[:4000],), ("x",)])),
+            model.generate_until(asked("generate_until", [("def main(", drawn)] * 4)),
+            [[done for what, done, _ in shown if what == kind][-1] for kind in ("continuations", "texts", "answers")],
+            all(done <= total for _, done, total in shown),
+        )
+
+    whole = answers()
+    monkeypatch.setattr("triton_repo.evaluation.model.BLOCK_LETTERS", 20)
+    scores, rolling, texts, counts, within = answers()
+    assert [score for score, _ in scores] == pytest.approx([score for score, _ in whole[0]], abs=1e-4)
+    assert rolling == pytest.approx(whole[1], abs=1e-2)
+    assert (texts, counts, within) == (whole[2], [len(PAIRS), 3, 4], True)
+
+
 def test_scores_are_those_of_the_reference(example):
     """Of the tokens that transformers' tokenizer gives: the context's own, and those of both together that come after
     as many. One of the two checkpoints puts a start token before a prompt."""
