@@ -11,7 +11,11 @@ struct Avx2 {
   using I = __m256i;
   using F = __m256;
 
-  static I load_line(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static I load_line(const uint8_t* p) {
+    I line = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    asm("" : "+x"(line));  // as in avx512.h
+    return line;
+  }
   static I load_bytes(const uint8_t* p) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   }
