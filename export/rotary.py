@@ -80,8 +80,10 @@ def parameters(config: Mapping[str, Any], base: float, share: float | None = Non
     found = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     found.setdefault("rope_theta", config.get("rope_theta", base))
     whole = config.get("partial_rotary_factor", share)
-    if whole is not None or "partial_rotary_factor" in config:
+    if share is not None or whole is not None:
         found.setdefault("partial_rotary_factor", whole)
+    elif found.get("partial_rotary_factor") is None:  # a class that has no such share does not look at null
+        found.pop("partial_rotary_factor", None)
     found.setdefault("rope_type", found.get("type", "default"))
     length = "original_max_position_embeddings"
     if length in KEYS.get(str(found["rope_type"]), ()):

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS_FILE = "model.safetensors"
 _SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
 PACKED_SETTINGS_FILE = "quantize_config.json"  # says how weights are packed, where config.json does not
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _COMPARED_BYTES = 1 << 20  # of two tensors of one name, read at a time
 KEPT_TENSORS = 16  # most packed tensors that stay in memory: those of a pair of matrices, for two threads
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -392,11 +393,27 @@ def _no_weights(folder: Path, found: list[Path]) -> str:
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """Raise CheckpointError if a folder holds an adapter and no model."""
+    """Raise CheckpointError if a folder holds an adapter and no model, or both: transformers then takes the base model
+    that the adapter names, where PEFT is installed, and else the model of the folder. Settings that PEFT left beside a
+    model without the adapter's weights are named in a warning."""
     settings = folder / "adapter_config.json"
-    if not is_there(settings) or any(is_there(folder / name) for name in (WEIGHTS_FILE, INDEX_FILE)):
+    if not is_there(settings):
         return
     adapter = read_json(settings, "the adapter's settings")
+    if any(is_there(folder / name) for name in (WEIGHTS_FILE, INDEX_FILE)):
+        weights = [name for name in _ADAPTER_WEIGHTS if is_there(folder / name)]
+        if weights:
+            raise CheckpointError(
+                f"opening {named(folder)}: it holds a whole model and an adapter ({weights[0]}), and which of them is "
+                "meant is not said; if the adapter is merged into the model, move adapter_config.json and the "
+                "adapter's weights to another folder; if it is not, merge it: as model+adapter in the YAML of "
+                "`moeship merge`, or with peft's merge_and_unload"
+            )
+        logger.warning(
+            "%s: adapter_config.json beside the model is left aside, since the weights of that adapter are not there; "
+            "the model is read as it stands", named(folder),
+        )  # fmt: skip
+        return
     raise CheckpointError(
         f"opening {named(folder)}: it is not a model but an adapter of type {shown(adapter.get('peft_type'))} for the "
         f"base model {shown(adapter.get('base_model_name_or_path'))}; merge it into that model: as "
@@ -411,9 +428,11 @@ def _check_index(folder: Path, weight_map: Mapping[str, str], tensors: Mapping[s
         for name, shard in sorted(weight_map.items())
         if name not in tensors or tensors[name].shard.name != shard
     ]
-    problems += [
-        f"{named(name)} is in {named(tensors[name].shard.name)} but not in the index"
-        for name in sorted(set(tensors) - set(weight_map))
-    ]
     if problems:
         raise CheckpointError(f"opening {named(folder)}: {INDEX_FILE} and the shards disagree:{listing(problems)}")
+    unnamed = sorted(set(tensors) - set(weight_map))
+    if unnamed:
+        logger.warning(
+            "%s: %s does not name %s, which its shards hold; they are read, as transformers reads them",
+            named(folder), INDEX_FILE, names(unnamed),
+        )  # fmt: skip

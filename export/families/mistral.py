@@ -2,8 +2,9 @@
 
 Tensors have the names of transformers' MistralForCausalLM. Where config.json has no sliding_window, the window is the
 4096 positions of transformers' MistralConfig; where sliding_window is null, there is none. A config.json with
-layer_types is a Ministral to transformers: its layers of full_attention have no window, whatever sliding_window says.
-Layers of another type are refused. Several of these models are merged into a Mixtral (export/merge).
+layer_types is a Ministral to transformers: its layers of full_attention have no window, whatever sliding_window says,
+and those of sliding_attention have it. Layers of both types are refused. Several of these models are merged into a
+Mixtral (export/merge).
 Source: transformers, models/mistral, models/ministral and models/auto/configuration_auto.py.
 """
 
@@ -38,6 +39,8 @@ def read_config(raw: Mapping[str, Any]) -> Architecture:
     Raises ConfigError."""
     reader = ConfigReader(raw, "mistral", transformers_keys("MistralConfig"))
     reader.harmless("sliding_window")
+    if _all_slide(raw):
+        reader.harmless("layer_types")
     return read_stack_config(
         reader,
         "mistral",
@@ -50,9 +53,18 @@ def read_config(raw: Mapping[str, Any]) -> Architecture:
 
 
 def _window(raw: Mapping[str, Any]) -> Any:  # noqa: ANN401 - JSON value
-    """The window that a config.json states, as it is written; None for none. Layers can be of no type but
-    full_attention, since any other layer_types is refused."""
-    return None if raw.get("layer_types") is not None else raw.get("sliding_window", _WINDOW)
+    """The window that a config.json states, as it is written; None for none. Where layers have types, all have one of
+    the two, since any other layer_types is refused."""
+    has_none = raw.get("layer_types") is not None and not _all_slide(raw)
+    return None if has_none else raw.get("sliding_window", _WINDOW)
+
+
+def _all_slide(raw: Mapping[str, Any]) -> bool:
+    """Whether config.json says of each layer that it has a window, and says which."""
+    types, layers = raw.get("layer_types"), raw.get("num_hidden_layers")
+    if not isinstance(types, list) or len(types) != layers or raw.get("sliding_window", _WINDOW) is None:
+        return False
+    return all(one == "sliding_attention" for one in types)
 
 
 def network(raw: Mapping[str, Any]) -> Network:

@@ -232,13 +232,11 @@ def test_an_index_that_names_an_absent_shard_is_refused(phixtral):
 
 def test_an_index_that_disagrees_with_its_shards_is_refused(phixtral):
     weight_map = dict.fromkeys(load_file(phixtral / "model.safetensors"), "model.safetensors")
-    del weight_map["lm_head.ln.bias"]
     weight_map["ghost"] = "model.safetensors"
     (phixtral / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(phixtral)
     assert "the index puts ghost in model.safetensors, absent" in str(caught.value)
-    assert "lm_head.ln.bias is in model.safetensors but not in the index" in str(caught.value)
 
 
 def test_an_index_may_not_point_outside_the_folder(phixtral):

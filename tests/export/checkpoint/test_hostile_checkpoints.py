@@ -169,6 +169,25 @@ def test_an_adapter_is_named_with_its_base(tmp_path, phixtral, with_config):
     assert "merge it into that model" in text
 
 
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_a_model_and_an_adapter_in_one_folder_are_refused_as_either_may_be_meant(tmp_path, phixtral, weights):
+    """Where PEFT is installed, transformers takes the adapter's base model from elsewhere, and else this model."""
+    write_adapter(tmp_path / "adapter")
+    (phixtral / "adapter_config.json").write_bytes((tmp_path / "adapter" / "adapter_config.json").read_bytes())
+    (phixtral / weights).write_bytes((tmp_path / "adapter" / "adapter_model.safetensors").read_bytes())
+    text = refusal(phixtral)
+    assert f"it holds a whole model and an adapter ({weights}), and which of them is meant is not said; if the " in text
+    assert "as model+adapter in the YAML of `moeship merge`" in text
+
+
+def test_settings_of_an_adapter_without_its_weights_are_left_aside(tmp_path, phixtral, caplog):
+    (phixtral / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    read_model(open_checkpoint(phixtral))
+    assert "adapter_config.json beside the model is left aside, since the weights of that adapter are not there" in (
+        caplog.text
+    )
+
+
 @pytest.mark.parametrize(
     "stray", ["consolidated.safetensors", "adapter_model.safetensors", "model-00001-of-00002.safetensors"]
 )

@@ -198,6 +198,22 @@ def test_a_tensor_in_two_shards_is_read_if_both_are_equal(tmp_path):
     expect_theirs(folder, before)
 
 
+def test_tensors_that_an_index_does_not_name_are_read_from_its_shards(tmp_path, caplog):
+    folder = WRITERS["mixtral"](tmp_path / "c")
+    before = ours(folder)
+    in_shards(folder)
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    for name in TWICE:
+        del weight_map[name]
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    expect_theirs(folder, before)
+    assert (
+        "model.safetensors.index.json does not name lm_head.weight, model.embed_tokens.weight, which its shards hold; "
+        "they are read, as transformers reads them" in caplog.text
+    )
+
+
 @pytest.mark.parametrize(
     "change",
     [lambda values: values + 1, lambda values: values.astype(np.float16), lambda values: values[:-1]],

@@ -18,7 +18,7 @@ from torch_reference import load_reference, run_model
 from transformers import AutoModelForCausalLM, GraniteMoeForCausalLM, MixtralForCausalLM, PhiForCausalLM
 
 from export.checkpoint.folder import open_checkpoint
-from export.errors import CheckpointError
+from export.errors import CheckpointError, ConfigError
 from export.families import families, read_model
 from export.reference import attention, mixture, model
 from export.reference.model import Reference
@@ -117,6 +117,23 @@ def test_a_mistrals_layers_of_full_attention_have_no_window(tmp_path):
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([TOKENS[:60]])).logits
     expect_equal(next(Reference(source).run([TOKENS[:60]]))[0], theirs[0].numpy())
+
+
+def test_a_mistrals_layers_of_sliding_attention_all_have_the_window(tmp_path):
+    plain = mistral(tmp_path / "plain", config={"sliding_window": 7})
+    folder = mistral(tmp_path / "c", config={"sliding_window": 7, "layer_types": ["sliding_attention"] * 2})
+    source = read_model(open_checkpoint(folder))
+    assert source.architecture == read_model(open_checkpoint(plain)).architecture
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([TOKENS[:60]])).logits
+    expect_equal(next(Reference(source).run([TOKENS[:60]]))[0], theirs[0].numpy())
+
+
+@pytest.mark.parametrize("types", [["sliding_attention"], ["full_attention", "sliding_attention"]])
+def test_types_of_layers_that_are_not_one_a_layer_or_not_all_equal_are_refused(tmp_path, types):
+    folder = mistral(tmp_path / "c", config={"sliding_window": 7, "layer_types": types})
+    with pytest.raises(ConfigError, match="layer_types = .* is a key that moeship does not support"):
+        read_model(open_checkpoint(folder))
 
 
 def test_every_family_is_among_the_cases():
