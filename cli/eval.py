@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from export.errors import printable
+from export.errors import OutputError, named, printable
+from export.files.reading import is_folder
 
 if TYPE_CHECKING:
     from triton_repo.evaluation.run import Evaluation
@@ -49,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     from export.files.output import replace_file
     from triton_repo.evaluation.run import EvaluationOptions, evaluate
 
+    if arguments.output is not None:
+        _require_place(arguments.output)
     for noisy in ("lm_eval", "datasets", "fsspec", "absl"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     if sys.stderr is None or not sys.stderr.isatty():
@@ -72,10 +75,19 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         line.close()
     text = json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False)
+    print(text if arguments.json else printable(tables(evaluation)), flush=True)
     if arguments.output:
         replace_file(arguments.output, f"{text}\n")
-    print(text if arguments.json else printable(tables(evaluation)))
     return 0
+
+
+def _require_place(output: Path) -> None:
+    """Raise OutputError where a file cannot be written when the evaluation, which may take hours, has ended."""
+    problem = "it is a folder" if is_folder(output) else "no such folder" if not is_folder(output.parent) else ""
+    if problem:
+        raise OutputError(
+            f"writing the results to {named(output)}: {problem}, expected a file in a folder that exists; name another"
+        )
 
 
 def tables(evaluation: Evaluation) -> str:

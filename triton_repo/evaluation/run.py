@@ -142,6 +142,7 @@ def _wanted(options: EvaluationOptions) -> tuple[str, ...]:
         ("--limit", options.limit, 1),
         ("--num-fewshot", options.num_fewshot, 0),
         ("--batch", options.lanes, 1),
+        ("--threads", options.threads, 1),
     ):
         if value is not None and value < least:
             raise ConfigError(f"{doing}: {flag} is {value}, expected {least} or more")

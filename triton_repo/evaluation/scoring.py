@@ -91,6 +91,8 @@ def score(
         )
     items = sorted(_items(continuations, session.max_sequence), key=lambda item: (item.tokens, item.first))
     longest = max(len(item.tokens) for item in items)
+    if not session.device.provider.mixes_lengths:
+        lanes = 1  # such a step computes its rows one after the other, so several lanes only share less
     cache = session.new_cache(lanes_that_fit(session, min(lanes, len(items)), longest))
     scores: list[Score | None] = [None] * len(continuations)
     num_done = 0

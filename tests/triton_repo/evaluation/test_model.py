@@ -135,6 +135,12 @@ def test_the_tokenizers_differ_in_their_start_token(phixtral, mixtral):
     assert 1 not in model_of(mixtral).tok_encode("x", add_special_tokens=False)
 
 
+def test_the_tokens_of_an_empty_context_and_of_an_end_are_those_of_transformers(example):
+    tokenizer = AutoTokenizer.from_pretrained(example.checkpoint)
+    found = model_of(example).prefix_token_id, model_of(example).eot_token_id
+    assert found == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+
 def test_an_empty_context_without_a_start_token_is_the_end_token(mixtral):
     manifest = mixtral.session.engine.manifest
     facts = dataclasses.replace(manifest.tokenizer, special_tokens={"eos_token": "</s>"})

@@ -109,6 +109,18 @@ def test_lanes_share_the_work_out(phixtral):
     assert [len(rows) for rows in session.steps] == [4, 4]
 
 
+def test_a_provider_that_computes_rows_one_by_one_gets_one_lane(phixtral):
+    class Apart(Counting):
+        @property
+        def device(self):
+            device = self._session.device
+            return dataclasses.replace(device, provider=dataclasses.replace(device.provider, mixes_lengths=False))
+
+    session = Apart(phixtral.session)
+    score(session, continuations([([1, 2], [3]), ([4, 5], [6])]), lanes=4)
+    assert [len(rows) for rows in session.steps] == [1, 1]
+
+
 def test_progress_counts_every_continuation(phixtral):
     counts = []
     score(phixtral.session, continuations([([5, 6], [7]), ([5, 6], [8]), ([9], [1, 2])]), 2, counts.append)
