@@ -45,6 +45,11 @@ class Codes:
     scales: FloatArray
     zeros: ByteArray
 
+    def part(self, first: int, last: int) -> Codes:
+        """Some of the rows."""
+        own = slice(first, last)
+        return Codes(codes=self.codes[own], scales=self.scales[own], zeros=self.zeros[own])
+
     def values(self) -> FloatArray:
         """The dequantised matrix, float32 [n, K]."""
         blocks = self.codes.reshape(*self.scales.shape, -1).astype(np.float32)
@@ -57,16 +62,16 @@ class Hessian:
     """H = X^T X of the inputs of a matrix, float32 [K, K], summed up as they come."""
 
     def __init__(self, features: int) -> None:
-        self.num_tokens = 0
+        self.num_tokens, self.features = 0, features
         self._sums = np.zeros((features, features), dtype=np.float32)
 
-    def add(self, inputs: FloatArray) -> None:
-        """Add inputs [T, K]. Only the upper part is summed, in strips."""
+    def add(self, inputs: FloatArray, shares: FloatArray | None = None) -> None:
+        """Add inputs [T, K], each times its share [T, 1] (None: 1). Only the upper part is summed, in strips."""
         self.num_tokens += len(inputs)
-        features = len(self._sums)
-        for start in range(0, features, _PANEL):
-            stop = min(start + _PANEL, features)
-            self._sums[:stop, start:stop] += inputs[:, :stop].T @ inputs[:, start:stop]
+        own = inputs if shares is None else inputs * shares
+        for start in range(0, self.features, _PANEL):
+            stop = min(start + _PANEL, self.features)
+            self._sums[:stop, start:stop] += own[:, :stop].T @ own[:, start:stop]
 
     def factor(self, name: str, damping: float = DAMPING) -> Factor:
         """Factorise H in place; this object is used up. Columns without any input are rounded to the nearest, since
@@ -139,8 +144,11 @@ def _factorised(sums: FloatArray) -> Factor:
     return Factor(unit=sums, pivots=diagonal * diagonal)
 
 
-def solve(name: str, weights: FloatArray, factor: Factor, block_size: int, bits: int, choose: ChooseGrid) -> Codes:
-    """The codes of weights [n, K] by GPTQ, with a grid of `choose` for every `block_size` columns of a row. Raises
+def solve(
+    name: str, weights: FloatArray, factor: Factor | None, block_size: int, bits: int, choose: ChooseGrid
+) -> Codes:
+    """The codes of weights [n, K] by GPTQ, with a grid of `choose` for every `block_size` columns of a row. Without a
+    factor all inputs count the same and nothing is fed back: each weight gets the nearest code. Raises
     QuantizationError, which names the matrix `name`, for scales that float16 does not hold."""
     rows, features = weights.shape
     found = Codes(
@@ -149,8 +157,7 @@ def solve(name: str, weights: FloatArray, factor: Factor, block_size: int, bits:
         zeros=np.empty((rows, features // block_size), dtype=np.uint8),
     )
     for start in range(0, rows, _ROWS):
-        own = slice(start, start + _ROWS)
-        part = Codes(codes=found.codes[own], scales=found.scales[own], zeros=found.zeros[own])
+        own, part = slice(start, start + _ROWS), found.part(start, start + _ROWS)
         try:
             _solve_rows(weights[own], factor, block_size, bits, choose, part)
         except OverflowError as error:
@@ -162,7 +169,7 @@ def solve(name: str, weights: FloatArray, factor: Factor, block_size: int, bits:
 
 
 def _solve_rows(
-    weights: FloatArray, factor: Factor, block_size: int, bits: int, choose: ChooseGrid, found: Codes
+    weights: FloatArray, factor: Factor | None, block_size: int, bits: int, choose: ChooseGrid, found: Codes
 ) -> None:
     """Solve rows [n, K] into `found`. Raises OverflowError for a scale beyond float16. The rows are held transposed, so
     that a column lies in one piece. Column by column the errors take the place of the weights."""
@@ -171,11 +178,13 @@ def _solve_rows(
     codes = np.empty((block_size, len(weights)), dtype=np.float32)
     for start in range(0, features, block_size):
         stop = start + block_size
-        fed = factor.unit[:start, start:stop].T @ errors[:start]  # [B, n]
-        square = np.triu(factor.unit[start:stop, start:stop], 1)
-        current = np.linalg.inv(square + np.eye(block_size, dtype=np.float32)).T @ fed
-        current += errors[start:stop]
-        scales, zeros = choose(current, factor.pivots[start:stop])
+        current, pivots = errors[start:stop], np.ones(block_size, dtype=np.float32)
+        fed, square = np.zeros_like(current), np.zeros((block_size, block_size), dtype=np.float32)
+        if factor is not None:
+            fed, pivots = factor.unit[:start, start:stop].T @ errors[:start], factor.pivots[start:stop]  # fed [B, n]
+            square = np.triu(factor.unit[start:stop, start:stop], 1)
+            current = np.linalg.inv(square + np.eye(block_size, dtype=np.float32)).T @ fed + current
+        scales, zeros = choose(current, pivots)
         inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
         for column in range(block_size):
             own = errors[start + column]

@@ -18,8 +18,8 @@ _MOST_QUERIES = 256  # positions of a block: half of the products on its diagona
 
 
 class Projections:
-    """A layer's attention with its matrices in float32, read once. They are in slots of `reader`, so they are valid
-    until it reads another layer's."""
+    """A layer's attention with its matrices in float32, each read once: those of the inputs at once, the output's when
+    it is needed. They are in slots of `reader`, so they are valid until it reads another layer's."""
 
     def __init__(self, attention: Attention, reader: Reader) -> None:
         slots = ["input", *(f"input {turn}" for turn in range(1, len(attention.inputs)))]
@@ -28,20 +28,24 @@ class Projections:
             reader.matrix(slot, f"{name}.weight") for slot, name in zip(slots, attention.inputs, strict=True)
         ]
         self._biases = [reader.bias(name) for name in attention.inputs]
-        self._output = reader.matrix("output", f"{attention.output}.weight")
-        self._output_bias = reader.bias(attention.output)
+        self._output: FloatArray | None = None
 
     def attended(self, x: FloatArray, bounds: Sequence[int]) -> FloatArray:
         """Attention's output [T, H] for its normed input [T, H]; each window by itself. `bounds` are the first row of
         each window, and T."""
+        return self.output(self.heads(x, bounds))
+
+    def heads(self, x: FloatArray, bounds: Sequence[int]) -> FloatArray:
+        """What enters attention's output, [T, N*D], for its normed input [T, H]."""
         windows = [slice(first, last) for first, last in pairwise(bounds) if first < last]
-        head_size = self._output.shape[1] // self._attention.num_heads
+        width = self._reader.weights.table[f"{self._attention.output}.weight"].shape[1]
+        head_size = width // self._attention.num_heads
         lengths = [rows.stop - rows.start for rows in windows]
         tables = {
             long: rotary_tables(max(length for length in lengths if self._is_long(length) == long), self._attention)
             for long in {self._is_long(length) for length in lengths}
         }
-        heads = np.empty((len(x), self._output.shape[1]), dtype=np.float32)
+        heads = np.empty((len(x), width), dtype=np.float32)
         widths = [len(matrix) for matrix in self._matrices]
         for rows in windows:
             products = self._reader.space("products", (rows.stop - rows.start, sum(widths)))
@@ -50,8 +54,14 @@ class Projections:
                 np.matmul(x[rows], matrix.T, out=own)
                 own += bias
             heads[rows] = attend(products, self._attention, head_size, tables[self._is_long(rows.stop - rows.start)])
+        return heads
+
+    def output(self, heads: FloatArray) -> FloatArray:
+        """Attention's output [T, H] for the heads' outputs [T, N*D]."""
+        if self._output is None:
+            self._output = self._reader.matrix("output", f"{self._attention.output}.weight")
         result: FloatArray = heads @ self._output.T
-        result += self._output_bias
+        result += self._reader.bias(self._attention.output)
         return result
 
     def _is_long(self, length: int) -> bool:

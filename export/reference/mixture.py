@@ -13,7 +13,7 @@ from export.families.network import Mlp
 from export.reference.operations import FloatArray, activate, softmax_in_place
 from export.reference.reader import Reader
 
-_BLOCK_TOKENS = 512  # tokens whose values between an expert's matrices are held at a time
+BLOCK_TOKENS = 512  # tokens whose values between an expert's matrices are held at a time
 
 
 def run_mlp(
@@ -27,7 +27,7 @@ def run_mlp(
     """The output [T, H] of an MLP or mixture for [T, H], and a mixture's router logits [T, E]. `adjust(x, logits)`
     gives the logits [T, E] that route in place of the router's own; those that are returned are the router's own.
 
-    Holds one expert and the values of _BLOCK_TOKENS tokens between its matrices. An expert that no token chooses is not
+    Holds one expert and the values of BLOCK_TOKENS tokens between its matrices. An expert that no token chooses is not
     read.
     """
     result = np.zeros_like(x)
@@ -67,6 +67,40 @@ def route(
     return chosen, shares * np.float32(router.scale)
 
 
+class Expert:
+    """An expert of a mixture, or an MLP, which is the expert 0, with its matrices in float32, each read once when it is
+    needed. They are in slots of `reader`, so they are valid until it reads another expert's."""
+
+    def __init__(self, mlp: Mlp, reader: Reader, expert: int) -> None:
+        self._mlp, self._reader, self._expert = mlp, reader, expert
+        self._first = reader.expert("input", f"{mlp.first}.weight", expert)
+        if mlp.up is not None:
+            self._first += reader.expert("up", f"{mlp.up}.weight", expert)
+        self._biases = _biases("input bias", reader, mlp.first, expert)
+        self._second: FloatArray | None = None
+
+    def inner(self, inputs: FloatArray) -> FloatArray:
+        """What enters the second matrix, [n, F], for inputs [n, H]; valid until the next call."""
+        inner = []
+        for turn, matrix in enumerate(self._first):
+            space = self._reader.space(("inner", turn), (len(inputs), len(matrix)))
+            inner.append(np.matmul(inputs, matrix.T, out=space))
+            if self._biases:
+                inner[-1] += self._biases[turn]
+        activate(inner[0], self._mlp.activation)
+        if self._mlp.gated:
+            inner[0] *= inner[1]
+        return inner[0]
+
+    def output(self, inner: FloatArray) -> FloatArray:
+        """The expert's output [n, H] for what enters the second matrix."""
+        if self._second is None:
+            self._second = self._reader.expert("output", f"{self._mlp.second}.weight", self._expert)[0]
+        outputs: FloatArray = inner @ self._second.T
+        biases = _biases("output bias", self._reader, self._mlp.second, self._expert)
+        return outputs + biases[0] if biases else outputs
+
+
 def add_expert(
     result: FloatArray,
     x: FloatArray,
@@ -78,27 +112,11 @@ def add_expert(
 ) -> None:
     """Add an expert's outputs for the rows `tokens` [n] of x [T, H] to the same rows of `result`, times `shares`
     [n, 1]. An MLP is the expert 0."""
-    first = reader.expert("input", f"{mlp.first}.weight", expert)
-    if mlp.up is not None:
-        first += reader.expert("up", f"{mlp.up}.weight", expert)
-    second = reader.expert("output", f"{mlp.second}.weight", expert)[0]
-    first_biases = _biases("input bias", reader, mlp.first, expert)
-    second_biases = _biases("output bias", reader, mlp.second, expert)
-    for start in range(0, len(tokens), _BLOCK_TOKENS):
-        rows = tokens[start : start + _BLOCK_TOKENS]
-        inputs = x[rows]
-        inner = []
-        for turn, matrix in enumerate(first):
-            inner.append(np.matmul(inputs, matrix.T, out=reader.space(("inner", turn), (len(rows), len(matrix)))))
-            if first_biases:
-                inner[-1] += first_biases[turn]
-        activate(inner[0], mlp.activation)
-        if mlp.gated:
-            inner[0] *= inner[1]
-        outputs = inner[0] @ second.T
-        if second_biases:
-            outputs += second_biases[0]
-        result[rows] += outputs if shares is None else outputs * shares[start : start + _BLOCK_TOKENS]
+    own = Expert(mlp, reader, expert)
+    for start in range(0, len(tokens), BLOCK_TOKENS):
+        rows = tokens[start : start + BLOCK_TOKENS]
+        outputs = own.output(own.inner(x[rows]))
+        result[rows] += outputs if shares is None else outputs * shares[start : start + BLOCK_TOKENS]
 
 
 def _biases(slot: str, reader: Reader, name: str, expert: int) -> list[FloatArray]:

@@ -156,7 +156,7 @@ def test_blocks_of_queries_experts_and_logits_of_any_size_give_the_same(tmp_path
     whole = [logits for logits, _ in Reference(read_model(open_checkpoint(folder))).run([TOKENS[:200], TOKENS[:31]])]
     monkeypatch.setattr(attention, "_MOST_QUERIES", 17)
     monkeypatch.setattr(attention, "_SCORE_VALUES", 9 * 3 * 200)
-    monkeypatch.setattr(mixture, "_BLOCK_TOKENS", 5)
+    monkeypatch.setattr(mixture, "BLOCK_TOKENS", 5)
     monkeypatch.setattr(model, "_HEAD_VALUES", 80 * 11)
     monkeypatch.setattr(model, "_LOGITS_VALUES", 371 * 40)
     blocks = [logits for logits, _ in Reference(read_model(open_checkpoint(folder))).run([TOKENS[:200], TOKENS[:31]])]
