@@ -12,8 +12,8 @@ tokens that are routed to it, its second for what the first makes of them. So a 
 earlier ones. The router stays as it is. Rows of an expert's inputs count by the square of the share that the router
 gives the expert, as their errors count in the layer's output.
 
-Memory in values of 4 bytes, beside the reference's own: K*K of one matrix's H, 3*2048*K for rows that are solved, and the
-codes of the layer, a byte each. K is F for an expert's second matrix.
+Memory beside the reference's own: 4*K*K bytes for one matrix's H, 3*4*2048*K for rows that are solved, and the codes of
+the layer, a byte each. K is F for an expert's second matrix.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from export.calibration.overlay import Overlay
 from export.checkpoint.digests import RecordedCheckpoint, Run, recorded
 from export.checkpoint.tensor_table import Weights
 from export.families import Model
-from export.families.network import Mlp
+from export.families.network import Mlp, Network
 from export.quantize.gptq import DAMPING, Codes, Factor, Hessian, asymmetric, solve, symmetric
 from export.reference.attention import Projections
 from export.reference.mixture import BLOCK_TOKENS, Expert, route
@@ -129,7 +129,7 @@ class Solver:
         return len(self._network.layers)
 
     @property
-    def _network(self):  # type: ignore[no-untyped-def]
+    def _network(self) -> Network:
         return self.model.family.network(self.model.weights.checkpoint.config)
 
     def begin(self, windows: Windows) -> FloatArray:

@@ -15,14 +15,16 @@ from export.onnx_graph.weights import Layout, Placement, WeightJob
 from export.quantize.carry import Loss
 from export.quantize.grid import SLICE_VALUES
 from export.quantize.half_scales import SmallScales
+from export.quantize.solved import SolvedCodes
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxConverter(Converter[WeightJob]):
-    """Converts jobs into initializers in the ONNX data file."""
+    """Converts jobs into initializers in the ONNX data file. `solved` has codes that are carried over."""
 
     data: Path
     placement: Placement
+    solved: SolvedCodes | None = None
 
     def files(self) -> Mapping[Path, int]:
         """The data file and its length in bytes."""
@@ -67,7 +69,7 @@ class OnnxConverter(Converter[WeightJob]):
         packed = any(part.packed_in(checkpoint) is not None for part in self.weights.table[job.source].parts)
         loss = Loss() if packed and job.layout is not Layout.PLAIN else None
         weights = Weights(checkpoint=checkpoint, table=self.weights.table)
-        produced = job.produce(weights, small, loss)
+        produced = job.produce(weights, small, loss, self.solved)
         with self.data.open("r+b", buffering=0) as file:
             for pieces in produced:
                 for region, piece in zip(regions, pieces, strict=True):
@@ -77,6 +79,8 @@ class OnnxConverter(Converter[WeightJob]):
         if [region.position for region in regions] != ends:
             raise AssertionError(f"{job.source}: wrote to {[region.position for region in regions]}, planned {ends}")
         written = tuple(region.finish() for region in regions)
+        if self.solved is not None:
+            self.solved.check_read(job.source, checkpoint.runs())
         return PartRecord(
             part=job.source, sources=checkpoint.runs(), regions=written, warning=small.warning(job.source),
             loss=None if loss is None else (loss.error, loss.size),

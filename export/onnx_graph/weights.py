@@ -25,6 +25,7 @@ from export.quantize.grid import ByteArray, FloatArray, pack, quantize_blocks
 from export.quantize.half_scales import SmallScales
 from export.quantize.layout import GROUP_ROWS, MatrixLayout
 from export.quantize.recipe import Storage
+from export.quantize.solved import SolvedCodes
 
 ALIGNMENT_BYTES = 256  # alignment of CUDA's own allocations; a multiple of 64, the bytes of a cache line and a register
 _ITEM_BYTES = {"float32": 4, "float16": 2, "uint8": 1}
@@ -99,10 +100,11 @@ class WeightJob:
                 pass
 
     def produce(
-        self, weights: Weights, small: SmallScales, loss: Loss | None = None
+        self, weights: Weights, small: SmallScales, loss: Loss | None = None, solved: SolvedCodes | None = None
     ) -> Iterator[tuple[npt.NDArray[Any], ...]]:
         """Yield the values of all outputs in consecutive pieces: one tuple a chunk, with one array for each output.
         `small` counts the scales that are stored as float16, `loss` measures the error against a packed checkpoint.
+        Codes that `solved` has of the row are carried over; the checkpoint is read all the same, for its digests.
 
         Raises QuantizationError for values that the output's dtype cannot hold.
         """
@@ -111,6 +113,14 @@ class WeightJob:
             yield (gate[list(self.expert_order)] if self.expert_order else gate,)
             return
         row = 0
+        if solved is not None and self.source in solved.matrices:
+            for _ in weights.placed_chunks(self.source, self.expert_order):
+                pass
+            for part in solved.chunks(weights.table[self.source], self.expert_order, self.row_multiple):
+                self._scale(part.scales, row)
+                row += len(part.scales)
+                yield self._narrowed(self._packed(part.codes, part.scales, part.zeros))
+            return
         if self.grid is not None:
             for found in weights.grid_chunks(self.source, self.grid, self.expert_order, self.row_multiple):
                 for values in (found.values, found.scales):

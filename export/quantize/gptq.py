@@ -23,7 +23,7 @@ from export.errors import QuantizationError
 from export.provider import FLOAT16_MAX
 from export.quantize.grid import ByteArray, FloatArray
 
-DAMPING = 0.01  # part of the mean of H's diagonal that is added to it; Frantar et al. take 1 %
+DAMPING = 0.05  # part of the mean of H's diagonal that is added to it; docs/quality.md has the measurement
 _MOST_DAMPING = 10.0
 _PANEL = 256  # columns that are factorised together
 _ROWS = 2048  # output rows that are solved together, so that a block's errors stay in a core's cache

@@ -10,10 +10,9 @@ A row of codes is a stream of bits from the lowest bit of the first byte on. E i
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +51,11 @@ class SolvedMatrix:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What codes were solved from: the text by names, digest and tokens, the settings of the solver, and the digest of
-    the checkpoint's config.json."""
+    """What codes were solved from: the settings of the solver with the text, and the state of the checkpoint's files
+    (export/files/resume.py)."""
 
-    text: Mapping[str, Any]
-    num_tokens: int
-    damping: float
-    fewest_tokens: float
-    experts_per_token: int
-    config: str
-    libraries: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any]
+    sources: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +87,15 @@ class SolvedCodes:
             zeros = self._read(f"{name}.zeros", place, first, last)
         codes = unpacked(self._read(f"{name}.codes", place, first, last), matrix.bits)
         return Codes(codes=codes, scales=scales, zeros=zeros)
+
+    def check_read(self, name: str, runs: Mapping[str, tuple[Run, ...]]) -> None:
+        """Raise CheckpointError if a row was read from other bytes than its codes were solved from."""
+        matrix = self.matrices.get(name)
+        if matrix is not None and matrix.sources != runs:
+            raise CheckpointError(
+                f"carrying over the solved codes of {named(name)}: the checkpoint's bytes are not those that they were "
+                f"solved from; remove {self.folder}, and build again"
+            )
 
     def chunks(self, spec: TensorSpec, expert_order: Sequence[int] | None, multiple: int) -> Iterator[Codes]:
         """The codes of a row of the table in chunks, in the order of its rows; stacked experts in `expert_order`. The
@@ -165,9 +168,8 @@ def open_solved(folder: Path) -> SolvedCodes:
     for name, matrix in listing.matrices.items():
         _check_shapes(doing, name, matrix, stored)
     return SolvedCodes(
-        folder=folder, origin=listing.origin, matrices=listing.matrices, digest=hashlib.sha256(path.read_bytes()).hexdigest(),
-        stored=stored,
-    )  # fmt: skip
+        folder=folder, origin=listing.origin, matrices=listing.matrices, digest=file_digest(path), stored=stored
+    )
 
 
 def _check_shapes(doing: str, name: str, matrix: SolvedMatrix, stored: Mapping[str, StoredTensor]) -> None:
