@@ -25,6 +25,7 @@ from export.onnx_graph.weights import Placement, WeightJob, place
 from export.optional import optional_package
 from export.provider import PROVIDERS, Provider
 from export.quantize.recipe import Recipe
+from export.quantize.solved import SolvedCodes
 
 if TYPE_CHECKING:
     import onnx
@@ -95,12 +96,16 @@ def plan_export(
 
 
 def write_export(
-    plan: ExportPlan, model: Model, folder: PartialFolder, progress: Callable[[Progress], None]
+    plan: ExportPlan,
+    model: Model,
+    folder: PartialFolder,
+    progress: Callable[[Progress], None],
+    solved: SolvedCodes | None = None,
 ) -> list[PartRecord]:
-    """Write the graphs, the data file and weights.jsonl; returns the parts' records. Each worker holds one chunk of a
-    weight in memory at a time."""
+    """Write the graphs, the data file and weights.jsonl; returns the parts' records. Codes that `solved` has are
+    carried over. Each worker holds one chunk of a weight in memory at a time."""
     data = folder.content / DATA_FILE
-    converter = OnnxConverter(weights=model.weights, data=data, placement=plan.placement)
+    converter = OnnxConverter(weights=model.weights, data=data, placement=plan.placement, solved=solved)
     records = write_parts(converter, plan.jobs, folder, progress)
     for name, graph in plan.graphs.items():
         (folder.content / name).write_bytes(graph.SerializeToString())

@@ -61,6 +61,7 @@ WITHIN = {
         "tokenizer": {"checkpoint", "families", "files"},
         "trtllm": {"checkpoint", "conversion", "families", "files", "formats", "quantize", "tokenizer"},
         "reference": {"checkpoint", "families"},
+        "calibration": {"checkpoint", "conversion", "families", "files", "quantize", "reference"},
         "merge": {"checkpoint", "conversion", "families", "files", "reference", "tokenizer"},
     },
     "trt_build": {
@@ -73,10 +74,21 @@ WITHIN = {
         "engine_files": {"manifest"},
         "source": {"manifest"},
         "trtllm_flags": {"manifest"},
-        "engine_flags": {"manifest", "trtllm_flags"},
+        "calibration": {"comparison"},
+        "engine_flags": {"calibration", "manifest", "trtllm_flags"},
         # The two backends: what both use is beside them, and neither uses the other.
-        "ort": {"comparison", "engine_files", "engine_flags", "machine", "manifest", "results", "source"},
+        "ort": {
+            "calibration",
+            "comparison",
+            "engine_files",
+            "engine_flags",
+            "machine",
+            "manifest",
+            "results",
+            "source",
+        },
         "trtllm": {
+            "calibration",
             "comparison",
             "engine_files",
             "engine_flags",

@@ -9,8 +9,11 @@ import argparse
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from export.calibration.text import DEFAULT_TOKENS
 from export.provider import KERNELS, PROVIDERS
 from export.quantize.presets import PRESETS
+from export.quantize.recipe import METHODS
+from trt_build.calibration import Calibration
 from trt_build.errors import EngineError
 from trt_build.manifest import BACKENDS, ORT_BACKEND, TRTLLM_BACKEND
 from trt_build.trtllm_flags import NAMES, add_trtllm_arguments
@@ -43,6 +46,25 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, o
         metavar="FILE",
         help="how each matrix is stored, a YAML or JSON file (docs/recipes.md), in place of --precision",
     )
+    engine.add_argument(
+        "--method",
+        metavar="M",
+        help=f"how codes are found: {', '.join(METHODS)} (default: the recipe's, and gptq with --calibrate)",
+    )
+    engine.add_argument(
+        "--calibrate",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="TEXT",
+        help="text files over which gptq solves codes (default: moeship's own calibration text)",
+    )
+    engine.add_argument(
+        "--calibrate-tokens", type=int, metavar="N", help=f"tokens of that text (default: {DEFAULT_TOKENS:,})"
+    )
+    engine.add_argument(
+        "--codes", type=Path, metavar="DIR", help="keep the solved codes here, and take them from here if they fit"
+    )
     engine.add_argument("--experts-per-token", type=int, metavar="K", help="override the config's num_experts_per_tok")
     engine.add_argument(
         "--keep-all-experts", action="store_true", help="also write the experts that can never be chosen"
@@ -65,6 +87,14 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, o
         "where they can be used)",
     )
     add_trtllm_arguments(parser)
+
+
+def read_calibration(arguments: argparse.Namespace) -> Calibration:
+    """What the flags say of the method and of the calibration text."""
+    return Calibration(
+        method=arguments.method, texts=tuple(arguments.calibrate), num_tokens=arguments.calibrate_tokens,
+        codes=arguments.codes,
+    )  # fmt: skip
 
 
 def read_checkpoint(arguments: argparse.Namespace) -> str:

@@ -9,8 +9,7 @@
 The tokens of all windows go through a layer together, as in the reference. A matrix is solved before what it feeds is
 computed: query, key and value for the layer's input, attention's output for the heads, an expert's first matrix for the
 tokens that are routed to it, its second for what the first makes of them. So a later matrix sees the errors of all
-earlier ones. The router stays as it is. Rows of an expert's inputs count by the square of the share that the router
-gives the expert, as their errors count in the layer's output.
+earlier ones. The router stays as it is.
 
 Memory beside the reference's own: 4*K*K bytes for one matrix's H, 3*4*2048*K for rows that are solved, and the codes of
 the layer, a byte each. K is F for an expert's second matrix.
@@ -214,7 +213,7 @@ class Solver:
             if wanted:
                 hessian = Hessian(inputs.shape[1])
                 for block in blocks:
-                    hessian.add(inputs[tokens[block]], None if own is None else own[block])
+                    hessian.add(inputs[tokens[block]])
                 self._solve_all(wanted, expert, hessian, codes)
                 del hessian
             found = Expert(mlp, reader, expert) if len(tokens) else None
@@ -223,7 +222,7 @@ class Solver:
                 hessian = Hessian(reader.weights.table[second[0].name].shape[-1])
                 for block in blocks:
                     assert found is not None
-                    hessian.add(found.inner(inputs[tokens[block]]), None if own is None else own[block])
+                    hessian.add(found.inner(inputs[tokens[block]]))
                 self._solve_all(wanted, expert, hessian, codes)
                 del hessian
             for block in blocks:

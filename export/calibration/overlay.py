@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from export.checkpoint.tensor_table import CHUNK_ELEMENTS, Weights
@@ -19,6 +20,10 @@ class Overlay(Weights):
     for a row that stacks none. An expert that is not there has the checkpoint's weights."""
 
     solved: Mapping[str, Mapping[int, Codes]] = field(default_factory=dict)
+
+    def load_rows(self, name: str, rows: slice) -> npt.NDArray[np.float32]:
+        codes = self.solved.get(name, {}).get(0)
+        return super().load_rows(name, rows) if codes is None else codes.part(rows.start, rows.stop).values()
 
     def placed_chunks(
         self, name: str, expert_order: Sequence[int] | None = None, multiple: int = 1

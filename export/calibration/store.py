@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.calibration.layers import FEWEST_TOKENS, SolvedRow, Solver, Wanted
+from export.calibration.overlay import Overlay
 from export.checkpoint.digests import Run, shards_read_otherwise
 from export.checkpoint.folder import file_digest
 from export.checkpoint.shard_writer import PlannedTensor, write_safetensors
@@ -32,7 +33,17 @@ from export.files.reading import is_there
 from export.files.resume import Fingerprint, PartialFolder, partial_folder
 from export.files.typed_json import read_typed
 from export.quantize.gptq import DAMPING
-from export.quantize.solved import FORMAT_VERSION, Origin, SolvedCodes, SolvedMatrix, open_solved, packed, write_listing
+from export.quantize.solved import (
+    FORMAT_VERSION,
+    Origin,
+    SolvedCodes,
+    SolvedMatrix,
+    checksum_text,
+    open_solved,
+    packed,
+    row_checksums,
+    write_listing,
+)
 from export.reference.model import Windows
 from export.reference.operations import FloatArray
 
@@ -209,7 +220,7 @@ def _write(
         matrices[name] = SolvedMatrix(
             file=path.name, shape=shape, bits=own.bits, block_size=own.block_size, symmetric=own.symmetric,
             tokens=tuple(row.tokens.get(place, 0) for place in range(shape[0])), fallen_back=row.fallen_back,
-            sources=row.sources,
+            sources=row.sources, checksums=_checksums(name, row, model),
         )  # fmt: skip
         arrays |= _arrays(name, row, matrices[name])
     planned = [
@@ -227,6 +238,18 @@ def _write(
     if before is not None:
         (partial.content / f"{before}.npy").unlink(missing_ok=True)
     return record
+
+
+def _checksums(name: str, row: SolvedRow, model: Model) -> dict[str, str]:
+    own = model.weights
+    values = Overlay(checkpoint=own.checkpoint, table=own.table, solved={name: row.codes})
+    places = sorted(row.codes) if own.table[name].stacks_experts else None
+    sums: dict[str, int] = {}
+    for group, first, parts in values.placed_chunks(name, places):
+        for turn, part in enumerate(parts):
+            key = f"{group}.{turn}"
+            sums[key] = sums.get(key, 0) + row_checksums(part, first)
+    return {key: checksum_text(total) for key, total in sums.items()}
 
 
 def _arrays(name: str, row: SolvedRow, matrix: SolvedMatrix) -> dict[str, npt.NDArray[Any]]:

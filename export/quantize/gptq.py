@@ -65,13 +65,12 @@ class Hessian:
         self.num_tokens, self.features = 0, features
         self._sums = np.zeros((features, features), dtype=np.float32)
 
-    def add(self, inputs: FloatArray, shares: FloatArray | None = None) -> None:
-        """Add inputs [T, K], each times its share [T, 1] (None: 1). Only the upper part is summed, in strips."""
+    def add(self, inputs: FloatArray) -> None:
+        """Add inputs [T, K]. Only the upper part is summed, in strips."""
         self.num_tokens += len(inputs)
-        own = inputs if shares is None else inputs * shares
         for start in range(0, self.features, _PANEL):
             stop = min(start + _PANEL, self.features)
-            self._sums[:stop, start:stop] += own[:, :stop].T @ own[:, start:stop]
+            self._sums[:stop, start:stop] += inputs[:, :stop].T @ inputs[:, start:stop]
 
     def factor(self, name: str, damping: float = DAMPING) -> Factor:
         """Factorise H in place; this object is used up. Columns without any input are rounded to the nearest, since

@@ -118,6 +118,10 @@ class Recipe:
         """The recipe for the rows of a model."""
         return replace(self, num_layers=1 + max((layer_of(spec.name) or 0 for spec in table), default=0))
 
+    def with_method(self, method: str) -> Recipe:
+        """The recipe with another method, but for rules that state one."""
+        return replace(self, default=replace(self.default, method=method))
+
     def check(self, table: Iterable[TensorSpec]) -> None:
         """Raise QuantizationError for a rule that matches no row, and for the first row whose storage its kernel does
         not have or whose input features no block size divides."""

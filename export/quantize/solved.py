@@ -11,6 +11,7 @@ A row of codes is a stream of bits from the lowest bit of the first byte on. E i
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from export.errors import CheckpointError, ConfigError, named
 from export.files.reading import open_regular, read_json
 from export.files.typed_json import read_typed
 from export.quantize.gptq import Codes
-from export.quantize.grid import ByteArray
+from export.quantize.grid import ByteArray, FloatArray
 
 CODES_FILE = "codes.json"
 FORMAT_VERSION = 1
@@ -37,7 +38,8 @@ FORMAT_VERSION = 1
 class SolvedMatrix:
     """The codes of one row of the tensor table, in `file`. `shape` is [E, N, K]. `tokens` has the calibration tokens of
     each of the E; `fallen_back` the experts whose codes were rounded without them, because there were too few.
-    `sources` has the digests of what was read of the checkpoint."""
+    `sources` has the digests of what was read of the checkpoint. `checksums`: "group.part" of the row, as the tensor
+    table has them, -> the checksum of the dequantised values, which an engine must still have."""
 
     file: str
     shape: tuple[int, ...]
@@ -47,6 +49,7 @@ class SolvedMatrix:
     tokens: tuple[int, ...]
     fallen_back: tuple[int, ...] = ()
     sources: Mapping[str, tuple[Run, ...]]
+    checksums: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +123,18 @@ class SolvedCodes:
                     raise CheckpointError(f"{doing}: the file ended {len(view)} bytes early; solve the codes again")
                 view = view[got:]
         return array
+
+
+def row_checksums(values: FloatArray, first: int) -> int:
+    """The sum of a checksum of each row of values [n, K], which are rows `first` on of a matrix: CRC-32 times an odd
+    number that depends on the row's place. Sums of several parts of a matrix are those of the whole, modulo 2^64."""
+    positive = values + np.float32(0)  # -0 becomes 0
+    return sum((zlib.crc32(row.data) + 1) * (2 * place + 1) for place, row in enumerate(positive, first))
+
+
+def checksum_text(total: int) -> str:
+    """The sum of `row_checksums` as it is written."""
+    return f"{total % (1 << 64):016x}"
 
 
 def packed(codes: ByteArray, bits: int) -> ByteArray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,9 +43,11 @@ class Recipe:
 @dataclass(frozen=True, kw_only=True)
 class ReadBack(Weights, abc.ABC):
     """An engine's weights under our names. `experts`: a row that stacks experts or belongs to a router -> the experts
-    in the order in which the engine stores them."""
+    in the order in which the engine stores them. `checksums`: a row whose codes were solved over a calibration text ->
+    the checksum of each of its matrices (export/quantize/solved.py)."""
 
     experts: Mapping[str, tuple[int, ...]]
+    checksums: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @abc.abstractmethod
     def recipe(self, name: str) -> Recipe | None:

@@ -22,6 +22,7 @@ from export.floats import widen
 from export.quantize.grid import SLICE_VALUES
 from trt_build.comparison.answers import Answer, listed
 from trt_build.comparison.bands import Band, distances, measure, off_stretches, past_nearest
+from trt_build.comparison.fed_back import FedBack, matrix_limit, row_limit
 from trt_build.comparison.limits import BAND_VALUES, HALF_ROUNDING, Limits, half_scale_error, kept_limits, limits_of
 from trt_build.comparison.read_back import ROW_MULTIPLE, FloatArray, ReadBack, Recipe
 
@@ -65,8 +66,12 @@ class _Sums:
     scales: list[tuple[int, float]] = field(default_factory=list)  # rows with a scale that the recipe does not try
     bands: list[tuple[int, str]] = field(default_factory=list)  # the first row, and what is wrong
     different: list[tuple[int, float, float]] = field(default_factory=list)  # row, found, expected
+    fed: FedBack | None = None  # of a matrix whose codes were solved
 
     def add(self, other: _Sums) -> None:
+        if other.fed is not None:
+            self.fed = self.fed or FedBack()
+            self.fed.add(other.fed)
         for name in ("weights", "errors", "count"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in _LARGEST:
@@ -90,7 +95,8 @@ class _Sums:
     @property
     def wrong_rows(self) -> list[int]:
         """First rows of bands and rows past a limit."""
-        return sorted({row[0] for found in (self.rows, self.excesses, self.bands) for row in found})
+        fed = [] if self.fed is None else self.fed.rows
+        return sorted({row[0] for found in (self.rows, self.excesses, self.bands, fed) for row in found})
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,8 @@ def compare_weights(stored: ReadBack, model: Model, failures: Sequence[str], pro
     for (name, group, copy, turn), part in sums.items():
         spec = stored.table[name]
         where = _where(model, spec, group, turn) + stored.copies(name)[copy]
-        problems = list(_problems(stored, spec, part, keeps=name in kept))
+        checksum = stored.checksums.get(name, {}).get(f"{group}.{turn}")
+        problems = list(_problems(stored, spec, part, keeps=name in kept, checksum=checksum))
         if part.wrong_rows and searches:
             searches -= 1
             problems[0] += _whose(stored, model, (spec, group, turn), part.wrong_rows[0])
@@ -188,6 +195,13 @@ class _Worst:
     def add(self, stored: ReadBack, spec: TensorSpec, part: _Sums) -> None:
         recipe = stored.recipe(spec.name)
         limits = _limits(recipe)
+        if part.fed is not None and recipe is not None:
+            own = f"{recipe}, solved"
+            figures = self._found.setdefault(own, {})
+            self._limits[own] = {"row": row_limit(recipe.bits), "matrix": matrix_limit(recipe.bits)}
+            for key, value in (("row", part.fed.row), ("matrix", part.fed.error)):
+                figures[key] = float(np.maximum(figures.get(key, 0.0), value))
+            return
         if recipe is None or limits is None:
             return
         figures = self._found.setdefault(str(recipe), {})
@@ -246,7 +260,11 @@ def _compare(stored: ReadBack, unit: _Unit, kept: frozenset[str]) -> list[_Sums]
         scales = stored.part_scales(unit.spec.name, unit.group, first, last)
         for turn, (sums, values, wanted) in enumerate(zip(result, found, expected, strict=True)):
             own = wanted[first - unit.first : last - unit.first]
-            if recipe is None or limits is None:
+            if recipe is not None and unit.spec.name in stored.checksums:
+                sums.fed = sums.fed or FedBack()
+                sums.fed.add_rows(values, widen(own), first, recipe.bits)
+                sums.count += values.size
+            elif recipe is None or limits is None:
                 _add_exact(sums, values, stored.rounded(unit.spec.name, unit.group, first, own), first)
             else:
                 halved = half_scale_error(recipe.bits, 1) if recipe.scale_type == "float16" else 0.0
@@ -347,13 +365,16 @@ def _sound(quantiser: _Quantiser, wanted: FloatArray, steps: FloatArray) -> Band
     return measure(quantiser.requantized(wanted), wanted, steps)
 
 
-def _problems(stored: ReadBack, spec: TensorSpec, part: _Sums, *, keeps: bool) -> Iterator[str]:
-    """What is wrong with one part of a group, to be read after its name."""
+def _problems(stored: ReadBack, spec: TensorSpec, part: _Sums, *, keeps: bool, checksum: str | None) -> Iterator[str]:
+    """What is wrong with one part of a group, to be read after its name. `checksum` is that of solved codes."""
     if part.different:
         _, found, expected = part.different[0]
         yield f", {_rows([row for row, *_ in part.different])}: found {found:.8g}, expected {expected:.8g}, exactly"
     recipe = stored.recipe(spec.name)
     limits = _limits_of_row(stored, spec.name, keeps=keeps)
+    if part.fed is not None and recipe is not None:
+        yield from part.fed.problems(recipe.bits, checksum)
+        return
     if recipe is None or limits is None:
         return
     if part.rows:

@@ -25,6 +25,8 @@ from export.exporter import DATA_FILE, write_export
 from export.files.output import forget_pages
 from export.files.resume import Fingerprint, partial_folder, refuse_made
 from export.provider import OWN_KERNELS
+from export.quantize.solved import SolvedCodes
+from trt_build.calibration import solved
 from trt_build.engine_files import record_files
 from trt_build.manifest import Source, libraries
 from trt_build.ort.engine import FORMAT_VERSION, UNDIGESTED_FILES, Engine, open_engine, write_manifest
@@ -56,35 +58,44 @@ def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | N
     build = prepare_build(options)
     for note in build.notes:
         logger.info("%s", note)
-    checkpoint = build.checkpoint
-    space = build.export.placement.total_bytes
-    fingerprint = Fingerprint(settings=_settings(build), sources=build.sources)
-    with partial_folder(options.output, "the engine", fingerprint, keep=(DATA_FILE,), num_bytes=space) as folder:
-        check_resumed(folder, checkpoint, f"the engine {options.output}")
-        records = write_export(build.export, build.model, folder, progress or (lambda _: None))
-        build.settings.write(folder.content)
-        (folder.content / GENAI_FILE).write_text(build.genai_text(), encoding="utf-8")
-        for note in build.packed_notes(records):
-            if note not in build.notes:  # the errors are known after the write, and are nothing where codes are kept
-                logger.info("%s", note)
-        files = record_files(folder.content, UNDIGESTED_FILES)
-        manifest = build.manifest(_source(checkpoint, records), files, records)
-        check_unchanged(checkpoint, fingerprint.sources, records)
-        write_manifest(folder.content, manifest)
+    calibration = options.calibration
+    with solved(calibration, options.output, build.model, build.wanted_codes(), build.calibration_text()) as codes:
+        _write(build, options, codes, progress or (lambda _: None))
     engine = open_engine(options.output, check_digests=False)
     if engine.has_own_kernels:
         forget_pages(engine.folder / DATA_FILE)  # the write cached it in small pages; loading caches it in huge ones
     return engine
 
 
-def _settings(build: PreparedBuild) -> dict[str, Any]:
+def _write(
+    build: PreparedBuild, options: BuildOptions, codes: SolvedCodes | None, progress: Callable[[Progress], None]
+) -> None:
+    """Write the engine's folder, with the codes that were solved."""
+    checkpoint = build.checkpoint
+    space = build.export.placement.total_bytes
+    fingerprint = Fingerprint(settings=_settings(build, codes), sources=build.sources)
+    with partial_folder(options.output, "the engine", fingerprint, keep=(DATA_FILE,), num_bytes=space) as folder:
+        check_resumed(folder, checkpoint, f"the engine {options.output}")
+        records = write_export(build.export, build.model, folder, progress, codes)
+        build.settings.write(folder.content)
+        (folder.content / GENAI_FILE).write_text(build.genai_text(), encoding="utf-8")
+        for note in build.packed_notes(records):
+            if note not in build.notes:  # the errors are known after the write, and are nothing where codes are kept
+                logger.info("%s", note)
+        files = record_files(folder.content, UNDIGESTED_FILES)
+        manifest = build.manifest(_source(checkpoint, records), files, records, codes)
+        check_unchanged(checkpoint, fingerprint.sources, records)
+        write_manifest(folder.content, manifest)
+
+
+def _settings(build: PreparedBuild, codes: SolvedCodes | None) -> dict[str, Any]:
     """Everything except the checkpoint that decides the bytes of an engine, as plain JSON values."""
     plan = build.export
     layout = hashlib.sha256(b"".join(graph.SerializeToString() for graph in plan.graphs.values()))
     layout.update(repr(plan.jobs).encode())
-    own = ("output", "recipe")
+    own = ("output", "recipe", "calibration")
     asked = {name: value for name, value in dataclasses.asdict(build.options).items() if name not in own}
-    asked["recipe"] = build.recipe.to_json()
+    asked |= {"recipe": build.recipe.to_json(), "solved codes": None if codes is None else codes.digest}
     return {**asked, **libraries(), "format version": FORMAT_VERSION, "layout": layout.hexdigest()}
 
 

@@ -13,7 +13,7 @@ from export.conversion.writer import Progress
 from export.families import read_model
 from export.provider import named_with_kernels
 from export.rows import Rows, in_units
-from trt_build.engine_flags import DEFAULT_PROVIDER, read_checkpoint
+from trt_build.engine_flags import DEFAULT_PROVIDER, read_calibration, read_checkpoint
 from trt_build.machine.bandwidth import measure_read_bandwidth
 from trt_build.machine.memory import available_memory
 from trt_build.manifest import MANIFEST_FILE
@@ -81,6 +81,7 @@ def _read_options(arguments: argparse.Namespace) -> EngineOptions:
         max_sequence=arguments.max_sequence,
         kernels=arguments.kernels,
         recipe=arguments.recipe,
+        calibration=read_calibration(arguments),
         keep_all_experts=arguments.keep_all_experts,
     )
 

@@ -109,7 +109,8 @@ class Manifest:
     """The contents of engine.json. `expert_order` gives the expert at each index of the stacked weights; `packed` says,
     by role, what became of weights that the checkpoint stores packed; `routing` is the diagnosis of the gates;
     `left_out_experts` has, by layer number, the experts whose matrices are not in the engine; `verification` is the
-    last result of `moeship verify`, if any."""
+    last result of `moeship verify`, if any; `calibration` says what codes were solved from, of engines that have such
+    (trt_build/calibration.py)."""
 
     format_version: int
     model: str
@@ -132,6 +133,7 @@ class Manifest:
     kernels: str  # kernels that multiply the quantised matrices: "moeship" or "onnxruntime"
     tokenizer: TokenizerFacts | None  # None in an engine of format 2, whose engine.json lacks these facts
     verification: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
 
     def recipe(self) -> Recipe:
         """The recipe that the engine was built with. Raises ValueError for data that is none."""

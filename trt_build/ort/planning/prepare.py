@@ -10,11 +10,13 @@ import dataclasses
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from export.calibration.layers import Wanted
+from export.calibration.store import CalibrationText
 from export.checkpoint.folder import Checkpoint
-from export.checkpoint.tensor_table import Weights
+from export.checkpoint.tensor_table import Role, Weights
 from export.conversion.parts import PartRecord
 from export.conversion.sources import source_files
 from export.errors import KernelsError
@@ -24,10 +26,12 @@ from export.files.resume import SourceFile
 from export.onnx_graph.weights import WeightJob
 from export.provider import KERNELS, ONNX_RUNTIME, OWN_KERNELS, PROVIDERS, Provider, provider_of
 from export.quantize.presets import recipe_for
-from export.quantize.recipe import Recipe
+from export.quantize.recipe import GPTQ, Recipe
 from export.quantize.recipe_file import read_recipe_file
+from export.quantize.solved import SolvedCodes
 from export.routing import RoutingReport, left_out_by_layer, left_out_note
 from export.tokenizer.settings import Settings
+from trt_build.calibration import Calibration, calibration_record
 from trt_build.engine_files import FileRecord
 from trt_build.manifest import ORT_BACKEND, Source, libraries
 from trt_build.ort.engine import FORMAT_VERSION, Manifest, Precision, StoredRole
@@ -44,7 +48,8 @@ class EngineOptions:
     """The options of an engine for ONNX Runtime. If `experts_per_token` or `max_sequence` (tokens) is None, the
     checkpoint's value is used. `kernels` are the kernels that multiply quantised matrices; None takes those of
     `chosen_kernels`, and ONNX Runtime's for a model that moeship's do not compute. With `keep_all_experts` the engine
-    has the experts that can never be chosen too. `recipe` is a recipe file, in place of the precision."""
+    has the experts that can never be chosen too. `recipe` is a recipe file, in place of the precision.
+    `calibration` says by which method codes are found, and over which text."""
 
     checkpoint: str
     precision: str = "int4"
@@ -54,6 +59,7 @@ class EngineOptions:
     kernels: str | None = None
     keep_all_experts: bool = False
     recipe: Path | None = None
+    calibration: Calibration = field(default_factory=Calibration)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +80,26 @@ class PreparedBuild:
     left_out: Mapping[int, tuple[int, ...]]
     export: ExportPlan
 
+    def wanted_codes(self) -> dict[str, Wanted]:
+        """The rows whose codes GPTQ solves. A matrix keeps the codes that its checkpoint has of it, and of the
+        embedding single rows are read, so that no errors meet."""
+        found = {}
+        for job in self.export.jobs:
+            storage = job.storage
+            if storage is None or storage.method != GPTQ or job.grid is not None or job.role is Role.EMBEDDING:
+                continue
+            found[job.source] = Wanted(
+                bits=storage.bits, block_size=storage.block_size, symmetric=storage.symmetric,
+                experts=tuple(sorted(job.expert_order)) if job.expert_order is not None else (0,),
+            )  # fmt: skip
+        return found
+
+    def calibration_text(self) -> CalibrationText | None:
+        """The text that codes are solved over; None if none are. Raises ConfigError for a text that cannot be used."""
+        if not self.wanted_codes():
+            return None
+        return self.options.calibration.text(self.settings.tokenizer, self.model.architecture.max_positions)
+
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences about the engine for whoever builds it."""
@@ -90,8 +116,15 @@ class PreparedBuild:
         config = genai_config(self.model.architecture, self.max_sequence, self.settings.ids, self.provider)
         return json.dumps(config, indent=2) + "\n"
 
-    def manifest(self, source: Source, files: Mapping[str, FileRecord], records: Sequence[PartRecord] = ()) -> Manifest:
-        """The contents of engine.json. `records` are those of the parts, once they are written."""
+    def manifest(
+        self,
+        source: Source,
+        files: Mapping[str, FileRecord],
+        records: Sequence[PartRecord] = (),
+        codes: SolvedCodes | None = None,
+    ) -> Manifest:
+        """The contents of engine.json. `records` are those of the parts, once they are written, `codes` those that were
+        solved."""
         architecture = self.model.architecture
         return Manifest(
             format_version=FORMAT_VERSION,
@@ -114,6 +147,7 @@ class PreparedBuild:
             left_out_experts={str(layer): experts for layer, experts in self.left_out.items()},
             libraries=libraries(),
             files=files,
+            calibration=None if codes is None else calibration_record(codes),
         )
 
 
@@ -122,9 +156,13 @@ def check_options(options: EngineOptions) -> tuple[Provider, Recipe]:
     QuantizationError for a recipe file that cannot be read."""
     kernels = options.kernels or chosen_kernels(options.provider, None if options.recipe else options.precision)
     provider = provider_of(options.provider, kernels)
-    if options.recipe is not None:
-        return provider, read_recipe_file(options.recipe, provider)
-    return provider, recipe_for(options.precision, provider)
+    recipe = (
+        recipe_for(options.precision, provider)
+        if options.recipe is None
+        else read_recipe_file(options.recipe, provider)
+    )
+    method = options.calibration.chosen()
+    return provider, recipe if method is None else recipe.with_method(method)
 
 
 def chosen_kernels(provider: str, precision: str | None) -> str:

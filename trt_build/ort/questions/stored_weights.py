@@ -30,6 +30,7 @@ from export.floats import widen
 from export.onnx_graph import names
 from export.quantize.grid import unpack
 from export.quantize.layout import GROUP_ROWS, MatrixLayout
+from trt_build.calibration import checksums_of
 from trt_build.comparison.read_back import FloatArray, ReadBack, Recipe
 from trt_build.errors import EngineError
 from trt_build.ort.engine import Engine
@@ -197,6 +198,7 @@ def open_stored_weights(engine: Engine, model: Model) -> StoredWeights:
         matrices=graph.matrices(),
         experts=_stored_experts(engine, model),
         factors=_query_factors(graph, model),
+        checksums=checksums_of(engine.manifest.calibration),
     )
 
 

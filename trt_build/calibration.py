@@ -1,0 +1,118 @@
+"""Calibration as a build asks for it: the text, the rows that GPTQ solves, and what engine.json says of it.
+
+Both backends solve codes by `export/calibration`, each for the bits and blocks of its own plan, and carry them over.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from export.calibration.layers import FEWEST_TOKENS, Wanted
+from export.calibration.store import CalibrationText, solve_codes
+from export.calibration.text import DEFAULT_TOKENS, OWN_TEXT, own_text, windows_of
+from export.errors import ConfigError, names
+from export.families import Model
+from export.quantize.gptq import DAMPING
+from export.quantize.recipe import GPTQ, METHODS
+from export.quantize.solved import SolvedCodes
+from export.tokenizer.loading import Tokenizer
+from trt_build.comparison.evaluation_text import EvaluationText, read_texts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What a build says of its method. `method` None: the recipe's, and GPTQ where texts are named. `texts` are files;
+    without any GPTQ takes moeship's own. `codes` is a folder that keeps the solved codes; None: one beside the engine,
+    which is removed when the engine is whole."""
+
+    method: str | None = None
+    texts: tuple[Path, ...] = ()
+    num_tokens: int | None = None
+    codes: Path | None = None
+
+    def chosen(self) -> str | None:
+        """The method in place of the recipe's; None: the recipe's own. Raises ConfigError for a name that is none, and
+        for a text that would not be used."""
+        if self.method is not None and self.method not in METHODS:
+            raise ConfigError(f"choosing the method: found {self.method!r}, expected one of {', '.join(METHODS)}")
+        if self.method not in (None, GPTQ) and (self.texts or self.codes or self.num_tokens):
+            raise ConfigError(
+                f"choosing the method: {self.method} takes no calibration text; leave out --calibrate, "
+                "--calibrate-tokens and --codes, or take --method gptq"
+            )
+        return self.method or (GPTQ if self.texts else None)
+
+    def text(self, tokenizer: Tokenizer, longest: int) -> CalibrationText:
+        """The text as windows of tokens. Raises ConfigError for a file that cannot be read, and for too little text."""
+        text = read_texts(self.texts) if self.texts else EvaluationText(names=(OWN_TEXT,), content=own_text())
+        asked = DEFAULT_TOKENS if self.num_tokens is None else self.num_tokens
+        windows = windows_of(tokenizer.encode_prompt(text.content), asked, longest, names(text.names))
+        return CalibrationText(windows=windows, record=text.to_json())
+
+
+@contextmanager
+def solved(
+    calibration: Calibration, output: Path, model: Model, wanted: Mapping[str, Wanted], text: CalibrationText | None
+) -> Iterator[SolvedCodes | None]:
+    """The solved codes of the rows `wanted`, while an engine is made of them; None if there are none. A folder beside
+    `output` is removed when the block ends well."""
+    if not wanted or text is None:
+        yield None
+        return
+    folder = calibration.codes or output.resolve().with_name(f".{output.resolve().name}.codes")
+    codes = solve_codes(folder, model, wanted, text)
+    fallen = fallen_back(codes)
+    if fallen:
+        logger.warning("%s", fallen)
+    yield codes
+    if calibration.codes is None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def fallen_back(codes: SolvedCodes) -> str | None:
+    """A sentence that names the experts whose codes were rounded without the calibration text; None without any."""
+    found = [
+        f"{name} of expert{'s' if len(matrix.fallen_back) > 1 else ''} {', '.join(map(str, matrix.fallen_back))} "
+        f"({', '.join(str(matrix.tokens[expert]) for expert in matrix.fallen_back)} tokens)"
+        for name, matrix in codes.matrices.items()
+        if matrix.fallen_back
+    ]
+    if not found:
+        return None
+    return (
+        f"too few tokens of the calibration text reach {names(found)}: their codes were searched without it; more "
+        "text, or text of another kind, reaches more experts"
+    )
+
+
+def calibration_record(codes: SolvedCodes) -> dict[str, Any]:
+    """What engine.json says of solved codes: text, tokens and settings, tokens of each expert and those that fell back,
+    the digest of the codes, and the checksum of each matrix."""
+    settings = codes.origin.settings
+    experts = {name: matrix for name, matrix in codes.matrices.items() if len(matrix.tokens) > 1}
+    return {
+        "text": settings["text"],
+        "tokens": sum(settings["windows"]),
+        "damping": DAMPING,
+        "fewest_tokens": FEWEST_TOKENS,
+        "checksums": {name: dict(matrix.checksums) for name, matrix in sorted(codes.matrices.items())},
+        "tokens_by_expert": {name: list(matrix.tokens) for name, matrix in experts.items()},
+        "fallen_back": {name: list(one.fallen_back) for name, one in codes.matrices.items() if one.fallen_back},
+        "codes": codes.digest,
+    }
+
+
+def checksums_of(record: Mapping[str, Any] | None) -> Mapping[str, Mapping[str, str]]:
+    """The checksums of a record, by row; empty without one. Raises ValueError for a record that is none."""
+    found = {} if record is None else record.get("checksums")
+    if not isinstance(found, Mapping) or not all(isinstance(one, Mapping) for one in found.values()):
+        raise ValueError("calibration.checksums is no table of checksums")
+    return found
