@@ -1,0 +1,140 @@
+"""Engines whose codes GPTQ solved over a text: the codes are carried over, named in engine.json and checked."""
+
+from __future__ import annotations
+
+import json
+import logging
+from functools import partial
+
+import numpy as np
+import pytest
+from checkpoints import write_phixtral_checkpoint
+from engine_faults import FAULTS, with_fault
+from mixtral_checkpoints import write_mixtral_checkpoint
+
+from cli.main import main
+from export.calibration import store
+from export.checkpoint.folder import open_checkpoint
+from export.errors import ConfigError
+from export.families import read_model
+from export.quantize.solved import open_solved
+from trt_build.calibration import Calibration
+from trt_build.ort.build import BuildOptions, build_engine
+from trt_build.ort.questions.graph import ask_about_graph
+from trt_build.ort.questions.stored_weights import open_stored_weights
+from trt_build.ort.questions.weights import ask_about_weights
+
+KERNELS = ["onnxruntime", pytest.param("moeship", marks=pytest.mark.needs_kernels)]
+WORDS = ("the", "ferry", "left", "late", "because", "tide", "was", "low", "and", "nobody", "minded", "1", "23", "!")
+
+
+def write_phixtral(folder):
+    return write_phixtral_checkpoint(
+        folder, seed=3, num_experts=3, experts_per_token=2, hidden_size=128, num_heads=4, rotary_dim=16, ffn_size=192
+    )
+
+
+def write_mixtral(folder):
+    return write_mixtral_checkpoint(
+        folder, seed=1, spelling="published", hidden_size=128, num_heads=4, num_kv_heads=2, ffn_size=192
+    )
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    generator = np.random.default_rng(2)
+    path.write_text(" ".join(generator.choice(WORDS, 1500)))
+    return path
+
+
+def build(checkpoint, output, text, kernels="onnxruntime", provider="cpu", **options):
+    calibration = Calibration(texts=(text,), num_tokens=512, **options)
+    return build_engine(
+        BuildOptions(
+            checkpoint=str(checkpoint), output=output, kernels=kernels, provider=provider, calibration=calibration
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("kernels", "provider"),
+    [("onnxruntime", "cpu"), ("onnxruntime", "cuda"), pytest.param("moeship", "cpu", marks=pytest.mark.needs_kernels)],
+)
+@pytest.mark.parametrize("write", [write_phixtral, write_mixtral])
+def test_an_engine_has_the_codes_that_were_solved(tmp_path, text, kernels, provider, write):
+    checkpoint = write(tmp_path / "model")
+    engine = build(checkpoint, tmp_path / "engine", text, kernels, provider, codes=tmp_path / "codes")
+    model, codes = read_model(open_checkpoint(checkpoint)), open_solved(tmp_path / "codes")
+    stored = open_stored_weights(engine, model)
+    for name, matrix in codes.matrices.items():
+        spec = model.weights.table[name]
+        for place in range(matrix.shape[0]):
+            group = place if spec.stacks_experts else 0
+            found = stored.part_rows(name, group, 0, 40)
+            turns = len(spec.groups[group])
+            expected = codes.rows(name, place, 0, 40 * turns).values()
+            for turn, values in enumerate(found):
+                assert (values == expected[turn::turns]).all(), name
+    assert ask_about_weights(engine, model).failures == ()
+    record = engine.manifest.calibration
+    assert record["codes"] == codes.digest
+    assert record["tokens"] == 512
+    assert record["text"]["names"] == [str(text)]
+    assert not (tmp_path / ".engine.codes").exists()
+    if provider == "cpu":
+        ids = np.random.default_rng(1).integers(0, 250, 48).tolist()
+        assert ask_about_graph(engine, model, ids, lambda _: None, None).failures == ()
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_code_that_was_altered_shows(tmp_path, text, kernels):
+    checkpoint = write_phixtral(tmp_path / "model")
+    engine = build(checkpoint, tmp_path / "engine", text, kernels)
+    model = read_model(open_checkpoint(checkpoint))
+    network = model.family.network(model.weights.checkpoint.config)
+    for name in ("one code off by one", "one block's scale times 1.05", "two rows of experts' first swapped"):
+        failures = " ".join(
+            ask_about_weights(with_fault(engine, tmp_path / "wrong", FAULTS[name], network), model).failures
+        )
+        assert "found codes or scales that are not those that were solved" in failures, name
+
+
+def test_the_command_builds_the_same_engine_again_from_the_codes(tmp_path, text, capsys, caplog):
+    checkpoint = write_phixtral(tmp_path / "model")
+    flags = ["--kernels", "onnxruntime", "--calibrate", str(text), "--calibrate-tokens", "512"]
+    flags += ["--codes", str(tmp_path / "codes")]
+    with caplog.at_level(logging.INFO):
+        assert main(["build", str(checkpoint), "--output", str(tmp_path / "one"), *flags]) == 0
+        assert "solved the codes of layer 0000 (1 of" in caplog.text
+        caplog.clear()
+        assert main(["build", str(checkpoint), "--output", str(tmp_path / "two"), *flags]) == 0
+        assert "solved the codes" not in caplog.text
+    one, two = (tmp_path / name / "engine.json" for name in ("one", "two"))
+    assert json.loads(one.read_text())["files"] == json.loads(two.read_text())["files"]
+    assert json.loads(one.read_text())["precision"]["roles"]["expert"]["methods"] == ["gptq"]
+
+
+def test_starved_experts_are_named(tmp_path, text, caplog, monkeypatch):
+    monkeypatch.setattr(store, "Solver", partial(store.Solver, fewest_tokens=100.0))
+    checkpoint = write_phixtral(tmp_path / "model")
+    with caplog.at_level(logging.WARNING):
+        engine = build(checkpoint, tmp_path / "engine", text)
+    assert "too few tokens of the calibration text reach" in caplog.text
+    fallen = engine.manifest.calibration["fallen_back"]
+    assert fallen["transformer.h.0.moe.mlp.fc1.weight"] == [0, 1, 2]
+    assert ask_about_weights(engine, read_model(open_checkpoint(checkpoint))).failures == ()
+
+
+def test_what_a_method_does_not_take_is_refused(tmp_path, text):
+    checkpoint = write_phixtral(tmp_path / "model")
+    with pytest.raises(ConfigError, match="choosing the method: found 'awq', expected one of nearest, search, gptq"):
+        build(checkpoint, tmp_path / "engine", text, method="awq")
+    with pytest.raises(ConfigError, match="search takes no calibration text; leave out --calibrate"):
+        build(checkpoint, tmp_path / "engine", text, method="search")
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(ConfigError, match=r"short.txt: it has \d+ tokens, expected at least 64, a window of text"):
+        build(checkpoint, tmp_path / "engine", tmp_path / "short.txt")
+    with pytest.raises(ConfigError, match="it cannot be read"):
+        build(checkpoint, tmp_path / "engine", tmp_path / "absent.txt")
+    assert not (tmp_path / "engine").exists()
