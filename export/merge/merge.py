@@ -4,7 +4,8 @@
     result = merge(config, Path("mixture"))
 
 The MLPs of all models in a layer become that layer's experts; everything else is copied from the base. Tensors are
-copied in chunks, so memory does not grow with the model; gates from hidden states also need one layer of the base. The
+copied in chunks, so memory does not grow with the model; gates from hidden states also need one layer of the base.
+With `training` the gates are then fitted to texts (gate_training.py) and written over those from the prompts. The
 folder gets its name only when it is complete.
 """
 
@@ -23,11 +24,13 @@ import numpy.typing as npt
 
 from export import routing
 from export.architecture import Architecture
+from export.checkpoint.folder import open_checkpoint
 from export.checkpoint.shard_writer import write_sharded
 from export.conversion.sources import check_unchanged, source_files
-from export.families import Model
+from export.families import Model, read_model
 from export.files.output import refuse_existing, require_space, staged_directory
 from export.merge.config import GateMode, MergeConfig
+from export.merge.gate_training import GateTraining, TrainedGates, measured_after, train_gates
 from export.merge.gates import gate_matrices
 from export.merge.layout import MergedTensor, MergeSources, cast
 from export.merge.plan import MergePlan, losses, plan_merge, sources_of
@@ -37,12 +40,14 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 YAML_FILE = "mergekit_moe_config.yml"  # the name under which mergekit saves a copy of its configuration
+TRAINING_FILE = "gate_training.json"
 _WHAT = "the merged checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeResult:
-    """The merged checkpoint that was written. `routing` is the diagnosis of the gates as they are stored."""
+    """The merged checkpoint that was written. `routing` is the diagnosis of the gates as they are stored; `trained`
+    says how they were fitted, None if they come from the prompts alone."""
 
     folder: Path
     architecture: Architecture
@@ -52,13 +57,19 @@ class MergeResult:
     num_bytes: int
     shards: tuple[Path, ...]
     routing: routing.RoutingReport
+    trained: TrainedGates | None = None
 
 
 def merge(
-    config: MergeConfig, output: Path, *, seed: int = 0, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    config: MergeConfig,
+    output: Path,
+    *,
+    seed: int = 0,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    training: GateTraining | None = None,
 ) -> MergeResult:
-    """Merge models as `config` says and write the checkpoint to the new folder `output`. `seed` is for random gates and
-    for noise.
+    """Merge models as `config` says and write the checkpoint to the new folder `output`. `seed` is for random gates,
+    for noise, and for what `training` holds out.
 
     Raises ConfigError, CheckpointError, MergeError and OutputError; `output` then does not exist.
     """
@@ -70,14 +81,19 @@ def merge(
     states = [(source, source_files(source)) for source in sources_of((base, *experts))]
     require_space(output, plan.num_bytes, _WHAT)
     _warn_of_losses(config, plan)
-    gates = _gates(config, base, dtype, seed)
+    gates = _gates(config, base, dtype, seed, trained_later=training is not None)
     report = routing.diagnose(gates, config.experts_per_token)
-    for sentence in routing.warnings(report):
-        logger.warning("routing: %s", sentence)
+    trained = None
     sources = MergeSources(base=base, experts=experts, settings=config.experts, gates=gates, seed=seed)
     with staged_directory(output, _WHAT) as folder:
         values = plan.output.config(base, architecture, dtype, _token_keys(architecture, settings))
         _write_folder(folder, config, values, settings, tensors, sources, max_shard_bytes)
+        if training is not None:
+            trained, gates = _train(folder, experts, training, tensors, seed)
+            report = routing.diagnose(gates, config.experts_per_token)
+        else:
+            for sentence in routing.warnings(report):
+                logger.warning("routing: %s", sentence)
         for source, state in states:
             check_unchanged(source, state)
     result = MergeResult(
@@ -89,12 +105,41 @@ def merge(
         num_bytes=plan.num_bytes,
         shards=tuple(sorted(output.glob("*.safetensors"))),
         routing=report,
+        trained=trained,
     )
     logger.debug(
         "merged %d experts: %d tensors, %.3f GB, %.1f s, %s",
         len(experts), result.num_tensors, result.num_bytes / 1e9, time.monotonic() - started, output,
     )  # fmt: skip
     return result
+
+
+def _train(
+    folder: Path, experts: Sequence[Model], training: GateTraining, tensors: Sequence[MergedTensor], seed: int
+) -> tuple[TrainedGates, dict[int, npt.NDArray[Any]]]:
+    """Fit the gates of the merged checkpoint in `folder`, write them over its own, and a record beside them. Returns
+    what was measured, and the gates as they are stored."""
+    mixture = read_model(open_checkpoint(str(folder)))
+    trained = train_gates(mixture, experts, training, seed=seed)
+    if trained.never_best:
+        logger.warning(
+            "expert(s) %s are best for no token of the texts: their gate rows send them few tokens; give a text of "
+            "their kind, or leave them out",
+            ", ".join(map(str, trained.never_best)),
+        )
+    stored = {}
+    for tensor in tensors:
+        if tensor.row is not None or tensor.layer is None:
+            continue
+        place = mixture.weights.checkpoint.tensors[tensor.planned.name]
+        gate = cast(trained.gates[tensor.layer], tensor.planned.dtype, tensor.planned.name)
+        with place.shard.open("r+b") as file:
+            file.seek(place.offset)
+            file.write(gate.tobytes())
+        stored[tensor.layer] = gate
+    trained = measured_after(trained, read_model(open_checkpoint(str(folder))), training.progress)
+    (folder / TRAINING_FILE).write_text(json.dumps(trained.to_json(), indent=2) + "\n", encoding="utf-8")
+    return trained, stored
 
 
 def _write_folder(
@@ -139,8 +184,10 @@ def _warn_of_losses(config: MergeConfig, plan: MergePlan) -> None:
         logger.warning("%s", sentence)
 
 
-def _gates(config: MergeConfig, base: Model, dtype: str, seed: int) -> dict[int, npt.NDArray[Any]]:
-    """Layer -> gate matrix, rounded to the output dtype."""
+def _gates(
+    config: MergeConfig, base: Model, dtype: str, seed: int, *, trained_later: bool
+) -> dict[int, npt.NDArray[Any]]:
+    """Layer -> gate matrix, rounded to the output dtype. Empty prompts are told only if no training follows."""
     started = time.monotonic()
     gates = {
         layer: cast(gate, dtype, f"the gate of layer {layer}")
@@ -151,7 +198,7 @@ def _gates(config: MergeConfig, base: Model, dtype: str, seed: int) -> dict[int,
         for index, expert in enumerate(config.experts)
         if config.gate_mode.reads_prompts and not any(expert.positive_prompts)
     ]
-    if empty:
+    if empty and not trained_later:
         logger.warning(
             "expert(s) %s have only empty prompts: their gate rows come from the tokenizer's start token alone",
             ", ".join(map(str, empty)),
