@@ -66,11 +66,12 @@ class Choice:
 class Rule:
     """Which matrices a rule is for, and what it changes. An empty field matches every matrix. `weight` has parts of our
     rows' names, or the parts of a layer: qkv and out of attention, first and second of an expert or MLP. `layers` has
-    numbers of layers; a negative number counts from the last layer, which is -1."""
+    numbers of layers; a negative number counts from the last layer, which is -1. A text "1::3" stands for layer 1 and
+    each third one after it."""
 
     role: tuple[str, ...] = ()
     weight: tuple[str, ...] = ()
-    layers: tuple[int, ...] = ()
+    layers: tuple[int | str, ...] = ()
     choice: Choice = field(default_factory=Choice)
 
     def matches(self, spec: TensorSpec, num_layers: int) -> bool:
@@ -82,7 +83,7 @@ class Rule:
         if not self.layers:
             return True
         layer = layer_of(spec.name)
-        return layer is not None and any(layer == (n if n >= 0 else num_layers + n) for n in self.layers)
+        return layer is not None and any(_is_layer(layer, item, num_layers) for item in self.layers)
 
     @property
     def words(self) -> str:
@@ -241,6 +242,13 @@ def _stated(choice: Choice) -> dict[str, Any]:
         for name, value in asdict(choice).items()
         if value is not None
     }
+
+
+def _is_layer(layer: int, item: int | str, num_layers: int) -> bool:
+    if isinstance(item, str):
+        first, step = map(int, item.split("::"))
+        return layer >= first and (layer - first) % step == 0
+    return layer == (item if item >= 0 else num_layers + item)
 
 
 def _is_named(spec: TensorSpec, weight: str) -> bool:

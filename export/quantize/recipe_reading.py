@@ -15,6 +15,7 @@ BLOCK_SIZES = (32, 64, 128)
 SCALES = ("float16", "float32")
 MAX_RULES = 1000
 MAX_LAYERS = 1 << 14
+_STEP = re.compile(r"(\d{1,5})::(\d{1,5})")
 _RANGE = re.compile(r"(\d{1,5})-(\d{1,5})")
 _CHOICE = ("bits", "block", "symmetric", "scales", "method")
 _MATCH = ("role", "weight", "layers")
@@ -22,7 +23,7 @@ _MATCH = ("role", "weight", "layers")
 
 def read_recipe(values: Any, provider: Provider = PROVIDERS["cpu"], num_layers: int = 0) -> Recipe:  # noqa: ANN401 - plain values
     """The recipe of plain values with the keys name, default and, if there are any, rules. A list may be written as its
-    one item, and layers as ranges such as "0-3".
+    one item, and layers as ranges such as "0-3" and steps such as "1::3" (Rule.layers).
 
     Raises ValueError that names the place, what was found and what was expected.
     """
@@ -99,14 +100,19 @@ def _texts(value: Any, where: str) -> tuple[str, ...]:  # noqa: ANN401 - plain v
     return tuple(texts)
 
 
-def _layers(value: Any, where: str) -> tuple[int, ...]:  # noqa: ANN401 - plain values
-    numbers: list[int] = []
+def _layers(value: Any, where: str) -> tuple[int | str, ...]:  # noqa: ANN401 - plain values
+    numbers: list[int | str] = []
     for item in value if isinstance(value, list) else [value]:
         span = _RANGE.fullmatch(item) if isinstance(item, str) else None
+        step = _STEP.fullmatch(item) if isinstance(item, str) else None
         if type(item) is int and abs(item) <= MAX_LAYERS:
             numbers.append(item)
         elif span is not None and int(span[1]) <= int(span[2]) <= MAX_LAYERS:
             numbers += range(int(span[1]), int(span[2]) + 1)
+        elif step is not None and int(step[2]) > 0:
+            numbers.append(item)
         else:
-            raise ValueError(f"{where} is {shown(value, 60)}, expected numbers of layers or ranges such as 0-3")
+            raise ValueError(
+                f"{where} is {shown(value, 60)}, expected numbers of layers, ranges such as 0-3 or steps such as 1::3"
+            )
     return tuple(numbers)

@@ -76,6 +76,9 @@ def test_the_last_rule_that_matches_wins_field_by_field():
         ({"role": ["attention"]}, [QKV, OUT]),
         ({"layers": [2]}, [QKV, OUT]),
         ({"layers": [-1, 0]}, [FIRST, SECOND]),
+        ({"layers": ["0::2"]}, [QKV, OUT, FIRST]),
+        ({"layers": ["1::2"]}, [SECOND]),
+        ({"layers": ["0-1", "2::7"]}, [QKV, OUT, FIRST]),
         ({}, list(ROWS)),
     ],
 )
