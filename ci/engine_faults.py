@@ -88,7 +88,7 @@ def margins(engine: Engine, model: Model, tokens: Sequence[int]) -> dict[str, fl
 
 def of_faults(engine: Engine, model: Model, work: Path) -> dict[str, dict[str, float]]:
     """The margins of each fault, put into a copy of `engine`."""
-    network, precision = model.family.network(model.weights.checkpoint.config), engine.manifest.precision.name
+    network, precision = model.family.network(model.weights.checkpoint.config), engine.manifest.judged_as
     tokens = random_tokens(model)
     has_bias = f"{network.head}.bias" in model.weights.table
     found = {}
@@ -154,7 +154,7 @@ def ask_about_faults(work: Path, output: Path | None) -> int:
 
 
 def served(engine: Engine, model: Model) -> float:
-    return of_serving(compare_serving(engine, random_tokens(model), quiet), engine.manifest.precision.name)
+    return of_serving(compare_serving(engine, random_tokens(model), quiet), engine.manifest.judged_as)
 
 
 def best(found: Mapping[str, float]) -> tuple[str, float]:
@@ -187,7 +187,7 @@ def ask_sound_engines(work: Path, seeds: Iterable[int]) -> int:
                 tokens = random_tokens(model)
                 found = {**margins(engine, model, tokens), SERVING: served(engine, model)}
                 found["serving, float32 activations"] = of_serving(
-                    [way for way in compare_serving(engine, tokens, quiet) if way.exact], engine.manifest.precision.name
+                    [way for way in compare_serving(engine, tokens, quiet) if way.exact], engine.manifest.judged_as
                 )
                 for question, margin in found.items():
                     key = (engine.folder.name, question)

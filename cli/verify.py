@@ -154,7 +154,7 @@ def _verify(
             progress,
             cost_options(arguments),
         )
-    precision = engine.manifest.precision.name
+    precision = engine.manifest.judged_as
     verification = verify_engine(
         engine, arguments.reference, text, arguments.tokens, progress, cost_options(arguments), reference
     )

@@ -106,7 +106,8 @@ KERNELS: Mapping[str, Mapping[str, Provider]] = MappingProxyType(
         OWN_KERNELS: MappingProxyType(
             {
                 "cpu": replace(
-                    PROVIDERS["cpu"], kernels=OWN_KERNELS, precisions=("int8", "int4"), prefers_highest_place=False,
+                    PROVIDERS["cpu"], kernels=OWN_KERNELS, prefers_highest_place=False,
+                    precisions=("int8", "int4", "int2", "q2", "q3", "q4", "q5", "q6", "q8"),
                     linear=OWN, experts=OWN, embedding=OWN,
                 )
             }

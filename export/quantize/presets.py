@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from export.errors import QuantizationError, unknown
-from export.provider import ONNX_RUNTIME, PROVIDERS, Provider
+from export.provider import KERNELS, ONNX_RUNTIME, OWN_KERNELS, PROVIDERS, Provider
 from export.quantize.recipe import FLOATS, Recipe
 from export.quantize.recipe_reading import read_recipe
 
@@ -25,6 +25,52 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "default": {"bits": 4, "block": [64, 32]},
             "rules": [{"role": ["embedding", "head"], "bits": 8}],
         },
+        "int2": {
+            "default": {"bits": 4, "block": [64, 32]},
+            "rules": [{"role": ["expert", "ffn"], "bits": 2}, {"role": ["embedding", "head"], "bits": 6}],
+        },
+        "q2": {
+            "default": {"bits": 5, "block": [64, 32]},
+            "rules": [
+                {"role": ["expert", "ffn"], "bits": 3, "block": [128, 64, 32]},
+                {"weight": ["first"], "layers": ["1::2"], "bits": 2},
+            ],
+        },
+        "q3": {
+            "default": {"bits": 6, "block": [64, 32]},
+            "rules": [
+                {"role": ["embedding", "head"], "bits": 5},
+                {"weight": ["first"], "bits": 3},
+                {"weight": ["first"], "layers": ["2::4"], "bits": 4},
+                {"weight": ["second"], "bits": 4, "block": [128, 64, 32]},
+            ],
+        },
+        "q4": {
+            "default": {"bits": 6, "block": [64, 32]},
+            "rules": [
+                {"weight": ["first"], "bits": 4},
+                {"weight": ["first"], "layers": ["2::4"], "bits": 5},
+                {"weight": ["second"], "bits": 5, "block": [128, 64, 32]},
+            ],
+        },
+        "q5": {
+            "default": {"bits": 8, "block": [64, 32]},
+            "rules": [
+                {"role": ["embedding"], "bits": 6, "block": [128, 64, 32]},
+                {"role": ["head"], "bits": 6},
+                {"weight": ["first"], "bits": 5},
+                {"weight": ["second"], "bits": 6, "block": [128, 64, 32]},
+            ],
+        },
+        "q6": {
+            "default": {"bits": 8, "block": [64, 32]},
+            "rules": [
+                {"role": ["expert", "ffn"], "bits": 6},
+                {"weight": ["second"], "block": [32]},
+                {"role": ["embedding"], "bits": 6},
+            ],
+        },
+        "q8": {"default": {"bits": 8, "block": [32]}},
     }
 )
 
@@ -40,8 +86,15 @@ def recipe_for(precision: str, provider: Provider = PROVIDERS["cpu"]) -> Recipe:
             f"choosing the precision: the kernels of {provider.kernels} multiply quantised matrices, found "
             f"{precision}, expected {' or '.join(provider.precisions)}; {remedy}"
         )
+    own = KERNELS[OWN_KERNELS].get(provider.name)
+    if own is not None and precision in own.precisions and precision not in provider.precisions:
+        raise QuantizationError(
+            f"choosing the precision: only moeship's kernels have the bits of {precision}; build it without --kernels, "
+            f"or one of {', '.join(provider.precisions)}"
+        )
     if precision not in provider.precisions:
-        others = [f"--provider {other.name}" for other in PROVIDERS.values() if precision in other.precisions]
+        every = [other for providers in KERNELS.values() for other in providers.values()]
+        others = dict.fromkeys(f"--provider {other.name}" for other in every if precision in other.precisions)
         raise QuantizationError(
             f"choosing the precision: ONNX Runtime has no {precision} kernels for mixtures on the provider "
             f"{provider.name}; build {', '.join(provider.precisions)}, or {precision} with {' or '.join(others)}"

@@ -40,7 +40,9 @@ def _with_preset(values: Any, path: Path) -> dict[str, Any]:  # noqa: ANN401 - Y
     """The values with those of the preset that they begin from. Raises ValueError."""
     if not isinstance(values, dict):
         raise ValueError(f"found {shown(values, 60)}, expected a table with the keys {', '.join(_KEYS)}")
-    own = {"name": path.stem, **values}
+    own = {"name": path.stem if path.stem not in PRESETS else path.name, **values}
+    if own["name"] in PRESETS:
+        raise ValueError(f"name is {own['name']}, which is a preset's; take another one")
     if "preset" not in own:
         return own
     preset = own.pop("preset")

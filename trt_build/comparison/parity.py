@@ -71,6 +71,7 @@ THRESHOLDS = {
         max_logit_difference=None, mean_kl=0.06, perplexity_increase=0.03, top1_agreement=0.78, routing_agreement=0.85,
         judged_tokens=JUDGED_TOKENS,
     ),
+    **{q: Thresholds(max_logit_difference=None, mean_kl=2.0, perplexity_increase=2.0, top1_agreement=0.1, routing_agreement=0.1) for q in ("int2","q2","q3","q4","q5","q6","q8")}
 }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from export.files.output import replace_file
 from export.files.reading import check_name
 from export.files.typed_json import read_typed
 from export.provider import KERNELS, OWN_KERNELS
+from export.quantize.presets import PRESETS
 from export.quantize.recipe import Recipe
 from export.quantize.recipe_reading import read_recipe
 from export.tokenizer.settings import TokenizerFacts
@@ -139,6 +140,18 @@ class Manifest:
         """The recipe that the engine was built with. Raises ValueError for data that is none."""
         provider = KERNELS[self.kernels][self.provider]
         return read_recipe(self.precision.recipe, provider, self.architecture.num_layers)
+
+    @property
+    def judged_as(self) -> str:
+        """The preset whose limits the engine must keep. A recipe that is none is judged by the fewest bits of its
+        codes."""
+        name, recipe = self.precision.name, self.precision.recipe
+        if PRESETS.get(name) == {key: value for key, value in recipe.items() if key != "name"}:
+            return name
+        fewest = min((bits for role in self.precision.roles.values() for bits in role.bits), default=None)
+        if fewest is None:
+            return "fp32" if KERNELS[self.kernels][self.provider].float_type == "float32" else "fp16"
+        return {8: "int8", 4: "int4"}.get(fewest, f"q{fewest}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,7 +329,7 @@ def _check_facts(manifest: Manifest, old: OldFormat | None) -> None:
     provider = providers.get(manifest.provider)
     if provider is None:
         raise ValueError(f"provider is {shown(manifest.provider)}, expected one of {', '.join(providers)}")
-    if precision.name not in provider.precisions:
+    if precision.name in PRESETS and precision.name not in provider.precisions:
         raise ValueError(f"precision is {shown(precision.name)}, expected one of {', '.join(provider.precisions)}")
     for name, role in precision.roles.items():
         where = f"precision.roles.{named(name, 40)}"

@@ -78,7 +78,7 @@ def _compare(
     """The three ways, with other graphs in place of the stored ones."""
     tokens = list(window[:CHUNKED_TOKENS])
     starts = _starts(tokens, engine.manifest.max_sequence)
-    precise = scoring_graph is not None or engine.manifest.precision.name == "fp32"
+    precise = scoring_graph is not None or engine.manifest.judged_as == "fp32"
     scoring = ScoringSession(engine, content=scoring_graph)
     k, near = engine.manifest.architecture.experts_per_token, NEAR_PRECISE if precise else NEAR_ROUNDED
     scored, *alone = (_Scored(*scoring.run(sequence), k, near) for sequence in (tokens, *starts))

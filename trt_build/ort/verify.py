@@ -96,7 +96,7 @@ def verify_engine(
     questions = ask(engine, model, windows[0], progress)
     report, positions = _scored(engine, reference(model), windows, progress)
     ways = compare_serving(engine, windows[0], progress)
-    precision = manifest.precision.name
+    precision = manifest.judged_as
     missed = report.failures(THRESHOLDS[precision])
     if missed:
         measure_cost = measure_cost or prepare_cost(engine, model, token_ids, OF_A_FAILURE)

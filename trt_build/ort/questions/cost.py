@@ -29,5 +29,5 @@ def prepare_cost(engine: Engine, model: Model, token_ids: Sequence[int], options
     if engine.old:
         reason = f"format {manifest.format_version} is not read back; build the engine again"
         return unasked(options.grain or Grain.LAYERS, reason)
-    stored, precision = open_stored_weights(engine, model), manifest.precision.name
+    stored, precision = open_stored_weights(engine, model), manifest.judged_as
     return prepare(stored, model, token_ids, options, longest=manifest.max_sequence, precision=precision)
