@@ -20,7 +20,10 @@ _Ends = tuple[FloatArray | None, FloatArray | None]
 # other packages' code, licences and headers with five factors, 0.037 to 0.055 with plain rounding; on the held-out
 # slices of the standard library 0.020 to 0.026 and 0.020 to 0.030 (docs/quality.md). At 8 bits other factors than 1
 # gain nothing.
-STRETCHES = {4: (1.0, 0.93, 0.87, 0.8, 1.07), 8: (1.0,)}
+STRETCHES = {
+    2: (1.0, 0.9, 0.8, 0.7, 0.6), 3: (1.0, 0.92, 0.84, 0.76, 1.08), 4: (1.0, 0.93, 0.87, 0.8, 1.07),
+    5: (1.0, 0.96, 0.92, 0.88, 1.04), 6: (1.0, 0.97, 0.94, 1.03), 8: (1.0,),
+}  # fmt: skip
 LANES = 4  # number of neighbouring values of a block that are moved together
 SMALLEST_SCALE = 1e-36  # smallest scale whose stretched value surely has an accurate inverse in float32
 SLICE_VALUES = 1 << 16  # values quantised at a time: 256 kB as float32, so that the arrays stay in a core's own cache

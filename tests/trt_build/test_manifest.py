@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -16,7 +17,7 @@ from export.families import read_model
 from tests.manifests import edit_manifest, read_values, write_values
 from trt_build.engine_files import FileRecord, check_file_records
 from trt_build.errors import EngineError
-from trt_build.ort.engine import open_engine, record_verification, write_manifest
+from trt_build.ort.engine import StoredRole, open_engine, record_verification, write_manifest
 
 
 @pytest.fixture
@@ -244,3 +245,24 @@ def test_an_engine_with_bits_by_role_in_place_of_a_recipe_is_read(engine, tiny_c
     for spec in table.values():
         old, present = manifest.recipe().storage(spec), stored.storage(spec)
         assert (old and (old.bits, old.block_size)) == (present and (present.bits, present.block_size))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, "int4"),
+        ({"recipe": {"method": "gptq"}}, "int4"),
+        ({"recipe": {"bits": 3}}, "4 bits"),
+        ({"name": "mine"}, "4 bits"),
+        ({"roles": {"head": {"bits": [2]}}}, "int4"),
+        ({"name": "mine", "roles": {"head": {"bits": [2]}}}, "2 bits"),
+    ],
+)
+def test_an_engine_is_judged_as_its_preset_or_by_its_fewest_bits(tiny_engine, change, expected):
+    manifest = open_engine(tiny_engine, check_digests=False).manifest
+    precision = manifest.precision
+    recipe = {**precision.recipe, "default": {**precision.recipe["default"], **change.get("recipe", {})}}
+    recipe["name"] = change.get("name", "int4")
+    roles = {name: StoredRole(bits=tuple(one["bits"])) for name, one in change.get("roles", {}).items()}
+    other = dataclasses.replace(precision, name=recipe["name"], recipe=recipe, roles={**precision.roles, **roles})
+    assert dataclasses.replace(manifest, precision=other).judged_as == expected

@@ -6,7 +6,7 @@ Each figure has a threshold by precision. Each backend computes the logits of it
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,15 @@ class Thresholds:
     judged_tokens: int = 0  # of fewer tokens, a figure misses its limit only where that is certain
 
 
+# Name -> mean KL, perplexity increase, top-1 agreement, routing agreement. The names are presets, and recipes that are
+# none, by the fewest bits of their codes: these have the limits of all matrices at so many bits.
+_BY_BITS: Mapping[str, tuple[float, float, float, float]] = {
+    "int8": (2e-3, 0.003, 0.96, 0.97), "int4": (0.06, 0.03, 0.78, 0.85), "int2": (0.8, 0.5, 0.45, 0.75),
+    "q8": (2e-3, 0.003, 0.96, 0.97), "q6": (5e-3, 0.015, 0.93, 0.95), "q5": (0.012, 0.02, 0.88, 0.93),
+    "q4": (0.03, 0.03, 0.82, 0.9), "q3": (0.1, 0.06, 0.72, 0.85), "q2": (0.3, 0.25, 0.55, 0.75),
+    "8 bits": (2e-3, 0.003, 0.96, 0.97), "6 bits": (0.006, 0.015, 0.92, 0.94), "5 bits": (0.02, 0.03, 0.85, 0.9),
+    "4 bits": (0.1, 0.06, 0.7, 0.8), "3 bits": (0.3, 0.25, 0.55, 0.75), "2 bits": (1.5, 2.0, 0.25, 0.6),
+}  # fmt: skip
 THRESHOLDS = {
     "fp32": Thresholds(
         max_logit_difference=1e-4, mean_kl=1e-6, perplexity_increase=1e-5, top1_agreement=0.999,
@@ -63,15 +72,13 @@ THRESHOLDS = {
         max_logit_difference=None, mean_kl=1e-4, perplexity_increase=0.001, top1_agreement=0.99, routing_agreement=0.99,
         judged_tokens=JUDGED_TOKENS,
     ),
-    "int8": Thresholds(
-        max_logit_difference=None, mean_kl=2e-3, perplexity_increase=0.003, top1_agreement=0.96, routing_agreement=0.97,
-        judged_tokens=JUDGED_TOKENS,
-    ),
-    "int4": Thresholds(
-        max_logit_difference=None, mean_kl=0.06, perplexity_increase=0.03, top1_agreement=0.78, routing_agreement=0.85,
-        judged_tokens=JUDGED_TOKENS,
-    ),
-    **{q: Thresholds(max_logit_difference=None, mean_kl=2.0, perplexity_increase=2.0, top1_agreement=0.1, routing_agreement=0.1) for q in ("int2","q2","q3","q4","q5","q6","q8")}
+    **{
+        name: Thresholds(
+            max_logit_difference=None, mean_kl=kl, perplexity_increase=perplexity, top1_agreement=top1,
+            routing_agreement=routing, judged_tokens=JUDGED_TOKENS,
+        )
+        for name, (kl, perplexity, top1, routing) in _BY_BITS.items()
+    },
 }  # fmt: skip
 
 

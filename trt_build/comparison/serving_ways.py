@@ -51,8 +51,10 @@ SERVING_LIMITS: Mapping[str, ServingLimits] = {
     "fp16": ServingLimits(largest=0.05, mean=2e-3),
     "int8": ServingLimits(largest=0.1, mean=6e-3),
     "int4": ServingLimits(largest=0.1, mean=0.01),
+    # Activations are rounded alike at every number of bits.
     **dict.fromkeys(("int2", "q2", "q3", "q4", "q5", "q6"), ServingLimits(largest=0.1, mean=0.01)),
-    "q8": ServingLimits(largest=0.1, mean=6e-3),
+    **dict.fromkeys(("2 bits", "3 bits", "4 bits", "5 bits", "6 bits"), ServingLimits(largest=0.1, mean=0.01)),
+    **dict.fromkeys(("q8", "8 bits"), ServingLimits(largest=0.1, mean=6e-3)),
 }
 
 

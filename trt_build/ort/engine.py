@@ -143,15 +143,17 @@ class Manifest:
 
     @property
     def judged_as(self) -> str:
-        """The preset whose limits the engine must keep. A recipe that is none is judged by the fewest bits of its
-        codes."""
+        """The preset whose limits the engine must keep, or the fewest bits of the codes if its recipe is no preset.
+        Engines without a recipe in engine.json, which name no methods, had no other recipes than presets."""
         name, recipe = self.precision.name, self.precision.recipe
-        if PRESETS.get(name) == {key: value for key, value in recipe.items() if key != "name"}:
-            return name
-        fewest = min((bits for role in self.precision.roles.values() for bits in role.bits), default=None)
+        roles = self.precision.roles.values()
+        fewest = min((bits for role in roles for bits in role.bits), default=None)
         if fewest is None:
             return "fp32" if KERNELS[self.kernels][self.provider].float_type == "float32" else "fp16"
-        return {8: "int8", 4: "int4"}.get(fewest, f"q{fewest}")
+        default = {key: value for key, value in recipe["default"].items() if key != "method"}
+        values = {**recipe, "default": default}
+        named = name in PRESETS and not any(role.methods for role in roles)
+        return name if named or values == {"name": name, **PRESETS.get(name, {})} else f"{fewest} bits"
 
 
 @dataclass(frozen=True, kw_only=True)
