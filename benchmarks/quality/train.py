@@ -30,8 +30,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "examples" / "tiny-phixtral"), str(ROOT / "benchmarks" / "quality")]
-import corpus
-from llama_tokenizer import SETTINGS, train_tokenizer
+import corpus  # noqa: E402
+from llama_tokenizer import SETTINGS, train_tokenizer  # noqa: E402
 
 SEED = 20261128
 CONTEXT, BATCH, RATE, STEPS = 512, 4, 3e-3, 1500
@@ -63,7 +63,9 @@ def documents(packages: Path) -> Iterator[tuple[str, str]]:
     for document in corpus.documents():
         yield document.name, document.text
     files = [path for path in packages.rglob("*") if path.suffix in PACKAGE_SUFFIXES or path.name.startswith("LICEN")]
-    named = sorted((hashlib.sha256(name.encode()).digest(), name) for name in (str(f.relative_to(packages)) for f in files))
+    named = sorted(
+        (hashlib.sha256(name.encode()).digest(), name) for name in (str(f.relative_to(packages)) for f in files)
+    )
     room = PACKAGE_CHARACTERS
     for _, name in named:
         path = packages / name

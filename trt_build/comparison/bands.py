@@ -5,9 +5,10 @@ figures lie well within the limits of what the recipe gives for normal weights i
 with the recipe, and judged by its distance from what that gives: a sound engine has none, however few values the band
 has and however they are distributed. What is judged are the engine's own codes all the same.
 
-Sums hide a single code or scale that is another one behind the quantiser's own error. But a block's scale is one of a
-few stretches of that of its largest value, and each code is the one nearest to its weight on the scale that is stored
-(export/quantize/grid.py), so each is looked at by itself.
+Sums hide a single code or scale that is another one behind the quantiser's own error. But each code is the one nearest
+to its weight on the scale that is stored, and a block's scale has the least squared error for its codes or, where
+codes moved when they were rounded again, what the recipe gives (export/quantize/grid.py), so each is looked at by
+itself.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from export.quantize.grid import SMALLEST_SCALE, STRETCHES
-from trt_build.comparison.limits import HALF_STEP, Limits
+from trt_build.comparison.limits import HALF_ROUNDING, Limits
 
 FloatArray = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
-_SMALLEST_STEP = 2.0**-149  # of float32
+_SMALLEST_SCALE = 1e-36  # a smaller scale may have no accurate inverse in float32
+_SIZES = (0.4, 1.5)  # of scales, relative to those of stretch 1; those of the recipes lie between 0.5 and 1.25
+_EXACT = 1e-10  # part of <w, w> that the squared error of exact values may have
+_BLOCKS_AGAIN = 4096
 _NEAR = 0.5  # part of a limit up to which a distance is taken as it is
 
 
@@ -127,7 +130,7 @@ def past_nearest(found: FloatArray, wanted: FloatArray, scales: FloatArray, bits
     the nearest. `found` and `wanted` [rows, K], `scales` [rows, P]. Weights outside the grid count as its ends."""
     half = 1 << (bits - 1)
     inverse = np.zeros_like(scales)
-    np.divide(np.float32(1), scales, out=inverse, where=np.abs(scales) >= SMALLEST_SCALE)
+    np.divide(np.float32(1), scales, out=inverse, where=np.abs(scales) >= _SMALLEST_SCALE)
     steps = wanted.reshape(*scales.shape, -1) * inverse[..., None]
     np.clip(steps, np.float32(-half), np.float32(half - 1), out=steps)
     with np.errstate(invalid="ignore"):  # an infinite scale, which has an inverse of 0
@@ -137,12 +140,36 @@ def past_nearest(found: FloatArray, wanted: FloatArray, scales: FloatArray, bits
     return past
 
 
-def off_stretches(scales: FloatArray, units: FloatArray, bits: int, scale_type: str) -> FloatArray:
-    """How far the scale that is furthest from a stretch is from the nearest one, as a part of `units`, the scales of
-    stretch 1; [rows], from two arrays [rows, P]. Signs are those of two equally large values, and do not count."""
-    slack = HALF_STEP if scale_type == "float16" else _SMALLEST_STEP
-    units = np.abs(units).astype(np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        nearest = np.min([np.abs(np.abs(scales) - stretch * units) for stretch in STRETCHES[bits]], axis=0) - slack
-        off: FloatArray = np.where(nearest <= 0, 0, nearest / units).max(axis=1)
-    return off
+def worse_scales(
+    found: FloatArray,
+    wanted: FloatArray,
+    scales: FloatArray,
+    units: FloatArray,
+    again: Callable[[FloatArray], FloatArray],
+) -> FloatArray:
+    """By how much the squared error of the worst block is more than in a sound engine, as a part of it, [rows]; 0 or
+    less in a sound engine. `found` and `wanted` [rows, K], `scales` and `units`, the scales of stretch 1, [rows, P].
+
+    A block counts as 0 whose scale has the least squared error for its codes, but for the rounding to float16, and is
+    of the size that the recipe's have. `again` gives the values [n, K / P] that others have in a sound engine.
+    """
+    shape = (-1, wanted.shape[1] // units.shape[1])
+    own, blocks = found.reshape(shape), wanted.reshape(shape)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
+        off = np.einsum("ij,ij->i", own, blocks) / np.einsum("ij,ij->i", own, own) - 1
+        size = np.abs(scales / units).reshape(-1)
+    places = np.flatnonzero(~((np.abs(off) <= 1.5 * HALF_ROUNDING) & (size >= _SIZES[0]) & (size <= _SIZES[1])))
+    more = np.zeros(len(blocks))
+    for start in range(0, len(places), _BLOCKS_AGAIN):
+        few = places[start : start + _BLOCKS_AGAIN]
+        sound = _errors(again(blocks[few]), blocks[few]) + _EXACT * _errors(blocks[few], np.float32(0))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            more[few] = np.where(sound > 0, _errors(own[few], blocks[few]) / sound - 1, 0)
+    worst: FloatArray = more.reshape(units.shape).max(axis=1)
+    return worst
+
+
+def _errors(one: FloatArray, other: FloatArray | np.float32) -> Doubles:
+    """The squared differences of blocks [n, B], summed, [n]."""
+    differences = (one - other).astype(np.float64)
+    return np.einsum("ij,ij->i", differences, differences)

@@ -21,7 +21,7 @@ from export.families import Model
 from export.floats import widen
 from export.quantize.grid import SLICE_VALUES
 from trt_build.comparison.answers import Answer, listed
-from trt_build.comparison.bands import Band, distances, measure, off_stretches, past_nearest
+from trt_build.comparison.bands import Band, distances, measure, past_nearest, worse_scales
 from trt_build.comparison.fed_back import FedBack, matrix_limit, row_limit
 from trt_build.comparison.limits import BAND_VALUES, HALF_ROUNDING, Limits, half_scale_error, kept_limits, limits_of
 from trt_build.comparison.read_back import ROW_MULTIPLE, FloatArray, ReadBack, Recipe
@@ -63,7 +63,7 @@ class _Sums:
     rows: list[tuple[int, float]] = field(default_factory=list)  # rows past the limit, and their |e| / |w|
     excesses: list[tuple[int, float, float]] = field(default_factory=list)  # other wrong rows, |e| / |w| and the excess
     codes: list[tuple[int, float]] = field(default_factory=list)  # rows with a code that is not the nearest
-    scales: list[tuple[int, float]] = field(default_factory=list)  # rows with a scale that the recipe does not try
+    scales: list[tuple[int, float]] = field(default_factory=list)  # rows with a scale that is not the recipe's
     bands: list[tuple[int, str]] = field(default_factory=list)  # the first row, and what is wrong
     different: list[tuple[int, float, float]] = field(default_factory=list)  # row, found, expected
     fed: FedBack | None = None  # of a matrix whose codes were solved
@@ -270,7 +270,8 @@ def _compare(stored: ReadBack, unit: _Unit, kept: frozenset[str]) -> list[_Sums]
                 halved = half_scale_error(recipe.bits, 1) if recipe.scale_type == "float16" else 0.0
                 wanted_values = widen(own) if recipe.block else nearest_of_rows(widen(own), recipe.bits)
                 quantiser = _Quantiser(stored, unit.spec.name, keeps)
-                _add_rows(sums, values, wanted_values, first, limits, halved, quantiser)
+                own_scales = None if scales is None else scales[turn]
+                _add_rows(sums, values, wanted_values, own_scales, first, limits, halved, quantiser)
                 if scales is not None:
                     _add_codes(sums, values, wanted_values, scales[turn], first, limits, recipe, quantiser)
     return result
@@ -304,10 +305,14 @@ def nearest_of_rows(rows: FloatArray, bits: int) -> FloatArray:
 
 
 def _add_rows(
-    sums: _Sums, found: FloatArray, wanted: FloatArray, first: int, limits: Limits, halved: float, quantiser: _Quantiser
-) -> None:
-    """Add neighbouring rows [n, K] of a quantised matrix; `halved` is `half_scale_error` of one value."""
+    sums: _Sums, found: FloatArray, wanted: FloatArray, scales: FloatArray | None, first: int, limits: Limits,
+    halved: float, quantiser: _Quantiser,
+) -> None:  # fmt: skip
+    """Add neighbouring rows [n, K] of a quantised matrix with its scales [n, P], if they are known; `halved` is
+    `half_scale_error` of one value."""
     steps = quantiser.steps(wanted)
+    if scales is not None:
+        steps = np.copysign(steps, scales)
     rows = measure(found, wanted, steps)
     sums.weights += float(rows.weights.sum())
     sums.errors += float(rows.errors.sum())
@@ -346,7 +351,7 @@ def _add_codes(
     codes = past_nearest(found, wanted, scales, recipe.bits)
     if recipe.late:
         codes -= np.float32(2 ** (recipe.bits - 1) * HALF_ROUNDING)
-    off = off_stretches(scales, quantiser.steps(wanted), recipe.bits, recipe.scale_type)
+    off = worse_scales(found, wanted, scales, quantiser.steps(wanted), quantiser.requantized)
     sums.raise_to("code", codes.max())
     sums.raise_to("scale", off.max())
     sums.codes += [(first + row, float(codes[row])) for row in np.flatnonzero(~(codes <= limits.code)).tolist()]
@@ -401,8 +406,8 @@ def _single_problems(part: _Sums, limits: Limits) -> Iterator[str]:
     if part.scales:
         most = max(off for _, off in part.scales)
         yield (
-            f", {_rows([row for row, _ in part.scales])}: found a scale that is {most:.3g} off those that the recipe "
-            f"tries, relative to the first, allowed {limits.scale:.2g}"
+            f", {_rows([row for row, _ in part.scales])}: found a scale whose block has {most:.3g} times more squared "
+            f"error than the recipe's scale gives, allowed {limits.scale:.2g}"
         )
     if part.codes:
         most = max(past for _, past in part.codes)

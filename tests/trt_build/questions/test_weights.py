@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.quantize.grid import dequantize_blocks, quantize_blocks
-from trt_build.comparison.bands import off_stretches, past_nearest
+from trt_build.comparison.bands import past_nearest, worse_scales
 from trt_build.comparison.limits import limits_of, proved_row_error
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.questions.weights import ask_about_weights
@@ -101,7 +101,8 @@ def test_graphs_that_disagree_about_a_place_are_found(built, tmp_path):
     ]
 
 
-@pytest.mark.parametrize(("bits", "block"), [(4, 32), (4, 64), (8, 32), (8, 64)])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("block", [32, 64, 128])
 def test_rounding_to_the_nearest_never_passes_the_proved_error_of_a_row(bits, block):
     rng = np.random.default_rng(0)
     rows = rng.standard_t(1, (256, 4 * block)).astype(np.float32)
@@ -113,7 +114,8 @@ def test_rounding_to_the_nearest_never_passes_the_proved_error_of_a_row(bits, bl
         error = dequantize_blocks(codes, scales, bits) - values
         worst = max(worst, (np.linalg.norm(error, axis=1) / np.linalg.norm(values, axis=1)).max())
     assert worst <= proved_row_error(bits, block) == limits_of(bits, block).row
-    assert worst > 0.7 * proved_row_error(bits, block)  # int4 also tries other scales, which help here
+    # Where codes are few, other scales help here.
+    assert worst > {2: 0.45, 3: 0.35, 4: 0.55}.get(bits, 0.7) * proved_row_error(bits, block)
 
 
 @pytest.mark.needs_kernels
@@ -138,18 +140,26 @@ def test_small_scales_that_are_rounded_after_the_codes_are_no_fault(tmp_path):
     assert ask_about_weights(build_engine(options), read_model(open_checkpoint(folder))).failures == ()
 
 
-@pytest.mark.parametrize("precision", ["int4", "int8"])
-def test_one_code_and_one_scale_show_in_a_large_matrix(precision):
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("half_scales", [False, True])
+def test_one_code_and_one_scale_show_in_a_large_matrix(bits, half_scales):
     """Beside 4,095 others of its row neither shows in a sum over rows or bands."""
-    bits = int(precision.removeprefix("int"))
     rows = np.random.default_rng(1).standard_normal((64, 4096)).astype(np.float32)
-    codes, scales = quantize_blocks(rows, bits, 64)
+    codes, scales = quantize_blocks(rows, bits, 64, half_scales=half_scales)
     units = np.abs(rows.reshape(64, 64, 64)).max(axis=2) / 2 ** (bits - 1)
-    limits = limits_of(bits, 64, "float32")
+    limits = limits_of(bits, 64)
+
+    def worse():
+        def again(blocks):
+            return dequantize_blocks(*quantize_blocks(blocks, bits, 64, half_scales=half_scales), bits)
+
+        return worse_scales(dequantize_blocks(codes, scales, bits), rows, scales, units, again)
+
     assert past_nearest(dequantize_blocks(codes, scales, bits), rows, scales, bits).max() <= limits.code
-    assert off_stretches(scales, units, bits, "float32").max() <= limits.scale
+    assert worse().max() <= limits.scale
     codes[3, 100] ^= 1
-    scales[5, 7] *= np.float32(1.01)
+    scales[5, 7] *= np.float32(1.01 if bits > 3 else 1.05)
+    scales[9] = -scales[9]
     past = past_nearest(dequantize_blocks(codes, scales, bits), rows, scales, bits)
     assert past[3] > limits.code
-    assert np.flatnonzero(off_stretches(scales, units, bits, "float32") > limits.scale).tolist() == [5]
+    assert {5, 9} <= set(np.flatnonzero(worse() > limits.scale).tolist()) <= {3, 5, 9}
