@@ -50,12 +50,26 @@ class Calibration:
             )
         return self.method or (GPTQ if self.texts else None)
 
+    def flags(self) -> list[str]:
+        """The flags of a command line that say the same."""
+        words = [] if self.method is None else ["--method", self.method]
+        words += ["--calibrate", *(str(path.resolve()) for path in self.texts)] if self.texts else []
+        words += [] if self.num_tokens is None else ["--calibrate-tokens", str(self.num_tokens)]
+        return words + ([] if self.codes is None else ["--codes", str(self.codes.resolve())])
+
     def text(self, tokenizer: Tokenizer, longest: int) -> CalibrationText:
         """The text as windows of tokens. Raises ConfigError for a file that cannot be read, and for too little text."""
         text = read_texts(self.texts) if self.texts else EvaluationText(names=(OWN_TEXT,), content=own_text())
         asked = DEFAULT_TOKENS if self.num_tokens is None else self.num_tokens
         windows = windows_of(tokenizer.encode_prompt(text.content), asked, longest, names(text.names))
         return CalibrationText(windows=windows, record=text.to_json())
+
+
+def text_record(text: CalibrationText) -> dict[str, Any]:
+    """What decides codes beside the model and their bits: the text and the solver's settings."""
+    return {
+        "text": dict(text.record), "tokens": text.num_tokens, "damping": DAMPING, "fewest_tokens": FEWEST_TOKENS,
+    }  # fmt: skip
 
 
 @contextmanager

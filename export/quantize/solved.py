@@ -91,6 +91,15 @@ class SolvedCodes:
         codes = unpacked(self._read(f"{name}.codes", place, first, last), matrix.bits)
         return Codes(codes=codes, scales=scales, zeros=zeros)
 
+    def part_rows(self, spec: TensorSpec, group: int, turn: int, first: int, last: int) -> Codes:
+        """The codes of rows `first` to `last` of a part of a row of the table, as `TensorSpec.groups` has them."""
+        turns = len(spec.groups[group])
+        place, before = group, 0
+        if not spec.stacks_experts:
+            place, before = 0, sum(parts[0].shape[0] for parts in spec.groups[:group])
+        found = self.rows(spec.name, place, before + turns * first, before + turns * last)
+        return Codes(codes=found.codes[turn::turns], scales=found.scales[turn::turns], zeros=found.zeros[turn::turns])
+
     def check_read(self, name: str, runs: Mapping[str, tuple[Run, ...]]) -> None:
         """Raise CheckpointError if a row was read from other bytes than its codes were solved from."""
         matrix = self.matrices.get(name)

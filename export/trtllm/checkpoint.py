@@ -29,10 +29,12 @@ from export.conversion.writer import Progress, conversion_bytes, write_parts
 from export.errors import ConfigError, ExportError, listing
 from export.families import Model
 from export.files.resume import Fingerprint, SourceFile, partial_folder, refuse_made
+from export.quantize.solved import SolvedCodes
 from export.tokenizer.surplus import model_settings
+from export.trtllm.carry import kept_grid
 from export.trtllm.config import checkpoint_config
 from export.trtllm.converter import RankConverter, rank_file
-from export.trtllm.layout import DENSE, QKV, Layout, LayoutOptions, matrix_shapes, plan_layout
+from export.trtllm.layout import DENSE, QKV, Form, Layout, LayoutOptions, TensorJob, matrix_shapes, plan_layout
 from export.trtllm.packing import TILE, interleaves_columns
 from export.trtllm.parallel import Parallelism
 from export.trtllm.precision import (
@@ -60,7 +62,8 @@ class CheckpointOptions:
     precisions (None: the first of GROUP_SIZES that fits). `sm` is the compute capability of the GPU whose layout packed
     matrices have. With `plain` the checkpoint holds floats, and TensorRT-LLM quantises them when it builds the engine.
     Token ids from `mask_from` on stand for no text. `left_out` lists experts that no layer can choose
-    (export/routing.py); they are not written.
+    (export/routing.py); they are not written. `calibration` says over which text codes are solved, as plain JSON values
+    (None: they are not).
     """
 
     precision: str = "int4"
@@ -71,6 +74,7 @@ class CheckpointOptions:
     plain: bool = False
     mask_from: int | None = None
     left_out: tuple[int, ...] = ()
+    calibration: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +95,18 @@ class CheckpointPlan:
             for rank, header in self.headers.items()
         }
 
-    def converter(self, folder: Path) -> RankConverter:
-        """The converter that fills rank files under `folder`."""
+    @property
+    def groupwise(self) -> tuple[TensorJob, ...]:
+        """The jobs whose codes can be solved: those of matrices with a scale for each group that do not keep the
+        checkpoint's own codes."""
+        return tuple(
+            job
+            for job in self.layout.jobs
+            if job.form in (Form.GROUPS, Form.PAIRS) and kept_grid(self.model.weights, job) is None
+        )
+
+    def converter(self, folder: Path, solved: SolvedCodes | None = None) -> RankConverter:
+        """The converter that fills rank files under `folder`, with the codes that were solved."""
         offsets: dict[int, dict[str, int]] = {}
         for rank, header in self.headers.items():
             position = len(header)
@@ -100,7 +114,9 @@ class CheckpointPlan:
             for tensor in self.layout.tensors(rank):
                 offsets[rank][tensor.name] = position
                 position += tensor.num_bytes
-        return RankConverter(weights=self.model.weights, folder=folder, offsets=offsets, sizes=self.rank_bytes)
+        return RankConverter(
+            weights=self.model.weights, folder=folder, offsets=offsets, sizes=self.rank_bytes, solved=solved
+        )
 
     def conversion_bytes(self) -> int:
         """Peak resident memory of writing the checkpoint in bytes, the sum over all processes."""
@@ -224,9 +240,11 @@ def write_checkpoint(
     options: CheckpointOptions,
     output: Path,
     progress: Callable[[Progress], None] | None = None,
+    solved: SolvedCodes | None = None,
+    record: Mapping[str, Any] | None = None,
 ) -> CheckpointPlan:
     """Write a TensorRT-LLM checkpoint to the folder `output`; returns its plan. `progress` is called a few times a
-    second.
+    second. Codes that were solved are carried over; its manifest keeps the `record` of them.
 
     Raises ExportError and QuantizationError before anything is written, OutputError if the output exists or the disk
     fails, and CheckpointError if the source is damaged or changes while it is read.
@@ -236,11 +254,14 @@ def write_checkpoint(
     plan = plan_checkpoint(model, options)
     checkpoint = model.weights.checkpoint
     settings = model_settings(model)
-    fingerprint = Fingerprint(settings=checkpoint_settings(plan), sources=source_files(checkpoint))
+    settings_of_run = {**checkpoint_settings(plan), "solved codes": None if solved is None else solved.digest}
+    fingerprint = Fingerprint(settings=settings_of_run, sources=source_files(checkpoint))
     keep = tuple(rank_file(rank) for rank in plan.headers)
     with partial_folder(output, what, fingerprint, keep, sum(plan.rank_bytes.values())) as folder:
         check_resumed(folder, checkpoint, f"{what} {output}")
-        records = write_parts(plan.converter(folder.content), plan.layout.jobs, folder, progress or (lambda _: None))
+        records = write_parts(
+            plan.converter(folder.content, solved), plan.layout.jobs, folder, progress or (lambda _: None)
+        )
         for rank, header in plan.headers.items():
             with (folder.content / rank_file(rank)).open("r+b") as file:
                 file.write(header)
@@ -252,6 +273,7 @@ def write_checkpoint(
             "checkpoint": checkpoint.identity,
             "revision": checkpoint.revision,
             "settings": checkpoint_settings(plan),
+            **({} if record is None else {"calibration": dict(record)}),
             "sources": source_digests(checkpoint, runs, read=False),
             "read_from": _states(fingerprint.sources),
             "files": {rank_file(rank): num_bytes for rank, num_bytes in plan.rank_bytes.items()},
@@ -291,6 +313,7 @@ def options_of(settings: Mapping[str, Any]) -> CheckpointOptions:
             plain=bool(settings["plain"]),
             mask_from=settings["mask_from"],
             left_out=tuple(settings["left_out"]),
+            calibration=settings.get("calibration"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ExportError(f"reading the settings of a TensorRT-LLM checkpoint: {error!r}; write it again") from error
@@ -299,6 +322,13 @@ def options_of(settings: Mapping[str, Any]) -> CheckpointOptions:
 def _states(sources: Mapping[str, SourceFile]) -> dict[str, Any]:
     """Size and SHA-256 of each source file (of a shard: of its header), which do not depend on the folder."""
     return {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in sorted(sources.items())}
+
+
+def calibration_of(folder: Path) -> Mapping[str, Any] | None:
+    """What the manifest of a checkpoint says of solved codes; None if none were. Raises ConfigError for a manifest that
+    cannot be read."""
+    found = read_json(folder / MANIFEST_FILE, "the checkpoint's manifest").get("calibration")
+    return found if isinstance(found, dict) else None
 
 
 def require_written(plan: CheckpointPlan, folder: Path) -> Mapping[str, str]:

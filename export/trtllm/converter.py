@@ -21,6 +21,7 @@ from export.errors import QuantizationError
 from export.floats import widen
 from export.quantize.channels import quantize_channels
 from export.quantize.grid import FloatArray, quantize_blocks
+from export.quantize.solved import SolvedCodes
 from export.trtllm.carry import carried_groups, kept_grid
 from export.trtllm.layout import Form, RankTensor, Slice, TensorJob
 from export.trtllm.packing import TILE, pack, pack_pairs
@@ -32,11 +33,12 @@ _SEPARATOR = "#"  # separator between the file's name and the tensor's name in t
 @dataclass(frozen=True, kw_only=True)
 class RankConverter(Converter[TensorJob]):
     """Converts jobs into the rank files under `folder`. `offsets`: rank -> name of a tensor -> its first byte in the
-    rank's file. `sizes`: rank -> bytes of its file."""
+    rank's file. `sizes`: rank -> bytes of its file. `solved` has codes that are carried over."""
 
     folder: Path
     offsets: Mapping[int, Mapping[str, int]]
     sizes: Mapping[int, int]
+    solved: SolvedCodes | None = None
 
     def files(self) -> Mapping[Path, int]:
         """The rank files and their lengths in bytes."""
@@ -77,6 +79,7 @@ class RankConverter(Converter[TensorJob]):
         scales = {rank: _scales_of(job, tensor) for rank, tensor in job.tensors.items()}
         zeros = {rank: np.zeros_like(own) for rank, own in scales.items()}
         grid = kept_grid(self.weights, job)
+        solved = self.solved if self.solved is not None and job.source in self.solved.matrices else None
         table = weights.table[job.source].groups
         with ExitStack() as stack:
             files = {
@@ -89,7 +92,11 @@ class RankConverter(Converter[TensorJob]):
                     if not takers:  # the chunk belongs to an expert that is left out
                         continue
                     part = table[group][turn]
-                    if grid is not None:
+                    if solved is not None:
+                        spec = weights.table[job.source]
+                        own = solved.part_rows(spec, group, turn, first, first + len(values))
+                        rows = _Rows(own.codes, own.scales)
+                    elif grid is not None:
                         rows = _Rows(*carried_groups(weights, part, first, widen(values), job, grid))
                     else:
                         rows = _encoded(job, _masked(job, values, first), packed=part.packed_in(checkpoint) is not None)
@@ -108,6 +115,8 @@ class RankConverter(Converter[TensorJob]):
                     filling = region.bytes_left // np.dtype(dtype).itemsize
                     region.write(files[piece.rank], np.full(filling, MASKED_LOGIT, dtype=dtype))
         written = tuple(region.finish() for region in regions)
+        if solved is not None:
+            solved.check_read(job.source, checkpoint.runs())
         return PartRecord(part=job.source, sources=checkpoint.runs(), regions=written)
 
     def _slice_region(self, job: TensorJob, piece: Slice, index: int) -> PlannedRegion:

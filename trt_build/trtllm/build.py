@@ -18,9 +18,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from export.calibration.layers import Wanted
+from export.calibration.store import CalibrationText
 from export.conversion.writer import Progress
 from export.errors import OutputError, listing
 from export.files.output import refuse_existing, staged_directory
+from export.quantize.recipe import GPTQ
 from export.routing import RoutingReport, left_out_of_every_layer
 from export.trtllm.checkpoint import (
     CheckpointPlan,
@@ -31,6 +34,7 @@ from export.trtllm.checkpoint import (
     require_written,
     write_checkpoint,
 )
+from trt_build.calibration import calibration_record, solved, text_record
 from trt_build.comparison.answers import Answer
 from trt_build.comparison.evaluation_text import own_text
 from trt_build.comparison.parity import Verification
@@ -83,11 +87,24 @@ class _Build:
     checkpoint: CheckpointPlan
     routing: RoutingReport | None
     plan: TrtllmPlan
+    text: CalibrationText | None  # over which codes are solved
 
     @property
     def ranks(self) -> RankFolder:
         folder = self.options.checkpoint_folder
         return RankFolder(plan=self.checkpoint, folder=folder, max_sequence=self.source.max_sequence)
+
+    def wanted_codes(self) -> dict[str, Wanted]:
+        """The rows whose codes are solved."""
+        facts, left_out = self.source.model.architecture, self.checkpoint.options.left_out
+        written = tuple(expert for expert in range(facts.num_experts) if expert not in left_out)
+        table = self.source.model.weights.table
+        return {
+            job.source: Wanted(
+                bits=job.bits, block_size=job.group_size, experts=written if table[job.source].stacks_experts else (0,)
+            )
+            for job in self.checkpoint.groupwise
+        }
 
     def reaches(self, stage: str) -> bool:
         return STAGES.index(self.options.until) >= STAGES.index(stage)
@@ -172,12 +189,18 @@ def _prepare(options: TrtllmOptions) -> _Build:
     check_options(options, source.model, machine)
     routing = source.model.routing_report()
     left_out = () if options.keep_all_experts else left_out_of_every_layer(routing, source.model.architecture.router)
-    wanted = options.checkpoint_options(machine, source.tokenizer.size, left_out)
+    text = None
+    if options.calibration.chosen() == GPTQ:
+        text = options.calibration.text(source.tokenizer, source.model.architecture.max_positions)
+    said = None if text is None else text_record(text)
+    wanted = options.checkpoint_options(machine, source.tokenizer.size, left_out, said)
     checkpoint = plan_checkpoint(source.model, wanted)
     plan = plan_trtllm(checkpoint, options, source.max_sequence, routing)
     for note in plan.notes:
         logger.warning("%s", note)
-    return _Build(options=options, source=source, machine=machine, checkpoint=checkpoint, routing=routing, plan=plan)
+    return _Build(
+        options=options, source=source, machine=machine, checkpoint=checkpoint, routing=routing, plan=plan, text=text
+    )
 
 
 def _existing_engine(build: _Build) -> TrtllmEngine | None:
@@ -239,7 +262,10 @@ def _checkpoint(build: _Build, progress: Callable[[Progress], None] | None) -> M
             logger.warning(
                 "no GPU here: packing for every GPU but SM 90 (H100, H200); pass --gpu-sm 90 to build for one"
             )
-        write_checkpoint(build.source.model, build.checkpoint.options, folder, progress)
+        model, calibration = build.source.model, build.options.calibration
+        with solved(calibration, folder, model, build.wanted_codes(), build.text) as codes:
+            record = None if codes is None else calibration_record(codes)
+            write_checkpoint(model, build.checkpoint.options, folder, progress, codes, record)
     return require_written(build.checkpoint, folder)
 
 
@@ -355,6 +381,9 @@ def command_of(options: TrtllmOptions) -> list[str]:
     words = [str(Path(__file__).resolve().parents[1] / "build_engine.py"), "--backend", TRTLLM_BACKEND]
     for field in fields(options):
         value = getattr(options, field.name)
+        if field.name == "calibration":
+            words += options.calibration.flags()
+            continue
         if value == field.default and field.name not in ("checkpoint", "output"):
             continue
         flag = f"--{field.name.replace('_', '-')}"

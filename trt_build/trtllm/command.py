@@ -16,7 +16,7 @@ from export.trtllm.checkpoint import differing_settings, options_of, plan_checkp
 from trt_build.comparison.cost.measuring import CostOptions
 from trt_build.comparison.evaluation_text import EvaluationText
 from trt_build.comparison.verified import Verified
-from trt_build.engine_flags import read_checkpoint
+from trt_build.engine_flags import read_calibration, read_checkpoint
 from trt_build.errors import EngineError, LibraryMissing
 from trt_build.machine.readings import read_machine
 from trt_build.manifest import MANIFEST_FILE
@@ -117,6 +117,7 @@ def read_trtllm_options(arguments: argparse.Namespace, output: Path) -> TrtllmOp
         for name in _DEFAULTS
         if getattr(arguments, name, None) is not None and name not in ("checkpoint", "output", "max_seq_len")
     }
+    values["calibration"] = read_calibration(arguments)
     return TrtllmOptions(
         checkpoint=read_checkpoint(arguments), output=output, max_seq_len=arguments.max_sequence, **values
     )

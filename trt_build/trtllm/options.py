@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from export.architecture import Architecture
 from export.checkpoint.tensor_table import Role
 from export.errors import listing
 from export.families import Model
+from export.quantize.recipe import GPTQ
 from export.trtllm.checkpoint import DEFAULT_SM, CheckpointOptions
 from export.trtllm.parallel import Parallelism
+from trt_build.calibration import Calibration
 from trt_build.comparison.parity import MIN_TOKENS
 from trt_build.errors import EngineError
 from trt_build.machine.readings import MPIRUN, Machine
 from trt_build.trtllm_flags import STAGES
 
+GROUPWISE = ("int4_gptq", "int4_awq")
 SUPPORTED = ("1.0", "1.1", "1.2")  # later releases have no engines: NVIDIA/TensorRT-LLM#15907, #15918
 
 
@@ -28,7 +32,8 @@ class TrtllmOptions:
     for, 90 for 9.0 (None: that of this machine's GPU, or SM 80 if it has none). `kv_cache_fraction` is the share of the
     GPU's free memory that serving gives to keys and values. With `keep_all_experts` the engine has the experts that can
     never be chosen too. `until` names the last stage to run. With
-    `unchecked` the rank files are not compared with the checkpoint."""
+    `unchecked` the rank files are not compared with the checkpoint. `calibration` says by which method the codes of
+    group-wise precisions are found, and over which text."""
 
     checkpoint: str
     output: Path
@@ -52,6 +57,7 @@ class TrtllmOptions:
     trtllm_checkpoint: Path | None = None
     verify_tokens: int = 2048
     unchecked: bool = False
+    calibration: Calibration = field(default_factory=Calibration)
 
     @property
     def parallel(self) -> Parallelism:
@@ -71,9 +77,15 @@ class TrtllmOptions:
             return self.gpu_sm
         return machine.gpus[0].sm if machine.gpus else DEFAULT_SM
 
-    def checkpoint_options(self, machine: Machine, tokenizer_size: int, left_out: tuple[int, ...]) -> CheckpointOptions:
+    def checkpoint_options(
+        self,
+        machine: Machine,
+        tokenizer_size: int,
+        left_out: tuple[int, ...],
+        calibration: Mapping[str, Any] | None = None,
+    ) -> CheckpointOptions:
         """The options of the TensorRT-LLM checkpoint. `tokenizer_size` is the number of ids that stand for text;
-        `left_out` are the experts that no layer can choose."""
+        `left_out` are the experts that no layer can choose; `calibration` says over which text codes are solved."""
         return CheckpointOptions(
             precision=self.precision,
             dtype=self.dtype,
@@ -83,6 +95,7 @@ class TrtllmOptions:
             plain=self.plain_weights,
             mask_from=tokenizer_size,
             left_out=left_out,
+            calibration=calibration,
         )
 
 
@@ -93,6 +106,7 @@ def check_options(options: TrtllmOptions, model: Model, machine: Machine) -> Non
     every problem.
     """
     problems = [
+        *_method_problems(options),
         *_value_problems(options, model.architecture),
         *_folder_problems(options, model.weights.checkpoint.folder),
         *_model_problems(options, model),
@@ -100,6 +114,17 @@ def check_options(options: TrtllmOptions, model: Model, machine: Machine) -> Non
     ]
     if problems:
         raise EngineError(f"planning a TensorRT-LLM engine of {options.checkpoint}:{listing(problems)}")
+
+
+def _method_problems(options: TrtllmOptions) -> Iterator[str]:
+    method = options.calibration.chosen()
+    if method is None or options.precision in GROUPWISE:
+        return
+    if method == GPTQ:
+        yield (
+            f"--method gptq and --calibrate are for --precision {' and '.join(GROUPWISE)}, whose scales are for "
+            f"groups; found {options.precision}"
+        )
 
 
 def _value_problems(options: TrtllmOptions, facts: Architecture) -> Iterator[str]:

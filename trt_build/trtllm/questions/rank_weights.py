@@ -11,6 +11,7 @@ is a copy.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import mmap
 from collections.abc import Mapping, Sequence
@@ -23,14 +24,15 @@ import numpy.typing as npt
 
 from export.checkpoint.safetensors_header import FLOAT_LABELS, StoredTensor, numpy_dtype, read_header
 from export.checkpoint.tensor_table import Role
-from export.errors import CheckpointError
+from export.errors import CheckpointError, ConfigError
 from export.floats import widen
 from export.quantize.grid import dequantize_blocks, quantize_blocks
 from export.trtllm.carry import kept_grid
-from export.trtllm.checkpoint import CheckpointPlan
+from export.trtllm.checkpoint import CheckpointPlan, calibration_of
 from export.trtllm.converter import MASKED_LOGIT, rank_file
 from export.trtllm.layout import Form, RankTensor, Slice, TensorJob
 from export.trtllm.packing import INTERLEAVED_ROWS, unpack, unpack_pairs
+from trt_build.calibration import checksums_of
 from trt_build.comparison.read_back import FloatArray, ReadBack, Recipe
 from trt_build.errors import EngineError
 
@@ -237,13 +239,27 @@ def open_rank_weights(plan: CheckpointPlan, folder: Path) -> RankWeights:
     experts = {
         name: written for name, spec in model.weights.table.items() if spec.stacks_experts or spec.role is Role.ROUTER
     }
-    return RankWeights(
+    stored = RankWeights(
         checkpoint=model.weights.checkpoint,
         table=model.weights.table,
         experts=experts,
         jobs={job.source: job for job in plan.layout.jobs},
         files=files,
     )
+    return dataclasses.replace(stored, checksums=_checksums(stored, plan, folder))
+
+
+def _checksums(stored: RankWeights, plan: CheckpointPlan, folder: Path) -> Mapping[str, Mapping[str, str]]:
+    """The checksums of solved codes; none where the rank files have their scales rounded. Raises EngineError for a
+    manifest that has not what the plan says."""
+    if plan.options.calibration is None:
+        return {}
+    try:
+        found = checksums_of(calibration_of(folder))
+    except (ConfigError, ValueError) as error:
+        raise EngineError(f"reading the solved codes of {folder}: {error}; write the checkpoint again") from error
+    rounded = {name for name in found if (recipe := stored.recipe(name)) and recipe.scale_type != "float16"}
+    return {name: {} if name in rounded else one for name, one in found.items()}
 
 
 def _open(path: Path) -> RankFile:
