@@ -58,7 +58,7 @@ WITHIN = {
         "families": {"checkpoint", "formats", "onnx_graph"},
         "exporter": {"checkpoint", "conversion", "families", "files", "onnx_graph", "quantize"},
         "inspection": {"checkpoint", "families"},
-        "tokenizer": {"checkpoint", "families", "files"},
+        "tokenizer": {"checkpoint", "families", "files", "formats"},
         "trtllm": {"checkpoint", "conversion", "families", "files", "formats", "quantize", "tokenizer"},
         "reference": {"checkpoint", "families"},
         "calibration": {"checkpoint", "conversion", "families", "files", "quantize", "reference"},

@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from export.architecture import Architecture
-from export.checkpoint.file_table import TOKENIZER_FILE
 from export.checkpoint.folder import Checkpoint, open_checkpoint
-from export.errors import ConfigError, named
+from export.errors import ConfigError
 from export.families import Model, read_model
-from export.files.reading import is_there
 from export.tokenizer.loading import Tokenizer
 from export.tokenizer.settings import Settings, check_token_ids
 from export.tokenizer.surplus import model_settings
@@ -41,12 +39,6 @@ def open_source(location: str, experts_per_token: int | None, max_sequence: int 
     """Open a checkpoint and read its model and settings. Raises CheckpointError and ConfigError."""
     model = read_model(open_checkpoint(location), experts_per_token)
     checkpoint = model.weights.checkpoint
-    if checkpoint.is_gguf and not is_there(checkpoint.folder / TOKENIZER_FILE):
-        raise ConfigError(
-            f"opening {named(location)}: there is no {TOKENIZER_FILE} beside it, and moeship does not take the "
-            "tokenizer from a GGUF file; put the original model's tokenizer.json and tokenizer_config.json into "
-            "the same folder"
-        )
     settings = model_settings(model)
     longest = _max_sequence(max_sequence, model)
     vocab = model.architecture.vocab_size

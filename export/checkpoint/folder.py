@@ -172,6 +172,11 @@ class Checkpoint:
         """Whether the checkpoint is a GGUF file."""
         return all(map(is_gguf, self.shards))
 
+    @property
+    def gguf_file(self) -> Path | None:
+        """The GGUF file, if the checkpoint is one."""
+        return self.shards[0] if self.is_gguf else None
+
     def tokenizer_files(self) -> list[Path]:
         """Paths of the tokenizer and settings files that are copied with the model."""
         return [self.folder / name for name in text_files(self.folder)]

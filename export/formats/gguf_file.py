@@ -12,7 +12,7 @@ import io
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,6 +30,7 @@ MAX_ENTRIES = 1 << 16  # most metadata entries; files on the hub have some dozen
 MAX_TENSORS = 1 << 20
 MAX_DIMENSIONS = 4
 MAX_TEXT = 1 << 24  # most bytes of one text: chat templates take some thousands
+MAX_VALUES = 1 << 21  # most values of an array that are read: a vocabulary has some 260,000 tokens and 500,000 merges
 _MAX_SIZE = 1 << 48
 _TEXT, _ARRAY = 8, 9
 # Types of metadata values: number -> format of `struct`.
@@ -38,7 +39,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 
 @dataclass(frozen=True, kw_only=True)
 class Array:
-    """An array of the metadata. Only its length is read."""
+    """An array of the metadata of which only the length was read."""
 
     length: int
 
@@ -75,12 +76,12 @@ def gguf_header_bytes(path: Path) -> bytes:
         return buffered.read(length)
 
 
-def read_gguf(path: Path) -> GgufFile:
-    """Read the header. Raises CheckpointError for a file that is no GGUF, is cut off or contradicts itself, and
-    MissingPackageError without the package gguf."""
+def read_gguf(path: Path, arrays: Collection[str] = ()) -> GgufFile:
+    """Read the header; of the metadata's arrays those of `arrays` are read as lists. Raises CheckpointError for a file
+    that is no GGUF, is cut off or contradicts itself, and MissingPackageError without the package gguf."""
     doing = f"opening {named(path)}"
     with open_regular(path, doing, CheckpointError) as file, io.BufferedReader(file) as buffered:
-        return _read(_Reader(buffered, os.fstat(file.fileno()).st_size, doing))
+        return _read(_Reader(buffered, os.fstat(file.fileno()).st_size, doing), arrays)
 
 
 class _Reader:
@@ -125,7 +126,8 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise self.refuse(f"a text of its header is not UTF-8 ({error})") from error
 
-    def value(self) -> Any:  # noqa: ANN401 - whatever the metadata hold
+    def value(self, whole: bool) -> Any:  # noqa: ANN401 - whatever the metadata hold
+        """A value; an array as a list if the `whole` of it is wanted, else as an Array."""
         kind = int(self.number("I"))
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
@@ -136,10 +138,14 @@ class _Reader:
         kind = int(self.number("I"))
         if kind in _SCALARS:
             size = struct.calcsize(f"<{_SCALARS[kind]}")
-            length = self.count("values in an array", _MAX_SIZE, size)
-            self.take(length * size)
+            length = self.count("values in an array", MAX_VALUES if whole else _MAX_SIZE, size)
+            data = self.take(length * size)
+            if whole:
+                return list(struct.unpack(f"<{length}{_SCALARS[kind]}", data))
         elif kind == _TEXT:
-            length = self.count("texts in an array", _MAX_SIZE, 8)
+            length = self.count("texts in an array", MAX_VALUES if whole else _MAX_SIZE, 8)
+            if whole:
+                return [self.text() for _ in range(length)]
             for _ in range(length):
                 self.take(int(self.number("Q")))
         else:
@@ -147,7 +153,7 @@ class _Reader:
         return Array(length=length)
 
 
-def _read(reader: _Reader) -> GgufFile:
+def _read(reader: _Reader, arrays: Collection[str]) -> GgufFile:
     if reader.size < len(MAGIC) + 4 or reader.take(len(MAGIC)) != MAGIC:
         raise reader.refuse("it does not begin with GGUF, so it is no GGUF file")
     version = reader.number("I")
@@ -163,7 +169,7 @@ def _read(reader: _Reader) -> GgufFile:
         key = reader.text()
         if key in metadata:
             raise reader.refuse(f"its metadata have {named(key)} twice")
-        metadata[key] = reader.value()
+        metadata[key] = reader.value(key in arrays)
     described = [_described(reader) for _ in range(num_tensors)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment not in (1 << power for power in range(17)):

@@ -55,7 +55,7 @@ def gate_matrices(config: MergeConfig, base: Model, *, seed: int) -> dict[int, n
 def prompts_of(config: MergeConfig, base: Model) -> tuple[list[Prompts], list[Prompts]]:
     """`tokenize_prompts` with the base's own tokenizer."""
     checkpoint = base.weights.checkpoint
-    return tokenize_prompts(config, base, read_settings(checkpoint.folder, checkpoint.config))
+    return tokenize_prompts(config, base, read_settings(checkpoint.folder, checkpoint.config, checkpoint.gguf_file))
 
 
 def tokenize_prompts(config: MergeConfig, base: Model, settings: Settings) -> tuple[list[Prompts], list[Prompts]]:

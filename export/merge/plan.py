@@ -48,7 +48,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
     output = choose_output(base, config.architecture)
     check_models(output, base, experts)
     checkpoint = base.weights.checkpoint
-    settings = read_settings(checkpoint.folder, checkpoint.config)
+    settings = read_settings(checkpoint.folder, checkpoint.config, checkpoint.gguf_file)
     dtype = output_dtype(config.dtype, base)
     architecture = replace(
         base.architecture,

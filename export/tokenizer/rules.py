@@ -38,8 +38,10 @@ from export.checkpoint.file_table import ADDED_TOKENS_FILE, SETTINGS_FILE, SPECI
 from export.errors import ConfigError, named, shown
 from export.families import registered_tokenizer
 from export.files.reading import is_there, read_json
-from export.tokenizer.from_sentencepiece import converted_text
+from export.tokenizer.from_gguf import gguf_tokenizer
+from export.tokenizer.from_sentencepiece import MODEL_FILE, converted_text
 from export.tokenizer.loading import make_backend, tokenizer_text
+from export.tokenizer.pipelines import byte_level_pipeline, llama_pipeline
 
 if TYPE_CHECKING:
     import tokenizers
@@ -93,17 +95,21 @@ def _text(folder: Path) -> str:
     return tokenizer_text(folder) if converted is None else converted
 
 
-def read_tokenizer_files(folder: Path) -> TokenizerFiles:
-    """Read a tokenizer's files. Raises CheckpointError if tokenizer.json is missing, and ConfigError for a settings
-    file that is not a JSON object."""
+def read_tokenizer_files(folder: Path, gguf: Path | None = None) -> TokenizerFiles:
+    """Read a tokenizer's files. Of a GGUF file the metadata are read where no tokenizer lies beside it. Raises
+    CheckpointError if tokenizer.json is missing, and ConfigError for a settings file that is not a JSON object."""
 
     def optional(name: str, what: str) -> dict[str, Any]:
         return read_json(folder / name, what) if is_there(folder / name) else {}
 
+    text: str | None = None
+    made: dict[str, Any] = {}
+    if gguf is not None and not any(is_there(folder / name) for name in (TOKENIZER_FILE, MODEL_FILE)):
+        text, made = gguf_tokenizer(gguf)
     return TokenizerFiles(
         folder=folder,
-        text=_text(folder),
-        settings=optional(SETTINGS_FILE, "the tokenizer's settings"),
+        text=_text(folder) if text is None else text,
+        settings={**optional(SETTINGS_FILE, "the tokenizer's settings"), **made},
         special_tokens=optional(SPECIAL_TOKENS_FILE, "the special tokens"),
         added_tokens=optional(ADDED_TOKENS_FILE, "the added tokens"),
     )
@@ -198,7 +204,7 @@ def _rebuild(files: TokenizerFiles, content: dict[str, Any], name: str) -> bool:
             f"{SETTINGS_FILE}",
         )
     llama = name == LLAMA
-    pipeline = _llama_pipeline(files.settings) if llama else _byte_level_pipeline(files.settings)
+    pipeline = llama_pipeline(files.settings) if llama else byte_level_pipeline(files.settings)
     model = {
         "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
         "fuse_unk": llama, "byte_fallback": llama, "ignore_merges": False,
@@ -207,37 +213,6 @@ def _rebuild(files: TokenizerFiles, content: dict[str, Any], name: str) -> bool:
     ignored = () if content["model"].get("merges") else ("use_regex",)
     changes = [_set(content, key, value, ignored) for key, value in pipeline.items()]
     return any([*changes, *[_set(content["model"], key, value) for key, value in model.items()]])
-
-
-def _byte_level_pipeline(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The pipeline of GPT2Tokenizer and CodeGenTokenizer."""
-    parts = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
-    prefix_space = bool(settings.get("add_prefix_space", False))
-    return {
-        "normalizer": None,
-        "pre_tokenizer": {**parts, "add_prefix_space": prefix_space},
-        "decoder": {**parts, "add_prefix_space": True},
-    }
-
-
-def _llama_pipeline(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The pipeline of LlamaTokenizer. `_get_prepend_scheme` (tokenization_utils_base.py) decides whether a space is put
-    before the first piece of text or before every one."""
-    prefix_space = settings.get("add_prefix_space")
-    prefix_space = prefix_space is None or bool(prefix_space)
-    first = "always" if settings.get("legacy", False) else "first"
-    decoders = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}]
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix_space else []
-    return {
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Metaspace",
-            "replacement": "▁",
-            "prepend_scheme": first if prefix_space else "never",
-            "split": False,
-        },
-        "decoder": {"type": "Sequence", "decoders": [*decoders, {"type": "Fuse"}, *strip]},
-    }
 
 
 def _set(content: dict[str, Any], key: str, value: Any, ignored: Sequence[str] = ()) -> bool:  # noqa: ANN401 - JSON

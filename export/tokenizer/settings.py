@@ -117,15 +117,16 @@ class Settings:
                 target.write_text(self.tokenizer_json, encoding="utf-8")
             else:
                 place(self.folder / name, target)
-        if self.tokenizer_json is not None and TOKENIZER_FILE not in self.files:  # made of a SentencePiece model
+        if self.tokenizer_json is not None and TOKENIZER_FILE not in self.files:  # made of another file
             (folder / TOKENIZER_FILE).write_text(self.tokenizer_json, encoding="utf-8")
 
 
-def read_settings(folder: Path, config: Mapping[str, Any]) -> Settings:
-    """Read all settings of the checkpoint in `folder`; `config` is its config.json. Raises CheckpointError and
+def read_settings(folder: Path, config: Mapping[str, Any], gguf: Path | None = None) -> Settings:
+    """Read all settings of the checkpoint in `folder`; `config` is its config.json, and `gguf` the GGUF file that it is
+    made of. Raises CheckpointError and
     ConfigError."""
     travelling = text_files(folder)
-    files = read_tokenizer_files(folder)
+    files = read_tokenizer_files(folder, gguf)
     built = build_tokenizer(files, config)
     tokenizer = tokenizer_of(built.backend, f"loading the tokenizer of {named(folder)}")
     ids = read_token_ids(folder, config)

@@ -19,7 +19,8 @@ def model_settings(model: Model) -> Settings:
     """The settings of a model's checkpoint, with a tokenizer that fits its embedding. Raises CheckpointError and
     ConfigError."""
     checkpoint = model.weights.checkpoint
-    return fit_tokenizer(read_settings(checkpoint.folder, checkpoint.config), model.architecture.vocab_size)
+    settings = read_settings(checkpoint.folder, checkpoint.config, checkpoint.gguf_file)
+    return fit_tokenizer(settings, model.architecture.vocab_size)
 
 
 def fit_tokenizer(settings: Settings, rows: int) -> Settings:

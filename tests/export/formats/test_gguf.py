@@ -12,6 +12,7 @@ import gguf.quants
 import numpy as np
 import pytest
 from checkpoints import write_phi_checkpoint, write_tokenizer
+from gguf_files import write_file
 from mixtral_checkpoints import write_llama_tokenizer, write_mixtral_checkpoint
 
 from export.checkpoint.folder import open_checkpoint
@@ -74,52 +75,13 @@ def test_codes_of_blocks_with_a_float16_scale_are_kept(tmp_path, family):
         assert set(engine.manifest.source.digests) == {"model.gguf"}
 
 
-def test_a_gguf_without_tokenizer_files_beside_it_asks_for_them(tmp_path):
+def test_a_gguf_without_a_tokenizer_asks_for_the_original_files(tmp_path):
     path = shutil.copy(GOLDEN / "phi-Q4_0.gguf", tmp_path / "model.gguf")
-    with pytest.raises(ConfigError, match=r"no tokenizer.json beside it, .* put the original model's tokenizer.json"):
+    with pytest.raises(ConfigError, match=r"reading the tokenizer of .*; put the original model's tokenizer.json"):
         build_engine(BuildOptions(checkpoint=str(path), output=tmp_path / "engine"))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"pass a GGUF file itself as the checkpoint: model.gguf"):
         open_checkpoint(tmp_path)
-
-
-def write_file(path, *, tensors=None, architecture="llama", **metadata):
-    """A small Llama with tied embeddings; `metadata` replaces values, None leaves them out."""
-    values = {
-        "context_length": 64, "embedding_length": 32, "block_count": 1, "feed_forward_length": 32,
-        "attention.head_count": 2, "attention.layer_norm_rms_epsilon": 1e-5, **metadata,
-    }  # fmt: skip
-    writer = gguf.GGUFWriter(str(path), architecture)
-    for key, value in values.items():
-        if key == "without":
-            continue
-        name = key if key.startswith(("general.", "split.", "tokenizer.")) else f"{architecture}.{key}"
-        if isinstance(value, list):
-            writer.add_array(name, value)
-        elif isinstance(value, str):
-            writer.add_string(name, value)
-        elif isinstance(value, float):
-            writer.add_float32(name, value)
-        elif value is not None:
-            writer.add_uint32(name, value)
-    without = tuple(values.pop("without", ()))
-    shapes = {
-        "token_embd.weight": (40, 32), "output_norm.weight": (32,), "blk.0.attn_norm.weight": (32,),
-        "blk.0.ffn_norm.weight": (32,),
-        **{f"blk.0.{name}.weight": (32, 32)
-           for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")},
-        **(tensors or {}),
-    }  # fmt: skip
-    rng = np.random.default_rng(0)
-    for name, shape in shapes.items():
-        if name.startswith(without):
-            continue
-        writer.add_tensor(name, rng.standard_normal(shape).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])

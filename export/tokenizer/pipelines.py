@@ -1,0 +1,37 @@
+"""How the tokenizers of transformers' classes split and join text, as tokenizer.json has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def byte_level_pipeline(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The pipeline of GPT2Tokenizer and CodeGenTokenizer."""
+    parts = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
+    prefix_space = bool(settings.get("add_prefix_space", False))
+    return {
+        "normalizer": None,
+        "pre_tokenizer": {**parts, "add_prefix_space": prefix_space},
+        "decoder": {**parts, "add_prefix_space": True},
+    }
+
+
+def llama_pipeline(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The pipeline of LlamaTokenizer. `_get_prepend_scheme` (tokenization_utils_base.py) decides whether a space is put
+    before the first piece of text or before every one."""
+    prefix_space = settings.get("add_prefix_space")
+    prefix_space = prefix_space is None or bool(prefix_space)
+    first = "always" if settings.get("legacy", False) else "first"
+    decoders = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}]
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix_space else []
+    return {
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Metaspace",
+            "replacement": "▁",
+            "prepend_scheme": first if prefix_space else "never",
+            "split": False,
+        },
+        "decoder": {"type": "Sequence", "decoders": [*decoders, {"type": "Fuse"}, *strip]},
+    }
