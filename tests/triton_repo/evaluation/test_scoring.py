@@ -52,8 +52,9 @@ def mixed_pairs(example, max_sequence):
         pairs += [(context, drawn(example, generator, n)) for n in (1, 1, 1, 4, 9)]
         shared = drawn(example, generator, 3)
         pairs += [(context, [*shared, *drawn(example, generator, n)]) for n in (1, 1, 5)]
-        best = int(example.logits([context])[0][-1].argmax())
-        pairs += [(context, [best]), (context, [best, 3])]
+        best, after_best = example.greedy(context, 2)
+        [after_other] = example.greedy([*context, 3], 1)
+        pairs += [(context, [best]), (context, [best, after_best]), (context, [best, 3]), (context, [3, after_other])]
     pairs += [pairs[0], ([2], drawn(example, generator, 200))]
     pairs += [(drawn(example, generator, n), drawn(example, generator, 6)) for n in (max_sequence - 5, max_sequence)]
     return pairs
