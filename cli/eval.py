@@ -9,6 +9,7 @@ Progress goes to stderr.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -71,7 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
     )
     try:
-        evaluation = evaluate(options, line)
+        with contextlib.redirect_stdout(sys.stderr):  # some tasks print while they are loaded
+            evaluation = evaluate(options, line)
     finally:
         line.close()
     text = json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False)

@@ -106,6 +106,7 @@ def evaluate(
     engine = _opened(options.engine)
     with optional_package("lm_eval", "evaluating an engine", "eval"):
         from triton_repo.evaluation.model import EngineModel
+    logger.info("loading the tasks and their data sets")
     tasks = load_tasks(names, options.include_path, options.num_fewshot)
     session, tokenizer = Session(engine, options.threads), load_tokenizer(engine.folder)
     model = EngineModel(session, tokenizer, options.lanes, progress)

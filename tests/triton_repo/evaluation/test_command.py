@@ -18,6 +18,7 @@ import pytest
 
 from cli.eval import _Progress
 from cli.main import main
+from triton_repo.evaluation.presets import PRESETS
 from trt_build.manifest import TRTLLM_BACKEND, digested_text
 
 TASKS = Path(__file__).parent / "tasks"
@@ -252,6 +253,30 @@ def test_a_group_has_a_row_of_its_own(phixtral, folder, capsys):
     assert found["groups"]["tiny_group"]["acc,none"] == found["results"]["tiny_choice"]["acc,none"]
     _, printed, _ = run(capsys, "eval", phixtral.engine, *words)
     assert re.search(r"^\| tiny_group +\| 3.0 ", printed, re.M)
+
+
+def test_a_preset_prints_its_table(phixtral, folder, capsys):
+    """Over tasks of one's own with the names of lm_eval's, which come first."""
+    for name in PRESETS["nous"].tasks:
+        (folder / f"{name}.yaml").write_text(f"include: tiny_choice.yaml\ntask: {name}\n")
+    words = ("--include-path", folder, "--preset", "nous", "--output", folder / "nous.json")
+    status, printed, _ = run(capsys, "eval", phixtral.engine, *words)
+    acc, acc_norm = (100 * score for score in choice_scores(phixtral))
+    table = {"AGIEval": acc_norm, "GPT4All": acc_norm, "TruthfulQA": acc, "Bigbench": acc}
+    expected = {**table, "Average": sum(table.values()) / 4}
+    assert status == 0
+    assert json.loads((folder / "nous.json").read_text())["table"] == pytest.approx(expected)
+    heading, _, row = printed.splitlines()[:3]
+    assert [cell.strip() for cell in heading.strip("|").split("|")] == ["Model", *expected]
+    assert [cell.strip() for cell in row.strip("|").split("|")][1:] == [f"{value:.2f}" for value in expected.values()]
+
+
+def test_what_a_task_prints_is_not_among_the_results(phixtral, folder, capsys):
+    (folder / "own.py").write_text("def all_of(documents):\n    print('noise')\n    return documents\n")
+    (folder / "loud.yaml").write_text("include: tiny_choice.yaml\ntask: loud\nprocess_docs: !function own.all_of\n")
+    status, printed, said = run(capsys, "eval", phixtral.engine, "--include-path", folder, "--tasks", "loud", "--json")
+    assert (status, list(json.loads(printed)["results"])) == (0, ["loud"])
+    assert "noise" in said
 
 
 def test_a_task_twice_is_refused(phixtral, folder, capsys, monkeypatch):
