@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from export.checkpoint.safetensors_header import StoredTensor
-from export.errors import named
 from export.formats.gguf_file import read_gguf
 from export.formats.gguf_model import FLOATS, read_model
 from export.formats.view import PackedTensor
@@ -42,7 +41,7 @@ def read_gguf_tensors(path: Path) -> GgufContent:
     """Read the header of a GGUF file. A packed tensor is stored as bytes, one row after the other. Raises ConfigError
     and CheckpointError."""
     file = read_gguf(path)
-    model = read_model(file, f"opening {named(path)}")
+    model = read_model(file, path)
     stored: dict[str, StoredTensor] = {}
     for tensor in file.tensors:
         rows = math.prod(tensor.shape[:-1])

@@ -15,12 +15,15 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from export.errors import CheckpointError, ConfigError, named, names, shown
+from export.files.reading import open_regular
 from export.formats.gguf_file import Array, GgufFile, GgufTensor
+from export.formats.gguf_rope import FREQUENCIES, divided, stated_scaling
 from export.formats.view import ByteArray, FloatArray, Grid, PackedTensor, Source
 
 FLOATS = {0: "F32", 1: "F16", 30: "BF16"}  # numbers of the float types in ggml -> labels of the safetensors format
@@ -88,10 +91,11 @@ class GgufCheckpoint:
     plain: Mapping[str, str]
 
 
-def read_model(file: GgufFile, doing: str) -> GgufCheckpoint:
-    """Describe a GGUF file as a checkpoint. Raises ConfigError for metadata that are missing, contradict the tensors or
-    would change what is computed, and CheckpointError for tensors of no known name."""
-    metadata = file.metadata
+def read_model(file: GgufFile, path: Path) -> GgufCheckpoint:
+    """Describe the GGUF file `path`, of which `file` is the header, as a checkpoint. Raises ConfigError for metadata
+    that are missing, contradict the tensors or would change what is computed, and CheckpointError for tensors of no
+    known name."""
+    metadata, doing = file.metadata, f"opening {named(path)}"
     if metadata.get("split.count", 1) != 1:
         raise ConfigError(
             f"{doing}: it is one of {shown(metadata.get('split.count'))} files; join them with llama-gguf-split --merge"
@@ -102,13 +106,15 @@ def read_model(file: GgufFile, doing: str) -> GgufCheckpoint:
             f"{doing}: its architecture is {shown(architecture)}, moeship reads GGUF files of "
             f"{' and '.join(_READERS)}; take the model's safetensors"
         )
-    facts = _Facts(metadata, str(architecture), doing)
+    facts = _Facts(metadata, str(architecture), doing, lambda tensor: _floats(path, tensor, doing))
     tensors = {tensor.name: tensor for tensor in file.tensors}
     config, rename = _READERS[str(architecture)](facts, tensors)
     packed: dict[str, PackedTensor] = {}
     plain: dict[str, str] = {}
     strange = []
     for tensor in file.tensors:
+        if tensor.name == FREQUENCIES:  # the config has them
+            continue
         found = list(rename(tensor))
         if not found:
             strange.append(tensor.name)
@@ -134,8 +140,15 @@ _Reader = Callable[["_Facts", Mapping[str, GgufTensor]], tuple[dict[str, Any], C
 class _Facts:
     """The metadata of one architecture, each used or refused by name."""
 
-    def __init__(self, metadata: Mapping[str, Any], architecture: str, doing: str) -> None:
+    def __init__(
+        self,
+        metadata: Mapping[str, Any],
+        architecture: str,
+        doing: str,
+        values: Callable[[GgufTensor], FloatArray],
+    ) -> None:
         self._metadata, self.prefix, self.doing = metadata, f"{architecture}.", doing
+        self._values = values  # of a tensor of a few floats
         self._used: set[str] = set()
 
     def integer(self, key: str, absent: int | None = None) -> int:
@@ -151,14 +164,38 @@ class _Facts:
         # The converter rounded a decimal number of config.json to float32.
         return float(np.format_float_positional(np.float32(value), unique=True))
 
+    def rope_scaling(
+        self, tensors: Mapping[str, GgufTensor], base: float, width: int, positions: int
+    ) -> dict[str, Any]:
+        """The key rope_scaling of config.json, if the file scales its rotary embedding of `width` dimensions."""
+        kind = self._value("rope.scaling.type", "")
+        betas = {
+            name: self.real(f"rope.scaling.yarn_{name}")
+            for name in ("beta_fast", "beta_slow")
+            if f"{self.prefix}rope.scaling.yarn_{name}" in self._metadata
+        }
+        factor = self.real("rope.scaling.factor", 0.0) or self.real("rope.scale_linear", 0.0)
+        original = self.integer("rope.scaling.original_context_length", positions)
+        tensor = tensors.get(FREQUENCIES)
+        divisors = None if tensor is None else self._values(tensor)
+        found = stated_scaling(str(kind), factor, original, betas, divisors)
+        if isinstance(found, str):
+            raise ConfigError(f"{self.doing}: {found}; take the model's safetensors")
+        if divisors is not None:
+            if divisors.shape != (width // 2,) or not (np.isfinite(divisors) & (divisors > 0)).all():
+                raise CheckpointError(
+                    f"{self.doing}: {FREQUENCIES} has {divisors.size} values, expected {width // 2} positive numbers; "
+                    "convert the model again"
+                )
+            found = {} if (divisors == 1).all() else divided(divisors, base, positions)
+        return {"rope_scaling": found} if found else {}
+
     def finish(self) -> None:
         """Refuse metadata of the architecture that nothing has used and that may change what is computed."""
-        harmless = {"vocab_size", "rope.scaling.original_context_length"}
+        harmless = {"vocab_size", "rope.scaling.finetuned"}
         for key, value in self._metadata.items():
             short = key.removeprefix(self.prefix)
             if not key.startswith(self.prefix) or short in self._used | harmless:
-                continue
-            if short == "rope.scaling.type" and value == "none":
                 continue
             raise ConfigError(
                 f"{self.doing}: {named(key)} is {shown(value)}, which moeship does not support in a GGUF file; take "
@@ -195,6 +232,20 @@ class _Facts:
         return value
 
 
+def _floats(path: Path, tensor: GgufTensor, doing: str) -> FloatArray:
+    """The values of a float32 tensor of a file."""
+    if FLOATS.get(tensor.kind) != "F32":
+        raise CheckpointError(
+            f"{doing}: {named(tensor.name)} is {type_name(tensor.kind)}, expected F32; convert the model again"
+        )
+    with open_regular(path, doing, CheckpointError) as file:
+        file.seek(tensor.offset)
+        data = file.read(tensor.num_bytes)
+    if len(data) != tensor.num_bytes:
+        raise CheckpointError(f"{doing}: the file ended early; it changed while it was read")
+    return np.frombuffer(data, dtype="<f4").reshape(tensor.shape).astype(np.float32)
+
+
 def _view(tensor: GgufTensor, name: str, shape: tuple[int, ...], first_row: int = 0, heads: int = 0) -> PackedTensor:
     rows = math.prod(tensor.shape[:-1])
     return GgufMatrix(
@@ -228,6 +279,8 @@ def _embedding_rows(facts: _Facts, tensors: Mapping[str, GgufTensor]) -> int:
 def _read_phi2(facts: _Facts, tensors: Mapping[str, GgufTensor]) -> tuple[dict[str, Any], Callable[..., _Renamed]]:
     hidden, heads = facts.integer("embedding_length"), max(1, facts.integer("attention.head_count"))
     size = max(1, hidden // heads)
+    positions, base = facts.integer("context_length"), facts.real("rope.freq_base", 10000.0)
+    width = facts.integer("rope.dimension_count")
     config = {
         "model_type": "phi",
         "architectures": ["PhiForCausalLM"],
@@ -236,11 +289,12 @@ def _read_phi2(facts: _Facts, tensors: Mapping[str, GgufTensor]) -> tuple[dict[s
         "num_hidden_layers": facts.integer("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": facts.integer("attention.head_count_kv", heads),
-        "max_position_embeddings": facts.integer("context_length"),
+        "max_position_embeddings": positions,
         "layer_norm_eps": facts.real("attention.layer_norm_epsilon"),
-        "rope_theta": facts.real("rope.freq_base", 10000.0),
+        "rope_theta": base,
+        **facts.rope_scaling(tensors, base, width, positions),
         # transformers takes int(D * factor); adding 0.25 keeps rounding from losing a dimension.
-        "partial_rotary_factor": min(1.0, (facts.integer("rope.dimension_count") + 0.25) / size),
+        "partial_rotary_factor": min(1.0, (width + 0.25) / size),
         "hidden_act": "gelu_new",
         "vocab_size": _embedding_rows(facts, tensors),
         "tie_word_embeddings": False,
@@ -283,6 +337,7 @@ def _llama_config(facts: _Facts, tensors: Mapping[str, GgufTensor]) -> dict[str,
             "the model's safetensors"
         )
     experts = facts.integer("expert_count", 0)
+    positions, base = facts.integer("context_length"), facts.real("rope.freq_base", 10000.0)
     config = {
         "model_type": "mixtral" if experts else "llama",
         "architectures": ["MixtralForCausalLM" if experts else "LlamaForCausalLM"],
@@ -292,9 +347,10 @@ def _llama_config(facts: _Facts, tensors: Mapping[str, GgufTensor]) -> dict[str,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": size,
-        "max_position_embeddings": facts.integer("context_length"),
+        "max_position_embeddings": positions,
         "rms_norm_eps": facts.real("attention.layer_norm_rms_epsilon"),
-        "rope_theta": facts.real("rope.freq_base", 10000.0),
+        "rope_theta": base,
+        **facts.rope_scaling(tensors, base, size, positions),
         "hidden_act": "silu",
         "vocab_size": _embedding_rows(facts, tensors),
         "tie_word_embeddings": "output.weight" not in tensors,
