@@ -93,6 +93,18 @@ def left_out_of_every_layer(report: RoutingReport | None, router: Router) -> tup
     return report.never_chosen if report is not None and left_out_by_layer(report, router) else ()
 
 
+def below_the_kept(logits: npt.NDArray[np.float32], dropped: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Router logits [..., E] in which the experts `dropped` can not be chosen: in each row they lie below the smallest
+    logit of the others by at least the span of these, and are finite. Without such experts the array itself."""
+    if not dropped:
+        return logits
+    others = np.delete(logits, list(dropped), axis=-1)
+    least, largest = others.min(axis=-1, keepdims=True), others.max(axis=-1, keepdims=True)
+    found = logits.copy()
+    found[..., list(dropped)] = least - (largest - least) - 1
+    return found
+
+
 def left_out_note(report: RoutingReport, left_out: Mapping[int, Sequence[int]]) -> str:
     """One sentence about the experts that an engine does without: layer -> experts, of at least one layer."""
     return (

@@ -21,7 +21,10 @@ from trt_build.trtllm_flags import NAMES, add_trtllm_arguments
 DEFAULT_PROVIDER = "cpu"
 DEFAULT_PRECISION = "int4"
 # Flags that one backend alone has. If such a flag is not given, its value is None.
-_OWN_FLAGS: Mapping[str, Collection[str]] = {ORT_BACKEND: ("provider", "kernels", "recipe"), TRTLLM_BACKEND: NAMES}
+_OWN_FLAGS: Mapping[str, Collection[str]] = {
+    ORT_BACKEND: ("provider", "kernels", "recipe", "drop_below", "text", "drop_tokens"),
+    TRTLLM_BACKEND: NAMES,
+}
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, output_required: bool) -> None:
@@ -86,6 +89,14 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, o
         help=f"{' or '.join(KERNELS)}: whose kernels multiply quantised matrices on the CPU (default: moeship's, "
         "where they can be used)",
     )
+    onnxruntime.add_argument(
+        "--drop-below", type=float, metavar="P",
+        help="leave out experts whose load over --text is below P, a share of their layer's places such as 0.01",
+    )  # fmt: skip
+    onnxruntime.add_argument(
+        "--text", type=Path, action="append", metavar="FILE", help="text for --drop-below; repeatable"
+    )
+    onnxruntime.add_argument("--drop-tokens", type=int, metavar="N", help="tokens of that text (default: 4096)")
     add_trtllm_arguments(parser)
 
 

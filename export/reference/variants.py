@@ -15,7 +15,7 @@ tokens for each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,7 @@ from export.reference.mixture import add_expert, route
 from export.reference.model import Windows, bounds_of, embedding_rows, head_slices, normalise
 from export.reference.operations import FloatArray
 from export.reference.reader import Reader
+from export.routing import below_the_kept
 
 ROWS_TOGETHER = 512  # tokens that go through attention at a time, at least those of one variant
 Rows = npt.NDArray[np.bool_]
@@ -46,10 +47,13 @@ class Part:
 
 
 class Variants:
-    """A model, and a variant of it for each part. `other` has the model's table."""
+    """A model, and a variant of it for each part. `other` has the model's table. `dropped`: layer -> the experts that
+    neither the model nor its variants have."""
 
-    def __init__(self, model: Model, other: Weights, parts: Sequence[Part]) -> None:
-        self._model, self._other = model, other
+    def __init__(
+        self, model: Model, other: Weights, parts: Sequence[Part], dropped: Mapping[int, Sequence[int]] | None = None
+    ) -> None:
+        self._model, self._other, self._dropped = model, other, dropped or {}
         self._network = model.family.network(model.weights.checkpoint.config)
         # In the order in which they begin, so that those that have begun are the first rows of the states.
         self._order = sorted(range(len(parts)), key=lambda index: begin(parts[index], len(self._network.layers)))
@@ -130,6 +134,7 @@ class Variants:
             logits = x @ self._model.weights.load(f"{mlp.gate}.weight").T
             whole = np.repeat(self._takes(count), num_tokens)
             logits[whole] = x[whole] @ self._other.load(f"{mlp.gate}.weight").T
+            logits = below_the_kept(logits, self._dropped.get(index, ()))
             chosen, shares = route(logits, mlp.router, self._model.architecture.experts_per_token)
             num_experts = logits.shape[1]
         for expert in range(num_experts):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,9 @@ from trt_build.comparison.answers import Answer
 from trt_build.comparison.cost import Cost
 from trt_build.comparison.evaluation_text import EvaluationText
 from trt_build.comparison.serving_ways import Way, ways_to_json
+
+if TYPE_CHECKING:
+    from trt_build.comparison.cost.dropping import DroppingPrice
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -232,6 +235,7 @@ class Verification:
     serving: tuple[Way, ...] = ()  # the serving graph against the scoring graph; empty where an engine has one graph
     cost: Cost | None = None  # None if it was not asked for
     positions: Positions | None = None  # for a report; not in JSON
+    dropping: DroppingPrice | None = None  # of an engine that lacks experts of its model
 
     def to_json(self, brief: bool = False) -> dict[str, Any]:
         """Everything, or with `brief`, as engine.json has it, without the cost of single experts."""
@@ -245,6 +249,7 @@ class Verification:
             "questions": [answer.to_json() for answer in self.questions],
             "serving": ways_to_json(self.serving),
             **({} if self.cost is None else {"cost": self.cost.to_json(experts=not brief)}),
+            **({} if self.dropping is None else {"dropping": dataclasses.asdict(self.dropping)}),
         }
 
 

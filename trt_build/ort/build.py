@@ -93,7 +93,7 @@ def _settings(build: PreparedBuild, codes: SolvedCodes | None) -> dict[str, Any]
     plan = build.export
     layout = hashlib.sha256(b"".join(graph.SerializeToString() for graph in plan.graphs.values()))
     layout.update(repr(plan.jobs).encode())
-    own = ("output", "recipe", "calibration")
+    own = ("output", "recipe", "calibration", "dropping")
     asked = {name: value for name, value in dataclasses.asdict(build.options).items() if name not in own}
     asked |= {"recipe": build.recipe.to_json(), "solved codes": None if codes is None else codes.digest}
     return {**asked, **libraries(), "format version": FORMAT_VERSION, "layout": layout.hexdigest()}

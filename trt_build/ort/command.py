@@ -10,6 +10,7 @@ from typing import Any
 
 from export.checkpoint.folder import open_checkpoint
 from export.conversion.writer import Progress
+from export.errors import ConfigError
 from export.families import read_model
 from export.provider import named_with_kernels
 from export.rows import Rows, in_units
@@ -19,6 +20,7 @@ from trt_build.machine.memory import available_memory
 from trt_build.manifest import MANIFEST_FILE
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.engine import Engine
+from trt_build.ort.planning.dropping import DropOptions
 from trt_build.ort.planning.plan import EnginePlan, plan_engine
 from trt_build.ort.planning.prepare import EngineOptions, prepare_build
 from trt_build.ort.questions.weights import ask_about_weights
@@ -83,7 +85,21 @@ def _read_options(arguments: argparse.Namespace) -> EngineOptions:
         recipe=arguments.recipe,
         calibration=read_calibration(arguments),
         keep_all_experts=arguments.keep_all_experts,
+        dropping=_read_dropping(arguments),
     )
+
+
+def _read_dropping(arguments: argparse.Namespace) -> DropOptions | None:
+    """What the flags say of dropping experts. Raises ConfigError for flags that mean nothing without --drop-below."""
+    if arguments.drop_below is not None:
+        texts = tuple(arguments.text or ())
+        return DropOptions(below=arguments.drop_below, texts=texts, num_tokens=arguments.drop_tokens)
+    given = [f"--{name}" for name in ("text", "drop-tokens") if getattr(arguments, name.replace("-", "_")) is not None]
+    if given:
+        raise ConfigError(
+            f"reading the flags: {' and '.join(given)} belong to --drop-below; name it, or leave them out"
+        )
+    return None
 
 
 def _summary(engine: Engine) -> str:

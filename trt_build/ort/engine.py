@@ -29,6 +29,7 @@ from export.quantize.presets import PRESETS
 from export.quantize.recipe import Recipe
 from export.quantize.recipe_reading import read_recipe
 from export.tokenizer.settings import TokenizerFacts
+from trt_build.comparison.cost.dropping import DroppingPrice
 from trt_build.engine_files import FileRecord, check_file_records, differing_files
 from trt_build.errors import EngineError
 from trt_build.manifest import (
@@ -106,6 +107,27 @@ class PackedRole:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DroppedLayer:
+    """The experts that were dropped from a layer, and each expert's load: its share of the layer's places, [E]."""
+
+    load: tuple[float, ...]
+    experts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DroppedExperts:
+    """Experts that the engine does without because their load over a text was below `below`. `text` has names, bytes,
+    digest and the tokens that were routed; `prices` say what the model loses; `saved_bytes` are those of the dropped
+    experts' weights."""
+
+    below: float
+    text: Mapping[str, Any]
+    layers: Mapping[str, DroppedLayer]
+    prices: tuple[DroppingPrice, ...] = ()
+    saved_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The contents of engine.json. `expert_order` gives the expert at each index of the stacked weights; `packed` says,
     by role, what became of weights that the checkpoint stores packed; `routing` is the diagnosis of the gates;
@@ -135,6 +157,22 @@ class Manifest:
     tokenizer: TokenizerFacts | None  # None in an engine of format 2, whose engine.json lacks these facts
     verification: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None
+    dropped_experts: DroppedExperts | None = None  # None: those alone are left out that can never be chosen
+
+    @property
+    def lacking_experts(self) -> dict[int, tuple[int, ...]]:
+        """Layer -> the experts that it lacks, for layers of which some were dropped by their load: there the engine
+        computes another model than the checkpoint's."""
+        if self.dropped_experts is None:
+            return {}
+        layers = [layer for layer, found in self.dropped_experts.layers.items() if found.experts]
+        return {int(layer): tuple(self.left_out_experts[layer]) for layer in layers}
+
+    @property
+    def lacking_by_mixture(self) -> tuple[tuple[int, ...], ...]:
+        """`lacking_experts` of each layer that has experts, in order."""
+        lacking = self.lacking_experts
+        return tuple(lacking.get(layer, ()) for layer in self.architecture.mixture_layers)
 
     def recipe(self) -> Recipe:
         """The recipe that the engine was built with. Raises ValueError for data that is none."""

@@ -9,10 +9,12 @@ counts = routing.count_chosen(room)                      # [M, E]: tokens that c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+
+from export.routing import below_the_kept
 
 Floats = npt.NDArray[np.float32]
 
@@ -24,6 +26,7 @@ class Routing:
     layers: tuple[int, ...]  # numbers of the layers that have experts
     expert_order: tuple[int, ...]  # of engine.json: the expert at each place of a router's logits
     experts_per_token: int  # K
+    dropped: tuple[tuple[int, ...], ...] = field(default=())  # of each router, the experts that the engine lacks
 
     def room(self, num_tokens: int) -> Floats:
         """Room for the router logits of a step, [M, T, E], with whatever is in the memory."""
@@ -33,14 +36,24 @@ class Routing:
         """How many tokens chose each expert, [M, E] in the checkpoint's order, from router logits [M, T, E] in the
         engine's. A token chooses the experts with the K largest logits; of equal logits, those with the lowest
         index."""
-        logits = in_checkpoint_order(router_logits, self.expert_order)
+        logits = self.in_checkpoint_order(router_logits)
         chosen = np.argsort(-logits, axis=-1, kind="stable")[..., : self.experts_per_token]
         num_routers, _, num_experts = logits.shape
         numbered = chosen + num_experts * np.arange(num_routers)[:, None, None]
         return np.bincount(numbered.ravel(), minlength=num_routers * num_experts).reshape(num_routers, num_experts)
 
+    def in_checkpoint_order(self, router_logits: Floats) -> Floats:
+        """`in_checkpoint_order` for this engine."""
+        return in_checkpoint_order(router_logits, self.expert_order, self.dropped)
 
-def in_checkpoint_order(router_logits: Floats, expert_order: Sequence[int]) -> Floats:
-    """Router logits [..., E] with the experts in the checkpoint's order. `expert_order` has the engine's order, as
-    engine.json does."""
-    return router_logits[..., np.argsort(expert_order)]
+
+def in_checkpoint_order(
+    router_logits: Floats, expert_order: Sequence[int], dropped: Sequence[Sequence[int]] = ()
+) -> Floats:
+    """Router logits [M, T, E] with the experts in the checkpoint's order. `expert_order` has the engine's order, as
+    engine.json does. Logits of experts that were `dropped` from a router (empty: none from any) lie below the others'
+    there, since the engine routes without them."""
+    ordered = router_logits[..., np.argsort(expert_order)]
+    if not any(dropped):
+        return ordered
+    return np.stack([below_the_kept(*both) for both in zip(ordered, dropped, strict=True)])

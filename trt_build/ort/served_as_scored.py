@@ -29,7 +29,6 @@ from trt_build.comparison.serving_ways import NEAR_PRECISE, NEAR_ROUNDED, Way
 from trt_build.ort.cache import Cache
 from trt_build.ort.engine import Engine
 from trt_build.ort.questions.float32 import float32_experts, with_float32_activations
-from trt_build.ort.routing import in_checkpoint_order
 from trt_build.ort.session import ScoringSession, Session
 from trt_build.ort.step_call import Row
 
@@ -130,7 +129,7 @@ def _step(session: Session, cache: Cache, rows: Sequence[Row]) -> tuple[FloatArr
         return session.step(cache, rows).copy(), None
     room = session.routing.room(sum(len(row.token_ids) for row in rows))
     logits = session.step(cache, rows, router_logits=room).copy()
-    return logits, in_checkpoint_order(room, session.routing.expert_order)
+    return logits, session.routing.in_checkpoint_order(room)
 
 
 def _way(name: str, compared: Sequence[_Compared], places: Sequence[str], session: Session, scored: _Scored) -> Way:

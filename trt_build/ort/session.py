@@ -74,6 +74,7 @@ class Session:
                 layers=facts.mixture_layers,
                 expert_order=engine.manifest.expert_order,
                 experts_per_token=facts.experts_per_token,
+                dropped=engine.manifest.lacking_by_mixture,
             )
         self._mask = self.device.place(np.ones((1, self.max_sequence), dtype=np.int64))
         self._logits = np.empty((1, self.vocab_size), dtype=np.float32)  # of as many rows as a step has asked for
@@ -283,7 +284,9 @@ class ScoringSession:
             binding.bind_output(name, "cpu", 0, np.float32, out.shape, out.ctypes.data)
         self._backend.run_with_iobinding(binding)
         del kept
-        return logits, in_checkpoint_order(routers, order) if len(routers) else None
+        if not len(routers):
+            return logits, None
+        return logits, in_checkpoint_order(routers, order, self.engine.manifest.lacking_by_mixture)
 
     def _bind_presents(self, binding: Any, num_tokens: int) -> list[Any]:  # noqa: ANN401 - onnxruntime's IOBinding
         """Have the keys of all layers written to one buffer, and the values to another: a layer reads its own before

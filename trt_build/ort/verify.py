@@ -23,6 +23,7 @@ from export.reference.model import Reference
 from export.tokenizer.loading import Tokenizer
 from export.tokenizer.surplus import model_settings
 from trt_build.comparison.answers import Answer
+from trt_build.comparison.cost.dropping import PricedReference
 from trt_build.comparison.cost.measuring import OF_A_FAILURE, CostOptions
 from trt_build.comparison.evaluation_text import EvaluationText
 from trt_build.comparison.parity import (
@@ -94,7 +95,18 @@ def verify_engine(
     progress("checking whether the reference is what the engine was built from")
     _require_same_files(engine, model.weights.checkpoint)
     questions = ask(engine, model, windows[0], progress)
-    report, positions = _scored(engine, reference(model), windows, progress)
+    whole = reference(model)
+    lacking = manifest.lacking_experts
+    priced = PricedReference(model, lacking, whole) if lacking else None
+    report, positions = _scored(engine, priced or whole, windows, progress)
+    price = None if priced is None else priced.price(text)
+    if price is not None:
+        experts = sum(map(len, lacking.values()))
+        findings = (
+            *findings,
+            f"the engine lacks {experts} experts that the build dropped; it is compared with the model without them, "
+            f"which against the whole model has {price.words}",
+        )
     ways = compare_serving(engine, windows[0], progress)
     precision = manifest.judged_as
     missed = report.failures(THRESHOLDS[precision])
@@ -121,6 +133,7 @@ def verify_engine(
         serving=ways,
         cost=measured,
         positions=positions,
+        dropping=price,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,11 +59,12 @@ def prepare_cost(
     longest: int,
     precision: str,
     num_ids: int | None = None,
+    dropped: Mapping[int, Sequence[int]] | None = None,
 ) -> CostWork:
     """Bound the work and say what was chosen; returns what does the work, which takes a function that is told of its
     progress. `stored` are an engine's weights, and a window has at most `longest` tokens. Of the vocabulary the first
-    `num_ids` are compared (None: all). Raises ConfigError for a number of tokens that the text or the memory does not
-    have."""
+    `num_ids` are compared (None: all). `dropped`: layer -> experts that the model is taken without. Raises ConfigError
+    for a number of tokens that the text or the memory does not have."""
     grain = options.grain or Grain.LAYERS
     missing = next((name for name in stored.table if stored.misfit(name)), None)
     if missing is not None:
@@ -75,7 +76,7 @@ def prepare_cost(
         return unasked(grain, plan)
     logger.info("the quantiser's cost will be measured on %s", plan.choice)
     windows = spread_windows(token_ids, plan.tokens, min(MOST_WINDOW, longest))
-    return lambda progress: measure_cost(stored, model, windows, plan, progress, num_ids)
+    return lambda progress: measure_cost(stored, model, windows, plan, progress, num_ids, dropped)
 
 
 def unasked(grain: Grain, reason: str) -> CostWork:
@@ -195,13 +196,14 @@ def measure_cost(
     plan: CostPlan,
     progress: Callable[[str], None] = lambda _: None,
     num_ids: int | None = None,
+    dropped: Mapping[int, Sequence[int]] | None = None,
 ) -> Cost:
     """Compute the costs that were planned over windows of token ids, of the first `num_ids` of the vocabulary (None:
-    all)."""
+    all). `dropped`: layer -> experts that the model is taken without."""
     num_tokens = sum(map(len, windows))
     sums = StreamedDivergence(len(plan.parts), num_tokens)
     done = 0
-    for logits in Variants(model, stored, plan.parts).run(windows, progress):
+    for logits in Variants(model, stored, plan.parts, dropped).run(windows, progress):
         own = logits if num_ids is None else logits[..., : max(0, num_ids - done)]
         done += logits.shape[-1]
         if own.shape[-1]:

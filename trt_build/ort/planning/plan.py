@@ -25,7 +25,7 @@ from export.onnx_graph.converter import OnnxConverter
 from export.onnx_graph.weights import WeightJob
 from trt_build.engine_files import FileRecord
 from trt_build.manifest import MANIFEST_FILE
-from trt_build.ort.engine import UNDIGESTED_FILES, StoredRole, manifest_text
+from trt_build.ort.engine import UNDIGESTED_FILES, DroppedExperts, StoredRole, manifest_text
 from trt_build.ort.memory import kv_bytes_per_token
 from trt_build.ort.planning.genai_config import GENAI_FILE
 from trt_build.ort.planning.prepare import PreparedBuild, stored_roles
@@ -57,7 +57,8 @@ class RolePlan:
 class EnginePlan:
     """The figures that `moeship plan` prints. `kv_bytes_per_token` is the size of the cache of one position;
     `stored` says how the weights of each role are stored; `conversion_bytes` is the peak resident memory of the build's
-    process; `files` has the bytes of each file of the engine by name; `notes` are sentences about the engine."""
+    process; `files` has the bytes of each file of the engine by name; `notes` are sentences about the engine;
+    `dropped_experts` are those of `--drop-below`."""
 
     family: str
     precision: str
@@ -72,6 +73,7 @@ class EnginePlan:
     conversion_bytes: int
     kv_bytes_per_token: int
     notes: tuple[str, ...]
+    dropped_experts: DroppedExperts | None = None
 
     @property
     def engine_bytes(self) -> int:
@@ -148,6 +150,7 @@ def plan_engine(build: PreparedBuild) -> EnginePlan:
         conversion_bytes=conversion_bytes(converter, export.jobs),
         kv_bytes_per_token=kv_bytes_per_token(build.model.architecture, build.provider),
         notes=build.notes,
+        dropped_experts=build.dropped,
     )
 
 

@@ -34,8 +34,9 @@ from export.tokenizer.settings import Settings
 from trt_build.calibration import Calibration, calibration_record
 from trt_build.engine_files import FileRecord
 from trt_build.manifest import ORT_BACKEND, Source, libraries
-from trt_build.ort.engine import FORMAT_VERSION, Manifest, Precision, StoredRole
+from trt_build.ort.engine import FORMAT_VERSION, DroppedExperts, Manifest, Precision, StoredRole
 from trt_build.ort.kernels import check_level, found_fault, is_usable
+from trt_build.ort.planning.dropping import DropOptions, choose_dropping, dropping_notes
 from trt_build.ort.planning.genai_config import genai_config
 from trt_build.ort.planning.packed import packed_roles, sentences
 from trt_build.source import open_source
@@ -49,7 +50,8 @@ class EngineOptions:
     checkpoint's value is used. `kernels` are the kernels that multiply quantised matrices; None takes those of
     `chosen_kernels`, and ONNX Runtime's for a model that moeship's do not compute. With `keep_all_experts` the engine
     has the experts that can never be chosen too. `recipe` is a recipe file, in place of the precision.
-    `calibration` says by which method codes are found, and over which text."""
+    `calibration` says by which method codes are found, and over which text. With `dropping` the engine does without
+    experts that a text hardly uses."""
 
     checkpoint: str
     precision: str = "int4"
@@ -60,13 +62,15 @@ class EngineOptions:
     keep_all_experts: bool = False
     recipe: Path | None = None
     calibration: Calibration = field(default_factory=Calibration)
+    dropping: DropOptions | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedBuild:
     """A build whose options and checkpoint are checked and whose output is planned. `sources` has the state of the
     checkpoint's files before the gates were read. `routing` is the diagnosis of the gates, None for a dense model;
-    `left_out` has the experts that the engine does without, by layer."""
+    `left_out` has the experts that the engine does without, by layer; `dropped` says which of them were dropped by
+    their load, None if none were asked for."""
 
     options: EngineOptions
     provider: Provider
@@ -78,6 +82,7 @@ class PreparedBuild:
     sources: Mapping[str, SourceFile]
     routing: RoutingReport | None
     left_out: Mapping[int, tuple[int, ...]]
+    dropped: DroppedExperts | None
     export: ExportPlan
 
     def wanted_codes(self) -> dict[str, Wanted]:
@@ -103,7 +108,11 @@ class PreparedBuild:
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences about the engine for whoever builds it."""
-        found = [left_out_note(self.routing, self.left_out)] if self.routing and self.left_out else []
+        found = []
+        if self.routing is not None:
+            dead = left_out_by_layer(self.routing, self.model.architecture.router) if self.left_out else {}
+            found += [left_out_note(self.routing, dead)] if dead else []
+            found += dropping_notes(self.dropped, self.routing) if self.dropped is not None else []
         return (*found, *self.packed_notes())
 
     def packed_notes(self, records: Sequence[PartRecord] = ()) -> list[str]:
@@ -148,6 +157,7 @@ class PreparedBuild:
             libraries=libraries(),
             files=files,
             calibration=None if codes is None else calibration_record(codes),
+            dropped_experts=self.dropped,
         )
 
 
@@ -192,6 +202,11 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
     sources = source_files(source.checkpoint)
     routing = source.model.routing_report()
     left_out = {} if options.keep_all_experts else left_out_by_layer(routing, source.model.architecture.router)
+    dropping = None
+    if options.dropping is not None:
+        options.dropping.check(source.model, options.keep_all_experts)
+        dropping = choose_dropping(source, options.dropping, left_out)
+        left_out = left_out | dict(dropping.lacking)
     fault = found_fault()
     wanted = options.kernels is None and _fit_own_kernels(provider.name, None if options.recipe else options.precision)
     if fault and wanted and provider.kernels == ONNX_RUNTIME:
@@ -230,6 +245,7 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
         sources=sources,
         routing=routing,
         left_out=left_out,
+        dropped=None if dropping is None else dropping.record(export, source.model),
         export=export,
     )
 

@@ -30,4 +30,7 @@ def prepare_cost(engine: Engine, model: Model, token_ids: Sequence[int], options
         reason = f"format {manifest.format_version} is not read back; build the engine again"
         return unasked(options.grain or Grain.LAYERS, reason)
     stored, precision = open_stored_weights(engine, model), manifest.judged_as
-    return prepare(stored, model, token_ids, options, longest=manifest.max_sequence, precision=precision)
+    return prepare(
+        stored, model, token_ids, options, longest=manifest.max_sequence, precision=precision,
+        dropped=manifest.lacking_experts,
+    )  # fmt: skip

@@ -18,6 +18,7 @@ from export.exporter import SCORING_GRAPH
 from export.families import Model
 from export.provider import PROVIDERS
 from export.reference.model import Reference
+from export.reference.remaining import RemainingReference
 from trt_build.comparison.answers import Answer, behind_routers, first_layer, off
 from trt_build.comparison.limits import graph_limit
 from trt_build.ort.device import Device
@@ -54,7 +55,7 @@ def ask_about_graph(
     del session
     limit = graph_limit(PROVIDERS[engine.manifest.provider].float_type)
     choices = _Choices(found_routing, model.architecture.experts_per_token, limit)
-    expected, expected_routing = _reference(model, stored, window, choices, progress)
+    expected, expected_routing = _reference(engine, model, stored, window, choices, progress)
     figures: dict[str, Any] = {"num_tokens": len(window), "allowed": limit, "near_ties": choices.near_ties}
     layers = model.architecture.mixture_layers if found_routing is not None else ()
     routers = [relative_difference(*both) for both in _by_layer(found_routing, expected_routing)]
@@ -81,9 +82,16 @@ def _by_layer(found: FloatArray | None, expected: FloatArray | None) -> Iterator
 
 
 def _reference(
-    model: Model, stored: StoredWeights, window: Sequence[int], choices: _Choices, progress: Callable[[str], None]
+    engine: Engine,
+    model: Model,
+    stored: StoredWeights,
+    window: Sequence[int],
+    choices: _Choices,
+    progress: Callable[[str], None],
 ) -> tuple[FloatArray, FloatArray | None]:
-    reference = Reference(dataclasses.replace(model, weights=stored))
+    """Logits and router logits of the reference on what the engine stores, without the experts that were dropped."""
+    whole, lacking = Reference(dataclasses.replace(model, weights=stored)), engine.manifest.lacking_experts
+    reference = RemainingReference(whole, model.architecture.mixture_layers, lacking) if lacking else whole
     [result] = reference.run([window], progress, choose=choices if choices.found is not None else None)
     return result
 
