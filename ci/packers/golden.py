@@ -62,6 +62,10 @@ CASES = {
             ("float8_block", (64, 96), {"strategy": "block", "block_structure": [16, 32], **_FLOAT}),
         ],
     ),
+    "ct_ordered": (
+        ["compressed-tensors", "torch"],
+        [("group32", (32, 128), {"group_size": 32}), ("group64", (48, 256), {"group_size": 64})],
+    ),
     "bnb": (
         ["bitsandbytes", "torch"],
         [
@@ -79,7 +83,7 @@ CASES = {
 def main(folder: Path, methods: list[str]) -> None:
     for method in methods or CASES:
         packages, cases = CASES[method]
-        module = importlib.import_module(method.replace("-", "_"))
+        module = importlib.import_module(method)
         tensors: dict[str, torch.Tensor] = {}
         settings = {}
         for number, (name, shape, chosen) in enumerate(cases):

@@ -29,7 +29,8 @@ from export.formats.registry import Format
 from export.formats.view import ByteArray, FloatArray, Header, PackedTensor, Source, check_scales, refuse
 
 _BITS = (4, 8)
-_FIELDS = 32  # codes after which a code of any number of bits begins at the start of a word
+# A word of zero points that are zero, which are stored plus 2^(b-1), as a signed number.
+_NEUTRAL_WORDS = {bits: int(np.frombuffer(bytes([pattern] * 4), "<i4")[0]) for bits, pattern in ((4, 0x88), (8, 0x80))}
 _FLOATS = ("F16", "BF16", "F32")
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
 # Tensors beside a linear that concern activations alone.
@@ -78,8 +79,19 @@ class IntegerMatrix(GroupedMatrix):
         groups = source.kept(f"{self.stem}.weight_g_idx").astype(np.int64)
         return None if (groups == -1).all() else check_order(self, groups)
 
-    def check(self, source: Source) -> None:
-        """Raise CheckpointError if the stored shape is not that of the codes."""
+    def check(self, source: Source, zeros: Header | None) -> None:
+        """Raise CheckpointError if the stored shape is not that of the codes, and for the `zeros` of a symmetric linear
+        that are not all zero: a reader that does not look at `symmetric` takes them."""
+        if zeros is not None and not self.has_zeros:
+            stored = source.kept(zeros.name)
+            is_packed = self.packed and zeros.shape != self.scales_shape
+            neutral = 0 if not is_packed else _NEUTRAL_WORDS[self.bits]
+            if (stored != neutral).any():
+                raise refuse(
+                    self.name,
+                    f"its settings say that it is symmetric, and {zeros.name} has zero points that are not zero; take "
+                    "another copy",
+                )
         if self.packed:
             stored = source.kept(f"{self.stem}.weight_shape").reshape(-1).tolist()
             if stored != list(self.shape):
@@ -126,7 +138,7 @@ def views(settings: Mapping[str, Any], headers: Mapping[str, Header], source: So
         scheme = schemes.of(stem)
         if f"{stem}.weight_packed" in headers or headers[f"{stem}.weight"].dtype == "I8":
             matrix = _integers(stem, headers, scheme)
-            matrix.check(source)
+            matrix.check(source, headers.get(f"{stem}.weight_zero_point"))
             found[matrix.name] = matrix
         else:
             found[f"{stem}.weight"] = _float8(stem, headers, _block_of(scheme.get("block_structure")))
@@ -218,6 +230,12 @@ def _integers(stem: str, headers: Mapping[str, Header], scheme: Mapping[str, Any
     per_row = scales.shape == (rows, groups) or (groups == 1 and scales.shape == (rows,))
     whole = strategy == "tensor" and scales.shape in ((), (1,), (1, 1))
     order = f"{stem}.weight_g_idx" if f"{stem}.weight_g_idx" in headers else None
+    if order is None and scheme.get("actorder") in (True, "group", "dynamic"):
+        raise refuse(
+            name,
+            f"its groups are in the order of activation (actorder {shown(scheme['actorder'])}), and "
+            f"{stem}.weight_g_idx, which says it, is missing; download the file again",
+        )
     fits = rows > 0 and strategy in ("group", "channel", "tensor") and (per_row or whole)
     if not symmetric:
         zeros = headers[f"{stem}.weight_zero_point"]
@@ -278,6 +296,10 @@ def _beside(stem: str, headers: Mapping[str, Header], *, symmetric: bool) -> tup
 def _block_of(value: Any) -> tuple[int, int] | None:  # noqa: ANN401 - JSON value
     if value is None:
         return None
+    if isinstance(value, str) and re.fullmatch(
+        r"[1-9]\d{0,8}x[1-9]\d{0,8}", value
+    ):  # as compressed-tensors 0.9 wrote it
+        value = [int(number) for number in value.split("x")]
     if not (isinstance(value, list) and len(value) == 2 and all(type(one) is int and one > 0 for one in value)):
         raise ConfigError(f"reading the settings of float8 weights: the block is {shown(value)}, expected two numbers")
     return value[0], value[1]

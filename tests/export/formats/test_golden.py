@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from export.checkpoint.folder import open_checkpoint
+from export.errors import ConfigError
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -43,6 +44,22 @@ def test_a_packed_matrix_has_the_packers_values(tmp_path, path, name):
     assert found.shape == expected.shape
     assert (np.abs(found - expected) <= half).all()
     assert np.abs(found).max() > 0.05
+
+
+@pytest.mark.parametrize(("text", "is_block"), [("16x32", True), ("16x", False), ("0x32", False), ("32", False)])
+def test_the_structure_of_blocks_may_be_a_text(tmp_path, text, is_block):
+    """As compressed-tensors wrote it up to 0.9."""
+    checkpoint, expected, half = open_case(tmp_path, GOLDEN / "ct.safetensors", "float8_block")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["block_structure"] = text
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if is_block:
+        found = open_checkpoint(tmp_path).read_float32("float8_block.weight")
+        assert (found == checkpoint.read_float32("float8_block.weight")).all()
+        assert (np.abs(found - expected) <= half).all()
+    else:
+        with pytest.raises(ConfigError, match=f"the block is '{text}', expected two numbers"):
+            open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(("path", "name"), [*cases()])

@@ -99,6 +99,8 @@ def test_awq_that_does_not_fit_is_refused(tmp_path, settings, tensors, said):
         ({}, {"weight_scale": None}, f"{STEM}.weight_scale is missing beside {STEM}.weight_packed"),
         ({}, {"weight_shape": with_first(3)}, "its weight_shape says [3, 64], its codes are [128, 64]"),
         ({}, {"weight_scale": with_first(-1)}, "1 of its scales are zero, negative or not finite"),
+        (ct_settings(actorder="group"), {}, f"(actorder 'group'), and {STEM}.weight_g_idx, which says it, is missing"),
+        (ct_settings(actorder=True), {}, f"(actorder True), and {STEM}.weight_g_idx, which says it, is missing"),
     ],
 )  # fmt: skip
 def test_compressed_tensors_that_do_not_fit_are_refused(tmp_path, settings, tensors, said):
@@ -112,6 +114,36 @@ def test_compressed_tensors_that_do_not_fit_are_refused(tmp_path, settings, tens
         settings = {**settings, "config_groups": groups}
     edit(folder, settings, **tensors)
     assert said in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("zeros", "is_zero"),
+    [
+        (np.zeros((128, 1), np.int8), True),
+        (np.ones((128, 1), np.int8), False),
+        (np.full((16, 1), -0x77777778, np.int32), True),  # 0x88888888: zeros, which are stored plus 8
+        (np.zeros((16, 1), np.int32), False),
+        (np.full((16, 1), -0x77777777, np.int32), False),
+    ],
+)
+def test_zero_points_of_a_symmetric_linear_are_zero_or_refused(tmp_path, zeros, is_zero):
+    folder = pack_compressed(write(tmp_path / "m"))
+    before = open_checkpoint(folder).read_float32(f"{STEM}.weight")
+    stored = load_file(folder / "model.safetensors")
+    save_file({**stored, f"{STEM}.weight_zero_point": zeros}, folder / "model.safetensors")
+    if is_zero:
+        assert (open_checkpoint(folder).read_float32(f"{STEM}.weight") == before).all()
+    else:
+        assert f"it is symmetric, and {STEM}.weight_zero_point has zero points that are not zero" in refusal(folder)
+
+
+def test_order_of_activation_by_weight_leaves_the_features_in_order(tmp_path):
+    folder = pack_compressed(write(tmp_path / "m"))
+    before = open_checkpoint(folder).read_float32(f"{STEM}.weight")
+    edit(folder, ct_settings(actorder="weight"))
+    checkpoint = open_checkpoint(folder)
+    assert (checkpoint.read_float32(f"{STEM}.weight") == before).all()
+    assert checkpoint.packed[f"{STEM}.weight"].grid(checkpoint) is not None
 
 
 def test_compressed_tensors_may_be_in_order_of_activation(tmp_path):
