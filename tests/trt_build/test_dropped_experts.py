@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from checkpoints import write_phi_checkpoint
+from manifests import edit_manifest, read_values
 
 from cli.main import main
 from export.architecture import Router
@@ -21,6 +23,7 @@ from export.reference.remaining import RemainingReference
 from export.reference.usage import layer_usage, measure_usage
 from export.reference.windows import text_windows
 from export.tokenizer.surplus import model_settings
+from trt_build.errors import EngineError
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.engine import open_engine
 from trt_build.ort.planning.dropping import DropOptions, choose_dropped
@@ -181,6 +184,22 @@ def test_the_cost_is_told_apart_for_an_engine_that_lacks_experts(built, text, ca
     lacking = built(KINDS[1]).manifest.lacking_experts
     told = {(part["layer"], part["expert"]) for part in cost["parts"] if "expert" in part}
     assert told == {(layer, e) for layer in range(3) for e in range(4) if e not in lacking.get(layer, ())}
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"0": {"load": [0.25] * 4, "experts": [0, 1, 2, 3]}}, "dropped_experts.layers.0 drops"),
+        ({"9": {"load": [0.25] * 4, "experts": [1]}}, "dropped_experts.layers.9 drops"),
+        ({"0": {"load": [0.5, 0.5], "experts": []}}, "dropped_experts.layers.0 has 2 loads, expected 4"),
+        ({"0": {"load": ["much"], "experts": []}}, "engine.json is malformed"),
+    ],
+)
+def test_an_engine_json_that_contradicts_itself_is_refused(built, tmp_path, layers, message):
+    folder = shutil.copytree(built(KINDS[0]).folder, tmp_path / "engine")
+    edit_manifest(folder, dropped_experts={**read_values(folder)["dropped_experts"], "layers": layers})
+    with pytest.raises(EngineError, match=message):
+        open_engine(folder, check_digests=False)
 
 
 def usage(loads, k=2):

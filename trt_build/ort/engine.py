@@ -363,6 +363,13 @@ def _check_facts(manifest: Manifest, old: OldFormat | None) -> None:
             raise ValueError(f"{where} is {shown(left_out)}, expected some of {facts.num_experts} experts, each once")
         if facts.num_experts - len(left_out) < facts.experts_per_token:
             raise ValueError(f"{where} leaves fewer than the {facts.experts_per_token} experts that a token needs")
+    dropped = {} if manifest.dropped_experts is None else manifest.dropped_experts.layers
+    for layer, found in dropped.items():
+        where = f"dropped_experts.layers.{named(layer, 40)}"
+        if not set(found.experts) <= set(manifest.left_out_experts.get(layer, ())):
+            raise ValueError(f"{where} drops {shown(found.experts)}, which left_out_experts does not have")
+        if len(found.load) != facts.num_experts:
+            raise ValueError(f"{where} has {len(found.load)} loads, expected {facts.num_experts}")
     if manifest.kernels not in KERNELS:
         raise ValueError(f"kernels is {shown(manifest.kernels)}, expected one of {', '.join(KERNELS)}")
     providers, precision = KERNELS[manifest.kernels], manifest.precision
