@@ -62,7 +62,7 @@ def benchmark(options: argparse.Namespace) -> int:
                 logger.info("%s is left out: %s", name, error)
         if not contenders:
             raise ConfigError(f"measuring kernels: no contender can run: {next(iter(refused.values()), 'none named')}")
-        result = measure(contenders, peak, options.rows, options.rounds, options.threads)
+        result = measure(contenders, peak, options.rows, options.rounds, options.threads, wait=not options.no_wait)
     result["not_run"] = refused
     print(report(result))
     if options.output:
@@ -72,13 +72,21 @@ def benchmark(options: argparse.Namespace) -> int:
 
 
 def measure(
-    contenders: Sequence[Contender], peak: Peak | None, numbers: Sequence[int], rounds: int, threads: int
+    contenders: Sequence[Contender],
+    peak: Peak | None,
+    numbers: Sequence[int],
+    rounds: int,
+    threads: int,
+    *,
+    wait: bool = True,
 ) -> dict[str, Any]:
-    """Measure the seconds of a layer by contender and number of rows, and the processor's limits, in each round."""
+    """Measure the seconds of a layer by contender and number of rows, and the processor's limits, in each round. With
+    `wait` a round first waits for idle cores."""
     seconds: dict[str, dict[int, list[float]]] = {one.name: {rows: [] for rows in numbers} for one in contenders}
     bandwidth, products = [], []
     for number in range(rounds):
-        await_quiet(f"round {number + 1} of {rounds}")
+        if wait:
+            await_quiet(f"round {number + 1} of {rounds}")
         logger.info("round %d of %d", number + 1, rounds)
         bandwidth.append(measure_read_bandwidth(BANDWIDTH_BYTES, threads))
         if peak is not None:
@@ -159,7 +167,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="rows that are multiplied together, all by the same two experts",
              ylabel="G weights/s, times rows")  # fmt: skip
     axes.set_title(
-        f"a phixtral layer's experts at 4 bits: {result['machine']['processor']}, {result['threads']} threads, medians"
+        f"a phixtral layer's experts, 4 bits unless named: {result['machine']['processor']}, {result['threads']} threads, medians"
     )
     axes.legend(fontsize=8)
     axes.grid(visible=True, which="both", alpha=0.3)
@@ -179,6 +187,8 @@ def main() -> int:
                         "set, bits as q3, a block size as b128")  # fmt: skip
     parser.add_argument("--rows", type=lambda text: [int(part) for part in text.split(",")], default=list(ROWS),
                         metavar="N,N")  # fmt: skip
+    parser.add_argument("--no-wait", action="store_true",
+                        help="do not wait for idle cores: for a run that takes them from others, as chrt -f 10 does")  # fmt: skip
     parser.add_argument("--no-peak", action="store_true", help="do not measure int8 products, which needs a C compiler")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

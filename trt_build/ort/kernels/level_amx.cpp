@@ -29,7 +29,7 @@ inline const uint8_t* decode(const uint8_t* lines, int block, uint8_t* decoded) 
   for (int u = 0; u < block / kUnit; ++u) {
     const uint8_t* const unit = lines + u * kBits * kLineBytes;
 #pragma GCC unroll 8
-    for (int t = 0; t < kBits; ++t) prefetch(unit + t * kLineBytes + kPrefetchBytes);
+    for (int t = 0; t < kBits; ++t) prefetch(unit + t * kLineBytes + prefetch_bytes(kBits));
     if (kBits == 8) continue;  // codes of 8 bits are stored in this order already
     __m512i low{}, high{};
 #pragma GCC unroll 8
