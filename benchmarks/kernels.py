@@ -167,7 +167,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="rows that are multiplied together, all by the same two experts",
              ylabel="G weights/s, times rows")  # fmt: skip
     axes.set_title(
-        f"a phixtral layer's experts, 4 bits unless named: {result['machine']['processor']}, {result['threads']} threads, medians"
+        f"a phixtral layer's experts, 4 bits unless named: {result['machine']['processor']}, {result['threads']} "
+        "threads, medians"
     )
     axes.legend(fontsize=8)
     axes.grid(visible=True, which="both", alpha=0.3)
@@ -188,7 +189,7 @@ def main() -> int:
     parser.add_argument("--rows", type=lambda text: [int(part) for part in text.split(",")], default=list(ROWS),
                         metavar="N,N")  # fmt: skip
     parser.add_argument("--no-wait", action="store_true",
-                        help="do not wait for idle cores: for a run that takes them from others, as chrt -f 10 does")  # fmt: skip
+                        help="do not wait for idle cores: for a run by chrt -f 10, which takes them")  # fmt: skip
     parser.add_argument("--no-peak", action="store_true", help="do not measure int8 products, which needs a C compiler")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
