@@ -26,17 +26,23 @@ from trt_build.comparison.evaluation_text import EvaluationText, read_texts
 
 logger = logging.getLogger(__name__)
 
+# Products up to which GPTQ is the default: about four minutes of one core. The small examples take 3e11 and less,
+# phixtral-4x2_8 1.3e14, which is an hour on two cores.
+MOST_PRODUCTS = 10**13
+
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
     """What a build says of its method. `method` None: the recipe's, and GPTQ where texts are named. `texts` are files;
     without any GPTQ takes moeship's own. `codes` is a folder that keeps the solved codes; None: one beside the engine,
-    which is removed when the engine is whole."""
+    which is removed when the engine is whole. With `automatic`, a recipe that states no method gets GPTQ where that
+    takes at most MOST_PRODUCTS."""
 
     method: str | None = None
     texts: tuple[Path, ...] = ()
     num_tokens: int | None = None
     codes: Path | None = None
+    automatic: bool = False
 
     def chosen(self) -> str | None:
         """The method in place of the recipe's; None: the recipe's own. Raises ConfigError for a name that is none, and
@@ -50,6 +56,11 @@ class Calibration:
             )
         return self.method or (GPTQ if self.texts else None)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the method may be chosen by the work that it takes."""
+        return self.automatic and self.chosen() is None
+
     def flags(self) -> list[str]:
         """The flags of a command line that say the same."""
         words = [] if self.method is None else ["--method", self.method]
@@ -57,11 +68,15 @@ class Calibration:
         words += [] if self.num_tokens is None else ["--calibrate-tokens", str(self.num_tokens)]
         return words + ([] if self.codes is None else ["--codes", str(self.codes.resolve())])
 
+    @property
+    def most_tokens(self) -> int:
+        """The tokens that are used of a text that is long enough."""
+        return DEFAULT_TOKENS if self.num_tokens is None else self.num_tokens
+
     def text(self, tokenizer: Tokenizer, longest: int) -> CalibrationText:
         """The text as windows of tokens. Raises ConfigError for a file that cannot be read, and for too little text."""
         text = read_texts(self.texts) if self.texts else EvaluationText(names=(OWN_TEXT,), content=own_text())
-        asked = DEFAULT_TOKENS if self.num_tokens is None else self.num_tokens
-        windows = windows_of(tokenizer.encode_prompt(text.content), asked, longest, names(text.names))
+        windows = windows_of(tokenizer.encode_prompt(text.content), self.most_tokens, longest, names(text.names))
         return CalibrationText(windows=windows, record=text.to_json())
 
 

@@ -52,7 +52,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, o
     engine.add_argument(
         "--method",
         metavar="M",
-        help=f"how codes are found: {', '.join(METHODS)} (default: the recipe's, and gptq with --calibrate)",
+        help=f"how codes are found: {', '.join(METHODS)} (default: the recipe's; gptq with --calibrate, and for models "
+        "for which it takes some minutes at most)",
     )
     engine.add_argument(
         "--calibrate",
@@ -104,7 +105,7 @@ def read_calibration(arguments: argparse.Namespace) -> Calibration:
     """What the flags say of the method and of the calibration text."""
     return Calibration(
         method=arguments.method, texts=tuple(arguments.calibrate), num_tokens=arguments.calibrate_tokens,
-        codes=arguments.codes,
+        codes=arguments.codes, automatic=True,
     )  # fmt: skip
 
 

@@ -187,6 +187,7 @@ class Recipe:
         choice = self.choice(spec)
         if choice is None:
             return None
+        alone = spec.role is Role.EMBEDDING  # whose rows are read one by one, so that no errors meet
         sizes = self.block_sizes(spec)
         if not sizes:
             raise no_block_size(spec.name, [spec.shape[-1]], self._of_kernels(spec, choice.block or ()))
@@ -195,7 +196,7 @@ class Recipe:
             block_size=sizes[0],
             symmetric=choice.symmetric is not False,
             scales=choice.scales or self.provider.offers(spec.role).scales,
-            method=choice.method or SEARCH,
+            method=SEARCH if alone and choice.method == GPTQ else choice.method or SEARCH,
         )
 
     def _of_kernels(self, spec: TensorSpec, sizes: Sequence[int]) -> tuple[int, ...]:

@@ -21,10 +21,12 @@ from export.checkpoint.folder import Checkpoint
 from export.conversion.parts import PartRecord
 from export.conversion.sources import check_resumed, check_unchanged
 from export.conversion.writer import Progress
+from export.errors import ConfigError, QuantizationError
 from export.exporter import DATA_FILE, write_export
 from export.files.output import forget_pages
 from export.files.resume import Fingerprint, partial_folder, refuse_made
 from export.provider import OWN_KERNELS
+from export.quantize.recipe import SEARCH
 from export.quantize.solved import SolvedCodes
 from trt_build.calibration import solved
 from trt_build.engine_files import record_files
@@ -58,9 +60,16 @@ def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | N
     build = prepare_build(options)
     for note in build.notes:
         logger.info("%s", note)
-    calibration = options.calibration
-    with solved(calibration, options.output, build.model, build.wanted_codes(), build.calibration_text()) as codes:
-        _write(build, options, codes, progress or (lambda _: None))
+    calibration, told = options.calibration, progress or (lambda _: None)
+    try:
+        with solved(calibration, options.output, build.model, build.wanted_codes(), build.calibration_text()) as codes:
+            _write(build, options, codes, told)
+    except (QuantizationError, ConfigError) as error:
+        if not calibration.is_open or not build.wanted_codes():
+            raise
+        logger.warning("the codes are searched without a calibration text, because GPTQ cannot solve them (%s)", error)
+        searched = dataclasses.replace(calibration, method=SEARCH)
+        return build_engine(dataclasses.replace(options, calibration=searched), progress)
     engine = open_engine(options.output, check_digests=False)
     if engine.has_own_kernels:
         forget_pages(engine.folder / DATA_FILE)  # the write cached it in small pages; loading caches it in huge ones

@@ -175,7 +175,27 @@ def _engine_rows(plan: EnginePlan) -> Rows:
         ("weights", f"{plan.weights_bytes:,} bytes, {plan.average_bits_per_weight:.2f} bits per weight"),
         ("all files", f"{plan.engine_bytes:,} bytes"),
         ("making it", f"reads {in_units(plan.source_bytes)}, holds up to {in_units(plan.conversion_bytes)} of memory"),
+        *_method_rows(plan),
     ]
+
+
+def _method_rows(plan: EnginePlan) -> Rows:
+    """What finding the codes takes: by the method of this build, and by GPTQ."""
+    if not plan.gptq.products:
+        return []
+    said = (
+        f"over {plan.gptq.num_tokens:,} tokens, about {_duration(plan.gptq.seconds)} of one core and "
+        f"{in_units(plan.gptq.memory)} of memory"
+    )
+    if plan.is_calibrated:
+        return [("codes", f"by gptq {said}; --method search takes no text and seconds")]
+    return [("codes", f"without a text; --method gptq solves them {said}")]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
 
 
 def _decoding_rows(plan: EnginePlan, machine: dict[str, Any]) -> Rows:

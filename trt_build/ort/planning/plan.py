@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from export.calibration.work import Work
 from export.checkpoint.digests import Run
 from export.checkpoint.tensor_table import Role, Weights
 from export.conversion.parts import PartRecord, Region, records_text
@@ -57,8 +58,10 @@ class RolePlan:
 class EnginePlan:
     """The figures that `moeship plan` prints. `kv_bytes_per_token` is the size of the cache of one position;
     `stored` says how the weights of each role are stored; `conversion_bytes` is the peak resident memory of the build's
-    process; `files` has the bytes of each file of the engine by name; `notes` are sentences about the engine;
-    `dropped_experts` are those of `--drop-below`."""
+    process; `files` has the bytes of each file of the engine by name; `notes` are sentences about the engine. `gptq` is
+    what GPTQ takes for all codes that it can solve, and `is_calibrated` whether this build solves codes; engine.json
+    then also has the record of them, some kilobytes that are not in `files`. `dropped_experts` are those of
+    `--drop-below`."""
 
     family: str
     precision: str
@@ -73,6 +76,8 @@ class EnginePlan:
     conversion_bytes: int
     kv_bytes_per_token: int
     notes: tuple[str, ...]
+    gptq: Work
+    is_calibrated: bool
     dropped_experts: DroppedExperts | None = None
 
     @property
@@ -150,6 +155,8 @@ def plan_engine(build: PreparedBuild) -> EnginePlan:
         conversion_bytes=conversion_bytes(converter, export.jobs),
         kv_bytes_per_token=kv_bytes_per_token(build.model.architecture, build.provider),
         notes=build.notes,
+        gptq=build.work(),
+        is_calibrated=bool(build.wanted_codes()),
         dropped_experts=build.dropped,
     )
 

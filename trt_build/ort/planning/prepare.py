@@ -15,6 +15,7 @@ from pathlib import Path
 
 from export.calibration.layers import Wanted
 from export.calibration.store import CalibrationText
+from export.calibration.work import Work, work_of
 from export.checkpoint.folder import Checkpoint
 from export.checkpoint.tensor_table import Role, Weights
 from export.conversion.parts import PartRecord
@@ -31,7 +32,7 @@ from export.quantize.recipe_file import read_recipe_file
 from export.quantize.solved import SolvedCodes
 from export.routing import RoutingReport, left_out_by_layer, left_out_note
 from export.tokenizer.settings import Settings
-from trt_build.calibration import Calibration, calibration_record
+from trt_build.calibration import MOST_PRODUCTS, Calibration, calibration_record
 from trt_build.engine_files import FileRecord
 from trt_build.manifest import ORT_BACKEND, Source, libraries
 from trt_build.ort.engine import FORMAT_VERSION, DroppedExperts, Manifest, Precision, StoredRole
@@ -86,18 +87,13 @@ class PreparedBuild:
     export: ExportPlan
 
     def wanted_codes(self) -> dict[str, Wanted]:
-        """The rows whose codes GPTQ solves. A matrix keeps the codes that its checkpoint has of it, and of the
-        embedding single rows are read, so that no errors meet."""
-        found = {}
-        for job in self.export.jobs:
-            storage = job.storage
-            if storage is None or storage.method != GPTQ or job.grid is not None or job.role is Role.EMBEDDING:
-                continue
-            found[job.source] = Wanted(
-                bits=storage.bits, block_size=storage.block_size, symmetric=storage.symmetric,
-                experts=tuple(sorted(job.expert_order)) if job.expert_order is not None else (0,),
-            )  # fmt: skip
-        return found
+        """The rows whose codes GPTQ solves."""
+        stored = {job.source: job.storage for job in self.export.jobs if job.storage is not None}
+        return {name: one for name, one in solvable(self.export.jobs).items() if stored[name].method == GPTQ}
+
+    def work(self) -> Work:
+        """What it takes to solve by GPTQ all codes that can be solved."""
+        return work_of(self.model, solvable(self.export.jobs), self.options.calibration.most_tokens)
 
     def calibration_text(self) -> CalibrationText | None:
         """The text that codes are solved over; None if none are. Raises ConfigError for a text that cannot be used."""
@@ -159,6 +155,20 @@ class PreparedBuild:
             calibration=None if codes is None else calibration_record(codes),
             dropped_experts=self.dropped,
         )
+
+
+def solvable(jobs: Sequence[WeightJob]) -> dict[str, Wanted]:
+    """The rows that GPTQ can solve. A matrix keeps the codes that its checkpoint has of it, and of the embedding single
+    rows are read, so that no errors meet."""
+    found = {}
+    for job in jobs:
+        storage = job.storage
+        if storage is not None and job.grid is None and job.role is not Role.EMBEDDING:
+            found[job.source] = Wanted(
+                bits=storage.bits, block_size=storage.block_size, symmetric=storage.symmetric,
+                experts=tuple(sorted(job.expert_order)) if job.expert_order is not None else (0,),
+            )  # fmt: skip
+    return found
 
 
 def check_options(options: EngineOptions) -> tuple[Provider, Recipe]:
@@ -234,6 +244,10 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
         logger.warning(
             "the engine is for ONNX Runtime's CPU kernels, because moeship's do not support this model (%s)", error
         )
+    work = work_of(source.model, solvable(export.jobs), options.calibration.most_tokens)
+    if options.calibration.is_open and recipe.default.method is None and 0 < work.products <= MOST_PRODUCTS:
+        recipe = recipe.with_method(GPTQ)
+        export = planned()
     return PreparedBuild(
         options=dataclasses.replace(options, kernels=provider.kernels),
         provider=provider,
