@@ -59,7 +59,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, o
         "--calibrate",
         nargs="+",
         type=Path,
-        default=[],
+        default=None,
         metavar="TEXT",
         help="text files over which gptq solves codes (default: moeship's own calibration text)",
     )
@@ -104,7 +104,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, o
 def read_calibration(arguments: argparse.Namespace) -> Calibration:
     """What the flags say of the method and of the calibration text."""
     return Calibration(
-        method=arguments.method, texts=tuple(arguments.calibrate), num_tokens=arguments.calibrate_tokens,
+        method=arguments.method, texts=tuple(arguments.calibrate or ()), num_tokens=arguments.calibrate_tokens,
         codes=arguments.codes, automatic=True,
     )  # fmt: skip
 

@@ -24,7 +24,7 @@ from export.quantize.carry import Loss, carried_blocks
 from export.quantize.grid import ByteArray, FloatArray, pack, quantize_blocks
 from export.quantize.half_scales import SmallScales
 from export.quantize.layout import GROUP_ROWS, MatrixLayout
-from export.quantize.recipe import Storage
+from export.quantize.recipe import NEAREST, Storage
 from export.quantize.solved import SolvedCodes
 
 ALIGNMENT_BYTES = 256  # alignment of CUDA's own allocations; a multiple of 64, the bytes of a cache line and a register
@@ -147,8 +147,9 @@ class WeightJob:
     def _blocks(self, chunk: FloatArray, small: SmallScales, loss: Loss | None) -> tuple[npt.NDArray[Any], ...]:
         half_scales = self.layout is Layout.GROUPS
         codes, scales = quantize_blocks(
-            chunk, self.bits, self.block_size, half_scales=half_scales, refit=loss is not None
-        )
+            chunk, self.bits, self.block_size, half_scales=half_scales, refit=loss is not None,
+            nearest=self.storage is not None and self.storage.method == NEAREST,
+        )  # fmt: skip
         if loss is not None:
             loss.add(chunk, codes, scales, self.bits)
         if self.layout is Layout.GROUPS:

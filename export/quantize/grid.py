@@ -32,7 +32,13 @@ SLICE_VALUES = 1 << 16  # values quantised at a time: 256 kB as float32, so that
 
 
 def quantize_blocks(
-    values: FloatArray, bits: int, block_size: int, *, half_scales: bool = False, refit: bool = False
+    values: FloatArray,
+    bits: int,
+    block_size: int,
+    *,
+    half_scales: bool = False,
+    refit: bool = False,
+    nearest: bool = False,
 ) -> tuple[ByteArray, FloatArray]:
     """Quantise float32 [..., K] to codes uint8 [..., K] and scales float32 [..., K / block_size], `block_size` a
     multiple of 4.
@@ -46,7 +52,7 @@ def quantize_blocks(
 
     With `refit` each scale is at last the one with the least squared error for the codes. Values that lie on another
     grid, as those that were quantised before, have errors that no stretch makes orthogonal to the stored values; they
-    would be too large or too small together by a per cent or two.
+    would be too large or too small together by a per cent or two. With `nearest` no scale is tried but the unit.
     """
     blocks = np.ascontiguousarray(values).reshape(-1, block_size)
     codes, scales = np.empty(blocks.shape, dtype=np.uint8), np.empty(len(blocks), dtype=np.float32)
@@ -54,11 +60,15 @@ def quantize_blocks(
     with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
         for start in range(0, len(blocks), step):
             part = slice(start, start + step)
-            scales[part] = _quantize_slice(blocks[part], bits, codes[part], half_scales=half_scales, refit=refit)
+            scales[part] = _quantize_slice(
+                blocks[part], bits, codes[part], half_scales=half_scales, refit=refit, nearest=nearest
+            )
     return codes.reshape(values.shape), scales.reshape(*values.shape[:-1], -1)
 
 
-def _quantize_slice(blocks: FloatArray, bits: int, codes: ByteArray, *, half_scales: bool, refit: bool) -> FloatArray:
+def _quantize_slice(
+    blocks: FloatArray, bits: int, codes: ByteArray, *, half_scales: bool, refit: bool, nearest: bool
+) -> FloatArray:
     """Write the codes of contiguous blocks [n, block_size] into `codes`; returns the blocks' scales [n].
 
     The blocks are transposed to [block_size / 4, n * 4], four neighbouring values of a block side by side. So numpy's
@@ -70,7 +80,7 @@ def _quantize_slice(blocks: FloatArray, bits: int, codes: ByteArray, *, half_sca
     low = _across_lanes(np.minimum, np.minimum.reduce(turned, axis=0))
     high = _across_lanes(np.maximum, np.maximum.reduce(turned, axis=0))
     unit = np.where(-low >= high, low, high) / np.float32(-half) + np.float32(0)  # + 0 turns a scale of -0 into +0
-    scales = unit * _best_factors(turned, unit, bits)
+    scales = unit if nearest else unit * _best_factors(turned, unit, bits)
     scales, grid = _as_stored(scales, half=half_scales), np.empty_like(turned)
     _round(turned, scales, half, grid)
     if refit:

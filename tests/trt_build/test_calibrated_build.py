@@ -138,3 +138,17 @@ def test_what_a_method_does_not_take_is_refused(tmp_path, text):
     with pytest.raises(ConfigError, match="it cannot be read"):
         build(checkpoint, tmp_path / "engine", tmp_path / "absent.txt")
     assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_nearest_rounds_to_the_scale_of_the_largest_value(tmp_path, kernels):
+    checkpoint = write_phixtral(tmp_path / "model")
+    options = {"kernels": kernels, "calibration": Calibration(method="nearest")}
+    engine = build_engine(BuildOptions(checkpoint=str(checkpoint), output=tmp_path / "engine", **options))
+    model, name = read_model(open_checkpoint(checkpoint)), "transformer.h.0.mixer.Wqkv.weight"
+    weights = model.weights.load(name).reshape(384, 2, 64)
+    signed = np.take_along_axis(weights, np.abs(weights).argmax(axis=2)[..., None], axis=2) / -8
+    scales = signed.astype(np.float16).astype(np.float32) if kernels == "moeship" else signed
+    expected = (np.clip(np.rint(weights / scales), -8, 7) * scales).reshape(384, 128)
+    assert np.abs(open_stored_weights(engine, model).load(name) - expected).max() < 1e-6
+    assert ask_about_weights(engine, model).failures == ()

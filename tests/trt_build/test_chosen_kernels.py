@@ -64,6 +64,7 @@ def test_the_kernels_that_nobody_names(monkeypatch, provider, precision, compile
     ("words", "is_told"),
     [
         ([], True),
+        (["--method", "search"], True),
         (["--precision", "int8"], True),
         (["--kernels", "onnxruntime"], False),
         (["--precision", "fp32"], False),
@@ -83,7 +84,7 @@ def test_without_the_library_the_default_is_onnx_runtimes_kernels_and_one_senten
         assert "two thirds of the speed of moeship's or less" in line
         assert "absent.so does not exist" in line
         assert line.endswith(kernels.remedy())
-    if command == "build" and words == []:
+    if command == "build" and words == ["--method", "search"]:
         compare(output, tiny_engines("int4", kernels="onnxruntime"))
 
 

@@ -35,6 +35,7 @@ class Recipe:
     block: int
     scale_type: str
     late: bool = False
+    nearest: bool = False
 
     def __str__(self) -> str:
         return f"int{self.bits} in blocks of {self.block}" if self.block else f"int{self.bits} with a scale a row"
@@ -84,7 +85,7 @@ class ReadBack(Weights, abc.ABC):
             return values  # which are those of the grid (`weights.py: nearest_of_rows`)
         halves = recipe.scale_type == "float16" and not recipe.late
         codes, scales = quantize_blocks(
-            values, recipe.bits, recipe.block, half_scales=halves, refit=self.is_packed(name)
+            values, recipe.bits, recipe.block, half_scales=halves, refit=self.is_packed(name), nearest=recipe.nearest
         )
         if recipe.late:
             with np.errstate(over="ignore", under="ignore"):

@@ -12,7 +12,7 @@ from export.architecture import Architecture
 from export.checkpoint.tensor_table import Role
 from export.errors import listing
 from export.families import Model
-from export.quantize.recipe import GPTQ
+from export.quantize.recipe import GPTQ, NEAREST
 from export.trtllm.checkpoint import DEFAULT_SM, CheckpointOptions
 from export.trtllm.parallel import Parallelism
 from trt_build.calibration import Calibration
@@ -118,9 +118,9 @@ def check_options(options: TrtllmOptions, model: Model, machine: Machine) -> Non
 
 def _method_problems(options: TrtllmOptions) -> Iterator[str]:
     method = options.calibration.chosen()
-    if method is None or options.precision in GROUPWISE:
-        return
-    if method == GPTQ:
+    if method == NEAREST:
+        yield "--method nearest is for --backend onnxruntime; take search or gptq"
+    if method == GPTQ and options.precision not in GROUPWISE:
         yield (
             f"--method gptq and --calibrate are for --precision {' and '.join(GROUPWISE)}, whose scales are for "
             f"groups; found {options.precision}"

@@ -30,6 +30,7 @@ from export.floats import widen
 from export.onnx_graph import names
 from export.quantize.grid import unpack
 from export.quantize.layout import GROUP_ROWS, MatrixLayout
+from export.quantize.recipe import NEAREST
 from trt_build.calibration import checksums_of
 from trt_build.comparison.read_back import FloatArray, ReadBack, Recipe
 from trt_build.errors import EngineError
@@ -47,12 +48,14 @@ _PAIRS = np.ascontiguousarray(_NIBBLES).view(np.uint64)[:, 0]
 
 @dataclass(frozen=True, kw_only=True)
 class StoredWeights(ReadBack):
-    """An engine's weights under our names. `factors`: a row -> how many of its first rows carry which factor."""
+    """An engine's weights under our names. `factors`: a row -> how many of its first rows carry which factor.
+    `nearest`: the rows that are rounded without a search."""
 
     graph: StoredGraph
     mapped: mmap.mmap
     matrices: Mapping[str, StoredMatrix]
     factors: Mapping[str, tuple[int, float]]
+    nearest: frozenset[str] = frozenset()
 
     def matrix(self, name: str) -> StoredMatrix | None:
         """The quantised form of a row; None if it is stored as floats, or not at all."""
@@ -72,7 +75,9 @@ class StoredWeights(ReadBack):
             return None
         scale_type = matrix.scales.dtype
         late = scale_type == "float16" and not matrix.grouped
-        return Recipe(bits=matrix.bits, block=matrix.block_size, scale_type=scale_type, late=late)
+        return Recipe(
+            bits=matrix.bits, block=matrix.block_size, scale_type=scale_type, late=late, nearest=name in self.nearest
+        )
 
     def float_type(self, name: str) -> str | None:
         """The dtype in which a row that is not quantised is stored; None if it is quantised or absent."""
@@ -199,7 +204,16 @@ def open_stored_weights(engine: Engine, model: Model) -> StoredWeights:
         experts=_stored_experts(engine, model),
         factors=_query_factors(graph, model),
         checksums=checksums_of(engine.manifest.calibration),
+        nearest=_rounded_rows(engine, model),
     )
+
+
+def _rounded_rows(engine: Engine, model: Model) -> frozenset[str]:
+    """The rows whose codes the engine's recipe rounds without a search."""
+    table = model.weights.table
+    recipe = engine.manifest.recipe().for_model(table.values())
+    choices = {name: recipe.choice(spec) for name, spec in table.items()}
+    return frozenset(name for name, choice in choices.items() if choice is not None and choice.method == NEAREST)
 
 
 def _map(path: Path) -> mmap.mmap:
