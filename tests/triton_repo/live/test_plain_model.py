@@ -166,6 +166,21 @@ def test_the_http_generate_endpoint_answers_in_json(live):
     assert answer["num_output_tokens"] == 6
 
 
+def test_http_generate_gives_one_value_bare_and_others_as_a_flat_list(live):
+    """As docs/wire.md says of Triton's endpoint: clients that read JSON must know it."""
+    url = f"{live.server.http_url}/v2/models/tiny/generate"
+
+    def answer(max_tokens):
+        body = json.dumps({"text_input": "def ", "max_tokens": max_tokens, "num_log_probs": 2, "end_id": -1}).encode()
+        with urllib.request.urlopen(urllib.request.Request(url, data=body), timeout=30) as response:
+            return json.load(response)
+
+    one, two = answer(1), answer(2)
+    assert one["token_ids"] == two["token_ids"][0]
+    assert (len(two["token_ids"]), len(two["top_token_ids"])) == (2, 4)
+    assert two["top_token_ids"][:2] == one["top_token_ids"]
+
+
 def test_over_http_a_bad_request_has_status_400(live):
     body = json.dumps({"text_input": "def ", "max_tokens": 0, "stop_words": "", "bad_words": ""}).encode()
     url = f"{live.server.http_url}/v2/models/tiny/generate"

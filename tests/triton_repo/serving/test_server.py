@@ -23,7 +23,7 @@ from triton_repo.processes import program as program_module
 from triton_repo.serving import server as server_module
 from triton_repo.serving.installation import find_installation
 from triton_repo.serving.ports import Address, Ports, choose_ports, resolve_host
-from triton_repo.serving.server import ServerOptions, _tail, running_server
+from triton_repo.serving.server import ServerOptions, _own_words, _tail, running_server
 
 
 @pytest.fixture
@@ -194,6 +194,31 @@ def test_no_model_at_all_is_an_error_with_the_reasons_and_nothing_is_left(small_
     assert "the dog ate it" in str(caught.value)
     assert caught.value.exit_status == 2
     assert processes_of(started[0].pid) == []
+
+
+def test_an_error_of_ours_that_keeps_a_model_from_loading_is_told_without_a_stack(small_repository):
+    data = small_repository / "tiny" / "1" / "engine" / "model.onnx.data"
+    size, content = data.stat().st_size, data.read_bytes()
+    data.unlink()  # it may be a link to another test's
+    data.write_bytes(content[:1000])
+    with pytest.raises(ServerError) as caught, running_server(ServerOptions(repository=small_repository)):
+        pass
+    told = str(caught.value)
+    assert "  - tiny is UNAVAILABLE: opening the engine " in told
+    assert told.endswith(f"  - model.onnx.data: found 1000 bytes, expected {size}")
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        ("Internal: EngineError: opening x: bad; build it\n\nAt:\n  engine.py(3): f\n", "opening x: bad; build it"),
+        ("Internal: RuntimeError: the dog ate it\n\nAt:\n  model.py(3): f\n", None),
+        ("Internal: EngineError: cut", None),
+        ("", None),
+    ],
+)
+def test_only_errors_of_ours_are_told_without_their_stack(reason, told):
+    assert _own_words(reason) == told
 
 
 def test_nothing_is_left_when_the_block_ends_even_with_an_error(small_repository):
