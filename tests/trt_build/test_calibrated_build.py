@@ -14,12 +14,14 @@ from mixtral_checkpoints import write_mixtral_checkpoint
 
 from cli.main import main
 from export.calibration import store
+from export.calibration.work import work_of
 from export.checkpoint.folder import open_checkpoint
-from export.errors import ConfigError
+from export.errors import ConfigError, QuantizationError
 from export.families import read_model
 from export.quantize.solved import open_solved
 from trt_build.calibration import Calibration
 from trt_build.ort.build import BuildOptions, build_engine
+from trt_build.ort.planning.prepare import EngineOptions, prepare_build, solvable
 from trt_build.ort.questions.graph import ask_about_graph
 from trt_build.ort.questions.stored_weights import open_stored_weights
 from trt_build.ort.questions.weights import ask_about_weights
@@ -152,3 +154,65 @@ def test_nearest_rounds_to_the_scale_of_the_largest_value(tmp_path, kernels):
     expected = (np.clip(np.rint(weights / scales), -8, 7) * scales).reshape(384, 128)
     assert np.abs(open_stored_weights(engine, model).load(name) - expected).max() < 1e-6
     assert ask_about_weights(engine, model).failures == ()
+
+
+def planned(checkpoint, **options):
+    options = EngineOptions(checkpoint=str(checkpoint), kernels="onnxruntime", calibration=Calibration(**options))
+    return prepare_build(options)
+
+
+def test_the_method_is_chosen_by_what_gptq_takes_where_nobody_names_one(tmp_path, monkeypatch):
+    checkpoint = write_phixtral(tmp_path / "model")
+    (tmp_path / "own.yml").write_text("preset: int4\nrules: [{role: [attention, expert, head], method: search}]\n")
+    assert planned(checkpoint).wanted_codes() == {}  # a program's default is the recipe's
+    found = planned(checkpoint, automatic=True)
+    assert set(found.wanted_codes()) == {
+        name for name, spec in found.model.weights.table.items() if spec.role in ("attention", "expert", "head")
+    }
+    assert planned(checkpoint, automatic=True, method="search").wanted_codes() == {}
+    own = EngineOptions(
+        checkpoint=str(checkpoint), kernels="onnxruntime", recipe=tmp_path / "own.yml",
+        calibration=Calibration(automatic=True),
+    )  # fmt: skip
+    assert prepare_build(own).wanted_codes() == {}
+    monkeypatch.setattr("trt_build.ort.planning.prepare.MOST_PRODUCTS", found.work().products - 1)
+    assert planned(checkpoint, automatic=True).wanted_codes() == {}
+
+
+def test_plan_says_what_gptq_takes(tmp_path, capsys):
+    """For one layer by hand: of K input features, N rows and T tokens T K^2 / 2 + K^3 / 6 + N K^2 / 2 + T N K products,
+    the last twice for an expert's first matrix, which is computed once more for the second."""
+    checkpoint = write_phixtral(tmp_path / "model")
+    assert main(["plan", str(checkpoint), "--kernels", "onnxruntime", "--calibrate-tokens", "600"]) == 0
+    assert "by gptq over 600 tokens, about 1 s of one core and" in capsys.readouterr().out
+    assert main(["plan", str(checkpoint), "--kernels", "onnxruntime", "--method", "search"]) == 0
+    assert "without a text; --method gptq solves them over 8,192 tokens, about" in capsys.readouterr().out
+    build = planned(checkpoint, num_tokens=600)
+    name = "transformer.h.0.moe.mlp.fc1.weight"  # 3 experts, 192 by 128; two thirds of the tokens
+    work = work_of(build.model, {name: solvable(build.export.jobs)[name]}, 600)
+    each = 400 * 128**2 // 2 + 128**3 // 6 + 192 * 128**2 // 2 + 2 * 400 * 192 * 128
+    assert work.products == 3 * each
+    assert work.seconds == pytest.approx(3 * each / 4e10 + 3 * 192 * 128 * 1.2e-7)
+
+
+def test_where_gptq_was_nobodys_wish_and_cannot_solve_codes_are_searched(tmp_path, caplog, monkeypatch):
+    checkpoint = write_phixtral(tmp_path / "model")
+
+    def refused(*arguments):
+        raise QuantizationError("quantising a matrix by GPTQ: its inputs are beyond float32")
+
+    monkeypatch.setattr("trt_build.calibration.solve_codes", refused)
+    for automatic, method in ((True, "gptq"), (False, "gptq")):
+        options = {"automatic": automatic, "method": method}
+        with pytest.raises(QuantizationError, match="beyond float32"):
+            build_engine(
+                BuildOptions(checkpoint=str(checkpoint), output=tmp_path / "engine", calibration=Calibration(**options))
+            )
+    options = BuildOptions(
+        checkpoint=str(checkpoint), output=tmp_path / "engine", calibration=Calibration(automatic=True)
+    )
+    with caplog.at_level(logging.WARNING):
+        engine = build_engine(options)
+    assert "the codes are searched without a calibration text, because GPTQ cannot solve them" in caplog.text
+    assert engine.manifest.precision.roles["expert"].methods == ("search",)
+    assert engine.manifest.calibration is None
