@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from mixtral_checkpoints import write_mixtral_checkpoint
 
@@ -19,23 +21,24 @@ MIXTRAL = {
 
 @pytest.fixture(scope="session")
 def built(made_once, tiny_checkpoint, tiny_engines):
-    """(family, precision, kernels) -> an engine and the model that it was built from; made when first asked for."""
+    """(family, precision, kernels) -> an engine and the model that it was built from; made when first asked for. A
+    recipe file stands in place of a precision."""
 
     def built(family, precision, kernels, provider="cpu"):
+        stored = {"recipe": precision} if isinstance(precision, Path) else {"precision": precision}
         checkpoint = tiny_checkpoint
         if family == "mixtral":
             checkpoint = made_once(
                 "windowed-mixtral", lambda folder: write_mixtral_checkpoint(folder, seed=3, **MIXTRAL)
             )
             folder = made_once(
-                f"windowed-mixtral-{provider}-{precision}-{kernels}",
+                f"windowed-mixtral-{provider}-{getattr(precision, 'stem', precision)}-{kernels}",
                 lambda folder: build_engine(
                     BuildOptions(
-                        checkpoint=str(checkpoint), output=folder, precision=precision, kernels=kernels,
-                        provider=provider,
+                        checkpoint=str(checkpoint), output=folder, kernels=kernels, provider=provider, **stored
                     )
                 ),
-            )  # fmt: skip
+            )
         else:
             folder = tiny_engines(precision, provider, kernels)
         return open_engine(folder, check_digests=False), read_model(open_checkpoint(checkpoint))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
+import onnx
 import pytest
 from decoding import KINDS, each
 from engine_faults import FAULTS, with_fault
@@ -35,6 +37,36 @@ def test_a_sound_graph_differs_by_the_order_of_summation_alone(built, family, pr
     assert answer.failures == ()
     assert answer.figures["logits"] <= 5e-6
     assert max(answer.figures["routers"].values()) <= 5e-6
+
+
+@pytest.mark.needs_kernels
+@pytest.mark.parametrize("bits", [(2, 3, 4, 5, 6, 8), (6, 5, 8, 2, 3, 4)])
+def test_every_number_of_bits_computes_what_its_codes_say(built, tmp_path, bits):
+    embedding, qkv, out, first, second, head = bits
+    rules = [
+        {"role": "embedding", "bits": embedding},
+        {"role": "head", "bits": head},
+        {"weight": "qkv", "bits": qkv},
+        {"weight": "out", "bits": out},
+        {"weight": "first", "bits": first},
+        {"weight": "second", "bits": second, "block": 32},
+    ]
+    recipe = tmp_path / f"bits-{''.join(map(str, bits))}.json"
+    recipe.write_text(json.dumps({"default": {"bits": 4, "block": 64}, "rules": rules}))
+    engine, model = built("mixtral", recipe, "moeship")
+    answer = ask_about_graph(engine, model, TOKENS)
+    assert answer.failures == ()
+    assert answer.figures["logits"] <= 5e-6
+    assert ask_about_weights(engine, model).failures == ()
+    expected = {"Embedding": {(embedding, 64)}, "Experts": {(first, 64, second, 32)},
+                "BlockLinear": {(qkv, 64), (out, 64), (head, 64)}}  # fmt: skip
+    found = {}
+    for node in onnx.load(str(engine.folder / "model.onnx"), load_external_data=False).graph.node:
+        stated = {entry.name: entry.i for entry in node.attribute}
+        names = ("bits", "block_size", "second_bits", "second_block_size")
+        if node.domain == "moeship":
+            found.setdefault(node.op_type, set()).add(tuple(stated[name] for name in names if name in stated))
+    assert found == expected
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
