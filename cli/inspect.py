@@ -3,7 +3,7 @@
 Reads only the headers and the gates of a folder, so it answers at once for any size. A hub id is downloaded first.
 With --text the reference, the checkpoint computed in float32, routes a text: which experts its tokens use, how sure the
 routers are, which experts go together. That reads every weight once.
-Of an engine for ONNX Runtime it shows how each role is stored, and its recipe.
+Of an engine for ONNX Runtime it shows how each role is stored, and its recipe; with --text the engine routes the text.
 """
 
 from __future__ import annotations
@@ -70,22 +70,31 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _inspect_engine(arguments: argparse.Namespace) -> int:
-    """Describe an engine. Raises ConfigError for flags that are for checkpoints."""
+    """Describe an engine, and with --text how it routes the text. Raises ConfigError for flags that are for
+    checkpoints."""
+    from cli.inspect_text import measure_engine, print_usage
     from trt_build.ort.command import describe
     from trt_build.ort.engine import open_engine
 
-    given = [name for name in ("revision", "experts_per_token", "text", "tokens", "report") if getattr(arguments, name)]
+    given = [name for name in ("revision", "experts_per_token") if getattr(arguments, name)]
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ConfigError(
             f"inspecting the engine {named(arguments.checkpoint)}: {flags} is for checkpoints; leave it out"
         )
+    if not arguments.text:
+        _refuse_without_text(arguments)
     engine = open_engine(arguments.checkpoint, check_digests=False)
+    measured = measure_engine(arguments, engine) if arguments.text else None
     if arguments.json:
-        print((engine.folder / MANIFEST_FILE).read_text(encoding="utf-8"), end="")
+        manifest = (engine.folder / MANIFEST_FILE).read_text(encoding="utf-8")
+        added = {} if measured is None else {"usage": measured.to_json()}
+        print(json.dumps({**json.loads(manifest), **added}, indent=2) if added else manifest, end="")
         return 0
     for heading, rows in describe(engine):
         print_rows(heading, rows)
+    if measured is not None:
+        print_usage(measured)
     return 0
 
 

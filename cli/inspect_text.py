@@ -9,16 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cli.progress import PROGRESS_S, every
+from export.architecture import Architecture
 from export.checkpoint.folder import Checkpoint
 from export.errors import OutputError, named, printable
-from export.families import Model, read_model
+from export.families import read_model
 from export.files.output import refuse_existing, replace_file
-from export.reference.usage import NEAR_TIE, LayerUsage, Usage, measure_usage, require_mixture
+from export.reference.usage import NEAR_TIE, LayerUsage, Usage, measure_usage, require_mixture, usage_of
 from export.reference.windows import text_windows
+from export.tokenizer.loading import Tokenizer, load_tokenizer
 from export.tokenizer.surplus import model_settings
 from trt_build.comparison.evaluation_text import EvaluationText, read_texts
 from trt_build.manifest import libraries
+from trt_build.ort.engine import Engine
+from trt_build.ort.session import ScoringSession
 from trt_build.report.usage_page import UsageReport, usage_page
 
 logger = logging.getLogger(__name__)
@@ -42,29 +48,69 @@ class MeasuredText:
 def measure_text(arguments: argparse.Namespace, checkpoint: Checkpoint) -> MeasuredText:
     """Route the text of `moeship inspect --text` by the reference, and write the page if one is asked for. Raises
     ConfigError for a dense model and for too little text, OutputError for a page that cannot be written."""
-    from cli.inspect import DEFAULT_TOKENS
-
-    if arguments.report is not None:
-        if arguments.report.is_dir():
-            raise OutputError(
-                f"writing {_REPORT}: {named(arguments.report)} is a folder, expected the name of an HTML file in it"
-            )
-        refuse_existing(arguments.report, _REPORT)
+    _refuse_report(arguments)
     model = read_model(checkpoint, arguments.experts_per_token)
     doing = f"routing a text through {named(checkpoint.identity)}"
-    require_mixture(model, doing)
+    require_mixture(model.architecture, checkpoint.identity, doing)
     text = read_texts(arguments.text)
-    token_ids = model_settings(model).tokenizer.encode_prompt(text.content)
-    wanted = DEFAULT_TOKENS if arguments.tokens is None else arguments.tokens
-    windows = text_windows(token_ids, wanted, model.architecture.max_positions, doing)
+    windows = _windows(arguments, text, model_settings(model).tokenizer, model.architecture.max_positions, doing)
     usage = measure_usage(model, windows, every(PROGRESS_S, logger.info))
     if arguments.report is not None:
-        _write_report(arguments, model, usage, text)
+        computed = "The checkpoint was computed in float32."
+        _write_report(arguments, model.architecture, model.weights.checkpoint.folder.name, computed, usage, text)
     return MeasuredText(text=text, usage=usage)
 
 
-def _write_report(arguments: argparse.Namespace, model: Model, usage: Usage, text: EvaluationText) -> None:
-    facts = model.architecture
+def measure_engine(arguments: argparse.Namespace, engine: Engine) -> MeasuredText:
+    """`measure_text` by the scoring graph of an engine, so with what the quantiser did to the routers' inputs. Experts
+    that the build dropped count as chosen by no token."""
+    _refuse_report(arguments)
+    facts, longest = engine.manifest.architecture, engine.manifest.max_sequence
+    doing = f"routing a text through the engine {named(engine.folder)}"
+    require_mixture(facts, str(engine.folder), doing)
+    text = read_texts(arguments.text)
+    windows = _windows(arguments, text, load_tokenizer(engine.folder), longest, doing)
+    scoring, progress, routed = ScoringSession(engine), every(PROGRESS_S, logger.info), []
+    for number, window in enumerate(windows):
+        progress(f"routing window {number} of {len(windows)}")
+        _, logits = scoring.run(window)
+        assert logits is not None  # a mixture has routers
+        routed.append(logits)
+    usage = usage_of(facts, np.concatenate(routed, axis=1), windows)
+    if arguments.report is not None:
+        computed = f"The engine computed it, at {engine.manifest.precision.name}."
+        _write_report(arguments, facts, engine.folder.name, computed, usage, text)
+    return MeasuredText(text=text, usage=usage)
+
+
+def _refuse_report(arguments: argparse.Namespace) -> None:
+    """Raise OutputError if the page cannot be written, before anything is computed."""
+    if arguments.report is None:
+        return
+    if arguments.report.is_dir():
+        raise OutputError(
+            f"writing {_REPORT}: {named(arguments.report)} is a folder, expected the name of an HTML file in it"
+        )
+    refuse_existing(arguments.report, _REPORT)
+
+
+def _windows(
+    arguments: argparse.Namespace, text: EvaluationText, tokenizer: Tokenizer, longest: int, doing: str
+) -> list[list[int]]:
+    from cli.inspect import DEFAULT_TOKENS
+
+    wanted = DEFAULT_TOKENS if arguments.tokens is None else arguments.tokens
+    return text_windows(tokenizer.encode_prompt(text.content), wanted, longest, doing)
+
+
+def _write_report(
+    arguments: argparse.Namespace,
+    facts: Architecture,
+    model: str,
+    computed: str,
+    usage: Usage,
+    text: EvaluationText,
+) -> None:
     words = [arguments.checkpoint, *(["--revision", arguments.revision] if arguments.revision else [])]
     for name in arguments.text:
         words += ["--text", str(name)]
@@ -72,9 +118,10 @@ def _write_report(arguments: argparse.Namespace, model: Model, usage: Usage, tex
         value = getattr(arguments, flag)
         words += [] if value is None else [f"--{flag.replace('_', '-')}", str(value)]
     report = UsageReport(
-        model=model.weights.checkpoint.folder.name,
+        model=model,
+        computed=computed,
         facts=(
-            ("checkpoint", arguments.checkpoint),
+            ("checkpoint or engine", arguments.checkpoint),
             ("family", facts.family),
             ("layers with experts", f"{facts.num_mixtures} of {facts.num_layers}"),
             ("experts", f"{facts.num_experts}, {facts.experts_per_token} per token"),

@@ -9,14 +9,14 @@ what `export/reference/model.py` holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from export.architecture import Router
+from export.architecture import Architecture, Router
 from export.errors import ConfigError, named
 from export.families import Model
 from export.reference.mixture import route
@@ -114,25 +114,28 @@ class Usage:
         }
 
 
-def require_mixture(model: Model, doing: str) -> None:
-    """Raise ConfigError for a dense model; `doing` begins the message."""
-    if not model.architecture.is_moe:
+def require_mixture(facts: Architecture, name: str, doing: str) -> None:
+    """Raise ConfigError for the dense model `name`; `doing` begins the message."""
+    if not facts.is_moe:
         raise ConfigError(
-            f"{doing}: {named(model.weights.checkpoint.identity)} is a dense {model.family.name}: it has no experts, "
-            "and no router that chooses among them; name a mixture's checkpoint"
+            f"{doing}: {named(name)} is a dense {facts.family}: it has no experts, and no router that chooses among "
+            "them; name a mixture"
         )
 
 
 def measure_usage(model: Model, windows: Windows, progress: Callable[[str], None] = lambda _: None) -> Usage:
     """Route the windows' tokens by the reference and count. Raises ConfigError for a dense model, ExportError for a
     router that the reference does not compute, and CheckpointError as `Reference.run` does."""
-    require_mixture(model, "measuring the use of experts")
-    facts = model.architecture
-    network = model.family.network(model.weights.checkpoint.config)
-    numbers = [number for number, layer in enumerate(network.layers) if layer.mlp.gate is not None]
+    require_mixture(model.architecture, model.weights.checkpoint.identity, "measuring the use of experts")
+    return usage_of(model.architecture, Reference(model).router_logits(windows, progress), windows)
+
+
+def usage_of(facts: Architecture, router_logits: Iterable[FloatArray], windows: Windows) -> Usage:
+    """The use of a model's experts by the router logits [T, E] of each layer that has experts, in order; T are the
+    tokens of all windows."""
     layers = tuple(
-        layer_usage(number, logits, network.layers[number].mlp.router, facts.experts_per_token)
-        for number, logits in zip(numbers, Reference(model).router_logits(windows, progress), strict=True)
+        layer_usage(layer, logits, facts.router, facts.experts_per_token)
+        for layer, logits in zip(facts.mixture_layers, router_logits, strict=True)
     )
     return Usage(
         num_experts=facts.num_experts,

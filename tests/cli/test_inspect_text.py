@@ -16,6 +16,7 @@ from cli.inspect_text import usage_lines
 from cli.main import main
 from export.architecture import Router
 from export.reference.usage import Usage, layer_usage
+from trt_build.ort.build import BuildOptions, build_engine
 
 MIXTRAL = Path(__file__).parents[2] / "examples/tiny-mixtral/checkpoint"
 
@@ -107,7 +108,9 @@ def test_the_page_of_many_experts_has_a_bounded_number_of_cells(tmp_path, capsys
     from trt_build.report.usage_page import MOST_CELLS, UsageReport, usage_page
 
     usage = random_usage(64, layers=12, k=8)
-    report = UsageReport(model="m", facts=(), usage=usage, text=own_text(), versions={}, command="c")
+    report = UsageReport(
+        model="m", computed="By hand.", facts=(), usage=usage, text=own_text(), versions={}, command="c"
+    )
     content = usage_page(report)
     assert content.count("<rect") <= MOST_CELLS + 2 * 12 * 64
     assert "The 4 of 12 layers that are furthest from independence." in Page(content).text
@@ -154,3 +157,29 @@ def test_refusals_name_what_is_wrong(text, tmp_path, capsys):
         assert (status, out) == (2, "")
         assert message in err
     assert taken.read_text() == "mine"
+
+
+def test_an_engine_routes_the_text_too(text, tmp_path, capsys):
+    engine = build_engine(BuildOptions(checkpoint=str(MIXTRAL), output=tmp_path / "engine", precision="fp32"))
+    report = tmp_path / "use.html"
+    words = ("--text", text, "--tokens", 600, "--json")
+    _, out, _ = inspect(capsys, MIXTRAL, *words)
+    status, of_engine, _ = inspect(capsys, engine.folder, *words, "--report", report)
+    expected, found = json.loads(out)["usage"], json.loads(of_engine)["usage"]
+    assert status == 0
+    assert found["text"] == expected["text"]
+    for one, other in zip(found["layers"], expected["layers"], strict=True):
+        assert one["chosen"] == pytest.approx(other["chosen"], abs=2)  # fp32 differs by the order of summation
+        assert one["entropy"] == pytest.approx(other["entropy"], abs=1e-3)
+    assert "The engine computed it, at fp32." in Page(report.read_text("utf-8")).text
+    assert "use of experts: 64 tokens" in inspect(capsys, engine.folder, "--text", text, "--tokens", 64)[1]
+    status, _, err = inspect(capsys, engine.folder, "--tokens", 64)
+    assert (status, "belong to a text" in err) == (2, True)
+
+
+def test_a_dense_engine_is_refused(text, tmp_path, capsys):
+    dense = write_phi_checkpoint(tmp_path / "dense", seed=1, hidden_size=64, num_heads=4, rotary_dim=16)
+    engine = build_engine(BuildOptions(checkpoint=str(dense), output=tmp_path / "engine", precision="fp32"))
+    status, out, err = inspect(capsys, engine.folder, "--text", text)
+    assert (status, out) == (2, "")
+    assert "is a dense phi: it has no experts" in err

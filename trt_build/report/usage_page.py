@@ -25,6 +25,7 @@ class UsageReport:
     """All that the page shows."""
 
     model: str
+    computed: str  # a sentence on what computed the routers' logits
     facts: Rows
     usage: Usage
     text: EvaluationText
@@ -150,5 +151,5 @@ def _measured(report: UsageReport) -> str:
         *((f"version of {name}", version) for name, version in report.versions.items()),
         ("command", report.command),
     )
-    said = "The checkpoint was computed in float32. Among equal logits the lowest expert index is chosen."
+    said = f"{report.computed} Among equal logits the lowest expert index is chosen."
     return f"<p>{escaped(said)}</p>{facts(rows)}"

@@ -53,7 +53,7 @@ class DropOptions:
             raise ConfigError(f"{doing}: --keep-all-experts asks for the contrary; leave out one of the two")
         if not self.texts:
             raise ConfigError(f"{doing}: the load is measured over a text; name one with --text FILE")
-        require_mixture(model, doing)
+        require_mixture(model.architecture, model.weights.checkpoint.identity, doing)
         if not model.architecture.router.reads_chosen_logits_alone:
             raise ConfigError(
                 f"{doing}: the router of {named(model.weights.checkpoint.identity)} makes the weights of the logits of "
