@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.optional import optional_package
+from export.quantize.layout import GROUP_ROWS
 
 if TYPE_CHECKING:
     import onnx
 
 EXPERT_OPS = ("MoE", "QMoE", "Experts")
 ROW_OPS = ("Gather", "GatherBlockQuantized")  # operators of the embedding, which read one row of each operand
-GROUP_OPS = ("Embedding",)  # that of our kernels, which reads the lines of one group of sixteen rows
+GROUP_OPS = ("Embedding",)  # that of our kernels, whose operands have one item of the first axis for GROUP_ROWS rows
 ATTENTION_OPS = ("GroupQueryAttention",)  # operators whose constants are the rotary tables; they read one row of each
 
 
@@ -44,8 +45,10 @@ def count_bytes(graph: Path, num_experts: int, experts_per_token: int) -> Engine
             used = 1.0
             if node.op_type in EXPERT_OPS:
                 used = experts_per_token / num_experts
-            elif node.op_type in (*ROW_OPS, *GROUP_OPS, *ATTENTION_OPS):
+            elif node.op_type in (*ROW_OPS, *ATTENTION_OPS):
                 used = 1 / max(rows, 1)
+            elif node.op_type in GROUP_OPS:
+                used = 1 / max(rows * GROUP_ROWS, 1)
             share[name] = max(share.get(name, 0.0), used)
     sizes = {name: _num_bytes(constant.data_type, list(constant.dims)) for name, constant in constants.items()}
     return EngineBytes(

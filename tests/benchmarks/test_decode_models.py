@@ -144,6 +144,7 @@ def test_an_engines_bytes_are_those_worked_by_hand(tmp_path):
     nodes = [
         make("GatherBlockQuantized", ["embedding", "input_ids", "embedding_scales"], ["a"], domain="com.microsoft"),
         make("Gather", ["tied", "input_ids"], ["b"]),
+        make("Embedding", ["input_ids", "groups", "group_scales"], ["g"], domain="moeship"),
         make("LayerNormalization", ["a", "norm"], ["c"]),
         make("GroupQueryAttention", ["c", "", "", "", "", "", "", "cosines"], ["d"], domain="com.microsoft"),
         make("QMoE", ["d", "routed", "codes", "scales", "", "packed"], ["e"], domain="com.microsoft"),
@@ -154,6 +155,7 @@ def test_an_engines_bytes_are_those_worked_by_hand(tmp_path):
         constant("tied", kinds.FLOAT, 10, 4), constant("norm", kinds.FLOAT, 8),
         constant("cosines", kinds.FLOAT, 2048, 16), constant("codes", kinds.UINT8, 4, 6, 8),
         constant("scales", kinds.FLOAT16, 4, 6, 1), constant("packed", kinds.UINT4, 4, 3, 5),
+        constant("groups", kinds.UINT8, 3, 2, 192), constant("group_scales", kinds.FLOAT16, 3, 2, 16),
         constant("unused", kinds.FLOAT, 100),
     ]  # fmt: skip
     caches = [
@@ -162,10 +164,12 @@ def test_an_engines_bytes_are_those_worked_by_hand(tmp_path):
     ]
     model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", caches, [], constants))
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
-    # Rows: embedding 8 and its scale 4, cosines 64. Halves: codes 96, scales 24, packed 15. Whole: norm 32, and what
-    # embedding and head share, 160.
+    # Rows: embedding 8 and its scale 4, cosines 64, of three groups of 16 rows 1152 / 48 codes and 192 / 48 of scales.
+    # Halves: codes 96, scales 24, packed 15. Whole: norm 32, and what embedding and head share, 160.
     assert count_bytes(tmp_path / "model.onnx", num_experts=4, experts_per_token=2) == EngineBytes(
-        weight_bytes=80 + 40 + 160 + 32 + 131_072 + 192 + 48 + 30 + 400, read_per_token=403, cache_per_position=128
+        weight_bytes=80 + 40 + 160 + 32 + 131_072 + 192 + 48 + 30 + 1_152 + 192 + 400,
+        read_per_token=403 + 24 + 4,
+        cache_per_position=128,
     )
 
 
