@@ -54,12 +54,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             ],
         },
         "q5": {
-            "default": {"bits": 8, "block": [64, 32]},
+            "default": {"bits": 6, "block": [32]},
             "rules": [
-                {"role": ["embedding"], "bits": 6, "block": [128, 64, 32]},
-                {"role": ["head"], "bits": 6},
-                {"weight": ["first"], "bits": 5},
-                {"weight": ["second"], "bits": 6, "block": [128, 64, 32]},
+                {"role": ["embedding", "head"], "block": [64, 32]},
+                {"role": ["expert", "ffn"], "bits": 5},
+                {"weight": ["second"], "layers": ["1::2"], "bits": 6, "block": [64, 32]},
             ],
         },
         "q6": {
