@@ -94,15 +94,17 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How each matrix of a model with `num_layers` layers is stored on a provider. `accuracy_level` is the attribute of
-    ONNX Runtime's MatMulNBits and QMoE operators. Level 4 allows the kernels to round activations to int8 in blocks,
-    which makes them fast."""
+    """How each matrix of a model with `num_layers` layers is stored on a provider. The first `of_preset` rules are
+    those of the preset that a recipe file begins from, and may match nothing. `accuracy_level` is the attribute of ONNX
+    Runtime's MatMulNBits and QMoE operators. Level 4 allows the kernels to round activations to int8 in blocks, which
+    makes them fast."""
 
     name: str  # a preset's name, or the recipe file's
     default: Choice
     rules: tuple[Rule, ...] = ()
     provider: Provider = PROVIDERS["cpu"]
     num_layers: int = 0
+    of_preset: int = 0
 
     @property
     def quantises(self) -> bool:
@@ -127,7 +129,7 @@ class Recipe:
         """Raise QuantizationError for a rule that matches no row, and for the first row whose storage its kernel does
         not have or whose input features no block size divides."""
         rows = [spec for spec in table if spec.role in QUANTISED_ROLES]
-        for rule in self.rules:
+        for rule in self.rules[self.of_preset :]:
             if not any(rule.matches(spec, self.num_layers) for spec in rows):
                 raise QuantizationError(
                     f"reading the recipe {named(self.name, 60)}: the rule for {rule.words} matches no matrix of this "

@@ -8,6 +8,7 @@ rules:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from export.errors import QuantizationError, named, shown, unknown
 from export.files.reading import read_json
 from export.files.yaml_reading import read_yaml
 from export.provider import Provider
-from export.quantize.presets import PRESETS
+from export.quantize.presets import PRESETS, preset
 from export.quantize.recipe import Recipe
 from export.quantize.recipe_reading import read_recipe
 
@@ -31,27 +32,29 @@ def read_recipe_file(path: Path, provider: Provider) -> Recipe:
     reader = read_json if path.suffix == ".json" else read_yaml
     values = reader(path, what, QuantizationError)
     try:
-        return read_recipe(_with_preset(values, path), provider)
+        whole, begun = _with_preset(values, path, provider)
+        return replace(read_recipe(whole, provider), of_preset=begun)
     except ValueError as error:
         raise QuantizationError(f"reading {what} {named(path)}: {error}") from error
 
 
-def _with_preset(values: Any, path: Path) -> dict[str, Any]:  # noqa: ANN401 - YAML value
-    """The values with those of the preset that they begin from. Raises ValueError."""
+def _with_preset(values: Any, path: Path, provider: Provider) -> tuple[dict[str, Any], int]:  # noqa: ANN401 - YAML value
+    """The values with those of the preset that they begin from, and the number of its rules. Raises ValueError."""
     if not isinstance(values, dict):
         raise ValueError(f"found {shown(values, 60)}, expected a table with the keys {', '.join(_KEYS)}")
     own = {"name": path.stem if path.stem not in PRESETS else path.name, **values}
     if own["name"] in PRESETS:
         raise ValueError(f"name is {own['name']}, which is a preset's; take another one")
     if "preset" not in own:
-        return own
-    preset = own.pop("preset")
+        return own, 0
+    begins = own.pop("preset")
     if "default" in own:
         raise ValueError("it has both preset and default, expected one of them")
-    if not isinstance(preset, str) or preset not in PRESETS:
-        raise ValueError(f"preset: {unknown(preset, PRESETS)}")
-    begun = PRESETS[preset]
+    if not isinstance(begins, str) or begins not in PRESETS:
+        raise ValueError(f"preset: {unknown(begins, PRESETS)}")
+    begun = preset(begins, provider)
     rules = own.get("rules", [])
     if not isinstance(rules, list):
         raise ValueError(f"rules is {shown(rules, 60)}, expected a list")
-    return {**own, "default": begun["default"], "rules": [*begun.get("rules", ()), *rules]}
+    first = begun.get("rules", ())
+    return {**own, "default": begun["default"], "rules": [*first, *rules]}, len(first)

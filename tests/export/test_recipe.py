@@ -39,7 +39,6 @@ def recipe(*rules, provider=PROVIDERS["cpu"], **default):
         ("int8", PROVIDERS["cuda"], (8, 64, "float16"), (8, 64, "float16")),
         ("int4", PROVIDERS["cuda"], (4, 64, "float16"), (8, 64, "float16")),
         ("int8", KERNELS[OWN_KERNELS]["cpu"], (8, 32, "float16"), (8, 32, "float16")),
-        ("int4", KERNELS[OWN_KERNELS]["cpu"], (4, 64, "float16"), (8, 64, "float16")),
     ],
 )
 def test_presets_store_the_matrices_of_layers_and_the_head(precision, provider, inside, outside):
@@ -48,6 +47,12 @@ def test_presets_store_the_matrices_of_layers_and_the_head(precision, provider, 
         assert found.storage(spec) == Storage(bits=inside[0], block_size=inside[1], scales=inside[2])
     assert found.storage(HEAD) == Storage(bits=outside[0], block_size=outside[1], scales=outside[2])
     assert [found.storage(spec) for spec in NEVER] == [None] * 3
+
+
+def test_int4_of_moeships_kernels_gives_attention_and_head_bits_that_the_experts_blocks_pay_for():
+    found = recipe_for("int4", KERNELS[OWN_KERNELS]["cpu"]).for_model(ROWS)
+    stored = [(found.storage(spec).bits, found.storage(spec).block_size) for spec in ROWS]
+    assert stored == [(5, 128), (5, 128), (4, 128), (4, 128), (6, 128), (8, 64)]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -12,6 +12,7 @@ from export.errors import KernelsError, QuantizationError
 from export.families import read_model
 from export.provider import KERNELS, OWN_KERNELS, PROVIDERS
 from export.quantize.recipe_file import read_recipe_file
+from trt_build.ort.engine import open_engine
 from trt_build.ort.planning.prepare import EngineOptions, prepare_build
 
 OWN, CPU, CUDA = KERNELS[OWN_KERNELS]["cpu"], PROVIDERS["cpu"], PROVIDERS["cuda"]
@@ -31,7 +32,8 @@ def checked(path, provider, checkpoint):
 
 
 def test_a_file_begins_from_a_preset_and_changes_it(tmp_path, tiny_checkpoint):
-    text = "preset: int4\nrules:\n  - {weight: qkv, bits: 6}\n  - {weight: second, layers: [0-1, -1], block: 32}\n"
+    second = "{weight: second, layers: [0-1, -1], block: 64}"
+    text = f"preset: int4\nrules:\n  - {{weight: qkv, bits: 6, block: 64}}\n  - {second}\n"
     found, table = checked(written(tmp_path, text), OWN, tiny_checkpoint)
     stored = {
         name: (found.storage(spec).bits, found.storage(spec).block_size)
@@ -39,9 +41,9 @@ def test_a_file_begins_from_a_preset_and_changes_it(tmp_path, tiny_checkpoint):
     }  # fmt: skip
     assert found.name == "mine"
     assert stored["transformer.h.1.mixer.Wqkv.weight"] == (6, 64)
-    assert stored["transformer.h.1.mixer.out_proj.weight"] == (4, 64)
-    assert {stored[f"transformer.h.{layer}.moe.mlp.fc2.weight"] for layer in range(3)} == {(4, 32)}
-    assert stored["lm_head.linear.weight"] == (8, 64)
+    assert stored["transformer.h.1.mixer.out_proj.weight"] == (5, 32)
+    assert {stored[f"transformer.h.{layer}.moe.mlp.fc2.weight"] for layer in range(3)} == {(4, 64)}
+    assert stored["lm_head.linear.weight"] == (6, 32)
 
 
 def test_json_says_the_same_as_yaml(tmp_path):
@@ -151,7 +153,12 @@ def test_plan_says_how_each_role_is_stored(tmp_path, tiny_checkpoint, capsys):
 def test_an_engines_recipe_is_shown(tiny_engine, capsys):
     assert main(["inspect", str(tiny_engine)]) == 0
     shown = capsys.readouterr().out
-    assert "attention  4 bits in blocks of 64, search: 4.25 bits per weight" in shown or "4.50 bits per weight" in shown
-    assert "default  bits 4, block 64 32" in shown
+    attention = {
+        "moeship": "5 bits in blocks of 32, search: 5.50",
+        "onnxruntime": "4 bits in blocks of 64, search: 4.50",
+    }
+    kernels = open_engine(tiny_engine, check_digests=False).manifest.kernels
+    assert f"attention  {attention[kernels]} bits per weight" in shown
+    assert "recipe int4\n  default  bits 4, block " in shown
     assert main(["inspect", str(tiny_engine), "--tokens", "300"]) == 2
     assert "--tokens is for checkpoints" in capsys.readouterr().err

@@ -25,7 +25,7 @@ from export.files.output import replace_file
 from export.files.reading import check_name
 from export.files.typed_json import read_typed
 from export.provider import KERNELS, OWN_KERNELS
-from export.quantize.presets import PRESETS
+from export.quantize.presets import PRESETS, preset
 from export.quantize.recipe import Recipe
 from export.quantize.recipe_reading import read_recipe
 from export.tokenizer.settings import TokenizerFacts
@@ -191,7 +191,9 @@ class Manifest:
         default = {key: value for key, value in recipe["default"].items() if key != "method"}
         values = {**recipe, "default": default}
         named = name in PRESETS and not any(role.methods for role in roles)
-        return name if named or values == {"name": name, **PRESETS.get(name, {})} else f"{fewest} bits"
+        provider = KERNELS[self.kernels][self.provider]
+        same = name in PRESETS and values == {"name": name, **preset(name, provider)}
+        return name if named or same else f"{fewest} bits"
 
 
 @dataclass(frozen=True, kw_only=True)
