@@ -241,7 +241,9 @@ def test_sizes_that_the_kernels_do_not_take_are_refused_before_anything_is_writt
     sizes = {**QUANTIZABLE, "ffn_size": 72}
     odd_width = write_phixtral_checkpoint(tmp_path / "b", seed=1, num_experts=2, experts_per_token=2, **sizes)
     with pytest.raises(QuantizationError, match=r"fc1.weight: 192 and 72 input features are not a multiple"):
-        build(odd_width, tmp_path / "engine")
+        build(odd_width, tmp_path / "engine", kernels="onnxruntime")  # one block size for both matrices
+    with pytest.raises(QuantizationError, match=r"fc2.weight: 72 input features are not a multiple"):
+        build(odd_width, tmp_path / "engine", kernels="moeship")
     assert not (tmp_path / "engine").exists()
 
 

@@ -61,21 +61,24 @@ def test_a_mixtral_is_planned_to_the_byte_in_both_spellings(tmp_path, spelling, 
     assert planned.files == {path.name: path.stat().st_size for path in built.folder.iterdir()}
 
 
-@pytest.mark.parametrize(("kernels", "scale_bytes"), [("moeship", 2), ("onnxruntime", 4)])
-def test_bytes_by_role_and_per_token_are_those_worked_by_hand(tiny_checkpoint, kernels, scale_bytes):
-    # H 192, F 448, V 352, E 5, K 2, L 3. A block of int4 is 64 weights of 4 bits and one scale. The scale is float16
-    # for moeship's kernels, and float32 for ONNX Runtime's. moeship's kernels read 16 rows at a
-    # time, and every number of rows here is a multiple of 16.
+@pytest.mark.parametrize(
+    ("kernels", "scale_bytes", "block", "head_bits"), [("moeship", 2, 32, 6), ("onnxruntime", 4, 64, 8)]
+)
+def test_bytes_by_role_and_per_token_are_those_worked_by_hand(tiny_checkpoint, kernels, scale_bytes, block, head_bits):
+    # H 192, F 448, V 352, E 5, K 2, L 3. A block of int4 is 64 weights of 4 bits and one scale, 32 for moeship's
+    # kernels, since 128 divides neither width. The scale is float16 for moeship's kernels, and float32 for ONNX
+    # Runtime's. moeship's kernels read 16 rows at a time, and every number of rows here is a multiple of 16.
     planned = plan(tiny_checkpoint, precision="int4", kernels=kernels)
     expert = planned.roles["expert"]
     assert expert.num_weights == 3 * 5 * 2 * 448 * 192
     assert expert.codes_bytes == expert.num_weights // 2
-    assert expert.scales_bytes == expert.num_weights // 64 * scale_bytes
+    assert expert.scales_bytes == expert.num_weights // block * scale_bytes
     assert expert.bytes_per_token == (expert.codes_bytes + expert.scales_bytes) * 2 // 5
     embedding, head = planned.roles["embedding"], planned.roles["head"]
     assert (embedding.codes_bytes, embedding.scales_bytes) == (352 * 192, 352 * 192 // 64 * scale_bytes)
     assert embedding.bytes_per_token == 192 + 192 // 64 * scale_bytes  # one row
-    assert head.bytes_per_token == head.total_bytes == 352 * 192 + 352 * 3 * scale_bytes
+    assert head.codes_bytes == 352 * 192 * head_bits // 8
+    assert head.bytes_per_token == head.total_bytes == head.codes_bytes + 352 * 192 // block * scale_bytes
     router = planned.roles["router"]
     assert router.bytes_per_token == router.plain_bytes == 3 * 5 * 192 * 4
     # Each layer has the biases of 5 experts, and a token reads those of 2. It reads all biases of out_proj and qkv.
