@@ -92,7 +92,7 @@ def test_nothing_is_written(capsys, tmp_path, tiny_checkpoint, monkeypatch):
         (
             ["--precision", "fp16", "--kernels", "moeship"],
             "QuantizationError: choosing the precision: the kernels of "
-            "moeship multiply quantised matrices, found fp16, expected int8 or int4; choose one of these",
+            "moeship multiply quantised matrices, found fp16, expected int8 or int4 or",
         ),
         (["--precision", "int5"], "QuantizationError: choosing the precision: 'int5' is unknown"),
         (["--provider", "tpu"], "ExportError: choosing the provider: 'tpu' is unknown"),
