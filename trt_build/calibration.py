@@ -18,7 +18,7 @@ from export.calibration.store import CalibrationText, solve_codes
 from export.calibration.text import DEFAULT_TOKENS, OWN_TEXT, own_text, windows_of
 from export.errors import ConfigError, names
 from export.families import Model
-from export.quantize.gptq import DAMPING
+from export.quantize.gptq import LEAST_DAMPING
 from export.quantize.recipe import GPTQ, METHODS
 from export.quantize.solved import SolvedCodes
 from export.tokenizer.loading import Tokenizer
@@ -83,8 +83,11 @@ class Calibration:
 def text_record(text: CalibrationText) -> dict[str, Any]:
     """What decides codes beside the model and their bits: the text and the solver's settings."""
     return {
-        "text": dict(text.record), "tokens": text.num_tokens, "damping": DAMPING, "fewest_tokens": FEWEST_TOKENS,
-    }  # fmt: skip
+        "text": dict(text.record),
+        "tokens": text.num_tokens,
+        "least_damping": LEAST_DAMPING,
+        "fewest_tokens": FEWEST_TOKENS,
+    }
 
 
 @contextmanager
@@ -130,7 +133,7 @@ def calibration_record(codes: SolvedCodes) -> dict[str, Any]:
     return {
         "text": settings["text"],
         "tokens": sum(settings["windows"]),
-        "damping": DAMPING,
+        "least_damping": LEAST_DAMPING,
         "fewest_tokens": FEWEST_TOKENS,
         "checksums": {name: dict(matrix.checksums) for name, matrix in sorted(codes.matrices.items())},
         "tokens_by_expert": {name: list(matrix.tokens) for name, matrix in experts.items()},

@@ -27,14 +27,16 @@ from export.checkpoint.digests import RecordedCheckpoint, Run, recorded
 from export.checkpoint.tensor_table import Weights
 from export.families import Model
 from export.families.network import Mlp, Network
-from export.quantize.gptq import DAMPING, Codes, Factor, Hessian, asymmetric, solve, symmetric
+from export.quantize.gptq import Codes, Factor, Hessian, asymmetric, solve, symmetric
 from export.reference.attention import Projections
 from export.reference.mixture import BLOCK_TOKENS, Expert, route
 from export.reference.model import Windows, bounds_of, embedding_rows, normalise
 from export.reference.operations import FloatArray
 from export.reference.reader import Reader
 
-FEWEST_TOKENS = 0.125  # tokens of an expert, as a part of its matrix's input features, below which it falls back
+# Tokens of an expert, as a part of its matrix's input features, below which it falls back. From here on GPTQ is better
+# than a search on other text (docs/calibration.md).
+FEWEST_TOKENS = 1 / 32
 _ROWS = 2048  # rows of a matrix that are read and solved at a time
 
 
@@ -114,12 +116,11 @@ class _Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Solver:
-    """Solves the rows `wanted` of a model, by name. `fewest_tokens` and `damping` are those of this module and of
-    export/quantize/gptq.py. `count` is called with the number of bytes of each read."""
+    """Solves the rows `wanted` of a model, by name. `fewest_tokens` is FEWEST_TOKENS. `count` is called with the
+    number of bytes of each read."""
 
     model: Model
     wanted: Mapping[str, Wanted]
-    damping: float = DAMPING
     fewest_tokens: float = FEWEST_TOKENS
     count: Callable[[int], None] = lambda _: None
 
@@ -188,7 +189,7 @@ class Solver:
         self, rows: Sequence[_Row], place: int, hessian: Hessian, codes: dict[str, Mapping[int, Codes]]
     ) -> None:
         few = hessian.num_tokens < self.fewest_tokens * hessian.features
-        factor = None if few else hessian.factor(rows[0].label(place), self.damping)
+        factor = None if few else hessian.factor(rows[0].label(place))
         for row in rows:
             row.solve(place, factor, hessian.num_tokens)
             codes[row.name] = row.codes

@@ -32,7 +32,7 @@ from export.files.output import flush_to_disk
 from export.files.reading import is_there
 from export.files.resume import Fingerprint, PartialFolder, partial_folder
 from export.files.typed_json import read_typed
-from export.quantize.gptq import DAMPING
+from export.quantize.gptq import LEAST_DAMPING
 from export.quantize.solved import (
     FORMAT_VERSION,
     Origin,
@@ -79,7 +79,7 @@ def settings_of(text: CalibrationText, wanted: Mapping[str, Wanted], experts_per
         "format version": FORMAT_VERSION,
         "text": dict(text.record),
         "windows": [len(window) for window in text.windows],
-        "damping": DAMPING,
+        "least damping": LEAST_DAMPING,
         "fewest tokens": FEWEST_TOKENS,
         "experts per token": experts_per_token,
         "matrices": {name: asdict(one) for name, one in wanted.items()},

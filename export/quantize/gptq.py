@@ -23,8 +23,10 @@ from export.errors import QuantizationError
 from export.provider import FLOAT16_MAX
 from export.quantize.grid import ByteArray, FloatArray
 
-DAMPING = 0.05  # part of the mean of H's diagonal that is added to it; docs/quality.md has the measurement
-_MOST_DAMPING = 10.0
+# What is added to H's diagonal, as a part of its mean: features over tokens, as few tokens say little of how features
+# depend on each other, and at least 1 %, as Frantar et al. add. docs/calibration.md has the measurement.
+LEAST_DAMPING = 0.01
+_MOST_DAMPING = 1e6
 _PANEL = 256  # columns that are factorised together
 _ROWS = 2048  # output rows that are solved together, so that a block's errors stay in a core's cache
 # Parts of the scale that fits a block's largest value, tried in turn at up to 4 bits. With more bits a value that is
@@ -72,13 +74,17 @@ class Hessian:
             stop = min(start + _PANEL, self.features)
             self._sums[:stop, start:stop] += inputs[:, :stop].T @ inputs[:, start:stop]
 
-    def factor(self, name: str, damping: float = DAMPING) -> Factor:
-        """Factorise H in place; this object is used up. Columns without any input are rounded to the nearest, since
-        no error of theirs is fed back. Raises QuantizationError, which names the matrix `name`, if a value is not
-        finite, and if there was no input but zeros."""
+    def factor(self, name: str, damping: float | None = None) -> Factor:
+        """Factorise H in place; this object is used up. `damping` None is that of LEAST_DAMPING's comment.
+
+        Columns without any input are rounded to the nearest, since no error of theirs is fed back. Raises
+        QuantizationError, which names the matrix `name`, if a value is not finite, and if there was no input but
+        zeros."""
         sums = self._sums
         diagonal = sums.diagonal().astype(np.float64)
         mean = float(diagonal.mean())
+        if damping is None:
+            damping = max(LEAST_DAMPING, self.features / max(1, self.num_tokens))
         panels = [slice(start, start + _PANEL) for start in range(0, len(sums), _PANEL)]
         if not all(np.isfinite(sums[: panel.stop, panel].sum()) for panel in panels):
             raise QuantizationError(
@@ -99,10 +105,10 @@ class Hessian:
                 return _factorised(sums)
             except np.linalg.LinAlgError:
                 damping *= 10
-                if damping > _MOST_DAMPING:
+                if not damping < _MOST_DAMPING:
                     raise QuantizationError(
-                        f"quantising {name} by GPTQ: the products of its inputs are not positive definite, with ten "
-                        "times their mean added; build with --method search"
+                        f"quantising {name} by GPTQ: the products of its inputs are not positive definite, whatever is "
+                        "added to them; build with --method search"
                     ) from None
             for panel, square in zip(panels, squares, strict=True):
                 sums[: panel.start, panel] = sums[panel, : panel.start].T

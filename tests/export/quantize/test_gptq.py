@@ -141,6 +141,22 @@ def test_a_singular_product_of_inputs_is_damped():
     assert objective(weights, found.values(), inputs) < 0.2 * objective(weights, rounded(weights, 64, 4, found), inputs)
 
 
+def test_few_tokens_are_damped_more():
+    """An expert that saw a quarter as many tokens as it has features: on other inputs of the same kind it is better
+    than rounding, and it is worse with the damping of a long text."""
+    inputs, weights = np.random.default_rng(6).standard_normal((2000, 256)).astype(np.float32), weights_of(48, 256)
+    for feature in range(1, 256):
+        inputs[:, feature] += 0.6 * inputs[:, feature - 1]
+    few, others = inputs[:64], inputs[64:]
+    hessian = Hessian(256)
+    hessian.add(few)
+    own = solve("matrix", weights, hessian.factor("matrix"), 64, 4, symmetric(4)).values()
+    long = solve("matrix", weights, factor_of(few, damping=0.01), 64, 4, symmetric(4)).values()
+    nearest = solve("matrix", weights, None, 64, 4, symmetric(4)).values()
+    assert objective(weights, own, others) < objective(weights, nearest, others)
+    assert objective(weights, own, others) < objective(weights, long, others)
+
+
 def test_refused_inputs_are_named():
     hessian = Hessian(32)
     with pytest.raises(QuantizationError, match="quantising layer 3 by GPTQ: its inputs .* all zero"):
