@@ -206,6 +206,23 @@ def test_a_copied_slot_continues_as_its_source(session):
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-6)
 
 
+def test_a_slot_goes_on_from_a_part_of_another_one_that_is_copied_piece_by_piece(session):
+    """The source goes on meanwhile, and what follows the part in it is of no matter."""
+    cache, begin = session.new_cache(4), list(range(40, 80))
+    expected = session.step(cache, [Row(slot=0, token_ids=[*begin, 9, 8])])[0].copy()
+    session.step(cache, [Row(slot=1, token_ids=[*begin, 3, 3, 3])])
+    for length in (7, 7, 25, 40):
+        cache.copy(1, 3, length)
+        session.step(cache, [Row(slot=1, token_ids=[5])])
+    found = session.step(cache, [Row(slot=3, token_ids=[9, 8])])[0]
+    assert cache.lengths == [42, 47, 0, 42]
+    bar = 1e-5 if session.engine.manifest.precision.name == "fp32" else 2e-2
+    assert np.abs(found - expected).max() <= bar * np.abs(expected).max()
+    for length in (41, 48):  # fewer than the slot holds, and more than the source
+        with pytest.raises(SequenceError, match=f"copying {length} positions of slot 1 of the cache"):
+            cache.copy(1, 3, length)
+
+
 def test_a_shortened_slot_forgets_what_followed(session):
     cache = session.new_cache(1)
     expected = session.step(cache, [Row(slot=0, token_ids=[7, 8, 9])])[0].copy()
@@ -266,6 +283,23 @@ def test_a_slot_takes_memory_as_it_grows_and_gives_it_back(tiny_engines):
     assert full >= 0.8 * cache._slot_bytes * len(cache._arrays)
     assert short < full / 2
     assert resident(cache) <= short + 2 * len(cache._arrays) * 4096
+
+
+def test_a_slot_keeps_a_beginning_and_gives_the_memory_behind_it_back(tiny_engines):
+    session = Session(open_engine(tiny_engines("fp32")))
+    cache = session.new_cache(8)
+    tokens = [1 + number % 300 for number in range(session.max_sequence)]
+    session.step(cache, [Row(slot=5, token_ids=tokens)])
+    length = len(tokens) // 4
+    kept = [array[5, :, :length].copy() for array in cache._arrays]
+    full = resident(cache)
+    cache.release(5, length)
+    assert cache.lengths[5] == length
+    assert resident(cache) <= cache.bytes_of(length) < full / 2
+    for array, before in zip(cache._arrays, kept, strict=True):
+        np.testing.assert_array_equal(array[5, :, :length], before)
+    with pytest.raises(SequenceError, match="expected at least"):
+        cache.release(5, length + 1)
 
 
 def resident(cache) -> int:

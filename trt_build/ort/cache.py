@@ -2,7 +2,7 @@
 
     cache = Cache(device, layers=32, heads=32, positions=2048, head_size=80, slots=8)
     cache.lengths[3]         # positions that slot 3 holds
-    cache.copy(3, 5)         # slot 5 continues what slot 3 holds
+    cache.copy(3, 5)         # slot 5 continues what slot 3 holds; copy(3, 5, 512) only its first 512 positions
     cache.shorten(3, 0)      # slot 3 is empty; its memory stays
     cache.release(3)         # its memory goes back to the system
 
@@ -122,23 +122,43 @@ class Cache:
             )
         self.lengths[slot] = length
 
-    def copy(self, source: int, target: int) -> None:
-        """Have the slot `target` hold what `source` holds. Only where `can_copy`."""
-        length = self.lengths[source]
+    def copy(self, source: int, target: int, length: int | None = None) -> None:
+        """Have the slot `target` hold what `source` holds, or the first `length` positions of it. The positions that
+        `target` holds already must be those of `source`. Only where `can_copy`. Raises SequenceError if `source` holds
+        fewer."""
+        start, stop = self.lengths[target], self.lengths[source] if length is None else length
+        if not start <= stop <= self.lengths[source]:
+            raise SequenceError(
+                f"copying {stop} positions of slot {source} of the cache: found {self.lengths[source]} positions, and "
+                f"{start} in slot {target}, expected at least {stop}, and at most that many"
+            )
         for array in self._arrays:
-            array[target, :, :length] = array[source, :, :length]
-        self.lengths[target] = length
+            array[target, :, start:stop] = array[source, :, start:stop]
+        self.lengths[target] = stop
 
-    def release(self, slot: int) -> None:
-        """Empty a slot and give its memory back to the system, where the device allows it."""
-        self.lengths[slot] = 0
+    def release(self, slot: int, length: int = 0) -> None:
+        """Drop the positions of a slot from `length` on and give their memory back to the system, where the device
+        allows it. Raises SequenceError if the slot holds fewer."""
+        self.shorten(slot, length)
         if self._pages is None:
             return
+        _, heads, positions, _ = self._shape
+        head_bytes = self._slot_bytes // heads
+        row_bytes = head_bytes // positions
         for number in range(len(self._arrays)):
             start = (number * self.num_slots + slot) * self._slot_bytes
-            first, stop = -(-start // mmap.PAGESIZE), (start + self._slot_bytes) // mmap.PAGESIZE
-            if first < stop:
-                self._pages.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (stop - first) * mmap.PAGESIZE)
+            if not length:
+                self._give_back(start, start + self._slot_bytes)
+                continue
+            for head in range(heads):  # whose positions lie together
+                own = start + head * head_bytes
+                self._give_back(own + length * row_bytes, own + head_bytes)
+
+    def _give_back(self, start: int, stop: int) -> None:
+        """Give the whole pages among some bytes back to the system."""
+        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+        if self._pages is not None and first < last:
+            self._pages.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def _reserve(num_bytes: int) -> mmap.mmap:
