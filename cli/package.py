@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     llmapi_package.add_arguments(parser)
 
 
-_ONNX_RUNTIME = ("threads", "slots", "memory_budget", "max_waiting", "max_wait_s", "pause_target_ms")
+_ONNX_RUNTIME = ("threads", "slots", "memory_budget", "max_waiting", "max_wait_s", "pause_target_ms", "prefix_cache")
 
 
 def _add_onnxruntime_arguments(group: argparse._ArgumentGroup) -> None:
@@ -72,6 +72,11 @@ def _add_onnxruntime_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--pause-target-ms", type=int, default=250, metavar="MS",
         help="how long running answers should pause at most beside a long prompt (default 250)",
+    )  # fmt: skip
+    group.add_argument(
+        "--no-prefix-cache", dest="prefix_cache", action="store_false",
+        help="compute every prompt from its first token; by default a prompt goes on from what another request left of "
+        "its beginning, which the time to its first token shows",
     )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ class History:
         self.simulation = Simulation(
             self.cost, slots=num_slots, positions=rng.randint(30, 30 + int(600 * size)), limits=self.limits,
             budget=rng.uniform(0.3, 1.0) * rng.choice((1.0, 1.0, min(1.0, 1.5 / num_slots))),
-            salt=self.salt, broken_one_in=self.broken_one_in, can_copy=rng.random() < 0.8,
+            salt=self.salt, broken_one_in=self.broken_one_in, can_copy=rng.random() < 0.8, keeps=rng.random() < 0.8,
             post=self._posted.append if self._posts_later else lambda action: action(),
         )  # fmt: skip
         self.simulation.after_event = lambda: self._act() if rng.random() < 0.5 else None
@@ -90,6 +90,7 @@ class History:
         self.clients: list[Client] = []
         self._by_request: dict[object, Client] = {}
         self._begun: set[Client] = set()
+        self._shares = rng.choice((0.0, 0.5, 0.9))  # of the prompts that begin like another one
         self._draining = self._is_ending = False
         self._due: list[tuple[Client, int, int]] = []  # client, answer and tokens before the step
         self._plan_events(size)
@@ -124,7 +125,8 @@ class History:
         count = min(count, num_slots + (rng.random() < 0.1))
         room = self.scheduler.slots.most_positions(count) if rng.random() < 0.9 else self.cache.positions
         room = max(2, room)
-        size = rng.choice((1, rng.randint(1, 8), rng.randint(1, 40), rng.randint(1, room)))
+        short = rng.randint(1, 40 if self._shares else 8)
+        size = rng.choice((1, short, min(room, rng.randint(17, 60)), rng.randint(1, room)))
         most_tokens = rng.choice((1, rng.randint(1, 12), rng.randint(1, room)))
         faulty = self._draws(0.25)
         soon = lambda: now + rng.choice((0.0, rng.uniform(0, 1), rng.uniform(0, 20)))  # noqa: E731
@@ -134,7 +136,7 @@ class History:
 
         return Wish(
             number=number,
-            prompt=bytes(rng.randrange(VOCABULARY) for _ in range(size)),
+            prompt=self._prompt(size),
             most_tokens=max(1, min(most_tokens, room + 1 - size)),
             count=count,
             temperature=rng.choice((0.0, 0.8)),
@@ -153,6 +155,15 @@ class History:
             telling_fails=bool(now_and_then(True, 0.3)),
             looking_fails=bool(now_and_then(True)),
         )
+
+    def _prompt(self, size: int) -> bytes:
+        """Often a beginning of another client's prompt, with some of its answer, before tokens of its own."""
+        rng, begin = self.rng, b""
+        if self.clients and rng.random() < self._shares:
+            other = rng.choice(self.clients[-8:]).wish
+            text = other.prompt + alone(other, self.salt, self.broken_one_in)[0].tokens
+            begin = text[: rng.choice((size, size, rng.randint(0, size)))]
+        return begin + bytes(rng.randrange(VOCABULARY) for _ in range(size - len(begin)))
 
     def _draws(self, share: float) -> bool:
         """Whether one of the things happens that do not happen in a calm history."""
@@ -253,6 +264,9 @@ class History:
         require(not problems, "; ".join(problems))
         slots = self.scheduler.slots
         require(self.cache.touched_bytes <= slots.held_bytes, "more memory is in use than is counted")
+        held = {sequence.slot: sequence.tokens[: sequence.num_computed] for sequence in self.scheduler.running}
+        for slot, tokens in (slots.kept | held).items():
+            require(list(self.cache.held[slot]) == tokens, "a slot holds other tokens than are known of it", slot)
 
     def _check_ends(self) -> None:
         """What ended was freed before the step."""
@@ -278,7 +292,11 @@ class History:
         require([c.place for c in begun] == sorted(c.place for c in begun), "begun in another order than arrived")
         if self.scheduler.waiting:
             head = self.scheduler.waiting[0]
-            fits = self.scheduler.slots.fits(len(head.writers), head.num_positions)
+            # What ended sequences left in their slots takes no room from it.
+            reserved = sum(self.cache.bytes_of(sequence.request.num_positions) for sequence in self.scheduler.running)
+            needed = len(head.writers) * self.cache.bytes_of(head.num_positions)
+            has_slots = len(self.scheduler.running) + len(head.writers) <= self.cache.num_slots
+            fits = has_slots and reserved + needed <= self.scheduler.slots.budget
             require(not fits, "a request waits though there is room")
 
     def _check_rows(self, rows: Sequence[Row]) -> None:
@@ -333,6 +351,8 @@ class History:
         require(counted == taken + self.counts["refused"], "ends and refusals are miscounted", stats, taken)
         written = sum(len(writer.tokens) for client in self.clients for writer in client.writers)
         require(stats.output_tokens == written, "tokens are miscounted", stats.output_tokens, written)
+        self.counts["prefix hits"] += stats.prefix_hits
+        self.counts["tokens reused"] += stats.prefix_reused_tokens
 
     def _check_client(self, client: Client) -> None:
         """A client got all of its answers or one error, and every token is the one that it would have got alone."""

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from batching_standins import VOCABULARY, BrokenInvariantError, Client, Clock, Cost, StandInCache, StandInSession, Wish
 
 from triton_repo.runtime.batching.engine import SequenceEngine
+from triton_repo.runtime.batching.memory.slots import Slots
 from triton_repo.runtime.batching.scheduler import Limits
-from triton_repo.runtime.batching.slots import Slots
 
 _MOST_STEPS = 50_000  # more than any test needs
 
@@ -35,14 +35,16 @@ class Simulation:
         salt: int = 0,
         broken_one_in: int = 0,
         can_copy: bool = True,
+        keeps: bool = False,
         post: Callable[[Callable[[], object]], object] = lambda action: action(),
     ) -> None:
-        """`budget` is a share of what all slots may take. `salt` and `broken_one_in` are those of the logits."""
+        """`budget` is a share of what all slots may take; `keeps` says whether free slots keep tokens. `salt` and
+        `broken_one_in` are those of the logits."""
         self.clock, self.cache = Clock(), StandInCache(slots, positions, can_copy=can_copy)
         self.session = StandInSession(cost, salt=salt, broken_one_in=broken_one_in, advance=self.advance)
         num_bytes = int(budget * slots * self.cache.bytes_of(positions))
         self.engine = SequenceEngine(
-            self.session, self.cache, Slots(self.cache, num_bytes), num_tokens=VOCABULARY,
+            self.session, self.cache, Slots(self.cache, num_bytes, keeps=keeps), num_tokens=VOCABULARY,
             limits=limits or Limits(slots=slots), clock=self.clock, post=post,
         )  # fmt: skip
         self.scheduler = self.engine._scheduler

@@ -92,15 +92,18 @@ class StandInCache:
         self.lengths[slot] = length
         del self.held[slot][length:]
 
-    def copy(self, source: int, target: int) -> None:
+    def copy(self, source: int, target: int, length: int | None = None) -> None:
+        length = self.lengths[source] if length is None else length
         require(self.can_copy, "slots that cannot be copied were")
-        self.held[target] = bytearray(self.held[source])
-        self.lengths[target] = self.lengths[source]
-        self.write(target, self.lengths[source])
+        require(self.lengths[target] <= length <= self.lengths[source], "copied more than a slot holds", source, length)
+        require(self.held[source].startswith(self.held[target]), "other tokens are in the slot that is copied to")
+        self.held[target] = self.held[source][:length]
+        self.lengths[target] = length
+        self.write(target, length)
 
-    def release(self, slot: int) -> None:
-        self.lengths[slot] = self.touched[slot] = 0
-        self.held[slot].clear()
+    def release(self, slot: int, length: int = 0) -> None:
+        self.shorten(slot, length)
+        self.touched[slot] = length
 
 
 @dataclass(frozen=True, kw_only=True)

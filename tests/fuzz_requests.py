@@ -118,11 +118,11 @@ class _Cache:
     def shorten(self, slot: int, length: int) -> None:
         self.lengths[slot] = length
 
-    def release(self, slot: int) -> None:
-        self.lengths[slot] = 0
+    def release(self, slot: int, length: int = 0) -> None:
+        self.lengths[slot] = length
 
-    def copy(self, source: int, target: int) -> None:
-        self.lengths[target] = self.lengths[source]
+    def copy(self, source: int, target: int, length: int | None = None) -> None:
+        self.lengths[target] = self.lengths[source] if length is None else length
 
 
 class _Session:

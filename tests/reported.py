@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from triton_repo.runtime.batching.engine import SequenceEngine
+from triton_repo.runtime.batching.memory.slots import Slots
 from triton_repo.runtime.batching.outlet import Outlet
 from triton_repo.runtime.batching.scheduler import Limits
-from triton_repo.runtime.batching.slots import Slots
 from triton_repo.runtime.options import GenerationOptions, plan_generation
 from triton_repo.runtime.single.generation import text_request
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from triton_repo.runtime.batching.engine import SequenceEngine
-from triton_repo.runtime.batching.slots import Slots
+from triton_repo.runtime.batching.memory.slots import Slots
 from triton_repo.runtime.batching.stats import ENDS, REFUSALS
 from triton_repo.runtime.reporting.metrics import DEFINITIONS
 from trt_build.ort.routing import Routing

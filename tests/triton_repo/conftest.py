@@ -93,10 +93,10 @@ class ScriptedCache:
         self.lengths[slot] = length
         self.produced[slot] = 0
 
-    def release(self, slot):
-        self.shorten(slot, 0)
+    def release(self, slot, length=0):
+        self.shorten(slot, length)
 
-    def copy(self, source, target):
+    def copy(self, source, target, length=None):
         self.lengths[target], self.produced[target] = self.lengths[source], self.produced[source]
 
 

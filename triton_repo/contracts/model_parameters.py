@@ -25,6 +25,7 @@ MEMORY_KEY = "moeship_memory_budget"
 MAX_WAITING_KEY = "moeship_max_waiting"
 MAX_WAIT_KEY = "moeship_max_wait_s"
 PAUSE_KEY = "moeship_pause_target_ms"
+PREFIX_CACHE_KEY = "moeship_prefix_cache"
 TOKENIZER_KEY = "tokenizer_dir"
 MAX_SEQUENCE_KEY = "moeship_max_sequence"
 MAX_PROMPT_KEY = "moeship_max_prompt"
@@ -54,17 +55,21 @@ class ModelParameters:
     max_waiting: int = 64  # requests; more are refused
     max_wait_s: int = 60  # before a request's turn; then it is refused
     pause_target_ms: int = 250  # of a step that prompts share with running answers
+    prefix_cache: bool = True  # whether a prompt goes on from what slots hold of it
 
     def to_texts(self) -> dict[str, str]:
         """Parameter key to text."""
         values = {key: getattr(self, name) for key, (name, _, _) in _NUMBERS.items()}
         texts = {key: _AUTOMATIC if value is None else str(value) for key, value in values.items()}
-        return {ENGINE_KEY: self.engine, **texts}
+        return {ENGINE_KEY: self.engine, **texts, PREFIX_CACHE_KEY: str(int(self.prefix_cache))}
 
     @classmethod
     def from_texts(cls, texts: Mapping[str, str], model: str) -> ModelParameters:
         """From parameter key to text. Raises RepositoryError for an absent key or a text that is not a valid value."""
-        problems = [f"{key} is absent" for key in (ENGINE_KEY, *_NUMBERS) if key not in texts]
+        problems = [f"{key} is absent" for key in (ENGINE_KEY, *_NUMBERS, PREFIX_CACHE_KEY) if key not in texts]
+        prefix_cache = texts.get(PREFIX_CACHE_KEY, "0")
+        if prefix_cache not in ("0", "1"):
+            problems.append(f"{PREFIX_CACHE_KEY} is {shown(prefix_cache)}, expected 0 or 1")
         values: dict[str, int | None] = {}
         for key, (name, most, is_optional) in _NUMBERS.items():
             if key not in texts:
@@ -78,7 +83,8 @@ class ModelParameters:
             raise RepositoryError(
                 f"reading the parameters of the model {model}: {'; '.join(problems)}: package the engine again"
             )
-        return cls(engine=texts[ENGINE_KEY], **values)  # type: ignore[arg-type] # the numbers that may be None are
+        numbers: dict[str, Any] = values  # of which only those that are optional are None
+        return cls(engine=texts[ENGINE_KEY], prefix_cache=prefix_cache == "1", **numbers)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelParameters:

@@ -20,10 +20,10 @@ from triton_repo.evaluation.errors import EvaluationError
 from triton_repo.evaluation.scoring import Tokens, lanes_that_fit
 from triton_repo.runtime.batching.alone import never
 from triton_repo.runtime.batching.engine import SequenceEngine
+from triton_repo.runtime.batching.memory.slots import Slots
 from triton_repo.runtime.batching.outlet import Outlet
 from triton_repo.runtime.batching.scheduler import Limits
 from triton_repo.runtime.batching.sequence import Request
-from triton_repo.runtime.batching.slots import Slots
 from triton_repo.runtime.options import SamplingOptions, SamplingPlan, value_problems
 from triton_repo.runtime.sampling import Choice, Sampler
 from triton_repo.runtime.text.detokenizer import Detokenizer

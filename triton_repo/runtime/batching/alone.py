@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from triton_repo.runtime.batching.engine import SequenceEngine
+from triton_repo.runtime.batching.memory.slots import Slots
 from triton_repo.runtime.batching.outlet import Outlet
 from triton_repo.runtime.batching.scheduler import Limits
 from triton_repo.runtime.batching.sequence import Request
-from triton_repo.runtime.batching.slots import Slots
 
 if TYPE_CHECKING:
     from trt_build.ort.session import Session

@@ -31,10 +31,10 @@ import numpy.typing as npt
 
 from triton_repo.errors import RequestError
 from triton_repo.runtime.batching.accounts import Accounts
+from triton_repo.runtime.batching.memory.slots import Slots
 from triton_repo.runtime.batching.refusals import overloaded, too_large, too_late
 from triton_repo.runtime.batching.scheduler import Limits, Scheduler, Share
 from triton_repo.runtime.batching.sequence import Request, Sequence, Writer
-from triton_repo.runtime.batching.slots import Slots
 from triton_repo.runtime.responses import server_stopping
 from triton_repo.runtime.sampling import choose_all, log_probabilities_of
 from trt_build.ort.routing import Routing
@@ -43,7 +43,6 @@ from trt_build.ort.step_call import Row
 logger = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
-_MOST_ECHOED = 32  # positions of a prompt whose logits are in memory at a time
 _RECENT = 0.2  # weight of the last request in the mean time of an answer
 
 
@@ -177,6 +176,12 @@ class SequenceEngine:
         with self._lock:
             return slots.reserved_bytes, slots.held_bytes, slots.budget
 
+    @property
+    def kept(self) -> tuple[int, int]:
+        """The tokens that free slots keep, and the bytes of their keys and values."""
+        with self._lock:
+            return self._scheduler.slots.kept_size
+
     def look(self) -> None:
         """Ask whether the clients of all requests have gone; the next step ends those that have."""
         with self._lock:
@@ -194,6 +199,7 @@ class SequenceEngine:
         self._end_requests()
         with self._lock:
             begun = self._scheduler.begin()
+        self._scheduler.copy()
         now = self._clock()
         for request in dict.fromkeys(sequence.request for sequence in begun):
             request.begun_s = now
@@ -201,7 +207,7 @@ class SequenceEngine:
         shares = self._scheduler.shares()
         if not shares:
             return False
-        rows = [_row(share) for share in shares]
+        rows = [share.row for share in shares]
         room = self.accounts.room_for_routers(sum(len(row.token_ids) for row in rows))
         try:
             sampled = () if room is None else (room,)
@@ -258,7 +264,7 @@ class SequenceEngine:
                 continue
             for other in (sequence, *followers):
                 if other is not sequence:
-                    self._cache.copy(sequence.slot, other.slot)
+                    self._scheduler.slots.copy(sequence.slot, other.slot, sequence.num_computed)
                     other.source, other.num_computed = None, sequence.num_computed
                 due.append(other)
                 due_logits.append(own[-1])
@@ -273,12 +279,14 @@ class SequenceEngine:
 
     def _write(self, sequence: Sequence, choice: Any) -> None:  # noqa: ANN401 - Choice
         now, request = self._clock(), sequence.request
-        first = sequence.token < 0
+        first = not sequence.has_chosen
         self.stats.wrote(now - (request.arrived_s if first else sequence.token_s), first=first)
-        sequence.token, sequence.token_s = choice.token_id, now
+        sequence.tokens.append(choice.token_id)
+        sequence.token_s = now
         request.num_output += 1
         if request.first_token_s is None:
             request.first_token_s = now
+            self.stats.prompted(len(request.prompt_ids), sequence.num_reused)
         try:
             response, finish_reason = sequence.writer.write(choice)
         except Exception as error:  # whatever it is, the client is told
@@ -306,7 +314,8 @@ class SequenceEngine:
 
     def _end(self, sequence: Sequence, how: str, error: Exception | None = None) -> None:
         with self._lock:
-            self._scheduler.end(sequence)
+            # What failed may hold keys and values that are wrong.
+            self._scheduler.end(sequence, keeps=how != "failed")
         if not sequence.request.num_running:
             self.accounts.ended(sequence.request, how, error)
 
@@ -366,19 +375,6 @@ class SequenceEngine:
     def _overloaded(self, problem: str) -> RequestError:
         scheduler = self._scheduler
         return overloaded(problem, len(scheduler.waiting), scheduler.slots.num_slots, self._answer_s)
-
-
-def _row(share: Share) -> Row:
-    """The row of a step for what a sequence computes in it."""
-    sequence = share.sequence
-    if not share.num_tokens:
-        return Row(slot=sequence.slot, token_ids=[sequence.token])
-    wants_prompt, start = sequence.writer.wants_prompt, sequence.num_computed
-    tokens = sequence.request.prompt_ids[start : start + share.num_tokens]
-    if wants_prompt:
-        tokens = tokens[:_MOST_ECHOED]
-    ends = len(tokens) == sequence.num_left
-    return Row(slot=sequence.slot, token_ids=tokens, num_logits=len(tokens) if wants_prompt else int(ends))
 
 
 def _is_late(request: Request[Any], now: float) -> bool:

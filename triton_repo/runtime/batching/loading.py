@@ -10,9 +10,9 @@ from triton_repo.contracts.model_parameters import EngineInstance, ModelParamete
 from triton_repo.contracts.seal import is_sealed
 from triton_repo.errors import RepositoryError
 from triton_repo.runtime.batching.engine import SequenceEngine
+from triton_repo.runtime.batching.memory.slots import Slots
 from triton_repo.runtime.batching.runner import Pulse, Runner
 from triton_repo.runtime.batching.scheduler import Limits
-from triton_repo.runtime.batching.slots import Slots
 from trt_build.machine.memory import available_memory
 from trt_build.ort.engine import open_engine
 from trt_build.ort.session import Session
@@ -52,7 +52,8 @@ def start(session: Session, parameters: ModelParameters, pulse: Pulse | None = N
         pause_target_s=parameters.pause_target_ms / 1000,
     )
     cache = session.new_cache(limits.slots)
-    slots = Slots(cache, _budget(session, cache, parameters.memory_budget))
+    budget = _budget(session, cache, parameters.memory_budget)
+    slots = Slots(cache, budget, keeps=parameters.prefix_cache)
 
     def make(post: Callable[[Callable[[], object]], object]) -> SequenceEngine:
         num_tokens = session.engine.manifest.tokenizer_size

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from triton_repo.errors import RequestError
+from triton_repo.runtime.batching.memory.slots import Slots
 from triton_repo.runtime.batching.sequence import Request
-from triton_repo.runtime.batching.slots import Slots
 
 
 def too_large(request: Request[Any], slots: Slots) -> RequestError | None:

@@ -6,21 +6,29 @@ their tokens as keep the step within a target time, so that no running answer pa
 Half of them goes to the prompt that began first, the other half to the prompt that has got least, so that a short
 prompt does not wait for long ones and a long one is not held up by many short ones. Where no answer runs, prompts take
 the whole width of a step, unless one of them has a short rest: that is computed at once. There are no priorities.
+
+A prompt that begins like what a slot holds takes that over (`memory.prefixes`). One that begins like the prompt which
+began first waits for that one's tokens, since these get at least half of every step.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any
 
-from triton_repo.runtime.batching.sequence import Request, Sequence
-from triton_repo.runtime.batching.slots import Slots
+from triton_repo.runtime.batching.memory.prefixes import Prefix, longest, shared
+from triton_repo.runtime.batching.memory.slots import Slots
+from triton_repo.runtime.batching.sequence import Request, Sequence, Writer
+from trt_build.ort.step_call import Row
 
 FEWEST_TOKENS = 16  # of prompts in a step; fewer would read all weights for little
 MOST_TOKENS = 128  # the width of a step: trt_build.ort.session.PREFILL_CHUNK_TOKENS
 _FIRST_TOKENS = 32  # before a step was measured
+_MOST_COPIED = MOST_TOKENS  # positions in a step beside running answers; 84 MB at the size of memory.prefixes
+_MOST_ECHOED = 32  # positions of a prompt whose logits are in memory at a time
 # The part of the target that is aimed at. Where memory becomes 2.3 times as slow from one step to the next, a step
 # still takes less than twice the target longer than one without prompts.
 _AIM = 0.85
@@ -71,6 +79,19 @@ class Share:
     sequence: Sequence
     num_tokens: int
 
+    @property
+    def row(self) -> Row:
+        """The row of the step."""
+        sequence = self.sequence
+        if not self.num_tokens:
+            return Row(slot=sequence.slot, token_ids=sequence.tokens[-1:])
+        wants_prompt, start = sequence.writer.wants_prompt, sequence.num_computed
+        tokens = sequence.request.prompt_ids[start : start + self.num_tokens]
+        if wants_prompt:
+            tokens = tokens[:_MOST_ECHOED]
+        ends = len(tokens) == sequence.num_left
+        return Row(slot=sequence.slot, token_ids=tokens, num_logits=len(tokens) if wants_prompt else int(ends))
+
 
 class Scheduler:
     """The waiting requests and the running sequences. Not for several threads at once."""
@@ -89,21 +110,72 @@ class Scheduler:
             if not self.slots.fits(len(request.writers), request.num_positions):
                 break
             self.waiting.popleft()
-            first: Sequence | None = None
             for writer in request.writers:
-                slot = self.slots.take(request.num_positions)
-                source = first if self.slots.can_copy else None
-                sequence = Sequence(request=request, writer=writer, slot=slot, source=source)
-                first = first or sequence
-                begun.append(sequence)
+                begun.append(self._begin(request, writer))
             request.num_running = len(request.writers)
-        self.running += begun
         return begun
 
-    def end(self, sequence: Sequence) -> None:
-        """Free the slot of a sequence."""
+    def _begin(self, request: Request[Any], writer: Writer[Any]) -> Sequence:
+        """Give a slot to one sequence of a request."""
+        can_copy = self.slots.can_copy
+        source = next((s for s in self.running if s.request is request), None) if can_copy else None
+        prefix = self._prefix(request) if source is None else None
+        if prefix is not None and prefix.in_place:
+            slot = self.slots.take(request.num_positions, prefix.slot, prefix.length)
+        else:
+            if prefix is not None:
+                self.slots.touch(prefix.slot)  # so that it is not the slot that is taken
+            slot = self.slots.take(request.num_positions)
+        sequence = Sequence(request=request, writer=writer, slot=slot, source=source)
+        if prefix is not None and prefix.in_place:
+            sequence.num_computed = sequence.num_reused = prefix.length
+        elif prefix is not None:
+            sequence.prefix_slot = prefix.slot
+        self.running.append(sequence)
+        return sequence
+
+    def _prefix(self, request: Request[Any]) -> Prefix | None:
+        """What a request may go on from. One that wants the logits of its whole prompt has it computed."""
+        if not self.slots.keeps or request.wants_prompt:
+            return None
+        oldest = self._oldest_prompt()
+        copied = [
+            (other.slot, other.tokens if other is oldest else other.tokens[: other.num_computed])
+            for other in self.running
+            if self.slots.can_copy
+        ]
+        count, positions = len(request.writers), request.num_positions
+        return longest(
+            list(request.prompt_ids), self.slots.kept, copied, lambda slot: self.slots.can_spare(slot, count, positions)
+        )
+
+    def _oldest_prompt(self) -> Sequence | None:
+        return next((sequence for sequence in self.running if sequence.num_left), None)
+
+    def copy(self) -> None:
+        """Have sequences take over what other slots hold of their prompts; beside running answers in parts."""
+        room = _MOST_COPIED if any(sequence.has_chosen for sequence in self.running) else sys.maxsize
+        for sequence in self.running:
+            if sequence.prefix_slot is None:
+                continue
+            # The slot may have come to hold something else since the last step.
+            owner = next((other for other in self.running if other.slot == sequence.prefix_slot), None)
+            tokens = owner.tokens if owner else self.slots.kept.get(sequence.prefix_slot, [])
+            alike = shared(sequence.tokens[:-1], tokens)
+            there = min(alike, owner.num_computed) if owner else alike
+            count = max(0, min(there - sequence.num_computed, room))
+            if count:
+                sequence.num_computed += count
+                sequence.num_reused += count
+                self.slots.copy(sequence.prefix_slot, sequence.slot, sequence.num_computed)
+                room -= count
+            if sequence.num_computed >= (alike if owner is self._oldest_prompt() else there):
+                sequence.prefix_slot = None
+
+    def end(self, sequence: Sequence, *, keeps: bool) -> None:
+        """Free the slot of a sequence. If it `keeps`, the slot goes on holding the tokens that it computed."""
         self.running.remove(sequence)
-        self.slots.give(sequence.slot)
+        self.slots.give(sequence.slot, sequence.tokens[: sequence.num_computed] if keeps else ())
         sequence.request.num_running -= 1
 
     def shares(self) -> list[Share]:
@@ -132,7 +204,8 @@ def split(prompts: Items[Sequence], room: int) -> list[tuple[Sequence, int]]:
     if not prompts:
         return []
     oldest = prompts[0]
-    by_need = sorted(prompts, key=lambda prompt: prompt.num_computed)  # stable: the earlier of equals first
+    # By what steps have computed of them. Stable: the earlier of equals first.
+    by_need = sorted(prompts, key=lambda prompt: prompt.num_computed - prompt.num_reused)
     taken = dict.fromkeys(prompts, 0)
     taken[oldest] = min(oldest.num_left, room if by_need[0] is oldest else -(-room // 2))
     for prompt in (*by_need, oldest):

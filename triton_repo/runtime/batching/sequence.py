@@ -58,6 +58,11 @@ class Request(Generic[Response]):
         """Positions of the cache that each sequence takes at most. The last token is not computed."""
         return len(self.prompt_ids) + self.most_tokens - 1
 
+    @property
+    def wants_prompt(self) -> bool:
+        """Whether the logits of the whole prompt are wanted, so that each of its tokens must be computed."""
+        return any(writer.wants_prompt for writer in self.writers)
+
 
 @dataclass(kw_only=True, eq=False)
 class Sequence:
@@ -67,16 +72,27 @@ class Sequence:
     writer: Writer[Any]
     slot: int
     source: Sequence | None = None  # the sequence of the same request that computes the prompt for this one
+    prefix_slot: int | None = None  # a slot that holds or will hold the beginning of the prompt, which is to be copied
     num_computed: int = 0  # tokens whose keys and values are in the slot
-    token: int = -1  # the token that was chosen last
-    token_s: float = 0.0  # when it was chosen
+    num_reused: int = 0  # those of them that were not computed for this sequence
+    tokens: list[int] = field(default_factory=list)  # the prompt's, and then those that were chosen
+    token_s: float = 0.0  # when the last one was chosen
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt_ids)
 
     @property
     def num_left(self) -> int:
-        """Tokens of the prompt that are not computed yet. At 0 the sequence takes one token a step."""
-        return 0 if self.source is not None else max(0, len(self.request.prompt_ids) - self.num_computed)
+        """Tokens of the prompt that are not computed yet and that nobody else computes. At 0 the sequence takes one
+        token a step."""
+        return 0 if self.is_waiting else max(0, len(self.request.prompt_ids) - self.num_computed)
+
+    @property
+    def has_chosen(self) -> bool:
+        """Whether it has a token that is not its prompt's."""
+        return len(self.tokens) > len(self.request.prompt_ids)
 
     @property
     def is_waiting(self) -> bool:
-        """Whether another sequence computes its prompt."""
-        return self.source is not None
+        """Whether it computes nothing, since it takes its prompt, or the beginning of it, over from another slot."""
+        return self.source is not None or self.prefix_slot is not None

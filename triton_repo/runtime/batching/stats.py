@@ -43,6 +43,9 @@ class Stats:
     steps: int = 0
     prompt_tokens: int = 0  # computed of prompts
     output_tokens: int = 0  # written
+    prefix_asked_tokens: int = 0  # of the prompts of requests that got a token
+    prefix_reused_tokens: int = 0  # of them, that were in the cache and were not computed
+    prefix_hits: int = 0  # requests with such tokens
     refusals: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(REFUSALS, 0)))
     ends: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(ENDS, 0)))
     # Tokens of the sampled steps that chose each expert, [M, E] by layer with experts and by the checkpoint's order.
@@ -64,6 +67,12 @@ class Stats:
         self.steps += 1
         self.prompt_tokens += prompt_tokens
         self.step_s.add(seconds)
+
+    def prompted(self, num_tokens: int, num_reused: int) -> None:
+        """A request got its first token, whose prompt has so many tokens and began with so many of the cache's."""
+        self.prefix_asked_tokens += num_tokens
+        self.prefix_reused_tokens += num_reused
+        self.prefix_hits += num_reused > 0
 
     def wrote(self, seconds: float, *, first: bool) -> None:
         self.output_tokens += 1

@@ -25,8 +25,16 @@ def test_no_invariant_is_broken_in_random_histories(part):
     counts: Counter[str] = Counter()
     for seed in range(part, HISTORIES, PARTS):
         counts += run_history(seed).counts
-    for what in ("answered", "ended early", "refused", "failed steps", "failed alone", "waited too long"):
-        assert counts[what] > 0, f"the histories have too few requests of the kind: {what}"
+    for what in (
+        "answered",
+        "ended early",
+        "refused",
+        "failed steps",
+        "failed alone",
+        "waited too long",
+        "prefix hits",
+    ):
+        assert counts[what] > 0, f"the histories have too few of the kind: {what}"
 
 
 @pytest.mark.parametrize("seed", range(200, 1000, 100))

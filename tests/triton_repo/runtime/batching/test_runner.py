@@ -11,9 +11,9 @@ import pytest
 from batching_standins import VOCABULARY, Client, Cost, StandInCache, StandInSession, Wish, alone
 
 from triton_repo.runtime.batching.engine import SequenceEngine
+from triton_repo.runtime.batching.memory.slots import Slots
 from triton_repo.runtime.batching.runner import LONG_STEP_S, Runner
 from triton_repo.runtime.batching.scheduler import Limits
-from triton_repo.runtime.batching.slots import Slots
 
 PATIENCE_S = 60.0
 

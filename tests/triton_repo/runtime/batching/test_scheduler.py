@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from batching_standins import Client, StandInCache, Wish
 
+from triton_repo.runtime.batching.memory.slots import Slots
 from triton_repo.runtime.batching.scheduler import FEWEST_TOKENS, MOST_TOKENS, Limits, Pace, Scheduler
-from triton_repo.runtime.batching.slots import Slots
 
 
 class Made:

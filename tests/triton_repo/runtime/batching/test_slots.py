@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from batching_standins import StandInCache
 
-from triton_repo.runtime.batching.slots import Slots
+from triton_repo.runtime.batching.memory.slots import Slots
 
 PAGES_OF_32 = 3000
 

@@ -11,9 +11,9 @@ from export.tokenizer.loading import load_tokenizer
 from triton_repo.contracts.piece import join
 from triton_repo.runtime.batching.alone import answered
 from triton_repo.runtime.batching.engine import SequenceEngine
+from triton_repo.runtime.batching.memory.slots import Slots
 from triton_repo.runtime.batching.outlet import Outlet
 from triton_repo.runtime.batching.scheduler import Limits
-from triton_repo.runtime.batching.slots import Slots
 from triton_repo.runtime.options import GenerationOptions, plan_generation
 from triton_repo.runtime.single.generation import text_request
 from triton_repo.runtime.steps.token_engine import token_request
@@ -59,11 +59,12 @@ def tokens(plan, tokenizer):
     return lambda outlet: token_request(asked, tokenizer.size, outlet)
 
 
-def together(session, makers):
-    """The responses to every request, where a new one comes whenever chance has it and up to eight run at a time."""
+def together(session, makers, *, keeps=False):
+    """The responses to every request, where a new one comes whenever chance has it and up to eight run at a time. If
+    it `keeps`, prompts go on from what slots hold, and at least half of their tokens must do so."""
     rng = np.random.default_rng(9)
     cache = session.new_cache(SLOTS)
-    slots = Slots(cache, SLOTS * cache.bytes_of(cache.positions))
+    slots = Slots(cache, SLOTS * cache.bytes_of(cache.positions), keeps=keeps)
     num_tokens = session.engine.manifest.tokenizer_size
     engine = SequenceEngine(session, cache, slots, num_tokens=num_tokens, limits=Limits(slots=SLOTS, max_waiting=1000))
     found, widest, waiting = defaultdict(list), 0, list(enumerate(makers))
@@ -75,6 +76,7 @@ def together(session, makers):
         engine.step()
         widest = max(widest, len(engine._scheduler.running))
     assert widest == SLOTS
+    assert (engine.stats.prefix_reused_tokens > engine.stats.prefix_asked_tokens / 2) == keeps
     assert all(responses[-1][1] for responses in found.values())
     return [[response for response, _ in found[number]] for number in range(len(makers))]
 
@@ -121,6 +123,29 @@ def test_tokens_are_those_of_requests_alone(fp32):
     makers = [tokens(plan, tokenizer) for plan in plans(session, tokenizer)]
     for responses, make in zip(together(session, makers), makers, strict=True):
         assert ids_of(responses) == ids_of(response for response, _ in answered(session, make))
+
+
+def test_texts_of_prompts_that_begin_alike_are_those_of_requests_alone(fp32):
+    """Two system prompts, under options of all kinds; some conversations go on behind their first answer."""
+    session, tokenizer = fp32
+    rng = np.random.default_rng(12)
+    systems = ["# Answer in one line.\n" * 12, "import os\nimport sys\n" * 9]
+    makers = []
+    for number in range(24):
+        fields = {"max_tokens": int(rng.integers(1, 30)), **OPTIONS[number % len(OPTIONS)]}
+        prompt = str(rng.choice(systems)) + f"def f{number}("
+        for _ in range(1 + number % 3 // 2):
+            options = GenerationOptions(prompt=prompt, **fields)
+            plan = plan_generation(options, tokenizer, max_sequence=session.max_sequence, end_token_ids=())
+            makers.append(texts(plan, tokenizer))
+            prompt += by_sequence(piece for piece, _ in answered(session, makers[-1]))[0].text + "\nx = "
+    for pieces, make in zip(together(session, makers, keeps=True), makers, strict=True):
+        alone = by_sequence(piece for piece, _ in answered(session, make))
+        for found, expected in zip(by_sequence(pieces), alone, strict=True):
+            assert (found.text, found.token_ids, found.finish_reason) == (
+                expected.text, expected.token_ids, expected.finish_reason,
+            )  # fmt: skip
+            assert found.prompt_log_probs == pytest.approx(expected.prompt_log_probs, abs=1e-4)
 
 
 def test_where_int4_differs_the_tokens_were_all_but_equally_likely(tiny_engine):
