@@ -142,7 +142,8 @@ def test_the_command_ends_with_2_and_one_error(tmp_path, tiny_checkpoint, capsys
 
 def test_plan_says_how_each_role_is_stored(tmp_path, tiny_checkpoint, capsys):
     path = written(tmp_path, "preset: int4\nrules: [{layers: [1], role: attention, bits: 8, block: 32}]")
-    assert main(["plan", str(tiny_checkpoint), "--recipe", str(path), "--kernels", "onnxruntime"]) == 0
+    flags = ["--recipe", str(path), "--kernels", "onnxruntime", "--method", "search"]
+    assert main(["plan", str(tiny_checkpoint), *flags]) == 0
     lines = {
         line.split()[0]: line.split(None, 1)[1] for line in capsys.readouterr().out.splitlines() if " bits in" in line
     }
@@ -160,5 +161,5 @@ def test_an_engines_recipe_is_shown(tiny_engine, capsys):
     kernels = open_engine(tiny_engine, check_digests=False).manifest.kernels
     assert f"attention  {attention[kernels]} bits per weight" in shown
     assert "recipe int4\n  default  bits 4, block " in shown
-    assert main(["inspect", str(tiny_engine), "--tokens", "300"]) == 2
-    assert "--tokens is for checkpoints" in capsys.readouterr().err
+    assert main(["inspect", str(tiny_engine), "--experts-per-token", "1"]) == 2
+    assert "--experts-per-token is for checkpoints" in capsys.readouterr().err

@@ -9,8 +9,10 @@ import pytest
 
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
+from export.quantize.recipe import SEARCH
 from export.reference.model import Reference
 from export.tokenizer.settings import read_settings
+from trt_build.calibration import Calibration
 from trt_build.comparison.evaluation_text import own_text
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.engine import open_engine
@@ -27,7 +29,12 @@ def engines(made_once, trained_phixtral):
         return made_once(
             f"trained-{precision}",
             lambda folder: build_engine(
-                BuildOptions(checkpoint=str(trained_phixtral), output=folder, precision=precision)
+                BuildOptions(
+                    checkpoint=str(trained_phixtral),
+                    output=folder,
+                    precision=precision,
+                    calibration=Calibration(method=SEARCH),
+                )
             ),
         )
 
