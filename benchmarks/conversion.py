@@ -50,6 +50,7 @@ def measure(checkpoint: Path, work: Path, precision: str, backend: str = BACKEND
         write_s = plain_write(work / "plain", planned_bytes)
         forget(shards)
         words = ["--checkpoint", str(checkpoint), "--precision", precision, "--output", str(work / "engine")]
+        words += ["--method", "search"]  # GPTQ is no conversion
         made = work / "engine"
         if backend != BACKENDS[0]:
             made = work / "checkpoint"

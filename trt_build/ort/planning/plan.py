@@ -20,6 +20,7 @@ from export.calibration.work import Work
 from export.checkpoint.digests import Run
 from export.checkpoint.tensor_table import Role, Weights
 from export.conversion.parts import PartRecord, Region, records_text
+from export.conversion.workers import peak_memory
 from export.conversion.writer import conversion_bytes
 from export.exporter import DATA_FILE, RECORDS_FILE
 from export.onnx_graph.converter import OnnxConverter
@@ -152,7 +153,9 @@ def plan_engine(build: PreparedBuild) -> EnginePlan:
         average_bits_per_weight=8 * total.total_bytes / total.num_weights,
         files=files,
         source_bytes=sum(stored.num_bytes for stored in build.checkpoint.tensors.values()),
-        conversion_bytes=conversion_bytes(converter, export.jobs),
+        conversion_bytes=max(
+            conversion_bytes(converter, export.jobs), peak_memory() + build.work().memory if build.wanted_codes() else 0
+        ),
         kv_bytes_per_token=kv_bytes_per_token(build.model.architecture, build.provider),
         notes=build.notes,
         gptq=build.work(),
