@@ -1,6 +1,6 @@
 """Train a Mixtral whose widths llama.cpp's K-quants take, multiples of 256, on text of this Python installation.
 
-    python benchmarks/quality/train.py --output DIR [--packages FOLDER] [--steps N] [--threads N]
+    python benchmarks/frontier/train.py --output DIR [--packages FOLDER] [--steps N] [--threads N]
 
 The text is the standard library's (examples/tiny-phixtral/corpus.py) and the sources, documents and licences of the
 packages in FOLDER (default: those of the Python that runs this). One document in sixteen is held out, chosen by its
@@ -29,7 +29,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "examples" / "tiny-phixtral"), str(ROOT / "benchmarks" / "quality")]
+sys.path[:0] = [str(ROOT / "examples" / "tiny-phixtral"), str(ROOT / "benchmarks" / "frontier")]
 import corpus  # noqa: E402
 from llama_tokenizer import SETTINGS, train_tokenizer  # noqa: E402
 
