@@ -168,7 +168,9 @@ def logits_of(path: Path, windows: Sequence[Sequence[int]], text: str = "") -> t
     tokens that it makes of `text`."""
     with tempfile.TemporaryDirectory() as folder:
         order, answer = Path(folder) / "order.json", Path(folder) / "logits.npz"
-        order.write_text(json.dumps({"model": str(path), "windows": [list(map(int, w)) for w in windows], "text": text}))
+        order.write_text(
+            json.dumps({"model": str(path), "windows": [list(map(int, w)) for w in windows], "text": text})
+        )
         command = [sys.executable, "-m", "frontier.llama_logits", str(order), str(answer)]
         environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
         done = subprocess.run(command, cwd=_BENCHMARKS, env=environment, capture_output=True, text=True, check=False)

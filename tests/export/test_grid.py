@@ -21,20 +21,20 @@ def test_a_block_that_lies_on_the_grid_is_met_exactly():
 
 
 def test_of_two_extremes_of_the_same_size_the_negative_one_is_the_grid_s_longer_side():
-    # The unit is -128 / -128 = 1, so the codes are 127, -128, 1 and 0; the best scale for them is
-    # (127 * 128 + 128 * 128 + 1) / (127^2 + 128^2 + 1) = 32641 / 32514.
+    # The unit is -128 / -128 = 1, so the codes are 127, -128, 1 and 0; with the scale
+    # (128^2 + 128^2 + 1) / (127 * 128 + 128 * 128 + 1) = 32769 / 32641 they are as large as the values.
     codes, scales = quantize_blocks(np.array([[128, -128, 1, 0]], dtype=np.float32), bits=8, block_size=4)
-    assert scales.tolist() == [[float(np.float32(32641 / 32514))]]
+    assert scales.tolist() == [[float(np.float32(32769 / 32641))]]
     assert (codes.astype(int) - 128).tolist() == [[127, -128, 1, 0]]
 
 
 def test_halves_round_to_even_and_values_past_the_end_clip():
-    # 8 bits know one stretch: the unit is -128 / -128 = 1. 0.5 and -0.5 weigh the same, so that the scale stays 1.
-    block = np.array([[-128, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 0]], dtype=np.float32)
+    # 8 bits know one stretch: the unit is -128 / -128 = 1, and it stays, since 0.5^2 + 2 * 1.5^2 + 2.5^2 is
+    # 2 * (2 * 1.5) + 2 * 2.5.
+    block = np.array([[-128, 0.5, 1.5, -1.5, 2.5, 0, 0, 0]], dtype=np.float32)
     codes, scales = quantize_blocks(block, bits=8, block_size=8)
-    products, squares = 128 * 128 + 2 * 1.5 + 2 * 2.5 + 2 * 1.5 + 2 * 2.5, 128 * 128 + 4 + 4 + 4 + 4
-    assert scales.tolist() == [[products / squares]] == [[1.0]]
-    assert (codes.astype(int) - 128).tolist() == [[-128, 0, 2, 2, 0, -2, -2, 0]]
+    assert scales.tolist() == [[1.0]]
+    assert (codes.astype(int) - 128).tolist() == [[-128, 0, 2, -2, 2, 0, 0, 0]]
     clipped, _ = quantize_blocks(np.array([[-128, 127.9, 127.8, 0]], dtype=np.float32), bits=8, block_size=4)
     assert clipped[0, 1] == 255
 
@@ -60,7 +60,7 @@ def test_the_error_is_that_of_the_best_scale_among_many_or_nearly(bits):
         scale = np.abs(values).max(axis=1, keepdims=True) / half * (size or 1)
         grid = np.clip(np.rint(values / scale), -half, half - 1)
         least = np.minimum(least, ((grid * scale - values) ** 2).sum(axis=1))
-    assert found <= least.sum() * {2: 1.02, 3: 1.02, 4: 1.02, 5: 1.02, 6: 1.02, 8: 1.1}[bits]
+    assert found <= least.sum() * {2: 1.18, 3: 1.1, 8: 1.1}.get(bits, 1.02)
 
 
 def plainly(values, bits, block_size):
@@ -80,15 +80,37 @@ def plainly(values, bits, block_size):
         extreme = block.min() if -block.min() >= block.max() else block.max()
         unit = extreme / np.float32(-half)
         steps, best, most = block / unit, np.float32(0), np.float32(0)
+        own = summed(steps * steps)
         for stretch in STRETCHES[bits]:
             grid = np.clip(np.rint(steps * np.float32(1 / stretch)), -half, half - 1)
             products = summed(grid * steps)
-            factor = products / summed(grid * grid)
-            if products * factor > most:
-                best, most = factor, products * factor
+            explained = products * products / summed(grid * grid)
+            if explained > most:
+                best, most = own / products, explained
         scales.append(unit * best)
         codes.append(np.clip(np.rint(block * (one / scales[-1])), -half, half - 1) + half)
     return np.array(codes).reshape(values.shape), np.array(scales).reshape(*values.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_values_keep_their_size_along_the_weights(bits):
+    """The scale with the least squared error loses as much as that error is: 3 % at 3 bits."""
+    values = np.random.default_rng(7).standard_normal((256, 256)).astype(np.float32)
+    found = dequantize_blocks(*quantize_blocks(values, bits, 64), bits)
+    lost = 1 - (found * values).sum() / (values * values).sum()
+    error = np.square(found - values).sum() / np.square(values).sum()
+    assert abs(lost) <= 0.65 * error
+
+
+def test_without_a_search_the_scale_is_that_of_the_largest_value():
+    values = np.random.default_rng(8).standard_normal((8, 64)).astype(np.float32)
+    codes, scales = quantize_blocks(values, 4, 32, half_scales=True, nearest=True)
+    blocks = values.reshape(-1, 32)
+    extremes = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)[:, 0]
+    expected = (extremes / -8).astype(np.float16).astype(np.float32)
+    assert scales.reshape(-1).tolist() == expected.tolist()
+    signed = np.clip(np.rint(blocks / expected[:, None]), -8, 7)
+    assert (codes.reshape(-1, 32).astype(int) - 8 == signed).mean() > 0.999
 
 
 @pytest.mark.parametrize("bits", BITS)

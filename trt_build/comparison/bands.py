@@ -6,9 +6,9 @@ with the recipe, and judged by its distance from what that gives: a sound engine
 has and however they are distributed. What is judged are the engine's own codes all the same.
 
 Sums hide a single code or scale that is another one behind the quantiser's own error. But each code is the one nearest
-to its weight on the scale that is stored, and a block's scale has the least squared error for its codes or, where
-codes moved when they were rounded again, what the recipe gives (export/quantize/grid.py), so each is looked at by
-itself.
+to its weight on the scale that is stored, and with its scale a block is as large as its weights are along them or,
+where codes moved when they were rounded again, what the recipe gives (export/quantize/grid.py), so each is looked at
+by itself.
 """
 
 from __future__ import annotations
@@ -50,11 +50,10 @@ class Band:
 
     @property
     def factor(self) -> float:
-        """<q, w> / <q, q>, the number by which q must be multiplied to come closest to w; 0 for a q of zeros."""
-        total, products = float(self.weights.sum()), float(self.products.sum())
-        # <q, q> = <w, w> + 2 <e, w> + <e, e>, and <q, w> = <w, w> + <e, w>
-        own = total + 2 * products + float(self.errors.sum())
-        return (total + products) / own if own else 0.0
+        """<w, w> / <q, w>, by which q must be multiplied to be as large as w along it; 0 for a q of zeros."""
+        total = float(self.weights.sum())
+        along = total + float(self.products.sum())  # <q, w> = <w, w> + <e, w>
+        return total / along if along else 0.0
 
     @property
     def offset(self) -> float:
@@ -150,13 +149,14 @@ def worse_scales(
     """By how much the squared error of the worst block is more than in a sound engine, as a part of it, [rows]; 0 or
     less in a sound engine. `found` and `wanted` [rows, K], `scales` and `units`, the scales of stretch 1, [rows, P].
 
-    A block counts as 0 whose scale has the least squared error for its codes, but for the rounding to float16, and is
-    of the size that the recipe's have. `again` gives the values [n, K / P] that others have in a sound engine.
+    A block counts as 0 that is as large as its weights along them, but for the rounding of its scale to float16, and
+    whose scale is of the size that the recipe's have. `again` gives the values [n, K / P] that others have in a sound
+    engine.
     """
     shape = (-1, wanted.shape[1] // units.shape[1])
     own, blocks = found.reshape(shape), wanted.reshape(shape)
     with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
-        off = np.einsum("ij,ij->i", own, blocks) / np.einsum("ij,ij->i", own, own) - 1
+        off = np.einsum("ij,ij->i", own, blocks) / np.einsum("ij,ij->i", blocks, blocks) - 1
         size = np.abs(scales / units).reshape(-1)
     places = np.flatnonzero(~((np.abs(off) <= 1.5 * HALF_ROUNDING) & (size >= _SIZES[0]) & (size <= _SIZES[1])))
     more = np.zeros(len(blocks))
