@@ -21,10 +21,11 @@ scale    by how much the squared error of a block is more than what the recipe's
 matrix   |e| / |w| of a matrix. Measured: at most 0.15 (4 bits, blocks of 64, Student's t with 3 degrees of freedom) and
          0.017 (8 bits, blocks of 64, one value in 500 fifty times as large); 0.09 and 0.006 for normal weights. Other
          bits and blocks: 1.4 to 1.8 times what that distribution gives.
-row      |e| / |w| of one output row. Proved for the scale of the largest value, to which others are preferred that leave
-         less; of rows made to be the worst they reach 0.99 of it at 5 to 8 bits and 0.8 at 4. A value is rounded to the nearest of 2^b steps, and the block's
-         largest value m is 2^(b-1) steps and exact, so a value is off by at most m / 2^b. Over a block
-         of B values that is at most sqrt(B-1) / 2^b / sqrt(1 + (B-1) / 4^b). A row of zeros has 1, another row 1.4.
+row      |e| / |w| of one output row. Proved for the scale of the largest value, to which others that leave less are
+         preferred; of rows made to be the worst they reach 0.99 of it at 5 to 8 bits and 0.8 at 4. A value is rounded
+         to the nearest of 2^b steps, and the block's largest value m is 2^(b-1) steps and exact, so a value is off by
+         at most m / 2^b. Over a block of B values that is at most sqrt(B-1) / 2^b / sqrt(1 + (B-1) / 4^b). A row of
+         zeros has 1, another row 1.4.
 
 A matrix with one scale a row, as TensorRT-LLM has them, is not compared with w. There the recipe says which value of
 the grid each weight becomes, the nearest (`weights.py: nearest_of_rows`), and w is that value. What is left is the
