@@ -45,7 +45,13 @@ def test_sound_engines_pass(built, family, precision, kernels, provider):
 @pytest.mark.parametrize(
     ("family", "precision", "kernels"),
     each(
-        [("phixtral", "fp32", "onnxruntime"), ("phixtral", "int4", "moeship"), ("mixtral", "int8", "onnxruntime")],
+        [
+            ("phixtral", "fp32", "onnxruntime"),
+            ("phixtral", "int4", "moeship"),
+            ("mixtral", "int8", "onnxruntime"),
+            ("phixtral", "q2", "moeship"),  # 2, 3 and 5 bits
+            ("mixtral", "q3", "moeship"),  # 3, 4, 5 and 6 bits
+        ],
         apart=True,
     ),
 )
