@@ -20,7 +20,7 @@ from export.errors import ConfigError, names
 from export.families import Model
 from export.quantize.gptq import LEAST_DAMPING
 from export.quantize.recipe import GPTQ, METHODS
-from export.quantize.solved import SolvedCodes
+from export.quantize.solved import CODES_FILE, SolvedCodes
 from export.tokenizer.loading import Tokenizer
 from trt_build.comparison.evaluation_text import EvaluationText, read_texts
 
@@ -100,7 +100,14 @@ def solved(
         yield None
         return
     folder = calibration.codes or output.resolve().with_name(f".{output.resolve().name}.codes")
-    codes = solve_codes(folder, model, wanted, text)
+    try:
+        codes = solve_codes(folder, model, wanted, text)
+    except ConfigError as error:
+        if calibration.codes is not None or not (folder / CODES_FILE).is_file():
+            raise
+        logger.warning("solving the codes from the beginning: those of an interrupted build do not fit (%s)", error)
+        shutil.rmtree(folder)
+        codes = solve_codes(folder, model, wanted, text)
     fallen = fallen_back(codes)
     if fallen:
         logger.warning("%s", fallen)

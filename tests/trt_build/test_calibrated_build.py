@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 from functools import partial
@@ -16,7 +17,7 @@ from cli.main import main
 from export.calibration import store
 from export.calibration.work import work_of
 from export.checkpoint.folder import open_checkpoint
-from export.errors import ConfigError, QuantizationError
+from export.errors import ConfigError, OutputError, QuantizationError
 from export.families import read_model
 from export.quantize.solved import open_solved
 from trt_build.calibration import Calibration
@@ -115,6 +116,28 @@ def test_the_command_builds_the_same_engine_again_from_the_codes(tmp_path, text,
     one, two = (tmp_path / name / "engine.json" for name in ("one", "two"))
     assert json.loads(one.read_text())["files"] == json.loads(two.read_text())["files"]
     assert json.loads(one.read_text())["precision"]["roles"]["expert"]["methods"] == ["gptq"]
+
+
+def test_codes_that_an_interrupted_build_left_are_used_or_made_anew(tmp_path, text, caplog, monkeypatch):
+    checkpoint = write_phixtral(tmp_path / "model")
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.pwrite", full)
+        with pytest.raises(OutputError, match="No space left"):
+            build(checkpoint, tmp_path / "engine", text)
+    assert (tmp_path / ".engine.codes/codes.json").exists()
+    with caplog.at_level(logging.INFO):
+        build(checkpoint, tmp_path / "engine", text)
+        assert f"the codes of {checkpoint} are those of {tmp_path}/.engine.codes" in caplog.text
+        assert "solved the codes of layer" not in caplog.text
+        (tmp_path / ".again.codes").mkdir()
+        (tmp_path / ".again.codes/codes.json").write_text("{}")
+        build(checkpoint, tmp_path / "again", text)
+        assert "those of an interrupted build do not fit" in caplog.text
+    assert not list(tmp_path.glob(".*.codes"))
 
 
 def test_starved_experts_are_named(tmp_path, text, caplog, monkeypatch):
