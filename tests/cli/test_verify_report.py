@@ -33,10 +33,10 @@ from trt_build.trtllm.engine import (
 
 @pytest.fixture
 def engines(tmp_path, tiny_engines):
-    """(precision) -> a copy of an engine, whose engine.json this test may write."""
+    """(precision, kernels) -> a copy of an engine, whose engine.json this test may write."""
 
-    def engines(precision):
-        return shutil.copytree(tiny_engines(precision), tmp_path / precision)
+    def engines(precision, kernels=None):
+        return shutil.copytree(tiny_engines(precision, kernels=kernels), tmp_path / precision)
 
     return engines
 
@@ -106,9 +106,9 @@ def test_two_sound_engines_side_by_side(tmp_path, trained_phixtral, verify):
 
 
 def test_a_failing_engine_is_exit_1_and_the_report_is_written(tmp_path, engines, judged, verify):
-    """Of random weights int4 leaves too little."""
+    """Of random weights int4 leaves too little where every matrix of a layer has 4 bits."""
     out = tmp_path / "report.html"
-    status, _, said = verify(engines("int4"), engines("fp32"), "--report", out)
+    status, _, said = verify(engines("int4", "onnxruntime"), engines("fp32"), "--report", out)
     assert status == 1
     assert f"verifying {tmp_path / 'int4'} (int4) against " in said
     assert str(tmp_path / "fp32") not in said
