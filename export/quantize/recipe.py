@@ -122,7 +122,9 @@ class Recipe:
         return replace(self, num_layers=1 + max((layer_of(spec.name) or 0 for spec in table), default=0))
 
     def with_method(self, method: str) -> Recipe:
-        """The recipe with another method, but for rules that state one."""
+        """The recipe with another method, but for rules that state one; itself if it has that method already."""
+        if method == (self.default.method or SEARCH):
+            return self
         return replace(self, default=replace(self.default, method=method))
 
     def check(self, table: Iterable[TensorSpec]) -> None:
