@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 from torch_reference import ByTransformers, load_reference
 from transformers import MixtralForCausalLM
+from transformers_models import TRANSFORMERS_MODELS
 
 from ci.kill_builds import compare
 from export.architecture import Router
@@ -94,8 +95,9 @@ MIXED = dataclasses.replace(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_a_layer_may_have_an_mlp_where_the_others_have_experts(tmp_path, family, precision):
+def test_a_layer_may_have_an_mlp_where_the_others_have_experts(tmp_path, monkeypatch, family, precision):
     family(MIXED)
+    monkeypatch.setitem(TRANSFORMERS_MODELS, MIXED.name, TRANSFORMERS_MODELS["phixtral"])
     sizes = {"hidden_size": 128, "num_heads": 4, "rotary_dim": 16, "ffn_size": 128}
     folder = first_layer_dense(tmp_path / "checkpoint", **sizes)
     model = read_model(open_checkpoint(folder))
