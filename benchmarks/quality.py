@@ -119,7 +119,8 @@ def windows_of(model: Model, text: Path, num_tokens: int) -> list[list[int]]:
 
 def compare(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each of our GPTQ points: its divergence as a part of llama.cpp's at the same bits and at the same bytes a
-    token, by straight lines between the logarithms of llama.cpp's frontier. None outside of its range."""
+    token, by straight lines between the logarithms of llama.cpp's frontier. A point that is smaller than all of
+    llama.cpp's is compared with the smallest of them, and one that is larger than all by more than 0.5 % with none."""
     theirs = [point for point in points if point["method"] == "llama.cpp"]
     found = []
     for point in (point for point in points if point["method"] == "gptq"):
@@ -129,14 +130,14 @@ def compare(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _part(point: dict[str, Any], theirs: Sequence[dict[str, Any]], axis: str) -> float | None:
-    """None outside of llama.cpp's range. Quants that another one beats in both respects are not on the frontier."""
+    """Quants that another one beats in both respects are not on the frontier."""
     line = [
         peer
         for peer in sorted(theirs, key=lambda peer: peer[axis])
         if not any(other[axis] <= peer[axis] and other["kl"] < peer["kl"] for other in theirs)
     ]
     places = [peer[axis] for peer in line]
-    if not places[0] <= point[axis] <= places[-1]:
+    if point[axis] > 1.005 * places[-1]:
         return None
     expected = np.exp(np.interp(point[axis], places, [np.log(peer["kl"]) for peer in line]))
     return float(point["kl"] / expected)

@@ -16,7 +16,8 @@ _STYLES = {
     "gptq": ("moeship, over calibration text (gptq)", "#1b4f72", "o", True),
 }
 Points = Sequence[Mapping[str, Any]]
-_LADDER = ("int", "q")  # names of ours begin so; a line joins the second
+_LADDER = "q"  # names of the presets that a line joins begin so
+_UNNAMED, _BELOW = ("int8",), ("Q4_0",)  # int8 lies on q8; the name of Q4_0 would lie on its neighbour's
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
@@ -48,9 +49,12 @@ def _points(axis: Any, points: Points, method: str, key: str, factor: float) -> 
     label, colour, marker, named = _STYLES[method]
     own = sorted(points, key=lambda point: point[key])
     axis.scatter([p[key] * factor for p in own], [p["kl"] for p in own], color=colour, marker=marker, s=28, label=label)
-    line = [p for p in own if method == "llama.cpp" or p["name"].startswith(_LADDER[1])]
+    line = [p for p in own if method == "llama.cpp" or p["name"].startswith(_LADDER)]
     axis.plot([p[key] * factor for p in line], [p["kl"] for p in line], color=colour, linewidth=1)
+    axis.margins(x=0.09)
     for p in own if named else ():
-        side = (5, 4) if method == "llama.cpp" else (-4, -11)
+        side = (5, 4) if method == "llama.cpp" and p["name"] not in _BELOW else (-4, -11)
+        if p["name"] in _UNNAMED:
+            continue
         axis.annotate(p["name"], (p[key] * factor, p["kl"]), xytext=side, textcoords="offset points", fontsize=8,
                       color=colour, ha="left" if side[0] > 0 else "right")  # fmt: skip

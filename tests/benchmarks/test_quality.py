@@ -52,12 +52,18 @@ def test_points_are_compared_with_llama_cpp_s_frontier_at_the_same_bits():
         point("Q5", "llama.cpp", 5.0, 0.05),
         point("Q6", "llama.cpp", 6.0, 0.01),
     ]
-    ours = [point("q5", "gptq", 5.0, 0.01), point("q5", "search", 5.0, 0.01), point("q3", "gptq", 3.0, 0.1)]
+    ours = [
+        point("q5", "gptq", 5.0, 0.01),
+        point("q5", "search", 5.0, 0.01),
+        point("q3", "gptq", 3.0, 0.1),
+        point("q7", "gptq", 7.0, 0.001),
+    ]
     found = compare([*theirs, *ours])
     # Q5 is not on the frontier, since Q4 is smaller and better. Half-way between 0.04 and 0.01 is 0.02.
-    assert [(row["name"], row["kept"]) for row in found] == [("q5", True), ("q3", False)]
+    assert [(row["name"], row["kept"]) for row in found] == [("q5", True), ("q3", False), ("q7", False)]
     assert found[0]["bits"] == found[0]["bytes_per_token"] == pytest.approx(0.5)
-    assert found[1]["bits"] is None
+    assert found[1]["bits"] == pytest.approx(2.5)  # compared with Q4, the smallest
+    assert found[2]["bits"] is None
 
 
 def test_each_window_begins_with_the_start_token(tmp_path):
