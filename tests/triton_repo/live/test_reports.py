@@ -162,6 +162,18 @@ def test_requests_are_counted_and_logged_one_by_one(serving, model):
     assert "def " not in serving.log.read_text()
 
 
+def test_a_prompt_that_begins_like_the_last_one_goes_on_from_the_cache(serving, model):
+    """A token of the engine is a byte. What the prompts share is not computed again."""
+    system = "# Every request begins with these words.\n" * 4
+    serving.live.text(model, text_input=f"{system}def f(", max_tokens=4, end_id=-1)
+    before = settled(serving, model)
+    serving.live.text(model, text_input=f"{system}class Other", max_tokens=4, end_id=-1)
+    asked = {"prefix_asked_tokens": len(system) + 11, "prefix_reused_tokens": len(system)}
+    grown = serving.grown(model, before, prefix_hits=1, prompt_tokens=11, **asked)
+    assert grown["moeship_requests_ended_total", (("end", "length"),)] == 1
+    assert serving.metrics(model)["moeship_prefix_kept_tokens", ()] >= len(system)
+
+
 def test_early_ends_and_refusals_are_counted_by_their_reason(serving, model):
     before = settled(serving, model)
     running = [Asked(serving.live, model, name, **LONG, stream=True) for name in ("stopped", "gone")]
