@@ -170,7 +170,8 @@ def _starts(
 ) -> dict[str, Callable[[], AbstractContextManager[Contender]]]:
     """How each contender is started. A start raises MoeshipError if it is not possible."""
     slots = max(*lengths.streams, LONG_STREAMS + 1)
-    parameters = ModelParameters(threads=options.threads, slots=slots)
+    # Like the other servers, ours computes every prompt.
+    parameters = ModelParameters(threads=options.threads, slots=slots, prefix_cache=False)
 
     def llama_of(precision: str) -> AbstractContextManager[Contender]:
         if options.llama_server is None or options.gguf is None:

@@ -138,9 +138,9 @@ class Scheduler:
         """What a request may go on from. One that wants the logits of its whole prompt has it computed."""
         if not self.slots.keeps or request.wants_prompt:
             return None
-        oldest = self._oldest_prompt()
+        awaited = self._awaited()
         copied = [
-            (other.slot, other.tokens if other is oldest else other.tokens[: other.num_computed])
+            (other.slot, other.tokens if other is awaited else other.tokens[: other.num_computed])
             for other in self.running
             if self.slots.can_copy
         ]
@@ -149,8 +149,11 @@ class Scheduler:
             list(request.prompt_ids), self.slots.kept, copied, lambda slot: self.slots.can_spare(slot, count, positions)
         )
 
-    def _oldest_prompt(self) -> Sequence | None:
-        return next((sequence for sequence in self.running if sequence.num_left), None)
+    def _awaited(self) -> Sequence | None:
+        """The sequence whose prompt others wait for: the oldest one, unless it gets the logits of all of its positions,
+        which takes many narrow steps."""
+        oldest = next((sequence for sequence in self.running if sequence.num_left), None)
+        return None if oldest is None or oldest.writer.wants_prompt else oldest
 
     def copy(self) -> None:
         """Have sequences take over what other slots hold of their prompts; beside running answers in parts."""
@@ -169,7 +172,7 @@ class Scheduler:
                 sequence.num_reused += count
                 self.slots.copy(sequence.prefix_slot, sequence.slot, sequence.num_computed)
                 room -= count
-            if sequence.num_computed >= (alike if owner is self._oldest_prompt() else there):
+            if sequence.num_computed >= (alike if owner and owner is self._awaited() else there):
                 sequence.prefix_slot = None
 
     def end(self, sequence: Sequence, *, keeps: bool) -> None:

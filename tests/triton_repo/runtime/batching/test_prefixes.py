@@ -162,6 +162,14 @@ def test_prompts_that_come_together_and_begin_alike_are_computed_once():
     assert made.stats.prompt_tokens == 512 + 6 * 5
 
 
+def test_nobody_waits_for_a_prompt_that_takes_narrow_steps():
+    """It gets the logits of all of its positions."""
+    made = Made()
+    echo, plain = made.submit(SYSTEM + b"!", echo=True), made.submit(SYSTEM + b"#")
+    made.run()
+    assert first_token_s(plain) < first_token_s(echo)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_who_waits_for_a_prompt_that_is_given_up_goes_on_with_what_there_is(count):
     made = Made()

@@ -125,9 +125,8 @@ class Slots:
         return slot
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Have a slot go on with what another one holds, up to `length`. That is a use of what is kept."""
+        """Have a slot go on, from what it holds, with what another one holds up to `length`."""
         self._cache.copy(source, target, length)
-        self.touch(source)
 
     def touch(self, slot: int) -> None:
         """What the slot keeps, if it does, was used just now."""
