@@ -184,7 +184,7 @@ def _method_rows(plan: EnginePlan) -> Rows:
     if not plan.gptq.products:
         return []
     said = (
-        f"over {plan.gptq.num_tokens:,} tokens, about {_duration(plan.gptq.seconds)} of one core and "
+        f"over {plan.gptq.num_tokens:,} tokens, {_duration(plan.gptq.seconds)} of one core and "
         f"{in_units(plan.gptq.memory)} of memory"
     )
     if plan.is_calibrated:
@@ -193,9 +193,12 @@ def _method_rows(plan: EnginePlan) -> Rows:
 
 
 def _duration(seconds: float) -> str:
+    """An estimate in words. Of small models it counts too little, since what numpy adds to each call weighs more."""
+    if seconds < 10:
+        return "under 20 s"
     if seconds < 100:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} minutes" if seconds < 6000 else f"about {seconds / 3600:.1f} hours"
 
 
 def _decoding_rows(plan: EnginePlan, machine: dict[str, Any]) -> Rows:
