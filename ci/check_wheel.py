@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import trt_build
+from export.calibration.text import own_text as calibration_text
 from trt_build.comparison.evaluation_text import own_text
 from trt_build.report.page import style
 
@@ -26,6 +27,7 @@ def main() -> int:
         print(f"checking the wheel: found {PACKAGE}, which is the folder of the sources, expected an installed moeship")
         return 1
     print(f"{len(own_text().content)} characters of held-out text")  # raises where a file is missing
+    print(f"{len(calibration_text())} characters of calibration text")  # the same
     print(f"{len(style())} characters of the style of reports")
     import kernel_nodes
     from kernel_nodes import block_linear, experts, levels, mixture, product_float, product_int8, random_matrices
