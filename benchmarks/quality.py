@@ -4,7 +4,8 @@
     python benchmarks/quality.py --model MODEL --llama FOLDER --work FOLDER [--tokens N] [--output FILE]
     python benchmarks/quality.py --plot benchmarks/results/quality-NAME.json
 
-FOLDER of --llama has llama-quantize and llama-imatrix (benchmarks/servers/compile_llama_server.sh compiles llama.cpp).
+FOLDER of --llama has llama-quantize and llama-imatrix: benchmarks/servers/compile_llama_server.sh makes a build folder
+of llama.cpp, and `make llama-quantize llama-imatrix` in it compiles these two.
 Every engine and every quant computes the logits of the same windows of MODEL/held-out.txt, as it serves them, and all
 are compared with the float32 reference (export/reference). llama.cpp in float32 comes first: it must agree. The
 importance matrix for llama.cpp and the calibration of GPTQ come from the same tokens of the same text. Real bits are
