@@ -159,8 +159,11 @@ class Recipe:
             )
         if choice.scales not in (None, offer.scales):
             raise QuantizationError(f"{doing}: found scales of {choice.scales}, and {whose} takes {offer.scales}")
-        if choice.symmetric is False and not offer.zero_points:
-            raise QuantizationError(f"{doing}: found symmetric false, and {whose} has no zero points")
+        if choice.symmetric is False:
+            raise QuantizationError(
+                f"{doing}: found symmetric false, and no method chooses zero points; those of packed checkpoints are "
+                "kept without it; leave symmetric out"
+            )
         if not self.block_sizes(spec):
             fitting = [size for size in offer.block_sizes if spec.shape[-1] % size == 0]
             remedy = f"take blocks of {' or '.join(map(str, fitting))}" if fitting else "store it with bits: float"
