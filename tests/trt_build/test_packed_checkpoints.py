@@ -72,6 +72,7 @@ def test_codes_that_fit_are_kept_exactly(tmp_path, kernels, write, options, prec
     for role in PACKED:
         record = engine.manifest.packed[str(role)]
         assert (record.quantised_anew, record.relative_error) == (0, "0.000e+00")
+        assert engine.manifest.precision.roles[str(role)].methods == ("kept",)
         assert record.codes_kept > 0
 
 

@@ -55,11 +55,14 @@ FORMAT_VERSION = 5
 MAX_BATCH = 1 << 16
 
 
+KEPT = "kept"  # among the methods: codes of a packed checkpoint
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoredRole:
     """How the weights of a role are stored: all bits of codes, block sizes (in input features) and methods that occur
-    among the quantised matrices, and the bits of codes, scales, zero points and floats for each weight. Engines without
-    a recipe in engine.json do not say their methods and `bits_per_weight`."""
+    among the quantised matrices (KEPT for codes of a packed checkpoint), and the bits of codes, scales, zero points and
+    floats for each weight. Engines without a recipe in engine.json do not say their methods and `bits_per_weight`."""
 
     bits: tuple[int, ...] = ()
     block_sizes: tuple[int, ...] = ()

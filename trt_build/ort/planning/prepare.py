@@ -35,7 +35,7 @@ from export.tokenizer.settings import Settings
 from trt_build.calibration import MOST_PRODUCTS, Calibration, calibration_record
 from trt_build.engine_files import FileRecord
 from trt_build.manifest import ORT_BACKEND, Source, libraries
-from trt_build.ort.engine import FORMAT_VERSION, DroppedExperts, Manifest, Precision, StoredRole
+from trt_build.ort.engine import FORMAT_VERSION, KEPT, DroppedExperts, Manifest, Precision, StoredRole
 from trt_build.ort.kernels import check_level, found_fault, is_usable
 from trt_build.ort.planning.dropping import DropOptions, choose_dropping, dropping_notes
 from trt_build.ort.planning.genai_config import genai_config
@@ -284,10 +284,11 @@ def _precision(recipe: Recipe, export: ExportPlan, weights: Weights) -> Precisio
 
 def _stored_role(jobs: Sequence[WeightJob], weights: Weights) -> StoredRole:
     stored = [job.storage for job in jobs if job.storage is not None]
+    methods = {job.storage.method if job.grid is None else KEPT for job in jobs if job.storage is not None}
     return StoredRole(
         bits=tuple(sorted({storage.bits for storage in stored})),
         block_sizes=tuple(sorted({storage.block_size for storage in stored})),
-        methods=tuple(sorted({storage.method for storage in stored})),
+        methods=tuple(sorted(methods)),
         bits_per_weight=_bits_per_weight(jobs, weights),
     )
 
