@@ -66,8 +66,8 @@ class Choice:
 class Rule:
     """Which matrices a rule is for, and what it changes. An empty field matches every matrix. `weight` has parts of our
     rows' names, or the parts of a layer: qkv and out of attention, first and second of an expert or MLP. `layers` has
-    numbers of layers; a negative number counts from the last layer, which is -1. A text "1::3" stands for layer 1 and
-    each third one after it."""
+    numbers of layers; a negative number counts from the last layer, which is -1. A text "0-3" stands for
+    the layers 0 to 3, and "1::3" for layer 1 and each third one after it."""
 
     role: tuple[str, ...] = ()
     weight: tuple[str, ...] = ()
@@ -253,9 +253,12 @@ def _stated(choice: Choice) -> dict[str, Any]:
 
 
 def _is_layer(layer: int, item: int | str, num_layers: int) -> bool:
-    if isinstance(item, str):
+    if isinstance(item, str) and "::" in item:
         first, step = map(int, item.split("::"))
         return layer >= first and (layer - first) % step == 0
+    if isinstance(item, str):
+        first, last = map(int, item.split("-"))
+        return first <= layer <= last
     return layer == (item if item >= 0 else num_layers + item)
 
 

@@ -108,7 +108,7 @@ def _layers(value: Any, where: str) -> tuple[int | str, ...]:  # noqa: ANN401 - 
         if type(item) is int and abs(item) <= MAX_LAYERS:
             numbers.append(item)
         elif span is not None and int(span[1]) <= int(span[2]) <= MAX_LAYERS:
-            numbers += range(int(span[1]), int(span[2]) + 1)
+            numbers.append(item)  # not written out: a small file could name billions of layers
         elif step is not None and int(step[2]) > 0:
             numbers.append(item)
         else:
