@@ -4,7 +4,7 @@ A free slot that holds it is continued in place. It is copied where a running se
 it would drop more than it saves: a conversation that only shares its system prompt stays for its own next turn.
 
 Copying costs memory traffic. At 32 layers with 32 heads of 80 values, 512 positions are 336 MB. They take 0.07 s to
-copy to memory that was written before, 0.5 s to fresh pages (on two cores that others used), and 6.5 s to compute.
+copy to memory that was written before, 0.5 s to fresh pages (on two cores that others used), and 7 to 10 s to compute.
 """
 
 from __future__ import annotations
