@@ -171,10 +171,11 @@ def test_nearest_rounds_to_the_scale_of_the_largest_value(tmp_path, kernels):
     options = {"kernels": kernels, "calibration": Calibration(method="nearest")}
     engine = build_engine(BuildOptions(checkpoint=str(checkpoint), output=tmp_path / "engine", **options))
     model, name = read_model(open_checkpoint(checkpoint)), "transformer.h.0.mixer.Wqkv.weight"
-    weights = model.weights.load(name).reshape(384, 2, 64)
-    signed = np.take_along_axis(weights, np.abs(weights).argmax(axis=2)[..., None], axis=2) / -8
+    stored = open_stored_weights(engine, model).recipe(name)
+    weights, half = model.weights.load(name).reshape(384, -1, stored.block), 2 ** (stored.bits - 1)
+    signed = np.take_along_axis(weights, np.abs(weights).argmax(axis=2)[..., None], axis=2) / -half
     scales = signed.astype(np.float16).astype(np.float32) if kernels == "moeship" else signed
-    expected = (np.clip(np.rint(weights / scales), -8, 7) * scales).reshape(384, 128)
+    expected = (np.clip(np.rint(weights / scales), -half, half - 1) * scales).reshape(384, 128)
     assert np.abs(open_stored_weights(engine, model).load(name) - expected).max() < 1e-6
     assert ask_about_weights(engine, model).failures == ()
 
