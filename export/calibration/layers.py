@@ -43,12 +43,14 @@ _ROWS = 2048  # rows of a matrix that are read and solved at a time
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
     """How a row of the table is to be solved. `experts` are those whose matrices are wanted, of a row that stacks
-    them."""
+    them. The scales of the first `scaled_rows` rows are stored multiplied by `row_factor`, a power of two."""
 
     bits: int
     block_size: int
     symmetric: bool = True
     experts: tuple[int, ...] = (0,)
+    scaled_rows: int = 0
+    row_factor: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +79,15 @@ class _Row:
 
     def solve(self, place: int, factor: Factor | None, num_tokens: int) -> None:
         """Solve the matrix at `place`; without a factor it falls back."""
-        choose = (symmetric if self.wanted.symmetric else asymmetric)(self.wanted.bits)
-        parts = [
-            solve(self.label(place), rows, factor, self.wanted.block_size, self.wanted.bits, choose)
-            for rows in self._rows(place)
-        ]
+        wanted, parts = self.wanted, []
+        grids, solved = symmetric if wanted.symmetric else asymmetric, 0
+        for held in self._rows(place):
+            scaled = min(max(0, wanted.scaled_rows - solved), len(held))
+            solved += len(held)
+            for rows, row_factor in ((held[:scaled], wanted.row_factor), (held[scaled:], 1.0)):
+                if len(rows):
+                    choose = grids(wanted.bits, row_factor)
+                    parts.append(solve(self.label(place), rows, factor, wanted.block_size, wanted.bits, choose))
         self.codes[place] = Codes(
             codes=np.concatenate([part.codes for part in parts]),
             scales=np.concatenate([part.scales for part in parts]),

@@ -12,6 +12,7 @@ import pytest
 from checkpoints import write_phixtral_checkpoint
 from engine_faults import FAULTS, with_fault
 from mixtral_checkpoints import write_mixtral_checkpoint
+from safetensors.numpy import load_file, save_file
 
 from cli.main import main
 from export.calibration import store
@@ -88,6 +89,34 @@ def test_an_engine_has_the_codes_that_were_solved(tmp_path, text, kernels, provi
     if provider == "cpu":
         ids = np.random.default_rng(1).integers(0, 250, 48).tolist()
         assert ask_about_graph(engine, model, ids, lambda _: None, None).failures == ()
+
+
+@pytest.mark.parametrize(
+    ("kernels", "provider", "precision"),
+    [("onnxruntime", "cuda", "int4"), ("onnxruntime", "cuda", "int8"),
+     pytest.param("moeship", "cpu", "int8", marks=pytest.mark.needs_kernels)],
+)  # fmt: skip
+@pytest.mark.parametrize("method", ["gptq", "search"])
+def test_rows_whose_scales_are_small_for_float16_are_sound(tmp_path, text, kernels, provider, precision, method):
+    """Queries on CUDA carry a factor, which takes digits away from the scales of small rows."""
+    checkpoint = write_mixtral(tmp_path / "model")
+    tensors = load_file(checkpoint / "model.safetensors")
+    for name in tensors:
+        if name.endswith(("q_proj.weight", "w2.weight")):
+            tensors[name][3:6] *= np.array([1e-3, 1e-5, 1e-6], dtype=np.float32)[:, None]
+    save_file(tensors, checkpoint / "model.safetensors")
+    calibration = Calibration(texts=(text,), num_tokens=512) if method == "gptq" else Calibration(method=method)
+    engine = build_engine(
+        BuildOptions(
+            checkpoint=str(checkpoint), output=tmp_path / "engine", kernels=kernels, provider=provider,
+            precision=precision, calibration=calibration,
+        )
+    )  # fmt: skip
+    model = read_model(open_checkpoint(checkpoint))
+    assert ask_about_weights(engine, model).failures == ()
+    network = model.family.network(model.weights.checkpoint.config)
+    wrong = with_fault(engine, tmp_path / "wrong", FAULTS["two rows of experts' first swapped"], network)
+    assert ask_about_weights(wrong, model).failures
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

@@ -38,8 +38,9 @@ class FedBack:
     checksum: int = 0
     rows: list[tuple[int, float]] = field(default_factory=list)  # rows past the limit
 
-    def add_rows(self, found: FloatArray, wanted: FloatArray, first: int, bits: int) -> None:
-        """Add rows [n, K], which are the matrix's from `first` on."""
+    def add_rows(self, found: FloatArray, wanted: FloatArray, first: int, bits: int, halved: float) -> None:
+        """Add rows [n, K], which are the matrix's from `first` on. `halved` is what a value may be off besides where
+        its scale is too small for float16."""
         error = found - wanted
         weights, errors = (np.einsum("ij,ij->i", one, one).astype(np.float64) for one in (wanted, error))
         self.squares += float(np.einsum("ij,ij->", found, found))
@@ -49,7 +50,8 @@ class FedBack:
         nothing = np.where(errors > 0, np.inf, 0.0)
         relative = np.sqrt(np.divide(errors, weights, out=nothing, where=weights > 0))
         self.row = float(np.maximum(self.row, relative.max()))
-        wrong = np.flatnonzero(~(relative <= row_limit(bits)))
+        allowed = row_limit(bits) * np.sqrt(weights) + halved * math.sqrt(found.shape[1])
+        wrong = np.flatnonzero(~(np.sqrt(errors) <= allowed))
         self.rows += [(first + row, float(relative[row])) for row in wrong.tolist()]
         self.checksum += row_checksums(found, first)
 
@@ -64,15 +66,17 @@ class FedBack:
         """|q - w| / |w| of the matrix."""
         return math.sqrt(self.errors / self.weights) if self.weights else 0.0
 
-    def problems(self, bits: int, checksum: str | None) -> Iterator[str]:
-        """What is wrong with the matrix, to be read after its name."""
+    def problems(self, bits: int, checksum: str | None, slack: float) -> Iterator[str]:
+        """What is wrong with the matrix, to be read after its name. `checksum` is engine.json's, None if it has none;
+        `slack` is what |q - w| may be besides where scales are too small for float16."""
+        small = slack / math.sqrt(self.weights) if self.weights else 0.0
         if self.rows:
             most = max(error for _, error in self.rows)
             yield f", {len(self.rows)} rows: found relative error {most:.3g}, allowed {row_limit(bits):.3g}"
-        if not self.error <= matrix_limit(bits):
+        if not self.error <= matrix_limit(bits) + small:
             yield f": found relative error {self.error:.3g}, allowed {matrix_limit(bits):.3g}"
         factor = self.products / self.squares if self.squares else 0.0
-        allowed = FACTOR_LEAST + FACTOR * self.error**2
+        allowed = FACTOR_LEAST + FACTOR * self.error**2 + small
         if not abs(factor - 1) <= allowed:
             times = f"{1 / factor:.4f}" if factor else "0"
             yield f": found it {times} times the checkpoint's, expected 1 within {allowed:.3g}"

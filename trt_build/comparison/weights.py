@@ -262,12 +262,12 @@ def _compare(stored: ReadBack, unit: _Unit, kept: frozenset[str]) -> list[_Sums]
             own = wanted[first - unit.first : last - unit.first]
             if recipe is not None and unit.spec.name in stored.checksums:
                 sums.fed = sums.fed or FedBack()
-                sums.fed.add_rows(values, widen(own), first, recipe.bits)
+                sums.fed.add_rows(values, widen(own), first, recipe.bits, _half_scale_error(stored, unit.spec.name))
                 sums.count += values.size
             elif recipe is None or limits is None:
                 _add_exact(sums, values, stored.rounded(unit.spec.name, unit.group, first, own), first)
             else:
-                halved = half_scale_error(recipe.bits, 1) if recipe.scale_type == "float16" else 0.0
+                halved = _half_scale_error(stored, unit.spec.name)
                 wanted_values = widen(own) if recipe.block else nearest_of_rows(widen(own), recipe.bits)
                 quantiser = _Quantiser(stored, unit.spec.name, keeps)
                 own_scales = None if scales is None else scales[turn]
@@ -275,6 +275,14 @@ def _compare(stored: ReadBack, unit: _Unit, kept: frozenset[str]) -> list[_Sums]
                 if scales is not None:
                     _add_codes(sums, values, wanted_values, scales[turn], first, limits, recipe, quantiser)
     return result
+
+
+def _half_scale_error(stored: ReadBack, name: str) -> float:
+    """`half_scale_error` of one value of a row of the table; 0 where its scales are not float16."""
+    recipe = stored.recipe(name)
+    if recipe is None or recipe.scale_type != "float16":
+        return 0.0
+    return half_scale_error(recipe.bits, 1) / stored.row_factor(name)
 
 
 def _add_exact(sums: _Sums, found: FloatArray, expected: FloatArray, first: int) -> None:
@@ -378,7 +386,8 @@ def _problems(stored: ReadBack, spec: TensorSpec, part: _Sums, *, keeps: bool, c
     recipe = stored.recipe(spec.name)
     limits = _limits_of_row(stored, spec.name, keeps=keeps)
     if part.fed is not None and recipe is not None:
-        yield from part.fed.problems(recipe.bits, checksum)
+        slack = _half_scale_error(stored, spec.name) * math.sqrt(part.count)
+        yield from part.fed.problems(recipe.bits, checksum, slack)
         return
     if recipe is None or limits is None:
         return
@@ -396,7 +405,7 @@ def _problems(stored: ReadBack, spec: TensorSpec, part: _Sums, *, keeps: bool, c
     yield from (problem for _, problem in part.bands[:2])
     if not any((part.rows, part.excesses, part.bands)):
         yield from _single_problems(part, limits)
-    slack = half_scale_error(recipe.bits, part.count) if recipe.scale_type == "float16" else 0.0
+    slack = _half_scale_error(stored, spec.name) * math.sqrt(part.count)
     if not math.sqrt(part.errors) <= limits.matrix * math.sqrt(part.weights) + slack:
         yield f": found relative error {part.error:.3g}, allowed {limits.matrix:.3g}"
 

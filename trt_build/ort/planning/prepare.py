@@ -167,6 +167,7 @@ def solvable(jobs: Sequence[WeightJob]) -> dict[str, Wanted]:
             found[job.source] = Wanted(
                 bits=storage.bits, block_size=storage.block_size, symmetric=storage.symmetric,
                 experts=tuple(sorted(job.expert_order)) if job.expert_order is not None else (0,),
+                scaled_rows=job.scaled_rows, row_factor=job.row_factor,
             )  # fmt: skip
     return found
 

@@ -79,6 +79,9 @@ class StoredWeights(ReadBack):
             bits=matrix.bits, block=matrix.block_size, scale_type=scale_type, late=late, nearest=name in self.nearest
         )
 
+    def row_factor(self, name: str) -> float:
+        return min(1.0, self.factors.get(name, (0, 1.0))[1])
+
     def float_type(self, name: str) -> str | None:
         """The dtype in which a row that is not quantised is stored; None if it is quantised or absent."""
         extent = self.graph.extents.get(name)
