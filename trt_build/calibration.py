@@ -49,12 +49,17 @@ class Calibration:
         for a text that would not be used."""
         if self.method is not None and self.method not in METHODS:
             raise ConfigError(f"choosing the method: found {self.method!r}, expected one of {', '.join(METHODS)}")
-        if self.method not in (None, GPTQ) and (self.texts or self.codes or self.num_tokens):
+        if self.method not in (None, GPTQ) and (self.texts or self.codes or self.num_tokens is not None):
             raise ConfigError(
                 f"choosing the method: {self.method} takes no calibration text; leave out --calibrate, "
                 "--calibrate-tokens and --codes, or take --method gptq"
             )
         return self.method or (GPTQ if self.texts else None)
+
+    @property
+    def is_nobodys_wish(self) -> bool:
+        """Whether a build may search codes that GPTQ cannot solve: no flag says how it should solve them."""
+        return self.is_open and self.num_tokens is None and self.codes is None
 
     @property
     def is_open(self) -> bool:

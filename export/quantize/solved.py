@@ -1,6 +1,7 @@
 """Codes that were solved beforehand, in a folder of their own: how they are packed, and reading a few rows of them.
 
-    codes.json           what they were solved from, and each matrix: bits, block, tokens, experts that fell back
+    codes.json           what they were solved from, and each matrix: bits, block, tokens, experts that fell back; and
+                         `digest`, the SHA-256 of the rest of it
     layer-0007.safetensors   of each row of the tensor table: NAME.codes uint8 [E, N, K * bits / 8], NAME.scales float16
                          [E, N, K / block] and, unless zero points are 2^(bits-1), NAME.zeros uint8 of that shape
 
@@ -10,6 +11,7 @@ A row of codes is a stream of bits from the lowest bit of the first byte on. E i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +26,7 @@ from export.checkpoint.digests import Run
 from export.checkpoint.folder import file_digest
 from export.checkpoint.safetensors_header import StoredTensor, numpy_dtype, read_header
 from export.checkpoint.tensor_table import CHUNK_ELEMENTS, TensorSpec
-from export.errors import CheckpointError, ConfigError, named
+from export.errors import CheckpointError, ConfigError, named, shown
 from export.files.reading import open_regular, read_json
 from export.files.typed_json import read_typed
 from export.quantize.gptq import Codes
@@ -166,8 +168,13 @@ def unpacked(stream: ByteArray, bits: int) -> ByteArray:
 def write_listing(folder: Path, origin: Origin, matrices: Mapping[str, SolvedMatrix]) -> None:
     """Write codes.json, last of all."""
     files = {name: file_digest(folder / name) for name in sorted({matrix.file for matrix in matrices.values()})}
-    listing = _Listing(format_version=FORMAT_VERSION, origin=origin, matrices=matrices, files=files)
-    (folder / CODES_FILE).write_text(json.dumps(asdict(listing), indent=1) + "\n", encoding="utf-8")
+    values = asdict(_Listing(format_version=FORMAT_VERSION, origin=origin, matrices=matrices, files=files))
+    whole = {**values, "digest": _digest_of(values)}
+    (folder / CODES_FILE).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+def _digest_of(values: Any) -> str:  # noqa: ANN401 - JSON value
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def open_solved(folder: Path) -> SolvedCodes:
@@ -175,18 +182,21 @@ def open_solved(folder: Path) -> SolvedCodes:
     for a file that is not as it was written."""
     doing, path = f"opening the solved codes {named(folder)}", folder / CODES_FILE
     raw = read_json(path, "what codes were solved")
+    version, digest = raw.get("format_version"), raw.pop("digest", None)
+    if version != FORMAT_VERSION:
+        raise ConfigError(
+            f"{doing}: they have format {shown(version, 60)}, expected {FORMAT_VERSION}; remove the folder, and build "
+            "again"
+        )
+    if digest != _digest_of(raw):
+        raise ConfigError(f"{doing}: {CODES_FILE} is not as it was written; remove the folder, and build again")
     try:
         listing = read_typed(_Listing, raw)
     except ValueError as error:
         raise ConfigError(f"{doing}: {CODES_FILE} is damaged ({error}); remove the folder, and build again") from error
-    if listing.format_version != FORMAT_VERSION:
-        raise ConfigError(
-            f"{doing}: they have format {listing.format_version}, expected {FORMAT_VERSION}; remove the folder, and "
-            "build again"
-        )
     stored: dict[str, StoredTensor] = {}
     for name, digest in listing.files.items():
-        if file_digest(folder / name) != digest:
+        if not (folder / name).is_file() or file_digest(folder / name) != digest:
             raise ConfigError(f"{doing}: {name} is not as it was written; remove the folder, and build again")
         stored |= {tensor.name: tensor for tensor in read_header(folder / name)}
     for name, matrix in listing.matrices.items():

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -191,6 +192,17 @@ def test_what_a_method_does_not_take_is_refused(tmp_path, text):
         build(checkpoint, tmp_path / "engine", tmp_path / "short.txt")
     with pytest.raises(ConfigError, match="it cannot be read"):
         build(checkpoint, tmp_path / "engine", tmp_path / "absent.txt")
+    with pytest.raises(ConfigError, match="it is a folder, a pipe or a device"):
+        build(checkpoint, tmp_path / "engine", Path("/dev/zero"))
+    with pytest.raises(ConfigError, match="search takes no calibration text"):
+        planned(checkpoint, method="search", num_tokens=0)
+    for flags in ({"method": "gptq"}, {"codes": tmp_path / "codes", "automatic": True}):
+        options = {"precision": "fp32", "calibration": Calibration(**flags)}
+        with pytest.raises(ConfigError, match="fp32 stores every matrix as floats"):
+            prepare_build(EngineOptions(checkpoint=str(checkpoint), **options))
+    few = Calibration(num_tokens=-5, automatic=True)
+    with pytest.raises(ConfigError, match="asked for -5 tokens"):
+        build_engine(BuildOptions(checkpoint=str(checkpoint), output=tmp_path / "engine", calibration=few))
     assert not (tmp_path / "engine").exists()
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from export.errors import ConfigError, named
+from export.files.reading import is_regular, is_there
 
 OWN_TEXT = "moeship's held-out text"
 KINDS = (
@@ -61,6 +62,8 @@ def read_texts(paths: Sequence[Path]) -> EvaluationText:
 
 def _read_text(path: Path) -> str:
     doing = f"reading the text to measure on, {named(path)}"
+    if is_there(path) and not is_regular(path):
+        raise ConfigError(f"{doing}: it is a folder, a pipe or a device, or a link to nothing; pass text files")
     try:
         content = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -65,7 +65,7 @@ def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | N
         with solved(calibration, options.output, build.model, build.wanted_codes(), build.calibration_text()) as codes:
             _write(build, options, codes, told)
     except (QuantizationError, ConfigError) as error:
-        if not calibration.is_open or not build.wanted_codes():
+        if not calibration.is_nobodys_wish or not build.wanted_codes():
             raise
         logger.warning("the codes are searched without a calibration text, because GPTQ cannot solve them (%s)", error)
         searched = dataclasses.replace(calibration, method=SEARCH)

@@ -253,7 +253,14 @@ def test_codes_that_are_there_are_taken_if_they_fit(tmp_path):
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(ConfigError, match="layer-0001.safetensors is not as it was written"):
         open_solved(tmp_path / "codes")
+    path.unlink()
+    with pytest.raises(ConfigError, match="layer-0001.safetensors is not as it was written"):
+        open_solved(tmp_path / "codes")
     listing = json.loads((tmp_path / "codes/codes.json").read_text())
+    fewer = dict(list(listing["matrices"].items())[1:])  # whose codes would be searched
+    (tmp_path / "codes/codes.json").write_text(json.dumps({**listing, "matrices": fewer}))
+    with pytest.raises(ConfigError, match="codes.json is not as it was written"):
+        open_solved(tmp_path / "codes")
     (tmp_path / "codes/codes.json").write_text(json.dumps({**listing, "format_version": 9}))
     with pytest.raises(ConfigError, match="they have format 9, expected 1"):
         open_solved(tmp_path / "codes")

@@ -20,7 +20,7 @@ from export.checkpoint.folder import Checkpoint
 from export.checkpoint.tensor_table import Role, Weights
 from export.conversion.parts import PartRecord
 from export.conversion.sources import source_files
-from export.errors import KernelsError
+from export.errors import ConfigError, KernelsError
 from export.exporter import ExportPlan, plan_export
 from export.families import Model
 from export.files.resume import SourceFile
@@ -173,8 +173,8 @@ def solvable(jobs: Sequence[WeightJob]) -> dict[str, Wanted]:
 
 
 def check_options(options: EngineOptions) -> tuple[Provider, Recipe]:
-    """The provider and the recipe that options name. Raises ExportError or QuantizationError for an unknown name, and
-    QuantizationError for a recipe file that cannot be read."""
+    """The provider and the recipe that options name. Raises ExportError or QuantizationError for an unknown name,
+    QuantizationError for a recipe file that cannot be read, and ConfigError for a method that is none or has no use."""
     kernels = options.kernels or chosen_kernels(options.provider, None if options.recipe else options.precision)
     provider = provider_of(options.provider, kernels)
     recipe = (
@@ -182,7 +182,12 @@ def check_options(options: EngineOptions) -> tuple[Provider, Recipe]:
         if options.recipe is None
         else read_recipe_file(options.recipe, provider)
     )
-    method = options.calibration.chosen()
+    method, calibration = options.calibration.chosen(), options.calibration
+    if not recipe.quantises and (method or calibration.codes or calibration.num_tokens is not None):
+        raise ConfigError(
+            f"choosing the method: {recipe.name} stores every matrix as floats, found flags that say how codes are "
+            "found; leave out --method, --calibrate, --calibrate-tokens and --codes, or choose another precision"
+        )
     return provider, recipe if method is None else recipe.with_method(method)
 
 
