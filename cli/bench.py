@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli.rows import print_rows
 from export.errors import ConfigError
-from export.files.output import replace_file
+from export.files.output import refuse_existing, replace_file
 from export.rows import Rows
 
 if TYPE_CHECKING:
@@ -95,7 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Apply the loads and print the report; returns 1 if a request failed. Raises ConfigError, ClientError."""
+    """Apply the loads and print the report; returns 1 if a request failed. Raises ConfigError, ClientError, and
+    OutputError for an output that exists already or has no place."""
+    for output in (arguments.records, arguments.plot):
+        if output is not None:
+            refuse_existing(output, "the figures")  # before loads that may take hours
     loads = read_loads(arguments)
     works = read_works(arguments)
     levels = asyncio.run(_measure(arguments, loads, works))

@@ -19,8 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from export.errors import OutputError, named, printable
-from export.files.reading import is_folder
+from export.errors import printable
 
 if TYPE_CHECKING:
     from triton_repo.evaluation.run import Evaluation
@@ -48,11 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from export.files.output import replace_file
+    from export.files.output import refuse_existing, replace_file
     from triton_repo.evaluation.run import EvaluationOptions, evaluate
 
     if arguments.output is not None:
-        _require_place(arguments.output)
+        refuse_existing(arguments.output, "the results")  # before an evaluation that may take hours
     for noisy in ("lm_eval", "datasets", "fsspec", "absl"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     if sys.stderr is None or not sys.stderr.isatty():
@@ -81,15 +80,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output:
         replace_file(arguments.output, f"{text}\n")
     return 0
-
-
-def _require_place(output: Path) -> None:
-    """Raise OutputError where a file cannot be written when the evaluation, which may take hours, has ended."""
-    problem = "it is a folder" if is_folder(output) else "no such folder" if not is_folder(output.parent) else ""
-    if problem:
-        raise OutputError(
-            f"writing the results to {named(output)}: {problem}, expected a file in a folder that exists; name another"
-        )
 
 
 def tables(evaluation: Evaluation) -> str:

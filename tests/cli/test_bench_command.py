@@ -57,6 +57,16 @@ def test_json_records_and_picture(server, capsys, tmp_path):
         assert f"<!-- {label} -->" in text
 
 
+@pytest.mark.parametrize("flag", ["--records", "--plot"])
+def test_an_output_that_exists_or_has_no_place_is_refused_before_the_load(server, capsys, tmp_path, flag):
+    taken = tmp_path / "prompts.jsonl"
+    taken.write_text("mine")
+    for path, message in ((taken, "exists already"), (tmp_path / "none" / "out", "does not exist")):
+        assert main(["bench", "--url", server.url, "--requests", "1", flag, str(path)]) == 2
+        assert message in capsys.readouterr().err
+    assert (taken.read_text(), server.requests) == ("mine", [])
+
+
 def test_failed_requests_are_told_with_an_example_and_end_with_1(server, capsys):
     def full(request, context):
         context.abort(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")

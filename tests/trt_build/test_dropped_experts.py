@@ -243,6 +243,7 @@ def test_nothing_is_dropped_where_nothing_is_below_the_bound(text):
         (["--text", "T"], "--text belong to --drop-below"),
         (["--drop-tokens", "9"], "--drop-tokens belong to --drop-below"),
         (["--drop-below", "0.1", "--text", "T", "--drop-tokens", "2"], "asked for 2 tokens, expected at least 4"),
+        (["--drop-below", "0.1", "--text", "SHORT"], "pass a longer text, or --drop-tokens 4"),
         (["--drop-below", "0.1", "--text", "absent"], "it cannot be read"),
         (
             ["--drop-below", "0.1", "--text", "T", "--backend", "tensorrt-llm"],
@@ -252,7 +253,9 @@ def test_nothing_is_dropped_where_nothing_is_below_the_bound(text):
 )
 @pytest.mark.parametrize("command", ["build", "plan"])
 def test_contradictions_are_refused(command, words, message, text, tmp_path, capsys):
-    words = [str(text) if word == "T" else word for word in words]
+    short = tmp_path / "short.txt"
+    short.write_text("The file is")
+    words = [{"T": str(text), "SHORT": str(short)}.get(word, word) for word in words]
     assert main([command, CHECKPOINT, "--output", str(tmp_path / "engine"), *words]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "engine").exists()

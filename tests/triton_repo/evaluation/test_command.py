@@ -156,8 +156,12 @@ def test_examples_come_into_the_prompts(phixtral, folder, capsys, monkeypatch):
         (("--tasks", "tiny_choice", "--num-fewshot", "-1"), "--num-fewshot is -1, expected 0 or more"),
         (("--tasks", "tiny_choice", "--batch", "0"), "--batch is 0, expected 1 or more"),
         (("--tasks", "tiny_choice", "--threads", "0"), "--threads is 0, expected 1 or more"),
-        (("--tasks", "tiny_choice", "--output", "no/results.json"), "OutputError: .*no such folder"),
-        (("--tasks", "tiny_choice", "--output", "."), "OutputError: .*it is a folder"),
+        (("--tasks", "tiny_choice", "--output", "no/results.json"), "OutputError: .*the folder .*/no does not exist"),
+        (("--tasks", "tiny_choice", "--output", "."), "OutputError: .*exists already"),
+        (
+            ("--tasks", "tiny_choice", "--output", "tiny_choice.jsonl"),
+            "OutputError: .*tiny_choice.jsonl exists already",
+        ),
         (("--tasks", "tiny_choice", "--chat-template"), "the engine has none, as its checkpoint had none"),
     ],
 )

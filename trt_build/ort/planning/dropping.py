@@ -123,7 +123,7 @@ def choose_dropping(source: SourceModel, options: DropOptions, dead: Experts) ->
     doing = f"measuring the load of the experts of {named(source.checkpoint.identity)}"
     text = read_texts(options.texts)
     tokens = source.tokenizer.encode_prompt(text.content)
-    windows = text_windows(tokens, options.num_tokens or DEFAULT_TOKENS, longest, doing)
+    windows = text_windows(tokens, options.num_tokens or DEFAULT_TOKENS, longest, doing, "--drop-tokens")
     held_out = windows[_HELD_OUT - 1 :: _HELD_OUT]
     routed = [window for number, window in enumerate(windows, start=1) if number % _HELD_OUT]
     logger.info("%s over %d tokens", doing, sum(map(len, routed)))
