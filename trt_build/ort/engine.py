@@ -94,6 +94,11 @@ class Precision:
         """Whether any matrix is quantised."""
         return any(role.bits for role in self.roles.values())
 
+    @property
+    def names_methods(self) -> bool:
+        """Whether it says by which methods codes were chosen."""
+        return any(role.methods for role in self.roles.values())
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackedRole:
@@ -193,7 +198,7 @@ class Manifest:
             return "fp32" if KERNELS[self.kernels][self.provider].float_type == "float32" else "fp16"
         default = {key: value for key, value in recipe["default"].items() if key != "method"}
         values = {**recipe, "default": default}
-        named = name in PRESETS and not any(role.methods for role in roles)
+        named = name in PRESETS and not self.precision.names_methods
         provider = KERNELS[self.kernels][self.provider]
         same = name in PRESETS and values == {"name": name, **preset(name, provider)}
         return name if named or same else f"{fewest} bits"

@@ -139,11 +139,16 @@ def verify_engine(
 
 def ask(engine: Engine, model: Model, window: Sequence[int], progress: Callable[[str], None]) -> tuple[Answer, ...]:
     """Ask whether an engine's weights are those of its model, and whether its graph computes what they say. Engines of
-    earlier formats are not asked, since their weights may be packed for the kernels of one machine."""
+    earlier formats are not asked, since their weights may be packed for the kernels of one machine. Those whose
+    engine.json names no method were quantised by another search for scales: only their graph is asked."""
     if engine.old:
         reason = f"format {engine.manifest.format_version} is not read back; build the engine again"
         return tuple(Answer(question=question, unasked=reason) for question in (OF_WEIGHTS, OF_GRAPH))
-    weights = ask_about_weights(engine, model, progress)
+    if engine.manifest.precision.quantises and not engine.manifest.precision.names_methods:
+        reason = "engine.json does not say by which method its codes were chosen; build the engine again"
+        weights = Answer(question=OF_WEIGHTS, unasked=reason)
+    else:
+        weights = ask_about_weights(engine, model, progress)
     return weights, ask_about_graph(engine, model, window, progress, open_device(engine))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,14 @@ def test_a_graph_that_is_past_the_limits_is_told_from_stored_weights_that_are_no
     verification = verify_engine(wrong, str(tiny_checkpoint), read_texts([]), 64, lambda _: None)
     [told] = [text for text in verification.failures if text.startswith("all weights as the engine stores them cost ")]
     assert "within the limit: what is past it comes from the graph, or from rounded activations" in told
+
+
+def test_the_weights_of_an_engine_that_names_no_method_are_not_asked_about(built, tiny_checkpoint):
+    engine, _ = built("phixtral", "int8", "onnxruntime")
+    precision = engine.manifest.precision
+    roles = {role: replace(stored, methods=()) for role, stored in precision.roles.items()}
+    engine = replace(engine, manifest=replace(engine.manifest, precision=replace(precision, roles=roles)))
+    verification = verify_engine(engine, str(tiny_checkpoint), read_texts([]), 64, lambda _: None)
+    weights, graph = verification.questions
+    assert weights.unasked == "engine.json does not say by which method its codes were chosen; build the engine again"
+    assert (weights.passed, graph.passed, verification.failures) == (None, True, ())
