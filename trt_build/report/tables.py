@@ -40,8 +40,10 @@ def question_table(engines: Sequence[ReportedEngine]) -> str:
     rows = [_heading(OF_WEIGHTS, [_answer(engine, OF_WEIGHTS) for engine in engines])]
     weights = [_question(record, OF_WEIGHTS) for record in records]
     for recipe in dict.fromkeys(recipe for answer in weights for recipe in answer.get("largest", {})):
+        found = {figure for answer in weights for figure in answer.get("largest", {}).get(recipe, {})}
         for figure, name in _WEIGHT_FIGURES.items():
-            rows.append(_row(f"{recipe}: {name}", [_weights_cell(answer, recipe, figure) for answer in weights]))
+            if figure in found:  # solved codes have two figures
+                rows.append(_row(f"{recipe}: {name}", [_weights_cell(answer, recipe, figure) for answer in weights]))
     rows.append(_heading(OF_GRAPH, [_answer(engine, OF_GRAPH) for engine in engines]))
     for name, cell in (("error of the logits", _graph_cell), ("error of router logits", _router_cell)):
         rows.append(_row(name, [cell(_question(record, OF_GRAPH)) for record in records]))

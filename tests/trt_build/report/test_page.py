@@ -120,7 +120,6 @@ def test_every_section_is_there_with_its_figures():
     text = found.text
     for words in (
         "Verification of 2 engines of model", "0.040 ≤ 0.060 ✓", "1.0e−4 ≤ 0.060 ✓", "0.098 ≤ 0.25 ✓", "0.50 ≤ 0.44",
-        "offset, steps––",
         "0.25 ≤ 1.0e−4 ✗", "0.50 ≤ 0.010 ✗", "90.0 % ≥ 78.0 % ✓", "+1.0 % ≤ +3.0 % ✓", "101.0 (100.0)",
         "failed:it failed ", "a finding ", "SHA-256 982d9e3eb996f559e633f4d194def3761d909f5a3b647d1a851fead67c32c9d1",
         "64 tokens of ", "version of numpy", "In the text: ⇥", "position 7", "1 of 2 tokens are not the reference's",
@@ -140,6 +139,19 @@ def test_a_figure_of_weights_is_marked_as_missed_only_where_the_question_failed(
     assert "error of a row0.50 ≤ 0.440.50 ≤ 0.44 ✗" in text
     assert "factor off 10.00200.0020" in text
     assert "error of a matrix0.098 ≤ 0.25 ✓0.098 ≤ 0.25 ✓" in text
+
+
+def test_figures_of_weights_that_no_engine_has_take_no_row():
+    solved = record(0.03)
+    solved["questions"][0]["largest"] = {"int5 in blocks of 32, solved": {"matrix": 0.058}}
+    text = page(report(engine("a"), engine("b", record=solved)))
+    shown = re.findall(r"(int\d in blocks of \d+(?:, solved)?): ([a-z, 1']+)", text)
+    assert [name for recipe, name in shown if recipe.endswith("solved")] == ["error of a matrix"]
+    assert [name for recipe, name in shown if not recipe.endswith("solved")] == [
+        "factor off 1", "error of a row", "error of a matrix",
+    ]  # fmt: skip
+    assert "error of a matrix0.098 ≤ 0.25 ✓–" in Page(text).text  # one engine has it, the other one not
+    assert "error of a matrix–0.058" in Page(text).text
 
 
 def test_the_heat_of_a_cost_is_on_one_scale_for_all_engines():
