@@ -20,7 +20,7 @@ from export.errors import ConfigError, names
 from export.families import Model
 from export.quantize.gptq import LEAST_DAMPING
 from export.quantize.recipe import GPTQ, METHODS
-from export.quantize.solved import CODES_FILE, SolvedCodes
+from export.quantize.solved import CODES_FILE, SolvedCodes, checksum_text
 from export.tokenizer.loading import Tokenizer
 from trt_build.comparison.evaluation_text import EvaluationText, read_texts
 
@@ -151,6 +151,27 @@ def calibration_record(codes: SolvedCodes) -> dict[str, Any]:
         "tokens_by_expert": {name: list(matrix.tokens) for name, matrix in experts.items()},
         "fallen_back": {name: list(one.fallen_back) for name, one in codes.matrices.items() if one.fallen_back},
         "codes": codes.digest,
+    }
+
+
+def planned_record(model: Model, wanted: Mapping[str, Wanted], text: CalibrationText) -> dict[str, Any]:
+    """What `calibration_record` gives before the codes are solved, with zeros in place of digests and checksums. Which
+    experts a text reaches is not known: each is taken to get an equal share of the tokens, and none to fall back."""
+    facts, checksums, tokens = model.architecture, {}, {}
+    for name, one in wanted.items():
+        spec = model.weights.table[name]
+        groups = one.experts if spec.stacks_experts else range(len(spec.groups))
+        places = [f"{group}.{turn}" for group in groups for turn in range(len(spec.groups[group]))]
+        checksums[name] = dict.fromkeys(places, checksum_text(0))
+        if spec.stacks_experts and spec.shape[0] > 1:
+            share = text.num_tokens * facts.experts_per_token // spec.shape[0]
+            tokens[name] = [share if place in one.experts else 0 for place in range(spec.shape[0])]
+    return {
+        **text_record(text),
+        "checksums": checksums,
+        "tokens_by_expert": tokens,
+        "fallen_back": {},
+        "codes": "0" * 64,
     }
 
 

@@ -12,6 +12,8 @@ from conftest import QUANTIZABLE
 from mixtral_checkpoints import SPELLINGS, write_mixtral_checkpoint
 
 from conversion import watch
+from export.errors import ConfigError
+from trt_build.calibration import Calibration
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.planning.plan import plan_engine
 from trt_build.ort.planning.prepare import EngineOptions, prepare_build
@@ -41,6 +43,21 @@ def test_every_file_of_the_engine_is_planned_to_the_byte(tmp_path, tiny_checkpoi
     assert planned.files == found
     assert planned.engine_bytes == sum(found.values())
     assert planned.average_bits_per_weight == pytest.approx(built.manifest.precision.average_bits_per_weight, abs=1e-3)
+
+
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+def test_what_gptq_records_is_planned_but_for_digits_of_token_counts(tmp_path, tiny_checkpoint, provider):
+    options = {"provider": provider, "calibration": Calibration(method="gptq", num_tokens=512)}
+    planned = plan(tiny_checkpoint, **options)
+    built = build_engine(BuildOptions(checkpoint=str(tiny_checkpoint), output=tmp_path / "engine", **options))
+    found = {path.name: path.stat().st_size for path in built.folder.iterdir()}
+    counts = built.manifest.calibration["tokens_by_expert"].values()
+    assert built.manifest.calibration["fallen_back"] == {}
+    off = sum(len(str(count)) - len(str(512 * 2 // len(own))) for own in counts for count in own)
+    assert found.pop("engine.json") - planned.files["engine.json"] == off
+    assert {name: size for name, size in planned.files.items() if name != "engine.json"} == found
+    with pytest.raises(ConfigError, match="it cannot be read"):
+        plan(tiny_checkpoint, calibration=Calibration(texts=(tmp_path / "absent.txt",)))
 
 
 def test_a_dense_model_is_planned_to_the_byte(tmp_path):

@@ -28,7 +28,7 @@ from export.files.resume import Fingerprint, partial_folder, refuse_made
 from export.provider import OWN_KERNELS
 from export.quantize.recipe import SEARCH
 from export.quantize.solved import SolvedCodes
-from trt_build.calibration import solved
+from trt_build.calibration import calibration_record, solved
 from trt_build.engine_files import record_files
 from trt_build.manifest import Source, libraries
 from trt_build.ort.engine import FORMAT_VERSION, UNDIGESTED_FILES, Engine, open_engine, write_manifest
@@ -92,7 +92,9 @@ def _write(
             if note not in build.notes:  # the errors are known after the write, and are nothing where codes are kept
                 logger.info("%s", note)
         files = record_files(folder.content, UNDIGESTED_FILES)
-        manifest = build.manifest(_source(checkpoint, records), files, records, codes)
+        manifest = build.manifest(
+            _source(checkpoint, records), files, records, None if codes is None else calibration_record(codes)
+        )
         check_unchanged(checkpoint, fingerprint.sources, records)
         write_manifest(folder.content, manifest)
 

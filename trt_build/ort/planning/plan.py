@@ -207,7 +207,7 @@ def _files(build: PreparedBuild) -> dict[str, int]:
     }
     files = [*checkpoint.settings_files(), *checkpoint.shards]
     digests = dict.fromkeys((path.name for path in files), _DIGEST)
-    manifest = build.manifest(source_record(checkpoint, digests), records)
+    manifest = build.manifest(source_record(checkpoint, digests), records, calibration=build.planned_calibration())
     return {**sizes, MANIFEST_FILE: len(manifest_text(manifest).encode())}
 
 

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from export.calibration.layers import Wanted
 from export.calibration.store import CalibrationText
@@ -29,10 +30,9 @@ from export.provider import KERNELS, ONNX_RUNTIME, OWN_KERNELS, PROVIDERS, Provi
 from export.quantize.presets import recipe_for
 from export.quantize.recipe import GPTQ, Recipe
 from export.quantize.recipe_file import read_recipe_file
-from export.quantize.solved import SolvedCodes
 from export.routing import RoutingReport, left_out_by_layer, left_out_note
 from export.tokenizer.settings import Settings
-from trt_build.calibration import MOST_PRODUCTS, Calibration, calibration_record
+from trt_build.calibration import MOST_PRODUCTS, Calibration, planned_record
 from trt_build.engine_files import FileRecord
 from trt_build.manifest import ORT_BACKEND, Source, libraries
 from trt_build.ort.engine import FORMAT_VERSION, KEPT, DroppedExperts, Manifest, Precision, StoredRole
@@ -101,6 +101,17 @@ class PreparedBuild:
             return None
         return self.options.calibration.text(self.settings.tokenizer, self.model.architecture.max_positions)
 
+    def planned_calibration(self) -> dict[str, Any] | None:
+        """What engine.json will say of the codes that are solved; None if none are. Raises ConfigError for a text that
+        cannot be used, unless a build would then search the codes."""
+        try:
+            text = self.calibration_text()
+        except ConfigError:
+            if not self.options.calibration.is_nobodys_wish:
+                raise
+            text = None
+        return None if text is None else planned_record(self.model, self.wanted_codes(), text)
+
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences about the engine for whoever builds it."""
@@ -126,10 +137,10 @@ class PreparedBuild:
         source: Source,
         files: Mapping[str, FileRecord],
         records: Sequence[PartRecord] = (),
-        codes: SolvedCodes | None = None,
+        calibration: Mapping[str, Any] | None = None,
     ) -> Manifest:
-        """The contents of engine.json. `records` are those of the parts, once they are written, `codes` those that were
-        solved."""
+        """The contents of engine.json. `records` are those of the parts, once they are written; `calibration` says what
+        codes were solved, None if none were."""
         architecture = self.model.architecture
         return Manifest(
             format_version=FORMAT_VERSION,
@@ -152,7 +163,7 @@ class PreparedBuild:
             left_out_experts={str(layer): experts for layer, experts in self.left_out.items()},
             libraries=libraries(),
             files=files,
-            calibration=None if codes is None else calibration_record(codes),
+            calibration=calibration,
             dropped_experts=self.dropped,
         )
 
