@@ -281,3 +281,18 @@ def test_where_gptq_was_nobodys_wish_and_cannot_solve_codes_are_searched(tmp_pat
     assert "the codes are searched without a calibration text, because GPTQ cannot solve them" in caplog.text
     assert engine.manifest.precision.roles["expert"].methods == ("search",)
     assert engine.manifest.calibration is None
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("values", [(-1, 1), (-1, 0, 0, 1), tuple(range(-7, 8))], ids=["two", "three", "four bits"])
+def test_weights_that_lie_on_a_grid_of_their_own_are_sound(tmp_path, text, kernels, values):
+    """All weights that are alike are stored too large or too small by the same part, so errors do not cancel out."""
+    checkpoint, generator = write_phixtral(tmp_path / "model"), np.random.default_rng(4)
+    tensors = load_file(checkpoint / "model.safetensors")
+    for name, array in tensors.items():
+        if array.ndim == 2 and "gate" not in name:
+            drawn = generator.choice(values, array.shape) * (1 + generator.random((len(array), 1)))
+            tensors[name] = (drawn / np.std(values) / np.sqrt(array.shape[1])).astype(array.dtype)
+    save_file(tensors, checkpoint / "model.safetensors")
+    engine = build(checkpoint, tmp_path / "engine", text, kernels)
+    assert ask_about_weights(engine, read_model(open_checkpoint(checkpoint))).failures == ()

@@ -24,6 +24,10 @@ FloatArray = npt.NDArray[np.float32]
 MATRIX, ROW = 5.0, 12.0
 FACTOR = 2.0  # of the squared relative error, and FACTOR_LEAST beside it
 FACTOR_LEAST = 0.002
+# Weights that lie on a grid of their own, as those that were quantised before, have errors of one sign: all that are
+# alike are stored too large or too small by the same part, at most half a step of the largest value. Measured in steps
+# of 2^-bits: 0.67 for weights of two and of three values, 0.3 for weights of 3 and 4 bits in blocks of 32.
+FACTOR_ON_GRID = 1.0
 
 
 @dataclass
@@ -76,7 +80,7 @@ class FedBack:
         if not self.error <= matrix_limit(bits) + small:
             yield f": found relative error {self.error:.3g}, allowed {matrix_limit(bits):.3g}"
         factor = self.products / self.squares if self.squares else 0.0
-        allowed = FACTOR_LEAST + FACTOR * self.error**2 + small
+        allowed = FACTOR_LEAST + max(FACTOR * self.error**2, FACTOR_ON_GRID / 2**bits) + small
         if not abs(factor - 1) <= allowed:
             times = f"{1 / factor:.4f}" if factor else "0"
             yield f": found it {times} times the checkpoint's, expected 1 within {allowed:.3g}"
