@@ -25,9 +25,9 @@ MATRIX, ROW = 5.0, 12.0
 FACTOR = 2.0  # of the squared relative error, and FACTOR_LEAST beside it
 FACTOR_LEAST = 0.002
 # Weights that lie on a grid of their own, as those that were quantised before, have errors of one sign: all that are
-# alike are stored too large or too small by the same part, at most half a step of the largest value. Measured in steps
-# of 2^-bits: 0.67 for weights of two and of three values, 0.3 for weights of 3 and 4 bits in blocks of 32.
-FACTOR_ON_GRID = 1.0
+# alike are stored too large or too small by the same part. Measured in steps of 2^-bits: 1.1 for weights of two and of
+# three values, 0.3 for weights of 3 and 4 bits in blocks of 32.
+FACTOR_ON_GRID = 1.5
 
 
 @dataclass
