@@ -33,6 +33,7 @@ from export.command import run_command
 from export.errors import ConfigError
 from export.families import Model, read_model
 from export.files.output import replace_file
+from export.files.reading import read_json
 from export.reference.model import Reference
 from export.tokenizer.loading import load_tokenizer
 from frontier import ours, peers
@@ -67,7 +68,8 @@ def measure(model_folder: Path, programs: Path, work: Path, num_tokens: int, cal
     points += _llama(model, programs, work, windows, reference, calibration)
     for method in METHODS:
         for preset in PRESETS:
-            built = ours.build(model_folder, preset, method, (), calibration, work / f"{preset}-{method}")
+            solved = f"-{calibration}" if method == "gptq" else ""  # an engine that is there has these tokens
+            built = ours.build(model_folder, preset, method, (), calibration, work / f"{preset}-{method}{solved}")
             found = distance(ours.logits_of(built, windows), reference)
             points.append(_point(preset, method, built, asdict(found)))
     result["against_llama"] = compare(points)
@@ -113,6 +115,8 @@ def windows_of(model: Model, text: Path, num_tokens: int) -> list[list[int]]:
     ids = list(load_tokenizer(model.weights.checkpoint.folder).encode_prompt(text.read_text(encoding="utf-8")))
     start, body = ids[:1], ids[1:]
     found = [[*start, *body[at : at + WINDOW - 1]] for at in range(0, len(body) - WINDOW + 2, WINDOW - 1)]
+    if num_tokens < WINDOW:
+        raise ConfigError(f"measuring on {text}: asked for {num_tokens} tokens, expected {WINDOW} or more, a window")
     if len(found) * WINDOW < num_tokens:
         raise ConfigError(f"measuring on {text}: it has {len(found)} windows of {WINDOW} tokens; ask for fewer tokens")
     return found[: num_tokens // WINDOW]
@@ -157,7 +161,7 @@ def main() -> int:
 
     def run() -> int:
         if options.plot:
-            draw(json.loads(options.plot.read_text()), options.plot.with_suffix(".svg"))
+            draw(read_json(options.plot, "a result of this program"), options.plot.with_suffix(".svg"))
             return 0
         if not (options.model and options.llama and options.work):
             raise ConfigError("measuring: --model, --llama and --work are needed")

@@ -7,6 +7,7 @@ import pytest
 from mixtral_checkpoints import write_mixtral_checkpoint
 
 from export.checkpoint.folder import open_checkpoint
+from export.errors import ConfigError
 from export.families import read_model
 from frontier.measures import distance, perplexity
 from frontier.peers import describe, types_of, write_gguf
@@ -73,3 +74,5 @@ def test_each_window_begins_with_the_start_token(tmp_path):
     assert [len(window) for window in found] == [512, 512]
     assert [window[0] for window in found] == [1, 1]
     assert 1 not in [*found[0][1:], *found[1][1:]]
+    with pytest.raises(ConfigError, match="asked for 5 tokens, expected 512 or more"):
+        windows_of(read_model(open_checkpoint(str(folder))), tmp_path / "text", 5)
