@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,6 +47,9 @@ MOST_STEPS = 100
 
 Doubles = npt.NDArray[np.float64]
 Windows = list[list[int]]
+
+
+_BEFORE, _AFTER = "mixture, gates untrained", "mixture, gates trained"  # of `TrainedGates.perplexities`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +94,18 @@ class TrainedGates:
     def never_best(self) -> tuple[int, ...]:
         """Experts that are best for no token of the training windows."""
         return tuple(expert for expert, share in enumerate(self.best) if share == 0)
+
+    @property
+    def finding(self) -> str | None:
+        """A sentence where the trained gates predict the held-out parts of all texts no better than those before."""
+        before, after = (self.perplexities.get(who, (math.nan,))[-1] for who in (_BEFORE, _AFTER))
+        if not after >= before:
+            return None
+        return (
+            f"the trained gates predict the held-out parts of the texts no better than the gates before them: "
+            f"perplexity {after:.3f} against {before:.3f}, from {sum(self.num_training_tokens)} tokens; take more "
+            "tokens or other texts, or merge without --train-gates"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """What the merged folder keeps of the training."""
@@ -150,7 +166,7 @@ def train_gates(mixture: Model, experts: Sequence[Model], training: GateTraining
     del found, every
     logger.info("training the gates: the mixture computes the held-out text with its gates as they are")
     before = token_losses(mixture, held, training.progress)
-    perplexities["mixture, gates untrained"] = _perplexities(before, held_by_text)
+    perplexities[_BEFORE] = _perplexities(before, held_by_text)
     fits: list[Fit] = []
 
     def fitted(_mixture: int, x: npt.NDArray[np.float32], _logits: object) -> npt.NDArray[np.float32]:
@@ -180,7 +196,7 @@ def measured_after(trained: TrainedGates, mixture: Model, progress: Callable[[st
     """`trained` with the perplexity of the mixture whose checkpoint has the trained gates."""
     logger.info("training the gates: the mixture computes the held-out text with the trained gates")
     losses = token_losses(mixture, [window for windows in trained.held_out for window in windows], progress)
-    after = {"mixture, gates trained": _perplexities(losses, trained.held_out)}
+    after = {_AFTER: _perplexities(losses, trained.held_out)}
     return replace(trained, perplexities={**trained.perplexities, **after})
 
 

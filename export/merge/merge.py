@@ -138,6 +138,8 @@ def _train(
             file.write(gate.tobytes())
         stored[tensor.layer] = gate
     trained = measured_after(trained, read_model(open_checkpoint(str(folder))), training.progress)
+    if trained.finding:
+        logger.warning("%s", trained.finding)
     (folder / TRAINING_FILE).write_text(json.dumps(trained.to_json(), indent=2) + "\n", encoding="utf-8")
     return trained, stored
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -143,6 +144,21 @@ def test_the_folder_says_how_its_gates_were_made(merged, texts):
     assert record["held_out_perplexity"].keys() == merged.trained.perplexities.keys()
     assert len(record["layers"]) == 4
     assert sum(record["best_expert"]) == pytest.approx(1)
+
+
+def test_gates_that_are_worse_than_before_are_told(merged, texts, tmp_path, monkeypatch, caplog):
+    assert merged.trained.finding is None
+
+    def worse(trained, *_):
+        before = trained.perplexities["mixture, gates untrained"]
+        after = {"mixture, gates trained": (*before[:-1], before[-1] + 1)}
+        return dataclasses.replace(trained, perplexities={**trained.perplexities, **after})
+
+    monkeypatch.setattr("export.merge.merge.measured_after", worse)
+    config = write_yaml(tmp_path, EXPERTS / "code", EXPERTS / "prose", k=1)
+    merge(config, tmp_path / "worse", training=GateTraining(texts=texts, tokens=640))
+    assert "no better than the gates before them: perplexity" in caplog.text
+    assert "from 1024 tokens; take more tokens or other texts" in caplog.text
 
 
 def test_training_again_gives_the_same_bytes_and_another_seed_holds_out_another_part(merged, texts, tmp_path):
