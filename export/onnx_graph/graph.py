@@ -21,7 +21,7 @@ import numpy as np
 from export import rotary
 from export.architecture import Architecture
 from export.checkpoint.tensor_table import TensorSpec
-from export.errors import ExportError
+from export.errors import ExportError, QuantizationError
 from export.formats.view import Grid
 from export.onnx_graph import names
 from export.onnx_graph.initializers import onnx_type, tensors
@@ -221,13 +221,21 @@ class GraphBuilder(ABC):
 
         `activation` between fc1 and fc2 is "gelu" in its tanh form, or "swiglu", which is silu(gate) * up, where the
         outputs of fc1 alternate between gate and up. Biases are added if the table has them. Raises
-        KernelsError for a router or an activation that the kernels do not support.
+        KernelsError for a router or an activation that the kernels do not support, and QuantizationError for a recipe
+        that quantises one of the matrices alone.
         """
         rule = self.architecture.router
         self._kernels.check_mixture(rule, activation, name)
         router = self._router(x, gate, name)
         x = self._cast(x)
         both = [f"{fc1}.weight", f"{fc2}.weight"]
+        codes = [one for one in both if self._weights.is_quantised(one)]
+        if len(codes) == 1:
+            floats = both[1 - both.index(codes[0])]
+            raise QuantizationError(
+                f"planning {name}: found {floats} stored as floats and {codes[0]} quantised, expected both or neither, "
+                "since one operator multiplies by both; give both bits, or both bits: float"
+            )
         together = both if self._kernels.one_storage else ()
         (weight1, job1), (weight2, job2) = (self._weights.matrix(name, together) for name in both)
         bias1, bias2 = self._weights.bias(fc1), self._weights.bias(fc2)

@@ -46,6 +46,10 @@ class WeightPlanner:
         left_out = self._left_out.get(name, ())
         return tuple(expert for expert in self._expert_order if expert not in left_out)
 
+    def is_quantised(self, name: str) -> bool:
+        """Whether the recipe quantises a row of the table."""
+        return self._recipe.choice(self.table[name]) is not None
+
     def matrix(
         self,
         name: str,

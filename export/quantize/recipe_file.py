@@ -8,7 +8,6 @@ rules:
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ def read_recipe_file(path: Path, provider: Provider) -> Recipe:
     values = reader(path, what, QuantizationError)
     try:
         whole, begun = _with_preset(values, path, provider)
-        return replace(read_recipe(whole, provider), of_preset=begun)
+        return read_recipe(whole, provider, of_preset=begun)
     except ValueError as error:
         raise QuantizationError(f"reading {what} {named(path)}: {error}") from error
 

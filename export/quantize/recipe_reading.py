@@ -21,9 +21,15 @@ _CHOICE = ("bits", "block", "symmetric", "scales", "method")
 _MATCH = ("role", "weight", "layers")
 
 
-def read_recipe(values: Any, provider: Provider = PROVIDERS["cpu"], num_layers: int = 0) -> Recipe:  # noqa: ANN401 - plain values
+def read_recipe(
+    values: Any,  # noqa: ANN401 - plain values
+    provider: Provider = PROVIDERS["cpu"],
+    num_layers: int = 0,
+    of_preset: int = 0,
+) -> Recipe:
     """The recipe of plain values with the keys name, default and, if there are any, rules. A list may be written as its
-    one item, and layers as ranges such as "0-3" and steps such as "1::3" (Rule.layers).
+    one item, and layers as ranges such as "0-3" and steps such as "1::3" (Rule.layers). The first `of_preset` rules are
+    not the file's, whose own are counted from 0.
 
     Raises ValueError that names the place, what was found and what was expected.
     """
@@ -42,9 +48,10 @@ def read_recipe(values: Any, provider: Provider = PROVIDERS["cpu"], num_layers: 
     return Recipe(
         name=name,
         default=default,
-        rules=tuple(_rule(rule, f"rules[{index}]") for index, rule in enumerate(rules)),
+        rules=tuple(_rule(rule, f"rules[{index}]") for index, rule in enumerate(rules, -of_preset)),
         provider=provider,
         num_layers=num_layers,
+        of_preset=of_preset,
     )
 
 

@@ -71,6 +71,7 @@ def test_json_says_the_same_as_yaml(tmp_path):
         ("default: {bits: 4, block: 64}\nrules: [{role: router, bits: 8}]", "role is router, expected one of embed"),
         ("default: {bits: 4, block: 64}\nrules: [{layers: 3-1}]", "layers is '3-1', expected numbers of layers"),
         ("default: {bits: 4, block: 64}\nrules: {a: 1}", "rules is .*, expected a list"),
+        ("preset: q3\nrules: [{role: head}, {layer: 1}]", r"rules\[1\] has the unknown key layer"),
         ("preset: q9", "preset: 'q9' is unknown. There are: fp32"),
         ("preset: int4\ndefault: {bits: 4, block: 64}", "it has both preset and default, expected one of them"),
         ("[1]", r"found \[1\], expected a table with the keys name, preset, default, rules"),
@@ -120,6 +121,15 @@ def test_onnx_runtimes_experts_have_one_storage(tmp_path, tiny_checkpoint, field
     options = EngineOptions(checkpoint=str(tiny_checkpoint), recipe=path, kernels="onnxruntime")
     with pytest.raises(KernelsError, match=error):
         prepare_build(options)
+
+
+@pytest.mark.parametrize("kernels", [None, "onnxruntime"])
+@pytest.mark.parametrize("floats", ["first", "second"])
+def test_one_matrix_of_experts_cannot_be_quantised_alone(tmp_path, tiny_checkpoint, kernels, floats):
+    path = written(tmp_path, f"default: {{bits: 4, block: 64}}\nrules: [{{weight: {floats}, bits: float}}]")
+    name = "fc1" if floats == "first" else "fc2"
+    with pytest.raises(QuantizationError, match=f"found .*{name}.weight stored as floats and .* quantised, expected"):
+        prepare_build(EngineOptions(checkpoint=str(tiny_checkpoint), recipe=path, kernels=kernels))
 
 
 @pytest.mark.parametrize(
