@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from export.errors import OutputError
 from export.files.reading import check_name
+
+_LEFT_S = 60.0  # a folder that is younger may be about to be locked
 
 
 def refuse_existing(final: Path, what: str) -> None:
@@ -28,24 +33,27 @@ def refuse_existing(final: Path, what: str) -> None:
 @contextmanager
 def staged_directory(final: Path, what: str) -> Iterator[Path]:
     """Yield an empty folder beside `final`. It is renamed to `final` when the block ends, and removed if the block
-    raises.
+    raises. A process that is killed leaves it; the next one with the same `final` removes it.
 
     Raises OutputError if `final` exists, at the start or before the rename, and for errors of the disk.
     """
     refuse_existing(final, what)
     final = final.resolve()
+    # The start of the name is enough to recognise the folder; all of it could be too long for the file system.
+    prefix = f".{final.name[:64]}.partial-"
+    _remove_left(final.parent, prefix)
     try:
-        # The start of the name is enough to recognise the folder; all of it could be too long for the file system.
-        staging = Path(tempfile.mkdtemp(prefix=f".{final.name[:64]}.partial-", dir=final.parent))
+        staging = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
     except OSError as error:
         raise OutputError(f"writing {what} to {final}: {error.strerror} ({error.filename})") from error
     try:
         staging.chmod(0o755)
         try:
-            yield staging
-            refuse_existing(final, what)
-            flush_to_disk(staging)
-            staging.rename(final)
+            with _locked(staging):
+                yield staging
+                refuse_existing(final, what)
+                flush_to_disk(staging)
+                staging.rename(final)
         except OSError as error:
             if error.errno is None:
                 raise
@@ -53,6 +61,28 @@ def staged_directory(final: Path, what: str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _remove_left(parent: Path, prefix: str) -> None:
+    """Remove the folders of processes that were killed: those that no process has locked."""
+    for folder in parent.iterdir():
+        if not folder.name.startswith(prefix) or folder.is_symlink():
+            continue
+        with contextlib.suppress(OSError):  # locked, gone, or of another user
+            if time.time() - folder.stat().st_mtime > _LEFT_S:
+                with _locked(folder):
+                    shutil.rmtree(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock a folder for this process. Raises OSError if another process has locked it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def flush_to_disk(folder: Path, contents: bool = True) -> None:

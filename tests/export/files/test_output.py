@@ -1,13 +1,16 @@
-"""A file is replaced whole, or not at all."""
+"""Files are replaced and folders appear whole, or not at all."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from export.files.output import replace_file
+from export.files.output import replace_file, staged_directory
 
 
 def test_a_replaced_file_has_the_new_text_and_can_be_read_by_all(tmp_path):
@@ -47,3 +50,26 @@ def test_the_text_is_on_the_disk_before_it_gets_the_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", noted)
     replace_file(path, "text")
     assert synced == [(4, False)]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path):
+    killed, written, young = (tmp_path / f".model.partial-{name}" for name in ("killed", "written", "young"))
+    others = tmp_path / ".other.partial-killed"
+    for folder in (killed, written, young, others):
+        folder.mkdir()
+        (folder / "shard").write_text("half")
+    long_ago = time.time() - 3600
+    for folder in (killed, written, others):
+        os.utime(folder, (long_ago, long_ago))
+    writing = (
+        "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); print(flush=True); "
+        "sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", writing, str(written)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        with staged_directory(tmp_path / "model", "the model") as folder:
+            (folder / "shard").write_text("whole")
+        other.stdin.close()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", written.name, young.name, others.name}
