@@ -50,22 +50,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if is_there(Path(arguments.checkpoint) / MANIFEST_FILE):
         return _inspect_engine(arguments)
-    from cli.inspect_text import measure_text, print_usage
     from export.checkpoint.folder import open_checkpoint
     from export.inspection import describe
 
     if not arguments.text:
         _refuse_without_text(arguments)
+        report = describe(open_checkpoint(arguments.checkpoint, arguments.revision), arguments.experts_per_token)
+        if arguments.json:
+            print(json.dumps(report.to_json(), indent=2, allow_nan=False))
+        else:
+            _print_report(report)
+        return 0
+    from cli.inspect_text import measure_text, print_usage  # imports ONNX Runtime's backend
+
     checkpoint = open_checkpoint(arguments.checkpoint, arguments.revision)
     report = describe(checkpoint, arguments.experts_per_token)
-    measured = measure_text(arguments, checkpoint) if arguments.text else None
+    measured = measure_text(arguments, checkpoint)
     if arguments.json:
-        values = report.to_json() | ({} if measured is None else {"usage": measured.to_json()})
-        print(json.dumps(values, indent=2, allow_nan=False))
+        print(json.dumps(report.to_json() | {"usage": measured.to_json()}, indent=2, allow_nan=False))
     else:
         _print_report(report)
-        if measured is not None:
-            print_usage(measured)
+        print_usage(measured)
     return 0
 
 

@@ -20,7 +20,7 @@ from export.trtllm.parallel import Parallelism
 from trt_build.trtllm.questions.logits import LOGITS_LIMITS, ask_about_logits, judged_differences
 from trt_build.trtllm.questions.rank_weights import open_rank_weights
 
-IDS = np.random.default_rng(3).integers(0, 250, 64).tolist()
+IDS = np.random.default_rng(4).integers(0, 250, 64).tolist()
 MIXTRAL = {"hidden_size": 256, "num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "ffn_size": 256, "num_layers": 3}
 VOCAB = {"phixtral": 257, "mixtral": 372}  # ids that stand for text
 # Within what float16 loses; the first question finds them.
