@@ -92,7 +92,7 @@ class GgufCheckpoint:
 
 
 def read_model(file: GgufFile, path: Path) -> GgufCheckpoint:
-    """Describe the GGUF file `path`, of which `file` is the header, as a checkpoint. Raises ConfigError for metadata
+    """Describe the GGUF file `path` with the header `file` as a checkpoint. Raises ConfigError for metadata
     that are missing, contradict the tensors or would change what is computed, and CheckpointError for tensors of no
     known name."""
     metadata, doing = file.metadata, f"opening {named(path)}"

@@ -1,7 +1,7 @@
 """The scaling of a rotary embedding as llama.cpp writes it, in the words of config.json.
 
   rope.scaling.type     none, linear or yarn; linear where only a factor is stated
-  rope_freqs.weight     a divisor for each frequency: Llama 3's scaling, of which the file states no other fact
+  rope_freqs.weight     a divisor for each frequency, all that the file states of Llama 3's scaling
 Sources: llama.cpp, convert_hf_to_gguf.py (LlamaModel.generate_extra_tensors) and src/llama-model.cpp (load_hparams).
 """
 

@@ -246,7 +246,7 @@ def _windows(mixture: Model, text: TrainingText, most: int, seed: int) -> tuple[
     size = min(longest, available // STRETCHES)
     if size < min(LEAST_WINDOW, longest):
         least = STRETCHES * min(LEAST_WINDOW, longest)
-        taken = f", of which {most} are taken" if most < len(token_ids) else ""
+        taken = f", {most} of them are taken" if most < len(token_ids) else ""
         raise MergeError(
             f"{doing}: it has {len(token_ids)} tokens{taken}, expected at least {least}: {STRETCHES} windows of "
             f"{min(LEAST_WINDOW, longest)}, one of which is held out; pass a longer text"

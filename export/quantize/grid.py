@@ -19,7 +19,7 @@ ByteArray = npt.NDArray[np.uint8]
 # negative factor changes the side that has one code more, which pays where codes are few. For normal weights in blocks
 # of 32 to 128 the best of these has 0.8 % (4 bits), 1.2 % (5) and 1.9 % (6) more squared error than the best of all
 # factors from 0.5 to 1.2, at 8 bits 13 % of an error that does not show. At 2 and 3 bits stronger clipping has less
-# squared error and more KL divergence: what is clipped are the largest weights, of which the model has made most.
+# squared error and more KL divergence, since it clips the largest weights, and these matter most to the model.
 STRETCHES = {
     2: (1.0, 0.85, -0.9),
     3: (1.0, 0.91, 1.08, -0.95),

@@ -2,7 +2,8 @@
 
     text, settings = gguf_tokenizer(Path("model.gguf"))       # tokenizer.json, and values of tokenizer_config.json
 
-Two kinds are made. `llama` is SentencePiece's byte-pair encoding: pieces with scores, of which the merges follow.
+Two kinds are made. `llama` is SentencePiece's byte-pair encoding: pieces with scores, and the
+merges follow from the scores.
 `gpt2` is byte-level: the file has the merges, and by name the way in which text is split before them. Source:
 transformers, integrations/gguf/gguf_tokenizer_mapping.py. In two places that code loses what the file states, and
 llama.cpp is followed (src/llama-vocab.cpp): `add_space_prefix`, and that whole words of the vocabularies of Llama 3 and
