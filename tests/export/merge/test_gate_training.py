@@ -189,7 +189,7 @@ def test_a_text_without_room_for_a_held_out_part_is_refused(tmp_path, texts):
             GateTraining(texts=(texts[0], short)),
             r"training gates on short.txt: it has \d+ tokens, expected at least 320",
         ),
-        (GateTraining(texts=texts, tokens=100), "of which 100 are taken, expected at least 320: 5 windows of 64"),
+        (GateTraining(texts=texts, tokens=100), "100 of them are taken, expected at least 320: 5 windows of 64"),
     ):
         with pytest.raises(MergeError, match=message):
             merge(config, tmp_path / "out", training=training)
