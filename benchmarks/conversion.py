@@ -33,12 +33,13 @@ COMMAND = [sys.executable, "-m", "cli.main"]
 PIECE_BYTES = 1 << 23
 SAMPLE_INTERVAL_S = 0.05
 
-METHOD = ["--method", "search"]  # GPTQ is no conversion
+FLOATS = ("fp32", "fp16", "bf16")  # precisions that quantise nothing and take no method
 
 
 def measure(checkpoint: Path, work: Path, precision: str, backend: str = BACKENDS[0]) -> dict[str, Any]:
     """Measure plan, plain reading, plain writing and build. Raises ConfigError if the plan or the build fails."""
-    what = [str(checkpoint), "--precision", precision, "--backend", backend, "--json", *METHOD]
+    method = [] if precision in FLOATS else ["--method", "search"]  # GPTQ is no conversion
+    what = [str(checkpoint), "--precision", precision, "--backend", backend, "--json", *method]
     planned = subprocess.run([*COMMAND, "plan", *what], capture_output=True, text=True, check=False)
     if planned.returncode:
         raise ConfigError(f"planning {checkpoint}: {planned.stderr.strip()}")
@@ -52,7 +53,7 @@ def measure(checkpoint: Path, work: Path, precision: str, backend: str = BACKEND
         write_s = plain_write(work / "plain", planned_bytes)
         forget(shards)
         words = ["--checkpoint", str(checkpoint), "--precision", precision, "--output", str(work / "engine")]
-        words += METHOD
+        words += method
         made = work / "engine"
         if backend != BACKENDS[0]:
             made = work / "checkpoint"

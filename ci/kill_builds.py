@@ -48,7 +48,8 @@ class Kill:
 
 def start(checkpoint: Path, output: Path, precision: str) -> subprocess.Popen[bytes]:
     """Start a build in a separate process; returns when its journal appears."""
-    words = ["--checkpoint", str(checkpoint), "--output", str(output), "--precision", precision, "--method", "search"]
+    words = ["--checkpoint", str(checkpoint), "--output", str(output), "--precision", precision]
+    words += [] if precision in ("fp32", "fp16") else ["--method", "search"]
     process = subprocess.Popen([*BUILD, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     journal = partial_path(output) / "journal"
     while process.poll() is None and not journal.exists():
