@@ -179,7 +179,7 @@ def test_who_waits_for_a_prompt_that_is_given_up_goes_on_with_what_there_is(coun
     made.simulation.at(3.0, lambda: made.simulation.engine.stop("0"))
     made.run()
     assert made.stats.ends["stopped"] == 1
-    assert made.stats.prompt_tokens == 384 + 2 * (128 + 1)  # of which the two that wait took over 384
+    assert made.stats.prompt_tokens == 384 + 2 * (128 + 1)  # the two that wait took over 384
 
 
 def test_a_conversation_that_shares_little_is_kept_for_its_own_next_turn():
