@@ -68,6 +68,22 @@ def two_pieces(request, context):
     yield empty_final()
 
 
+def at_the_end_of(context: grpc.ServicerContext, callback: Callable[[], object]) -> None:
+    """Have a callback called when a call ends, or at once where it has: a client may give up before the answer."""
+    if not context.add_callback(callback):
+        callback()
+
+
+def deadlines(server: FakeServer) -> Iterator[float]:
+    """Longer and longer deadlines in seconds, until one has passed after the server got the request: on a busy machine
+    a short one passes before."""
+    for timeout_s in (0.3, 1, 4, 16):
+        server.stops.clear()
+        yield timeout_s
+        if server.started.is_set():
+            return
+
+
 @dataclass
 class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
     """Answers with `answer`; keeps what it was sent. `cancelled` is set when a call ends before its answer does."""
@@ -123,14 +139,14 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def endless(self, request, context):
         """One piece, then nothing more until the call is cancelled."""
-        context.add_callback(self.cancelled.set)
+        at_the_end_of(context, self.cancelled.set)
         yield piece("def ", (5, 6), num_output=2)
         self.cancelled.wait()
 
     def stoppable(self, request, context):
         """One piece, then nothing more until a request to stop comes; `cancelled` where the call is cancelled."""
-        context.add_callback(lambda: self.stopped.is_set() or self.cancelled.set())
-        context.add_callback(self.stopped.set)
+        at_the_end_of(context, lambda: self.stopped.is_set() or self.cancelled.set())
+        at_the_end_of(context, self.stopped.set)
         yield piece("def ", (5, 6), num_output=2)
         self.stopped.wait()
         yield piece("", (), finish_reason="cancelled", num_output=2)

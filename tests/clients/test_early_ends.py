@@ -7,7 +7,7 @@ import threading
 from contextlib import aclosing, suppress
 
 import pytest
-from fake_triton import FakeServer
+from fake_triton import FakeServer, deadlines
 
 from clients import errors, streams
 from clients.generation import AsyncClient, Client
@@ -24,31 +24,35 @@ def server(server: FakeServer) -> FakeServer:
     return server
 
 
-def leave_by_closing(url, request):
-    with Client(url) as client:
+def leave_by_closing(server, request):
+    with Client(server.url) as client:
         pieces = client.stream(request())
         next(pieces)
         pieces.close()
 
 
-def leave_by_an_exception(url, request):
-    with Client(url) as client, suppress(KeyboardInterrupt):
+def leave_by_an_exception(server, request):
+    with Client(server.url) as client, suppress(KeyboardInterrupt):
         for _ in client.stream(request()):
             raise KeyboardInterrupt
 
 
-def leave_by_the_deadline(url, request):
-    with Client(url) as client, pytest.raises(errors.DeadlineExceeded, match=DEADLINE):
-        list(client.stream(request(timeout_s=0.3)))
+def leave_by_the_deadline(server, request):
+    with Client(server.url) as client:
+        for timeout_s in deadlines(server):
+            with pytest.raises(errors.DeadlineExceeded, match=DEADLINE):
+                list(client.stream(request(timeout_s=timeout_s)))
 
 
-def leave_by_the_deadline_of_a_whole_answer(url, request):
-    with Client(url) as client, pytest.raises(errors.DeadlineExceeded):
-        client.generate(request(timeout_s=0.3))
+def leave_by_the_deadline_of_a_whole_answer(server, request):
+    with Client(server.url) as client:
+        for timeout_s in deadlines(server):
+            with pytest.raises(errors.DeadlineExceeded):
+                client.generate(request(timeout_s=timeout_s))
 
 
-def leave_by_closing_the_client(url, request):
-    client, seen, begun = Client(url), [], threading.Event()
+def leave_by_closing_the_client(server, request):
+    client, seen, begun = Client(server.url), [], threading.Event()
 
     def read():
         try:
@@ -66,8 +70,8 @@ def leave_by_closing_the_client(url, request):
     assert seen == ["def ", "CANCELLED"]
 
 
-def leave_by_closing_the_client_that_nobody_reads(url, request):
-    client = Client(url)
+def leave_by_closing_the_client_that_nobody_reads(server, request):
+    client = Client(server.url)
     pieces = client.stream(request())
     next(pieces)
     client.close()
@@ -75,12 +79,12 @@ def leave_by_closing_the_client_that_nobody_reads(url, request):
         next(pieces)
 
 
-async def leave_by_aclosing(client, request):
+async def leave_by_aclosing(server, client, request):
     async with aclosing(client.stream(request())) as pieces:
         await anext(pieces)
 
 
-async def leave_by_cancelling_the_task(client, request):
+async def leave_by_cancelling_the_task(server, client, request):
     begun = asyncio.Event()
 
     async def read():
@@ -94,18 +98,20 @@ async def leave_by_cancelling_the_task(client, request):
         await task
 
 
-async def leave_by_a_timeout(client, request):
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.3):
-            await client.generate(request())
+async def leave_by_a_timeout(server, client, request):
+    for timeout_s in deadlines(server):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await client.generate(request())
 
 
-async def leave_by_the_async_deadline(client, request):
-    with pytest.raises(errors.DeadlineExceeded, match=DEADLINE):
-        await client.generate(request(timeout_s=0.3))
+async def leave_by_the_async_deadline(server, client, request):
+    for timeout_s in deadlines(server):
+        with pytest.raises(errors.DeadlineExceeded, match=DEADLINE):
+            await client.generate(request(timeout_s=timeout_s))
 
 
-async def leave_by_closing_the_async_client(client, request):
+async def leave_by_closing_the_async_client(server, client, request):
     async def read_on():
         async for _ in pieces:
             pass
@@ -119,11 +125,11 @@ async def leave_by_closing_the_async_client(client, request):
 
 
 def in_loop(leave):
-    async def main(url, request):
-        async with AsyncClient(url) as client:
-            await leave(client, request)
+    async def main(server, request):
+        async with AsyncClient(server.url) as client:
+            await leave(server, client, request)
 
-    return lambda url, request: asyncio.run(main(url, request))
+    return lambda server, request: asyncio.run(main(server, request))
 
 
 WAYS = [
@@ -143,7 +149,7 @@ every_way = pytest.mark.parametrize(
 
 @every_way
 def test_a_request_is_ended_by_another_that_bears_its_id_and_no_call_is_cancelled(server, request_of, leave):
-    leave(server.url, request_of)
+    leave(server, request_of)
     assert server.stops == [request.id for request in server.requests]
     assert len(server.stops) == 1
     assert not server.cancelled.is_set()
@@ -156,7 +162,7 @@ def test_elsewhere_the_call_is_cancelled(server, request_of, leave, kind):
         server.version = "2.57.0"
     else:
         server.takes_stop = False
-    leave(server.url, request_of)
+    leave(server, request_of)
     assert server.cancelled.wait(PATIENCE_S)
     assert server.stops == []
 
@@ -168,7 +174,7 @@ def test_a_server_that_does_not_react_is_asked_again_and_its_call_cancelled_afte
     monkeypatch.setattr(streams, "STOP_PATIENCE_S", 0.5)
     monkeypatch.setattr(streams, "STOP_INTERVAL_S", 0.1)
     server.obeys_stop = False
-    leave(server.url, request_of)
+    leave(server, request_of)
     assert server.cancelled.wait(PATIENCE_S)
     assert len(server.stops) > 1
 

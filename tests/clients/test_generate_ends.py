@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from fake_triton import empty_final, piece
+from fake_triton import at_the_end_of, empty_final, piece
 
 from cli.main import main
 
@@ -129,7 +129,7 @@ def test_ctrl_c_with_json_still_prints_the_object(server):
 
 def test_a_reader_that_goes_away_cancels_the_request_without_a_traceback(server):
     def answer(request, context):
-        context.add_callback(server.cancelled.set)
+        at_the_end_of(context, server.cancelled.set)
         while not server.cancelled.is_set():
             yield piece("x" * 100, (1,))
         yield empty_final()

@@ -6,7 +6,7 @@ import threading
 
 import grpc
 import pytest
-from fake_triton import FakeServer, empty_final, piece, two_pieces
+from fake_triton import FakeServer, deadlines, empty_final, piece, two_pieces
 from tritonclient.grpc import service_pb2 as pb
 
 from clients import errors
@@ -143,8 +143,9 @@ def test_closing_the_client_ends_a_stream_that_another_thread_reads(server, requ
 
 def test_the_deadline_ends_the_stream_and_the_servers_work(server, client, request_of):
     server.answer = server.endless
-    with pytest.raises(errors.DeadlineExceeded, match=r"generating with phixtral at .*: DEADLINE_EXCEEDED"):
-        list(client.stream(request_of(timeout_s=0.3)))
+    for timeout_s in deadlines(server):
+        with pytest.raises(errors.DeadlineExceeded, match=r"generating with phixtral at .*: DEADLINE_EXCEEDED"):
+            list(client.stream(request_of(timeout_s=timeout_s)))
     assert server.cancelled.wait(PATIENCE_S)
 
 

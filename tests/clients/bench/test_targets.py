@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 from aiohttp import web
 from bench_standin import works
-from fake_triton import FakeServer, empty_final, piece
+from fake_triton import FakeServer, at_the_end_of, empty_final, piece
 
 from clients.bench.generator import apply
 from clients.bench.load import Lengths, Load, Sampling, Work
@@ -66,7 +66,7 @@ def test_tokens_over_grpc_are_counted_by_ids_not_by_pieces(server: FakeServer):
 def test_a_request_that_is_ended_early_is_ended_on_the_server(server: FakeServer):
     def endless(request, context):
         server.started.set()
-        context.add_callback(server.cancelled.set)
+        at_the_end_of(context, server.cancelled.set)
         for count in range(1, 1000):
             if server.cancelled.wait(0.001):
                 return
