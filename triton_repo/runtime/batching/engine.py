@@ -23,7 +23,6 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,10 +30,11 @@ import numpy.typing as npt
 
 from triton_repo.errors import RequestError
 from triton_repo.runtime.batching.accounts import Accounts
+from triton_repo.runtime.batching.ends import Ends, names_of
 from triton_repo.runtime.batching.memory.slots import Slots
-from triton_repo.runtime.batching.refusals import overloaded, too_large, too_late
+from triton_repo.runtime.batching.refusals import too_large, too_late
 from triton_repo.runtime.batching.scheduler import Limits, Scheduler, Share
-from triton_repo.runtime.batching.sequence import Request, Sequence, Writer
+from triton_repo.runtime.batching.sequence import Request, Sequence
 from triton_repo.runtime.responses import server_stopping
 from triton_repo.runtime.sampling import choose_all, log_probabilities_of
 from trt_build.ort.routing import Routing
@@ -43,7 +43,6 @@ from trt_build.ort.step_call import Row
 logger = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
-_RECENT = 0.2  # weight of the last request in the mean time of an answer
 
 
 class Computes(Protocol):
@@ -79,10 +78,10 @@ class SequenceEngine:
         self.stats = self.accounts.stats
         self._session, self._cache, self._num_tokens = session, cache, num_tokens
         self._scheduler = Scheduler(slots, self.limits)
-        self._clock, self._post = clock, post
+        self._clock = clock
         self._lock = threading.Lock()  # guards the scheduler's lists
         self._draining = self._ending = False
-        self._answer_s = 1.0  # how long a sequence runs, on average
+        self._ends = Ends(self._scheduler, self.accounts, self._lock, post)
 
     # What any thread may call.
 
@@ -107,7 +106,7 @@ class SequenceEngine:
         if self._draining:
             return "stopping", server_stopping()
         if (count := len(self._scheduler.waiting)) >= self.limits.max_waiting:
-            return "queue_full", self._overloaded(f"{count} requests wait already, the most that may")
+            return "queue_full", self._ends.overloaded(f"{count} requests wait already, the most that may")
         return None
 
     def stop(self, name: str) -> int:
@@ -119,7 +118,7 @@ class SequenceEngine:
         for request in running:
             request.stopped.set()
         for request in waiting:
-            self._withdraw(request, "stopped")
+            self._ends.withdraw(request, "stopped")
         return len(running) + len(waiting)
 
     def drain(self) -> None:
@@ -128,7 +127,7 @@ class SequenceEngine:
             self._draining = True
             refused = self._take_waiting(lambda _request: True)
         for request in refused:
-            self._fail(request, server_stopping(), "stopping")
+            self._ends.refuse(request, server_stopping(), "stopping")
 
     def end_running(self) -> None:
         """Have what runs end before its next step."""
@@ -141,19 +140,18 @@ class SequenceEngine:
             self._draining = True
             waiting = self._take_waiting(lambda _request: True)
         for request in waiting:
-            self._withdraw(request, "stopping")
+            self._ends.withdraw(request, "stopping")
         for sequence in list(self._scheduler.running):
-            self._cancel(sequence, "stopping")
+            self._ends.cancel(sequence, "stopping")
 
     def fail_all(self, error: Exception) -> None:
         """End all requests with an error. Only while no other thread is in `step`."""
         with self._lock:
             waiting = self._take_waiting(lambda _request: True)
         for request in waiting:
-            self.accounts.ended(request, "failed", error)
-            self._post(partial(_fail, request, error))
+            self._ends.fail_waiting(request, error)
         for request in dict.fromkeys(sequence.request for sequence in self._scheduler.running):
-            self._fail_running(request, error)
+            self._ends.fail_running(request, error)
 
     def counts(self) -> tuple[int, int]:
         """How many requests run and how many wait."""
@@ -190,7 +188,7 @@ class SequenceEngine:
             try:
                 request.is_gone = request.is_gone or request.outlet.is_cancelled()
             except Exception:  # the request goes on
-                logger.exception("cannot tell whether the client of the request %s has gone", _names(request))
+                logger.exception("cannot tell whether the client of the request %s has gone", names_of(request))
 
     # One step.
 
@@ -216,7 +214,7 @@ class SequenceEngine:
             self.accounts.routed(room)
             self._commit(shares, rows, logits)
         except Exception as error:  # whatever it is, the clients are told, and the engine goes on
-            self._fail_step(shares, error)
+            self._ends.fail_step([share.sequence for share in shares], error)
         return True
 
     def _end_requests(self) -> None:
@@ -225,24 +223,24 @@ class SequenceEngine:
         for sequence in list(self._scheduler.running):
             request = sequence.request
             if self._ending:
-                self._cancel(sequence, "stopping")
+                self._ends.cancel(sequence, "stopping")
             elif request.stopped.is_set():
-                self._cancel(sequence, "stopped")
+                self._ends.cancel(sequence, "stopped")
             elif request.is_gone:
-                self._cancel(sequence, "disconnected")
+                self._ends.cancel(sequence, "disconnected")
             elif _is_late(request, now):
-                self._cancel(sequence, "deadline")
+                self._ends.cancel(sequence, "deadline")
         with self._lock:
             gone = self._take_waiting(lambda request: request.is_gone)
             late = self._take_waiting(lambda request: _is_late(request, now))
             overdue = self._take_waiting(lambda request: now - request.arrived_s > self.limits.max_wait_s)
         for request in gone:
-            self._withdraw(request, "disconnected")
+            self._ends.withdraw(request, "disconnected")
         for request in late:
-            self._fail(request, too_late(), "deadline")
+            self._ends.refuse(request, too_late(), "deadline")
         for request in overdue:
             problem = f"the request waited {self.limits.max_wait_s:g} s for its turn, the longest that requests wait"
-            self._fail(request, self._overloaded(problem), "waited_too_long")
+            self._ends.refuse(request, self._ends.overloaded(problem), "waited_too_long")
 
     def _account(self, shares: Items[Share], rows: Items[Row], seconds: float) -> None:
         num_decoding = sum(not share.num_tokens for share in shares)
@@ -273,7 +271,7 @@ class SequenceEngine:
             if sequence not in self._scheduler.running:
                 continue  # another sequence of its request failed
             if isinstance(choice, Exception):
-                self._fail_running(sequence.request, choice)
+                self._ends.fail_running(sequence.request, choice)
             else:
                 self._write(sequence, choice)
 
@@ -290,14 +288,12 @@ class SequenceEngine:
         try:
             response, finish_reason = sequence.writer.write(choice)
         except Exception as error:  # whatever it is, the client is told
-            self._fail_running(request, error)
+            self._ends.fail_running(request, error)
             return
         if finish_reason:
-            self._end(sequence, finish_reason)
-            if request.begun_s is not None:
-                self._answer_s += _RECENT * (now - request.begun_s - self._answer_s)
+            self._ends.finish(sequence, finish_reason, now)
         if response is not None:
-            self._send(request, response, is_last=bool(finish_reason) and not request.num_running)
+            self._ends.send(request, response, is_last=bool(finish_reason) and not request.num_running)
 
     def _echo(self, sequence: Sequence, followers: Items[Sequence], row: Row, logits: Floats) -> None:
         """Give the writers the log-probabilities of the prompt's tokens that follow those of a row."""
@@ -308,61 +304,9 @@ class SequenceEngine:
             for other in (sequence, *followers):
                 other.writer.take_prompt(log_probs)
         except Exception as error:  # whatever it is, the client is told
-            self._fail_running(sequence.request, error)
+            self._ends.fail_running(sequence.request, error)
 
-    # Ends.
-
-    def _end(self, sequence: Sequence, how: str, error: Exception | None = None) -> None:
-        with self._lock:
-            # What failed may hold keys and values that are wrong.
-            self._scheduler.end(sequence, keeps=how != "failed")
-        if not sequence.request.num_running:
-            self.accounts.ended(sequence.request, how, error)
-
-    def _cancel(self, sequence: Sequence, how: str) -> None:
-        self._end(sequence, how)
-        self._send_cancelled(sequence.request, sequence.writer, is_last=not sequence.request.num_running)
-
-    def _fail_running(self, request: Request[Any], error: Exception) -> None:
-        """End all sequences of a request with an error."""
-        for sequence in [s for s in self._scheduler.running if s.request is request]:
-            self._end(sequence, "failed", error)
-        self._post(partial(_fail, request, error))
-
-    def _fail_step(self, shares: Items[Share], error: Exception) -> None:
-        """End the requests of a step that failed. How far it wrote into their slots is not known."""
-        failed = dict.fromkeys(share.sequence.request for share in shares)
-        for sequence in self._scheduler.running:
-            if sequence.request in failed:
-                self._scheduler.slots.count_all(sequence.slot)
-        for request in failed:
-            if request.num_running:
-                self._fail_running(request, error)
-
-    def _withdraw(self, request: Request[Any], how: str) -> None:
-        """End a request that has not begun."""
-        self.accounts.ended(request, how)
-        last = request.writers[-1]
-        for writer in request.writers:
-            self._send_cancelled(request, writer, is_last=writer is last)
-
-    def _send_cancelled(self, request: Request[Any], writer: Writer[Any], *, is_last: bool) -> None:
-        try:
-            response = writer.cancel()
-        except Exception as error:  # whatever it is, the client is told
-            self._post(partial(_fail, request, error))
-            return
-        self._send(request, response, is_last=is_last)
-
-    def _fail(self, request: Request[Any], error: RequestError, reason: str) -> None:
-        self.accounts.refused(request, reason, error)
-        self._post(partial(_fail, request, error))
-
-    def _send(self, request: Request[Any], response: Any, *, is_last: bool) -> None:  # noqa: ANN401 - the layout's own
-        if request.outlet.put(response, is_last):
-            self._post(partial(_flush, request))
-
-    # Refusals.
+    # Waiting requests.
 
     def _take_waiting(self, chosen: Callable[[Request[Any]], bool]) -> list[Request[Any]]:
         """Remove waiting requests. The caller holds the lock."""
@@ -372,29 +316,6 @@ class SequenceEngine:
             waiting.remove(request)
         return taken
 
-    def _overloaded(self, problem: str) -> RequestError:
-        scheduler = self._scheduler
-        return overloaded(problem, len(scheduler.waiting), scheduler.slots.num_slots, self._answer_s)
-
 
 def _is_late(request: Request[Any], now: float) -> bool:
     return request.deadline_s is not None and now >= request.deadline_s
-
-
-def _flush(request: Request[Any]) -> None:
-    try:
-        request.outlet.flush()
-    except Exception as error:  # whatever it is, the client is told
-        request.is_gone = True
-        _fail(request, error)
-
-
-def _fail(request: Request[Any], error: Exception) -> None:
-    try:
-        request.outlet.fail(error)
-    except Exception:  # the other requests must still be answered
-        logger.exception("the request %s can be sent neither its answer nor an error", _names(request))
-
-
-def _names(request: Request[Any]) -> str:
-    return " ".join(sorted(request.names)) or "without an id"
