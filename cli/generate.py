@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from cli.timeline import Timeline, log_probability_table, statistics
+from cli.timeline import Timeline, log_probability_table, routing_table, statistics
 from export.command import INTERRUPTED, READER_GONE, leave_stdout
 
 if TYPE_CHECKING:
@@ -107,6 +107,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt-log-probs",
         action="store_true",
         help="also print the log-probability of each token of the prompt, by its id",
+    )
+    output.add_argument(
+        "--routing",
+        action="store_true",
+        help="print the experts of each token, layer by layer, and their weights: as a table on stderr, or in the JSON "
+        "object",
     )
     output.add_argument("--stats", action="store_true", help="print a line of counts and speed on stderr at the end")
 
@@ -225,6 +231,7 @@ def read_request(arguments: argparse.Namespace, model: str, prompt: str) -> Gene
         return_log_probs=True if arguments.log_probs else None,
         num_log_probs=arguments.top_log_probs,
         return_prompt_log_probs=True if arguments.prompt_log_probs else None,
+        return_routed_experts=True if arguments.routing else None,
         num_return_sequences=arguments.n,
         timeout_s=arguments.timeout,
     )
@@ -280,6 +287,8 @@ def answer(
             print(f"[{generation.sequence_index}] {text}", flush=True)
     if arguments.log_probs or arguments.top_log_probs or arguments.prompt_log_probs:
         print(log_probability_table(timeline.pieces), file=sys.stderr)
+    if arguments.routing:
+        print(routing_table(timeline.pieces), file=sys.stderr)
     return end_of(timeline, arguments, interrupted)
 
 
@@ -311,6 +320,8 @@ def summary(request: GenerationRequest, timeline: Timeline, *, echo: bool, inter
                 "prompt_token_ids": generation.prompt_token_ids,
                 "prompt_log_probs": generation.prompt_log_probs,
             }
+        if request.return_routed_experts:
+            found |= {"routing": generation.routing, "num_experts": generation.num_experts}
         return found
 
     times = {"time_to_first_token_ms": timeline.time_to_first_token_ms, "tokens_per_s": timeline.tokens_per_s}

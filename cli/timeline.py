@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -80,6 +81,26 @@ def log_probability_table(pieces: Sequence[Piece]) -> str:
     if values:
         lines.append(_sums(values))
     return "\n".join(lines) or "the server gave no log-probabilities"
+
+
+def routing_table(pieces: Sequence[Piece]) -> str:
+    """The table that --routing prints: for each token its id and, layer by layer, its experts with their weights in per
+    cent, the heaviest first. The last lines have how many tokens each expert of each layer got."""
+    routed = [
+        (token, layers) for piece in pieces for token, layers in zip(piece.token_ids, piece.routing, strict=False)
+    ]
+    if not routed:
+        return "the server gave no routing"
+    lines = [
+        f"{token:>10}: "
+        + "  ".join(" ".join(f"{expert}:{100 * weight:.0f}%" for expert, weight in one) for one in layers)
+        for token, layers in routed
+    ]
+    count = next((piece.num_experts for piece in pieces if piece.num_experts), 0)
+    for layer in range(len(routed[0][1])):
+        chosen = Counter(expert for _, layers in routed for expert, _ in layers[layer])
+        lines.append(f"layer {layer:>4}: " + " ".join(f"{expert}:{chosen[expert]}" for expert in range(count)))
+    return "\n".join(lines)
 
 
 def _sums(values: Sequence[float]) -> str:

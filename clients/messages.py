@@ -10,7 +10,7 @@ from numbers import Real
 from typing import Any
 
 from clients.errors import RequestRejected
-from triton_repo.contracts.piece import Piece, join
+from triton_repo.contracts.piece import Piece, TokenRouting, join
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,7 @@ class GenerationRequest:
     exclude_input_in_output: bool | None = None
     num_log_probs: int | None = None
     return_prompt_log_probs: bool | None = None
+    return_routed_experts: bool | None = None
     num_return_sequences: int | None = None  # answers to the prompt; more than one are read by stream or generate_all
     # Appears in the server's log and messages. It must be unique among requests in flight. If it is empty, an id is
     # drawn each time the request is sent.
@@ -87,6 +88,8 @@ class Generation:
     prompt_token_ids: tuple[int, ...] = ()
     prompt_log_probs: tuple[float, ...] = ()
     sequence_index: int = 0
+    routing: tuple[TokenRouting, ...] = ()
+    num_experts: int | None = None
 
 
 def collect(pieces: Iterable[Piece]) -> Generation:

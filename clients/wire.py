@@ -22,7 +22,7 @@ from clients._tritonclient import require_messages, require_utils
 from clients.errors import BY_STATUS, RequestRejected, StreamBroken, without_ensemble
 from clients.messages import GenerationRequest
 from triton_repo.contracts.model_state import ModelState
-from triton_repo.contracts.piece import Piece
+from triton_repo.contracts.piece import Piece, TokenRouting
 from triton_repo.contracts.wire import (
     ADDED_OUTPUTS,
     COMPATIBILITY_INPUTS,
@@ -221,7 +221,29 @@ def read_piece(response: pb.ModelInferResponse, *, log_probs: bool) -> Piece | N
         prompt_token_ids=tuple(outputs.get("prompt_token_ids", ())),
         prompt_log_probs=tuple(outputs.get("prompt_log_probs", ())),
         sequence_index=firsts.get("sequence_index", 0),
+        routing=_read_routing(response, outputs),
+        num_experts=firsts.get("num_experts"),
     )
+
+
+def _read_routing(response: pb.ModelInferResponse, outputs: dict[str, list[Any]]) -> tuple[TokenRouting, ...]:
+    """The experts of each token of a response and their weights. Raises StreamBroken."""
+    shapes = {output.name: tuple(output.shape) for output in response.outputs}
+    names = [name for name in ("routed_experts", "expert_weights") if outputs.get(name)]
+    if not names:
+        return ()
+    count = len(outputs.get("token_ids", ()))
+    found = {shapes[name] for name in names}
+    shape = next(iter(found))
+    if len(names) < 2 or len(found) > 1 or len(shape) != 4 or shape[:2] != (1, count):
+        raise StreamBroken(
+            f"a response of {response.model_name}: {' and '.join(names)} "
+            f"{'have' if len(names) > 1 else 'has'} shape {' and '.join(str(list(one)) for one in sorted(found))}, "
+            f"expected both routed_experts and expert_weights, [1, {count}, layers, experts of a token]"
+        )
+    pairs = list(zip(outputs["routed_experts"], outputs["expert_weights"], strict=True))
+    layers = [tuple(pairs[start : start + shape[3]]) for start in range(0, len(pairs), shape[3])]
+    return tuple(tuple(layers[start : start + shape[2]]) for start in range(0, len(layers), shape[2]))
 
 
 def _read_tops(model: str, outputs: dict[str, list[Any]]) -> tuple[tuple[tuple[int, float], ...], ...]:

@@ -212,7 +212,7 @@ class StandInWriter:
 
     def __init__(self, wish: Wish, index: int) -> None:
         self._wish, self._index = wish, index
-        self.wants_prompt = wish.echo
+        self.wants_prompt, self.wants_routing = wish.echo, False
         self.sampler = new_sampler(wish, index, fails=wish.sampling_fails)
         self.tokens = bytearray()
         self.log_probs: list[float] = []

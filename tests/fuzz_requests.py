@@ -47,7 +47,8 @@ GOOD: tuple[dict[str, Any], ...] = (
     {"text_input": ["x"], "max_tokens": [3], "min_length": [1], "random_seed": [3], "num_return_sequences": [1],
      "length_penalty": [1.0], "return_num_input_tokens": [True], "return_context_logits": [False]},
     {"text_input": ["x"], "max_tokens": [3], "min_p": [0.1], "logit_bias_ids": [5, 6], "logit_bias_values": [1.0, -3.0],
-     "num_log_probs": [3], "embedding_bias_words": ["ab", ""], "embedding_bias_weights": [0.5, 1.0]},
+     "num_log_probs": [3], "embedding_bias_words": ["ab", ""], "embedding_bias_weights": [0.5, 1.0],
+     "return_routed_experts": [True]},
 )  # fmt: skip
 # Values at the ends of what each data type holds.
 _ENDS: Mapping[TritonDtype, tuple[Any, ...]] = {

@@ -29,6 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "several": {"num_return_sequences": 3, "temperature": 1.0, "min_p": 0.05},
     "log-probabilities": {"return_log_probs": True, "num_log_probs": 3},
     "echo": {"return_prompt_log_probs": True, "return_log_probs": True},
+    "routing": {"return_routed_experts": True},
     "bias": {"logit_bias": {5: 2.0, 9: -4.0}, "min_length": 4},
 }
 # Requests that must be refused, by what is wrong with them.

@@ -183,6 +183,43 @@ def test_likeliest_tokens_and_the_prompts_probabilities_are_in_the_json_object(s
     assert "log_probs" not in found
 
 
+ROUTED = (((0, 0.75), (3, 0.25)), ((2, 0.5), (1, 0.5)))  # of one token in two layers
+
+
+def with_routing(request, context):
+    yield piece("de", (5, 6), num_output=2, routing=(ROUTED, ROUTED), num_experts=4)
+    yield piece("f", (9,), finish_reason="length", num_output=3, routing=(ROUTED[::-1],), num_experts=4)
+    yield empty_final()
+
+
+def test_the_routing_is_a_table_on_stderr(server, capsys):
+    server.answer = with_routing
+    assert main(["generate", "--url", server.url, "--routing", "x"]) == 0
+    assert sent_tensors(server)["return_routed_experts"] == b"\x01"
+    captured = capsys.readouterr()
+    assert captured.out == "def\n"
+    assert captured.err.splitlines() == [
+        "         5: 0:75% 3:25%  2:50% 1:50%",
+        "         6: 0:75% 3:25%  2:50% 1:50%",
+        "         9: 2:50% 1:50%  0:75% 3:25%",
+        "layer    0: 0:2 1:1 2:1 3:2",
+        "layer    1: 0:1 1:2 2:2 3:1",
+    ]
+
+
+def test_the_routing_is_in_the_json_object(server, capsys):
+    server.answer = with_routing
+    assert main(["generate", "--url", server.url, "--routing", "--json", "x"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["routing"][2] == [[[2, 0.5], [1, 0.5]], [[0, 0.75], [3, 0.25]]]
+    assert (len(found["routing"]), found["num_experts"]) == (3, 4)
+
+
+def test_a_server_without_routing_is_told(server, capsys):
+    assert main(["generate", "--url", server.url, "--routing", "x"]) == 0
+    assert capsys.readouterr().err == "the server gave no routing\n"
+
+
 def two_answers(request, context):
     yield piece("a", (5,), num_output=1, sequence_index=1)
     yield piece("x", (6,), num_output=1, finish_reason="stop", sequence_index=0)

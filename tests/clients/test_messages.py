@@ -61,13 +61,17 @@ def test_pieces_join_to_a_whole_whose_counts_are_the_last_ones():
     assert (whole.cum_log_prob, whole.log_probs) == (-1.0, (-0.5,))
 
 
+ROUTED = (((0, 0.75), (3, 0.25)), ((2, 0.5), (1, 0.5)))  # of one token in two layers
+
+
 def test_pieces_of_several_answers_join_by_their_index_and_keep_what_only_the_first_piece_has():
     top = ((5, -0.5), (6, -1.5))
     pieces = [
         Piece(text="a", token_ids=(1,), sequence_index=1, top_log_probs=(top,), prompt_token_ids=(8, 9),
-              prompt_log_probs=(-2.0,)),
+              prompt_log_probs=(-2.0,), routing=(ROUTED,), num_experts=4),
         Piece(text="x", token_ids=(3,), sequence_index=0, top_log_probs=(top,)),
-        Piece(text="b", token_ids=(2,), sequence_index=1, top_log_probs=(top[::-1],), finish_reason="stop"),
+        Piece(text="b", token_ids=(2,), sequence_index=1, top_log_probs=(top[::-1],), finish_reason="stop",
+              routing=(ROUTED[::-1],)),
         Piece(text="y", sequence_index=0, finish_reason="length"),
     ]  # fmt: skip
     first, second = collect_all(pieces)
@@ -76,6 +80,7 @@ def test_pieces_of_several_answers_join_by_their_index_and_keep_what_only_the_fi
     assert (second.text, second.sequence_index, second.token_ids) == ("ab", 1, (1, 2))
     assert second.top_log_probs == (top, top[::-1])
     assert (second.prompt_token_ids, second.prompt_log_probs) == ((8, 9), (-2.0,))
+    assert (second.routing, second.num_experts, first.routing) == ((ROUTED, ROUTED[::-1]), 4, ())
     assert collect_all([]) == ()
 
 

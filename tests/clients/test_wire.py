@@ -16,7 +16,7 @@ ALL_FIELDS = {
     "frequency_penalty": 0.5, "random_seed": 2**64 - 1, "stop_words": ("\n\n", "Ende – 終"), "bad_words": ("x",),
     "end_id": 50256, "pad_id": 0, "beam_width": 1, "return_log_probs": True, "exclude_input_in_output": False,
     "min_p": 0.1, "logit_bias": {50: -2.5, 7: 4}, "num_log_probs": 3, "return_prompt_log_probs": True,
-    "num_return_sequences": 2,
+    "num_return_sequences": 2, "return_routed_experts": True,
 }  # fmt: skip
 
 
@@ -122,6 +122,33 @@ def test_likeliest_tokens_that_do_not_fit_the_tokens_break_the_stream(name):
     sent.outputs[index].shape[:] = [1, 0]
     sent.raw_output_contents[index] = b""
     with pytest.raises(StreamBroken, match="top_token_ids holds [02] values and top_log_probs [02], expected as many"):
+        wire.read_piece(sent, log_probs=False)
+
+
+ROUTING = (
+    (((0, 0.75), (3, 0.25)), ((2, 0.5), (1, 0.5)), ((1, 1.0), (0, 0.0))),
+    (((3, 0.625), (2, 0.375)), ((0, 0.5), (2, 0.5)), ((1, 0.75), (3, 0.25))),
+)  # of two tokens, three layers, two experts each
+
+
+def test_the_experts_of_each_token_are_read():
+    found = wire.read_piece(piece("ab", (5, 7), routing=ROUTING, num_experts=4).infer_response, log_probs=False)
+    assert (found.routing, found.num_experts) == (ROUTING, 4)
+
+
+@pytest.mark.parametrize("shape", [[1, 3, 2, 2], [1, 2, 6], [12], [1, 2, 2, 3], None], ids=str)
+@pytest.mark.parametrize("name", ["routed_experts", "expert_weights"])
+def test_experts_that_do_not_fit_the_tokens_break_the_stream(name, shape):
+    sent = piece("ab", (5, 7), routing=ROUTING, num_experts=4).infer_response
+    index = [output.name for output in sent.outputs].index(name)
+    if shape is None:
+        del sent.outputs[index]
+        del sent.raw_output_contents[index]
+    else:
+        sent.outputs[index].shape[:] = shape
+    with pytest.raises(
+        StreamBroken, match=r"shape .*, expected both routed_experts and expert_weights, \[1, 2, layers"
+    ):
         wire.read_piece(sent, log_probs=False)
 
 

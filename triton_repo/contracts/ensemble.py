@@ -150,19 +150,23 @@ ENGINE_KEY_INPUT = _scalar("answer_key", "STRING")
 ENGINE_KEY_OUTPUT = _output("answer_key", "STRING")
 ENGINE_CANCELLED = _output("is_cancelled", "BOOL")
 ENGINE_PROBE = _output("is_probe", "BOOL")
-# Tensors of contracts/wire.py that upstream's engine does not have. The outputs whose names begin with top_ are for the
-# tokens of one response; an end token, which no response shows, has its row behind them. Those of the prompt are in the
-# first response of each sequence.
+# Tensors of contracts/wire.py that upstream's engine does not have. The outputs of likeliest tokens and of experts
+# are for the tokens of one response; an end token, which no response shows, has its row behind them. Those of
+# the prompt are in the first response of each sequence.
 ADDED_TOKEN_INPUTS = (
     _scalar("min_p", "FP32"),
     _scalar("num_log_probs", "INT32"),
     _scalar("return_prompt_log_probs", "BOOL"),
+    _scalar("return_routed_experts", "BOOL"),
 )
 ADDED_TOKEN_OUTPUTS = (
     _output("top_token_ids", "INT32", -1, -1),
     _output("top_log_probs", "FP32", -1, -1),
     _output("prompt_token_ids", "INT32", -1),
     _output("prompt_log_probs", "FP32", -1),
+    _output("routed_experts", "INT32", -1, -1, -1),
+    _output("expert_weights", "FP32", -1, -1, -1),
+    _output("num_experts", "INT32"),
 )
 # The outputs that answers are made of. Every engine gives them.
 ANSWER_OUTPUTS = ("output_ids", "sequence_length", "cum_log_probs", "output_log_probs")

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 _Value = TypeVar("_Value")
+# What the routers chose for one token: for each layer that has experts the chosen ones and their weights, the heaviest
+# first. It is the choice at the position that the token's logits come from, which is that of the token before it.
+TokenRouting = tuple[tuple[tuple[int, float], ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """What one response adds. A field that the server did not send is None or empty. The log-probabilities are absent
-    unless the request asked for them.
+    """What one response adds. A field that the server did not send is None or empty. The log-probabilities and the
+    routing are absent unless the request asked for them.
     """
 
     text: str
@@ -27,6 +30,8 @@ class Piece:
     prompt_token_ids: tuple[int, ...] = ()  # in the first piece
     prompt_log_probs: tuple[float, ...] = ()  # natural logarithms, of prompt_token_ids from the second on
     sequence_index: int = 0  # which of the answers to one prompt
+    routing: tuple[TokenRouting, ...] = ()  # of each token of this piece
+    num_experts: int | None = None  # of each layer that has some
 
 
 def join(pieces: Iterable[Piece]) -> Piece:
@@ -44,6 +49,8 @@ def join(pieces: Iterable[Piece]) -> Piece:
         prompt_token_ids=next((part.prompt_token_ids for part in parts if part.prompt_token_ids), ()),
         prompt_log_probs=next((part.prompt_log_probs for part in parts if part.prompt_log_probs), ()),
         sequence_index=parts[0].sequence_index if parts else 0,
+        routing=tuple(token for part in parts for token in part.routing),
+        num_experts=_last(part.num_experts for part in parts),
     )
 
 

@@ -178,6 +178,7 @@ ADDED_INPUTS: tuple[WireTensor, ...] = (
         f"number of likeliest tokens that fill top_token_ids and top_log_probs, 0 to {MOST_LOG_PROBS}",
     ),
     _optional("return_prompt_log_probs", "BOOL", "fill prompt_token_ids and prompt_log_probs"),
+    _optional("return_routed_experts", "BOOL", "fill routed_experts, expert_weights and num_experts; mixtures only"),
 )
 # What our own clients send.
 INPUTS: tuple[WireTensor, ...] = (*_UPSTREAM_INPUTS, *ADDED_INPUTS)
@@ -273,6 +274,21 @@ ADDED_OUTPUTS: tuple[WireTensor, ...] = (
         unit="natural logarithm, one for each token of the prompt from the second on, and so one less than "
         "prompt_token_ids: no model gives a probability for the first",
     ),
+    WireTensor(
+        name="routed_experts",
+        dtype="INT32",
+        dims=(-1, -1, -1),
+        unit="for each token of this response and each layer that has experts the experts that were chosen, in the "
+        "checkpoint's numbers, the heaviest first: at the position that the token's logits come from, which is that "
+        "of the token before it",
+    ),
+    WireTensor(
+        name="expert_weights",
+        dtype="FP32",
+        dims=(-1, -1, -1),
+        unit="the weight of each of routed_experts in its layer's output",
+    ),
+    WireTensor(name="num_experts", dtype="INT32", unit="experts of each layer that has some"),
 )
 
 FINISH_REASONS = ("stop", "length", "cancelled")

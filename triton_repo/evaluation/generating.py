@@ -104,7 +104,7 @@ class _Writer:
     """Collects the tokens of one answer until its text has a stop text, an end token comes, or the limit is reached
     (`triton_repo.runtime.batching.sequence.Writer`)."""
 
-    wants_prompt = False
+    wants_prompt = wants_routing = False
 
     def __init__(self, prompt: Prompt, tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> None:
         self._prompt, self._tokenizer, self._end_ids = prompt, tokenizer, end_ids

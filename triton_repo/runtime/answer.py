@@ -17,7 +17,7 @@ from functools import cached_property
 
 from export.files.typed_json import read_typed
 from export.tokenizer.loading import Tokenizer
-from triton_repo.contracts.piece import Piece
+from triton_repo.contracts.piece import Piece, TokenRouting
 from triton_repo.runtime.options import GenerationPlan
 from triton_repo.runtime.text.detokenizer import Detokenizer, last_text_token
 from triton_repo.runtime.text.stopping import StopWatcher, TextWatcher, TokenWatcher
@@ -94,7 +94,8 @@ class Answer:
         self._sequence_index = sequence_index
         self._detokenizer = Detokenizer(tokenizer, plan.context_ids)
         self._bad_words = bad_words
-        self._unsent: list[tuple[int, float, TopLogProbs]] = []
+        self.num_experts: int | None = None  # of each layer that has some, where the routing is sent
+        self._unsent: list[tuple[int, float, TopLogProbs, TokenRouting]] = []
         self._prompt: tuple[tuple[int, ...], tuple[float, ...]] = ((), ())
         self._prefix = plan.prefix
         self._num_tokens = 0
@@ -131,12 +132,14 @@ class Answer:
         next piece has them. Call it before the first token, for a request that asks for them."""
         self._prompt = token_ids, log_probs
 
-    def extend(self, token_id: int, log_prob: float = 0.0, top: TopLogProbs = ()) -> Piece | None:
-        """Take a token, its log-probability and those of the likeliest tokens at its place. Returns a piece if there is
-        text to send or the answer ends."""
+    def extend(
+        self, token_id: int, log_prob: float = 0.0, top: TopLogProbs = (), routing: TokenRouting = ()
+    ) -> Piece | None:
+        """Take a token, its log-probability, those of the likeliest tokens at its place, and its experts. Returns a
+        piece if there is text to send or the answer ends."""
         if token_id in self.plan.end_ids:
-            return self.end(token_id, log_prob, top)
-        self._take(token_id, log_prob, top)
+            return self.end(token_id, log_prob, top, routing)
+        self._take(token_id, log_prob, top, routing)
         text, stopped = self._add_text(self._detokenizer.push(token_id))
         met = self._stop_tokens.push(token_id)
         self._complete = met or self._num_tokens == self.plan.most_tokens
@@ -146,9 +149,9 @@ class Answer:
             return self._last_piece(text, "stop" if met else "length")
         return self._piece(text, None) if text else None
 
-    def end(self, end_id: int, log_prob: float = 0.0, top: TopLogProbs = ()) -> Piece:
+    def end(self, end_id: int, log_prob: float = 0.0, top: TopLogProbs = (), routing: TokenRouting = ()) -> Piece:
         """Take an end token, which adds no text. Returns the last piece."""
-        self._take(end_id, log_prob, top)
+        self._take(end_id, log_prob, top, routing)
         self._complete = True
         return self._last_piece("", "stop")
 
@@ -165,8 +168,8 @@ class Answer:
         """Whether the text would contain a bad word after `token_id`, whatever tokens spell the word. Adds nothing."""
         return self._bad.would_match(self._detokenizer.preview(token_id))
 
-    def _take(self, token_id: int, log_prob: float, top: TopLogProbs) -> None:
-        self._unsent.append((token_id, log_prob, top))
+    def _take(self, token_id: int, log_prob: float, top: TopLogProbs, routing: TokenRouting) -> None:
+        self._unsent.append((token_id, log_prob, top, routing))
         self._num_tokens += 1
         self._cum_log_prob += log_prob
 
@@ -188,9 +191,11 @@ class Answer:
         wanted = self.plan.return_log_probs
         return Piece(
             text=prefix + text,
-            token_ids=tuple(token for token, _, _ in unsent),
-            log_probs=tuple(log_prob for _, log_prob, _ in unsent) if wanted else (),
-            top_log_probs=tuple(top for _, _, top in unsent) if self.plan.num_log_probs else (),
+            token_ids=tuple(token for token, _, _, _ in unsent),
+            log_probs=tuple(log_prob for _, log_prob, _, _ in unsent) if wanted else (),
+            top_log_probs=tuple(top for _, _, top, _ in unsent) if self.plan.num_log_probs else (),
+            routing=tuple(routing for _, _, _, routing in unsent if routing),
+            num_experts=self.num_experts if unsent else None,
             prompt_token_ids=prompt_ids,
             prompt_log_probs=prompt_log_probs,
             sequence_index=self._sequence_index,

@@ -13,11 +13,12 @@ _ASKS: dict[str, Callable[[GenerationOptions], tuple[object, object]]] = {
     "embedding_bias_words": lambda options: (f"{len(options.embedding_bias)} words", "0 words"),
     "num_log_probs": lambda options: (options.num_log_probs, 0),
     "return_prompt_log_probs": lambda options: (str(options.return_prompt_log_probs).lower(), "false"),
+    "return_routed_experts": lambda options: (str(options.return_routed_experts).lower(), "false"),
     "num_return_sequences": lambda options: (options.num_return_sequences, 1),
 }
 # What TensorRT-LLM's engines are not asked for. Its Triton model `tensorrt_llm` has no tensors for min-p, for
-# log-probabilities of other tokens than the chosen one, and for those of a prompt. The others could be asked for; no
-# test on a machine with TensorRT-LLM holds them here.
+# log-probabilities of other tokens than the chosen one, for those of a prompt, and for the routing. The others could be
+# asked for; no test on a machine with TensorRT-LLM holds them here.
 TENSORRT_LLM_LACKS = tuple(_ASKS)
 
 
@@ -32,6 +33,18 @@ def refuse_features(options: GenerationOptions, lacking: Iterable[str], who: str
     ]
     if problems:
         raise refusal(problems)
+
+
+def refuse_routing(asked: bool, *, given: bool) -> None:
+    """Raise RequestError for a request for the experts of its tokens, if the engine does not give the logits of its
+    routers."""
+    if asked and not given:
+        raise refusal(
+            [
+                "return_routed_experts: found true, expected false; this engine gives no logits of routers, since it "
+                "has none or was built by a release whose steps have no such output: leave it out"
+            ]
+        )
 
 
 def refuse_minimum_of_several(plan: GenerationPlan) -> None:

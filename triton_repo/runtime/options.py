@@ -80,6 +80,7 @@ class GenerationOptions(SamplingOptions):
     exclude_input_in_output: bool = True
     num_return_sequences: int = 1  # answers to the prompt
     return_prompt_log_probs: bool = False
+    return_routed_experts: bool = False
     # What is added to the logits of each of a word's tokens. plan_generation makes logit_bias of them.
     embedding_bias: tuple[tuple[str, float], ...] = ()
 

@@ -4,6 +4,7 @@ text."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.errors import MoeshipError
-from triton_repo.contracts.piece import Piece
+from triton_repo.contracts.piece import Piece, TokenRouting
 from triton_repo.errors import GRPC_STATUS, RequestError, RequestErrorKind
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ def wire_outputs(piece: Piece) -> dict[str, npt.NDArray[Any]]:
     """The tensors of one response. Log-probabilities are absent unless asked for.
 
     text_output has shape [1], as TensorRT-LLM's postprocessing sends it and its clients read it. top_token_ids and
-    top_log_probs have [1, tokens, n], and all others [1, n].
+    top_log_probs have [1, tokens, n], routed_experts and expert_weights [1, tokens, layers, n], and all others [1, n].
     """
     outputs: dict[str, npt.NDArray[Any]] = {
         "text_output": np.array([piece.text.encode()], dtype=np.object_),
@@ -41,7 +42,19 @@ def wire_outputs(piece: Piece) -> dict[str, npt.NDArray[Any]]:
     if piece.prompt_token_ids:
         outputs["prompt_token_ids"] = np.array([piece.prompt_token_ids], dtype=np.int32)
         outputs["prompt_log_probs"] = np.array([piece.prompt_log_probs], dtype=np.float32)
+    if piece.routing:
+        outputs |= routing_outputs(piece.routing, piece.num_experts)
     return outputs
+
+
+def routing_outputs(routing: Sequence[TokenRouting], num_experts: int | None) -> dict[str, npt.NDArray[Any]]:
+    """The tensors of what the routers chose for the tokens of one response."""
+    pairs = np.array(routing, dtype=np.float64)  # [tokens, layers, n, 2]
+    return {
+        "routed_experts": pairs[None, ..., 0].astype(np.int32),
+        "expert_weights": pairs[None, ..., 1].astype(np.float32),
+        "num_experts": np.array([[num_experts]], dtype=np.int32),
+    }
 
 
 def failure(error: Exception) -> tuple[RequestErrorKind, str]:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from triton_repo.contracts.piece import TokenRouting
 from triton_repo.errors import RequestError
 from triton_repo.runtime.options import SamplingPlan
 
@@ -49,6 +50,9 @@ class Choice:
     token_id: int
     log_prob: float | None
     top_log_probs: tuple[tuple[int, float], ...] = ()  # the likeliest ids and their log-probabilities, best first
+    # What the routers chose where these logits were computed, and of how many experts a layer; the engine adds it.
+    routing: TokenRouting = ()
+    num_experts: int | None = None
 
 
 class Sampler:

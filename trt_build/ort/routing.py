@@ -4,6 +4,7 @@ routing = session.routing                                # None: no step gives r
 room = routing.room(num_tokens=130)
 session.step(cache, rows, room)
 counts = routing.count_chosen(room)                      # [M, E]: tokens that chose each expert
+experts, weights = routing.chosen(room)                  # [T, M, K] each
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from export.architecture import Router
+from export.reference.mixture import route
 from export.routing import below_the_kept
 
 Floats = npt.NDArray[np.float32]
@@ -27,6 +30,7 @@ class Routing:
     expert_order: tuple[int, ...]  # of engine.json: the expert at each place of a router's logits
     experts_per_token: int  # K
     dropped: tuple[tuple[int, ...], ...] = field(default=())  # of each router, the experts that the engine lacks
+    router: Router = field(default_factory=Router)  # the rule of all of them
 
     def room(self, num_tokens: int) -> Floats:
         """Room for the router logits of a step, [M, T, E], with whatever is in the memory."""
@@ -41,6 +45,15 @@ class Routing:
         num_routers, _, num_experts = logits.shape
         numbered = chosen + num_experts * np.arange(num_routers)[:, None, None]
         return np.bincount(numbered.ravel(), minlength=num_routers * num_experts).reshape(num_routers, num_experts)
+
+    def chosen(self, router_logits: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
+        """The experts that each token chose, in the checkpoint's numbers and the heaviest first, and their weights:
+        [T, M, K] each, from router logits [M, T, E] in the engine's order."""
+        num_routers, num_tokens, num_experts = router_logits.shape
+        logits = self.in_checkpoint_order(router_logits).transpose(1, 0, 2).reshape(-1, num_experts)
+        experts, weights = route(logits, self.router, self.experts_per_token)
+        shape = (num_tokens, num_routers, self.experts_per_token)
+        return experts.reshape(shape), weights.reshape(shape)
 
     def in_checkpoint_order(self, router_logits: Floats) -> Floats:
         """`in_checkpoint_order` for this engine."""

@@ -75,6 +75,7 @@ class Session:
                 expert_order=engine.manifest.expert_order,
                 experts_per_token=facts.experts_per_token,
                 dropped=engine.manifest.lacking_by_mixture,
+                router=facts.router,
             )
         self._mask = self.device.place(np.ones((1, self.max_sequence), dtype=np.int64))
         self._logits = np.empty((1, self.vocab_size), dtype=np.float32)  # of as many rows as a step has asked for

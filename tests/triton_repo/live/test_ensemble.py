@@ -166,6 +166,14 @@ def test_min_p_a_bias_and_the_likeliest_tokens_are_the_same(client, tiny_engine)
     assert all(len(piece.top_log_probs) == len(piece.token_ids) for piece in streamed)
 
 
+def test_the_experts_of_each_token_are_the_same_streamed_or_not(client):
+    alone, steps = (client.generate(request_to(model, return_routed_experts=True)) for model in (SINGLE, STEPS))
+    streamed = join(client.stream(request_to(STEPS, return_routed_experts=True)))
+    assert len(alone.routing) == len(alone.token_ids) > 3
+    assert alone.routing == steps.routing == streamed.routing
+    assert alone.num_experts == steps.num_experts == 5
+
+
 def test_a_sample_without_a_seed_is_another_each_time(client):
     sampled = request_to(STEPS, temperature=1.0, end_id=NO_END_ID)
     assert client.generate(sampled).token_ids != client.generate(sampled).token_ids

@@ -179,7 +179,7 @@ def test_one_instance_holds_all_answers_under_way(tensorrt_llm_repository):
     assert not found["preprocessing"].model_transaction_policy.decoupled
 
 
-OWN_INPUTS = {"answer_key", "min_p", "num_log_probs", "return_prompt_log_probs"}
+OWN_INPUTS = {"answer_key", "min_p", "num_log_probs", "return_prompt_log_probs", "return_routed_experts"}
 
 
 def test_with_onnxruntime_the_engine_lies_behind_the_same_tensors(onnxruntime_repository, tiny_engine):

@@ -50,7 +50,7 @@ def test_every_tensor_of_the_contract_is_read():
             exclude_input_in_output=False, min_tokens=2, seed=2**64 - 1, num_return_sequences=3, length_penalty=2.0,
             min_p=0.1, num_log_probs=4, return_prompt_log_probs=True, embedding_bias_words=["a", ""],
             embedding_bias_weights=[0.7, 1.0], **biases([5, 0], [-0.3, 1000.0]),
-            return_num_input_tokens=True, return_num_output_tokens=False,
+            return_num_input_tokens=True, return_num_output_tokens=False, return_routed_experts=True,
         )
     )  # fmt: skip
     assert options == GenerationOptions(
@@ -58,7 +58,7 @@ def test_every_tensor_of_the_contract_is_read():
         repetition_penalty=1.1, presence_penalty=-0.5, frequency_penalty=0.25, random_seed=2**64 - 1,
         stop_words=("a", "ü"), bad_words=("b",), end_id=3, return_log_probs=True, exclude_input_in_output=False,
         min_p=0.1, num_log_probs=4, return_prompt_log_probs=True, num_return_sequences=3,
-        logit_bias=((5, -0.3), (0, 1000.0)), embedding_bias=(("a", 0.7), ("", 1.0)),
+        logit_bias=((5, -0.3), (0, 1000.0)), embedding_bias=(("a", 0.7), ("", 1.0)), return_routed_experts=True,
     )  # fmt: skip
 
 

@@ -4,18 +4,21 @@ tokens of some steps chose."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from triton_repo.contracts.piece import TokenRouting
 from triton_repo.errors import GRPC_STATUS, RequestError
 from triton_repo.runtime.batching.sequence import Request
 from triton_repo.runtime.batching.stats import Stats
+from triton_repo.runtime.sampling import Choice
 from trt_build.ort.routing import Routing
+from trt_build.ort.step_call import Row
 
 SAMPLE_INTERVAL_S = 0.25  # between steps whose routers are looked at, which costs such a step up to 1 ms
 
@@ -49,6 +52,7 @@ class Accounts:
         self.report: Callable[[Ended], object] | None = None
         self._clock, self._post = clock, post
         self._sampled_s = -math.inf
+        self._counts = False  # whether the experts of this step are counted
         if routing is not None:
             self.stats.expert_tokens = np.zeros((len(routing.layers), len(routing.expert_order)), dtype=np.int64)
 
@@ -68,18 +72,48 @@ class Accounts:
         self.stats.refused(reason)
         self._send(Ended(request_id=request_id, end=reason, status=_status(error), prompt_tokens=None))
 
-    def room_for_routers(self, num_tokens: int) -> npt.NDArray[np.float32] | None:
-        """Room for the logits of a step's routers; None for a step whose routers are not looked at."""
+    def room_for_routers(self, rows: Sequence[Row], *, wanted: bool) -> npt.NDArray[np.float32] | None:
+        """Room for the logits of the routers of a step of `rows`; None for a step whose routers are not looked at.
+        `wanted`: a request of the step wants the experts of its tokens."""
         now = self._clock()
-        if self.routing is None or now - self._sampled_s < SAMPLE_INTERVAL_S:
+        self._counts = self.routing is not None and now - self._sampled_s >= SAMPLE_INTERVAL_S
+        if self._counts:
+            self._sampled_s = now
+        if self.routing is None or not (self._counts or wanted):
             return None
-        self._sampled_s = now
-        return self.routing.room(num_tokens)
+        return self.routing.room(sum(len(row.token_ids) for row in rows))
 
-    def routed(self, router_logits: npt.NDArray[np.float32] | None) -> None:
-        """Count the experts that the tokens of a step chose."""
-        if self.routing is not None and router_logits is not None:
+    def routed(
+        self, router_logits: npt.NDArray[np.float32] | None, rows: Sequence[Row], wanted: Sequence[bool]
+    ) -> list[TokenRouting]:
+        """Take the logits of a step's routers, if they were looked at. Where it is time to, the experts that the tokens
+        chose are counted. Returns what the routers chose for each of the logits that the rows ask for, one row after
+        the other; empty for a row that is not `wanted`."""
+        chosen: list[TokenRouting] = [() for row in rows for _ in range(row.num_logits)]
+        if self.routing is None or router_logits is None:
+            return chosen
+        if self._counts:
             self.stats.expert_tokens += self.routing.count_chosen(router_logits)
+        places: list[int] = []  # of logits that are wanted
+        tokens: list[int] = []  # whose logits these are
+        done = seen = 0
+        for row, wants in zip(rows, wanted, strict=True):
+            done, seen = done + row.num_logits, seen + len(row.token_ids)
+            if wants:
+                places += range(done - row.num_logits, done)
+                tokens += range(seen - row.num_logits, seen)
+        if places:
+            experts, weights = (found.tolist() for found in self.routing.chosen(router_logits[:, np.array(tokens)]))
+            for place, of_token, weights_of_token in zip(places, experts, weights, strict=True):
+                pairs = zip(of_token, weights_of_token, strict=True)
+                chosen[place] = tuple(tuple(zip(*layer, strict=True)) for layer in pairs)
+        return chosen
+
+    def with_routing(self, choice: Choice, routing: TokenRouting) -> Choice:
+        """A choice with what the routers chose where its logits were computed, if that is given."""
+        if self.routing is None or not routing:
+            return choice
+        return replace(choice, routing=routing, num_experts=len(self.routing.expert_order))
 
     def _tell(self, request: Request[Any], end: str, error: Exception | None) -> None:
         if self.report is None:

@@ -32,8 +32,9 @@ def answered(
     cache = session.new_cache(count)
     slots = Slots(cache, count * cache.bytes_of(cache.positions))
     engine = SequenceEngine(
-        session, cache, slots, num_tokens=session.engine.manifest.tokenizer_size, limits=Limits(slots=count)
-    )
+        session, cache, slots, num_tokens=session.engine.manifest.tokenizer_size, limits=Limits(slots=count),
+        routing=session.routing if request.wants_routing else None,
+    )  # fmt: skip
     engine.submit(request)
     goes_on = True
     while goes_on:

@@ -28,6 +28,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from triton_repo.contracts.piece import TokenRouting
 from triton_repo.errors import RequestError
 from triton_repo.runtime.batching.accounts import Accounts
 from triton_repo.runtime.batching.ends import Ends, names_of
@@ -206,13 +207,13 @@ class SequenceEngine:
         if not shares:
             return False
         rows = [share.row for share in shares]
-        room = self.accounts.room_for_routers(sum(len(row.token_ids) for row in rows))
+        wanted = [share.sequence.request.wants_routing for share in shares]
+        room = self.accounts.room_for_routers(rows, wanted=any(wanted))
         try:
             sampled = () if room is None else (room,)
             logits = self._session.step(self._cache, rows, *sampled)
             self._account(shares, rows, self._clock() - now)
-            self.accounts.routed(room)
-            self._commit(shares, rows, logits)
+            self._commit(shares, rows, logits, self.accounts.routed(room, rows, wanted))
         except Exception as error:  # whatever it is, the clients are told, and the engine goes on
             self._ends.fail_step([share.sequence for share in shares], error)
         return True
@@ -248,9 +249,10 @@ class SequenceEngine:
         self.stats.stepped(seconds, prompt_tokens)
         self._scheduler.pace.learn(prompt_tokens, seconds)
 
-    def _commit(self, shares: Items[Share], rows: Items[Row], logits: Floats) -> None:
-        """Take the logits of a step: prompts move on, and every sequence that is due gets its next token."""
-        place, due, due_logits = 0, [], []
+    def _commit(self, shares: Items[Share], rows: Items[Row], logits: Floats, routing: Items[TokenRouting]) -> None:
+        """Take the logits of a step, and what the routers chose for each: prompts move on, and every sequence that is
+        due gets its next token."""
+        place, due, due_logits, due_routing = 0, [], [], []
         for share, row in zip(shares, rows, strict=True):
             sequence, own = share.sequence, logits[place : place + row.num_logits]
             place += row.num_logits
@@ -266,14 +268,15 @@ class SequenceEngine:
                     other.source, other.num_computed = None, sequence.num_computed
                 due.append(other)
                 due_logits.append(own[-1])
+                due_routing.append(routing[place - 1])
         choices = choose_all(due_logits, [sequence.writer.sampler for sequence in due])
-        for sequence, choice in zip(due, choices, strict=True):
+        for sequence, choice, routed in zip(due, choices, due_routing, strict=True):
             if sequence not in self._scheduler.running:
                 continue  # another sequence of its request failed
             if isinstance(choice, Exception):
                 self._ends.fail_running(sequence.request, choice)
             else:
-                self._write(sequence, choice)
+                self._write(sequence, self.accounts.with_routing(choice, routed))
 
     def _write(self, sequence: Sequence, choice: Any) -> None:  # noqa: ANN401 - Choice
         now, request = self._clock(), sequence.request

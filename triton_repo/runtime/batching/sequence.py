@@ -19,6 +19,7 @@ class Writer(Protocol[Written]):
 
     sampler: Sampler
     wants_prompt: bool  # whether it wants the log-probabilities of the prompt's tokens
+    wants_routing: bool  # whether it wants the experts of each token
 
     def write(self, choice: Choice) -> tuple[Written | None, str]:
         """Take the next token. Returns a response if there is one to send, and the finish reason: "stop", "length", or
@@ -62,6 +63,11 @@ class Request(Generic[Response]):
     def wants_prompt(self) -> bool:
         """Whether the logits of the whole prompt are wanted, so that each of its tokens must be computed."""
         return any(writer.wants_prompt for writer in self.writers)
+
+    @property
+    def wants_routing(self) -> bool:
+        """Whether the experts of its tokens are wanted."""
+        return any(writer.wants_routing for writer in self.writers)
 
 
 @dataclass(kw_only=True, eq=False)

@@ -16,6 +16,7 @@ from triton_repo.runtime.answer import Answer, answer_plan
 from triton_repo.runtime.batching.alone import answered, never
 from triton_repo.runtime.batching.outlet import Outlet
 from triton_repo.runtime.batching.sequence import Request
+from triton_repo.runtime.features import refuse_routing
 from triton_repo.runtime.options import GenerationOptions, GenerationPlan, plan_generation
 from triton_repo.runtime.sampling import Choice, Sampler
 from triton_repo.runtime.text.stopping import TextWatcher
@@ -35,6 +36,7 @@ class TextWriter:
         self.plan = plan
         self._joined = joined
         self.wants_prompt = plan.options.return_prompt_log_probs
+        self.wants_routing = plan.options.return_routed_experts
         self._bad_words = plan.options.bad_words
         self.answer = Answer(answer_plan(plan, tokenizer), tokenizer, self._bad_words, sequence_index=sequence_index)
         self.sampler = Sampler(
@@ -56,7 +58,8 @@ class TextWriter:
         if self.wants_prompt:
             self.answer.give_prompt(self.plan.prompt_ids, tuple(self._prompt_log_probs))
             self.wants_prompt = False
-        piece = self.answer.extend(choice.token_id, choice.log_prob or 0.0, choice.top_log_probs)
+        self.answer.num_experts = choice.num_experts
+        piece = self.answer.extend(choice.token_id, choice.log_prob or 0.0, choice.top_log_probs, choice.routing)
         if piece is None:
             return None, ""
         reason = piece.finish_reason or ""
@@ -128,5 +131,6 @@ def generate(
         max_sequence=session.max_sequence,
         end_token_ids=session.engine.manifest.eos_token_ids,
     )
+    refuse_routing(options.return_routed_experts, given=session.routing is not None)
     responses = answered(session, lambda outlet: text_request(plan, tokenizer, outlet), is_cancelled)
     return (piece for piece, _ in responses)

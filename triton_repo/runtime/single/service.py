@@ -22,6 +22,7 @@ from triton_repo.runtime.batching.loading import Loaded, load
 from triton_repo.runtime.batching.outlet import Outlet
 from triton_repo.runtime.batching.runner import Pulse
 from triton_repo.runtime.batching.sequence import Request as Computed
+from triton_repo.runtime.features import refuse_routing
 from triton_repo.runtime.options import GenerationPlan, plan_generation, read_options, refusal
 from triton_repo.runtime.single.generation import text_request
 from triton_repo.runtime.text.prompt import most_bytes
@@ -48,6 +49,7 @@ class Service:
         self._unary = unary
         self._most_tokens = loaded.most_tokens
         self._most_prompt_bytes = most_bytes(tokenizer, self._most_tokens - 1)
+        self._gives_routing = loaded.session.routing is not None
         self._end_token_ids = loaded.session.engine.manifest.eos_token_ids
         self.runner = loaded.runner
 
@@ -75,6 +77,7 @@ class Service:
 
     def _plan(self, tensors: Mapping[str, npt.NDArray[Any]]) -> GenerationPlan:
         options = read_options(tensors, self._most_prompt_bytes)
+        refuse_routing(options.return_routed_experts, given=self._gives_routing)
         if self._unary and options.stream:
             raise refusal(
                 [

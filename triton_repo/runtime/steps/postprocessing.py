@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from export.tokenizer.loading import Tokenizer
 from triton_repo.contracts.ensemble import ADDED_TOKEN_NAMES, CANCELLED, TOKEN_NAMES
-from triton_repo.contracts.piece import Piece, join
+from triton_repo.contracts.piece import Piece, TokenRouting, join
 from triton_repo.errors import RequestError
 from triton_repo.runtime.answer import Answer, AnswerPlan, TopLogProbs
 
@@ -51,13 +51,16 @@ class Tokens:
     # The prompt's tokens, and the log-probabilities of those from the second on; in the first response only.
     prompt_token_ids: tuple[int, ...] = ()
     prompt_log_probs: tuple[float, ...] = ()
+    routing: tuple[TokenRouting, ...] = ()  # of each token, and of an end token behind them; empty unless asked for
+    num_experts: int | None = None
 
 
 def read_tokens(tensors: Mapping[str, npt.NDArray[Any]]) -> Tokens:
     """The engine's response in postprocessing's inputs: TOKENS_BATCH [1, 1, n], SEQUENCE_LENGTH [1, 1] (how many of the
     n are valid), CUM_LOG_PROBS [1, 1] and OUTPUT_LOG_PROBS [1, 1, m], where m is n or the number of all tokens so far.
     TOP_TOKEN_IDS and TOP_LOG_PROBS are [1, t, k] for t tokens, an end token included, PROMPT_TOKEN_IDS [1, p],
-    PROMPT_LOG_PROBS [1, p - 1] and SEQUENCE_INDEX [1, 1]. Raises RequestError.
+    PROMPT_LOG_PROBS [1, p - 1], SEQUENCE_INDEX [1, 1], ROUTED_EXPERTS and EXPERT_WEIGHTS [1, t, m, k] and NUM_EXPERTS
+    [1, 1]. Raises RequestError.
     """
     absent = [TOKEN_NAMES[name] for name in ("output_ids", "sequence_length") if TOKEN_NAMES[name] not in tensors]
     if absent:
@@ -81,6 +84,8 @@ def read_tokens(tensors: Mapping[str, npt.NDArray[Any]]) -> Tokens:
         sequence_index=next(iter(_list(tensors, "sequence_index")), 0),
         prompt_token_ids=tuple(_list(tensors, "prompt_token_ids")),
         prompt_log_probs=tuple(_list(tensors, "prompt_log_probs")),
+        routing=_read_routing(tensors),
+        num_experts=next(iter(_list(tensors, "num_experts")), None),
     )
 
 
@@ -96,6 +101,14 @@ def _read_tops(tensors: Mapping[str, npt.NDArray[Any]]) -> tuple[TopLogProbs, ..
         return ()
     pairs = zip(ids[0].tolist(), values[0].tolist(), strict=True)
     return tuple(tuple(zip(of_ids, of_values, strict=True)) for of_ids, of_values in pairs)
+
+
+def _read_routing(tensors: Mapping[str, npt.NDArray[Any]]) -> tuple[TokenRouting, ...]:
+    experts, weights = (tensors.get(ADDED_TOKEN_NAMES[name]) for name in ("routed_experts", "expert_weights"))
+    if experts is None or weights is None:
+        return ()
+    pairs = zip(experts[0].tolist(), weights[0].tolist(), strict=True)
+    return tuple(tuple(tuple(zip(*layer, strict=True)) for layer in zip(*both, strict=True)) for both in pairs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,9 +265,11 @@ class Postprocessor:
                 "tokens",
                 kind="INTERNAL",
             )
-        tops = tokens.tops or repeat(())
-        for token_id, log_prob, top in zip(tokens.token_ids, log_probs if wanted else repeat(0.0), tops, strict=False):
-            piece = answer.extend(token_id, log_prob, top)
+        answer.num_experts = answer.num_experts or tokens.num_experts
+        values = log_probs if wanted else repeat(0.0)
+        tops, routing = tokens.tops or repeat(()), tokens.routing or repeat(())
+        for token_id, value, top, routed in zip(tokens.token_ids, values, tops, routing, strict=False):
+            piece = answer.extend(token_id, value, top, routed)
             if piece is not None and piece.finish_reason:
                 return piece
             sequence.kept += [piece] if piece is not None else []
@@ -300,5 +315,7 @@ def _end(answer: Answer, tokens: Tokens) -> Piece:
     if tokens.is_cancelled or not answer.plan.end_ids:
         return answer.cancel()
     grown = 0.0 if tokens.cum_log_prob is None else tokens.cum_log_prob - answer.cum_log_prob
-    top = tokens.tops[-1] if len(tokens.tops) > len(tokens.token_ids) else ()
-    return answer.end(answer.plan.end_ids[0], min(0.0, grown), top)
+    count = len(tokens.token_ids)
+    top = tokens.tops[-1] if len(tokens.tops) > count else ()
+    routing = tokens.routing[-1] if len(tokens.routing) > count else ()
+    return answer.end(answer.plan.end_ids[0], min(0.0, grown), top, routing)

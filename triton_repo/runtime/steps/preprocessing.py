@@ -116,6 +116,7 @@ def _sampling(options: GenerationOptions) -> dict[str, Any]:
         "NUM_LOG_PROBS": (options.num_log_probs, 0),
         "NUM_RETURN_SEQUENCES": (options.num_return_sequences, 1),
         "RETURN_PROMPT_LOG_PROBS": (options.return_prompt_log_probs, False),
+        "RETURN_ROUTED_EXPERTS": (options.return_routed_experts, False),
     }
     values: dict[str, Any] = {name: [[value]] for name, (value, neutral) in penalties.items() if value != neutral}
     if options.sampling_temperature == 0:

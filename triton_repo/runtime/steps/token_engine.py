@@ -30,11 +30,14 @@ import numpy.typing as npt
 
 from triton_repo.contracts.ensemble import ENGINE_CANCELLED, ENGINE_KEY_INPUT, ENGINE_KEY_OUTPUT, ENGINE_PROBE
 from triton_repo.contracts.model_parameters import EngineInstance
+from triton_repo.contracts.piece import TokenRouting
 from triton_repo.runtime.answer import TopLogProbs
 from triton_repo.runtime.batching.loading import Loaded, load
 from triton_repo.runtime.batching.outlet import Outlet
 from triton_repo.runtime.batching.runner import Pulse
 from triton_repo.runtime.batching.sequence import Request as Computed
+from triton_repo.runtime.features import refuse_routing
+from triton_repo.runtime.responses import routing_outputs
 from triton_repo.runtime.sampling import Choice, Sampler
 from triton_repo.runtime.steps.answer_keys import key_tensor, read_key
 from triton_repo.runtime.steps.token_request import TokenRequest, read_token_request
@@ -61,6 +64,7 @@ class TokenEngine:
 
     def __init__(self, loaded: Loaded) -> None:
         self._most_tokens = loaded.most_tokens
+        self._gives_routing = loaded.session.routing is not None
         manifest = loaded.session.engine.manifest
         self._num_tokens, self._end_token_ids = manifest.tokenizer_size, manifest.eos_token_ids
         self.runner = loaded.runner
@@ -79,6 +83,7 @@ class TokenEngine:
         key = read_key(request.tensors, ENGINE_KEY_INPUT.name)
         tensors = {name: tensor for name, tensor in request.tensors.items() if name != ENGINE_KEY_INPUT.name}
         asked = read_token_request(tensors, self._most_tokens, self._num_tokens, self._end_token_ids)
+        refuse_routing(asked.wants_routing, given=self._gives_routing)
         return token_request(
             asked,
             self._num_tokens,
@@ -159,6 +164,8 @@ class _Progress:
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     unsent_tops: list[TopLogProbs] = field(default_factory=list)  # an end token's too
+    unsent_routing: list[TokenRouting] = field(default_factory=list)  # an end token's too
+    num_experts: int | None = None
     cum_log_prob: float = 0.0
     num_sent: int = 0
     num_chosen: int = 0
@@ -168,6 +175,9 @@ class _Progress:
         self.cum_log_prob += choice.log_prob or 0.0
         if choice.top_log_probs:
             self.unsent_tops.append(choice.top_log_probs)
+        if choice.routing:
+            self.unsent_routing.append(choice.routing)
+            self.num_experts = choice.num_experts
         if shown:
             self.token_ids.append(choice.token_id)
             self.log_probs.append(choice.log_prob or 0.0)
@@ -195,6 +205,9 @@ class _Progress:
             tops, self.unsent_tops = self.unsent_tops, []
             tensors["top_token_ids"] = np.array([[[token for token, _ in top] for top in tops]], dtype=np.int32)
             tensors["top_log_probs"] = np.array([[[value for _, value in top] for top in tops]], dtype=np.float32)
+        if self.unsent_routing:
+            routing, self.unsent_routing = self.unsent_routing, []
+            tensors |= routing_outputs(routing, self.num_experts)
         if request.count_input_tokens:
             tensors["num_input_tokens"] = np.array([[len(request.plan.prompt_ids)]], dtype=np.int32)
         if request.count_output_tokens:
@@ -207,7 +220,7 @@ class TokenWriter:
 
     def __init__(self, request: TokenRequest, num_tokens: int, sequence_index: int = 0) -> None:
         self._request = request
-        self.wants_prompt = request.wants_prompt
+        self.wants_prompt, self.wants_routing = request.wants_prompt, request.wants_routing
         self._progress = _Progress(request=request, sequence_index=sequence_index, wants_prompt=request.wants_prompt)
         self._stop_words, self._bad_words = TokenWatcher(request.stop_words), TokenWatcher(request.bad_words)
         self.sampler = Sampler(

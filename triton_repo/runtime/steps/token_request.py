@@ -32,8 +32,8 @@ TAKEN_INPUTS = frozenset(
     {
         "input_ids", "input_lengths", "request_output_len", "end_id", "pad_id", "stop_words_list", "bad_words_list",
         "len_penalty", "return_num_input_tokens", "return_num_output_tokens", "exclude_input_in_output", "stop",
-        "streaming", "embedding_bias", "num_return_sequences", "return_prompt_log_probs", *_SAMPLING,
-        *_ONE_ONLY, *_FALSE_ONLY,
+        "streaming", "embedding_bias", "num_return_sequences", "return_prompt_log_probs",
+        "return_routed_experts", *_SAMPLING, *_ONE_ONLY, *_FALSE_ONLY,
     }
 )  # fmt: skip
 
@@ -55,6 +55,7 @@ class TokenRequest:
     echo: bool  # an answer in one response begins with the prompt's tokens
     num_sequences: int  # answers to the prompt
     wants_prompt: bool  # the log-probabilities of the prompt's tokens
+    wants_routing: bool  # the experts of each token
     count_input_tokens: bool
     count_output_tokens: bool
 
@@ -110,6 +111,7 @@ def read_token_request(
         echo=not given.get("exclude_input_in_output", True),
         num_sequences=num_sequences,
         wants_prompt=given.get("return_prompt_log_probs", False),
+        wants_routing=given.get("return_routed_experts", False),
         count_input_tokens=given.get("return_num_input_tokens", False),
         count_output_tokens=given.get("return_num_output_tokens", False),
     )

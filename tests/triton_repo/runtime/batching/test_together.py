@@ -54,7 +54,7 @@ def tokens(plan, tokenizer):
         plan=plan, end_id=None, most_tokens=plan.most_tokens, streaming=True, echo=False,
         stop_words=spell(tokenizer, plan.options.stop_words), bad_words=spell(tokenizer, plan.options.bad_words),
         count_input_tokens=False, count_output_tokens=True, num_sequences=plan.options.num_return_sequences,
-        wants_prompt=plan.options.return_prompt_log_probs,
+        wants_prompt=plan.options.return_prompt_log_probs, wants_routing=plan.options.return_routed_experts,
     )  # fmt: skip
     return lambda outlet: token_request(asked, tokenizer.size, outlet)
 

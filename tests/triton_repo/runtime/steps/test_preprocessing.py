@@ -53,7 +53,7 @@ def test_the_outputs_have_the_types_and_dims_that_are_declared(prepare):
         temperature=0.5, top_k=4, top_p=0.9, seed=2**64 - 1, min_tokens=1, repetition_penalty=1.5, presence_penalty=0.5,
         frequency_penalty=0.25, stop_words=["a", "bc"], bad_words=["d"], return_log_probs=True, stream=True,
         min_p=0.1, num_log_probs=2, logit_bias_ids=[3], logit_bias_values=[1.5],
-        num_return_sequences=3, return_prompt_log_probs=True,
+        num_return_sequences=3, return_prompt_log_probs=True, return_routed_experts=True,
     )  # fmt: skip
     dtypes = {"INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BOOL": np.bool_, "STRING": np.object_}
     declared = {tensor.name: tensor for tensor in PREPROCESSING_OUTPUTS}
@@ -202,6 +202,7 @@ FEATURES = {
     ),
     "num_log_probs": ({"num_log_probs": 5}, "found 5, expected 0"),
     "return_prompt_log_probs": ({"return_prompt_log_probs": True}, "found true, expected false"),
+    "return_routed_experts": ({"return_routed_experts": True}, "found true, expected false"),
     "num_return_sequences": ({"num_return_sequences": 2}, "found 2, expected 1"),
 }  # fmt: skip
 

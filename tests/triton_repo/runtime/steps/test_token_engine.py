@@ -70,6 +70,7 @@ def test_every_tensor_that_is_taken_is_read():
         stop_words_list=[[1, 2], [3]], bad_words_list=[[4]], exclude_input_in_output=False,
         return_num_input_tokens=True, return_num_output_tokens=True, min_p=0.05, num_log_probs=3,
         num_return_sequences=3, return_prompt_log_probs=True, embedding_bias=[0.0] * 7 + [-2.5] + [0.0] * 291 + [4.0],
+        return_routed_experts=True,
     )  # fmt: skip
     assert request.plan.options == SamplingOptions(
         temperature=0.7, top_k=4, top_p=0.9, min_length=2, repetition_penalty=1.1, presence_penalty=0.5,
@@ -79,7 +80,7 @@ def test_every_tensor_that_is_taken_is_read():
     assert (request.plan.prompt_ids, request.plan.end_ids, request.most_tokens) == ((5, 6, 7), (9,), 50)
     assert (request.stop_words, request.bad_words) == (((1, 2), (3,)), ((4,),))
     assert (request.streaming, request.echo, request.count_input_tokens) == (True, True, True)
-    assert (request.num_sequences, request.wants_prompt) == (3, True)
+    assert (request.num_sequences, request.wants_prompt, request.wants_routing) == (3, True, True)
 
 
 def test_a_padded_prompt_is_cut_and_an_output_beyond_the_context_too():
