@@ -283,10 +283,16 @@ class LateEngine(SequenceEngine):
 
     has_taken, goes_on = threading.Event(), threading.Event()
 
-    def _fail(self, request, error, reason):
-        self.has_taken.set()
-        self.goes_on.wait(PATIENCE_S)
-        super()._fail(request, error, reason)
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        refuse = self._ends.refuse
+
+        def refuse_late(*refused):
+            self.has_taken.set()
+            self.goes_on.wait(PATIENCE_S)
+            refuse(*refused)
+
+        self._ends.refuse = refuse_late
 
 
 def test_a_request_that_was_taken_from_the_queue_is_refused_though_the_runner_was_closed_meanwhile(made):
