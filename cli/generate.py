@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.timeline import Timeline, log_probability_table, routing_table, statistics
@@ -89,6 +90,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ending.add_argument(
         "--end-id", type=int, metavar="ID", help="end at this token instead of the model's own; -1 means none"
     )
+    guide = parser.add_argument_group("guide", "what the answer is kept to").add_mutually_exclusive_group()
+    guide.add_argument("--json-object", action="store_true", help="any JSON object")
+    guide.add_argument("--json-schema", metavar="FILE", help='JSON that meets the schema in FILE; "-" reads stdin')
+    guide.add_argument("--regex", metavar="REGEX", help="a text that the regular expression matches from end to end")
+    guide.add_argument("--grammar", metavar="FILE", help='the rule `root` of the EBNF grammar in FILE; "-" reads stdin')
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
     output.add_argument("--echo", action="store_true", help="print the prompt before the answer")
@@ -135,7 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Characters of the answer that the terminal's encoding lacks are shown as question marks.
         sys.stdout.reconfigure(errors="replace")
-    prompt = read_stdin() if arguments.prompt == "-" else arguments.prompt
+    prompt = read_stdin("the prompt") if arguments.prompt == "-" else arguments.prompt
     with Client(arguments.url) as client:
         interrupted = threading.Event()
 
@@ -190,22 +196,52 @@ def ask(client: Client, arguments: argparse.Namespace, prompt: str, interrupted:
         raise
 
 
-def read_stdin() -> str:
-    """The text on stdin, byte for byte. Raises RequestRejected if stdin is closed or is not UTF-8."""
+def read_stdin(what: str) -> str:
+    """The text on stdin, byte for byte. Raises RequestRejected if stdin is closed or is not UTF-8. `what` names the
+    text in the message."""
     from clients.errors import RequestRejected
 
     if sys.stdin is None:
-        raise RequestRejected("reading the prompt from stdin: it is closed; pipe a text into it")
+        raise RequestRejected(f"reading {what} from stdin: it is closed; pipe a text into it")
     try:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
-        raise RequestRejected(f"reading the prompt from stdin: {error}; expected UTF-8, convert it first") from error
+        raise RequestRejected(f"reading {what} from stdin: {error}; expected UTF-8, convert it first") from error
+
+
+def read_guide(arguments: argparse.Namespace) -> tuple[str | None, str | None]:
+    """The type and the text of the guide in the arguments, None for none. Raises RequestRejected for a file that cannot
+    be read."""
+    if arguments.json_object:
+        return "json_schema", '{"type": "object"}'
+    if arguments.regex is not None:
+        return "regex", arguments.regex
+    for flag, guide_type, path in (
+        ("--json-schema", "json_schema", arguments.json_schema),
+        ("--grammar", "ebnf_grammar", arguments.grammar),
+    ):
+        if path is not None:
+            return guide_type, read_stdin(flag) if path == "-" else read_guide_file(flag, Path(path))
+    return None, None
+
+
+def read_guide_file(flag: str, path: Path) -> str:
+    """The text of a guide's file. Raises RequestRejected."""
+    from clients.errors import RequestRejected
+
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestRejected(f"reading {flag} {path}: {error}; give a file of UTF-8 text") from error
 
 
 def read_request(arguments: argparse.Namespace, model: str, prompt: str) -> GenerationRequest:
     from clients.errors import RequestRejected
     from clients.messages import GenerationRequest
 
+    guide_type, guide = read_guide(arguments)
+    if guide == "":
+        raise RequestRejected("reading the guide: it is empty; give a schema, a regular expression or a grammar")
     biases = dict(arguments.logit_bias or ())
     if len(biases) < len(arguments.logit_bias or ()):
         raise RequestRejected(
@@ -233,6 +269,8 @@ def read_request(arguments: argparse.Namespace, model: str, prompt: str) -> Gene
         return_prompt_log_probs=True if arguments.prompt_log_probs else None,
         return_routed_experts=True if arguments.routing else None,
         num_return_sequences=arguments.n,
+        guided_decoding_guide_type=guide_type,
+        guided_decoding_guide=guide,
         timeout_s=arguments.timeout,
     )
 

@@ -46,6 +46,8 @@ class GenerationRequest:
     num_log_probs: int | None = None
     return_prompt_log_probs: bool | None = None
     return_routed_experts: bool | None = None
+    guided_decoding_guide_type: str | None = None  # json, json_schema, regex or ebnf_grammar
+    guided_decoding_guide: str | None = None  # the text of the schema, regular expression or grammar
     num_return_sequences: int | None = None  # answers to the prompt; more than one are read by stream or generate_all
     # Appears in the server's log and messages. It must be unique among requests in flight. If it is empty, an id is
     # drawn each time the request is sent.

@@ -107,8 +107,9 @@ WITHIN = {
         "runtime.text": set(),
         "runtime": {"contracts", "runtime.text"},
         "runtime.batching": {"contracts", "runtime"},
-        "runtime.single": {"contracts", "runtime", "runtime.batching", "runtime.text"},
-        "runtime.steps": {"contracts", "runtime", "runtime.batching", "runtime.text"},
+        "runtime.guided": {"contracts", "runtime"},
+        "runtime.single": {"contracts", "runtime", "runtime.batching", "runtime.guided", "runtime.text"},
+        "runtime.steps": {"contracts", "runtime", "runtime.batching", "runtime.guided", "runtime.text"},
         "runtime.llmapi": {"contracts", "runtime", "runtime.text"},
         "runtime.reporting": {"contracts", "runtime.batching"},
         "models": {

@@ -152,7 +152,7 @@ ENGINE_CANCELLED = _output("is_cancelled", "BOOL")
 ENGINE_PROBE = _output("is_probe", "BOOL")
 # Tensors of contracts/wire.py that upstream's engine does not have. The outputs of likeliest tokens and of experts
 # are for the tokens of one response; an end token, which no response shows, has its row behind them. Those of
-# the prompt are in the first response of each sequence.
+# the prompt are in the first response of each sequence. `is_complete`: a guide lets nothing follow.
 ADDED_TOKEN_INPUTS = (
     _scalar("min_p", "FP32"),
     _scalar("num_log_probs", "INT32"),
@@ -167,6 +167,7 @@ ADDED_TOKEN_OUTPUTS = (
     _output("routed_experts", "INT32", -1, -1, -1),
     _output("expert_weights", "FP32", -1, -1, -1),
     _output("num_experts", "INT32"),
+    _output("is_complete", "BOOL"),
 )
 # The outputs that answers are made of. Every engine gives them.
 ANSWER_OUTPUTS = ("output_ids", "sequence_length", "cum_log_probs", "output_log_probs")
@@ -195,6 +196,7 @@ ENGINE_NAMES: dict[str, str] = {
     "REPETITION_PENALTY": "repetition_penalty", "PRESENCE_PENALTY": "presence_penalty",
     "FREQUENCY_PENALTY": "frequency_penalty", "EMBEDDING_BIAS": "embedding_bias",
     "RETURN_LOG_PROBS": "return_log_probs", "STREAMING": "streaming", STOP_REQUESTS: "stop",
+    "GUIDED_DECODING_GUIDE_TYPE": "guided_decoding_guide_type", "GUIDED_DECODING_GUIDE": "guided_decoding_guide",
 }  # fmt: skip
 # The same for an engine on ONNX Runtime, which is asked for more.
 ADDED_ENGINE_NAMES: dict[str, str] = {

@@ -3,8 +3,8 @@
 Names and dtypes are those of TensorRT-LLM 1.2's `ensemble` model (triton_backend/all_models/inflight_batcher_llm/
 ensemble/config.pbtxt upstream), so that NVIDIA's own clients drive our servers unchanged. `ADDED_INPUTS` and
 `ADDED_OUTPUTS` are tensors that upstream does not have; NVIDIA's clients neither send nor read them.
-`COMPATIBILITY_INPUTS` are older names, and inputs that our clients do not need. Upstream's inputs for prompt tables,
-LoRA and guided decoding are not taken. Dims exclude the batch dimension: a request carries [1, *dims].
+`COMPATIBILITY_INPUTS` are older names, and inputs that our clients do not need. Upstream's inputs for prompt tables
+and LoRA are not taken. Dims exclude the batch dimension: a request carries [1, *dims].
 
 A request means what it means upstream: a temperature without top_k and top_p is greedy, and a stream never repeats the
 prompt. Where a tensor differs from upstream, its `differs` says how. The sources are in
@@ -32,6 +32,10 @@ NUMPY_DTYPES: dict[str, str] = {
 MOST_SEQUENCES = 16
 MOST_BIASES = 1024
 MOST_LOG_PROBS = 20
+# What an answer can be kept to, by the names that TensorRT-LLM's Triton models take. Its library has one more.
+GUIDE_TYPES = ("json", "json_schema", "regex", "ebnf_grammar")
+UNSERVED_GUIDE_TYPES = ("structural_tag",)
+MOST_GUIDE_BYTES = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +154,19 @@ _UPSTREAM_INPUTS: tuple[WireTensor, ...] = (
         f"1 to {MOST_SEQUENCES} answers to the prompt, told apart by sequence_index; absent is 1; a stream gives the "
         "pieces of all of them as they come, else each answer is one response",
         differs="there any number is taken",
+    ),
+    _optional(
+        "guided_decoding_guide_type",
+        "STRING",
+        f"what the answer is kept to: {', '.join(GUIDE_TYPES)}; absent or empty: nothing; json: an object or array",
+        differs="there an unknown type counts as absent; here it is refused",
+    ),
+    _optional(
+        "guided_decoding_guide",
+        "STRING",
+        f"the JSON schema, the regular expression that the whole answer matches, or the EBNF grammar whose rule root "
+        f"the answer is; at most {MOST_GUIDE_BYTES} bytes; absent for json",
+        differs="there keywords of a schema that the library does not know are ignored; here they are refused",
     ),
 )
 

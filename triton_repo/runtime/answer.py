@@ -124,7 +124,8 @@ class Answer:
     @property
     def is_complete(self) -> bool:
         """Whether the tokens ended the answer, so that the engine has ended too: by an end token, by the tokens of a
-        stop word, or by their number. A stop word that is found only in the text does not end the engine."""
+        stop word, by a guide, or by their number. A stop word that is found only in the text does not end the
+        engine."""
         return self._complete
 
     def give_prompt(self, token_ids: tuple[int, ...], log_probs: tuple[float, ...]) -> None:
@@ -133,15 +134,22 @@ class Answer:
         self._prompt = token_ids, log_probs
 
     def extend(
-        self, token_id: int, log_prob: float = 0.0, top: TopLogProbs = (), routing: TokenRouting = ()
+        self,
+        token_id: int,
+        log_prob: float = 0.0,
+        top: TopLogProbs = (),
+        routing: TokenRouting = (),
+        *,
+        is_last: bool = False,
     ) -> Piece | None:
         """Take a token, its log-probability, those of the likeliest tokens at its place, and its experts. Returns a
-        piece if there is text to send or the answer ends."""
+        piece if there is text to send or the answer ends. `is_last`: a guide lets nothing follow."""
         if token_id in self.plan.end_ids:
             return self.end(token_id, log_prob, top, routing)
         self._take(token_id, log_prob, top, routing)
         text, stopped = self._add_text(self._detokenizer.push(token_id))
         met = self._stop_tokens.push(token_id)
+        met = met or is_last
         self._complete = met or self._num_tokens == self.plan.most_tokens
         if stopped:
             return self._piece(text, "stop")

@@ -24,10 +24,13 @@ from export.tokenizer.loading import Tokenizer
 from triton_repo.contracts.wire import (
     COMPATIBILITY_INPUTS,
     FIELD_NAMES,
+    GUIDE_TYPES,
     INPUTS,
     MOST_BIASES,
+    MOST_GUIDE_BYTES,
     MOST_LOG_PROBS,
     MOST_SEQUENCES,
+    UNSERVED_GUIDE_TYPES,
     WireTensor,
 )
 from triton_repo.errors import RequestError
@@ -57,6 +60,8 @@ class SamplingOptions:
     random_seed: int | None = None
     return_log_probs: bool = False
     num_log_probs: int = 0  # of how many of the likeliest tokens the log-probabilities are given at each token
+    guided_decoding_guide_type: str = ""  # what the answer is kept to: one of GUIDE_TYPES, or nothing
+    guided_decoding_guide: str = ""
 
     @property
     def sampling_temperature(self) -> float:
@@ -333,6 +338,29 @@ def value_problems(values: Mapping[str, Any], names: Mapping[str, str] = _WIRE_N
         problems += [f"{names.get(field, field)}: {problem}" for problem in found]
     for field, tensors in BIASES.items():
         problems += _bias_problems(values.get(field) or (), *tensors)
+    problems += _guide_problems(
+        values.get("guided_decoding_guide_type") or "", values.get("guided_decoding_guide") or ""
+    )
+    return problems
+
+
+def _guide_problems(guide_type: str, guide: str) -> list[str]:
+    """What is wrong with a guide before it is read."""
+    type_name, name = "guided_decoding_guide_type", "guided_decoding_guide"
+    if surrogates := _surrogates([guide_type, guide]):
+        return [f"{name}: {problem}" for problem in surrogates]
+    problems = []
+    if guide_type in UNSERVED_GUIDE_TYPES:
+        problems.append(f"{type_name}: {guide_type} is not served; send one of {', '.join(GUIDE_TYPES)}")
+    elif guide_type and guide_type not in GUIDE_TYPES:
+        problems.append(f"{type_name}: found {guide_type[:60]!r}, expected one of {', '.join(GUIDE_TYPES)}")
+    if guide and guide_type in ("", "json"):
+        kind = "without a type" if not guide_type else "beside the type json, which needs none"
+        problems.append(f"{name}: found a guide {kind}; send the type that it has, such as json_schema")
+    if not guide and guide_type in GUIDE_TYPES and guide_type != "json":
+        problems.append(f"{name}: absent, and the type {guide_type} needs one; send it")
+    if (size := len(guide.encode())) > MOST_GUIDE_BYTES:
+        problems.append(f"{name}: found {size} bytes, expected at most {MOST_GUIDE_BYTES}; send a smaller one")
     return problems
 
 

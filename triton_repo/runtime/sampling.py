@@ -4,13 +4,13 @@
     for choice in choose_all(logits, samplers):                                  # logits float32 [R, V]
         choice.token_id, choice.log_prob        # or an error, which concerns that row alone
 
-The steps, in order: logit bias; repetition, presence and frequency penalty; min_length and banned tokens; temperature,
-min-p, top-k, top-p. This is the order of vLLM (vllm/v1/sample/sampler.py), except that tokens are excluded after
-penalties instead of before, which gives the same scores. The repetition penalty counts tokens of prompt and output, the
-other two only those of the output. Ids at and above the tokenizer's size are padding rows of the embedding. They are
-cut off first, so they are never chosen and have no probability. A greedy choice among equal scores takes the lowest id.
-Log-probabilities are those of the model: they are computed from the logits before bias, penalties, temperature and
-cuts.
+The steps, in order: the guide; logit bias; repetition, presence and frequency penalty; min_length and banned tokens;
+temperature, min-p, top-k, top-p. This is the order of vLLM (vllm/v1/sample/sampler.py), except that tokens are excluded
+after penalties instead of before, which gives the same scores. The repetition penalty counts tokens of prompt and
+output, the other two only those of the output. Ids at and above the tokenizer's size are padding rows of the embedding.
+They are cut off first, so they are never chosen and have no probability. A greedy choice among equal scores takes the
+lowest id. Log-probabilities are those of the model: they are computed from the logits before guide, bias, penalties,
+temperature and cuts.
 
 No computation mixes rows, so a row's choice is the same to the bit whatever other rows a step has. A greedy row without
 bias, penalties and bans costs one argmax, which finds NaN and infinity as well. Only other rows are copied.
@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,7 @@ from triton_repo.runtime.options import SamplingPlan
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
+Bits = npt.NDArray[np.bool_]
 
 _NUCLEUS_START = 256  # how many of the likeliest tokens top-p sorts first
 _NUCLEUS_GROWTH = 8
@@ -55,12 +57,27 @@ class Choice:
     num_experts: int | None = None
 
 
+class Guide(Protocol):
+    """Keeps one sequence to a grammar (`triton_repo.runtime.guided.guides.Guide`)."""
+
+    is_complete: bool  # whether the answer is whole and nothing may follow
+
+    def allowed(self) -> Bits:
+        """Whether each token may come next, bool [V]. Raises RequestError."""
+
+    def take(self, token: int) -> None:
+        """Move on by a token. Raises RequestError."""
+
+    def num_taken(self, tokens: Sequence[int]) -> int:
+        """How many of the tokens the grammar would take, one after the other. Moves nothing."""
+
+
 class Sampler:
     """Chooses the tokens of one sequence. Holds its random generator and the tokens that its penalties count.
 
     `refuses` says whether a token that is about to be chosen must not be. `banned` gives ids that the next choice must
     not take; it is called before each choice. Neither of them excludes end tokens: `refuses` by its own choice,
-    `banned` by that of this class.
+    `banned` by that of this class. `guide` says which tokens may come at all, end tokens included.
 
     The sequences of one request have different `sequence_index`, and so different draws under the same seed. The draws
     of sequence 0 are those of the seed itself.
@@ -74,12 +91,14 @@ class Sampler:
         refuses: Callable[[int], bool] | None = None,
         banned: Callable[[], Sequence[Ids]] | None = None,
         sequence_index: int = 0,
+        guide: Guide | None = None,
     ) -> None:
         options = plan.options
         self._options = options
         self._temperature = options.sampling_temperature
         self._num_tokens = num_tokens
         self._refuses, self._banned = refuses, banned
+        self.guide = guide
         self._end_ids = np.array([i for i in plan.end_ids if i < num_tokens], dtype=np.int64)
         self._generator = _generator(options.random_seed, sequence_index) if self._temperature else None
         self._bias_ids = np.array([token for token, _ in options.logit_bias], dtype=np.int64)
@@ -88,14 +107,25 @@ class Sampler:
         self._chosen = _Tally() if options.presence_penalty or options.frequency_penalty else None
         self._num_chosen = 0
 
+    @property
+    def has_guide(self) -> bool:
+        """Whether a grammar says which tokens may come."""
+        return self.guide is not None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether a guide lets nothing follow the tokens so far."""
+        return self.guide is not None and self.guide.is_complete
+
     def choose(self, logits: Floats) -> Choice:
-        """The next token for logits [V]. Raises RequestError for logits that are NaN or infinite, and if no token is
-        left."""
+        """The next token for logits [V]. Raises RequestError for logits that are NaN or infinite, if no token is left,
+        and what the guide raises."""
         logits = logits[: self._num_tokens]
         best = int(logits.argmax())  # the first NaN when any value is NaN
         if not math.isfinite(logits[best]):
             raise _broken_logits()
-        scores = self._changed(logits)
+        allowed = None if self.guide is None else self.guide.allowed()
+        scores = self._changed(logits, best, allowed)
         token = self._pick(logits, best) if scores is None else self._pick(scores, int(scores.argmax()))
         if self._refuses is not None and self._refuses(token):
             token = self._pick_another(logits.copy() if scores is None else scores, token, self._refuses)
@@ -103,6 +133,8 @@ class Sampler:
         for tally in (self._seen, self._chosen):
             if tally is not None:
                 tally.add(token)
+        if self.guide is not None:
+            self.guide.take(token)
         return self._choice(logits, best, token)
 
     def _choice(self, logits: Floats, best: int, token: int) -> Choice:
@@ -117,14 +149,17 @@ class Sampler:
             top_log_probs=tuple(zip(top.tolist(), values, strict=False)),
         )
 
-    def _changed(self, logits: Floats) -> Floats | None:
-        """The scores after bias, penalties, min_length and bans; None where nothing changes them."""
+    def _changed(self, logits: Floats, best: int, allowed: Bits | None) -> Floats | None:
+        """The scores after guide, bias, penalties, min_length and bans; None where nothing changes them, or the guide
+        alone does and a greedy choice need not know."""
         options = self._options
         banned = [ids for ids in self._banned() if len(ids)] if self._banned is not None else ()
-        held = self._num_chosen < options.min_length and len(self._end_ids) > 0
-        if not (banned or held or len(self._bias_ids) or self._seen is not None or self._chosen is not None):
+        held = self._num_chosen < options.min_length and len(self._end_ids) > 0 and self._goes_on(allowed)
+        changes = banned or held or len(self._bias_ids) or self._seen is not None or self._chosen is not None
+        is_best = self._generator is None and self._refuses is None
+        if not changes and (allowed is None or (is_best and allowed[best])):
             return None
-        scores = logits.copy()
+        scores = logits.copy() if allowed is None else np.where(allowed, logits, -np.float32(np.inf))
         scores[self._bias_ids] += self._biases
         if self._seen is not None:
             penalise_repetition(scores, self._seen.ids, options.repetition_penalty)
@@ -137,6 +172,10 @@ class Sampler:
             self._ban(scores, ids)
         return scores
 
+    def _goes_on(self, allowed: Bits | None) -> bool:
+        """Whether another token than an end token may come."""
+        return allowed is None or int(allowed.sum()) > int(allowed[self._end_ids].sum())
+
     def _ban(self, scores: Floats, ids: Ids) -> None:
         """Exclude ids from the choice, in place, but leave end tokens as they are."""
         ids = ids[(ids >= 0) & (ids < self._num_tokens)]
@@ -147,7 +186,10 @@ class Sampler:
     def _pick(self, scores: Floats, best: int) -> int:
         """A token by the scores. The highest is scores[best]."""
         if scores[best] == -np.inf:
-            raise RequestError("choosing a token: bad_words and min_length together leave none; send fewer bad_words")
+            also = "" if self.guide is None else " and the guide"
+            raise RequestError(
+                f"choosing a token: bad_words and min_length{also} together leave none; send fewer bad_words"
+            )
         if self._generator is None or scores[best] == np.inf:  # a penalty can take a huge logit out of float32's range
             return best
         ids, weights = self._kept(scores, scores[best])

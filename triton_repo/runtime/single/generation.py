@@ -17,8 +17,9 @@ from triton_repo.runtime.batching.alone import answered, never
 from triton_repo.runtime.batching.outlet import Outlet
 from triton_repo.runtime.batching.sequence import Request
 from triton_repo.runtime.features import refuse_routing
+from triton_repo.runtime.guided.guides import Guides
 from triton_repo.runtime.options import GenerationOptions, GenerationPlan, plan_generation
-from triton_repo.runtime.sampling import Choice, Sampler
+from triton_repo.runtime.sampling import Choice, Guide, Sampler
 from triton_repo.runtime.text.stopping import TextWatcher
 
 if TYPE_CHECKING:
@@ -31,7 +32,13 @@ class TextWriter:
     (`triton_repo.runtime.batching.sequence.Writer`)."""
 
     def __init__(
-        self, plan: GenerationPlan, tokenizer: Tokenizer, sequence_index: int = 0, *, joined: bool = False
+        self,
+        plan: GenerationPlan,
+        tokenizer: Tokenizer,
+        sequence_index: int = 0,
+        *,
+        joined: bool = False,
+        guide: Guide | None = None,
     ) -> None:
         self.plan = plan
         self._joined = joined
@@ -45,6 +52,7 @@ class TextWriter:
             refuses=self._completes_bad_word if self._bad_words else None,
             banned=(lambda: [np.array(self._bad_tokens, dtype=np.int64)]) if self._bad_words else None,
             sequence_index=sequence_index,
+            guide=guide,
         )
         self._tokenizer = tokenizer
         self._bad_alone = TextWatcher(self._bad_words)
@@ -58,8 +66,10 @@ class TextWriter:
         if self.wants_prompt:
             self.answer.give_prompt(self.plan.prompt_ids, tuple(self._prompt_log_probs))
             self.wants_prompt = False
-        self.answer.num_experts = choice.num_experts
-        piece = self.answer.extend(choice.token_id, choice.log_prob or 0.0, choice.top_log_probs, choice.routing)
+        self.answer.num_experts, is_last = choice.num_experts, self.sampler.is_complete
+        piece = self.answer.extend(
+            choice.token_id, choice.log_prob or 0.0, choice.top_log_probs, choice.routing, is_last=is_last
+        )
         if piece is None:
             return None, ""
         reason = piece.finish_reason or ""
@@ -100,14 +110,22 @@ def text_request(
     *,
     joined: bool = False,
     request_id: str = "",
+    guides: Guides | None = None,
 ) -> Request[Piece]:
-    """The request of a checked plan. If `joined`, each of its answers comes as one piece."""
-    count = plan.options.num_return_sequences
+    """The request of a checked plan. If `joined`, each of its answers comes as one piece. `guides` compiles its guide.
+    Raises RequestError for a guide that cannot be compiled."""
+    count, options = plan.options.num_return_sequences, plan.options
+    guide = (guides or Guides(tokenizer)).of(options.guided_decoding_guide_type, options.guided_decoding_guide)
     return Request(
         names=names,
         prompt_ids=plan.prompt_ids,
         most_tokens=plan.most_tokens,
-        writers=[TextWriter(plan, tokenizer, index, joined=joined) for index in range(count)],
+        writers=[
+            TextWriter(
+                plan, tokenizer, index, joined=joined, guide=None if guide is None else guide.start(plan.end_ids)
+            )
+            for index in range(count)
+        ],
         outlet=outlet,
         deadline_s=deadline_s,
         request_id=request_id,

@@ -23,6 +23,7 @@ from triton_repo.runtime.batching.outlet import Outlet
 from triton_repo.runtime.batching.runner import Pulse
 from triton_repo.runtime.batching.sequence import Request as Computed
 from triton_repo.runtime.features import refuse_routing
+from triton_repo.runtime.guided.guides import Guides
 from triton_repo.runtime.options import GenerationPlan, plan_generation, read_options, refusal
 from triton_repo.runtime.single.generation import text_request
 from triton_repo.runtime.text.prompt import most_bytes
@@ -45,7 +46,7 @@ class Service:
     ask for a stream or for several answers."""
 
     def __init__(self, loaded: Loaded, tokenizer: Tokenizer, *, unary: bool = False) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._guides = tokenizer, Guides(tokenizer)
         self._unary = unary
         self._most_tokens = loaded.most_tokens
         self._most_prompt_bytes = most_bytes(tokenizer, self._most_tokens - 1)
@@ -73,6 +74,7 @@ class Service:
             deadline_s=None if request.timeout_s is None else time.monotonic() + request.timeout_s,
             joined=not plan.options.stream,
             request_id=request.request_id,
+            guides=self._guides,
         )
 
     def _plan(self, tensors: Mapping[str, npt.NDArray[Any]]) -> GenerationPlan:

@@ -45,6 +45,7 @@ class Tokens:
     log_probs: tuple[float, ...] | None = None  # one for each token
     cum_log_prob: float | None = None  # sum over all tokens so far, including the end token
     is_cancelled: bool = False  # the engine says that it was stopped
+    is_complete: bool = False  # a guide lets nothing follow
     # The likeliest tokens at the place of each token, and of an end token behind them; empty unless asked for.
     tops: tuple[TopLogProbs, ...] = ()
     sequence_index: int = 0  # which of the answers to the prompt
@@ -80,6 +81,7 @@ def read_tokens(tensors: Mapping[str, npt.NDArray[Any]]) -> Tokens:
         log_probs=None if values is None else tuple(values[max(0, len(values) - count) :].tolist()),
         cum_log_prob=None if cum is None or not cum.size else float(cum.reshape(-1)[0]),
         is_cancelled=CANCELLED.name in tensors and bool(tensors[CANCELLED.name].any()),
+        is_complete=any(_list(tensors, "is_complete")),
         tops=_read_tops(tensors),
         sequence_index=next(iter(_list(tensors, "sequence_index")), 0),
         prompt_token_ids=tuple(_list(tensors, "prompt_token_ids")),
@@ -225,7 +227,9 @@ class Postprocessor:
         answer = sequence.answer
         sequence.num_tokens += len(tokens.token_ids)
         if sequence.ended:
-            sequence.is_over |= not tokens.token_ids or sequence.num_tokens >= answer.plan.most_tokens
+            sequence.is_over |= (
+                not tokens.token_ids or tokens.is_complete or sequence.num_tokens >= answer.plan.most_tokens
+            )
             self._forget_if_over(key, state)
             return Step()
         last = self._write(sequence, replace(tokens, is_cancelled=tokens.is_cancelled or state.stopped))
@@ -268,8 +272,9 @@ class Postprocessor:
         answer.num_experts = answer.num_experts or tokens.num_experts
         values = log_probs if wanted else repeat(0.0)
         tops, routing = tokens.tops or repeat(()), tokens.routing or repeat(())
-        for token_id, value, top, routed in zip(tokens.token_ids, values, tops, routing, strict=False):
-            piece = answer.extend(token_id, value, top, routed)
+        lefts = range(len(tokens.token_ids) - 1, -1, -1)
+        for token_id, value, top, routed, left in zip(tokens.token_ids, values, tops, routing, lefts, strict=False):
+            piece = answer.extend(token_id, value, top, routed, is_last=tokens.is_complete and not left)
             if piece is not None and piece.finish_reason:
                 return piece
             sequence.kept += [piece] if piece is not None else []

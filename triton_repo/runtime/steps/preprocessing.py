@@ -79,6 +79,10 @@ class Preprocessor:
             **_sampling(plan.options),
             ANSWER.name: [[answer.to_json().encode()]],
         }
+        if options.guided_decoding_guide_type:
+            values["GUIDED_DECODING_GUIDE_TYPE"] = [[options.guided_decoding_guide_type.encode()]]
+        if options.guided_decoding_guide:
+            values["GUIDED_DECODING_GUIDE"] = [[options.guided_decoding_guide.encode()]]
         words = {
             "STOP_WORDS_IDS": (*answer.stop_tokens, *((token,) for token in more_end_ids)),
             "BAD_WORDS_IDS": (*spell(self._tokenizer, options.bad_words), *self._unused_ids),

@@ -22,12 +22,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from export.tokenizer.loading import load_tokenizer
 from triton_repo.contracts.ensemble import ENGINE_CANCELLED, ENGINE_KEY_INPUT, ENGINE_KEY_OUTPUT, ENGINE_PROBE
 from triton_repo.contracts.model_parameters import EngineInstance
 from triton_repo.contracts.piece import TokenRouting
@@ -37,8 +38,9 @@ from triton_repo.runtime.batching.outlet import Outlet
 from triton_repo.runtime.batching.runner import Pulse
 from triton_repo.runtime.batching.sequence import Request as Computed
 from triton_repo.runtime.features import refuse_routing
+from triton_repo.runtime.guided.guides import CompiledGuide, Guides
 from triton_repo.runtime.responses import routing_outputs
-from triton_repo.runtime.sampling import Choice, Sampler
+from triton_repo.runtime.sampling import Choice, Guide, Sampler
 from triton_repo.runtime.steps.answer_keys import key_tensor, read_key
 from triton_repo.runtime.steps.token_request import TokenRequest, read_token_request
 from triton_repo.runtime.text.stopping import TokenWatcher
@@ -67,12 +69,18 @@ class TokenEngine:
         self._gives_routing = loaded.session.routing is not None
         manifest = loaded.session.engine.manifest
         self._num_tokens, self._end_token_ids = manifest.tokenizer_size, manifest.eos_token_ids
+        self._engine_folder = loaded.session.engine.folder
         self.runner = loaded.runner
 
     @classmethod
     def open(cls, instance: EngineInstance, pulse: Pulse | None = None) -> TokenEngine:
         """Load the engine (`load`). Raises EngineError, MissingPackageError, RepositoryError."""
         return cls(load(instance, pulse))
+
+    @cached_property
+    def _guides(self) -> Guides:
+        """The engine's folder has its tokenizer, which only guides need here."""
+        return Guides(load_tokenizer(self._engine_folder))
 
     def submit(self, request: Request) -> None:
         """Check a request and have the engine answer it. A request that cannot be answered fails at once, whatever else
@@ -91,7 +99,15 @@ class TokenEngine:
             names=frozenset({request.request_id, key or ""} - {""}),
             deadline_s=None if request.timeout_s is None else time.monotonic() + request.timeout_s,
             request_id=request.request_id,
+            guide=self._guide(asked),
         )
+
+    def _guide(self, asked: TokenRequest) -> CompiledGuide | None:
+        """The guide of a request, if it has one. Without one the tokenizer is not loaded."""
+        options = asked.plan.options
+        if not options.guided_decoding_guide_type:
+            return None
+        return self._guides.compile(options.guided_decoding_guide_type, options.guided_decoding_guide)
 
 
 def token_request(
@@ -101,13 +117,17 @@ def token_request(
     names: frozenset[str] = frozenset(),
     deadline_s: float | None = None,
     request_id: str = "",
+    guide: CompiledGuide | None = None,
 ) -> Computed[Tensors]:
-    """The request of checked options."""
+    """The request of checked options, and its compiled guide."""
     return Computed(
         names=names,
         prompt_ids=asked.plan.prompt_ids,
         most_tokens=asked.most_tokens,
-        writers=[TokenWriter(asked, num_tokens, index) for index in range(asked.num_sequences)],
+        writers=[
+            TokenWriter(asked, num_tokens, index, guide=None if guide is None else guide.start(asked.plan.end_ids))
+            for index in range(asked.num_sequences)
+        ],
         outlet=outlet,
         deadline_s=deadline_s,
         request_id=request_id,
@@ -169,6 +189,7 @@ class _Progress:
     cum_log_prob: float = 0.0
     num_sent: int = 0
     num_chosen: int = 0
+    is_complete: bool = False  # a guide lets nothing follow
 
     def add(self, choice: Choice, *, shown: bool) -> None:
         self.num_chosen += 1
@@ -208,6 +229,8 @@ class _Progress:
         if self.unsent_routing:
             routing, self.unsent_routing = self.unsent_routing, []
             tensors |= routing_outputs(routing, self.num_experts)
+        if self.is_complete:
+            tensors["is_complete"] = np.ones((1, 1), dtype=np.bool_)
         if request.count_input_tokens:
             tensors["num_input_tokens"] = np.array([[len(request.plan.prompt_ids)]], dtype=np.int32)
         if request.count_output_tokens:
@@ -218,7 +241,9 @@ class _Progress:
 class TokenWriter:
     """Chooses the tokens of one answer and writes them as tensors (`triton_repo.runtime.batching.sequence.Writer`)."""
 
-    def __init__(self, request: TokenRequest, num_tokens: int, sequence_index: int = 0) -> None:
+    def __init__(
+        self, request: TokenRequest, num_tokens: int, sequence_index: int = 0, *, guide: Guide | None = None
+    ) -> None:
         self._request = request
         self.wants_prompt, self.wants_routing = request.wants_prompt, request.wants_routing
         self._progress = _Progress(request=request, sequence_index=sequence_index, wants_prompt=request.wants_prompt)
@@ -228,6 +253,7 @@ class TokenWriter:
             num_tokens,
             banned=self._bad_words.completing if request.bad_words else None,
             sequence_index=sequence_index,
+            guide=guide,
         )
 
     def write(self, choice: Choice) -> tuple[Tensors | None, str]:
@@ -238,7 +264,8 @@ class TokenWriter:
         met_end = choice.token_id == request.end_id
         progress.add(choice, shown=not met_end)
         self._bad_words.push(choice.token_id)
-        stops = self._stop_words.push(choice.token_id) or met_end
+        progress.is_complete = self.sampler.is_complete and not met_end
+        stops = self._stop_words.push(choice.token_id) or met_end or progress.is_complete
         reason = "stop" if stops else "length" if len(progress.token_ids) == request.most_tokens else ""
         return (progress.take() if request.streaming or reason else None), reason
 

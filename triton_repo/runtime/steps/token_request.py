@@ -22,7 +22,8 @@ _SAMPLING = {
     "temperature": "temperature", "runtime_top_k": "top_k", "runtime_top_p": "top_p", "min_tokens": "min_length",
     "repetition_penalty": "repetition_penalty", "presence_penalty": "presence_penalty",
     "frequency_penalty": "frequency_penalty", "seed": "random_seed", "return_log_probs": "return_log_probs",
-    "min_p": "min_p", "num_log_probs": "num_log_probs",
+    "min_p": "min_p", "num_log_probs": "num_log_probs", "guided_decoding_guide_type": "guided_decoding_guide_type",
+    "guided_decoding_guide": "guided_decoding_guide",
 }  # fmt: skip
 _ONE_ONLY = ("beam_width",)
 _FALSE_ONLY = ("return_context_logits", "return_generation_logits", "return_perf_metrics")
@@ -74,7 +75,7 @@ def read_token_request(
     (NVIDIA/TensorRT-LLM#4776).
     """
     problems: list[str] = []
-    given = {name: tensor.reshape(-1)[0].item() for name, tensor in tensors.items() if tensor.size == 1}
+    given = {name: tensor.item() for name, tensor in tensors.items() if tensor.size == 1}
     prompt_ids = _prompt(tensors, given, problems, max_sequence)
     room = max_sequence - len(prompt_ids)
     most_tokens = given.get("request_output_len", 0)
@@ -145,6 +146,7 @@ def _prompt(
 def _sampling(given: Mapping[str, Any]) -> dict[str, Any]:
     values = {field: given[name] for name, field in _SAMPLING.items() if name in given}
     values |= {field: shortest(value) for field, value in values.items() if isinstance(value, float)}
+    values |= {field: value.decode(errors="replace") for field, value in values.items() if isinstance(value, bytes)}
     # A top_p of 0 or less counts as absent (getSamplingConfigFromTensors of utils.cc).
     return {"random_seed": 0, **values, "top_p": max(values.get("top_p", 0.0), 0.0)}
 

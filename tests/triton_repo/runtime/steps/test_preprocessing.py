@@ -54,6 +54,7 @@ def test_the_outputs_have_the_types_and_dims_that_are_declared(prepare):
         frequency_penalty=0.25, stop_words=["a", "bc"], bad_words=["d"], return_log_probs=True, stream=True,
         min_p=0.1, num_log_probs=2, logit_bias_ids=[3], logit_bias_values=[1.5],
         num_return_sequences=3, return_prompt_log_probs=True, return_routed_experts=True,
+        guided_decoding_guide_type="regex", guided_decoding_guide="a+",
     )  # fmt: skip
     dtypes = {"INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BOOL": np.bool_, "STRING": np.object_}
     declared = {tensor.name: tensor for tensor in PREPROCESSING_OUTPUTS}

@@ -42,12 +42,13 @@ def test_the_outputs_that_only_our_engine_has_are_read():
         "routed_experts": np.array([[[[0, 3]], [[2, 1]]]], np.int32),
         "expert_weights": np.array([[[[0.75, 0.25]], [[0.5, 0.5]]]], np.float32),
         "num_experts": np.array([[4]], np.int32),
+        "is_complete": np.ones((1, 1), np.bool_),
     }
     assert set(added) == set(ADDED_TOKEN_NAMES)
     found = read_tokens({**response([7]), **{ADDED_TOKEN_NAMES[name]: array for name, array in added.items()}})
     assert found == Tokens(
         token_ids=(7,), tops=(((5, -0.5), (6, -1.0)), ((7, -0.25), (8, -2.0))), sequence_index=3,
-        prompt_token_ids=(1, 2, 3), prompt_log_probs=(-4.0, -5.0), num_experts=4,
+        prompt_token_ids=(1, 2, 3), prompt_log_probs=(-4.0, -5.0), num_experts=4, is_complete=True,
         routing=((((0, 0.75), (3, 0.25)),), (((2, 0.5), (1, 0.5)),)),
     )  # fmt: skip
 

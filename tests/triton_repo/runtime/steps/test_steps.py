@@ -10,6 +10,7 @@ from triton_repo.contracts.model_parameters import TextParameters
 from triton_repo.contracts.piece import Piece, join
 from triton_repo.runtime import answer as answer_module
 from triton_repo.runtime.batching.alone import answered
+from triton_repo.runtime.guided.guides import Guides
 from triton_repo.runtime.options import plan_generation, read_options
 from triton_repo.runtime.single.generation import text_request
 from triton_repo.runtime.steps.postprocessing import Postprocessor, read_tokens
@@ -22,6 +23,7 @@ TEXTS = (
     "return hello", "smile 😀 and 😀😁 again", "日本語の文章", "cafe\u0301 nai\u0308ve Ångström", "👩‍👩‍👧 🏳️‍🌈",
     "  a b \n\t b", "é",
 )  # fmt: skip
+REGEX = {"guided_decoding_guide_type": "regex", "guided_decoding_guide": "(return|é|1) [0-9]{3}2?(é|😀)"}
 OPTIONS = (
     {},
     {"stream": True},
@@ -43,6 +45,13 @@ OPTIONS = (
     {"return_prompt_log_probs": True, "max_tokens": 1},
     {"stream": True, "num_return_sequences": 3, "top_p": 1.0, "temperature": 9.0, "seed": 8, "max_tokens": 9},
     {"num_return_sequences": 2, "return_prompt_log_probs": True, "num_log_probs": 2},
+    {**REGEX, "stream": True},
+    {**REGEX, "return_log_probs": True, "num_log_probs": 2},
+    {**REGEX, "stream": True, "return_log_probs": True, "max_tokens": 3},
+    {**REGEX, "stop_words": ["2"], "num_return_sequences": 2, "top_p": 1.0, "temperature": 9.0, "seed": 8},
+    {**REGEX, "end_id": -1},
+    {"guided_decoding_guide_type": "json", "stream": True, "top_p": 1.0, "temperature": 9.0, "seed": 4},
+    {"guided_decoding_guide_type": "ebnf_grammar", "guided_decoding_guide": 'root ::= [a-c]+ "!"?', "min_tokens": 9},
 )
 
 
@@ -77,7 +86,9 @@ def in_steps(session, tokenizer, values) -> list[Piece]:
         return bool(stopped)
 
     def make(outlet):
-        return token_request(request, tokenizer.size, outlet)
+        options = request.plan.options
+        guide = Guides(tokenizer).of(options.guided_decoding_guide_type, options.guided_decoding_guide)
+        return token_request(request, tokenizer.size, outlet, guide=guide)
 
     for response, _ in answered(session, make, is_stopped):
         tokens = read_tokens({names[name]: array for name, array in response.items() if name in names})

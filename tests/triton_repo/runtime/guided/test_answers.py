@@ -1,0 +1,86 @@
+"""Guided answers from both layouts: they fit whatever the logits are, and end with the reason `stop`."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import jsonschema
+import numpy as np
+import pytest
+from random_logits import RandomSession
+from served import Sent, answers
+
+from triton_repo.contracts.model_parameters import ModelParameters
+from triton_repo.errors import RequestError
+from triton_repo.runtime.batching.loading import start
+from triton_repo.runtime.single.service import Request, Service
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "é", 5, None]}, "maxItems": 3},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def request(guide_type: str, guide: str = "", **values) -> dict:
+    given = {"text_input": b"def ", "max_tokens": 900, "guided_decoding_guide_type": guide_type.encode(), **values}
+    if guide:
+        given["guided_decoding_guide"] = guide.encode()
+    return {
+        name: np.array([[value]], dtype=object if isinstance(value, bytes) else None) for name, value in given.items()
+    }
+
+
+WORDS = re.compile("(語|😀|no)(, (語|😀|no)){2}")
+SAMPLED = {"temperature": np.float32(1), "top_p": np.float32(1)}
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED, {"temperature": np.float32(1), "top_k": 5}], ids=str)
+def test_an_answer_by_a_schema_is_valid_and_ends_by_itself(byte_level, options):
+    for seed in range(8):
+        [piece] = answers(
+            RandomSession(byte_level, seed=seed), byte_level, request("json_schema", json.dumps(PERSON), **options)
+        )
+        jsonschema.validate(json.loads(piece.text), PERSON)
+        assert piece.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("guide_type", "guide", "matches"),
+    [
+        ("regex", "^[a-c]{2,5}@(x|é)$", re.compile("[a-c]{2,5}@(x|é)")),
+        ("ebnf_grammar", 'root ::= "<" ([a-z]{1,3} | root) ">"', re.compile("<+[a-z]{1,3}>+")),
+        ("ebnf_grammar", 'root ::= word (", " word){2}\nword ::= "語" | "😀" | "no"', WORDS),
+    ],
+)  # fmt: skip
+def test_an_answer_by_a_regular_expression_or_a_grammar_matches_it(
+    byte_level, byte_fallback, guide_type, guide, matches
+):
+    for tokenizer in (byte_level, byte_fallback):
+        for seed in range(4):
+            [piece] = answers(RandomSession(tokenizer, seed=seed), tokenizer, request(guide_type, guide, **SAMPLED))
+            assert matches.fullmatch(piece.text), piece.text
+            assert piece.finish_reason == "stop"
+
+
+def test_a_request_with_a_bad_guide_is_refused_and_others_are_answered(byte_level):
+    service = Service(start(RandomSession(byte_level), ModelParameters(slots=2)), byte_level)
+    try:
+        sent = [
+            Sent(Request, request_id=str(number), tensors=request("json_schema", text))
+            for number, text in enumerate(['{"typ": "object"}', json.dumps(PERSON), '{"not": {}}', "{"])
+        ]
+        for one in sent:
+            service.submit(one.request)
+        jsonschema.validate(json.loads(sent[1].all()[0].text), PERSON)
+        for one in (sent[0], sent[2], sent[3]):
+            with pytest.raises(RequestError, match="guided_decoding_guide: found "):
+                one.all()
+    finally:
+        service.runner.close()

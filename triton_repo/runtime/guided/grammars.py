@@ -1,0 +1,39 @@
+"""The library's grammar of a guide, by its type. The types are those of TensorRT-LLM's Triton models."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from triton_repo.runtime.guided.ebnf import lark_of
+from triton_repo.runtime.guided.schema import check_schema
+from triton_repo.runtime.options import refusal
+
+# A model that writes white space for ever would never end. 64 are enough for the deepest of indented texts.
+_WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+_OPTIONS: dict[str, Any] = {"whitespace_pattern": _WHITE_SPACE, "lenient": False, "coerce_one_of": False}
+
+
+def grammar_of(guide_type: str, guide: str) -> str:
+    """The library's text of a grammar. `guide_type` is one of contracts/wire.py: GUIDE_TYPES. Raises RequestError for a
+    guide that is malformed, cannot be met, or uses what is not served."""
+    from llguidance import LLMatcher
+
+    try:
+        if guide_type == "regex":
+            return LLMatcher.grammar_from_regex(without_anchors(guide))
+        if guide_type == "ebnf_grammar":
+            return LLMatcher.grammar_from_lark(lark_of(guide))
+        schema = {"type": "object"} if guide_type == "json" else check_schema(guide)
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_OPTIONS)
+    except ValueError as error:
+        raise refusal([f"guided_decoding_guide: {error}"]) from error
+
+
+def without_anchors(regex: str) -> str:
+    """A regular expression without ^ at its start and $ at its end. The whole answer must match in any case, and the
+    library has no anchors."""
+    start = 1 if regex.startswith("^") else 0
+    slashes = len(regex) - 1 - len(regex[:-1].rstrip("\\"))
+    end = len(regex) - 1 if regex.endswith("$") and slashes % 2 == 0 else len(regex)
+    return regex[start:end]
