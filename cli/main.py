@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("cli.eval", "evaluate an engine on tasks of lm-evaluation-harness"),
     "package": ("cli.package", "make a Triton model repository from an engine"),
     "serve": ("cli.serve", "run Triton Inference Server on a model repository"),
+    "gateway": ("cli.gateway", "serve OpenAI's HTTP API over a running server"),
     "generate": ("cli.generate", "stream a completion from a served model"),
     "bench": ("cli.bench", "measure a server under load: tokens a second, first tokens, pauses"),
     "doctor": ("cli.doctor", "print what a bug report needs, and what is wrong here"),

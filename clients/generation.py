@@ -51,8 +51,13 @@ DEADLINE_EXCEEDED = "Deadline Exceeded"
 CLOSED = "the client was closed before the answer's end"
 # Three years. From about 1e9 s on, gRPC's clock overflows and the call fails at once with DEADLINE_EXCEEDED.
 MAX_TIMEOUT_S = 1e8
-# A whole answer comes as one message, and gRPC's default limit for a message is 4 MiB.
-CHANNEL_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
+# A whole answer comes as one message, and gRPC's default limit for a message is 4 MiB. By default gRPC waits up to
+# 120 s between attempts to reach a server that was gone; a server that is started again answers sooner.
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+)
 
 
 class Client:
@@ -171,6 +176,10 @@ class Client:
     def models(self) -> tuple[ModelState, ...]:
         """Every model in the server's repository, in the order of names."""
         return wire.read_models(self._ask("RepositoryIndex", f"listing the models of {self.url}"))
+
+    def model_inputs(self, model: str) -> frozenset[str]:
+        """The names of a model's inputs. Raises ModelNotFound if the server has no ready model of that name."""
+        return wire.read_inputs(self._ask("ModelMetadata", f"asking {self.url} about {model}", name=model))
 
     def _server_traits(self, doing: str, timeout_s: float | None) -> wire.ServerTraits:
         if self._traits is None:
@@ -322,6 +331,10 @@ class AsyncClient:
         """Every model in the server's repository, in the order of names."""
         return wire.read_models(await self._ask("RepositoryIndex", f"listing the models of {self.url}"))
 
+    async def model_inputs(self, model: str) -> frozenset[str]:
+        """The names of a model's inputs. Raises ModelNotFound if the server has no ready model of that name."""
+        return wire.read_inputs(await self._ask("ModelMetadata", f"asking {self.url} about {model}", name=model))
+
     async def _server_traits(self, doing: str, timeout_s: float | None) -> wire.ServerTraits:
         if self._traits is None:
             answer = await self._ask("ServerMetadata", doing, timeout_s=timeout_s)
@@ -346,10 +359,8 @@ class AsyncClient:
         return error_of(doing=doing, status=status, details=details or "", model=model, models=models)
 
 
-def _open(
-    library: ModuleType, url: str, credentials: grpc.ChannelCredentials | None
-) -> grpc.Channel | grpc.aio.Channel:
-    """A channel of `grpc` or `grpc.aio`. Raises AddressInvalid for an address that gRPC could not resolve."""
+def check_address(url: str) -> None:
+    """Raise AddressInvalid for an address that gRPC could not resolve."""
     if not isinstance(url, str):
         raise AddressInvalid(f"connecting to {url!r}: found no text, expected HOST:PORT")
     if url.startswith(("http://", "https://", "grpc://")):
@@ -359,6 +370,13 @@ def _open(
         raise AddressInvalid(
             f"connecting to {url!r}: expected HOST:PORT, such as 127.0.0.1:8001 or [::1]:8001, with a port below 65536"
         )
+
+
+def _open(
+    library: ModuleType, url: str, credentials: grpc.ChannelCredentials | None
+) -> grpc.Channel | grpc.aio.Channel:
+    """A channel of `grpc` or `grpc.aio`. Raises AddressInvalid."""
+    check_address(url)
     if credentials is None:
         return library.insecure_channel(url, options=CHANNEL_OPTIONS)
     return library.secure_channel(url, credentials, options=CHANNEL_OPTIONS)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 STOP_PATIENCE_S = 10.0
 # The request to stop is repeated, since it may reach the model before the request that it names.
 STOP_INTERVAL_S = 1.0
+# Responses that an AsyncStream holds for a reader that is slower than the server. Then it reads no more of the call,
+# and gRPC's flow control holds the server's responses back.
+MOST_UNREAD = 64
 
 
 class Stream:
@@ -84,6 +87,8 @@ class AsyncStream:
         self.is_abandoned = False
         self._call = call
         self._read: asyncio.Queue[pb.ModelStreamInferResponse | BaseException | None] = asyncio.Queue()
+        self._room = asyncio.Semaphore(MOST_UNREAD)
+        self._has_reader = True
         self._ended = asyncio.Event()
         self._task = asyncio.create_task(self._pump())
 
@@ -103,10 +108,12 @@ class AsyncStream:
                 return
             if isinstance(item, BaseException):
                 raise item
+            self._room.release()
             yield item
 
     async def end(self, ask_to_stop: Callable[[float], Awaitable[None]] | None) -> None:
         """End the call: by `ask_to_stop(timeout_s)`, and if that does not end it in time, by cancelling it."""
+        self._leave()
         try:
             due = time.monotonic() + STOP_PATIENCE_S
             while ask_to_stop is not None and not self._ended.is_set() and (left := due - time.monotonic()) > 0:
@@ -116,11 +123,18 @@ class AsyncStream:
         finally:
             self._call.cancel()  # has no effect on a call that has ended
 
+    def _leave(self) -> None:
+        """From now on drop what comes, so that the call can be read to its end."""
+        self._has_reader = False
+        self._room.release()
+
     async def _pump(self) -> None:
         last: BaseException | None = None
         try:
             async for response in self._call:
-                self._read.put_nowait(response)
+                if self._has_reader:
+                    await self._room.acquire()
+                    self._read.put_nowait(response)
         except (Exception, asyncio.CancelledError) as error:  # the reader gets it
             # grpc.aio raises CancelledError for a call that was cancelled here, as if the reader's task had been.
             last = None if self.is_abandoned else error

@@ -87,9 +87,14 @@ def build_stop(model: str, request_id: str) -> pb.ModelInferRequest:
     return message
 
 
+def read_inputs(metadata: pb.ModelMetadataResponse) -> frozenset[str]:
+    """The names of a model's inputs."""
+    return frozenset(tensor.name for tensor in metadata.inputs)
+
+
 def takes_stop(metadata: pb.ModelMetadataResponse) -> bool:
     """Whether a model has the input `stop`."""
-    return any(tensor.name == STOP for tensor in metadata.inputs)
+    return STOP in read_inputs(metadata)
 
 
 def input_values(request: GenerationRequest, *, stream: bool) -> list[tuple[WireTensor, list[Any]]]:

@@ -1,0 +1,1 @@
+"""The endpoints: what each takes, and how its answers look."""

@@ -1,0 +1,179 @@
+"""/v1/chat/completions: a conversation that the model's chat template turns into a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.responses import Response
+
+from clients.gateway.api import fields
+from clients.gateway.api.answers import Usage, chat_log_probs, finish_reason, now
+from clients.gateway.api.messages import read_messages
+from clients.gateway.api.sampling import LOG_PROBS, SHARED, UNREAD, generation_request, required_model, wants_usage
+from clients.gateway.errors import invalid
+from clients.gateway.events import Events, Whole, event
+from clients.gateway.guard import Record
+from clients.gateway.state import Gateway
+from clients.gateway.texts import ModelTexts
+from clients.messages import Generation, GenerationRequest
+from triton_repo.contracts.piece import Piece
+
+
+def read_tools(value: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - JSON value
+    """The tools that a template may show to the model."""
+    if not isinstance(value, list) or not all(isinstance(tool, dict) and "type" in tool for tool in value):
+        raise ValueError("expected a list of objects with a type each")
+    return list(value)
+
+
+FIELDS = fields.Fields(
+    taken={
+        **SHARED,
+        "messages": read_messages,
+        "max_tokens": fields.integer(1, fields.MOST_TOKENS),
+        "max_completion_tokens": fields.integer(1, fields.MOST_TOKENS),
+        "logprobs": fields.boolean,
+        "top_logprobs": fields.integer(0, LOG_PROBS),
+        "tools": read_tools,
+        "tool_choice": fields.one_of("none", "auto"),
+        # vLLM's
+        "add_generation_prompt": fields.boolean,
+        "continue_final_message": fields.boolean,
+        "chat_template_kwargs": fields.mapping,
+    },
+    unread=UNREAD | {"parallel_tool_calls", "prediction", "verbosity"},
+    neutral={
+        "modalities": (["text"],),
+        "response_format": ({"type": "text"},),
+        "audio": (),
+        "function_call": ("none",),
+        "functions": ([],),
+        "reasoning_effort": ("none",),
+        "web_search_options": (),
+    },
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A request for a chat completion that was read and checked."""
+
+    values: Mapping[str, Any]
+    request: GenerationRequest
+    texts: ModelTexts
+    log_probs: bool
+    includes_usage: bool
+    head: Mapping[str, Any]  # what every object of the answer begins with, without its kind
+
+
+async def respond(gateway: Gateway, record: Record, body: Mapping[str, Any]) -> Response:
+    """The response to a body. Raises ApiError."""
+    call = await read_call(gateway, record, body)
+    usage = Usage(record)
+    if call.values.get("stream"):
+        return Events(_events(gateway, call, usage), gateway.settings.limits.unread_s)
+    return Whole(lambda: _whole(gateway, call, usage))
+
+
+async def read_call(gateway: Gateway, record: Record, body: Mapping[str, Any]) -> Call:
+    """Check a body and render its messages. Raises ApiError."""
+    values = FIELDS.read(body)
+    record.model = model = required_model(values)
+    gateway.check_model(model)
+    if "messages" not in values:
+        raise invalid("messages", "you must provide messages")
+    log_probs, top = values.get("logprobs", False), values.get("top_logprobs")
+    if top is not None and not log_probs:
+        raise invalid("top_logprobs", "found a number, and logprobs is not true; send logprobs true beside it")
+    texts = await gateway.texts(model)
+    return Call(
+        values=values,
+        request=generation_request(
+            values,
+            prompt=await _prompt(gateway, model, values, texts),
+            max_tokens=_max_tokens(values),
+            request_id=record.triton_id(),
+            timeout_s=gateway.settings.limits.answer_s,
+            log_probs=(top or 0) if log_probs else None,
+        ),
+        texts=texts,
+        log_probs=log_probs,
+        includes_usage=wants_usage(values),
+        head={"id": f"chatcmpl-{record.id}", "created": now(), "model": model},
+    )
+
+
+def _max_tokens(values: Mapping[str, Any]) -> int:
+    """The most new tokens; without a wish as many as the context has room for."""
+    old, new = values.get("max_tokens"), values.get("max_completion_tokens")
+    if old is not None and new is not None and old != new:
+        raise invalid("max_tokens", f"found {old}, and max_completion_tokens says {new}; send one of the two")
+    return int(new or old or fields.MOST_TOKENS)
+
+
+async def _prompt(gateway: Gateway, model: str, values: Mapping[str, Any], texts: ModelTexts) -> str:
+    """The text of the conversation."""
+    renderer = await gateway.renderer(model)
+    tools, continues = values.get("tools") or None, values.get("continue_final_message", False)
+    if tools and values.get("tool_choice") != "none" and "tools" not in (texts.template or ""):
+        raise invalid("tools", "found tools, and this model's chat template shows none to the model; leave them out")
+    if continues and values.get("add_generation_prompt"):
+        raise invalid("continue_final_message", "found true, and add_generation_prompt too; send one of the two")
+    text = await renderer.render(
+        values["messages"],
+        add_generation_prompt=not continues,
+        tools=None if values.get("tool_choice") == "none" else tools,
+        variables=values.get("chat_template_kwargs"),
+    )
+    if not text:
+        raise invalid(
+            "messages", "the model's chat template makes an empty text of them, expected at least a character"
+        )
+    return text
+
+
+async def _whole(gateway: Gateway, call: Call, usage: Usage) -> dict[str, Any]:
+    """The answer as one object."""
+    choices = []
+    for generation in await gateway.pool.generate_all(call.request):
+        usage.add(generation)
+        message = {"role": "assistant", "content": generation.text, "refusal": None}
+        choices.append(_choice(call, generation, {"message": message}))
+    return {"object": "chat.completion", **call.head, "choices": choices, "usage": usage.to_json()}
+
+
+def _choice(call: Call, part: Generation | Piece, words: dict[str, Any]) -> dict[str, Any]:
+    choice = {
+        "index": part.sequence_index,
+        **words,
+        "logprobs": chat_log_probs(call.texts, part) if call.log_probs else None,
+        "finish_reason": finish_reason(part),
+    }
+    return {**choice, "token_ids": list(part.token_ids)} if call.values.get("return_token_ids") else choice
+
+
+async def _events(gateway: Gateway, call: Call, usage: Usage) -> AsyncGenerator[bytes, None]:
+    """The answer piece by piece. The first event of a choice has the role alone."""
+    head = {"object": "chat.completion.chunk", **call.head}
+    extra = {"usage": None} if call.includes_usage else {}
+    begun: set[int] = set()
+    shows_tokens = call.log_probs or call.values.get("return_token_ids")
+    async with aclosing(gateway.pool.stream(call.request)) as pieces:
+        async for piece in pieces:
+            usage.add(piece)
+            data = b""
+            if piece.sequence_index not in begun:
+                begun.add(piece.sequence_index)
+                opening = {"role": "assistant", "content": "", "refusal": None}
+                first = {"index": piece.sequence_index, "delta": opening, "logprobs": None, "finish_reason": None}
+                data = event({**head, "choices": [first], **extra})
+            if piece.text or piece.finish_reason or (shows_tokens and piece.token_ids):
+                choice = _choice(call, piece, {"delta": {"content": piece.text} if piece.text else {}})
+                data += event({**head, "choices": [choice], **extra})
+            if data:
+                yield data
+    if call.includes_usage:
+        yield event({**head, "choices": [], "usage": usage.to_json()})

@@ -1,0 +1,247 @@
+"""/v1/completions: texts or token ids that the model continues."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from starlette.responses import Response
+
+from clients.gateway.api import fields
+from clients.gateway.api.answers import Usage, completion_log_probs, finish_reason, now
+from clients.gateway.api.sampling import LOG_PROBS, SHARED, UNREAD, generation_request, required_model, wants_usage
+from clients.gateway.errors import invalid
+from clients.gateway.events import Events, Whole, event
+from clients.gateway.guard import Record
+from clients.gateway.state import Gateway
+from clients.gateway.texts import ModelTexts
+from clients.messages import Generation, GenerationRequest
+from export.errors import shown
+from triton_repo.contracts.piece import Piece
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+def read_prompt(value: Any) -> list[str | tuple[int, ...]]:  # noqa: ANN401 - JSON value
+    """The prompts: a text, a list of texts, a list of token ids, or a list of those."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(item, str) for item in value):
+            return list(value)
+        if _are_ids(value):
+            return [tuple(value)]
+        if all(isinstance(item, list) and item and _are_ids(item) for item in value):
+            return [tuple(item) for item in value]
+    raise ValueError("expected a text, a list of texts, a list of token ids, or a list of such lists, none empty")
+
+
+def _are_ids(value: Sequence[Any]) -> bool:
+    return all(type(item) is int and 0 <= item < 2**31 for item in value)
+
+
+FIELDS = fields.Fields(
+    taken={
+        **SHARED,
+        "prompt": read_prompt,
+        "max_tokens": fields.integer(0, fields.MOST_TOKENS),
+        "echo": fields.boolean,
+        "logprobs": fields.integer(0, LOG_PROBS),
+    },
+    unread=UNREAD,
+    neutral={"best_of": (1,), "suffix": ("",)},
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A request for completions that was read and checked."""
+
+    values: Mapping[str, Any]
+    prompts: tuple[str, ...]
+    requests: tuple[GenerationRequest, ...]  # one a prompt
+    texts: ModelTexts | None  # where tokens are shown
+    log_probs: int | None
+    echo: bool
+    prompt_only: bool  # max_tokens is 0: the token that the model is asked for is left out of the answer
+    includes_usage: bool
+    head: Mapping[str, Any]  # what every object of the answer begins with
+
+    @property
+    def num_answers(self) -> int:
+        return int(self.values.get("n", 1))
+
+
+async def respond(gateway: Gateway, record: Record, body: Mapping[str, Any]) -> Response:
+    """The response to a body. Raises ApiError."""
+    call = await read_call(gateway, record, body)
+    usage = Usage(record)
+    if call.values.get("stream"):
+        return Events(_events(gateway, call, usage), gateway.settings.limits.unread_s)
+    return Whole(lambda: _whole(gateway, call, usage))
+
+
+async def read_call(gateway: Gateway, record: Record, body: Mapping[str, Any]) -> Call:
+    """Check a body. Raises ApiError."""
+    values = FIELDS.read(body)
+    record.model = model = required_model(values)
+    gateway.check_model(model)
+    if "prompt" not in values:
+        raise invalid("prompt", "you must provide a prompt")
+    limits, stated = gateway.settings.limits, values["prompt"]
+    if len(stated) > limits.prompts:
+        raise invalid(
+            "prompt", f"found {len(stated)} prompts, expected at most {limits.prompts}; send several requests"
+        )
+    log_probs, echo = values.get("logprobs"), values.get("echo", False)
+    max_tokens = values.get("max_tokens", DEFAULT_MAX_TOKENS)
+    if max_tokens == 0 and not echo:
+        raise invalid("max_tokens", "found 0, expected 1 or more where echo is not true; ask for at least one token")
+    needs_texts = log_probs is not None or not all(isinstance(prompt, str) for prompt in stated)
+    texts = await gateway.texts(model) if needs_texts else None
+    prompts = tuple(prompt if isinstance(prompt, str) else _text_of(texts, prompt) for prompt in stated)
+    empty = next((place for place, prompt in enumerate(prompts) if not prompt), None)
+    if empty is not None:
+        raise invalid("prompt", "found an empty text, expected at least one character")
+    return Call(
+        values=values,
+        prompts=prompts,
+        requests=tuple(
+            generation_request(
+                values,
+                prompt=prompt,
+                max_tokens=max(1, max_tokens),
+                request_id=record.triton_id(),
+                timeout_s=limits.answer_s,
+                log_probs=log_probs,
+                prompt_log_probs=echo and log_probs is not None,
+            )
+            for prompt in prompts
+        ),
+        texts=texts,
+        log_probs=log_probs,
+        echo=echo,
+        prompt_only=max_tokens == 0,
+        includes_usage=wants_usage(values),
+        head={"id": f"cmpl-{record.id}", "object": "text_completion", "created": now(), "model": model},
+    )
+
+
+def _text_of(texts: ModelTexts | None, token_ids: Sequence[int]) -> str:
+    """The text that is encoded to these tokens. Raises ApiError where there is none."""
+    assert texts is not None
+    unknown = next((token for token in token_ids if token >= texts.tokenizer.size), None)
+    if unknown is not None:
+        raise invalid("prompt", f"found the token id {unknown}, expected ids below {texts.tokenizer.size}")
+    text = str(texts.tokenizer.backend.decode(list(token_ids), skip_special_tokens=False))
+    if texts.tokenizer.encode_prompt(text) != list(token_ids):
+        raise invalid(
+            "prompt", f"the token ids {shown(list(token_ids))} are not those that the model's tokenizer makes of their "
+            "text, which is what is sent to this model; send a text",
+        )  # fmt: skip
+    return text
+
+
+async def _whole(gateway: Gateway, call: Call, usage: Usage) -> dict[str, Any]:
+    """The answer as one object."""
+    room = asyncio.Semaphore(gateway.settings.limits.prompts_at_once)
+
+    async def ask(place: int, request: GenerationRequest) -> list[dict[str, Any]]:
+        async with room:
+            generations = await gateway.pool.generate_all(request)
+        for generation in generations:
+            usage.add(generation, place)
+        return [_choice(call, place, generation) for generation in generations]
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(_plain(ask(place, request))) for place, request in enumerate(call.requests)]
+    choices: list[dict[str, Any]] = []
+    for task in tasks:
+        found = task.result()
+        if isinstance(found, Exception):
+            raise found
+        choices += found
+    return {**call.head, "choices": choices, "usage": usage.to_json()}
+
+
+async def _plain(work: Any) -> Any:  # noqa: ANN401 - what the work gives
+    """The result of work, or its error: a task group would wrap an error, and cancel the others for it."""
+    try:
+        return await work
+    except Exception as error:
+        return error
+
+
+def _choice(call: Call, place: int, generation: Generation) -> dict[str, Any]:
+    text, reason, part = generation.text, finish_reason(generation), generation
+    if call.prompt_only:
+        text, reason, part = "", "length", replace(generation, token_ids=(), log_probs=(), top_log_probs=())
+    choice: dict[str, Any] = {
+        "index": place * call.num_answers + generation.sequence_index,
+        "text": (call.prompts[place] if call.echo else "") + text,
+        "logprobs": None,
+        "finish_reason": reason,
+    }
+    if call.texts is not None and call.log_probs is not None:
+        choice["logprobs"], _ = _log_probs(call.texts, part, 0, with_prompt=call.echo)
+    if call.values.get("return_token_ids"):
+        choice["token_ids"] = list(part.token_ids)
+    return choice
+
+
+async def _events(gateway: Gateway, call: Call, usage: Usage) -> AsyncGenerator[bytes, None]:
+    """The answer piece by piece. Prompts are answered one after the other."""
+    extra = {"usage": None} if call.includes_usage else {}
+    for place, request in enumerate(call.requests):
+        offsets: dict[int, int] = {}  # sequence to the offset behind the text of its tokens so far
+        async with aclosing(gateway.pool.stream(request)) as pieces:
+            async for piece in pieces:
+                usage.add(piece, place)
+                choice = _part(call, place, piece, offsets)
+                if choice is not None:
+                    yield event({**call.head, "choices": [choice], **extra})
+    if call.includes_usage:
+        yield event({**call.head, "choices": [], "usage": usage.to_json()})
+
+
+def _part(call: Call, place: int, piece: Piece, offsets: dict[int, int]) -> dict[str, Any] | None:
+    """What a piece adds to a choice; None for one that shows nothing."""
+    text, reason, shown_part = piece.text, finish_reason(piece), piece
+    if call.prompt_only:
+        text, reason = "", reason and "length"
+        shown_part = replace(piece, token_ids=(), log_probs=(), top_log_probs=())
+    is_first = piece.sequence_index not in offsets
+    offset = offsets.setdefault(piece.sequence_index, 0)
+    begins = is_first and call.echo
+    if begins:
+        text = call.prompts[place] + text
+    shows_tokens = call.log_probs is not None or call.values.get("return_token_ids")
+    if not text and reason is None and not (shows_tokens and shown_part.token_ids):
+        return None
+    choice: dict[str, Any] = {
+        "index": place * call.num_answers + piece.sequence_index, "text": text, "logprobs": None,
+        "finish_reason": reason,
+    }  # fmt: skip
+    if call.texts is not None and call.log_probs is not None:
+        choice["logprobs"], offsets[piece.sequence_index] = _log_probs(
+            call.texts, shown_part, offset, with_prompt=begins
+        )
+    if call.values.get("return_token_ids"):
+        choice["token_ids"] = list(shown_part.token_ids)
+    return choice
+
+
+def _log_probs(
+    texts: ModelTexts, part: Piece | Generation, offset: int, *, with_prompt: bool
+) -> tuple[dict[str, Any], int]:
+    """The log-probabilities of a part's tokens, behind those of the prompt where it begins with them."""
+    ids, values, tops = part.token_ids, tuple[float | None, ...](part.log_probs), part.top_log_probs
+    tops = tops or ((),) * len(ids)
+    if with_prompt:
+        prompt = part.prompt_token_ids
+        values = (*(None, *part.prompt_log_probs)[: len(prompt)], *values)
+        ids, tops = (*prompt, *ids), (*((),) * len(prompt), *tops)
+    return completion_log_probs(texts, ids, values, tops, offset)

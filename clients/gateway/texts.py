@@ -1,0 +1,117 @@
+"""What the gateway knows of a model's texts: its tokenizer, chat template and context, from the package's own files.
+
+The files are those of an engine (engine.json, tokenizer.json), or of any checkpoint's folder. Nothing of a model is
+loaded or computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from export.checkpoint.token_ids import CONFIG_FILE
+from export.errors import ConfigError, named
+from export.files.reading import is_regular, read_json, read_text
+from export.tokenizer.loading import Tokenizer, load_tokenizer
+from export.tokenizer.settings import DEFAULT_TEMPLATE, MAX_TEMPLATE_BYTES, read_settings
+from triton_repo.contracts.ensemble import TOKEN_ENGINE
+from triton_repo.contracts.model_parameters import ENGINE_FOLDER
+
+ENGINE_FILE = "engine.json"
+CHECKPOINT_FOLDER = "checkpoint"  # of a model for TensorRT-LLM's LLM API, within its version's folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTexts:
+    """A model's tokenizer and the facts beside it. `context`: tokens of prompt and answer together; None if unknown."""
+
+    tokenizer: Tokenizer
+    template: str | None = None  # Jinja text of the chat template
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    context: int | None = None
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for in a text; for a special token those of its name. An id without a token
+        has none."""
+        name = self.tokenizer.backend.id_to_token(token)
+        if name is None:
+            return b""
+        if token in self._added:
+            return str(name).encode()
+        if self._is_byte_level:
+            return bytes(_BYTE_OF_LETTER[letter] for letter in name if letter in _BYTE_OF_LETTER)
+        if token in self.tokenizer.byte_ids:
+            return bytes([int(name[3:5], 16)])
+        return str(name).replace("▁", " ").encode()
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.backend.get_added_tokens_decoder())
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return '"ByteLevel"' in repr(self.tokenizer.backend.decoder.__getstate__().decode())
+
+
+def _letters() -> dict[str, int]:
+    """Byte-level letter to byte: printable bytes of Latin-1 stand for themselves, the others for letters from 256 on
+    (bytes_to_unicode of OpenAI's GPT-2)."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTE_OF_LETTER = _letters()
+
+
+def find_folder(repository: Path, model: str) -> Path | None:
+    """The folder in a model repository that has the tokenizer of a model; None if there is none. Of an ensemble it is
+    the engine's."""
+    patterns = [
+        f"{model}/[0-9]*/{ENGINE_FOLDER}",
+        f"{model}/[0-9]*/{CHECKPOINT_FOLDER}",
+        f"{TOKEN_ENGINE}/[0-9]*/{ENGINE_FOLDER}",
+    ]
+    found = [path for pattern in patterns for path in sorted(repository.glob(pattern)) if path.is_dir()]
+    return next(iter(found), None)
+
+
+def read_texts(folder: Path, chat_template: Path | None = None) -> ModelTexts:
+    """Read an engine's folder, or a checkpoint's. `chat_template`: a file with the template to use. Raises
+    CheckpointError and ConfigError."""
+    template = None
+    if chat_template is not None:
+        template = read_text(chat_template, "the chat template", most=MAX_TEMPLATE_BYTES)
+    if is_regular(folder / ENGINE_FILE):
+        return _of_engine(folder, template)
+    config = read_json(folder / CONFIG_FILE, "the checkpoint's config") if is_regular(folder / CONFIG_FILE) else {}
+    settings = read_settings(folder, config)
+    return ModelTexts(
+        tokenizer=settings.tokenizer,
+        template=template or settings.facts.chat_templates.get(DEFAULT_TEMPLATE),
+        special_tokens=settings.facts.special_tokens,
+    )
+
+
+def _of_engine(folder: Path, template: str | None) -> ModelTexts:
+    manifest = read_json(folder / ENGINE_FILE, "the engine's manifest")
+    context = manifest.get("max_sequence")
+    facts: Any = manifest.get("tokenizer") or {}
+    templates, special = (facts.get(key, {}) for key in ("chat_templates", "special_tokens"))
+    texts = (
+        [*templates.values(), *special.values()] if isinstance(templates, dict) and isinstance(special, dict) else [0]
+    )
+    if not all(isinstance(text, str) for text in texts):
+        raise ConfigError(
+            f"reading the tokenizer of {named(folder)}: {ENGINE_FILE} holds chat templates or special tokens that are "
+            "no texts; build the engine again"
+        )
+    return ModelTexts(
+        tokenizer=load_tokenizer(folder),
+        template=template or templates.get(DEFAULT_TEMPLATE),
+        special_tokens=special,
+        context=context if type(context) is int else None,
+    )

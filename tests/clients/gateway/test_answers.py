@@ -1,0 +1,49 @@
+"""What OpenAI's own client makes of the gateway's answers."""
+
+from __future__ import annotations
+
+from fake_triton import empty_final, piece
+
+
+def sent(request) -> dict[str, bytes]:
+    """The tensors of a request by name."""
+    return {tensor.name: raw for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True)}
+
+
+def test_a_chat_is_the_template_rendered_and_the_answer_a_message(gateway, server):
+    answer = gateway.client().chat.completions.create(
+        model="phixtral", messages=[{"role": "user", "content": "2+2?"}], temperature=0
+    )
+    assert sent(server.requests[-1])["text_input"][4:] == b"<|user|>2+2?\n<|assistant|>"
+    assert (answer.object, answer.choices[0].message.content) == ("chat.completion", "def main")
+    assert (answer.choices[0].finish_reason, answer.usage.total_tokens) == ("length", 6)
+
+
+def test_a_streamed_chat_comes_piece_by_piece(gateway):
+    chunks = list(
+        gateway.client().chat.completions.create(
+            model="phixtral", messages=[{"role": "user", "content": "hi"}], stream=True,
+            stream_options={"include_usage": True},
+        )
+    )  # fmt: skip
+    assert [chunk.choices[0].delta.content for chunk in chunks[:-1]] == ["", "def ", "main"]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None, None, "length"]
+    assert (chunks[-1].choices, chunks[-1].usage.completion_tokens) == ([], 3)
+
+
+def test_a_completion_of_several_prompts_has_a_choice_for_each_answer_to_each(gateway, server):
+    def two(request, context):
+        for index in (1, 0):
+            yield piece(f"{index}", (5,), finish_reason="stop", num_output=1, sequence_index=index)
+        yield empty_final()
+
+    server.answer = two
+    answer = gateway.client().completions.create(model="phixtral", prompt=["a", "b"], n=2, echo=True)
+    assert [(choice.index, choice.text) for choice in answer.choices] == [(0, "a0"), (1, "a1"), (2, "b0"), (3, "b1")]
+    assert answer.usage.prompt_tokens == 6
+
+
+def test_models_are_listed_with_their_context(gateway):
+    (model,) = gateway.client().models.list().data
+    assert (model.id, model.max_model_len) == ("phixtral", 640)
