@@ -1,5 +1,5 @@
 """Run the kernels of an installed moeship: a node of each kind on every instruction set that this CPU has. Read the
-text that verify measures on, and the style of its reports.
+text that verify measures on, the style of its reports, and the files of the playground.
 
     python ci/check_wheel.py
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import trt_build
+from clients.gateway.playground.router import files
 from export.calibration.text import own_text as calibration_text
 from trt_build.comparison.evaluation_text import own_text
 from trt_build.report.page import style
@@ -29,6 +30,7 @@ def main() -> int:
     print(f"{len(own_text().content)} characters of held-out text")  # raises where a file is missing
     print(f"{len(calibration_text())} characters of calibration text")  # the same
     print(f"{len(style())} characters of the style of reports")
+    print(f"{len(files())} files of the playground")  # the same
     import kernel_nodes
     from kernel_nodes import block_linear, experts, levels, mixture, product_float, product_int8, random_matrices
 

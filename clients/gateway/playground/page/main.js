@@ -1,0 +1,280 @@
+/** The page: fields in, requests out, answers as they are written. Nothing is stored; a key lives in its field alone. */
+
+import { chunks, models, ShownError } from "./api.js";
+import * as inspector from "./inspector.js";
+import * as settings from "./settings.js";
+import { parts } from "./tokens.js";
+import { Turn } from "./turn.js";
+
+const part = (id) => document.getElementById(id);
+const prompt = part("prompt");
+// What the page asks for by itself: a model that has no such thing is asked without it.
+const WISHES = {
+  return_routed_experts: "This model gives no experts: it has none, or its server does not tell them.",
+  logprobs: "The gateway has no tokenizer of this model, and so gives no probabilities.",
+};
+const ENDPOINTS = { chat: "v1/chat/completions", completion: "v1/completions" };
+
+let turns = [];
+let cleared = [];
+let number = 0;
+let running = null; // { turn, abort }
+
+const mode = () => document.querySelector("input[name=mode]:checked").value;
+const say = (text) => {
+  part("status").textContent = text;
+};
+
+// Models.
+
+async function readModels() {
+  const select = part("model");
+  const before = select.value;
+  try {
+    const found = await models(settings.key());
+    select.replaceChildren(...found.map(({ id }) => new Option(id, id)));
+    if (!found.length) select.replaceChildren(new Option("no model is ready", ""));
+    if (found.some(({ id }) => id === before)) select.value = before;
+    part("trouble")?.remove();
+  } catch (error) {
+    select.replaceChildren(new Option("no models", ""));
+    trouble(error.message);
+  }
+}
+
+/** A message above the composer that stays until its cause is gone. */
+function trouble(text) {
+  part("trouble")?.remove();
+  const box = document.createElement("div");
+  box.id = "trouble";
+  box.setAttribute("role", "alert");
+  const message = document.createElement("p");
+  message.className = "error";
+  message.textContent = text;
+  const again = document.createElement("button");
+  again.type = "button";
+  again.textContent = "Try again";
+  again.addEventListener("click", readModels);
+  box.append(message, again);
+  part("composer").before(box);
+}
+
+// Requests.
+
+function body(turn, without) {
+  const found = { model: turn.model, ...settings.fields(turn.mode) };
+  for (const name of without) delete found[name];
+  if (without.has("logprobs")) delete found.top_logprobs;
+  if (turn.mode === "completion") return { ...found, prompt: turn.request };
+  const messages = settings.system() ? [{ role: "system", content: settings.system() }] : [];
+  for (const before of turns) {
+    if (before === turn) break;
+    if (!before.counts) continue;
+    messages.push({ role: "user", content: before.request }, { role: "assistant", content: before.text });
+  }
+  messages.push({ role: "user", content: turn.request });
+  return { ...found, messages };
+}
+
+/** Which of WISHES a refusal is about, if any. */
+function refusedWish(error) {
+  if (!(error instanceof ShownError) || error.status !== 400) return null;
+  if (error.code === "no_tokenizer") return "logprobs";
+  return Object.keys(WISHES).find((name) => error.param === name || error.message.includes(`${name}: `)) ?? null;
+}
+
+async function run(turn) {
+  const abort = new AbortController();
+  running = { turn, abort };
+  busy(true);
+  turn.begin();
+  inspector.show(turn);
+  say("The answer is being written.");
+  const without = new Set();
+  try {
+    for (;;) {
+      try {
+        await read(turn, body(turn, without), abort.signal);
+        break;
+      } catch (error) {
+        const wish = turn.runs.length ? null : refusedWish(error);
+        if (!wish || without.has(wish)) throw error;
+        without.add(wish);
+        turn.note.textContent = WISHES[wish];
+      }
+    }
+    turn.end("done");
+    say(`Answer ${turn.number} has ended, ${turn.tokens.length} tokens: ${turn.text}`);
+  } catch (error) {
+    if (error.name === "AbortError") {
+      turn.end("stopped");
+      say("The answer was stopped.");
+    } else {
+      const known = error instanceof ShownError;
+      if (!known) console.error(error);
+      turn.end("failed", known ? error.message : "The page failed. The browser's console has the reason.");
+    }
+  } finally {
+    running = null;
+    busy(false);
+    inspector.refresh();
+    follow(true);
+  }
+}
+
+async function read(turn, request, signal) {
+  for await (const chunk of chunks(ENDPOINTS[turn.mode], request, settings.key(), signal)) {
+    if (chunk.usage) turn.usage = chunk.usage;
+    const [choice] = chunk.choices ?? [];
+    if (!choice) continue;
+    const atEnd = isAtEnd();
+    if (choice.finish_reason) turn.finish = choice.finish_reason;
+    turn.add(parts(choice));
+    if (inspector.isShown(turn)) inspector.refresh();
+    if (atEnd) follow();
+  }
+}
+
+function send() {
+  const text = prompt.value;
+  if (running || !text.trim()) return;
+  const wrong = settings.problem();
+  if (wrong) {
+    openPanel("settings");
+    wrong.input.focus();
+    wrong.input.setAttribute("aria-invalid", "true");
+    wrong.input.reportValidity();
+    say(wrong.text);
+    return;
+  }
+  const model = part("model").value;
+  if (!model) {
+    trouble("There is no model to ask. Start one, or look whether the gateway reaches its server.");
+    return;
+  }
+  cleared = [];
+  part("clear").textContent = "Clear";
+  number += 1;
+  const turn = new Turn({ number, mode: mode(), model, request: text, onSelect: selected, onRetry: again });
+  turns.push(turn);
+  part("turns").append(turn.element);
+  part("empty").hidden = true;
+  prompt.value = "";
+  follow(true);
+  run(turn);
+}
+
+/** Ask once more. What came after the answer stays, since it was said. */
+function again(turn) {
+  if (!running) run(turn);
+}
+
+function selected(turn, chosen) {
+  for (const other of turns) if (other !== turn && other.selected !== null) unselect(other);
+  inspector.show(turn, chosen);
+  if (!chosen) return;
+  openPanel("tokens");
+  say(inspector.sentence(chosen));
+}
+
+function unselect(turn) {
+  turn.runs[turn.selected]?.element.classList.remove("selected");
+  turn.selected = null;
+}
+
+function busy(is) {
+  const hadFocus = document.activeElement === part("stop") || document.activeElement === part("send");
+  part("send").hidden = is;
+  part("stop").hidden = !is;
+  if (hadFocus) prompt.focus();
+}
+
+// Scrolling: the page follows the text while its end is in view.
+
+const isAtEnd = () => part("turns").scrollHeight - part("turns").scrollTop - part("turns").clientHeight < 60;
+function follow(always = false) {
+  if (always || isAtEnd() || running) part("turns").scrollTop = part("turns").scrollHeight;
+}
+
+// The panel.
+
+function openPanel(name) {
+  for (const tab of ["settings", "tokens"]) {
+    const is = tab === name;
+    part(tab).hidden = !is;
+    part(`tab-${tab}`).setAttribute("aria-selected", String(is));
+    part(`tab-${tab}`).tabIndex = is ? 0 : -1;
+  }
+  document.body.classList.add("panel-open");
+  part("panel-toggle").setAttribute("aria-expanded", "true");
+  if (name === "tokens") inspector.refresh();
+}
+
+function closePanel() {
+  document.body.classList.remove("panel-open");
+  part("panel-toggle").setAttribute("aria-expanded", "false");
+}
+
+const tabs = [part("tab-settings"), part("tab-tokens")];
+tabs.forEach((tab, index) => {
+  tab.addEventListener("click", () => openPanel(tab.getAttribute("aria-controls")));
+  tab.addEventListener("keydown", (event) => {
+    if (event.key !== "ArrowRight" && event.key !== "ArrowLeft") return;
+    const other = tabs[1 - index];
+    other.click();
+    other.focus();
+  });
+});
+part("panel-close").addEventListener("click", () => {
+  closePanel();
+  part("panel-toggle").focus();
+});
+part("panel-toggle").addEventListener("click", () => {
+  if (document.body.classList.contains("panel-open") && !part("settings").hidden) closePanel();
+  else openPanel("settings");
+});
+
+// Fields.
+
+part("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  send();
+});
+prompt.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  if (running) say("The answer is still being written; Escape stops it.");
+  send();
+});
+part("stop").addEventListener("click", () => running?.abort.abort());
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape" || event.isComposing) return;
+  if (running) running.abort.abort();
+  else closePanel();
+});
+part("settings").addEventListener("submit", (event) => event.preventDefault());
+part("settings").addEventListener("input", (event) => event.target.removeAttribute("aria-invalid"));
+part("key").addEventListener("change", readModels);
+for (const radio of document.querySelectorAll("input[name=mode]")) {
+  radio.addEventListener("change", () => {
+    const isChat = mode() === "chat";
+    part("prompt-label").textContent = isChat ? "Message" : "Text to continue";
+    prompt.placeholder = isChat ? "Message" : "Text to continue";
+    for (const element of document.querySelectorAll(".chat-only")) element.hidden = !isChat;
+  });
+}
+part("clear").addEventListener("click", () => {
+  if (running) {
+    say("An answer is being written; stop it first.");
+    return;
+  }
+  [turns, cleared] = [cleared, turns];
+  part("turns").replaceChildren(...turns.map((turn) => turn.element));
+  part("empty").hidden = turns.length > 0;
+  part("clear").textContent = cleared.length && !turns.length ? "Undo" : "Clear";
+  inspector.show(turns.at(-1) ?? null);
+  say(turns.length ? "The answers are back." : "The answers were removed; the same button brings them back.");
+});
+
+readModels();
+prompt.focus();

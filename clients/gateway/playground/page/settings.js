@@ -1,0 +1,38 @@
+/** Reads the fields of the settings into the fields of a request. */
+
+const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "max_tokens", "seed"];
+export const MOST_ALTERNATIVES = 5;
+
+const field = (id) => document.getElementById(id);
+
+/** The first field with a value that no server takes, and what is wrong with it; null if all are right. */
+export function problem() {
+  for (const id of NUMBERS) {
+    const input = field(id);
+    if (!input.checkValidity()) {
+      const name = input.labels[0].firstChild.textContent.trim();
+      return { input, text: `${name}: ${input.validationMessage}` };
+    }
+  }
+  if (field("max_tokens").value === "") return { input: field("max_tokens"), text: "Most tokens: enter a number" };
+  return null;
+}
+
+/** The fields of a request for a mode. Empty ones are left to the server. */
+export function fields(mode) {
+  const found = { stream: true, stream_options: { include_usage: true } };
+  for (const id of NUMBERS) {
+    const { value } = field(id);
+    if (value !== "") found[id] = Number(value);
+  }
+  const stops = field("stop_words").value.split("\n").filter((word) => word !== "");
+  if (stops.length) found.stop = stops;
+  if (field("logprobs").checked) {
+    Object.assign(found, mode === "chat" ? { logprobs: true, top_logprobs: MOST_ALTERNATIVES } : { logprobs: MOST_ALTERNATIVES });
+  }
+  if (field("routing").checked) found.return_routed_experts = true;
+  return found;
+}
+
+export const system = () => field("system").value.trim();
+export const key = () => field("key").value.trim();
