@@ -96,6 +96,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
     # The ids that requests to stop named, whether the model has such an input, and whether it does anything.
     stops: list[str] = field(default_factory=list)
     takes_stop: bool = True
+    more_inputs: tuple[str, ...] = ("return_routed_experts",)
     obeys_stop: bool = True
     stopped: threading.Event = field(default_factory=threading.Event)
     # A stream has begun.
@@ -127,7 +128,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def ModelMetadata(self, request, context):  # noqa: N802 - the service's own name
         response = pb.ModelMetadataResponse(name=request.name)
-        for name in ("text_input", "max_tokens", *["stop"] * self.takes_stop):
+        for name in ("text_input", "max_tokens", *["stop"] * self.takes_stop, *self.more_inputs):
             response.inputs.add(name=name)
         return response
 

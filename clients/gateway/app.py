@@ -23,6 +23,7 @@ from clients.gateway.api import chat, completions, listing
 from clients.gateway.errors import ApiError
 from clients.gateway.events import as_api_error, error_response
 from clients.gateway.guard import Guard, read_json
+from clients.gateway.playground import router as playground
 from clients.gateway.settings import Settings
 from clients.gateway.state import Gateway
 from export.errors import MoeshipError
@@ -49,6 +50,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.add_exception_handler(kind, _own_error)
     app.add_exception_handler(HTTPException, _http_error)
     _add_endpoints(app, gateway)
+    app.include_router(playground.router())
     return app
 
 

@@ -57,6 +57,21 @@ class Usage:
         return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
 
 
+def routing_of(part: Piece | Generation) -> dict[str, Any]:
+    """What a choice has beside OpenAI's fields where the experts of its tokens were asked for: lists of tokens, of
+    layers, of the experts that computed the token, the heaviest first, and of their weights
+    (triton_repo/contracts/wire.py)."""
+    if not part.routing:
+        return {}
+    experts, weights = (
+        [[[pair[place] for pair in layer] for layer in token] for token in part.routing] for place in (0, 1)
+    )
+    rounded = [[[round(weight, 5) for weight in layer] for layer in token] for token in weights]
+    return {
+        "moeship": {"routed_experts": experts, "expert_weights": rounded, "num_experts": part.num_experts},
+    }
+
+
 def token_text(texts: ModelTexts, token: int) -> str:
     """A token as completions name it."""
     data = texts.token_bytes(token)

@@ -10,9 +10,18 @@ from typing import Any
 from starlette.responses import Response
 
 from clients.gateway.api import fields
-from clients.gateway.api.answers import Usage, chat_log_probs, finish_reason, now
+from clients.gateway.api.answers import Usage, chat_log_probs, finish_reason, now, routing_of
 from clients.gateway.api.messages import read_messages
-from clients.gateway.api.sampling import LOG_PROBS, SHARED, UNREAD, generation_request, required_model, wants_usage
+from clients.gateway.api.sampling import (
+    LOG_PROBS,
+    ROUTING,
+    SHARED,
+    UNREAD,
+    check_routing,
+    generation_request,
+    required_model,
+    wants_usage,
+)
 from clients.gateway.errors import invalid
 from clients.gateway.events import Events, Whole, event
 from clients.gateway.guard import Record
@@ -83,6 +92,7 @@ async def read_call(gateway: Gateway, record: Record, body: Mapping[str, Any]) -
     values = FIELDS.read(body)
     record.model = model = required_model(values)
     gateway.check_model(model)
+    await check_routing(gateway, model, values)
     if "messages" not in values:
         raise invalid("messages", "you must provide messages")
     log_probs, top = values.get("logprobs", False), values.get("top_logprobs")
@@ -151,6 +161,7 @@ def _choice(call: Call, part: Generation | Piece, words: dict[str, Any]) -> dict
         **words,
         "logprobs": chat_log_probs(call.texts, part) if call.log_probs else None,
         "finish_reason": finish_reason(part),
+        **routing_of(part),
     }
     return {**choice, "token_ids": list(part.token_ids)} if call.values.get("return_token_ids") else choice
 
@@ -160,7 +171,7 @@ async def _events(gateway: Gateway, call: Call, usage: Usage) -> AsyncGenerator[
     head = {"object": "chat.completion.chunk", **call.head}
     extra = {"usage": None} if call.includes_usage else {}
     begun: set[int] = set()
-    shows_tokens = call.log_probs or call.values.get("return_token_ids")
+    shows_tokens = call.log_probs or call.values.get("return_token_ids") or call.values.get(ROUTING)
     async with aclosing(gateway.pool.stream(call.request)) as pieces:
         async for piece in pieces:
             usage.add(piece)

@@ -6,13 +6,22 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.responses import Response
 
 from clients.gateway.api import fields
-from clients.gateway.api.answers import Usage, completion_log_probs, finish_reason, now
-from clients.gateway.api.sampling import LOG_PROBS, SHARED, UNREAD, generation_request, required_model, wants_usage
+from clients.gateway.api.answers import Usage, completion_log_probs, finish_reason, now, routing_of
+from clients.gateway.api.sampling import (
+    LOG_PROBS,
+    ROUTING,
+    SHARED,
+    UNREAD,
+    check_routing,
+    generation_request,
+    required_model,
+    wants_usage,
+)
 from clients.gateway.errors import invalid
 from clients.gateway.events import Events, Whole, event
 from clients.gateway.guard import Record
@@ -23,6 +32,7 @@ from export.errors import shown
 from triton_repo.contracts.piece import Piece
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
+_Part = TypeVar("_Part", Piece, Generation)
 
 
 def read_prompt(value: Any) -> list[str | tuple[int, ...]]:  # noqa: ANN401 - JSON value
@@ -89,6 +99,7 @@ async def read_call(gateway: Gateway, record: Record, body: Mapping[str, Any]) -
     values = FIELDS.read(body)
     record.model = model = required_model(values)
     gateway.check_model(model)
+    await check_routing(gateway, model, values)
     if "prompt" not in values:
         raise invalid("prompt", "you must provide a prompt")
     limits, stated = gateway.settings.limits, values["prompt"]
@@ -178,7 +189,7 @@ async def _plain(work: Any) -> Any:  # noqa: ANN401 - what the work gives
 def _choice(call: Call, place: int, generation: Generation) -> dict[str, Any]:
     text, reason, part = generation.text, finish_reason(generation), generation
     if call.prompt_only:
-        text, reason, part = "", "length", replace(generation, token_ids=(), log_probs=(), top_log_probs=())
+        text, reason, part = "", "length", _without_tokens(generation)
     choice: dict[str, Any] = {
         "index": place * call.num_answers + generation.sequence_index,
         "text": (call.prompts[place] if call.echo else "") + text,
@@ -189,7 +200,7 @@ def _choice(call: Call, place: int, generation: Generation) -> dict[str, Any]:
         choice["logprobs"], _ = _log_probs(call.texts, part, 0, with_prompt=call.echo)
     if call.values.get("return_token_ids"):
         choice["token_ids"] = list(part.token_ids)
-    return choice
+    return {**choice, **routing_of(part)}
 
 
 async def _events(gateway: Gateway, call: Call, usage: Usage) -> AsyncGenerator[bytes, None]:
@@ -212,13 +223,13 @@ def _part(call: Call, place: int, piece: Piece, offsets: dict[int, int]) -> dict
     text, reason, shown_part = piece.text, finish_reason(piece), piece
     if call.prompt_only:
         text, reason = "", reason and "length"
-        shown_part = replace(piece, token_ids=(), log_probs=(), top_log_probs=())
+        shown_part = _without_tokens(piece)
     is_first = piece.sequence_index not in offsets
     offset = offsets.setdefault(piece.sequence_index, 0)
     begins = is_first and call.echo
     if begins:
         text = call.prompts[place] + text
-    shows_tokens = call.log_probs is not None or call.values.get("return_token_ids")
+    shows_tokens = call.log_probs is not None or call.values.get("return_token_ids") or call.values.get(ROUTING)
     if not text and reason is None and not (shows_tokens and shown_part.token_ids):
         return None
     choice: dict[str, Any] = {
@@ -231,7 +242,11 @@ def _part(call: Call, place: int, piece: Piece, offsets: dict[int, int]) -> dict
         )
     if call.values.get("return_token_ids"):
         choice["token_ids"] = list(shown_part.token_ids)
-    return choice
+    return {**choice, **routing_of(shown_part)}
+
+
+def _without_tokens(part: _Part) -> _Part:
+    return replace(part, token_ids=(), log_probs=(), top_log_probs=(), routing=())
 
 
 def _log_probs(

@@ -8,7 +8,7 @@ from typing import Any
 
 from clients.gateway.api import fields
 from clients.gateway.api.messages import read_messages
-from clients.gateway.api.sampling import required_model
+from clients.gateway.api.sampling import ROUTING, required_model
 from clients.gateway.errors import ApiError, invalid
 from clients.gateway.guard import Record
 from clients.gateway.state import Gateway
@@ -54,12 +54,20 @@ async def model(gateway: Gateway, name: str) -> dict[str, Any]:
 
 async def _model(gateway: Gateway, name: str) -> dict[str, Any]:
     """A model as OpenAI's API lists it. `max_model_len`, its context in tokens, is vLLM's."""
-    found = {"id": name, "object": "model", "created": 0, "owned_by": "moeship"}
+    found: dict[str, Any] = {"id": name, "object": "model", "created": 0, "owned_by": "moeship"}
     try:
         texts = await gateway.texts_if_any(name)
     except MoeshipError:  # requests that need the tokenizer are told what is wrong with it
         texts = None
-    return found if texts is None or texts.context is None else {**found, "max_model_len": texts.context}
+    if texts is not None and texts.context is not None:
+        found["max_model_len"] = texts.context
+    # Ours alone: whether requests for chats, log-probabilities and the experts of tokens can be answered.
+    found["moeship"] = {
+        "chat": texts is not None and texts.template is not None,
+        "logprobs": texts is not None,
+        ROUTING: ROUTING in await gateway.pool.inputs(name),
+    }
+    return found
 
 
 async def tokenize(gateway: Gateway, record: Record, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,13 +11,15 @@ from typing import Any
 
 from clients.errors import RequestRejected
 from clients.gateway.api import fields
-from clients.gateway.errors import ApiError, invalid
+from clients.gateway.errors import ApiError, invalid, unsupported
+from clients.gateway.state import Gateway
 from clients.messages import GenerationRequest
 from triton_repo.contracts.wire import MOST_BIASES, MOST_LOG_PROBS, MOST_SEQUENCES
 
 MOST_STOPS, MOST_STOP_BYTES = 1024, 1024  # the text contract's
 _LEAST_TEMPERATURE = 0.001  # of the contract; below it the likeliest token is as good as certain
 
+ROUTING = "return_routed_experts"  # ours alone: the experts of each token, beside it
 SHARED: Mapping[str, fields.Read] = {
     "model": fields.text(256),
     "temperature": fields.number(0, 2),
@@ -40,6 +42,7 @@ SHARED: Mapping[str, fields.Read] = {
     "bad_words": fields.words(MOST_STOPS, MOST_STOP_BYTES),
     "ignore_eos": fields.boolean,
     "return_token_ids": fields.boolean,
+    ROUTING: fields.boolean,
 }
 # OpenAI's fields that say who asks, how an answer is billed or stored, and where it runs.
 UNREAD = frozenset(
@@ -85,12 +88,20 @@ def generation_request(
             return_log_probs=True if log_probs is not None else None,
             num_log_probs=log_probs or None,
             return_prompt_log_probs=True if prompt_log_probs else None,
+            return_routed_experts=values.get(ROUTING) or None,
             num_return_sequences=values["n"] if values.get("n", 1) > 1 else None,
             request_id=request_id,
             timeout_s=timeout_s,
         )
     except RequestRejected as error:
         raise ApiError(str(error)) from error
+
+
+async def check_routing(gateway: Gateway, model: str, values: Mapping[str, Any]) -> None:
+    """Raise ApiError for a request for the experts of its tokens, if the model has no such input."""
+    if values.get(ROUTING) and ROUTING not in await gateway.pool.inputs(model):
+        raise unsupported(ROUTING, "found true, and this model's server does not tell which experts computed a token; "
+                          "leave it out")  # fmt: skip
 
 
 def required_model(values: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ const WISHES = {
 };
 const ENDPOINTS = { chat: "v1/chat/completions", completion: "v1/completions" };
 
+let facts = new Map(); // model to what the gateway says of it
 let turns = [];
 let cleared = [];
 let number = 0;
@@ -32,14 +33,40 @@ async function readModels() {
   const before = select.value;
   try {
     const found = await models(settings.key());
+    facts = new Map(found.map((model) => [model.id, model.moeship ?? {}]));
     select.replaceChildren(...found.map(({ id }) => new Option(id, id)));
     if (!found.length) select.replaceChildren(new Option("no model is ready", ""));
-    if (found.some(({ id }) => id === before)) select.value = before;
+    if (facts.has(before)) select.value = before;
     part("trouble")?.remove();
+    suit();
   } catch (error) {
     select.replaceChildren(new Option("no models", ""));
     trouble(error.message);
   }
+}
+
+/** Show what suits the model: one without a chat template can only complete a text. */
+function suit() {
+  const { chat, logprobs, return_routed_experts: routing } = facts.get(part("model").value) ?? {};
+  const chats = document.querySelector("input[value=chat]");
+  chats.disabled = chat === false;
+  chats.parentElement.title = chat === false ? "This model has no chat template" : "";
+  if (chats.disabled && chats.checked) {
+    document.querySelector("input[value=completion]").checked = true;
+    changeMode();
+  }
+  for (const [id, has] of [["logprobs", logprobs], ["routing", routing]]) {
+    part(id).disabled = has === false;
+    part(id).parentElement.title = has === false ? "This model does not give them" : "";
+  }
+}
+
+function changeMode() {
+  const isChat = mode() === "chat";
+  part("prompt-label").textContent = isChat ? "Message" : "Text to continue";
+  prompt.placeholder = isChat ? "Message" : "Text to continue";
+  part("lead").textContent = isChat ? "Ask the model something." : "Begin a text that the model continues.";
+  for (const element of document.querySelectorAll(".chat-only")) element.hidden = !isChat;
 }
 
 /** A message above the composer that stays until its cause is gone. */
@@ -254,14 +281,10 @@ document.addEventListener("keydown", (event) => {
 });
 part("settings").addEventListener("submit", (event) => event.preventDefault());
 part("settings").addEventListener("input", (event) => event.target.removeAttribute("aria-invalid"));
+part("model").addEventListener("change", suit);
 part("key").addEventListener("change", readModels);
 for (const radio of document.querySelectorAll("input[name=mode]")) {
-  radio.addEventListener("change", () => {
-    const isChat = mode() === "chat";
-    part("prompt-label").textContent = isChat ? "Message" : "Text to continue";
-    prompt.placeholder = isChat ? "Message" : "Text to continue";
-    for (const element of document.querySelectorAll(".chat-only")) element.hidden = !isChat;
-  });
+  radio.addEventListener("change", changeMode);
 }
 part("clear").addEventListener("click", () => {
   if (running) {

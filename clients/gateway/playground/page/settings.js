@@ -27,10 +27,10 @@ export function fields(mode) {
   }
   const stops = field("stop_words").value.split("\n").filter((word) => word !== "");
   if (stops.length) found.stop = stops;
-  if (field("logprobs").checked) {
+  if (field("logprobs").checked && !field("logprobs").disabled) {
     Object.assign(found, mode === "chat" ? { logprobs: true, top_logprobs: MOST_ALTERNATIVES } : { logprobs: MOST_ALTERNATIVES });
   }
-  if (field("routing").checked) found.return_routed_experts = true;
+  if (field("routing").checked && !field("routing").disabled) found.return_routed_experts = true;
   return found;
 }
 

@@ -2,11 +2,14 @@
 
 const decoder = () => new TextDecoder("utf-8", { fatal: false });
 
-/** The new text and the tokens of one chunk of either endpoint. A token: text or null, logprob, alternatives and routing,
- * each null where the chunk does not have it. */
+/** The new text and the tokens of one chunk of either endpoint. A token: text, logprob, alternatives, and its routing: for
+ * each layer the experts and their weights in pairs. What the chunk does not have is null. */
 export function parts(choice) {
   const text = choice.delta?.content ?? choice.text ?? "";
-  const experts = choice.moeship?.routing ?? [];
+  const weights = choice.moeship?.expert_weights;
+  const experts = (choice.moeship?.routed_experts ?? []).map((layers, token) =>
+    layers.map((chosen, layer) => chosen.map((expert, place) => [expert, weights[token][layer][place]])),
+  );
   const logprobs = choice.logprobs ?? {};
   let tokens = [];
   if (Array.isArray(logprobs.content)) {
