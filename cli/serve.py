@@ -10,6 +10,9 @@ Ctrl-C and SIGTERM let the requests in progress finish; a second one ends the se
 
 --json prints one line of JSON when the models are loaded. If the server is started again, two more lines follow: one
 with the "event" "failed" and the reason, then one with the "event" "ready".
+
+--openai-port also starts `moeship gateway`, which serves OpenAI's HTTP API, as a process of its own. It is started
+again if it ends, and drained with the server.
 """
 
 from __future__ import annotations
@@ -21,13 +24,16 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from triton_repo.errors import ServerError
-from triton_repo.serving.ports import Ports
+from triton_repo.serving.ports import Ports, check_port, resolve_host
 from triton_repo.serving.server import DEFAULT_DRAIN_TIMEOUT_S, LOCALHOST, Server, ServerOptions
+from triton_repo.supervision.companion import Companion
 from triton_repo.supervision.supervisor import RestartPolicy, supervise
 
 logger = logging.getLogger(__name__)
@@ -76,6 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="append a line of JSON for each request that has ended to a file; - is stdout",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print addresses and models as one line of JSON")
+    gateway = parser.add_argument_group("OpenAI's API", "more settings: start `moeship gateway` by itself")
+    gateway.add_argument("--openai-port", type=int, metavar="PORT", help="serve OpenAI's HTTP API on this port")
+    gateway.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="a Jinja template to use in place of the models' own"
+    )
+    gateway.add_argument("--api-keys", type=Path, metavar="FILE", help="keys that its clients must give, one a line")
 
 
 def read_options(arguments: argparse.Namespace) -> ServerOptions:
@@ -101,32 +113,87 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.max_restarts < 0:
         raise ServerError(f"serving: --max-restarts is {arguments.max_restarts}, expected 0 or more")
     policy = RestartPolicy(max_restarts=0 if arguments.no_restart else arguments.max_restarts)
+    check_gateway(arguments)
+    gateway = _Gateway(arguments, policy)
     # A closed terminal is a request to stop too, unless the shell was told to ignore it (nohup).
     stopping = [signal.SIGTERM] + [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)
     previous = {number: signal.signal(number, _interrupt) for number in stopping}
     try:
-        supervise(read_options(arguments), policy, _Printer(as_json=arguments.json))
+        supervise(read_options(arguments), policy, _Printer(gateway, as_json=arguments.json))
     except KeyboardInterrupt:
         logger.info("stopped")
     finally:
+        gateway.stop()
         for number, handler in previous.items():
             signal.signal(number, handler)
     return 0
 
 
-class _Printer:
-    """Prints on stdout when the server is ready, and one line on stderr when it failed."""
+def check_gateway(arguments: argparse.Namespace) -> None:
+    """Raise ServerError for a port of the gateway that cannot be used, before a server is started, and for settings of
+    a gateway that is not asked for."""
+    if arguments.openai_port is not None:
+        check_port("openai", resolve_host(arguments.host), arguments.openai_port)
+    elif arguments.chat_template is not None or arguments.api_keys is not None:
+        raise ServerError("serving: found settings of the gateway without --openai-port; give a port for it")
 
-    def __init__(self, *, as_json: bool) -> None:
-        self._as_json = as_json
+
+class _Gateway:
+    """The gateway beside the server, if one is asked for: a process of its own."""
+
+    def __init__(self, arguments: argparse.Namespace, policy: RestartPolicy) -> None:
+        self._arguments, self._policy = arguments, policy
+        self._companion: Companion | None = None
+        self.facts: dict[str, Any] = {}  # what it said when it was ready
+
+    def start(self, server: Server) -> None:
+        """Start it, unless it runs. Raises ServerError."""
+        if self._arguments.openai_port is not None and self._companion is None:
+            self._companion = Companion(
+                "the gateway",
+                self._command(server),
+                replace(self._policy, max_restarts=max(1, self._policy.max_restarts)),
+                {"PYTHONPATH": str(Path(__file__).parents[1])},
+            )
+            self.facts = self._companion.start()
+
+    def drain(self) -> None:
+        if self._companion is not None:
+            self._companion.drain()
+
+    def stop(self) -> None:
+        if self._companion is not None:
+            self._companion.stop()
+
+    def _command(self, server: Server) -> list[str]:
+        arguments = self._arguments
+        files = [("--chat-template", arguments.chat_template), ("--api-keys", arguments.api_keys)]
+        return [
+            # -P keeps the current folder from being searched for modules.
+            *(sys.executable, "-P", "-m", "cli.main", "gateway", "--json"),
+            *("--triton", server.endpoint.grpc),
+            *("--host", arguments.host, "--port", str(arguments.openai_port)),
+            *("--repository", str(arguments.repository.resolve())),
+            *("--drain-timeout", str(max(1.0, arguments.drain_timeout))),
+            *(word for flag, path in files if path is not None for word in (flag, str(path.resolve()))),
+        ]
+
+
+class _Printer:
+    """Prints on stdout when the server is ready, and one line on stderr when it failed. Starts the gateway."""
+
+    def __init__(self, gateway: _Gateway, *, as_json: bool) -> None:
+        self._gateway, self._as_json = gateway, as_json
 
     def ready(self, server: Server, restarts: int) -> None:
+        self._gateway.start(server)
+        facts = {**_facts(server), **self._gateway.facts}
         if not self._as_json:
-            self._print(f"answering again, restart {restarts}" if restarts else _rows(server))
+            self._print(f"answering again, restart {restarts}" if restarts else _rows(server, self._gateway.facts))
         elif restarts:
-            self._print(json.dumps({"event": "ready", "restarts": restarts, **_facts(server)}))
+            self._print(json.dumps({"event": "ready", "restarts": restarts, **facts}))
         else:
-            self._print(json.dumps(_facts(server)))
+            self._print(json.dumps(facts))
 
     def failed(self, fault: str, restart: int, pause_s: float) -> None:
         if self._as_json:
@@ -135,6 +202,7 @@ class _Printer:
 
     def draining(self, timeout_s: float) -> None:
         logger.info("stopping: no more requests are accepted; those in progress have %g s to finish", timeout_s)
+        self._gateway.drain()
 
     def _print(self, text: str) -> None:
         """Print to stdout; do nothing if its reader has closed it."""
@@ -160,9 +228,10 @@ def _facts(server: Server) -> dict[str, Any]:
     }
 
 
-def _rows(server: Server) -> str:
+def _rows(server: Server, gateway: Mapping[str, Any]) -> str:
     """The server's addresses, number of ranks and states of models, as text for the terminal."""
-    rows = [f"{name:<8} {address or 'off'}" for name, address in _addresses(server).items()]
+    addresses = {**_addresses(server), **gateway}
+    rows = [f"{name:<8} {address or 'off'}" for name, address in addresses.items()]
     rows += [f"ranks    {server.world_size}"] if server.world_size > 1 else []
     rows += [f"{model.name}: {model.state}{f', {model.reason}' if model.reason else ''}" for model in server.models]
     return "\n".join(rows)

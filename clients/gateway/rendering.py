@@ -82,7 +82,7 @@ class Renderer:
     async def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
         if self._process is None or self._process.returncode is not None:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-c", "from clients.gateway.rendering import serve; serve()",
+                sys.executable, "-P", "-c", "from clients.gateway.rendering import serve; serve()",
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": str(_ROOT), "OPENBLAS_NUM_THREADS": "1"},
             )  # fmt: skip

@@ -123,6 +123,18 @@ def choose_ports(address: Address, wanted: Ports, *, http: bool = True) -> Chose
     return ChosenPorts(**chosen)  # type: ignore[arg-type]  # only `http` may be None
 
 
+def check_port(name: str, address: Address, port: int) -> None:
+    """Raise ServerError for a port that cannot be listened on."""
+    if not 0 < port <= HIGHEST_PORT:
+        raise ServerError(f"choosing ports: the {name} port is {port}, expected 1 to {HIGHEST_PORT}")
+    try:
+        _listening(address, [port]).close()
+    except OSError as error:
+        raise ServerError(
+            f"choosing ports: the {name} port {port} on {address.text} cannot be used ({error.strerror}); give another"
+        ) from error
+
+
 def _candidates() -> Iterator[int]:
     """Ports to try: some below those of outgoing connections, in a random order, then 0, any that is free."""
     try:
