@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.rows import print_rows
+from cli.tls_flags import add_tls_arguments, read_client_tls
 from export.errors import ConfigError
 from export.files.output import refuse_existing, replace_file
 from export.rows import Rows
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="give up a request after this time (default: wait without limit)",
     )
+    add_tls_arguments(parser)
     load = parser.add_argument_group("load")
     load.add_argument("--streams", metavar="N,N", help="streams of a closed loop, one load after another (default: 1)")
     load.add_argument("--rate", metavar="R,R", help="requests a second of an open loop instead, one load after another")
@@ -194,17 +196,19 @@ async def _measure(arguments: argparse.Namespace, loads: list[tuple[str, Load]],
 @asynccontextmanager
 async def _opened(arguments: argparse.Namespace) -> AsyncIterator[Target]:
     """The server. Raises ClientError if it does not answer or the model is not clear."""
+    tls = read_client_tls(arguments)
     if arguments.openai:
         from clients.bench.openai import opened
 
-        async with opened(arguments.openai, arguments.model, arguments.timeout, read_body(arguments.body)) as target:
+        body = read_body(arguments.body)
+        async with opened(arguments.openai, arguments.model, arguments.timeout, body, tls) as target:
             yield target
         return
     from cli.generate import the_one_ready
     from clients.bench.triton import TritonTarget
     from clients.generation import AsyncClient
 
-    async with AsyncClient(arguments.url) as client:
+    async with AsyncClient(arguments.url, tls=tls) as client:
         model = arguments.model or the_one_ready(await client.models(), arguments.url)
         yield TritonTarget(client, model, arguments.timeout)
 

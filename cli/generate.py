@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.timeline import Timeline, log_probability_table, routing_table, statistics
+from cli.tls_flags import add_tls_arguments, read_client_tls
 from export.command import INTERRUPTED, READER_GONE, leave_stdout
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument(
         "--timeout", type=float, metavar="SECONDS", help="give up after this time (default: wait without limit)"
     )
+    add_tls_arguments(parser)
     sampling = parser.add_argument_group("sampling", "options that are not given take the server's defaults")
     sampling.add_argument(
         "--max-tokens", type=int, default=128, metavar="N", help="most new tokens (default: %(default)s)"
@@ -142,7 +144,7 @@ def run(arguments: argparse.Namespace) -> int:
         # Characters of the answer that the terminal's encoding lacks are shown as question marks.
         sys.stdout.reconfigure(errors="replace")
     prompt = read_stdin("the prompt") if arguments.prompt == "-" else arguments.prompt
-    with Client(arguments.url) as client:
+    with Client(arguments.url, tls=read_client_tls(arguments)) as client:
         interrupted = threading.Event()
 
         def interrupt() -> None:

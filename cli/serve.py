@@ -30,7 +30,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from triton_repo.errors import ServerError
+from triton_repo.contracts.tls.server import ServerTls
+from triton_repo.errors import ServerError, TlsError
 from triton_repo.serving.ports import Ports, check_port, resolve_host
 from triton_repo.serving.server import DEFAULT_DRAIN_TIMEOUT_S, LOCALHOST, Server, ServerOptions
 from triton_repo.supervision.companion import Companion
@@ -47,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("grpc", "http", "metrics"):
         parser.add_argument(f"--{name}-port", type=int, metavar="PORT", help="(default: a free one)")
     parser.add_argument("--no-http", action="store_true", help="do not listen for HTTP: only for gRPC and metrics")
+    tls = parser.add_argument_group("TLS", "Triton encrypts gRPC alone: HTTP and metrics then listen on this machine")
+    tls.add_argument("--tls-cert", type=Path, metavar="FILE", help="the server's certificate, then its issuers (PEM)")
+    tls.add_argument("--tls-key", type=Path, metavar="FILE", help="the certificate's private key (PEM)")
+    tls.add_argument(
+        "--tls-client-ca", type=Path, metavar="FILE",
+        help="serve only clients with a certificate that an authority of this file signed (mutual TLS)",
+    )  # fmt: skip
     parser.add_argument(
         "--accept-known-vulnerabilities", action="store_true",
         help="listen beyond this machine although this tritonserver has known holes (docs/security.md)",
@@ -97,6 +105,7 @@ def read_options(arguments: argparse.Namespace) -> ServerOptions:
         host=arguments.host,
         ports=Ports(grpc=arguments.grpc_port, http=arguments.http_port, metrics=arguments.metrics_port),
         http=not arguments.no_http,
+        tls=read_tls(arguments),
         ready_timeout_s=arguments.ready_timeout,
         drain_timeout_s=arguments.drain_timeout,
         log=arguments.log,
@@ -106,6 +115,17 @@ def read_options(arguments: argparse.Namespace) -> ServerOptions:
         multi_model=arguments.multi_model,
         accept_known_vulnerabilities=arguments.accept_known_vulnerabilities,
     )
+
+
+def read_tls(arguments: argparse.Namespace) -> ServerTls | None:
+    """The files of TLS; None where gRPC is not encrypted. Raises TlsError."""
+    cert, key, client_ca = arguments.tls_cert, arguments.tls_key, arguments.tls_client_ca
+    if cert is None and key is None and client_ca is None:
+        return None
+    absent = [flag for flag, file in (("--tls-cert", cert), ("--tls-key", key)) if file is None]
+    if absent:
+        raise TlsError(f"serving with TLS: found no {' and no '.join(absent)}; give the certificate and its key")
+    return ServerTls(cert=cert, key=key, client_ca=client_ca)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -222,6 +242,7 @@ def _facts(server: Server) -> dict[str, Any]:
     """The JSON values that a program needs to use a server; "http" is null if HTTP is off."""
     return {
         **_addresses(server),
+        "tls": server.tls,
         "pid": server.process.pid,
         "world_size": server.world_size,
         "models": [dataclasses.asdict(model) for model in server.models],
@@ -232,9 +253,16 @@ def _rows(server: Server, gateway: Mapping[str, Any]) -> str:
     """The server's addresses, number of ranks and states of models, as text for the terminal."""
     addresses = {**_addresses(server), **gateway}
     rows = [f"{name:<8} {address or 'off'}" for name, address in addresses.items()]
+    rows += [f"tls      {_TLS[server.tls]}"] if server.tls else []
     rows += [f"ranks    {server.world_size}"] if server.world_size > 1 else []
     rows += [f"{model.name}: {model.state}{f', {model.reason}' if model.reason else ''}" for model in server.models]
     return "\n".join(rows)
+
+
+_TLS = {
+    "server": "of gRPC: clients need --tls or --tls-ca",
+    "mutual": "of gRPC, mutual: clients need --tls-ca, --tls-cert and --tls-key",
+}
 
 
 def _addresses(server: Server) -> dict[str, str | None]:

@@ -8,6 +8,7 @@
     ├── AccessDenied            credentials are missing or not enough
     ├── AddressInvalid          the server's address is not HOST:PORT
     ├── ConnectionFailed        nothing answers at that address
+    ├── TlsFailed               client and server do not agree on TLS: a certificate, or one of them has none
     ├── ConnectionLost          after the request was sent, the server or the connection ended
     ├── DeadlineExceeded        `timeout_s` ran out; the server has been told to stop
     ├── RequestCancelled        the call was cancelled before its end
@@ -85,6 +86,10 @@ class ConnectionFailed(ClientError):
     """Nothing answers at that address."""
 
     remedy = "check that the server is running, and that this is its gRPC port (8001 by default), not its HTTP port"
+
+
+class TlsFailed(ClientError):
+    """Client and server do not agree on TLS. The message says what to change."""
 
 
 class ConnectionLost(ClientError):
@@ -186,6 +191,11 @@ def error_of(
         return ModelNotReady(f"{message} (the server lists it as: {'; '.join(map(str, states))})", status=status)
     # If a model is ready but UNAVAILABLE, its queue is full.
     return ServerOverloaded(message, status=status) if status == "UNAVAILABLE" else kind(message, status=status)
+
+
+def may_be_tls(error: ClientError) -> bool:
+    """Whether a connection failed in a way that TLS may be the reason of. gRPC's text need not say so."""
+    return isinstance(error, (ConnectionFailed, ConnectionLost))
 
 
 def _is_lost(status: str, details: str) -> bool:

@@ -22,7 +22,17 @@ from typing import TYPE_CHECKING
 
 from clients import wire
 from clients._tritonclient import require_grpc, require_messages, require_services
-from clients.errors import AddressInvalid, ClientError, ConnectionFailed, RequestRejected, depends_on_models, error_of
+from clients.errors import (
+    AddressInvalid,
+    ClientError,
+    ConnectionFailed,
+    RequestRejected,
+    TlsFailed,
+    depends_on_models,
+    error_of,
+    may_be_tls,
+)
+from clients.handshake import handshake_fault
 from clients.messages import (
     Generation,
     GenerationRequest,
@@ -34,13 +44,14 @@ from clients.messages import (
 from clients.streams import AsyncStream, Stream
 from triton_repo.contracts.model_state import ModelState
 from triton_repo.contracts.piece import Piece
+from triton_repo.contracts.tls.client import ClientTls
 
 if TYPE_CHECKING:
     import grpc
     from google.protobuf.message import Message
     from tritonclient.grpc import service_pb2 as pb
 
-__all__ = ["AsyncClient", "Client", "Generation", "GenerationRequest", "ModelState", "Piece"]
+__all__ = ["AsyncClient", "Client", "ClientTls", "Generation", "GenerationRequest", "ModelState", "Piece"]
 
 # A name or an IPv4 address, or an IPv6 address in brackets; then the port.
 ADDRESS = re.compile(r"([\w.-]+|\[[0-9A-Fa-f:.]+(%[\w.-]+)?\]):(?P<port>[0-9]{1,5})")
@@ -61,15 +72,16 @@ CHANNEL_OPTIONS = (
 
 
 class Client:
-    """A connection to one server, HOST:PORT. `credentials` are gRPC channel credentials; None sends without encryption.
+    """A connection to one server, HOST:PORT. `tls` says how to encrypt; None sends without encryption. Raises TlsError
+    for files of it that cannot be used.
 
     Nothing is sent before the first call, so the server may start later than the client.
     """
 
-    def __init__(self, url: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
-        self.url = url
+    def __init__(self, url: str, *, tls: ClientTls | None = None) -> None:
+        self.url, self._tls = url, tls
         self._grpc = require_grpc()
-        self._channel = _open(self._grpc, url, credentials)
+        self._channel = _open(self._grpc, url, tls)
         self._stub = require_services().GRPCInferenceServiceStub(self._channel)
         self._traits: wire.ServerTraits | None = None
         self._takes_stop: dict[str, bool] = {}  # model to whether it has the input `stop`
@@ -202,7 +214,10 @@ class Client:
         if depends_on_models(model, status):
             with suppress(ClientError):
                 models = self.models()
-        return error_of(doing=doing, status=status, details=details or "", model=model, models=models)
+        error = error_of(doing=doing, status=status, details=details or "", model=model, models=models)
+        if may_be_tls(error) and (fault := handshake_fault(self.url, self._tls)):
+            return TlsFailed(f"{doing}: {fault}", status=status)
+        return error
 
 
 class AsyncClient:
@@ -212,10 +227,10 @@ class AsyncClient:
     generator at once, or cancel the task that reads it.
     """
 
-    def __init__(self, url: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
-        self.url = url
+    def __init__(self, url: str, *, tls: ClientTls | None = None) -> None:
+        self.url, self._tls = url, tls
         self._grpc = require_grpc()
-        self._channel = _open(self._grpc.aio, url, credentials)
+        self._channel = _open(self._grpc.aio, url, tls)
         self._stub = require_services().GRPCInferenceServiceStub(self._channel)
         self._traits: wire.ServerTraits | None = None
         self._takes_stop: dict[str, bool] = {}  # model to whether it has the input `stop`
@@ -356,7 +371,10 @@ class AsyncClient:
         if depends_on_models(model, status):
             with suppress(ClientError):
                 models = await self.models()
-        return error_of(doing=doing, status=status, details=details or "", model=model, models=models)
+        error = error_of(doing=doing, status=status, details=details or "", model=model, models=models)
+        if may_be_tls(error) and (fault := await asyncio.to_thread(handshake_fault, self.url, self._tls)):
+            return TlsFailed(f"{doing}: {fault}", status=status)
+        return error
 
 
 def check_address(url: str) -> None:
@@ -372,14 +390,12 @@ def check_address(url: str) -> None:
         )
 
 
-def _open(
-    library: ModuleType, url: str, credentials: grpc.ChannelCredentials | None
-) -> grpc.Channel | grpc.aio.Channel:
-    """A channel of `grpc` or `grpc.aio`. Raises AddressInvalid."""
+def _open(library: ModuleType, url: str, tls: ClientTls | None) -> grpc.Channel | grpc.aio.Channel:
+    """A channel of `grpc` or `grpc.aio`. Raises AddressInvalid, and TlsError for files that cannot be used."""
     check_address(url)
-    if credentials is None:
+    if tls is None:
         return library.insecure_channel(url, options=CHANNEL_OPTIONS)
-    return library.secure_channel(url, credentials, options=CHANNEL_OPTIONS)
+    return tls.load().channel(library, url, CHANNEL_OPTIONS)
 
 
 def _deadline(timeout_s: float | None) -> float | None:

@@ -23,6 +23,8 @@ HEAVY = (
     "tritonclient",
     "grpc",
     "tokenizers",
+    "cryptography",
+    "prometheus_client",
 )
 # Read by no one but the function that asks for the reference, and by Triton's stub; a folder stands for its modules.
 IMPORTED_BY_NEED = {

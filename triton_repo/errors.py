@@ -3,6 +3,7 @@
 MoeshipError
 ├── RepositoryError   a model repository, or a model in one, is missing, damaged or not servable
 ├── ServerError       no tritonserver, a port in use, a server that did not start or ended unasked
+├── TlsError          a certificate or key that TLS cannot use
 └── RequestError      one request cannot be answered; `kind` is the Triton status that its client sees
 """
 
@@ -29,6 +30,10 @@ class ServerError(MoeshipError):
     """A server that is not there, cannot start, or ended unasked. The end of its log may stand in the message."""
 
     most_bytes = 8000
+
+
+class TlsError(MoeshipError):
+    """A certificate or a private key cannot be used: its file, its dates, its names, or one does not fit the other."""
 
 
 class RequestError(MoeshipError):

@@ -27,10 +27,12 @@ from clients.errors import (
     ServerFailed,
     ServerOverloaded,
     StreamBroken,
+    TlsFailed,
     what_exists,
 )
 from export.optional import optional_package
 from triton_repo.contracts.model_state import ModelState
+from triton_repo.contracts.tls.client import ClientTls
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -146,6 +148,8 @@ async def _errors(doing: str) -> AsyncIterator[None]:
     library = require_aiohttp()
     try:
         yield
+    except (library.ClientConnectorCertificateError, library.ClientConnectorSSLError) as error:
+        raise TlsFailed(f"{doing}: {error}; check --tls-ca, or whether the server encrypts") from error
     except library.ClientConnectorError as error:
         raise ConnectionFailed(f"{doing}: {error}") from error
     except library.InvalidURL as error:
@@ -160,16 +164,21 @@ async def _errors(doing: str) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def opened(
-    url: str, model: str | None, timeout_s: float | None = None, extra: Mapping[str, Any] | None = None
+    url: str,
+    model: str | None,
+    timeout_s: float | None = None,
+    extra: Mapping[str, Any] | None = None,
+    tls: ClientTls | None = None,
 ) -> AsyncIterator[OpenAITarget]:
-    """A target at `url`; `model` None chooses the server's only model. Raises ClientError, MissingPackageError."""
+    """A target at `url`; `model` None chooses the server's only model. Raises ClientError, MissingPackageError, and
+    TlsError for files of `tls` that cannot be used."""
     library = require_aiohttp()
     if not url.startswith(("http://", "https://")):
         raise AddressInvalid(f"connecting to {url}: expected http://HOST:PORT, or the same with https")
     url = url.rstrip("/").removesuffix("/v1")
     limits = library.ClientTimeout(total=timeout_s)
     # Each request has a connection of its own, as llama.cpp's server closes one after an answer without saying so.
-    connector = library.TCPConnector(limit=0, force_close=True)
+    connector = library.TCPConnector(limit=0, force_close=True, ssl=tls.context() if tls else True)
     async with library.ClientSession(timeout=limits, connector=connector, read_bufsize=_MOST_LINE) as session:
         yield OpenAITarget(
             session=session, url=url, model=model or await _the_one_model(session, url), extra=extra or {}

@@ -10,8 +10,9 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+from triton_repo.contracts.tls.server import CheckedTls
 from triton_repo.serving.installation import Installation
-from triton_repo.serving.ports import Address, ChosenPorts
+from triton_repo.serving.ports import Address, ChosenPorts, unencrypted_address
 
 # APIs that no client of a model needs. `model-repository` stays open, since its index says whether a model is ready.
 RESTRICTED_APIS = ("shared-memory", "trace", "logging")
@@ -34,14 +35,16 @@ def server_arguments(
     ]
 
 
-def endpoint_arguments(address: Address, ports: ChosenPorts) -> list[str]:
+def endpoint_arguments(address: Address, ports: ChosenPorts, tls: CheckedTls | None = None) -> list[str]:
     """The arguments of the rank that answers clients. A model that does not load does not end the server. The
     restricted APIs ask for a header with a random value, which nobody knows."""
+    unencrypted = unencrypted_address(address, has_tls=tls is not None)
     return [
         "--exit-on-error=false",
         *_grpc(address, ports.grpc),
-        *_http(address, ports.http),
-        *_metrics(address, ports),
+        *(_tls(tls) if tls else ()),
+        *_http(unencrypted, ports.http),
+        *_metrics(unencrypted, ports),
     ]
 
 
@@ -49,6 +52,16 @@ def _grpc(address: Address, port: int) -> Iterator[str]:
     yield f"--grpc-address={address.in_url}"
     yield f"--grpc-port={port}"
     yield f"--grpc-restricted-protocol={_restriction()}"
+
+
+def _tls(tls: CheckedTls) -> Iterator[str]:
+    yield f"--grpc-server-cert={tls.cert}"
+    yield f"--grpc-server-key={tls.key}"
+    if tls.trusted is None:
+        yield "--grpc-use-ssl=true"
+    else:
+        yield "--grpc-use-ssl-mutual=true"
+        yield f"--grpc-root-cert={tls.trusted}"
 
 
 def _http(address: Address, port: int | None) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Asks a running Triton whether it listens, whether it is live, and in what state its models are.
 
-It is asked over HTTP, or over gRPC if HTTP is off.
+It is asked over HTTP, or over gRPC if HTTP is off or gRPC is encrypted: then an answer says that TLS works too.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ import socket
 import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 from triton_repo.contracts.model_state import ModelState
+from triton_repo.contracts.tls.client import Credentials
 from triton_repo.errors import ServerError
 
+if TYPE_CHECKING:
+    from grpc import Channel
+
 _TIMEOUT_S = 10
-# A server on this machine is never asked through a proxy.
 _NO_PROXY = (("grpc.enable_http_proxy", 0),)
 
 
@@ -24,8 +28,18 @@ _NO_PROXY = (("grpc.enable_http_proxy", 0),)
 class HealthEndpoint:
     """Where a server answers."""
 
-    http: str | None  # http://host:port; None if HTTP is off
+    http: str | None  # http://host:port; None if it is asked over gRPC
     grpc: str  # host:port
+    tls: Credentials | None = None  # of a server whose gRPC is encrypted
+    tls_ends: datetime | None = None  # end of its certificate
+
+    def channel(self) -> Channel:
+        """A channel of gRPC to the server. It never goes through a proxy, since the server is on this machine."""
+        import grpc
+
+        if self.tls is None:
+            return grpc.insecure_channel(self.grpc, options=_NO_PROXY)
+        return self.tls.channel(grpc, self.grpc, _NO_PROXY)
 
 
 def is_listening(host: str, port: int) -> bool:
@@ -38,9 +52,13 @@ def is_listening(host: str, port: int) -> bool:
 
 
 def is_live(endpoint: HealthEndpoint, timeout_s: float) -> bool:
-    """Whether the server says within `timeout_s` that it is live."""
+    """Whether the server says within `timeout_s` that it is live. When the certificate has expired it can say so to
+    nobody any more, and answers on connections that were made before: a server that still listens counts as live."""
+    if endpoint.tls_ends is not None and datetime.now(UTC) > endpoint.tls_ends:
+        host, _, port = endpoint.grpc.rpartition(":")
+        return is_listening(host.strip("[]"), int(port))
     if endpoint.http is None:
-        return _is_live_by_grpc(endpoint.grpc, timeout_s)
+        return _is_live_by_grpc(endpoint, timeout_s)
     try:
         with _opener().open(f"{endpoint.http}/v2/health/live", timeout=timeout_s) as response:
             return bool(response.status == 200)
@@ -50,7 +68,7 @@ def is_live(endpoint: HealthEndpoint, timeout_s: float) -> bool:
 
 def model_states(endpoint: HealthEndpoint) -> tuple[ModelState, ...]:
     """The states in the server's repository index. Raises ServerError if it does not answer as Triton does."""
-    entries = _index_by_grpc(endpoint.grpc) if endpoint.http is None else _index_by_http(endpoint.http)
+    entries = _index_by_grpc(endpoint) if endpoint.http is None else _index_by_http(endpoint.http)
     return tuple(
         ModelState(
             name=entry["name"],
@@ -82,17 +100,17 @@ def _index_by_http(http_url: str) -> Iterable[dict[str, Any]]:
         raise ServerError(f"asking {http_url} for its models: {error}; is it a Triton server?") from error
 
 
-def _index_by_grpc(grpc_url: str) -> Iterable[dict[str, Any]]:
+def _index_by_grpc(endpoint: HealthEndpoint) -> Iterable[dict[str, Any]]:
     import grpc
     from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-    with grpc.insecure_channel(grpc_url, options=_NO_PROXY) as channel:
+    with endpoint.channel() as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         try:
             index = stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(), timeout=_TIMEOUT_S)
         except grpc.RpcError as error:
             raise ServerError(
-                f"asking {grpc_url} for its models: {error.code().name}: {error.details()}; is it a Triton server?"
+                f"asking {endpoint.grpc} for its models: {error.code().name}: {error.details()}; is it a Triton server?"
             ) from error
     return [
         {"name": model.name, "version": model.version, "state": model.state, "reason": model.reason}
@@ -100,11 +118,11 @@ def _index_by_grpc(grpc_url: str) -> Iterable[dict[str, Any]]:
     ]
 
 
-def _is_live_by_grpc(grpc_url: str, timeout_s: float) -> bool:
+def _is_live_by_grpc(endpoint: HealthEndpoint, timeout_s: float) -> bool:
     import grpc
     from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-    with grpc.insecure_channel(grpc_url, options=_NO_PROXY) as channel:
+    with endpoint.channel() as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         try:
             return bool(stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=timeout_s).live)

@@ -70,6 +70,12 @@ class Address:
         return Address(_LOOPBACK_OF.get(self.text, self.text))
 
 
+def unencrypted_address(address: Address, *, has_tls: bool) -> Address:
+    """Where HTTP and metrics listen on a server whose gRPC listens on `address`. Triton has TLS for gRPC alone
+    (triton-inference-server/server, src/command_line_parser.cc), so beside TLS only this machine reaches the others."""
+    return Address("::1" if address.is_ipv6 else "127.0.0.1") if has_tls and not address.is_loopback else address
+
+
 def resolve_host(host: str) -> Address:
     """The address of a host. An IPv4 address is preferred if the name has both kinds. Raises ServerError."""
     if not host:
@@ -92,9 +98,10 @@ def resolve_host(host: str) -> Address:
     return Address(str(place[0]))
 
 
-def choose_ports(address: Address, wanted: Ports, *, http: bool = True) -> ChosenPorts:
-    """Check the ports that are given and choose the others. If `http` is False there is no HTTP port. Raises
-    ServerError that lists every port that cannot be used."""
+def choose_ports(address: Address, wanted: Ports, *, http: bool = True, has_tls: bool = False) -> ChosenPorts:
+    """Check the ports that are given and choose the others. If `http` is False there is no HTTP port. `has_tls` is that
+    of `unencrypted_address`. Raises ServerError that lists every port that cannot be used."""
+    unencrypted = unencrypted_address(address, has_tls=has_tls)
     wishes = {name: port for name, port in vars(wanted).items() if http or name != "http"}
     asked = {name: port for name, port in vars(wanted).items() if port is not None}
     problems = [
@@ -111,11 +118,12 @@ def choose_ports(address: Address, wanted: Ports, *, http: bool = True) -> Chose
     chosen: dict[str, int | None] = {"http": None}
     with contextlib.ExitStack() as held:  # each is held until the last is chosen, so that no two are equal
         for name, port in sorted(wishes.items(), key=lambda item: item[1] is None):
+            own = address if name == "grpc" else unencrypted
             try:
-                probe = held.enter_context(_listening(address, [port] if port else _candidates()))
+                probe = held.enter_context(_listening(own, [port] if port else _candidates()))
             except OSError as error:
                 what = f"the {name} port {port}" if port else f"a port for {name}"
-                problems.append(f"{what} on {address.text} cannot be used ({error.strerror})")
+                problems.append(f"{what} on {own.text} cannot be used ({error.strerror})")
             else:
                 chosen[name] = probe.getsockname()[1]
     if problems:

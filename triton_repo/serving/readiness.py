@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from triton_repo.contracts.model_state import ModelState
 from triton_repo.processes.program import POLL_INTERVAL_S, Process, descendants_of, protect_memory, read_process
 from triton_repo.serving.health import HealthEndpoint, is_listening, model_states
-from triton_repo.serving.ports import Address, ChosenPorts
 
 # If a Python process ends while its model loads, Triton 2.51 notices within 2 s and reports the model as failed. But if
 # the process ended before it made its shared memory, Triton waits for it without end.
@@ -32,8 +31,7 @@ class Waiting:
 
     process: subprocess.Popen[bytes]
     program: str  # its name, for messages
-    address: Address
-    ports: ChosenPorts
+    listening: Sequence[tuple[str, int]]  # addresses and ports of every interface
     endpoint: HealthEndpoint
     steps: Set[str]  # models that are only steps of an ensemble
     timeout_s: float
@@ -45,8 +43,7 @@ def wait_until_ready(waiting: Waiting) -> tuple[ModelState, ...]:
     Raises NotReady if the server ends or takes too long, and ServerError if it does not answer as Triton does."""
     deadline = time.monotonic() + waiting.timeout_s
     loads = _Loads()
-    listening = [port for port in vars(waiting.ports).values() if port is not None]
-    while not all(is_listening(waiting.address.to_ask.text, port) for port in listening):
+    while not all(is_listening(address, port) for address, port in waiting.listening):
         protect_memory(waiting.mark)
         if waiting.process.poll() is not None:
             raise NotReady(f"{waiting.program} ended with status {waiting.process.returncode} before it was ready")

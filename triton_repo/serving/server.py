@@ -28,7 +28,8 @@ from export.errors import MoeshipError, listing
 from export.files.own_files import open_log
 from triton_repo.contracts.model_state import ModelState
 from triton_repo.contracts.server_variables import REQUEST_LOG_VARIABLE, RESTARTS_VARIABLE
-from triton_repo.errors import ServerError
+from triton_repo.contracts.tls.server import CheckedTls, ServerTls, check_server_tls
+from triton_repo.errors import ServerError, TlsError
 from triton_repo.processes.heartbeat import FOLDER_VARIABLE, announce_drain, announce_end, read_beats
 from triton_repo.processes.program import (
     DRAIN_TIMEOUT_S,
@@ -45,7 +46,7 @@ from triton_repo.serving.health import HealthEndpoint
 from triton_repo.serving.installation import Installation, find_installation, packages_folder
 from triton_repo.serving.machine_fit import check_kernels, check_machine
 from triton_repo.serving.mpi import Launch, plan_launch
-from triton_repo.serving.ports import Address, ChosenPorts, Ports, choose_ports, resolve_host
+from triton_repo.serving.ports import Address, ChosenPorts, Ports, choose_ports, resolve_host, unencrypted_address
 from triton_repo.serving.readiness import NotReady, Waiting, wait_until_ready
 from triton_repo.serving.repository_check import check_repository
 from triton_repo.serving.vulnerabilities import read_version, refuse_known_holes
@@ -76,6 +77,7 @@ class ServerOptions:
     host: str = LOCALHOST  # a name or an address of this machine
     ports: Ports = field(default_factory=Ports)
     http: bool = True  # False: only gRPC and metrics
+    tls: ServerTls | None = None  # encrypt gRPC; HTTP and metrics then listen on the loopback address
     ready_timeout_s: float = 600
     drain_timeout_s: float = DEFAULT_DRAIN_TIMEOUT_S
     log: Path | None = None  # file for the server's log; None: a temporary file, removed when the server ends
@@ -101,6 +103,7 @@ class Server:
     mark: str  # in the environment of its processes, and at the start of the names of its shared memory
     heartbeats: Path  # folder of its models' heartbeats
     endpoint: HealthEndpoint  # where this machine asks for its health
+    tls: str | None  # "server": gRPC is encrypted; "mutual": and clients need a certificate
 
     def log_tail(self) -> str:
         """The last lines of the server's log, indented; empty if the log goes to stderr."""
@@ -140,6 +143,7 @@ def running_server(options: ServerOptions) -> Iterator[Server]:
     """Start a server and wait until its models are loaded. End it when the block ends.
 
     Raises RepositoryError for a repository that cannot be served, and MissingPackageError if there is no tritonserver.
+    Raises TlsError for certificates that no client would take, and MissingPackageError without `cryptography` then.
     Raises EngineError if an engine needs moeship's CPU kernels and they cannot be used.
     Raises ServerError for a port in use, a model that this machine cannot run, a server that ends or takes too long, a
     server with known holes that other machines could reach, and if no model is ready.
@@ -162,28 +166,36 @@ class Preparation:
     num_gpus: int
     workspace: Path
     mark: str
+    tls: CheckedTls | None
 
     @contextlib.contextmanager
     def started(self, restarts: int = 0) -> Iterator[Server]:
         """Start the server and wait until its models are loaded. End it when the block ends. Raises ServerError.
         `restarts` is how often it was started before."""
         options, ports = self.options, self.ports
+        tls = self._tls_again() if restarts else self.tls
         heartbeats = Path(tempfile.mkdtemp(prefix="heartbeats-", dir=self.workspace))
         log = None if options.verbose else options.log or self.workspace / "tritonserver.log"
-        own, asked = self.address.in_url, self.address.to_ask.in_url
+        unencrypted = unencrypted_address(self.address, has_tls=tls is not None)
         endpoint = HealthEndpoint(
-            grpc=f"{asked}:{ports.grpc}", http=f"http://{asked}:{ports.http}" if ports.http else None
+            grpc=f"{self.address.to_ask.in_url}:{ports.grpc}",
+            http=f"http://{unencrypted.to_ask.in_url}:{ports.http}" if ports.http and not tls else None,
+            tls=tls.probe if tls else None,
+            tls_ends=tls.ends if tls else None,
         )
         with contextlib.ExitStack() as stack:
             request_log = stack.enter_context(self._request_log())
-            program = self._program(heartbeats, restarts, request_log)
+            program = self._program(heartbeats, restarts, request_log, tls)
             process = stack.enter_context(running_program(program, log, self.mark))
             name = Path(program.arguments[0]).name
             waiting = Waiting(
                 process=process,
                 program=name,
-                address=self.address,
-                ports=ports,
+                listening=[
+                    ((self.address if interface == "grpc" else unencrypted).to_ask.text, port)
+                    for interface, port in vars(ports).items()
+                    if port is not None
+                ],
                 endpoint=endpoint,
                 steps=self.deployment.steps,
                 timeout_s=options.ready_timeout_s,
@@ -195,9 +207,9 @@ class Preparation:
                 raise ServerError(f"serving {options.repository}: {error}{_tail(log)}") from error
             self._check(models, log)
             yield Server(
-                grpc_url=f"{own}:{ports.grpc}",
-                http_url=f"http://{own}:{ports.http}" if ports.http else None,
-                metrics_url=f"http://{own}:{ports.metrics}/metrics",
+                grpc_url=f"{self.address.in_url}:{ports.grpc}",
+                http_url=f"http://{unencrypted.in_url}:{ports.http}" if ports.http else None,
+                metrics_url=f"http://{unencrypted.in_url}:{ports.metrics}/metrics",
                 models=models,
                 process=process,
                 program=name,
@@ -206,7 +218,18 @@ class Preparation:
                 mark=self.mark,
                 heartbeats=heartbeats,
                 endpoint=endpoint,
+                tls=None if tls is None else "mutual" if tls.trusted else "server",
             )
+
+    def _tls_again(self) -> CheckedTls | None:
+        """The certificates as they lie there when the server is started again: they may have been renewed. Raises
+        ServerError."""
+        if self.options.tls is None:
+            return None
+        try:
+            return check_server_tls(self.options.tls, self.options.host, self.workspace)
+        except TlsError as error:
+            raise ServerError(f"serving {self.options.repository}: {error}") from error
 
     @contextlib.contextmanager
     def _request_log(self) -> Iterator[int | None]:
@@ -224,7 +247,7 @@ class Preparation:
             with open_log(path, "opening the request log", ServerError) as descriptor:
                 yield descriptor
 
-    def _program(self, heartbeats: Path, restarts: int, request_log: int | None) -> Program:
+    def _program(self, heartbeats: Path, restarts: int, request_log: int | None, tls: CheckedTls | None) -> Program:
         # `Server.drain` cannot see the requests of models without heartbeats. For those, the server itself waits.
         exit_timeout_s = DRAIN_TIMEOUT_S if self.deployment.beats else math.ceil(self.options.drain_timeout_s)
         ranks = [
@@ -235,7 +258,7 @@ class Preparation:
                     memory_prefix=f"{self.mark}{rank}_",
                     exit_timeout_s=exit_timeout_s,
                 ),
-                *(() if rank else endpoint_arguments(self.address, self.ports)),
+                *(() if rank else endpoint_arguments(self.address, self.ports, tls)),
             ]
             for rank in range(self.launch.world_size)
         ]
@@ -294,9 +317,10 @@ def prepared(options: ServerOptions) -> Iterator[Preparation]:
         logger.warning("the engine of %s failed its last verification: %s", model, failure)
     launch = plan_launch(options.repository, deployment, world_size=options.world_size, multi_model=options.multi_model)
     address = resolve_host(options.host)
-    ports = choose_ports(address, options.ports, http=options.http)
+    ports = choose_ports(address, options.ports, http=options.http, has_tls=options.tls is not None)
     mark = f"moeship_{secrets.token_hex(8)}_"
     with private_workspace(mark) as workspace:
+        tls = check_server_tls(options.tls, options.host, workspace) if options.tls else None
         installation = find_installation(workspace)
         # If no model needs a GPU, nvidia-smi is not run.
         machine = read_machine() if deployment.gpu_models else Machine(gpus=None)
@@ -304,6 +328,9 @@ def prepared(options: ServerOptions) -> Iterator[Preparation]:
         if not address.is_loopback:
             version = read_version(installation, workspace, mark)
             refuse_known_holes(version, address, accepted=options.accept_known_vulnerabilities)
+            if tls is not None:
+                own = unencrypted_address(address, has_tls=True).text
+                logger.info("HTTP and metrics listen on %s only: Triton encrypts gRPC alone", own)
         yield Preparation(
             options=options,
             deployment=deployment,
@@ -314,6 +341,7 @@ def prepared(options: ServerOptions) -> Iterator[Preparation]:
             num_gpus=len(machine.gpus or ()),
             workspace=workspace,
             mark=mark,
+            tls=tls,
         )
 
 

@@ -11,7 +11,6 @@ import pytest
 
 from triton_repo.serving import readiness
 from triton_repo.serving.health import HealthEndpoint
-from triton_repo.serving.ports import Address, ChosenPorts
 from triton_repo.serving.readiness import NotReady, Waiting, wait_until_ready
 
 
@@ -22,8 +21,8 @@ def test_a_process_that_is_stopped_while_models_load_ends_the_wait(monkeypatch):
         free.bind(("127.0.0.1", 0))  # and nobody listens
         port = free.getsockname()[1]
         waiting = Waiting(
-            process=process, program="tritonserver", address=Address("127.0.0.1"),
-            ports=ChosenPorts(grpc=port, http=None, metrics=port), endpoint=HealthEndpoint(http=None, grpc=""),
+            process=process, program="tritonserver", listening=[("127.0.0.1", port)],
+            endpoint=HealthEndpoint(http=None, grpc=""),
             steps=frozenset(), timeout_s=60, mark=f"moeship_{secrets.token_hex(8)}_",
         )  # fmt: skip
         try:

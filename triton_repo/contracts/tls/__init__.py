@@ -1,0 +1,1 @@
+"""TLS: reads and checks certificates and keys, for servers and for clients."""
