@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from cli.tls_flags import add_tls_arguments, read_client_tls
 from export.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     access.add_argument("--api-keys", type=Path, metavar="FILE", help="keys that clients must give, one a line")
     access.add_argument("--tls-cert", type=Path, metavar="FILE", help="listen for HTTPS, with this PEM certificate")
     access.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key")
+    add_tls_arguments(parser, "triton-")
     access.add_argument(
         "--max-body-mb", type=float, default=4, metavar="N", help="megabytes of a request (default %(default)g)"
     )
@@ -93,9 +95,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read_settings(arguments: argparse.Namespace) -> Settings:
-    """The gateway's settings in the flags. Raises ConfigError, AddressInvalid for an address of a Triton."""
+    """The gateway's settings in the flags. Raises ConfigError, AddressInvalid for an address of a Triton, and TlsError
+    for certificates that cannot be used."""
     from clients.gateway.settings import Keys, Limits, Settings, read_keys
     from clients.generation import check_address
+    from triton_repo.contracts.tls.server import ServerTls, check_server_pair
 
     for url in arguments.triton:
         check_address(url)
@@ -106,6 +110,8 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
             raise ConfigError(f"reading the gateway's settings: {name} is {value}, expected a finite number above 0")
     if (arguments.tls_cert is None) != (arguments.tls_key is None):
         raise ConfigError("reading the gateway's settings: found one of --tls-cert and --tls-key, expected both")
+    if arguments.tls_cert is not None:
+        check_server_pair(ServerTls(cert=arguments.tls_cert, key=arguments.tls_key), arguments.host)
     return Settings(
         tritons=tuple(arguments.triton),
         repository=_folder("--repository", arguments.repository),
@@ -117,6 +123,7 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
             answer_s=arguments.deadline,
             in_flight=arguments.max_requests,
         ),
+        tls=read_client_tls(arguments, "triton-"),
     )
 
 

@@ -66,9 +66,7 @@ class Pool:
     """All Tritons of a gateway. Make it in the running loop. `on_retry` is called where a request goes to another."""
 
     def __init__(self, settings: Settings, on_retry: Callable[[], object] = lambda: None) -> None:
-        self.tritons = [
-            Triton(AsyncClient(url, credentials=settings.credentials)) for url in dict.fromkeys(settings.tritons)
-        ]
+        self.tritons = [Triton(AsyncClient(url, tls=settings.tls)) for url in dict.fromkeys(settings.tritons)]
         self._on_retry = on_retry
         self._pollers: list[asyncio.Task[None]] = []
 

@@ -7,13 +7,10 @@ import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from export.errors import ConfigError, named
 from export.files.reading import read_text
-
-if TYPE_CHECKING:
-    import grpc
+from triton_repo.contracts.tls.client import ClientTls, Credentials
 
 MOST_KEYS = 10_000
 _MOST_KEY_BYTES = 1 << 20  # of the file
@@ -60,7 +57,7 @@ class Settings:
     chat_template: Path | None = None  # in place of the models' own
     keys: Keys = field(default_factory=Keys)
     limits: Limits = field(default_factory=Limits)
-    credentials: grpc.ChannelCredentials | None = None  # for the Tritons
+    tls: ClientTls | Credentials | None = None  # of the connections to the Tritons
 
 
 def read_keys(path: Path) -> Keys:

@@ -60,12 +60,10 @@ class CheckedTls:
 def check_server_tls(tls: ServerTls, host: str, workspace: Path) -> CheckedTls:
     """Check the files for a server that listens on `host`. Writes to `workspace`, which only this user may enter.
     Raises TlsError, and MissingPackageError without the package `cryptography`."""
-    chain, key = read_certificates(tls.cert, CERT), read_key(tls.key, KEY)
-    check_pair(chain, key, tls.cert, tls.key, is_server=True)
-    served = names_of(chain[0])
-    _check_host(served, host, tls.cert)
+    own = check_server_pair(tls, host)
+    served = names_of(own)
     # The server's own certificate is all that the probes trust, by one of its own names.
-    probe = Credentials(ca=_pem(chain[0]), server_name=served[0].replace("*", "probe"))
+    probe = Credentials(ca=_pem(own), server_name=served[0].replace("*", "probe"))
     trusted = None
     if tls.client_ca is not None:
         authorities = read_certificates(tls.client_ca, CLIENT_CA)
@@ -79,8 +77,17 @@ def check_server_tls(tls: ServerTls, host: str, workspace: Path) -> CheckedTls:
         key=tls.key.resolve(),
         trusted=trusted,
         probe=probe,
-        ends=chain[0].not_valid_after_utc,
+        ends=own.not_valid_after_utc,
     )
+
+
+def check_server_pair(tls: ServerTls, host: str) -> Certificate:
+    """Check the certificate and the key of a server that listens on `host`. Returns the certificate. Raises as
+    `check_server_tls`."""
+    chain, key = read_certificates(tls.cert, CERT), read_key(tls.key, KEY)
+    check_pair(chain, key, tls.cert, tls.key, is_server=True)
+    _check_host(names_of(chain[0]), host, tls.cert)
+    return chain[0]
 
 
 def _check_host(served: tuple[str, ...], host: str, path: Path) -> None:
