@@ -164,10 +164,17 @@ class _Gateway:
     def __init__(self, arguments: argparse.Namespace, policy: RestartPolicy) -> None:
         self._arguments, self._policy = arguments, policy
         self._companion: Companion | None = None
+        self._trusted = b""  # the server's certificate
         self.facts: dict[str, Any] = {}  # what it said when it was ready
 
     def start(self, server: Server) -> None:
-        """Start it, unless it runs. Raises ServerError."""
+        """Start it, unless it runs. It is started anew when the server's certificate, which it trusts, was renewed.
+        Raises ServerError."""
+        trusted = server.own_tls.ca.read_bytes() if server.own_tls and server.own_tls.ca else b""
+        if self._companion is not None and trusted != self._trusted:
+            self.stop()
+            self._companion = None
+        self._trusted = trusted
         if self._arguments.openai_port is not None and self._companion is None:
             self._companion = Companion(
                 "the gateway",
@@ -187,7 +194,15 @@ class _Gateway:
 
     def _command(self, server: Server) -> list[str]:
         arguments = self._arguments
-        files = [("--chat-template", arguments.chat_template), ("--api-keys", arguments.api_keys)]
+        files = [
+            ("--chat-template", arguments.chat_template),
+            ("--api-keys", arguments.api_keys),
+            ("--tls-cert", arguments.tls_cert),
+            ("--tls-key", arguments.tls_key),
+        ]
+        own = server.own_tls
+        if own is not None:
+            files += [("--triton-tls-ca", own.ca), ("--triton-tls-cert", own.cert), ("--triton-tls-key", own.key)]
         return [
             # -P keeps the current folder from being searched for modules.
             *(sys.executable, "-P", "-m", "cli.main", "gateway", "--json"),
@@ -195,6 +210,7 @@ class _Gateway:
             *("--host", arguments.host, "--port", str(arguments.openai_port)),
             *("--repository", str(arguments.repository.resolve())),
             *("--drain-timeout", str(max(1.0, arguments.drain_timeout))),
+            *(("--triton-tls-server-name", own.server_name) if own and own.server_name else ()),
             *(word for flag, path in files if path is not None for word in (flag, str(path.resolve()))),
         ]
 

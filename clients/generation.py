@@ -44,7 +44,7 @@ from clients.messages import (
 from clients.streams import AsyncStream, Stream
 from triton_repo.contracts.model_state import ModelState
 from triton_repo.contracts.piece import Piece
-from triton_repo.contracts.tls.client import ClientTls, Credentials
+from triton_repo.contracts.tls.client import ClientTls
 
 if TYPE_CHECKING:
     import grpc
@@ -78,7 +78,7 @@ class Client:
     Nothing is sent before the first call, so the server may start later than the client.
     """
 
-    def __init__(self, url: str, *, tls: ClientTls | Credentials | None = None) -> None:
+    def __init__(self, url: str, *, tls: ClientTls | None = None) -> None:
         self.url, self._tls = url, tls
         self._grpc = require_grpc()
         self._channel = _open(self._grpc, url, tls)
@@ -227,7 +227,7 @@ class AsyncClient:
     generator at once, or cancel the task that reads it.
     """
 
-    def __init__(self, url: str, *, tls: ClientTls | Credentials | None = None) -> None:
+    def __init__(self, url: str, *, tls: ClientTls | None = None) -> None:
         self.url, self._tls = url, tls
         self._grpc = require_grpc()
         self._channel = _open(self._grpc.aio, url, tls)
@@ -390,7 +390,7 @@ def check_address(url: str) -> None:
         )
 
 
-def _open(library: ModuleType, url: str, tls: ClientTls | Credentials | None) -> grpc.Channel | grpc.aio.Channel:
+def _open(library: ModuleType, url: str, tls: ClientTls | None) -> grpc.Channel | grpc.aio.Channel:
     """A channel of `grpc` or `grpc.aio`. Raises AddressInvalid, and TlsError for files that cannot be used."""
     check_address(url)
     if tls is None:

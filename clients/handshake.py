@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 import ssl
 
-from triton_repo.contracts.tls.client import ClientTls, Credentials
+from triton_repo.contracts.tls.client import ClientTls
 
 PATIENCE_S = 3.0
 _NOT_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")  # what OpenSSL makes of an answer that is no TLS
@@ -26,10 +26,8 @@ _WITH_CERTIFICATE = (
 )
 
 
-def handshake_fault(url: str, tls: ClientTls | Credentials | None) -> str | None:
+def handshake_fault(url: str, tls: ClientTls | None) -> str | None:
     """What is wrong with TLS at HOST:PORT, and what to do; None where TLS is not what keeps a client from it."""
-    if isinstance(tls, Credentials):
-        return None  # `ssl` reads files only, and moeship made these itself
     host, _, port = url.rpartition(":")
     host = host.strip("[]")
     context = tls.context() if tls else _trusting()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from export.errors import ConfigError, named
 from export.files.reading import read_text
-from triton_repo.contracts.tls.client import ClientTls, Credentials
+from triton_repo.contracts.tls.client import ClientTls
 
 MOST_KEYS = 10_000
 _MOST_KEY_BYTES = 1 << 20  # of the file
@@ -57,7 +57,7 @@ class Settings:
     chat_template: Path | None = None  # in place of the models' own
     keys: Keys = field(default_factory=Keys)
     limits: Limits = field(default_factory=Limits)
-    tls: ClientTls | Credentials | None = None  # of the connections to the Tritons
+    tls: ClientTls | None = None  # of the connections to the Tritons
 
 
 def read_keys(path: Path) -> Keys:

@@ -28,6 +28,7 @@ from export.errors import MoeshipError, listing
 from export.files.own_files import open_log
 from triton_repo.contracts.model_state import ModelState
 from triton_repo.contracts.server_variables import REQUEST_LOG_VARIABLE, RESTARTS_VARIABLE
+from triton_repo.contracts.tls.client import ClientTls
 from triton_repo.contracts.tls.server import CheckedTls, ServerTls, check_server_tls
 from triton_repo.errors import ServerError, TlsError
 from triton_repo.processes.heartbeat import FOLDER_VARIABLE, announce_drain, announce_end, read_beats
@@ -104,6 +105,7 @@ class Server:
     heartbeats: Path  # folder of its models' heartbeats
     endpoint: HealthEndpoint  # where this machine asks for its health
     tls: str | None  # "server": gRPC is encrypted; "mutual": and clients need a certificate
+    own_tls: ClientTls | None  # how clients of this machine, such as a gateway, ask it then
 
     def log_tail(self) -> str:
         """The last lines of the server's log, indented; empty if the log goes to stderr."""
@@ -180,7 +182,7 @@ class Preparation:
         endpoint = HealthEndpoint(
             grpc=f"{self.address.to_ask.in_url}:{ports.grpc}",
             http=f"http://{unencrypted.to_ask.in_url}:{ports.http}" if ports.http and not tls else None,
-            tls=tls.probe if tls else None,
+            tls=tls.own.load() if tls else None,
             tls_ends=tls.ends if tls else None,
         )
         with contextlib.ExitStack() as stack:
@@ -219,6 +221,7 @@ class Preparation:
                 heartbeats=heartbeats,
                 endpoint=endpoint,
                 tls=None if tls is None else "mutual" if tls.trusted else "server",
+                own_tls=None if tls is None else tls.own,
             )
 
     def _tls_again(self) -> CheckedTls | None:

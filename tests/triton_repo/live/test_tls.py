@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
+import socket
 import subprocess
 import urllib.request
 from types import SimpleNamespace
@@ -65,8 +67,11 @@ def encrypted(repository, pairs):
 
 @pytest.fixture(scope="module")
 def mutual(repository, pairs):
-    """Mutual TLS without HTTP, so that the server's health is asked over it."""
-    yield from serve(repository, pairs, "--no-http", "--tls-client-ca", str(pairs.root.cert_file))
+    """Mutual TLS without HTTP, so that the server's health is asked over it. A gateway is beside it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    flags = ["--no-http", "--tls-client-ca", str(pairs.root.cert_file), "--openai-port", str(port)]
+    yield from serve(repository, pairs, *flags)
 
 
 def of_client(pairs, who="client") -> ClientTls:
@@ -144,6 +149,13 @@ def test_nvidias_client_is_answered_with_and_without_a_certificate(encrypted, mu
         assert nvidia.is_model_ready("tiny")
     with InferenceServerClient(encrypted["grpc"], ssl=True, root_certificates=own["root_certificates"]) as nvidia:
         assert nvidia.is_model_ready("tiny")
+
+
+def test_the_gateway_beside_a_mutual_server_reaches_it_and_encrypts_too(mutual, pairs):
+    assert mutual["openai"].startswith("https://")
+    context = ClientTls(ca=pairs.root.cert_file).context()
+    with urllib.request.urlopen(f"{mutual['openai']}/models", timeout=PATIENCE_S, context=context) as response:
+        assert [model["id"] for model in json.load(response)["data"]] == ["tiny"]
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")

@@ -124,21 +124,10 @@ def check_pair(
 
 
 def check_authorities(certificates: Sequence[Certificate], path: Path, what: str) -> None:
-    """Check that a file of authorities has one that is in force, and no certificate that cannot sign others."""
-    x509, doing = require_x509(), f"checking {what} {named(path)}"
-    for certificate in certificates:
-        try:
-            can_sign = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-        except x509.ExtensionNotFound:
-            can_sign = True  # of the time before the extension
-        if not can_sign and certificate.issuer != certificate.subject:
-            raise TlsError(
-                f"{doing}: {_name_of(certificate)} is the certificate of a server or client, expected that of the "
-                f"authority that signed it, {_text(certificate.issuer)}; name that one's file"
-            )
+    """Check that one of the certificates that are to be trusted is in force."""
     now = datetime.now(UTC)
     if not any(one.not_valid_before_utc <= now <= one.not_valid_after_utc for one in certificates):
-        check_dates(certificates[0], doing, _name_of(certificates[0]))
+        check_dates(certificates[0], f"checking {what} {named(path)}", _name_of(certificates[0]))
 
 
 def check_dates(certificate: Certificate, doing: str, place: str) -> None:

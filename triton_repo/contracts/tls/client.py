@@ -38,10 +38,6 @@ class Credentials:
     key: bytes | None = None
     server_name: str | None = None
 
-    def load(self) -> Credentials:
-        """These, which are in memory already."""
-        return self
-
     def channel(self, library: ModuleType, url: str, options: Options) -> grpc.Channel | grpc.aio.Channel:
         """An encrypted channel of `grpc` or `grpc.aio`."""
         import grpc

@@ -1,13 +1,13 @@
 """What a server needs for TLS: the files that an operator names, checked, and how moeship itself asks the server.
 
-With mutual TLS the server takes only clients with a certificate of the operator's authority. For its own probes moeship
-makes a certificate whose key never leaves its memory, and the server trusts that one too.
+With mutual TLS the server takes only clients with a certificate of the operator's authority. For its own probes, and
+for a gateway beside the server, moeship makes a certificate in the server's private folder. The server trusts it too.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from triton_repo.contracts.tls.certificates import (
     read_key,
     require_x509,
 )
-from triton_repo.contracts.tls.client import Credentials
+from triton_repo.contracts.tls.client import ClientTls
 from triton_repo.errors import TlsError
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 CERT = "the server's certificate"
 KEY = "the server's key"
 CLIENT_CA = "the certificate of the clients' authority"
-_TRUSTED_FILE = "client-ca.pem"
-_PROBE_YEARS = 20  # a server may run for as long
+_SERVER_FILE, _CLIENT_FILE, _KEY_FILE, _TRUSTED_FILE = "server.pem", "client.pem", "client.key", "client-ca.pem"
+_CLIENT_YEARS = 20  # a server may run for as long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class CheckedTls:
     cert: Path
     key: Path
     trusted: Path | None  # the authorities of clients and the probes' own certificate; None without mutual TLS
-    probe: Credentials
+    own: ClientTls  # of this machine's own clients: probes, and a gateway
     ends: datetime  # after this no client takes the server's certificate
 
 
@@ -62,21 +62,23 @@ def check_server_tls(tls: ServerTls, host: str, workspace: Path) -> CheckedTls:
     Raises TlsError, and MissingPackageError without the package `cryptography`."""
     own = check_server_pair(tls, host)
     served = names_of(own)
-    # The server's own certificate is all that the probes trust, by one of its own names.
-    probe = Credentials(ca=_pem(own), server_name=served[0].replace("*", "probe"))
-    trusted = None
+    # Its own certificate is all that its probes trust, by one of its names.
+    pinned, trusted = workspace / _SERVER_FILE, None
+    pinned.write_bytes(_pem(own))
+    client = ClientTls(ca=pinned, server_name=served[0].replace("*", "probe"))
     if tls.client_ca is not None:
         authorities = read_certificates(tls.client_ca, CLIENT_CA)
         check_authorities(authorities, tls.client_ca, CLIENT_CA)
-        cert, private = _probe_pair()
-        probe = Credentials(ca=probe.ca, server_name=probe.server_name, cert=cert, key=private)
+        client = replace(client, cert=workspace / _CLIENT_FILE, key=workspace / _KEY_FILE)
+        if not (workspace / _CLIENT_FILE).exists():  # a gateway goes on with the pair when the server is started again
+            _make_pair(workspace / _CLIENT_FILE, workspace / _KEY_FILE)
         trusted = workspace / _TRUSTED_FILE
-        trusted.write_bytes(b"".join([*map(_pem, authorities), cert]))
+        trusted.write_bytes(b"".join([*map(_pem, authorities), (workspace / _CLIENT_FILE).read_bytes()]))
     return CheckedTls(
         cert=tls.cert.resolve(),
         key=tls.key.resolve(),
         trusted=trusted,
-        probe=probe,
+        own=client,
         ends=own.not_valid_after_utc,
     )
 
@@ -102,8 +104,8 @@ def _check_host(served: tuple[str, ...], host: str, path: Path) -> None:
     logger.warning("%s %s is for %s: clients that connect to %s refuse it", CERT, path, names(served), host)
 
 
-def _probe_pair() -> tuple[bytes, bytes]:
-    """A certificate that signs itself, and its key."""
+def _make_pair(cert_file: Path, key_file: Path) -> None:
+    """Write a certificate that signs itself, and its key, which only this user can read."""
     x509 = require_x509()
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -118,14 +120,16 @@ def _probe_pair() -> tuple[bytes, bytes]:
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(days=1))  # a clock may be set back
-        .not_valid_after(now + timedelta(days=365 * _PROBE_YEARS))
+        .not_valid_after(now + timedelta(days=365 * _CLIENT_YEARS))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    return _pem(certificate), private
+    key_file.touch(mode=0o600)
+    key_file.write_bytes(private)
+    cert_file.write_bytes(_pem(certificate))
 
 
 def _pem(certificate: Certificate) -> bytes:
