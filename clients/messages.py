@@ -25,6 +25,7 @@ class GenerationRequest:
 
     model: str
     prompt: str
+    input_ids: tuple[int, ...] | None = None  # the prompt's tokens in place of its text, which is then empty
     max_tokens: int
     temperature: float | None = None
     top_k: int | None = None

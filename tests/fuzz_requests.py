@@ -49,6 +49,7 @@ GOOD: tuple[dict[str, Any], ...] = (
     {"text_input": ["x"], "max_tokens": [3], "min_p": [0.1], "logit_bias_ids": [5, 6], "logit_bias_values": [1.0, -3.0],
      "num_log_probs": [3], "embedding_bias_words": ["ab", ""], "embedding_bias_weights": [0.5, 1.0],
      "return_routed_experts": [True]},
+    {"text_input": [""], "input_ids": [5, 6, 7], "max_tokens": [3]},
 )  # fmt: skip
 # Values at the ends of what each data type holds.
 _ENDS: Mapping[TritonDtype, tuple[Any, ...]] = {

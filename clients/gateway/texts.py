@@ -21,6 +21,7 @@ from triton_repo.contracts.ensemble import TOKEN_ENGINE
 from triton_repo.contracts.model_parameters import ENGINE_FOLDER
 
 ENGINE_FILE = "engine.json"
+INPUT_IDS = "input_ids"  # the model's input for a prompt of token ids
 CHECKPOINT_FOLDER = "checkpoint"  # of a model for TensorRT-LLM's LLM API, within its version's folder
 
 
@@ -46,6 +47,11 @@ class ModelTexts:
         if token in self.tokenizer.byte_ids:
             return bytes([int(name[3:5], 16)])
         return str(name).replace("▁", " ").encode()
+
+    @cached_property
+    def adds_tokens(self) -> bool:
+        """Whether the tokenizer puts tokens around a prompt, as Llama's puts a begin token before it."""
+        return self.tokenizer.encode_prompt("a") != self.tokenizer.encode("a")
 
     @cached_property
     def _added(self) -> frozenset[int]:

@@ -194,6 +194,13 @@ ADDED_INPUTS: tuple[WireTensor, ...] = (
         "INT32",
         f"number of likeliest tokens that fill top_token_ids and top_log_probs, 0 to {MOST_LOG_PROBS}",
     ),
+    # TensorRT-LLM's model `tensorrt_llm` has this input; its ensemble makes it of the text.
+    _optional(
+        "input_ids",
+        "INT32",
+        "the prompt as token ids, taken as they are, in place of a text; text_input is then empty",
+        dims=(-1,),
+    ),
     _optional("return_prompt_log_probs", "BOOL", "fill prompt_token_ids and prompt_log_probs"),
     _optional("return_routed_experts", "BOOL", "fill routed_experts, expert_weights and num_experts; mixtures only"),
 )

@@ -77,6 +77,7 @@ class GenerationOptions(SamplingOptions):
     pair two tensors each."""
 
     prompt: str
+    input_ids: tuple[int, ...] = ()  # the prompt's tokens in place of its text
     max_tokens: int
     stream: bool = False
     stop_words: tuple[str, ...] = ()
@@ -148,6 +149,7 @@ _WORDS = ("stop_words", "bad_words")
 MAX_WORDS = 1024
 MAX_WORD_BYTES = 1024
 MAX_WORD_BYTES_IN_ALL = 32_768
+MAX_INPUT_IDS = 1 << 20  # before the context's limit is known
 # Inputs that are accepted for compatibility and have no effect. For _ONLY_ONE and _FALSE_ONLY, any value that would
 # change the output on TensorRT-LLM is refused.
 _ONLY_ONE = ("beam_width",)
@@ -227,32 +229,44 @@ def plan_generation(
     if unknown:
         problems.append(f"logit_bias_ids: found {unknown[0]}, expected token ids below {tokenizer.size}; leave it out")
     most_tokens = max_sequence - 1 if max_prompt is None else min(max_prompt, max_sequence - 1)
-    prompt_ids: list[int] = []
-    text = "" if _surrogates([options.prompt]) else options.prompt
-    try:
-        prompt_ids = encode_prompt(tokenizer, text, most_tokens)
-        if text and not prompt_ids:
-            problems.append("text_input: found a prompt without a single token, expected at least one; send more text")
-    except PromptTooLongError as error:
-        problems.append(f"text_input: {error}")
-    if len(prompt_ids) >= max_sequence:
+    found, its = _prompt_ids(options, tokenizer, most_tokens)
+    problems += its
+    name = "input_ids" if options.input_ids else "text_input"
+    if len(found) >= max_sequence:
         problems.append(
-            f"text_input: found a prompt of {len(prompt_ids)} tokens, expected at most {max_sequence - 1}, since "
+            f"{name}: found a prompt of {len(found)} tokens, expected at most {max_sequence - 1}, since "
             f"prompt and output share a context of {max_sequence}; shorten it"
         )
-    elif max_prompt is not None and len(prompt_ids) > max_prompt:
+    elif max_prompt is not None and len(found) > max_prompt:
         problems.append(
-            f"text_input: found a prompt of {len(prompt_ids)} tokens, expected at most {max_prompt}, which the engine "
+            f"{name}: found a prompt of {len(found)} tokens, expected at most {max_prompt}, which the engine "
             "reads at a time; shorten it"
         )
     if problems:
         raise refusal(problems)
     return GenerationPlan(
         options=_with_all_biases(options, tokenizer),
-        prompt_ids=tuple(prompt_ids),
+        prompt_ids=tuple(found),
         end_ids=_end_ids(options, end_token_ids),
-        most_tokens=min(options.max_tokens, max_sequence - len(prompt_ids)),
+        most_tokens=min(options.max_tokens, max_sequence - len(found)),
     )
+
+
+def _prompt_ids(options: GenerationOptions, tokenizer: Tokenizer, most_tokens: int) -> tuple[Sequence[int], list[str]]:
+    """The tokens of the prompt, and what is wrong with it."""
+    if options.input_ids:
+        wrong = next((token for token in options.input_ids if not 0 <= token < tokenizer.size), None)
+        if wrong is None:
+            return options.input_ids, []
+        return (), [f"input_ids: found {wrong}, expected token ids from 0 on, below {tokenizer.size}"]
+    text = "" if _surrogates([options.prompt]) else options.prompt
+    try:
+        found = encode_prompt(tokenizer, text, most_tokens)
+    except PromptTooLongError as error:
+        return (), [f"text_input: {error}"]
+    if text and not found:
+        return (), ["text_input: found a prompt without a single token, expected at least one; send more text"]
+    return found, []
 
 
 def _with_all_biases(options: GenerationOptions, tokenizer: Tokenizer) -> GenerationOptions:
@@ -283,9 +297,10 @@ def _read_value(spec: WireTensor, tensor: npt.NDArray[Any], most_prompt_bytes: i
         )
     if spec.dims == (1,) and tensor.size != 1:
         raise ValueError(f"{spec.name}: found {tensor.size} values, expected 1; send shape [1, 1]")
-    if tensor.size > MAX_WORDS:
+    most = MAX_INPUT_IDS if spec.name == "input_ids" else MAX_WORDS
+    if tensor.size > most:
         kind = "words" if spec.dtype == "STRING" else "values"
-        raise ValueError(f"{spec.name}: found {tensor.size} {kind}, expected at most {MAX_WORDS}; send fewer")
+        raise ValueError(f"{spec.name}: found {tensor.size} {kind}, expected at most {most}; send fewer")
     items = tensor.reshape(-1).tolist()
     if spec.name == "text_input" and most_prompt_bytes is not None:
         try:
@@ -327,8 +342,15 @@ def value_problems(values: Mapping[str, Any], names: Mapping[str, str] = _WIRE_N
     problems = [
         f"{names.get(field, field)}: found {values[field]!r}, expected {rule.expected}; {rule.remedy}"
         for field, rule in _RULES.items()
-        if values.get(field) is not None and not rule.holds(values[field])
+        if values.get(field) is not None
+        and not rule.holds(values[field])
+        and not (field == "prompt" and values.get("input_ids"))
     ]
+    if values.get("prompt") and values.get("input_ids"):
+        problems.append(
+            f"input_ids: found {len(values['input_ids'])} beside a text, expected one of the two; send an empty text "
+            f"in {names.get('prompt', 'prompt')}"
+        )
     problems += [f"{names['prompt']}: {problem}" for problem in _surrogates([values.get("prompt") or ""])]
     for field in _WORDS:
         words = values.get(field) or ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ from starlette.responses import Response
 
 from clients.gateway.api import fields
 from clients.gateway.api.answers import Usage, chat_log_probs, finish_reason, now, routing_of
+from clients.gateway.api.guides import check_format
 from clients.gateway.api.messages import read_messages
 from clients.gateway.api.sampling import (
     LOG_PROBS,
     ROUTING,
     SHARED,
     UNREAD,
+    Prompt,
     check_routing,
     generation_request,
     required_model,
@@ -26,7 +29,7 @@ from clients.gateway.errors import invalid
 from clients.gateway.events import Events, Whole, event
 from clients.gateway.guard import Record
 from clients.gateway.state import Gateway
-from clients.gateway.texts import ModelTexts
+from clients.gateway.texts import INPUT_IDS, ModelTexts
 from clients.messages import Generation, GenerationRequest
 from triton_repo.contracts.piece import Piece
 
@@ -56,7 +59,6 @@ FIELDS = fields.Fields(
     unread=UNREAD | {"parallel_tool_calls", "prediction", "verbosity"},
     neutral={
         "modalities": (["text"],),
-        "response_format": ({"type": "text"},),
         "audio": (),
         "function_call": ("none",),
         "functions": ([],),
@@ -93,6 +95,7 @@ async def read_call(gateway: Gateway, record: Record, body: Mapping[str, Any]) -
     record.model = model = required_model(values)
     gateway.check_model(model)
     await check_routing(gateway, model, values)
+    await check_format(gateway, model, values)
     if "messages" not in values:
         raise invalid("messages", "you must provide messages")
     log_probs, top = values.get("logprobs", False), values.get("top_logprobs")
@@ -124,8 +127,9 @@ def _max_tokens(values: Mapping[str, Any]) -> int:
     return int(new or old or fields.MOST_TOKENS)
 
 
-async def _prompt(gateway: Gateway, model: str, values: Mapping[str, Any], texts: ModelTexts) -> str:
-    """The text of the conversation."""
+async def _prompt(gateway: Gateway, model: str, values: Mapping[str, Any], texts: ModelTexts) -> Prompt:
+    """The conversation as the template renders it. A template writes the begin token itself, where a model has one, so
+    that the tokenizer must add none: such a model is sent the tokens, if it takes any."""
     renderer = await gateway.renderer(model)
     tools, continues = values.get("tools") or None, values.get("continue_final_message", False)
     if tools and values.get("tool_choice") != "none" and "tools" not in (texts.template or ""):
@@ -142,7 +146,9 @@ async def _prompt(gateway: Gateway, model: str, values: Mapping[str, Any], texts
         raise invalid(
             "messages", "the model's chat template makes an empty text of them, expected at least a character"
         )
-    return text
+    if texts.adds_tokens and INPUT_IDS in await gateway.pool.inputs(model):
+        return Prompt(text, tuple(await asyncio.to_thread(texts.tokenizer.encode, text)))
+    return Prompt(text)
 
 
 async def _whole(gateway: Gateway, call: Call, usage: Usage) -> dict[str, Any]:

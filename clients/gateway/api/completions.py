@@ -12,11 +12,13 @@ from starlette.responses import Response
 
 from clients.gateway.api import fields
 from clients.gateway.api.answers import Usage, completion_log_probs, finish_reason, now, routing_of
+from clients.gateway.api.guides import check_format
 from clients.gateway.api.sampling import (
     LOG_PROBS,
     ROUTING,
     SHARED,
     UNREAD,
+    Prompt,
     check_routing,
     generation_request,
     required_model,
@@ -26,7 +28,7 @@ from clients.gateway.errors import invalid
 from clients.gateway.events import Events, Whole, event
 from clients.gateway.guard import Record
 from clients.gateway.state import Gateway
-from clients.gateway.texts import ModelTexts
+from clients.gateway.texts import INPUT_IDS, ModelTexts
 from clients.messages import Generation, GenerationRequest
 from export.errors import shown
 from triton_repo.contracts.piece import Piece
@@ -71,7 +73,7 @@ class Call:
     """A request for completions that was read and checked."""
 
     values: Mapping[str, Any]
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     requests: tuple[GenerationRequest, ...]  # one a prompt
     texts: ModelTexts | None  # where tokens are shown
     log_probs: int | None
@@ -100,6 +102,7 @@ async def read_call(gateway: Gateway, record: Record, body: Mapping[str, Any]) -
     record.model = model = required_model(values)
     gateway.check_model(model)
     await check_routing(gateway, model, values)
+    await check_format(gateway, model, values)
     if "prompt" not in values:
         raise invalid("prompt", "you must provide a prompt")
     limits, stated = gateway.settings.limits, values["prompt"]
@@ -113,9 +116,11 @@ async def read_call(gateway: Gateway, record: Record, body: Mapping[str, Any]) -
         raise invalid("max_tokens", "found 0, expected 1 or more where echo is not true; ask for at least one token")
     needs_texts = log_probs is not None or not all(isinstance(prompt, str) for prompt in stated)
     texts = await gateway.texts(model) if needs_texts else None
-    prompts = tuple(prompt if isinstance(prompt, str) else _text_of(texts, prompt) for prompt in stated)
-    empty = next((place for place, prompt in enumerate(prompts) if not prompt), None)
-    if empty is not None:
+    takes_ids = INPUT_IDS in await gateway.pool.inputs(model)
+    prompts = tuple(
+        Prompt(prompt) if isinstance(prompt, str) else _of_ids(texts, prompt, takes_ids) for prompt in stated
+    )
+    if not all(prompt.text or prompt.ids for prompt in prompts):
         raise invalid("prompt", "found an empty text, expected at least one character")
     return Call(
         values=values,
@@ -141,19 +146,22 @@ async def read_call(gateway: Gateway, record: Record, body: Mapping[str, Any]) -
     )
 
 
-def _text_of(texts: ModelTexts | None, token_ids: Sequence[int]) -> str:
-    """The text that is encoded to these tokens. Raises ApiError where there is none."""
+def _of_ids(texts: ModelTexts | None, token_ids: tuple[int, ...], takes_ids: bool) -> Prompt:
+    """The prompt of these tokens. A model that takes no token ids gets the text that is encoded to them. Raises
+    ApiError where there is none."""
     assert texts is not None
     unknown = next((token for token in token_ids if token >= texts.tokenizer.size), None)
     if unknown is not None:
         raise invalid("prompt", f"found the token id {unknown}, expected ids below {texts.tokenizer.size}")
     text = str(texts.tokenizer.backend.decode(list(token_ids), skip_special_tokens=False))
+    if takes_ids:
+        return Prompt(text, token_ids)
     if texts.tokenizer.encode_prompt(text) != list(token_ids):
         raise invalid(
             "prompt", f"the token ids {shown(list(token_ids))} are not those that the model's tokenizer makes of their "
-            "text, which is what is sent to this model; send a text",
+            "text, and this model is sent texts; send a text",
         )  # fmt: skip
-    return text
+    return Prompt(text)
 
 
 async def _whole(gateway: Gateway, call: Call, usage: Usage) -> dict[str, Any]:
@@ -192,7 +200,7 @@ def _choice(call: Call, place: int, generation: Generation) -> dict[str, Any]:
         text, reason, part = "", "length", _without_tokens(generation)
     choice: dict[str, Any] = {
         "index": place * call.num_answers + generation.sequence_index,
-        "text": (call.prompts[place] if call.echo else "") + text,
+        "text": (call.prompts[place].text if call.echo else "") + text,
         "logprobs": None,
         "finish_reason": reason,
     }
@@ -228,7 +236,7 @@ def _part(call: Call, place: int, piece: Piece, offsets: dict[int, int]) -> dict
     offset = offsets.setdefault(piece.sequence_index, 0)
     begins = is_first and call.echo
     if begins:
-        text = call.prompts[place] + text
+        text = call.prompts[place].text + text
     shows_tokens = call.log_probs is not None or call.values.get("return_token_ids") or call.values.get(ROUTING)
     if not text and reason is None and not (shows_tokens and shown_part.token_ids):
         return None

@@ -7,10 +7,12 @@ greedy there. So both are always sent. Fields that only vLLM's API has, and the 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from clients.errors import RequestRejected
 from clients.gateway.api import fields
+from clients.gateway.api.guides import FORMAT, read_format
 from clients.gateway.errors import ApiError, invalid, unsupported
 from clients.gateway.state import Gateway
 from clients.messages import GenerationRequest
@@ -34,6 +36,7 @@ SHARED: Mapping[str, fields.Read] = {
     "stream_options": fields.within(
         "stream_options", {"include_usage": fields.boolean}, unread=frozenset({"include_obfuscation"})
     ),
+    FORMAT: read_format,
     # vLLM's
     "top_k": fields.integer(-1, fields.MOST_TOKENS),
     "min_p": fields.number(0, 1),
@@ -51,10 +54,18 @@ UNREAD = frozenset(
 LOG_PROBS = MOST_LOG_PROBS
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt's text, and its tokens where they are sent in place of the text."""
+
+    text: str
+    ids: tuple[int, ...] | None = None
+
+
 def generation_request(
     values: Mapping[str, Any],
     *,
-    prompt: str,
+    prompt: Prompt,
     max_tokens: int,
     request_id: str,
     timeout_s: float,
@@ -66,11 +77,12 @@ def generation_request(
     temperature, top_p, top_k = values.get("temperature", 1.0), values.get("top_p", 1.0), values.get("top_k", 0)
     if temperature < _LEAST_TEMPERATURE or top_p == 0:
         temperature, top_p, top_k = 0.0, 1.0, 1
-    seed = values.get("seed")
+    seed, (guide_type, guide) = values.get("seed"), values.get(FORMAT, ("", ""))
     try:
         return GenerationRequest(
             model=values["model"],
-            prompt=prompt,
+            prompt=prompt.text if prompt.ids is None else "",
+            input_ids=prompt.ids,
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -88,6 +100,9 @@ def generation_request(
             return_log_probs=True if log_probs is not None else None,
             num_log_probs=log_probs or None,
             return_prompt_log_probs=True if prompt_log_probs else None,
+            guided_decoding_guide_type=guide_type or None,
+            guided_decoding_guide=guide or None,
+            exclude_input_in_output=True,  # TensorRT-LLM's ensembles may repeat the prompt where this is absent
             return_routed_experts=values.get(ROUTING) or None,
             num_return_sequences=values["n"] if values.get("n", 1) > 1 else None,
             request_id=request_id,
