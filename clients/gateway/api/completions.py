@@ -171,44 +171,33 @@ async def _whole(gateway: Gateway, call: Call, usage: Usage) -> dict[str, Any]:
     async def ask(place: int, request: GenerationRequest) -> list[dict[str, Any]]:
         async with room:
             generations = await gateway.pool.generate_all(request)
-        for generation in generations:
-            usage.add(generation, place)
-        return [_choice(call, place, generation) for generation in generations]
+        shown_parts = [_without_tokens(part) if call.prompt_only else part for part in generations]
+        for part in shown_parts:
+            usage.add(part, place)
+        return [_choice(call, place, part) for part in shown_parts]
 
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(_plain(ask(place, request))) for place, request in enumerate(call.requests)]
-    choices: list[dict[str, Any]] = []
-    for task in tasks:
-        found = task.result()
-        if isinstance(found, Exception):
-            raise found
-        choices += found
+    try:
+        async with asyncio.TaskGroup() as group:  # the first error ends the others
+            tasks = [group.create_task(ask(place, request)) for place, request in enumerate(call.requests)]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    choices = [choice for task in tasks for choice in task.result()]
     return {**call.head, "choices": choices, "usage": usage.to_json()}
 
 
-async def _plain(work: Any) -> Any:  # noqa: ANN401 - what the work gives
-    """The result of work, or its error: a task group would wrap an error, and cancel the others for it."""
-    try:
-        return await work
-    except Exception as error:
-        return error
-
-
 def _choice(call: Call, place: int, generation: Generation) -> dict[str, Any]:
-    text, reason, part = generation.text, finish_reason(generation), generation
-    if call.prompt_only:
-        text, reason, part = "", "length", _without_tokens(generation)
+    reason = finish_reason(generation)
     choice: dict[str, Any] = {
         "index": place * call.num_answers + generation.sequence_index,
-        "text": (call.prompts[place].text if call.echo else "") + text,
+        "text": (call.prompts[place].text if call.echo else "") + generation.text,
         "logprobs": None,
-        "finish_reason": reason,
+        "finish_reason": "length" if call.prompt_only else reason,
     }
     if call.texts is not None and call.log_probs is not None:
-        choice["logprobs"], _ = _log_probs(call.texts, part, 0, with_prompt=call.echo)
+        choice["logprobs"], _ = _log_probs(call.texts, generation, 0, with_prompt=call.echo)
     if call.values.get("return_token_ids"):
-        choice["token_ids"] = list(part.token_ids)
-    return {**choice, **routing_of(part)}
+        choice["token_ids"] = list(generation.token_ids)
+    return {**choice, **routing_of(generation)}
 
 
 async def _events(gateway: Gateway, call: Call, usage: Usage) -> AsyncGenerator[bytes, None]:
@@ -218,8 +207,9 @@ async def _events(gateway: Gateway, call: Call, usage: Usage) -> AsyncGenerator[
         offsets: dict[int, int] = {}  # sequence to the offset behind the text of its tokens so far
         async with aclosing(gateway.pool.stream(request)) as pieces:
             async for piece in pieces:
-                usage.add(piece, place)
-                choice = _part(call, place, piece, offsets)
+                shown_part = _without_tokens(piece) if call.prompt_only else piece
+                usage.add(shown_part, place)
+                choice = _part(call, place, shown_part, offsets)
                 if choice is not None:
                     yield event({**call.head, "choices": [choice], **extra})
     if call.includes_usage:
@@ -228,33 +218,34 @@ async def _events(gateway: Gateway, call: Call, usage: Usage) -> AsyncGenerator[
 
 def _part(call: Call, place: int, piece: Piece, offsets: dict[int, int]) -> dict[str, Any] | None:
     """What a piece adds to a choice; None for one that shows nothing."""
-    text, reason, shown_part = piece.text, finish_reason(piece), piece
+    text, reason = piece.text, finish_reason(piece)
     if call.prompt_only:
-        text, reason = "", reason and "length"
-        shown_part = _without_tokens(piece)
+        reason = reason and "length"
     is_first = piece.sequence_index not in offsets
     offset = offsets.setdefault(piece.sequence_index, 0)
     begins = is_first and call.echo
     if begins:
         text = call.prompts[place].text + text
     shows_tokens = call.log_probs is not None or call.values.get("return_token_ids") or call.values.get(ROUTING)
-    if not text and reason is None and not (shows_tokens and shown_part.token_ids):
+    if not text and reason is None and not (shows_tokens and piece.token_ids):
         return None
     choice: dict[str, Any] = {
         "index": place * call.num_answers + piece.sequence_index, "text": text, "logprobs": None,
         "finish_reason": reason,
     }  # fmt: skip
     if call.texts is not None and call.log_probs is not None:
-        choice["logprobs"], offsets[piece.sequence_index] = _log_probs(
-            call.texts, shown_part, offset, with_prompt=begins
-        )
+        choice["logprobs"], offsets[piece.sequence_index] = _log_probs(call.texts, piece, offset, with_prompt=begins)
     if call.values.get("return_token_ids"):
-        choice["token_ids"] = list(shown_part.token_ids)
-    return {**choice, **routing_of(shown_part)}
+        choice["token_ids"] = list(piece.token_ids)
+    return {**choice, **routing_of(piece)}
 
 
 def _without_tokens(part: _Part) -> _Part:
-    return replace(part, token_ids=(), log_probs=(), top_log_probs=(), routing=())
+    """A part that shows the prompt alone."""
+    return replace(
+        part, text="", token_ids=(), log_probs=(), top_log_probs=(), routing=(),
+        num_output_tokens=None if part.num_output_tokens is None else 0,
+    )  # fmt: skip
 
 
 def _log_probs(
