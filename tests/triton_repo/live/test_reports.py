@@ -167,9 +167,11 @@ def test_a_prompt_that_begins_like_the_last_one_goes_on_from_the_cache(serving, 
     system = "# Every request begins with these words.\n" * 4
     serving.live.text(model, text_input=f"{system}def f(", max_tokens=4, end_id=-1)
     before = settled(serving, model)
-    serving.live.text(model, text_input=f"{system}class Other", max_tokens=4, end_id=-1)
+    serving.live.text(model, "second", text_input=f"{system}class Other", max_tokens=4, end_id=-1)
     asked = {"prefix_asked_tokens": len(system) + 11, "prefix_reused_tokens": len(system)}
     grown = serving.grown(model, before, prefix_hits=1, prompt_tokens=11, **asked)
+    [line] = serving.lines(model, "second")
+    assert (line["prompt_tokens"], line["reused_tokens"]) == (len(system) + 11, len(system))
     assert grown["moeship_requests_ended_total", (("end", "length"),)] == 1
     assert serving.metrics(model)["moeship_prefix_kept_tokens", ()] >= len(system)
 

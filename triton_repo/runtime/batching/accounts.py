@@ -31,6 +31,7 @@ class Ended:
     end: str  # one of ENDS or REFUSALS in `stats`
     status: str  # "OK", or the name of the gRPC status of the error that its client got
     prompt_tokens: int | None
+    reused_tokens: int | None = None  # those of the prompt that were in the cache and were not computed
     output_tokens: int = 0
     queued_s: float | None = None
     first_token_s: float | None = None
@@ -125,6 +126,7 @@ class Accounts:
                 end=end,
                 status="OK" if error is None else _status(error),
                 prompt_tokens=len(request.prompt_ids),
+                reused_tokens=request.num_reused,
                 output_tokens=request.num_output,
                 queued_s=None if begun_s is None else begun_s - request.arrived_s,
                 first_token_s=None if first_s is None else first_s - request.arrived_s,

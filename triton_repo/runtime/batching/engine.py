@@ -287,6 +287,7 @@ class SequenceEngine:
         request.num_output += 1
         if request.first_token_s is None:
             request.first_token_s = now
+            request.num_reused = sequence.num_reused
             self.stats.prompted(len(request.prompt_ids), sequence.num_reused)
         try:
             response, finish_reason = sequence.writer.write(choice)

@@ -50,6 +50,7 @@ class Request(Generic[Response]):
     arrived_s: float = 0.0  # the rest is the engine's
     begun_s: float | None = None
     first_token_s: float | None = None  # when it was chosen
+    num_reused: int | None = None  # tokens of the prompt that the cache had when it was chosen
     num_output: int = 0  # tokens chosen, of all sequences
     num_running: int = 0
     is_gone: bool = False  # whether its client was found to have gone

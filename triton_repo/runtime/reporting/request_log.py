@@ -6,7 +6,8 @@
     log.close()
 
     {"time": "2026-03-01T09:30:00.125Z", "model": "phixtral", "id": "7", "end": "stop", "status": "OK",
-     "prompt_tokens": 5, "output_tokens": 32, "queued_s": 0.0, "first_token_s": 0.09, "total_s": 1.4}
+     "prompt_tokens": 5, "reused_tokens": 0, "output_tokens": 32, "queued_s": 0.0, "first_token_s": 0.09,
+     "total_s": 1.4}
 
 Neither prompts nor answers are in it. `serve` opens the file and the models inherit it, so it may be a pipe. A thread
 of its own writes, so that a reader that stops reading holds up no answer: lines that find no room are dropped, and the
@@ -57,6 +58,7 @@ class RequestLog:
             "end": ended.end,
             "status": ended.status,
             "prompt_tokens": ended.prompt_tokens,
+            "reused_tokens": ended.reused_tokens,
             "output_tokens": ended.output_tokens,
             "queued_s": _milliseconds(ended.queued_s),
             "first_token_s": _milliseconds(ended.first_token_s),

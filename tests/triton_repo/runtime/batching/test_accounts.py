@@ -33,9 +33,9 @@ def test_times_are_since_the_arrival_of_the_request(timed, byte_level):
     engine.run()
     prompt = len(byte_level.encode("def main"))
     assert engine.ended == [
-        Ended(request_id="first", end="length", status="OK", prompt_tokens=prompt, output_tokens=2, queued_s=0.0,
-              first_token_s=STEP_S, total_s=2 * STEP_S),
-        Ended(request_id="second", end="length", status="OK", prompt_tokens=prompt, output_tokens=3,
+        Ended(request_id="first", end="length", status="OK", prompt_tokens=prompt, reused_tokens=0, output_tokens=2,
+              queued_s=0.0, first_token_s=STEP_S, total_s=2 * STEP_S),
+        Ended(request_id="second", end="length", status="OK", prompt_tokens=prompt, reused_tokens=0, output_tokens=3,
               queued_s=2 * STEP_S, first_token_s=3 * STEP_S, total_s=5 * STEP_S),
     ]  # fmt: skip
     stats = engine.engine.stats

@@ -15,8 +15,8 @@ from triton_repo.runtime.reporting import request_log
 from triton_repo.runtime.reporting.request_log import RequestLog
 
 ENDED = Ended(
-    request_id="7", end="length", status="OK", prompt_tokens=5, output_tokens=2, queued_s=0.00049, first_token_s=0.5,
-    total_s=1.23456,
+    request_id="7", end="length", status="OK", prompt_tokens=5, reused_tokens=3, output_tokens=2, queued_s=0.00049,
+    first_token_s=0.5, total_s=1.23456,
 )  # fmt: skip
 
 
@@ -54,10 +54,11 @@ def test_a_line_has_the_requests_numbers_and_no_text(tmp_path):
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", first.pop("time"))
     assert list(second) == ["time", *first]
     assert first == {
-        "model": "tiny", "id": "7", "end": "length", "status": "OK", "prompt_tokens": 5, "output_tokens": 2,
-        "queued_s": 0.0, "first_token_s": 0.5, "total_s": 1.235,
+        "model": "tiny", "id": "7", "end": "length", "status": "OK", "prompt_tokens": 5, "reused_tokens": 3,
+        "output_tokens": 2, "queued_s": 0.0, "first_token_s": 0.5, "total_s": 1.235,
     }  # fmt: skip
-    assert [second[name] for name in ("id", "end", "prompt_tokens", "queued_s")] == ["", "invalid", None, None]
+    names = ("id", "end", "prompt_tokens", "reused_tokens", "queued_s")
+    assert [second[name] for name in names] == ["", "invalid", None, None, None]
 
 
 def test_any_id_is_one_line_of_a_bounded_length(tmp_path):
