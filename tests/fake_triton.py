@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent import futures
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import grpc
@@ -35,11 +37,12 @@ def piece(
     **fields,
 ):
     """One response with the tensors that moeship's model sends, for a prompt of 3 tokens; with `log_probs`, as to a
-    request that asks for them, each is -0.5. `fields` are further ones of the piece."""
+    request that asks for them, each is as given, or -0.5 for True. `fields` are further ones of the piece."""
+    values = (-0.5,) * len(token_ids) if log_probs is True else tuple(log_probs or ())
     made = Piece(
         text=text,
         token_ids=tuple(token_ids),
-        log_probs=(-0.5,) * len(token_ids) if log_probs else (),
+        log_probs=values,
         cum_log_prob=-0.5 if log_probs else None,
         finish_reason=finish_reason,
         num_input_tokens=3,
@@ -82,6 +85,20 @@ def deadlines(server: FakeServer) -> Iterator[float]:
         yield timeout_s
         if server.started.is_set():
             return
+
+
+@contextmanager
+def fake_server() -> Iterator[FakeServer]:
+    """A server of this kind that listens, until the end of the block."""
+    servicer = FakeServer()
+    grpc_server = grpc.server(futures.ThreadPoolExecutor(max_workers=4))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, grpc_server)
+    servicer.url = f"127.0.0.1:{grpc_server.add_insecure_port('127.0.0.1:0')}"
+    grpc_server.start()
+    yield servicer
+    servicer.cancelled.set()
+    servicer.stopped.set()
+    grpc_server.stop(grace=None).wait()
 
 
 @dataclass

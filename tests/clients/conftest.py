@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent import futures
 from typing import Any
 
-import grpc
 import pytest
-from fake_triton import FakeServer
-from tritonclient.grpc import service_pb2_grpc
+from fake_triton import FakeServer, fake_server
 
 from clients.generation import AsyncClient, Client
 from clients.messages import GenerationRequest
@@ -17,15 +14,8 @@ from clients.messages import GenerationRequest
 
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
-    servicer = FakeServer()
-    grpc_server = grpc.server(futures.ThreadPoolExecutor(max_workers=4))
-    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, grpc_server)
-    servicer.url = f"127.0.0.1:{grpc_server.add_insecure_port('127.0.0.1:0')}"
-    grpc_server.start()
-    yield servicer
-    servicer.cancelled.set()
-    servicer.stopped.set()
-    grpc_server.stop(grace=None).wait()
+    with fake_server() as server:
+        yield server
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import openai
 import pytest
@@ -51,6 +52,12 @@ def running(settings: Settings) -> Iterator[Gateway]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture(scope="session")
+def run_gateway() -> Callable[[Settings], AbstractContextManager[Gateway]]:
+    """Runs a gateway of given settings."""
+    return running
 
 
 @pytest.fixture

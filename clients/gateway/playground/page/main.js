@@ -185,6 +185,7 @@ function send() {
   const turn = new Turn({ number, mode: mode(), model, request: text, onSelect: selected, onRetry: again });
   turns.push(turn);
   part("turns").append(turn.element);
+  part("turns").hidden = false;
   part("empty").hidden = true;
   prompt.value = "";
   follow(true);
@@ -293,6 +294,7 @@ part("clear").addEventListener("click", () => {
   }
   [turns, cleared] = [cleared, turns];
   part("turns").replaceChildren(...turns.map((turn) => turn.element));
+  part("turns").hidden = turns.length === 0;
   part("empty").hidden = turns.length > 0;
   part("clear").textContent = cleared.length && !turns.length ? "Undo" : "Clear";
   inspector.show(turns.at(-1) ?? null);

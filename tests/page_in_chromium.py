@@ -1,0 +1,107 @@
+"""A Chromium that opens the playground, and a model that says what a test tells it to."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+
+import pytest
+from fake_triton import at_the_end_of, empty_final, piece
+
+from triton_repo.runtime.text.detokenizer import Detokenizer
+
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+# A browser that asks nobody but the gateway for anything.
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+)  # fmt: skip
+PATIENCE_MS = 15_000
+LAYERS, EXPERTS = 3, 4
+# Log-probabilities of the tokens of an answer, in turn.
+LIKELY = tuple(map(math.log, (0.9, 0.5, 0.04)))
+
+
+@contextmanager
+def chromium() -> Iterator:
+    """A headless browser. Skips where there is none, or nothing to drive it by. Only one test module may hold it at a
+    time, since the driver's loop runs in the thread that tests run in."""
+    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    program = next(filter(None, map(shutil.which, PROGRAMS)), None)
+    if program is None:
+        pytest.skip(f"no Chromium is installed ({', '.join(PROGRAMS)}): apt-get install chromium")
+    with driver.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=list(FLAGS))
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+def axe() -> str:
+    """The source of axe-core."""
+    package = pytest.importorskip("axe_playwright_python", reason="pip install axe-playwright-python")
+    return (resources.files(package) / "axe.min.js").read_text(encoding="utf-8")
+
+
+def routing(number: int):
+    """The experts of the token of that number: two of four in each of three layers."""
+    heavy, light = 0.75 - 0.05 * (number % 3), 0.25 + 0.05 * (number % 3)
+    return tuple(
+        (((number + layer) % (EXPERTS - 1), heavy), ((number + layer + 1) % (EXPERTS - 1), light))
+        for layer in range(LAYERS)
+    )
+
+
+class Says:
+    """An answer for `FakeServer`: a text in a tokenizer's tokens, one a piece, then the end token if there is one. It
+    pauses before the token number `pause` until `go_on` is set. Log-probabilities and experts come where they are asked
+    for."""
+
+    def __init__(
+        self, tokenizer, text: str, *, alternative: str = " or", end: int | None = None, pause: int = -1
+    ) -> None:
+        self._tokenizer, self._end, self._pause = tokenizer, end, pause
+        self._ids = tokenizer.encode(text)
+        self._alternative = tokenizer.encode(alternative)[0]
+        self.go_on = threading.Event()
+
+    def __call__(self, request, context):
+        at_the_end_of(context, self.go_on.set)
+        asked = {tensor.name for tensor in request.inputs}
+        detokenizer = Detokenizer(self._tokenizer)
+        ids = [*self._ids, *([self._end] if self._end is not None else [])]
+        held = []
+        for number, token in enumerate(ids):
+            if number == self._pause:
+                self.go_on.wait()
+            if not context.is_active():
+                return
+            held.append((number, token))
+            is_last = number == len(ids) - 1
+            text = "" if token == self._end else detokenizer.push(token)
+            if is_last:
+                text += detokenizer.flush()
+            if text or is_last:
+                yield self._piece(asked, text, held, len(ids) if is_last else 0)
+                held = []
+        yield empty_final()
+
+    def _piece(self, asked, text, held, whole):
+        likely = [LIKELY[number % len(LIKELY)] for number, _ in held]
+        fields = {}
+        if "num_log_probs" in asked:
+            fields["top_log_probs"] = tuple(
+                ((token, value), (self._alternative, math.log(0.03)))
+                for (_, token), value in zip(held, likely, strict=True)
+            )
+        if "return_routed_experts" in asked:
+            fields |= {"routing": tuple(routing(number) for number, _ in held), "num_experts": EXPERTS}
+        reason = "" if not whole else "length" if self._end is None else "stop"
+        made = piece(text, [token for _, token in held], finish_reason=reason, num_output=held[-1][0] + 1,
+                     log_probs=likely if "return_log_probs" in asked else False, **fields)  # fmt: skip
+        return made
