@@ -56,8 +56,8 @@ class History:
         self.rng = rng = random.Random(seed)
         size = min(1.0, (seed % 1000 + 50) / 500)  # of the history
         self._is_calm = rng.random() < 0.3  # no client goes before its answer, and nothing fails
-        self.salt = seed
-        self.broken_one_in = 0 if self._is_calm else rng.choice((0, 0, 300))
+        self.text = (seed, 0 if self._is_calm else rng.choice((0, 0, 300)), rng.choice((1, 5, 20)))
+        self.has_drafts = rng.random() < 0.7
         self.cost = Cost(
             step_s=rng.choice((0.003, 0.02, 0.07, 0.3)),
             prompt_token_s=rng.choice((0.0002, 0.001, 0.0126, 0.03)),
@@ -77,7 +77,8 @@ class History:
         self.simulation = Simulation(
             self.cost, slots=num_slots, positions=rng.randint(30, 30 + int(600 * size)), limits=self.limits,
             budget=rng.uniform(0.3, 1.0) * rng.choice((1.0, 1.0, min(1.0, 1.5 / num_slots))),
-            salt=self.salt, broken_one_in=self.broken_one_in, can_copy=rng.random() < 0.8, keeps=rng.random() < 0.8,
+            salt=self.text[0], broken_one_in=self.text[1], surprise_one_in=self.text[2], drafts=self.has_drafts,
+            can_copy=rng.random() < 0.8, keeps=rng.random() < 0.8,
             post=self._posted.append if self._posts_later else lambda action: action(),
         )  # fmt: skip
         self.simulation.after_event = lambda: self._act() if rng.random() < 0.5 else None
@@ -92,7 +93,8 @@ class History:
         self._begun: set[Client] = set()
         self._shares = rng.choice((0.0, 0.5, 0.9))  # of the prompts that begin like another one
         self._draining = self._is_ending = False
-        self._due: list[tuple[Client, int, int]] = []  # client, answer and tokens before the step
+        # Client, answer, tokens before the step, and the draft of the next ones.
+        self._due: list[tuple[Client, int, int, bytes]] = []
         self._plan_events(size)
 
     # What happens when.
@@ -161,7 +163,7 @@ class History:
         rng, begin = self.rng, b""
         if self.clients and rng.random() < self._shares:
             other = rng.choice(self.clients[-8:]).wish
-            text = other.prompt + alone(other, self.salt, self.broken_one_in)[0].tokens
+            text = other.prompt + alone(other, *self.text)[0].tokens
             begin = text[: rng.choice((size, size, rng.randint(0, size)))]
         return begin + bytes(rng.randrange(VOCABULARY) for _ in range(size - len(begin)))
 
@@ -313,16 +315,22 @@ class History:
             else:
                 index = client.writers.index(sequence.writer)
                 tokens = client.writers[index].tokens
-                require(row is not None and list(row.token_ids) == list(tokens[-1:]), "not the last token", row, tokens)
+                require(row is not None and list(row.token_ids[:1]) == list(tokens[-1:]), "not the last token", row)
+                require(row.num_logits == len(row.token_ids), "logits of a draft are not asked for", row)
+                last = sequence.num_computed + len(row.token_ids)
+                require(last <= sequence.request.num_positions, "a draft goes past what its sequence reserved", row)
                 answering.append(sequence)
-                self._due.append((client, index, len(tokens)))
+                self._due.append((client, index, len(tokens), bytes(row.token_ids[1:])))
         computed = sum(len(row.token_ids) for _, row in prompts if row)
         for sequence, row in prompts:
             start = sequence.num_computed
             if row:
                 stop = start + len(row.token_ids)
                 require(tuple(row.token_ids) == sequence.request.prompt_ids[start:stop], "other tokens of a prompt")
-        require(not answering or computed <= room, "more tokens of prompts than the pace allows", computed, room)
+        drafted = sum(len(draft) for *_, draft in self._due)
+        require(self.has_drafts or not drafted, "drafts, though they are off")
+        if prompts and answering:
+            require(computed + drafted <= room, "more tokens beside answers than the pace allows", computed, drafted)
         if prompts:
             require(prompts[0][1] is not None, "the oldest prompt does not move on")
             left = sum(sequence.num_left for sequence, _ in prompts)
@@ -331,10 +339,14 @@ class History:
 
     def _check_between_steps(self) -> None:
         self._check_state()
-        for client, index, before in self._due:
-            written = len(client.writers[index].tokens) - before
-            excused = client.reasons or client.request not in self._inside()
-            require(written == 1 or (written == 0 and excused), "not one token in a step", client.wish, written)
+        for client, index, before, draft in self._due:
+            written = client.writers[index].tokens[before:]
+            runs = any(sequence.writer is client.writers[index] for sequence in self.scheduler.running)
+            require(bool(written) or client.reasons or not runs, "no token in a step", client.wish)
+            accepted = written[:-1]
+            require(draft.startswith(bytes(accepted)), "went on behind another token than the draft's", draft, written)
+            rest = draft[len(accepted) :]
+            require(not runs or rest[:1] != written[-1:], "a token of a draft is thrown away", draft, written)
         self._due = []
         for client in self.clients:
             is_inside = client.request in self._inside()
@@ -353,12 +365,15 @@ class History:
         require(stats.output_tokens == written, "tokens are miscounted", stats.output_tokens, written)
         self.counts["prefix hits"] += stats.prefix_hits
         self.counts["tokens reused"] += stats.prefix_reused_tokens
+        self.counts["tokens drafted"] += stats.drafted_tokens
+        self.counts["tokens accepted"] += stats.accepted_tokens
+        require(stats.accepted_tokens <= min(written, stats.drafted_tokens), "drafts are miscounted", stats)
 
     def _check_client(self, client: Client) -> None:
         """A client got all of its answers or one error, and every token is the one that it would have got alone."""
         wish = client.wish
         require(client.is_over, "a request has no end", wish, client.reasons)
-        expected = alone(wish, self.salt, self.broken_one_in)
+        expected = alone(wish, *self.text)
         ends = [client.end_of(index) for index in range(wish.count)]
         for index, answer in enumerate(expected):
             got = client.tokens_of(index)
@@ -384,7 +399,7 @@ class History:
         wish = client.wish
         for _, part in client.parts:
             if wish.echo and part.tokens:
-                reference = prompt_log_probs(wish, self.salt)
+                reference = prompt_log_probs(wish, self.text[0], self.text[2])
                 found = np.array(part.prompt_log_probs)
                 require(found.shape == (len(reference),), "another number of the prompt's log-probabilities", wish)
                 require(bool(np.allclose(found, reference, rtol=0, atol=1e-5)), "other log-probabilities", wish)

@@ -34,18 +34,22 @@ class Simulation:
         limits: Limits | None = None,
         salt: int = 0,
         broken_one_in: int = 0,
+        surprise_one_in: int = 1,
         can_copy: bool = True,
         keeps: bool = False,
+        drafts: bool = False,
         post: Callable[[Callable[[], object]], object] = lambda action: action(),
     ) -> None:
-        """`budget` is a share of what all slots may take; `keeps` says whether free slots keep tokens. `salt` and
-        `broken_one_in` are those of the logits."""
+        """`budget` is a share of what all slots may take; `keeps` says whether free slots keep tokens. `salt`,
+        `broken_one_in` and `surprise_one_in` are those of the logits."""
         self.clock, self.cache = Clock(), StandInCache(slots, positions, can_copy=can_copy)
-        self.session = StandInSession(cost, salt=salt, broken_one_in=broken_one_in, advance=self.advance)
+        self.session = StandInSession(
+            cost, salt=salt, broken_one_in=broken_one_in, surprise_one_in=surprise_one_in, advance=self.advance
+        )
         num_bytes = int(budget * slots * self.cache.bytes_of(positions))
         self.engine = SequenceEngine(
             self.session, self.cache, Slots(self.cache, num_bytes, keeps=keeps), num_tokens=VOCABULARY,
-            limits=limits or Limits(slots=slots), clock=self.clock, post=post,
+            limits=limits or Limits(slots=slots), drafts=drafts, clock=self.clock, post=post,
         )  # fmt: skip
         self.scheduler = self.engine._scheduler
         self.log: list[tuple[float, int, object]] = []  # what clients got: when, number of the wish, what

@@ -41,11 +41,13 @@ def require(holds: bool, what: str, *shown: object) -> None:
         raise BrokenInvariantError(what + "".join(f" {value!r}" for value in shown))
 
 
-def logits_of(tokens: bytes, salt: int, broken_one_in: int = 0) -> Floats:
-    """Logits [V] that every token before decides; NaN after one in so many texts."""
+def logits_of(tokens: bytes, salt: int, broken_one_in: int = 0, surprise_one_in: int = 1) -> Floats:
+    """Logits [V]; NaN after one in so many texts. All tokens before decide them after one in `surprise_one_in` texts,
+    and only the last one after the others, whose greedy continuations repeat themselves therefore."""
     hashed = zlib.crc32(tokens, salt)
-    logits = _TABLE[hashed & 255].copy()
-    logits[(hashed >> 8) % VOCABULARY] += 3
+    chosen = zlib.crc32(tokens[-1:], salt) if (hashed >> 20) % surprise_one_in else hashed
+    logits = _TABLE[chosen & 255].copy()
+    logits[(chosen >> 8) % VOCABULARY] += 3
     if broken_one_in and (hashed >> 16) % broken_one_in == 0:
         logits[7] = np.nan
     return logits
@@ -127,9 +129,11 @@ class StandInSession:
     `fails` says what a step does: None computes it, a number raises an error after so many of its rows."""
 
     def __init__(
-        self, cost: Cost, *, salt: int = 0, broken_one_in: int = 0, advance: Callable[[float], object] = lambda _: None
-    ) -> None:
-        self.cost, self._salt, self._broken_one_in, self._advance = cost, salt, broken_one_in, advance
+        self, cost: Cost, *, salt: int = 0, broken_one_in: int = 0, surprise_one_in: int = 1,
+        advance: Callable[[float], object] = lambda _: None,
+    ) -> None:  # fmt: skip
+        self.cost, self._advance = cost, advance
+        self._text = salt, broken_one_in, surprise_one_in
         self.before: Callable[[Sequence[Row]], object] = lambda _: None
         self.fails: Callable[[Sequence[Row]], int | None] = lambda _: None
         self.num_steps = 0
@@ -153,7 +157,7 @@ class StandInSession:
             stop = cache.lengths[row.slot]
             for end in range(stop - row.num_logits + 1, stop + 1):
                 require(end > start, "logits of a token that the row does not have", row)
-                logits.append(logits_of(cache.held[row.slot][:end], self._salt, self._broken_one_in))
+                logits.append(logits_of(bytes(cache.held[row.slot][:end]), *self._text))
         return np.array(logits, dtype=np.float32).reshape(-1, VOCABULARY)
 
 
@@ -273,17 +277,18 @@ class Expected:
     end: str  # "stop", "length" or "error"
 
 
-def alone(wish: Wish, salt: int, broken_one_in: int = 0) -> list[Expected]:
+def alone(wish: Wish, salt: int, broken_one_in: int = 0, surprise_one_in: int = 1) -> list[Expected]:
     """The answers to a wish, worked out token by token."""
     if wish.echo:
-        starts = [logits_of(wish.prompt[:size], salt, broken_one_in) for size in range(1, len(wish.prompt))]
+        sizes = range(1, len(wish.prompt))
+        starts = [logits_of(wish.prompt[:size], salt, broken_one_in, surprise_one_in) for size in sizes]
         if wish.prompt_fails or any(np.isnan(logits).any() for logits in starts):
             return [Expected(tokens=b"", end="error")] * wish.count
     answers = []
     for index in range(wish.count):
         sampler, tokens, end = new_sampler(wish, index), bytearray(), None
         while end is None:
-            logits = logits_of(wish.prompt + tokens, salt, broken_one_in)
+            logits = logits_of(wish.prompt + tokens, salt, broken_one_in, surprise_one_in)
             number = len(tokens) + 1
             if np.isnan(logits).any() or number == wish.sampling_fails:
                 end = "error"
@@ -296,11 +301,11 @@ def alone(wish: Wish, salt: int, broken_one_in: int = 0) -> list[Expected]:
     return answers
 
 
-def prompt_log_probs(wish: Wish, salt: int) -> list[float]:
+def prompt_log_probs(wish: Wish, salt: int, surprise_one_in: int = 1) -> list[float]:
     """ln softmax(logits)[token] of the prompt's tokens from the second on."""
     found = []
     for size in range(1, len(wish.prompt)):
-        logits = logits_of(wish.prompt[:size], salt).astype(np.float64)
+        logits = logits_of(wish.prompt[:size], salt, 0, surprise_one_in).astype(np.float64)
         found.append(float(logits[wish.prompt[size]] - np.log(np.exp(logits).sum())))
     return found
 

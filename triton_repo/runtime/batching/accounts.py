@@ -87,14 +87,11 @@ class Accounts:
     def routed(
         self, router_logits: npt.NDArray[np.float32] | None, rows: Sequence[Row], wanted: Sequence[bool]
     ) -> list[TokenRouting]:
-        """Take the logits of a step's routers, if they were looked at. Where it is time to, the experts that the tokens
-        chose are counted. Returns what the routers chose for each of the logits that the rows ask for, one row after
-        the other; empty for a row that is not `wanted`."""
+        """What the routers chose for each of the logits that the rows of a step ask for, one row after the other, from
+        the logits of its routers, if they were looked at; empty for a row that is not `wanted`."""
         chosen: list[TokenRouting] = [() for row in rows for _ in range(row.num_logits)]
         if self.routing is None or router_logits is None:
             return chosen
-        if self._counts:
-            self.stats.expert_tokens += self.routing.count_chosen(router_logits)
         places: list[int] = []  # of logits that are wanted
         tokens: list[int] = []  # whose logits these are
         done = seen = 0
@@ -109,6 +106,19 @@ class Accounts:
                 pairs = zip(of_token, weights_of_token, strict=True)
                 chosen[place] = tuple(tuple(zip(*layer, strict=True)) for layer in pairs)
         return chosen
+
+    def count_experts(
+        self, router_logits: npt.NDArray[np.float32] | None, rows: Sequence[Row], rejected: Sequence[int]
+    ) -> None:
+        """Count the experts that the tokens of a step chose, where it is time to, but for the last `rejected` tokens of
+        each row, which are in no text."""
+        if self.routing is None or router_logits is None or not self._counts:
+            return
+        if any(rejected):
+            counts = [(len(row.token_ids) - less, less) for row, less in zip(rows, rejected, strict=True)]
+            stays = np.repeat([True, False] * len(rows), np.ravel(counts))
+            router_logits = router_logits[:, stays]
+        self.stats.expert_tokens += self.routing.count_chosen(router_logits)
 
     def with_routing(self, choice: Choice, routing: TokenRouting) -> Choice:
         """A choice with what the routers chose where its logits were computed, if that is given."""

@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,13 +32,14 @@ import numpy.typing as npt
 from triton_repo.contracts.piece import TokenRouting
 from triton_repo.errors import RequestError
 from triton_repo.runtime.batching.accounts import Accounts
+from triton_repo.runtime.batching.drafts.drafter import Drafter
 from triton_repo.runtime.batching.ends import Ends, names_of
 from triton_repo.runtime.batching.memory.slots import Slots
 from triton_repo.runtime.batching.refusals import too_large, too_late
 from triton_repo.runtime.batching.scheduler import Limits, Scheduler, Share
 from triton_repo.runtime.batching.sequence import Request, Sequence
 from triton_repo.runtime.responses import server_stopping
-from triton_repo.runtime.sampling import choose_all, log_probabilities_of
+from triton_repo.runtime.sampling import Choice, choose_all, log_probabilities_of
 from trt_build.ort.routing import Routing
 from trt_build.ort.step_call import Row
 
@@ -54,12 +56,23 @@ class Computes(Protocol):
         `router_logits` gets those of the routers."""
 
 
+@dataclass(kw_only=True)
+class _Due:
+    """A sequence whose next tokens are chosen from the logits of a step."""
+
+    sequence: Sequence
+    logits: Floats  # [R, V]: of the first token that is chosen, and of those behind each token of the draft
+    routing: Items[TokenRouting]  # of each of them
+    share: Share | None = None  # None for one whose prompt was computed
+
+
 class SequenceEngine:
     """Waiting requests, running sequences, and the steps that compute them.
 
     `slots` hands out the slots of `cache`, which belongs to `session`. `num_tokens` is the size of the tokenizer.
-    `routing` is the session's, if the experts that tokens choose are to be counted. `post` runs an action that sends
-    something or asks Triton something; a runner has a thread for it.
+    `routing` is the session's, if the experts that tokens choose are to be counted. `drafts`: whether steps may compute
+    tokens of answers before they are chosen, for which the session must take rows of different lengths. `post` runs an
+    action that sends something or asks Triton something; a runner has a thread for it.
     """
 
     def __init__(
@@ -71,6 +84,7 @@ class SequenceEngine:
         num_tokens: int,
         routing: Routing | None = None,
         limits: Limits | None = None,
+        drafts: bool = False,
         clock: Callable[[], float] = time.monotonic,
         post: Callable[[Callable[[], object]], object] = lambda action: action(),
     ) -> None:
@@ -78,7 +92,7 @@ class SequenceEngine:
         self.accounts = Accounts(routing, clock, post)
         self.stats = self.accounts.stats
         self._session, self._cache, self._num_tokens = session, cache, num_tokens
-        self._scheduler = Scheduler(slots, self.limits)
+        self._scheduler = Scheduler(slots, self.limits, Drafter() if drafts else None)
         self._clock = clock
         self._lock = threading.Lock()  # guards the scheduler's lists
         self._draining = self._ending = False
@@ -214,6 +228,7 @@ class SequenceEngine:
             logits = self._session.step(self._cache, rows, *sampled)
             self._account(shares, rows, self._clock() - now)
             self._commit(shares, rows, logits, self.accounts.routed(room, rows, wanted))
+            self.accounts.count_experts(room, rows, [share.num_rejected for share in shares])
         except Exception as error:  # whatever it is, the clients are told, and the engine goes on
             self._ends.fail_step([share.sequence for share in shares], error)
         return True
@@ -244,21 +259,25 @@ class SequenceEngine:
             self._ends.refuse(request, self._ends.overloaded(problem), "waited_too_long")
 
     def _account(self, shares: Items[Share], rows: Items[Row], seconds: float) -> None:
-        num_decoding = sum(not share.num_tokens for share in shares)
-        prompt_tokens = sum(len(row.token_ids) for row in rows) - num_decoding
-        self.stats.stepped(seconds, prompt_tokens)
-        self._scheduler.pace.learn(prompt_tokens, seconds)
+        prompt_tokens = sum(len(row.token_ids) for share, row in zip(shares, rows, strict=True) if share.num_tokens)
+        drafted = sum(len(share.draft) for share in shares)
+        self.stats.stepped(seconds, prompt_tokens, drafted)
+        self._scheduler.learn(shares, prompt_tokens, drafted, seconds)
 
     def _commit(self, shares: Items[Share], rows: Items[Row], logits: Floats, routing: Items[TokenRouting]) -> None:
         """Take the logits of a step, and what the routers chose for each: prompts move on, and every sequence that is
-        due gets its next token."""
-        place, due, due_logits, due_routing = 0, [], [], []
+        due gets its next token, or several where they are those of its draft."""
+        place, due = 0, []
         for share, row in zip(shares, rows, strict=True):
             sequence, own = share.sequence, logits[place : place + row.num_logits]
+            routed = routing[place : place + row.num_logits]
             place += row.num_logits
+            if not share.num_tokens:
+                due.append(_Due(sequence=sequence, logits=own, routing=routed, share=share))
+                continue
             sequence.num_computed += len(row.token_ids)
             followers = [other for other in self._scheduler.running if other.source is sequence]
-            if share.num_tokens and sequence.writer.wants_prompt:
+            if sequence.writer.wants_prompt:
                 self._echo(sequence, followers, row, own)
             if sequence.num_left or not sequence.request.num_running:
                 continue
@@ -266,19 +285,36 @@ class SequenceEngine:
                 if other is not sequence:
                     self._scheduler.slots.copy(sequence.slot, other.slot, sequence.num_computed)
                     other.source, other.num_computed = None, sequence.num_computed
-                due.append(other)
-                due_logits.append(own[-1])
-                due_routing.append(routing[place - 1])
-        choices = choose_all(due_logits, [sequence.writer.sampler for sequence in due])
-        for sequence, choice, routed in zip(due, choices, due_routing, strict=True):
-            if sequence not in self._scheduler.running:
-                continue  # another sequence of its request failed
-            if isinstance(choice, Exception):
-                self._ends.fail_running(sequence.request, choice)
-            else:
-                self._write(sequence, self.accounts.with_routing(choice, routed))
+                due.append(_Due(sequence=other, logits=own[-1:], routing=routed[-1:]))
+        place = 0
+        while due:
+            choices = choose_all([each.logits[place] for each in due], [each.sequence.writer.sampler for each in due])
+            due = [each for each, choice in zip(due, choices, strict=True) if self._take(each, place, choice)]
+            place += 1
 
-    def _write(self, sequence: Sequence, choice: Any) -> None:  # noqa: ANN401 - Choice
+    def _take(self, due: _Due, place: int, choice: Choice | Exception) -> bool:
+        """Take what was chosen from one of the logits of a sequence. Returns whether the next ones are of use: only
+        where the sequence goes on with the next token of its draft."""
+        sequence, running = due.sequence, self._scheduler.running
+        if sequence not in running:
+            return False  # another sequence of its request failed
+        if isinstance(choice, Exception):
+            self._ends.fail_running(sequence.request, choice)
+            return False
+        draft = due.share.draft if due.share else ()
+        is_drafted = place < len(draft) and choice.token_id == draft[place]
+        if due.share is not None:
+            sequence.num_computed += 1
+            due.share.num_rejected = len(draft) - place
+        self.stats.accepted_tokens += is_drafted
+        self._write(sequence, self.accounts.with_routing(choice, due.routing[place]))
+        if sequence not in running:
+            return False
+        if not is_drafted and draft:
+            self._scheduler.slots.shorten(sequence.slot, sequence.num_computed)
+        return is_drafted
+
+    def _write(self, sequence: Sequence, choice: Choice) -> None:
         now, request = self._clock(), sequence.request
         first = not sequence.has_chosen
         self.stats.wrote(now - (request.arrived_s if first else sequence.token_s), first=first)

@@ -19,6 +19,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any
 
+from triton_repo.runtime.batching.drafts.drafter import Drafter, Drafts
 from triton_repo.runtime.batching.memory.prefixes import Prefix, longest, shared
 from triton_repo.runtime.batching.memory.slots import Slots
 from triton_repo.runtime.batching.sequence import Request, Sequence, Writer
@@ -72,32 +73,36 @@ class Pace:
             self.num_tokens = min(MOST_TOKENS, max(fitting, num_tokens + 1))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Share:
-    """What a sequence computes in a step: `num_tokens` of its prompt, or with 0 its last token."""
+    """What a sequence computes in a step: `num_tokens` of its prompt, or with 0 its last token and those of a draft."""
 
     sequence: Sequence
     num_tokens: int
+    draft: tuple[int, ...] = ()  # tokens that may be the next ones
+    num_rejected: int = 0  # of them, once the step was computed
 
     @property
     def row(self) -> Row:
         """The row of the step."""
         sequence = self.sequence
         if not self.num_tokens:
-            return Row(slot=sequence.slot, token_ids=sequence.tokens[-1:])
+            tokens = [sequence.tokens[-1], *self.draft]
+            return Row(slot=sequence.slot, token_ids=tokens, num_logits=len(tokens))
         wants_prompt, start = sequence.writer.wants_prompt, sequence.num_computed
-        tokens = sequence.request.prompt_ids[start : start + self.num_tokens]
+        part = sequence.request.prompt_ids[start : start + self.num_tokens]
         if wants_prompt:
-            tokens = tokens[:_MOST_ECHOED]
-        ends = len(tokens) == sequence.num_left
-        return Row(slot=sequence.slot, token_ids=tokens, num_logits=len(tokens) if wants_prompt else int(ends))
+            part = part[:_MOST_ECHOED]
+        ends = len(part) == sequence.num_left
+        return Row(slot=sequence.slot, token_ids=part, num_logits=len(part) if wants_prompt else int(ends))
 
 
 class Scheduler:
-    """The waiting requests and the running sequences. Not for several threads at once."""
+    """The waiting requests and the running sequences. Not for several threads at once. `drafter` is None where every
+    answer takes one token a step."""
 
-    def __init__(self, slots: Slots, limits: Limits) -> None:
-        self.slots, self.limits = slots, limits
+    def __init__(self, slots: Slots, limits: Limits, drafter: Drafter | None = None) -> None:
+        self.slots, self.limits, self.drafter = slots, limits, drafter
         self.waiting: deque[Request[Any]] = deque()
         self.running: list[Sequence] = []  # in the order in which they began
         self.pace = Pace(limits.pause_target_s)
@@ -185,11 +190,30 @@ class Scheduler:
         """What the next step computes, in the order of slots. Empty if nothing runs."""
         decoding = [sequence for sequence in self.running if not sequence.num_left and not sequence.is_waiting]
         prompts = [sequence for sequence in self.running if sequence.num_left]
-        room = max(FEWEST_TOKENS, MOST_TOKENS - len(decoding))
-        counts = split(prompts, min(room, self.pace.num_tokens)) if decoding else self._split_alone(prompts)
-        shares = [Share(sequence=sequence, num_tokens=0) for sequence in decoding]
+        drafts = self._drafts(decoding, beside_prompts=bool(prompts))
+        drafted = sum(map(len, drafts.values()))
+        room = max(FEWEST_TOKENS, min(MOST_TOKENS - len(decoding), self.pace.num_tokens) - drafted)
+        counts = split(prompts, room) if decoding else self._split_alone(prompts)
+        shares = [Share(sequence=sequence, num_tokens=0, draft=drafts.get(sequence, ())) for sequence in decoding]
         shares += [Share(sequence=prompt, num_tokens=count) for prompt, count in counts if count]
         return sorted(shares, key=lambda share: share.sequence.slot)
+
+    def _drafts(self, decoding: Items[Sequence], *, beside_prompts: bool) -> Drafts:
+        """The drafts of a step. Beside prompts they take a part of what the pace allows to those."""
+        if self.drafter is None or not decoding:
+            return {}
+        room = MOST_TOKENS - len(decoding)
+        if beside_prompts:
+            room = min(room - FEWEST_TOKENS, (self.pace.num_tokens - FEWEST_TOKENS) // 2)
+            return self.drafter.drafts_beside_prompts(decoding, room)
+        return self.drafter.drafts(decoding, room, self.limits.pause_target_s)
+
+    def learn(self, shares: Items[Share], prompt_tokens: int, drafted: int, seconds: float) -> None:
+        """A step took so long, with so many tokens of prompts and of drafts."""
+        if prompt_tokens or not drafted:
+            self.pace.learn(prompt_tokens + drafted, seconds)
+        if self.drafter is not None and not prompt_tokens:
+            self.drafter.learn(len(shares), drafted, seconds)
 
     def _split_alone(self, prompts: Items[Sequence]) -> list[tuple[Sequence, int]]:
         """Share a step in which no answer runs among prompts. A short rest of a prompt is computed in one step, and the

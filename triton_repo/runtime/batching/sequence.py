@@ -7,6 +7,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
+from triton_repo.runtime.batching.drafts.ngrams import Ngrams
 from triton_repo.runtime.batching.outlet import Outlet
 from triton_repo.runtime.sampling import Choice, Sampler
 
@@ -84,6 +85,7 @@ class Sequence:
     num_reused: int = 0  # those of them that were not computed for this sequence
     tokens: list[int] = field(default_factory=list)  # the prompt's, and then those that were chosen
     token_s: float = 0.0  # when the last one was chosen
+    ngrams: Ngrams | None = None  # its text's, once drafts of it are looked for
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)

@@ -43,6 +43,8 @@ class Stats:
     steps: int = 0
     prompt_tokens: int = 0  # computed of prompts
     output_tokens: int = 0  # written
+    drafted_tokens: int = 0  # computed before they were chosen
+    accepted_tokens: int = 0  # of them, that were chosen then
     prefix_asked_tokens: int = 0  # of the prompts of requests that got a token
     prefix_reused_tokens: int = 0  # of them, that were in the cache and were not computed
     prefix_hits: int = 0  # requests with such tokens
@@ -63,8 +65,9 @@ class Stats:
     def begun(self, waited_s: float) -> None:
         self.queue_s.add(waited_s)
 
-    def stepped(self, seconds: float, prompt_tokens: int) -> None:
+    def stepped(self, seconds: float, prompt_tokens: int, drafted_tokens: int) -> None:
         self.steps += 1
+        self.drafted_tokens += drafted_tokens
         self.prompt_tokens += prompt_tokens
         self.step_s.add(seconds)
 

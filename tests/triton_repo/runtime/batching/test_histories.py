@@ -33,6 +33,7 @@ def test_no_invariant_is_broken_in_random_histories(part):
         "failed alone",
         "waited too long",
         "prefix hits",
+        "tokens accepted",
     ):
         assert counts[what] > 0, f"the histories have too few of the kind: {what}"
 

@@ -128,6 +128,11 @@ class Slots:
         """Have a slot go on, from what it holds, with what another one holds up to `length`."""
         self._cache.copy(source, target, length)
 
+    def shorten(self, slot: int, length: int) -> None:
+        """Drop the positions of a slot from `length` on, whose sequence goes on. Their pages stay in memory."""
+        self._pages[slot] = max(self._pages[slot], self._cache.bytes_of(self._cache.lengths[slot]))
+        self._cache.shorten(slot, length)
+
     def touch(self, slot: int) -> None:
         """What the slot keeps, if it does, was used just now."""
         if slot in self.kept:

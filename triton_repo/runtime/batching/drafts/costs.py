@@ -1,0 +1,90 @@
+"""What tokens of drafts cost: learnt from how long steps took.
+
+    costs = Costs()
+    costs.learn(rows=1, drafted=8, seconds=0.17)
+    costs.of(rows=1)            # {0: 1.0, 1: 1.26, 2: 1.39}: tokens of drafts -> time of the step
+
+Times are in units of a step without drafts and with as many sequences, since that changes with the length of the
+sequences and with what else the machine does. A token more costs its computation, and on a mixture the weights of the
+experts that no other token of the step reads. How much that is depends on the machine, the model and the text, so
+nothing is assumed: a number of tokens of which nothing is known, or nothing recent, is taken to cost as little as the
+next smaller one that was measured, and is measured when it would pay at that. An estimate too low is corrected by its
+first use, where one too high would never be.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+# Tokens of drafts in a step. Few different numbers are measured sooner than many.
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+_WINDOW = 5  # measurements that count; the median is not moved by a step that something held up
+_ENOUGH = 2  # measurements that are relied on
+_OLD = 64  # steps after which a measurement is repeated, if it would pay
+_TOO_OLD = 128  # steps with drafts after which one without is measured
+
+
+class _Measured:
+    """The last measurements of one number of tokens."""
+
+    def __init__(self) -> None:
+        self.values: deque[float] = deque(maxlen=_WINDOW)
+        self.step = 0  # of the last one
+
+    @property
+    def median(self) -> float:
+        """The lower one of two."""
+        return sorted(self.values)[(len(self.values) - 1) // 2]
+
+
+class _Curve:
+    """The steps with one number of sequences."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        self.plain = _Measured()  # seconds
+        self.drafted = {size: _Measured() for size in SIZES}  # in units of those
+
+    def learn(self, drafted: int, seconds: float) -> None:
+        self.num_steps += 1
+        measured, value = self.plain, seconds
+        if drafted:
+            measured, value = self.drafted[drafted], seconds / max(self.plain.median, 1e-9)
+            if self.num_steps - measured.step > _OLD:
+                measured.values.clear()  # a bad moment is forgotten at once
+        measured.values.append(value)
+        measured.step = self.num_steps
+
+    def costs(self) -> dict[int, float]:
+        if not self.plain.values or self.num_steps - self.plain.step > _TOO_OLD:
+            return {}
+        found, last = {0: 1.0}, 1.0
+        for size, measured in self.drafted.items():
+            is_known = len(measured.values) >= _ENOUGH and self.num_steps - measured.step <= _OLD
+            own = measured.median if measured.values else None
+            found[size] = last if own is None or (not is_known and own > last) else own
+            if own is None:
+                break
+            last = own
+        return found
+
+
+class Costs:
+    """The costs of one engine."""
+
+    def __init__(self) -> None:
+        self._curves: dict[int, _Curve] = {}  # by the number of sequences in a step
+
+    def learn(self, rows: int, drafted: int, seconds: float) -> None:
+        """A step of so many sequences, with no prompt, and with so many tokens of drafts (one of SIZES, or none) took
+        so long."""
+        self._curves.setdefault(rows, _Curve()).learn(drafted, seconds)
+
+    def of(self, rows: int) -> dict[int, float]:
+        """Numbers of tokens of drafts that may be tried, and the time that a step of so many sequences takes with
+        them. Empty if the next step must be one without drafts."""
+        return self._curves[rows].costs() if rows in self._curves else {}
+
+    def plain_s(self, rows: int) -> float:
+        """Seconds of a step without drafts. Only where `of` gives something."""
+        return self._curves[rows].plain.median

@@ -1,0 +1,88 @@
+"""Decides which tokens of drafts a step computes: as many as let the most tokens be chosen in a second.
+
+A step with drafts takes longer, and gives for each draft as many tokens as the sequence chooses like it, and one more.
+Both are learnt: `costs` and `ngrams`. Where no draft is worth its time there is none, and where a text never repeats
+itself there is nothing to try either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
+from itertools import accumulate
+
+from triton_repo.runtime.batching.drafts.costs import SIZES, Costs
+from triton_repo.runtime.batching.drafts.ngrams import Ngrams, Rates
+from triton_repo.runtime.batching.sequence import Sequence
+
+_GAIN = 1.02  # by which drafts must raise the tokens a second
+_LEAST_CHANCE = 0.05  # of a token to be chosen, for it to be considered
+_LIKELY = 0.5  # the same beside prompts, where a token of a draft takes the place of one of a prompt
+
+Drafts = Mapping[Sequence, tuple[int, ...]]
+
+
+class Drafter:
+    """The drafts of one engine."""
+
+    def __init__(self) -> None:
+        self._costs, self._rates = Costs(), Rates()
+
+    def drafts(self, sequences: Items[Sequence], room: int, most_s: float) -> Drafts:
+        """Drafts for the sequences of a step without prompts, of at most `room` tokens. Where several sequences run,
+        the step takes `most_s` seconds at most, as far as is known: the others wait for it."""
+        costs = self._costs.of(len(sequences))
+        if not costs:
+            for sequence in sequences:
+                self._ngrams(sequence).catch_up()
+            return {}
+        candidates = self._candidates(sequences, min(room, max(costs)), _LEAST_CHANCE)
+        gains = [0.0, *accumulate(chance for chance, _, _, _ in candidates)]
+        rows, longest = len(sequences), most_s / self._costs.plain_s(len(sequences))
+        best, best_rate = 0, _GAIN * rows
+        for size, cost in costs.items():
+            if size < len(gains) and (rows == 1 or cost <= longest) and (rows + gains[size]) / cost > best_rate:
+                best, best_rate = size, (rows + gains[size]) / cost
+        return _chosen(candidates[:best])
+
+    def drafts_beside_prompts(self, sequences: Items[Sequence], room: int) -> Drafts:
+        """Drafts for the answers in a step that computes prompts: likely tokens, of which each costs what one of a
+        prompt does."""
+        return _chosen(self._candidates(sequences, room, _LIKELY)[: max(0, room)])
+
+    def learn(self, rows: int, drafted: int, seconds: float) -> None:
+        """A step of so many sequences and no prompt took so long."""
+        self._costs.learn(rows, drafted, seconds)
+
+    def _candidates(
+        self, sequences: Items[Sequence], room: int, least_chance: float
+    ) -> list[tuple[float, int, int, Sequence]]:
+        """Tokens that may be drafted, the likeliest first: the chance that the token and those before it are chosen,
+        its number in the draft, the token, the sequence. A later token of a draft is never before an earlier one."""
+        found = []
+        for sequence in sequences:
+            ngrams = self._ngrams(sequence)
+            ngrams.catch_up()
+            if sequence.writer.sampler.has_guide:
+                continue
+            # The last token is not computed, and nothing is computed behind it.
+            left = sequence.request.num_positions - len(sequence.tokens)
+            tokens, chances = ngrams.draft(min(SIZES[-1], room, left))
+            found += [
+                (chance, number, token, sequence)
+                for number, (token, chance) in enumerate(zip(tokens, chances, strict=True))
+                if chance >= least_chance
+            ]
+        return sorted(found, key=lambda candidate: (-candidate[0], candidate[1]))
+
+    def _ngrams(self, sequence: Sequence) -> Ngrams:
+        if sequence.ngrams is None:
+            sequence.ngrams = Ngrams(sequence.tokens, Rates(self._rates))
+        return sequence.ngrams
+
+
+def _chosen(candidates: Items[tuple[float, int, int, Sequence]]) -> Drafts:
+    drafts: dict[Sequence, tuple[int, ...]] = {}
+    for _, _, token, sequence in candidates:
+        drafts[sequence] = (*drafts.get(sequence, ()), token)
+    return drafts
