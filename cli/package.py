@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     llmapi_package.add_arguments(parser)
 
 
-_ONNX_RUNTIME = ("threads", "slots", "memory_budget", "max_waiting", "max_wait_s", "pause_target_ms", "prefix_cache")
+_ONNX_RUNTIME = (
+    "threads", "slots", "memory_budget", "max_waiting", "max_wait_s", "pause_target_ms", "prefix_cache", "drafts",
+)  # fmt: skip
 
 
 def _add_onnxruntime_arguments(group: argparse._ArgumentGroup) -> None:
@@ -77,6 +79,11 @@ def _add_onnxruntime_arguments(group: argparse._ArgumentGroup) -> None:
         "--no-prefix-cache", dest="prefix_cache", action="store_false",
         help="compute every prompt from its first token; by default a prompt goes on from what another request left of "
         "its beginning, which the time to its first token shows",
+    )  # fmt: skip
+    group.add_argument(
+        "--no-drafts", dest="drafts", action="store_false",
+        help="compute one token of an answer in a step; by default several are computed where an answer repeats what "
+        "its text has already, which changes its speed and not its tokens",
     )  # fmt: skip
 
 

@@ -119,7 +119,7 @@ def test_a_provider_that_cannot_mix_lengths_computes_rows_in_groups(tiny_engines
     onnx.save(model, engine / SERVING_GRAPH)
     opened = open_engine(tiny_engines("fp32"))
     uniform = Session(dataclasses.replace(opened, folder=engine))
-    uniform._mixes_lengths = False
+    uniform.mixes_lengths = False
     calls = []
     run = uniform._run_together
     uniform._run_together = lambda cache, rows, *out: (calls.append([row.slot for row in rows]), run(cache, rows, *out))

@@ -26,6 +26,7 @@ MAX_WAITING_KEY = "moeship_max_waiting"
 MAX_WAIT_KEY = "moeship_max_wait_s"
 PAUSE_KEY = "moeship_pause_target_ms"
 PREFIX_CACHE_KEY = "moeship_prefix_cache"
+DRAFTS_KEY = "moeship_drafts"
 TOKENIZER_KEY = "tokenizer_dir"
 MAX_SEQUENCE_KEY = "moeship_max_sequence"
 MAX_PROMPT_KEY = "moeship_max_prompt"
@@ -56,20 +57,26 @@ class ModelParameters:
     max_wait_s: int = 60  # before a request's turn; then it is refused
     pause_target_ms: int = 250  # of a step that prompts share with running answers
     prefix_cache: bool = True  # whether a prompt goes on from what slots hold of it
+    drafts: bool = True  # whether a step may compute tokens of an answer before they are chosen
 
     def to_texts(self) -> dict[str, str]:
         """Parameter key to text."""
         values = {key: getattr(self, name) for key, (name, _, _) in _NUMBERS.items()}
         texts = {key: _AUTOMATIC if value is None else str(value) for key, value in values.items()}
-        return {ENGINE_KEY: self.engine, **texts, PREFIX_CACHE_KEY: str(int(self.prefix_cache))}
+        return {
+            ENGINE_KEY: self.engine,
+            **texts,
+            **{key: str(int(getattr(self, name))) for key, name in _FLAGS.items()},
+        }
 
     @classmethod
     def from_texts(cls, texts: Mapping[str, str], model: str) -> ModelParameters:
         """From parameter key to text. Raises RepositoryError for an absent key or a text that is not a valid value."""
-        problems = [f"{key} is absent" for key in (ENGINE_KEY, *_NUMBERS, PREFIX_CACHE_KEY) if key not in texts]
-        prefix_cache = texts.get(PREFIX_CACHE_KEY, "0")
-        if prefix_cache not in ("0", "1"):
-            problems.append(f"{PREFIX_CACHE_KEY} is {shown(prefix_cache)}, expected 0 or 1")
+        problems = [f"{key} is absent" for key in (ENGINE_KEY, *_NUMBERS, *_FLAGS) if key not in texts]
+        flags = {key: texts[key] for key in _FLAGS if key in texts}
+        problems += [
+            f"{key} is {shown(text)}, expected 0 or 1" for key, text in flags.items() if text not in ("0", "1")
+        ]
         values: dict[str, int | None] = {}
         for key, (name, most, is_optional) in _NUMBERS.items():
             if key not in texts:
@@ -84,7 +91,7 @@ class ModelParameters:
                 f"reading the parameters of the model {model}: {'; '.join(problems)}: package the engine again"
             )
         numbers: dict[str, Any] = values  # of which only those that are optional are None
-        return cls(engine=texts[ENGINE_KEY], prefix_cache=prefix_cache == "1", **numbers)
+        return cls(engine=texts[ENGINE_KEY], **{_FLAGS[key]: text == "1" for key, text in flags.items()}, **numbers)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelParameters:
@@ -106,6 +113,8 @@ def changed_fields(parameters: ModelParameters) -> list[str]:
     return [entry.name for entry in fields(parameters) if getattr(parameters, entry.name) != entry.default]
 
 
+# Parameter key -> field, whose text is 0 or 1.
+_FLAGS: Mapping[str, str] = MappingProxyType({PREFIX_CACHE_KEY: "prefix_cache", DRAFTS_KEY: "drafts"})
 # Parameter key -> field, the largest value, and whether the text "auto" stands for None.
 _NUMBERS: Mapping[str, tuple[str, int, bool]] = MappingProxyType(
     {

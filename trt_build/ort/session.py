@@ -62,7 +62,8 @@ class Session:
         self.vocab_size = engine.manifest.architecture.vocab_size
         self.device = open_device(engine, device_index)
         self._has_serving_graph = engine.has_serving_graph
-        self._mixes_lengths = self._has_serving_graph and self.device.provider.mixes_lengths
+        # Whether one call takes different numbers of tokens of its rows.
+        self.mixes_lengths = self._has_serving_graph and self.device.provider.mixes_lengths
         graph = SERVING_GRAPH if self._has_serving_graph else GENERATING_GRAPH
         # A GPU has a copy of the weights.
         self._weights = MappedFile(engine.folder / DATA_FILE) if self.device.kind == "cpu" else None
@@ -87,7 +88,7 @@ class Session:
         sequence, though it writes nothing there: a cache of several slots has that many positions more.
         """
         facts = self.engine.manifest.architecture
-        padding = PREFILL_CHUNK_TOKENS - 1 if slots > 1 and self._mixes_lengths else 0
+        padding = PREFILL_CHUNK_TOKENS - 1 if slots > 1 and self.mixes_lengths else 0
         return Cache(
             self.device, self.backend.io_binding, layers=facts.num_layers, heads=facts.num_kv_heads,
             positions=self.max_sequence + padding, head_size=facts.head_size, slots=slots,
@@ -142,7 +143,7 @@ class Session:
 
     def _calls(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         """The rows in the order in which they were given, as groups that the graph takes in one call."""
-        if self._mixes_lengths and max(len(row.token_ids) for row in rows) <= PREFILL_CHUNK_TOKENS:
+        if self.mixes_lengths and max(len(row.token_ids) for row in rows) <= PREFILL_CHUNK_TOKENS:
             yield rows
             return
         group: list[Row] = []
@@ -160,7 +161,7 @@ class Session:
             call = self._step_call(cache, rows)
         else:
             # A binding of its own: a kept one would go on writing router logits in later steps.
-            call = StepCall(rows, cache.new_binding(*span_of(rows)), mixes_lengths=self._mixes_lengths)
+            call = StepCall(rows, cache.new_binding(*span_of(rows)), mixes_lengths=self.mixes_lengths)
             call.bind_inputs()
             for number, out in enumerate(router_logits):
                 name = names.router_logits(number)
@@ -178,7 +179,7 @@ class Session:
             return cache.calls[key]
         repeats = all(num_tokens == 1 for _, num_tokens, _ in key)
         binding = cache.new_binding(*span_of(rows)) if repeats else cache.binding(*span_of(rows))
-        call = StepCall(rows, binding, mixes_lengths=self._mixes_lengths)
+        call = StepCall(rows, binding, mixes_lengths=self.mixes_lengths)
         call.bind_inputs()
         if repeats:
             cache.keep(key, call)

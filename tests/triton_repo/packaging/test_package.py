@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -69,6 +70,7 @@ def test_the_configuration_says_all_that_triton_would_else_guess(tmp_path, tiny_
         "moeship_memory_budget": "auto",
         "moeship_max_waiting": "64",
         "moeship_prefix_cache": "1",
+        "moeship_drafts": "1",
         "moeship_max_wait_s": "60",
         "moeship_pause_target_ms": "250",
     }
@@ -214,16 +216,18 @@ def test_parameters_that_are_absent_or_no_values_are_refused(texts):
 
 def test_numbers_are_read_as_they_are_written_or_refused():
     parameters = ModelParameters(
-        slots=3, memory_budget=10**9, max_waiting=7, max_wait_s=5, pause_target_ms=40, prefix_cache=False
+        slots=3, memory_budget=10**9, max_waiting=7, max_wait_s=5, pause_target_ms=40, prefix_cache=False, drafts=False
     )
+    assert ModelParameters.from_texts(dataclasses.replace(parameters, drafts=True).to_texts(), "m").drafts
     assert ModelParameters.from_texts(parameters.to_texts(), "m") == parameters
     for name in ("moeship_slots", "moeship_max_waiting", "moeship_max_wait_s", "moeship_pause_target_ms"):
         for text in ("0", "two", "", "9" * 5000, "auto"):
             with pytest.raises(RepositoryError, match=f"of the model m: {name} is .*, expected a number of 1 to"):
                 ModelParameters.from_texts({**parameters.to_texts(), name: text}, "m")
-    for text in ("2", "yes", ""):
-        with pytest.raises(RepositoryError, match="of the model m: moeship_prefix_cache is .*, expected 0 or 1"):
-            ModelParameters.from_texts({**parameters.to_texts(), "moeship_prefix_cache": text}, "m")
+    for name in ("moeship_prefix_cache", "moeship_drafts"):
+        for text in ("2", "yes", ""):
+            with pytest.raises(RepositoryError, match=f"of the model m: {name} is .*, expected 0 or 1"):
+                ModelParameters.from_texts({**parameters.to_texts(), name: text}, "m")
     missing = {key: text for key, text in parameters.to_texts().items() if key != "moeship_slots"}
     with pytest.raises(RepositoryError, match="of the model m: moeship_slots is absent: package the engine again"):
         ModelParameters.from_texts(missing, "m")

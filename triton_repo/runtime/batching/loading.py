@@ -58,8 +58,9 @@ def start(session: Session, parameters: ModelParameters, pulse: Pulse | None = N
     def make(post: Callable[[Callable[[], object]], object]) -> SequenceEngine:
         num_tokens = session.engine.manifest.tokenizer_size
         return SequenceEngine(
-            session, cache, slots, num_tokens=num_tokens, routing=session.routing, limits=limits, post=post
-        )
+            session, cache, slots, num_tokens=num_tokens, routing=session.routing, limits=limits, post=post,
+            drafts=parameters.drafts and session.mixes_lengths,
+        )  # fmt: skip
 
     most_tokens = min(session.max_sequence, slots.most_positions(1) + 1)
     return Loaded(session=session, runner=Runner(make, pulse), most_tokens=most_tokens)

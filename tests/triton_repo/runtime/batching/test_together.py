@@ -59,14 +59,16 @@ def tokens(plan, tokenizer):
     return lambda outlet: token_request(asked, tokenizer.size, outlet)
 
 
-def together(session, makers, *, keeps=False):
+def together(session, makers, *, keeps=False, **more):
     """The responses to every request, where a new one comes whenever chance has it and up to eight run at a time. If
-    it `keeps`, prompts go on from what slots hold, and at least half of their tokens must do so."""
+    it `keeps`, prompts go on from what slots hold, and at least half of their tokens must do so. Gives the engine's
+    counts, too."""
     rng = np.random.default_rng(9)
     cache = session.new_cache(SLOTS)
     slots = Slots(cache, SLOTS * cache.bytes_of(cache.positions), keeps=keeps)
     num_tokens = session.engine.manifest.tokenizer_size
-    engine = SequenceEngine(session, cache, slots, num_tokens=num_tokens, limits=Limits(slots=SLOTS, max_waiting=1000))
+    limits = Limits(slots=SLOTS, max_waiting=1000)
+    engine = SequenceEngine(session, cache, slots, num_tokens=num_tokens, limits=limits, **more)
     found, widest, waiting = defaultdict(list), 0, list(enumerate(makers))
     while waiting or engine.has_work():
         while waiting and (rng.random() < 0.3 or not engine.has_work()):
@@ -78,7 +80,7 @@ def together(session, makers, *, keeps=False):
     assert widest == SLOTS
     assert (engine.stats.prefix_reused_tokens > engine.stats.prefix_asked_tokens / 2) == keeps
     assert all(responses[-1][1] for responses in found.values())
-    return [[response for response, _ in found[number]] for number in range(len(makers))]
+    return [[response for response, _ in found[number]] for number in range(len(makers))], engine.stats
 
 
 def by_sequence(pieces):
@@ -107,7 +109,7 @@ def fp32(tiny_engines):
 def test_texts_are_those_of_requests_alone(fp32):
     session, tokenizer = fp32
     makers = [texts(plan, tokenizer) for plan in plans(session, tokenizer)]
-    for pieces, make in zip(together(session, makers), makers, strict=True):
+    for pieces, make in zip(together(session, makers)[0], makers, strict=True):
         alone = by_sequence(piece for piece, _ in answered(session, make))
         for found, expected in zip(by_sequence(pieces), alone, strict=True):
             assert (found.text, found.token_ids, found.finish_reason) == (
@@ -121,8 +123,38 @@ def test_texts_are_those_of_requests_alone(fp32):
 def test_tokens_are_those_of_requests_alone(fp32):
     session, tokenizer = fp32
     makers = [tokens(plan, tokenizer) for plan in plans(session, tokenizer)]
-    for responses, make in zip(together(session, makers), makers, strict=True):
+    for responses, make in zip(together(session, makers)[0], makers, strict=True):
         assert ids_of(responses) == ids_of(response for response, _ in answered(session, make))
+
+
+@pytest.mark.parametrize("kind", [texts, tokens])
+def test_answers_with_drafts_are_those_of_requests_alone_without_them(fp32, kind):
+    """A step takes no time here, so that every draft is computed, with all options and beside prompts."""
+    session, tokenizer = fp32
+    rng = np.random.default_rng(21)
+    makers = []
+    for number in range(24):
+        fields = {"max_tokens": int(rng.integers(1, 60)), **OPTIONS[number % len(OPTIONS)]}
+        prompt = f"import os\nx{number} = [1, 2, 3]\n" * int(rng.integers(1, 6))
+        options = GenerationOptions(prompt=prompt, **fields)
+        plan = plan_generation(options, tokenizer, max_sequence=session.max_sequence, end_token_ids=())
+        makers.append(kind(plan, tokenizer))
+    found, stats = together(session, makers, drafts=True, clock=lambda: 0.0)
+    assert stats.accepted_tokens > 30
+    assert stats.drafted_tokens > stats.accepted_tokens
+    for responses, make in zip(found, makers, strict=True):
+        alone = [response for response, _ in answered(session, make)]
+        if kind is tokens:
+            assert ids_of(responses) == ids_of(alone)
+            continue
+        for answer, expected in zip(by_sequence(responses), by_sequence(alone), strict=True):
+            assert (answer.text, answer.token_ids, answer.finish_reason) == (
+                expected.text, expected.token_ids, expected.finish_reason,
+            )  # fmt: skip
+            assert answer.log_probs == pytest.approx(expected.log_probs, abs=1e-4)
+            assert [[token for token, _ in top] for top in answer.top_log_probs] == [
+                [token for token, _ in top] for top in expected.top_log_probs
+            ]
 
 
 def test_texts_of_prompts_that_begin_alike_are_those_of_requests_alone(fp32):
@@ -139,7 +171,7 @@ def test_texts_of_prompts_that_begin_alike_are_those_of_requests_alone(fp32):
             plan = plan_generation(options, tokenizer, max_sequence=session.max_sequence, end_token_ids=())
             makers.append(texts(plan, tokenizer))
             prompt += by_sequence(piece for piece, _ in answered(session, makers[-1]))[0].text + "\nx = "
-    for pieces, make in zip(together(session, makers, keeps=True), makers, strict=True):
+    for pieces, make in zip(together(session, makers, keeps=True)[0], makers, strict=True):
         alone = by_sequence(piece for piece, _ in answered(session, make))
         for found, expected in zip(by_sequence(pieces), alone, strict=True):
             assert (found.text, found.token_ids, found.finish_reason) == (
@@ -164,7 +196,7 @@ def test_where_int4_differs_the_tokens_were_all_but_equally_likely(tiny_engine, 
     ]  # fmt: skip
     makers = [texts(plan, tokenizer) for plan in greedy]
     margins = []
-    for pieces, make in zip(together(session, makers, keeps=bool(system)), makers, strict=True):
+    for pieces, make in zip(together(session, makers, keeps=bool(system))[0], makers, strict=True):
         found, expected = join(pieces), join(piece for piece, _ in answered(session, make))
         pairs = zip(found.token_ids, expected.token_ids, strict=True)
         first = next((place for place, (one, other) in enumerate(pairs) if one != other), None)

@@ -21,6 +21,7 @@ SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _WINDOW = 5  # measurements that count; the median is not moved by a step that something held up
 _ENOUGH = 2  # measurements that are relied on
 _OLD = 64  # steps after which a measurement is repeated, if it would pay
+_LEAST_S = 1e-9  # that a step takes, whatever a clock says
 _TOO_OLD = 128  # steps with drafts after which one without is measured
 
 
@@ -47,9 +48,9 @@ class _Curve:
 
     def learn(self, drafted: int, seconds: float) -> None:
         self.num_steps += 1
-        measured, value = self.plain, seconds
+        measured, value = self.plain, max(seconds, _LEAST_S)
         if drafted:
-            measured, value = self.drafted[drafted], seconds / max(self.plain.median, 1e-9)
+            measured, value = self.drafted[drafted], value / self.plain.median
             if self.num_steps - measured.step > _OLD:
                 measured.values.clear()  # a bad moment is forgotten at once
         measured.values.append(value)
