@@ -170,8 +170,8 @@ def _starts(
 ) -> dict[str, Callable[[], AbstractContextManager[Contender]]]:
     """How each contender is started. A start raises MoeshipError if it is not possible."""
     slots = max(*lengths.streams, LONG_STREAMS + 1)
-    # Like the other servers, ours computes every prompt.
-    parameters = ModelParameters(threads=options.threads, slots=slots, prefix_cache=False)
+    # Like the other servers, ours computes every prompt, and one token of an answer in a step.
+    parameters = ModelParameters(threads=options.threads, slots=slots, prefix_cache=False, drafts=False)
 
     def llama_of(precision: str) -> AbstractContextManager[Contender]:
         if options.llama_server is None or options.gguf is None:

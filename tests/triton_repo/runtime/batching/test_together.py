@@ -180,10 +180,20 @@ def test_texts_of_prompts_that_begin_alike_are_those_of_requests_alone(fp32):
             assert found.prompt_log_probs == pytest.approx(expected.prompt_log_probs, abs=1e-4)
 
 
-@pytest.mark.parametrize("system", ["", "# Answer in one line.\n" * 6], ids=["each its own", "prefix cache"])
-def test_where_int4_differs_the_tokens_were_all_but_equally_likely(tiny_engine, system):
+@pytest.mark.parametrize(
+    ("system", "more", "most"),
+    [
+        ("", {}, 0.01),
+        ("# Answer in one line.\n" * 6, {"keeps": True}, 0.01),
+        ("", {"drafts": True, "clock": lambda: 0.0}, 0.05),
+    ],
+    ids=["each its own", "prefix cache", "drafts"],
+)
+def test_where_int4_differs_the_tokens_were_all_but_equally_likely(tiny_engine, system, more, most):
     """At int4 a step of several rows sums floats in another order, so near ties may fall otherwise. So does one whose
-    prompt goes on from the cache, since its rows are others."""
+    prompt goes on from the cache, since its rows are others. Attention does so for each row of several tokens, and the
+    codes of the activations make that larger: over 96 tokens the two largest logits came to lie up to 0.04 nearer or
+    farther, for rows of 2 tokens and of 96 alike."""
     session, tokenizer = Session(open_engine(tiny_engine)), load_tokenizer(tiny_engine)
     greedy = [
         plan_generation(
@@ -192,19 +202,21 @@ def test_where_int4_differs_the_tokens_were_all_but_equally_likely(tiny_engine, 
             ),
             tokenizer, max_sequence=session.max_sequence, end_token_ids=(),
         )
-        for number in range(20) for prompt in PROMPTS
+        for number in range(8 if "drafts" in more else 20) for prompt in PROMPTS
     ]  # fmt: skip
     makers = [texts(plan, tokenizer) for plan in greedy]
     margins = []
-    for pieces, make in zip(together(session, makers, keeps=bool(system))[0], makers, strict=True):
+    responses, stats = together(session, makers, **more)
+    assert bool(stats.accepted_tokens) == ("drafts" in more)
+    for pieces, make in zip(responses, makers, strict=True):
         found, expected = join(pieces), join(piece for piece, _ in answered(session, make))
         pairs = zip(found.token_ids, expected.token_ids, strict=True)
         first = next((place for place, (one, other) in enumerate(pairs) if one != other), None)
         if first is not None:
             (_, likeliest), (_, second) = expected.top_log_probs[first]
             margins.append(likeliest - second)
-    assert len(margins) <= COUNT / 10
-    assert all(margin < 0.01 for margin in margins), margins
+    assert len(margins) <= len(makers) / 10
+    assert all(margin < most for margin in margins), margins
 
 
 def test_a_request_alone_is_not_what_another_prompt_gets(fp32):

@@ -20,7 +20,7 @@ _SIZES = (3, 2)  # tokens of the n-grams that are looked up; the longer first
 _KINDS = (2, 3, 4, 6, 10, 16)
 _LONGEST = _KINDS[-1]
 _WEIGHT = 2.0  # of what other sequences hit, in predictions of the sequence itself
-_UNKNOWN = 0.5  # rate of hits before there was any prediction
+_UNKNOWN = 0.3  # rate of hits before there was any prediction
 _SEQUENCE_MEMORY, _ENGINE_MEMORY = 0.9, 0.99  # what a prediction still counts after the next one
 
 
