@@ -104,6 +104,7 @@ class ScriptedSession:
     """Stands for trt_build's Session: its logits make the script's tokens the likeliest, one after the other."""
 
     routing = None
+    mixes_lengths = False
     vocab_padding = 7  # rows past the tokenizer, which score highest of all
 
     def __init__(self, tokenizer: Tokenizer, script: list[int], max_sequence: int = 512) -> None:

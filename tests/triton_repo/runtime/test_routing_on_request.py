@@ -139,6 +139,24 @@ def test_requests_that_ask_and_that_do_not_share_steps_and_a_prompts_beginning(t
         service.runner.close()
 
 
+def test_tokens_that_were_drafted_have_their_own_experts(trained):
+    """A text that repeats itself, so that a step computes several of its tokens, some of which are thrown away."""
+    source, session, tokenizer = trained
+    service = Service(start(session, ModelParameters(slots=1)), tokenizer)
+    prompt = "x = [1, 2, 3]\ny = [4, 5, 6]\n" * 6
+    sampled = {"temperature": 0.8, "top_p": 1.0, "seed": 3}
+    values = wire(text_input=prompt, max_tokens=60, end_id=-1, return_routed_experts=True, **sampled)
+    sent = Sent(Request, request_id="", tensors=values)
+    try:
+        service.submit(sent.request)
+        [answer] = sent.all()
+        stats = service.runner.engine.stats
+    finally:
+        service.runner.close()
+    assert 0 < stats.accepted_tokens < stats.drafted_tokens
+    check(source, encode_prompt(tokenizer, prompt, 999), answer)
+
+
 def refused(submit, sent):
     submit(sent.request)
     error = sent.last()

@@ -33,10 +33,10 @@ export function summary(counts) {
   const order = totals.map((total, expert) => [total, expert]).sort((a, b) => b[0] - a[0]);
   const idle = order.filter(([total]) => total === 0).length;
   if (experts > NAMED) {
-    const most = order.slice(0, 3).map(([total, expert]) => `${expert} (${share(total)})`).join(", ");
+    const most = order.slice(0, 3).map(([total, expert]) => `expert ${expert} (${share(total)})`).join(", ");
     return `Most used over all layers: ${most}.${idle ? ` ${idle} of ${experts} experts were not used.` : ""}`;
   }
-  return `Choices over all layers: ${totals.map((total, expert) => `expert ${expert} ${share(total)}`).join(", ")}.`;
+  return `Choices over all layers: ${totals.map((total, expert) => `expert ${expert}: ${share(total)}`).join(", ")}.`;
 }
 
 /** Draw tokens by layers, each place in the colour of the heaviest expert. */

@@ -73,7 +73,8 @@ export function runs({ text, tokens }) {
 /** A token as it is shown where spaces and line ends must be seen. */
 export function visible(text) {
   if (text === null || text === undefined) return "token";
-  return text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ | $/g, "␣").replace(/ /g, " ") || "no text";
+  const spaces = text.trim() === "" ? / /g : /^ | $/g;
+  return text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(spaces, "␣") || "no text";
 }
 
 export function percent(logprob) {
