@@ -90,6 +90,7 @@ class Generation:
     top_log_probs: tuple[tuple[tuple[int, float], ...], ...] = ()
     prompt_token_ids: tuple[int, ...] = ()
     prompt_log_probs: tuple[float, ...] = ()
+    prompt_top_log_probs: tuple[tuple[tuple[int, float], ...], ...] = ()
     sequence_index: int = 0
     routing: tuple[TokenRouting, ...] = ()
     num_experts: int | None = None

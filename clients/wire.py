@@ -222,9 +222,12 @@ def read_piece(response: pb.ModelInferResponse, *, log_probs: bool) -> Piece | N
         num_output_tokens=firsts.get("num_output_tokens"),
         cum_log_prob=firsts.get("cum_log_probs") if log_probs else None,
         log_probs=tuple(outputs.get("output_log_probs", ())) if log_probs else (),
-        top_log_probs=_read_tops(response.model_name, outputs),
+        top_log_probs=_read_tops(response.model_name, outputs, "top", len(outputs.get("token_ids", ()))),
         prompt_token_ids=tuple(outputs.get("prompt_token_ids", ())),
         prompt_log_probs=tuple(outputs.get("prompt_log_probs", ())),
+        prompt_top_log_probs=_read_tops(
+            response.model_name, outputs, "prompt_top", len(outputs.get("prompt_log_probs", ()))
+        ),
         sequence_index=firsts.get("sequence_index", 0),
         routing=_read_routing(response, outputs),
         num_experts=firsts.get("num_experts"),
@@ -251,15 +254,17 @@ def _read_routing(response: pb.ModelInferResponse, outputs: dict[str, list[Any]]
     return tuple(tuple(layers[start : start + shape[2]]) for start in range(0, len(layers), shape[2]))
 
 
-def _read_tops(model: str, outputs: dict[str, list[Any]]) -> tuple[tuple[tuple[int, float], ...], ...]:
-    """The likeliest tokens at the place of each token of a response. Raises StreamBroken."""
-    ids, values = outputs.get("top_token_ids", []), outputs.get("top_log_probs", [])
+def _read_tops(
+    model: str, outputs: dict[str, list[Any]], prefix: str, count: int
+) -> tuple[tuple[tuple[int, float], ...], ...]:
+    """The likeliest tokens at each of `count` places. Raises StreamBroken."""
+    names = f"{prefix}_token_ids", f"{prefix}_log_probs"
+    ids, values = (outputs.get(name, []) for name in names)
     if not ids and not values:
         return ()
-    count = len(outputs.get("token_ids", ()))
     if len(ids) != len(values) or not count or len(ids) % count:
         raise StreamBroken(
-            f"a response of {model}: top_token_ids holds {len(ids)} values and top_log_probs {len(values)}, expected "
+            f"a response of {model}: {names[0]} holds {len(ids)} values and {names[1]} {len(values)}, expected "
             f"as many for each of {count} tokens"
         )
     pairs, width = list(zip(ids, values, strict=True)), len(ids) // count

@@ -216,7 +216,7 @@ class StandInWriter:
 
     def __init__(self, wish: Wish, index: int) -> None:
         self._wish, self._index = wish, index
-        self.wants_prompt, self.wants_routing = wish.echo, False
+        self.wants_prompt, self.wants_routing, self.num_prompt_tops = wish.echo, False, 0
         self.sampler = new_sampler(wish, index, fails=wish.sampling_fails)
         self.tokens = bytearray()
         self.log_probs: list[float] = []
@@ -237,7 +237,7 @@ class StandInWriter:
             raise ValueError("no last response")
         return self._part("cancelled")
 
-    def take_prompt(self, log_probs: Sequence[float]) -> None:
+    def take_prompt(self, log_probs: Sequence[float], tops: Sequence) -> None:
         if self._wish.prompt_fails:
             raise ValueError("no room for log-probabilities")
         self.log_probs += log_probs

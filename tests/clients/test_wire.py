@@ -109,10 +109,12 @@ def test_no_stop_words_send_no_tensor_since_an_empty_one_has_no_shape_that_trito
 
 def test_the_likeliest_tokens_the_prompts_and_the_index_are_read(request_of):
     top = (((5, -0.5), (9, -1.5)), ((7, -0.25), (5, -3.0)))
-    sent = piece("ab", (5, 7), top_log_probs=top, prompt_token_ids=(1, 2), prompt_log_probs=(-4.0,), sequence_index=3)
+    sent = piece("ab", (5, 7), top_log_probs=top, prompt_token_ids=(1, 2), prompt_log_probs=(-4.0,), sequence_index=3,
+                 prompt_top_log_probs=(((8, -0.5), (2, -4.0)),))  # fmt: skip
     found = wire.read_piece(sent.infer_response, log_probs=False)
     assert (found.top_log_probs, found.sequence_index) == (top, 3)
     assert (found.prompt_token_ids, found.prompt_log_probs) == ((1, 2), (-4.0,))
+    assert found.prompt_top_log_probs == (((8, -0.5), (2, -4.0)),)
 
 
 @pytest.mark.parametrize("name", ["top_token_ids", "top_log_probs", "token_ids"])

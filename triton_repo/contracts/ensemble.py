@@ -164,6 +164,8 @@ ADDED_TOKEN_OUTPUTS = (
     _output("top_log_probs", "FP32", -1, -1),
     _output("prompt_token_ids", "INT32", -1),
     _output("prompt_log_probs", "FP32", -1),
+    _output("prompt_top_token_ids", "INT32", -1, -1),
+    _output("prompt_top_log_probs", "FP32", -1, -1),
     _output("routed_experts", "INT32", -1, -1, -1),
     _output("expert_weights", "FP32", -1, -1, -1),
     _output("num_experts", "INT32"),

@@ -29,6 +29,8 @@ class Piece:
     top_log_probs: tuple[tuple[tuple[int, float], ...], ...] = ()
     prompt_token_ids: tuple[int, ...] = ()  # in the first piece
     prompt_log_probs: tuple[float, ...] = ()  # natural logarithms, of prompt_token_ids from the second on
+    # The likeliest tokens at the places of prompt_log_probs, as top_log_probs has them; empty unless asked for.
+    prompt_top_log_probs: tuple[tuple[tuple[int, float], ...], ...] = ()
     sequence_index: int = 0  # which of the answers to one prompt
     routing: tuple[TokenRouting, ...] = ()  # of each token of this piece
     num_experts: int | None = None  # of each layer that has some
@@ -48,6 +50,7 @@ def join(pieces: Iterable[Piece]) -> Piece:
         top_log_probs=tuple(likeliest for part in parts for likeliest in part.top_log_probs),
         prompt_token_ids=next((part.prompt_token_ids for part in parts if part.prompt_token_ids), ()),
         prompt_log_probs=next((part.prompt_log_probs for part in parts if part.prompt_log_probs), ()),
+        prompt_top_log_probs=next((part.prompt_top_log_probs for part in parts if part.prompt_top_log_probs), ()),
         sequence_index=parts[0].sequence_index if parts else 0,
         routing=tuple(token for part in parts for token in part.routing),
         num_experts=_last(part.num_experts for part in parts),

@@ -299,6 +299,19 @@ ADDED_OUTPUTS: tuple[WireTensor, ...] = (
         "prompt_token_ids: no model gives a probability for the first",
     ),
     WireTensor(
+        name="prompt_top_token_ids",
+        dtype="INT32",
+        dims=(-1, -1),
+        unit="for each token of prompt_log_probs the likeliest ids at its place, num_log_probs of them, where both are "
+        "asked for",
+    ),
+    WireTensor(
+        name="prompt_top_log_probs",
+        dtype="FP32",
+        dims=(-1, -1),
+        unit="natural logarithms of the probabilities of prompt_top_token_ids",
+    ),
+    WireTensor(
         name="routed_experts",
         dtype="INT32",
         dims=(-1, -1, -1),

@@ -105,6 +105,7 @@ class _Writer:
     (`triton_repo.runtime.batching.sequence.Writer`)."""
 
     wants_prompt = wants_routing = False
+    num_prompt_tops = 0
 
     def __init__(self, prompt: Prompt, tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> None:
         self._prompt, self._tokenizer, self._end_ids = prompt, tokenizer, end_ids
@@ -128,7 +129,7 @@ class _Writer:
         """The text of an answer that nobody waits for."""
         return self._text()
 
-    def take_prompt(self, log_probs: Sequence[float]) -> None:
+    def take_prompt(self, log_probs: Sequence[float], tops: Sequence[Any]) -> None:
         """Does nothing: the prompt's log-probabilities are not asked for."""
 
     def _text(self) -> str:

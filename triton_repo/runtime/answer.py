@@ -96,7 +96,7 @@ class Answer:
         self._bad_words = bad_words
         self.num_experts: int | None = None  # of each layer that has some, where the routing is sent
         self._unsent: list[tuple[int, float, TopLogProbs, TokenRouting]] = []
-        self._prompt: tuple[tuple[int, ...], tuple[float, ...]] = ((), ())
+        self._prompt: tuple[tuple[int, ...], tuple[float, ...], tuple[TopLogProbs, ...]] = ((), (), ())
         self._prefix = plan.prefix
         self._num_tokens = 0
         self._cum_log_prob = 0.0
@@ -128,10 +128,13 @@ class Answer:
         engine."""
         return self._complete
 
-    def give_prompt(self, token_ids: tuple[int, ...], log_probs: tuple[float, ...]) -> None:
-        """Take the prompt's tokens, and the natural logarithms of their probabilities from the second token on. The
-        next piece has them. Call it before the first token, for a request that asks for them."""
-        self._prompt = token_ids, log_probs
+    def give_prompt(
+        self, token_ids: tuple[int, ...], log_probs: tuple[float, ...], tops: tuple[TopLogProbs, ...] = ()
+    ) -> None:
+        """Take the prompt's tokens, and the natural logarithms of their probabilities from the second token on, and the
+        likeliest tokens at their places, where they are asked for. The next piece has them. Call it before the first
+        token, for a request that asks for them."""
+        self._prompt = token_ids, log_probs, tops
 
     def extend(
         self,
@@ -195,7 +198,7 @@ class Answer:
     def _piece(self, text: str, finish_reason: str | None) -> Piece:
         unsent, self._unsent = self._unsent, []
         prefix, self._prefix = self._prefix, ""
-        (prompt_ids, prompt_log_probs), self._prompt = self._prompt, ((), ())
+        (prompt_ids, prompt_log_probs, prompt_tops), self._prompt = self._prompt, ((), (), ())
         wanted = self.plan.return_log_probs
         return Piece(
             text=prefix + text,
@@ -206,6 +209,7 @@ class Answer:
             num_experts=self.num_experts if unsent else None,
             prompt_token_ids=prompt_ids,
             prompt_log_probs=prompt_log_probs,
+            prompt_top_log_probs=prompt_tops,
             sequence_index=self._sequence_index,
             cum_log_prob=self._cum_log_prob if wanted else None,
             finish_reason=finish_reason,

@@ -37,14 +37,23 @@ def wire_outputs(piece: Piece) -> dict[str, npt.NDArray[Any]]:
         outputs["cum_log_probs"] = np.array([[piece.cum_log_prob]], dtype=np.float32)
         outputs["output_log_probs"] = np.array([piece.log_probs], dtype=np.float32)
     if piece.top_log_probs:
-        outputs["top_token_ids"] = np.array([[[token for token, _ in top] for top in piece.top_log_probs]], np.int32)
-        outputs["top_log_probs"] = np.array([[[value for _, value in top] for top in piece.top_log_probs]], np.float32)
+        outputs |= top_outputs(piece.top_log_probs, "top")
     if piece.prompt_token_ids:
         outputs["prompt_token_ids"] = np.array([piece.prompt_token_ids], dtype=np.int32)
         outputs["prompt_log_probs"] = np.array([piece.prompt_log_probs], dtype=np.float32)
+    if piece.prompt_top_log_probs:
+        outputs |= top_outputs(piece.prompt_top_log_probs, "prompt_top")
     if piece.routing:
         outputs |= routing_outputs(piece.routing, piece.num_experts)
     return outputs
+
+
+def top_outputs(tops: Sequence[Sequence[tuple[int, float]]], prefix: str) -> dict[str, npt.NDArray[Any]]:
+    """The likeliest tokens at some places, as PREFIX_token_ids and PREFIX_log_probs, each [1, places, n]."""
+    return {
+        f"{prefix}_token_ids": np.array([[[token for token, _ in top] for top in tops]], dtype=np.int32),
+        f"{prefix}_log_probs": np.array([[[value for _, value in top] for top in tops]], dtype=np.float32),
+    }
 
 
 def routing_outputs(routing: Sequence[TokenRouting], num_experts: int | None) -> dict[str, npt.NDArray[Any]]:

@@ -287,6 +287,16 @@ def log_probabilities_of(logits: Floats, token_ids: Sequence[int], num_tokens: i
     return found
 
 
+def likeliest_of(logits: Floats, num_tokens: int, count: int) -> list[tuple[tuple[int, float], ...]]:
+    """The `count` likeliest tokens under each row of logits [S, V], with the natural logarithms of their probabilities,
+    the likeliest first. Rows and columns are as in `log_probabilities_of`."""
+    found = []
+    for row in logits[:, :num_tokens] if count else ():
+        ids = highest_ids(row, count)
+        found.append(tuple(zip(ids.tolist(), _log_probabilities(row, row[row.argmax()], ids).tolist(), strict=True)))
+    return found
+
+
 def penalise_repetition(scores: Floats, ids: Ids, penalty: float) -> None:
     """Divide the positive scores of `ids` by `penalty` and multiply the other scores of `ids` by it, in place."""
     seen = scores[ids]

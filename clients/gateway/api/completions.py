@@ -257,5 +257,6 @@ def _log_probs(
     if with_prompt:
         prompt = part.prompt_token_ids
         values = (*(None, *part.prompt_log_probs)[: len(prompt)], *values)
-        ids, tops = (*prompt, *ids), (*((),) * len(prompt), *tops)
+        prompt_tops = part.prompt_top_log_probs or ((),) * (len(prompt) - 1)
+        ids, tops = (*prompt, *ids), ((), *prompt_tops, *tops)
     return completion_log_probs(texts, ids, values, tops, offset)

@@ -22,6 +22,7 @@ from triton_repo.runtime.sampling import (
     draw,
     heaviest_share,
     highest_ids,
+    likeliest_of,
     likely_enough,
     log_probabilities_of,
     log_probability,
@@ -230,6 +231,11 @@ def test_a_prompts_log_probabilities_are_torchs():
     ids = rng.integers(0, 500, 9).tolist()
     expected = torch.log_softmax(torch.from_numpy(logits[:, :500]).double(), -1)[torch.arange(9), ids]
     assert log_probabilities_of(logits, ids, 500) == pytest.approx(expected.tolist(), abs=1e-9)
+    values, tokens = torch.log_softmax(torch.from_numpy(logits[:, :500]).double(), -1).topk(3)
+    for row, top in enumerate(likeliest_of(logits, 500, 3)):
+        assert [token for token, _ in top] == tokens[row].tolist()
+        assert [value for _, value in top] == pytest.approx(values[row].tolist(), abs=1e-9)
+    assert likeliest_of(logits, 500, 0) == []
     logits[4, 7] = np.nan
     with pytest.raises(RequestError, match="NaN or infinity"):
         log_probabilities_of(logits, ids, 500)

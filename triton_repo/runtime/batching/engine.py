@@ -39,7 +39,7 @@ from triton_repo.runtime.batching.refusals import too_large, too_late
 from triton_repo.runtime.batching.scheduler import Limits, Scheduler, Share
 from triton_repo.runtime.batching.sequence import Request, Sequence
 from triton_repo.runtime.responses import server_stopping
-from triton_repo.runtime.sampling import Choice, choose_all, log_probabilities_of
+from triton_repo.runtime.sampling import Choice, choose_all, likeliest_of, log_probabilities_of
 from trt_build.ort.routing import Routing
 from trt_build.ort.step_call import Row
 
@@ -336,13 +336,16 @@ class SequenceEngine:
             self._ends.send(request, response, is_last=bool(finish_reason) and not request.num_running)
 
     def _echo(self, sequence: Sequence, followers: Items[Sequence], row: Row, logits: Floats) -> None:
-        """Give the writers the log-probabilities of the prompt's tokens that follow those of a row."""
+        """Give the writers the log-probabilities of the prompt's tokens that follow those of a row, and of the
+        likeliest at their places."""
         prompt, done = sequence.request.prompt_ids, sequence.num_computed
         targets = prompt[done - len(row.token_ids) + 1 : done + 1]
         try:
-            log_probs = log_probabilities_of(logits[: len(targets)], targets, self._num_tokens)
+            scored = logits[: len(targets)]
+            log_probs = log_probabilities_of(scored, targets, self._num_tokens)
+            tops = likeliest_of(scored, self._num_tokens, sequence.writer.num_prompt_tops)
             for other in (sequence, *followers):
-                other.writer.take_prompt(log_probs)
+                other.writer.take_prompt(log_probs, tops)
         except Exception as error:  # whatever it is, the client is told
             self._ends.fail_running(sequence.request, error)
 

@@ -20,6 +20,7 @@ class Writer(Protocol[Written]):
 
     sampler: Sampler
     wants_prompt: bool  # whether it wants the log-probabilities of the prompt's tokens
+    num_prompt_tops: int  # of how many of the likeliest tokens at their places it wants them too
     wants_routing: bool  # whether it wants the experts of each token
 
     def write(self, choice: Choice) -> tuple[Written | None, str]:
@@ -29,8 +30,9 @@ class Writer(Protocol[Written]):
     def cancel(self) -> Written:
         """The last response of a sequence that nobody waits for."""
 
-    def take_prompt(self, log_probs: Items[float]) -> None:
-        """Take the log-probabilities of some of the prompt's tokens, in their order, from the second token on."""
+    def take_prompt(self, log_probs: Items[float], tops: Items[tuple[tuple[int, float], ...]]) -> None:
+        """Take the log-probabilities of some of the prompt's tokens, in their order, from the second token on, and the
+        likeliest tokens at their places, where they are wanted."""
 
 
 @dataclass(kw_only=True, eq=False)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from triton_repo.contracts.piece import Piece, join
-from triton_repo.runtime.answer import Answer, answer_plan
+from triton_repo.runtime.answer import Answer, TopLogProbs, answer_plan
 from triton_repo.runtime.batching.alone import answered, never
 from triton_repo.runtime.batching.outlet import Outlet
 from triton_repo.runtime.batching.sequence import Request
@@ -57,14 +57,16 @@ class TextWriter:
         self._tokenizer = tokenizer
         self._bad_alone = TextWatcher(self._bad_words)
         self._bad_tokens: list[int] = []  # tokens met so far whose own text contains a bad word
+        self.num_prompt_tops = plan.options.num_log_probs
         self._prompt_log_probs: list[float] = []
+        self._prompt_tops: list[TopLogProbs] = []
         self._kept: list[Piece] = []  # pieces of an answer that comes in one response
 
     def write(self, choice: Choice) -> tuple[Piece | None, str]:
         """Take the next token. Returns a piece if there is one to send, and the answer's finish reason once it has
         ended."""
         if self.wants_prompt:
-            self.answer.give_prompt(self.plan.prompt_ids, tuple(self._prompt_log_probs))
+            self.answer.give_prompt(self.plan.prompt_ids, tuple(self._prompt_log_probs), tuple(self._prompt_tops))
             self.wants_prompt = False
         self.answer.num_experts, is_last = choice.num_experts, self.sampler.is_complete
         piece = self.answer.extend(
@@ -79,9 +81,11 @@ class TextWriter:
         """The last piece of an answer that nobody waits for."""
         return self._whole(self.answer.cancel())
 
-    def take_prompt(self, log_probs: Sequence[float]) -> None:
-        """Take the log-probabilities of some of the prompt's tokens, in their order, from the second token on."""
+    def take_prompt(self, log_probs: Sequence[float], tops: Sequence[TopLogProbs]) -> None:
+        """Take the log-probabilities of some of the prompt's tokens, in their order, from the second token on, and the
+        likeliest tokens at their places, where they are wanted."""
         self._prompt_log_probs += log_probs
+        self._prompt_tops += tops
 
     def _part(self, piece: Piece) -> Piece | None:
         if self._joined:

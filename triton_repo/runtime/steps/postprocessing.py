@@ -52,6 +52,7 @@ class Tokens:
     # The prompt's tokens, and the log-probabilities of those from the second on; in the first response only.
     prompt_token_ids: tuple[int, ...] = ()
     prompt_log_probs: tuple[float, ...] = ()
+    prompt_tops: tuple[TopLogProbs, ...] = ()  # at the same places; empty unless asked for
     routing: tuple[TokenRouting, ...] = ()  # of each token, and of an end token behind them; empty unless asked for
     num_experts: int | None = None
 
@@ -60,8 +61,8 @@ def read_tokens(tensors: Mapping[str, npt.NDArray[Any]]) -> Tokens:
     """The engine's response in postprocessing's inputs: TOKENS_BATCH [1, 1, n], SEQUENCE_LENGTH [1, 1] (how many of the
     n are valid), CUM_LOG_PROBS [1, 1] and OUTPUT_LOG_PROBS [1, 1, m], where m is n or the number of all tokens so far.
     TOP_TOKEN_IDS and TOP_LOG_PROBS are [1, t, k] for t tokens, an end token included, PROMPT_TOKEN_IDS [1, p],
-    PROMPT_LOG_PROBS [1, p - 1], SEQUENCE_INDEX [1, 1], ROUTED_EXPERTS and EXPERT_WEIGHTS [1, t, m, k] and NUM_EXPERTS
-    [1, 1]. Raises RequestError.
+    PROMPT_LOG_PROBS [1, p - 1], PROMPT_TOP_TOKEN_IDS and PROMPT_TOP_LOG_PROBS [1, p - 1, k], SEQUENCE_INDEX [1, 1],
+    ROUTED_EXPERTS and EXPERT_WEIGHTS [1, t, m, k] and NUM_EXPERTS [1, 1]. Raises RequestError.
     """
     absent = [TOKEN_NAMES[name] for name in ("output_ids", "sequence_length") if TOKEN_NAMES[name] not in tensors]
     if absent:
@@ -82,10 +83,11 @@ def read_tokens(tensors: Mapping[str, npt.NDArray[Any]]) -> Tokens:
         cum_log_prob=None if cum is None or not cum.size else float(cum.reshape(-1)[0]),
         is_cancelled=CANCELLED.name in tensors and bool(tensors[CANCELLED.name].any()),
         is_complete=any(_list(tensors, "is_complete")),
-        tops=_read_tops(tensors),
+        tops=_read_tops(tensors, "top"),
         sequence_index=next(iter(_list(tensors, "sequence_index")), 0),
         prompt_token_ids=tuple(_list(tensors, "prompt_token_ids")),
         prompt_log_probs=tuple(_list(tensors, "prompt_log_probs")),
+        prompt_tops=_read_tops(tensors, "prompt_top"),
         routing=_read_routing(tensors),
         num_experts=next(iter(_list(tensors, "num_experts")), None),
     )
@@ -97,8 +99,9 @@ def _list(tensors: Mapping[str, npt.NDArray[Any]], engine_name: str) -> list[Any
     return tensors[name].reshape(-1).tolist() if name in tensors else []
 
 
-def _read_tops(tensors: Mapping[str, npt.NDArray[Any]]) -> tuple[TopLogProbs, ...]:
-    ids, values = (tensors.get(ADDED_TOKEN_NAMES[name]) for name in ("top_token_ids", "top_log_probs"))
+def _read_tops(tensors: Mapping[str, npt.NDArray[Any]], prefix: str) -> tuple[TopLogProbs, ...]:
+    names = (f"{prefix}_token_ids", f"{prefix}_log_probs")
+    ids, values = (tensors.get(ADDED_TOKEN_NAMES[name]) for name in names)
     if ids is None or values is None:
         return ()
     pairs = zip(ids[0].tolist(), values[0].tolist(), strict=True)
@@ -260,7 +263,7 @@ class Postprocessor:
         pieces are kept."""
         answer = sequence.answer
         if tokens.prompt_token_ids:
-            answer.give_prompt(tokens.prompt_token_ids, tokens.prompt_log_probs)
+            answer.give_prompt(tokens.prompt_token_ids, tokens.prompt_log_probs, tokens.prompt_tops)
         wanted = answer.plan.return_log_probs
         log_probs = tokens.log_probs or ()
         if wanted and len(log_probs) != len(tokens.token_ids):

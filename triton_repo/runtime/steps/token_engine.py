@@ -39,7 +39,7 @@ from triton_repo.runtime.batching.runner import Pulse
 from triton_repo.runtime.batching.sequence import Request as Computed
 from triton_repo.runtime.features import refuse_routing
 from triton_repo.runtime.guided.guides import CompiledGuide, Guides
-from triton_repo.runtime.responses import routing_outputs
+from triton_repo.runtime.responses import routing_outputs, top_outputs
 from triton_repo.runtime.sampling import Choice, Guide, Sampler
 from triton_repo.runtime.steps.answer_keys import key_tensor, read_key
 from triton_repo.runtime.steps.token_request import TokenRequest, read_token_request
@@ -180,6 +180,7 @@ class _Progress:
     request: TokenRequest
     sequence_index: int = 0
     prompt_log_probs: list[float] = field(default_factory=list)  # from the second token of the prompt on
+    prompt_tops: list[TopLogProbs] = field(default_factory=list)  # at the same places, where they are asked for
     wants_prompt: bool = False  # whether the next response has the prompt
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
@@ -219,13 +220,13 @@ class _Progress:
             self.wants_prompt = False
             tensors["prompt_token_ids"] = np.array([request.plan.prompt_ids], dtype=np.int32)
             tensors["prompt_log_probs"] = np.array([self.prompt_log_probs], dtype=np.float32)
+            tensors |= top_outputs(self.prompt_tops, "prompt_top") if self.prompt_tops else {}
         if request.plan.options.return_log_probs:
             tensors["cum_log_probs"] = np.array([[self.cum_log_prob]], dtype=np.float32)
             tensors["output_log_probs"] = np.array([[self.log_probs]], dtype=np.float32)
         if self.unsent_tops:
             tops, self.unsent_tops = self.unsent_tops, []
-            tensors["top_token_ids"] = np.array([[[token for token, _ in top] for top in tops]], dtype=np.int32)
-            tensors["top_log_probs"] = np.array([[[value for _, value in top] for top in tops]], dtype=np.float32)
+            tensors |= top_outputs(tops, "top")
         if self.unsent_routing:
             routing, self.unsent_routing = self.unsent_routing, []
             tensors |= routing_outputs(routing, self.num_experts)
@@ -245,6 +246,7 @@ class TokenWriter:
         self, request: TokenRequest, num_tokens: int, sequence_index: int = 0, *, guide: Guide | None = None
     ) -> None:
         self._request = request
+        self.num_prompt_tops = request.plan.options.num_log_probs
         self.wants_prompt, self.wants_routing = request.wants_prompt, request.wants_routing
         self._progress = _Progress(request=request, sequence_index=sequence_index, wants_prompt=request.wants_prompt)
         self._stop_words, self._bad_words = TokenWatcher(request.stop_words), TokenWatcher(request.bad_words)
@@ -273,6 +275,8 @@ class TokenWriter:
         """The last response of an answer that nobody waits for."""
         return self._progress.take(is_cancelled=True)
 
-    def take_prompt(self, log_probs: Sequence[float]) -> None:
-        """Take the log-probabilities of some of the prompt's tokens, in their order, from the second token on."""
+    def take_prompt(self, log_probs: Sequence[float], tops: Sequence[TopLogProbs]) -> None:
+        """Take the log-probabilities of some of the prompt's tokens, in their order, from the second token on, and the
+        likeliest tokens at their places, where they are wanted."""
         self._progress.prompt_log_probs += log_probs
+        self._progress.prompt_tops += tops

@@ -39,6 +39,8 @@ def test_the_outputs_that_only_our_engine_has_are_read():
         "sequence_index": np.array([[3]], np.int32),
         "prompt_token_ids": np.array([[1, 2, 3]], np.int32),
         "prompt_log_probs": np.array([[-4.0, -5.0]], np.float32),
+        "prompt_top_token_ids": np.array([[[2, 1], [3, 9]]], np.int32),
+        "prompt_top_log_probs": np.array([[[-4.0, -5.0], [-0.5, -6.0]]], np.float32),
         "routed_experts": np.array([[[[0, 3]], [[2, 1]]]], np.int32),
         "expert_weights": np.array([[[[0.75, 0.25]], [[0.5, 0.5]]]], np.float32),
         "num_experts": np.array([[4]], np.int32),
@@ -48,7 +50,8 @@ def test_the_outputs_that_only_our_engine_has_are_read():
     found = read_tokens({**response([7]), **{ADDED_TOKEN_NAMES[name]: array for name, array in added.items()}})
     assert found == Tokens(
         token_ids=(7,), tops=(((5, -0.5), (6, -1.0)), ((7, -0.25), (8, -2.0))), sequence_index=3,
-        prompt_token_ids=(1, 2, 3), prompt_log_probs=(-4.0, -5.0), num_experts=4, is_complete=True,
+        prompt_token_ids=(1, 2, 3), prompt_log_probs=(-4.0, -5.0), num_experts=4,
+        prompt_tops=(((2, -4.0), (1, -5.0)), ((3, -0.5), (9, -6.0))), is_complete=True,
         routing=((((0, 0.75), (3, 0.25)),), (((2, 0.5), (1, 0.5)),)),
     )  # fmt: skip
 

@@ -146,6 +146,11 @@ def test_steps_send_the_pieces_of_a_model_without_steps(request, scripted_with, 
             assert ours.sequence_index == theirs.sequence_index
             assert ours.prompt_token_ids == theirs.prompt_token_ids
             assert ours.prompt_log_probs == pytest.approx(theirs.prompt_log_probs, rel=1e-5, abs=1e-6)
+            wanted = {"num_log_probs", "return_prompt_log_probs"} <= set(options)
+            assert len(ours.prompt_top_log_probs) == (len(ours.prompt_log_probs) if wanted else 0)
+            assert [[token for token, _ in top] for top in ours.prompt_top_log_probs] == [
+                [token for token, _ in top] for top in theirs.prompt_top_log_probs
+            ]
             assert ours.log_probs == (theirs.log_probs and pytest.approx(theirs.log_probs, rel=1e-5, abs=1e-6))
             assert ours.cum_log_prob == (theirs.cum_log_prob and pytest.approx(theirs.cum_log_prob, rel=1e-5))
 
