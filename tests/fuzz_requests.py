@@ -29,6 +29,7 @@ from triton_repo.runtime.steps.preprocessing import Preprocessor
 from triton_repo.runtime.steps.token_engine import token_request
 from triton_repo.runtime.steps.token_request import read_token_request
 from triton_repo.runtime.text.prompt import most_bytes
+from trt_build.ort.routing import Routing
 from trt_build.ort.step_call import Row
 
 MAX_SEQUENCE = 64
@@ -128,9 +129,10 @@ class _Cache:
 
 
 class _Session:
-    """Logits drawn from the tokens that it is given."""
+    """Logits drawn from the tokens that it is given. All routers choose the first experts."""
 
     max_sequence = MAX_SEQUENCE
+    routing = Routing(layers=(0, 1), expert_order=(0, 1, 2, 3), experts_per_token=2)
 
     def __init__(self) -> None:
         manifest = SimpleNamespace(eos_token_ids=(END_ID,), tokenizer_size=tokenizer().size)
@@ -139,7 +141,9 @@ class _Session:
     def new_cache(self, slots: int = 1) -> _Cache:
         return _Cache(slots)
 
-    def step(self, cache: _Cache, rows: Sequence[Row]) -> np.ndarray:
+    def step(self, cache: _Cache, rows: Sequence[Row], router_logits: np.ndarray | None = None) -> np.ndarray:
+        if router_logits is not None:
+            router_logits[:] = 0
         drawn = []
         for row in rows:
             cache.lengths[row.slot] += len(row.token_ids)

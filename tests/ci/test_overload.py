@@ -75,10 +75,11 @@ def test_the_beginning_of_an_answer_is_told_from_another_one(soak):
 
 
 def test_wishes_are_of_every_kind_and_the_same_for_a_seed(soak):
-    wishes = soak.wishes.draw_wishes("tiny", 36, 3)
-    assert Counter(wish.kind for wish in wishes) == dict.fromkeys(soak.wishes.KINDS, 4)
-    assert wishes == soak.wishes.draw_wishes("tiny", 36, 3)
-    assert len({wish.request.random_seed for wish in wishes}) == 36
+    kinds = soak.wishes.KINDS
+    wishes = soak.wishes.draw_wishes("tiny", 4 * len(kinds), 3)
+    assert Counter(wish.kind for wish in wishes) == dict.fromkeys(kinds, 4)
+    assert wishes == soak.wishes.draw_wishes("tiny", 4 * len(kinds), 3)
+    assert len({wish.request.random_seed for wish in wishes}) == 4 * len(kinds)
 
 
 def test_metrics_are_those_of_the_model_and_what_is_held_is_a_fault(soak, tmp_path):
