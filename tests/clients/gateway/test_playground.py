@@ -295,6 +295,44 @@ def test_an_error_in_an_answer_keeps_the_text_and_the_message_can_be_sent_again(
     assert prompt_of(server) == "<|user|>one\n<|assistant|>first\n<|user|>two\n<|assistant|>"
 
 
+def test_an_answer_stays_where_another_one_fails_or_is_stopped_before_it_begins(open_page, server, tokenizer):
+    server.answer = Says(tokenizer, "first", end=END_ID)
+    opened = open_page()
+    page = opened.page
+    opened.ask("one")
+    page.locator(".token").nth(2).click()
+    for answer, button in ((broken, "Another answer"), (full, "Send again")):
+        server.answer = answer
+        page.click(f"text={button}")
+        page.locator(".error", has_text=re.compile("server")).wait_for()
+        page.locator("text=Send again").wait_for()
+        assert opened.text(".answer") == "firstend"
+    server.answer = Says(tokenizer, "x", pause=0)
+    page.click("text=Send again")
+    page.wait_for_selector(".waiting")
+    page.keyboard.press("Escape")
+    page.locator("text=Another answer").wait_for()
+    assert (opened.text(".answer"), opened.text(".error")) == ("firstend", "")
+    assert "ended by itself" in opened.text(".facts")
+    server.answer = Says(tokenizer, "four")
+    opened.ask("two")
+    assert prompt_of(server) == "<|user|>one\n<|assistant|>first\n<|user|>two\n<|assistant|>"
+
+
+def test_the_page_follows_the_text_only_while_its_end_is_in_view(open_page, server, tokenizer):
+    server.answer = says = Says(tokenizer, "a\n" * 90, pause=120)
+    opened = open_page()
+    page = opened.page
+    opened.send("x")
+    page.locator(".token").nth(119).wait_for(state="attached")
+    below = "((box) => box.scrollHeight - box.scrollTop - box.clientHeight)(document.querySelector('#turns'))"
+    assert page.evaluate(below) < 5
+    page.evaluate("document.querySelector('#turns').scrollTop = 0")
+    says.go_on.set()
+    page.wait_for_selector(".foot-buttons button")
+    assert page.evaluate("document.querySelector('#turns').scrollTop") == 0
+
+
 def test_a_full_server_and_one_that_is_away_are_told_in_plain_words(open_page, server, gateway_of):
     server.answer = full
     opened = open_page()
@@ -372,6 +410,7 @@ def test_text_of_the_model_never_becomes_part_of_the_page(open_page, server, tok
     models = {"data": [{"id": name} for name in ("phixtral", EVIL)]}
     page.route("**/v1/models", lambda route: route.fulfill(json=models))
     page.reload()
+    page.locator("#model option").nth(1).wait_for(state="attached")
     assert page.locator("#model option").all_text_contents() == ["phixtral", EVIL]
     before = page.evaluate("document.querySelectorAll('img, script, svg, b').length")
     assert opened.ask(EVIL) == EVIL
@@ -427,6 +466,7 @@ def test_tokens_are_chosen_by_keyboard_and_told_to_a_screen_reader(open_page, se
     for key, expected in (("ArrowRight", "a"), ("ArrowRight", "b"), ("End", "d"), ("ArrowLeft", "c"), ("Home", "a")):
         page.keyboard.press(key)
         assert opened.text(".token.selected") == expected
+    page.locator(".token.selected").wait_for()
     assert opened.text("#status") == "a, 90.0 %, experts of the first layer 0 and 1"
     assert page.get_attribute("#status", "aria-live") == "polite"
 

@@ -11,6 +11,7 @@ const make = (name, className, text) => {
   return made;
 };
 
+const PAUSE_MS = 150;
 let shown = null; // the turn
 let planned = false;
 
@@ -25,14 +26,14 @@ export function show(turn, run = null) {
   draw();
 }
 
-/** Draw again before the next frame. */
+/** Draw again soon. An answer is drawn a few times a second while it is written. */
 export function refresh() {
   if (planned) return;
   planned = true;
-  requestAnimationFrame(() => {
+  setTimeout(() => {
     planned = false;
     draw();
-  });
+  }, PAUSE_MS);
 }
 
 /** One sentence of a run for those who do not see the panel. */
@@ -81,7 +82,9 @@ function describe(run) {
   part("alternatives").replaceChildren(...blocks);
 }
 
-function draw() {
+/** Draw the experts of the answer's tokens, if the panel shows them. */
+export function draw() {
+  if (part("tokens").hidden) return;
   const tokens = shown?.tokens ?? [];
   const routed = tokens.some((token) => token.routing);
   part("experts").hidden = !routed;

@@ -118,6 +118,8 @@ async function run(turn) {
   inspector.show(turn);
   say("The answer is being written.");
   const without = new Set();
+  // What ends an answer changes its height, and so whether the end of the text is in view.
+  const ending = (state, error) => atEnd(() => turn.end(state, error));
   try {
     for (;;) {
       try {
@@ -130,22 +132,21 @@ async function run(turn) {
         turn.note.textContent = WISHES[wish];
       }
     }
-    turn.end("done");
+    ending("done");
     say(`Answer ${turn.number} has ended, ${turn.tokens.length} tokens: ${turn.text}`);
   } catch (error) {
     if (error.name === "AbortError") {
-      turn.end("stopped");
+      ending("stopped");
       say("The answer was stopped.");
     } else {
       const known = error instanceof ShownError;
       if (!known) console.error(error);
-      turn.end("failed", known ? error.message : "The page failed. The browser's console has the reason.");
+      ending("failed", known ? error.message : "The page failed. The browser's console has the reason.");
     }
   } finally {
     running = null;
     busy(false);
     inspector.refresh();
-    follow(true);
   }
 }
 
@@ -154,11 +155,9 @@ async function read(turn, request, signal) {
     if (chunk.usage) turn.usage = chunk.usage;
     const [choice] = chunk.choices ?? [];
     if (!choice) continue;
-    const atEnd = isAtEnd();
     if (choice.finish_reason) turn.finish = choice.finish_reason;
-    turn.add(parts(choice));
+    atEnd(() => turn.add(parts(choice)));
     if (inspector.isShown(turn)) inspector.refresh();
-    if (atEnd) follow();
   }
 }
 
@@ -188,7 +187,7 @@ function send() {
   part("turns").hidden = false;
   part("empty").hidden = true;
   prompt.value = "";
-  follow(true);
+  toEnd();
   run(turn);
 }
 
@@ -217,11 +216,17 @@ function busy(is) {
   if (hadFocus) prompt.focus();
 }
 
-// Scrolling: the page follows the text while its end is in view.
+// Scrolling: the page follows the text while its end is in view, and stays where it is for whoever reads further up.
 
-const isAtEnd = () => part("turns").scrollHeight - part("turns").scrollTop - part("turns").clientHeight < 60;
-function follow(always = false) {
-  if (always || isAtEnd() || running) part("turns").scrollTop = part("turns").scrollHeight;
+function toEnd() {
+  part("turns").scrollTop = part("turns").scrollHeight;
+}
+
+function atEnd(change) {
+  const box = part("turns");
+  const was = box.scrollHeight - box.scrollTop - box.clientHeight < 60;
+  change();
+  if (was) toEnd();
 }
 
 // The panel.
@@ -235,7 +240,7 @@ function openPanel(name) {
   }
   document.body.classList.add("panel-open");
   part("panel-toggle").setAttribute("aria-expanded", "true");
-  if (name === "tokens") inspector.refresh();
+  if (name === "tokens") inspector.draw();
 }
 
 function closePanel() {

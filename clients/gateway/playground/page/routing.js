@@ -42,10 +42,12 @@ export function summary(counts) {
 /** Draw tokens by layers, each place in the colour of the heaviest expert. */
 export function drawMap(canvas, tokens, count, selected) {
   const layers = tokens.find((token) => token.routing)?.routing.length ?? 0;
-  const wide = Math.max(3, Math.min(14, Math.floor(360 / Math.max(1, tokens.length))));
+  // Browsers draw pictures of some 32,000 pixels: of long answers a token gets one, of all others at least three.
+  const isLong = tokens.length > 1500;
+  const wide = Math.max(isLong ? 1 : 3, Math.min(14, Math.floor(360 / Math.max(1, tokens.length))));
   const high = layers > 12 ? 5 : layers > 4 ? 9 : 16;
   const mark = 5;
-  const ratio = Math.min(window.devicePixelRatio || 1, 2);
+  const ratio = isLong ? 1 : Math.min(window.devicePixelRatio || 1, 2);
   const [width, height] = [wide * tokens.length, high * layers + mark];
   canvas.width = width * ratio;
   canvas.height = height * ratio;

@@ -38,8 +38,9 @@ export class Turn {
     this.begin();
   }
 
-  /** Forget the answer, for the first time or to ask again. */
+  /** Begin an answer. One that is there already is kept until the new one has come. */
   begin() {
+    this.kept = this.runs?.length ? { ...this, nodes: [...this.body.childNodes] } : null;
     Object.assign(this, {
       state: "waiting", text: "", runs: [], selected: null, numExperts: null, usage: null, finish: null,
       startMs: performance.now(), firstMs: null, lastMs: null,
@@ -89,6 +90,7 @@ export class Turn {
     const span = make("span", "token", run.text || END);
     span.dataset.run = run.index;
     if (!run.text) span.classList.add("end");
+    else if (run.text.includes("\n") && !run.text.trim()) span.classList.add("break");
     const known = run.tokens.filter((token) => token.logprob !== null);
     if (known.length) {
       const likely = Math.exp(known.reduce((sum, token) => sum + token.logprob, 0));
@@ -102,6 +104,13 @@ export class Turn {
 
   /** The answer ended: `state` is done, stopped or failed. */
   end(state, error = "") {
+    if (this.kept && (state === "failed" || !this.runs.length)) {
+      const { state: before, text, runs, numExperts, usage, finish, startMs, firstMs, lastMs, nodes } = this.kept;
+      Object.assign(this, { text, runs, numExperts, usage, finish, startMs, firstMs, lastMs });
+      this.body.replaceChildren(...nodes);
+      state = before;
+    }
+    this.kept = null;
     this.state = state;
     this.element.classList.toggle("failed", state === "failed");
     this.body.setAttribute("aria-busy", "false");
@@ -109,7 +118,7 @@ export class Turn {
     else this.#focusable();
     this.alert.textContent = error;
     this.#tell();
-    const again = make("button", "", state === "failed" ? "Send again" : "Another answer");
+    const again = make("button", "", state === "failed" || error ? "Send again" : "Another answer");
     again.type = "button";
     again.addEventListener("click", () => this.onRetry(this));
     this.buttons.append(again);
