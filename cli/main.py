@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "gateway": ("cli.gateway", "serve OpenAI's HTTP API over a running server"),
     "generate": ("cli.generate", "stream a completion from a served model"),
     "bench": ("cli.bench", "measure a server under load: tokens a second, first tokens, pauses"),
+    "top": ("cli.top", "watch a server live: streams, tokens a second, waits, cache, experts"),
     "doctor": ("cli.doctor", "print what a bug report needs, and what is wrong here"),
     "demo": ("cli.demo", "merge, build, verify, package and serve four small experts"),
 }

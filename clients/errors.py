@@ -8,6 +8,7 @@
     ├── AccessDenied            credentials are missing or not enough
     ├── AddressInvalid          the server's address is not HOST:PORT
     ├── ConnectionFailed        nothing answers at that address
+    ├── MetricsUnavailable      a server's metrics cannot be read
     ├── TlsFailed               client and server do not agree on TLS: a certificate, or one of them has none
     ├── ConnectionLost          after the request was sent, the server or the connection ended
     ├── DeadlineExceeded        `timeout_s` ran out; the server has been told to stop
@@ -90,6 +91,12 @@ class ConnectionFailed(ClientError):
 
 class TlsFailed(ClientError):
     """Client and server do not agree on TLS. The message says what to change."""
+
+
+class MetricsUnavailable(ClientError):
+    """Nothing answers at the address of metrics, or what answers gives no metrics."""
+
+    remedy = "check that the server is running, and the address of its metrics, which `moeship serve` prints"
 
 
 class ConnectionLost(ClientError):

@@ -16,6 +16,7 @@ from live_requests import PATIENCE_S, Asked, slow_down
 from live_triton import LiveTriton
 from serve_command import start_command, wait_until
 
+from cli.main import main
 from triton_repo.contracts.model_parameters import ModelParameters
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.processes.heartbeat import read_beats
@@ -160,6 +161,17 @@ def test_requests_are_counted_and_logged_one_by_one(serving, model):
     }
     assert all(0 <= line["queued_s"] <= line["first_token_s"] < line["total_s"] for line in lines)
     assert "def " not in serving.log.read_text()
+
+
+def test_the_live_view_shows_the_engine_of_either_layout(serving, model, capsys):
+    serving.live.text(model, text_input="def f(", max_tokens=4, end_id=-1)
+    settled(serving, model)
+    assert main(["top", serving.said["metrics"], "--once", "--json", "--interval", "0.2"]) == 0
+    engines = {each["model"]: each for each in json.loads(capsys.readouterr().out)["engines"]}
+    shown = engines[ENGINES[model]]
+    assert (shown["kind"], shown["slots"], shown["waiting_limit"]) == ("ONNX Runtime", SLOTS, WAITING)
+    assert shown["first_token_s"]["p50"] > 0
+    assert set(shown["expert_load"]) == {"0", "1", "2"}
 
 
 def test_a_prompt_that_begins_like_the_last_one_goes_on_from_the_cache(serving, model):
