@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.calibration.layers import FEWEST_TOKENS, SolvedRow, Solver, Wanted
+from export.calibration.layers import FEWEST_TOKENS, REPAIR, SolvedRow, Solver, Wanted
 from export.calibration.overlay import Overlay
 from export.checkpoint.digests import Run, shards_read_otherwise
 from export.checkpoint.folder import file_digest
@@ -81,6 +81,7 @@ def settings_of(text: CalibrationText, wanted: Mapping[str, Wanted], experts_per
         "windows": [len(window) for window in text.windows],
         "least damping": LEAST_DAMPING,
         "fewest tokens": FEWEST_TOKENS,
+        "repair": REPAIR,
         "experts per token": experts_per_token,
         "matrices": {name: asdict(one) for name, one in wanted.items()},
     }

@@ -14,7 +14,7 @@ from export.errors import ConfigError
 
 OWN_TEXT = "moeship's calibration text"
 WINDOW_TOKENS = 512
-DEFAULT_TOKENS = 8192
+DEFAULT_TOKENS = 16384
 _SECTION = 500  # characters; a section ends at the next empty line
 
 

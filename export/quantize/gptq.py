@@ -5,11 +5,18 @@ U unit upper triangular and D diagonal. The error is then the sum over k of D_k 
 k is rounded to the grid from w_k + sum_{j<k} e_j U_jk, one after the other. That is GPTQ (Frantar et al., 2022) in the
 form that needs no inverse of H, whose equality Chee et al., QuIP, 2023, prove as "LDLQ". All rows are independent.
 
-The scale of a block of columns is chosen when the block begins, for the weights as GPTQ has them there: those that are
-best for all columns from there on, given the errors before. They are W + S U_bb^-1, where S = sum_{j before} e_j U_j.
+The products need not be those of W with X. Where the codes of earlier matrices have changed the inputs, X W^T lacks
+something of the outputs Y that are wanted, the shortfall L = Y - X W^T [T, n]. The weights that make the best of X are
+W + L^T X H^-1, and with the factors of H the error is that of column k from w_k + A_k + sum_{j<k} e_j U_jk, where
+A = L^T X U^-T D^-1: a number is added to each weight, and H^-1 is not needed either. That such weights are better to
+quantise than W is the finding of GPTAQ (Li et al., 2025), which takes Y from inputs without errors.
 
-Memory for a matrix [n, K]: 4 * K * K bytes for H, which is factorised in place, 4 * 2048 * K for the errors of as many
-rows, and n * K for the codes.
+The scale of a block of columns is chosen when the block begins, for the weights as GPTQ has them there: those that are
+best for all columns from there on, given the errors before. They are W + S U_bb^-1, where S is A_b and the sum of e_j
+U_j over the columns before.
+
+Memory for a matrix [n, K]: 4 * K * K bytes for H, which is factorised in place, 4 * n * K for A, 4 * 2048 * K for the
+errors of as many rows, and n * K for the codes.
 """
 
 from __future__ import annotations
@@ -123,6 +130,18 @@ class Factor:
     unit: FloatArray
     pivots: FloatArray
 
+    def shares(self, lacking: FloatArray) -> FloatArray:
+        """A = L^T X U^-T D^-1 of this module's first lines, [n, K], in the place of `lacking`, which is L^T X."""
+        features = len(self.unit)
+        for start in reversed(range(0, features, _PANEL)):
+            stop = min(start + _PANEL, features)
+            own = lacking[:, start:stop]
+            own -= lacking[:, stop:] @ self.unit[start:stop, stop:].T
+            square = np.triu(self.unit[start:stop, start:stop], 1) + np.eye(stop - start, dtype=np.float32)
+            own[...] = own @ np.linalg.inv(square).T
+        lacking /= self.pivots
+        return lacking
+
 
 def _factorised(sums: FloatArray) -> Factor:
     """Factorise the upper part of `sums` in place, panel by panel from the last on, into V V^T with V upper triangular;
@@ -150,11 +169,18 @@ def _factorised(sums: FloatArray) -> Factor:
 
 
 def solve(
-    name: str, weights: FloatArray, factor: Factor | None, block_size: int, bits: int, choose: ChooseGrid
+    name: str,
+    weights: FloatArray,
+    factor: Factor | None,
+    block_size: int,
+    bits: int,
+    choose: ChooseGrid,
+    shares: FloatArray | None = None,
 ) -> Codes:
-    """The codes of weights [n, K] by GPTQ, with a grid of `choose` for every `block_size` columns of a row. Without a
-    factor all inputs count the same and nothing is fed back: each weight gets the nearest code. Raises
-    QuantizationError, which names the matrix `name`, for scales that float16 does not hold."""
+    """The codes of weights [n, K] by GPTQ, with a grid of `choose` for every `block_size` columns of a row. `shares`
+    [n, K] is what `Factor.shares` gives of the shortfall of the products. Without a factor all inputs count the same
+    and nothing is fed back: each weight gets the nearest code. Raises QuantizationError, which names the matrix `name`,
+    for scales that float16 does not hold."""
     rows, features = weights.shape
     found = Codes(
         codes=np.empty((rows, features), dtype=np.uint8),
@@ -164,7 +190,7 @@ def solve(
     for start in range(0, rows, _ROWS):
         own, part = slice(start, start + _ROWS), found.part(start, start + _ROWS)
         try:
-            _solve_rows(weights[own], factor, block_size, bits, choose, part)
+            _solve_rows(weights[own], factor, block_size, bits, choose, part, None if shares is None else shares[own])
         except OverflowError as error:
             raise QuantizationError(
                 f"quantising {name} by GPTQ: a scale is beyond float16's {FLOAT16_MAX:.0f}; build with --method search "
@@ -174,7 +200,13 @@ def solve(
 
 
 def _solve_rows(
-    weights: FloatArray, factor: Factor | None, block_size: int, bits: int, choose: ChooseGrid, found: Codes
+    weights: FloatArray,
+    factor: Factor | None,
+    block_size: int,
+    bits: int,
+    choose: ChooseGrid,
+    found: Codes,
+    shares: FloatArray | None,
 ) -> None:
     """Solve rows [n, K] into `found`. Raises OverflowError for a scale beyond float16. The rows are held transposed, so
     that a column lies in one piece. Column by column the errors take the place of the weights."""
@@ -187,6 +219,8 @@ def _solve_rows(
         fed, square = np.zeros_like(current), np.zeros((block_size, block_size), dtype=np.float32)
         if factor is not None:
             fed, pivots = factor.unit[:start, start:stop].T @ errors[:start], factor.pivots[start:stop]  # fed [B, n]
+            if shares is not None:
+                fed += shares[:, start:stop].T
             square = np.triu(factor.unit[start:stop, start:stop], 1)
             current = np.linalg.inv(square + np.eye(block_size, dtype=np.float32)).T @ fed + current
         scales, zeros = choose(current, pivots)

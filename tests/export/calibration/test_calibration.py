@@ -77,7 +77,9 @@ def with_codes(model, codes):
 @pytest.mark.parametrize("write", [phixtral, mixtral])
 def test_each_matrix_is_solved_for_what_reaches_it_from_the_codes_before(tmp_path, write):
     """Layer 0 by hand: query, key and value see the embedding; attention's output what the heads make of their codes;
-    an expert its tokens alone; its second matrix what the codes of the first make of them."""
+    an expert its tokens alone; its second matrix what the codes of the first make of them. What is wanted of each are
+    the outputs for the checkpoint's own inputs, and of those that add to the states half of what these lack: by least
+    squares that is another matrix, W + L^T X (H + damping)^-1, to be solved for the same inputs."""
     from export.reference.attention import Projections
     from export.reference.mixture import Expert, route
 
@@ -88,39 +90,46 @@ def test_each_matrix_is_solved_for_what_reaches_it_from_the_codes_before(tmp_pat
     layer = network.layers[0]
     state = embedding_rows(model, [token for window in windows for token in window])
 
-    def expected(name, inputs, place=0):
+    def expected(name, inputs, exact, missing, place):
         hessian = Hessian(inputs.shape[1])
         for start in range(0, len(inputs), 512):
             hessian.add(inputs[start : start + 512])
         spec = model.weights.table[name]
         weights = np.concatenate(list(model.weights.chunks(name, [place] if spec.stacks_experts else None)))
-        return solve(name, weights, hessian.factor(name), 32, 4, symmetric(4)).codes
+        lacking = (exact - inputs).astype(np.float64) @ weights.T + missing
+        damped = inputs.T.astype(np.float64) @ inputs
+        damped += np.eye(len(damped)) * np.diag(damped).mean() * max(0.01, len(damped) / len(inputs))
+        better = (weights + lacking.T @ inputs @ np.linalg.inv(damped)).astype(np.float32)
+        return solve(name, better, hessian.factor(name), 32, 4, symmetric(4)).codes
 
-    def equal(name, inputs, place=0):
-        assert (codes[name][place].codes == expected(name, inputs, place)).mean() > 0.999, name
+    def equal(name, inputs, exact, missing=0, place=0):
+        assert (codes[name][place].codes == expected(name, inputs, exact, missing, place)).mean() > 0.998, name
 
-    inputs = normalise(state, layer.norm, model.weights)
+    inputs = exact = normalise(state, layer.norm, model.weights)
     for module in layer.attention.inputs:
-        equal(f"{module}.weight", inputs)
-    reader = Reader(with_codes(model, codes).weights)
-    projections = Projections(layer.attention, reader)
-    heads = projections.heads(inputs, bounds_of(windows))
-    equal(f"{layer.attention.output}.weight", heads)
-    state = state + projections.output(heads)
+        equal(f"{module}.weight", inputs, exact)
+    projections, exact_ones = (
+        Projections(layer.attention, Reader(weights)) for weights in (with_codes(model, codes).weights, model.weights)
+    )
+    heads, exact_heads = (one.heads(inputs, bounds_of(windows)) for one in (projections, exact_ones))
+    equal(f"{layer.attention.output}.weight", heads, exact_heads)
+    state, exact_state = state + projections.output(heads), state + exact_ones.output(exact_heads)
+    missing = (exact_state - state) / 2
     if layer.mlp_norm is not None:
-        inputs = normalise(state, layer.mlp_norm, model.weights)
+        inputs, exact = (normalise(one, layer.mlp_norm, model.weights) for one in (state, exact_state))
     logits = inputs @ model.weights.load(f"{layer.mlp.gate}.weight").T
     chosen, _ = route(logits, layer.mlp.router, 2)
     for expert in range(logits.shape[1]):
-        own = inputs[(chosen == expert).any(axis=1)]
-        assert rows[f"{layer.mlp.first}.weight"].tokens[expert] == len(own)
-        equal(f"{layer.mlp.first}.weight", own, expert)
-        equal(f"{layer.mlp.second}.weight", Expert(layer.mlp, reader, expert).inner(own), expert)
+        here = (chosen == expert).any(axis=1)
+        assert rows[f"{layer.mlp.first}.weight"].tokens[expert] == here.sum()
+        equal(f"{layer.mlp.first}.weight", inputs[here], exact[here], place=expert)
+        inner = Expert(layer.mlp, Reader(with_codes(model, codes).weights), expert).inner(inputs[here])
+        exact_inner = Expert(layer.mlp, Reader(model.weights), expert).inner(exact[here])
+        equal(f"{layer.mlp.second}.weight", inner, exact_inner, missing[here], expert)
 
 
 def test_the_codes_serve_better_than_searched_ones_on_other_text(trained_phixtral):
-    """Mean KL of the trained example on held-out text, over 4,096 tokens of the calibration text: measured 0.025
-    against 0.043."""
+    """Mean KL of the trained example on held-out text, over 4,096 tokens of the calibration text."""
     model = model_of(trained_phixtral)
     tokenizer = model_settings(model).tokenizer
     windows = windows_of(tokenizer.encode_prompt(own_text()), 4096, 512, "")
@@ -298,7 +307,7 @@ def test_activations_beyond_float32_are_named(tmp_path):
     solver = Solver(model=model, wanted=wanted_of(model))
     windows = text_of(model).windows
     state = solver.begin(windows)
-    state[3] = np.nan
+    state[0, 3] = np.nan
     beyond = pytest.raises(QuantizationError, match=r"transformer.h.0.mixer.Wqkv.weight by GPTQ: .* beyond float32")
     with np.errstate(invalid="ignore"), beyond:
         solver.layer(0, state, windows)
