@@ -16,7 +16,7 @@ from export.families import Model
 
 PRODUCTS_PER_S = 4e10  # multiply-adds of float32 that one core does in matrix products
 SECONDS_PER_WEIGHT = 1.2e-7  # choosing scales and rounding column by column
-_ROWS = 2048  # that are solved together, in three arrays
+_ROWS = 2048  # that are solved together, in five arrays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Work:
 def work_of(model: Model, wanted: Mapping[str, Wanted], num_tokens: int) -> Work:
     """What it takes to solve rows over so many tokens, if they are shared out equally among a layer's experts."""
     facts, table = model.architecture, model.weights.table
-    products = weights = codes = largest = experts = 0
+    products = weights = codes = largest = experts = inputs = 0
     for name, one in wanted.items():
         spec = table[name]
         rows, features = spec.shape[-2:]
@@ -40,14 +40,17 @@ def work_of(model: Model, wanted: Mapping[str, Wanted], num_tokens: int) -> Work
         if spec.role is Role.EXPERT:
             tokens = num_tokens * facts.experts_per_token // facts.num_experts
             experts = max(experts, rows * features)
-        times = 2 if spec.letters.split()[-1] == "H" and spec.role in (Role.EXPERT, Role.FFN) else 1
-        each = tokens * features**2 // 2 + features**3 // 6 + rows * features**2 // 2 + times * tokens * rows * features
+        # Its outputs with codes and without, and what they lack, twice; what enters a second matrix, without codes.
+        times = 5 if spec.letters.split()[-1] == "H" and spec.role in (Role.EXPERT, Role.FFN) else 4
+        each = tokens * features**2 // 2 + features**3 // 6 + rows * features**2 + times * tokens * rows * features
         products += len(one.experts) * each
         weights += len(one.experts) * rows * features
         codes = max(codes, len(one.experts) * rows * features)
         largest = max(largest, features)
+        inputs = max(inputs, tokens * features)
     hidden = facts.hidden_size
-    memory = 4 * largest**2 + 3 * 4 * _ROWS * largest + 4 * experts + 4 * codes + 4 * 9 * num_tokens * hidden
+    memory = 4 * largest**2 + 5 * 4 * _ROWS * largest + 2 * 4 * (experts + inputs) + 4 * codes
+    memory += 4 * 13 * num_tokens * hidden
     return Work(
         num_tokens=num_tokens,
         products=products,
