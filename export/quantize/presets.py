@@ -39,34 +39,34 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "q3": {
             "default": {"bits": 6, "block": [64, 32]},
             "rules": [
-                {"role": ["embedding", "head"], "bits": 5},
                 {"weight": ["first"], "bits": 3},
-                {"weight": ["first"], "layers": ["2::4"], "bits": 4},
+                {"weight": ["first"], "layers": ["4::4"], "bits": 4},
                 {"weight": ["second"], "bits": 4, "block": [128, 64, 32]},
             ],
         },
         "q4": {
             "default": {"bits": 6, "block": [64, 32]},
             "rules": [
+                {"role": ["embedding"], "bits": 8},
                 {"weight": ["first"], "bits": 4},
-                {"weight": ["first"], "layers": ["2::4"], "bits": 5},
+                {"weight": ["first"], "layers": ["4::4"], "bits": 5},
                 {"weight": ["second"], "bits": 5, "block": [128, 64, 32]},
             ],
         },
         "q5": {
             "default": {"bits": 6, "block": [32]},
             "rules": [
-                {"role": ["embedding", "head"], "block": [64, 32]},
+                {"role": ["embedding"], "bits": 8, "block": [64, 32]},
                 {"role": ["expert", "ffn"], "bits": 5},
-                {"weight": ["second"], "layers": ["1::2"], "bits": 6, "block": [64, 32]},
+                {"weight": ["first"], "block": [64, 32]},
+                {"weight": ["second"], "layers": ["5::2"], "bits": 6},
             ],
         },
         "q6": {
-            "default": {"bits": 8, "block": [64, 32]},
+            "default": {"bits": 6, "block": [32]},
             "rules": [
-                {"role": ["expert", "ffn"], "bits": 6},
-                {"weight": ["second"], "block": [32]},
-                {"role": ["embedding"], "bits": 6},
+                {"role": ["embedding"], "bits": 8, "block": [64, 32]},
+                {"weight": ["first"], "block": [64, 32]},
             ],
         },
         "q8": {"default": {"bits": 8, "block": [32]}},
@@ -75,17 +75,18 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 # The default of moeship's kernels, which have 5 and 6 bits. Beside 4 bits everywhere and 8 bits in embedding and head,
-# a token of a full-size phixtral reads 0.2 % fewer bytes: blocks of 128 in the experts and 6 bits in the head pay for 5
-# bits in attention, whose errors cost most (docs/recipes.md). One layer in eight keeps 4 bits in query, key and value,
-# without which it would be 0.2 % more. Matrices that 128 does not divide are narrow, and get blocks of 32. The
-# embedding is free: a token reads one row of it.
+# a token of a full-size phixtral reads no more bytes: blocks of 128 in the experts and 6 bits in the head pay for 5
+# bits in attention, whose errors cost most, and in the first matrices of the last layer's experts (docs/recipes.md).
+# One layer in six keeps 4 bits in query, key and value. Matrices that 128 does not divide are narrow, and get blocks of
+# 32. The embedding is free: a token reads one row of it.
 _OF_OWN_KERNELS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "int4": {
             "default": {"bits": 4, "block": [128, 32]},
             "rules": [
                 {"role": ["attention"], "bits": 5},
-                {"weight": ["qkv"], "layers": ["7::8"], "bits": 4},
+                {"weight": ["qkv"], "layers": ["6::6"], "bits": 4},
+                {"weight": ["first"], "layers": [-1], "bits": 5},
                 {"role": ["head"], "bits": 6},
                 {"role": ["embedding"], "bits": 8, "block": [64, 32]},
             ],
