@@ -13,6 +13,7 @@ bounded: a grammar, and each mask, by `LIMITS`; the number of compiled grammars 
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -41,6 +42,14 @@ LIMITS = {
     "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 500_000, "step_max_items": 100_000, "max_items_in_row": 2_000,
     "max_lexer_states": 50_000, "max_grammar_size": 200_000,
 }  # fmt: skip
+# What the library says, where its words are about its own options or parts, and what we say.
+_SAID = {
+    "oneOf constraints are not supported": "found a oneOf of schemas that one value may meet together, which is not "
+    "served; send anyOf, or schemas of which no value meets two",
+    "too many expressions constructed": "it takes too much: its patterns and limits of length multiply; send less",
+    "NoExtensionBias": "no text begins as it demands; send one that can be met",
+}
+_STATE = re.compile("<state>|<non-verbose/>")  # the rest of an error is the library's state
 _BROKEN = ("ParserTooComplex", "LexerTooComplex", "InternalError")  # reasons why the library stops
 
 
@@ -198,4 +207,7 @@ def _problem(matcher: LLMatcher) -> str | None:
     """Why the library cannot go on, in one line; None if it can."""
     if not matcher.is_error() and matcher.stop_reason() not in _BROKEN:
         return None
-    return " ".join(matcher.get_error().partition("<state>")[0].split())[:400] or "the grammar takes too much"
+    found = " ".join(_STATE.split(matcher.get_error())[0].split())
+    return (
+        next((ours for theirs, ours in _SAID.items() if theirs in found), found[:400]) or "the grammar takes too much"
+    )

@@ -43,7 +43,7 @@ _MOST_TARGETS = 512  # of references; whether they can be met takes the square o
 _Schema = Any  # a dict, or a bool
 
 
-def check_schema(text: str) -> _Schema:
+def check_schema(text: str) -> dict[str, Any]:
     """The schema in a text, without extensions. Raises ValueError, whose text says what is wrong and where."""
     try:
         schema = json.loads(text, parse_constant=_refuse_constant)
@@ -52,8 +52,10 @@ def check_schema(text: str) -> _Schema:
     except json.JSONDecodeError as error:
         raise ValueError(f"found no JSON ({error}), expected a JSON schema") from None
     schema = _without_extensions(schema, "#")
+    if schema is False:
+        raise ValueError("no value meets the schema false; send another one")
     _check_reach(schema)
-    return schema
+    return {} if schema is True else schema
 
 
 def _refuse_constant(name: str) -> NoReturn:

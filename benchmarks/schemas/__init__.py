@@ -1,0 +1,1 @@
+"""JSON schemas for measurements of guided decoding and its tests."""

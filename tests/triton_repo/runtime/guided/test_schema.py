@@ -1,0 +1,81 @@
+"""What is said of schemas that are malformed, use what is not served, or cannot be met."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from triton_repo.errors import RequestError
+from triton_repo.runtime.guided.guides import Guides
+from triton_repo.runtime.guided.schema import check_schema
+
+TREE = {
+    "$defs": {
+        "tree": {
+            "type": "object",
+            "properties": {"left": {"anyOf": [{"$ref": "#/$defs/tree"}, {"type": "null"}]}},
+            "required": ["left"],
+        }
+    },
+    "$ref": "#/$defs/tree",
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "found no JSON .*, expected a JSON schema"),
+        ("NaN", "found NaN, expected JSON"),
+        ("[]", r"found \[\] at #, expected a schema"),
+        ('{"items": 3}', "found 3 at #/items, expected a schema"),
+        ('{"properties": {"a/b": {"not": {}}}}', "found the keyword 'not' at #/properties/a~1b, which is not served"),
+        ('{"uniqueItems": true}', "found the keyword 'uniqueItems' at #, which is not served"),
+        ('{"anyOf": [{}, {"propertys": {}}]}', "found the keyword 'propertys' at #/anyOf/1, which JSON"),
+        ('{"type": "strng"}', "Invalid type: strng"),
+        ('{"enum": []}', "Unsatisfiable schema"),
+        ("false", "no value meets the schema false"),
+        ('{"type": "integer", "minimum": 3, "maximum": 1}', r"Unsatisfiable schema: minimum \(3\)"),
+        ('{"required": ["a"], "additionalProperties": false, "type": "object"}', "'a' is unsatisfiable"),
+        ('{"$ref": "#/$defs/a"}', "Pointer '/\\$defs/a' does not exist"),
+        ('{"$ref": "https://example.org/s"}', "example.org"),
+        ('{"oneOf": [{"type": "integer"}, {"type": "number"}]}', "oneOf of schemas that one value may meet together"),
+        ('{"type": "string", "pattern": "a(?=b)"}', "look-ahead"),
+        ('{"type": "string", "format": "colour"}', "Unknown format: colour"),
+        ('{"$ref": "#"}', "needs itself without end"),
+        ('{"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}', "needs itself without end"),
+        ('{"type": "array", "items": {"$ref": "#"}, "minItems": 1}', "needs itself without end"),
+        ('{"allOf": [{"$ref": "#"}, {}]}', "needs itself without end"),
+        ('{"items":' * 300 + "{}" + "}" * 300, "schemas of more than 60 levels"),
+        ('{"items":' * 9000 + "{}" + "}" * 9000, "too many levels"),
+    ],
+)  # fmt: skip
+def test_a_schema_is_refused_with_one_clear_error(byte_fallback, text, said):
+    with pytest.raises(RequestError, match=said) as caught:
+        Guides(byte_fallback).compile("json_schema", text)
+    assert str(caught.value).count("guided_decoding_guide: ") == 1
+    assert "\n" not in str(caught.value).partition("guided_decoding_guide: ")[2]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        TREE,
+        {"type": "array", "items": {"$ref": "#"}},
+        {"type": "array", "items": {"$ref": "#"}, "minItems": 0, "maxItems": 2},
+        {"type": ["object", "null"], "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+        {"type": "object", "properties": {"a": {"$ref": "#"}}},
+        {"anyOf": [{"type": "null"}, {"type": "array", "prefixItems": [{"$ref": "#"}], "minItems": 1}]},
+        {"title": "t", "description": "d", "examples": [1], "x-order": 3, "default": None, "$comment": "c"},
+        {"items": [{"type": "null"}], "additionalItems": False},
+        True,
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_schema_that_can_be_met_is_compiled(byte_fallback, schema):
+    Guides(byte_fallback).compile("json_schema", json.dumps(schema))
+
+
+def test_extensions_are_left_out_and_properties_of_such_names_are_not():
+    schema = {"x-guidance": {"lenient": True}, "properties": {"x-a": {"x-b": 1, "type": "null"}}}
+    assert check_schema(json.dumps(schema)) == {"properties": {"x-a": {"type": "null"}}}
