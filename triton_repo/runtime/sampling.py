@@ -108,11 +108,6 @@ class Sampler:
         self._num_chosen = 0
 
     @property
-    def has_guide(self) -> bool:
-        """Whether a grammar says which tokens may come."""
-        return self.guide is not None
-
-    @property
     def is_complete(self) -> bool:
         """Whether a guide lets nothing follow the tokens so far."""
         return self.guide is not None and self.guide.is_complete

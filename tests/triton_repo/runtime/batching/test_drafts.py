@@ -126,7 +126,7 @@ class Text:
         rng = random.Random(seed)
         self.tokens = [number % period if period else rng.randrange(10**6) for number in range(200)]
         self.ngrams = None
-        self.writer = SimpleNamespace(sampler=SimpleNamespace(has_guide=False))
+        self.writer = SimpleNamespace(sampler=SimpleNamespace(guide=None))
         self.request = SimpleNamespace(num_positions=len(self.tokens) + left)
 
 
@@ -162,9 +162,14 @@ def test_drafts_keep_to_the_positions_that_are_left_and_to_the_step():
     assert not drafter.drafts(text, 0, 10.0)
 
 
-def test_a_sequence_with_a_guide_has_no_drafts():
+def test_a_draft_ends_where_a_guide_would_not_take_it():
+    def fail(_tokens):
+        raise ValueError("no mask")
+
     drafter = trained(lambda drafted: 0.1, text := [Text(period=9)])
-    text[0].writer.sampler.has_guide = True
+    text[0].writer.sampler.guide = SimpleNamespace(num_taken=lambda tokens: min(3, len(tokens)))
+    assert len(drafter.drafts(text, MOST_TOKENS, 10.0)[text[0]]) == 3
+    text[0].writer.sampler.guide.num_taken = fail
     assert not drafter.drafts(text, MOST_TOKENS, 10.0)
 
 

@@ -157,6 +157,23 @@ def test_answers_with_drafts_are_those_of_requests_alone_without_them(fp32, kind
             ]
 
 
+def test_an_answer_that_keeps_to_a_guide_is_the_same_with_drafts(fp32):
+    session, tokenizer = fp32
+    options = [
+        GenerationOptions(
+            prompt=f"{number}: ", max_tokens=60, guided_decoding_guide_type="regex", temperature=temperature,
+            guided_decoding_guide="(item [a-f]{2}, value [0-9]; )+",
+        )
+        for number in range(6) for temperature in (0.0, 0.8)
+    ]  # fmt: skip
+    plans = [plan_generation(each, tokenizer, max_sequence=session.max_sequence, end_token_ids=()) for each in options]
+    makers = [texts(plan, tokenizer) for plan in plans]
+    found, stats = together(session, makers, drafts=True, clock=lambda: 0.0)
+    assert stats.accepted_tokens > 50
+    for pieces, make in zip(found, makers, strict=True):
+        assert join(pieces).token_ids == join(piece for piece, _ in answered(session, make)).token_ids
+
+
 def test_texts_of_prompts_that_begin_alike_are_those_of_requests_alone(fp32):
     """Two system prompts, under options of all kinds; some conversations go on behind their first answer."""
     session, tokenizer = fp32

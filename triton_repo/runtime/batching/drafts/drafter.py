@@ -7,6 +7,8 @@ itself there is nothing to try either.
 
 from __future__ import annotations
 
+import operator
+from bisect import bisect_right
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from itertools import accumulate
@@ -63,15 +65,13 @@ class Drafter:
         for sequence in sequences:
             ngrams = self._ngrams(sequence)
             ngrams.catch_up()
-            if sequence.writer.sampler.has_guide:
-                continue
             # The last token is not computed, and nothing is computed behind it.
             left = sequence.request.num_positions - len(sequence.tokens)
             tokens, chances = ngrams.draft(min(SIZES[-1], room, left))
+            count = bisect_right(chances, -least_chance, key=operator.neg)
             found += [
-                (chance, number, token, sequence)
-                for number, (token, chance) in enumerate(zip(tokens, chances, strict=True))
-                if chance >= least_chance
+                (chances[number], number, tokens[number], sequence)
+                for number in range(_num_allowed(sequence, tokens[:count]))
             ]
         return sorted(found, key=lambda candidate: (-candidate[0], candidate[1]))
 
@@ -79,6 +79,17 @@ class Drafter:
         if sequence.ngrams is None:
             sequence.ngrams = Ngrams(sequence.tokens, Rates(self._rates))
         return sequence.ngrams
+
+
+def _num_allowed(sequence: Sequence, tokens: list[int]) -> int:
+    """How many of the tokens the guide of a sequence would take, one after the other; all of them without one."""
+    guide = sequence.writer.sampler.guide
+    if guide is None or not tokens:
+        return len(tokens)
+    try:
+        return guide.num_taken(tokens)
+    except Exception:  # the choice of the next token raises the same, and tells the client
+        return 0
 
 
 def _chosen(candidates: Items[tuple[float, int, int, Sequence]]) -> Drafts:
