@@ -110,6 +110,18 @@ def test_a_cost_that_is_old_is_measured_again():
     assert costs.of(1)[1] == pytest.approx(1.2)
 
 
+def test_a_cost_that_stands_is_measured_more_and_more_rarely():
+    costs, gaps, last = Costs(), [], 0
+    for step in range(5000):
+        drafted = int(costs.of(1).get(1) == 1.0)
+        costs.learn(1, drafted, 0.2 if drafted else 0.1)
+        if drafted:
+            gaps.append(step - last)
+            last = step
+    assert [gap for gap in gaps if gap > 1] == [66, 130, 258, 514, 1026, 1026, 1026]
+    assert len(gaps) == 16  # each time two, of which the lower one counts
+
+
 def test_a_step_without_drafts_is_measured_now_and_then():
     costs = Costs()
     learnt(costs, {0: 0.1})

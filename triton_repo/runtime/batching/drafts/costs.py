@@ -20,7 +20,9 @@ from collections import deque
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _WINDOW = 5  # measurements that count; the median is not moved by a step that something held up
 _ENOUGH = 2  # measurements that are relied on
-_OLD = 64  # steps after which a measurement is repeated, if it would pay
+_OLD = 64  # steps after which a measurement is repeated, if it would pay; twice as many each time that it stands
+_OLDEST = 1024  # such steps at most
+_STANDS = 0.8  # part of a cost below which a later measurement is another one
 _LEAST_S = 1e-9  # that a step takes, whatever a clock says
 _TOO_OLD = 128  # steps with drafts after which one without is measured
 
@@ -30,12 +32,27 @@ class _Measured:
 
     def __init__(self) -> None:
         self.values: deque[float] = deque(maxlen=_WINDOW)
+        self.median = 0.0  # the lower one of two
         self.step = 0  # of the last one
+        self._lasts = _OLD  # steps that the values are taken for
+        self._before: float | None = None  # the median of the values that they are to replace
 
-    @property
-    def median(self) -> float:
-        """The lower one of two."""
-        return sorted(self.values)[(len(self.values) - 1) // 2]
+    def is_old(self, step: int) -> bool:
+        return step - self.step > self._lasts
+
+    def is_known(self, step: int) -> bool:
+        return len(self.values) >= _ENOUGH and not self.is_old(step)
+
+    def add(self, value: float, step: int) -> None:
+        if self.is_old(step):
+            self._before = self.median if len(self.values) >= _ENOUGH else None
+            self.values.clear()  # a bad moment is forgotten at once
+        self.values.append(value)
+        self.median = sorted(self.values)[(len(self.values) - 1) // 2]
+        self.step = step
+        if self._before is not None and len(self.values) == _ENOUGH:
+            self._lasts = min(2 * self._lasts, _OLDEST) if self.median >= _STANDS * self._before else _OLD
+            self._before = None
 
 
 class _Curve:
@@ -51,19 +68,15 @@ class _Curve:
         measured, value = self.plain, max(seconds, _LEAST_S)
         if drafted:
             measured, value = self.drafted[drafted], value / self.plain.median
-            if self.num_steps - measured.step > _OLD:
-                measured.values.clear()  # a bad moment is forgotten at once
-        measured.values.append(value)
-        measured.step = self.num_steps
+        measured.add(value, self.num_steps)
 
     def costs(self) -> dict[int, float]:
         if not self.plain.values or self.num_steps - self.plain.step > _TOO_OLD:
             return {}
         found, last = {0: 1.0}, 1.0
         for size, measured in self.drafted.items():
-            is_known = len(measured.values) >= _ENOUGH and self.num_steps - measured.step <= _OLD
             own = measured.median if measured.values else None
-            found[size] = last if own is None or (not is_known and own > last) else own
+            found[size] = last if own is None or (own > last and not measured.is_known(self.num_steps)) else own
             if own is None:
                 break
             last = own

@@ -33,12 +33,10 @@ class Drafter:
     def drafts(self, sequences: Items[Sequence], room: int, most_s: float) -> Drafts:
         """Drafts for the sequences of a step without prompts, of at most `room` tokens. Where several sequences run,
         the step takes `most_s` seconds at most, as far as is known: the others wait for it."""
-        costs = self._costs.of(len(sequences))
+        candidates = self._candidates(sequences, room, _LEAST_CHANCE)
+        costs = self._costs.of(len(sequences)) if candidates else {}
         if not costs:
-            for sequence in sequences:
-                self._ngrams(sequence).catch_up()
             return {}
-        candidates = self._candidates(sequences, min(room, max(costs)), _LEAST_CHANCE)
         gains = [0.0, *accumulate(chance for chance, _, _, _ in candidates)]
         rows, longest = len(sequences), most_s / self._costs.plain_s(len(sequences))
         best, best_rate = 0, _GAIN * rows
@@ -65,6 +63,8 @@ class Drafter:
         for sequence in sequences:
             ngrams = self._ngrams(sequence)
             ngrams.catch_up()
+            if not ngrams.has_prediction:
+                continue
             # The last token is not computed, and nothing is computed behind it.
             left = sequence.request.num_positions - len(sequence.tokens)
             tokens, chances = ngrams.draft(min(SIZES[-1], room, left))
@@ -73,7 +73,9 @@ class Drafter:
                 (chances[number], number, tokens[number], sequence)
                 for number in range(_num_allowed(sequence, tokens[:count]))
             ]
-        return sorted(found, key=lambda candidate: (-candidate[0], candidate[1]))
+        if len(sequences) > 1:
+            found.sort(key=lambda candidate: (-candidate[0], candidate[1]))
+        return found
 
     def _ngrams(self, sequence: Sequence) -> Ngrams:
         if sequence.ngrams is None:

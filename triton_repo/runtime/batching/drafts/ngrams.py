@@ -82,6 +82,11 @@ class Ngrams:
             self._look_up()
         self._num_seen = len(tokens)
 
+    @property
+    def has_prediction(self) -> bool:
+        """Whether `draft` gives anything."""
+        return self._next is not None
+
     def draft(self, count: int) -> tuple[list[int], list[float]]:
         """At most `count` predicted tokens, and for each the probability that it and all before it are chosen. A text
         that repeats itself is predicted to go on doing so."""
