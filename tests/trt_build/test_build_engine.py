@@ -324,5 +324,6 @@ def test_a_builds_memory_does_not_grow_with_its_model(tmp_path):
         folder = tmp_path / f"{layers} layers"
         write_phixtral_checkpoint(folder, seed=1, num_experts=4, experts_per_token=2, num_layers=layers, **sizes)
         words = ["build", "--checkpoint", str(folder), "--output", str(tmp_path / f"engine-{layers}")]
+        words += ["--method", "search"]  # calibration takes minutes; tests/trtllm/test_checkpoint.py holds its memory
         peaks.append(watch([sys.executable, "-m", "cli.main", *words])["peak_bytes"])
     assert peaks[1] <= 1.1 * peaks[0]

@@ -60,7 +60,7 @@ def interrupt(checkpoint, output, parts=5, **options):
 
 
 def test_builds_killed_at_random_moments_resume_to_the_same_bytes(tmp_path):
-    sizes = {**QUANTIZABLE, "hidden_size": 512, "num_heads": 8, "ffn_size": 2048, "num_layers": 4, "dtype": "float16"}
+    sizes = {**QUANTIZABLE, "hidden_size": 512, "num_heads": 8, "ffn_size": 2048, "num_layers": 2, "dtype": "float16"}
     large = write_phixtral_checkpoint(tmp_path / "large", seed=3, num_experts=4, experts_per_token=2, **sizes)
     kills = kill_builds(large, tmp_path, "int4", kills=4, seed=11)
     assert len({one.parts for one in kills}) > 1  # at moments of their own, with parts finished
