@@ -215,7 +215,7 @@ def read_guide(arguments: argparse.Namespace) -> tuple[str | None, str | None]:
     """The type and the text of the guide in the arguments, None for none. Raises RequestRejected for a file that cannot
     be read."""
     if arguments.json_object:
-        return "json_schema", '{"type": "object"}'
+        return "json", None
     if arguments.regex is not None:
         return "regex", arguments.regex
     for flag, guide_type, path in (

@@ -29,27 +29,33 @@ class RandomCache:
 
 
 class RandomSession:
-    """Logits drawn for each row, with rows past the tokenizer that score highest of all. `bias` is added: by it a test
-    makes some ids likelier."""
+    """Logits that are random, and always the same behind a token at its position; rows past the tokenizer score highest
+    of all. `bias` is added: by it a test makes some ids likelier."""
 
     routing = None
+    mixes_lengths = True
     vocab_padding = 9
 
     def __init__(self, tokenizer, *, seed: int = 0, max_sequence: int = 4096, folder="random", bias=None) -> None:
         self.max_sequence = max_sequence
         manifest = SimpleNamespace(eos_token_ids=(tokenizer.eos_token_id,), tokenizer_size=tokenizer.size)
         self.engine = SimpleNamespace(manifest=manifest, resident_bytes=0, folder=folder)
-        self._size, self._random = tokenizer.size, np.random.default_rng(seed)
+        self._size, self._seed = tokenizer.size, seed
         self._bias = np.zeros(tokenizer.size, np.float32) if bias is None else bias
 
     def new_cache(self, slots=1):
         return RandomCache(slots, self.max_sequence)
 
     def step(self, cache, rows):
+        logits = []
         for row in rows:
-            cache.lengths[row.slot] += len(row.token_ids)
-        count = sum(row.num_logits for row in rows)
-        logits = self._random.normal(0, 3, (count, self._size + self.vocab_padding)).astype(np.float32)
-        logits[:, : self._size] += self._bias
-        logits[:, self._size :] = 50
-        return logits
+            for token in row.token_ids:
+                logits.append(self._behind(token, cache.lengths[row.slot]))
+                cache.lengths[row.slot] += 1
+            del logits[len(logits) - len(row.token_ids) : len(logits) - row.num_logits]
+        return np.array(logits, dtype=np.float32).reshape(-1, self._size + self.vocab_padding)
+
+    def _behind(self, token, position):
+        found = np.full(self._size + self.vocab_padding, 50, dtype=np.float32)
+        found[: self._size] = np.random.default_rng([self._seed, token, position]).normal(0, 3, self._size) + self._bias
+        return found

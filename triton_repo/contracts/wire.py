@@ -158,8 +158,8 @@ _UPSTREAM_INPUTS: tuple[WireTensor, ...] = (
     _optional(
         "guided_decoding_guide_type",
         "STRING",
-        f"what the answer is kept to: {', '.join(GUIDE_TYPES)}; absent or empty: nothing; json: an object or array",
-        differs="there an unknown type counts as absent; here it is refused",
+        f"what the answer is kept to: {', '.join(GUIDE_TYPES)}; absent or empty: nothing; json: any JSON object",
+        differs="there an unknown type counts as absent, here it is refused; there json is an array too",
     ),
     _optional(
         "guided_decoding_guide",

@@ -43,11 +43,9 @@ def drawn(count=400, **fields) -> list[int]:
 
 def test_a_greedy_choice_is_the_best_that_is_allowed():
     made = guided({0, 3}, {1, 2, END}, {0, 1})
-    assert made.has_guide
     assert [made.choose(LOGITS).token_id for _ in range(3)] == [3, END, 1]
     assert made.guide.taken == [3, END, 1]
     assert made.is_complete
-    assert not sampler(5).has_guide
     assert not sampler(5).is_complete
 
 

@@ -13,6 +13,7 @@ from served import Sent, answers
 
 from triton_repo.contracts.model_parameters import ModelParameters
 from triton_repo.errors import RequestError
+from triton_repo.runtime.batching import engine
 from triton_repo.runtime.batching.loading import start
 from triton_repo.runtime.single.service import Request, Service
 
@@ -67,6 +68,43 @@ def test_an_answer_by_a_regular_expression_or_a_grammar_matches_it(
             [piece] = answers(RandomSession(tokenizer, seed=seed), tokenizer, request(guide_type, guide, **SAMPLED))
             assert matches.fullmatch(piece.text), piece.text
             assert piece.finish_reason == "stop"
+
+
+class Oracle:
+    """Drafts what an answer goes on with, and at every fifth place something else."""
+
+    def __init__(self, tokens):
+        self.tokens, self.drafted = tokens, 0
+
+    def drafts(self, sequences, room, most_s):
+        return self.drafts_beside_prompts(sequences, room)
+
+    def drafts_beside_prompts(self, sequences, room):
+        found = {}
+        for sequence in sequences:
+            done = len(sequence.tokens) - len(sequence.request.prompt_ids)
+            tokens = [token if place % 5 else 7 for place, token in enumerate(self.tokens[done : done + 4], done)]
+            tokens = tokens[: sequence.request.num_positions - len(sequence.tokens)]
+            tokens = tokens[: sequence.writer.sampler.guide.num_taken(tokens)]
+            found |= {sequence: tuple(tokens)} if tokens else {}
+            self.drafted += len(tokens)
+        return found
+
+    def learn(self, rows, drafted, seconds):
+        pass
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_drafts_change_no_answer(byte_level, monkeypatch, options):
+    for seed in range(4):
+        asked = request("json_schema", json.dumps(PERSON), seed=np.uint64(5), **options)
+        [plain] = answers(RandomSession(byte_level, seed=seed), byte_level, asked)
+        oracle = Oracle(plain.token_ids)
+        monkeypatch.setattr(engine, "Drafter", lambda oracle=oracle: oracle)
+        [drafted] = answers(RandomSession(byte_level, seed=seed), byte_level, asked)
+        assert drafted == plain
+        assert oracle.drafted > len(plain.token_ids) / 2
+        monkeypatch.undo()
 
 
 def test_a_request_with_a_bad_guide_is_refused_and_others_are_answered(byte_level):
