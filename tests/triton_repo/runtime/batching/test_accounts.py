@@ -7,9 +7,10 @@ import pytest
 from reported import STEP_S, Timed
 
 from triton_repo.errors import RequestError
-from triton_repo.runtime.batching.accounts import SAMPLE_INTERVAL_S, Ended
+from triton_repo.runtime.batching.accounts import SAMPLE_INTERVAL_S, Accounts, Ended
 from triton_repo.runtime.batching.stats import ENDS, REFUSALS
 from trt_build.ort.routing import Routing
+from trt_build.ort.step_call import Row
 
 
 @pytest.fixture
@@ -161,3 +162,14 @@ def test_the_experts_of_some_steps_are_counted(scripted, byte_level):
         engine.now -= STEP_S - 0.1
     assert sampled == [True, False, False, True]
     assert SAMPLE_INTERVAL_S == 0.25
+
+
+def test_tokens_of_drafts_that_were_rejected_count_for_no_expert():
+    accounts = Accounts(Routing(layers=(0,), expert_order=(0, 1, 2), experts_per_token=1), lambda: 0.0, lambda _: None)
+    rows = [Row(slot=0, token_ids=[5, 6]), Row(slot=1, token_ids=[7, 8, 9], num_logits=3), Row(slot=2, token_ids=[4])]
+    room = accounts.room_for_routers(rows, wanted=False)
+    room[0] = np.eye(3, dtype=np.float32)[[0, 0, 1, 2, 2, 1]]  # the expert of each token
+    accounts.count_experts(room, rows, rejected=[0, 2, 0])
+    assert accounts.stats.expert_tokens.tolist() == [[2, 2, 0]]
+    accounts.count_experts(room, rows, rejected=[0, 0, 0])
+    assert accounts.stats.expert_tokens.tolist() == [[4, 4, 2]]
