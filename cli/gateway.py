@@ -147,7 +147,9 @@ def _folder(flag: str, path: Path | None) -> Path | None:
 
 
 def _say(url: str, *, as_json: bool) -> None:
-    print(json.dumps({"openai": f"{url}/v1"}) if as_json else f"openai   {url}/v1", flush=True)
+    places = {"openai": f"{url}/v1", "page": f"{url}/"}
+    lines = [json.dumps(places)] if as_json else [f"{name:<8} {place}" for name, place in places.items()]
+    print("\n".join(lines), flush=True)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -10,6 +10,7 @@ from fake_triton import FakeServer, fake_server, piece, two_pieces
 from page_in_chromium import EXPERTS, LAYERS, PATIENCE_MS, Says, axe, chromium
 
 from clients.gateway.settings import Settings, read_keys
+from clients.generation import Client, GenerationRequest
 from export.tokenizer.loading import load_tokenizer
 
 END_ID = 256
@@ -424,6 +425,10 @@ def test_text_of_the_model_never_becomes_part_of_the_page(open_page, server, tok
     server.answer = fails
     opened.ask(EVIL)
     assert "<img src=x onerror=hacked=1>" in opened.text(".error")
+    page.select_option("#model", EVIL)
+    opened.ask("x")
+    assert opened.text(".error").startswith("The gateway does not serve this model. Choose another one.")
+    assert opened.text(".answered .who") == EVIL
     facts = page.locator(".facts b").count()
     assert page.evaluate("document.querySelectorAll('img, script, svg, b').length") == before + facts
     assert page.evaluate("typeof hacked") == "undefined"
@@ -526,9 +531,31 @@ def test_what_was_not_asked_for_is_not_shown(open_page, server, tokenizer):
     assert not opened.page.is_visible("#experts")
 
 
-# Sizes, colours, and people who do not see or point.
+def test_a_real_models_answer_is_shown_with_the_experts_that_its_client_is_told(open_page, served_phixtral):
+    settings = {"tritons": (served_phixtral.grpc_url,), "tokenizers": {"": served_phixtral.engine}}
+    opened = open_page(settings=settings)
+    page = opened.page
+    page.check("input[value=completion]", force=True)
+    page.fill("#temperature", "0")
+    page.fill("#max_tokens", "12")
+    shown = opened.ask("def main(")
+    with Client(served_phixtral.grpc_url) as client:
+        request = GenerationRequest(
+            model=served_phixtral.model, prompt="def main(", max_tokens=12, return_routed_experts=True
+        )
+        expected = client.generate(request)
+    assert shown.removesuffix("end") == expected.text
+    assert opened.problems() == []
+    page.focus(".answer")
+    page.keyboard.press("End")
+    rows = page.locator(".layers tbody tr").all_text_contents()
+    assert [[int(cell) for cell in re.findall(r"(?:^\d|%)\s*(\d)(?= )", row)] for row in rows] == [
+        [expert for expert, _ in layer] for layer in expected.routing[-1]
+    ]
+    assert page.locator("#load rect").count() == len(rows) * expected.num_experts
 
-STATES = ("empty", "answered", "token", "settings", "error")
+
+# Sizes, colours, and people who do not see or point.
 
 
 @pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "light"), (PHONE, "dark")], ids=["desktop", "phone"])
@@ -539,14 +566,12 @@ def test_axe_finds_nothing_and_the_page_fits(open_page, server, tokenizer, size,
     server.answer = Says(tokenizer, "Experts of a mixture are many: " * 4, end=END_ID)
     steps = {
         "empty": lambda: None,
-        "answered": lambda: opened.ask("What is a mixture?"),
-        "token": lambda: page.locator(".token").nth(3).click(),
+        "token": lambda: (opened.ask("What is a mixture?"), page.locator(".token").nth(3).click()),
         "settings": lambda: page.click("#tab-settings"),
         "error": lambda: (setattr(server, "answer", full), opened.ask("x")),
     }
-    assert tuple(steps) == STATES
-    for state in STATES:
-        steps[state]()
+    for state, step in steps.items():
+        step()
         found = page.evaluate("axe.run({resultTypes: ['violations']})")["violations"]
         assert [(state, one["id"], one["impact"], one["nodes"][0]["html"]) for one in found] == []
         assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
@@ -605,12 +630,15 @@ def test_every_control_is_reached_by_tab_and_shows_that_it_has_the_focus(open_pa
 
 def test_nothing_moves_for_those_who_want_it_so(open_page, server, tokenizer):
     server.answer = says = Says(tokenizer, "ab", pause=0)
+    page = open_page().page
+    page.fill("#prompt", "x")
+    page.press("#prompt", "Enter")
+    page.wait_for_selector(".waiting")
     moving = "getComputedStyle(document.querySelector('.waiting')).animationName"
-    for wish, expected in (("no-preference", "pulse"), ("reduce", "none")):
-        opened = open_page(reduced_motion=wish)
-        opened.send("x")
-        opened.page.wait_for_selector(".waiting")
-        assert opened.page.evaluate(moving) == expected
+    assert page.evaluate(moving) == "pulse"
+    page.emulate_media(reduced_motion="reduce")
+    assert page.evaluate(moving) == "none"
+    page.emulate_media(reduced_motion="null")
     says.go_on.set()
 
 
