@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 
 from cli import llmapi_package
+from export.onnx_graph.kv_scales import FLOAT, KV_CACHES
 from triton_repo.contracts.model_parameters import ModelParameters
 from triton_repo.contracts.trtllm_parameters import TensorrtLlmParameters, value_types
 from triton_repo.packaging.package import LAYOUTS, Package, PackageOptions, package_engine
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 _ONNX_RUNTIME = (
     "threads", "slots", "memory_budget", "max_waiting", "max_wait_s", "pause_target_ms", "prefix_cache", "drafts",
+    "kv_cache",
 )  # fmt: skip
 
 
@@ -74,6 +76,11 @@ def _add_onnxruntime_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--pause-target-ms", type=int, default=250, metavar="MS",
         help="how long running answers should pause at most beside a long prompt (default 250)",
+    )  # fmt: skip
+    group.add_argument(
+        "--kv", dest="kv_cache", choices=KV_CACHES, default=FLOAT,
+        help="how keys and values are stored: int8 takes a quarter of the memory, of an engine that was built with "
+        "--kv int8 (default float)",
     )  # fmt: skip
     group.add_argument(
         "--no-prefix-cache", dest="prefix_cache", action="store_false",

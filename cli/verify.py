@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cli.progress import PROGRESS_S, every
 from cli.verify_report import open_engines, refuse_output, write_report
@@ -229,8 +229,19 @@ def answer_lines(answers: Sequence[Answer]) -> list[str]:
                 f"most {found['max_kl']:.1e} nats; top-1 {found['top1_agreement']:.1%} ({found['near_ties']} near "
                 f"ties), perplexity {found['perplexity_increase']:+.2%}"
             )
+        lines += _cache_lines(answer.figures["int8_cache"]) if "int8_cache" in answer.figures else []
         lines += [f"  {failure}" for failure in answer.failures]
     return lines
+
+
+def _cache_lines(found: Mapping[str, Any]) -> list[str]:
+    """What keys and values in int8 cost, against the same engine with floats."""
+    exact = found.get("kl_float32_activations")
+    own = "" if exact is None else f"; with float32 activations {exact:.1e}"
+    return [
+        f"  {found['num_tokens']} tokens: KL {found['kl']:.1e} on average, p99 {found['p99_kl']:.1e}, at most "
+        f"{found['max_kl']:.1e} nats; top-1 {found['top1']:.1%}{own}, allowed {found['allowed']:.0e}"
+    ]
 
 
 def text_line(verification: Verification) -> str:

@@ -1,8 +1,9 @@
-"""Exports a model at a precision: three ONNX graphs that share one data file of weights (export/onnx_graph/forms.py).
+"""Exports a model at a precision: ONNX graphs that share one data file of weights (export/onnx_graph/forms.py).
 
 model.onnx          for onnxruntime-genai: logits of the last position, [B, 1, V]
 model_serving.onnx  serving: one step of many sequences
 model_scoring.onnx  verification: logits of every position, and each layer's router logits
+model_serving_int8_cache.onnx  serving with keys and values in int8, where that is asked for
 model.onnx.data     the weights of all graphs, stored once
 weights.jsonl       one line a part: digests of the source bytes that were read and of the regions that were written
 """
@@ -19,7 +20,7 @@ from export.conversion.writer import Progress, write_parts
 from export.families import Model
 from export.files.resume import PartialFolder
 from export.onnx_graph.converter import OnnxConverter
-from export.onnx_graph.forms import GeneratingGraph, ScoringGraph, ServingGraph
+from export.onnx_graph.forms import GeneratingGraph, Int8ServingGraph, ScoringGraph, ServingGraph
 from export.onnx_graph.graph import GraphBuilder
 from export.onnx_graph.weights import Placement, WeightJob, place
 from export.optional import optional_package
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 GENERATING_GRAPH = "model.onnx"
 SERVING_GRAPH = "model_serving.onnx"
 SCORING_GRAPH = "model_scoring.onnx"
+INT8_CACHE_GRAPH = "model_serving_int8_cache.onnx"
 DATA_FILE = "model.onnx.data"
 RECORDS_FILE = "weights.jsonl"
 _FORMS: Mapping[str, Callable[..., GraphBuilder]] = {
@@ -68,18 +70,21 @@ def plan_export(
     *,
     max_sequence: int | None = None,
     left_out: Mapping[int, Collection[int]] | None = None,
+    int8_cache: bool = False,
 ) -> ExportPlan:
     """Build the graphs and lay out their shared data file; reads no weights.
 
     The graphs take sequences of `max_sequence` tokens (None: all of the model's positions). `left_out`: layer ->
-    experts that it does without (None: every layer has all).
+    experts that it does without (None: every layer has all). `int8_cache`: with a graph whose caches are in int8.
+    Raises ExportError for a provider that has none.
     """
     with optional_package("onnx", "building an ONNX Runtime engine", "cpu"):
         import onnx  # noqa: F401 - imported here, so that a missing package is reported before any work
     rows_left_out = {name: experts for layer, experts in (left_out or {}).items() for name in model.mixture_rows(layer)}
     grids = model.weights.grids() if recipe.quantises else {}
     built = {}
-    for name, form in _FORMS.items():
+    forms = {**_FORMS, INT8_CACHE_GRAPH: Int8ServingGraph} if int8_cache else _FORMS
+    for name, form in forms.items():
         graph = form(
             model.architecture, model.weights.table, recipe, provider,
             max_sequence=max_sequence, left_out=rows_left_out, grids=grids,

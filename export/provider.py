@@ -10,6 +10,8 @@ Facts of 1.31, from its sources and documentation (docs/contrib_ops/cuda/{moe_qm
 - On CUDA a float32 matrix product runs in TF32, which has the 10 fraction bits of float16, unless TF32 is turned off.
 - GroupQueryAttention takes `query_seqlens`, different numbers of new tokens in one call, since 1.32. For CUDA there is
   no 1.32 yet.
+- On the CPU GroupQueryAttention of 1.32 takes keys and values in int8, with a scale for each channel, together with
+  `query_seqlens` (tests/trt_build/int8_cache compare it with numpy). On CUDA int8 was not tried.
 - The `gelu` of a MoE is the tanh form, which Phi-2 has, on CPU and in CUDA's grouped products of int4, int8 and, on
   GPUs other than Hopper, float16. For float16 on Hopper there is also a kernel with the erf form, and the runtime
   takes whichever it measures as faster.
@@ -62,6 +64,7 @@ class Provider:
     package: str  # PyPI package that contains this execution provider
     extra: str  # moeship's extra that installs the package
     options: Mapping[str, str] = field(default_factory=dict)  # provider options of a session
+    int8_cache: bool = False  # whether a serving graph may keep keys and values in int8
     kernels: str = ONNX_RUNTIME
 
     def offers(self, role: str) -> Offer:
@@ -82,7 +85,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType(
             precisions=("fp32", "int8", "int4"), accuracy_level=4,
             linear=Offer(scales="float32"), experts=Offer(scales="float32"), embedding=Offer(scales="float32"),
             prefers_highest_place=True, mixes_lengths=True, writes_zero_points=False,
-            package="onnxruntime", extra="cpu",
+            package="onnxruntime", extra="cpu", int8_cache=True,
         ),
         "cuda": Provider(
             name="cuda", runtime_name="CUDAExecutionProvider", float_type="float16",

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from export.calibration.text import DEFAULT_TOKENS
+from export.onnx_graph.kv_scales import KV_CACHES
 from export.provider import KERNELS, PROVIDERS
 from export.quantize.presets import PRESETS
 from export.quantize.recipe import METHODS
@@ -22,7 +23,7 @@ DEFAULT_PROVIDER = "cpu"
 DEFAULT_PRECISION = "int4"
 # Flags that one backend alone has. If such a flag is not given, its value is None.
 _OWN_FLAGS: Mapping[str, Collection[str]] = {
-    ORT_BACKEND: ("provider", "kernels", "recipe", "drop_below", "text", "drop_tokens"),
+    ORT_BACKEND: ("provider", "kernels", "recipe", "drop_below", "text", "drop_tokens", "kv"),
     TRTLLM_BACKEND: NAMES,
 }
 
@@ -98,6 +99,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, o
         "--text", type=Path, action="append", metavar="FILE", help="text for --drop-below; repeatable"
     )
     onnxruntime.add_argument("--drop-tokens", type=int, metavar="N", help="tokens of that text (default: 4096)")
+    onnxruntime.add_argument(
+        "--kv", metavar="DTYPE",
+        help=f"{' or '.join(KV_CACHES)}: int8 also writes what serving needs to keep keys and values in int8 (`moeship "
+        "package --kv int8`), by scales that running the engine over a text gives (default: float)",
+    )  # fmt: skip
     add_trtllm_arguments(parser)
 
 

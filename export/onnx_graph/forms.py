@@ -1,10 +1,11 @@
-"""The three forms of a decoder graph. They have the same weights and operations, and differ in how tokens lie in their
+"""The forms of a decoder graph. They have the same weights and operations, and differ in how tokens lie in their
 inputs and in the logits that they give.
 
 GeneratingGraph   tokens [B, S] of equally long sequences; logits of the last position: what onnxruntime-genai runs
 ScoringGraph      the same with the logits of every position and those of every router: what verification compares
 ServingGraph      the tokens of all sequences one after the other, [T]; logits of the tokens that are asked for: one
                   step of several sequences that may be at different places and take different numbers of tokens
+Int8ServingGraph  the same with keys and values in int8, whose scales are in a file of their own (kv_scales.py)
 
 In a serving graph only attention sees sequences: before it, tokens are placed at [B, S], where each sequence's tokens
 come first and the rest is padding that no kernel reads; after it, they are taken out again. Everything else, the
@@ -15,17 +16,19 @@ must take one token, or there must be one sequence.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from export.errors import ExportError
 from export.onnx_graph import names
 from export.onnx_graph.graph import GraphBuilder
+from export.onnx_graph.kv_scales import INT8, QUANTISATION, key_scale, scale_initializers, value_scale
 
 if TYPE_CHECKING:
-    import onnx
+    from collections.abc import Iterable
 
-_EMPTY_INPUTS = 7  # of GroupQueryAttention, between the rotary tables and query_seqlens
+    import onnx
 
 
 class _MaskedGraph(GraphBuilder):
@@ -110,8 +113,14 @@ class ServingGraph(GraphBuilder):
         rows = self._nodes.add("Reshape", [x, shape], f"{x}/rows", float_type=kind, allowzero=0)
         return self._nodes.add("Gather", [rows, names.QUERY_OF_TOKEN], f"{x}/by_token", float_type=kind, axis=0)
 
-    def _lengths_of_queries(self) -> list[str]:
-        return [*[""] * _EMPTY_INPUTS, names.NEW_LENGTHS] if self._provider.mixes_lengths else []
+    def _further_inputs(self, layer: int) -> list[str]:
+        # position_ids, attention_bias and head_sink, the scales, the weights of two norms, query_seqlens
+        inputs = ["", "", "", *self._cache_scales(layer), "", "", names.NEW_LENGTHS]
+        return inputs if self._provider.mixes_lengths else []
+
+    def _cache_scales(self, layer: int) -> tuple[str, str]:  # noqa: ARG002 - of which layer
+        """The names of the scales of keys and of values; empty where these are floats."""
+        return "", ""
 
     def wanted(self, x: str) -> str:
         return self._nodes.add(
@@ -135,3 +144,29 @@ class ServingGraph(GraphBuilder):
 
     def _logits_shape(self) -> list[str | int]:
         return ["wanted", self.architecture.vocab_size]
+
+
+class Int8ServingGraph(ServingGraph):
+    """A serving graph whose keys and values are codes of int8. Raises ExportError for a provider that `int8_cache` is
+    false of."""
+
+    def _cache_scales(self, layer: int) -> tuple[str, str]:
+        return key_scale(layer), value_scale(layer)
+
+    def _cache_attributes(self) -> dict[str, Any]:
+        return {"k_quant_type": QUANTISATION, "v_quant_type": QUANTISATION, "kv_cache_bit_width": 8}
+
+    @property
+    def _cache_type(self) -> str:
+        return INT8
+
+    def _further_initializers(self) -> Iterable[onnx.TensorProto]:
+        return scale_initializers(self.architecture)
+
+    def _check_attention(self) -> None:
+        super()._check_attention()
+        if not self._provider.int8_cache:
+            raise ExportError(
+                f"planning the graph: found --kv int8 for the provider {self._provider.name}, whose caches moeship "
+                "keeps in its float type; leave --kv out, or build for the provider cpu"
+            )

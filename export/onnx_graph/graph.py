@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -89,9 +89,22 @@ class GraphBuilder(ABC):
         """An output of attention, [B, S, n], as the other operations take it, [..., n]."""
         return x
 
-    def _lengths_of_queries(self) -> list[str]:
+    def _further_inputs(self, layer: int) -> list[str]:  # noqa: ARG002 - which scales belong to
         """The inputs of attention that follow the rotary tables."""
         return []
+
+    def _cache_attributes(self) -> dict[str, Any]:
+        """The attributes of attention that say how keys and values are stored; none where they are floats."""
+        return {}
+
+    @property
+    def _cache_type(self) -> str:
+        """The dtype of keys and values."""
+        return self._float_type
+
+    def _further_initializers(self) -> Iterable[onnx.TensorProto]:
+        """Initializers that are no weights of the model."""
+        return ()
 
     @abstractmethod
     def wanted(self, x: str) -> str:
@@ -180,7 +193,7 @@ class GraphBuilder(ABC):
             *(self._by_sequence(self._cast(part)) if part else "" for part in (query, key, value)),
             names.past_key(layer), names.past_value(layer),
             self._last_positions, self._total_length, "rotary/cos_cache", "rotary/sin_cache",
-            *self._lengths_of_queries(),
+            *self._further_inputs(layer),
         ]  # fmt: skip
         attended = self._nodes.add(
             "GroupQueryAttention", inputs, f"{path}.attention", microsoft=True,
@@ -188,7 +201,7 @@ class GraphBuilder(ABC):
             float_type=self._float_type, num_heads=facts.num_heads, kv_num_heads=facts.num_kv_heads,
             scale=facts.attention_scale / self._query_factors.get(query, 1.0),
             softcap=0.0, local_window_size=window or -1, do_rotary=1, rotary_interleaved=0,
-            smooth_softmax=0,
+            smooth_softmax=0, **self._cache_attributes(),
         )  # fmt: skip
         return self._by_token(attended)
 
@@ -262,8 +275,9 @@ class GraphBuilder(ABC):
         initializers = [
             *self._nodes.constants,
             *(tensor for job in self.jobs for tensor in tensors(job, placement, data_file)),
+            *self._further_initializers(),
         ]
-        float32, cache = TensorProto.FLOAT, onnx_type(self._float_type)
+        float32, cache = TensorProto.FLOAT, onnx_type(self._cache_type)
         facts = self.architecture
         past_shape = [names.BATCH, facts.num_kv_heads, names.PAST, facts.head_size]
         present_shape = [names.BATCH, facts.num_kv_heads, names.TOTAL, facts.head_size]

@@ -41,7 +41,10 @@ def onnx_type(dtype: str) -> int:
     """ONNX's number (TensorProto.DataType) of a dtype's name."""
     from onnx import TensorProto
 
-    types = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "uint8": TensorProto.UINT8}
+    types = {
+        "float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "uint8": TensorProto.UINT8,
+        "int8": TensorProto.INT8,
+    }  # fmt: skip
     return int(types[dtype])
 
 

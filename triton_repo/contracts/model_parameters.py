@@ -13,6 +13,7 @@ from typing import Any
 
 from export.errors import shown
 from export.files.reading import whole_number
+from export.onnx_graph.kv_scales import FLOAT, KV_CACHES
 from triton_repo.errors import RepositoryError
 
 TRITON_BACKEND = "tensorrtllm"  # what config.pbtxt calls TensorRT-LLM's C++ backend; engine.json has another word
@@ -27,6 +28,7 @@ MAX_WAIT_KEY = "moeship_max_wait_s"
 PAUSE_KEY = "moeship_pause_target_ms"
 PREFIX_CACHE_KEY = "moeship_prefix_cache"
 DRAFTS_KEY = "moeship_drafts"
+KV_CACHE_KEY = "moeship_kv_cache"
 TOKENIZER_KEY = "tokenizer_dir"
 MAX_SEQUENCE_KEY = "moeship_max_sequence"
 MAX_PROMPT_KEY = "moeship_max_prompt"
@@ -58,25 +60,26 @@ class ModelParameters:
     pause_target_ms: int = 250  # of a step that prompts share with running answers
     prefix_cache: bool = True  # whether a prompt goes on from what slots hold of it
     drafts: bool = True  # whether a step may compute tokens of an answer before they are chosen
+    kv_cache: str = FLOAT  # how keys and values are stored, one of KV_CACHES
 
     def to_texts(self) -> dict[str, str]:
         """Parameter key to text."""
         values = {key: getattr(self, name) for key, (name, _, _) in _NUMBERS.items()}
         texts = {key: _AUTOMATIC if value is None else str(value) for key, value in values.items()}
-        return {
-            ENGINE_KEY: self.engine,
-            **texts,
-            **{key: str(int(getattr(self, name))) for key, name in _FLAGS.items()},
-        }
+        flags = {key: str(int(getattr(self, name))) for key, name in _FLAGS.items()}
+        return {ENGINE_KEY: self.engine, **texts, **flags, KV_CACHE_KEY: self.kv_cache}
 
     @classmethod
     def from_texts(cls, texts: Mapping[str, str], model: str) -> ModelParameters:
         """From parameter key to text. Raises RepositoryError for an absent key or a text that is not a valid value."""
-        problems = [f"{key} is absent" for key in (ENGINE_KEY, *_NUMBERS, *_FLAGS) if key not in texts]
+        problems = [f"{key} is absent" for key in (ENGINE_KEY, *_NUMBERS, *_FLAGS, KV_CACHE_KEY) if key not in texts]
         flags = {key: texts[key] for key in _FLAGS if key in texts}
         problems += [
             f"{key} is {shown(text)}, expected 0 or 1" for key, text in flags.items() if text not in ("0", "1")
         ]
+        kv_cache = texts.get(KV_CACHE_KEY, FLOAT)
+        if kv_cache not in KV_CACHES:
+            problems.append(f"{KV_CACHE_KEY} is {shown(kv_cache)}, expected {' or '.join(KV_CACHES)}")
         values: dict[str, int | None] = {}
         for key, (name, most, is_optional) in _NUMBERS.items():
             if key not in texts:
@@ -91,7 +94,8 @@ class ModelParameters:
                 f"reading the parameters of the model {model}: {'; '.join(problems)}: package the engine again"
             )
         numbers: dict[str, Any] = values  # of which only those that are optional are None
-        return cls(engine=texts[ENGINE_KEY], **{_FLAGS[key]: text == "1" for key, text in flags.items()}, **numbers)
+        chosen = {_FLAGS[key]: text == "1" for key, text in flags.items()}
+        return cls(engine=texts[ENGINE_KEY], kv_cache=kv_cache, **chosen, **numbers)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelParameters:
@@ -99,12 +103,14 @@ class ModelParameters:
         return cls.from_texts(config_texts(config), config["name"])
 
     def problems(self) -> list[str]:
-        """What is wrong with the numbers, each by the name of its field."""
+        """What is wrong with the values, each by the name of its field."""
         found = []
         for name, most, is_optional in _NUMBERS.values():
             value = getattr(self, name)
             if not (value is None and is_optional) and not 1 <= value <= most:
                 found.append(f"{name} is {value}; expected 1 to {most}")
+        if self.kv_cache not in KV_CACHES:
+            found.append(f"kv_cache is {self.kv_cache}; expected {' or '.join(KV_CACHES)}")
         return found
 
 

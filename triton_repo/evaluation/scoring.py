@@ -114,7 +114,7 @@ def num_truncated(continuations: Sequence[Continuation], max_sequence: int) -> i
 def lanes_that_fit(session: Session, lanes: int, positions: int) -> int:
     """The most lanes of so many positions whose keys and values fit into the free memory; at least one."""
     held = positions if session.device.kind == "cpu" else session.max_sequence  # elsewhere a slot is allocated whole
-    each = held * kv_bytes_per_token(session.engine.manifest.architecture, session.device.provider)
+    each = held * kv_bytes_per_token(session.engine.manifest.architecture, session.device.provider, session.kv_cache)
     free = available_memory() - session.engine.resident_bytes
     return max(1, min(lanes, int(_SHARE_OF_FREE_MEMORY * free) // each))
 

@@ -30,6 +30,7 @@ class EngineFacts:
     world_size: int = 1  # ranks that run the engine
     paged_context_fmha: bool = False  # whether the engine can read the cache of a prompt in parts
     has_own_kernels: bool = False  # whether moeship's CPU kernels multiply its matrices
+    has_int8_cache: bool = False  # whether it can be served with keys and values in int8
     # planned share of the GPU memory that the weights leave; None on ONNX Runtime
     kv_cache_fraction: float | None = None
     failed_verification: str | None = None  # what the last verification found wrong
@@ -73,6 +74,7 @@ def _of_onnxruntime(folder: Path, check_digests: bool) -> EngineFacts:
         records=manifest.files,
         num_bytes=engine.num_bytes,
         has_own_kernels=engine.has_own_kernels,
+        has_int8_cache=manifest.kv_cache is not None,
         failed_verification=failed_verification(manifest.verification),
         read_regions={name: partial(weight_regions, num_bytes=manifest.files[name].bytes) for name in UNDIGESTED_FILES},
     )

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from export.errors import OutputError, listing
 from export.files.reading import check_name
+from export.onnx_graph.kv_scales import INT8
 from triton_repo.contracts.ensemble import STEP_MODELS
 from triton_repo.contracts.model_parameters import MODEL_FILE, ModelParameters, changed_fields
 from triton_repo.contracts.seal import write_seal
@@ -153,6 +154,11 @@ def _check_engine(options: PackageOptions, facts: EngineFacts, layout: str) -> N
         problems.append(
             f"this engine is for {facts.backend}, and served_from and the parameters of tensorrt_llm are for "
             "TensorRT-LLM's engines; leave them out"
+        )
+    if options.onnxruntime.kv_cache == INT8 and not facts.runs_on_tensorrt_llm and not facts.has_int8_cache:
+        problems.append(
+            "kv_cache is int8, and this engine was built without the scales that keys and values in int8 need; build "
+            "it again with --kv int8, or leave --kv out here"
         )
     if layout == ENSEMBLE and options.unary:
         problems.append(

@@ -25,6 +25,7 @@ from export.errors import ConfigError, QuantizationError
 from export.exporter import DATA_FILE, write_export
 from export.files.output import forget_pages
 from export.files.resume import Fingerprint, partial_folder, refuse_made
+from export.onnx_graph.kv_scales import write_scales
 from export.provider import OWN_KERNELS
 from export.quantize.recipe import SEARCH
 from export.quantize.solved import SolvedCodes
@@ -32,7 +33,8 @@ from trt_build.calibration import calibration_record, solved
 from trt_build.engine_files import record_files
 from trt_build.manifest import Source, libraries
 from trt_build.ort.engine import FORMAT_VERSION, UNDIGESTED_FILES, Engine, open_engine, write_manifest
-from trt_build.ort.kernels import warn_if_unusable
+from trt_build.ort.int8_cache.calibrating import calibrate
+from trt_build.ort.kernels import library, warn_if_unusable
 from trt_build.ort.planning.genai_config import GENAI_FILE
 from trt_build.ort.planning.prepare import EngineOptions, PreparedBuild, check_options, prepare_build
 from trt_build.source import source_record
@@ -55,6 +57,8 @@ def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | N
     """
     provider, _ = check_options(options)
     if provider.kernels == OWN_KERNELS:
+        if options.int8_cache:
+            library("building with --kv int8, which runs the engine")
         warn_if_unusable("the engine is written", "verify and serve")
     refuse_made(options.output, "the engine")
     build = prepare_build(options)
@@ -91,12 +95,24 @@ def _write(
         for note in build.packed_notes(records):
             if note not in build.notes:  # the errors are known after the write, and are nothing where codes are kept
                 logger.info("%s", note)
+        _write_cache_scales(build, folder.content, _source(checkpoint, records))
         files = record_files(folder.content, UNDIGESTED_FILES)
         manifest = build.manifest(
             _source(checkpoint, records), files, records, None if codes is None else calibration_record(codes)
         )
         check_unchanged(checkpoint, fingerprint.sources, records)
         write_manifest(folder.content, manifest)
+
+
+def _write_cache_scales(build: PreparedBuild, folder: Path, source: Source) -> None:
+    """Run the engine whose files are in `folder` over a text, and write the scales of its int8 caches; nothing where
+    the build has no such caches."""
+    text = build.cache_text()
+    if text is None:
+        return
+    logger.info("calibrating int8 caches: running the engine over %d tokens", text.num_tokens)
+    engine = Engine(folder=folder, manifest=build.manifest(source, record_files(folder, UNDIGESTED_FILES)))
+    write_scales(folder, build.model.architecture, calibrate(engine, text.windows))
 
 
 def _settings(build: PreparedBuild, codes: SolvedCodes | None) -> dict[str, Any]:

@@ -32,8 +32,8 @@ _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux; Python names it s
 
 
 class Cache:
-    """Buffers of every layer's keys and values, [slots, G, C, D] in the provider's float type on its device, and the
-    number of positions that each slot holds."""
+    """Buffers of every layer's keys and values, [slots, G, C, D] on a device, and the number of positions that each
+    slot holds."""
 
     def __init__(
         self,
@@ -45,14 +45,17 @@ class Cache:
         positions: int,
         head_size: int,
         slots: int = 1,
+        dtype: str | None = None,
     ) -> None:
-        """`new_binding` makes an IOBinding of the session whose keys and values these are."""
+        """`new_binding` makes an IOBinding of the session whose keys and values these are, in `dtype` (None: the
+        provider's float type). On a device with its own memory they are floats."""
         self.lengths = [0] * slots
         self.num_slots, self.positions = slots, positions
         self._new_binding, self._bindings = new_binding, dict[tuple[int, int], Any]()
         self.calls: dict[Key, StepCall] = {}
         self._device, self._shape = device, (slots, heads, positions, head_size)
-        self._slot_bytes = heads * positions * head_size * np.dtype(device.provider.float_type).itemsize
+        self._dtype = np.dtype(dtype or device.provider.float_type)
+        self._slot_bytes = heads * positions * head_size * self._dtype.itemsize
         pairs = [
             pair
             for layer in range(layers)
@@ -67,7 +70,7 @@ class Cache:
         self._values: list[Any] = []  # onnxruntime.OrtValue, on a device with its own memory
         if device.kind == "cpu":
             self._pages = _reserve(len(pairs) * size)
-            everything = np.frombuffer(self._pages, dtype=device.provider.float_type)
+            everything = np.frombuffer(self._pages, dtype=self._dtype)
             self._arrays = list(everything.reshape(len(pairs), *self._shape))
             pointers = [array.ctypes.data for array in self._arrays]
         else:
@@ -81,7 +84,7 @@ class Cache:
         if self._pages is None:
             return self._slot_bytes * len(self._places)
         _, heads, _, head_size = self._shape
-        row = positions * head_size * np.dtype(self._device.provider.float_type).itemsize
+        row = positions * head_size * self._dtype.itemsize
         pages = heads * (-(-row // mmap.PAGESIZE) + 1)
         return len(self._places) * min(pages * mmap.PAGESIZE, self._slot_bytes + mmap.PAGESIZE) if positions else 0
 
@@ -101,12 +104,17 @@ class Cache:
         """The same, made for this call alone."""
         binding = self._new_binding()
         kind, index = self._device.kind, self._device.index
-        dtype, shape = np.dtype(self._device.provider.float_type).type, (stop - first, *self._shape[1:])
+        dtype, shape = self._dtype.type, (stop - first, *self._shape[1:])
         for (past, present), pointer in self._places:
             place = pointer + first * self._slot_bytes
             binding.bind_input(past, kind, index, dtype, shape, place)
             binding.bind_output(present, kind, index, dtype, shape, place)
         return binding
+
+    def held(self, slot: int) -> list[npt.NDArray[Any]]:
+        """What a slot holds, without a copy: the keys of layer 0, its values, the keys of layer 1 and so on, each
+        [G, positions, D]. Only where `can_copy`."""
+        return [array[slot, :, : self.lengths[slot]] for array in self._arrays]
 
     def keep(self, key: Key, call: StepCall) -> None:
         """Keep a call, whose binding must be its own, for later steps of rows with the same key: see `calls`."""

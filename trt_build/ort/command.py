@@ -12,6 +12,7 @@ from export.checkpoint.folder import open_checkpoint
 from export.conversion.writer import Progress
 from export.errors import ConfigError
 from export.families import read_model
+from export.onnx_graph.kv_scales import FLOAT, INT8
 from export.provider import named_with_kernels
 from export.rows import Rows, in_units
 from trt_build.engine_flags import DEFAULT_PROVIDER, read_calibration, read_checkpoint
@@ -86,6 +87,7 @@ def _read_options(arguments: argparse.Namespace) -> EngineOptions:
         calibration=read_calibration(arguments),
         keep_all_experts=arguments.keep_all_experts,
         dropping=_read_dropping(arguments),
+        kv_cache=arguments.kv or FLOAT,
     )
 
 
@@ -115,7 +117,7 @@ def _summary(engine: Engine) -> str:
 def describe(engine: Engine) -> list[tuple[str, Rows]]:
     """Tables that describe an engine: what it is, how each role is stored, and its recipe."""
     manifest = engine.manifest
-    facts, precision = manifest.architecture, manifest.precision
+    facts, precision, cache = manifest.architecture, manifest.precision, manifest.kv_cache
     experts = f", {facts.num_experts} experts, {facts.experts_per_token} per token" if facts.is_moe else ""
     rows = [
         ("model", f"{manifest.model}, {manifest.family} of {facts.num_layers} layers{experts}"),
@@ -123,6 +125,7 @@ def describe(engine: Engine) -> list[tuple[str, Rows]]:
         ("kernels", named_with_kernels(manifest.provider, manifest.kernels)),
         ("size", f"{in_units(engine.num_bytes)}, {precision.average_bits_per_weight:.2f} bits per weight"),
         ("context", f"{manifest.max_sequence} tokens"),
+        ("keys and values", "float" if cache is None else f"float, or {cache.dtype} by {cache.scales} scales"),
     ]
     stored = [
         (name, role.words + ("" if role.bits_per_weight is None else f": {role.bits_per_weight:.2f} bits per weight"))
@@ -176,6 +179,7 @@ def _engine_rows(plan: EnginePlan) -> Rows:
         ("all files", f"{plan.engine_bytes:,} bytes"),
         ("making it", f"reads {in_units(plan.source_bytes)}, holds up to {in_units(plan.conversion_bytes)} of memory"),
         *_method_rows(plan),
+        *_cache_rows(plan),
     ]
 
 
@@ -192,6 +196,13 @@ def _method_rows(plan: EnginePlan) -> Rows:
     return [("codes", f"without a text; --method gptq solves them {said}")]
 
 
+def _cache_rows(plan: EnginePlan) -> Rows:
+    """What caches in int8 take."""
+    if plan.kv_cache != INT8:
+        return []
+    return [("int8 caches", f"scales by running the engine over a text: {_duration(plan.cache_seconds)} of one core")]
+
+
 def _duration(seconds: float) -> str:
     """An estimate in words. Of small models it counts too little, since what numpy adds to each call weighs more."""
     if seconds < 10:
@@ -204,7 +215,7 @@ def _duration(seconds: float) -> str:
 def _decoding_rows(plan: EnginePlan, machine: dict[str, Any]) -> Rows:
     rows = [
         ("weights read per token", in_units(plan.weights_bytes_per_token)),
-        ("keys and values of a token", in_units(plan.kv_bytes_per_token)),
+        ("keys and values of a token", f"{in_units(plan.kv_bytes_per_token)} in {plan.kv_cache}"),
         ("read for the last token", in_units(plan.bytes_per_token(plan.max_sequence - 1))),
     ]
     if machine["bandwidth_bytes_per_s"] is not None:

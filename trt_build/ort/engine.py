@@ -20,10 +20,18 @@ from export.checkpoint.digests import num_cores
 from export.checkpoint.file_table import TOKENIZER_FILE
 from export.conversion.parts import PartRecord, Region, damaged_regions, read_records
 from export.errors import listing, named, shown
-from export.exporter import DATA_FILE, GENERATING_GRAPH, RECORDS_FILE, SCORING_GRAPH, SERVING_GRAPH
+from export.exporter import (
+    DATA_FILE,
+    GENERATING_GRAPH,
+    INT8_CACHE_GRAPH,
+    RECORDS_FILE,
+    SCORING_GRAPH,
+    SERVING_GRAPH,
+)
 from export.files.output import replace_file
 from export.files.reading import check_name
 from export.files.typed_json import read_typed
+from export.onnx_graph.kv_scales import INT8, SCALES_FILE
 from export.provider import KERNELS, OWN_KERNELS
 from export.quantize.presets import PRESETS, preset
 from export.quantize.recipe import Recipe
@@ -50,6 +58,7 @@ from trt_build.ort.old_formats.manifest import VERSIONS as OLD_VERSIONS
 from trt_build.ort.old_formats.manifest import OldFormat, split_old_values, with_recipe
 
 _REQUIRED_FILES = (GENERATING_GRAPH, SCORING_GRAPH, DATA_FILE, RECORDS_FILE, TOKENIZER_FILE)
+INT8_CACHE_FILES = (INT8_CACHE_GRAPH, SCALES_FILE)  # of an engine with `kv_cache`
 UNDIGESTED_FILES = (DATA_FILE,)  # whose digests are in weights.jsonl
 FORMAT_VERSION = 5
 MAX_BATCH = 1 << 16
@@ -136,12 +145,24 @@ class DroppedExperts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KvCache:
+    """Keys and values in another dtype than floats, which an engine can be served with: `scales` says what a scale is
+    for; they hold the largest magnitudes over `tokens` tokens of the `text`, which has names, bytes and digest."""
+
+    dtype: str
+    scales: str
+    text: Mapping[str, Any]
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The contents of engine.json. `expert_order` gives the expert at each index of the stacked weights; `packed` says,
     by role, what became of weights that the checkpoint stores packed; `routing` is the diagnosis of the gates;
     `left_out_experts` has, by layer number, the experts whose matrices are not in the engine; `verification` is the
     last result of `moeship verify`, if any; `calibration` says what codes were solved from, of engines that have such
-    (trt_build/calibration.py)."""
+    (trt_build/calibration.py); `kv_cache` says how keys and values can be stored beside floats, None if only as
+    these."""
 
     format_version: int
     model: str
@@ -166,6 +187,7 @@ class Manifest:
     verification: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None
     dropped_experts: DroppedExperts | None = None  # None: those alone are left out that can never be chosen
+    kv_cache: KvCache | None = None
 
     @property
     def lacking_experts(self) -> dict[int, tuple[int, ...]]:
@@ -357,9 +379,14 @@ def _check_facts(manifest: Manifest, old: OldFormat | None) -> None:
         check_tokenizer(manifest.tokenizer)
     elif old is None or old.names_tokenizer:
         raise ValueError("tokenizer is missing")
+    further = INT8_CACHE_FILES if manifest.kv_cache is not None else ()
     check_file_records(
-        manifest.files, (*_REQUIRED_FILES, *(old.files if old else (SERVING_GRAPH,))), undigested=UNDIGESTED_FILES
+        manifest.files,
+        (*_REQUIRED_FILES, *(old.files if old else (SERVING_GRAPH,)), *further),
+        undigested=UNDIGESTED_FILES,
     )
+    if manifest.kv_cache is not None and manifest.kv_cache.dtype != INT8:
+        raise ValueError(f"kv_cache.dtype is {shown(manifest.kv_cache.dtype)}, expected {INT8}")
     if old and old.resident_bytes is not None:
         check_range("resident_bytes", old.resident_bytes, 1, manifest.files[DATA_FILE].bytes)
     order = manifest.expert_order

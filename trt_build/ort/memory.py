@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from export.architecture import Architecture
+from export.onnx_graph.kv_scales import FLOAT, INT8
 from export.provider import PROVIDERS, Provider
 from trt_build.errors import EngineError
 from trt_build.machine.memory import available_memory
 from trt_build.ort.engine import Engine
 
 
-def kv_bytes_per_token(architecture: Architecture, provider: Provider) -> int:
-    """Bytes of the keys and values of one position in all layers, in the provider's float type."""
+def cache_dtype(provider: Provider, kv_cache: str = FLOAT) -> np.dtype[Any]:
+    """The dtype of keys and values in a cache that commands call `kv_cache`."""
+    return np.dtype(np.int8 if kv_cache == INT8 else provider.float_type)
+
+
+def kv_bytes_per_token(architecture: Architecture, provider: Provider, kv_cache: str = FLOAT) -> int:
+    """Bytes of the keys and values of one position in all layers."""
     values = 2 * architecture.num_layers * architecture.num_kv_heads * architecture.head_size
-    return values * np.dtype(provider.float_type).itemsize
+    return values * cache_dtype(provider, kv_cache).itemsize
 
 
-def require_memory(engine: Engine, available: int | None = None) -> None:
+def require_memory(engine: Engine, available: int | None = None, kv_cache: str = FLOAT) -> None:
     """Raise EngineError if the weights and the cache of one sequence exceed `available` bytes (None: ask the machine).
 
     Engines of a provider with its own memory, such as CUDA, are not checked.
@@ -27,7 +35,7 @@ def require_memory(engine: Engine, available: int | None = None) -> None:
         return
     have = available_memory() if available is None else available
     weights = engine.resident_bytes
-    per_token = kv_bytes_per_token(manifest.architecture, PROVIDERS[manifest.provider])
+    per_token = kv_bytes_per_token(manifest.architecture, PROVIDERS[manifest.provider], kv_cache)
     cache = per_token * manifest.max_sequence
     if weights + cache <= have:
         return

@@ -24,14 +24,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.exporter import DATA_FILE, GENERATING_GRAPH, SCORING_GRAPH, SERVING_GRAPH
+from export.exporter import DATA_FILE, GENERATING_GRAPH, INT8_CACHE_GRAPH, SCORING_GRAPH, SERVING_GRAPH
 from export.onnx_graph import names
+from export.onnx_graph.kv_scales import FLOAT, INT8
 from trt_build.errors import EngineError, SequenceError
 from trt_build.ort.cache import Cache
 from trt_build.ort.device import Device, load_graph, open_device
 from trt_build.ort.engine import Engine
+from trt_build.ort.int8_cache.scales import read_scales
 from trt_build.ort.mapped_file import MappedFile
-from trt_build.ort.memory import require_memory
+from trt_build.ort.memory import cache_dtype, require_memory
 from trt_build.ort.routing import Routing, in_checkpoint_order
 from trt_build.ort.step_call import Row, StepCall, key_of, span_of
 
@@ -42,22 +44,31 @@ Floats = npt.NDArray[np.float32]
 
 class Session:
     """An engine's serving graph, loaded. `threads` None lets ONNX Runtime use every physical core; `device_index` is
-    the number of the GPU; `content` is a graph in place of the stored one.
+    the number of the GPU; `content` is a graph in place of the stored one. `kv_cache` says how keys and values are
+    stored, one of `export/onnx_graph/kv_scales.py: KV_CACHES`. Raises EngineError where the engine has no usable scales
+    for that.
 
     An engine of an earlier format has no such graph: there each row of a step is computed by itself, and gives the
     logits of its last token only.
     """
 
     def __init__(
-        self, engine: Engine, threads: int | None = None, device_index: int = 0, content: bytes | None = None
+        self,
+        engine: Engine,
+        threads: int | None = None,
+        device_index: int = 0,
+        content: bytes | None = None,
+        kv_cache: str = FLOAT,
     ) -> None:
         if engine.manifest.backend != "onnxruntime":
             raise EngineError(
                 f"loading the engine {engine.folder}: built for {engine.manifest.backend}, "
                 "this session runs onnxruntime engines"
             )
-        require_memory(engine)
-        self.engine = engine
+        if kv_cache == INT8:
+            read_scales(engine)
+        require_memory(engine, kv_cache=kv_cache)
+        self.engine, self.kv_cache = engine, kv_cache
         self.max_sequence = engine.manifest.max_sequence
         self.vocab_size = engine.manifest.architecture.vocab_size
         self.device = open_device(engine, device_index)
@@ -65,6 +76,8 @@ class Session:
         # Whether one call takes different numbers of tokens of its rows.
         self.mixes_lengths = self._has_serving_graph and self.device.provider.mixes_lengths
         graph = SERVING_GRAPH if self._has_serving_graph else GENERATING_GRAPH
+        if kv_cache == INT8:
+            graph = INT8_CACHE_GRAPH
         # A GPU has a copy of the weights.
         self._weights = MappedFile(engine.folder / DATA_FILE) if self.device.kind == "cpu" else None
         self.backend = load_graph(engine, graph, self.device, threads, content)
@@ -92,6 +105,7 @@ class Session:
         return Cache(
             self.device, self.backend.io_binding, layers=facts.num_layers, heads=facts.num_kv_heads,
             positions=self.max_sequence + padding, head_size=facts.head_size, slots=slots,
+            dtype=cache_dtype(self.device.provider, self.kv_cache).name,
         )  # fmt: skip
 
     def step(self, cache: Cache, rows: Sequence[Row], router_logits: Floats | None = None) -> Floats:

@@ -47,6 +47,7 @@ from trt_build.comparison.weights import QUESTION as OF_WEIGHTS
 from trt_build.errors import EngineError
 from trt_build.ort.device import open_device
 from trt_build.ort.engine import Engine, read_part_records, record_verification
+from trt_build.ort.int8_cache.loss import ask_about_int8_cache
 from trt_build.ort.questions.cost import prepare_cost
 from trt_build.ort.questions.graph import QUESTION as OF_GRAPH
 from trt_build.ort.questions.graph import ask_about_graph
@@ -108,6 +109,9 @@ def verify_engine(
             f"which against the whole model has {price.words}",
         )
     ways = compare_serving(engine, windows[0], progress)
+    if manifest.kv_cache is not None:
+        progress("serving with keys and values in int8")
+        questions = (*questions, ask_about_int8_cache(engine, windows))
     precision = manifest.judged_as
     missed = report.failures(THRESHOLDS[precision])
     if missed:

@@ -71,6 +71,7 @@ def test_the_configuration_says_all_that_triton_would_else_guess(tmp_path, tiny_
         "moeship_max_waiting": "64",
         "moeship_prefix_cache": "1",
         "moeship_drafts": "1",
+        "moeship_kv_cache": "float",
         "moeship_max_wait_s": "60",
         "moeship_pause_target_ms": "250",
     }

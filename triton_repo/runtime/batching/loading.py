@@ -39,8 +39,9 @@ def load(instance: EngineInstance, pulse: Pulse | None = None) -> Loaded:
     Raises EngineError, MissingPackageError, and RepositoryError for a memory budget without room for one sequence.
     """
     engine = open_engine(instance.folder, check_digests=not is_sealed(instance.folder))
-    session = Session(engine, instance.parameters.threads, instance.device_index)
-    return start(session, instance.parameters, pulse)
+    parameters = instance.parameters
+    session = Session(engine, parameters.threads, instance.device_index, kv_cache=parameters.kv_cache)
+    return start(session, parameters, pulse)
 
 
 def start(session: Session, parameters: ModelParameters, pulse: Pulse | None = None) -> Loaded:

@@ -24,6 +24,7 @@ from export.conversion.workers import peak_memory
 from export.conversion.writer import conversion_bytes
 from export.exporter import DATA_FILE, RECORDS_FILE
 from export.onnx_graph.converter import OnnxConverter
+from export.onnx_graph.kv_scales import FLOAT, SCALES_FILE, scales_bytes
 from export.onnx_graph.weights import WeightJob
 from trt_build.engine_files import FileRecord
 from trt_build.manifest import MANIFEST_FILE
@@ -34,6 +35,7 @@ from trt_build.ort.planning.prepare import PreparedBuild, stored_roles
 from trt_build.source import source_record
 
 _DIGEST = "0" * 64  # as long as any SHA-256
+_CACHE_PRODUCTS_PER_S = 2e11  # multiply-adds that one core does in an engine's prefill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,8 @@ class EnginePlan:
     process; `files` has the bytes of each file of the engine by name; `notes` are sentences about the engine. `gptq` is
     what GPTQ takes for all codes that it can solve, and `is_calibrated` whether this build solves codes; engine.json
     then also has the record of them, some kilobytes that are not in `files`. `dropped_experts` are those of
-    `--drop-below`."""
+    `--drop-below`. `kv_cache` is the dtype that keys and values are counted in; `cache_seconds` is what finding the
+    scales of int8 caches takes of one core, 0 without them."""
 
     family: str
     precision: str
@@ -80,6 +83,8 @@ class EnginePlan:
     gptq: Work
     is_calibrated: bool
     dropped_experts: DroppedExperts | None = None
+    kv_cache: str = FLOAT
+    cache_seconds: float = 0.0
 
     @property
     def engine_bytes(self) -> int:
@@ -156,12 +161,26 @@ def plan_engine(build: PreparedBuild) -> EnginePlan:
         conversion_bytes=max(
             conversion_bytes(converter, export.jobs), peak_memory() + build.work().memory if build.wanted_codes() else 0
         ),
-        kv_bytes_per_token=kv_bytes_per_token(build.model.architecture, build.provider),
+        kv_bytes_per_token=kv_bytes_per_token(build.model.architecture, build.provider, build.options.kv_cache),
         notes=build.notes,
         gptq=build.work(),
         is_calibrated=bool(build.wanted_codes()),
         dropped_experts=build.dropped,
+        kv_cache=build.options.kv_cache,
+        cache_seconds=_cache_seconds(build),
     )
+
+
+def _cache_seconds(build: PreparedBuild) -> float:
+    text, weights, facts = build.cache_text(), build.model.weights, build.model.architecture
+    if text is None:
+        return 0.0
+    products = sum(
+        job.num_weights(weights.table[job.source]) * _share_per_token(job, weights, facts.experts_per_token)
+        for job in build.export.jobs
+        if job.role is not Role.EMBEDDING
+    )
+    return text.num_tokens * products / _CACHE_PRODUCTS_PER_S
 
 
 def _share_per_token(job: WeightJob, weights: Weights, experts_per_token: int) -> float:
@@ -199,6 +218,7 @@ def _files(build: PreparedBuild) -> dict[str, int]:
         DATA_FILE: export.placement.total_bytes,
         RECORDS_FILE: len(records_text(_records(build)).encode()),
         GENAI_FILE: len(build.genai_text().encode()),
+        **({SCALES_FILE: scales_bytes(build.model.architecture)} if build.options.int8_cache else {}),
         **build.settings.sizes(),
     }
     records = {

@@ -21,10 +21,11 @@ from export.checkpoint.folder import Checkpoint
 from export.checkpoint.tensor_table import Role, Weights
 from export.conversion.parts import PartRecord
 from export.conversion.sources import source_files
-from export.errors import ConfigError, KernelsError
+from export.errors import ConfigError, KernelsError, unknown
 from export.exporter import ExportPlan, plan_export
 from export.families import Model
 from export.files.resume import SourceFile
+from export.onnx_graph.kv_scales import FLOAT, INT8, KV_CACHES
 from export.onnx_graph.weights import WeightJob
 from export.provider import KERNELS, ONNX_RUNTIME, OWN_KERNELS, PROVIDERS, Provider, provider_of
 from export.quantize.presets import recipe_for
@@ -35,7 +36,7 @@ from export.tokenizer.settings import Settings
 from trt_build.calibration import MOST_PRODUCTS, Calibration, planned_record
 from trt_build.engine_files import FileRecord
 from trt_build.manifest import ORT_BACKEND, Source, libraries
-from trt_build.ort.engine import FORMAT_VERSION, KEPT, DroppedExperts, Manifest, Precision, StoredRole
+from trt_build.ort.engine import FORMAT_VERSION, KEPT, DroppedExperts, KvCache, Manifest, Precision, StoredRole
 from trt_build.ort.kernels import check_level, found_fault, is_usable
 from trt_build.ort.planning.dropping import DropOptions, choose_dropping, dropping_notes
 from trt_build.ort.planning.genai_config import genai_config
@@ -43,6 +44,9 @@ from trt_build.ort.planning.packed import packed_roles, sentences
 from trt_build.source import open_source
 
 logger = logging.getLogger(__name__)
+
+CACHE_TOKENS = 2048  # of the text that the scales of int8 caches are found over
+SCALES_ARE = "per channel"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +56,7 @@ class EngineOptions:
     `chosen_kernels`, and ONNX Runtime's for a model that moeship's do not compute. With `keep_all_experts` the engine
     has the experts that can never be chosen too. `recipe` is a recipe file, in place of the precision.
     `calibration` says by which method codes are found, and over which text. With `dropping` the engine does without
-    experts that a text hardly uses."""
+    experts that a text hardly uses. `kv_cache` int8: the engine can also be served with keys and values in int8."""
 
     checkpoint: str
     precision: str = "int4"
@@ -64,6 +68,11 @@ class EngineOptions:
     recipe: Path | None = None
     calibration: Calibration = field(default_factory=Calibration)
     dropping: DropOptions | None = None
+    kv_cache: str = FLOAT
+
+    @property
+    def int8_cache(self) -> bool:
+        return self.kv_cache == INT8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +109,14 @@ class PreparedBuild:
         if not self.wanted_codes():
             return None
         return self.options.calibration.text(self.settings.tokenizer, self.model.architecture.max_positions)
+
+    def cache_text(self) -> CalibrationText | None:
+        """The text that the scales of int8 caches are found over; None without such caches. Raises ConfigError for a
+        text that cannot be used."""
+        if not self.options.int8_cache:
+            return None
+        calibration = dataclasses.replace(self.options.calibration, num_tokens=CACHE_TOKENS)
+        return calibration.text(self.settings.tokenizer, self.max_sequence)
 
     def planned_calibration(self) -> dict[str, Any] | None:
         """What engine.json will say of the codes that are solved; None if none are. Raises ConfigError for a text that
@@ -141,7 +158,11 @@ class PreparedBuild:
     ) -> Manifest:
         """The contents of engine.json. `records` are those of the parts, once they are written; `calibration` says what
         codes were solved, None if none were."""
-        architecture = self.model.architecture
+        architecture, cache_text = self.model.architecture, self.cache_text()
+        kv_cache = None
+        if cache_text is not None:
+            text, tokens = dict(cache_text.record), cache_text.num_tokens
+            kv_cache = KvCache(dtype=INT8, scales=SCALES_ARE, text=text, tokens=tokens)
         return Manifest(
             format_version=FORMAT_VERSION,
             model=Path(self.options.checkpoint).resolve().name,
@@ -165,6 +186,7 @@ class PreparedBuild:
             files=files,
             calibration=calibration,
             dropped_experts=self.dropped,
+            kv_cache=kv_cache,
         )
 
 
@@ -193,6 +215,8 @@ def check_options(options: EngineOptions) -> tuple[Provider, Recipe]:
         if options.recipe is None
         else read_recipe_file(options.recipe, provider)
     )
+    if options.kv_cache not in KV_CACHES:
+        raise ConfigError(f"choosing how keys and values are stored: {unknown(options.kv_cache, KV_CACHES)}")
     method, calibration = options.calibration.chosen(), options.calibration
     if not recipe.quantises and (method or calibration.codes or calibration.num_tokens is not None):
         raise ConfigError(
@@ -249,7 +273,10 @@ def prepare_build(options: EngineOptions) -> PreparedBuild:
     def planned() -> ExportPlan:
         if options.recipe is not None:
             recipe.for_model(table).check(table)
-        return plan_export(source.model, recipe, provider, max_sequence=source.max_sequence, left_out=left_out)
+        return plan_export(
+            source.model, recipe, provider,
+            max_sequence=source.max_sequence, left_out=left_out, int8_cache=options.int8_cache,
+        )  # fmt: skip
 
     try:
         export = planned()
