@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from mixtral_checkpoints import write_mixtral_checkpoint
 from safetensors.numpy import load_file, save_file
@@ -166,6 +167,18 @@ def test_a_mixtral_with_a_window_keeps_its_loss_small_and_wrong_scales_are_told(
     answer = ask_about_int8_cache(engine, windows)
     assert answer.passed is False
     assert "with keys and values in int8 the mean KL" in answer.failures[0]
+
+
+def test_a_graph_that_differs_from_the_serving_graph_elsewhere_is_told(tmp_path, int8_engine):
+    """A window of 400 positions changes no figure over 300 tokens."""
+    folder = shutil.copytree(int8_engine, tmp_path / "engine")
+    model = onnx.load(str(folder / INT8_CACHE_GRAPH), load_external_data=False)
+    [node] = [one for one in model.graph.node if one.op_type == "GroupQueryAttention"][2:]
+    next(entry for entry in node.attribute if entry.name == "local_window_size").i = 400
+    (folder / INT8_CACHE_GRAPH).write_bytes(model.SerializeToString())
+    answer = ask_about_int8_cache(dataclasses.replace(open_engine(int8_engine), folder=folder), [TOKENS])
+    assert answer.failures == (f"{INT8_CACHE_GRAPH}: the node {node.name} is not that of model_serving.onnx",)
+    assert ask_about_int8_cache(open_engine(int8_engine), [TOKENS]).passed
 
 
 @pytest.mark.parametrize(

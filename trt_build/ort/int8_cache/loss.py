@@ -22,6 +22,7 @@ from export.onnx_graph.kv_scales import FLOAT, INT8
 from trt_build.comparison.answers import Answer
 from trt_build.comparison.parity import THRESHOLDS, FloatArray, log_softmax
 from trt_build.ort.engine import Engine
+from trt_build.ort.int8_cache.graph import graph_failures
 from trt_build.ort.questions.float32 import float32_experts, with_float32_activations
 from trt_build.ort.session import PREFILL_CHUNK_TOKENS, Session
 from trt_build.ort.step_call import Row
@@ -61,13 +62,14 @@ def ask_about_int8_cache(engine: Engine, windows: Sequence[Sequence[int]]) -> An
             exact = _measure(engine, windows, *graphs).mean
         figures["kl_float32_activations"] = exact
         judged.append((exact, MOST_MEAN_KL, ", and activations in float32,"))
-    failures = tuple(
+    failures = [
         f"with keys and values in int8{how} the mean KL from the same engine with floats is {found:.3g} nats, allowed "
         f"{most:.0e}; serve it with --kv float"
         for found, most, how in judged
         if not found <= most
-    )
-    return Answer(question=QUESTION, figures={"int8_cache": figures}, failures=failures)
+    ]
+    failures += graph_failures(engine)
+    return Answer(question=QUESTION, figures={"int8_cache": figures}, failures=tuple(failures))
 
 
 def _measure(
