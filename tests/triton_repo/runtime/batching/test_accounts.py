@@ -9,6 +9,7 @@ from reported import STEP_S, Timed
 from triton_repo.errors import RequestError
 from triton_repo.runtime.batching.accounts import SAMPLE_INTERVAL_S, Accounts, Ended
 from triton_repo.runtime.batching.stats import ENDS, REFUSALS
+from triton_repo.runtime.sampling import Choice
 from trt_build.ort.routing import Routing
 from trt_build.ort.step_call import Row
 
@@ -173,3 +174,23 @@ def test_tokens_of_drafts_that_were_rejected_count_for_no_expert():
     assert accounts.stats.expert_tokens.tolist() == [[2, 2, 0]]
     accounts.count_experts(room, rows, rejected=[0, 0, 0])
     assert accounts.stats.expert_tokens.tolist() == [[4, 4, 2]]
+
+
+def test_routers_are_looked_at_where_it_is_time_or_a_request_of_the_step_wants_it():
+    now = [0.0]
+    accounts = Accounts(
+        Routing(layers=(4,), expert_order=(1, 0, 2), experts_per_token=2), lambda: now[0], lambda _: None
+    )
+    rows = [Row(slot=0, token_ids=[5, 6]), Row(slot=1, token_ids=[7, 8, 9], num_logits=2), Row(slot=2, token_ids=[4])]
+    assert accounts.room_for_routers(rows, wanted=False).shape == (1, 6, 3)
+    now[0] = SAMPLE_INTERVAL_S / 2
+    assert accounts.room_for_routers(rows, wanted=False) is None
+    assert accounts.routed(None, rows, [True] * 3) == [()] * 4
+    room = accounts.room_for_routers(rows, wanted=True)
+    room[0] = [[0, 0, 9], [0, 9, 0], [0, 0, 9], [9, 0, 5], [5, 9, 9], [9, 9, 9]]
+    chosen = accounts.routed(room, rows, [False, True, False])
+    assert [[[expert for expert, _ in layer] for layer in token] for token in chosen] == [[], [[1, 2]], [[0, 2]], []]
+    accounts.count_experts(room, rows, rejected=[0, 0, 0])
+    assert accounts.stats.expert_tokens.sum() == 0  # not sampled
+    assert accounts.with_routing(Choice(token_id=5, log_prob=None), chosen[1]).num_experts == 3
+    assert accounts.with_routing(Choice(token_id=5, log_prob=None), ()) == Choice(token_id=5, log_prob=None)
