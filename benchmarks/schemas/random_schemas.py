@@ -3,7 +3,7 @@
     schema = random_schema(random.Random(7))
     value = schema.value(random.Random(8))       # valid by schema.json
 
-Each can be met by a text of bounded length: strings, numbers and arrays have limits, so that any model's answer ends.
+Strings, numbers and arrays have limits, so that a model's answer ends unless it follows a schema that names itself.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _NAMES = (
     "",
 )
 _DEEPEST = 3
+_BOUNDED = ""  # among the definitions while a schema is made: none may name itself
 # A pattern, and what matches it.
 _PATTERNS: tuple[tuple[str, Callable[[random.Random], str]], ...] = (
     ("^[A-Z]{2}-[0-9]{3,4}$", lambda r: f"{_some(r, string.ascii_uppercase, 2, 2)}-{_some(r, string.digits, 3, 4)}"),
@@ -55,10 +56,12 @@ class Schema:
     definitions: dict[str, Any] = field(default_factory=dict)
 
 
-def random_schema(rng: random.Random) -> Schema:
-    """An object of one to five properties, with definitions at its root."""
-    definitions: dict[str, Any] = {}
+def random_schema(rng: random.Random, *, bounded: bool = False) -> Schema:
+    """An object of one to five properties, with definitions at its root. If it is `bounded`, no schema names itself, so
+    that every text that meets it is of bounded length."""
+    definitions: dict[str, Any] = {_BOUNDED: {}} if bounded else {}
     made = _object(rng, 0, definitions)
+    definitions.pop(_BOUNDED, None)
     if definitions:
         made.json["$defs"] = definitions
     return made
@@ -205,18 +208,19 @@ def _several(rng: random.Random, _depth: int, _definitions: dict[str, Any]) -> S
 
 
 def _reference(rng: random.Random, depth: int, definitions: dict[str, Any]) -> Schema:
-    """A list whose entries name the next one, by a schema that names itself."""
-    name = f"entry{len(definitions)}"
+    """A list whose entries name the next one, by a schema that names itself; or one entry."""
+    name, bounded = f"entry{len(definitions)}", _BOUNDED in definitions
     definitions[name] = {}
     inner = _any(rng, max(depth + 1, _DEEPEST), definitions)
+    itself = {"$ref": f"#/$defs/{name}"}
     definitions[name] = {
         "type": "object",
-        "properties": {"v": inner.json, "next": {"anyOf": [{"type": "null"}, {"$ref": f"#/$defs/{name}"}]}},
+        "properties": {"v": inner.json, "next": {"anyOf": [{"type": "null"}, *([] if bounded else [itself])]}},
         "required": ["v", "next"],
         "additionalProperties": False,
     }
 
-    def value(r: random.Random, left: int = 3) -> dict[str, Any]:
+    def value(r: random.Random, left: int) -> dict[str, Any]:
         return {"v": inner.value(r), "next": value(r, left - 1) if left and r.random() < 0.5 else None}
 
-    return Schema(json={"$ref": f"#/$defs/{name}"}, value=value)
+    return Schema(json=itself, value=lambda r: value(r, 0 if bounded else 3))

@@ -36,6 +36,10 @@ _NOT_SERVED = frozenset(
         "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor", "$vocabulary",
     }
 )  # fmt: skip
+# How dates begin. The library takes the 29th of February in every year; and year 0, which many validators do not.
+_YEAR = "(?:[1-9][0-9]{3}|0(?:[1-9][0-9]{2}|0(?:[1-9][0-9]|0[1-9])))"
+_LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+_DAY = f"^(?:{_YEAR}-(?:0[13-9]|1[0-2])-|{_YEAR}-02-(?:[01]|2[0-8])|{_LEAP_YEAR}-02-29)"
 _EXTENSION = "x-"
 _DEEPEST = 60  # schemas within schemas; the library reads 128 levels of JSON
 _MOST_TARGETS = 512  # of references; whether they can be met takes the square of their number
@@ -44,7 +48,8 @@ _Schema = Any  # a dict, or a bool
 
 
 def check_schema(text: str) -> dict[str, Any]:
-    """The schema in a text, without extensions. Raises ValueError, whose text says what is wrong and where."""
+    """The schema in a text, without extensions and with dates that exist. Raises ValueError, whose text says what is
+    wrong and where."""
     try:
         schema = json.loads(text, parse_constant=_refuse_constant)
     except RecursionError:
@@ -63,7 +68,8 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _without_extensions(schema: _Schema, place: str, depth: int = 0) -> _Schema:
-    """The schema without keywords that begin with x-. Raises ValueError for a keyword that is not served."""
+    """The schema without keywords that begin with x-, and with dates that exist. Raises ValueError for a keyword that
+    is not served."""
     if isinstance(schema, bool):
         return schema
     if not isinstance(schema, dict):
@@ -90,6 +96,8 @@ def _without_extensions(schema: _Schema, place: str, depth: int = 0) -> _Schema:
             )
         if name != "uniqueItems":
             kept[name] = value
+    if kept.get("format") in ("date", "date-time") and isinstance(kept.get("allOf", []), list):
+        kept["allOf"] = [*kept.get("allOf", []), {"pattern": _DAY}]
     return kept
 
 

@@ -141,8 +141,10 @@ def generate(
     tokenizer: Tokenizer,
     options: GenerationOptions,
     is_cancelled: Callable[[], bool] = never,
+    *,
+    guides: Guides | None = None,
 ) -> Iterator[Piece]:
-    """Yield the pieces of one request's answers.
+    """Yield the pieces of one request's answers. `guides` keeps compiled guides from call to call.
 
     `is_cancelled` is called before every step. Raises RequestError at once for options that do not fit the model, and
     while the pieces are read for logits that are NaN or infinite.
@@ -154,5 +156,5 @@ def generate(
         end_token_ids=session.engine.manifest.eos_token_ids,
     )
     refuse_routing(options.return_routed_experts, given=session.routing is not None)
-    responses = answered(session, lambda outlet: text_request(plan, tokenizer, outlet), is_cancelled)
+    responses = answered(session, lambda outlet: text_request(plan, tokenizer, outlet, guides=guides), is_cancelled)
     return (piece for piece, _ in responses)

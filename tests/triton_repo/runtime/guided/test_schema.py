@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date, timedelta
 
 import pytest
 
@@ -74,6 +75,21 @@ def test_a_schema_is_refused_with_one_clear_error(byte_fallback, text, said):
 )  # fmt: skip
 def test_a_schema_that_can_be_met_is_compiled(byte_fallback, schema):
     Guides(byte_fallback).compile("json_schema", json.dumps(schema))
+
+
+def test_dates_are_those_that_exist(byte_fallback):
+    compiled = Guides(byte_fallback).compile(
+        "json_schema", '{"properties": {"d": {"type": ["string", "null"], "format": "date"}}, "required": ["d"]}'
+    )
+    days = [date(2023, 1, 1) + timedelta(days=day) for day in range(0, 800)]
+    odd = ["1900-02-29", "2000-02-29", "2023-02-29", "2023-02-30", "2023-04-31", "0000-01-01", "0004-02-29"]
+    for text in [*map(str, days), *odd]:
+        tokens = [2 + byte for byte in f'{{"d":"{text}"'.encode()]
+        try:
+            exists = bool(date.fromisoformat(text))
+        except ValueError:
+            exists = False
+        assert (compiled.start(()).num_taken(tokens) == len(tokens)) == exists, text
 
 
 def test_extensions_are_left_out_and_properties_of_such_names_are_not():
