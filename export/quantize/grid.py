@@ -7,6 +7,7 @@ Source of the layout: ONNX Runtime's MatMulNBits, QMoE and GatherBlockQuantized 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -59,40 +60,65 @@ def quantize_blocks(
     """
     blocks = np.ascontiguousarray(values).reshape(-1, block_size)
     codes, scales = np.empty(blocks.shape, dtype=np.uint8), np.empty(len(blocks), dtype=np.float32)
-    step = max(1, SLICE_VALUES // block_size)
     with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
-        for start in range(0, len(blocks), step):
-            part = slice(start, start + step)
-            scales[part] = _quantize_slice(
-                blocks[part], bits, codes[part], half_scales=half_scales, refit=refit, nearest=nearest
-            )
+        for part, turned, steps, grid in _slices(blocks):
+            scales[part] = _scales(turned, bits, steps, grid, half_scales=half_scales, nearest=nearest)
+            _round(turned, scales[part], 1 << (bits - 1), grid)
+            if refit:
+                scales[part] = _refitted(turned, grid, scales[part], half_scales=half_scales)
+            _store_codes(grid, bits, codes[part])
     return codes.reshape(values.shape), scales.reshape(*values.shape[:-1], -1)
 
 
-def _quantize_slice(
-    blocks: FloatArray, bits: int, codes: ByteArray, *, half_scales: bool, refit: bool, nearest: bool
+def block_scales(
+    values: FloatArray, bits: int, block_size: int, *, half_scales: bool = False, nearest: bool = False
 ) -> FloatArray:
-    """Write the codes of contiguous blocks [n, block_size] into `codes`; returns the blocks' scales [n].
+    """The scales float32 [..., K / block_size] that `quantize_blocks` gives float32 [..., K] without `refit`, to the
+    bit. No codes are made."""
+    blocks = np.ascontiguousarray(values).reshape(-1, block_size)
+    scales = np.empty(len(blocks), dtype=np.float32)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
+        for part, turned, steps, grid in _slices(blocks):
+            scales[part] = _scales(turned, bits, steps, grid, half_scales=half_scales, nearest=nearest)
+    return scales.reshape(*values.shape[:-1], -1)
 
-    The blocks are transposed to [block_size / 4, n * 4], four neighbouring values of a block side by side. So numpy's
-    loops run along long rows, and each scale has to be repeated only four times.
-    """
-    half = 1 << (bits - 1)
-    turned = np.empty((blocks.shape[1] // LANES, len(blocks) * LANES), dtype=np.float32)
+
+def _slices(blocks: FloatArray) -> Iterator[tuple[slice, FloatArray, FloatArray, FloatArray]]:
+    """Parts of contiguous blocks [n, block_size], each transposed, and two arrays of its shape to work in. All slices
+    have the same memory: to give it back and to take it again costs as much as the arithmetic."""
+    step = max(1, SLICE_VALUES // blocks.shape[1])
+    room = np.empty((3, min(step, len(blocks)) * blocks.shape[1]), dtype=np.float32)
+    for start in range(0, len(blocks), step):
+        part = slice(start, min(start + step, len(blocks)))
+        own = room[:, : blocks[part].size].reshape(3, blocks.shape[1] // LANES, -1)
+        _turn(blocks[part], own[0])
+        yield part, own[0], own[1], own[2]
+
+
+def _turn(blocks: FloatArray, turned: FloatArray) -> None:
+    """Transpose contiguous blocks [n, block_size] to [block_size / 4, n * 4], four neighbouring values of a block side
+    by side. So numpy's loops run along long rows, and each scale has to be repeated only four times."""
     np.copyto(_in_order_of_sum(turned.view(np.complex128)), _in_groups(blocks.view(np.complex128)))
-    low = _across_lanes(np.minimum, np.minimum.reduce(turned, axis=0))
-    high = _across_lanes(np.maximum, np.maximum.reduce(turned, axis=0))
-    unit = np.where(-low >= high, low, high) / np.float32(-half) + np.float32(0)  # + 0 turns a scale of -0 into +0
-    scales = unit if nearest else unit * _best_factors(turned, unit, bits)
-    scales, grid = _as_stored(scales, half=half_scales), np.empty_like(turned)
-    _round(turned, scales, half, grid)
-    if refit:
-        scales = _refitted(turned, grid, scales, half_scales=half_scales)
+
+
+def _store_codes(grid: FloatArray, bits: int, codes: ByteArray) -> None:
+    """Write the signed codes of transposed blocks into `codes` [n, block_size]."""
+    half = 1 << (bits - 1)
     unsigned = grid.astype(np.int8).view(np.uint8)
     np.bitwise_xor(unsigned, np.uint8(half), out=unsigned)
     np.bitwise_and(unsigned, np.uint8(2 * half - 1), out=unsigned)
     np.copyto(_in_groups(codes.view(np.uint32)), _in_order_of_sum(unsigned.view(np.uint32)))
-    return scales
+
+
+def _scales(
+    turned: FloatArray, bits: int, steps: FloatArray, grid: FloatArray, *, half_scales: bool, nearest: bool
+) -> FloatArray:
+    """The scales [n] of transposed blocks, as they are stored. `steps` and `grid` are overwritten."""
+    low = _across_lanes(np.minimum, np.minimum.reduce(turned, axis=0))
+    high = _across_lanes(np.maximum, np.maximum.reduce(turned, axis=0))
+    # + 0 turns a scale of -0 into +0.
+    unit = np.where(-low >= high, low, high) / np.float32(-(1 << (bits - 1))) + np.float32(0)
+    return _as_stored(unit if nearest else unit * _best_factors(turned, unit, bits, steps, grid), half=half_scales)
 
 
 def _in_groups(blocks: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -110,11 +136,12 @@ def _in_order_of_sum(turned: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return turned.reshape(rows // group, group, count)[:, ::-1]
 
 
-def _best_factors(turned: FloatArray, unit: FloatArray, bits: int) -> FloatArray:
+def _best_factors(turned: FloatArray, unit: FloatArray, bits: int, steps: FloatArray, grid: FloatArray) -> FloatArray:
     """The factors [n] of the blocks' units that give their scales, computed in units, so that no square leaves
-    float32."""
+    float32. The weights in units are written into `steps`, and codes into `grid`."""
     half = 1 << (bits - 1)
-    steps, grid = turned / _in_lanes(np.where(unit == 0, np.float32(1), unit)), np.empty_like(turned)
+    np.divide(turned, _in_lanes(np.where(unit == 0, np.float32(1), unit)), out=steps)
+    lowest, highest = _ends(turned, half)
     own = _across_lanes(np.add, np.einsum("ij,ij->j", steps, steps))
     best, most = np.zeros_like(unit), np.zeros_like(unit)
     for stretch in STRETCHES[bits]:
@@ -122,9 +149,9 @@ def _best_factors(turned: FloatArray, unit: FloatArray, bits: int) -> FloatArray
         np.rint(grid, out=grid)
         # The steps lie from -half to half. What cannot pass an end is not clipped there.
         if stretch < 1:
-            np.maximum(grid, np.float32(-half), out=grid)
+            np.maximum(grid, lowest, out=grid)
         if half / abs(stretch) >= half - 0.5:
-            np.minimum(grid, np.float32(half - 1), out=grid)
+            np.minimum(grid, highest, out=grid)
         products = _across_lanes(np.add, np.einsum("ij,ij->j", grid, steps))
         squares = _across_lanes(np.add, np.einsum("ij,ij->j", grid, grid))
         explained = np.divide(products * products, squares, out=np.zeros_like(unit), where=squares > 0)
@@ -152,8 +179,16 @@ def _round(turned: FloatArray, scales: FloatArray, half: int, grid: FloatArray) 
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
     np.multiply(turned, _in_lanes(inverse), out=grid)
     np.rint(grid, out=grid)
-    np.maximum(grid, np.float32(-half), out=grid)
-    np.minimum(grid, np.float32(half - 1), out=grid)
+    lowest, highest = _ends(turned, half)
+    np.maximum(grid, lowest, out=grid)
+    np.minimum(grid, highest, out=grid)
+
+
+def _ends(turned: FloatArray, half: int) -> tuple[FloatArray, FloatArray]:
+    """The lowest and the highest signed code, each as a row of the transposed blocks: numpy compares a row with a row
+    by vector instructions, and with a single number without them, in three times the time."""
+    lowest, highest = (np.full(turned.shape[1], end, dtype=np.float32) for end in (-half, half - 1))
+    return lowest, highest
 
 
 def _in_lanes(scales: FloatArray) -> FloatArray:

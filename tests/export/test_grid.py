@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from export.quantize.grid import SLICE_VALUES, STRETCHES, dequantize_blocks, pack, quantize_blocks, unpack
+from export.quantize.grid import SLICE_VALUES, STRETCHES, block_scales, dequantize_blocks, pack, quantize_blocks, unpack
 
 BITS = sorted(STRETCHES)
 
@@ -197,3 +197,12 @@ def test_refitted_scales_have_the_least_squared_error_for_their_codes(bits, half
     assert np.square(found - values).sum() < np.square(plain - values).sum()
     if half_scales:
         assert (scales == scales.astype(np.float16)).all()
+
+
+@pytest.mark.parametrize("bits", sorted(STRETCHES))
+@pytest.mark.parametrize(("half_scales", "nearest"), [(False, False), (True, False), (True, True)])
+def test_scales_without_codes_are_those_of_the_codes(bits, half_scales, nearest):
+    values = np.random.default_rng(2).standard_t(4, (700, 384)).astype(np.float32)  # more than a slice, the last short
+    values[3, :64] = 0
+    _, scales = quantize_blocks(values, bits, 64, half_scales=half_scales, nearest=nearest)
+    assert np.array_equal(block_scales(values, bits, 64, half_scales=half_scales, nearest=nearest), scales)

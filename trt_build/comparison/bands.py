@@ -130,13 +130,20 @@ def past_nearest(found: FloatArray, wanted: FloatArray, scales: FloatArray, bits
     half = 1 << (bits - 1)
     inverse = np.zeros_like(scales)
     np.divide(np.float32(1), scales, out=inverse, where=np.abs(scales) >= _SMALLEST_SCALE)
-    steps = wanted.reshape(*scales.shape, -1) * inverse[..., None]
-    np.clip(steps, np.float32(-half), np.float32(half - 1), out=steps)
+    blocks = (*scales.shape, -1)
+    steps = (wanted.reshape(blocks) * inverse[..., None]).reshape(wanted.shape)
+    np.maximum(steps, _row(wanted, -half), out=steps)
+    np.minimum(steps, _row(wanted, half - 1), out=steps)
     with np.errstate(invalid="ignore"):  # an infinite scale, which has an inverse of 0
-        steps -= found.reshape(steps.shape) * inverse[..., None]
+        steps -= (found.reshape(blocks) * inverse[..., None]).reshape(wanted.shape)
     np.abs(steps, out=steps)
-    past: FloatArray = steps.reshape(len(found), -1).max(axis=1) - np.float32(0.5)
+    past: FloatArray = steps.max(axis=1) - np.float32(0.5)
     return past
+
+
+def _row(rows: FloatArray, value: float) -> FloatArray:
+    """A number as a row of [n, K]: numpy's largest of two rows takes a third of the time of a row and a number."""
+    return np.full(rows.shape[1], value, dtype=np.float32)
 
 
 def worse_scales(
@@ -144,17 +151,21 @@ def worse_scales(
     wanted: FloatArray,
     scales: FloatArray,
     units: FloatArray,
+    sound_scales: Callable[[FloatArray], FloatArray],
     again: Callable[[FloatArray], FloatArray],
 ) -> FloatArray:
     """By how much the squared error of the worst block is more than in a sound engine, as a part of it, [rows]; 0 or
-    less in a sound engine. `found` and `wanted` [rows, K], `scales` and `units`, the scales of stretch 1, [rows, P].
+    less in a sound engine. `found` and `wanted` [rows, K], `scales` and `units`, the scales of stretch 1, [rows, P],
+    of either sign.
 
     A block counts as 0 that is as large as its weights along them, but for the rounding of its scale to float16, and
-    whose scale is of the size that the recipe's have. `again` gives the values [n, K / P] that others have in a sound
-    engine.
+    whose scale is of the size that the recipe's have; and so does a block that has the very scale that `sound_scales`
+    gives for its weights [n, K / P], as all others of a sound engine have on the machine that built it. Whether codes
+    are the nearest on their scale is `past_nearest`'s to say. What is left is judged by its squared error: by that of
+    the values [n, K / P] that `again` gives, which a sound engine has.
     """
     shape = (-1, wanted.shape[1] // units.shape[1])
-    own, blocks = found.reshape(shape), wanted.reshape(shape)
+    own, blocks, own_scales = found.reshape(shape), wanted.reshape(shape), scales.reshape(-1)
     with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
         off = np.einsum("ij,ij->i", own, blocks) / np.einsum("ij,ij->i", blocks, blocks) - 1
         size = np.abs(scales / units).reshape(-1)
@@ -162,6 +173,9 @@ def worse_scales(
     more = np.zeros(len(blocks))
     for start in range(0, len(places), _BLOCKS_AGAIN):
         few = places[start : start + _BLOCKS_AGAIN]
+        few = few[sound_scales(blocks[few]) != own_scales[few]]
+        if not len(few):
+            continue
         sound = _errors(again(blocks[few]), blocks[few]) + _EXACT * _errors(blocks[few], np.float32(0))
         with np.errstate(invalid="ignore", divide="ignore"):
             more[few] = np.where(sound > 0, _errors(own[few], blocks[few]) / sound - 1, 0)

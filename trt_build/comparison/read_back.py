@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from export.checkpoint.tensor_table import CHUNK_ELEMENTS, TensorSpec, Weights
 from export.floats import widen
-from export.quantize.grid import dequantize_blocks, quantize_blocks
+from export.quantize.grid import block_scales, dequantize_blocks, quantize_blocks
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -87,11 +87,21 @@ class ReadBack(Weights, abc.ABC):
         codes, scales = quantize_blocks(
             values, recipe.bits, recipe.block, half_scales=halves, refit=self.is_packed(name), nearest=recipe.nearest
         )
-        if recipe.late:
-            factor = np.float32(self.row_factor(name))
-            with np.errstate(over="ignore", under="ignore"):
-                scales = widen((scales * factor).astype(np.float16)) / factor
-        return dequantize_blocks(codes, scales, recipe.bits)
+        return dequantize_blocks(codes, self._rounded_late(name, scales) if recipe.late else scales, recipe.bits)
+
+    def sound_scales(self, name: str, values: FloatArray) -> FloatArray:
+        """The scales [rows, P] of the blocks of `requantized`, of a row that the checkpoint has no packed codes of."""
+        recipe = self.recipe(name)
+        assert recipe is not None
+        assert recipe.block
+        halves = recipe.scale_type == "float16" and not recipe.late
+        scales = block_scales(values, recipe.bits, recipe.block, half_scales=halves, nearest=recipe.nearest)
+        return self._rounded_late(name, scales) if recipe.late else scales
+
+    def _rounded_late(self, name: str, scales: FloatArray) -> FloatArray:
+        factor = np.float32(self.row_factor(name))
+        with np.errstate(over="ignore", under="ignore"):
+            return widen((scales * factor).astype(np.float16)) / factor
 
     def row_factor(self, name: str) -> float:  # noqa: ARG002 - for classes whose rows carry one
         """The power of two, at most 1, that the scales of some rows of a matrix carry where they are stored. float16

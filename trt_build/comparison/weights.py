@@ -32,6 +32,7 @@ Place = tuple[TensorSpec, int, int]  # a row of the table, a group of it, and a 
 # below 0.5 takes exact halves up and everything below them down.
 _BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 READ_VALUES = 1 << 18  # values that are dequantised and compared at a time
+_KEPT_BYTES = 24 << 20  # several times the arrays of a thread; below 32 MiB, from which on glibc learns nothing
 MOST_SEARCHES = 4  # for so many wrong matrices it is said whose weights they have
 _LARGEST = ("factor", "offset", "excess", "row", "code", "scale")  # figures of _Sums: the largest counts
 
@@ -110,8 +111,15 @@ class _Quantiser:
     def requantized(self, values: FloatArray) -> FloatArray:
         return values if self.keeps_codes else self.stored.requantized(self.name, values)
 
-    def steps(self, values: FloatArray) -> FloatArray:
-        return self.stored.steps(self.name, values)
+    def scales(self, blocks: FloatArray) -> FloatArray:
+        """The scales [n] of blocks [n, B]."""
+        return self.stored.sound_scales(self.name, blocks)[:, 0]
+
+    def steps(self, values: FloatArray, scales: FloatArray | None) -> FloatArray:
+        """About how far neighbouring codes are apart in each block of values, with the sign of the scales, if they are
+        known."""
+        steps = self.stored.steps(self.name, values)
+        return steps if scales is None else np.copysign(steps, scales)
 
 
 def compare_weights(stored: ReadBack, model: Model, failures: Sequence[str], progress: Callable[[str], None]) -> Answer:
@@ -127,6 +135,7 @@ def compare_weights(stored: ReadBack, model: Model, failures: Sequence[str], pro
             comparable.append(spec)
     misfits = len(stored.table) - len(comparable)
     units = [unit for spec in comparable for unit in _units(stored, spec)]
+    _keep_freed_memory()
     sums: dict[tuple[str, int, int, int], _Sums] = {}
     kept = frozenset(spec.name for spec in comparable if stored.keeps_codes(spec.name))
     with ThreadPoolExecutor(max_workers=num_cores()) as pool:
@@ -153,6 +162,16 @@ def compare_weights(stored: ReadBack, model: Model, failures: Sequence[str], pro
         "num_inexact": inexact, **worst.figures(),
     }  # fmt: skip
     return Answer(question=QUESTION, figures=figures, failures=listed(found))
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library keep memory that is freed, for the arrays that are needed next: giving it back and taking it
+    again, page by page, costs a third of this question's time.
+
+    glibc keeps as much as twice the largest mapping that was ever freed (mallopt(3), M_MMAP_THRESHOLD: "dynamic mmap
+    threshold"). Other libraries have rules of their own, and there this does nothing.
+    """
+    np.empty(_KEPT_BYTES, dtype=np.uint8)
 
 
 def _nearest(stored: ReadBack, place: Place, row: int) -> tuple[Place, float]:
@@ -271,9 +290,10 @@ def _compare(stored: ReadBack, unit: _Unit, kept: frozenset[str]) -> list[_Sums]
                 wanted_values = widen(own) if recipe.block else nearest_of_rows(widen(own), recipe.bits)
                 quantiser = _Quantiser(stored, unit.spec.name, keeps)
                 own_scales = None if scales is None else scales[turn]
-                _add_rows(sums, values, wanted_values, own_scales, first, limits, halved, quantiser)
-                if scales is not None:
-                    _add_codes(sums, values, wanted_values, scales[turn], first, limits, recipe, quantiser)
+                steps = quantiser.steps(wanted_values, own_scales)
+                _add_rows(sums, values, wanted_values, steps, first, limits, halved, quantiser)
+                if own_scales is not None:
+                    _add_codes(sums, values, wanted_values, own_scales, steps, first, limits, recipe, quantiser)
     return result
 
 
@@ -313,14 +333,11 @@ def nearest_of_rows(rows: FloatArray, bits: int) -> FloatArray:
 
 
 def _add_rows(
-    sums: _Sums, found: FloatArray, wanted: FloatArray, scales: FloatArray | None, first: int, limits: Limits,
-    halved: float, quantiser: _Quantiser,
+    sums: _Sums, found: FloatArray, wanted: FloatArray, steps: FloatArray, first: int, limits: Limits, halved: float,
+    quantiser: _Quantiser,
 ) -> None:  # fmt: skip
-    """Add neighbouring rows [n, K] of a quantised matrix with its scales [n, P], if they are known; `halved` is
-    `half_scale_error` of one value."""
-    steps = quantiser.steps(wanted)
-    if scales is not None:
-        steps = np.copysign(steps, scales)
+    """Add neighbouring rows [n, K] of a quantised matrix; `steps` [n, P] is between the codes of a block, and `halved`
+    is `half_scale_error` of one value."""
     rows = measure(found, wanted, steps)
     sums.weights += float(rows.weights.sum())
     sums.errors += float(rows.errors.sum())
@@ -352,14 +369,14 @@ def _add_rows(
 
 
 def _add_codes(
-    sums: _Sums, found: FloatArray, wanted: FloatArray, scales: FloatArray, first: int, limits: Limits, recipe: Recipe,
-    quantiser: _Quantiser,
+    sums: _Sums, found: FloatArray, wanted: FloatArray, scales: FloatArray, steps: FloatArray, first: int,
+    limits: Limits, recipe: Recipe, quantiser: _Quantiser,
 ) -> None:  # fmt: skip
     """Look at each code and each scale of neighbouring rows [n, K] of a quantised matrix."""
     codes = past_nearest(found, wanted, scales, recipe.bits)
     if recipe.late:
         codes -= np.float32(2 ** (recipe.bits - 1) * HALF_ROUNDING)
-    off = worse_scales(found, wanted, scales, quantiser.steps(wanted), quantiser.requantized)
+    off = worse_scales(found, wanted, scales, steps, quantiser.scales, quantiser.requantized)
     sums.raise_to("code", codes.max())
     sums.raise_to("scale", off.max())
     sums.codes += [(first + row, float(codes[row])) for row in np.flatnonzero(~(codes <= limits.code)).tolist()]

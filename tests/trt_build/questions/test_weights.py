@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
-from export.quantize.grid import dequantize_blocks, quantize_blocks
+from export.quantize.grid import block_scales, dequantize_blocks, quantize_blocks
 from trt_build.comparison.bands import past_nearest, worse_scales
 from trt_build.comparison.limits import limits_of, proved_row_error
 from trt_build.ort.build import BuildOptions, build_engine
@@ -147,6 +147,36 @@ def test_small_scales_that_are_rounded_after_the_codes_are_no_fault(tmp_path):
     assert ask_about_weights(build_engine(options), read_model(open_checkpoint(folder))).failures == ()
 
 
+def test_scales_that_are_the_recipes_are_not_searched_for_again():
+    rows = np.random.default_rng(1).standard_normal((64, 1024)).astype(np.float32)
+    codes, scales = quantize_blocks(rows, 4, 64, half_scales=True)
+    units, asked = np.abs(rows.reshape(64, 16, 64)).max(axis=2) / 8, []
+
+    def again(blocks):
+        asked.append(len(blocks))
+        return dequantize_blocks(*quantize_blocks(blocks, 4, 64, half_scales=True), 4)
+
+    def worse(own_codes, own_scales):
+        found = dequantize_blocks(own_codes, own_scales, 4)
+        return worse_scales(
+            found, rows, own_scales, units, lambda b: block_scales(b, 4, 64, half_scales=True)[:, 0], again
+        )
+
+    assert worse(codes, scales).max() == 0
+    assert asked == []
+    # Codes that are the nearest for the plain scale of the largest value: what the recipe's search would not have kept.
+    plain_codes, plain = quantize_blocks(rows, 4, 64, half_scales=True, nearest=True)
+    plain_error, best_error = (
+        ((dequantize_blocks(*both, 4) - rows) ** 2).reshape(64, 16, 64).sum(axis=2)
+        for both in ((plain_codes, plain), (codes, scales))
+    )
+    wrong = np.argwhere(plain_error > 1.2 * best_error)[0]
+    codes.reshape(64, 16, 64)[tuple(wrong)] = plain_codes.reshape(64, 16, 64)[tuple(wrong)]
+    scales[tuple(wrong)] = plain[tuple(wrong)]
+    assert np.flatnonzero(worse(codes, scales) > limits_of(4, 64).scale).tolist() == [wrong[0]]
+    assert asked == [1]
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("half_scales", [False, True])
 def test_one_code_and_one_scale_show_in_a_large_matrix(bits, half_scales):
@@ -157,10 +187,13 @@ def test_one_code_and_one_scale_show_in_a_large_matrix(bits, half_scales):
     limits = limits_of(bits, 64)
 
     def worse():
+        def sound_scales(blocks):
+            return block_scales(blocks, bits, 64, half_scales=half_scales)[:, 0]
+
         def again(blocks):
             return dequantize_blocks(*quantize_blocks(blocks, bits, 64, half_scales=half_scales), bits)
 
-        return worse_scales(dequantize_blocks(codes, scales, bits), rows, scales, units, again)
+        return worse_scales(dequantize_blocks(codes, scales, bits), rows, scales, units, sound_scales, again)
 
     assert past_nearest(dequantize_blocks(codes, scales, bits), rows, scales, bits).max() <= limits.code
     assert worse().max() <= limits.scale
