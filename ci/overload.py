@@ -42,6 +42,8 @@ from soak.mixed import Amounts, mixed  # noqa: E402
 from soak.served import Report, Served  # noqa: E402
 from soak.unread import unread  # noqa: E402
 
+from cli.tls_flags import add_tls_arguments, read_client_tls  # noqa: E402
+
 
 def scenarios(served: Served, options: argparse.Namespace) -> dict[str, Callable[[], Awaitable[Report]]]:
     seed, rounds = options.seed, options.rounds
@@ -58,7 +60,7 @@ def scenarios(served: Served, options: argparse.Namespace) -> dict[str, Callable
 
 
 async def run(options: argparse.Namespace) -> int:
-    served = Served(options.server, options.model, options.request_log)
+    served = Served(options.server, options.model, options.request_log, read_client_tls(options))
     found: dict[str, object] = {}
     broken = False
     for name, scenario in scenarios(served, options).items():
@@ -80,6 +82,7 @@ def main() -> int:
     parser.add_argument("--server", type=Path, required=True, help="what `moeship serve --json` printed")
     parser.add_argument("--model", required=True)
     parser.add_argument("--request-log", type=Path, help="the file of `moeship serve --request-log`, for `ends`")
+    add_tls_arguments(parser)
     parser.add_argument("--checkpoint", type=Path, help="what the engine was built from, for `echo`")
     parser.add_argument("--only", action="append", choices=("burst", "mixed", "ends", "unread", "echo"))
     parser.add_argument("--rounds", action="store_true", help="the engine computes in int8: texts may differ")

@@ -63,12 +63,12 @@ async def burst(served: Served, number: int, different: int, seed: int, *, round
     report = Report()
     wishes = [wish for wish in draw_wishes(served.model, different, seed) if wish.request.num_return_sequences is None]
     wishes = [replace(wish, stream=True) for wish in wishes]
-    async with AsyncClient(served.url) as client:
+    async with served.client() as client:
         expected = dict(zip(map(id, wishes), await alone(client, wishes), strict=True))
         before = await served.settled()
         chosen = [wishes[at % len(wishes)] for at in range(number)]
         sent = [_Sent(wish, build_request(wish.request, stream=True)) for wish in chosen]
-        async with grpc.aio.insecure_channel(served.url) as channel:
+        async with served.channel(served.url) as channel:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             await channel.channel_ready()
             late = asyncio.create_task(_lateness())

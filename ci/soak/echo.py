@@ -35,7 +35,7 @@ async def echo(served: Served, checkpoint: Path, number: int, seed: int) -> Repo
         start = source.randrange(len(text) - size)
         prompts.append(text[start : start + size])
     places = asyncio.Semaphore(AT_ONCE)
-    async with AsyncClient(served.url) as client:
+    async with served.client() as client:
         found = await asyncio.gather(*(_score(client, served.model, prompt, places) for prompt in prompts))
     expected = await asyncio.to_thread(_reference, checkpoint, [answer.prompt_token_ids for answer in found])
     gaps = []

@@ -40,7 +40,7 @@ async def ends(served: Served, number: int, seed: int) -> Report:
     wishes = [wish for wish in draw_wishes(served.model, 40, seed) if wish.kind in ("greedy", "sampled")]
     before = await served.settled()
     received: dict[str, tuple[str, int]] = {}
-    async with AsyncClient(served.url) as client:
+    async with served.client() as client:
         await _stop(client, longer(wishes[0], 20), 1)  # the client then knows how it must end a stream
         for count in range(number):
             wish = longer(source.choice(wishes), 10_000)
@@ -50,7 +50,7 @@ async def ends(served: Served, number: int, seed: int) -> Report:
                 if count % 2:
                     received[name] = ("stop", await _stop(client, wish, tokens))
                 else:
-                    received[name] = ("tear", await _tear(served.url, wish, tokens))
+                    received[name] = ("tear", await _tear(served, wish, tokens))
             await served.await_answers()
     lines = await _logged(served, set(received))
     after = await served.settled()
@@ -96,10 +96,10 @@ async def _stop(client: AsyncClient, wish: Wish, tokens: int) -> int:
     return count
 
 
-async def _tear(url: str, wish: Wish, tokens: int) -> int:
+async def _tear(served: Served, wish: Wish, tokens: int) -> int:
     """Tear a connection. Returns the tokens that had arrived."""
     count = 0
-    async with Relay(url) as relay, raw_call(relay.url, [wish]) as (_, call):
+    async with Relay(served.url) as relay, raw_call(served, relay.url, [wish]) as (_, call):
         while count < tokens:
             message = await call.read()
             piece = read_piece(message.infer_response, log_probs=False)

@@ -51,7 +51,7 @@ class Mix:
 
     async def learn(self) -> None:
         """Ask each request alone."""
-        async with AsyncClient(self.served.url) as client:
+        async with self.served.client() as client:
             answers = await alone(client, self.wishes)
         self._expected = dict(zip(map(id, self.wishes), answers, strict=True))
 
@@ -60,7 +60,7 @@ class Mix:
         todo = cycled(self.wishes, number, self._source)
 
         async def run() -> None:
-            async with AsyncClient(self.served.url) as client:
+            async with self.served.client() as client:
                 for wish in todo:
                     await self._send_one(client, wish)
 
@@ -161,7 +161,7 @@ class Mix:
         wish = self._source.choice(self.wishes)
         for is_last in (False, True):
             try:
-                async with AsyncClient(self.served.url) as client:
+                async with self.served.client() as client:
                     self.judge(wish, await pieces_of(client, wish))
                 return
             except ClientError as error:
@@ -173,7 +173,7 @@ class Mix:
         wish = longer(self._source.choice(self.wishes), LONG_TOKENS)
         left, way = self._source.randint(0, 6), self._source.choice(("end", "reset", "channel"))
         with suppress(grpc.RpcError, grpc.aio.UsageError, asyncio.CancelledError, OSError):
-            async with Relay(self.served.url) as relay, raw_call(relay.url, [wish]) as (channel, call):
+            async with Relay(self.served.url) as relay, raw_call(self.served, relay.url, [wish]) as (channel, call):
                 with suppress(TimeoutError):
                     async with asyncio.timeout(5.0):
                         for _ in range(left):
@@ -204,7 +204,7 @@ async def mixed(served: Served, amounts: Amounts, seed: int, *, rounds: bool) ->
         held = await served.settled()
         memory.append({**served.resident(), "kv": int(held["kv_held_bytes"])})
         _require_free(mix.report, held, "after half of the requests")
-    mix.report.numbers.update(seconds=round(time.monotonic() - begun, 1), resident_bytes=memory)
+    mix.report.numbers.update(seconds=round(time.monotonic() - begun, 1), resident_bytes=memory, **_shares(held))
     if "model" in memory[0]:
         growth = growth_of(*memory)
         mix.report.numbers["growth"] = round(growth, 4)
@@ -212,6 +212,19 @@ async def mixed(served: Served, amounts: Amounts, seed: int, *, rounds: bool) ->
     await mix.tear(amounts.torn)
     _require_free(mix.report, await served.settled(), "after the torn connections")
     return mix.report
+
+
+def _shares(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The part of the prompts' tokens that the cache had, and of the drafted tokens that were chosen, since the
+    server's start."""
+    found = {}
+    for name, part, whole in (
+        ("prefix_hits", "prefix_reused_tokens_total", "prefix_asked_tokens_total"),
+        ("drafts_accepted", "draft_accepted_tokens_total", "draft_tokens_total"),
+    ):
+        if metrics.get(whole):
+            found[name] = round(metrics[part] / metrics[whole], 3)
+    return found
 
 
 def growth_of(first: Mapping[str, int], then: Mapping[str, int]) -> float:

@@ -8,12 +8,15 @@ import re
 import time
 import urllib.request
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 from clients.errors import ClientError
-from clients.generation import AsyncClient
+from clients.generation import AsyncClient, ClientTls
 from triton_repo.contracts.ensemble import TOKEN_ENGINE
 from triton_repo.processes.program import children_of, read_process
 from triton_repo.serving.readiness import model_of
@@ -48,10 +51,19 @@ class Served:
     """One model of a server. `said` has the lines of JSON that `moeship serve --json` printed: the addresses at least,
     and the pid where the server runs on this machine."""
 
-    def __init__(self, said: Path, model: str, log: Path | None = None) -> None:
-        self.model, self.log = model, log
+    def __init__(self, said: Path, model: str, log: Path | None = None, tls: ClientTls | None = None) -> None:
+        self.model, self.log, self._tls = model, log, tls
         self._said = said
         self.url: str = self.said["grpc"]
+
+    def client(self) -> AsyncClient:
+        return AsyncClient(self.url, tls=self._tls)
+
+    def channel(self, url: str, options: Sequence[tuple[str, object]] = ()) -> grpc.aio.Channel:
+        """A channel of gRPC's own to the server, or to a relay before it."""
+        if self._tls is None:
+            return grpc.aio.insecure_channel(url, options=options)
+        return self._tls.load().channel(grpc.aio, url, options)
 
     @property
     def said(self) -> dict[str, Any]:
@@ -97,7 +109,7 @@ class Served:
         due = time.monotonic() + BACK_S
         while time.monotonic() < due:
             try:
-                async with AsyncClient(self.url) as client:
+                async with self.client() as client:
                     if await client.model_ready(self.model):
                         return True
             except ClientError:

@@ -7,7 +7,6 @@ import random
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
-from clients.generation import AsyncClient
 from soak.served import HELD, Report, Served
 from soak.wire import Relay, raw_call
 from soak.wishes import Wish, alone, difference, draw_wishes, longer, shape_fault
@@ -21,12 +20,12 @@ async def unread(served: Served, number: int, seed: int, *, rounds: bool) -> Rep
     report, source = Report(), random.Random(f"unread {seed}")
     wishes = draw_wishes(served.model, 40, seed)
     good = [wish for wish in wishes if wish.kind in ("greedy", "penalties")]
-    async with AsyncClient(served.url) as client:
+    async with served.client() as client:
         expected = await alone(client, good)
         before = await served.settled()
         memory = {"before": served.resident()}
         longest = [_longest(wishes, source) for _ in range(min(number, int(before["requests_waiting_limit"])))]
-        async with _never_reading(served.url, longest):
+        async with _never_reading(served, longest):
             for wish, found, right in zip(good, await alone(client, good), expected, strict=True):
                 gap = shape_fault(found, wish) if rounds else difference(found, right)
                 report.require(not gap, f"beside those that do not read, {wish.kind}: {gap}")
@@ -47,12 +46,12 @@ async def unread(served: Served, number: int, seed: int, *, rounds: bool) -> Rep
 
 
 @contextlib.asynccontextmanager
-async def _never_reading(url: str, wishes: Sequence[Wish]) -> AsyncIterator[None]:
+async def _never_reading(served: Served, wishes: Sequence[Wish]) -> AsyncIterator[None]:
     """Connections on which these are asked and nothing is read. They are torn when the block ends."""
     async with contextlib.AsyncExitStack() as stack:
-        relays = [await stack.enter_async_context(Relay(url)) for _ in range(CONNECTIONS)]
+        relays = [await stack.enter_async_context(Relay(served.url)) for _ in range(CONNECTIONS)]
         for number, relay in enumerate(relays):
-            await stack.enter_async_context(raw_call(relay.url, wishes[number::CONNECTIONS]))
+            await stack.enter_async_context(raw_call(served, relay.url, wishes[number::CONNECTIONS]))
             relay.stop_reading()
         yield
         for relay in relays:

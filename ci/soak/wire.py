@@ -13,6 +13,7 @@ import grpc
 from tritonclient.grpc import service_pb2_grpc
 
 from clients.wire import build_request
+from soak.served import Served
 from soak.wishes import Wish
 
 _CHUNK = 1 << 16
@@ -86,10 +87,11 @@ class Relay:
 
 @contextlib.asynccontextmanager
 async def raw_call(
-    url: str, wishes: Sequence[Wish]
+    served: Served, url: str, wishes: Sequence[Wish]
 ) -> AsyncIterator[tuple[grpc.aio.Channel, grpc.aio.StreamStreamCall]]:
-    """A ModelStreamInfer call of its own connection with these requests, which stays open for more of them."""
-    async with grpc.aio.insecure_channel(url, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+    """A ModelStreamInfer call of its own connection to the server or a relay, with these requests. It stays open for
+    more of them."""
+    async with served.channel(url, [("grpc.use_local_subchannel_pool", 1)]) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         call = stub.ModelStreamInfer()
         for wish in wishes:

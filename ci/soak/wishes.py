@@ -56,12 +56,14 @@ Answers = tuple[Generation, ...]  # the answers to one request, by sequence_inde
 def draw_wishes(model: str, count: int, seed: int) -> list[Wish]:
     """So many different requests of every kind. Half of them have no end token, so that they do not end at once."""
     source, kinds = random.Random(f"wishes {seed}"), list(KINDS)
+    systems = [synthetic(source, 40, None) + "\n" for _ in range(2)]
     wishes = []
     for number in range(count):
         kind = kinds[number % len(kinds)]
         request = GenerationRequest(
             model=model,
-            prompt=synthetic(source, source.choice((1, 4, 12, 40)), None),
+            # Half of them begin with words that others begin with too, so that a prefix cache has some of them.
+            prompt=source.choice((*systems, "", "")) + synthetic(source, source.choice((1, 4, 12, 40)), None),
             max_tokens=source.choice((1, 8, 16, 32)),
             random_seed=source.getrandbits(31),
             end_id=NO_END if source.random() < 0.5 else None,
