@@ -30,6 +30,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "log-probabilities": {"return_log_probs": True, "num_log_probs": 3},
     "echo": {"return_prompt_log_probs": True, "return_log_probs": True},
     "routing": {"return_routed_experts": True},
+    "schema": {
+        "guided_decoding_guide_type": "json_schema",
+        "guided_decoding_guide": '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}',
+        "temperature": 0.8,
+    },
+    "expression": {"guided_decoding_guide_type": "regex", "guided_decoding_guide": "(def|class) [a-z_]{1,12}"},
     "bias": {"logit_bias": {5: 2.0, 9: -4.0}, "min_length": 4},
 }
 # Requests that must be refused, by what is wrong with them.
@@ -37,7 +43,10 @@ INVALID: tuple[dict[str, Any], ...] = (
     {"max_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 1.5}, {"top_k": -1},
     {"min_p": 2.0}, {"repetition_penalty": 0.0}, {"presence_penalty": float("inf")}, {"logit_bias": {10**6: 1.0}},
     {"num_log_probs": 21}, {"num_return_sequences": 17}, {"beam_width": 2}, {"stop_words": ("x" * 1025,)},
-    {"prompt": "word " * 100_000},
+    {"prompt": "word " * 100_000}, {"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": "{"},
+    {"guided_decoding_guide_type": "regex", "guided_decoding_guide": "("},
+    {"guided_decoding_guide_type": "json_schema",
+     "guided_decoding_guide": '{"type": "integer", "minimum": 2, "maximum": 1}'},
 )  # fmt: skip
 
 
@@ -66,7 +75,7 @@ def draw_wishes(model: str, count: int, seed: int) -> list[Wish]:
             prompt=source.choice((*systems, "", "")) + synthetic(source, source.choice((1, 4, 12, 40)), None),
             max_tokens=source.choice((1, 8, 16, 32)),
             random_seed=source.getrandbits(31),
-            end_id=NO_END if source.random() < 0.5 else None,
+            end_id=NO_END if source.random() < 0.5 and "guided_decoding_guide" not in KINDS[kind] else None,
             timeout_s=PATIENCE_S,
             **KINDS[kind],
         )
