@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import shutil
 import threading
@@ -9,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
 
-import pytest
 from fake_triton import at_the_end_of, empty_final, piece
 
 from triton_repo.runtime.text.detokenizer import Detokenizer
@@ -26,16 +26,26 @@ LAYERS, EXPERTS = 3, 4
 LIKELY = tuple(map(math.log, (0.9, 0.5, 0.04)))
 
 
+def missing() -> str:
+    """What these tests lack here, and how to get it; "" for nothing."""
+    for package in ("playwright", "axe_playwright_python"):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed: pip install -e '.[dev]'"
+    return "" if _program() else f"no Chromium is installed ({', '.join(PROGRAMS)}): apt-get install chromium"
+
+
+def _program() -> str | None:
+    return next(filter(None, map(shutil.which, PROGRAMS)), None)
+
+
 @contextmanager
 def chromium() -> Iterator:
-    """A headless browser. Skips where there is none, or nothing to drive it by. Only one test module may hold it at a
-    time, since the driver's loop runs in the thread that tests run in."""
-    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-    program = next(filter(None, map(shutil.which, PROGRAMS)), None)
-    if program is None:
-        pytest.skip(f"no Chromium is installed ({', '.join(PROGRAMS)}): apt-get install chromium")
-    with driver.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=list(FLAGS))
+    """A headless browser. Only one test module may hold it at a time, since the driver's loop runs in the thread that
+    tests run in."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=_program(), args=list(FLAGS))
         try:
             yield browser
         finally:
@@ -44,8 +54,7 @@ def chromium() -> Iterator:
 
 def axe() -> str:
     """The source of axe-core."""
-    package = pytest.importorskip("axe_playwright_python", reason="pip install axe-playwright-python")
-    return (resources.files(package) / "axe.min.js").read_text(encoding="utf-8")
+    return (resources.files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8")
 
 
 def routing(number: int):

@@ -7,12 +7,13 @@ import re
 import grpc
 import pytest
 from fake_triton import FakeServer, fake_server, piece, two_pieces
-from page_in_chromium import EXPERTS, LAYERS, PATIENCE_MS, Says, axe, chromium
+from page_in_chromium import EXPERTS, LAYERS, PATIENCE_MS, Says, axe, chromium, missing
 
 from clients.gateway.settings import Settings, read_keys
 from clients.generation import Client, GenerationRequest
 from export.tokenizer.loading import load_tokenizer
 
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 END_ID = 256
 DESKTOP, PHONE = (1280, 800), (360, 720)
 KEY = "a-key-of-sixteen-characters"
