@@ -104,8 +104,8 @@ class Server:
     mark: str  # in the environment of its processes, and at the start of the names of its shared memory
     heartbeats: Path  # folder of its models' heartbeats
     endpoint: HealthEndpoint  # where this machine asks for its health
-    tls: str | None  # "server": gRPC is encrypted; "mutual": and clients need a certificate
-    own_tls: ClientTls | None  # how clients of this machine, such as a gateway, ask it then
+    tls: str | None = None  # "server": gRPC is encrypted; "mutual": and clients need a certificate
+    own_tls: ClientTls | None = None  # how clients of this machine, such as a gateway, ask it then
 
     def log_tail(self) -> str:
         """The last lines of the server's log, indented; empty if the log goes to stderr."""

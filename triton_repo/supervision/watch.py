@@ -12,12 +12,14 @@ answers at the same time.
 
 from __future__ import annotations
 
+import logging
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from triton_repo.processes.heartbeat import read_beats
@@ -35,8 +37,11 @@ from triton_repo.serving.server import Server
 from trt_build.errors import EngineError
 from trt_build.ort.mapped_file import MappedFile
 
+logger = logging.getLogger(__name__)
+
 _NEVER = -1  # a start time that no process has
 _ENDING_S = 0.5  # a killed program may take this long until its status can be read
+_WARNED_DAYS = (30, 7, 1, 0)
 _LAUNCHER_WORDS = ("mpirun", "mpiexec", "prterun", "orterun")
 
 
@@ -63,6 +68,7 @@ class Watch:
         self._looked = time.monotonic()
         self._late_looks = 0
         self._prober = _Prober(server.endpoint, limits)
+        self._certificate = _CertificateEnd(server.endpoint.tls_ends) if server.endpoint.tls_ends else None
 
     def wait(self) -> str:
         """Look until a process is dead or hangs. Returns which, and of which model."""
@@ -82,6 +88,8 @@ class Watch:
             self._prober.forgive()
         self._looked = now
         protect_memory(self._server.mark)
+        if self._certificate is not None:
+            self._certificate.warn(datetime.now(UTC))
         return (
             self._ended_program()
             or self._dead_or_stopped(now)
@@ -195,6 +203,27 @@ def _signal_name(status: int) -> str:
         return f" ({signal.Signals(-status).name})"
     except ValueError:  # a real-time signal has no name
         return ""
+
+
+class _CertificateEnd:
+    """Warns while a server runs that its certificate ends: when 30, 7 and 1 days are left, and when it has ended."""
+
+    def __init__(self, ends: datetime) -> None:
+        self._ends = ends
+        self._told = self._step(datetime.now(UTC))  # the check before the start has told what holds then
+
+    def warn(self, now: datetime) -> None:
+        step = self._step(now)
+        if step > self._told:
+            self._told = step
+            at = f"{self._ends:%Y-%m-%d %H:%M} UTC"
+            if now >= self._ends:
+                logger.error("the server's certificate ended on %s: new connections fail; start with another one", at)
+            else:
+                logger.warning("the server's certificate ends on %s; start again with a renewed one before", at)
+
+    def _step(self, now: datetime) -> int:
+        return sum(now >= self._ends - timedelta(days=days) for days in _WARNED_DAYS)
 
 
 class _Prober:

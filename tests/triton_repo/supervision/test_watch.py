@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from triton_repo.processes.heartbeat import FOLDER_VARIABLE, read_beats
 from triton_repo.processes.program import MARK_VARIABLE, read_process
 from triton_repo.serving.health import HealthEndpoint
 from triton_repo.serving.server import Server
+from triton_repo.supervision import watch
 from triton_repo.supervision.watch import Limits, Watch
 from trt_build.ort.mapped_file import MappedFile
 
@@ -203,3 +205,18 @@ def test_a_server_that_accepts_connections_and_says_nothing_hangs(serving):
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         server, _ = serving("sleeps", HealthEndpoint(http=f"http://127.0.0.1:{deaf.getsockname()[1]}", grpc=""))
         assert Watch(server, LIMITS).wait().startswith("tritonserver hangs: it has not answered its liveness for ")
+
+
+def test_a_running_server_is_warned_of_its_certificates_end_once_at_each_step(caplog):
+    ends = datetime.now(UTC) + timedelta(days=40)
+    certificate = watch._CertificateEnd(ends)
+    told = []
+    for left in (40, 29, 28, 6.5, 6, 0.5, -0.1, -3):
+        caplog.clear()
+        certificate.warn(ends - timedelta(days=left))
+        told.append(len(caplog.messages))
+    assert told == [0, 1, 0, 1, 0, 1, 1, 0]
+    assert "new connections fail" not in caplog.text
+    soon = watch._CertificateEnd(datetime.now(UTC) + timedelta(days=5))  # the check before the start has told this
+    soon.warn(datetime.now(UTC))
+    assert caplog.messages == []
