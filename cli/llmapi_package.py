@@ -24,6 +24,7 @@ _PARALLEL = {
 _SHARED = {
     "kv_cache_free_gpu_mem_fraction": "kv_cache_fraction",
     "cancellation_check_period_ms": "cancellation_check_period_ms",
+    "guided_decoding_backend": "guided_decoding_backend",
 }
 
 
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the LLM API. Their default is None, which shows that a flag was not given."""
     group = parser.add_argument_group(
         f"TensorRT-LLM's LLM API (--backend {BACKEND})",
-        "--kv-cache-free-gpu-mem-fraction and --cancellation-check-period-ms apply too",
+        "--kv-cache-free-gpu-mem-fraction, --cancellation-check-period-ms and --guided-decoding-backend apply too",
     )
     for name, text in _PARALLEL.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text)

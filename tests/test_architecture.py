@@ -113,7 +113,7 @@ WITHIN = {
         "runtime.guided": {"contracts", "runtime"},
         "runtime.single": {"contracts", "runtime", "runtime.batching", "runtime.guided", "runtime.text"},
         "runtime.steps": {"contracts", "runtime", "runtime.batching", "runtime.guided", "runtime.text"},
-        "runtime.llmapi": {"contracts", "runtime", "runtime.text"},
+        "runtime.llmapi": {"contracts", "runtime", "runtime.guided", "runtime.text"},
         "runtime.reporting": {"contracts", "runtime.batching"},
         "models": {
             "contracts",

@@ -38,6 +38,7 @@ WORLD_SIZE_KEY = "moeship_world_size"
 GPUS_KEY = "moeship_gpus"
 ONE_END_ID_KEY = "moeship_one_end_id"
 ECHOES_KEYS_KEY = "moeship_echoes_keys"
+GUIDED_KEY = "moeship_guided"
 MAX_THREADS = 4096  # of one instance
 MAX_SLOTS = 256
 MAX_WAITING = 1_000_000
@@ -145,6 +146,7 @@ class TextParameters:
     num_ids: int  # ids that the engine chooses from; more than the tokenizer has where the engine does not mask them
     one_end_id: bool = False  # the engine's minimum of new tokens holds back only one end token, as in TensorRT-LLM
     echoes_keys: bool = True  # the engine sends the key of an answer back with each response
+    guided: bool = True  # the engine keeps answers to guides
 
     def to_texts(self) -> dict[str, str]:
         """Parameter key to text."""
@@ -156,6 +158,7 @@ class TextParameters:
             NUM_IDS_KEY: str(self.num_ids),
             ONE_END_ID_KEY: str(int(self.one_end_id)),
             ECHOES_KEYS_KEY: str(int(self.echoes_keys)),
+            GUIDED_KEY: str(int(self.guided)),
         }
 
     @classmethod
@@ -171,6 +174,7 @@ class TextParameters:
                 num_ids=int(texts[NUM_IDS_KEY]),
                 one_end_id=bool(int(texts[ONE_END_ID_KEY])),
                 echoes_keys=bool(int(texts[ECHOES_KEYS_KEY])),
+                guided=bool(int(texts[GUIDED_KEY])),
             )
         except (KeyError, ValueError) as error:
             raise RepositoryError(

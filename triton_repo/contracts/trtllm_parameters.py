@@ -2,8 +2,8 @@
 
 Names and meanings are upstream's (triton_backend/all_models/inflight_batcher_llm/tensorrt_llm/config.pbtxt, read by
 triton_backend/inflight_batcher_llm/src/model_instance_state.cc and model_state.cc). A value that is None is not written
-to the file, and the backend uses its own default. There are no parameters for encoders, draft models and guided
-decoding, since no engine of ours has them.
+to the file, and the backend uses its own default. There are no parameters for encoders and draft
+models, since no engine of ours has them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _KEYS = {"batching_strategy": "gpt_model_type"}
 _QUEUE = ("max_queue_size", "max_queue_delay_microseconds")
 # Parameters that are the same in every repository of ours. Normalised log-probabilities would be over the top-k alone,
 # and so always 0 for a greedy choice (cpp/tensorrt_llm/kernels/samplingTopKKernels.cu); ours are over the vocabulary.
-# The backend has no default for the last three; an empty text means none.
+# The backend has no default for the last one and for those of guided decoding; an empty text means none.
 _FIXED = {
     "FORCE_CPU_ONLY_INPUT_TENSORS": "no",
     "max_beam_width": "1",
@@ -32,9 +32,8 @@ _FIXED = {
     "normalize_log_probs": "false",
     "executor_worker_path": "/opt/tritonserver/backends/tensorrtllm/trtllmExecutorWorker",
     "tokenizer_dir": "",
-    "guided_decoding_backend": "",
-    "xgrammar_tokenizer_info_path": "",
 }
+_GUIDED, _TOKENIZER_INFO = "guided_decoding_backend", "xgrammar_tokenizer_info_path"
 
 
 def _option(default: Any, text: str, *, choices: tuple[str, ...] = (), above_zero: bool = False) -> Any:  # noqa: ANN401
@@ -96,10 +95,15 @@ class TensorrtLlmParameters:
     )
     lora_cache_host_memory_bytes: int | None = _option(None, "bytes of host memory for LoRA's cache")
     lora_prefetch_dir: str | None = _option(None, "folder of LoRAs to load at the start")
+    guided_decoding_backend: str | None = _option(
+        None, "the library that keeps answers to JSON schemas and grammars", choices=("xgrammar",)
+    )
 
-    def to_texts(self, *, engine_path: str, world_size: int, paged_context_fmha: bool) -> dict[str, str]:
+    def to_texts(
+        self, *, engine_path: str, world_size: int, paged_context_fmha: bool, tokenizer_info_path: str = ""
+    ) -> dict[str, str]:
         """Key to text, of all values that are not None. Raises RepositoryError that lists every value that the backend
-        or this engine would refuse."""
+        or this engine would refuse. Guided decoding reads the tokenizer from `tokenizer_info_path`."""
         problems = [*_value_problems(self), *self._engine_problems(world_size, paged_context_fmha)]
         if problems:
             raise RepositoryError(f"setting up tensorrt_llm:{listing(problems, most=len(problems))}")
@@ -111,7 +115,8 @@ class TensorrtLlmParameters:
             for name, value in values.items()
             if value is not None and name not in _QUEUE
         }
-        return {**texts, **_FIXED, ENGINE_PATH_KEY: engine_path, WORLD_SIZE_KEY: str(world_size)}
+        guided = {_GUIDED: "", _TOKENIZER_INFO: tokenizer_info_path if self.guided_decoding_backend else ""}
+        return {**_FIXED, **guided, **texts, ENGINE_PATH_KEY: engine_path, WORLD_SIZE_KEY: str(world_size)}
 
     def _engine_problems(self, world_size: int, paged_context_fmha: bool) -> Iterator[str]:
         for name in ("enable_kv_cache_reuse", "enable_chunked_context"):

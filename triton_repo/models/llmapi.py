@@ -48,13 +48,21 @@ class TritonPythonModel:
         # Imported last, since it takes long and a wrong model.yaml can be reported before.
         try:
             from tensorrt_llm import LLM, SamplingParams
+            from tensorrt_llm.llmapi import GuidedDecodingParams
         except ImportError as error:
             raise RepositoryError(
                 f"loading {args['model_name']}: the Python in {sys.prefix} has no TensorRT-LLM ({error}); serve it in "
                 f"{container(None)}, by a moeship that is installed for that container's own Python"
             ) from error
-        self._llm = LLM(**{**settings.llm, "model": str(model)}, skip_tokenizer_init=True, trust_remote_code=False)
-        self._service = LlmService(self._llm, SamplingParams, tokenizer, settings)
+        # Guided decoding alone needs the LLM's own tokenizer (get_guided_decoding_config of
+        # tensorrt_llm/_torch/pyexecutor/py_executor_creator.py).
+        guided = settings.llm.get("guided_decoding_backend") is not None
+        self._llm = LLM(
+            **{**settings.llm, "model": str(model)}, skip_tokenizer_init=not guided, trust_remote_code=False
+        )
+        self._service = LlmService(
+            self._llm, SamplingParams, tokenizer, settings, GuidedDecodingParams if guided else None
+        )
         self._num_running = 0  # used only in the event loop's thread
         self._draining = threading.Event()
         self._heartbeat.on_drain(self._draining.set)

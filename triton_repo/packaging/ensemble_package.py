@@ -2,6 +2,7 @@
 
 preprocessing/1/model.py, tokenizer/       text to tokens
 tensorrt_llm/1/engine/                     the engine's files, linked; on ONNX Runtime also model.py
+tensorrt_llm/1/xgrammar_tokenizer_info.json  the tokenizer for guided decoding, on TensorRT-LLM where it is asked for
 postprocessing/1/model.py, tokenizer/      tokens to text
 NAME/1/                                    the ensemble, which needs no file
 """
@@ -9,11 +10,14 @@ NAME/1/                                    the ensemble, which needs no file
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from export.tokenizer.loading import Tokenizer, load_tokenizer
 from triton_repo.contracts.ensemble import POSTPROCESSING, PREPROCESSING, TOKEN_ENGINE
 from triton_repo.contracts.model_parameters import ENGINE_FOLDER, MODEL_FILE, ModelParameters, TextParameters
 from triton_repo.contracts.seal import write_seal
@@ -35,6 +39,7 @@ VERSION = "1"
 MODELS_FOLDER = Path(__file__).parents[1] / "models"
 # Object storage does not keep a version folder that holds no file.
 KEEP_FILE = ".keep"
+TOKENIZER_INFO_FILE = "xgrammar_tokenizer_info.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,7 @@ def write_ensemble(folder: Path, facts: EngineFacts, options: EnsembleOptions) -
         num_ids=facts.num_ids,
         one_end_id=facts.runs_on_tensorrt_llm,
         echoes_keys=not facts.runs_on_tensorrt_llm,
+        guided=not facts.runs_on_tensorrt_llm or options.tensorrt_llm.guided_decoding_backend is not None,
     )
     copied = 0
     for name in (PREPROCESSING, POSTPROCESSING):
@@ -87,19 +93,35 @@ def _write_token_engine(folder: Path, facts: EngineFacts, options: EnsembleOptio
         parameters = options.tensorrt_llm
         if parameters.kv_cache_free_gpu_mem_fraction is None:
             parameters = dataclasses.replace(parameters, kv_cache_free_gpu_mem_fraction=facts.kv_cache_fraction)
+        served = options.served_from / TOKEN_ENGINE / VERSION
         texts = parameters.to_texts(
-            engine_path=str(options.served_from / TOKEN_ENGINE / VERSION / ENGINE_FOLDER),
+            engine_path=str(served / ENGINE_FOLDER),
             world_size=facts.world_size,
             paged_context_fmha=facts.paged_context_fmha,
+            tokenizer_info_path=str(served / TOKENIZER_INFO_FILE),
         )
         _write_config(folder, tensorrt_llm_config(facts.max_batch, parameters, texts))
-        return place_files(facts, facts.files, _make_version(folder) / ENGINE_FOLDER, copy=options.copy).copied_bytes
+        version = _make_version(folder)
+        if parameters.guided_decoding_backend:
+            text = tokenizer_info(load_tokenizer(facts.folder), facts.end_token_ids)
+            (version / TOKENIZER_INFO_FILE).write_text(text, encoding="utf-8")
+        return place_files(facts, facts.files, version / ENGINE_FOLDER, copy=options.copy).copied_bytes
     model = options.onnxruntime
     _write_config(folder, onnxruntime_config(facts.max_batch, model, facts.provider))
     engine = _write_model_file(folder) / model.engine
     placed = place_files(facts, facts.files, engine, copy=options.copy)
     write_seal(engine, placed.states)
     return placed.copied_bytes
+
+
+def tokenizer_info(tokenizer: Tokenizer, end_ids: Sequence[int]) -> str:
+    """The JSON that TensorRT-LLM's backend reads for guided decoding: every token by its id, tokenizer.json, and the
+    tokens that end an answer (_xgrammar_tokenizer_info of tensorrt_llm/llmapi/tokenizer.py)."""
+    names = [tokenizer.backend.id_to_token(token) or "" for token in range(tokenizer.size)]
+    return json.dumps(
+        {"encoded_vocab": names, "tokenizer_str": tokenizer.backend.to_str(), "stop_token_ids": list(end_ids)},
+        ensure_ascii=False,
+    )
 
 
 def _write_config(folder: Path, config: ModelConfig) -> None:

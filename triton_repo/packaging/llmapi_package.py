@@ -59,6 +59,7 @@ class LlmApiOptions:
     max_batch_size: int = 1
     kv_cache_fraction: float | None = None  # of the GPU memory that the weights leave; None: the library's default
     cancellation_check_period_ms: int = 100
+    guided_decoding_backend: str | None = None  # None: answers are kept to no guides
     copy: bool = False  # copy the checkpoint's files instead of linking them
 
 
@@ -200,6 +201,8 @@ def _settings(options: LlmApiOptions, source: SourceModel) -> LlmSettings:
     }
     if options.kv_cache_fraction is not None:
         llm["kv_cache_config"] = {"free_gpu_memory_fraction": options.kv_cache_fraction}
+    if options.guided_decoding_backend is not None:
+        llm["guided_decoding_backend"] = options.guided_decoding_backend
     return LlmSettings(
         llm=llm,
         triton=TritonSettings(

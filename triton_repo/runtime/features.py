@@ -15,7 +15,6 @@ _ASKS: dict[str, Callable[[GenerationOptions], tuple[object, object]]] = {
     "return_prompt_log_probs": lambda options: (str(options.return_prompt_log_probs).lower(), "false"),
     "return_routed_experts": lambda options: (str(options.return_routed_experts).lower(), "false"),
     "num_return_sequences": lambda options: (options.num_return_sequences, 1),
-    "guided_decoding_guide_type": lambda options: (options.guided_decoding_guide_type or "none", "none"),
 }
 # What TensorRT-LLM's engines are not asked for. Its Triton model `tensorrt_llm` has no tensors for min-p, for
 # log-probabilities of other tokens than the chosen one, for those of a prompt, and for the routing. The others could be

@@ -21,8 +21,9 @@ ALL = TensorrtLlmParameters(
     cuda_graph_cache_size=0, cancellation_check_period_ms=10, stats_check_period_ms=20, iter_stats_max_iterations=30,
     request_stats_max_iterations=0, lora_cache_optimal_adapter_size=8, lora_cache_max_adapter_size=64,
     lora_cache_gpu_memory_fraction=0.05, lora_cache_host_memory_bytes=2**30, lora_prefetch_dir="/lora",
+    guided_decoding_backend="xgrammar",
 )  # fmt: skip
-# Of encoders, draft models, guided decoding and logits, which no engine of ours has.
+# Of encoders, draft models and logits, which no engine of ours has.
 NOT_OFFERED = {
     "cross_kv_cache_fraction", "encoder_model_path", "eagle_choices", "medusa_choices", "lookahead_ngram_size",
     "lookahead_verification_set_size", "lookahead_window_size", "speculative_decoding_fast_logits",
@@ -67,6 +68,17 @@ def test_what_is_left_out_is_absent_but_for_what_the_backend_cannot_do_without()
         "tokenizer_dir": "", "guided_decoding_backend": "", "xgrammar_tokenizer_info_path": "",
         "gpt_model_path": "/models/tensorrt_llm/1/engine", "moeship_world_size": "2",
     }  # fmt: skip
+
+
+def test_guided_decoding_reads_the_tokenizer_only_where_it_is_asked_for():
+    path = "/models/tensorrt_llm/1/xgrammar_tokenizer_info.json"
+    found = texts(TensorrtLlmParameters(guided_decoding_backend="xgrammar"), tokenizer_info_path=path)
+    assert (found["guided_decoding_backend"], found["xgrammar_tokenizer_info_path"]) == ("xgrammar", path)
+    found = texts(tokenizer_info_path=path)
+    assert (found["guided_decoding_backend"], found["xgrammar_tokenizer_info_path"]) == ("", "")
+    assert "guided_decoding_backend is 'llguidance', expected one of xgrammar" in refusal(
+        guided_decoding_backend="llguidance"
+    )
 
 
 def test_the_cache_is_reused_where_the_engine_can_and_not_where_it_cannot():

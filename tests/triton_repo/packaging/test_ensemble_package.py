@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
@@ -111,6 +112,24 @@ def test_tensorrt_llm_says_what_its_backend_reads(tmp_path, trtllm_engine):
     assert found["gpu_device_ids"] == "0,1"
 
 
+def test_guided_decoding_of_tensorrt_llm_gets_the_tokenizer_and_the_end_tokens(tmp_path, trtllm_engine):
+    package(
+        trtllm_engine(), tmp_path / "repository",
+        tensorrt_llm=TensorrtLlmParameters(guided_decoding_backend="xgrammar"),
+    )  # fmt: skip
+    version = tmp_path / "repository" / "tensorrt_llm" / "1"
+    found = parameters(configs(tmp_path / "repository")["tensorrt_llm"])
+    assert found["guided_decoding_backend"] == "xgrammar"
+    assert found["xgrammar_tokenizer_info_path"] == str(version / "xgrammar_tokenizer_info.json")
+    info = json.loads((version / "xgrammar_tokenizer_info.json").read_text(encoding="utf-8"))
+    backend = tokenizers.Tokenizer.from_str(info["tokenizer_str"])
+    vocabulary = backend.get_vocab()
+    assert info["encoded_vocab"] == sorted(vocabulary, key=vocabulary.get)
+    assert info["stop_token_ids"] == [0, 7]
+    assert parameters(configs(tmp_path / "repository")["preprocessing"])["moeship_guided"] == "1"
+    assert check_repository(tmp_path / "repository") == NAMES
+
+
 def test_no_configuration_holds_a_placeholder_and_each_parses_back_to_itself(tensorrt_llm_repository):
     for path in tensorrt_llm_repository.glob("*/config.pbtxt"):
         text = path.read_text(encoding="utf-8")
@@ -131,7 +150,7 @@ def test_the_texts_side_knows_the_models_limits(tensorrt_llm_repository, tiny_en
         assert parameters(configs(tensorrt_llm_repository)[name]) == {
             "tokenizer_dir": "tokenizer", "moeship_max_sequence": "640", "moeship_max_prompt": "512",
             "moeship_end_ids": "0,7", "moeship_num_ids": str(size), "moeship_one_end_id": "1",
-            "moeship_echoes_keys": "0",
+            "moeship_echoes_keys": "0", "moeship_guided": "0",
         }  # fmt: skip
 
 

@@ -29,6 +29,18 @@ def grammar_of(guide_type: str, guide: str) -> str:
         raise refusal([f"guided_decoding_guide: {error}"]) from error
 
 
+def check_guide(guide_type: str, guide: str) -> None:
+    """Raise RequestError for a guide that is malformed or cannot be met, as far as that is known without a library. Of
+    regular expressions nothing is."""
+    try:
+        if guide_type == "json_schema":
+            check_schema(guide)
+        elif guide_type == "ebnf_grammar":
+            lark_of(guide)
+    except ValueError as error:
+        raise refusal([f"guided_decoding_guide: {error}"]) from error
+
+
 def without_anchors(regex: str) -> str:
     """A regular expression without ^ at its start and $ at its end. The whole answer must match in any case, and the
     library has no anchors."""

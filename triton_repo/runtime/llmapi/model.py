@@ -27,6 +27,7 @@ from triton_repo.contracts.llmapi_settings import LlmSettings
 from triton_repo.contracts.piece import Piece, join
 from triton_repo.errors import RequestError
 from triton_repo.runtime.answer import Answer, answer_plan
+from triton_repo.runtime.guided.tensorrt_llm import check_plan, llm_fields
 from triton_repo.runtime.llmapi.request import PERF_METRICS, Tensors, read_request, sampling_fields
 from triton_repo.runtime.llmapi.response import Response, Writer, stopped_response
 from triton_repo.runtime.options import GenerationPlan, plan_generation
@@ -44,7 +45,8 @@ class _Run:
 
 
 class LlmService:
-    """An LLM that answers any number of requests at the same time, all in one event loop."""
+    """An LLM that answers any number of requests at the same time, all in one event loop. `guided_params` is the
+    library's GuidedDecodingParams where the LLM was started with guided decoding."""
 
     def __init__(
         self,
@@ -52,8 +54,9 @@ class LlmService:
         sampling_params: Callable[..., Any],
         tokenizer: Tokenizer,
         settings: LlmSettings,
+        guided_params: Callable[..., Any] | None = None,
     ) -> None:
-        self._llm = llm
+        self._llm, self._guided_params = llm, guided_params
         self._sampling_params = sampling_params
         self._tokenizer = tokenizer
         self._text = settings.text
@@ -80,6 +83,10 @@ class LlmService:
             end_token_ids=self._text.end_token_ids,
         )
         fields = sampling_fields(plan, self._text.end_token_ids, penalties=self._text.penalties)
+        check_plan(plan, self._text.end_token_ids, served=self._guided_params is not None)
+        if self._guided_params is not None and (guide_type := plan.options.guided_decoding_guide_type):
+            guide = llm_fields(guide_type, plan.options.guided_decoding_guide)
+            fields["guided_decoding"] = self._guided_params(**guide)
         if PERF_METRICS in (request.wanted or ()):
             fields["return_perf_metrics"] = True
         writer = Writer(request, self._tokenizer, plan)

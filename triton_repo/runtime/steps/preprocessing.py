@@ -24,6 +24,7 @@ from triton_repo.contracts.model_parameters import TextParameters
 from triton_repo.contracts.wire import NUMPY_DTYPES
 from triton_repo.runtime.answer import answer_plan
 from triton_repo.runtime.features import TENSORRT_LLM_LACKS, refuse_features, refuse_minimum_of_several
+from triton_repo.runtime.guided.tensorrt_llm import check_plan
 from triton_repo.runtime.options import (
     NO_END_ID,
     GenerationOptions,
@@ -65,6 +66,8 @@ class Preprocessor:
         )
         if self._parameters.one_end_id:
             refuse_minimum_of_several(plan)
+        if not self._parameters.echoes_keys:
+            check_plan(plan, self._parameters.end_ids, served=self._parameters.guided)
         answer = answer_plan(plan, self._tokenizer)
         # An engine takes one end token. The others are sent as stop words.
         end_id, *more_end_ids = plan.end_ids or (NO_END_ID,)

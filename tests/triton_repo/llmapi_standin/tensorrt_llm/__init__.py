@@ -22,8 +22,17 @@ START_TOKEN = 1
 # Fields of TorchLlmArgs (tensorrt_llm/llmapi/llm_args.py) that a packaged model may set; others are refused, as there.
 _ARGUMENTS = {
     "pipeline_parallel_size", "moe_tensor_parallel_size", "moe_expert_parallel_size", "max_seq_len", "kv_cache_config",
-    "max_batch_size", "max_num_tokens", "enable_chunked_prefill", "sampler_type", "backend",
+    "max_batch_size", "max_num_tokens", "enable_chunked_prefill", "sampler_type", "backend", "guided_decoding_backend",
 }  # fmt: skip
+
+
+@dataclass(slots=True, kw_only=True)
+class GuidedDecodingParams:
+    json: str | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    json_object: bool = False
+    structural_tag: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,6 +61,7 @@ class SamplingParams:
     exclude_input_from_output: bool = True
     ignore_eos: bool = False
     detokenize: bool = True
+    guided_decoding: GuidedDecodingParams | None = None
 
     def __post_init__(self) -> None:
         if self.top_p is not None and (self.top_p < 0 or self.top_p > 1):

@@ -20,6 +20,11 @@ from triton_repo.runtime.llmapi.model import LlmService
 PERIOD_MS = 20
 END, OTHER_END = 2, 0  # the second is <unk>, which no text here has
 PROMPT = "the quick brown fox — naïve 日本 fox"
+SETTINGS = LlmSettings(
+    llm={},
+    triton=TritonSettings(cancellation_check_period_ms=PERIOD_MS),
+    text=TextSettings(end_token_ids=(END, OTHER_END), max_sequence=200),
+)
 library = load_standin()
 
 
@@ -39,9 +44,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def service(llm, tokenizer):
-    text = TextSettings(end_token_ids=(END, OTHER_END), max_sequence=200)
-    settings = LlmSettings(llm={}, triton=TritonSettings(cancellation_check_period_ms=PERIOD_MS), text=text)
-    return LlmService(llm, library.SamplingParams, tokenizer, settings)
+    return LlmService(llm, library.SamplingParams, tokenizer, SETTINGS)
 
 
 def tensors(**values) -> dict[str, np.ndarray]:
@@ -318,6 +321,27 @@ def test_what_the_llm_raises_is_one_requests_alone(service, tokenizer, monkeypat
     failed, answered = asyncio.run(both())
     assert isinstance(failed, RuntimeError)
     assert joined(answered) == " quick brown 日"
+
+
+@pytest.mark.parametrize(
+    ("guide_type", "guide", "field"),
+    [
+        ("json", None, "json_object"), ("json_schema", "{}", "json"), ("regex", "a+", "regex"),
+        ("ebnf_grammar", 'root ::= "a"', "grammar"),
+    ],
+)  # fmt: skip
+def test_guides_are_the_librarys_own(llm, tokenizer, service, guide_type, guide, field):
+    guided = LlmService(llm, library.SamplingParams, tokenizer, SETTINGS, library.GuidedDecodingParams)
+    asked = {"text_input": "fox", "max_tokens": 9, "guided_decoding_guide_type": guide_type}
+    asked |= {} if guide is None else {"guided_decoding_guide": guide}
+    made = watched(llm)
+    ask(guided, **asked)
+    given = made[0]._parameters.guided_decoding
+    assert given == library.GuidedDecodingParams(**{field: True if guide is None else guide})
+    with pytest.raises(RequestError, match="packaged without guided decoding: .*--guided-decoding-backend xgrammar"):
+        ask(service, **asked)
+    with pytest.raises(RequestError, match="end_id: found none beside a guide, which ends at 2, 0"):
+        ask(guided, **asked, end_id=-1)
 
 
 def test_arguments_that_the_llm_refuses_are_the_requests_fault(service, llm):

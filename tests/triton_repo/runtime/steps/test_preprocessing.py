@@ -31,11 +31,12 @@ def prepare(byte_level):
         num_unused_ids=0,
         one_end_id=False,
         echoes_keys=True,
+        guided=True,
         **values,
     ):
         parameters = TextParameters(
             max_sequence=64, max_prompt=max_prompt, end_ids=end_token_ids, num_ids=byte_level.size + num_unused_ids,
-            one_end_id=one_end_id, echoes_keys=echoes_keys,
+            one_end_id=one_end_id, echoes_keys=echoes_keys, guided=guided,
         )  # fmt: skip
         preprocessor = Preprocessor(byte_level, parameters)
         tensors = wire(**{"text_input": "def ", "max_tokens": 8, **values})
@@ -175,6 +176,37 @@ def test_ids_that_stand_for_no_text_are_bad_words_where_the_engine_does_not_mask
     assert words[-3:] == ((size,), (size + 1,), (size + 2,))
     assert tuple(byte_level.encode("q")) in words
     assert "BAD_WORDS_IDS" not in prepare()
+
+
+GUIDES = [
+    ("json", ""), ("json_schema", '{"x-a": 1}'), ("regex", "(?=a)b"), ("ebnf_grammar", "root ::= [a]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=str)
+def test_guides_go_to_tensorrt_llm_as_they_are(prepare, guide):
+    found = prepare(echoes_keys=False, guided_decoding_guide_type=guide[0], guided_decoding_guide=guide[1])
+    assert found["GUIDED_DECODING_GUIDE_TYPE"].tolist() == [[guide[0].encode()]]
+    assert found.get("GUIDED_DECODING_GUIDE", np.array([[b""]])).tolist() == [[guide[1].encode()]]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            {"guided": False},
+            "guided_decoding_guide_type: found json_schema, expected none; .*--guided-decoding-backend",
+        ),
+        ({"guided_decoding_guide": "{"}, "guided_decoding_guide: found no JSON"),
+        ({"end_id": -1}, "end_id: found none beside a guide"),
+        ({"end_id": 3}, "end_id: found 3 beside a guide"),
+    ],
+    ids=str,
+)
+def test_guides_that_tensorrt_llm_would_not_follow_are_refused(prepare, values, said):
+    given = {"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": "{}", **values}
+    with pytest.raises(RequestError, match=said):
+        prepare(echoes_keys=False, **given)
 
 
 def test_a_prompt_longer_than_the_engine_reads_at_a_time_is_refused(prepare, byte_level):
