@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from export.errors import printable
+from export.onnx_graph.kv_scales import FLOAT, KV_CACHES
 
 if TYPE_CHECKING:
     from triton_repo.evaluation.run import Evaluation
@@ -41,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how it is computed")
     how.add_argument("--batch", type=int, default=8, metavar="N", help="sequences in a step (default: %(default)s)")
     how.add_argument("--threads", type=int, metavar="N", help="threads of the CPU (default: every physical core)")
+    how.add_argument(
+        "--kv", dest="kv_cache", choices=KV_CACHES, default=FLOAT,
+        help="how keys and values are stored: int8 of an engine that was built with --kv int8 (default: %(default)s)",
+    )  # fmt: skip
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     output.add_argument("--output", type=Path, metavar="FILE", help="write the JSON object to a file too")
@@ -69,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         lanes=arguments.batch,
         chat_template=arguments.chat_template,
         threads=arguments.threads,
+        kv_cache=arguments.kv_cache,
     )
     try:
         with contextlib.redirect_stdout(sys.stderr):  # some tasks print while they are loaded

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from export.errors import ConfigError, MoeshipError, named
+from export.onnx_graph.kv_scales import FLOAT
 from export.optional import optional_package
 from export.tokenizer.loading import load_tokenizer
 from triton_repo.evaluation.errors import EvaluationError
@@ -41,7 +42,7 @@ DEFAULT_LANES = 8
 class EvaluationOptions:
     """What to evaluate. `tasks` are names of lm_eval or of YAMLs in `include_path`; `preset` names a suite whose tasks
     come after them. `limit`: most documents of a task. `num_fewshot`: examples in prompts. `lanes`: most sequences in a
-    step."""
+    step. `kv_cache`: how keys and values are stored."""
 
     engine: Path
     tasks: tuple[str, ...] = ()
@@ -52,6 +53,7 @@ class EvaluationOptions:
     lanes: int = DEFAULT_LANES
     chat_template: bool = False
     threads: int | None = None
+    kv_cache: str = FLOAT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,7 @@ class Evaluation:
                 "num_fewshot": self.options.num_fewshot,
                 "batch": self.options.lanes,
                 "chat_template": self.options.chat_template,
+                "kv_cache": self.options.kv_cache,
             },
             "libraries": {name: importlib.metadata.version(name) for name in ("moeship", "lm_eval", "datasets")},
             "table": dict(self.table),
@@ -108,7 +111,8 @@ def evaluate(
         from triton_repo.evaluation.model import EngineModel
     logger.info("loading the tasks and their data sets")
     tasks = load_tasks(names, options.include_path, options.num_fewshot)
-    session, tokenizer = Session(engine, options.threads), load_tokenizer(engine.folder)
+    session = Session(engine, options.threads, kv_cache=options.kv_cache)
+    tokenizer = load_tokenizer(engine.folder)
     model = EngineModel(session, tokenizer, options.lanes, progress)
     began = time.monotonic()
     found = _ask(model, tasks, options)

@@ -125,7 +125,7 @@ def test_the_record_says_what_was_evaluated_and_how(phixtral, folder, capsys):
     assert found["engine"]["precision"] == "fp32"
     assert found["settings"] == {
         "tasks": ["tiny_choice", "tiny_answer"], "preset": None, "include_path": str(folder), "limit": 2,
-        "num_fewshot": 1, "batch": 3, "chat_template": False,
+        "num_fewshot": 1, "batch": 3, "chat_template": False, "kv_cache": "float",
     }  # fmt: skip
     assert set(found["libraries"]) == {"moeship", "lm_eval", "datasets"}
     assert found["versions"] == {"tiny_choice": 1.0, "tiny_answer": 1.0}

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from export.calibration.work import Work
+from export.calibration.work import PRODUCTS_PER_S, Work
 from export.checkpoint.digests import Run
 from export.checkpoint.tensor_table import Role, Weights
 from export.conversion.parts import PartRecord, Region, records_text
@@ -26,6 +26,7 @@ from export.exporter import DATA_FILE, RECORDS_FILE
 from export.onnx_graph.converter import OnnxConverter
 from export.onnx_graph.kv_scales import FLOAT, SCALES_FILE, scales_bytes
 from export.onnx_graph.weights import WeightJob
+from export.provider import ONNX_RUNTIME, OWN_KERNELS
 from trt_build.engine_files import FileRecord
 from trt_build.manifest import MANIFEST_FILE
 from trt_build.ort.engine import UNDIGESTED_FILES, DroppedExperts, StoredRole, manifest_text
@@ -35,7 +36,9 @@ from trt_build.ort.planning.prepare import PreparedBuild, stored_roles
 from trt_build.source import source_record
 
 _DIGEST = "0" * 64  # as long as any SHA-256
-_CACHE_PRODUCTS_PER_S = 2e11  # multiply-adds that one core does in an engine's prefill
+# Multiply-adds that one core does while an engine reads a prompt: with moeship's kernels, which multiply int8, and with
+# ONNX Runtime's. Measured on phixtral-4x2_8 at int4 (61 s for 2,048 tokens), and as of export/calibration/work.py.
+_PROMPT_PRODUCTS_PER_S = {OWN_KERNELS: 1.5e11, ONNX_RUNTIME: PRODUCTS_PER_S}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +183,7 @@ def _cache_seconds(build: PreparedBuild) -> float:
         for job in build.export.jobs
         if job.role is not Role.EMBEDDING
     )
-    return text.num_tokens * products / _CACHE_PRODUCTS_PER_S
+    return text.num_tokens * products / _PROMPT_PRODUCTS_PER_S[build.provider.kernels]
 
 
 def _share_per_token(job: WeightJob, weights: Weights, experts_per_token: int) -> float:
