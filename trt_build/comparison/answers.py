@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+OF_INT8_CACHE = "What do keys and values in int8 cost?"
 MOST_FAILURES = 12  # failures that an answer lists one by one
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from trt_build.comparison.answers import OF_INT8_CACHE
 from trt_build.comparison.cost import QUESTION as OF_COST
 from trt_build.comparison.serving_ways import FLOAT32_LIMITS
 from trt_build.comparison.weights import QUESTION as OF_WEIGHTS
@@ -51,6 +52,10 @@ def question_table(engines: Sequence[ReportedEngine]) -> str:
     rows += _figure_rows(engines, _cost_figures)
     rows.append(_heading(OF_SERVING, [_kept(engine, _serving_figures(engine)) for engine in engines]))
     rows += _figure_rows(engines, _serving_figures)
+    if any(_question(record, OF_INT8_CACHE) for record in records):
+        verdicts = [_answer(engine, OF_INT8_CACHE, _LIMITS) if _cache_figures(engine) else "–" for engine in engines]
+        rows.append(_heading(OF_INT8_CACHE, verdicts))
+        rows += _figure_rows(engines, _cache_figures)
     said = (
         "Each row has the engine's figure, its limit if there is one, and whether the limit is kept. Figures of "
         "stored weights are the largest of all rows and matrices. Factor: the number by which the weights would have "
@@ -140,6 +145,22 @@ def _serving_figures(engine: ReportedEngine) -> dict[str, _Figure]:
     return found
 
 
+def _cache_figures(engine: ReportedEngine) -> dict[str, _Figure]:
+    """Of keys and values in int8: the KL divergence from the same engine with floats. Activations that are rounded to 8
+    bits make more of it, so it is judged with float32 activations where there is such a figure."""
+    record = _question(engine.record or {}, OF_INT8_CACHE).get("int8_cache")
+    if record is None:
+        return {}
+    found = {
+        "mean KL from floats, nats": (number(record["kl"]), "", None),
+        "same most likely token as with floats": (percent(record["top1"]), "", None),
+    }
+    name, value = "the KL with float32 activations", record.get("kl_float32_activations")
+    if value is None:
+        name, value = "mean KL from floats, nats", record["kl"]
+    return {**found, name: (number(value), f"≤ {number(record['allowed'])}", value <= record["allowed"])}
+
+
 def _figure_rows(
     engines: Sequence[ReportedEngine], figures: Callable[[ReportedEngine], dict[str, _Figure]]
 ) -> Iterator[str]:
@@ -165,12 +186,12 @@ def _question(record: Json, question: str) -> Json:
     return found
 
 
-def _answer(engine: ReportedEngine, question: str) -> str:
-    """yes, NO, or why the question was not asked."""
+def _answer(engine: ReportedEngine, question: str, words: tuple[str, str] = _YES_NO) -> str:
+    """The first of `words` if a question was passed, the second if not, or why it was not asked."""
     found = _question(engine.record or {}, question)
     if "unasked" in found:
         return f"not asked: {escaped(str(found['unasked']))}"
-    return _said(found.get("passed"), engine)
+    return _said(found.get("passed"), engine, words)
 
 
 def _kept(engine: ReportedEngine, figures: Mapping[str, _Figure], words: tuple[str, str] = _YES_NO) -> str:

@@ -141,6 +141,19 @@ def test_a_figure_of_weights_is_marked_as_missed_only_where_the_question_failed(
     assert "error of a matrix0.098 ≤ 0.25 ✓0.098 ≤ 0.25 ✓" in text
 
 
+def test_what_int8_caches_cost_has_rows_where_an_engine_has_them():
+    """What is judged is the figure with float32 activations, where there is one."""
+    cached = record(0.03)
+    figures = {"kl": 0.0025, "top1": 0.975, "kl_float32_activations": 0.0004, "allowed": 1e-3}
+    answer = {"question": "What do keys and values in int8 cost?", "passed": True, "int8_cache": figures}
+    cached["questions"] = [*cached["questions"], answer]
+    assert "keys and values in int8" not in page(report(engine("a"), engine("b")))
+    text = Page(page(report(engine("a"), engine("b", record=cached)))).text
+    assert "What do keys and values in int8 cost?–within its limits ✓" in text
+    assert "mean KL from floats, nats–0.0025" in text
+    assert "the KL with float32 activations–4.0e−4 ≤ 0.0010 ✓" in text
+
+
 def test_figures_of_weights_that_no_engine_has_take_no_row():
     solved = record(0.03)
     solved["questions"][0]["largest"] = {"int5 in blocks of 32, solved": {"matrix": 0.058}}

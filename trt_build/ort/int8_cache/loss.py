@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from export.exporter import INT8_CACHE_GRAPH, SERVING_GRAPH
 from export.onnx_graph.kv_scales import FLOAT, INT8
-from trt_build.comparison.answers import Answer
+from trt_build.comparison.answers import OF_INT8_CACHE, Answer
 from trt_build.comparison.parity import THRESHOLDS, FloatArray, log_softmax
 from trt_build.ort.engine import Engine
 from trt_build.ort.int8_cache.graph import graph_failures
@@ -27,7 +27,6 @@ from trt_build.ort.questions.float32 import float32_experts, with_float32_activa
 from trt_build.ort.session import PREFILL_CHUNK_TOKENS, Session
 from trt_build.ort.step_call import Row
 
-QUESTION = "What do keys and values in int8 cost?"
 MOST_MEAN_KL = 1e-3  # nats
 CACHE_TOKENS = 1024  # that are compared
 
@@ -69,7 +68,7 @@ def ask_about_int8_cache(engine: Engine, windows: Sequence[Sequence[int]]) -> An
         if not found <= most
     ]
     failures += graph_failures(engine)
-    return Answer(question=QUESTION, figures={"int8_cache": figures}, failures=tuple(failures))
+    return Answer(question=OF_INT8_CACHE, figures={"int8_cache": figures}, failures=tuple(failures))
 
 
 def _measure(
