@@ -21,6 +21,7 @@ from triton_repo.contracts.tls.client import ClientTls
 
 MOST_BYTES = 1 << 26
 WINDOW_S = 60.0  # of percentiles and of the experts' load
+MOST_KEPT = 30  # readings of a window: one of 1,280 experts takes 1 MB
 Labels = frozenset[tuple[str, str]]  # of one sample, the model's name included
 
 
@@ -101,6 +102,8 @@ class History:
         if self._scrapes and has_restarted(self._scrapes[-1], scrape):
             self._scrapes.clear()
             self.restarts += 1
+        elif len(self._scrapes) > 2 and self._scrapes[-2].at_s - self._scrapes[-3].at_s < self._window_s / MOST_KEPT:
+            del self._scrapes[-2]  # the window begins at one of those that stay
         self._scrapes.append(scrape)
         while len(self._scrapes) > 2 and scrape.at_s - self._scrapes[1].at_s >= self._window_s:
             self._scrapes.popleft()

@@ -141,6 +141,15 @@ def test_the_window_forgets_what_is_older():
     assert found.whole.seconds == 10
 
 
+def test_a_window_keeps_few_readings_however_short_the_interval():
+    found = History(window_s=60)
+    for number in range(1000):
+        found.add(scrape(engine_text(steps=number, layers=0), number * 0.2))
+        assert found.last is None or found.last.seconds == pytest.approx(0.2)
+    assert len(found._scrapes) <= 33
+    assert 58 <= found.whole.seconds <= 62
+
+
 def test_a_server_of_tensorrt_llm_shows_what_it_has_and_says_what_it_lacks():
     [found] = figures(history(TENSORRT_LLM, TENSORRT_LLM.replace("} 10\n", "} 14\n")))
     assert (found.kind, found.streams, found.slots, found.waiting) == ("TensorRT-LLM", 3, 512, 2)
