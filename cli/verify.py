@@ -213,6 +213,8 @@ def answer_lines(answers: Sequence[Answer]) -> list[str]:
         said = {True: kept, False: missed, None: f"not asked: {answer.unasked}"}[answer.passed]
         asked = f", asked {answer.figures['asked']}" if "asked" in answer.figures else ""
         lines.append(f"{answer.question} {said}{asked}")
+        if "other_search" in answer.figures:
+            lines.append(f"  {answer.figures['other_search']}")
         for name, figures in answer.figures.get("largest", {}).items():
             limits = answer.figures.get("limits", {}).get(name, {})
             shown = ", ".join(f"{key} {value:.2g} ({limits[key]:.2g})" for key, value in figures.items())

@@ -29,6 +29,9 @@ STRETCHES = {
     6: (1.0, 1.06, 1.03, 0.99, 0.98),
     8: (1.0,),
 }
+# Version of the search: of STRETCHES, of how one of them is chosen, and of the scale that its codes get. engine.json
+# records it. A change of any of them is another version, since `moeship verify` compares scales with the search's own.
+SEARCH_VERSION = 1
 LANES = 4  # number of neighbouring values of a block that are moved together
 SLICE_VALUES = 1 << 16  # values quantised at a time: 256 kB as float32, so that the arrays stay in a core's own cache
 

@@ -7,7 +7,16 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from export.quantize.grid import SLICE_VALUES, STRETCHES, block_scales, dequantize_blocks, pack, quantize_blocks, unpack
+from export.quantize.grid import (
+    SEARCH_VERSION,
+    SLICE_VALUES,
+    STRETCHES,
+    block_scales,
+    dequantize_blocks,
+    pack,
+    quantize_blocks,
+    unpack,
+)
 
 BITS = sorted(STRETCHES)
 
@@ -206,3 +215,12 @@ def test_scales_without_codes_are_those_of_the_codes(bits, half_scales, nearest)
     values[3, :64] = 0
     _, scales = quantize_blocks(values, bits, 64, half_scales=half_scales, nearest=nearest)
     assert np.array_equal(block_scales(values, bits, 64, half_scales=half_scales, nearest=nearest), scales)
+
+
+def test_another_search_has_another_version():
+    """The scales of a block by each version of the search, in units of its largest value. Who changes what the search
+    gives raises SEARCH_VERSION and adds a row: verify would find older engines wrong otherwise."""
+    block = np.random.default_rng(7).permutation(np.arange(1, 65, dtype=np.float32)) * np.float32([1, -1] * 32)
+    known = {1: {2: 35.590927, 3: 16.351006, 4: 8.061289, 5: 3.934196, 6: 1.977361, 8: 0.5}}
+    found = {bits: float(quantize_blocks(block[None], bits, 64)[1][0, 0]) for bits in STRETCHES}
+    assert found == pytest.approx(known[SEARCH_VERSION], rel=1e-5)

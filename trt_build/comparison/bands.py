@@ -98,9 +98,18 @@ def _products(one: FloatArray, other: FloatArray) -> Doubles:
     return np.einsum("ij,ij->i", one, other).astype(np.float64)
 
 
-def distances(band: Band, limits: Limits, again: Callable[[], Band]) -> Distances:
+def distances(band: Band, limits: Limits, again: Callable[[], Band] | None) -> Distances:
     """The distances of a band from a sound one. `again` gives the band that a sound engine has; it is called where a
-    distance from the usual figures is not well within its limit. NaN stays NaN."""
+    distance from the usual figures is not well within its limit. NaN stays NaN.
+
+    Without `again` the search that chose the scales is not known. Whatever it is, <q, w> of sound values lies between
+    <w, w> - <e, e>, which the scale with the least squared error gives, and <w, w>. No row has more error than
+    `limits.row`, which is judged elsewhere, so none has an excess.
+    """
+    if again is None:
+        lost = float(band.errors.sum() / band.weights.sum())
+        factor = np.maximum(abs(band.factor - 1) - (lost / (1 - lost) if lost < 1 else 0.0), 0.0)
+        return Distances(factor=float(factor), offset=abs(band.offset), excess=np.zeros_like(band.weights))
     found = _from(band, 1 + limits.bias, 0.0, np.full_like(band.weights, limits.usual))
     pairs = ((found.factor, limits.factor), (found.offset, limits.offset), (found.excess.max(), limits.excess))
     if all(distance <= _NEAR * limit for distance, limit in pairs):

@@ -103,6 +103,10 @@ class ReadBack(Weights, abc.ABC):
         with np.errstate(over="ignore", under="ignore"):
             return widen((scales * factor).astype(np.float16)) / factor
 
+    def searched_otherwise(self, name: str) -> bool:  # noqa: ARG002 - for classes whose files say by which search
+        """Whether the scales of a row were chosen by a search of another version than `requantized` has."""
+        return False
+
     def row_factor(self, name: str) -> float:  # noqa: ARG002 - for classes whose rows carry one
         """The power of two, at most 1, that the scales of some rows of a matrix carry where they are stored. float16
         holds a small scale the less exactly for it."""

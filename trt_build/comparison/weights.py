@@ -31,6 +31,10 @@ Place = tuple[TensorSpec, int, int]  # a row of the table, a group of it, and a 
 # Adding 0.5 before truncation would round up values just below a half, since the sum is rounded. The largest float32
 # below 0.5 takes exact halves up and everything below them down.
 _BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0))
+OTHER_SEARCH = (
+    "the scales of {count} weights were chosen by a search of another version of moeship: their codes, sizes and "
+    "errors are compared with what holds for any search, and no scale by itself; build the engine again for that"
+)
 READ_VALUES = 1 << 18  # values that are dequantised and compared at a time
 _KEPT_BYTES = 24 << 20  # several times the arrays of a thread; below 32 MiB, from which on glibc learns nothing
 MOST_SEARCHES = 4  # for so many wrong matrices it is said whose weights they have
@@ -108,6 +112,11 @@ class _Quantiser:
     name: str
     keeps_codes: bool  # of the checkpoint, whose values it then has
 
+    @property
+    def is_known(self) -> bool:
+        """Whether it is known what the engine's search for scales gives."""
+        return self.keeps_codes or not self.stored.searched_otherwise(self.name)
+
     def requantized(self, values: FloatArray) -> FloatArray:
         return values if self.keeps_codes else self.stored.requantized(self.name, values)
 
@@ -137,6 +146,7 @@ def compare_weights(stored: ReadBack, model: Model, failures: Sequence[str], pro
     units = [unit for spec in comparable for unit in _units(stored, spec)]
     _keep_freed_memory()
     sums: dict[tuple[str, int, int, int], _Sums] = {}
+    quantised = [spec for spec in comparable if stored.recipe(spec.name) is not None]
     kept = frozenset(spec.name for spec in comparable if stored.keeps_codes(spec.name))
     with ThreadPoolExecutor(max_workers=num_cores()) as pool:
         done = 0
@@ -161,6 +171,9 @@ def compare_weights(stored: ReadBack, model: Model, failures: Sequence[str], pro
         "num_weights": sum(part.count for part in sums.values()), "num_matrices": len(sums),
         "num_inexact": inexact, **worst.figures(),
     }  # fmt: skip
+    otherwise = sum(not _Quantiser(stored, spec.name, spec.name in kept).is_known for spec in quantised)
+    if otherwise:
+        figures["other_search"] = OTHER_SEARCH.format(count=otherwise)
     return Answer(question=QUESTION, figures=figures, failures=listed(found))
 
 
@@ -351,7 +364,7 @@ def _add_rows(
         if not band.weights.any():
             continue
         part = slice(begin, end)
-        again = partial(_sound, quantiser, wanted[part], steps[part])
+        again = partial(_sound, quantiser, wanted[part], steps[part]) if quantiser.is_known else None
         off = distances(band, limits, again)
         sums.raise_to("factor", off.factor)
         sums.raise_to("offset", off.offset)
@@ -376,10 +389,12 @@ def _add_codes(
     codes = past_nearest(found, wanted, scales, recipe.bits)
     if recipe.late:
         codes -= np.float32(2 ** (recipe.bits - 1) * HALF_ROUNDING)
-    off = worse_scales(found, wanted, scales, steps, quantiser.scales, quantiser.requantized)
     sums.raise_to("code", codes.max())
-    sums.raise_to("scale", off.max())
     sums.codes += [(first + row, float(codes[row])) for row in np.flatnonzero(~(codes <= limits.code)).tolist()]
+    if not quantiser.is_known:
+        return
+    off = worse_scales(found, wanted, scales, steps, quantiser.scales, quantiser.requantized)
+    sums.raise_to("scale", off.max())
     sums.scales += [(first + row, float(off[row])) for row in np.flatnonzero(~(off <= limits.scale)).tolist()]
 
 

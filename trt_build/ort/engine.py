@@ -90,13 +90,15 @@ class StoredRole:
 @dataclass(frozen=True, kw_only=True)
 class Precision:
     """The quantisation that the engine was built with: its recipe as data (export/quantize/recipe.py), what became of
-    each role, and the bits of all that is stored for each weight."""
+    each role, and the bits of all that is stored for each weight. `search` is the version of the search that chose
+    scales (export/quantize/grid.py); engines that do not say it have the first."""
 
     name: str
     recipe: Mapping[str, Any]
     roles: Mapping[str, StoredRole]
     accuracy_level: int
     average_bits_per_weight: float
+    search: int = 1
 
     @property
     def quantises(self) -> bool:

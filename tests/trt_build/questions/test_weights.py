@@ -13,9 +13,10 @@ from decoding import KINDS, each
 from engine_faults import FAULTS, with_fault
 from safetensors.numpy import load_file, save_file
 
+from cli.verify import answer_lines
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
-from export.quantize.grid import block_scales, dequantize_blocks, quantize_blocks
+from export.quantize.grid import SEARCH_VERSION, STRETCHES, block_scales, dequantize_blocks, quantize_blocks
 from trt_build.comparison.bands import past_nearest, worse_scales
 from trt_build.comparison.limits import limits_of, proved_row_error
 from trt_build.ort.build import BuildOptions, build_engine
@@ -65,6 +66,35 @@ def test_each_fault_is_found(built, tmp_path, family, precision, kernels):
         if ask_about_weights(wrong, model).passed:
             missed.append(name)
     assert missed == []
+
+
+def of_search(engine, version):
+    precision = dataclasses.replace(engine.manifest.precision, search=version)
+    return dataclasses.replace(engine, manifest=dataclasses.replace(engine.manifest, precision=precision))
+
+
+@pytest.mark.parametrize(
+    "stretches", [dict.fromkeys(STRETCHES, (1.0,)), dict.fromkeys(STRETCHES, (1.0, 0.97, 0.94, 1.03))]
+)
+def test_engines_of_another_search_are_judged_by_what_holds_for_any(tmp_path, monkeypatch, stretches):
+    folder = write_phixtral_checkpoint(tmp_path / "c", seed=4, num_experts=2, experts_per_token=1, **QUANTIZABLE)
+    model = read_model(open_checkpoint(folder))
+    with monkeypatch.context() as another:
+        another.setattr("export.quantize.grid.STRETCHES", stretches)
+        engine = build_engine(BuildOptions(checkpoint=str(folder), output=tmp_path / "e", precision="int4"))
+    assert engine.manifest.precision.search == SEARCH_VERSION
+    assert not ask_about_weights(engine, model).passed
+    answer = ask_about_weights(of_search(engine, SEARCH_VERSION + 1), model)
+    assert answer.failures == ()
+    assert "another version" in answer.figures["other_search"]
+    assert "another version" in "".join(answer_lines([answer]))
+
+
+def test_each_fault_of_an_engine_of_another_search_is_found(built, tmp_path):
+    engine, model = built("phixtral", "int4", "moeship")
+    engine = of_search(engine, SEARCH_VERSION + 1)
+    wrong = (with_fault(engine, tmp_path / "wrong", FAULTS[name], network(model)) for name in FOUND)
+    assert [name for name, one in zip(FOUND, wrong, strict=True) if ask_about_weights(one, model).passed] == []
 
 
 NAMED = {

@@ -28,6 +28,7 @@ from export.files.resume import SourceFile
 from export.onnx_graph.kv_scales import FLOAT, INT8, KV_CACHES
 from export.onnx_graph.weights import WeightJob
 from export.provider import KERNELS, ONNX_RUNTIME, OWN_KERNELS, PROVIDERS, Provider, provider_of
+from export.quantize.grid import SEARCH_VERSION
 from export.quantize.presets import recipe_for
 from export.quantize.recipe import GPTQ, Recipe
 from export.quantize.recipe_file import read_recipe_file
@@ -323,6 +324,7 @@ def _precision(recipe: Recipe, export: ExportPlan, weights: Weights) -> Precisio
         roles=stored_roles(export.jobs, weights),
         accuracy_level=recipe.accuracy_level,
         average_bits_per_weight=_bits_per_weight(export.jobs, weights),
+        search=SEARCH_VERSION,
     )
 
 

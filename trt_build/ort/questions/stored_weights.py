@@ -28,7 +28,7 @@ from export.families import Model
 from export.families.network import Attention
 from export.floats import widen
 from export.onnx_graph import names
-from export.quantize.grid import unpack
+from export.quantize.grid import SEARCH_VERSION, unpack
 from export.quantize.layout import GROUP_ROWS, MatrixLayout
 from export.quantize.recipe import NEAREST
 from trt_build.calibration import checksums_of
@@ -49,13 +49,15 @@ _PAIRS = np.ascontiguousarray(_NIBBLES).view(np.uint64)[:, 0]
 @dataclass(frozen=True, kw_only=True)
 class StoredWeights(ReadBack):
     """An engine's weights under our names. `factors`: a row -> how many of its first rows carry which factor.
-    `nearest`: the rows that are rounded without a search."""
+    `nearest`: the rows that are rounded without a search. `search`: the version of the search that chose the others'
+    scales."""
 
     graph: StoredGraph
     mapped: mmap.mmap
     matrices: Mapping[str, StoredMatrix]
     factors: Mapping[str, tuple[int, float]]
     nearest: frozenset[str] = frozenset()
+    search: int = SEARCH_VERSION
 
     def matrix(self, name: str) -> StoredMatrix | None:
         """The quantised form of a row; None if it is stored as floats, or not at all."""
@@ -68,6 +70,9 @@ class StoredWeights(ReadBack):
             return False
         on_cuda = matrix.scales.dtype == "float16" and not matrix.grouped
         return not (grid.has_zeros and on_cuda and self.table[name].role is Role.EXPERT)
+
+    def searched_otherwise(self, name: str) -> bool:
+        return self.search != SEARCH_VERSION and name not in self.nearest and name not in self.checksums
 
     def recipe(self, name: str) -> Recipe | None:
         matrix = self.matrix(name)
@@ -208,6 +213,7 @@ def open_stored_weights(engine: Engine, model: Model) -> StoredWeights:
         factors=_query_factors(graph, model),
         checksums=checksums_of(engine.manifest.calibration),
         nearest=_rounded_rows(engine, model),
+        search=engine.manifest.precision.search,
     )
 
 
