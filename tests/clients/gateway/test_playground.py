@@ -289,11 +289,14 @@ def test_an_error_in_an_answer_keeps_the_text_and_the_message_can_be_sent_again(
     assert opened.page.get_attribute(".turn:last-child .error", "role") == "alert"
     assert "the model's server failed" in opened.text(".error")
     assert opened.page.locator(".asked-text").all_text_contents() == ["one", "two"]
+    server.answer = Says(tokenizer, "third")
+    opened.ask("three")
+    # What failed is no part of the conversation, what was said before it is.
+    assert prompt_of(server) == "<|user|>one\n<|assistant|>first\n<|user|>three\n<|assistant|>"
     server.answer = Says(tokenizer, "second")
     opened.page.click("text=Send again")
     opened.shows("second")
-    assert opened.text(".error") == ""
-    # What failed is no part of the conversation, what was said before it is.
+    assert "".join(opened.page.locator(".error").all_text_contents()) == ""
     assert prompt_of(server) == "<|user|>one\n<|assistant|>first\n<|user|>two\n<|assistant|>"
 
 
@@ -510,8 +513,10 @@ def test_the_experts_of_tokens_and_of_the_answer_are_drawn(open_page, server, to
       const [x, y] = [(token + 0.3) * wide * scale, (5 + (layer + 0.4) * 16) * scale];
       return [...map.getContext('2d').getImageData(x, y, 1, 1).data].slice(0, 3).join();
     }"""
-    colours = {expert: page.evaluate(pixels, [expert, 0]) for expert in range(3)}
-    assert len(set(colours.values())) == 3
+    named = "(name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim()"
+    hexes = [page.evaluate(named, f"--e{expert}") for expert in range(3)]
+    colours = [",".join(str(int(one[place : place + 2], 16)) for place in (1, 3, 5)) for one in hexes]
+    assert len(set(colours)) == 3
     for token in range(4):
         for layer in range(LAYERS):
             assert page.evaluate(pixels, [token, layer]) == colours[(token + layer) % 3]

@@ -111,30 +111,31 @@ def test_an_ensembles_engine_gives_them_too_to_each_of_several_answers(trained):
 
 
 def test_requests_that_ask_and_that_do_not_share_steps_and_a_prompts_beginning(trained):
-    """Prompts of several chunks, whose beginning the second takes over; others join and leave between."""
+    """Prompts of several chunks, whose beginning the second takes over; others join and leave between, and some have
+    several answers."""
     source, session, tokenizer = trained
     service = Service(start(session, ModelParameters(slots=4)), tokenizer)
     long = "import os\nimport sys\n" * 24
-    asked = [PROMPT, long + "x = ", long + "def f(", "class A:"]
+    prompts = [PROMPT, long + "x = ", long + "def f(", "class A:"] * 2
+    asks = [number % 3 != 1 for number in range(len(prompts))]
+    counts = [2 if number in (3, 6) else 1 for number in range(len(prompts))]
     try:
         sent = []
-        for number, prompt in enumerate(asked * 2):
-            more = {"return_routed_experts": True} if number % 3 != 1 else {}
-            values = {
-                "text_input": prompt,
-                "max_tokens": 3 + 4 * number,
-                "stream": number % 2 == 0,
-                "end_id": -1,
-                **more,
-            }
+        for number, prompt in enumerate(prompts):
+            values = {"text_input": prompt, "max_tokens": 3 + 4 * number, "stream": number % 2 == 0, "end_id": -1}
+            values |= {"return_routed_experts": True} if asks[number] else {}
+            if counts[number] > 1:
+                values |= {"num_return_sequences": counts[number], "top_p": 1.0, "temperature": 1.0, "seed": number}
             sent.append(Sent(Request, request_id=str(number), tensors=wire(**values)))
             service.submit(sent[-1].request)
-        for number, (prompt, one) in enumerate(zip(asked * 2, sent, strict=True)):
-            [answer] = join_by_answer(one.all())
-            if number % 3 != 1:
-                check(source, encode_prompt(tokenizer, prompt, 999), answer)
-            else:
-                assert (answer.routing, answer.num_experts) == ((), None)
+        for number, prompt in enumerate(prompts):
+            answers = join_by_answer(sent[number].all())
+            assert len(answers) == counts[number]
+            for answer in answers:
+                if asks[number]:
+                    check(source, encode_prompt(tokenizer, prompt, 999), answer)
+                else:
+                    assert (answer.routing, answer.num_experts) == ((), None)
     finally:
         service.runner.close()
 
