@@ -71,6 +71,15 @@ def two_pieces(request, context):
     yield empty_final()
 
 
+def echoed_prompt(request, context):
+    """The prompt as the answer."""
+    names = [tensor.name for tensor in request.inputs]
+    text = request.raw_input_contents[names.index("text_input")][4:].decode()
+    asked = {"log_probs": True} if "return_log_probs" in names else {}
+    yield piece(text, (5,), finish_reason="stop", num_output=1, **asked)
+    yield empty_final()
+
+
 def at_the_end_of(context: grpc.ServicerContext, callback: Callable[[], object]) -> None:
     """Have a callback called when a call ends, or at once where it has: a client may give up before the answer."""
     if not context.add_callback(callback):

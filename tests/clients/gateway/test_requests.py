@@ -1,0 +1,170 @@
+"""What the gateway refuses, and how: OpenAI's error object and status, for whatever a client sends."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from contextlib import closing
+
+import openai
+import pytest
+from fake_triton import echoed_prompt, empty_final, piece
+from fuzz_gateway import faults
+
+from clients.gateway.settings import Keys, Limits, read_keys
+from export.errors import ConfigError
+
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+def ask(gateway, method: str, path: str, body=None, **headers) -> tuple[int, dict, dict[str, str]]:
+    """Status, JSON and headers of an answer; a dict is sent as JSON, bytes as they are."""
+    data = json.dumps(body).encode() if isinstance(body, dict) else body
+    with closing(http.client.HTTPConnection(gateway.url.removeprefix("http://"), timeout=30)) as connection:
+        connection.request(method, path, data, {"Content-Type": "application/json", **headers})
+        response = connection.getresponse()
+        found = {key.lower(): value for key, value in response.getheaders()}
+        return response.status, json.loads(response.read()), found
+
+
+WRONG_FIELDS = (
+        ({"prompt": "a"}, "model", "must provide a model"),
+        ({"model": "phixtral"}, "prompt", "must provide a prompt"),
+        ({"model": "phixtral", "prompt": ""}, "prompt", "empty text"),
+        ({"model": "phixtral", "prompt": []}, "prompt", "none empty"),
+        ({"model": "phixtral", "prompt": [[1], "a"]}, "prompt", "expected a text, a list"),
+        ({"model": "phixtral", "prompt": [5000]}, "prompt", "token id 5000, expected ids below"),
+        ({"model": "phixtral", "prompt": "a", "n": 17}, "n", "whole number from 1 to 16"),
+        ({"model": "phixtral", "prompt": "a", "max_tokens": 10**12}, "max_tokens", "whole number from 0 to"),
+        ({"model": "phixtral", "prompt": "a", "max_tokens": 0}, "max_tokens", "where echo is not true"),
+        ({"model": "phixtral", "prompt": "a", "temperature": True}, "temperature", "a number from 0 to 2"),
+        ({"model": "phixtral", "prompt": "a", "best_of": 2}, "best_of", "does not honour it"),
+        ({"model": "phixtral", "prompt": "a", "tempreature": 1}, "tempreature", "did you mean temperature"),
+        ({"model": "phixtral", "prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "token ids as keys"),
+        ({"model": "phixtral", "prompt": "a", "stream_options": {}}, "stream_options", "stream is not true"),
+        ({"model": "phixtral", "prompt": "a", "response_format": {"type": "json_object"}}, "response_format",
+         "keeps no answer to a format"),
+)  # fmt: skip
+
+
+def test_wrong_fields_of_a_completion_are_named(gateway):
+    for body, param, message in WRONG_FIELDS:
+        status, answer, _ = ask(gateway, "POST", "/v1/completions", body)
+        assert (status, answer["error"]["param"]) == (400, param), body
+        assert message in answer["error"]["message"]
+
+
+WRONG_MESSAGES = (
+    ([], "at least one"),
+    ([{"role": "wizard", "content": "a"}], r"messages[0].role is 'wizard'"),
+    ([{"role": "user"}], "messages[0].content is None"),
+    ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "models here read text"),
+    ([*CHAT, {"role": "user", "content": "a", "contnet": 1}], "messages[1] has 'contnet'"),
+)
+
+
+def test_wrong_messages_are_named(gateway):
+    for messages, message in WRONG_MESSAGES:
+        status, answer, _ = ask(gateway, "POST", "/v1/chat/completions", {"model": "phixtral", "messages": messages})
+        assert status == 400
+        assert message in answer["error"]["message"]
+
+
+NO_REQUESTS = (
+    ("POST", "/v1/completions", b'{"model": ', {}, 400),
+    ("POST", "/v1/completions", b"[1]", {}, 400),
+    ("POST", "/v1/completions", b'{"model": "a\xff"}', {}, 400),
+    ("POST", "/v1/completions", b"[" * 4_000, {}, 400),
+    ("POST", "/v1/completions", b"x=1", {"Content-Type": "application/x-www-form-urlencoded"}, 415),
+    ("POST", "/v1/completions", b'{"prompt": "' + b"a" * 5_000 + b'"}', {}, 413),
+    ("GET", "/v1/completions", None, {}, 405),
+    ("POST", "/v1/embeddings", b"{}", {}, 404),
+    ("GET", "/v1/models/other", None, {}, 404),
+)
+
+
+def test_what_is_no_request_gets_its_status_in_openais_form(gateway_of):
+    gateway = gateway_of(limits=Limits(body_bytes=4096))
+    for method, path, data, headers, status in NO_REQUESTS:
+        found, answer, sent = ask(gateway, method, path, data, **headers)
+        assert found == status, (method, path, data)
+        assert set(answer["error"]) == {"message", "type", "param", "code"}
+        assert sent["x-request-id"].startswith("req-")
+
+
+def test_a_key_of_the_file_is_asked_for_everywhere_but_at_the_probe(gateway_of, tmp_path):
+    (tmp_path / "keys").write_text(f"# ours\n{'a' * 20}\n\n{'b' * 20}\n")
+    gateway = gateway_of(keys=read_keys(tmp_path / "keys"))
+    assert gateway.client(api_key="b" * 20).models.list().data
+    for path in ("/v1/models", "/metrics", "/nowhere"):
+        assert ask(gateway, "GET", path)[0] == 401
+        assert ask(gateway, "GET", path, Authorization=f"Bearer {'c' * 20}")[0] == 401
+    assert ask(gateway, "GET", "/health")[0] == 200
+    with pytest.raises(openai.AuthenticationError):
+        gateway.client(api_key="a" * 19).models.list()
+
+
+@pytest.mark.parametrize(("text", "problem"), [("", "found none"), ("short\n", "has 5 characters"),
+                                               ("a" * 20 + "\n" + "a" * 20, "one key twice")])  # fmt: skip
+def test_files_of_keys_that_cannot_be_meant_are_refused(tmp_path, text, problem):
+    (tmp_path / "keys").write_text(text)
+    with pytest.raises(ConfigError, match=problem):
+        read_keys(tmp_path / "keys")
+
+
+def test_no_key_opens_a_gateway_of_none():
+    assert Keys().place("") is None
+
+
+def test_more_requests_than_allowed_are_refused_with_a_time(gateway_of):
+    status, answer, headers = ask(gateway_of(limits=Limits(in_flight=0)), "GET", "/v1/models")
+    assert (status, headers["retry-after"], answer["error"]["type"]) == (429, "1", "rate_limit_exceeded")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ ''.__class__.__mro__ }}", "does not render"),
+        ("{{ 'a' * 10**10 }}", "does not render"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "longer than 0.5 s"),
+        ("{% for %}", "it is no Jinja"),
+    ],
+)
+def test_a_template_that_refuses_or_does_not_end_is_the_requests_error(
+    gateway, tmp_path, monkeypatch, template, message
+):
+    monkeypatch.setattr("clients.gateway.rendering.RENDER_S", 0.5)
+    (tmp_path / "template.jinja").write_text(template)
+    for _ in range(2):
+        with pytest.raises(openai.BadRequestError, match=message):
+            gateway.client().chat.completions.create(model="phixtral", messages=CHAT)
+    assert gateway.client().completions.create(model="phixtral", prompt="a").choices
+
+
+def test_damaged_bodies_get_the_right_status_and_nothing_of_other_requests(gateway, server):
+    server.answer = echoed_prompt
+    assert faults(gateway.url, "phixtral", seed=20261128, count=250) == []
+
+
+def test_ids_of_requests_are_the_clients_and_differ_at_the_server(gateway, server):
+    """A request that ends another one names it by its id."""
+    for _ in range(2):
+        _, _, headers = ask(
+            gateway, "POST", "/v1/completions", {"model": "phixtral", "prompt": "a"}, **{"X-Request-Id": "mine"}
+        )
+        assert headers["x-request-id"] == "mine"
+    first, second = (request.id for request in server.requests)
+    assert first != second
+    assert all(found.startswith("mine-") for found in (first, second))
+
+
+def test_what_a_piece_keeps_back_makes_no_event(gateway, server):
+    def held(request, context):
+        yield piece("", (5,), num_output=1)
+        yield piece("ab", (6,), finish_reason="stop", num_output=2)
+        yield empty_final()
+
+    server.answer = held
+    chunks = list(gateway.client().completions.create(model="phixtral", prompt="a", stream=True))
+    assert [chunk.choices[0].text for chunk in chunks] == ["ab"]
