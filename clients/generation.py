@@ -63,11 +63,13 @@ CLOSED = "the client was closed before the answer's end"
 # Three years. From about 1e9 s on, gRPC's clock overflows and the call fails at once with DEADLINE_EXCEEDED.
 MAX_TIMEOUT_S = 1e8
 # A whole answer comes as one message, and gRPC's default limit for a message is 4 MiB. By default gRPC waits up to
-# 120 s between attempts to reach a server that was gone; a server that is started again answers sooner.
+# 120 s between attempts to reach a server that was gone; a server that is started again answers sooner. Without its
+# probes gRPC takes 64 KiB of an answer that is not read, else up to some megabytes.
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.http2.bdp_probe", 0),
 )
 
 

@@ -25,9 +25,12 @@ class Gateway:
 
     def __init__(self, app, url: str) -> None:
         self.state, self.url = app.state.gateway, url
+        self.clients = []
 
     def client(self, **options) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **options})
+        given = {"api_key": "none", "max_retries": 0, **options}
+        self.clients.append(openai.OpenAI(base_url=f"{self.url}/v1", **given))
+        return self.clients[-1]
 
 
 @contextlib.contextmanager
@@ -46,7 +49,10 @@ def running(settings: Settings) -> Iterator[Gateway]:
     assert ready.wait(30)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield Gateway(app, f"http://127.0.0.1:{port}")
+        gateway = Gateway(app, f"http://127.0.0.1:{port}")
+        yield gateway
     finally:
+        for client in gateway.clients:
+            client.close()
         server.should_exit = True
         thread.join()
