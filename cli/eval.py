@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--batch", type=int, default=8, metavar="N", help="sequences in a step (default: %(default)s)")
     how.add_argument("--threads", type=int, metavar="N", help="threads of the CPU (default: every physical core)")
     how.add_argument(
-        "--kv", dest="kv_cache", choices=KV_CACHES, default=FLOAT,
+        "--kv", "--kv-cache-dtype", dest="kv_cache", choices=KV_CACHES, default=FLOAT,
         help="how keys and values are stored: int8 of an engine that was built with --kv int8 (default: %(default)s)",
     )  # fmt: skip
     output = parser.add_argument_group("output")

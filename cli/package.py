@@ -78,7 +78,7 @@ def _add_onnxruntime_arguments(group: argparse._ArgumentGroup) -> None:
         help="how long running answers should pause at most beside a long prompt (default 250)",
     )  # fmt: skip
     group.add_argument(
-        "--kv", dest="kv_cache", choices=KV_CACHES, default=FLOAT,
+        "--kv", "--kv-cache-dtype", dest="kv_cache", choices=KV_CACHES, default=FLOAT,
         help="how keys and values are stored: int8 takes a quarter of the memory, of an engine that was built with "
         "--kv int8 (default float)",
     )  # fmt: skip

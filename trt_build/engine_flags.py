@@ -100,7 +100,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, o
     )
     onnxruntime.add_argument("--drop-tokens", type=int, metavar="N", help="tokens of that text (default: 4096)")
     onnxruntime.add_argument(
-        "--kv", metavar="DTYPE",
+        "--kv", "--kv-cache-dtype", dest="kv", metavar="DTYPE",
         help=f"{' or '.join(KV_CACHES)}: int8 also writes what serving needs to keep keys and values in int8 (`moeship "
         "package --kv int8`), by scales that running the engine over a text gives (default: float)",
     )  # fmt: skip

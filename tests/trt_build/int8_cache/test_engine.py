@@ -169,6 +169,16 @@ def test_a_mixtral_with_a_window_keeps_its_loss_small_and_wrong_scales_are_told(
     assert "with keys and values in int8 the mean KL" in answer.failures[0]
 
 
+def test_verify_says_what_int8_caches_cost_and_records_it(tmp_path, tiny_checkpoint, int8_engine, capsys):
+    """Random weights over the held-out text; the scales were found over another text."""
+    folder = shutil.copytree(int8_engine, tmp_path / "engine")
+    assert main(["verify", str(folder), "--reference", str(tiny_checkpoint), "--tokens", "96"]) == 0
+    assert "What do keys and values in int8 cost? within its limits\n  96 tokens: KL " in capsys.readouterr().out
+    recorded = open_engine(folder).manifest.verification["questions"][-1]
+    assert recorded["question"] == "What do keys and values in int8 cost?"
+    assert 0 < recorded["int8_cache"]["kl"] <= 1e-3
+
+
 def test_a_graph_that_differs_from_the_serving_graph_elsewhere_is_told(tmp_path, int8_engine):
     """A window of 400 positions changes no figure over 300 tokens."""
     folder = shutil.copytree(int8_engine, tmp_path / "engine")
@@ -217,8 +227,8 @@ def test_a_damaged_file_of_scales_is_no_engine(tmp_path, int8_engine):
 def test_an_engine_without_scales_says_to_build_it_again(tmp_path, tiny_engine, capsys):
     with pytest.raises(EngineError, match="built without the scales .* build it again with --kv int8"):
         Session(open_engine(tiny_engine), kv_cache="int8")
-    words = ["package", str(tiny_engine), "--name", "m", "--output", str(tmp_path / "repository"), "--kv", "int8"]
-    assert main(words) == 2
+    words = ["package", str(tiny_engine), "--name", "m", "--output", str(tmp_path / "repository")]
+    assert main([*words, "--kv-cache-dtype", "int8"]) == 2
     assert "build it again with --kv int8, or leave --kv out here" in capsys.readouterr().err
     assert not (tmp_path / "repository").exists()
 
