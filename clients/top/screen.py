@@ -157,7 +157,7 @@ class Screen:
             yield Text(f"{self._glyphs.ellipsis} {left} more layers: make the terminal larger", "dim")
 
     def _strip(self, layer: int, load: tuple[float, ...]) -> Text:
-        strip = Text(f"{layer:>3} ", "dim")
+        strip = Text().append(f"{layer:>3} ", "dim")
         for share in load:
             level = min(_MOST_LEVEL, round(share * _MOST_LEVEL / 2))
             level = max(1, level) if share else 0
