@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
 
+import grpc
 from fake_triton import at_the_end_of, empty_final, piece
 
 from triton_repo.runtime.text.detokenizer import Detokenizer
@@ -21,6 +23,8 @@ FLAGS = (
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 )  # fmt: skip
 PATIENCE_MS = 15_000
+DESKTOP, PHONE = (1280, 800), (360, 720)
+END_ID = 256  # of the tokenizer of tests/checkpoints.py
 LAYERS, EXPERTS = 3, 4
 # Log-probabilities of the tokens of an answer, in turn.
 LIKELY = tuple(map(math.log, (0.9, 0.5, 0.04)))
@@ -114,3 +118,68 @@ class Says:
         made = piece(text, [token for _, token in held], finish_reason=reason, num_output=held[-1][0] + 1,
                      log_probs=likely if "return_log_probs" in asked else False, **fields)  # fmt: skip
         return made
+
+
+class Playground:
+    """An open page, what its console said, and the addresses that it asked."""
+
+    def __init__(self, page, url: str) -> None:
+        self.page, self.url = page, url
+        self.console: list[str] = []
+        self.asked: list[str] = []
+        page.set_default_timeout(PATIENCE_MS)
+        self._listeners = {
+            "console": lambda message: self.console.append(f"{message.type}: {message.text}"),
+            "pageerror": lambda error: self.console.append(f"error: {error}"),
+            "request": lambda request: self.asked.append(request.url),
+        }
+        for event, listener in self._listeners.items():
+            page.on(event, listener)
+        page.goto(url)
+        page.locator("#model", has_text="reading the models").wait_for(state="detached")
+
+    def leave(self) -> None:
+        """Forget the page, which another test may open again."""
+        for event, listener in self._listeners.items():
+            self.page.remove_listener(event, listener)
+        self.page.unroute_all()
+
+    def send(self, text: str) -> None:
+        self.page.fill("#prompt", text)
+        self.page.press("#prompt", "Enter")
+
+    def ask(self, text: str) -> str:
+        """The whole answer to a message."""
+        before = self.page.locator(".turn").count()
+        self.send(text)
+        self.page.locator(".turn .foot-buttons button").nth(0).wait_for()
+        turn = self.page.locator(".turn").nth(before)
+        turn.locator(".foot-buttons button").first.wait_for()
+        return turn.locator(".answer").text_content()
+
+    def shows(self, text: str) -> None:
+        """Wait until an answer is this text. The page's policy allows no waiting for a script's value."""
+        self.page.locator(".answer", has_text=re.compile(f"^{re.escape(text)}$")).wait_for()
+
+    def text(self, selector: str) -> str:
+        return self.page.locator(selector).last.text_content()
+
+    def problems(self) -> list[str]:
+        """What the console said, beside the browser's own word of a response with a status of failure."""
+        return [line for line in self.console if "Failed to load resource" not in line]
+
+
+def sent(server, place: int = -1) -> dict[str, bytes]:
+    """The tensors of a request."""
+    request = server.requests[place]
+    return {tensor.name: raw for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True)}
+
+
+def prompt_of(server) -> str:
+    return sent(server)["text_input"][4:].decode()
+
+
+def full(request, context):
+    """An answer of a server that has no room."""
+    yield from ()
+    context.abort(grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE: 16 requests wait already; send it again in about 7 s")
