@@ -19,8 +19,9 @@ from dataclasses import dataclass
 
 ROOT = "root"
 _MOST_REPEATS = 1024  # in {n,m}
-_LONGEST_LEXEME = 100_000  # characters of a regular expression; longer grammars are written as rules
+_LONGEST_LEXEME = 50_000  # characters of a regular expression; longer grammars are written as rules
 _DEEPEST = 100  # groups within groups
+_MOST_SIGNS = 4  # of repetition, behind one thing
 _SHORT = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 _DIGITS = {"x": 2, "u": 4, "U": 8}
 _TOKEN = re.compile(
@@ -176,7 +177,11 @@ class _Reader:
         return part
 
     def _repeated(self, part: Part) -> Part:
+        depth = 0
         while self._next is not None and (self._sign() in ("*", "+", "?") or self._next["least"]):
+            depth += 1
+            if depth > _MOST_SIGNS:
+                raise self._problem(f"found more than {_MOST_SIGNS} signs of repetition for one thing")
             sign = self._sign()
             if sign:
                 least, most = int(sign == "+"), (1 if sign == "?" else None)

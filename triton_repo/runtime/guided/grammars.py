@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from triton_repo.runtime.guided.ebnf import lark_of
-from triton_repo.runtime.guided.schema import check_schema
+from triton_repo.runtime.guided.schema import LONGEST_PATTERN, check_schema
 from triton_repo.runtime.options import refusal
 
 # One space at most between the parts of JSON, as in Outlines: small models write white space for ever where they may.
@@ -20,6 +20,10 @@ def grammar_of(guide_type: str, guide: str) -> str:
 
     try:
         if guide_type == "regex":
+            if len(guide) > LONGEST_PATTERN:
+                raise ValueError(
+                    f"found {len(guide)} characters, expected at most {LONGEST_PATTERN}; send a shorter one"
+                )
             return LLMatcher.grammar_from_regex(without_anchors(guide))
         if guide_type == "ebnf_grammar":
             return LLMatcher.grammar_from_lark(lark_of(guide))

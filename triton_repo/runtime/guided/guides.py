@@ -16,9 +16,10 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -114,9 +115,10 @@ class CompiledGuide:
         from llguidance import LLMatcher
 
         self._num_tokens, self._pool = num_tokens, pool
-        self._matcher = LLMatcher(library, grammar, log_level=0, limits=_limits())
-        self._first, self._may_end = _mask(self._matcher, num_tokens)
-        problem = _problem(self._matcher)
+        with _panics_caught():
+            self._matcher = LLMatcher(library, grammar, log_level=0, limits=_limits())
+            self._first, self._may_end = _mask(self._matcher, num_tokens)
+            problem = _problem(self._matcher)
         if problem is None and not self._may_end and not self._first.any():
             problem = "no token may begin the answer, so that it cannot be met"
         if problem is not None:
@@ -160,28 +162,43 @@ class Guide:
         if token in self._end_ids:
             self.is_complete = True
             return
-        if not self._matcher.consume_token(token):
-            raise RequestError(
-                f"choosing a token: the guide does not take token {token}: {_problem(self._matcher)}", kind="INTERNAL"
-            )
-        self.is_complete = self._matcher.is_stopped() and self._matcher.is_accepting()
+        with _panics_caught():
+            if not self._matcher.consume_token(token):
+                raise RequestError(
+                    f"choosing a token: the guide does not take token {token}: {_problem(self._matcher)}",
+                    kind="INTERNAL",
+                )
+            self.is_complete = self._matcher.is_stopped() and self._matcher.is_accepting()
         if not self.is_complete:
             self._next = self._submit(self._mask)
 
     def num_taken(self, tokens: Sequence[int]) -> int:
         """How many of the tokens the grammar would take, one after the other. Moves nothing."""
         self.allowed()
-        return self._matcher.validate_tokens(list(tokens))
+        with _panics_caught():
+            return self._matcher.validate_tokens(list(tokens))
 
     def _mask(self) -> Bits:
-        allowed, may_end = _mask(self._matcher, self._num_tokens)
-        problem = _problem(self._matcher)
+        with _panics_caught():
+            allowed, may_end = _mask(self._matcher, self._num_tokens)
+            problem = _problem(self._matcher)
         _with_ends(allowed, self._end_ids, may_end)
         if problem is None and not allowed.any():
             problem = "no token may follow"
         if problem is not None:
             raise RequestError(f"choosing a token: the guide cannot be followed further: {problem}")
         return allowed
+
+
+@contextmanager
+def _panics_caught() -> Iterator[None]:
+    """Makes a RequestError of a panic in the library, which is no Exception and would end the thread."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ != "PanicException":
+            raise
+        raise RequestError(f"following the guide: the library failed ({error}); send another guide") from error
 
 
 def _limits() -> LLParserLimits:

@@ -2,27 +2,59 @@
 
 Keywords are those of JSON Schema 2020-12 and draft 7 that llguidance serves (its docs/json_schema.md). One that is not
 served is refused by name: an answer that ignored it might not be valid. A name that no draft has is refused as well,
-since it is most often a slip; names that begin with x- are extensions, and left out. What values fit a keyword, and
-limits that contradict each other, the library checks.
+since it is most often a slip; names that begin with x- are extensions, and left out. Values are checked here as well,
+since the library does not look at keywords that a schema's type has no use for. Limits that contradict each other are
+the library's to find.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 from urllib.parse import unquote
 
 _OF_MANY = frozenset({"properties", "patternProperties", "$defs", "definitions"})  # a name and a schema each
 _OF_LIST = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
 _OF_ONE = frozenset({"additionalProperties", "items", "additionalItems"})  # items of draft 7 may be a list
-_OTHERS = frozenset(
-    {
-        "type", "const", "enum", "$ref", "required", "minProperties", "maxProperties", "minItems", "maxItems",
-        "minLength", "maxLength", "pattern", "format", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
-        "multipleOf",
-    }
-)  # fmt: skip
+_TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
+
+
+def _is_count(value: object) -> bool:
+    return _is_number(value) and value >= 0 and float(value).is_integer()  # type: ignore[operator, arg-type]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_type(value: object) -> bool:
+    return all(kind in _TYPES for kind in value) if _is_texts(value) and value else value in _TYPES  # type: ignore[attr-defined]
+
+
+# Other keywords: whether a value fits, and what does.
+_Rule = tuple[Callable[[Any], bool], str]
+_COUNT: _Rule = (_is_count, "a whole number of 0 or more")
+_NUMBER: _Rule = (_is_number, "a number")
+_TEXT: _Rule = (_is_text, "a text")
+_OTHERS: dict[str, _Rule] = {
+    "type": (_is_type, f"one or several of {', '.join(_TYPES)}"),
+    "const": (lambda _value: True, ""),
+    "enum": (lambda value: isinstance(value, list) and bool(value), "a list of values"),
+    "required": (_is_texts, "a list of names"),
+    "multipleOf": (lambda value: _is_number(value) and value > 0, "a number above 0"),
+    **dict.fromkeys(("$ref", "pattern", "format"), _TEXT),
+    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _NUMBER),
+    **dict.fromkeys(("minProperties", "maxProperties", "minItems", "maxItems", "minLength", "maxLength"), _COUNT),
+}
 _NOTES = frozenset(
     {
         "$schema", "$id", "$comment", "$anchor", "title", "description", "default", "examples", "example", "deprecated",
@@ -40,7 +72,14 @@ _NOT_SERVED = frozenset(
 _YEAR = "(?:[1-9][0-9]{3}|0(?:[1-9][0-9]{2}|0(?:[1-9][0-9]|0[1-9])))"
 _LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
 _DAY = f"^(?:{_YEAR}-(?:0[13-9]|1[0-2])-|{_YEAR}-02-(?:[01]|2[0-8])|{_LEAP_YEAR}-02-29)"
+# By the format: it also takes a second 60 at any time, which stands for a leap second.
+_NARROWER = {
+    "date": (_DAY,),
+    "date-time": (_DAY, "^.{10}[Tt ][0-9:]{6}[0-5]"),
+    "time": ("^[0-9:]{6}[0-5]",),
+}
 _EXTENSION = "x-"
+LONGEST_PATTERN = 8192  # characters; the library takes a second for some of 50,000
 _DEEPEST = 60  # schemas within schemas; the library reads 128 levels of JSON
 _MOST_TARGETS = 512  # of references; whether they can be met takes the square of their number
 
@@ -73,7 +112,7 @@ def _without_extensions(schema: _Schema, place: str, depth: int = 0) -> _Schema:
     if isinstance(schema, bool):
         return schema
     if not isinstance(schema, dict):
-        raise ValueError(f"found {json.dumps(schema)[:60]} at {place}, expected a schema: an object, true or false")
+        raise ValueError(f"found {_shown(schema)} at {place}, expected a schema: an object, true or false")
     if depth > _DEEPEST:
         raise ValueError(f"found schemas of more than {_DEEPEST} levels; send a schema that is less deep")
     kept = {}
@@ -89,16 +128,33 @@ def _without_extensions(schema: _Schema, place: str, depth: int = 0) -> _Schema:
             value = [_without_extensions(one, f"{where}/{place}", depth + 1) for place, one in enumerate(value)]
         elif name in _OF_ONE:
             value = _without_extensions(value, where, depth + 1)
-        elif name not in _OF_MANY | _OF_LIST | _OTHERS | _NOTES | _NOT_SERVED:
+        elif name in _OF_MANY | _OF_LIST:
+            expected = "an object of schemas" if name in _OF_MANY else "a list of schemas"
+            raise ValueError(f"found {_shown(value)} at {where}, expected {expected}")
+        elif name in _OTHERS:
+            fits, expected = _OTHERS[name]
+            if not fits(value):
+                raise ValueError(f"found {_shown(value)} at {where}, expected {expected}")
+        elif name not in _NOTES | _NOT_SERVED:
             raise ValueError(
                 f"found the keyword {name[:60]!r} at {place}, which JSON Schema does not have; mend or leave it out "
                 f"(the names of your own notes begin with {_EXTENSION})"
             )
+        if name == "pattern" and isinstance(value, str) and len(value) > LONGEST_PATTERN:
+            raise ValueError(
+                f"found a pattern of {len(value)} characters at {place}, expected at most {LONGEST_PATTERN}; send a "
+                "shorter one"
+            )
         if name != "uniqueItems":
             kept[name] = value
-    if kept.get("format") in ("date", "date-time") and isinstance(kept.get("allOf", []), list):
-        kept["allOf"] = [*kept.get("allOf", []), {"pattern": _DAY}]
+    narrower = _NARROWER.get(str(kept.get("format")), ())
+    if narrower:
+        kept["allOf"] = [*kept.get("allOf", ()), *({"pattern": pattern} for pattern in narrower)]
     return kept
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)[:60]
 
 
 def _escaped(name: str) -> str:
@@ -183,7 +239,7 @@ def _can_be_met(schema: _Schema, met: Mapping[str, bool]) -> bool:
 def _object_can_be_met(schema: Mapping[str, Any], met: Mapping[str, bool]) -> bool:
     properties = schema.get("properties")
     properties = properties if isinstance(properties, dict) else {}
-    return all(_can_be_met(properties.get(name, True), met) for name in _list(schema, "required") if _is_text(name))
+    return all(_can_be_met(properties.get(name, True), met) for name in _list(schema, "required"))
 
 
 def _array_can_be_met(schema: Mapping[str, Any], met: Mapping[str, bool]) -> bool:
@@ -199,7 +255,3 @@ def _array_can_be_met(schema: Mapping[str, Any], met: Mapping[str, bool]) -> boo
 def _list(schema: Mapping[str, Any], name: str) -> list[Any]:
     value = schema.get(name)
     return value if isinstance(value, list) else []
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
