@@ -221,19 +221,18 @@ def benchmark(options: argparse.Namespace) -> int:
     engine = open_engine(options.engine, check_digests=False)
     session = Session(engine, options.threads)
     tasks = read_tasks(load_tokenizer(options.engine), options)
-    results = []
-    for result in measure(session, tasks, options.tokens, options.rounds):
-        results.append(result)
-        print(table([result]).splitlines()[1], file=sys.stderr, flush=True)
     about = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine.describe(),
         "model": dataclasses.asdict(engine.manifest.architecture),
         "answers": "the engine's own" if options.own else "given",
-        "rounds": results,
     }
-    if options.output:
-        replace_file(options.output, json.dumps(about, indent=1) + "\n")
+    results = []
+    for result in measure(session, tasks, options.tokens, options.rounds):
+        results.append(result)
+        print(table([result]).splitlines()[1], file=sys.stderr, flush=True)
+        if options.output:
+            replace_file(options.output, json.dumps({**about, "rounds": results}, indent=1) + "\n")
     print(table(results))
     return 0
 
