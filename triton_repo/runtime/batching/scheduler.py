@@ -1,11 +1,12 @@
 """Decides which sequences begin, and what each of them computes in the next step.
 
 Requests begin in the order of their arrival, as soon as a slot is free and the memory budget has room. Every sequence
-whose prompt is computed takes one token in every step. What is left of the step goes to prompts: at most as many of
-their tokens as keep the step within a target time, so that no running answer pauses for long beside a long prompt.
-Half of them goes to the prompt that began first, the other half to the prompt that has got least, so that a short
-prompt does not wait for long ones and a long one is not held up by many short ones. Where no answer runs, prompts take
-the whole width of a step, unless one of them has a short rest: that is computed at once. There are no priorities.
+whose prompt is computed takes one token in every step, and may take those of a draft (`drafts`). What is left of the
+step goes to prompts: at most as many of their tokens as keep the step within a target time, so that no running answer
+pauses for long beside a long prompt. Half of them goes to the prompt that began first, the other half to the prompt
+that has got least, so that a short prompt does not wait for long ones and a long one is not held up by many short ones.
+Where no answer runs, prompts take the whole width of a step, unless one of them has a short rest: that is computed at
+once. There are no priorities.
 
 A prompt that begins like what a slot holds takes that over (`memory.prefixes`). One that begins like the prompt which
 began first waits for that one's tokens, since these get at least half of every step.

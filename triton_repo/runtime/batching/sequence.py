@@ -94,8 +94,8 @@ class Sequence:
 
     @property
     def num_left(self) -> int:
-        """Tokens of the prompt that are not computed yet and that nobody else computes. At 0 the sequence takes one
-        token a step."""
+        """Tokens of the prompt that are not computed yet and that nobody else computes. At 0 the sequence gets
+        at least one token in a step."""
         return 0 if self.is_waiting else max(0, len(self.request.prompt_ids) - self.num_computed)
 
     @property
