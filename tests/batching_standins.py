@@ -141,9 +141,9 @@ class StandInSession:
     def step(self, cache: StandInCache, rows: Sequence[Row]) -> Floats:
         self.before(rows)
         _check_rows(cache, rows)
-        tokens = sum(len(row.token_ids) for row in rows)
-        ones = sum(len(row.token_ids) == 1 for row in rows)
-        self._advance(self.cost.seconds(tokens - ones, len(rows), self.num_steps))
+        # The last token of an answer costs what its row does, and those of its draft as much as a prompt's.
+        tokens = sum(len(row.token_ids) - (row.num_logits == len(row.token_ids)) for row in rows)
+        self._advance(self.cost.seconds(tokens, len(rows), self.num_steps))
         self.num_steps += 1
         done = self.fails(rows)
         logits = []

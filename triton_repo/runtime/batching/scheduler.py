@@ -205,7 +205,7 @@ class Scheduler:
             return {}
         room = MOST_TOKENS - len(decoding)
         if beside_prompts:
-            room = min(room - FEWEST_TOKENS, (self.pace.num_tokens - FEWEST_TOKENS) // 2)
+            room = min(room - FEWEST_TOKENS, (self.pace.num_tokens - FEWEST_TOKENS) // 8)
             return self.drafter.drafts_beside_prompts(decoding, room)
         return self.drafter.drafts(decoding, room, self.limits.pause_target_s)
 

@@ -37,9 +37,9 @@ def wish(number: int, size: int, most_tokens: int, arrives_s: float = 0.0) -> Wi
     return Wish(number=number, prompt=prompt, most_tokens=most_tokens, arrives_s=arrives_s, ends=False)
 
 
-def simulate(cost: Cost, wishes: list[Wish]):
+def simulate(cost: Cost, wishes: list[Wish], **more):
     """The simulation after its end, and when each client got its tokens."""
-    simulation = Simulation(cost)
+    simulation = Simulation(cost, **more)
     clients = [simulation.submit(each) for each in wishes]
     simulation.run()
     return simulation, [[moment for moment, _ in client.parts] for client in clients]
@@ -67,6 +67,21 @@ def test_a_long_prompt_neither_holds_up_running_answers_nor_waits_for_them(name)
         for moments in answers:
             pauses = [after - before for before, after in itertools.pairwise(moments)]
             assert max(pauses) <= longest_s
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_drafts_make_neither_pauses_nor_a_long_prompt_longer_and_the_whole_not_slower(name):
+    """Pauses and the prompt's time are those that are allowed without drafts; answers repeat themselves in parts."""
+    cost = COSTS[name]
+    wishes = [*(wish(number, 30 + 7 * number, 900) for number in range(4)), wish(9, 1024, 50, 40 * cost.step_s)]
+    without = simulate(cost, wishes, surprise_one_in=20)[0].clock.now
+    simulation, (*answers, long) = simulate(cost, wishes, surprise_one_in=20, drafts=True)
+    assert simulation.engine.stats.accepted_tokens > 0
+    assert simulation.clock.now <= without / 0.97
+    assert long[0] - 40 * cost.step_s <= 3 * first_token_s(cost, 1024)
+    for moments in answers:
+        pauses = [after - before for before, after in itertools.pairwise(moments)]
+        assert max(pauses) <= cost.slowdown * (cost.step_s + 4 * cost.row_s) + 2 * TARGET_S
 
 
 @pytest.mark.parametrize("size", [4, 16, 32])

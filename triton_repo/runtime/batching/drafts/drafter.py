@@ -19,7 +19,7 @@ from triton_repo.runtime.batching.sequence import Sequence
 
 _GAIN = 1.02  # by which drafts must raise the tokens a second
 _LEAST_CHANCE = 0.05  # of a token to be chosen, for it to be considered
-_MORE = 0.75  # part of the pause target that drafts may take, however long the step is without them
+_MORE = 0.5  # part of the pause target that drafts may take; memory may become twice as slow the next moment
 _LIKELY = 0.5  # the same beside prompts, where a token of a draft takes the place of one of a prompt
 
 Drafts = Mapping[Sequence, tuple[int, ...]]
@@ -32,16 +32,16 @@ class Drafter:
         self._costs, self._rates = Costs(), Rates()
 
     def drafts(self, sequences: Items[Sequence], room: int, pause_s: float) -> Drafts:
-        """Drafts for the sequences of a step without prompts, of at most `room` tokens. The step takes about `pause_s`
-        seconds at most, as far as is known: other sequences, and requests that arrive, wait for it. Where it takes
-        most of that without drafts, it takes three quarters of `pause_s` more."""
+        """Drafts for the sequences of a step without prompts, of at most `room` tokens. For drafts the step takes
+        half of `pause_s` seconds more at most, as far as is known: other sequences, and requests that arrive, wait for
+        it."""
         candidates = self._candidates(sequences, room, _LEAST_CHANCE)
         costs = self._costs.of(len(sequences)) if candidates else {}
         if not costs:
             return {}
         gains = [0.0, *accumulate(chance for chance, _, _, _ in candidates)]
         rows, plain_s = len(sequences), self._costs.plain_s(len(sequences))
-        longest = max(pause_s, plain_s + _MORE * pause_s) / plain_s
+        longest = 1 + _MORE * pause_s / plain_s
         best, best_rate = 0, _GAIN * rows
         for size, cost in costs.items():
             if size < len(gains) and cost <= longest and (rows + gains[size]) / cost > best_rate:
