@@ -138,6 +138,47 @@ def test_min_p_biases_and_what_is_asked_of_tokens_reach_the_server(server):
     }
 
 
+@pytest.mark.parametrize(
+    ("words", "guide_type", "guide"),
+    [
+        (["--json-object"], b"json", None),
+        (["--regex", "[0-9]+é"], b"regex", "[0-9]+é".encode()),
+        (["--json-schema", "guide"], b"json_schema", b'{"type": "null"}'),
+        (["--grammar", "-"], b"ebnf_grammar", b'root ::= "a"'),
+    ],
+)
+def test_a_guide_reaches_the_server(server, tmp_path, monkeypatch, words, guide_type, guide):
+    (tmp_path / "guide").write_text('{"type": "null"}', encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'root ::= "a"')))
+    assert main(["generate", "--url", server.url, *words, "x"]) == 0
+    sent = sent_tensors(server)
+    assert sent["guided_decoding_guide_type"][4:] == guide_type
+    assert sent.get("guided_decoding_guide", b"    None")[4:] == (guide or b"None")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--json-schema", "absent.json"], "reading --json-schema absent.json: "),
+        (["--grammar", "latin1"], "reading --grammar latin1: 'utf-8' codec"),
+        (["--regex", ""], "reading the guide: it is empty"),
+    ],
+)
+def test_a_guide_that_cannot_be_read_is_wrong_input(server, tmp_path, monkeypatch, capsys, words, said):
+    (tmp_path / "latin1").write_bytes(b"\xe9")
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "--url", server.url, *words, "x"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_guides_exclude_each_other(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "--json-object", "--regex", "a", "x"])
+    assert caught.value.code == 2
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["5", "a=1", "5=x", "=", "5=1=2"])
 def test_a_bias_that_is_no_id_and_number_is_wrong_usage(capsys, text):
     with pytest.raises(SystemExit) as caught:

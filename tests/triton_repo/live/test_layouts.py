@@ -75,6 +75,17 @@ def stop(live, model, request_id) -> list:
     return live.ask(model, request_id, text_input="", max_tokens=0, stop=True)
 
 
+def test_an_answer_is_kept_to_a_guide_and_a_bad_guide_is_refused(ask):
+    guide = {"guided_decoding_guide_type": "regex", "guided_decoding_guide": "([a-c]{2}-){3}"}
+    answer = ask(text_input="def ", max_tokens=50, stream=True, **guide).end()
+    assert re.fullmatch("([a-c]{2}-){3}", answer["text"])
+    assert answer["reason"] == "stop"
+    bad = ask(
+        text_input="def ", max_tokens=5, guided_decoding_guide_type="json_schema", guided_decoding_guide="{"
+    ).end()
+    assert "guided_decoding_guide: found no JSON" in bad["refusal"]
+
+
 def stop_until_over(live, model, request_id, asked) -> dict:
     """What a request came to that is asked to stop until it does: on a busy machine the first may overtake it."""
     deadline = time.monotonic() + PATIENCE_S

@@ -70,6 +70,51 @@ def test_an_answer_by_a_regular_expression_or_a_grammar_matches_it(
             assert piece.finish_reason == "stop"
 
 
+def test_a_stop_word_ends_an_answer_in_the_middle_and_a_limit_leaves_a_beginning(byte_level):
+    asked = request("regex", "[ab]{40}x[0-9]{9}", stop_words=b"x")
+    [piece] = answers(RandomSession(byte_level), byte_level, asked)
+    assert re.fullmatch("[ab]{40}", piece.text)
+    assert piece.finish_reason == "stop"
+    asked["max_tokens"] = np.array([[5]])
+    [piece] = answers(RandomSession(byte_level), byte_level, asked)
+    assert re.fullmatch("[ab]{5,}", piece.text)
+    assert (piece.finish_reason, piece.num_output_tokens) == ("length", 5)
+
+
+def test_bad_words_are_kept_out_of_what_is_allowed_and_fail_where_they_leave_nothing(byte_level):
+    bad = request("regex", "(ab|ba|cc){6}", bad_words=b"bb", **SAMPLED)
+    for seed in range(6):
+        [piece] = answers(RandomSession(byte_level, seed=seed), byte_level, bad)
+        assert re.fullmatch("(ab|ba|cc){6}", piece.text)
+        assert "bb" not in piece.text
+    with pytest.raises(RequestError, match="bad_words and min_length and the guide together leave none"):
+        answers(RandomSession(byte_level), byte_level, request("regex", "abc", bad_words=b"b"))
+
+
+def test_each_of_several_answers_keeps_to_the_guide_and_a_stream_gives_the_same(byte_level):
+    asked = request("json_schema", json.dumps(PERSON), num_return_sequences=3, seed=np.uint64(3), **SAMPLED)
+    whole = {piece.sequence_index: piece.text for piece in answers(RandomSession(byte_level), byte_level, asked)}
+    for text in whole.values():
+        jsonschema.validate(json.loads(text), PERSON)
+    assert len(set(whole.values())) == 3
+    pieces = answers(RandomSession(byte_level), byte_level, asked | {"stream": np.array([[True]])})
+    for index, text in whole.items():
+        assert "".join(piece.text for piece in pieces if piece.sequence_index == index) == text
+
+
+def test_an_end_token_of_the_request_ends_a_guided_answer_and_is_no_part_of_it(byte_level):
+    end = byte_level.encode("q")[0]
+    likely = np.zeros(byte_level.size, np.float32)
+    likely[end] = 50
+    session = RandomSession(byte_level, bias=likely)
+    [piece] = answers(session, byte_level, request("regex", "[a-z]{3}[a-z]*", end_id=np.int32(end)))
+    assert re.fullmatch("[a-pr-z]{3,}", piece.text)
+    assert (piece.token_ids[-1], piece.finish_reason) == (end, "stop")
+    [piece] = answers(session, byte_level, request("regex", "[a-z]{3}", end_id=np.int32(-1)))
+    assert re.fullmatch("[a-z]{3}", piece.text)
+    assert piece.finish_reason == "stop"
+
+
 class Oracle:
     """Drafts what an answer goes on with, and at every fifth place something else."""
 
