@@ -241,8 +241,9 @@ def _cache_lines(found: Mapping[str, Any]) -> list[str]:
     exact = found.get("kl_float32_activations")
     own = "" if exact is None else f"; with float32 activations {exact:.1e}"
     return [
-        f"  {found['num_tokens']} tokens: KL {found['kl']:.1e} on average, p99 {found['p99_kl']:.1e}, at most "
-        f"{found['max_kl']:.1e} nats; top-1 {found['top1']:.1%}{own}, allowed {found['allowed']:.0e}"
+        f"  {found['num_tokens']} tokens: KL {found['kl']:.1e} ± {found['kl_error']:.0e} on average, p99 "
+        f"{found['p99_kl']:.1e}, at most {found['max_kl']:.1e} nats; top-1 {found['top1']:.1%}{own}, allowed "
+        f"{found['allowed']:.0e}"
     ]
 
 

@@ -4,7 +4,8 @@ Both run the same text in chunks, as a server does, and give the logits of every
 are the same, so the difference is the cache's. A quantised engine rounds activations to 8 bits besides, which makes
 more of any small difference: a code that was nearly halfway becomes another one. So such an engine is compared once
 more with float32 activations, and that figure, which is the cache's own, is judged by MOST_MEAN_KL. As it is served,
-an engine must keep the limit that it has for its mean KL from the reference.
+an engine must keep the limit that it has for its mean KL from the reference. A limit is missed where the mean is past
+it by CERTAIN_ERRORS standard errors.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy.typing as npt
 from export.exporter import INT8_CACHE_GRAPH, SERVING_GRAPH
 from export.onnx_graph.kv_scales import FLOAT, INT8
 from trt_build.comparison.answers import OF_INT8_CACHE, Answer
-from trt_build.comparison.parity import THRESHOLDS, FloatArray, log_softmax
+from trt_build.comparison.parity import CERTAIN_ERRORS, THRESHOLDS, FloatArray, log_softmax
 from trt_build.ort.engine import Engine
 from trt_build.ort.int8_cache.graph import graph_failures
 from trt_build.ort.questions.float32 import float32_experts, with_float32_activations
@@ -43,6 +44,16 @@ class _Loss:
     def mean(self) -> float:
         return float(self.kl.mean())
 
+    @property
+    def error(self) -> float:
+        """The standard error of the mean."""
+        return float(self.kl.std() / np.sqrt(len(self.kl)))
+
+    def is_past(self, limit: float) -> bool:
+        """Whether the mean is past a limit for certain: one token for which a router chooses another expert can make
+        a third of it. NaN is."""
+        return not self.mean - CERTAIN_ERRORS * self.error <= limit
+
 
 def ask_about_int8_cache(engine: Engine, windows: Sequence[Sequence[int]]) -> Answer:
     """Measure what int8 caches cost over the first CACHE_TOKENS of windows of token ids that calibration has not seen.
@@ -51,21 +62,22 @@ def ask_about_int8_cache(engine: Engine, windows: Sequence[Sequence[int]]) -> An
     windows = [one[: CACHE_TOKENS - start] for start, one in zip(starts, windows, strict=False) if start < CACHE_TOKENS]
     served = _measure(engine, windows)
     figures: dict[str, Any] = {
-        "num_tokens": len(served.kl), "kl": served.mean, "p99_kl": float(np.quantile(served.kl, 0.99)),
-        "max_kl": float(served.kl.max()), "top1": float(served.same.mean()), "allowed": MOST_MEAN_KL,
+        "num_tokens": len(served.kl), "kl": served.mean, "kl_error": served.error,
+        "p99_kl": float(np.quantile(served.kl, 0.99)), "max_kl": float(served.kl.max()),
+        "top1": float(served.same.mean()), "allowed": MOST_MEAN_KL,
     }  # fmt: skip
-    judged = [(served.mean, max(MOST_MEAN_KL, THRESHOLDS[engine.manifest.judged_as].mean_kl), "")]
+    judged = [(served, max(MOST_MEAN_KL, THRESHOLDS[engine.manifest.judged_as].mean_kl), "")]
     if engine.manifest.precision.quantises:
         with float32_experts():
             graphs = [with_float32_activations(engine.folder, name) for name in (SERVING_GRAPH, INT8_CACHE_GRAPH)]
-            exact = _measure(engine, windows, *graphs).mean
-        figures["kl_float32_activations"] = exact
+            exact = _measure(engine, windows, *graphs)
+        figures["kl_float32_activations"] = exact.mean
         judged.append((exact, MOST_MEAN_KL, ", and activations in float32,"))
     failures = [
-        f"with keys and values in int8{how} the mean KL from the same engine with floats is {found:.3g} nats, allowed "
-        f"{most:.0e}; serve it with --kv float"
-        for found, most, how in judged
-        if not found <= most
+        f"with keys and values in int8{how} the mean KL from the same engine with floats is {loss.mean:.2g} nats, with "
+        f"a standard error of {loss.error:.1g}, allowed {most:.0e}; serve it with --kv float"
+        for loss, most, how in judged
+        if loss.is_past(most)
     ]
     failures += graph_failures(engine)
     return Answer(question=OF_INT8_CACHE, figures={"int8_cache": figures}, failures=tuple(failures))
