@@ -73,7 +73,7 @@ def test_a_long_prompt_neither_holds_up_running_answers_nor_waits_for_them(name)
 def test_drafts_make_neither_pauses_nor_a_long_prompt_longer_and_the_whole_not_slower(name):
     """Pauses and the prompt's time are those that are allowed without drafts; answers repeat themselves in parts."""
     cost = COSTS[name]
-    wishes = [*(wish(number, 30 + 7 * number, 900) for number in range(4)), wish(9, 1024, 50, 40 * cost.step_s)]
+    wishes = [*(wish(number, 30 + 7 * number, 500) for number in range(4)), wish(9, 1024, 50, 40 * cost.step_s)]
     without = simulate(cost, wishes, surprise_one_in=20)[0].clock.now
     simulation, (*answers, long) = simulate(cost, wishes, surprise_one_in=20, drafts=True)
     assert simulation.engine.stats.accepted_tokens > 0
