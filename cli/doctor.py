@@ -31,7 +31,8 @@ from trt_build.errors import EngineError
 
 PACKAGES = (
     "numpy", "ml-dtypes", "tokenizers", "huggingface-hub", "onnx", "onnxruntime", "onnxruntime-gpu",
-    "onnxruntime-genai", "tritonclient", "grpcio", "protobuf", "nvidia-pytriton", "tensorrt_llm", "lm_eval",
+    "onnxruntime-genai", "llguidance", "tritonclient", "grpcio", "protobuf", "nvidia-pytriton", "tensorrt_llm",
+    "lm_eval",
 )  # fmt: skip
 # The flags of /proc/cpuinfo that decide which kernels run.
 CPU_FLAGS = (

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 Bits = npt.NDArray[np.bool_]
 MOST_GUIDES = 64  # compiled grammars that are kept; one takes 0.1 to some MB
 MOST_THREADS = 4  # that compute masks
-LONGEST_MASK_S = 2.0  # before a request fails: `LIMITS` let a mask take a tenth of it
+LONGEST_MASK_S = 10.0  # before a request fails; `LIMITS` let a mask take a fraction of a second
 # A lexer's work is counted in units of about 20 ns while it is built and 70 ns in a step, a parser's in items of 50 ns.
 LIMITS = {
     "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 500_000, "step_max_items": 100_000, "max_items_in_row": 2_000,
