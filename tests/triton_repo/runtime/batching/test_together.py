@@ -174,6 +174,23 @@ def test_an_answer_that_keeps_to_a_guide_is_the_same_with_drafts(fp32):
         assert join(pieces).token_ids == join(piece for piece, _ in answered(session, make)).token_ids
 
 
+def test_the_experts_of_drafted_tokens_are_those_of_tokens_alone(fp32):
+    session, tokenizer = fp32
+    options = GenerationOptions(prompt="a = 1\n" * 12, max_tokens=40, return_routed_experts=True)
+    plan = plan_generation(options, tokenizer, max_sequence=session.max_sequence, end_token_ids=())
+    makers = [texts(plan, tokenizer)] * SLOTS
+    found, stats = together(session, makers, drafts=True, clock=lambda: 0.0, routing=session.routing)
+    assert stats.accepted_tokens > 30
+    expected = join(piece for piece, _ in answered(session, makers[0]))
+    for pieces in found:
+        answer = join(pieces)
+        assert answer.token_ids == expected.token_ids
+        for place, of_token in enumerate(answer.routing):
+            for layer, of_layer in enumerate(of_token):
+                assert [expert for expert, _ in of_layer] == [expert for expert, _ in expected.routing[place][layer]]
+        assert len(answer.routing) == 40
+
+
 def test_texts_of_prompts_that_begin_alike_are_those_of_requests_alone(fp32):
     """Two system prompts, under options of all kinds; some conversations go on behind their first answer."""
     session, tokenizer = fp32
