@@ -25,12 +25,14 @@ MOST_STEPS = 1  # the one that is computed when the end arrives
 # Ends that may take a step more, since a token was on its way to the client, or the end on its way to the model.
 LATE_SHARE = 0.1
 LOGGED_S = 20.0
+_EVENLY = {"temperature": 100.0, "top_k": None, "top_p": 1.0}
 
 
 async def ends(served: Served, number: int, seed: int) -> Report:
     """End so many streams, one after the other, by a request to stop and by a torn connection in turn.
 
-    A stream that runs alone gets one token a step. So the steps from an end to a free slot are the tokens that the
+    A stream that runs alone gets one token a step, where no draft is accepted: the tokens of these are drawn so evenly
+    that none can be guessed. So the steps from an end to a free slot are the tokens that the
     request log counts and that had not arrived when the client left.
     """
     report, source = Report(), random.Random(f"ends {seed}")
@@ -45,7 +47,7 @@ async def ends(served: Served, number: int, seed: int) -> Report:
         for count in range(number):
             wish = longer(source.choice(wishes), 10_000)
             name, tokens = f"end-{seed}-{time.time_ns()}", source.randint(1, 20)
-            wish = replace(wish, request=replace(wish.request, request_id=name))
+            wish = replace(wish, request=replace(wish.request, request_id=name, **_EVENLY))
             with suppress(ClientError, grpc.RpcError):
                 if count % 2:
                     received[name] = ("stop", await _stop(client, wish, tokens))
