@@ -35,9 +35,12 @@ def good_bodies(model: str, marker: str) -> list[tuple[str, dict[str, Any]]]:
         (CHAT, {"model": model, "messages": message, "stream": True, "stream_options": {"include_usage": True}}),
         (COMPLETION, {**shared, "prompt": [marker], "echo": True, "logprobs": 1, "best_of": 1}),
         (COMPLETION, {"model": model, "prompt": marker, "stream": True, "return_token_ids": True}),
+        ("/v1/responses", {"model": model, "input": message, "instructions": "s", "max_output_tokens": 4,
+                           "text": {"format": {"type": "text"}}, "tools": []}),
+        ("/v1/responses", {"model": model, "input": marker, "stream": True, "temperature": 0}),
         ("/tokenize", {"model": model, "prompt": marker, "return_token_strs": True}),
         ("/detokenize", {"model": model, "tokens": [5, 6]}),
-    ]
+    ]  # fmt: skip
 
 
 def faults(url: str, model: str, *, seed: int, count: int) -> list[str]:

@@ -19,7 +19,7 @@ with optional_package("fastapi", "the gateway", "gateway"):
     from starlette.exceptions import HTTPException
 
 from clients.errors import ClientError
-from clients.gateway.api import chat, completions, listing
+from clients.gateway.api import chat, completions, listing, responses
 from clients.gateway.errors import ApiError
 from clients.gateway.events import as_api_error, error_response
 from clients.gateway.guard import Guard, read_json
@@ -66,6 +66,10 @@ def _add_endpoints(app: FastAPI, gateway: Gateway) -> None:
     @app.post("/v1/chat/completions")
     async def create_chat_completion(request: Request) -> Response:
         return await chat.respond(gateway, record_of(request), await read_json(request, gateway.settings))
+
+    @app.post("/v1/responses")
+    async def create_response(request: Request) -> Response:
+        return await responses.respond(gateway, record_of(request), await read_json(request, gateway.settings))
 
     @app.get("/v1/models")
     async def list_models() -> Response:

@@ -90,14 +90,14 @@ class Whole(_Watched):
 
 class Events(_Watched):
     """The events that `events` gives, each sent at once. An error before the first one is an answer with its status;
-    after the first it is an event with the error's object, and the stream ends without [DONE].
+    after the first it is an event with the error's object, and the stream ends without `last`.
 
     While a client does not read, nothing more is taken from `events`. After `unread_s` its answer is ended.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], unread_s: float) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], unread_s: float, last: bytes = DONE) -> None:
         super().__init__()
-        self._events, self._unread_s = events, unread_s
+        self._events, self._unread_s, self._last = events, unread_s, last
 
     async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
         has_begun = False
@@ -108,10 +108,11 @@ class Events(_Watched):
                         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
                         has_begun = True
                     await self._send(send, data)
-                await self._send(send, DONE, more=False)
+                await self._send(send, self._last, more=False)
         except _Unread:
             scope["moeship"].disconnected = True
             scope["moeship"].abort()
+            await asyncio.sleep(0)  # uvicorn learns of it, and does not log that the answer is incomplete
         except Exception as error:
             failure = as_api_error(error)
             scope["moeship"].error = failure.code or failure.kind

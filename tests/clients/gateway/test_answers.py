@@ -44,6 +44,20 @@ def test_a_completion_of_several_prompts_has_a_choice_for_each_answer_to_each(ga
     assert answer.usage.prompt_tokens == 6
 
 
+def test_responses_have_the_text_of_a_chat(gateway, server):
+    asked = {"model": "phixtral", "input": "2+2?", "instructions": "be brief", "max_output_tokens": 8}
+    answer = gateway.client().responses.create(**asked)
+    assert sent(server.requests[-1])["text_input"][4:] == b"<|system|>be brief\n<|user|>2+2?\n<|assistant|>"
+    assert (answer.output_text, answer.status, answer.usage.output_tokens) == ("def main", "incomplete", 3)
+    earlier = [{"role": "user", "content": "a"}, *answer.to_dict()["output"], {"role": "user", "content": "b"}]
+    gateway.client().responses.create(model="phixtral", input=earlier)
+    expected = b"<|user|>a\n<|assistant|>def main\n<|user|>b\n<|assistant|>"
+    assert sent(server.requests[-1])["text_input"][4:] == expected
+    with gateway.client().responses.stream(**asked) as stream:
+        texts = [event.delta for event in stream if event.type == "response.output_text.delta"]
+    assert texts == ["def ", "main"]
+
+
 def test_models_are_listed_with_their_context(gateway):
     (model,) = gateway.client().models.list().data
     assert (model.id, model.max_model_len) == ("phixtral", 640)
