@@ -21,7 +21,7 @@ from trt_build.comparison.answers import Answer
 from trt_build.comparison.cost import Grain
 from trt_build.comparison.cost.measuring import CostOptions
 from trt_build.comparison.evaluation_text import EvaluationText, read_texts
-from trt_build.comparison.parity import MIN_TOKENS, THRESHOLDS, Verification
+from trt_build.comparison.parity import MIN_TOKENS, Verification
 from trt_build.comparison.serving_ways import serving_limits
 from trt_build.comparison.verified import Verified
 from trt_build.errors import EngineError, LibraryMissing, VerificationFailed
@@ -161,7 +161,7 @@ def _verify(
     return Verified(
         verification=verification,
         precision=precision,
-        limits=THRESHOLDS[precision],
+        limits=engine.manifest.thresholds,
         serving_limits=serving_limits(precision, engine.manifest.provider),
         record=lambda: record(engine, verification),
     )

@@ -14,7 +14,10 @@ import pytest
 from cli.main import main
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
+from export.provider import KERNELS
+from export.quantize.presets import preset
 from tests.manifests import edit_manifest, read_values, write_values
+from trt_build.comparison.parity import THRESHOLDS
 from trt_build.engine_files import FileRecord, check_file_records
 from trt_build.errors import EngineError
 from trt_build.ort.engine import StoredRole, open_engine, record_verification, write_manifest
@@ -245,6 +248,30 @@ def test_an_engine_with_bits_by_role_in_place_of_a_recipe_is_read(engine, tiny_c
         expected = bits.get(str(spec.role))
         assert (found and (found.bits, found.block_size)) == (expected and (expected, 64))
     assert manifest.judged_as == "int4"
+
+
+@pytest.mark.parametrize(
+    ("kernels", "tokens", "names_methods", "expected"),
+    [
+        ("onnxruntime", None, True, "int4"),
+        ("onnxruntime", 4096, True, "int4, solved"),
+        ("moeship", None, True, "int4, moeship's kernels"),
+        ("moeship", 4095, True, "int4, moeship's kernels"),
+        ("moeship", 4096, True, "int4, moeship's kernels, solved"),
+        ("moeship", None, False, "int4"),  # of an earlier recipe, which had 4 bits in every layer
+    ],
+)
+def test_the_limits_of_int4_hang_on_kernels_and_on_solved_codes(tiny_engine, kernels, tokens, names_methods, expected):
+    manifest = open_engine(tiny_engine, check_digests=False).manifest
+    recipe = {"name": "int4", **preset("int4", KERNELS[kernels]["cpu"])}
+    roles = manifest.precision.roles
+    roles = roles if names_methods else {role: dataclasses.replace(one, methods=()) for role, one in roles.items()}
+    manifest = dataclasses.replace(
+        manifest, kernels=kernels, calibration=None if tokens is None else {"tokens": tokens},
+        precision=dataclasses.replace(manifest.precision, recipe=recipe, roles=roles),
+    )  # fmt: skip
+    assert manifest.judged_as == "int4"
+    assert manifest.thresholds is THRESHOLDS[expected]
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,14 @@ from export.quantize.recipe import Recipe
 from export.quantize.recipe_reading import read_recipe
 from export.tokenizer.settings import TokenizerFacts
 from trt_build.comparison.cost.dropping import DroppingPrice
+from trt_build.comparison.parity import (
+    OWN_INT4,
+    SOLVED_INT4,
+    SOLVED_OWN_INT4,
+    SOLVED_TOKENS,
+    THRESHOLDS,
+    Thresholds,
+)
 from trt_build.engine_files import FileRecord, check_file_records, differing_files
 from trt_build.errors import EngineError
 from trt_build.manifest import (
@@ -226,6 +234,18 @@ class Manifest:
         provider = KERNELS[self.kernels][self.provider]
         same = name in PRESETS and values == {"name": name, **preset(name, provider)}
         return name if named or same else f"{fewest} bits"
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """The limits of the engine's distance from its checkpoint. Those of int4 hang on the kernels, whose recipes
+        differ, and on whether codes were solved over enough of a text."""
+        name, own = self.judged_as, self.kernels == OWN_KERNELS and self.precision.names_methods
+        if name != "int4":
+            return THRESHOLDS[name]
+        tokens = self.calibration.get("tokens", 0) if self.calibration is not None else 0
+        if isinstance(tokens, int) and tokens >= SOLVED_TOKENS:
+            return THRESHOLDS[SOLVED_OWN_INT4 if own else SOLVED_INT4]
+        return THRESHOLDS[OWN_INT4 if own else name]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,6 @@ from trt_build.comparison.cost.measuring import OF_A_FAILURE, CostOptions
 from trt_build.comparison.evaluation_text import EvaluationText
 from trt_build.comparison.parity import (
     MIN_TOKENS,
-    THRESHOLDS,
     WINDOW_TOKENS,
     FloatArray,
     ParityReport,
@@ -113,11 +112,11 @@ def verify_engine(
         progress("serving with keys and values in int8")
         questions = (*questions, ask_about_int8_cache(engine, windows))
     precision = manifest.judged_as
-    missed = report.failures(THRESHOLDS[precision])
+    missed = report.failures(manifest.thresholds)
     if missed:
         measure_cost = measure_cost or prepare_cost(engine, model, token_ids, OF_A_FAILURE)
     measured = None if measure_cost is None else measure_cost(progress)
-    if missed and measured is not None and (dearest := measured.dearest(THRESHOLDS[precision].mean_kl)) is not None:
+    if missed and measured is not None and (dearest := measured.dearest(manifest.thresholds.mean_kl)) is not None:
         missed.append(dearest)
     limits = serving_limits(precision, manifest.provider)
     misserved = [failure for way in ways if (failure := way.failure(way.limits(limits))) is not None]
@@ -128,7 +127,7 @@ def verify_engine(
             *missed,
             *misserved,
         ),
-        findings=(*findings, *report.findings(manifest.tokenizer_size, THRESHOLDS[precision])),
+        findings=(*findings, *report.findings(manifest.tokenizer_size, manifest.thresholds)),
         reference=location,
         reference_is_the_source=True,
         text=text,

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from export.exporter import INT8_CACHE_GRAPH, SERVING_GRAPH
 from export.onnx_graph.kv_scales import FLOAT, INT8
 from trt_build.comparison.answers import OF_INT8_CACHE, Answer
-from trt_build.comparison.parity import CERTAIN_ERRORS, THRESHOLDS, FloatArray, log_softmax
+from trt_build.comparison.parity import CERTAIN_ERRORS, FloatArray, log_softmax
 from trt_build.ort.engine import Engine
 from trt_build.ort.int8_cache.graph import graph_failures
 from trt_build.ort.questions.float32 import float32_experts, with_float32_activations
@@ -66,7 +66,7 @@ def ask_about_int8_cache(engine: Engine, windows: Sequence[Sequence[int]]) -> An
         "p99_kl": float(np.quantile(served.kl, 0.99)), "max_kl": float(served.kl.max()),
         "top1": float(served.same.mean()), "allowed": MOST_MEAN_KL,
     }  # fmt: skip
-    judged = [(served, max(MOST_MEAN_KL, THRESHOLDS[engine.manifest.judged_as].mean_kl), "")]
+    judged = [(served, max(MOST_MEAN_KL, engine.manifest.thresholds.mean_kl), "")]
     if engine.manifest.precision.quantises:
         with float32_experts():
             graphs = [with_float32_activations(engine.folder, name) for name in (SERVING_GRAPH, INT8_CACHE_GRAPH)]
