@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 Bits = npt.NDArray[np.bool_]
-MOST_GUIDES = 64  # compiled grammars that are kept; one takes 0.1 to some MB
+MOST_GUIDES = 32  # compiled grammars that are kept; one takes 0.1 MB, and by `max_lexer_states` 40 MB at most
 MOST_THREADS = 4  # that compute masks
 LONGEST_MASK_S = 10.0  # before a request fails; `LIMITS` let a mask take a fraction of a second
 # A lexer's work is counted in units of about 20 ns while it is built and 70 ns in a step, a parser's in items of 50 ns.
 LIMITS = {
     "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 500_000, "step_max_items": 100_000, "max_items_in_row": 2_000,
-    "max_lexer_states": 50_000, "max_grammar_size": 200_000,
+    "max_lexer_states": 20_000, "max_grammar_size": 200_000,
 }  # fmt: skip
 # What the library says, where its words are about its own options or parts, and what we say.
 _SAID = {
@@ -72,9 +72,10 @@ class Guides:
         """The compiled grammar of a request. Raises RequestError for a guide that is malformed, cannot be met, takes
         too much, or uses what is not served, and where the library is not installed."""
         with self._lock:
-            if (guide_type, guide) in self._kept:
+            kept = self._kept.get((guide_type, guide))
+            if kept is not None and not kept.is_spent:
                 self._kept.move_to_end((guide_type, guide))
-                return self._kept[guide_type, guide]
+                return kept
             library, pool = self._prepared()
         made = CompiledGuide(library, self._tokenizer.size, grammar_of(guide_type, guide), pool)
         with self._lock:
@@ -109,12 +110,13 @@ def require_library() -> None:
 
 
 class CompiledGuide:
-    """A grammar that was compiled and tried: its first mask is known."""
+    """A grammar that was compiled and tried: its first mask is known. What the library learns of it is shared by all
+    sequences and bounded; where it can learn no more, the grammar is spent, and must be compiled again."""
 
     def __init__(self, library: LLTokenizer, num_tokens: int, grammar: str, pool: ThreadPoolExecutor) -> None:
         from llguidance import LLMatcher
 
-        self._num_tokens, self._pool = num_tokens, pool
+        self._num_tokens, self._pool, self.is_spent = num_tokens, pool, False
         with _panics_caught():
             self._matcher = LLMatcher(library, grammar, log_level=0, limits=_limits())
             self._first, self._may_end = _mask(self._matcher, num_tokens)
@@ -127,7 +129,10 @@ class CompiledGuide:
     def start(self, end_ids: Sequence[int]) -> Guide:
         """The guide of one sequence, which ends with one of `end_ids`."""
         first = _with_ends(self._first.copy(), end_ids, self._may_end)
-        return Guide(self._matcher.deep_copy(), first, end_ids, self._pool.submit)
+        return Guide(self._matcher.deep_copy(), first, end_ids, self._pool.submit, self._spend)
+
+    def _spend(self) -> None:
+        self.is_spent = True
 
 
 class Guide:
@@ -139,8 +144,9 @@ class Guide:
         first: Bits,
         end_ids: Sequence[int],
         submit: Callable[[Callable[[], Bits]], Future[Bits]],
+        spend: Callable[[], None],
     ) -> None:
-        self._matcher, self._submit = matcher, submit
+        self._matcher, self._submit, self._spend = matcher, submit, spend
         self._end_ids, self._num_tokens = tuple(end_ids), len(first)
         self._next: Future[Bits] = Future()
         self._next.set_result(first)
@@ -164,10 +170,7 @@ class Guide:
             return
         with _panics_caught():
             if not self._matcher.consume_token(token):
-                raise RequestError(
-                    f"choosing a token: the guide does not take token {token}: {_problem(self._matcher)}",
-                    kind="INTERNAL",
-                )
+                raise self._failed(_problem(self._matcher) or f"it does not take the token {token}")
             self.is_complete = self._matcher.is_stopped() and self._matcher.is_accepting()
         if not self.is_complete:
             self._next = self._submit(self._mask)
@@ -186,8 +189,12 @@ class Guide:
         if problem is None and not allowed.any():
             problem = "no token may follow"
         if problem is not None:
-            raise RequestError(f"choosing a token: the guide cannot be followed further: {problem}")
+            raise self._failed(problem)
         return allowed
+
+    def _failed(self, problem: str) -> RequestError:
+        self._spend()
+        return RequestError(f"choosing a token: the guide cannot be followed further: {problem}")
 
 
 @contextmanager

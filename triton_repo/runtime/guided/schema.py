@@ -21,7 +21,7 @@ _TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
 
 
 def _is_count(value: object) -> bool:
-    return _is_number(value) and value >= 0 and float(value).is_integer()  # type: ignore[operator, arg-type]
+    return _is_number(value) and value >= 0 and (isinstance(value, int) or value.is_integer())  # type: ignore
 
 
 def _is_number(value: object) -> bool:
@@ -125,7 +125,7 @@ def _without_extensions(schema: _Schema, place: str, depth: int = 0) -> _Schema:
         if name in _OF_MANY and isinstance(value, dict):
             value = {key: _without_extensions(one, f"{where}/{_escaped(key)}", depth + 1) for key, one in value.items()}
         elif (name in _OF_LIST or name == "items") and isinstance(value, list):
-            value = [_without_extensions(one, f"{where}/{place}", depth + 1) for place, one in enumerate(value)]
+            value = [_without_extensions(one, f"{where}/{number}", depth + 1) for number, one in enumerate(value)]
         elif name in _OF_ONE:
             value = _without_extensions(value, where, depth + 1)
         elif name in _OF_MANY | _OF_LIST:

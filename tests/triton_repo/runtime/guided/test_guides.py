@@ -88,6 +88,23 @@ def test_compiled_grammars_are_kept_up_to_a_number(byte_fallback):
     assert guides.compile("regex", "a") is first
 
 
+def test_a_grammar_that_failed_is_compiled_again(byte_fallback):
+    guides, explodes = (
+        Guides(byte_fallback),
+        '{"type": "string", "pattern": "^a+$", "minLength": 90000, "maxLength": 99999}',
+    )
+    first = guides.compile("json_schema", explodes)
+
+    def follow(guide):
+        for _ in range(3):
+            guide.take(min(ids(guide)))
+
+    with pytest.raises(RequestError, match="the guide cannot be followed further: it takes too much"):
+        follow(first.start((END,)))
+    assert guides.compile("json_schema", explodes) is not first
+    assert len(guides) == 1
+
+
 def test_without_the_library_guided_requests_are_refused_and_others_are_not(byte_fallback, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     guides = Guides(byte_fallback)

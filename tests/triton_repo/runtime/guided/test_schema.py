@@ -39,6 +39,7 @@ TREE = {
         ('{"type": "object", "minItems": "a"}', 'found "a" at #/minItems, expected a whole number of 0 or more'),
         ('{"items": {"maxLength": true}}', "found true at #/items/maxLength, expected a whole number"),
         ('{"minimum": "3"}', 'found "3" at #/minimum, expected a number'),
+        ('{"maxLength": 1e999}', "found Infinity at #/maxLength, expected a whole number"),
         ('{"multipleOf": 0}', "found 0 at #/multipleOf, expected a number above 0"),
         ('{"required": "a"}', 'found "a" at #/required, expected a list of names'),
         ('{"pattern": 3}', "found 3 at #/pattern, expected a text"),
