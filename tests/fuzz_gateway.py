@@ -61,7 +61,7 @@ def _faults_of(connection: http.client.HTTPConnection, model: str, rng: random.R
     for _ in range(rng.choice((1, 1, 2, 4))):
         data = mutated_json(rng, data)
     status, answer = _post(connection, path, data)
-    problem = _problem(status, answer, marker)
+    problem = _problem(status, answer, data)
     if problem:
         yield f"{path} {data[:300]!r}: {problem}: {answer[:300]!r}"
     whole = {"model": model, "prompt": f"@{number}@!", "max_tokens": 4}
@@ -76,10 +76,11 @@ def _post(connection: http.client.HTTPConnection, path: str, data: bytes) -> tup
     return response.status, response.read().decode()
 
 
-def _problem(status: int, answer: str, marker: str) -> str | None:
+def _problem(status: int, answer: str, data: bytes) -> str | None:
     if status not in STATUSES:
         return f"status {status}"
-    if set(MARKER.findall(answer)) - {marker}:
+    own = set(MARKER.findall(data.decode(errors="replace")))  # damage may have changed the marker
+    if set(MARKER.findall(answer)) - own:
         return "another request's prompt"
     if status == 200:
         return None
