@@ -25,6 +25,7 @@ HEAVY = (
     "tokenizers",
     "cryptography",
     "prometheus_client",
+    "llguidance",
 )
 # Read by no one but the function that asks for the reference, and by Triton's stub; a folder stands for its modules.
 IMPORTED_BY_NEED = {
