@@ -19,8 +19,8 @@ from triton_repo.runtime.batching.sequence import Sequence
 
 _GAIN = 1.02  # by which drafts must raise the tokens a second
 _LEAST_CHANCE = 0.05  # of a token to be chosen, for it to be considered
-_MORE = 0.5  # part of the pause target that drafts may take; memory may become twice as slow the next moment
 _LIKELY = 0.5  # the same beside prompts, where a token of a draft takes the place of one of a prompt
+_MORE = 0.5  # part of the pause target that drafts may take; memory may become twice as slow the next moment
 
 Drafts = Mapping[Sequence, tuple[int, ...]]
 
