@@ -108,8 +108,9 @@ def _refuse_without_text(arguments: argparse.Namespace) -> None:
     given = [f"--{name}" for name in ("tokens", "report") if getattr(arguments, name) is not None]
     if given:
         raise ConfigError(
-            f"inspecting {named(arguments.checkpoint)}: {' and '.join(given)} belong to a text; name one "
-            "with --text FILE, or leave them out"
+            f"inspecting {named(arguments.checkpoint)}: {' and '.join(given)} "
+            f"{'belong' if len(given) > 1 else 'belongs'} to a text; name one with --text FILE, or leave "
+            f"{'them' if len(given) > 1 else 'it'} out"
         )
 
 

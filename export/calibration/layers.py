@@ -272,7 +272,8 @@ class Solver:
         if not rows:
             return
         few = len(reached.inputs) < self.fewest_tokens * reached.inputs.shape[1]
-        factor = None if few else reached.hessian().factor(rows[0].label(place))
+        says_nothing = few or not reached.inputs.any()
+        factor = None if says_nothing else reached.hessian().factor(rows[0].label(place))
         for row in rows:
             row.solve(place, factor, reached)
             codes[row.name] = row.codes

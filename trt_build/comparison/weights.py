@@ -32,8 +32,8 @@ Place = tuple[TensorSpec, int, int]  # a row of the table, a group of it, and a 
 # below 0.5 takes exact halves up and everything below them down.
 _BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 OTHER_SEARCH = (
-    "the scales of {count} weights were chosen by a search of another version of moeship: their codes, sizes and "
-    "errors are compared with what holds for any search, and no scale by itself; build the engine again for that"
+    "the scales of {count} quantised weights were chosen by another version's search: their codes, sizes and errors "
+    "are compared with what holds for any search, and no scale by itself; build the engine again for that"
 )
 READ_VALUES = 1 << 18  # values that are dequantised and compared at a time
 _KEPT_BYTES = 24 << 20  # several times the arrays of a thread; below 32 MiB, from which on glibc learns nothing

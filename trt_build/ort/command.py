@@ -99,7 +99,8 @@ def _read_dropping(arguments: argparse.Namespace) -> DropOptions | None:
     given = [f"--{name}" for name in ("text", "drop-tokens") if getattr(arguments, name.replace("-", "_")) is not None]
     if given:
         raise ConfigError(
-            f"reading the flags: {' and '.join(given)} belong to --drop-below; name it, or leave them out"
+            f"reading the flags: {' and '.join(given)} {'belong' if len(given) > 1 else 'belongs'} to --drop-below; "
+            f"name that, or leave {'them' if len(given) > 1 else 'it'} out"
         )
     return None
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from checkpoints import write_phixtral_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
+from safetensors.numpy import load_file, save_file
 
 from export.calibration.layers import Solver, Wanted
 from export.calibration.overlay import Overlay
@@ -175,6 +176,21 @@ def test_an_expert_that_too_few_tokens_choose_falls_back(tmp_path):
     matrix = model.weights.load(second)[1]
     assert (codes[second][1].codes == solve(second, matrix, None, 32, 4, symmetric(4)).codes).all()
     assert rows["transformer.h.0.mixer.Wqkv.weight"].fallen_back == ()  # a 32nd of 64 is 2
+
+
+def test_an_expert_that_only_zeros_reach_falls_back(tmp_path):
+    """The first matrix of an expert and its bias are zeros, and so is GELU of them."""
+    folder = phixtral(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    for kind in ("weight", "bias"):
+        tensors[f"transformer.h.0.moe.mlp.1.fc1.{kind}"][:] = 0
+    save_file(tensors, folder / "model.safetensors")
+    model = model_of(folder)
+    codes, rows = solved(model, wanted_of(model), text_of(model).windows)
+    second = "transformer.h.0.moe.mlp.fc2.weight"
+    assert rows[second].fallen_back == (1,)
+    matrix = model.weights.load(second)[1]
+    assert (codes[second][1].codes == solve(second, matrix, None, 32, 4, symmetric(4)).codes).all()
 
 
 def test_experts_that_are_not_wanted_are_not_solved(tmp_path):

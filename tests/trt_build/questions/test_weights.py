@@ -86,7 +86,7 @@ def test_engines_of_another_search_are_judged_by_what_holds_for_any(tmp_path, mo
     assert not ask_about_weights(engine, model).passed
     answer = ask_about_weights(of_search(engine, SEARCH_VERSION + 1), model)
     assert answer.failures == ()
-    assert "another version" in answer.figures["other_search"]
+    assert "another version's search" in answer.figures["other_search"]
     assert "another version" in "".join(answer_lines([answer]))
 
 

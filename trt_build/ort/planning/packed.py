@@ -37,14 +37,23 @@ def _became(role: PackedRole) -> str:
     said = []
     if role.codes_kept:
         exactly = "exactly" if not role.quantised_anew and not float(role.relative_error) else "as they are"
-        said.append(f"the codes of {role.codes_kept} weights are kept {exactly}")
+        said.append(f"the codes of {_weights(role.codes_kept)} are kept {exactly}")
     if role.as_floats:
-        said.append(f"{role.as_floats} weights are stored as floats")
+        said.append(f"{_weights(role.as_floats)} {_are(role.as_floats)} stored as floats")
     if role.quantised_anew:
-        said.append(f"{role.quantised_anew} weights are quantised anew, because {'; '.join(role.reasons)}")
+        anew = role.quantised_anew
+        said.append(f"{_weights(anew)} {_are(anew)} quantised anew, because {'; '.join(role.reasons)}")
     error = float(role.relative_error)
     added = f"; the relative error that this adds is {error:.2%}" if error else ""
     return ", ".join(said) + added + (", --precision int8 adds less" if error > LARGE_ERROR else "")
+
+
+def _weights(count: int) -> str:
+    return f"{count} weight{'' if count == 1 else 's'}"
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _role(jobs: Sequence[WeightJob], weights: Weights, losses: Sequence[Sequence[float]]) -> PackedRole:
