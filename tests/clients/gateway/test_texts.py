@@ -1,0 +1,52 @@
+"""Where a model's tokenizer and template are found, and which bytes its tokens stand for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from clients.gateway.texts import find_folder, read_texts
+from export.errors import ConfigError
+from triton_repo.packaging.package import ENSEMBLE, SINGLE, PackageOptions, package_engine
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+TEXTS = ("def main():\n\treturn 1", "naïve café — 你好 😀🚀", "  two  spaces ")
+
+
+@pytest.mark.parametrize("layout", [SINGLE, ENSEMBLE])
+def test_the_tokenizer_of_a_package_is_its_engines(tmp_path, tiny_engine, layout):
+    package_engine(PackageOptions(engine=tiny_engine, name="tiny", output=tmp_path / "repository", layout=layout))
+    folder = find_folder(tmp_path / "repository", "tiny")
+    assert (folder / "engine.json").is_file()
+    texts = read_texts(folder)
+    manifest = json.loads((tiny_engine / "engine.json").read_text())
+    assert (texts.context, texts.special_tokens) == (manifest["max_sequence"], manifest["tokenizer"]["special_tokens"])
+    assert find_folder(tmp_path, "tiny") is None
+
+
+def test_the_bytes_of_byte_level_tokens_are_those_of_the_text(trained_phixtral):
+    texts = read_texts(trained_phixtral)
+    for text in TEXTS:
+        ids = texts.tokenizer.encode(text)
+        assert b"".join(map(texts.token_bytes, ids)).decode() == text
+    assert texts.token_bytes(texts.tokenizer.backend.token_to_id("<|endoftext|>")) == b"<|endoftext|>"
+    assert texts.token_bytes(10**6) == b""
+    assert not texts.adds_tokens
+
+
+def test_the_bytes_of_sentencepiece_tokens_are_those_of_the_text():
+    texts = read_texts(EXAMPLES / "tiny-mixtral/checkpoint")
+    for text in TEXTS:
+        found = b"".join(map(texts.token_bytes, texts.tokenizer.encode(text))).decode()
+        assert found in (text, f" {text}")  # Llama's puts a space before a text
+    assert texts.adds_tokens
+
+
+def test_a_template_that_is_no_text_is_refused(tmp_path, tiny_engine):
+    manifest = json.loads((tiny_engine / "engine.json").read_text())
+    manifest["tokenizer"]["chat_templates"] = {"default": 1}
+    (tmp_path / "engine.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match="that are no texts"):
+        read_texts(tmp_path)
