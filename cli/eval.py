@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from export.errors import printable
-from export.onnx_graph.kv_scales import FLOAT, KV_CACHES
+from export.provider import FLOAT, KV_CACHES
 
 if TYPE_CHECKING:
     from triton_repo.evaluation.run import Evaluation

@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 
 from cli import llmapi_package
-from export.onnx_graph.kv_scales import FLOAT, KV_CACHES
+from export.provider import FLOAT, KV_CACHES
 from triton_repo.contracts.model_parameters import ModelParameters
 from triton_repo.contracts.trtllm_parameters import TensorrtLlmParameters, value_types
 from triton_repo.packaging.package import LAYOUTS, Package, PackageOptions, package_engine

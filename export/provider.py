@@ -28,6 +28,9 @@ from export.errors import ExportError, unknown
 FLOAT16_MAX = 65504.0
 ONNX_RUNTIME, OWN_KERNELS = "onnxruntime", "moeship"  # values of `kernels`: who made the kernels
 
+INT8, FLOAT = "int8", "float"  # dtypes of keys and values as commands name them; "float" is the provider's float type
+KV_CACHES = (FLOAT, INT8)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:

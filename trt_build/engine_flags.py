@@ -10,8 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from export.calibration.text import DEFAULT_TOKENS
-from export.onnx_graph.kv_scales import KV_CACHES
-from export.provider import KERNELS, PROVIDERS
+from export.provider import KERNELS, KV_CACHES, PROVIDERS
 from export.quantize.presets import PRESETS
 from export.quantize.recipe import METHODS
 from trt_build.calibration import Calibration

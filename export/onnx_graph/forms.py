@@ -23,7 +23,8 @@ import numpy as np
 from export.errors import ExportError
 from export.onnx_graph import names
 from export.onnx_graph.graph import GraphBuilder
-from export.onnx_graph.kv_scales import INT8, QUANTISATION, key_scale, scale_initializers, value_scale
+from export.onnx_graph.kv_scales import QUANTISATION, key_scale, scale_initializers, value_scale
+from export.provider import INT8
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

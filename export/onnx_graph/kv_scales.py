@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     import onnx
 
 SCALES_FILE = "kv_scales.safetensors"
-INT8, FLOAT = "int8", "float"  # dtypes of a cache as commands name them; "float" is the provider's float type
-KV_CACHES = (FLOAT, INT8)
 QUANTISATION = "PER_CHANNEL"  # GroupQueryAttention's k_quant_type and v_quant_type
 
 Floats = npt.NDArray[np.float32]

@@ -13,7 +13,7 @@ from typing import Any
 
 from export.errors import shown
 from export.files.reading import whole_number
-from export.onnx_graph.kv_scales import FLOAT, KV_CACHES
+from export.provider import FLOAT, KV_CACHES
 from triton_repo.errors import RepositoryError
 
 TRITON_BACKEND = "tensorrtllm"  # what config.pbtxt calls TensorRT-LLM's C++ backend; engine.json has another word

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from export.errors import ConfigError, MoeshipError, named
-from export.onnx_graph.kv_scales import FLOAT
 from export.optional import optional_package
+from export.provider import FLOAT
 from export.tokenizer.loading import load_tokenizer
 from triton_repo.evaluation.errors import EvaluationError
 from triton_repo.evaluation.presets import PRESETS

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from export.errors import OutputError, listing
 from export.files.reading import check_name
-from export.onnx_graph.kv_scales import INT8
+from export.provider import INT8
 from triton_repo.contracts.ensemble import STEP_MODELS
 from triton_repo.contracts.model_parameters import MODEL_FILE, ModelParameters, changed_fields
 from triton_repo.contracts.seal import write_seal

@@ -12,8 +12,7 @@ from export.checkpoint.folder import open_checkpoint
 from export.conversion.writer import Progress
 from export.errors import ConfigError
 from export.families import read_model
-from export.onnx_graph.kv_scales import FLOAT, INT8
-from export.provider import named_with_kernels
+from export.provider import FLOAT, INT8, named_with_kernels
 from export.rows import Rows, in_units
 from trt_build.engine_flags import DEFAULT_PROVIDER, read_calibration, read_checkpoint
 from trt_build.machine.bandwidth import measure_read_bandwidth

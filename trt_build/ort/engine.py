@@ -31,8 +31,8 @@ from export.exporter import (
 from export.files.output import replace_file
 from export.files.reading import check_name
 from export.files.typed_json import read_typed
-from export.onnx_graph.kv_scales import INT8, SCALES_FILE
-from export.provider import KERNELS, OWN_KERNELS
+from export.onnx_graph.kv_scales import SCALES_FILE
+from export.provider import INT8, KERNELS, OWN_KERNELS
 from export.quantize.presets import PRESETS, preset
 from export.quantize.recipe import Recipe
 from export.quantize.recipe_reading import read_recipe

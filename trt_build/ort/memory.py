@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from export.architecture import Architecture
-from export.onnx_graph.kv_scales import FLOAT, INT8
-from export.provider import PROVIDERS, Provider
+from export.provider import FLOAT, INT8, PROVIDERS, Provider
 from trt_build.errors import EngineError
 from trt_build.machine.memory import available_memory
 from trt_build.ort.engine import Engine

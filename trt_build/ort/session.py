@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from export.exporter import DATA_FILE, GENERATING_GRAPH, INT8_CACHE_GRAPH, SCORING_GRAPH, SERVING_GRAPH
 from export.onnx_graph import names
-from export.onnx_graph.kv_scales import FLOAT, INT8
+from export.provider import FLOAT, INT8
 from trt_build.errors import EngineError, SequenceError
 from trt_build.ort.cache import Cache
 from trt_build.ort.device import Device, load_graph, open_device
@@ -45,7 +45,7 @@ Floats = npt.NDArray[np.float32]
 class Session:
     """An engine's serving graph, loaded. `threads` None lets ONNX Runtime use every physical core; `device_index` is
     the number of the GPU; `content` is a graph in place of the stored one. `kv_cache` says how keys and values are
-    stored, one of `export/onnx_graph/kv_scales.py: KV_CACHES`. Raises EngineError where the engine has no usable scales
+    stored, one of `export/provider.py: KV_CACHES`. Raises EngineError where the engine has no usable scales
     for that.
 
     An engine of an earlier format has no such graph: there each row of a step is computed by itself, and gives the

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.exporter import INT8_CACHE_GRAPH, SERVING_GRAPH
-from export.onnx_graph.kv_scales import FLOAT, INT8
+from export.provider import FLOAT, INT8
 from trt_build.comparison.answers import OF_INT8_CACHE, Answer
 from trt_build.comparison.parity import CERTAIN_ERRORS, FloatArray, log_softmax
 from trt_build.ort.engine import Engine

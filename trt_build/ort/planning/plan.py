@@ -24,9 +24,9 @@ from export.conversion.workers import peak_memory
 from export.conversion.writer import conversion_bytes
 from export.exporter import DATA_FILE, RECORDS_FILE
 from export.onnx_graph.converter import OnnxConverter
-from export.onnx_graph.kv_scales import FLOAT, SCALES_FILE, scales_bytes
+from export.onnx_graph.kv_scales import SCALES_FILE, scales_bytes
 from export.onnx_graph.weights import WeightJob
-from export.provider import ONNX_RUNTIME, OWN_KERNELS
+from export.provider import FLOAT, ONNX_RUNTIME, OWN_KERNELS
 from trt_build.engine_files import FileRecord
 from trt_build.manifest import MANIFEST_FILE
 from trt_build.ort.engine import UNDIGESTED_FILES, DroppedExperts, StoredRole, manifest_text

@@ -25,9 +25,8 @@ from export.errors import ConfigError, KernelsError, unknown
 from export.exporter import ExportPlan, plan_export
 from export.families import Model
 from export.files.resume import SourceFile
-from export.onnx_graph.kv_scales import FLOAT, INT8, KV_CACHES
 from export.onnx_graph.weights import WeightJob
-from export.provider import KERNELS, ONNX_RUNTIME, OWN_KERNELS, PROVIDERS, Provider, provider_of
+from export.provider import FLOAT, INT8, KERNELS, KV_CACHES, ONNX_RUNTIME, OWN_KERNELS, PROVIDERS, Provider, provider_of
 from export.quantize.grid import SEARCH_VERSION
 from export.quantize.presets import recipe_for
 from export.quantize.recipe import GPTQ, Recipe
