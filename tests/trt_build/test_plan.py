@@ -79,16 +79,20 @@ def test_a_mixtral_is_planned_to_the_byte_in_both_spellings(tmp_path, spelling, 
 
 
 @pytest.mark.parametrize(
-    ("kernels", "scale_bytes", "block", "head_bits"), [("moeship", 2, 32, 6), ("onnxruntime", 4, 64, 8)]
+    ("kernels", "scale_bytes", "block", "head_bits", "last_bits"),
+    [("moeship", 2, 32, 6, 5), ("onnxruntime", 4, 64, 8, 4)],
 )
-def test_bytes_by_role_and_per_token_are_those_worked_by_hand(tiny_checkpoint, kernels, scale_bytes, block, head_bits):
+def test_bytes_by_role_and_per_token_are_those_worked_by_hand(
+    tiny_checkpoint, kernels, scale_bytes, block, head_bits, last_bits
+):
     # H 192, F 448, V 352, E 5, K 2, L 3. A block of int4 is 64 weights of 4 bits and one scale, 32 for moeship's
     # kernels, since 128 divides neither width. The scale is float16 for moeship's kernels, and float32 for ONNX
-    # Runtime's. moeship's kernels read 16 rows at a time, and every number of rows here is a multiple of 16.
+    # Runtime's. moeship's kernels read 16 rows at a time, and every number of rows here is a multiple of 16. The first
+    # matrices of the last layer's experts have 5 bits with moeship's kernels.
     planned = plan(tiny_checkpoint, precision="int4", kernels=kernels)
     expert = planned.roles["expert"]
     assert expert.num_weights == 3 * 5 * 2 * 448 * 192
-    assert expert.codes_bytes == expert.num_weights // 2
+    assert expert.codes_bytes == 5 * 448 * 192 * (5 * 4 + last_bits) // 8
     assert expert.scales_bytes == expert.num_weights // block * scale_bytes
     assert expert.bytes_per_token == (expert.codes_bytes + expert.scales_bytes) * 2 // 5
     embedding, head = planned.roles["embedding"], planned.roles["head"]
