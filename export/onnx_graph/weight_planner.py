@@ -60,7 +60,8 @@ class WeightPlanner:
         matrices that must have the same block size (empty: this one alone).
 
         A matrix that the checkpoint stores on a grid keeps its codes if they have room in the recipe's bits and a block
-        size divides the groups. A larger block than the preferred one is never taken for it.
+        size divides the groups. A larger block than the preferred one is never taken for it. Such a matrix has the
+        grid's bits, if the kernels have them for all matrices `together`: more bits would hold the same values.
         """
         spec = self.table[name]
         storage = self._recipe.storage(spec)
@@ -77,15 +78,27 @@ class WeightPlanner:
         grid = self._grids.get(name)
         if grid is not None and (grid.bits > bits or grid.group_size % block or not self._states(grid, spec.role)):
             grid = None
+        if grid is not None and self._has_bits(grid, together, spec.role):
+            bits = grid.bits
         initializers = kernels.initializers(
             spec, bits, block, self._provider, zeros=grid is not None and grid.has_zeros
         )
         job = WeightJob(
-            source=name, role=spec.role, layout=kernels.layout, storage=replace(storage, block_size=block),
+            source=name, role=spec.role, layout=kernels.layout, storage=replace(storage, bits=bits, block_size=block),
             expert_order=order, outputs=initializers, grid=grid, **scaled,
         )  # fmt: skip
         self.jobs.append(job)
         return [initializer.name for initializer in initializers], job
+
+    def _has_bits(self, grid: Grid, together: Sequence[str], role: Role) -> bool:
+        """Whether kernels have a grid's bits, and all matrices `together` lie on grids like it."""
+        grids = [self._grids.get(other) for other in together]
+        alike = all(
+            other is not None and (other.bits, other.group_size, other.has_zeros)
+            == (grid.bits, grid.group_size, grid.has_zeros)
+            for other in grids
+        )  # fmt: skip
+        return alike and grid.bits in self._provider.offers(role).bits
 
     def _states(self, grid: Grid, role: Role) -> bool:
         """Whether the kernels of a role compute with the zero points of a grid."""

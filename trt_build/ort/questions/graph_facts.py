@@ -58,7 +58,7 @@ class _Facts:
         self._manifest = engine.manifest
         self._stored = engine.manifest.recipe()
         self._provider = KERNELS[engine.manifest.kernels][engine.manifest.provider]
-        self._table = model.weights.table
+        self._weights, self._table = model.weights, model.weights.table
         self._network: Network = model.family.network(model.weights.checkpoint.config)
         self._experts_per_token = model.architecture.experts_per_token
         self._num_experts = model.architecture.num_experts
@@ -132,11 +132,17 @@ class _Facts:
         name = zero_points_name(row)
         return name if name in self._graph.extents else ""
 
+    def _has_bits_of_grid(self, spec: TensorSpec, bits: Any) -> bool:  # noqa: ANN401 - an attribute
+        """Whether a matrix whose codes the checkpoint has may have these bits: those of the checkpoint's codes, where
+        the recipe has more."""
+        grid, choice = self._weights.grid(spec.name), self._stored.choice(spec)
+        return grid is not None and choice is not None and bits == grid.bits < choice.bits
+
     def _recipe(self, node: Node, spec: TensorSpec, bits: str = "bits", block_size: str = "block_size") -> None:
         """Check the attributes of bits and block size against engine.json."""
         choice = self._stored.choice(spec)
         expected = choice.bits if choice else None
-        if node.attributes.get(bits) != expected:
+        if node.attributes.get(bits) != expected and not self._has_bits_of_grid(spec, node.attributes.get(bits)):
             self._fail(node.name, f"has {bits} {node.attributes.get(bits)}, engine.json says {expected}")
         block, sizes = node.attributes.get(block_size), self._stored.block_sizes(spec)
         if block not in sizes:
