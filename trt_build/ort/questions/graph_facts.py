@@ -135,8 +135,11 @@ class _Facts:
     def _has_bits_of_grid(self, spec: TensorSpec, bits: Any) -> bool:  # noqa: ANN401 - an attribute
         """Whether a matrix whose codes the checkpoint has may have these bits: those of the checkpoint's codes, where
         the recipe has more."""
-        grid, choice = self._weights.grid(spec.name), self._stored.choice(spec)
-        return grid is not None and choice is not None and bits == grid.bits < choice.bits
+        choice = self._stored.choice(spec)
+        if choice is None or not isinstance(choice.bits, int):
+            return False
+        grid = self._weights.grid(spec.name)
+        return grid is not None and bits == grid.bits < choice.bits
 
     def _recipe(self, node: Node, spec: TensorSpec, bits: str = "bits", block_size: str = "block_size") -> None:
         """Check the attributes of bits and block size against engine.json."""
