@@ -154,7 +154,7 @@ def main() -> int:
     parser.add_argument("--llama", type=Path, help="folder of llama-quantize and llama-imatrix")
     parser.add_argument("--work", type=Path, help="folder for engines and quants; what is there is used again")
     parser.add_argument("--tokens", type=int, default=8192, help="scored tokens (default 8192)")
-    parser.add_argument("--calibrate-tokens", type=int, default=8192, help="of moeship's calibration text")
+    parser.add_argument("--calibrate-tokens", type=int, default=14336, help="of moeship's calibration text")
     parser.add_argument("--output", type=Path, default=RESULTS / "quality.json")
     parser.add_argument("--plot", type=Path, metavar="RESULT", help="only draw the picture of a result")
     options = parser.parse_args()

@@ -126,10 +126,8 @@ def _tensors(model: Model) -> Iterator[tuple[str, FloatArray]]:
 def make_importance(programs: Path, model: Path, text: Path, output: Path, num_tokens: int) -> None:
     """The importance matrix of a text, by llama-imatrix."""
     chunks = num_tokens // CONTEXT
-    _run(
-        [programs / "llama-imatrix", "-m", model, "-f", text, "-o", output, "-c", CONTEXT, "--chunks", chunks, "-t", 1],
-        "making the importance matrix",
-    )
+    words = ["-c", CONTEXT, "--chunks", chunks, "-t", 1, "--process-output"]  # without the last the head has none
+    _run([programs / "llama-imatrix", "-m", model, "-f", text, "-o", output, *words], "making the importance matrix")
 
 
 def quantise(programs: Path, source: Path, kind: str, importance: Path | None, output: Path) -> None:

@@ -21,7 +21,7 @@ from export.checkpoint.tensor_table import Role
 from export.errors import CheckpointError, ConfigError, QuantizationError
 from export.families import read_model
 from export.files.resume import partial_path
-from export.quantize.gptq import Hessian, solve, symmetric
+from export.quantize.gptq import Factor, Hessian, solve, symmetric
 from export.quantize.solved import open_solved, packed, row_checksums, unpacked
 from export.reference.model import Reference, bounds_of, embedding_rows, normalise
 from export.reference.reader import Reader
@@ -129,8 +129,9 @@ def test_each_matrix_is_solved_for_what_reaches_it_from_the_codes_before(tmp_pat
         equal(f"{layer.mlp.second}.weight", inner, exact_inner, missing[here], expert)
 
 
-def test_the_codes_serve_better_than_searched_ones_on_other_text(trained_phixtral):
-    """Mean KL of the trained example on held-out text, over 4,096 tokens of the calibration text."""
+def test_the_codes_serve_better_than_others_on_other_text(trained_phixtral, monkeypatch):
+    """Mean KL of the trained example on held-out text, over 4,096 tokens of the calibration text: better than searched
+    ones, and than those of matrices that mend nothing of the errors before them."""
     model = model_of(trained_phixtral)
     tokenizer = model_settings(model).tokenizer
     windows = windows_of(tokenizer.encode_prompt(own_text()), 4096, 512, "")
@@ -150,7 +151,11 @@ def test_the_codes_serve_better_than_searched_ones_on_other_text(trained_phixtra
         found = [log_softmax(logits) for logits, _ in Reference(with_codes(model, codes)).run(held_out)]
         return np.mean([(np.exp(p) * (p - q)).sum(-1).mean() for p, q in zip(exact, found, strict=True)])
 
-    assert divergence(solved(model, wanted, windows)[0]) < 0.7 * divergence(searched)
+    found = divergence(solved(model, wanted, windows)[0])
+    assert found < 0.6 * divergence(searched)
+    monkeypatch.setattr(Factor, "shares", lambda self, lacking: np.zeros_like(lacking))
+    plain = divergence(solved(model, wanted, windows)[0])
+    assert found < 0.9 * plain
 
 
 def test_a_matrix_mends_errors_of_its_own_size_alone(tmp_path):
