@@ -17,7 +17,9 @@ _STYLES = {
 }
 Points = Sequence[Mapping[str, Any]]
 _LADDER = "q"  # names of the presets that a line joins begin so
-_UNNAMED, _BELOW = ("int8",), ("Q4_0",)  # int8 lies on q8; the name of Q4_0 would lie on its neighbour's
+_UNNAMED = ("int8",)  # which lies on q8
+# Names of llama.cpp's points stand above them and ours below, but for those that would lie on a neighbour.
+_BELOW, _ABOVE = ("Q4_0",), ("int4",)
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
@@ -53,7 +55,8 @@ def _points(axis: Any, points: Points, method: str, key: str, factor: float) -> 
     axis.plot([p[key] * factor for p in line], [p["kl"] for p in line], color=colour, linewidth=1)
     axis.margins(x=0.09)
     for p in own if named else ():
-        side = (5, 4) if method == "llama.cpp" and p["name"] not in _BELOW else (-4, -11)
+        is_above = (method == "llama.cpp" and p["name"] not in _BELOW) or p["name"] in _ABOVE
+        side = (5, 4) if is_above else (-4, -11)
         if p["name"] in _UNNAMED:
             continue
         axis.annotate(p["name"], (p[key] * factor, p["kl"]), xytext=side, textcoords="offset points", fontsize=8,
