@@ -17,9 +17,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from triton_repo.runtime.guided.needs import Needs
+
 ROOT = "root"
 _MOST_REPEATS = 1024  # in {n,m}
 _LONGEST_LEXEME = 50_000  # characters of a regular expression; longer grammars are written as rules
+_MOST_WRITTEN = 20 * _LONGEST_LEXEME  # the same for all rules of a grammar
 _DEEPEST = 100  # groups within groups
 _MOST_SIGNS = 4  # of repetition, behind one thing
 _SHORT = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
@@ -272,37 +275,49 @@ def _used_first(rules: Mapping[str, Part]) -> list[str] | None:
 
 
 def _can_end(rules: Mapping[str, Part]) -> bool:
-    """Whether some finite text meets the root: the least fixed point over the rules."""
-    ending: set[str] = set()
+    """Whether some finite text meets the root."""
+    needs = Needs()
+    nothing, named = needs.all_of([]), {name: needs.later() for name in rules}
 
-    def ends(part: Part) -> bool:
+    def node(part: Part) -> int:
         if isinstance(part, Name):
-            return part.name in ending
+            return named[part.name]
         if isinstance(part, Series):
-            return all(map(ends, part.parts))
+            return needs.all_of([node(one) for one in part.parts])
         if isinstance(part, Choice):
-            return any(map(ends, part.parts))
-        if isinstance(part, Repeat):
-            return not part.least or ends(part.part)
-        return True
+            return needs.any_of([node(one) for one in part.parts])
+        if isinstance(part, Repeat) and part.least:
+            return node(part.part)
+        return nothing
 
-    grown = True
-    while grown:
-        found = {name for name, part in rules.items() if name not in ending and ends(part)}
-        ending |= found
-        grown = bool(found)
-    return ROOT in ending
+    for name, part in rules.items():
+        needs.define(named[name], node(part))
+    return needs.can_be_met(named[ROOT])
 
 
 def _regex_of(rules: Mapping[str, Part], order: list[str]) -> str | None:
     """The root as one regular expression, where no rule needs itself; None if it would be too long."""
     found: dict[str, str] = {}
+    total = 0
     for name in order:
-        regex = _regex(rules[name], found)
-        if len(regex) > _LONGEST_LEXEME:
+        # Counted first: rules that name a long one thousands of times would be gigabytes.
+        length = _length(rules[name], found)
+        total += length
+        if length > _LONGEST_LEXEME or total > _MOST_WRITTEN:
             return None
-        found[name] = regex
+        found[name] = _regex(rules[name], found)
     return found[ROOT]
+
+
+def _length(part: Part, found: Mapping[str, str]) -> int:
+    """The characters of what `_regex` gives, but for those of groups and signs."""
+    if isinstance(part, Letters):
+        return len(part.regex)
+    if isinstance(part, Name):
+        return len(found[part.name])
+    if isinstance(part, Repeat):
+        return _length(part.part, found)
+    return sum(_length(one, found) for one in part.parts)
 
 
 def _regex(part: Part, found: Mapping[str, str]) -> str:

@@ -10,9 +10,11 @@ the library's to find.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 from urllib.parse import unquote
+
+from triton_repo.runtime.guided.needs import Needs
 
 _OF_MANY = frozenset({"properties", "patternProperties", "$defs", "definitions"})  # a name and a schema each
 _OF_LIST = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
@@ -41,6 +43,7 @@ def _is_type(value: object) -> bool:
 
 
 # Other keywords: whether a value fits, and what does.
+_COUNTS = ("minProperties", "maxProperties", "minItems", "maxItems", "minLength", "maxLength")
 _Rule = tuple[Callable[[Any], bool], str]
 _COUNT: _Rule = (_is_count, "a whole number of 0 or more")
 _NUMBER: _Rule = (_is_number, "a number")
@@ -53,7 +56,7 @@ _OTHERS: dict[str, _Rule] = {
     "multipleOf": (lambda value: _is_number(value) and value > 0, "a number above 0"),
     **dict.fromkeys(("$ref", "pattern", "format"), _TEXT),
     **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _NUMBER),
-    **dict.fromkeys(("minProperties", "maxProperties", "minItems", "maxItems", "minLength", "maxLength"), _COUNT),
+    **dict.fromkeys(_COUNTS, _COUNT),
 }
 _NOTES = frozenset(
     {
@@ -80,8 +83,10 @@ _NARROWER = {
 }
 _EXTENSION = "x-"
 LONGEST_PATTERN = 8192  # characters; the library takes a second for some of 50,000
-_DEEPEST = 60  # schemas within schemas; the library reads 128 levels of JSON
-_MOST_TARGETS = 512  # of references; whether they can be met takes the square of their number
+_DEEPEST = 60  # schemas within schemas
+_DEEPEST_JSON = 120  # objects and lists within each other; the library reads 128 levels
+_MOST_DIGITS = 300  # of a whole number, which the library reads as a float64
+_MOST_TARGETS = 512  # of references
 
 _Schema = Any  # a dict, or a bool
 
@@ -89,17 +94,53 @@ _Schema = Any  # a dict, or a bool
 def check_schema(text: str) -> dict[str, Any]:
     """The schema in a text, without extensions and with dates that exist. Raises ValueError, whose text says what is
     wrong and where."""
+    schema = _without_extensions(_parsed(text), "#")
+    if schema is False:
+        raise ValueError("no value meets the schema false; send another one")
+    if _levels(schema) > _DEEPEST_JSON:
+        raise ValueError(f"found JSON of more than {_DEEPEST_JSON} levels; send a schema that is less deep")
+    _check_numbers(schema)
+    _check_reach(schema)
+    return {} if schema is True else schema
+
+
+def _parsed(text: str) -> _Schema:
+    """The JSON of a text. Raises ValueError, also for what other readers of JSON do not take."""
     try:
-        schema = json.loads(text, parse_constant=_refuse_constant)
+        found = json.loads(text, parse_constant=_refuse_constant, parse_int=_read_int)
+        json.dumps(found, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("found JSON of too many levels; send a schema that is less deep") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"found no JSON ({error}), expected a JSON schema") from None
-    schema = _without_extensions(schema, "#")
-    if schema is False:
-        raise ValueError("no value meets the schema false; send another one")
-    _check_reach(schema)
-    return {} if schema is True else schema
+    except UnicodeEncodeError:
+        raise ValueError("found half of a pair such as \\ud83d\\ude00 in a text, expected both halves") from None
+    return found
+
+
+def _read_int(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"found a number of {len(text)} digits, expected at most {_MOST_DIGITS}")
+    return int(text)
+
+
+def _check_numbers(schema: _Schema) -> None:
+    try:
+        json.dumps(schema, allow_nan=False)
+    except ValueError:
+        raise ValueError("found a number beyond 1.7e308, the largest that readers of JSON take") from None
+
+
+def _levels(value: object) -> int:
+    """How many objects and lists lie within each other."""
+    levels, found = 0, [value]
+    while found := [one for each in found for one in _inner(each)]:
+        levels += 1
+    return levels
+
+
+def _inner(value: object) -> Iterable[object]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -115,7 +156,7 @@ def _without_extensions(schema: _Schema, place: str, depth: int = 0) -> _Schema:
         raise ValueError(f"found {_shown(schema)} at {place}, expected a schema: an object, true or false")
     if depth > _DEEPEST:
         raise ValueError(f"found schemas of more than {_DEEPEST} levels; send a schema that is less deep")
-    kept = {}
+    kept: dict[str, Any] = {}
     for name, value in schema.items():
         where = f"{place}/{_escaped(name)}"
         if name.startswith(_EXTENSION):
@@ -146,7 +187,7 @@ def _without_extensions(schema: _Schema, place: str, depth: int = 0) -> _Schema:
                 "shorter one"
             )
         if name != "uniqueItems":
-            kept[name] = value
+            kept[name] = int(value) if name in _COUNTS else value  # the library takes no 1.0
     narrower = _NARROWER.get(str(kept.get("format")), ())
     if narrower:
         kept["allOf"] = [*kept.get("allOf", ()), *({"pattern": pattern} for pattern in narrower)]
@@ -162,24 +203,13 @@ def _escaped(name: str) -> str:
 
 
 def _check_reach(schema: _Schema) -> None:
-    """Raise ValueError for a schema that only an endless text would meet, such as an object that needs itself.
-
-    The least fixed point: no reference can be met at first, and a round adds those that can where the ones before can.
-    """
+    """Raise ValueError for a schema that only an endless text would meet, such as an object that needs itself."""
     references = set(_references(schema))
     if not references:
         return
     if len(references) > _MOST_TARGETS:
         raise ValueError(f"found {len(references)} references, expected at most {_MOST_TARGETS}; send a smaller schema")
-    targets = {pointer: _target(schema, pointer) for pointer in references}
-    met: dict[str, bool] = dict.fromkeys(references, False)
-    changed = True
-    while changed:
-        changed = False
-        for pointer, target in targets.items():
-            if not met[pointer] and _can_be_met(target, met):
-                met[pointer] = changed = True
-    if not _can_be_met(schema, met):
+    if not _Reach(schema).can_be_met():
         raise ValueError("found a schema that needs itself without end, so that no finite answer meets it")
 
 
@@ -198,58 +228,74 @@ def _references(schema: _Schema) -> Iterator[str]:
 
 
 def _target(schema: _Schema, pointer: str) -> _Schema:
-    """The schema at a reference within the schema. Others are left to the library, which refuses them."""
-    if not pointer.startswith("#"):
+    """The schema at a reference within the schema. Those that lead nowhere are left to the library, which refuses them.
+    Raises ValueError for one that leads to something else, which nobody has checked."""
+    if pointer != "#" and not pointer.startswith("#/"):
         return True
-    found = schema
+    found, is_schema, holds = schema, True, False  # holds: it has schemas by name or number
     for part in unquote(pointer[1:]).split("/")[1:]:
         name = part.replace("~1", "/").replace("~0", "~")
         if isinstance(found, Mapping) and name in found:
-            found = found[name]
-        elif isinstance(found, list) and name.isdigit() and int(name) < len(found):
-            found = found[int(name)]
+            found, is_schema = found[name], holds or name in _OF_ONE
+            holds = not holds and (name in _OF_MANY or (name in _OF_LIST | _OF_ONE and isinstance(found, list)))
+        elif isinstance(found, list) and holds and name in map(str, range(len(found))):
+            found, is_schema, holds = found[int(name)], True, False
         else:
             return True
+        if not (is_schema or holds):
+            break
+    if holds or not is_schema:
+        raise ValueError(f"found the reference {_shown(pointer)}, which leads to no schema; mend or leave it out")
     return found
 
 
-def _can_be_met(schema: _Schema, met: Mapping[str, bool]) -> bool:
+class _Reach:
     """Whether some finite value may meet a schema, as far as references and what objects and arrays need decide it."""
-    if not isinstance(schema, dict):
-        return schema is not False
-    if isinstance(schema.get("$ref"), str) and not met[schema["$ref"]]:
-        return False
-    if not all(_can_be_met(one, met) for one in _list(schema, "allOf")):
-        return False
-    for name in ("anyOf", "oneOf"):
-        if name in schema and not any(_can_be_met(one, met) for one in _list(schema, name)):
-            return False
-    kinds = schema.get("type")
-    kinds = kinds if isinstance(kinds, list) else [kinds]
-    return any(
-        _object_can_be_met(schema, met)
-        if kind == "object"
-        else _array_can_be_met(schema, met)
-        if kind == "array"
-        else True
-        for kind in kinds
-    )
 
+    def __init__(self, schema: _Schema) -> None:
+        self._schema, self._needs = schema, Needs()
+        self._parts: dict[int, int] = {}  # by the identity of a schema
+        self._waiting = [schema]  # schemas whose needs are not known yet
 
-def _object_can_be_met(schema: Mapping[str, Any], met: Mapping[str, bool]) -> bool:
-    properties = schema.get("properties")
-    properties = properties if isinstance(properties, dict) else {}
-    return all(_can_be_met(properties.get(name, True), met) for name in _list(schema, "required"))
+    def can_be_met(self) -> bool:
+        part = self._part(self._schema)
+        while self._waiting:
+            one = self._waiting.pop()
+            self._needs.define(self._part(one), self._needs.all_of(self._needed(one)))
+        return self._needs.can_be_met(part)
 
+    def _part(self, schema: _Schema) -> int:
+        if not isinstance(schema, dict):
+            return self._needs.any_of([]) if schema is False else self._needs.all_of([])
+        if id(schema) not in self._parts:
+            self._parts[id(schema)] = self._needs.later()
+            self._waiting.append(schema)
+        return self._parts[id(schema)]
 
-def _array_can_be_met(schema: Mapping[str, Any], met: Mapping[str, bool]) -> bool:
-    least = schema.get("minItems", 0)
-    if not isinstance(least, int) or least < 1:
-        return True
-    items = schema.get("items", True)
-    firsts = items if isinstance(items, list) else _list(schema, "prefixItems")
-    others = schema.get("additionalItems", True) if isinstance(items, list) else items
-    return all(_can_be_met(one, met) for one in firsts[:least]) and (least <= len(firsts) or _can_be_met(others, met))
+    def _needed(self, schema: Mapping[str, Any]) -> list[int]:
+        """What a value that meets a schema meets, too."""
+        parts = [self._part(one) for one in _list(schema, "allOf")]
+        if isinstance(schema.get("$ref"), str):
+            parts.append(self._part(_target(self._schema, schema["$ref"])))
+        for name in ("anyOf", "oneOf"):
+            if name in schema:
+                parts.append(self._needs.any_of([self._part(one) for one in _list(schema, name)]))
+        kinds = schema.get("type")
+        kinds = kinds if isinstance(kinds, list) else [kinds]
+        return [*parts, self._needs.any_of([self._needs.all_of(self._of_kind(schema, kind)) for kind in kinds])]
+
+    def _of_kind(self, schema: Mapping[str, Any], kind: str | None) -> list[int]:
+        """What an object or an array needs; other values need nothing."""
+        if kind == "object":
+            properties = schema.get("properties", {})
+            return [self._part(properties.get(name, True)) for name in _list(schema, "required")]
+        least = schema.get("minItems", 0)
+        if kind != "array" or not least:
+            return []
+        items = schema.get("items", True)
+        firsts = items if isinstance(items, list) else _list(schema, "prefixItems")
+        others = schema.get("additionalItems", True) if isinstance(items, list) else items
+        return [self._part(one) for one in (firsts[:least] if least <= len(firsts) else [*firsts, others])]
 
 
 def _list(schema: Mapping[str, Any], name: str) -> list[Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
+import tracemalloc
 
 import pytest
 
 from triton_repo.errors import RequestError
+from triton_repo.runtime.guided.ebnf import lark_of
 from triton_repo.runtime.guided.grammars import without_anchors
 from triton_repo.runtime.guided.guides import Guides
 
@@ -131,3 +133,29 @@ def test_anchors_are_those_that_are_not_escaped():
 def test_a_regular_expression_that_is_none_is_refused(guides, pattern):
     with pytest.raises(RequestError, match="guided_decoding_guide: "):
         guides.compile("regex", pattern)
+
+
+def test_rules_that_name_long_ones_often_are_not_written_out():
+    text = "a" * 6000
+    for grammar in (
+        f'a ::= "{text}"\nroot ::= ' + "a " * 20_000,
+        f'r0 ::= "{text}"\n' + "".join(f'r{n} ::= r{n - 1} "b"\n' for n in range(1, 3000)) + "root ::= r2999",
+    ):
+        tracemalloc.start()
+        lark_of(grammar)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert most < 64 << 20
+
+
+def test_a_chain_of_rules_is_found_to_end_whichever_way_it_is_written():
+    count = 3000
+    rules = [f"r{n} ::= r{n + 1}" for n in range(count)]
+    for order in (rules, rules[::-1]):
+        for last, ends in (('"a"', True), ("root", False)):
+            grammar = "\n".join(["root ::= r0", *order, f"r{count} ::= {last}"])
+            if ends:
+                assert lark_of(grammar)
+            else:
+                with pytest.raises(ValueError, match="needs itself without end"):
+                    lark_of(grammar)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from datetime import date, timedelta
 
 import pytest
@@ -59,6 +60,17 @@ TREE = {
         ('{"allOf": [{"$ref": "#"}, {}]}', "needs itself without end"),
         ('{"items":' * 300 + "{}" + "}" * 300, "schemas of more than 60 levels"),
         ('{"items":' * 9000 + "{}" + "}" * 9000, "too many levels"),
+        ('{"const":' + "[" * 900 + "]" * 900 + "}", "JSON of more than 120 levels"),
+        ('{"maxItems": 1' + "0" * 400 + "}", "a number of 401 digits, expected at most 300"),
+        ('{"minimum": 1' + "0" * 5000 + "}", "a number of 5001 digits, expected at most 300"),
+        ('{"enum": [1e999]}', "found a number beyond 1.7e308"),
+        (r'{"type": "\ud800"}', "found half of a pair"),
+        ('{"$ref": "#/default", "default": {"$ref": "#/title"}}', 'reference "#/default", which leads to no schema'),
+        ('{"$ref": "#/default", "default": {"type": "object", "required": [["a"]]}}', "leads to no schema"),
+        ('{"$ref": "#/enum/0", "enum": [{"$ref": "#/enum/0"}]}', 'the reference "#/enum/0", which leads to no schema'),
+        ('{"properties": {"a": {}}, "$ref": "#/properties"}', "leads to no schema"),
+        ('{"prefixItems": [{"$ref": "#/prefixItems/\u00b2"}]}', "unexpected character at index 14"),
+        ('{"type": "array", "items": {"$ref": "#"}, "minItems": 1.0}', "needs itself without end"),
     ],
 )  # fmt: skip
 def test_a_schema_is_refused_with_one_clear_error(byte_fallback, text, said):
@@ -79,6 +91,9 @@ def test_a_schema_is_refused_with_one_clear_error(byte_fallback, text, said):
         {"anyOf": [{"type": "null"}, {"type": "array", "prefixItems": [{"$ref": "#"}], "minItems": 1}]},
         {"title": "t", "description": "d", "examples": [1], "x-order": 3, "default": None, "$comment": "c"},
         {"items": [{"type": "null"}], "additionalItems": False},
+        {"type": "array", "minItems": 1.0, "maxItems": 2.0},
+        {"properties": {"properties": {"properties": {"items": {"$ref": "#/properties/properties"}}}}},
+        {"type": "array", "prefixItems": [{}, {"anyOf": [{"$ref": "#/prefixItems/0"}]}]},
         True,
     ],
     ids=str,
@@ -105,3 +120,37 @@ def test_dates_are_those_that_exist(byte_fallback):
 def test_extensions_are_left_out_and_properties_of_such_names_are_not():
     schema = {"x-guidance": {"lenient": True}, "properties": {"x-a": {"x-b": 1, "type": "null"}}}
     assert check_schema(json.dumps(schema)) == {"properties": {"x-a": {"type": "null"}}}
+
+
+def test_the_work_for_references_grows_with_the_schema():
+    """A chain of references, the last of which a schema of many parts needs, which others name at each of its levels:
+    looked at anew whenever something was found, these parts are looked at a hundred million times."""
+    length, levels = 300, 50
+    last: dict = {"allOf": [{}] * 9000 + [{"$ref": "#/$defs/a0"}]}
+    named = ["#/$defs/deep" + "/allOf/0" * level for level in range(levels)]
+    chain = {f"a{number}": {"$ref": f"#/$defs/a{number + 1}"} for number in range(length)}
+    deep = last
+    for _ in range(levels):
+        deep = {"allOf": [deep]}
+    ends = {**chain, f"a{length}": {"type": "null"}, "deep": deep}
+    schema = {"$defs": ends, "anyOf": [{"$ref": pointer} for pointer in named]}
+    calls = _calls_of(lambda: check_schema(json.dumps(schema)))
+    assert calls < 60 * len(json.dumps(schema))
+
+
+def _calls_of(action) -> int:
+    """How many functions of Python an action calls."""
+    count = 0
+
+    def profile(_frame, event, _argument):
+        nonlocal count
+        count += event == "call"
+        if count > 10_000_000:
+            raise AssertionError("more than ten million calls")
+
+    sys.setprofile(profile)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return count
