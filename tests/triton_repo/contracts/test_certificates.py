@@ -218,3 +218,9 @@ def test_why_a_server_with_an_expired_certificate_is_refused(tmp_path, root):
         told = handshake_fault(f"127.0.0.1:{listener.getsockname()[1]}", ClientTls(ca=root.cert_file))
         thread.join()
     assert "certificate has expired" in told
+
+
+def test_a_certificate_that_was_cut_off_is_told(tmp_path, server, root):
+    (tmp_path / "cut.pem").write_bytes(pem_of(server.certificate) + pem_of(root.certificate)[:200])
+    assert "cut.pem holds 2 beginnings of certificates and 1 whole ones" in fault(server, cert=tmp_path / "cut.pem")
+    assert "the clients' authority: " in fault(server, client_ca=tmp_path / "cut.pem")

@@ -58,11 +58,17 @@ def read_certificates(path: Path, what: str) -> tuple[Certificate, ...]:
         )
         raise TlsError(f"reading {what}: {named(path)} holds {found}, expected a certificate in PEM; {remedy}")
     try:
-        return tuple(x509.load_pem_x509_certificates(data))
+        whole = tuple(x509.load_pem_x509_certificates(data))
     except ValueError as error:
         raise TlsError(
             f"reading {what}: {named(path)} holds a certificate that cannot be read ({error}); write the file again"
         ) from error
+    if (begun := data.count(_CERTIFICATE)) > len(whole):  # gRPC would leave out what is cut off
+        raise TlsError(
+            f"reading {what}: {named(path)} holds {begun} beginnings of certificates and {len(whole)} whole ones, so "
+            "that one was cut off; write the file again"
+        )
+    return whole
 
 
 def read_key(path: Path, what: str) -> PrivateKeyTypes:

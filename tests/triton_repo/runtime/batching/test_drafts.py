@@ -4,6 +4,7 @@ test_histories.py, real engines in test_together.py."""
 from __future__ import annotations
 
 import random
+import time
 from statistics import NormalDist
 from types import SimpleNamespace
 
@@ -183,6 +184,24 @@ def test_a_draft_ends_where_a_guide_would_not_take_it():
     assert len(drafter.drafts(text, MOST_TOKENS, 10.0)[text[0]]) == 3
     text[0].writer.sampler.guide.num_taken = fail
     assert not drafter.drafts(text, MOST_TOKENS, 10.0)
+
+
+def test_a_guide_that_takes_long_is_shown_few_tokens_of_a_draft():
+    shown = []
+
+    def slow(tokens):
+        shown.append(len(tokens))
+        begun = time.thread_time()
+        while time.thread_time() - begun < 0.002 * len(tokens):
+            pass
+        return len(tokens)
+
+    drafter = trained(lambda drafted: 0.1, text := [Text(period=9)])
+    text[0].writer.sampler.guide = SimpleNamespace(num_taken=slow)
+    assert len(drafter.drafts(text, MOST_TOKENS, 10.0)[text[0]]) == 2
+    assert shown == [2]
+    text[0].writer.sampler.guide.num_taken = len
+    assert len(drafter.drafts(text, MOST_TOKENS, 10.0)[text[0]]) == SIZES[-1]
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -8,6 +8,7 @@ itself there is nothing to try either.
 from __future__ import annotations
 
 import operator
+import time
 from bisect import bisect_right
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
@@ -21,6 +22,9 @@ _GAIN = 1.02  # by which drafts must raise the tokens a second
 _LEAST_CHANCE = 0.05  # of a token to be chosen, for it to be considered
 _LIKELY = 0.5  # the same beside prompts, where a token of a draft takes the place of one of a prompt
 _MORE = 0.5  # part of the pause target that drafts may take; memory may become twice as slow the next moment
+
+_FIRST_CHECKED = 2  # tokens of a draft that are shown to a guide at first
+_CHECK_S = 0.001  # that a guide may take for a draft before it is shown no more
 
 Drafts = Mapping[Sequence, tuple[int, ...]]
 
@@ -87,14 +91,22 @@ class Drafter:
 
 
 def _num_allowed(sequence: Sequence, tokens: list[int]) -> int:
-    """How many of the tokens the guide of a sequence would take, one after the other; all of them without one."""
+    """How many of the tokens the guide of a sequence would take, one after the other; all of them without one.
+
+    A token of some grammars takes milliseconds, for which every sequence of the step waits. So a few are looked at
+    first, then twice as many, and none beyond those once that has taken `_CHECK_S` of this thread's time."""
     guide = sequence.writer.sampler.guide
     if guide is None or not tokens:
         return len(tokens)
+    begun, size = time.thread_time(), _FIRST_CHECKED
     try:
-        return guide.num_taken(tokens)
+        while (taken := guide.num_taken(tokens[:size])) == size < len(tokens):
+            if time.thread_time() - begun > _CHECK_S:
+                break
+            size *= 2
     except Exception:  # the choice of the next token raises the same, and tells the client
         return 0
+    return taken
 
 
 def _chosen(candidates: Items[tuple[float, int, int, Sequence]]) -> Drafts:
