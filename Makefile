@@ -4,13 +4,14 @@
 # numpy 1.26, which has no wheels there. A target's line after ## is what `make help` prints.
 PYTHON ?= python3
 VENV ?= .venv
+PORT ?= 8080
 BIN := $(VENV)/bin
 QUICK := tests/test_architecture.py tests/test_docs.py tests/export tests/clients/test_wire.py \
   tests/clients/test_messages.py tests/clients/test_errors.py tests/triton_repo/contracts tests/triton_repo/runtime
 # What an install is made of: where one of them changes, it is made again.
 SOURCES := pyproject.toml setup.py $(wildcard $(addprefix trt_build/ort/kernels/,*.cpp *.h third_party/*.h))
 
-.PHONY: help demo test check quick format clean
+.PHONY: help demo chat test check quick format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -19,6 +20,10 @@ help:  ## list the targets
 demo: $(VENV)/.demo  ## four small experts become a served phixtral, in ten seconds
 	@$(BIN)/python -m trt_build.ort.kernels
 	$(BIN)/moeship demo
+
+chat: $(VENV)/.chat  ## the same, and a page to chat with it at http://127.0.0.1:8080/ (PORT=8090: another) until Ctrl-C
+	@$(BIN)/python -m trt_build.ort.kernels
+	$(BIN)/moeship demo --openai-port $(PORT)
 
 test: $(VENV)/.dev check  ## what CI runs: check, and every test (minutes)
 	@$(BIN)/python -m trt_build.ort.kernels
@@ -45,6 +50,10 @@ $(BIN)/python:
 
 $(VENV)/.demo: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[cpu,client,server]'
+	touch $@
+
+$(VENV)/.chat: $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,client,server,gateway]'
 	touch $@
 
 $(VENV)/.dev: $(SOURCES) | $(BIN)/python

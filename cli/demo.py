@@ -2,7 +2,8 @@
 
 Merges the experts of examples/tiny-phixtral, inspects the result, builds an int4 engine, verifies it against the
 reference, packages it, starts Triton, streams a completion over gRPC, prints what it measured, and stops the server.
-Each step shows the command that does the same by hand.
+With --openai-port it then serves the mixture, with a page to chat with it, until Ctrl-C. Each step shows the command
+that does the same by hand.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from trt_build.ort.engine import Engine
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-phixtral"
+CHAT_TEMPLATE = EXAMPLE / "chat.jinja"
 MODEL = "phixtral"
 PROMPT = "class Reader:\n    def __init__(self, path):\n        self.path = path\n"
 SAMPLING: dict[str, Any] = {"max_tokens": 160, "temperature": 0.7, "top_p": 0.95}
@@ -51,6 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="keep the files in this folder (default: a temporary folder)"
     )
+    parser.add_argument(
+        "--openai-port", type=int, metavar="PORT",
+        help="then serve the model until Ctrl-C, with OpenAI's HTTP API and a page to chat with it on this port",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the summary as JSON; the rest goes to stderr")
 
 
@@ -61,11 +67,23 @@ def run(arguments: argparse.Namespace) -> int:
             f"starting the demo: {EXAMPLE} does not exist; run it from a clone of the project (pip install -e .)"
         )
     recipe_for(arguments.precision)  # raises for an unknown precision before any file is written
+    _check_gateway(arguments.openai_port)
     with contextlib.ExitStack() as stack:
         folder = arguments.output or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moeship-demo-")))
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(contextlib.chdir(folder))  # so that the paths that are shown are short
         return _road(arguments)
+
+
+def _check_gateway(port: int | None) -> None:
+    """Raise before the first step where the gateway, the last one, could not start: ServerError for its port, and
+    MissingPackageError."""
+    if port is None:
+        return
+    import clients.gateway.server  # noqa: F401 - it raises where the extra is not installed
+    from triton_repo.serving.ports import check_port, resolve_host
+
+    check_port("openai", resolve_host("127.0.0.1"), port)
 
 
 def _road(arguments: argparse.Namespace) -> int:
@@ -93,7 +111,12 @@ def _road(arguments: argparse.Namespace) -> int:
     _heading(console, len(steps) + 1, "serve it and stream", ["serve", "repository"])
     streamed = _serve_and_stream(console, Path("repository"), arguments.prompt)
     _summary(console, arguments.json, Path("engine"), streamed, time.monotonic() - started)
-    return 0
+    if arguments.openai_port is None:
+        return 0
+    words = ["serve", "repository", "--openai-port", str(arguments.openai_port), "--chat-template", str(CHAT_TEMPLATE)]
+    _heading(console, len(steps) + 2, "chat with it in a browser", words)
+    console.print("   Open the page below; Ctrl-C ends the server.\n", style="dim")
+    return _quietly_on(console, words)
 
 
 def _quietly_on(console: Console, words: list[str]) -> int:

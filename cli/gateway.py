@@ -116,7 +116,7 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
         tritons=tuple(arguments.triton),
         repository=_folder("--repository", arguments.repository),
         tokenizers=_tokenizers(arguments.tokenizer),
-        chat_template=arguments.chat_template,
+        chat_template=_template(arguments.chat_template),
         keys=Keys() if arguments.api_keys is None else read_keys(arguments.api_keys),
         limits=Limits(
             body_bytes=round(arguments.max_body_mb * _MEGABYTE),
@@ -138,6 +138,19 @@ def _tokenizers(texts: list[str]) -> dict[str, Path]:
         if path is not None:
             found[model] = path
     return found
+
+
+def _template(path: Path | None) -> Path | None:
+    """Raise ConfigError for a chat template that cannot be read or is no Jinja, which no request would get past."""
+    from clients.gateway.texts import read_template
+    from export.tokenizer.chat_template import ChatTemplate, TemplateError
+
+    if path is not None:
+        try:
+            ChatTemplate(read_template(path), {}, extra="gateway")
+        except TemplateError as error:
+            raise ConfigError(f"reading --chat-template {path}: {error}; mend the template") from error
+    return path
 
 
 def _folder(flag: str, path: Path | None) -> Path | None:

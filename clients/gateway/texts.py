@@ -88,9 +88,7 @@ def find_folder(repository: Path, model: str) -> Path | None:
 def read_texts(folder: Path, chat_template: Path | None = None) -> ModelTexts:
     """Read an engine's folder, or a checkpoint's. `chat_template`: a file with the template to use. Raises
     CheckpointError and ConfigError."""
-    template = None
-    if chat_template is not None:
-        template = read_text(chat_template, "the chat template", most=MAX_TEMPLATE_BYTES)
+    template = None if chat_template is None else read_template(chat_template)
     if is_regular(folder / ENGINE_FILE):
         return _of_engine(folder, template)
     config = read_json(folder / CONFIG_FILE, "the checkpoint's config") if is_regular(folder / CONFIG_FILE) else {}
@@ -100,6 +98,11 @@ def read_texts(folder: Path, chat_template: Path | None = None) -> ModelTexts:
         template=template or settings.facts.chat_templates.get(DEFAULT_TEMPLATE),
         special_tokens=settings.facts.special_tokens,
     )
+
+
+def read_template(path: Path) -> str:
+    """The text of a file with a chat template. Raises ConfigError."""
+    return read_text(path, "the chat template", most=MAX_TEMPLATE_BYTES)
 
 
 def _of_engine(folder: Path, template: str | None) -> ModelTexts:

@@ -6,7 +6,9 @@ import socket
 
 import pytest
 
+from cli.demo import CHAT_TEMPLATE
 from cli.main import main
+from export.tokenizer.chat_template import ChatTemplate
 
 TRITON = ["gateway", "--triton", "127.0.0.1:8001"]
 
@@ -20,11 +22,26 @@ TRITON = ["gateway", "--triton", "127.0.0.1:8001"]
         ([*TRITON, "--repository", "nowhere"], "--repository nowhere: there is no such folder"),
         ([*TRITON, "--deadline", "0"], "--deadline is 0.0, expected a finite number above 0"),
         ([*TRITON, "--api-keys", "nowhere"], "nowhere does not exist"),
+        ([*TRITON, "--chat-template", "nowhere.jinja"], "nowhere.jinja does not exist"),
+        (["demo", "--openai-port", "65536"], "the openai port is 65536, expected 1 to 65535"),
     ],
 )
 def test_flags_that_cannot_be_meant_are_refused(capsys, words, message):
     assert main(words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_template_that_is_no_jinja_is_refused_before_it_listens(tmp_path, capsys):
+    (tmp_path / "chat.jinja").write_text("{% for message in messages %}")
+    assert main([*TRITON, "--chat-template", str(tmp_path / "chat.jinja")]) == 2
+    assert "chat.jinja: it is no Jinja" in capsys.readouterr().err
+
+
+def test_the_example_chats_by_a_template_of_its_own():
+    """One text of the messages, which the model continues."""
+    template = ChatTemplate(CHAT_TEMPLATE.read_text(), {}, extra="gateway")
+    messages = [{"role": "system", "content": "# Python"}, {"role": "user", "content": "def main("}]
+    assert template.render(messages, add_generation_prompt=True) == "# Python\ndef main("
 
 
 def test_a_port_that_is_taken_is_named(capsys):
