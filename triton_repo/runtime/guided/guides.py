@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 Bits = npt.NDArray[np.bool_]
+Made = TypeVar("Made")
 MOST_GUIDES = 32  # compiled grammars that are kept; one takes 0.1 MB, and by `max_lexer_states` 40 MB at most
 MOST_THREADS = 4  # that compute masks
 LONGEST_MASK_S = 10.0  # before a request fails; `LIMITS` let a mask take a fraction of a second
@@ -50,6 +51,10 @@ _SAID = {
     "too many expressions constructed": "it takes too much: its patterns and limits of length multiply; send less",
     "NoExtensionBias": "no text begins as it demands; send one that can be met",
 }
+# The library compiles what lies within each other by recursion, and a stack that is too small ends the whole process:
+# 8 MB are used up by some 2,000 rules that name each other. A guide of the most bytes has room for 20,000 levels.
+_STACK_BYTES = 256 << 20
+_STACK_SIZE = threading.Lock()  # held while new threads have that size
 _STATE = re.compile("<state>|<non-verbose/>")  # the rest of an error is the library's state
 _BROKEN = ("ParserTooComplex", "LexerTooComplex", "InternalError")  # reasons why the library stops
 
@@ -77,7 +82,8 @@ class Guides:
                 self._kept.move_to_end((guide_type, guide))
                 return kept
             library, pool = self._prepared()
-        made = CompiledGuide(library, self._tokenizer.size, grammar_of(guide_type, guide), pool)
+        size = self._tokenizer.size
+        made = _with_deep_stack(lambda: CompiledGuide(library, size, grammar_of(guide_type, guide), pool))
         with self._lock:
             self._kept[guide_type, guide] = made
             while len(self._kept) > self._most:
@@ -195,6 +201,25 @@ class Guide:
     def _failed(self, problem: str) -> RequestError:
         self._spend()
         return RequestError(f"choosing a token: the guide cannot be followed further: {problem}")
+
+
+def _with_deep_stack(action: Callable[[], Made]) -> Made:
+    """What an action gives, computed in a thread with `_STACK_BYTES` for its stack. Memory is taken as it is used."""
+    done: Future[Made] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(action())
+        except BaseException as error:  # whatever it is, the one who waits raises it
+            done.set_exception(error)
+
+    with _STACK_SIZE:
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            threading.Thread(target=run, name="guide-compile", daemon=True).start()
+        finally:
+            threading.stack_size(before)
+    return done.result()
 
 
 @contextmanager

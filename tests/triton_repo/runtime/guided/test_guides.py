@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 
+from triton_repo.contracts.wire import MOST_GUIDE_BYTES
 from triton_repo.errors import RequestError
 from triton_repo.runtime.guided import guides as module
 from triton_repo.runtime.guided.guides import Guides
@@ -149,3 +150,36 @@ def test_a_grammar_that_explodes_is_refused_or_fails_with_one_error(of_bytes, gu
     except RequestError as error:
         said = str(error)
     assert not said or ("guide" in said and "<state>" not in said)
+
+
+def _deep_grammar() -> str:
+    return "\n".join(['root ::= r0 | "b" root', *(f"r{n} ::= r{n + 1}" for n in range(4200)), 'r4200 ::= "a"'])
+
+
+def _deep_schema() -> str:
+    levels = {f"a{n}": '{"items":' * 10 + f'{{"$ref":"#/$defs/a{n + 1}"}}' + "}" * 10 for n in range(490)}
+    chain = ",".join(f'"{name}":{one}' for name, one in levels.items())
+    return '{"$defs":{' + chain + ',"a490":{"type":"null"}},"$ref":"#/$defs/a0"}'
+
+
+@pytest.mark.parametrize(
+    ("guide_type", "guide"),
+    [("ebnf_grammar", _deep_grammar()), ("json_schema", _deep_schema())],
+    ids=["grammar", "schema"],
+)
+def test_what_lies_deep_within_each_other_does_not_end_the_process(of_bytes, guide_type, guide):
+    """On a stack of 8 MB the library's recursion ends it."""
+    assert len(guide) < MOST_GUIDE_BYTES
+    before = threading.stack_size()
+    followed = of_bytes.compile(guide_type, guide).start((END,))
+    for _ in range(20):
+        if followed.is_complete:
+            break
+        followed.take(int(np.flatnonzero(followed.allowed())[-1]))
+    assert threading.stack_size() == before
+
+
+def test_errors_of_compiling_reach_the_one_who_asked(of_bytes, monkeypatch):
+    monkeypatch.setattr(module, "grammar_of", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        of_bytes.compile("regex", "not compiled before")
