@@ -54,6 +54,12 @@ class ModelTexts:
         return self.tokenizer.encode_prompt("a") != self.tokenizer.encode("a")
 
     @cached_property
+    def special(self) -> frozenset[int]:
+        """The special tokens, which an answer's text does not show."""
+        return frozenset(token for token, added in self.tokenizer.backend.get_added_tokens_decoder().items()
+                         if added.special)  # fmt: skip
+
+    @cached_property
     def _added(self) -> frozenset[int]:
         return frozenset(self.tokenizer.backend.get_added_tokens_decoder())
 

@@ -86,16 +86,13 @@ def completion_log_probs(
     token_ids: Sequence[int],
     log_probs: Sequence[float | None],
     tops: Tops,
-    offset: int,
-) -> tuple[dict[str, Any], int]:
-    """The `logprobs` of a choice, and the offset in the text behind its last token. The chosen token is in
-    `top_logprobs` too, whether or not it is among the likeliest. A token without a log-probability, the first of a
-    prompt, has null in both."""
-    tokens, offsets, likeliest = [], [], []
+    offsets: Sequence[int],
+) -> dict[str, Any]:
+    """The `logprobs` of a choice. The chosen token is in `top_logprobs` too, whether or not it is among the likeliest.
+    A token without a log-probability, the first of a prompt, has null in both."""
+    tokens, likeliest = [], []
     for place, (token, log_prob) in enumerate(zip(token_ids, log_probs, strict=True)):
         tokens.append(token_text(texts, token))
-        offsets.append(offset)
-        offset += len(texts.token_bytes(token).decode(errors="ignore"))
         best: dict[str, float] | None = None
         if log_prob is not None:
             best = {}
@@ -103,10 +100,42 @@ def completion_log_probs(
             for other, value in (*(tops[place] if place < len(tops) else ()), (token, log_prob)):
                 best.setdefault(token_text(texts, other), value)
         likeliest.append(best)
-    found = {
-        "tokens": tokens, "token_logprobs": list(log_probs), "top_logprobs": likeliest, "text_offset": offsets,
+    return {
+        "tokens": tokens, "token_logprobs": list(log_probs), "top_logprobs": likeliest, "text_offset": list(offsets),
     }  # fmt: skip
-    return found, offset
+
+
+def answer_offsets(texts: ModelTexts, token_ids: Sequence[int], begin: int) -> tuple[list[int], int]:
+    """The characters of a choice's text before each token of an answer, of which there are `begin` before the first,
+    and those before whatever follows. Special tokens are not in the text."""
+    return _offsets([b"" if token in texts.special else texts.token_bytes(token) for token in token_ids], begin)
+
+
+def prompt_offsets(texts: ModelTexts, token_ids: Sequence[int], prompt: str) -> tuple[list[int], int]:
+    """The same of a prompt's tokens. What a tokenizer puts around a text, a begin token or SentencePiece's space before
+    the first word, is not in it."""
+    data, at, found = prompt.encode(), 0, []
+    for token in token_ids:
+        part = texts.token_bytes(token)
+        if not data.startswith(part, at):
+            part = part[1:] if part[:1] == b" " and data.startswith(part[1:], at) else b""
+        at += len(part)
+        found.append(part)
+    return _offsets(found, 0)[0], len(prompt)
+
+
+def _offsets(parts: Sequence[bytes], begin: int) -> tuple[list[int], int]:
+    """The tokens that spell one character have the offset of that character."""
+    found, num_begun = [], begin
+    for part in parts:
+        found.append(max(0, num_begun - (part != b"" and _continues(part[0]))))
+        num_begun += sum(not _continues(byte) for byte in part)
+    return found, num_begun
+
+
+def _continues(byte: int) -> bool:
+    """Whether a byte of UTF-8 is one within a character."""
+    return byte & 0xC0 == 0x80
 
 
 def chat_log_probs(texts: ModelTexts, part: Piece | Generation) -> dict[str, Any]:

@@ -11,7 +11,15 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 
 from clients.gateway.api import fields
-from clients.gateway.api.answers import Usage, completion_log_probs, finish_reason, now, routing_of
+from clients.gateway.api.answers import (
+    Usage,
+    answer_offsets,
+    completion_log_probs,
+    finish_reason,
+    now,
+    prompt_offsets,
+    routing_of,
+)
 from clients.gateway.api.guides import check_format
 from clients.gateway.api.sampling import (
     LOG_PROBS,
@@ -194,7 +202,8 @@ def _choice(call: Call, place: int, generation: Generation) -> dict[str, Any]:
         "finish_reason": "length" if call.prompt_only else reason,
     }
     if call.texts is not None and call.log_probs is not None:
-        choice["logprobs"], _ = _log_probs(call.texts, generation, 0, with_prompt=call.echo)
+        prompt = call.prompts[place].text if call.echo else None
+        choice["logprobs"], _ = _log_probs(call.texts, generation, 0, prompt)
     if call.values.get("return_token_ids"):
         choice["token_ids"] = list(generation.token_ids)
     return {**choice, **routing_of(generation)}
@@ -234,7 +243,8 @@ def _part(call: Call, place: int, piece: Piece, offsets: dict[int, int]) -> dict
         "finish_reason": reason,
     }  # fmt: skip
     if call.texts is not None and call.log_probs is not None:
-        choice["logprobs"], offsets[piece.sequence_index] = _log_probs(call.texts, piece, offset, with_prompt=begins)
+        prompt = call.prompts[place].text if begins else None
+        choice["logprobs"], offsets[piece.sequence_index] = _log_probs(call.texts, piece, offset, prompt)
     if call.values.get("return_token_ids"):
         choice["token_ids"] = list(piece.token_ids)
     return {**choice, **routing_of(piece)}
@@ -249,14 +259,19 @@ def _without_tokens(part: _Part) -> _Part:
 
 
 def _log_probs(
-    texts: ModelTexts, part: Piece | Generation, offset: int, *, with_prompt: bool
+    texts: ModelTexts, part: Piece | Generation, offset: int, prompt: str | None
 ) -> tuple[dict[str, Any], int]:
-    """The log-probabilities of a part's tokens, behind those of the prompt where it begins with them."""
+    """The log-probabilities of a part's tokens, behind those of the prompt where it begins with that, and the
+    characters of the choice's text before the next part's. `offset`: before this part's."""
     ids, values, tops = part.token_ids, tuple[float | None, ...](part.log_probs), part.top_log_probs
     tops = tops or ((),) * len(ids)
-    if with_prompt:
-        prompt = part.prompt_token_ids
-        values = (*(None, *part.prompt_log_probs)[: len(prompt)], *values)
-        prompt_tops = part.prompt_top_log_probs or ((),) * (len(prompt) - 1)
-        ids, tops = (*prompt, *ids), ((), *prompt_tops, *tops)
-    return completion_log_probs(texts, ids, values, tops, offset)
+    before: list[int] = []
+    if prompt is not None:
+        before, offset = prompt_offsets(texts, part.prompt_token_ids, prompt)
+    offsets, offset = answer_offsets(texts, ids, offset)
+    if prompt is not None:
+        prompt_ids = part.prompt_token_ids
+        values = (*(None, *part.prompt_log_probs)[: len(prompt_ids)], *values)
+        prompt_tops = part.prompt_top_log_probs or ((),) * (len(prompt_ids) - 1)
+        ids, tops = (*prompt_ids, *ids), ((), *prompt_tops, *tops)
+    return completion_log_probs(texts, ids, values, tops, [*before, *offsets]), offset

@@ -83,7 +83,9 @@ async def tokenize(gateway: Gateway, record: Record, body: Mapping[str, Any]) ->
         text = await renderer.render(
             values["messages"], add_generation_prompt=values.get("add_generation_prompt", True)
         )
-    encode = texts.tokenizer.encode_prompt if values.get("add_special_tokens", True) else texts.tokenizer.encode
+    # A template writes the begin token itself, so that a chat's tokens have none added (chat.py).
+    adds = values.get("add_special_tokens", "messages" not in values)
+    encode = texts.tokenizer.encode_prompt if adds else texts.tokenizer.encode
     ids = await asyncio.to_thread(encode, text)
     found: dict[str, Any] = {"count": len(ids), "max_model_len": texts.context, "tokens": ids}
     if values.get("return_token_strs"):

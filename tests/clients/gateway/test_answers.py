@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import urllib.request
+from pathlib import Path
+
 from fake_triton import empty_final, piece
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 def sent(request) -> dict[str, bytes]:
@@ -61,3 +67,18 @@ def test_responses_have_the_text_of_a_chat(gateway, server):
 def test_models_are_listed_with_their_context(gateway):
     (model,) = gateway.client().models.list().data
     assert (model.id, model.max_model_len) == ("phixtral", 640)
+
+
+def test_a_begin_token_stands_before_a_tokenized_text_and_not_before_a_chat(gateway_of):
+    """The template writes it, as where the chat is answered."""
+    url = f"{gateway_of(tokenizers={'': EXAMPLES / 'tiny-mixtral' / 'checkpoint'}).url}/tokenize"
+
+    def begins(**body) -> bool:
+        data = json.dumps({"model": "phixtral", **body}).encode()
+        with urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"})) as answer:
+            return json.load(answer)["tokens"][0] == 1
+
+    messages = [{"role": "user", "content": "hi"}]
+    assert begins(prompt="hi")
+    assert not begins(messages=messages)
+    assert begins(messages=messages, add_special_tokens=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from clients.gateway.api.answers import answer_offsets, prompt_offsets, token_text
 from clients.gateway.texts import find_folder, read_texts
 from export.errors import ConfigError
 from triton_repo.packaging.package import ENSEMBLE, SINGLE, PackageOptions, package_engine
@@ -42,6 +43,27 @@ def test_the_bytes_of_sentencepiece_tokens_are_those_of_the_text():
         found = b"".join(map(texts.token_bytes, texts.tokenizer.encode(text))).decode()
         assert found in (text, f" {text}")  # Llama's puts a space before a text
     assert texts.adds_tokens
+
+
+@pytest.mark.parametrize("example", ["phixtral", "mixtral"])
+def test_tokens_begin_where_the_text_has_them(trained_phixtral, example):
+    """Characters of several tokens, a begin token, the space that SentencePiece puts before a text, and an end token
+    in an answer: none of them may move what follows."""
+    texts = read_texts(trained_phixtral if example == "phixtral" else EXAMPLES / "tiny-mixtral/checkpoint")
+    for text in (*TEXTS, "def f(x):"):
+        ids = texts.tokenizer.encode_prompt(text)
+        offsets, end = prompt_offsets(texts, ids, text)
+        assert end == len(text)
+        for token, offset in zip(ids, offsets, strict=True):
+            whole = token_text(texts, token)
+            if token not in texts.special and not whole.startswith("bytes:"):
+                assert text[offset:].startswith((whole, whole.removeprefix(" "))), (token, whole, offset)
+        spelt = texts.tokenizer.encode("é x")
+        found, behind = answer_offsets(texts, [min(texts.special), *spelt], end)
+        shown = b"".join(map(texts.token_bytes, spelt)).decode()
+        assert (found[:2], behind) == ([end, end], end + len(shown))
+        assert found[-1] == behind - len(token_text(texts, spelt[-1]))
+    assert answer_offsets(texts, [], 7) == ([], 7)
 
 
 def test_a_template_that_is_no_text_is_refused(tmp_path, tiny_engine):
