@@ -16,7 +16,7 @@ from export.floats import widen
 from export.trtllm.checkpoint import CheckpointOptions, options_of, plan_checkpoint
 from export.trtllm.packing import pack_pairs, unpack, unpack_pairs
 from export.trtllm.parallel import Parallelism
-from trt_build.comparison.weights import nearest_of_rows
+from trt_build.comparison.weights.sums import nearest_of_rows
 from trt_build.errors import EngineError
 from trt_build.trtllm.questions.rank_weights import open_rank_weights
 from trt_build.trtllm.questions.weights import RankFolder, ask_about_weights

@@ -42,7 +42,7 @@ from trt_build.comparison.parity import (
 )
 from trt_build.comparison.same_tokenizer import require_same_tokenizer
 from trt_build.comparison.serving_ways import serving_limits
-from trt_build.comparison.weights import QUESTION as OF_WEIGHTS
+from trt_build.comparison.weights.comparing import QUESTION as OF_WEIGHTS
 from trt_build.errors import EngineError
 from trt_build.ort.device import open_device
 from trt_build.ort.engine import Engine, read_part_records, record_verification

@@ -9,7 +9,7 @@ from typing import Any
 from trt_build.comparison.answers import OF_INT8_CACHE
 from trt_build.comparison.cost import QUESTION as OF_COST
 from trt_build.comparison.serving_ways import FLOAT32_LIMITS
-from trt_build.comparison.weights import QUESTION as OF_WEIGHTS
+from trt_build.comparison.weights.comparing import QUESTION as OF_WEIGHTS
 from trt_build.report.contents import ReportedEngine
 from trt_build.report.visible import change, escaped, number, percent
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from export.quantize.grid import dequantize_blocks, quantize_blocks
-from trt_build.comparison.bands import distances, measure
 from trt_build.comparison.limits import limits_of
+from trt_build.comparison.weights.bands import distances, measure
 
 RECIPES = [(bits, block) for bits in (2, 3, 4, 5, 6, 8) for block in (32, 64, 128)]
 DRAWN = {

@@ -17,8 +17,8 @@ from cli.verify import answer_lines
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.quantize.grid import SEARCH_VERSION, STRETCHES, block_scales, dequantize_blocks, quantize_blocks
-from trt_build.comparison.bands import past_nearest, worse_scales
 from trt_build.comparison.limits import limits_of, proved_row_error
+from trt_build.comparison.weights.bands import past_nearest, worse_scales
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.questions.weights import ask_about_weights
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from export.families import Model
 from trt_build.comparison.answers import Answer
-from trt_build.comparison.weights import compare_weights
+from trt_build.comparison.weights.comparing import compare_weights
 from trt_build.ort.engine import Engine
 from trt_build.ort.questions.graph_facts import graph_failures
 from trt_build.ort.questions.stored_weights import open_stored_weights

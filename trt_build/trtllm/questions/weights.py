@@ -17,7 +17,7 @@ from export.checkpoint.folder import file_digest
 from export.trtllm.checkpoint import CONFIG_FILE, CheckpointPlan
 from export.trtllm.converter import rank_file
 from trt_build.comparison.answers import Answer
-from trt_build.comparison.weights import QUESTION, compare_weights
+from trt_build.comparison.weights.comparing import QUESTION, compare_weights
 from trt_build.trtllm.engine import TrtllmEngine
 from trt_build.trtllm.questions.config_facts import config_failures, window_failures
 from trt_build.trtllm.questions.rank_weights import open_rank_weights

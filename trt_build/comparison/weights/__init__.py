@@ -1,0 +1,1 @@
+"""The first question of `moeship verify`: are these the checkpoint's weights?"""
