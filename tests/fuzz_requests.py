@@ -23,7 +23,7 @@ from triton_repo.contracts.model_parameters import TextParameters
 from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, INPUTS, TritonDtype, WireTensor
 from triton_repo.runtime.answer import Answer, AnswerPlan
 from triton_repo.runtime.batching.alone import answered
-from triton_repo.runtime.options import read_options
+from triton_repo.runtime.request_reading import read_options
 from triton_repo.runtime.single.generation import generate
 from triton_repo.runtime.steps.preprocessing import Preprocessor
 from triton_repo.runtime.steps.token_engine import token_request

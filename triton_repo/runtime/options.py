@@ -1,11 +1,10 @@
-"""The options of one generation request: reads them from wire tensors or keyword arguments, and checks them.
+"""The options of one generation request, and what follows from them with the model.
 
-    options = read_options({"text_input": array([[b"def "]]), "max_tokens": array([[32]])})
     options = GenerationOptions(prompt="def ", max_tokens=32, temperature=0.7, top_p=0.9)
     plan = plan_generation(options, tokenizer, max_sequence=2048, end_token_ids=(50256,))
 
-`read_options` checks what can be checked without the model, `plan_generation` what depends on the model. Each raises
-one RequestError that lists every problem.
+`value_problems` checks what can be checked without the model, `plan_generation` what depends on the model too, and
+raises one RequestError that lists every problem. `request_reading.py` reads options from wire tensors.
 """
 
 from __future__ import annotations
@@ -16,25 +15,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from export.errors import listing
 from export.tokenizer.loading import Tokenizer
 from triton_repo.contracts.wire import (
-    COMPATIBILITY_INPUTS,
     FIELD_NAMES,
     GUIDE_TYPES,
-    INPUTS,
     MOST_BIASES,
     MOST_GUIDE_BYTES,
     MOST_LOG_PROBS,
     MOST_SEQUENCES,
     UNSERVED_GUIDE_TYPES,
-    WireTensor,
 )
 from triton_repo.errors import RequestError
-from triton_repo.runtime.text.prompt import PromptTooLongError, check_bytes, encode_prompt
+from triton_repo.runtime.text.prompt import PromptTooLongError, encode_prompt
 
 NO_END_ID = -1
 _MAX_SEED = 2**64 - 1
@@ -143,66 +136,18 @@ _RULES: dict[str, _Rule] = {
     ),
     "random_seed": _Rule(lambda seed: 0 <= seed <= _MAX_SEED, "0 to 2**64-1", "send another seed, or none"),
 }
-_WORDS = ("stop_words", "bad_words")
+WORDS = ("stop_words", "bad_words")
 # Limits for stop and bad words. One automaton looks for all of them; it has as many states as the words have
 # characters.
 MAX_WORDS = 1024
 MAX_WORD_BYTES = 1024
 MAX_WORD_BYTES_IN_ALL = 32_768
-MAX_INPUT_IDS = 1 << 20  # before the context's limit is known
-# Inputs that are accepted for compatibility and have no effect. For _ONLY_ONE and _FALSE_ONLY, any value that would
-# change the output on TensorRT-LLM is refused.
-_ONLY_ONE = ("beam_width",)
-_FALSE_ONLY = ("return_context_logits", "return_generation_logits", "return_perf_metrics")
-_IGNORED = ("pad_id", "length_penalty", "return_num_input_tokens", "return_num_output_tokens", "stop")
-_WIRE_NAMES = {field: tensor for tensor, field in FIELD_NAMES.items()}
+WIRE_NAMES = {field: tensor for tensor, field in FIELD_NAMES.items()}
 # Field to the tensors of its pairs: what is biased, and by how much.
 BIASES = {
     "logit_bias": ("logit_bias_ids", "logit_bias_values"),
     "embedding_bias": ("embedding_bias_words", "embedding_bias_weights"),
 }
-
-
-def read_options(tensors: Mapping[str, npt.NDArray[Any]], most_prompt_bytes: int | None = None) -> GenerationOptions:
-    """The options in wire tensors [1, *dims]; texts are object arrays of UTF-8 bytes. A prompt of more than
-    `most_prompt_bytes` is refused before it is decoded.
-
-    Raises RequestError that lists every tensor that is absent, has another size, is not UTF-8, or has a refused value.
-    """
-    values: dict[str, Any] = {}
-    problems: list[str] = []
-    for spec in (*INPUTS, *COMPATIBILITY_INPUTS):
-        if spec.name not in tensors:
-            if not spec.optional:
-                problems.append(f"{spec.name}: absent, and it is required; send {spec.unit}")
-            continue
-        try:
-            value = _read_value(spec, tensors[spec.name], most_prompt_bytes)
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        field = FIELD_NAMES.get(spec.name, spec.name)
-        if field in _ONLY_ONE and value != 1:
-            problems.append(f"{field}: found {value}, expected 1; send one request for each sequence that you want")
-        if field in _FALSE_ONLY and value:
-            problems.append(f"{field}: found true, expected false; this server has no such output")
-        given = _WIRE_NAMES.get(field, field)  # if both names of a value are sent, the one that came first
-        if field in values and values[field] != value:
-            problems.append(f"{spec.name}: found {value}, but {given} says {values[field]}; send one of the two")
-        if field not in (*_ONLY_ONE, *_FALSE_ONLY, *_IGNORED):
-            values[field] = value
-    for field, names in BIASES.items():
-        things, numbers = (values.pop(name, ()) for name in names)
-        if len(things) != len(numbers):
-            problems.append(
-                f"{names[0]}: found {len(things)} values and {len(numbers)} in {names[1]}, expected the same number"
-            )
-        elif things:
-            values[field] = tuple(zip(things, numbers, strict=True))
-    problems += value_problems(values)
-    if problems:
-        raise refusal(problems)
-    return GenerationOptions(**values)
 
 
 def plan_generation(
@@ -288,55 +233,7 @@ def _end_ids(options: GenerationOptions, of_model: tuple[int, ...]) -> tuple[int
     return () if options.end_id == NO_END_ID else (options.end_id,)
 
 
-def _read_value(spec: WireTensor, tensor: npt.NDArray[Any], most_prompt_bytes: int | None) -> Any:  # noqa: ANN401 - as many types as the contract has
-    """The Python value of one tensor. The text of the ValueError that it raises is the problem."""
-    if tensor.ndim == 2 and tensor.shape[0] != 1:
-        raise ValueError(
-            f"{spec.name}: found a batch of {tensor.shape[0]}, expected shape {[1, *spec.dims]}; "
-            "send one request for each prompt"
-        )
-    if spec.dims == (1,) and tensor.size != 1:
-        raise ValueError(f"{spec.name}: found {tensor.size} values, expected 1; send shape [1, 1]")
-    most = MAX_INPUT_IDS if spec.name == "input_ids" else MAX_WORDS
-    if tensor.size > most:
-        kind = "words" if spec.dtype == "STRING" else "values"
-        raise ValueError(f"{spec.name}: found {tensor.size} {kind}, expected at most {most}; send fewer")
-    items = tensor.reshape(-1).tolist()
-    if spec.name == "text_input" and most_prompt_bytes is not None:
-        try:
-            check_bytes(len(items[0]), most_prompt_bytes)
-        except PromptTooLongError as error:
-            raise ValueError(f"{spec.name}: {error}") from error
-    if spec.dtype == "STRING" and spec.dims == (-1,) and (problems := _size_problem(items)):
-        raise ValueError(f"{spec.name}: {problems[0]}")
-    if spec.dtype == "STRING":
-        items = [_text(spec.name, item) for item in items]
-    elif spec.dtype == "FP32":
-        items = [shortest(item) for item in items]
-    if spec.dims == (1,):
-        return items[0]
-    # NVIDIA's examples send an empty text to say that there is no word.
-    return tuple(item for item in items if item != "" or spec.name not in _WORDS)
-
-
-def shortest(value: float) -> float:
-    """The float64 with the shortest decimal form of a float32, so that 0.7 on the wire equals 0.7 in Python."""
-    return float(str(np.float32(value)))
-
-
-def _text(name: str, item: bytes | str) -> str:
-    if isinstance(item, str):
-        return item
-    try:
-        return item.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{name}: found bytes that are not UTF-8 (byte {error.start} is 0x{item[error.start]:02x}), "
-            "expected UTF-8; encode the text as UTF-8"
-        ) from error
-
-
-def value_problems(values: Mapping[str, Any], names: Mapping[str, str] = _WIRE_NAMES) -> list[str]:
+def value_problems(values: Mapping[str, Any], names: Mapping[str, str] = WIRE_NAMES) -> list[str]:
     """What is wrong with the values of options. `names` maps a field to the name of its tensor, where the two
     differ."""
     problems = [
@@ -352,9 +249,9 @@ def value_problems(values: Mapping[str, Any], names: Mapping[str, str] = _WIRE_N
             f"in {names.get('prompt', 'prompt')}"
         )
     problems += [f"{names['prompt']}: {problem}" for problem in _surrogates([values.get("prompt") or ""])]
-    for field in _WORDS:
+    for field in WORDS:
         words = values.get(field) or ()
-        found = _surrogates(words) or _size_problem([word.encode() for word in words])
+        found = _surrogates(words) or size_problem([word.encode() for word in words])
         if not found and not all(words):
             found = ["found an empty text, expected none among the words; leave the empty ones out"]
         problems += [f"{names.get(field, field)}: {problem}" for problem in found]
@@ -394,8 +291,7 @@ def _bias_problems(pairs: Sequence[tuple[Any, float]], things_name: str, numbers
         problems.append(f"{things_name}: found {len(pairs)}, expected at most {MOST_BIASES}; send fewer")
     words = [thing for thing in things if isinstance(thing, str)]
     problems += [
-        f"{things_name}: {problem}"
-        for problem in _surrogates(words) or _size_problem([word.encode() for word in words])
+        f"{things_name}: {problem}" for problem in _surrogates(words) or size_problem([word.encode() for word in words])
     ]
     ids = [thing for thing in things if not isinstance(thing, str)]
     wrong = next((token for token in ids if token < 0), None)
@@ -422,7 +318,7 @@ def _surrogates(texts: Sequence[str]) -> list[str]:
     return []
 
 
-def _size_problem(words: Sequence[bytes]) -> list[str]:
+def size_problem(words: Sequence[bytes]) -> list[str]:
     """What is wrong with the number or the bytes of stop or bad words."""
     sizes = [len(word) for word in words]
     if len(sizes) > MAX_WORDS:

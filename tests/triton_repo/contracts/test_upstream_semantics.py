@@ -14,7 +14,8 @@ from wire_tensors import wire
 from triton_repo.contracts.ensemble import ADDED_ENGINE_NAMES, ENGINE_NAMES, QUERY_NAMES
 from triton_repo.contracts.model_parameters import TextParameters
 from triton_repo.errors import RequestError
-from triton_repo.runtime.options import SamplingPlan, read_options
+from triton_repo.runtime.options import SamplingPlan
+from triton_repo.runtime.request_reading import read_options
 from triton_repo.runtime.sampling import Sampler
 from triton_repo.runtime.steps.preprocessing import Preprocessor
 from triton_repo.runtime.steps.token_request import read_token_request

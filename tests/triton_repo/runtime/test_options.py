@@ -16,8 +16,8 @@ from triton_repo.runtime.options import (
     MAX_WORDS,
     GenerationOptions,
     plan_generation,
-    read_options,
 )
+from triton_repo.runtime.request_reading import read_options
 from triton_repo.runtime.text.prompt import MOST_BYTES
 
 

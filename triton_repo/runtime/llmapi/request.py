@@ -21,12 +21,8 @@ from triton_repo.contracts.llmapi import DEFAULT_EXCLUDE_INPUT, DEFAULT_MAX_TOKE
 from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, INPUTS
 from triton_repo.errors import RequestError
 from triton_repo.runtime.features import TENSORRT_LLM_LACKS, refuse_features, refuse_minimum_of_several
-from triton_repo.runtime.options import (
-    GenerationOptions,
-    GenerationPlan,
-    read_options,
-    refusal,
-)
+from triton_repo.runtime.options import GenerationOptions, GenerationPlan, refusal
+from triton_repo.runtime.request_reading import read_options
 
 Tensors = Mapping[str, npt.NDArray[Any]]
 # The LLM API's inputs that ask for outputs.

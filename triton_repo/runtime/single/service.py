@@ -24,7 +24,8 @@ from triton_repo.runtime.batching.runner import Pulse
 from triton_repo.runtime.batching.sequence import Request as Computed
 from triton_repo.runtime.features import refuse_routing
 from triton_repo.runtime.guided.guides import Guides
-from triton_repo.runtime.options import GenerationPlan, plan_generation, read_options, refusal
+from triton_repo.runtime.options import GenerationPlan, plan_generation, refusal
+from triton_repo.runtime.request_reading import read_options
 from triton_repo.runtime.single.generation import text_request
 from triton_repo.runtime.text.prompt import most_bytes
 

@@ -25,12 +25,8 @@ from triton_repo.contracts.wire import NUMPY_DTYPES
 from triton_repo.runtime.answer import answer_plan
 from triton_repo.runtime.features import TENSORRT_LLM_LACKS, refuse_features, refuse_minimum_of_several
 from triton_repo.runtime.guided.tensorrt_llm import check_plan
-from triton_repo.runtime.options import (
-    NO_END_ID,
-    GenerationOptions,
-    plan_generation,
-    read_options,
-)
+from triton_repo.runtime.options import NO_END_ID, GenerationOptions, plan_generation
+from triton_repo.runtime.request_reading import read_options
 from triton_repo.runtime.stop_requests import STOPPED_PLAN
 from triton_repo.runtime.text.prompt import most_bytes
 from triton_repo.runtime.text.words import pack_words, spell

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from triton_repo.contracts.wire import MOST_BIASES
-from triton_repo.runtime.options import NO_END_ID, SamplingOptions, SamplingPlan, refusal, shortest, value_problems
+from triton_repo.runtime.options import NO_END_ID, SamplingOptions, SamplingPlan, refusal, value_problems
+from triton_repo.runtime.request_reading import shortest
 from triton_repo.runtime.text.words import Words, unpack_words
 
 # Tensor to field of SamplingOptions.

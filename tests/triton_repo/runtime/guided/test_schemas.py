@@ -13,7 +13,8 @@ from wire_tensors import wire
 from schemas.random_schemas import random_schema
 from triton_repo.runtime.batching.alone import answered
 from triton_repo.runtime.guided.guides import Guides
-from triton_repo.runtime.options import plan_generation, read_options
+from triton_repo.runtime.options import plan_generation
+from triton_repo.runtime.request_reading import read_options
 from triton_repo.runtime.single.generation import text_request
 
 SAMPLED = {"temperature": 1.0, "top_p": 0.9}

@@ -11,7 +11,8 @@ from triton_repo.contracts.model_parameters import TextParameters
 from triton_repo.contracts.wire import COMPATIBILITY_INPUTS, INPUTS
 from triton_repo.errors import RequestError
 from triton_repo.runtime.answer import AnswerPlan
-from triton_repo.runtime.options import plan_generation, read_options
+from triton_repo.runtime.options import plan_generation
+from triton_repo.runtime.request_reading import read_options
 from triton_repo.runtime.steps.preprocessing import Preprocessor, prepare_stop
 from triton_repo.runtime.text.words import unpack_words
 

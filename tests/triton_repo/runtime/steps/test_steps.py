@@ -11,7 +11,8 @@ from triton_repo.contracts.piece import Piece, join
 from triton_repo.runtime import answer as answer_module
 from triton_repo.runtime.batching.alone import answered
 from triton_repo.runtime.guided.guides import Guides
-from triton_repo.runtime.options import plan_generation, read_options
+from triton_repo.runtime.options import plan_generation
+from triton_repo.runtime.request_reading import read_options
 from triton_repo.runtime.single.generation import text_request
 from triton_repo.runtime.steps.postprocessing import Postprocessor, read_tokens
 from triton_repo.runtime.steps.preprocessing import Preprocessor

@@ -12,7 +12,8 @@ from wire_tensors import wire
 
 from export.tokenizer.loading import Tokenizer
 from triton_repo.errors import RequestError
-from triton_repo.runtime.options import GenerationOptions, plan_generation, read_options
+from triton_repo.runtime.options import GenerationOptions, plan_generation
+from triton_repo.runtime.request_reading import read_options
 from triton_repo.runtime.text import prompt
 from triton_repo.runtime.text.prompt import PromptTooLongError, encode_prompt, most_bytes
 
