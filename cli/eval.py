@@ -19,13 +19,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from cli.progress import PROGRESS_S, every
 from export.errors import printable
 from export.provider import FLOAT, KV_CACHES
 
 if TYPE_CHECKING:
     from triton_repo.evaluation.run import Evaluation
 
-_PROGRESS_INTERVAL_S = 0.2  # on a terminal; a log gets a line in each tenth of the work
+logger = logging.getLogger(__name__)
+
+_PROGRESS_INTERVAL_S = 0.2  # on a terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,33 +139,33 @@ def _table(rows: list[list[str]]) -> str:
 
 
 class _Progress:
-    """Shows how many requests are done: on a terminal in one line that is overwritten, elsewhere a line for each tenth
-    of the work."""
+    """Shows how many requests are done: on a terminal in one line that is overwritten, elsewhere in a plain line every
+    few seconds."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._is_terminal = stream is not None and stream.isatty()
-        self._what, self._began_s, self._shown_s, self._tenths = "", 0.0, 0.0, 0
+    def __init__(self, stream: TextIO | None) -> None:
+        self._terminal = stream if stream is not None and stream.isatty() else None
+        self._log = every(PROGRESS_S, logger.info)
+        self._what, self._began_s, self._shown_s = "", 0.0, 0.0
         self._is_open = False
 
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
         if what != self._what:
             self.close()
-            self._what, self._began_s, self._shown_s, self._tenths = what, now, 0.0, 0
-        tenths = 10 * done // total
-        due = now - self._shown_s > _PROGRESS_INTERVAL_S if self._is_terminal else tenths > self._tenths
-        if self._stream is None or not (due or (done == total and tenths > self._tenths)):
-            return
-        self._shown_s, self._tenths = now, tenths
-        left = (now - self._began_s) * (total - done) / done if done else 0.0
-        text = f"{done} of {total} {what}, about {left:.0f} s left"
-        self._stream.write(f"\r{text}\x1b[K" if self._is_terminal else f"{text}\n")
-        self._stream.flush()
-        self._is_open = self._is_terminal
+            self._what, self._began_s, self._shown_s = what, now, 0.0
+        text = f"{done} of {total} {what}"
+        if 0 < done < total:
+            left = round((now - self._began_s) * (total - done) / done)
+            text += f", {left // 60}:{left % 60:02d} left"
+        if self._terminal is None:
+            self._log(text)
+        elif done == total or now - self._shown_s > _PROGRESS_INTERVAL_S:
+            self._shown_s, self._is_open = now, True
+            self._terminal.write(f"\r{text}\x1b[K")
+            self._terminal.flush()
 
     def close(self) -> None:
         """End the line that is overwritten."""
-        if self._is_open:
-            self._stream.write("\n")
+        if self._terminal is not None and self._is_open:
+            self._terminal.write("\n")
             self._is_open = False

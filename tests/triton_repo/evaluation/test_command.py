@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import huggingface_hub
@@ -347,12 +349,37 @@ class Terminal:
         pass
 
 
-def test_progress_is_one_line_of_a_terminal_and_ten_lines_elsewhere():
-    for is_terminal, lines in ((True, 1), (False, 10)):
-        stream = Terminal(is_terminal)
-        progress = _Progress(stream)
-        for done in range(1, 1001):
-            progress("answers", done, 1000)
-        progress.close()
-        assert stream.text.count("\n") == lines
-        assert "1000 of 1000 answers" in stream.text
+def test_progress_is_one_line_of_a_terminal():
+    stream = Terminal(is_terminal=True)
+    progress = _Progress(stream)
+    for done in range(1, 1001):
+        progress("answers", done, 1000)
+    progress.close()
+    assert stream.text.count("\n") == 1
+    assert "1000 of 1000 answers" in stream.text
+
+
+@pytest.mark.parametrize("stream", [Terminal(is_terminal=False), None])
+def test_progress_is_a_plain_line_every_few_seconds_elsewhere(stream, monkeypatch, caplog):
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("cli.eval.time", clock)
+    monkeypatch.setattr("cli.progress.time", clock)
+    caplog.set_level(logging.INFO, "cli.eval")
+    progress = _Progress(stream)
+    for done in range(1, 101):  # two answers a second
+        clock.now += 0.5
+        progress("answers", done, 100)
+    progress.close()
+    said = [record.getMessage() for record in caplog.records]
+    # The first answer was counted after 0.5 s, from which on the rate is measured: nine more took 4.5 s.
+    assert said[:2] == ["10 of 100 answers, 0:40 left", "20 of 100 answers, 0:38 left"]
+    assert (len(said), said[-1]) == (10, "100 of 100 answers")
+    assert stream is None or not stream.text
+
+
+def test_a_short_evaluation_tells_no_progress(caplog):
+    caplog.set_level(logging.INFO, "cli.eval")
+    progress = _Progress(None)
+    for done in range(1, 13):
+        progress("answers", done, 12)
+    assert not caplog.records
