@@ -18,6 +18,7 @@ from export.calibration.store import CalibrationText, solve_codes
 from export.calibration.text import DEFAULT_TOKENS, OWN_TEXT, own_text, windows_of
 from export.errors import ConfigError, names
 from export.families import Model
+from export.files.resume import discard_interrupted
 from export.quantize.gptq import LEAST_DAMPING
 from export.quantize.recipe import GPTQ, METHODS
 from export.quantize.solved import CODES_FILE, SolvedCodes, checksum_text
@@ -99,12 +100,21 @@ def text_record(text: CalibrationText) -> dict[str, Any]:
 def solved(
     calibration: Calibration, output: Path, model: Model, wanted: Mapping[str, Wanted], text: CalibrationText | None
 ) -> Iterator[SolvedCodes | None]:
-    """The solved codes of the rows `wanted`, while an engine is made of them; None if there are none. A folder beside
-    `output` is removed when the block ends well."""
-    if not wanted or text is None:
-        yield None
-        return
-    folder = calibration.codes or output.resolve().with_name(f".{output.resolve().name}.codes")
+    """The solved codes of the rows `wanted`, while an engine is made of them; None if there are none. When the block
+    ends well, the folders beside `output` are removed: that of this build's codes, and what an interrupted build of the
+    same output left, whatever its method."""
+    beside = output.resolve().with_name(f".{output.resolve().name}.codes")
+    folder = calibration.codes or beside
+    yield None if not wanted or text is None else _solved(folder, calibration, model, wanted, text)
+    if calibration.codes is None or calibration.codes.resolve() != beside:
+        shutil.rmtree(beside, ignore_errors=True)
+        discard_interrupted(beside)
+
+
+def _solved(
+    folder: Path, calibration: Calibration, model: Model, wanted: Mapping[str, Wanted], text: CalibrationText
+) -> SolvedCodes:
+    """The codes, solved into `folder` or read from it."""
     try:
         codes = solve_codes(folder, model, wanted, text)
     except ConfigError as error:
@@ -116,9 +126,7 @@ def solved(
     fallen = fallen_back(codes)
     if fallen:
         logger.warning("%s", fallen)
-    yield codes
-    if calibration.codes is None:
-        shutil.rmtree(folder, ignore_errors=True)
+    return codes
 
 
 def fallen_back(codes: SolvedCodes) -> str | None:

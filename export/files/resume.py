@@ -102,6 +102,16 @@ def refuse_made(final: Path, what: str) -> None:
     refuse_existing(final, what)
 
 
+def discard_interrupted(final: Path) -> None:
+    """Remove the partial folder of `final` that an interrupted run left. A folder that another process is writing, and
+    one that is not this user's, stay."""
+    partial = partial_path(final)
+    if not partial.exists():
+        return
+    with suppress(OSError, OutputError), _locked(partial, f"discarding {partial}"):
+        shutil.rmtree(partial)
+
+
 @contextmanager
 def partial_folder(
     final: Path, what: str, fingerprint: Fingerprint, keep: tuple[str, ...], num_bytes: int

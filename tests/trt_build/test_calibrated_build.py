@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from export.calibration.work import work_of
 from export.checkpoint.folder import open_checkpoint
 from export.errors import ConfigError, OutputError, QuantizationError
 from export.families import read_model
+from export.files.resume import discard_interrupted
 from export.quantize.solved import open_solved
 from trt_build.calibration import Calibration
 from trt_build.ort.build import BuildOptions, build_engine
@@ -30,6 +33,7 @@ from trt_build.ort.questions.stored_weights import open_stored_weights
 from trt_build.ort.questions.weights import ask_about_weights
 
 KERNELS = ["onnxruntime", pytest.param("moeship", marks=pytest.mark.needs_kernels)]
+BUILD_WRITES = "trt_build.ort.build.write_export"
 WORDS = ("the", "ferry", "left", "late", "because", "tide", "was", "low", "and", "nobody", "minded", "1", "23", "!")
 
 
@@ -168,6 +172,47 @@ def test_codes_that_an_interrupted_build_left_are_used_or_made_anew(tmp_path, te
         build(checkpoint, tmp_path / "again", text)
         assert "those of an interrupted build do not fit" in caplog.text
     assert not list(tmp_path.glob(".*.codes"))
+
+
+@pytest.mark.parametrize("stage", ["solving", "writing"])
+def test_a_build_by_another_method_removes_what_a_killed_one_left(tmp_path, text, monkeypatch, stage):
+    checkpoint, output = write_phixtral(tmp_path / "model"), tmp_path / "engine"
+
+    class KilledError(BaseException):
+        pass
+
+    def kill(*arguments):
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("export.calibration.store.Solver.head" if stage == "solving" else BUILD_WRITES, kill)
+        with pytest.raises(KilledError):
+            build(checkpoint, output, text)
+    left = tmp_path / ("..engine.codes.partial" if stage == "solving" else ".engine.codes")
+    assert left.is_dir()
+    build_engine(
+        BuildOptions(
+            checkpoint=str(checkpoint), output=output, kernels="onnxruntime", calibration=Calibration(method="search")
+        )
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["engine", "model", "text.txt"]
+
+
+def test_codes_that_another_process_solves_stay(tmp_path):
+    partial = tmp_path / "..engine.codes.partial"
+    partial.mkdir(mode=0o700)
+    code = (
+        "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX); "
+        "print(flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", code, str(partial / "lock")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        discard_interrupted(tmp_path / ".engine.codes")
+        assert partial.is_dir()
+        other.stdin.close()
+    discard_interrupted(tmp_path / ".engine.codes")
+    assert not partial.exists()
 
 
 def test_starved_experts_are_named(tmp_path, text, caplog, monkeypatch):
