@@ -16,12 +16,14 @@ from typing import Any
 from export.calibration.layers import FEWEST_TOKENS, Wanted
 from export.calibration.store import CalibrationText, solve_codes
 from export.calibration.text import DEFAULT_TOKENS, OWN_TEXT, own_text, windows_of
+from export.calibration.work import Work
 from export.errors import ConfigError, names
 from export.families import Model
 from export.files.resume import discard_interrupted
 from export.quantize.gptq import LEAST_DAMPING
 from export.quantize.recipe import GPTQ, METHODS
 from export.quantize.solved import CODES_FILE, SolvedCodes, checksum_text
+from export.rows import Rows, in_units
 from export.tokenizer.loading import Tokenizer
 from trt_build.comparison.evaluation_text import EvaluationText, read_texts
 
@@ -127,6 +129,28 @@ def _solved(
     if fallen:
         logger.warning("%s", fallen)
     return codes
+
+
+def method_rows(gptq: Work, *, solves: bool) -> Rows:
+    """What a plan says of finding the codes: `gptq` is what GPTQ takes, and `solves` whether the build uses it. Nothing
+    for a build without codes that GPTQ can solve."""
+    if not gptq.products:
+        return []
+    said = (
+        f"over {gptq.num_tokens:,} tokens, {duration(gptq.seconds)} of one core and {in_units(gptq.memory)} of memory"
+    )
+    if solves:
+        return [("codes", f"by gptq {said}; --method search takes no text and seconds")]
+    return [("codes", f"without a text; --method gptq solves them {said}")]
+
+
+def duration(seconds: float) -> str:
+    """An estimate in words. Of small models it counts too little, since what numpy adds to each call weighs more."""
+    if seconds < 10:
+        return "under 20 s"
+    if seconds < 100:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} minutes" if seconds < 6000 else f"about {seconds / 3600:.1f} hours"
 
 
 def fallen_back(codes: SolvedCodes) -> str | None:

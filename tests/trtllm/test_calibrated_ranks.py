@@ -8,9 +8,11 @@ import json
 
 import numpy as np
 import pytest
+from mixtral_checkpoints import write_mixtral_checkpoint
 from trtllm.building import build, options_of
 from trtllm.ranks import Ranks, relative_difference, shares, understood
 
+from cli.main import main
 from export.calibration.layers import Wanted
 from export.calibration.overlay import Overlay
 from export.calibration.store import CalibrationText, solve_codes
@@ -116,3 +118,21 @@ def test_flags_of_the_method_are_in_the_command_that_finishes_a_build(tmp_path, 
 def test_gptq_is_for_group_wise_precisions(tmp_path, packable_phixtral, text):
     with pytest.raises(EngineError, match="are for --precision int4_gptq and int4_awq, .* found int4"):
         build(packable_phixtral, tmp_path / "engine", precision="int4", calibration=Calibration(texts=(text,)))
+
+
+def test_plan_says_what_gptq_takes_as_for_onnx_runtime(tmp_path, capsys):
+    """A Mixtral whose matrices GPTQ solves in both backends: the same rows, so the same words and figures."""
+    checkpoint = write_mixtral_checkpoint(
+        tmp_path / "model", seed=1, spelling="published", hidden_size=128, num_heads=4, num_kv_heads=2, ffn_size=256
+    )
+
+    def planned(*flags):
+        assert main(["plan", str(checkpoint), *flags]) == 0
+        return [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("codes  ")]
+
+    library = ("--backend", "tensorrt-llm", "--gpu-sm", "90")
+    for method in ("gptq", "search"):
+        said = planned(*library, "--precision", "int4_gptq", "--method", method)
+        assert [line.split() for line in said] == [line.split() for line in planned("--method", method)]
+        assert f"{'by gptq' if method == 'gptq' else '--method gptq solves them'} over 16,384 tokens" in said[0]
+    assert planned(*library, "--precision", "int8") == []

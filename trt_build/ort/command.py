@@ -14,6 +14,7 @@ from export.errors import ConfigError
 from export.families import read_model
 from export.provider import FLOAT, INT8, named_with_kernels
 from export.rows import Rows, in_units
+from trt_build.calibration import duration, method_rows
 from trt_build.engine_flags import DEFAULT_PROVIDER, read_calibration, read_checkpoint
 from trt_build.machine.bandwidth import measure_read_bandwidth
 from trt_build.machine.memory import available_memory
@@ -178,38 +179,16 @@ def _engine_rows(plan: EnginePlan) -> Rows:
         ("weights", f"{plan.weights_bytes:,} bytes, {plan.average_bits_per_weight:.2f} bits per weight"),
         ("all files", f"{plan.engine_bytes:,} bytes"),
         ("making it", f"reads {in_units(plan.source_bytes)}, holds up to {in_units(plan.conversion_bytes)} of memory"),
-        *_method_rows(plan),
+        *method_rows(plan.gptq, solves=plan.is_calibrated),
         *_cache_rows(plan),
     ]
-
-
-def _method_rows(plan: EnginePlan) -> Rows:
-    """What finding the codes takes: by the method of this build, and by GPTQ."""
-    if not plan.gptq.products:
-        return []
-    said = (
-        f"over {plan.gptq.num_tokens:,} tokens, {_duration(plan.gptq.seconds)} of one core and "
-        f"{in_units(plan.gptq.memory)} of memory"
-    )
-    if plan.is_calibrated:
-        return [("codes", f"by gptq {said}; --method search takes no text and seconds")]
-    return [("codes", f"without a text; --method gptq solves them {said}")]
 
 
 def _cache_rows(plan: EnginePlan) -> Rows:
     """What caches in int8 take."""
     if plan.kv_cache != INT8:
         return []
-    return [("int8 caches", f"scales by running the engine over a text: {_duration(plan.cache_seconds)} of one core")]
-
-
-def _duration(seconds: float) -> str:
-    """An estimate in words. Of small models it counts too little, since what numpy adds to each call weighs more."""
-    if seconds < 10:
-        return "under 20 s"
-    if seconds < 100:
-        return f"about {seconds:.0f} s"
-    return f"about {seconds / 60:.0f} minutes" if seconds < 6000 else f"about {seconds / 3600:.1f} hours"
+    return [("int8 caches", f"scales by running the engine over a text: {duration(plan.cache_seconds)} of one core")]
 
 
 def _decoding_rows(plan: EnginePlan, machine: dict[str, Any]) -> Rows:

@@ -18,7 +18,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from export.calibration.layers import Wanted
 from export.calibration.store import CalibrationText
 from export.conversion.writer import Progress
 from export.errors import OutputError, listing
@@ -57,7 +56,7 @@ from trt_build.trtllm.engine import (
 )
 from trt_build.trtllm.library import Library, find_library, library_missing, run_build
 from trt_build.trtllm.options import TrtllmOptions, check_options, has_biased_head
-from trt_build.trtllm.plan import TrtllmPlan, plan_trtllm
+from trt_build.trtllm.plan import TrtllmPlan, plan_trtllm, solvable
 from trt_build.trtllm.questions.weights import RankFolder, ask_about_weights
 from trt_build.trtllm.verify import record_trtllm, verify_trtllm
 from trt_build.trtllm_flags import STAGES
@@ -93,18 +92,6 @@ class _Build:
     def ranks(self) -> RankFolder:
         folder = self.options.checkpoint_folder
         return RankFolder(plan=self.checkpoint, folder=folder, max_sequence=self.source.max_sequence)
-
-    def wanted_codes(self) -> dict[str, Wanted]:
-        """The rows whose codes are solved."""
-        facts, left_out = self.source.model.architecture, self.checkpoint.options.left_out
-        written = tuple(expert for expert in range(facts.num_experts) if expert not in left_out)
-        table = self.source.model.weights.table
-        return {
-            job.source: Wanted(
-                bits=job.bits, block_size=job.group_size, experts=written if table[job.source].stacks_experts else (0,)
-            )
-            for job in self.checkpoint.groupwise
-        }
 
     def reaches(self, stage: str) -> bool:
         return STAGES.index(self.options.until) >= STAGES.index(stage)
@@ -263,7 +250,7 @@ def _checkpoint(build: _Build, progress: Callable[[Progress], None] | None) -> M
                 "no GPU here: packing for every GPU but SM 90 (H100, H200); pass --gpu-sm 90 to build for one"
             )
         model, calibration = build.source.model, build.options.calibration
-        with solved(calibration, folder, model, build.wanted_codes(), build.text) as codes:
+        with solved(calibration, folder, model, solvable(build.checkpoint), build.text) as codes:
             record = None if codes is None else calibration_record(codes)
             write_checkpoint(model, build.checkpoint.options, folder, progress, codes, record)
     return require_written(build.checkpoint, folder)

@@ -13,6 +13,7 @@ from export.conversion.writer import Progress
 from export.errors import listing
 from export.rows import Rows, in_units
 from export.trtllm.checkpoint import differing_settings, options_of, plan_checkpoint
+from trt_build.calibration import method_rows
 from trt_build.comparison.cost.measuring import CostOptions
 from trt_build.comparison.evaluation_text import EvaluationText
 from trt_build.comparison.verified import Verified
@@ -198,6 +199,7 @@ def _tables(checkpoint: str, plan: TrtllmPlan, machine: dict[str, Any]) -> list[
             "making them",
             f"reads {in_units(plan.source_bytes)}, holds up to {in_units(plan.conversion_bytes)} of memory",
         ),
+        *method_rows(plan.gptq, solves=plan.is_calibrated),
     ]
     decoding: Rows = [
         ("weights read per token", f"{in_units(plan.weights_bytes_per_token)}, all ranks together"),

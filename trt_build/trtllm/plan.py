@@ -12,8 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from export.calibration.layers import Wanted
+from export.calibration.work import Work, work_of
 from export.checkpoint.safetensors_header import FLOAT_LABELS, itemsize
 from export.checkpoint.tensor_table import Role, TensorSpec
+from export.quantize.recipe import GPTQ
 from export.routing import RoutingReport, left_out_note
 from export.trtllm.carry import kept_grid
 from export.trtllm.checkpoint import CheckpointPlan
@@ -27,7 +30,8 @@ class TrtllmPlan:
     """The figures of a planned engine. `rank_bytes` are the sizes of the checkpoint's files by rank;
     `weights_bytes_per_token` is what decoding one token reads of the weights on all ranks together;
     `kv_bytes_per_token` is the size of one position of the cache on the rank with the largest cache;
-    `conversion_bytes` is the peak resident memory while the checkpoint is written."""
+    `conversion_bytes` is the peak resident memory while the checkpoint is written; `gptq` is what GPTQ takes for all
+    codes that it can solve, and `is_calibrated` whether this build solves codes."""
 
     family: str
     architecture: str
@@ -43,6 +47,8 @@ class TrtllmPlan:
     source_bytes: int
     conversion_bytes: int
     kv_bytes_per_token: int
+    gptq: Work
+    is_calibrated: bool
     notes: tuple[str, ...]
 
     @property
@@ -72,6 +78,7 @@ def plan_trtllm(
     num_weights = sum(_num_written(spec, checkpoint) for spec in model.weights.table.values())
     layers = len(parallel.layers(0, facts.num_layers))
     heads = max(facts.num_kv_heads, parallel.tp_size) // parallel.tp_size
+    wanted = solvable(checkpoint)
     grouped = "group_size" in config["quantization"]
     return TrtllmPlan(
         family=model.family.name,
@@ -88,8 +95,23 @@ def plan_trtllm(
         source_bytes=sum(stored.num_bytes for stored in model.weights.checkpoint.tensors.values()),
         conversion_bytes=checkpoint.conversion_bytes(),
         kv_bytes_per_token=2 * layers * heads * facts.head_size * itemsize(FLOAT_LABELS[config["dtype"]]),
+        gptq=work_of(model, wanted, options.calibration.most_tokens),
+        is_calibrated=bool(wanted) and options.calibration.chosen() == GPTQ,
         notes=_notes(checkpoint, routing, grouped=grouped),
     )
+
+
+def solvable(checkpoint: CheckpointPlan) -> dict[str, Wanted]:
+    """The rows whose codes GPTQ can solve: those with a scale for each group."""
+    facts, left_out = checkpoint.model.architecture, checkpoint.options.left_out
+    written = tuple(expert for expert in range(facts.num_experts) if expert not in left_out)
+    table = checkpoint.model.weights.table
+    return {
+        job.source: Wanted(
+            bits=job.bits, block_size=job.group_size, experts=written if table[job.source].stacks_experts else (0,)
+        )
+        for job in checkpoint.groupwise
+    }
 
 
 def _num_written(spec: TensorSpec, checkpoint: CheckpointPlan) -> int:
