@@ -87,6 +87,7 @@ _DEEPEST = 60  # schemas within schemas
 _DEEPEST_JSON = 120  # objects and lists within each other; the library reads 128 levels
 _MOST_DIGITS = 300  # of a whole number, which the library reads as a float64
 _MOST_TARGETS = 512  # of references
+_MOST_TOGETHER = 50  # different patterns; the library takes 0.2 s for 60, 1 s for 100 and more than 8 s for 150
 
 _Schema = Any  # a dict, or a bool
 
@@ -101,6 +102,7 @@ def check_schema(text: str) -> dict[str, Any]:
         raise ValueError(f"found JSON of more than {_DEEPEST_JSON} levels; send a schema that is less deep")
     _check_numbers(schema)
     _check_reach(schema)
+    _check_patterns(schema)
     return {} if schema is True else schema
 
 
@@ -214,17 +216,49 @@ def _check_reach(schema: _Schema) -> None:
 
 
 def _references(schema: _Schema) -> Iterator[str]:
-    if not isinstance(schema, dict):
-        return
-    if isinstance(schema.get("$ref"), str):
-        yield schema["$ref"]
+    return (one["$ref"] for one in _schemas(schema) if isinstance(one.get("$ref"), str))
+
+
+def _schemas(schema: _Schema) -> Iterator[dict[str, Any]]:
+    """A schema and those in it, but for true and false."""
+    if isinstance(schema, dict):
+        yield schema
+        for one in _parts(schema):
+            yield from _schemas(one)
+
+
+def _parts(schema: Mapping[str, Any]) -> Iterator[_Schema]:
     for name, value in schema.items():
-        if name in _OF_MANY and isinstance(value, dict):
-            for one in value.values():
-                yield from _references(one)
+        if name in _OF_MANY:
+            yield from value.values()
         elif name in _OF_LIST | _OF_ONE:
-            for one in value if isinstance(value, list) else [value]:
-                yield from _references(one)
+            yield from value if isinstance(value, list) else [value]
+
+
+def _check_patterns(schema: _Schema) -> None:
+    """Raise ValueError where a value may have to meet very many patterns together: those that allOf leads to, or a
+    reference beside other keywords."""
+    waiting = [part for one in _schemas(schema) for part in _joined(one)]
+    seen: set[int] = set()
+    patterns: set[str] = set()
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict) and id(part) not in seen:
+            seen.add(id(part))
+            patterns.update(part[name] for name in ("pattern", "format") if name in part)
+            waiting += _parts(part)
+            waiting += [_target(schema, part["$ref"])] if "$ref" in part else []
+    if len(patterns) > _MOST_TOGETHER:
+        raise ValueError(
+            f"found {len(patterns)} patterns and formats that allOf or references beside other keywords join, expected "
+            f"at most {_MOST_TOGETHER}; send fewer"
+        )
+
+
+def _joined(schema: Mapping[str, Any]) -> list[_Schema]:
+    """The schemas that a value must meet together."""
+    beside = "$ref" in schema and not schema.keys() <= _NOTES | {"$ref", "$defs", "definitions"}
+    return [*_list(schema, "allOf"), *([schema] if beside else [])]
 
 
 def _target(schema: _Schema, pointer: str) -> _Schema:

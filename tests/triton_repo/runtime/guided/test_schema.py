@@ -22,6 +22,11 @@ TREE = {
     },
     "$ref": "#/$defs/tree",
 }
+# Each reference leads to one that has a pattern of its own beside it.
+CHAIN = {
+    "$defs": {f"a{n}": {"pattern": f"{n}", "$ref": f"#/$defs/a{n + 1}"} for n in range(60)} | {"a60": {}},
+    "$ref": "#/$defs/a0",
+}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +76,8 @@ TREE = {
         ('{"properties": {"a": {}}, "$ref": "#/properties"}', "leads to no schema"),
         ('{"prefixItems": [{"$ref": "#/prefixItems/\u00b2"}]}', "unexpected character at index 14"),
         ('{"type": "array", "items": {"$ref": "#"}, "minItems": 1.0}', "needs itself without end"),
+        (json.dumps({"allOf": [{"pattern": f"{n}"} for n in range(51)]}), "found 51 patterns and formats that allOf"),
+        (json.dumps(CHAIN), "found 60 patterns and formats that allOf"),
     ],
 )  # fmt: skip
 def test_a_schema_is_refused_with_one_clear_error(byte_fallback, text, said):
@@ -92,6 +99,7 @@ def test_a_schema_is_refused_with_one_clear_error(byte_fallback, text, said):
         {"title": "t", "description": "d", "examples": [1], "x-order": 3, "default": None, "$comment": "c"},
         {"items": [{"type": "null"}], "additionalItems": False},
         {"type": "array", "minItems": 1.0, "maxItems": 2.0},
+        {"properties": {f"a{n}": {"pattern": f"{n}"} for n in range(60)}, "allOf": [{"minLength": 1}]},
         {"properties": {"properties": {"properties": {"items": {"$ref": "#/properties/properties"}}}}},
         {"type": "array", "prefixItems": [{}, {"anyOf": [{"$ref": "#/prefixItems/0"}]}]},
         True,
