@@ -32,6 +32,16 @@ MOST_RETRY_S = 600
 # What our own servers say of a full queue (triton_repo/runtime/batching/refusals.py).
 _RETRY = re.compile(r"send it again in about (\d{1,6}) s")
 _STOPPING = "the server is stopping"
+# The first field that our own servers refuse (triton_repo/runtime/options.py), and what became their tensors.
+_REFUSED = re.compile(r"(?:^  - |reading the request: )(\w+): ", re.MULTILINE)
+_FIELDS = {
+    "logit_bias_ids": "logit_bias", "logit_bias_vals": "logit_bias", "stop_words": "stop", "random_seed": "seed",
+    "return_log_probs": "logprobs", "num_log_probs": "logprobs",
+    "min_length": "min_tokens", "num_return_sequences": "n", "end_id": "ignore_eos",
+    "guided_decoding_guide": "response_format", "guided_decoding_guide_type": "response_format",
+}  # fmt: skip
+_PROMPTS = ("text_input", "input_ids")
+_TOO_LONG = "found a prompt of"
 
 
 class ApiError(Exception):
@@ -101,7 +111,7 @@ def of_client(error: ClientError) -> ApiError:
         retry_s = min(int(found[1]), MOST_RETRY_S) if found else DEFAULT_RETRY_S
         return ApiError(text, status=429, kind=OVERLOADED, code="rate_limit_exceeded", retry_s=retry_s)
     if isinstance(error, RequestRejected):
-        return ApiError(text)
+        return _refused(text)
     if isinstance(error, ModelNotFound):
         return ApiError(text, status=404, param="model", code="model_not_found")
     if isinstance(error, DeadlineExceeded):
@@ -118,6 +128,16 @@ def of_client(error: ClientError) -> ApiError:
     if isinstance(error, AccessDenied):
         return ApiError("the model's server does not accept this gateway's credentials", status=502, kind=SERVER)
     return ApiError("the model's server failed; its log has the reason", status=500, kind=SERVER, code="server_failed")
+
+
+def _refused(text: str) -> ApiError:
+    """The error of a request that the server refused. Clients of OpenAI's API look for the code of a prompt that does
+    not fit."""
+    found = _REFUSED.search(text)
+    name = found[1] if found else None
+    if name in _PROMPTS:
+        return ApiError(text, code="context_length_exceeded" if _TOO_LONG in text else None)
+    return ApiError(text, param=_FIELDS.get(name, name) if name else None)
 
 
 def of_moeship(error: MoeshipError) -> ApiError:

@@ -106,6 +106,27 @@ def has_settled(items) -> bool:
     return len(items) == before
 
 
+@pytest.mark.parametrize(
+    ("problem", "param", "code"),
+    [
+        ("text_input: found a prompt of 600 tokens, expected at most 511", None, "context_length_exceeded"),
+        ("input_ids: found a prompt of 600 tokens, expected at most 511", None, "context_length_exceeded"),
+        ("text_input: found bytes that are not UTF-8", None, None),
+        ("logit_bias_ids: found 9000, expected token ids below 2000", "logit_bias", None),
+        ("stop_words: found 40000 bytes, expected at most 32768", "stop", None),
+        ("top_k: found 3, expected 2", "top_k", None),
+    ],
+)
+def test_what_the_server_refuses_is_told_by_the_clients_own_field(gateway, server, problem, param, code):
+    """Clients look for the code of a prompt that is too long, and shorten it."""
+    server.version = "2.51.0"
+    for told in (f"reading the request:\n  - {problem}", f"reading the request: {problem}"):
+        server.answer = refusing(f"INVALID_ARGUMENT: {told}")
+        with pytest.raises(openai.BadRequestError) as refused:
+            gateway.client().completions.create(model="phixtral", prompt="a")
+        assert (refused.value.param, refused.value.code) == (param, code)
+
+
 def test_a_refusal_for_load_comes_with_the_servers_own_time(gateway, server):
     server.version, server.answer = "2.51.0", refusing(FULL)
     with pytest.raises(openai.RateLimitError, match="64 requests wait") as refused:

@@ -27,6 +27,8 @@ const PLAIN_CODES = {
 };
 
 function headers(key) {
+  // fetch() would refuse such a header with the same error as where nothing answers.
+  if (/[^\x21-\x7e]/.test(key)) throw new ShownError("An API key has no spaces and no letters beyond ASCII. Enter it again.");
   return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
 }
 

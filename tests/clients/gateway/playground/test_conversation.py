@@ -227,6 +227,11 @@ def test_a_page_without_the_key_is_told_so_and_the_key_stays_in_its_field(open_p
     opened = open_page(settings={"keys": read_keys(tmp_path / "keys")})
     page = opened.page
     assert "Enter a key in the settings" in opened.text("#trouble .error")
+    for odd in ("ключ", "a key"):  # no header can hold the first
+        page.fill("#key", odd)
+        page.press("#key", "Tab")
+        page.wait_for_function("document.querySelector('#trouble .error')?.textContent.includes('beyond ASCII')")
+        page.evaluate("document.querySelector('#trouble').remove()")
     page.fill("#key", KEY)
     page.press("#key", "Tab")
     page.wait_for_selector("#trouble", state="detached")
