@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from decode import machine
 from export.calibration.text import own_text
-from export.checkpoint.folder import open_checkpoint
+from export.checkpoint.folder import file_digest, open_checkpoint
 from export.command import run_command
 from export.errors import ConfigError
 from export.families import Model, read_model
@@ -52,10 +52,10 @@ FloatArray = npt.NDArray[np.float32]
 def measure(model_folder: Path, programs: Path, work: Path, num_tokens: int, calibration: int) -> dict[str, Any]:
     """Measure everything. Raises ConfigError for wrong input, AssertionError if llama.cpp computes another model."""
     model = read_model(open_checkpoint(str(model_folder)))
+    claim(work, model)
     text = model_folder / "held-out.txt"
     windows = windows_of(model, text, num_tokens)
     reference = np.concatenate([logits.copy() for logits, _ in Reference(model).run(windows)])
-    work.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
         "machine": machine.describe(),
         "model": {"held_out": json.loads((model_folder / "training.json").read_text())["held_out"]},
@@ -74,6 +74,25 @@ def measure(model_folder: Path, programs: Path, work: Path, num_tokens: int, cal
             points.append(_point(preset, method, built, asdict(found)))
     result["against_llama"] = compare(points)
     return result
+
+
+def claim(work: Path, model: Model) -> None:
+    """Make the folder for engines and quants of a model, with the digests of the model's files. Raises ConfigError for
+    a folder that has another model's, or engines of a model that it does not name."""
+    checkpoint, note = model.weights.checkpoint, work / "model.json"
+    paths = (*checkpoint.settings_files(), *checkpoint.shards)
+    own = {path.name: file_digest(path) for path in paths}
+    found = read_json(note, "the digests of a model") if note.is_file() else None
+    if found == own:
+        return
+    if found is not None or any(work.glob("*/engine.json")):
+        made = "another model" if found else "a model that it does not name"
+        raise ConfigError(
+            f"measuring {checkpoint.folder}: the engines in {work} were made of {made}; name another folder with "
+            "--work, or remove this one"
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
 
 
 def _llama(

@@ -11,7 +11,7 @@ from export.errors import ConfigError
 from export.families import read_model
 from frontier.measures import distance, perplexity
 from frontier.peers import describe, types_of, write_gguf
-from quality import compare, windows_of
+from quality import claim, compare, measure, windows_of
 
 
 def test_the_distance_of_two_distributions_worked_by_hand():
@@ -76,3 +76,16 @@ def test_each_window_begins_with_the_start_token(tmp_path):
     assert 1 not in [*found[0][1:], *found[1][1:]]
     with pytest.raises(ConfigError, match="asked for 5 tokens, expected 512 or more"):
         windows_of(read_model(open_checkpoint(str(folder))), tmp_path / "text", 5)
+
+
+def test_a_folder_with_another_model_s_engines_is_refused(tmp_path):
+    folders = [write_mixtral_checkpoint(tmp_path / f"c{seed}", seed=seed) for seed in (1, 2)]
+    one, other = (read_model(open_checkpoint(str(folder))) for folder in folders)
+    for _ in range(2):  # what is there is used again
+        claim(tmp_path / "work", one)
+    with pytest.raises(ConfigError, match="the engines in .*work were made of another model; name another folder"):
+        measure(folders[1], tmp_path, tmp_path / "work", 512, 512)
+    (tmp_path / "old" / "int4-search").mkdir(parents=True)
+    (tmp_path / "old" / "int4-search" / "engine.json").write_text("{}")
+    with pytest.raises(ConfigError, match="made of a model that it does not name"):
+        claim(tmp_path / "old", other)
