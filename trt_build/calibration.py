@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 # Products up to which GPTQ is the default: about four minutes of one core. The small examples take 3e11 and less,
 # phixtral-4x2_8 1.3e14, which is an hour on two cores.
 MOST_PRODUCTS = 10**13
+SOLVED_SCALES = "float16"  # the type of solved scales where a record does not name one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +172,9 @@ def fallen_back(codes: SolvedCodes) -> str | None:
 
 def calibration_record(codes: SolvedCodes) -> dict[str, Any]:
     """What engine.json says of solved codes: text, tokens and settings, tokens of each expert and those that fell back,
-    the digest of the codes, and the checksum of each matrix."""
+    the digest of the codes, the checksum of each matrix, and the type of scales where it is not float16."""
     settings = codes.origin.settings
+    types = {one.get("scale_type", SOLVED_SCALES) for one in settings["matrices"].values()}
     experts = {name: matrix for name, matrix in codes.matrices.items() if len(matrix.tokens) > 1}
     return {
         "text": settings["text"],
@@ -183,6 +185,7 @@ def calibration_record(codes: SolvedCodes) -> dict[str, Any]:
         "tokens_by_expert": {name: list(matrix.tokens) for name, matrix in experts.items()},
         "fallen_back": {name: list(one.fallen_back) for name, one in codes.matrices.items() if one.fallen_back},
         "codes": codes.digest,
+        **({} if types <= {SOLVED_SCALES} else {"scale_type": names(sorted(types))}),
     }
 
 

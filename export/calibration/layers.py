@@ -57,7 +57,8 @@ _ROWS = 2048  # rows of a matrix that are read and solved at a time
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
     """How a row of the table is to be solved. `experts` are those whose matrices are wanted, of a row that stacks
-    them. The scales of the first `scaled_rows` rows are stored multiplied by `row_factor`, a power of two."""
+    them. The scales of the first `scaled_rows` rows are stored multiplied by `row_factor`, a power of two.
+    `scale_type`, float16 or bfloat16, is how the engine stores scales."""
 
     bits: int
     block_size: int
@@ -65,6 +66,7 @@ class Wanted:
     experts: tuple[int, ...] = (0,)
     scaled_rows: int = 0
     row_factor: float = 1.0
+    scale_type: str = "float16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +157,7 @@ class _Row:
                     asked = None if shares is None or not part else shares[own] * np.float32(part)
                     some = solve(
                         self.label(place), held[own], factor, wanted.block_size, wanted.bits,
-                        grids(wanted.bits, row_factor), asked,
+                        grids(wanted.bits, row_factor, wanted.scale_type), asked,
                     )  # fmt: skip
                     found.codes[own], found.scales[own], found.zeros[own] = some.codes, some.scales, some.zeros
                     errors[own] = np.linalg.norm(held[own] - some.values(), axis=1)

@@ -83,8 +83,17 @@ def settings_of(text: CalibrationText, wanted: Mapping[str, Wanted], experts_per
         "fewest tokens": FEWEST_TOKENS,
         "repair": REPAIR,
         "experts per token": experts_per_token,
-        "matrices": {name: asdict(one) for name, one in wanted.items()},
+        "matrices": {name: _settings_of(one) for name, one in wanted.items()},
     }
+
+
+def _settings_of(one: Wanted) -> dict[str, Any]:
+    """How a matrix is solved. Scales in float16 are not named, so that codes keep their settings which were solved by a
+    release that had no others."""
+    found = asdict(one)
+    if one.scale_type == "float16":
+        del found["scale_type"]
+    return found
 
 
 def solve_codes(folder: Path, model: Model, wanted: Mapping[str, Wanted], text: CalibrationText) -> SolvedCodes:

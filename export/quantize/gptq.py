@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from export.checkpoint.safetensors_header import numpy_dtype
 from export.errors import QuantizationError
 from export.provider import FLOAT16_MAX
 from export.quantize.grid import ByteArray, FloatArray
@@ -243,31 +244,33 @@ def _solve_rows(
         found.zeros[:, start // block_size] = zeros
 
 
-def symmetric(bits: int, factor: float = 1.0) -> ChooseGrid:
+def symmetric(bits: int, factor: float = 1.0, scale_type: str = "float16") -> ChooseGrid:
     """Grids whose zero point is 2^(bits-1): of the scales that float16 has nearest to STRETCHES times the one that
     maps the largest value onto -2^(bits-1), the one with the least squared error, weighted by column. float16 also has
-    the scales times `factor`, a power of two of at most 1, which an engine may store in their place."""
+    the scales times `factor`, a power of two of at most 1, which an engine may store in their place. With the
+    `scale_type` bfloat16, which an engine may store too, they are the nearest that both types have."""
     half, stretches = np.float32(1 << (bits - 1)), _stretches(bits)
 
     def choose(current: FloatArray, pivots: FloatArray) -> Grid:
         low, high = current.min(axis=0), current.max(axis=0)
         unit = np.where(-low >= high, low, high) / -half + np.float32(0)
         zeros = np.full_like(unit, half)
-        return _best(current, pivots, bits, [(_halved(unit * np.float32(part), factor), zeros) for part in stretches])
+        tried = [(_as_stored(unit * np.float32(part), factor, scale_type), zeros) for part in stretches]
+        return _best(current, pivots, bits, tried)
 
     return choose
 
 
-def asymmetric(bits: int, factor: float = 1.0) -> ChooseGrid:
+def asymmetric(bits: int, factor: float = 1.0, scale_type: str = "float16") -> ChooseGrid:
     """Grids with a zero point of their own: of those that span STRETCHES of the values and zero the one with the least
-    squared error, weighted by column. `factor` is as in `symmetric`."""
+    squared error, weighted by column. `factor` and `scale_type` are as in `symmetric`."""
     most, stretches = np.float32((1 << bits) - 1), _stretches(bits)
 
     def choose(current: FloatArray, pivots: FloatArray) -> Grid:
         low, high = np.minimum(current.min(axis=0), 0), np.maximum(current.max(axis=0), 0)
         tried = []
         for part in stretches:
-            scales = _halved((high - low) / most * np.float32(part), factor)
+            scales = _as_stored((high - low) / most * np.float32(part), factor, scale_type)
             zeros = np.divide(-low * np.float32(part), scales, out=np.zeros_like(scales), where=scales != 0)
             tried.append((scales, np.clip(np.rint(zeros), 0, most)))
         return _best(current, pivots, bits, tried)
@@ -279,9 +282,13 @@ def _stretches(bits: int) -> Sequence[float]:
     return STRETCHES if bits <= _MOST_BITS_TRIED else STRETCHES[:1]
 
 
-def _halved(scales: FloatArray, factor: float) -> FloatArray:
+def _as_stored(scales: FloatArray, factor: float, scale_type: str) -> FloatArray:
     """Rounded so that float16 has them times `factor`, a power of two of at most 1. It then has them too: such a factor
-    only takes digits away. Raises OverflowError beyond its range."""
+    only takes digits away. With the `scale_type` bfloat16 that type has them as well: they are rounded to its 8 digits,
+    which float16 has from 2^-17 on; below, float16 has fewer digits than bfloat16. Raises OverflowError beyond
+    float16's range."""
+    if scale_type == "bfloat16":
+        scales = scales.astype(numpy_dtype("BF16")).astype(np.float32)
     if not np.abs(scales).max(initial=0) <= FLOAT16_MAX:
         raise OverflowError
     return (scales * np.float32(factor)).astype(np.float16).astype(np.float32) / np.float32(factor)

@@ -13,7 +13,6 @@ from trtllm.building import build, options_of
 from trtllm.ranks import Ranks, relative_difference, shares, understood
 
 from cli.main import main
-from export.calibration.layers import Wanted
 from export.calibration.overlay import Overlay
 from export.calibration.store import CalibrationText, solve_codes
 from export.reference.model import Reference
@@ -21,6 +20,8 @@ from export.trtllm.checkpoint import CheckpointOptions, plan_checkpoint, write_c
 from trt_build.calibration import Calibration, calibration_record, text_record
 from trt_build.errors import EngineError, VerificationFailed
 from trt_build.trtllm.build import command_of
+from trt_build.trtllm.plan import solvable
+from trt_build.trtllm.questions.rank_weights import open_rank_weights
 from trt_build.trtllm.questions.weights import RankFolder, ask_about_weights
 
 IDS = np.random.default_rng(8).integers(0, 277, 48).tolist()
@@ -30,17 +31,6 @@ BAR = 1e-5  # the largest difference of a logit over the largest logit: both sid
 def calibration_text():
     ids = np.random.default_rng(1).integers(0, 277, (4, 48)).tolist()
     return CalibrationText(windows=ids, record={"names": ["random"], "bytes": 0, "sha256": ""})
-
-
-def wanted_of(plan):
-    experts = tuple(range(plan.model.architecture.num_experts))
-    table = plan.model.weights.table
-    return {
-        job.source: Wanted(
-            bits=4, block_size=job.group_size, experts=experts if table[job.source].stacks_experts else (0,)
-        )
-        for job in plan.groupwise
-    }
 
 
 @pytest.mark.usefixtures("network")
@@ -60,12 +50,14 @@ def test_rank_files_hold_the_codes_that_were_solved(tmp_path, packable_phixtral,
         precision=precision, dtype=dtype, group_size=64, parallel=shares(moe_tp, moe_ep), calibration=text_record(text)
     )
     plan = plan_checkpoint(model, options)
-    codes = solve_codes(tmp_path / "codes", model, wanted_of(plan), text)
+    codes = solve_codes(tmp_path / "codes", model, solvable(plan), text)
     folder = tmp_path / "ranks"
     plan = write_checkpoint(model, options, folder, solved=codes, record=calibration_record(codes))
     ranks = RankFolder(plan=plan, folder=folder, max_sequence=64)
     assert ask_about_weights(ranks).failures == ()
-    if dtype is not None:  # whose scales are rounded, so that no checksum is held to them
+    assert set(open_rank_weights(plan, folder).checksums) == set(codes.matrices)
+    assert all(open_rank_weights(plan, folder).checksums.values())
+    if dtype is not None:  # whose floats, which the reference does not round, are rounded
         return
     solved = {
         name: {place: codes.rows(name, place, 0, matrix.shape[1]) for place in range(matrix.shape[0])}

@@ -108,7 +108,10 @@ def solvable(checkpoint: CheckpointPlan) -> dict[str, Wanted]:
     table = checkpoint.model.weights.table
     return {
         job.source: Wanted(
-            bits=job.bits, block_size=job.group_size, experts=written if table[job.source].stacks_experts else (0,)
+            bits=job.bits,
+            block_size=job.group_size,
+            experts=written if table[job.source].stacks_experts else (0,),
+            scale_type=checkpoint.config["dtype"],
         )
         for job in checkpoint.groupwise
     }

@@ -179,3 +179,23 @@ def test_values_are_code_less_zero_point_times_scale():
         zeros=np.array([[1, 2]], np.uint8),
     )  # fmt: skip
     assert codes.values().tolist() == [[1.0, -0.5, -2.0, 0.0]]
+
+
+@pytest.mark.parametrize("grids", [symmetric, asymmetric])
+@pytest.mark.parametrize(
+    ("scale", "half", "brain"),
+    [
+        # Beside 1 float16 has 1 + 2^-10, bfloat16 1 + 2^-7. The number is above the middle of bfloat16's neighbours.
+        # float16 rounds it to that middle, from which bfloat16 would go to the even neighbour, 1.
+        (1 + 2**-8 + 2**-12, 1 + 2**-8, 1 + 2**-7),
+        (3 * 2**-9, 3 * 2**-9, 3 * 2**-9),
+        ((1 + 2**-8 + 2**-12) * 2**-17, (1 + 2**-7) * 2**-17, (1 + 2**-7) * 2**-17),  # float16's last digit is 2^-24
+    ],
+)
+def test_scales_are_rounded_once_to_the_type_that_stores_them(grids, scale, half, brain):
+    most = -128 if grids is symmetric else 255  # the code of the block's largest value, zero point left out
+    weights = np.array([[most * scale] * 32], np.float32)
+    for name, expected in (("float16", half), ("bfloat16", brain)):
+        found = solve("matrix", weights, None, 32, 8, grids(8, scale_type=name))
+        assert found.scales.tolist() == [[expected]], name
+        assert np.abs(found.codes.astype(int) - found.zeros.astype(int) - np.rint(weights / expected)).max() <= 1

@@ -32,7 +32,7 @@ from export.trtllm.checkpoint import CheckpointPlan, calibration_of
 from export.trtllm.converter import MASKED_LOGIT, rank_file
 from export.trtllm.layout import Form, RankTensor, Slice, TensorJob
 from export.trtllm.packing import INTERLEAVED_ROWS, unpack, unpack_pairs
-from trt_build.calibration import checksums_of
+from trt_build.calibration import SOLVED_SCALES, checksums_of
 from trt_build.comparison.read_back import FloatArray, ReadBack, Recipe
 from trt_build.errors import EngineError
 
@@ -250,15 +250,18 @@ def open_rank_weights(plan: CheckpointPlan, folder: Path) -> RankWeights:
 
 
 def _checksums(stored: RankWeights, plan: CheckpointPlan, folder: Path) -> Mapping[str, Mapping[str, str]]:
-    """The checksums of solved codes; none where the rank files have their scales rounded. Raises EngineError for a
-    manifest that has not what the plan says."""
+    """The checksums of solved codes. There are none where the rank files have scales of another type than they were
+    solved in, as earlier releases wrote them in bfloat16. Raises EngineError for a manifest that has not what the plan
+    says."""
     if plan.options.calibration is None:
         return {}
     try:
-        found = checksums_of(calibration_of(folder))
+        record = calibration_of(folder)
+        found = checksums_of(record)
     except (ConfigError, ValueError) as error:
         raise EngineError(f"reading the solved codes of {folder}: {error}; write the checkpoint again") from error
-    rounded = {name for name in found if (recipe := stored.recipe(name)) and recipe.scale_type != "float16"}
+    solved = SOLVED_SCALES if record is None else record.get("scale_type", SOLVED_SCALES)
+    rounded = {name for name in found if (recipe := stored.recipe(name)) and recipe.scale_type != solved}
     return {name: {} if name in rounded else one for name, one in found.items()}
 
 
