@@ -134,7 +134,8 @@ def test_more_requests_than_allowed_are_refused_with_a_time(gateway_of):
 def test_a_template_that_refuses_or_does_not_end_is_the_requests_error(
     gateway, tmp_path, monkeypatch, template, message
 ):
-    monkeypatch.setattr("clients.gateway.rendering.RENDER_S", 0.5)
+    if "longer" in message:  # the time includes the start of the process, which a busy machine draws out
+        monkeypatch.setattr("clients.gateway.rendering.RENDER_S", 0.5)
     (tmp_path / "template.jinja").write_text(template)
     for _ in range(2):
         with pytest.raises(openai.BadRequestError, match=message):
