@@ -20,7 +20,7 @@ from cli.tls_flags import add_tls_arguments, read_client_tls
 from export.errors import ConfigError
 
 if TYPE_CHECKING:
-    from clients.gateway.settings import Settings
+    from clients.gateway.settings import Keys, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
 def read_settings(arguments: argparse.Namespace) -> Settings:
     """The gateway's settings in the flags. Raises ConfigError, AddressInvalid for an address of a Triton, and TlsError
     for certificates that cannot be used."""
-    from clients.gateway.settings import Keys, Limits, Settings, read_keys
+    from clients.gateway.settings import Limits, Settings
     from clients.generation import check_address
     from triton_repo.contracts.tls.server import ServerTls, check_server_pair
 
@@ -116,8 +116,8 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
         tritons=tuple(arguments.triton),
         repository=_folder("--repository", arguments.repository),
         tokenizers=_tokenizers(arguments.tokenizer),
-        chat_template=_template(arguments.chat_template),
-        keys=Keys() if arguments.api_keys is None else read_keys(arguments.api_keys),
+        chat_template=arguments.chat_template,
+        keys=read_files(arguments),
         limits=Limits(
             body_bytes=round(arguments.max_body_mb * _MEGABYTE),
             answer_s=arguments.deadline,
@@ -140,17 +140,20 @@ def _tokenizers(texts: list[str]) -> dict[str, Path]:
     return found
 
 
-def _template(path: Path | None) -> Path | None:
-    """Raise ConfigError for a chat template that cannot be read or is no Jinja, which no request would get past."""
+def read_files(arguments: argparse.Namespace) -> Keys:
+    """The API keys. Raises ConfigError for those, and for a chat template that cannot be read or is no Jinja, which no
+    request would get past."""
+    from clients.gateway.settings import Keys, read_keys
     from clients.gateway.texts import read_template
     from export.tokenizer.chat_template import ChatTemplate, TemplateError
 
+    path = arguments.chat_template
     if path is not None:
         try:
             ChatTemplate(read_template(path), {}, extra="gateway")
         except TemplateError as error:
             raise ConfigError(f"reading --chat-template {path}: {error}; mend the template") from error
-    return path
+    return Keys() if arguments.api_keys is None else read_keys(arguments.api_keys)
 
 
 def _folder(flag: str, path: Path | None) -> Path | None:

@@ -84,6 +84,16 @@ class Protocol(HttpToolsProtocol):
         self._end_head()
         super().on_headers_complete()
 
+    def on_message_complete(self) -> None:
+        self._end_head()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        # An answer that did not wait for the body, such as 404: what is left of the body has as long as a head.
+        if self.cycle is not None and self.cycle.response_complete and self.cycle.more_body:
+            self._begin_head()
+
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - as the base class calls it
         error = ApiError("found no HTTP request, or one whose head is too large").encoded()
         lines = (

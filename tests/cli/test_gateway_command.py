@@ -31,6 +31,19 @@ def test_flags_that_cannot_be_meant_are_refused(capsys, words, message):
     assert message in capsys.readouterr().err
 
 
+def test_serve_refuses_files_of_the_gateway_before_it_starts_a_server(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    (tmp_path / "keys").write_text("short")
+    words = ["serve", str(tmp_path), "--openai-port", str(port)]
+    for flags, message in (
+        (["--chat-template", "nowhere.jinja"], "nowhere.jinja does not exist"),
+        (["--api-keys", str(tmp_path / "keys")], "key 1 has 5 characters"),
+    ):
+        assert main([*words, *flags]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_template_that_is_no_jinja_is_refused_before_it_listens(tmp_path, capsys):
     (tmp_path / "chat.jinja").write_text("{% for message in messages %}")
     assert main([*TRITON, "--chat-template", str(tmp_path / "chat.jinja")]) == 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
+import time
 from contextlib import closing
 
 import openai
@@ -110,6 +112,24 @@ def test_files_of_keys_that_cannot_be_meant_are_refused(tmp_path, text, problem)
     (tmp_path / "keys").write_text(text)
     with pytest.raises(ConfigError, match=problem):
         read_keys(tmp_path / "keys")
+
+
+def drip(connection: socket.socket, size: int) -> None:
+    """Send a byte every 20 ms."""
+    for _ in range(size):
+        connection.sendall(b"a")
+        time.sleep(0.02)
+
+
+def test_a_body_that_nobody_reads_does_not_keep_its_connection(gateway, monkeypatch):
+    """The answer comes before the body, which then never ends."""
+    monkeypatch.setattr("clients.gateway.server.HEAD_S", 0.2)
+    host, _, port = gateway.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(b"POST /nowhere HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n")
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 404 ")
+        with pytest.raises(ConnectionError):
+            drip(connection, 1000)
 
 
 def test_no_key_opens_a_gateway_of_none():
