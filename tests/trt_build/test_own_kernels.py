@@ -96,18 +96,19 @@ def test_every_quantised_matrix_is_of_the_kernels_in_all_graphs(tiny_engines, pr
             assert int(entries.get("offset", 0)) % 256 == 0
 
 
-@pytest.mark.parametrize(("precision", "bits", "block"), [("int8", 8, 32), ("int4", 4, 32)])
+@pytest.mark.parametrize(("precision", "bits", "layer"), [("int8", 8, 2), ("int4", 4, 1), ("int4", 5, 2)])
 def test_stored_experts_are_the_checkpoints_in_its_order_rounded_for_the_scales_that_are_stored(
-    tmp_path, tiny_checkpoint, copies, precision, bits, block
+    tiny_checkpoint, copies, precision, bits, layer
 ):
+    block = 32
     found = {
         tensor.name: onnx.numpy_helper.to_array(tensor)
         for tensor in graph_of(copies(precision), weights=True).graph.initializer
     }
-    outside, name = load_file(tiny_checkpoint / "model.safetensors"), "transformer.h.2.moe.mlp.fc1.weight"
+    outside, name = load_file(tiny_checkpoint / "model.safetensors"), f"transformer.h.{layer}.moe.mlp.fc1.weight"
     assert found[f"{name}.scales"].dtype == np.float16
     for expert in range(5):
-        values = outside[f"transformer.h.2.moe.mlp.{expert}.fc1.weight"]
+        values = outside[f"transformer.h.{layer}.moe.mlp.{expert}.fc1.weight"]
         layout = MatrixLayout(rows=values.shape[0], features=values.shape[1], bits=bits, block_size=block)
         codes = layout.unpack_codes(found[f"{name}.codes"][expert]).astype(int) - (1 << (bits - 1))
         scales = np.repeat(layout.unpack_scales(found[f"{name}.scales"][expert]).astype(np.float32), block, axis=1)
@@ -116,7 +117,7 @@ def test_stored_experts_are_the_checkpoints_in_its_order_rounded_for_the_scales_
         assert ends.mean() < 0.15
         errors = np.abs(codes * scales - values)
         assert (errors <= 0.5001 * np.abs(scales))[~ends].all()
-        assert np.std(errors) < {8: 0.006, 4: 0.1}[bits] * np.std(values)
+        assert np.std(errors) < {8: 0.006, 5: 0.05, 4: 0.1}[bits] * np.std(values)
 
 
 @pytest.mark.parametrize("magnitude", [1.0, 1e-3, 1e-6, 1e-8, 0.0])

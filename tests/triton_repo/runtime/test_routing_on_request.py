@@ -141,9 +141,11 @@ def test_requests_that_ask_and_that_do_not_share_steps_and_a_prompts_beginning(t
 
 
 def test_tokens_that_were_drafted_have_their_own_experts(trained):
-    """A text that repeats itself, so that a step computes several of its tokens, some of which are thrown away."""
+    """A text that repeats itself, so that a step computes several of its tokens, some of which are thrown away. Steps
+    take no time by the engine's clock, so that every draft is computed."""
     source, session, tokenizer = trained
     service = Service(start(session, ModelParameters(slots=1)), tokenizer)
+    service.runner.engine._clock = lambda: 0.0
     prompt = "x = [1, 2, 3]\ny = [4, 5, 6]\n" * 6
     sampled = {"temperature": 0.8, "top_p": 1.0, "seed": 3}
     values = wire(text_input=prompt, max_tokens=60, end_id=-1, return_routed_experts=True, **sampled)

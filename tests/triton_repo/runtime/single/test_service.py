@@ -60,7 +60,8 @@ def test_outputs_are_those_of_the_contract_with_its_types():
     piece = Piece(
         text="né", token_ids=(4, 5), log_probs=(-0.5, -0.25), sequence_index=3,
         top_log_probs=(((4, -0.5), (7, -1.0)), ((9, -0.125), (5, -0.25))),
-        prompt_token_ids=(1, 2), prompt_log_probs=(-4.0,), cum_log_prob=-2.0, finish_reason="length",
+        prompt_token_ids=(1, 2), prompt_log_probs=(-4.0,), prompt_top_log_probs=(((6, -0.75), (2, -4.0)),),
+        cum_log_prob=-2.0, finish_reason="length",
         num_input_tokens=3, num_output_tokens=9, num_experts=4,
         routing=((((0, 0.75), (3, 0.25)),), (((2, 0.5), (1, 0.5)),)),
     )  # fmt: skip
@@ -77,6 +78,8 @@ def test_outputs_are_those_of_the_contract_with_its_types():
     assert outputs["top_token_ids"].tolist() == [[[4, 7], [9, 5]]]
     assert outputs["top_log_probs"].tolist() == [[[-0.5, -1.0], [-0.125, -0.25]]]
     assert (outputs["prompt_token_ids"].tolist(), outputs["prompt_log_probs"].tolist()) == ([[1, 2]], [[-4.0]])
+    assert outputs["prompt_top_token_ids"].tolist() == [[[6, 2]]]
+    assert outputs["prompt_top_log_probs"].tolist() == [[[-0.75, -4.0]]]
     assert outputs["routed_experts"].tolist() == [[[[0, 3]], [[2, 1]]]]
     assert outputs["expert_weights"].tolist() == [[[[0.75, 0.25]], [[0.5, 0.5]]]]
     assert (outputs["sequence_index"].tolist(), outputs["num_experts"].tolist()) == ([[3]], [[4]])
