@@ -153,6 +153,10 @@ def _size_rows(report: CheckpointReport) -> Rows:
     if facts.scales != Scales():
         scales = {**asdict(facts.scales), "attention": facts.attention_scale}
         rows.append(("scales", ", ".join(f"{name} {value:g}" for name, value in scales.items())))
+    if not facts.qkv.is_plain:
+        said = ["normalised over their whole width"] if facts.qkv.norm else []
+        said += [f"clipped to {facts.qkv.clip:g}, values too"] if facts.qkv.clip else []
+        rows.append(("queries and keys", ", ".join(said)))
     dtypes = ", ".join(f"{dtype} {in_units(count)}" for dtype, count in report.dtype_bytes.items())
     return [
         *rows,

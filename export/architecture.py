@@ -24,6 +24,7 @@ MAX_EXPERTS = 1 << 12  # the experts of a layer are compared with each other, pa
 # Smallest and largest accepted number: in float32, as the kernels get it, a smaller one is 0 and a larger one infinite.
 MIN_REAL, MAX_REAL = 2.0**-126, 3.4e38
 
+NORMED_OVER = ("width",)  # what a norm of queries and of keys can be over
 SCORES = ("softmax", "sigmoid")  # functions by which a router turns logits into scores
 MAX_UNREAD = 1000  # limit on keys that nobody reads: each is compared with those that are read
 MAX_LISTED = 12  # number of unknown keys that an error names
@@ -85,6 +86,28 @@ class Scales:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QueryKeyValue:
+    """What becomes of queries, keys and values before the rotary embedding. `norm` "width": an RMSNorm over all heads
+    of the queries together, [N*D], and one over those of the keys, [G*D], each with factors of its own (None: no norm).
+    `clip`: then each value of queries, keys and values is held within -clip and clip (None: as it is).
+    Raises ValueError for another norm, and for a clip that is not a positive number in float32's range."""
+
+    norm: str | None = None
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.norm is not None and self.norm not in NORMED_OVER:
+            raise ValueError(f"norm is {shown(self.norm)}, expected {' or '.join(NORMED_OVER)}")
+        if self.clip is not None:
+            _check_real("clip", self.clip)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether queries, keys and values stay as they are."""
+        return self.norm is None and self.clip is None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Sizes and constants of one decoder. `num_experts` is 0 for a dense model. Raises ValueError for a size out of
     range, whichever file it comes from."""
@@ -110,6 +133,7 @@ class Architecture:
     dense_layers: tuple[int, ...] = ()  # in a model with experts, the layers that have one MLP instead of a mixture
     router: Router = Router()
     scales: Scales = Scales()
+    qkv: QueryKeyValue = QueryKeyValue()
     # export/tokenizer/settings.py reads the begin and end tokens, since several files can state them.
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

@@ -29,6 +29,8 @@ KERNELS = {
     "ReduceSum": {"T": {"float", "float16", "double", "int32", "int64"}},
     "Cast": {"T1": {"float", "float16", "int64", "int32"}, "T2": {"float", "float16", "int64", "int32"}},
     "Reshape": {"T": {"float", "float16"}},
+    "Split": {"T": {"float", "float16", "bfloat16", "double", "int32", "int64"}},
+    "Clip": {"T": {"float", "float16", "double", "int64"}},
     "Slice": {"T": {"float"}, "Tind": {"int64"}},
     "Shape": {"T": {"int64"}, "T1": {"int64"}},
     "Identity": {"T": {"float"}, "V": {"float"}},

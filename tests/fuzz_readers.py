@@ -21,6 +21,7 @@ from fuzz_requests import READERS as REQUEST_READERS
 from fuzzing import Reader, mutated_bytes, mutated_json
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
+from olmoe_checkpoints import write_olmoe_checkpoint
 
 from export.checkpoint.file_table import INDEX_FILE
 from export.checkpoint.folder import open_checkpoint
@@ -46,6 +47,7 @@ def checkpoints() -> tuple[Path, ...]:
         write_phixtral_checkpoint(folder / "phixtral", seed=1, num_experts=3, experts_per_token=2, **SIZES),
         write_mixtral_checkpoint(folder / "mixtral", seed=1),
         write_granitemoe_checkpoint(folder / "granitemoe", seed=1),
+        write_olmoe_checkpoint(folder / "olmoe", seed=1),
         write_dense_checkpoint(folder / "mistral", seed=1, family="mistral"),
         write_dense_checkpoint(folder / "llama", seed=1, family="llama"),
     )

@@ -55,6 +55,7 @@ TRANSFORMERS_MODELS: Mapping[str, TransformersModel] = {
         additions="phixtral",
     ),
     "mixtral": TransformersModel(model="MixtralForCausalLM", name=_llama_name, router="mlp.gate"),
+    "olmoe": TransformersModel(model="OlmoeForCausalLM", name=_llama_name, router="mlp.gate"),
     "mistral": TransformersModel(model="MistralForCausalLM", name=_llama_name),
     "llama": TransformersModel(model="LlamaForCausalLM", name=_llama_name),
     "granitemoe": TransformersModel(

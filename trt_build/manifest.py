@@ -9,6 +9,7 @@ Formats up to UNDIGESTED have no digest and are read without one.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -53,6 +54,15 @@ def libraries() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def manifest_values(manifest: Any) -> dict[str, Any]:  # noqa: ANN401 - the record of either backend's engine.json
+    """The values of an engine.json. A plain rule of queries and keys is left out, which its absence means: engines of
+    models without such a rule keep their bytes."""
+    values = dataclasses.asdict(manifest)
+    if manifest.architecture.qkv.is_plain:
+        del values["architecture"]["qkv"]
+    return values
 
 
 def digested_text(values: Mapping[str, Any]) -> str:

@@ -34,8 +34,8 @@ from export.families.network import Mlp, Network
 from export.quantize.gptq import Codes, Factor, Hessian, asymmetric, solve, symmetric
 from export.reference.attention import Projections
 from export.reference.mixture import BLOCK_TOKENS, Expert, route, run_mlp
-from export.reference.model import Windows, bounds_of, embedding_rows, normalise
-from export.reference.operations import FloatArray
+from export.reference.model import Windows, bounds_of, embedding_rows
+from export.reference.operations import FloatArray, normalise
 from export.reference.reader import Reader
 
 # Tokens of an expert, as a part of its matrix's input features, below which it falls back. From here on GPTQ is better

@@ -37,10 +37,10 @@ LOOKED_UP = frozenset(
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id fusion_config generator
     gradient_checkpointing head_dim is_causal kv_sharing_modes layer_types length_penalty max_length min_length
     mtp_layer_types no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beam_groups
-    num_beams num_heads num_return_sequences original_max_position_embeddings output_scores partial_rotary_factor
-    quantization_config remove_invalid_values repetition_penalty return_dict_in_generate rope_theta sliding_window
-    suppress_tokens target_lookbehind temperature text_config top_k top_p transformers_weights typical_p
-    vision_aspect_ratio vision_feature_layer vision_feature_select_strategy
+    num_beams num_heads num_local_experts num_return_sequences original_max_position_embeddings output_scores
+    partial_rotary_factor quantization_config remove_invalid_values repetition_penalty return_dict_in_generate
+    rope_theta sliding_window suppress_tokens target_lookbehind temperature text_config top_k top_p
+    transformers_weights typical_p vision_aspect_ratio vision_feature_layer vision_feature_select_strategy
     """.split()
 )
 ATTRIBUTES = frozenset(
@@ -68,6 +68,7 @@ ALIASES: dict[str, dict[str, str]] = {
     "LlamaConfig": {},
     "MistralConfig": {},
     "MixtralConfig": {"num_experts": "num_local_experts"},
+    "OlmoeConfig": {"num_local_experts": "num_experts"},
     "PhiConfig": {},
 }
 FIELDS: dict[str, dict[str, Any]] = {
@@ -208,6 +209,42 @@ FIELDS: dict[str, dict[str, Any]] = {
         "transformers_version": None,
         "use_cache": True,
         "vocab_size": 32000,
+    },
+    "OlmoeConfig": {
+        "architectures": None,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": None,
+        "chunk_size_feed_forward": 0,
+        "clip_qkv": None,
+        "dtype": None,
+        "eos_token_id": 50279,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "id2label": None,
+        "initializer_range": 0.02,
+        "intermediate_size": 2048,
+        "is_encoder_decoder": False,
+        "label2id": None,
+        "max_position_embeddings": 4096,
+        "norm_topk_prob": False,
+        "num_attention_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": None,
+        "output_hidden_states": False,
+        "output_router_logits": False,
+        "pad_token_id": 1,
+        "problem_type": None,
+        "return_dict": True,
+        "rms_norm_eps": 1e-05,
+        "rope_parameters": None,
+        "router_aux_loss_coef": 0.01,
+        "tie_word_embeddings": False,
+        "transformers_version": None,
+        "use_cache": True,
+        "vocab_size": 50304,
     },
     "PhiConfig": {
         "architectures": None,

@@ -2,6 +2,7 @@
 
   our name, in layer i under model.layers.{i}
   self_attn.qkv_proj            q, k and v one after the other, [(N+2G)*D, H]
+  self_attn.q_norm, .k_norm     where queries and keys are normalised: [N*D] and [G*D]
   self_attn.o_proj              [H, N*D]
   mlp.gate                      the router, [E, H]
   mlp.experts.gate_up           [E, 2F, H], rows alternate between gate and up
@@ -22,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from export import rotary
-from export.architecture import MAX_EXPERTS, MAX_LAYERS, Architecture, ConfigReader, Scales
+from export.architecture import MAX_EXPERTS, MAX_LAYERS, Architecture, ConfigReader, QueryKeyValue, Router, Scales
 from export.checkpoint.tensor_table import Part, Role, TensorSpec, concatenated, interleaved, single, stacked
 from export.families.network import Activation, Attention, Layer, Mlp, Network, Norm
 from export.families.transformers_config import check_heads, read_rope, refuse_quantized, tied_names
@@ -50,10 +51,16 @@ def read_stack_config(
     sliding_window: int | None = None,
     scales: Scales | None = None,
     dense: bool = False,
+    experts_key: str = "num_local_experts",
+    num_experts: int = 8,
+    experts_per_token: int = 2,
+    router: Router | None = None,
+    qkv: QueryKeyValue | None = None,
 ) -> Architecture:
-    """Read the Architecture from a config.json with the keys of transformers' LlamaConfig. `rope_base`, `norm_epsilon`
-    and `num_kv_heads` (None: as many as query heads) are the defaults of the family's configuration class for missing
-    keys. Null means as many key/value heads as query heads. A `dense` family has no experts. Raises ConfigError."""
+    """Read the Architecture from a config.json with the keys of transformers' LlamaConfig. `rope_base`, `norm_epsilon`,
+    `num_kv_heads` (None: as many as query heads), `num_experts` and `experts_per_token` are the defaults of the
+    family's configuration class for missing keys; `experts_key` is its key of the number of experts. Null means as many
+    key/value heads as query heads. A `dense` family has no experts. Raises ConfigError."""
     raw = reader.raw
     refuse_quantized(reader)
     hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
@@ -63,10 +70,10 @@ def read_stack_config(
     head_size = reader.integer("head_dim", absent=hidden // heads, null=hidden // heads)
     if raw.get("head_dim") is None and hidden % heads:
         reader.problem(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-    experts = 0 if dense else reader.integer("num_local_experts", absent=8, maximum=MAX_EXPERTS)
-    per_token = 0 if dense else reader.integer("num_experts_per_tok", absent=2)
+    experts = 0 if dense else reader.integer(experts_key, absent=num_experts, maximum=MAX_EXPERTS)
+    per_token = 0 if dense else reader.integer("num_experts_per_tok", absent=experts_per_token)
     if per_token > experts:
-        reader.problem(f"num_experts_per_tok is {per_token}, expected 1 to num_local_experts = {experts}")
+        reader.problem(f"num_experts_per_tok is {per_token}, expected 1 to {experts_key} = {experts}")
     rope = read_rope(reader, head_size, base=rope_base)
     architecture = Architecture(
         family=family,
@@ -88,6 +95,8 @@ def read_stack_config(
         sliding_window=sliding_window,
         tied_head=bool(raw.get("tie_word_embeddings")),
         scales=scales or Scales(),
+        router=router or Router(),
+        qkv=qkv or QueryKeyValue(),
     )
     reader.harmless("torch_dtype", "dtype")
     check_heads(reader, architecture)
@@ -124,8 +133,13 @@ def _attention_tensors(architecture: Architecture, name: str) -> list[TensorSpec
         Part(name=f"{name}.{letter}_proj.weight", shape=(number, hidden))
         for letter, number in zip("qkv", rows, strict=True)
     ]
+    widths = {"q": rows[0], "k": rows[1]} if architecture.qkv.norm is not None else {}
     return [
         concatenated(f"{name}.qkv_proj.weight", parts, "(N+2G)D H", Role.ATTENTION),
+        *(
+            single(f"{name}.{of}_norm.weight", (width,), "ND" if of == "q" else "GD", Role.NORM)
+            for of, width in widths.items()
+        ),
         single(f"{name}.o_proj.weight", (hidden, rows[0]), "H ND", Role.ATTENTION),
     ]
 
@@ -159,6 +173,23 @@ def packed_experts(architecture: Architecture, layer: str, gate: str, gate_up: s
     return expert_tensors(architecture, layer, gate, pairs, parts)
 
 
+def single_experts(
+    architecture: Architecture, layer: str, mixture: str, matrices: tuple[str, str, str]
+) -> list[TensorSpec]:
+    """The rows of a layer's router and experts, for a checkpoint in which each expert has three tensors. `mixture`
+    names the module that has the gate and the experts, `matrices` an expert's gate, up and down."""
+    width, hidden = architecture.ffn_size, architecture.hidden_size
+    gate, up, down = matrices
+
+    def parts(matrix: str, *shape: int) -> list[Part]:
+        return [
+            Part(name=f"{mixture}.experts.{e}.{matrix}.weight", shape=shape) for e in range(architecture.num_experts)
+        ]
+
+    pairs = list(zip(parts(gate, width, hidden), parts(up, width, hidden), strict=True))
+    return expert_tensors(architecture, layer, f"{mixture}.gate.weight", pairs, parts(down, hidden, width))
+
+
 def expert_tensors(
     architecture: Architecture, layer: str, gate: str, pairs: Sequence[tuple[Part, Part]], down: Sequence[Part]
 ) -> list[TensorSpec]:
@@ -184,9 +215,13 @@ def stack_network(
     residual: float = 1.0,
     logits: float = 1.0,
     dense: bool = False,
+    router: Router | None = None,
+    width_norms: bool = False,
+    clip: float | None = None,
 ) -> Network:
     """What the network computes, from a config.json with the keys of transformers' LlamaConfig. The first three are the
-    values of missing keys; `embedding` to `logits` are the factors of `export.families.network` (`logits` divides)."""
+    values of missing keys; `embedding` to `logits` are the factors of `export.families.network` (`logits` divides).
+    With `width_norms` queries and keys are normalised over their whole width; `clip` is that of its Attention."""
     config = raw
     turned = rotary.parameters(raw, rope_theta)
     heads = config["num_attention_heads"]
@@ -212,6 +247,7 @@ def stack_network(
             activation=Activation.SILU,
             gated=True,
             gate=f"{name}.gate",
+            router=router or Router(),
         )
 
     def layer(name: str) -> Layer:
@@ -227,6 +263,9 @@ def stack_network(
                 rotary_scaling=scaling,
                 factor=attention,
                 window=sliding_window,
+                query_norm=norm(f"{name}.self_attn.q_norm") if width_norms else None,
+                key_norm=norm(f"{name}.self_attn.k_norm") if width_norms else None,
+                clip=clip,
             ),
             mlp_norm=norm(f"{name}.post_attention_layernorm"),
             mlp=mlp(f"{name}.mlp"),
@@ -251,7 +290,10 @@ def stack_graph(graph: GraphBuilder, architecture: Architecture) -> str:
         name = layer_name(layer)
         normed = graph.rms_norm(x, f"{name}.input_layernorm", epsilon)
         qkv = graph.query_key_value(normed, f"{name}.self_attn.qkv_proj")  # [B, S, (N+2G)*D]
-        heads = graph.attention(qkv, f"{name}.self_attn", layer, window=architecture.sliding_window)  # [B, S, N*D]
+        query, key, value = graph.conditioned(qkv, f"{name}.self_attn", epsilon)
+        heads = graph.attention(  # [B, S, N*D]
+            query, f"{name}.self_attn", layer, window=architecture.sliding_window, key=key, value=value
+        )
         attended = graph.scale(graph.linear(heads, f"{name}.self_attn.o_proj"), scales.residual, f"{name}.self_attn")
         x = graph.add(x, attended, f"{name}.attention_residual")
         normed = graph.rms_norm(x, f"{name}.post_attention_layernorm", epsilon)

@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 from export.architecture import Architecture, ConfigReader
-from export.checkpoint.tensor_table import Part, TensorSpec
+from export.checkpoint.tensor_table import TensorSpec
 from export.config_keys.rules import transformers_keys
 from export.families import Family
 from export.families.llama_stack import (
@@ -28,10 +28,10 @@ from export.families.llama_stack import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
-    expert_tensors,
     layer_name,
     packed_experts,
     read_stack_config,
+    single_experts,
     stack_graph,
     stack_head,
     stack_network,
@@ -81,13 +81,7 @@ def _llm_api_problems(names: Iterable[str]) -> list[str]:
 
 def _single_experts(architecture: Architecture, layer: str) -> list[TensorSpec]:
     """The rows of one layer's mixture, for a checkpoint in which each expert has three tensors."""
-    width, hidden, name = architecture.ffn_size, architecture.hidden_size, f"{layer}.block_sparse_moe"
-
-    def parts(matrix: str, *shape: int) -> list[Part]:
-        return [Part(name=f"{name}.experts.{e}.{matrix}.weight", shape=shape) for e in range(architecture.num_experts)]
-
-    pairs = list(zip(parts("w1", width, hidden), parts("w3", width, hidden), strict=True))
-    return expert_tensors(architecture, layer, f"{name}.gate.weight", pairs, parts("w2", hidden, width))
+    return single_experts(architecture, layer, f"{layer}.block_sparse_moe", ("w1", "w3", "w2"))
 
 
 def _packed_experts(architecture: Architecture, layer: str) -> list[TensorSpec]:

@@ -24,7 +24,7 @@ class Activation(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """The normalisation of a vector over H: with `centred` a LayerNorm, which subtracts the mean, else an RMSNorm.
+    """The normalisation of a vector: with `centred` a LayerNorm, which subtracts the mean, else an RMSNorm.
     `epsilon` is added to the variance, or to the mean of the squares. The module `name` holds the factors."""
 
     name: str
@@ -35,7 +35,9 @@ class Norm:
 @dataclass(frozen=True, kw_only=True)
 class Attention:
     """Causal attention. The outputs of the modules `inputs`, one after the other, are all queries, then all keys,
-    then all values; the module `output` follows the heads. The first `rotary_dim` values of each head of queries and
+    then all values; the module `output` follows the heads. `query_norm` and `key_norm` normalise all heads of a token's
+    queries together, and of its keys (None: not at all). Then queries, keys and values are held within -`clip` and
+    `clip` (None: they stay). The first `rotary_dim` values of each head of queries and
     keys are turned, in half-split order, by frequencies that `rotary_scaling` scales. The products of query and key
     are multiplied by `factor` (None: 1/sqrt(D)). A token attends to `window` positions, its own included (None: to
     all)."""
@@ -49,6 +51,9 @@ class Attention:
     rotary_scaling: RotaryScaling | None = None
     factor: float | None = None
     window: int | None = None
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+    clip: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

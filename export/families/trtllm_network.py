@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from export.architecture import Architecture, Router, Scales
+from export.architecture import Architecture, QueryKeyValue, Router, Scales
 from export.errors import shown
 
 
@@ -70,7 +70,8 @@ class TrtllmNetwork:
                 f"the rotary embedding is scaled ({facts.rotary_scaling.described}), and TensorRT-LLM's {name} {some}; "
                 "build for onnxruntime"
             )
-        for what, plain in (("scales", Scales()), ("router", Router()), ("dense_layers", ())):
+        plain_facts = {"scales": Scales(), "router": Router(), "dense_layers": (), "qkv": QueryKeyValue()}
+        for what, plain in plain_facts.items():
             if getattr(facts, what) != plain:
                 found.append(
                     f"{what} is {shown(getattr(facts, what))}, which TensorRT-LLM's {name} does not compute; build for "

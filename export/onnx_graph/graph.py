@@ -166,9 +166,11 @@ class GraphBuilder(ABC):
         In float16 the queries are multiplied by the power of two that is nearest to attention's scale, which is exact.
         Otherwise the products of queries and keys could overflow: those of Phi-2 exceed 65504 in its last layers
         (huggingface/transformers#28163). ONNX Runtime's own attention kernels sum in float32, but others may not.
+        Queries that are normalised or clipped carry no factor: a norm would take it back, and both bound the products.
         """
         facts = self.architecture
-        factor = 2.0 ** round(math.log2(facts.attention_scale)) if self._float_type == "float16" else 1.0
+        scaled = self._float_type == "float16" and facts.qkv.is_plain
+        factor = 2.0 ** round(math.log2(facts.attention_scale)) if scaled else 1.0
         rows = facts.qkv_rows[0] if factor != 1.0 else 0
         queries = self.linear(x, path, scaled_rows=rows, row_factor=factor)
         self._query_factors[queries] = factor
@@ -178,6 +180,32 @@ class GraphBuilder(ABC):
         """The queries alone, [B, S, H] to [B, S, N*D], with the same factor as in `query_key_value`. For models whose
         keys and values have matrices of their own (`linear`)."""
         return self.query_key_value(x, path)
+
+    def conditioned(self, qkv: str, path: str, epsilon: float) -> tuple[str, str, str]:
+        """Queries, keys and values for `attention` by the rule of `architecture.qkv`: [B, S, (N+2G)*D] to [B, S, N*D]
+        and twice [B, S, G*D], normalised by path.q_norm and path.k_norm and clipped, in float32. Where the rule is
+        plain, `qkv` itself and no keys and values."""
+        facts = self.architecture
+        if facts.qkv.is_plain:
+            return qkv, "", ""
+        sizes = self._nodes.constant("attention/qkv_rows", np.array(facts.qkv_rows, np.int64))
+        names_of = [f"{path}.split/output_{place}" for place in range(3)]
+        self._nodes.add("Split", [qkv, sizes], f"{path}.split", more_outputs=names_of[1:], axis=-1)
+        self._nodes.float_types |= dict.fromkeys(names_of, self._nodes.float_types[qkv])
+        parts = names_of
+        if facts.qkv.norm is not None:
+            normed = [
+                self.rms_norm(part, f"{path}.{letter}_norm", epsilon)
+                for letter, part in zip("qk", parts[:2], strict=True)
+            ]
+            parts = [*normed, parts[2]]
+        if facts.qkv.clip is not None:
+            parts = [
+                self._clip(part, facts.qkv.clip, f"{path}.{letter}_clipped")
+                for letter, part in zip("qkv", parts, strict=True)
+            ]
+        query, key, value = parts
+        return query, key, value
 
     def attention(
         self, query: str, path: str, layer: int, *, window: int | None, key: str = "", value: str = ""
@@ -304,6 +332,11 @@ class GraphBuilder(ABC):
             return x
         constant = self._nodes.constant(f"number/{number!r}", np.array(number, np.float32))
         return self._nodes.add(operator, [self._nodes.cast(x, "float32"), constant], path, float_type="float32")
+
+    def _clip(self, x: str, limit: float, path: str) -> str:
+        """x held within -limit and limit, in float32."""
+        ends = [self._nodes.constant(f"number/{number!r}", np.array(number, np.float32)) for number in (-limit, limit)]
+        return self._nodes.add("Clip", [self._nodes.cast(x, "float32"), *ends], path, float_type="float32")
 
     def _router(self, x: str, gate: str, name: str) -> str:
         """Router logits [B*S, kept experts], in the engine's expert order and the provider's float type.

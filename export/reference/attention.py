@@ -10,7 +10,7 @@ import numpy as np
 
 from export import rotary
 from export.families.network import Attention
-from export.reference.operations import FloatArray, softmax_in_place
+from export.reference.operations import FloatArray, normalise, softmax_in_place
 from export.reference.reader import Reader
 
 _SCORE_VALUES = 1 << 22  # products of query and key that are held at a time, 16 MiB; at least those of one position
@@ -53,8 +53,20 @@ class Projections:
                 own = products[:, end - len(matrix) : end]
                 np.matmul(x[rows], matrix.T, out=own)
                 own += bias
+            self._condition(products, head_size)
             heads[rows] = attend(products, self._attention, head_size, tables[self._is_long(rows.stop - rows.start)])
         return heads
+
+    def _condition(self, products: FloatArray, head_size: int) -> None:
+        """Normalise and clip queries, keys and values [S, (N+2G)*D] in place, where the attention says so."""
+        own = self._attention
+        queries = own.num_heads * head_size
+        keys = slice(queries, queries + own.num_kv_heads * head_size)
+        for columns, norm in ((slice(queries), own.query_norm), (keys, own.key_norm)):
+            if norm is not None:
+                products[:, columns] = normalise(products[:, columns], norm, self._reader.weights)
+        if own.clip is not None:
+            np.clip(products, -np.float32(own.clip), np.float32(own.clip), out=products)
 
     def output(self, heads: FloatArray) -> FloatArray:
         """Attention's output [T, H] for the heads' outputs [T, N*D]."""

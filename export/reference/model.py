@@ -33,10 +33,10 @@ import numpy.typing as npt
 from export.checkpoint.tensor_table import Weights
 from export.errors import CheckpointError, named
 from export.families import Model
-from export.families.network import Layer, Network, Norm
+from export.families.network import Layer, Network
 from export.reference.attention import Projections
 from export.reference.mixture import run_mlp
-from export.reference.operations import FloatArray, layer_norm, rms_norm
+from export.reference.operations import FloatArray, normalise
 from export.reference.reader import Reader
 
 _HEAD_VALUES = 1 << 22  # values of the head's matrix that are held at a time
@@ -161,14 +161,6 @@ class Reference:
         if self._network.logits_divisor != 1.0:
             logits /= np.float32(self._network.logits_divisor)
         return logits
-
-
-def normalise(x: FloatArray, norm: Norm, weights: Weights) -> FloatArray:
-    """A norm of [T, H] over H with the factors that `weights` hold."""
-    weight = weights.load(f"{norm.name}.weight")
-    if not norm.centred:
-        return rms_norm(x, weight, norm.epsilon)
-    return layer_norm(x, weight, weights.load(f"{norm.name}.bias"), norm.epsilon)
 
 
 def head_slices(network: Network, weights: Weights) -> Iterator[tuple[slice, FloatArray, FloatArray | float]]:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from export.families.network import Activation
+from export.checkpoint.tensor_table import Weights
+from export.families.network import Activation, Norm
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -27,6 +28,14 @@ def rms_norm(x: FloatArray, weight: FloatArray, epsilon: float) -> FloatArray:
     squares = np.square(x).mean(axis=-1, keepdims=True)
     result: FloatArray = x / np.sqrt(squares + np.float32(epsilon)) * weight
     return result
+
+
+def normalise(x: FloatArray, norm: Norm, weights: Weights) -> FloatArray:
+    """A norm of [T, n] over n with the factors that `weights` hold."""
+    weight = weights.load(f"{norm.name}.weight")
+    if not norm.centred:
+        return rms_norm(x, weight, norm.epsilon)
+    return layer_norm(x, weight, weights.load(f"{norm.name}.bias"), norm.epsilon)
 
 
 def softmax_in_place(x: FloatArray) -> FloatArray:

@@ -26,8 +26,8 @@ from export.families import Model
 from export.families.network import Layer, Mlp
 from export.reference.attention import Projections
 from export.reference.mixture import add_expert, route
-from export.reference.model import Windows, bounds_of, embedding_rows, head_slices, normalise
-from export.reference.operations import FloatArray
+from export.reference.model import Windows, bounds_of, embedding_rows, head_slices
+from export.reference.operations import FloatArray, normalise
 from export.reference.reader import Reader
 from export.routing import below_the_kept
 

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def byte_level_pipeline(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The pipeline of GPT2Tokenizer and CodeGenTokenizer."""
+def byte_level_pipeline(settings: Mapping[str, Any], *, composed: bool = False) -> dict[str, Any]:
+    """The pipeline of GPT2Tokenizer and CodeGenTokenizer, and with `composed` that of GPTNeoXTokenizer, which brings
+    text to Unicode's form NFC first."""
     parts = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
     prefix_space = bool(settings.get("add_prefix_space", False))
     return {
-        "normalizer": None,
+        "normalizer": {"type": "NFC"} if composed else None,
         "pre_tokenizer": {**parts, "add_prefix_space": prefix_space},
         "decoder": {**parts, "add_prefix_space": True},
     }

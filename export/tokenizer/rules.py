@@ -3,8 +3,9 @@
     made = build_tokenizer(read_tokenizer_files(folder), config)
     made.backend.encode("def main():").ids     # what AutoTokenizer.from_pretrained(folder) would give
 
-transformers 5 does not use tokenizer.json unchanged. It chooses a class, and the classes for GPT-2, CodeGen and Llama
-take only the vocabulary and the merges from it and build the rest themselves. Then it adds tokens from the other files.
+transformers 5 does not use tokenizer.json unchanged. It chooses a class, and those of GPT-2, CodeGen, GPT-NeoX and
+Llama take only the vocabulary and the merges from it and build the rest themselves. Then it adds tokens from the other
+files.
 The rules here are those of transformers 5.24, in the order in which they are applied:
 
   class           AutoTokenizer.from_pretrained (models/auto/tokenization_auto.py): tokenizer_class of
@@ -15,10 +16,10 @@ The rules here are those of transformers 5.24, in the order in which they are ap
   special tokens  the class's defaults if no file names one; those that the vocabulary lacks are added after it
                   (TokenizersBackend.__init__, tokenization_utils_tokenizers.py)
   begin and end   tokenizer.json's post_processor alone: add_bos_token and add_eos_token are not read beside it
-                  (_from_pretrained)
-  the pipeline    TokenizersBackend: tokenizer.json's own. GPT2Tokenizer, CodeGenTokenizer, LlamaTokenizer: the class's
-                  normalizer, pre_tokenizer and decoder, made with add_prefix_space and legacy of tokenizer_config.json
-                  (models/gpt2, models/codegen, models/llama)
+                  (_from_pretrained); GPTNeoXTokenizer adds none, whatever tokenizer.json says
+  the pipeline    TokenizersBackend: tokenizer.json's own. GPT2Tokenizer, CodeGenTokenizer, GPTNeoXTokenizer,
+                  LlamaTokenizer: the class's normalizer, pre_tokenizer and decoder, made with add_prefix_space and
+                  legacy of tokenizer_config.json (models/gpt2, models/codegen, models/gpt_neox, models/llama)
 
 Checkpoints that these rules do not cover are refused by name: another class, code in the checkpoint,
 split_special_tokens, and a token that the vocabulary lacks and two files state with different flags. One rule of
@@ -48,14 +49,18 @@ if TYPE_CHECKING:
 
 AS_IT_IS = "TokenizersBackend"  # transformers' class that uses tokenizer.json unchanged
 GPT2, CODEGEN, LLAMA = "GPT2Tokenizer", "CodeGenTokenizer", "LlamaTokenizer"
+GPT_NEOX = "GPTNeoXTokenizer"
 _END_OF_TEXT = "<|endoftext|>"
 # Special tokens of a class that apply if no file names one.
 _DEFAULTS: Mapping[str, Mapping[str, str]] = {
     AS_IT_IS: {},
     GPT2: {"unk_token": _END_OF_TEXT, "bos_token": _END_OF_TEXT, "eos_token": _END_OF_TEXT},
     CODEGEN: {"unk_token": _END_OF_TEXT, "bos_token": _END_OF_TEXT, "eos_token": _END_OF_TEXT},
+    GPT_NEOX: {
+        "unk_token": _END_OF_TEXT, "bos_token": _END_OF_TEXT, "eos_token": _END_OF_TEXT, "pad_token": "<|padding|>",
+    },
     LLAMA: {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
-}
+}  # fmt: skip
 # Names of classes that mean TokenizersBackend; a trailing "Fast" is removed before the comparison.
 _NAMES_OF_AS_IT_IS = (AS_IT_IS, "PythonBackend", "PreTrainedTokenizer")
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -161,8 +166,8 @@ def tokenizer_class(files: TokenizerFiles, config: Mapping[str, Any]) -> str:
     raise files.refuse(
         SETTINGS_FILE,
         f"holds tokenizer_class {shown(asked)}; transformers builds tokenizers of this class in a way of their own, "
-        f"and moeship supports {GPT2}, {CODEGEN}, {LLAMA} and PreTrainedTokenizerFast; where {TOKENIZER_FILE} "
-        "describes the whole tokenizer, set tokenizer_class to PreTrainedTokenizerFast",
+        f"and moeship supports {GPT2}, {CODEGEN}, {GPT_NEOX}, {LLAMA} and PreTrainedTokenizerFast; where "
+        f"{TOKENIZER_FILE} describes the whole tokenizer, set tokenizer_class to PreTrainedTokenizerFast",
     )
 
 
@@ -204,7 +209,13 @@ def _rebuild(files: TokenizerFiles, content: dict[str, Any], name: str) -> bool:
             f"{SETTINGS_FILE}",
         )
     llama = name == LLAMA
-    pipeline = llama_pipeline(files.settings) if llama else byte_level_pipeline(files.settings)
+    composed = name == GPT_NEOX  # whether text is brought to Unicode's form NFC
+    pipeline = llama_pipeline(files.settings) if llama else byte_level_pipeline(files.settings, composed=composed)
+    adding = content.get("post_processor")
+    if (
+        composed and isinstance(adding, dict) and adding.get("type") != "ByteLevel"
+    ):  # the class puts no token around text
+        pipeline["post_processor"] = None
     model = {
         "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
         "fuse_unk": llama, "byte_fallback": llama, "ignore_merges": False,
@@ -323,7 +334,7 @@ def _defaults(content: Mapping[str, Any], name: str) -> dict[str, str]:
     """Special tokens that apply if no settings file names one: those of the class, and the pad token of
     tokenizer.json."""
     padding = content.get("padding") or {}
-    pads = name not in (GPT2, CODEGEN) and padding.get("pad_token")
+    pads = name not in (GPT2, CODEGEN, GPT_NEOX) and padding.get("pad_token")
     return {**_DEFAULTS[name], **({"pad_token": padding["pad_token"]} if pads else {})}
 
 

@@ -7,8 +7,10 @@ from checkpoints import Dimensions, phi_msft_config, transformers_config
 from dense_checkpoints import dense_config
 from granitemoe_checkpoints import SCALARS
 from mixtral_checkpoints import MixtralSizes, published_config
+from olmoe_checkpoints import olmoe_config
 from transformers import AutoConfig
 
+from export.architecture import QueryKeyValue, Router
 from export.errors import ConfigError
 from export.families import family_named
 
@@ -22,6 +24,7 @@ WRITTEN = {
     "phi": {**transformers_config(Dimensions(num_kv_heads=1)), "qk_layernorm": False},
     "mixtral": {**published_config(SHAPES), "tie_word_embeddings": True},
     "granitemoe": {**published_config(SHAPES), **SCALARS, "model_type": "granitemoe", "attention_bias": False},
+    "olmoe": {**olmoe_config(published_config(SHAPES)), "norm_topk_prob": True, "clip_qkv": 3.5, "num_experts": 9},
     "mistral": {**dense_config(SHAPES, "mistral"), "tie_word_embeddings": True, "sliding_window": 7},
     "llama": {**dense_config(SHAPES, "llama"), "tie_word_embeddings": True},
 }
@@ -43,6 +46,8 @@ def of_transformers(family, raw):
         "experts_per_token": getattr(config, "num_experts_per_tok", 0),
         "tied_head": config.tie_word_embeddings,
         "sliding_window": getattr(config, "sliding_window", None),
+        "router": Router(normalise=getattr(config, "norm_topk_prob", True)),
+        "qkv": QueryKeyValue(norm="width" if family == "olmoe" else None, clip=getattr(config, "clip_qkv", None)),
     }
 
 

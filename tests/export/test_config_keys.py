@@ -19,6 +19,7 @@ from checkpoints import Dimensions, phi_msft_config, write_phi_checkpoint, write
 from dense_checkpoints import write_dense_checkpoint
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
+from olmoe_checkpoints import write_olmoe_checkpoint
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from export.checkpoint.folder import open_checkpoint
@@ -33,6 +34,7 @@ WRITERS = {
     "phi": lambda folder: write_phi_checkpoint(folder, seed=1, num_layers=2),
     "mixtral": lambda folder: write_mixtral_checkpoint(folder, seed=1, num_experts=5),
     "granitemoe": lambda folder: write_granitemoe_checkpoint(folder, seed=1),
+    "olmoe": lambda folder: write_olmoe_checkpoint(folder, seed=1),
     "mistral": lambda folder: write_dense_checkpoint(folder, seed=1, family="mistral"),
     "llama": lambda folder: write_dense_checkpoint(folder, seed=1, family="llama", hidden_size=96),
 }
@@ -40,6 +42,7 @@ CLASSES = {
     "phi": "PhiConfig",
     "mixtral": "MixtralConfig",
     "granitemoe": "GraniteMoeConfig",
+    "olmoe": "OlmoeConfig",
     "mistral": "MistralConfig",
     "llama": "LlamaConfig",
 }
@@ -69,6 +72,7 @@ OWN = {
     "mixtral": {"sliding_window": None, "router_jitter_noise": 0.0, "router_aux_loss_coef": 0.001},
     "mistral": {"sliding_window": None},
     "llama": {"pretraining_tp": 1, "mlp_bias": False},
+    "olmoe": {"clip_qkv": None, "norm_topk_prob": False, "router_aux_loss_coef": 0.01, "attention_bias": False},
     "granitemoe": {"position_embedding_type": "rope", "attention_bias": False, "output_router_logits": False},
 }
 TOOLS = {
@@ -222,7 +226,7 @@ def test_a_key_that_may_change_numbers_is_refused_by_name(tmp_path, family, key,
 
 def test_the_window_of_a_family_without_windows_is_refused(tmp_path):
     """transformers keeps so many positions in the cache, and attends to all where there is none."""
-    for family in ("phi", "granitemoe", "llama"):
+    for family in ("phi", "granitemoe", "olmoe", "llama"):
         raw = config_of(WRITERS[family](tmp_path / family))
         with pytest.raises(ConfigError, match="sliding_window = 3 is a key that moeship does not support"):
             detect(raw, "c").read_config({**raw, "sliding_window": 3})

@@ -13,7 +13,7 @@ import pytest
 from transformers_models import TRANSFORMERS_MODELS
 
 from export import families as registry
-from export.architecture import Architecture, Router, Scales
+from export.architecture import Architecture, QueryKeyValue, Router, Scales
 from export.errors import ConfigError, ExportError
 from export.families import families, family_named
 
@@ -51,7 +51,7 @@ def test_a_file_more_is_a_family_more(tmp_path, monkeypatch):
 
 
 def test_a_family_that_is_not_there_is_named_beside_those_that_are():
-    with pytest.raises(ConfigError, match=r"looking for the family 'mamba': there are .*mixtral, phi, phixtral"):
+    with pytest.raises(ConfigError, match=r"looking for the family 'mamba': there are .*mixtral, olmoe, phi, phixtral"):
         family_named("mamba")
 
 
@@ -60,10 +60,11 @@ def test_families_differ_in_the_configs_that_they_match():
         registry.detect(config, "here").name
         for config in (
             {"model_type": "phi"}, {"model_type": "phi-msft"}, {"model_type": "phi-msft", "num_local_experts": 4},
-            {"model_type": "mixtral"}, {"model_type": "granitemoe"}, {"model_type": "mistral"}, {"model_type": "llama"},
+            {"model_type": "mixtral"}, {"model_type": "granitemoe"}, {"model_type": "olmoe"},
+            {"model_type": "mistral"}, {"model_type": "llama"},
         )
     ]  # fmt: skip
-    assert names == ["phi", "phi", "phixtral", "mixtral", "granitemoe", "mistral", "llama"]
+    assert names == ["phi", "phi", "phixtral", "mixtral", "granitemoe", "olmoe", "mistral", "llama"]
 
 
 def _named_families(path):
@@ -118,6 +119,7 @@ FACTS = {
     [
         ({"scales": Scales(logits=3.0)}, r"scales is Scales\(.*logits=3.0.*, which TensorRT-LLM's MixtralForCausalLM"),
         ({"router": Router(normalise=False)}, r"router is Router\(.*, which TensorRT-LLM's Mixtral"),
+        ({"qkv": QueryKeyValue(norm="width")}, r"qkv is QueryKeyValue\(.*, which TensorRT-LLM's Mixtral"),
         ({"dense_layers": (1,)}, r"dense_layers is \(1,\), which TensorRT-LLM's Mixtral"),
     ],
 )
@@ -132,6 +134,8 @@ def test_facts_that_tensorrt_llms_network_does_not_compute_are_problems(more, pr
     ("make", "problem"),
     [
         (lambda: Router(score="argmax"), "score is 'argmax', expected softmax or sigmoid"),
+        (lambda: QueryKeyValue(norm="depth"), "norm is 'depth', expected width"),
+        (lambda: QueryKeyValue(clip=-1.0), "clip is -1.0, expected a positive number"),
         (lambda: Router(scale=0.0), "scale is 0.0, expected a positive number"),
         (lambda: Router(groups=0), "groups is 0, which no router has"),
         (lambda: Scales(attention=float("inf")), "attention is inf, expected a positive number"),

@@ -12,6 +12,7 @@ from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from dense_checkpoints import write_dense_checkpoint
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
+from olmoe_checkpoints import write_olmoe_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -66,12 +67,16 @@ def granitemoe(folder):
     return folder
 
 
+def olmoe(folder):
+    return write_olmoe_checkpoint(folder, seed=1, max_positions=POSITIONS)
+
+
 def llama(folder):
     return write_dense_checkpoint(folder, seed=1, family="llama", hidden_size=96, max_positions=POSITIONS)
 
 
-WRITERS = {"phi": phi, "mixtral": mixtral, "granitemoe": granitemoe, "llama": llama}
-WIDTHS = {"phi": 16, "mixtral": 16, "granitemoe": 16, "llama": 16}
+WRITERS = {"phi": phi, "mixtral": mixtral, "granitemoe": granitemoe, "olmoe": olmoe, "llama": llama}
+WIDTHS = {"phi": 16, "mixtral": 16, "granitemoe": 16, "olmoe": 16, "llama": 16}
 TOKENS = np.random.default_rng(3).integers(0, 256, POSITIONS).tolist()
 
 

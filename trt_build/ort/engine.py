@@ -60,6 +60,7 @@ from trt_build.manifest import (
     check_range,
     check_tokenizer,
     digested_text,
+    manifest_values,
     read_manifest,
 )
 from trt_build.ort.old_formats.manifest import VERSIONS as OLD_VERSIONS
@@ -287,7 +288,7 @@ class Engine:
 
 def manifest_text(manifest: Manifest) -> str:
     """The text of engine.json."""
-    return digested_text(dataclasses.asdict(manifest))
+    return digested_text(manifest_values(manifest))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

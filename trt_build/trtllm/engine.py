@@ -32,6 +32,7 @@ from trt_build.manifest import (
     check_range,
     check_tokenizer,
     digested_text,
+    manifest_values,
     read_manifest,
 )
 
@@ -128,7 +129,7 @@ def rank_engine(rank: int) -> str:
 
 def write_trtllm_manifest(folder: Path, manifest: TrtllmManifest) -> None:
     """Write or replace engine.json by rename."""
-    replace_file(folder / MANIFEST_FILE, digested_text(dataclasses.asdict(manifest)))
+    replace_file(folder / MANIFEST_FILE, digested_text(manifest_values(manifest)))
 
 
 def open_trtllm_engine(folder: Path | str, check_digests: bool = True) -> TrtllmEngine:

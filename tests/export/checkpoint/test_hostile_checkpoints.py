@@ -13,6 +13,7 @@ import pytest
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
+from olmoe_checkpoints import write_olmoe_checkpoint
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -37,7 +38,8 @@ def edit_config(folder, **changes):
 def one_of_each(tmp_path, phixtral):
     mixtral = write_mixtral_checkpoint(tmp_path / "mixtral", seed=1)
     granitemoe = write_granitemoe_checkpoint(tmp_path / "granitemoe", seed=1)
-    return phixtral, mixtral, granitemoe, write_phi_checkpoint(tmp_path / "phi", seed=1)
+    olmoe = write_olmoe_checkpoint(tmp_path / "olmoe", seed=1)
+    return phixtral, mixtral, granitemoe, olmoe, write_phi_checkpoint(tmp_path / "phi", seed=1)
 
 
 def refusal(folder):

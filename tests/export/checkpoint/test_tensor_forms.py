@@ -12,6 +12,7 @@ from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from dense_checkpoints import write_dense_checkpoint
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import DTYPES, write_mixtral_checkpoint
+from olmoe_checkpoints import write_olmoe_checkpoint
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -26,6 +27,7 @@ WRITERS = {
     "mixtral": lambda folder, **more: write_mixtral_checkpoint(folder, seed=1, num_experts=3, **more),
     "packed mixtral": lambda folder, **more: write_mixtral_checkpoint(folder, seed=1, spelling="packed", **more),
     "granitemoe": lambda folder, **more: write_granitemoe_checkpoint(folder, seed=1, **more),
+    "olmoe": lambda folder, **more: write_olmoe_checkpoint(folder, seed=1, **more),
     "mistral": lambda folder, **more: write_dense_checkpoint(folder, seed=1, **more),
 }
 FILE = "model.safetensors"

@@ -13,9 +13,16 @@ from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from dense_checkpoints import write_dense_checkpoint
 from granitemoe_checkpoints import tell_mixtral_as_granitemoe, write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
+from olmoe_checkpoints import write_olmoe_checkpoint
 from safetensors.numpy import load_file, save_file
 from torch_reference import load_reference, run_model
-from transformers import AutoModelForCausalLM, GraniteMoeForCausalLM, MixtralForCausalLM, PhiForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteMoeForCausalLM,
+    MixtralForCausalLM,
+    OlmoeForCausalLM,
+    PhiForCausalLM,
+)
 
 from export.checkpoint.folder import open_checkpoint
 from export.errors import CheckpointError, ConfigError
@@ -46,6 +53,10 @@ def granitemoe(folder, **sizes):
     return write_granitemoe_checkpoint(folder, seed=1, **sizes)
 
 
+def olmoe(folder, **sizes):
+    return write_olmoe_checkpoint(folder, seed=1, **sizes)
+
+
 def mistral(folder, **sizes):
     return write_dense_checkpoint(folder, seed=1, **sizes)
 
@@ -55,7 +66,8 @@ def llama(folder, **sizes):
 
 
 WRITERS = {
-    "phi": phi, "phixtral": phixtral, "mixtral": mixtral, "granitemoe": granitemoe, "mistral": mistral, "llama": llama,
+    "phi": phi, "phixtral": phixtral, "mixtral": mixtral, "granitemoe": granitemoe, "olmoe": olmoe,
+    "mistral": mistral, "llama": llama,
 }  # fmt: skip
 CASES = [
     (phi, {}),
@@ -73,6 +85,9 @@ CASES = [
     (granitemoe, {}),
     (granitemoe, {"spelling": "packed", "num_experts": 3, "experts_per_token": 1, "ffn_size": 37}),
     (granitemoe, {"num_heads": 5, "num_kv_heads": 1, "head_dim": None, "tied": True, "dtype": "bfloat16"}),
+    (olmoe, {}),
+    (olmoe, {"spelling": "packed", "num_experts": 9, "experts_per_token": 8, "config": {"clip_qkv": 0.5}}),
+    (olmoe, {"num_heads": 3, "num_kv_heads": 1, "config": {"norm_topk_prob": True}, "tied": True, "dtype": "bfloat16"}),
     (mistral, {}),
     (mistral, {"config": {"sliding_window": 7}, "num_kv_heads": 1, "ffn_size": 37}),
     (mistral, {"num_heads": 5, "num_kv_heads": 5, "head_dim": None, "tied": True, "dtype": "float16"}),
@@ -190,19 +205,25 @@ def test_the_hidden_states_that_enter_layers_are_those_of_transformers(tmp_path,
 
 @pytest.mark.parametrize(
     ("write", "outside"),
-    [(phi, PhiForCausalLM), (mixtral, MixtralForCausalLM), (granitemoe, GraniteMoeForCausalLM)],
+    [
+        (phi, PhiForCausalLM),
+        (mixtral, MixtralForCausalLM),
+        (granitemoe, GraniteMoeForCausalLM),
+        (olmoe, OlmoeForCausalLM),
+    ],
 )
 def test_keys_that_a_config_leaves_out_are_what_transformers_makes_of_them(tmp_path, write, outside):
     """The weights have shapes that fit the defaults, so that each key can go."""
     sizes = {"hidden_size": 64, "num_heads": 8, "max_positions": 64}
     sizes |= {"rotary_dim": 4} if write is phi else {"head_dim": 8, "num_kv_heads": 8, "num_experts": 8, "ffn_size": 24}
+    sizes |= {"config": {"clip_qkv": 0.5, "norm_topk_prob": True}} if write is olmoe else {}
     folder = write(tmp_path / "c", **sizes)
     path = folder / "config.json"
     written = json.loads(path.read_text())
     facts = {
         "rope_parameters", "rope_theta", "partial_rotary_factor", "layer_norm_eps", "rms_norm_eps",
         "num_key_value_heads", "head_dim", "sliding_window", "embedding_multiplier", "attention_multiplier",
-        "residual_multiplier", "logits_scaling",
+        "residual_multiplier", "logits_scaling", "clip_qkv", "norm_topk_prob",
     }  # fmt: skip
     for key in facts & written.keys():
         path.write_text(json.dumps({name: value for name, value in written.items() if name != key}))
@@ -222,7 +243,7 @@ def test_facts_that_were_read_wrongly_do_not_reach_the_reference(tmp_path, famil
     assert np.array_equal(found, expected)
 
 
-@pytest.mark.parametrize("family", ["phixtral", "mixtral", "granitemoe"])
+@pytest.mark.parametrize("family", ["phixtral", "mixtral", "granitemoe", "olmoe"])
 def test_the_number_of_experts_a_token_is_the_one_asked_for(tmp_path, family):
     folder = WRITERS[family](tmp_path / "c")
     [(asked, _)] = Reference(read_model(open_checkpoint(folder), 1)).run([TOKENS[:40]])

@@ -21,6 +21,13 @@ REQUIRED = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 64, "num_
         ),
         ("llama", "LlamaConfig", {"rms_norm_eps": 1e-3, "num_key_value_heads": 4, "rope_theta": 5e5}),
         (
+            "olmoe", "OlmoeConfig",
+            {
+                "rms_norm_eps": 1e-3, "num_key_value_heads": 4, "rope_theta": 5e5, "clip_qkv": 0.5,
+                "norm_topk_prob": True,
+            },
+        ),
+        (
             "granitemoe", "GraniteMoeConfig",
             {
                 "rms_norm_eps": 1e-3, "num_key_value_heads": 4, "rope_theta": 5e5, "embedding_multiplier": 2.0,

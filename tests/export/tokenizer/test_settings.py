@@ -23,8 +23,8 @@ END_OF_TEXT = "<|endoftext|>"
 EXAMPLES = Path(__file__).parents[3] / "examples"
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 CLASSES = (
-    None, "GPT2Tokenizer", "CodeGenTokenizer", "CodeGenTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast",
-    "PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend",
+    None, "GPT2Tokenizer", "CodeGenTokenizer", "CodeGenTokenizerFast", "GPTNeoXTokenizer", "LlamaTokenizer",
+    "LlamaTokenizerFast", "PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend",
 )  # fmt: skip
 TEXTS = (
     "def main()  hello",
@@ -103,7 +103,7 @@ def expect_as_transformers(folder, config):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("model_type", ["phi", "phi-msft", "mixtral", "granitemoe", "mistral", "llama"])
+@pytest.mark.parametrize("model_type", ["phi", "phi-msft", "mixtral", "granitemoe", "olmoe", "mistral", "llama"])
 @pytest.mark.parametrize("kind", ["bytes", "llama", "metaspace"])
 def test_every_class_of_every_family_encodes_as_transformers_does(tmp_path, kinds, kind, model_type, name):
     settings = {"tokenizer_class": name, "eos_token": END_OF_TEXT} if name else {"add_prefix_space": True}

@@ -11,6 +11,7 @@ from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from dense_checkpoints import write_dense_checkpoint
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
+from olmoe_checkpoints import write_olmoe_checkpoint
 from safetensors.numpy import load_file, save_file
 from torch_reference import load_reference
 from transformers_models import TRANSFORMERS_MODELS
@@ -25,6 +26,7 @@ WRITERS = {
     "phixtral": lambda folder: write_phixtral_checkpoint(folder, seed=1, num_experts=3, experts_per_token=2),
     "mixtral": lambda folder: write_mixtral_checkpoint(folder, seed=1),
     "granitemoe": lambda folder: write_granitemoe_checkpoint(folder, seed=1),
+    "olmoe": lambda folder: write_olmoe_checkpoint(folder, seed=1),
     "mistral": lambda folder: write_dense_checkpoint(folder, seed=1, family="mistral"),
     "llama": lambda folder: write_dense_checkpoint(folder, seed=1, family="llama", num_heads=4),
 }
@@ -49,7 +51,7 @@ def test_what_a_config_says_of_loading_and_training_changes_nothing(tmp_path, fa
     path = folder / "config.json"
     config = json.loads(path.read_text())
     more = {"torch_dtype": "float16", "use_cache": False, "auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}
-    if family in ("phi", "mixtral", "granitemoe", "mistral", "llama"):
+    if family in ("phi", "mixtral", "granitemoe", "olmoe", "mistral", "llama"):
         more |= {"return_dict": False, "output_attentions": True, "is_decoder": True}
     if family == "mixtral":
         more |= {"output_router_logits": True, "router_jitter_noise": 0.5}
@@ -58,7 +60,7 @@ def test_what_a_config_says_of_loading_and_training_changes_nothing(tmp_path, fa
 
 
 def test_the_number_of_experts_a_token_is_the_one_asked_for(tmp_path):
-    for family in ("phixtral", "mixtral", "granitemoe"):
+    for family in ("phixtral", "mixtral", "granitemoe", "olmoe"):
         folder = WRITERS[family](tmp_path / family)
         asked = logits_of(read_model(open_checkpoint(folder), 1))
         path = folder / "config.json"
@@ -83,7 +85,7 @@ def test_of_equal_router_logits_the_lowest_experts_are_chosen(tmp_path, family):
         torch.testing.assert_close(shares, torch.full((64, 3), 1 / 3))
 
 
-@pytest.mark.parametrize("family", ["phixtral", "mixtral", "granitemoe"])
+@pytest.mark.parametrize("family", ["phixtral", "mixtral", "granitemoe", "olmoe"])
 @pytest.mark.parametrize("router", ["mlp.router", None])
 def test_a_record_that_names_no_router_of_the_class_is_told_as_its_routing_would_not_be_compared(
     tmp_path, family, router, monkeypatch

@@ -72,13 +72,14 @@ class _Facts:
         network = self._network
         self._embedding(f"{network.embedding}.weight")
         for layer, record in enumerate(network.layers):
-            for norm in (record.norm, record.mlp_norm):
+            for norm in (record.norm, record.attention.query_norm, record.attention.key_norm, record.mlp_norm):
                 if norm is not None:
                     self._norm(norm)
             for name in (*record.attention.inputs, record.attention.output):
                 self._linear(name)
             self._attention(layer, record.attention)
             self._mlp(layer, record.mlp)
+        self._clips()
         self._norm(network.norm)
         self._linear(network.head)
         self._rotary(network.layers[0].attention)
@@ -188,6 +189,17 @@ class _Facts:
         if node := self._user(f"{norm.name}.weight", 1, [operator]):
             self._operands(node, 1, [f"{norm.name}.weight", *([f"{norm.name}.bias"] if norm.centred else [])])
             self._attributes(node, {"axis": -1, "epsilon": float(norm.epsilon), "stash_type": 1})
+
+    def _clips(self) -> None:
+        """Check that queries, keys and values of each layer are clipped, and nothing else is."""
+        limits = [layer.attention.clip for layer in self._network.layers if layer.attention.clip is not None]
+        expected = [(-np.float32(limit), np.float32(limit)) for limit in limits for _ in range(3)]
+        clips = [node for node in self._graph.nodes if node.operator == "Clip"]
+        found = [tuple(self._graph.constants.get(name) for name in node.inputs[1:]) for node in clips]
+        if found != expected:
+            self._fail(
+                "attention", f"has {len(clips)} Clips by {found[:1]}, expected {len(expected)} by {expected[:1]}"
+            )
 
     def _linear(self, module: str) -> None:
         row, bias = f"{module}.weight", self._bias(module)

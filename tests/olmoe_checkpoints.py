@@ -1,0 +1,85 @@
+"""Small random olmoe checkpoints for tests, in both spellings.
+
+Made with numpy and the safetensors library, none of it with moeship or transformers.
+
+    write_olmoe_checkpoint(tmp_path / "mixture", seed=2, spelling="packed", num_experts=5, experts_per_token=2)
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mixtral_checkpoints import (
+    DTYPES,
+    Array,
+    MixtralSizes,
+    packed,
+    published_config,
+    random_tensors,
+    write_llama_tokenizer,
+)
+from safetensors.numpy import load_file, save_file
+
+_MATRICES = {".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj.", ".block_sparse_moe.": ".mlp."}
+
+
+def write_olmoe_checkpoint(
+    folder: Path, *, seed: int, spelling: str = "published", config: dict[str, Any] | None = None, **sizes: Any
+) -> Path:
+    """config.json with `config` laid over it, model.safetensors and a tokenizer; returns `folder`. The class takes the
+    head size from the width alone, so the width's default is a multiple of it."""
+    facts = MixtralSizes(**{"hidden_size": 96, "head_dim": None, **sizes})
+    rng = np.random.default_rng(seed)
+    tensors = random_tensors(facts, rng)
+    for layer in range(facts.num_layers):
+        for letter in "qk":
+            name = f"model.layers.{layer}.self_attn.{letter}_"
+            width = len(tensors[f"{name}proj.weight"])
+            tensors[f"{name}norm.weight"] = (1 + 0.3 * rng.standard_normal(width)).astype(np.float32)
+    write_llama_tokenizer(folder)
+    values = olmoe_config(published_config(facts)) | (config or {})
+    (folder / "config.json").write_text(json.dumps(values, indent=2))
+    stored = {name: values.astype(DTYPES[facts.dtype]) for name, values in tensors.items()}
+    save_file(packed(stored) if spelling == "packed" else _published(stored), folder / "model.safetensors")
+    return folder
+
+
+def tell_mixtral_as_olmoe(source: Path, folder: Path, **more: Any) -> Path:
+    """A trained Mixtral's weights in an olmoe with normalised weights of experts; `more` are further keys. The norms
+    of queries and keys have the factors that give them about the size that they have in the Mixtral, so the model
+    still predicts its text."""
+    config = json.loads((source / "config.json").read_text())
+    tensors = load_file(source / "model.safetensors")
+    head_size = config["hidden_size"] // config["num_attention_heads"]
+    for layer in range(config["num_hidden_layers"]):
+        for letter, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads")):
+            matrix = tensors[f"model.layers.{layer}.self_attn.{letter}_proj.weight"].astype(np.float32)
+            size = np.sqrt(np.square(matrix).sum(axis=1).mean())  # of a value, for inputs of size 1
+            factors = np.full(config[heads] * head_size, size, np.float32)
+            tensors[f"model.layers.{layer}.self_attn.{letter}_norm.weight"] = factors
+    write_llama_tokenizer(folder)
+    for file in source.glob("*token*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    save_file(_published(tensors), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(olmoe_config(config) | {"norm_topk_prob": True} | more, indent=2))
+    return folder
+
+
+def olmoe_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A Mixtral's config.json in olmoe's words."""
+    no_keys = ("head_dim", "sliding_window", "router_jitter_noise", "num_local_experts")
+    told = {key: value for key, value in config.items() if key not in no_keys}
+    told |= {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "num_experts": config["num_local_experts"]}
+    return told | {"attention_bias": False, "clip_qkv": None, "norm_topk_prob": False, "rope_theta": 10000.0}
+
+
+def _published(tensors: dict[str, Array]) -> dict[str, Array]:
+    renamed = {}
+    for name, values in tensors.items():
+        for old, new in _MATRICES.items():
+            name = name.replace(old, new)
+        renamed[name] = values
+    return renamed
