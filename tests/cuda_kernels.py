@@ -29,6 +29,7 @@ KERNELS = {
     "ReduceSum": {"T": {"float", "float16", "double", "int32", "int64"}},
     "Cast": {"T1": {"float", "float16", "int64", "int32"}, "T2": {"float", "float16", "int64", "int32"}},
     "Reshape": {"T": {"float", "float16"}},
+    "Softmax": {"T": {"float", "float16", "double", "bfloat16"}},
     "Split": {"T": {"float", "float16", "bfloat16", "double", "int32", "int64"}},
     "Clip": {"T": {"float", "float16", "double", "int64"}},
     "Slice": {"T": {"float"}, "Tind": {"int64"}},
@@ -66,6 +67,8 @@ def check_types(model):
             bound["T1"] = "int64"
         for value, formal in zip(node.output, schema.outputs, strict=False):
             types[value] = bound.get(formal.typeStr) or formal.typeStr.removeprefix("tensor(").removesuffix(")")
+        if node.op_type == "Split":  # whose one formal output stands for any number
+            types |= dict.fromkeys(node.output, bound["T"])
         problems += [
             f"{node.name}: {variable} is {bound[variable]}"
             for variable, allowed in KERNELS[node.op_type].items()

@@ -1,6 +1,6 @@
 """Small random olmoe checkpoints for tests, in both spellings.
 
-Made with numpy and the safetensors library, none of it with moeship or transformers.
+Made with numpy and the safetensors library, none of it with moeship.
 
     write_olmoe_checkpoint(tmp_path / "mixture", seed=2, spelling="packed", num_experts=5, experts_per_token=2)
 """
@@ -53,14 +53,9 @@ def tell_mixtral_as_olmoe(source: Path, folder: Path, **more: Any) -> Path:
     still predicts its text."""
     config = json.loads((source / "config.json").read_text())
     tensors = load_file(source / "model.safetensors")
-    head_size = config["hidden_size"] // config["num_attention_heads"]
-    for layer in range(config["num_hidden_layers"]):
-        for letter, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads")):
-            matrix = tensors[f"model.layers.{layer}.self_attn.{letter}_proj.weight"].astype(np.float32)
-            size = np.sqrt(np.square(matrix).sum(axis=1).mean())  # of a value, for inputs of size 1
-            factors = np.full(config[heads] * head_size, size, np.float32)
-            tensors[f"model.layers.{layer}.self_attn.{letter}_norm.weight"] = factors
-    write_llama_tokenizer(folder)
+    for name, values in _sizes(source).items():
+        tensors[name.replace("_proj", "_norm") + ".weight"] = values
+    folder.mkdir(parents=True)
     for file in source.glob("*token*"):
         (folder / file.name).write_bytes(file.read_bytes())
     save_file(_published(tensors), folder / "model.safetensors")
@@ -68,12 +63,35 @@ def tell_mixtral_as_olmoe(source: Path, folder: Path, **more: Any) -> Path:
     return folder
 
 
+def _sizes(source: Path) -> dict[str, Array]:
+    """Module of queries or keys of a Mixtral -> the root of the mean square of its outputs over a text, for each of
+    them the same, float32 [rows]."""
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import MixtralForCausalLM
+
+    model = MixtralForCausalLM.from_pretrained(source, dtype=torch.float32)
+    found: dict[str, Array] = {}
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "k_proj")):
+
+            def keep(_module: object, _inputs: object, output: torch.Tensor, name: str = name) -> None:
+                size = float(output.square().mean().sqrt())
+                found[name] = np.full(output.shape[-1], size, np.float32)
+
+            module.register_forward_hook(keep)
+    ids = Tokenizer.from_file(str(source / "tokenizer.json")).encode((source.parent / "train.py").read_text()).ids[:512]
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+    return found
+
+
 def olmoe_config(config: dict[str, Any]) -> dict[str, Any]:
     """A Mixtral's config.json in olmoe's words."""
     no_keys = ("head_dim", "sliding_window", "router_jitter_noise", "num_local_experts")
     told = {key: value for key, value in config.items() if key not in no_keys}
     told |= {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "num_experts": config["num_local_experts"]}
-    return told | {"attention_bias": False, "clip_qkv": None, "norm_topk_prob": False, "rope_theta": 10000.0}
+    return told | {"attention_bias": False, "clip_qkv": None, "norm_topk_prob": False}
 
 
 def _published(tensors: dict[str, Array]) -> dict[str, Array]:

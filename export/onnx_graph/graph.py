@@ -280,10 +280,12 @@ class GraphBuilder(ABC):
         together = both if self._kernels.one_storage else ()
         (weight1, job1), (weight2, job2) = (self._weights.matrix(name, together) for name in both)
         bias1, bias2 = self._weights.bias(fc1), self._weights.bias(fc2)
+        plain = job1.layout is Layout.PLAIN
         routed = Routed(
-            router=router, k=self.architecture.experts_per_token, activation=activation, normalise=rule.normalise
-        )
-        if job1.layout is Layout.PLAIN:
+            router=router, k=self.architecture.experts_per_token, activation=activation,
+            normalise=rule.normalise or not plain,
+        )  # fmt: skip
+        if plain:
             inputs = [x, router, weight1[0], bias1, weight2[0], bias2]
             mixed = self._nodes.add(
                 "MoE", inputs, name, microsoft=True, float_type=self._float_type, **mixture_attributes(routed)
@@ -291,6 +293,9 @@ class GraphBuilder(ABC):
         else:
             first, second = self._matrix(fc1, weight1, job1, bias1), self._matrix(fc2, weight2, job2, bias2)
             mixed = self._operation(self._kernels.experts(x, routed, first, second, self._recipe.accuracy_level), name)
+        if not plain and not rule.normalise:
+            inputs = [self._nodes.cast(mixed, "float32"), self._share_of_chosen(name)]
+            mixed = self._nodes.add("Mul", inputs, f"{name}.weighed", float_type="float32")
         return self.scale(mixed, rule.scale, f"{name}.routed")
 
     def finish(self, logits: str, placement: Placement, data_file: str) -> onnx.ModelProto:
@@ -371,6 +376,21 @@ class GraphBuilder(ABC):
             if self._float_type == "float32"
             else self._nodes.cast(self._below_the_kth(rows, name), self._float_type)
         )
+
+    def _share_of_chosen(self, name: str) -> str:
+        """The sum [..., 1] of the chosen experts' values in the softmax over all experts, float32. Quantised mixtures
+        normalise, and this takes it back: without it ONNX Runtime 1.32's QMoE does not weigh by that softmax."""
+        logits, k = f"{name}.router/output_0", np.array([self.architecture.experts_per_token], np.int64)
+        count, axis = self._nodes.constant("router/k", k), self._nodes.constant("router/axis", np.array([-1], np.int64))
+        shares = self._nodes.add("Softmax", [logits], f"{name}.router_shares", float_type="float32", axis=-1)
+        largest = self._nodes.add(
+            "TopK", [shares, count], f"{name}.router_chosen", more_outputs=[f"{name}.router_chosen/places"],
+            float_type="float32", axis=-1, largest=1, sorted=1,
+        )  # fmt: skip
+        return self._nodes.add(
+            "ReduceSum", [largest, axis], f"{name}.router_share", float_type="float32", keepdims=1,
+            noop_with_empty_axes=0,
+        )  # fmt: skip
 
     def _below_the_kth(self, rows: str, name: str) -> str:
         """[T, E] minus the K-th largest value of each row."""

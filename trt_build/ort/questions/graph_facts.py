@@ -267,7 +267,7 @@ class _Facts:
         else:
             expected = [self._matrix(first), biases[0], self._matrix(second), biases[1], ["", "", ""], *zeros]
         self._operands(node, 2, [name for names_of in expected for name in names_of])
-        self._attributes(node, {"k": self._experts_per_token, **self._mixture(layer, mlp, own=own)})
+        self._attributes(node, {"k": self._experts_per_token, **self._mixture(layer, mlp, plain=plain, own=own)})
         if plain:
             return
         self._recipe(node, self._table[first], "bits" if own else "expert_weight_bits")
@@ -276,7 +276,7 @@ class _Facts:
         extra: dict[str, Any] = {} if own else {"quant_type": "int", "weights_prepacked": 0}
         self._attributes(node, {**extra, **self._accuracy()})
 
-    def _mixture(self, layer: int, mlp: Mlp, *, own: bool) -> dict[str, Any]:
+    def _mixture(self, layer: int, mlp: Mlp, *, plain: bool, own: bool) -> dict[str, Any]:
         """The attributes of a mixture's node beside k and the recipe."""
         activation = "gelu" if mlp.activation is Activation.GELU_TANH else "swiglu" if mlp.gated else "silu"
         swiglu = {"activation_alpha": 1.0, "activation_beta": 0.0} if mlp.gated or own else {}
@@ -289,7 +289,7 @@ class _Facts:
             }  # fmt: skip
         limit = {"swiglu_limit": math.inf} if mlp.gated else {}
         return {
-            "activation_type": activation, "normalize_routing_weights": int(mlp.router.normalise),
+            "activation_type": activation, "normalize_routing_weights": int(mlp.router.normalise or not plain),
             "use_sparse_mixer": 0, "swiglu_fusion": int(mlp.gated), **swiglu, **limit,
         }  # fmt: skip
 
