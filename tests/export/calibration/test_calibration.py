@@ -23,7 +23,8 @@ from export.families import read_model
 from export.files.resume import partial_path
 from export.quantize.gptq import Factor, Hessian, solve, symmetric
 from export.quantize.solved import open_solved, packed, row_checksums, unpacked
-from export.reference.model import Reference, bounds_of, embedding_rows, normalise
+from export.reference.model import Reference, bounds_of, embedding_rows
+from export.reference.operations import normalise
 from export.reference.reader import Reader
 from export.tokenizer.surplus import model_settings
 from trt_build.comparison.evaluation_text import own_text as held_out_text
