@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -234,7 +235,7 @@ def test_an_engine_of_another_release_is_refused(small_phixtral, built_engine, m
         build(small_phixtral, built_engine, until="engine")
 
 
-@pytest.mark.parametrize("what", ["weights", "config"])
+@pytest.mark.parametrize("what", ["weights", "config", "an older source"])
 def test_an_engine_and_a_checkpoint_of_a_source_that_changed_since_are_refused(
     tmp_path, small_phixtral, copied_engine, what
 ):
@@ -246,6 +247,10 @@ def test_an_engine_and_a_checkpoint_of_a_source_that_changed_since_are_refused(
         with (source / "model.safetensors").open("r+b") as file:
             file.seek(-1, os.SEEK_END)
             file.write(b"\x01")
+    if what == "an older source":  # all of it was there before the engine was
+        later = time.time() + 1000
+        for path in [*(tmp_path / "engine").iterdir(), *(tmp_path / "engine.checkpoint").iterdir()]:
+            os.utime(path, (later, later))
     name = "config.json" if what == "config" else "model.safetensors"
     with pytest.raises(
         OutputError, match=rf"was built with other settings; .*\n  - its source's {name} is [0-9a-f]+, expected"

@@ -205,8 +205,8 @@ def _existing_engine(build: _Build) -> TrtllmEngine | None:
         ) from error
     different = [*_other_settings(build, engine.manifest.settings), *_other_library(build, engine.manifest)]
     if not different:
-        digests, written = engine.manifest.source.digests, output / CONFIG_FILE
-        different = [f"its source's {text}" for text in changed_sources(build.source.model.weights, digests, written)]
+        digests = engine.manifest.source.digests
+        different = [f"its source's {text}" for text in changed_sources(build.source.model.weights, digests)]
     if different:
         raise OutputError(
             f"writing the engine: {output} exists already and was built with other settings; name another output or "

@@ -46,7 +46,7 @@ from trt_build.machine.child import child_program
 from trt_build.machine.readings import MPIRUN
 from trt_build.manifest import changed_meanwhile
 from trt_build.source import SourceModel
-from trt_build.trtllm.engine import CONFIG_FILE, TrtllmEngine, open_trtllm_engine, write_trtllm_manifest
+from trt_build.trtllm.engine import TrtllmEngine, open_trtllm_engine, write_trtllm_manifest
 from trt_build.trtllm.questions.logits import (
     GENERATION_LIMITS,
     LOGITS_LIMITS,
@@ -136,9 +136,7 @@ def verify_trtllm(
         ),
         findings=report.findings(manifest.tokenizer_size, LIMITS[manifest.precision.name]),
         reference=source.checkpoint.identity,
-        reference_is_the_source=not changed_sources(
-            model.weights, manifest.source.digests, engine.folder / CONFIG_FILE
-        ),
+        reference_is_the_source=not changed_sources(model.weights, manifest.source.digests),
         text=text,
         windows=tuple(map(len, windows)),
         questions=questions,
