@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from decimal import Decimal
 from typing import Any, NoReturn
 from urllib.parse import unquote
 
@@ -87,6 +88,8 @@ _DEEPEST = 60  # schemas within schemas
 _DEEPEST_JSON = 120  # objects and lists within each other; the library reads 128 levels
 _MOST_DIGITS = 300  # of a whole number, which the library reads as a float64
 _MOST_TARGETS = 512  # of references
+_MOST_NAME_PATTERNS = 100  # each is compared with each: 0.04 s for 100, 4 s for 300, more than 12 s for 1,000
+_MOST_STEPS = 100_000  # 0.7 s and 50 MB
 _MOST_TOGETHER = 50  # different patterns; the library takes 0.2 s for 60, 1 s for 100 and more than 8 s for 150
 
 _Schema = Any  # a dict, or a bool
@@ -103,6 +106,7 @@ def check_schema(text: str) -> dict[str, Any]:
     _check_numbers(schema)
     _check_reach(schema)
     _check_patterns(schema)
+    _check_sizes(schema)
     return {} if schema is True else schema
 
 
@@ -253,6 +257,26 @@ def _check_patterns(schema: _Schema) -> None:
             f"found {len(patterns)} patterns and formats that allOf or references beside other keywords join, expected "
             f"at most {_MOST_TOGETHER}; send fewer"
         )
+
+
+def _check_sizes(schema: _Schema) -> None:
+    """Raise ValueError for steps and patterns of names that the library takes minutes, or all memory, to compile."""
+    names = sum(len(one.get("patternProperties", ())) for one in _schemas(schema))
+    if names > _MOST_NAME_PATTERNS:
+        raise ValueError(f"found {names} patternProperties, expected at most {_MOST_NAME_PATTERNS}; send fewer")
+    steps = {_step(one["multipleOf"]) for one in _schemas(schema) if "multipleOf" in one}
+    if sum(steps) > _MOST_STEPS:
+        raise ValueError(
+            f"found multipleOf whose digits add up to {sum(steps)}, powers of ten left aside, expected at most "
+            f"{_MOST_STEPS}; send smaller ones"
+        )
+
+
+def _step(value: float) -> int:
+    """The digits of a number as a whole number, 0 for a power of ten. The library has a state for each remainder."""
+    _, digits, exponent = Decimal(str(value)).as_tuple()
+    step = int("".join(map(str, digits)).lstrip("0")) * 10 ** max(0, int(exponent))
+    return 0 if str(step).rstrip("0") == "1" else step
 
 
 def _joined(schema: Mapping[str, Any]) -> list[_Schema]:

@@ -77,6 +77,9 @@ CHAIN = {
         ('{"prefixItems": [{"$ref": "#/prefixItems/\u00b2"}]}', "unexpected character at index 14"),
         ('{"type": "array", "items": {"$ref": "#"}, "minItems": 1.0}', "needs itself without end"),
         (json.dumps({"allOf": [{"pattern": f"{n}"} for n in range(51)]}), "found 51 patterns and formats that allOf"),
+        ('{"multipleOf": 9999991}', "multipleOf whose digits add up to 9999991, .* expected at most 100000"),
+        ('{"items": {"multipleOf": 6.0001}, "prefixItems": [{"multipleOf": 40001}]}', "add up to 100002"),
+        (json.dumps({"patternProperties": {f"^a{n}$": {} for n in range(101)}}), "found 101 patternProperties"),
         (json.dumps(CHAIN), "found 60 patterns and formats that allOf"),
     ],
 )  # fmt: skip
@@ -99,6 +102,7 @@ def test_a_schema_is_refused_with_one_clear_error(byte_fallback, text, said):
         {"title": "t", "description": "d", "examples": [1], "x-order": 3, "default": None, "$comment": "c"},
         {"items": [{"type": "null"}], "additionalItems": False},
         {"type": "array", "minItems": 1.0, "maxItems": 2.0},
+        {"anyOf": [{"multipleOf": step} for step in (86400, 1e-5, 1000000000, 0.25, 97, 97)]},
         {"properties": {f"a{n}": {"pattern": f"{n}"} for n in range(60)}, "allOf": [{"minLength": 1}]},
         {"properties": {"properties": {"properties": {"items": {"$ref": "#/properties/properties"}}}}},
         {"type": "array", "prefixItems": [{}, {"anyOf": [{"$ref": "#/prefixItems/0"}]}]},
