@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from clients import wire
 from clients._tritonclient import require_grpc, require_messages, require_services
@@ -41,7 +41,7 @@ from clients.messages import (
     collect,
     collect_all,
 )
-from clients.streams import AsyncStream, Stream
+from clients.streams import AsyncStream, Stream, gathered
 from triton_repo.contracts.model_state import ModelState
 from triton_repo.contracts.piece import Piece
 from triton_repo.contracts.tls.client import ClientTls
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from tritonclient.grpc import service_pb2 as pb
 
 __all__ = ["AsyncClient", "Client", "ClientTls", "Generation", "GenerationRequest", "ModelState", "Piece"]
+
+_Item = TypeVar("_Item")
 
 # A name or an IPv4 address, or an IPv6 address in brackets; then the port.
 ADDRESS = re.compile(r"([\w.-]+|\[[0-9A-Fa-f:.]+(%[\w.-]+)?\]):(?P<port>[0-9]{1,5})")
@@ -257,20 +259,27 @@ class AsyncClient:
     def stream(self, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
         """The answer piece by piece. The request is sent when the first piece is read; `aclose()` of the generator ends
         it."""
+        return _one_by_one(self.stream_waiting(request))
+
+    def stream_waiting(self, request: GenerationRequest) -> AsyncGenerator[Sequence[Piece], None]:
+        """`stream` for a reader that handles several pieces at a time: each item has all pieces that wait, one or
+        more."""
         return self._pieces(request, wire.build_request(request, stream=True))
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """The whole answer, which the server sends in one response."""
         check_one_answer(request)
         async with aclosing(self._pieces(request, wire.build_request(request, stream=False))) as pieces:
-            return collect([piece async for piece in pieces])
+            return collect([piece async for waiting in pieces for piece in waiting])
 
     async def generate_all(self, request: GenerationRequest) -> tuple[Generation, ...]:
         """The whole answers to the prompt, `num_return_sequences` of them. The server sends each in one response."""
         async with aclosing(self._pieces(request, wire.build_request(request, stream=False))) as pieces:
-            return collect_all([piece async for piece in pieces])
+            return collect_all([piece async for waiting in pieces for piece in waiting])
 
-    async def _pieces(self, request: GenerationRequest, message: pb.ModelInferRequest) -> AsyncGenerator[Piece, None]:
+    async def _pieces(
+        self, request: GenerationRequest, message: pb.ModelInferRequest
+    ) -> AsyncGenerator[Sequence[Piece], None]:
         doing, timeout_s = wire.doing(request.model, self.url), _deadline(request.timeout_s)
         reader = wire.StreamReader(doing, log_probs=bool(request.return_log_probs))
         traits = await self._server_traits(doing, timeout_s)
@@ -283,13 +292,13 @@ class AsyncClient:
         stream = AsyncStream(call)
         self._streams[stream] = message
         try:
-            async for response in stream.responses(None if traits.cancels_safely else timeout_s):
-                for piece in () if stream.is_abandoned else reader.read(response):
-                    yield piece
+            async for responses in stream.responses(None if traits.cancels_safely else timeout_s):
+                for pieces in () if stream.is_abandoned else gathered(map(reader.read, responses)):
+                    yield pieces
             if stream.is_abandoned:
                 raise await self._explain("CANCELLED", CLOSED, doing)
-            for piece in reader.finish():
-                yield piece
+            if last := reader.finish():
+                yield last
         except TimeoutError as error:
             raise await self._explain("DEADLINE_EXCEEDED", DEADLINE_EXCEEDED, doing) from error
         except wire.ErrorText as error:
@@ -377,6 +386,13 @@ class AsyncClient:
         if may_be_tls(error) and (fault := await asyncio.to_thread(handshake_fault, self.url, self._tls)):
             return TlsFailed(f"{doing}: {fault}", status=status)
         return error
+
+
+async def _one_by_one(batches: AsyncGenerator[Sequence[_Item], None]) -> AsyncGenerator[_Item, None]:
+    async with aclosing(batches):
+        async for batch in batches:
+            for item in batch:
+                yield item
 
 
 def check_address(url: str) -> None:

@@ -12,13 +12,15 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import grpc
     from tritonclient.grpc import service_pb2 as pb
+
+_Item = TypeVar("_Item")
 
 # Seconds that a server has to end a request after it was asked to. Then the call is cancelled after all. A model
 # notices after at most 128 tokens of a prompt, which take 5 s at phixtral-4x2_8's size on two cores.
@@ -28,6 +30,20 @@ STOP_INTERVAL_S = 1.0
 # Responses that an AsyncStream holds for a reader that is slower than the server. Then it reads no more of the call,
 # and gRPC's flow control holds the server's responses back.
 MOST_UNREAD = 64
+
+
+def gathered(parts: Iterable[Sequence[_Item]]) -> Iterator[list[_Item]]:
+    """The items of all parts as one list; none for no items. Where a part raises, the items before it come first."""
+    items: list[_Item] = []
+    try:
+        for part in parts:
+            items.extend(part)
+    except Exception:
+        if items:
+            yield items
+        raise
+    if items:
+        yield items
 
 
 class Stream:
@@ -97,19 +113,28 @@ class AsyncStream:
         """Whether the server has ended the call."""
         return self._ended.is_set()
 
-    async def responses(self, timeout_s: float | None) -> AsyncIterator[pb.ModelStreamInferResponse]:
-        """The responses as they come. Raises TimeoutError `timeout_s` seconds from now, and grpc's RpcError."""
+    async def responses(self, timeout_s: float | None) -> AsyncIterator[list[pb.ModelStreamInferResponse]]:
+        """The responses as they come, each time all that wait. Raises TimeoutError `timeout_s` seconds from now, and
+        grpc's RpcError."""
         loop = asyncio.get_running_loop()
         deadline = None if timeout_s is None else loop.time() + timeout_s
         while True:
             async with asyncio.timeout_at(deadline):
                 item = await self._read.get()
+            waiting: list[pb.ModelStreamInferResponse] = []
+            while item is not None and not isinstance(item, BaseException):
+                waiting.append(item)
+                if self._read.empty():
+                    break
+                item = self._read.get_nowait()
+            if waiting:
+                yield waiting
+            for _ in waiting:  # the reader has come back for more
+                self._room.release()
             if item is None:
                 return
             if isinstance(item, BaseException):
                 raise item
-            self._room.release()
-            yield item
 
     async def end(self, ask_to_stop: Callable[[float], Awaitable[None]] | None) -> None:
         """End the call: by `ask_to_stop(timeout_s)`, and if that does not end it in time, by cancelling it."""

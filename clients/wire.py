@@ -158,6 +158,8 @@ def decode(raw: bytes, dtype: TritonDtype) -> list[Any]:
     import numpy as np
 
     if dtype == "STRING":
+        if len(raw) >= 4 and int.from_bytes(raw[:4], "little") == len(raw) - 4:  # one text, as in most responses
+            return [raw[4:].decode()]
         return [text.decode() for text in require_utils().deserialize_bytes_tensor(raw)]
     values: list[Any] = np.frombuffer(raw, dtype=_numpy_dtype(dtype)).tolist()
     return values
@@ -236,10 +238,10 @@ def read_piece(response: pb.ModelInferResponse, *, log_probs: bool) -> Piece | N
 
 def _read_routing(response: pb.ModelInferResponse, outputs: dict[str, list[Any]]) -> tuple[TokenRouting, ...]:
     """The experts of each token of a response and their weights. Raises StreamBroken."""
-    shapes = {output.name: tuple(output.shape) for output in response.outputs}
     names = [name for name in ("routed_experts", "expert_weights") if outputs.get(name)]
     if not names:
         return ()
+    shapes = {output.name: tuple(output.shape) for output in response.outputs}
     count = len(outputs.get("token_ids", ()))
     found = {shapes[name] for name in names}
     shape = next(iter(found))

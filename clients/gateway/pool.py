@@ -1,7 +1,7 @@
 """The Tritons behind a gateway: which of them are up, which gets a request, and what is sent to another one.
 
     async with Pool(settings) as pool:
-        async for piece in pool.stream(request): ...
+        async for pieces in pool.stream(request): ...
 
 A request goes to the Triton that has the model ready and the fewest requests of this gateway in flight. Where one
 cannot be reached, refuses for load, or ends before the first piece, the request goes to the next. After the first
@@ -97,9 +97,10 @@ class Pool:
         known = [triton.inputs[model] for triton in having if model in triton.inputs]
         return frozenset.intersection(*known) if known else frozenset()
 
-    def stream(self, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
-        """The answer piece by piece. Raises ApiError where no Triton can be asked, and ClientError."""
-        return self._asked(request, lambda client, asked: client.stream(asked))
+    def stream(self, request: GenerationRequest) -> AsyncGenerator[Sequence[Piece], None]:
+        """The answer piece by piece, each time all pieces that wait. Raises ApiError where no Triton can be asked, and
+        ClientError."""
+        return self._asked(request, lambda client, asked: client.stream_waiting(asked))
 
     async def generate_all(self, request: GenerationRequest) -> Sequence[Generation]:
         """The whole answers to a prompt. Raises as `stream`."""

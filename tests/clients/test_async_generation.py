@@ -11,6 +11,7 @@ from fake_triton import FakeServer, deadlines, empty_final, piece
 
 from clients import errors
 from clients.generation import AsyncClient
+from clients.streams import gathered
 
 # Long enough for a busy machine; a test that waits so long has failed.
 PATIENCE_S = 30
@@ -40,6 +41,37 @@ def test_pieces_come_in_order_and_end_with_the_reason(run_with_client, request_o
         ("def ", (5, 6), None),
         ("main", (7,), "length"),
     ]
+
+
+def test_pieces_that_wait_come_together(server, run_with_client, request_of):
+    def fast(request, context):
+        for number in range(1, 33):
+            yield piece(str(number), (5,), num_output=number)
+        yield empty_final()
+
+    async def slow_reader(client):
+        found = []
+        async for pieces in client.stream_waiting(request_of()):
+            found.append([one.text for one in pieces])
+            await asyncio.sleep(0.05)
+        return found
+
+    server.answer = fast
+    found = run_with_client(slow_reader)
+    assert [text for texts in found for text in texts] == [str(number) for number in range(1, 33)]
+    assert len(found) < 32
+
+
+def test_what_came_before_an_error_is_given_out_first():
+    def parts():
+        yield (1, 2)
+        yield (3,)
+        raise ValueError
+
+    found = gathered(parts())
+    assert next(found) == [1, 2, 3]
+    with pytest.raises(ValueError):
+        next(found)
 
 
 def test_several_answers_are_told_apart_and_are_never_taken_for_one(server, run_with_client, request_of):

@@ -26,7 +26,7 @@ from clients.gateway.api.sampling import (
     wants_usage,
 )
 from clients.gateway.errors import invalid
-from clients.gateway.events import Events, Whole, event
+from clients.gateway.events import Events, Whole, event, joined
 from clients.gateway.guard import Record
 from clients.gateway.state import Gateway
 from clients.gateway.texts import INPUT_IDS, ModelTexts
@@ -178,19 +178,23 @@ async def _events(gateway: Gateway, call: Call, usage: Usage) -> AsyncGenerator[
     extra = {"usage": None} if call.includes_usage else {}
     begun: set[int] = set()
     shows_tokens = call.log_probs or call.values.get("return_token_ids") or call.values.get(ROUTING)
+
+    def events_of(piece: Piece) -> bytes:
+        usage.add(piece)
+        data = b""
+        if piece.sequence_index not in begun:
+            begun.add(piece.sequence_index)
+            opening = {"role": "assistant", "content": "", "refusal": None}
+            first = {"index": piece.sequence_index, "delta": opening, "logprobs": None, "finish_reason": None}
+            data = event({**head, "choices": [first], **extra})
+        if piece.text or piece.finish_reason or (shows_tokens and piece.token_ids):
+            choice = _choice(call, piece, {"delta": {"content": piece.text} if piece.text else {}})
+            data += event({**head, "choices": [choice], **extra})
+        return data
+
     async with aclosing(gateway.pool.stream(call.request)) as pieces:
-        async for piece in pieces:
-            usage.add(piece)
-            data = b""
-            if piece.sequence_index not in begun:
-                begun.add(piece.sequence_index)
-                opening = {"role": "assistant", "content": "", "refusal": None}
-                first = {"index": piece.sequence_index, "delta": opening, "logprobs": None, "finish_reason": None}
-                data = event({**head, "choices": [first], **extra})
-            if piece.text or piece.finish_reason or (shows_tokens and piece.token_ids):
-                choice = _choice(call, piece, {"delta": {"content": piece.text} if piece.text else {}})
-                data += event({**head, "choices": [choice], **extra})
-            if data:
+        async for waiting in pieces:
+            for data in joined(map(events_of, waiting)):
                 yield data
     if call.includes_usage:
         yield event({**head, "choices": [], "usage": usage.to_json()})

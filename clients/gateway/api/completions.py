@@ -33,7 +33,7 @@ from clients.gateway.api.sampling import (
     wants_usage,
 )
 from clients.gateway.errors import invalid
-from clients.gateway.events import Events, Whole, event
+from clients.gateway.events import Events, Whole, event, joined
 from clients.gateway.guard import Record
 from clients.gateway.state import Gateway
 from clients.gateway.texts import INPUT_IDS, ModelTexts
@@ -212,15 +212,19 @@ def _choice(call: Call, place: int, generation: Generation) -> dict[str, Any]:
 async def _events(gateway: Gateway, call: Call, usage: Usage) -> AsyncGenerator[bytes, None]:
     """The answer piece by piece. Prompts are answered one after the other."""
     extra = {"usage": None} if call.includes_usage else {}
+
+    def one_event(place: int, piece: Piece, offsets: dict[int, int]) -> bytes:
+        shown_part = _without_tokens(piece) if call.prompt_only else piece
+        usage.add(shown_part, place)
+        choice = _part(call, place, shown_part, offsets)
+        return b"" if choice is None else event({**call.head, "choices": [choice], **extra})
+
     for place, request in enumerate(call.requests):
         offsets: dict[int, int] = {}  # sequence to the offset behind the text of its tokens so far
         async with aclosing(gateway.pool.stream(request)) as pieces:
-            async for piece in pieces:
-                shown_part = _without_tokens(piece) if call.prompt_only else piece
-                usage.add(shown_part, place)
-                choice = _part(call, place, shown_part, offsets)
-                if choice is not None:
-                    yield event({**call.head, "choices": [choice], **extra})
+            async for waiting in pieces:
+                for data in joined(one_event(place, piece, offsets) for piece in waiting):
+                    yield data
     if call.includes_usage:
         yield event({**call.head, "choices": [], "usage": usage.to_json()})
 

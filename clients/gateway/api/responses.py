@@ -16,9 +16,10 @@ from clients.gateway.api import chat, fields
 from clients.gateway.api.answers import Usage, finish_reason
 from clients.gateway.api.sampling import UNREAD
 from clients.gateway.errors import invalid
-from clients.gateway.events import Events, Whole, event
+from clients.gateway.events import Events, Whole, event, joined
 from clients.gateway.guard import Record
 from clients.gateway.state import Gateway
+from triton_repo.contracts.piece import Piece
 
 
 def read_input(value: Any) -> list[Any]:  # noqa: ANN401 - JSON value
@@ -147,22 +148,27 @@ async def _whole(gateway: Gateway, call: chat.Call, answer: _Answer) -> dict[str
 async def _events(gateway: Gateway, call: chat.Call, answer: _Answer) -> AsyncGenerator[bytes, None]:
     """The answer piece by piece."""
     text, status, has_begun = "", "completed", False
+
+    def events_of(piece: Piece) -> bytes:
+        nonlocal text, status, has_begun
+        data = b""
+        if not has_begun:
+            has_begun = True
+            begun = answer.response("in_progress", [])
+            data += answer.event("response.created", response=begun)
+            data += answer.event("response.in_progress", response=begun)
+            data += answer.event("response.output_item.added", output_index=0, item=answer.item("in_progress", []))
+            data += answer.part_event("response.content_part.added", part=_text(""))
+        answer.usage.add(piece)
+        status = _status(finish_reason(piece))
+        text += piece.text
+        if piece.text:
+            data += answer.part_event("response.output_text.delta", delta=piece.text, logprobs=[])
+        return data
+
     async with aclosing(gateway.pool.stream(call.request)) as pieces:
-        async for piece in pieces:
-            data = b""
-            if not has_begun:
-                has_begun = True
-                begun = answer.response("in_progress", [])
-                data += answer.event("response.created", response=begun)
-                data += answer.event("response.in_progress", response=begun)
-                data += answer.event("response.output_item.added", output_index=0, item=answer.item("in_progress", []))
-                data += answer.part_event("response.content_part.added", part=_text(""))
-            answer.usage.add(piece)
-            status = _status(finish_reason(piece))
-            text += piece.text
-            if piece.text:
-                data += answer.part_event("response.output_text.delta", delta=piece.text, logprobs=[])
-            if data:
+        async for waiting in pieces:
+            for data in joined(map(events_of, waiting)):
                 yield data
     item = answer.item(status, [_text(text)])
     yield (

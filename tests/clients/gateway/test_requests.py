@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 import time
 from contextlib import closing
+from urllib.parse import urlsplit
 
 import openai
 import pytest
 from fake_triton import echoed_prompt, empty_final, piece
 from fuzz_gateway import faults
 
+from clients.gateway import events
 from clients.gateway.settings import Keys, Limits, read_keys
 from export.errors import ConfigError
 
@@ -178,6 +181,37 @@ def test_ids_of_requests_are_the_clients_and_differ_at_the_server(gateway, serve
     first, second = (request.id for request in server.requests)
     assert first != second
     assert all(found.startswith("mine-") for found in (first, second))
+
+
+@pytest.mark.parametrize(
+    ("path", "asks"),
+    [
+        ("completions", {"prompt": "a"}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+        ("responses", {"input": "a"}),
+    ],
+)
+def test_events_of_a_fast_stream_are_sent_together_and_each_piece_has_its_own(gateway, server, monkeypatch, path, asks):
+    monkeypatch.setattr(events, "JOIN_S", 0.05)  # so that a busy machine counts as fast
+
+    def fast(request, context):
+        for number in range(1, 200):
+            yield piece(f"<{number}>", (5,), num_output=number)
+        yield piece("<200>", (6,), finish_reason="stop", num_output=200)
+        yield empty_final()
+
+    server.answer = fast
+    address = urlsplit(gateway.url)
+    body = json.dumps({"model": "phixtral", "stream": True, **asks})
+    head = f"POST /v1/{path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close"
+    with socket.create_connection((address.hostname, address.port), timeout=30) as client:
+        client.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+        raw = b"".join(iter(lambda: client.recv(1 << 16), b""))
+    # One chunk of HTTP, which its length precedes, is one write of the gateway.
+    writes = len(re.findall(rb"^[0-9a-f]+\r\n", raw, re.MULTILINE))
+    numbers = re.findall(rb'data: [^\n]*"(?:text|content|delta)":"<([0-9]+)>"[^\n]*\n\n', raw)
+    assert [int(number) for number in numbers] == [*range(1, 201)]
+    assert writes < 150
 
 
 def test_what_a_piece_keeps_back_makes_no_event(gateway, server):
