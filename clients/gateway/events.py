@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from contextlib import aclosing, suppress
 from typing import Any
@@ -23,8 +22,6 @@ from export.errors import MoeshipError
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # made once, not for each event
 DONE = b"data: [DONE]\n\n"
-# Seconds for which the pieces of a fast stream are gathered: less than a screen takes for a picture.
-JOIN_S = 0.004
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -99,11 +96,8 @@ class Whole(_Watched):
 
 
 class Events(_Watched):
-    """The events that `events` gives; an item may hold several. An error before the first one is an answer with its
-    status; after the first it is an event with the error's object, and the stream ends without `last`.
-
-    An item is sent at once. Behind two that came within 2 * JOIN_S nothing is taken from `events` for JOIN_S, so that
-    the pieces of a fast stream come together: of what a piece takes here, the write to the connection costs the most.
+    """The events that `events` gives, each item sent at once; it may hold several. An error before the first one is an
+    answer with its status; after the first it is an event with the error's object, and the stream ends without `last`.
 
     While a client does not read, nothing more is taken from `events`. After `unread_s` its answer is ended.
     """
@@ -113,8 +107,7 @@ class Events(_Watched):
         self._events, self._unread_s, self._last = events, unread_s, last
 
     async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
-        has_begun, sent = False, -math.inf
-        clock = asyncio.get_running_loop().time
+        has_begun = False
         try:
             async with aclosing(self._events) as events:
                 async for data in events:
@@ -122,9 +115,6 @@ class Events(_Watched):
                         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
                         has_begun = True
                     await self._send(send, data)
-                    before, sent = sent, clock()
-                    if sent - before < 2 * JOIN_S:
-                        await asyncio.sleep(JOIN_S)
                 await self._send(send, self._last, more=False)
         except _Unread:
             scope["moeship"].disconnected = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import re
@@ -15,7 +16,7 @@ import pytest
 from fake_triton import echoed_prompt, empty_final, piece
 from fuzz_gateway import faults
 
-from clients.gateway import events
+from clients.gateway.events import Events
 from clients.gateway.settings import Keys, Limits, read_keys
 from export.errors import ConfigError
 
@@ -191,8 +192,14 @@ def test_ids_of_requests_are_the_clients_and_differ_at_the_server(gateway, serve
         ("responses", {"input": "a"}),
     ],
 )
-def test_events_of_a_fast_stream_are_sent_together_and_each_piece_has_its_own(gateway, server, monkeypatch, path, asks):
-    monkeypatch.setattr(events, "JOIN_S", 0.05)  # so that a busy machine counts as fast
+def test_events_that_wait_are_sent_together_and_each_piece_has_its_own(gateway, server, monkeypatch, path, asks):
+    send = Events._send
+
+    async def slowly(*arguments, **options):
+        await asyncio.sleep(0.02)
+        await send(*arguments, **options)
+
+    monkeypatch.setattr(Events, "_send", slowly)
 
     def fast(request, context):
         for number in range(1, 200):
