@@ -15,6 +15,7 @@ from packed_checkpoints import pack_awq, pack_compressed, pack_gptq, pack_int8, 
 from export.checkpoint.folder import open_checkpoint
 from export.checkpoint.tensor_table import Role, Weights
 from export.families import read_model
+from trt_build.calibration import Calibration
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.planning.plan import plan_engine
 from trt_build.ort.planning.prepare import EngineOptions, prepare_build
@@ -125,6 +126,17 @@ def test_nf4_is_quantised_anew(tmp_path):
     assert engine.manifest.packed["expert"].quantised_anew == 6
     assert float(engine.manifest.packed["expert"].relative_error) > 0.01
     assert ask_about_weights(engine, read_model(open_checkpoint(checkpoint))).failures == ()
+
+
+def test_of_solved_codes_no_error_is_claimed(tmp_path, caplog):
+    checkpoint = pack_nf4(write_phixtral(tmp_path / "packed"))
+    options = {"kernels": "onnxruntime", "calibration": Calibration(method="gptq", num_tokens=512)}
+    with caplog.at_level(logging.INFO):
+        engine = build_engine(BuildOptions(checkpoint=str(checkpoint), output=tmp_path / "engine", **options))
+    assert engine.manifest.packed["expert"].quantised_anew == 6
+    assert engine.manifest.packed["expert"].relative_error is None
+    assert json.loads((engine.folder / "engine.json").read_text())["packed"]["expert"]["relative_error"] is None
+    assert "the relative error that this adds" not in caplog.text
 
 
 def test_codes_that_should_have_been_kept_are_missed(tmp_path, monkeypatch):

@@ -124,14 +124,14 @@ class Precision:
 class PackedRole:
     """The packed rows of one role. `codes_kept` rows have exactly the checkpoint's codes; `quantised_anew` have others,
     for `reasons`. `relative_error` is |e| / |w| over all of them, in decimal notation with an exponent: of the engine's
-    dequantised values against the checkpoint's. Rows that are stored as floats lose at most that rounding, and are in
-    `as_floats`."""
+    dequantised values against the checkpoint's; None where codes were solved over a text, which keep outputs and not
+    values. Rows that are stored as floats lose at most that rounding, and are in `as_floats`."""
 
     codes_kept: int = 0
     quantised_anew: int = 0
     as_floats: int = 0
     reasons: tuple[str, ...] = ()
-    relative_error: str = "0.000e+00"
+    relative_error: str | None = "0.000e+00"
 
 
 @dataclass(frozen=True, kw_only=True)

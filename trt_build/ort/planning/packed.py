@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from export.checkpoint.tensor_table import Weights
 from export.conversion.parts import PartRecord
 from export.onnx_graph.weights import Layout, WeightJob
+from export.quantize.recipe import GPTQ
 from trt_build.ort.engine import PackedRole
 
 LARGE_ERROR = 0.02  # relative error of int4 codes is 7 to 10 %, of int8 codes 0.6 %
@@ -36,14 +37,14 @@ def sentences(roles: Mapping[str, PackedRole], labels: Sequence[str]) -> list[st
 def _became(role: PackedRole) -> str:
     said = []
     if role.codes_kept:
-        exactly = "exactly" if not role.quantised_anew and not float(role.relative_error) else "as they are"
+        exactly = "exactly" if not role.quantised_anew and not float(role.relative_error or 0) else "as they are"
         said.append(f"the codes of {_weights(role.codes_kept)} are kept {exactly}")
     if role.as_floats:
         said.append(f"{_weights(role.as_floats)} {_are(role.as_floats)} stored as floats")
     if role.quantised_anew:
         anew = role.quantised_anew
         said.append(f"{_weights(anew)} {_are(anew)} quantised anew, because {'; '.join(role.reasons)}")
-    error = float(role.relative_error)
+    error = float(role.relative_error or 0)
     added = f"; the relative error that this adds is {error:.2%}" if error else ""
     return ", ".join(said) + added + (", --precision int8 adds less" if error > LARGE_ERROR else "")
 
@@ -60,12 +61,13 @@ def _role(jobs: Sequence[WeightJob], weights: Weights, losses: Sequence[Sequence
     plain = [job for job in jobs if job.layout is Layout.PLAIN]
     anew = [job for job in jobs if job.grid is None and job.layout is not Layout.PLAIN]
     error, size = (sum(loss[place] for loss in losses) for place in (0, 1))
+    solved = any(job.storage is not None and job.storage.method == GPTQ for job in anew)
     return PackedRole(
         codes_kept=len(jobs) - len(plain) - len(anew),
         quantised_anew=len(anew),
         as_floats=len(plain),
         reasons=tuple(sorted({_reason(job, weights) for job in anew})),
-        relative_error=f"{math.sqrt(error / size) if size else 0.0:.3e}",
+        relative_error=None if solved else f"{math.sqrt(error / size) if size else 0.0:.3e}",
     )
 
 
