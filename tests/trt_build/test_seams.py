@@ -118,7 +118,7 @@ def test_a_layer_may_have_an_mlp_where_the_others_have_experts(tmp_path, monkeyp
 
 def windowed_graph(graph, facts):
     attention = graph.attention
-    graph.attention = lambda *args, window: attention(*args, window=8 if args[2] == 1 else None)
+    graph.attention = lambda *args, window, **parts: attention(*args, window=8 if args[2] == 1 else None, **parts)
     return llama_stack.stack_graph(graph, facts)
 
 
@@ -169,7 +169,7 @@ def apart_graph(graph, facts):
     # `query` is made of `query_key_value`, which the stack is given another of.
     attention, graph.query = graph.attention, graph.query_key_value
     graph.query_key_value = three
-    graph.attention = lambda parts, path, layer, *, window: attention(
+    graph.attention = lambda parts, path, layer, *, window, **_: attention(
         parts[0], path, layer, window=window, key=parts[1], value=parts[2]
     )
     return llama_stack.stack_graph(graph, facts)

@@ -114,13 +114,12 @@ def test_scores_are_those_that_the_reference_gives(example, folder, capsys):
 
 def test_the_record_says_what_was_evaluated_and_how(phixtral, folder, capsys):
     words = ("--tasks", "tiny_choice,tiny_answer", "--limit", 2, "--num-fewshot", 1, "--batch", 3)
-    status, printed, said = run(
+    status, printed, _ = run(
         capsys, "eval", phixtral.engine, "--include-path", folder, *words, "--output", folder / "results.json"
     )
     assert status == 0
     assert "| tiny_choice | 1.0     | 1        | 2         | acc" in printed
     assert "at most 2 documents of each task: a trial" in printed
-    assert re.search(r"4 of 4 continuations|5 of 5 continuations", said)
     found = json.loads((folder / "results.json").read_text())
     manifest = phixtral.session.engine
     assert found["engine"]["digest"] == hashlib.sha256(manifest.text(None).encode()).hexdigest()

@@ -170,7 +170,12 @@ def test_the_experts_of_each_token_are_the_same_streamed_or_not(client):
     alone, steps = (client.generate(request_to(model, return_routed_experts=True)) for model in (SINGLE, STEPS))
     streamed = join(client.stream(request_to(STEPS, return_routed_experts=True)))
     assert len(alone.routing) == len(alone.token_ids) > 3
-    assert alone.routing == steps.routing == streamed.routing
+    # Steps with drafts round weights in another way.
+    for other in (steps, streamed):
+        found, expected = np.array(other.routing), np.array(alone.routing)  # [tokens, layers, K, expert and weight]
+        assert found.shape == expected.shape
+        np.testing.assert_array_equal(found[..., 0], expected[..., 0])
+        np.testing.assert_allclose(found[..., 1], expected[..., 1], atol=1e-5)
     assert alone.num_experts == steps.num_experts == 5
 
 
@@ -344,7 +349,9 @@ def test_nvidias_token_client_is_answered(live, client, tiny_engine):
 
 
 def test_nvidias_stop_request_ends_the_one_of_its_id(live, tiny_engine):
-    call, ended = live.call(STEPS, "stop-me", text_input="x", max_tokens=600, end_id=NO_END_ID, stream=True)
+    # Hot draws repeat nothing that a draft could guess, so that the answer takes its time.
+    hot = {"temperature": 50.0, "top_p": 1.0, "seed": 3}
+    call, ended = live.call(STEPS, "stop-me", text_input="x", max_tokens=600, end_id=NO_END_ID, stream=True, **hot)
     next(call)
     one = np.ones((1, 1), np.int32)
     stream_of(
