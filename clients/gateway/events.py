@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from contextlib import aclosing, suppress
 from typing import Any
@@ -54,7 +55,7 @@ def as_api_error(error: Exception) -> ApiError:
     raise error
 
 
-class _Watched(Response):
+class _Watched(ABC, Response):
     """A response whose work ends when its client goes."""
 
     def __init__(self) -> None:
@@ -76,8 +77,9 @@ class _Watched(Response):
                 work.cancel()
                 await asyncio.wait({work})
 
+    @abstractmethod
     async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
-        raise NotImplementedError
+        """Send the response."""
 
 
 class Whole(_Watched):

@@ -12,7 +12,7 @@ offset   the mean of e in steps between two codes of a block, with the sign of i
          for normal weights 0.02 at 2 bits, 0.005 above; codes that are off by one give 0.9 or more.
 excess   by how much |e| / |w| of one output row is more than in a sound engine; judged alike, beginning with `usual`,
          which is that of normal weights. A sound engine has none. Rows that changed places with a row much like them
-         give 0.07, a row of zeros 0.9, a row in another's place 1.3.
+         give 0.07, a row of zeros 0.9, a row that took the place of another row 1.3.
 code     by how much of a step the worst code is past half a step from its weight, on the scale that is stored. 0 where
          each code is the nearest; products and inverses in float32 move it by 1e-4. Where codes were computed before
          the scale was rounded to float16, 2^(b-1) 2^-11 is taken off. A code off by one gives 0.5 on average.

@@ -106,8 +106,8 @@ def completion_log_probs(
 
 
 def answer_offsets(texts: ModelTexts, token_ids: Sequence[int], begin: int) -> tuple[list[int], int]:
-    """The characters of a choice's text before each token of an answer, of which there are `begin` before the first,
-    and those before whatever follows. Special tokens are not in the text."""
+    """How many characters of a choice's text come before each token of an answer, and how many before what follows.
+    `begin` characters come before the first token. Special tokens are not in the text."""
     return _offsets([b"" if token in texts.special else texts.token_bytes(token) for token in token_ids], begin)
 
 

@@ -12,7 +12,6 @@ from starlette.responses import Response
 
 from clients.gateway.api import fields
 from clients.gateway.api.answers import Usage, chat_log_probs, finish_reason, now, routing_of
-from clients.gateway.api.guides import check_format
 from clients.gateway.api.messages import read_messages
 from clients.gateway.api.sampling import (
     LOG_PROBS,
@@ -20,11 +19,10 @@ from clients.gateway.api.sampling import (
     SHARED,
     UNREAD,
     Prompt,
-    check_routing,
     generation_request,
-    required_model,
     wants_usage,
 )
+from clients.gateway.api.values import read_values
 from clients.gateway.errors import invalid
 from clients.gateway.events import Events, Whole, event, joined
 from clients.gateway.guard import Record
@@ -91,11 +89,7 @@ async def respond(gateway: Gateway, record: Record, body: Mapping[str, Any]) -> 
 
 async def read_call(gateway: Gateway, record: Record, body: Mapping[str, Any]) -> Call:
     """Check a body and render its messages. Raises ApiError."""
-    values = FIELDS.read(body)
-    record.model = model = required_model(values)
-    gateway.check_model(model)
-    await check_routing(gateway, model, values)
-    await check_format(gateway, model, values)
+    model, values = await read_values(gateway, record, body, FIELDS)
     if "messages" not in values:
         raise invalid("messages", "you must provide messages")
     log_probs, top = values.get("logprobs", False), values.get("top_logprobs")

@@ -20,18 +20,16 @@ from clients.gateway.api.answers import (
     prompt_offsets,
     routing_of,
 )
-from clients.gateway.api.guides import check_format
 from clients.gateway.api.sampling import (
     LOG_PROBS,
     ROUTING,
     SHARED,
     UNREAD,
     Prompt,
-    check_routing,
     generation_request,
-    required_model,
     wants_usage,
 )
+from clients.gateway.api.values import read_values
 from clients.gateway.errors import invalid
 from clients.gateway.events import Events, Whole, event, joined
 from clients.gateway.guard import Record
@@ -106,11 +104,7 @@ async def respond(gateway: Gateway, record: Record, body: Mapping[str, Any]) -> 
 
 async def read_call(gateway: Gateway, record: Record, body: Mapping[str, Any]) -> Call:
     """Check a body. Raises ApiError."""
-    values = FIELDS.read(body)
-    record.model = model = required_model(values)
-    gateway.check_model(model)
-    await check_routing(gateway, model, values)
-    await check_format(gateway, model, values)
+    model, values = await read_values(gateway, record, body, FIELDS)
     if "prompt" not in values:
         raise invalid("prompt", "you must provide a prompt")
     limits, stated = gateway.settings.limits, values["prompt"]

@@ -1,4 +1,4 @@
-"""A guide beside everything else that decides a token: hand-worked numbers over five tokens, of which 4 ends."""
+"""A guide beside everything else that decides a token: hand-worked numbers over five tokens. Token 4 ends a text."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def test_a_cost_that_stands_is_measured_more_and_more_rarely():
             gaps.append(step - last)
             last = step
     assert [gap for gap in gaps if gap > 1] == [130, 258, 514, 1026, 1026, 1026]
-    assert len(gaps) == 14  # each time two, of which the lower one counts
+    assert len(gaps) == 14  # a cost is measured twice each time, and the lower measurement counts
 
 
 def test_a_step_without_drafts_is_measured_now_and_then():

@@ -53,8 +53,8 @@ class Drafter:
         return _chosen(candidates[:best])
 
     def drafts_beside_prompts(self, sequences: Items[Sequence], room: int) -> Drafts:
-        """Drafts for the answers in a step that computes prompts: likely tokens, of which each costs what one of a
-        prompt does."""
+        """Drafts for the answers in a step that computes prompts. Only likely tokens are drafted, since each takes as
+        long as a token of a prompt."""
         return _chosen(self._candidates(sequences, room, _LIKELY)[: max(0, room)])
 
     def learn(self, rows: int, drafted: int, seconds: float) -> None:
