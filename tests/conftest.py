@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import write_phixtral_checkpoint
+from live_requests import slow_down
 from trtllm.warm_python import warm_python
 
 from export.merge.config import read_merge_config
@@ -137,11 +138,13 @@ def tiny_engine(tiny_engines) -> Path:
 
 @dataclass(frozen=True)
 class Served:
-    """A live server: the model's name, where it answers, the engine that it serves and the server's log."""
+    """A live server: the model's name, where it answers, the engine that it serves and the server's log. `slow` is the
+    same engine whose steps take 10 ms more, for streams that must still run when something happens to them."""
 
     grpc_url: str
     http_url: str
     model: str
+    slow: str
     engine: Path
     log: Path
 
@@ -150,7 +153,9 @@ class Served:
 def served_phixtral(tmp_path_factory, tiny_engine) -> Iterator[Served]:
     """A real Triton that serves `tiny_engine`, for the whole session."""
     repository = tmp_path_factory.mktemp("served") / "repository"
-    package_engine(PackageOptions(engine=tiny_engine, name="phixtral", output=repository))
+    for name in ("phixtral", "slow"):
+        package_engine(PackageOptions(engine=tiny_engine, name=name, output=repository))
+    slow_down(repository / "slow")
     with running_server(ServerOptions(repository=repository)) as server:
         assert server.log is not None
-        yield Served(server.grpc_url, server.http_url, "phixtral", tiny_engine, server.log)
+        yield Served(server.grpc_url, server.http_url, "phixtral", "slow", tiny_engine, server.log)

@@ -15,7 +15,7 @@ from clients.generation import AsyncClient, Client, GenerationRequest
 
 # No token ends the generation, so that its length is known.
 NO_END_ID = -1
-# More than are made before a cancellation arrives.
+# Of the slow model: six seconds, more than a cancellation takes to arrive.
 ENDLESS_TOKENS = 600
 
 
@@ -86,13 +86,13 @@ def count_cancellations(served_phixtral):
     return lambda: len(re.findall(r"cancelled after \d+ tokens", served_phixtral.log.read_text(errors="replace")))
 
 
-def test_closing_a_stream_stops_the_model(client, ask, calls_of, count_cancellations):
+def test_closing_a_stream_stops_the_model(served_phixtral, client, ask, calls_of, count_cancellations):
     # Kept, since grpc would cancel a call that nobody refers to any more.
     before, calls = count_cancellations(), calls_of(client)
-    pieces = client.stream(ask(max_tokens=ENDLESS_TOKENS))
+    pieces = client.stream(ask(model=served_phixtral.slow, max_tokens=ENDLESS_TOKENS))
     next(pieces)
     pieces.close()
-    assert client.generate(ask()).finish_reason == "length"
+    assert client.generate(ask(model=served_phixtral.slow)).finish_reason == "length"
     assert wait_until(lambda: count_cancellations() > before)  # the two requests were computed side by side
     # The stream, the request to stop it, and the whole answer.
     assert (count_cancellations() - before, len(calls)) == (1, 3)
@@ -114,9 +114,9 @@ def test_an_asyncio_stream_that_is_left_early_stops_the_model(served_phixtral, a
     async def leave_and_ask():
         async with AsyncClient(served_phixtral.grpc_url) as client:
             calls.append(calls_of(client))
-            async with aclosing(client.stream(ask(max_tokens=ENDLESS_TOKENS))) as pieces:
+            async with aclosing(client.stream(ask(model=served_phixtral.slow, max_tokens=ENDLESS_TOKENS))) as pieces:
                 await anext(pieces)
-            return await client.generate(ask())
+            return await client.generate(ask(model=served_phixtral.slow))
 
     assert asyncio.run(leave_and_ask()).finish_reason == "length"
     assert wait_until(lambda: count_cancellations() > before)

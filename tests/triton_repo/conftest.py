@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tokenizers
+from live_requests import slow_down
 from live_triton import LiveTriton
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -189,13 +190,21 @@ def trtllm_engine(tmp_path, tiny_engine):
 
 @pytest.fixture(scope="session")
 def repository(tmp_path_factory, tiny_engine) -> Path:
-    """A repository of one sound model, and one whose engine was damaged after it was packaged."""
+    """A repository of one sound model; of the same whose steps take 10 ms more, with one slot; and of one whose engine
+    was damaged after it was packaged."""
     folder = tmp_path_factory.mktemp("serving")
     package_engine(
         PackageOptions(
             engine=tiny_engine, name="tiny", output=folder / "repository", onnxruntime=ModelParameters(threads=1)
         )
     )
+    package_engine(
+        PackageOptions(
+            engine=tiny_engine, name="slow", output=folder / "repository",
+            onnxruntime=ModelParameters(threads=1, slots=1),
+        )
+    )  # fmt: skip
+    slow_down(folder / "repository" / "slow")
     # A copy, since the packaged files are links to the engine that other tests use.
     shutil.copytree(tiny_engine, folder / "copy")
     package_engine(PackageOptions(engine=folder / "copy", name="damaged", output=folder / "repository"))

@@ -127,14 +127,14 @@ def test_stop_words_end_the_stream_before_the_word(live, in_process):
     assert streamed[-1].outputs["finish_reason"] == [b"stop"]
 
 
-def test_cancellation_ends_the_generation_and_frees_the_instance(live):
+def test_cancellation_ends_the_generation_and_frees_the_slot(live):
     asked = {"max_tokens": 639, "end_id": -1, "temperature": 1.0, "random_seed": 1}
     before = len(re.findall(CANCELLED, live.server.log.read_text()))
-    call, _ = live.call("tiny", text_input="x", stream=True, **asked)
+    call, _ = live.call("slow", text_input="x", stream=True, **asked)
     next(call)
     call.cancel()
-    # The model has one instance: this answer comes only once the cancelled request has left it.
-    assert live.text("tiny", text_input="x", max_tokens=2)
+    # The model has one slot: this answer comes only once the cancelled request has left it.
+    assert live.text("slow", text_input="x", max_tokens=2)
     [produced] = wait_until(lambda: re.findall(CANCELLED, live.server.log.read_text())[before:])
     assert 0 < int(produced) < 639
     with pytest.raises(grpc.RpcError) as caught:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 import urllib.request
 
 import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
+from live_requests import slow_down
+from serve_command import wait_until
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from clients.errors import RequestRejected
@@ -25,17 +26,19 @@ from triton_repo.serving.server import ServerOptions, running_server
 from trt_build.ort.engine import open_engine
 from trt_build.ort.session import Session
 
-MODEL = "unary"
+MODEL, SLOW = "unary", "slow"
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, tiny_engine):
     folder = tmp_path_factory.mktemp("unary") / "repository"
-    package_engine(
-        PackageOptions(
-            engine=tiny_engine, name=MODEL, output=folder, onnxruntime=ModelParameters(threads=1), unary=True
+    for name in (MODEL, SLOW):
+        package_engine(
+            PackageOptions(
+                engine=tiny_engine, name=name, output=folder, onnxruntime=ModelParameters(threads=1), unary=True
+            )
         )
-    )
+    slow_down(folder / SLOW)
     with running_server(ServerOptions(repository=folder)) as server:
         yield server
 
@@ -121,11 +124,15 @@ def test_the_server_is_asked_and_a_request_is_stopped_while_another_is_computed(
             found.append(error or result.as_numpy("finish_reason").tolist())
             done.set()
 
-        client.async_infer(MODEL, inputs, take, request_id="long")
+        client.async_infer(SLOW, inputs, take, request_id="long")
         stop = [*inputs, tritonclient.grpc.InferInput("stop", [1, 1], "BOOL")]
         stop[-1].set_data_from_numpy(np.array([[True]]))
-        time.sleep(0.05)
-        assert client.is_model_ready(MODEL)
-        assert client.infer(MODEL, stop, request_id="long").as_numpy("finish_reason").tolist() == [[b"cancelled"]]
-        assert done.wait(30)
+        assert client.is_model_ready(SLOW)
+
+        def stopped() -> bool:
+            # Asked again until it is over, since the first may overtake the request that it is to stop.
+            answer = client.infer(SLOW, stop, request_id="long").as_numpy("finish_reason").tolist()
+            return answer == [[b"cancelled"]] and done.wait(0.2)
+
+        assert wait_until(stopped)
     assert found == [[[b"cancelled"]]]
