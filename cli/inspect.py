@@ -132,7 +132,7 @@ def _print_report(report: CheckpointReport) -> None:
 
 
 def _size_rows(report: CheckpointReport) -> Rows:
-    from export.architecture import Scales
+    from export.architecture import Scales, SwiGlu
 
     facts = report.architecture
     rows = [
@@ -147,7 +147,8 @@ def _size_rows(report: CheckpointReport) -> Rows:
         ("positions", f"{facts.max_positions}"),
     ]
     if facts.sliding_window:
-        rows.append(("sliding window", f"{facts.sliding_window}"))
+        few = f", in {facts.num_layers - len(facts.full_layers)} layers" if facts.full_layers else ""
+        rows.append(("sliding window", f"{facts.sliding_window}{few}"))
     if facts.is_moe:
         rows.append(("experts", f"{facts.num_experts}, {facts.experts_per_token} per token"))
     if facts.scales != Scales():
@@ -157,6 +158,8 @@ def _size_rows(report: CheckpointReport) -> Rows:
         said = ["normalised over their whole width"] if facts.qkv.norm else []
         said += [f"clipped to {facts.qkv.clip:g}, values too"] if facts.qkv.clip else []
         rows.append(("queries and keys", ", ".join(said)))
+    if facts.swiglu != SwiGlu():
+        rows.append(("activation", facts.swiglu.described))
     dtypes = ", ".join(f"{dtype} {in_units(count)}" for dtype, count in report.dtype_bytes.items())
     return [
         *rows,

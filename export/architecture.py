@@ -108,6 +108,36 @@ class QueryKeyValue:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SwiGlu:
+    """The activation of a gated expert: gate * sigmoid(`alpha` * gate) * (up + `beta`). With a `limit` gate is held at
+    most at the limit and up within -limit and limit before that (None: both stay).
+    Raises ValueError for an alpha or a limit that is not a positive number in float32's range, and for a beta outside
+    that range."""
+
+    alpha: float = 1.0
+    beta: float = 0.0
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_real("alpha", self.alpha)
+        if not abs(self.beta) <= MAX_REAL:
+            raise ValueError(f"beta is {self.beta}, expected a number of float32's range")
+        if self.limit is not None:
+            _check_real("limit", self.limit)
+
+    @property
+    def described(self) -> str:
+        """The activation in words, for `moeship inspect`."""
+        limits = "" if self.limit is None else f", gate and up limited by {self.limit:g}"
+        return f"gate * sigmoid({self.alpha:g} * gate) * (up + {self.beta:g}){limits}"
+
+    @property
+    def finite_limit(self) -> float:
+        """The limit as kernels take it: infinity for none."""
+        return math.inf if self.limit is None else self.limit
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Sizes and constants of one decoder. `num_experts` is 0 for a dense model. Raises ValueError for a size out of
     range, whichever file it comes from."""
@@ -130,10 +160,12 @@ class Architecture:
     rotary_scaling: RotaryScaling | None = None
     sliding_window: int | None = None  # number of positions a token attends to, its own included; None for all
     tied_head: bool = False  # whether the head uses the embedding's matrix
+    full_layers: tuple[int, ...] = ()  # in a model with a sliding window, the layers that attend to all positions
     dense_layers: tuple[int, ...] = ()  # in a model with experts, the layers that have one MLP instead of a mixture
     router: Router = Router()
     scales: Scales = Scales()
     qkv: QueryKeyValue = QueryKeyValue()
+    swiglu: SwiGlu = SwiGlu()
     # export/tokenizer/settings.py reads the begin and end tokens, since several files can state them.
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -152,8 +184,10 @@ class Architecture:
         if not all(map(is_token_id, self.eos_token_ids)):
             raise ValueError(f"eos_token_ids is {shown(self.eos_token_ids)}, expected token ids")
 
-        if not all(0 <= layer < self.num_layers for layer in self.dense_layers):
-            raise ValueError(f"dense_layers is {shown(self.dense_layers)}, expected layers below {self.num_layers}")
+        for name in ("dense_layers", "full_layers"):
+            layers = getattr(self, name)
+            if not all(0 <= layer < self.num_layers for layer in layers):
+                raise ValueError(f"{name} is {shown(layers)}, expected layers below {self.num_layers}")
 
     @property
     def num_mixtures(self) -> int:
@@ -164,6 +198,10 @@ class Architecture:
     def mixture_layers(self) -> tuple[int, ...]:
         """The layers that have experts."""
         return tuple(layer for layer in range(self.num_layers) if self.is_moe and layer not in self.dense_layers)
+
+    def window(self, layer: int) -> int | None:
+        """The number of positions that a layer's tokens attend to, their own included; None for all."""
+        return None if layer in self.full_layers else self.sliding_window
 
     @property
     def attention_scale(self) -> float:

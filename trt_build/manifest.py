@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.architecture import Architecture, is_token_id
+from export.architecture import Architecture, SwiGlu, is_token_id
 from export.errors import MoeshipError, kind_of, named, shown
 from export.files.reading import is_folder, is_there, parse_json, read_bytes
 from export.files.recognised import recognised
@@ -57,11 +57,13 @@ def libraries() -> dict[str, str]:
 
 
 def manifest_values(manifest: Any) -> dict[str, Any]:  # noqa: ANN401 - the record of either backend's engine.json
-    """The values of an engine.json. A plain rule of queries and keys is left out, which its absence means: engines of
-    models without such a rule keep their bytes."""
+    """The values of an engine.json. Facts that most networks do not have are left out where they are plain, which their
+    absence means: engines of models without them keep their bytes."""
     values = dataclasses.asdict(manifest)
-    if manifest.architecture.qkv.is_plain:
-        del values["architecture"]["qkv"]
+    facts = manifest.architecture
+    plain = {"qkv": facts.qkv.is_plain, "swiglu": facts.swiglu == SwiGlu(), "full_layers": not facts.full_layers}
+    for name in (name for name, absent in plain.items() if absent):
+        del values["architecture"][name]
     return values
 
 

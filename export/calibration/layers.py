@@ -33,7 +33,7 @@ from export.families import Model
 from export.families.network import Mlp, Network
 from export.quantize.gptq import Codes, Factor, Hessian, asymmetric, solve, symmetric
 from export.reference.attention import Projections
-from export.reference.mixture import BLOCK_TOKENS, Expert, route, run_mlp
+from export.reference.mixture import BLOCK_TOKENS, Expert, route, router_logits, run_mlp
 from export.reference.model import Windows, bounds_of, embedding_rows
 from export.reference.operations import FloatArray, normalise
 from export.reference.reader import Reader
@@ -291,7 +291,7 @@ class Solver:
         second = self._open([mlp.second])
         chosen, shares, num_experts = np.zeros((len(inputs), 1), dtype=np.int64), None, 1
         if mlp.gate is not None:
-            logits = inputs @ self.model.weights.load(f"{mlp.gate}.weight").T
+            logits = router_logits(inputs, mlp.gate, self.model.weights)
             chosen, shares = route(logits, mlp.router, self.model.architecture.experts_per_token)
             num_experts = logits.shape[1]
         for expert in range(num_experts):

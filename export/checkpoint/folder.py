@@ -86,15 +86,33 @@ class Checkpoint:
             self._kept.pop(oldest, None)
         return array
 
-    def stored_rows(self, name: str, first: int, last: int) -> npt.NDArray[Any]:
-        """Rows of the first axis of a tensor of the files, in the stored dtype. The last that were asked for are
-        kept."""
-        found = self._rows.get(name)
+    def stored_rows(
+        self, name: str, first: int, last: int, row_shape: tuple[int, ...] | None = None
+    ) -> npt.NDArray[Any]:
+        """Rows of the first axis of a tensor of the files, in the stored dtype; with `row_shape` of the tensor reshaped
+        to [rows, *row_shape]. The last that were asked for are kept."""
+        return self._kept_rows(self.stored[name], first, last, row_shape)
+
+    def _kept_rows(
+        self, stored: StoredTensor, first: int, last: int, row_shape: tuple[int, ...] | None = None
+    ) -> npt.NDArray[Any]:
+        found = self._rows.get(stored.name)
         if found is None or found[:2] != (first, last):
-            found = first, last, self._read_stored(self.stored[name], slice(first, last), None)
             self._rows.clear() if len(self._rows) >= KEPT_TENSORS else None
-            self._rows[name] = found
+            self._rows.pop(stored.name, None)  # freed before as much again is taken
+            found = first, last, self._read_stored(stored, slice(first, last), row_shape)
+            self._rows[stored.name] = found
         return found[2]
+
+    def read_transposed(self, name: str, index: int, rows: slice) -> npt.NDArray[Any]:
+        """Rows of the transpose of the matrix `index` of a stack [n, in, out]: [rows, in], in the stored dtype. The
+        matrix is read whole and kept until another stack's or another matrix is asked for. Raises CheckpointError like
+        `read_finite`."""
+        stored = self.tensors[name]
+        if stored.name not in self._rows:
+            self._rows.clear()
+        [matrix] = self._kept_rows(stored, index, index + 1)
+        return self._finite(name, np.ascontiguousarray(matrix[:, rows].T))
 
     def read(self, name: str, rows: slice | None = None, row_shape: tuple[int, ...] | None = None) -> npt.NDArray[Any]:
         """Read a tensor, or `rows` of its first axis, in the stored dtype. Raises CheckpointError if the file ends
@@ -142,7 +160,9 @@ class Checkpoint:
         self, name: str, rows: slice | None = None, row_shape: tuple[int, ...] | None = None
     ) -> npt.NDArray[Any]:
         """Like `read`, and raises CheckpointError if a value is NaN or infinite. float64 is rounded to float32."""
-        stored = self.read(name, rows, row_shape)
+        return self._finite(name, self.read(name, rows, row_shape))
+
+    def _finite(self, name: str, stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
         if stored.dtype == np.float64:
             with np.errstate(over="ignore"):
                 stored = stored.astype(np.float32)

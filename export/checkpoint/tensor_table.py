@@ -57,13 +57,15 @@ class Part:
     """A tensor of the checkpoint that a row is made of, or a slice of one: the tensor's name and the part's shape.
 
     If the checkpoint keeps several parts in one tensor, `stored_shape` is the shape of that tensor. The part begins at
-    row `first_row` of the tensor reshaped to [rows, *shape[1:]].
+    row `first_row` of the tensor reshaped to [rows, *shape[1:]]. A part [out, in] that is `transposed` is one matrix of
+    a stack [n, in, out], whole; `first_row` is the number of rows of those before it.
     """
 
     name: str
     shape: tuple[int, ...]
     stored_shape: tuple[int, ...] | None = None
     first_row: int = 0
+    transposed: bool = False
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
@@ -96,6 +98,8 @@ class Part:
 
     def read_stored(self, checkpoint: Checkpoint, rows: slice | None = None) -> npt.NDArray[Any]:
         """Like `read`, in the dtype that the checkpoint stores."""
+        if self.transposed:
+            return checkpoint.read_transposed(self.name, self.first_row // self.shape[0], rows or slice(None))
         if self.stored_shape is None:
             return checkpoint.read_finite(self.name, rows)
         first, last, _ = (rows or slice(None)).indices(self.shape[0])
@@ -255,7 +259,10 @@ class Weights:
         return sorted({packed.label for part in parts if (packed := part.packed_in(self.checkpoint))})
 
     def kept_bytes(self, name: str) -> int:
-        """The most bytes of packed tensors that reading a row keeps in memory."""
+        """The most bytes of packed and of transposed tensors that reading a row keeps in memory."""
+        parts = self.table[name].parts
+        if parts[0].transposed:
+            return max(self.checkpoint.tensors[part.name].itemsize * part.num_elements for part in parts)
         packed = [
             part
             for part in self.table[name].parts

@@ -85,13 +85,20 @@ class Model:
     weights: Weights
 
     def gates(self) -> dict[int, npt.NDArray[np.float32]]:
-        """Layer -> matrix of its router, float32 [E, H], for layers that have experts; empty for a dense model."""
-        names = [spec.name for spec in self.weights.table.values() if spec.role is Role.ROUTER]
+        """Layer -> matrix of its router, float32 [E, H], for layers that have experts; empty for a dense model. A
+        router with a bias has it as one more column, [E, H+1], as if its inputs ended with a 1."""
+        table = self.weights.table
+        names = [spec.name for spec in table.values() if spec.role is Role.ROUTER and len(spec.shape) == 2]
         layers = {self.family.layer(layer): layer for layer in range(self.architecture.num_layers)}
-        return {_layer_of(name, layers): self.weights.load(name) for name in names}
+        found = {}
+        for name in names:
+            gate, bias = self.weights.load(name), f"{name.removesuffix('weight')}bias"
+            columns = [gate, self.weights.load(bias)[:, None]] if bias in table else [gate]
+            found[_layer_of(name, layers)] = np.concatenate(columns, axis=1)
+        return found
 
     def mixture_rows(self, layer: int) -> list[str]:
-        """The names of a layer's gate and of its rows that stack experts."""
+        """The names of a layer's gate, of its bias, and of the layer's rows that stack experts."""
         prefix = f"{self.family.layer(layer)}."
         rows = [row for row in self.weights.table.values() if row.role is Role.ROUTER or row.stacks_experts]
         return [row.name for row in rows if row.name.startswith(prefix)]

@@ -11,19 +11,28 @@
   mlp.down_proj                 in a dense model: [H, F]
 
 Each layer also has two norms, and the model has model.embed_tokens and lm_head [V, H] and model.norm. Nothing has a
-bias. An expert, and a dense model's MLP, is down(silu(gate x) * up x). Attention and mixture (or MLP) each take the
-RMSNorm of the residual as input, and their outputs are added to the residual. The rotary embedding covers all of a
-head's D, in half-split order. Factors are those of `export.architecture.Scales`.
+bias unless a family says so. An expert, and a dense model's MLP, is down(silu(gate x) * up x). Attention and mixture
+(or MLP) each take the RMSNorm of the residual as input, and their outputs are added to the residual. The rotary
+embedding covers all of a head's D, in half-split order. Factors are those of `export.architecture.Scales`.
 Source: transformers, models/llama and models/mixtral.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from export import rotary
-from export.architecture import MAX_EXPERTS, MAX_LAYERS, Architecture, ConfigReader, QueryKeyValue, Router, Scales
+from export.architecture import (
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    Architecture,
+    ConfigReader,
+    QueryKeyValue,
+    Router,
+    Scales,
+    SwiGlu,
+)
 from export.checkpoint.tensor_table import Part, Role, TensorSpec, concatenated, interleaved, single, stacked
 from export.families.network import Activation, Attention, Layer, Mlp, Network, Norm
 from export.families.transformers_config import check_heads, read_rope, refuse_quantized, tied_names
@@ -56,16 +65,20 @@ def read_stack_config(
     experts_per_token: int = 2,
     router: Router | None = None,
     qkv: QueryKeyValue | None = None,
+    attention_bias: bool = False,
+    full_layers: tuple[int, ...] = (),
+    swiglu: SwiGlu | None = None,
 ) -> Architecture:
     """Read the Architecture from a config.json with the keys of transformers' LlamaConfig. `rope_base`, `norm_epsilon`,
     `num_kv_heads` (None: as many as query heads), `num_experts` and `experts_per_token` are the defaults of the
     family's configuration class for missing keys; `experts_key` is its key of the number of experts. Null means as many
-    key/value heads as query heads. A `dense` family has no experts. Raises ConfigError."""
+    key/value heads as query heads. A `dense` family has no experts. `attention_bias` is the only value that the key of
+    this name may have, and that of a missing key. Raises ConfigError."""
     raw = reader.raw
     refuse_quantized(reader)
     hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
     reader.require("hidden_act", ["silu", "swish"], absent="silu")
-    reader.require("attention_bias", [False], absent=False)
+    reader.require("attention_bias", [attention_bias], absent=attention_bias)
     reader.require("tie_word_embeddings", [False, True], absent=False)
     head_size = reader.integer("head_dim", absent=hidden // heads, null=hidden // heads)
     if raw.get("head_dim") is None and hidden % heads:
@@ -97,6 +110,8 @@ def read_stack_config(
         scales=scales or Scales(),
         router=router or Router(),
         qkv=qkv or QueryKeyValue(),
+        full_layers=full_layers,
+        swiglu=swiglu or SwiGlu(),
     )
     reader.harmless("torch_dtype", "dtype")
     check_heads(reader, architecture)
@@ -105,10 +120,16 @@ def read_stack_config(
 
 
 def stack_tensors(
-    architecture: Architecture, names: Sequence[str], mixture: Callable[[Architecture, str], list[TensorSpec]]
+    architecture: Architecture,
+    names: Sequence[str],
+    mixture: Callable[[Architecture, str], list[TensorSpec]],
+    *,
+    biases: str = "",
+    sinks: bool = False,
 ) -> list[TensorSpec]:
     """The rows of the tensor table; `names` are the checkpoint's tensors, and `mixture(architecture, layer_name)`
-    returns the rows of a layer's MLP, or of its router and experts."""
+    returns the rows of a layer's MLP, or of its router and experts. `biases` are the letters of those of attention's
+    matrices that have a bias: "qkv" or "qkvo". With `sinks` each query head has one more logit of its softmax."""
     hidden, vocab = architecture.hidden_size, architecture.vocab_size
     embedding, head = tied_names(architecture.tied_head, f"{EMBEDDING}.weight", f"{HEAD}.weight", names)
     specs = [single(f"{EMBEDDING}.weight", (vocab, hidden), "V H", Role.EMBEDDING, stored_name=embedding)]
@@ -116,7 +137,8 @@ def stack_tensors(
         name = layer_name(layer)
         specs += [
             single(f"{name}.input_layernorm.weight", (hidden,), "H", Role.NORM),
-            *_attention_tensors(architecture, f"{name}.self_attn"),
+            *_attention_tensors(architecture, f"{name}.self_attn", biases),
+            *([_sinks(architecture, name)] if sinks else []),
             single(f"{name}.post_attention_layernorm.weight", (hidden,), "H", Role.NORM),
             *mixture(architecture, name),
         ]
@@ -127,20 +149,31 @@ def stack_tensors(
     ]
 
 
-def _attention_tensors(architecture: Architecture, name: str) -> list[TensorSpec]:
+def _sinks(architecture: Architecture, layer: str) -> TensorSpec:
+    return single(f"{layer}.self_attn.sinks", (architecture.num_heads,), "N", Role.BIAS)
+
+
+def _attention_tensors(architecture: Architecture, name: str, biases: str) -> list[TensorSpec]:
     hidden, rows = architecture.hidden_size, architecture.qkv_rows
     parts = [
         Part(name=f"{name}.{letter}_proj.weight", shape=(number, hidden))
         for letter, number in zip("qkv", rows, strict=True)
     ]
+    of_biases = [
+        Part(name=f"{name}.{letter}_proj.bias", shape=(number,))
+        for letter, number in zip("qkv", rows, strict=True)
+        if letter in biases
+    ]
     widths = {"q": rows[0], "k": rows[1]} if architecture.qkv.norm is not None else {}
     return [
         concatenated(f"{name}.qkv_proj.weight", parts, "(N+2G)D H", Role.ATTENTION),
+        *([concatenated(f"{name}.qkv_proj.bias", of_biases, "(N+2G)D", Role.BIAS)] if of_biases else []),
         *(
             single(f"{name}.{of}_norm.weight", (width,), "ND" if of == "q" else "GD", Role.NORM)
             for of, width in widths.items()
         ),
         single(f"{name}.o_proj.weight", (hidden, rows[0]), "H ND", Role.ATTENTION),
+        *([single(f"{name}.o_proj.bias", (hidden,), "H", Role.BIAS)] if "o" in biases else []),
     ]
 
 
@@ -218,10 +251,14 @@ def stack_network(
     router: Router | None = None,
     width_norms: bool = False,
     clip: float | None = None,
+    full_layers: Collection[int] = (),
+    sinks: bool = False,
+    swiglu: SwiGlu | None = None,
 ) -> Network:
     """What the network computes, from a config.json with the keys of transformers' LlamaConfig. The first three are the
     values of missing keys; `embedding` to `logits` are the factors of `export.families.network` (`logits` divides).
-    With `width_norms` queries and keys are normalised over their whole width; `clip` is that of its Attention."""
+    With `width_norms` queries and keys are normalised over their whole width; `clip` is that of its Attention. The
+    `full_layers` have no window. With `sinks` attention has such, and `swiglu` is that of an Mlp."""
     config = raw
     turned = rotary.parameters(raw, rope_theta)
     heads = config["num_attention_heads"]
@@ -248,9 +285,11 @@ def stack_network(
             gated=True,
             gate=f"{name}.gate",
             router=router or Router(),
+            swiglu=swiglu or SwiGlu(),
         )
 
-    def layer(name: str) -> Layer:
+    def layer(index: int) -> Layer:
+        name = layer_name(index)
         return Layer(
             norm=norm(f"{name}.input_layernorm"),
             attention=Attention(
@@ -262,10 +301,11 @@ def stack_network(
                 rotary_base=turned["rope_theta"],
                 rotary_scaling=scaling,
                 factor=attention,
-                window=sliding_window,
+                window=None if index in full_layers else sliding_window,
                 query_norm=norm(f"{name}.self_attn.q_norm") if width_norms else None,
                 key_norm=norm(f"{name}.self_attn.k_norm") if width_norms else None,
                 clip=clip,
+                sinks=f"{name}.self_attn.sinks" if sinks else None,
             ),
             mlp_norm=norm(f"{name}.post_attention_layernorm"),
             mlp=mlp(f"{name}.mlp"),
@@ -274,7 +314,7 @@ def stack_network(
 
     return Network(
         embedding=EMBEDDING,
-        layers=tuple(layer(layer_name(index)) for index in range(config["num_hidden_layers"])),
+        layers=tuple(map(layer, range(config["num_hidden_layers"]))),
         norm=norm(FINAL_NORM),
         head=HEAD,
         embedding_factor=embedding,
@@ -292,7 +332,7 @@ def stack_graph(graph: GraphBuilder, architecture: Architecture) -> str:
         qkv = graph.query_key_value(normed, f"{name}.self_attn.qkv_proj")  # [B, S, (N+2G)*D]
         query, key, value = graph.conditioned(qkv, f"{name}.self_attn", epsilon)
         heads = graph.attention(  # [B, S, N*D]
-            query, f"{name}.self_attn", layer, window=architecture.sliding_window, key=key, value=value
+            query, f"{name}.self_attn", layer, window=architecture.window(layer), key=key, value=value
         )
         attended = graph.scale(graph.linear(heads, f"{name}.self_attn.o_proj"), scales.residual, f"{name}.self_attn")
         x = graph.add(x, attended, f"{name}.attention_residual")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from export.architecture import Router
+from export.architecture import Router, SwiGlu
 from export.rotary import RotaryScaling
 
 
@@ -40,7 +40,8 @@ class Attention:
     `clip` (None: they stay). The first `rotary_dim` values of each head of queries and
     keys are turned, in half-split order, by frequencies that `rotary_scaling` scales. The products of query and key
     are multiplied by `factor` (None: 1/sqrt(D)). A token attends to `window` positions, its own included (None: to
-    all)."""
+    all). With `sinks` the table has a row of one logit for each query head, which takes part in the softmax over the
+    positions and gives nothing to the output."""
 
     inputs: tuple[str, ...]
     output: str
@@ -54,6 +55,7 @@ class Attention:
     query_norm: Norm | None = None
     key_norm: Norm | None = None
     clip: float | None = None
+    sinks: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +63,8 @@ class Mlp:
     """An MLP, or a mixture of several if `gate` names a router's module. It computes second(activation(first(x))).
 
     If `gated`, the MLP computes second(activation(gate(x)) * up(x)). The module `first` then has two matrices, gate and
-    up, whose rows alternate in the table; or it is gate alone, and the module `up` is the other one. `router` says how
-    a mixture chooses.
+    up, whose rows alternate in the table; or it is gate alone, and the module `up` is the other one. `swiglu` says more
+    of a gated SiLU. `router` says how a mixture chooses.
     """
 
     first: str
@@ -72,6 +74,7 @@ class Mlp:
     up: str | None = None
     gate: str | None = None
     router: Router = field(default_factory=Router)
+    swiglu: SwiGlu = field(default_factory=SwiGlu)
 
 
 @dataclass(frozen=True, kw_only=True)

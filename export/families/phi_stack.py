@@ -229,7 +229,7 @@ def stack_graph(graph: GraphBuilder, architecture: Architecture, mlp: Callable[[
         name = layer_name(layer)
         normed = graph.layer_norm(x, f"{name}.ln", architecture.norm_epsilon)
         qkv = graph.query_key_value(normed, f"{name}.mixer.Wqkv")  # [B, S, (N+2G)*D]
-        heads = graph.attention(qkv, f"{name}.mixer", layer, window=architecture.sliding_window)  # [B, S, N*D]
+        heads = graph.attention(qkv, f"{name}.mixer", layer, window=architecture.window(layer))  # [B, S, N*D]
         attended = graph.linear(heads, f"{name}.mixer.out_proj")
         x = graph.add(graph.add(x, attended, f"{name}.attention_residual"), mlp(graph, layer, normed), name)
     return x

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from export.architecture import Architecture, QueryKeyValue, Router, Scales
+from export.architecture import Architecture, QueryKeyValue, Router, Scales, SwiGlu
 from export.errors import shown
 
 
@@ -70,7 +70,10 @@ class TrtllmNetwork:
                 f"the rotary embedding is scaled ({facts.rotary_scaling.described}), and TensorRT-LLM's {name} {some}; "
                 "build for onnxruntime"
             )
-        plain_facts = {"scales": Scales(), "router": Router(), "dense_layers": (), "qkv": QueryKeyValue()}
+        plain_facts = {
+            "scales": Scales(), "router": Router(), "dense_layers": (), "full_layers": (), "qkv": QueryKeyValue(),
+            "swiglu": SwiGlu(),
+        }  # fmt: skip
         for what, plain in plain_facts.items():
             if getattr(facts, what) != plain:
                 found.append(

@@ -33,9 +33,11 @@ class Source(Protocol):
     def kept(self, name: str) -> npt.NDArray[Any]:
         """A whole tensor of the files, in the stored dtype. It is kept for the next reads."""
 
-    def stored_rows(self, name: str, first: int, last: int) -> npt.NDArray[Any]:
-        """Rows of the first axis of a tensor of the files, in the stored dtype. The last that were asked for are kept,
-        so that asking for them again reads nothing."""
+    def stored_rows(
+        self, name: str, first: int, last: int, row_shape: tuple[int, ...] | None = None
+    ) -> npt.NDArray[Any]:
+        """Rows of the first axis of a tensor of the files, in the stored dtype; with `row_shape` of the tensor reshaped
+        to [rows, *row_shape]. The last that were asked for are kept, so that asking for them again reads nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

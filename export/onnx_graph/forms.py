@@ -115,8 +115,8 @@ class ServingGraph(GraphBuilder):
         return self._nodes.add("Gather", [rows, names.QUERY_OF_TOKEN], f"{x}/by_token", float_type=kind, axis=0)
 
     def _further_inputs(self, layer: int) -> list[str]:
-        # position_ids, attention_bias and head_sink, the scales, the weights of two norms, query_seqlens
-        inputs = ["", "", "", *self._cache_scales(layer), "", "", names.NEW_LENGTHS]
+        # the scales of keys and values, the weights of two norms, query_seqlens
+        inputs = [*self._cache_scales(layer), "", "", names.NEW_LENGTHS]
         return inputs if self._provider.mixes_lengths else []
 
     def _cache_scales(self, layer: int) -> tuple[str, str]:  # noqa: ARG002 - of which layer

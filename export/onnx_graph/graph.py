@@ -25,7 +25,7 @@ from export.errors import ExportError, QuantizationError
 from export.formats.view import Grid
 from export.onnx_graph import names
 from export.onnx_graph.initializers import onnx_type, tensors
-from export.onnx_graph.kernels import BY_NAME, Matrix, Operation, Routed, mixture_attributes
+from export.onnx_graph.kernels import BY_NAME, Matrix, Operation, Routed, mixture_attributes, without_absent_end
 from export.onnx_graph.nodes import Nodes
 from export.onnx_graph.weight_planner import WeightPlanner
 from export.onnx_graph.weights import Layout, Placement, WeightJob
@@ -64,6 +64,7 @@ class GraphBuilder(ABC):
         self._float_type = provider.float_type
         self._nodes = Nodes()
         self._query_factors: dict[str, float] = {}  # output of `query_key_value` -> factor that its queries carry
+        self._router_logits: dict[str, str] = {}  # path of a mixture -> the value with its logits [..., E]
         self._router_outputs: list[str] = []
         self._check_attention()
         self._last_positions, self._total_length = self._sequence_facts()
@@ -90,7 +91,7 @@ class GraphBuilder(ABC):
         return x
 
     def _further_inputs(self, layer: int) -> list[str]:  # noqa: ARG002 - which scales belong to
-        """The inputs of attention that follow the rotary tables."""
+        """The inputs of attention that follow its sinks."""
         return []
 
     def _cache_attributes(self) -> dict[str, Any]:
@@ -211,7 +212,8 @@ class GraphBuilder(ABC):
         self, query: str, path: str, layer: int, *, window: int | None, key: str = "", value: str = ""
     ) -> str:
         """Causal attention with the key/value cache of `layer`; returns [B, S, N*D]. A token attends to the last
-        `window` positions (None: all).
+        `window` positions (None: all). If the table has a row path.sinks [N], these are one more logit of the softmax
+        for each query head.
 
         `query` is either the output of `query_key_value`, [B, S, (N+2G)*D], or queries alone, [B, S, N*D], with `key`
         and `value` [B, S, G*D]. The rotary embedding of queries and keys is applied here.
@@ -221,8 +223,10 @@ class GraphBuilder(ABC):
             *(self._by_sequence(self._cast(part)) if part else "" for part in (query, key, value)),
             names.past_key(layer), names.past_value(layer),
             self._last_positions, self._total_length, "rotary/cos_cache", "rotary/sin_cache",
+            "", "", self._weights.sinks(path),  # position_ids and attention_bias are absent
             *self._further_inputs(layer),
         ]  # fmt: skip
+        inputs = without_absent_end(inputs)
         attended = self._nodes.add(
             "GroupQueryAttention", inputs, f"{path}.attention", microsoft=True,
             more_outputs=[names.present_key(layer), names.present_value(layer)],
@@ -260,8 +264,8 @@ class GraphBuilder(ABC):
     def experts(self, x: str, *, gate: str, fc1: str, fc2: str, name: str, activation: str) -> str:
         """A mixture: route [B, S, H] to K experts, chosen and weighted by the rule of `architecture.router`.
 
-        `activation` between fc1 and fc2 is "gelu" in its tanh form, or "swiglu", which is silu(gate) * up, where the
-        outputs of fc1 alternate between gate and up. Biases are added if the table has them. Raises
+        `activation` between fc1 and fc2 is "gelu" in its tanh form, or "swiglu" by the rule of `architecture.swiglu`,
+        where the outputs of fc1 alternate between gate and up. Biases are added if the table has them. Raises
         KernelsError for a router or an activation that the kernels do not support, and QuantizationError for a recipe
         that quantises one of the matrices alone.
         """
@@ -283,6 +287,7 @@ class GraphBuilder(ABC):
         plain = job1.layout is Layout.PLAIN
         routed = Routed(
             router=router, k=self.architecture.experts_per_token, activation=activation,
+            swiglu=self.architecture.swiglu,
             normalise=rule.normalise or not plain,
         )  # fmt: skip
         if plain:
@@ -360,6 +365,9 @@ class GraphBuilder(ABC):
             "FusedMatMul", [self._nodes.cast(x, "float32"), weight], f"{name}.router", microsoft=True,
             float_type="float32", transA=0, transB=1, transBatchA=0, transBatchB=0, alpha=1.0,
         )  # fmt: skip
+        if bias := self._weights.router_bias(gate):
+            logits = self._nodes.add("Add", [logits, bias], f"{name}.router_biased", float_type="float32")
+        self._router_logits[name] = logits
         flat = self._nodes.constant("router/shape", np.array([-1, self.architecture.num_experts], np.int64))
         rows = self._nodes.add("Reshape", [logits, flat], f"{name}.router_rows", float_type="float32", allowzero=0)
         if self.gives_router_logits:
@@ -380,7 +388,7 @@ class GraphBuilder(ABC):
     def _share_of_chosen(self, name: str) -> str:
         """The sum [..., 1] of the chosen experts' values in the softmax over all experts, float32. Quantised mixtures
         normalise, and this takes it back: without it ONNX Runtime 1.32's QMoE does not weigh by that softmax."""
-        logits, k = f"{name}.router/output_0", np.array([self.architecture.experts_per_token], np.int64)
+        logits, k = self._router_logits[name], np.array([self.architecture.experts_per_token], np.int64)
         count, axis = self._nodes.constant("router/k", k), self._nodes.constant("router/axis", np.array([-1], np.int64))
         shares = self._nodes.add("Softmax", [logits], f"{name}.router_shares", float_type="float32", axis=-1)
         largest = self._nodes.add(

@@ -6,14 +6,13 @@ moeship      BlockLinear, Experts and Embedding, of the library in trt_build/ort
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from export.architecture import Router
+from export.architecture import Router, SwiGlu
 from export.checkpoint.tensor_table import TensorSpec
 from export.errors import KernelsError
 from export.onnx_graph import names
@@ -57,12 +56,13 @@ class Operation:
 class Routed:
     """How a mixture is routed: the value `router` holds the logits, and the `k` experts with the largest are chosen.
     With `normalise` the softmax is over these k, else over all experts. `activation` is applied between the two matrix
-    products of an expert."""
+    products of an expert; `swiglu` says more of it if it is "swiglu"."""
 
     router: str
     k: int
     activation: str
     normalise: bool
+    swiglu: SwiGlu
 
 
 class Kernels(ABC):
@@ -122,9 +122,13 @@ def mixture_attributes(routed: Routed) -> dict[str, Any]:
         "k": routed.k, "activation_type": routed.activation,
         "normalize_routing_weights": int(routed.normalise), "use_sparse_mixer": 0, "swiglu_fusion": 0,
     }  # fmt: skip
-    if routed.activation == "swiglu":  # gate * sigmoid(alpha * gate) * (up + beta), without clamping gate or up
-        attributes |= {"swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0, "swiglu_limit": math.inf}
+    if routed.activation == "swiglu":
+        attributes |= {"swiglu_fusion": 1, "swiglu_limit": routed.swiglu.finite_limit, **_alpha_and_beta(routed.swiglu)}
     return attributes
+
+
+def _alpha_and_beta(swiglu: SwiGlu) -> dict[str, Any]:
+    return {"activation_alpha": swiglu.alpha, "activation_beta": swiglu.beta}
 
 
 class _OnnxRuntime(Kernels):
@@ -224,8 +228,7 @@ class _Moeship(Kernels):
             "second_bits": second.job.bits, "second_block_size": second.job.block_size,
             "hidden_size": hidden, "expert_size": width, "experts": experts, "k": routed.k,
             "activation": routed.activation,
-            # gate * sigmoid(alpha * gate) * (up + beta), without clamping gate or up
-            "activation_alpha": 1.0, "activation_beta": 0.0, "activation_limit": math.inf,
+            "activation_limit": routed.swiglu.finite_limit, **_alpha_and_beta(routed.swiglu),
         }  # fmt: skip
         inputs = [x, routed.router, *first.codes_and_scales, first.zeros, first.bias]
         inputs = without_absent_end([*inputs, *second.codes_and_scales, second.zeros, second.bias])

@@ -138,8 +138,13 @@ class WeightPlanner:
         """Plan path.bias; returns its name, or "" if the table has no such row: ONNX's notation for an absent input."""
         return self.plain(f"{path}.bias", self._provider.float_type, **scaled) if f"{path}.bias" in self.table else ""
 
+    def sinks(self, path: str) -> str:
+        """Plan path.sinks; returns its name, or "" if the table has no such row."""
+        name = f"{path}.sinks"
+        return self.plain(name, self._provider.float_type) if name in self.table else ""
+
     def router(self, gate: str) -> str:
-        """Plan the float32 matrix of a router, with the rows of all experts; returns its name."""
+        """Plan the float32 matrix of a router, or its bias, with the rows of all experts; returns its name."""
         output = Initializer(name=gate, dtype="float32", shape=self.table[gate].shape)
         self.jobs.append(
             WeightJob(
@@ -147,3 +152,8 @@ class WeightPlanner:
             )
         )
         return gate
+
+    def router_bias(self, gate: str) -> str:
+        """Plan the bias of the router whose matrix is `gate`; returns its name, or "" if the table has no such row."""
+        bias = f"{gate.removesuffix('weight')}bias"
+        return self.router(bias) if bias in self.table else ""

@@ -28,6 +28,7 @@ class Projections:
             reader.matrix(slot, f"{name}.weight") for slot, name in zip(slots, attention.inputs, strict=True)
         ]
         self._biases = [reader.bias(name) for name in attention.inputs]
+        self._sinks = None if attention.sinks is None else reader.weights.load(attention.sinks)
         self._output: FloatArray | None = None
 
     def attended(self, x: FloatArray, bounds: Sequence[int]) -> FloatArray:
@@ -54,7 +55,8 @@ class Projections:
                 np.matmul(x[rows], matrix.T, out=own)
                 own += bias
             self._condition(products, head_size)
-            heads[rows] = attend(products, self._attention, head_size, tables[self._is_long(rows.stop - rows.start)])
+            turned = tables[self._is_long(rows.stop - rows.start)]
+            heads[rows] = attend(products, self._attention, head_size, turned, self._sinks)
         return heads
 
     def _condition(self, products: FloatArray, head_size: int) -> None:
@@ -88,10 +90,15 @@ def rotary_tables(length: int, attention: Attention) -> tuple[FloatArray, FloatA
 
 
 def attend(
-    products: FloatArray, attention: Attention, head_size: int, tables: tuple[FloatArray, FloatArray]
+    products: FloatArray,
+    attention: Attention,
+    head_size: int,
+    tables: tuple[FloatArray, FloatArray],
+    sinks: FloatArray | None = None,
 ) -> FloatArray:
     """Attention of one window of S tokens: [S, (N+2G)*D], which is all queries, then all keys, then all values, to the
-    heads' outputs [S, N*D]. `tables` are those of `rotary_tables`, of S positions or more.
+    heads' outputs [S, N*D]. `tables` are those of `rotary_tables`, of S positions or more. `sinks` [N] are further
+    logits of the softmax, one for each query head.
 
     Beside queries, keys, values and result it holds the scores of a block of queries for the query heads of one
     key/value head: at most _SCORE_VALUES, or N/G rows of S if these are more.
@@ -117,7 +124,8 @@ def attend(
             own = slice(group * each, (group + 1) * each)
             scores = queries[own, start:stop] @ keys[group, first:stop].T  # [N/G, block, keys]
             np.copyto(scores, np.float32(-np.inf), where=hidden)
-            result[start:stop, own] = (softmax_in_place(scores) @ values[group, first:stop]).transpose(1, 0, 2)
+            shares = softmax_in_place(scores, None if sinks is None else sinks[own, None, None])
+            result[start:stop, own] = (shares @ values[group, first:stop]).transpose(1, 0, 2)
     return result.reshape(length, heads * head_size)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.architecture import Router
+from export.checkpoint.tensor_table import Weights
 from export.errors import ExportError
 from export.families.network import Mlp
 from export.reference.operations import FloatArray, activate, softmax_in_place
@@ -34,7 +35,7 @@ def run_mlp(
     if mlp.gate is None:
         add_expert(result, x, np.arange(len(x)), None, mlp, reader, 0)
         return result, None
-    logits = x @ reader.weights.load(f"{mlp.gate}.weight").T
+    logits = router_logits(x, mlp.gate, reader.weights)
     routing = logits if adjust is None else adjust(x, logits)
     chosen, shares = route(routing, mlp.router, experts_per_token, choose)
     for expert in range(logits.shape[1]):
@@ -42,6 +43,14 @@ def run_mlp(
         if len(tokens):
             add_expert(result, x, tokens, shares[tokens, places, None], mlp, reader, expert)
     return result, logits
+
+
+def router_logits(x: FloatArray, gate: str, weights: Weights) -> FloatArray:
+    """The logits [T, E] of the router's module `gate` for x [T, H]."""
+    logits: FloatArray = x @ weights.load(f"{gate}.weight").T
+    if f"{gate}.bias" in weights.table:
+        logits += weights.load(f"{gate}.bias")
+    return logits
 
 
 def route(
@@ -73,10 +82,10 @@ class Expert:
 
     def __init__(self, mlp: Mlp, reader: Reader, expert: int) -> None:
         self._mlp, self._reader, self._expert = mlp, reader, expert
-        self._first = reader.expert("input", f"{mlp.first}.weight", expert)
+        self._first = _gate_and_up(mlp, reader.expert("input", f"{mlp.first}.weight", expert))
         if mlp.up is not None:
             self._first += reader.expert("up", f"{mlp.up}.weight", expert)
-        self._biases = _biases("input bias", reader, mlp.first, expert)
+        self._biases = _gate_and_up(mlp, _biases("input bias", reader, mlp.first, expert))
         self._second: FloatArray | None = None
 
     def inner(self, inputs: FloatArray) -> FloatArray:
@@ -87,8 +96,14 @@ class Expert:
             inner.append(np.matmul(inputs, matrix.T, out=space))
             if self._biases:
                 inner[-1] += self._biases[turn]
-        activate(inner[0], self._mlp.activation)
+        swiglu = self._mlp.swiglu
+        if swiglu.limit is not None:
+            np.minimum(inner[0], np.float32(swiglu.limit), out=inner[0])
+            np.clip(inner[1], np.float32(-swiglu.limit), np.float32(swiglu.limit), out=inner[1])
+        activate(inner[0], self._mlp.activation, swiglu.alpha)
         if self._mlp.gated:
+            if swiglu.beta:
+                inner[1] += np.float32(swiglu.beta)
             inner[0] *= inner[1]
         return inner[0]
 
@@ -117,6 +132,14 @@ def add_expert(
         rows = tokens[start : start + BLOCK_TOKENS]
         outputs = own.output(own.inner(x[rows]))
         result[rows] += outputs if shares is None else outputs * shares[start : start + BLOCK_TOKENS]
+
+
+def _gate_and_up(mlp: Mlp, found: list[FloatArray]) -> list[FloatArray]:
+    """What a row has of an expert, as gate and up where the checkpoint stores their alternating rows as one matrix or
+    vector."""
+    if mlp.gated and mlp.up is None and len(found) == 1:
+        return [found[0][0::2], found[0][1::2]]
+    return found
 
 
 def _biases(slot: str, reader: Reader, name: str, expert: int) -> list[FloatArray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -38,11 +39,16 @@ def normalise(x: FloatArray, norm: Norm, weights: Weights) -> FloatArray:
     return layer_norm(x, weight, weights.load(f"{norm.name}.bias"), norm.epsilon)
 
 
-def softmax_in_place(x: FloatArray) -> FloatArray:
-    """The softmax of x [..., n] over its last axis, written into x; returns x."""
-    x -= x.max(axis=-1, keepdims=True)
+def softmax_in_place(x: FloatArray, sink: FloatArray | None = None) -> FloatArray:
+    """The softmax of x [..., n] over its last axis, written into x; returns x. `sink` [..., 1] is one more logit, whose
+    share is not returned. Source: Xiao et al., Efficient Streaming Language Models with Attention Sinks, 2023."""
+    largest = x.max(axis=-1, keepdims=True)
+    if sink is not None:
+        largest = np.maximum(largest, sink)
+    x -= largest
     np.exp(x, out=x)
-    x /= x.sum(axis=-1, keepdims=True)
+    total = x.sum(axis=-1, keepdims=True)
+    x /= total if sink is None else total + np.exp(sink - largest)
     return x
 
 
@@ -61,23 +67,21 @@ def _gelu_tanh(x: FloatArray) -> None:
     x *= inner
 
 
-def _silu(x: FloatArray) -> None:
-    """x / (1 + exp(-x)), written into x. Where exp(-x) is infinite, the result is 0."""
+def _silu(x: FloatArray, alpha: float) -> None:
+    """x / (1 + exp(-alpha * x)), written into x. Where the power is infinite, the result is 0."""
     with np.errstate(over="ignore"):
-        inner = np.exp(-x)
+        inner = np.exp(np.float32(-alpha) * x)
     inner += 1
     x /= inner
 
 
-_FUNCTIONS: dict[Activation, Callable[[FloatArray], None]] = {
-    Activation.GELU_TANH: _gelu_tanh,
-    Activation.SILU: _silu,
-}
-
-
-def activate(x: FloatArray, activation: Activation) -> None:
-    """Apply an activation to each value of x [T, F], in place."""
-    function = _FUNCTIONS[activation]
+def activate(x: FloatArray, activation: Activation, alpha: float = 1.0) -> None:
+    """Apply an activation to each value of x [T, F], in place. `alpha` is the factor in a SiLU's sigmoid."""
+    functions: dict[Activation, Callable[[FloatArray], None]] = {
+        Activation.GELU_TANH: _gelu_tanh,
+        Activation.SILU: partial(_silu, alpha=alpha),
+    }
+    function = functions[activation]
     step = max(1, _SLICE_VALUES // x.shape[-1])
     for start in range(0, len(x), step):
         function(x[start : start + step])

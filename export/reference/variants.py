@@ -25,7 +25,7 @@ from export.checkpoint.tensor_table import Role, Weights
 from export.families import Model
 from export.families.network import Layer, Mlp
 from export.reference.attention import Projections
-from export.reference.mixture import add_expert, route
+from export.reference.mixture import add_expert, route, router_logits
 from export.reference.model import Windows, bounds_of, embedding_rows, head_slices
 from export.reference.operations import FloatArray, normalise
 from export.reference.reader import Reader
@@ -131,9 +131,9 @@ class Variants:
         chosen, shares = np.zeros((len(x), 1), dtype=np.int64), None
         num_experts = 1
         if mlp.gate is not None:
-            logits = x @ self._model.weights.load(f"{mlp.gate}.weight").T
+            logits = router_logits(x, mlp.gate, self._model.weights)
             whole = np.repeat(self._takes(count), num_tokens)
-            logits[whole] = x[whole] @ self._other.load(f"{mlp.gate}.weight").T
+            logits[whole] = router_logits(x[whole], mlp.gate, self._other)
             logits = below_the_kept(logits, self._dropped.get(index, ()))
             chosen, shares = route(logits, mlp.router, self._model.architecture.experts_per_token)
             num_experts = logits.shape[1]

@@ -7,7 +7,6 @@ scoring graph (`same_flow.py`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -239,8 +238,11 @@ class _Facts:
                 "softcap": 0.0, "do_rotary": 1, "rotary_interleaved": 0, "smooth_softmax": 0,
             },
         )  # fmt: skip
-        found = (node.input(4), *node.inputs[7:9], *node.outputs[1:3])
-        expected = (names.past_value(layer), *_ROTARY_CACHES, names.present_key(layer), names.present_value(layer))
+        found = (node.input(4), *node.inputs[7:9], node.input(11), *node.outputs[1:3])
+        sinks = attention.sinks or ""
+        self._used.add(sinks)
+        present = (names.present_key(layer), names.present_value(layer))
+        expected = (names.past_value(layer), *_ROTARY_CACHES, sinks, *present)
         if found != expected:
             self._fail(node.name, f"takes and gives {', '.join(found)}, expected {', '.join(expected)}")
 
@@ -253,6 +255,9 @@ class _Facts:
         if node := self._user(gate, 1, ["FusedMatMul"]):
             self._operands(node, 1, [gate])
             self._attributes(node, _PLAIN_PRODUCT)
+            bias = self._bias(mlp.gate)
+            if bias and (added := self._user(bias, 1, ["Add"])):
+                self._operands(added, 0, [node.outputs[0], bias])
         first, second = f"{mlp.first}.weight", f"{mlp.second}.weight"
         plain, own = self._is_plain(first), self._provider.kernels == "moeship"
         self._is_plain(second)
@@ -279,15 +284,17 @@ class _Facts:
     def _mixture(self, layer: int, mlp: Mlp, *, plain: bool, own: bool) -> dict[str, Any]:
         """The attributes of a mixture's node beside k and the recipe."""
         activation = "gelu" if mlp.activation is Activation.GELU_TANH else "swiglu" if mlp.gated else "silu"
-        swiglu = {"activation_alpha": 1.0, "activation_beta": 0.0} if mlp.gated or own else {}
+        alpha_and_beta = {"activation_alpha": mlp.swiglu.alpha, "activation_beta": mlp.swiglu.beta}
+        swiglu = alpha_and_beta if mlp.gated or own else {}
+        largest = mlp.swiglu.finite_limit
         if own:
             _, hidden, width = self._table[f"{mlp.second}.weight"].shape
             stored = self._num_experts - len(self._left_out.get(str(layer), ()))
             return {
-                "activation": activation, "activation_limit": math.inf, **swiglu,
+                "activation": activation, "activation_limit": largest, **swiglu,
                 "hidden_size": hidden, "expert_size": width, "experts": stored,
             }  # fmt: skip
-        limit = {"swiglu_limit": math.inf} if mlp.gated else {}
+        limit = {"swiglu_limit": largest} if mlp.gated else {}
         return {
             "activation_type": activation, "normalize_routing_weights": int(mlp.router.normalise or not plain),
             "use_sparse_mixer": 0, "swiglu_fusion": int(mlp.gated), **swiglu, **limit,
