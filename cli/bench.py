@@ -1,9 +1,12 @@
-"""Measure a server under load: tokens a second, how long first and further tokens take, errors, fairness.
+"""Measure a server under load: tokens a second, how long first and further tokens take, goodput, errors, fairness.
 
-The server is moeship's (gRPC), or one of OpenAI's completions API with --openai. Streams send one request after another
-(closed loop); with --rate requests arrive at random, whether or not earlier ones are answered (open loop). Prompts are
-synthetic unless --prompts names a file with one JSON object a line: {"prompt": TEXT, "max_tokens": N}. Lengths are
-given as 64, as a range 32-128, or as lognormal:MEDIAN,SIGMA,MOST.
+The server is moeship's over gRPC, or one of HTTP: --endpoint names Triton's generate extension, or OpenAI's completions
+or chat. Streams send one request after another (closed loop); with --rate requests arrive at random, whether or not
+earlier ones are answered (open loop). Prompts are synthetic unless --prompts names a file with one JSON object a line:
+{"prompt": TEXT, "max_tokens": N}. Lengths are given as 64, as a range 32-128, or as lognormal:MEDIAN,SIGMA,MOST.
+
+--output keeps every request while the test runs. Ctrl-C, and a server that is gone, end the test; what was measured
+until then is reported and marked.
 
 Exit status: 0 done, 1 requests failed or the server did not answer, 2 wrong input, 130 interrupted.
 """
@@ -12,43 +15,61 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
+import shlex
+import signal
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cli.bench_text import notes, table
+from cli.progress import PROGRESS_S, every
 from cli.rows import print_rows
 from cli.tls_flags import add_tls_arguments, read_client_tls
+from export.command import INTERRUPTED
 from export.errors import ConfigError
-from export.files.output import refuse_existing, replace_file
-from export.rows import Rows
+from export.files.output import refuse_existing
 
 if TYPE_CHECKING:
+    from clients.bench.kept import Keeper, Level
     from clients.bench.load import Load
+    from clients.bench.objective import Objective
     from clients.bench.prompts import Works
-    from clients.bench.records import Record, Target
+    from clients.bench.records import Record, Run
+    from clients.bench.server_metrics import Beside
+    from clients.bench.targets.endpoints import Endpoints
 
-# A name, the report and the records of each load.
-Level = tuple[str, dict[str, Any], "list[Record]"]
-BUSY_CORES = 0.7  # above this share of a core the generator itself may limit what it measures
+DEFAULT_URL = "127.0.0.1:8001"
+ENDPOINTS = ("grpc", "generate", "completions", "chat")
+PATIENCE_S = 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("server")
     server.add_argument(
-        "--url", default="127.0.0.1:8001", metavar="HOST:PORT", help="gRPC address (default: %(default)s)"
-    )
+        "--url", action="append", metavar="ADDRESS", help="HOST:PORT of gRPC, or http://HOST:PORT; given again, "
+        f"requests go to several servers in turn (default: {DEFAULT_URL})",
+    )  # fmt: skip
     server.add_argument(
-        "--openai", metavar="URL", help="http://HOST:PORT of a server of OpenAI's API, instead of --url"
-    )
+        "--endpoint", choices=ENDPOINTS, help="what is asked there: moeship's gRPC (default), Triton's generate over "
+        "HTTP, or OpenAI's completions (default for http://) or chat",
+    )  # fmt: skip
     server.add_argument(
-        "--body", metavar="JSON", help="with --openai: fields that are added to every request, such as "
+        "--body", metavar="JSON", help="for OpenAI's API: fields that are added to every request, such as "
         '\'{"timings_per_token": true}\', with which llama.cpp\'s server counts tokens',
     )  # fmt: skip
+    server.add_argument(
+        "--api-key-env", metavar="NAME", help="environment variable with the key that a server over HTTP wants"
+    )
+    server.add_argument(
+        "--metrics", metavar="URL", help="address of the server's metrics, which are read beside the load"
+    )
     server.add_argument("--model", help="name of the model; not needed where the server has one only")
     server.add_argument(
         "--timeout",
@@ -56,6 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="give up a request after this time (default: wait without limit)",
     )
+    server.add_argument(
+        "--patience", type=float, default=PATIENCE_S, metavar="SECONDS",
+        help="end the test where no connection has been possible for so long (default: %(default)g)",
+    )  # fmt: skip
     add_tls_arguments(parser)
     load = parser.add_argument_group("load")
     load.add_argument("--streams", metavar="N,N", help="streams of a closed loop, one load after another (default: 1)")
@@ -91,32 +116,101 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument(
-        "--records", type=Path, metavar="FILE", help="write what each request saw, a JSON object a line"
+        "--slo", metavar="BOUNDS", help="objective of a request in milliseconds, for goodput: 500 for the first token, "
+        "or some of ttft:500,itl:50,e2e:8000 (first token, mean time between tokens, whole answer)",
+    )  # fmt: skip
+    output.add_argument(
+        "--output", type=Path, metavar="FILE", help="keep what each request saw, a JSON object a line, while it runs"
     )
     output.add_argument("--plot", type=Path, metavar="FILE", help="draw the loads, for example as bench.svg")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Apply the loads and print the report; returns 1 if a request failed. Raises ConfigError, ClientError, and
-    OutputError for an output that exists already or has no place."""
-    for output in (arguments.records, arguments.plot):
-        if output is not None:
-            refuse_existing(output, "the figures")  # before loads that may take hours
-    loads = read_loads(arguments)
-    works = read_works(arguments)
-    levels = asyncio.run(_measure(arguments, loads, works))
-    if arguments.records:
-        replace_file(arguments.records, "".join(_lines(levels)))
+    """Apply the loads and print the report; returns 1 if a request failed or the server was gone, 130 if it was
+    interrupted. Raises ConfigError, ClientError, and OutputError for an output that exists already or has no place."""
+    from clients.bench.kept import Keeper
+
+    loads, works, objective = read_loads(arguments), read_works(arguments), read_slo(arguments)
+    endpoints = read_endpoints(arguments)
+    if arguments.plot is not None:
+        refuse_existing(arguments.plot, "the figures")  # before loads that may take hours
+    with Keeper(arguments.output, about(arguments, endpoints, [name for name, _ in loads], objective)) as keeper:
+        levels = asyncio.run(_measure(arguments, endpoints, loads, works, objective, keeper))
+    if not levels:
+        raise KeyboardInterrupt
     if arguments.plot:
         from clients.bench.plot import draw
 
-        draw(levels, f"{arguments.openai or arguments.url}: {levels[0][1]['load']['kind']}", arguments.plot)
+        draw(levels, f"{', '.join(endpoints.urls)}: {levels[0].report['load']['kind']}", arguments.plot)
     if arguments.json:
-        print(json.dumps({"loads": [report for _, report, _ in levels]}, indent=2))
+        print(json.dumps({"loads": [{**level.report, "server_metrics": level.metrics} for level in levels]}, indent=2))
     else:
         print(table(levels))
         print_rows("notes", notes(levels))
-    return 1 if any(report["requests"]["failed"] for _, report, _ in levels) else 0
+    return status_of(levels)
+
+
+def status_of(levels: Sequence[Level]) -> int:
+    """The exit status of a test that ended so."""
+    from clients.bench.generator import INTERRUPTED as WAS_INTERRUPTED
+
+    early = {level.report["ended_early"] for level in levels} - {None}
+    if WAS_INTERRUPTED in early:
+        return INTERRUPTED
+    return int(bool(early) or any(level.report["requests"]["failed"] for level in levels))
+
+
+def about(
+    arguments: argparse.Namespace, endpoints: Endpoints, loads: Sequence[str], objective: Objective | None
+) -> dict[str, Any]:
+    """What a test is, as JSON values. The key of a server is in no argument."""
+    from cli.main import version
+
+    return {
+        "moeship": version(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "urls": list(endpoints.urls),
+        "endpoint": endpoints.kind,
+        "model": endpoints.model,
+        "loads": list(loads),
+        "objective": str(objective) if objective else None,
+        "seed": arguments.seed,
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def read_slo(arguments: argparse.Namespace) -> Objective | None:
+    """The objective of --slo. Raises ConfigError."""
+    from clients.bench.objective import read_objective
+
+    return read_objective(arguments.slo, "--slo") if arguments.slo is not None else None
+
+
+def read_endpoints(arguments: argparse.Namespace) -> Endpoints:
+    """The servers to ask. Raises ConfigError, TlsError."""
+    from clients.bench.targets.endpoints import GRPC, Endpoints, kind_of
+
+    urls = tuple(arguments.url or [DEFAULT_URL])
+    kind = arguments.endpoint or kind_of(urls)
+    over_http = {url: url.startswith(("http://", "https://")) for url in urls}
+    if wrong := [url for url, is_http in over_http.items() if is_http == (kind == GRPC)]:
+        expected = "HOST:PORT" if kind == GRPC else "http://HOST:PORT"
+        raise ConfigError(f"measuring a server: --url is {wrong[0]}, expected {expected} for the endpoint {kind}")
+    if not 0 < arguments.patience < float("inf"):
+        raise ConfigError(f"measuring a server: --patience is {arguments.patience}, expected seconds above 0")
+    key = None
+    if arguments.api_key_env is not None and not (key := os.environ.get(arguments.api_key_env)):
+        raise ConfigError(f"measuring a server: the variable {arguments.api_key_env} of --api-key-env is not set")
+    return Endpoints(
+        urls=urls,
+        kind=kind,
+        model=arguments.model,
+        timeout_s=arguments.timeout,
+        extra=read_body(arguments.body),
+        tls=read_client_tls(arguments),
+        api_key=key,
+    )
 
 
 def read_loads(arguments: argparse.Namespace) -> list[tuple[str, Load]]:
@@ -171,46 +265,104 @@ def read_works(arguments: argparse.Namespace) -> Works:
     )
 
 
-async def _measure(arguments: argparse.Namespace, loads: list[tuple[str, Load]], works: Works) -> list[Level]:
-    """Apply each load after its warm-up. No two loads send the same synthetic prompt."""
+async def _measure(
+    arguments: argparse.Namespace,
+    endpoints: Endpoints,
+    loads: Sequence[tuple[str, Load]],
+    works: Works,
+    objective: Objective | None,
+    keeper: Keeper,
+) -> list[Level]:
+    """Apply each load after its warm-up, until one ends early. No two loads send the same synthetic prompt."""
     from clients.bench.generator import apply
+    from clients.bench.kept import Level
     from clients.bench.report import summarise
+    from clients.bench.server_metrics import Beside
+    from clients.bench.targets.endpoints import opened_endpoints
 
     cores = len(os.sched_getaffinity(0))
-    levels, first = [], 0
-    async with _opened(arguments) as target:
-        for name, load in loads:
-            if arguments.warm_up:
-                warm_up = dataclasses.replace(
-                    load, requests=arguments.warm_up, duration_s=None, rate=None, streams=load.streams or 1
+    beside = Beside(arguments.metrics, endpoints.tls) if arguments.metrics else None
+    if beside is not None:
+        beside.check()
+    levels: list[Level] = []
+    first = 0
+    stop = asyncio.Event()
+    with _stopping(stop):
+        async with opened_endpoints(endpoints) as (target, _):
+            for name, load in loads:
+                if arguments.warm_up:
+                    warm_up = dataclasses.replace(
+                        load, requests=arguments.warm_up, duration_s=None, rate=None, schedule=None,
+                        streams=load.streams or 1,
+                    )  # fmt: skip
+                    await apply(target, warm_up, works, first, stop=stop, patience_s=arguments.patience)
+                    first += arguments.warm_up
+                if stop.is_set():
+                    break
+                keeper.begin(name, load, works.describe())
+                keep = _Progress(name, load, keeper.keep)
+                done, metrics = await _beside(
+                    beside,
+                    apply(target, load, works, first, stop=stop, patience_s=arguments.patience, keep=keep),
                 )
-                await apply(target, warm_up, works, first)
-                first += arguments.warm_up
-            done = await apply(target, load, works, first)
-            first += len(done.records)
-            levels.append((name, summarise(done, load, works, cores), done.records))
-            print(f"load {name}: {len(done.records)} requests in {done.window_s:.1f} s", file=sys.stderr)
+                first += len(done.records)
+                report = summarise(done, load, works, cores, objective)
+                levels.append(Level(name=name, report=report, records=done.records, metrics=metrics))
+                keeper.end(done, levels[-1], cores)
+                early = f"; ended early: {done.ended}" if done.ended else ""
+                print(f"load {name}: {len(done.records)} requests in {done.window_s:.1f} s{early}", file=sys.stderr)
+                if done.ended:
+                    break
     return levels
 
 
-@asynccontextmanager
-async def _opened(arguments: argparse.Namespace) -> AsyncIterator[Target]:
-    """The server. Raises ClientError if it does not answer or the model is not clear."""
-    tls = read_client_tls(arguments)
-    if arguments.openai:
-        from clients.bench.openai import opened
+async def _beside(beside: Beside | None, applied: Coroutine[Any, Any, Run]) -> tuple[Run, dict[str, Any] | None]:
+    """Apply a load while the metrics are read."""
+    if beside is None:
+        return await applied, None
+    beside.start()
+    try:
+        done = await applied
+    finally:
+        metrics = await asyncio.to_thread(beside.stop)
+    return done, metrics
 
-        body = read_body(arguments.body)
-        async with opened(arguments.openai, arguments.model, arguments.timeout, body, tls) as target:
-            yield target
-        return
-    from cli.generate import the_one_ready
-    from clients.bench.triton import TritonTarget
-    from clients.generation import AsyncClient
 
-    async with AsyncClient(arguments.url, tls=tls) as client:
-        model = arguments.model or the_one_ready(await client.models(), arguments.url)
-        yield TritonTarget(client, model, arguments.timeout)
+@contextlib.contextmanager
+def _stopping(stop: asyncio.Event) -> Iterator[None]:
+    """Have the first Ctrl-C or SIGTERM set an event. A second one ends the program at once."""
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+
+    def asked() -> None:
+        print("stopping: the requests in flight are ended; what was measured is reported", file=sys.stderr)
+        stop.set()
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+    for number in numbers:
+        loop.add_signal_handler(number, asked)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+class _Progress:
+    """Passes ended requests on, and tells from time to time how many there are."""
+
+    def __init__(self, name: str, load: Load, keep: Callable[[Record], None]) -> None:
+        self._name, self._load, self._keep = name, load, keep
+        self._ended = self._failed = 0
+        self._tell = every(PROGRESS_S, lambda text: print(text, file=sys.stderr))
+
+    def __call__(self, record: Record) -> None:
+        self._keep(record)
+        self._ended += 1
+        self._failed += record.error is not None
+        of = f" of {self._load.requests}" if self._load.requests else ""
+        self._tell(f"load {self._name}: {self._ended}{of} requests ended, {self._failed} failed")
 
 
 def read_body(text: str | None) -> dict[str, Any]:
@@ -222,72 +374,3 @@ def read_body(text: str | None) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ConfigError(f"reading --body: found {text}, expected a JSON object")
     return fields
-
-
-def _lines(levels: list[Level]) -> list[str]:
-    return [json.dumps({"load": name, **vars(record)}) + "\n" for name, _, records in levels for record in records]
-
-
-def table(levels: list[Level]) -> str:
-    """One row for each load."""
-    is_closed = levels[0][1]["load"]["kind"] == "closed loop"
-    heads = (
-        "streams" if is_closed else "rate", "tokens/s", "requests/s", "first token, s: p50", "p90", "p99",
-        "between tokens, ms: p50", "p99", "longest pause, s", "fairness", "failed",
-    )  # fmt: skip
-    rows: list[tuple[str, ...]] = [heads]
-    for name, report, _ in levels:
-        first, between = report["first_token_s"], report["between_tokens_s"]
-        rows.append(
-            (
-                name,
-                _number(report["output_tokens_per_s"]),
-                _number(report["requests_per_s"]),
-                *(_number(first[share]) for share in ("p50", "p90", "p99")),
-                *(_number(between[share], 1e3) for share in ("p50", "p99")),
-                _number(report["longest_pause_s"]),
-                _number(report["fairness"]["jain"]),
-                f"{report['requests']['failed']} of {report['requests']['sent']}",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
-    return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
-
-
-def notes(levels: list[Level]) -> Rows:
-    """How the figures were come by, and what puts them in doubt."""
-    rows = [("tokens", f"counted by {levels[0][1]['counting']}")]
-    for name, report, records in levels:
-        generator, requests = report["generator"], report["requests"]
-        busy = f"{generator['cores']:.2f} cores"
-        if generator["cores"] > BUSY_CORES:
-            busy += "; the generator itself may limit the figures"
-        rows.append((f"load {name}", f"{_sizes(records)}; the generator took {busy}"))
-        if requests["without_a_token"] > requests["failed"]:
-            count = requests["without_a_token"] - requests["failed"]
-            rows.append((f"load {name}", f"{count} requests got no token before the end; they are in no percentile"))
-        if report["miscounted"]:
-            rows.append((f"load {name}", f"{report['miscounted']} answers have another number of tokens by the server"))
-        if (late := generator["late_s"]) and (late["p99"] or 0) > 0.05:
-            rows.append((f"load {name}", f"requests were sent late: {late['p99']:.3f} s (p99)"))
-        if report["first_token_s"]["n"] < 100:
-            rows.append((f"load {name}", f"p99 of {report['first_token_s']['n']} requests is near their maximum"))
-        rows += [(f"{kind}: {number}", _example(records, kind)) for kind, number in report["errors"].items()]
-    return rows
-
-
-def _sizes(records: list[Record]) -> str:
-    """The mean tokens of prompts, where the server said how many there are, and of answers."""
-    prompts = [record.num_input_tokens for record in records if record.num_input_tokens is not None]
-    answers = [record.num_tokens for record in records if record.arrivals]
-    means = (f"{sum(counts) / len(counts):.0f}" if counts else "?" for counts in (prompts, answers))
-    return "{} tokens a prompt, {} an answer".format(*means)
-
-
-def _example(records: list[Record], kind: str) -> str:
-    """The message of the first request that failed so."""
-    return next(r.message or "" for r in records if r.error and f"{r.error} {r.status or ''}".strip() == kind)
-
-
-def _number(value: float | None, scale: float = 1.0) -> str:
-    return "-" if value is None else f"{value * scale:.3g}" if abs(value * scale) < 1000 else f"{value * scale:.0f}"

@@ -19,9 +19,9 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from pathlib import Path
 from typing import Any
 
-from clients.bench.openai import opened
 from clients.bench.records import Target
-from clients.bench.triton import TritonTarget
+from clients.bench.targets.openai import opened
+from clients.bench.targets.triton import TritonTarget
 from clients.generation import AsyncClient
 from decode.machine import busy_seconds
 from decode.orders import Worker, worker_process

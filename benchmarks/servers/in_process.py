@@ -16,7 +16,7 @@ import numpy as np
 
 from clients.bench.load import Work
 from clients.bench.records import Arrival
-from clients.bench.triton import request_of
+from clients.bench.targets.triton import request_of
 from clients.errors import ServerFailed
 from clients.wire import input_values
 from decode.orders import answers, orders, refusals

@@ -17,7 +17,7 @@ from clients.bench.generator import apply
 from clients.bench.prompts import Listed
 from clients.bench.records import Record
 from clients.bench.report import gaps_per_token, spread
-from clients.bench.triton import TritonTarget
+from clients.bench.targets.triton import TritonTarget
 from clients.errors import ClientError
 from clients.generation import AsyncClient, GenerationRequest
 from export.errors import ConfigError

@@ -62,13 +62,15 @@ class Load:
     """When requests are sent.
 
     Closed loop: `streams` streams, each of which sends its next request when its last answer has ended. Open loop:
-    requests arrive at random (a Poisson process) with `rate` requests a second on average, whether or not earlier ones
-    are answered. One of the two is set. The load ends after `requests` requests or `duration_s` seconds; one of these
-    is set, too. Raises ConfigError for anything else. With `stops_at_error` no request is sent after one has failed.
+    requests arrive at random (a Poisson process) with `rate` requests a second on average, or at the seconds of
+    `schedule`, whether or not earlier ones are answered. One of the three is set. The load ends after `requests`
+    requests or `duration_s` seconds; one of these is set, too. Raises ConfigError for anything else. With
+    `stops_at_error` no request is sent after one has failed.
     """
 
     streams: int | None = None
     rate: float | None = None
+    schedule: tuple[float, ...] | None = None
     requests: int | None = None
     duration_s: float | None = None
     seed: int = 0
@@ -88,15 +90,29 @@ class Load:
             )
             if not holds
         ]  # fmt: skip
-        if (self.streams is None) == (self.rate is None):
-            problems.append("expected either streams or a rate")
+        if [self.streams, self.rate, self.schedule].count(None) != 2:
+            problems.append("expected either streams or a rate, or the times of a trace")
         if (self.requests is None) == (self.duration_s is None):
             problems.append("expected either a number of requests or a duration")
         if problems:
             raise ConfigError(f"planning a load: {'; '.join(problems)}")
 
+    @property
+    def is_open(self) -> bool:
+        """Whether requests are sent when they are due, answered or not."""
+        return self.streams is None
+
+    @property
+    def kind(self) -> str:
+        if not self.is_open:
+            return "closed loop"
+        return "open loop, Poisson arrivals" if self.schedule is None else "open loop, arrivals of a trace"
+
     def arrivals_s(self) -> Iterator[float]:
-        """The seconds from the start at which requests of an open loop arrive, without end."""
+        """The seconds from the start at which requests of an open loop arrive. Those at random have no end."""
+        if self.schedule is not None:
+            yield from self.schedule
+            return
         source, due = random.Random(f"arrivals/{self.seed}"), 0.0
         while True:
             due += source.expovariate(self.rate or math.inf)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from clients.bench.kept import Level
 from clients.bench.records import Record
 from clients.bench.report import gaps_per_token
 from export.optional import optional_package
@@ -13,25 +14,25 @@ from export.optional import optional_package
 BAR = "#1b6ca8"
 
 
-def draw(levels: Sequence[tuple[str, Mapping[str, Any], Sequence[Record]]], title: str, path: Path) -> None:
+def draw(levels: Sequence[Level], title: str, path: Path) -> None:
     """Write the picture of loads: the name, report and records of each. The suffix of `path` chooses the format.
     Raises MissingPackageError without matplotlib."""
     with optional_package("matplotlib", "drawing a load", "load"):
         from matplotlib.figure import Figure
     figure = Figure(figsize=(12, 4), layout="constrained")
     rates, first, between = figure.subplots(1, 3)
-    names = [name for name, _, _ in levels]
-    heights = [report["output_tokens_per_s"] for _, report, _ in levels]
+    names = [level.name for level in levels]
+    heights = [level.report["output_tokens_per_s"] for level in levels]
     bars = rates.bar(range(len(names)), heights, color=BAR, width=0.6, tick_label=names)
     rates.bar_label(bars, [f"{height:.0f}" if height >= 100 else f"{height:.3g}" for height in heights], fontsize=8)
     rates.set_title("output tokens per second", fontsize=10)
-    what = "streams" if levels[0][1]["load"]["kind"] == "closed loop" else "requests per second"
+    what = "streams" if levels[0].report["load"]["kind"] == "closed loop" else "requests per second"
     rates.set_xlabel(what)
     _shares(
-        first, [(name, _firsts(records), 1.0) for name, _, records in levels], "time to first token", "seconds", what
+        first, [(level.name, _firsts(level.records), 1.0) for level in levels], "time to first token", "seconds", what
     )
     _shares(
-        between, [(name, gaps_per_token(records), 1e3) for name, _, records in levels], "time between tokens",
+        between, [(level.name, gaps_per_token(level.records), 1e3) for level in levels], "time between tokens",
         "milliseconds", what,
     )  # fmt: skip
     for axis in (rates, first, between):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from clients.bench.load import Load
-from clients.bench.prompts import Works
+from clients.bench.objective import Objective, goodput
 from clients.bench.records import Record, Run
 
 # Share of the window. A server that answers one request at a time may send the tokens of several answers in one burst,
@@ -16,9 +16,16 @@ from clients.bench.records import Record, Run
 LEAST_FULL = 0.05
 
 
-def summarise(run: Run, load: Load, works: Works, cores: int) -> dict[str, Any]:
+class Described(Protocol):
+    """What is sent, as the report repeats it."""
+
+    def describe(self) -> dict[str, Any]:
+        """What is sent, as JSON values."""
+
+
+def summarise(run: Run, load: Load, works: Described, cores: int, objective: Objective | None = None) -> dict[str, Any]:
     """The figures of one run on a machine of `cores` cores. Times are in seconds. Tokens that arrived after the
-    window do not count in rates."""
+    window do not count in rates. With an objective there are figures of goodput."""
     records, window = run.records, run.window_s
     tokens = sum(count for record in records for at, count in record.arrivals if at <= window)
     begun = [record for record in records if record.arrivals and record.arrivals[0][0] <= window]
@@ -26,6 +33,7 @@ def summarise(run: Run, load: Load, works: Works, cores: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         "load": {**describe(load), **works.describe()},
         "window_s": window,
+        "ended_early": run.ended,
         "requests": {
             "sent": len(records),
             "answered": sum(record.is_answered for record in records),
@@ -36,13 +44,14 @@ def summarise(run: Run, load: Load, works: Works, cores: int) -> dict[str, Any]:
         },
         "output_tokens": tokens,
         "input_tokens": sum(record.num_input_tokens or 0 for record in begun),
-        "output_tokens_per_s": tokens / window,
-        "total_tokens_per_s": (tokens + sum(record.num_input_tokens or 0 for record in begun)) / window,
-        "requests_per_s": len(ended) / window,
-        "first_token_s": spread(record.first_token_s for record in records if record.first_token_s is not None),
+        "output_tokens_per_s": _ratio(tokens, window) or 0.0,
+        "total_tokens_per_s": _ratio(tokens + sum(record.num_input_tokens or 0 for record in begun), window) or 0.0,
+        "requests_per_s": _ratio(len(ended), window) or 0.0,
+        "first_token_s": spread(_known(record.first_token_s for record in records)),
         "between_tokens_s": spread(gaps_per_token(records)),
+        "between_tokens_of_an_answer_s": spread(_known(record.between_tokens_s for record in records)),
         "longest_pause_s": max((gap for record in records for gap, _ in record.gaps_s()), default=None),
-        "answer_s": spread(record.end_s - record.due_s for record in records if record.is_answered and record.end_s),
+        "answer_s": spread(_known(record.answer_s for record in records)),
         "tokens_per_message": _ratio(
             sum(record.num_tokens for record in records), sum(len(record.arrivals) for record in records)
         ),
@@ -51,10 +60,11 @@ def summarise(run: Run, load: Load, works: Works, cores: int) -> dict[str, Any]:
         "counting": run.counting,
         "miscounted": sum(_is_miscounted(record) for record in records),
         "generator": {
-            "cores": run.cpu_s / window,
-            "share_of_machine": run.cpu_s / window / cores,
-            "late_s": spread(record.sent_s - record.due_s for record in records) if load.rate is not None else None,
+            "cores": _ratio(run.cpu_s, window) or 0.0,
+            "share_of_machine": _ratio(run.cpu_s, window * cores) or 0.0,
+            "late_s": spread(record.sent_s - record.due_s for record in records) if load.is_open else None,
         },
+        "goodput": goodput(records, objective, window) if objective else None,
     }
     if load.streams is not None:
         found["all_streams_running"] = full_load(records, load.streams, window)
@@ -62,9 +72,10 @@ def summarise(run: Run, load: Load, works: Works, cores: int) -> dict[str, Any]:
 
 
 def describe(load: Load) -> dict[str, Any]:
-    """The load as JSON values."""
-    kind = "closed loop" if load.streams is not None else "open loop, Poisson arrivals"
-    return {"kind": kind, **{name: value for name, value in vars(load).items() if value is not None}}
+    """The load as JSON values. The times of a trace are in the records."""
+    left_out = ("schedule",)
+    values = {name: value for name, value in vars(load).items() if value is not None and name not in left_out}
+    return {"kind": load.kind, **values}
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -133,6 +144,10 @@ def full_load(records: Sequence[Record], streams: int, window_s: float) -> dict[
     times = [(at, tokens) for record in records for at, tokens in record.arrivals]
     tokens = sum(count for begin, end in spans for at, count in times if begin < at <= end)
     return {"seconds": seconds, "tokens_per_s": tokens / seconds if seconds > LEAST_FULL * window_s else None}
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def _is_miscounted(record: Record) -> bool:

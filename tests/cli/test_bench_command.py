@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import threading
 from collections.abc import Iterator
 from concurrent import futures
 
 import grpc
 import pytest
-from fake_triton import FakeServer, empty_final, piece
+from fake_triton import FakeServer, empty_final, fake_server, piece, two_pieces
 from tritonclient.grpc import service_pb2_grpc
 
 from cli.main import main
+from clients.bench.kept import read_test
 
 
 @pytest.fixture
@@ -23,7 +26,9 @@ def server() -> Iterator[FakeServer]:
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, grpc_server)
     servicer.url = f"127.0.0.1:{grpc_server.add_insecure_port('127.0.0.1:0')}"
     grpc_server.start()
+    servicer.end = grpc_server.stop
     yield servicer
+    servicer.cancelled.set()
     grpc_server.stop(grace=None).wait()
 
 
@@ -40,24 +45,88 @@ def test_the_table_has_a_row_for_each_number_of_streams(server, capsys):
     assert len(set(prompts)) == 14
 
 
-def test_json_records_and_picture(server, capsys, tmp_path):
-    records, picture = tmp_path / "records.jsonl", tmp_path / "bench.svg"
+def test_json_and_the_file_of_every_request(server, capsys, tmp_path):
+    kept = tmp_path / "run.jsonl"
     arguments = ["--rate", "200", "--requests", "5", "--warm-up", "0", "--early", "0.5", "--seed", "4", "--json"]
-    outputs = ["--records", str(records), "--plot", str(picture)]
-    assert main(["bench", "--url", server.url, *arguments, *outputs]) == 0
+    assert main(["bench", "--url", server.url, *arguments, "--output", str(kept), "--slo", "600000"]) == 0
     [report] = json.loads(capsys.readouterr().out)["loads"]
     assert report["load"]["kind"] == "open loop, Poisson arrivals"
     assert (report["load"]["rate"], report["load"]["seed"], report["load"]["early_share"]) == (200, 4, 0.5)
     assert report["requests"]["sent"] == report["first_token_s"]["n"] == 5
-    kept = [json.loads(line) for line in records.read_text().splitlines()]
-    assert [record["index"] for record in kept] == list(range(5))
-    assert all(record["load"] == "200/s" and record["arrivals"][0][1] == 2 for record in kept)
-    text = picture.read_text()
-    for label in ("output tokens per second", "time to first token", "time between tokens", "milliseconds"):
-        assert f"<!-- {label} -->" in text
+    early = report["requests"]["ended_early"]
+    assert report["goodput"]["met"] == 5 - early
+    assert (report["goodput"]["missed"], report["goodput"]["unknown"]) == (0, early)
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["moeship load test", "load", *["request"] * 5, "end"]
+    requests = lines[2:-1]
+    assert sorted(record["index"] for record in requests) == list(range(5))
+    assert all(record["load"] == "200/s" and record["arrivals"][0][1] == 2 for record in requests)
+    assert lines[0]["about"]["urls"] == [server.url]
+    assert lines[-1]["report"] == {key: value for key, value in report.items() if key != "server_metrics"}
 
 
-@pytest.mark.parametrize("flag", ["--records", "--plot"])
+def test_an_interrupt_keeps_and_marks_what_was_measured(server, capsys, tmp_path):
+    kept, answered = tmp_path / "run.jsonl", iter(range(1000))
+
+    def answer(request, context):
+        if next(answered) == 6:  # in the middle of the second load
+            signal.raise_signal(signal.SIGINT)
+            context.add_callback(server.cancelled.set)
+            server.cancelled.wait()
+        yield from two_pieces(request, context)
+
+    server.answer = answer
+    arguments = ["--streams", "1,2,3", "--requests", "4", "--warm-up", "0", "--output", str(kept)]
+    assert main(["bench", "--url", server.url, *arguments]) == 130
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[1:3]] == ["1", "2"]
+    assert re.search(r"load 2 +ended early: interrupted; the figures are of the .* s until then", out)
+    test = read_test(kept)
+    assert test.ended == "interrupted"
+    assert [level.name for level in test.levels] == ["1", "2"]
+    first, second = test.levels
+    assert first.report["requests"]["answered"] == 4
+    assert 0 < second.report["requests"]["answered"] < 4
+    assert second.report["requests"]["cut_at_the_end"] >= 1
+
+
+def test_a_server_that_goes_ends_the_test_and_the_loads_before_it_stay(server, capsys, tmp_path):
+    kept, stopped = tmp_path / "run.jsonl", []
+
+    def answer(request, context):
+        yield from two_pieces(request, context)
+        if len(server.requests) == 3 and not stopped:
+            stopped.append(threading.Thread(target=lambda: server.end(None).wait()))
+            stopped[0].start()
+
+    server.answer = answer
+    arguments = ["--streams", "1,2", "--requests", "1000", "--warm-up", "0", "--patience", "0.2"]
+    assert main(["bench", "--url", server.url, *arguments, "--output", str(kept)]) == 1
+    stopped[0].join()
+    assert "ended early: the server was gone" in capsys.readouterr().out
+    test = read_test(kept)
+    assert [level.report["ended_early"] for level in test.levels] == ["the server was gone"]
+    assert 2 <= test.levels[0].report["requests"]["answered"] <= 3
+    assert test.levels[0].report["requests"]["failed"] >= 2
+
+
+def test_endpoints_that_disagree_on_the_model_are_refused(server, capsys):
+    with fake_server() as other:
+        other.states = (("mixtral", "READY", ""),)
+        both = ["--url", server.url, "--url", other.url]
+        assert main(["bench", *both, "--requests", "2"]) == 2
+        said = capsys.readouterr().err
+        assert "the endpoints have no model in common" in said
+        assert f"{server.url} has phixtral; {other.url} has mixtral" in said
+        assert main(["bench", *both, "--model", "phixtral", "--requests", "2"]) == 2
+        assert "expected phixtral at every address" in capsys.readouterr().err
+        assert server.requests == other.requests == []
+        other.states = server.states
+        assert main(["bench", *both, "--requests", "6", "--warm-up", "0"]) == 0
+        assert len(server.requests) == len(other.requests) == 3
+
+
+@pytest.mark.parametrize("flag", ["--output", "--plot"])
 def test_an_output_that_exists_or_has_no_place_is_refused_before_the_load(server, capsys, tmp_path, flag):
     taken = tmp_path / "prompts.jsonl"
     taken.write_text("mine")
@@ -102,8 +171,15 @@ def test_a_server_that_gives_no_token_has_no_figures(server, capsys):
         (["--requests", "0"], "--requests is 0, expected 1 or more"),
         (["--early", "2"], "the share of early ends is 2.0, expected 0 to 1"),
         (["--max-tokens", "x"], "reading --max-tokens: found 'x'"),
-        (["--openai", "http://127.0.0.1:1", "--body", "{"], "reading --body: "),
-        (["--openai", "http://127.0.0.1:1", "--body", "[]"], "reading --body: found [], expected a JSON object"),
+        (["--body", "{"], "reading --body: "),
+        (["--body", "[]"], "reading --body: found [], expected a JSON object"),
+        (["--endpoint", "chat"], "--url is 127.0.0.1:1, expected http://HOST:PORT for the endpoint chat"),
+        (["--url", "http://127.0.0.1:1"], "--url is http://127.0.0.1:1, expected HOST:PORT for the endpoint grpc"),
+        (["--patience", "0"], "--patience is 0.0, expected seconds above 0"),
+        (["--slo", "fast"], "reading --slo: found 'fast', expected milliseconds"),
+        (["--slo", "ttft:0"], "reading --slo: found 'ttft:0'"),
+        (["--slo", "ttft:5,ttft:6"], "reading --slo: found"),
+        (["--api-key-env", "NO_SUCH_VARIABLE"], "the variable NO_SUCH_VARIABLE of --api-key-env is not set"),
         (["--prompts", "/nowhere.jsonl"], "/nowhere.jsonl"),
     ],
 )
@@ -115,5 +191,5 @@ def test_wrong_input(arguments, message, capsys):
 def test_a_server_that_is_not_there(capsys):
     assert main(["bench", "--url", "127.0.0.1:1"]) == 1
     assert capsys.readouterr().err.startswith("ConnectionFailed: ")
-    assert main(["bench", "--openai", "http://127.0.0.1:1"]) == 1
+    assert main(["bench", "--url", "http://127.0.0.1:1"]) == 1
     assert capsys.readouterr().err.startswith("ConnectionFailed: ")

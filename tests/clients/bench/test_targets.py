@@ -14,9 +14,10 @@ from fake_triton import FakeServer, at_the_end_of, empty_final, piece
 
 from clients.bench.generator import apply
 from clients.bench.load import Lengths, Load, Sampling, Work
-from clients.bench.openai import OpenAITarget, opened
 from clients.bench.records import Arrival
-from clients.bench.triton import TritonTarget
+from clients.bench.targets.endpoints import Endpoints, common_model, opened_endpoints
+from clients.bench.targets.openai import GUESSED, OpenAITarget, opened
+from clients.bench.targets.triton import TritonTarget
 from clients.errors import (
     AccessDenied,
     AddressInvalid,
@@ -30,6 +31,7 @@ from clients.errors import (
     StreamBroken,
 )
 from clients.generation import AsyncClient
+from export.errors import ConfigError
 
 WORK = Work(prompt="one two", max_tokens=5, seed=9, sampling=Sampling(temperature=0.5, top_k=7, ignore_end=True))
 
@@ -98,8 +100,14 @@ async def http_server(answer, models=("m",)) -> AsyncIterator[tuple[str, list]]:
     async def listed(request):
         return web.json_response({"object": "list", "data": [{"id": name} for name in models]})
 
+    async def indexed(request):
+        states = [{"name": name, "version": "1", "state": "READY"} for name in (*models, "preprocessing")]
+        return web.json_response([*states, {"name": "broken", "state": "UNAVAILABLE", "reason": "x"}])
+
     app = web.Application()
-    app.add_routes([web.post("/v1/completions", complete), web.get("/v1/models", listed)])
+    paths = ("/v1/completions", "/v1/chat/completions", "/v2/models/m/generate_stream")
+    app.add_routes([*(web.post(path, complete) for path in paths), web.get("/v1/models", listed)])
+    app.add_routes([web.post("/v2/repository/index", indexed)])
     runner = web.AppRunner(app, handler_cancellation=True)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -156,7 +164,7 @@ def answers(answer, **fields) -> tuple[list[Arrival], OpenAITarget, list]:
             [2, 3, 0],
             "the number of predicted tokens that each chunk states",
         ),
-        ([chunk("a"), chunk(""), chunk("b", "length")], [1, 0, 1], "one token for each chunk with text"),
+        ([chunk("a"), chunk(""), chunk("b", "length")], [1, 0, 1], GUESSED),
     ],
 )  # fmt: skip
 def test_tokens_of_chunks_are_counted_by_what_the_server_adds(chunks, tokens, counting):
@@ -264,3 +272,102 @@ def test_addresses_and_models_that_are_not_there():
         asyncio.run(main("http://127.0.0.1:1"))
     with pytest.raises(ModelNotFound, match="give --model. The server has: a, b"):
         asyncio.run(main(None, models=("a", "b")))
+
+
+def opened_answers(answer, kind, work=WORK, **fields):
+    """All arrivals from an endpoint of a kind, its target, and the bodies that the server got."""
+
+    async def main():
+        async with (
+            http_server(answer) as (url, bodies),
+            opened_endpoints(Endpoints(urls=(url,), kind=kind, **fields)) as (target, model),
+        ):
+            assert model == "m"
+            return await all_of(target, work), target, bodies
+
+    return asyncio.run(main())
+
+
+def test_a_chat_sends_a_message_and_reads_its_deltas():
+    def delta(text, **more):
+        return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None, **more}]}
+
+    found = [delta("", **{"delta": {"role": "assistant"}}), delta("a"), delta("b", finish_reason="stop"), USAGE]
+    arrivals, target, [body] = opened_answers(events(*found), "chat")
+    assert [arrival.tokens for arrival in arrivals] == [0, 1, 1, 0]
+    assert [arrival.finish_reason for arrival in arrivals] == [None, None, "stop", None]
+    assert body["messages"] == [{"role": "user", "content": "one two"}]
+    assert "prompt" not in body
+    assert target.counting == GUESSED
+
+
+def test_the_generate_extension_sends_tensors_by_name_and_reads_its_events():
+    """The events are those of a Triton 2.51: a tensor of one value is written as that value."""
+    found = [
+        {"model_name": "m", "text_output": "a", "token_ids": [5, 6], "finish_reason": "", "num_input_tokens": 2,
+         "num_output_tokens": 2},
+        {"model_name": "m", "text_output": "b", "token_ids": 7, "finish_reason": "length", "num_input_tokens": 2,
+         "num_output_tokens": 3},
+    ]  # fmt: skip
+    arrivals, _, [body] = opened_answers(events(*found, done=False), "generate")
+    assert [arrival.tokens for arrival in arrivals] == [2, 1]
+    assert arrivals[-1] == Arrival(tokens=1, finish_reason="length", num_input_tokens=2, num_output_tokens=3)
+    assert body == {
+        "text_input": "one two", "max_tokens": 5, "stream": True, "temperature": 0.5, "top_k": 7, "seed": 9,
+        "end_id": -1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("found", "kind", "message"),
+    [
+        ([{"token_ids": [1]}], StreamBroken, "ended without a finish reason"),
+        (["["], StreamBroken, "an event cannot be read"),
+        ([{"error": "out of memory"}], ServerFailed, "out of memory"),
+    ],
+)
+def test_an_answer_of_the_generate_extension_that_cannot_be_read_is_an_error(found, kind, message):
+    with pytest.raises(kind, match=message):
+        opened_answers(events(*found, done=False), "generate")
+
+
+def test_a_key_goes_with_every_request():
+    keys = []
+
+    async def answer(request, body):
+        keys.append(request.headers.get("Authorization"))
+        return await events(chunk("a", "stop"))(request, body)
+
+    opened_answers(answer, "completions", api_key="secret")
+    assert keys == ["Bearer secret"]
+
+
+@pytest.mark.parametrize(
+    ("listed", "asked", "found"),
+    [
+        ({"a": ["m"], "b": ["m"]}, None, "m"),
+        ({"a": ["m", "n"], "b": ["m"]}, "m", "m"),
+        ({"a": ["m", "n"], "b": ["m"]}, None, "do not list the same models: a has m, n; b has m; give --model"),
+        ({"a": ["m"], "b": ["n"]}, None, "no model in common: a has m; b has n"),
+        ({"a": ["m"], "b": ["n"]}, "m", "b has n; expected m at every address"),
+        ({"a": ["m", "n"]}, None, "a has m, n; give --model"),
+        ({"a": []}, None, "a has none; give --model"),
+    ],
+)
+def test_the_model_of_several_endpoints(listed, asked, found):
+    if len(found) == 1:
+        assert common_model(listed, asked) == found
+        return
+    with pytest.raises(ConfigError, match=found):
+        common_model(listed, asked)
+
+
+def test_the_servers_number_of_tokens_is_shared_among_chunks_that_name_none():
+    async def main():
+        answer = events(chunk("a"), chunk("b"), chunk("c", "length"), {**USAGE, "usage": {"completion_tokens": 8}})
+        async with http_server(answer) as (url, _), opened(url, None) as target:
+            return await apply(target, Load(streams=1, requests=1), works())
+
+    [record] = asyncio.run(main()).records
+    assert [tokens for _, tokens in record.arrivals] == [2, 3, 3]
+    assert record.num_tokens == record.num_output_tokens == 8

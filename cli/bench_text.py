@@ -1,0 +1,115 @@
+"""The figures of a load test as text for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from export.rows import Rows
+
+if TYPE_CHECKING:
+    from clients.bench.kept import Level
+    from clients.bench.records import Record
+
+BUSY_CORES = 0.7  # above this share of a core the generator itself may limit what it measures
+
+
+def table(levels: Sequence[Level]) -> str:
+    """One row for each load."""
+    is_closed = levels[0].report["load"]["kind"] == "closed loop"
+    has_goodput = any(level.report["goodput"] for level in levels)
+    heads = (
+        "streams" if is_closed else "rate", "tokens/s", "requests/s", *(("goodput/s", "met, %") * has_goodput),
+        "first token, s: p50", "p90", "p99", "between tokens, ms: p50", "p90", "p99", "answer, s: p50", "p90", "p99",
+        "longest pause, s", "fairness", "failed",
+    )  # fmt: skip
+    rows: list[tuple[str, ...]] = [heads]
+    for level in levels:
+        report, goodput = level.report, level.report["goodput"] or {}
+        times = (("first_token_s", 1.0), ("between_tokens_s", 1e3), ("answer_s", 1.0))
+        rows.append(
+            (
+                level.name,
+                number_text(report["output_tokens_per_s"]),
+                number_text(report["requests_per_s"]),
+                *(
+                    (number_text(goodput.get("requests_per_s")), number_text(goodput.get("share_met"), 100.0))
+                    * has_goodput
+                ),
+                *(number_text(report[name][share], unit) for name, unit in times for share in ("p50", "p90", "p99")),
+                number_text(report["longest_pause_s"]),
+                number_text(report["fairness"]["jain"]),
+                f"{report['requests']['failed']} of {report['requests']['sent']}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
+    return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def notes(levels: Sequence[Level]) -> Rows:
+    """How the figures were come by, and what puts them in doubt."""
+    rows = [("tokens", f"counted by {levels[0].report['counting']}")]
+    for level in levels:
+        name, report, records = level.name, level.report, level.records
+        if report["ended_early"]:
+            until = f"the figures are of the {report['window_s']:.1f} s until then"
+            rows.append((f"load {name}", f"ended early: {report['ended_early']}; {until}"))
+        if report["goodput"]:
+            rows.append((f"load {name}", _goodput(report["goodput"])))
+        if level.metrics:
+            rows += [(f"load {name}", said) for said in _metrics(level.metrics)]
+        generator, requests = report["generator"], report["requests"]
+        busy = f"{generator['cores']:.2f} cores"
+        if generator["cores"] > BUSY_CORES:
+            busy += "; the generator itself may limit the figures"
+        rows.append((f"load {name}", f"{_sizes(records)}; the generator took {busy}"))
+        if requests["without_a_token"] > requests["failed"]:
+            count = requests["without_a_token"] - requests["failed"]
+            rows.append((f"load {name}", f"{count} requests got no token before the end; they are in no percentile"))
+        if report["miscounted"]:
+            rows.append((f"load {name}", f"{report['miscounted']} answers have another number of tokens by the server"))
+        if (late := generator["late_s"]) and (late["p99"] or 0) > 0.05:
+            rows.append((f"load {name}", f"requests were sent late: {late['p99']:.3f} s (p99)"))
+        if report["first_token_s"]["n"] < 100:
+            rows.append((f"load {name}", f"p99 of {report['first_token_s']['n']} requests is near their maximum"))
+        rows += [(f"{kind}: {number}", _example(records, kind)) for kind, number in report["errors"].items()]
+    return rows
+
+
+def _goodput(found: Mapping[str, Any]) -> str:
+    unknown = f", {found['unknown']} ended before that was known" if found["unknown"] else ""
+    return f"objective {found['objective']} (ms): {found['met']} met, {found['missed']} missed{unknown}"
+
+
+def _metrics(found: Mapping[str, Any]) -> list[str]:
+    """What the server said of itself, a line an engine."""
+    said = []
+    for engine in found["engines"]:
+        samples = [sample for sample in found["samples"] if sample["model"] == engine["model"]]
+        most = {name: max((s[name] for s in samples if name in s), default=None) for name in ("streams", "waiting")}
+        first = engine["first_token_s"] or {}
+        said.append(
+            f"the server's metrics, {engine['model']}: at most {number_text(most['streams'])} streams and "
+            f"{number_text(most['waiting'])} waiting; first token p50 {number_text(first.get('p50'))} s, p99 "
+            f"{number_text(first.get('p99'))} s"
+        )
+    if found["readings_failed"]:
+        said.append(f"{found['readings_failed']} readings of the server's metrics failed: {found['fault']}")
+    return said
+
+
+def _sizes(records: Sequence[Record]) -> str:
+    """The mean tokens of prompts, where the server said how many there are, and of answers."""
+    prompts = [record.num_input_tokens for record in records if record.num_input_tokens is not None]
+    answers = [record.num_tokens for record in records if record.arrivals]
+    means = (f"{sum(counts) / len(counts):.0f}" if counts else "?" for counts in (prompts, answers))
+    return "{} tokens a prompt, {} an answer".format(*means)
+
+
+def _example(records: Sequence[Record], kind: str) -> str:
+    """The message of the first request that failed so."""
+    return next(r.message or "" for r in records if r.error and f"{r.error} {r.status or ''}".strip() == kind)
+
+
+def number_text(value: float | None, scale: float = 1.0) -> str:
+    return "-" if value is None else f"{value * scale:.3g}" if abs(value * scale) < 1000 else f"{value * scale:.0f}"
