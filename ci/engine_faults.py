@@ -140,7 +140,6 @@ def ask_about_faults(work: Path, output: Path | None) -> int:
                 for name, all_of in found.items()
                 if name != "none" and best(all_of)[1] < LEAST_MARGIN
             }
-            small.pop("none")
             print(f"{engine.folder.name}: sound {sound}, small {small}", flush=True)
             every[engine.folder.name] = found
     if output:
