@@ -184,3 +184,13 @@ class Pool:
             triton.inputs.clear()
             logger.info("%s answers, with the models: %s", triton.url, ", ".join(sorted(ready)) or "none")
         triton.is_up, triton.ready, triton.late = True, ready, 0
+        await self._look_at_inputs(triton)
+
+    async def _look_at_inputs(self, triton: Triton) -> None:
+        """Ask again for the inputs that are known: a model may have been replaced by another one of its name."""
+        for model in list(triton.inputs):
+            if model not in triton.ready:
+                del triton.inputs[model]
+                continue
+            with suppress(ClientError):
+                triton.inputs[model] = await triton.client.model_inputs(model)

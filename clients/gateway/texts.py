@@ -6,6 +6,7 @@ loaded or computed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,7 @@ from triton_repo.contracts.model_parameters import ENGINE_FOLDER
 
 ENGINE_FILE = "engine.json"
 INPUT_IDS = "input_ids"  # the model's input for a prompt of token ids
+_VERSION = re.compile("[1-9][0-9]{0,17}")
 CHECKPOINT_FOLDER = "checkpoint"  # of a model for TensorRT-LLM's LLM API, within its version's folder
 
 
@@ -80,15 +82,38 @@ _BYTE_OF_LETTER = _letters()
 
 
 def find_folder(repository: Path, model: str) -> Path | None:
-    """The folder in a model repository that has the tokenizer of a model; None if there is none. Of an ensemble it is
-    the engine's."""
-    patterns = [
-        f"{model}/[0-9]*/{ENGINE_FOLDER}",
-        f"{model}/[0-9]*/{CHECKPOINT_FOLDER}",
-        f"{TOKEN_ENGINE}/[0-9]*/{ENGINE_FOLDER}",
-    ]
-    found = [path for pattern in patterns for path in sorted(repository.glob(pattern)) if path.is_dir()]
-    return next(iter(found), None)
+    """The folder in a model repository that has the tokenizer of a model, of its newest version, which Triton serves;
+    None if there is none. Of an ensemble it is the engine's."""
+    places = [(model, ENGINE_FOLDER), (model, CHECKPOINT_FOLDER), (TOKEN_ENGINE, ENGINE_FOLDER)]
+    found = (version / name for owner, name in places for version in _versions(repository / owner))
+    return next((path for path in found if path.is_dir()), None)
+
+
+def _versions(folder: Path) -> list[Path]:
+    """The folders of a model's versions, the newest first. Triton passes over other names, and those that begin with 0
+    (docs/user_guide/model_repository.md)."""
+    try:
+        found = [path for path in folder.iterdir() if _VERSION.fullmatch(path.name)]
+    except OSError:
+        return []
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+
+def state_of(folder: Path, chat_template: Path | None = None) -> tuple[Any, ...]:
+    """What changes where files that `read_texts` reads are replaced: each one's name, inode, size and time."""
+    try:
+        files = sorted(folder.iterdir())
+    except OSError:
+        files = []
+    return (folder, *map(_file_state, [*files, *([chat_template] if chat_template else [])]))
+
+
+def _file_state(path: Path) -> tuple[object, ...]:
+    try:
+        found = path.stat()
+    except OSError:
+        return (path.name,)
+    return path.name, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def read_texts(folder: Path, chat_template: Path | None = None) -> ModelTexts:

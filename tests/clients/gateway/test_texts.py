@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from fake_triton import echoed_prompt
+from serve_command import wait_until
 
 from clients.gateway.api.answers import answer_offsets, prompt_offsets, token_text
 from clients.gateway.texts import find_folder, read_texts
@@ -25,6 +28,55 @@ def test_the_tokenizer_of_a_package_is_its_engines(tmp_path, tiny_engine, layout
     manifest = json.loads((tiny_engine / "engine.json").read_text())
     assert (texts.context, texts.special_tokens) == (manifest["max_sequence"], manifest["tokenizer"]["special_tokens"])
     assert find_folder(tmp_path, "tiny") is None
+
+
+def test_the_tokenizer_is_that_of_the_version_which_triton_serves(tmp_path, tiny_engine):
+    """Triton serves the version of the highest number, and passes over names that begin with 0."""
+    for version in ("1", "9", "10", "011", "new"):
+        (tmp_path / "tiny" / version / "engine").mkdir(parents=True)
+    assert find_folder(tmp_path, "tiny") == tmp_path / "tiny/10/engine"
+    (tmp_path / "tiny/11").mkdir()
+    assert find_folder(tmp_path, "tiny") == tmp_path / "tiny/10/engine"
+    (tmp_path / "tiny[1]/1/engine").mkdir(parents=True)
+    assert find_folder(tmp_path, "tiny[1]") == tmp_path / "tiny[1]/1/engine"
+
+
+def test_a_model_that_was_replaced_has_its_own_tokenizer_and_template(gateway_of, server, tmp_path, tiny_engine):
+    """The package is replaced as `package` does it, by rename, while Triton and gateway go on."""
+    server.answer, folder = echoed_prompt, tmp_path / "model"
+    shutil.copytree(tiny_engine, folder)
+    template = tmp_path / "model.jinja"
+    template.write_text("one {{ messages[0]['content'] }}")
+    gateway = gateway_of(tokenizers={"": folder}, chat_template=template)
+    messages = [{"role": "user", "content": "hi"}]
+
+    def chat() -> str:
+        answer = gateway.client().chat.completions.create(model="phixtral", messages=messages)
+        return answer.choices[0].message.content
+
+    def context() -> int | None:
+        return gateway.client().models.list().data[0].max_model_len
+
+    assert (chat(), context()) == ("one hi", 640)
+    manifest = json.loads((folder / "engine.json").read_text())
+    shutil.copytree(folder, tmp_path / "next")
+    (tmp_path / "next" / "engine.json").unlink()
+    (tmp_path / "next" / "engine.json").write_text(json.dumps({**manifest, "max_sequence": 320}))
+    folder.rename(tmp_path / "old")
+    (tmp_path / "next").rename(folder)
+    template.write_text("two {{ messages[0]['content'] }}")
+    assert wait_until(lambda: (chat(), context()) == ("two hi", 320))
+
+
+def test_a_model_that_was_replaced_has_its_own_inputs(gateway, server):
+    """Whether experts can be asked for is asked again."""
+
+    def told() -> bool:
+        return gateway.client().models.list().data[0].moeship["return_routed_experts"]
+
+    assert told()
+    server.more_inputs = ()
+    assert wait_until(lambda: not told())
 
 
 def test_the_bytes_of_byte_level_tokens_are_those_of_the_text(trained_phixtral):
