@@ -80,11 +80,17 @@ class ChatTemplate:
                 }
             )
         except Exception as error:  # the template's own refusal, or whatever its expressions raise
-            raise TemplateError(named(error, 400)) from error
+            raise TemplateError(_reason(error)) from error
         return text if add_generation_prompt else _cut_behind(text, messages[-1]["content"])
 
     def _refuse(self, message: str) -> None:
         raise self._jinja_error(message)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "it takes more memory than there is for it"
+    return named(error, 400) if str(error).strip() else f"it failed with {type(error).__name__}"
 
 
 def _cut_behind(text: str, last: str) -> str:
