@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 # Paths that ask for no key: probes, the playground's page, which sends its requests with a key that is typed in.
 OPEN_PATHS = ("/health", "/")
 OPEN_FOLDERS = ("/playground/",)
+METRICS = "/metrics"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _CLIENT_CLOSED = 499  # nginx's status for a client that closed its connection; it stands in the log alone
 
@@ -92,7 +93,8 @@ class Guard:
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", record.id.encode())]}
             await send(message)
 
-        self._metrics.in_flight += 1
+        is_counted = not _is_probe(record.path)
+        self._metrics.in_flight += is_counted
         try:
             try:
                 self._admit(record, headers)
@@ -102,6 +104,14 @@ class Guard:
                 await error_response(error)(scope, receive, sent)
             except ClientDisconnect:
                 record.disconnected = True
+            except RecursionError:
+                # Python's limit counts all calls, so that a body can be read just so and be too deep further on.
+                failure = ApiError("the body's JSON is nested too deeply; send less levels")
+                record.error = failure.kind
+                if not record.status:
+                    await error_response(failure)(scope, receive, sent)
+                else:
+                    record.abort()
             except Exception:
                 logger.exception("a request failed by a bug of the gateway")
                 record.error = "internal"
@@ -111,7 +121,7 @@ class Guard:
                 else:
                     record.abort()
         finally:
-            self._metrics.in_flight -= 1
+            self._metrics.in_flight -= is_counted
             self._finish(record)
 
     def _admit(self, record: Record, headers: dict[bytes, bytes]) -> None:
@@ -126,7 +136,7 @@ class Guard:
                     status=401, kind=INVALID, code="invalid_api_key",
                 )  # fmt: skip
         most = self._settings.limits.in_flight
-        if self._metrics.in_flight > most:
+        if self._metrics.in_flight > most and not _is_probe(record.path):
             raise ApiError(
                 f"more than {most} requests are in flight at this gateway; send it again later",
                 status=429, kind=OVERLOADED, code="rate_limit_exceeded", retry_s=1,
@@ -183,6 +193,12 @@ def _too_large(most: int) -> ApiError:
 
 def _is_open(path: str) -> bool:
     return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS)
+
+
+def _is_probe(path: str) -> bool:
+    """Whether a request asks for nothing of a model. Such requests are not counted as in flight, and are answered
+    where too many others are."""
+    return path == METRICS or _is_open(path)
 
 
 def _bearer(headers: dict[bytes, bytes]) -> str:

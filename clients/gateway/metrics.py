@@ -77,7 +77,7 @@ class Metrics:
         for (path, status), count in sorted(self.requests.items()):
             yield f'moeship_gateway_requests_total{{path="{path}",status="{status}"}} {count}'
         for name, kind, what, value in (
-            ("in_flight", "gauge", "Requests in flight.", self.in_flight),
+            ("in_flight", "gauge", "Requests in flight, without probes and scrapes.", self.in_flight),
             ("retries_total", "counter", "Requests that were sent to another server.", self.retries),
             ("prompt_tokens_total", "counter", "Tokens of prompts that were answered.", self.prompt_tokens),
             ("output_tokens_total", "counter", "Tokens of answers.", self.output_tokens),

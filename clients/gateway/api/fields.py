@@ -139,8 +139,11 @@ def biases(most: int, low: float, high: float) -> Read:
             raise ValueError(f"expected an object of at most {most} token ids with a number each")
         found: dict[int, float] = {}
         for token, bias in value.items():
-            if not (token.isascii() and token.isdecimal() and len(token) < 10):
-                raise ValueError(f"expected token ids as keys, and {shown(token)} is none")
+            # "01" beside "1" would be one token with two numbers.
+            if not (token.isascii() and token.isdecimal() and len(token) < 10 and str(int(token)) == token):
+                raise ValueError(
+                    f"expected token ids as keys, written without zeros in front, and {shown(token)} is none"
+                )
             try:
                 found[int(token)] = number(low, high)(bias)
             except ValueError as error:

@@ -14,13 +14,13 @@ _UNREAD = frozenset({"refusal", "annotations", "audio", "function_call"})
 _PASSED = ("name", "tool_calls", "tool_call_id", "reasoning_content")
 
 
-def read_messages(value: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - JSON value
-    """The messages. Raises ValueError that says which is wrong."""
+def read_messages(value: Any, name: str = "messages") -> list[dict[str, Any]]:  # noqa: ANN401 - JSON value
+    """The messages in a field. Raises ValueError that says which is wrong."""
     if not isinstance(value, list) or not value:
         raise ValueError("expected a list of messages, at least one")
     if len(value) > MOST_MESSAGES:
         raise ValueError(f"expected at most {MOST_MESSAGES} messages")
-    return [_message(f"messages[{place}]", message) for place, message in enumerate(value)]
+    return [_message(f"{name}[{place}]", message) for place, message in enumerate(value)]
 
 
 def _message(where: str, value: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON value

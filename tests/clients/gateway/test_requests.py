@@ -8,13 +8,17 @@ import json
 import re
 import socket
 import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from urllib.parse import urlsplit
 
 import openai
+import psutil
 import pytest
 from fake_triton import echoed_prompt, empty_final, piece
 from fuzz_gateway import faults
+from serve_command import wait_until
 
 from clients.gateway.events import Events
 from clients.gateway.settings import Keys, Limits, read_keys
@@ -47,6 +51,7 @@ WRONG_FIELDS = (
         ({"model": "phixtral", "prompt": "a", "best_of": 2}, "best_of", "does not honour it"),
         ({"model": "phixtral", "prompt": "a", "tempreature": 1}, "tempreature", "did you mean temperature"),
         ({"model": "phixtral", "prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "token ids as keys"),
+        ({"model": "phixtral", "prompt": "a", "logit_bias": {"01": 1, "1": 2}}, "logit_bias", "'01' is none"),
         ({"model": "phixtral", "prompt": "a", "stream_options": {}}, "stream_options", "stream is not true"),
         ({"model": "phixtral", "prompt": "a", "response_format": {"type": "json_object"}}, "response_format",
          "keeps no answer to a format"),
@@ -74,6 +79,41 @@ def test_wrong_messages_are_named(gateway):
         status, answer, _ = ask(gateway, "POST", "/v1/chat/completions", {"model": "phixtral", "messages": messages})
         assert status == 400
         assert message in answer["error"]["message"]
+
+
+WRONG_RESPONSES = (
+    ({"input": [{"role": "wizard", "content": "a"}]}, "input", "input[0].role is 'wizard'"),
+    ({"input": [{"role": "user"}], "instructions": "x"}, "input", "input[0].content is None"),
+    ({"input": "raise"}, "input", "input: the model's chat template does not render this conversation: not so"),
+    ({"input": "a", "text": {"format": {"type": "json_object"}}}, "text.format", "text.format: found json_object"),
+    ({"input": "a", "text": {"format": {"type": "json_schema"}}}, "text.format", "text.format"),
+)
+
+
+def test_wrong_fields_of_a_response_have_the_names_that_the_client_gave(gateway_of, tmp_path):
+    (tmp_path / "refusing.jinja").write_text(
+        "{{ raise_exception('not so') if messages[-1].content == 'raise' else 'a' }}"
+    )
+    gateway = gateway_of(chat_template=tmp_path / "refusing.jinja")
+    for body, param, message in WRONG_RESPONSES:
+        status, answer, _ = ask(gateway, "POST", "/v1/responses", {"model": "phixtral", **body})
+        assert (status, answer["error"]["param"]) == (400, param), answer
+        assert message in answer["error"]["message"]
+        assert "messages" not in answer["error"]["message"].replace("of messages", "")
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_what_the_server_refuses_of_a_response_has_the_clients_name(gateway, server, is_stream):
+    def refusing(request, context):
+        message = empty_final()
+        message.ClearField("infer_response")
+        message.error_message = "INVALID_ARGUMENT: reading the request: max_tokens: found 0, expected 1 or more"
+        yield message
+
+    server.answer = refusing
+    body = {"model": "phixtral", "input": "a", "stream": is_stream}
+    status, answer, _ = ask(gateway, "POST", "/v1/responses", body)
+    assert (status, answer["error"]["param"]) == (400, "max_output_tokens")
 
 
 NO_REQUESTS = (
@@ -140,9 +180,33 @@ def test_no_key_opens_a_gateway_of_none():
     assert Keys().place("") is None
 
 
+def test_what_is_in_flight_is_without_probes_and_scrapes(gateway_of, server):
+    """Such requests are answered where too many others are in flight."""
+    server.answer = server.stoppable
+    gateway = gateway_of(limits=Limits(in_flight=1))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ask, gateway, "POST", "/v1/completions", {"model": "phixtral", "prompt": "a"})
+        assert server.started.wait(30)
+        assert ask(gateway, "GET", "/v1/models")[0] == 429
+        assert ask(gateway, "GET", "/health")[0] == 200
+        assert in_flight(gateway) == 1
+        server.stopped.set()
+        waiting.result(timeout=30)
+    assert wait_until(lambda: in_flight(gateway) == 0)
+
+
+def in_flight(gateway) -> int:
+    with urllib.request.urlopen(f"{gateway.url}/metrics", timeout=30) as response:
+        return int(re.search(r"^moeship_gateway_in_flight (\d+)$", response.read().decode(), re.MULTILINE)[1])
+
+
 def test_more_requests_than_allowed_are_refused_with_a_time(gateway_of):
     status, answer, headers = ask(gateway_of(limits=Limits(in_flight=0)), "GET", "/v1/models")
     assert (status, headers["retry-after"], answer["error"]["type"]) == (429, "1", "rate_limit_exceeded")
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+MEMORY = "{% set x = namespace(text='a') %}{% for a in range(60) %}{% set x.text = x.text * 2 %}{% endfor %}"
 
 
 @pytest.mark.parametrize(
@@ -151,20 +215,41 @@ def test_more_requests_than_allowed_are_refused_with_a_time(gateway_of):
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ ''.__class__.__mro__ }}", "does not render"),
         ("{{ 'a' * 10**10 }}", "does not render"),
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "longer than 0.5 s"),
+        (LOOP, "longer than 1 s"),
+        (MEMORY, "it takes more memory than there is for it"),
         ("{% for %}", "it is no Jinja"),
     ],
 )
-def test_a_template_that_refuses_or_does_not_end_is_the_requests_error(
-    gateway, tmp_path, monkeypatch, template, message
-):
-    if "longer" in message:  # the time includes the start of the process, which a busy machine draws out
-        monkeypatch.setattr("clients.gateway.rendering.RENDER_S", 0.5)
+def test_a_template_that_refuses_or_does_not_end_is_the_requests_error(gateway, tmp_path, template, message):
     (tmp_path / "template.jinja").write_text(template)
     for _ in range(2):
         with pytest.raises(openai.BadRequestError, match=message):
             gateway.client().chat.completions.create(model="phixtral", messages=CHAT)
     assert gateway.client().completions.create(model="phixtral", prompt="a").choices
+
+
+def test_a_conversation_whose_template_loops_holds_up_no_other(gateway_of, server, tmp_path, monkeypatch):
+    """One renders for as long as the test wants, and others are answered beside it."""
+    monkeypatch.setattr("clients.gateway.rendering.RENDER_S", 600)
+    monkeypatch.setattr("clients.gateway.rendering.LONGEST_S", 600)
+    (tmp_path / "looping.jinja").write_text("{% if messages[0].content == 'loop' %}" + LOOP + "{% endif %}a")
+    gateway = gateway_of(chat_template=tmp_path / "looping.jinja")
+    body = {"model": "phixtral", "messages": [{"role": "user", "content": "loop"}]}
+    with ThreadPoolExecutor(1) as pool:
+        looping = pool.submit(ask, gateway, "POST", "/v1/chat/completions", body)
+        assert wait_until(renderers)
+        for _ in range(5):
+            assert gateway.client().chat.completions.create(model="phixtral", messages=CHAT).choices
+        assert not looping.done()
+        for process in renderers():
+            process.kill()
+        status, answer, _ = looping.result(timeout=30)
+    assert (status, answer["error"]["code"]) == (400, "chat_template_failed")
+
+
+def renderers() -> list[psutil.Process]:
+    """The processes that render templates for the gateways of this process."""
+    return [child for child in psutil.Process().children() if "rendering" in " ".join(child.cmdline())]
 
 
 def test_damaged_bodies_get_the_right_status_and_nothing_of_other_requests(gateway, server):
