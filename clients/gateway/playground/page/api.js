@@ -26,6 +26,13 @@ const PLAIN_CODES = {
   no_chat_template: "This model cannot chat, since it has no chat template. Choose Completion at the top of the page.",
 };
 
+const PLAIN_ENDS = {
+  unavailable: "The answer broke off, since the server ended. Send this again in a moment.",
+  cancelled: "The answer broke off, since the server ended it. Send this again in a moment.",
+  rate_limit_exceeded: "The answer broke off, since the server has too much to do. Send this again in a moment.",
+  deadline_exceeded: "The answer took longer than the gateway allows. Ask for fewer tokens.",
+};
+
 function headers(key) {
   // fetch() would refuse such a header with the same error as where nothing answers.
   if (/[^\x21-\x7e]/.test(key)) throw new ShownError("An API key has no spaces and no letters beyond ASCII. Enter it again.");
@@ -62,6 +69,19 @@ function shown(told, status, retryAfter = null) {
   });
 }
 
+/** The error of an answer that had begun, which has a code and no status. */
+function broken(told) {
+  const plain = PLAIN_ENDS[told.code] ?? "The answer broke off, since the server failed.";
+  const own = typeof told.message === "string" ? told.message : "";
+  return new ShownError([plain, own].filter(Boolean).join("\n"), { param: told.param ?? null, code: told.code ?? null });
+}
+
+/** A request as JSON, whose seed may be a BigInt. */
+function encoded({ seed, ...others }) {
+  const text = JSON.stringify(others);
+  return seed === undefined ? text : `${text.slice(0, -1)},"seed":${seed}}`;
+}
+
 /** The models, in the gateway's order. */
 export async function models(key) {
   const response = await ask("v1/models", { headers: headers(key) });
@@ -72,7 +92,7 @@ export async function models(key) {
 
 /** The chunks of a streamed answer. `path` is that of the endpoint. Throws ShownError, and AbortError after `signal`. */
 export async function* chunks(path, body, key, signal) {
-  const response = await ask(path, { method: "POST", headers: headers(key), body: JSON.stringify(body), signal });
+  const response = await ask(path, { method: "POST", headers: headers(key), body: encoded(body), signal });
   if (!response.ok) throw await failure(response);
   let done = false;
   for await (const data of events(response.body, signal)) {
@@ -86,7 +106,7 @@ export async function* chunks(path, body, key, signal) {
     } catch {
       throw new ShownError("The gateway sent something that is no JSON. The answer is not whole.");
     }
-    if (chunk.error) throw shown(chunk.error, Number(chunk.error.code) || 0);
+    if (chunk.error) throw broken(chunk.error);
     yield chunk;
   }
   if (!done) throw new ShownError("The connection ended before the answer did.");

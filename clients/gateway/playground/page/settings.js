@@ -23,7 +23,9 @@ export function fields(mode) {
   const found = { stream: true, stream_options: { include_usage: true } };
   for (const id of NUMBERS) {
     const { value } = field(id);
-    if (value !== "") found[id] = Number(value);
+    if (value === "") continue;
+    // A seed may have 64 bits, which a number of JavaScript does not hold.
+    found[id] = id === "seed" && /^\d+$/.test(value) ? BigInt(value) : Number(value);
   }
   const stops = field("stop_words").value.split("\n").filter((word) => word !== "");
   if (stops.length) found.stop = stops;

@@ -104,6 +104,15 @@ def test_the_settings_reach_the_server(open_page, server, tokenizer):
     assert found["return_routed_experts"] == b"\x01"
 
 
+@pytest.mark.parametrize("seed", [2**53 + 1, 2**64 - 1])
+def test_a_seed_of_64_bits_reaches_the_server_as_it_is(open_page, server, tokenizer, seed):
+    server.answer = Says(tokenizer, "ok")
+    opened = open_page()
+    opened.page.fill("#seed", str(seed))
+    opened.ask("x")
+    assert int.from_bytes(sent(server)["seed"], "little") == seed
+
+
 def test_a_setting_that_no_server_takes_is_said_before_it_is_sent(open_page, server):
     opened = open_page()
     opened.page.fill("#temperature", "3")
@@ -151,6 +160,7 @@ def test_an_error_in_an_answer_keeps_the_text_and_the_message_can_be_sent_again(
     server.answer = broken
     assert opened.ask("two") == "def "
     assert opened.page.get_attribute(".turn:last-child .error", "role") == "alert"
+    assert opened.text(".error").startswith("The answer broke off, since the server failed.")
     assert "the model's server failed" in opened.text(".error")
     assert opened.page.locator(".asked-text").all_text_contents() == ["one", "two"]
     server.answer = Says(tokenizer, "third")
@@ -214,6 +224,10 @@ def test_a_full_server_and_one_that_is_away_are_told_in_plain_words(open_page, s
     for body, expected in (
         ("data: {\n\n", "The gateway sent something that is no JSON. The answer is not whole."),
         ('data: {"choices":[]}\n\n', "The connection ended before the answer did."),
+        (
+            'data: {"error":{"message":"gone","code":"unavailable"}}\n\n',
+            "The answer broke off, since the server ended. Send this again in a moment.\ngone",
+        ),
     ):
         opened.page.route("**/v1/chat/completions", lambda route, _, body=body: route.fulfill(body=body))
         opened.ask("z")
