@@ -31,6 +31,7 @@ from types import FrameType
 from typing import Any
 
 from cli.gateway import read_files
+from export.optional import require_packages
 from triton_repo.contracts.tls.server import ServerTls
 from triton_repo.errors import ServerError, TlsError
 from triton_repo.serving.ports import Ports, check_port, resolve_host
@@ -152,8 +153,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def check_gateway(arguments: argparse.Namespace) -> None:
     """Raise ServerError for a port of the gateway that cannot be used, before a server is started, and for settings of
-    a gateway that is not asked for; ConfigError for files of it that cannot be used."""
+    a gateway that is not asked for; ConfigError for files of it that cannot be used, and MissingPackageError."""
     if arguments.openai_port is not None:
+        modules = ("fastapi", "uvicorn", "httptools", "jinja2")
+        require_packages(modules, ", ".join(modules), "the gateway", "gateway")
         check_port("openai", resolve_host(arguments.host), arguments.openai_port)
         read_files(arguments)
     elif arguments.chat_template is not None or arguments.api_keys is not None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from export.errors import MissingPackageError
 
@@ -29,6 +30,13 @@ def optional_package(package: str, purpose: str, extra: str) -> Iterator[None]:
             raise MissingPackageError(package, purpose, extra) from error
         except ImportError as error:
             raise MissingPackageError(package, purpose, extra, reason=str(error)) from error
+
+
+def require_packages(modules: Sequence[str], package: str, purpose: str, extra: str) -> None:
+    """Raise MissingPackageError where a module is not installed, without importing any; the rest as
+    `optional_package`."""
+    if any(find_spec(module) is None for module in modules):
+        raise MissingPackageError(package, purpose, extra)
 
 
 @contextmanager

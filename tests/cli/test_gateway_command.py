@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 
 import pytest
 
@@ -42,6 +43,16 @@ def test_serve_refuses_files_of_the_gateway_before_it_starts_a_server(tmp_path, 
     ):
         assert main([*words, *flags]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_serve_says_that_the_gateways_packages_are_missing_before_it_starts_a_server(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert main(["serve", str(tmp_path), "--openai-port", str(port)]) == 2
+    message = capsys.readouterr().err
+    assert "moeship[gateway]" in message
+    assert "uvicorn" in message
 
 
 def test_a_template_that_is_no_jinja_is_refused_before_it_listens(tmp_path, capsys):
