@@ -12,6 +12,7 @@ import openai
 import psutil
 import pytest
 from gateway_in_thread import CHATML
+from live_requests import slow_down
 from serve_command import start_command, wait_until
 
 from triton_repo.contracts.model_parameters import ModelParameters
@@ -31,6 +32,7 @@ def served(tmp_path_factory, tiny_engine):
             onnxruntime=ModelParameters(threads=1, slots=24),
         )
     )  # fmt: skip
+    slow_down(tmp_path / "repository/tiny")  # drafts let the small model end 600 tokens before it is killed
     (tmp_path / "template.jinja").write_text(CHATML)
     port = choose_ports(resolve_host("127.0.0.1"), Ports()).metrics
     command, ready = start_command(
@@ -64,11 +66,10 @@ def test_streams_end_with_an_error_where_triton_is_killed_and_requests_are_answe
         psutil.Process(ready["pid"]).kill()
         killed = time.monotonic()
         found = [end.result(timeout=60) for end in ends]
-    assert {end for end in found if end != "whole"} <= {
+    assert set(found) <= {
         "the model's server ended before the answer did; send the request again",
         "the model's server cannot be reached at present; send the request again",
     }
-    assert found.count("whole") < STREAMS
 
     def answered() -> bool:
         with openai.OpenAI(base_url=ready["openai"], api_key="none", max_retries=0) as client:
