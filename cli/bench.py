@@ -34,10 +34,10 @@ from cli.rows import print_rows
 from cli.tls_flags import add_tls_arguments, read_client_tls
 from export.command import INTERRUPTED
 from export.errors import ConfigError
-from export.files.output import refuse_existing
+from export.files.output import refuse_existing, replace_file
 
 if TYPE_CHECKING:
-    from clients.bench.kept import Keeper, Level
+    from clients.bench.kept import Keeper, Level, LoadTest
     from clients.bench.load import Load
     from clients.bench.objective import Objective
     from clients.bench.prompts import Works
@@ -122,26 +122,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--output", type=Path, metavar="FILE", help="keep what each request saw, a JSON object a line, while it runs"
     )
-    output.add_argument("--plot", type=Path, metavar="FILE", help="draw the loads, for example as bench.svg")
+    output.add_argument("--page", type=Path, metavar="FILE", help="write the figures and charts as one HTML file")
+    output.add_argument(
+        "--show",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: show a file of --output, with another --slo or --page",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Apply the loads and print the report; returns 1 if a request failed or the server was gone, 130 if it was
     interrupted. Raises ConfigError, ClientError, and OutputError for an output that exists already or has no place."""
-    from clients.bench.kept import Keeper
+    from clients.bench.kept import Keeper, LoadTest, read_test
 
+    if arguments.page is not None:
+        refuse_existing(arguments.page, "the page")  # before loads that may take hours
+    if arguments.show is not None:
+        return _tell(arguments, read_test(arguments.show, read_slo(arguments)))
     loads, works, objective = read_loads(arguments), read_works(arguments), read_slo(arguments)
     endpoints = read_endpoints(arguments)
-    if arguments.plot is not None:
-        refuse_existing(arguments.plot, "the figures")  # before loads that may take hours
-    with Keeper(arguments.output, about(arguments, endpoints, [name for name, _ in loads], objective)) as keeper:
-        levels = asyncio.run(_measure(arguments, endpoints, loads, works, objective, keeper))
+    said = about(arguments, endpoints, [name for name, _ in loads], objective)
+    with Keeper(arguments.output, said) as keeper:
+        levels = asyncio.run(_measure(arguments, endpoints, loads, works, objective, keeper, said))
     if not levels:
         raise KeyboardInterrupt
-    if arguments.plot:
-        from clients.bench.plot import draw
+    return _tell(arguments, LoadTest(about=said, levels=levels))
 
-        draw(levels, f"{', '.join(endpoints.urls)}: {levels[0].report['load']['kind']}", arguments.plot)
+
+def _tell(arguments: argparse.Namespace, test: LoadTest) -> int:
+    """Print the figures of a test and write its page; returns the exit status."""
+    levels = test.levels
+    if arguments.page is not None:
+        from cli.bench_page import bench_page
+
+        replace_file(arguments.page, bench_page(test))
     if arguments.json:
         print(json.dumps({"loads": [{**level.report, "server_metrics": level.metrics} for level in levels]}, indent=2))
     else:
@@ -272,8 +287,10 @@ async def _measure(
     works: Works,
     objective: Objective | None,
     keeper: Keeper,
+    said: dict[str, Any],
 ) -> list[Level]:
-    """Apply each load after its warm-up, until one ends early. No two loads send the same synthetic prompt."""
+    """Apply each load after its warm-up, until one ends early. No two loads send the same synthetic prompt. The name of
+    the model is put into `said`."""
     from clients.bench.generator import apply
     from clients.bench.kept import Level
     from clients.bench.report import summarise
@@ -288,7 +305,7 @@ async def _measure(
     first = 0
     stop = asyncio.Event()
     with _stopping(stop):
-        async with opened_endpoints(endpoints) as (target, _):
+        async with opened_endpoints(endpoints) as (target, said["model"]):
             for name, load in loads:
                 if arguments.warm_up:
                     warm_up = dataclasses.replace(

@@ -14,35 +14,44 @@ if TYPE_CHECKING:
 BUSY_CORES = 0.7  # above this share of a core the generator itself may limit what it measures
 
 
-def table(levels: Sequence[Level]) -> str:
-    """One row for each load."""
-    is_closed = levels[0].report["load"]["kind"] == "closed loop"
+_TIMES = (("first_token_s", "first token, s", 1.0), ("between_tokens_s", "between tokens, ms", 1e3),
+          ("answer_s", "answer, s", 1.0))  # fmt: skip
+_SHARES = ("p50", "p90", "p99")
+
+
+def heads(levels: Sequence[Level], *, whole: bool = False) -> tuple[str, ...]:
+    """The names of the columns of `cells`; if not `whole`, a percentile beside another of its kind has no more than its
+    own name."""
+    kinds = {"closed loop": "streams", "open loop, Poisson arrivals": "rate"}
     has_goodput = any(level.report["goodput"] for level in levels)
-    heads = (
-        "streams" if is_closed else "rate", "tokens/s", "requests/s", *(("goodput/s", "met, %") * has_goodput),
-        "first token, s: p50", "p90", "p99", "between tokens, ms: p50", "p90", "p99", "answer, s: p50", "p90", "p99",
+    return (
+        kinds.get(levels[0].report["load"]["kind"], "trace"), "tokens/s", "requests/s",
+        *(("goodput/s", "met, %") * has_goodput),
+        *(f"{name}: {share}" if whole or share == "p50" else share for _, name, _ in _TIMES for share in _SHARES),
         "longest pause, s", "fairness", "failed",
     )  # fmt: skip
-    rows: list[tuple[str, ...]] = [heads]
-    for level in levels:
-        report, goodput = level.report, level.report["goodput"] or {}
-        times = (("first_token_s", 1.0), ("between_tokens_s", 1e3), ("answer_s", 1.0))
-        rows.append(
-            (
-                level.name,
-                number_text(report["output_tokens_per_s"]),
-                number_text(report["requests_per_s"]),
-                *(
-                    (number_text(goodput.get("requests_per_s")), number_text(goodput.get("share_met"), 100.0))
-                    * has_goodput
-                ),
-                *(number_text(report[name][share], unit) for name, unit in times for share in ("p50", "p90", "p99")),
-                number_text(report["longest_pause_s"]),
-                number_text(report["fairness"]["jain"]),
-                f"{report['requests']['failed']} of {report['requests']['sent']}",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
+
+
+def cells(level: Level, levels: Sequence[Level]) -> tuple[str, ...]:
+    """The row of one load."""
+    report, goodput = level.report, level.report["goodput"] or {}
+    has_goodput = any(one.report["goodput"] for one in levels)
+    return (
+        level.name,
+        number_text(report["output_tokens_per_s"]),
+        number_text(report["requests_per_s"]),
+        *((number_text(goodput.get("requests_per_s")), number_text(goodput.get("share_met"), 100.0)) * has_goodput),
+        *(number_text(report[name][share], unit) for name, _, unit in _TIMES for share in _SHARES),
+        number_text(report["longest_pause_s"]),
+        number_text(report["fairness"]["jain"]),
+        f"{report['requests']['failed']} of {report['requests']['sent']}",
+    )
+
+
+def table(levels: Sequence[Level]) -> str:
+    """One row for each load."""
+    rows = [heads(levels), *(cells(level, levels) for level in levels)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 

@@ -42,7 +42,7 @@ class Level:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Test:
+class LoadTest:
     """A load test: what was measured, and its loads in order."""
 
     about: Mapping[str, Any]
@@ -59,15 +59,15 @@ class Test:
 
 
 class Keeper:
-    """Writes the file of a load test. A context; does nothing where `path` is None. Raises OutputError."""
+    """Writes the file of a load test. A context; does nothing where `path` is None. `about` is written when the first
+    load begins; where none does, no file is left. Raises OutputError."""
 
     def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
         self._path, self._file, self._flushed = path, None, 0.0  # type: Path | None, TextIO | None, float
-        self._load = ""
+        self._load, self._about, self._has_begun = "", about, False
         if path is not None:
             refuse_existing(path, "the load test")
             self._file = self._open(path)
-            self._write({"kind": FORMAT, "version": VERSION, "about": about}, at_once=True)
 
     def __enter__(self) -> Keeper:
         return self
@@ -77,9 +77,14 @@ class Keeper:
     ) -> None:
         if self._file is not None:
             self._file.close()
+        if self._path is not None and self._file is not None and not self._has_begun:
+            self._path.unlink(missing_ok=True)
 
     def begin(self, name: str, load: Load, works: Mapping[str, Any]) -> None:
         """Begin a load."""
+        if not self._has_begun:
+            self._write({"kind": FORMAT, "version": VERSION, "about": self._about}, at_once=True)
+            self._has_begun = True
         values = {key: value for key, value in vars(load).items() if key != "schedule" and value is not None}
         is_trace = load.schedule is not None
         self._load = name
@@ -116,7 +121,7 @@ class Keeper:
             ) from error
 
 
-def read_test(path: Path, objective: Objective | None = None) -> Test:
+def read_test(path: Path, objective: Objective | None = None) -> LoadTest:
     """Read the file of a load test. The figures are computed anew of its samples, with `objective` in place of the one
     that it was measured with. Raises ConfigError for a file that is none, or that is damaged; a last line that is not
     whole is left out."""
@@ -189,12 +194,12 @@ class _Reader:
                 f"reading the load test {named(self.path)}, line {number}: {error!r}; it is damaged, measure again"
             ) from error
 
-    def finish(self) -> Test:
+    def finish(self) -> LoadTest:
         """The test. Raises ConfigError for a file without a request."""
         self._close(None)
         if self.about is None or not any(level.records for level in self.levels):
             raise ConfigError(f"reading the load test {named(self.path)}: it has no request that ended; {_HINT}")
-        return Test(about=self.about, levels=self.levels)
+        return LoadTest(about=self.about, levels=self.levels)
 
     def _close(self, end: Mapping[str, Any] | None) -> None:
         if self.load is None or not (end or self.records):
@@ -207,7 +212,7 @@ class _Reader:
             records=records,
             window_s=float(end["window_s"]) if end else last,
             cpu_s=float(end["cpu_s"]) if end else 0.0,
-            counting=str(end["counting"]) if end else "",
+            counting=str(end["counting"]) if end else "what the file does not say, as it breaks off",
             ended=end["ended"] if end else BROKEN_OFF,
         )
         said = (self.about or {}).get("objective")

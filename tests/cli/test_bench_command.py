@@ -126,7 +126,7 @@ def test_endpoints_that_disagree_on_the_model_are_refused(server, capsys):
         assert len(server.requests) == len(other.requests) == 3
 
 
-@pytest.mark.parametrize("flag", ["--output", "--plot"])
+@pytest.mark.parametrize("flag", ["--output", "--page"])
 def test_an_output_that_exists_or_has_no_place_is_refused_before_the_load(server, capsys, tmp_path, flag):
     taken = tmp_path / "prompts.jsonl"
     taken.write_text("mine")
