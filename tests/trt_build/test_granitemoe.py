@@ -289,6 +289,7 @@ def test_the_commands_take_a_granitemoe_from_inspect_to_a_repository(tmp_path, t
     words = ["--checkpoint", str(trained), "--precision", "int8"]
     assert main(["plan", *words]) == 0
     assert "as int8 for cpu" in capsys.readouterr().out
+    words += ["--calibrate-tokens", "1024"]
     assert main(["build", *words, "--output", str(tmp_path / "engine")]) == 0
     assert main(["verify", str(tmp_path / "engine"), "--reference", str(trained), "--tokens", "600"]) == 0
     engine = open_engine(tmp_path / "engine")

@@ -305,7 +305,7 @@ def test_inspect_plan_and_build_say_it_in_one_line(merged, tmp_path, capsys):
         assert main(["plan", str(merged), *flags, *more]) == 0
         assert capsys.readouterr().out.count(SENTENCE) == times
         output = tmp_path / f"engine-{times}"
-        assert main(["build", str(merged), *flags, *more, "--output", str(output)]) == 0
+        assert main(["build", str(merged), *flags, *more, "--method", "nearest", "--output", str(output)]) == 0
         assert open_engine(output).manifest.left_out_experts == (
             {str(layer): (2, 3) for layer in range(4)} if times else {}
         )
