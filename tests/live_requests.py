@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import threading
+import urllib.request
 from pathlib import Path
 
 import grpc
@@ -11,27 +13,49 @@ from live_triton import LiveTriton, read
 from clients.errors import without_ensemble
 
 PATIENCE_S = 30
-# Put into the served models: a step of the engine takes 10 ms more, so that 600 tokens are under way for a while.
+LONG_TOKENS = 450
+# Put into the served models. Steps get so slow near the end of an answer of 600 tokens that none ends by itself while a
+# test does something to it, and metrics are published ten times as often as they are.
 SLOW = """
 import time
+from pathlib import Path
+from triton_repo.runtime.reporting import metrics
 from trt_build.ort import session
 
+metrics.PUBLISH_INTERVAL_S = 0.1
 step = session.Session.step
 
 
-def slow(self, *given):
-    time.sleep(0.01)
-    return step(self, *given)
+def slow(self, cache, rows, *more):
+    is_long = any(cache.lengths[row.slot] > {long_tokens} for row in rows)
+    time.sleep(0.5 if is_long or Path({held!r}).is_dir() else 0.01)
+    return step(self, cache, rows, *more)
 
 
 session.Session.step = slow
 """
 
+_SAMPLE = re.compile(r"^(\w+)\{(.*)\} (\S+)$", re.M)
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
 
-def slow_down(model: Path) -> None:
-    """Have a packaged model, which holds an engine, take its time."""
-    path = model / "1" / "model.py"
-    path.write_text(path.read_text(encoding="utf-8").replace("\nLAST = ", f"{SLOW}\nLAST = "), encoding="utf-8")
+
+def slow_down(model: Path, held: Path = Path("/nowhere")) -> None:
+    """Have a packaged model, which holds an engine, take its time: a step takes 10 ms more, and half a second where a
+    sequence has more than LONG_TOKENS tokens, or while the folder `held` is there."""
+    path, slow = model / "1" / "model.py", SLOW.format(long_tokens=LONG_TOKENS, held=str(held))
+    path.write_text(path.read_text(encoding="utf-8").replace("\nLAST = ", f"{slow}\nLAST = "), encoding="utf-8")
+
+
+def metrics_of(url: str, model: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """Triton's page of metrics: name and labels beside the model -> value, of one model."""
+    with urllib.request.urlopen(url, timeout=PATIENCE_S) as response:
+        text = response.read().decode()
+    found = {}
+    for name, labels, value in _SAMPLE.findall(text):
+        of = dict(_LABEL.findall(labels))
+        if of.pop("model", None) == model:
+            found[name, tuple(sorted(of.items()))] = float(value)
+    return found
 
 
 class Asked:

@@ -8,11 +8,10 @@ import re
 import signal
 import threading
 import time
-import urllib.request
 from types import SimpleNamespace
 
 import pytest
-from live_requests import PATIENCE_S, Asked, slow_down
+from live_requests import PATIENCE_S, Asked, metrics_of, slow_down
 from live_triton import LiveTriton
 from serve_command import start_command, wait_until
 
@@ -28,9 +27,6 @@ SINGLE, STEPS = "alone", "steps"
 ENGINES = {SINGLE: SINGLE, STEPS: "tensorrt_llm"}  # the model that has the engine, by the model that is asked
 SLOTS, WAITING = 2, 2
 LONG = {"text_input": "def ", "max_tokens": 630, "end_id": -1}
-
-_SAMPLE = re.compile(r"^(\w+)\{(.*)\} (\S+)$", re.M)
-_LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
 def package(repository, engine, *layouts) -> None:
@@ -55,14 +51,7 @@ class Serving:
 
     def metrics(self, model: str) -> dict:
         """Name and labels beside the model -> value, of the model that has the engine."""
-        with urllib.request.urlopen(self.said["metrics"], timeout=PATIENCE_S) as response:
-            text = response.read().decode()
-        found = {}
-        for name, labels, value in _SAMPLE.findall(text):
-            labels = dict(_LABEL.findall(labels))
-            if labels.pop("model", None) == ENGINES[model]:
-                found[name, tuple(sorted(labels.items()))] = float(value)
-        return found
+        return metrics_of(self.said["metrics"], ENGINES[model])
 
     def grown(self, model: str, before: dict, **expected: float) -> dict:
         """The metrics that have grown since `before`, once those of `expected` have grown so much in all."""
@@ -120,7 +109,7 @@ def model(request):
 
 
 def settled(serving, model) -> dict:
-    """The metrics once nothing runs and a second has published it."""
+    """The metrics once nothing runs and all of them have been published again, those of experts too."""
     running = ("moeship_requests_running", ())
     wait_until(lambda: serving.metrics(model)[running] == 0)
     time.sleep(1.2)
@@ -139,11 +128,13 @@ def test_requests_are_counted_and_logged_one_by_one(serving, model):
     asked = [Asked(serving.live, model, f"count-{n}", text_input="def ", max_tokens=5, end_id=-1, stream=n % 2 == 0)
              for n in range(3)]  # fmt: skip
     assert [one.end()["num_output"] for one in asked] == [5, 5, 5]
-    grown = serving.grown(model, before, output_tokens=15)
     experts = "moeship_expert_tokens_total"
-    if not any(name == experts for name, _ in grown):  # they are published every five seconds
-        time.sleep(5)
-        grown = serving.grown(model, before, output_tokens=15)
+
+    def grown_experts() -> dict:
+        found = serving.grown(model, before, output_tokens=15, requests_ended=3)
+        return found if any(name == experts for name, _ in found) else {}
+
+    grown = wait_until(grown_experts)
     assert grown["moeship_prompt_tokens_total", ()] == 12
     assert grown["moeship_requests_ended_total", (("end", "length"),)] == 3
     counts = {name: grown[f"moeship_{name}_seconds_count", ()] for name in ("queue", "first_token", "between_tokens")}
@@ -181,7 +172,7 @@ def test_a_prompt_that_begins_like_the_last_one_goes_on_from_the_cache(serving, 
     before = settled(serving, model)
     serving.live.text(model, "second", text_input=f"{system}class Other", max_tokens=4, end_id=-1)
     asked = {"prefix_asked_tokens": len(system) + 11, "prefix_reused_tokens": len(system)}
-    grown = serving.grown(model, before, prefix_hits=1, prompt_tokens=11, **asked)
+    grown = serving.grown(model, before, prefix_hits=1, prompt_tokens=11, requests_ended=1, **asked)
     [line] = serving.lines(model, "second")
     assert (line["prompt_tokens"], line["reused_tokens"]) == (len(system) + 11, len(system))
     assert grown["moeship_requests_ended_total", (("end", "length"),)] == 1
