@@ -151,12 +151,16 @@ def _size_rows(report: CheckpointReport) -> Rows:
         rows.append(("sliding window", f"{facts.sliding_window}{few}"))
     if facts.is_moe:
         rows.append(("experts", f"{facts.num_experts}, {facts.experts_per_token} per token"))
+    if facts.dense_layers:
+        width = facts.dense_ffn_size or facts.ffn_size
+        rows.append(("dense layers", f"{len(facts.dense_layers)} of {facts.num_layers}, ffn size {width}"))
     if facts.scales != Scales():
         scales = {**asdict(facts.scales), "attention": facts.attention_scale}
         rows.append(("scales", ", ".join(f"{name} {value:g}" for name, value in scales.items())))
     if not facts.qkv.is_plain:
-        said = ["normalised over their whole width"] if facts.qkv.norm else []
-        said += [f"clipped to {facts.qkv.clip:g}, values too"] if facts.qkv.clip else []
+        norms = {"width": ["normalised over their whole width"], "head": ["each head normalised"]}
+        clips = [f"clipped to {facts.qkv.clip:g}, values too"] if facts.qkv.clip else []
+        said = norms.get(facts.qkv.norm or "", []) + clips
         rows.append(("queries and keys", ", ".join(said)))
     if facts.swiglu != SwiGlu():
         rows.append(("activation", facts.swiglu.described))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from export.config_keys.rules import FamilyKeys, contradictions, judge, resolved
-from export.errors import ConfigError, listing, named, names, shown
+from export.errors import ConfigError, listing, named, names, shown, with_article
 from export.rotary import RotaryScaling
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ MAX_EXPERTS = 1 << 12  # the experts of a layer are compared with each other, pa
 # Smallest and largest accepted number: in float32, as the kernels get it, a smaller one is 0 and a larger one infinite.
 MIN_REAL, MAX_REAL = 2.0**-126, 3.4e38
 
-NORMED_OVER = ("width",)  # what a norm of queries and of keys can be over
+NORMED_OVER = ("width", "head")  # what a norm of queries and of keys can be over
 SCORES = ("softmax", "sigmoid")  # functions by which a router turns logits into scores
 MAX_UNREAD = 1000  # limit on keys that nobody reads: each is compared with those that are read
 MAX_LISTED = 12  # number of unknown keys that an error names
@@ -88,7 +88,9 @@ class Scales:
 @dataclass(frozen=True, kw_only=True)
 class QueryKeyValue:
     """What becomes of queries, keys and values before the rotary embedding. `norm` "width": an RMSNorm over all heads
-    of the queries together, [N*D], and one over those of the keys, [G*D], each with factors of its own (None: no norm).
+    of the queries together, [N*D], and one over those of the keys, [G*D], each with factors of its own. `norm` "head":
+    an RMSNorm over each head of the queries, whose factors [D] are the same for all heads, and one over each head of
+    the keys (None: no norm).
     `clip`: then each value of queries, keys and values is held within -clip and clip (None: as it is).
     Raises ValueError for another norm, and for a clip that is not a positive number in float32's range."""
 
@@ -162,6 +164,7 @@ class Architecture:
     tied_head: bool = False  # whether the head uses the embedding's matrix
     full_layers: tuple[int, ...] = ()  # in a model with a sliding window, the layers that attend to all positions
     dense_layers: tuple[int, ...] = ()  # in a model with experts, the layers that have one MLP instead of a mixture
+    dense_ffn_size: int | None = None  # F of the MLP of `dense_layers`; None: that of an expert
     router: Router = Router()
     scales: Scales = Scales()
     qkv: QueryKeyValue = QueryKeyValue()
@@ -318,9 +321,10 @@ class ConfigReader:
             self._problems.append(f"and {len(refused) - MAX_LISTED} more such keys")
         if self._problems:
             raise ConfigError(
-                f"reading config.json of a {self._family} checkpoint: moeship refuses keys and values that it does not "
-                "support. Correct those that are misspelled or damaged. Leave the others in place: they describe the "
-                f"weights, and without them another model would be built:{listing(self._problems, 2 * MAX_LISTED)}"
+                f"reading config.json of {with_article(self._family)} checkpoint: moeship refuses keys and values that "
+                "it does not support. Correct those that are misspelled or damaged. Leave the others in place: they "
+                "describe the weights, and without them another model would be built:"
+                f"{listing(self._problems, 2 * MAX_LISTED)}"
             )
         if ignored:
             logger.warning("config.json has keys that %s and moeship ignore: %s", self._keys.source, names(ignored))

@@ -124,6 +124,11 @@ def kind_of(value: object) -> str:
     return "null" if value is None else kinds.get(type(value), f"a {type(value).__name__}")
 
 
+def with_article(noun: str) -> str:
+    """A family's or another noun with "a" or "an" before it, by its first letter."""
+    return f"{'an' if noun[:1] in tuple('aeio') else 'a'} {noun}"
+
+
 def near_match(word: object, known: Iterable[str]) -> str | None:
     """The known word that is most similar to `word`; None if none is similar, or if `word` is very long."""
     if not isinstance(word, str) or len(word) > _MOST_SUGGESTED:

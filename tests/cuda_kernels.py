@@ -33,7 +33,7 @@ KERNELS = {
     "Split": {"T": {"float", "float16", "bfloat16", "double", "int32", "int64"}},
     "Clip": {"T": {"float", "float16", "double", "int64"}},
     "Slice": {"T": {"float"}, "Tind": {"int64"}},
-    "Shape": {"T": {"int64"}, "T1": {"int64"}},
+    "Shape": {"T": {"float", "float16", "int64"}, "T1": {"int64"}},
     "Identity": {"T": {"float"}, "V": {"float"}},
 }  # fmt: skip
 

@@ -22,6 +22,7 @@ from fuzzing import Reader, mutated_bytes, mutated_json
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
 from olmoe_checkpoints import write_olmoe_checkpoint
+from qwen_checkpoints import write_qwen_checkpoint
 
 from export.checkpoint.file_table import INDEX_FILE
 from export.checkpoint.folder import open_checkpoint
@@ -48,6 +49,7 @@ def checkpoints() -> tuple[Path, ...]:
         write_mixtral_checkpoint(folder / "mixtral", seed=1),
         write_granitemoe_checkpoint(folder / "granitemoe", seed=1),
         write_olmoe_checkpoint(folder / "olmoe", seed=1),
+        write_qwen_checkpoint(folder / "qwen3_moe", "qwen3_moe", seed=1, num_layers=3, config={"mlp_only_layers": [1]}),
         write_dense_checkpoint(folder / "mistral", seed=1, family="mistral"),
         write_dense_checkpoint(folder / "llama", seed=1, family="llama"),
     )

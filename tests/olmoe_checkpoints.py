@@ -53,7 +53,7 @@ def tell_mixtral_as_olmoe(source: Path, folder: Path, **more: Any) -> Path:
     still predicts its text."""
     config = json.loads((source / "config.json").read_text())
     tensors = load_file(source / "model.safetensors")
-    for name, values in _sizes(source).items():
+    for name, values in sizes_of(source).items():
         tensors[name.replace("_proj", "_norm") + ".weight"] = values
     folder.mkdir(parents=True)
     for file in source.glob("*token*"):
@@ -63,7 +63,7 @@ def tell_mixtral_as_olmoe(source: Path, folder: Path, **more: Any) -> Path:
     return folder
 
 
-def _sizes(source: Path) -> dict[str, Array]:
+def sizes_of(source: Path) -> dict[str, Array]:
     """Module of queries or keys of a Mixtral -> the root of the mean square of its outputs over a text, for each of
     them the same, float32 [rows]."""
     import torch

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.architecture import Architecture, SwiGlu, is_token_id
+from export.architecture import Architecture, is_token_id
 from export.errors import MoeshipError, kind_of, named, shown
 from export.files.reading import is_folder, is_there, parse_json, read_bytes
 from export.files.recognised import recognised
@@ -32,6 +32,8 @@ ORT_BACKEND, TRTLLM_BACKEND = BACKENDS = "onnxruntime", "tensorrt-llm"
 UNDIGESTED: Mapping[str, int] = {ORT_BACKEND: 2, TRTLLM_BACKEND: 1}  # backend -> the last format without a digest
 _DIGEST = re.compile(r'(?<=,\n  "digest": ")[0-9a-f]{64}(?="\n}\n\Z)')
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
+# Facts that most networks do not have.
+_LEFT_OUT = ("qkv", "swiglu", "full_layers", "dense_ffn_size")
 _LIBRARIES = ("moeship", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tokenizers")
 
 
@@ -57,13 +59,12 @@ def libraries() -> dict[str, str]:
 
 
 def manifest_values(manifest: Any) -> dict[str, Any]:  # noqa: ANN401 - the record of either backend's engine.json
-    """The values of an engine.json. Facts that most networks do not have are left out where they are plain, which their
-    absence means: engines of models without them keep their bytes."""
-    values = dataclasses.asdict(manifest)
-    facts = manifest.architecture
-    plain = {"qkv": facts.qkv.is_plain, "swiglu": facts.swiglu == SwiGlu(), "full_layers": not facts.full_layers}
-    for name in (name for name, absent in plain.items() if absent):
-        del values["architecture"][name]
+    """The values of an engine.json. Facts of _LEFT_OUT that have their plain value are left out, which their absence
+    means: engines of models without such facts keep their bytes."""
+    values, facts = dataclasses.asdict(manifest), manifest.architecture
+    for field in dataclasses.fields(facts):
+        if field.name in _LEFT_OUT and getattr(facts, field.name) == field.default:
+            del values["architecture"][field.name]
     return values
 
 

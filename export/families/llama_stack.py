@@ -2,13 +2,13 @@
 
   our name, in layer i under model.layers.{i}
   self_attn.qkv_proj            q, k and v one after the other, [(N+2G)*D, H]
-  self_attn.q_norm, .k_norm     where queries and keys are normalised: [N*D] and [G*D]
+  self_attn.q_norm, .k_norm     where queries and keys are normalised: [N*D] and [G*D], or [D] each
   self_attn.o_proj              [H, N*D]
   mlp.gate                      the router, [E, H]
   mlp.experts.gate_up           [E, 2F, H], rows alternate between gate and up
   mlp.experts.down              [E, H, F]
-  mlp.gate_proj, mlp.up_proj    in a dense model: [F, H] each
-  mlp.down_proj                 in a dense model: [H, F]
+  mlp.gate_proj, mlp.up_proj    in a dense model or layer: [F, H] each
+  mlp.down_proj                 in a dense model or layer: [H, F]
 
 Each layer also has two norms, and the model has model.embed_tokens and lm_head [V, H] and model.norm. Nothing has a
 bias unless a family says so. An expert, and a dense model's MLP, is down(silu(gate x) * up x). Attention and mixture
@@ -63,17 +63,21 @@ def read_stack_config(
     experts_key: str = "num_local_experts",
     num_experts: int = 8,
     experts_per_token: int = 2,
+    width_key: str = "intermediate_size",
     router: Router | None = None,
     qkv: QueryKeyValue | None = None,
     attention_bias: bool = False,
     full_layers: tuple[int, ...] = (),
     swiglu: SwiGlu | None = None,
+    dense_layers: tuple[int, ...] = (),
+    dense_ffn_size: int | None = None,
 ) -> Architecture:
     """Read the Architecture from a config.json with the keys of transformers' LlamaConfig. `rope_base`, `norm_epsilon`,
     `num_kv_heads` (None: as many as query heads), `num_experts` and `experts_per_token` are the defaults of the
-    family's configuration class for missing keys; `experts_key` is its key of the number of experts. Null means as many
-    key/value heads as query heads. A `dense` family has no experts. `attention_bias` is the only value that the key of
-    this name may have, and that of a missing key. Raises ConfigError."""
+    family's configuration class for missing keys; `experts_key` is its key of the number of experts, and `width_key`
+    that of an expert's F. Null means as many key/value heads as query heads. A `dense` family has no experts.
+    `attention_bias` is the only value that the key of this name may have, and that of a missing key. Raises
+    ConfigError."""
     raw = reader.raw
     refuse_quantized(reader)
     hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
@@ -95,7 +99,7 @@ def read_stack_config(
         num_heads=heads,
         num_kv_heads=reader.integer("num_key_value_heads", absent=num_kv_heads or heads, null=heads),
         head_size=head_size,
-        ffn_size=reader.integer("intermediate_size"),
+        ffn_size=reader.integer(width_key),
         vocab_size=reader.integer("vocab_size"),
         num_experts=experts,
         experts_per_token=per_token,
@@ -112,6 +116,8 @@ def read_stack_config(
         qkv=qkv or QueryKeyValue(),
         full_layers=full_layers,
         swiglu=swiglu or SwiGlu(),
+        dense_layers=dense_layers,
+        dense_ffn_size=dense_ffn_size,
     )
     reader.harmless("torch_dtype", "dtype")
     check_heads(reader, architecture)
@@ -128,8 +134,9 @@ def stack_tensors(
     sinks: bool = False,
 ) -> list[TensorSpec]:
     """The rows of the tensor table; `names` are the checkpoint's tensors, and `mixture(architecture, layer_name)`
-    returns the rows of a layer's MLP, or of its router and experts. `biases` are the letters of those of attention's
-    matrices that have a bias: "qkv" or "qkvo". With `sinks` each query head has one more logit of its softmax."""
+    returns the rows of a layer's MLP, or of its router and experts; layers that are dense in a model with experts have
+    an MLP. `biases` are the letters of those of attention's matrices that have a bias: "qkv" or "qkvo". With `sinks`
+    each query head has one more logit of its softmax."""
     hidden, vocab = architecture.hidden_size, architecture.vocab_size
     embedding, head = tied_names(architecture.tied_head, f"{EMBEDDING}.weight", f"{HEAD}.weight", names)
     specs = [single(f"{EMBEDDING}.weight", (vocab, hidden), "V H", Role.EMBEDDING, stored_name=embedding)]
@@ -140,7 +147,7 @@ def stack_tensors(
             *_attention_tensors(architecture, f"{name}.self_attn", biases),
             *([_sinks(architecture, name)] if sinks else []),
             single(f"{name}.post_attention_layernorm.weight", (hidden,), "H", Role.NORM),
-            *mixture(architecture, name),
+            *(dense_mlp if layer in architecture.dense_layers else mixture)(architecture, name),
         ]
     return [
         *specs,
@@ -164,14 +171,15 @@ def _attention_tensors(architecture: Architecture, name: str, biases: str) -> li
         for letter, number in zip("qkv", rows, strict=True)
         if letter in biases
     ]
-    widths = {"q": rows[0], "k": rows[1]} if architecture.qkv.norm is not None else {}
+    norms: list[tuple[str, int, str]] = []
+    if architecture.qkv.norm == "width":
+        norms = [("q", rows[0], "ND"), ("k", rows[1], "GD")]
+    elif architecture.qkv.norm == "head":
+        norms = [(letter, architecture.head_size, "D") for letter in "qk"]
     return [
         concatenated(f"{name}.qkv_proj.weight", parts, "(N+2G)D H", Role.ATTENTION),
         *([concatenated(f"{name}.qkv_proj.bias", of_biases, "(N+2G)D", Role.BIAS)] if of_biases else []),
-        *(
-            single(f"{name}.{of}_norm.weight", (width,), "ND" if of == "q" else "GD", Role.NORM)
-            for of, width in widths.items()
-        ),
+        *(single(f"{name}.{of}_norm.weight", (width,), letters, Role.NORM) for of, width, letters in norms),
         single(f"{name}.o_proj.weight", (hidden, rows[0]), "H ND", Role.ATTENTION),
         *([single(f"{name}.o_proj.bias", (hidden,), "H", Role.BIAS)] if "o" in biases else []),
     ]
@@ -179,16 +187,17 @@ def _attention_tensors(architecture: Architecture, name: str, biases: str) -> li
 
 def dense_tensors(architecture: Architecture, names: Sequence[str]) -> list[TensorSpec]:
     """The rows of the tensor table of a dense model, whose tensors have the same names in every checkpoint."""
-    width, hidden = architecture.ffn_size, architecture.hidden_size
+    return stack_tensors(architecture, names, dense_mlp)
 
-    def mlp(_: Architecture, layer: str) -> list[TensorSpec]:
-        return [
-            single(f"{layer}.mlp.gate_proj.weight", (width, hidden), "F H", Role.FFN),
-            single(f"{layer}.mlp.up_proj.weight", (width, hidden), "F H", Role.FFN),
-            single(f"{layer}.mlp.down_proj.weight", (hidden, width), "H F", Role.FFN),
-        ]
 
-    return stack_tensors(architecture, names, mlp)
+def dense_mlp(architecture: Architecture, layer: str) -> list[TensorSpec]:
+    """The rows of a dense layer's MLP."""
+    width, hidden = architecture.dense_ffn_size or architecture.ffn_size, architecture.hidden_size
+    return [
+        single(f"{layer}.mlp.gate_proj.weight", (width, hidden), "F H", Role.FFN),
+        single(f"{layer}.mlp.up_proj.weight", (width, hidden), "F H", Role.FFN),
+        single(f"{layer}.mlp.down_proj.weight", (hidden, width), "H F", Role.FFN),
+    ]
 
 
 def packed_experts(architecture: Architecture, layer: str, gate: str, gate_up: str, down: str) -> list[TensorSpec]:
@@ -223,6 +232,22 @@ def single_experts(
     return expert_tensors(architecture, layer, f"{mixture}.gate.weight", pairs, parts(down, hidden, width))
 
 
+def module_experts(names: Sequence[str]) -> Callable[[Architecture, str], list[TensorSpec]]:
+    """What returns the rows of a layer's router and experts for `stack_tensors`, for checkpoints with a module `mlp`
+    whose experts have a gate_proj, an up_proj and a down_proj each, or lie packed as transformers 5 keeps them; `names`
+    are the checkpoint's tensors."""
+    packed = any(name.endswith(".mlp.experts.gate_up_proj") for name in names)
+
+    def mixture(architecture: Architecture, layer: str) -> list[TensorSpec]:
+        name = f"{layer}.mlp"
+        if not packed:
+            return single_experts(architecture, layer, name, ("gate_proj", "up_proj", "down_proj"))
+        gate_up, down = f"{name}.experts.gate_up_proj", f"{name}.experts.down_proj"
+        return packed_experts(architecture, layer, f"{name}.gate.weight", gate_up, down)
+
+    return mixture
+
+
 def expert_tensors(
     architecture: Architecture, layer: str, gate: str, pairs: Sequence[tuple[Part, Part]], down: Sequence[Part]
 ) -> list[TensorSpec]:
@@ -236,6 +261,12 @@ def expert_tensors(
     ]
 
 
+def dense_between(raw: Mapping[str, Any]) -> set[int]:
+    """The layers without experts by decoder_sparse_step and mlp_only_layers of a config.json, for `stack_network`."""
+    step, listed = raw.get("decoder_sparse_step", 1), raw.get("mlp_only_layers") or []
+    return {layer for layer in range(raw["num_hidden_layers"]) if (layer + 1) % step or layer in listed}
+
+
 def stack_network(
     raw: Mapping[str, Any],
     *,
@@ -247,9 +278,9 @@ def stack_network(
     attention: float | None = None,
     residual: float = 1.0,
     logits: float = 1.0,
-    dense: bool = False,
+    dense: bool | Collection[int] = False,
     router: Router | None = None,
-    width_norms: bool = False,
+    normed: bool = False,
     clip: float | None = None,
     full_layers: Collection[int] = (),
     sinks: bool = False,
@@ -257,8 +288,9 @@ def stack_network(
 ) -> Network:
     """What the network computes, from a config.json with the keys of transformers' LlamaConfig. The first three are the
     values of missing keys; `embedding` to `logits` are the factors of `export.families.network` (`logits` divides).
-    With `width_norms` queries and keys are normalised over their whole width; `clip` is that of its Attention. The
-    `full_layers` have no window. With `sinks` attention has such, and `swiglu` is that of an Mlp."""
+    `dense` has the layers with an MLP in place of experts, or is True for all. If `normed`, queries and keys are
+    normalised; `clip` is that of its Attention. The `full_layers` have no window. With `sinks` attention has such, and
+    `swiglu` is that of an Mlp."""
     config = raw
     turned = rotary.parameters(raw, rope_theta)
     heads = config["num_attention_heads"]
@@ -269,8 +301,8 @@ def stack_network(
     def norm(name: str) -> Norm:
         return Norm(name=name, centred=False, epsilon=epsilon)
 
-    def mlp(name: str) -> Mlp:
-        if dense:
+    def mlp(name: str, index: int) -> Mlp:
+        if dense is True or (dense and index in dense):
             return Mlp(
                 first=f"{name}.gate_proj",
                 up=f"{name}.up_proj",
@@ -302,13 +334,13 @@ def stack_network(
                 rotary_scaling=scaling,
                 factor=attention,
                 window=None if index in full_layers else sliding_window,
-                query_norm=norm(f"{name}.self_attn.q_norm") if width_norms else None,
-                key_norm=norm(f"{name}.self_attn.k_norm") if width_norms else None,
+                query_norm=norm(f"{name}.self_attn.q_norm") if normed else None,
+                key_norm=norm(f"{name}.self_attn.k_norm") if normed else None,
                 clip=clip,
                 sinks=f"{name}.self_attn.sinks" if sinks else None,
             ),
             mlp_norm=norm(f"{name}.post_attention_layernorm"),
-            mlp=mlp(f"{name}.mlp"),
+            mlp=mlp(f"{name}.mlp", index),
             factor=residual,
         )
 
@@ -337,7 +369,8 @@ def stack_graph(graph: GraphBuilder, architecture: Architecture) -> str:
         attended = graph.scale(graph.linear(heads, f"{name}.self_attn.o_proj"), scales.residual, f"{name}.self_attn")
         x = graph.add(x, attended, f"{name}.attention_residual")
         normed = graph.rms_norm(x, f"{name}.post_attention_layernorm", epsilon)
-        output = (_mixture if architecture.is_moe else _mlp)(graph, normed, f"{name}.mlp")
+        has_experts = architecture.is_moe and layer not in architecture.dense_layers
+        output = (_mixture if has_experts else _mlp)(graph, normed, f"{name}.mlp")
         x = graph.add(x, graph.scale(output, scales.residual, f"{name}.mlp"), name)
     return x
 

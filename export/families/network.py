@@ -35,13 +35,13 @@ class Norm:
 @dataclass(frozen=True, kw_only=True)
 class Attention:
     """Causal attention. The outputs of the modules `inputs`, one after the other, are all queries, then all keys,
-    then all values; the module `output` follows the heads. `query_norm` and `key_norm` normalise all heads of a token's
-    queries together, and of its keys (None: not at all). Then queries, keys and values are held within -`clip` and
-    `clip` (None: they stay). The first `rotary_dim` values of each head of queries and
-    keys are turned, in half-split order, by frequencies that `rotary_scaling` scales. The products of query and key
-    are multiplied by `factor` (None: 1/sqrt(D)). A token attends to `window` positions, its own included (None: to
-    all). With `sinks` the table has a row of one logit for each query head, which takes part in the softmax over the
-    positions and gives nothing to the output."""
+    then all values; the module `output` follows the heads. `query_norm` and `key_norm` normalise a token's queries and
+    its keys (None: not at all), as many neighbours together as the norm has factors: one head's, or those of all heads.
+    Then queries, keys and values are held within -`clip` and `clip` (None: they stay). The first `rotary_dim` values of
+    each head of queries and keys are turned, in half-split order, by frequencies that `rotary_scaling` scales. The
+    products of query and key are multiplied by `factor` (None: 1/sqrt(D)). A token attends to `window` positions, its
+    own included (None: to all). With `sinks` the table has a row of one logit for each query head, which takes part in
+    the softmax over the positions and gives nothing to the output."""
 
     inputs: tuple[str, ...]
     output: str

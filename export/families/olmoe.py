@@ -29,9 +29,8 @@ from export.families import Family
 from export.families.llama_stack import (
     BASE_MODULES,
     layer_name,
-    packed_experts,
+    module_experts,
     read_stack_config,
-    single_experts,
     stack_graph,
     stack_head,
     stack_network,
@@ -66,16 +65,7 @@ def read_config(raw: Mapping[str, Any]) -> Architecture:
 def tensors(architecture: Architecture, names: Sequence[str]) -> list[TensorSpec]:
     """The tensor table. The parts have the names of the published files, or those of transformers 5's modules if the
     checkpoint has these."""
-    packed = any(name.endswith(".mlp.experts.gate_up_proj") for name in names)
-
-    def mixture(facts: Architecture, layer: str) -> list[TensorSpec]:
-        name = f"{layer}.mlp"
-        if not packed:
-            return single_experts(facts, layer, name, ("gate_proj", "up_proj", "down_proj"))
-        experts = f"{name}.experts"
-        return packed_experts(facts, layer, f"{name}.gate.weight", f"{experts}.gate_up_proj", f"{experts}.down_proj")
-
-    return stack_tensors(architecture, names, mixture)
+    return stack_tensors(architecture, names, module_experts(names))
 
 
 def network(raw: Mapping[str, Any]) -> Network:
@@ -85,7 +75,7 @@ def network(raw: Mapping[str, Any]) -> Network:
         rope_theta=1e4,
         rms_norm_eps=1e-5,
         router=Router(normalise=raw.get("norm_topk_prob") or False),
-        width_norms=True,
+        normed=True,
         clip=raw.get("clip_qkv"),
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from export import rotary
-from export.architecture import MAX_POSITIONS, MAX_REAL, MIN_REAL, Architecture, ConfigReader
+from export.architecture import MAX_LAYERS, MAX_POSITIONS, MAX_REAL, MIN_REAL, Architecture, ConfigReader
 from export.errors import named, names, shown
 from export.formats import methods
 from export.rotary import RotaryScaling
@@ -119,6 +119,29 @@ def _is_factors(value: object, number: int) -> bool:
         and len(value) == number
         and all(type(item) in (int, float) and MIN_REAL <= item <= MAX_REAL for item in value)
     )
+
+
+def read_dense_layers(reader: ConfigReader) -> dict[str, Any]:
+    """Read the layers that have an MLP in place of experts, and its F, intermediate_size: the Architecture's
+    `dense_layers` and `dense_ffn_size`. As in transformers' Qwen2MoeDecoderLayer, layer i has experts if i + 1 is a
+    multiple of decoder_sparse_step and i is not in mlp_only_layers. Adds a problem for values that are wrong, and where
+    no layer has experts."""
+    step = reader.integer("decoder_sparse_step", absent=1)
+    layers, listed = reader.raw.get("num_hidden_layers"), reader.raw.get("mlp_only_layers")
+    reader.harmless("mlp_only_layers", "intermediate_size")
+    if listed is not None and not (isinstance(listed, list) and all(type(item) is int for item in listed)):
+        reader.problem(f"mlp_only_layers is {shown(listed)}, expected a list of layers")
+        return {}
+    if type(layers) is not int or not 1 <= layers <= MAX_LAYERS:  # told by the reader of this number
+        return {}
+    alone = set(listed or ())
+    dense = tuple(layer for layer in range(layers) if (layer + 1) % step or layer in alone)
+    if len(dense) == layers:
+        reader.problem(
+            f"by decoder_sparse_step {step} and mlp_only_layers {shown(listed)} none of {layers} layers has experts; "
+            "expected one or more"
+        )
+    return {"dense_layers": dense, "dense_ffn_size": reader.integer("intermediate_size")} if dense else {}
 
 
 def refuse_quantized(reader: ConfigReader) -> None:

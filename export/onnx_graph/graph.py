@@ -196,7 +196,7 @@ class GraphBuilder(ABC):
         parts = names_of
         if facts.qkv.norm is not None:
             normed = [
-                self.rms_norm(part, f"{path}.{letter}_norm", epsilon)
+                self._norm_of_heads(part, f"{path}.{letter}_norm", epsilon)
                 for letter, part in zip("qk", parts[:2], strict=True)
             ]
             parts = [*normed, parts[2]]
@@ -207,6 +207,18 @@ class GraphBuilder(ABC):
             ]
         query, key, value = parts
         return query, key, value
+
+    def _norm_of_heads(self, x: str, path: str, epsilon: float) -> str:
+        """The RMSNorm of queries or keys [..., heads * D], over all of a token's heads or over each head by itself."""
+        if self.architecture.qkv.norm == "width":
+            return self.rms_norm(x, path, epsilon)
+        apart, shape = [-1, self.architecture.head_size], f"{path}.shape/output_0"
+        sizes = self._nodes.constant("attention/head_size", np.array(apart, np.int64))
+        self._nodes.add("Shape", [x], f"{path}.shape", start=0)
+        kind = self._nodes.float_types[x]
+        heads = self._nodes.add("Reshape", [x, sizes], f"{path}.heads", float_type=kind, allowzero=0)
+        normed = self.rms_norm(heads, path, epsilon)
+        return self._nodes.add("Reshape", [normed, shape], f"{path}.joined", float_type="float32", allowzero=0)
 
     def attention(
         self, query: str, path: str, layer: int, *, window: int | None, key: str = "", value: str = ""
@@ -387,7 +399,8 @@ class GraphBuilder(ABC):
 
     def _share_of_chosen(self, name: str) -> str:
         """The sum [..., 1] of the chosen experts' values in the softmax over all experts, float32. Quantised mixtures
-        normalise, and this takes it back: without it ONNX Runtime 1.32's QMoE does not weigh by that softmax."""
+        normalise, and this takes it back: moeship's kernels know the softmax over the chosen alone, and ONNX Runtime
+        1.32's QMoE does not weigh by the one over all experts."""
         logits, k = self._router_logits[name], np.array([self.architecture.experts_per_token], np.int64)
         count, axis = self._nodes.constant("router/k", k), self._nodes.constant("router/axis", np.array([-1], np.int64))
         shares = self._nodes.add("Softmax", [logits], f"{name}.router_shares", float_type="float32", axis=-1)

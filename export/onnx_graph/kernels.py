@@ -70,7 +70,6 @@ class Kernels(ABC):
 
     domain: ClassVar[str]
     layout: ClassVar[Layout]
-    normalises: ClassVar[tuple[bool, ...]]  # values of Router.normalise that the kernel of the experts supports
     activations: ClassVar[tuple[str, ...]]  # activations that the kernel of the experts supports
     one_storage: ClassVar[bool]  # whether both matrices of the experts have the same bits and block size
 
@@ -78,7 +77,6 @@ class Kernels(ABC):
         """Raise KernelsError that names what of a mixture's router and activation these kernels do not support."""
         needed = {
             "router's score": (router.score, ("softmax",)),
-            "router's normalise": (router.normalise, self.normalises),
             "router's groups": (router.groups, (1,)),
             "router's bias": (router.bias, (False,)),
             "experts' activation": (activation, self.activations),
@@ -134,7 +132,6 @@ def _alpha_and_beta(swiglu: SwiGlu) -> dict[str, Any]:
 class _OnnxRuntime(Kernels):
     domain = names.MICROSOFT_DOMAIN
     layout = Layout.BLOCKS
-    normalises = (True, False)
     activations = ("relu", "gelu", "silu", "swiglu", "identity")
     one_storage = True
 
@@ -185,7 +182,6 @@ class _OnnxRuntime(Kernels):
 class _Moeship(Kernels):
     domain = names.MOESHIP_DOMAIN
     layout = Layout.GROUPS
-    normalises = (True,)
     activations = ("gelu", "silu", "swiglu")
     one_storage = False
 

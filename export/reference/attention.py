@@ -66,7 +66,9 @@ class Projections:
         keys = slice(queries, queries + own.num_kv_heads * head_size)
         for columns, norm in ((slice(queries), own.query_norm), (keys, own.key_norm)):
             if norm is not None:
-                products[:, columns] = normalise(products[:, columns], norm, self._reader.weights)
+                together = self._reader.weights.table[f"{norm.name}.weight"].shape[0]
+                values = products[:, columns].reshape(-1, together)
+                products[:, columns] = normalise(values, norm, self._reader.weights).reshape(len(products), -1)
         if own.clip is not None:
             np.clip(products, -np.float32(own.clip), np.float32(own.clip), out=products)
 

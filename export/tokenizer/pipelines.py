@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+# Contractions; words with one sign before them; single digits; signs with the line ends after them; white space.
+_QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+
 
 def byte_level_pipeline(settings: Mapping[str, Any], *, composed: bool = False) -> dict[str, Any]:
     """The pipeline of GPT2Tokenizer and CodeGenTokenizer, and with `composed` that of GPTNeoXTokenizer, which brings
@@ -14,6 +20,20 @@ def byte_level_pipeline(settings: Mapping[str, Any], *, composed: bool = False) 
     return {
         "normalizer": {"type": "NFC"} if composed else None,
         "pre_tokenizer": {**parts, "add_prefix_space": prefix_space},
+        "decoder": {**parts, "add_prefix_space": True},
+    }
+
+
+def qwen_pipeline(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The pipeline of Qwen2Tokenizer: text is brought to Unicode's form NFC, split by a pattern of its own
+    (PRETOKENIZE_REGEX of models/qwen2/tokenization_qwen2.py), and turned into bytes. Published files have trim_offsets
+    false, which changes no token."""
+    prefix_space = bool(settings.get("add_prefix_space", False))
+    parts = {"type": "ByteLevel", "trim_offsets": False, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": _QWEN_PATTERN}, "behavior": "Isolated", "invert": False}
+    return {
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, {**parts, "add_prefix_space": prefix_space}]},
         "decoder": {**parts, "add_prefix_space": True},
     }
 

@@ -3,9 +3,9 @@
     made = build_tokenizer(read_tokenizer_files(folder), config)
     made.backend.encode("def main():").ids     # what AutoTokenizer.from_pretrained(folder) would give
 
-transformers 5 does not use tokenizer.json unchanged. It chooses a class, and those of GPT-2, CodeGen, GPT-NeoX and
-Llama take only the vocabulary and the merges from it and build the rest themselves. Then it adds tokens from the other
-files.
+transformers 5 does not use tokenizer.json unchanged. It chooses a class, and those of GPT-2, CodeGen, GPT-NeoX, Qwen2
+and Llama take only the vocabulary and the merges from it and build the rest themselves. Then it adds tokens from the
+other files.
 The rules here are those of transformers 5.24, in the order in which they are applied:
 
   class           AutoTokenizer.from_pretrained (models/auto/tokenization_auto.py): tokenizer_class of
@@ -18,8 +18,8 @@ The rules here are those of transformers 5.24, in the order in which they are ap
   begin and end   tokenizer.json's post_processor alone: add_bos_token and add_eos_token are not read beside it
                   (_from_pretrained); GPTNeoXTokenizer adds none, whatever tokenizer.json says
   the pipeline    TokenizersBackend: tokenizer.json's own. GPT2Tokenizer, CodeGenTokenizer, GPTNeoXTokenizer,
-                  LlamaTokenizer: the class's normalizer, pre_tokenizer and decoder, made with add_prefix_space and
-                  legacy of tokenizer_config.json (models/gpt2, models/codegen, models/gpt_neox, models/llama)
+                  Qwen2Tokenizer, LlamaTokenizer: the class's normalizer, pre_tokenizer and decoder, made with
+                  add_prefix_space and legacy of tokenizer_config.json (models/gpt2, codegen, gpt_neox, qwen2, llama)
 
 Checkpoints that these rules do not cover are refused by name: another class, code in the checkpoint,
 split_special_tokens, and a token that the vocabulary lacks and two files state with different flags. One rule of
@@ -32,6 +32,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,14 +43,14 @@ from export.files.reading import is_there, read_json
 from export.tokenizer.from_gguf import gguf_tokenizer
 from export.tokenizer.from_sentencepiece import MODEL_FILE, converted_text
 from export.tokenizer.loading import make_backend, tokenizer_text
-from export.tokenizer.pipelines import byte_level_pipeline, llama_pipeline
+from export.tokenizer.pipelines import byte_level_pipeline, llama_pipeline, qwen_pipeline
 
 if TYPE_CHECKING:
     import tokenizers
 
 AS_IT_IS = "TokenizersBackend"  # transformers' class that uses tokenizer.json unchanged
 GPT2, CODEGEN, LLAMA = "GPT2Tokenizer", "CodeGenTokenizer", "LlamaTokenizer"
-GPT_NEOX = "GPTNeoXTokenizer"
+GPT_NEOX, QWEN2 = "GPTNeoXTokenizer", "Qwen2Tokenizer"
 _END_OF_TEXT = "<|endoftext|>"
 # Special tokens of a class that apply if no file names one.
 _DEFAULTS: Mapping[str, Mapping[str, str]] = {
@@ -59,6 +60,7 @@ _DEFAULTS: Mapping[str, Mapping[str, str]] = {
     GPT_NEOX: {
         "unk_token": _END_OF_TEXT, "bos_token": _END_OF_TEXT, "eos_token": _END_OF_TEXT, "pad_token": "<|padding|>",
     },
+    QWEN2: {"unk_token": _END_OF_TEXT, "eos_token": _END_OF_TEXT, "pad_token": _END_OF_TEXT},
     LLAMA: {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
 }  # fmt: skip
 # Names of classes that mean TokenizersBackend; a trailing "Fast" is removed before the comparison.
@@ -166,7 +168,7 @@ def tokenizer_class(files: TokenizerFiles, config: Mapping[str, Any]) -> str:
     raise files.refuse(
         SETTINGS_FILE,
         f"holds tokenizer_class {shown(asked)}; transformers builds tokenizers of this class in a way of their own, "
-        f"and moeship supports {GPT2}, {CODEGEN}, {GPT_NEOX}, {LLAMA} and PreTrainedTokenizerFast; where "
+        f"and moeship supports {GPT2}, {CODEGEN}, {GPT_NEOX}, {QWEN2}, {LLAMA} and PreTrainedTokenizerFast; where "
         f"{TOKENIZER_FILE} describes the whole tokenizer, set tokenizer_class to PreTrainedTokenizerFast",
     )
 
@@ -210,7 +212,8 @@ def _rebuild(files: TokenizerFiles, content: dict[str, Any], name: str) -> bool:
         )
     llama = name == LLAMA
     composed = name == GPT_NEOX  # whether text is brought to Unicode's form NFC
-    pipeline = llama_pipeline(files.settings) if llama else byte_level_pipeline(files.settings, composed=composed)
+    own = {LLAMA: llama_pipeline, QWEN2: qwen_pipeline}.get(name, partial(byte_level_pipeline, composed=composed))
+    pipeline = own(files.settings)
     adding = content.get("post_processor")
     if (
         composed and isinstance(adding, dict) and adding.get("type") != "ByteLevel"
@@ -334,7 +337,7 @@ def _defaults(content: Mapping[str, Any], name: str) -> dict[str, str]:
     """Special tokens that apply if no settings file names one: those of the class, and the pad token of
     tokenizer.json."""
     padding = content.get("padding") or {}
-    pads = name not in (GPT2, CODEGEN, GPT_NEOX) and padding.get("pad_token")
+    pads = name not in (GPT2, CODEGEN, GPT_NEOX, QWEN2) and padding.get("pad_token")
     return {**_DEFAULTS[name], **({"pad_token": padding["pad_token"]} if pads else {})}
 
 

@@ -8,6 +8,7 @@ from dense_checkpoints import dense_config
 from granitemoe_checkpoints import SCALARS
 from mixtral_checkpoints import MixtralSizes, published_config
 from olmoe_checkpoints import olmoe_config
+from qwen_checkpoints import qwen_config
 from transformers import AutoConfig
 
 from export.architecture import QueryKeyValue, Router
@@ -16,15 +17,26 @@ from export.families import family_named
 
 # Their defaults in transformers are those of one published model, so they must be stated.
 SIZES = {
-    "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
-    "vocab_size",
+    "hidden_size", "intermediate_size", "moe_intermediate_size", "max_position_embeddings", "num_attention_heads",
+    "num_hidden_layers", "vocab_size",
 }  # fmt: skip
+NORMS = {"olmoe": "width", "qwen3_moe": "head"}
 SHAPES = MixtralSizes(hidden_size=128, num_heads=8, num_kv_heads=4, num_experts=3)
 WRITTEN = {
     "phi": {**transformers_config(Dimensions(num_kv_heads=1)), "qk_layernorm": False},
     "mixtral": {**published_config(SHAPES), "tie_word_embeddings": True},
     "granitemoe": {**published_config(SHAPES), **SCALARS, "model_type": "granitemoe", "attention_bias": False},
     "olmoe": {**olmoe_config(published_config(SHAPES)), "norm_topk_prob": True, "clip_qkv": 3.5, "num_experts": 9},
+    "qwen3_moe": {
+        **qwen_config(published_config(SHAPES), "qwen3_moe"),
+        "decoder_sparse_step": 2,
+        "num_hidden_layers": 4,
+        "mlp_only_layers": [1],
+        "num_experts": 9,
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "max_window_layers": None,
+    },
     "mistral": {**dense_config(SHAPES, "mistral"), "tie_word_embeddings": True, "sliding_window": 7},
     "llama": {**dense_config(SHAPES, "llama"), "tie_word_embeddings": True},
 }
@@ -47,7 +59,13 @@ def of_transformers(family, raw):
         "tied_head": config.tie_word_embeddings,
         "sliding_window": getattr(config, "sliding_window", None),
         "router": Router(normalise=getattr(config, "norm_topk_prob", True)),
-        "qkv": QueryKeyValue(norm="width" if family == "olmoe" else None, clip=getattr(config, "clip_qkv", None)),
+        "qkv": QueryKeyValue(norm=NORMS.get(family), clip=getattr(config, "clip_qkv", None)),
+        "dense_layers": tuple(
+            layer
+            for layer in range(config.num_hidden_layers)
+            if (layer + 1) % getattr(config, "decoder_sparse_step", 1)
+            or layer in getattr(config, "mlp_only_layers", [])
+        ),
     }
 
 

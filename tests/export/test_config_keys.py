@@ -20,6 +20,7 @@ from dense_checkpoints import write_dense_checkpoint
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
 from olmoe_checkpoints import write_olmoe_checkpoint
+from qwen_checkpoints import write_qwen_checkpoint
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from export.checkpoint.folder import open_checkpoint
@@ -35,6 +36,7 @@ WRITERS = {
     "mixtral": lambda folder: write_mixtral_checkpoint(folder, seed=1, num_experts=5),
     "granitemoe": lambda folder: write_granitemoe_checkpoint(folder, seed=1),
     "olmoe": lambda folder: write_olmoe_checkpoint(folder, seed=1),
+    "qwen3_moe": lambda folder: write_qwen_checkpoint(folder, "qwen3_moe", seed=1),
     "mistral": lambda folder: write_dense_checkpoint(folder, seed=1, family="mistral"),
     "llama": lambda folder: write_dense_checkpoint(folder, seed=1, family="llama", hidden_size=96),
 }
@@ -43,6 +45,7 @@ CLASSES = {
     "mixtral": "MixtralConfig",
     "granitemoe": "GraniteMoeConfig",
     "olmoe": "OlmoeConfig",
+    "qwen3_moe": "Qwen3MoeConfig",
     "mistral": "MistralConfig",
     "llama": "LlamaConfig",
 }
@@ -76,6 +79,15 @@ OWN = {
     "mistral": {"sliding_window": None},
     "llama": {"pretraining_tp": 1, "mlp_bias": False},
     "olmoe": {"clip_qkv": None, "norm_topk_prob": False, "router_aux_loss_coef": 0.01, "attention_bias": False},
+    "qwen3_moe": {
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "use_sliding_window": False,
+        "max_window_layers": 2,
+        "sliding_window": None,
+        "attention_bias": False,
+        "output_router_logits": False,
+    },
     "granitemoe": {"position_embedding_type": "rope", "attention_bias": False, "output_router_logits": False},
 }
 TOOLS = {

@@ -13,6 +13,7 @@ from dense_checkpoints import write_dense_checkpoint
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
 from olmoe_checkpoints import write_olmoe_checkpoint
+from qwen_checkpoints import write_qwen_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -71,12 +72,23 @@ def olmoe(folder):
     return write_olmoe_checkpoint(folder, seed=1, max_positions=POSITIONS)
 
 
+def qwen3_moe(folder):
+    return write_qwen_checkpoint(folder, "qwen3_moe", seed=1, max_positions=POSITIONS)
+
+
 def llama(folder):
     return write_dense_checkpoint(folder, seed=1, family="llama", hidden_size=96, max_positions=POSITIONS)
 
 
-WRITERS = {"phi": phi, "mixtral": mixtral, "granitemoe": granitemoe, "olmoe": olmoe, "llama": llama}
-WIDTHS = {"phi": 16, "mixtral": 16, "granitemoe": 16, "olmoe": 16, "llama": 16}
+WRITERS = {
+    "phi": phi,
+    "mixtral": mixtral,
+    "granitemoe": granitemoe,
+    "olmoe": olmoe,
+    "qwen3_moe": qwen3_moe,
+    "llama": llama,
+}
+WIDTHS = {"phi": 16, "mixtral": 16, "granitemoe": 16, "olmoe": 16, "qwen3_moe": 16, "llama": 16}
 TOKENS = np.random.default_rng(3).integers(0, 256, POSITIONS).tolist()
 
 

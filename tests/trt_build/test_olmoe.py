@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 from cuda_kernels import check_types
-from decoding import KINDS, each
+from decoding import KINDS, QUANTISED, each
 from mixtral_checkpoints import SPELLINGS, write_llama_tokenizer
 from olmoe_checkpoints import tell_mixtral_as_olmoe, write_olmoe_checkpoint
 from safetensors.numpy import load_file
@@ -191,20 +191,13 @@ def test_trained_weights_keep_parity_at_every_precision(tmp_path, trained, preci
     assert report.failures(parity.THRESHOLDS[precision]) == []
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_weights_of_experts_that_are_not_normalised_keep_parity_when_quantised(tmp_path, precision):
+@pytest.mark.parametrize(("precision", "kernels"), each(QUANTISED, apart=True))
+def test_weights_of_experts_that_are_not_normalised_keep_parity_when_quantised(tmp_path, precision, kernels):
     folder = tell_mixtral_as_olmoe(EXAMPLE, tmp_path / "checkpoint", norm_topk_prob=False, clip_qkv=8.0)
-    engine = build(folder, tmp_path / "engine", precision)
+    engine = build(folder, tmp_path / "engine", precision, kernels)
     windows = list(parity.split_windows(load_tokenizer(folder).encode_prompt(TEXT), 256, 1024))
     report = verify.compare(engine, ByTransformers(outside(folder)), windows, quiet)
     assert report.failures(parity.THRESHOLDS[precision]) == []
-
-
-def test_moeships_kernels_are_refused_where_weights_are_not_normalised(tmp_path):
-    sizes = {"hidden_size": 128, "num_heads": 4, "ffn_size": 64}
-    folder = write_olmoe_checkpoint(tmp_path / "checkpoint", seed=1, **sizes)
-    with pytest.raises(ExportError, match="its router's normalise is False, and these kernels have only True"):
-        build(folder, tmp_path / "engine", "int8", "moeship")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int4"])

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from checkpoints import write_phixtral_checkpoint
+from decoding import each
 from mixtral_checkpoints import write_mixtral_checkpoint
 from safetensors.numpy import load_file, save_file
 from torch import nn
@@ -251,15 +252,18 @@ class ByHand(nn.Module):
         return logits, shares * self.scale, chosen
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_a_router_may_weigh_by_the_softmax_over_all_experts_times_a_scale(tmp_path, family, precision):
+@pytest.mark.parametrize(
+    ("precision", "kernels"),
+    each([("fp32", "onnxruntime"), ("int8", "onnxruntime"), ("int8", "moeship")], apart=True),
+)
+def test_a_router_may_weigh_by_the_softmax_over_all_experts_times_a_scale(tmp_path, family, precision, kernels):
     family(with_router(Router(normalise=False, scale=2.5)))
     sizes = {"hidden_size": 128, "num_heads": 4, "ffn_size": 64, "head_dim": 32}
     folder = write_mixtral_checkpoint(tmp_path / "checkpoint", seed=2, **sizes)
     reference = outside(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "routed"}))
-    engine = build(folder, tmp_path / "engine", precision, kernels="onnxruntime")
+    engine = build(folder, tmp_path / "engine", precision, kernels=kernels)
     plain = verify.compare(engine, ByTransformers(reference), [TOKENS], lambda _: None)
     for layer in reference.model.layers:
         layer.mlp.gate = ByHand(layer.mlp.gate, 2.5)
@@ -276,12 +280,8 @@ def test_a_router_may_weigh_by_the_softmax_over_all_experts_times_a_scale(tmp_pa
         (Router(score="sigmoid"), {}, "its router's score is sigmoid, and these kernels have only softmax"),
         (Router(groups=2), {}, "its router's groups is 2, and these kernels have only 1"),
         (Router(bias=True), {}, "its router's bias is True, and these kernels have only False"),
-        (
-            Router(normalise=False), {"precision": "int8", "kernels": "moeship"},
-            "its router's normalise is False, and these kernels have only True",
-        ),
     ],
-)  # fmt: skip
+)
 def test_a_router_that_no_kernel_has_is_refused_by_what_it_lacks(tmp_path, family, router, options, problem):
     family(with_router(router))
     sizes = {"hidden_size": 128, "num_heads": 4, "ffn_size": 64, "head_dim": 32}
@@ -290,14 +290,23 @@ def test_a_router_that_no_kernel_has_is_refused_by_what_it_lacks(tmp_path, famil
         build(folder, tmp_path / "engine", **options)
 
 
-def test_the_kernels_that_nobody_names_are_those_that_have_the_router(tmp_path, family, monkeypatch, caplog):
+def with_activation(activation):
+    def decoder(graph, facts):
+        experts = graph.experts
+        graph.experts = lambda x, **names: experts(x, **{**names, "activation": activation})
+        return llama_stack.stack_graph(graph, facts)
+
+    return decoder
+
+
+def test_the_kernels_that_nobody_names_are_those_that_have_the_activation(tmp_path, family, monkeypatch, caplog):
     monkeypatch.setattr(kernels, "found_fault", lambda: None)
-    family(with_router(Router(normalise=False)))
+    family(dataclasses.replace(with_router(Router()), decoder=with_activation("relu")))
     sizes = {"hidden_size": 128, "num_heads": 4, "ffn_size": 64, "head_dim": 32}
     folder = write_mixtral_checkpoint(tmp_path / "checkpoint", seed=2, config={"model_type": "routed"}, **sizes)
     engine = build(folder, tmp_path / "engine", "int8")
     assert engine.manifest.kernels == "onnxruntime"
-    assert [line for line in caplog.messages if "router's normalise is False, and these kernels have only True" in line]
+    assert [line for line in caplog.messages if "activation is relu, and these kernels have only gelu" in line]
     compare(engine.folder, build(folder, tmp_path / "named", "int8", kernels="onnxruntime").folder)
 
 
@@ -310,12 +319,7 @@ def test_the_kernels_that_nobody_names_are_those_that_have_the_router(tmp_path, 
     ],
 )
 def test_an_activation_that_the_kernels_lack_is_refused(tmp_path, family, activation, options, problem):
-    def decoder(graph, facts):
-        experts = graph.experts
-        graph.experts = lambda x, **names: experts(x, **{**names, "activation": activation})
-        return llama_stack.stack_graph(graph, facts)
-
-    family(dataclasses.replace(with_router(Router()), decoder=decoder))
+    family(dataclasses.replace(with_router(Router()), decoder=with_activation(activation)))
     sizes = {"hidden_size": 128, "num_heads": 4, "ffn_size": 64, "head_dim": 32}
     folder = write_mixtral_checkpoint(tmp_path / "checkpoint", seed=2, config={"model_type": "routed"}, **sizes)
     with pytest.raises(ExportError, match=rf"planning model.layers.0.mlp: its {problem}"):

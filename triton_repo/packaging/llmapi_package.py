@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from export.checkpoint.file_table import INDEX_FILE
 from export.checkpoint.safetensors_header import read_header
-from export.errors import listing, named
+from export.errors import listing, named, with_article
 from export.trtllm.parallel import Parallelism
 from triton_repo.contracts.llmapi import LLMAPI_INPUTS, LLMAPI_OUTPUTS, METRICS
 from triton_repo.contracts.llmapi_settings import SETTINGS_FILE, LlmSettings, TextSettings, TritonSettings
@@ -137,8 +137,8 @@ def _check_model(options: LlmApiOptions, source: SourceModel) -> None:
     family, facts = source.model.family, source.model.architecture
     if family.llm_api is None:
         raise RepositoryError(
-            f"packaging {options.checkpoint}: it is a {family.name}, which TensorRT-LLM's PyTorch backend lacks; "
-            "build an engine with TensorRT-LLM 1.2 or an ONNX Runtime engine, and package that"
+            f"packaging {options.checkpoint}: it is {with_article(family.name)}, which TensorRT-LLM's PyTorch backend "
+            "lacks; build an engine with TensorRT-LLM 1.2 or an ONNX Runtime engine, and package that"
         )
     config = source.checkpoint.config
     problems = options.parallel.problems(facts, pipeline=True)

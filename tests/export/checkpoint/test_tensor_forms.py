@@ -13,6 +13,7 @@ from dense_checkpoints import write_dense_checkpoint
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import DTYPES, write_mixtral_checkpoint
 from olmoe_checkpoints import write_olmoe_checkpoint
+from qwen_checkpoints import write_qwen_checkpoint
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +29,7 @@ WRITERS = {
     "packed mixtral": lambda folder, **more: write_mixtral_checkpoint(folder, seed=1, spelling="packed", **more),
     "granitemoe": lambda folder, **more: write_granitemoe_checkpoint(folder, seed=1, **more),
     "olmoe": lambda folder, **more: write_olmoe_checkpoint(folder, seed=1, **more),
+    "qwen3_moe": lambda folder, **more: write_qwen_checkpoint(folder, "qwen3_moe", seed=1, **more),
     "mistral": lambda folder, **more: write_dense_checkpoint(folder, seed=1, **more),
 }
 FILE = "model.safetensors"

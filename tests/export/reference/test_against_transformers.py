@@ -14,6 +14,7 @@ from dense_checkpoints import write_dense_checkpoint
 from granitemoe_checkpoints import tell_mixtral_as_granitemoe, write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
 from olmoe_checkpoints import write_olmoe_checkpoint
+from qwen_checkpoints import write_qwen_checkpoint
 from safetensors.numpy import load_file, save_file
 from torch_reference import load_reference, run_model
 from transformers import (
@@ -22,6 +23,7 @@ from transformers import (
     MixtralForCausalLM,
     OlmoeForCausalLM,
     PhiForCausalLM,
+    Qwen3MoeForCausalLM,
 )
 
 from export.checkpoint.folder import open_checkpoint
@@ -57,6 +59,10 @@ def olmoe(folder, **sizes):
     return write_olmoe_checkpoint(folder, seed=1, **sizes)
 
 
+def qwen3_moe(folder, **sizes):
+    return write_qwen_checkpoint(folder, "qwen3_moe", seed=1, **sizes)
+
+
 def mistral(folder, **sizes):
     return write_dense_checkpoint(folder, seed=1, **sizes)
 
@@ -67,7 +73,7 @@ def llama(folder, **sizes):
 
 WRITERS = {
     "phi": phi, "phixtral": phixtral, "mixtral": mixtral, "granitemoe": granitemoe, "olmoe": olmoe,
-    "mistral": mistral, "llama": llama,
+    "qwen3_moe": qwen3_moe, "mistral": mistral, "llama": llama,
 }  # fmt: skip
 CASES = [
     (phi, {}),
@@ -88,6 +94,9 @@ CASES = [
     (olmoe, {}),
     (olmoe, {"spelling": "packed", "num_experts": 9, "experts_per_token": 8, "config": {"clip_qkv": 0.5}}),
     (olmoe, {"num_heads": 3, "num_kv_heads": 1, "config": {"norm_topk_prob": True}, "tied": True, "dtype": "bfloat16"}),
+    (qwen3_moe, {}),
+    (qwen3_moe, {"spelling": "packed", "num_layers": 3, "config": {"mlp_only_layers": [1]}, "num_kv_heads": 1}),
+    (qwen3_moe, {"num_layers": 4, "config": {"decoder_sparse_step": 2, "norm_topk_prob": False}, "dtype": "bfloat16"}),
     (mistral, {}),
     (mistral, {"config": {"sliding_window": 7}, "num_kv_heads": 1, "ffn_size": 37}),
     (mistral, {"num_heads": 5, "num_kv_heads": 5, "head_dim": None, "tied": True, "dtype": "float16"}),
@@ -210,6 +219,7 @@ def test_the_hidden_states_that_enter_layers_are_those_of_transformers(tmp_path,
         (mixtral, MixtralForCausalLM),
         (granitemoe, GraniteMoeForCausalLM),
         (olmoe, OlmoeForCausalLM),
+        (qwen3_moe, Qwen3MoeForCausalLM),
     ],
 )
 def test_keys_that_a_config_leaves_out_are_what_transformers_makes_of_them(tmp_path, write, outside):

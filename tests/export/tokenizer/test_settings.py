@@ -23,9 +23,10 @@ END_OF_TEXT = "<|endoftext|>"
 EXAMPLES = Path(__file__).parents[3] / "examples"
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 CLASSES = (
-    None, "GPT2Tokenizer", "CodeGenTokenizer", "CodeGenTokenizerFast", "GPTNeoXTokenizer", "LlamaTokenizer",
-    "LlamaTokenizerFast", "PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend",
+    None, "GPT2Tokenizer", "CodeGenTokenizer", "CodeGenTokenizerFast", "GPTNeoXTokenizer", "Qwen2Tokenizer",
+    "LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend",
 )  # fmt: skip
+MODEL_TYPES = ("phi", "phi-msft", "mixtral", "granitemoe", "olmoe", "qwen3_moe", "mistral", "llama")
 TEXTS = (
     "def main()  hello",
     "<s> the</s> fox<|endoftext|>x",
@@ -33,6 +34,7 @@ TEXTS = (
     "the fox<extra>the",
     "<pad>a <x> b <new>the",
     "日本 ﬁ Å",
+    "it'S 1234 we'll\r\n\n  x = [7,8]; \u00e9e\u0301 ",
 )
 ABSENT = object()
 
@@ -103,7 +105,7 @@ def expect_as_transformers(folder, config):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("model_type", ["phi", "phi-msft", "mixtral", "granitemoe", "olmoe", "mistral", "llama"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("kind", ["bytes", "llama", "metaspace"])
 def test_every_class_of_every_family_encodes_as_transformers_does(tmp_path, kinds, kind, model_type, name):
     settings = {"tokenizer_class": name, "eos_token": END_OF_TEXT} if name else {"add_prefix_space": True}

@@ -248,8 +248,9 @@ class _Facts:
 
     def _mlp(self, layer: int, mlp: Mlp) -> None:
         if mlp.gate is None:
-            self._linear(mlp.first)
-            self._linear(mlp.second)
+            for module in (mlp.first, mlp.up, mlp.second):
+                if module is not None:
+                    self._linear(module)
             return
         gate = f"{mlp.gate}.weight"
         if node := self._user(gate, 1, ["FusedMatMul"]):
