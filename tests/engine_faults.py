@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from export.families.network import Attention, Layer, Network
+from export.families.shared.network import Attention, Layer, Network
 from export.quantize.grid import pack, unpack
 from export.quantize.layout import MatrixLayout
 from trt_build.ort.engine import Engine

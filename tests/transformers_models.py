@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from export.families import phi_stack
+from export.families.shared import phi_stack
 
 
 def _as_it_is(raw: Mapping[str, Any]) -> Mapping[str, Any]:

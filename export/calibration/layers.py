@@ -30,7 +30,7 @@ from export.calibration.overlay import Overlay
 from export.checkpoint.digests import RecordedCheckpoint, Run, recorded
 from export.checkpoint.tensor_table import Weights
 from export.families import Model
-from export.families.network import Mlp, Network
+from export.families.shared.network import Mlp, Network
 from export.quantize.gptq import Codes, Factor, Hessian, asymmetric, solve, symmetric
 from export.reference.attention import Projections
 from export.reference.mixture import BLOCK_TOKENS, Expert, route, router_logits, run_mlp

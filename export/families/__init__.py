@@ -22,8 +22,8 @@ from export.checkpoint.folder import Checkpoint
 from export.checkpoint.tensor_table import Role, TensorSpec, Weights, open_weights
 from export.checkpoint.token_ids import read_token_ids
 from export.errors import CheckpointError, ConfigError, ExportError, named, shown
-from export.families.network import Network
-from export.families.trtllm_network import LlmApiModel, TrtllmNetwork
+from export.families.shared.network import Network
+from export.families.shared.trtllm_network import LlmApiModel, TrtllmNetwork
 from export.routing import RoutingReport, diagnose
 
 if TYPE_CHECKING:

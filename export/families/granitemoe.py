@@ -12,7 +12,7 @@
     [E, 2F, H], rows alternate      [E, 2F, H]: F rows of gate, then F of up
   mlp.experts.down [E, H, F]      block_sparse_moe.output_linear.weight         block_sparse_moe.experts.down_proj
 all under model.layers.{i}. The router takes the K largest logits, then the softmax over those K. Everything else is as
-in `export.families.llama_stack`.
+in `export.families.shared.llama_stack`.
 Source: transformers, models/granitemoe and conversion_mapping.py.
 """
 
@@ -25,7 +25,7 @@ from export.architecture import Architecture, ConfigReader, Scales
 from export.checkpoint.tensor_table import TensorSpec
 from export.config_keys.rules import transformers_keys
 from export.families import Family
-from export.families.llama_stack import (
+from export.families.shared.llama_stack import (
     BASE_MODULES,
     layer_name,
     packed_experts,
@@ -35,7 +35,7 @@ from export.families.llama_stack import (
     stack_network,
     stack_tensors,
 )
-from export.families.network import Network
+from export.families.shared.network import Network
 
 _SCALARS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 

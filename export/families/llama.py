@@ -1,4 +1,4 @@
-"""Dense Llama: `export.families.llama_stack` with an MLP, under the names of transformers' LlamaForCausalLM.
+"""Dense Llama: `export.families.shared.llama_stack` with an MLP, under the names of transformers' LlamaForCausalLM.
 
 Models with biases (attention_bias, mlp_bias) are refused. Several of these models are merged into a Mixtral
 (export/merge).
@@ -13,7 +13,7 @@ from typing import Any
 from export.architecture import Architecture, ConfigReader
 from export.config_keys.rules import transformers_keys
 from export.families import Family
-from export.families.llama_stack import (
+from export.families.shared.llama_stack import (
     BASE_MODULES,
     dense_tensors,
     layer_name,
@@ -22,7 +22,7 @@ from export.families.llama_stack import (
     stack_head,
     stack_network,
 )
-from export.families.network import Network
+from export.families.shared.network import Network
 
 
 def matches(config: Mapping[str, Any]) -> bool:

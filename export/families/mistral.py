@@ -1,4 +1,4 @@
-"""Dense Mistral: `export.families.llama_stack` with an MLP, and a window of positions that a token attends to.
+"""Dense Mistral: `export.families.shared.llama_stack` with an MLP, and a window of positions that a token attends to.
 
 Tensors have the names of transformers' MistralForCausalLM. Where config.json has no sliding_window, the window is the
 4096 positions of transformers' MistralConfig; where sliding_window is null, there is none. A config.json with
@@ -16,7 +16,7 @@ from typing import Any
 from export.architecture import Architecture, ConfigReader
 from export.config_keys.rules import transformers_keys
 from export.families import Family
-from export.families.llama_stack import (
+from export.families.shared.llama_stack import (
     BASE_MODULES,
     dense_tensors,
     layer_name,
@@ -25,7 +25,7 @@ from export.families.llama_stack import (
     stack_head,
     stack_network,
 )
-from export.families.network import Network
+from export.families.shared.network import Network
 
 _WINDOW = 4096  # of MistralConfig, for a config.json without the key
 

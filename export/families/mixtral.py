@@ -9,7 +9,8 @@
 all under model.layers.{i}; embedding, norms, o_proj and head have the checkpoint's own names. Nothing has a bias.
 
 An expert is w2(silu(w1 x) * w3 x). The router takes the softmax over all experts, and divides the K largest values by
-their sum, which equals the softmax over the K largest logits. Everything else is as in `export.families.llama_stack`.
+their sum, which equals the softmax over the K largest logits. Everything else is as in
+`export.families.shared.llama_stack`.
 Source: transformers, models/mixtral and conversion_mapping.py.
 """
 
@@ -23,7 +24,7 @@ from export.architecture import Architecture, ConfigReader
 from export.checkpoint.tensor_table import TensorSpec
 from export.config_keys.rules import transformers_keys
 from export.families import Family
-from export.families.llama_stack import (
+from export.families.shared.llama_stack import (
     BASE_MODULES,
     EMBEDDING,
     FINAL_NORM,
@@ -37,8 +38,8 @@ from export.families.llama_stack import (
     stack_network,
     stack_tensors,
 )
-from export.families.network import Network
-from export.families.trtllm_network import LlmApiModel, TrtllmNetwork
+from export.families.shared.network import Network
+from export.families.shared.trtllm_network import LlmApiModel, TrtllmNetwork
 
 
 def matches(config: Mapping[str, Any]) -> bool:

@@ -13,7 +13,7 @@
   self_attn.k_norm [G*D]          self_attn.k_norm                      the same
 all under model.layers.{i}. Queries and keys are each normalised over their whole width, before the rotary embedding,
 and then clipped. The router takes the softmax over all experts, and the K largest values are the weights as they are.
-Everything else is as in `export.families.llama_stack`.
+Everything else is as in `export.families.shared.llama_stack`.
 Source: transformers, models/olmoe and conversion_mapping.py.
 """
 
@@ -26,7 +26,7 @@ from export.architecture import Architecture, ConfigReader, QueryKeyValue, Route
 from export.checkpoint.tensor_table import TensorSpec
 from export.config_keys.rules import transformers_keys
 from export.families import Family
-from export.families.llama_stack import (
+from export.families.shared.llama_stack import (
     BASE_MODULES,
     layer_name,
     module_experts,
@@ -36,7 +36,7 @@ from export.families.llama_stack import (
     stack_network,
     stack_tensors,
 )
-from export.families.network import Network
+from export.families.shared.network import Network
 
 
 def matches(config: Mapping[str, Any]) -> bool:

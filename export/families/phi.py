@@ -22,8 +22,8 @@ from export.architecture import MAX_LAYERS, Architecture, ConfigReader
 from export.checkpoint.tensor_table import Part, Role, TensorSpec, concatenated, single
 from export.config_keys.rules import transformers_keys
 from export.families import Family
-from export.families.network import Network
-from export.families.phi_stack import (
+from export.families.shared.network import Network
+from export.families.shared.phi_stack import (
     BASE_MODULES,
     GELU_TANH,
     HARMLESS_TENSORS,
@@ -37,7 +37,7 @@ from export.families.phi_stack import (
     stack_trtllm,
     transformers_name,
 )
-from export.families.transformers_config import check_heads, read_rope, refuse_quantized, tied_names
+from export.families.shared.transformers_config import check_heads, read_rope, refuse_quantized, tied_names
 
 if TYPE_CHECKING:
     from export.onnx_graph.graph import GraphBuilder

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from export.architecture import Architecture
 from export.checkpoint.tensor_table import Part, Role, TensorSpec, single, stacked
 from export.families import Family
-from export.families.network import Network
-from export.families.phi_stack import (
+from export.families.shared.network import Network
+from export.families.shared.phi_stack import (
     BASE_MODULES,
     HARMLESS_TENSORS,
     has_experts,

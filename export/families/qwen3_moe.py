@@ -18,7 +18,7 @@ experts, and layers that may be dense.
   mlp.experts.down [E, H, F]      mlp.experts.{e}.down_proj             mlp.experts.down_proj
   self_attn.q_norm, .k_norm [D]   the same                              the same
 all under model.layers.{i}. Each head's queries and keys are normalised before the rotary embedding. The router takes
-the softmax over all experts. Everything else is as in `export.families.llama_stack`.
+the softmax over all experts. Everything else is as in `export.families.shared.llama_stack`.
 Source: transformers, models/qwen3_moe and conversion_mapping.py.
 """
 
@@ -31,7 +31,7 @@ from export.architecture import Architecture, ConfigReader, QueryKeyValue, Route
 from export.checkpoint.tensor_table import TensorSpec
 from export.config_keys.rules import transformers_keys
 from export.families import Family
-from export.families.llama_stack import (
+from export.families.shared.llama_stack import (
     BASE_MODULES,
     dense_between,
     layer_name,
@@ -42,8 +42,8 @@ from export.families.llama_stack import (
     stack_network,
     stack_tensors,
 )
-from export.families.network import Network
-from export.families.transformers_config import read_dense_layers
+from export.families.shared.network import Network
+from export.families.shared.transformers_config import read_dense_layers
 
 
 def matches(config: Mapping[str, Any]) -> bool:

@@ -27,7 +27,7 @@ from export.checkpoint.shard_writer import PlannedTensor
 from export.checkpoint.tensor_table import Join, Role
 from export.errors import MergeError
 from export.families import Model, mixtral, phixtral
-from export.families.phi_stack import ROPE_BASE
+from export.families.shared.phi_stack import ROPE_BASE
 from export.merge.layout import DTYPE_NAMES, MergedTensor
 
 _EXPERT_MATRIX = re.compile(r"(model\.layers\.(\d+))\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from export import rotary
-from export.families.network import Attention
+from export.families.shared.network import Attention
 from export.reference.operations import FloatArray, normalise, softmax_in_place
 from export.reference.reader import Reader
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from export.architecture import Router
 from export.checkpoint.tensor_table import Weights
 from export.errors import ExportError
-from export.families.network import Mlp
+from export.families.shared.network import Mlp
 from export.reference.operations import FloatArray, activate, softmax_in_place
 from export.reference.reader import Reader
 

@@ -33,7 +33,7 @@ import numpy.typing as npt
 from export.checkpoint.tensor_table import Weights
 from export.errors import CheckpointError, named
 from export.families import Model
-from export.families.network import Layer, Network
+from export.families.shared.network import Layer, Network
 from export.reference.attention import Projections
 from export.reference.mixture import run_mlp
 from export.reference.operations import FloatArray, normalise

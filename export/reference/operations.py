@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.checkpoint.tensor_table import Weights
-from export.families.network import Activation, Norm
+from export.families.shared.network import Activation, Norm
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from export.checkpoint.tensor_table import Role, Weights
 from export.families import Model
-from export.families.network import Layer, Mlp
+from export.families.shared.network import Layer, Mlp
 from export.reference.attention import Projections
 from export.reference.mixture import add_expert, route, router_logits
 from export.reference.model import Windows, bounds_of, embedding_rows, head_slices

@@ -10,7 +10,7 @@ import torch
 
 from export.architecture import Router
 from export.errors import ExportError
-from export.families.network import Activation, Attention
+from export.families.shared.network import Activation, Attention
 from export.reference.attention import attend, rotary_tables
 from export.reference.mixture import route
 from export.reference.operations import activate, layer_norm, rms_norm

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from export.families.network import Attention
+from export.families.shared.network import Attention
 from export.reference.attention import rotary_tables
 
 WIDTHS, BASES = (32, 64, 80, 96, 112, 128), (1e4, 5e5, 1e6, 1e7)

@@ -15,7 +15,7 @@ import numpy as np
 from export.checkpoint.tensor_table import TensorSpec
 from export.exporter import GENERATING_GRAPH, SERVING_GRAPH
 from export.families import Model
-from export.families.network import Activation, Attention, Mlp, Network, Norm
+from export.families.shared.network import Activation, Attention, Mlp, Network, Norm
 from export.onnx_graph import names
 from export.onnx_graph.initializers import zero_points_name
 from export.provider import KERNELS

@@ -25,7 +25,7 @@ from export.checkpoint.tensor_table import Join, Role, TensorSpec
 from export.errors import QuantizationError
 from export.exporter import DATA_FILE, SCORING_GRAPH
 from export.families import Model
-from export.families.network import Attention
+from export.families.shared.network import Attention
 from export.floats import widen
 from export.onnx_graph import names
 from export.quantize.grid import SEARCH_VERSION, unpack

@@ -13,7 +13,7 @@ from typing import Any
 
 from export.checkpoint.folder import read_json
 from export.families import Model
-from export.families.network import Activation
+from export.families.shared.network import Activation
 from export.trtllm.checkpoint import CONFIG_FILE, CheckpointPlan
 
 _ACTIVATIONS = {(Activation.GELU_TANH, False): "gelu_new", (Activation.SILU, True): "swiglu"}

@@ -28,9 +28,9 @@ from export.architecture import (
 )
 from export.checkpoint.tensor_table import Role, TensorSpec, single
 from export.config_keys.rules import PHI_MSFT, resolved
-from export.families.network import Activation, Attention, Layer, Mlp, Network, Norm
-from export.families.transformers_config import check_heads, refuse_quantized
-from export.families.trtllm_network import TrtllmNetwork
+from export.families.shared.network import Activation, Attention, Layer, Mlp, Network, Norm
+from export.families.shared.transformers_config import check_heads, refuse_quantized
+from export.families.shared.trtllm_network import TrtllmNetwork
 
 if TYPE_CHECKING:
     from export.onnx_graph.graph import GraphBuilder

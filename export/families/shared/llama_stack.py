@@ -34,8 +34,8 @@ from export.architecture import (
     SwiGlu,
 )
 from export.checkpoint.tensor_table import Part, Role, TensorSpec, concatenated, interleaved, single, stacked
-from export.families.network import Activation, Attention, Layer, Mlp, Network, Norm
-from export.families.transformers_config import check_heads, read_rope, refuse_quantized, tied_names
+from export.families.shared.network import Activation, Attention, Layer, Mlp, Network, Norm
+from export.families.shared.transformers_config import check_heads, read_rope, refuse_quantized, tied_names
 
 if TYPE_CHECKING:
     from export.onnx_graph.graph import GraphBuilder
@@ -287,10 +287,10 @@ def stack_network(
     swiglu: SwiGlu | None = None,
 ) -> Network:
     """What the network computes, from a config.json with the keys of transformers' LlamaConfig. The first three are the
-    values of missing keys; `embedding` to `logits` are the factors of `export.families.network` (`logits` divides).
-    `dense` has the layers with an MLP in place of experts, or is True for all. If `normed`, queries and keys are
-    normalised; `clip` is that of its Attention. The `full_layers` have no window. With `sinks` attention has such, and
-    `swiglu` is that of an Mlp."""
+    values of missing keys; `embedding` to `logits` are the factors of `export.families.shared.network` (`logits`
+    divides). `dense` has the layers with an MLP in place of experts, or is True for all. If `normed`, queries and keys
+    are normalised; `clip` is that of its Attention. The `full_layers` have no window. With `sinks` attention has such,
+    and `swiglu` is that of an Mlp."""
     config = raw
     turned = rotary.parameters(raw, rope_theta)
     heads = config["num_attention_heads"]
