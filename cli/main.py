@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("cli.serve", "run Triton Inference Server on a model repository"),
     "gateway": ("cli.gateway", "serve OpenAI's HTTP API over a running server"),
     "generate": ("cli.generate", "stream a completion from a served model"),
+    "batch": ("cli.batch", "answer a file of prompts: resumable, each line once, in order"),
     "bench": ("cli.bench", "measure a server under load: tokens a second, first tokens, pauses"),
     "top": ("cli.top", "watch a server live: streams, tokens a second, waits, cache, experts"),
     "doctor": ("cli.doctor", "print what a bug report needs, and what is wrong here"),

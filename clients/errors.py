@@ -15,7 +15,11 @@
     ├── RequestCancelled        the call was cancelled before its end
     ├── ServerOverloaded        the server is up but takes no more work now
     ├── ServerFailed            the server tried and failed
-    └── StreamBroken            the answer is incomplete or does not follow the wire contract
+    ├── StreamBroken            the answer is incomplete or does not follow the wire contract
+    ├── BatchInputInvalid       a batch that cannot be taken as it is: duplicates, or the answers of another job
+    ├── EndpointsDisagree       the endpoints of a batch do not have one and the same model
+    ├── BatchStopped            a batch stopped before its end; its answers so far are kept
+    └── ClusterUnavailable      the Ray cluster of a batch cannot be reached or used
 
 A command exits with status 2 if its arguments are wrong, and with 1 if the request was good but failed. The status
 UNAVAILABLE may come from Triton, from its queue or from gRPC; the list of the server's models tells them apart.
@@ -133,6 +137,30 @@ class StreamBroken(ClientError):
     """The answer is incomplete, or does not follow the wire contract."""
 
     remedy = "check that `moeship package` made the model, and that the server was not stopped meanwhile"
+
+
+class BatchInputInvalid(ClientError):
+    """A batch cannot be taken as it is."""
+
+    exit_status = 2
+
+
+class EndpointsDisagree(ClientError):
+    """The endpoints of a batch do not have one and the same model."""
+
+    exit_status = 2
+
+
+class BatchStopped(ClientError):
+    """A batch stopped before its end."""
+
+    remedy = "the answers so far are kept: mend the cause, and run the same command again"
+
+
+class ClusterUnavailable(ClientError):
+    """The Ray cluster of a batch cannot be reached or used."""
+
+    exit_status = 2
 
 
 # Every member of grpc.StatusCode except OK, by name, so that this module need not import grpc.

@@ -108,7 +108,7 @@ def discard_interrupted(final: Path) -> None:
     partial = partial_path(final)
     if not partial.exists():
         return
-    with suppress(OSError, OutputError), _locked(partial, f"discarding {partial}"):
+    with suppress(OSError, OutputError), locked_folder(partial, f"discarding {partial}"):
         shutil.rmtree(partial)
 
 
@@ -128,7 +128,7 @@ def partial_folder(
     final, partial = final.resolve(), partial_path(final)
     doing = f"writing {what} to {final}"
     try:
-        with _locked(partial, doing) as held:
+        with locked_folder(partial, doing) as held:
             records, moved = _open_journal(partial, held, final, what, fingerprint, keep)
             path, flags = partial / "journal", os.O_WRONLY | os.O_APPEND
             with open_own("journal", held, flags, path, doing) as opened, os.fdopen(os.dup(opened), "ab") as journal:
@@ -156,7 +156,7 @@ def partial_folder(
 
 
 @contextmanager
-def _locked(partial: Path, doing: str) -> Iterator[int]:
+def locked_folder(partial: Path, doing: str) -> Iterator[int]:
     """Create the partial folder if it is missing, lock it, and yield its descriptor."""
     with ExitStack() as files:
         while True:
