@@ -9,6 +9,7 @@ the output gets the first good one (`store.py`).
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,8 @@ from clients.batch.store import Store, read_records
 from clients.errors import BatchStopped, ClusterUnavailable
 from export.errors import MoeshipError
 from export.optional import optional_package
+
+logger = logging.getLogger(__name__)
 
 MOST_DEATHS = 8  # of one task's process or machine, after which the batch stops
 CONNECT_S = 5.0
@@ -90,11 +93,15 @@ def run_on_ray(
         import ray.exceptions
 
         context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
+        context.enable_progress_bars = context.print_on_execution_start = False
+        if not logger.isEnabledFor(logging.DEBUG):
+            logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of each execution
         task = _Task(job=store.job, folder=store.folder, sending=sending)
         made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-            task, num_cpus=1, concurrency=cluster.workers, max_retries=MOST_DEATHS
+            task,
+            num_cpus=1,
+            compute=ray.data.TaskPoolStrategy(size=cluster.workers),
+            ray_remote_args_fn=lambda: {"max_retries": MOST_DEATHS},
         )
         try:
             for row in made.iter_rows():
@@ -130,15 +137,15 @@ def _rows(store: Store, shards: tuple[Shard, ...]) -> list[dict[str, Any]]:
 @contextmanager
 def _connected(cluster: Cluster) -> Iterator[None]:
     """Connect this process to the cluster. Raises ClusterUnavailable and MissingPackageError."""
+    doing = "connecting to Ray" + (f" at {cluster.address}" if cluster.address else "")
+    if cluster.address and cluster.address != "auto":
+        _require_listener(cluster.address, doing)
     # A Ray that this process starts would otherwise report its use to Ray's makers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with optional_package("ray", "a batch with --engine ray", _EXTRA):
         import ray
         import ray.data
         import ray.exceptions
-    doing = "connecting to Ray" + (f" at {cluster.address}" if cluster.address else "")
-    if cluster.address and cluster.address != "auto":
-        _require_listener(cluster.address, doing)
     own = {"num_cpus": cluster.workers, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
     try:
         ray.init(

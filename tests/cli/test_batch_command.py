@@ -1,0 +1,398 @@
+"""`moeship batch` against a server of OpenAI's API and against Triton's protocol: what goes in and out, interruptions,
+and input that is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from batch_standin import (
+    batch_server,
+    completion,
+    is_whole,
+    openai_line,
+    read_answers,
+    text_for,
+    write_batch,
+)
+from fake_triton import empty_final, fake_server, piece
+
+from cli.main import main
+from export.files.resume import partial_path
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def server():
+    with batch_server() as server:
+        yield server
+
+
+def batch(prompts, output, server, *more):
+    return main(["batch", str(prompts), str(output), "--url", server.url, *more])
+
+
+def records(output):
+    return sorted(partial_path(output).glob("answers-*"))
+
+
+def denied_after(server, num_good):
+    """Answer so many requests, then refuse the key, which stops a batch."""
+
+    def answer(body):
+        return completion(body) if len(server.bodies) <= num_good else (401, {"error": {"message": "no"}}, {})
+
+    server.answer = answer
+
+
+def interrupted(tmp_path, server, num_lines=30, num_good=10):
+    """A batch that was stopped after some answers: its input and its output to be."""
+    prompts, output = write_batch(tmp_path / "in.jsonl", num_lines), tmp_path / "out.jsonl"
+    denied_after(server, num_good)
+    assert batch(prompts, output, server, "--concurrency", "3") == 1
+    assert not output.exists()
+    server.answer = completion
+    server.bodies.clear()
+    return prompts, output
+
+
+def test_lines_of_openais_format_get_its_answers_in_order(tmp_path, server, capsys):
+    prompts, output = write_batch(tmp_path / "in.jsonl", 50), tmp_path / "out.jsonl"
+    assert batch(prompts, output, server, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["lines"], told["answered"], told["failed"], told["kept"]) == (50, 50, 0, 0)
+    assert is_whole(output, 50)
+    first = read_answers(output)[0]
+    assert list(first) == ["id", "custom_id", "response", "error"]
+    assert list(first["response"]) == ["status_code", "request_id", "body"]
+    assert (first["error"], first["response"]["status_code"]) == (None, 200)
+    assert len({line["id"] for line in read_answers(output)}) == 50
+    assert not partial_path(output).exists()
+
+
+def test_plain_prompts_take_the_servers_only_model_and_the_flags(tmp_path, server):
+    prompts, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    chat = {"messages": [{"role": "user", "content": "hi"}], "custom_id": "c"}
+    prompts.write_bytes(b'\xef\xbb\xbf"one"\r\n\n' + json.dumps({"prompt": "two", "max_tokens": 7}).encode()
+                        + b"\n" + json.dumps(chat).encode())  # fmt: skip
+    assert batch(prompts, output, server, "--max-tokens", "5", "--body", '{"top_p": 0.5}') == 0
+    found = read_answers(output)
+    assert [line["text"] for line in found] == [text_for("one"), text_for("two"), text_for("hi")]
+    assert [line["line"] for line in found] == [1, 3, 4]
+    assert found[0]["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+    assert (found[2]["custom_id"], found[0]["finish_reason"], found[0]["error"]) == ("c", "stop", None)
+    sent = {body.get("prompt"): body for body in server.bodies}
+    assert sent["one"] == {"model": "tiny", "prompt": "one", "max_tokens": 5, "top_p": 0.5}
+    assert sent["two"]["max_tokens"] == 7
+    assert server.paths == {"/v1/completions", "/v1/chat/completions"}
+
+
+def test_broken_lines_are_named_and_the_rest_is_done(tmp_path, server, caplog):
+    prompts, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [
+        openai_line(0), "{broken", openai_line(2), '{"custom_id": "id-3"}', openai_line(4, stream=True),
+        openai_line(5).replace("POST", "GET"), openai_line(6, temperature=float("nan")), "\udcff", "[" * 100_000,
+        openai_line(9),
+    ]  # fmt: skip
+    prompts.write_bytes("\n".join(lines).encode(errors="surrogateescape"))
+    assert batch(prompts, output, server) == 1
+    found = read_answers(output)
+    assert [line["error"] is None for line in found] == [True, False, True, *[False] * 6, True]
+    assert {line["error"]["code"] for line in found if line["error"]} == {"invalid_line"}
+    assert [line["response"] is None for line in found] == [line["error"] is not None for line in found]
+    assert found[3]["custom_id"] == "id-3"
+    assert found[3]["error"]["message"].startswith("line 4: found custom_id, expected an object with custom_id, method")
+    assert "7 of 10 lines failed" in caplog.text
+    assert "line 2: found no JSON" in caplog.text
+    assert sorted(server.asked()) == ["prompt 0", "prompt 2", "prompt 9"]
+
+
+def test_a_refusal_of_the_server_is_an_answer_with_its_status(tmp_path, server):
+    prompts, output = write_batch(tmp_path / "in.jsonl", 3), tmp_path / "out.jsonl"
+    refusal = {"error": {"message": "too long", "type": "invalid_request_error", "param": None, "code": None}}
+    server.answer = lambda body: (400, refusal, {}) if body["prompt"] == "prompt 1" else completion(body)
+    assert batch(prompts, output, server) == 1
+    found = read_answers(output)
+    assert [line["response"]["status_code"] for line in found] == [200, 400, 200]
+    assert found[1]["response"]["body"] == refusal
+    assert found[1]["error"] is None, "OpenAI's reference keeps it for requests without an answer by HTTP"
+    assert server.asked()["prompt 1"] == 1, "asking again would change nothing"
+
+
+def test_a_failure_that_passes_is_asked_again(tmp_path, server):
+    prompts, output = write_batch(tmp_path / "in.jsonl", 4), tmp_path / "out.jsonl"
+    first = {
+        "prompt 0": (503, b"<html>busy</html>", {}),
+        "prompt 1": (429, {}, {"Retry-After": "0"}),
+        "prompt 2": (500, {}, {}),
+    }
+
+    def answer(body):
+        with server.lock:
+            return first.pop(body["prompt"], None) or completion(body)
+
+    server.answer = answer
+    assert batch(prompts, output, server) == 0
+    assert is_whole(output, 4)
+    assert server.asked() == {"prompt 0": 2, "prompt 1": 2, "prompt 2": 2, "prompt 3": 1}
+
+
+def test_duplicate_ids_are_refused_before_anything_is_sent(tmp_path, server, capsys):
+    prompts, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("\n".join(openai_line(number) for number in (0, 1, 2, 1, 0)))
+    assert batch(prompts, output, server) == 2
+    told = capsys.readouterr().err
+    assert "found 2 lines with a custom_id that an earlier line has" in told
+    assert "line 4: the custom_id of line 2 (id-1)" in told
+    assert "line 5: the custom_id of line 1 (id-0)" in told
+    assert server.bodies == []
+    assert list(tmp_path.iterdir()) == [prompts]
+
+
+@pytest.mark.parametrize("content", [b"", b"my notes\n", b'{"id":"batch_req_0123456789abcdef01234567_1"}\n'])
+def test_an_output_that_is_not_of_the_batch_is_left_as_it_is(tmp_path, server, capsys, content):
+    prompts, output = write_batch(tmp_path / "in.jsonl", 3), tmp_path / "out.jsonl"
+    output.write_bytes(content)
+    assert batch(prompts, output, server) == 2
+    assert f"writing the answers to {output}: it exists already" in capsys.readouterr().err
+    assert output.read_bytes() == content
+    assert server.bodies == []
+
+
+def test_an_output_that_appears_meanwhile_is_left_as_it_is(tmp_path, server, capsys):
+    prompts, output = write_batch(tmp_path / "in.jsonl", 3), tmp_path / "out.jsonl"
+
+    def answer(body):
+        output.write_text("another program's")
+        return completion(body)
+
+    server.answer = answer
+    assert batch(prompts, output, server) == 2
+    assert output.read_text() == "another program's"
+    assert "it exists already; move it away, and run the same command again" in capsys.readouterr().err
+    output.unlink()
+    server.bodies.clear()
+    assert batch(prompts, output, server) == 0
+    assert is_whole(output, 3)
+    assert server.bodies == [], "the answers were kept"
+
+
+def test_endpoints_that_disagree_on_the_model_are_refused(tmp_path, server, capsys):
+    prompts, output = write_batch(tmp_path / "in.jsonl", 3), tmp_path / "out.jsonl"
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text('"one"\n')
+    with batch_server(models=("other",)) as other:
+        assert batch(prompts, output, server, other.url) == 2
+        told = capsys.readouterr().err
+        assert f"not all endpoints have tiny: {server.url} has tiny; {other.url} has other" in told
+        assert batch(plain, output, server, other.url) == 2
+        assert "lines name none, and the endpoints do not have one and the same model alone" in capsys.readouterr().err
+        other.models = ("tiny", "other")
+        assert batch(prompts, output, server, other.url, "--concurrency", "1") == 0
+        assert server.bodies
+        assert other.bodies
+    assert is_whole(output, 3)
+
+
+def test_a_batch_that_stopped_goes_on_with_what_is_left(tmp_path, server, capsys):
+    prompts, output = interrupted(tmp_path, server)
+    assert "HTTP status 401" in capsys.readouterr().err
+    kept = sum(path.read_bytes().count(b"\n") for path in records(output))
+    assert 7 <= kept <= 10, "requests that were in flight when the batch stopped may have no answer"
+    assert batch(prompts, output, server, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["kept"] == kept
+    assert is_whole(output, 30)
+    assert sum(server.asked().values()) == 30 - kept
+    assert not partial_path(output).exists()
+
+
+def test_damaged_records_are_asked_again(tmp_path, server):
+    prompts, output = interrupted(tmp_path, server)
+    [path] = records(output)
+    lines = path.read_bytes().splitlines(keepends=True)
+    # A block that never reached the disk, a changed byte, a line twice, and a line that was cut while it was written.
+    damaged = [bytes(len(lines[0]) - 1) + b"\n", lines[1].replace(b"answer", b"Answer"), *lines[2:], lines[3]]
+    path.write_bytes(b"".join(damaged) + lines[4][:50])
+    assert batch(prompts, output, server) == 0
+    assert is_whole(output, 30)
+    assert sum(server.asked().values()) == 30 - len(lines) + 2
+
+
+def test_another_input_or_other_settings_do_not_go_on_with_an_interrupted_batch(tmp_path, server, capsys):
+    prompts, output = interrupted(tmp_path, server)
+    before, held = prompts.read_bytes(), [path.read_bytes() for path in records(output)]
+    prompts.write_bytes(before.replace(b"prompt 29", b"prompt 99"))
+    capsys.readouterr()
+    assert batch(prompts, output, server) == 2
+    told = capsys.readouterr().err
+    assert f"resuming {output}: the run that was interrupted is of another job: its input is another one" in told
+    assert "input: sha256 is" in told
+    prompts.write_bytes(before)
+    assert batch(prompts, output, server, "--temperature", "0.5") == 2
+    assert 'settings: body is {"temperature": 0.5}, it was {}' in capsys.readouterr().err
+    assert server.bodies == []
+    assert [path.read_bytes() for path in records(output)] == held
+    assert batch(prompts, output, server) == 0
+    assert is_whole(output, 30)
+
+
+def test_an_input_that_changes_while_it_is_read_makes_no_output(tmp_path, server, capsys):
+    prompts, output = write_batch(tmp_path / "in.jsonl", 5), tmp_path / "out.jsonl"
+    before = prompts.read_bytes()
+
+    def answer(body):
+        prompts.write_bytes(before.replace(b"prompt 4", b"prompt 5"))
+        return completion(body)
+
+    server.answer = answer
+    assert batch(prompts, output, server) == 2
+    assert "the file changed while it was read; the answers so far are kept" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_complete_output_is_recognised_and_its_rest_removed(tmp_path, server, caplog):
+    prompts, output = write_batch(tmp_path / "in.jsonl", 3), tmp_path / "out.jsonl"
+    assert batch(prompts, output, server) == 0
+    made, left = output.read_bytes(), partial_path(output)
+    left.mkdir(mode=0o700)  # as after a kill between the output's name and the end
+    (left / "merged").write_bytes(made)
+    server.bodies.clear()
+    caplog.set_level("INFO")
+    assert batch(prompts, output, server) == 0
+    assert f"{output} is complete already" in caplog.text
+    assert (server.bodies, output.read_bytes(), left.exists()) == ([], made, False)
+
+
+def test_a_server_that_fails_every_request_stops_the_batch(tmp_path, server, capsys):
+    prompts, output = write_batch(tmp_path / "in.jsonl", 60), tmp_path / "out.jsonl"
+    server.answer = lambda body: (500, {"error": {"message": "broken"}}, {})
+    assert batch(prompts, output, server, "--retries", "0", "--concurrency", "2") == 1
+    assert "20 requests in a row failed after 1 attempts each" in capsys.readouterr().err
+    server.answer = completion
+    assert batch(prompts, output, server) == 0
+    assert is_whole(output, 60), "the failures were not kept"
+
+
+def test_a_triton_answers_completions_over_grpc(tmp_path):
+    prompts, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [openai_line(0, model="phixtral", max_tokens=4), openai_line(1, model="phixtral", no_such=1)]
+    lines += [openai_line(2, model="phixtral").replace("/v1/completions", "/v1/chat/completions")]
+    prompts.write_text("\n".join(lines))
+
+    def answer(request, context):
+        yield piece("def main", (5, 6, 7), finish_reason="length", num_output=3)
+        yield empty_final()
+
+    with fake_server() as server:
+        server.answer = answer
+        assert batch(prompts, output, server) == 1
+        [sent] = server.requests
+    good, unknown, chat = read_answers(output)
+    assert good["response"]["body"]["choices"] == [
+        {"index": 0, "text": "def main", "logprobs": None, "finish_reason": "length"}
+    ]
+    assert good["response"]["body"]["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    assert unknown["response"]["status_code"] == 400
+    assert "unrecognized request argument supplied: 'no_such'" in unknown["response"]["body"]["error"]["message"]
+    assert "answers /v1/completions alone" in chat["response"]["body"]["error"]["message"]
+    values = dict(zip([tensor.name for tensor in sent.inputs], sent.raw_input_contents, strict=True))
+    assert values["text_input"] == b"\x08\x00\x00\x00prompt 0"
+    assert values["max_tokens"] == (4).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--concurrency", "0"], "--concurrency is 0, expected 1 or more"),
+        (["--patience", "nan"], "--patience is nan, expected a finite number of seconds above 0"),
+        (["--body", "[1]"], "reading --body: found a list, expected an object"),
+        (["--body", '{"max_tokens": 1}', "--max-tokens", "2"], "found max_tokens, and the flag of that name"),
+        (["--ray-address", "auto"], "found --ray-address without --engine ray"),
+        (
+            ["--engine", "ray", "--ray-address", "127.0.0.1:1"],
+            "connecting to Ray at 127.0.0.1:1: nothing answers there",
+        ),
+        (["--engine", "ray", "--ray-address", "nowhere"], "expected HOST:PORT, ray://HOST:PORT, or auto"),
+    ],
+)
+def test_flags_that_are_wrong_are_named(tmp_path, server, capsys, flags, told):
+    prompts = write_batch(tmp_path / "in.jsonl", 2)
+    assert batch(prompts, tmp_path / "out.jsonl", server, *flags) == 2
+    assert told in capsys.readouterr().err
+    assert server.bodies == []
+
+
+def test_an_address_where_nothing_answers_is_said_at_once(tmp_path, capsys):
+    prompts = write_batch(tmp_path / "in.jsonl", 2)
+    assert main(["batch", str(prompts), str(tmp_path / "o.jsonl"), "--url", "http://127.0.0.1:1"]) == 1
+    assert "listing the models of http://127.0.0.1:1" in capsys.readouterr().err
+    assert main(["batch", str(prompts), str(tmp_path / "o.jsonl"), "--url", "ftp://here"]) == 2
+
+
+def test_a_key_goes_to_the_server(tmp_path, server):
+    prompts, key = write_batch(tmp_path / "in.jsonl", 1), tmp_path / "key"
+    key.write_text("secret-of-mine\n")
+    assert batch(prompts, tmp_path / "out.jsonl", server, "--api-key", str(key)) == 0
+    assert server.headers[0]["Authorization"] == "Bearer secret-of-mine"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_batch_goes_on(tmp_path, server, number):
+    prompts, output = write_batch(tmp_path / "in.jsonl", 60), tmp_path / "out.jsonl"
+    enough, may_answer = threading.Event(), threading.Event()
+
+    def answer(body):
+        if len(server.bodies) > 40:  # the batch is killed while these are waited for
+            enough.set()
+            may_answer.wait(60)
+        return completion(body)
+
+    server.answer = answer
+    words = [sys.executable, "-m", "cli.main", "batch", str(prompts), str(output), "--url", server.url]
+    process = subprocess.Popen([*words, "--concurrency", "4"], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert enough.wait(60)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    may_answer.set()
+    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    assert not output.exists()
+    kept = sum(path.read_bytes().count(b"\n") for path in records(output))
+    assert kept >= 36
+    server.bodies.clear()
+    assert batch(prompts, output, server) == 0
+    assert is_whole(output, 60)
+    assert sum(server.asked().values()) == 60 - kept
+
+
+def test_one_output_has_one_batch_at_a_time(tmp_path, server, capsys):
+    prompts, output = write_batch(tmp_path / "in.jsonl", 2), tmp_path / "out.jsonl"
+    found = []
+
+    def answer(body):
+        if not found:
+            found.append(batch(prompts, output, server))
+        return completion(body)
+
+    server.answer = answer
+    assert batch(prompts, output, server, "--concurrency", "1") == 0
+    assert found == [2]
+    assert f"process {os.getpid()} is writing it" in capsys.readouterr().err
+    assert is_whole(output, 2)
+
+
+def test_ray_tasks_answer_a_batch_each_line_once(tmp_path, server):
+    pytest.importorskip("ray")
+    prompts, output = write_batch(tmp_path / "in.jsonl", 40), tmp_path / "out.jsonl"
+    words = ["batch", str(prompts), str(output), "--url", server.url, "--engine", "ray", "--shard-lines", "7"]
+    # In a process of its own: Ray leaves threads and handlers in the one that it ran in.
+    done = subprocess.run([sys.executable, "-m", "cli.main", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert is_whole(output, 40)
+    assert set(server.asked().values()) == {1}
