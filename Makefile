@@ -27,7 +27,7 @@ chat: $(VENV)/.chat  ## the same, and a page to chat with it at http://127.0.0.1
 
 test: $(VENV)/.dev check  ## what CI runs: check, and every test (minutes)
 	@$(BIN)/python -m trt_build.ort.kernels
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev  ## lint, format and types (seconds)
 	$(BIN)/ruff check .

@@ -33,6 +33,17 @@ os.environ["OMP_NUM_THREADS"] = "1"
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+# Files that take the longest, which pytest-xdist hands out first: one of them at the end would hold the whole run.
+LONGEST = (
+    "tests/triton_repo/live/", "tests/test_example.py", "tests/cli/", "tests/trt_build/", "tests/trtllm/",
+    "tests/export/test_config_keys.py", "tests/clients/gateway/",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs the compiled kernels, in one line of the summary, before a fixture builds anything."""

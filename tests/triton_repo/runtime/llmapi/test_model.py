@@ -181,14 +181,17 @@ def test_a_silent_llm_can_be_cancelled(service, monkeypatch):
     assert reasons(ask(service, lambda: True, text_input="fox", max_tokens=9)) == ["cancelled"]
 
 
-def test_a_request_is_ended_by_another_that_bears_its_id(service):
+def test_a_request_is_ended_by_another_that_bears_its_id(service, llm):
+    made = watched(llm)
+
     async def run():
         async def first():
             asked = tensors(text_input=PROMPT, max_tokens=150, end_id=-1)
             return [response async for response in service.respond(asked, "mine", never)]
 
         running = asyncio.ensure_future(first())
-        await asyncio.sleep(0.02)
+        while not (made and made[0].outputs[0].token_ids):
+            await asyncio.sleep(0.001)
         stop = {"text_input": np.array([b""], dtype=np.object_), "stop": np.array([True])}
         stopped = [response async for response in service.respond(stop, "mine", never)]
         return await running, stopped, stop
