@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from export.rows import Rows
 
 if TYPE_CHECKING:
+    from clients.bench.compare import Compared
     from clients.bench.kept import Level
     from clients.bench.records import Record
 
@@ -50,9 +51,32 @@ def cells(level: Level, levels: Sequence[Level]) -> tuple[str, ...]:
 
 def table(levels: Sequence[Level]) -> str:
     """One row for each load."""
-    rows = [heads(levels), *(cells(level, levels) for level in levels)]
+    return _aligned([heads(levels), *(cells(level, levels) for level in levels)])
+
+
+def comparison(found: Sequence[Compared]) -> str:
+    """A row a figure of each load that two tests have."""
+    rows: list[tuple[str, ...]] = [("load", "figure", "A", "B", "B/A", "interval", "B is")]
+    for one in found:
+        for difference in one.differences:
+            low, high = number_text(difference.low), number_text(difference.high)
+            interval = "-" if difference.low is None else f"{low} to {high}"
+            numbers = (number_text(value) for value in (difference.a, difference.b, difference.ratio))
+            rows.append((one.name, difference.figure, *numbers, interval, difference.verdict))
+        rows += [(one.name, f"unlike: {said}", *[""] * 5) for said in one.unlike]
+    return _aligned(rows, left=(1, 6))
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
+    """Rows of cells as lines, flush right but for the columns of `left`."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(
+        "  ".join(
+            f"{cell:<{width}}" if column in left else f"{cell:>{width}}"
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
 
 
 def notes(levels: Sequence[Level]) -> Rows:

@@ -110,6 +110,37 @@ def test_a_server_that_goes_ends_the_test_and_the_loads_before_it_stay(server, c
     assert test.levels[0].report["requests"]["failed"] >= 2
 
 
+def test_a_trace_is_sent_request_by_request(server, capsys, tmp_path):
+    trace, kept = tmp_path / "trace.jsonl", tmp_path / "run"
+    lines = [{"timestamp": 2000 + 40 * turn, "prompt": f"number {turn}", "max_tokens": turn + 1} for turn in range(5)]
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["bench", "--url", server.url, "--trace", str(trace), "--speed", "2", "--output", str(kept)]) == 0
+    assert "trace x2" in capsys.readouterr().out
+    sent = {}
+    for request in server.requests:
+        values = dict(zip([tensor.name for tensor in request.inputs], request.raw_input_contents, strict=True))
+        sent[values["text_input"][4:].decode()] = int.from_bytes(values["max_tokens"], "little")
+    assert {f"number {turn}": turn + 1 for turn in range(5)}.items() <= sent.items()
+    assert len(sent) == 6  # and one to warm up
+    [level] = read_test(kept).levels
+    assert [record.due_s for record in level.records] == pytest.approx([0, 0.02, 0.04, 0.06, 0.08])
+    assert [record.max_tokens for record in level.records] == [1, 2, 3, 4, 5]
+    assert level.report["load"]["kind"] == "open loop, arrivals of a trace"
+
+
+def test_a_trace_with_broken_lines_is_refused_whole(server, capsys, tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"timestamp": 0, "input_length": 4}\n{"timestamp": -1, "input_length": 4}\n{\n')
+    assert main(["bench", "--url", server.url, "--trace", str(trace)]) == 2
+    said = capsys.readouterr().err
+    assert "2 of 3 lines cannot be sent" in said
+    assert "line 2: timestamp is -1, expected milliseconds of 0 or more" in said
+    assert "line 3: " in said
+    assert server.requests == []
+    assert main(["bench", "--url", server.url, "--trace", str(trace), "--rate", "2"]) == 2
+    assert "found --trace and --rate; a trace has its own requests" in capsys.readouterr().err
+
+
 def test_endpoints_that_disagree_on_the_model_are_refused(server, capsys):
     with fake_server() as other:
         other.states = (("mixtral", "READY", ""),)
