@@ -1,4 +1,4 @@
-"""The dashboard and the alerts name metrics and labels that the code exports, in queries that parse."""
+"""Dashboard, alerts and autoscalers name metrics and labels that the code exports, in queries that parse."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import promql_parser
 import pytest
 import yaml
+from deployed import documents
 
 from triton_repo.runtime.batching.engine import SequenceEngine
 from triton_repo.runtime.batching.memory.slots import Slots
@@ -25,7 +26,7 @@ RULES = ROOT / "deploy" / "prometheus" / "moeship.rules.yml"
 DASHBOARD = ROOT / "deploy" / "grafana" / "moeship.json"
 CASES = Path(__file__).with_name("alert_cases.yml")
 # Labels that Prometheus itself adds to all that it reads from a server.
-ADDED = {"job", "instance"}
+ADDED = {"job", "instance", "namespace"}
 OWN = {
     "moeship_requests_ended_total": {"end"},
     "moeship_requests_refused_total": {"reason"},
@@ -35,7 +36,7 @@ LABELS = {
     name: {"model", *ADDED, *OWN.get(definition.name, ()), *(["le"] if name.endswith("_bucket") else [])}
     for definition in DEFINITIONS
     for name in definition.names
-} | {"up": ADDED}
+} | {"up": ADDED, "nv_trt_llm_request_metrics": {"model", "version", "request_type", *ADDED}}
 
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 _BUILT_IN = {"__rate_interval": "5m", "__all": ""}
@@ -55,11 +56,26 @@ def panels() -> list[dict]:
 
 
 def queries() -> list[str]:
-    """Every query of both files, with values for the dashboard's variables."""
+    """Every query of rules, dashboard and autoscalers, with values for the dashboard's variables."""
     found = [rule["expr"] for rule in rules()]
     found += [target["expr"] for panel in panels() for target in panel["targets"]]
     found += [note["expr"] for note in dashboard()["annotations"]["list"]]
+    found += autoscaling()
     return [_VARIABLE.sub(lambda match: _BUILT_IN.get(match[1] or match[2], "a"), query) for query in found]
+
+
+def autoscaling() -> list[str]:
+    """The queries by which KEDA and KServe count servers."""
+    [scaled] = documents("kubernetes/components/keda/scaledobject.yaml")
+    [overlay] = documents("kubernetes/overlays/tensorrt-llm/kustomization.yaml")
+    [patch] = [entry["patch"] for entry in overlay["patches"] if entry["target"]["kind"] == "ScaledObject"]
+    _, service = documents("kserve/moeship.yaml")
+    [metric] = service["spec"]["predictor"]["autoScaling"]["metrics"]
+    return [
+        scaled["spec"]["triggers"][0]["metadata"]["query"],
+        *(step["value"] for step in yaml.safe_load(patch) if step["path"].endswith("/query")),
+        metric["external"]["metric"]["query"],
+    ]
 
 
 def selectors(query: str) -> list[tuple[str, set[str]]]:
@@ -92,14 +108,14 @@ def test_a_query_that_names_something_else_is_noticed():
 
 
 def test_the_dashboard_shows_every_metric():
-    shown = {name for query in queries()[len(rules()) :] for name, _ in selectors(query)}
+    shown = {name for query in queries()[len(rules()) : -len(autoscaling())] for name, _ in selectors(query)}
     assert [definition.name for definition in DEFINITIONS if not shown & set(definition.names)] == []
 
 
 def test_labels_are_those_of_the_definitions(timed_engine):
     found = {name: {label for label, _ in labels} for definition in DEFINITIONS
              for name, labels, _ in definition.readings(timed_engine)}  # fmt: skip
-    assert found == {name: labels - ADDED - {"model"} for name, labels in LABELS.items() if name != "up"}
+    assert found == {name: labels - ADDED - {"model"} for name, labels in LABELS.items() if name.startswith("moeship_")}
 
 
 @pytest.fixture
@@ -123,6 +139,12 @@ def test_panels_have_numbers_of_their_own_and_do_not_overlap():
         beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
         assert beside or one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
     assert all(panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24 for panel in every)
+
+
+def test_settings_of_panels_are_where_grafana_reads_them():
+    """Grafana ignores what it does not know, such as `defaults` within `defaults`."""
+    known = {"unit", "min", "max", "decimals", "noValue", "mappings", "thresholds", "color", "custom"}
+    assert [panel["title"] for panel in panels() if not set(panel["fieldConfig"]["defaults"]) <= known] == []
 
 
 def test_alerts_say_how_bad_it_is_and_what_to_do():
