@@ -19,6 +19,7 @@ from dense_checkpoints import write_dense_checkpoint
 from fuzz_engines import READERS as ENGINE_READERS
 from fuzz_requests import READERS as REQUEST_READERS
 from fuzzing import Reader, mutated_bytes, mutated_json
+from gpt_oss_checkpoints import write_gpt_oss_checkpoint
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
 from olmoe_checkpoints import write_olmoe_checkpoint
@@ -49,6 +50,8 @@ def checkpoints() -> tuple[Path, ...]:
         write_mixtral_checkpoint(folder / "mixtral", seed=1),
         write_granitemoe_checkpoint(folder / "granitemoe", seed=1),
         write_olmoe_checkpoint(folder / "olmoe", seed=1),
+        write_gpt_oss_checkpoint(folder / "gpt_oss", seed=1),
+        write_gpt_oss_checkpoint(folder / "mxfp4", seed=1, spelling="mxfp4"),
         write_qwen_checkpoint(folder / "qwen3_moe", "qwen3_moe", seed=1, num_layers=3, config={"mlp_only_layers": [1]}),
         write_dense_checkpoint(folder / "mistral", seed=1, family="mistral"),
         write_dense_checkpoint(folder / "llama", seed=1, family="llama"),

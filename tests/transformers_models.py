@@ -22,7 +22,8 @@ class TransformersModel:
     stands for q, k and v, which are one row of the table and three tensors of the class. It returns None for a row that
     the class does not have. `router` is the path of the router's module inside a layer; None for a dense family.
     `config` converts a config.json to the keys of the class's configuration, from the JSON alone. `additions` is the
-    module of tests/torch_reference that adds what the class lacks.
+    module of tests/torch_reference that adds what the class lacks. `transposes`: the class stores the matrices of
+    experts as [E, in, out].
     """
 
     model: str
@@ -30,6 +31,7 @@ class TransformersModel:
     router: str | None = None
     config: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _as_it_is
     additions: str | None = None
+    transposes: bool = False
 
 
 def _llama_name(name: str) -> str:
@@ -41,6 +43,12 @@ def _llama_name(name: str) -> str:
 def _granitemoe_name(name: str) -> str:
     name = _llama_name(name).replace(".mlp.gate.", ".block_sparse_moe.router.")
     return name.replace(".mlp.", ".block_sparse_moe.")
+
+
+def _gpt_oss_name(name: str) -> str:
+    for matrix in ("gate_up", "down"):
+        name = name.replace(f".{matrix}.bias", f".{matrix}_proj_bias")
+    return _llama_name(name).replace(".mlp.gate.", ".mlp.router.")
 
 
 TRANSFORMERS_MODELS: Mapping[str, TransformersModel] = {
@@ -55,6 +63,7 @@ TRANSFORMERS_MODELS: Mapping[str, TransformersModel] = {
         additions="phixtral",
     ),
     "mixtral": TransformersModel(model="MixtralForCausalLM", name=_llama_name, router="mlp.gate"),
+    "gpt_oss": TransformersModel(model="GptOssForCausalLM", name=_gpt_oss_name, router="mlp.router", transposes=True),
     "olmoe": TransformersModel(model="OlmoeForCausalLM", name=_llama_name, router="mlp.gate"),
     "qwen3_moe": TransformersModel(model="Qwen3MoeForCausalLM", name=_llama_name, router="mlp.gate"),
     "mistral": TransformersModel(model="MistralForCausalLM", name=_llama_name),

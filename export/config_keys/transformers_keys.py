@@ -36,11 +36,12 @@ LOOKED_UP = frozenset(
     early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id fusion_config generator
     gradient_checkpointing head_dim is_causal kv_sharing_modes layer_types length_penalty max_length min_length
-    mtp_layer_types no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beam_groups
-    num_beams num_heads num_local_experts num_return_sequences original_max_position_embeddings output_scores
-    partial_rotary_factor quantization_config remove_invalid_values repetition_penalty return_dict_in_generate
-    rope_theta sliding_window suppress_tokens target_lookbehind temperature text_config top_k top_p
-    transformers_weights typical_p vision_aspect_ratio vision_feature_layer vision_feature_select_strategy
+    mlp_layer_types mtp_layer_types no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule
+    num_beam_groups num_beams num_heads num_local_experts num_return_sequences original_max_position_embeddings
+    output_scores partial_rotary_factor quantization_config remove_invalid_values repetition_penalty
+    return_dict_in_generate rope_theta sliding_window suppress_tokens target_lookbehind temperature text_config
+    top_k top_p transformers_weights typical_p vision_aspect_ratio vision_feature_layer
+    vision_feature_select_strategy
     """.split()
 )
 ATTRIBUTES = frozenset(
@@ -64,6 +65,7 @@ ATTRIBUTES = frozenset(
     """.split()
 )
 ALIASES: dict[str, dict[str, str]] = {
+    "GptOssConfig": {"num_experts": "num_local_experts"},
     "GraniteMoeConfig": {},
     "LlamaConfig": {},
     "MistralConfig": {},
@@ -73,6 +75,45 @@ ALIASES: dict[str, dict[str, str]] = {
     "Qwen3MoeConfig": {"num_experts": "num_local_experts"},
 }
 FIELDS: dict[str, dict[str, Any]] = {
+    "GptOssConfig": {
+        "architectures": None,
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "bos_token_id": None,
+        "chunk_size_feed_forward": 0,
+        "dtype": None,
+        "eos_token_id": None,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 2880,
+        "id2label": None,
+        "initializer_range": 0.02,
+        "intermediate_size": 2880,
+        "is_encoder_decoder": False,
+        "label2id": None,
+        "layer_types": None,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 64,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 8,
+        "num_local_experts": 128,
+        "output_hidden_states": False,
+        "output_router_logits": False,
+        "pad_token_id": None,
+        "problem_type": None,
+        "return_dict": True,
+        "rms_norm_eps": 1e-05,
+        "rope_parameters": None,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": 128,
+        "swiglu_alpha": 1.702,
+        "swiglu_limit": 7.0,
+        "tie_word_embeddings": False,
+        "transformers_version": None,
+        "use_cache": True,
+        "vocab_size": 201088,
+    },
     "GraniteMoeConfig": {
         "architectures": None,
         "attention_bias": False,

@@ -18,6 +18,8 @@ from typing import Any
 from export.errors import MoeshipError, named
 from export.optional import optional_package
 
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's reasoning, the first that is there
+
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -74,7 +76,7 @@ class ChatTemplate:
                     "documents": None,
                     **self._special_tokens,
                     **(variables or {}),
-                    "messages": [dict(message) for message in messages],
+                    "messages": [_with_reasoning(message) for message in messages],
                     "tools": tools,
                     "add_generation_prompt": add_generation_prompt,
                 }
@@ -91,6 +93,14 @@ def _reason(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return "it takes more memory than there is for it"
     return named(error, 400) if str(error).strip() else f"it failed with {type(error).__name__}"
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose reasoning, where it has one, stands under both names that templates read: `reasoning_content`,
+    and `thinking`, which those of gpt-oss read. Source: transformers, _alias_reasoning_fields of
+    utils/chat_template_utils.py."""
+    found = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    return dict(message) if found is None else {"thinking": found, **message, "reasoning_content": found}
 
 
 def _cut_behind(text: str, last: str) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 from checkpoints import Dimensions, phi_msft_config, transformers_config
 from dense_checkpoints import dense_config
+from gpt_oss_checkpoints import gpt_oss_config
 from granitemoe_checkpoints import SCALARS
 from mixtral_checkpoints import MixtralSizes, published_config
 from olmoe_checkpoints import olmoe_config
 from qwen_checkpoints import qwen_config
 from transformers import AutoConfig
 
-from export.architecture import QueryKeyValue, Router
+from export.architecture import QueryKeyValue, Router, SwiGlu
 from export.errors import ConfigError
 from export.families import family_named
 
@@ -27,6 +28,12 @@ WRITTEN = {
     "mixtral": {**published_config(SHAPES), "tie_word_embeddings": True},
     "granitemoe": {**published_config(SHAPES), **SCALARS, "model_type": "granitemoe", "attention_bias": False},
     "olmoe": {**olmoe_config(published_config(SHAPES)), "norm_topk_prob": True, "clip_qkv": 3.5, "num_experts": 9},
+    "gpt_oss": {
+        **gpt_oss_config(published_config(SHAPES)),
+        "num_local_experts": 9,
+        "swiglu_alpha": 2.0,
+        "swiglu_limit": 3.0,
+    },
     "qwen3_moe": {
         **qwen_config(published_config(SHAPES), "qwen3_moe"),
         "decoder_sparse_step": 2,
@@ -65,6 +72,14 @@ def of_transformers(family, raw):
             for layer in range(config.num_hidden_layers)
             if (layer + 1) % getattr(config, "decoder_sparse_step", 1)
             or layer in getattr(config, "mlp_only_layers", [])
+        ),
+        "swiglu": SwiGlu(alpha=config.swiglu_alpha, beta=1.0, limit=config.swiglu_limit)
+        if family == "gpt_oss"
+        else SwiGlu(),
+        "full_layers": tuple(
+            layer
+            for layer, kind in enumerate(config.layer_types if family == "gpt_oss" else ())
+            if kind == "full_attention"
         ),
     }
 

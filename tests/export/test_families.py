@@ -62,11 +62,22 @@ def test_families_differ_in_the_configs_that_they_match():
         registry.detect(config, "here").name
         for config in (
             {"model_type": "phi"}, {"model_type": "phi-msft"}, {"model_type": "phi-msft", "num_local_experts": 4},
-            {"model_type": "mixtral"}, {"model_type": "granitemoe"}, {"model_type": "olmoe"},
+            {"model_type": "mixtral"}, {"model_type": "granitemoe"}, {"model_type": "olmoe"}, {"model_type": "gpt_oss"},
             {"model_type": "qwen3_moe"}, {"model_type": "mistral"}, {"model_type": "llama"},
         )
     ]  # fmt: skip
-    assert names == ["phi", "phi", "phixtral", "mixtral", "granitemoe", "olmoe", "qwen3_moe", "mistral", "llama"]
+    assert names == [
+        "phi",
+        "phi",
+        "phixtral",
+        "mixtral",
+        "granitemoe",
+        "olmoe",
+        "gpt_oss",
+        "qwen3_moe",
+        "mistral",
+        "llama",
+    ]
 
 
 def _named_families(path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from dense_checkpoints import write_dense_checkpoint
+from gpt_oss_checkpoints import write_gpt_oss_checkpoint
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
 from olmoe_checkpoints import write_olmoe_checkpoint
@@ -72,6 +73,10 @@ def olmoe(folder):
     return write_olmoe_checkpoint(folder, seed=1, max_positions=POSITIONS)
 
 
+def gpt_oss(folder):
+    return write_gpt_oss_checkpoint(folder, seed=1, max_positions=POSITIONS)
+
+
 def qwen3_moe(folder):
     return write_qwen_checkpoint(folder, "qwen3_moe", seed=1, max_positions=POSITIONS)
 
@@ -85,10 +90,11 @@ WRITERS = {
     "mixtral": mixtral,
     "granitemoe": granitemoe,
     "olmoe": olmoe,
+    "gpt_oss": gpt_oss,
     "qwen3_moe": qwen3_moe,
     "llama": llama,
 }
-WIDTHS = {"phi": 16, "mixtral": 16, "granitemoe": 16, "olmoe": 16, "qwen3_moe": 16, "llama": 16}
+WIDTHS = {"phi": 16, "mixtral": 16, "granitemoe": 16, "olmoe": 16, "gpt_oss": 16, "qwen3_moe": 16, "llama": 16}
 TOKENS = np.random.default_rng(3).integers(0, 256, POSITIONS).tolist()
 
 
@@ -96,6 +102,7 @@ def scaled(folder, scaling, spelling="rope_scaling", **more):
     path = folder / "config.json"
     raw = {**json.loads(path.read_text()), **more}
     if spelling == "rope_parameters":
+        raw.pop("rope_scaling", None)
         rope = raw.pop("rope_parameters", {})
         top = {key: raw.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in raw}
         rope = {key: value for key, value in {**top, **rope}.items() if key != "rope_type"}
@@ -163,7 +170,8 @@ def test_a_longropes_texts_of_either_length_have_transformers_logits(tmp_path, f
 def test_a_class_that_turns_the_whole_head_does_not_look_at_a_share_of_null(tmp_path, family, nested):
     folder = WRITERS[family](tmp_path / "c")
     before, config = ours(folder), json.loads((folder / "config.json").read_text())
-    rope = config.pop("rope_parameters", None) or {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
+    plain = config.pop("rope_scaling", None) or {"rope_type": "default"}
+    rope = config.pop("rope_parameters", None) or {**plain, "rope_theta": config.pop("rope_theta")}
     share = {"partial_rotary_factor": None}
     config |= {"rope_parameters": rope | share} if nested else {"rope_parameters": rope, **share}
     (folder / "config.json").write_text(json.dumps(config))

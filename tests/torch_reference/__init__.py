@@ -113,8 +113,9 @@ def _config(model: Model, config_class: type[PretrainedConfig]) -> PretrainedCon
 
 def _state(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
     """Pairs of a transformers tensor name and its tensor; each tensor is loaded when the iterator reaches it."""
+    record = TRANSFORMERS_MODELS[model.family.name]
     for name, spec in model.weights.table.items():
-        theirs = TRANSFORMERS_MODELS[model.family.name].name(name)
+        theirs = record.name(name)
         if theirs is None:
             continue
         tensor = torch.from_numpy(model.weights.load(name))
@@ -123,6 +124,8 @@ def _state(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
                 yield theirs.format(letter), part.contiguous()
         elif spec.join is Join.INTERLEAVE:  # gate and up rows alternate here; transformers stores gate before up
             yield theirs, torch.cat([tensor[:, 0::2], tensor[:, 1::2]], dim=1)
+        elif record.transposes and tensor.dim() == 3:
+            yield theirs, tensor.transpose(1, 2).contiguous()
         else:
             yield theirs, tensor
 

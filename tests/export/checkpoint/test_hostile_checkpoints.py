@@ -11,6 +11,7 @@ import time
 
 import pytest
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
+from gpt_oss_checkpoints import write_gpt_oss_checkpoint
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
 from olmoe_checkpoints import write_olmoe_checkpoint
@@ -40,8 +41,9 @@ def one_of_each(tmp_path, phixtral):
     mixtral = write_mixtral_checkpoint(tmp_path / "mixtral", seed=1)
     granitemoe = write_granitemoe_checkpoint(tmp_path / "granitemoe", seed=1)
     olmoe = write_olmoe_checkpoint(tmp_path / "olmoe", seed=1)
+    gpt_oss = write_gpt_oss_checkpoint(tmp_path / "gpt_oss", seed=1)
     qwen3_moe = write_qwen_checkpoint(tmp_path / "qwen3_moe", "qwen3_moe", seed=1)
-    return phixtral, mixtral, granitemoe, olmoe, qwen3_moe, write_phi_checkpoint(tmp_path / "phi", seed=1)
+    return phixtral, mixtral, granitemoe, olmoe, gpt_oss, qwen3_moe, write_phi_checkpoint(tmp_path / "phi", seed=1)
 
 
 def refusal(folder):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from dense_checkpoints import write_dense_checkpoint
+from gpt_oss_checkpoints import write_gpt_oss_checkpoint
 from granitemoe_checkpoints import tell_mixtral_as_granitemoe, write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
 from olmoe_checkpoints import write_olmoe_checkpoint
@@ -19,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from torch_reference import load_reference, run_model
 from transformers import (
     AutoModelForCausalLM,
+    GptOssForCausalLM,
     GraniteMoeForCausalLM,
     MixtralForCausalLM,
     OlmoeForCausalLM,
@@ -59,6 +61,10 @@ def olmoe(folder, **sizes):
     return write_olmoe_checkpoint(folder, seed=1, **sizes)
 
 
+def gpt_oss(folder, **sizes):
+    return write_gpt_oss_checkpoint(folder, seed=1, **sizes)
+
+
 def qwen3_moe(folder, **sizes):
     return write_qwen_checkpoint(folder, "qwen3_moe", seed=1, **sizes)
 
@@ -73,7 +79,7 @@ def llama(folder, **sizes):
 
 WRITERS = {
     "phi": phi, "phixtral": phixtral, "mixtral": mixtral, "granitemoe": granitemoe, "olmoe": olmoe,
-    "qwen3_moe": qwen3_moe, "mistral": mistral, "llama": llama,
+    "gpt_oss": gpt_oss, "qwen3_moe": qwen3_moe, "mistral": mistral, "llama": llama,
 }  # fmt: skip
 CASES = [
     (phi, {}),
@@ -94,6 +100,9 @@ CASES = [
     (olmoe, {}),
     (olmoe, {"spelling": "packed", "num_experts": 9, "experts_per_token": 8, "config": {"clip_qkv": 0.5}}),
     (olmoe, {"num_heads": 3, "num_kv_heads": 1, "config": {"norm_topk_prob": True}, "tied": True, "dtype": "bfloat16"}),
+    (gpt_oss, {}),
+    (gpt_oss, {"spelling": "mxfp4", "num_experts": 3, "experts_per_token": 1, "config": {"swiglu_limit": 0.4}}),
+    (gpt_oss, {"num_heads": 5, "num_kv_heads": 1, "ffn_size": 37, "tied": True, "dtype": "bfloat16", "num_layers": 3}),
     (qwen3_moe, {}),
     (qwen3_moe, {"spelling": "packed", "num_layers": 3, "config": {"mlp_only_layers": [1]}, "num_kv_heads": 1}),
     (qwen3_moe, {"num_layers": 4, "config": {"decoder_sparse_step": 2, "norm_topk_prob": False}, "dtype": "bfloat16"}),
@@ -219,6 +228,7 @@ def test_the_hidden_states_that_enter_layers_are_those_of_transformers(tmp_path,
         (mixtral, MixtralForCausalLM),
         (granitemoe, GraniteMoeForCausalLM),
         (olmoe, OlmoeForCausalLM),
+        (gpt_oss, GptOssForCausalLM),
         (qwen3_moe, Qwen3MoeForCausalLM),
     ],
 )
@@ -227,13 +237,16 @@ def test_keys_that_a_config_leaves_out_are_what_transformers_makes_of_them(tmp_p
     sizes = {"hidden_size": 64, "num_heads": 8, "max_positions": 64}
     sizes |= {"rotary_dim": 4} if write is phi else {"head_dim": 8, "num_kv_heads": 8, "num_experts": 8, "ffn_size": 24}
     sizes |= {"config": {"clip_qkv": 0.5, "norm_topk_prob": True}} if write is olmoe else {}
+    if write is gpt_oss:  # the class's own head size, experts for each token, window and constants
+        sizes |= {"head_dim": 64, "experts_per_token": 4, "config": {"sliding_window": 128}}
     folder = write(tmp_path / "c", **sizes)
     path = folder / "config.json"
     written = json.loads(path.read_text())
     facts = {
         "rope_parameters", "rope_theta", "partial_rotary_factor", "layer_norm_eps", "rms_norm_eps",
         "num_key_value_heads", "head_dim", "sliding_window", "embedding_multiplier", "attention_multiplier",
-        "residual_multiplier", "logits_scaling", "clip_qkv", "norm_topk_prob",
+        "residual_multiplier", "logits_scaling", "clip_qkv", "norm_topk_prob", "swiglu_limit", "swiglu_alpha",
+        "layer_types", "rope_scaling", "attention_bias", "experts_per_token",
     }  # fmt: skip
     for key in facts & written.keys():
         path.write_text(json.dumps({name: value for name, value in written.items() if name != key}))
@@ -253,7 +266,7 @@ def test_facts_that_were_read_wrongly_do_not_reach_the_reference(tmp_path, famil
     assert np.array_equal(found, expected)
 
 
-@pytest.mark.parametrize("family", ["phixtral", "mixtral", "granitemoe", "olmoe"])
+@pytest.mark.parametrize("family", ["phixtral", "mixtral", "granitemoe", "olmoe", "gpt_oss"])
 def test_the_number_of_experts_a_token_is_the_one_asked_for(tmp_path, family):
     folder = WRITERS[family](tmp_path / "c")
     [(asked, _)] = Reference(read_model(open_checkpoint(folder), 1)).run([TOKENS[:40]])

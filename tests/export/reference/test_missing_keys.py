@@ -35,6 +35,14 @@ REQUIRED = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 64, "num_
             },
         ),
         (
+            "gpt_oss", "GptOssConfig",
+            {
+                "rms_norm_eps": 1e-3, "num_key_value_heads": 4, "rope_theta": 5e5, "swiglu_alpha": 2.0,
+                "swiglu_limit": 3.0, "sliding_window": 7, "head_dim": 32, "layer_types": ["full_attention"] * 2,
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+            },
+        ),
+        (
             "granitemoe", "GraniteMoeConfig",
             {
                 "rms_norm_eps": 1e-3, "num_key_value_heads": 4, "rope_theta": 5e5, "embedding_multiplier": 2.0,
