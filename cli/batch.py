@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,13 +83,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     engine.add_argument("--ray-workers", type=int, default=2, metavar="N", help="tasks at a time (default: 2)")
     engine.add_argument("--shard-lines", type=int, default=500, metavar="N", help="lines of a task (default: 500)")
+    parser.add_argument(
+        "--retry-failed", action="store_true",
+        help="send the failed lines of an earlier run again; a complete OUT is replaced when they are done",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print what was done as one line of JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer a batch; returns 1 if lines failed. Raises ConfigError, ClientError, OutputError, MissingPackageError."""
     from clients.batch.job import Job, scan
-    from clients.batch.local import choose_model
+    from clients.batch.local import agree_on_models
     from clients.batch.store import finished, refuse_foreign
     from export.files.resume import discard_interrupted
 
@@ -99,37 +104,42 @@ def run(arguments: argparse.Namespace) -> int:
     with _bar("reading", arguments.input.stat().st_size if arguments.input.is_file() else 0) as tell:
         found = scan(arguments.input, form=arguments.format, shard_lines=arguments.shard_lines,
                      scratch=arguments.output.resolve().parent, tell=lambda done: tell(done, ""))  # fmt: skip
-    sending = _with_models(sending, arguments.model, found, defaults)
     needs_model = found.lacks_model and arguments.model is None and "model" not in defaults
-    chosen = choose_model(sending, needs_model=needs_model)
-    if chosen is not None:
-        defaults = {**defaults, "model": chosen}
-        sending = _with_models(sending, arguments.model, found, defaults)
+    agreement = agree_on_models(sending, _models(arguments, found, defaults), needs_model=needs_model)
+    if agreement.default is not None:
+        defaults = {**defaults, "model": agreement.default}
+    sending = replace(sending, access=replace(sending.access, models=agreement.models))
     job = Job(path=arguments.input.resolve(), sha256=found.sha256, num_bytes=found.num_bytes, num_lines=found.num_lines,
               form=found.form, model=arguments.model, defaults=defaults)  # fmt: skip
-    outcome = finished(job, arguments.output)
-    if outcome is not None:
+    outcome, kept = finished(job, arguments.output), found.num_lines
+    if outcome is None or (arguments.retry_failed and outcome.num_failed):
+        outcome, kept = _answer(arguments, job, found, sending, replaces=outcome is not None)
+    else:
         logger.info("%s is complete already", arguments.output)
         discard_interrupted(arguments.output)
-        return _say(arguments, outcome, kept=outcome.num_lines, seconds=time.monotonic() - started)
-    outcome, kept = _answer(arguments, job, found, sending)
     return _say(arguments, outcome, kept=kept, seconds=time.monotonic() - started)
 
 
-def _with_models(sending: Sending, model: str | None, found: Scan, defaults: dict[str, Any]) -> Sending:
-    import dataclasses
-
+def _models(arguments: argparse.Namespace, found: Scan, defaults: dict[str, Any]) -> frozenset[str]:
+    """The models that requests name."""
+    if arguments.model is not None:
+        return frozenset({arguments.model})
     default = {defaults["model"]} if found.lacks_model and "model" in defaults else set()
-    return dataclasses.replace(sending, models=frozenset({model} if model else found.models | default))
+    return found.models | default
 
 
-def _answer(arguments: argparse.Namespace, job: Job, found: Scan, sending: Sending) -> tuple[Outcome, int]:
-    """Answer what has no answer and make the output. Returns what it holds, and how many answers an earlier run had."""
+def _answer(
+    arguments: argparse.Namespace, job: Job, found: Scan, sending: Sending, *, replaces: bool
+) -> tuple[Outcome, int]:
+    """Answer the lines that are left and make the output. Returns what it holds, and how many answers were kept.
+    `replaces`: there is an output of this job, whose good answers are kept."""
     from clients.batch.local import require_same_input, run_local
     from clients.batch.ray_engine import Cluster, run_on_ray
     from clients.batch.store import open_store
 
-    with open_store(job, arguments.output) as store:
+    with open_store(job, arguments.output, retries_failed=arguments.retry_failed) as store:
+        if replaces:
+            store.take_up()
         index = store.index()
         kept, counts = index.num_done, {True: index.num_good, False: index.num_done - index.num_good}
         index.close()
@@ -149,7 +159,7 @@ def _answer(arguments: argparse.Namespace, job: Job, found: Scan, sending: Sendi
                 run_local(store, sending, tell)
         require_same_input(job)
         with _bar("writing", job.num_lines) as show:
-            outcome = store.publish(lambda lines: show(lines, ""))
+            outcome = store.publish(lambda lines: show(lines, ""), replaces=replaces)
     return outcome, kept
 
 
@@ -191,6 +201,11 @@ def read_body(arguments: argparse.Namespace) -> dict[str, Any]:
         if name in fields:
             raise ConfigError(f"reading --body: found {name}, and the flag of that name; give one of them")
         fields[name] = value
+    temperature, max_tokens = arguments.temperature, arguments.max_tokens
+    if temperature is not None and not math.isfinite(temperature):
+        raise ConfigError(f"reading the flags of a batch: --temperature is {temperature}, expected a finite number")
+    if max_tokens is not None and max_tokens < 1:
+        raise ConfigError(f"reading the flags of a batch: --max-tokens is {max_tokens}, expected 1 or more")
     return fields
 
 

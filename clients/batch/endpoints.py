@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from clients.batch.lines import COMPLETIONS, Answer, Request
+from clients.batch.lines import COMPLETIONS, Answer, Request, code_of
 from clients.errors import (
     AccessDenied,
     AddressInvalid,
@@ -68,6 +68,7 @@ class Access:
     """How to reach endpoints. `key` is sent to those over HTTP."""
 
     timeout_s: float
+    models: frozenset[str] = frozenset()  # that they had when the batch began
     key: str | None = None
     tls: ClientTls | None = None
 
@@ -127,7 +128,6 @@ class OpenAIEndpoint:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._library = _require_aiohttp()
         self._access = access
-        self._known: frozenset[str] = frozenset()
         headers = {} if access.key is None else {"Authorization": f"Bearer {access.key}"}
         tls = access.tls.context() if access.tls else True
         self._session: ClientSession = self._library.ClientSession(
@@ -151,8 +151,7 @@ class OpenAIEndpoint:
                 if response.status != 200:
                     raise ConnectionFailed(f"{doing}: HTTP status {response.status}: {await _beginning(response)}")
                 found = json.loads(await _read(response))
-                self._known = frozenset(str(model["id"]) for model in found["data"])
-                return self._known
+                return frozenset(str(model["id"]) for model in found["data"])
         except (self._library.ClientConnectorCertificateError, self._library.ClientConnectorSSLError) as error:
             raise TlsFailed(f"{doing}: {error}; check --tls-ca, or whether the server encrypts") from error
         except (self._library.ClientError, TimeoutError, OSError) as error:
@@ -173,10 +172,9 @@ class OpenAIEndpoint:
             return Answer(error=("connection_lost", f"the connection ended before the answer did ({error!r})"))
         if answer.status == 401:
             raise AccessDenied(f"asking {self.url}: HTTP status 401: {str(answer.body)[:_MOST_DETAILS]}")
-        if answer.status == 404 and str(request.body.get("model")) in self._known:
-            error_body = answer.body.get("error") if isinstance(answer.body, dict) else None
-            if isinstance(error_body, dict) and error_body.get("code") == "model_not_found":
-                raise EndpointAway(f"{self.url}: it had the model at first, and does not have it at present")
+        is_unknown = answer.status == 404 and code_of(answer.body) == "model_not_found"
+        if is_unknown and request.body.get("model") in self._access.models:
+            raise EndpointAway(f"{self.url}: it had the model at first, and does not have it at present")
         return answer
 
     def _post(self, request: Request, headers: Mapping[str, str]) -> AbstractAsyncContextManager[ClientResponse]:
@@ -251,11 +249,13 @@ class TritonEndpoint:
 
         try:
             choices, usage = await self._generate(request, request_id)
-        except (ConnectionFailed, TlsFailed, ModelNotFound, ModelNotReady) as error:
-            raise EndpointAway(str(error)) from error
         except ApiError as error:
             return Answer(status=error.status, request_id=request_id, body=error.body(), retry_s=error.retry_s)
         except ClientError as error:
+            had_model = request.body.get("model") in self._access.models
+            lost_model = isinstance(error, (ModelNotFound, ModelNotReady)) and had_model
+            if lost_model or isinstance(error, (ConnectionFailed, TlsFailed)):
+                raise EndpointAway(str(error)) from error
             seen = of_client(error)
             return Answer(status=seen.status, request_id=request_id, body=seen.body(), retry_s=seen.retry_s)
         body = {

@@ -6,14 +6,14 @@ import asyncio
 import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from clients.batch.endpoints import Access
 from clients.batch.job import Job, digest
 from clients.batch.lines import RawLine, read_lines
-from clients.batch.pool import Pool, agree
+from clients.batch.pool import Agreement, Pool, agree
 from clients.batch.runner import Rules, Run
 from clients.batch.store import Journal, Store
 from clients.errors import BatchInputInvalid
@@ -28,32 +28,30 @@ class Sending:
     urls: Sequence[str]
     access: Access
     rules: Rules
-    models: frozenset[str] = field(default_factory=frozenset)  # that its lines name
 
     def pool(self) -> Pool:
         return Pool(
-            urls=self.urls, access=self.access, concurrency=self.rules.concurrency, patience_s=self.rules.patience_s,
-            models=self.models,
-        )  # fmt: skip
+            urls=self.urls, access=self.access, concurrency=self.rules.concurrency, patience_s=self.rules.patience_s
+        )
 
 
-def choose_model(sending: Sending, *, needs_model: bool) -> str | None:
-    """The model for lines that name none, where `needs_model` is true. Raises as `pool.agree`."""
+def agree_on_models(sending: Sending, named: frozenset[str], *, needs_model: bool) -> Agreement:
+    """`pool.agree` with the endpoints of a batch."""
 
-    async def ask() -> str | None:
+    async def ask() -> Agreement:
         async with sending.pool() as pool:
-            return await agree(pool, sending.models, needs_model=needs_model)
+            return await agree(pool, named, needs_model=needs_model)
 
     return _run(ask)
 
 
 def run_local(store: Store, sending: Sending, tell: Callable[[bool], None]) -> None:
-    """Answer all lines of a job that have no answer. `tell` is called after each answer with whether it is a good one.
-    Raises ClientError, and OSError if the disk takes no more."""
+    """Answer all lines of a job that are left. `tell` is called after each answer with whether it is a good one. Raises
+    ClientError, and OSError if the disk takes no more."""
     index = store.index()
     try:
         if index.num_done < store.job.num_lines:
-            answer(store.job, store.folder, read_lines(store.job.path), index.has, sending, tell)
+            answer(store.job, store.folder, read_lines(store.job.path), index.is_done, sending, tell)
     finally:
         index.close()
 

@@ -15,6 +15,7 @@ from types import TracebackType
 
 from clients.batch.endpoints import Access, Endpoint, open_endpoint
 from clients.errors import AccessDenied, BatchStopped, ClientError, EndpointsDisagree
+from export.errors import named as named_safely
 from export.errors import names
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,6 @@ class Pool:
     access: Access
     concurrency: int
     patience_s: float
-    models: frozenset[str] = frozenset()  # that an endpoint must have before it is asked again
     places: list[Place] = field(default_factory=list)
 
     async def __aenter__(self) -> Pool:
@@ -120,19 +120,28 @@ class Pool:
                 place.away = str(error)
                 continue
             else:
-                if found is not None and not self.models <= found:
-                    place.away = f"{place.endpoint.url} does not have {names(sorted(self.models - found))}"
+                if found is not None and not self.access.models <= found:
+                    place.away = f"{place.endpoint.url} does not have {names(sorted(self.access.models - found))}"
                     continue
                 logger.info("%s answers again", place.endpoint.url)
             place.away = None
             self._free.set()
 
 
-async def agree(pool: Pool, named: frozenset[str], *, needs_model: bool) -> str | None:
-    """Check that all endpoints have the models that a batch names, and return the model for lines that name none: the
-    only one that the endpoints have. None where `needs_model` is false.
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """The models of a batch: those that its endpoints have, and the one for lines that name none."""
 
-    Raises EndpointsDisagree, and ClientError for an endpoint that does not answer."""
+    models: frozenset[str]
+    default: str | None
+
+
+async def agree(pool: Pool, named: frozenset[str], *, needs_model: bool) -> Agreement:
+    """Check that the endpoints have the same of the models that a batch names. `needs_model` says whether lines name
+    none; these go to the only model that the endpoints have.
+
+    Raises EndpointsDisagree, also where no endpoint has any of the models, and ClientError for an endpoint that does
+    not answer."""
     known: dict[str, frozenset[str]] = {}
     found = await asyncio.gather(*(place.endpoint.models() for place in pool.places))
     for place, models in zip(pool.places, found, strict=True):
@@ -140,18 +149,22 @@ async def agree(pool: Pool, named: frozenset[str], *, needs_model: bool) -> str 
             known[place.endpoint.url] = models
     there = "; ".join(f"{url} has {names(sorted(models)) or 'none'}" for url, models in known.items())
     doing = "choosing the model of the batch"
-    lacking = [name for name in sorted(named) if not all(name in models for models in known.values())]
-    if lacking:
+    every = frozenset[str]().union(*known.values())
+    common = every.intersection(*known.values())
+    absent = named - every if known else frozenset[str]()
+    if (named & every) - common or (absent and absent == named):
         raise EndpointsDisagree(
-            f"{doing}: not all endpoints have {names(lacking)}: {there}; give endpoints that have the same models, or "
-            "--model NAME to send every line to that one"
+            f"{doing}: not all endpoints have {names(sorted(named - common))}: {there}; give endpoints that have the "
+            "same models, or --model NAME to send every line to that one"
         )
-    if not needs_model:
-        return None
-    every = set(known.values())
-    if len(known) < len(pool.places) or len(every) != 1 or len(next(iter(every))) != 1:
-        raise EndpointsDisagree(
-            f"{doing}: lines name none, and the endpoints do not have one and the same model alone: "
-            f"{there or 'they do not tell their models'}; give --model NAME"
-        )
-    return next(iter(next(iter(every))))
+    for name in sorted(absent):
+        logger.warning("no endpoint has the model %s: lines that name it will fail", named_safely(name))
+    default = None
+    if needs_model:
+        if len(known) < len(pool.places) or len(every) != 1 or common != every:
+            raise EndpointsDisagree(
+                f"{doing}: lines name none, and the endpoints do not have one and the same model alone: "
+                f"{there or 'they do not tell their models'}; give --model NAME"
+            )
+        default = next(iter(every))
+    return Agreement(models=(named - absent) | ({default} if default else set()), default=default)

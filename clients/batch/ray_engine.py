@@ -50,6 +50,7 @@ class _Task:
     job: Job
     folder: Path
     sending: Sending
+    retries_failed: bool
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Answer one shard. An error for the user is returned as a text, as Ray would wrap it."""
@@ -68,7 +69,7 @@ class _Task:
                     "machines of the cluster share"
                 )
             for path in sorted(self.folder.glob(f"answers-{shard.index:012}-*.jsonl")):
-                done |= {record.index for record in read_records(path)}
+                done |= {record.index for record in read_records(path) if record.is_good or not self.retries_failed}
             lines = shard_lines_of(self.job, shard)
             local.answer(self.job, self.folder, lines, done.__contains__, self.sending, count, first=shard.index)
         except (MoeshipError, OSError) as error:
@@ -96,7 +97,7 @@ def run_on_ray(
         context.enable_progress_bars = context.print_on_execution_start = False
         if not logger.isEnabledFor(logging.DEBUG):
             logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of each execution
-        task = _Task(job=store.job, folder=store.folder, sending=sending)
+        task = _Task(job=store.job, folder=store.folder, sending=sending, retries_failed=store.retries_failed)
         made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             task,
             num_cpus=1,
@@ -123,7 +124,7 @@ def _rows(store: Store, shards: tuple[Shard, ...]) -> list[dict[str, Any]]:
             bits = bytearray(-(-shard.num_lines // 8))
             left = 0
             for place in range(shard.num_lines):
-                if index.has(shard.index + place):
+                if index.is_done(shard.index + place):
                     bits[place // 8] |= 1 << (place % 8)
                 else:
                     left += 1

@@ -114,10 +114,11 @@ def _read_record(data: bytes, offset: int) -> Record | None:
 
 class Index:
     """Where each line's answer is: an entry of 8 bytes a line, in a mapped file, so that memory does not grow with the
-    number of lines. Good answers have precedence; else the first one counts."""
+    number of lines. Good answers have precedence; else the first one counts. With `retries_failed` a line whose request
+    failed is not done."""
 
-    def __init__(self, folder: Path, num_lines: int) -> None:
-        self._path, self._num_lines = folder / "index", num_lines
+    def __init__(self, folder: Path, num_lines: int, *, retries_failed: bool = False) -> None:
+        self._path, self._num_lines, self._retries_failed = folder / "index", num_lines, retries_failed
         self._files = sorted(folder.glob("answers-*.jsonl"))
         remove(self._path)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -128,7 +129,7 @@ class Index:
             self._map = mmap.mmap(descriptor, num_lines * (_ENTRY + 1))
         finally:
             os.close(descriptor)
-        self.num_done = self.num_good = 0
+        self.num_known = self.num_good = 0
         for place, path in enumerate(self._files):
             for record in read_records(path):
                 self._add(record, place)
@@ -143,8 +144,15 @@ class Index:
         entry = (place + 1) << _OFFSET_BITS | record.offset
         self._map[index * _ENTRY : (index + 1) * _ENTRY] = entry.to_bytes(_ENTRY, "little")
         self._map[self._num_lines * _ENTRY + index] = record.is_good
-        self.num_done += not is_known
+        self.num_known += not is_known
         self.num_good += record.is_good
+
+    @property
+    def num_done(self) -> int:
+        return self.num_good if self._retries_failed else self.num_known
+
+    def is_done(self, index: int) -> bool:
+        return self.is_good(index) if self._retries_failed else self.has(index)
 
     def has(self, index: int) -> bool:
         return self._entry(index) != 0
@@ -190,9 +198,22 @@ class Store:
     job: Job
     output: Path
     folder: Path
+    retries_failed: bool = False
 
     def index(self) -> Index:
-        return Index(self.folder, self.job.num_lines)
+        return Index(self.folder, self.job.num_lines, retries_failed=self.retries_failed)
+
+    def take_up(self) -> None:
+        """Keep the good answers of an output that this job has made, for the output that will replace it."""
+        journal = Journal(self.folder)
+        try:
+            with self.output.open("rb", buffering=1 << 18) as file:
+                for index in range(self.job.num_lines):
+                    line = file.readline(MOST_RECORD)
+                    if is_good_line(line, self.job):
+                        journal.append(index, line, is_good=True)
+        finally:
+            journal.close()
 
     def publish(self, tell: Callable[[int], None] = lambda _lines: None, *, replaces: bool = False) -> Outcome:
         """Make the output of all answers, in order, and give it its name. Raises OutputError. With `replaces`, an
@@ -250,7 +271,7 @@ def describe(line: bytes) -> str:
 
 
 @contextmanager
-def open_store(job: Job, output: Path) -> Iterator[Store]:
+def open_store(job: Job, output: Path, *, retries_failed: bool = False) -> Iterator[Store]:
     """The folder of a job, made or taken up. It stays if the block raises, and goes when the output has its name.
 
     Raises OutputError if `output` exists, if another process runs the job, if what is there is not of a batch, and for
@@ -260,8 +281,7 @@ def open_store(job: Job, output: Path) -> Iterator[Store]:
     try:
         with locked_folder(folder, doing) as held:
             _check_job(job, folder, held, output, doing)
-            store = Store(job=job, output=output, folder=folder)
-            yield store
+            yield Store(job=job, output=output, folder=folder, retries_failed=retries_failed)
             for path in sorted(folder.iterdir(), key=lambda path: path.name == "job.json"):
                 if path.name != "lock":
                     remove(path)

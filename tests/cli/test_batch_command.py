@@ -24,6 +24,7 @@ from batch_standin import (
 from fake_triton import empty_final, fake_server, piece
 
 from cli.main import main
+from clients.batch.store import Journal, read_records
 from export.files.resume import partial_path
 
 ROOT = Path(__file__).parents[2]
@@ -341,6 +342,71 @@ def test_a_key_goes_to_the_server(tmp_path, server):
     key.write_text("secret-of-mine\n")
     assert batch(prompts, tmp_path / "out.jsonl", server, "--api-key", str(key)) == 0
     assert server.headers[0]["Authorization"] == "Bearer secret-of-mine"
+
+
+def test_failed_lines_are_sent_again_when_asked_for(tmp_path, server, capsys):
+    prompts, output = write_batch(tmp_path / "in.jsonl", 8), tmp_path / "out.jsonl"
+    odd = {f"prompt {number}" for number in (1, 3, 5)}
+    server.answer = lambda body: (400, {}, {}) if body["prompt"] in odd else completion(body)
+    assert batch(prompts, output, server) == 1
+    before = output.read_bytes()
+    assert batch(prompts, output, server) == 1, "a complete output stays as it is"
+    assert output.read_bytes() == before
+    odd = {"prompt 5"}
+    server.bodies.clear()
+    capsys.readouterr()
+    assert batch(prompts, output, server, "--retry-failed", "--json") == 1
+    assert json.loads(capsys.readouterr().out)["kept"] == 5
+    assert server.asked() == {"prompt 1": 1, "prompt 3": 1, "prompt 5": 1}
+    assert [line["response"]["status_code"] for line in read_answers(output)] == [200] * 5 + [400] + [200] * 2
+    odd = set()
+    assert batch(prompts, output, server, "--retry-failed") == 0
+    assert is_whole(output, 8)
+    assert not partial_path(output).exists()
+
+
+def test_failed_lines_of_an_interrupted_batch_are_sent_again_when_asked_for(tmp_path, server):
+    prompts, output = write_batch(tmp_path / "in.jsonl", 8), tmp_path / "out.jsonl"
+
+    def answer(body):
+        return (
+            (401 if body["prompt"] == "prompt 6" else 400, {}, {}) if body["prompt"] > "prompt 3" else completion(body)
+        )
+
+    server.answer = answer
+    assert batch(prompts, output, server, "--concurrency", "1") == 1
+    server.answer = completion
+    server.bodies.clear()
+    assert batch(prompts, output, server, "--retry-failed") == 0
+    assert is_whole(output, 8)
+    assert sorted(server.asked()) == [f"prompt {number}" for number in (4, 5, 6, 7)]
+
+
+def test_of_several_records_of_a_line_the_first_good_one_counts(tmp_path, server):
+    """As two attempts of a task of Ray may leave them."""
+    prompts, output = interrupted(tmp_path, server)
+    [path] = records(output)
+    index, line = next((record.index, record.line) for record in read_records(path))
+    for name, data, is_good in (
+        ("0", line.replace(b"answer", b"sooner"), False),
+        ("z", line.replace(b"a", b"z"), True),
+    ):
+        other = Journal(path.parent)
+        other.append(index, data, is_good)
+        other.close()
+        other.path.rename(path.parent / f"answers-{name}.jsonl")
+    assert batch(prompts, output, server) == 0
+    assert is_whole(output, 30)
+
+
+def test_a_model_that_no_endpoint_has_fails_its_lines_alone(tmp_path, server, caplog):
+    prompts, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text(f"{openai_line(0)}\n{openai_line(1, model='odd')}\n{openai_line(2)}\n")
+    missing = (404, {"error": {"message": "no model odd", "code": "model_not_found"}}, {})
+    server.answer = lambda body: missing if body["model"] == "odd" else completion(body)
+    assert batch(prompts, output, server) == 1
+    assert "no endpoint has the model odd: lines that name it will fail" in caplog.text
+    assert [line["response"]["status_code"] for line in read_answers(output)] == [200, 404, 200]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

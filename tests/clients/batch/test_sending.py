@@ -87,8 +87,8 @@ def send(monkeypatch, num_lines, *servers, concurrency=1, retries=3, patience_s=
 
     async def main():
         rules = Rules(concurrency=concurrency, retries=retries, patience_s=patience_s)
-        pool = Pool(urls=list(by_url), access=Access(timeout_s=1), concurrency=concurrency, patience_s=patience_s,
-                    models=frozenset({"tiny"}))  # fmt: skip
+        access = Access(timeout_s=1, models=frozenset({"tiny"}))
+        pool = Pool(urls=list(by_url), access=access, concurrency=concurrency, patience_s=patience_s)
         async with pool:
             await Run(
                 job=job, lines=lines(), is_done=lambda _index: False, journal=journal, pool=pool, rules=rules
