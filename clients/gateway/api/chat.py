@@ -23,20 +23,40 @@ from clients.gateway.api.sampling import (
     wants_usage,
 )
 from clients.gateway.api.values import read_values
-from clients.gateway.errors import invalid
+from clients.gateway.errors import invalid, unsupported
 from clients.gateway.events import Events, Whole, event, joined
 from clients.gateway.guard import Record
 from clients.gateway.state import Gateway
 from clients.gateway.texts import INPUT_IDS, ModelTexts
 from clients.messages import Generation, GenerationRequest
+from export.errors import shown
 from triton_repo.contracts.piece import Piece
 
 
 def read_tools(value: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - JSON value
-    """The tools that a template may show to the model."""
-    if not isinstance(value, list) or not all(isinstance(tool, dict) and "type" in tool for tool in value):
-        raise ValueError("expected a list of objects with a type each")
+    """The tools that a template may show to the model: functions, since clients run them."""
+    if not isinstance(value, list):
+        raise ValueError("expected a list of tools")
+    for place, tool in enumerate(value):
+        function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise ValueError(
+                f"and tools[{place}] is {shown(tool)}, expected one of the type function, whose function has a name"
+            )
     return list(value)
+
+
+def read_tool_choice(value: Any) -> str:  # noqa: ANN401 - JSON value
+    """Whether tools are shown to the model. Raises ApiError for a choice that promises a call."""
+    if value in ("none", "auto"):
+        return str(value)
+    if value == "required" or isinstance(value, dict):
+        raise unsupported(
+            "tool_choice", f"found {shown(value)}, and this gateway reads no calls of tools from what a model writes, "
+            "so that it can promise none; send auto and look for the call in the answer's text, or have the arguments "
+            "written by response_format with the function's schema",
+        )  # fmt: skip
+    raise ValueError("expected one of none, auto")
 
 
 FIELDS = fields.Fields(
@@ -48,7 +68,7 @@ FIELDS = fields.Fields(
         "logprobs": fields.boolean,
         "top_logprobs": fields.integer(0, LOG_PROBS),
         "tools": read_tools,
-        "tool_choice": fields.one_of("none", "auto"),
+        "tool_choice": read_tool_choice,
         # vLLM's
         "add_generation_prompt": fields.boolean,
         "continue_final_message": fields.boolean,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from export.errors import kind_of, shown
+from export.files.reading import parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MOST_MESSAGES = 4096
@@ -41,7 +42,21 @@ def _message(where: str, value: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON v
     for key in ("name", "tool_call_id", "reasoning_content"):
         if value.get(key) is not None and not isinstance(value[key], str):
             raise ValueError(f"{where}.{key} is {shown(value[key])}, expected a text")
-    return message | {key: value[key] for key in _PASSED if value.get(key) is not None}
+    passed = {key: value[key] for key in _PASSED if value.get(key) is not None}
+    return message | passed | ({"tool_calls": [_call(call) for call in calls]} if calls else {})
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    """A call as templates write it: OpenAI's API has the arguments as a text of JSON, transformers' templates as the
+    object (docs/source/en/chat_extras.md)."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = parse_json(function["arguments"], standard=True)
+    except ValueError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 def _content(where: str, message: Mapping[str, Any], *, may_be_absent: bool) -> str:

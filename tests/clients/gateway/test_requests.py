@@ -74,6 +74,41 @@ WRONG_MESSAGES = (
 )
 
 
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+WRONG_TOOLS = (
+    ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "unsupported_parameter", "it can promise none"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "add"}}}, "tool_choice",
+     "unsupported_parameter", "it can promise none"),
+    ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice", None, "expected one of none, auto"),
+    ({"tools": [TOOL, {"type": "web_search"}]}, "tools", None, "tools[1] is"),
+    ({"tools": [{"type": "function", "function": {}}]}, "tools", None, "expected one of the type function"),
+    ({"tools": [TOOL]}, "tools", None, "this model's chat template shows none to the model"),
+)  # fmt: skip
+
+
+def test_tools_are_refused_where_a_call_would_be_promised(gateway):
+    for body, param, code, message in WRONG_TOOLS:
+        asked = {"model": "phixtral", "messages": CHAT, **body}
+        status, answer, _ = ask(gateway, "POST", "/v1/chat/completions", asked)
+        assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, param, code), body
+        assert message in answer["error"]["message"]
+
+
+def test_tools_and_earlier_calls_reach_the_template_as_objects(gateway_of, server, tmp_path):
+    server.answer = echoed_prompt
+    (tmp_path / "tools.jinja").write_text(
+        "{{ tools[0].function.name if tools else '-' }} {{ messages[1].tool_calls[0].function.arguments.a }} "
+        "{{ messages[2].role }} {{ messages[2].content }}"
+    )
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 7}'}}
+    messages = [*CHAT, {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": "1", "content": "8"}]  # fmt: skip
+    client = gateway_of(chat_template=tmp_path / "tools.jinja").client()
+    for choice, expected in (("auto", "add 7 tool 8"), ("none", "- 7 tool 8")):
+        answer = client.chat.completions.create(model="phixtral", messages=messages, tools=[TOOL], tool_choice=choice)
+        assert answer.choices[0].message.content == expected
+
+
 def test_wrong_messages_are_named(gateway):
     for messages, message in WRONG_MESSAGES:
         status, answer, _ = ask(gateway, "POST", "/v1/chat/completions", {"model": "phixtral", "messages": messages})
