@@ -60,7 +60,12 @@ class Choice:
 class Guide(Protocol):
     """Keeps one sequence to a grammar (`triton_repo.runtime.guided.guides.Guide`)."""
 
-    is_complete: bool  # whether the answer is whole and nothing may follow
+    @property
+    def is_complete(self) -> bool:
+        """Whether the answer is whole and nothing may follow."""
+
+    def is_ready(self, wait_s: float = 0.0) -> bool:
+        """Whether `allowed` gives its answer at once. Waits for that as long as `wait_s`."""
 
     def allowed(self) -> Bits:
         """Whether each token may come next, bool [V]. Raises RequestError."""
@@ -111,6 +116,10 @@ class Sampler:
     def is_complete(self) -> bool:
         """Whether a guide lets nothing follow the tokens so far."""
         return self.guide is not None and self.guide.is_complete
+
+    def is_ready(self, wait_s: float = 0.0) -> bool:
+        """Whether `choose` need not wait for a guide. Waits for that as long as `wait_s`."""
+        return self.guide is None or self.guide.is_ready(wait_s)
 
     def choose(self, logits: Floats) -> Choice:
         """The next token for logits [V]. Raises RequestError for logits that are NaN or infinite, if no token is left,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any
 
 from triton_repo.runtime.batching.engine import SequenceEngine
@@ -36,6 +37,8 @@ def answered(
         routing=session.routing if request.wants_routing else None,
     )  # fmt: skip
     engine.submit(request)
+    if request.awaited is not None:
+        wait([request.awaited])  # a failure of it is the answer
     goes_on = True
     while goes_on:
         engine.look()

@@ -76,7 +76,7 @@ class Ends:
         for writer in request.writers:
             self._send_cancelled(request, writer, is_last=writer is last)
 
-    def refuse(self, request: Request[Any], error: RequestError, reason: str) -> None:
+    def refuse(self, request: Request[Any], error: Exception, reason: str) -> None:
         """Send the error of a request that does not begin."""
         self._accounts.refused(request, reason, error)
         self._post(partial(_fail, request, error))

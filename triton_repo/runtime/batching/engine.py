@@ -35,7 +35,7 @@ from triton_repo.runtime.batching.accounts import Accounts
 from triton_repo.runtime.batching.drafts.drafter import Drafter
 from triton_repo.runtime.batching.ends import Ends, names_of
 from triton_repo.runtime.batching.memory.slots import Slots
-from triton_repo.runtime.batching.refusals import too_large, too_late
+from triton_repo.runtime.batching.refusals import as_exception, too_large, too_late, unready
 from triton_repo.runtime.batching.scheduler import Limits, Scheduler, Share
 from triton_repo.runtime.batching.sequence import Request, Sequence
 from triton_repo.runtime.responses import server_stopping
@@ -46,6 +46,9 @@ from trt_build.ort.step_call import Row
 logger = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
+AWAITED_S = 20.0  # for what a request needs to begin, such as its compiled guide
+MASKS_S = 0.002  # for which a step waits for the masks of guides; most are there before the step ends
+HELD_S = 0.05  # the same where nothing else is computed, before requests are looked at again
 
 
 class Computes(Protocol):
@@ -64,6 +67,7 @@ class _Due:
     logits: Floats  # [R, V]: of the first token that is chosen, and of those behind each token of the draft
     routing: Items[TokenRouting]  # of each of them
     share: Share | None = None  # None for one whose prompt was computed
+    place: int = 0  # of the logits from which the next token is chosen
 
 
 class SequenceEngine:
@@ -96,6 +100,7 @@ class SequenceEngine:
         self._clock = clock
         self._lock = threading.Lock()  # guards the scheduler's lists
         self._draining = self._ending = False
+        self._held: list[_Due] = []  # sequences whose guides have no mask yet
         self._ends = Ends(self._scheduler, self.accounts, self._lock, post)
 
     # What any thread may call.
@@ -174,8 +179,16 @@ class SequenceEngine:
             return len({id(s.request) for s in self._scheduler.running}), len(self._scheduler.waiting)
 
     def has_work(self) -> bool:
-        """Whether anything runs or waits."""
-        return bool(self._scheduler.running or self._scheduler.waiting)
+        """Whether anything runs, or waits and may begin or has failed."""
+        if self._scheduler.running:
+            return True
+        with self._lock:
+            return any(request.is_ready or request.failure is not None for request in self._scheduler.waiting)
+
+    def awaits(self) -> bool:
+        """Whether a request awaits what it needs to begin."""
+        with self._lock:
+            return any(not request.is_ready for request in self._scheduler.waiting)
 
     @property
     def num_sequences(self) -> int:
@@ -210,6 +223,7 @@ class SequenceEngine:
     def step(self) -> bool:
         """Compute one step. Returns whether there was anything to compute."""
         self._end_requests()
+        self._resume()
         with self._lock:
             begun = self._scheduler.begin()
         self._scheduler.copy()
@@ -219,7 +233,7 @@ class SequenceEngine:
             self.stats.begun(now - request.arrived_s)
         shares = self._scheduler.shares()
         if not shares:
-            return False
+            return bool(self._held)
         rows = [share.row for share in shares]
         wanted = [share.sequence.request.wants_routing for share in shares]
         room = self.accounts.room_for_routers(rows, wanted=any(wanted))
@@ -249,11 +263,17 @@ class SequenceEngine:
         with self._lock:
             gone = self._take_waiting(lambda request: request.is_gone)
             late = self._take_waiting(lambda request: _is_late(request, now))
+            failed = self._take_waiting(lambda request: request.failure is not None)
+            slow = self._take_waiting(lambda request: not request.is_ready and now - request.arrived_s > AWAITED_S)
             overdue = self._take_waiting(lambda request: now - request.arrived_s > self.limits.max_wait_s)
         for request in gone:
             self._ends.withdraw(request, "disconnected")
         for request in late:
             self._ends.refuse(request, too_late(), "deadline")
+        for request in failed:
+            self._ends.refuse(request, as_exception(request.failure), "invalid")
+        for request in slow:
+            self._ends.refuse(request, unready(AWAITED_S), "waited_too_long")
         for request in overdue:
             problem = f"the request waited {self.limits.max_wait_s:g} s for its turn, the longest that requests wait"
             self._ends.refuse(request, self._ends.overloaded(problem), "waited_too_long")
@@ -286,11 +306,48 @@ class SequenceEngine:
                     self._scheduler.slots.copy(sequence.slot, other.slot, sequence.num_computed)
                     other.source, other.num_computed = None, sequence.num_computed
                 due.append(_Due(sequence=other, logits=own[-1:], routing=routed[-1:]))
-        place = 0
+        self._choose(due)
+
+    def _choose(self, due: list[_Due]) -> None:
+        """Choose the next tokens. A sequence whose guide has no mask yet is held, so that it holds up no other: it
+        keeps its logits and computes nothing until the mask is there."""
+        until_s = time.monotonic() + MASKS_S
         while due:
-            choices = choose_all([each.logits[place] for each in due], [each.sequence.writer.sampler for each in due])
-            due = [each for each, choice in zip(due, choices, strict=True) if self._take(each, place, choice)]
-            place += 1
+            ready = []
+            for each in due:
+                if each.sequence.writer.sampler.is_ready(until_s - time.monotonic()):
+                    ready.append(each)
+                else:
+                    self._hold(each)
+            samplers = [each.sequence.writer.sampler for each in ready]
+            choices = choose_all([each.logits[each.place] for each in ready], samplers)
+            due = [each for each, choice in zip(ready, choices, strict=True) if self._take(each, each.place, choice)]
+            for each in due:
+                each.place += 1
+
+    def _hold(self, due: _Due) -> None:
+        if due.share is not None:
+            due.share.num_rejected = len(due.share.draft) - due.place
+        due.logits = due.logits.copy()  # the session's own may be written over
+        due.sequence.is_held = True
+        self._held.append(due)
+
+    def _resume(self) -> None:
+        """Choose the next tokens of held sequences whose masks are there. Where nothing else is computed, the first of
+        them is waited for."""
+        if not self._held:
+            return
+        running = set(self._scheduler.running)
+        held, self._held = [each for each in self._held if each.sequence in running], []
+        is_alone = all(sequence.is_held for sequence in running)
+        due = []
+        for place, each in enumerate(held):
+            if each.sequence.writer.sampler.is_ready(HELD_S if is_alone and not place else 0.0):
+                each.sequence.is_held = False
+                due.append(each)
+            else:
+                self._held.append(each)
+        self._choose(due)
 
     def _take(self, due: _Due, place: int, choice: Choice | Exception) -> bool:
         """Take what was chosen from one of the logits of a sequence. Returns whether the next ones are of use: only

@@ -43,3 +43,16 @@ def too_late() -> RequestError:
         "another server",
         kind="UNAVAILABLE",
     )
+
+
+def unready(seconds: float) -> RequestError:
+    """The error of a request whose guide was not compiled in time."""
+    return RequestError(
+        f"compiling the guide: it was not done within {seconds:g} s; send a simpler one, or send it again where this "
+        "server compiles others"
+    )
+
+
+def as_exception(error: BaseException | None) -> Exception:
+    """An error that a client can be sent."""
+    return error if isinstance(error, Exception) else RequestError(f"compiling the guide: it failed ({error!r})")

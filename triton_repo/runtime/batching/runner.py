@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 _Action = Callable[[], object]
 # A shorter step is not worth a wait for its end: clients are asked for behind it.
 LONG_STEP_S = 0.02
+_AWAITED_LOOK_S = 0.1
 _LOOK_AT = 0.8  # of the time that the step before took
 
 
@@ -83,8 +84,9 @@ class Runner:
         """Queue a request. Raises RequestError as `SequenceEngine.submit` does."""
         self.engine.submit(request)
         self._report()
-        with self._changed:
-            self._changed.notify_all()
+        self._wake()
+        if request.awaited is not None:
+            request.awaited.add_done_callback(lambda _done: self._wake())
 
     def answer(self, request_id: str, make: Callable[[], Request[Any]], fail: Callable[[Exception], object]) -> None:
         """Queue the request that `make` reads. A request that cannot be read or queued fails at once. While there is
@@ -129,6 +131,20 @@ class Runner:
         for thread in self._threads:
             thread.join()
 
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _wait(self) -> bool:
+        """Wait for something to compute, or for `_AWAITED_LOOK_S` where a request only awaits what it needs: its client
+        may have gone. Returns whether to go on."""
+        with self._changed:
+            while not (self._closed or self.engine.has_work()):
+                if not self._changed.wait(_AWAITED_LOOK_S if self.engine.awaits() else None):
+                    self._pulse.step()  # for supervisors: the engine does not hang
+                    break
+            return not self._closed
+
     def _post(self, action: _Action) -> None:
         """Have the sending thread run an action. A thread that stops or drains while the runner is closed may be too
         late for that; then it runs the action itself, after all that was posted before."""
@@ -148,11 +164,7 @@ class Runner:
     def _compute(self) -> None:
         self._pulse.step()  # a supervisor expects steps of those that have made one
         took_s = 0.0
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self.engine.has_work())
-                if self._closed:
-                    break
+        while self._wait():
             begun_s, self._is_stepping = time.monotonic(), True
             if took_s >= LONG_STEP_S:
                 self._post(partial(self._plan_look, begun_s, took_s))

@@ -109,13 +109,13 @@ class Scheduler:
         self.pace = Pace(limits.pause_target_s)
 
     def begin(self) -> list[Sequence]:
-        """Give slots to the requests whose turn it is. Returns their sequences."""
+        """Give slots to the requests whose turn it is; those that await something are passed over. Returns their
+        sequences."""
         begun: list[Sequence] = []
-        while self.waiting:
-            request = self.waiting[0]
+        while (request := next((each for each in self.waiting if each.is_ready), None)) is not None:
             if not self.slots.fits(len(request.writers), request.num_positions):
                 break
-            self.waiting.popleft()
+            self.waiting.remove(request)
             for writer in request.writers:
                 begun.append(self._begin(request, writer))
             request.num_running = len(request.writers)
@@ -189,7 +189,9 @@ class Scheduler:
 
     def shares(self) -> list[Share]:
         """What the next step computes, in the order of slots. Empty if nothing runs."""
-        decoding = [sequence for sequence in self.running if not sequence.num_left and not sequence.is_waiting]
+        decoding = [
+            sequence for sequence in self.running if not (sequence.num_left or sequence.is_waiting or sequence.is_held)
+        ]
         prompts = [sequence for sequence in self.running if sequence.num_left]
         drafts = self._drafts(decoding, beside_prompts=bool(prompts))
         drafted = sum(map(len, drafts.values()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence as Items
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -49,6 +50,7 @@ class Request(Generic[Response]):
     outlet: Outlet[Response]
     deadline_s: float | None = None
     request_id: str = ""  # as its client gave it
+    awaited: Future[Any] | None = None  # what must be there before it begins, such as its compiled guide
     stopped: threading.Event = field(default_factory=threading.Event)
     arrived_s: float = 0.0  # the rest is the engine's
     begun_s: float | None = None
@@ -57,6 +59,16 @@ class Request(Generic[Response]):
     num_output: int = 0  # tokens chosen, of all sequences
     num_running: int = 0
     is_gone: bool = False  # whether its client was found to have gone
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it may begin. What it awaits may also have failed."""
+        return self.awaited is None or (self.awaited.done() and self.awaited.exception() is None)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why what it awaits will not be there."""
+        return self.awaited.exception() if self.awaited is not None and self.awaited.done() else None
 
     @property
     def num_positions(self) -> int:
@@ -87,6 +99,7 @@ class Sequence:
     num_reused: int = 0  # those of them that were not computed for this sequence
     tokens: list[int] = field(default_factory=list)  # the prompt's, and then those that were chosen
     token_s: float = 0.0  # when the last one was chosen
+    is_held: bool = False  # whether its last logits wait for a guide's mask, so that it computes nothing
     ngrams: Ngrams | None = None  # its text's, once drafts of it are looked for
 
     def __post_init__(self) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from triton_repo.runtime.guided.ebnf import lark_of
+from triton_repo.runtime.guided.problems import said
 from triton_repo.runtime.guided.schema import LONGEST_PATTERN, check_schema
 from triton_repo.runtime.options import refusal
 
@@ -24,13 +26,21 @@ def grammar_of(guide_type: str, guide: str) -> str:
                 raise ValueError(
                     f"found {len(guide)} characters, expected at most {LONGEST_PATTERN}; send a shorter one"
                 )
-            return LLMatcher.grammar_from_regex(without_anchors(guide))
+            return _made(LLMatcher.grammar_from_regex, without_anchors(guide))
         if guide_type == "ebnf_grammar":
-            return LLMatcher.grammar_from_lark(lark_of(guide))
+            return _made(LLMatcher.grammar_from_lark, lark_of(guide))
         schema = {"type": "object"} if guide_type == "json" else check_schema(guide)
-        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_OPTIONS)
+        return _made(LLMatcher.grammar_from_json_schema, json.dumps(schema), overrides=_OPTIONS)
     except ValueError as error:
         raise refusal([f"guided_decoding_guide: {error}"]) from error
+
+
+def _made(make: Callable[..., str], text: str, **options: Any) -> str:  # noqa: ANN401 - the library's
+    """What a function of the library makes of a text. Raises ValueError in our own words."""
+    try:
+        return make(text, **options)
+    except ValueError as error:
+        raise ValueError(said(" ".join(str(error).split()))) from error
 
 
 def check_guide(guide_type: str, guide: str) -> None:

@@ -15,19 +15,23 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from export.tokenizer.loading import Tokenizer
 from triton_repo.errors import RequestError
+from triton_repo.runtime.guided.compiling import Compilers
 from triton_repo.runtime.guided.grammars import grammar_of
+from triton_repo.runtime.guided.problems import said
 from triton_repo.runtime.guided.vocabulary import Vocabulary
 from triton_repo.runtime.options import refusal
 
@@ -35,26 +39,17 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 Bits = npt.NDArray[np.bool_]
-Made = TypeVar("Made")
 MOST_GUIDES = 32  # compiled grammars that are kept; one takes 0.1 MB, and by `max_lexer_states` 40 MB at most
 MOST_THREADS = 4  # that compute masks
+MOST_COMPILERS = 2  # threads that compile
+MOST_ASKED = 64  # guides that wait to be compiled, or are
+ASK_AGAIN_S = 2
 LONGEST_MASK_S = 10.0  # before a request fails; `LIMITS` let a mask take a fraction of a second
 # A lexer's work is counted in units of about 20 ns while it is built and 70 ns in a step, a parser's in items of 50 ns.
 LIMITS = {
     "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 500_000, "step_max_items": 100_000, "max_items_in_row": 2_000,
     "max_lexer_states": 20_000, "max_grammar_size": 200_000,
 }  # fmt: skip
-# What the library says, where its words are about its own options or parts, and what we say.
-_SAID = {
-    "oneOf constraints are not supported": "found a oneOf of schemas that one value may meet together, which is not "
-    "served; send anyOf, or schemas of which no value meets two",
-    "too many expressions constructed": "it takes too much: its patterns and limits of length multiply; send less",
-    "NoExtensionBias": "no text begins as it demands; send one that can be met",
-}
-# The library compiles what lies within each other by recursion, and a stack that is too small ends the whole process:
-# 8 MB are used up by some 2,000 rules that name each other. A guide of the most bytes has room for 20,000 levels.
-_STACK_BYTES = 256 << 20
-_STACK_SIZE = threading.Lock()  # held while new threads have that size
 _STATE = re.compile("<state>|<non-verbose/>")  # the rest of an error is the library's state
 _BROKEN = ("ParserTooComplex", "LexerTooComplex", "InternalError")  # reasons why the library stops
 
@@ -64,42 +59,63 @@ class Guides:
 
     def __init__(self, tokenizer: Tokenizer, most: int = MOST_GUIDES) -> None:
         self._tokenizer, self._most = tokenizer, most
-        self._lock = threading.Lock()
-        self._library: LLTokenizer | None = None
-        self._pool: ThreadPoolExecutor | None = None
-        self._kept: OrderedDict[tuple[str, str], CompiledGuide] = OrderedDict()
+        self._lock = threading.Lock()  # guards the two tables
+        self._preparing = threading.Lock()
+        self._prepared: tuple[LLTokenizer, ThreadPoolExecutor] | None = None
+        self._compilers: Compilers[CompiledGuide] = Compilers(MOST_COMPILERS)
+        self._kept: OrderedDict[tuple[str, str], Future[CompiledGuide]] = OrderedDict()
+        self._asked: dict[tuple[str, str], Future[CompiledGuide]] = {}  # those that are not compiled yet
 
-    def of(self, guide_type: str, guide: str) -> CompiledGuide | None:
-        """The compiled grammar of a request; None for a request without a guide. Raises as `compile` does."""
-        return self.compile(guide_type, guide) if guide_type else None
+    def of(self, guide_type: str, guide: str) -> Future[CompiledGuide] | None:
+        """What `ask` gives for a request; None for one without a guide."""
+        return self.ask(guide_type, guide) if guide_type else None
 
     def compile(self, guide_type: str, guide: str) -> CompiledGuide:
-        """The compiled grammar of a request. Raises RequestError for a guide that is malformed, cannot be met, takes
-        too much, or uses what is not served, and where the library is not installed."""
+        """The compiled grammar of a request, which is waited for. Raises RequestError for a guide that is malformed,
+        cannot be met, takes too much, or uses what is not served, and where the library is not installed."""
+        return self.ask(guide_type, guide).result()
+
+    def ask(self, guide_type: str, guide: str) -> Future[CompiledGuide]:
+        """The same without waiting: the future raises what `compile` raises. Raises RequestError where too many guides
+        wait to be compiled, and where the library is not installed."""
+        key = (guide_type, guide)
         with self._lock:
-            kept = self._kept.get((guide_type, guide))
-            if kept is not None and not kept.is_spent:
-                self._kept.move_to_end((guide_type, guide))
+            kept = self._kept.get(key)
+            if kept is not None and not kept.result().is_spent:
+                self._kept.move_to_end(key)
                 return kept
-            library, pool = self._prepared()
-        size = self._tokenizer.size
-        made = _with_deep_stack(lambda: CompiledGuide(library, size, grammar_of(guide_type, guide), pool))
+            if key in self._asked:
+                return self._asked[key]
+            if len(self._asked) >= MOST_ASKED:
+                raise RequestError(
+                    f"compiling the guide: {len(self._asked)} others wait for that on this server; send it again in "
+                    f"about {ASK_AGAIN_S} s, or to another server", kind="UNAVAILABLE",
+                )  # fmt: skip
+            require_library()
+            asked = self._asked[key] = self._compilers.submit(lambda: self._compiled(guide_type, guide))
+        asked.add_done_callback(lambda done: self._keep(key, done))
+        return asked
+
+    def _compiled(self, guide_type: str, guide: str) -> CompiledGuide:
+        with self._preparing:
+            if self._prepared is None:
+                library = Vocabulary(self._tokenizer).for_library()
+                pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), thread_name_prefix="guide")
+                self._prepared = library, pool
+            library, pool = self._prepared
+        return CompiledGuide(library, self._tokenizer.size, grammar_of(guide_type, guide), pool)
+
+    def _keep(self, key: tuple[str, str], done: Future[CompiledGuide]) -> None:
         with self._lock:
-            self._kept[guide_type, guide] = made
+            self._asked.pop(key, None)
+            if done.cancelled() or done.exception() is not None:
+                return
+            self._kept[key] = done
             while len(self._kept) > self._most:
                 self._kept.popitem(last=False)
-        return made
 
     def __len__(self) -> int:
         return len(self._kept)
-
-    def _prepared(self) -> tuple[LLTokenizer, ThreadPoolExecutor]:
-        """The library's tokenizer and the threads, made when first asked for. The caller holds the lock."""
-        if self._library is None or self._pool is None:
-            require_library()
-            self._library = Vocabulary(self._tokenizer).for_library()
-            self._pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), thread_name_prefix="guide")
-        return self._library, self._pool
 
 
 def require_library() -> None:
@@ -156,17 +172,27 @@ class Guide:
         self._end_ids, self._num_tokens = tuple(end_ids), len(first)
         self._next: Future[Bits] = Future()
         self._next.set_result(first)
+        self._asked_s = time.monotonic()  # when the mask was asked for
         self.is_complete = False  # whether the answer is whole and nothing may follow
 
     def allowed(self) -> Bits:
         """Whether each token may come next, bool [V], an end token only where the answer may end. Waits for the mask.
         Raises RequestError for a grammar that takes too much here or allows no token."""
         try:
-            return self._next.result(LONGEST_MASK_S)
+            return self._next.result(max(0.0, self._left_s()))
         except FutureTimeout:
             raise RequestError(
                 f"choosing a token: the guide takes more than {LONGEST_MASK_S:g} s for a token here; send a simpler one"
             ) from None
+
+    def is_ready(self, wait_s: float = 0.0) -> bool:
+        """Whether `allowed` gives its answer at once, be it an error. Waits for that as long as `wait_s`."""
+        wait([self._next], max(0.0, min(wait_s, self._left_s())))
+        return self._next.done() or self._left_s() <= 0
+
+    def _left_s(self) -> float:
+        """Seconds that the next mask may still take."""
+        return self._asked_s + LONGEST_MASK_S - time.monotonic()
 
     def take(self, token: int) -> None:
         """Move on by a token that `allowed` has, and have the mask behind it computed. Raises RequestError."""
@@ -179,6 +205,7 @@ class Guide:
                 raise self._failed(_problem(self._matcher) or f"it does not take the token {token}")
             self.is_complete = self._matcher.is_stopped() and self._matcher.is_accepting()
         if not self.is_complete:
+            self._asked_s = time.monotonic()
             self._next = self._submit(self._mask)
 
     def num_taken(self, tokens: Sequence[int]) -> int:
@@ -203,23 +230,36 @@ class Guide:
         return RequestError(f"choosing a token: the guide cannot be followed further: {problem}")
 
 
-def _with_deep_stack(action: Callable[[], Made]) -> Made:
-    """What an action gives, computed in a thread with `_STACK_BYTES` for its stack. Memory is taken as it is used."""
-    done: Future[Made] = Future()
+class AwaitedGuide:
+    """The guide of a sequence whose grammar may still be compiled. The sequence begins once that is done."""
 
-    def run() -> None:
-        try:
-            done.set_result(action())
-        except BaseException as error:  # whatever it is, the one who waits raises it
-            done.set_exception(error)
+    def __init__(self, compiled: Future[CompiledGuide], end_ids: Sequence[int]) -> None:
+        self._compiled, self._end_ids = compiled, tuple(end_ids)
 
-    with _STACK_SIZE:
-        before = threading.stack_size(_STACK_BYTES)
-        try:
-            threading.Thread(target=run, name="guide-compile", daemon=True).start()
-        finally:
-            threading.stack_size(before)
-    return done.result()
+    @cached_property
+    def _guide(self) -> Guide:
+        return self._compiled.result(timeout=0).start(self._end_ids)
+
+    @property
+    def is_complete(self) -> bool:
+        """As of `Guide`."""
+        return self._guide.is_complete
+
+    def is_ready(self, wait_s: float = 0.0) -> bool:
+        """As of `Guide`."""
+        return self._guide.is_ready(wait_s)
+
+    def allowed(self) -> Bits:
+        """As of `Guide`."""
+        return self._guide.allowed()
+
+    def take(self, token: int) -> None:
+        """As of `Guide`."""
+        self._guide.take(token)
+
+    def num_taken(self, tokens: Sequence[int]) -> int:
+        """As of `Guide`."""
+        return self._guide.num_taken(tokens)
 
 
 @contextmanager
@@ -253,10 +293,7 @@ def _with_ends(allowed: Bits, end_ids: Sequence[int], may_end: bool) -> Bits:
 
 
 def _problem(matcher: LLMatcher) -> str | None:
-    """Why the library cannot go on, in one line; None if it can."""
+    """Why the library cannot go on, in one line of ours; None if it can."""
     if not matcher.is_error() and matcher.stop_reason() not in _BROKEN:
         return None
-    found = " ".join(_STATE.split(matcher.get_error())[0].split())
-    return (
-        next((ours for theirs, ours in _SAID.items() if theirs in found), found[:400]) or "the grammar takes too much"
-    )
+    return said(" ".join(_STATE.split(matcher.get_error())[0].split()))

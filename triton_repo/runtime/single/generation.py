@@ -17,7 +17,7 @@ from triton_repo.runtime.batching.alone import answered, never
 from triton_repo.runtime.batching.outlet import Outlet
 from triton_repo.runtime.batching.sequence import Request
 from triton_repo.runtime.features import refuse_routing
-from triton_repo.runtime.guided.guides import Guides
+from triton_repo.runtime.guided.guides import AwaitedGuide, Guides
 from triton_repo.runtime.options import GenerationOptions, GenerationPlan, plan_generation
 from triton_repo.runtime.sampling import Choice, Guide, Sampler
 from triton_repo.runtime.text.stopping import TextWatcher
@@ -116,23 +116,29 @@ def text_request(
     request_id: str = "",
     guides: Guides | None = None,
 ) -> Request[Piece]:
-    """The request of a checked plan. If `joined`, each of its answers comes as one piece. `guides` compiles its guide.
-    Raises RequestError for a guide that cannot be compiled."""
+    """The request of a checked plan. If `joined`, each of its answers comes as one piece. `guides` compiles its guide,
+    which the request awaits. Raises RequestError where no guide can be compiled at the moment."""
     count, options = plan.options.num_return_sequences, plan.options
-    guide = (guides or Guides(tokenizer)).of(options.guided_decoding_guide_type, options.guided_decoding_guide)
+    guides = Guides(tokenizer) if guides is None else guides  # one that keeps no guide yet is false
+    compiled = guides.of(options.guided_decoding_guide_type, options.guided_decoding_guide)
     return Request(
         names=names,
         prompt_ids=plan.prompt_ids,
         most_tokens=plan.most_tokens,
         writers=[
             TextWriter(
-                plan, tokenizer, index, joined=joined, guide=None if guide is None else guide.start(plan.end_ids)
+                plan,
+                tokenizer,
+                index,
+                joined=joined,
+                guide=None if compiled is None else AwaitedGuide(compiled, plan.end_ids),
             )
             for index in range(count)
         ],
         outlet=outlet,
         deadline_s=deadline_s,
         request_id=request_id,
+        awaited=compiled,
     )
 
 
@@ -156,5 +162,8 @@ def generate(
         end_token_ids=session.engine.manifest.eos_token_ids,
     )
     refuse_routing(options.return_routed_experts, given=session.routing is not None)
+    guides = Guides(tokenizer) if guides is None else guides
+    if options.guided_decoding_guide_type:
+        guides.compile(options.guided_decoding_guide_type, options.guided_decoding_guide)
     responses = answered(session, lambda outlet: text_request(plan, tokenizer, outlet, guides=guides), is_cancelled)
     return (piece for piece, _ in responses)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -38,7 +39,7 @@ from triton_repo.runtime.batching.outlet import Outlet
 from triton_repo.runtime.batching.runner import Pulse
 from triton_repo.runtime.batching.sequence import Request as Computed
 from triton_repo.runtime.features import refuse_routing
-from triton_repo.runtime.guided.guides import CompiledGuide, Guides
+from triton_repo.runtime.guided.guides import AwaitedGuide, CompiledGuide, Guides
 from triton_repo.runtime.responses import routing_outputs, top_outputs
 from triton_repo.runtime.sampling import Choice, Guide, Sampler
 from triton_repo.runtime.steps.answer_keys import key_tensor, read_key
@@ -102,12 +103,12 @@ class TokenEngine:
             guide=self._guide(asked),
         )
 
-    def _guide(self, asked: TokenRequest) -> CompiledGuide | None:
-        """The guide of a request, if it has one. Without one the tokenizer is not loaded."""
+    def _guide(self, asked: TokenRequest) -> Future[CompiledGuide] | None:
+        """The guide of a request, if it has one, once it is compiled. Without one the tokenizer is not loaded."""
         options = asked.plan.options
         if not options.guided_decoding_guide_type:
             return None
-        return self._guides.compile(options.guided_decoding_guide_type, options.guided_decoding_guide)
+        return self._guides.ask(options.guided_decoding_guide_type, options.guided_decoding_guide)
 
 
 def token_request(
@@ -117,20 +118,23 @@ def token_request(
     names: frozenset[str] = frozenset(),
     deadline_s: float | None = None,
     request_id: str = "",
-    guide: CompiledGuide | None = None,
+    guide: Future[CompiledGuide] | None = None,
 ) -> Computed[Tensors]:
-    """The request of checked options, and its compiled guide."""
+    """The request of checked options, and its guide, which it awaits."""
     return Computed(
         names=names,
         prompt_ids=asked.plan.prompt_ids,
         most_tokens=asked.most_tokens,
         writers=[
-            TokenWriter(asked, num_tokens, index, guide=None if guide is None else guide.start(asked.plan.end_ids))
+            TokenWriter(
+                asked, num_tokens, index, guide=None if guide is None else AwaitedGuide(guide, asked.plan.end_ids)
+            )
             for index in range(asked.num_sequences)
         ],
         outlet=outlet,
         deadline_s=deadline_s,
         request_id=request_id,
+        awaited=guide,
     )
 
 

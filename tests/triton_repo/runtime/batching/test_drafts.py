@@ -180,7 +180,9 @@ def test_a_draft_ends_where_a_guide_would_not_take_it():
         raise ValueError("no mask")
 
     drafter = trained(lambda drafted: 0.1, text := [Text(period=9)])
-    text[0].writer.sampler.guide = SimpleNamespace(num_taken=lambda tokens: min(3, len(tokens)))
+    text[0].writer.sampler.guide = SimpleNamespace(
+        is_ready=lambda _wait_s: True, num_taken=lambda tokens: min(3, len(tokens))
+    )
     assert len(drafter.drafts(text, MOST_TOKENS, 10.0)[text[0]]) == 3
     text[0].writer.sampler.guide.num_taken = fail
     assert not drafter.drafts(text, MOST_TOKENS, 10.0)
@@ -197,7 +199,7 @@ def test_a_guide_that_takes_long_is_shown_few_tokens_of_a_draft():
         return len(tokens)
 
     drafter = trained(lambda drafted: 0.1, text := [Text(period=9)])
-    text[0].writer.sampler.guide = SimpleNamespace(num_taken=slow)
+    text[0].writer.sampler.guide = SimpleNamespace(is_ready=lambda _wait_s: True, num_taken=slow)
     assert len(drafter.drafts(text, MOST_TOKENS, 10.0)[text[0]]) == 2
     assert shown == [2]
     text[0].writer.sampler.guide.num_taken = len

@@ -70,7 +70,7 @@ def together(session, makers, *, keeps=False, **more):
     limits = Limits(slots=SLOTS, max_waiting=1000)
     engine = SequenceEngine(session, cache, slots, num_tokens=num_tokens, limits=limits, **more)
     found, widest, waiting = defaultdict(list), 0, list(enumerate(makers))
-    while waiting or engine.has_work():
+    while waiting or engine.has_work() or engine.awaits():
         while waiting and (rng.random() < 0.3 or not engine.has_work()):
             number, make = waiting.pop(0)
             responses = found[number]

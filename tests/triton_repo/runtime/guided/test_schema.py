@@ -52,13 +52,13 @@ CHAIN = {
         ('{"properties": []}', r"found \[\] at #/properties, expected an object of schemas"),
         ('{"anyOf": {}}', "found {} at #/anyOf, expected a list of schemas"),
         ("false", "no value meets the schema false"),
-        ('{"type": "integer", "minimum": 3, "maximum": 1}', r"Unsatisfiable schema: minimum \(3\)"),
-        ('{"required": ["a"], "additionalProperties": false, "type": "object"}', "'a' is unsatisfiable"),
-        ('{"$ref": "#/$defs/a"}', "Pointer '/\\$defs/a' does not exist"),
+        ('{"type": "integer", "minimum": 3, "maximum": 1}', r"no value meets the schema, since minimum \(3\)"),
+        ('{"required": ["a"], "additionalProperties": false, "type": "object"}', "'a' can have no value"),
+        ('{"$ref": "#/$defs/a"}', r"found the reference '#/\$defs/a', which leads to nothing"),
         ('{"$ref": "https://example.org/s"}', "example.org"),
         ('{"oneOf": [{"type": "integer"}, {"type": "number"}]}', "oneOf of schemas that one value may meet together"),
         ('{"type": "string", "pattern": "a(?=b)"}', "look-ahead"),
-        ('{"type": "string", "format": "colour"}', "Unknown format: colour"),
+        ('{"type": "string", "format": "colour"}', "found the format .colour., expected date, "),
         ('{"$ref": "#"}', "needs itself without end"),
         ('{"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}', "needs itself without end"),
         ('{"type": "array", "items": {"$ref": "#"}, "minItems": 1}', "needs itself without end"),
@@ -132,6 +132,18 @@ def test_dates_are_those_that_exist(byte_fallback):
 def test_extensions_are_left_out_and_properties_of_such_names_are_not():
     schema = {"x-guidance": {"lenient": True}, "properties": {"x-a": {"x-b": 1, "type": "null"}}}
     assert check_schema(json.dumps(schema)) == {"properties": {"x-a": {"type": "null"}}}
+
+
+def test_patterns_that_search_are_bounded_where_they_are_joined():
+    """Each that is joined with others doubles time and memory: 17 take 6 s and 280 MB."""
+
+    def joined(count: int) -> str:
+        return json.dumps({"type": "string", "allOf": [{"pattern": f"{letter}.*"} for letter in "abcdefghijk"[:count]]})
+
+    check_schema(joined(10))
+    with pytest.raises(ValueError, match="found 11 patterns that may match at many places"):
+        check_schema(joined(11))
+    check_schema(json.dumps({"anyOf": [{"pattern": f"{number}.*"} for number in range(40)]}))
 
 
 def test_the_work_for_references_grows_with_the_schema():

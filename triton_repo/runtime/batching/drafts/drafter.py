@@ -24,6 +24,7 @@ _LIKELY = 0.5  # the same beside prompts, where a token of a draft takes the pla
 _MORE = 0.5  # part of the pause target that drafts may take; memory may become twice as slow the next moment
 
 _FIRST_CHECKED = 2  # tokens of a draft that are shown to a guide at first
+_MASK_S = 0.001  # for which a draft waits for the mask of the token before it
 _CHECK_S = 0.001  # that a guide may take for a draft before it is shown no more
 
 Drafts = Mapping[Sequence, tuple[int, ...]]
@@ -98,6 +99,8 @@ def _num_allowed(sequence: Sequence, tokens: list[int]) -> int:
     guide = sequence.writer.sampler.guide
     if guide is None or not tokens:
         return len(tokens)
+    if not guide.is_ready(_MASK_S):
+        return 0  # the guide computes the next mask, and knows nothing else until then
     begun, size = time.thread_time(), _FIRST_CHECKED
     try:
         while (taken := guide.num_taken(tokens[:size])) == size < len(tokens):
