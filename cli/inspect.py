@@ -151,6 +151,8 @@ def _size_rows(report: CheckpointReport) -> Rows:
         rows.append(("sliding window", f"{facts.sliding_window}{few}"))
     if facts.is_moe:
         rows.append(("experts", f"{facts.num_experts}, {facts.experts_per_token} per token"))
+    if facts.shared_ffn_size:
+        rows.append(("shared expert", f"ffn size {facts.shared_ffn_size}, for all tokens"))
     if facts.dense_layers:
         width = facts.dense_ffn_size or facts.ffn_size
         rows.append(("dense layers", f"{len(facts.dense_layers)} of {facts.num_layers}, ffn size {width}"))

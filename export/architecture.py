@@ -165,6 +165,7 @@ class Architecture:
     full_layers: tuple[int, ...] = ()  # in a model with a sliding window, the layers that attend to all positions
     dense_layers: tuple[int, ...] = ()  # in a model with experts, the layers that have one MLP instead of a mixture
     dense_ffn_size: int | None = None  # F of the MLP of `dense_layers`; None: that of an expert
+    shared_ffn_size: int | None = None  # F of an MLP beside each mixture, for all tokens; None: there is none
     router: Router = Router()
     scales: Scales = Scales()
     qkv: QueryKeyValue = QueryKeyValue()

@@ -53,6 +53,7 @@ def checkpoints() -> tuple[Path, ...]:
         write_gpt_oss_checkpoint(folder / "gpt_oss", seed=1),
         write_gpt_oss_checkpoint(folder / "mxfp4", seed=1, spelling="mxfp4"),
         write_qwen_checkpoint(folder / "qwen3_moe", "qwen3_moe", seed=1, num_layers=3, config={"mlp_only_layers": [1]}),
+        write_qwen_checkpoint(folder / "qwen2_moe", "qwen2_moe", seed=1, num_layers=3, config={"mlp_only_layers": [1]}),
         write_dense_checkpoint(folder / "mistral", seed=1, family="mistral"),
         write_dense_checkpoint(folder / "llama", seed=1, family="llama"),
     )

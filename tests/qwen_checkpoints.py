@@ -128,3 +128,28 @@ def published(tensors: dict[str, Array]) -> dict[str, Array]:
             name = name.replace(old, new)
         renamed[name] = values
     return renamed
+
+
+def tell_mixtral_as_qwen2(source: Path, folder: Path, **more: Any) -> Path:
+    """A trained Mixtral's weights in a qwen2_moe with normalised weights of experts; `more` are further keys. Each
+    layer's first expert is its shared expert too, with small shares, and biases are small, so the model still predicts
+    its text."""
+    config, tensors = json.loads((source / "config.json").read_text()), load_file(source / "model.safetensors")
+    stored, rng, hidden = published(tensors), np.random.default_rng(5), config["hidden_size"]
+    for layer in range(config["num_hidden_layers"]):
+        name = f"model.layers.{layer}.mlp"
+        for matrix in ("gate_proj", "up_proj", "down_proj"):
+            own = stored[f"{name}.experts.0.{matrix}.weight"]
+            stored[f"{name}.shared_expert.{matrix}.weight"] = own * 0.2 if matrix == "down_proj" else own.copy()
+        stored[f"{name}.shared_expert_gate.weight"] = normal(rng, 1, hidden) / np.float32(np.sqrt(hidden))
+        for of in "qkv":
+            attention = f"model.layers.{layer}.self_attn.{of}_proj"
+            stored[f"{attention}.bias"] = 0.1 * normal(rng, 1, len(stored[f"{attention}.weight"]))[0]
+    folder.mkdir(parents=True)
+    for file in source.glob("*token*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    save_file(stored, folder / "model.safetensors")
+    told = qwen_config(config, "qwen2_moe") | {"norm_topk_prob": True}
+    told |= {"shared_expert_intermediate_size": config["intermediate_size"], **more}
+    (folder / "config.json").write_text(json.dumps(told, indent=2))
+    return folder

@@ -65,6 +65,7 @@ TRANSFORMERS_MODELS: Mapping[str, TransformersModel] = {
     "mixtral": TransformersModel(model="MixtralForCausalLM", name=_llama_name, router="mlp.gate"),
     "gpt_oss": TransformersModel(model="GptOssForCausalLM", name=_gpt_oss_name, router="mlp.router", transposes=True),
     "olmoe": TransformersModel(model="OlmoeForCausalLM", name=_llama_name, router="mlp.gate"),
+    "qwen2_moe": TransformersModel(model="Qwen2MoeForCausalLM", name=_llama_name, router="mlp.gate"),
     "qwen3_moe": TransformersModel(model="Qwen3MoeForCausalLM", name=_llama_name, router="mlp.gate"),
     "mistral": TransformersModel(model="MistralForCausalLM", name=_llama_name),
     "llama": TransformersModel(model="LlamaForCausalLM", name=_llama_name),

@@ -33,7 +33,7 @@ UNDIGESTED: Mapping[str, int] = {ORT_BACKEND: 2, TRTLLM_BACKEND: 1}  # backend -
 _DIGEST = re.compile(r'(?<=,\n  "digest": ")[0-9a-f]{64}(?="\n}\n\Z)')
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 # Facts that most networks do not have.
-_LEFT_OUT = ("qkv", "swiglu", "full_layers", "dense_ffn_size")
+_LEFT_OUT = ("qkv", "swiglu", "full_layers", "dense_ffn_size", "shared_ffn_size")
 _LIBRARIES = ("moeship", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tokenizers")
 
 

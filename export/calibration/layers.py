@@ -33,7 +33,7 @@ from export.families import Model
 from export.families.shared.network import Mlp, Network
 from export.quantize.gptq import Codes, Factor, Hessian, asymmetric, solve, symmetric
 from export.reference.attention import Projections
-from export.reference.mixture import BLOCK_TOKENS, Expert, route, router_logits, run_mlp
+from export.reference.mixture import BLOCK_TOKENS, Expert, route, router_logits, run_mlp, share_of_shared
 from export.reference.model import Windows, bounds_of, embedding_rows
 from export.reference.operations import FloatArray, normalise
 from export.reference.reader import Reader
@@ -285,7 +285,6 @@ class Solver:
     ) -> tuple[FloatArray, list[_Row]]:
         """The outputs [T, H] of a layer's MLP or mixture with codes for what reaches it, and its rows, solved."""
         inputs, missing = reached.inputs, reached.missing
-        assert missing is not None
         result = np.zeros_like(inputs)
         first = self._open([mlp.first, *([] if mlp.up is None else [mlp.up])])
         second = self._open([mlp.second])
@@ -305,10 +304,17 @@ class Solver:
             inner, exact = self._inner(found, own.inputs), np.empty(0, dtype=np.float32)
             if wanted:
                 exact = self._inner(Expert(mlp, exact_reader, expert), own.exact)
-                self._solve_all(wanted, expert, _Reached(inputs=inner, exact=exact, missing=missing[tokens]), codes)
+                lacking = None if missing is None else missing[tokens]
+                self._solve_all(wanted, expert, _Reached(inputs=inner, exact=exact, missing=lacking), codes)
             outputs = found.output(inner)
             result[tokens] += outputs if shares is None else outputs * shares[tokens, places, None]
-        return result, [*first, *second]
+        rows = [*first, *second]
+        if mlp.shared is not None:  # the experts mend what the states lack
+            alone = _Reached(inputs=inputs, exact=reached.exact)
+            outputs, more = self._mixture(mlp.shared, alone, reader, exact_reader, codes)
+            result += outputs * share_of_shared(inputs, mlp, self.model.weights)
+            rows += more
+        return result, rows
 
     @staticmethod
     def _inner(expert: Expert, inputs: FloatArray) -> FloatArray:

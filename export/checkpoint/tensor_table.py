@@ -37,7 +37,8 @@ class Role(StrEnum):
     NORM = "norm"
     ATTENTION = "attention"
     ROUTER = "router"
-    FFN = "ffn"  # the MLP of a dense model
+    FFN = "ffn"  # an MLP that all tokens go through: of a dense model or layer, or beside the experts
+    SHARE = "share"  # gives the share of an MLP beside the experts
     EXPERT = "expert"
     HEAD = "head"
     BIAS = "bias"

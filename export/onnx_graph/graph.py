@@ -315,6 +315,17 @@ class GraphBuilder(ABC):
             mixed = self._nodes.add("Mul", inputs, f"{name}.weighed", float_type="float32")
         return self.scale(mixed, rule.scale, f"{name}.routed")
 
+    def times_share(self, output: str, x: str, path: str) -> str:
+        """output * sigmoid(x @ path.weight.T) in float32: [..., H] by one share a token, of x [..., H]."""
+        inputs = [self._nodes.cast(x, "float32"), self._weights.plain(f"{path}.weight")]
+        logit = self._nodes.add(
+            "FusedMatMul", inputs, path, microsoft=True, float_type="float32",
+            transA=0, transB=1, transBatchA=0, transBatchB=0, alpha=1.0,
+        )  # fmt: skip
+        share = self._nodes.add("Sigmoid", [logit], f"{path}.sigmoid", float_type="float32")
+        factors = [self._nodes.cast(output, "float32"), share]
+        return self._nodes.add("Mul", factors, f"{path}.weighed", float_type="float32")
+
     def finish(self, logits: str, placement: Placement, data_file: str) -> onnx.ModelProto:
         """The complete ONNX model with `logits` as output. Its weights are in `data_file`, at the offsets of
         `placement`."""

@@ -42,7 +42,15 @@ def run_mlp(
         tokens, places = np.nonzero(chosen == expert)
         if len(tokens):
             add_expert(result, x, tokens, shares[tokens, places, None], mlp, reader, expert)
+    if mlp.shared is not None:
+        add_expert(result, x, np.arange(len(x)), share_of_shared(x, mlp, reader.weights), mlp.shared, reader, 0)
     return result, logits
+
+
+def share_of_shared(x: FloatArray, mlp: Mlp, weights: Weights) -> FloatArray:
+    """What the outputs of the MLP beside the experts are multiplied by, [T, 1], for x [T, H]."""
+    shares: FloatArray = 1 / (1 + np.exp(-(x @ weights.load(f"{mlp.share}.weight").T)))
+    return shares
 
 
 def router_logits(x: FloatArray, gate: str, weights: Weights) -> FloatArray:

@@ -25,7 +25,7 @@ from export.checkpoint.tensor_table import Role, Weights
 from export.families import Model
 from export.families.shared.network import Layer, Mlp
 from export.reference.attention import Projections
-from export.reference.mixture import add_expert, route, router_logits
+from export.reference.mixture import add_expert, route, router_logits, share_of_shared
 from export.reference.model import Windows, bounds_of, embedding_rows, head_slices
 from export.reference.operations import FloatArray, normalise
 from export.reference.reader import Reader
@@ -147,6 +147,17 @@ class Variants:
                 if len(tokens):
                     own = None if shares is None else shares[tokens, places, None]
                     add_expert(result, x, tokens, own, mlp, reader, expert)
+        if mlp.shared is not None:
+            whole = np.repeat(self._takes(count), num_tokens)
+            shares = share_of_shared(x, mlp, self._model.weights)
+            shares[whole] = share_of_shared(x[whole], mlp, self._other)
+            replaced = self._takes(count, Role.EXPERT, Role.FFN, layer=index)
+            replaced &= [part is not None and part.expert is None for part in self._parts[:count]]
+            by_token = np.repeat(replaced, num_tokens)
+            for reader, rows in zip(readers, (~by_token, by_token), strict=True):
+                tokens = np.flatnonzero(rows)
+                if len(tokens):
+                    add_expert(result, x, tokens, shares[tokens], mlp.shared, reader, 0)
         return result.reshape(inputs.shape)
 
     def _head(self, states: FloatArray) -> Iterator[FloatArray]:

@@ -18,8 +18,8 @@ from export.families import family_named
 
 # Their defaults in transformers are those of one published model, so they must be stated.
 SIZES = {
-    "hidden_size", "intermediate_size", "moe_intermediate_size", "max_position_embeddings", "num_attention_heads",
-    "num_hidden_layers", "vocab_size",
+    "hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size",
+    "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "vocab_size",
 }  # fmt: skip
 NORMS = {"olmoe": "width", "qwen3_moe": "head"}
 SHAPES = MixtralSizes(hidden_size=128, num_heads=8, num_kv_heads=4, num_experts=3)
@@ -44,6 +44,15 @@ WRITTEN = {
         "sliding_window": 7,
         "max_window_layers": None,
     },
+    "qwen2_moe": {
+        **qwen_config(published_config(SHAPES), "qwen2_moe"),
+        "decoder_sparse_step": 2,
+        "num_hidden_layers": 4,
+        "mlp_only_layers": [1],
+        "num_experts": 9,
+        "num_attention_heads": 16,
+        "norm_topk_prob": True,
+    },
     "mistral": {**dense_config(SHAPES, "mistral"), "tie_word_embeddings": True, "sliding_window": 7},
     "llama": {**dense_config(SHAPES, "llama"), "tie_word_embeddings": True},
 }
@@ -61,10 +70,10 @@ def of_transformers(family, raw):
         "rope_base": config.rope_parameters["rope_theta"],
         "rotary_dim": int(head_size * config.rope_parameters.get("partial_rotary_factor", 1.0)),
         "norm_epsilon": config.layer_norm_eps if family == "phi" else config.rms_norm_eps,
-        "num_experts": getattr(config, "num_local_experts", 0),
+        "num_experts": getattr(config, "num_local_experts", getattr(config, "num_experts", 0)),
         "experts_per_token": getattr(config, "num_experts_per_tok", 0),
         "tied_head": config.tie_word_embeddings,
-        "sliding_window": getattr(config, "sliding_window", None),
+        "sliding_window": getattr(config, "sliding_window", None) or None,
         "router": Router(normalise=getattr(config, "norm_topk_prob", True)),
         "qkv": QueryKeyValue(norm=NORMS.get(family), clip=getattr(config, "clip_qkv", None)),
         "dense_layers": tuple(

@@ -39,6 +39,7 @@ WRITERS = {
     "olmoe": lambda folder: write_olmoe_checkpoint(folder, seed=1),
     "gpt_oss": lambda folder: write_gpt_oss_checkpoint(folder, seed=1),
     "qwen3_moe": lambda folder: write_qwen_checkpoint(folder, "qwen3_moe", seed=1),
+    "qwen2_moe": lambda folder: write_qwen_checkpoint(folder, "qwen2_moe", seed=1),
     "mistral": lambda folder: write_dense_checkpoint(folder, seed=1, family="mistral"),
     "llama": lambda folder: write_dense_checkpoint(folder, seed=1, family="llama", hidden_size=96),
 }
@@ -49,6 +50,7 @@ CLASSES = {
     "olmoe": "OlmoeConfig",
     "gpt_oss": "GptOssConfig",
     "qwen3_moe": "Qwen3MoeConfig",
+    "qwen2_moe": "Qwen2MoeConfig",
     "mistral": "MistralConfig",
     "llama": "LlamaConfig",
 }
@@ -92,6 +94,7 @@ OWN = {
         "attention_bias": False,
         "output_router_logits": False,
     },
+    "qwen2_moe": {"decoder_sparse_step": 1, "qkv_bias": True, "max_window_layers": 28, "layer_types": None},
     "granitemoe": {"position_embedding_type": "rope", "attention_bias": False, "output_router_logits": False},
 }
 TOOLS = {

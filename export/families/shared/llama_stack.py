@@ -7,6 +7,8 @@
   mlp.gate                      the router, [E, H]
   mlp.experts.gate_up           [E, 2F, H], rows alternate between gate and up
   mlp.experts.down              [E, H, F]
+  mlp.shared_expert             beside the experts of some families: an MLP, named as in a dense layer
+  mlp.shared_expert_gate        [1, H], whose sigmoid is the shared expert's share
   mlp.gate_proj, mlp.up_proj    in a dense model or layer: [F, H] each
   mlp.down_proj                 in a dense model or layer: [H, F]
 
@@ -71,6 +73,7 @@ def read_stack_config(
     swiglu: SwiGlu | None = None,
     dense_layers: tuple[int, ...] = (),
     dense_ffn_size: int | None = None,
+    shared_ffn_size: int | None = None,
 ) -> Architecture:
     """Read the Architecture from a config.json with the keys of transformers' LlamaConfig. `rope_base`, `norm_epsilon`,
     `num_kv_heads` (None: as many as query heads), `num_experts` and `experts_per_token` are the defaults of the
@@ -118,6 +121,7 @@ def read_stack_config(
         swiglu=swiglu or SwiGlu(),
         dense_layers=dense_layers,
         dense_ffn_size=dense_ffn_size,
+        shared_ffn_size=shared_ffn_size,
     )
     reader.harmless("torch_dtype", "dtype")
     check_heads(reader, architecture)
@@ -192,11 +196,23 @@ def dense_tensors(architecture: Architecture, names: Sequence[str]) -> list[Tens
 
 def dense_mlp(architecture: Architecture, layer: str) -> list[TensorSpec]:
     """The rows of a dense layer's MLP."""
-    width, hidden = architecture.dense_ffn_size or architecture.ffn_size, architecture.hidden_size
+    return _mlp_tensors(f"{layer}.mlp", architecture.dense_ffn_size or architecture.ffn_size, architecture.hidden_size)
+
+
+def shared_expert(architecture: Architecture, layer: str) -> list[TensorSpec]:
+    """The rows of the MLP beside a layer's experts, and of its share."""
+    hidden = architecture.hidden_size
     return [
-        single(f"{layer}.mlp.gate_proj.weight", (width, hidden), "F H", Role.FFN),
-        single(f"{layer}.mlp.up_proj.weight", (width, hidden), "F H", Role.FFN),
-        single(f"{layer}.mlp.down_proj.weight", (hidden, width), "H F", Role.FFN),
+        *_mlp_tensors(f"{layer}.mlp.shared_expert", architecture.shared_ffn_size or 0, hidden),
+        single(f"{layer}.mlp.shared_expert_gate.weight", (1, hidden), "1 H", Role.SHARE),
+    ]
+
+
+def _mlp_tensors(name: str, width: int, hidden: int) -> list[TensorSpec]:
+    return [
+        single(f"{name}.gate_proj.weight", (width, hidden), "F H", Role.FFN),
+        single(f"{name}.up_proj.weight", (width, hidden), "F H", Role.FFN),
+        single(f"{name}.down_proj.weight", (hidden, width), "H F", Role.FFN),
     ]
 
 
@@ -285,12 +301,13 @@ def stack_network(
     full_layers: Collection[int] = (),
     sinks: bool = False,
     swiglu: SwiGlu | None = None,
+    shared: bool = False,
 ) -> Network:
     """What the network computes, from a config.json with the keys of transformers' LlamaConfig. The first three are the
     values of missing keys; `embedding` to `logits` are the factors of `export.families.shared.network` (`logits`
     divides). `dense` has the layers with an MLP in place of experts, or is True for all. If `normed`, queries and keys
     are normalised; `clip` is that of its Attention. The `full_layers` have no window. With `sinks` attention has such,
-    and `swiglu` is that of an Mlp."""
+    and `swiglu` is that of an Mlp. If `shared`, there is an MLP beside the experts."""
     config = raw
     turned = rotary.parameters(raw, rope_theta)
     heads = config["num_attention_heads"]
@@ -303,13 +320,7 @@ def stack_network(
 
     def mlp(name: str, index: int) -> Mlp:
         if dense is True or (dense and index in dense):
-            return Mlp(
-                first=f"{name}.gate_proj",
-                up=f"{name}.up_proj",
-                second=f"{name}.down_proj",
-                activation=Activation.SILU,
-                gated=True,
-            )
+            return _alone(name)
         return Mlp(
             first=f"{name}.experts.gate_up",
             second=f"{name}.experts.down",
@@ -318,6 +329,8 @@ def stack_network(
             gate=f"{name}.gate",
             router=router or Router(),
             swiglu=swiglu or SwiGlu(),
+            shared=_alone(f"{name}.shared_expert") if shared else None,
+            share=f"{name}.shared_expert_gate" if shared else None,
         )
 
     def layer(index: int) -> Layer:
@@ -354,6 +367,17 @@ def stack_network(
     )
 
 
+def _alone(name: str) -> Mlp:
+    """A SwiGLU MLP whose gate and up are two matrices."""
+    return Mlp(
+        first=f"{name}.gate_proj",
+        up=f"{name}.up_proj",
+        second=f"{name}.down_proj",
+        activation=Activation.SILU,
+        gated=True,
+    )
+
+
 def stack_graph(graph: GraphBuilder, architecture: Architecture) -> str:
     """Add the network from token ids to the last layer; returns its output [B, S, H]."""
     epsilon, scales = architecture.norm_epsilon, architecture.scales
@@ -371,6 +395,10 @@ def stack_graph(graph: GraphBuilder, architecture: Architecture) -> str:
         normed = graph.rms_norm(x, f"{name}.post_attention_layernorm", epsilon)
         has_experts = architecture.is_moe and layer not in architecture.dense_layers
         output = (_mixture if has_experts else _mlp)(graph, normed, f"{name}.mlp")
+        if has_experts and architecture.shared_ffn_size:
+            shared = _mlp(graph, normed, f"{name}.mlp.shared_expert")
+            shared = graph.times_share(shared, normed, f"{name}.mlp.shared_expert_gate")
+            output = graph.add(output, shared, f"{name}.mlp.shared")
         x = graph.add(x, graph.scale(output, scales.residual, f"{name}.mlp"), name)
     return x
 

@@ -64,7 +64,8 @@ class Mlp:
 
     If `gated`, the MLP computes second(activation(gate(x)) * up(x)). The module `first` then has two matrices, gate and
     up, whose rows alternate in the table; or it is gate alone, and the module `up` is the other one. `swiglu` says more
-    of a gated SiLU. `router` says how a mixture chooses.
+    of a gated SiLU. `router` says how a mixture chooses. To a mixture's output that of the MLP `shared` is added, times
+    the sigmoid of the module `share`, which gives one value a token.
     """
 
     first: str
@@ -75,6 +76,14 @@ class Mlp:
     gate: str | None = None
     router: Router = field(default_factory=Router)
     swiglu: SwiGlu = field(default_factory=SwiGlu)
+    shared: Mlp | None = None
+    share: str | None = None
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The modules of all matrices but a router's and a share's."""
+        own = (self.first, *([] if self.up is None else [self.up]), self.second)
+        return own if self.shared is None else (*own, *self.shared.matrices)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,7 @@ class TrtllmNetwork:
             )
         plain_facts = {
             "scales": Scales(), "router": Router(), "dense_layers": (), "full_layers": (), "qkv": QueryKeyValue(),
-            "swiglu": SwiGlu(),
+            "swiglu": SwiGlu(), "shared_ffn_size": None,
         }  # fmt: skip
         for what, plain in plain_facts.items():
             if getattr(facts, what) != plain:

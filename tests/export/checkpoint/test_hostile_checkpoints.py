@@ -42,8 +42,8 @@ def one_of_each(tmp_path, phixtral):
     granitemoe = write_granitemoe_checkpoint(tmp_path / "granitemoe", seed=1)
     olmoe = write_olmoe_checkpoint(tmp_path / "olmoe", seed=1)
     gpt_oss = write_gpt_oss_checkpoint(tmp_path / "gpt_oss", seed=1)
-    qwen3_moe = write_qwen_checkpoint(tmp_path / "qwen3_moe", "qwen3_moe", seed=1)
-    return phixtral, mixtral, granitemoe, olmoe, gpt_oss, qwen3_moe, write_phi_checkpoint(tmp_path / "phi", seed=1)
+    qwens = [write_qwen_checkpoint(tmp_path / name, name, seed=1) for name in ("qwen2_moe", "qwen3_moe")]
+    return phixtral, mixtral, granitemoe, olmoe, gpt_oss, *qwens, write_phi_checkpoint(tmp_path / "phi", seed=1)
 
 
 def refusal(folder):

@@ -32,6 +32,7 @@ WRITERS = {
     "olmoe": lambda folder, **more: write_olmoe_checkpoint(folder, seed=1, **more),
     "gpt_oss": lambda folder, **more: write_gpt_oss_checkpoint(folder, seed=1, **more),
     "qwen3_moe": lambda folder, **more: write_qwen_checkpoint(folder, "qwen3_moe", seed=1, **more),
+    "qwen2_moe": lambda folder, **more: write_qwen_checkpoint(folder, "qwen2_moe", seed=1, **more),
     "mistral": lambda folder, **more: write_dense_checkpoint(folder, seed=1, **more),
 }
 FILE = "model.safetensors"

@@ -25,6 +25,7 @@ from transformers import (
     MixtralForCausalLM,
     OlmoeForCausalLM,
     PhiForCausalLM,
+    Qwen2MoeForCausalLM,
     Qwen3MoeForCausalLM,
 )
 
@@ -69,6 +70,10 @@ def qwen3_moe(folder, **sizes):
     return write_qwen_checkpoint(folder, "qwen3_moe", seed=1, **sizes)
 
 
+def qwen2_moe(folder, **sizes):
+    return write_qwen_checkpoint(folder, "qwen2_moe", seed=1, **sizes)
+
+
 def mistral(folder, **sizes):
     return write_dense_checkpoint(folder, seed=1, **sizes)
 
@@ -79,7 +84,7 @@ def llama(folder, **sizes):
 
 WRITERS = {
     "phi": phi, "phixtral": phixtral, "mixtral": mixtral, "granitemoe": granitemoe, "olmoe": olmoe,
-    "gpt_oss": gpt_oss, "qwen3_moe": qwen3_moe, "mistral": mistral, "llama": llama,
+    "gpt_oss": gpt_oss, "qwen3_moe": qwen3_moe, "qwen2_moe": qwen2_moe, "mistral": mistral, "llama": llama,
 }  # fmt: skip
 CASES = [
     (phi, {}),
@@ -106,6 +111,8 @@ CASES = [
     (qwen3_moe, {}),
     (qwen3_moe, {"spelling": "packed", "num_layers": 3, "config": {"mlp_only_layers": [1]}, "num_kv_heads": 1}),
     (qwen3_moe, {"num_layers": 4, "config": {"decoder_sparse_step": 2, "norm_topk_prob": False}, "dtype": "bfloat16"}),
+    (qwen2_moe, {"spelling": "packed", "num_layers": 3, "config": {"mlp_only_layers": [1]}, "num_kv_heads": 1}),
+    (qwen2_moe, {"config": {"norm_topk_prob": True}, "dtype": "float16", "tied": True}),
     (mistral, {}),
     (mistral, {"config": {"sliding_window": 7}, "num_kv_heads": 1, "ffn_size": 37}),
     (mistral, {"num_heads": 5, "num_kv_heads": 5, "head_dim": None, "tied": True, "dtype": "float16"}),
@@ -229,6 +236,7 @@ def test_the_hidden_states_that_enter_layers_are_those_of_transformers(tmp_path,
         (granitemoe, GraniteMoeForCausalLM),
         (olmoe, OlmoeForCausalLM),
         (gpt_oss, GptOssForCausalLM),
+        (qwen2_moe, Qwen2MoeForCausalLM),
         (qwen3_moe, Qwen3MoeForCausalLM),
     ],
 )
@@ -239,6 +247,9 @@ def test_keys_that_a_config_leaves_out_are_what_transformers_makes_of_them(tmp_p
     sizes |= {"config": {"clip_qkv": 0.5, "norm_topk_prob": True}} if write is olmoe else {}
     if write is gpt_oss:  # the class's own head size, experts for each token, window and constants
         sizes |= {"head_dim": 64, "experts_per_token": 4, "config": {"sliding_window": 128}}
+    sizes |= {qwen3_moe: {"num_kv_heads": 4}, qwen2_moe: {"num_heads": 16, "num_kv_heads": 16, "head_dim": 4}}.get(
+        write, {}
+    )
     folder = write(tmp_path / "c", **sizes)
     path = folder / "config.json"
     written = json.loads(path.read_text())

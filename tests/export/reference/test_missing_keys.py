@@ -28,6 +28,13 @@ REQUIRED = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 64, "num_
             },
         ),
         (
+            "qwen2_moe", "Qwen2MoeConfig",
+            {
+                "rms_norm_eps": 1e-3, "num_key_value_heads": 2, "rope_theta": 5e5, "norm_topk_prob": True,
+                "decoder_sparse_step": 2, "mlp_only_layers": [1],
+            },
+        ),
+        (
             "olmoe", "OlmoeConfig",
             {
                 "rms_norm_eps": 1e-3, "num_key_value_heads": 4, "rope_theta": 5e5, "clip_qkv": 0.5,

@@ -83,7 +83,7 @@ CONVERSATIONS = [
 TOOLS = [{"type": "function", "function": {"name": "look", "description": "l'œil", "parameters": {"type": "object"}}}]
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe"])
+@pytest.fixture(scope="module", params=["qwen3_moe", "qwen2_moe"])
 def folder(request, tmp_path_factory):
     """A folder with the files of a published checkpoint: tokenizer.json with the class's pipeline written out, and
     tokenizer_config.json with its added tokens and its template."""

@@ -26,7 +26,7 @@ CLASSES = (
     None, "GPT2Tokenizer", "CodeGenTokenizer", "CodeGenTokenizerFast", "GPTNeoXTokenizer", "Qwen2Tokenizer",
     "LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend",
 )  # fmt: skip
-MODEL_TYPES = ("phi", "phi-msft", "mixtral", "granitemoe", "olmoe", "gpt_oss", "qwen3_moe", "mistral", "llama")
+MODEL_TYPES = ("phi", "phi-msft", "mixtral", "granitemoe", "olmoe", "gpt_oss", "qwen2_moe", "mistral", "llama")
 TEXTS = (
     "def main()  hello",
     "<s> the</s> fox<|endoftext|>x",

@@ -32,6 +32,7 @@ WRITERS = {
     "olmoe": lambda folder: write_olmoe_checkpoint(folder, seed=1),
     "gpt_oss": lambda folder: write_gpt_oss_checkpoint(folder, seed=1),
     "qwen3_moe": lambda folder: write_qwen_checkpoint(folder, "qwen3_moe", seed=1, num_layers=3, config=DENSE),
+    "qwen2_moe": lambda folder: write_qwen_checkpoint(folder, "qwen2_moe", seed=1, num_layers=3, config=DENSE),
     "mistral": lambda folder: write_dense_checkpoint(folder, seed=1, family="mistral"),
     "llama": lambda folder: write_dense_checkpoint(folder, seed=1, family="llama", num_heads=4),
 }
@@ -56,7 +57,7 @@ def test_what_a_config_says_of_loading_and_training_changes_nothing(tmp_path, fa
     path = folder / "config.json"
     config = json.loads(path.read_text())
     more = {"torch_dtype": "float16", "use_cache": False, "auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}
-    if family in ("phi", "mixtral", "granitemoe", "olmoe", "gpt_oss", "qwen3_moe", "mistral", "llama"):
+    if family in ("phi", "mixtral", "granitemoe", "olmoe", "gpt_oss", "qwen3_moe", "qwen2_moe", "mistral", "llama"):
         more |= {"return_dict": False, "output_attentions": True, "is_decoder": True}
     if family == "mixtral":
         more |= {"output_router_logits": True, "router_jitter_noise": 0.5}
@@ -65,7 +66,7 @@ def test_what_a_config_says_of_loading_and_training_changes_nothing(tmp_path, fa
 
 
 def test_the_number_of_experts_a_token_is_the_one_asked_for(tmp_path):
-    for family in ("phixtral", "mixtral", "granitemoe", "olmoe", "gpt_oss", "qwen3_moe"):
+    for family in ("phixtral", "mixtral", "granitemoe", "olmoe", "gpt_oss", "qwen3_moe", "qwen2_moe"):
         folder = WRITERS[family](tmp_path / family)
         asked = logits_of(read_model(open_checkpoint(folder), 1))
         path = folder / "config.json"
@@ -90,7 +91,7 @@ def test_of_equal_router_logits_the_lowest_experts_are_chosen(tmp_path, family):
         torch.testing.assert_close(shares, torch.full((64, 3), 1 / 3))
 
 
-@pytest.mark.parametrize("family", ["phixtral", "mixtral", "granitemoe", "olmoe", "gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["phixtral", "mixtral", "granitemoe", "olmoe", "gpt_oss", "qwen3_moe", "qwen2_moe"])
 @pytest.mark.parametrize("router", ["mlp.none", None])
 def test_a_record_that_names_no_router_of_the_class_is_told_as_its_routing_would_not_be_compared(
     tmp_path, family, router, monkeypatch

@@ -172,7 +172,7 @@ def work_of_a_token(model: Model, parts: Sequence[Part]) -> tuple[float, float]:
     head = table[f"{network.head}.weight"]
     products = float(head.num_elements * (1 + len(parts)))
     for index, layer in enumerate(network.layers):
-        names = (*layer.attention.inputs, layer.attention.output, layer.mlp.first, layer.mlp.second)
+        names = (*layer.attention.inputs, layer.attention.output, *layer.mlp.matrices)
         live = 1 + sum(begin(part, len(network.layers)) <= index for part in parts)
         for spec in (table[f"{name}.weight"] for name in names):
             share = model.architecture.experts_per_token / len(spec.groups) if spec.stacks_experts else 1.0

@@ -247,6 +247,12 @@ class _Facts:
             self._fail(node.name, f"takes and gives {', '.join(found)}, expected {', '.join(expected)}")
 
     def _mlp(self, layer: int, mlp: Mlp) -> None:
+        if mlp.shared is not None:
+            self._mlp(layer, mlp.shared)
+            share = f"{mlp.share}.weight"
+            if node := self._user(share, 1, ["FusedMatMul"]):
+                self._operands(node, 1, [share])
+                self._attributes(node, _PLAIN_PRODUCT)
         if mlp.gate is None:
             for module in (mlp.first, mlp.up, mlp.second):
                 if module is not None:

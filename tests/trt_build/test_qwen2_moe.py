@@ -1,0 +1,252 @@
+"""qwen2_moe engines against transformers' Qwen2MoeForCausalLM: equal where they must be, caught where made wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from cuda_kernels import check_types
+from decoding import KINDS, each
+from mixtral_checkpoints import SPELLINGS, write_llama_tokenizer
+from qwen_checkpoints import tell_mixtral_as_qwen2, write_qwen_checkpoint
+from safetensors.numpy import load_file, save_file
+from torch_reference import ByTransformers
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from cli.main import main
+from export.architecture import Router
+from export.checkpoint.folder import open_checkpoint
+from export.errors import CheckpointError, ConfigError
+from export.families import qwen2_moe, read_model
+from export.inspection import describe
+from export.provider import PROVIDERS
+from export.reference.model import Reference
+from export.tokenizer.loading import load_tokenizer
+from trt_build.comparison import parity
+from trt_build.ort import verify
+from trt_build.ort.build import BuildOptions, build_engine
+from trt_build.ort.device import Device
+from trt_build.ort.engine import open_engine
+from trt_build.ort.questions.graph_facts import graph_failures
+from trt_build.ort.questions.stored_graph import read_graph
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-mixtral" / "checkpoint"
+TEXT = (EXAMPLE.parent / "train.py").read_text()
+TOKENS = np.random.default_rng(3).integers(0, 365, 200).tolist()
+FP32 = parity.THRESHOLDS["fp32"]
+SHARED = "model.layers.0.mlp.shared_expert"
+
+
+def quiet(_text: str) -> None:
+    pass
+
+
+def outside(checkpoint):
+    """transformers' own reading of a checkpoint; its grouped kernels do not take odd widths."""
+    return Qwen2MoeForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
+
+
+def build(checkpoint, output, precision="fp32", kernels="onnxruntime", **options):
+    return build_engine(
+        BuildOptions(checkpoint=str(checkpoint), output=output, precision=precision, kernels=kernels, **options)
+    )
+
+
+def expect_equal(engine, reference, window):
+    """Every logit to 1e-4 of the largest one, scored and decoded, and within what moeship verify allows."""
+    report = verify.compare(engine, ByTransformers(reference), [window], quiet)
+    with torch.no_grad():
+        largest = float(reference(torch.tensor([list(window)])).logits.abs().max())
+    assert report.num_decoded_tokens == len(window) // 2
+    assert max(report.max_logit_difference, report.max_decoded_difference) <= 1e-4 * largest
+    assert report.routing_agreement == 1.0
+    assert report.failures(FP32) == []
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen2") / "checkpoint"
+    return write_qwen_checkpoint(folder, "qwen2_moe", seed=7, num_layers=3, config={"mlp_only_layers": [1]})
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory, checkpoint):
+    return build(checkpoint, tmp_path_factory.mktemp("engine") / "fp32")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The trained example's weights in a qwen2_moe, whose shared expert is one of the example's."""
+    return tell_mixtral_as_qwen2(EXAMPLE, tmp_path_factory.mktemp("trained") / "checkpoint")
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_what_transformers_saves_in_either_spelling_gives_its_logits(tmp_path, published):
+    config = Qwen2MoeConfig(
+        vocab_size=371, hidden_size=96, intermediate_size=104, moe_intermediate_size=40, num_hidden_layers=4,
+        shared_expert_intermediate_size=72, num_attention_heads=6, num_key_value_heads=3, num_experts=11,
+        num_experts_per_tok=8, decoder_sparse_step=2, max_position_embeddings=400, initializer_range=0.15,
+        rope_parameters={"rope_type": "default", "rope_theta": 20000.0}, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(5)
+    model = Qwen2MoeForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "saved", save_original_format=published)
+    write_llama_tokenizer(tmp_path / "saved")
+    names = load_file(tmp_path / "saved" / "model.safetensors")
+    assert ("model.layers.1.mlp.experts.3.gate_proj.weight" in names) is published
+    assert ("model.layers.1.mlp.experts.gate_up_proj" in names) is not published
+    expect_equal(build(tmp_path / "saved", tmp_path / "engine"), model, TOKENS)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_experts": 3, "experts_per_token": 1, "ffn_size": 37},
+        {"num_experts": 12, "experts_per_token": 8, "num_kv_heads": 1, "config": {"norm_topk_prob": True}},
+        {"num_heads": 5, "num_kv_heads": 5, "hidden_size": 80, "tied": True, "config": {"mlp_only_layers": [0]}},
+        {"dtype": "bfloat16", "num_experts": 7, "head_dim": 32, "config": {"head_dim": 32}},
+    ],
+    ids=lambda sizes: " ".join(f"{key}={value}" for key, value in sizes.items()),
+)
+def test_fp32_engine_and_reference_equal_transformers_at_odd_sizes(tmp_path, sizes, spelling):
+    folder = write_qwen_checkpoint(tmp_path / "checkpoint", "qwen2_moe", seed=2, spelling=spelling, **sizes)
+    theirs = outside(folder)
+    expect_equal(build(folder, tmp_path / "engine"), theirs, TOKENS[:120])
+    [(found, _)] = Reference(read_model(open_checkpoint(folder))).run([TOKENS[:120]])
+    with torch.no_grad():
+        expected = theirs(torch.tensor([TOKENS[:120]])).logits[0].numpy()
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_every_node_is_asked_for_shared_expert_biases_and_router(engine, checkpoint):
+    scoring = read_graph(engine.folder, "model_scoring.onnx")
+    assert graph_failures(engine, read_model(open_checkpoint(checkpoint)), scoring) == []
+    facts = engine.manifest.architecture
+    assert (facts.dense_layers, facts.dense_ffn_size, facts.shared_ffn_size) == ((1,), 104, 88)
+
+
+@pytest.mark.parametrize(
+    "name", [f"{SHARED}_gate.weight", f"{SHARED}.up_proj.weight", "model.layers.0.self_attn.k_proj.bias"]
+)
+def test_other_values_of_a_shared_expert_or_a_bias_show_in_the_logits(tmp_path, engine, checkpoint, name):
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in checkpoint.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors[name] = tensors[name][..., ::-1].copy()
+    save_file(tensors, other / "model.safetensors")
+    assert verify.compare(engine, ByTransformers(outside(other)), [TOKENS[:64]], quiet).failures(FP32)
+
+
+def test_keys_that_are_absent_are_transformers_own(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    for key in (
+        "rms_norm_eps", "rope_theta", "num_key_value_heads", "num_experts", "num_experts_per_tok", "norm_topk_prob",
+        "decoder_sparse_step", "mlp_only_layers", "use_sliding_window", "sliding_window", "max_window_layers",
+    ):  # fmt: skip
+        del config[key]
+    facts, defaults = qwen2_moe.read_config({**config, "num_attention_heads": 16}), Qwen2MoeConfig()
+    assert facts.norm_epsilon == defaults.rms_norm_eps == 1e-6
+    assert facts.rope_base == defaults.rope_parameters["rope_theta"] == 1e4
+    assert (facts.num_experts, facts.experts_per_token) == (defaults.num_experts, defaults.num_experts_per_tok)
+    assert facts.num_kv_heads == defaults.num_key_value_heads
+    assert facts.router == Router(normalise=defaults.norm_topk_prob)
+    assert (facts.dense_layers, facts.dense_ffn_size, facts.sliding_window) == ((), None, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"qkv_bias": False}, "qkv_bias is False; moeship builds only True"),
+        ({"use_sliding_window": True}, "use_sliding_window is True; moeship builds only False"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types = "),
+        ({"shared_expert_intermediate_size": None}, "shared_expert_intermediate_size is None, expected a whole number"),
+        ({"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size is 0, expected a whole number"),
+        ({"mlp_only_layers": [0, 1]}, r"mlp_only_layers \[0, 1\] none of 2 layers has experts"),
+        ({"num_experts_per_tok": 6}, "num_experts_per_tok is 6, expected 1 to num_experts = 5"),
+        ({"n_shared_experts": 2}, "n_shared_experts = 2 is a key that moeship does not"),
+    ],
+)
+def test_what_is_not_built_is_refused_by_name(tmp_path, changes, problem):
+    folder = write_qwen_checkpoint(tmp_path / "checkpoint", "qwen2_moe", seed=1)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ConfigError, match=problem):
+        read_model(open_checkpoint(folder))
+
+
+def test_a_checkpoint_without_its_shared_expert_is_refused_by_the_missing_tensors(tmp_path):
+    folder = write_qwen_checkpoint(tmp_path / "checkpoint", "qwen2_moe", seed=1)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: values for name, values in tensors.items() if SHARED not in name}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{SHARED}[._]"):
+        read_model(open_checkpoint(folder))
+
+
+@pytest.mark.parametrize(("precision", "kernels"), each(KINDS, apart=True))
+def test_trained_weights_keep_parity_at_every_precision(tmp_path, trained, precision, kernels):
+    engine = build(trained, tmp_path / "engine", precision, kernels)
+    windows = list(parity.split_windows(load_tokenizer(trained).encode_prompt(TEXT), 256, 1024))
+    report = verify.compare(engine, ByTransformers(outside(trained)), windows, quiet)
+    assert report.failures(parity.THRESHOLDS[precision]) == []
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_the_cuda_graph_has_kernels_for_its_types(tmp_path, precision):
+    sizes = {"hidden_size": 256, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 64}
+    config = {"shared_expert_intermediate_size": 128}
+    folder = write_qwen_checkpoint(tmp_path / "checkpoint", "qwen2_moe", seed=1, config=config, **sizes)
+    engine = build(folder, tmp_path / "engine", precision, provider="cuda").folder
+    for name in ("model.onnx", "model_serving.onnx", "model_scoring.onnx"):
+        problems, operators = check_types(onnx.load(str(engine / name), load_external_data=False))
+        assert problems == []
+        assert "Sigmoid" in operators
+
+
+def test_the_float16_graph_differs_from_transformers_by_its_rounding(tmp_path, monkeypatch):
+    provider = dataclasses.replace(PROVIDERS["cuda"], runtime_name="CPUExecutionProvider", options={})
+    monkeypatch.setattr("trt_build.ort.session.open_device", lambda *_: Device(provider=provider, kind="cpu"))
+    sizes = {"hidden_size": 192, "num_heads": 6, "num_kv_heads": 2, "ffn_size": 448, "dtype": "float16"}
+    folder = write_qwen_checkpoint(tmp_path / "checkpoint", "qwen2_moe", seed=3, **sizes)
+    engine = build(folder, tmp_path / "engine", "fp16", provider="cuda")
+    report = verify.compare(engine, ByTransformers(outside(folder)), [TOKENS], quiet)
+    assert report.mean_kl <= 1e-5
+    assert report.mean_decoded_kl <= 1e-5
+    assert report.max_logit_difference <= 0.02
+    assert report.routing_agreement >= 0.99
+
+
+def test_it_is_described_as_any_mixture(checkpoint):
+    report = describe(open_checkpoint(checkpoint)).to_json()
+    stored = load_file(checkpoint / "model.safetensors")
+    assert report["family"] == "qwen2_moe"
+    assert report["total_parameters"] == sum(values.size for values in stored.values())
+    idle = sum(v.size for n, v in stored.items() if ".experts." in n) * 3 // 5  # 2 of 5 experts are used
+    assert report["active_parameters"] == report["total_parameters"] - idle
+    assert [layer["layer"] for layer in report["routing"]["layers"]] == [0, 2]
+    assert report["roles"]["share"]["num_parameters"] == 2 * 96
+
+
+@pytest.mark.needs_kernels
+def test_the_commands_take_a_qwen2_moe_from_inspect_to_a_repository(tmp_path, trained, capsys):
+    assert main(["inspect", str(trained)]) == 0
+    assert "shared expert     ffn size 256, for all tokens" in capsys.readouterr().out
+    words = ["--checkpoint", str(trained), "--precision", "int4", "--kernels", "moeship", "--method", "gptq"]
+    assert main(["plan", *words]) == 0
+    assert "as int4 for cpu" in capsys.readouterr().out
+    assert main(["build", *words, "--output", str(tmp_path / "engine")]) == 0
+    assert main(["verify", str(tmp_path / "engine"), "--reference", str(trained), "--tokens", "600"]) == 0
+    engine = open_engine(tmp_path / "engine")
+    assert engine.manifest.architecture.shared_ffn_size == 256
+    assert engine.manifest.verification["failures"] == []
+    assert main(["package", str(tmp_path / "engine"), "--name", "q", "--output", str(tmp_path / "repository")]) == 0
+    assert (tmp_path / "repository" / "q" / "config.pbtxt").is_file()
