@@ -3,10 +3,14 @@
 The configuration of a merge (a .yml) is explained instead: what it makes, what each expert loses of its training, which
 experts no token can choose, and what the merge needs. `moeship merge` takes the same file.
 
+With --target-rps R, --slo BOUNDS and --curves FILE the plan is of capacity: how many servers hold an objective at that
+rate, from load tests of one server (`moeship bench --rate R,R,R --output FILE`).
+
 Reads only headers and gates, and writes nothing. Decoding reads the weights that a token touches and the keys and
 values before it, so bandwidth over those bytes bounds the tokens per second of one sequence. The flags are those of
 moeship build: the same words plan the engine that they build.
-Exit status: 0 done, 1 --max-batch-size sequences do not fit --device-memory, 2 wrong input.
+Exit status: 0 done, 1 --max-batch-size sequences do not fit --device-memory, or no number of servers is enough, 2 wrong
+input.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import argparse
 import json
 from pathlib import Path
 
+from cli.plan_capacity import add_capacity_arguments, is_capacity, plan_servers
 from cli.rows import print_rows
 from export.errors import ConfigError, named
 from export.files.reading import is_folder
@@ -47,11 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--measure-bandwidth", action="store_true",
         help="measure that rate on this machine, with a buffer of 4 GB; takes about ten seconds",
     )  # fmt: skip
+    add_capacity_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan as the command line asks, and print the plan. Raises ConfigError for a number that is not above zero."""
+    if is_capacity(arguments):
+        if given := _given(arguments, shared=("target_rps", "slo", "curves", "percentile", "json")):
+            raise ConfigError(f"planning capacity: it has no {given}, which plan an engine; leave them out here")
+        return plan_servers(arguments)
     asked = arguments.checkpoint or arguments.checkpoint_flag or ""
     if Path(asked).suffix in (".yml", ".yaml") and not is_folder(Path(asked)):
         return _explain_merge(Path(asked), arguments)
@@ -77,14 +87,7 @@ def _explain_merge(path: Path, arguments: argparse.Namespace) -> int:
     from export.merge.config import read_merge_config
     from export.merge.explain import explain_merge
 
-    shared = ("checkpoint", "checkpoint_flag", "json")
-    given = [
-        name
-        for name, value in vars(arguments).items()
-        if name not in shared and value is not None and value is not False and not isinstance(value, _Default)
-    ]
-    if given:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    if flags := _given(arguments, shared=("checkpoint", "checkpoint_flag", "json")):
         raise ConfigError(
             f"planning the merge {named(path)}: a merge has no {flags}, which moeship plan takes for a checkpoint; "
             "leave it out here, merge, and plan the merged folder with it"
@@ -96,3 +99,13 @@ def _explain_merge(path: Path, arguments: argparse.Namespace) -> int:
         for heading, rows in explanation.tables():
             print_rows(heading, rows)
     return 0
+
+
+def _given(arguments: argparse.Namespace, shared: tuple[str, ...]) -> str:
+    """The flags that were given, apart from some."""
+    given = [
+        name
+        for name, value in vars(arguments).items()
+        if name not in shared and value is not None and value is not False and not isinstance(value, _Default)
+    ]
+    return ", ".join("CHECKPOINT" if name == "checkpoint" else f"--{name.replace('_', '-')}" for name in given)

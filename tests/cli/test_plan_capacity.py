@@ -1,0 +1,70 @@
+"""`moeship plan --target-rps`: what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from bench_standin import StandIn, simulate, works
+
+from cli.main import main
+from clients.bench.generator import apply
+from clients.bench.kept import Keeper, Level
+from clients.bench.load import Load
+from clients.bench.report import summarise
+
+RATES = (0.2, 0.6, 1.0)
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory):
+    """A kept test of a stand-in that takes 0.8 s for an answer and answers one at a time."""
+    path = tmp_path_factory.mktemp("capacity") / "curves"
+    with Keeper(path, {"loads": [f"{rate:g}/s" for rate in RATES]}) as keeper:
+        for rate in RATES:
+            load, made = Load(rate=rate, requests=400, seed=1), works()
+            keeper.begin(f"{rate:g}/s", load, made.describe())
+            run = simulate(
+                lambda load=load, made=made: apply(StandIn(one_at_a_time=True), load, made, keep=keeper.keep)
+            )
+            report = summarise(run, load, made, 2)
+            keeper.end(run, Level(name=f"{rate:g}/s", report=report, records=run.records), 2)
+    return path
+
+
+def test_the_plan_says_how_many_servers_and_how_well_it_predicts(curves, capsys):
+    words = ["plan", "--target-rps", "5", "--slo", "ttft:2000,e2e:9000", "--curves", str(curves)]
+    assert main([*words, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert 0.5 < plan["most_rate"] < 0.85
+    assert plan["servers"] == -(-5 // plan["most_rate"])
+    assert plan["rate_of_each"] == pytest.approx(5 / plan["servers"])
+    assert plan["predicted"]["first_token_s"] <= 2.0
+    assert [one["load"] for one in plan["checked"]] == ["0.6/s"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert f"{plan['servers']:.0f}, each {plan['rate_of_each']:.3g} requests/s" in out
+    assert "check: each rate predicted from the others" in out
+
+
+def test_a_bound_that_an_idle_server_misses_ends_with_1(curves, capsys):
+    assert main(["plan", "--target-rps", "5", "--slo", "400", "--curves", str(curves)]) == 1
+    assert "no number is enough: at 0.2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--target-rps", "5"], "found no --slo, --curves; give --target-rps, --slo and --curves"),
+        (["--target-rps", "0", "--slo", "5", "--curves", "CURVES"], "found no --target-rps"),
+        (["--target-rps", "-1", "--slo", "5", "--curves", "CURVES"], "--target-rps is -1.0, expected a number above 0"),
+        (["--target-rps", "5", "--slo", "x", "--curves", "CURVES"], "reading --slo: found 'x'"),
+        (["--target-rps", "5", "--slo", "5", "--curves", "CURVES", "--percentile", "100"], "--percentile is 100.0"),
+        (["--target-rps", "5", "--slo", "5", "--curves", "/nowhere"], "reading the load test /nowhere: No such file"),
+        (["folder", "--target-rps", "5", "--slo", "5", "--curves", "CURVES"], "it has no CHECKPOINT, which plan an"),
+        (["--provider", "cuda", "--slo", "5"], "it has no --provider"),
+    ],
+)
+def test_wrong_input(curves, capsys, words, message):
+    assert main(["plan", *(str(curves) if word == "CURVES" else word for word in words)]) == 2
+    assert message in capsys.readouterr().err

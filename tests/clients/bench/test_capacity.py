@@ -1,0 +1,174 @@
+"""Plans of capacity against queues whose latencies are known: an M/M/1 queue, and a stand-in that is measured."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from bench_standin import works
+
+from clients.bench.capacity import Curve, Point, as_json, check, plan_capacity, points_of
+from clients.bench.kept import Level, LoadTest
+from clients.bench.load import Load
+from clients.bench.objective import read_objective
+from clients.bench.records import Record, Run
+from clients.bench.report import summarise
+from export.errors import ConfigError
+
+SERVICE = 10.0  # answers a second that the queue can give
+
+
+def quantile(rate, share):
+    """The time in an M/M/1 queue is exponential with the rate of services less that of arrivals."""
+    return -math.log(1 - share) / (SERVICE - rate)
+
+
+def point(rate, share=0.9, **fields):
+    latencies = {"first_token_s": quantile(rate, share), "answer_s": 2 * quantile(rate, share)}
+    values = {"name": f"{rate:g}/s", "rate": rate, "num_requests": 1000, "tokens_per_request": 8.0, "keeps_up": True}
+    return Point(**{**values, "latencies": latencies, **fields})
+
+
+POINTS = [point(rate) for rate in (2.0, 5.0, 8.0, 9.0)]
+
+
+@pytest.mark.parametrize(("bound_ms", "servers"), [(500, 8), (1000, 6), (2000, 5)])
+def test_servers_of_a_queue_that_is_known(bound_ms, servers):
+    """p90 is 2.303 / (10 - r): within 0.5 s up to 5.395/s, 1 s up to 7.697/s, 2 s up to 8.849/s. 40/s need 8, 6, 5."""
+    plan = plan_capacity(POINTS, 40.0, read_objective(str(bound_ms), "x"), 0.9)
+    assert plan.most_rate == pytest.approx(SERVICE - math.log(10) / (bound_ms / 1e3))
+    assert plan.servers == servers == math.ceil(40 / plan.most_rate)
+    assert plan.predicted["first_token_s"] == pytest.approx(quantile(40 / servers, 0.9))
+    assert plan.tokens_per_s == pytest.approx(40 / servers * 8)
+    assert not plan.is_measured_end
+
+
+def test_the_strictest_bound_decides():
+    plan = plan_capacity(POINTS, 10.0, read_objective("ttft:2000,e2e:1000", "x"), 0.9)
+    assert plan.most_rate == pytest.approx(SERVICE - 2 * math.log(10))
+
+
+def test_nothing_is_said_beyond_what_was_measured():
+    plan = plan_capacity(POINTS, 18.0, read_objective("5000", "x"), 0.9)
+    assert (plan.most_rate, plan.is_measured_end, plan.servers) == (9.0, True, 2)
+    with pytest.raises(ValueError, match="above the highest measured rate 9.0"):
+        Curve([(2.0, 0.1, 1), (9.0, 0.2, 1)]).at(9.1)
+    assert Curve([(2.0, 0.1, 1), (9.0, 0.2, 1)]).at(0.5) == pytest.approx(0.1)
+
+
+def test_no_number_of_servers_meets_what_one_misses_when_idle():
+    plan = plan_capacity(POINTS, 1.0, read_objective("100", "x"), 0.9)
+    assert plan.servers is plan.most_rate is None
+    assert as_json(plan)["rate_of_each"] is None
+
+
+def test_rates_at_which_the_server_falls_behind_or_fails_are_no_part_of_the_curve():
+    behind = [*POINTS[:3], point(9.5, keeps_up=False)]
+    failing = [*POINTS[:3], point(9.5, latencies={"first_token_s": math.inf, "answer_s": math.inf})]
+    for points in (behind, failing):
+        plan = plan_capacity(points, 8.0, read_objective("60000", "x"), 0.9)
+        assert (plan.most_rate, plan.servers) == (8.0, 1)
+    assert as_json(plan)["points"][3]["latencies"] == {"first_token_s": None, "answer_s": None}
+    with pytest.raises(ConfigError, match="kept up at 1 of the 2 measured rates"):
+        plan_capacity([POINTS[0], behind[3]], 8.0, read_objective("500", "x"), 0.9)
+
+
+def test_points_that_fall_by_chance_are_pooled():
+    curve = Curve([(1.0, 0.2, 100), (2.0, 0.4, 100), (3.0, 0.1, 300), (4.0, 1.0, 100)])
+    # The reciprocals 2.5 and 10 of 100 and 300 requests, then 5 above: all three are (5 + 2.5 + 3 * 10) / 5 = 7.5.
+    assert [curve.at(rate) for rate in (1.0, 2.0, 3.0)] == pytest.approx([1 / 7.5] * 3)
+    assert curve.at(4.0) == pytest.approx(1.0)
+
+
+def test_each_point_is_checked_against_the_others():
+    found = check(POINTS)
+    assert [one.point.rate for one in found] == [5.0, 8.0]
+    assert [one.error("first_token_s") for one in found] == pytest.approx([0, 0])
+    wrong = [*POINTS[:2], point(8.0, latencies={"first_token_s": 2 * quantile(8, 0.9), "answer_s": 4.0}), POINTS[3]]
+    assert check(wrong)[1].error("first_token_s") == pytest.approx(-0.5)
+
+
+def measured(rate, seed, count=20_000):
+    """A server that answers one at a time, in the order of arrival, each in a time of its own: an M/G/1 queue."""
+    draws = np.random.default_rng(seed)
+    due, free, found = 0.0, 0.0, []
+    for index, (gap, tokens) in enumerate(
+        zip(draws.exponential(1 / rate, count).tolist(), draws.integers(2, 10, count).tolist(), strict=True)
+    ):
+        due += gap
+        begun = max(due, free)
+        first, free = begun + 0.02, begun + 0.02 + 0.01 * (tokens - 1)
+        found.append(
+            Record(index=index, stream=index, due_s=due, sent_s=due, max_tokens=tokens, end_s=free,
+                   arrivals=[(first, 1), (free, tokens - 1)])
+        )  # fmt: skip
+    load = Load(rate=rate, requests=count)
+    run = Run(records=found, window_s=free, cpu_s=0.0, counting="x")
+    return Level(name=f"{rate:g}/s", report=summarise(run, load, works(), 2), records=found)
+
+
+def test_a_rate_that_the_plan_has_not_seen_is_predicted_within_15_percent():
+    """Half of a server's rate to nine tenths of it."""
+    tests = [LoadTest(about={}, levels=[measured(rate, 1) for rate in (4.0, 6.0, 8.0, 10.0, 12.0, 13.5)])]
+    unseen = points_of([LoadTest(about={}, levels=[measured(rate, 5) for rate in (7.0, 9.0, 11.0, 12.5)])], 0.9)
+    points = points_of(tests, 0.9)
+    assert [point.num_requests for point in points] == [20_000] * 6
+    assert all(point.keeps_up for point in points)
+    for one in unseen:
+        plan = plan_capacity(points, one.rate, read_objective("60000", "x"), 0.9)
+        for name, value in one.latencies.items():
+            assert plan.predicted[name] == pytest.approx(value, rel=0.15), (one.name, name)
+        assert plan.tokens_per_s == pytest.approx(one.rate * one.tokens_per_request, rel=0.02)
+
+
+def records(firsts, *, failed=0, cut=0):
+    """Requests that were due once a second, `failed` and `cut` (after 3 s) ones behind them."""
+    kinds = [*(("", first) for first in firsts), *[("failed", 0.0)] * failed, *[("cut", 3.0)] * cut]
+    return [
+        Record(
+            index=at, stream=at, due_s=float(at), sent_s=float(at), max_tokens=1,
+            arrivals=[] if kind else [(at + first, 1)], end_s=at + first, cut=kind == "cut",
+            error="ServerFailed" if kind == "failed" else None,
+        )
+        for at, (kind, first) in enumerate(kinds)
+    ]  # fmt: skip
+
+
+def level(rate, found, **described):
+    load = {"kind": "open loop, Poisson arrivals", "rate": rate, "duration_s": 100.0, **described}
+    answered = sum(record.is_answered for record in found) / 100.0
+    report = {"load": load, "ended_early": None, "window_s": 100.0, "requests_per_s": answered}
+    return Level(name=f"{rate:g}/s", report=report, records=found)
+
+
+def test_failed_and_cut_requests_count():
+    firsts = np.linspace(0.1, 1.0, 90).tolist()
+    one, two, three = points_of(
+        [LoadTest(about={}, levels=[
+            level(1.0, records(firsts)), level(2.0, records(firsts, failed=10)), level(3.0, records(firsts, cut=10)),
+        ])],
+        0.9,
+    )  # fmt: skip
+    assert one.latencies["first_token_s"] == pytest.approx(np.quantile(firsts, 0.9))
+    assert "between_tokens_s" not in one.latencies
+    assert two.rate == three.rate == pytest.approx(1.0)
+    assert two.latencies["first_token_s"] == math.inf  # the 90th of a hundred has none
+    assert three.latencies["first_token_s"] == pytest.approx(np.quantile([*firsts, *[3.0] * 10], 0.9))
+    with pytest.raises(ConfigError, match="bounds between_tokens_s, which no answer has"):
+        plan_capacity([one, one], 1.0, read_objective("itl:5", "x"), 0.9)
+
+
+def test_tests_that_cannot_be_planned_with_are_refused():
+    found = records([0.1] * 50)
+    closed = level(1.0, found)
+    closed.report["load"]["kind"] = "closed loop"
+    with pytest.raises(ConfigError, match="found 1 whole open loops in the load tests, expected 2 rates or more"):
+        points_of([LoadTest(about={}, levels=[level(1.0, found), closed])], 0.9)
+    early = level(2.0, found)
+    early.report["ended_early"] = "interrupted"
+    with pytest.raises(ConfigError, match="found 1 whole open loops"):
+        points_of([LoadTest(about={}, levels=[level(1.0, found), early])], 0.9)
+    levels = [level(1.0, found, max_tokens="8"), level(2.0, found, max_tokens="64")]
+    with pytest.raises(ConfigError, match="sent different requests .max_tokens 64; max_tokens 8."):
+        points_of([LoadTest(about={}, levels=levels)], 0.9)
