@@ -2,6 +2,7 @@
 
     python benchmarks/synthetic_checkpoint.py --like phixtral-4x2_8 --output DIR [--layers N] [--seed S]
     python benchmarks/synthetic_checkpoint.py --like mixtral-8x7b --layers 4 --output DIR
+    python benchmarks/synthetic_checkpoint.py --like qwen3-30b-a3b --layers 2 --output DIR
 
 For measuring builds, memory and speed without a download: nothing can be said of quality with it. Matrices are normal
 with variance 1 / input features, so that activations and logits keep the scale of a trained model's; norms are ones,
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.architecture import Architecture
+from export.architecture import Architecture, QueryKeyValue, Router
 from export.checkpoint.safetensors_header import numpy_dtype
 from export.checkpoint.shard_writer import PlannedTensor, write_sharded
 from export.command import run_command
@@ -79,12 +80,54 @@ MIXTRAL = Architecture(
 )
 # config.json of mistralai/Mistral-7B-v0.1.
 MISTRAL = replace(MIXTRAL, family="mistral", num_experts=0, experts_per_token=0, rope_base=1e4, sliding_window=4096)
+# config.json of allenai/OLMoE-1B-7B-0924.
+OLMOE = replace(
+    MIXTRAL,
+    family="olmoe",
+    hidden_size=2048,
+    num_layers=16,
+    num_heads=16,
+    num_kv_heads=16,
+    ffn_size=1024,
+    vocab_size=50304,
+    num_experts=64,
+    experts_per_token=8,
+    rope_base=1e4,
+    max_positions=4096,
+    router=Router(normalise=False),
+    qkv=QueryKeyValue(norm="width"),
+)
+# config.json of Qwen/Qwen3-30B-A3B.
+QWEN3 = replace(
+    MIXTRAL,
+    family="qwen3_moe",
+    hidden_size=2048,
+    num_layers=48,
+    num_kv_heads=4,
+    ffn_size=768,
+    vocab_size=151936,
+    num_experts=128,
+    experts_per_token=8,
+    norm_epsilon=1e-6,
+    max_positions=40960,
+    qkv=QueryKeyValue(norm="head"),
+)
 MODELS = {
     "mistral-7b": MISTRAL,
     "phixtral-4x2_8": PHIXTRAL,
     "phixtral-2x2_8": replace(PHIXTRAL, num_experts=2),
     "mixtral-8x7b": MIXTRAL,
+    "olmoe-1b-7b": OLMOE,
+    "qwen3-30b-a3b": QWEN3,
 }
+# Keys of config.json beside a Mixtral's.
+MORE_KEYS = {
+    "olmoe": {"norm_topk_prob": False, "clip_qkv": None, "num_experts": OLMOE.num_experts},
+    "qwen3_moe": {
+        "norm_topk_prob": True, "head_dim": QWEN3.head_size, "moe_intermediate_size": QWEN3.ffn_size,
+        "intermediate_size": 6144, "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False,
+    },
+}  # fmt: skip
 DTYPES = {"float16": "F16", "bfloat16": "BF16"}
 
 logger = logging.getLogger(__name__)
@@ -113,7 +156,7 @@ def draws(seed: int) -> Callable[[PlannedTensor], Iterator[npt.NDArray[Any]]]:
 
 
 def llama_config(architecture: Architecture) -> dict[str, Any]:
-    """The contents of config.json of a Mixtral or Mistral, with the published keys."""
+    """The contents of config.json of a Mixtral, a Mistral or a family of MORE_KEYS, with the published keys."""
     mixture = {
         "num_experts_per_tok": architecture.experts_per_token,
         "num_local_experts": architecture.num_experts,
@@ -121,7 +164,7 @@ def llama_config(architecture: Architecture) -> dict[str, Any]:
         "router_aux_loss_coef": 0.02,
     }
     return {
-        "architectures": [f"{architecture.family.title()}ForCausalLM"],
+        "architectures": [f"{architecture.family.title().replace('_', '')}ForCausalLM"],
         "attention_dropout": 0.0,
         "eos_token_id": architecture.eos_token_ids[0],
         "hidden_act": "silu",
@@ -141,6 +184,7 @@ def llama_config(architecture: Architecture) -> dict[str, Any]:
         "torch_dtype": architecture.source_dtype,
         "use_cache": True,
         "vocab_size": architecture.vocab_size,
+        **MORE_KEYS.get(architecture.family, {}),
     }
 
 

@@ -179,8 +179,9 @@ def test_keys_that_are_absent_are_transformers_own(checkpoint):
 )
 def test_what_is_not_built_is_refused_by_name(tmp_path, changes, problem):
     folder = write_olmoe_checkpoint(tmp_path / "checkpoint", seed=1, config=changes)
-    with pytest.raises(ConfigError, match=problem):
+    with pytest.raises(ConfigError, match=problem) as caught:
         read_model(open_checkpoint(folder))
+    assert str(caught.value).startswith("reading config.json of an olmoe checkpoint: ")
 
 
 @pytest.mark.parametrize(("precision", "kernels"), each(KINDS, apart=True))
