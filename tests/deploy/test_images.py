@@ -52,6 +52,8 @@ def test_packages_of_an_image_are_pinned_by_digest_and_are_those_that_moeship_ne
     extras = [*([] if kind == "tensorrt-llm" else [kind]), "client", "gateway"]
     assert f"uv pip compile pyproject.toml {' '.join(f'--extra {extra}' for extra in extras)} " in text
     wanted = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+    constraints = (DEPLOY / "docker" / "constraints.txt").read_text("utf-8").splitlines()
+    wanted += [line for line in constraints if not line.startswith("#")]
     for requirement in map(Requirement, wanted):
         if requirement.name != "moeship":
             assert requirement.specifier.contains(pinned[requirement.name]), requirement
