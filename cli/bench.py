@@ -67,7 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
         levels = asyncio.run(_measure(arguments, endpoints, loads, works, objective, keeper, said))
     if not levels:
         raise KeyboardInterrupt
-    return _tell(arguments, LoadTest(about=said, levels=levels))
+    status = _tell(arguments, LoadTest(about=said, levels=levels))
+    if keeper.fault is not None:
+        raise keeper.fault
+    return status
 
 
 def _tell(arguments: argparse.Namespace, test: LoadTest) -> int:

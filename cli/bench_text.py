@@ -103,7 +103,7 @@ def notes(levels: Sequence[Level]) -> Rows:
             rows.append((f"load {name}", f"{report['miscounted']} answers have another number of tokens by the server"))
         if (late := generator["late_s"]) and (late["p99"] or 0) > 0.05:
             rows.append((f"load {name}", f"requests were sent late: {late['p99']:.3f} s (p99)"))
-        if report["first_token_s"]["n"] < 100:
+        if 0 < report["first_token_s"]["n"] < 100:
             rows.append((f"load {name}", f"p99 of {report['first_token_s']['n']} requests is near their maximum"))
         rows += [(f"{kind}: {number}", _example(records, kind)) for kind, number in report["errors"].items()]
     return rows

@@ -60,11 +60,17 @@ class LoadTest:
 
 class Keeper:
     """Writes the file of a load test. A context; does nothing where `path` is None. `about` is written when the first
-    load begins; where none does, no file is left. Raises OutputError."""
+    load begins; where none does, no file is left. Raises OutputError where the file cannot be made.
+
+    An error of the disk later on does not end the test: nothing more is written, and `fault` is the error to raise when
+    the figures have been told."""
 
     def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
-        self._path, self._file, self._flushed = path, None, 0.0  # type: Path | None, TextIO | None, float
-        self._load, self._about, self._has_begun = "", about, False
+        self._path, self._about = path, about
+        self._file: TextIO | None = None
+        self._flushed = 0.0  # when the file was last flushed
+        self._load, self._has_begun = "", False
+        self.fault: OutputError | None = None
         if path is not None:
             refuse_existing(path, "the load test")
             self._file = self._open(path)
@@ -75,9 +81,13 @@ class Keeper:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
+        if self._path is None or self._file is None:
+            return
+        try:
             self._file.close()
-        if self._path is not None and self._file is not None and not self._has_begun:
+        except OSError as reason:
+            self._fail(reason)
+        if not self._has_begun:
             self._path.unlink(missing_ok=True)
 
     def begin(self, name: str, load: Load, works: Mapping[str, Any]) -> None:
@@ -107,7 +117,7 @@ class Keeper:
             raise OutputError(f"writing the load test to {path}: {error.strerror}; name another output") from error
 
     def _write(self, line: Mapping[str, Any], *, at_once: bool = False) -> None:
-        if self._file is None:
+        if self._file is None or self.fault is not None:
             return
         try:
             self._file.write(json.dumps(line, ensure_ascii=True) + "\n")
@@ -116,9 +126,14 @@ class Keeper:
                 self._file.flush()
                 self._flushed = now
         except OSError as error:
-            raise OutputError(
-                f"writing the load test to {self._path}: {error.strerror}; make room or name another output"
-            ) from error
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        if self.fault is None:
+            self.fault = OutputError(
+                f"writing the load test to {self._path}: {error.strerror}; the file has what was measured before that. "
+                "Make room, or name another output"
+            )
 
 
 def read_test(path: Path, objective: Objective | None = None) -> LoadTest:

@@ -16,7 +16,7 @@ from fake_triton import FakeServer, empty_final, fake_server, piece, two_pieces
 from tritonclient.grpc import service_pb2_grpc
 
 from cli.main import main
-from clients.bench.kept import read_test
+from clients.bench.kept import Keeper, read_test
 
 
 @pytest.fixture
@@ -108,6 +108,20 @@ def test_a_server_that_goes_ends_the_test_and_the_loads_before_it_stay(server, c
     assert [level.report["ended_early"] for level in test.levels] == ["the server was gone"]
     assert 2 <= test.levels[0].report["requests"]["answered"] <= 3
     assert test.levels[0].report["requests"]["failed"] >= 2
+
+
+def test_a_full_disk_loses_no_figures(server, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(Keeper, "_open", lambda self, path: open("/dev/full", "w"))  # noqa: PTH123, SIM115
+    arguments = ["--requests", "5", "--warm-up", "0", "--output", str(tmp_path / "run")]
+    assert main(["bench", "--url", server.url, *arguments]) == 2
+    found = capsys.readouterr()
+    assert re.search(r"0 of 5$", found.out, re.M)
+    assert "No space left on device; the file has what was measured before that" in found.err
+
+
+def test_a_server_that_does_not_answer_leaves_no_file(tmp_path):
+    assert main(["bench", "--url", "127.0.0.1:1", "--output", str(tmp_path / "run")]) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_trace_is_sent_request_by_request(server, capsys, tmp_path):
