@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clients._tritonclient import require_grpc
 from clients.batch import local
 from clients.batch.job import Job, Shard, shard_lines_of
 from clients.batch.local import Sending
@@ -147,7 +148,12 @@ def _connected(cluster: Cluster) -> Iterator[None]:
         import ray
         import ray.data
         import ray.exceptions
-    own = {"num_cpus": cluster.workers, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+    own = {
+        "num_cpus": cluster.workers,
+        "include_dashboard": False,
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "_node_ip_address": "127.0.0.1",  # nobody else is meant to reach it
+    }
     try:
         ray.init(
             address=cluster.address or "local", log_to_driver=False, logging_level="warning",
@@ -169,10 +175,16 @@ def _require_listener(address: str, doing: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isascii() or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ClusterUnavailable(f"{doing}: expected HOST:PORT, ray://HOST:PORT, or auto")
+    advice = "start a cluster (ray start --head), give its address, or leave --ray-address out to run on this machine"
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
     except OSError as error:
-        raise ClusterUnavailable(
-            f"{doing}: nothing answers there ({error}); start a cluster (ray start --head), give its address with "
-            "--ray-address, or leave it out to run on this machine"
-        ) from error
+        raise ClusterUnavailable(f"{doing}: nothing answers there ({error}); {advice}") from error
+    # Ray itself would try for minutes. Its servers speak gRPC, without TLS unless this variable says so.
+    if os.environ.get("RAY_USE_TLS", "0") == "0":
+        library = require_grpc()
+        with library.insecure_channel(f"{host}:{port}") as channel:
+            try:
+                library.channel_ready_future(channel).result(timeout=CONNECT_S)
+            except library.FutureTimeoutError as error:
+                raise ClusterUnavailable(f"{doing}: what answers there is no Ray (no gRPC); {advice}") from error

@@ -330,6 +330,14 @@ def test_flags_that_are_wrong_are_named(tmp_path, server, capsys, flags, told):
     assert server.bodies == []
 
 
+def test_an_address_of_another_server_is_no_ray_cluster(tmp_path, server, capsys, monkeypatch):
+    monkeypatch.setattr("clients.batch.ray_engine.CONNECT_S", 1.0)
+    prompts = write_batch(tmp_path / "in.jsonl", 2)
+    address = server.url.removeprefix("http://")
+    assert batch(prompts, tmp_path / "out.jsonl", server, "--engine", "ray", "--ray-address", address) == 2
+    assert f"connecting to Ray at {address}: what answers there is no Ray" in capsys.readouterr().err
+
+
 def test_an_address_where_nothing_answers_is_said_at_once(tmp_path, capsys):
     prompts = write_batch(tmp_path / "in.jsonl", 2)
     assert main(["batch", str(prompts), str(tmp_path / "o.jsonl"), "--url", "http://127.0.0.1:1"]) == 1
