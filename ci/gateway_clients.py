@@ -8,7 +8,8 @@ client of OpenAI's API, llama-index's of Triton, and aiperf; the last three are 
     python -m venv clients && clients/bin/pip install langchain-openai llama-index-llms-nvidia-triton aiperf
 
 The model is one of the examples with a chat template (--chat-template of `moeship serve`). lm-evaluation-harness needs
---checkpoint, whose float32 reference its log-probabilities are compared with. llama-index's client asks Triton itself,
+--checkpoint, whose float32 reference its log-probabilities are compared with, so that the engine must be fp32; it is in
+the extra `dev`, where it runs by --only lm_eval. llama-index's client asks Triton itself,
 at --triton HOST:PORT. Exit status 1 where a client failed, or where none could run.
 """
 

@@ -165,6 +165,9 @@ async def read_json(request: Request, settings: Settings) -> dict[str, Any]:
             f"found a body of type {kind[:80] or 'none'!r}, expected JSON; send the header Content-Type: "
             "application/json", status=415,
         )  # fmt: skip
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        raise ApiError(f"found a body of the encoding {coding[:80]!r}, expected none; send it as it is", status=415)
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length[:20]) > limits.body_bytes:
         raise _too_large(limits.body_bytes)
@@ -179,12 +182,20 @@ async def read_json(request: Request, settings: Settings) -> dict[str, Any]:
     except TimeoutError:
         raise ApiError(f"the body did not arrive within {limits.body_s:g} s", status=408) from None
     try:
-        body = parse_json(b"".join(parts).decode(), standard=True)
+        body = parse_json(_text(b"".join(parts)), standard=True)
     except (ValueError, RecursionError) as error:
         raise ApiError(f"we could not parse the JSON body of your request: {str(error)[:200]}") from None
     if not isinstance(body, dict):
         raise ApiError("the body is JSON but no object; send an object with the request's fields")
     return body
+
+
+def _text(body: bytes) -> str:
+    """The text of a body. Raises ValueError."""
+    try:
+        return body.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"found bytes that are no UTF-8, the first at place {error.start}, expected UTF-8") from None
 
 
 def _too_large(most: int) -> ApiError:

@@ -137,7 +137,8 @@ def serve(app: FastAPI, listening: Listening, on_ready: Callable[[str], object])
     Raises ListenError, and KeyboardInterrupt once a signal has ended it.
     """
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        # Its warnings are of what clients send, which would fill the log of whoever is asked by a hostile one.
+        logging.getLogger(name).setLevel(logging.ERROR)
     _allow_files()
     with _open(listening) as listener:
         host, port = listener.getsockname()[:2]

@@ -6,13 +6,15 @@ loaded or computed.
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from clients.gateway.errors import ApiError, invalid
 from export.checkpoint.token_ids import CONFIG_FILE
 from export.errors import ConfigError, named
 from export.files.reading import is_regular, read_json, read_text
@@ -24,6 +26,8 @@ from triton_repo.contracts.model_parameters import ENGINE_FOLDER
 ENGINE_FILE = "engine.json"
 INPUT_IDS = "input_ids"  # the model's input for a prompt of token ids
 _VERSION = re.compile("[1-9][0-9]{0,17}")
+_SHORT = 4096  # characters that are encoded at once: they take a few milliseconds at most
+MOST_TOKENS = 1 << 18  # of a prompt for a model whose context is not known
 CHECKPOINT_FOLDER = "checkpoint"  # of a model for TensorRT-LLM's LLM API, within its version's folder
 
 
@@ -35,6 +39,35 @@ class ModelTexts:
     template: str | None = None  # Jinja text of the chat template
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     context: int | None = None
+
+    async def encode(self, text: str, *, adds: bool) -> list[int]:
+        """The token ids of a text, with the tokens that the tokenizer adds to a prompt where it `adds` them."""
+        if len(text) <= _SHORT:
+            return self.tokenizer.encode_prompt(text) if adds else self.tokenizer.encode(text)
+        return await asyncio.to_thread(self._encode_long, text, adds)
+
+    def _encode_long(self, text: str, adds: bool) -> list[int]:
+        # The library lets go of Python's lock for batches alone: a megabyte takes a second.
+        (encoding,) = self.tokenizer.backend.encode_batch([text], add_special_tokens=adds)
+        ids = list(encoding.ids)
+        doubled = adds and len(ids) > 1 and encoding.special_tokens_mask[0] and ids[0] == ids[1]
+        return ids[1:] if doubled else ids
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        decode = self.tokenizer.backend.decode_batch
+        (text,) = await asyncio.to_thread(decode, [list(token_ids)], skip_special_tokens=False)
+        return str(text)
+
+    def check_length(self, field: str, *, tokens: int = 0, size: int = 0) -> None:
+        """Raise ApiError for a prompt of so many tokens, or of so many bytes, that cannot fit the context, before
+        anything is computed for it."""
+        most = self.context - 1 if self.context is not None else MOST_TOKENS
+        if tokens > most:
+            raise _too_long(field, f"{tokens} tokens", most)
+        longest = self.tokenizer.most_bytes_per_token  # None where the tokenizer drops or fuses text
+        if longest is not None and size > longest * most:
+            raise _too_long(field, f"{size} bytes", longest * most)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for in a text; for a special token those of its name. An id without a token
@@ -68,6 +101,13 @@ class ModelTexts:
     @cached_property
     def _is_byte_level(self) -> bool:
         return '"ByteLevel"' in repr(self.tokenizer.backend.decoder.__getstate__().decode())
+
+
+def _too_long(field: str, found: str, most: int) -> ApiError:
+    return invalid(
+        field, f"found a prompt of {found}, expected at most {most}, since a longer one cannot fit; shorten it",
+        code="context_length_exceeded",
+    )  # fmt: skip
 
 
 def _letters() -> dict[str, int]:

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -159,6 +160,10 @@ def parse_json(text: str, *, standard: bool = False) -> Any:  # noqa: ANN401 - J
         raise ValueError("it is nested too deeply") from error
     except UnicodeEncodeError as error:
         raise ValueError("a text in it holds half of a surrogate pair") from error
+    except ValueError as error:
+        if str(error).startswith("Exceeds the limit"):  # Python's words name its own functions
+            raise ValueError(f"a whole number in it has more than {sys.get_int_max_str_digits()} digits") from error
+        raise
     return value
 
 

@@ -72,7 +72,7 @@ class ChatTemplate:
         continues that. `variables` are further ones that the template may read. Raises TemplateError."""
         try:
             text = self._template.render(
-                **{
+                {
                     "documents": None,
                     **self._special_tokens,
                     **(variables or {}),

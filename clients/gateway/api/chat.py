@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -161,7 +160,8 @@ async def _prompt(gateway: Gateway, model: str, values: Mapping[str, Any], texts
             "messages", "the model's chat template makes an empty text of them, expected at least a character"
         )
     if texts.adds_tokens and INPUT_IDS in await gateway.pool.inputs(model):
-        return Prompt(text, tuple(await asyncio.to_thread(texts.tokenizer.encode, text)))
+        texts.check_length("messages", size=len(text.encode()))
+        return Prompt(text, tuple(await texts.encode(text, adds=False)))
     return Prompt(text)
 
 

@@ -120,7 +120,7 @@ async def read_call(gateway: Gateway, record: Record, body: Mapping[str, Any]) -
     texts = await gateway.texts(model) if needs_texts else None
     takes_ids = INPUT_IDS in await gateway.pool.inputs(model)
     prompts = tuple(
-        Prompt(prompt) if isinstance(prompt, str) else _of_ids(texts, prompt, takes_ids) for prompt in stated
+        [Prompt(prompt) if isinstance(prompt, str) else await _of_ids(texts, prompt, takes_ids) for prompt in stated]
     )
     if not all(prompt.text or prompt.ids for prompt in prompts):
         raise invalid("prompt", "found an empty text, expected at least one character")
@@ -148,17 +148,18 @@ async def read_call(gateway: Gateway, record: Record, body: Mapping[str, Any]) -
     )
 
 
-def _of_ids(texts: ModelTexts | None, token_ids: tuple[int, ...], takes_ids: bool) -> Prompt:
+async def _of_ids(texts: ModelTexts | None, token_ids: tuple[int, ...], takes_ids: bool) -> Prompt:
     """The prompt of these tokens. A model that takes no token ids gets the text that is encoded to them. Raises
     ApiError where there is none."""
     assert texts is not None
+    texts.check_length("prompt", tokens=len(token_ids))
     unknown = next((token for token in token_ids if token >= texts.tokenizer.size), None)
     if unknown is not None:
         raise invalid("prompt", f"found the token id {unknown}, expected ids below {texts.tokenizer.size}")
-    text = str(texts.tokenizer.backend.decode(list(token_ids), skip_special_tokens=False))
+    text = await texts.decode(token_ids)
     if takes_ids:
         return Prompt(text, token_ids)
-    if texts.tokenizer.encode_prompt(text) != list(token_ids):
+    if await texts.encode(text, adds=True) != list(token_ids):
         raise invalid(
             "prompt", f"the token ids {shown(list(token_ids))} are not those that the model's tokenizer makes of their "
             "text, and this model is sent texts; send a text",

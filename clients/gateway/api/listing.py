@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clients.gateway.api import fields
@@ -12,6 +12,7 @@ from clients.gateway.api.sampling import ROUTING, required_model
 from clients.gateway.errors import ApiError, invalid
 from clients.gateway.guard import Record
 from clients.gateway.state import Gateway
+from clients.gateway.texts import ModelTexts
 from export.errors import MoeshipError
 
 _LONGEST_TEXT = 1 << 20  # characters that are tokenized in one request
@@ -85,12 +86,15 @@ async def tokenize(gateway: Gateway, record: Record, body: Mapping[str, Any]) ->
         )
     # A template writes the begin token itself, so that a chat's tokens have none added (chat.py).
     adds = values.get("add_special_tokens", "messages" not in values)
-    encode = texts.tokenizer.encode_prompt if adds else texts.tokenizer.encode
-    ids = await asyncio.to_thread(encode, text)
+    ids = await texts.encode(text, adds=adds)
     found: dict[str, Any] = {"count": len(ids), "max_model_len": texts.context, "tokens": ids}
     if values.get("return_token_strs"):
-        found["token_strs"] = [texts.token_bytes(token).decode(errors="replace") for token in ids]
+        found["token_strs"] = await asyncio.to_thread(_token_texts, texts, ids)
     return found
+
+
+def _token_texts(texts: ModelTexts, token_ids: Sequence[int]) -> list[str]:
+    return [texts.token_bytes(token).decode(errors="replace") for token in token_ids]
 
 
 async def detokenize(gateway: Gateway, record: Record, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +107,7 @@ async def detokenize(gateway: Gateway, record: Record, body: Mapping[str, Any]) 
     unknown = next((token for token in values["tokens"] if token >= texts.tokenizer.size), None)
     if unknown is not None:
         raise invalid("tokens", f"found the token id {unknown}, expected ids below {texts.tokenizer.size}")
-    return {"prompt": texts.tokenizer.backend.decode(values["tokens"], skip_special_tokens=False)}
+    return {"prompt": await texts.decode(values["tokens"])}
 
 
 def health(gateway: Gateway) -> dict[str, Any]:

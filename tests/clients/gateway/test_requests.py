@@ -22,7 +22,9 @@ from serve_command import wait_until
 
 from clients.gateway.events import Events
 from clients.gateway.settings import Keys, Limits, read_keys
+from clients.gateway.texts import ModelTexts
 from export.errors import ConfigError
+from export.tokenizer.loading import Tokenizer
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -158,6 +160,7 @@ NO_REQUESTS = (
     ("POST", "/v1/completions", b"[" * 4_000, {}, 400),
     ("POST", "/v1/completions", b"x=1", {"Content-Type": "application/x-www-form-urlencoded"}, 415),
     ("POST", "/v1/completions", b'{"prompt": "' + b"a" * 5_000 + b'"}', {}, 413),
+    ("POST", "/v1/completions", b"\x1f\x8b", {"Content-Encoding": "gzip"}, 415),
     ("GET", "/v1/completions", None, {}, 405),
     ("POST", "/v1/embeddings", b"{}", {}, 404),
     ("GET", "/v1/models/other", None, {}, 404),
@@ -285,6 +288,41 @@ def test_a_conversation_whose_template_loops_holds_up_no_other(gateway_of, serve
 def renderers() -> list[psutil.Process]:
     """The processes that render templates for the gateways of this process."""
     return [child for child in psutil.Process().children() if "rendering" in " ".join(child.cmdline())]
+
+
+def test_variables_of_a_template_may_have_any_names(gateway_of, server, tmp_path):
+    server.answer = echoed_prompt
+    (tmp_path / "variables.jinja").write_text("{{ self_made }}{{ messages[0].content }}")
+    variables = {"self": 1, "self_made": "a", "messages": [], "a b": 2, "": 3}
+    answer = (
+        gateway_of(chat_template=tmp_path / "variables.jinja")
+        .client()
+        .chat.completions.create(model="phixtral", messages=CHAT, extra_body={"chat_template_kwargs": variables})
+    )
+    assert answer.choices[0].message.content == "ahi"
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_anything_is_computed_for_it(gateway, server, monkeypatch):
+    def computed(*_arguments, **_options):
+        raise AssertionError("it was decoded")
+
+    monkeypatch.setattr(ModelTexts, "decode", computed)
+    body = {"model": "phixtral", "prompt": [5] * 100_000}
+    status, answer, _ = ask(gateway, "POST", "/v1/completions", body)
+    assert (status, answer["error"]["code"], server.requests) == (400, "context_length_exceeded", [])
+    assert "found a prompt of 100000 tokens, expected at most 639" in answer["error"]["message"]
+
+
+def test_a_long_text_is_encoded_while_others_are_answered(gateway, monkeypatch):
+    """The library's function for one text keeps Python's lock, and with it every other request."""
+    alone = []
+    monkeypatch.setattr(Tokenizer, "encode", lambda _self, text: alone.append(len(text)))
+    monkeypatch.setattr(Tokenizer, "encode_prompt", lambda _self, text: alone.append(len(text)))
+    text = "def main(): " * 20_000
+    status, answer, _ = ask(gateway, "POST", "/tokenize", {"model": "phixtral", "prompt": text})
+    assert (status, alone) == (200, [])
+    status, answer, _ = ask(gateway, "POST", "/detokenize", {"model": "phixtral", "tokens": answer["tokens"]})
+    assert answer["prompt"] == text
 
 
 def test_damaged_bodies_get_the_right_status_and_nothing_of_other_requests(gateway, server):
