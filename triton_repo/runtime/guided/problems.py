@@ -14,7 +14,7 @@ from export.errors import shown
 _MOST_SHOWN = 200  # characters of a text of the library
 _NO_VALUE = "no value meets the schema, since "
 _AGAIN = "; send one that can be met"
-_TOO_MUCH = "it takes too much: its patterns and limits of length multiply; send less"
+_TOO_MUCH = "it takes too much: its patterns, rules and limits of length multiply; send less"
 _LOOK = {"Start": "^", "End": "$", "StartLF": "^", "EndLF": "$", "WordUnicode": r"\b", "WordUnicodeNegate": r"\B"}
 
 
@@ -56,7 +56,7 @@ _SAID: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] 
             "found a oneOf of schemas that one value may meet together, which is not served; send anyOf, or schemas of "
             "which no value meets two",
         ),
-        ("too many expressions constructed|initial_lexer_fuel|step_lexer_fuel", _TOO_MUCH),
+        ("too many expressions constructed|initial_lexer_fuel|step_lexer_fuel|Too many items|[Ff]uel", _TOO_MUCH),
         ("NoExtensionBias", "no text begins as it demands; send one that can be met"),
         (
             "Unable to determine if regex is empty",
