@@ -1,7 +1,8 @@
 """moeship's own CPU kernels: a library of custom operators for ONNX Runtime, compiled when moeship is installed.
 
-Operators of the domain `moeship`, version 1: BlockLinear, Experts and Embedding; block_linear.cpp, experts.cpp and
-embedding.cpp say what each takes. All of them read weights in the layout of `export.quantize.layout`. To use them, call
+Operators of the domain `moeship`, version 1: BlockLinear, Experts, Embedding and Attention; block_linear.cpp,
+experts.cpp, embedding.cpp and attention.cpp say what each takes. The first three read weights in the layout of
+`export.quantize.layout`, the last keys and values in the layout of `export.onnx_graph.kv_records`. To use them, call
 `SessionOptions.register_custom_ops_library(str(library()))` before the session is made.
 
 The library has every product for several instruction sets (levels), and uses the last level below that the CPU has:
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 DOMAIN = names.MOESHIP_DOMAIN
 LEVEL_VARIABLE = "MOESHIP_KERNELS_LEVEL"
 LIBRARY_FILE = "moeship_kernels.so"
-INTERFACE = 3  # interface version of the library that this moeship loads: kInterface in layout.h
+INTERFACE = 4  # interface version of the library that this moeship loads: kInterface in layout.h
 COMPILERS = ("g++", "clang++")
 _LIBRARY = Path(__file__).with_name(LIBRARY_FILE)
 

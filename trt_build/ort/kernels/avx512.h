@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "attending.h"
 #include "products.h"
 
 namespace moeship {
@@ -10,6 +11,7 @@ namespace {
 
 struct Avx512 {
   static constexpr int kLanes = 16, kRows = 8;
+  static constexpr int kAttending = 8, kSums = 16;  // rows of attention, and registers of their sums
   using I = __m512i;
   using F = __m512;
 
@@ -54,6 +56,7 @@ struct Avx512 {
   static F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+  static void store_codes(float* p, __m128i codes) { store(p, to_float(_mm512_cvtepi8_epi32(codes))); }
 };
 
 }  // namespace

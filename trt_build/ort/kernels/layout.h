@@ -15,7 +15,7 @@
 namespace moeship {
 
 constexpr int64_t kLayout = 1;
-constexpr int64_t kInterface = 3;  // incremented whenever kLayout, an operator or a function of the library changes
+constexpr int64_t kInterface = 4;  // incremented whenever kLayout, an operator or a function of the library changes
 constexpr int kGroupRows = 16;
 constexpr int kLineBytes = 64;
 constexpr int kUnit = 32;      // input features; divides every block size, and takes `bits` lines
@@ -54,6 +54,8 @@ struct Tile {
   float* values;
 };
 
+struct Attending;  // attention.h
+
 enum class Activation { kGelu, kSilu, kSwiglu };
 
 struct Nonlinearity {
@@ -75,6 +77,8 @@ struct Level {
   void (*activate)(const Nonlinearity& f, float* y, int64_t count);
   // out[count] = factor * y[count] + out[count], with fused multiplication.
   void (*accumulate)(const float* y, float factor, float* out, int64_t count);
+  // Compute the outputs of a tile of attention.
+  void (*attend)(Attending& a);
 };
 
 extern const Level kPlain;

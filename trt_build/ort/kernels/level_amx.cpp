@@ -114,7 +114,7 @@ void product_amx(const Matrix& w, int64_t first, int64_t count, const Tile& x, f
 
 }  // namespace
 
-const Level kAmx = {"amx", kTileRows, product_amx, quantize_rows, activate, accumulate};
+const Level kAmx = {"amx", kTileRows, product_amx, quantize_rows, activate, accumulate, attend<Avx512>};
 
 }  // namespace moeship
 

@@ -1,6 +1,7 @@
 // AVX2 with FMA and F16C: eight lanes, byte products in pairs of 16 bits.
 #include <immintrin.h>
 
+#include "attending.h"
 #include "products.h"
 
 namespace moeship {
@@ -8,6 +9,7 @@ namespace {
 
 struct Avx2 {
   static constexpr int kLanes = 8, kRows = 4;
+  static constexpr int kAttending = 4, kSums = 8;  // rows of attention, and registers of their sums
   using I = __m256i;
   using F = __m256;
 
@@ -51,6 +53,10 @@ struct Avx2 {
   static F multiply(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static void store(float* p, F a) { _mm256_storeu_ps(p, a); }
+  static void store_codes(float* p, __m128i codes) {
+    store(p, to_float(_mm256_cvtepi8_epi32(codes)));
+    store(p + 8, to_float(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(codes, codes))));
+  }
 
   static I add_products(I codes, I a, I pairs) {
     pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(codes, a));
@@ -66,6 +72,6 @@ struct Avx2 {
 
 }  // namespace
 
-const Level kAvx2 = {"avx2", kFewRows, product<Avx2>, quantize, activate, accumulate};
+const Level kAvx2 = {"avx2", kFewRows, product<Avx2>, quantize, activate, accumulate, attend<Avx2>};
 
 }  // namespace moeship

@@ -20,6 +20,6 @@ struct Avx512bw : Avx512 {
 
 }  // namespace
 
-const Level kAvx512bw = {"avx512bw", kFewRows, product<Avx512bw>, quantize, activate, accumulate};
+const Level kAvx512bw = {"avx512bw", kFewRows, product<Avx512bw>, quantize, activate, accumulate, attend<Avx512>};
 
 }  // namespace moeship

@@ -18,6 +18,6 @@ struct Avx512vnni : Avx512 {
 
 }  // namespace
 
-const Level kAvx512vnni = {"avx512vnni", kFewRows, product<Avx512vnni>, quantize, activate, accumulate};
+const Level kAvx512vnni = {"avx512vnni", kFewRows, product<Avx512vnni>, quantize, activate, accumulate, attend<Avx512>};
 
 }  // namespace moeship

@@ -1,5 +1,5 @@
 // Plain C++ for any CPU, written to be read. It does not use products.h, so tests can compare the other levels with it.
-#include "elementwise.h"
+#include "attention.h"
 
 namespace moeship {
 namespace {
@@ -68,8 +68,37 @@ void product(const Matrix& w, int64_t first, int64_t count, const Tile& x, float
   }
 }
 
+void attend(Attending& a) {
+  const int64_t bytes = a.record_bytes();
+  int64_t start, end;
+  span_of_rows(a, &start, &end);
+  for (int r = 0; r < a.rows; ++r)
+    for (int d = 0; d < a.size; ++d) a.out[r][d] = 0.0f;
+  for (; start < end; start += kBlockKeys) {
+    const int keys = static_cast<int>(end - start < kBlockKeys ? end - start : kBlockKeys);
+    const int8_t *key = a.keys + start * bytes, *value = a.values + start * bytes;
+    Grids grids;
+    read_grids(a, start, keys, grids);
+    for (int r = 0; r < a.rows; ++r) {
+      float scores[kBlockKeys] = {};
+      for (int k = 0; k < keys; ++k)
+        for (int d = 0; d < a.size; ++d)
+          scores[k] = fused(static_cast<float>(key[k * bytes + d]), a.queries[r][d], scores[k]);
+      int low, high;
+      part_of_block(a, r, start, keys, &low, &high);
+      const float kept = weigh_block(a, r, low, high, grids, scores);
+      for (int d = 0; d < a.size; ++d) {
+        float out = a.out[r][d] * kept;
+        for (int k = 0; k < keys; ++k) out = fused(scores[k], static_cast<float>(value[k * bytes + d]), out);
+        a.out[r][d] = out;
+      }
+    }
+  }
+  finish_rows(a);
+}
+
 }  // namespace
 
-const Level kPlain = {"plain", kFewRows, product, quantize, activate, accumulate};
+const Level kPlain = {"plain", kFewRows, product, quantize, activate, accumulate, attend};
 
 }  // namespace moeship

@@ -32,18 +32,21 @@ struct Operator : OrtCustomOp {
   size_t inputs;
   uint32_t optional;  // bit i: input i may be absent
   uint32_t floats;    // bit i: input i is float32; the types of other inputs are checked when a kernel is made or run
+  size_t outputs;     // the first is float32, others are int8
   Kernel* (*make)(const Node&);
 };
 
 const Operator& of(const OrtCustomOp* op) { return *static_cast<const Operator*>(op); }
 
-Operator describe(const char* name, size_t inputs, uint32_t optional, uint32_t floats, Kernel* (*make)(const Node&)) {
+Operator describe(const char* name, size_t inputs, uint32_t optional, uint32_t floats, Kernel* (*make)(const Node&),
+                  size_t outputs = 1) {
   Operator op{};
   op.version = kOldestApi;
   op.name = name;
   op.inputs = inputs;
   op.optional = optional;
   op.floats = floats;
+  op.outputs = outputs;
   op.make = make;
   op.GetName = [](const OrtCustomOp* self) { return of(self).name; };
   op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
@@ -52,8 +55,10 @@ Operator describe(const char* name, size_t inputs, uint32_t optional, uint32_t f
     return of(self).floats >> index & 1 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT
                                         : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
   };
-  op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
-  op.GetOutputType = [](const OrtCustomOp*, size_t) { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; };
+  op.GetOutputTypeCount = [](const OrtCustomOp* self) { return of(self).outputs; };
+  op.GetOutputType = [](const OrtCustomOp*, size_t index) {
+    return index ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  };
   op.GetInputCharacteristic = [](const OrtCustomOp* self, size_t index) {
     return of(self).optional >> index & 1 ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
   };
@@ -82,11 +87,14 @@ OrtCustomOpDomain* make_domain() {
   static const Operator experts = describe("Experts", 10, 0b1100110010, 0b1000100011, make_experts);
   // token ids, codes, scales, zeros
   static const Operator embedding = describe("Embedding", 4, 0b1000, 0, make_embedding);
+  // query, key, value, stored keys, stored values, last positions, new lengths, cosines, sines, sinks
+  static const Operator attention = describe("Attention", 10, 0b1000000110, 0b1110000111, make_attention, 3);
   OrtCustomOpDomain* domain = nullptr;
   check(*api, api->CreateCustomOpDomain(kDomain, &domain));
   check(*api, api->CustomOpDomain_Add(domain, &block_linear));
   check(*api, api->CustomOpDomain_Add(domain, &experts));
   check(*api, api->CustomOpDomain_Add(domain, &embedding));
+  check(*api, api->CustomOpDomain_Add(domain, &attention));
   return domain;
 }
 

@@ -63,6 +63,8 @@ const char* type_name(ONNXTensorElementDataType type) {
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: return "float32";
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return "float16";
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8: return "uint8";
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8: return "int8";
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32: return "int32";
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64: return "int64";
     default: return "another type";
   }
@@ -248,12 +250,33 @@ Tensor Call::input(size_t index, const char* what, int64_t width) const {
   return tensor;
 }
 
+Tensor Call::exactly(size_t index, const char* what, ONNXTensorElementDataType type,
+                     const std::vector<int64_t>& shape) const {
+  Tensor tensor = any(index);
+  if (tensor.type != type)
+    throw Failure{std::string(what) + " is of " + type_name(tensor.type) + ", expected " + type_name(type)};
+  bool fits = tensor.shape.size() == shape.size();
+  for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i] < 0 || tensor.shape[i] == shape[i];
+  if (!fits)
+    throw Failure{std::string(what) + " has the shape " + in_brackets(tensor.shape) + ", expected " +
+                  in_brackets(shape)};
+  return tensor;
+}
+
 float* Call::output(size_t index, const std::vector<int64_t>& shape) const {
+  return static_cast<float*>(room(index, shape));
+}
+
+int8_t* Call::codes_output(size_t index, const std::vector<int64_t>& shape) const {
+  return static_cast<int8_t*>(room(index, shape));
+}
+
+void* Call::room(size_t index, const std::vector<int64_t>& shape) const {
   OrtValue* value = nullptr;
   void* data = nullptr;
   check(api_, api_.KernelContext_GetOutput(context_, index, shape.data(), shape.size(), &value));
   check(api_, api_.GetTensorMutableData(value, &data));
-  return static_cast<float*>(data);
+  return data;
 }
 
 void Scratch::reserve(size_t bytes) {

@@ -81,7 +81,13 @@ class Call {
   Tensor input(size_t index, const char* what, int64_t width) const;
   // An int64 input of any shape.
   Tensor indices(size_t index, const char* what) const;
+  // Whether an input is present.
+  bool has(size_t index) const { return any(index).type != ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED; }
+  // An input of a type and of this shape; -1 stands for any size.
+  Tensor exactly(size_t index, const char* what, ONNXTensorElementDataType type,
+                 const std::vector<int64_t>& shape) const;
   float* output(size_t index, const std::vector<int64_t>& shape) const;
+  int8_t* codes_output(size_t index, const std::vector<int64_t>& shape) const;
 
   // f(0) ... f(count - 1) on the session's threads.
   template <class F>
@@ -94,6 +100,7 @@ class Call {
 
  private:
   Tensor any(size_t index) const;
+  void* room(size_t index, const std::vector<int64_t>& shape) const;
 
   const OrtApi& api_;
   OrtKernelContext* context_;
@@ -143,6 +150,7 @@ struct Kernel {
   virtual void compute(const Call& call) const = 0;
 };
 
+Kernel* make_attention(const Node& node);
 Kernel* make_block_linear(const Node& node);
 Kernel* make_embedding(const Node& node);
 Kernel* make_experts(const Node& node);
