@@ -30,6 +30,7 @@ ONNX_RUNTIME, OWN_KERNELS = "onnxruntime", "moeship"  # values of `kernels`: who
 
 INT8, FLOAT = "int8", "float"  # dtypes of keys and values as commands name them; "float" is the provider's float type
 KV_CACHES = (FLOAT, INT8)
+PER_CHANNEL, PER_POSITION = "per channel", "per position"  # what a scale of keys and values in int8 is for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ class Provider:
     extra: str  # moeship's extra that installs the package
     options: Mapping[str, str] = field(default_factory=dict)  # provider options of a session
     int8_cache: bool = False  # whether a serving graph may keep keys and values in int8
+    cache_scales: str = PER_CHANNEL  # what their scales are for: export/onnx_graph/kv_scales.py, kv_records.py
     kernels: str = ONNX_RUNTIME
 
     def offers(self, role: str) -> Offer:
@@ -114,7 +116,7 @@ KERNELS: Mapping[str, Mapping[str, Provider]] = MappingProxyType(
                 "cpu": replace(
                     PROVIDERS["cpu"], kernels=OWN_KERNELS, prefers_highest_place=False,
                     precisions=("int8", "int4", "int2", "q2", "q3", "q4", "q5", "q6", "q8"),
-                    linear=OWN, experts=OWN, embedding=OWN,
+                    linear=OWN, experts=OWN, embedding=OWN, cache_scales=PER_POSITION,
                 )
             }
         ),

@@ -101,7 +101,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, output_help: str, o
     onnxruntime.add_argument(
         "--kv", "--kv-cache-dtype", dest="kv", metavar="DTYPE",
         help=f"{' or '.join(KV_CACHES)}: int8 also writes what serving needs to keep keys and values in int8 (`moeship "
-        "package --kv int8`), by scales that running the engine over a text gives (default: float)",
+        "package --kv int8`); for ONNX Runtime's kernels this runs the engine over a text (default: float)",
     )  # fmt: skip
     add_trtllm_arguments(parser)
 

@@ -5,7 +5,8 @@ GeneratingGraph   tokens [B, S] of equally long sequences; logits of the last po
 ScoringGraph      the same with the logits of every position and those of every router: what verification compares
 ServingGraph      the tokens of all sequences one after the other, [T]; logits of the tokens that are asked for: one
                   step of several sequences that may be at different places and take different numbers of tokens
-Int8ServingGraph  the same with keys and values in int8, whose scales are in a file of their own (kv_scales.py)
+Int8ServingGraph  the same with keys and values in int8: with moeship's kernels in records that have their own scales
+                  (kv_records.py), else by scales in a file (kv_scales.py)
 
 In a serving graph only attention sees sequences: before it, tokens are placed at [B, S], where each sequence's tokens
 come first and the rest is padding that no kernel reads; after it, they are taken out again. Everything else, the
@@ -21,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from export.errors import ExportError
-from export.onnx_graph import names
+from export.onnx_graph import kv_records, names
 from export.onnx_graph.graph import GraphBuilder
+from export.onnx_graph.kernels import without_absent_end
 from export.onnx_graph.kv_scales import QUANTISATION, key_scale, scale_initializers, value_scale
-from export.provider import INT8
+from export.provider import INT8, PER_POSITION
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -149,7 +151,33 @@ class ServingGraph(GraphBuilder):
 
 class Int8ServingGraph(ServingGraph):
     """A serving graph whose keys and values are codes of int8. Raises ExportError for a provider that `int8_cache` is
-    false of."""
+    false of, and for heads that moeship's attention does not take."""
+
+    @property
+    def _has_records(self) -> bool:
+        """Whether moeship's own attention stores keys and values, and not ONNX Runtime's."""
+        return self._provider.cache_scales == PER_POSITION
+
+    def _attention_node(self, parts: list[str], sinks: str, path: str, layer: int, window: int, scale: float) -> str:
+        if not self._has_records:
+            return super()._attention_node(parts, sinks, path, layer, window, scale)
+        facts = self.architecture
+        inputs = [
+            *parts, names.past_key(layer), names.past_value(layer), names.LAST_POSITIONS, names.NEW_LENGTHS,
+            "rotary/cos_cache", "rotary/sin_cache", sinks,
+        ]  # fmt: skip
+        return self._nodes.add(
+            "Attention", without_absent_end(inputs), path, domain=names.MOESHIP_DOMAIN,
+            more_outputs=[names.present_key(layer), names.present_value(layer)],
+            float_type=self._float_type, layout=kv_records.LAYOUT, num_heads=facts.num_heads,
+            kv_num_heads=facts.num_kv_heads, head_size=facts.head_size, rotary_dim=facts.rotary_dim,
+            positions=self._max_sequence, scale=scale, window=window,
+        )  # fmt: skip
+
+    @property
+    def _cache_width(self) -> int:
+        size = self.architecture.head_size
+        return kv_records.record_bytes(size) if self._has_records else size
 
     def _cache_scales(self, layer: int) -> tuple[str, str]:
         return key_scale(layer), value_scale(layer)
@@ -162,7 +190,7 @@ class Int8ServingGraph(ServingGraph):
         return INT8
 
     def _further_initializers(self) -> Iterable[onnx.TensorProto]:
-        return scale_initializers(self.architecture)
+        return () if self._has_records else scale_initializers(self.architecture)
 
     def _check_attention(self) -> None:
         super()._check_attention()
@@ -170,4 +198,10 @@ class Int8ServingGraph(ServingGraph):
             raise ExportError(
                 f"planning the graph: found --kv int8 for the provider {self._provider.name}, whose caches moeship "
                 "keeps in its float type; leave --kv out, or build for the provider cpu"
+            )
+        size = self.architecture.head_size
+        if self._has_records and size > kv_records.LARGEST_HEAD:
+            raise ExportError(
+                f"planning the graph: found --kv int8 for the head size {size}, and moeship's attention takes up to "
+                f"{kv_records.LARGEST_HEAD}; leave --kv out, or build with --kernels onnxruntime"
             )

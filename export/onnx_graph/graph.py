@@ -103,6 +103,11 @@ class GraphBuilder(ABC):
         """The dtype of keys and values."""
         return self._float_type
 
+    @property
+    def _cache_width(self) -> int:
+        """The numbers of that dtype that a head has for a position."""
+        return self.architecture.head_size
+
     def _further_initializers(self) -> Iterable[onnx.TensorProto]:
         """Initializers that are no weights of the model."""
         return ()
@@ -230,24 +235,28 @@ class GraphBuilder(ABC):
         `query` is either the output of `query_key_value`, [B, S, (N+2G)*D], or queries alone, [B, S, N*D], with `key`
         and `value` [B, S, G*D]. The rotary embedding of queries and keys is applied here.
         """
+        parts = [self._by_sequence(self._cast(part)) if part else "" for part in (query, key, value)]
+        scale = self.architecture.attention_scale / self._query_factors.get(query, 1.0)
+        sinks = self._weights.sinks(path)
+        return self._by_token(self._attention_node(parts, sinks, f"{path}.attention", layer, window or 0, scale))
+
+    def _attention_node(self, parts: list[str], sinks: str, path: str, layer: int, window: int, scale: float) -> str:
+        """Attention of queries, keys and values [B, S, n], of which the last two may be "", over the cache of a layer;
+        returns [B, S, N*D]. `window` 0: all positions."""
         facts = self.architecture
         inputs = [
-            *(self._by_sequence(self._cast(part)) if part else "" for part in (query, key, value)),
-            names.past_key(layer), names.past_value(layer),
+            *parts, names.past_key(layer), names.past_value(layer),
             self._last_positions, self._total_length, "rotary/cos_cache", "rotary/sin_cache",
-            "", "", self._weights.sinks(path),  # position_ids and attention_bias are absent
+            "", "", sinks,  # position_ids and attention_bias are absent
             *self._further_inputs(layer),
         ]  # fmt: skip
-        inputs = without_absent_end(inputs)
-        attended = self._nodes.add(
-            "GroupQueryAttention", inputs, f"{path}.attention", microsoft=True,
+        return self._nodes.add(
+            "GroupQueryAttention", without_absent_end(inputs), path, microsoft=True,
             more_outputs=[names.present_key(layer), names.present_value(layer)],
-            float_type=self._float_type, num_heads=facts.num_heads, kv_num_heads=facts.num_kv_heads,
-            scale=facts.attention_scale / self._query_factors.get(query, 1.0),
+            float_type=self._float_type, num_heads=facts.num_heads, kv_num_heads=facts.num_kv_heads, scale=scale,
             softcap=0.0, local_window_size=window or -1, do_rotary=1, rotary_interleaved=0,
             smooth_softmax=0, **self._cache_attributes(),
         )  # fmt: skip
-        return self._by_token(attended)
 
     def gelu_tanh(self, x: str, path: str) -> str:
         """GELU in its tanh form, which Phi-2's config calls gelu_new."""
@@ -340,8 +349,8 @@ class GraphBuilder(ABC):
         ]
         float32, cache = TensorProto.FLOAT, onnx_type(self._cache_type)
         facts = self.architecture
-        past_shape = [names.BATCH, facts.num_kv_heads, names.PAST, facts.head_size]
-        present_shape = [names.BATCH, facts.num_kv_heads, names.TOTAL, facts.head_size]
+        past_shape = [names.BATCH, facts.num_kv_heads, names.PAST, self._cache_width]
+        present_shape = [names.BATCH, facts.num_kv_heads, names.TOTAL, self._cache_width]
         value = helper.make_tensor_value_info
         inputs = self._token_inputs()
         outputs = [value(names.LOGITS, float32, self._logits_shape())]

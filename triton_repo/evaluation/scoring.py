@@ -29,7 +29,7 @@ from triton_repo.evaluation.errors import EvaluationError
 from trt_build.errors import EngineError
 from trt_build.machine.memory import available_memory
 from trt_build.ort.cache import Cache
-from trt_build.ort.memory import kv_bytes_per_token
+from trt_build.ort.memory import kv_bytes_of
 from trt_build.ort.session import PREFILL_CHUNK_TOKENS, Session
 from trt_build.ort.step_call import Row
 
@@ -114,7 +114,7 @@ def num_truncated(continuations: Sequence[Continuation], max_sequence: int) -> i
 def lanes_that_fit(session: Session, lanes: int, positions: int) -> int:
     """The most lanes of so many positions whose keys and values fit into the free memory; at least one."""
     held = positions if session.device.kind == "cpu" else session.max_sequence  # elsewhere a slot is allocated whole
-    each = held * kv_bytes_per_token(session.engine.manifest.architecture, session.device.provider, session.kv_cache)
+    each = held * kv_bytes_of(session.engine, session.kv_cache)
     free = available_memory() - session.engine.resident_bytes
     return max(1, min(lanes, int(_SHARE_OF_FREE_MEMORY * free) // each))
 

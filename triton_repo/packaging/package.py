@@ -157,7 +157,7 @@ def _check_engine(options: PackageOptions, facts: EngineFacts, layout: str) -> N
         )
     if options.onnxruntime.kv_cache == INT8 and not facts.runs_on_tensorrt_llm and not facts.has_int8_cache:
         problems.append(
-            "kv_cache is int8, and this engine was built without the scales that keys and values in int8 need; build "
+            "kv_cache is int8, and this engine was built without keys and values in int8; build "
             "it again with --kv int8, or leave --kv out here"
         )
     if layout == ENSEMBLE and options.unary:

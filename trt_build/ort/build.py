@@ -34,7 +34,7 @@ from trt_build.engine_files import record_files
 from trt_build.manifest import Source, libraries
 from trt_build.ort.engine import FORMAT_VERSION, UNDIGESTED_FILES, Engine, open_engine, write_manifest
 from trt_build.ort.int8_cache.calibrating import calibrate
-from trt_build.ort.kernels import library, warn_if_unusable
+from trt_build.ort.kernels import warn_if_unusable
 from trt_build.ort.planning.genai_config import GENAI_FILE
 from trt_build.ort.planning.prepare import EngineOptions, PreparedBuild, check_options, prepare_build
 from trt_build.source import source_record
@@ -57,8 +57,6 @@ def build_engine(options: BuildOptions, progress: Callable[[Progress], None] | N
     """
     provider, _ = check_options(options)
     if provider.kernels == OWN_KERNELS:
-        if options.int8_cache:
-            library("building with --kv int8, which runs the engine")
         warn_if_unusable("the engine is written", "verify and serve")
     refuse_made(options.output, "the engine")
     build = prepare_build(options)

@@ -188,6 +188,8 @@ def _cache_rows(plan: EnginePlan) -> Rows:
     """What caches in int8 take."""
     if plan.kv_cache != INT8:
         return []
+    if not plan.cache_seconds:
+        return [("int8 caches", "a scale for each position, found as it is written")]
     return [("int8 caches", f"scales by running the engine over a text: {duration(plan.cache_seconds)} of one core")]
 
 

@@ -32,7 +32,7 @@ from export.files.output import replace_file
 from export.files.reading import check_name
 from export.files.typed_json import read_typed
 from export.onnx_graph.kv_scales import SCALES_FILE
-from export.provider import INT8, KERNELS, OWN_KERNELS
+from export.provider import INT8, KERNELS, OWN_KERNELS, PER_CHANNEL, PER_POSITION
 from export.quantize.presets import PRESETS, preset
 from export.quantize.recipe import Recipe
 from export.quantize.recipe_reading import read_recipe
@@ -67,7 +67,6 @@ from trt_build.ort.old_formats.manifest import VERSIONS as OLD_VERSIONS
 from trt_build.ort.old_formats.manifest import OldFormat, split_old_values, with_recipe
 
 _REQUIRED_FILES = (GENERATING_GRAPH, SCORING_GRAPH, DATA_FILE, RECORDS_FILE, TOKENIZER_FILE)
-INT8_CACHE_FILES = (INT8_CACHE_GRAPH, SCALES_FILE)  # of an engine with `kv_cache`
 UNDIGESTED_FILES = (DATA_FILE,)  # whose digests are in weights.jsonl
 FORMAT_VERSION = 5
 MAX_BATCH = 1 << 16
@@ -158,12 +157,18 @@ class DroppedExperts:
 @dataclass(frozen=True, kw_only=True)
 class KvCache:
     """Keys and values in another dtype than floats, which an engine can be served with: `scales` says what a scale is
-    for; they hold the largest magnitudes over `tokens` tokens of the `text`, which has names, bytes and digest."""
+    for, PER_CHANNEL or PER_POSITION. Those of channels hold the largest magnitudes over `tokens` tokens of the `text`,
+    which has names, bytes and digest; those of positions are found as positions are written."""
 
     dtype: str
     scales: str
-    text: Mapping[str, Any]
-    tokens: int
+    text: Mapping[str, Any] | None = None
+    tokens: int = 0
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that the engine has for it."""
+        return (INT8_CACHE_GRAPH, SCALES_FILE) if self.scales == PER_CHANNEL else (INT8_CACHE_GRAPH,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +219,11 @@ class Manifest:
         """`lacking_experts` of each layer that has experts, in order."""
         lacking = self.lacking_experts
         return tuple(lacking.get(layer, ()) for layer in self.architecture.mixture_layers)
+
+    @property
+    def cache_scales(self) -> str:
+        """What a scale of keys and values in int8 is for; "" where there are none."""
+        return "" if self.kv_cache is None else self.kv_cache.scales
 
     def recipe(self) -> Recipe:
         """The recipe that the engine was built with. Raises ValueError for data that is none."""
@@ -402,7 +412,7 @@ def _check_facts(manifest: Manifest, old: OldFormat | None) -> None:
         check_tokenizer(manifest.tokenizer)
     elif old is None or old.names_tokenizer:
         raise ValueError("tokenizer is missing")
-    further = INT8_CACHE_FILES if manifest.kv_cache is not None else ()
+    further = manifest.kv_cache.files if manifest.kv_cache is not None else ()
     check_file_records(
         manifest.files,
         (*_REQUIRED_FILES, *(old.files if old else (SERVING_GRAPH,)), *further),
@@ -410,6 +420,9 @@ def _check_facts(manifest: Manifest, old: OldFormat | None) -> None:
     )
     if manifest.kv_cache is not None and manifest.kv_cache.dtype != INT8:
         raise ValueError(f"kv_cache.dtype is {shown(manifest.kv_cache.dtype)}, expected {INT8}")
+    if manifest.kv_cache is not None and manifest.kv_cache.scales not in (PER_CHANNEL, PER_POSITION):
+        expected = f"{PER_CHANNEL} or {PER_POSITION}"
+        raise ValueError(f"kv_cache.scales is {shown(manifest.kv_cache.scales)}, expected {expected}")
     if old and old.resident_bytes is not None:
         check_range("resident_bytes", old.resident_bytes, 1, manifest.files[DATA_FILE].bytes)
     order = manifest.expert_order

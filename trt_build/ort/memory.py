@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from export.architecture import Architecture
-from export.provider import FLOAT, INT8, PROVIDERS, Provider
+from export.onnx_graph.kv_records import record_bytes
+from export.provider import FLOAT, INT8, PER_POSITION, PROVIDERS, Provider
 from trt_build.errors import EngineError
 from trt_build.machine.memory import available_memory
 from trt_build.ort.engine import Engine
@@ -18,10 +19,23 @@ def cache_dtype(provider: Provider, kv_cache: str = FLOAT) -> np.dtype[Any]:
     return np.dtype(np.int8 if kv_cache == INT8 else provider.float_type)
 
 
-def kv_bytes_per_token(architecture: Architecture, provider: Provider, kv_cache: str = FLOAT) -> int:
+def cache_width(architecture: Architecture, kv_cache: str, scales: str) -> int:
+    """The numbers of that dtype that a head's key or value of one position takes; `scales` says what those of int8 are
+    for."""
+    size = architecture.head_size
+    return record_bytes(size) if (kv_cache, scales) == (INT8, PER_POSITION) else size
+
+
+def kv_bytes_per_token(architecture: Architecture, provider: Provider, kv_cache: str, scales: str) -> int:
     """Bytes of the keys and values of one position in all layers."""
-    values = 2 * architecture.num_layers * architecture.num_kv_heads * architecture.head_size
-    return values * cache_dtype(provider, kv_cache).itemsize
+    numbers = 2 * architecture.num_layers * architecture.num_kv_heads * cache_width(architecture, kv_cache, scales)
+    return numbers * cache_dtype(provider, kv_cache).itemsize
+
+
+def kv_bytes_of(engine: Engine, kv_cache: str = FLOAT) -> int:
+    """Bytes of the keys and values of one position of an engine."""
+    manifest = engine.manifest
+    return kv_bytes_per_token(manifest.architecture, PROVIDERS[manifest.provider], kv_cache, manifest.cache_scales)
 
 
 def require_memory(engine: Engine, available: int | None = None, kv_cache: str = FLOAT) -> None:
@@ -34,7 +48,7 @@ def require_memory(engine: Engine, available: int | None = None, kv_cache: str =
         return
     have = available_memory() if available is None else available
     weights = engine.resident_bytes
-    per_token = kv_bytes_per_token(manifest.architecture, PROVIDERS[manifest.provider], kv_cache)
+    per_token = kv_bytes_of(engine, kv_cache)
     cache = per_token * manifest.max_sequence
     if weights + cache <= have:
         return

@@ -31,9 +31,9 @@ from trt_build.errors import EngineError, SequenceError
 from trt_build.ort.cache import Cache
 from trt_build.ort.device import Device, load_graph, open_device
 from trt_build.ort.engine import Engine
-from trt_build.ort.int8_cache.scales import read_scales
+from trt_build.ort.int8_cache.scales import check_int8_cache
 from trt_build.ort.mapped_file import MappedFile
-from trt_build.ort.memory import cache_dtype, require_memory
+from trt_build.ort.memory import cache_dtype, cache_width, require_memory
 from trt_build.ort.routing import Routing, in_checkpoint_order
 from trt_build.ort.step_call import Row, StepCall, key_of, span_of
 
@@ -66,7 +66,7 @@ class Session:
                 "this session runs onnxruntime engines"
             )
         if kv_cache == INT8:
-            read_scales(engine)
+            check_int8_cache(engine)
         require_memory(engine, kv_cache=kv_cache)
         self.engine, self.kv_cache = engine, kv_cache
         self.max_sequence = engine.manifest.max_sequence
@@ -104,7 +104,8 @@ class Session:
         padding = PREFILL_CHUNK_TOKENS - 1 if slots > 1 and self.mixes_lengths else 0
         return Cache(
             self.device, self.backend.io_binding, layers=facts.num_layers, heads=facts.num_kv_heads,
-            positions=self.max_sequence + padding, head_size=facts.head_size, slots=slots,
+            positions=self.max_sequence + padding, slots=slots,
+            head_size=cache_width(facts, self.kv_cache, self.engine.manifest.cache_scales),
             dtype=cache_dtype(self.device.provider, self.kv_cache).name,
         )  # fmt: skip
 

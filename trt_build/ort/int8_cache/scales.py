@@ -8,6 +8,7 @@ import numpy.typing as npt
 from export.checkpoint.safetensors_header import read_header
 from export.errors import CheckpointError
 from export.onnx_graph.kv_scales import SCALES_FILE, planned_scales
+from export.provider import PER_POSITION
 from trt_build.errors import EngineError
 from trt_build.ort.engine import Engine
 
@@ -18,7 +19,13 @@ Floats = npt.NDArray[np.float32]
 def require_int8_cache(engine: Engine, doing: str) -> None:
     """Raise EngineError, whose message begins with `doing`, for an engine that was built without int8 caches."""
     if engine.manifest.kv_cache is None:
-        raise EngineError(f"{doing}: it was built without the scales that keys and values in int8 need; {REMEDY}")
+        raise EngineError(f"{doing}: it was built without keys and values in int8; {REMEDY}")
+
+
+def check_int8_cache(engine: Engine) -> None:
+    """Raise EngineError as `read_scales` does, for an engine whose scales are not found as positions are written."""
+    if engine.manifest.cache_scales != PER_POSITION:
+        read_scales(engine)
 
 
 def read_scales(engine: Engine) -> Floats:

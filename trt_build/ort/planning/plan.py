@@ -164,7 +164,9 @@ def plan_engine(build: PreparedBuild) -> EnginePlan:
         conversion_bytes=max(
             conversion_bytes(converter, export.jobs), peak_memory() + build.work().memory if build.wanted_codes() else 0
         ),
-        kv_bytes_per_token=kv_bytes_per_token(build.model.architecture, build.provider, build.options.kv_cache),
+        kv_bytes_per_token=kv_bytes_per_token(
+            build.model.architecture, build.provider, build.options.kv_cache, build.provider.cache_scales
+        ),
         notes=build.notes,
         gptq=build.work(),
         is_calibrated=bool(build.wanted_codes()),
@@ -221,7 +223,7 @@ def _files(build: PreparedBuild) -> dict[str, int]:
         DATA_FILE: export.placement.total_bytes,
         RECORDS_FILE: len(records_text(_records(build)).encode()),
         GENAI_FILE: len(build.genai_text().encode()),
-        **({SCALES_FILE: scales_bytes(build.model.architecture)} if build.options.int8_cache else {}),
+        **({} if build.cache_text() is None else {SCALES_FILE: scales_bytes(build.model.architecture)}),
         **build.settings.sizes(),
     }
     records = {

@@ -26,7 +26,18 @@ from export.exporter import ExportPlan, plan_export
 from export.families import Model
 from export.files.resume import SourceFile
 from export.onnx_graph.weights import WeightJob
-from export.provider import FLOAT, INT8, KERNELS, KV_CACHES, ONNX_RUNTIME, OWN_KERNELS, PROVIDERS, Provider, provider_of
+from export.provider import (
+    FLOAT,
+    INT8,
+    KERNELS,
+    KV_CACHES,
+    ONNX_RUNTIME,
+    OWN_KERNELS,
+    PER_POSITION,
+    PROVIDERS,
+    Provider,
+    provider_of,
+)
 from export.quantize.grid import SEARCH_VERSION
 from export.quantize.presets import recipe_for
 from export.quantize.recipe import GPTQ, Recipe
@@ -46,7 +57,6 @@ from trt_build.source import open_source
 logger = logging.getLogger(__name__)
 
 CACHE_TOKENS = 2048  # of the text that the scales of int8 caches are found over
-SCALES_ARE = "per channel"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +121,9 @@ class PreparedBuild:
         return self.options.calibration.text(self.settings.tokenizer, self.model.architecture.max_positions)
 
     def cache_text(self) -> CalibrationText | None:
-        """The text that the scales of int8 caches are found over; None without such caches. Raises ConfigError for a
-        text that cannot be used."""
-        if not self.options.int8_cache:
+        """The text that the scales of int8 caches are found over; None without such caches, and where each position has
+        its own. Raises ConfigError for a text that cannot be used."""
+        if not self.options.int8_cache or self.provider.cache_scales == PER_POSITION:
             return None
         calibration = dataclasses.replace(self.options.calibration, num_tokens=CACHE_TOKENS)
         return calibration.text(self.settings.tokenizer, self.max_sequence)
@@ -160,9 +170,10 @@ class PreparedBuild:
         codes were solved, None if none were."""
         architecture, cache_text = self.model.architecture, self.cache_text()
         kv_cache = None
-        if cache_text is not None:
-            text, tokens = dict(cache_text.record), cache_text.num_tokens
-            kv_cache = KvCache(dtype=INT8, scales=SCALES_ARE, text=text, tokens=tokens)
+        if self.options.int8_cache:
+            kv_cache = KvCache(dtype=INT8, scales=self.provider.cache_scales)
+        if kv_cache is not None and cache_text is not None:
+            kv_cache = dataclasses.replace(kv_cache, text=dict(cache_text.record), tokens=cache_text.num_tokens)
         return Manifest(
             format_version=FORMAT_VERSION,
             model=Path(self.options.checkpoint).resolve().name,
