@@ -62,7 +62,7 @@ for kind in cpu cuda tensorrt-llm; do
   cp "docker/requirements-$kind.txt" "$folder/requirements-$kind.txt"
   # shellcheck disable=SC2086 # the extras are words
   "$tools/uv" pip compile "$root/pyproject.toml" $extras --constraints docker/constraints.txt --python-version 3.12 \
-    --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate --quiet \
+    --python-platform x86_64-manylinux_2_39 --only-binary :all: --generate-hashes --no-header --no-annotate --quiet \
     --cache-dir "$folder/uv-cache" --output-file "$folder/requirements-$kind.txt" > "$folder/uv.log"
   diff <(grep -v '^#' "docker/requirements-$kind.txt") <(grep -v '^#' "$folder/requirements-$kind.txt")
 done
