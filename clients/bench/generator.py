@@ -22,6 +22,7 @@ from clients.errors import ClientError, ConnectionFailed, ConnectionLost
 # A stream whose request failed waits before it sends the next one, or a refusing server would get thousands a second.
 PAUSE_AFTER_ERROR_S = 0.1
 AHEAD = 256  # requests that are made before the start, where their number is not known
+MOST_AHEAD = 4096  # where it is known: making one takes up to a millisecond, and the others are made when they are sent
 INTERRUPTED, GONE = "interrupted", "the server was gone"
 
 
@@ -45,7 +46,7 @@ async def apply(
     """
     records: list[Record] = []
     numbers = itertools.islice(itertools.count(first), load.requests)
-    works.prepare(first, load.requests or AHEAD)
+    works.prepare(first, min(load.requests or AHEAD, MOST_AHEAD))
     clock = asyncio.get_running_loop().time
     started, cpu = clock(), time.process_time()
     run = _Requests(

@@ -9,7 +9,7 @@ from itertools import islice, pairwise
 import pytest
 from bench_standin import StandIn, simulate, works
 
-from clients.bench.generator import PAUSE_AFTER_ERROR_S, apply
+from clients.bench.generator import AHEAD, MOST_AHEAD, PAUSE_AFTER_ERROR_S, apply
 from clients.bench.load import Load, Work
 from clients.bench.prompts import Listed, Prompt
 from clients.bench.records import Arrival
@@ -208,6 +208,23 @@ def test_a_load_that_stops_at_an_error_sends_nothing_after_it(load):
     assert len(run.records) < 50
     assert all(record.sent_s <= first_error for record in run.records)
     assert sum(record.is_answered for record in run.records) == 3
+
+
+@pytest.mark.parametrize(("load", "ahead"), [
+    (Load(streams=1, requests=3), 3), (Load(streams=1, requests=100_000), MOST_AHEAD),
+    (Load(streams=1, duration_s=1.0), AHEAD),
+])  # fmt: skip
+def test_a_long_load_does_not_make_all_of_its_requests_before_it_begins(load, ahead):
+    made = []
+
+    class Counted(Listed):
+        def prepare(self, first, count):
+            made.append((first, count))
+
+    stop = asyncio.Event()
+    stop.set()
+    simulate(lambda: apply(StandIn(), load, Counted([Work(prompt="x", max_tokens=1)] * 20), 7, stop=stop))
+    assert made == [(7, ahead)]
 
 
 def test_a_fault_of_the_generator_is_no_failed_request():
