@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -145,6 +147,7 @@ def test_lines_of_a_server_that_went_away_go_to_the_other(monkeypatch):
     records, _ = send(monkeypatch, 30, gone, other, concurrency=2, retries=0)
     assert records == dict.fromkeys(range(30), True)
     assert len(gone.asked) + len(other.asked) == 30
+    assert other.most_in_flight == 2, "a server gets no more at a time because another one is away"
 
 
 def test_a_server_that_comes_back_is_asked_again(monkeypatch):
@@ -170,6 +173,30 @@ def test_failures_are_kept_once_another_request_succeeds(monkeypatch):
     server = Server("a", lambda prompt, _: GOOD if prompt == "prompt 19" else Answer(error=("timeout", "late")))
     records, _ = send(monkeypatch, 20, server, retries=0)
     assert records == {**dict.fromkeys(range(19), False), 19: True}
+
+
+def test_a_failure_of_the_last_line_is_kept(monkeypatch):
+    server = Server("a", lambda prompt, _: Answer(status=500) if prompt == "prompt 2" else GOOD)
+    records, _ = send(monkeypatch, 3, server, retries=0)
+    assert records == {0: True, 1: True, 2: False}
+
+
+def test_a_disk_that_does_not_keep_what_it_was_given_stops_the_batch(monkeypatch):
+    flushed = threading.Event()
+
+    def flush(_journal):
+        flushed.set()
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Journal, "flush", flush)
+
+    def answer(prompt, _attempt):
+        assert prompt < "prompt 2" or flushed.wait(60)
+        return GOOD
+
+    server = Server("a", answer)
+    with pytest.raises(OSError, match="Input/output error"):
+        send(monkeypatch, 5000, server)
 
 
 def test_statuses_after_which_the_same_request_may_succeed():
