@@ -27,7 +27,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 TABLE = Path(__file__).parents[1] / "export" / "config_keys" / "transformers_keys.py"
-FAMILIES = ("gpt_oss", "granitemoe", "llama", "mistral", "mixtral", "olmoe", "phi", "qwen2_moe", "qwen3_moe")
+FAMILIES = ("gpt_oss", "granitemoe", "llama", "mistral", "mixtral", "olmoe", "phi", "phimoe", "qwen2_moe", "qwen3_moe")
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -37,6 +37,8 @@ FACTORS = {
     "short_factor": [1.0] * 4,
     "long_factor": [2.0] * 4,
     "original_max_position_embeddings": 32,
+    "short_mscale": 1.0,  # of phimoe, as is the next
+    "long_mscale": 1.0,
 }
 # What the code looks up depends on what it finds.
 SCALED = ({"rope_type": "linear"}, {"rope_type": "dynamic"}, {"rope_type": "yarn"}, {"rope_type": "longrope"})

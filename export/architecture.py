@@ -25,7 +25,7 @@ MAX_EXPERTS = 1 << 12  # the experts of a layer are compared with each other, pa
 MIN_REAL, MAX_REAL = 2.0**-126, 3.4e38
 
 NORMED_OVER = ("width", "head")  # what a norm of queries and of keys can be over
-SCORES = ("softmax", "sigmoid")  # functions by which a router turns logits into scores
+SCORES = ("softmax", "sigmoid", "sparse_mixer")  # how a router turns logits into scores
 MAX_UNREAD = 1000  # limit on keys that nobody reads: each is compared with those that are read
 MAX_LISTED = 12  # number of unknown keys that an error names
 MAX_POSITIONS = 1 << 20  # limit on positions: every graph holds rotary tables with one row a position
@@ -44,7 +44,12 @@ class Router:
     scores are chosen. With `bias`, a vector is added to the scores for this choice only. With several `groups`, only
     experts of the best groups can be chosen. An expert's weight is its score without the vector; if `normalise` is
     set, it is divided by the sum of the chosen experts' scores. At last it is multiplied by `scale`.
-    Raises ValueError for an unknown score, and for a scale or number of groups out of range.
+
+    The score "sparse_mixer" has K = 2. The weight of the expert with the largest logit m is its value in the softmax
+    over the experts whose logit l is near it: (m - l) / max(|l|, m) is at most twice `jitter`. The weight of the second
+    is its value in the same softmax without the first, where m is the second's logit. Source: Liu et al., GRIN:
+    GRadient-INformed MoE, 2024, and transformers, models/phimoe, in inference.
+    Raises ValueError for an unknown score, and for a scale, jitter or number of groups out of range.
     """
 
     score: str = "softmax"
@@ -52,11 +57,16 @@ class Router:
     scale: float = 1.0
     groups: int = 1
     bias: bool = False
+    jitter: float | None = None  # of "sparse_mixer"
 
     def __post_init__(self) -> None:
         if self.score not in SCORES:
             raise ValueError(f"score is {shown(self.score)}, expected {' or '.join(SCORES)}")
         _check_real("scale", self.scale)
+        if (self.jitter is not None) != (self.score == "sparse_mixer"):
+            raise ValueError(f"jitter is {shown(self.jitter)} of the score {self.score}; sparse_mixer alone has one")
+        if self.jitter is not None:
+            _check_real("jitter", self.jitter)
         if not 1 <= self.groups <= MAX_EXPERTS:
             raise ValueError(f"groups is {shown(self.groups)}, which no router has")
 
@@ -163,6 +173,8 @@ class Architecture:
     sliding_window: int | None = None  # number of positions a token attends to, its own included; None for all
     tied_head: bool = False  # whether the head uses the embedding's matrix
     full_layers: tuple[int, ...] = ()  # in a model with a sliding window, the layers that attend to all positions
+    attention_bias: bool = False  # whether attention's matrices have biases, all four
+    head_bias: bool = False
     dense_layers: tuple[int, ...] = ()  # in a model with experts, the layers that have one MLP instead of a mixture
     dense_ffn_size: int | None = None  # F of the MLP of `dense_layers`; None: that of an expert
     shared_ffn_size: int | None = None  # F of an MLP beside each mixture, for all tokens; None: there is none

@@ -19,6 +19,10 @@ KERNELS = {
     "SimplifiedLayerNormalization": {"T": {"float", "float16", "bfloat16", "double"}, "V": {"float", "float16"}},
     "LayerNormalization": {"T": {"float", "float16", "bfloat16", "double"}},
     "Gelu": {"T": {"float", "float16", "double"}},
+    **{
+        name: {"T": {"float", "float16", "double"}}
+        for name in ("Abs", "Equal", "Exp", "Greater", "Log", "Max", "Reciprocal", "Where")
+    },
     "Sigmoid": {"T": {"float", "float16", "bfloat16", "double"}},
     "TopK": {"T": {"float", "float16", "double", "int32", "int64"}},
     "Gather": {"T": {"float", "float16", "int64"}, "Tind": {"int32", "int64"}},

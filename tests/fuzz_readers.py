@@ -23,6 +23,7 @@ from gpt_oss_checkpoints import write_gpt_oss_checkpoint
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
 from olmoe_checkpoints import write_olmoe_checkpoint
+from phimoe_checkpoints import write_phimoe_checkpoint
 from qwen_checkpoints import write_qwen_checkpoint
 
 from export.checkpoint.file_table import INDEX_FILE
@@ -54,6 +55,7 @@ def checkpoints() -> tuple[Path, ...]:
         write_gpt_oss_checkpoint(folder / "mxfp4", seed=1, spelling="mxfp4"),
         write_qwen_checkpoint(folder / "qwen3_moe", "qwen3_moe", seed=1, num_layers=3, config={"mlp_only_layers": [1]}),
         write_qwen_checkpoint(folder / "qwen2_moe", "qwen2_moe", seed=1, num_layers=3, config={"mlp_only_layers": [1]}),
+        write_phimoe_checkpoint(folder / "phimoe", seed=1),
         write_dense_checkpoint(folder / "mistral", seed=1, family="mistral"),
         write_dense_checkpoint(folder / "llama", seed=1, family="llama"),
     )

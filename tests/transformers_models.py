@@ -51,6 +51,10 @@ def _gpt_oss_name(name: str) -> str:
     return _llama_name(name).replace(".mlp.gate.", ".mlp.router.")
 
 
+def _phimoe_name(name: str) -> str:
+    return _llama_name(name).replace(".mlp.gate.", ".mlp.router.")
+
+
 TRANSFORMERS_MODELS: Mapping[str, TransformersModel] = {
     "phi": TransformersModel(
         model="PhiForCausalLM", name=phi_stack.transformers_name, config=phi_stack.transformers_config
@@ -64,6 +68,7 @@ TRANSFORMERS_MODELS: Mapping[str, TransformersModel] = {
     ),
     "mixtral": TransformersModel(model="MixtralForCausalLM", name=_llama_name, router="mlp.gate"),
     "gpt_oss": TransformersModel(model="GptOssForCausalLM", name=_gpt_oss_name, router="mlp.router", transposes=True),
+    "phimoe": TransformersModel(model="PhimoeForCausalLM", name=_phimoe_name, router="mlp.router"),
     "olmoe": TransformersModel(model="OlmoeForCausalLM", name=_llama_name, router="mlp.gate"),
     "qwen2_moe": TransformersModel(model="Qwen2MoeForCausalLM", name=_llama_name, router="mlp.gate"),
     "qwen3_moe": TransformersModel(model="Qwen3MoeForCausalLM", name=_llama_name, router="mlp.gate"),

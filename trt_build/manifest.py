@@ -33,7 +33,7 @@ UNDIGESTED: Mapping[str, int] = {ORT_BACKEND: 2, TRTLLM_BACKEND: 1}  # backend -
 _DIGEST = re.compile(r'(?<=,\n  "digest": ")[0-9a-f]{64}(?="\n}\n\Z)')
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 # Facts that most networks do not have.
-_LEFT_OUT = ("qkv", "swiglu", "full_layers", "dense_ffn_size", "shared_ffn_size")
+_LEFT_OUT = ("qkv", "swiglu", "full_layers", "dense_ffn_size", "shared_ffn_size", "attention_bias", "head_bias")
 _LIBRARIES = ("moeship", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tokenizers")
 
 
@@ -65,6 +65,8 @@ def manifest_values(manifest: Any) -> dict[str, Any]:  # noqa: ANN401 - the reco
     for field in dataclasses.fields(facts):
         if field.name in _LEFT_OUT and getattr(facts, field.name) == field.default:
             del values["architecture"][field.name]
+    if facts.router.jitter is None:
+        del values["architecture"]["router"]["jitter"]
     return values
 
 

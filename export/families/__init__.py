@@ -224,4 +224,9 @@ def _with_experts_per_token(architecture: Architecture, experts_per_token: int) 
             f"overriding num_experts_per_tok: found {experts_per_token}, expected 1 to {architecture.num_experts}, "
             "the number of experts"
         )
+    if architecture.router.jitter is not None and experts_per_token != 2:
+        raise ConfigError(
+            f"overriding num_experts_per_tok: found {experts_per_token}, expected 2, the number of experts that the "
+            f"sparse mixer of {architecture.family} chooses"
+        )
     return replace(architecture, experts_per_token=experts_per_token)

@@ -27,6 +27,7 @@ from export.onnx_graph import names
 from export.onnx_graph.initializers import onnx_type, tensors
 from export.onnx_graph.kernels import BY_NAME, Matrix, Operation, Routed, mixture_attributes, without_absent_end
 from export.onnx_graph.nodes import Nodes
+from export.onnx_graph.sparse_mixer import sparse_mixer
 from export.onnx_graph.weight_planner import WeightPlanner
 from export.onnx_graph.weights import Layout, Placement, WeightJob
 from export.provider import Provider
@@ -65,6 +66,7 @@ class GraphBuilder(ABC):
         self._nodes = Nodes()
         self._query_factors: dict[str, float] = {}  # output of `query_key_value` -> factor that its queries carry
         self._router_logits: dict[str, str] = {}  # path of a mixture -> the value with its logits [..., E]
+        self._mixer_sums: dict[str, str] = {}  # path of a mixture -> the sum of its two weights, by the sparse mixer
         self._router_outputs: list[str] = []
         self._check_attention()
         self._last_positions, self._total_length = self._sequence_facts()
@@ -309,7 +311,7 @@ class GraphBuilder(ABC):
         routed = Routed(
             router=router, k=self.architecture.experts_per_token, activation=activation,
             swiglu=self.architecture.swiglu,
-            normalise=rule.normalise or not plain,
+            normalise=rule.normalise or rule.jitter is not None or not plain,
         )  # fmt: skip
         if plain:
             inputs = [x, router, weight1[0], bias1, weight2[0], bias2]
@@ -319,8 +321,9 @@ class GraphBuilder(ABC):
         else:
             first, second = self._matrix(fc1, weight1, job1, bias1), self._matrix(fc2, weight2, job2, bias2)
             mixed = self._operation(self._kernels.experts(x, routed, first, second, self._recipe.accuracy_level), name)
-        if not plain and not rule.normalise:
-            inputs = [self._nodes.cast(mixed, "float32"), self._share_of_chosen(name)]
+        if rule.jitter is not None or not (plain or rule.normalise):
+            share = self._mixer_sums.get(name) or self._share_of_chosen(name)
+            inputs = [self._nodes.cast(mixed, "float32"), share]
             mixed = self._nodes.add("Mul", inputs, f"{name}.weighed", float_type="float32")
         return self.scale(mixed, rule.scale, f"{name}.routed")
 
@@ -400,12 +403,20 @@ class GraphBuilder(ABC):
         if bias := self._weights.router_bias(gate):
             logits = self._nodes.add("Add", [logits, bias], f"{name}.router_biased", float_type="float32")
         self._router_logits[name] = logits
+        weighed, rule = logits, self.architecture.router
+        if rule.jitter is not None:
+            weighed, self._mixer_sums[name] = sparse_mixer(
+                self._nodes, logits, name, num_experts=self.architecture.num_experts, jitter=rule.jitter,
+                prefers_highest_place=self._provider.prefers_highest_place,
+            )  # fmt: skip
         flat = self._nodes.constant("router/shape", np.array([-1, self.architecture.num_experts], np.int64))
         rows = self._nodes.add("Reshape", [logits, flat], f"{name}.router_rows", float_type="float32", allowzero=0)
         if self.gives_router_logits:
             output = names.router_logits(len(self._router_outputs))
             self._router_outputs.append(output)
             self._nodes.add("Identity", [rows], f"{name}.router_output", output=output)
+        if weighed != logits:
+            rows = self._nodes.add("Reshape", [weighed, flat], f"{name}.mixer_rows", float_type="float32", allowzero=0)
         kept = self._weights.kept(gate)
         if len(kept) < self.architecture.num_experts:
             places = [self._expert_order.index(expert) for expert in kept]

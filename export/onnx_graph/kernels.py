@@ -76,7 +76,7 @@ class Kernels(ABC):
     def check_mixture(self, router: Router, activation: str, path: str) -> None:
         """Raise KernelsError that names what of a mixture's router and activation these kernels do not support."""
         needed = {
-            "router's score": (router.score, ("softmax",)),
+            "router's score": (router.score, ("softmax", "sparse_mixer")),  # the graph computes the second
             "router's groups": (router.groups, (1,)),
             "router's bias": (router.bias, (False,)),
             "experts' activation": (activation, self.activations),

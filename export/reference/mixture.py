@@ -77,11 +77,26 @@ def route(
         scores = 1 / (1 + np.exp(-logits.astype(np.float64)))
         shares = np.take_along_axis(scores, chosen, axis=-1).astype(np.float32)
         shares = shares / shares.sum(axis=-1, keepdims=True) if router.normalise else shares
+    elif router.jitter is not None:
+        shares = _sparse_mixer(logits, chosen, router.jitter)
     elif router.normalise:  # the quotients of a softmax's values are those of the softmax over the chosen alone
         shares = softmax_in_place(np.take_along_axis(logits, chosen, axis=-1))
     else:
         shares = np.take_along_axis(softmax_in_place(logits.copy()), chosen, axis=-1)
     return chosen, shares * np.float32(router.scale)
+
+
+def _sparse_mixer(logits: FloatArray, chosen: npt.NDArray[np.int64], jitter: float) -> FloatArray:
+    """The weights [T, 2] of the sparse mixer of `Router` for the experts `chosen` [T, 2], by the logits [T, E]."""
+    shares, among = np.empty(chosen.shape, np.float32), logits.copy()
+    for turn in range(2):
+        most = np.take_along_axis(among, chosen[:, turn : turn + 1], axis=-1)
+        with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 is not far
+            is_far = (most - logits) / np.maximum(np.abs(logits), most) > np.float32(2 * jitter)
+        values = np.exp(np.where(is_far, -np.inf, among - most))
+        shares[:, turn] = 1 / values.sum(axis=-1)
+        np.put_along_axis(among, chosen[:, turn : turn + 1], -np.inf, axis=-1)
+    return shares
 
 
 class Expert:

@@ -9,6 +9,7 @@ from gpt_oss_checkpoints import gpt_oss_config
 from granitemoe_checkpoints import SCALARS
 from mixtral_checkpoints import MixtralSizes, published_config
 from olmoe_checkpoints import olmoe_config
+from phimoe_checkpoints import phimoe_config
 from qwen_checkpoints import qwen_config
 from transformers import AutoConfig
 
@@ -53,6 +54,7 @@ WRITTEN = {
         "num_attention_heads": 16,
         "norm_topk_prob": True,
     },
+    "phimoe": {**phimoe_config(published_config(SHAPES)), "tie_word_embeddings": True, "sliding_window": 7},
     "mistral": {**dense_config(SHAPES, "mistral"), "tie_word_embeddings": True, "sliding_window": 7},
     "llama": {**dense_config(SHAPES, "llama"), "tie_word_embeddings": True},
 }
@@ -74,7 +76,13 @@ def of_transformers(family, raw):
         "experts_per_token": getattr(config, "num_experts_per_tok", 0),
         "tied_head": config.tie_word_embeddings,
         "sliding_window": getattr(config, "sliding_window", None) or None,
-        "router": Router(normalise=getattr(config, "norm_topk_prob", True)),
+        "router": (
+            Router(score="sparse_mixer", normalise=False, jitter=config.router_jitter_noise)
+            if family == "phimoe"
+            else Router(normalise=getattr(config, "norm_topk_prob", True))
+        ),
+        "attention_bias": getattr(config, "attention_bias", False),
+        "head_bias": getattr(config, "lm_head_bias", False),
         "qkv": QueryKeyValue(norm=NORMS.get(family), clip=getattr(config, "clip_qkv", None)),
         "dense_layers": tuple(
             layer

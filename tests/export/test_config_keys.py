@@ -21,6 +21,7 @@ from gpt_oss_checkpoints import write_gpt_oss_checkpoint
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
 from olmoe_checkpoints import write_olmoe_checkpoint
+from phimoe_checkpoints import write_phimoe_checkpoint
 from qwen_checkpoints import write_qwen_checkpoint
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -40,6 +41,7 @@ WRITERS = {
     "gpt_oss": lambda folder: write_gpt_oss_checkpoint(folder, seed=1),
     "qwen3_moe": lambda folder: write_qwen_checkpoint(folder, "qwen3_moe", seed=1),
     "qwen2_moe": lambda folder: write_qwen_checkpoint(folder, "qwen2_moe", seed=1),
+    "phimoe": lambda folder: write_phimoe_checkpoint(folder, seed=1, config={"attention_bias": False}),
     "mistral": lambda folder: write_dense_checkpoint(folder, seed=1, family="mistral"),
     "llama": lambda folder: write_dense_checkpoint(folder, seed=1, family="llama", hidden_size=96),
 }
@@ -51,6 +53,7 @@ CLASSES = {
     "gpt_oss": "GptOssConfig",
     "qwen3_moe": "Qwen3MoeConfig",
     "qwen2_moe": "Qwen2MoeConfig",
+    "phimoe": "PhimoeConfig",
     "mistral": "MistralConfig",
     "llama": "LlamaConfig",
 }
@@ -81,6 +84,7 @@ DUMP = {
 OWN = {
     "phi": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "qk_layernorm": False},
     "mixtral": {"sliding_window": None, "router_jitter_noise": 0.0, "router_aux_loss_coef": 0.001},
+    "phimoe": {"sliding_window": None, "input_jitter_noise": 0.0, "router_aux_loss_coef": 0.0},
     "mistral": {"sliding_window": None},
     "llama": {"pretraining_tp": 1, "mlp_bias": False},
     "olmoe": {"clip_qkv": None, "norm_topk_prob": False, "router_aux_loss_coef": 0.01, "attention_bias": False},

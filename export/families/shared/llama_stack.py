@@ -74,6 +74,7 @@ def read_stack_config(
     dense_layers: tuple[int, ...] = (),
     dense_ffn_size: int | None = None,
     shared_ffn_size: int | None = None,
+    head_bias: bool = False,
 ) -> Architecture:
     """Read the Architecture from a config.json with the keys of transformers' LlamaConfig. `rope_base`, `norm_epsilon`,
     `num_kv_heads` (None: as many as query heads), `num_experts` and `experts_per_token` are the defaults of the
@@ -122,6 +123,8 @@ def read_stack_config(
         dense_layers=dense_layers,
         dense_ffn_size=dense_ffn_size,
         shared_ffn_size=shared_ffn_size,
+        attention_bias=attention_bias,
+        head_bias=head_bias,
     )
     reader.harmless("torch_dtype", "dtype")
     check_heads(reader, architecture)
@@ -136,27 +139,34 @@ def stack_tensors(
     *,
     biases: str = "",
     sinks: bool = False,
+    centred_norms: bool = False,
 ) -> list[TensorSpec]:
     """The rows of the tensor table; `names` are the checkpoint's tensors, and `mixture(architecture, layer_name)`
     returns the rows of a layer's MLP, or of its router and experts; layers that are dense in a model with experts have
     an MLP. `biases` are the letters of those of attention's matrices that have a bias: "qkv" or "qkvo". With `sinks`
-    each query head has one more logit of its softmax."""
+    each query head has one more logit of its softmax, and with `centred_norms` each norm has a bias."""
+
+    def norm(name: str) -> list[TensorSpec]:
+        parts = ("weight", "bias") if centred_norms else ("weight",)
+        return [single(f"{name}.{part}", (hidden,), "H", Role.NORM) for part in parts]
+
     hidden, vocab = architecture.hidden_size, architecture.vocab_size
     embedding, head = tied_names(architecture.tied_head, f"{EMBEDDING}.weight", f"{HEAD}.weight", names)
     specs = [single(f"{EMBEDDING}.weight", (vocab, hidden), "V H", Role.EMBEDDING, stored_name=embedding)]
     for layer in range(architecture.num_layers):
         name = layer_name(layer)
         specs += [
-            single(f"{name}.input_layernorm.weight", (hidden,), "H", Role.NORM),
+            *norm(f"{name}.input_layernorm"),
             *_attention_tensors(architecture, f"{name}.self_attn", biases),
             *([_sinks(architecture, name)] if sinks else []),
-            single(f"{name}.post_attention_layernorm.weight", (hidden,), "H", Role.NORM),
+            *norm(f"{name}.post_attention_layernorm"),
             *(dense_mlp if layer in architecture.dense_layers else mixture)(architecture, name),
         ]
     return [
         *specs,
-        single(f"{FINAL_NORM}.weight", (hidden,), "H", Role.NORM),
+        *norm(FINAL_NORM),
         single(f"{HEAD}.weight", (vocab, hidden), "V H", Role.HEAD, stored_name=head),
+        *([single(f"{HEAD}.bias", (vocab,), "V", Role.BIAS)] if architecture.head_bias else []),
     ]
 
 
@@ -302,12 +312,13 @@ def stack_network(
     sinks: bool = False,
     swiglu: SwiGlu | None = None,
     shared: bool = False,
+    centred_norms: bool = False,
 ) -> Network:
     """What the network computes, from a config.json with the keys of transformers' LlamaConfig. The first three are the
     values of missing keys; `embedding` to `logits` are the factors of `export.families.shared.network` (`logits`
     divides). `dense` has the layers with an MLP in place of experts, or is True for all. If `normed`, queries and keys
     are normalised; `clip` is that of its Attention. The `full_layers` have no window. With `sinks` attention has such,
-    and `swiglu` is that of an Mlp. If `shared`, there is an MLP beside the experts."""
+    and `swiglu` is that of an Mlp. If `shared`, there is an MLP beside the experts. `centred_norms` are LayerNorms."""
     config = raw
     turned = rotary.parameters(raw, rope_theta)
     heads = config["num_attention_heads"]
@@ -316,7 +327,7 @@ def stack_network(
     scaling = rotary.scaling_of(turned, config["max_position_embeddings"])
 
     def norm(name: str) -> Norm:
-        return Norm(name=name, centred=False, epsilon=epsilon)
+        return Norm(name=name, centred=centred_norms, epsilon=epsilon)
 
     def mlp(name: str, index: int) -> Mlp:
         if dense is True or (dense and index in dense):
@@ -378,13 +389,15 @@ def _alone(name: str) -> Mlp:
     )
 
 
-def stack_graph(graph: GraphBuilder, architecture: Architecture) -> str:
-    """Add the network from token ids to the last layer; returns its output [B, S, H]."""
+def stack_graph(graph: GraphBuilder, architecture: Architecture, *, centred_norms: bool = False) -> str:
+    """Add the network from token ids to the last layer; returns its output [B, S, H]. `centred_norms` are LayerNorms
+    with biases."""
+    norm = graph.layer_norm if centred_norms else graph.rms_norm
     epsilon, scales = architecture.norm_epsilon, architecture.scales
     x = graph.scale(graph.embedding(f"{EMBEDDING}.weight"), scales.embedding, EMBEDDING)  # [B, S, H]
     for layer in range(architecture.num_layers):
         name = layer_name(layer)
-        normed = graph.rms_norm(x, f"{name}.input_layernorm", epsilon)
+        normed = norm(x, f"{name}.input_layernorm", epsilon)
         qkv = graph.query_key_value(normed, f"{name}.self_attn.qkv_proj")  # [B, S, (N+2G)*D]
         query, key, value = graph.conditioned(qkv, f"{name}.self_attn", epsilon)
         heads = graph.attention(  # [B, S, N*D]
@@ -392,7 +405,7 @@ def stack_graph(graph: GraphBuilder, architecture: Architecture) -> str:
         )
         attended = graph.scale(graph.linear(heads, f"{name}.self_attn.o_proj"), scales.residual, f"{name}.self_attn")
         x = graph.add(x, attended, f"{name}.attention_residual")
-        normed = graph.rms_norm(x, f"{name}.post_attention_layernorm", epsilon)
+        normed = norm(x, f"{name}.post_attention_layernorm", epsilon)
         has_experts = architecture.is_moe and layer not in architecture.dense_layers
         output = (_mixture if has_experts else _mlp)(graph, normed, f"{name}.mlp")
         if has_experts and architecture.shared_ffn_size:
@@ -415,7 +428,8 @@ def _mlp(graph: GraphBuilder, normed: str, name: str) -> str:
     return graph.linear(graph.silu_times(gate, up, f"{name}.act"), f"{name}.down_proj")
 
 
-def stack_head(graph: GraphBuilder, architecture: Architecture, x: str) -> str:
+def stack_head(graph: GraphBuilder, architecture: Architecture, x: str, *, centred_norms: bool = False) -> str:
     """Add the final norm and the head: hidden state [B, S, H] to logits [B, S, V]."""
-    logits = graph.linear(graph.rms_norm(x, FINAL_NORM, architecture.norm_epsilon), HEAD)
+    norm = graph.layer_norm if centred_norms else graph.rms_norm
+    logits = graph.linear(norm(x, FINAL_NORM, architecture.norm_epsilon), HEAD)
     return graph.divide(logits, architecture.scales.logits, HEAD)

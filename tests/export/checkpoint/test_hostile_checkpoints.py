@@ -15,6 +15,7 @@ from gpt_oss_checkpoints import write_gpt_oss_checkpoint
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
 from olmoe_checkpoints import write_olmoe_checkpoint
+from phimoe_checkpoints import write_phimoe_checkpoint
 from qwen_checkpoints import write_qwen_checkpoint
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -43,7 +44,9 @@ def one_of_each(tmp_path, phixtral):
     olmoe = write_olmoe_checkpoint(tmp_path / "olmoe", seed=1)
     gpt_oss = write_gpt_oss_checkpoint(tmp_path / "gpt_oss", seed=1)
     qwens = [write_qwen_checkpoint(tmp_path / name, name, seed=1) for name in ("qwen2_moe", "qwen3_moe")]
-    return phixtral, mixtral, granitemoe, olmoe, gpt_oss, *qwens, write_phi_checkpoint(tmp_path / "phi", seed=1)
+    phimoe = write_phimoe_checkpoint(tmp_path / "phimoe", seed=1)
+    phi = write_phi_checkpoint(tmp_path / "phi", seed=1)
+    return phixtral, mixtral, granitemoe, olmoe, gpt_oss, *qwens, phimoe, phi
 
 
 def refusal(folder):

@@ -14,6 +14,7 @@ from gpt_oss_checkpoints import write_gpt_oss_checkpoint
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import DTYPES, write_mixtral_checkpoint
 from olmoe_checkpoints import write_olmoe_checkpoint
+from phimoe_checkpoints import write_phimoe_checkpoint
 from qwen_checkpoints import write_qwen_checkpoint
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -31,6 +32,7 @@ WRITERS = {
     "granitemoe": lambda folder, **more: write_granitemoe_checkpoint(folder, seed=1, **more),
     "olmoe": lambda folder, **more: write_olmoe_checkpoint(folder, seed=1, **more),
     "gpt_oss": lambda folder, **more: write_gpt_oss_checkpoint(folder, seed=1, **more),
+    "phimoe": lambda folder, **more: write_phimoe_checkpoint(folder, seed=1, **more),
     "qwen3_moe": lambda folder, **more: write_qwen_checkpoint(folder, "qwen3_moe", seed=1, **more),
     "qwen2_moe": lambda folder, **more: write_qwen_checkpoint(folder, "qwen2_moe", seed=1, **more),
     "mistral": lambda folder, **more: write_dense_checkpoint(folder, seed=1, **more),

@@ -15,6 +15,7 @@ from gpt_oss_checkpoints import write_gpt_oss_checkpoint
 from granitemoe_checkpoints import tell_mixtral_as_granitemoe, write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
 from olmoe_checkpoints import write_olmoe_checkpoint
+from phimoe_checkpoints import write_phimoe_checkpoint
 from qwen_checkpoints import write_qwen_checkpoint
 from safetensors.numpy import load_file, save_file
 from torch_reference import load_reference, run_model
@@ -74,6 +75,10 @@ def qwen2_moe(folder, **sizes):
     return write_qwen_checkpoint(folder, "qwen2_moe", seed=1, **sizes)
 
 
+def phimoe(folder, **sizes):
+    return write_phimoe_checkpoint(folder, seed=1, **sizes)
+
+
 def mistral(folder, **sizes):
     return write_dense_checkpoint(folder, seed=1, **sizes)
 
@@ -84,7 +89,8 @@ def llama(folder, **sizes):
 
 WRITERS = {
     "phi": phi, "phixtral": phixtral, "mixtral": mixtral, "granitemoe": granitemoe, "olmoe": olmoe,
-    "gpt_oss": gpt_oss, "qwen3_moe": qwen3_moe, "qwen2_moe": qwen2_moe, "mistral": mistral, "llama": llama,
+    "gpt_oss": gpt_oss, "qwen3_moe": qwen3_moe, "qwen2_moe": qwen2_moe, "phimoe": phimoe, "mistral": mistral,
+    "llama": llama,
 }  # fmt: skip
 CASES = [
     (phi, {}),
@@ -113,6 +119,9 @@ CASES = [
     (qwen3_moe, {"num_layers": 4, "config": {"decoder_sparse_step": 2, "norm_topk_prob": False}, "dtype": "bfloat16"}),
     (qwen2_moe, {"spelling": "packed", "num_layers": 3, "config": {"mlp_only_layers": [1]}, "num_kv_heads": 1}),
     (qwen2_moe, {"config": {"norm_topk_prob": True}, "dtype": "float16", "tied": True}),
+    (phimoe, {}),
+    (phimoe, {"spelling": "packed", "num_experts": 9, "config": {"attention_bias": False, "sliding_window": 7}}),
+    (phimoe, {"num_heads": 3, "num_kv_heads": 1, "config": {"lm_head_bias": False}, "tied": True, "dtype": "bfloat16"}),
     (mistral, {}),
     (mistral, {"config": {"sliding_window": 7}, "num_kv_heads": 1, "ffn_size": 37}),
     (mistral, {"num_heads": 5, "num_kv_heads": 5, "head_dim": None, "tied": True, "dtype": "float16"}),

@@ -35,6 +35,13 @@ REQUIRED = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 64, "num_
             },
         ),
         (
+            "phimoe", "PhimoeConfig",
+            {
+                "rms_norm_eps": 1e-3, "num_key_value_heads": 4, "rope_theta": 5e5, "sliding_window": 7,
+                "router_jitter_noise": 0.3,
+            },
+        ),
+        (
             "olmoe", "OlmoeConfig",
             {
                 "rms_norm_eps": 1e-3, "num_key_value_heads": 4, "rope_theta": 5e5, "clip_qkv": 0.5,

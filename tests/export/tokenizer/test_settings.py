@@ -26,7 +26,18 @@ CLASSES = (
     None, "GPT2Tokenizer", "CodeGenTokenizer", "CodeGenTokenizerFast", "GPTNeoXTokenizer", "Qwen2Tokenizer",
     "LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend",
 )  # fmt: skip
-MODEL_TYPES = ("phi", "phi-msft", "mixtral", "granitemoe", "olmoe", "gpt_oss", "qwen2_moe", "mistral", "llama")
+MODEL_TYPES = (
+    "phi",
+    "phi-msft",
+    "mixtral",
+    "granitemoe",
+    "olmoe",
+    "gpt_oss",
+    "qwen2_moe",
+    "phimoe",
+    "mistral",
+    "llama",
+)
 TEXTS = (
     "def main()  hello",
     "<s> the</s> fox<|endoftext|>x",

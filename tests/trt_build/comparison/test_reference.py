@@ -13,6 +13,7 @@ from gpt_oss_checkpoints import write_gpt_oss_checkpoint
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
 from olmoe_checkpoints import write_olmoe_checkpoint
+from phimoe_checkpoints import write_phimoe_checkpoint
 from qwen_checkpoints import write_qwen_checkpoint
 from safetensors.numpy import load_file, save_file
 from torch_reference import load_reference
@@ -33,6 +34,7 @@ WRITERS = {
     "gpt_oss": lambda folder: write_gpt_oss_checkpoint(folder, seed=1),
     "qwen3_moe": lambda folder: write_qwen_checkpoint(folder, "qwen3_moe", seed=1, num_layers=3, config=DENSE),
     "qwen2_moe": lambda folder: write_qwen_checkpoint(folder, "qwen2_moe", seed=1, num_layers=3, config=DENSE),
+    "phimoe": lambda folder: write_phimoe_checkpoint(folder, seed=1),
     "mistral": lambda folder: write_dense_checkpoint(folder, seed=1, family="mistral"),
     "llama": lambda folder: write_dense_checkpoint(folder, seed=1, family="llama", num_heads=4),
 }
@@ -57,10 +59,13 @@ def test_what_a_config_says_of_loading_and_training_changes_nothing(tmp_path, fa
     path = folder / "config.json"
     config = json.loads(path.read_text())
     more = {"torch_dtype": "float16", "use_cache": False, "auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}
-    if family in ("phi", "mixtral", "granitemoe", "olmoe", "gpt_oss", "qwen3_moe", "qwen2_moe", "mistral", "llama"):
+    families = ("phi", "mixtral", "granitemoe", "olmoe", "gpt_oss", "qwen3_moe", "qwen2_moe", "mistral", "llama")
+    if family in (*families, "phimoe"):
         more |= {"return_dict": False, "output_attentions": True, "is_decoder": True}
+    if family in ("mixtral", "phimoe"):
+        more |= {"output_router_logits": True}
     if family == "mixtral":
-        more |= {"output_router_logits": True, "router_jitter_noise": 0.5}
+        more |= {"router_jitter_noise": 0.5}
     path.write_text(json.dumps(config | more))
     assert torch.equal(expected, logits_of(read_model(open_checkpoint(folder))))
 

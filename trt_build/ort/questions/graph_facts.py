@@ -79,6 +79,7 @@ class _Facts:
             self._attention(layer, record.attention)
             self._mlp(layer, record.mlp)
         self._clips()
+        self._mixers()
         self._norm(network.norm)
         self._linear(network.head)
         self._rotary(network.layers[0].attention)
@@ -200,6 +201,15 @@ class _Facts:
                 "attention", f"has {len(clips)} Clips by {found[:1]}, expected {len(expected)} by {expected[:1]}"
             )
 
+    def _mixers(self) -> None:
+        """Check how near a logit must be in each sparse mixer, which compares twice."""
+        routers = [layer.mlp.router for layer in self._network.layers if layer.mlp.gate is not None]
+        expected = [np.float32(2 * router.jitter) for router in routers if router.jitter is not None for _ in range(2)]
+        nodes = [node for node in self._graph.nodes if node.operator == "Greater"]
+        found = [self._graph.constants.get(node.inputs[1]) for node in nodes]
+        if found != expected:
+            self._fail("sparse mixers", f"compare with {found[:1]}, expected {expected[:1]}")
+
     def _linear(self, module: str) -> None:
         row, bias = f"{module}.weight", self._bias(module)
         rows, columns = self._table[row].shape
@@ -303,7 +313,9 @@ class _Facts:
             }  # fmt: skip
         limit = {"swiglu_limit": largest} if mlp.gated else {}
         return {
-            "activation_type": activation, "normalize_routing_weights": int(mlp.router.normalise or not plain),
+            "activation_type": activation, "normalize_routing_weights": int(
+                mlp.router.normalise or mlp.router.jitter is not None or not plain
+            ),
             "use_sparse_mixer": 0, "swiglu_fusion": int(mlp.gated), **swiglu, **limit,
         }  # fmt: skip
 
