@@ -56,9 +56,10 @@ def matches(config: Mapping[str, Any]) -> bool:
 
 
 def _with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with the values of transformers' GptOssConfig for a missing head size and rotary embedding."""
-    rope = {} if raw.get("rope_scaling") or raw.get("rope_parameters") else {"rope_parameters": dict(_ROPE)}
-    return {"head_dim": 64, **raw, **rope}
+    """config.json with the values of transformers' GptOssConfig for a missing head size and rotary embedding. An empty
+    rope_parameters is not missing: the class takes it for an embedding without scaling."""
+    is_stated = raw.get("rope_scaling") or raw.get("rope_parameters") is not None
+    return {"head_dim": 64, **raw, **({} if is_stated else {"rope_parameters": dict(_ROPE)})}
 
 
 def _full_layers(types: Sequence[str] | None, num_layers: int) -> tuple[int, ...]:

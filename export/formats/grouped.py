@@ -42,19 +42,20 @@ class GroupedMatrix(PackedTensor):
         return None
 
     def read(self, source: Source, first: int, last: int) -> FloatArray:
-        """Dequantise rows. A product of a float16 or bfloat16 scale and such a code is exact in float32."""
+        """Dequantise rows. The product of a float16 or bfloat16 scale and a code is exact in float32, or infinite."""
         values = self.codes(source, first, last).astype(np.float32)
         scales, zeros = self._group_steps(source, first, last)
         order, shifts = self.group_of_feature(source), zeros.astype(np.float32)
-        if order is None and self.features % self.group_size == 0:
-            grouped = values.reshape(len(values), self.num_groups, self.group_size)
-            grouped -= shifts[..., None]
-            grouped *= scales[..., None]
+        with np.errstate(over="ignore"):  # who reads the values refuses infinite ones
+            if order is None and self.features % self.group_size == 0:
+                grouped = values.reshape(len(values), self.num_groups, self.group_size)
+                grouped -= shifts[..., None]
+                grouped *= scales[..., None]
+                return values
+            groups = np.arange(self.features) // self.group_size if order is None else order
+            values -= shifts[:, groups]
+            values *= scales[:, groups]
             return values
-        groups = np.arange(self.features) // self.group_size if order is None else order
-        values -= shifts[:, groups]
-        values *= scales[:, groups]
-        return values
 
     def steps(self, source: Source, first: int, last: int) -> tuple[FloatArray, ByteArray]:
         scales, zeros = self._group_steps(source, first, last)

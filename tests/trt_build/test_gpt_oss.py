@@ -191,6 +191,27 @@ def test_keys_that_are_absent_are_transformers_own(checkpoint):
 
 
 @pytest.mark.parametrize(
+    ("stated", "kind"),
+    [
+        ({"rope_parameters": {}}, "default"),
+        ({"rope_parameters": None}, "yarn"),
+        ({"rope_scaling": {}}, "yarn"),
+        ({"rope_scaling": {}, "rope_parameters": {}}, "default"),
+    ],
+)
+def test_a_rotary_embedding_that_is_stated_empty_is_read_as_by_transformers(tmp_path, stated, kind):
+    folder = write_gpt_oss_checkpoint(tmp_path / "checkpoint", seed=3, config={"rope_scaling": None, **stated})
+    theirs = outside(folder)
+    assert theirs.config.rope_parameters["rope_type"] == kind
+    [(found, _)] = Reference(read_model(open_checkpoint(folder))).run([TOKENS[:60]])
+    with torch.no_grad():
+        expected = theirs(torch.tensor([TOKENS[:60]])).logits[0].numpy()
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+    scaling = read_model(open_checkpoint(folder)).architecture.rotary_scaling
+    assert (None if scaling is None else scaling.kind) == (None if kind == "default" else kind)
+
+
+@pytest.mark.parametrize(
     ("changes", "problem"),
     [
         ({"swiglu_limit": 0}, "swiglu_limit is 0, expected a positive"),

@@ -126,7 +126,7 @@ def describe(engine: Engine) -> list[tuple[str, Rows]]:
         ("kernels", named_with_kernels(manifest.provider, manifest.kernels)),
         ("size", f"{in_units(engine.num_bytes)}, {precision.average_bits_per_weight:.2f} bits per weight"),
         ("context", f"{manifest.max_sequence} tokens"),
-        ("keys and values", "float" if cache is None else f"float, or {cache.dtype} by {cache.scales} scales"),
+        ("keys and values", "float" if cache is None else f"float, or {cache.dtype} with scales {cache.scales}"),
     ]
     stored = [
         (name, role.words + ("" if role.bits_per_weight is None else f": {role.bits_per_weight:.2f} bits per weight"))

@@ -100,6 +100,7 @@ def test_the_values_are_kept_exactly_where_the_bits_have_room_and_else_the_cost_
         ({"scales": lambda scales: scales[:2].copy()}, r"found blocks U8 .*, expected bytes"),
         ({"blocks": lambda blocks: blocks.astype(np.int8)}, "found blocks I8"),
         ({"scales": lambda scales: np.full_like(scales, 255)}, "a byte of .*_scales is 255, which is no number"),
+        ({"scales": lambda scales: np.full_like(scales, 254)}, "values are NaN or infinite"),
         (
             {part: lambda values: values[:, :-2].copy() for part in ("blocks", "scales")},
             r"gate_up_proj_blocks .*found \[5, 126, 96\], config.json says \[5, 128, 96\]",

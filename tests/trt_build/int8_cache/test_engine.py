@@ -318,6 +318,12 @@ def test_an_engine_without_scales_says_to_build_it_again(tmp_path, tiny_engine, 
     assert not (tmp_path / "repository").exists()
 
 
+def test_inspect_says_what_the_scales_are_for(either_engine, capsys):
+    scales = open_engine(either_engine).manifest.cache_scales
+    assert main(["inspect", str(either_engine)]) == 0
+    assert f"keys and values  float, or int8 with scales {scales}\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_package_says_how_keys_and_values_are_stored(tmp_path, int8_engine, layout):
     parameters = ModelParameters(kv_cache="int8")

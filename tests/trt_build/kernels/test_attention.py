@@ -40,6 +40,7 @@ SHAPES = [
     Shape(heads=4, groups=2, size=64, turned=64, window=100),
     Shape(heads=10, groups=2, size=16, turned=16, window=1),
     Shape(heads=6, groups=1, size=48, turned=0, sinks=True),
+    Shape(heads=8, groups=2, size=64, turned=64, window=20, sinks=True),  # a gpt_oss's
     Shape(heads=1, groups=1, size=256, turned=128, packed=True, window=65),
 ]
 
