@@ -59,17 +59,17 @@ class Run:
         """Answer all lines. Raises ClientError, and OSError if the disk takes no more."""
         self._source = self._requests()
         self._held: list[tuple[RawLine, Request, Answer]] = []  # failures since the last answer that was none
-        slots = self.rules.concurrency * len(self.pool.places)
+        slots = min(self.job.num_lines, self.rules.concurrency * len(self.pool.places))
         self._most_in_a_row = max(_LEAST_IN_A_ROW, 2 * slots)
-        self._flusher = asyncio.create_task(self._flush())
+        flusher = asyncio.create_task(self._flush())
         tasks = [asyncio.create_task(self._slot()) for _ in range(slots)]
         try:
             await asyncio.gather(*tasks)
             self._keep_held()
         finally:
-            for task in (*tasks, self._flusher):
+            for task in (*tasks, flusher):
                 task.cancel()
-            await asyncio.gather(*tasks, self._flusher, return_exceptions=True)
+            await asyncio.gather(*tasks, flusher, return_exceptions=True)  # the journal keeps an error of the flusher
 
     async def _flush(self) -> None:
         while True:
@@ -148,8 +148,6 @@ class Run:
         data, is_good = output_line(
             answer, self.job.form, answer_id=self.job.answer_id(line.number), number=line.number, custom_id=custom_id
         )
-        if self._flusher.done():
-            self._flusher.result()  # raises what the disk said, and may not say again
         self.journal.append(line.index, data, is_good)
         self.tell(is_good)
 

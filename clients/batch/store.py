@@ -76,19 +76,33 @@ class Journal:
         self._descriptor = os.open(
             self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
         )
+        self._fault: OSError | None = None  # of a flush; the system may tell of it only once
         flush_to_disk(folder, contents=False)
 
     def append(self, index: int, line: bytes, is_good: bool) -> None:
-        """Add a record. It outlives this process at once, and the machine from the next `flush` on."""
+        """Add a record. It outlives this process at once, and the machine from the next `flush` on. Raises OSError,
+        also where an earlier flush failed."""
+        if self._fault is not None:
+            raise self._fault
         rest = b"%d %s %s" % (index, b"+" if is_good else b"-", line)
         write_all(self._descriptor, b"%08x %s" % (zlib.crc32(rest), rest))
 
     def flush(self) -> None:
-        os.fdatasync(self._descriptor)
+        """Have the records outlive the machine. May run in another thread. Raises OSError."""
+        try:
+            os.fdatasync(self._descriptor)
+        except OSError as error:
+            self._fault = error
+            raise
 
     def close(self) -> None:
-        self.flush()
-        os.close(self._descriptor)
+        """Flush and close the file. Raises OSError if this or any earlier flush failed."""
+        try:
+            self.flush()
+        finally:
+            os.close(self._descriptor)
+        if self._fault is not None:
+            raise self._fault
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -375,10 +389,18 @@ def finished(job: Job, output: Path) -> Outcome | None:
                     "settings; it was left as it is: name another output, or move it away"
                 )
             num_lines += 1
-            if not is_good_line(line, job):
-                num_failed += 1
-                if len(failed) < 8:
-                    failed.append(describe(line))
+            if is_good_line(line, job):
+                continue
+            try:
+                said = describe(line)
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise OutputError(
+                    f"{doing}: it exists already, and line {num_lines} of it is damaged; it was left as it is: move it "
+                    "away, and run the same command again"
+                ) from error
+            num_failed += 1
+            if len(failed) < 8:
+                failed.append(said)
     if num_lines != job.num_lines:
         raise OutputError(
             f"{doing}: it exists already with {num_lines} answers of this batch, expected {job.num_lines}; it was left "

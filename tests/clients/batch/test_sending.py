@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import itertools
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -22,6 +21,7 @@ from clients.batch.job import Job, scan
 from clients.batch.lines import Answer, RawLine, Request
 from clients.batch.pool import Pool
 from clients.batch.runner import FIRST_WAIT_S, Rules, Run, may_succeed_later, wait_s
+from clients.batch.store import Journal as KeptJournal
 from clients.errors import BatchStopped, ConnectionFailed
 
 GOOD = Answer(status=200, body={"choices": [{"text": "x"}]})
@@ -181,22 +181,23 @@ def test_a_failure_of_the_last_line_is_kept(monkeypatch):
     assert records == {0: True, 1: True, 2: False}
 
 
-def test_a_disk_that_does_not_keep_what_it_was_given_stops_the_batch(monkeypatch):
-    flushed = threading.Event()
+@pytest.mark.parametrize(
+    "then", [lambda journal: journal.append(1, b"x\n", is_good=True), lambda journal: journal.close()]
+)
+def test_a_disk_that_failed_to_flush_is_told_of_later_though_the_system_tells_once(tmp_path, monkeypatch, then):
+    told = iter([OSError(errno.EIO, "Input/output error")])
 
-    def flush(_journal):
-        flushed.set()
-        raise OSError(errno.EIO, "Input/output error")
+    def flush(_descriptor):
+        for error in told:
+            raise error
 
-    monkeypatch.setattr(Journal, "flush", flush)
-
-    def answer(prompt, _attempt):
-        assert prompt < "prompt 2" or flushed.wait(60)
-        return GOOD
-
-    server = Server("a", answer)
+    monkeypatch.setattr("os.fdatasync", flush)
+    journal = KeptJournal(tmp_path)
+    journal.append(0, b"x\n", is_good=True)
     with pytest.raises(OSError, match="Input/output error"):
-        send(monkeypatch, 5000, server)
+        journal.flush()  # in a thread, for nobody
+    with pytest.raises(OSError, match="Input/output error"):
+        then(journal)
 
 
 def test_statuses_after_which_the_same_request_may_succeed():
