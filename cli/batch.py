@@ -105,14 +105,16 @@ def run(arguments: argparse.Namespace) -> int:
         found = scan(arguments.input, form=arguments.format, shard_lines=arguments.shard_lines,
                      scratch=arguments.output.resolve().parent, tell=lambda done: tell(done, ""))  # fmt: skip
     needs_model = found.lacks_model and arguments.model is None and "model" not in defaults
-    agreement = agree_on_models(sending, _models(arguments, found, defaults), needs_model=needs_model)
-    if agreement.default is not None:
+    named, agreement = _models(arguments, found, defaults), None
+    if needs_model:  # the model is a part of the job
+        agreement = agree_on_models(sending, named, needs_model=True)
         defaults = {**defaults, "model": agreement.default}
-    sending = replace(sending, access=replace(sending.access, models=agreement.models))
     job = Job(path=arguments.input.resolve(), sha256=found.sha256, num_bytes=found.num_bytes, num_lines=found.num_lines,
               form=found.form, model=arguments.model, defaults=defaults)  # fmt: skip
     outcome, kept = finished(job, arguments.output), found.num_lines
     if outcome is None or (arguments.retry_failed and outcome.num_failed):
+        agreement = agreement or agree_on_models(sending, named, needs_model=False)
+        sending = replace(sending, access=replace(sending.access, models=agreement.models))
         outcome, kept = _answer(arguments, job, found, sending, replaces=outcome is not None)
     else:
         logger.info("%s is complete already", arguments.output)

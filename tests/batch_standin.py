@@ -34,7 +34,7 @@ def completion(body: dict[str, Any]) -> Reply:
 class BatchServer:
     """What the server answers; what it was asked, in the order of arrival."""
 
-    models: tuple[str, ...] = ("tiny",)
+    models: tuple[str, ...] | None = ("tiny",)  # None: it does not list them
     answer: Callable[[dict[str, Any]], Reply] = completion
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
@@ -56,7 +56,10 @@ def batch_server(**fields: Any) -> Iterator[BatchServer]:
         disable_nagle_algorithm = True
 
         def do_GET(self):
-            self._send(200, {"object": "list", "data": [{"id": name} for name in standin.models]}, {})
+            if standin.models is None:
+                self._send(404, {}, {})
+            else:
+                self._send(200, {"object": "list", "data": [{"id": name} for name in standin.models]}, {})
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

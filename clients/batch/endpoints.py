@@ -160,9 +160,13 @@ class OpenAIEndpoint:
             raise StreamBroken(f"{doing}: the answer cannot be read ({error!r})") from error
 
     async def ask(self, request: Request, request_id: str) -> Answer:
-        headers = {"X-Request-Id": request_id}
+        headers = {"X-Request-Id": request_id, "Content-Type": "application/json"}
         try:
-            async with self._post(request, headers) as response:
+            data = json.dumps(request.body).encode()
+        except RecursionError:
+            return Answer(error=("invalid_line", "found values nested too deeply to be sent"))
+        try:
+            async with self._post(request.url, data, headers) as response:
                 answer = await self._read_answer(response, request)
         except (self._library.ClientConnectorError, self._library.ConnectionTimeoutError) as error:
             raise EndpointAway(f"{self.url}: {error}") from error
@@ -177,11 +181,9 @@ class OpenAIEndpoint:
             raise EndpointAway(f"{self.url}: it had the model at first, and does not have it at present")
         return answer
 
-    def _post(self, request: Request, headers: Mapping[str, str]) -> AbstractAsyncContextManager[ClientResponse]:
+    def _post(self, url: str, data: bytes, headers: Mapping[str, str]) -> AbstractAsyncContextManager[ClientResponse]:
         # Followed redirects would send the prompt, and with some servers the key, to where nobody meant them to go.
-        return self._session.post(
-            f"{self.url}{request.url}", json=request.body, headers=headers, allow_redirects=False
-        )  # fmt: skip
+        return self._session.post(f"{self.url}{url}", data=data, headers=headers, allow_redirects=False)
 
     async def _read_answer(self, response: ClientResponse, request: Request) -> Answer:
         identity = response.headers.get("x-request-id", "")

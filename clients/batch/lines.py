@@ -175,6 +175,9 @@ def write_line(answer: Answer, form: Form, *, answer_id: str, number: int, custo
         return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n", is_good
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold and UTF-8 cannot
         return json.dumps(value, separators=(",", ":")).encode() + b"\n", is_good
+    except RecursionError:
+        refused = Answer(error=("unreadable_answer", "the answer has values nested too deeply to be written"))
+        return write_line(refused, form, answer_id=answer_id, number=number, custom_id=custom_id)
 
 
 def _openai_line(answer: Answer, custom_id: str | None) -> dict[str, Any]:

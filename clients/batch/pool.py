@@ -167,4 +167,5 @@ async def agree(pool: Pool, named: frozenset[str], *, needs_model: bool) -> Agre
                 f"{there or 'they do not tell their models'}; give --model NAME"
             )
         default = next(iter(every))
-    return Agreement(models=(named - absent) | ({default} if default else set()), default=default)
+    # A model that no endpoint tells of is not among them, or its absence would pass for one that ends by itself.
+    return Agreement(models=(named & every) | ({default} if default else set()), default=default)

@@ -53,14 +53,14 @@ def denied_after(server, num_good):
     server.answer = answer
 
 
-def interrupted(tmp_path, server, num_lines=30, num_good=10):
-    """A batch that was stopped after some answers: its input and its output to be."""
+def interrupted(tmp_path, num_lines=30, num_good=10):
+    """A batch that was stopped after some answers: its input and its output to be. Its server was one of its own,
+    which may read the requests that were in flight later."""
     prompts, output = write_batch(tmp_path / "in.jsonl", num_lines), tmp_path / "out.jsonl"
-    denied_after(server, num_good)
-    assert batch(prompts, output, server, "--concurrency", "3") == 1
+    with batch_server() as server:
+        denied_after(server, num_good)
+        assert batch(prompts, output, server, "--concurrency", "3") == 1
     assert not output.exists()
-    server.answer = completion
-    server.bodies.clear()
     return prompts, output
 
 
@@ -203,7 +203,7 @@ def test_endpoints_that_disagree_on_the_model_are_refused(tmp_path, server, caps
 
 
 def test_a_batch_that_stopped_goes_on_with_what_is_left(tmp_path, server, capsys):
-    prompts, output = interrupted(tmp_path, server)
+    prompts, output = interrupted(tmp_path)
     assert "HTTP status 401" in capsys.readouterr().err
     kept = sum(path.read_bytes().count(b"\n") for path in records(output))
     assert 7 <= kept <= 10, "requests that were in flight when the batch stopped may have no answer"
@@ -215,7 +215,7 @@ def test_a_batch_that_stopped_goes_on_with_what_is_left(tmp_path, server, capsys
 
 
 def test_damaged_records_are_asked_again(tmp_path, server):
-    prompts, output = interrupted(tmp_path, server)
+    prompts, output = interrupted(tmp_path)
     [path] = records(output)
     lines = path.read_bytes().splitlines(keepends=True)
     # A block that never reached the disk, a changed byte, a line twice, and a line that was cut while it was written.
@@ -227,7 +227,7 @@ def test_damaged_records_are_asked_again(tmp_path, server):
 
 
 def test_another_input_or_other_settings_do_not_go_on_with_an_interrupted_batch(tmp_path, server, capsys):
-    prompts, output = interrupted(tmp_path, server)
+    prompts, output = interrupted(tmp_path)
     before, held = prompts.read_bytes(), [path.read_bytes() for path in records(output)]
     prompts.write_bytes(before.replace(b"prompt 29", b"prompt 99"))
     capsys.readouterr()
@@ -392,7 +392,7 @@ def test_failed_lines_of_an_interrupted_batch_are_sent_again_when_asked_for(tmp_
 
 def test_of_several_records_of_a_line_the_first_good_one_counts(tmp_path, server):
     """As two attempts of a task of Ray may leave them."""
-    prompts, output = interrupted(tmp_path, server)
+    prompts, output = interrupted(tmp_path)
     [path] = records(output)
     index, line = next((record.index, record.line) for record in read_records(path))
     for name, data, is_good in (
@@ -405,6 +405,51 @@ def test_of_several_records_of_a_line_the_first_good_one_counts(tmp_path, server
         other.path.rename(path.parent / f"answers-{name}.jsonl")
     assert batch(prompts, output, server) == 0
     assert is_whole(output, 30)
+
+
+def test_a_complete_output_needs_no_server(tmp_path, server, caplog):
+    prompts, output = write_batch(tmp_path / "in.jsonl", 3), tmp_path / "out.jsonl"
+    assert batch(prompts, output, server) == 0
+    caplog.set_level("INFO")
+    assert main(["batch", str(prompts), str(output), "--url", "http://127.0.0.1:1"]) == 0
+    assert f"{output} is complete already" in caplog.text
+
+
+@pytest.mark.parametrize(("part", "damage"), [(b'"error":null', b'"error":7'), (b'"response":', b'"response"')])
+def test_a_complete_output_that_was_damaged_is_left_as_it_is(tmp_path, server, capsys, part, damage):
+    prompts, output = write_batch(tmp_path / "in.jsonl", 3), tmp_path / "out.jsonl"
+    assert batch(prompts, output, server) == 0
+    lines = output.read_bytes().splitlines(keepends=True)
+    damaged = b"".join([lines[0], lines[1].replace(part, damage), lines[2]])
+    output.write_bytes(damaged)
+    assert batch(prompts, output, server) == 2
+    assert "it exists already, and line 2 of it is damaged; it was left as it is" in capsys.readouterr().err
+    assert output.read_bytes() == damaged
+
+
+def test_values_that_are_nested_deeply_fail_their_lines_alone(tmp_path, server):
+    """Of some depth that depends on the stack, a line can be read and not be written."""
+    prompts, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    depths = range(900, 1000)
+    prompts.write_text("\n".join(openai_line(depth, deep="@").replace('"@"', "[" * depth + "]" * depth)
+                                 for depth in depths))  # fmt: skip
+    assert batch(prompts, output, server) == 1
+    codes = [line["error"] and line["error"]["code"] for line in read_answers(output)]
+    assert (len(codes), codes[0], set(codes)) == (100, None, {None, "invalid_line"})
+    server.answer = lambda body: (200, b'{"a":%s%s}' % (b"[" * len(body["deep"]), b"]" * len(body["deep"])), {})
+    prompts.write_text("\n".join(openai_line(depth, deep="x" * depth) for depth in depths))
+    assert batch(prompts, tmp_path / "deep.jsonl", server) == 1
+    errors = [line["error"] and line["error"]["message"] for line in read_answers(tmp_path / "deep.jsonl")]
+    assert "the answer has values nested too deeply to be written" in errors
+
+
+def test_a_server_that_lists_no_models_and_lacks_the_model_fails_the_lines(tmp_path, server):
+    """A model that a server had at first is waited for, and this one is not."""
+    prompts, output = write_batch(tmp_path / "in.jsonl", 2), tmp_path / "out.jsonl"
+    server.models = None
+    server.answer = lambda _body: (404, {"error": {"message": "no model tiny", "code": "model_not_found"}}, {})
+    assert batch(prompts, output, server) == 1
+    assert [line["response"]["status_code"] for line in read_answers(output)] == [404, 404]
 
 
 def test_a_model_that_no_endpoint_has_fails_its_lines_alone(tmp_path, server, caplog):
@@ -423,23 +468,24 @@ def test_a_killed_batch_goes_on(tmp_path, server, number):
     enough, may_answer = threading.Event(), threading.Event()
 
     def answer(body):
-        if len(server.bodies) > 40:  # the batch is killed while these are waited for
+        if len(first.bodies) > 40:  # the batch is killed while these are waited for
             enough.set()
             may_answer.wait(60)
         return completion(body)
 
-    server.answer = answer
-    words = [sys.executable, "-m", "cli.main", "batch", str(prompts), str(output), "--url", server.url]
-    process = subprocess.Popen([*words, "--concurrency", "4"], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert enough.wait(60)
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    may_answer.set()
+    with batch_server(answer=answer) as first:
+        words = [sys.executable, "-m", "cli.main", "batch", str(prompts), str(output), "--url", first.url]
+        process = subprocess.Popen(
+            [*words, "--concurrency", "4"], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert enough.wait(60)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+        may_answer.set()
     assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
     assert not output.exists()
     kept = sum(path.read_bytes().count(b"\n") for path in records(output))
     assert kept >= 36
-    server.bodies.clear()
     assert batch(prompts, output, server) == 0
     assert is_whole(output, 60)
     assert sum(server.asked().values()) == 60 - kept
