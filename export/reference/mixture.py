@@ -49,7 +49,8 @@ def run_mlp(
 
 def share_of_shared(x: FloatArray, mlp: Mlp, weights: Weights) -> FloatArray:
     """What the outputs of the MLP beside the experts are multiplied by, [T, 1], for x [T, H]."""
-    shares: FloatArray = 1 / (1 + np.exp(-(x @ weights.load(f"{mlp.share}.weight").T)))
+    with np.errstate(over="ignore"):  # the share is 0 where the power is infinite
+        shares: FloatArray = 1 / (1 + np.exp(-(x @ weights.load(f"{mlp.share}.weight").T)))
     return shares
 
 

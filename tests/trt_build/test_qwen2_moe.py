@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,17 @@ def test_other_values_of_a_shared_expert_or_a_bias_show_in_the_logits(tmp_path, 
     tensors[name] = tensors[name][..., ::-1].copy()
     save_file(tensors, other / "model.safetensors")
     assert verify.compare(engine, ByTransformers(outside(other)), [TOKENS[:64]], quiet).failures(FP32)
+
+
+def test_shares_of_nearly_0_and_1_are_those_of_transformers(tmp_path, checkpoint):
+    folder = shutil.copytree(checkpoint, tmp_path / "steep")
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors[f"{SHARED}_gate.weight"] *= np.float32(1000)
+    save_file(tensors, folder / "model.safetensors")
+    [(found, _)] = Reference(read_model(open_checkpoint(folder))).run([TOKENS[:60]])
+    with torch.no_grad():
+        expected = outside(folder)(torch.tensor([TOKENS[:60]])).logits[0].numpy()
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
 def test_keys_that_are_absent_are_transformers_own(checkpoint):
