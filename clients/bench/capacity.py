@@ -23,7 +23,7 @@ from clients.bench.records import Record
 from clients.bench.report import percentile
 from export.errors import ConfigError
 
-KEEPS_UP = 0.9  # answers over arrivals below which a server is taken to fall behind
+KEEPS_UP = 0.9  # ended requests over those that arrived, below which a server is taken to fall behind
 LEAST_POINTS = 2
 _REQUESTS = ("prompts", "prompt_tokens", "prompt_words", "max_tokens")  # what a report says of the requests
 _VALUES: Mapping[str, Callable[[Record], float | None]] = {
@@ -137,8 +137,10 @@ def _point(levels: Sequence[Level], share: float) -> Point:
         float(level.report["load"].get("duration_s") or max(record.due_s for record in level.records)) or 1e-9
         for level in levels
     )
-    windows = sum(float(level.report["window_s"]) for level in levels)
-    answered = sum(float(level.report["requests_per_s"]) * float(level.report["window_s"]) for level in levels)
+    ended = [record for record in records if not record.cut]
+    # Nothing ends before the quickest request would, so as many seconds of each load show nothing.
+    quickest = min(((record.end_s or 0.0) - record.due_s for record in ended if not record.error), default=0.0)
+    windows = sum(max(0.0, float(level.report["window_s"]) - quickest) for level in levels)
     tokens = sum(record.num_tokens for record in records if record.is_answered)
     rate = len(records) / seconds
     return Point(
@@ -146,7 +148,7 @@ def _point(levels: Sequence[Level], share: float) -> Point:
         rate=rate,
         num_requests=len(records),
         tokens_per_request=tokens / (sum(record.is_answered for record in records) or 1),
-        keeps_up=answered / windows >= KEEPS_UP * rate,
+        keeps_up=len(ended) >= KEEPS_UP * rate * windows,
         latencies={
             name: value
             for name, value_of in _VALUES.items()

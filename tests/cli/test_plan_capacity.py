@@ -47,6 +47,13 @@ def test_the_plan_says_how_many_servers_and_how_well_it_predicts(curves, capsys)
     assert "check: each rate predicted from the others" in out
 
 
+def test_nothing_is_said_of_rates_that_were_not_measured(curves, capsys):
+    assert main(["plan", "--target-rps", "5", "--slo", "60000", "--curves", str(curves)]) == 0
+    out = capsys.readouterr().out
+    assert "it still holds there, so measure higher rates" in out
+    assert "requests/s each: more than was measured" in out
+
+
 def test_a_bound_that_an_idle_server_misses_ends_with_1(curves, capsys):
     assert main(["plan", "--target-rps", "5", "--slo", "400", "--curves", str(curves)]) == 1
     assert "no number is enough: at 0.2" in capsys.readouterr().out
@@ -60,7 +67,10 @@ def test_a_bound_that_an_idle_server_misses_ends_with_1(curves, capsys):
         (["--target-rps", "-1", "--slo", "5", "--curves", "CURVES"], "--target-rps is -1.0, expected a number above 0"),
         (["--target-rps", "5", "--slo", "x", "--curves", "CURVES"], "reading --slo: found 'x'"),
         (["--target-rps", "5", "--slo", "5", "--curves", "CURVES", "--percentile", "100"], "--percentile is 100.0"),
-        (["--target-rps", "5", "--slo", "5", "--curves", "/nowhere"], "reading the load test /nowhere: No such file"),
+        (
+            ["--target-rps", "5", "--slo", "5", "--curves", "/nowhere"],
+            "reading the load test /nowhere: /nowhere does not",
+        ),
         (["folder", "--target-rps", "5", "--slo", "5", "--curves", "CURVES"], "it has no CHECKPOINT, which plan an"),
         (["--provider", "cuda", "--slo", "5"], "it has no --provider"),
     ],

@@ -122,6 +122,31 @@ def test_a_rate_that_the_plan_has_not_seen_is_predicted_within_15_percent():
         assert plan.tokens_per_s == pytest.approx(one.rate * one.tokens_per_request, rel=0.02)
 
 
+def lasting(rate, answer_s, *, window_s=60.0, early=False, capacity=math.inf):
+    """A load of `window_s` seconds whose requests arrive evenly and are served one after another, `capacity` a second,
+    each answer `answer_s` after its turn."""
+    found = []
+    for index in range(int(rate * window_s)):
+        due = index / rate
+        end = max(due, index / capacity) + answer_s
+        found.append(
+            Record(index=index, stream=index, due_s=due, sent_s=due, max_tokens=1, end_s=min(end, window_s),
+                   cut=end > window_s, ended_early=early and end <= window_s)
+        )  # fmt: skip
+    load = Load(rate=rate, duration_s=window_s)
+    run = Run(records=found, window_s=window_s, cpu_s=0.0, counting="x")
+    return Level(name=f"{rate:g}/s", report=summarise(run, load, works(), 2), records=found)
+
+
+def test_a_server_falls_behind_by_its_rate_not_by_the_time_of_an_answer():
+    """Of answers that take 12 s, a fifth of a minute's are under way at its end, however idle the server is."""
+    levels = [lasting(2.0, 12.0), lasting(3.0, 12.0, early=True), lasting(4.0, 12.0, capacity=3.0), lasting(5.0, 0.1),
+              lasting(6.0, 0.1, capacity=5.0)]  # fmt: skip
+    assert [point.keeps_up for point in points_of([LoadTest(about={}, levels=levels)], 0.9)] == [
+        True, True, False, True, False,
+    ]  # fmt: skip
+
+
 def records(firsts, *, failed=0, cut=0):
     """Requests that were due once a second, `failed` and `cut` (after 3 s) ones behind them."""
     kinds = [*(("", first) for first in firsts), *[("failed", 0.0)] * failed, *[("cut", 3.0)] * cut]
