@@ -55,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.page is not None:
         refuse_existing(arguments.page, "the page")  # before loads that may take hours
+        if arguments.output is not None and arguments.output.resolve() == arguments.page.resolve():
+            raise ConfigError(f"measuring a server: --output and --page are both {arguments.page}; name two files")
     if arguments.compare is not None:
         return _compare(arguments)
     if arguments.show is not None:

@@ -134,6 +134,8 @@ def read_endpoints(arguments: argparse.Namespace) -> Endpoints:
         raise ConfigError(f"measuring a server: --url is {wrong[0]}, expected {expected} for the endpoint {kind}")
     if not 0 < arguments.patience < float("inf"):
         raise ConfigError(f"measuring a server: --patience is {arguments.patience}, expected seconds above 0")
+    if arguments.timeout is not None and not 0 < arguments.timeout < float("inf"):
+        raise ConfigError(f"measuring a server: --timeout is {arguments.timeout}, expected seconds above 0")
     key = None
     if arguments.api_key_env is not None and not (key := os.environ.get(arguments.api_key_env)):
         raise ConfigError(f"measuring a server: the variable {arguments.api_key_env} of --api-key-env is not set")

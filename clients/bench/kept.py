@@ -23,6 +23,7 @@ from clients.bench.records import Record, Run
 from clients.bench.report import summarise
 from export.errors import ConfigError, OutputError, named
 from export.files.output import refuse_existing
+from export.files.reading import open_regular
 
 FORMAT, VERSION = "moeship load test", 1
 BROKEN_OFF = "the file breaks off"
@@ -150,9 +151,9 @@ def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """The number and the object of each line. Raises ConfigError."""
     doing = f"reading the load test {named(path)}"
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise ConfigError(f"{doing}: it has more than {_MOST_BYTES} bytes; {_HINT}")
-        with path.open(encoding="utf-8") as file:
+        with open_regular(path, doing) as raw, open(raw.fileno(), encoding="utf-8", closefd=False) as file:
+            if os.fstat(raw.fileno()).st_size > _MOST_BYTES:
+                raise ConfigError(f"{doing}: it has more than {_MOST_BYTES} bytes; {_HINT}")
             for number, text in enumerate(file, 1):
                 try:
                     line = json.loads(text)
@@ -200,8 +201,10 @@ class _Reader:
                 self.load = dict(line)
             elif line["kind"] == "request":
                 values = {key: value for key, value in line.items() if key not in ("kind", "load")}
-                arrivals = [(float(at), int(tokens)) for at, tokens in values.pop("arrivals")]
-                self.records.append(Record(**values, arrivals=arrivals))
+                values["arrivals"] = [(float(at), int(tokens)) for at, tokens in values["arrivals"]]
+                values |= {name: int(values[name]) for name in ("index", "stream", "max_tokens")}
+                values |= {name: float(values[name]) for name in ("due_s", "sent_s", "end_s")}
+                self.records.append(Record(**values))
             elif line["kind"] == "end":
                 self._close(line)
         except (KeyError, TypeError, ValueError) as error:

@@ -32,7 +32,10 @@ class Lengths:
         """One number of tokens, at least 1."""
         if not self.sigma:
             return source.randint(self.low, self.high)
-        return max(1, min(self.high, round(source.lognormvariate(math.log(self.low), self.sigma))))
+        try:
+            return max(1, min(self.high, round(source.lognormvariate(math.log(self.low), self.sigma))))
+        except OverflowError:  # of a number that a float cannot hold
+            return self.high
 
     def __str__(self) -> str:
         if self.sigma:

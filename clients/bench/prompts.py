@@ -41,7 +41,7 @@ class Prompt:
 def read_prompts(path: Path) -> list[Prompt]:
     """Read a file with one JSON object a line: "prompt", and if need be "max_tokens". Raises ConfigError."""
     prompts = []
-    for number, line in enumerate(read_text(path, "prompts", most=MAX_PROMPTS_BYTES).splitlines(), 1):
+    for number, line in enumerate(read_text(path, "prompts", most=MAX_PROMPTS_BYTES).split("\n"), 1):
         if not line.strip():
             continue
         try:

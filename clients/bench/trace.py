@@ -42,7 +42,7 @@ def read_trace(path: Path) -> list[Traced]:
     line that is broken, has a time below 0, or has no length."""
     found: list[Traced] = []
     problems = []
-    for number, line in enumerate(read_text(path, "a trace", most=MAX_PROMPTS_BYTES).splitlines(), 1):
+    for number, line in enumerate(read_text(path, "a trace", most=MAX_PROMPTS_BYTES).split("\n"), 1):
         if not line.strip():
             continue
         try:

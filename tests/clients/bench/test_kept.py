@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,6 +134,13 @@ def test_the_figures_of_another_objective_are_computed_of_the_same_samples(tmp_p
         (lambda lines: [*lines[:5], "{\n", *lines[5:]], "line 6: "),
         (lambda lines: [*lines[:5], '{"kind": "request"}\n', *lines[5:]], "line 6: .*it is damaged"),
         (lambda lines: [*lines[:5], "[]\n", *lines[5:]], "line 6: found something else"),
+        *(
+            (
+                lambda lines, name=name: [*lines[:5], re.sub(rf'"{name}": [^,]+', f'"{name}": "x"', lines[5])],
+                "line 6: .*it is damaged",
+            )
+            for name in ("index", "due_s", "end_s")
+        ),
     ],
 )
 def test_a_file_that_is_none_of_ours_is_refused(tmp_path, change, message):
@@ -143,8 +152,10 @@ def test_a_file_that_is_none_of_ours_is_refused(tmp_path, change, message):
 
 
 def test_files_that_cannot_be_read_or_must_not_be_written_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ConfigError, match="none does not exist"):
         read_test(tmp_path / "none")
+    with pytest.raises(ConfigError, match="/dev/zero is a folder, a pipe or a device, expected a regular file"):
+        read_test(Path("/dev/zero"))  # which has no end
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="it is no UTF-8 text"):
         read_test(tmp_path / "bytes")

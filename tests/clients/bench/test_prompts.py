@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from statistics import median
 
@@ -69,6 +70,17 @@ def test_prompts_of_a_file(tmp_path):
     assert read_prompts(path) == [Prompt(text="eins", max_tokens=7), Prompt(text="zwei ä")]
     made = [works(prompts=read_prompts(path)).work(index) for index in range(40)]
     assert {(work.prompt, work.max_tokens) for work in made} == {("eins", 7), ("zwei ä", 4)}
+
+
+def test_a_line_of_a_file_ends_with_a_newline_alone(tmp_path):
+    path, texts = tmp_path / "prompts.jsonl", ["a\u2028b", "c\x85d"]  # at which Python's splitlines() cuts
+    path.write_bytes("\r\n".join(json.dumps({"prompt": text}, ensure_ascii=False) for text in texts).encode())
+    assert [prompt.text for prompt in read_prompts(path)] == texts
+
+
+def test_lengths_of_a_very_wide_distribution_stay_within_it():
+    lengths, source = read_lengths("lognormal:5,999999,9", "x"), random.Random(0)
+    assert {lengths.draw(source) for _ in range(100)} == {1, 9}
 
 
 @pytest.mark.parametrize(

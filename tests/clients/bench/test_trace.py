@@ -107,6 +107,12 @@ def test_broken_lines_are_named(trace, line, message):
         trace({"timestamp": 0, "input_length": 4}, line)
 
 
+def test_a_line_ends_with_a_newline_alone(trace):
+    texts = ["a\u2028b", "c\x85d"]  # at which Python's splitlines() cuts
+    found = trace(*(json.dumps({"timestamp": 0, "prompt": text}, ensure_ascii=False) for text in texts))
+    assert [one.prompt for one in found] == texts
+
+
 def test_an_empty_trace_is_refused(trace):
     with pytest.raises(ConfigError, match="found no request"):
         trace("")
