@@ -41,13 +41,15 @@ if TYPE_CHECKING:
 
 
 class ClientError(MoeshipError):
-    """A request that got no complete answer. `status` is the name of the gRPC status; None if there was no call."""
+    """A request that got no complete answer. `status` is the name of the gRPC status; None if there was no call.
+    `remedy` takes the place of the class's."""
 
     exit_status = 1
     remedy: ClassVar[str] = ""
 
-    def __init__(self, message: str, *, status: str | None = None) -> None:
-        super().__init__(f"{message}; {self.remedy}" if self.remedy else message)
+    def __init__(self, message: str, *, status: str | None = None, remedy: str | None = None) -> None:
+        remedy = self.remedy if remedy is None else remedy
+        super().__init__(f"{message}; {remedy}" if remedy else message)
         self.status = status
 
 
@@ -91,6 +93,7 @@ class ConnectionFailed(ClientError):
     """Nothing answers at that address."""
 
     remedy = "check that the server is running, and that this is its gRPC port (8001 by default), not its HTTP port"
+    over_http: ClassVar[str] = "check that the server is running, and its address"  # remedy in place of that for gRPC
 
 
 class TlsFailed(ClientError):

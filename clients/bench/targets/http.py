@@ -64,7 +64,7 @@ async def library_errors(doing: str) -> AsyncIterator[None]:
     except (library.ClientConnectorCertificateError, library.ClientConnectorSSLError) as error:
         raise TlsFailed(f"{doing}: {error}; check --tls-ca, or whether the server encrypts") from error
     except library.ClientConnectorError as error:
-        raise ConnectionFailed(f"{doing}: {error}") from error
+        raise ConnectionFailed(f"{doing}: {error}", remedy=ConnectionFailed.over_http) from error
     except library.InvalidURL as error:
         raise AddressInvalid(f"{doing}: found {error}, expected http://HOST:PORT") from error
     except TimeoutError as error:
