@@ -181,6 +181,8 @@ def read_sending(arguments: argparse.Namespace) -> Sending:
     for name, seconds in (("--timeout", arguments.timeout), ("--patience", arguments.patience)):
         if not 0 < seconds < math.inf:
             raise ConfigError(f"{doing}: {name} is {seconds}, expected a finite number of seconds above 0")
+    if arguments.model == "":
+        raise ConfigError(f"{doing}: --model is empty, expected a name; leave it out for that of each line")
     if arguments.ray_address and arguments.engine != "ray":
         raise ConfigError(f"{doing}: found --ray-address without --engine ray; give both or none")
     for url in arguments.url:

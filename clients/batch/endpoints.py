@@ -149,13 +149,17 @@ class OpenAIEndpoint:
                 if response.status in (404, 405, 501):
                     return None
                 if response.status != 200:
-                    raise ConnectionFailed(f"{doing}: HTTP status {response.status}: {await _beginning(response)}")
+                    raise ConnectionFailed(
+                        f"{doing}: HTTP status {response.status}: {await _beginning(response)}",
+                        remedy=ConnectionFailed.over_http,
+                    )
                 found = json.loads(await _read(response))
                 return frozenset(str(model["id"]) for model in found["data"])
         except (self._library.ClientConnectorCertificateError, self._library.ClientConnectorSSLError) as error:
             raise TlsFailed(f"{doing}: {error}; check --tls-ca, or whether the server encrypts") from error
         except (self._library.ClientError, TimeoutError, OSError) as error:
-            raise ConnectionFailed(f"{doing}: {error!r}") from error
+            reason = str(error) or repr(error)
+            raise ConnectionFailed(f"{doing}: {reason}", remedy=ConnectionFailed.over_http) from error
         except (ValueError, KeyError, TypeError) as error:
             raise StreamBroken(f"{doing}: the answer cannot be read ({error!r})") from error
 

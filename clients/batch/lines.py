@@ -122,6 +122,8 @@ def read_request(value: Any, form: Form, model: str | None, defaults: Mapping[st
         body["model"] = model
     if not isinstance(body.get("model"), str) or not body["model"]:
         raise LineInvalid("found no model in the body, expected its name; add it, or give --model")
+    if form == "prompts" and body.get("n") not in (None, 1):
+        raise LineInvalid(f"n is {shown(body['n'])}, expected 1; for several answers use the OpenAI batch file format")
     if body.get("stream"):
         raise LineInvalid("stream is true in the body, expected a whole answer; leave it out")
     return Request(custom_id=request.custom_id, url=request.url, body=body)
@@ -151,8 +153,6 @@ def _prompt_request(value: Any) -> Request:  # noqa: ANN401 - JSON value
         raise LineInvalid("expected one of prompt and messages")
     if "prompt" in body and not isinstance(body["prompt"], str):
         raise LineInvalid(f"prompt is {kind_of(body['prompt'])}, expected a text")
-    if body.get("n") not in (None, 1):
-        raise LineInvalid(f"n is {shown(body['n'])}, expected 1; for several answers use the OpenAI batch file format")
     custom_id = fields.get("custom_id")
     if custom_id is not None and (not isinstance(custom_id, str) or not custom_id):
         raise LineInvalid(f"custom_id is {shown(custom_id)}, expected a text that is not empty")
@@ -237,4 +237,11 @@ def read_defaults(text: str | None, doing: str) -> dict[str, Any]:
         raise ConfigError(f"{doing}: {error}; give an object of JSON") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{doing}: found {kind_of(value)}, expected an object; give fields of a request's body")
+    if own := [name for name in ("custom_id", "prompt", "messages") if name in value]:
+        raise ConfigError(f"{doing}: found {own[0]}, which each line has for itself; leave it out")
+    if value.get("stream"):
+        raise ConfigError(f"{doing}: stream is true, expected a whole answer; leave it out")
+    model = value.get("model", "x")
+    if not isinstance(model, str) or not model:
+        raise ConfigError(f"{doing}: model is {shown(model)}, expected a name")
     return value

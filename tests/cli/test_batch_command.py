@@ -95,6 +95,13 @@ def test_plain_prompts_take_the_servers_only_model_and_the_flags(tmp_path, serve
     assert server.paths == {"/v1/completions", "/v1/chat/completions"}
 
 
+def test_several_answers_to_a_plain_prompt_are_refused_also_by_a_flag(tmp_path, server):
+    prompts, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('"one"\n{"prompt": "two", "n": 1}\n')
+    assert batch(prompts, output, server, "--body", '{"n": 2}') == 1
+    assert [line["error"] and line["error"]["code"] for line in read_answers(output)] == ["invalid_line", None]
+
+
 def test_broken_lines_are_named_and_the_rest_is_done(tmp_path, server, caplog):
     prompts, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines = [
@@ -314,6 +321,11 @@ def test_a_triton_answers_completions_over_grpc(tmp_path):
         (["--concurrency", "0"], "--concurrency is 0, expected 1 or more"),
         (["--patience", "nan"], "--patience is nan, expected a finite number of seconds above 0"),
         (["--body", "[1]"], "reading --body: found a list, expected an object"),
+        (["--body", '{"model": ["a"]}'], "reading --body: model is ['a'], expected a name"),
+        (["--body", '{"model": ""}'], "reading --body: model is '', expected a name"),
+        (["--body", '{"prompt": "x"}'], "reading --body: found prompt, which each line has for itself"),
+        (["--body", '{"stream": true}'], "reading --body: stream is true, expected a whole answer"),
+        (["--model", ""], "--model is empty, expected a name"),
         (["--body", '{"max_tokens": 1}', "--max-tokens", "2"], "found max_tokens, and the flag of that name"),
         (["--ray-address", "auto"], "found --ray-address without --engine ray"),
         (
@@ -341,7 +353,10 @@ def test_an_address_of_another_server_is_no_ray_cluster(tmp_path, server, capsys
 def test_an_address_where_nothing_answers_is_said_at_once(tmp_path, capsys):
     prompts = write_batch(tmp_path / "in.jsonl", 2)
     assert main(["batch", str(prompts), str(tmp_path / "o.jsonl"), "--url", "http://127.0.0.1:1"]) == 1
-    assert "listing the models of http://127.0.0.1:1" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "listing the models of http://127.0.0.1:1: Cannot connect to host" in told
+    assert "check that the server is running, and its address" in told
+    assert "gRPC" not in told
     assert main(["batch", str(prompts), str(tmp_path / "o.jsonl"), "--url", "ftp://here"]) == 2
 
 
