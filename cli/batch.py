@@ -118,7 +118,8 @@ def run(arguments: argparse.Namespace) -> int:
         outcome, kept = _answer(arguments, job, found, sending, replaces=outcome is not None)
     else:
         logger.info("%s is complete already", arguments.output)
-        discard_interrupted(arguments.output)
+        if not outcome.num_failed:  # else answers of an interrupted run with --retry-failed may be there
+            discard_interrupted(arguments.output)
     return _say(arguments, outcome, kept=kept, seconds=time.monotonic() - started)
 
 
@@ -154,11 +155,15 @@ def _answer(
                 show(sum(counts.values()), f"{counts[False]} failed" if counts[False] else "")
 
             show(kept, "")
-            if arguments.engine == "ray":
-                cluster = Cluster(address=arguments.ray_address, workers=arguments.ray_workers)
-                run_on_ray(store, found.shards, sending, cluster, tell)
-            else:
-                run_local(store, sending, tell)
+            try:
+                if arguments.engine == "ray":
+                    cluster = Cluster(address=arguments.ray_address, workers=arguments.ray_workers)
+                    run_on_ray(store, found.shards, sending, cluster, tell)
+                else:
+                    run_local(store, sending, tell)
+            except KeyboardInterrupt:
+                logger.warning("the answers so far are kept: run the same command again to go on")
+                raise
         require_same_input(job)
         with _bar("writing", job.num_lines) as show:
             outcome = store.publish(lambda lines: show(lines, ""), replaces=replaces)

@@ -388,6 +388,21 @@ def test_failed_lines_are_sent_again_when_asked_for(tmp_path, server, capsys):
     assert not partial_path(output).exists()
 
 
+def test_a_run_without_the_flag_keeps_what_an_interrupted_retry_has(tmp_path, server):
+    prompts, output = write_batch(tmp_path / "in.jsonl", 4), tmp_path / "out.jsonl"
+    server.answer = lambda body: completion(body) if body["prompt"] == "prompt 0" else (400, {}, {})
+    assert batch(prompts, output, server) == 1
+    server.answer = lambda body: completion(body) if body["prompt"] < "prompt 3" else (401, {}, {})
+    assert batch(prompts, output, server, "--retry-failed", "--concurrency", "1") == 1
+    assert batch(prompts, output, server) == 1
+    server.answer = completion
+    server.bodies.clear()
+    assert batch(prompts, output, server, "--retry-failed") == 0
+    assert server.asked() == {"prompt 3": 1}
+    assert is_whole(output, 4)
+    assert not partial_path(output).exists()
+
+
 def test_failed_lines_of_an_interrupted_batch_are_sent_again_when_asked_for(tmp_path, server):
     prompts, output = write_batch(tmp_path / "in.jsonl", 8), tmp_path / "out.jsonl"
 
@@ -495,9 +510,10 @@ def test_a_killed_batch_goes_on(tmp_path, server, number):
         )
         assert enough.wait(60)
         process.send_signal(number)
-        process.communicate(timeout=60)
+        told = process.communicate(timeout=60)[1]
         may_answer.set()
     assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    assert (b"the answers so far are kept" in told) == (number == signal.SIGTERM)
     assert not output.exists()
     kept = sum(path.read_bytes().count(b"\n") for path in records(output))
     assert kept >= 36
