@@ -103,8 +103,8 @@ def _write(
 
 
 def _write_cache_scales(build: PreparedBuild, folder: Path, source: Source) -> None:
-    """Run the engine whose files are in `folder` over a text, and write the scales of its int8 caches; nothing where
-    the build has no such caches."""
+    """Run the engine whose files are in `folder` over a text, and write the scales of its int8 caches. Does nothing for
+    a build without int8 caches, or whose caches have a scale for each position."""
     text = build.cache_text()
     if text is None:
         return
