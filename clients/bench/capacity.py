@@ -21,7 +21,7 @@ from clients.bench.kept import Level, LoadTest
 from clients.bench.objective import NAMES, Objective
 from clients.bench.records import Record
 from clients.bench.report import percentile
-from export.errors import ConfigError
+from export.errors import ConfigError, names
 
 KEEPS_UP = 0.9  # ended requests over those that arrived, below which a server is taken to fall behind
 LEAST_POINTS = 2
@@ -107,7 +107,16 @@ class Curve:
 
 def points_of(tests: Sequence[LoadTest], share: float) -> list[Point]:
     """The points of all tests by their rate; loads of one rate are one point. Raises ConfigError where the tests
-    measured other requests, or have no open loops."""
+    measured several servers, models or kinds of requests, or have too few open loops."""
+    for test in tests:
+        if len(urls := test.about.get("urls") or ()) > 1:
+            raise ConfigError(
+                f"planning capacity: a load test has {len(urls)} servers ({names(urls)}), expected one; measure one"
+            )
+    if len(models := {str(test.about["model"]) for test in tests if test.about.get("model")}) > 1:
+        raise ConfigError(
+            f"planning capacity: the load tests are of different models ({names(sorted(models))}); give tests of one"
+        )
     levels: dict[float, list[Level]] = {}
     kinds = set()
     for test in tests:

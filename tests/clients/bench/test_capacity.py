@@ -190,6 +190,11 @@ def test_tests_that_cannot_be_planned_with_are_refused():
     closed.report["load"]["kind"] = "closed loop"
     with pytest.raises(ConfigError, match="found 1 whole open loops in the load tests, expected 2 rates or more"):
         points_of([LoadTest(about={}, levels=[level(1.0, found), closed])], 0.9)
+    rates = [level(1.0, found), level(2.0, found)]
+    with pytest.raises(ConfigError, match="a load test has 2 servers .a:1, b:1., expected one"):
+        points_of([LoadTest(about={"urls": ["a:1", "b:1"]}, levels=rates)], 0.9)
+    with pytest.raises(ConfigError, match="of different models .mixtral, phixtral.; give tests of one"):
+        points_of([LoadTest(about={"model": model}, levels=rates) for model in ("phixtral", "mixtral")], 0.9)
     early = level(2.0, found)
     early.report["ended_early"] = "interrupted"
     with pytest.raises(ConfigError, match="found 1 whole open loops"):
