@@ -76,17 +76,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _tell(arguments: argparse.Namespace, test: LoadTest) -> int:
-    """Print the figures of a test and write its page; returns the exit status."""
+    """Print the figures of a test and write its page; returns the exit status. Raises OutputError."""
     levels = test.levels
-    if arguments.page is not None:
-        from cli.bench_page import bench_page
-
-        replace_file(arguments.page, bench_page(test))
     if arguments.json:
         print(json.dumps({"loads": [{**level.report, "server_metrics": level.metrics} for level in levels]}, indent=2))
     else:
         print(table(levels))
         print_rows("notes", notes(levels))
+    if arguments.page is not None:  # last, as the disk may be full
+        from cli.bench_page import bench_page
+
+        replace_file(arguments.page, bench_page(test))
     return status_of(levels)
 
 

@@ -121,6 +121,22 @@ def test_a_full_disk_loses_no_figures(server, capsys, tmp_path, monkeypatch):
     assert "No space left on device; the file has what was measured before that" in found.err
 
 
+def test_a_page_that_cannot_be_written_loses_no_figures(server, capsys, tmp_path):
+    folder = tmp_path / "pages"
+    folder.mkdir()
+
+    def answer(request, context):
+        folder.rmdir()
+        yield from two_pieces(request, context)
+
+    server.answer = answer
+    arguments = ["--requests", "1", "--warm-up", "0", "--page", str(folder / "page.html")]
+    assert main(["bench", "--url", server.url, *arguments]) == 2
+    found = capsys.readouterr()
+    assert re.search(r"0 of 1$", found.out, re.M)
+    assert "page.html" in found.err or "pages" in found.err
+
+
 def test_a_server_that_does_not_answer_leaves_no_file(tmp_path):
     assert main(["bench", "--url", "127.0.0.1:1", "--output", str(tmp_path / "run")]) == 1
     assert list(tmp_path.iterdir()) == []
