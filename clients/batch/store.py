@@ -326,7 +326,10 @@ def _check_job(job: Job, folder: Path, held: int, output: Path, doing: str) -> N
         return
     with open_own(path.name, held, os.O_RDONLY, path, doing):
         pass
-    found = read_json(path, f"{doing}: reading {path}", OutputError)
+    try:
+        found = read_json(path, "the job of an interrupted batch", OutputError)
+    except OutputError as error:
+        raise OutputError(f"{error}; name another output, or discard what was answered ({discard})") from error
     problems = _differences(found, job.facts())
     if problems:
         what = "its input is another one" if problems[0].startswith("input") else "its settings were others"

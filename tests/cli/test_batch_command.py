@@ -233,6 +233,18 @@ def test_damaged_records_are_asked_again(tmp_path, server):
     assert sum(server.asked().values()) == 30 - len(lines) + 2
 
 
+def test_a_damaged_job_is_named_with_what_to_do(tmp_path, server, capsys):
+    prompts, output = interrupted(tmp_path)
+    (partial_path(output) / "job.json").write_bytes(b"")
+    capsys.readouterr()
+    assert batch(prompts, output, server) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("OutputError: reading the job of an interrupted batch: ")
+    assert "is not readable JSON" in told
+    assert f"name another output, or discard what was answered (rm -r {partial_path(output)})" in told
+    assert server.bodies == []
+
+
 def test_another_input_or_other_settings_do_not_go_on_with_an_interrupted_batch(tmp_path, server, capsys):
     prompts, output = interrupted(tmp_path)
     before, held = prompts.read_bytes(), [path.read_bytes() for path in records(output)]
