@@ -469,22 +469,6 @@ def test_a_complete_output_that_was_damaged_is_left_as_it_is(tmp_path, server, c
     assert output.read_bytes() == damaged
 
 
-def test_values_that_are_nested_deeply_fail_their_lines_alone(tmp_path, server):
-    """Of some depth that depends on the stack, a line can be read and not be written."""
-    prompts, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    depths = range(900, 1000)
-    prompts.write_text("\n".join(openai_line(depth, deep="@").replace('"@"', "[" * depth + "]" * depth)
-                                 for depth in depths))  # fmt: skip
-    assert batch(prompts, output, server) == 1
-    codes = [line["error"] and line["error"]["code"] for line in read_answers(output)]
-    assert (len(codes), codes[0], set(codes)) == (100, None, {None, "invalid_line"})
-    server.answer = lambda body: (200, b'{"a":%s%s}' % (b"[" * len(body["deep"]), b"]" * len(body["deep"])), {})
-    prompts.write_text("\n".join(openai_line(depth, deep="x" * depth) for depth in depths))
-    assert batch(prompts, tmp_path / "deep.jsonl", server) == 1
-    errors = [line["error"] and line["error"]["message"] for line in read_answers(tmp_path / "deep.jsonl")]
-    assert "the answer has values nested too deeply to be written" in errors
-
-
 def test_a_server_that_lists_no_models_and_lacks_the_model_fails_the_lines(tmp_path, server):
     """A model that a server had at first is waited for, and this one is not."""
     prompts, output = write_batch(tmp_path / "in.jsonl", 2), tmp_path / "out.jsonl"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -16,9 +17,9 @@ from batch_standin import openai_line
 from bench_standin import simulate
 
 from clients.batch import pool as pools
-from clients.batch.endpoints import MOST_RETRY_S, Access, EndpointAway, retry_after
+from clients.batch.endpoints import MOST_RETRY_S, Access, EndpointAway, open_endpoint, retry_after
 from clients.batch.job import Job, scan
-from clients.batch.lines import Answer, RawLine, Request
+from clients.batch.lines import Answer, RawLine, Request, write_line
 from clients.batch.pool import Pool
 from clients.batch.runner import FIRST_WAIT_S, Rules, Run, may_succeed_later, wait_s
 from clients.batch.store import Journal as KeptJournal
@@ -206,6 +207,28 @@ def test_statuses_after_which_the_same_request_may_succeed():
     ]  # fmt: skip
     codes = ("timeout", "connection_lost", "unreadable_answer", "answer_too_large", "invalid_line")
     assert [code for code in codes if may_succeed_later(Answer(error=(code, "")))] == ["timeout", "connection_lost"]
+
+
+def test_values_that_are_nested_too_deeply_to_be_written_fail_their_line_alone():
+    """Of some depth that depends on the stack, a line or an answer can be read and not be written."""
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+
+    async def ask():
+        endpoint = open_endpoint("http://127.0.0.1:1", Access(timeout_s=1))
+        try:
+            return await endpoint.ask(Request(custom_id="a", url="/v1/completions", body={"deep": deep}), "x")
+        finally:
+            await endpoint.close()
+
+    assert asyncio.run(ask()) == Answer(error=("invalid_line", "found values nested too deeply to be sent"))
+    for form in ("openai", "prompts"):
+        made = {"choices": [{"text": deep}]}
+        line, is_good = write_line(Answer(status=200, body=made), form, answer_id="i", number=1, custom_id="a")
+        told = json.loads(line)
+        assert (told["id"], told["custom_id"], is_good) == ("i", "a", False)
+        assert told["error"]["message"] == "the answer has values nested too deeply to be written"
 
 
 def test_waits_double_up_to_a_minute():
