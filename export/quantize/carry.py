@@ -20,7 +20,8 @@ class Loss:
 
     def add(self, values: FloatArray, codes: ByteArray, scales: FloatArray, bits: int) -> None:
         """Add values [n, K] that are stored as codes [n, K] with scales [n, K / block], without zero points."""
-        self._add(values, dequantize_blocks(codes, scales, bits) - values)
+        with np.errstate(over="ignore", invalid="ignore"):  # the writer refuses infinite scales
+            self._add(values, dequantize_blocks(codes, scales, bits) - values)
 
     def add_rounded(self, values: FloatArray, exact: FloatArray, rounded: FloatArray) -> None:
         """Add values [n, K] that keep their codes, and whose scales [n, blocks] are rounded."""

@@ -114,6 +114,16 @@ def test_what_does_not_fit_is_refused_by_its_name(tmp_path, changes, problem):
         read_model(open_checkpoint(folder)).weights.load(ROW)
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_scales_beyond_float16_are_refused_where_the_kernels_take_it(tmp_path, precision):
+    folder = write_gpt_oss_checkpoint(tmp_path / "c", seed=1, spelling="mxfp4", hidden_size=128)
+    replaced(folder, scales=lambda scales: np.full_like(scales, 160))
+    options = BuildOptions(checkpoint=str(folder), output=tmp_path / "e", precision=precision, kernels="moeship")
+    with pytest.raises(MoeshipError, match=f"{ROW}: a value or scale of magnitude .* is beyond float16's 65504"):
+        build_engine(options)
+    assert not (tmp_path / "e").exists()
+
+
 def test_files_that_are_not_packed_as_config_json_says_are_refused(tmp_path):
     folder = write_gpt_oss_checkpoint(tmp_path / "c", seed=1)
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
