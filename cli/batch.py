@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_URL = "127.0.0.1:8001"
 _REDRAW_S = 0.2
 
 
@@ -42,9 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, metavar="OUT", help="JSONL file of answers to make")
     server = parser.add_argument_group("servers")
     server.add_argument(
-        "--url", nargs="+", default=["127.0.0.1:8001"], metavar="URL",
+        "--url", action="extend", nargs="+", metavar="URL",
         help="HOST:PORT of a Triton's gRPC, or http://HOST:PORT of a server with OpenAI's API; several share the lines "
-        "(default: 127.0.0.1:8001)",
+        f"(default: {DEFAULT_URL})",
     )  # fmt: skip
     server.add_argument("--api-key", type=Path, metavar="FILE", help="file with the key for servers over HTTP")
     server.add_argument(
@@ -190,12 +191,13 @@ def read_sending(arguments: argparse.Namespace) -> Sending:
         raise ConfigError(f"{doing}: --model is empty, expected a name; leave it out for that of each line")
     if arguments.ray_address and arguments.engine != "ray":
         raise ConfigError(f"{doing}: found --ray-address without --engine ray; give both or none")
-    for url in arguments.url:
+    urls = tuple(arguments.url or [DEFAULT_URL])
+    for url in urls:
         check_url(url)
     key = read_key(arguments.api_key) if arguments.api_key else None
     access = Access(timeout_s=arguments.timeout, key=key, tls=read_client_tls(arguments))
     rules = Rules(concurrency=arguments.concurrency, retries=arguments.retries, patience_s=arguments.patience)
-    return Sending(urls=tuple(arguments.url), access=access, rules=rules)
+    return Sending(urls=urls, access=access, rules=rules)
 
 
 def read_body(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -203,7 +203,7 @@ def test_endpoints_that_disagree_on_the_model_are_refused(tmp_path, server, caps
         assert batch(plain, output, server, other.url) == 2
         assert "lines name none, and the endpoints do not have one and the same model alone" in capsys.readouterr().err
         other.models = ("tiny", "other")
-        assert batch(prompts, output, server, other.url, "--concurrency", "1") == 0
+        assert batch(prompts, output, server, "--url", other.url, "--concurrency", "1") == 0
         assert server.bodies
         assert other.bodies
     assert is_whole(output, 3)
