@@ -158,7 +158,7 @@ class OpenAIEndpoint:
         except (self._library.ClientConnectorCertificateError, self._library.ClientConnectorSSLError) as error:
             raise TlsFailed(f"{doing}: {error}; check --tls-ca, or whether the server encrypts") from error
         except (self._library.ClientError, TimeoutError, OSError) as error:
-            reason = str(error) or repr(error)
+            reason = f"no answer within {CHECK_S:g} s" if isinstance(error, TimeoutError) else error
             raise ConnectionFailed(f"{doing}: {reason}", remedy=ConnectionFailed.over_http) from error
         except (ValueError, KeyError, TypeError) as error:
             raise StreamBroken(f"{doing}: the answer cannot be read ({error!r})") from error

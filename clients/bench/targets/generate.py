@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from clients.bench.load import Work
 from clients.bench.records import Arrival
-from clients.bench.targets.http import MOST_DETAILS, events, library_errors, read_json, refusal
+from clients.bench.targets.http import MOST_DETAILS, asked_for_models, events, library_errors, read_json, refusal
 from clients.bench.targets.triton import request_of
 from clients.errors import ServerFailed, StreamBroken
 from clients.wire import input_values
@@ -72,7 +72,8 @@ def _read(doing: str, data: str) -> Arrival:
 async def ready_models(session: ClientSession, url: str) -> Sequence[str]:
     """The names of the models that are ready. Raises ClientError."""
     doing = f"listing the models of {url}"
-    async with library_errors(doing), session.post(f"{url}/v2/repository/index", json={"ready": True}) as response:
+    index = f"{url}/v2/repository/index"
+    async with asked_for_models(session, "POST", index, doing, json={"ready": True}) as response:
         if response.status != 200:
             raise await refusal(doing, response)
         found = await read_json(doing, response)

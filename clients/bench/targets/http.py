@@ -32,6 +32,7 @@ _BY_STATUS: dict[int, type[ClientError]] = {
     401: AccessDenied, 403: AccessDenied, 404: ModelNotFound, 408: DeadlineExceeded, 429: ServerOverloaded,
     503: ServerOverloaded, 504: DeadlineExceeded,
 }  # fmt: skip
+LISTING_S = 10.0  # seconds that a server has to list its models
 MOST_DETAILS = 400  # characters of a server's error that a message repeats
 _MOST_LINE = 1 << 24  # bytes of one event
 
@@ -56,8 +57,8 @@ async def refusal(doing: str, response: ClientResponse) -> ClientError:
 
 
 @asynccontextmanager
-async def library_errors(doing: str) -> AsyncIterator[None]:
-    """Turn aiohttp's errors into ours."""
+async def library_errors(doing: str, *, remedy: str | None = None) -> AsyncIterator[None]:
+    """Turn aiohttp's errors into ours. `remedy` is for an answer that does not come in time."""
     library = require_aiohttp()
     try:
         yield
@@ -68,7 +69,7 @@ async def library_errors(doing: str) -> AsyncIterator[None]:
     except library.InvalidURL as error:
         raise AddressInvalid(f"{doing}: found {error}, expected http://HOST:PORT") from error
     except TimeoutError as error:
-        raise DeadlineExceeded(f"{doing}: no complete answer in time") from error
+        raise DeadlineExceeded(f"{doing}: no complete answer in time", remedy=remedy) from error
     except (library.ClientError, ConnectionError) as error:
         raise ConnectionLost(f"{doing}: {error!r}") from error
     except ValueError as error:  # aiohttp's for a line without end
@@ -81,6 +82,23 @@ async def read_json(doing: str, response: ClientResponse) -> Any:  # noqa: ANN40
         return await response.json(content_type=None)
     except ValueError as error:
         raise StreamBroken(f"{doing}: the answer cannot be read: {error!r}") from error
+
+
+@asynccontextmanager
+async def asked_for_models(
+    session: ClientSession,
+    method: str,
+    url: str,
+    doing: str,
+    **fields: Any,  # noqa: ANN401 - of aiohttp's request
+) -> AsyncIterator[ClientResponse]:
+    """The response to a request that lists models. Raises ClientError, also where it takes longer than LISTING_S."""
+    limit = require_aiohttp().ClientTimeout(total=LISTING_S)
+    async with (
+        library_errors(doing, remedy=ConnectionFailed.over_http),
+        session.request(method, url, timeout=limit, **fields) as response,
+    ):
+        yield response
 
 
 @asynccontextmanager

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from clients.bench.load import Work
 from clients.bench.records import Arrival
-from clients.bench.targets.http import MOST_DETAILS, events, library_errors, opened_session, read_json, refusal
+from clients.bench.targets.http import (
+    MOST_DETAILS,
+    asked_for_models,
+    events,
+    library_errors,
+    opened_session,
+    read_json,
+    refusal,
+)
 from clients.errors import ModelNotFound, ServerFailed, StreamBroken, what_exists
 from triton_repo.contracts.model_state import ModelState
 from triton_repo.contracts.tls.client import ClientTls
@@ -143,7 +151,7 @@ def base_of(url: str) -> str:
 async def listed_models(session: ClientSession, url: str) -> Sequence[str]:
     """The names of the server's models. Raises ClientError."""
     doing = f"listing the models of {url}"
-    async with library_errors(doing), session.get(f"{url}/v1/models") as response:
+    async with asked_for_models(session, "GET", f"{url}/v1/models", doing) as response:
         if response.status != 200:
             raise await refusal(doing, response)
         found = await read_json(doing, response)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -236,6 +237,19 @@ def test_a_silent_server_is_given_up_after_the_timeout():
 
     with pytest.raises(DeadlineExceeded, match="no complete answer in time"):
         answers(answer, timeout_s=0.05)
+
+
+@pytest.mark.parametrize("kind", ["completions", "generate"])
+def test_a_server_that_does_not_list_its_models_in_time_is_said(monkeypatch, kind):
+    monkeypatch.setattr("clients.bench.targets.http.LISTING_S", 0.05)
+
+    async def main(url):
+        async with opened_endpoints(Endpoints(urls=(url,), kind=kind)):
+            pass
+
+    message = "listing the models of .*no complete answer in time; check that the"
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(DeadlineExceeded, match=message):
+        asyncio.run(main(f"http://127.0.0.1:{silent.getsockname()[1]}"))
 
 
 def test_a_client_that_leaves_closes_the_connection():
