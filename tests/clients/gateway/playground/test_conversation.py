@@ -6,7 +6,7 @@ import re
 
 import grpc
 import pytest
-from fake_triton import piece
+from fake_triton import fake_server, piece
 from page_in_chromium import END_ID, Says, full, missing, prompt_of, sent
 
 from clients.gateway.settings import read_keys
@@ -258,9 +258,18 @@ def test_a_page_without_the_key_is_told_so_and_the_key_stays_in_its_field(open_p
     assert page.input_value("#key") == ""
 
 
-def test_a_model_that_cannot_chat_or_tell_experts_is_shown_as_one(open_page, server, tokenizer, tmp_path):
-    server.more_inputs = ()
-    opened = open_page(settings={"tokenizers": {}, "chat_template": None})
+@pytest.fixture
+def poor_server():
+    """A server whose model has no inputs but the needed ones. The shared gateway would go on to take the shared server
+    for such a one until it asks again."""
+    with fake_server() as server:
+        server.more_inputs = ()
+        yield server
+
+
+def test_a_model_that_cannot_chat_or_tell_experts_is_shown_as_one(open_page, poor_server, tokenizer):
+    server = poor_server
+    opened = open_page(settings={"tritons": (server.url,), "tokenizers": {}, "chat_template": None})
     page = opened.page
     assert page.is_disabled("input[value=chat]")
     assert page.is_checked("input[value=completion]")
