@@ -80,8 +80,8 @@ def longrope(half: int, *, original: int) -> dict[str, Any]:
 
 
 def tell_mixtral_as_phimoe(source: Path, folder: Path) -> Path:
-    """A trained Mixtral's weights in a phimoe, with small biases. LayerNorms take a mean away, of which the Mixtral's
-    residual has little, so the model still predicts its text."""
+    """A trained Mixtral's weights in a phimoe, with small biases. LayerNorms subtract the mean. The Mixtral's residual
+    has a small one, so the model still predicts its text."""
     config = json.loads((source / "config.json").read_text())
     tensors = load_file(source / "model.safetensors")
     folder.mkdir(parents=True)

@@ -24,7 +24,7 @@ FORMAT_VERSION = 1  # of the folder of an unfinished job
 MOST_MODELS = 100  # distinct models of a job's lines that are compared with those of the endpoints
 _BLOCK = 1 << 20
 _BUCKETS = 256
-_MOST_FOUND = 1000  # duplicates of which the lines are kept
+_MOST_FOUND = 1000  # duplicates; of more only the number is kept
 _DIGEST = 16  # bytes of a digest of a custom_id
 _RECORD = _DIGEST + 8  # and of the line's number
 

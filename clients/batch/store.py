@@ -61,7 +61,7 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What an output holds: its lines, and the lines whose request failed, of which the first are described."""
+    """What an output holds: how many lines, how many of them failed, and a description of the first that did."""
 
     num_lines: int
     num_failed: int

@@ -243,8 +243,8 @@ class GraphBuilder(ABC):
         return self._by_token(self._attention_node(parts, sinks, f"{path}.attention", layer, window or 0, scale))
 
     def _attention_node(self, parts: list[str], sinks: str, path: str, layer: int, window: int, scale: float) -> str:
-        """Attention of queries, keys and values [B, S, n], of which the last two may be "", over the cache of a layer;
-        returns [B, S, N*D]. `window` 0: all positions."""
+        """Attention over the cache of a layer, [B, S, N*D]. `parts` are queries, keys and values [B, S, n]; keys and
+        values may be "". `window` 0: all positions."""
         facts = self.architecture
         inputs = [
             *parts, names.past_key(layer), names.past_value(layer),
