@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import TextIO
 
+from export.blas import choose_blas_kernels
 from export.errors import MoeshipError, named
 
 INTERRUPTED = 130  # 128 + SIGINT, the status that shells report after Ctrl-C
@@ -21,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 
 def run_command(run: Callable[[], int]) -> int:
-    """Call `run`, print its error if it raises one, flush stdout and return the exit status.
+    """Call `run`, print its error if it raises one, flush stdout and return the exit status. Where `run` imports numpy
+    first, numpy multiplies by the kernels of `choose_blas_kernels`.
 
     The status is what `run` returns; `exit_status` of a MoeshipError; 2 for an OSError and a MemoryError; 130 when
     interrupted; 141 when the reader of stdout has closed it; 70 for any other exception, which is a bug of moeship
@@ -30,6 +32,7 @@ def run_command(run: Callable[[], int]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name may hold characters the terminal's encoding lacks
+    choose_blas_kernels()
     try:
         status = run()
         return status if _flushed() else READER_GONE

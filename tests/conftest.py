@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from export.blas import choose_blas_kernels
+
+choose_blas_kernels()  # before anything imports numpy
+
 import fcntl
 import os
 import signal
