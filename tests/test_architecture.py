@@ -45,7 +45,18 @@ ARROWS = {
 # one another. A folder in a folder belongs to that folder, unless it has a row of its own.
 COMMON = {
     "export": {
-        *("architecture", "command", "config_keys", "errors", "floats", "optional", "provider", "rotary", "routing"),
+        *(
+            "architecture",
+            "blas",
+            "command",
+            "config_keys",
+            "errors",
+            "floats",
+            "optional",
+            "provider",
+            "rotary",
+            "routing",
+        ),
         "rows",
     },
     "trt_build": {"errors"},
