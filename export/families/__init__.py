@@ -1,7 +1,7 @@
-"""Families: how each kind of model is configured, stored and computed. Each family is one file of this folder.
+"""Families: how each kind of model is configured, stored and computed. Each family is one file.
 
-A module of this folder with a `FAMILY` record is a family. Nothing else lists the families, so adding one adds a file
-and changes no other.
+A module of this folder or of a folder in it with a `FAMILY` record is a family. Nothing else lists the families, so
+adding one adds a file and changes no other. Families without experts are in `dense`.
 """
 
 from __future__ import annotations
@@ -117,10 +117,10 @@ def _layer_of(name: str, layers: Mapping[str, int]) -> int:
 
 @cache
 def families() -> tuple[Family, ...]:
-    """All families, in the order of their file names."""
-    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
-    return tuple(module.FAMILY for module in modules if hasattr(module, "FAMILY"))
+    """All families, in the order of their names."""
+    modules = [importlib.import_module(found.name) for found in pkgutil.walk_packages(__path__, f"{__name__}.")]
+    records = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
+    return tuple(sorted(records, key=lambda family: family.name))
 
 
 def family_named(name: str) -> Family:

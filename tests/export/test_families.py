@@ -24,7 +24,7 @@ OF_MERGES = "export/merge/"
 
 
 def test_every_file_with_a_record_is_a_family_under_its_own_name():
-    files = sorted(path.stem for path in FOLDER.glob("*.py") if "FAMILY = Family(" in path.read_text())
+    files = sorted(path.stem for path in FOLDER.rglob("*.py") if "FAMILY = Family(" in path.read_text())
     assert [family.name for family in families()] == files
     assert len(files) >= 4
 
@@ -92,7 +92,8 @@ def _named_families(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
             modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            stems = {module.rpartition("export.families.")[2] for module in modules if "export.families." in module}
+            within = {module.rpartition("export.families.")[2] for module in modules if "export.families." in module}
+            stems = {stem.removeprefix("dense.") for stem in within}
             yield from stems & ({family.name for family in families()} | {"shared.phi_stack", "shared.llama_stack"})
         elif isinstance(node, ast.Constant) and node.value in names:
             yield node.value

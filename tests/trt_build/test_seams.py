@@ -25,7 +25,8 @@ from export.architecture import Router
 from export.checkpoint.folder import open_checkpoint
 from export.checkpoint.tensor_table import Role, single
 from export.errors import ExportError
-from export.families import families, mixtral, phi, phixtral, read_model
+from export.families import families, mixtral, phixtral, read_model
+from export.families.dense import phi
 from export.families.shared import llama_stack, phi_stack
 from trt_build.comparison import parity
 from trt_build.comparison.evaluation_text import EvaluationText

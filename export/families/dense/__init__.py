@@ -1,0 +1,1 @@
+"""Families without experts, which merges make mixtures of."""
