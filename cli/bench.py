@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from cli.bench_flags import add_arguments, read_endpoints, read_loads, read_slo, read_traced, read_works
-from cli.bench_text import comparison, notes, table
+from cli.bench_text import CHANCE, comparison, notes, table, unpaired_text
 from cli.progress import PROGRESS_S, every
 from cli.rows import print_rows
 from export.command import INTERRUPTED
@@ -91,20 +91,28 @@ def _tell(arguments: argparse.Namespace, test: LoadTest) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    """Print how two kept tests differ. Raises ConfigError."""
-    from clients.bench.compare import compare
+    """Print how two kept tests differ, and write the page. Raises ConfigError, OutputError."""
+    from clients.bench.compare import compare, unpaired
     from clients.bench.kept import read_test
 
-    if arguments.show is not None or arguments.page is not None or arguments.output is not None:
-        raise ConfigError("comparing load tests: --show, --page and --output have no meaning beside --compare")
+    beside = {"--show": arguments.show, "--output": arguments.output, "--slo": arguments.slo}
+    if given := [flag for flag, value in beside.items() if value is not None]:
+        raise ConfigError(f"comparing load tests: {', '.join(given)} has no meaning beside --compare")
     a, b = (read_test(path) for path in arguments.compare)
     found = compare(a, b, arguments.seed)
+    files = (str(arguments.compare[0]), str(arguments.compare[1]))
     if arguments.json:
-        print(json.dumps({"compared": [one.as_json() for one in found]}, indent=2))
-        return 0
-    print_rows("compared", [("A", str(arguments.compare[0])), ("B", str(arguments.compare[1]))])
-    print(comparison(found))
-    print("Intervals are of 95 % and cover the chance within the two tests, not what differs from run to run.")
+        only = dict(zip(("only_a", "only_b"), unpaired(a, b), strict=True))
+        print(json.dumps({"compared": [one.as_json() for one in found], **only}, indent=2))
+    else:
+        left_out = unpaired_text(a, b)
+        print_rows("compared", [("A", files[0]), ("B", files[1]), *([("left out", left_out)] if left_out else [])])
+        print(comparison(found))
+        print(f"The intervals are of 95 %. {CHANCE}")
+    if arguments.page is not None:
+        from cli.bench_compare_page import compare_page
+
+        replace_file(arguments.page, compare_page((a, b), files, found))
     return 0
 
 

@@ -11,11 +11,14 @@ from trt_build.report.charts import WIDTH, Axis
 from trt_build.report.visible import escaped, number
 
 if TYPE_CHECKING:
+    from clients.bench.compare import Difference
     from clients.bench.records import Record
 
 _MOST_LINES = 60  # requests of a timeline
 _LEFT, _RIGHT, _TOP, _BOTTOM = 8, 10, 6, 22
 _TICKS = 5
+_NAMES_END = 128  # where the rows of intervals begin, behind their names
+_LEAST_HALVED = 4  # end of an axis of ratios from which it has ticks between 1 and its ends
 
 
 def linear_axis(values: Sequence[float]) -> Axis:
@@ -41,6 +44,67 @@ def tail_axis(count: int) -> TailAxis:
     shares = [1.0, 0.5, *(10.0**-power for power in range(1, decades + 1))]
     texts = [f"{100 * (1 - share):.10g} %" for share in shares]
     return TailAxis(low=10.0**-decades, high=1.0, log=True, ticks=tuple(zip(shares, texts, strict=True)))
+
+
+def interval_chart(differences: Sequence[Difference]) -> str:
+    """An SVG picture of B over A: a row a figure, a dot for the ratio and a line for its interval, on a logarithmic
+    axis that has 1 in its middle. What is better points to the same side for all: figures of which less is better are
+    drawn as A over B."""
+    rows = [(one.figure, *_gains(one)) for one in differences if one.ratio]
+    if not rows:
+        return ""
+    ends = [abs(math.log2(value)) for _, *found in rows for value in found if value]
+    axis = ratio_axis(max(ends))
+    left, right, row = _NAMES_END, WIDTH - _RIGHT, 17
+    bottom = _TOP + row * len(rows)
+    height = bottom + _BOTTOM + 14
+
+    def across(value: float) -> float:
+        return round(left + axis.share(value) * (right - left), 1)
+
+    parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="how much better B is than A">']
+    for value, text in axis.ticks:
+        kind = "axis" if value == 1 else "grid"
+        parts.append(f'<line class="{kind}" x1="{across(value)}" x2="{across(value)}" y1="{_TOP - 4}" y2="{bottom}"/>')
+        parts.append(f'<text class="middle" x="{across(value)}" y="{bottom + 12}">{escaped(text)}</text>')
+    parts.append(f'<text class="name" x="{left}" y="{bottom + 28}">B is worse</text>')
+    parts.append(f'<text class="name end" x="{right}" y="{bottom + 28}">B is better</text>')
+    for turn, (figure, ratio, low, high) in enumerate(rows):
+        y = _TOP + (turn + 0.5) * row
+        parts.append(f'<text class="end" x="{left - 6}" y="{y + 4:g}">{escaped(_short(figure))}</text>')
+        said = f"{figure}: {number(ratio)} times as good"
+        if low and high:
+            said += f", {number(low)} to {number(high)}"
+        parts.append(f'<g class="s0"><title>{escaped(said)}</title>')
+        if low and high:
+            parts.append(f'<polyline points="{across(low):g},{y:g} {across(high):g},{y:g}"/>')
+        parts.append(f'<circle cx="{across(ratio):g}" cy="{y:g}" r="3"/></g>')
+    return "".join([*parts, "</svg>"])
+
+
+def ratio_axis(most_log2: float) -> Axis:
+    """A logarithmic axis of ratios with 1 in its middle, to the power of two above `most_log2` or one of the ends below
+    that."""
+    end = next((end for end in (1.1, 1.25, 1.5) if math.log2(end) >= most_log2), 2.0 ** max(1, math.ceil(most_log2)))
+    half = math.sqrt(end)
+    ticks = (1 / end, 1 / half, 1.0, half, end) if end >= _LEAST_HALVED else (1 / end, 1.0, end)
+    return Axis(low=1 / end, high=end, log=True, ticks=tuple((tick, f"{tick:.3g}") for tick in ticks))
+
+
+def _gains(one: Difference) -> tuple[float, float | None, float | None]:
+    """The ratio and its interval, turned so that more is better."""
+    ratio, low, high = one.ratio or 1.0, one.low, one.high
+    if one.better > 0:
+        return ratio, low, high
+    return 1 / ratio, 1 / high if high else None, 1 / low if low else None
+
+
+def _short(figure: str) -> str:
+    """A figure's name as it fits beside its row."""
+    return (
+        figure.replace("output tokens a second", "tokens/s").replace("answers a second", "answers/s")
+        .replace(", mean of an answer", "").replace(", s:", "")
+    )  # fmt: skip
 
 
 def timeline(records: Sequence[Record]) -> str:

@@ -111,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     output.add_argument(
         "--compare", type=Path, nargs=2, metavar=("A", "B"),
-        help="measure nothing: compare two files of --output, with intervals",
+        help="measure nothing: compare two files of --output, with intervals; --page draws both",
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ _MOST_CURVES = 6  # styles of lines that can be told apart
 _CURVE_POINTS = 60
 _MOST_SAMPLES = 300  # of a line over time
 _LEAST_THROUGH = 20  # requests of a load for a line over its time
-_TIMES: tuple[tuple[str, str, Callable[[Record], float | None]], ...] = (
+TIMES: tuple[tuple[str, str, Callable[[Record], float | None]], ...] = (
     ("first token, ms", "first_token_s", lambda record: record.first_token_s),
     ("between tokens, mean of an answer, ms", "between_tokens_of_an_answer_s", lambda record: record.between_tokens_s),
     ("whole answer, ms", "answer_s", lambda record: record.answer_s),
@@ -70,7 +70,7 @@ def _throughput(levels: Sequence[Level]) -> str:
     charts: list[str] = []
     lines: list[Series] = []
     rates = linear_axis([level.report["output_tokens_per_s"] for level in levels])
-    for name, key, _ in _TIMES:
+    for name, key, _ in TIMES:
         series = [
             Series(
                 name=f"latency {share}",
@@ -99,10 +99,10 @@ def _throughput(levels: Sequence[Level]) -> str:
 def _percentiles(levels: Sequence[Level]) -> str:
     shown = levels[-_MOST_CURVES:]
     charts, lines = [], []
-    for name, _, value_of in _TIMES:
+    for name, _, value_of in TIMES:
         values = [sorted(v for v in map(value_of, level.records) if v is not None) for level in shown]
         series = [
-            Series(name=f"{heads(levels)[0]} {level.name}", style=style, points=_curve(found))
+            Series(name=f"{heads(levels)[0]} {level.name}", style=style, points=curve(found))
             for style, (level, found) in enumerate(zip(shown, values, strict=True))
             if found
         ]
@@ -120,7 +120,7 @@ def _percentiles(levels: Sequence[Level]) -> str:
     )
 
 
-def _curve(ordered: Sequence[float]) -> list[tuple[float, float]]:
+def curve(ordered: Sequence[float]) -> list[tuple[float, float]]:
     """(share of the values above, milliseconds), evenly by the logarithm of the share, down to one value."""
     from clients.bench.report import percentile
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from export.rows import Rows
 
 if TYPE_CHECKING:
-    from clients.bench.compare import Compared
-    from clients.bench.kept import Level
+    from clients.bench.compare import Compared, Difference
+    from clients.bench.kept import Level, LoadTest
     from clients.bench.records import Record
 
+CHANCE = "Intervals cover the chance within the two tests, not what differs from run to run."
 BUSY_CORES = 0.7  # above this share of a core the generator itself may limit what it measures
 
 
@@ -58,13 +59,25 @@ def comparison(found: Sequence[Compared]) -> str:
     """A row a figure of each load that two tests have."""
     rows: list[tuple[str, ...]] = [("load", "figure", "A", "B", "B/A", "interval", "B is")]
     for one in found:
-        for difference in one.differences:
-            low, high = number_text(difference.low), number_text(difference.high)
-            interval = "-" if difference.low is None else f"{low} to {high}"
-            numbers = (number_text(value) for value in (difference.a, difference.b, difference.ratio))
-            rows.append((one.name, difference.figure, *numbers, interval, difference.verdict))
+        rows += [(one.name, *compared_cells(difference)) for difference in one.differences]
         rows += [(one.name, f"unlike: {said}", *[""] * 5) for said in one.unlike]
     return _aligned(rows, left=(1, 6))
+
+
+def compared_cells(difference: Difference) -> tuple[str, ...]:
+    """The figure, its value in A and B, B over A, the interval, and what it says of B."""
+    low, high = number_text(difference.low), number_text(difference.high)
+    interval = "-" if difference.low is None else f"{low} to {high}"
+    numbers = (number_text(value) for value in (difference.a, difference.b, difference.ratio))
+    return difference.figure, *numbers, interval, difference.verdict
+
+
+def unpaired_text(a: LoadTest, b: LoadTest) -> str:
+    """Which loads only one of two tests has; "" where both have the same."""
+    from clients.bench.compare import unpaired
+
+    alone = zip(("A", "B"), unpaired(a, b), strict=True)
+    return "; ".join(f"only {side} has {', '.join(names)}, which is not compared" for side, names in alone if names)
 
 
 def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:

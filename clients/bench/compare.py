@@ -93,6 +93,12 @@ def compare(a: LoadTest, b: LoadTest, seed: int = 0) -> list[Compared]:
     return [_compare(one, other, seed) for one, other in pairs]
 
 
+def unpaired(a: LoadTest, b: LoadTest) -> tuple[list[str], list[str]]:
+    """The names of the loads that only A has, and of those that only B has."""
+    of_a, of_b = ([level.name for level in test.levels] for test in (a, b))
+    return [name for name in of_a if name not in of_b], [name for name in of_b if name not in of_a]
+
+
 def _compare(a: Level, b: Level, seed: int) -> Compared:
     import numpy as np
 

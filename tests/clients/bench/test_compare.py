@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 
 import numpy as np
 import pytest
 from bench_standin import works
+from html_pages import Page, loads_nothing
 
+from cli.bench_charts import ratio_axis
+from cli.bench_compare_page import compare_page
 from cli.main import main
 from clients.bench.compare import compare
 from clients.bench.kept import Keeper, Level, LoadTest
@@ -119,25 +124,80 @@ def test_loads_that_were_not_the_same_are_named():
         compare(a, measured(2, name="20/s"))
 
 
-def test_the_command_compares_two_files(tmp_path, capsys):
+@pytest.fixture
+def two(tmp_path):
+    """The files of two tests of which the second has first tokens twice as late; one load of each is its own."""
     load = Load(rate=10.0, duration_s=60.0)
-    for name, test in (("a", measured(1)), ("b", measured(2, scale=2.0))):
-        with Keeper(tmp_path / name, {"loads": ["10/s"]}) as keeper:
-            keeper.begin("10/s", load, works().describe())
-            [level] = test.levels
-            for record in level.records:
-                keeper.keep(record)
-            keeper.end(Run(records=level.records, window_s=60.0, cpu_s=0.0, counting="x"), level, 2)
-    both = ["bench", "--compare", str(tmp_path / "a"), str(tmp_path / "b")]
-    assert main(both) == 0
+    for name, scale, alone in (("a", 1.0, "20/s"), ("b", 2.0, "<b>")):
+        with Keeper(tmp_path / name, {"loads": ["10/s", alone], "model": "phixtral"}) as keeper:
+            for load_name in ("10/s", alone):
+                keeper.begin(load_name, load, works().describe())
+                [level] = measured(ord(name), scale=scale, name=load_name).levels
+                for record in level.records:
+                    keeper.keep(record)
+                keeper.end(Run(records=level.records, window_s=60.0, cpu_s=0.0, counting="x"), level, 2)
+    return ["bench", "--compare", str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def test_the_command_compares_two_files(two, tmp_path, capsys):
+    assert main(two) == 0
     out = capsys.readouterr().out
     row = next(line for line in out.splitlines() if "first token, s: p50" in line)
     assert row.split()[-1] == "worse"
-    assert main([*both, "--json"]) == 0
-    [found] = json.loads(capsys.readouterr().out)["compared"]
-    assert found["differences"][2]["ratio"] == pytest.approx(2, rel=0.15)
-    assert main([*both, "--page", str(tmp_path / "page")]) == 2
-    assert "--page and --output have no meaning beside --compare" in capsys.readouterr().err
+    assert "only A has 20/s, which is not compared; only B has <b>, which is not compared" in out
+    assert main([*two, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["compared"][0]["differences"][2]["ratio"] == pytest.approx(2, rel=0.15)
+    assert (found["only_a"], found["only_b"]) == (["20/s"], ["<b>"])
+    assert main([*two, "--output", str(tmp_path / "out"), "--slo", "5"]) == 2
+    assert "--output, --slo has no meaning beside --compare" in capsys.readouterr().err
     (tmp_path / "mine").write_text("{}\n")
     assert main(["bench", "--compare", str(tmp_path / "a"), str(tmp_path / "mine")]) == 2
     assert "expected a file that `moeship bench --output` wrote" in capsys.readouterr().err
+
+
+def test_the_page_of_two_tests_draws_both_and_loads_nothing(two, tmp_path, capsys):
+    assert main([*two, "--page", str(tmp_path / "page.html")]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("10/s")]
+    content = (tmp_path / "page.html").read_text()
+    page = Page(content)
+    assert loads_nothing(content)
+    assert "<b>" in page.text  # a name as text, not as a tag
+    # A picture of the intervals of the one load that both have; throughput and percentiles over three latencies.
+    assert len([attributes for attributes in page.named("svg") if attributes.get("role") == "img"]) == 1 + 3 + 3
+    assert len(rows) == 11
+    for row in rows:
+        assert all(cell in page.text for cell in row)
+    # Of each figure the sign of the gain: B's first tokens are twice as late, its tokens as far from one another.
+    gains = dict(re.findall(r"<title>([^<]+): ([\d.]+) times as good", content))
+    assert float(gains["first token, s: p50"]) == pytest.approx(0.5, rel=0.15)
+    assert float(gains["between tokens, mean of an answer, s: p50"]) == pytest.approx(1)
+    for one in ("A, p50", "B, p50", "A, p99", "B, p99", "A", "B"):
+        assert one in page.texts
+    assert main([*two, "--page", str(tmp_path / "page.html")]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_the_page_marks_tests_that_ended_early_or_were_told_otherwise():
+    a, b = measured(1), measured(2)
+    b.levels[0].report["ended_early"] = "interrupted"
+    b.levels[0].report["load"]["rate"] = 11.0
+    text = Page(compare_page((a, b), ("a", "b"), compare(a, b))).text
+    assert "B ended early: interrupted. It has what was measured until then." in text
+    assert "Unlike: rate: A 10.0, B 11.0" in text
+    assert "A ended early" not in text
+
+
+@pytest.mark.parametrize(
+    ("gains", "ticks"),
+    [
+        ([1.02, 0.97], ["0.909", "1", "1.1"]),
+        ([0.7, 1.2], ["0.667", "1", "1.5"]),
+        ([3.0], ["0.25", "0.5", "1", "2", "4"]),
+    ],
+)
+def test_ratios_have_an_axis_with_one_in_its_middle(gains, ticks):
+    axis = ratio_axis(max(abs(math.log2(gain)) for gain in gains))
+    assert [text for _, text in axis.ticks] == ticks
+    assert axis.share(1.0) == pytest.approx(0.5)
+    assert all(axis.low <= gain <= axis.high for gain in gains)
