@@ -130,6 +130,7 @@ def _verify_and_print(
             print("\n".join(verification.cost.lines()))
         for finding in verification.findings:
             print(f"finding: {finding}")
+    _log_seconds(engine.folder, verification.seconds)
     verified.record()
     return verified
 
@@ -203,6 +204,14 @@ def cost_options(arguments: argparse.Namespace) -> CostOptions | None:
         return None
     grain = None if arguments.cost in (None, "auto") else Grain(arguments.cost)
     return CostOptions(grain=grain, tokens=arguments.cost_tokens)
+
+
+def _log_seconds(folder: Path, seconds: Mapping[str, float]) -> None:
+    """Say what took how long, where it took long enough for progress to be shown."""
+    total = sum(seconds.values())
+    if total >= PROGRESS_S:
+        parts = ", ".join(f"{part} {took:.0f}" for part, took in seconds.items())
+        logger.info("verified %s in %.0f s: %s", folder, total, parts)
 
 
 def answer_lines(answers: Sequence[Answer]) -> list[str]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import stat
+from pathlib import Path
 
 import pytest
 from checkpoints import write_phixtral_checkpoint
@@ -126,6 +127,10 @@ def test_several_engines_without_a_report_are_verified_one_after_the_other(engin
     assert [one["engine"].rpartition("/")[2] for one in found] == ["fp32", "int8"]
     assert [bool(one["verification"]["failures"]) for one in found] == [False, True]
     assert ["cost" in one["verification"] for one in found] == [False, True]  # a failure says which part costs most
+    parts = ["files", "weights", "graph", "reference", "scoring", "decoding", "serving"]
+    assert [list(one["verification"]["seconds"]) for one in found] == [parts, [*parts, "cost"]]
+    kept = [open_engine(Path(one["engine"])).manifest.verification for one in found]
+    assert [one.get("seconds") for one in kept] == [None, None]  # so that verifying again writes the same engine.json
 
 
 def test_too_few_tokens_for_a_verdict_are_a_finding_and_no_failure(engines, verify):
@@ -148,7 +153,9 @@ def test_the_reference_of_several_engines_is_computed_once(tmp_path, engines, ve
     runs.clear()
     _, together, _ = verify(tmp_path / "fp32", shutil.copytree(tmp_path / "fp32", tmp_path / "again"), "--json")
     assert len(runs) == 3
-    assert json.loads(together)["engines"][0]["verification"] == json.loads(alone)
+    first, again = json.loads(together)["engines"][0]["verification"], json.loads(alone)
+    assert first.pop("seconds").keys() == again.pop("seconds").keys()
+    assert first == again
 
 
 def test_what_is_recorded_of_an_engine_for_another_machine_is_shown(tmp_path, engines, verify, monkeypatch):

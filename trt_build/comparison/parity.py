@@ -244,9 +244,10 @@ class Verification:
     cost: Cost | None = None  # None if it was not asked for
     positions: Positions | None = None  # for a report; not in JSON
     dropping: DroppingPrice | None = None  # of an engine that lacks experts of its model
+    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)  # by part, in the order of the parts
 
     def to_json(self, brief: bool = False) -> dict[str, Any]:
-        """Everything, or with `brief`, as engine.json has it, without the cost of single experts."""
+        """Everything, or with `brief`, as engine.json has it, without the cost of single experts and the seconds."""
         return {
             **self.report.to_json(),
             "failures": list(self.failures),
@@ -258,6 +259,7 @@ class Verification:
             "serving": ways_to_json(self.serving),
             **({} if self.cost is None else {"cost": self.cost.to_json(experts=not brief)}),
             **({} if self.dropping is None else {"dropping": dataclasses.asdict(self.dropping)}),
+            **({} if brief else {"seconds": {part: round(took, 1) for part, took in self.seconds.items()}}),
         }
 
 

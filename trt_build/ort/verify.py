@@ -2,8 +2,9 @@
 
 First the stored weights are compared with the checkpoint's, and the scoring graph with the reference on what is stored
 (`questions/`). Then the scoring graph computes every window of the text in one call. The first window also runs through
-the serving graph as in a server: its first half is prefilled, the second half is decoded token by token through the
-key/value cache. Last, the serving graph is compared with the scoring graph of the same engine (`served_as_scored.py`).
+the serving graph as in a server: its last tokens, half of it or DECODED_TOKENS, are decoded one by one through the
+key/value cache, and those before them are prefilled. Last, the serving graph is compared with the scoring graph of the
+same engine (`served_as_scored.py`).
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from trt_build.comparison.parity import (
 )
 from trt_build.comparison.same_tokenizer import require_same_tokenizer
 from trt_build.comparison.serving_ways import serving_limits
+from trt_build.comparison.stopwatch import Stopwatch
 from trt_build.comparison.weights.comparing import QUESTION as OF_WEIGHTS
 from trt_build.errors import EngineError
 from trt_build.ort.device import open_device
@@ -58,6 +60,7 @@ from trt_build.source import with_built_experts
 logger = logging.getLogger(__name__)
 
 LONG_WINDOW_TOKENS = 2048  # length of the first window: the whole context of Phi-2
+DECODED_TOKENS = 256  # at most, at the end of the first window: a large model decodes a few tokens a second
 
 
 class Scorer(Protocol):
@@ -84,6 +87,7 @@ def verify_engine(
     limit, by layer and role. Raises ConfigError for too little text, EngineError for another model's checkpoint, for
     another tokenizer, and for a checkpoint whose files are not those of the build. `reference` makes what the engine is
     compared with, of the checkpoint's model."""
+    watch = Stopwatch()
     open_device(engine)  # raises for a missing package or device before the reference takes its time
     manifest, model = engine.manifest, read_model(open_checkpoint(location))
     settings = model_settings(model)
@@ -94,11 +98,12 @@ def verify_engine(
     measure_cost = None if cost is None else prepare_cost(engine, model, token_ids, cost)
     progress("checking whether the reference is what the engine was built from")
     _require_same_files(engine, model.weights.checkpoint)
-    questions = ask(engine, model, windows[0], progress)
+    watch.ended("files")
+    questions = ask(engine, model, windows[0], progress, watch)
     whole = reference(model)
     lacking = manifest.lacking_experts
     priced = PricedReference(model, lacking, whole) if lacking else None
-    report, positions = _scored(engine, priced or whole, windows, progress)
+    report, positions = _scored(engine, priced or whole, windows, progress, watch)
     price = None if priced is None else priced.price(text)
     if price is not None:
         experts = sum(map(len, lacking.values()))
@@ -108,14 +113,18 @@ def verify_engine(
             f"which against the whole model has {price.words}",
         )
     ways = compare_serving(engine, windows[0], progress)
+    watch.ended("serving")
     if manifest.kv_cache is not None:
         progress("serving with keys and values in int8")
         questions = (*questions, ask_about_int8_cache(engine, windows))
+        watch.ended("int8 cache")
     precision = manifest.judged_as
     missed = report.failures(manifest.thresholds)
     if missed:
         measure_cost = measure_cost or prepare_cost(engine, model, token_ids, OF_A_FAILURE)
     measured = None if measure_cost is None else measure_cost(progress)
+    if measured is not None:
+        watch.ended("cost")
     if missed and measured is not None and (dearest := measured.dearest(manifest.thresholds.mean_kl)) is not None:
         missed.append(dearest)
     limits = serving_limits(precision, manifest.provider)
@@ -137,10 +146,13 @@ def verify_engine(
         cost=measured,
         positions=positions,
         dropping=price,
+        seconds=watch.seconds,
     )
 
 
-def ask(engine: Engine, model: Model, window: Sequence[int], progress: Callable[[str], None]) -> tuple[Answer, ...]:
+def ask(
+    engine: Engine, model: Model, window: Sequence[int], progress: Callable[[str], None], watch: Stopwatch
+) -> tuple[Answer, ...]:
     """Ask whether an engine's weights are those of its model, and whether its graph computes what they say. Engines of
     earlier formats are not asked, since their weights may be packed for the kernels of one machine. Those whose
     engine.json names no method were quantised by another search for scales: only their graph is asked."""
@@ -152,7 +164,10 @@ def ask(engine: Engine, model: Model, window: Sequence[int], progress: Callable[
         weights = Answer(question=OF_WEIGHTS, unasked=reason)
     else:
         weights = ask_about_weights(engine, model, progress)
-    return weights, ask_about_graph(engine, model, window, progress, open_device(engine))
+    watch.ended("weights")
+    graph = ask_about_graph(engine, model, window, progress, open_device(engine))
+    watch.ended("graph")
+    return weights, graph
 
 
 def record(engine: Engine, verification: Verification) -> None:
@@ -174,11 +189,15 @@ def compare(
     progress: Callable[[str], None],
 ) -> ParityReport:
     """Compare an engine with its reference over windows of token ids."""
-    return _scored(engine, reference, windows, progress)[0]
+    return _scored(engine, reference, windows, progress, Stopwatch())[0]
 
 
 def _scored(
-    engine: Engine, reference: Scorer, windows: Sequence[Sequence[int]], progress: Callable[[str], None]
+    engine: Engine,
+    reference: Scorer,
+    windows: Sequence[Sequence[int]],
+    progress: Callable[[str], None],
+    watch: Stopwatch,
 ) -> tuple[ParityReport, Positions]:
     """The report of `compare`, and the positions that it sums up."""
     if not windows:
@@ -186,19 +205,22 @@ def _scored(
     scoring = ScoringSession(engine)
     experts_per_token = engine.manifest.architecture.experts_per_token
     sums, late_logits = [], np.empty(0, dtype=np.float32)
-    half = max(1, len(windows[0]) // 2)
+    start = max(1, len(windows[0]) // 2, len(windows[0]) - DECODED_TOKENS)
     for index, (expected, expected_routing) in enumerate(reference.run(windows, progress)):
+        watch.ended("reference")
         progress(f"scored {index} of {len(windows)} windows of text")
         window = windows[index]
         found, found_routing = scoring.run(window)
         sums.append(measure(found, expected, window, found_routing, expected_routing, experts_per_token))
         if index == 0:
-            late_logits = expected[half - 1 :].copy()
+            late_logits = expected[start - 1 :].copy()
+        watch.ended("scoring")
         del found, expected  # two windows of logits of a large vocabulary are most of the memory
     del scoring
-    progress(f"scored {len(windows)} windows; decoding {len(windows[0]) - half} tokens through the cache")
-    decoded = _decode(engine, windows[0], half)
-    report = combine(sums, measure(decoded, late_logits, windows[0][half - 1 :]))
+    progress(f"scored {len(windows)} windows; decoding {len(windows[0]) - start} tokens through the cache")
+    decoded = _decode(engine, windows[0], start)
+    watch.ended("decoding")
+    report = combine(sums, measure(decoded, late_logits, windows[0][start - 1 :]))
     return report, positions_of(windows, sums)
 
 
@@ -271,13 +293,13 @@ def _same_model(engine: Engine, model: Model, end_ids: tuple[int, ...]) -> tuple
     return model, findings
 
 
-def _decode(engine: Engine, window: Sequence[int], half: int) -> FloatArray:
-    """Logits [S - half + 1, V] of the serving graph: one row from prefilling the first `half` tokens of the window,
+def _decode(engine: Engine, window: Sequence[int], start: int) -> FloatArray:
+    """Logits [S - start + 1, V] of the serving graph: one row from prefilling the first `start` tokens of the window,
     then one row for each decoded token."""
     session = Session(engine)
     cache = session.new_cache()
-    logits = np.empty((len(window) - half + 1, session.vocab_size), dtype=np.float32)
-    logits[0] = session.run(cache, window[:half])
-    for row, token in enumerate(window[half:], start=1):
+    logits = np.empty((len(window) - start + 1, session.vocab_size), dtype=np.float32)
+    logits[0] = session.run(cache, window[:start])
+    for row, token in enumerate(window[start:], start=1):
         logits[row] = session.run(cache, [token])
     return logits
