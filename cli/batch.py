@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cli.key_flags import add_key_arguments, read_api_key
 from cli.progress import PROGRESS_S, every
 from cli.rows import print_rows
 from cli.tls_flags import add_tls_arguments, read_client_tls
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="HOST:PORT of a Triton's gRPC, or http://HOST:PORT of a server with OpenAI's API; several share the lines "
         f"(default: {DEFAULT_URL})",
     )  # fmt: skip
-    server.add_argument("--api-key", type=Path, metavar="FILE", help="file with the key for servers over HTTP")
+    add_key_arguments(server)
     server.add_argument(
         "--timeout", type=float, default=600, metavar="S", help="seconds that one answer may take (default %(default)g)"
     )
@@ -173,7 +174,7 @@ def _answer(
 
 def read_sending(arguments: argparse.Namespace) -> Sending:
     """Where and how to send. Raises ConfigError, AddressInvalid, and TlsError for certificates that cannot be used."""
-    from clients.batch.endpoints import Access, check_url, read_key
+    from clients.batch.endpoints import Access, check_url
     from clients.batch.local import Sending
     from clients.batch.runner import Rules
 
@@ -194,7 +195,7 @@ def read_sending(arguments: argparse.Namespace) -> Sending:
     urls = tuple(arguments.url or [DEFAULT_URL])
     for url in urls:
         check_url(url)
-    key = read_key(arguments.api_key) if arguments.api_key else None
+    key = read_api_key(arguments, urls)
     access = Access(timeout_s=arguments.timeout, key=key, tls=read_client_tls(arguments))
     rules = Rules(concurrency=arguments.concurrency, retries=arguments.retries, patience_s=arguments.patience)
     return Sending(urls=urls, access=access, rules=rules)

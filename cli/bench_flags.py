@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cli.key_flags import add_key_arguments, read_api_key
 from cli.tls_flags import add_tls_arguments, read_client_tls
 from export.errors import ConfigError
 
@@ -37,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--body", metavar="JSON", help="for OpenAI's API: fields that are added to every request, such as "
         '\'{"timings_per_token": true}\', with which llama.cpp\'s server counts tokens',
     )  # fmt: skip
-    server.add_argument(
-        "--api-key-env", metavar="NAME", help="environment variable with the key that a server over HTTP wants"
-    )
+    add_key_arguments(server)
     server.add_argument(
         "--metrics", metavar="URL", help="address of the server's metrics, which are read beside the load"
     )
@@ -136,9 +134,6 @@ def read_endpoints(arguments: argparse.Namespace) -> Endpoints:
         raise ConfigError(f"measuring a server: --patience is {arguments.patience}, expected seconds above 0")
     if arguments.timeout is not None and not 0 < arguments.timeout < float("inf"):
         raise ConfigError(f"measuring a server: --timeout is {arguments.timeout}, expected seconds above 0")
-    key = None
-    if arguments.api_key_env is not None and not (key := os.environ.get(arguments.api_key_env)):
-        raise ConfigError(f"measuring a server: the variable {arguments.api_key_env} of --api-key-env is not set")
     return Endpoints(
         urls=urls,
         kind=kind,
@@ -146,7 +141,7 @@ def read_endpoints(arguments: argparse.Namespace) -> Endpoints:
         timeout_s=arguments.timeout,
         extra=read_body(arguments.body),
         tls=read_client_tls(arguments),
-        api_key=key,
+        api_key=read_api_key(arguments, urls),
     )
 
 

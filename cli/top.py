@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from cli.key_flags import add_key_arguments, read_api_key
 from cli.tls_flags import add_tls_arguments, read_client_tls
 from export.command import READER_GONE, leave_stdout
 
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--once", action="store_true", help="print one frame and end")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line instead of frames")
+    add_key_arguments(parser.add_argument_group("key", "for metrics behind a server that wants one"))
     add_tls_arguments(parser)
 
 
@@ -56,7 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     if not LEAST_INTERVAL_S <= arguments.interval < math.inf:
         raise ConfigError(f"watching a server: --interval is {arguments.interval}, expected {LEAST_INTERVAL_S} or more")
-    watcher = Watcher(arguments.url, read_client_tls(arguments), arguments.interval, since_start=arguments.once)
+    watcher = Watcher(
+        arguments.url, read_client_tls(arguments), arguments.interval, since_start=arguments.once,
+        api_key=read_api_key(arguments, [arguments.url]),
+    )  # fmt: skip
     console = Console(highlight=False)
     screen = Screen(ASCII if console.options.ascii_only else UNICODE)
     try:

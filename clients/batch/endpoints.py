@@ -13,7 +13,6 @@ from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,7 +28,6 @@ from clients.errors import (
     TlsFailed,
 )
 from clients.generation import AsyncClient, check_address
-from export.errors import ConfigError
 from export.optional import optional_package
 from triton_repo.contracts.ensemble import STEP_MODELS
 from triton_repo.contracts.tls.client import ClientTls
@@ -90,16 +88,6 @@ def open_endpoint(url: str, access: Access) -> Endpoint:
     return OpenAIEndpoint(url, access) if "://" in url else TritonEndpoint(url, access)
 
 
-def read_key(path: Path) -> str:
-    """The API key in a file. Raises ConfigError."""
-    from export.files.reading import read_text
-
-    key = read_text(path, "an API key", error=ConfigError).strip()
-    if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise ConfigError(f"reading the API key in {path}: expected one line of printable ASCII without spaces")
-    return key
-
-
 def retry_after(value: str | None) -> float | None:
     """The seconds that a header Retry-After asks to wait, at most MOST_RETRY_S; None where it is absent or neither a
     number nor a date (RFC 9110, section 10.2.3)."""
@@ -145,7 +133,7 @@ class OpenAIEndpoint:
         try:
             async with self._session.get(f"{self.url}/v1/models", timeout=limit) as response:
                 if response.status in (401, 403):
-                    raise AccessDenied(f"{doing}: HTTP status {response.status}; give --api-key FILE")
+                    raise AccessDenied(f"{doing}: HTTP status {response.status}; give --api-key or --api-key-env")
                 if response.status in (404, 405, 501):
                     return None
                 if response.status != 200:

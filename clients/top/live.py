@@ -39,10 +39,19 @@ class Look:
 
 
 class Watcher:
-    """Looks at one server. `since_start`: percentiles count since the server's start."""
+    """Looks at one server. `since_start`: percentiles count since the server's start. `api_key` is sent to it."""
 
-    def __init__(self, url: str, tls: ClientTls | None, interval_s: float, *, since_start: bool = False) -> None:
+    def __init__(
+        self,
+        url: str,
+        tls: ClientTls | None,
+        interval_s: float,
+        *,
+        since_start: bool = False,
+        api_key: str | None = None,
+    ) -> None:
         self.url, self._tls, self._interval_s, self._since_start = url, tls, interval_s, since_start
+        self._api_key = api_key
         self._history = History()
         self._engines: tuple[Figures, ...] = ()
         self._answered = time.monotonic()
@@ -51,7 +60,8 @@ class Watcher:
         """Read the metrics. If not `patient`, raises MetricsUnavailable where there is no answer."""
         fault = ""
         try:
-            self._history.add(read_metrics(self.url, self._tls, max(1.0, min(self._interval_s, LONGEST_READ_S))))
+            timeout_s = max(1.0, min(self._interval_s, LONGEST_READ_S))
+            self._history.add(read_metrics(self.url, self._tls, timeout_s, self._api_key))
             self._engines = tuple(figures(self._history, since_start=self._since_start))
             self._answered = time.monotonic()
         except MetricsUnavailable as error:

@@ -59,18 +59,23 @@ def stem(name: str) -> str:
     return name.removesuffix("_total")
 
 
-def read_metrics(url: str, tls: ClientTls | None, timeout_s: float) -> Scrape:
-    """Ask for the metrics. Raises MetricsUnavailable, AddressInvalid."""
+def read_metrics(url: str, tls: ClientTls | None, timeout_s: float, api_key: str | None = None) -> Scrape:
+    """Ask for the metrics. A key goes to `url` alone, not to where that redirects to. Raises MetricsUnavailable,
+    AddressInvalid."""
     doing = f"reading the metrics of {url}"
     if not url.startswith(("http://", "https://")):
         raise AddressInvalid(f"{doing}: found no scheme, expected http://HOST:PORT/metrics, as `moeship serve` prints")
     handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
     handlers += [urllib.request.HTTPSHandler(context=tls.context())] if tls else []
     try:
-        with urllib.request.build_opener(*handlers).open(url, timeout=timeout_s) as response:
+        request = urllib.request.Request(url)
+        if api_key is not None:
+            request.add_unredirected_header("Authorization", f"Bearer {api_key}")
+        with urllib.request.build_opener(*handlers).open(request, timeout=timeout_s) as response:
             text = response.read(MOST_BYTES)
     except urllib.error.HTTPError as error:
-        raise MetricsUnavailable(f"{doing}: HTTP status {error.code}") from error
+        remedy = "; give --api-key or --api-key-env" if error.code in (401, 403) else ""
+        raise MetricsUnavailable(f"{doing}: HTTP status {error.code}{remedy}") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise MetricsUnavailable(f"{doing}: {getattr(error, 'reason', None) or error}") from error
     return parse(text.decode("utf-8", "replace"), doing)

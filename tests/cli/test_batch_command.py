@@ -372,13 +372,6 @@ def test_an_address_where_nothing_answers_is_said_at_once(tmp_path, capsys):
     assert main(["batch", str(prompts), str(tmp_path / "o.jsonl"), "--url", "ftp://here"]) == 2
 
 
-def test_a_key_goes_to_the_server(tmp_path, server):
-    prompts, key = write_batch(tmp_path / "in.jsonl", 1), tmp_path / "key"
-    key.write_text("secret-of-mine\n")
-    assert batch(prompts, tmp_path / "out.jsonl", server, "--api-key", str(key)) == 0
-    assert server.headers[0]["Authorization"] == "Bearer secret-of-mine"
-
-
 def test_failed_lines_are_sent_again_when_asked_for(tmp_path, server, capsys):
     prompts, output = write_batch(tmp_path / "in.jsonl", 8), tmp_path / "out.jsonl"
     odd = {f"prompt {number}" for number in (1, 3, 5)}

@@ -245,7 +245,6 @@ def test_a_server_that_gives_no_token_has_no_figures(server, capsys):
         (["--slo", "fast"], "reading --slo: found 'fast', expected milliseconds"),
         (["--slo", "ttft:0"], "reading --slo: found 'ttft:0'"),
         (["--slo", "ttft:5,ttft:6"], "reading --slo: found"),
-        (["--api-key-env", "NO_SUCH_VARIABLE"], "the variable NO_SUCH_VARIABLE of --api-key-env is not set"),
         (["--prompts", "/nowhere.jsonl"], "/nowhere.jsonl"),
     ],
 )

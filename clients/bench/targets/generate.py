@@ -35,7 +35,10 @@ class GenerateTarget:
         doing = f"generating with {self.model} at {self.url}"
         path = f"{self.url}/v2/models/{self.model}/generate_stream"
         ended = False
-        async with library_errors(doing), self.session.post(path, json=body_of(work, self.model)) as response:
+        async with (
+            library_errors(doing),
+            self.session.post(path, json=body_of(work, self.model), allow_redirects=False) as response,
+        ):
             if response.status != 200:
                 raise await refusal(doing, response)
             async for data in events(response):

@@ -96,7 +96,7 @@ async def asked_for_models(
     limit = require_aiohttp().ClientTimeout(total=LISTING_S)
     async with (
         library_errors(doing, remedy=ConnectionFailed.over_http),
-        session.request(method, url, timeout=limit, **fields) as response,
+        session.request(method, url, timeout=limit, allow_redirects=False, **fields) as response,
     ):
         yield response
 

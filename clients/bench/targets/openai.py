@@ -53,7 +53,10 @@ class OpenAITarget:
         """Send one request and yield what arrives. Raises ClientError."""
         doing = f"generating with {self.model} at {self.url}"
         so_far, ended = 0, False
-        async with library_errors(doing), self.session.post(self._path, json=self._body(work)) as response:
+        async with (
+            library_errors(doing),
+            self.session.post(self._path, json=self._body(work), allow_redirects=False) as response,
+        ):
             if response.status != 200:
                 raise await refusal(doing, response)
             async for data in events(response):
