@@ -15,8 +15,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
+from triton_repo.runtime.guided.trial import STACK_BYTES
+
 Made = TypeVar("Made")
-_STACK_BYTES = 256 << 20  # a guide of the most bytes has room for 20,000 levels; memory is taken as it is used
 _STACK_SIZE = threading.Lock()  # held while new threads have that size
 
 
@@ -43,7 +44,7 @@ class Compilers(Generic[Made]):
 
     def _start(self) -> None:
         with _STACK_SIZE:
-            before = threading.stack_size(_STACK_BYTES)
+            before = threading.stack_size(STACK_BYTES)
             try:
                 threading.Thread(target=self._run, name="guide-compile", daemon=True).start()
             finally:

@@ -7,7 +7,8 @@
     guide.is_complete        # whether nothing may follow
 
 The grammars are computed by the package llguidance (benchmarks/guided.py compares it with xgrammar). What it does is
-bounded: a grammar, and each mask, by `LIMITS`; the number of compiled grammars by `Guides`.
+bounded: a grammar, and each mask, by `LIMITS`; the time and memory of compiling one by `Trials`, where `LIMITS` do not;
+the number of compiled grammars by `Guides`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from triton_repo.errors import RequestError
 from triton_repo.runtime.guided.compiling import Compilers
 from triton_repo.runtime.guided.grammars import grammar_of
 from triton_repo.runtime.guided.problems import said
+from triton_repo.runtime.guided.trials import Trials
 from triton_repo.runtime.guided.vocabulary import Vocabulary
 from triton_repo.runtime.options import refusal
 
@@ -50,6 +52,7 @@ LIMITS = {
     "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 500_000, "step_max_items": 100_000, "max_items_in_row": 2_000,
     "max_lexer_states": 20_000, "max_grammar_size": 200_000,
 }  # fmt: skip
+_TRIALS = Trials(LIMITS)  # of all models of a process: a trial does not depend on the vocabulary
 _STATE = re.compile("<state>|<non-verbose/>")  # the rest of an error is the library's state
 _BROKEN = ("ParserTooComplex", "LexerTooComplex", "InternalError")  # reasons why the library stops
 
@@ -57,8 +60,8 @@ _BROKEN = ("ParserTooComplex", "LexerTooComplex", "InternalError")  # reasons wh
 class Guides:
     """The compiled grammars of one model: the `most` that were asked for last. Any thread may call it."""
 
-    def __init__(self, tokenizer: Tokenizer, most: int = MOST_GUIDES) -> None:
-        self._tokenizer, self._most = tokenizer, most
+    def __init__(self, tokenizer: Tokenizer, most: int = MOST_GUIDES, trials: Trials = _TRIALS) -> None:
+        self._tokenizer, self._most, self._trials = tokenizer, most, trials
         self._lock = threading.Lock()  # guards the two tables
         self._preparing = threading.Lock()
         self._prepared: tuple[LLTokenizer, ThreadPoolExecutor] | None = None
@@ -103,7 +106,9 @@ class Guides:
                 pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), thread_name_prefix="guide")
                 self._prepared = library, pool
             library, pool = self._prepared
-        return CompiledGuide(library, self._tokenizer.size, grammar_of(guide_type, guide), pool)
+        grammar = grammar_of(guide_type, guide)
+        self._trials.check(grammar)
+        return CompiledGuide(library, self._tokenizer.size, grammar, pool)
 
     def _keep(self, key: tuple[str, str], done: Future[CompiledGuide]) -> None:
         with self._lock:
