@@ -10,8 +10,9 @@
   much of the slowest refusal, the machine was busy with other work.
 - mixed: 2,000 requests of every kind from many clients. Clients end a fifth of them early, a twentieth are wrong; then
   200 connections are torn. Every answer is what the same request got alone, nothing is held afterwards, and the
-  process that computes has not grown by 2 %. Triton before 2.57 may die of torn connections; then `moeship serve` must
-  serve again, which is counted.
+  process that computes has not grown by 2 %. The kinds use all that a server has: prompts that begin alike (the prefix
+  cache), prompts that repeat themselves (drafts), and schemas, expressions and grammars, which whole answers must meet.
+  Triton before 2.57 may die of torn connections; then `moeship serve` must serve again, which is counted.
 - ends: streams that are stopped or torn one by one; from the request log, how many tokens were computed for nobody.
 - unread: clients that never read what they asked for. Their answers end, others are answered right, and the memory that
   is kept for them is measured.
@@ -90,7 +91,7 @@ def main() -> int:
     for name, default, what in (
         ("burst", 500, "requests at once"),
         ("requests", 2000, "mixed requests"),
-        ("different", 108, "different requests among all of these; each is asked alone first"),
+        ("different", 120, "different requests among all of these; each is asked alone first"),
         ("clients", 24, "mixed requests at a time"),
         ("torn", 200, "torn connections"),
         ("ends", 60, "streams that are ended one by one"),

@@ -16,6 +16,7 @@ from clients.generation import AsyncClient
 from soak.served import HELD, Report, Served
 from soak.wire import Relay, raw_call
 from soak.wishes import (
+    FITS,
     Answers,
     Wish,
     alone,
@@ -26,6 +27,7 @@ from soak.wishes import (
     invalid_wish,
     joined,
     longer,
+    misfit,
     pieces_of,
     shape_fault,
 )
@@ -84,7 +86,10 @@ class Mix:
     def judge(self, wish: Wish, found: Answers) -> None:
         gap = difference(found, self._expected[id(wish)])
         self.report.counts["other text"] += bool(gap)
-        gap = shape_fault(found, wish) if self._rounds else gap
+        gap = (shape_fault(found, wish) if self._rounds else gap) or misfit(found, wish)
+        self.report.counts["whole guided answers"] += sum(
+            one.finish_reason == "stop" for one in found if wish.kind in FITS
+        )
         self.report.require(not gap, f"{wish.kind}: {gap}")
 
     async def _expect_refusal(self, client: AsyncClient, _wish: Wish) -> None:
@@ -204,7 +209,13 @@ async def mixed(served: Served, amounts: Amounts, seed: int, *, rounds: bool) ->
         held = await served.settled()
         memory.append({**served.resident(), "kv": int(held["kv_held_bytes"])})
         _require_free(mix.report, held, "after half of the requests")
-    mix.report.numbers.update(seconds=round(time.monotonic() - begun, 1), resident_bytes=memory, **_shares(held))
+    shares = _shares(held)
+    mix.report.numbers.update(
+        seconds=round(time.monotonic() - begun, 1), resident_bytes=memory, tls=served.is_encrypted, **shares
+    )
+    for name, share in shares.items():
+        mix.report.require(share > 0, f"{name} is 0: the requests did not use what the server has")
+    mix.report.require(mix.report.counts["whole guided answers"] > 0, "no answer to a guide came to its end")
     if "model" in memory[0]:
         growth = growth_of(*memory)
         mix.report.numbers["growth"] = round(growth, 4)
@@ -216,7 +227,7 @@ async def mixed(served: Served, amounts: Amounts, seed: int, *, rounds: bool) ->
 
 def _shares(metrics: Mapping[str, float]) -> dict[str, float]:
     """The part of the prompts' tokens that the cache had, and of the drafted tokens that were chosen, since the
-    server's start."""
+    server's start; nothing for a server without prefix cache or drafts."""
     found = {}
     for name, part, whole in (
         ("prefix_hits", "prefix_reused_tokens_total", "prefix_asked_tokens_total"),

@@ -56,6 +56,11 @@ class Served:
         self._said = said
         self.url: str = self.said["grpc"]
 
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether its clients encrypt."""
+        return self._tls is not None
+
     def client(self) -> AsyncClient:
         return AsyncClient(self.url, tls=self._tls)
 

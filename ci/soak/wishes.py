@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +21,9 @@ NO_END = -1
 PATIENCE_S = 120.0
 # What rounding may change in a log-probability when other sequences are in the step.
 LOG_PROB_TOLERANCE = 1e-3
+_TREE = '{"$ref": "#/$defs/tree", "$defs": {"tree": {"type": "object", "properties": {"name": {"enum": ["a", "b"]}, \
+"parts": {"type": "array", "items": {"$ref": "#/$defs/tree"}, "maxItems": 2}}, "required": ["name"], \
+"additionalProperties": false}}}'
 # Options of requests by kind; the prompt, the length and the seed are drawn.
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -35,8 +40,24 @@ KINDS: dict[str, dict[str, Any]] = {
         "guided_decoding_guide": '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}',
         "temperature": 0.8,
     },
+    "nested schema": {"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": _TREE},
     "expression": {"guided_decoding_guide_type": "regex", "guided_decoding_guide": "(def|class) [a-z_]{1,12}"},
+    "grammar": {
+        "guided_decoding_guide_type": "ebnf_grammar",
+        "guided_decoding_guide": 'root ::= [a-z] | "(" root " " root ")"',
+        "temperature": 0.8,
+    },
+    "object": {"guided_decoding_guide_type": "json", "temperature": 0.8},
+    "repeating": {},  # its prompt says the same several times, so that drafts of the answer are good
     "bias": {"logit_bias": {5: 2.0, 9: -4.0}, "min_length": 4},
+}
+# Whether a whole answer keeps to the guide of its kind.
+FITS: Mapping[str, Callable[[str], object]] = {
+    "schema": lambda text: isinstance(json.loads(text)["a"], int),
+    "nested schema": lambda text: _is_tree(json.loads(text)),
+    "expression": lambda text: re.fullmatch("(def|class) [a-z_]{1,12}", text),
+    "grammar": lambda text: _is_pair(text),
+    "object": lambda text: isinstance(json.loads(text), dict),
 }
 # Requests that must be refused, by what is wrong with them.
 INVALID: tuple[dict[str, Any], ...] = (
@@ -69,13 +90,14 @@ def draw_wishes(model: str, count: int, seed: int) -> list[Wish]:
     wishes = []
     for number in range(count):
         kind = kinds[number % len(kinds)]
+        words = synthetic(source, source.choice((1, 4, 12, 40)), None)
         request = GenerationRequest(
             model=model,
             # Half of them begin with words that others begin with too, so that a prefix cache has some of them.
-            prompt=source.choice((*systems, "", "")) + synthetic(source, source.choice((1, 4, 12, 40)), None),
-            max_tokens=source.choice((1, 8, 16, 32)),
+            prompt=source.choice((*systems, "", "")) + (f"{words}\n" * 3 if kind == "repeating" else words),
+            max_tokens=source.choice((8, 32, 96) if kind in FITS else (1, 8, 16, 32)),
             random_seed=source.getrandbits(31),
-            end_id=NO_END if source.random() < 0.5 and "guided_decoding_guide" not in KINDS[kind] else None,
+            end_id=NO_END if source.random() < 0.5 and kind not in FITS else None,
             timeout_s=PATIENCE_S,
             **KINDS[kind],
         )
@@ -142,6 +164,36 @@ def shape_fault(found: Answers, wish: Wish) -> str:
         if one.finish_reason not in ("stop", "length") or len(one.token_ids) != one.num_output_tokens:
             return f"{one.finish_reason!r} after {one.num_output_tokens} tokens, {len(one.token_ids)} came"
     return ""
+
+
+def misfit(found: Answers, wish: Wish) -> str:
+    """What is wrong with answers that ended by themselves and should keep to a guide."""
+    for one in found:
+        if wish.kind in FITS and one.finish_reason == "stop":
+            try:
+                fits = FITS[wish.kind](one.text)
+            except (ValueError, LookupError, TypeError):
+                fits = False
+            if not fits:
+                return f"{one.text!r:.200} does not keep to the guide"
+    return ""
+
+
+def _is_tree(value: Any) -> bool:  # noqa: ANN401 - JSON
+    parts = value.get("parts", [])
+    return (
+        value["name"] in ("a", "b")
+        and value.keys() <= {"name", "parts"}
+        and len(parts) <= 2
+        and all(map(_is_tree, parts))
+    )
+
+
+def _is_pair(text: str) -> bool:
+    """Whether a text is a letter or two such texts in parentheses, by replacing the innermost pairs by letters."""
+    while (shorter := re.sub(r"\([a-z] [a-z]\)", "a", text)) != text:
+        text = shorter
+    return re.fullmatch("[a-z]", text) is not None
 
 
 def _gap(found: Sequence[float], expected: Sequence[float]) -> float:

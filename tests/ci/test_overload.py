@@ -82,6 +82,25 @@ def test_wishes_are_of_every_kind_and_the_same_for_a_seed(soak):
     assert len({wish.request.random_seed for wish in wishes}) == 4 * len(kinds)
 
 
+@pytest.mark.parametrize(
+    ("kind", "fits", "does_not"),
+    [
+        ("schema", '{"a": 7}', '{"a": "7"}'),
+        ("schema", '{"b": 1, "a": 7}', '{"a": 7'),
+        ("nested schema", '{"name": "a", "parts": [{"name": "b"}]}', '{"name": "a", "parts": [{"name": "c"}]}'),
+        ("nested schema", '{"name": "b"}', '{"name": "b", "more": 1}'),
+        ("expression", "def f_x", "def f(x"),
+        ("grammar", "((a b) c)", "((a b) c"),
+        ("object", '{"any": [1]}', "[1]"),
+    ],
+)
+def test_an_answer_that_does_not_keep_to_its_guide_is_noticed(soak, kind, fits, does_not):
+    [wish] = {one.kind: one for one in soak.wishes.draw_wishes("tiny", 40, 1) if one.kind == kind}.values()
+    assert soak.wishes.misfit((answer(text=fits, finish_reason="stop"),), wish) == ""
+    assert "does not keep to the guide" in soak.wishes.misfit((answer(text=does_not, finish_reason="stop"),), wish)
+    assert soak.wishes.misfit((answer(text=does_not, finish_reason="length"),), wish) == ""
+
+
 def test_metrics_are_those_of_the_model_and_what_is_held_is_a_fault(soak, tmp_path):
     (tmp_path / "metrics").write_text(METRICS)
     said = tmp_path / "server.json"
