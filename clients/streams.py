@@ -102,10 +102,15 @@ class AsyncStream:
     def __init__(self, call: grpc.aio.StreamStreamCall) -> None:
         self.is_abandoned = False
         self._call = call
-        self._read: asyncio.Queue[pb.ModelStreamInferResponse | BaseException | None] = asyncio.Queue()
-        self._room = asyncio.Semaphore(MOST_UNREAD)
+        self._loop = asyncio.get_running_loop()
+        self._unread: list[pb.ModelStreamInferResponse] = []
+        self._num_taken = 0  # responses that the reader was given and has not come back from
+        self._last: BaseException | None = None  # why the call ended, where it failed
         self._has_reader = True
         self._ended = asyncio.Event()
+        # One task waits for responses and one for room, so that a future each does, and costs less than a queue.
+        self._reader: asyncio.Future[None] | None = None
+        self._room: asyncio.Future[None] | None = None
         self._task = asyncio.create_task(self._pump())
 
     @property
@@ -116,25 +121,35 @@ class AsyncStream:
     async def responses(self, timeout_s: float | None) -> AsyncIterator[list[pb.ModelStreamInferResponse]]:
         """The responses as they come, each time all that wait. Raises TimeoutError `timeout_s` seconds from now, and
         grpc's RpcError."""
-        loop = asyncio.get_running_loop()
-        deadline = None if timeout_s is None else loop.time() + timeout_s
-        while True:
-            async with asyncio.timeout_at(deadline):
-                item = await self._read.get()
-            waiting: list[pb.ModelStreamInferResponse] = []
-            while item is not None and not isinstance(item, BaseException):
-                waiting.append(item)
-                if self._read.empty():
-                    break
-                item = self._read.get_nowait()
-            if waiting:
-                yield waiting
-            for _ in waiting:  # the reader has come back for more
-                self._room.release()
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
+        is_late = False
+
+        def pass_deadline() -> None:
+            nonlocal is_late
+            is_late = True
+            _wake(self._reader)
+
+        # One timer for the whole call: one for each response would cost as much as reading it.
+        timer = None if timeout_s is None else self._loop.call_later(timeout_s, pass_deadline)
+        try:
+            while True:
+                if not (self._unread or self._ended.is_set() or is_late):
+                    self._reader = self._loop.create_future()
+                    await self._reader
+                if is_late:
+                    raise TimeoutError
+                if self._unread:
+                    waiting, self._unread = self._unread, []
+                    self._num_taken = len(waiting)
+                    yield waiting
+                    self._num_taken = 0  # the reader has come back for more
+                    _wake(self._room)
+                elif self._last is not None:
+                    raise self._last
+                elif self._ended.is_set():
+                    return
+        finally:
+            if timer is not None:
+                timer.cancel()
 
     async def end(self, ask_to_stop: Callable[[float], Awaitable[None]] | None) -> None:
         """End the call: by `ask_to_stop(timeout_s)`, and if that does not end it in time, by cancelling it."""
@@ -151,17 +166,25 @@ class AsyncStream:
     def _leave(self) -> None:
         """From now on drop what comes, so that the call can be read to its end."""
         self._has_reader = False
-        self._room.release()
+        _wake(self._room)
 
     async def _pump(self) -> None:
-        last: BaseException | None = None
         try:
             async for response in self._call:
+                while self._has_reader and len(self._unread) + self._num_taken >= MOST_UNREAD:
+                    self._room = self._loop.create_future()
+                    await self._room
                 if self._has_reader:
-                    await self._room.acquire()
-                    self._read.put_nowait(response)
+                    self._unread.append(response)
+                    _wake(self._reader)
         except (Exception, asyncio.CancelledError) as error:  # the reader gets it
             # grpc.aio raises CancelledError for a call that was cancelled here, as if the reader's task had been.
-            last = None if self.is_abandoned else error
+            self._last = None if self.is_abandoned else error
         self._ended.set()
-        self._read.put_nowait(last)
+        _wake(self._reader)
+
+
+def _wake(waiting: asyncio.Future[None] | None) -> None:
+    """Let the task go on that waits for a future, if one does."""
+    if waiting is not None and not waiting.done():
+        waiting.set_result(None)

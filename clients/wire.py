@@ -48,6 +48,10 @@ ERROR_STATUS_METADATA = (("triton_grpc_error", "true"),)
 ERROR_STATUS_SINCE = (2, 68)
 # In older releases a cancelled call may crash Triton (triton-inference-server/server#8078).
 SAFE_CANCELLATION_SINCE = (2, 57)
+# The letters of the module struct and the bytes of a value.
+_FORMATS: dict[TritonDtype, tuple[str, int]] = {
+    "INT32": ("i", 4), "INT64": ("q", 8), "UINT64": ("Q", 8), "FP32": ("f", 4), "BOOL": ("?", 1),
+}  # fmt: skip
 KNOWN_OUTPUTS = {tensor.name: tensor for tensor in (*OUTPUTS, *ADDED_OUTPUTS)}
 
 
@@ -155,14 +159,13 @@ def _check_number(value: Any, target: np.dtype[Any]) -> None:  # noqa: ANN401 - 
 def decode(raw: bytes, dtype: TritonDtype) -> list[Any]:
     """The values of one tensor as Python objects. Raises ValueError or struct.error for bytes that do not fit the
     dtype."""
-    import numpy as np
-
     if dtype == "STRING":
         if len(raw) >= 4 and int.from_bytes(raw[:4], "little") == len(raw) - 4:  # one text, as in most responses
             return [raw[4:].decode()]
         return [text.decode() for text in require_utils().deserialize_bytes_tensor(raw)]
-    values: list[Any] = np.frombuffer(raw, dtype=_numpy_dtype(dtype)).tolist()
-    return values
+    # A response has a few numbers in each of several tensors, for which an array of numpy costs more than reading them.
+    letter, size = _FORMATS[dtype]
+    return list(struct.unpack(f"<{len(raw) // size}{letter}", raw))
 
 
 @cache
@@ -175,33 +178,38 @@ def _numpy_dtype(dtype: TritonDtype) -> np.dtype[Any]:
 def read_outputs(response: pb.ModelInferResponse) -> dict[str, list[Any]]:
     """The values of each known output of a ModelInferResponse. Raises StreamBroken if it does not follow the
     contract."""
-    if len(response.raw_output_contents) != len(response.outputs):
+    outputs, contents = response.outputs, response.raw_output_contents
+    if len(contents) != len(outputs):
         raise StreamBroken(
-            f"a response of {response.model_name}: found {len(response.raw_output_contents)} raw contents "
-            f"for {len(response.outputs)} outputs"
+            f"a response of {response.model_name}: found {len(contents)} raw contents for {len(outputs)} outputs"
         )
-    pairs = zip(response.outputs, response.raw_output_contents, strict=True)
-    return {
-        output.name: _read_output(response.model_name, KNOWN_OUTPUTS[output.name], output, raw)
-        for output, raw in pairs
-        if output.name in KNOWN_OUTPUTS
-    }
+    found: dict[str, list[Any]] = {}
+    for output, raw in zip(outputs, contents, strict=True):
+        name = output.name
+        if name in KNOWN_OUTPUTS:
+            found[name] = _read_output(response, KNOWN_OUTPUTS[name], output, raw)
+    return found
 
 
 def _read_output(
-    model: str, tensor: WireTensor, output: pb.ModelInferResponse.InferOutputTensor, raw: bytes
+    response: pb.ModelInferResponse,
+    tensor: WireTensor,
+    output: pb.ModelInferResponse.InferOutputTensor,
+    raw: bytes,
 ) -> list[Any]:
-    if output.datatype != WIRE_DTYPES[tensor.dtype]:
+    datatype = output.datatype
+    if datatype != WIRE_DTYPES[tensor.dtype]:
         raise StreamBroken(
-            f"a response of {model}: {tensor.name} is {output.datatype}, expected {WIRE_DTYPES[tensor.dtype]}"
+            f"a response of {response.model_name}: {tensor.name} is {datatype}, expected {WIRE_DTYPES[tensor.dtype]}"
         )
     try:
         values = decode(raw, tensor.dtype)
     except (ValueError, struct.error) as error:
-        raise StreamBroken(f"a response of {model}: {tensor.name} cannot be decoded: {error}") from error
+        raise StreamBroken(f"a response of {response.model_name}: {tensor.name} cannot be decoded: {error}") from error
     if len(values) != math.prod(output.shape):
         raise StreamBroken(
-            f"a response of {model}: {tensor.name} holds {len(values)} values, its shape is {list(output.shape)}"
+            f"a response of {response.model_name}: {tensor.name} holds {len(values)} values, its shape is "
+            f"{list(output.shape)}"
         )
     return values
 
@@ -261,7 +269,7 @@ def _read_tops(
 ) -> tuple[tuple[tuple[int, float], ...], ...]:
     """The likeliest tokens at each of `count` places. Raises StreamBroken."""
     names = f"{prefix}_token_ids", f"{prefix}_log_probs"
-    ids, values = (outputs.get(name, []) for name in names)
+    ids, values = outputs.get(names[0], ()), outputs.get(names[1], ())
     if not ids and not values:
         return ()
     if len(ids) != len(values) or not count or len(ids) % count:

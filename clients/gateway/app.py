@@ -71,11 +71,14 @@ def _add_endpoints(app: FastAPI, gateway: Gateway) -> None:
     async def create_response(request: Request) -> Response:
         return await responses.respond(gateway, record_of(request), await read_json(request, gateway.settings))
 
-    @app.get("/v1/models")
+    # HEAD is answered where GET is (RFC 9110, section 9.3.2): probes of load balancers send it.
+    reads = ["GET", "HEAD"]
+
+    @app.api_route("/v1/models", methods=reads)
     async def list_models() -> Response:
         return JSONResponse(await listing.models(gateway))
 
-    @app.get("/v1/models/{name:path}")
+    @app.api_route("/v1/models/{name:path}", methods=reads)
     async def retrieve_model(name: str) -> Response:
         return JSONResponse(await listing.model(gateway, name))
 
@@ -89,11 +92,11 @@ def _add_endpoints(app: FastAPI, gateway: Gateway) -> None:
         body = await read_json(request, gateway.settings)
         return JSONResponse(await listing.detokenize(gateway, record_of(request), body))
 
-    @app.get("/health")
+    @app.api_route("/health", methods=reads)
     async def health() -> Response:
         return JSONResponse(listing.health(gateway))
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=reads)
     async def metrics() -> Response:
         return PlainTextResponse(gateway.metrics.text(gateway.pool.tritons), media_type="text/plain; version=0.0.4")
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
-from contextlib import aclosing, suppress
-from typing import Any
+from contextlib import aclosing, contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -21,7 +22,12 @@ from clients.gateway.errors import ApiError, of_client, of_moeship
 from clients.streams import gathered
 from export.errors import MoeshipError
 
+if TYPE_CHECKING:
+    from clients.gateway.guard import Record
+
+_ABORT_S = 1.0  # for a server to tell that a connection is closed which it was asked to close
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # made once, not for each event
+_encode_text = json.encoder.encode_basestring  # what that one makes of a text
 DONE = b"data: [DONE]\n\n"
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -33,6 +39,20 @@ _HEADERS = [
 def event(value: dict[str, Any]) -> bytes:
     """One server-sent event. JSON has no line breaks outside its texts, where they are escaped."""
     return b"data: " + _encode(value).encode("utf-8", "replace") + b"\n\n"
+
+
+class TextEvent:
+    """Events that differ in one text alone. All around the text is encoded once: a stream has an event for each token.
+
+    `make(text)` gives the event of a text.
+    """
+
+    def __init__(self, make: Callable[[str], bytes]) -> None:
+        mark = secrets.token_hex(16)  # no part of an event that a client could have chosen
+        self._before, self._behind = make(mark).split(f'"{mark}"'.encode())
+
+    def __call__(self, text: str) -> bytes:
+        return self._before + _encode_text(text).encode("utf-8", "replace") + self._behind
 
 
 def joined(events: Iterable[bytes]) -> Iterator[bytes]:
@@ -106,40 +126,76 @@ class Events(_Watched):
 
     def __init__(self, events: AsyncGenerator[bytes, None], unread_s: float, last: bytes = DONE) -> None:
         super().__init__()
-        self._events, self._unread_s, self._last = events, unread_s, last
+        self._events, self._last = events, last
+        self._patience = _Patience(unread_s)
 
     async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
-        has_begun = False
-        try:
-            async with aclosing(self._events) as events:
-                async for data in events:
-                    if not has_begun:
-                        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-                        has_begun = True
-                    await self._send(send, data)
-                await self._send(send, self._last, more=False)
-        except _Unread:
-            scope["moeship"].disconnected = True
-            scope["moeship"].abort()
-            await asyncio.sleep(0)  # uvicorn learns of it, and does not log that the answer is incomplete
-        except Exception as error:
-            failure = as_api_error(error)
-            scope["moeship"].error = failure.code or failure.kind
-            if not has_begun:
-                await error_response(failure)(scope, receive, send)
-            else:
-                await self._send(send, event(failure.body()), more=False)
+        record, has_begun = scope["moeship"], False
+        with self._patience.begin(record):
+            try:
+                async with aclosing(self._events) as events:
+                    async for data in events:
+                        if not has_begun:
+                            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+                            has_begun = True
+                        await self._send(record.send, data)
+                    await self._send(send, self._last, more=False)
+            except Exception as error:
+                failure = as_api_error(error)
+                record.error = failure.code or failure.kind
+                if not has_begun:
+                    await error_response(failure)(scope, receive, send)
+                else:
+                    await self._send(send, event(failure.body()), more=False)
 
     async def _send(self, send: Send, data: bytes, *, more: bool = True) -> None:
+        self._patience.wait()
+        await send({"type": "http.response.body", "body": data, "more_body": more})
+        self._patience.is_read()
+
+
+class _Patience:
+    """Closes the connection of a client that leaves what is sent to it unread for `unread_s` seconds.
+
+    There is one timer for an answer, which looks when the last send began: a timer for each event would cost more than
+    making the event.
+    """
+
+    def __init__(self, unread_s: float) -> None:
+        self._unread_s = unread_s
+        self._since: float | None = None  # when the send in progress began
+        self._timer: asyncio.TimerHandle
+
+    @contextmanager
+    def begin(self, record: Record) -> Iterator[None]:
+        """Watch until the end of the block, which a task of its own runs."""
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        self._now = loop.time
+
+        def look() -> None:
+            since = loop.time() if self._since is None else self._since
+            if loop.time() < since + self._unread_s:
+                self._timer = loop.call_at(since + self._unread_s, look)
+                return
+            record.disconnected = True
+            record.abort()
+            # Once the server has learned that the connection is closed, the response ends as for a client that went.
+            self._timer = loop.call_later(_ABORT_S, task.cancel)
+
+        look()
         try:
-            async with asyncio.timeout(self._unread_s):
-                await send({"type": "http.response.body", "body": data, "more_body": more})
-        except TimeoutError:
-            raise _Unread from None
+            yield
+        finally:
+            self._timer.cancel()
 
+    def wait(self) -> None:
+        """A send begins."""
+        self._since = self._now()
 
-class _Unread(Exception):  # noqa: N818 - nobody is told: the connection is closed
-    """A client did not read what was sent to it."""
+    def is_read(self) -> None:
+        """It has ended."""
+        self._since = None
 
 
 async def _gone(receive: Receive) -> None:

@@ -44,6 +44,7 @@ class Record:
     method: str
     path: str
     abort: Callable[[], None]  # closes the connection without sending what is left
+    send: Send  # of the server itself; what is left of an answer that has begun needs none of the layers around the app
     key: int | None = None  # the place of its API key
     model: str | None = None
     prompt_tokens: int | None = None
@@ -84,6 +85,7 @@ class Guard:
             method=scope["method"],
             path=scope["path"],
             abort=scope.get("extensions", {}).get("moeship", {}).get("abort", _nothing),
+            send=send,
         )
         scope["moeship"] = record
 

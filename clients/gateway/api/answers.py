@@ -7,9 +7,7 @@ OpenAI's own answers. Chat completions have a token's bytes beside its text.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from clients.gateway.errors import cancelled
@@ -34,27 +32,32 @@ def finish_reason(part: Piece | Generation) -> str | None:
     return part.finish_reason
 
 
-@dataclass
 class Usage:
     """The tokens of all answers to a request. `add` takes pieces or whole answers, of any number of prompts."""
 
-    record: Record
-    prompt: dict[int, int] = field(default_factory=dict)  # place of the prompt to its tokens
-    output: defaultdict[tuple[int, int], int] = field(default_factory=lambda: defaultdict(int))
+    def __init__(self, record: Record) -> None:
+        self._record = record
+        self._prompts: dict[int, int] = {}  # place of the prompt to its tokens
+        self._outputs: dict[tuple[int, int], int] = {}  # place of the prompt and number of the answer to its tokens
+        self._prompt = self._output = 0  # tokens in all
 
     def add(self, part: Piece | Generation, prompt: int = 0) -> None:
-        self.record.saw_token()
+        record = self._record
+        record.saw_token()
         if part.num_input_tokens is not None:
-            self.prompt[prompt] = part.num_input_tokens
-        key = (prompt, part.sequence_index)
-        found = part.num_output_tokens
-        self.output[key] = self.output[key] + len(part.token_ids) if found is None else found
-        self.record.prompt_tokens = sum(self.prompt.values())
-        self.record.output_tokens = sum(self.output.values())
+            self._prompt += part.num_input_tokens - self._prompts.get(prompt, 0)
+            self._prompts[prompt] = part.num_input_tokens
+        key, found = (prompt, part.sequence_index), part.num_output_tokens
+        known = self._outputs.get(key, 0)
+        self._outputs[key] = known + len(part.token_ids) if found is None else found
+        self._output += self._outputs[key] - known
+        record.prompt_tokens, record.output_tokens = self._prompt, self._output
 
     def to_json(self) -> dict[str, int]:
-        prompt, output = sum(self.prompt.values()), sum(self.output.values())
-        return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+        return {
+            "prompt_tokens": self._prompt, "completion_tokens": self._output,
+            "total_tokens": self._prompt + self._output,
+        }  # fmt: skip
 
 
 def routing_of(part: Piece | Generation) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from clients.gateway.api.sampling import (
 )
 from clients.gateway.api.values import read_values
 from clients.gateway.errors import invalid, unsupported
-from clients.gateway.events import Events, Whole, event, joined
+from clients.gateway.events import Events, TextEvent, Whole, event, joined
 from clients.gateway.guard import Record
 from clients.gateway.state import Gateway
 from clients.gateway.texts import INPUT_IDS, ModelTexts
@@ -190,20 +190,25 @@ async def _events(gateway: Gateway, call: Call, usage: Usage) -> AsyncGenerator[
     """The answer piece by piece. The first event of a choice has the role alone."""
     head = {"object": "chat.completion.chunk", **call.head}
     extra = {"usage": None} if call.includes_usage else {}
-    begun: set[int] = set()
-    shows_tokens = call.log_probs or call.values.get("return_token_ids") or call.values.get(ROUTING)
+    texts: dict[int, TextEvent] = {}  # index of a choice that has begun to its events of a text alone
+    shows_more = call.log_probs or call.values.get("return_token_ids") or call.values.get(ROUTING)
+
+    def event_of(choice: dict[str, Any]) -> bytes:
+        return event({**head, "choices": [choice], **extra})
+
+    def plain(index: int, delta: dict[str, Any]) -> bytes:
+        return event_of({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
 
     def events_of(piece: Piece) -> bytes:
         usage.add(piece)
-        data = b""
-        if piece.sequence_index not in begun:
-            begun.add(piece.sequence_index)
-            opening = {"role": "assistant", "content": "", "refusal": None}
-            first = {"index": piece.sequence_index, "delta": opening, "logprobs": None, "finish_reason": None}
-            data = event({**head, "choices": [first], **extra})
-        if piece.text or piece.finish_reason or (shows_tokens and piece.token_ids):
-            choice = _choice(call, piece, {"delta": {"content": piece.text} if piece.text else {}})
-            data += event({**head, "choices": [choice], **extra})
+        index, data = piece.sequence_index, b""
+        if index not in texts:
+            texts[index] = TextEvent(lambda text: plain(index, {"content": text}))
+            data = plain(index, {"role": "assistant", "content": "", "refusal": None})
+        if piece.finish_reason is None and not shows_more:
+            return data + texts[index](piece.text) if piece.text else data
+        if piece.text or piece.finish_reason or piece.token_ids:
+            data += event_of(_choice(call, piece, {"delta": {"content": piece.text} if piece.text else {}}))
         return data
 
     async with aclosing(gateway.pool.stream(call.request)) as pieces:

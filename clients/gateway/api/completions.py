@@ -31,7 +31,7 @@ from clients.gateway.api.sampling import (
 )
 from clients.gateway.api.values import read_values
 from clients.gateway.errors import invalid
-from clients.gateway.events import Events, Whole, event, joined
+from clients.gateway.events import Events, TextEvent, Whole, event, joined
 from clients.gateway.guard import Record
 from clients.gateway.state import Gateway
 from clients.gateway.texts import INPUT_IDS, ModelTexts
@@ -207,12 +207,24 @@ def _choice(call: Call, place: int, generation: Generation) -> dict[str, Any]:
 async def _events(gateway: Gateway, call: Call, usage: Usage) -> AsyncGenerator[bytes, None]:
     """The answer piece by piece. Prompts are answered one after the other."""
     extra = {"usage": None} if call.includes_usage else {}
+    texts: dict[int, TextEvent] = {}  # index of a choice to its events of a text alone
+    shows_more = call.log_probs is not None or call.values.get("return_token_ids") or call.values.get(ROUTING)
+
+    def event_of(choice: dict[str, Any]) -> bytes:
+        return event({**call.head, "choices": [choice], **extra})
 
     def one_event(place: int, piece: Piece, offsets: dict[int, int]) -> bytes:
         shown_part = _without_tokens(piece) if call.prompt_only else piece
         usage.add(shown_part, place)
+        if piece.finish_reason is None and not shows_more and piece.sequence_index in offsets and not call.prompt_only:
+            if not piece.text:
+                return b""
+            index = place * call.num_answers + piece.sequence_index
+            if index not in texts:
+                texts[index] = TextEvent(lambda text: event_of(_plain(index, text)))
+            return texts[index](piece.text)
         choice = _part(call, place, shown_part, offsets)
-        return b"" if choice is None else event({**call.head, "choices": [choice], **extra})
+        return b"" if choice is None else event_of(choice)
 
     for place, request in enumerate(call.requests):
         offsets: dict[int, int] = {}  # sequence to the offset behind the text of its tokens so far
@@ -237,16 +249,18 @@ def _part(call: Call, place: int, piece: Piece, offsets: dict[int, int]) -> dict
     shows_tokens = call.log_probs is not None or call.values.get("return_token_ids") or call.values.get(ROUTING)
     if not text and reason is None and not (shows_tokens and piece.token_ids):
         return None
-    choice: dict[str, Any] = {
-        "index": place * call.num_answers + piece.sequence_index, "text": text, "logprobs": None,
-        "finish_reason": reason,
-    }  # fmt: skip
+    choice = _plain(place * call.num_answers + piece.sequence_index, text, reason)
     if call.texts is not None and call.log_probs is not None:
         prompt = call.prompts[place].text if begins else None
         choice["logprobs"], offsets[piece.sequence_index] = _log_probs(call.texts, piece, offset, prompt)
     if call.values.get("return_token_ids"):
         choice["token_ids"] = list(piece.token_ids)
     return {**choice, **routing_of(piece)}
+
+
+def _plain(index: int, text: str, reason: str | None = None) -> dict[str, Any]:
+    """A choice of a streamed event that shows no tokens."""
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
 
 
 def _without_tokens(part: _Part) -> _Part:

@@ -53,14 +53,19 @@ FULL = (
 )
 
 
+@pytest.mark.parametrize("half_closes", [True, False])
 @pytest.mark.parametrize("is_stream", [True, False])
-def test_a_client_that_goes_ends_its_request_by_asking_the_server(gateway, server, is_stream):
+def test_a_client_that_goes_ends_its_request_by_asking_the_server(gateway, server, is_stream, half_closes):
+    """So does one that closes its sending side alone, which looks alike from here."""
     server.version, server.answer = "2.51.0", server.stoppable
     body = json.dumps({**STREAM, "stream": is_stream}).encode()
     with connected(gateway, "/v1/completions", body) as client:
         assert wait_until(lambda: server.started.is_set())
         if is_stream:
             assert b"def " in client.recv(1 << 16)
+        if half_closes:
+            client.shutdown(socket.SHUT_WR)
+            assert wait_until(lambda: server.stops)
     assert wait_until(lambda: server.stops)
     assert server.stops[0] == server.requests[0].id
     assert wait_until(lambda: gateway.state.pool.tritons[0].in_flight == 0)

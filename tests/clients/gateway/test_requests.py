@@ -20,7 +20,7 @@ from fake_triton import echoed_prompt, empty_final, piece
 from fuzz_gateway import faults
 from serve_command import wait_until
 
-from clients.gateway.events import Events
+from clients.gateway.events import Events, TextEvent, event
 from clients.gateway.settings import Keys, Limits, read_keys
 from clients.gateway.texts import ModelTexts
 from export.errors import ConfigError
@@ -174,6 +174,18 @@ def test_what_is_no_request_gets_its_status_in_openais_form(gateway_of):
         assert found == status, (method, path, data)
         assert set(answer["error"]) == {"message", "type", "param", "code"}
         assert sent["x-request-id"].startswith("req-")
+
+
+@pytest.mark.parametrize("path", ["/health", "/metrics", "/v1/models", "/v1/models/phixtral", "/v1/models/other", "/"])
+def test_head_is_answered_as_get_without_a_body(gateway, path):
+    """Probes of load balancers send it."""
+    found = []
+    for method in ("GET", "HEAD"):
+        with closing(http.client.HTTPConnection(gateway.url.removeprefix("http://"), timeout=30)) as connection:
+            connection.request(method, path)
+            response = connection.getresponse()
+            found.append((response.status, response.getheader("content-type"), len(response.read())))
+    assert found[1] == (*found[0][:2], 0)
 
 
 def test_a_key_of_the_file_is_asked_for_everywhere_but_at_the_probe(gateway_of, tmp_path):
@@ -377,6 +389,18 @@ def test_events_that_wait_are_sent_together_and_each_piece_has_its_own(gateway, 
     numbers = re.findall(rb'data: [^\n]*"(?:text|content|delta)":"<([0-9]+)>"[^\n]*\n\n', raw)
     assert [int(number) for number in numbers] == [*range(1, 201)]
     assert writes < 150
+
+
+@pytest.mark.parametrize(
+    "text", ["", '"', "\\", "\x00\x1f\x7f", "\n\n data: x", "\u2028\u2029", "終\U0001f600", "</script>"]
+)
+def test_an_event_of_a_text_is_the_whole_object_encoded(text):
+    def make(text: str) -> bytes:
+        return event({"id": '"a', "choices": [{"index": 1, "delta": {"content": text}, "finish_reason": None}]})
+
+    assert TextEvent(make)(text) == make(text)
+    read = json.loads(TextEvent(make)(text).removeprefix(b"data: "))
+    assert read["choices"][0]["delta"]["content"] == text
 
 
 def test_what_a_piece_keeps_back_makes_no_event(gateway, server):
