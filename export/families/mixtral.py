@@ -17,7 +17,6 @@ Source: transformers, models/mixtral and conversion_mapping.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from export.architecture import Architecture, ConfigReader
@@ -26,9 +25,6 @@ from export.config_keys.rules import transformers_keys
 from export.families import Family
 from export.families.shared.llama_stack import (
     BASE_MODULES,
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
     layer_name,
     packed_experts,
     read_stack_config,
@@ -38,8 +34,9 @@ from export.families.shared.llama_stack import (
     stack_network,
     stack_tensors,
 )
+from export.families.shared.llama_trtllm import llama_class
 from export.families.shared.network import Network
-from export.families.shared.trtllm_network import LlmApiModel, TrtllmNetwork
+from export.families.shared.trtllm_network import LlmApiModel
 
 
 def matches(config: Mapping[str, Any]) -> bool:
@@ -69,15 +66,6 @@ def tensors(architecture: Architecture, names: Sequence[str]) -> list[TensorSpec
 
 def _is_packed(names: Iterable[str]) -> bool:
     return any(name.endswith(".mlp.experts.gate_up_proj") for name in names)
-
-
-def _llm_api_problems(names: Iterable[str]) -> list[str]:
-    if not _is_packed(names):
-        return []
-    return [
-        "its experts are packed as transformers 5 packs them, and TensorRT-LLM looks for block_sparse_moe.experts; "
-        "take the checkpoint as it was published"
-    ]
 
 
 def _single_experts(architecture: Architecture, layer: str) -> list[TensorSpec]:
@@ -112,28 +100,6 @@ FAMILY = Family(
     tokenizers={"mixtral": "TokenizersBackend"},
     base_modules=BASE_MODULES,
     # Source: tensorrt_llm/_torch/models/modeling_mixtral.py.
-    llm_api=LlmApiModel(architecture="MixtralForCausalLM", problems=_llm_api_problems),
-    # Source: tensorrt_llm/models/llama/{model,convert}.py. MODEL_MAP maps Mixtral's name to Llama's class.
-    trtllm=TrtllmNetwork(
-        architecture="MixtralForCausalLM",
-        hidden_act="swiglu",
-        scaled=("linear", "llama3"),
-        pipeline=True,
-        gated=True,
-        layer=layer_name,
-        top=MappingProxyType(
-            {EMBEDDING: "transformer.vocab_embedding", FINAL_NORM: "transformer.ln_f", HEAD: "lm_head"}
-        ),
-        modules=MappingProxyType(
-            {
-                "input_layernorm": "input_layernorm",
-                "self_attn.qkv_proj": "attention.qkv",
-                "self_attn.o_proj": "attention.dense",
-                "post_attention_layernorm": "post_layernorm",
-                "mlp.gate": "mlp.router",
-                "mlp.experts.gate_up": "mlp.fc",
-                "mlp.experts.down": "mlp.proj",
-            }
-        ),
-    ),
+    llm_api=LlmApiModel(architecture="MixtralForCausalLM", experts="block_sparse_moe.experts"),
+    trtllm=llama_class("MixtralForCausalLM"),
 )

@@ -45,8 +45,10 @@ from export.families.shared.llama_stack import (
     stack_network,
     stack_tensors,
 )
+from export.families.shared.llama_trtllm import qwen_class
 from export.families.shared.network import Network
 from export.families.shared.transformers_config import read_dense_layers
+from export.families.shared.trtllm_network import LlmApiModel
 
 
 def matches(config: Mapping[str, Any]) -> bool:
@@ -112,4 +114,12 @@ FAMILY = Family(
     network=network,
     tokenizers={"qwen2_moe": "Qwen2Tokenizer"},
     base_modules=BASE_MODULES,
+    # Source: tensorrt_llm/_torch/models/modeling_qwen_moe.py, whose router never divides by the sum.
+    llm_api=LlmApiModel(
+        architecture="Qwen2MoeForCausalLM",
+        experts="mlp.experts",
+        routers=(Router(normalise=False),),
+        shared_expert=True,
+    ),
+    trtllm=qwen_class("Qwen2MoeForCausalLM", "qwen2_moe", shared_expert=True, module=None),
 )

@@ -42,8 +42,10 @@ from export.families.shared.llama_stack import (
     stack_network,
     stack_tensors,
 )
+from export.families.shared.llama_trtllm import qwen_class
 from export.families.shared.network import Network
 from export.families.shared.transformers_config import read_dense_layers
+from export.families.shared.trtllm_network import LlmApiModel
 
 
 def matches(config: Mapping[str, Any]) -> bool:
@@ -107,4 +109,7 @@ FAMILY = Family(
     network=network,
     tokenizers={"qwen3_moe": "Qwen2Tokenizer"},
     base_modules=BASE_MODULES,
+    # Source: tensorrt_llm/_torch/models/modeling_qwen3_moe.py, whose router always divides by the sum.
+    llm_api=LlmApiModel(architecture="Qwen3MoeForCausalLM", experts="mlp.experts", head_norms=True),
+    trtllm=qwen_class("Qwen3MoeForCausalLM", "qwen3_moe", head_norms=True, module="qwen3_moe"),
 )

@@ -34,7 +34,18 @@ from export.tokenizer.surplus import model_settings
 from export.trtllm.carry import kept_grid
 from export.trtllm.config import checkpoint_config
 from export.trtllm.converter import RankConverter, rank_file
-from export.trtllm.layout import DENSE, QKV, Form, Layout, LayoutOptions, TensorJob, matrix_shapes, plan_layout
+from export.trtllm.layout import (
+    DENSE,
+    QKV,
+    SHARED_FC,
+    SHARED_PROJ,
+    Form,
+    Layout,
+    LayoutOptions,
+    TensorJob,
+    matrix_shapes,
+    plan_layout,
+)
 from export.trtllm.packing import TILE, interleaves_columns
 from export.trtllm.parallel import Parallelism
 from export.trtllm.precision import (
@@ -134,6 +145,11 @@ def plan_checkpoint(model: Model, options: CheckpointOptions) -> CheckpointPlan:
     network = model.family.trtllm_network()
     problems = network.problems(facts) + options.parallel.problems(facts, pipeline=network.pipeline)
     problems += architecture_problems(precision, options.sm, dtype)
+    if precision.grouped and facts.shared_ffn_size is not None:
+        problems.append(
+            f"{precision.name}: when TensorRT-LLM quantises in groups it makes a mixture without the expert beside the "
+            "others of one that has it (tensorrt_llm/quantization/quantize.py); build int4, int8 or fp16"
+        )
     if options.plain and (precision.grouped or not precision.bits):
         problems.append(f"plain weights are for int8 and int4, which the library quantises; found {precision.name}")
     if options.group_size is not None and not precision.grouped:
@@ -173,8 +189,8 @@ class _Side:
     """The inputs or the outputs of a rank's share of a quantised matrix. `number` is how many features there are.
 
     TensorRT-LLM needs a multiple of a unit: TILE, and also the group size if `grouped` is set. `times` multiplies the
-    unit: an attention matrix is cut along one side only, and the library rounds the other side up to a multiple of
-    tp_size times the unit, as if it were cut too (quantization/layers.py).
+    unit: a matrix outside the experts is cut along one side only, and the library rounds the other side up to a
+    multiple of tp_size times the unit, as if it were cut too (quantization/layers.py).
     """
 
     module: str
@@ -186,9 +202,9 @@ class _Side:
 
 def _sides(layout: Layout, tp_size: int) -> Iterator[_Side]:
     for module, rows, width in matrix_shapes(layout):
-        attention = module in (QKV, DENSE)
-        yield _Side(module, "outputs", rows, tp_size if module == DENSE else 1, attention)
-        yield _Side(module, "inputs", width, tp_size if module == QKV else 1, True)
+        of_rows, of_columns = module in (DENSE, SHARED_PROJ), module in (QKV, SHARED_FC)
+        yield _Side(module, "outputs", rows, tp_size if of_rows else 1, of_rows or of_columns)
+        yield _Side(module, "inputs", width, tp_size if of_columns else 1, True)
 
 
 def _fit(layout: Layout, options: CheckpointOptions, *, grouped: bool) -> tuple[int, list[str]]:

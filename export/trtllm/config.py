@@ -1,8 +1,8 @@
 """The config.json of a TensorRT-LLM checkpoint, from which TensorRT-LLM builds its network.
 
 Keys: tensorrt_llm/models/modeling_utils.py (PretrainedConfig, QuantConfig), models/phi/{config,model}.py (which reads
-rotary_pct and rotary_base), models/llama/config.py, layers/moe.py (MoeConfig). Every key that changes a number is
-written, and none is left to the library's default.
+rotary_pct and rotary_base), models/{llama,qwen}/config.py, layers/moe.py (MoeConfig). Every key that changes a number
+is written, and none is left to the library's default.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from export.architecture import Router
 from export.families import Model
 from export.rotary import RotaryScaling
 from export.trtllm.layout import LayoutOptions
 
-RENORMALIZE = 1  # MoeConfig.ExpertScaleNormalizationMode: choose the K largest logits, then softmax over these K
+# MoeConfig.ExpertScaleNormalizationMode: softmax over all logits, then the K largest of its values; and the K largest
+# logits, then softmax over these K, which are the same values divided by their sum.
+NONE, RENORMALIZE = 0, 1
 
 
 def checkpoint_config(model: Model, options: LayoutOptions) -> dict[str, Any]:
@@ -41,7 +44,7 @@ def checkpoint_config(model: Model, options: LayoutOptions) -> dict[str, Any]:
         "rotary_embedding_dim": facts.rotary_dim,
         "use_parallel_embedding": False,
         "embedding_sharding_dim": 0,
-        "qk_layernorm": False,
+        "qk_layernorm": False,  # the classes that norm queries and keys do not read it
         "mapping": options.parallel.mapping(),
         "quantization": options.precision.quantization(options.group_size),
     }
@@ -49,9 +52,18 @@ def checkpoint_config(model: Model, options: LayoutOptions) -> dict[str, Any]:
         config["moe"] = {
             "num_experts": len(options.experts),
             "top_k": facts.experts_per_token,
-            "normalization_mode": RENORMALIZE,
+            "normalization_mode": _normalization(facts.router),
         }
-    return config
+    if network.shared_expert and options.precision.bits:
+        # Where weights are loaded the library compares the patterns with names of tensors, and takes "gate.weight" in a
+        # name for a matrix to quantise (models/convert_utils.py); where layers are made, with names of modules.
+        config["quantization"]["exclude_modules"].append("*shared_expert_gate.weight")
+    return {**config, **network.config(facts)}
+
+
+def _normalization(router: Router) -> int:
+    """How the weights of chosen experts are made of the logits, by the library's number."""
+    return RENORMALIZE if router.normalise else NONE
 
 
 def rotary_scaling(scaling: RotaryScaling | None) -> dict[str, Any] | None:

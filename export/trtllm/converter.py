@@ -49,9 +49,10 @@ class RankConverter(Converter[TensorJob]):
         return self.folder / region.partition(_SEPARATOR)[0]
 
     def planned_regions(self, job: TensorJob) -> list[PlannedRegion]:
-        """One region for each slice of the weight, and one for each side tensor, such as scales."""
+        """One region for each slice of the weight, and one for each side tensor, such as scales, or for the rows of it
+        that belong to the job."""
         slices = [self._slice_region(job, piece, index) for index, piece in enumerate(job.slices)]
-        return [*slices, *(self._side_region(side) for _, side in job.side_tensors)]
+        return [*slices, *(self._side_region(job, side) for _, side in job.side_tensors)]
 
     def source_bytes(self, job: TensorJob) -> int:
         """Bytes of the source tensors that the job reads."""
@@ -124,13 +125,24 @@ class RankConverter(Converter[TensorJob]):
         row_bytes = tensor.planned.num_bytes // tensor.rows
         # If each rank has one slice, its region is the whole tensor. The slice may be shorter, as the head's is at the
         # end of the vocabulary; the rest of the region is zeros.
-        rows = tensor.rows if len(job.slices) == len(job.tensors) else piece.last - piece.first
+        alone = job.fills and len(job.slices) == len(job.tensors)
+        rows = tensor.rows if alone else piece.last - piece.first
         offset = self.offsets[piece.rank][tensor.planned.name] + piece.row * row_bytes
         return PlannedRegion(_region_name(tensor, index), offset, rows * row_bytes)
 
-    def _side_region(self, side: RankTensor) -> PlannedRegion:
+    def _side_region(self, job: TensorJob, side: RankTensor) -> PlannedRegion:
         offset = self.offsets[side.rank][side.planned.name]
-        return PlannedRegion(_region_name(side, 0), offset, side.planned.num_bytes)
+        if job.fills:
+            return PlannedRegion(_region_name(side, 0), offset, side.planned.num_bytes)
+        own, row_bytes = _own_rows(job, side), side.planned.num_bytes // side.rows
+        num_bytes = (own.stop - own.start) * row_bytes
+        return PlannedRegion(_region_name(side, own.start), offset + own.start * row_bytes, num_bytes)
+
+
+def _own_rows(job: TensorJob, tensor: RankTensor) -> slice:
+    """The rows of a rank's tensor that the job writes, which lie together."""
+    pieces = [piece for piece in job.slices if piece.rank == tensor.rank]
+    return slice(min(piece.row for piece in pieces), max(piece.row + piece.last - piece.first for piece in pieces))
 
 
 def rank_file(rank: int) -> str:
@@ -212,6 +224,8 @@ def _beside(job: TensorJob, ending: str, side: RankTensor, scales: FloatArray) -
     shape = side.planned.shape
     if ending == "prequant_scaling_factor":
         return np.ones(shape, dtype=numpy_dtype(side.planned.dtype))
+    if not job.fills:  # scales of channels, the one form of such tensors (checkpoint.py)
+        scales = scales[_own_rows(job, side)]
     narrow = _narrow(scales, side.planned.dtype, f"the {'zeros' if ending == 'zero' else 'scales'} of {job.source}")
     if job.form is Form.GROUPS:  # [experts, groups, rows]
         return narrow.reshape(-1, shape[-1], scales.shape[1]).swapaxes(-1, -2)

@@ -17,19 +17,20 @@ How a tensor is shared among the ranks:
 - attention.dense and mlp.proj are cut along their inputs. Every rank has the whole bias, since the library adds it
   once. With W4A16_GPTQ, however, every rank adds the bias of a matrix outside the experts, so it is zero on all ranks
   except the first.
-- mlp.fc is cut along its outputs. If it is gated, up and gate are cut separately and joined, up first.
+- mlp.fc is cut along its outputs. If it is gated, up and gate are cut separately and joined, up first. So is
+  mlp.shared_expert.fc, whose up and gate are two rows of the table; mlp.shared_expert.proj is cut along its inputs.
 - Expert parallelism gives each rank a block of whole experts.
 - Every rank has the whole router, in float32.
 - lm_head is cut along the vocabulary, which is padded with zeros to a multiple of tp_size.
 
-Sources: tensorrt_llm/models/{phi,llama}/{model,convert}.py, layers/{moe,linear,attention}.py,
+Sources: tensorrt_llm/models/{phi,llama,qwen}/{model,convert}.py, layers/{moe,linear,attention}.py,
 models/modeling_utils.py, quantization/layers.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from export.architecture import Architecture
@@ -37,14 +38,16 @@ from export.checkpoint.safetensors_header import FLOAT_LABELS
 from export.checkpoint.shard_writer import PlannedTensor
 from export.checkpoint.tensor_table import Join, TensorSpec
 from export.families import Model
+from export.families.shared.trtllm_network import Place
 from export.trtllm.packing import interleaves_columns
 from export.trtllm.parallel import Parallelism
 from export.trtllm.precision import TrtllmPrecision
 
 ROUTER, HEAD, QKV, DENSE = "mlp.router", "lm_head", "attention.qkv", "attention.dense"
-QUANTISED = (QKV, DENSE, "mlp.fc", "mlp.proj")
-CUT_ALONG_INPUT = (DENSE, "mlp.proj")
-CUT_ALONG_OUTPUT = ("mlp.fc", HEAD)
+SHARED_FC, SHARED_PROJ = "mlp.shared_expert.fc", "mlp.shared_expert.proj"
+QUANTISED = (QKV, DENSE, "mlp.fc", "mlp.proj", SHARED_FC, SHARED_PROJ)
+CUT_ALONG_INPUT = (DENSE, "mlp.proj", SHARED_PROJ)
+CUT_ALONG_OUTPUT = ("mlp.fc", SHARED_FC, HEAD)
 FIRST_STAGE, LAST_STAGE = ("transformer.vocab_embedding",), ("transformer.ln_f", HEAD)
 
 
@@ -97,7 +100,8 @@ class TensorJob:
     """The job of writing one row of the tensor table: `tensors` has one tensor for each rank that has a share of it.
 
     `sides` has the side tensors, such as scales: ending of the name -> rank -> tensor. If `mask_from` is set, values
-    from that row on become MASKED_LOGIT.
+    from that row on become MASKED_LOGIT. Jobs of a tensor that joins several rows of the table have the same `tensors`
+    and `sides`, and slices that do not overlap.
     """
 
     source: str
@@ -109,6 +113,7 @@ class TensorJob:
     tensors: dict[int, RankTensor]
     sides: dict[str, dict[int, RankTensor]] = field(default_factory=dict)
     mask_from: int | None = None
+    fills: bool = field(default=True, repr=False)  # whether the tensors hold no row of the table but this one
 
     @property
     def side_tensors(self) -> list[tuple[str, RankTensor]]:
@@ -133,7 +138,8 @@ class Layout:
 
     def tensors(self, rank: int) -> list[PlannedTensor]:
         """A rank's tensors in the order of its file."""
-        return [tensor.planned for job in self.jobs for tensor in job.all_tensors if tensor.rank == rank]
+        found = (tensor.planned for job in self.jobs for tensor in job.all_tensors if tensor.rank == rank)
+        return list(dict.fromkeys(found))  # several jobs may write one tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,12 +162,11 @@ class LayoutOptions:
 def plan_layout(model: Model, options: LayoutOptions) -> Layout:
     """Plan every tensor of every rank. The caller has checked that the parallelism fits the model."""
     network = model.family.trtllm_network()
-    names = network.names(model.architecture.num_layers)
+    places = network.places(model.architecture.num_layers)
     jobs = []
     for spec in model.weights.table.values():
         stem, _, kind = spec.name.rpartition(".")
-        layer, module = names[stem]
-        jobs.append(_Row(spec, layer, module, kind, model.architecture, options).job())
+        jobs.append(_Row(spec, places[stem], kind, model.architecture, options).job())
     return Layout(jobs=tuple(jobs))
 
 
@@ -190,16 +195,16 @@ class _Row:
     def __init__(
         self,
         spec: TensorSpec,
-        layer: int | None,
-        module: str,
+        place: Place,
         kind: str,
         facts: Architecture,
         options: LayoutOptions,
     ) -> None:
-        self.spec, self.layer, self.module, self.kind = spec, layer, module, kind
+        self.spec, self.layer, self.module, self.kind = spec, place.layer, place.module, kind
+        self.part, self.parts = place.part, place.parts
         self.facts, self.options, self.parallel = facts, options, options.parallel
         self.experts = len(options.experts) if spec.stacks_experts else 0
-        self.quantised = module in QUANTISED and kind == "weight" and options.precision.bits > 0
+        self.quantised = self.module in QUANTISED and kind == "weight" and options.precision.bits > 0
 
     def job(self) -> TensorJob:
         slices: list[Slice] = []
@@ -210,9 +215,10 @@ class _Row:
             for tp_rank in range(self.parallel.tp_size):
                 rank = self.parallel.rank(pp_rank, tp_rank)
                 shares = list(self._shares(rank, tp_rank))
-                slices += shares
                 width = shares[0].columns[1] - shares[0].columns[0]
                 rows = max(piece.row + piece.last - piece.first for piece in shares)
+                slices += [replace(piece, row=piece.row + self.part * rows) for piece in shares]
+                rows *= self.parts
                 if self.module == HEAD:
                     rows = self._padded_vocab() // self.parallel.tp_size
                 elif self._is_added_on_every_rank():
@@ -234,6 +240,7 @@ class _Row:
             tensors=tensors,
             sides=sides,
             mask_from=options.mask_from if (self.module, self.kind) == (HEAD, "bias") else None,
+            fills=self.parts == 1,
         )
 
     def _form(self) -> Form:

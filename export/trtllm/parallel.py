@@ -104,4 +104,6 @@ class Parallelism:
             found.append(f"moe_tp_size {self.moe_tp} times moe_ep_size {self.moe_ep} is not tp_size {self.tp_size}")
         indivisible("experts", experts, "moe_ep_size", self.moe_ep)
         indivisible("rows of an expert", facts.ffn_size, "moe_tp_size", self.moe_tp)
+        if facts.shared_ffn_size is not None:
+            indivisible("rows of the expert beside the others", facts.shared_ffn_size, "tp_size", self.tp_size)
         return found

@@ -121,7 +121,7 @@ def test_finding_the_families_imports_nothing_heavy():
 
 def test_a_family_without_a_network_of_tensorrt_llms_is_refused_by_name():
     alone = dataclasses.replace(family_named("mixtral"), name="alone", trtllm=None)
-    with pytest.raises(ExportError, match="builds TensorRT-LLM engines of mixtral, phi, phixtral, not of alone; build"):
+    with pytest.raises(ExportError, match="builds TensorRT-LLM engines of .*, not of alone; build"):
         alone.trtllm_network()
 
 

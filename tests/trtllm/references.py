@@ -78,6 +78,11 @@ def reference_with(model: Model, rounding: Rounding, tp_size: int = 1, moe_tp_si
             first, second = _matrices(mixture)
             first.copy_(rounding(first, 1))
             second.copy_(rounding(second, moe_tp_size))
+            if hasattr(mixture, "shared_expert"):
+                beside = mixture.shared_expert
+                for linear in (beside.gate_proj, beside.up_proj):
+                    linear.weight.copy_(rounding(linear.weight, 1))
+                beside.down_proj.weight.copy_(rounding(beside.down_proj.weight, tp_size))
     return reference
 
 

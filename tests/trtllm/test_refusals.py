@@ -125,7 +125,7 @@ CASES = {
     ),
     "workers that do not know the class": Case(
         "phixtral", {"workers": 2},
-        "--workers is 2: trtllm-build starts workers that do not know PhixtralForCausalLM, which the library lacks; "
+        "--workers is 2: trtllm-build starts workers that do not know moeship's own PhixtralForCausalLM; "
         "use --workers 1, which builds the ranks one after the other",
         EngineError,
     ),

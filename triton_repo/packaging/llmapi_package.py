@@ -8,8 +8,8 @@
     repository/mixtral/1/checkpoint/      hard links to config, weights and tokenizer, or copies; none of the
                                           checkpoint's code
 
-This layout works with TensorRT-LLM from 1.0 on. TensorRT-LLM after 1.2 has no engines and needs it. Only Mixtrals can
-be served: the PyTorch backend of TensorRT-LLM has no phixtral (tensorrt_llm/_torch/models).
+This layout works with TensorRT-LLM from 1.0 on. TensorRT-LLM after 1.2 has no engines and needs it. Mixtrals, qwen2_moe
+and qwen3_moe can be served: the PyTorch backend of TensorRT-LLM has no phixtral (tensorrt_llm/_torch/models).
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _check_model(options: LlmApiOptions, source: SourceModel) -> None:
     expected = [family.llm_api.architecture]
     if config.get("architectures") != expected:
         problems.append(f"architectures is {config.get('architectures')} in {CONFIG_JSON}, expected {expected}")
-    problems += family.llm_api.problems(source.checkpoint.tensors)
+    problems += family.llm_api.problems(facts, source.checkpoint.tensors)
     if facts.sliding_window is not None and facts.sliding_window < source.max_sequence:
         problems.append(
             f"its attention sees {facts.sliding_window} tokens back, TensorRT-LLM's sees all {source.max_sequence}; "

@@ -170,8 +170,8 @@ def _model_problems(options: TrtllmOptions, model: Model) -> Iterator[str]:
     network, facts = model.family.trtllm_network(), model.architecture
     if options.workers > 1 and network.module is not None:
         yield (
-            f"--workers is {options.workers}: trtllm-build starts workers that do not know {network.architecture}, "
-            "which the library lacks; use --workers 1, which builds the ranks one after the other"
+            f"--workers is {options.workers}: trtllm-build starts workers that do not know moeship's own "
+            f"{network.architecture}; use --workers 1, which builds the ranks one after the other"
         )
     rows = -(-facts.vocab_size // max(1, options.tp_size)) * options.tp_size
     if rows > facts.vocab_size and not has_biased_head(model):

@@ -129,14 +129,13 @@ def _bytes_per_token(checkpoint: CheckpointPlan) -> int:
     """Bytes of weights that decoding one token reads on all ranks: one row of the embedding, K of E experts, all of
     anything else."""
     facts, total = checkpoint.model.architecture, 0.0
-    for job in checkpoint.layout.jobs:
-        for tensor in job.all_tensors:
-            name, share = tensor.planned.name, 1.0
-            if name.startswith("transformer.vocab_embedding."):
-                share = 1 / facts.vocab_size
-            elif facts.is_moe and (".mlp.fc." in name or ".mlp.proj." in name):
-                share = facts.experts_per_token / checkpoint.config["moe"]["num_experts"]
-            total += tensor.planned.num_bytes * share
+    for tensor in (tensor for rank in checkpoint.headers for tensor in checkpoint.layout.tensors(rank)):
+        name, share = tensor.name, 1.0
+        if name.startswith("transformer.vocab_embedding."):
+            share = 1 / facts.vocab_size
+        elif facts.is_moe and (".mlp.fc." in name or ".mlp.proj." in name):
+            share = facts.experts_per_token / checkpoint.config["moe"]["num_experts"]
+        total += tensor.num_bytes * share
     return round(total)
 
 

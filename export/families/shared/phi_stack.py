@@ -266,4 +266,5 @@ def stack_trtllm(architecture: str, mlp: Mapping[str, str], module: str | None =
         ),
         norm_epsilon=1e-5 if module is None else None,
         grouped_heads=module is not None,
+        takes_lone_expert=module is not None,
     )

@@ -50,7 +50,7 @@ def network_facts(model: Model) -> dict[str, Any]:
     first, attention = network.layers[0], network.layers[0].attention
     vocab, hidden = table[f"{network.embedding}.weight"].shape
     heads = table[f"{attention.output}.weight"].shape[-1]
-    return {
+    facts = {
         "vocab_size": vocab,
         "hidden_size": hidden,
         "num_hidden_layers": len(network.layers),
@@ -62,6 +62,16 @@ def network_facts(model: Model) -> dict[str, Any]:
         "rotary_base": attention.rotary_base,
         "rotary_embedding_dim": attention.rotary_dim,
         "hidden_act": _ACTIVATIONS[first.mlp.activation, first.mlp.gated],
+    }
+    shared = first.mlp.shared
+    more = {
+        "attn_bias": f"{attention.inputs[0]}.bias" in table,
+        "moe_intermediate_size": facts["intermediate_size"],
+        "moe_shared_expert_intermediate_size": 0 if shared is None else table[f"{shared.second}.weight"].shape[-1],
+    }
+    # Of these only what the class has: the others lack the keys.
+    return facts | {
+        key: value for key, value in more.items() if key in model.family.trtllm_network().config(model.architecture)
     }
 
 

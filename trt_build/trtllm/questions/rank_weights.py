@@ -144,6 +144,8 @@ class RankWeights(ReadBack):
         found = []
         for job in self.jobs.values():
             for rank, tensor in job.tensors.items():
+                if not job.fills:  # a tensor of several rows of the table is never filled up
+                    continue
                 pieces = [piece for piece in job.slices if piece.rank == rank]
                 begin = max(piece.row + piece.last - piece.first for piece in pieces)
                 if begin == tensor.rows or self.misfit(job.source) is not None:

@@ -16,6 +16,7 @@ import torch
 from tensorrt_llm._utils import absent, activations
 from tensorrt_llm.functional import AttentionMaskType, LayerNormType, PositionEmbeddingType, Tensor
 from tensorrt_llm.layers.linear import ColumnLinear, RowLinear
+from tensorrt_llm.layers.normalization import RmsNorm
 from tensorrt_llm.module import Module
 from tensorrt_llm.parameter import Parameter
 from tensorrt_llm.quantization.mode import QuantMode
@@ -141,8 +142,8 @@ class Attention(Module):
         super().__init__()
         assert num_attention_heads % tp_size == 0, "num_attention_heads must be divisible by tp_size"
         absent(
-            cp_size=cp_size > 1, clip_qkv=clip_qkv,
-            qk_layernorm=qk_layernorm, inner_layernorm=inner_layernorm, cross_attention=cross_attention,
+            cp_size=cp_size > 1, clip_qkv=clip_qkv, inner_layernorm=inner_layernorm, cross_attention=cross_attention,
+            qk_layernorm=qk_layernorm and (layernorm_type != LayerNormType.RmsNorm or not layernorm_share),
             relative_attention=relative_attention, is_local=is_local, use_logn_scaling=use_logn_scaling,
         )  # fmt: skip
         self.local_layer_idx, self.hidden_size, self.q_scaling = local_layer_idx, hidden_size, q_scaling
@@ -155,6 +156,10 @@ class Attention(Module):
             self.rotary_embedding_dim = int(self.attention_head_size * rotary_embedding_percentage)
         queries = tp_size * self.num_attention_heads * self.attention_head_size
         keys = tp_size * self.num_attention_kv_heads * self.attention_head_size
+        self.qk_layernorm = qk_layernorm
+        if qk_layernorm:  # one of each for all heads
+            self.q_layernorm = RmsNorm(self.attention_head_size, eps=eps, dtype=dtype)
+            self.k_layernorm = RmsNorm(self.attention_head_size, eps=eps, dtype=dtype)
         self.qkv = ColumnLinear(
             hidden_size, queries + 2 * keys, bias=bias, dtype=dtype, tp_group=tp_group, tp_size=tp_size,
             gather_output=False, is_qkv=True,
@@ -189,6 +194,8 @@ class Attention(Module):
         sizes = [self.num_attention_heads, self.num_attention_kv_heads, self.num_attention_kv_heads]
         heads = self.qkv(hidden_states).unflatten(-1, (sum(sizes), self.attention_head_size)).transpose(0, 1)
         query, key, value = heads.split(sizes)
+        if self.qk_layernorm:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
         seen = past[0].shape[1] if past else 0
         table = self._table(attention_params, seen, len(hidden_states))
         query, key = activations(rotate(query, table)), activations(rotate(key, table))

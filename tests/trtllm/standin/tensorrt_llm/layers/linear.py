@@ -95,7 +95,7 @@ class RowLinear(LinearBase):
         prefer_managed_weight: bool = True,
         is_expert: bool = False,
     ) -> None:
-        absent(pad_lda=pad_lda, is_expert=is_expert)
+        absent(pad_lda=pad_lda, biased_expert=is_expert and bias)
         super().__init__(
             in_features // tp_size, out_features, bias, dtype, tp_group, tp_size, strict_dtype, prefer_managed_weight
         )
@@ -103,6 +103,6 @@ class RowLinear(LinearBase):
 
     def forward(self, x: Tensor, lora_runtime_params: Any = None, all_reduce_params: Any = None) -> Tensor:
         x = self.multiply(x)
-        if self.is_parallel():
+        if self.is_parallel() and not self.is_expert:  # who adds an expert's output to others sums over the ranks
             x = allreduce(x, self.tp_group)
         return x if self.bias is None else x + self.bias.float32()

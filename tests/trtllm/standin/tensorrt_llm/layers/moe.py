@@ -19,6 +19,7 @@ import torch
 from tensorrt_llm._utils import absent, activations
 from tensorrt_llm.functional import MOE_ACTIVATIONS, SideStreamIDType, Tensor, allreduce, is_gated_activation, topk
 from tensorrt_llm.layers.linear import RowLinear
+from tensorrt_llm.layers.mlp import MLP
 from tensorrt_llm.mapping import Mapping
 from tensorrt_llm.module import Module
 from tensorrt_llm.parameter import Parameter
@@ -232,3 +233,41 @@ class MixtureOfExperts(Module):
 
 
 MOE = MixtureOfExperts
+
+
+class SharedMoE(MOE):
+    """A mixture with an expert that all tokens go through, times the sigmoid of its gate; one sum over the ranks."""
+
+    def __init__(
+        self,
+        moe_config: MoeConfig,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        hidden_act: str,
+        mapping: Mapping = Mapping(),
+        bias: bool = True,
+        dtype: str | None = None,
+        tp_group: Sequence[int] | None = None,
+        tp_size: int = 1,
+        quant_mode: QuantMode = QuantMode(0),
+        use_shared_gate: bool = False,
+        use_side_stream: bool = False,
+    ) -> None:
+        super().__init__(
+            moe_config=moe_config, hidden_size=hidden_size, ffn_hidden_size=ffn_hidden_size, hidden_act=hidden_act,
+            mapping=mapping, bias=bias, dtype=dtype, tp_group=tp_group, tp_size=tp_size, quant_mode=quant_mode,
+            use_all_reduce=False,
+        )  # fmt: skip
+        absent(use_shared_gate=not use_shared_gate)
+        self.use_shared_gate, self.use_side_stream = use_shared_gate, use_side_stream
+        self.shared_expert = MLP(
+            hidden_size, moe_config.shared_expert_intermediate_size, hidden_act, bias=False, dtype=dtype,
+            tp_group=tp_group, tp_size=tp_size, quant_mode=quant_mode, is_expert=True,
+        )  # fmt: skip
+        self.shared_expert_gate = RowLinear(hidden_size, 1, bias=False, dtype=dtype, tp_group=None, tp_size=1)
+
+    def forward(self, hidden_states: Tensor, lora_layer_params: Any = None, **kwargs: Any) -> Tensor:
+        """[T, H] to [T, H]."""
+        beside = self.shared_expert_gate(hidden_states).sigmoid() * self.shared_expert(hidden_states)
+        output = super().forward(hidden_states) + beside
+        return allreduce(output, self.tp_group) if self.tp_size > 1 and self.tp_group is not None else output

@@ -34,7 +34,11 @@ def quantize_layers(
     for name, module, parent in model.named_modules_with_parent():
         excluded = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
         is_mixture = isinstance(module, MixtureOfExperts)
-        quant_cls = type(module) if is_mixture else None
+        # Upstream looks a mixture up in the map by its base class, so that one with an expert beside the others becomes
+        # one without where mixtures are made anew (in groups), and keeps its class where they are not.
+        quant_cls = next((new for old, new in quant_map.items() if is_mixture and isinstance(module, old)), None)
+        if is_mixture and quant_cls is None:
+            quant_cls = type(module)
         if quant_cls is None and not excluded:
             quant_cls = next((new for old, new in quant_map.items() if isinstance(module, old)), None)
         if quant_cls is None:

@@ -68,12 +68,12 @@ class LLaMADecoderLayer(Module):
 
 
 class LLaMAModel(Module):
-    def __init__(self, config: LLaMAConfig) -> None:
+    def __init__(self, config: LLaMAConfig, layer: type[Module] = LLaMADecoderLayer) -> None:
         super().__init__()
         self.mapping = config.mapping
         if self.mapping.is_first_pp_rank():
             self.vocab_embedding = Embedding(config.vocab_size, config.hidden_size, dtype=config.dtype)
-        self.layers = DecoderLayerList(LLaMADecoderLayer, config)
+        self.layers = DecoderLayerList(layer, config)
         if self.mapping.is_last_pp_rank():
             self.ln_f = RmsNorm(config.hidden_size, eps=config.norm_epsilon, dtype=config.dtype)
 
