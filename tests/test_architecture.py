@@ -30,6 +30,7 @@ HEAVY = (
 # Read by no one but the function that asks for the reference, and by Triton's stub; a folder stands for its modules.
 IMPORTED_BY_NEED = {
     "trt_build.trtllm.phixtral": {"tensorrt_llm"},
+    "trt_build.trtllm.qwen3_moe": {"tensorrt_llm"},
     "triton_repo.evaluation.model": {"lm_eval"},
     "clients.gateway": {"fastapi", "httptools", "starlette", "uvicorn"},
 }
