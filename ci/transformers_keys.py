@@ -27,10 +27,23 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 TABLE = Path(__file__).parents[1] / "export" / "config_keys" / "transformers_keys.py"
-FAMILIES = ("gpt_oss", "granitemoe", "llama", "mistral", "mixtral", "olmoe", "phi", "phimoe", "qwen2_moe", "qwen3_moe")
+FAMILIES = (
+    "flex_olmo",
+    "gpt_oss",
+    "granitemoe",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmoe",
+    "phi",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3_moe",
+)
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "pad_token_id": None,  # the default of some classes is above the vocabulary
 }  # fmt: skip
 FACTORS = {
     "partial_rotary_factor": 1.0,

@@ -418,7 +418,7 @@ def gate(files: Files) -> str:
 
 
 def norm(files: Files) -> str:
-    return f"{files.layer.norm.name}.weight"
+    return f"{files.layer.norms[0].name}.weight"
 
 
 def bias(which: Callable[[Files], str]) -> Callable[[Files], str]:

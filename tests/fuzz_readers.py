@@ -16,6 +16,7 @@ import yaml
 from adapters import write_adapter
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from dense_checkpoints import write_dense_checkpoint
+from flex_olmo_checkpoints import write_flex_olmo_checkpoint
 from fuzz_engines import READERS as ENGINE_READERS
 from fuzz_requests import READERS as REQUEST_READERS
 from fuzzing import Reader, mutated_bytes, mutated_json
@@ -51,6 +52,7 @@ def checkpoints() -> tuple[Path, ...]:
         write_mixtral_checkpoint(folder / "mixtral", seed=1),
         write_granitemoe_checkpoint(folder / "granitemoe", seed=1),
         write_olmoe_checkpoint(folder / "olmoe", seed=1),
+        write_flex_olmo_checkpoint(folder / "flex_olmo", seed=1),
         write_gpt_oss_checkpoint(folder / "gpt_oss", seed=1),
         write_gpt_oss_checkpoint(folder / "mxfp4", seed=1, spelling="mxfp4"),
         write_qwen_checkpoint(folder / "qwen3_moe", "qwen3_moe", seed=1, num_layers=3, config={"mlp_only_layers": [1]}),

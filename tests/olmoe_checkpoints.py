@@ -43,7 +43,7 @@ def write_olmoe_checkpoint(
     values = olmoe_config(published_config(facts)) | (config or {})
     (folder / "config.json").write_text(json.dumps(values, indent=2))
     stored = {name: values.astype(DTYPES[facts.dtype]) for name, values in tensors.items()}
-    save_file(packed(stored) if spelling == "packed" else _published(stored), folder / "model.safetensors")
+    save_file(packed(stored) if spelling == "packed" else published(stored), folder / "model.safetensors")
     return folder
 
 
@@ -58,7 +58,7 @@ def tell_mixtral_as_olmoe(source: Path, folder: Path, **more: Any) -> Path:
     folder.mkdir(parents=True)
     for file in source.glob("*token*"):
         (folder / file.name).write_bytes(file.read_bytes())
-    save_file(_published(tensors), folder / "model.safetensors")
+    save_file(published(tensors), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(olmoe_config(config) | {"norm_topk_prob": True} | more, indent=2))
     return folder
 
@@ -94,7 +94,8 @@ def olmoe_config(config: dict[str, Any]) -> dict[str, Any]:
     return told | {"attention_bias": False, "clip_qkv": None, "norm_topk_prob": False}
 
 
-def _published(tensors: dict[str, Array]) -> dict[str, Array]:
+def published(tensors: dict[str, Array]) -> dict[str, Array]:
+    """Tensors of a Mixtral under the names of olmoe's files."""
     renamed = {}
     for name, values in tensors.items():
         for old, new in _MATRICES.items():

@@ -70,6 +70,7 @@ TRANSFORMERS_MODELS: Mapping[str, TransformersModel] = {
     "gpt_oss": TransformersModel(model="GptOssForCausalLM", name=_gpt_oss_name, router="mlp.router", transposes=True),
     "phimoe": TransformersModel(model="PhimoeForCausalLM", name=_phimoe_name, router="mlp.router"),
     "olmoe": TransformersModel(model="OlmoeForCausalLM", name=_llama_name, router="mlp.gate"),
+    "flex_olmo": TransformersModel(model="FlexOlmoForCausalLM", name=_llama_name, router="mlp.gate"),
     "qwen2_moe": TransformersModel(model="Qwen2MoeForCausalLM", name=_llama_name, router="mlp.gate"),
     "qwen3_moe": TransformersModel(model="Qwen3MoeForCausalLM", name=_llama_name, router="mlp.gate"),
     "mistral": TransformersModel(model="MistralForCausalLM", name=_llama_name),

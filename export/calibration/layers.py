@@ -13,7 +13,8 @@ earlier ones. The router stays as it is.
 
 A later matrix also mends some of them. Beside the states with codes go those of the checkpoint itself, and the outputs
 that are wanted of a matrix are those of the checkpoint's inputs. The matrices whose outputs are added to the states
-(attention's output, an expert's second) are asked for REPAIR of what the states lack before, too.
+(attention's output, an expert's second) are asked for REPAIR of what the states lack before, too. Where a norm lies
+between these matrices and the states, the matrices are asked for the checkpoint's outputs alone.
 
 Memory beside the reference's own: 4*K*K bytes for one matrix's H, 4*4*2048*K for rows that are solved, the inputs of a
 matrix twice, 2*4*T*K for its T tokens, and the codes of the layer, a byte each. K is F for an expert's second matrix.
@@ -30,7 +31,7 @@ from export.calibration.overlay import Overlay
 from export.checkpoint.digests import RecordedCheckpoint, Run, recorded
 from export.checkpoint.tensor_table import Weights
 from export.families import Model
-from export.families.shared.network import Mlp, Network
+from export.families.shared.network import Mlp, Network, Norm
 from export.quantize.gptq import Codes, Factor, Hessian, asymmetric, solve, symmetric
 from export.reference.attention import Projections
 from export.reference.mixture import BLOCK_TOKENS, Expert, route, router_logits, run_mlp, share_of_shared
@@ -228,26 +229,27 @@ class Solver:
             for row in rows:
                 done[row.name] = row.finish()
 
-        def missing() -> FloatArray:
-            return (states[1] - states[0]) * (np.float32(REPAIR) / factor)
+        def missing(output_norm: Norm | None) -> FloatArray | None:
+            return None if output_norm else (states[1] - states[0]) * (np.float32(REPAIR) / factor)
 
         inputs, exact = (normalise(state, layer.norm, own) for state in states)
         keep(self._solve_alone(layer.attention.inputs, _Reached(inputs=inputs, exact=exact), codes))
         projections, exact_ones = Projections(layer.attention, reader), Projections(layer.attention, exact_reader)
         heads, exact_heads = projections.heads(inputs, bounds_of(windows)), exact_ones.heads(exact, bounds_of(windows))
-        reached = _Reached(inputs=heads, exact=exact_heads, missing=missing())
+        after = layer.attention_output_norm
+        reached = _Reached(inputs=heads, exact=exact_heads, missing=missing(after))
         keep(self._solve_alone([layer.attention.output], reached, codes))
-        states[0] += projections.output(heads) * factor
-        states[1] += exact_ones.output(exact_heads) * factor
+        states[0] += normalise(projections.output(heads), after, own) * factor
+        states[1] += normalise(exact_ones.output(exact_heads), after, own) * factor
         del projections, exact_ones, heads, exact_heads, reached
-        if layer.mlp_norm is not None:
+        if not layer.parallel:
             inputs, exact = (normalise(state, layer.mlp_norm, own) for state in states)
-        reached = _Reached(inputs=inputs, exact=exact, missing=missing())
+        reached = _Reached(inputs=inputs, exact=exact, missing=missing(layer.mlp_output_norm))
         outputs, rows = self._mixture(layer.mlp, reached, reader, exact_reader, codes)
         keep(rows)
-        states[0] += outputs * factor
-        per_token = self.model.architecture.experts_per_token
-        states[1] += run_mlp(exact, layer.mlp, exact_reader, per_token)[0] * factor
+        states[0] += normalise(outputs, layer.mlp_output_norm, own) * factor
+        outputs, _ = run_mlp(exact, layer.mlp, exact_reader, self.model.architecture.experts_per_token)
+        states[1] += normalise(outputs, layer.mlp_output_norm, own) * factor
         return states, done
 
     def head(self, states: FloatArray) -> dict[str, SolvedRow]:

@@ -130,11 +130,13 @@ class Reference:
         """The states [T, H] that leave a layer, and its router's logits [T, E]; `x` stays as it is."""
         normed = normalise(x, layer.norm, self._weights)
         attended = Projections(layer.attention, reader).attended(normed, bounds)
+        attended = normalise(attended, layer.attention_output_norm, self._weights)
         attended *= np.float32(layer.factor)
         x = x + attended
-        if layer.mlp_norm is not None:
+        if not layer.parallel:
             normed = normalise(x, layer.mlp_norm, self._weights)
         output, logits = run_mlp(normed, layer.mlp, reader, self._model.architecture.experts_per_token, choose, adjust)
+        output = normalise(output, layer.mlp_output_norm, self._weights)
         output *= np.float32(layer.factor)
         return x + output, logits
 

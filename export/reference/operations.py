@@ -31,8 +31,10 @@ def rms_norm(x: FloatArray, weight: FloatArray, epsilon: float) -> FloatArray:
     return result
 
 
-def normalise(x: FloatArray, norm: Norm, weights: Weights) -> FloatArray:
-    """A norm of [T, n] over n with the factors that `weights` hold."""
+def normalise(x: FloatArray, norm: Norm | None, weights: Weights) -> FloatArray:
+    """A norm of [T, n] over n with the factors that `weights` hold; `x` itself without a norm."""
+    if norm is None:
+        return x
     weight = weights.load(f"{norm.name}.weight")
     if not norm.centred:
         return rms_norm(x, weight, norm.epsilon)

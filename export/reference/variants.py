@@ -115,11 +115,15 @@ class Variants:
                     assert projections is not None
                     x = states[block].reshape(-1, hidden)
                     normed = normalise(x, layer.norm, weights)
-                    x += projections.attended(normed, _repeated(bounds, len(block))) * np.float32(layer.factor)
+                    attended = projections.attended(normed, _repeated(bounds, len(block)))
+                    x += normalise(attended, layer.attention_output_norm, weights) * np.float32(layer.factor)
                     states[block] = x.reshape(-1, num_tokens, hidden)
-                    normed = normed if layer.mlp_norm is None else normalise(x, layer.mlp_norm, weights)
+                    normed = normed if layer.parallel else normalise(x, layer.mlp_norm, weights)
                     inputs[block] = normed.reshape(-1, num_tokens, hidden)
         outputs = self._mlp(index, layer.mlp, inputs, readers)
+        for weights, rows in ((self._model.weights, ~whole), (self._other, whole)):
+            if layer.mlp_output_norm is not None and rows.any():
+                outputs[rows] = normalise(outputs[rows], layer.mlp_output_norm, weights)
         outputs *= np.float32(layer.factor)
         states += outputs
 

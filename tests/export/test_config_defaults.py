@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from checkpoints import Dimensions, phi_msft_config, transformers_config
 from dense_checkpoints import dense_config
+from flex_olmo_checkpoints import flex_olmo_config
 from gpt_oss_checkpoints import gpt_oss_config
 from granitemoe_checkpoints import SCALARS
 from mixtral_checkpoints import MixtralSizes, published_config
@@ -22,13 +23,14 @@ SIZES = {
     "hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size",
     "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "vocab_size",
 }  # fmt: skip
-NORMS = {"olmoe": "width", "qwen3_moe": "head"}
+NORMS = {"olmoe": "width", "flex_olmo": "width", "qwen3_moe": "head"}
 SHAPES = MixtralSizes(hidden_size=128, num_heads=8, num_kv_heads=4, num_experts=3)
 WRITTEN = {
     "phi": {**transformers_config(Dimensions(num_kv_heads=1)), "qk_layernorm": False},
     "mixtral": {**published_config(SHAPES), "tie_word_embeddings": True},
     "granitemoe": {**published_config(SHAPES), **SCALARS, "model_type": "granitemoe", "attention_bias": False},
     "olmoe": {**olmoe_config(published_config(SHAPES)), "norm_topk_prob": True, "clip_qkv": 3.5, "num_experts": 9},
+    "flex_olmo": {**flex_olmo_config(published_config(SHAPES)), "norm_topk_prob": True, "num_experts": 9},
     "gpt_oss": {
         **gpt_oss_config(published_config(SHAPES)),
         "num_local_experts": 9,

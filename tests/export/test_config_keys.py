@@ -17,6 +17,7 @@ import torch
 import transformers
 from checkpoints import Dimensions, phi_msft_config, write_phi_checkpoint, write_phixtral_checkpoint
 from dense_checkpoints import write_dense_checkpoint
+from flex_olmo_checkpoints import write_flex_olmo_checkpoint
 from gpt_oss_checkpoints import write_gpt_oss_checkpoint
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
@@ -38,6 +39,7 @@ WRITERS = {
     "mixtral": lambda folder: write_mixtral_checkpoint(folder, seed=1, num_experts=5),
     "granitemoe": lambda folder: write_granitemoe_checkpoint(folder, seed=1),
     "olmoe": lambda folder: write_olmoe_checkpoint(folder, seed=1),
+    "flex_olmo": lambda folder: write_flex_olmo_checkpoint(folder, seed=1),
     "gpt_oss": lambda folder: write_gpt_oss_checkpoint(folder, seed=1),
     "qwen3_moe": lambda folder: write_qwen_checkpoint(folder, "qwen3_moe", seed=1),
     "qwen2_moe": lambda folder: write_qwen_checkpoint(folder, "qwen2_moe", seed=1),
@@ -50,6 +52,7 @@ CLASSES = {
     "mixtral": "MixtralConfig",
     "granitemoe": "GraniteMoeConfig",
     "olmoe": "OlmoeConfig",
+    "flex_olmo": "FlexOlmoConfig",
     "gpt_oss": "GptOssConfig",
     "qwen3_moe": "Qwen3MoeConfig",
     "qwen2_moe": "Qwen2MoeConfig",
@@ -88,6 +91,7 @@ OWN = {
     "mistral": {"sliding_window": None},
     "llama": {"pretraining_tp": 1, "mlp_bias": False},
     "olmoe": {"clip_qkv": None, "norm_topk_prob": False, "router_aux_loss_coef": 0.01, "attention_bias": False},
+    "flex_olmo": {"norm_topk_prob": False, "router_aux_loss_coef": 0.01, "attention_bias": False},
     "gpt_oss": {"attention_bias": True, "output_router_logits": False, "router_aux_loss_coef": 0.9},
     "qwen3_moe": {
         "decoder_sparse_step": 1,

@@ -65,7 +65,7 @@ def test_families_differ_in_the_configs_that_they_match():
             {"model_type": "phi"}, {"model_type": "phi-msft"}, {"model_type": "phi-msft", "num_local_experts": 4},
             {"model_type": "mixtral"}, {"model_type": "granitemoe"}, {"model_type": "olmoe"}, {"model_type": "gpt_oss"},
             {"model_type": "qwen3_moe"}, {"model_type": "qwen2_moe"}, {"model_type": "phimoe"},
-            {"model_type": "mistral"}, {"model_type": "llama"},
+            {"model_type": "mistral"}, {"model_type": "llama"}, {"model_type": "flex_olmo"},
         )
     ]  # fmt: skip
     assert names == [
@@ -81,6 +81,7 @@ def test_families_differ_in_the_configs_that_they_match():
         "phimoe",
         "mistral",
         "llama",
+        "flex_olmo",
     ]
 
 

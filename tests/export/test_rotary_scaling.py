@@ -10,6 +10,7 @@ import pytest
 import torch
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from dense_checkpoints import write_dense_checkpoint
+from flex_olmo_checkpoints import write_flex_olmo_checkpoint
 from gpt_oss_checkpoints import write_gpt_oss_checkpoint
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
@@ -73,6 +74,10 @@ def olmoe(folder):
     return write_olmoe_checkpoint(folder, seed=1, max_positions=POSITIONS)
 
 
+def flex_olmo(folder):
+    return write_flex_olmo_checkpoint(folder, seed=1, max_positions=POSITIONS)
+
+
 def gpt_oss(folder):
     return write_gpt_oss_checkpoint(folder, seed=1, max_positions=POSITIONS)
 
@@ -90,11 +95,12 @@ WRITERS = {
     "mixtral": mixtral,
     "granitemoe": granitemoe,
     "olmoe": olmoe,
+    "flex_olmo": flex_olmo,
     "gpt_oss": gpt_oss,
     "qwen3_moe": qwen3_moe,
     "llama": llama,
 }
-WIDTHS = {"phi": 16, "mixtral": 16, "granitemoe": 16, "olmoe": 16, "gpt_oss": 16, "qwen3_moe": 16, "llama": 16}
+WIDTHS = dict.fromkeys(WRITERS, 16)
 TOKENS = np.random.default_rng(3).integers(0, 256, POSITIONS).tolist()
 
 

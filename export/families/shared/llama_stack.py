@@ -14,8 +14,9 @@
 
 Each layer also has two norms, and the model has model.embed_tokens and lm_head [V, H] and model.norm. Nothing has a
 bias unless a family says so. An expert, and a dense model's MLP, is down(silu(gate x) * up x). Attention and mixture
-(or MLP) each take the RMSNorm of the residual as input, and their outputs are added to the residual. The rotary
-embedding covers all of a head's D, in half-split order. Factors are those of `export.architecture.Scales`.
+(or MLP) each take the RMSNorm of the residual as input, and their outputs are added to the residual. With
+`norms_after`, each takes the residual itself, and the RMSNorm of its output is added. The rotary embedding covers all
+of a head's D, in half-split order. Factors are those of `export.architecture.Scales`.
 Source: transformers, models/llama and models/mixtral.
 """
 
@@ -46,6 +47,11 @@ EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm"
 HEAD = "lm_head"
 BASE_MODULES = {"embed_tokens": "model", "layers": "model", "norm": "model"}
+
+
+# The norms of attention and of MLP or mixture: of their inputs, or with `norms_after` of their outputs.
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_NORMS_AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 
 def layer_name(layer: int) -> str:
@@ -140,26 +146,29 @@ def stack_tensors(
     biases: str = "",
     sinks: bool = False,
     centred_norms: bool = False,
+    norms_after: bool = False,
 ) -> list[TensorSpec]:
     """The rows of the tensor table; `names` are the checkpoint's tensors, and `mixture(architecture, layer_name)`
     returns the rows of a layer's MLP, or of its router and experts; layers that are dense in a model with experts have
     an MLP. `biases` are the letters of those of attention's matrices that have a bias: "qkv" or "qkvo". With `sinks`
-    each query head has one more logit of its softmax, and with `centred_norms` each norm has a bias."""
+    each query head has one more logit of its softmax, and with `centred_norms` each norm has a bias. With `norms_after`
+    a layer's norms are those of outputs."""
 
     def norm(name: str) -> list[TensorSpec]:
         parts = ("weight", "bias") if centred_norms else ("weight",)
         return [single(f"{name}.{part}", (hidden,), "H", Role.NORM) for part in parts]
 
     hidden, vocab = architecture.hidden_size, architecture.vocab_size
+    attention_norm, mlp_norm = _NORMS_AFTER if norms_after else _NORMS
     embedding, head = tied_names(architecture.tied_head, f"{EMBEDDING}.weight", f"{HEAD}.weight", names)
     specs = [single(f"{EMBEDDING}.weight", (vocab, hidden), "V H", Role.EMBEDDING, stored_name=embedding)]
     for layer in range(architecture.num_layers):
         name = layer_name(layer)
         specs += [
-            *norm(f"{name}.input_layernorm"),
+            *norm(f"{name}.{attention_norm}"),
             *_attention_tensors(architecture, f"{name}.self_attn", biases),
             *([_sinks(architecture, name)] if sinks else []),
-            *norm(f"{name}.post_attention_layernorm"),
+            *norm(f"{name}.{mlp_norm}"),
             *(dense_mlp if layer in architecture.dense_layers else mixture)(architecture, name),
         ]
     return [
@@ -313,12 +322,14 @@ def stack_network(
     swiglu: SwiGlu | None = None,
     shared: bool = False,
     centred_norms: bool = False,
+    norms_after: bool = False,
 ) -> Network:
     """What the network computes, from a config.json with the keys of transformers' LlamaConfig. The first three are the
     values of missing keys; `embedding` to `logits` are the factors of `export.families.shared.network` (`logits`
     divides). `dense` has the layers with an MLP in place of experts, or is True for all. If `normed`, queries and keys
     are normalised; `clip` is that of its Attention. The `full_layers` have no window. With `sinks` attention has such,
-    and `swiglu` is that of an Mlp. If `shared`, there is an MLP beside the experts. `centred_norms` are LayerNorms."""
+    and `swiglu` is that of an Mlp. If `shared`, there is an MLP beside the experts. `centred_norms` are LayerNorms.
+    With `norms_after` outputs are normalised in place of inputs."""
     config = raw
     turned = rotary.parameters(raw, rope_theta)
     heads = config["num_attention_heads"]
@@ -346,8 +357,13 @@ def stack_network(
 
     def layer(index: int) -> Layer:
         name = layer_name(index)
+        norms = [norm(f"{name}.{own}") for own in (_NORMS_AFTER if norms_after else _NORMS)]
+        before, after = ([None, None], norms) if norms_after else (norms, [None, None])
         return Layer(
-            norm=norm(f"{name}.input_layernorm"),
+            norm=before[0],
+            attention_output_norm=after[0],
+            mlp_norm=before[1],
+            mlp_output_norm=after[1],
             attention=Attention(
                 inputs=(f"{name}.self_attn.qkv_proj",),
                 output=f"{name}.self_attn.o_proj",
@@ -363,7 +379,6 @@ def stack_network(
                 clip=clip,
                 sinks=f"{name}.self_attn.sinks" if sinks else None,
             ),
-            mlp_norm=norm(f"{name}.post_attention_layernorm"),
             mlp=mlp(f"{name}.mlp", index),
             factor=residual,
         )
@@ -389,29 +404,39 @@ def _alone(name: str) -> Mlp:
     )
 
 
-def stack_graph(graph: GraphBuilder, architecture: Architecture, *, centred_norms: bool = False) -> str:
+def stack_graph(
+    graph: GraphBuilder, architecture: Architecture, *, centred_norms: bool = False, norms_after: bool = False
+) -> str:
     """Add the network from token ids to the last layer; returns its output [B, S, H]. `centred_norms` are LayerNorms
-    with biases."""
-    norm = graph.layer_norm if centred_norms else graph.rms_norm
+    with biases. With `norms_after` outputs of attention and of mixture (or MLP) are normalised in place of inputs."""
+    kind = graph.layer_norm if centred_norms else graph.rms_norm
     epsilon, scales = architecture.norm_epsilon, architecture.scales
+    attention_norm, mlp_norm = _NORMS_AFTER if norms_after else _NORMS
+
+    def norm(x: str, path: str, *, after: bool) -> str:
+        """The norm of x before or after attention or mixture; x itself where the layer has its norms at the other."""
+        return kind(x, path, epsilon) if after is norms_after else x
+
     x = graph.scale(graph.embedding(f"{EMBEDDING}.weight"), scales.embedding, EMBEDDING)  # [B, S, H]
     for layer in range(architecture.num_layers):
         name = layer_name(layer)
-        normed = norm(x, f"{name}.input_layernorm", epsilon)
+        normed = norm(x, f"{name}.{attention_norm}", after=False)
         qkv = graph.query_key_value(normed, f"{name}.self_attn.qkv_proj")  # [B, S, (N+2G)*D]
         query, key, value = graph.conditioned(qkv, f"{name}.self_attn", epsilon)
         heads = graph.attention(  # [B, S, N*D]
             query, f"{name}.self_attn", layer, window=architecture.window(layer), key=key, value=value
         )
-        attended = graph.scale(graph.linear(heads, f"{name}.self_attn.o_proj"), scales.residual, f"{name}.self_attn")
+        attended = norm(graph.linear(heads, f"{name}.self_attn.o_proj"), f"{name}.{attention_norm}", after=True)
+        attended = graph.scale(attended, scales.residual, f"{name}.self_attn")
         x = graph.add(x, attended, f"{name}.attention_residual")
-        normed = norm(x, f"{name}.post_attention_layernorm", epsilon)
+        normed = norm(x, f"{name}.{mlp_norm}", after=False)
         has_experts = architecture.is_moe and layer not in architecture.dense_layers
         output = (_mixture if has_experts else _mlp)(graph, normed, f"{name}.mlp")
         if has_experts and architecture.shared_ffn_size:
             shared = _mlp(graph, normed, f"{name}.mlp.shared_expert")
             shared = graph.times_share(shared, normed, f"{name}.mlp.shared_expert_gate")
             output = graph.add(output, shared, f"{name}.mlp.shared")
+        output = norm(output, f"{name}.{mlp_norm}", after=True)
         x = graph.add(x, graph.scale(output, scales.residual, f"{name}.mlp"), name)
     return x
 

@@ -88,15 +88,24 @@ class Mlp:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A layer: x + attention(norm(x)), then y + mlp(mlp_norm(y)). If `mlp_norm` is None, attention and MLP have the
-    same input, and the layer is x + attention(norm(x)) + mlp(norm(x)). Outputs of attention and of MLP are multiplied
-    by `factor` before they are added."""
+    """A layer: y = x + attention(x), then y + mlp(y). `norm` normalises attention's input, `mlp_norm` the MLP's,
+    `attention_output_norm` and `mlp_output_norm` their outputs (None: no norm). Outputs are multiplied by `factor`
+    before they are added. In a `parallel` layer both have the same input: x + attention(norm(x)) + mlp(norm(x))."""
 
-    norm: Norm
     attention: Attention
     mlp: Mlp
+    norm: Norm | None = None
     mlp_norm: Norm | None = None
+    attention_output_norm: Norm | None = None
+    mlp_output_norm: Norm | None = None
+    parallel: bool = False
     factor: float = 1.0
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """The norms of the layer, those of queries and keys among them."""
+        own = (self.norm, self.attention.query_norm, self.attention.key_norm, self.attention_output_norm)
+        return tuple(norm for norm in (*own, self.mlp_norm, self.mlp_output_norm) if norm is not None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -195,6 +195,7 @@ def stack_network(raw: Mapping[str, Any], mlp: str, gate: str | None = None) -> 
 
     def layer(name: str) -> Layer:
         return Layer(
+            parallel=True,
             norm=norm(f"{name}.ln"),
             attention=Attention(
                 inputs=(f"{name}.mixer.Wqkv",),

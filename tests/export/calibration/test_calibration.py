@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 from checkpoints import write_phixtral_checkpoint
+from flex_olmo_checkpoints import write_flex_olmo_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
 from safetensors.numpy import load_file, save_file
 
@@ -39,6 +40,10 @@ def phixtral(folder, **options):
 
 def mixtral(folder):
     return write_mixtral_checkpoint(folder, seed=2, spelling="published", hidden_size=64, ffn_size=96)
+
+
+def flex_olmo(folder):
+    return write_flex_olmo_checkpoint(folder, seed=2, hidden_size=64, num_heads=4, ffn_size=96)
 
 
 def model_of(folder):
@@ -76,12 +81,12 @@ def with_codes(model, codes):
     return dataclasses.replace(model, weights=Overlay(checkpoint=own.checkpoint, table=own.table, solved=codes))
 
 
-@pytest.mark.parametrize("write", [phixtral, mixtral])
+@pytest.mark.parametrize("write", [phixtral, mixtral, flex_olmo])
 def test_each_matrix_is_solved_for_what_reaches_it_from_the_codes_before(tmp_path, write):
     """Layer 0 by hand: query, key and value see the embedding; attention's output what the heads make of their codes;
     an expert its tokens alone; its second matrix what the codes of the first make of them. What is wanted of each are
-    the outputs for the checkpoint's own inputs, and of those that add to the states half of what these lack: by least
-    squares that is another matrix, W + L^T X (H + damping)^-1, to be solved for the same inputs."""
+    the outputs for the checkpoint's own inputs, and of those that add to the states, with no norm between, half of what
+    these lack. By least squares that is another matrix, W + L^T X (H + damping)^-1, solved for the same inputs."""
     from export.reference.attention import Projections
     from export.reference.mixture import Expert, route
 
@@ -115,9 +120,10 @@ def test_each_matrix_is_solved_for_what_reaches_it_from_the_codes_before(tmp_pat
     )
     heads, exact_heads = (one.heads(inputs, bounds_of(windows)) for one in (projections, exact_ones))
     equal(f"{layer.attention.output}.weight", heads, exact_heads)
-    state, exact_state = state + projections.output(heads), state + exact_ones.output(exact_heads)
-    missing = (exact_state - state) / 2
-    if layer.mlp_norm is not None:
+    attended = [projections.output(heads), exact_ones.output(exact_heads)]
+    state, exact_state = (state + normalise(one, layer.attention_output_norm, model.weights) for one in attended)
+    missing = (exact_state - state) * (0 if layer.mlp_output_norm else 0.5)
+    if not layer.parallel:
         inputs, exact = (normalise(one, layer.mlp_norm, model.weights) for one in (state, exact_state))
     logits = inputs @ model.weights.load(f"{layer.mlp.gate}.weight").T
     chosen, _ = route(logits, layer.mlp.router, 2)

@@ -11,6 +11,7 @@ import time
 
 import pytest
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
+from flex_olmo_checkpoints import write_flex_olmo_checkpoint
 from gpt_oss_checkpoints import write_gpt_oss_checkpoint
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
@@ -42,11 +43,12 @@ def one_of_each(tmp_path, phixtral):
     mixtral = write_mixtral_checkpoint(tmp_path / "mixtral", seed=1)
     granitemoe = write_granitemoe_checkpoint(tmp_path / "granitemoe", seed=1)
     olmoe = write_olmoe_checkpoint(tmp_path / "olmoe", seed=1)
+    flex_olmo = write_flex_olmo_checkpoint(tmp_path / "flex_olmo", seed=1)
     gpt_oss = write_gpt_oss_checkpoint(tmp_path / "gpt_oss", seed=1)
     qwens = [write_qwen_checkpoint(tmp_path / name, name, seed=1) for name in ("qwen2_moe", "qwen3_moe")]
     phimoe = write_phimoe_checkpoint(tmp_path / "phimoe", seed=1)
     phi = write_phi_checkpoint(tmp_path / "phi", seed=1)
-    return phixtral, mixtral, granitemoe, olmoe, gpt_oss, *qwens, phimoe, phi
+    return phixtral, mixtral, granitemoe, olmoe, flex_olmo, gpt_oss, *qwens, phimoe, phi
 
 
 def refusal(folder):

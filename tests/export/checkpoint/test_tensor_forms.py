@@ -10,6 +10,7 @@ import pytest
 import torch
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from dense_checkpoints import write_dense_checkpoint
+from flex_olmo_checkpoints import write_flex_olmo_checkpoint
 from gpt_oss_checkpoints import write_gpt_oss_checkpoint
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import DTYPES, write_mixtral_checkpoint
@@ -31,6 +32,7 @@ WRITERS = {
     "packed mixtral": lambda folder, **more: write_mixtral_checkpoint(folder, seed=1, spelling="packed", **more),
     "granitemoe": lambda folder, **more: write_granitemoe_checkpoint(folder, seed=1, **more),
     "olmoe": lambda folder, **more: write_olmoe_checkpoint(folder, seed=1, **more),
+    "flex_olmo": lambda folder, **more: write_flex_olmo_checkpoint(folder, seed=1, **more),
     "gpt_oss": lambda folder, **more: write_gpt_oss_checkpoint(folder, seed=1, **more),
     "phimoe": lambda folder, **more: write_phimoe_checkpoint(folder, seed=1, **more),
     "qwen3_moe": lambda folder, **more: write_qwen_checkpoint(folder, "qwen3_moe", seed=1, **more),

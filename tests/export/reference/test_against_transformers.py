@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from dense_checkpoints import write_dense_checkpoint
+from flex_olmo_checkpoints import write_flex_olmo_checkpoint
 from gpt_oss_checkpoints import write_gpt_oss_checkpoint
 from granitemoe_checkpoints import tell_mixtral_as_granitemoe, write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
@@ -21,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from torch_reference import load_reference, run_model
 from transformers import (
     AutoModelForCausalLM,
+    FlexOlmoForCausalLM,
     GptOssForCausalLM,
     GraniteMoeForCausalLM,
     MixtralForCausalLM,
@@ -63,6 +65,10 @@ def olmoe(folder, **sizes):
     return write_olmoe_checkpoint(folder, seed=1, **sizes)
 
 
+def flex_olmo(folder, **sizes):
+    return write_flex_olmo_checkpoint(folder, seed=1, **sizes)
+
+
 def gpt_oss(folder, **sizes):
     return write_gpt_oss_checkpoint(folder, seed=1, **sizes)
 
@@ -90,7 +96,7 @@ def llama(folder, **sizes):
 WRITERS = {
     "phi": phi, "phixtral": phixtral, "mixtral": mixtral, "granitemoe": granitemoe, "olmoe": olmoe,
     "gpt_oss": gpt_oss, "qwen3_moe": qwen3_moe, "qwen2_moe": qwen2_moe, "phimoe": phimoe, "mistral": mistral,
-    "llama": llama,
+    "llama": llama, "flex_olmo": flex_olmo,
 }  # fmt: skip
 CASES = [
     (phi, {}),
@@ -111,6 +117,9 @@ CASES = [
     (olmoe, {}),
     (olmoe, {"spelling": "packed", "num_experts": 9, "experts_per_token": 8, "config": {"clip_qkv": 0.5}}),
     (olmoe, {"num_heads": 3, "num_kv_heads": 1, "config": {"norm_topk_prob": True}, "tied": True, "dtype": "bfloat16"}),
+    (flex_olmo, {}),
+    (flex_olmo, {"spelling": "packed", "num_experts": 7, "experts_per_token": 5, "hidden_size": 53, "head_dim": 24}),
+    (flex_olmo, {"num_heads": 3, "config": {"norm_topk_prob": True}, "num_kv_heads": 1, "tied": True}),
     (gpt_oss, {}),
     (gpt_oss, {"spelling": "mxfp4", "num_experts": 3, "experts_per_token": 1, "config": {"swiglu_limit": 0.4}}),
     (gpt_oss, {"num_heads": 5, "num_kv_heads": 1, "ffn_size": 37, "tied": True, "dtype": "bfloat16", "num_layers": 3}),
@@ -244,6 +253,7 @@ def test_the_hidden_states_that_enter_layers_are_those_of_transformers(tmp_path,
         (mixtral, MixtralForCausalLM),
         (granitemoe, GraniteMoeForCausalLM),
         (olmoe, OlmoeForCausalLM),
+        (flex_olmo, FlexOlmoForCausalLM),
         (gpt_oss, GptOssForCausalLM),
         (qwen2_moe, Qwen2MoeForCausalLM),
         (qwen3_moe, Qwen3MoeForCausalLM),
@@ -254,6 +264,7 @@ def test_keys_that_a_config_leaves_out_are_what_transformers_makes_of_them(tmp_p
     sizes = {"hidden_size": 64, "num_heads": 8, "max_positions": 64}
     sizes |= {"rotary_dim": 4} if write is phi else {"head_dim": 8, "num_kv_heads": 8, "num_experts": 8, "ffn_size": 24}
     sizes |= {"config": {"clip_qkv": 0.5, "norm_topk_prob": True}} if write is olmoe else {}
+    sizes |= {"experts_per_token": 5, "config": {"norm_topk_prob": True}} if write is flex_olmo else {}
     if write is gpt_oss:  # the class's own head size, experts for each token, window and constants
         sizes |= {"head_dim": 64, "experts_per_token": 4, "config": {"sliding_window": 128}}
     sizes |= {qwen3_moe: {"num_kv_heads": 4}, qwen2_moe: {"num_heads": 16, "num_kv_heads": 16, "head_dim": 4}}.get(
@@ -286,7 +297,7 @@ def test_facts_that_were_read_wrongly_do_not_reach_the_reference(tmp_path, famil
     assert np.array_equal(found, expected)
 
 
-@pytest.mark.parametrize("family", ["phixtral", "mixtral", "granitemoe", "olmoe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["phixtral", "mixtral", "granitemoe", "olmoe", "flex_olmo", "gpt_oss"])
 def test_the_number_of_experts_a_token_is_the_one_asked_for(tmp_path, family):
     folder = WRITERS[family](tmp_path / "c")
     [(asked, _)] = Reference(read_model(open_checkpoint(folder), 1)).run([TOKENS[:40]])

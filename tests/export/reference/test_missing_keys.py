@@ -49,6 +49,10 @@ REQUIRED = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 64, "num_
             },
         ),
         (
+            "flex_olmo", "FlexOlmoConfig",
+            {"rms_norm_eps": 1e-3, "num_key_value_heads": 4, "rope_theta": 1e4, "norm_topk_prob": True},
+        ),
+        (
             "gpt_oss", "GptOssConfig",
             {
                 "rms_norm_eps": 1e-3, "num_key_value_heads": 4, "rope_theta": 5e5, "swiglu_alpha": 2.0,

@@ -32,6 +32,7 @@ MODEL_TYPES = (
     "mixtral",
     "granitemoe",
     "olmoe",
+    "flex_olmo",
     "gpt_oss",
     "qwen2_moe",
     "phimoe",

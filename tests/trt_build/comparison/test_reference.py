@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import write_phi_checkpoint, write_phixtral_checkpoint
 from dense_checkpoints import write_dense_checkpoint
+from flex_olmo_checkpoints import write_flex_olmo_checkpoint
 from gpt_oss_checkpoints import write_gpt_oss_checkpoint
 from granitemoe_checkpoints import write_granitemoe_checkpoint
 from mixtral_checkpoints import write_mixtral_checkpoint
@@ -31,6 +32,7 @@ WRITERS = {
     "mixtral": lambda folder: write_mixtral_checkpoint(folder, seed=1),
     "granitemoe": lambda folder: write_granitemoe_checkpoint(folder, seed=1),
     "olmoe": lambda folder: write_olmoe_checkpoint(folder, seed=1),
+    "flex_olmo": lambda folder: write_flex_olmo_checkpoint(folder, seed=1),
     "gpt_oss": lambda folder: write_gpt_oss_checkpoint(folder, seed=1),
     "qwen3_moe": lambda folder: write_qwen_checkpoint(folder, "qwen3_moe", seed=1, num_layers=3, config=DENSE),
     "qwen2_moe": lambda folder: write_qwen_checkpoint(folder, "qwen2_moe", seed=1, num_layers=3, config=DENSE),
@@ -59,7 +61,18 @@ def test_what_a_config_says_of_loading_and_training_changes_nothing(tmp_path, fa
     path = folder / "config.json"
     config = json.loads(path.read_text())
     more = {"torch_dtype": "float16", "use_cache": False, "auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}
-    families = ("phi", "mixtral", "granitemoe", "olmoe", "gpt_oss", "qwen3_moe", "qwen2_moe", "mistral", "llama")
+    families = (
+        "phi",
+        "mixtral",
+        "granitemoe",
+        "olmoe",
+        "flex_olmo",
+        "gpt_oss",
+        "qwen3_moe",
+        "qwen2_moe",
+        "mistral",
+        "llama",
+    )
     if family in (*families, "phimoe"):
         more |= {"return_dict": False, "output_attentions": True, "is_decoder": True}
     if family in ("mixtral", "phimoe"):
@@ -71,7 +84,7 @@ def test_what_a_config_says_of_loading_and_training_changes_nothing(tmp_path, fa
 
 
 def test_the_number_of_experts_a_token_is_the_one_asked_for(tmp_path):
-    for family in ("phixtral", "mixtral", "granitemoe", "olmoe", "gpt_oss", "qwen3_moe", "qwen2_moe"):
+    for family in ("phixtral", "mixtral", "granitemoe", "olmoe", "flex_olmo", "gpt_oss", "qwen3_moe", "qwen2_moe"):
         folder = WRITERS[family](tmp_path / family)
         asked = logits_of(read_model(open_checkpoint(folder), 1))
         path = folder / "config.json"
@@ -96,7 +109,9 @@ def test_of_equal_router_logits_the_lowest_experts_are_chosen(tmp_path, family):
         torch.testing.assert_close(shares, torch.full((64, 3), 1 / 3))
 
 
-@pytest.mark.parametrize("family", ["phixtral", "mixtral", "granitemoe", "olmoe", "gpt_oss", "qwen3_moe", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "family", ["phixtral", "mixtral", "granitemoe", "olmoe", "flex_olmo", "gpt_oss", "qwen3_moe", "qwen2_moe"]
+)
 @pytest.mark.parametrize("router", ["mlp.none", None])
 def test_a_record_that_names_no_router_of_the_class_is_told_as_its_routing_would_not_be_compared(
     tmp_path, family, router, monkeypatch

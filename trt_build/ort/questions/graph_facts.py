@@ -71,9 +71,8 @@ class _Facts:
         network = self._network
         self._embedding(f"{network.embedding}.weight")
         for layer, record in enumerate(network.layers):
-            for norm in (record.norm, record.attention.query_norm, record.attention.key_norm, record.mlp_norm):
-                if norm is not None:
-                    self._norm(norm)
+            for norm in record.norms:
+                self._norm(norm)
             for name in (*record.attention.inputs, record.attention.output):
                 self._linear(name)
             self._attention(layer, record.attention)

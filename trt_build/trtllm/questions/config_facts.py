@@ -58,7 +58,7 @@ def network_facts(model: Model) -> dict[str, Any]:
         "num_key_value_heads": attention.num_kv_heads,
         "head_size": heads // attention.num_heads,
         "intermediate_size": table[f"{first.mlp.second}.weight"].shape[-1],
-        "norm_epsilon": first.norm.epsilon,
+        "norm_epsilon": first.norms[0].epsilon,
         "rotary_base": attention.rotary_base,
         "rotary_embedding_dim": attention.rotary_dim,
         "hidden_act": _ACTIVATIONS[first.mlp.activation, first.mlp.gated],
