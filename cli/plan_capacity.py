@@ -43,9 +43,10 @@ def is_capacity(arguments: argparse.Namespace) -> bool:
 
 def plan_servers(arguments: argparse.Namespace) -> int:
     """Print the plan; returns 1 where no number of servers meets the objective. Raises ConfigError."""
-    from clients.bench.capacity import as_json, plan_capacity, points_of
+    from clients.bench.capacity import as_json, plan_capacity
     from clients.bench.kept import read_test
     from clients.bench.objective import read_objective
+    from clients.bench.points import points_of
 
     absent = [f"--{name.replace('_', '-')}" for name in ("target_rps", "slo", "curves") if not getattr(arguments, name)]
     if absent:
@@ -84,7 +85,8 @@ def tables(plan: Plan, objective: Objective) -> list[tuple[str, Rows]]:
             ("asked for", wanted),
             ("one server", f"holds the objective up to {plan.most_rate:.3g} requests/s{end}"),
             ("servers", f"{plan.servers}, each {each:.3g} requests/s ({each / plan.most_rate:.0%} of that)"),
-            *((f"{_NAMES[name]}, {percent}", _ms(value)) for name, value in plan.predicted.items()),
+            *_interval(plan),
+            *((f"{_NAMES[name]}, {percent}", _predicted(plan, name)) for name in plan.predicted),
             ("output", f"{plan.tokens_per_s * plan.servers:.4g} tokens/s of all servers"),
         ]
         if plan.servers > 1:
@@ -94,7 +96,7 @@ def tables(plan: Plan, objective: Objective) -> list[tuple[str, Rows]]:
     points = [
         (
             f"{point.rate:.3g}/s",
-            f"{point.num_requests} requests; {percent}: "
+            f"{point.num_requests} requests{f' in {point.rounds} rounds' * (point.rounds > 1)}; {percent}: "
             + ", ".join(f"{_NAMES[name]} {_ms(value)}" for name, value in point.latencies.items())
             + ("" if point.keeps_up else "; the server falls behind"),
         )
@@ -103,15 +105,46 @@ def tables(plan: Plan, objective: Objective) -> list[tuple[str, Rows]]:
     checked = [
         (
             f"{one.point.rate:.3g}/s",
-            ", ".join(f"{_NAMES[name]} {_ms(one.predicted[name])} ({one.error(name):+.0%})" for name in one.predicted),
+            ", ".join(
+                f"{_NAMES[name]} {_ms(one.predicted[name])} ({one.error(name):+.0%}, chance ±{one.chance[name]:.0%})"
+                for name in one.predicted
+            ),
         )
         for one in plan.checked
     ] or [("none", "three rates at which the server keeps up are needed for a check")]
     return [
         ("capacity", found),
         ("measured, one server", points),
-        ("check: each rate predicted from the others (and how far that is from what was measured)", checked),
+        (
+            "check: each rate predicted from the others (how far that is from what was measured, and how far chance "
+            "alone puts the two apart)",
+            checked,
+        ),
     ]
+
+
+def _interval(plan: Plan) -> Rows:
+    """The interval of the number of servers, and what would narrow it."""
+    from clients.bench.capacity import CERTAIN
+
+    if plan.servers_within is None:
+        return []
+    low, high = plan.servers_within
+    rows = [("by chance", f"{low} to {high} servers" if high else f"{low} servers or more; perhaps none is enough")]
+    rows += [
+        (
+            "uncertain",
+            f"{_NAMES[name]}: {plan.times_longer(name)} times as many requests at each rate give ±{CERTAIN:.0%}",
+        )
+        for name in plan.predicted
+        if not plan.is_certain(name)
+    ]
+    return rows
+
+
+def _predicted(plan: Plan, name: str) -> str:
+    low, high = plan.predicted_within[name]
+    return f"{_ms(plan.predicted[name])} ({_ms(low)} to {_ms(high)})"
 
 
 def _ms(seconds: float) -> str:

@@ -6,6 +6,9 @@ reciprocal of a latency is interpolated linearly. That is exact for the mean of 
 rises, so points that say otherwise, by chance, are pooled (isotonic regression). Nothing is extrapolated: above the
 highest measured rate nothing is known.
 
+A percentile of some hundreds of requests is itself uncertain, and so is what is predicted of it. Curves through points
+that are drawn anew, each with its standard error (clients/bench/points.py), give the intervals of predictions.
+
 N servers get an Nth of the rate each. Requests that are shared out at random stay a Poisson process; shared in turn
 they are more even, and the plan is then on the safe side.
 """
@@ -13,66 +16,66 @@ they are more even, and the plan is then on the safe side.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clients.bench.kept import Level, LoadTest
 from clients.bench.objective import NAMES, Objective
-from clients.bench.records import Record
+from clients.bench.points import LEAST_POINTS, VALUES, Point
 from clients.bench.report import percentile
-from export.errors import ConfigError, names
+from export.errors import ConfigError
 
-KEEPS_UP = 0.9  # ended requests over those that arrived, below which a server is taken to fall behind
-LEAST_POINTS = 2
-_REQUESTS = ("prompts", "prompt_tokens", "prompt_words", "max_tokens")  # what a report says of the requests
-_VALUES: Mapping[str, Callable[[Record], float | None]] = {
-    "first_token_s": lambda record: record.first_token_s,
-    "between_tokens_s": lambda record: record.between_tokens_s,
-    "answer_s": lambda record: record.answer_s,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """What was measured of one server at a rate. `latencies`: seconds by the name of an objective's bound; infinite
-    where so many requests failed; without a name that no request has, as the time between tokens of answers of one."""
-
-    name: str
-    rate: float
-    num_requests: int
-    tokens_per_request: float
-    keeps_up: bool
-    latencies: Mapping[str, float]
+CERTAIN = 0.15  # a prediction whose interval reaches further than this part of it is called uncertain
+_DRAWS = 400
+_Z = 1.96  # within so many standard deviations lie 95 % of a normal distribution
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """A measured point, and what the others say of it."""
+    """A measured point, and what the others say of it. `chance`: how far apart the two may be by chance alone, as a
+    part of the measured one (95 %)."""
 
     point: Point
     predicted: Mapping[str, float]
+    chance: Mapping[str, float]
 
     def error(self, name: str) -> float:
         """Predicted over measured, less one."""
         return self.predicted[name] / self.point.latencies[name] - 1
+
+    def is_certain(self, name: str) -> bool:
+        """Whether chance is small enough for the difference to say something of the prediction."""
+        return self.chance[name] <= CERTAIN
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """How many servers a rate needs. `most_rate` is the highest rate of one server at which the objective holds; it is
     None where it holds at no measured rate. `is_measured_end`: the objective still holds at the highest measured rate
-    at which the server kept up."""
+    at which the server kept up. `predicted_within` has intervals of 95 %; `servers_within` is that of `servers`, whose
+    upper end is None where it may be that no number is enough."""
 
     target_rate: float
     share: float
     most_rate: float | None
     is_measured_end: bool
     servers: int | None
+    servers_within: tuple[int, int | None] | None
     predicted: Mapping[str, float]
+    predicted_within: Mapping[str, tuple[float, float]]
     tokens_per_s: float
     points: Sequence[Point]
     checked: Sequence[Checked]
+
+    def is_certain(self, name: str) -> bool:
+        """Whether the interval of a prediction is narrow enough to plan with."""
+        low, high = self.predicted_within[name]
+        return max(self.predicted[name] / low, high / self.predicted[name]) <= 1 + CERTAIN
+
+    def times_longer(self, name: str) -> int:
+        """How many times as many requests would make a prediction certain: its error falls with their root."""
+        low, high = self.predicted_within[name]
+        return math.ceil((math.log(high / low) / 2 / math.log1p(CERTAIN)) ** 2)
 
 
 class Curve:
@@ -105,93 +108,10 @@ class Curve:
         return rates[-1]
 
 
-def points_of(tests: Sequence[LoadTest], share: float) -> list[Point]:
-    """The points of all tests by their rate; loads of one rate are one point. Raises ConfigError where the tests
-    measured several servers, models or kinds of requests, or have too few open loops."""
-    for test in tests:
-        if len(urls := test.about.get("urls") or ()) > 1:
-            raise ConfigError(
-                f"planning capacity: a load test has {len(urls)} servers ({names(urls)}), expected one; measure one"
-            )
-    if len(models := {str(test.about["model"]) for test in tests if test.about.get("model")}) > 1:
-        raise ConfigError(
-            f"planning capacity: the load tests are of different models ({names(sorted(models))}); give tests of one"
-        )
-    levels: dict[float, list[Level]] = {}
-    kinds = set()
-    for test in tests:
-        for level in test.levels:
-            load = level.report["load"]
-            if load["kind"].startswith("open loop, Poisson") and level.records and not level.report["ended_early"]:
-                levels.setdefault(float(load["rate"]), []).append(level)
-                kinds.add(", ".join(f"{key} {load[key]}" for key in _REQUESTS if key in load))
-    if len(kinds) > 1:
-        raise ConfigError(
-            f"planning capacity: the load tests sent different requests ({'; '.join(sorted(kinds))}); give tests of "
-            "one kind of requests"
-        )
-    if len(levels) < LEAST_POINTS:
-        raise ConfigError(
-            f"planning capacity: found {len(levels)} whole open loops in the load tests, expected {LEAST_POINTS} rates "
-            "or more; measure with `moeship bench --rate R,R,R --output FILE`, as a closed loop does not show how long "
-            "requests wait that arrive by themselves"
-        )
-    return sorted((_point(found, share) for found in levels.values()), key=lambda point: point.rate)
-
-
-def _point(levels: Sequence[Level], share: float) -> Point:
-    records = [record for level in levels for record in level.records]
-    # A load of a number of requests has arrivals until the last of them, one of a duration until its end.
-    seconds = sum(
-        float(level.report["load"].get("duration_s") or max(record.due_s for record in level.records)) or 1e-9
-        for level in levels
-    )
-    ended = [record for record in records if not record.cut]
-    # Nothing ends before the quickest request would, so as many seconds of each load show nothing.
-    quickest = min(((record.end_s or 0.0) - record.due_s for record in ended if not record.error), default=0.0)
-    windows = sum(max(0.0, float(level.report["window_s"]) - quickest) for level in levels)
-    tokens = sum(record.num_tokens for record in records if record.is_answered)
-    rate = len(records) / seconds
-    return Point(
-        name=levels[0].name,
-        rate=rate,
-        num_requests=len(records),
-        tokens_per_request=tokens / (sum(record.is_answered for record in records) or 1),
-        keeps_up=len(ended) >= KEEPS_UP * rate * windows,
-        latencies={
-            name: value
-            for name, value_of in _VALUES.items()
-            if (value := _latency(records, name, value_of, share)) is not None
-        },
-    )
-
-
-def _latency(
-    records: Sequence[Record], name: str, value_of: Callable[[Record], float | None], share: float
-) -> float | None:
-    """A percentile; None where no request has the value. Failed requests count as slower than all others. A request
-    that was ended before it had the value counts with the time that it had waited."""
-    values, failed = [], 0
-    for record in records:
-        value = value_of(record)
-        if record.error is not None:
-            failed += 1
-        elif value is not None:
-            values.append(value)
-        elif name != "between_tokens_s" and record.cut and record.end_s is not None:
-            values.append(record.end_s - record.due_s)
-    values.sort()
-    if not values and not failed:
-        return None
-    if share * (len(values) + failed - 1) > len(values) - 1:
-        return math.inf
-    return max(1e-9, percentile([*values, *[values[-1]] * failed], share))
-
-
 def plan_capacity(points: Sequence[Point], target_rate: float, objective: Objective, share: float) -> Plan:
     """Plan servers for a rate so that a share of the requests meets each bound. Raises ConfigError where the server
     kept up at fewer than LEAST_POINTS rates, and for a bound of what no answer has."""
-    usable = _usable(points)
+    usable = usable_points(points)
     if len(usable) < LEAST_POINTS:
         raise ConfigError(
             f"planning capacity: the server kept up at {len(usable)} of the {len(points)} measured rates, expected "
@@ -210,13 +130,16 @@ def plan_capacity(points: Sequence[Point], target_rate: float, objective: Object
     tokens = sum(point.tokens_per_request * point.num_requests for point in usable)
     servers = max(1, math.ceil(target_rate / most - 1e-9)) if most else None
     each = target_rate / servers if servers else usable[0].rate
+    rate_of_each = min(each, usable[-1].rate)
     return Plan(
         target_rate=target_rate,
         share=share,
         most_rate=most,
         is_measured_end=most == usable[-1].rate,
         servers=servers,
-        predicted={name: curve.at(min(each, usable[-1].rate)) for name, curve in curves.items()},
+        servers_within=_servers_within(usable, asked, objective, target_rate) if servers else None,
+        predicted={name: curve.at(rate_of_each) for name, curve in curves.items()},
+        predicted_within={name: _middle(_at(usable, name, rate_of_each)) for name in curves},
         tokens_per_s=each * tokens / sum(point.num_requests for point in usable),
         points=points,
         checked=check(usable),
@@ -228,12 +151,64 @@ def check(usable: Sequence[Point]) -> list[Checked]:
     found = []
     for at, point in enumerate(usable):
         if 0 < at < len(usable) - 1:
-            curves = _curves([*usable[:at], *usable[at + 1 :]])
-            found.append(Checked(point=point, predicted={name: curve.at(point.rate) for name, curve in curves.items()}))
+            others = [*usable[:at], *usable[at + 1 :]]
+            curves = _curves(others)
+            found.append(
+                Checked(
+                    point=point,
+                    predicted={name: curve.at(point.rate) for name, curve in curves.items()},
+                    chance={name: _chance(others, point, name) for name in curves},
+                )
+            )
     return found
 
 
-def _usable(points: Sequence[Point]) -> list[Point]:
+def _chance(others: Sequence[Point], point: Point, name: str) -> float:
+    """How far a prediction and the measured value may be apart by chance alone, as a part (95 %)."""
+    logs = [math.log(value) for value in _at(others, name, point.rate)]
+    mean = sum(logs) / len(logs)
+    variance = sum((value - mean) ** 2 for value in logs) / len(logs) + point.errors.get(name, 0.0) ** 2
+    return math.expm1(_Z * math.sqrt(variance))
+
+
+def _drawn_curves(points: Sequence[Point], name: str) -> list[Curve]:
+    """Curves that other measurements of the points would have given: each latency lognormal around the measured one.
+    The same at each call."""
+    import numpy as np
+
+    noise = np.random.default_rng(0).standard_normal((_DRAWS, len(points)))
+    errors = np.array([point.errors.get(name, 0.0) for point in points])
+    drawn = np.array([point.latencies[name] for point in points]) * np.exp(noise * errors)
+    return [
+        Curve([(point.rate, value, point.num_requests) for point, value in zip(points, row, strict=True)])
+        for row in drawn.tolist()
+    ]
+
+
+def _at(points: Sequence[Point], name: str, rate: float) -> list[float]:
+    return [curve.at(rate) for curve in _drawn_curves(points, name)]
+
+
+def _middle(values: Sequence[float]) -> tuple[float, float]:
+    """The interval that has 95 % of the values in its middle."""
+    ordered = sorted(values)
+    return percentile(ordered, 0.025), percentile(ordered, 0.975)
+
+
+def _servers_within(
+    points: Sequence[Point], asked: Sequence[str], objective: Objective, target_rate: float
+) -> tuple[int, int | None]:
+    """The interval of the number of servers."""
+    limits = [
+        [curve.highest_within(getattr(objective, name)) or 0.0 for curve in _drawn_curves(points, name)]
+        for name in asked
+    ]
+    low, high = _middle([min(each) for each in zip(*limits, strict=True)])
+    most = max(1, math.ceil(target_rate / low - 1e-9)) if low > 0 else None
+    return (max(1, math.ceil(target_rate / high - 1e-9)) if high > 0 else 1), most
+
+
+def usable_points(points: Sequence[Point]) -> list[Point]:
     """The points up to the first at which the server fell behind or too many requests failed."""
     found: list[Point] = []
     for point in points:
@@ -244,7 +219,7 @@ def _usable(points: Sequence[Point]) -> list[Point]:
 
 
 def _curves(points: Sequence[Point]) -> dict[str, Curve]:
-    named = [name for name in _VALUES if all(name in point.latencies for point in points)]
+    named = [name for name in VALUES if all(name in point.latencies for point in points)]
     return {
         name: Curve([(point.rate, point.latencies[name], point.num_requests) for point in points]) for name in named
     }
@@ -276,6 +251,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "load": one.point.name,
                 "predicted": one.predicted,
                 "error": {name: one.error(name) for name in one.predicted},
+                "chance": one.chance,
             }
             for one in plan.checked
         ],

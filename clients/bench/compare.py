@@ -103,17 +103,17 @@ def _compare(a: Level, b: Level, seed: int) -> Compared:
     import numpy as np
 
     draws = np.random.default_rng(seed)
-    sides = [_Side(level, draws.multinomial(SLICES, [1 / SLICES] * SLICES, size=DRAWS)) for level in (a, b)]
+    sides = [Side(level, draws.multinomial(SLICES, [1 / SLICES] * SLICES, size=DRAWS)) for level in (a, b)]
     found = []
     for figure, value_of in (
-        ("output tokens a second", _Side.tokens), ("answers a second", _Side.answers),
+        ("output tokens a second", Side.tokens), ("answers a second", Side.answers),
     ):  # fmt: skip
         at, drawn = zip(*(value_of(side) for side in sides), strict=True)
         found.append(_difference(figure, at, drawn, better=1))
     for what, value_of_record in _LATENCIES:
         samples = [side.samples(value_of_record) for side in sides]
         for name, share in _SHARES.items():
-            at, drawn = zip(*(_quantile(sample, side, share) for sample, side in zip(samples, sides, strict=True)),
+            at, drawn = zip(*(quantile(sample, side, share) for sample, side in zip(samples, sides, strict=True)),
                             strict=True)  # fmt: skip
             found.append(_difference(f"{what}: {name}", at, drawn, better=-1))
     return Compared(name=a.name, differences=found, unlike=_unlike(a, b))
@@ -131,7 +131,7 @@ def _difference(figure: str, at: Sequence[float | None], drawn: Sequence[Floats 
     return Difference(figure=figure, a=at[0], b=at[1], better=better, low=low, high=high)
 
 
-class _Side:
+class Side:
     """One of the two loads, cut into slices of time. `weights` says how often each draw takes each slice."""
 
     def __init__(self, level: Level, weights: npt.NDArray[np.int64]) -> None:
@@ -172,8 +172,8 @@ class _Side:
         return values, self.slices([due for _, due in found]) if found else np.zeros(0, np.int64)
 
 
-def _quantile(
-    samples: tuple[Floats, npt.NDArray[np.int64]], side: _Side, share: float
+def quantile(
+    samples: tuple[Floats, npt.NDArray[np.int64]], side: Side, share: float
 ) -> tuple[float | None, Floats | None]:
     """A percentile of the samples, and that of each draw: the smallest value that at least the share does not
     exceed."""

@@ -45,6 +45,12 @@ def test_the_plan_says_how_many_servers_and_how_well_it_predicts(curves, capsys)
     out = capsys.readouterr().out
     assert f"{plan['servers']:.0f}, each {plan['rate_of_each']:.3g} requests/s" in out
     assert "check: each rate predicted from the others" in out
+    low, high = plan["servers_within"]
+    assert f"{low} to {high} servers" in out
+    assert low <= plan["servers"] <= high
+    low, high = plan["predicted_within"]["first_token_s"]
+    assert f"({1e3 * low:.3g} ms to {1e3 * high:.3g} ms)" in out
+    assert f"chance ±{plan['checked'][0]['chance']['first_token_s']:.0%})" in out
 
 
 def test_nothing_is_said_of_rates_that_were_not_measured(curves, capsys):

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from bench_standin import works
 
-from clients.bench.capacity import Curve, Point, as_json, check, plan_capacity, points_of
+from clients.bench.capacity import Checked, Curve, as_json, check, plan_capacity
 from clients.bench.kept import Level, LoadTest
 from clients.bench.load import Load
 from clients.bench.objective import read_objective
+from clients.bench.points import LARGEST_ERROR, Point, points_of
 from clients.bench.records import Record, Run
 from clients.bench.report import summarise
 from export.errors import ConfigError
 
+ROOT = Path(__file__).parents[3]
 SERVICE = 10.0  # answers a second that the queue can give
 
 
@@ -167,6 +171,84 @@ def level(rate, found, **described):
     return Level(name=f"{rate:g}/s", report=report, records=found)
 
 
+def drawn(draws, rate, count, slow):
+    """A round in which first tokens take exponential times as of an M/M/1 queue, all of them `slow` times as long."""
+    due = np.sort(draws.uniform(0, count / rate, count)).tolist()
+    firsts = slow * draws.exponential(1 / (SERVICE - rate), count)
+    found = [
+        Record(index=at, stream=at, due_s=due[at], sent_s=due[at], max_tokens=1, arrivals=[(due[at] + first, 1)],
+               end_s=due[at] + first)
+        for at, first in enumerate(firsts.tolist())
+    ]  # fmt: skip
+    load = {"kind": "open loop, Poisson arrivals", "rate": rate, "duration_s": count / rate}
+    report = {"load": load, "ended_early": None, "window_s": count / rate, "requests_per_s": rate}
+    return Level(name=f"{rate:g}/s", report=report, records=found)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.2])
+def test_predictions_are_as_far_off_as_chance_is_said_to_put_them(sigma):
+    """The law is the one that the curve assumes, so all that is off is chance: 95 % of 60 checks lie within, on
+    average 57; fewer than 52 have a chance of 1 %. `sigma`: how far rounds differ."""
+    held, spans = 0, []
+    for turn in range(20):
+        draws = np.random.default_rng(turn)
+        rounds = [
+            LoadTest(about={}, levels=[
+                drawn(draws, rate, 200, math.exp(sigma * draws.normal())) for rate in (1.0, 3.0, 5.0, 7.0, 8.5)
+            ])
+            for _ in range(3)
+        ]  # fmt: skip
+        for one in check(points_of(rounds, 0.9)):
+            apart, chance = math.log1p(one.error("first_token_s")), one.chance["first_token_s"]
+            held += abs(apart) <= math.log1p(chance)
+            spans.append(chance)
+    assert held >= 52
+    # p90 of 600 requests has a relative error of 1.3 / sqrt(600) = 5.3 %, rounds add sigma / sqrt(3). The prediction of
+    # two neighbours has about as much, and 95 % lie within 1.96 of both.
+    error = math.hypot(0.053, sigma / math.sqrt(3))
+    assert np.median(spans) == pytest.approx(math.expm1(1.96 * error * math.sqrt(1.75)), rel=0.25)
+
+
+def test_what_chance_puts_far_apart_is_called_uncertain():
+    draws = np.random.default_rng(3)
+    few, many = (
+        points_of([LoadTest(about={}, levels=[drawn(draws, rate, count, 1.0) for rate in (2.0, 5.0, 8.0)])], 0.9)
+        for count in (80, 6000)
+    )
+    objective = read_objective("800", "x")
+    plan, certain = (plan_capacity(points, 30.0, objective, 0.9) for points in (few, many))
+    assert not plan.is_certain("first_token_s")
+    assert not plan.checked[0].is_certain("first_token_s")
+    assert certain.is_certain("first_token_s")
+    assert certain.checked[0].is_certain("first_token_s")
+    for one in (plan, certain):
+        low, high = one.predicted_within["first_token_s"]
+        assert low < one.predicted["first_token_s"] < high
+        assert one.servers_within[0] <= one.servers <= one.servers_within[1]
+    # The interval narrows with the root of the number of requests: so many times as many make it 15 %.
+    low, high = plan.predicted_within["first_token_s"]
+    times = plan.times_longer("first_token_s")
+    assert math.sqrt(high / low) ** (1 / math.sqrt(times)) <= 1.15 < math.sqrt(high / low) ** (1 / math.sqrt(times - 1))
+
+
+def test_a_round_on_a_busy_machine_is_one_of_several():
+    """Of three rounds one has first tokens ten times as late: pooled, it would make the whole tail."""
+    draws = np.random.default_rng(4)
+    tests = [LoadTest(about={}, levels=[drawn(draws, rate, 400, slow) for rate in (2.0, 8.0)]) for slow in (1, 1, 10)]
+    points = points_of(tests, 0.9)
+    assert [point.rounds for point in points] == [3, 3]
+    for point in points:
+        expected = quantile(round(point.rate), 0.9) * 10 ** (1 / 3)
+        assert point.latencies["first_token_s"] == pytest.approx(expected, rel=0.2)
+        # ln(10) / 3 * sqrt(2) = 1.09 is the deviation of ln(1), ln(1), ln(10): as error of a mean of three 0.77.
+        assert point.errors["first_token_s"] == pytest.approx(0.77, rel=0.15)
+
+
+def test_few_requests_have_no_certain_tail():
+    [one, _] = points_of([LoadTest(about={}, levels=[level(r, records([0.1, 0.2] * 20)) for r in (1.0, 2.0)])], 0.9)
+    assert one.errors["first_token_s"] == LARGEST_ERROR
+
+
 def test_failed_and_cut_requests_count():
     firsts = np.linspace(0.1, 1.0, 90).tolist()
     one, two, three = points_of(
@@ -202,3 +284,17 @@ def test_tests_that_cannot_be_planned_with_are_refused():
     levels = [level(1.0, found, max_tokens="8"), level(2.0, found, max_tokens="64")]
     with pytest.raises(ConfigError, match="sent different requests .max_tokens 64; max_tokens 8."):
         points_of([LoadTest(about={}, levels=levels)], 0.9)
+
+
+def test_the_script_that_measures_plans_counts_certain_predictions_alone():
+    script = importlib.util.spec_from_file_location("capacity_check", ROOT / "ci" / "capacity_check.py")
+    module = importlib.util.module_from_spec(script)
+    script.loader.exec_module(module)
+    latencies = {"first_token_s": 0.1}
+    checked = [
+        Checked(point=point(rate, latencies=latencies), predicted={"first_token_s": value},
+                chance={"first_token_s": chance})
+        for rate, value, chance in ((1.0, 0.11, 0.1), (2.0, 0.12, 0.1), (3.0, 0.2, 0.3))
+    ]  # fmt: skip
+    assert module.counts(checked) == (2, 1, 3)
+    assert [line.split("  ")[-1] for line in module.lines(checked)] == ["met", "MISSED", "too uncertain to say"]
