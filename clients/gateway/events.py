@@ -10,7 +10,7 @@ import asyncio
 import json
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,22 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, MoeshipError):
         return of_moeship(error)
     raise error
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Raises the errors of the block with the client's own names of fields: `names` has ours to theirs."""
+    try:
+        yield
+    except (ApiError, MoeshipError) as error:
+        failure = as_api_error(error)
+        ours, dot, rest = (failure.param or "").partition(".")
+        if ours not in names:
+            raise
+        text = str(failure)
+        text = f"{names[ours]}{text.removeprefix(ours)}" if text.startswith(ours) else text
+        raise ApiError(text, status=failure.status, kind=failure.kind, param=f"{names[ours]}{dot}{rest}",
+                       code=failure.code, retry_s=failure.retry_s) from None  # fmt: skip
 
 
 class _Watched(ABC, Response):

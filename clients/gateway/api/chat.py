@@ -9,8 +9,9 @@ from typing import Any
 
 from starlette.responses import Response
 
-from clients.gateway.api import fields
+from clients.gateway.api import fields, tools
 from clients.gateway.api.answers import Usage, chat_log_probs, finish_reason, now, routing_of
+from clients.gateway.api.guides import FORMAT
 from clients.gateway.api.messages import read_messages
 from clients.gateway.api.sampling import (
     LOG_PROBS,
@@ -22,41 +23,13 @@ from clients.gateway.api.sampling import (
     wants_usage,
 )
 from clients.gateway.api.values import read_values
-from clients.gateway.errors import invalid, unsupported
-from clients.gateway.events import Events, TextEvent, Whole, event, joined
+from clients.gateway.errors import invalid
+from clients.gateway.events import Events, TextEvent, Whole, event, joined, renamed
 from clients.gateway.guard import Record
 from clients.gateway.state import Gateway
 from clients.gateway.texts import INPUT_IDS, ModelTexts
 from clients.messages import Generation, GenerationRequest
-from export.errors import shown
 from triton_repo.contracts.piece import Piece
-
-
-def read_tools(value: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - JSON value
-    """The tools that a template may show to the model: functions, since clients run them."""
-    if not isinstance(value, list):
-        raise ValueError("expected a list of tools")
-    for place, tool in enumerate(value):
-        function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            raise ValueError(
-                f"and tools[{place}] is {shown(tool)}, expected one of the type function, whose function has a name"
-            )
-    return list(value)
-
-
-def read_tool_choice(value: Any) -> str:  # noqa: ANN401 - JSON value
-    """Whether tools are shown to the model. Raises ApiError for a choice that promises a call."""
-    if value in ("none", "auto"):
-        return str(value)
-    if value == "required" or isinstance(value, dict):
-        raise unsupported(
-            "tool_choice", f"found {shown(value)}, and this gateway reads no calls of tools from what a model writes, "
-            "so that it can promise none; send auto and look for the call in the answer's text, or have the arguments "
-            "written by response_format with the function's schema",
-        )  # fmt: skip
-    raise ValueError("expected one of none, auto")
-
 
 FIELDS = fields.Fields(
     taken={
@@ -66,8 +39,8 @@ FIELDS = fields.Fields(
         "max_completion_tokens": fields.integer(1, fields.MOST_TOKENS),
         "logprobs": fields.boolean,
         "top_logprobs": fields.integer(0, LOG_PROBS),
-        "tools": read_tools,
-        "tool_choice": read_tool_choice,
+        tools.TOOLS: tools.read_tools,
+        tools.CHOICE: tools.read_tool_choice,
         # vLLM's
         "add_generation_prompt": fields.boolean,
         "continue_final_message": fields.boolean,
@@ -95,6 +68,19 @@ class Call:
     log_probs: bool
     includes_usage: bool
     head: Mapping[str, Any]  # what every object of the answer begins with, without its kind
+    form: tools.Form  # of the model's calls
+
+    def call_reader(self) -> tools.CallReader | None:
+        """What reads the calls in one answer; None where it can have none."""
+        kind = tools.choice_of(self.values)
+        if kind == tools.NONE or (kind == tools.AUTO and self.form.begin is None):
+            return None
+        return tools.CallReader(self.form, self.texts, kind)
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """The fields that the server's refusals name, where the request has them by other names."""
+        return {FORMAT: tools.TOOLS} if tools.is_required(self.values) else {}
 
 
 async def respond(gateway: Gateway, record: Record, body: Mapping[str, Any]) -> Response:
@@ -115,11 +101,14 @@ async def read_call(gateway: Gateway, record: Record, body: Mapping[str, Any]) -
     if top is not None and not log_probs:
         raise invalid("top_logprobs", "found a number, and logprobs is not true; send logprobs true beside it")
     texts = await gateway.texts(model)
+    form = tools.form_of(texts.template or "")
+    prompt = await _prompt(gateway, model, values, texts, form)
+    guide = await tools.required_format(gateway, model, values, form) if tools.is_required(values) else None
     return Call(
         values=values,
         request=generation_request(
-            values,
-            prompt=await _prompt(gateway, model, values, texts),
+            values if guide is None else {**values, FORMAT: guide},
+            prompt=prompt,
             max_tokens=_max_tokens(values),
             request_id=record.triton_id(),
             timeout_s=gateway.settings.limits.answer_s,
@@ -129,6 +118,7 @@ async def read_call(gateway: Gateway, record: Record, body: Mapping[str, Any]) -
         log_probs=log_probs,
         includes_usage=wants_usage(values),
         head={"id": f"chatcmpl-{record.id}", "created": now(), "model": model},
+        form=form,
     )
 
 
@@ -140,25 +130,27 @@ def _max_tokens(values: Mapping[str, Any]) -> int:
     return int(new or old or fields.MOST_TOKENS)
 
 
-async def _prompt(gateway: Gateway, model: str, values: Mapping[str, Any], texts: ModelTexts) -> Prompt:
+async def _prompt(
+    gateway: Gateway, model: str, values: Mapping[str, Any], texts: ModelTexts, form: tools.Form
+) -> Prompt:
     """The conversation as the template renders it. A template writes the begin token itself, where a model has one, so
     that the tokenizer must add none: such a model is sent the tokens, if it takes any."""
     renderer = await gateway.renderer(model)
-    tools, continues = values.get("tools") or None, values.get("continue_final_message", False)
-    if tools and values.get("tool_choice") != "none" and "tools" not in (texts.template or ""):
-        raise invalid("tools", "found tools, and this model's chat template shows none to the model; leave them out")
+    continues = values.get("continue_final_message", False)
     if continues and values.get("add_generation_prompt"):
         raise invalid("continue_final_message", "found true, and add_generation_prompt too; send one of the two")
     text = await renderer.render(
         values["messages"],
         add_generation_prompt=not continues,
-        tools=None if values.get("tool_choice") == "none" else tools,
+        tools=tools.shown_tools(values, texts.template or ""),
         variables=values.get("chat_template_kwargs"),
     )
     if not text:
         raise invalid(
             "messages", "the model's chat template makes an empty text of them, expected at least a character"
         )
+    if tools.is_required(values):
+        text += form.prefill
     if texts.adds_tokens and INPUT_IDS in await gateway.pool.inputs(model):
         texts.check_length("messages", size=len(text.encode()))
         return Prompt(text, tuple(await texts.encode(text, adds=False)))
@@ -168,19 +160,28 @@ async def _prompt(gateway: Gateway, model: str, values: Mapping[str, Any], texts
 async def _whole(gateway: Gateway, call: Call, usage: Usage) -> dict[str, Any]:
     """The answer as one object."""
     choices = []
-    for generation in await gateway.pool.generate_all(call.request):
+    with renamed(call.names):
+        generations = await gateway.pool.generate_all(call.request)
+    for generation in generations:
         usage.add(generation)
-        message = {"role": "assistant", "content": generation.text, "refusal": None}
-        choices.append(_choice(call, generation, {"message": message}))
+        reader = call.call_reader()
+        if reader is None:
+            message = {"role": "assistant", "content": generation.text, "refusal": None}
+        else:
+            message = tools.message_of(reader.read(generation.text, generation.token_ids, is_last=True))
+        choices.append(_choice(call, generation, {"message": message}, reader))
     return {"object": "chat.completion", **call.head, "choices": choices, "usage": usage.to_json()}
 
 
-def _choice(call: Call, part: Generation | Piece, words: dict[str, Any]) -> dict[str, Any]:
+def _choice(
+    call: Call, part: Generation | Piece, words: dict[str, Any], reader: tools.CallReader | None
+) -> dict[str, Any]:
+    reason = finish_reason(part)
     choice = {
         "index": part.sequence_index,
         **words,
         "logprobs": chat_log_probs(call.texts, part) if call.log_probs else None,
-        "finish_reason": finish_reason(part),
+        "finish_reason": reason if reader is None else reader.finish_reason(reason),
         **routing_of(part),
     }
     return {**choice, "token_ids": list(part.token_ids)} if call.values.get("return_token_ids") else choice
@@ -191,6 +192,7 @@ async def _events(gateway: Gateway, call: Call, usage: Usage) -> AsyncGenerator[
     head = {"object": "chat.completion.chunk", **call.head}
     extra = {"usage": None} if call.includes_usage else {}
     texts: dict[int, TextEvent] = {}  # index of a choice that has begun to its events of a text alone
+    readers: dict[int, tools.CallReader | None] = {}  # the same to what reads its calls
     shows_more = call.log_probs or call.values.get("return_token_ids") or call.values.get(ROUTING)
 
     def event_of(choice: dict[str, Any]) -> bytes:
@@ -199,21 +201,33 @@ async def _events(gateway: Gateway, call: Call, usage: Usage) -> AsyncGenerator[
     def plain(index: int, delta: dict[str, Any]) -> bytes:
         return event_of({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
 
+    def begin(index: int) -> bytes:
+        texts[index] = TextEvent(lambda text: plain(index, {"content": text}))
+        readers[index] = call.call_reader()
+        return plain(index, {"role": "assistant", "content": "", "refusal": None})
+
     def events_of(piece: Piece) -> bytes:
         usage.add(piece)
-        index, data = piece.sequence_index, b""
-        if index not in texts:
-            texts[index] = TextEvent(lambda text: plain(index, {"content": text}))
-            data = plain(index, {"role": "assistant", "content": "", "refusal": None})
-        if piece.finish_reason is None and not shows_more:
+        index = piece.sequence_index
+        data = b"" if index in texts else begin(index)
+        reader, reason = readers[index], piece.finish_reason
+        if reader is not None:
+            # All but the last delta go ahead, so that what belongs to a piece's tokens is one event.
+            deltas = reader.read(piece.text, piece.token_ids, is_last=reason is not None)
+            data += b"".join(plain(index, delta) for delta in deltas[:-1])
+            delta = deltas[-1] if deltas else {}
+        elif reason is None and not shows_more:
             return data + texts[index](piece.text) if piece.text else data
-        if piece.text or piece.finish_reason or piece.token_ids:
-            data += event_of(_choice(call, piece, {"delta": {"content": piece.text} if piece.text else {}}))
+        else:
+            delta = {"content": piece.text} if piece.text else {}
+        if delta or reason or (shows_more and piece.token_ids):
+            data += event_of(_choice(call, piece, {"delta": delta}, reader))
         return data
 
-    async with aclosing(gateway.pool.stream(call.request)) as pieces:
-        async for waiting in pieces:
-            for data in joined(map(events_of, waiting)):
-                yield data
+    with renamed(call.names):
+        async with aclosing(gateway.pool.stream(call.request)) as pieces:
+            async for waiting in pieces:
+                for data in joined(map(events_of, waiting)):
+                    yield data
     if call.includes_usage:
         yield event({**head, "choices": [], "usage": usage.to_json()})

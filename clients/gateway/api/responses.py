@@ -6,8 +6,8 @@ conversation is continued by sending it again, and `previous_response_id` is ref
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Any
 
 from starlette.responses import Response
@@ -16,11 +16,10 @@ from clients.gateway.api import chat, fields
 from clients.gateway.api.answers import Usage, finish_reason
 from clients.gateway.api.messages import read_messages
 from clients.gateway.api.sampling import UNREAD
-from clients.gateway.errors import ApiError, invalid
-from clients.gateway.events import Events, Whole, as_api_error, event, joined
+from clients.gateway.errors import invalid
+from clients.gateway.events import Events, Whole, event, joined, renamed
 from clients.gateway.guard import Record
 from clients.gateway.state import Gateway
-from export.errors import MoeshipError
 from triton_repo.contracts.piece import Piece
 
 
@@ -71,7 +70,7 @@ FIELDS = fields.Fields(
     },
 )  # fmt: skip
 
-# Fields of a chat to those of a response that they are made of.
+# The fields of a chat to those of a response that they are made of.
 _NAMES = {"messages": "input", "response_format": "text.format", "max_tokens": "max_output_tokens",
           "max_completion_tokens": "max_output_tokens"}  # fmt: skip
 
@@ -87,29 +86,12 @@ async def respond(gateway: Gateway, record: Record, body: Mapping[str, Any]) -> 
         "top_p": values.get("top_p"), "max_completion_tokens": values.get("max_output_tokens"),
         "response_format": values.get("text"),
     }  # fmt: skip
-    with _own_names():
+    with renamed(_NAMES):
         call = await chat.read_call(gateway, record, asked)
     answer = _Answer(call, record, values)
     if values.get("stream"):
         return Events(_events(gateway, call, answer), gateway.settings.limits.unread_s, last=b"")
     return Whole(lambda: _whole(gateway, call, answer))
-
-
-@contextmanager
-def _own_names() -> Iterator[None]:
-    """Raises the errors of the block with the names that the fields of a chat have in a response."""
-    try:
-        yield
-    except (ApiError, MoeshipError) as error:
-        failure = as_api_error(error)
-        theirs, dot, rest = (failure.param or "").partition(".")
-        if theirs not in _NAMES:
-            raise
-        ours = _NAMES[theirs]
-        text = str(failure)
-        text = f"{ours}{text.removeprefix(theirs)}" if text.startswith(theirs) else text
-        raise ApiError(text, status=failure.status, kind=failure.kind, param=f"{ours}{dot}{rest}", code=failure.code,
-                       retry_s=failure.retry_s) from None  # fmt: skip
 
 
 class _Answer:
@@ -163,7 +145,7 @@ def _status(reason: str | None) -> str:
 
 async def _whole(gateway: Gateway, call: chat.Call, answer: _Answer) -> dict[str, Any]:
     """The answer as one object."""
-    with _own_names():
+    with renamed(_NAMES):
         (generation,) = await gateway.pool.generate_all(call.request)
     answer.usage.add(generation)
     status = _status(finish_reason(generation))
@@ -191,7 +173,7 @@ async def _events(gateway: Gateway, call: chat.Call, answer: _Answer) -> AsyncGe
             data += answer.part_event("response.output_text.delta", delta=piece.text, logprobs=[])
         return data
 
-    with _own_names():
+    with renamed(_NAMES):
         async with aclosing(gateway.pool.stream(call.request)) as pieces:
             async for waiting in pieces:
                 for data in joined(map(events_of, waiting)):

@@ -56,7 +56,7 @@ def live(tmp_path_factory, made_once, trained_phixtral) -> Iterator[Live]:
     )
     package_engine(PackageOptions(engine=engine, name=MODEL, output=folder / "repository"))
     template = folder / "template.jinja"
-    template.write_text(CHATML)
+    template.write_text("{% if tools %}{{ tools | tojson }} <tool_call>{% endif %}" + CHATML)
     with (
         running_server(ServerOptions(repository=folder / "repository")) as server,
         running(
@@ -115,6 +115,28 @@ def test_an_answer_keeps_to_a_json_schema(live):
         response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}},
     )  # fmt: skip
     assert json.loads(answer.choices[0].message.content) in ("yes", "no")
+
+
+def test_a_call_that_is_required_fits_its_functions_schema(live):
+    """By a model that was trained on none."""
+    parameters = {"type": "object", "properties": {"size": {"enum": ["small", "large"]}}, "required": ["size"],
+                  "additionalProperties": False}  # fmt: skip
+    asked = {
+        "model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 120, "temperature": 0,
+        "tools": [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in ("a", "b")],
+    }  # fmt: skip
+    for choice, names, reason in (
+        ("required", ("a", "b"), "tool_calls"),
+        ({"type": "function", "function": {"name": "b"}}, ("b",), "stop"),
+    ):
+        whole = live.client.chat.completions.create(**asked, tool_choice=choice).choices[0]
+        with live.client.chat.completions.stream(**asked, tool_choice=choice) as events:
+            streamed = events.get_final_completion().choices[0]
+        for found in (whole, streamed):
+            (call,) = found.message.tool_calls
+            assert call.function.name in names
+            assert json.loads(call.function.arguments)["size"] in ("small", "large")
+            assert found.finish_reason == reason
 
 
 def test_token_ids_reach_the_model_as_they_are(live):

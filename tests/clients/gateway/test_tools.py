@@ -1,0 +1,279 @@
+"""Calls of tools in answers, as OpenAI's own client reads them, whole and streamed in pieces of any size.
+
+The texts are those that models write by the templates of their families: Qwen's (hermes) and Mistral's of version 3.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+
+import openai
+import pytest
+from fake_triton import empty_final, piece
+from jsonschema import Draft202012Validator
+
+from clients.gateway.api.tools import HERMES, MISTRAL, UNKNOWN, call_schema, form_of
+from triton_repo.runtime.guided.grammars import check_guide
+
+TEMPLATES = {
+    "hermes": "{% if tools %}{{ tools | tojson }} <tool_call>\n{\"name\": NAME, \"arguments\": OBJECT}\n</tool_call>"
+    "{% endif %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>",
+    "mistral": "{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
+    "{% for m in messages %}{% if m.tool_calls %}[TOOL_CALLS]{% else %}[INST]{{ m.content }}{% endif %}{% endfor %}",
+    "other": "{{ tools | tojson }}{{ messages[0].content }}",
+}  # fmt: skip
+CHAT = [{"role": "user", "content": "7+8?"}]
+ADD = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "parameters": {"type": "object", "properties": {"a": {"$ref": "#/$defs/n"}, "b": {"$ref": "#/$defs/n"}},
+                       "required": ["a", "b"], "additionalProperties": False, "$defs": {"n": {"type": "integer"}}},
+    },
+}  # fmt: skip
+SAY = {"type": "function", "function": {"name": "say", "parameters": {
+    "type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}}}  # fmt: skip
+REFUSAL = "INVALID_ARGUMENT: reading the request: guided_decoding_guide: found 'requried', which is no keyword"
+ONE = [("add", {"a": 7, "b": 8})]
+TRICKY = {"text": 'a " } and </tool_call> \\', "more": [{"x": {}}, "{"]}
+# Form of the template, what the model writes, content and calls of the message.
+ANSWERS = [
+    ("hermes", '<tool_call>\n{"name": "add", "arguments": {"a": 7, "b": 8}}\n</tool_call>', None, ONE),
+    ("hermes", 'I add.\n\n<tool_call>\n{"name": "add", "arguments": {"a": 7, "b": 8}}\n</tool_call>', "I add.", ONE),
+    ("hermes", '<tool_call>{"name":"add","arguments":{"a":7,"b":8}}</tool_call>\n<tool_call>\n{"name": "say", '
+     '"arguments": ' + json.dumps(TRICKY) + "}\n</tool_call>\n", None, [*ONE, ("say", TRICKY)]),
+    ("hermes", '<tool_call>\n{"arguments": {"a": 7, "b": 8}, "name": "add"}\n</tool_call>', None, ONE),
+    ("hermes", '<tool_call>\n{"name": "say", "arguments": {}, "id": "}"}\n</tool_call> Done.', " Done.", [("say", {})]),
+    ("hermes", "It is 15 < 16, <tool or so.\n", "It is 15 < 16, <tool or so.\n", []),
+    ("hermes", "<tool_call>\nadd 7 and 8", "<tool_call>\nadd 7 and 8", []),
+    ("hermes", '<tool_call>\n{"a": 7}\n</tool_call>', '<tool_call>\n{"a": 7}\n</tool_call>', []),
+    ("hermes", '<tool_call>\n{"name": "add"', '<tool_call>\n{"name": "add"', []),
+    ("hermes", " \n ", " \n ", []),
+    ("mistral", '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 7, "b": 8}}]', None, ONE),
+    ("mistral", '[TOOL_CALLS][{"name": "add", "arguments": {"a": 7, "b": 8}, "id": "x]"}, {"name": "say", "arguments": '
+     '{"text": "]"}}]', None, [*ONE, ("say", {"text": "]"})]),
+    ("mistral", "[1, 2] is a list", "[1, 2] is a list", []),
+    ("other", '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>',
+     '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>', []),
+]  # fmt: skip
+
+
+@pytest.fixture
+def ask(gateway_of, server, tmp_path):
+    """The completion that OpenAI's client makes of an answer that the server gives in parts, whole or streamed."""
+    server.more_inputs = ("guided_decoding_guide_type",)
+    clients = {}
+
+    def asked(form: str, parts, *, stream: bool, reason: str = "stop", choice="auto", tools=(ADD, SAY), **fields):
+        if form not in clients:
+            path = tmp_path / f"{form}.jinja"
+            path.write_text(TEMPLATES[form])
+            clients[form] = gateway_of(chat_template=path).client().chat.completions
+
+        def answer(request, context):
+            if parts is REFUSAL:
+                message = empty_final()
+                message.ClearField("infer_response")
+                message.error_message = parts
+                yield message
+                return
+            for number, part in enumerate(parts[:-1]):
+                yield piece(part, (5,), num_output=number + 1)
+            yield piece(parts[-1], (5,), finish_reason=reason, num_output=len(parts))
+            yield empty_final()
+
+        server.answer = answer
+        body = {"model": "phixtral", "messages": CHAT, "tools": list(tools), "tool_choice": choice, **fields}
+        if not stream:
+            return clients[form].create(**body)
+        with clients[form].stream(**body) as events:
+            for _ in events:
+                pass
+            return events.get_final_completion()
+
+    return asked
+
+
+def parts_of(text: str, most: int, source: random.Random) -> list[str]:
+    parts = []
+    while text:
+        size = source.randint(0, most)
+        parts.append(text[:size])
+        text = text[size:]
+    return parts or [""]
+
+
+def test_calls_are_read_by_the_form_of_the_template(ask):
+    source = random.Random(7)
+    for (form, text, content, calls), most in itertools.product(ANSWERS, (1, 3, 40, None)):
+        parts = [text] if most is None else parts_of(text, most, source)
+        (choice,) = ask(form, parts, stream=most is not None).choices
+        found = choice.message.tool_calls or []
+        assert [(call.function.name, json.loads(call.function.arguments)) for call in found] == calls, parts
+        assert (choice.message.content or None) == content, parts
+        assert choice.finish_reason == ("tool_calls" if calls else "stop")
+        assert len({call.id for call in found}) == len(found)
+        assert all(len(call.id) == 9 or form != "mistral" for call in found)
+
+
+def test_a_call_that_is_cut_is_no_finished_one(ask):
+    text = '<tool_call>\n{"name": "add", "arguments": {"a": 7,'
+    whole = ask("hermes", [text], stream=False, reason="length")
+    # OpenAI's helper for streams raises for an answer that was cut, and has it.
+    with pytest.raises(openai.LengthFinishReasonError) as raised:
+        ask("hermes", [text], stream=True, reason="length")
+    for (choice,) in (whole.choices, raised.value.completion.choices):
+        assert choice.finish_reason == "length"
+        assert choice.message.tool_calls[0].function.arguments == '{"a": 7,'
+
+
+def test_arguments_come_as_they_are_written(gateway_of, server, tmp_path):
+    (tmp_path / "t.jinja").write_text(TEMPLATES["hermes"])
+
+    def answer(request, context):
+        for number, part in enumerate(
+            ['<tool_call>{"name": "add", "argu', 'ments": {"a"', ": 7", "}}</tool_", "call>"]
+        ):
+            yield piece(part, (5,), num_output=number, finish_reason="stop" if part == "call>" else "")
+        yield empty_final()
+
+    server.answer = answer
+    stream = gateway_of(chat_template=tmp_path / "t.jinja").client().chat.completions.create(
+        model="phixtral", messages=CHAT, tools=[ADD], stream=True
+    )  # fmt: skip
+    calls = [call for chunk in stream for call in chunk.choices[0].delta.tool_calls or []]
+    assert [call.function.arguments for call in calls] == ["", '{"a"', ": 7", "}"]
+    assert (calls[0].id is not None, calls[0].type, {call.index for call in calls}) == (True, "function", {0})
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_begin_that_is_a_special_token_is_found_by_its_id(gateway_of, server, tmp_path, tiny_engine, stream):
+    """Texts of answers do not show special tokens."""
+    from tokenizers import Tokenizer
+
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    tokenizer = Tokenizer.from_file(str(tiny_engine / "tokenizer.json"))
+    tokenizer.add_special_tokens(["[TOOL_CALLS]"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"vocab_size": tokenizer.get_vocab_size()}))
+    (tmp_path / "t.jinja").write_text(TEMPLATES["mistral"])
+    mark = tokenizer.token_to_id("[TOOL_CALLS]")
+
+    def answer(request, context):
+        text = ' [{"name": "add", "arguments": {"a": 7, "b": 8}}]'
+        if stream:
+            yield piece("", (mark,), num_output=1)
+            yield piece(text[:9], (5,), num_output=2)
+            text = text[9:]
+        yield piece(text, (6,) if stream else (mark, 5, 6), finish_reason="stop", num_output=3)
+        yield empty_final()
+
+    server.answer = answer
+    gateway = gateway_of(chat_template=tmp_path / "t.jinja", tokenizers={"": folder})
+    body = {"model": "phixtral", "messages": CHAT, "tools": [ADD]}
+    if stream:
+        with gateway.client().chat.completions.stream(**body) as events:
+            message = events.get_final_completion().choices[0].message
+    else:
+        message = gateway.client().chat.completions.create(**body).choices[0].message
+    assert (message.content or None, message.tool_calls[0].function.name) == (None, "add")
+    assert json.loads(message.tool_calls[0].function.arguments) == {"a": 7, "b": 8}
+
+
+def sent(request) -> dict[str, str]:
+    """The texts of a request's tensors by name."""
+    raws = zip(request.inputs, request.raw_input_contents, strict=True)
+    return {tensor.name: raw[4:].decode() for tensor, raw in raws if tensor.datatype == "BYTES"}
+
+
+CALL = '{"name": "add", "arguments": {"a": 7, "b": 8}}'
+NAMED = {"type": "function", "function": {"name": "add"}}
+
+
+REQUIRED = [("hermes", CALL, "<tool_call>\n"), ("mistral", f"[{CALL}]", "[TOOL_CALLS]"), ("other", CALL, "7+8?")]
+
+
+def test_a_call_that_is_required_is_written_under_its_schema(ask, server):
+    source = random.Random(1)
+    for (form, written, prompt), choice, stream in itertools.product(REQUIRED, ("required", NAMED), (True, False)):
+        parts = parts_of(written, 5, source) if stream else [written]
+        (found,) = ask(form, parts, stream=stream, choice=choice).choices
+        (call,) = found.message.tool_calls
+        assert (call.function.name, json.loads(call.function.arguments)) == ("add", {"a": 7, "b": 8})
+        assert found.finish_reason == ("tool_calls" if choice == "required" else "stop")
+        assert not found.message.content
+        tensors = sent(server.requests[-1])
+        assert tensors["text_input"].endswith(prompt)
+        assert tensors["guided_decoding_guide_type"] == "json_schema"
+        check_required(json.loads(tensors["guided_decoding_guide"]), form == "mistral", choice == "required")
+
+
+def check_required(schema: dict, is_list: bool, takes_say: bool) -> None:
+    """A call's schema takes calls of the functions that may be called, and no others."""
+    validator = Draft202012Validator(schema)
+    for call, fits in (
+        (json.loads(CALL), True),
+        ({"name": "say", "arguments": {"text": "a"}}, takes_say),
+        ({"name": "add", "arguments": {"a": "7", "b": 8}}, False),
+        ({"name": "add"}, False),
+        ({"name": "sub", "arguments": {}}, False),
+    ):
+        assert validator.is_valid([call] if is_list else call) == fits, call
+
+
+@pytest.mark.parametrize("is_list", [True, False])
+@pytest.mark.parametrize("tools", [[ADD], [SAY, ADD]])
+def test_the_schema_of_a_call_is_one_that_servers_keep_answers_to(tools, is_list):
+    schema = call_schema([tool["function"] for tool in tools], is_list=is_list)
+    Draft202012Validator.check_schema(schema)
+    check_guide("json_schema", json.dumps(schema))
+
+
+def test_forms_are_told_apart_by_what_templates_contain():
+    assert form_of(TEMPLATES["hermes"]) is HERMES
+    assert form_of(TEMPLATES["mistral"]) is MISTRAL
+    for other in ("", TEMPLATES["other"], TEMPLATES["hermes"] + "<function=NAME>", TEMPLATES["hermes"] + "<arg_key>",
+                  "[TOOL_CALLS]NAME[ARGS]{}"):  # fmt: skip
+        assert form_of(other) is UNKNOWN
+
+
+WRONG = [
+    ({"tool_choice": "required", "tools": None}, "tool_choice", "without tools"),
+    ({"tool_choice": {"type": "function", "function": {"name": "sub"}}}, "tool_choice", "one of the tools: add"),
+    ({"tool_choice": "any"}, "tool_choice", "expected one of none, auto, required"),
+    ({"tool_choice": {"type": "function"}}, "tool_choice", "expected one of none, auto, required"),
+    ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice", "beside response_format"),
+    ({"tool_choice": "required", "ignore_eos": True}, "ignore_eos", "whose answers must end"),
+    ({"tools": [{"type": "function", "function": {"name": "a", "parameters": []}}, {}]}, "tools", "tools[1] is"),
+    ({"tools": [{"type": "function", "function": {"name": "a", "parameters": "x"}}]}, "tools", "are no object"),
+    ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"enum": ["x" * 70_000]}}}],
+      "tool_choice": "required"}, "tools", "at most 65536 bytes"),
+]  # fmt: skip
+
+
+def test_choices_that_cannot_be_met_are_named(gateway_of, server, tmp_path):
+    server.more_inputs = ("guided_decoding_guide_type",)
+    (tmp_path / "t.jinja").write_text(TEMPLATES["hermes"])
+    client = gateway_of(chat_template=tmp_path / "t.jinja").client()
+    for body, param, message in WRONG:
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.post("/chat/completions", cast_to=object,
+                        body={"model": "phixtral", "messages": CHAT, "tools": [ADD], **body})  # fmt: skip
+        assert refused.value.param == param, body
+        assert message in refused.value.message
+    server.more_inputs = ()
+    (tmp_path / "again.jinja").write_text(TEMPLATES["hermes"])
+    with pytest.raises(openai.BadRequestError, match="this model's server keeps no answer to a form"):
+        gateway_of(chat_template=tmp_path / "again.jinja").client().chat.completions.create(
+            model="phixtral", messages=CHAT, tools=[ADD], tool_choice="required"
+        )
+
+
+def test_what_the_server_refuses_of_a_calls_schema_is_told_of_the_tools(ask):
+    for stream in (True, False):
+        with pytest.raises(openai.BadRequestError) as refused:
+            ask("hermes", REFUSAL, stream=stream, choice="required")
+        assert refused.value.param == "tools"
