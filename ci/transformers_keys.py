@@ -37,7 +37,9 @@ FAMILIES = (
     "olmoe",
     "phi",
     "phimoe",
+    "qwen2",
     "qwen2_moe",
+    "qwen3",
     "qwen3_moe",
 )
 SIZES = {

@@ -60,6 +60,8 @@ def checkpoints() -> tuple[Path, ...]:
         write_phimoe_checkpoint(folder / "phimoe", seed=1),
         write_dense_checkpoint(folder / "mistral", seed=1, family="mistral"),
         write_dense_checkpoint(folder / "llama", seed=1, family="llama"),
+        write_dense_checkpoint(folder / "qwen2", seed=1, family="qwen2"),
+        write_dense_checkpoint(folder / "qwen3", seed=1, family="qwen3"),
     )
 
 

@@ -75,6 +75,8 @@ TRANSFORMERS_MODELS: Mapping[str, TransformersModel] = {
     "qwen3_moe": TransformersModel(model="Qwen3MoeForCausalLM", name=_llama_name, router="mlp.gate"),
     "mistral": TransformersModel(model="MistralForCausalLM", name=_llama_name),
     "llama": TransformersModel(model="LlamaForCausalLM", name=_llama_name),
+    "qwen2": TransformersModel(model="Qwen2ForCausalLM", name=_llama_name),
+    "qwen3": TransformersModel(model="Qwen3ForCausalLM", name=_llama_name),
     "granitemoe": TransformersModel(
         model="GraniteMoeForCausalLM", name=_granitemoe_name, router="block_sparse_moe.router"
     ),

@@ -46,6 +46,8 @@ class Family:
     - `network(config)`: what the reference computes, read from a raw config.json that `read_config` has accepted.
     - `tokenizers`: model_type -> tokenizer class, if transformers has registered one (TOKENIZER_MAPPING_NAMES in
       models/auto/tokenization_auto.py).
+    - `tokenizer_holds`: whether transformers takes that class whatever class tokenizer_config.json asks for
+      (MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS there).
     - `harmless_tensors`: endings of the names of tensors that are ignored.
     - `base_modules`: module at the top of the model without its head -> the name that the whole model has for it.
     - `trtllm`: TensorRT-LLM's network; `llm_api`: the class in TensorRT-LLM's LLM API. None if there is none.
@@ -60,6 +62,7 @@ class Family:
     layer: Callable[[int], str]
     network: Callable[[Mapping[str, Any]], Network]
     tokenizers: Mapping[str, str] = field(default_factory=dict)
+    tokenizer_holds: bool = False
     trtllm: TrtllmNetwork | None = None
     llm_api: LlmApiModel | None = None
     harmless_tensors: tuple[str, ...] = ()
@@ -132,12 +135,12 @@ def family_named(name: str) -> Family:
     return found[0]
 
 
-def registered_tokenizer(config: Mapping[str, Any]) -> str | None:
-    """The tokenizer class that transformers has registered for the model_type of a config.json; None if no family
-    names one."""
+def registered_tokenizer(config: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """The tokenizer class that transformers has registered for the model_type of a config.json, None if no family names
+    one, and whether transformers takes it whatever class tokenizer_config.json asks for."""
     model_type = str(config.get("model_type"))
-    found = [family.tokenizers[model_type] for family in families() if model_type in family.tokenizers]
-    return found[0] if found else None
+    found = next((family for family in families() if model_type in family.tokenizers), None)
+    return (None, False) if found is None else (found.tokenizers[model_type], found.tokenizer_holds)
 
 
 def detect(config: Mapping[str, Any], where: str) -> Family:

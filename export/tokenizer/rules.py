@@ -149,7 +149,7 @@ def tokenizer_class(files: TokenizerFiles, config: Mapping[str, Any]) -> str:
     asked = files.settings.get("tokenizer_class") or config.get("tokenizer_class")
     auto_map = files.settings.get("auto_map")
     remote = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
-    registered = registered_tokenizer(config)
+    registered, holds = registered_tokenizer(config)
     if asked is None:
         if remote:
             raise files.refuse(
@@ -158,6 +158,8 @@ def tokenizer_class(files: TokenizerFiles, config: Mapping[str, Any]) -> str:
         return registered or AS_IT_IS
     if not isinstance(asked, str):
         raise files.refuse(SETTINGS_FILE, f"holds tokenizer_class {shown(asked)}, expected the name of a class")
+    if holds and registered and not remote:
+        return registered
     name = asked.removesuffix("Fast")
     if not remote and name == LLAMA and '"ByteLevel"' in files.text:
         return AS_IT_IS

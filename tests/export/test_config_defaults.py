@@ -23,7 +23,8 @@ SIZES = {
     "hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size",
     "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "vocab_size",
 }  # fmt: skip
-NORMS = {"olmoe": "width", "flex_olmo": "width", "qwen3_moe": "head"}
+LAYERS_DIFFER = ("gpt_oss", "qwen2", "qwen3")
+NORMS = {"olmoe": "width", "flex_olmo": "width", "qwen3_moe": "head", "qwen3": "head"}
 SHAPES = MixtralSizes(hidden_size=128, num_heads=8, num_kv_heads=4, num_experts=3)
 WRITTEN = {
     "phi": {**transformers_config(Dimensions(num_kv_heads=1)), "qk_layernorm": False},
@@ -59,6 +60,17 @@ WRITTEN = {
     "phimoe": {**phimoe_config(published_config(SHAPES)), "tie_word_embeddings": True, "sliding_window": 7},
     "mistral": {**dense_config(SHAPES, "mistral"), "tie_word_embeddings": True, "sliding_window": 7},
     "llama": {**dense_config(SHAPES, "llama"), "tie_word_embeddings": True},
+    **{
+        family: {
+            **dense_config(SHAPES, family),
+            "num_hidden_layers": 30,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "max_window_layers": 5,
+            "num_attention_heads": 32,
+        }
+        for family in ("qwen2", "qwen3")
+    },
 }
 for no_key in ("sliding_window", "head_dim"):
     del WRITTEN["granitemoe"][no_key]
@@ -97,8 +109,8 @@ def of_transformers(family, raw):
         else SwiGlu(),
         "full_layers": tuple(
             layer
-            for layer, kind in enumerate(config.layer_types if family == "gpt_oss" else ())
-            if kind == "full_attention"
+            for layer, kind in enumerate(config.layer_types if family in LAYERS_DIFFER else ())
+            if kind == "full_attention" and config.sliding_window
         ),
     }
 

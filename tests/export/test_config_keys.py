@@ -46,6 +46,8 @@ WRITERS = {
     "phimoe": lambda folder: write_phimoe_checkpoint(folder, seed=1, config={"attention_bias": False}),
     "mistral": lambda folder: write_dense_checkpoint(folder, seed=1, family="mistral"),
     "llama": lambda folder: write_dense_checkpoint(folder, seed=1, family="llama", hidden_size=96),
+    "qwen2": lambda folder: write_dense_checkpoint(folder, seed=1, family="qwen2"),
+    "qwen3": lambda folder: write_dense_checkpoint(folder, seed=1, family="qwen3"),
 }
 CLASSES = {
     "phi": "PhiConfig",
@@ -59,6 +61,8 @@ CLASSES = {
     "phimoe": "PhimoeConfig",
     "mistral": "MistralConfig",
     "llama": "LlamaConfig",
+    "qwen2": "Qwen2Config",
+    "qwen3": "Qwen3Config",
 }
 VALUES = [
     None, False, True, 3, 0.5, "nope", {}, {"0": {"rms_norm_eps": 1.0}}, ["sliding_attention"] * 2,
@@ -90,6 +94,8 @@ OWN = {
     "phimoe": {"sliding_window": None, "input_jitter_noise": 0.0, "router_aux_loss_coef": 0.0},
     "mistral": {"sliding_window": None},
     "llama": {"pretraining_tp": 1, "mlp_bias": False},
+    "qwen2": {"use_sliding_window": False, "max_window_layers": 28, "sliding_window": None, "layer_types": None},
+    "qwen3": {"use_sliding_window": False, "max_window_layers": 36, "sliding_window": None, "attention_bias": False},
     "olmoe": {"clip_qkv": None, "norm_topk_prob": False, "router_aux_loss_coef": 0.01, "attention_bias": False},
     "flex_olmo": {"norm_topk_prob": False, "router_aux_loss_coef": 0.01, "attention_bias": False},
     "gpt_oss": {"attention_bias": True, "output_router_logits": False, "router_aux_loss_coef": 0.9},

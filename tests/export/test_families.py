@@ -53,7 +53,7 @@ def test_a_file_more_is_a_family_more(tmp_path, monkeypatch):
 def test_a_family_that_is_not_there_is_named_beside_those_that_are():
     with pytest.raises(
         ConfigError,
-        match=r"looking for the family 'mamba': there are .*olmoe, phi, phimoe, phixtral, qwen2_moe, qwen3_moe",
+        match=r"looking for the family 'mamba': there are .*olmoe, phi, .*phixtral, qwen2, qwen2_moe, qwen3, qwen3_moe",
     ):
         family_named("mamba")
 
@@ -65,7 +65,8 @@ def test_families_differ_in_the_configs_that_they_match():
             {"model_type": "phi"}, {"model_type": "phi-msft"}, {"model_type": "phi-msft", "num_local_experts": 4},
             {"model_type": "mixtral"}, {"model_type": "granitemoe"}, {"model_type": "olmoe"}, {"model_type": "gpt_oss"},
             {"model_type": "qwen3_moe"}, {"model_type": "qwen2_moe"}, {"model_type": "phimoe"},
-            {"model_type": "mistral"}, {"model_type": "llama"}, {"model_type": "flex_olmo"},
+            {"model_type": "mistral"}, {"model_type": "llama"}, {"model_type": "flex_olmo"}, {"model_type": "qwen2"},
+            {"model_type": "qwen3"},
         )
     ]  # fmt: skip
     assert names == [
@@ -82,6 +83,8 @@ def test_families_differ_in_the_configs_that_they_match():
         "mistral",
         "llama",
         "flex_olmo",
+        "qwen2",
+        "qwen3",
     ]
 
 

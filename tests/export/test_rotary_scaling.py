@@ -90,6 +90,10 @@ def llama(folder):
     return write_dense_checkpoint(folder, seed=1, family="llama", hidden_size=96, max_positions=POSITIONS)
 
 
+def qwen3(folder):
+    return write_dense_checkpoint(folder, seed=1, family="qwen3", max_positions=POSITIONS)
+
+
 WRITERS = {
     "phi": phi,
     "mixtral": mixtral,
@@ -99,6 +103,7 @@ WRITERS = {
     "gpt_oss": gpt_oss,
     "qwen3_moe": qwen3_moe,
     "llama": llama,
+    "qwen3": qwen3,
 }
 WIDTHS = dict.fromkeys(WRITERS, 16)
 TOKENS = np.random.default_rng(3).integers(0, 256, POSITIONS).tolist()

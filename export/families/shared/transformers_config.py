@@ -144,6 +144,45 @@ def read_dense_layers(reader: ConfigReader) -> dict[str, Any]:
     return {"dense_layers": dense, "dense_ffn_size": reader.integer("intermediate_size")} if dense else {}
 
 
+_FIRST_WINDOWED, _WINDOW = 28, 4096  # of Qwen2Config and Qwen3Config, for a config.json without the keys
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+def read_windows(reader: ConfigReader) -> dict[str, Any]:
+    """Read which layers of a dense Qwen have a window of positions: the Architecture's `sliding_window` and
+    `full_layers`. As in transformers' Qwen2Config, layers have one only with use_sliding_window, and then those that
+    layer_types names, or those from max_window_layers on. Adds a problem for values that are wrong."""
+    raw = reader.raw
+    reader.require("use_sliding_window", [False, True], absent=False)
+    reader.harmless("sliding_window", "max_window_layers")
+    layers, types = raw.get("num_hidden_layers"), raw.get("layer_types")
+    windowed = raw.get("use_sliding_window") is True and raw.get("sliding_window", _WINDOW) is not None
+    if not windowed or type(layers) is not int or not 1 <= layers <= MAX_LAYERS:  # told by the reader of this number
+        return {}
+    window = reader.integer("sliding_window", absent=_WINDOW)
+    first = reader.integer("max_window_layers", absent=_FIRST_WINDOWED, minimum=0)
+    full: Collection[int] = range(min(first, layers))
+    if types is not None:
+        reader.harmless("layer_types")
+        if not (isinstance(types, list) and len(types) == layers and all(one in (_SLIDING, _FULL) for one in types)):
+            said = f"{_SLIDING} or {_FULL} for each of {layers} layers"
+            reader.problem(f"layer_types is {shown(types, 80)}, expected {said}")
+            return {}
+        full = [layer for layer, one in enumerate(types) if one == _FULL]
+    return {} if len(full) == layers else {"sliding_window": window, "full_layers": tuple(full)}
+
+
+def windows_of(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The window of a dense Qwen's layers and the layers without one, for the reference's network."""
+    window = raw.get("sliding_window", _WINDOW) if raw.get("use_sliding_window") else None
+    if window is None:
+        return {}
+    types, layers = raw.get("layer_types"), range(raw["num_hidden_layers"])
+    first = raw.get("max_window_layers", _FIRST_WINDOWED)
+    full = [layer for layer in layers if (layer < first if types is None else types[layer] == _FULL)]
+    return {"sliding_window": window, "full_layers": full}
+
+
 def refuse_quantized(reader: ConfigReader) -> None:
     """Refuse a config.json of weights that are stored quantised. Null or an empty object means that they are not."""
     for key in ("quantization_config", "compression_config"):

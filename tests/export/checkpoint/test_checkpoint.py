@@ -263,8 +263,8 @@ def test_an_unknown_model_type_lists_what_exists(phixtral):
     with pytest.raises(
         ConfigError,
         match=r"model_type 'mamba' is not among those that moeship builds "
-        r"\(flex_olmo, gpt_oss, granitemoe, llama, mistral, mixtral, olmoe, phi, phimoe, phixtral, qwen2_moe, "
-        r"qwen3_moe\)",
+        r"\(flex_olmo, gpt_oss, granitemoe, llama, mistral, mixtral, olmoe, phi, phimoe, phixtral, qwen2, qwen2_moe, "
+        r"qwen3, qwen3_moe\)",
     ):
         read(phixtral)
 

@@ -38,6 +38,8 @@ WRITERS = {
     "qwen3_moe": lambda folder, **more: write_qwen_checkpoint(folder, "qwen3_moe", seed=1, **more),
     "qwen2_moe": lambda folder, **more: write_qwen_checkpoint(folder, "qwen2_moe", seed=1, **more),
     "mistral": lambda folder, **more: write_dense_checkpoint(folder, seed=1, **more),
+    "qwen2": lambda folder, **more: write_dense_checkpoint(folder, seed=1, family="qwen2", **more),
+    "qwen3": lambda folder, **more: write_dense_checkpoint(folder, seed=1, family="qwen3", **more),
 }
 FILE = "model.safetensors"
 

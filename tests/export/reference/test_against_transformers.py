@@ -28,7 +28,9 @@ from transformers import (
     MixtralForCausalLM,
     OlmoeForCausalLM,
     PhiForCausalLM,
+    Qwen2ForCausalLM,
     Qwen2MoeForCausalLM,
+    Qwen3ForCausalLM,
     Qwen3MoeForCausalLM,
 )
 
@@ -93,11 +95,20 @@ def llama(folder, **sizes):
     return write_dense_checkpoint(folder, seed=1, family="llama", **sizes)
 
 
+def qwen2(folder, **sizes):
+    return write_dense_checkpoint(folder, seed=1, family="qwen2", **sizes)
+
+
+def qwen3(folder, **sizes):
+    return write_dense_checkpoint(folder, seed=1, family="qwen3", **sizes)
+
+
 WRITERS = {
     "phi": phi, "phixtral": phixtral, "mixtral": mixtral, "granitemoe": granitemoe, "olmoe": olmoe,
     "gpt_oss": gpt_oss, "qwen3_moe": qwen3_moe, "qwen2_moe": qwen2_moe, "phimoe": phimoe, "mistral": mistral,
-    "llama": llama, "flex_olmo": flex_olmo,
+    "llama": llama, "flex_olmo": flex_olmo, "qwen2": qwen2, "qwen3": qwen3,
 }  # fmt: skip
+WINDOWS = {"sliding_window": 7, "max_window_layers": 1}
 CASES = [
     (phi, {}),
     (phi, {"spelling": "phi-msft", "rotary_dim": 2, "ffn_size": 33}),
@@ -137,6 +148,10 @@ CASES = [
     (llama, {"num_heads": 4}),
     (llama, {"hidden_size": 54, "head_dim": 24, "dtype": "bfloat16"}),
     (llama, {"num_heads": 5, "num_kv_heads": 1, "head_dim": None, "tied": True}),
+    (qwen2, {"dtype": "bfloat16", "tied": True}),
+    (qwen2, {"num_heads": 3, "num_kv_heads": 1, "ffn_size": 37, "config": {"use_sliding_window": True, **WINDOWS}}),
+    (qwen3, {"num_layers": 3, "config": {"use_sliding_window": True, **WINDOWS}}),
+    (qwen3, {"hidden_size": 53, "head_dim": 24, "num_kv_heads": 1, "tied": True, "dtype": "float16"}),
 ]
 
 
@@ -257,6 +272,8 @@ def test_the_hidden_states_that_enter_layers_are_those_of_transformers(tmp_path,
         (gpt_oss, GptOssForCausalLM),
         (qwen2_moe, Qwen2MoeForCausalLM),
         (qwen3_moe, Qwen3MoeForCausalLM),
+        (qwen2, Qwen2ForCausalLM),
+        (qwen3, Qwen3ForCausalLM),
     ],
 )
 def test_keys_that_a_config_leaves_out_are_what_transformers_makes_of_them(tmp_path, write, outside):
@@ -267,9 +284,14 @@ def test_keys_that_a_config_leaves_out_are_what_transformers_makes_of_them(tmp_p
     sizes |= {"experts_per_token": 5, "config": {"norm_topk_prob": True}} if write is flex_olmo else {}
     if write is gpt_oss:  # the class's own head size, experts for each token, window and constants
         sizes |= {"head_dim": 64, "experts_per_token": 4, "config": {"sliding_window": 128}}
-    sizes |= {qwen3_moe: {"num_kv_heads": 4}, qwen2_moe: {"num_heads": 16, "num_kv_heads": 16, "head_dim": 4}}.get(
-        write, {}
-    )
+    sizes |= {
+        qwen3_moe: {"num_kv_heads": 4}, qwen2_moe: {"num_heads": 16, "num_kv_heads": 16, "head_dim": 4},
+        qwen2: {"num_heads": 32, "num_kv_heads": 32, "head_dim": 2}, qwen3: {"num_heads": 32, "num_kv_heads": 32},
+    }.get(write, {})  # fmt: skip
+    if write in (qwen2, qwen3):
+        del sizes["num_experts"]
+    if write is qwen3:
+        sizes["head_dim"] = 128
     folder = write(tmp_path / "c", **sizes)
     path = folder / "config.json"
     written = json.loads(path.read_text())

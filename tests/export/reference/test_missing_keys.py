@@ -20,6 +20,11 @@ REQUIRED = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 64, "num_
             {"rms_norm_eps": 1e-3, "num_key_value_heads": 4, "rope_theta": 5e5, "sliding_window": 7},
         ),
         ("llama", "LlamaConfig", {"rms_norm_eps": 1e-3, "num_key_value_heads": 4, "rope_theta": 5e5}),
+        ("qwen2", "Qwen2Config", {"rms_norm_eps": 1e-3, "num_key_value_heads": 4, "rope_theta": 5e5}),
+        (
+            "qwen3", "Qwen3Config",
+            {"rms_norm_eps": 1e-3, "num_key_value_heads": 4, "rope_theta": 5e5, "head_dim": 16},
+        ),
         (
             "qwen3_moe", "Qwen3MoeConfig",
             {

@@ -1,4 +1,4 @@
-"""Tokenizer and chat template as Qwen's mixtures are published with them, small and made by hand; transformers, on the
+"""Tokenizer and chat template as Qwen's models are published with them, small and made by hand; transformers, on the
 same files, says what is right."""
 
 from __future__ import annotations
@@ -6,64 +6,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from qwen_tokenizer import START, STOP, write_qwen_tokenizer
 from transformers import AutoTokenizer
 
 from export.tokenizer.chat_template import ChatTemplate
 from export.tokenizer.settings import read_settings
 
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-# The parts of Qwen's template that decide the text: the system's turn before all others, tools as JSON, calls and
-# responses of tools inside the turns, thoughts that are dropped before the last question, and an empty thought that
-# turns thinking off.
-TEMPLATE = """\
-{%- if tools %}
-    {{- '<|im_start|>system\\n' }}
-    {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
-    {{- "# Tools\\n\\n<tools>" }}
-    {%- for tool in tools %}{{- "\\n" }}{{- tool | tojson }}{%- endfor %}
-    {{- "\\n</tools><|im_end|>\\n" }}
-{%- elif messages[0].role == 'system' %}
-    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
-{%- endif %}
-{%- set ns = namespace(last=messages|length - 1, looking=true) %}
-{%- for message in messages[::-1] %}
-    {%- set index = (messages|length - 1) - loop.index0 %}
-    {%- if ns.looking and message.role == "user" %}
-        {%- set ns.looking = false %}{%- set ns.last = index %}
-    {%- endif %}
-{%- endfor %}
-{%- for message in messages %}
-    {%- if message.role == "user" or (message.role == "system" and not loop.first) %}
-        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
-    {%- elif message.role == "assistant" %}
-        {%- set content = message.content %}
-        {%- if '</think>' in content and loop.index0 < ns.last %}
-            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
-        {%- endif %}
-        {{- '<|im_start|>assistant\\n' + content }}
-        {%- for call in message.tool_calls or [] %}
-            {{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
-            {%- if call.function.arguments is string %}
-                {{- call.function.arguments }}
-            {%- else %}
-                {{- call.function.arguments | tojson }}
-            {%- endif %}
-            {{- '}\\n</tool_call>' }}
-        {%- endfor %}
-        {{- '<|im_end|>\\n' }}
-    {%- elif message.role == "tool" %}
-        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
-{%- endif %}
-"""
 CONVERSATIONS = [
     [{"role": "user", "content": "2+2?"}],
     [{"role": "system", "content": "Be  brief.\n"}, {"role": "user", "content": " naïve e\u0301 <|im_end|> 123\r\n"}],
@@ -83,38 +31,12 @@ CONVERSATIONS = [
 TOOLS = [{"type": "function", "function": {"name": "look", "description": "l'œil", "parameters": {"type": "object"}}}]
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "qwen2_moe"])
+@pytest.fixture(scope="module", params=["qwen3_moe", "qwen2_moe", "qwen2", "qwen3"])
 def folder(request, tmp_path_factory):
     """A folder with the files of a published checkpoint: tokenizer.json with the class's pipeline written out, and
     tokenizer_config.json with its added tokens and its template."""
     made = tmp_path_factory.mktemp(request.param)
-    tokenizer = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix=""))
-    tokenizer.normalizer = normalizers.NFC()
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"), byte_level])
-    tokenizer.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
-    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=330, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator(["the weather user assistant system tool response naïve \n\n"] * 4, trainer)
-    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in (END, START, STOP)])
-    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in ("<think>", "</think>")])
-    tokenizer.save(str(made / "tokenizer.json"))
-    added = {
-        str(index): {
-            "content": token.content, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
-            "special": token.special,
-        }
-        for index, token in tokenizer.get_added_tokens_decoder().items()
-    }  # fmt: skip
-    settings = {
-        "add_bos_token": False, "add_prefix_space": False, "added_tokens_decoder": added, "bos_token": None,
-        "additional_special_tokens": [START, STOP], "chat_template": TEMPLATE, "clean_up_tokenization_spaces": False,
-        "eos_token": STOP, "errors": "replace", "model_max_length": 131072, "pad_token": END,
-        "split_special_tokens": False, "tokenizer_class": "Qwen2Tokenizer", "unk_token": None,
-    }  # fmt: skip
-    (made / "tokenizer_config.json").write_text(json.dumps(settings))
+    write_qwen_tokenizer(made)
     (made / "config.json").write_text(json.dumps({"model_type": request.param, "eos_token_id": 0}))
     return made
 

@@ -35,6 +35,8 @@ MODEL_TYPES = (
     "flex_olmo",
     "gpt_oss",
     "qwen2_moe",
+    "qwen2",
+    "qwen3",
     "phimoe",
     "mistral",
     "llama",

@@ -39,6 +39,8 @@ WRITERS = {
     "phimoe": lambda folder: write_phimoe_checkpoint(folder, seed=1),
     "mistral": lambda folder: write_dense_checkpoint(folder, seed=1, family="mistral"),
     "llama": lambda folder: write_dense_checkpoint(folder, seed=1, family="llama", num_heads=4),
+    "qwen2": lambda folder: write_dense_checkpoint(folder, seed=1, family="qwen2"),
+    "qwen3": lambda folder: write_dense_checkpoint(folder, seed=1, family="qwen3"),
 }
 
 
