@@ -14,6 +14,7 @@ from clients.top.live import Look
 
 _LABEL, _LEAST_BAR, _MOST_BAR = 15, 8, 40
 _SPARK = 60  # rates that are remembered
+_NEXT_UNIT = 999.5  # from which on three digits are those of the next unit
 _MOST_LEVEL = 8  # of an expert's load; half of it is an equal share
 
 
@@ -57,7 +58,9 @@ class Screen:
             lines.append(Text("This server has no model with metrics yet.", "dim"))
         shown = lines[:height]
         for line in shown:
-            line.truncate(width, overflow="crop")
+            if line.cell_len > width:
+                line.truncate(width - 1, overflow="crop")
+                line.append(self._glyphs.ellipsis, "dim")
         return Text("\n").join(shown)
 
     def _head(self, look: Look, width: int, keys: str) -> Iterator[Text]:
@@ -110,7 +113,7 @@ class Screen:
             yield self._gauge("cache", engine.cache_used_share, size, f"{engine.cache_used_share:.0%}{tokens}")
         if engine.prefix_kept_tokens is not None:
             hit = "no prompts" if engine.prefix_hit_share is None else f"{engine.prefix_hit_share:.0%} of prompt tokens"
-            kept = f"{engine.prefix_kept_tokens:,.0f} tokens kept, {_bytes(engine.prefix_kept_bytes)}"
+            kept = f"keeps {engine.prefix_kept_tokens:,.0f} ({_bytes(engine.prefix_kept_bytes)})"
             yield self._gauge("prefix hits", engine.prefix_hit_share or 0.0, size, f"{hit}; {kept}", warns=False)
         if engine.drafts_per_s is not None:
             share = engine.drafts_accepted_share
@@ -210,14 +213,18 @@ def _number(value: float | None) -> str:
 
 
 def _seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
+    """Seconds with three digits."""
+    if value is None:
+        return "-"
+    return f"{value * 1e3:.3g} ms" if value < _NEXT_UNIT / 1e3 else f"{value:.3g} s"
 
 
 def _bytes(value: float | None) -> str:
+    """Bytes with three digits."""
     if value is None:
         return "-"
     for unit in ("B", "kB", "MB"):
-        if value < 1000:
+        if value < _NEXT_UNIT:
             return f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} GB"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import accumulate
 from pathlib import Path
@@ -21,7 +22,7 @@ from clients.errors import MetricsUnavailable
 from clients.top.figures import Figures, figures
 from clients.top.live import Watcher
 from clients.top.scrape import Change, History, Scrape, parse
-from clients.top.screen import ASCII, UNICODE, Screen
+from clients.top.screen import ASCII, UNICODE, Screen, _bytes, _seconds
 
 BOUNDS = ("0.01", "0.1", "1.0", "+Inf")
 # In the form that Triton's backend for TensorRT-LLM publishes.
@@ -196,9 +197,41 @@ def test_a_frame_fits_the_terminal(width, height, layers, experts):
         text = "\n".join(lines)
         assert "5 of 8 slots, 4 requests" in text
         assert "500 MB of 1 GB, 200 MB reserved" in text
-        assert "80% of prompt tokens; 1,234 tokens kept" in text
+        assert "80% of prompt tokens; keeps 1,234 (4 MB)" in text
         assert "queue_full 0.10" in text
         assert "  0 ▄▄▄▄" in text
+
+
+def test_the_largest_figures_fit_eighty_columns():
+    _, [engine] = looked(*(engine_text(steps=n, drafted=(n, n)) for n in (1, 2)))
+    largest = replace(
+        engine, cache_held_bytes=999.4e9, cache_budget_bytes=999.4e9, cache_reserved_bytes=999.4e9,
+        prefix_hit_share=1.0, prefix_kept_tokens=1e6, prefix_kept_bytes=999.4e6, drafts_accepted_share=1.0,
+        drafts_per_s=1e5,
+    )  # fmt: skip
+    lines = draw((largest,), 80, 24)
+    assert not any("…" in line for line in lines)
+    assert "100% of prompt tokens; keeps 1,000,000 (999 MB)" in "\n".join(lines)
+
+
+def test_a_line_that_is_cut_says_so():
+    _, engines = looked(*(engine_text(steps=n) for n in (1, 2)))
+    for glyphs, mark in ((UNICODE, "…"), (ASCII, ">")):
+        cut = [line for line in draw(engines, 40, 24, glyphs) if line.endswith(mark)]
+        assert any(line.startswith("prefix hits") for line in cut)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0, "0 B"), (999.4, "999 B"), (999.6, "1 kB"), (999_499, "999 kB"), (999_999, "1 MB"), (999.7e6, "1 GB")],
+)
+def test_bytes_have_three_digits(value, said):
+    assert _bytes(value) == said
+
+
+@pytest.mark.parametrize(("value", "said"), [(0.9994, "999 ms"), (0.9996, "1 s"), (0.0123456, "12.3 ms")])
+def test_seconds_have_three_digits(value, said):
+    assert _seconds(value) == said
 
 
 def test_layers_that_find_no_room_are_counted():
