@@ -20,6 +20,7 @@ from trtllm.warm_python import warm_python
 
 from export.merge.config import read_merge_config
 from export.merge.merge import merge
+from triton_repo.contracts.model_parameters import ModelParameters
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.serving.server import ServerOptions, running_server
 from trt_build.ort.build import BuildOptions, build_engine
@@ -169,7 +170,9 @@ def served_phixtral(tmp_path_factory, tiny_engine) -> Iterator[Served]:
     """A real Triton that serves `tiny_engine`, for the whole session."""
     repository = tmp_path_factory.mktemp("served") / "repository"
     for name in ("phixtral", "slow"):
-        package_engine(PackageOptions(engine=tiny_engine, name=name, output=repository))
+        package_engine(
+            PackageOptions(engine=tiny_engine, name=name, output=repository, onnxruntime=ModelParameters(threads=1))
+        )
     slow_down(repository / "slow")
     with running_server(ServerOptions(repository=repository)) as server:
         assert server.log is not None

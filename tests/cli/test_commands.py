@@ -67,9 +67,9 @@ def test_plan_takes_every_flag_of_build(capsys):
 @pytest.mark.parametrize(
     "words",
     [
-        ["--precision", "int8", "--kernels", "onnxruntime", "--max-sequence", "64"],
-        ["--precision", "int8", "--max-seq-len", "64", "--provider", "cuda"],
-        ["--precision", "int4", "--max-seq-len", "64"],
+        ["--precision", "int8", "--method", "nearest", "--kernels", "onnxruntime", "--max-sequence", "64"],
+        ["--precision", "int8", "--method", "nearest", "--max-seq-len", "64", "--provider", "cuda"],
+        ["--precision", "int4", "--max-seq-len", "64", "--calibrate-tokens", "512"],
         ["--backend", "tensorrt-llm", "--precision", "fp16", "--max-sequence", "64", "--workers", "1"],
     ],
 )
@@ -80,7 +80,7 @@ def test_a_builds_command_line_is_a_plans(tmp_path, tiny_checkpoint, capsys, wor
     assert plan["max_sequence"] == 64
     assert list(tmp_path.iterdir()) == []
     if "tensorrt-llm" not in words:
-        assert main(["-q", "build", *flags, "--calibrate-tokens", "1024"]) == 0
+        assert main(["-q", "build", *flags]) == 0
         sizes = {name: record["bytes"] for name, record in json.loads(capsys.readouterr().out)["files"].items()}
         assert {name: plan["files"][name] for name in sizes} == sizes
 

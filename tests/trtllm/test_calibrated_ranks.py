@@ -33,6 +33,12 @@ def calibration_text():
     return CalibrationText(windows=ids, record={"names": ["random"], "bytes": 0, "sha256": ""})
 
 
+@pytest.fixture(scope="module")
+def solved(tmp_path_factory):
+    """Where codes that were solved once are kept."""
+    return tmp_path_factory.mktemp("solved")
+
+
 @pytest.mark.usefixtures("network")
 @pytest.mark.parametrize(
     ("precision", "dtype", "moe_tp", "moe_ep"),
@@ -44,13 +50,16 @@ def calibration_text():
         ("int4_awq", None, 2, 1),
     ],
 )
-def test_rank_files_hold_the_codes_that_were_solved(tmp_path, packable_phixtral, precision, dtype, moe_tp, moe_ep):
+def test_rank_files_hold_the_codes_that_were_solved(
+    tmp_path, packable_phixtral, solved, precision, dtype, moe_tp, moe_ep
+):
     model, text = understood(packable_phixtral), calibration_text()
     options = CheckpointOptions(
         precision=precision, dtype=dtype, group_size=64, parallel=shares(moe_tp, moe_ep), calibration=text_record(text)
     )
     plan = plan_checkpoint(model, options)
-    codes = solve_codes(tmp_path / "codes", model, solvable(plan), text)
+    solved_before = solved / f"{precision}-{plan.config['dtype']}"  # taken up there, whatever the ranks
+    codes = solve_codes(solved_before, model, solvable(plan), text)
     folder = tmp_path / "ranks"
     plan = write_checkpoint(model, options, folder, solved=codes, record=calibration_record(codes))
     ranks = RankFolder(plan=plan, folder=folder, max_sequence=64)
@@ -59,13 +68,13 @@ def test_rank_files_hold_the_codes_that_were_solved(tmp_path, packable_phixtral,
     assert all(open_rank_weights(plan, folder).checksums.values())
     if dtype is not None:  # whose floats, which the reference does not round, are rounded
         return
-    solved = {
+    rows = {
         name: {place: codes.rows(name, place, 0, matrix.shape[1]) for place in range(matrix.shape[0])}
         for name, matrix in codes.matrices.items()
     }
-    assert len(solved) == 4 * model.architecture.num_layers
+    assert len(rows) == 4 * model.architecture.num_layers
     own = model.weights
-    dequantised = Overlay(checkpoint=own.checkpoint, table=own.table, solved=solved)
+    dequantised = Overlay(checkpoint=own.checkpoint, table=own.table, solved=rows)
     expected = next(iter(Reference(dataclasses.replace(model, weights=dequantised)).run([IDS])))[0]
     assert relative_difference(Ranks(folder).logits(IDS), expected) <= BAR
 

@@ -23,6 +23,7 @@ from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
 from export.reference.model import Reference
 from export.tokenizer.loading import load_tokenizer
+from triton_repo.contracts.model_parameters import ModelParameters
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.serving.server import ServerOptions, running_server
 from trt_build.ort.build import BuildOptions, build_engine
@@ -54,7 +55,9 @@ def live(tmp_path_factory, made_once, trained_phixtral) -> Iterator[Live]:
         "eval-phixtral-fp32",
         lambda made: build_engine(BuildOptions(checkpoint=str(trained_phixtral), output=made, precision="fp32")),
     )
-    package_engine(PackageOptions(engine=engine, name=MODEL, output=folder / "repository"))
+    package_engine(
+        PackageOptions(engine=engine, name=MODEL, output=folder / "repository", onnxruntime=ModelParameters(threads=1))
+    )
     template = folder / "template.jinja"
     template.write_text("{% if tools %}{{ tools | tojson }} <tool_call>{% endif %}" + CHATML)
     with (
