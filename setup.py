@@ -8,6 +8,7 @@ shows what the compiler said, and `python -m trt_build.ort.kernels` whether ther
 import os
 import runpy
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -52,12 +53,16 @@ class BuildKernels(build_ext):
         sources = [Path(source) for source in ext.sources]
         if not any(self.plat_name.endswith(name) for name in X86):
             sources = [source for source in sources if not INSTRUCTIONS.get(source.stem)]
-        objects = []
-        for source in sources:
+
+        def compiled(source: Path) -> str:
             flags = [*FLAGS, *INSTRUCTIONS.get(source.stem, ())]
-            objects += self.compiler.compile(
+            [compiled] = self.compiler.compile(
                 [str(source)], output_dir=self.build_temp, extra_postargs=flags, depends=ext.depends
             )
+            return compiled
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # a compiler a source, as each takes seconds of one core
+            objects = list(pool.map(compiled, sources))
         linked = Path(self.build_temp, built.name)
         self.compiler.link_shared_object(objects, str(linked), target_lang="c++")
         linked.write_bytes(with_digest(linked.read_bytes()))

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import os
+
 from export.blas import choose_blas_kernels
 
-choose_blas_kernels()  # before anything imports numpy
+# Before anything imports numpy or torch, which read it when they load: both compute in one thread, here and in every
+# process that a test starts. Of matrices this small several threads mostly wait for each other, and they wait by
+# spinning.
+os.environ["OMP_NUM_THREADS"] = "1"
+choose_blas_kernels()
 
 import fcntl
-import os
+import gc
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from checkpoints import write_phixtral_checkpoint
 from live_requests import slow_down
+from scheduling import Scheduling, num_workers, waits
 from trtllm.warm_python import warm_python
 
 from export.merge.config import read_merge_config
@@ -31,22 +38,47 @@ from trt_build.ort.planning.prepare import chosen_kernels
 # interrupt must not inherit it, however the suite was started.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# torch computes in one thread, here and in every process that a test starts; it reads this when it loads. Of matrices
-# this small several threads mostly wait for each other, and they wait by spinning.
-os.environ["OMP_NUM_THREADS"] = "1"
-
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 # Files that take the longest, which pytest-xdist hands out first: one of them at the end would hold the whole run.
 LONGEST = (
-    "tests/triton_repo/live/", "tests/test_example.py", "tests/cli/", "tests/trt_build/", "tests/trtllm/",
-    "tests/export/test_config_keys.py", "tests/clients/gateway/",
+    "tests/test_example.py", "tests/cli/", "tests/trt_build/", "tests/trtllm/", "tests/export/test_config_keys.py",
+    "tests/clients/gateway/",
 )  # fmt: skip
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect without searches for cycles, which take a third of the time, and never search what was collected: it is
+    770,000 objects."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+    """The order in which workers begin: one with the first file that waits, the others with the longest that compute.
+    The scheduler chooses further files that wait from the end."""
+    files = [item.nodeid.split("::")[0] for item in items]
+    first = next(filter(waits, files), None)
+    order = {file: (file != first, waits(file), not file.startswith(LONGEST)) for file in files}
+    items.sort(key=lambda item: order[item.nodeid.split("::")[0]])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """The number of workers that --numprocesses=auto means, where the environment names none."""
+    return None if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else num_workers()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
+    """The scheduler of --dist=loadfile."""
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.hookimpl(tryfirst=True)
