@@ -35,7 +35,7 @@ def read_input(value: Any) -> list[Any]:  # noqa: ANN401 - JSON value
 def _message(item: Any) -> Any:  # noqa: ANN401 - JSON value
     """A message without what says that it is one, and what an earlier answer added to it."""
     if not isinstance(item, dict) or item.get("type", "message") != "message":
-        raise ValueError("expected messages alone: this gateway has no tools and stores nothing")
+        raise ValueError("expected messages alone: tools are taken by /v1/chat/completions, and nothing is stored")
     return {key: value for key, value in item.items() if key not in ("type", "id", "status")}
 
 

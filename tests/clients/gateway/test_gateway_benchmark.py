@@ -1,4 +1,4 @@
-"""benchmarks/gateway.py against a gateway in front of a server whose answers are known."""
+"""benchmarks/gateway.py against a gateway in front of a server whose answers are known, and gateway_events.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 from fake_triton import empty_final, piece
 
 import gateway as benchmark
+import gateway_events
 
 
 def counted(request, context):
@@ -57,3 +58,20 @@ def test_an_answer_that_is_cut_is_an_error(measure):
     status, result, said = measure(short)
     assert (status, result) == (1, {}), said
     assert "found an answer of 1 tokens, expected 3" in said
+
+
+FEW = ["--rounds", "1", "--requests", "1", "--streams", "2", "--tokens", "5"]
+
+
+def test_the_gateways_own_time_is_taken_over_the_events_of_a_turn(tmp_path, capfd):
+    output = tmp_path / "result.json"
+    assert gateway_events.main([*FEW, "--output", str(output)]) == 0
+    (found,) = json.loads(output.read_text())["ms_per_1000_events"]
+    assert found > 0
+    assert "10 events, " in capfd.readouterr().err
+
+
+def test_an_answer_that_is_none_is_an_error(monkeypatch, capfd):
+    monkeypatch.setattr(gateway_events, "MODEL", "another")
+    assert gateway_events.main(FEW) == 1
+    assert "found 0 events, expected 5" in capfd.readouterr().err
