@@ -249,6 +249,7 @@ class ConfigReader:
 
     def __init__(self, raw: Mapping[str, Any], family: str, keys: FamilyKeys) -> None:
         self.raw = resolved(raw, keys)
+        self._written = raw
         self._family = family
         self._keys = keys
         self._seen: set[str] = set(keys.aliases)
@@ -260,6 +261,13 @@ class ConfigReader:
         reader = ConfigReader(values, self._family, self._keys)
         reader._problems = self._problems
         return reader
+
+    def spelled(self, key: str) -> str:
+        """The name that config.json has for a key: the key, or another name that the family's class takes for it."""
+        if key in self._written:
+            return key
+        others = (alias for alias, target in self._keys.aliases.items() if target == key and alias in self._written)
+        return next(others, key)
 
     def integer(
         self,
@@ -274,7 +282,9 @@ class ConfigReader:
         for a missing key, `null` the value for null. Where that is None, such a key is refused."""
         value = self._value(key, absent, null)
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-            self._problems.append(f"{key} is {shown(value)}, expected a whole number of {minimum} to {maximum}")
+            self._problems.append(
+                f"{self.spelled(key)} is {shown(value)}, expected a whole number of {minimum} to {maximum}"
+            )
             return minimum
         return value
 
@@ -283,7 +293,7 @@ class ConfigReader:
         value = self._value(key, absent, None)
         if isinstance(value, bool) or not isinstance(value, int | float) or not MIN_REAL <= value <= maximum:
             most = "" if maximum == MAX_REAL else f" of at most {maximum:g}"
-            self._problems.append(f"{key} is {shown(value)}, expected a positive, finite number{most}")
+            self._problems.append(f"{self.spelled(key)} is {shown(value)}, expected a positive, finite number{most}")
             return 1.0
         return float(value)
 
@@ -297,7 +307,7 @@ class ConfigReader:
         self._seen.add(key)
         value = self.raw.get(key)
         if value is not None and not isinstance(value, dict):
-            self._problems.append(f"{key} is {shown(value)}, expected an object")
+            self._problems.append(f"{self.spelled(key)} is {shown(value)}, expected an object")
         return value if isinstance(value, dict) else {}
 
     def require(self, key: str, allowed: Iterable[Any], *, absent: Any = None) -> None:  # noqa: ANN401 - JSON value
@@ -305,7 +315,8 @@ class ConfigReader:
         allowed = list(allowed)
         value = self._value(key, absent, absent)
         if value not in allowed:
-            self._problems.append(f"{key} is {shown(value)}; moeship builds only {' or '.join(map(repr, allowed))}")
+            built = " or ".join(map(repr, allowed))
+            self._problems.append(f"{self.spelled(key)} is {shown(value)}; moeship builds only {built}")
 
     def harmless(self, *keys: str) -> None:
         """Accept keys that this family does not read with any value."""
@@ -368,6 +379,8 @@ class ConfigReader:
         if value is not None or key not in self.raw:
             return value
         if null is None and absent is not None:
-            self._problems.append(f"{key} is null, and transformers has no default for it; write a number")
+            self._problems.append(
+                f"{self.spelled(key)} is null, and transformers has no default for it; write a number"
+            )
             return absent
         return null

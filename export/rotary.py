@@ -93,6 +93,11 @@ def parameters(config: Mapping[str, Any], base: float, share: float | None = Non
     return found
 
 
+def kind_key(values: Mapping[str, Any]) -> str:
+    """The key under which an object of a config.json names the kind of scaling: "type" in older files."""
+    return "type" if "type" in values and "rope_type" not in values else "rope_type"
+
+
 def scaling_of(values: Mapping[str, Any], max_positions: int) -> RotaryScaling | None:
     """The scaling that an object of `parameters` states; None for none. `max_positions` is the model's. The values have
     been checked. Raises ValueError as RotaryScaling does."""

@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from export import rotary
 from export.architecture import Architecture, ConfigReader, Router
 from export.checkpoint.tensor_table import TensorSpec
 from export.config_keys.rules import transformers_keys
@@ -86,11 +87,12 @@ def _with_attention_factor(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_rotary(reader: ConfigReader, values: object) -> None:
-    kind = values.get("rope_type", values.get("type", "default")) if isinstance(values, dict) else "default"
+    key = rotary.kind_key(values if isinstance(values, dict) else {})
+    kind = values.get(key, "default") if isinstance(values, dict) else "default"
     if kind == "default":
         return
     if kind != "longrope":
-        reader.problem(f"rope_type is {kind!r}; moeship builds longrope and none for this family")
+        reader.problem(f"{key} is {kind!r}; moeship builds longrope and none for this family")
     short, long = (values.get(name) for name in _FACTORS) if isinstance(values, dict) else (None, None)
     if short is None or short != long:
         reader.problem(f"short_mscale is {short!r} and long_mscale is {long!r}; moeship builds equal numbers")

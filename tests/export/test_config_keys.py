@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from export.checkpoint.folder import open_checkpoint
 from export.config_keys import rules
+from export.config_keys.rules import PHI_MSFT, transformers_keys
 from export.config_keys.transformers_keys import FIELDS
 from export.errors import CheckpointError, ConfigError
 from export.families import detect, read_model
@@ -288,6 +290,39 @@ def test_a_mixtrals_experts_may_have_transformers_other_name(tmp_path):
     expect_equal(plain, theirs(folder), "num_experts")
     with pytest.raises(ConfigError, match="num_experts is 4 and num_local_experts is 5, but transformers"):
         detect(raw, "c").read_config({**raw, "num_experts": 4, "num_local_experts": 5})
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "problem"),
+    [
+        ("mixtral", {"num_experts": 0}, "num_experts is 0, expected a whole number"),
+        ("mixtral", {"num_local_experts": 0}, "num_local_experts is 0, expected a whole number"),
+        ("mixtral", {"num_experts": None}, "num_experts is null, and transformers has no default"),
+        (
+            "gpt_oss",
+            {"num_experts": 2, "num_experts_per_tok": 3},
+            "num_experts_per_tok is 3, expected 1 to num_experts = 2",
+        ),
+        ("flex_olmo", {"num_local_experts": "5"}, "num_local_experts is '5', expected a whole number"),
+        ("olmoe", {"num_local_experts": 1}, "num_experts_per_tok is 2, expected 1 to num_local_experts = 1"),
+        ("qwen3_moe", {"num_experts": -1}, "num_experts is -1, expected a whole number"),
+        ("phi-msft", {"hidden_size": 41}, "hidden_size 41 is not a multiple of n_head 5"),
+        ("phi-msft", {"num_attention_heads": 3}, "n_embd 40 is not a multiple of num_attention_heads 3"),
+        ("phi-msft", {"num_hidden_layers": 0}, "num_hidden_layers is 0, expected a whole number"),
+        ("phi-msft", {"n_layer": 0}, "n_layer is 0, expected a whole number"),
+    ],
+)
+def test_an_error_names_the_key_that_stands_in_the_file(tmp_path, family, changes, problem):
+    raw = phi_msft_config(Dimensions()) if family == "phi-msft" else config_of(WRITERS[family](tmp_path / "c"))
+    reader = detect(raw, "c").read_config
+    keys = (PHI_MSFT if family == "phi-msft" else transformers_keys(CLASSES[family])).aliases
+    names = {name: group for alias, target in keys.items() for group in [{alias, target}] for name in group}
+    others = {other for key in changes for other in names.get(key, ()) if other != key}
+    told = {key: value for key, value in raw.items() if key not in others}
+    with pytest.raises(ConfigError) as caught:
+        reader({**told, **changes})
+    assert f"- {problem}" in str(caught.value)
+    assert not any(re.search(rf"\b{other}\b", str(caught.value)) for other in others)
 
 
 def test_a_phixtrals_keys_follow_its_published_class(tmp_path):

@@ -214,7 +214,7 @@ def test_frequencies_are_transformers_own(name, base, width):
 
 REFUSED = [
     ({"rope_type": "dynamic", "factor": 2.0}, "rope_type is 'dynamic': its frequencies change with the length"),
-    ({"type": "su", "factor": 2.0}, "rope_type is 'su'; moeship builds default, linear, llama3, yarn, longrope"),
+    ({"type": "su", "factor": 2.0}, r"(?<!_)type is 'su'; moeship builds default, linear, llama3, yarn, longrope"),
     ({"rope_type": ["yarn"]}, r"rope_type is \['yarn'\]; moeship builds"),
     ({"rope_type": "proportional"}, "rope_type is 'proportional'; moeship builds"),
     ({"rope_type": "linear"}, "factor is None, expected a positive, finite number"),

@@ -121,7 +121,7 @@ def test_a_graph_for_cuda_has_kernels_for_its_types(tmp_path, family, precision)
 
 @pytest.mark.parametrize("family", CLASSES)
 def test_tensorrt_llm_is_refused_by_the_familys_name(tmp_path, family):
-    with pytest.raises(ExportError, match=f"engines of mixtral, phi, phixtral, not of {family}; build for onnxruntime"):
+    with pytest.raises(ExportError, match=rf"engines of mixtral, .*, not of {family}; build for onnxruntime"):
         plan_checkpoint(read_model(open_checkpoint(write(tmp_path / "c", family))), CheckpointOptions())
 
 

@@ -263,9 +263,7 @@ def test_the_float16_graph_differs_from_transformers_by_its_rounding(tmp_path, m
 
 
 def test_tensorrt_llm_is_refused_by_the_familys_name(tmp_path, trained, capsys):
-    with pytest.raises(
-        ExportError, match="builds TensorRT-LLM engines of mixtral, phi, phixtral, not of granitemoe; build"
-    ):
+    with pytest.raises(ExportError, match="builds TensorRT-LLM engines of mixtral, .*, not of granitemoe; build"):
         plan_checkpoint(read_model(open_checkpoint(trained)), CheckpointOptions())
     words = ["--checkpoint", str(trained), "--backend", "tensorrt-llm", "--output", str(tmp_path / "engine")]
     assert main(["build", *words]) == 2

@@ -234,7 +234,7 @@ def test_the_float16_graph_differs_from_transformers_by_its_rounding(tmp_path, m
 
 
 def test_tensorrt_llm_is_refused_by_the_familys_name(checkpoint):
-    with pytest.raises(ExportError, match="builds TensorRT-LLM engines of mixtral, phi, phixtral, not of olmoe; build"):
+    with pytest.raises(ExportError, match="builds TensorRT-LLM engines of mixtral, .*, not of olmoe; build"):
         plan_checkpoint(read_model(open_checkpoint(checkpoint)), CheckpointOptions())
 
 

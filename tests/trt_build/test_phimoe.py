@@ -187,7 +187,7 @@ def test_keys_that_are_absent_are_transformers_own(checkpoint):
         ({"lm_head_bias": "yes"}, "lm_head_bias is 'yes'; moeship builds only False or True"),
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
-            "rope_type is 'linear'; moeship builds longrope and none",
+            r"(?<!_)type is 'linear'; moeship builds longrope and none",
         ),
         (
             {"rope_scaling": longrope(8, original=300) | {"long_mscale": 1.3}},
@@ -246,9 +246,7 @@ def test_the_float16_graph_differs_from_transformers_by_its_rounding(tmp_path, m
 
 
 def test_tensorrt_llm_is_refused_by_the_familys_name(checkpoint):
-    with pytest.raises(
-        ExportError, match="builds TensorRT-LLM engines of mixtral, phi, phixtral, not of phimoe; build"
-    ):
+    with pytest.raises(ExportError, match="builds TensorRT-LLM engines of mixtral, .*, not of phimoe; build"):
         plan_checkpoint(read_model(open_checkpoint(checkpoint)), CheckpointOptions())
 
 

@@ -186,7 +186,7 @@ def test_keys_that_are_absent_are_transformers_own(checkpoint):
         ({"mlp_only_layers": "0"}, "mlp_only_layers is '0', expected a list of layers"),
         ({"mlp_only_layers": [1], "intermediate_size": None}, "intermediate_size is None, expected a whole number"),
         ({"use_sliding_window": True, "sliding_window": 8}, "max_window_layers = 2 is a key that moeship does not"),
-        ({"num_experts_per_tok": 6}, "num_experts_per_tok is 6, expected 1 to num_local_experts = 5"),
+        ({"num_experts_per_tok": 6}, "num_experts_per_tok is 6, expected 1 to num_experts = 5"),
         ({"shared_expert_intermediate_size": 9}, "shared_expert_intermediate_size = 9 is a key that moeship does not"),
         ({"moe_intermediate_size": None}, "moe_intermediate_size is None, expected a whole number"),
     ],

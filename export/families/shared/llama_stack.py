@@ -100,7 +100,7 @@ def read_stack_config(
     experts = 0 if dense else reader.integer(experts_key, absent=num_experts, maximum=MAX_EXPERTS)
     per_token = 0 if dense else reader.integer("num_experts_per_tok", absent=experts_per_token)
     if per_token > experts:
-        reader.problem(f"num_experts_per_tok is {per_token}, expected 1 to {experts_key} = {experts}")
+        reader.problem(f"num_experts_per_tok is {per_token}, expected 1 to {reader.spelled(experts_key)} = {experts}")
     rope = read_rope(reader, head_size, base=rope_base)
     architecture = Architecture(
         family=family,

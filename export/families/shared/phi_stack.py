@@ -126,7 +126,7 @@ def read_msft_config(raw: Mapping[str, Any], family: str) -> Architecture:
     reader.require("rope_theta", [ROPE_BASE], absent=ROPE_BASE)
     reader.require("head_dim", [hidden // heads], absent=hidden // heads)
     if hidden % heads:
-        reader.problem(f"n_embd {hidden} is not a multiple of n_head {heads}")
+        reader.problem(f"{reader.spelled('n_embd')} {hidden} is not a multiple of {reader.spelled('n_head')} {heads}")
     # 2 is the default of the published configuration_phi.py. A dense config may have the key too.
     per_token = reader.integer("num_experts_per_tok", absent=2, minimum=1 if experts > 1 else 0)
     if experts > 1 and per_token > experts:

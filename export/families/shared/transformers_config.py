@@ -46,7 +46,8 @@ def read_rope(reader: ConfigReader, head_size: int, *, base: float, share: float
     if share is None and part != 1:
         reader.problem(f"partial_rotary_factor is {part:g}; this family turns the whole head")
     theta = rope.real("rope_theta", absent=base)
-    scaling = _read_scaling(reader, rope, values, int(head_size * part), most)
+    key = rotary.kind_key(older or newer)
+    scaling = _read_scaling(reader, rope, values, int(head_size * part), most, key)
     positions = most
     if scaling is not None and scaling.kind == "longrope" and most > scaling.original_positions:
         positions = scaling.original_positions
@@ -58,17 +59,18 @@ def read_rope(reader: ConfigReader, head_size: int, *, base: float, share: float
 
 
 def _read_scaling(
-    reader: ConfigReader, rope: ConfigReader, values: Mapping[str, Any], width: int, most: int
+    reader: ConfigReader, rope: ConfigReader, values: Mapping[str, Any], width: int, most: int, key: str
 ) -> RotaryScaling | None:
+    """The scaling that `values` state; `key` is the name that config.json has for its kind."""
     kind = values["rope_type"]
     if kind == "dynamic":
         reader.problem(
-            "rope_type is 'dynamic': its frequencies change with the length of the text, also for tokens that are "
+            f"{key} is 'dynamic': its frequencies change with the length of the text, also for tokens that are "
             "in the cache, and an engine has one table; take a model with another scaling"
         )
         return None
     if not isinstance(kind, str) or kind not in rotary.KEYS:
-        reader.problem(f"rope_type is {shown(kind, 40)}; moeship builds {', '.join(rotary.KEYS)}")
+        reader.problem(f"{key} is {shown(kind, 40)}; moeship builds {', '.join(rotary.KEYS)}")
         return None
     if values.get("type", kind) != kind:
         reader.problem(f"rope_type is {shown(kind, 40)} and type is {shown(values['type'], 40)}; keep one of them")
