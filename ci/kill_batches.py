@@ -1,11 +1,13 @@
 """Kill batch jobs at random moments, run each again, and check that every prompt has one answer, in order.
 
-    python ci/kill_batches.py --work FOLDER [--lines N] [--kills N] [--seed S] [--engine local|ray]
+    python ci/kill_batches.py --work FOLDER [--lines N] [--kills N] [--seed S] [--engine local|ray] [--victim server]
 
 A server of this process answers each prompt with a text that is made of the prompt, after a random time, and refuses a
 part of the requests with 429 and 503. A job is killed (SIGKILL, no warning) at moments that are drawn evenly over the
 time that an undisturbed job sends, and started again until it ends; each start but the last is killed once. With
 `--engine ray` it is a worker process of the local Ray that is killed, in the middle, and the job must end by itself.
+With `--victim server` two servers share the lines, and one of them is killed for good at a random moment: the job must
+end by itself too, under either engine, and both servers must have answered.
 
 Exit status 0 when every output holds every prompt once, in order, with its own answer, and nothing is left beside it;
 1 when one does not.
@@ -17,6 +19,9 @@ import argparse
 import contextlib
 import json
 import logging
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.process
 import random
 import shutil
 import signal
@@ -136,6 +141,27 @@ def write_prompts(path: Path, num_lines: int) -> None:
             body = {"model": MODEL, "prompt": f"prompt {number}", "max_tokens": 4}
             line = {"custom_id": f"id-{number}", "method": "POST", "url": "/v1/completions", "body": body}
             file.write(json.dumps(line) + "\n")
+
+
+@contextmanager
+def serving_apart(seed: int) -> Iterator[tuple[str, multiprocessing.process.BaseProcess]]:
+    """A server in a process of its own, which can be killed: its address, and the process."""
+    context = multiprocessing.get_context("spawn")  # a fork would hold the other server's sockets open
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve_apart, args=(theirs, seed), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield ours.recv(), process
+    finally:
+        process.kill()
+        process.join()
+
+
+def _serve_apart(told: multiprocessing.connection.Connection, seed: int) -> None:
+    with serving(Standin(seed=seed)) as standin:
+        told.send(standin.url)
+        threading.Event().wait()
 
 
 def start(prompts: Path, output: Path, url: str, *more: str) -> subprocess.Popen[bytes]:
@@ -258,6 +284,40 @@ def kill_ray_worker(work: Path, num_lines: int, seed: int) -> str:
     return told
 
 
+def kill_servers(work: Path, num_lines: int, kills: int, seed: int, engine: str) -> list[int]:
+    """Kill one of two servers in each of `kills` jobs; returns how many answers were kept at that time. Raises
+    WrongOutput, also for a server that died before it had answered or after the job's end."""
+    prompts, draws, kept = work / "prompts.jsonl", random.Random(seed), list[int]()
+    more = ["--engine", "ray", "--ray-workers", "2", "--shard-lines", "100"] if engine == "ray" else []
+    write_prompts(prompts, num_lines)
+    with serving(Standin(seed=seed)) as standin:
+        for turn in range(kills):
+            standin.answered = {}
+            at, output = draws.uniform(0.05, 0.9) * num_lines, work / f"served-{turn}.jsonl"
+            with serving_apart(seed + turn) as (url, victim):
+                process = start(prompts, output, standin.url, url, *more, "--concurrency", "4")
+                try:
+                    while process.poll() is None and kept_by(output) < at:
+                        time.sleep(POLL_S)
+                    kept.append(kept_by(output))
+                    victim.kill()
+                    if process.poll() is not None:
+                        finish(process, "running a job of two servers")
+                        raise WrongOutput("killing a server: the job had ended before; give it more --lines")
+                    finish(process, "running a job of which one server was killed")
+                finally:
+                    if process.poll() is None:
+                        process.terminate()
+                        process.communicate()
+            check(output, num_lines)
+            own = len(standin.answered)
+            if own == num_lines:
+                raise WrongOutput("killing a server: the other one had answered every line")
+            logger.info("server killed at %d of %d answers; the other answered %d", kept[-1], num_lines, own)
+            output.unlink()
+    return kept
+
+
 def _is_task(process: Any) -> bool:  # noqa: ANN401 - psutil.Process
     """Whether a process of Ray runs a task of the job, rather than waiting for one."""
     name = " ".join(process.cmdline())
@@ -271,12 +331,17 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=10, metavar="N", help="kills that land (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", choices=["local", "ray"], default="local")
+    parser.add_argument("--victim", choices=["server"], help="kill one of two servers instead")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 
     def run() -> int:
         options.work.mkdir(parents=True)
-        if options.engine == "ray":
+        if options.victim == "server":
+            kept = sorted(kill_servers(options.work, options.lines, options.kills, options.seed, options.engine))
+            print(f"{len(kept)} jobs of {options.lines} prompts, each once and in order, with one of two servers "
+                  f"killed after {kept[0]} to {kept[-1]} answers")  # fmt: skip
+        elif options.engine == "ray":
             told = kill_ray_worker(options.work, options.lines, options.seed)
             print(f"{options.lines} prompts, each once and in order, with a worker killed: {told}")
         else:

@@ -33,6 +33,10 @@ MOST_DEATHS = 8  # of one task's process or machine, after which the batch stops
 CONNECT_S = 5.0
 _OBJECT_STORE_BYTES = 100 << 20  # of a Ray of our own: only counts go through it
 _EXTRA = "ray"
+_NEXT = (
+    "start a cluster (ray start --head), give its address with --ray-address, or leave it out to run on this machine"
+)
+_NEXT_OWN = "run the same command when this machine has processors and memory free, or leave --engine ray out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +116,16 @@ def run_on_ray(
                         tell(is_good)
                 if row["error"]:
                     raise BatchStopped(f"answering a part of the batch on Ray: {row['error']}")
-        except ray.exceptions.RayError as error:
+        except (ray.exceptions.RayError, *_errors_of_ray_data()) as error:
             raise BatchStopped(f"running the batch on Ray: {str(error).strip().splitlines()[-1][:600]}") from error
+
+
+def _errors_of_ray_data() -> tuple[type[Exception], ...]:
+    """Ray Data's errors that are none of Ray's; older releases have fewer."""
+    from ray.data import exceptions
+
+    names = ("SystemException", "ExecutionTimeoutError")
+    return tuple(getattr(exceptions, name) for name in names if hasattr(exceptions, name))
 
 
 def _rows(store: Store, shards: tuple[Shard, ...]) -> list[dict[str, Any]]:
@@ -147,7 +159,6 @@ def _connected(cluster: Cluster) -> Iterator[None]:
     with optional_package("ray", "a batch with --engine ray", _EXTRA):
         import ray
         import ray.data
-        import ray.exceptions
     own = {
         "num_cpus": cluster.workers,
         "include_dashboard": False,
@@ -159,11 +170,11 @@ def _connected(cluster: Cluster) -> Iterator[None]:
             address=cluster.address or "local", log_to_driver=False, logging_level="warning",
             **({} if cluster.address else own),
         )  # fmt: skip
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError, ray.exceptions.RayError) as error:
+    except Exception as error:  # of no class of its own where a process of Ray did not start in time
+        ray.shutdown()  # of the processes that did
         reason = str(error).strip().splitlines()
         raise ClusterUnavailable(
-            f"{doing}: {reason[0][:400] if reason else type(error).__name__}; start a cluster (ray start --head), give "
-            "its address with --ray-address, or leave it out to run on this machine"
+            f"{doing}: {reason[0][:400] if reason else type(error).__name__}; {_NEXT if cluster.address else _NEXT_OWN}"
         ) from error
     try:
         yield

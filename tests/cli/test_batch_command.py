@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from batch_standin import (
@@ -524,6 +525,31 @@ def test_one_output_has_one_batch_at_a_time(tmp_path, server, capsys):
     assert batch(prompts, output, server, "--concurrency", "1") == 0
     assert found == [2]
     assert f"process {os.getpid()} is writing it" in capsys.readouterr().err
+    assert is_whole(output, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"), [([], "when this machine has processors and memory free"), (["auto"], "ray start --head")]
+)
+def test_a_ray_that_does_not_start_is_one_error(tmp_path, server, capsys, monkeypatch, words, advice):
+    """Ray raises a plain Exception where one of its processes does not come up in time, and leaves the others."""
+    ended = []
+
+    def init(**_):
+        raise Exception("The current node timed out during startup.\nThis could happen because ...")
+
+    ray = SimpleNamespace(init=init, shutdown=lambda: ended.append(True), data=None)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.data", SimpleNamespace())
+    prompts, output = write_batch(tmp_path / "in.jsonl", 2), tmp_path / "out.jsonl"
+    address = ["--ray-address", *words] if words else []
+    assert batch(prompts, output, server, "--engine", "ray", *address) == 2
+    told = capsys.readouterr().err
+    assert "The current node timed out during startup." in told
+    assert advice in told
+    assert "bug" not in told
+    assert ended == [True]
+    assert batch(prompts, output, server) == 0  # nothing is in the way of the other engine
     assert is_whole(output, 2)
 
 
