@@ -33,7 +33,7 @@ from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.device import Device
 from trt_build.ort.engine import open_engine
 from trt_build.ort.questions.graph import ask_about_graph
-from trt_build.ort.served_as_scored import compare_serving
+from trt_build.ort.served_as_scored import compare_serving, where_it_begins
 from trt_build.ort.session import Session
 
 TOKENS = np.random.default_rng(5).integers(0, 256, 600).tolist()
@@ -241,7 +241,11 @@ def test_attention_that_one_graph_scales_by_1_03_is_told_by_the_question_about_i
                 entry.f *= 1.03
     (engine.folder / file).write_bytes(model.SerializeToString())
     ways = compare_serving(engine, TOKENS[:256], quiet)
-    assert any(way.failure(serving_limits(precision, "cuda")) for way in ways)
+    limits = serving_limits(precision, "cuda")
+    failed = {way.name for way in ways if way.failure(limits)}
+    found = {way.name: way.failure(limits) for way in where_it_begins(engine, TOKENS[:256], ways, failed, quiet)}
+    assert failed
+    assert [name for name in failed if "it begins in the attention of layer 0, norms included" not in found[name]] == []
     answer = ask_about_graph(
         engine, read_model(open_checkpoint(tiny_checkpoint)), TOKENS[:96], device=verify.open_device(engine)
     )

@@ -55,6 +55,17 @@ def first_layer(layers: Sequence[int], differences: Sequence[float], limit: floa
     )
 
 
+def first_part(names: Sequence[str], differences: Sequence[float], limit: float, *, rounded: bool) -> str:
+    """Where a difference begins, by what the parts of layers called `names` give, which differs by `differences`,
+    relative to the largest, with float32 activations: a sentence on the first that differs by more than `limit`. NaN
+    differs. `rounded`: the difference was found with rounded activations."""
+    number = next((number for number, found in enumerate(differences) if not found <= limit), None)
+    if number is None:
+        where = "in how activations are rounded, in the last norm or in the head" if rounded else "behind the layers"
+        return f"what the layers give differs by no more than {limit:.0e} of the largest, so it begins {where}"
+    return f"it begins in the {names[number]}, norms included: {off(differences[number], limit)}"
+
+
 def behind_routers(layers: Sequence[int]) -> str:
     """Where a difference begins that no router shows."""
     return f"no router's do, so it begins in the experts of layer {layers[-1]} or behind them"

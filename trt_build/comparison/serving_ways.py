@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trt_build.comparison.answers import behind_routers, first_layer
+from trt_build.comparison.answers import behind_routers, first_layer, first_part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,11 @@ class Way:
     `exact`: with float32 activations, in both graphs.
 
     `routers` [M, P]: how far the router logits of each of `layers` differ at each position, relative to the layer's
-    largest; a router differs where that is more than `near`. None if the steps give no router logits."""
+    largest; a router differs where that is more than `near`. None if the steps give no router logits.
+
+    `parts` [K, P]: how far the parts of layers called `part_names` differ, with float32 activations in both graphs,
+    relative to the largest of a part; a part differs where that is more than `part_limit`. They are looked at where a
+    way fails and say more than routers (None: they were not). `unseen`: why nothing can be said of layers."""
 
     name: str
     differences: npt.NDArray[np.float64]
@@ -89,6 +93,10 @@ class Way:
     routers: npt.NDArray[np.float64] | None = None
     layers: tuple[int, ...] = ()
     near: float = 0.0
+    parts: npt.NDArray[np.float64] | None = None
+    part_names: tuple[str, ...] = ()
+    part_limit: float = 0.0
+    unseen: str | None = None
 
     @property
     def judged(self) -> npt.NDArray[np.bool_]:
@@ -132,8 +140,13 @@ class Way:
 
     def _begin(self, position: int) -> str:
         """Where in the model the difference at one of the positions begins, as the end of a sentence."""
+        if self.parts is not None and self.part_names:
+            differences = self.parts[:, position].tolist()
+            rounded = self.near > NEAR_PRECISE
+            part = first_part(self.part_names, differences, self.part_limit, rounded=rounded)
+            return f"; at {self.places[position]} {part}"
         if self.routers is None or not self.layers:
-            return ""
+            return "" if self.unseen is None else f"; {self.unseen}"
         where = first_layer(self.layers, self.routers[:, position].tolist(), self.near)
         if where is None:
             # Rounded activations hide what is less, so nothing follows from routers that are as they should be.

@@ -11,24 +11,30 @@ in the three ways in which a server runs it:
 Each difference is relative to the largest logit of the position's window. A quantised engine for the CPU is run in each
 way once more with float32 activations in both graphs: without rounded activations only the order of summation differs.
 
+Where a way fails, `where_it_begins` runs both graphs once more and has each layer's parts compared, so that the failure
+names the layer and the part.
+
 An engine of an earlier format computes each row of a step by itself and gives the logits of its last token only. So
 there `chunks` compares the last position of each chunk, and `batch` shows only that slots of the cache are kept apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from export.exporter import SCORING_GRAPH, SERVING_GRAPH
+from export.provider import PROVIDERS
 from trt_build.comparison.parity import FloatArray
 from trt_build.comparison.serving_ways import NEAR_PRECISE, NEAR_ROUNDED, Way
 from trt_build.ort.cache import Cache
 from trt_build.ort.engine import Engine
 from trt_build.ort.questions.float32 import float32_experts, with_float32_activations
+from trt_build.ort.questions.layer_outputs import LayerPart, layer_parts, room_for, stored_or_float32, with_outputs
 from trt_build.ort.session import ScoringSession, Session
 from trt_build.ort.step_call import Row
 
@@ -38,16 +44,35 @@ LATE_TOKENS = 33  # of the sequence that comes in when the others decode
 BATCH_STEPS = 6  # tokens of each sequence that are decoded together
 CHUNKED_TOKENS = 512
 DECODED_TOKENS = 64
+PARTS_BYTES = 1 << 28  # of what parts of layers give in the scoring graph, held at a time
+# Differences of what a part gives that are more than the order of summation makes.
+PART_LIMITS = {"float32": 1e-4, "float16": 2e-2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Compared:
     """The differences of n positions, which of them are near ties [n], and those of the routers [M, n] (None: no router
-    logits)."""
+    logits) and of the parts of layers [K, n]."""
 
     differences: npt.NDArray[np.float64]
     ties: npt.NDArray[np.bool_]
     routers: npt.NDArray[np.float64] | None
+    parts: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a graph gives for n tokens: logits [n, V] (of a step those that were asked for), router logits [M, n, E]
+    (None without experts), and what parts of layers give, [K, n, H]."""
+
+    logits: FloatArray
+    routed: FloatArray | None
+    parts: npt.NDArray[Any]
+
+    def of(self, tokens: slice, logits: slice) -> _Given:
+        """The same of some of the tokens; `logits` are the rows of those among the logits."""
+        routed = None if self.routed is None else self.routed[:, tokens]
+        return _Given(self.logits[logits], routed, self.parts[:, tokens])
 
 
 def compare_serving(engine: Engine, window: Sequence[int], progress: Callable[[str], None]) -> tuple[Way, ...]:
@@ -65,48 +90,100 @@ def compare_serving(engine: Engine, window: Sequence[int], progress: Callable[[s
         return served
     progress("serving the same window with float32 activations")
     with float32_experts():
-        exact = _compare(
-            engine, window, *(with_float32_activations(engine.folder, file) for file in (SCORING_GRAPH, SERVING_GRAPH))
-        )
+        graphs = [with_float32_activations(engine.folder, file) for file in (SCORING_GRAPH, SERVING_GRAPH)]
+        exact = _compare(engine, window, graphs[0], graphs[1])
     return *served, *(replace(way, name=f"{way.name}, float32 activations", exact=True) for way in exact)
 
 
-def _compare(
-    engine: Engine, window: Sequence[int], scoring_graph: bytes | None = None, serving_graph: bytes | None = None
+def where_it_begins(
+    engine: Engine, window: Sequence[int], ways: Sequence[Way], failed: Collection[str], progress: Callable[[str], None]
 ) -> tuple[Way, ...]:
-    """The three ways, with other graphs in place of the stored ones."""
+    """`ways`, with how far the parts of layers differ, until those called `failed` show where their differences begin.
+    The parts are compared in groups of at most PARTS_BYTES. An engine of an earlier format shows no parts."""
+    if not engine.has_serving_graph:
+        return tuple(ways)
+    scoring, serving = (stored_or_float32(engine, file) for file in (SCORING_GRAPH, SERVING_GRAPH))
+    parts, facts = layer_parts(scoring, serving, engine), engine.manifest.architecture
+    size = max(1, PARTS_BYTES // (4 * facts.hidden_size * min(CHUNKED_TOKENS, len(window))))
+    limit = PART_LIMITS[PROVIDERS[engine.manifest.provider].float_type]
+    found = {way.name: way for way in ways}
+    for start in range(0, len(parts), size):
+        group = parts[start : start + size]
+        progress(f"comparing what {len(group)} of {len(parts)} parts of the layers give")
+        with float32_experts():
+            compared = _compare(engine, window, with_outputs(scoring, group), with_outputs(serving, group), group)
+        shown = set()
+        for own in compared:
+            for name in {own.name, f"{own.name}, float32 activations"} & found.keys():
+                found[name] = _with_parts(found[name], own, limit)
+                assert own.parts is not None
+                shown |= set() if (own.parts <= limit).all() else {name}
+        if shown.issuperset(failed):
+            break
+    return tuple(found[way.name] for way in ways)
+
+
+def _with_parts(way: Way, more: Way, limit: float) -> Way:
+    """A way with the parts that another run of it was asked for, behind those that it has."""
+    assert more.parts is not None
+    parts = more.parts if way.parts is None else np.concatenate([way.parts, more.parts])
+    return replace(way, parts=parts, part_names=(*way.part_names, *more.part_names), part_limit=limit)
+
+
+def _compare(
+    engine: Engine,
+    window: Sequence[int],
+    scoring_graph: bytes | None = None,
+    serving_graph: bytes | None = None,
+    parts: Sequence[LayerPart] = (),
+) -> tuple[Way, ...]:
+    """The three ways, with other graphs in place of the stored ones; these must give what `parts` name."""
     tokens = list(window[:CHUNKED_TOKENS])
     starts = _starts(tokens, engine.manifest.max_sequence)
     precise = scoring_graph is not None or engine.manifest.judged_as == "fp32"
     scoring = ScoringSession(engine, content=scoring_graph)
     k, near = engine.manifest.architecture.experts_per_token, NEAR_PRECISE if precise else NEAR_ROUNDED
-    scored, *alone = (_Scored(*scoring.run(sequence), k, near) for sequence in (tokens, *starts))
+    scored, *alone = (_Scored(_run(scoring, sequence, parts), k, near) for sequence in (tokens, *starts))
     del scoring
-    session = Session(engine, content=serving_graph)
-    cache = session.new_cache()
-    in_chunks = _in_chunks(session, cache, tokens, scored)
-    return _decode(session, cache, tokens, scored), in_chunks, _in_a_batch(session, starts, alone)
+    served = _Served(Session(engine, content=serving_graph), tuple(parts))
+    cache = served.session.new_cache()
+    in_chunks = _in_chunks(served, cache, tokens, scored)
+    return _decode(served, cache, tokens, scored), in_chunks, _in_a_batch(served, starts, alone)
+
+
+def _run(scoring: ScoringSession, tokens: Sequence[int], parts: Sequence[LayerPart]) -> _Given:
+    hidden = scoring.engine.manifest.architecture.hidden_size
+    room = room_for(scoring.backend, parts, 1, len(tokens), hidden)
+    return _Given(*scoring.run(tokens, room), _stacked(room, len(tokens), hidden))
+
+
+def _stacked(room: Mapping[str, npt.NDArray[Any]], num_tokens: int, hidden: int) -> npt.NDArray[Any]:
+    """[K, T, H] of what parts gave."""
+    return np.array(list(room.values())).reshape(len(room), num_tokens, hidden)
 
 
 @dataclass(frozen=True)
 class _Scored:
-    """What the scoring graph gives for a sequence: logits [S, V] and router logits [M, S, E] (None without experts).
-    Router logits that differ by `near` of the largest at most are nearly equal."""
+    """What the scoring graph gives for the S tokens of a sequence. Router logits that differ by at most `near` of the
+    largest are nearly equal."""
 
-    logits: FloatArray
-    routed: FloatArray | None
+    given: _Given
     experts_per_token: int
     near: float
 
-    def compare(self, found: FloatArray, routed: FloatArray | None, first: int) -> _Compared:
-        """Compare logits [n, V] of the positions from `first` on, and their router logits [M, n, E]."""
-        own = slice(first, first + len(found))
-        differences = np.abs(found.astype(np.float64) - self.logits[own]).max(axis=-1) / np.abs(self.logits).max()
-        if self.routed is None or routed is None:
-            return _Compared(differences=differences, ties=np.zeros(len(found), dtype=np.bool_), routers=None)
-        largest = np.abs(self.routed).max(axis=(1, 2))[:, None]
-        routers = np.abs(routed.astype(np.float64) - self.routed[:, own]).max(axis=-1) / largest
-        return _Compared(differences=differences, ties=self._ties(self.routed[:, own], routed), routers=routers)
+    def compare(self, found: _Given, first: int) -> _Compared:
+        """Compare what a step gives for the positions from `first` on, of each of which it gives logits."""
+        own = slice(first, first + len(found.logits))
+        expected = self.given.of(own, own)
+        differences = _relative(found.logits, expected.logits, np.abs(self.given.logits).max())
+        parts = _relative(found.parts, expected.parts, _largest(self.given.parts))
+        if expected.routed is None or found.routed is None:
+            ties = np.zeros(len(found.logits), dtype=np.bool_)
+            return _Compared(differences=differences, ties=ties, routers=None, parts=parts)
+        assert self.given.routed is not None
+        routers = _relative(found.routed, expected.routed, _largest(self.given.routed))
+        ties = self._ties(expected.routed, found.routed)
+        return _Compared(differences=differences, ties=ties, routers=routers, parts=parts)
 
     def _ties(self, expected: FloatArray, found: FloatArray) -> npt.NDArray[np.bool_]:
         """The positions [n] at which the first router that chooses other experts has them nearly equal. Behind it other
@@ -122,17 +199,40 @@ class _Scored:
         return ties
 
 
-def _step(session: Session, cache: Cache, rows: Sequence[Row]) -> tuple[FloatArray, FloatArray | None]:
-    """Take a step; returns the logits that the rows ask for, and the router logits [M, T, E] of all their tokens (None
-    without experts)."""
-    if session.routing is None:
-        return session.step(cache, rows).copy(), None
-    room = session.routing.room(sum(len(row.token_ids) for row in rows))
-    logits = session.step(cache, rows, router_logits=room).copy()
-    return logits, session.routing.in_checkpoint_order(room)
+def _relative(found: npt.NDArray[Any], expected: npt.NDArray[Any], largest: Any) -> npt.NDArray[np.float64]:  # noqa: ANN401
+    """The largest difference along the last axis, over `largest`, a number or one for each row."""
+    differences: npt.NDArray[np.float64] = np.abs(found.astype(np.float64) - expected).max(axis=-1) / largest
+    return differences
 
 
-def _way(name: str, compared: Sequence[_Compared], places: Sequence[str], session: Session, scored: _Scored) -> Way:
+def _largest(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """The largest magnitude of each of values [K, S, H], as [K, 1]."""
+    return np.abs(values).max(axis=(1, 2), initial=0.0).astype(np.float64)[:, None]
+
+
+@dataclass(frozen=True)
+class _Served:
+    """A serving graph, loaded, and the parts of layers that it gives."""
+
+    session: Session
+    parts: tuple[LayerPart, ...]
+
+    def step(self, cache: Cache, rows: Sequence[Row]) -> _Given:
+        """Take a step; the logits are those that the rows ask for, everything else is of all their tokens."""
+        session, tokens = self.session, sum(len(row.token_ids) for row in rows)
+        hidden = session.engine.manifest.architecture.hidden_size
+        more = room_for(session.backend, self.parts, tokens, hidden)
+        if session.routing is None:
+            logits, routed = session.step(cache, rows, more=more).copy(), None
+        else:
+            room = session.routing.room(tokens)
+            logits = session.step(cache, rows, router_logits=room, more=more).copy()
+            routed = session.routing.in_checkpoint_order(room)
+        return _Given(logits, routed, _stacked(more, tokens, hidden))
+
+
+def _way(name: str, compared: Sequence[_Compared], places: Sequence[str], served: _Served, scored: _Scored) -> Way:
+    session = served.session
     routers = [own.routers for own in compared if own.routers is not None]
     return Way(
         name=name,
@@ -142,31 +242,33 @@ def _way(name: str, compared: Sequence[_Compared], places: Sequence[str], sessio
         routers=np.concatenate(routers, axis=1) if routers else None,
         layers=() if session.routing is None else session.routing.layers,
         near=scored.near,
+        parts=np.concatenate([own.parts for own in compared], axis=1) if served.parts else None,
+        part_names=tuple(part.name for part in served.parts),
     )
 
 
-def _in_chunks(session: Session, cache: Cache, tokens: Sequence[int], scored: _Scored) -> Way:
+def _in_chunks(served: _Served, cache: Cache, tokens: Sequence[int], scored: _Scored) -> Way:
     start, number = 0, 0
     compared, places = [], []
     while start < len(tokens):
         chunk = tokens[start : start + CHUNKS[number % len(CHUNKS)]]
-        num_logits = len(chunk) if session.engine.has_serving_graph else 1
-        logits, routed = _step(session, cache, [Row(slot=0, token_ids=chunk, num_logits=num_logits)])
+        num_logits = len(chunk) if served.session.engine.has_serving_graph else 1
+        given = served.step(cache, [Row(slot=0, token_ids=chunk, num_logits=num_logits)])
         start, number = start + len(chunk), number + 1
-        compared.append(scored.compare(logits, routed, start - num_logits))
+        compared.append(scored.compare(given, start - num_logits))
         places += [f"position {place}" for place in range(start - num_logits, start)]
-    return _way("chunks", compared, places, session, scored)
+    return _way("chunks", compared, places, served, scored)
 
 
-def _decode(session: Session, cache: Cache, tokens: Sequence[int], scored: _Scored) -> Way:
+def _decode(served: _Served, cache: Cache, tokens: Sequence[int], scored: _Scored) -> Way:
     """Append the last tokens one by one. The cache holds those before them since they were computed in chunks."""
     start = max(0, len(tokens) - 1 - DECODED_TOKENS)
     cache.shorten(0, start)
     compared = []
     for place in range(start, len(tokens)):
-        logits, routed = _step(session, cache, [Row(slot=0, token_ids=tokens[place : place + 1])])
-        compared.append(scored.compare(logits, routed, place))
-    return _way("decoding", compared, [f"position {place}" for place in range(start, len(tokens))], session, scored)
+        given = served.step(cache, [Row(slot=0, token_ids=tokens[place : place + 1])])
+        compared.append(scored.compare(given, place))
+    return _way("decoding", compared, [f"position {place}" for place in range(start, len(tokens))], served, scored)
 
 
 def _starts(tokens: Sequence[int], longest: int) -> list[list[int]]:
@@ -180,12 +282,12 @@ def _starts(tokens: Sequence[int], longest: int) -> list[list[int]]:
     return found
 
 
-def _in_a_batch(session: Session, sequences: Sequence[Sequence[int]], scored: Sequence[_Scored]) -> Way:
+def _in_a_batch(served: _Served, sequences: Sequence[Sequence[int]], scored: Sequence[_Scored]) -> Way:
     """All sequences but the last in one step, then one token of each in a step. The last comes in at the third of
     these steps, into a slot between the others."""
     late = len(sequences) - 1
     slots = [0, 1, 3, 4, 2]
-    cache = session.new_cache(slots=len(sequences))
+    cache = served.session.new_cache(slots=len(sequences))
     done = [0] * len(sequences)
     compared: list[_Compared] = []
     places: list[str] = []
@@ -197,18 +299,17 @@ def _in_a_batch(session: Session, sequences: Sequence[Sequence[int]], scored: Se
                 size = len(sequence) if step == 3 else 0
             size = min(size, len(sequence) - done[number])
             if size:
-                num_logits = size if session.engine.has_serving_graph else 1
+                num_logits = size if served.session.engine.has_serving_graph else 1
                 chunk = sequence[done[number] : done[number] + size]
                 rows.append(Row(slot=slots[number], token_ids=chunk, num_logits=num_logits))
                 done[number] += size
                 spans.append((number, done[number] - num_logits, done[number]))
         if not rows:
             break
-        (logits, routed), begin = _step(session, cache, rows), 0
+        given, begin = served.step(cache, rows), 0
         for number, first, stop in spans:
             own = slice(begin, begin + stop - first)
-            routers = None if routed is None else routed[:, own]
-            compared.append(scored[number].compare(logits[own], routers, first))
+            compared.append(scored[number].compare(given.of(own, own), first))
             places += [f"position {place} of sequence {number + 1}" for place in range(first, stop)]
             begin += stop - first
-    return _way("a batch", compared, places, session, scored[0])
+    return _way("a batch", compared, places, served, scored[0])

@@ -18,7 +18,8 @@ on the device; a step copies token ids to it and rows of logits back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ from trt_build.ort.step_call import Row, StepCall, key_of, span_of
 PREFILL_CHUNK_TOKENS = 128  # limits activation memory, and the time until a server next checks for cancellation
 
 Floats = npt.NDArray[np.float32]
+_NOTHING: Mapping[str, npt.NDArray[Any]] = MappingProxyType({})
 
 
 class Session:
@@ -109,12 +111,18 @@ class Session:
             dtype=cache_dtype(self.device.provider, self.kv_cache).name,
         )  # fmt: skip
 
-    def step(self, cache: Cache, rows: Sequence[Row], router_logits: Floats | None = None) -> Floats:
+    def step(
+        self,
+        cache: Cache,
+        rows: Sequence[Row],
+        router_logits: Floats | None = None,
+        more: Mapping[str, npt.NDArray[Any]] = _NOTHING,
+    ) -> Floats:
         """Append the tokens of every row to its slot. Returns the logits that the rows ask for, one row after the
         other, float32 [R, V]; they are valid until the next step.
 
         `router_logits` [M, T, E] gets the logits of every router for all T tokens of the rows, in the engine's expert
-        order. `Routing.room` makes it.
+        order. `Routing.room` makes it. `more`: further outputs that the graph gives [T, ...] -> room for them.
 
         Logits may be NaN or infinite. Raises SequenceError, and changes nothing, for two rows of one slot, rows without
         tokens, ids outside the vocabulary, more tokens than a slot has room for, and router logits of another shape.
@@ -129,8 +137,11 @@ class Session:
         for call in self._calls(rows):
             wanted, tokens = sum(row.num_logits for row in call), sum(len(row.token_ids) for row in call)
             if self._has_serving_graph:
-                routed = None if router_logits is None else router_logits[:, tokens_done : tokens_done + tokens]
-                self._run_together(cache, call, logits[done : done + wanted], routed)
+                own = slice(tokens_done, tokens_done + tokens)
+                outputs = {name: room[own] for name, room in more.items()}
+                if router_logits is not None:
+                    outputs |= {names.router_logits(mixture): room[own] for mixture, room in enumerate(router_logits)}
+                self._run_together(cache, call, logits[done : done + wanted], outputs)
             else:
                 self._run_alone(cache, call, logits[done : done + wanted])
             done += wanted
@@ -170,17 +181,18 @@ class Session:
             group.append(row)
         yield group
 
-    def _run_together(self, cache: Cache, rows: Sequence[Row], logits: Floats, router_logits: Floats | None) -> None:
-        """Compute rows in one call of the serving graph."""
-        if router_logits is None:
+    def _run_together(
+        self, cache: Cache, rows: Sequence[Row], logits: Floats, outputs: Mapping[str, npt.NDArray[Any]]
+    ) -> None:
+        """Compute rows in one call of the serving graph, which writes its `outputs` too."""
+        if not outputs:
             call = self._step_call(cache, rows)
         else:
-            # A binding of its own: a kept one would go on writing router logits in later steps.
+            # A binding of its own: a kept one would go on writing outputs in later steps.
             call = StepCall(rows, cache.new_binding(*span_of(rows)), mixes_lengths=self.mixes_lengths)
             call.bind_inputs()
-            for number, out in enumerate(router_logits):
-                name = names.router_logits(number)
-                call.binding.bind_output(name, "cpu", 0, np.float32, out.shape, out.ctypes.data)
+            for name, out in outputs.items():
+                call.binding.bind_output(name, "cpu", 0, out.dtype.type, out.shape, out.ctypes.data)
         call.fill(rows, cache.lengths)
         if self.device.kind != "cpu":
             call.bind_inputs()
@@ -276,15 +288,17 @@ class ScoringSession:
     ) -> None:
         self.engine = engine
         self._device = device or open_device(engine)
-        self._backend = load_graph(engine, SCORING_GRAPH, self._device, threads, content)
+        self.backend = load_graph(engine, SCORING_GRAPH, self._device, threads, content)
         self._facts = engine.manifest.architecture
-        outputs = [output.name for output in self._backend.get_outputs()]
+        outputs = [output.name for output in self.backend.get_outputs()]
         self._presents = [name for name in outputs if name.startswith(names.PRESENT_PREFIX)]
 
-    def run(self, token_ids: Sequence[int]) -> tuple[Floats, Floats | None]:
+    def run(
+        self, token_ids: Sequence[int], more: Mapping[str, npt.NDArray[Any]] = _NOTHING
+    ) -> tuple[Floats, Floats | None]:
         """Logits [S, V], and the router's logits [M, S, E] of the M layers that have experts, in the checkpoint's
-        expert order (None when dense)."""
-        binding, facts = self._backend.io_binding(), self._facts
+        expert order (None when dense). `more`: further outputs that the graph gives [1, S, ...] -> room for them."""
+        binding, facts = self.backend.io_binding(), self._facts
         ids = np.asarray(token_ids, dtype=np.int64).reshape(1, -1)
         binding.bind_cpu_input(names.INPUT_IDS, ids)
         binding.bind_cpu_input(names.ATTENTION_MASK, np.ones_like(ids))
@@ -297,9 +311,9 @@ class ScoringSession:
         order = self.engine.manifest.expert_order
         routers = np.empty((facts.num_mixtures, ids.size, len(order)), dtype=np.float32)
         outputs = {names.LOGITS: logits[None], **{names.router_logits(m): out for m, out in enumerate(routers)}}
-        for name, out in outputs.items():
-            binding.bind_output(name, "cpu", 0, np.float32, out.shape, out.ctypes.data)
-        self._backend.run_with_iobinding(binding)
+        for name, out in {**outputs, **more}.items():
+            binding.bind_output(name, "cpu", 0, out.dtype.type, out.shape, out.ctypes.data)
+        self.backend.run_with_iobinding(binding)
         del kept
         if not len(routers):
             return logits, None

@@ -53,7 +53,7 @@ from trt_build.ort.questions.cost import prepare_cost
 from trt_build.ort.questions.graph import QUESTION as OF_GRAPH
 from trt_build.ort.questions.graph import ask_about_graph
 from trt_build.ort.questions.weights import ask_about_weights
-from trt_build.ort.served_as_scored import compare_serving
+from trt_build.ort.served_as_scored import compare_serving, where_it_begins
 from trt_build.ort.session import ScoringSession, Session
 from trt_build.source import with_built_experts
 
@@ -119,6 +119,11 @@ def verify_engine(
         questions = (*questions, ask_about_int8_cache(engine, windows))
         watch.ended("int8 cache")
     precision = manifest.judged_as
+    limits = serving_limits(precision, manifest.provider)
+    failed = {way.name for way in ways if way.failure(way.limits(limits)) is not None}
+    if failed:
+        ways = where_it_begins(engine, windows[0], ways, failed, progress)
+        watch.ended("serving")
     missed = report.failures(manifest.thresholds)
     if missed:
         measure_cost = measure_cost or prepare_cost(engine, model, token_ids, OF_A_FAILURE)
@@ -127,7 +132,6 @@ def verify_engine(
         watch.ended("cost")
     if missed and measured is not None and (dearest := measured.dearest(manifest.thresholds.mean_kl)) is not None:
         missed.append(dearest)
-    limits = serving_limits(precision, manifest.provider)
     misserved = [failure for way in ways if (failure := way.failure(way.limits(limits))) is not None]
     return Verification(
         report=report,

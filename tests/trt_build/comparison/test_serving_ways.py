@@ -133,8 +133,9 @@ def test_experts_that_are_nearly_equal_make_a_tie_where_they_are_the_first_to_di
     """Two routers of three experts, two chosen: nearly equal, far apart, and far apart behind nearly equal ones."""
     expected = np.array([[[4, 2, 1.99], [4, 2, 1], [4, 2, 1.99]], [[4, 3, 1], [4, 3, 1], [4, 3, 1]]], np.float32)
     found = np.array([[[4, 1.99, 2], [4, 1, 2], [4, 1.99, 2]], [[4, 3, 1], [4, 3, 1], [1, 3, 4]]], np.float32)
-    scored = served_as_scored._Scored(np.ones((3, 2), np.float32), expected, 2, 0.03)
-    compared = scored.compare(np.full((3, 2), 1.5, np.float32), found, 0)
+    parts = np.empty((0, 3, 4), np.float32)
+    scored = served_as_scored._Scored(served_as_scored._Given(np.ones((3, 2), np.float32), expected, parts), 2, 0.03)
+    compared = scored.compare(served_as_scored._Given(np.full((3, 2), 1.5, np.float32), found, parts), 0)
     assert compared.differences.tolist() == [0.5, 0.5, 0.5]
     assert compared.ties.tolist() == [True, False, True]
     assert compared.routers.round(4).tolist() == [[0.0025, 0.25, 0.0025], [0, 0, 0.75]]

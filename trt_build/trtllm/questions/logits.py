@@ -125,4 +125,4 @@ def ask_about_generation(
     scale = float(np.abs(context).max())
     differences = np.abs(decoded.astype(np.float64) - context).max(axis=-1) / scale
     places = tuple(f"position {first + step}" for step in range(len(decoded)))
-    return Way(name="generation", differences=differences, places=places, ties=near)
+    return Way(name="generation", differences=differences, places=places, ties=near, unseen=_NO_LAYER)

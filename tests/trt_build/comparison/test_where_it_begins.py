@@ -1,0 +1,140 @@
+"""Where a serving graph's difference begins, by what each layer's attention and MLP or experts give."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import manifests
+import numpy as np
+import pytest
+from dense_checkpoints import write_dense_checkpoint
+from engine_faults import FAULTS, with_fault
+
+from cli.main import main
+from export.checkpoint.folder import open_checkpoint
+from export.families import read_model
+from trt_build.comparison.serving_ways import SERVING_LIMITS
+from trt_build.engine_files import record_files
+from trt_build.ort import served_as_scored
+from trt_build.ort.build import BuildOptions, build_engine
+from trt_build.ort.engine import open_engine
+from trt_build.ort.served_as_scored import compare_serving, where_it_begins
+
+TOKENS = np.random.default_rng(3).integers(0, 256, 96).tolist()
+WAYS = ["decoding", "chunks", "a batch"]
+
+
+def quiet(_text: str) -> None:
+    pass
+
+
+SIZES = {"hidden_size": 128, "ffn_size": 160, "num_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def dense(made_once):
+    """precision -> a Llama's engine, its reference's network, and the folder of the checkpoint."""
+    source = made_once("dense-llama", lambda folder: write_dense_checkpoint(folder, seed=3, family="llama", **SIZES))
+    model = read_model(open_checkpoint(source))
+
+    def dense(precision):
+        engine = made_once(
+            f"dense-llama-{precision}",
+            lambda folder: build_engine(BuildOptions(checkpoint=str(source), output=folder, precision=precision)),
+        )
+        return open_engine(engine), model.family.network(model.weights.checkpoint.config), source
+
+    return dense
+
+
+def located(engine, window=TOKENS) -> dict[str, str]:
+    """What is said of each way that fails, with where it begins."""
+    limits = SERVING_LIMITS[engine.manifest.precision.name]
+    ways = compare_serving(engine, window, quiet)
+    failed = {way.name for way in ways if way.failure(way.limits(limits))}
+    found = where_it_begins(engine, window, ways, failed, quiet)
+    return {way.name: way.failure(way.limits(limits)) for way in found if way.name in failed}
+
+
+IN_A_LAYER = {
+    "attention's scale times 1.03": "it begins in the attention of layer 1, norms included: found ",
+    "another layer's queries": "it begins in the attention of layer 1, norms included: found ",
+    "a residual taken twice": "it begins in the MLP of layer 1, norms included: found ",
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("name", IN_A_LAYER)
+def test_a_fault_in_one_layer_of_a_dense_model_is_told_by_layer_and_part(tmp_path, dense, precision, name):
+    engine, network, _ = dense(precision)
+    fault = dataclasses.replace(FAULTS[name], at="serving")
+    told = located(with_fault(engine, tmp_path / "wrong", fault, network))
+    precise = {way for way in told if precision == "fp32" or way.endswith("float32 activations")}
+    assert len(precise) == 3
+    assert [way for way in told if IN_A_LAYER[name] not in told[way]] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "begin"),
+    [
+        ("one expert less in a layer", "it begins in the experts of layer 1, norms included: found "),
+        ("attention's scale times 1.03", "it begins in the attention of layer 1, norms included: found "),
+        ("head bias dropped", "what the layers give differs by no more than 1e-04 of the largest, so it begins behind"),
+    ],
+)
+def test_a_fault_of_a_mixture_is_told_by_layer_and_part(tmp_path, tiny_checkpoint, tiny_engines, name, begin):
+    model = read_model(open_checkpoint(tiny_checkpoint))
+    network = model.family.network(model.weights.checkpoint.config)
+    fault = dataclasses.replace(FAULTS[name], at="serving")
+    told = located(with_fault(open_engine(tiny_engines("fp32")), tmp_path / "wrong", fault, network))
+    assert len(told) == 3
+    assert [way for way in told if begin not in told[way]] == []
+
+
+def test_a_sum_of_a_parallel_layer_that_is_wrong_is_told(tmp_path, tiny_checkpoint, tiny_engines):
+    """Where attention and experts add to one residual, both give what they should and the sum does not."""
+    model = read_model(open_checkpoint(tiny_checkpoint))
+    network = model.family.network(model.weights.checkpoint.config)
+    fault = dataclasses.replace(FAULTS["a residual taken twice"], at="serving")
+    told = located(with_fault(open_engine(tiny_engines("fp32")), tmp_path / "wrong", fault, network))
+    assert "it begins in the residual's sum of layer 1, norms included: found " in told["chunks"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_the_parts_of_a_sound_engine_differ_by_a_tenth_of_the_limit_at_most(dense, tiny_engines, precision):
+    for engine in (dense(precision)[0], open_engine(tiny_engines(precision))):
+        ways = compare_serving(engine, TOKENS, quiet)
+        for way in where_it_begins(engine, TOKENS, ways, WAYS, quiet):
+            assert len(way.part_names) == 3 * engine.manifest.architecture.num_layers
+            assert way.parts.shape == (len(way.part_names), len(way.places))
+            assert way.parts.max() <= way.part_limit / 10
+
+
+def test_parts_are_compared_in_groups_until_a_difference_shows(tmp_path, dense, monkeypatch):
+    engine, network, _ = dense("fp32")
+    fault = dataclasses.replace(FAULTS["attention's scale times 1.03"], at="serving")
+    wrong = with_fault(engine, tmp_path / "wrong", fault, network)
+    monkeypatch.setattr(served_as_scored, "PARTS_BYTES", 1)
+    limits, told = SERVING_LIMITS["fp32"], []
+    ways = compare_serving(wrong, TOKENS, quiet)
+    failed = {way.name for way in ways if way.failure(way.limits(limits))}
+    found = where_it_begins(wrong, TOKENS, ways, failed, told.append)
+    assert len(told) == 4  # three parts of layer 0, and attention of layer 1
+    assert all(IN_A_LAYER["attention's scale times 1.03"] in way.failure(limits) for way in found)
+
+
+def test_verify_of_a_dense_engine_names_the_layer_and_asks_no_more_of_a_sound_one(tmp_path, dense, capsys, monkeypatch):
+    engine, network, source = dense("fp32")
+    words = ["--reference", str(source), "--tokens", "64"]
+    fault = dataclasses.replace(FAULTS["another layer's queries"], at="serving")
+    wrong = with_fault(engine, tmp_path / "wrong", fault, network)
+    files = manifests.read_values(wrong.folder)["files"] | {
+        name: dataclasses.asdict(record) for name, record in record_files(wrong.folder).items() if name.endswith("onnx")
+    }
+    manifests.edit_manifest(wrong.folder, files=files)
+    assert main(["-q", "verify", str(wrong.folder), *words]) == 1
+    assert "it begins in the attention of layer 1, norms included" in capsys.readouterr().err
+    monkeypatch.delattr(served_as_scored, "layer_parts")
+    sound = shutil.copytree(engine.folder, tmp_path / "sound")
+    assert main(["-q", "verify", str(sound), *words]) == 0
