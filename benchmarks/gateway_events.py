@@ -22,7 +22,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -107,13 +107,26 @@ async def ask(port: int, path: str, num_tokens: int) -> int:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     body = json.dumps({"model": MODEL, "prompt": "a", "max_tokens": num_tokens, "stream": True, "temperature": 0})
     head = f"POST {path} HTTP/1.1\r\nHost: gateway\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-    answer = await reader.read()
-    writer.close()
+    try:
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        answer = await reader.read()
+    finally:
+        writer.close()
+        await writer.wait_closed()
     count = answer.count(b"data: {")
     if count != num_tokens or b"data: [DONE]" not in answer:
         raise ServerFailed(f"measuring the gateway: found {count} events, expected {num_tokens}: {answer[-400:]!r}")
     return count
+
+
+async def together(streams: Sequence[Coroutine[Any, Any, int]]) -> int:
+    """The events of all streams; the first error ends the others."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(stream) for stream in streams]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return sum(task.result() for task in tasks)
 
 
 async def measure(options: argparse.Namespace, process: subprocess.Popen[str], port: int) -> list[float]:
@@ -127,7 +140,7 @@ async def measure(options: argparse.Namespace, process: subprocess.Popen[str], p
 
     for count in (1, *[options.requests] * options.rounds):  # the first turn warms up
         begun = sum(gateway.cpu_times()[:2])
-        events = sum(await asyncio.gather(*(stream(count) for _ in range(options.streams))))
+        events = await together([stream(count) for _ in range(options.streams)])
         found.append((sum(gateway.cpu_times()[:2]) - begun) * 1e6 / events)
         print(f"{events} events, {found[-1]:.1f} ms a thousand", file=sys.stderr, flush=True)
     return found[1:]
