@@ -4,9 +4,10 @@
     python benchmarks/cpu_decode.py --plot benchmarks/results/cpu_decode-NAME.json
     python benchmarks/cpu_decode.py --check --gguf CACHE
 
-llama.cpp has no phixtral: it, ik_llama.cpp and transformers run a Mixtral with as many weights, in all and for one
-token, which is shaped after the engine (decode/shape.py), written as GGUF with random weights into the cache folder,
-and quantised by llama.cpp's own quantiser; ik_llama.cpp reads the same files. Each turn is a process of its own, and
+llama.cpp runs a Mixtral, Qwen3-MoE, OLMoE, Granite-MoE or gpt-oss of the engine's own shape. It has no phixtral: it,
+ik_llama.cpp and transformers run a Mixtral with as many weights, in all and for one token, which is shaped after the
+engine (decode/shape.py). The model is written as GGUF with random weights into the cache folder, and quantised by
+llama.cpp's own quantiser; ik_llama.cpp reads the same files. Each turn is a process of its own, and
 nothing else runs meanwhile. The result is rewritten after every round. `--check` compares the logits of both with
 transformers' on a small such model instead.
 
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from decode import machine
-from decode.entrants import NAMES, Entrant, prepare
+from decode.entrants import NAMES, USUAL, Entrant, prepare
 from decode.plot import draw
 from decode.results import FORMAT_VERSION, assemble, table
 from decode.rounds import Record, run_rounds
@@ -53,7 +54,7 @@ class Options:
 
     gguf: Path
     engine: Path | None = None
-    contenders: tuple[str, ...] = NAMES
+    contenders: tuple[str, ...] = USUAL
     rounds: int = 5
     threads: int | None = None
     layers: int | None = None
@@ -148,8 +149,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", type=Path, metavar="DIR", help="our engine; the other models are shaped after it")
     parser.add_argument("--gguf", type=Path, metavar="DIR", help="folder that keeps the written GGUF files")
-    parser.add_argument("--contenders", type=lambda text: tuple(text.split(",")), default=NAMES, metavar="A,B",
-                        help=f"of {','.join(NAMES)} (default: all)")  # fmt: skip
+    parser.add_argument("--contenders", type=lambda text: tuple(text.split(",")), default=USUAL, metavar="A,B",
+                        help=f"of {','.join(NAMES)} (default: all but the last)")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=Options.rounds, metavar="N", help="default: %(default)s")
     parser.add_argument("--threads", type=int, metavar="N", help="default: every core")
     parser.add_argument("--layers", type=int, metavar="N", help="without --engine: layers of the model, for small runs")

@@ -1,6 +1,7 @@
 """Decoding of runtimes that stay loaded, side by side in short turns.
 
     python benchmarks/decode_turns.py --engine ENGINE --gguf CACHE --output benchmarks/results/decode_turns-NAME.json
+    python benchmarks/decode_turns.py --like qwen3-30b-a3b --layers 3 --gguf CACHE
     python benchmarks/decode_turns.py --table benchmarks/results/decode_turns-NAME.json
 
 On a machine that shares its memory with others the read bandwidth can change by half within seconds. A turn of a
@@ -9,6 +10,11 @@ contender is a process that keeps its model and is stopped (SIGSTOP) while anoth
 most for other programs to leave the cores idle. Then each contender decodes 16 tokens, so all contenders of a round
 meet nearly the same memory. The figures are medians over rounds: of the rates, of the ratios to the first contender in
 the same round, and of the shares of the bandwidth of the same round.
+
+`--like` measures a published model's shape by some of its layers: a checkpoint with random weights is written into the
+cache folder, built to an engine beside it, and removed. `--layers` of the model's layers get the same share of its
+vocabulary, so that the head keeps its share of a token. What a step costs besides its layers, a few hundredths of a
+millisecond, weighs more than in the whole model.
 
 llama.cpp and ik_llama.cpp run the model of cpu_decode.py without flash attention, and ik_llama.cpp repacks its weights
 when it loads them: in cpu_decode.py's trials on an EPYC these settings decoded fastest after 1024 tokens. Memory must
@@ -36,6 +42,7 @@ from typing import Any
 from decode import machine
 from decode.entrants import NAMES, Entrant, prepare
 from decode.orders import Worker, worker_process
+from decode.published import engine_of
 from decode.rounds import await_quiet
 from decode.turns import PROMPT_TOKENS
 from decode.worker import task_as_json
@@ -43,6 +50,7 @@ from export.checkpoint.folder import read_json
 from export.command import run_command
 from export.errors import ConfigError
 from export.files.output import replace_file
+from synthetic_checkpoint import MODELS
 from trt_build.machine.bandwidth import measure_read_bandwidth
 from trt_build.ort.engine import open_engine
 
@@ -92,10 +100,10 @@ def benchmark(options: argparse.Namespace) -> int:
         )
     if options.rounds < 1:
         raise ConfigError(f"decoding in turns: found {options.rounds} rounds, expected at least one")
-    facts = open_engine(options.engine, check_digests=False).manifest.architecture
+    engine = options.engine or engine_of(options.like, options.layers, options.precision, options.gguf)
+    facts = open_engine(engine, check_digests=False).manifest.architecture
     entrants = [
-        prepare(name, options.engine, facts, options.gguf, scaled_layers=facts.num_layers)
-        for name in options.contenders
+        prepare(name, engine, facts, options.gguf, scaled_layers=facts.num_layers) for name in options.contenders
     ]
     _check_memory(entrants)
     with ExitStack() as stack:
@@ -106,6 +114,7 @@ def benchmark(options: argparse.Namespace) -> int:
         "machine": machine.describe(),
         "threads": options.threads,
         "model": dataclasses.asdict(facts),
+        "like": options.like,
         "prompt_tokens": PROMPT_TOKENS,
         "tokens_of_a_turn": TURN_TOKENS,
         "bandwidth": bandwidths,
@@ -160,7 +169,9 @@ def report(result: Mapping[str, Any]) -> str:
     """The medians as a table."""
     bandwidths, contenders = result["bandwidth"], result["contenders"]
     name_of_first, first = next((name, found["tokens_per_s"]) for name, found in contenders.items())
+    like = result.get("like")  # files of before this key have none
     lines = [
+        *([f"{like}, {result['model']['num_layers']} of {MODELS[like].num_layers} layers"] if like else []),
         f"{result['machine']['processor']}, {result['threads']} threads, medians of {len(bandwidths)} rounds",
         f"reads {statistics.median(bandwidths) / 1e9:.1f} GB/s ({min(bandwidths) / 1e9:.1f} to "
         f"{max(bandwidths) / 1e9:.1f})",
@@ -189,7 +200,12 @@ def table(path: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", type=Path, metavar="DIR", help="our engine; the other models are shaped after it")
-    parser.add_argument("--gguf", type=Path, metavar="DIR", help="folder that keeps the written GGUF files")
+    parser.add_argument("--like", choices=MODELS, help="in place of --engine: a published model, with random weights")
+    parser.add_argument("--layers", type=int, metavar="N", help="with --like: number of its layers (default: all)")
+    parser.add_argument(
+        "--precision", default="int4", metavar="P", help="with --like: of our engine (default: %(default)s)"
+    )
+    parser.add_argument("--gguf", type=Path, metavar="DIR", help="folder that keeps the written GGUF files and engines")
     parser.add_argument("--contenders", type=lambda text: text.split(","), default=["ours", "ik-q4_0", "ik-iq4_xs"],
                         metavar="A,B", help=f"of {','.join(CONTENDERS)} (default: ours,ik-q4_0,ik-iq4_xs)")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=16, metavar="N", help="default: %(default)s")
@@ -203,8 +219,10 @@ def main() -> int:
     def run() -> int:
         if options.table is not None:
             return table(options.table)
-        if options.engine is None or options.gguf is None:
-            raise ConfigError("decoding in turns: name an engine with --engine and a folder with --gguf")
+        if (options.engine is None) == (options.like is None) or options.gguf is None:
+            raise ConfigError(
+                "decoding in turns: name an engine with --engine, or a model with --like, and a folder with --gguf"
+            )
         return benchmark(options)
 
     return run_command(run)

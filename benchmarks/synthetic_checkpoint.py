@@ -1,13 +1,14 @@
 """Write a checkpoint of a published model's exact names, shapes, dtype and sharding, with random weights.
 
-    python benchmarks/synthetic_checkpoint.py --like phixtral-4x2_8 --output DIR [--layers N] [--seed S]
+    python benchmarks/synthetic_checkpoint.py --like phixtral-4x2_8 --output DIR [--layers N] [--vocab N] [--seed S]
     python benchmarks/synthetic_checkpoint.py --like mixtral-8x7b --layers 4 --output DIR
     python benchmarks/synthetic_checkpoint.py --like qwen3-30b-a3b --layers 2 --output DIR
 
 For measuring builds, memory and speed without a download: nothing can be said of quality with it. Matrices are normal
 with variance 1 / input features, so that activations and logits keep the scale of a trained model's; norms are ones,
-biases zeros. The tokenizer is that of examples/tiny-phixtral. Values come from one pool of 16 million draws, read from
-a place that hangs on the tensor's name, so that writing runs at the disk's speed.
+biases and sinks zeros. The experts of gpt-oss are in MXFP4. The tokenizer is that of examples/tiny-phixtral. Values
+come from one pool of 16 million draws, read from a place that hangs on the tensor's name, so that writing runs at the
+disk's speed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import shutil
 import sys
 import time
@@ -27,17 +29,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.architecture import Architecture, QueryKeyValue, Router
+from export.architecture import Architecture, QueryKeyValue, Router, Scales, SwiGlu
 from export.checkpoint.safetensors_header import numpy_dtype
 from export.checkpoint.shard_writer import PlannedTensor, write_sharded
 from export.command import run_command
 from export.families import families
 from export.files.output import require_space, staged_directory
 from export.merge.outputs import phixtral_config
+from export.rotary import RotaryScaling
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-phixtral" / "experts" / "code"
 SHARD_BYTES = 5_000_000_000
 POOL_ELEMENTS = 1 << 24
+MXFP4_BLOCK = 32
+MAGNITUDES = (0, 0.5, 1, 1.5, 2, 3, 4, 6)  # of a code of MXFP4 without its sign
 # config.json of mlabonne/phixtral-4x2_8 and 2x2_8.
 PHIXTRAL = Architecture(
     family="phixtral",
@@ -112,6 +117,51 @@ QWEN3 = replace(
     max_positions=40960,
     qkv=QueryKeyValue(norm="head"),
 )
+# config.json of ibm-granite/granite-3.1-3b-a800m-base.
+GRANITE = replace(
+    MIXTRAL,
+    family="granitemoe",
+    hidden_size=1536,
+    num_heads=24,
+    head_size=64,
+    rotary_dim=64,
+    ffn_size=512,
+    vocab_size=49155,
+    num_experts=40,
+    experts_per_token=8,
+    rope_base=1e7,
+    norm_epsilon=1e-6,
+    max_positions=131072,
+    tied_head=True,
+    scales=Scales(embedding=12.0, residual=0.22, attention=0.015625, logits=6.0),
+)
+# config.json of openai/gpt-oss-20b.
+YARN = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096,
+}  # fmt: skip
+GPT_OSS = replace(
+    MIXTRAL,
+    family="gpt_oss",
+    hidden_size=2880,
+    num_layers=24,
+    num_heads=64,
+    head_size=64,
+    rotary_dim=64,
+    ffn_size=2880,
+    vocab_size=201088,
+    num_experts=32,
+    experts_per_token=4,
+    rope_base=150000.0,
+    rotary_scaling=RotaryScaling(
+        kind="yarn", factor=32.0, original_positions=4096, attention_factor=0.1 * math.log(32) + 1, truncate=False
+    ),
+    max_positions=131072,
+    sliding_window=128,
+    full_layers=tuple(range(1, 24, 2)),
+    attention_bias=True,
+    swiglu=SwiGlu(alpha=1.702, beta=1.0, limit=7.0),
+)
 MODELS = {
     "mistral-7b": MISTRAL,
     "phixtral-4x2_8": PHIXTRAL,
@@ -119,9 +169,26 @@ MODELS = {
     "mixtral-8x7b": MIXTRAL,
     "olmoe-1b-7b": OLMOE,
     "qwen3-30b-a3b": QWEN3,
+    "granite-3.1-3b-a800m": GRANITE,
+    "gpt-oss-20b": GPT_OSS,
 }
 # Keys of config.json beside a Mixtral's.
 MORE_KEYS = {
+    "granitemoe": {
+        "attention_bias": False, "embedding_multiplier": GRANITE.scales.embedding,
+        "residual_multiplier": GRANITE.scales.residual, "attention_multiplier": GRANITE.scales.attention,
+        "logits_scaling": GRANITE.scales.logits,
+    },
+    "gpt_oss": {
+        "attention_bias": True, "experts_per_token": GPT_OSS.experts_per_token, "head_dim": GPT_OSS.head_size,
+        "initial_context_length": 4096, "rope_scaling": YARN, "swiglu_limit": 7.0,
+        "quantization_config": {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
+            ],
+        },
+    },
     "olmoe": {"norm_topk_prob": False, "clip_qkv": None, "num_experts": OLMOE.num_experts},
     "qwen3_moe": {
         "norm_topk_prob": True, "head_dim": QWEN3.head_size, "moe_intermediate_size": QWEN3.ffn_size,
@@ -134,25 +201,56 @@ logger = logging.getLogger(__name__)
 
 
 def draws(seed: int) -> Callable[[PlannedTensor], Iterator[npt.NDArray[Any]]]:
-    """A function that yields the values of a tensor, two bytes each, in chunks."""
+    """A function that yields the values of a tensor in chunks."""
     pool = np.random.default_rng(seed).standard_normal(POOL_ELEMENTS, dtype=np.float32)
-    scaled: dict[int, npt.NDArray[Any]] = {}
+    pools: dict[tuple[str, int], npt.NDArray[Any]] = {}
 
     def chunks(tensor: PlannedTensor) -> Iterator[npt.NDArray[Any]]:
-        count, dtype = tensor.num_bytes // 2, numpy_dtype(tensor.dtype)
-        if len(tensor.shape) == 1:
-            yield np.full(count, 1.0 if tensor.name.endswith(("ln.weight", "norm.weight")) else 0.0, dtype=dtype)
+        count, dtype = tensor.num_elements, numpy_dtype(tensor.dtype)
+        if (constant := _constant(tensor)) is not None:
+            yield np.full(count, constant, dtype=dtype)
             return
-        features = 1 if tensor.name.endswith(("wte.weight", "embed_tokens.weight")) else tensor.shape[-1]
-        if features not in scaled:
-            scaled[features] = (pool / np.sqrt(features)).astype(dtype)
-        place = zlib.crc32(tensor.name.encode()) % POOL_ELEMENTS
+        key = tensor.dtype, _features(tensor)
+        if key not in pools:
+            scaled = pool / np.sqrt(key[1])
+            pools[key] = mxfp4_pairs(scaled, mxfp4_exponent(key[1])) if tensor.dtype == "U8" else scaled.astype(dtype)
+        place = zlib.crc32(tensor.name.encode()) % len(pools[key])
         while count:
-            piece = scaled[features][place : place + count]
+            piece = pools[key][place : place + count]
             yield piece
             count, place = count - len(piece), 0
 
     return chunks
+
+
+def _constant(tensor: PlannedTensor) -> float | None:
+    """The value that all of a tensor has; None for a matrix."""
+    if tensor.name.endswith("_scales"):
+        return mxfp4_exponent(_features(tensor)) + 127
+    if len(tensor.shape) == 1 or tensor.name.endswith("_bias"):
+        return 1.0 if tensor.name.endswith(("ln.weight", "norm.weight")) else 0.0
+    return None
+
+
+def _features(tensor: PlannedTensor) -> int:
+    """The number of input features of a matrix, of which the variance of its values is the inverse; 1 for an
+    embedding."""
+    if tensor.name.endswith(("wte.weight", "embed_tokens.weight")):
+        return 1
+    return tensor.shape[2] * MXFP4_BLOCK if tensor.name.endswith(("_blocks", "_scales")) else tensor.shape[-1]
+
+
+def mxfp4_exponent(features: int) -> int:
+    """The exponent of the scale of every block: the largest magnitude is between 1.5 and 3 standard deviations."""
+    return math.floor(math.log2(3 / max(MAGNITUDES) / math.sqrt(features)))
+
+
+def mxfp4_pairs(values: npt.NDArray[np.float32], exponent: int) -> npt.NDArray[np.uint8]:
+    """Bytes of the nearest codes of two values each, the first in the low bits."""
+    scaled = np.ldexp(values, -exponent)
+    between = np.convolve(MAGNITUDES, (0.5, 0.5), "valid").astype(np.float32)
+    codes = np.searchsorted(between, np.abs(scaled)).astype(np.uint8) | (scaled < 0).astype(np.uint8) << 3
+    return codes[0::2] | codes[1::2] << 4
 
 
 def llama_config(architecture: Architecture) -> dict[str, Any]:
@@ -180,22 +278,42 @@ def llama_config(architecture: Architecture) -> dict[str, Any]:
         "rope_theta": architecture.rope_base,
         **(mixture if architecture.is_moe else {}),
         "sliding_window": architecture.sliding_window,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": architecture.tied_head,
         "torch_dtype": architecture.source_dtype,
         "use_cache": True,
         "vocab_size": architecture.vocab_size,
         **MORE_KEYS.get(architecture.family, {}),
+        **({"layer_types": _layer_types(architecture)} if architecture.family == "gpt_oss" else {}),
     }
+
+
+def _layer_types(architecture: Architecture) -> list[str]:
+    windows = map(architecture.window, range(architecture.num_layers))
+    return ["full_attention" if window is None else "sliding_attention" for window in windows]
+
+
+def shortened(architecture: Architecture, layers: int) -> Architecture:
+    """The model with its first layers alone."""
+    full = tuple(layer for layer in architecture.full_layers if layer < layers)
+    return replace(architecture, num_layers=layers, full_layers=full)
 
 
 def planned_tensors(architecture: Architecture, dtype: str) -> list[PlannedTensor]:
     """Every tensor of the published files, in the order of the family's tensor table."""
     [family] = [family for family in families() if family.name == architecture.family]
-    return [
-        PlannedTensor(name=part.name, dtype=dtype, shape=part.shape)
-        for spec in family.tensors(architecture, ())
-        for part in spec.parts
-    ]
+    # Parts of one tensor, and the two names of a tied matrix, are one tensor of the files.
+    found = {part.name: part.whole_shape for spec in family.tensors(architecture, ()) for part in spec.parts}
+    return [tensor for name, shape in found.items() for tensor in _stored(name, shape, dtype)]
+
+
+def _stored(name: str, shape: tuple[int, ...], dtype: str) -> Iterator[PlannedTensor]:
+    """The tensors of the files that a tensor is made of: in MXFP4, its blocks and their scales."""
+    if not name.endswith("_blocks"):
+        yield PlannedTensor(name=name, dtype=dtype, shape=shape)
+        return
+    blocks = (*shape[:-1], shape[-1] // MXFP4_BLOCK)
+    yield PlannedTensor(name=name, dtype="U8", shape=(*blocks, MXFP4_BLOCK // 2))
+    yield PlannedTensor(name=f"{name.removesuffix('_blocks')}_scales", dtype="U8", shape=blocks)
 
 
 def write(architecture: Architecture, output: Path, seed: int) -> int:
@@ -221,12 +339,15 @@ def main() -> int:
     parser.add_argument("--like", required=True, choices=MODELS, help="the published model")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to make")
     parser.add_argument("--layers", type=int, metavar="N", help="number of layers, if not the model's own")
+    parser.add_argument("--vocab", type=int, metavar="N", help="rows of embedding and head, if not the model's own")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     architecture = MODELS[options.like]
     if options.layers is not None:
-        architecture = replace(architecture, num_layers=options.layers)
+        architecture = shortened(architecture, options.layers)
+    if options.vocab is not None:
+        architecture = replace(architecture, vocab_size=options.vocab)
 
     def run() -> int:
         started = time.monotonic()

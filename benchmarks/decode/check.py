@@ -1,9 +1,10 @@
 """Checks that the benchmark's GGUF files are a working model: compares llama.cpp and ik_llama.cpp with transformers.
 
-A small model with grouped heads is written in float32 and in each precision. Two things are checked. The types and all
-bytes of the tensors must equal llama.cpp's own conversion of the float32 file. The logits of every position of a text,
-decoded one by one and as a prompt, must agree with MixtralForCausalLM on the file's dequantised weights. GGUF and
-transformers order the rows of query and key differently; a run that ignores this shows that the comparison can fail.
+A small model of each family with grouped heads is written in float32 and in each precision. Two things are checked. The
+types and all bytes of the tensors must equal llama.cpp's own conversion of the float32 file. The logits of every
+position of a text, decoded one by one and as a prompt, must agree with the family's class of transformers on the file's
+dequantised weights. For Mixtral and Granite-MoE GGUF and transformers order the rows of query and key differently; a
+run that ignores this, or that reorders the rows of another family, shows that the comparison can fail.
 
 ik_llama.cpp (package 0.1.5) adds the output of a Mixtral's experts to the normalised input instead of the input: its
 build_llama passes the wrong tensor to llm_build_moe_ffn. The number of additions is the same, so its speed is that of a
@@ -27,20 +28,35 @@ from decode.contenders import CHOICES, Task, mixtral
 from decode.entrants import gguf_path
 from decode.gguf_model import gguf, write_model
 from decode.logits import logits_of
+from decode.shape import ARCHITECTURES, PAIRS
 from export.architecture import Architecture
-from synthetic_checkpoint import PHIXTRAL
+from synthetic_checkpoint import GPT_OSS, GRANITE, OLMOE, PHIXTRAL, QWEN3, llama_config, shortened
 
 SMALL = replace(
     PHIXTRAL, family="mixtral", hidden_size=512, num_layers=3, num_heads=8, num_kv_heads=4, head_size=64, rotary_dim=64,
     ffn_size=768, vocab_size=1024, max_positions=256,
 )  # fmt: skip
+_SIZES: Mapping[str, Any] = {
+    name: getattr(SMALL, name)
+    for name in ("hidden_size", "num_heads", "num_kv_heads", "head_size", "rotary_dim", "ffn_size", "vocab_size",
+                 "max_positions")
+}  # fmt: skip
+_MIXED: Mapping[str, Any] = {**_SIZES, "num_experts": 6, "experts_per_token": 3}
+OTHERS = (
+    replace(shortened(QWEN3, 3), **_MIXED),
+    replace(shortened(OLMOE, 3), **{**_MIXED, "num_kv_heads": SMALL.num_heads}),  # all that llama.cpp takes
+    replace(shortened(GRANITE, 3), **_MIXED),
+    # Rows that are no whole blocks of 256, as in the published model.
+    replace(shortened(GPT_OSS, 3), **{**_MIXED, "hidden_size": 576, "ffn_size": 320, "sliding_window": 20}),
+)
+OTHER_PRECISIONS = ("f32", "q4_0", "q4_k_m")
 NUM_TOKENS = 48
 # Limits on the relative difference of logits: root mean square of the difference divided by root mean square of the
 # logits, median over positions. The median is used because rounding decides between experts with nearly equal logits,
 # and then that position and later ones differ by more. In float32 the order of sums differs, and with flash attention
 # queries are in float16. At 4 bits both libraries also round activations to 8 bits. ik_llama.cpp keeps keys and values
 # in float16 at least.
-MOST = {"f32": 1e-5, "q4_0": 0.1, "q4_k_m": 0.1, "iq4_xs": 0.1}
+MOST = {"f32": 1e-5, "q4_0": 0.1, "q4_k_m": 0.1, "iq4_xs": 0.1, "mxfp4": 0.1}
 MOST_WITH_HALF = 2e-3
 _F32_CACHE = 0  # ggml_type
 _LAYER = {
@@ -49,10 +65,13 @@ _LAYER = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
-    "ffn_gate_inp": "mlp.gate",
+    "post_attention_norm": "post_attention_layernorm",
 }
-_EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+_MIXTURE = {"granitemoe": "block_sparse_moe"}  # family -> the name of a layer's mixture, if it is not mlp
+_ROUTER = {"granitemoe": "router", "gpt_oss": "router"}  # family -> the name of its router, if it is not gate
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 Logits = npt.NDArray[np.float32]
@@ -75,45 +94,60 @@ class Finding:
 def check_peer(folder: Path) -> int:
     """Make and print every comparison; returns 0 if all hold, else 1."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        findings = list(_findings(Path(scratch)))
     if not _has_ik():
         print("ik_llama.cpp is not checked: its package is not installed")
-    for finding in findings:
-        bound = f"{'>=' if finding.at_least else '<='} {finding.limit:.1e}"
-        print(f"{finding.what:<66}{finding.found:>10.2e}  {bound}  {'holds' if finding.holds else 'FAILS'}")
-    return 0 if all(finding.holds for finding in findings) else 1
+    all_hold = True
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        for model in (SMALL, *OTHERS):
+            for finding in _findings(Path(scratch), model):
+                bound = f"{'>=' if finding.at_least else '<='} {finding.limit:.1e}"
+                verdict = "holds" if finding.holds else "FAILS"
+                print(f"{model.family:<11}{finding.what:<66}{finding.found:>10.2e}  {bound}  {verdict}", flush=True)
+                all_hold &= finding.holds
+    return 0 if all_hold else 1
 
 
-def _findings(folder: Path) -> Iterator[Finding]:
-    tokens = [int(i) for i in np.random.default_rng(1).integers(0, SMALL.vocab_size, NUM_TOKENS)]
-    plain = gguf_path(folder, SMALL, "f32")
-    for precision, most in MOST.items():
-        path = gguf_path(folder, SMALL, precision)
-        types = llama_formats.chosen_types(SMALL, precision)
-        write_model(path, SMALL, types, llama_formats.quantize, llama_formats.FILE_TYPES[precision])
+def precisions(model: Architecture) -> tuple[str, ...]:
+    """The precisions that are checked of a model."""
+    if model is SMALL:
+        return tuple(name for name in MOST if name != "mxfp4")
+    return (*OTHER_PRECISIONS, "mxfp4") if model.family == "gpt_oss" else OTHER_PRECISIONS
+
+
+def _findings(folder: Path, model: Architecture) -> Iterator[Finding]:
+    tokens = [int(i) for i in np.random.default_rng(1).integers(0, model.vocab_size, NUM_TOKENS)]
+    plain = gguf_path(folder, model, "f32")
+    for precision in precisions(model):
+        most = MOST[precision]
+        path = gguf_path(folder, model, precision)
+        types = llama_formats.chosen_types(model, precision)
+        write_model(path, model, types, llama_formats.quantize, llama_formats.FILE_TYPES[precision])
         if precision != "f32":
             converted = folder / "converted.gguf"
             llama_formats.quantise_file(plain, converted, precision)
             yield Finding(what=f"{precision}: tensors unlike llama.cpp's conversion", found=_unlike(path, converted),
                           limit=0)  # fmt: skip
-        expected = _reference(path, tokens)
+        expected = _reference(path, model, tokens)
         for settings in CHOICES["llama"]:
             limit = max(most, MOST_WITH_HALF) if settings["flash_attention"] else most
-            task = _task(f"llama-{precision}", path, {**settings, "cache_type": _F32_CACHE})
+            task = _task(f"llama-{precision}", path, model, {**settings, "cache_type": _F32_CACHE})
             yield from _compare(task, tokens, expected, limit)
-        if _has_ik():
-            normalised = _reference(path, tokens, experts_join_normalised=True)
+        if model is SMALL and _has_ik():
+            normalised = _reference(path, model, tokens, experts_join_normalised=True)
             for settings in CHOICES["ik"]:
-                task = _task(f"ik-{precision}", path, settings)
+                task = _task(f"ik-{precision}", path, model, settings)
                 yield from _compare(task, tokens, normalised, max(most, MOST_WITH_HALF))
-        wrong = _difference(_reference(path, tokens, permuted=False), expected)
+        wrong = _difference(_reference(path, model, tokens, reordered=not _turns_pairs(model)), expected)
         yield Finding(
-            what=f"{precision}: without the rotary permutation",
+            what=f"{precision}: with query and key in the other order",
             found=wrong,
             limit=2 * max(most, MOST_WITH_HALF),
             at_least=True,
         )
+
+
+def _turns_pairs(model: Architecture) -> bool:
+    return ARCHITECTURES[model.family] in PAIRS
 
 
 def _unlike(ours: Path, converted: Path) -> int:
@@ -132,9 +166,9 @@ def _has_ik() -> bool:
     return importlib.util.find_spec("ik_llama_cpp") is not None
 
 
-def _task(contender: str, path: Path, settings: Mapping[str, Any]) -> Task:
+def _task(contender: str, path: Path, model: Architecture, settings: Mapping[str, Any]) -> Task:
     return Task(
-        contender=contender, source=path, model=SMALL, positions=SMALL.max_positions, threads=2, settings=settings
+        contender=contender, source=path, model=model, positions=model.max_positions, threads=1, settings=settings
     )
 
 
@@ -157,21 +191,43 @@ def _difference(found: Logits, expected: Logits) -> float:
     return float(np.sqrt(np.median(positions)))
 
 
-def _reference(path: Path, tokens: list[int], permuted: bool = True, experts_join_normalised: bool = False) -> Logits:
-    """The logits [S, V] that transformers computes with a file's dequantised weights."""
+def _reference(
+    path: Path,
+    model: Architecture,
+    tokens: list[int],
+    reordered: bool | None = None,
+    experts_join_normalised: bool = False,
+) -> Logits:
+    """The logits [S, V] that transformers computes with a file's dequantised weights. `reordered` says whether the rows
+    of query and key are in another order there; None takes the family's."""
     import torch
 
     package = gguf()
     weights = {t.name: package.dequantize(t.data, t.tensor_type) for t in package.GGUFReader(path).tensors}
-    model = mixtral(SMALL, "fp32", "eager")
-    state = {name: torch.from_numpy(np.array(value)) for name, value in _state(weights, permuted)}
-    model.load_state_dict(state)
+    network = mixtral(model, "fp32", "eager") if model is SMALL else transformers_model(model)
+    pairs = _turns_pairs(model) if reordered is None else reordered
+    state = {name: torch.from_numpy(np.array(value)) for name, value in state_of(model, weights, pairs)}
+    network.load_state_dict(state, strict=not model.tied_head)
     if experts_join_normalised:
-        for layer in model.model.layers:
+        for layer in network.model.layers:
             _join_normalised(layer)
     with torch.no_grad():
-        logits: Logits = model(torch.tensor([tokens])).logits[0].numpy()
+        logits: Logits = network(torch.tensor([tokens])).logits[0].numpy()
     return logits
+
+
+def transformers_model(model: Architecture) -> Any:  # noqa: ANN401 - transformers is not typed
+    """transformers' model of a family, with uninitialised weights in float32."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = llama_config(model)
+    values.pop("quantization_config", None)
+    if "rope_scaling" in values:
+        values["rope_scaling"] = {**values["rope_scaling"], "truncate": True}  # llama.cpp always does
+    values |= {"dtype": torch.float32, "head_dim": model.head_size, "experts_implementation": "eager"}
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
 def _join_normalised(layer: Any) -> None:  # noqa: ANN401 - transformers is not typed
@@ -184,22 +240,45 @@ def _join_normalised(layer: Any) -> None:  # noqa: ANN401 - transformers is not 
     layer.mlp.register_forward_hook(lambda _module, _inputs, output: output + kept["difference"])
 
 
-def _state(weights: dict[str, npt.NDArray[Any]], permuted: bool) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    """Pairs of transformers' tensor name and values for the tensors of a GGUF file."""
+def state_of(
+    model: Architecture, weights: Mapping[str, npt.NDArray[Any]], pairs: bool
+) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """Pairs of transformers' tensor name and values for the tensors of a GGUF file. With `pairs` the file's rows of
+    query and key are reordered."""
     for ours, theirs in _TOP.items():
-        yield f"{theirs}.weight", weights[f"{ours}.weight"]
-    heads = {"attn_q": SMALL.num_heads, "attn_k": SMALL.num_kv_heads}
-    for layer in range(SMALL.num_layers):
+        if f"{ours}.weight" in weights:
+            yield f"{theirs}.weight", weights[f"{ours}.weight"]
+    heads = {"attn_q": model.num_heads, "attn_k": model.num_kv_heads}
+    mixture = _MIXTURE.get(model.family, "mlp")
+    names = {**_LAYER, "ffn_gate_inp": f"{mixture}.{_ROUTER.get(model.family, 'gate')}"}
+    for layer in range(model.num_layers):
         prefix = f"model.layers.{layer}"
-        inside = {name: weights[f"blk.{layer}.{name}.weight"] for name in (*_LAYER, *_EXPERTS)}
-        for ours, theirs in _LAYER.items():
-            value = inside[ours]
-            if permuted and ours in heads:
-                value = _halves_from_pairs(value, heads[ours], SMALL)
-            yield f"{prefix}.{theirs}.weight", value
-        gate, up, down = (inside[name] for name in _EXPERTS)
-        yield f"{prefix}.mlp.experts.gate_up_proj", np.concatenate([gate, up], axis=1)
-        yield f"{prefix}.mlp.experts.down_proj", down
+        start = f"blk.{layer}."
+        inside = {name.removeprefix(start): value for name, value in weights.items() if name.startswith(start)}
+        for name, value in inside.items():
+            ours, _, kind = name.rpartition(".")
+            if ours in names:
+                turned = _halves_from_pairs(value, heads[ours], model) if pairs and ours in heads else value
+                yield f"{prefix}.{names[ours]}.{kind}", turned
+        if "attn_sinks.weight" in inside:
+            yield f"{prefix}.self_attn.sinks", inside["attn_sinks.weight"]
+        for name, value in _experts(model, inside):
+            yield f"{prefix}.{mixture}.experts.{name}", value
+
+
+def _experts(model: Architecture, inside: Mapping[str, npt.NDArray[Any]]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """A layer's experts as transformers keeps them: F rows of gate and then F of up, except in gpt-oss, whose columns
+    alternate."""
+    gate, up, down = (inside[f"ffn_{name}_exps.weight"] for name in ("gate", "up", "down"))
+    if model.family != "gpt_oss":
+        yield "gate_up_proj", np.concatenate([gate, up], axis=1)
+        yield "down_proj", down
+        return
+    biases = [inside[f"ffn_{name}_exps.bias"] for name in ("gate", "up", "down")]
+    yield "gate_up_proj", np.stack([gate, up], axis=2).reshape(len(gate), -1, gate.shape[2]).swapaxes(1, 2)
+    yield "gate_up_proj_bias", np.stack(biases[:2], axis=2).reshape(len(gate), -1)
+    yield "down_proj", down.swapaxes(1, 2)
+    yield "down_proj_bias", biases[2]
 
 
 def _halves_from_pairs(rows: npt.NDArray[Any], heads: int, model: Architecture) -> npt.NDArray[Any]:

@@ -12,7 +12,7 @@ from decode import llama_formats, machine
 from decode.contenders import CHOICES, Task
 from decode.engine_bytes import count_bytes
 from decode.gguf_model import read_contents, write_model
-from decode.shape import Weights, count_weights, mixtral_of_equal_weights
+from decode.shape import Weights, count_weights, llama_model
 from export.architecture import Architecture
 from export.errors import ConfigError
 from export.exporter import SERVING_GRAPH
@@ -20,7 +20,9 @@ from trt_build.ort.engine import Engine, open_engine
 
 NAMES = (
     "ours", "llama-q4_0", "llama-q4_k_m", "ik-q4_0", "ik-q4_k_m", "ik-iq4_xs", "transformers-bf16", "transformers-fp32",
+    "llama-mxfp4",
 )  # fmt: skip
+USUAL = NAMES[:-1]  # MXFP4 is the format of gpt-oss
 SPARE_BYTES = 1_500_000_000  # memory for activations, libraries and the system, in addition to the model
 _ITEM_BYTES = {"bf16": 2, "fp32": 4}
 _HALF = 2  # bytes of a key or value in llama.cpp's cache: float16
@@ -67,8 +69,10 @@ def prepare(name: str, engine: Path | None, facts: Architecture, folder: Path, s
         if engine is None:
             raise ConfigError("choosing contenders: 'ours' needs an engine; name one with --engine, or leave it out")
         return _ours(open_engine(engine, check_digests=False))
-    peer = mixtral_of_equal_weights(facts)
+    peer = llama_model(facts)
     if runtime == "transformers":
+        if peer.family != "mixtral":
+            raise ConfigError(f"choosing contenders: {name} runs a Mixtral, found a {peer.family}; leave it out")
         return _transformers(name, peer, scaled_layers)
     return _llama(name, precision, peer, folder)
 
@@ -159,7 +163,7 @@ def gguf_path(folder: Path, model: Architecture, precision: str) -> Path:
         f"L{model.num_layers}-H{model.hidden_size}-N{model.num_heads}-G{model.num_kv_heads}-D{model.head_size}"
         f"-E{model.num_experts}-K{model.experts_per_token}-F{model.ffn_size}-V{model.vocab_size}"
     )
-    return folder / f"mixtral-{sizes}-{precision}.gguf"
+    return folder / f"{model.family}-{sizes}-{precision}.gguf"
 
 
 def _cache_bytes(model: Architecture, item: int) -> int:

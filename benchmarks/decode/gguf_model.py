@@ -1,4 +1,4 @@
-"""Writes the Mixtral of shape.py as a GGUF file with random weights, with one tensor in memory at a time.
+"""Writes a model of shape.py as a GGUF file with random weights, with one tensor in memory at a time.
 
 To write at the disk's speed, one pool of normal values is quantised once for each type and row length, and each tensor
 is copied from the pool, beginning at a row that depends on the tensor's name. In the llama.cpp formats used here rows
@@ -17,16 +17,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from decode.shape import EMBEDDING, ROW_MULTIPLE, Tensor, share_read, tensors
-from export.architecture import Architecture
-from export.errors import CheckpointError
+from decode.shape import ARCHITECTURES, EMBEDDING, ROW_MULTIPLE, WITH_SINKS, Tensor, share_read, tensors
+from export.architecture import Architecture, Scales
+from export.errors import CheckpointError, ConfigError
 from export.files.output import require_space
 from export.optional import optional_package
+from export.rotary import RotaryScaling
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
 POOL_WEIGHTS = 1 << 24
+_VECTOR_FEATURES = 16
+_WITH_EXPERT_LENGTH = ("qwen3moe", "gpt-oss")  # architectures that read the experts' width from a key of its own
 Quantize = Callable[[npt.NDArray[np.float32], "GGMLQuantizationType"], npt.NDArray[np.uint8]]
 
 logger = logging.getLogger(__name__)
@@ -66,7 +69,7 @@ def write_model(
     file_type: int,
     vocabulary: Vocabulary | None = None,
 ) -> None:
-    """Write a Mixtral under `path` by rename. `types` names the format of every tensor, `file_type` is llama_ftype's
+    """Write a model under `path` by rename. `types` names the format of every tensor, `file_type` is llama_ftype's
     number for the mixture of them. Raises OutputError where the disk is too small."""
     package = gguf()
     rows = tensors(model)
@@ -74,7 +77,7 @@ def write_model(
     require_space(path, num_bytes, f"llama.cpp's model {path.name}")
     logger.info("writing %s, %.2f GB", path, num_bytes / 1e9)
     partial = path.with_name(f".{path.name}.partial-gguf")
-    writer = package.GGUFWriter(partial, "llama")
+    writer = package.GGUFWriter(partial, ARCHITECTURES[model.family])
     try:
         _add_facts(writer, model, file_type)
         _add_vocabulary(writer, vocabulary)
@@ -97,7 +100,8 @@ def write_model(
 
 
 class Values:
-    """Makes the bytes of every tensor: norms are ones, matrices are normal with variance 1 / input features."""
+    """Makes the bytes of every tensor: norms are ones, matrices are normal with variance 1 / input features, biases and
+    sinks with variance 1 / _VECTOR_FEATURES."""
 
     def __init__(self, quantize: Quantize, seed: int = 0, pool_weights: int = POOL_WEIGHTS) -> None:
         self._draws = np.random.default_rng(seed).standard_normal(pool_weights, dtype=np.float32)
@@ -106,9 +110,11 @@ class Values:
 
     def of(self, tensor: Tensor, kind: GGMLQuantizationType) -> npt.NDArray[np.uint8]:
         """Bytes of one tensor in the format `kind`, flat."""
-        if len(tensor.shape) == 1:
+        if tensor.name.endswith("norm.weight"):
             return np.ones(tensor.shape, dtype=np.float32).view(np.uint8)
-        pool = self._pool(1 if tensor.name == EMBEDDING else tensor.shape[-1], kind)
+        is_vector = len(tensor.shape) == 1 or tensor.name.endswith(".bias")
+        features = _VECTOR_FEATURES if is_vector else tensor.shape[-1]
+        pool = self._pool(1 if tensor.name == EMBEDDING else features, kind)
         rows = pool.reshape(-1, len(pool) * ROW_MULTIPLE // len(self._draws))
         count = byte_count(tensor, kind)
         start = zlib.crc32(tensor.name.encode()) % len(rows) * rows.shape[1]
@@ -178,12 +184,14 @@ def _is_packed(kind: GGMLQuantizationType) -> bool:
 
 
 def _add_facts(writer: GGUFWriter, model: Architecture, file_type: int) -> None:
-    """Write the metadata keys that llama.cpp's architecture `llama` reads, except those of the tokenizer."""
-    writer.add_name("Mixtral of random weights")
+    """Write the metadata keys that llama.cpp reads of the model's architecture, except those of the tokenizer."""
+    writer.add_name(f"{model.family} of random weights")
     writer.add_context_length(model.max_positions)
     writer.add_embedding_length(model.hidden_size)
     writer.add_block_count(model.num_layers)
     writer.add_feed_forward_length(model.ffn_size)
+    if ARCHITECTURES[model.family] in _WITH_EXPERT_LENGTH:
+        writer.add_expert_feed_forward_length(model.ffn_size)
     writer.add_head_count(model.num_heads)
     writer.add_head_count_kv(model.num_kv_heads)
     writer.add_key_length(model.head_size)
@@ -194,8 +202,28 @@ def _add_facts(writer: GGUFWriter, model: Architecture, file_type: int) -> None:
     writer.add_expert_count(model.num_experts)
     writer.add_expert_used_count(model.experts_per_token)
     writer.add_vocab_size(model.vocab_size)
+    if model.sliding_window is not None and model.family in WITH_SINKS:
+        writer.add_sliding_window(model.sliding_window)
+    if model.rotary_scaling is not None:
+        _add_rotary_scaling(writer, model.rotary_scaling)
+    if model.scales != Scales():
+        writer.add_embedding_scale(model.scales.embedding)
+        writer.add_residual_scale(model.scales.residual)
+        writer.add_attention_scale(model.attention_scale)
+        writer.add_logit_scale(model.scales.logits)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf().GGML_QUANT_VERSION)
+
+
+def _add_rotary_scaling(writer: GGUFWriter, scaling: RotaryScaling) -> None:
+    """Write yarn's keys. llama.cpp rounds the ends of its ramp, as transformers does with `truncate`."""
+    if scaling.kind != "yarn":
+        raise ConfigError(f"writing llama.cpp's model: found rotary scaling {scaling.kind}, expected yarn or none")
+    writer.add_rope_scaling_type(gguf().RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(scaling.factor)
+    writer.add_rope_scaling_orig_ctx_len(scaling.original_positions)
+    writer.add_rope_scaling_yarn_beta_fast(scaling.beta_fast)
+    writer.add_rope_scaling_yarn_beta_slow(scaling.beta_slow)
 
 
 def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary | None) -> None:

@@ -1,9 +1,9 @@
 """Gets from llama.cpp the type of every tensor at a precision, and the packed bytes of quantised values.
 
 llama.cpp's quantiser mixes types (Q4_K_M keeps some matrices of some layers at 6 bits). Its rules depend on the name of
-the tensor, the index of the layer, and the model's depth, heads and experts. To learn the types, the quantiser converts
-a narrow model with the same depth, heads and experts, and the types are read from the result. Bytes come from
-ggml_quantize_chunk.
+the tensor, the index of the layer, the model's depth, heads and experts, and on whether rows are whole blocks of 256.
+To learn the types, the quantiser converts a narrow model with the same depth, heads, experts and remainders of widths,
+and the types are read from the result. Bytes come from ggml_quantize_chunk.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from export.errors import CheckpointError
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
-FILE_TYPES = {"f32": 0, "q4_0": 2, "q4_k_m": 15, "iq4_xs": 30}  # llama_ftype in llama.h
+FILE_TYPES = {"f32": 0, "q4_0": 2, "q4_k_m": 15, "iq4_xs": 30, "mxfp4": 38}  # llama_ftype in llama.h
 
 
 def chosen_types(model: Architecture, precision: str) -> Mapping[str, GGMLQuantizationType]:
@@ -37,10 +37,12 @@ def chosen_types(model: Architecture, precision: str) -> Mapping[str, GGMLQuanti
     plain = {tensor.name: kinds.F32 for tensor in tensors(model)}
     if precision == "f32":
         return plain
-    head = math.lcm(ROW_MULTIPLE, model.num_heads) // model.num_heads
+    head = model.num_heads * model.head_size % ROW_MULTIPLE or ROW_MULTIPLE
+    head = math.lcm(head, model.num_heads) // model.num_heads
     narrow = replace(
-        model, hidden_size=ROW_MULTIPLE, ffn_size=ROW_MULTIPLE, vocab_size=ROW_MULTIPLE, head_size=head, rotary_dim=head
-    )
+        model, hidden_size=model.hidden_size % ROW_MULTIPLE or ROW_MULTIPLE, vocab_size=ROW_MULTIPLE,
+        ffn_size=model.ffn_size % ROW_MULTIPLE or ROW_MULTIPLE, head_size=head, rotary_dim=head,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "f32.gguf", Path(folder) / "quantised.gguf"
         write_model(source, narrow, plain, quantize, FILE_TYPES["f32"])

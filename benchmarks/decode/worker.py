@@ -98,7 +98,8 @@ def _memory() -> dict[str, int]:
 
 
 def task_as_json(task: Task) -> dict[str, Any]:
-    return {**dataclasses.asdict(task), "source": str(task.source) if task.source else None}
+    """A task as JSON values. Its process runs in another folder, so the path is a whole one."""
+    return {**dataclasses.asdict(task), "source": str(task.source.resolve()) if task.source else None}
 
 
 def task_from_json(raw: dict[str, Any]) -> Task:

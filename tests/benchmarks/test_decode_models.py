@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import gguf
 import numpy as np
 import onnx
 import pytest
+import torch
 
+from decode import check, published
 from decode.engine_bytes import EngineBytes, count_bytes
 from decode.entrants import gguf_path, prepare
 from decode.gguf_model import read_contents, write_model
-from decode.shape import Weights, count_weights, mixtral_of_equal_weights, tensors
+from decode.shape import ARCHITECTURES, Weights, count_weights, llama_model, mixtral_of_equal_weights, tensors
 from export.errors import CheckpointError, ConfigError, OutputError
-from synthetic_checkpoint import PHIXTRAL
+from synthetic_checkpoint import GPT_OSS, GRANITE, MODELS, OLMOE, PHIXTRAL, QWEN3, shortened
 from trt_build.ort.planning.plan import plan_engine
 from trt_build.ort.planning.prepare import EngineOptions, prepare_build
 
@@ -61,6 +64,126 @@ def test_shapes_that_have_no_peer_are_refused():
         mixtral_of_equal_weights(replace(PHIXTRAL, family="phi"))
     with pytest.raises(ConfigError, match="hidden size 192: its K-quants need rows of a multiple of 256"):
         mixtral_of_equal_weights(replace(PHIXTRAL, hidden_size=192))
+    with pytest.raises(ConfigError, match="transformers-bf16 runs a Mixtral, found a olmoe; leave it out"):
+        prepare("transformers-bf16", None, OLMOE, Path("nowhere"), scaled_layers=1)
+
+
+def small(facts, **changes):
+    """Two layers of a published model, small and of unequal sizes."""
+    return replace(
+        shortened(facts, 2), hidden_size=256, num_heads=4, num_kv_heads=2, head_size=96, rotary_dim=96, ffn_size=64,
+        vocab_size=320, num_experts=3, experts_per_token=2, max_positions=128, **changes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("facts", [QWEN3, OLMOE, GRANITE, GPT_OSS], ids=lambda facts: facts.family)
+def test_llama_cpp_runs_the_other_families_in_their_own_shape_and_names(facts):
+    assert llama_model(facts) == facts
+    [kind] = [kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[facts.family]]
+    known = {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[kind]}
+    ours = {tensor.name.rpartition(".")[0].replace("blk.0.", "blk.{bid}.") for tensor in tensors(shortened(facts, 1))}
+    assert ours <= known
+    # What gguf knows beside: tables of frequencies, joined matrices, and heads that are tied or not.
+    spare = {"rope_freqs", "output", "blk.{bid}.attn_qkv", "blk.{bid}.attn_rot_embd", "blk.{bid}.ffn_gate_up_exps"}
+    dense = {f"blk.{{bid}}.ffn_{name}{kind}" for name in ("gate", "down", "up") for kind in ("", "_shexp")}
+    assert {name for name in known - ours if "rope" not in name} <= spare | dense
+
+
+def test_the_weights_are_as_many_as_the_models_publish():
+    # Model cards: OLMoE 7B with 1B active, Qwen3 30.5B with 3.3B, Granite 3.3B with 0.8B, gpt-oss 21B with 3.6B.
+    published = {"olmoe-1b-7b": (6.9, 1.3), "qwen3-30b-a3b": (30.5, 3.3), "granite-3.1-3b-a800m": (3.3, 0.9),
+                 "gpt-oss-20b": (20.9, 3.6)}  # fmt: skip
+    for name, (total, active) in published.items():
+        weights = count_weights(MODELS[name])
+        assert weights.total / 1e9 == pytest.approx(total, abs=0.05)
+        # Cards count the embedding or the head beside the layers, as some do not: by at most that much.
+        assert weights.active / 1e9 == pytest.approx(active, abs=0.4)
+
+
+def test_a_gpt_oss_has_biases_sinks_windows_and_yarn(tmp_path):
+    model = small(GPT_OSS)
+    path = tmp_path / "gpt-oss.gguf"
+    kinds = {tensor.name: KINDS.F32 if tensor.is_plain else KINDS.Q8_0 for tensor in tensors(model)}
+    write_model(path, model, kinds, pack, file_type=7)
+    reader = gguf.GGUFReader(path)
+    shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors}
+    # Heads of 96: queries 384, keys 192. Experts 3 of width 64.
+    expected = {
+        "attn_sinks.weight": (4,), "attn_q.bias": (384,), "attn_k.bias": (192,), "attn_v.bias": (192,),
+        "attn_output.bias": (256,), "ffn_gate_inp.bias": (3,), "ffn_gate_exps.bias": (3, 64),
+        "ffn_up_exps.bias": (3, 64), "ffn_down_exps.bias": (3, 256), "post_attention_norm.weight": (256,),
+    }  # fmt: skip
+    assert {name: shapes[f"blk.1.{name}"] for name in expected} == expected
+    assert "blk.1.ffn_norm.weight" not in shapes
+    keys = {name: reader.fields[f"gpt-oss.{name}"].contents() for name in (
+        "attention.sliding_window", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
+        "expert_feed_forward_length", "attention.key_length",
+    )}  # fmt: skip
+    assert list(keys.values()) == [128, "yarn", 32.0, 4096, 64, 96]
+    values = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    assert 0.1 < np.std(values["blk.0.attn_q.bias"]) < 0.4
+    # Of experts and their biases two of three are read.
+    layer = 4 * (4 + 384 + 192 + 192 + 256 + 3 + 2 * 256 + 3 * 256) + 34 * 256 * (2 * 384 + 2 * 192) // 32
+    experts = 2 * (34 * 3 * 64 * 256 // 32 + 4 * (64 + 64 + 256))
+    contents = read_contents(path, model)
+    assert contents.bytes_read_per_token == 2 * (layer + experts) + 4 * 256 + 34 * 256 * 321 // 32
+
+
+def test_a_granite_has_its_factors_and_a_tied_head_is_read_whole(tmp_path):
+    model = small(GRANITE)
+    path = tmp_path / "granite.gguf"
+    kinds = {tensor.name: KINDS.F32 if tensor.is_plain else KINDS.Q8_0 for tensor in tensors(model)}
+    write_model(path, model, kinds, pack, file_type=7)
+    reader = gguf.GGUFReader(path)
+    assert "output.weight" not in {tensor.name for tensor in reader.tensors}
+    keys = {name: reader.fields[f"granitemoe.{name}"].contents() for name in (
+        "embedding_scale", "residual_scale", "attention.scale", "logit_scale",
+    )}  # fmt: skip
+    assert list(keys.values()) == pytest.approx([12.0, 0.22, 0.015625, 6.0])
+    layer = 4 * (2 * 256 + 3 * 256) + 34 * 256 * (2 * 384 + 2 * 192) // 32 + 2 * 34 * 3 * 64 * 256 // 32
+    assert read_contents(path, model).bytes_read_per_token == 2 * layer + 4 * 256 + 34 * 256 * 320 // 32
+
+
+def test_norms_of_queries_and_keys_are_of_heads_or_of_the_width():
+    def norms(facts):
+        return [tensor.shape for tensor in tensors(small(facts)) if tensor.name.startswith("blk.0.attn_") and
+                tensor.name.endswith(("q_norm.weight", "k_norm.weight"))]  # fmt: skip
+
+    assert norms(QWEN3) == [(96,), (96,)]
+    assert norms(OLMOE) == [(384,), (192,)]
+    assert norms(GRANITE) == []
+
+
+@pytest.mark.parametrize("facts", check.OTHERS, ids=lambda facts: facts.family)
+def test_transformers_model_of_a_family_takes_every_tensor_of_the_file(facts):
+    """The comparison of logits with llama.cpp's reads the files so; strict, in names and shapes."""
+    drawn = np.random.default_rng(0)
+    weights = {tensor.name: drawn.standard_normal(tensor.shape, np.float32) for tensor in tensors(facts)}
+    model = check.transformers_model(facts)
+    state = {name: torch.from_numpy(np.array(value)) for name, value in check.state_of(facts, weights, pairs=False)}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"] if facts.tied_head else [], [])
+    first = model.model.layers[0]
+    if facts.family == "gpt_oss":
+        # An even column of an expert is gate, an odd one up.
+        experts = first.mlp.experts
+        np.testing.assert_array_equal(experts.gate_up_proj[1, :, 7].detach(), weights["blk.0.ffn_up_exps.weight"][1, 3])
+        np.testing.assert_array_equal(
+            experts.gate_up_proj_bias[2, ::2].detach(), weights["blk.0.ffn_gate_exps.bias"][2]
+        )
+
+
+def test_some_layers_have_their_share_of_the_vocabulary():
+    whole = published.share_of(QWEN3, 48)
+    assert whole is QWEN3
+    part = published.share_of(QWEN3, 3)
+    assert (part.num_layers, part.vocab_size) == (3, 9504)  # 151936 / 16 is 9496, and 9504 the next multiple of 16
+    assert published.share_of(OLMOE, 4).vocab_size == 12576  # 50304 / 4, a multiple of 16
+    assert published.share_of(GPT_OSS, 3).full_layers == (1,)
+    assert published.share_of(OLMOE, 1).vocab_size == 3152
+    assert published.share_of(PHIXTRAL, 1).vocab_size == 2048  # the tokenizer's tokens need more than 1600
+    with pytest.raises(ConfigError, match="found 49 layers, expected 1 to 48"):
+        published.share_of(QWEN3, 49)
 
 
 def test_the_file_is_read_by_gguf_with_the_names_shapes_and_keys_of_a_mixtral(small_file):

@@ -118,7 +118,7 @@ def test_the_kept_results_are_read(path, capsys):
 
 
 def options(**given):
-    return SimpleNamespace(**{"contenders": ["ours"], "rounds": 2, "threads": 1, "output": None, **given})
+    return SimpleNamespace(**{"contenders": ["ours"], "rounds": 2, "threads": 1, "output": None, "like": None, **given})
 
 
 def test_what_cannot_run_says_why(entrant, tmp_path, monkeypatch):
