@@ -174,11 +174,7 @@ MODELS = {
 }
 # Keys of config.json beside a Mixtral's.
 MORE_KEYS = {
-    "granitemoe": {
-        "attention_bias": False, "embedding_multiplier": GRANITE.scales.embedding,
-        "residual_multiplier": GRANITE.scales.residual, "attention_multiplier": GRANITE.scales.attention,
-        "logits_scaling": GRANITE.scales.logits,
-    },
+    "granitemoe": {"attention_bias": False},
     "gpt_oss": {
         "attention_bias": True, "experts_per_token": GPT_OSS.experts_per_token, "head_dim": GPT_OSS.head_size,
         "initial_context_length": 4096, "rope_scaling": YARN, "swiglu_limit": 7.0,
@@ -283,13 +279,22 @@ def llama_config(architecture: Architecture) -> dict[str, Any]:
         "use_cache": True,
         "vocab_size": architecture.vocab_size,
         **MORE_KEYS.get(architecture.family, {}),
-        **({"layer_types": _layer_types(architecture)} if architecture.family == "gpt_oss" else {}),
+        **_own_keys(architecture),
     }
 
 
-def _layer_types(architecture: Architecture) -> list[str]:
-    windows = map(architecture.window, range(architecture.num_layers))
-    return ["full_attention" if window is None else "sliding_attention" for window in windows]
+def _own_keys(architecture: Architecture) -> dict[str, Any]:
+    """Keys of a family whose values are among the facts."""
+    if architecture.family == "gpt_oss":
+        windows = map(architecture.window, range(architecture.num_layers))
+        return {"layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows]}
+    if architecture.family == "granitemoe":
+        scales = architecture.scales
+        return {
+            "embedding_multiplier": scales.embedding, "residual_multiplier": scales.residual,
+            "attention_multiplier": architecture.attention_scale, "logits_scaling": scales.logits,
+        }  # fmt: skip
+    return {}
 
 
 def shortened(architecture: Architecture, layers: int) -> Architecture:

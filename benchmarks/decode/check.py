@@ -29,7 +29,7 @@ from decode.entrants import gguf_path
 from decode.gguf_model import gguf, write_model
 from decode.logits import logits_of
 from decode.shape import ARCHITECTURES, PAIRS
-from export.architecture import Architecture
+from export.architecture import Architecture, Scales
 from synthetic_checkpoint import GPT_OSS, GRANITE, OLMOE, PHIXTRAL, QWEN3, llama_config, shortened
 
 SMALL = replace(
@@ -45,7 +45,8 @@ _MIXED: Mapping[str, Any] = {**_SIZES, "num_experts": 6, "experts_per_token": 3}
 OTHERS = (
     replace(shortened(QWEN3, 3), **_MIXED),
     replace(shortened(OLMOE, 3), **{**_MIXED, "num_kv_heads": SMALL.num_heads}),  # all that llama.cpp takes
-    replace(shortened(GRANITE, 3), **_MIXED),
+    # Larger factors of attention than the published ones, with which random weights attend to all positions alike.
+    replace(shortened(GRANITE, 3), **_MIXED, scales=Scales(embedding=1.5, residual=0.8, attention=0.25, logits=6.0)),
     # Rows that are no whole blocks of 256, as in the published model.
     replace(shortened(GPT_OSS, 3), **{**_MIXED, "hidden_size": 576, "ffn_size": 320, "sliding_window": 20}),
 )

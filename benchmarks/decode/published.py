@@ -9,7 +9,7 @@ from pathlib import Path
 
 from export.architecture import Architecture
 from export.errors import ConfigError
-from export.quantize.recipe import SEARCH
+from export.quantize.recipe import NEAREST
 from synthetic_checkpoint import MODELS, shortened, write
 from trt_build.calibration import Calibration
 from trt_build.ort.build import BuildOptions, build_engine
@@ -52,7 +52,7 @@ def engine_of(like: str, layers: int | None, precision: str, folder: Path) -> Pa
                 output=engine,
                 precision=precision,
                 max_sequence=min(MAX_SEQUENCE, facts.max_positions),
-                calibration=Calibration(method=SEARCH),  # codes of random weights need no text
+                calibration=Calibration(method=NEAREST),  # codes of random weights need no search
             )
         )
     return engine
