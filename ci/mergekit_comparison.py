@@ -1,4 +1,4 @@
-"""Compare moeship's merges with those of mergekit-moe, on small random Mistrals and Llamas.
+"""Compare moeship's merges with those of mergekit-moe, on small random Mistrals, Llamas and Qwens.
 
     python ci/mergekit_comparison.py --mergekit /path/to/venv/bin/mergekit-moe
     python ci/mergekit_comparison.py --mergekit /path/to/venv/bin/mergekit-moe --write tests/export/merge/mergekit.json
@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from adapters import MODULES, write_adapter  # noqa: E402
 from dense_checkpoints import write_dense_checkpoint  # noqa: E402
+from qwen_tokenizer import write_qwen_tokenizer  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from export.checkpoint.folder import open_checkpoint  # noqa: E402
@@ -66,11 +67,17 @@ EXPERTS: list[dict[str, Any]] = [
 EVEN: list[dict[str, Any]] = [
     {"positive_prompts": ["the"]}, {"positive_prompts": ["dog"]}, {"positive_prompts": ["fox"]},
 ]  # fmt: skip
+# mergekit-moe opens the base's and the experts' files alone, so the shared expert's model is one of them.
+SHARED: dict[str, Any] = {
+    "source": 1, "positive_prompts": ["the quick fox", "return"], "negative_prompts": ["café"], "residual_scale": 0.1,
+}  # fmt: skip
+EIGHTY = {"hidden_size": 80}  # a multiple of the heads
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A merge: the family, gate mode, stored dtype, dtype asked for, further sizes, and those of the last expert."""
+    """A merge: the family, gate mode, stored dtype, dtype asked for, further sizes, and those of the last expert;
+    further keys of config.json, the shared expert, and the word for the mixture."""
 
     family: str
     mode: str
@@ -80,6 +87,9 @@ class Case:
     sizes: dict[str, Any] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
     exact: bool = False
+    config: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
+    word: str | None = None
 
 
 CASES = {
@@ -97,6 +107,35 @@ CASES = {
     "llama grouped": Case(
         family="llama", mode="cheap_embed", stored="float16", asked="bfloat16", sizes={"num_kv_heads": 5}
     ),
+    "qwen2 hidden": Case(family="qwen2", mode="hidden", stored="bfloat16", sizes=EIGHTY, shared=SHARED),
+    "qwen2 hidden exact": Case(
+        family="qwen2",
+        mode="hidden",
+        stored="bfloat16",
+        asked="float32",
+        exact=True,
+        sizes=EIGHTY,
+        shared=SHARED,
+        word="qwen",
+    ),
+    "qwen2 cheap_embed": Case(
+        family="qwen2",
+        mode="cheap_embed",
+        stored="float16",
+        sizes={**EIGHTY, "tied": True},
+        shared={**SHARED, "source": 0},
+    ),
+    "qwen3 hidden": Case(family="qwen3", mode="hidden", stored="bfloat16", asked="float16"),
+    "qwen3 hidden exact": Case(
+        family="qwen3", mode="hidden", stored="float16", asked="float32", exact=True, sizes={"tied": True}, word="qwen"
+    ),
+    "qwen3 window": Case(
+        family="qwen3",
+        mode="cheap_embed",
+        stored="float32",
+        asked="bfloat16",
+        config={"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0},
+    ),
 }
 
 
@@ -105,33 +144,41 @@ def write_case(folder: Path, case: Case) -> Path:
     sizes: dict[str, Any] = {"num_heads": 5, "num_kv_heads": 1, **case.sizes}
     for index in range(3):
         more = case.last if index == 2 else {}
-        config = {"sliding_window": 6} if case.family == "mistral" else {}
+        config = {"sliding_window": 6} if case.family == "mistral" else case.config
         write_dense_checkpoint(
             folder / f"e{index}", seed=index, family=case.family, dtype=case.stored, config=config, **sizes | more
         )
+        if case.family.startswith("qwen"):
+            write_qwen_tokenizer(folder / f"e{index}")
     experts = [{"source_model": str(folder / f"e{index}"), **expert} for index, expert in enumerate(case.experts)]
     values = {"base_model": str(folder / "e0"), "gate_mode": case.mode, "dtype": case.asked, "experts": experts}
+    values["architecture"] = case.word
+    if case.shared:
+        shared = {key: value for key, value in case.shared.items() if key != "source"}
+        values["shared_experts"] = [{"source_model": str(folder / f"e{case.shared['source']}"), **shared}]
     path = folder / "merge.yml"
     path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
     return path
 
 
 def described(folder: Path) -> dict[str, Any]:
-    """What a merged folder holds: config.json, digests of the tensors in the published spelling, gates as float32."""
-    digests, gates = {}, {}
-    for name, values in load_file(folder / "model.safetensors").items():
-        if name.endswith(".gate.weight"):
-            layer = int(name.split(".")[2])
-            data = values.float().numpy().astype("<f4").tobytes()
-            gates[layer] = {"shape": list(values.shape), "float32": base64.b64encode(data).decode()}
+    """What a merged folder holds: config.json, digests of the tensors in the published spelling, gates as float32, the
+    row of a shared expert last."""
+    config = json.loads((folder / "config.json").read_text())
+    digests: dict[str, str] = {}
+    rows: dict[int, list[np.ndarray[Any, Any]]] = {}
+    for name, values in sorted(load_file(folder / "model.safetensors").items()):
+        if name.endswith((".gate.weight", ".shared_expert_gate.weight")):
+            rows.setdefault(int(name.split(".")[2]), []).append(values.float().numpy().astype("<f4"))
             continue
-        for single, tensor in _unpacked(name, values).items():
+        for single, tensor in _unpacked(name, values, is_mixtral=config["model_type"] == "mixtral").items():
             data = tensor.contiguous().view(-1).view(dtype=_bytes()).numpy().tobytes()
             digests[single] = f"{tensor.dtype}".removeprefix("torch.") + " " + hashlib.sha256(data).hexdigest()[:24]
+    gates = [np.concatenate(rows[layer]) for layer in sorted(rows)]
     return {
-        "config": json.loads((folder / "config.json").read_text()),
+        "config": config,
         "tensors": dict(sorted(digests.items())),
-        "gates": [gates[layer] for layer in sorted(gates)],
+        "gates": [{"shape": list(gate.shape), "float32": base64.b64encode(gate.tobytes()).decode()} for gate in gates],
     }
 
 
@@ -141,18 +188,21 @@ def _bytes() -> Any:  # noqa: ANN401 - a dtype of torch
     return torch.uint8
 
 
-def _unpacked(name: str, values: Any) -> dict[str, Any]:  # noqa: ANN401 - tensors of torch
+def _unpacked(name: str, values: Any, *, is_mixtral: bool) -> dict[str, Any]:  # noqa: ANN401 - tensors of torch
     """The experts that transformers 5 packs into one tensor, each under its published name."""
     layer, experts, packed = name.partition(".mlp.experts.")
-    if not experts:
+    if not experts or packed not in ("gate_up_proj", "down_proj"):
         return {name: values}
-    stem, found = f"{layer}.block_sparse_moe.experts", {}
+    stem, (gate, up, down) = f"{layer}.mlp.experts", ("gate_proj", "up_proj", "down_proj")
+    if is_mixtral:
+        stem, (gate, up, down) = f"{layer}.block_sparse_moe.experts", ("w1", "w3", "w2")
+    found = {}
     for index, expert in enumerate(values):
         if packed == "down_proj":
-            found[f"{stem}.{index}.w2.weight"] = expert
+            found[f"{stem}.{index}.{down}.weight"] = expert
         else:
             half = len(expert) // 2
-            found |= {f"{stem}.{index}.w1.weight": expert[:half], f"{stem}.{index}.w3.weight": expert[half:]}
+            found |= {f"{stem}.{index}.{gate}.weight": expert[:half], f"{stem}.{index}.{up}.weight": expert[half:]}
     return found
 
 

@@ -1,5 +1,6 @@
 """Merge dense models into a mixture, as a mergekit-moe YAML file describes it: Phi-2s into a phixtral, Mistrals or
-Llamas into a Mixtral. An expert may be a model with a LoRA adapter: model+adapter.
+Llamas into a Mixtral, Qwen2s into a qwen2_moe, Qwen3s into a qwen3_moe. An expert may be a model with a LoRA adapter:
+model+adapter.
 
 Paths in the YAML file are relative to its folder.
 """

@@ -26,6 +26,10 @@ from safetensors.numpy import load_file, save_file
 
 DENSE_SIZE, SHARED_SIZE = 104, 88  # F of a dense layer's MLP and of a shared expert, unless a config says otherwise
 _CLASSES = {"qwen3_moe": "Qwen3MoeForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}
+_MIXTURE_KEYS = (
+    "moe_intermediate_size", "num_experts", "num_experts_per_tok", "norm_topk_prob", "decoder_sparse_step",
+    "mlp_only_layers", "shared_expert_intermediate_size", "router_aux_loss_coef", "output_router_logits",
+)  # fmt: skip
 _MATRICES = {".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj.", ".block_sparse_moe.": ".mlp."}
 
 
@@ -118,6 +122,30 @@ def tell_mixtral_as_qwen3(source: Path, folder: Path, **more: Any) -> Path:
     save_file(published(tensors), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(qwen_config(config, "qwen3_moe") | more, indent=2))
     return folder
+
+
+def split_into_experts(mixture: Path, folder: Path) -> list[Path]:
+    """The experts of a qwen3_moe or a qwen2_moe in the published spelling, each as a dense Qwen folder/e0, e1 ..."""
+    config, tensors = json.loads((mixture / "config.json").read_text()), load_file(mixture / "model.safetensors")
+    family = config["model_type"].removesuffix("_moe")
+    told = {key: value for key, value in config.items() if key not in _MIXTURE_KEYS}
+    told |= {"model_type": family, "architectures": [f"{family.capitalize()}ForCausalLM"]}
+    told |= {"intermediate_size": config["moe_intermediate_size"]}
+    if not config.get("head_dim"):
+        told["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    made = []
+    for expert in range(config["num_experts"]):
+        one = folder / f"e{expert}"
+        one.mkdir(parents=True)
+        for file in mixture.glob("*token*"):
+            (one / file.name).write_bytes(file.read_bytes())
+        own = f".mlp.experts.{expert}."
+        stored = {name.replace(own, ".mlp."): values for name, values in tensors.items()
+                  if own in name or ".mlp." not in name}  # fmt: skip
+        save_file(stored, one / "model.safetensors")
+        (one / "config.json").write_text(json.dumps(told, indent=2))
+        made.append(one)
+    return made
 
 
 def published(tensors: dict[str, Array]) -> dict[str, Array]:

@@ -25,10 +25,23 @@ _OF_THE_BASE = ("vocab_size", "rope_base", "rotary_scaling", "norm_epsilon", "sl
 _ROUNDING = {"F64": 0.0, "F32": 0.0, "F16": 2.0**-10, "BF16": 2.0**-7}
 
 
-def check_models(output: Output, base: Model, experts: Sequence[Model]) -> None:
-    """Raise MergeError that lists every model that is not of the base's family or does not have its dimensions, and
-    what of the base the output's layout cannot say."""
+def check_models(output: Output, base: Model, experts: Sequence[Model], shared: Model | None) -> None:
+    """Raise MergeError that lists every model that is not of the base's family or does not have its dimensions, what of
+    the base the output's layout cannot say, and a shared expert that is missing or has no place."""
+    if output.has_shared and shared is None:
+        raise MergeError(
+            f"merging into {_where(base)}: a {output.name} has an MLP that every token goes through, a shared expert, "
+            "and the YAML names no model for it; add shared_experts with one entry: a source_model, the base say, its "
+            "positive_prompts and a small residual_scale such as 0.1"
+        )
+    if shared is not None and not output.has_shared:
+        raise MergeError(
+            f"merging into {_where(base)}: the YAML names a shared expert, and a {output.name} has none, only a "
+            "qwen2_moe of Qwen2s has; put the model under experts or leave it out"
+        )
     named = [(f"expert {index}", expert) for index, expert in enumerate(experts)]
+    if shared is not None:
+        named.append(("the shared expert", shared))
     problems = [
         f"{name} ({_where(model)}) is of family {model.family.name}, the base of {base.family.name}; "
         f"a {output.name} is merged from models of one family"

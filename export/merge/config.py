@@ -11,6 +11,10 @@
         noise_scale: 0.01               # standard deviation of noise added to the expert's MLP
         residual_scale: 0.5             # scales what the expert's MLP adds to the residual
       - source_model: owner/name@v1+./adapter   # a revision of a hub id, and a LoRA adapter that is merged into it
+    shared_experts:                     # of a qwen2_moe, one: every token goes through it, beside the experts
+      - source_model: ./experts/code
+        positive_prompts: ["def main():", "Once upon a time"]   # for its share, as an expert's for its row
+        residual_scale: 0.1
 
 Every key is used, listed as harmless, or refused by name. The keys are those of mergekit's moe/config.py.
 """
@@ -38,8 +42,12 @@ _TOP_KEYS = (
 )  # fmt: skip
 _EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
 _WHAT = "the merge configuration"
-# The words that mergekit and its forks write for each kind of mixture -> its family.
-_ARCHITECTURES = {"mixtral": "mixtral", "phixtral": "phixtral", "phi-msft": "phixtral"}
+# The words that mergekit and its forks write for each kind of mixture -> its family, or what its name begins with.
+_ARCHITECTURES = {
+    "mixtral": "mixtral", "phixtral": "phixtral", "phi-msft": "phixtral", "qwen": "qwen",
+    "qwen moe": "qwen2_moe", "qwen2_moe": "qwen2_moe", "qwen3": "qwen3_moe", "qwen3 moe": "qwen3_moe",
+    "qwen3_moe": "qwen3_moe",
+}  # fmt: skip
 _REFUSED = {
     "merge_method": "it belongs to mergekit-yaml, which merges dense models into a dense one",
     "slices": "it belongs to mergekit-yaml, which merges dense models into a dense one",
@@ -91,7 +99,8 @@ class ExpertSource:
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
     """The configuration of a merge. `dtype` is a safetensors label (None: the dtype of the base). `architecture` is
-    the family of the mixture, if the YAML names one. `text` is the YAML."""
+    the family of the mixture, or what its name begins with, if the YAML names one. `text` is the YAML. `shared` is the
+    expert that every token goes through, if the YAML names one."""
 
     base: ModelSource
     experts: tuple[ExpertSource, ...]
@@ -100,6 +109,16 @@ class MergeConfig:
     experts_per_token: int
     text: str
     architecture: str | None = None
+    shared: ExpertSource | None = None
+
+    @property
+    def all_experts(self) -> tuple[ExpertSource, ...]:
+        """The experts in order, and after them the shared one."""
+        return self.experts if self.shared is None else (*self.experts, self.shared)
+
+    def name_of(self, index: int) -> str:
+        """What messages call the expert at an index of `all_experts`."""
+        return f"expert {index}" if index < len(self.experts) else "the shared expert"
 
 
 def read_merge_config(path: Path) -> MergeConfig:
@@ -131,14 +150,10 @@ class _Reader:
         mode = self._choice(raw, "gate_mode", [mode.value for mode in GateMode], default=GateMode.HIDDEN.value)
         gate_mode = GateMode(mode)
         experts = self._experts(raw, gate_mode)
-        if raw.get("shared_experts"):
-            self.problems.append(
-                "shared_experts: a Mixtral or a phixtral has none, only Qwen's and DeepSeek's mixtures have; every "
-                "expert goes under experts"
-            )
+        shared = self._shared(raw, gate_mode)
         architecture = _ARCHITECTURES.get(str(raw.get("architecture") or "").lower())
         if raw.get("architecture") and architecture is None:
-            known = sorted(set(_ARCHITECTURES.values()))
+            known = sorted({family for family in _ARCHITECTURES.values() if family != "qwen"})
             self.problems.append(
                 f"architecture is {shown(raw['architecture'])}; moeship merges into {' or '.join(known)}"
             )
@@ -155,7 +170,21 @@ class _Reader:
             experts_per_token=self._experts_per_token(raw, len(experts)),
             text=text,
             architecture=architecture,
+            shared=shared,
         )
+
+    def _shared(self, raw: Mapping[Any, Any], gate_mode: GateMode) -> ExpertSource | None:
+        entries = raw.get("shared_experts")
+        if entries in (None, []):
+            return None
+        if not isinstance(entries, list) or len(entries) != 1:
+            found = f"{len(entries)}" if isinstance(entries, list) else shown(entries)
+            self.problems.append(
+                f"shared_experts: found {found}, expected a list of one: every token goes through it; other models go "
+                "under experts"
+            )
+            return None
+        return self._expert(entries[0], "shared_experts[0]", gate_mode)
 
     def _experts(self, raw: Mapping[Any, Any], gate_mode: GateMode) -> tuple[ExpertSource, ...]:
         entries = raw.get("experts")

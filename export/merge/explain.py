@@ -48,6 +48,7 @@ class ExpertLoss:
 class MergeExplanation:
     """A merge that has not run. Bytes are of tensors, without headers.
 
+    - `experts`: a shared expert comes after the `num_experts` others.
     - `equal_gates`: groups of experts whose gate rows will be equal; `never_chosen`: those that no input can choose.
     - `memory_bytes`: beside the interpreter and its libraries.
     - `seconds`: of reading and converting, at `bytes_per_second`, which was measured; `gate_seconds`: of computing
@@ -98,7 +99,8 @@ class MergeExplanation:
         ]
         tables = [(f"a {self.family} of {self.sources} models", made)]
         for index, expert in enumerate(self.experts):
-            tables.append((f"expert {index}: {expert.model}", _loss_rows(expert)))
+            who = f"expert {index}" if index < self.num_experts else "the shared expert"
+            tables.append((f"{who}: {expert.model}", _loss_rows(expert)))
         tables.append(("the router", self._router_rows()))
         tables.append(("the merge", needs))
         if self.notes:
@@ -132,8 +134,8 @@ def explain_merge(config: MergeConfig) -> MergeExplanation:
     per_token = config.experts_per_token
     rate = _measured_rate(config, plan)
     experts = []
-    for index, (expert, setting) in enumerate(zip(plan.experts, config.experts, strict=True)):
-        logger.info("comparing expert %d with the base; the last is %d", index, len(plan.experts) - 1)
+    for index, (expert, setting) in enumerate(zip(plan.all_experts, config.all_experts, strict=True)):
+        logger.info("comparing %s with the base; the last is %d", config.name_of(index), len(plan.all_experts) - 1)
         experts.append(
             ExpertLoss(
                 model=str(setting.model),
@@ -142,17 +144,17 @@ def explain_merge(config: MergeConfig) -> MergeExplanation:
                 facts=facts_of_the_base(plan.base, expert),
             )
         )
-    per_expert = sum(
-        tensor.planned.num_elements for tensor in plan.tensors if tensor.expert is not None
-    ) // len(plan.experts)  # fmt: skip
+    number = len(plan.experts)
+    routed = [tensor for tensor in plan.tensors if tensor.expert is not None and tensor.expert < number]
+    per_expert = sum(tensor.planned.num_elements for tensor in routed) // number
     return MergeExplanation(
         family=plan.output.name,
         sources=plan.base.family.name,
         dtype=plan.dtype,
-        num_experts=len(plan.experts),
+        num_experts=number,
         experts_per_token=per_token,
         num_parameters=plan.num_parameters,
-        active_parameters=plan.num_parameters - (len(plan.experts) - per_token) * per_expert,
+        active_parameters=plan.num_parameters - (number - per_token) * per_expert,
         num_tensors=len(plan.tensors),
         num_bytes=plan.num_bytes,
         read_bytes=_read_bytes(plan),
@@ -174,7 +176,7 @@ def _equal_gates(config: MergeConfig, base: Model) -> list[tuple[int, ...]]:
         return [(expert,) for expert in range(len(config.experts))]
     sides = prompts_of(config, base)
     rows: dict[object, list[int]] = {}
-    for expert, prompts in enumerate(zip(*sides, strict=True)):
+    for expert, prompts in zip(range(len(config.experts)), zip(*sides, strict=True), strict=False):
         if config.gate_mode is GateMode.CHEAP_EMBED:  # sums of embeddings, in any order
             key: object = tuple(tuple(sorted(token for prompt in side for token in prompt)) for side in prompts)
         else:
@@ -185,14 +187,17 @@ def _equal_gates(config: MergeConfig, base: Model) -> list[tuple[int, ...]]:
 
 def _notes(config: MergeConfig, plan: MergePlan) -> list[str]:
     notes = []
-    if plan.base.architecture.sliding_window is not None:
+    if plan.base.architecture.sliding_window is not None and plan.output.drops_window:
         notes.append(f"the base has a sliding window of {plan.base.architecture.sliding_window}, the mixture none")
     if config.gate_mode is GateMode.CHEAP_EMBED:  # cheap enough to be computed here
-        report = routing.diagnose(gate_matrices(config, plan.base, seed=0), config.experts_per_token)
+        gates = gate_matrices(config, plan.base, seed=0)
+        routers = {layer: gate[: len(config.experts)] for layer, gate in gates.items()}
+        report = routing.diagnose(routers, config.experts_per_token)
         notes += routing.warnings(report)
-    for index, expert in enumerate(config.experts):
+    for index, expert in enumerate(config.all_experts):
         if config.gate_mode.reads_prompts and not any(expert.positive_prompts):
-            notes.append(f"expert {index} has only empty prompts: its gate row comes from the start token alone")
+            who = config.name_of(index)
+            notes.append(f"{who} has only empty prompts: its gate row comes from the start token alone")
     return notes
 
 
@@ -201,7 +206,7 @@ def _read_bytes(plan: MergePlan) -> int:
     total = 0
     for tensor in plan.tensors:
         if tensor.row is not None:
-            model = plan.base if tensor.expert is None else plan.experts[tensor.expert]
+            model = plan.base if tensor.expert is None else plan.all_experts[tensor.expert]
             parts = model.weights.table[tensor.row].parts
             for part in parts if tensor.part is None else [parts[tensor.part]]:
                 total += part.num_elements * model.weights.checkpoint.tensors[part.name].itemsize
@@ -210,10 +215,10 @@ def _read_bytes(plan: MergePlan) -> int:
 
 def _measured_rate(config: MergeConfig, plan: MergePlan) -> float:
     """Bytes of the output that are read and converted in a second, measured on tensors of the experts."""
-    sources = MergeSources(base=plan.base, experts=plan.experts, settings=config.experts, gates={}, seed=0)
+    sources = MergeSources(base=plan.base, experts=plan.all_experts, settings=config.all_experts, gates={}, seed=0)
     done, started = 0, time.perf_counter()
     for tensor in plan.tensors:
-        if tensor.expert is not None:
+        if tensor.expert is not None and tensor.row is not None:
             for chunk in sources.chunks(tensor):
                 done += chunk.nbytes
                 if done >= _MEASURED_BYTES:
@@ -231,10 +236,10 @@ def _memory_bytes(config: MergeConfig, plan: MergePlan) -> int:
     """Values in float32: chunks on their way, gates, an adapter's matrix, and what the reference holds for gates of
     hidden states (export/reference/model.py)."""
     facts, hidden = plan.architecture, plan.architecture.hidden_size
-    values = _HELD_CHUNKS * CHUNK_ELEMENTS + 2 * facts.num_layers * facts.num_experts * hidden
+    values = _HELD_CHUNKS * CHUNK_ELEMENTS + 2 * facts.num_layers * len(config.all_experts) * hidden
     adapted = [
         model.weights.checkpoint.adapter.checkpoint
-        for model in (plan.base, *plan.experts)
+        for model in (plan.base, *plan.all_experts)
         if isinstance(model.weights.checkpoint, AdaptedCheckpoint)
     ]
     values += max((stored.num_bytes for adapter in adapted for stored in adapter.tensors.values()), default=0)

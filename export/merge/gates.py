@@ -8,7 +8,8 @@
 
 A prompt is tokenized with the start token before it, if the tokenizer has one. An expert's row is the vector of its
 positive prompts minus the vector of its negative prompts, divided by its length, which counts as at least 1e-8.
-cheap_embed divides each of the two vectors by its own length first. A prompt without tokens counts as zeros.
+cheap_embed divides each of the two vectors by its own length first. A prompt without tokens counts as zeros. The row of
+a shared expert, whose product with a token's state is the logit of that expert's share, is computed as any other.
 Source: mergekit/moe/router.py.
 
 There are three differences from mergekit. Prompts run without padding, so that hidden_avg is the mean over a prompt's
@@ -37,7 +38,8 @@ Prompts = list[list[int]]
 
 
 def gate_matrices(config: MergeConfig, base: Model, *, seed: int) -> dict[int, npt.NDArray[np.float32]]:
-    """Layer -> gate matrix, float32 [E, H]. Raises MergeError for prompts that the base cannot compute."""
+    """Layer -> gate matrix, float32 [E, H]; with a shared expert [E+1, H], and its row is the last. Raises MergeError
+    for prompts that the base cannot compute."""
     if config.gate_mode.reads_prompts:
         positives, negatives = prompts_of(config, base)
         if config.gate_mode is GateMode.CHEAP_EMBED:
@@ -45,7 +47,7 @@ def gate_matrices(config: MergeConfig, base: Model, *, seed: int) -> dict[int, n
         return _hidden(base, positives, negatives, average=config.gate_mode is GateMode.HIDDEN_AVG)
     rng = np.random.default_rng(seed)
     hidden, layers = base.architecture.hidden_size, range(base.architecture.num_layers)
-    shape = (len(config.experts), hidden)
+    shape = (len(config.all_experts), hidden)
     if config.gate_mode is GateMode.RANDOM:
         return {layer: rng.standard_normal(shape, dtype=np.float32) for layer in layers}
     bound = 1.0 / np.sqrt(hidden)
@@ -59,7 +61,8 @@ def prompts_of(config: MergeConfig, base: Model) -> tuple[list[Prompts], list[Pr
 
 
 def tokenize_prompts(config: MergeConfig, base: Model, settings: Settings) -> tuple[list[Prompts], list[Prompts]]:
-    """Token ids of every expert's positive and negative prompts, each with the start token before it."""
+    """Token ids of every expert's positive and negative prompts, each with the start token before it; those of a shared
+    expert come last."""
     start = settings.facts.special_tokens.get("bos_token", "")  # empty if the tokenizer has no begin token
 
     def encode(prompts: Sequence[str], what: str) -> Prompts:
@@ -69,9 +72,9 @@ def tokenize_prompts(config: MergeConfig, base: Model, settings: Settings) -> tu
         return encoded
 
     sides: tuple[list[Prompts], list[Prompts]] = ([], [])
-    for index, expert in enumerate(config.experts):
-        sides[0].append(encode(expert.positive_prompts, f"positive prompt of expert {index}"))
-        sides[1].append(encode(expert.negative_prompts, f"negative prompt of expert {index}"))
+    for index, expert in enumerate(config.all_experts):
+        sides[0].append(encode(expert.positive_prompts, f"positive prompt of {config.name_of(index)}"))
+        sides[1].append(encode(expert.negative_prompts, f"negative prompt of {config.name_of(index)}"))
     return sides
 
 

@@ -28,7 +28,8 @@ DTYPE_NAMES = {label: name for name, label in FLOAT_LABELS.items()}
 class MergedTensor:
     """One tensor of the merged checkpoint: the row `row` of the table of the expert `expert`, or of the base if that is
     None. With `part` it is that part of the row alone. `residual` says that the tensor makes what the expert adds to
-    the residual. A gate has no row."""
+    the residual. A shared expert comes after the others. A gate has no row: it is the router's, or that of the shared
+    expert if it has an `expert`."""
 
     planned: PlannedTensor
     layer: int | None
@@ -37,10 +38,15 @@ class MergedTensor:
     part: int | None = None
     residual: bool = False
 
+    @property
+    def is_router(self) -> bool:
+        return self.row is None and self.expert is None
+
 
 @dataclass(frozen=True, kw_only=True)
 class MergeSources:
-    """The opened models of a merge, and the gates: layer -> [E, H] in the output dtype."""
+    """The opened models of a merge, a shared expert after the others, and the gates: layer -> [E, H], or [E+1, H], in
+    the output dtype."""
 
     base: Model
     experts: Sequence[Model]
@@ -56,7 +62,8 @@ class MergeSources:
         dtype = tensor.planned.dtype
         if tensor.row is None:
             assert tensor.layer is not None  # every gate has its layer
-            yield self.gates[tensor.layer]
+            first = tensor.expert or 0
+            yield self.gates[tensor.layer][first : first + tensor.planned.shape[0]]
         elif tensor.expert is None:
             yield from _plain_chunks(self.base, tensor.row, tensor.part, dtype)
         elif _is_plain(self.settings[tensor.expert]):

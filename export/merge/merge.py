@@ -3,7 +3,8 @@
     config = read_merge_config(Path("merge.yml"))
     result = merge(config, Path("mixture"))
 
-The MLPs of all models in a layer become that layer's experts; everything else is copied from the base. Tensors are
+The MLPs of all models in a layer become that layer's experts, one of them perhaps an MLP that every token goes through
+beside the others (shared_experts); everything else is copied from the base. Tensors are
 copied in chunks, so memory does not grow with the model; gates from hidden states also need one layer of the base.
 With `training` the gates are then fitted to texts (gate_training.py) and written over those from the prompts. The
 folder gets its name only when it is complete.
@@ -76,21 +77,22 @@ def merge(
     started = time.monotonic()
     refuse_existing(output, _WHAT)
     plan = plan_merge(config)
-    base, experts, dtype, tensors = plan.base, plan.experts, plan.dtype, plan.tensors
+    base, experts, dtype, tensors = plan.base, plan.all_experts, plan.dtype, plan.tensors
     architecture, settings = plan.architecture, plan.settings
     states = [(source, source_files(source)) for source in sources_of((base, *experts))]
     require_space(output, plan.num_bytes, _WHAT)
     _warn_of_losses(config, plan)
     gates = _gates(config, base, dtype, seed, trained_later=training is not None)
-    report = routing.diagnose(gates, config.experts_per_token)
+    routers = {layer: gate[: len(plan.experts)] for layer, gate in gates.items()}
+    report = routing.diagnose(routers, config.experts_per_token)
     trained = None
-    sources = MergeSources(base=base, experts=experts, settings=config.experts, gates=gates, seed=seed)
+    sources = MergeSources(base=base, experts=experts, settings=config.all_experts, gates=gates, seed=seed)
     with staged_directory(output, _WHAT) as folder:
         values = plan.output.config(base, architecture, dtype, _token_keys(architecture, settings))
         _write_folder(folder, config, values, settings, tensors, sources, max_shard_bytes)
         if training is not None:
-            trained, gates = _train(folder, experts, training, tensors, seed)
-            report = routing.diagnose(gates, config.experts_per_token)
+            trained, routers = _train(folder, plan.experts, training, tensors, seed)
+            report = routing.diagnose(routers, config.experts_per_token)
         else:
             for sentence in routing.warnings(report):
                 logger.warning("routing: %s", sentence)
@@ -109,7 +111,7 @@ def merge(
     )
     logger.debug(
         "merged %d experts: %d tensors, %.3f GB, %.1f s, %s",
-        len(experts), result.num_tensors, result.num_bytes / 1e9, time.monotonic() - started, output,
+        len(plan.experts), result.num_tensors, result.num_bytes / 1e9, time.monotonic() - started, output,
     )  # fmt: skip
     return result
 
@@ -129,7 +131,7 @@ def _train(
         )
     stored = {}
     for tensor in tensors:
-        if tensor.row is not None or tensor.layer is None:
+        if not tensor.is_router or tensor.layer is None:
             continue
         place = mixture.weights.checkpoint.tensors[tensor.planned.name]
         gate = cast(trained.gates[tensor.layer], tensor.planned.dtype, tensor.planned.name)
@@ -189,7 +191,8 @@ def _warn_of_losses(config: MergeConfig, plan: MergePlan) -> None:
 def _gates(
     config: MergeConfig, base: Model, dtype: str, seed: int, *, trained_later: bool
 ) -> dict[int, npt.NDArray[Any]]:
-    """Layer -> gate matrix, rounded to the output dtype. Empty prompts are told only if no training follows."""
+    """Layer -> gate matrix, rounded to the output dtype, a shared expert's row last. Empty prompts are told only if no
+    training follows."""
     started = time.monotonic()
     gates = {
         layer: cast(gate, dtype, f"the gate of layer {layer}")

@@ -22,15 +22,22 @@ from export.tokenizer.settings import Settings, read_settings
 
 @dataclass(frozen=True, kw_only=True)
 class MergePlan:
-    """What a merge reads and writes, decided before anything is computed. `architecture` is the mixture's."""
+    """What a merge reads and writes, decided before anything is computed. `architecture` is the mixture's. `shared` is
+    the model of the shared expert."""
 
     output: Output
     base: Model
     experts: Sequence[Model]
+    shared: Model | None
     settings: Settings
     architecture: Architecture
     dtype: str
     tensors: Sequence[MergedTensor]
+
+    @property
+    def all_experts(self) -> list[Model]:
+        """The experts in order, and after them the shared one."""
+        return [*self.experts, *([] if self.shared is None else [self.shared])]
 
     @property
     def num_parameters(self) -> int:
@@ -44,14 +51,14 @@ class MergePlan:
 def plan_merge(config: MergeConfig) -> MergePlan:
     """Open the models, which reads their headers alone, and decide what the merge writes. Raises ConfigError,
     CheckpointError and MergeError."""
-    base, experts = _open_models(config)
+    base, experts, shared = _open_models(config)
     output = choose_output(base, config.architecture)
-    check_models(output, base, experts)
+    check_models(output, base, experts, shared)
     checkpoint = base.weights.checkpoint
     settings = read_settings(checkpoint.folder, checkpoint.config, checkpoint.gguf_file)
     dtype = output_dtype(config.dtype, base)
     architecture = replace(
-        base.architecture,
+        output.architecture(base.architecture),
         family=output.name,
         eos_token_ids=settings.ids.eos,
         num_experts=len(experts),
@@ -59,16 +66,17 @@ def plan_merge(config: MergeConfig) -> MergePlan:
     )
     tensors = output.tensors(architecture, dtype)
     return MergePlan(
-        output=output, base=base, experts=experts, settings=settings, architecture=architecture, dtype=dtype,
-        tensors=tensors,
+        output=output, base=base, experts=experts, shared=shared, settings=settings, architecture=architecture,
+        dtype=dtype, tensors=tensors,
     )  # fmt: skip
 
 
-def _open_models(config: MergeConfig) -> tuple[Model, list[Model]]:
-    """Open the base and the experts; a model that is given several times is opened once."""
-    sources = [config.base, *(expert.model for expert in config.experts)]
+def _open_models(config: MergeConfig) -> tuple[Model, list[Model], Model | None]:
+    """Open the base, the experts and the shared one; a model that is given several times is opened once."""
+    sources = [config.base, *(expert.model for expert in config.all_experts)]
     models = {source: _open_model(source) for source in dict.fromkeys(sources)}
-    return models[config.base], [models[expert.model] for expert in config.experts]
+    shared = models[config.shared.model] if config.shared else None
+    return models[config.base], [models[expert.model] for expert in config.experts], shared
 
 
 def _open_model(source: ModelSource) -> Model:
@@ -93,13 +101,13 @@ def losses(config: MergeConfig, plan: MergePlan) -> list[str]:
     """What each expert loses, and what the mixture lacks of the base, a sentence each."""
     sentences = []
     window = plan.base.architecture.sliding_window
-    if window is not None:
+    if window is not None and plan.output.drops_window:
         sentences.append(
             f"the base attends to the last {window} positions, a {plan.output.name} to all of them, as mergekit-moe "
             f"writes it: texts of more than {window} tokens are computed otherwise than the experts compute them"
         )
-    for lost in measure_lost_training(plan.base, plan.experts):
-        who = f"expert {lost.expert} ({config.experts[lost.expert].model})"
+    for lost in measure_lost_training(plan.base, plan.all_experts):
+        who = f"{config.name_of(lost.expert)} ({config.all_experts[lost.expert].model})"
         if lost.num_differing:
             sentences.append(
                 f"{who} differs from the base outside its MLPs in {lost.num_differing} of {lost.num_compared} sampled "

@@ -105,7 +105,7 @@ gate_mode: hiden
 dtype: fp16
 experts_per_token: 3
 positive_prompt: x
-shared_experts: [{source_model: ./c}]
+shared_experts: [{source_model: ./c}, {source_model: ./d}]
 architecture: deepseek
 tokenizer_source: union
 merge_method: slerp
@@ -123,8 +123,8 @@ experts:
         "dtype is 'fp16', expected one of float16, bfloat16, float32",
         "experts_per_token is 3, expected 1 to 2, the number of experts",
         "positive_prompt: no such key; there are: base_model",
-        "shared_experts: a Mixtral or a phixtral has none, only Qwen's and DeepSeek's mixtures have",
-        "architecture is 'deepseek'; moeship merges into mixtral or phixtral",
+        "shared_experts: found 2, expected a list of one: every token goes through it; other models go under experts",
+        "architecture is 'deepseek'; moeship merges into mixtral or phixtral or qwen2_moe or qwen3_moe",
         "tokenizer_source is 'union'; the base's tokenizer is kept: base",
         "merge_method: it belongs to mergekit-yaml",
         "experts[0].positive_prompt: no such key (did you mean positive_prompts?)",
@@ -135,6 +135,39 @@ experts:
         "experts[1].residual_scale is 'big', expected a finite number",
     ):
         assert part in text, text
+
+
+SHARED = "shared_experts:\n  - {source_model: ./b, positive_prompts: [x], residual_scale: 0.1}\n"
+
+
+def test_a_shared_expert_comes_after_the_others(tmp_path):
+    config = read(tmp_path, PLAIN + SHARED)
+    assert config.shared is not None
+    assert (config.shared.model.location, config.shared.residual_scale) == (str(tmp_path / "b"), 0.1)
+    assert config.all_experts == (*config.experts, config.shared)
+    assert [config.name_of(index) for index in range(3)] == ["expert 0", "expert 1", "the shared expert"]
+    assert read(tmp_path, PLAIN).all_experts == config.experts
+
+
+@pytest.mark.parametrize(
+    ("shared", "message"),
+    [
+        ("./b", "shared_experts: found './b', expected a list of one"),
+        ("[./b]", "shared_experts[0] is './b', expected keys such as source_model and positive_prompts"),
+        ("[{source_model: ./b, weight: 1}]", "shared_experts[0].weight: no such key"),
+        ("[{source_model: ./b}]", "shared_experts[0].positive_prompts is empty, but gate_mode hidden makes"),
+    ],
+)
+def test_a_shared_expert_that_is_none_is_refused(tmp_path, shared, message):
+    assert message in refusal(tmp_path, f"{PLAIN}shared_experts: {shared}\n")
+
+
+@pytest.mark.parametrize(
+    ("word", "family"),
+    [("qwen", "qwen"), ("Qwen MoE", "qwen2_moe"), ("qwen3", "qwen3_moe"), ("Qwen3 MoE", "qwen3_moe")],
+)
+def test_mergekits_words_for_a_qwen_are_read(tmp_path, word, family):
+    assert read(tmp_path, f"{PLAIN}architecture: {word}\n").architecture == family
 
 
 @pytest.mark.parametrize(

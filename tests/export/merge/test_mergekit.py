@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import MixtralConfig
+from transformers import MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
@@ -22,8 +22,15 @@ from export.merge.config import read_merge_config
 from export.merge.merge import merge
 
 GIVEN = json.loads((Path(__file__).parent / "mergekit.json").read_text())
-# Keys of a Llama's config.json that mergekit's MixtralConfig carries along; a MixtralConfig does not read them.
-LEFT_OVER = {"attention_bias", "mlp_bias", "pretraining_tp"}
+MIXTURES = {"qwen2": Qwen2MoeConfig, "qwen3": Qwen3MoeConfig}  # of other dense families a Mixtral is made
+# Keys of the base's config.json that mergekit's configuration carries along and the mixture's class does not read, or
+# reads for a window alone.
+LEFT_OVER = {
+    "mistral": {"attention_bias", "mlp_bias", "pretraining_tp"},
+    "llama": {"attention_bias", "mlp_bias", "pretraining_tp"},
+    "qwen2": {"max_window_layers"},
+    "qwen3": {"max_window_layers", "layer_types"},
+}
 WRITER = {"transformers_version", "_name_or_path"}
 
 
@@ -46,14 +53,18 @@ def test_tensors_are_mergekits_bit_for_bit_and_gates_to_the_stated_rounding(tmp_
     result = merge(read_merge_config(comparison.write_case(tmp_path, case)), tmp_path / "out")
     ours, theirs = comparison.described(result.folder), GIVEN["cases"][name]
     assert comparison.problems_of(case, ours, theirs) == []
-    assert len(theirs["tensors"]) == (32 if case.sizes.get("tied") else 33)
-    config, expected = (MixtralConfig(**found["config"]).to_dict() for found in (ours, theirs))
-    for key in WRITER | LEFT_OVER:
+    number = {"qwen2": 45, "qwen3": 37}.get(case.family, 33)
+    assert len(theirs["tensors"]) == number - bool(case.sizes.get("tied"))
+    mixture = MIXTURES.get(case.family, MixtralConfig)
+    config, expected = (mixture(**found["config"]).to_dict() for found in (ours, theirs))
+    for key in WRITER | LEFT_OVER[case.family]:
         config.pop(key, None)
         expected.pop(key, None)
     assert config == expected
     facts = read_model(open_checkpoint(result.folder)).architecture
-    assert (facts.family, facts.num_experts, facts.sliding_window) == ("mixtral", 3, None)
+    family = {"qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}.get(case.family, "mixtral")
+    window = 6 if name == "qwen3 window" else None
+    assert (facts.family, facts.num_experts, facts.sliding_window) == (family, 3, window)
 
 
 def test_a_difference_is_seen(tmp_path):
