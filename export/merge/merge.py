@@ -35,6 +35,7 @@ from export.merge.gate_training import GateTraining, TrainedGates, measured_afte
 from export.merge.gates import gate_matrices
 from export.merge.layout import MergedTensor, MergeSources, cast
 from export.merge.plan import MergePlan, losses, plan_merge, sources_of
+from export.tokenizer.rules import SETTINGS_FILE, read_tokenizer_files, tokenizer_class
 from export.tokenizer.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,18 @@ def _write_folder(
     (folder / "config.json").write_text(json.dumps(config_values, indent=2) + "\n", encoding="utf-8")
     (folder / YAML_FILE).write_text(config.text, encoding="utf-8")
     settings.write(folder)
+    _keep_tokenizer_class(folder, config_values, settings.facts.tokenizer_class)
+
+
+def _keep_tokenizer_class(folder: Path, config: Mapping[str, Any], name: str) -> None:
+    """Name the class of the base's tokenizer in tokenizer_config.json where that file asks for another one, which
+    transformers would take for the mixture: for some model types, but not for others, it takes one class whatever the
+    file asks for."""
+    files = read_tokenizer_files(folder)
+    asked = files.settings.get("tokenizer_class")
+    if asked and asked.removesuffix("Fast") != name != tokenizer_class(files, config):
+        told = {**files.settings, "tokenizer_class": name}
+        (folder / SETTINGS_FILE).write_text(json.dumps(told, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def _token_keys(architecture: Architecture, settings: Settings) -> dict[str, Any]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from dense_checkpoints import write_dense_checkpoint
 from merging import leftovers, run, write_yaml
+from qwen_tokenizer import write_qwen_tokenizer
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli.main import main
 from export.checkpoint.folder import open_checkpoint
@@ -82,6 +83,22 @@ def test_a_shared_experts_share_is_the_sigmoid_of_its_row(tmp_path):
         (half / name).write_bytes((tmp_path / "e0" / name).read_bytes())
     save_file({k: v * np.float32(1.5) if "down_proj" in k else v for k, v in dense.items()}, half / "model.safetensors")
     expect_equal(theirs(result.folder), theirs(half))
+
+
+@pytest.mark.parametrize("asked", ["GPT2Tokenizer", "LlamaTokenizerFast", "Qwen2Tokenizer"])
+def test_the_mixture_has_the_tokenizer_class_that_transformers_takes_for_the_base(tmp_path, asked):
+    """It takes Qwen2Tokenizer for every qwen2, and for a qwen2_moe what tokenizer_config.json asks for."""
+    write_experts(tmp_path, "qwen2")
+    path = write_qwen_tokenizer(tmp_path / "e0") / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": asked}))
+    merged = run(write_yaml(tmp_path, **shared())).folder
+    base, mixture = AutoTokenizer.from_pretrained(tmp_path / "e0"), AutoTokenizer.from_pretrained(merged)
+    assert type(base).__name__ == type(mixture).__name__ == "Qwen2Tokenizer"
+    text = "it'S 12345 we'll\r\n\n  x = [7,8]; naïve e\u0301 <|im_start|>user"
+    assert mixture(text)["input_ids"] == base(text)["input_ids"]
+    assert mixture.chat_template == base.chat_template
+    same = (merged / "tokenizer_config.json").read_bytes() == path.read_bytes()
+    assert same is (asked == "Qwen2Tokenizer")
 
 
 def test_random_gates_need_no_prompts_for_the_shared_expert(tmp_path):
