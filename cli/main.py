@@ -12,6 +12,7 @@ import argparse
 import importlib
 import importlib.metadata
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -79,6 +80,8 @@ def _run(argv: Sequence[str] | None) -> int:
         "matplotlib",
     ):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    if level > logging.DEBUG:  # gRPC writes a line of its own before our error, such as of a handshake that failed
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     if words[:1] in (["--version"], ["version"]):
         print(f"moeship {version()}")
         return 0

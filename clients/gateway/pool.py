@@ -55,6 +55,7 @@ class Triton:
     is_up: bool = False
     in_flight: int = 0
     late: int = 0  # questions in a row that were not answered in time
+    fault: type[ClientError] | None = None  # why the last question has no answer
     inputs: dict[str, frozenset[str]] = field(default_factory=dict)  # model to the names of its inputs
 
     @property
@@ -176,14 +177,16 @@ class Pool:
         except ClientError as error:
             triton.late += 1
             triton.is_up = was_up and isinstance(error, DeadlineExceeded) and triton.late < _MOST_LATE
-            if was_up and not triton.is_up:
+            # A server that never was up is told too, and one that stays away for another reason is told again.
+            if not triton.is_up and (was_up or triton.fault is not type(error)):
                 logger.warning("a server is away: %s", error)
+            triton.fault = type(error)
             return
         ready = frozenset(state.name for state in states if state.ready and state.name not in STEP_MODELS)
         if not was_up:
             triton.inputs.clear()
             logger.info("%s answers, with the models: %s", triton.url, ", ".join(sorted(ready)) or "none")
-        triton.is_up, triton.ready, triton.late = True, ready, 0
+        triton.is_up, triton.ready, triton.late, triton.fault = True, ready, 0, None
         await self._look_at_inputs(triton)
 
     async def _look_at_inputs(self, triton: Triton) -> None:

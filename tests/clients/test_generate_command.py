@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
+from certificates import issue
 from fake_triton import empty_final, piece
 
 from cli.generate import Timeline, statistics
@@ -404,3 +407,22 @@ def test_importing_the_command_and_the_clients_loads_neither_grpc_nor_tritonclie
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"
+
+
+def test_an_expired_certificate_of_the_server_is_one_line(tmp_path):
+    """gRPC's own line of the handshake is not shown."""
+    authority = issue(tmp_path, "authority", is_authority=True)
+    expired = issue(tmp_path, "expired", authority, days=(-10, -1))
+    server = grpc.server(ThreadPoolExecutor(1))
+    pair = expired.key_file.read_bytes(), expired.cert_file.read_bytes()
+    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
+    server.start()
+    words = ["generate", "--url", f"127.0.0.1:{port}", "--model", "m", "--tls-ca", str(authority.cert_file), "x"]
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "cli.main", *words], env=environment, capture_output=True, text=True, check=False
+    )
+    server.stop(None)
+    [line] = ended.stderr.splitlines()
+    assert line.startswith("TlsFailed: generating with m at 127.0.0.1:")
+    assert "certificate has expired" in line
