@@ -91,8 +91,13 @@ class ModelTexts:
     @cached_property
     def special(self) -> frozenset[int]:
         """The special tokens, which an answer's text does not show."""
-        return frozenset(token for token, added in self.tokenizer.backend.get_added_tokens_decoder().items()
-                         if added.special)  # fmt: skip
+        return frozenset(self.signs)
+
+    @cached_property
+    def signs(self) -> Mapping[int, str]:
+        """Id of each special token -> its text."""
+        added = self.tokenizer.backend.get_added_tokens_decoder()
+        return {token: one.content for token, one in added.items() if one.special}
 
     @cached_property
     def _added(self) -> frozenset[int]:

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from clients.gateway.api import fields, tools
 from clients.gateway.api.answers import Usage, chat_log_probs, finish_reason, now, routing_of
+from clients.gateway.api.channels import Channels, channels_of
 from clients.gateway.api.guides import FORMAT
 from clients.gateway.api.messages import read_messages
 from clients.gateway.api.sampling import (
@@ -70,9 +71,11 @@ class Call:
     head: Mapping[str, Any]  # what every object of the answer begins with, without its kind
     form: tools.Form  # of the model's calls
 
-    def call_reader(self) -> tools.CallReader | None:
-        """What reads the calls in one answer; None where it can have none."""
+    def call_reader(self) -> tools.CallReader | Channels | None:
+        """What reads the calls and channels in one answer; None where it can have none."""
         kind = tools.choice_of(self.values)
+        if kind in (tools.NONE, tools.AUTO) and (channels := channels_of(self.texts, has_tools=kind == tools.AUTO)):
+            return channels
         if kind == tools.NONE or (kind == tools.AUTO and self.form.begin is None):
             return None
         return tools.CallReader(self.form, self.texts, kind)
@@ -174,7 +177,7 @@ async def _whole(gateway: Gateway, call: Call, usage: Usage) -> dict[str, Any]:
 
 
 def _choice(
-    call: Call, part: Generation | Piece, words: dict[str, Any], reader: tools.CallReader | None
+    call: Call, part: Generation | Piece, words: dict[str, Any], reader: tools.CallReader | Channels | None
 ) -> dict[str, Any]:
     reason = finish_reason(part)
     choice = {
@@ -192,7 +195,7 @@ async def _events(gateway: Gateway, call: Call, usage: Usage) -> AsyncGenerator[
     head = {"object": "chat.completion.chunk", **call.head}
     extra = {"usage": None} if call.includes_usage else {}
     texts: dict[int, TextEvent] = {}  # index of a choice that has begun to its events of a text alone
-    readers: dict[int, tools.CallReader | None] = {}  # the same to what reads its calls
+    readers: dict[int, tools.CallReader | Channels | None] = {}  # the same to what reads its calls
     shows_more = call.log_probs or call.values.get("return_token_ids") or call.values.get(ROUTING)
 
     def event_of(choice: dict[str, Any]) -> bytes:

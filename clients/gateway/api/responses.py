@@ -6,7 +6,7 @@ conversation is continued by sending it again, and `previous_response_id` is ref
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from clients.gateway.api import chat, fields
 from clients.gateway.api.answers import Usage, finish_reason
+from clients.gateway.api.channels import channels_of
 from clients.gateway.api.messages import read_messages
 from clients.gateway.api.sampling import UNREAD
 from clients.gateway.errors import invalid
@@ -143,18 +144,27 @@ def _status(reason: str | None) -> str:
     return "incomplete" if reason == "length" else "completed"
 
 
+def _content(deltas: Sequence[Mapping[str, Any]]) -> str:
+    """What of an answer is no reasoning."""
+    return "".join(delta.get("content", "") for delta in deltas)
+
+
 async def _whole(gateway: Gateway, call: chat.Call, answer: _Answer) -> dict[str, Any]:
     """The answer as one object."""
     with renamed(_NAMES):
         (generation,) = await gateway.pool.generate_all(call.request)
     answer.usage.add(generation)
     status = _status(finish_reason(generation))
-    return answer.response(status, [answer.item(status, [_text(generation.text)])])
+    text = generation.text
+    if channels := channels_of(call.texts, has_tools=False):
+        text = _content(channels.read(text, generation.token_ids, is_last=True))
+    return answer.response(status, [answer.item(status, [_text(text)])])
 
 
 async def _events(gateway: Gateway, call: chat.Call, answer: _Answer) -> AsyncGenerator[bytes, None]:
     """The answer piece by piece."""
     text, status, has_begun = "", "completed", False
+    channels = channels_of(call.texts, has_tools=False)
 
     def events_of(piece: Piece) -> bytes:
         nonlocal text, status, has_begun
@@ -168,9 +178,12 @@ async def _events(gateway: Gateway, call: chat.Call, answer: _Answer) -> AsyncGe
             data += answer.part_event("response.content_part.added", part=_text(""))
         answer.usage.add(piece)
         status = _status(finish_reason(piece))
-        text += piece.text
-        if piece.text:
-            data += answer.part_event("response.output_text.delta", delta=piece.text, logprobs=[])
+        delta = piece.text
+        if channels is not None:
+            delta = _content(channels.read(delta, piece.token_ids, is_last=piece.finish_reason is not None))
+        text += delta
+        if delta:
+            data += answer.part_event("response.output_text.delta", delta=delta, logprobs=[])
         return data
 
     with renamed(_NAMES):

@@ -342,10 +342,11 @@ class _Object:
 
 def message_of(deltas: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The message that deltas add up to. Its content is null where it has calls alone."""
-    texts: list[str] = []
+    texts, reasoning = list[str](), list[str]()
     calls: list[dict[str, Any]] = []
     for delta in deltas:
         texts.append(delta.get("content", ""))
+        reasoning.append(delta.get("reasoning_content", ""))
         for call in delta.get("tool_calls", ()):
             if "id" in call:
                 calls.append({key: value for key, value in call.items() if key != "index"})
@@ -353,6 +354,8 @@ def message_of(deltas: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
                 calls[-1]["function"]["arguments"] += call["function"]["arguments"]
     content = "".join(texts)
     message = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
+    if thought := "".join(reasoning):
+        message["reasoning_content"] = thought
     return {**message, "tool_calls": calls} if calls else message
 
 
