@@ -10,7 +10,7 @@ FOLDER for `moeship plan --curves`; rounds that FOLDER has are not measured agai
 
 It prints a line for each rate and latency: measured, predicted from the other rates, the difference, and how far apart
 chance alone puts the two (95 %). Exit status 0: every prediction for which chance is at most 15 % is within 15 %; 1:
-one is not, or a load failed; 2 wrong input. Use a machine that does nothing else.
+one is not, chance is larger for all of them, or a load failed; 2 wrong input. Use a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def main() -> int:
         print("\n".join(lines(checked)))
         certain, met, every = counts(checked)
         print(f"{met} of {certain} certain predictions are within {BOUND:.0%}; {every - certain} are too uncertain")
-        return int(met < certain)
+        return int(met < certain or not certain)
 
     return run_command(run)
 

@@ -29,6 +29,21 @@ def test_pods_run_without_rights_and_with_a_root_that_is_read_only(name):
     assert writable == ({"/tmp", "/models"} if name == "moeship-model" else {"/tmp", "/dev/shm"})
 
 
+@pytest.mark.parametrize("name", ["moeship", "moeship-model", "kserve"])
+def test_what_is_mounted_is_a_volume_and_every_volume_is_mounted(name):
+    pod = pods()[name]
+    containers = [*pod["containers"], *pod.get("initContainers", [])]
+    mounted = {mount["name"] for container in containers for mount in container.get("volumeMounts", [])}
+    assert mounted == {volume["name"] for volume in pod["volumes"]}
+
+
+@pytest.mark.parametrize("name", ["moeship", "kserve"])
+def test_a_server_is_promised_the_memory_that_it_may_take(name):
+    """Else the kernel ends it for what its neighbours take. Files in /dev/shm and /tmp of memory count in it."""
+    [container] = pods()[name]["containers"]
+    assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
+
+
 def test_services_of_compose_run_without_rights_and_reach_this_machine_alone():
     [whole] = documents("compose/compose.yaml")
     for service in compose().values():

@@ -64,6 +64,15 @@ def test_probes_ask_for_paths_that_exist_on_the_ports_that_have_them(server):
         assert server.probes["liveness"]["httpGet"]["path"] == "/v2/health/live"
 
 
+def test_a_probe_begins_at_once_and_ends_before_the_next_one(server):
+    """The startup probe waits for the models, so the others wait for nothing; an answer that comes later than the next
+    question says nothing of the time between."""
+    for name, probe in server.probes.items():
+        assert "initialDelaySeconds" not in probe, name
+        if "timeoutSeconds" in probe:
+            assert probe["timeoutSeconds"] <= probe["periodSeconds"], name
+
+
 def test_a_server_has_the_time_to_load_its_models(server):
     options, probe = server.options, server.probes["startup"]
     needed = options.ready_timeout + (companion.READY_TIMEOUT_S if options.openai_port else 0)
