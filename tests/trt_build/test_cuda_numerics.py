@@ -243,7 +243,7 @@ def test_attention_that_one_graph_scales_by_1_03_is_told_by_the_question_about_i
     ways = compare_serving(engine, TOKENS[:256], quiet)
     limits = serving_limits(precision, "cuda")
     failed = {way.name for way in ways if way.failure(limits)}
-    found = {way.name: way.failure(limits) for way in where_it_begins(engine, TOKENS[:256], ways, failed, quiet)}
+    found = {way.name: way.failure(limits) for way in where_it_begins(engine, TOKENS[:256], ways, limits, quiet)}
     assert failed
     assert [name for name in failed if "it begins in the attention of layer 0, norms included" not in found[name]] == []
     answer = ask_about_graph(

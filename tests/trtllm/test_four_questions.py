@@ -19,7 +19,13 @@ from trt_build.comparison.parity import THRESHOLDS, measure, near_ties
 from trt_build.engine_files import record_files
 from trt_build.report.visible import number
 from trt_build.trtllm.engine import open_trtllm_engine, write_trtllm_manifest
-from trt_build.trtllm.questions.logits import ask_about_cost, ask_about_generation, ask_about_logits, judged_differences
+from trt_build.trtllm.questions.logits import (
+    GENERATION_LIMITS,
+    ask_about_cost,
+    ask_about_generation,
+    ask_about_logits,
+    judged_differences,
+)
 
 TOKENS = "24"
 
@@ -209,3 +215,5 @@ def test_generation_is_relative_to_the_largest_logit_of_the_context():
     way = ask_about_generation(np.float32([[1, 2], [3, -8]]), np.float32([[1, 2.5], [3, -10]]), 7)
     assert way.differences.tolist() == [0.05, 0.2]
     assert way.places == ("position 7", "position 8")
+    told = way.failure(GENERATION_LIMITS["float32"])
+    assert told.endswith("; an engine of TensorRT-LLM shows no layer, so the network or its build is to be looked at")

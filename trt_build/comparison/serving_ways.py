@@ -119,24 +119,31 @@ class Way:
         """The limits of this way; `served` are those of the engine's precision."""
         return FLOAT32_LIMITS if self.exact else served
 
+    def begins_at(self, limits: ServingLimits) -> int | None:
+        """The position that a failure looks for its beginning at: the first past the limit of any, or the worst where
+        the mean is past its own. None if no limit is missed. NaN misses each."""
+        wrong = np.flatnonzero(~(self.differences <= limits.largest) & self.judged)
+        if len(wrong):
+            return int(wrong[0])
+        return None if self.mean <= limits.mean else int(np.argmax(np.where(self.judged, self.differences, 0.0)))
+
     def failure(self, limits: ServingLimits) -> str | None:
-        """A sentence if a limit is missed: which way, where, found and allowed, and the layer where it begins. NaN
-        misses each limit."""
+        """A sentence if a limit is missed: which way, where, found and allowed, and the layer where it begins."""
+        position = self.begins_at(limits)
+        if position is None:
+            return None
         wrong = np.flatnonzero(~(self.differences <= limits.largest) & self.judged)
         if len(wrong):
             worst = int(wrong[np.argmax(np.nan_to_num(self.differences[wrong], nan=np.inf))])
             return (
                 f"served in {self.name}, {len(wrong)} of {len(self.places)} positions differ from the scoring graph, "
-                f"first {self.places[wrong[0]]}; the largest difference is {self.differences[worst]:.1e} of the "
-                f"largest logit, allowed {limits.largest:.1e}{self._begin(int(wrong[0]))}"
+                f"first {self.places[position]}; the largest difference is {self.differences[worst]:.1e} of the "
+                f"largest logit, allowed {limits.largest:.1e}{self._begin(position)}"
             )
-        if not self.mean <= limits.mean:
-            worst = int(np.argmax(np.where(self.judged, self.differences, 0.0)))
-            return (
-                f"served in {self.name}, positions differ from the scoring graph by {self.mean:.1e} of the largest "
-                f"logit on average, allowed {limits.mean:.1e}{self._begin(worst)}"
-            )
-        return None
+        return (
+            f"served in {self.name}, positions differ from the scoring graph by {self.mean:.1e} of the largest logit "
+            f"on average, allowed {limits.mean:.1e}{self._begin(position)}"
+        )
 
     def _begin(self, position: int) -> str:
         """Where in the model the difference at one of the positions begins, as the end of a sentence."""

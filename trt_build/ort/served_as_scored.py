@@ -20,7 +20,7 @@ there `chunks` compares the last position of each chunk, and `batch` shows only 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ import numpy.typing as npt
 from export.exporter import SCORING_GRAPH, SERVING_GRAPH
 from export.provider import PROVIDERS
 from trt_build.comparison.parity import FloatArray
-from trt_build.comparison.serving_ways import NEAR_PRECISE, NEAR_ROUNDED, Way
+from trt_build.comparison.serving_ways import NEAR_PRECISE, NEAR_ROUNDED, ServingLimits, Way
 from trt_build.ort.cache import Cache
 from trt_build.ort.engine import Engine
 from trt_build.ort.questions.float32 import float32_experts, with_float32_activations
@@ -44,7 +44,7 @@ LATE_TOKENS = 33  # of the sequence that comes in when the others decode
 BATCH_STEPS = 6  # tokens of each sequence that are decoded together
 CHUNKED_TOKENS = 512
 DECODED_TOKENS = 64
-PARTS_BYTES = 1 << 28  # of what parts of layers give in the scoring graph, held at a time
+PARTS_BYTES = 1 << 27  # of what parts of layers give in the scoring graph, held at a time
 # Differences of what a part gives that are more than the order of summation makes, which in small models of three
 # layers was 5e-7 with float32 and 5e-4 with float16 between the operations; attention scaled by 1.03 makes 4e-3 and
 # 1.3e-2 where it begins.
@@ -98,11 +98,14 @@ def compare_serving(engine: Engine, window: Sequence[int], progress: Callable[[s
 
 
 def where_it_begins(
-    engine: Engine, window: Sequence[int], ways: Sequence[Way], failed: Collection[str], progress: Callable[[str], None]
+    engine: Engine, window: Sequence[int], ways: Sequence[Way], served: ServingLimits, progress: Callable[[str], None]
 ) -> tuple[Way, ...]:
-    """`ways`, with how far the parts of layers differ, until those called `failed` show where their differences begin.
-    The parts are compared in groups of at most PARTS_BYTES. An engine of an earlier format shows no parts."""
-    if not engine.has_serving_graph:
+    """`ways`, with how far the parts of layers differ, until those that miss a limit show where their differences
+    begin; `served` are the limits of the engine's precision. Nothing is run if none does. The parts are compared in
+    groups of at most PARTS_BYTES. An engine of an earlier format shows no parts."""
+    asked = {way.name: way.begins_at(way.limits(served)) for way in ways}
+    failed = {name: position for name, position in asked.items() if position is not None}
+    if not engine.has_serving_graph or not failed:
         return tuple(ways)
     scoring, serving = (stored_or_float32(engine, file) for file in (SCORING_GRAPH, SERVING_GRAPH))
     parts, facts = layer_parts(scoring, serving, engine), engine.manifest.architecture
@@ -114,13 +117,13 @@ def where_it_begins(
         progress(f"comparing what {len(group)} of {len(parts)} parts of the layers give")
         with float32_experts():
             compared = _compare(engine, window, with_outputs(scoring, group), with_outputs(serving, group), group)
-        shown = set()
+        shown = []
         for own in compared:
-            for name in {own.name, f"{own.name}, float32 activations"} & found.keys():
+            for name in {own.name, f"{own.name}, float32 activations"} & failed.keys():
                 found[name] = _with_parts(found[name], own, limit)
                 assert own.parts is not None
-                shown |= set() if (own.parts <= limit).all() else {name}
-        if shown.issuperset(failed):
+                shown.append(not (own.parts[:, failed[name]] <= limit).all())
+        if all(shown):
             break
     return tuple(found[way.name] for way in ways)
 

@@ -120,10 +120,8 @@ def verify_engine(
         watch.ended("int8 cache")
     precision = manifest.judged_as
     limits = serving_limits(precision, manifest.provider)
-    failed = {way.name for way in ways if way.failure(way.limits(limits)) is not None}
-    if failed:
-        ways = where_it_begins(engine, windows[0], ways, failed, progress)
-        watch.ended("serving")
+    ways = where_it_begins(engine, windows[0], ways, limits, progress)
+    watch.ended("serving")
     missed = report.failures(manifest.thresholds)
     if missed:
         measure_cost = measure_cost or prepare_cost(engine, model, token_ids, OF_A_FAILURE)

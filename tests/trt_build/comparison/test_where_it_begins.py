@@ -14,7 +14,7 @@ from engine_faults import FAULTS, with_fault
 from cli.main import main
 from export.checkpoint.folder import open_checkpoint
 from export.families import read_model
-from trt_build.comparison.serving_ways import SERVING_LIMITS
+from trt_build.comparison.serving_ways import SERVING_LIMITS, ServingLimits, Way
 from trt_build.engine_files import record_files
 from trt_build.ort import served_as_scored
 from trt_build.ort.build import BuildOptions, build_engine
@@ -53,7 +53,7 @@ def located(engine, window=TOKENS) -> dict[str, str]:
     limits = SERVING_LIMITS[engine.manifest.precision.name]
     ways = compare_serving(engine, window, quiet)
     failed = {way.name for way in ways if way.failure(way.limits(limits))}
-    found = where_it_begins(engine, window, ways, failed, quiet)
+    found = where_it_begins(engine, window, ways, limits, quiet)
     return {way.name: way.failure(way.limits(limits)) for way in found if way.name in failed}
 
 
@@ -105,7 +105,8 @@ def test_a_sum_of_a_parallel_layer_that_is_wrong_is_told(tmp_path, tiny_checkpoi
 def test_the_parts_of_a_sound_engine_differ_by_a_tenth_of_the_limit_at_most(dense, tiny_engines, precision):
     for engine in (dense(precision)[0], open_engine(tiny_engines(precision))):
         ways = compare_serving(engine, TOKENS, quiet)
-        for way in where_it_begins(engine, TOKENS, ways, WAYS, quiet):
+        ways = [way for way in ways if way.name in WAYS]
+        for way in where_it_begins(engine, TOKENS, ways, ServingLimits(largest=-1.0, mean=-1.0), quiet):
             assert len(way.part_names) == 3 * engine.manifest.architecture.num_layers
             assert way.parts.shape == (len(way.part_names), len(way.places))
             assert way.parts.max() <= way.part_limit / 10
@@ -117,11 +118,30 @@ def test_parts_are_compared_in_groups_until_a_difference_shows(tmp_path, dense, 
     wrong = with_fault(engine, tmp_path / "wrong", fault, network)
     monkeypatch.setattr(served_as_scored, "PARTS_BYTES", 1)
     limits, told = SERVING_LIMITS["fp32"], []
-    ways = compare_serving(wrong, TOKENS, quiet)
-    failed = {way.name for way in ways if way.failure(way.limits(limits))}
-    found = where_it_begins(wrong, TOKENS, ways, failed, told.append)
+    found = where_it_begins(wrong, TOKENS, compare_serving(wrong, TOKENS, quiet), limits, told.append)
     assert len(told) == 4  # three parts of layer 0, and attention of layer 1
     assert all(IN_A_LAYER["attention's scale times 1.03"] in way.failure(limits) for way in found)
+
+
+def test_groups_go_on_until_the_position_that_is_told_shows_a_difference(dense, monkeypatch):
+    """A difference of a position that is not judged, as of a near tie, ends nothing."""
+    engine, _, _ = dense("fp32")
+    differences, ties = np.zeros(20), np.zeros(20, dtype=bool)
+    differences[:2], ties[0] = (0.9, 0.8), True
+    places = tuple(f"position {place}" for place in range(20))
+    way, asked = Way(name="chunks", differences=differences, places=places, ties=ties), []
+
+    def compare(_engine, _window, _scoring, _serving, parts):
+        asked.append(parts[0].name)
+        rows = np.zeros((1, 20))
+        rows[0, 0], rows[0, 1] = 1.0, float(len(asked) == 3)
+        return (dataclasses.replace(way, parts=rows, part_names=(parts[0].name,)),)
+
+    monkeypatch.setattr(served_as_scored, "PARTS_BYTES", 1)
+    monkeypatch.setattr(served_as_scored, "_compare", compare)
+    [found] = where_it_begins(engine, TOKENS, [way], SERVING_LIMITS["fp32"], quiet)
+    assert asked == ["attention of layer 0", "MLP of layer 0", "residual's sum of layer 0"]
+    assert "at position 1 it begins in the residual's sum of layer 0, norms" in found.failure(SERVING_LIMITS["fp32"])
 
 
 def test_verify_of_a_dense_engine_names_the_layer_and_asks_no_more_of_a_sound_one(tmp_path, dense, capsys, monkeypatch):
