@@ -176,8 +176,7 @@ MODELS = {
 MORE_KEYS = {
     "granitemoe": {"attention_bias": False},
     "gpt_oss": {
-        "attention_bias": True, "experts_per_token": GPT_OSS.experts_per_token, "head_dim": GPT_OSS.head_size,
-        "initial_context_length": 4096, "rope_scaling": YARN, "swiglu_limit": 7.0,
+        "attention_bias": True, "initial_context_length": 4096, "rope_scaling": YARN, "swiglu_limit": 7.0,
         "quantization_config": {
             "quant_method": "mxfp4",
             "modules_to_not_convert": [
@@ -185,10 +184,10 @@ MORE_KEYS = {
             ],
         },
     },
-    "olmoe": {"norm_topk_prob": False, "clip_qkv": None, "num_experts": OLMOE.num_experts},
+    "olmoe": {"norm_topk_prob": False, "clip_qkv": None},
     "qwen3_moe": {
-        "norm_topk_prob": True, "head_dim": QWEN3.head_size, "moe_intermediate_size": QWEN3.ffn_size,
-        "intermediate_size": 6144, "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False,
+        "norm_topk_prob": True, "intermediate_size": 6144, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "use_sliding_window": False,
     },
 }  # fmt: skip
 DTYPES = {"float16": "F16", "bfloat16": "BF16"}
@@ -285,16 +284,23 @@ def llama_config(architecture: Architecture) -> dict[str, Any]:
 
 def _own_keys(architecture: Architecture) -> dict[str, Any]:
     """Keys of a family whose values are among the facts."""
-    if architecture.family == "gpt_oss":
-        windows = map(architecture.window, range(architecture.num_layers))
-        return {"layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows]}
-    if architecture.family == "granitemoe":
-        scales = architecture.scales
-        return {
-            "embedding_multiplier": scales.embedding, "residual_multiplier": scales.residual,
-            "attention_multiplier": architecture.attention_scale, "logits_scaling": scales.logits,
-        }  # fmt: skip
-    return {}
+    windows, scales = map(architecture.window, range(architecture.num_layers)), architecture.scales
+    keys: dict[str, dict[str, Any]] = {
+        "olmoe": {"num_experts": architecture.num_experts},
+        "qwen3_moe": {"head_dim": architecture.head_size, "moe_intermediate_size": architecture.ffn_size},
+        "gpt_oss": {
+            "experts_per_token": architecture.experts_per_token,
+            "head_dim": architecture.head_size,
+            "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
+        },
+        "granitemoe": {
+            "embedding_multiplier": scales.embedding,
+            "residual_multiplier": scales.residual,
+            "attention_multiplier": architecture.attention_scale,
+            "logits_scaling": scales.logits,
+        },
+    }
+    return keys.get(architecture.family, {})
 
 
 def shortened(architecture: Architecture, layers: int) -> Architecture:

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,12 +14,12 @@ import pytest
 from serve_command import wait_until
 
 import decode_turns
-from decode import turns
+from decode import published, turns
 from decode.contenders import CHOICES, Task
 from decode.entrants import prepare
 from decode.worker import task_as_json
 from export.errors import ConfigError
-from synthetic_checkpoint import PHIXTRAL
+from synthetic_checkpoint import PHIXTRAL, QWEN3
 from trt_build.ort.engine import open_engine
 
 RESULTS = Path(decode_turns.__file__).parent / "results"
@@ -109,6 +110,41 @@ def test_ratios_and_shares_are_medians_of_what_a_round_gives():
     assert lines[3] == ["ours", "9.00", "16.00", "2.50", "56%", "1.00"]
     # 2 GB at 5, 20 and 6 tokens/s are 33, 67 and 30 %; ours is 1.2, 0.8 and 1.5 times as fast.
     assert lines[4] == ["ik-q4_0", "6.00", "20.00", "2.00", "33%", "1.20"]
+
+
+def test_a_published_model_is_named_with_the_layers_that_were_measured():
+    lines = decode_turns.report({**result(), "like": "qwen3-30b-a3b", "model": {"num_layers": 3}}).splitlines()
+    assert lines[0] == "qwen3-30b-a3b, 3 of 48 layers"
+    assert lines[1].startswith("Some CPU, 2 threads")
+
+
+def test_an_engine_of_some_layers_is_built_once_and_its_checkpoint_removed(tmp_path, monkeypatch):
+    small = replace(
+        QWEN3, hidden_size=128, num_heads=2, num_kv_heads=1, head_size=64, rotary_dim=64, ffn_size=128, num_layers=3,
+        num_experts=4, experts_per_token=2, vocab_size=6144,
+    )  # fmt: skip
+    monkeypatch.setitem(published.MODELS, "small", small)
+    made = published.engine_of("small", 1, "int4", tmp_path / "cache")
+    assert made.name == "engine-small-L1-V2048-int4"
+    assert list((tmp_path / "cache").iterdir()) == [made]
+    facts = open_engine(made).manifest.architecture
+    assert (facts.family, facts.num_layers, facts.vocab_size, facts.num_experts) == ("qwen3_moe", 1, 2048, 4)
+    monkeypatch.setattr(published, "write", None)
+    assert published.engine_of("small", 1, "int4", tmp_path / "cache") == made
+
+
+@pytest.mark.parametrize("given", [[], ["--engine", "a", "--like", "olmoe-1b-7b"]])
+def test_one_of_engine_and_published_model_is_named(given, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["decode_turns", "--gguf", "cache", *given])
+    assert decode_turns.main() == 2
+    assert "name an engine with --engine, or a model with --like, and a folder" in capsys.readouterr().err
+
+
+def test_a_task_names_its_file_by_a_whole_path(monkeypatch, tmp_path):
+    """The process of a contender runs in another folder."""
+    monkeypatch.chdir(tmp_path)
+    task = Task(contender="ours", source=Path("engine"), model=PHIXTRAL, positions=9, threads=1, settings={})
+    assert task_as_json(task)["source"] == str(tmp_path / "engine")
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("decode_turns-*.json")), ids=lambda path: path.stem)
