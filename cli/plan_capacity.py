@@ -130,7 +130,8 @@ def _interval(plan: Plan) -> Rows:
     if plan.servers_within is None:
         return []
     low, high = plan.servers_within
-    rows = [("by chance", f"{low} to {high} servers" if high else f"{low} servers or more; perhaps none is enough")]
+    said = f"{low} to {high} servers" if high else f"{low} servers or more; perhaps no number is enough"
+    rows = [("by chance", said if low != high else f"{low} servers, whatever chance did to the latencies (95 %)")]
     rows += [
         (
             "uncertain",
