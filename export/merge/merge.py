@@ -3,9 +3,9 @@
     config = read_merge_config(Path("merge.yml"))
     result = merge(config, Path("mixture"))
 
-The MLPs of all models in a layer become that layer's experts, one of them perhaps an MLP that every token goes through
-beside the others (shared_experts); everything else is copied from the base. Tensors are
-copied in chunks, so memory does not grow with the model; gates from hidden states also need one layer of the base.
+The MLPs of all models in a layer become that layer's experts; everything else is copied from the base. In a qwen2_moe
+the MLP of one more model becomes the shared expert, which every token goes through. Tensors are copied in chunks, so
+memory does not grow with the model; gates from hidden states also need one layer of the base.
 With `training` the gates are then fitted to texts (gate_training.py) and written over those from the prompts. The
 folder gets its name only when it is complete.
 """
