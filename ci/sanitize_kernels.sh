@@ -12,10 +12,11 @@ trap 'rm -rf "$copy"' EXIT
 git ls-files -z export trt_build tests/kernel_nodes.py tests/trt_build/kernels pyproject.toml setup.py README.md LICENSE |
   xargs -0 cp --parents -t "$copy"
 cd "$copy"
-flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
-printf '#!/bin/sh\nexec g++ "$@" %s -O1\n' "$flags" > g++-checked  # also for the AMX emulator, which the tests compile
-chmod +x g++-checked
-export CXX=$PWD/g++-checked CC=$PWD/g++-checked
+printf '#!/bin/sh\nexec g++ "$@" -O1\n' > g++-quick
+chmod +x g++-quick
+export CXX=$PWD/g++-quick CC=$PWD/g++-quick
+export CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+export CXXFLAGS=$CFLAGS LDFLAGS=$CFLAGS  # also for the library that emulates AMX, which the tests compile
 "$python" setup.py -q build_ext --inplace
 nm -D trt_build/ort/kernels/moeship_kernels.so | grep __asan_init >/dev/null
 # Leak detection is off, because Python and ONNX Runtime do not free all memory at exit.
