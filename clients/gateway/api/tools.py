@@ -56,6 +56,10 @@ UNKNOWN = Form()
 # and in later ones of Mistral a name stands before each call's arguments.
 _OTHERS = {HERMES: ("<function=", "<arg_key>"), MISTRAL: ("[ARGS]",)}
 
+# JSON schemas: the keywords that hold values, and those that hold schemas under names that the schema's author chose.
+_VALUES = ("const", "enum", "default", "examples")
+_TABLES = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+
 
 def form_of(template: str) -> Form:
     """The form of a model's calls, by its chat template."""
@@ -161,19 +165,24 @@ def _schema_of(function: Mapping[str, Any], path: str) -> dict[str, Any]:
     }
 
 
-def _moved(schema: Any, path: str) -> Any:  # noqa: ANN401 - JSON value
-    """A schema that stands at a path of another one: its references lead to their places there."""
+def _moved(schema: Any, path: str, *, has_names: bool = False) -> Any:  # noqa: ANN401 - JSON value
+    """A schema that stands at a path of another one: its references lead to their places there. `has_names`: it is a
+    table of schemas, whose keys are names."""
     if isinstance(schema, list):
         return [_moved(item, path) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    return {
-        key: path + value[1:]
-        if key == "$ref" and isinstance(value, str) and value.startswith("#")
-        else _moved(value, path)
-        for key, value in schema.items()
-        if key != "$schema"  # it may stand at the root alone
-    }
+    moved: dict[str, Any] = {}
+    for key, value in schema.items():
+        if has_names:
+            moved[key] = _moved(value, path)
+        elif key == "$ref" and isinstance(value, str) and value.startswith("#"):
+            moved[key] = path + value[1:]
+        elif key in _VALUES:
+            moved[key] = value
+        elif key != "$schema":  # it may stand at the root alone
+            moved[key] = _moved(value, path, has_names=key in _TABLES)
+    return moved
 
 
 _BEGIN = re.compile(r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')

@@ -14,7 +14,6 @@ from clients.gateway.api.tools import message_of
 from clients.gateway.texts import ModelTexts, read_texts
 
 FINAL = "<|start|>assistant<|channel|>final<|message|>"
-FINAL = "<|start|>assistant<|channel|>final<|message|>"
 ANSWER = f"<|channel|>analysis<|message|>Größe 2+2?<|end|>{FINAL}It is 4 é.<|return|>"
 CASES = {
     ANSWER: ("Größe 2+2?", "It is 4 é."),

@@ -232,6 +232,18 @@ def test_the_schema_of_a_call_is_one_that_servers_keep_answers_to(tools, is_list
     check_guide("json_schema", json.dumps(schema))
 
 
+def test_only_references_are_changed_in_a_schema_that_is_moved():
+    """Values stay as they are, and so do the names of properties, whatever they are."""
+    values = {"enum": [{"$ref": "#/x", "$schema": "y"}], "default": {"$ref": "#/x"}}
+    inner = {"type": "integer"}
+    named = {"$schema": inner, "const": {"$ref": "#/$defs/enum"}, "own": values, "properties": {"$ref": "#"}}
+    parameters = {"$schema": "z", "properties": named, "$defs": {"enum": inner}}
+    schema = call_schema([{"name": "f", "parameters": parameters}], is_list=False)["properties"]["arguments"]
+    path = "#/properties/arguments"
+    expected = {**named, "const": {"$ref": f"{path}/$defs/enum"}, "properties": {"$ref": path}}
+    assert schema == {"properties": expected, "$defs": {"enum": inner}}
+
+
 def test_forms_are_told_apart_by_what_templates_contain():
     assert form_of(TEMPLATES["hermes"]) is HERMES
     assert form_of(TEMPLATES["mistral"]) is MISTRAL
