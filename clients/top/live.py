@@ -60,7 +60,8 @@ class Watcher:
         """Read the metrics. If not `patient`, raises MetricsUnavailable where there is no answer."""
         fault = ""
         try:
-            timeout_s = max(1.0, min(self._interval_s, LONGEST_READ_S))
+            # Where no next frame waits for it, a busy server is given more time than the interval.
+            timeout_s = max(1.0, min(self._interval_s, LONGEST_READ_S)) if patient else LONGEST_READ_S
             self._history.add(read_metrics(self.url, self._tls, timeout_s, self._api_key))
             self._engines = tuple(figures(self._history, since_start=self._since_start))
             self._answered = time.monotonic()

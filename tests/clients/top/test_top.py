@@ -19,6 +19,7 @@ from serve_command import PATIENCE_S, wait_until
 
 from cli.main import main
 from clients.errors import MetricsUnavailable
+from clients.top import live
 from clients.top.figures import Figures, figures
 from clients.top.live import Watcher
 from clients.top.scrape import Change, History, Scrape, parse
@@ -274,9 +275,11 @@ def publishing(texts: list[str], port: int = 0):
     with HTTPServer(("127.0.0.1", port), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/metrics", server.server_port
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/metrics", server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_a_server_that_goes_away_and_comes_back_is_followed():
@@ -305,7 +308,21 @@ def test_once_as_json_is_one_line(capsys):
     found = json.loads(line)
     assert found["up"] is True
     assert found["engines"][0]["first_token_s"]["p50"] == pytest.approx(0.055)
-    assert found["engines"][0]["output_tokens_per_s"] > 100
+    assert 0 < found["engines"][0]["output_tokens_per_s"] <= 500  # 100 in 0.2 s or more
+
+
+def test_a_server_that_is_looked_at_once_has_longer_to_answer_than_the_interval(monkeypatch, capsys):
+    found = []
+
+    def read(url, tls, timeout_s, api_key=None):
+        found.append(timeout_s)
+        return parse(engine_text(steps=len(found)), "reading")
+
+    monkeypatch.setattr(live, "read_metrics", read)
+    assert main(["top", "http://127.0.0.1:1/metrics", "--once", "--interval", "0.2"]) == 0
+    assert "phixtral" in capsys.readouterr().out
+    Watcher("http://127.0.0.1:1/metrics", None, 0.2).look()
+    assert found == [live.LONGEST_READ_S] * 2 + [1.0]
 
 
 @pytest.mark.parametrize(
