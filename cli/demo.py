@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.errors import ConfigError, MoeshipError
-from export.quantize.presets import recipe_for
+from export.quantize.presets import precisions_on
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +49,7 @@ class Streamed:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default=PROMPT, help="text to continue (default: %(default)r)")
-    parser.add_argument("--precision", default="int4", help="fp32, int8 or int4 (default: %(default)s)")
+    parser.add_argument("--precision", default="int4", help=f"{', '.join(precisions_on('cpu'))} (default: %(default)s)")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="keep the files in this folder (default: a temporary folder)"
     )
@@ -66,7 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"starting the demo: {EXAMPLE} does not exist; run it from a clone of the project (pip install -e .)"
         )
-    recipe_for(arguments.precision)  # raises for an unknown precision before any file is written
+    from trt_build.ort.planning.prepare import EngineOptions, check_options
+
+    # Raises for an unknown precision before any file is written.
+    check_options(EngineOptions(checkpoint="checkpoint", precision=arguments.precision))
     _check_gateway(arguments.openai_port)
     with contextlib.ExitStack() as stack:
         folder = arguments.output or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moeship-demo-")))
@@ -99,7 +102,7 @@ def _road(arguments: argparse.Namespace) -> int:
     steps = [
         ("merge four experts", ["merge", str(EXAMPLE / "merge.yml"), "checkpoint"]),
         ("look at the mixture", ["inspect", "checkpoint"]),
-        ("build an engine", ["build", "--checkpoint", "checkpoint", "--precision", precision, "--output", "engine"]),
+        ("build an engine", ["build", "checkpoint", "--precision", precision, "--output", "engine"]),
         ("verify it against the reference", ["verify", "engine", "--reference", "checkpoint", "--tokens", "8192"]),
         ("package it for Triton", ["package", "engine", "--name", MODEL, "--output", "repository"]),
     ]

@@ -100,10 +100,16 @@ def preset(name: str, provider: Provider) -> Mapping[str, Any]:
     return _OF_OWN_KERNELS.get(name, PRESETS[name]) if provider.kernels == OWN_KERNELS else PRESETS[name]
 
 
+def precisions_on(provider: str) -> list[str]:
+    """The names of the precisions that a provider has with moeship's kernels or with ONNX Runtime's."""
+    there = [kernels[provider].precisions for kernels in KERNELS.values() if provider in kernels]
+    return [name for name in PRESETS if any(name in precisions for precisions in there)]
+
+
 def recipe_for(precision: str, provider: Provider = PROVIDERS["cpu"]) -> Recipe:
     """The recipe of a precision on a provider. Raises QuantizationError that lists the precisions there."""
     if precision not in PRESETS:
-        raise QuantizationError(f"choosing the precision: {unknown(precision, provider.precisions)}")
+        raise QuantizationError(f"choosing the precision: {unknown(precision, precisions_on(provider.name))}")
     if precision not in provider.precisions and provider.kernels != ONNX_RUNTIME:
         without = PROVIDERS[provider.name].precisions
         remedy = f"leave --kernels out to build {precision}" if precision in without else "choose one of these"

@@ -25,6 +25,8 @@ TRITON = ["gateway", "--triton", "127.0.0.1:8001"]
         ([*TRITON, "--api-keys", "nowhere"], "nowhere does not exist"),
         ([*TRITON, "--chat-template", "nowhere.jinja"], "nowhere.jinja does not exist"),
         (["demo", "--openai-port", "65536"], "the openai port is 65536, expected 1 to 65535"),
+        (["demo", "--openai-port", "65536", "--precision", "q4"], "the openai port is 65536, expected 1 to 65535"),
+        (["demo", "--precision", "fp16"], "no fp16 kernels for mixtures on the provider cpu"),
     ],
 )
 def test_flags_that_cannot_be_meant_are_refused(capsys, words, message):

@@ -87,7 +87,12 @@ def test_nothing_is_written(capsys, tmp_path, tiny_checkpoint, monkeypatch):
         (["--max-seq-len", "641"], "ConfigError: setting the longest sequence: found 641 tokens, expected 1 to 640"),
         (
             ["--precision", "zz"],
-            "QuantizationError: choosing the precision: 'zz' is unknown. There are: fp32, int8, int4",
+            "QuantizationError: choosing the precision: 'zz' is unknown. "
+            "There are: fp32, int8, int4, int2, q2, q3, q4, q5, q6, q8\n",
+        ),
+        (
+            ["--precision", "zz", "--provider", "cuda"],
+            "QuantizationError: choosing the precision: 'zz' is unknown. There are: fp16, int8, int4\n",
         ),
         (
             ["--precision", "fp16", "--kernels", "moeship"],
