@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         with logged_requests(arguments.request_log):
             serve(create_app(settings), listening, lambda url: _say(url, as_json=arguments.json))
     except KeyboardInterrupt:
-        logger.info("stopped")
+        logger.info("the gateway has stopped")
     finally:
         signal.signal(signal.SIGTERM, previous)
     return 0

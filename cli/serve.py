@@ -143,6 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         supervise(read_options(arguments), policy, _Printer(gateway, as_json=arguments.json))
     except KeyboardInterrupt:
+        gateway.stop()
         logger.info("stopped")
     finally:
         gateway.stop()

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from gateway_in_thread import CHATML
 from live_requests import slow_down
-from serve_command import start_command, wait_until
+from serve_command import PATIENCE_S, start_command, wait_until
 
 from triton_repo.contracts.model_parameters import ModelParameters
 from triton_repo.packaging.package import PackageOptions, package_engine
@@ -86,6 +86,7 @@ def test_a_gateway_that_ends_is_started_again_and_ends_with_the_server(served):
     command, ready = served
     (gateway,) = [child for child in psutil.Process(command.pid).children() if "gateway" in child.cmdline()]
     gateway.kill()
+    gateway.wait(PATIENCE_S)
     health = ready["openai"].removesuffix("/v1") + "/health"
 
     def answers() -> bool:
@@ -95,9 +96,10 @@ def test_a_gateway_that_ends_is_started_again_and_ends_with_the_server(served):
         except OSError:
             return False
 
-    assert wait_until(lambda: not answers())
     assert wait_until(answers)
     command.send_signal(signal.SIGTERM)
-    assert command.wait(60) == 0
-    assert "the gateway ended with status -9; it is started again" in command.stderr.read()
+    assert command.wait(PATIENCE_S) == 0
+    said = command.stderr.read()
+    assert "the gateway ended with status -9; it is started again" in said
+    assert said.splitlines()[-2:] == ["the gateway has stopped", "stopped"]
     assert not answers()
