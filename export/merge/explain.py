@@ -135,7 +135,7 @@ def explain_merge(config: MergeConfig) -> MergeExplanation:
     rate = _measured_rate(config, plan)
     experts = []
     for index, (expert, setting) in enumerate(zip(plan.all_experts, config.all_experts, strict=True)):
-        logger.info("comparing %s with the base; the last is %d", config.name_of(index), len(plan.all_experts) - 1)
+        logger.info("comparing %s with the base (%d of %d)", config.name_of(index), index + 1, len(plan.all_experts))
         experts.append(
             ExpertLoss(
                 model=str(setting.model),

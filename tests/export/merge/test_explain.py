@@ -113,6 +113,13 @@ def test_the_command_prints_json_and_text(three, capsys):
     assert "memory" in said
 
 
+def test_the_progress_counts_the_experts(three, caplog):
+    with caplog.at_level("INFO"):
+        explain_merge(read_merge_config(three))
+    told = [line for line in caplog.messages if line.startswith("comparing")]
+    assert told == [f"comparing expert {index} with the base ({index + 1} of 3)" for index in range(3)]
+
+
 def test_flags_of_an_engine_are_refused(three, capsys):
     assert main(["plan", str(three), "--max-batch-size", "3", "--provider", "cuda"]) == 2
     assert "a merge has no --provider, --max-batch-size, which moeship plan takes" in capsys.readouterr().err
