@@ -185,6 +185,7 @@ def _moved(schema: Any, path: str, *, has_names: bool = False) -> Any:  # noqa: 
     return moved
 
 
+_BEGIN_SIZE = 256  # characters that are searched for a name and the begin of arguments, with each piece of an answer
 _BEGIN = re.compile(r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 
 
@@ -192,7 +193,7 @@ class CallReader:
     """Reads the calls in one answer as it comes, and gives deltas of OpenAI's messages.
 
     A call's name is given once its arguments begin, and they as they come, as the model writes them. Text around calls
-    is content, without the white space beside them.
+    is content. White space before a call is left out, and so is text behind one that is white space alone.
     """
 
     def __init__(self, form: Form, texts: ModelTexts, kind: str) -> None:
@@ -233,8 +234,10 @@ class CallReader:
         begin, text = self._form.begin, self._left
         place = -1 if begin is None else text.find(begin)
         if begin is not None and place >= 0:
-            self._left, self._opening, self._read = text[place + len(begin) :], begin, self._in_calls
-            return _content(text[:place].rstrip())
+            before = text[:place].rstrip()
+            self._left, self._opening = text[place + len(begin) :], text[len(before) : place] + begin
+            self._read = self._in_calls
+            return _content(before)
         held = "" if is_last else _held(text, begin)
         self._left = held
         given = text.removesuffix(held) if held else text
@@ -261,7 +264,7 @@ class CallReader:
 
     def _in_name(self, is_last: bool) -> list[dict[str, Any]]:
         """From a call's brace until its arguments begin."""
-        found = _BEGIN.match(self._left)
+        found = _BEGIN.match(self._left[:_BEGIN_SIZE])
         if found is not None and (name := _text_of(found[1])) is not None:
             self._object = _Object(depth=1)
             self._left, self._read = self._left[found.end() :], self._in_arguments

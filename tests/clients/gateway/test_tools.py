@@ -8,12 +8,14 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from types import SimpleNamespace
 
 import openai
 import pytest
 from fake_triton import empty_final, piece
 from jsonschema import Draft202012Validator
 
+from clients.gateway.api import tools
 from clients.gateway.api.tools import HERMES, MISTRAL, UNKNOWN, call_schema, form_of
 from triton_repo.runtime.guided.grammars import check_guide
 
@@ -48,6 +50,9 @@ ANSWERS = [
     ("hermes", '<tool_call>\n{"name": "say", "arguments": {}, "id": "}"}\n</tool_call> Done.', " Done.", [("say", {})]),
     ("hermes", "It is 15 < 16, <tool or so.\n", "It is 15 < 16, <tool or so.\n", []),
     ("hermes", "<tool_call>\nadd 7 and 8", "<tool_call>\nadd 7 and 8", []),
+    ("hermes", 'Write \n<tool_call> for a call:\n<tool_call>{"name": "say", "arguments": {}}</tool_call>',
+     "Write \n<tool_call> for a call:", [("say", {})]),
+    ("hermes", '<tool_call>{"name": "' + "long" * 400 + '", "arguments": {}}</tool_call>', None, [("long" * 400, {})]),
     ("hermes", '<tool_call>\n{"a": 7}\n</tool_call>', '<tool_call>\n{"a": 7}\n</tool_call>', []),
     ("hermes", '<tool_call>\n{"name": "add"', '<tool_call>\n{"name": "add"', []),
     ("hermes", " \n ", " \n ", []),
@@ -116,6 +121,25 @@ def test_calls_are_read_by_the_form_of_the_template(ask):
         assert choice.finish_reason == ("tool_calls" if calls else "stop")
         assert len({call.id for call in found}) == len(found)
         assert all(len(call.id) == 9 or form != "mistral" for call in found)
+
+
+def test_a_name_that_does_not_end_is_not_searched_again_and_again(monkeypatch):
+    """A model may repeat itself there up to its context's end: the cost of a piece must not grow with the answer."""
+    sizes = []
+
+    class Begin:
+        def match(self, text):
+            sizes.append(len(text))
+
+    monkeypatch.setattr(tools, "_BEGIN", Begin())
+    texts = SimpleNamespace(tokenizer=SimpleNamespace(backend=SimpleNamespace(token_to_id=lambda _: None)), special=())
+    reader = tools.CallReader(HERMES, texts, "auto")
+    parts = ['<tool_call>{"name": "', *["again" * 40] * 50]
+    found = [delta for part in parts for delta in reader.read(part, (5,), is_last=False)]
+    assert found == []
+    assert len(sizes) == len(parts)
+    assert max(sizes) <= 1024
+    assert reader.read("", (), is_last=True) == [{"content": "".join(parts)}]
 
 
 def test_a_call_that_is_cut_is_no_finished_one(ask):
