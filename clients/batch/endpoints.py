@@ -131,7 +131,7 @@ class OpenAIEndpoint:
         doing = f"listing the models of {self.url}"
         limit = self._library.ClientTimeout(total=CHECK_S)
         try:
-            async with self._session.get(f"{self.url}/v1/models", timeout=limit) as response:
+            async with self._session.get(f"{self.url}/v1/models", timeout=limit, allow_redirects=False) as response:
                 if response.status in (401, 403):
                     raise AccessDenied(f"{doing}: HTTP status {response.status}; give --api-key or --api-key-env")
                 if response.status in (404, 405, 501):

@@ -117,7 +117,12 @@ def run_on_ray(
                 if row["error"]:
                     raise BatchStopped(f"answering a part of the batch on Ray: {row['error']}")
         except (ray.exceptions.RayError, *_errors_of_ray_data()) as error:
-            raise BatchStopped(f"running the batch on Ray: {str(error).strip().splitlines()[-1][:600]}") from error
+            raise BatchStopped(f"running the batch on Ray: {_lines_of(error)[-1][:600]}") from error
+
+
+def _lines_of(error: Exception) -> list[str]:
+    """The lines of an error's text; of one without a text, its type's name."""
+    return str(error).strip().splitlines() or [type(error).__name__]
 
 
 def _errors_of_ray_data() -> tuple[type[Exception], ...]:
@@ -172,9 +177,8 @@ def _connected(cluster: Cluster) -> Iterator[None]:
         )  # fmt: skip
     except Exception as error:  # of no class of its own where a process of Ray did not start in time
         ray.shutdown()  # of the processes that did
-        reason = str(error).strip().splitlines()
         raise ClusterUnavailable(
-            f"{doing}: {reason[0][:400] if reason else type(error).__name__}; {_NEXT if cluster.address else _NEXT_OWN}"
+            f"{doing}: {_lines_of(error)[0][:400]}; {_NEXT if cluster.address else _NEXT_OWN}"
         ) from error
     try:
         yield

@@ -25,6 +25,7 @@ from batch_standin import (
 from fake_triton import empty_final, fake_server, piece
 
 from cli.main import main
+from clients.batch.ray_engine import _lines_of
 from clients.batch.store import Journal, read_records
 from export.files.resume import partial_path
 
@@ -551,6 +552,12 @@ def test_a_ray_that_does_not_start_is_one_error(tmp_path, server, capsys, monkey
     assert ended == [True]
     assert batch(prompts, output, server) == 0  # nothing is in the way of the other engine
     assert is_whole(output, 2)
+
+
+def test_an_error_of_ray_without_a_text_is_told_by_its_type():
+    """Ray's own have texts of many lines, of which the last has the cause."""
+    assert _lines_of(SystemError(" \n")) == ["SystemError"]
+    assert _lines_of(SystemError("traceback\nthe cause\n"))[-1] == "the cause"
 
 
 def test_ray_tasks_answer_a_batch_each_line_once(tmp_path, server):

@@ -102,7 +102,7 @@ def test_a_key_of_a_file_and_one_of_a_variable_are_one_too_many(capsys):
     assert "not allowed with argument --api-key" in capsys.readouterr().err
 
 
-def test_a_key_does_not_follow_a_redirect(key_file, capsys):
+def test_a_key_does_not_follow_a_redirect(key_file, tmp_path, capsys):
     """Neither to another server nor to the same one: whoever answers there was not named."""
     words = ["--api-key", str(key_file)]
     with answering(200, {}) as (other, keys), answering(302, {"Location": other}) as (url, first):
@@ -110,6 +110,10 @@ def test_a_key_does_not_follow_a_redirect(key_file, capsys):
         assert first == [f"Bearer {KEY}"] * 2
         assert keys == [None] * 2
         assert main(["bench", "--url", url.removesuffix("/metrics"), *words]) == 2
+        assert "HTTP status 302" in capsys.readouterr().err
+        prompts = write_batch(tmp_path / "in.jsonl", 1)
+        server = url.removesuffix("/metrics")
+        assert main(["batch", str(prompts), str(tmp_path / "o"), "--url", server, "--patience", "0.1", *words]) == 1
         assert "HTTP status 302" in capsys.readouterr().err
         assert keys == [None] * 2
 
