@@ -153,7 +153,11 @@ def call_schema(functions: Sequence[Mapping[str, Any]], *, is_list: bool) -> dic
 
 
 def _schema_of(function: Mapping[str, Any], path: str) -> dict[str, Any]:
-    parameters = function.get("parameters") or {"type": "object"}
+    parameters = function.get("parameters")
+    if parameters is None:  # as OpenAI's API defines it, a function without parameters
+        parameters = {"type": "object", "properties": {}, "additionalProperties": False}
+    elif not parameters:
+        parameters = {"type": "object"}
     return {
         "type": "object",
         "properties": {

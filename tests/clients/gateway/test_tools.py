@@ -256,6 +256,28 @@ def test_the_schema_of_a_call_is_one_that_servers_keep_answers_to(tools, is_list
     check_guide("json_schema", json.dumps(schema))
 
 
+@pytest.mark.parametrize("absent", [{}, {"parameters": None}])
+def test_a_function_that_names_no_parameters_is_called_without_any(absent):
+    """OpenAI: "Omitting parameters defines a function with an empty parameter list"."""
+    schema = call_schema([{"name": "now", **absent}], is_list=False)
+    check_guide("json_schema", json.dumps(schema))
+    fits = Draft202012Validator(schema).is_valid
+    assert fits({"name": "now", "arguments": {}})
+    assert not fits({"name": "now", "arguments": {"a": 1}})
+    assert not fits({"name": "now", "arguments": None})
+
+
+def test_the_tokens_of_a_chat_are_those_with_its_tools(gateway_of, tmp_path):
+    (tmp_path / "t.jinja").write_text(TEMPLATES["hermes"] + "{{ ending }}")
+    gateway = gateway_of(chat_template=tmp_path / "t.jinja")
+    client = gateway.client().with_options(base_url=gateway.url)
+    chat = {"model": "phixtral", "messages": CHAT, "tools": [SAY], "chat_template_kwargs": {"ending": "so"}}
+    tokens = client.post("/tokenize", cast_to=object, body=chat)["tokens"]
+    text = client.post("/detokenize", cast_to=object, body={"model": "phixtral", "tokens": tokens})["prompt"]
+    begin, end = ' <tool_call>\n{"name": NAME, "arguments": OBJECT}\n</tool_call>', "<|user|>7+8?<|assistant|>so"
+    assert text == json.dumps([SAY]) + begin + end
+
+
 def test_only_references_are_changed_in_a_schema_that_is_moved():
     """Values stay as they are, and so do the names of properties, whatever they are."""
     values = {"enum": [{"$ref": "#/x", "$schema": "y"}], "default": {"$ref": "#/x"}}
