@@ -12,9 +12,11 @@ from export.blas import choose_blas_kernels
 os.environ["OMP_NUM_THREADS"] = "1"
 choose_blas_kernels()
 
+import ctypes
 import fcntl
 import gc
 import signal
+import sys
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +89,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     fault = found_fault() if item.get_closest_marker("needs_kernels") else None
     if fault is not None:
         pytest.skip(f"moeship's CPU kernels are not used: {fault.reason}; {fault.remedy}")
+
+
+def pytest_unconfigure() -> None:
+    """Keep the capsule of sentencepiece's SWIG runtime. transformers' tokenizers load it, and with torch loaded the
+    capsule's destructor crashes when the interpreter ends: the exit status would be that of the crash."""
+    runtimes = [module for name, module in sys.modules.items() if name.startswith("swig_runtime_data")]
+    for capsule in (value for module in runtimes for value in vars(module).values()):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(capsule))
 
 
 @pytest.fixture(scope="session", autouse=True)
