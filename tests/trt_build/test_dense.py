@@ -86,6 +86,15 @@ def test_layer_types_say_which_layers_of_a_qwen_have_the_window(tmp_path, types)
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize(("said", "window"), [(True, 23), (1, 23), (False, None), (0, None), (None, None)])
+def test_engine_and_reference_take_the_same_window_from_each_way_to_say_yes_and_no(tmp_path, said, window):
+    config = {**LATE_WINDOW, "use_sliding_window": said}
+    model = read_model(open_checkpoint(write_dense_checkpoint(tmp_path / "c", seed=4, family="qwen2", config=config)))
+    layers = model.family.network(model.weights.checkpoint.config).layers
+    assert [layer.attention.window for layer in layers] == [None, window]
+    assert [model.architecture.window(layer) for layer in (0, 1)] == [None, window]
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [

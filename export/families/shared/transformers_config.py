@@ -158,7 +158,7 @@ def read_windows(reader: ConfigReader) -> dict[str, Any]:
     reader.require("use_sliding_window", [False, True], absent=False)
     reader.harmless("sliding_window", "max_window_layers")
     layers, types = raw.get("num_hidden_layers"), raw.get("layer_types")
-    windowed = raw.get("use_sliding_window") is True and raw.get("sliding_window", _WINDOW) is not None
+    windowed = bool(raw.get("use_sliding_window")) and raw.get("sliding_window", _WINDOW) is not None
     if not windowed or type(layers) is not int or not 1 <= layers <= MAX_LAYERS:  # told by the reader of this number
         return {}
     window = reader.integer("sliding_window", absent=_WINDOW)
