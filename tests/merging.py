@@ -12,15 +12,18 @@ from export.merge.config import read_merge_config
 from export.merge.merge import MergeResult, merge
 
 SPELLINGS = ("transformers", "phi-msft")
+LETTERS = "abcdefgh"  # a token each, for every tokenizer of the tests
 
 
 def write_yaml(folder: Path, num_experts: int = 2, **keys: Any) -> Path:
-    """A YAML over ./e0 .. whose prompts differ; `keys` replace or add top-level ones."""
+    """A YAML over ./e0 .. whose prompts end differently, so that no two gate rows are equal, in whatever mode; `keys`
+    replace or add top-level ones."""
     values = {
         "base_model": "./e0",
         "gate_mode": "cheap_embed",
         "experts": [
-            {"source_model": f"./e{i}", "positive_prompts": [f"{i} alpha", "beta" * i]} for i in range(num_experts)
+            {"source_model": f"./e{i}", "positive_prompts": [f"alpha {LETTERS[i]}", "beta" * i]}
+            for i in range(num_experts)
         ],
     }
     path = folder / "merge.yml"

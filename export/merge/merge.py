@@ -204,8 +204,8 @@ def _warn_of_losses(config: MergeConfig, plan: MergePlan) -> None:
 def _gates(
     config: MergeConfig, base: Model, dtype: str, seed: int, *, trained_later: bool
 ) -> dict[int, npt.NDArray[Any]]:
-    """Layer -> gate matrix, rounded to the output dtype, a shared expert's row last. Empty prompts are told only if no
-    training follows."""
+    """Layer -> gate matrix, rounded to the output dtype, a shared expert's row last. Warns of experts with only empty
+    prompts if no training follows, and of such a shared expert always: training leaves its row as it is."""
     started = time.monotonic()
     gates = {
         layer: cast(gate, dtype, f"the gate of layer {layer}")
@@ -213,13 +213,18 @@ def _gates(
     }
     empty = [
         index
-        for index, expert in enumerate(config.experts)
+        for index, expert in enumerate(config.all_experts)
         if config.gate_mode.reads_prompts and not any(expert.positive_prompts)
     ]
-    if empty and not trained_later:
+    routed = [index for index in empty if index < len(config.experts)]
+    if routed and not trained_later:
         logger.warning(
             "expert(s) %s have only empty prompts: their gate rows come from the tokenizer's start token alone",
-            ", ".join(map(str, empty)),
+            ", ".join(map(str, routed)),
+        )
+    if len(routed) < len(empty):
+        logger.warning(
+            "the shared expert has only empty prompts: its gate row comes from the tokenizer's start token alone"
         )
     mode = GateMode.HIDDEN_LAST if config.gate_mode is GateMode.HIDDEN else config.gate_mode
     logger.info("gates made by %s in %.1f s", mode.value, time.monotonic() - started)

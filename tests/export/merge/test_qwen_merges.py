@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from export.families import read_model
 from export.inspection import describe
 from export.merge.config import read_merge_config
 from export.merge.explain import explain_merge
+from export.merge.gate_training import GateTraining, TrainingText
 from export.reference.model import Reference
 
 TOKENS = np.random.default_rng(3).integers(0, 365, 60).tolist()
@@ -53,10 +56,11 @@ def expect_equal(found, expected):
         ("qwen3", {"experts_per_token": 3}, {"dtype": "bfloat16"}),
     ],
 )
-def test_transformers_loads_the_mixture_and_computes_the_references_logits(tmp_path, family, more, sizes):
+def test_transformers_loads_the_mixture_and_computes_the_references_logits(tmp_path, caplog, family, more, sizes):
     write_experts(tmp_path, family, 3, **sizes)
     write_dense_checkpoint(tmp_path / "shared", seed=9, family=family, **sizes)
     result = run(write_yaml(tmp_path, 3, gate_mode="hidden", **more))
+    assert "gate rows" not in caplog.text  # of equal rows it is the processor's kernels that choose
     [(found, _)] = Reference(read_model(open_checkpoint(result.folder))).run([TOKENS])
     expect_equal(found, theirs(result.folder))
 
@@ -109,6 +113,23 @@ def test_random_gates_need_no_prompts_for_the_shared_expert(tmp_path):
     drawn = np.random.default_rng(3).standard_normal((2, 3, 96), dtype=np.float32)
     assert np.array_equal(tensors["model.layers.1.mlp.gate.weight"], drawn[1, :2])
     assert np.array_equal(tensors["model.layers.1.mlp.shared_expert_gate.weight"], drawn[1, 2:])
+
+
+def test_training_fits_the_routers_and_leaves_the_shared_experts_row_which_is_told_if_its_prompts_are_empty(
+    tmp_path, caplog
+):
+    write_experts(tmp_path, "qwen2")
+    path = write_yaml(tmp_path, **shared(positive_prompts=[""]))
+    untrained = load_file(run(path).folder / "model.safetensors")
+    said = "the shared expert has only empty prompts: its gate row comes from the tokenizer's start token alone"
+    assert said in caplog.messages
+    caplog.clear()
+    shutil.rmtree(tmp_path / "out")
+    text = TrainingText(name="this.py", content=Path(__file__).read_text())
+    trained = load_file(run(path, training=GateTraining(texts=(text,), tokens=512)).folder / "model.safetensors")
+    assert said in caplog.messages
+    changed = {name for name in trained if not np.array_equal(trained[name], untrained[name])}
+    assert changed == {f"model.layers.{layer}.mlp.gate.weight" for layer in range(2)}
 
 
 @pytest.mark.parametrize(
