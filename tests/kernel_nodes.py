@@ -56,14 +56,16 @@ def levels_and_emulations():
 @functools.cache
 def emulating_library() -> Path:
     """The library as amx_tiles.h makes it for tests: AMX's instructions are computed, and it does without what
-    MOESHIP_CPU_WITHOUT names. Compiled once for the sources as they are, by whichever process comes first. Skips where
-    there is no compiler."""
+    MOESHIP_CPU_WITHOUT names. Compiled once for the sources as they are, by whichever process comes first, with the
+    compiler that CXX names if any. Skips where there is no compiler."""
     if not any(map(shutil.which, COMPILERS)):
         pytest.skip(f"there is no C++ compiler: neither {' nor '.join(COMPILERS)} is on PATH")
     kernels = ROOT / "trt_build/ort/kernels"
     sources = sorted([*kernels.glob("*.cpp"), *kernels.glob("*.h"), ROOT / "setup.py"])
     flags = {name: os.environ.get(name, "") + " -DMOESHIP_EMULATED_CPU" for name in ("CFLAGS", "CXXFLAGS")}
-    digest = hashlib.sha256(repr(flags).encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()
+    program = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS))
+    made_by = repr(flags) + os.environ.get("CXX", "")
+    digest = hashlib.sha256(made_by.encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()
     folder = ROOT / "build/emulating" / digest[:16]
     folder.mkdir(parents=True, exist_ok=True)
     made = folder / "trt_build/ort/kernels" / LIBRARY_FILE
@@ -74,7 +76,7 @@ def emulating_library() -> Path:
             environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"} | flags
             # The last -O is the one that counts. No level gives other bits for it, and compiling takes a third as long.
             compiler = folder / "compiler"
-            compiler.write_text(f'#!/bin/sh\nexec {next(filter(shutil.which, COMPILERS))} "$@" -O1\n', encoding="utf-8")
+            compiler.write_text(f'#!/bin/sh\nexec {program} "$@" -O1\n', encoding="utf-8")
             compiler.chmod(0o755)
             environment |= {"CC": str(compiler), "CXX": str(compiler)}
             ran = subprocess.run(

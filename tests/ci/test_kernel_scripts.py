@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
+import kernel_nodes
 import pytest
 
 TESTS = Path(__file__).parents[1]
@@ -40,3 +43,19 @@ def test_there_are_cases_and_fixtures_to_look_for():
     assert len(CASES) >= 15
     assert {"tiny_engines", "served_phixtral"} <= FIXTURES
     assert "manifests" in SHARED
+
+
+@pytest.mark.skipif(not any(map(shutil.which, kernel_nodes.COMPILERS)), reason="no C++ compiler")
+def test_the_emulating_library_is_compiled_by_the_compiler_that_CXX_names(tmp_path, monkeypatch):  # noqa: N802
+    """ci/sanitize_kernels.sh names one that adds the sanitizers. This one takes note of its words, and fails."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/words\nexit 1\n')
+    compiler.chmod(0o755)
+    for path in [TESTS.parent / name for name in ("trt_build/ort/kernels", "setup.py", "pyproject.toml", "README.md")]:
+        copy = tmp_path / "clone" / path.relative_to(TESTS.parent)
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, copy)
+    monkeypatch.setattr(kernel_nodes, "ROOT", tmp_path / "clone")
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises((AssertionError, subprocess.CalledProcessError)):
+        kernel_nodes.emulating_library.__wrapped__()
+    assert "-DMOESHIP_EMULATED_CPU" in (tmp_path / "words").read_text()
