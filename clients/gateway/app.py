@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from clients.gateway.guard import Record
 
 
+_OF_V1 = ("/completions", "/chat/completions", "/responses", "/models")  # endpoints below /v1
+
+
 def create_app(settings: Settings) -> FastAPI:
     """The app. Its state has the Gateway as `gateway`."""
     gateway = Gateway(settings)
@@ -109,8 +112,12 @@ async def _own_error(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Any) -> Response:  # noqa: ANN401 - an HTTPException
     """The errors of routing: no such path, or no such method of a path."""
-    what = f"{request.method} {request.url.path}"
-    problem = {404: f"unknown request URL: {what[:200]}", 405: f"not allowed: {what[:200]}"}.get(error.status_code)
+    path = request.url.path
+    what = f"{request.method} {path}"
+    meant = f"; did you mean /v1{path}? The base URL of OpenAI's clients ends in /v1" if path in _OF_V1 else ""
+    problem = {404: f"unknown request URL: {what[:200]}{meant}", 405: f"not allowed: {what[:200]}"}.get(
+        error.status_code
+    )
     response = error_response(ApiError(problem or str(error.detail), status=error.status_code, code="unknown_url"))
     for name, value in (error.headers or {}).items():
         response.headers[name] = value

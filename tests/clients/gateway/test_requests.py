@@ -334,6 +334,15 @@ def test_a_long_text_is_encoded_while_others_are_answered(gateway, monkeypatch):
     assert answer["prompt"] == text
 
 
+@pytest.mark.parametrize("path", ["/chat/completions", "/models"])
+def test_a_path_without_v1_is_told_of_it(gateway, path):
+    status, answer, _ = ask(gateway, "POST", path, {"model": "phixtral"})
+    assert (status, answer["error"]["code"]) == (404, "unknown_url")
+    assert f"did you mean /v1{path}? The base URL of OpenAI's clients ends in /v1" in answer["error"]["message"]
+    _, other, _ = ask(gateway, "POST", "/v1/embeddings", {"model": "phixtral"})
+    assert other["error"]["message"] == "unknown request URL: POST /v1/embeddings"
+
+
 def test_damaged_bodies_get_the_right_status_and_nothing_of_other_requests(gateway, server):
     server.answer = echoed_prompt
     assert faults(gateway.url, "phixtral", seed=20261128, count=250) == []
