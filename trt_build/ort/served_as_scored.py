@@ -205,9 +205,11 @@ class _Scored:
 
 
 def _relative(found: npt.NDArray[Any], expected: npt.NDArray[Any], largest: Any) -> npt.NDArray[np.float64]:  # noqa: ANN401
-    """The largest difference along the last axis, over `largest`, a number or one for each row."""
-    differences: npt.NDArray[np.float64] = np.abs(found.astype(np.float64) - expected).max(axis=-1) / largest
-    return differences
+    """The largest difference along the last axis, over `largest`, a number or one for each row. Where values are equal
+    it is 0, also if all of them are 0."""
+    differences: npt.NDArray[np.float64] = np.abs(found.astype(np.float64) - expected).max(axis=-1)
+    with np.errstate(divide="ignore"):  # a difference from zeros alone is infinitely large
+        return np.divide(differences, largest, out=np.zeros_like(differences), where=differences != 0)
 
 
 def _largest(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

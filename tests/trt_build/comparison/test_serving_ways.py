@@ -129,6 +129,16 @@ def test_near_ties_are_not_judged_unless_they_are_many():
     assert Way(name="chunks", differences=differences, places=places, ties=ties).failure(limits) is None
 
 
+def test_parts_and_router_logits_of_zeros_do_not_differ_from_zeros():
+    """A router or an MLP of zeros, as of a merge with a residual_scale of 0."""
+    zeros, logits = np.zeros((1, 3, 2), np.float32), np.ones((3, 2), np.float32)
+    given = served_as_scored._Given(logits, zeros, zeros)
+    scored = served_as_scored._Scored(given, 1, 0.03)
+    other = served_as_scored._Given(logits, zeros, np.array([[[0, 0], [0, 1e-9], [0, np.nan]]], np.float32))
+    assert (scored.compare(given, 0).parts.tolist(), scored.compare(given, 0).routers.tolist()) == ([[0.0] * 3],) * 2
+    np.testing.assert_array_equal(scored.compare(other, 0).parts, [[0, np.inf, np.nan]])
+
+
 def test_experts_that_are_nearly_equal_make_a_tie_where_they_are_the_first_to_differ():
     """Two routers of three experts, two chosen: nearly equal, far apart, and far apart behind nearly equal ones."""
     expected = np.array([[[4, 2, 1.99], [4, 2, 1], [4, 2, 1.99]], [[4, 3, 1], [4, 3, 1], [4, 3, 1]]], np.float32)
