@@ -180,7 +180,9 @@ def main() -> int:
 
     def run() -> int:
         program = shutil.which(str(options.aiperf))
-        if program is None or options.rounds < 1:
+        if options.rounds < 1:
+            raise ConfigError(f"comparing with aiperf: --rounds is {options.rounds}, expected 1 or more")
+        if program is None:
             raise ConfigError(f"comparing with aiperf: {options.aiperf} is no program; name it with --aiperf")
         options.aiperf = Path(program).resolve()
         generators = {"moeship": by_moeship, "aiperf": by_aiperf}

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from export.command import run_command
-from export.errors import MoeshipError
+from export.errors import ConfigError, MoeshipError
 from export.files.resume import partial_path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -336,6 +336,8 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 
     def run() -> int:
+        if options.kills < 1:
+            raise ConfigError(f"killing batch jobs: --kills is {options.kills}, expected 1 or more")
         options.work.mkdir(parents=True)
         if options.victim == "server":
             kept = sorted(kill_servers(options.work, options.lines, options.kills, options.seed, options.engine))

@@ -78,3 +78,20 @@ def test_an_output_that_lacks_a_line_or_has_one_twice_is_noticed(tmp_path, chang
     output.write_text("\n".join(change(lines)) + "\n")
     with pytest.raises(kill_batches.WrongOutput, match=told):
         kill_batches.check(output, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "told"),
+    [
+        ("aiperf_throughput", ["--url", "u", "--model", "m", "--checkpoint", "c", "--rounds", "0"], "--rounds is 0,"),
+        ("aiperf_throughput", ["--url", "u", "--model", "m", "--checkpoint", "c", "--aiperf", "none"], "none is no pr"),
+        ("kill_batches", ["--work", "made", "--kills", "0"], "--kills is 0, expected 1 or more"),
+        ("kill_batches", ["--work", "made", "--kills", "0", "--victim", "server"], "--kills is 0, expected 1 or more"),
+    ],
+)
+def test_numbers_of_rounds_and_kills_that_are_none_are_refused(tmp_path, monkeypatch, capsys, name, words, told):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+    assert script(name).main() == 2
+    assert told in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
