@@ -47,7 +47,7 @@ def test_there_are_cases_and_fixtures_to_look_for():
 
 @pytest.mark.skipif(not any(map(shutil.which, kernel_nodes.COMPILERS)), reason="no C++ compiler")
 def test_the_emulating_library_is_compiled_by_the_compiler_that_CXX_names(tmp_path, monkeypatch):  # noqa: N802
-    """ci/sanitize_kernels.sh names one that adds the sanitizers. This one takes note of its words, and fails."""
+    """As ci/sanitize_kernels.sh names one. This one takes note of its words, and fails."""
     compiler = tmp_path / "compiler"
     compiler.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/words\nexit 1\n')
     compiler.chmod(0o755)
