@@ -23,7 +23,7 @@ from typing import Any
 from clients.gateway.api.guides import FORMAT, GUIDE_TYPE
 from clients.gateway.errors import invalid, unsupported
 from clients.gateway.state import Gateway
-from clients.gateway.texts import ModelTexts
+from clients.gateway.texts import Marks, ModelTexts
 from export.errors import shown
 from triton_repo.contracts.wire import MOST_GUIDE_BYTES
 
@@ -202,8 +202,9 @@ class CallReader:
 
     def __init__(self, form: Form, texts: ModelTexts, kind: str) -> None:
         self.num_calls = 0  # calls that are whole
-        self._form, self._texts, self._kind = form, texts, kind
-        self._mark = _special_id(form, texts)
+        self._form, self._kind = form, kind
+        mark = _special_id(form, texts)
+        self._marks = None if mark is None else Marks(mark, texts)
         self._left = ""  # what is not given yet
         self._opening = ""  # what was read since the begin, to be given as content where no call follows
         self._num_begun = 0
@@ -212,7 +213,8 @@ class CallReader:
 
     def read(self, text: str, token_ids: Sequence[int], *, is_last: bool) -> list[dict[str, Any]]:
         """The deltas that a piece of an answer adds."""
-        self._left += self._with_mark(text, token_ids)
+        begin = self._form.begin or ""
+        self._left += text if self._marks is None else self._marks.put_back(begin, text, token_ids)
         found: list[dict[str, Any]] = []
         while True:
             reading, size = self._read, len(self._left)
@@ -224,15 +226,6 @@ class CallReader:
         """The finish reason of an answer that ends for the given one. As OpenAI's, it is "stop" where the request named
         the function."""
         return "tool_calls" if reason == "stop" and self.num_calls and self._kind != NAMED else reason
-
-    def _with_mark(self, text: str, token_ids: Sequence[int]) -> str:
-        """The text with the form's begin, where that is a special token, which texts of answers do not show."""
-        if self._mark is None or self._mark not in token_ids:
-            return text
-        before = self._texts.tokenizer.backend.decode(list(token_ids[: token_ids.index(self._mark)])).strip()
-        place = text.find(before)
-        place = len(text) - len(text.lstrip()) if place < 0 else place + len(before)
-        return f"{text[:place]}{self._form.begin}{text[place:]}"
 
     def _in_text(self, is_last: bool) -> list[dict[str, Any]]:
         begin, text = self._form.begin, self._left

@@ -207,6 +207,25 @@ def test_a_begin_that_is_a_special_token_is_found_by_its_id(gateway_of, server, 
     assert json.loads(message.tool_calls[0].function.arguments) == {"a": 7, "b": 8}
 
 
+@pytest.mark.parametrize("lag", [0, 1, 2, 5])
+def test_a_begin_that_is_a_special_token_is_found_where_the_text_comes_later_than_its_tokens(lag):
+    """As where a stop word may begin in it. The server leaves out the white space before an answer."""
+    mark, words = 9, {1: " I", 2: " call", 3: " \u00bfhere?", 4: ' [{"name": "add", "arguments": {"a": 7}}]'}
+    texts = SimpleNamespace(
+        tokenizer=SimpleNamespace(backend=SimpleNamespace(token_to_id=lambda _: mark)), special={mark},
+        token_bytes=lambda token: words[token].encode(),
+    )  # fmt: skip
+    tokens = [1, 2, 3, mark, 4]
+    pieces = ["I", " call", " \u00bfhere?", "", words[4]]
+    late = [*[""] * lag, *pieces]
+    reader, found = tools.CallReader(MISTRAL, texts, "auto"), []
+    for number, text in enumerate(late):
+        found += reader.read(text, tokens[number : number + 1], is_last=number + 1 == len(late))
+    message = tools.message_of(found)
+    assert message["content"] == "I call \u00bfhere?"
+    assert [call["function"] for call in message["tool_calls"]] == [{"name": "add", "arguments": '{"a": 7}'}]
+
+
 def sent(request) -> dict[str, str]:
     """The texts of a request's tensors by name."""
     raws = zip(request.inputs, request.raw_input_contents, strict=True)
