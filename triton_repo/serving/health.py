@@ -5,6 +5,7 @@ It is asked over HTTP, or over gRPC if HTTP is off or gRPC is encrypted: then an
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 import urllib.request
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _TIMEOUT_S = 10
 _NO_PROXY = (("grpc.enable_http_proxy", 0),)
+# What urllib raises where no HTTP answer comes. Where another program has the port, its bytes are no HTTP.
+_NO_ANSWER = (OSError, http.client.HTTPException)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,7 @@ def is_live(endpoint: HealthEndpoint, timeout_s: float) -> bool:
     try:
         with _opener().open(f"{endpoint.http}/v2/health/live", timeout=timeout_s) as response:
             return bool(response.status == 200)
-    except OSError:
+    except _NO_ANSWER:
         return False
 
 
@@ -86,7 +89,7 @@ def server_version(http_url: str) -> str | None:
     try:
         with _opener().open(f"{http_url}/v2", timeout=_TIMEOUT_S) as response:
             return str(json.load(response)["version"])
-    except (OSError, ValueError, LookupError, TypeError):
+    except (*_NO_ANSWER, ValueError, LookupError, TypeError):
         return None
 
 
@@ -96,7 +99,7 @@ def _index_by_http(http_url: str) -> Iterable[dict[str, Any]]:
         with _opener().open(request, timeout=_TIMEOUT_S) as response:
             entries: list[dict[str, Any]] = json.load(response)
             return entries
-    except (OSError, ValueError) as error:
+    except (*_NO_ANSWER, ValueError) as error:
         raise ServerError(f"asking {http_url} for its models: {error}; is it a Triton server?") from error
 
 
