@@ -1,15 +1,17 @@
 """What the gateway costs: the same requests to one server, straight over gRPC and through its gateway, by turns.
 
+    moeship package ENGINE --name NAME --no-prefix-cache --output REPOSITORY
     moeship serve REPOSITORY --openai-port 8080 --json
     python benchmarks/gateway.py --grpc 127.0.0.1:PORT --openai http://127.0.0.1:8080 --model NAME --output RESULT.json
 
 - throughput: `--streams` streams at once, each of which asks again as soon as it is answered, a turn of seconds on each
-  road; tokens/s of a turn are those of its whole answers over the time from its first request to its last answer, and
-  the ratio is taken turn by turn;
+  road and the same prompts on both; tokens/s of a turn are those of its whole answers over the time from its first
+  request to its last answer, and the ratio is taken turn by turn;
 - first token: one request at a time, alternately on each road, with prompts that share no beginning; the difference of
   the two is taken pair by pair.
 
-Both clients run in this process: on few cores what they cost is taken from the server, on either road. Answers have all
+The cache of prompts is off in the repository, so that the road that comes second finds nothing of the first one's. Both
+clients run in this process: on few cores what they cost is taken from the server, on either road. Answers have all
 the tokens that were asked for. Needs the extras `client` and `load`. Exit status 0 done, 1 a failed request, 2
 wrong input.
 """
@@ -91,19 +93,23 @@ def through(session: ClientSession, url: str, model: str) -> Ask:
     return ask
 
 
-async def throughput(ask: Ask, source: random.Random, options: argparse.Namespace) -> float:
-    """Tokens/s of one turn: streams end their last request after `--turn` seconds."""
+async def throughput(ask: Ask, number: int, options: argparse.Namespace) -> float:
+    """Tokens/s of turn `number`: streams end their last request after `--turn` seconds.
+
+    A stream's prompts follow from the seed, the turn and the stream, so that both roads ask for the same work.
+    """
     begun, answers = time.perf_counter(), 0
 
-    async def stream() -> None:
+    async def stream(name: int) -> None:
         nonlocal answers
+        source = random.Random(f"{options.seed} {number} {name}")
         while True:
             await ask(prompt_of(source, options.prompt_words), options.tokens)
             answers += 1
             if time.perf_counter() - begun >= options.turn:
                 return
 
-    await asyncio.gather(*(stream() for _ in range(options.streams)))
+    await asyncio.gather(*(stream(name) for name in range(options.streams)))
     return answers * options.tokens / (time.perf_counter() - begun)
 
 
@@ -123,7 +129,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
             pairs.append({name: await roads[name](prompt_of(source, options.prompt_words), 1) for name in order})
         for number in range(options.rounds):
             order = sorted(roads, reverse=bool(number % 2))
-            rounds.append({name: await throughput(roads[name], source, options) for name in order})
+            rounds.append({name: await throughput(roads[name], number, options) for name in order})
             print(f"round {number + 1}: {_words(rounds[-1])}", file=sys.stderr, flush=True)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
