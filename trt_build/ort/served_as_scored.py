@@ -11,8 +11,8 @@ in the three ways in which a server runs it:
 Each difference is relative to the largest logit of the position's window. A quantised engine for the CPU is run in each
 way once more with float32 activations in both graphs: without rounded activations only the order of summation differs.
 
-Where a way fails, `where_it_begins` runs both graphs once more and has each layer's parts compared, so that the failure
-names the layer and the part.
+Where a way fails, `where_it_begins` runs it once more, up to the position that the failure names, and has each layer's
+parts compared there, so that the failure names the layer and the part.
 
 An engine of an earlier format computes each row of a step by itself and gives the logits of its last token only. So
 there `chunks` compares the last position of each chunk, and `batch` shows only that slots of the cache are kept apart.
@@ -20,8 +20,10 @@ there `chunks` compares the last position of each chunk, and `batch` shows only 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,7 +46,10 @@ LATE_TOKENS = 33  # of the sequence that comes in when the others decode
 BATCH_STEPS = 6  # tokens of each sequence that are decoded together
 CHUNKED_TOKENS = 512
 DECODED_TOKENS = 64
-PARTS_BYTES = 1 << 27  # of what parts of layers give in the scoring graph, held at a time
+PARTS_BYTES = 1 << 29  # of what parts of layers give in the scoring graph, held at a time
+CHUNKED, DECODED, BATCHED = "chunks", "decoding", "a batch"  # the ways
+_END = 1 << 30  # behind every position
+EXACT = ", float32 activations"  # behind the name of a way that both graphs run with them
 # Differences of what a part gives that are more than the order of summation makes, which in small models of three
 # layers was 5e-7 with float32 and 5e-4 with float16 between the operations; attention scaled by 1.03 makes 4e-3 and
 # 1.3e-2 where it begins.
@@ -65,16 +70,16 @@ class _Compared:
 @dataclass(frozen=True)
 class _Given:
     """What a graph gives for n tokens: logits [n, V] (of a step those that were asked for), router logits [M, n, E]
-    (None without experts), and what parts of layers give, [K, n, H]."""
+    (None without experts), and what each of K parts of layers gives, [n, H]."""
 
     logits: FloatArray
     routed: FloatArray | None
-    parts: npt.NDArray[Any]
+    parts: tuple[npt.NDArray[Any], ...]
 
     def of(self, tokens: slice, logits: slice) -> _Given:
         """The same of some of the tokens; `logits` are the rows of those among the logits."""
         routed = None if self.routed is None else self.routed[:, tokens]
-        return _Given(self.logits[logits], routed, self.parts[:, tokens])
+        return _Given(self.logits[logits], routed, tuple(part[tokens] for part in self.parts))
 
 
 def compare_serving(engine: Engine, window: Sequence[int], progress: Callable[[str], None]) -> tuple[Way, ...]:
@@ -94,21 +99,26 @@ def compare_serving(engine: Engine, window: Sequence[int], progress: Callable[[s
     with float32_experts():
         graphs = [with_float32_activations(engine.folder, file) for file in (SCORING_GRAPH, SERVING_GRAPH)]
         exact = _compare(engine, window, graphs[0], graphs[1])
-    return *served, *(replace(way, name=f"{way.name}, float32 activations", exact=True) for way in exact)
+    return *served, *(replace(way, name=way.name + EXACT, exact=True) for way in exact)
 
 
 def where_it_begins(
     engine: Engine, window: Sequence[int], ways: Sequence[Way], served: ServingLimits, progress: Callable[[str], None]
 ) -> tuple[Way, ...]:
-    """`ways`, with how far the parts of layers differ, until those that miss a limit show where their differences
-    begin; `served` are the limits of the engine's precision. Nothing is run if none does. The parts are compared in
-    groups of at most PARTS_BYTES. An engine of an earlier format shows no parts."""
+    """`ways`; those that miss a limit with how far the parts of layers differ at each position up to the one that the
+    failure names. `served` are the limits of the engine's precision. Nothing is run if none misses its own. The parts
+    are compared in groups of at most PARTS_BYTES, until each way shows where its difference begins. An engine of an
+    earlier format shows no parts."""
     asked = {way.name: way.begins_at(way.limits(served)) for way in ways}
     failed = {name: position for name, position in asked.items() if position is not None}
     if not engine.has_serving_graph or not failed:
         return tuple(ways)
     scoring, serving = (stored_or_float32(engine, file) for file in (SCORING_GRAPH, SERVING_GRAPH))
     parts, facts = layer_parts(scoring, serving, engine), engine.manifest.architecture
+    until: dict[str, int] = {}  # with the same graphs, a way and its run with float32 activations are one
+    for name, position in failed.items():
+        way = name.removesuffix(EXACT)
+        until[way] = max(position, until.get(way, 0))
     size = max(1, PARTS_BYTES // (4 * facts.hidden_size * min(CHUNKED_TOKENS, len(window))))
     limit = PART_LIMITS[PROVIDERS[engine.manifest.provider].float_type]
     found = {way.name: way for way in ways}
@@ -116,10 +126,11 @@ def where_it_begins(
         group = parts[start : start + size]
         progress(f"comparing what {len(group)} of {len(parts)} parts of the layers give")
         with float32_experts():
-            compared = _compare(engine, window, with_outputs(scoring, group), with_outputs(serving, group), group)
+            graphs = with_outputs(scoring, group), with_outputs(serving, group)
+            compared = _compare(engine, window, *graphs, parts=group, until=until)
         shown = []
         for own in compared:
-            for name in {own.name, f"{own.name}, float32 activations"} & failed.keys():
+            for name in {own.name, own.name + EXACT} & failed.keys():
                 found[name] = _with_parts(found[name], own, limit)
                 assert own.parts is not None
                 shown.append(not (own.parts[:, failed[name]] <= limit).all())
@@ -141,30 +152,50 @@ def _compare(
     scoring_graph: bytes | None = None,
     serving_graph: bytes | None = None,
     parts: Sequence[LayerPart] = (),
+    until: Mapping[str, int] | None = None,
 ) -> tuple[Way, ...]:
-    """The three ways, with other graphs in place of the stored ones; these must give what `parts` name."""
+    """The three ways, with other graphs in place of the stored ones; these must give what `parts` name. With `until`
+    only the ways that it names, each up to one of its positions, and what that position needs."""
     tokens = list(window[:CHUNKED_TOKENS])
-    starts = _starts(tokens, engine.manifest.max_sequence)
+    until = dict.fromkeys((DECODED, CHUNKED, BATCHED), _END) if until is None else until
+    first = max(0, len(tokens) - 1 - DECODED_TOKENS)
+    decoded = range(first, len(tokens))[: until.get(DECODED, -1) + 1]
+    num_chunked = max(until.get(CHUNKED, -1) + 1, first if decoded else 0)
+    chunks = [chunk for chunk in _chunks(len(tokens)) if chunk.start < num_chunked]
+    num_scored = max([0, *(span.stop for span in (*chunks, decoded) if span)])
+    starts = _starts(tokens, engine.manifest.max_sequence) if BATCHED in until else []
     precise = scoring_graph is not None or engine.manifest.judged_as == "fp32"
     scoring = ScoringSession(engine, content=scoring_graph)
     k, near = engine.manifest.architecture.experts_per_token, NEAR_PRECISE if precise else NEAR_ROUNDED
-    scored, *alone = (_Scored(_run(scoring, sequence, parts), k, near) for sequence in (tokens, *starts))
+    scored, alone = (
+        [_Scored(_run(scoring, sequence, parts), k, near) for sequence in sequences if sequence]
+        for sequences in ([tokens[:num_scored]], starts)
+    )
     del scoring
-    served = _Served(Session(engine, content=serving_graph), tuple(parts))
-    cache = served.session.new_cache()
-    in_chunks = _in_chunks(served, cache, tokens, scored)
-    return _decode(served, cache, tokens, scored), in_chunks, _in_a_batch(served, starts, alone)
+    served, found = _Served(Session(engine, content=serving_graph), tuple(parts)), []
+    if scored:
+        cache = served.session.new_cache()
+        in_chunks = _in_chunks(served, cache, tokens, chunks, scored[0])
+        found += [_decode(served, cache, tokens, decoded, scored[0])] if decoded else []
+        found += [in_chunks] if in_chunks is not None and CHUNKED in until else []
+    if starts:
+        found.append(_in_a_batch(served, starts, alone, until[BATCHED]))
+    return tuple(found)
+
+
+def _chunks(num_tokens: int) -> Iterator[range]:
+    """The positions of each chunk of a prompt."""
+    start = 0
+    for size in itertools.cycle(CHUNKS):
+        if start >= num_tokens:
+            return
+        yield range(start, min(start + size, num_tokens))
+        start += size
 
 
 def _run(scoring: ScoringSession, tokens: Sequence[int], parts: Sequence[LayerPart]) -> _Given:
-    hidden = scoring.engine.manifest.architecture.hidden_size
-    room = room_for(scoring.backend, parts, 1, len(tokens), hidden)
-    return _Given(*scoring.run(tokens, room), _stacked(room, len(tokens), hidden))
-
-
-def _stacked(room: Mapping[str, npt.NDArray[Any]], num_tokens: int, hidden: int) -> npt.NDArray[Any]:
-    """[K, T, H] of what parts gave."""
-    return np.array(list(room.values())).reshape(len(room), num_tokens, hidden)
+    room = room_for(scoring.backend, parts, 1, len(tokens), scoring.engine.manifest.architecture.hidden_size)
+    return _Given(*scoring.run(tokens, room), tuple(part[0] for part in room.values()))
 
 
 @dataclass(frozen=True)
@@ -176,17 +207,24 @@ class _Scored:
     experts_per_token: int
     near: float
 
+    @cached_property
+    def largest_of_parts(self) -> tuple[float, ...]:
+        """The largest magnitude that each part gives."""
+        return tuple(abs(float(np.maximum(part.max(), -part.min()))) for part in self.given.parts)
+
     def compare(self, found: _Given, first: int) -> _Compared:
         """Compare what a step gives for the positions from `first` on, of each of which it gives logits."""
         own = slice(first, first + len(found.logits))
         expected = self.given.of(own, own)
         differences = _relative(found.logits, expected.logits, np.abs(self.given.logits).max())
-        parts = _relative(found.parts, expected.parts, _largest(self.given.parts))
+        values = zip(found.parts, expected.parts, self.largest_of_parts, strict=True)
+        parts = np.array([_relative(*each) for each in values]).reshape(len(found.parts), len(found.logits))
         if expected.routed is None or found.routed is None:
             ties = np.zeros(len(found.logits), dtype=np.bool_)
             return _Compared(differences=differences, ties=ties, routers=None, parts=parts)
         assert self.given.routed is not None
-        routers = _relative(found.routed, expected.routed, _largest(self.given.routed))
+        largest = np.abs(self.given.routed).max(axis=(1, 2), initial=0.0).astype(np.float64)[:, None]
+        routers = _relative(found.routed, expected.routed, largest)
         ties = self._ties(expected.routed, found.routed)
         return _Compared(differences=differences, ties=ties, routers=routers, parts=parts)
 
@@ -212,11 +250,6 @@ def _relative(found: npt.NDArray[Any], expected: npt.NDArray[Any], largest: Any)
         return np.divide(differences, largest, out=np.zeros_like(differences), where=differences != 0)
 
 
-def _largest(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """The largest magnitude of each of values [K, S, H], as [K, 1]."""
-    return np.abs(values).max(axis=(1, 2), initial=0.0).astype(np.float64)[:, None]
-
-
 @dataclass(frozen=True)
 class _Served:
     """A serving graph, loaded, and the parts of layers that it gives."""
@@ -235,7 +268,7 @@ class _Served:
             room = session.routing.room(tokens)
             logits = session.step(cache, rows, router_logits=room, more=more).copy()
             routed = session.routing.in_checkpoint_order(room)
-        return _Given(logits, routed, _stacked(more, tokens, hidden))
+        return _Given(logits, routed, tuple(more.values()))
 
 
 def _way(name: str, compared: Sequence[_Compared], places: Sequence[str], served: _Served, scored: _Scored) -> Way:
@@ -254,28 +287,27 @@ def _way(name: str, compared: Sequence[_Compared], places: Sequence[str], served
     )
 
 
-def _in_chunks(served: _Served, cache: Cache, tokens: Sequence[int], scored: _Scored) -> Way:
-    start, number = 0, 0
+def _in_chunks(
+    served: _Served, cache: Cache, tokens: Sequence[int], chunks: Sequence[range], scored: _Scored
+) -> Way | None:
+    """None without chunks."""
     compared, places = [], []
-    while start < len(tokens):
-        chunk = tokens[start : start + CHUNKS[number % len(CHUNKS)]]
+    for chunk in chunks:
         num_logits = len(chunk) if served.session.engine.has_serving_graph else 1
-        given = served.step(cache, [Row(slot=0, token_ids=chunk, num_logits=num_logits)])
-        start, number = start + len(chunk), number + 1
-        compared.append(scored.compare(given, start - num_logits))
-        places += [f"position {place}" for place in range(start - num_logits, start)]
-    return _way("chunks", compared, places, served, scored)
+        row = Row(slot=0, token_ids=tokens[chunk.start : chunk.stop], num_logits=num_logits)
+        compared.append(scored.compare(served.step(cache, [row]), chunk.stop - num_logits))
+        places += [f"position {place}" for place in chunk[-num_logits:]]
+    return _way(CHUNKED, compared, places, served, scored) if compared else None
 
 
-def _decode(served: _Served, cache: Cache, tokens: Sequence[int], scored: _Scored) -> Way:
-    """Append the last tokens one by one. The cache holds those before them since they were computed in chunks."""
-    start = max(0, len(tokens) - 1 - DECODED_TOKENS)
-    cache.shorten(0, start)
+def _decode(served: _Served, cache: Cache, tokens: Sequence[int], decoded: range, scored: _Scored) -> Way:
+    """Append tokens one by one. The cache holds those before them since they were computed in chunks."""
+    cache.shorten(0, decoded.start)
     compared = []
-    for place in range(start, len(tokens)):
+    for place in decoded:
         given = served.step(cache, [Row(slot=0, token_ids=tokens[place : place + 1])])
         compared.append(scored.compare(given, place))
-    return _way("decoding", compared, [f"position {place}" for place in range(start, len(tokens))], served, scored)
+    return _way(DECODED, compared, [f"position {place}" for place in decoded], served, scored)
 
 
 def _starts(tokens: Sequence[int], longest: int) -> list[list[int]]:
@@ -289,9 +321,11 @@ def _starts(tokens: Sequence[int], longest: int) -> list[list[int]]:
     return found
 
 
-def _in_a_batch(served: _Served, sequences: Sequence[Sequence[int]], scored: Sequence[_Scored]) -> Way:
-    """All sequences but the last in one step, then one token of each in a step. The last comes in at the third of
-    these steps, into a slot between the others."""
+def _in_a_batch(
+    served: _Served, sequences: Sequence[Sequence[int]], scored: Sequence[_Scored], until: int = _END
+) -> Way:
+    """All sequences but the last in one step, then one token of each in a step, up to the step that has the position
+    `until`. The last comes in at the third of these steps, into a slot between the others."""
     late = len(sequences) - 1
     slots = [0, 1, 3, 4, 2]
     cache = served.session.new_cache(slots=len(sequences))
@@ -311,7 +345,7 @@ def _in_a_batch(served: _Served, sequences: Sequence[Sequence[int]], scored: Seq
                 rows.append(Row(slot=slots[number], token_ids=chunk, num_logits=num_logits))
                 done[number] += size
                 spans.append((number, done[number] - num_logits, done[number]))
-        if not rows:
+        if not rows or len(places) > until:
             break
         given, begin = served.step(cache, rows), 0
         for number, first, stop in spans:
@@ -319,4 +353,4 @@ def _in_a_batch(served: _Served, sequences: Sequence[Sequence[int]], scored: Seq
             compared.append(scored[number].compare(given.of(own, own), first))
             places += [f"position {place} of sequence {number + 1}" for place in range(first, stop)]
             begin += stop - first
-    return _way("a batch", compared, places, served, scored[0])
+    return _way(BATCHED, compared, places, served, scored[0])

@@ -20,6 +20,7 @@ from trt_build.ort import served_as_scored
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.engine import open_engine
 from trt_build.ort.served_as_scored import compare_serving, where_it_begins
+from trt_build.ort.session import ScoringSession, Session
 
 TOKENS = np.random.default_rng(3).integers(0, 256, 96).tolist()
 WAYS = ["decoding", "chunks", "a batch"]
@@ -108,7 +109,10 @@ def test_the_parts_of_a_sound_engine_differ_by_a_tenth_of_the_limit_at_most(dens
         ways = [way for way in ways if way.name in WAYS]
         for way in where_it_begins(engine, TOKENS, ways, ServingLimits(largest=-1.0, mean=-1.0), quiet):
             assert len(way.part_names) == 3 * engine.manifest.architecture.num_layers
-            assert way.parts.shape == (len(way.part_names), len(way.places))
+            position = way.begins_at(ServingLimits(largest=-1.0, mean=-1.0))
+            assert position is not None
+            assert way.parts.shape[0] == len(way.part_names)
+            assert position < way.parts.shape[1] <= len(way.places)
             assert way.parts.max() <= way.part_limit / 10
 
 
@@ -131,7 +135,8 @@ def test_groups_go_on_until_the_position_that_is_told_shows_a_difference(dense, 
     places = tuple(f"position {place}" for place in range(20))
     way, asked = Way(name="chunks", differences=differences, places=places, ties=ties), []
 
-    def compare(_engine, _window, _scoring, _serving, parts):
+    def compare(_engine, _window, _scoring, _serving, parts, until):
+        assert until == {"chunks": 1}  # position 0 is a near tie
         asked.append(parts[0].name)
         rows = np.zeros((1, 20))
         rows[0, 0], rows[0, 1] = 1.0, float(len(asked) == 3)
@@ -142,6 +147,41 @@ def test_groups_go_on_until_the_position_that_is_told_shows_a_difference(dense, 
     [found] = where_it_begins(engine, TOKENS, [way], SERVING_LIMITS["fp32"], quiet)
     assert asked == ["attention of layer 0", "MLP of layer 0", "residual's sum of layer 0"]
     assert "at position 1 it begins in the residual's sum of layer 0, norms" in found.failure(SERVING_LIMITS["fp32"])
+
+
+def test_no_more_is_run_than_the_position_that_is_told_needs(dense, monkeypatch):
+    """Tokens of the scoring graph, and of each step of the serving graph, for each way that fails alone."""
+    engine, _, _ = dense("fp32")
+    scored, stepped = [], []
+    run, step = ScoringSession.run, Session.step
+
+    def count_scored(self, tokens, *more):
+        scored.append(len(tokens))
+        return run(self, tokens, *more)
+
+    def count_stepped(self, cache, rows, **more):
+        stepped.append(sum(len(row.token_ids) for row in rows))
+        return step(self, cache, rows, **more)
+
+    ways = {way.name: way for way in compare_serving(engine, TOKENS, quiet)}
+    monkeypatch.setattr(ScoringSession, "run", count_scored)
+    monkeypatch.setattr(Session, "step", count_stepped)
+    expected = {
+        ("chunks", 1): ([3], [1, 2]),
+        ("decoding", 0): ([96], [1, 2, 93, 1]),  # its first position is 31
+        ("a batch", 3): ([11, 70, 23, 7, 33], [87]),
+        ("a batch", 87): ([11, 70, 23, 7, 33], [87, 4]),
+    }
+    for (name, position), tokens in expected.items():
+        differences = np.zeros(len(ways[name].places))
+        differences[position] = 1.0
+        way = dataclasses.replace(ways[name], differences=differences)
+        [found] = where_it_begins(engine, TOKENS, [way], SERVING_LIMITS["fp32"], quiet)
+        assert (scored, stepped) == tokens
+        assert found.parts is not None
+        assert found.parts.shape[1] > position
+        scored.clear()
+        stepped.clear()
 
 
 def test_verify_of_a_dense_engine_names_the_layer_and_asks_no_more_of_a_sound_one(tmp_path, dense, capsys, monkeypatch):
