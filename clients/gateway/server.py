@@ -22,6 +22,7 @@ from export.errors import MoeshipError
 from export.optional import optional_package
 
 with optional_package("uvicorn and httptools", "the gateway", "gateway"):
+    import httptools
     import uvicorn
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -67,6 +68,26 @@ class Protocol(HttpToolsProtocol):
         self._end_head()
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            while data:
+                try:
+                    self.parser.feed_data(data)
+                    return
+                except httptools.HttpParserUpgrade as upgrade:
+                    data = self._head_without_upgrade() + data[upgrade.args[0] :]
+        except httptools.HttpParserError:
+            self.send_400_response("")
+
+    def _head_without_upgrade(self) -> bytes:
+        """The head that was read, as if its client had not asked for another protocol (RFC 9110, section 7.8): Java's
+        client asks for HTTP/2 with the first request of a connection. The parser would take what follows for the other
+        protocol, and leave the request without its body."""
+        lines = [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+        first = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        return b"\r\n".join((first, *lines, b"", b""))
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["extensions"] = {"moeship": {"abort": self.transport.abort}}
@@ -82,10 +103,16 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._end_head()
+        if self.parser.should_upgrade():
+            if all(name != b"upgrade" for name, _ in self.headers):
+                raise ValueError("a proxy was asked for")  # by CONNECT
+            return
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         self._end_head()
+        if self.parser.should_upgrade():
+            return
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
