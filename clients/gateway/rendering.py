@@ -55,14 +55,15 @@ class Renderer:
         messages: Messages,
         *,
         add_generation_prompt: bool,
+        continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The text of a conversation. Raises ApiError for a template that refuses it, fails, or takes too long, and
         where too many conversations wait."""
         job = {
-            "messages": messages, "add_generation_prompt": add_generation_prompt, "tools": tools,
-            "variables": dict(variables or {}),
+            "messages": messages, "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message, "tools": tools, "variables": dict(variables or {}),
         }  # fmt: skip
         await self._enter()
         try:
@@ -201,8 +202,8 @@ def serve() -> None:
 def _answer(template: ChatTemplate, job: dict[str, Any]) -> dict[str, str]:
     try:
         text = template.render(
-            job["messages"], add_generation_prompt=job["add_generation_prompt"], tools=job["tools"],
-            variables=job["variables"],
+            job["messages"], add_generation_prompt=job["add_generation_prompt"],
+            continue_final_message=job["continue_final_message"], tools=job["tools"], variables=job["variables"],
         )  # fmt: skip
         text.encode()
     except (TemplateError, UnicodeEncodeError) as error:

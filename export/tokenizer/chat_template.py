@@ -18,6 +18,9 @@ from typing import Any
 from export.errors import MoeshipError, named
 from export.optional import optional_package
 
+# Stands behind a last message that is to be continued while the template is rendered, and shows where that ends. Its last
+# letter is a space, by which a template that strips messages is told.
+_MARK = "the-last-message-ends-here "
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's reasoning, the first that is there
 
 Messages = Sequence[Mapping[str, Any]]
@@ -65,11 +68,15 @@ class ChatTemplate:
         messages: Messages,
         *,
         add_generation_prompt: bool,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The text of a conversation. Without `add_generation_prompt` it ends with the last message, so that a model
-        continues that. `variables` are further ones that the template may read. Raises TemplateError."""
+        """The text of a conversation. With `continue_final_message` it ends with the last message's content, so that a
+        model continues that. `variables` are further ones that the template may read. Raises TemplateError."""
+        last = messages[-1]["content"] if continue_final_message else ""
+        if continue_final_message:
+            messages = [*messages[:-1], {**messages[-1], "content": last + _MARK}]
         try:
             text = self._template.render(
                 {
@@ -83,7 +90,7 @@ class ChatTemplate:
             )
         except Exception as error:  # the template's own refusal, or whatever its expressions raise
             raise TemplateError(_reason(error)) from error
-        return text if add_generation_prompt else _cut_behind(text, messages[-1]["content"])
+        return _cut(text, last) if continue_final_message else text
 
     def _refuse(self, message: str) -> None:
         raise self._jinja_error(message)
@@ -103,14 +110,15 @@ def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
     return dict(message) if found is None else {"thinking": found, **message, "reasoning_content": found}
 
 
-def _cut_behind(text: str, last: str) -> str:
-    """The text up to the end of the last message. Raises TemplateError if the template changed that message."""
-    place, length = text.rfind(last), len(last)
-    if place < 0:  # templates strip messages
-        place, length = text.rfind(last.strip()), len(last.strip())
-    if place < 0:
+def _cut(text: str, last: str) -> str:
+    """The text up to the end of the last message, which the mark shows: what the template writes behind the message may
+    have its text too. Raises TemplateError if the template changed that message."""
+    place = text.rfind(_MARK.rstrip())
+    if place < 0 or last.strip() not in text:
         raise TemplateError("the last message is not in the text, expected it there to be continued")
-    return text[: place + length]
+    # Templates strip messages, and would have stripped this one without the mark. Source: transformers,
+    # render_jinja_template of utils/chat_template_utils.py.
+    return text[:place] if text.startswith(_MARK, place) else text[:place].rstrip()
 
 
 def _as_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_options: Any) -> str:  # noqa: ANN401 - any value of a template

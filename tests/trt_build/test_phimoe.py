@@ -280,10 +280,8 @@ def test_the_tokenizer_and_the_chat_template_are_transformers(checkpoint):
     for system in ("", "Be brief."):
         chat = [{"role": "system", "content": system}, {"role": "user", "content": " 2+2?"}]
         for answers in (True, False):
-            expected = theirs.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=answers, continue_final_message=not answers
-            )
-            assert template.render(chat, add_generation_prompt=answers) == expected
+            rule = {"add_generation_prompt": answers, "continue_final_message": not answers}
+            assert template.render(chat, **rule) == theirs.apply_chat_template(chat, tokenize=False, **rule)
 
 
 def test_the_commands_take_a_phimoe_from_inspect_to_a_repository(tmp_path, trained, capsys):

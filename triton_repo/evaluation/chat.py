@@ -40,16 +40,21 @@ class ChatTemplate:
         EvaluationError for a template that fails.
         """
         try:
-            return self._renderer.render(messages, add_generation_prompt=add_generation_prompt)
+            return self._rendered(messages, add_generation_prompt)
         except TemplateError as error:
             others = [message for message in messages if message["role"] != "system"]
             if len(others) == len(messages):
                 raise _failed(error) from error
             logger.warning("the chat template takes no system messages (%s): they are left out", named(error, 200))
         try:
-            return self._renderer.render(others, add_generation_prompt=add_generation_prompt)
+            return self._rendered(others, add_generation_prompt)
         except TemplateError as error:
             raise _failed(error) from error
+
+    def _rendered(self, messages: Messages, add_generation_prompt: bool) -> str:
+        return self._renderer.render(
+            messages, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
+        )
 
 
 def _failed(error: TemplateError) -> EvaluationError:

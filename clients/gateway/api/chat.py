@@ -133,21 +133,27 @@ def _max_tokens(values: Mapping[str, Any]) -> int:
     return int(new or old or fields.MOST_TOKENS)
 
 
-async def _prompt(
-    gateway: Gateway, model: str, values: Mapping[str, Any], texts: ModelTexts, form: tools.Form
-) -> Prompt:
-    """The conversation as the template renders it. A template writes the begin token itself, where a model has one, so
-    that the tokenizer must add none: such a model is sent the tokens, if it takes any."""
+async def rendered(gateway: Gateway, model: str, values: Mapping[str, Any], texts: ModelTexts) -> str:
+    """The conversation of a body as the model's template renders it. Raises ApiError."""
     renderer = await gateway.renderer(model)
     continues = values.get("continue_final_message", False)
     if continues and values.get("add_generation_prompt"):
         raise invalid("continue_final_message", "found true, and add_generation_prompt too; send one of the two")
-    text = await renderer.render(
+    return await renderer.render(
         values["messages"],
-        add_generation_prompt=not continues,
+        add_generation_prompt=values.get("add_generation_prompt", not continues),
+        continue_final_message=continues,
         tools=tools.shown_tools(values, texts.template or ""),
         variables=values.get("chat_template_kwargs"),
     )
+
+
+async def _prompt(
+    gateway: Gateway, model: str, values: Mapping[str, Any], texts: ModelTexts, form: tools.Form
+) -> Prompt:
+    """The prompt of a conversation. A template writes the begin token itself, where a model has one, so that the
+    tokenizer must add none: such a model is sent the tokens, if it takes any."""
+    text = await rendered(gateway, model, values, texts)
     if not text:
         raise invalid(
             "messages", "the model's chat template makes an empty text of them, expected at least a character"

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clients.gateway.api import fields, tools
+from clients.gateway.api import chat, fields, tools
 from clients.gateway.api.messages import read_messages
 from clients.gateway.api.sampling import ROUTING, required_model
 from clients.gateway.errors import ApiError, invalid
@@ -35,6 +35,7 @@ TOKENIZE = fields.Fields(
         "messages": read_messages,
         "add_special_tokens": fields.boolean,
         "add_generation_prompt": fields.boolean,
+        "continue_final_message": fields.boolean,
         "return_token_strs": fields.boolean,
         tools.TOOLS: tools.read_tools,
         "chat_template_kwargs": fields.mapping,
@@ -82,13 +83,7 @@ async def tokenize(gateway: Gateway, record: Record, body: Mapping[str, Any]) ->
         raise invalid("prompt", "expected either a prompt or messages")
     text = values.get("prompt", "")
     if "messages" in values:
-        renderer = await gateway.renderer(name)
-        text = await renderer.render(
-            values["messages"],
-            add_generation_prompt=values.get("add_generation_prompt", True),
-            tools=tools.shown_tools(values, texts.template or ""),
-            variables=values.get("chat_template_kwargs"),
-        )
+        text = await chat.rendered(gateway, name, values, texts)
     # A template writes the begin token itself, so that a chat's tokens have none added (chat.py).
     adds = values.get("add_special_tokens", "messages" not in values)
     ids = await texts.encode(text, adds=adds)

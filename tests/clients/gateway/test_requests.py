@@ -311,6 +311,25 @@ def test_variables_of_a_template_may_have_any_names(gateway_of, server, tmp_path
     assert answer.choices[0].message.content == "ahi"
 
 
+@pytest.mark.parametrize(
+    ("asks", "expected"),
+    [
+        ({}, "<|user|>hi\n<|assistant|>|\n<|assistant|>"),
+        ({"add_generation_prompt": False}, "<|user|>hi\n<|assistant|>|\n"),
+        ({"continue_final_message": True}, "<|user|>hi\n<|assistant|>|"),
+        ({"continue_final_message": True, "add_generation_prompt": False}, "<|user|>hi\n<|assistant|>|"),
+    ],
+)
+def test_a_conversation_ends_as_the_request_says(gateway, server, asks, expected):
+    server.answer = echoed_prompt
+    body = {"model": "phixtral", "messages": [*CHAT, {"role": "assistant", "content": "|"}], **asks}
+    _, answer, _ = ask(gateway, "POST", "/v1/chat/completions", body)
+    assert answer["choices"][0]["message"]["content"] == expected
+    _, counted, _ = ask(gateway, "POST", "/tokenize", body)
+    _, plain, _ = ask(gateway, "POST", "/tokenize", {"model": "phixtral", "prompt": expected})
+    assert counted["tokens"] == plain["tokens"]
+
+
 def test_a_prompt_that_cannot_fit_is_refused_before_anything_is_computed_for_it(gateway, server, monkeypatch):
     def computed(*_arguments, **_options):
         raise AssertionError("it was decoded")

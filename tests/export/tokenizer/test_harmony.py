@@ -129,7 +129,8 @@ def test_a_conversation_is_rendered_and_encoded_as_transformers_does(folder, mes
     rule = {"add_generation_prompt": True} if generate else {"continue_final_message": True}
     expected = theirs.apply_chat_template(messages, tokenize=False, tools=tools, reasoning_effort="high", **rule)
     variables = {"reasoning_effort": "high"}
-    found = template.render(messages, tools=tools, variables=variables, add_generation_prompt=generate)
+    rule = {"add_generation_prompt": generate, "continue_final_message": not generate}
+    found = template.render(messages, tools=tools, variables=variables, **rule)
     assert found == expected
     ids = theirs(found, add_special_tokens=False)["input_ids"]
     assert ours.tokenizer.encode_prompt(found) == ids

@@ -53,12 +53,14 @@ def test_conversations_render_as_transformers_renders_them(mixtral, text, messag
     assert template(mixtral, text).render(messages, add_generation_prompt=True) == expected
 
 
-@pytest.mark.parametrize("last", ["The answer is", "The answer is "])
-def test_a_begun_answer_is_continued_as_transformers_continues_it(mixtral, last):
+# The template's own words behind the message have these texts too: <|im_end|> and a line break.
+@pytest.mark.parametrize("last", ["The answer is", "The answer is ", "", " ", "\n", "e", "end", "  end  ", "|"])
+@pytest.mark.parametrize("text", [CHATML, CHATML.replace("message['content'] +", "message['content'] | trim +")])
+def test_a_begun_answer_is_continued_as_transformers_continues_it(mixtral, last, text):
     messages = [*ASK, {"role": "assistant", "content": last}]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(mixtral.checkpoint / "tokenizer.json"), chat_template=CHATML)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(mixtral.checkpoint / "tokenizer.json"), chat_template=text)
     expected = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
-    assert template(mixtral, CHATML).render(messages, add_generation_prompt=False) == expected
+    assert template(mixtral, text).render(messages, add_generation_prompt=False) == expected
 
 
 def test_a_template_without_system_messages_is_asked_again_without_them(mixtral, caplog):
