@@ -18,8 +18,8 @@ from typing import Any
 from export.errors import MoeshipError, named
 from export.optional import optional_package
 
-# Stands behind a last message that is to be continued while the template is rendered, and shows where that ends. Its last
-# letter is a space, by which a template that strips messages is told.
+# Stands behind a last message that is to be continued while the template is rendered, and shows where that ends. By its
+# last letter, a space, it is seen whether a template strips messages.
 _MARK = "the-last-message-ends-here "
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's reasoning, the first that is there
 
