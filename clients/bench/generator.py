@@ -17,12 +17,13 @@ from typing import Any
 from clients.bench.load import Load, Work
 from clients.bench.prompts import Source
 from clients.bench.records import Record, Run, Target
-from clients.errors import ClientError, ConnectionFailed, ConnectionLost
+from clients.errors import ClientError, ConnectionFailed, ConnectionLost, DeadlineExceeded
 
 # A stream whose request failed waits before it sends the next one, or a refusing server would get thousands a second.
 PAUSE_AFTER_ERROR_S = 0.1
 AHEAD = 256  # requests that are made before the start, where their number is not known
 MOST_AHEAD = 4096  # where it is known: making one takes up to a millisecond, and the others are made when they are sent
+_NOT_CONNECTED = (ConnectionFailed.__name__, ConnectionLost.__name__)
 INTERRUPTED, GONE = "interrupted", "the server was gone"
 
 
@@ -77,7 +78,7 @@ async def apply(
         early, window = GONE, run.gone_since_s or window
     elif not was_whole and stop is not None and stop.is_set():
         early = INTERRUPTED
-    elif load.duration_s is not None:
+    elif not was_whole and load.duration_s is not None:  # a trace may end before its duration
         window = load.duration_s
     records.sort(key=lambda record: record.index)
     return Run(records=records, window_s=window, cpu_s=busy, counting=target.counting, ended=early)
@@ -164,7 +165,11 @@ class _Requests:
 
     def _watch(self, record: Record) -> None:
         """End the load where connections have failed for too long and nothing arrived meanwhile."""
-        if record.error not in (ConnectionFailed.__name__, ConnectionLost.__name__) or self.gone.is_set():
+        if self.gone.is_set():
+            return
+        if record.error not in _NOT_CONNECTED:
+            if record.error not in (None, DeadlineExceeded.__name__):  # the server has refused it, so it is there
+                self.gone_since_s = None
             return
         now = self._now()
         if self.gone_since_s is None:

@@ -157,7 +157,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             for number, text in enumerate(file, 1):
                 try:
                     line = json.loads(text)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     if number > 1 and not text.endswith("\n"):
                         return  # a writer was killed in the middle of it
                     raise ConfigError(f"{doing}, line {number}: {error}; {_HINT}") from error
@@ -207,7 +207,7 @@ class _Reader:
                 self.records.append(Record(**values))
             elif line["kind"] == "end":
                 self._close(line)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(
                 f"reading the load test {named(self.path)}, line {number}: {error!r}; it is damaged, measure again"
             ) from error

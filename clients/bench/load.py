@@ -51,7 +51,8 @@ def read_lengths(text: str, what: str) -> Lengths:
     elif match := _UNIFORM.fullmatch(text):
         found = Lengths(low=int(match[1]), high=int(match[2]))
     elif match := _LOGNORMAL.fullmatch(text):
-        found = Lengths(low=int(match[1]), high=int(match[3]), sigma=float(match[2]))
+        median, sigma, most = int(match[1]), float(match[2]), int(match[3])
+        found = Lengths(low=median, high=most if sigma else min(median, most), sigma=sigma)
     if found is None or not 1 <= found.low <= found.high <= MOST_TOKENS:
         raise ConfigError(
             f"reading {what}: found {text!r}, expected tokens such as 64, a range such as 32-128, or "

@@ -3,7 +3,6 @@ are equal, whatever server answers and in whatever order."""
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from clients.bench.load import Lengths, Sampling, Work
 from export.errors import ConfigError
-from export.files.reading import read_text
+from export.files.reading import parse_json, read_text
 from export.optional import optional_package
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:
             raise ConfigError(f"reading {path}, line {number}: {error}; expected one JSON object a line") from error
         text = value.get("prompt") if isinstance(value, dict) else None

@@ -8,9 +8,9 @@ the prompt; equal ids are equal blocks. In place of lengths a line may have the 
 
 from __future__ import annotations
 
-import json
 import math
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 from clients.bench.load import MOST_TOKENS, Lengths, Sampling, Work
 from clients.bench.prompts import MAX_PROMPTS_BYTES, synthetic
 from export.errors import ConfigError, listing, named, shown
-from export.files.reading import read_text
+from export.files.reading import parse_json, read_text
 
 BLOCK_TOKENS = 512
 _MOST_BLOCKS = 4096  # texts of blocks that are kept
@@ -46,7 +46,7 @@ def read_trace(path: Path) -> list[Traced]:
         if not line.strip():
             continue
         try:
-            found.append(_traced(json.loads(line)))
+            found.append(_traced(parse_json(line)))
         except ValueError as error:
             problems.append(f"line {number}: {error}")
     if problems:
@@ -67,7 +67,7 @@ def _traced(value: Any) -> Traced:  # noqa: ANN401 - whatever a file has
     if not isinstance(value, dict):
         raise ValueError(f"found {shown(value)}, expected an object")
     at = value.get("timestamp")
-    if isinstance(at, bool) or not isinstance(at, int | float) or not 0 <= at < math.inf:
+    if isinstance(at, bool) or not isinstance(at, int | float) or not 0 <= at <= sys.float_info.max:
         raise ValueError(f"timestamp is {shown(at)}, expected milliseconds of 0 or more")
     prompt = value.get("prompt", value.get("text_input"))
     if prompt is not None and (not isinstance(prompt, str) or not prompt):

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from clients.bench.load import Work
 from clients.bench.records import Arrival
-from clients.bench.targets.http import MOST_DETAILS, asked_for_models, events, library_errors, read_json, refusal
+from clients.bench.targets.http import (
+    MOST_DETAILS,
+    UNREADABLE,
+    asked_for_models,
+    count_of,
+    events,
+    library_errors,
+    read_json,
+    refusal,
+)
 from clients.bench.targets.triton import request_of
 from clients.errors import ServerFailed, StreamBroken
 from clients.wire import input_values
@@ -59,16 +68,16 @@ def _read(doing: str, data: str) -> Arrival:
     """What one event brought. Raises StreamBroken and ServerFailed."""
     try:
         event = json.loads(data)
-        if "error" in event:
+        if event.get("error"):
             raise ServerFailed(f"{doing}: {str(event['error'])[:MOST_DETAILS]}")
         ids = event.get("token_ids", [])  # a tensor of one value is written as that value
         return Arrival(
             tokens=len(ids) if isinstance(ids, list) else 1,
             finish_reason=event.get("finish_reason") or None,
-            num_input_tokens=event.get("num_input_tokens"),
-            num_output_tokens=event.get("num_output_tokens"),
+            num_input_tokens=count_of(event.get("num_input_tokens")),
+            num_output_tokens=count_of(event.get("num_output_tokens")),
         )
-    except (ValueError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise StreamBroken(f"{doing}: an event cannot be read ({error!r}): {data[:MOST_DETAILS]}") from error
 
 

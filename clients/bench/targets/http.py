@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -35,6 +37,8 @@ _BY_STATUS: dict[int, type[ClientError]] = {
 LISTING_S = 10.0  # seconds that a server has to list its models
 MOST_DETAILS = 400  # characters of a server's error that a message repeats
 _MOST_LINE = 1 << 24  # bytes of one event
+# What reading an event of another form than expected raises.
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
 
 
 def require_aiohttp() -> ModuleType:
@@ -48,6 +52,13 @@ async def events(response: ClientResponse) -> AsyncIterator[str]:
     async for line in response.content:
         if line.startswith(b"data:"):
             yield line[5:].strip().decode()
+
+
+def count_of(value: Any) -> int | None:  # noqa: ANN401 - whatever a server sends
+    """A number of tokens in all, None where the server states none. Raises TypeError for anything else."""
+    if value is not None and type(value) is not int:
+        raise TypeError(f"found {value!r} as a number of tokens")
+    return value
 
 
 async def refusal(doing: str, response: ClientResponse) -> ClientError:
@@ -101,6 +112,15 @@ async def asked_for_models(
         yield response
 
 
+def _allow_connections() -> None:
+    """Let this process open as many connections as its user may. Most shells allow 1,024 at first, and a request beyond
+    that would fail as if the server were gone."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # of a system that allows fewer than its own limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 @asynccontextmanager
 async def opened_session(
     url: str, timeout_s: float | None, tls: ClientTls | None, api_key: str | None = None
@@ -108,6 +128,7 @@ async def opened_session(
     """A session for requests to `url`. Raises AddressInvalid, MissingPackageError, and TlsError for files of `tls` that
     cannot be used."""
     library = require_aiohttp()
+    _allow_connections()
     if not url.startswith(("http://", "https://")):
         raise AddressInvalid(f"connecting to {url}: expected http://HOST:PORT, or the same with https")
     limits = library.ClientTimeout(total=timeout_s)

@@ -18,7 +18,9 @@ from clients.bench.load import Work
 from clients.bench.records import Arrival
 from clients.bench.targets.http import (
     MOST_DETAILS,
+    UNREADABLE,
     asked_for_models,
+    count_of,
     events,
     library_errors,
     opened_session,
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
 
 COMPLETIONS, CHAT = "completions", "chat"
 GUESSED = "one token for each chunk with text, or the server's number for the whole answer shared among them"
+# Fields of a delta that hold what the model wrote. Thoughts are `reasoning` of vLLM, and `reasoning_content` of
+# DeepSeek's API, llama.cpp and the gateway.
+_OUTPUT = ("content", "reasoning_content", "reasoning", "tool_calls", "function_call", "refusal")
 _PATHS = {COMPLETIONS: "/v1/completions", CHAT: "/v1/chat/completions"}
 
 
@@ -98,7 +103,7 @@ class OpenAITarget:
         """What one event brought, and the number of tokens so far. Raises StreamBroken and ServerFailed."""
         try:
             event = json.loads(data)
-            if "error" in event:
+            if event.get("error"):
                 raise ServerFailed(f"{doing}: {str(event['error'])[:MOST_DETAILS]}")
             choice = event["choices"][0] if event.get("choices") else {}
             tokens, how = _tokens(event, choice, so_far)
@@ -107,10 +112,10 @@ class OpenAITarget:
                 tokens=tokens,
                 guessed=how == GUESSED,
                 finish_reason=choice.get("finish_reason"),
-                num_input_tokens=usage.get("prompt_tokens"),
-                num_output_tokens=usage.get("completion_tokens"),
+                num_input_tokens=count_of(usage.get("prompt_tokens")),
+                num_output_tokens=count_of(usage.get("completion_tokens")),
             )
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except UNREADABLE as error:
             raise StreamBroken(f"{doing}: an event cannot be read ({error!r}): {data[:MOST_DETAILS]}") from error
         if tokens:
             self.counting = how
@@ -125,8 +130,7 @@ def _tokens(event: Mapping[str, Any], choice: Mapping[str, Any], so_far: int) ->
     if isinstance(timings, dict) and "predicted_n" in timings:
         return max(0, int(timings["predicted_n"]) - so_far), "the number of predicted tokens that each chunk states"
     delta = choice.get("delta") or {}
-    text = choice.get("text") or delta.get("content") or delta.get("reasoning_content") or delta.get("tool_calls")
-    return int(bool(text)), GUESSED
+    return int(bool(choice.get("text")) or any(delta.get(name) for name in _OUTPUT)), GUESSED
 
 
 @asynccontextmanager

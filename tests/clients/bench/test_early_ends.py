@@ -101,6 +101,21 @@ def test_refusals_and_answers_beside_failures_are_no_gone_server():
     assert (run.ended, report["requests"]["failed"]) == (None, 20)
 
 
+def test_a_server_that_refuses_between_failed_connections_is_there():
+    """Connections fail at 0, are refused by the server for 2 s, and fail again: at no time for as long as 1 s."""
+
+    class Restarting(StandIn):
+        async def answer(self, work):
+            self.works.append(work)
+            now = asyncio.get_running_loop().time() - started
+            raise (ServerOverloaded if 0.2 < now < 2.2 else ConnectionFailed)("not yet", status="UNAVAILABLE")
+            yield
+
+    started = 0.0
+    run, _ = measured(Load(streams=1, requests=28), Restarting(), patience_s=1.0)
+    assert (run.ended, len(run.records)) == (None, 28)
+
+
 def test_a_request_that_was_answered_by_then_is_whole():
     async def quick(work):
         yield Arrival(tokens=1, finish_reason="length")

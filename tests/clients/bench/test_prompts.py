@@ -18,6 +18,7 @@ def test_lengths_are_read_and_drawn():
     source = random.Random(0)
     assert {read_lengths("64", "x").draw(source) for _ in range(50)} == {64}
     assert {read_lengths("3-5", "x").draw(source) for _ in range(200)} == {3, 4, 5}
+    assert {read_lengths("lognormal:100,0,180", "x").draw(source) for _ in range(50)} == {100}
     drawn = [read_lengths("lognormal:100,0.5,180", "x").draw(source) for _ in range(5000)]
     assert median(drawn) == pytest.approx(100, rel=0.05)
     assert max(drawn) == 180
@@ -28,7 +29,9 @@ def test_lengths_are_read_and_drawn():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["", "0", "5-3", "-4", "1.5", "lognormal:0,1,5", "lognormal:9,1,5", "1e3", "9" * 20])
+@pytest.mark.parametrize(
+    "text", ["", "0", "5-3", "-4", "1.5", "lognormal:0,1,5", "lognormal:9,1,5", "lognormal:9,0,5", "1e3", "9" * 20]
+)
 def test_lengths_that_are_none_are_refused(text):
     with pytest.raises(ConfigError, match="reading --max-tokens: found '.*', expected tokens such as 64"):
         read_lengths(text, "--max-tokens")
@@ -90,6 +93,8 @@ def test_lengths_of_a_very_wide_distribution_stay_within_it():
         ("\n", "found no prompt"),
         ('{"prompt": "a"}\n{"prompt": ', "line 2: .*expected one JSON object a line"),
         ('{"prompt": ""}', "line 1: expected"),
+        ("[" * 100_000, "line 1: it is nested too deeply"),
+        ('{"prompt": "\\ud800"}', "line 1: .*half of a surrogate pair"),
         ('["a"]', "line 1: expected"),
         ('{"prompt": 1}', "line 1: expected"),
         ('{"prompt": "a", "max_tokens": 0}', "line 1: expected"),

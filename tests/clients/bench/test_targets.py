@@ -165,7 +165,7 @@ def answers(answer, **fields) -> tuple[list[Arrival], OpenAITarget, list]:
             [2, 3, 0],
             "the number of predicted tokens that each chunk states",
         ),
-        ([chunk("a"), chunk(""), chunk("b", "length")], [1, 0, 1], GUESSED),
+        ([chunk("a"), chunk(""), chunk("b", "length", error=None)], [1, 0, 1], GUESSED),
     ],
 )  # fmt: skip
 def test_tokens_of_chunks_are_counted_by_what_the_server_adds(chunks, tokens, counting):
@@ -313,6 +313,17 @@ def test_a_chat_sends_a_message_and_reads_its_deltas():
     assert body["messages"] == [{"role": "user", "content": "one two"}]
     assert "prompt" not in body
     assert target.counting == GUESSED
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"reasoning": "so"}, {"reasoning_content": "so"}, {"refusal": "no"}, {"tool_calls": [{"index": 0}]}],
+)
+def test_whatever_the_model_writes_in_a_chat_is_its_first_token(field):
+    """vLLM names the field of thoughts `reasoning` since 0.11 (docs.vllm.ai, Reasoning Outputs)."""
+    deltas = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in (field, {"content": "a"})]
+    arrivals, _, _ = opened_answers(events(*deltas, USAGE), "chat")
+    assert [arrival.tokens for arrival in arrivals] == [1, 1, 0]
 
 
 def test_the_generate_extension_sends_tensors_by_name_and_reads_its_events():

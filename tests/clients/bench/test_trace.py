@@ -64,6 +64,15 @@ def test_a_duration_ends_a_trace(trace):
     assert run.window_s == 4.2
 
 
+def test_a_trace_that_ends_before_its_duration_is_measured_until_its_last_answer(trace):
+    found = trace(*({"timestamp": 1000 * at, "input_length": 1, "output_length": 1} for at in range(4)))
+    works = TraceWorks(trace=found, max_tokens=FOUR)
+    load = Load(schedule=tuple(one.at_s for one in found), duration_s=60.0)
+    run = simulate(lambda: apply(StandIn(), load, works))
+    assert run.window_s == pytest.approx(3.5)
+    assert summarise(run, load, works, 2)["requests_per_s"] == pytest.approx(4 / 3.5)
+
+
 def test_equal_blocks_are_equal_texts(trace):
     """Two prompts that share their first two blocks of 512 tokens have a common beginning of as many words."""
     long = BLOCK_TOKENS * 2 + 100
@@ -92,6 +101,10 @@ def test_equal_blocks_are_equal_texts(trace):
         ('{"timestamp": Infinity, "input_length": 4}', "line 2: timestamp is inf"),
         ({"timestamp": True, "input_length": 4}, "line 2: timestamp is True"),
         ({"timestamp": "0", "input_length": 4}, "line 2: timestamp is '0'"),
+        ('{"timestamp": 1' + "0" * 400 + ', "input_length": 4}', "line 2: timestamp is a whole number of 1329 bits"),
+        ('{"timestamp": 1e999, "input_length": 4}', "line 2: timestamp is inf"),
+        ("[" * 100_000, "line 2: it is nested too deeply"),
+        ('{"timestamp": 0, "prompt": "\\ud800"}', "line 2: a text in it holds half of a surrogate pair"),
         ({"timestamp": 0}, "line 2: expected either a prompt or an input_length"),
         ({"timestamp": 0, "prompt": "a", "input_length": 4}, "line 2: expected either"),
         ({"timestamp": 0, "prompt": ""}, "line 2: the prompt is ''"),
