@@ -205,47 +205,51 @@ def _of_engine(folder: Path, template: str | None) -> ModelTexts:
 
 
 class Marks:
-    """Puts a special token back into the text of one answer, which does not show special tokens.
+    """Puts special tokens back into the text of one answer, which does not show them. `signs`: id -> text of each.
 
     The text of a token may come in a later piece than the token. So it is counted how much text belongs to the tokens
     before each mark. White space is not counted, since a server may leave it out at an answer's begin.
     """
 
-    def __init__(self, token: int, texts: ModelTexts) -> None:
-        self._token, self._texts = token, texts
+    def __init__(self, signs: Mapping[int, str], texts: ModelTexts) -> None:
+        self._signs, self._texts = signs, texts
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._num_decoded = self._num_given = 0  # characters that are no white space: of tokens, of the text
-        self._waiting: deque[int] = deque()  # how many of them stand before each mark whose place did not come yet
+        # How many of them stand before each mark whose place did not come yet, and the mark.
+        self._waiting: deque[tuple[int, str]] = deque()
 
-    def put_back(self, mark: str, text: str, token_ids: Sequence[int]) -> str:
-        """The text that a piece of the answer adds, with `mark` where the token stood."""
+    def put_back(self, text: str, token_ids: Sequence[int]) -> str:
+        """The text that a piece of the answer adds, with the signs where their tokens stood."""
         for token in token_ids:
             is_special = token in self._texts.special
             decoded = self._decoder.decode(b"" if is_special else self._texts.token_bytes(token), final=is_special)
             self._num_decoded += _size(decoded)
-            if token == self._token:
-                self._waiting.append(self._num_decoded)
-        given = ""
+            if token in self._signs:
+                self._waiting.append((self._num_decoded, self._signs[token]))
+        given, at = list[str](), 0
         while self._waiting:
-            place = _place(text, self._waiting[0] - self._num_given)
+            num_before, mark = self._waiting[0]
+            place = _place(text, at, num_before - self._num_given)
             if place is None:
                 break
-            given, text = f"{given}{text[:place]}{mark}", text[place:]
-            self._num_given = self._waiting.popleft()
-        self._num_given += _size(text)
-        return given + text
+            given += (text[at:place], mark)
+            at, self._num_given = place, num_before
+            self._waiting.popleft()
+        rest = text[at:]
+        self._num_given += _size(rest)
+        return "".join((*given, rest))
 
 
 def _size(text: str) -> int:
     return sum(not letter.isspace() for letter in text)
 
 
-def _place(text: str, count: int) -> int | None:
-    """Where `count` characters that are no white space have gone by; None if the text has fewer."""
+def _place(text: str, begin: int, count: int) -> int | None:
+    """Where `count` characters that are no white space have gone by from `begin` on; None if the text has fewer."""
     if count <= 0:
-        return 0
-    for place, letter in enumerate(text, start=1):
-        count -= not letter.isspace()
+        return begin
+    for place in range(begin, len(text)):
+        count -= not text[place].isspace()
         if not count:
-            return place
+            return place + 1
     return None

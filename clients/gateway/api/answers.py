@@ -17,7 +17,7 @@ from clients.messages import Generation
 from triton_repo.contracts.piece import Piece
 
 Tops = Sequence[Sequence[tuple[int, float]]]
-CANCELLED = "cancelled"
+CANCELLED, CUT = "cancelled", "length"
 
 
 def now() -> int:

@@ -69,9 +69,16 @@ class Channels:
         self._given: set[str] = set()  # kinds of which some text was given
         self._num_begun = 0  # calls that were given
 
-    def read(self, text: str, token_ids: Sequence[int], *, is_last: bool) -> list[dict[str, Any]]:
+    def read(
+        self,
+        text: str,
+        token_ids: Sequence[int],
+        *,
+        is_last: bool,
+        is_cut: bool = False,  # noqa: ARG002
+    ) -> list[dict[str, Any]]:
         """The deltas of OpenAI's messages that a piece of an answer adds. The text of a token may come in a later
-        piece."""
+        piece. `is_cut`: it is the last since there is no room for more, as with other readers."""
         for token in token_ids:
             sign = self._signs.get(token)
             if sign is None:

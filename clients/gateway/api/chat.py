@@ -9,8 +9,8 @@ from typing import Any
 
 from starlette.responses import Response
 
-from clients.gateway.api import fields, tools
-from clients.gateway.api.answers import Usage, chat_log_probs, finish_reason, now, routing_of
+from clients.gateway.api import fields
+from clients.gateway.api.answers import CUT, Usage, chat_log_probs, finish_reason, now, routing_of
 from clients.gateway.api.channels import Channels, channels_of
 from clients.gateway.api.guides import FORMAT
 from clients.gateway.api.messages import read_messages
@@ -23,6 +23,9 @@ from clients.gateway.api.sampling import (
     generation_request,
     wants_usage,
 )
+from clients.gateway.api.tools import offers
+from clients.gateway.api.tools.forms import Form, form_of
+from clients.gateway.api.tools.reading import AUTO, NONE, CallReader, message_of
 from clients.gateway.api.values import read_values
 from clients.gateway.errors import invalid
 from clients.gateway.events import Events, TextEvent, Whole, event, joined, renamed
@@ -40,8 +43,8 @@ FIELDS = fields.Fields(
         "max_completion_tokens": fields.integer(1, fields.MOST_TOKENS),
         "logprobs": fields.boolean,
         "top_logprobs": fields.integer(0, LOG_PROBS),
-        tools.TOOLS: tools.read_tools,
-        tools.CHOICE: tools.read_tool_choice,
+        offers.TOOLS: offers.read_tools,
+        offers.CHOICE: offers.read_tool_choice,
         # vLLM's
         "add_generation_prompt": fields.boolean,
         "continue_final_message": fields.boolean,
@@ -69,21 +72,19 @@ class Call:
     log_probs: bool
     includes_usage: bool
     head: Mapping[str, Any]  # what every object of the answer begins with, without its kind
-    form: tools.Form  # of the model's calls
+    form: Form  # of the model's calls
 
-    def call_reader(self) -> tools.CallReader | Channels | None:
+    def call_reader(self) -> CallReader | Channels | None:
         """What reads the calls and channels in one answer; None where it can have none."""
-        kind = tools.choice_of(self.values)
-        if kind in (tools.NONE, tools.AUTO) and (channels := channels_of(self.texts, has_tools=kind == tools.AUTO)):
+        kind = offers.choice_of(self.values)
+        if kind in (NONE, AUTO) and (channels := channels_of(self.texts, has_tools=kind == AUTO)):
             return channels
-        if kind == tools.NONE or (kind == tools.AUTO and self.form.begin is None):
-            return None
-        return tools.CallReader(self.form, self.texts, kind)
+        return offers.reader_of(self.form, self.texts, self.values)
 
     @property
     def names(self) -> Mapping[str, str]:
         """The fields that the server's refusals name, where the request has them by other names."""
-        return {FORMAT: tools.TOOLS} if tools.is_required(self.values) else {}
+        return {FORMAT: offers.TOOLS} if offers.is_required(self.values) else {}
 
 
 async def respond(gateway: Gateway, record: Record, body: Mapping[str, Any]) -> Response:
@@ -104,9 +105,9 @@ async def read_call(gateway: Gateway, record: Record, body: Mapping[str, Any]) -
     if top is not None and not log_probs:
         raise invalid("top_logprobs", "found a number, and logprobs is not true; send logprobs true beside it")
     texts = await gateway.texts(model)
-    form = tools.form_of(texts.template or "")
+    form = form_of(texts.template or "")
     prompt = await _prompt(gateway, model, values, texts, form)
-    guide = await tools.required_format(gateway, model, values, form) if tools.is_required(values) else None
+    guide = await offers.required_format(gateway, model, values, form) if offers.is_required(values) else None
     return Call(
         values=values,
         request=generation_request(
@@ -143,14 +144,12 @@ async def rendered(gateway: Gateway, model: str, values: Mapping[str, Any], text
         values["messages"],
         add_generation_prompt=values.get("add_generation_prompt", not continues),
         continue_final_message=continues,
-        tools=tools.shown_tools(values, texts.template or ""),
+        tools=offers.shown_tools(values, texts.template or ""),
         variables=values.get("chat_template_kwargs"),
     )
 
 
-async def _prompt(
-    gateway: Gateway, model: str, values: Mapping[str, Any], texts: ModelTexts, form: tools.Form
-) -> Prompt:
+async def _prompt(gateway: Gateway, model: str, values: Mapping[str, Any], texts: ModelTexts, form: Form) -> Prompt:
     """The prompt of a conversation. A template writes the begin token itself, where a model has one, so that the
     tokenizer must add none: such a model is sent the tokens, if it takes any."""
     text = await rendered(gateway, model, values, texts)
@@ -158,7 +157,7 @@ async def _prompt(
         raise invalid(
             "messages", "the model's chat template makes an empty text of them, expected at least a character"
         )
-    if tools.is_required(values):
+    if offers.is_required(values):
         text += form.prefill
     if texts.adds_tokens and INPUT_IDS in await gateway.pool.inputs(model):
         texts.check_length("messages", size=len(text.encode()))
@@ -177,13 +176,14 @@ async def _whole(gateway: Gateway, call: Call, usage: Usage) -> dict[str, Any]:
         if reader is None:
             message = {"role": "assistant", "content": generation.text, "refusal": None}
         else:
-            message = tools.message_of(reader.read(generation.text, generation.token_ids, is_last=True))
+            is_cut = generation.finish_reason == CUT
+            message = message_of(reader.read(generation.text, generation.token_ids, is_last=True, is_cut=is_cut))
         choices.append(_choice(call, generation, {"message": message}, reader))
     return {"object": "chat.completion", **call.head, "choices": choices, "usage": usage.to_json()}
 
 
 def _choice(
-    call: Call, part: Generation | Piece, words: dict[str, Any], reader: tools.CallReader | Channels | None
+    call: Call, part: Generation | Piece, words: dict[str, Any], reader: CallReader | Channels | None
 ) -> dict[str, Any]:
     reason = finish_reason(part)
     choice = {
@@ -201,7 +201,7 @@ async def _events(gateway: Gateway, call: Call, usage: Usage) -> AsyncGenerator[
     head = {"object": "chat.completion.chunk", **call.head}
     extra = {"usage": None} if call.includes_usage else {}
     texts: dict[int, TextEvent] = {}  # index of a choice that has begun to its events of a text alone
-    readers: dict[int, tools.CallReader | Channels | None] = {}  # the same to what reads its calls
+    readers: dict[int, CallReader | Channels | None] = {}  # the same to what reads its calls
     shows_more = call.log_probs or call.values.get("return_token_ids") or call.values.get(ROUTING)
 
     def event_of(choice: dict[str, Any]) -> bytes:
@@ -222,7 +222,7 @@ async def _events(gateway: Gateway, call: Call, usage: Usage) -> AsyncGenerator[
         reader, reason = readers[index], piece.finish_reason
         if reader is not None:
             # All but the last delta go ahead, so that what belongs to a piece's tokens is one event.
-            deltas = reader.read(piece.text, piece.token_ids, is_last=reason is not None)
+            deltas = reader.read(piece.text, piece.token_ids, is_last=reason is not None, is_cut=reason == CUT)
             data += b"".join(plain(index, delta) for delta in deltas[:-1])
             delta = deltas[-1] if deltas else {}
         elif reason is None and not shows_more:

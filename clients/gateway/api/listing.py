@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clients.gateway.api import chat, fields, tools
+from clients.gateway.api import chat, fields
 from clients.gateway.api.messages import read_messages
 from clients.gateway.api.sampling import ROUTING, required_model
+from clients.gateway.api.tools import offers
 from clients.gateway.errors import ApiError, invalid
 from clients.gateway.guard import Record
 from clients.gateway.state import Gateway
@@ -37,7 +38,7 @@ TOKENIZE = fields.Fields(
         "add_generation_prompt": fields.boolean,
         "continue_final_message": fields.boolean,
         "return_token_strs": fields.boolean,
-        tools.TOOLS: tools.read_tools,
+        offers.TOOLS: offers.read_tools,
         "chat_template_kwargs": fields.mapping,
     },
     neutral={},

@@ -10,7 +10,7 @@ from gateway_in_thread import CHATML
 from harmony_tokenizer import write_harmony_tokenizer
 
 from clients.gateway.api.channels import channels_of
-from clients.gateway.api.tools import message_of
+from clients.gateway.api.tools.reading import message_of
 from clients.gateway.texts import ModelTexts, read_texts
 
 FINAL = "<|start|>assistant<|channel|>final<|message|>"

@@ -15,11 +15,19 @@ import pytest
 from fake_triton import empty_final, piece
 from jsonschema import Draft202012Validator
 
-from clients.gateway.api import tools
-from clients.gateway.api.tools import HERMES, MISTRAL, UNKNOWN, call_schema, form_of
+from clients.gateway.api.tools import json_calls
+from clients.gateway.api.tools.forms import HERMES, MISTRAL, UNKNOWN, form_of
+from clients.gateway.api.tools.json_calls import JsonCalls
+from clients.gateway.api.tools.offers import call_schema
+from clients.gateway.api.tools.reading import message_of
 from triton_repo.runtime.guided.grammars import check_guide
 
 TEMPLATES = {
+    "llama": '{% if tools %}{{ tools | tojson }}{"name": function name, "parameters": dictionary of argument name and '
+    "its value}{% endif %}{{ messages[0].content }}",
+    "granite": "{% if tools %}{{ tools | tojson }}<|tool_call|>{% endif %}{{ messages[0].content }}",
+    "qwen3_coder": "{% if tools %}{{ tools | tojson }}<tool_call><function=a><parameter=b>{% endif %}"
+    "{{ messages[0].content }}",
     "hermes": "{% if tools %}{{ tools | tojson }} <tool_call>\n{\"name\": NAME, \"arguments\": OBJECT}\n</tool_call>"
     "{% endif %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>",
     "mistral": "{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
@@ -131,9 +139,9 @@ def test_a_name_that_does_not_end_is_not_searched_again_and_again(monkeypatch):
         def match(self, text):
             sizes.append(len(text))
 
-    monkeypatch.setattr(tools, "_BEGIN", Begin())
+    monkeypatch.setattr(json_calls, "_BEGIN", Begin())
     texts = SimpleNamespace(tokenizer=SimpleNamespace(backend=SimpleNamespace(token_to_id=lambda _: None)), special=())
-    reader = tools.CallReader(HERMES, texts, "auto")
+    reader = JsonCalls(HERMES, texts, "auto")
     parts = ['<tool_call>{"name": "', *["again" * 40] * 50]
     found = [delta for part in parts for delta in reader.read(part, (5,), is_last=False)]
     assert found == []
@@ -218,10 +226,10 @@ def test_a_begin_that_is_a_special_token_is_found_where_the_text_comes_later_tha
     tokens = [1, 2, 3, mark, 4]
     pieces = ["I", " call", " \u00bfhere?", "", words[4]]
     late = [*[""] * lag, *pieces]
-    reader, found = tools.CallReader(MISTRAL, texts, "auto"), []
+    reader, found = JsonCalls(MISTRAL, texts, "auto"), []
     for number, text in enumerate(late):
         found += reader.read(text, tokens[number : number + 1], is_last=number + 1 == len(late))
-    message = tools.message_of(found)
+    message = message_of(found)
     assert message["content"] == "I call \u00bfhere?"
     assert [call["function"] for call in message["tool_calls"]] == [{"name": "add", "arguments": '{"a": 7}'}]
 
@@ -236,7 +244,11 @@ CALL = '{"name": "add", "arguments": {"a": 7, "b": 8}}'
 NAMED = {"type": "function", "function": {"name": "add"}}
 
 
-REQUIRED = [("hermes", CALL, "<tool_call>\n"), ("mistral", f"[{CALL}]", "[TOOL_CALLS]"), ("other", CALL, "7+8?")]
+REQUIRED = [
+    ("hermes", CALL, "<tool_call>\n"), ("mistral", f"[{CALL}]", "[TOOL_CALLS]"), ("other", CALL, "7+8?"),
+    ("granite", f"[{CALL}]", "<|tool_call|>"), ("qwen3_coder", CALL, "7+8?"),
+    ("llama", CALL.replace("arguments", "parameters"), "7+8?"),
+]  # fmt: skip
 
 
 def test_a_call_that_is_required_is_written_under_its_schema(ask, server):
@@ -251,7 +263,9 @@ def test_a_call_that_is_required_is_written_under_its_schema(ask, server):
         tensors = sent(server.requests[-1])
         assert tensors["text_input"].endswith(prompt)
         assert tensors["guided_decoding_guide_type"] == "json_schema"
-        check_required(json.loads(tensors["guided_decoding_guide"]), form == "mistral", choice == "required")
+        schema = tensors["guided_decoding_guide"]
+        schema = schema.replace("parameters", "arguments") if form == "llama" else schema
+        check_required(json.loads(schema), form in ("mistral", "granite"), choice == "required")
 
 
 def check_required(schema: dict, is_list: bool, takes_say: bool) -> None:
@@ -312,8 +326,7 @@ def test_only_references_are_changed_in_a_schema_that_is_moved():
 def test_forms_are_told_apart_by_what_templates_contain():
     assert form_of(TEMPLATES["hermes"]) is HERMES
     assert form_of(TEMPLATES["mistral"]) is MISTRAL
-    for other in ("", TEMPLATES["other"], TEMPLATES["hermes"] + "<function=NAME>", TEMPLATES["hermes"] + "<arg_key>",
-                  "[TOOL_CALLS]NAME[ARGS]{}"):  # fmt: skip
+    for other in ("", TEMPLATES["other"], TEMPLATES["hermes"] + "<function=NAME>", TEMPLATES["hermes"] + "<arg_key>"):
         assert form_of(other) is UNKNOWN
 
 
