@@ -45,6 +45,8 @@ _LOGITS_VALUES = 1 << 24  # logits that are computed at a time; at least those o
 Windows = Sequence[Sequence[int]]
 Choose = Callable[[int, FloatArray], npt.NDArray[np.int64]]
 Adjust = Callable[[int, FloatArray, FloatArray], FloatArray]
+ATTENTION, MLP, SUM = "attention", "mlp", "sum"  # the parts of a layer that Observe is told of
+Observe = Callable[[int, str, FloatArray], None]
 
 
 class Reference:
@@ -89,8 +91,27 @@ class Reference:
             if logits is not None:
                 yield logits
 
+    def observe(
+        self,
+        windows: Windows,
+        observe: Observe,
+        progress: Callable[[str], None] = lambda _: None,
+        choose: Choose | None = None,
+        adjust: Adjust | None = None,
+    ) -> Iterator[int]:
+        """Compute the layers, and yield the number of each once `observe(layer, part, values)` was told what its
+        ATTENTION and its MLP (or experts) add to the residual, and the SUM: [T, H] of the tokens of all windows. The
+        head is not computed. The rest is that of `run`."""
+        for index, _ in enumerate(self._layers(windows, progress, choose, adjust, observe)):
+            yield index
+
     def _layers(
-        self, windows: Windows, progress: Callable[[str], None], choose: Choose | None, adjust: Adjust | None
+        self,
+        windows: Windows,
+        progress: Callable[[str], None],
+        choose: Choose | None,
+        adjust: Adjust | None,
+        observe: Observe | None = None,
     ) -> Iterator[tuple[FloatArray, FloatArray | None]]:
         """Yield for each layer the states [T, H] that leave it, and its router's logits [T, E]."""
         x, bounds, reader = self._embedded(windows), bounds_of(windows), Reader(self._weights)
@@ -99,7 +120,8 @@ class Reference:
             progress(f"computing the reference: {index} of {len(self._network.layers)} layers")
             chosen = partial(choose, mixture) if choose else None
             adjusted = partial(adjust, mixture) if adjust else None
-            x, logits = self._run_layer(layer, x, bounds, reader, chosen, adjusted)
+            observed = partial(observe, index) if observe else None
+            x, logits = self._run_layer(layer, x, bounds, reader, chosen, adjusted, observed)
             mixture += logits is not None
             yield x, logits
 
@@ -126,18 +148,24 @@ class Reference:
         reader: Reader,
         choose: Callable[[FloatArray], npt.NDArray[np.int64]] | None = None,
         adjust: Callable[[FloatArray, FloatArray], FloatArray] | None = None,
+        observe: Callable[[str, FloatArray], None] | None = None,
     ) -> tuple[FloatArray, FloatArray | None]:
         """The states [T, H] that leave a layer, and its router's logits [T, E]; `x` stays as it is."""
         normed = normalise(x, layer.norm, self._weights)
         attended = Projections(layer.attention, reader).attended(normed, bounds)
         attended = normalise(attended, layer.attention_output_norm, self._weights)
         attended *= np.float32(layer.factor)
+        if observe:
+            observe(ATTENTION, attended)
         x = x + attended
         if not layer.parallel:
             normed = normalise(x, layer.mlp_norm, self._weights)
         output, logits = run_mlp(normed, layer.mlp, reader, self._model.architecture.experts_per_token, choose, adjust)
         output = normalise(output, layer.mlp_output_norm, self._weights)
         output *= np.float32(layer.factor)
+        if observe:
+            observe(MLP, output)
+            observe(SUM, x + output)
         return x + output, logits
 
     def _logits(self, x: FloatArray, bounds: Sequence[int]) -> Iterator[tuple[int, int, FloatArray]]:

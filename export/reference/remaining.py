@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from export.reference.model import Choose, Reference, Windows
+from export.reference.model import Choose, Observe, Reference, Windows
 from export.reference.operations import FloatArray
 from export.routing import below_the_kept
 
@@ -32,10 +32,19 @@ class RemainingReference:
         self, windows: Windows, progress: Callable[[str], None] = lambda _: None, choose: Choose | None = None
     ) -> Iterator[tuple[FloatArray, FloatArray | None]]:
         """As `Reference.run`; the router logits of experts that are lacking lie below those of the others."""
-
-        def adjust(mixture: int, _x: FloatArray, logits: FloatArray) -> FloatArray:
-            return below_the_kept(logits, self._dropped[mixture])
-
-        for logits, routed in self._reference.run(windows, progress, choose, adjust):
+        for logits, routed in self._reference.run(windows, progress, choose, self._adjust):
             assert routed is not None  # a mixture has routers
             yield logits, np.stack([below_the_kept(*both) for both in zip(routed, self._dropped, strict=True)])
+
+    def observe(
+        self,
+        windows: Windows,
+        observe: Observe,
+        progress: Callable[[str], None] = lambda _: None,
+        choose: Choose | None = None,
+    ) -> Iterator[int]:
+        """As `Reference.observe`."""
+        return self._reference.observe(windows, observe, progress, choose, self._adjust)
+
+    def _adjust(self, mixture: int, _x: FloatArray, logits: FloatArray) -> FloatArray:
+        return below_the_kept(logits, self._dropped[mixture])

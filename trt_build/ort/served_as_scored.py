@@ -36,7 +36,15 @@ from trt_build.comparison.serving_ways import NEAR_PRECISE, NEAR_ROUNDED, Servin
 from trt_build.ort.cache import Cache
 from trt_build.ort.engine import Engine
 from trt_build.ort.questions.float32 import float32_experts, with_float32_activations
-from trt_build.ort.questions.layer_outputs import LayerPart, layer_parts, room_for, stored_or_float32, with_outputs
+from trt_build.ort.questions.layer_outputs import (
+    PART_LIMITS,
+    LayerPart,
+    groups_of,
+    layer_parts,
+    room_for,
+    stored_or_float32,
+    with_outputs,
+)
 from trt_build.ort.session import ScoringSession, Session
 from trt_build.ort.step_call import Row
 
@@ -46,14 +54,9 @@ LATE_TOKENS = 33  # of the sequence that comes in when the others decode
 BATCH_STEPS = 6  # tokens of each sequence that are decoded together
 CHUNKED_TOKENS = 512
 DECODED_TOKENS = 64
-PARTS_BYTES = 1 << 29  # of what parts of layers give in the scoring graph, held at a time
 CHUNKED, DECODED, BATCHED = "chunks", "decoding", "a batch"  # the ways
 _END = 1 << 30  # behind every position
 EXACT = ", float32 activations"  # behind the name of a way that both graphs run with them
-# Differences of what a part gives that are more than the order of summation makes, which in small models of three
-# layers was 5e-7 with float32 and 5e-4 with float16 between the operations; attention scaled by 1.03 makes 4e-3 and
-# 1.3e-2 where it begins.
-PART_LIMITS = {"float32": 1e-4, "float16": 3e-3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,16 +117,14 @@ def where_it_begins(
     if not engine.has_serving_graph or not failed:
         return tuple(ways)
     scoring, serving = (stored_or_float32(engine, file) for file in (SCORING_GRAPH, SERVING_GRAPH))
-    parts, facts = layer_parts(scoring, serving, engine), engine.manifest.architecture
+    parts, facts = layer_parts(engine, scoring, serving), engine.manifest.architecture
     until: dict[str, int] = {}  # with the same graphs, a way and its run with float32 activations are one
     for name, position in failed.items():
         way = name.removesuffix(EXACT)
         until[way] = max(position, until.get(way, 0))
-    size = max(1, PARTS_BYTES // (4 * facts.hidden_size * min(CHUNKED_TOKENS, len(window))))
     limit = PART_LIMITS[PROVIDERS[engine.manifest.provider].float_type]
     found = {way.name: way for way in ways}
-    for start in range(0, len(parts), size):
-        group = parts[start : start + size]
+    for group in groups_of(parts, facts.hidden_size, min(CHUNKED_TOKENS, len(window))):
         progress(f"comparing what {len(group)} of {len(parts)} parts of the layers give")
         with float32_experts():
             graphs = with_outputs(scoring, group), with_outputs(serving, group)

@@ -19,6 +19,7 @@ from trt_build.engine_files import record_files
 from trt_build.ort import served_as_scored
 from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.engine import open_engine
+from trt_build.ort.questions import layer_outputs
 from trt_build.ort.served_as_scored import compare_serving, where_it_begins
 from trt_build.ort.session import ScoringSession, Session
 
@@ -120,7 +121,7 @@ def test_parts_are_compared_in_groups_until_a_difference_shows(tmp_path, dense, 
     engine, network, _ = dense("fp32")
     fault = dataclasses.replace(FAULTS["attention's scale times 1.03"], at="serving")
     wrong = with_fault(engine, tmp_path / "wrong", fault, network)
-    monkeypatch.setattr(served_as_scored, "PARTS_BYTES", 1)
+    monkeypatch.setattr(layer_outputs, "PARTS_BYTES", 1)
     limits, told = SERVING_LIMITS["fp32"], []
     found = where_it_begins(wrong, TOKENS, compare_serving(wrong, TOKENS, quiet), limits, told.append)
     assert len(told) == 4  # three parts of layer 0, and attention of layer 1
@@ -142,7 +143,7 @@ def test_groups_go_on_until_the_position_that_is_told_shows_a_difference(dense, 
         rows[0, 0], rows[0, 1] = 1.0, float(len(asked) == 3)
         return (dataclasses.replace(way, parts=rows, part_names=(parts[0].name,)),)
 
-    monkeypatch.setattr(served_as_scored, "PARTS_BYTES", 1)
+    monkeypatch.setattr(layer_outputs, "PARTS_BYTES", 1)
     monkeypatch.setattr(served_as_scored, "_compare", compare)
     [found] = where_it_begins(engine, TOKENS, [way], SERVING_LIMITS["fp32"], quiet)
     assert asked == ["attention of layer 0", "MLP of layer 0", "residual's sum of layer 0"]

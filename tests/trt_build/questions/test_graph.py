@@ -9,11 +9,21 @@ import numpy as np
 import onnx
 import pytest
 from decoding import KINDS, each
+from dense_checkpoints import write_dense_checkpoint
 from engine_faults import FAULTS, with_fault
 
+from export.checkpoint.folder import open_checkpoint
+from export.families import read_model
 from export.provider import PROVIDERS
+from export.reference.model import Reference
+from trt_build.ort.build import BuildOptions, build_engine
 from trt_build.ort.device import Device
+from trt_build.ort.engine import open_engine
+from trt_build.ort.questions import graph_begins
 from trt_build.ort.questions.graph import ask_about_graph
+from trt_build.ort.questions.graph_begins import where_graph_begins
+from trt_build.ort.questions.layer_outputs import stored_or_float32
+from trt_build.ort.questions.stored_weights import open_stored_weights
 from trt_build.ort.questions.weights import ask_about_weights
 
 TOKENS = np.random.default_rng(3).integers(0, 256, 96).tolist()
@@ -109,6 +119,47 @@ def test_a_failure_names_the_layer_where_the_difference_begins(built, tmp_path):
     assert told.startswith(
         "the logits differ, and no router's do, so it begins in the experts of layer 2 or behind them: "
     )
+    assert told.endswith("; what the layers give differs by no more than 1e-04 of the largest, so it begins behind the "
+                         "layers")  # fmt: skip
+
+
+SIZES = {"hidden_size": 128, "ffn_size": 160, "num_layers": 2}
+IN_A_LAYER = {
+    "attention's scale times 1.03": "attention of layer 1",
+    "another layer's queries": "attention of layer 1",
+    "a residual taken twice": "MLP of layer 1",
+    "another layer's norm": "attention of layer 1",
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_a_fault_in_a_layer_of_a_dense_model_is_told_by_layer_and_part(tmp_path, made_once, precision, monkeypatch):
+    source = made_once("dense-llama", lambda folder: write_dense_checkpoint(folder, seed=3, family="llama", **SIZES))
+    options = {"checkpoint": str(source), "precision": precision}
+    built = made_once(f"dense-llama-{precision}", lambda folder: build_engine(BuildOptions(output=folder, **options)))
+    engine, model = open_engine(built), read_model(open_checkpoint(source))
+    for name, part in IN_A_LAYER.items():
+        wrong = with_fault(engine, tmp_path / "wrong", FAULTS[name], network(model))
+        [told] = ask_about_graph(wrong, model, TOKENS).failures
+        assert told.startswith("the logits differ: found ")
+        assert f"; it begins in the {part}, norms included: found " in told
+    # Without a fault no part reaches a tenth of the limit.
+    monkeypatch.setattr(graph_begins, "PART_LIMITS", {"float32": 1e-5})
+    content = stored_or_float32(engine, "model_scoring.onnx")
+    reference = Reference(dataclasses.replace(model, weights=open_stored_weights(engine, model)))
+    told = where_graph_begins(engine, content, reference, None, TOKENS, lambda _: None, None)
+    assert told.startswith("what the layers give differs by no more than 1e-05 of the largest")
+
+
+@pytest.mark.needs_kernels
+def test_a_fault_in_a_layer_of_a_mixture_is_told_by_part(built, tmp_path):
+    engine, model = built("phixtral", "int4", "moeship")
+    for name, part in {**IN_A_LAYER, "one expert less in a layer": "experts of layer 1"}.items():
+        wrong = with_fault(engine, tmp_path / "wrong", FAULTS[name], network(model))
+        told = ask_about_graph(wrong, model, TOKENS).failures[-1]
+        if name == "a residual taken twice":  # attention and experts add to one residual, and their sum is wrong
+            part = "residual's sum of layer 1"
+        assert f"; it begins in the {part}, norms included: found " in told
 
 
 @pytest.mark.needs_kernels

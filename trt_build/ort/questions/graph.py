@@ -24,6 +24,7 @@ from trt_build.comparison.limits import graph_limit
 from trt_build.ort.device import Device
 from trt_build.ort.engine import Engine
 from trt_build.ort.questions.float32 import float32_experts, with_float32_activations
+from trt_build.ort.questions.graph_begins import relative_difference, where_graph_begins
 from trt_build.ort.questions.stored_weights import FloatArray, StoredWeights, open_stored_weights
 from trt_build.ort.session import ScoringSession
 
@@ -55,7 +56,9 @@ def ask_about_graph(
     del session
     limit = graph_limit(PROVIDERS[engine.manifest.provider].float_type)
     choices = _Choices(found_routing, model.architecture.experts_per_token, limit)
-    expected, expected_routing = _reference(engine, model, stored, window, choices, progress)
+    reference = _reference(engine, model, stored)
+    choose = choices if found_routing is not None else None
+    [(expected, expected_routing)] = reference.run([window], progress, choose=choose)
     figures: dict[str, Any] = {"num_tokens": len(window), "allowed": limit, "near_ties": choices.near_ties}
     layers = model.architecture.mixture_layers if found_routing is not None else ()
     routers = [relative_difference(*both) for both in _by_layer(found_routing, expected_routing)]
@@ -65,14 +68,14 @@ def ask_about_graph(
     if not logits <= limit:
         last = f", and {behind_routers(layers)}" if layers and where is None else ""
         failures.append(f"the logits differ{last}: {off(logits, limit)}")
+    if failures:
+        progress("looking for the layer in which the graph begins to differ from its codes")
+        first = _first_position(found, expected, limit)
+        choose = choices.of(first + 1) if found_routing is not None else None
+        begin = where_graph_begins(engine, content, reference, choose, window[: first + 1], progress, device)
+        failures[-1] += f"; {begin}"
     figures |= {"logits": logits, "routers": dict(zip(map(str, layers), routers, strict=True))}
     return Answer(question=QUESTION, figures=figures, failures=tuple(failures))
-
-
-def relative_difference(found: FloatArray, expected: FloatArray) -> float:
-    """The largest |found - expected| over the largest |expected|; NaN where one is."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 def _by_layer(found: FloatArray | None, expected: FloatArray | None) -> Iterator[tuple[FloatArray, FloatArray]]:
@@ -81,19 +84,17 @@ def _by_layer(found: FloatArray | None, expected: FloatArray | None) -> Iterator
         yield from zip(found, expected, strict=True)
 
 
-def _reference(
-    engine: Engine,
-    model: Model,
-    stored: StoredWeights,
-    window: Sequence[int],
-    choices: _Choices,
-    progress: Callable[[str], None],
-) -> tuple[FloatArray, FloatArray | None]:
-    """Logits and router logits of the reference on what the engine stores, without the experts that were dropped."""
+def _first_position(found: FloatArray, expected: FloatArray, limit: float) -> int:
+    """The first position whose logits [S, V] differ by more than the limit of the largest; without one the last."""
+    with np.errstate(invalid="ignore"):
+        wrong = np.flatnonzero(~(np.abs(found - expected).max(axis=1) <= limit * np.abs(expected).max()))
+    return int(wrong[0]) if len(wrong) else len(found) - 1
+
+
+def _reference(engine: Engine, model: Model, stored: StoredWeights) -> Reference | RemainingReference:
+    """The reference on what the engine stores, without the experts that were dropped."""
     whole, lacking = Reference(dataclasses.replace(model, weights=stored)), engine.manifest.lacking_experts
-    reference = RemainingReference(whole, model.architecture.mixture_layers, lacking) if lacking else whole
-    [result] = reference.run([window], progress, choose=choices if choices.found is not None else None)
-    return result
+    return RemainingReference(whole, model.architecture.mixture_layers, lacking) if lacking else whole
 
 
 class _Choices:
@@ -104,6 +105,11 @@ class _Choices:
         self.found = found  # the engine's router logits [M, S, E]
         self.near_ties = 0
         self._experts_per_token, self._limit = experts_per_token, limit
+
+    def of(self, num_tokens: int) -> _Choices:
+        """The same for the first tokens alone."""
+        found = None if self.found is None else self.found[:, :num_tokens]
+        return _Choices(found, self._experts_per_token, self._limit)
 
     def __call__(self, mixture: int, logits: FloatArray) -> npt.NDArray[np.int64]:
         assert self.found is not None
