@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable
 
 from xdist.scheduler import LoadFileScheduling
 
+from trt_build.machine.memory import available_memory
+
 # Files that mostly wait for processes: for servers that start, and for what ends.
 WAITING = (
     "tests/triton_repo/live/", "tests/triton_repo/serving/", "tests/triton_repo/supervision/",
@@ -15,6 +17,8 @@ WAITING = (
     "tests/cli/test_other_inputs.py",
 )  # fmt: skip
 WORKERS_BESIDE_A_WAITING_ONE = 2
+MOST_WORKERS = 24  # Of more, each collects for longer than it computes, and the longest file decides.
+WORKER_BYTES = 2 << 30  # with torch, transformers, and the processes that its tests start
 
 
 def waits(file: str) -> bool:
@@ -22,9 +26,11 @@ def waits(file: str) -> bool:
 
 
 def num_workers() -> int:
-    """Half as many again as there are cores: as many as `choose_file` gives to files that wait."""
+    """Half as many again as there are cores, as many as `choose_file` gives to files that wait; but not more than
+    there is memory or use for."""
     cores = len(os.sched_getaffinity(0))
-    return cores + max(1, cores // WORKERS_BESIDE_A_WAITING_ONE)
+    wanted = cores + max(1, cores // WORKERS_BESIDE_A_WAITING_ONE)
+    return max(1, min(wanted, MOST_WORKERS, available_memory() // WORKER_BYTES))
 
 
 def choose_file(queue: Iterable[str], others_wait: Collection[bool]) -> str:

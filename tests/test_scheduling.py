@@ -29,12 +29,14 @@ def test_one_worker_of_three_has_files_that_wait(queue, others_wait, expected):
     assert choose_file(queue, others_wait) == expected
 
 
-def test_there_are_more_workers_than_cores(monkeypatch):
-    found = []
-    for cores in (1, 2, 4, 16):
-        monkeypatch.setattr("os.sched_getaffinity", lambda _pid, cores=cores: set(range(cores)))
-        found.append(num_workers())
-    assert found == [2, 3, 6, 24]
+@pytest.mark.parametrize(
+    ("cores", "memory_gib", "expected"),
+    [(1, 64, 2), (2, 64, 3), (4, 64, 6), (16, 64, 24), (64, 512, 24), (64, 16, 8), (2, 5, 2), (2, 1, 1)],
+)
+def test_there_are_more_workers_than_cores_where_memory_allows(monkeypatch, cores, memory_gib, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: set(range(cores)))
+    monkeypatch.setattr("scheduling.available_memory", lambda: memory_gib << 30)
+    assert num_workers() == expected
 
 
 def test_files_that_wait_are_there():
