@@ -47,10 +47,10 @@ def test_sound_engines_pass(built, family, precision, kernels, provider):
     ("family", "precision", "kernels"),
     each(
         [
-            ("phixtral", "fp32", "onnxruntime"),
-            ("phixtral", "int4", "moeship"),
+            ("small-phixtral", "fp32", "onnxruntime"),
+            ("small-phixtral", "int4", "moeship"),
             ("mixtral", "int8", "onnxruntime"),
-            ("phixtral", "q2", "moeship"),  # 2, 3 and 5 bits
+            ("small-phixtral", "q2", "moeship"),  # 2, 3 and 5 bits
             ("mixtral", "q3", "moeship"),  # 3, 4, 5 and 6 bits
         ],
         apart=True,
@@ -91,7 +91,7 @@ def test_engines_of_another_search_are_judged_by_what_holds_for_any(tmp_path, mo
 
 
 def test_each_fault_of_an_engine_of_another_search_is_found(built, tmp_path):
-    engine, model = built("phixtral", "int4", "moeship")
+    engine, model = built("small-phixtral", "int4", "moeship")
     engine = of_search(engine, SEARCH_VERSION + 1)
     wrong = (with_fault(engine, tmp_path / "wrong", FAULTS[name], network(model)) for name in FOUND)
     assert [name for name, one in zip(FOUND, wrong, strict=True) if ask_about_weights(one, model).passed] == []
