@@ -267,7 +267,7 @@ def _facts(server: Server) -> dict[str, Any]:
         "tls": server.tls,
         "pid": server.process.pid,
         "world_size": server.world_size,
-        "models": [dataclasses.asdict(model) for model in server.models],
+        "models": [dataclasses.asdict(model) | {"reason": model.words} for model in server.models],
     }
 
 
@@ -277,7 +277,7 @@ def _rows(server: Server, gateway: Mapping[str, Any]) -> str:
     rows = [f"{name:<8} {address or 'off'}" for name, address in addresses.items()]
     rows += [f"tls      {_TLS[server.tls]}"] if server.tls else []
     rows += [f"ranks    {server.world_size}"] if server.world_size > 1 else []
-    rows += [f"{model.name}: {model.state}{f', {model.reason}' if model.reason else ''}" for model in server.models]
+    rows += [f"{model.name}: {model.state}{f', {model.words}' if model.reason else ''}" for model in server.models]
     return "\n".join(rows)
 
 

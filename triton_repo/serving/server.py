@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from export.errors import MoeshipError, listing
+from export.errors import listing
 from export.files.own_files import open_log
 from triton_repo.contracts.model_state import ModelState
 from triton_repo.contracts.server_variables import REQUEST_LOG_VARIABLE, RESTARTS_VARIABLE
@@ -297,13 +297,11 @@ class Preparation:
     def _check(self, models: tuple[ModelState, ...], log: Path | None) -> None:
         """Raise ServerError if no model is ready other than steps of an ensemble. Warn of each model that is not
         ready."""
-        reasons = {model: _own_words(model.reason) for model in models if not model.ready}
-        failed = [
-            f"{model.name} is {model.state}" + (f": {own or model.reason}" if model.reason else "")
-            for model, own in reasons.items()
-        ]
+        away = [model for model in models if not model.ready]
+        failed = [f"{model.name} is {model.state}" + (f": {model.words}" if model.reason else "") for model in away]
         if not any(model.ready for model in models if model.name not in self.deployment.steps):
-            tail = "" if reasons and all(reasons.values()) else _tail(log)  # a log says no more than our own words
+            known = away and all(model.own_words for model in away)
+            tail = "" if known else _tail(log)  # a log says no more than our own words
             raise ServerError(f"serving {self.options.repository}: no model is ready:{listing(failed)}{tail}")
         for problem in failed:
             logger.warning("%s", problem)
@@ -359,18 +357,6 @@ def _check_times(options: ServerOptions) -> None:
             f"serving {options.repository}: the drain timeout is {options.drain_timeout_s} s, expected a finite number "
             "of 0 or more"
         )
-
-
-def _own_words(reason: str) -> str | None:
-    """The words of the error of moeship that kept a model from loading; None for another reason. Triton puts its status
-    before them and the stack behind them."""
-    words, stack, _ = reason.removeprefix("Internal: ").partition("\n\nAt:\n")
-    name, colon, text = words.partition(": ")
-    return text if stack and colon and name in _names_of_errors(MoeshipError) else None
-
-
-def _names_of_errors(kind: type[MoeshipError]) -> set[str]:
-    return {kind.__name__}.union(*(_names_of_errors(own) for own in kind.__subclasses__()))
 
 
 def _tail(log: Path | None) -> str:

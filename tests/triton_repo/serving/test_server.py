@@ -17,13 +17,14 @@ from serve_command import PATIENCE_S, start_command, wait_until
 from cli.main import main
 from export.errors import MissingPackageError
 from triton_repo.contracts.model_parameters import ModelParameters
+from triton_repo.contracts.model_state import ModelState
 from triton_repo.errors import RepositoryError, ServerError
 from triton_repo.packaging.package import PackageOptions, package_engine
 from triton_repo.processes import program as program_module
 from triton_repo.serving import server as server_module
 from triton_repo.serving.installation import find_installation
 from triton_repo.serving.ports import Address, Ports, choose_ports, resolve_host
-from triton_repo.serving.server import ServerOptions, _own_words, _tail, running_server
+from triton_repo.serving.server import ServerOptions, _tail, running_server
 
 
 @pytest.fixture
@@ -209,16 +210,24 @@ def test_an_error_of_ours_that_keeps_a_model_from_loading_is_told_without_a_stac
 
 
 @pytest.mark.parametrize(
-    ("reason", "told"),
+    ("reason", "own", "words"),
     [
-        ("Internal: EngineError: opening x: bad; build it\n\nAt:\n  engine.py(3): f\n", "opening x: bad; build it"),
-        ("Internal: RuntimeError: the dog ate it\n\nAt:\n  model.py(3): f\n", None),
-        ("Internal: EngineError: cut", None),
-        ("", None),
+        (
+            "Internal: EngineError: opening x: bad; build it\n\nAt:\n  engine.py(3): f\n",
+            "opening x: bad; build it",
+            None,
+        ),
+        ("Internal: RuntimeError: the dog ate it\n\nAt:\n  model.py(3): f\n", None, "RuntimeError: the dog ate it"),
+        ("Internal: EngineError: cut", None, "EngineError: cut"),
+        ("unloaded", None, "unloaded"),
+        ("", None, ""),
     ],
 )
-def test_only_errors_of_ours_are_told_without_their_stack(reason, told):
-    assert _own_words(reason) == told
+def test_reasons_are_told_without_status_and_stack(reason, own, words):
+    state = ModelState(name="tiny", version="1", state="UNAVAILABLE", reason=reason)
+    assert state.own_words == own
+    assert state.words == (own or words)
+    assert str(state) == f"tiny version 1 UNAVAILABLE{f' ({state.words})' if reason else ''}"
 
 
 def test_nothing_is_left_when_the_block_ends_even_with_an_error(small_repository):
