@@ -95,6 +95,11 @@ async def respond(gateway: Gateway, record: Record, body: Mapping[str, Any]) -> 
     return Whole(lambda: _whole(gateway, call, answer))
 
 
+def _shown_format(form: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The format of an answer in the form of Responses, of a chat's."""
+    return {"type": "text"} if form is None else {"type": form["type"], **form.get("json_schema", {})}
+
+
 class _Answer:
     """The objects that an answer is made of."""
 
@@ -113,10 +118,11 @@ class _Answer:
             "instructions": values.get("instructions"), "max_output_tokens": values.get("max_output_tokens"),
             "model": self._call.head["model"], "output": output, "parallel_tool_calls": True,
             "previous_response_id": None, "store": False, "temperature": values.get("temperature", 1.0),
-            "text": {"format": (values.get("text") or {"type": "text"})}, "tool_choice": "auto", "tools": [],
+            "text": {"format": _shown_format(values.get("text"))}, "tool_choice": "auto", "tools": [],
             "top_p": values.get("top_p", 1.0), "truncation": "disabled", "metadata": {},
             "usage": {
-                "input_tokens": usage["prompt_tokens"], "input_tokens_details": {"cached_tokens": 0},
+                "input_tokens": usage["prompt_tokens"],
+                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
                 "output_tokens": usage["completion_tokens"], "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": usage["total_tokens"],
             } if is_over else None,

@@ -6,7 +6,10 @@ import json
 import urllib.request
 from pathlib import Path
 
+import pytest
 from fake_triton import empty_final, piece
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -62,6 +65,24 @@ def test_responses_have_the_text_of_a_chat(gateway, server):
     with gateway.client().responses.stream(**asked) as stream:
         texts = [event.delta for event in stream if event.type == "response.output_text.delta"]
     assert texts == ["def ", "main"]
+
+
+FORMATS = ({"type": "text"}, {"type": "json_object"}, {"type": "json_schema", "name": "a", "schema": {"type": "object"}})
+
+
+@pytest.mark.parametrize("form", [None, *FORMATS])
+def test_responses_have_all_that_openais_types_ask_for(gateway, server, form):
+    """The client itself takes objects of any form, and fails later, at the attribute that is not there."""
+    server.more_inputs = ("guided_decoding_guide_type", "guided_decoding_guide")
+    asked = {"model": "phixtral", "input": "a", **({"text": {"format": form}} if form else {})}
+    with gateway.client().responses.with_streaming_response.create(**asked) as raw:
+        answer = TypeAdapter(Response).validate_json(raw.text(), strict=True)
+    assert answer.text.format.to_dict() == (form or {"type": "text"})
+    with gateway.client().responses.with_streaming_response.create(**asked, stream=True) as raw:
+        events = [line.removeprefix("data: ") for line in raw.iter_lines() if line.startswith("data: ")]
+    assert len(events) == 10  # four at the begin, two of text, four at the end
+    for event in events:
+        TypeAdapter(ResponseStreamEvent).validate_json(event, strict=True)
 
 
 def test_models_are_listed_with_their_context(gateway):
