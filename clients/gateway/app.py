@@ -19,7 +19,8 @@ with optional_package("fastapi", "the gateway", "gateway"):
     from starlette.exceptions import HTTPException
 
 from clients.errors import ClientError
-from clients.gateway.api import chat, completions, listing, responses
+from clients.gateway.api import chat, completions, listing
+from clients.gateway.api.responses import endpoint as responses
 from clients.gateway.errors import ApiError
 from clients.gateway.events import as_api_error, error_response
 from clients.gateway.guard import Guard, read_json

@@ -8,6 +8,8 @@ import pytest
 from fake_triton import empty_final, piece
 from gateway_in_thread import CHATML
 from harmony_tokenizer import write_harmony_tokenizer
+from openai.types.responses import ResponseStreamEvent
+from pydantic import TypeAdapter
 
 from clients.gateway.api.channels import channels_of
 from clients.gateway.api.tools.reading import message_of
@@ -177,9 +179,14 @@ def test_a_streamed_chat_has_deltas_of_either(harmony, texts, more):
         assert ids == texts.tokenizer.encode(ANSWER)
 
 
-def test_a_response_has_the_final_channel(harmony):
+def test_a_response_has_the_final_channel_and_the_reasoning_beside_it(harmony):
     client = harmony.client()
-    assert client.responses.create(model="phixtral", input="2+2?").output_text == "It is 4 é."
+    whole = client.responses.create(model="phixtral", input="2+2?")
+    assert [item.type for item in whole.output] == ["reasoning", "message"]
+    assert (whole.output[0].content[0].text, whole.output_text) == ("Größe 2+2?", "It is 4 é.")
     events = list(client.responses.create(model="phixtral", input="2+2?", stream=True))
+    for one in events:
+        TypeAdapter(ResponseStreamEvent).validate_python(one.to_dict())
+    assert "".join(one.delta for one in events if one.type == "response.reasoning_text.delta") == "Größe 2+2?"
     assert "".join(one.delta for one in events if one.type == "response.output_text.delta") == "It is 4 é."
     assert events[-1].response.output_text == "It is 4 é."

@@ -1,0 +1,1 @@
+"""/v1/responses: OpenAI's newer form of a conversation, in items instead of messages."""
