@@ -6,11 +6,18 @@ The Jackknife and the Bootstrap for General Stationary Observations, 1989). The 
 wider than 2.5 % and 97.5 %, because few slices vary too little (Hesterberg, What Teachers Should Know about the
 Bootstrap, 2015, section 5.2: with n slices, the normal quantile of t(n-1) times the root of n/(n-1)).
 
+A queue near its limit is long for longer than a slice, so neighbouring slices are alike, too. As far as the numbers of
+slow requests in them follow one another, intervals of percentiles are wider: the variance of a mean is that of
+independent slices times (1 + phi) / (1 - phi), where phi is the correlation of neighbours (of an autoregressive process
+of order one), whose estimate is too low by (1 + 3 phi) / n (Marriott and Pope, Bias in the Estimation of
+Autocorrelations, 1954).
+
 What differs from one run to the next, such as other load on the machine, is in no interval.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,9 +34,11 @@ if TYPE_CHECKING:
 
 SLICES = 20
 DRAWS = 1000
+_SHARE_LEFT_OUT = 0.01  # difference of the shares of requests without an answer that is told
 _MOST_AT_ONCE = 1 << 22  # values that are drawn at a time
 # Of 20 slices: t(19) has 97.5 % below 2.093; 2.093 * sqrt(20/19) = 2.147, above which a normal value lies with 1.59 %.
 _TAIL = 0.0159
+_MOST_ALIKE = 0.9  # of neighbouring slices; what is above cannot be told from 20 of them
 LEAST_BEYOND = 5  # requests above a percentile, or there is no interval
 _LATENCIES: tuple[tuple[str, Callable[[Record], float | None]], ...] = (
     ("first token, s", lambda record: record.first_token_s),
@@ -82,24 +91,35 @@ class Compared:
 
 def compare(a: LoadTest, b: LoadTest, seed: int = 0) -> list[Compared]:
     """Compare the loads that have one name. Raises ConfigError where there is none."""
-    of_b = {level.name: level for level in b.levels}
-    pairs = [(level, of_b[level.name]) for level in a.levels if level.name in of_b]
+    of_b = _by_name(b)
+    pairs = [(level, of_b[name]) for name, level in _by_name(a).items() if name in of_b]
     if not pairs:
         has_a, has_b = (names(level.name for level in test.levels) for test in (a, b))
         raise ConfigError(
             f"comparing load tests: A has the loads {has_a}, B has {has_b}; measure both with the same --streams or "
             "--rate"
         )
-    return [_compare(one, other, seed) for one, other in pairs]
+    abouts = _unlike_tests(a, b)
+    return [_compare(one, other, seed, abouts) for one, other in pairs]
+
+
+def _by_name(test: LoadTest) -> dict[tuple[str, int], Level]:
+    """The loads by their names, and of those of one name by their turns: `--rate 2,4,2,4` has two of each."""
+    turns = Counter[str]()
+    found = {}
+    for level in test.levels:
+        found[level.name, turns[level.name]] = level
+        turns[level.name] += 1
+    return found
 
 
 def unpaired(a: LoadTest, b: LoadTest) -> tuple[list[str], list[str]]:
     """The names of the loads that only A has, and of those that only B has."""
-    of_a, of_b = ([level.name for level in test.levels] for test in (a, b))
-    return [name for name in of_a if name not in of_b], [name for name in of_b if name not in of_a]
+    of_a, of_b = (_by_name(test) for test in (a, b))
+    return [key[0] for key in of_a if key not in of_b], [key[0] for key in of_b if key not in of_a]
 
 
-def _compare(a: Level, b: Level, seed: int) -> Compared:
+def _compare(a: Level, b: Level, seed: int, unlike: Sequence[str]) -> Compared:
     import numpy as np
 
     draws = np.random.default_rng(seed)
@@ -116,7 +136,7 @@ def _compare(a: Level, b: Level, seed: int) -> Compared:
             at, drawn = zip(*(quantile(sample, side, share) for sample, side in zip(samples, sides, strict=True)),
                             strict=True)  # fmt: skip
             found.append(_difference(f"{what}: {name}", at, drawn, better=-1))
-    return Compared(name=a.name, differences=found, unlike=_unlike(a, b))
+    return Compared(name=a.name, differences=found, unlike=[*unlike, *_unlike(a, b)])
 
 
 def _difference(figure: str, at: Sequence[float | None], drawn: Sequence[Floats | None], *, better: int) -> Difference:
@@ -176,7 +196,7 @@ def quantile(
     samples: tuple[Floats, npt.NDArray[np.int64]], side: Side, share: float
 ) -> tuple[float | None, Floats | None]:
     """A percentile of the samples, and that of each draw: the smallest value that at least the share does not
-    exceed."""
+    exceed, as many times as far from the percentile as neighbouring slices make it."""
     import numpy as np
 
     values, slices = samples
@@ -191,7 +211,25 @@ def quantile(
         below = np.cumsum(side.weights[begin : begin + rows, slices], axis=1, dtype=np.int32)
         places = (below < share * below[:, -1:]).sum(axis=1)
         drawn.append(np.where(below[:, -1] > 0, values[np.minimum(places, len(values) - 1)], np.nan))
-    return at, np.concatenate(drawn)
+    whole = np.concatenate(drawn)
+    return at, at * (whole / at) ** _widening(values > at, slices, 1 - share) if at > 0 else whole
+
+
+def _widening(is_slow: npt.NDArray[np.bool_], slices: npt.NDArray[np.int64], share: float) -> float:
+    """How many times as far a percentile varies as it would if slices were independent. `is_slow` says which requests
+    exceed it, on average a `share` of them."""
+    import numpy as np
+
+    slow = np.bincount(slices, weights=is_slow - share, minlength=SLICES)
+    slow -= slow.mean()
+    total = float(slow @ slow)
+    if not total:
+        return 1.0
+    alike = (SLICES * float(slow[1:] @ slow[:-1]) / total + 1) / (SLICES - 3)
+    if alike < 1 / SLICES**0.5:  # one standard error of it
+        return 1.0
+    alike = min(alike, _MOST_ALIKE)
+    return float(np.sqrt((1 + alike) / (1 - alike)))
 
 
 def _unlike(a: Level, b: Level) -> list[str]:
@@ -200,4 +238,17 @@ def _unlike(a: Level, b: Level) -> list[str]:
     keys = [key for key in {**one, **other} if key != "seed"]
     found = [f"{key}: A {one.get(key)}, B {other.get(key)}" for key in keys if one.get(key) != other.get(key)]
     early = [(side, level.report["ended_early"]) for side, level in (("A", a), ("B", b))]
-    return found + [f"{side} ended early: {why}" for side, why in early if why]
+    found += [f"{side} ended early: {why}" for side, why in early if why]
+    # A server that fails requests, or leaves them waiting at the end, looks quick by those that it answers.
+    counts = [(level.report["requests"], len(level.records)) for level in (a, b)]
+    for key, what in (("failed", "failed"), ("cut_at_the_end", "unanswered at the end")):
+        (few, of_a), (many, of_b) = ((requests[key], sent) for requests, sent in counts)
+        if abs(few / (of_a or 1) - many / (of_b or 1)) > _SHARE_LEFT_OUT:
+            found.append(f"{what}: A {few} of {of_a} requests, B {many} of {of_b}; no time of answers has them")
+    return found
+
+
+def _unlike_tests(a: LoadTest, b: LoadTest) -> list[str]:
+    """What was measured in the two tests, where that is not the same."""
+    found = [(key, a.about.get(key), b.about.get(key)) for key in ("model", "endpoint")]
+    return [f"{key}: A {one}, B {other}" for key, one, other in found if one != other]

@@ -26,7 +26,7 @@ LEAST_POINTS = 2
 LARGEST_ERROR = 1.0  # of a percentile that too few requests exceed: it may be off by a factor of e
 _DRAWS = 200  # which give a standard error to 5 %
 _LEAST_OF_A_ROUND = 50  # requests, or the rounds of a rate are taken as one
-_REQUESTS = ("prompts", "prompt_tokens", "prompt_words", "max_tokens")  # what a report says of the requests
+_REQUESTS = ("prompts", "prompt_tokens", "prompt_words", "max_tokens", "sampling")  # what a report says of the requests
 VALUES: Mapping[str, Callable[[Record], float | None]] = {
     "first_token_s": lambda record: record.first_token_s,
     "between_tokens_s": lambda record: record.between_tokens_s,
@@ -94,6 +94,9 @@ def _with_errors(points: Sequence[Point], levels: Sequence[Sequence[Level]], sha
             if logs:
                 latencies[at][name] = math.exp(sum(map(operator.mul, logs, weights)) / sum(weights))
                 errors[at][name] = error_of_mean(errors_within, weights, tau)
+            elif points[at].latencies.get(name, math.inf) < math.inf:
+                # So many requests failed in one of the rounds that it has no such percentile; all of them together do.
+                errors[at][name] = LARGEST_ERROR
     told = [
         replace(point, latencies={**point.latencies, **better}, errors=error, rounds=len(found))
         for point, better, error, found in zip(points, latencies, errors, levels, strict=True)

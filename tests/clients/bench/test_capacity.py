@@ -112,6 +112,17 @@ def measured(rate, seed, count=20_000):
     return Level(name=f"{rate:g}/s", report=summarise(run, load, works(), 2), records=found)
 
 
+def test_a_round_of_failures_makes_its_rate_uncertain():
+    """A tenth of the requests of one round of four failed: it has no p90, and the four together have one."""
+    tests = [LoadTest(about={}, levels=[measured(4.0, seed, 400), measured(8.0, seed, 400)]) for seed in range(4)]
+    for record in tests[0].levels[1].records[::9]:
+        record.error = "ServerFailed"
+    calm, failing = points_of(tests, 0.9)
+    assert failing.latencies["answer_s"] < math.inf
+    assert failing.errors["answer_s"] == LARGEST_ERROR
+    assert calm.errors["answer_s"] < 0.5
+
+
 def test_a_rate_that_the_plan_has_not_seen_is_predicted_within_15_percent():
     """Half of a server's rate to nine tenths of it."""
     tests = [LoadTest(about={}, levels=[measured(rate, 1) for rate in (4.0, 6.0, 8.0, 10.0, 12.0, 13.5)])]

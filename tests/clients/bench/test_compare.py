@@ -14,7 +14,7 @@ from html_pages import Page, loads_nothing
 from cli.bench_charts import ratio_axis
 from cli.bench_compare_page import compare_page
 from cli.main import main
-from clients.bench.compare import compare
+from clients.bench.compare import compare, unpaired
 from clients.bench.kept import Keeper, Level, LoadTest
 from clients.bench.load import Load
 from clients.bench.records import Record, Run
@@ -54,10 +54,11 @@ def differences(a, b):
     return {one.figure: one for one in compared.differences}
 
 
-@pytest.mark.parametrize("correlation", [0.0, 0.6])
+@pytest.mark.parametrize("correlation", [0.0, 0.6, 0.97])
 def test_intervals_of_equal_servers_hold_one_as_often_as_they_say(correlation, monkeypatch):
     """57 of 60 on average. A binomial of 0.95 is below 52 with a probability of 1 %. Requests that depend on those
-    before them must not make the intervals too narrow."""
+    before them must not make the intervals too narrow: with 0.97 a slice
+    of 20 requests follows the one before by 0.97^20 = 0.54."""
     monkeypatch.setattr("clients.bench.compare.DRAWS", 300)
     held = 0
     for turn in range(60):
@@ -118,10 +119,40 @@ def test_loads_that_were_not_the_same_are_named():
     a, b = measured(1), measured(2)
     b.levels[0].report["load"]["max_tokens"] = "64"
     b.levels[0].report["ended_early"] = "interrupted"
+    b.about["model"] = "another"
     [found] = compare(a, b)
-    assert found.unlike == ["max_tokens: A 4, B 64", "B ended early: interrupted"]
+    assert found.unlike == ["model: A None, B another", "max_tokens: A 4, B 64", "B ended early: interrupted"]
     with pytest.raises(ConfigError, match="A has the loads 10/s, B has 20/s; measure both with the same"):
         compare(a, measured(2, name="20/s"))
+
+
+def test_requests_that_have_no_time_are_told():
+    """A server that refuses a quarter of the requests is no faster for it."""
+    a, b = measured(1), measured(2)
+    for record in b.levels[0].records[::4]:
+        record.error, record.arrivals = "ServerOverloaded", []
+    for record in a.levels[0].records[:30]:
+        record.cut = True
+    levels = []
+    for test in (a, b):
+        [level] = test.levels
+        run = Run(records=level.records, window_s=60.0, cpu_s=0.0, counting="x")
+        report = summarise(run, Load(rate=10.0, duration_s=60.0), works(), 2)
+        levels.append(LoadTest(about={}, levels=[Level(name="10/s", report=report, records=level.records)]))
+    [found] = compare(*levels)
+    assert found.unlike == [
+        "failed: A 0 of 600 requests, B 150 of 600; no time of answers has them",
+        "unanswered at the end: A 30 of 600 requests, B 0 of 600; no time of answers has them",
+    ]
+    [same] = compare(a, a)
+    assert not same.unlike
+
+
+def test_loads_of_one_name_are_compared_in_their_order():
+    first, second, third = (measured(seed, scale=scale).levels[0] for seed, scale in ((1, 1.0), (2, 2.0), (3, 4.0)))
+    a, b = (LoadTest(about={}, levels=levels) for levels in ([first, second, third], [first, second]))
+    assert [[one.ratio for one in found.differences] for found in compare(a, b)] == [[1.0] * 11] * 2
+    assert unpaired(a, b) == (["10/s"], [])
 
 
 @pytest.fixture
