@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import threading
-import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -29,6 +29,34 @@ SLOTS, WAITING = 2, 2
 LONG = {"text_input": "def ", "max_tokens": 630, "end_id": -1}
 
 
+# Put into the served models: a byte for each round in which metrics were published.
+COUNTED = """
+from pathlib import Path
+from triton_repo.runtime.reporting import metrics
+
+publish = metrics.Metrics.publish
+
+
+def counted(self, **options):
+    publish(self, **options)
+    with Path({rounds!r}).open("ab") as file:
+        file.write(b".")
+
+
+metrics.Metrics.publish = counted
+"""
+
+
+def rounds_of(repository, engine) -> Path:
+    return repository.parent / f"{engine}.rounds"
+
+
+def put_into(model, text) -> None:
+    """Have the Python program of a packaged model run a text when it starts."""
+    path = model / "1" / "model.py"
+    path.write_text(path.read_text().replace("\nLAST = ", f"{text}\nLAST = "))
+
+
 def package(repository, engine, *layouts) -> None:
     parameters = ModelParameters(threads=1, slots=SLOTS, max_waiting=WAITING)
     for name in layouts:
@@ -37,6 +65,9 @@ def package(repository, engine, *layouts) -> None:
             PackageOptions(engine=engine, name=name, output=repository, onnxruntime=parameters, layout=layout)
         )
         slow_down(repository / ENGINES[name])
+        rounds = rounds_of(repository, ENGINES[name])
+        rounds.touch()
+        put_into(repository / ENGINES[name], COUNTED.format(rounds=str(rounds)))
 
 
 class Serving:
@@ -44,7 +75,7 @@ class Serving:
 
     def __init__(self, repository, log, *words) -> None:
         self.command, self.said = start_command(repository, "--request-log", str(log), *words)
-        self.log, self.printed = log, []
+        self.repository, self.log, self.printed = repository, log, []
         self._reading = threading.Thread(target=lambda: self.printed.extend(self.command.stdout), daemon=True)
         self._reading.start()
         self.live = LiveTriton(SimpleNamespace(grpc_url=self.said["grpc"]))
@@ -52,6 +83,12 @@ class Serving:
     def metrics(self, model: str) -> dict:
         """Name and labels beside the model -> value, of the model that has the engine."""
         return metrics_of(self.said["metrics"], ENGINES[model])
+
+    def published(self, model: str, rounds: int) -> None:
+        """Return when metrics have been published so many times from here on."""
+        path = rounds_of(self.repository, ENGINES[model])
+        before = path.stat().st_size
+        assert wait_until(lambda: path.stat().st_size > before + rounds)  # one may be under way
 
     def grown(self, model: str, before: dict, **expected: float) -> dict:
         """The metrics that have grown since `before`, once those of `expected` have grown so much in all."""
@@ -111,8 +148,9 @@ def model(request):
 def settled(serving, model) -> dict:
     """The metrics once nothing runs and all of them have been published again, those of experts too."""
     running = ("moeship_requests_running", ())
-    wait_until(lambda: serving.metrics(model)[running] == 0)
-    time.sleep(1.2)
+    serving.published(model, 1)
+    assert wait_until(lambda: serving.metrics(model)[running] == 0)
+    serving.published(model, max(definition.interval for definition in DEFINITIONS))
     return serving.metrics(model)
 
 
@@ -240,7 +278,6 @@ def test_a_restart_is_counted_and_a_drain_ends_in_its_time(tmp_path, tiny_engine
 
 
 STUCK = """
-import time
 from trt_build.ort import session
 session.Session.step = lambda *given: time.sleep(1000)
 """
@@ -248,12 +285,11 @@ session.Session.step = lambda *given: time.sleep(1000)
 
 def test_an_engine_that_hangs_while_its_process_beats_is_named(tmp_path, tiny_engine):
     package(tmp_path / "repository", tiny_engine, SINGLE)
-    path = tmp_path / "repository" / SINGLE / "1" / "model.py"
-    path.write_text(path.read_text().replace("\nLAST = ", f"{STUCK}\nLAST = "))
+    put_into(tmp_path / "repository" / SINGLE, STUCK)
     with running_server(ServerOptions(repository=tmp_path / "repository")) as server, LiveTriton(server) as live:
         watch = Watch(server, Limits(step=1.0))
         assert watch.look() is None
         asked = Asked(live, SINGLE, **LONG)
-        assert re.search(r"the engine of the model alone .* has ended no step for [12] s", watch.wait())
+        assert re.search(r"the engine of the model alone .* has ended no step for [1-9]\d* s", watch.wait())
         server.kill()
         asked.end()
