@@ -29,7 +29,7 @@ TYPES = {
     "icon.svg": "image/svg+xml",
     **{
         f"{name}.js": "text/javascript; charset=utf-8"
-        for name in ("main", "api", "inspector", "routing", "settings", "tokens", "turn")
+        for name in ("main", "api", "calls", "inspector", "routing", "settings", "tokens", "turn")
     },
 }
 _POLICY = (

@@ -1,6 +1,7 @@
 /** The page: fields in, requests out, answers as they are written. Nothing is stored; a key lives in its field alone. */
 
 import { chunks, models, ShownError } from "./api.js";
+import * as calls from "./calls.js";
 import * as inspector from "./inspector.js";
 import * as settings from "./settings.js";
 import { parts } from "./tokens.js";
@@ -13,6 +14,8 @@ const WISHES = {
   return_routed_experts: "This model gives no experts: it has none, or its server does not tell them.",
   logprobs: "The gateway has no tokenizer of this model, and so gives no probabilities.",
 };
+const SHOW_MS = 40;
+const MOST_SAID = 1500; // characters; nobody wants to hear more at once, and the answer itself can be read
 const ENDPOINTS = { chat: "v1/chat/completions", completion: "v1/completions" };
 
 let facts = new Map(); // model to what the gateway says of it
@@ -94,12 +97,13 @@ function body(turn, without) {
   if (without.has("logprobs")) delete found.top_logprobs;
   if (turn.mode === "completion") return { ...found, prompt: turn.request };
   const messages = settings.system() ? [{ role: "system", content: settings.system() }] : [];
-  for (const before of turns) {
-    if (before === turn) break;
-    if (!before.counts) continue;
-    messages.push({ role: "user", content: before.request }, { role: "assistant", content: before.text });
-  }
-  messages.push({ role: "user", content: turn.request });
+  const until = turns.slice(0, turns.indexOf(turn) + 1);
+  const lastAsked = until.findLastIndex((one) => one.asked[0].role === "user");
+  until.pop();
+  until.forEach((before, place) => {
+    if (before.counts) messages.push(...before.messages(place >= lastAsked));
+  });
+  messages.push(...turn.asked);
   return { ...found, messages };
 }
 
@@ -133,7 +137,9 @@ async function run(turn) {
       }
     }
     ending("done");
-    say(`Answer ${turn.number} has ended, ${turn.tokens.length} tokens: ${turn.text}`);
+    const told = [turn.text, calls.sentence(turn.calls)].filter(Boolean).join("\n");
+    const isLong = told.length > MOST_SAID;
+    say(`Answer ${turn.number} has ended, ${turn.tokens.length} tokens${isLong ? "" : `: ${told}`}`);
   } catch (error) {
     if (error.name === "AbortError") {
       ending("stopped");
@@ -151,19 +157,38 @@ async function run(turn) {
 }
 
 async function read(turn, request, signal) {
-  for await (const chunk of chunks(ENDPOINTS[turn.mode], request, settings.key(), signal)) {
-    if (chunk.usage) turn.usage = chunk.usage;
-    const [choice] = chunk.choices ?? [];
-    if (!choice) continue;
-    if (choice.finish_reason) turn.finish = choice.finish_reason;
-    atEnd(() => turn.add(parts(choice)));
+  let planned = null;
+  let wasReasoning = null;
+  // The page is laid out a few times a second, however many chunks come.
+  const show = () => {
+    planned = null;
+    atEnd(() => turn.show());
     if (inspector.isShown(turn)) inspector.refresh();
+  };
+  try {
+    for await (const chunk of chunks(ENDPOINTS[turn.mode], request, settings.key(), signal)) {
+      if (chunk.usage) turn.usage = chunk.usage;
+      const [choice] = chunk.choices ?? [];
+      if (!choice) continue;
+      if (choice.finish_reason) turn.finish = choice.finish_reason;
+      turn.add(parts(choice));
+      if (turn.isReasoning !== (wasReasoning ?? false)) say(turn.isReasoning ? "The model reasons." : "It answers.");
+      wasReasoning = turn.isReasoning;
+      planned ??= setTimeout(show, SHOW_MS);
+    }
+  } finally {
+    clearTimeout(planned);
   }
 }
 
 function send() {
   const text = prompt.value;
   if (running || !text.trim()) return;
+  if (ask(part("model").value, mode(), [{ role: "user", content: text }])) prompt.value = "";
+}
+
+/** Whether something can be sent; else the page says why not. */
+function isReady(model) {
   const wrong = settings.problem();
   if (wrong) {
     openPanel("settings");
@@ -171,29 +196,49 @@ function send() {
     wrong.input.setAttribute("aria-invalid", "true");
     wrong.input.reportValidity();
     say(wrong.text);
-    return;
+    return false;
   }
-  const model = part("model").value;
-  if (!model) {
-    trouble("There is no model to ask. Start one, or look whether the gateway reaches its server.");
-    return;
-  }
+  if (!model) trouble("There is no model to ask. Start one, or look whether the gateway reaches its server.");
+  return Boolean(model);
+}
+
+/** Ask a model, in a turn of its own at the end. Returns whether it is asked. */
+function ask(model, kind, asked) {
+  if (running || !isReady(model)) return false;
   cleared = [];
   part("clear").textContent = "Clear";
   number += 1;
-  const turn = new Turn({ number, mode: mode(), model, request: text, onSelect: selected, onRetry: again });
+  const turn = new Turn({
+    number, mode: kind, model, asked, onSelect: selected, onRetry: again, onEdit: edited, onResults: resulted,
+  });
   turns.push(turn);
   part("turns").append(turn.element);
   part("turns").hidden = false;
   part("empty").hidden = true;
-  prompt.value = "";
   toEnd();
-  run(turn);
+  // The caller may still have something to note before the request is made of the turns.
+  queueMicrotask(() => run(turn));
+  return true;
 }
 
 /** Ask once more. What came after the answer stays, since it was said. */
 function again(turn) {
-  if (!running) run(turn);
+  if (!running && isReady(turn.model)) run(turn);
+}
+
+/** Ask with another text, in the same place. */
+function edited(turn, text) {
+  if (running || !isReady(turn.model)) return;
+  turn.askInstead(text);
+  run(turn);
+  prompt.focus();
+}
+
+/** Go on with the results of a turn's calls. */
+function resulted(turn, messages) {
+  const isAsked = ask(turn.model, turn.mode, messages);
+  if (isAsked) prompt.focus();
+  return isAsked;
 }
 
 function selected(turn, chosen) {
@@ -205,7 +250,7 @@ function selected(turn, chosen) {
 }
 
 function unselect(turn) {
-  turn.runs[turn.selected]?.element.classList.remove("selected");
+  turn.runs[turn.selected]?.element?.classList.remove("selected");
   turn.selected = null;
 }
 
@@ -286,7 +331,10 @@ document.addEventListener("keydown", (event) => {
   else closePanel();
 });
 part("settings").addEventListener("submit", (event) => event.preventDefault());
-part("settings").addEventListener("input", (event) => event.target.removeAttribute("aria-invalid"));
+part("settings").addEventListener("input", (event) => {
+  event.target.removeAttribute("aria-invalid");
+  event.target.setCustomValidity("");
+});
 part("model").addEventListener("change", suit);
 part("key").addEventListener("change", readModels);
 for (const radio of document.querySelectorAll("input[name=mode]")) {

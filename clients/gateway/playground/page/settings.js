@@ -15,7 +15,22 @@ export function problem() {
     }
   }
   if (field("max_tokens").value === "") return { input: field("max_tokens"), text: "Most tokens: enter a number" };
+  try {
+    tools();
+  } catch {
+    const text = 'Enter a list, such as [{"type": "function", "function": {"name": "weather", "parameters": {}}}]';
+    field("tools").setCustomValidity(text);
+    return { input: field("tools"), text: `Tools: ${text}` };
+  }
   return null;
+}
+
+/** The functions that a model may call, as OpenAI's API has them. Throws where the field is no list of objects. */
+function tools() {
+  const text = field("tools").value.trim();
+  const found = text === "" ? [] : JSON.parse(text);
+  if (!Array.isArray(found) || found.some((one) => typeof one !== "object" || one === null)) throw new Error("no list");
+  return found;
 }
 
 /** The fields of a request for a mode. Empty ones are left to the server. */
@@ -27,6 +42,7 @@ export function fields(mode) {
     // A seed may have 64 bits, which a number of JavaScript does not hold.
     found[id] = id === "seed" && /^\d+$/.test(value) ? BigInt(value) : Number(value);
   }
+  if (mode === "chat" && tools().length) found.tools = tools();
   const stops = field("stop_words").value.split("\n").filter((word) => word !== "");
   if (stops.length) found.stop = stops;
   if (field("logprobs").checked && !field("logprobs").disabled) {

@@ -3,9 +3,12 @@
 const decoder = () => new TextDecoder("utf-8", { fatal: false });
 
 /** The new text and the tokens of one chunk of either endpoint. A token: text, logprob, alternatives, and its routing: for
- * each layer the experts and their weights in pairs. What the chunk does not have is null. */
+ * each layer the experts and their weights in pairs. What the chunk does not have is null. The text is that of the answer,
+ * or of the reasoning before it (`isReasoning`); `calls` are what the chunk adds to calls of tools. */
 export function parts(choice) {
-  const text = choice.delta?.content ?? choice.text ?? "";
+  const delta = choice.delta ?? {};
+  const reasoning = delta.reasoning_content ?? "";
+  const text = reasoning || (delta.content ?? choice.text ?? "");
   const weights = choice.moeship?.expert_weights;
   const experts = (choice.moeship?.routed_experts ?? []).map((layers, token) =>
     layers.map((chosen, layer) => chosen.map((expert, place) => [expert, weights[token][layer][place]])),
@@ -32,6 +35,9 @@ export function parts(choice) {
   const count = Math.max(tokens.length, experts.length);
   return {
     text,
+    isReasoning: reasoning !== "",
+    calls: delta.tool_calls ?? [],
+    isLast: Boolean(choice.finish_reason),
     numExperts: choice.moeship?.num_experts ?? null,
     tokens: Array.from({ length: count }, (_, index) => ({
       bytes: null, text: null, logprob: null, alternatives: [], ...tokens[index], routing: experts[index] ?? null,

@@ -199,7 +199,7 @@ def test_every_control_is_reached_by_tab_and_shows_that_it_has_the_focus(open_pa
         reached.append(found[0])
     assert reached == [
         "skip", "model", "mode", "clear", "prompt", "send", "tab-settings", "system", "temperature",
-        "max_tokens", "top_p", "top_k", "min_p", "seed", "stop_words", "logprobs", "routing", "key",
+        "max_tokens", "top_p", "top_k", "min_p", "seed", "stop_words", "tools", "logprobs", "routing", "key",
     ]  # fmt: skip
     page.focus("#tab-settings")
     page.keyboard.press("ArrowRight")
