@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 DEFAULT_URL = "127.0.0.1:8001"
 ENDPOINTS = ("grpc", "generate", "completions", "chat")
 PATIENCE_S = 5.0
+# Between the seeds of two loads of a test. With one seed all rates would have the same arrivals in another scale, and
+# chance would move the points of a curve together.
+_APART = 1_000_003
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -158,14 +161,14 @@ def read_loads(arguments: argparse.Namespace) -> list[tuple[str, Load]]:
     except ValueError as error:
         raise ConfigError(f"planning a load: {flag} is {text!r}, expected numbers with commas between them") from error
     loads = []
-    for value in values:
+    for turn, value in enumerate(values):
         per = None if arguments.duration else arguments.requests or 8 * (1 if arguments.rate else max(1, int(value)))
         load = Load(
             streams=None if arguments.rate else int(value),
             rate=float(value) if arguments.rate else None,
             requests=per,
             duration_s=arguments.duration,
-            seed=arguments.seed,
+            seed=arguments.seed + turn * _APART,
         )
         loads.append((f"{value:g}/s" if arguments.rate else str(value), load))
     return loads

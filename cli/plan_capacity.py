@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.rows import print_rows
-from export.errors import ConfigError
+from export.errors import ConfigError, names
 from export.rows import Rows
 
 if TYPE_CHECKING:
@@ -57,7 +58,11 @@ def plan_servers(arguments: argparse.Namespace) -> int:
     if not 0 < percent < 100:
         raise ConfigError(f"planning capacity: --percentile is {percent}, expected a number between 0 and 100")
     objective = read_objective(arguments.slo, "--slo")
-    points = points_of([read_test(path) for path in arguments.curves], percent / 100)
+    tests = [read_test(path) for path in arguments.curves]
+    points = points_of(tests, percent / 100)
+    if len(urls := sorted({url for test in tests for url in test.about.get("urls") or ()})) > 1:
+        said = f"note: the load tests are of {len(urls)} addresses ({names(urls)}); the plan takes them for one server"
+        print(said, file=sys.stderr)
     plan = plan_capacity(points, arguments.target_rps, objective, percent / 100)
     if arguments.json:
         print(json.dumps(as_json(plan), indent=2))

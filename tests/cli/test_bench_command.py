@@ -3,6 +3,7 @@ tests/clients/bench/test_generator.py."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import signal
@@ -260,3 +261,14 @@ def test_a_server_that_is_not_there(capsys):
     told = capsys.readouterr().err
     assert told.startswith("ConnectionFailed: ")
     assert "gRPC" not in told
+
+
+def test_the_loads_of_a_test_have_arrivals_of_their_own(server, tmp_path):
+    """Else every rate of a curve would have met the same arrivals in another scale, and chance moved all alike."""
+    file = tmp_path / "kept"
+    words = ["--rate", "200,400,200", "--requests", "6", "--max-tokens", "1", "--seed", "5", "--output", str(file)]
+    assert main(["bench", "--url", server.url, *words]) == 0
+    levels = read_test(file).levels
+    shapes = [[record.due_s / level.records[0].due_s for record in level.records] for level in levels]
+    assert all(len(shape) == 6 for shape in shapes)
+    assert not any(one == pytest.approx(other) for one, other in itertools.combinations(shapes, 2))

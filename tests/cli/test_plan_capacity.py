@@ -53,6 +53,21 @@ def test_the_plan_says_how_many_servers_and_how_well_it_predicts(curves, capsys)
     assert f"chance ±{plan['checked'][0]['chance']['first_token_s']:.0%})" in out
 
 
+def test_tests_of_several_addresses_are_told(curves, tmp_path, capsys):
+    head, *lines = curves.read_text().splitlines(keepends=True)
+    files = [tmp_path / name for name in ("one", "other")]
+    for path in files:
+        told = json.loads(head)
+        told["about"]["urls"] = [f"{path.name}:8001"]
+        path.write_text(json.dumps(told) + "\n" + "".join(lines))
+    words = ["plan", "--target-rps", "5", "--slo", "2000", "--curves"]
+    assert main([*words, *map(str, files)]) == 0
+    said = capsys.readouterr().err
+    assert "note: the load tests are of 2 addresses (one:8001, other:8001); the plan takes them for one server" in said
+    assert main([*words, str(files[0]), str(files[0])]) == 0
+    assert "addresses" not in capsys.readouterr().err
+
+
 def test_nothing_is_said_of_rates_that_were_not_measured(curves, capsys):
     assert main(["plan", "--target-rps", "5", "--slo", "60000", "--curves", str(curves)]) == 0
     out = capsys.readouterr().out
