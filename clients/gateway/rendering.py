@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import resource
 import signal
@@ -24,8 +25,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from clients.gateway.errors import DEFAULT_RETRY_S, OVERLOADED, ApiError
+from clients.gateway.errors import DEFAULT_RETRY_S, OVERLOADED, ApiError, unavailable
 from export.tokenizer.chat_template import ChatTemplate, Messages, TemplateError
+
+logger = logging.getLogger(__name__)
 
 RENDER_S = 1.0  # of the processor; a conversation of megabytes takes a tenth of it
 START_S = 5.0  # of the processor, for a process to start and compile its template
@@ -104,7 +107,12 @@ class Renderer:
         process = None
         try:
             async with asyncio.timeout(LONGEST_S):
-                process = self._taken() or await self._start()
+                try:
+                    process = self._taken() or await self._start()
+                except OSError as error:
+                    logger.warning("no process can be started for a chat template: %s", error)
+                    raise unavailable("this gateway can start no process for the model's chat template at present; "
+                                      "send the request again") from None  # fmt: skip
                 try:
                     answer = await _ask(process, job)
                 except (OSError, asyncio.IncompleteReadError):

@@ -275,6 +275,18 @@ def test_a_template_that_refuses_or_does_not_end_is_the_requests_error(gateway, 
     assert gateway.client().completions.create(model="phixtral", prompt="a").choices
 
 
+def test_a_conversation_for_which_no_process_can_be_started_can_be_sent_again(gateway, tmp_path, monkeypatch, caplog):
+    """As where the system has no room for one more process or open file."""
+    body = {"model": "phixtral", "messages": CHAT}
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.executable", str(tmp_path / "none"))
+        status, answer, headers = ask(gateway, "POST", "/v1/chat/completions", body)
+    assert (status, answer["error"]["code"], headers["retry-after"]) == (503, "unavailable", "2")
+    assert "no process can be started for a chat template" in caplog.text
+    assert "bug of the gateway" not in caplog.text
+    assert ask(gateway, "POST", "/v1/chat/completions", body)[0] == 200
+
+
 def test_a_conversation_whose_template_loops_holds_up_no_other(gateway_of, server, tmp_path, monkeypatch):
     """One renders for as long as the test wants, and others are answered beside it."""
     monkeypatch.setattr("clients.gateway.rendering.RENDER_S", 600)
