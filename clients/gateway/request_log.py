@@ -1,12 +1,13 @@
 """The line of JSON that each request gets where a log of requests is asked for.
 
-Lines are written by a thread of their own. Where the disk or a pipe's reader is slow, lines are dropped and answers go
-on; the next line that is written says how many were dropped, as `dropped_lines`.
+Lines are written by a thread of their own. Where the disk is full, or it or a pipe's reader is slow, lines are dropped
+and answers go on; the next line that is written says how many were dropped, as `dropped_lines`.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
 import sys
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from export.errors import ConfigError
-from export.files.own_files import open_log, write_all
+from export.files.own_files import open_log
+
+logger = logging.getLogger(__name__)
 
 MOST_WAITING = 10_000
 
@@ -73,8 +76,17 @@ def logged_requests(path: Path | None) -> Iterator[None]:
 
 
 def _write(lines: queue.Queue[dict[str, Any] | None], descriptor: int) -> None:
+    lost, is_cut = 0, False  # lines since the last whole one; whether the file ends within a line
     while (line := lines.get()) is not None:
+        if lost:
+            line = {**line, "dropped_lines": line.get("dropped_lines", 0) + lost}
+        left = data = memoryview((b"\n" if is_cut else b"") + json.dumps(line).encode() + b"\n")
         try:
-            write_all(descriptor, json.dumps(line).encode() + b"\n")
-        except OSError:  # nobody reads any more, or the disk is full: the answers matter more
-            return
+            while left:
+                left = left[os.write(descriptor, left) :]
+            lost, is_cut = 0, False
+        except OSError as error:  # the disk is full, for a while at least, or nobody reads any more
+            if not lost:
+                logger.warning("the request log cannot be written (%s); lines are dropped until it can", error.strerror)
+            lost = line.get("dropped_lines", 0) + 1
+            is_cut = is_cut or len(left) < len(data)
