@@ -128,6 +128,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
     # A stream has begun.
     started: threading.Event = field(default_factory=threading.Event)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    silent_until: threading.Event | None = None  # questions about the server are answered from then on
     url: str = ""
 
     def ModelStreamInfer(self, request_iterator, context):  # noqa: N802 - the service's own name
@@ -144,6 +145,8 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
             yield from self.answer(request, context)
 
     def ServerMetadata(self, request, context):  # noqa: N802 - the service's own name
+        if self.silent_until:
+            self.silent_until.wait(60)
         return pb.ServerMetadataResponse(name="triton", version=self.version)
 
     def ServerReady(self, request, context):  # noqa: N802 - the service's own name

@@ -43,6 +43,8 @@ _ELSEWHERE = (ConnectionFailed, ConnectionLost, ModelNotReady, ModelNotFound, Se
 # How often a request is sent again that may itself have ended the Triton that computed it.
 _MOST_LOST = 1
 
+_CLOCKS_S = 0.5  # by which gRPC's clock may be ahead of the loop's at a request's deadline
+
 _Item = TypeVar("_Item")
 
 
@@ -131,6 +133,13 @@ class Pool:
                         began = True
                         yield item
                 return
+            except DeadlineExceeded:
+                if began or (deadline is not None and loop.time() > deadline - _CLOCKS_S):
+                    raise
+                # The request has time left: the server did not answer what it is asked before a first request.
+                tried.add(triton)
+                triton.is_up = False
+                self._on_retry()
             except _ELSEWHERE as error:
                 num_lost += isinstance(error, ConnectionLost)
                 tried.add(triton)

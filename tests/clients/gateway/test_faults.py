@@ -35,6 +35,20 @@ def another_server(**fields):
     server.stop(grace=None).wait()
 
 
+def test_a_server_that_is_silent_before_it_is_sent_a_request_is_away(gateway_of, server, monkeypatch):
+    """A frozen process keeps its connections open, and answers nothing."""
+    monkeypatch.setattr("clients.generation.STATE_TIMEOUT_S", 2.0)
+    server.silent_until = threading.Event()
+    with another_server() as other:
+        answer = gateway_of(tritons=(server.url, other.url)).client().completions.create(model="phixtral", prompt="a")
+        assert answer.choices[0].text == "def main"
+        with pytest.raises(openai.InternalServerError) as caught:
+            gateway_of(tritons=(server.url,)).client().completions.create(model="phixtral", prompt="a")
+    server.silent_until.set()
+    assert (caught.value.status_code, caught.value.code) == (503, "unavailable")
+    assert not server.requests
+
+
 def refusing(text: str):
     """Refuses a request as Triton before 2.68 sends it: as a text among the responses."""
 
