@@ -55,7 +55,7 @@ def _facts(about: Mapping[str, Any]) -> str:
 def _table(levels: Sequence[Level]) -> str:
     """A column a load, a row a figure."""
     columns = [cells(level, levels) for level in levels]
-    names = heads(levels, whole=True)
+    names = heads(levels)
     head = "".join(f'<th scope="col">{escaped(column[0])}</th>' for column in columns)
     rows = "".join(
         f'<tr><th scope="row">{escaped(name)}</th>{"".join(f"<td>{escaped(cell)}</td>" for cell in row)}</tr>'

@@ -19,17 +19,17 @@ BUSY_CORES = 0.7  # above this share of a core the generator itself may limit wh
 _TIMES = (("first_token_s", "first token, s", 1.0), ("between_tokens_s", "between tokens, ms", 1e3),
           ("answer_s", "answer, s", 1.0))  # fmt: skip
 _SHARES = ("p50", "p90", "p99")
+_LEAST = 6  # columns of a time in the terminal, so that three are as wide as the name above them
 
 
-def heads(levels: Sequence[Level], *, whole: bool = False) -> tuple[str, ...]:
-    """The names of the columns of `cells`; if not `whole`, a percentile beside another of its kind has no more than its
-    own name."""
+def heads(levels: Sequence[Level]) -> tuple[str, ...]:
+    """The names of the columns of `cells`."""
     kinds = {"closed loop": "streams", "open loop, Poisson arrivals": "rate"}
     has_goodput = any(level.report["goodput"] for level in levels)
     return (
         kinds.get(levels[0].report["load"]["kind"], "trace"), "tokens/s", "requests/s",
         *(("goodput/s", "met, %") * has_goodput),
-        *(f"{name}: {share}" if whole or share == "p50" else share for _, name, _ in _TIMES for share in _SHARES),
+        *(f"{name}: {share}" for _, name, _ in _TIMES for share in _SHARES),
         "longest pause, s", "fairness", "failed",
     )  # fmt: skip
 
@@ -51,8 +51,21 @@ def cells(level: Level, levels: Sequence[Level]) -> tuple[str, ...]:
 
 
 def table(levels: Sequence[Level]) -> str:
-    """One row for each load."""
-    return _aligned([heads(levels), *(cells(level, levels) for level in levels)])
+    """The rates of each load in one row and below, as a terminal has 100 columns or less, its times in another one."""
+    rows = [heads(levels), *(cells(level, levels) for level in levels)]
+    begin = next(place for place, name in enumerate(rows[0]) if name.startswith(_TIMES[0][1]))
+    end = begin + len(_TIMES) * len(_SHARES)
+    rates = [(*row[:begin], *row[end:]) for row in rows]
+    times = [(row[0], *(f"{cell:>{_LEAST}}" for cell in row[begin:end])) for row in rows[1:]]
+    widths = [max(map(len, column)) for column in zip(*times, strict=True)][1:]
+    kinds = [rows[0][0]]
+    for place, (_, name, _) in enumerate(_TIMES):
+        own = widths[place * len(_SHARES) : (place + 1) * len(_SHARES)]
+        kinds.append(f"{name:>{sum(own) + 2 * (len(own) - 1)}}")
+    shares = (" " * len(rows[0][0]), *_SHARES * len(_TIMES))
+    first = max(len(row[0]) for row in rows)
+    head = "  ".join((f"{kinds[0]:>{first}}", *kinds[1:]))
+    return "\n".join((_aligned(rates), "", head, _aligned([shares, *times])))
 
 
 def comparison(found: Sequence[Compared]) -> str:

@@ -36,8 +36,16 @@ def server() -> Iterator[FakeServer]:
 def test_the_table_has_a_row_for_each_number_of_streams(server, capsys):
     assert main(["bench", "--url", server.url, "--streams", "1,3", "--requests", "6", "--max-tokens", "3"]) == 0
     out = capsys.readouterr().out
-    rows = [line.split() for line in out.splitlines()]
+    lines = out.splitlines()
+    rows = [line.split() for line in lines]
     assert rows[0][:2] == ["streams", "tokens/s"]
+    assert rows[3:5] == [[], ["streams", "first", "token,", "s", "between", "tokens,", "ms", "answer,", "s"]]
+    assert rows[5] == ["p50", "p90", "p99"] * 3
+    assert [(row[0], len(row)) for row in rows[6:8]] == [("1", 10), ("3", 10)]
+    # The kinds end where their last percentile does.
+    ends = [lines[4].index(name) + len(name) for name in ("first token, s", "between tokens, ms", "answer, s")]
+    assert ends == [place + 3 for place in range(len(lines[5])) if lines[5].startswith("p99", place)]
+    assert max(map(len, lines[:8])) <= 100
     assert [(row[0], row[-3:]) for row in rows[1:3]] == [("1", ["0", "of", "6"]), ("3", ["0", "of", "6"])]
     assert "counted by the token ids of each response" in out
     assert "3 tokens a prompt, 3 an answer; the generator took" in out
