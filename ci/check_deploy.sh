@@ -2,8 +2,9 @@
 # Have the tools' own validators read every file of deploy/. By hand; tests/deploy has what needs none of them.
 #   ci/check_deploy.sh FOLDER          validators are installed into FOLDER (1.2 GB) and kept there
 #   ci/check_deploy.sh --pod FOLDER    also starts the Deployment's own command as its pod would (ci/deploy/pod.py)
-# Needs kubectl; PYTHON names a Python 3.11 or later; promtool comes from PATH or Debian's package; docker's compose
-# plugin reads Compose too, where there is one. Exit status 0: every validator is content.
+# Needs kubectl; PYTHON names a Python 3.11 or later; promtool comes from PATH or Debian's package. Compose 2 reads its
+# files too, without a daemon: COMPOSE names its program, else it is docker's plugin or docker-compose, where there is one.
+# Exit status 0: every validator is content.
 set -euo pipefail
 
 with_pod=
@@ -12,7 +13,7 @@ if [[ ${1-} == --pod ]]; then
   shift
 fi
 if [[ $# -ne 1 ]]; then
-  sed -n '3,6s/^# *//p' "${BASH_SOURCE[0]}" >&2
+  sed -n '3,7s/^# *//p' "${BASH_SOURCE[0]}" >&2
   exit 2
 fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -45,6 +46,16 @@ find_promtool() {
   echo "$folder/prometheus/usr/bin/promtool"
 }
 
+find_compose() {
+  if [[ -n ${COMPOSE-} ]]; then
+    echo "$COMPOSE"
+  elif docker compose version > /dev/null 2>&1; then
+    echo docker compose
+  elif docker-compose version --short 2> /dev/null | grep --quiet '^v\?[2-9]'; then
+    echo docker-compose
+  fi
+}
+
 say "installing validators into $folder"
 install_once tools --requirement "$root/ci/deploy/tools.txt"
 install_once sky skypilot==0.14.1
@@ -69,11 +80,19 @@ done
 
 say "Compose: the specification's schema"
 "$tools/check-jsonschema" --builtin-schema vendor.compose-spec compose/compose.yaml compose/compose.cuda.yaml
-if docker compose version > /dev/null 2>&1; then
-  CHECKPOINT=x GRAFANA_PASSWORD=x docker compose -f compose/compose.yaml config --quiet
-  CHECKPOINT=x GRAFANA_PASSWORD=x docker compose -f compose/compose.yaml -f compose/compose.cuda.yaml config --quiet
+if read -ra compose < <(find_compose); then
+  "${compose[@]}" version
+  words=(env CHECKPOINT=x GRAFANA_PASSWORD=x MODEL=m PRECISION=int8)
+  "${words[@]}" KIND=cpu "${compose[@]}" -f compose/compose.yaml config --format json > "$folder/compose-cpu.json"
+  "${words[@]}" KIND=cuda "${compose[@]}" -f compose/compose.yaml -f compose/compose.cuda.yaml config --format json \
+    > "$folder/compose-cuda.json"
+  for kind in cpu cuda; do
+    for place in '"/models/m-KIND-int8"' '"/models/m-KIND-int8/repository"' '"moeship:0.1.0-KIND"'; do
+      grep --quiet --fixed-strings -- "${place//KIND/$kind}" "$folder/compose-$kind.json"
+    done
+  done
 else
-  echo "docker has no compose plugin here: 'docker compose config' has not run"
+  echo "Compose 2 is not installed: 'docker compose config' has not run"
 fi
 
 say "promtool: configuration, rules, cases of alerts"

@@ -75,6 +75,14 @@ def test_a_run_goes_on_where_one_was_interrupted_and_does_nothing_where_all_is_d
     assert build_model(*words) == (0, [])
 
 
+@pytest.mark.parametrize("fails", ["", "verify"])
+def test_a_folder_that_was_begun_with_other_words_is_refused_and_left_as_it_is(build_model, tmp_path, fails):
+    words = ("x", "m", tmp_path / "f", "--precision")
+    assert build_model(*words, "int4", fails=fails)[0] == (1 if fails else 0)
+    assert build_model(*words, "int8") == (2, [])
+    assert build_model(*words, "int4")[0] == 0
+
+
 def test_tensorrt_llms_build_compares_by_itself_and_zero_tokens_compare_nothing(build_model, tmp_path):
     trtllm = ("x", "m", tmp_path / "a", "--backend", "tensorrt-llm", "--precision", "int4")
     assert [name for name, _ in build_model(*trtllm)[1]] == ["trt_build.build_engine", "package"]

@@ -75,6 +75,15 @@ def test_servers_wait_for_and_serve_what_the_job_makes(overlay):
     assert claims == [entry["metadata"]["name"] for entry in objects if entry["kind"] == "PersistentVolumeClaim"]
 
 
+def test_compose_serves_what_it_makes_from_a_folder_of_its_own_for_each_kind_of_engine():
+    [overlay] = documents("compose/compose.cuda.yaml")
+    served = compose()["server"]["command"][1]
+    for command in (compose()["model"]["command"], overlay["services"]["model"]["command"]):
+        folder = command[2].replace("${KIND:?give KIND=cuda}", "${KIND:-cpu}")
+        assert served == f"{folder}/repository"
+        assert all(f"${{{variable}:-" in folder for variable in ("MODEL", "KIND", "PRECISION"))
+
+
 def test_engines_of_the_cpu_take_as_many_threads_as_the_pod_asks_cores_for():
     _, packaging = model_words(jobs()["base"])
     [pod] = [entry["spec"]["template"]["spec"] for entry in base() if entry["kind"] == "Deployment"]
