@@ -99,7 +99,7 @@ def of_kubernetes(objects: list[dict]) -> Deployed:
 
 
 def of_kserve() -> Deployed:
-    runtime, service = documents("kserve/moeship.yaml")
+    runtime, service, _ = documents("kserve/moeship.yaml")
     return of_pod(runtime["spec"]["containers"][0], service["spec"]["predictor"]["terminationGracePeriodSeconds"])
 
 
@@ -140,7 +140,7 @@ SERVERS = {
 
 def pods() -> dict[str, dict]:
     found = {entry["metadata"]["name"]: entry["spec"]["template"]["spec"] for entry in base()}
-    runtime, _ = documents("kserve/moeship.yaml")
+    runtime, *_ = documents("kserve/moeship.yaml")
     return {**found, "kserve": runtime["spec"]}
 
 

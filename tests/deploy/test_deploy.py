@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy" / "prometheus" / "moeship.rules.yml"
 DASHBOARD = ROOT / "deploy" / "grafana" / "moeship.json"
 CASES = Path(__file__).with_name("alert_cases.yml")
-# Labels that Prometheus itself adds to all that it reads from a server.
-ADDED = {"job", "instance", "namespace"}
+# Labels that Prometheus itself, or its operator, adds to all that it reads from a server.
+ADDED = {"job", "instance", "namespace", "pod"}
 OWN = {
     "moeship_requests_ended_total": {"end"},
     "moeship_requests_refused_total": {"reason"},
@@ -69,7 +69,7 @@ def autoscaling() -> list[str]:
     [scaled] = documents("kubernetes/components/keda/scaledobject.yaml")
     [overlay] = documents("kubernetes/overlays/tensorrt-llm/kustomization.yaml")
     [patch] = [entry["patch"] for entry in overlay["patches"] if entry["target"]["kind"] == "ScaledObject"]
-    _, service = documents("kserve/moeship.yaml")
+    _, service, _ = documents("kserve/moeship.yaml")
     [metric] = service["spec"]["predictor"]["autoScaling"]["metrics"]
     return [
         scaled["spec"]["triggers"][0]["metadata"]["query"],
@@ -149,7 +149,7 @@ def test_settings_of_panels_are_where_grafana_reads_them():
 
 def test_alerts_say_how_bad_it_is_and_what_to_do():
     names = [rule["alert"] for rule in rules()]
-    assert len(set(names)) == len(names) == 8
+    assert len(set(names)) == len(names) == 9
     for rule in rules():
         assert rule["labels"]["severity"] in ("critical", "warning")
         assert {"summary", "description"} == set(rule["annotations"])

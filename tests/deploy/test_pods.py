@@ -113,3 +113,15 @@ def test_services_rules_and_monitors_name_ports_and_labels_of_the_pods():
             assert "replicas" not in deployment["spec"]
             slots = parsed(package, ["engine", "--name", "m", "--output", "o"]).slots
             assert 0 < float(spec["triggers"][0]["metadata"]["threshold"]) < slots
+
+
+def test_what_kserve_scales_by_is_read_from_its_pods_and_counted_of_its_pods_alone():
+    """KServe labels the pods of a service with its name, and calls its Deployment NAME-predictor
+    (kserve.github.io, constants InferenceServicePodLabelKey and PredictorServiceName)."""
+    runtime, service, monitor = documents("kserve/moeship.yaml")
+    name = service["metadata"]["name"]
+    assert monitor["spec"]["selector"]["matchLabels"] == {"serving.kserve.io/inferenceservice": name}
+    ports = {port["name"] for port in runtime["spec"]["containers"][0]["ports"]}
+    assert {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]} <= ports
+    [metric] = service["spec"]["predictor"]["autoScaling"]["metrics"]
+    assert metric["external"]["metric"]["query"].count(f'pod=~"{name}-predictor-.*"') == 2
