@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from clients.batch.lines import Form, LineInvalid, RawLine, form_of, parse, read_lines
+from clients.batch.lines import Form, LineInvalid, RawLine, form_of, parse, read_lines, read_request
 from clients.errors import BatchInputInvalid
 from export.errors import listing, named
 from export.files.reading import open_regular
 
 FORMAT_VERSION = 1  # of the folder of an unfinished job
 MOST_MODELS = 100  # distinct models of a job's lines that are compared with those of the endpoints
+_ANY_MODEL = {"model": "any"}
 _BLOCK = 1 << 20
 _BUCKETS = 256
 _MOST_FOUND = 1000  # duplicates; of more only the number is kept
@@ -93,16 +94,23 @@ def scan(
     scratch: Path,
     tell: Callable[[int], None] = lambda _bytes: None,
 ) -> Scan:
-    """Read a batch once. `form` None takes the form of the first line that is JSON. Temporary files without a name are
+    """Read a batch once. `form` None takes the form of the first line that has one. Temporary files without a name are
     made in the folder `scratch`. `tell` is called with the bytes read so far.
 
     Raises ConfigError for a file that cannot be read, and BatchInputInvalid for one without lines, or with two lines of
     the same custom_id."""
     models: set[str] = set()
     shards: list[Shard] = []
-    num_lines, lacks_model = 0, False
+    num_lines, num_bytes, lacks_model = 0, 0, False
+    content = hashlib.sha256()  # of the bytes that this pass saw: the file may grow after it
+
+    def see(part: bytes) -> None:
+        nonlocal num_bytes
+        content.update(part)
+        num_bytes += len(part)
+
     with _Duplicates(scratch) as duplicates:
-        for line in read_lines(path):
+        for line in read_lines(path, see=see):
             if line.index % shard_lines == 0:
                 shards.append(Shard(index=line.index, number=line.number, offset=line.offset, num_lines=0))
                 tell(line.offset)
@@ -111,25 +119,35 @@ def scan(
                 value = parse(line.data)
             except LineInvalid:
                 continue
+            if isinstance(value, dict) and isinstance(custom_id := value.get("custom_id"), str):
+                duplicates.add(custom_id, line.number)
             form = form or form_of(value)
+            if form is None or not _is_sent(value, form):
+                continue
             model = _named_model(value, form)
             lacks_model |= model is None
             if model is not None and len(models) < MOST_MODELS:
                 models.add(model)
-            if isinstance(value, dict) and isinstance(custom_id := value.get("custom_id"), str):
-                duplicates.add(custom_id, line.number)
         if not num_lines:
             raise BatchInputInvalid(f"reading the batch {path}: found no line with a request; write one a line")
         duplicates.check(path)
-    sha256, num_bytes = digest(path)
     whole = tuple(
         Shard(index=one.index, number=one.number, offset=one.offset, num_lines=min(shard_lines, num_lines - one.index))
         for one in shards
     )
     return Scan(
-        sha256=sha256, num_bytes=num_bytes, num_lines=num_lines, form=form or "prompts", shards=whole,
+        sha256=content.hexdigest(), num_bytes=num_bytes, num_lines=num_lines, form=form or "prompts", shards=whole,
         models=frozenset(models), lacks_model=lacks_model,
     )  # fmt: skip
+
+
+def _is_sent(value: Any, form: Form) -> bool:  # noqa: ANN401 - JSON value
+    """Whether a line is a request, if a model is found for it."""
+    try:
+        read_request(value, form, None, _ANY_MODEL)
+    except LineInvalid:
+        return False
+    return True
 
 
 def _named_model(value: Any, form: Form) -> str | None:  # noqa: ANN401 - JSON value

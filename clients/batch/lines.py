@@ -9,8 +9,9 @@ Two forms of lines, each answered in kind:
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,16 +69,21 @@ class Answer:
         return self.error is None and self.status is not None and 200 <= self.status < 300
 
 
-def read_lines(path: Path, *, offset: int = 0, index: int = 0, number: int = 1) -> Iterator[RawLine]:
+def read_lines(
+    path: Path, *, offset: int = 0, index: int = 0, number: int = 1, see: Callable[[bytes], object] = len
+) -> Iterator[RawLine]:
     """The lines of a file that are not blank, from byte `offset` on, where the line with that `number` begins. Of a
-    line that is too long only the beginning is kept. Raises ConfigError for a file that cannot be read."""
+    line that is too long only the beginning is kept. `see` is called with all bytes that are read, in order. Raises
+    ConfigError for a file that cannot be read."""
     doing = f"reading the batch {path}"
     with open_regular(path, doing) as raw:
         raw.seek(offset)
         with open(raw.fileno(), "rb", buffering=1 << 18, closefd=False) as file:
             while data := file.readline(MOST_LINE + 1):
+                see(data)
                 num_bytes = len(data)
                 while not data.endswith(b"\n") and (rest := file.readline(MOST_LINE)):
+                    see(rest)
                     num_bytes += len(rest)
                     if rest.endswith(b"\n"):
                         break
@@ -108,9 +114,15 @@ def _no_number(name: str) -> float:
     raise ValueError(f"{name} is no JSON number")
 
 
-def form_of(value: Any) -> Form:  # noqa: ANN401 - JSON value
-    """The form of a batch whose first line has this value."""
-    return "openai" if isinstance(value, dict) and "body" in value and "custom_id" in value else "prompts"
+def form_of(value: Any) -> Form | None:  # noqa: ANN401 - JSON value
+    """The form of the batch that a line with this value is of; None for a value that is a request in neither form."""
+    if isinstance(value, str):
+        return "prompts"
+    if not isinstance(value, dict):
+        return None
+    if "body" in value and not value.keys().isdisjoint(("custom_id", "method", "url")):
+        return "openai"
+    return "prompts" if "prompt" in value or "messages" in value else None
 
 
 def read_request(value: Any, form: Form, model: str | None, defaults: Mapping[str, Any]) -> Request:  # noqa: ANN401
@@ -172,12 +184,26 @@ def write_line(answer: Answer, form: Form, *, answer_id: str, number: int, custo
         made, is_good = _prompt_line(answer, number, custom_id)
     value = {"id": answer_id, **made}
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n", is_good
+        try:
+            text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        except ValueError:  # servers send NaN and Infinity, as log probabilities, and JSON has no such numbers
+            value = _without_nan(value)
+            text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        return text.encode() + b"\n", is_good
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold and UTF-8 cannot
         return json.dumps(value, separators=(",", ":")).encode() + b"\n", is_good
     except RecursionError:
         refused = Answer(error=("unreadable_answer", "the answer has values nested too deeply to be written"))
         return write_line(refused, form, answer_id=answer_id, number=number, custom_id=custom_id)
+
+
+def _without_nan(value: Any) -> Any:  # noqa: ANN401 - JSON value
+    """The value with null for each number that is not finite."""
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _openai_line(answer: Answer, custom_id: str | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -65,9 +65,10 @@ class Pool:
         await asyncio.gather(*self._pollers, return_exceptions=True)
         await asyncio.gather(*(place.endpoint.close() for place in self.places))
 
-    async def take(self) -> Place:
+    async def take(self, failed: Collection[Place] = ()) -> Place:
         """A place at the endpoint with the fewest requests in flight of those that may be asked; waits until there is
-        one. Give it back with `give`. Raises BatchStopped, and AccessDenied."""
+        one. Those where the request has `failed` are left out where others are open. Give the place back with `give`.
+        Raises BatchStopped, and AccessDenied."""
         loop = asyncio.get_running_loop()
         while True:
             self._free.clear()
@@ -75,7 +76,10 @@ class Pool:
                 raise self._denied
             now = loop.time()
             up = [place for place in self.places if place.away is None]
-            able = [place for place in up if place.open_at <= now and place.in_flight < self.concurrency]
+            opened = [place for place in up if place.open_at <= now]
+            # One that fails at once is always free: without this it would draw most requests, and fail them for good.
+            opened = [place for place in opened if place not in failed] or opened
+            able = [place for place in opened if place.in_flight < self.concurrency]
             if up:
                 self._last_up = now
             elif now - self._last_up > self.patience_s:

@@ -17,7 +17,7 @@ from clients.batch.endpoints import EndpointAway
 from clients.batch.job import Job
 from clients.batch.lines import Answer, LineInvalid, RawLine, Request, code_of, invalid, message_of, parse, read_request
 from clients.batch.lines import write_line as output_line
-from clients.batch.pool import Pool
+from clients.batch.pool import Place, Pool
 from clients.batch.store import Journal
 from clients.errors import BatchStopped
 
@@ -106,8 +106,11 @@ class Run:
         """The last answer to a request: the first that will not change by asking again, or that of the last attempt."""
         loop = asyncio.get_running_loop()
         attempt, began = 0, loop.time()
+        failed: set[Place] = set()
         while True:
-            place = await self.pool.take()
+            place = await self.pool.take(failed)
+            if place in failed:  # so has every other one
+                failed.clear()
             try:
                 answer = await place.endpoint.ask(request, f"{request_id}_{attempt}")
             except EndpointAway as reason:
@@ -124,6 +127,7 @@ class Run:
             if not is_told and attempt >= self.rules.retries:
                 return answer
             attempt += not is_told
+            failed.add(place)
             if answer.retry_s is not None:
                 self.pool.pause(place, max(LEAST_PAUSE_S, answer.retry_s))
             else:

@@ -25,6 +25,7 @@ from batch_standin import (
 from fake_triton import empty_final, fake_server, piece
 
 from cli.main import main
+from clients.batch import job as jobs
 from clients.batch.ray_engine import _lines_of
 from clients.batch.store import Journal, read_records
 from export.files.resume import partial_path
@@ -122,6 +123,56 @@ def test_broken_lines_are_named_and_the_rest_is_done(tmp_path, server, caplog):
     assert "7 of 10 lines failed" in caplog.text
     assert "line 2: found no JSON" in caplog.text
     assert sorted(server.asked()) == ["prompt 0", "prompt 2", "prompt 9"]
+
+
+@pytest.mark.parametrize("first", ["no custom_id", "42", "null", "[]", '{"custom_id": "x"}'])
+def test_a_first_line_that_is_no_request_does_not_decide_the_form(tmp_path, server, first):
+    prompts, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    if first == "no custom_id":
+        first = json.dumps({"method": "POST", "url": "/v1/completions", "body": {"model": "tiny", "prompt": "x"}})
+    prompts.write_text(f"{first}\n{openai_line(1)}\n{openai_line(2)}\n")
+    assert batch(prompts, output, server) == 1
+    found = read_answers(output)
+    assert [line["error"] and line["error"]["code"] for line in found] == ["invalid_line", None, None]
+    assert "expected an object with custom_id, method" in found[0]["error"]["message"]
+    assert [line["custom_id"] for line in found[1:]] == ["id-1", "id-2"]
+
+
+def test_a_line_that_is_no_request_asks_for_no_common_model(tmp_path):
+    prompts, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("\n".join([openai_line(0), "42", openai_line(2, model=None), openai_line(3)]))
+    with batch_server(models=("tiny", "large")) as server:
+        assert batch(prompts, output, server) == 1
+    assert [line["error"] and line["error"]["code"] for line in read_answers(output)] == [
+        None, "invalid_line", "invalid_line", None,
+    ]  # fmt: skip
+
+
+def test_numbers_that_json_has_not_are_null_in_the_output(tmp_path, server):
+    prompts, output = write_batch(tmp_path / "in.jsonl", 1), tmp_path / "out.jsonl"
+    made = json.dumps(completion({"prompt": "prompt 0", "model": "tiny"})[1])
+    made = made.replace('"logprobs": null', '"logprobs": {"token_logprobs": [-0.5, -Infinity, NaN, 1e999]}')
+    server.answer = lambda _body: (200, made.encode(), {})
+    assert batch(prompts, output, server) == 0
+    found = json.loads(output.read_bytes(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    choice = found["response"]["body"]["choices"][0]
+    assert (choice["text"], choice["logprobs"]) == (text_for("prompt 0"), {"token_logprobs": [-0.5, None, None, None]})
+
+
+def test_a_line_that_comes_when_the_input_was_read_is_not_lost(tmp_path, server, capsys, monkeypatch):
+    prompts, output = write_batch(tmp_path / "in.jsonl", 5), tmp_path / "out.jsonl"
+    check = jobs._Duplicates.check  # called where the pass over the input has ended
+
+    def grow(self, path):
+        check(self, path)
+        with path.open("a") as file:
+            file.write(openai_line(5) + "\n")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs._Duplicates, "check", grow)
+        assert batch(prompts, output, server) == 2
+    assert "changed while it was read" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_a_refusal_of_the_server_is_an_answer_with_its_status(tmp_path, server):

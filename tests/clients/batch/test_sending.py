@@ -151,6 +151,14 @@ def test_lines_of_a_server_that_went_away_go_to_the_other(monkeypatch):
     assert other.most_in_flight == 2, "a server gets no more at a time because another one is away"
 
 
+@pytest.mark.parametrize("failure", [Answer(status=500), Answer(error=("timeout", "x")), Answer(status=502)])
+def test_a_server_that_fails_at_once_fails_no_lines_that_another_answers(monkeypatch, failure):
+    broken, good = Server("broken", lambda *_: failure, takes_s=0.01), Server("good", takes_s=2)
+    records, _ = send(monkeypatch, 60, broken, good, concurrency=4, retries=2)
+    assert records == dict.fromkeys(range(60), True)
+    assert broken.asked
+
+
 def test_a_server_that_comes_back_is_asked_again(monkeypatch):
     server = Server("a")
 
