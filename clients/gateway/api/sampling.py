@@ -49,8 +49,11 @@ SHARED: Mapping[str, fields.Read] = {
 }
 # OpenAI's fields that say who asks, how an answer is billed or stored, and where it runs.
 UNREAD = frozenset(
-    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
-)
+    {
+        "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
+        "prompt_cache_retention",
+    }
+)  # fmt: skip
 LOG_PROBS = MOST_LOG_PROBS
 
 

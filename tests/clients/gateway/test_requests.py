@@ -85,6 +85,14 @@ WRONG_TOOLS = (
 )  # fmt: skip
 
 
+def test_options_of_openais_prompt_cache_are_left_unread(gateway, server):
+    server.answer = lambda request, context: iter([piece("a", (5,), num_output=1), empty_final()])
+    options = {"prompt_cache_options": {"mode": "explicit", "ttl": "30m"}, "prompt_cache_key": "a"}
+    for path, asked in (("chat/completions", {"messages": CHAT}), ("responses", {"input": "a"})):
+        status, answer, _ = ask(gateway, "POST", f"/v1/{path}", {"model": "phixtral", **asked, **options})
+        assert status == 200, answer
+
+
 def test_tools_that_a_template_does_not_show_are_refused(gateway):
     for body, param, code, message in WRONG_TOOLS:
         asked = {"model": "phixtral", "messages": CHAT, **body}
