@@ -144,7 +144,11 @@ class Renderer:
             env={**os.environ, "PYTHONPATH": str(_ROOT), "OPENBLAS_NUM_THREADS": "1"},
         )  # fmt: skip
         assert process.stdin is not None
-        process.stdin.write(_framed({**self._first, "render_s": RENDER_S, "start_s": START_S}))
+        try:
+            process.stdin.write(_framed({**self._first, "render_s": RENDER_S, "start_s": START_S}))
+        except RuntimeError as error:  # uvloop's, for a pipe that was closed meanwhile
+            _kill(process)
+            raise BrokenPipeError(str(error)) from error
         return process
 
 

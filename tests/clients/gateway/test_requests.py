@@ -295,6 +295,26 @@ def test_a_conversation_for_which_no_process_can_be_started_can_be_sent_again(ga
     assert ask(gateway, "POST", "/v1/chat/completions", body)[0] == 200
 
 
+def test_a_process_whose_pipe_is_closed_as_it_starts_costs_its_conversation_alone(gateway, monkeypatch):
+    """uvloop raises RuntimeError where asyncio's own loop says nothing."""
+
+    async def start(*words, **options):
+        process = await started(*words, **options)
+        monkeypatch.setattr(process.stdin, "write", closed)
+        return process
+
+    def closed(_data):
+        raise RuntimeError("unable to perform operation; the handler is closed")
+
+    started, body = asyncio.create_subprocess_exec, {"model": "phixtral", "messages": CHAT}
+    with monkeypatch.context() as patched:
+        patched.setattr("asyncio.create_subprocess_exec", start)
+        status, answer, _ = ask(gateway, "POST", "/v1/chat/completions", body)
+    assert (status, answer["error"]["code"]) == (503, "unavailable")
+    assert wait_until(lambda: not renderers())
+    assert ask(gateway, "POST", "/v1/chat/completions", body)[0] == 200
+
+
 def test_a_conversation_whose_template_loops_holds_up_no_other(gateway_of, server, tmp_path, monkeypatch):
     """One renders for as long as the test wants, and others are answered beside it."""
     monkeypatch.setattr("clients.gateway.rendering.RENDER_S", 600)
