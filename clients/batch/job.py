@@ -22,6 +22,11 @@ from export.files.reading import open_regular
 
 FORMAT_VERSION = 1  # of the folder of an unfinished job
 MOST_MODELS = 100  # distinct models of a job's lines that are compared with those of the endpoints
+# How files begin whose lines can only be read after another program; without this, every line would fail by itself.
+_ENCODED = {
+    b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip",
+    b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
+}  # fmt: skip
 _ANY_MODEL = {"model": "any"}
 _BLOCK = 1 << 20
 _BUCKETS = 256
@@ -115,6 +120,8 @@ def scan(
                 shards.append(Shard(index=line.index, number=line.number, offset=line.offset, num_lines=0))
                 tell(line.offset)
             num_lines += 1
+            if line.number == 1:
+                _refuse_encoded(path, line.data)
             try:
                 value = parse(line.data)
             except LineInvalid:
@@ -139,6 +146,16 @@ def scan(
         sha256=content.hexdigest(), num_bytes=num_bytes, num_lines=num_lines, form=form or "prompts", shards=whole,
         models=frozenset(models), lacks_model=lacks_model,
     )  # fmt: skip
+
+
+def _refuse_encoded(path: Path, begin: bytes) -> None:
+    """Raise BatchInputInvalid for a file that begins as one that is compressed, or in UTF-16."""
+    for magic, kind in _ENCODED.items():
+        if begin.startswith(magic):
+            raise BatchInputInvalid(
+                f"reading the batch {path}: found {kind}, expected lines of JSON in UTF-8; nothing was sent: give the "
+                "file unpacked, as UTF-8"
+            )
 
 
 def _is_sent(value: Any, form: Form) -> bool:  # noqa: ANN401 - JSON value

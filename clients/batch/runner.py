@@ -28,7 +28,8 @@ LEAST_PAUSE_S = 0.25  # of an endpoint that asks to be left alone for no time at
 FLUSH_S = 1.0  # between two flushes of the records to the disk
 _LATER = (408, 409, 425, 429)  # statuses below 500 after which the same request may succeed
 _NEVER = (501, 505)  # statuses from 500 on after which it will not
-_BROKEN = ("timeout", "connection_lost")  # codes of errors without a status after which it may
+# Codes of errors without a status after which it may. An answer that is no JSON is often of a proxy before the server.
+_BROKEN = ("timeout", "connection_lost", "unreadable_answer")
 _NO_QUOTA = "insufficient_quota"
 _LEAST_IN_A_ROW = 20
 

@@ -3,6 +3,7 @@ and input that is wrong."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -136,6 +137,18 @@ def test_a_first_line_that_is_no_request_does_not_decide_the_form(tmp_path, serv
     assert [line["error"] and line["error"]["code"] for line in found] == ["invalid_line", None, None]
     assert "expected an object with custom_id, method" in found[0]["error"]["message"]
     assert [line["custom_id"] for line in found[1:]] == ["id-1", "id-2"]
+
+
+@pytest.mark.parametrize(
+    ("encode", "kind"), [(gzip.compress, "gzip"), (lambda data: data.decode().encode("utf-16"), "UTF-16")]
+)
+def test_a_file_that_is_compressed_or_in_utf_16_is_refused_as_one(tmp_path, server, capsys, encode, kind):
+    prompts, output = write_batch(tmp_path / "in.jsonl", 20), tmp_path / "out.jsonl"
+    prompts.write_bytes(encode(prompts.read_bytes()))
+    assert batch(prompts, output, server) == 2
+    assert f"found {kind}, expected lines of JSON in UTF-8" in capsys.readouterr().err
+    assert not server.bodies
+    assert sorted(tmp_path.iterdir()) == [prompts]
 
 
 def test_a_line_that_is_no_request_asks_for_no_common_model(tmp_path):
