@@ -21,7 +21,8 @@ PARAMETERS = {
         "text": {"type": "string"}, "count": {"type": "integer"}, "ratio": {"type": "number"},
         "deep": {"type": "object"}, "items": {"type": "array", "items": {}}, "on": {"type": "boolean"},
         "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]}, "either": {"type": ["string", "integer"]},
-        "named": {"$ref": "#/$defs/size"}, "looped": {"$ref": "#/$defs/loop"}, "free": {}, "odd": True,
+        "named": {"$ref": "#/$defs/size"}, "looped": {"$ref": "#/$defs/loop"}, "fixed": {"const": 3},
+        "long": {"enum": [1] * 99_999 + ["a"]}, "free": {}, "odd": True,
     },
     "$defs": {"size": {"enum": [1, 2]}, "loop": {"anyOf": [{"$ref": "#/$defs/loop"}] * 99}},
 }  # fmt: skip
@@ -37,6 +38,7 @@ CALLS = [
     [("act", {"text": LINES, "count": -3, "ratio": 0.5, "deep": {"a": [1, {"b": "}"}]}, "items": [1, "]", None]}),
      ("now", {}), ("act", {"on": True, "maybe": "nullable", "text": "null and void", "either": 5, "named": 2})],
     [("act", {"text": "", "items": [], "deep": {}, "free": "7", "odd": "x", "unknown": "7", "looped": "1", "on": False,
+              "fixed": 3, "long": 1,
               "ratio": 1e300})],
 ]  # fmt: skip
 
@@ -282,3 +284,22 @@ def test_an_answer_that_comes_at_once_is_read_in_parts(monkeypatch):
     message, _, _ = read("qwen3_coder", [written("qwen3_coder", "", calls)])
     assert calls_in(message) == calls
     assert max(sizes) <= 4096
+
+
+def test_a_schema_is_read_in_bounds_for_each_value():
+    """Both the schema and what the model writes are the client's to choose."""
+    text = written("qwen3_coder", "", [("act", {"looped": "1", "long": 1})] * 2)
+    lines = 0
+
+    def count(frame, event, argument):
+        nonlocal lines
+        lines += event in ("line", "c_call", "call")
+        return count
+
+    sys.settrace(count)
+    try:
+        message, _, _ = read("qwen3_coder", [text])
+    finally:
+        sys.settrace(None)
+    assert len(calls_in(message)) == 2
+    assert lines < 20_000

@@ -34,7 +34,7 @@ _BEHIND_VALUE = (_PARAMETER, _END_FUNCTION, _END)  # before a parameter, and wha
 _IN_FUNCTION = re.compile("|".join(_BEHIND_VALUE))
 _IN_VALUE = re.compile("|".join((_END_PARAMETER, *_BEHIND_VALUE)))
 _MOST_PYTHON = 4096  # characters of a value that is read as Python where it is no JSON
-_MOST_SCHEMAS = 64  # that are read for the types of one value
+_MOST_SCHEMAS = 64  # and as many values of an enum, that are read for the types of one value
 
 
 class XmlCalls(CallReader):
@@ -180,8 +180,10 @@ def _types(schema: Any, root: Mapping[str, Any]) -> set[str]:  # noqa: ANN401 - 
         stated, reference, values = one.get("type"), one.get("$ref"), one.get("enum")
         if isinstance(stated, str | list):
             found |= {kind for kind in ([stated] if isinstance(stated, str) else stated) if isinstance(kind, str)}
-        elif isinstance(values, list) or "const" in one:
-            found |= {_type_of(value) for value in (values if isinstance(values, list) else [one["const"]])}
+        elif isinstance(values, list):
+            found |= set(map(_type_of, values[:_MOST_SCHEMAS]))
+        elif "const" in one:
+            found.add(_type_of(one["const"]))
         elif isinstance(reference, str):
             waiting.append(_referred(reference, root))
         else:
