@@ -44,7 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--chat-template", action="store_true", help="put prompts into the checkpoint's chat template")
     how = parser.add_argument_group("how it is computed")
     how.add_argument("--batch", type=int, default=8, metavar="N", help="sequences in a step (default: %(default)s)")
-    how.add_argument("--threads", type=int, metavar="N", help="threads of the CPU (default: every physical core)")
+    how.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads of the CPU (default: one for each usable core)",
+    )
     how.add_argument(
         "--kv", "--kv-cache-dtype", dest="kv_cache", choices=KV_CACHES, default=FLOAT,
         help="how keys and values are stored: int8 of an engine that was built with --kv int8 (default: %(default)s)",

@@ -58,7 +58,11 @@ _ONNX_RUNTIME = (
 
 
 def _add_onnxruntime_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--threads", type=int, help="threads of the engine (default: one for each core)")
+    group.add_argument(
+        "--threads",
+        type=int,
+        help="threads of the engine (default: one for each usable core)",
+    )
     group.add_argument("--slots", type=int, default=8, help="sequences that are computed together (default 8)")
     group.add_argument(
         "--memory-budget", type=byte_count, metavar="BYTES",

@@ -53,7 +53,7 @@ class ModelParameters:
     """The parameters of a model in which ONNX Runtime runs the engine."""
 
     engine: str = ENGINE_FOLDER  # within the version's folder
-    threads: int | None = None  # None lets ONNX Runtime use every physical core
+    threads: int | None = None  # None: one for each physical core that the server may use
     slots: int = 8  # sequences that are computed together
     memory_budget: int | None = None  # bytes of keys and values; None takes what the machine has free
     max_waiting: int = 64  # requests; more are refused

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+from trt_build.machine.control_groups import CGROUP, PROC, control_groups
 
 
-def available_memory(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int:
+def available_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
     """Bytes that new programs can allocate without swapping: the kernel's MemAvailable, or less if a control group of
     this process has less left. Files in the page cache, mapped files included, count as available.
 
@@ -19,18 +19,9 @@ def available_memory(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int:
 
 
 def _left_by_groups(proc: Path, cgroup: Path) -> list[int]:
-    """Bytes left in each version 2 control group that limits this process, from its own group up to the root."""
-    try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    own = next((line[3:] for line in lines if line.startswith("0::")), None)
-    if own is None:
-        return []
-    folder, left = cgroup / own.strip("/"), []
-    for group in (folder, *folder.parents):
-        if not group.is_relative_to(cgroup):
-            break
+    """Bytes left in each control group that limits this process."""
+    left = []
+    for group in control_groups(proc, cgroup):
         try:
             limit = (group / "memory.max").read_text().strip()
             used = int((group / "memory.current").read_text())

@@ -20,6 +20,7 @@ from export.exporter import DATA_FILE
 from export.optional import onnx_runtime
 from export.provider import PROVIDERS, Provider
 from trt_build.errors import EngineError
+from trt_build.machine.cores import physical_cores, usable_cores
 from trt_build.ort.engine import Engine
 from trt_build.ort.kernels import library
 from trt_build.ort.old_formats.graphs import check_packed_form, old_graph
@@ -98,11 +99,24 @@ def _flags_for_cpu(engine: Engine) -> str:
     return "--provider cpu" if precision in PROVIDERS["cpu"].precisions else "--provider cpu --precision fp32"
 
 
+def _set_threads(options: onnxruntime.SessionOptions, threads: int | None) -> None:
+    """Left to itself, ONNX Runtime takes every core of the machine and binds a thread to each, whatever this process
+    may use (onnxruntime/core/util/thread_utils.cc). Here these are the cores that it may use. Threads are bound where
+    the process has all of these cores' time: with a part of it, others beside it would be bound to the same cores."""
+    cores = physical_cores()
+    options.intra_op_num_threads = threads or usable_cores(cores)
+    if threads is None and 1 < options.intra_op_num_threads == len(cores):
+        # The thread that calls is not bound; CPUs count from 1 there.
+        own = (",".join(str(cpu + 1) for cpu in core) for core in cores[1:])
+        options.add_session_config_entry("session.intra_op_thread_affinities", ";".join(own))
+
+
 def load_graph(
     engine: Engine, name: str, device: Device, threads: int | None, content: bytes | None = None
 ) -> onnxruntime.InferenceSession:
-    """Load one of an engine's graphs on a device, or `content`, a graph over the same data file. Raises
-    EngineError if ONNX Runtime refuses the graph or would run part of it on another device."""
+    """Load one of an engine's graphs on a device, or `content`, a graph over the same data file. `threads` None takes
+    each physical core that this process may use. Raises EngineError if ONNX Runtime refuses the graph or would run part
+    of it on another device."""
     import onnxruntime
 
     path = engine.folder / name
@@ -111,8 +125,7 @@ def load_graph(
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     # Between two steps tokens are chosen, written and sent. Threads that spin meanwhile take the cores from that.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    _set_threads(options, threads)
     runtime_name = device.provider.runtime_name
     settings = dict(device.provider.options)
     if device.kind != "cpu":

@@ -45,10 +45,10 @@ _NOTHING: Mapping[str, npt.NDArray[Any]] = MappingProxyType({})
 
 
 class Session:
-    """An engine's serving graph, loaded. `threads` None lets ONNX Runtime use every physical core; `device_index` is
-    the number of the GPU; `content` is a graph in place of the stored one. `kv_cache` says how keys and values are
-    stored, one of `export/provider.py: KV_CACHES`. Raises EngineError where the engine has no usable scales
-    for that.
+    """An engine's serving graph, loaded. `threads` None takes each physical core that this process may use;
+    `device_index` is the number of the GPU; `content` is a graph in place of the stored one. `kv_cache` says how keys
+    and values are stored, one of `export/provider.py: KV_CACHES`. Raises EngineError where the engine has no usable
+    scales for that.
 
     An engine of an earlier format has no such graph: there each row of a step is computed by itself, and gives the
     logits of its last token only.
