@@ -165,6 +165,20 @@ def test_earlier_items_are_the_models_turns(client, server):
     )
 
 
+def test_an_empty_answer_stays_a_turn_and_reasoning_alone_is_none(client, server):
+    """Templates such as Mistral's refuse a user who speaks twice."""
+    answers(server, "a")
+    thought = {"type": "reasoning", "id": "rs_1", "summary": [],
+               "content": [{"type": "reasoning_text", "text": "Sum."}]}  # fmt: skip
+    empty = {"type": "message", "id": "msg_1", "status": "completed", "role": "assistant",
+             "content": [{"type": "output_text", "text": "", "annotations": []}]}  # fmt: skip
+    user = {"role": "user", "content": "7+8?"}
+    client.responses.create(model="phixtral", input=[user, empty, user, thought, user])
+    raws = zip(server.requests[-1].inputs, server.requests[-1].raw_input_contents, strict=True)
+    prompt = next(raw[4:].decode() for tensor, raw in raws if tensor.name == "text_input")
+    assert prompt == "<user>|7+8?|<assistant>||<user>|7+8?|<user>|7+8?|"
+
+
 WRONG = [
     ({"tools": [{"type": "web_search"}]}, "tools", "tools[0] is"),
     ({"tools": [{"type": "function", "function": {"name": "add"}}]}, "tools", "whose function has a name"),
@@ -178,7 +192,7 @@ WRONG = [
     ({"input": [{"type": "item_reference", "id": "x"}]}, "input", "nothing is stored"),
     ({"input": [{"type": "function_call", "call_id": "1", "name": "add"}]}, "input", "input[0].arguments is None"),
     ({"input": [{"type": "function_call_output", "output": "1"}]}, "input", "input[0].call_id is None"),
-    ({"input": [{"type": "function_call_output", "call_id": "1"}]}, "input", "input[0].content is None"),
+    ({"input": [{"type": "function_call_output", "call_id": "1"}]}, "input", "input[0].output is None"),
     ({"input": [{"type": "reasoning", "content": "x"}]}, "input", "expected reasoning whose content"),
     ({"input": [{"type": "reasoning", "content": [{"text": 1}]}]}, "input", "expected reasoning whose content"),
 ]  # fmt: skip

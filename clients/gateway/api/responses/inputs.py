@@ -46,7 +46,12 @@ def _call(where: str, item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _result(where: str, item: dict[str, Any]) -> dict[str, Any]:
-    return {"role": "tool", "tool_call_id": _text(where, item, "call_id"), "content": item.get("output")}
+    key, output = _text(where, item, "call_id"), item.get("output")
+    if not isinstance(output, str | list) or output == []:
+        raise ValueError(
+            f"{where}.output is {shown(output)}, expected a text or a list of parts of the type input_text"
+        )
+    return {"role": "tool", "tool_call_id": key, "content": output}
 
 
 def _reasoning(where: str, item: dict[str, Any]) -> dict[str, Any]:
@@ -69,22 +74,25 @@ def _text(where: str, item: Mapping[str, Any], key: str) -> str:
 
 def _turns(items: list[Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages of the model's whole turns: its reasoning, its text and its calls are items of their own, and templates
-    take them as one message."""
+    take them as one message. Reasoning that nothing follows is no turn; an empty answer is one, since templates may ask
+    that user and model speak by turns."""
     turns: list[dict[str, Any]] = []
+    bare: list[bool] = []  # for each turn, whether it has reasoning alone
     before = ""  # the type of the item before
     for item, message in zip(items, messages, strict=True):
         kind = item.get("type", "message")
         is_models = message["role"] == "assistant"
         continues = before == "reasoning" or (before and kind == "function_call")
         if is_models and continues and kind != "reasoning" and turns:
-            turn = turns[-1]
+            turn, bare[-1] = turns[-1], False
             turn["content"] += message["content"]
             if calls := message.get("tool_calls"):
                 turn["tool_calls"] = [*turn.get("tool_calls", ()), *calls]
         else:
             turns.append(dict(message))
+            bare.append(kind == "reasoning")
         before = kind if is_models else ""
-    return [turn for turn in turns if turn["role"] != "assistant" or turn["content"] or turn.get("tool_calls")]
+    return [turn for turn, is_bare in zip(turns, bare, strict=True) if not is_bare]
 
 
 def read_tools(value: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - JSON value
