@@ -188,8 +188,8 @@ function send() {
 }
 
 /** Whether something can be sent; else the page says why not. */
-function isReady(model) {
-  const wrong = settings.problem();
+function isReady(model, kind) {
+  const wrong = settings.problem(kind);
   if (wrong) {
     openPanel("settings");
     wrong.input.focus();
@@ -202,20 +202,22 @@ function isReady(model) {
   return Boolean(model);
 }
 
-/** Ask a model, in a turn of its own at the end. Returns whether it is asked. */
-function ask(model, kind, asked) {
-  if (running || !isReady(model)) return false;
+/** Ask a model, in a turn of its own: at the end, or behind the turn whose calls `asked` has the results of. Returns
+ * whether it is asked. */
+function ask(model, kind, asked, after = null) {
+  if (running || !isReady(model, kind)) return false;
   cleared = [];
   part("clear").textContent = "Clear";
   number += 1;
   const turn = new Turn({
-    number, mode: kind, model, asked, onSelect: selected, onRetry: again, onEdit: edited, onResults: resulted,
+    number, mode: kind, model, asked, after, onSelect: selected, onRetry: again, onEdit: edited, onResults: resulted,
   });
-  turns.push(turn);
-  part("turns").append(turn.element);
+  turns.splice(after ? turns.indexOf(after) + 1 : turns.length, 0, turn);
+  if (after) after.element.after(turn.element);
+  else part("turns").append(turn.element);
   part("turns").hidden = false;
   part("empty").hidden = true;
-  toEnd();
+  if (turn === turns.at(-1)) toEnd();
   // The caller may still have something to note before the request is made of the turns.
   queueMicrotask(() => run(turn));
   return true;
@@ -223,12 +225,14 @@ function ask(model, kind, asked) {
 
 /** Ask once more. What came after the answer stays, since it was said. */
 function again(turn) {
-  if (!running && isReady(turn.model)) run(turn);
+  if (running || !isReady(turn.model, turn.mode)) return;
+  if (turn.isCutOff) turn.refuse("The calls that these results belong to have been replaced. Ask again from there.");
+  else run(turn);
 }
 
 /** Ask with another text, in the same place. */
 function edited(turn, text) {
-  if (running || !isReady(turn.model)) return;
+  if (running || !isReady(turn.model, turn.mode)) return;
   turn.askInstead(text);
   run(turn);
   prompt.focus();
@@ -236,7 +240,7 @@ function edited(turn, text) {
 
 /** Go on with the results of a turn's calls. */
 function resulted(turn, messages) {
-  const isAsked = ask(turn.model, turn.mode, messages);
+  const isAsked = ask(turn.model, turn.mode, messages, turn);
   if (isAsked) prompt.focus();
   return isAsked;
 }

@@ -5,8 +5,8 @@ export const MOST_ALTERNATIVES = 5;
 
 const field = (id) => document.getElementById(id);
 
-/** The first field with a value that no server takes, and what is wrong with it; null if all are right. */
-export function problem() {
+/** The first field of a mode with a value that no server takes, and what is wrong with it; null if all are right. */
+export function problem(mode) {
   for (const id of NUMBERS) {
     const input = field(id);
     if (!input.checkValidity()) {
@@ -16,7 +16,7 @@ export function problem() {
   }
   if (field("max_tokens").value === "") return { input: field("max_tokens"), text: "Most tokens: enter a number" };
   try {
-    tools();
+    if (mode === "chat") tools();
   } catch {
     const text = 'Enter a list, such as [{"type": "function", "function": {"name": "weather", "parameters": {}}}]';
     field("tools").setCustomValidity(text);

@@ -22,9 +22,10 @@ const make = (name, className, text) => {
 export class Turn {
   /** `asked` is what the turn adds to the conversation: OpenAI's messages of a user or of tools. `onSelect(turn, run)` is
    * called with the run that was chosen, `onRetry(turn)` when the request is to be sent again, `onEdit(turn, text)` when it
-   * is to be sent with another text, and `onResults(turn, messages)` with the results of the calls that it asks for. */
-  constructor({ number, mode, model, asked, onSelect, onRetry, onEdit, onResults }) {
-    Object.assign(this, { number, mode, model, asked, onSelect, onRetry, onEdit, onResults });
+   * is to be sent with another text, and `onResults(turn, messages)` with the results of the calls that it asks for.
+   * `after` is the turn whose calls `asked` has the results of. */
+  constructor({ number, mode, model, asked, after, onSelect, onRetry, onEdit, onResults }) {
+    Object.assign(this, { number, mode, model, asked, after, onSelect, onRetry, onEdit, onResults });
     this.element = make("article", `turn ${mode}`);
     this.element.setAttribute("aria-label", `Answer ${number}`);
     this.body = make("div", "answer");
@@ -133,9 +134,19 @@ export class Turn {
     return this.state === "waiting" || this.state === "writing";
   }
 
+  /** Whether it has the results of calls that another answer has replaced. */
+  get isCutOff() {
+    return Boolean(this.after) && (this.after.results !== this.asked || this.after.isCutOff);
+  }
+
+  /** Say why the request is not sent again. */
+  refuse(reason) {
+    this.alert.textContent = reason;
+  }
+
   /** Whether its text belongs to the conversation that is sent with the next message. */
   get counts() {
-    return this.mode === "chat" && (this.text !== "" || this.results !== undefined) && this.state !== "failed";
+    return !this.isCutOff && this.mode === "chat" && (this.text !== "" || this.results !== undefined) && this.state !== "failed";
   }
 
   /** What the turn adds to a conversation that goes on. Calls without a result are left out, since templates and models

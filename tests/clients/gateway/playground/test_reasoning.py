@@ -130,3 +130,41 @@ def test_a_message_is_written_anew_in_its_place(open_page, server, tokenizer):
     assert page.locator(".asked-text").all_text_contents() == ["second"]
     assert prompt_of(server) == "<|user|>second\n<|assistant|>"
     assert opened.problems() == []
+
+
+def test_results_stand_behind_their_call_and_go_with_it(opened, server, folder):
+    """Else the model is sent a result whose call it never made, or made long before."""
+    page = opened.page
+    page.fill("#tools", json.dumps(TOOLS))
+    server.answer = SaysTokens(folder, CALL)
+    opened.ask("Rain?")
+    server.answer = SaysTokens(folder, ANSWER)
+    opened.ask("2+2?")
+    page.fill(".call textarea", "It rains.")
+    page.click("text=Send the result")
+    page.locator(".turn").nth(2).wait_for()
+    page.locator(".turn").nth(1).locator(".foot-buttons button").first.wait_for()
+    assert page.locator(".asked-text").all_text_contents() == ["Rain?", "It rains.", "2+2?"]
+    assert prompt_of(server).endswith("<|tool|>/It rains./for a call\n<|assistant|>")
+    assert "2+2?" not in prompt_of(server)
+    page.locator(".turn").first.locator("text=Another answer").click()
+    page.locator(".turn").first.locator(".answer", has_text="It is 4.").wait_for()
+    page.locator(".turn").first.locator(".foot-buttons button").first.wait_for()
+    opened.ask("And later?")
+    assert "It rains." not in prompt_of(server)
+    before = len(server.requests)
+    page.locator(".turn").nth(1).locator("text=Another answer").click()
+    assert "have been replaced" in opened.text(".turn:nth-of-type(2) .error")
+    assert len(server.requests) == before
+    assert opened.problems() == []
+
+
+def test_tools_that_are_no_list_hinder_no_completion(opened, server, folder):
+    """Their field is hidden then."""
+    page = opened.page
+    page.fill("#tools", "no list")
+    page.check("input[value=completion]", force=True)
+    server.answer = SaysTokens(folder, "four")
+    opened.ask("2+2 is ")
+    assert len(server.requests) == 1
+    assert opened.problems() == []
