@@ -24,7 +24,9 @@ while [[ $# -gt 0 && $1 != -- ]]; do
 done
 [[ $# -eq 0 ]] || shift # what is left is for package
 
-if [[ -f $folder/words && $(< "$folder/words") != "$words" ]]; then
+# Words that made nothing, such as a mistyped checkpoint, bind nobody.
+begun=$([[ ! -d $folder ]] || find "$folder" -mindepth 1 ! -name 'words*' -print -quit)
+if [[ -n $begun && -f $folder/words && $(< "$folder/words") != "$words" ]]; then
   echo "making a model in $folder: asked for '$words', and the folder was begun with '$(< "$folder/words")';" \
     "name another folder, or remove this one" >&2
   exit 2

@@ -83,6 +83,13 @@ def test_a_folder_that_was_begun_with_other_words_is_refused_and_left_as_it_is(b
     assert build_model(*words, "int4")[0] == 0
 
 
+def test_words_whose_build_made_nothing_can_be_mended(build_model, tmp_path):
+    assert build_model("mistyped", "m", tmp_path / "f", "--precision", "int4", fails="trt_build.build_engine")[0] == 1
+    words = ("x", "m", tmp_path / "f", "--precision")
+    assert build_model(*words, "int4")[0] == 0
+    assert build_model(*words, "int8") == (2, [])
+
+
 def test_tensorrt_llms_build_compares_by_itself_and_zero_tokens_compare_nothing(build_model, tmp_path):
     trtllm = ("x", "m", tmp_path / "a", "--backend", "tensorrt-llm", "--precision", "int4")
     assert [name for name, _ in build_model(*trtllm)[1]] == ["trt_build.build_engine", "package"]
