@@ -124,7 +124,9 @@ def notes(levels: Sequence[Level]) -> Rows:
         rows.append((f"load {name}", f"{_sizes(records)}; the generator took {busy}"))
         if requests["without_a_token"] > requests["failed"]:
             count = requests["without_a_token"] - requests["failed"]
-            rows.append((f"load {name}", f"{count} requests got no token before the end; they are in no percentile"))
+            rows.append(
+                (f"load {name}", f"{_requests(count)} got no token before the end, and counted in no percentile")
+            )
         if report["miscounted"]:
             rows.append((f"load {name}", f"{report['miscounted']} answers have another number of tokens by the server"))
         if (late := generator["late_s"]) and (late["p99"] or 0) > 0.05:
@@ -133,6 +135,10 @@ def notes(levels: Sequence[Level]) -> Rows:
             rows.append((f"load {name}", f"p99 of {report['first_token_s']['n']} requests is near their maximum"))
         rows += [(f"{kind}: {number}", _example(records, kind)) for kind, number in report["errors"].items()]
     return rows
+
+
+def _requests(count: int) -> str:
+    return "1 request" if count == 1 else f"{count} requests"
 
 
 def _goodput(found: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.rows import print_rows
+from export import blas
 from export.errors import MoeshipError
 from export.files.reading import is_there
 from export.rows import in_units
@@ -78,11 +79,18 @@ def run(arguments: argparse.Namespace) -> int:
     _add_kernels(report)
     _add_machine(report)
     _add_server(report)
-    report.sections["environment variables"] = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    report.sections["environment variables"] = _variables()
     if arguments.path is not None:
         _add_path(report, arguments.path, check_digests=not arguments.quick)
     _print(report, as_json=arguments.json)
     return 1 if report.problems else 0
+
+
+def _variables() -> Facts:
+    found = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    if blas.is_chosen_here():
+        found[blas.VARIABLE] += " (chosen by moeship for this CPU)"
+    return found
 
 
 def _add_installation(report: Report) -> None:

@@ -111,7 +111,8 @@ def tables(plan: Plan, objective: Objective) -> list[tuple[str, Rows]]:
         (
             f"{one.point.rate:.3g}/s",
             ", ".join(
-                f"{_NAMES[name]} {_ms(one.predicted[name])} ({one.error(name):+.0%}, chance ±{one.chance[name]:.0%})"
+                f"{_NAMES[name]} {_ms(one.predicted[name])} "
+                f"({one.error(name):+.0%}, chance {_chance(one.chance[name])})"
                 for name in one.predicted
             ),
         )
@@ -126,6 +127,10 @@ def tables(plan: Plan, objective: Objective) -> list[tuple[str, Rows]]:
             checked,
         ),
     ]
+
+
+def _chance(part: float) -> str:
+    return f"±{part:.0%}" if part <= 1 else "over ±100%"
 
 
 def _interval(plan: Plan) -> Rows:

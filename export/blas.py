@@ -14,6 +14,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 VARIABLE = "OPENBLAS_CORETYPE"
+_chosen: set[str] = set()  # the kernels that were set in this process's environment
 _CPUINFO = Path("/proc/cpuinfo")
 _FIRST_PROCESSOR = 1 << 14  # bytes of /proc/cpuinfo in which the first processor's flags are
 # OpenBLAS's names of kernels, the best first, and the flags of /proc/cpuinfo that they need. Their float32 products use
@@ -39,3 +40,11 @@ def choose_blas_kernels(environment: MutableMapping[str, str] = os.environ, cpui
     kernels = next((name for name, needed in _KERNELS if needed <= flags), None)
     if kernels is not None:
         environment[VARIABLE] = kernels
+        if environment is os.environ:
+            _chosen.add(kernels)
+
+
+def is_chosen_here() -> bool:
+    """Whether OPENBLAS_CORETYPE has the value that `choose_blas_kernels` gave it in this process, and not one that the
+    process was started with."""
+    return os.environ.get(VARIABLE) in _chosen

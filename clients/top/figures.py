@@ -27,6 +27,7 @@ class Figures:
     waiting: float | None = None
     waiting_limit: float | None = None
     requests_running: float | None = None
+    counts_tokens: bool = False  # whether the server publishes what rates of tokens are computed from
     output_tokens_per_s: float | None = None
     prompt_tokens_per_s: float | None = None
     steps_per_s: float | None = None
@@ -61,7 +62,7 @@ class Figures:
         wanted = {
             "streams": self.streams,
             "queue": self.waiting,
-            "tokens/s": self.output_tokens_per_s,
+            "tokens/s": self.counts_tokens or None,
             "first token": self.first_token_s or None,
             "between tokens": self.between_tokens_s or None,
             "cache": self.cache_budget_bytes or self.cache_used_share,
@@ -114,6 +115,7 @@ def _onnx(model: str, now: Scrape, last: Change, window: Change, *, has_rates: b
         waiting=gauge("requests_waiting"),
         waiting_limit=gauge("requests_waiting_limit"),
         requests_running=gauge("requests_running"),
+        counts_tokens=gauge("output_tokens_total") is not None,
         output_tokens_per_s=rate("output_tokens_total"),
         prompt_tokens_per_s=rate("prompt_tokens_total"),
         steps_per_s=rate("steps_total"),
@@ -173,6 +175,7 @@ def _tensorrt_llm(model: str, now: Scrape, last: Change, *, has_rates: bool) -> 
         slots=requests("max"),
         waiting=waiting,
         requests_running=active,
+        counts_tokens=now.value("nv_llm_output_token_len_sum", model) is not None,
         output_tokens_per_s=lengths["output"] if has_rates else None,
         prompt_tokens_per_s=lengths["input"] if has_rates else None,
         steps_per_s=general if has_rates else None,

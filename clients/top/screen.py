@@ -124,6 +124,8 @@ class Screen:
     def _tokens(self, engine: Figures, width: int) -> Iterator[Text]:
         found = {"output": engine.output_tokens_per_s, "prompt": engine.prompt_tokens_per_s}
         if all(value is None for value in found.values()):
+            if engine.counts_tokens:
+                yield _line("tokens/s", "a rate needs two readings", "dim")
             return
         line, size = Text(f"{'tokens/s':<{_LABEL}}"), max(6, (width - _LABEL - 36) // 2)
         for name, value in found.items():

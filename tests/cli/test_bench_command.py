@@ -230,6 +230,8 @@ def test_a_server_that_gives_no_token_has_no_figures(server, capsys):
     out = capsys.readouterr().out
     assert out.splitlines()[1].split()[:5] == ["1", "0", out.splitlines()[1].split()[2], "-", "-"]
     assert "2 requests got no token before the end" in out
+    assert main(["bench", "--url", server.url, "--requests", "1", "--warm-up", "0"]) == 0
+    assert "1 request got no token before the end" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 
 from cli.doctor import _verified
 from cli.main import main
+from export import blas
 from triton_repo.packaging.package import PackageOptions, package_engine
 from trt_build.ort import kernels
 
@@ -227,3 +228,18 @@ def test_names_of_people_and_machines_and_secrets_stay_out(monkeypatch, tmp_path
     assert main(["doctor", "--json"]) == 0
     variables = json.loads(capsys.readouterr().out)["environment variables"]
     assert variables["LD_LIBRARY_PATH"].startswith("/net/HOST/lib:/data/USER/lib:")
+
+
+def test_the_kernels_that_moeship_chose_are_not_called_the_users(monkeypatch, capsys):
+    def shown() -> str | None:
+        assert main(["doctor", "--json"]) in (0, 1)
+        return json.loads(capsys.readouterr().out)["environment variables"].get(blas.VARIABLE)
+
+    monkeypatch.setattr(blas, "_chosen", set())
+    monkeypatch.setenv(blas.VARIABLE, "Haswell")
+    assert shown() == "Haswell"
+    monkeypatch.delenv(blas.VARIABLE)
+    chosen: dict[str, str] = {}
+    blas.choose_blas_kernels(chosen)
+    expected = chosen.get(blas.VARIABLE)  # None on a processor without AVX2
+    assert shown() == (f"{expected} (chosen by moeship for this CPU)" if expected else None)

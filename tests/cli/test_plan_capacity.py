@@ -53,6 +53,14 @@ def test_the_plan_says_how_many_servers_and_how_well_it_predicts(curves, capsys)
     assert f"chance ±{plan['checked'][0]['chance']['first_token_s']:.0%})" in out
 
 
+def test_chance_that_explains_any_difference_has_no_figure(curves, monkeypatch, capsys):
+    monkeypatch.setattr("clients.bench.capacity._chance", lambda others, point, name: 8.13)
+    assert main(["plan", "--target-rps", "5", "--slo", "ttft:2000,e2e:9000", "--curves", str(curves)]) == 0
+    out = capsys.readouterr().out
+    assert "chance over ±100%)" in out
+    assert "813" not in out
+
+
 def test_tests_of_several_addresses_are_told(curves, tmp_path, capsys):
     head, *lines = curves.read_text().splitlines(keepends=True)
     files = [tmp_path / name for name in ("one", "other")]

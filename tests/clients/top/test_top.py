@@ -162,6 +162,15 @@ def test_a_server_of_tensorrt_llm_shows_what_it_has_and_says_what_it_lacks():
     assert figures(history(newer))[0].waiting == 7
 
 
+def test_rates_that_need_a_second_reading_are_not_called_unpublished():
+    _, first = looked(engine_text())
+    text = "\n".join(draw(first, 80, 40))
+    assert "not published" not in text
+    assert "tokens/s       a rate needs two readings" in text
+    _, second = looked(engine_text(output=1000), engine_text(output=1100))
+    assert "tokens/s       output   100.0" in "\n".join(draw(second, 80, 40))
+
+
 def test_any_triton_counts_requests():
     text = '# TYPE nv_inference_request_success counter\nnv_inference_request_success{model="m",version="1"} 3\n'
     [found] = figures(history(text, text.replace("} 3", "} 9")))
