@@ -11,6 +11,7 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import openai
@@ -82,6 +83,7 @@ WRONG_TOOLS = (
     ({"tools": [TOOL, {"type": "web_search"}]}, "tools", None, "tools[1] is"),
     ({"tools": [{"type": "function", "function": {}}]}, "tools", None, "expected one of the type function"),
     ({"tools": [TOOL]}, "tools", None, "this model's chat template shows none to the model"),
+    ({"tools": [TOOL]}, "tools", None, "--chat-template FILE"),
 )  # fmt: skip
 
 
@@ -114,6 +116,25 @@ def test_tools_and_earlier_calls_reach_the_template_as_objects(gateway_of, serve
     for choice, expected in (("auto", "add 7 tool 8"), ("none", "- 7 tool 8")):
         answer = client.chat.completions.create(model="phixtral", messages=messages, tools=[TOOL], tool_choice=choice)
         assert answer.choices[0].message.content == expected
+
+
+def test_the_examples_template_shows_tools_and_its_calls_are_read(gateway_of, server):
+    server.answer = echoed_prompt
+    template = Path(__file__).parents[3] / "examples" / "tiny-phixtral" / "tools.jinja"
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 7}'}}
+    messages = [{"role": "user", "content": "7 + 8?"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": "1", "content": "15"}]  # fmt: skip
+    client = gateway_of(chat_template=template).client()
+    turns = '7 + 8?\n<tool_call>\n{"name": "add", "arguments": {"a": 7}}\n</tool_call>\n'
+    turns += "<tool_response>\n15\n</tool_response>"
+    plain = client.chat.completions.create(model="phixtral", messages=messages).choices[0].message
+    assert (plain.content, plain.tool_calls) == (turns, None)
+    shown = client.chat.completions.create(model="phixtral", messages=messages, tools=[TOOL]).choices[0].message
+    head, tools, *rest = shown.content.splitlines()
+    assert (head, json.loads(tools), rest[:2]) == ("<tools>", TOOL, ["</tools>", "7 + 8?"])
+    assert [(each.function.name, json.loads(each.function.arguments)) for each in shown.tool_calls] == [
+        ("add", {"a": 7})
+    ]
 
 
 def test_wrong_messages_are_named(gateway):

@@ -58,7 +58,11 @@ def shown_tools(values: Mapping[str, Any], template: str) -> list[dict[str, Any]
     if tools is None or kind == NONE:
         return None
     if "tools" not in template:
-        raise invalid(TOOLS, "found tools, and this model's chat template shows none to the model; leave them out")
+        raise invalid(
+            TOOLS,
+            "found tools, and this model's chat template shows none to the model; leave them out, or start the gateway "
+            "with a template that shows them: --chat-template FILE",
+        )
     if kind == NAMED and name not in _names(tools):
         raise invalid(CHOICE, f"found {shown(name)}, expected the name of one of the tools: {', '.join(_names(tools))}")
     return tools
