@@ -400,7 +400,7 @@ def check_address(url: str) -> None:
     if not isinstance(url, str):
         raise AddressInvalid(f"connecting to {url!r}: found no text, expected HOST:PORT")
     if url.startswith(("http://", "https://", "grpc://")):
-        raise AddressInvalid(f"connecting to {url}: found a scheme; give HOST:PORT")
+        raise AddressInvalid(f"connecting to {url}: found a scheme; give HOST:PORT of the server's gRPC")
     address = ADDRESS.fullmatch(url)
     if address is None or not 0 < int(address["port"]) < 2**16:
         raise AddressInvalid(

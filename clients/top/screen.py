@@ -56,6 +56,7 @@ class Screen:
             lines += [*body, *experts, *lacks]
         elif not look.fault:
             lines.append(Text("This server has no model with metrics yet.", "dim"))
+            lines.append(Text("Is the address the one that moeship serve prints as metrics?", "dim"))
         shown = lines[:height]
         for line in shown:
             if line.cell_len > width:

@@ -235,7 +235,9 @@ def test_a_server_that_is_not_there_is_a_failed_connection_and_not_ready(request
 
 
 def test_an_address_with_a_scheme_is_refused():
-    with pytest.raises(errors.AddressInvalid, match="http://x:8000: found a scheme; give HOST:PORT"):
+    with pytest.raises(
+        errors.AddressInvalid, match="http://x:8000: found a scheme; give HOST:PORT of the server's gRPC"
+    ):
         Client("http://x:8000")
 
 

@@ -171,6 +171,15 @@ def test_rates_that_need_a_second_reading_are_not_called_unpublished():
     assert "tokens/s       output   100.0" in "\n".join(draw(second, 80, 40))
 
 
+def test_metrics_without_a_model_ask_for_the_address():
+    _, engines = looked("# TYPE moeship_gateway_requests_in_flight gauge\nmoeship_gateway_requests_in_flight 0\n")
+    lines = draw(engines, 80, 24)
+    assert lines[2:] == [
+        "This server has no model with metrics yet.",
+        "Is the address the one that moeship serve prints as metrics?",
+    ]
+
+
 def test_any_triton_counts_requests():
     text = '# TYPE nv_inference_request_success counter\nnv_inference_request_success{model="m",version="1"} 3\n'
     [found] = figures(history(text, text.replace("} 3", "} 9")))
