@@ -20,6 +20,7 @@ from clients.gateway.api.sampling import (
     SHARED,
     UNREAD,
     Prompt,
+    counts_each,
     generation_request,
     wants_usage,
 )
@@ -199,13 +200,13 @@ def _choice(
 async def _events(gateway: Gateway, call: Call, usage: Usage) -> AsyncGenerator[bytes, None]:
     """The answer piece by piece. The first event of a choice has the role alone."""
     head = {"object": "chat.completion.chunk", **call.head}
-    extra = {"usage": None} if call.includes_usage else {}
+    extra, counts = {"usage": None} if call.includes_usage else {}, counts_each(call.values)
     texts: dict[int, TextEvent] = {}  # index of a choice that has begun to its events of a text alone
     readers: dict[int, CallReader | Channels | None] = {}  # the same to what reads its calls
     shows_more = call.log_probs or call.values.get("return_token_ids") or call.values.get(ROUTING)
 
     def event_of(choice: dict[str, Any]) -> bytes:
-        return event({**head, "choices": [choice], **extra})
+        return event({**head, "choices": [choice], **({"usage": usage.to_json()} if counts else extra)})
 
     def plain(index: int, delta: dict[str, Any]) -> bytes:
         return event_of({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
@@ -225,7 +226,7 @@ async def _events(gateway: Gateway, call: Call, usage: Usage) -> AsyncGenerator[
             deltas = reader.read(piece.text, piece.token_ids, is_last=reason is not None, is_cut=reason == CUT)
             data += b"".join(plain(index, delta) for delta in deltas[:-1])
             delta = deltas[-1] if deltas else {}
-        elif reason is None and not shows_more:
+        elif reason is None and not shows_more and not counts:  # counts change from event to event
             return data + texts[index](piece.text) if piece.text else data
         else:
             delta = {"content": piece.text} if piece.text else {}

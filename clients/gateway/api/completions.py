@@ -26,6 +26,7 @@ from clients.gateway.api.sampling import (
     SHARED,
     UNREAD,
     Prompt,
+    counts_each,
     generation_request,
     wants_usage,
 )
@@ -206,17 +207,18 @@ def _choice(call: Call, place: int, generation: Generation) -> dict[str, Any]:
 
 async def _events(gateway: Gateway, call: Call, usage: Usage) -> AsyncGenerator[bytes, None]:
     """The answer piece by piece. Prompts are answered one after the other."""
-    extra = {"usage": None} if call.includes_usage else {}
+    extra, counts = {"usage": None} if call.includes_usage else {}, counts_each(call.values)
     texts: dict[int, TextEvent] = {}  # index of a choice to its events of a text alone
     shows_more = call.log_probs is not None or call.values.get("return_token_ids") or call.values.get(ROUTING)
+    is_plain = not (shows_more or counts or call.prompt_only)  # events differ in their texts alone
 
     def event_of(choice: dict[str, Any]) -> bytes:
-        return event({**call.head, "choices": [choice], **extra})
+        return event({**call.head, "choices": [choice], **({"usage": usage.to_json()} if counts else extra)})
 
     def one_event(place: int, piece: Piece, offsets: dict[int, int]) -> bytes:
         shown_part = _without_tokens(piece) if call.prompt_only else piece
         usage.add(shown_part, place)
-        if piece.finish_reason is None and not shows_more and piece.sequence_index in offsets and not call.prompt_only:
+        if is_plain and piece.finish_reason is None and piece.sequence_index in offsets:
             if not piece.text:
                 return b""
             index = place * call.num_answers + piece.sequence_index

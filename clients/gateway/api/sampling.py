@@ -34,7 +34,9 @@ SHARED: Mapping[str, fields.Read] = {
     "logit_bias": fields.biases(MOST_BIASES, -100, 100),
     "stream": fields.boolean,
     "stream_options": fields.within(
-        "stream_options", {"include_usage": fields.boolean}, unread=frozenset({"include_obfuscation"})
+        "stream_options",
+        {"include_usage": fields.boolean, "continuous_usage_stats": fields.boolean},  # the latter is vLLM's
+        unread=frozenset({"include_obfuscation"}),
     ),
     FORMAT: read_format,
     # vLLM's
@@ -135,3 +137,9 @@ def wants_usage(values: Mapping[str, Any]) -> bool:
     if options is not None and not values.get("stream"):
         raise invalid("stream_options", "found options of a stream, and stream is not true; leave one of the two out")
     return bool((options or {}).get("include_usage"))
+
+
+def counts_each(values: Mapping[str, Any]) -> bool:
+    """Whether each event of a stream has the counts so far. As with vLLM that takes `include_usage` too."""
+    options = values.get("stream_options") or {}
+    return bool(options.get("include_usage") and options.get("continuous_usage_stats"))

@@ -41,6 +41,19 @@ def test_a_streamed_chat_comes_piece_by_piece(gateway):
     assert (chunks[-1].choices, chunks[-1].usage.completion_tokens) == ([], 3)
 
 
+@pytest.mark.parametrize(("asks", "expected"), [(True, [2, 3, 3]), (False, [None, None, 3])])
+def test_each_event_has_the_counts_so_far_where_they_are_asked_for(gateway, asks, expected):
+    options = {"include_usage": True, "continuous_usage_stats": asks}
+    client = gateway.client()
+    completion = client.completions.create(model="phixtral", prompt="a", stream=True, stream_options=options)
+    messages = [{"role": "user", "content": "a"}]
+    chat = client.chat.completions.create(model="phixtral", messages=messages, stream=True, stream_options=options)
+    for chunks in (list(completion), list(chat)):
+        counts = [chunk.usage and chunk.usage.completion_tokens for chunk in chunks[-3:]]
+        assert counts == expected
+        assert chunks[-1].usage.prompt_tokens == 3
+
+
 def test_a_completion_of_several_prompts_has_a_choice_for_each_answer_to_each(gateway, server):
     def two(request, context):
         for index in (1, 0):
