@@ -39,9 +39,17 @@ DEFAULT_URL = "127.0.0.1:8001"
 _REDRAW_S = 0.2
 
 
+def _file(text: str) -> Path:
+    """The path of a file that stays, since an interrupted batch goes on from it."""
+    if text == "-":
+        raise argparse.ArgumentTypeError("found -, expected a file, since an interrupted batch goes on from files; "
+                                         "name one (./- for one of this name)")  # fmt: skip
+    return Path(text)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", type=Path, metavar="PROMPTS", help="JSONL file of requests")
-    parser.add_argument("output", type=Path, metavar="OUT", help="JSONL file of answers to make")
+    parser.add_argument("input", type=_file, metavar="PROMPTS", help="JSONL file of requests")
+    parser.add_argument("output", type=_file, metavar="OUT", help="JSONL file of answers to make")
     server = parser.add_argument_group("servers")
     server.add_argument(
         "--url", action="extend", nargs="+", metavar="URL",

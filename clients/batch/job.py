@@ -107,6 +107,7 @@ def scan(
     models: set[str] = set()
     shards: list[Shard] = []
     num_lines, num_bytes, lacks_model = 0, 0, False
+    first = last = b""  # lines that are not blank
     content = hashlib.sha256()  # of the bytes that this pass saw: the file may grow after it
 
     def see(part: bytes) -> None:
@@ -122,6 +123,8 @@ def scan(
             num_lines += 1
             if line.number == 1:
                 _refuse_encoded(path, line.data)
+            last = line.data.strip()
+            first = first or last
             try:
                 value = parse(line.data)
             except LineInvalid:
@@ -137,6 +140,7 @@ def scan(
                 models.add(model)
         if not num_lines:
             raise BatchInputInvalid(f"reading the batch {path}: found no line with a request; write one a line")
+        _refuse_array(path, first, last, num_lines)
         duplicates.check(path)
     whole = tuple(
         Shard(index=one.index, number=one.number, offset=one.offset, num_lines=min(shard_lines, num_lines - one.index))
@@ -156,6 +160,15 @@ def _refuse_encoded(path: Path, begin: bytes) -> None:
                 f"reading the batch {path}: found {kind}, expected lines of JSON in UTF-8; nothing was sent: give the "
                 "file unpacked, as UTF-8"
             )
+
+
+def _refuse_array(path: Path, first: bytes, last: bytes, num_lines: int) -> None:
+    """Raise BatchInputInvalid for a file that is one JSON array, on one line or one value a line."""
+    if (num_lines == 1 and first.startswith(b"[")) or (first, last) == (b"[", b"]"):
+        raise BatchInputInvalid(
+            f"reading the batch {path}: found one JSON array, expected a JSON value on each line (JSONL); nothing was "
+            "sent: write its values one a line, such as with jq -c '.[]'"
+        )
 
 
 def _is_sent(value: Any, form: Form) -> bool:  # noqa: ANN401 - JSON value

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from export.errors import ConfigError, kind_of, shown
-from export.files.reading import open_regular
+from export.files.reading import open_regular, words_of
 
 Form = Literal["openai", "prompts"]
 
@@ -107,7 +107,7 @@ def parse(data: bytes) -> Any:  # noqa: ANN401 - JSON value
     except RecursionError as error:
         raise LineInvalid("found values nested too deeply to be read") from error
     except ValueError as error:
-        raise LineInvalid(f"found no JSON ({error})") from error
+        raise LineInvalid(f"found no JSON ({words_of(error)})") from error
 
 
 def _no_number(name: str) -> float:

@@ -161,10 +161,15 @@ def parse_json(text: str, *, standard: bool = False) -> Any:  # noqa: ANN401 - J
     except UnicodeEncodeError as error:
         raise ValueError("a text in it holds half of a surrogate pair") from error
     except ValueError as error:
-        if str(error).startswith("Exceeds the limit"):  # Python's words name its own functions
-            raise ValueError(f"a whole number in it has more than {sys.get_int_max_str_digits()} digits") from error
-        raise
+        raise ValueError(words_of(error)) from error
     return value
+
+
+def words_of(error: ValueError) -> str:
+    """The words of an error of Python's `json`, without those that name Python's own functions."""
+    if str(error).startswith("Exceeds the limit"):
+        return f"a whole number in it has more than {sys.get_int_max_str_digits()} digits"
+    return str(error)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

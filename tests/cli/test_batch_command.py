@@ -139,6 +139,34 @@ def test_a_first_line_that_is_no_request_does_not_decide_the_form(tmp_path, serv
     assert [line["custom_id"] for line in found[1:]] == ["id-1", "id-2"]
 
 
+@pytest.mark.parametrize("indent", [None, 2, 0])
+def test_a_file_that_is_one_array_is_refused_as_one(tmp_path, server, capsys, indent):
+    prompts, output = tmp_path / "in.json", tmp_path / "out.jsonl"
+    prompts.write_text("\n" + json.dumps([{"prompt": "a"}, {"prompt": "b"}, "c"], indent=indent) + "\n")
+    assert batch(prompts, output, server) == 2
+    assert "found one JSON array, expected a JSON value on each line (JSONL); nothing was" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.json"]
+    assert server.asked() == []
+
+
+def test_standard_input_and_output_are_refused_by_name(tmp_path, server, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in (("-", "out.jsonl"), ("in.jsonl", "-")):
+        with pytest.raises(SystemExit) as caught:
+            main(["batch", *words, "--url", server.url])
+        assert caught.value.code == 2
+        assert "found -, expected a file, since an interrupted batch goes on from files" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_number_of_too_many_digits_is_told_in_our_words(tmp_path, server):
+    prompts, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text(f'"good"\n{{"prompt": "x", "max_tokens": {"9" * 5000}}}\n')
+    assert batch(prompts, output, server) == 1
+    message = read_answers(output)[1]["error"]["message"]
+    assert message == f"line 2: found no JSON (a whole number in it has more than {sys.get_int_max_str_digits()} digits)"
+
+
 @pytest.mark.parametrize(
     ("encode", "kind"), [(gzip.compress, "gzip"), (lambda data: data.decode().encode("utf-16"), "UTF-16")]
 )
