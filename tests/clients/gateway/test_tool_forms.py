@@ -192,6 +192,7 @@ ODD = [
     ("llama", "  So {curly} \n", "  So {curly} \n", []),
     ("mistral named", 'I look.[TOOL_CALLS]act[CALL_ID]123456789[ARGS]{"text": "{]}"}[TOOL_CALLS]now{}', "I look.",
      [{"text": "{]}"}, {}]),
+    ("mistral named", '[TOOL_CALLS] \nact[ARGS]{"count": 7}', None, [{"count": 7}]),
     ("mistral named", "[TOOL_CALLS] no call", "[TOOL_CALLS] no call", []),
 ]  # fmt: skip
 

@@ -127,7 +127,7 @@ class CallReader:
         if len(rest) < len(text):
             self._opening.append(text[: len(text) - len(rest)])
         self._left = rest
-        if rest.startswith(self.start):
+        if rest and rest.startswith(self.start):
             self._begin_call()
             return []
         end = form.end or ""
