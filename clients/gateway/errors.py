@@ -41,7 +41,7 @@ _FIELDS = {
     "guided_decoding_guide": "response_format", "guided_decoding_guide_type": "response_format",
 }  # fmt: skip
 _PROMPTS = ("text_input", "input_ids")
-_TOO_LONG = "found a prompt of"
+_TOO_LONG = re.compile(r"found a prompt of (?:\d+ tokens, expected at most (\d+))?")
 
 
 class ApiError(Exception):
@@ -130,13 +130,22 @@ def of_client(error: ClientError) -> ApiError:
     return ApiError("the model's server failed; its log has the reason", status=500, kind=SERVER, code="server_failed")
 
 
+def too_long(field: str | None, found: str, context: int | None) -> ApiError:
+    """The error of a prompt that does not fit a context of so many tokens (None: unknown). Clients that read no codes,
+    such as LiteLLM (exception_mapping_utils.py), know OpenAI's error by the first words, and some take the number."""
+    begin = "this model's maximum context length is " + (f"{context} tokens" if context else "exceeded")
+    return ApiError(f"{begin}: {found}", param=field, code="context_length_exceeded")
+
+
 def _refused(text: str) -> ApiError:
     """The error of a request that the server refused. Clients of OpenAI's API look for the code of a prompt that does
     not fit."""
     found = _REFUSED.search(text)
     name = found[1] if found else None
     if name in _PROMPTS:
-        return ApiError(text, code="context_length_exceeded" if _TOO_LONG in text else None)
+        if long := _TOO_LONG.search(text):
+            return too_long(None, text, int(long[1]) + 1 if long[1] else None)
+        return ApiError(text)
     return ApiError(text, param=_FIELDS.get(name, name) if name else None)
 
 

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from clients.gateway.errors import ApiError, invalid
+from clients.gateway.errors import ApiError, too_long
 from export.checkpoint.token_ids import CONFIG_FILE
 from export.errors import ConfigError, named
 from export.files.reading import is_regular, read_json, read_text
@@ -66,10 +66,14 @@ class ModelTexts:
         anything is computed for it."""
         most = self.context - 1 if self.context is not None else MOST_TOKENS
         if tokens > most:
-            raise _too_long(field, f"{tokens} tokens", most)
+            raise self._too_long(field, f"{tokens} tokens", most)
         longest = self.tokenizer.most_bytes_per_token  # None where the tokenizer drops or fuses text
         if longest is not None and size > longest * most:
-            raise _too_long(field, f"{size} bytes", longest * most)
+            raise self._too_long(field, f"{size} bytes", longest * most)
+
+    def _too_long(self, field: str, found: str, most: int) -> ApiError:
+        words = f"{field}: found a prompt of {found}, expected at most {most}; shorten it"
+        return too_long(field, words, self.context)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for in a text; for a special token those of its name. An id without a token
@@ -108,13 +112,6 @@ class ModelTexts:
     @cached_property
     def _is_byte_level(self) -> bool:
         return '"ByteLevel"' in repr(self.tokenizer.backend.decoder.__getstate__().decode())
-
-
-def _too_long(field: str, found: str, most: int) -> ApiError:
-    return invalid(
-        field, f"found a prompt of {found}, expected at most {most}, since a longer one cannot fit; shorten it",
-        code="context_length_exceeded",
-    )  # fmt: skip
 
 
 def _letters() -> dict[str, int]:

@@ -164,7 +164,9 @@ def test_a_number_of_too_many_digits_is_told_in_our_words(tmp_path, server):
     prompts.write_text(f'"good"\n{{"prompt": "x", "max_tokens": {"9" * 5000}}}\n')
     assert batch(prompts, output, server) == 1
     message = read_answers(output)[1]["error"]["message"]
-    assert message == f"line 2: found no JSON (a whole number in it has more than {sys.get_int_max_str_digits()} digits)"
+    assert (
+        message == f"line 2: found no JSON (a whole number in it has more than {sys.get_int_max_str_digits()} digits)"
+    )
 
 
 @pytest.mark.parametrize(

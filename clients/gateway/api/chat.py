@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from clients.gateway.api import fields
 from clients.gateway.api.answers import CUT, Usage, chat_log_probs, finish_reason, now, routing_of
-from clients.gateway.api.channels import Channels, channels_of
+from clients.gateway.api.channels import channels_of
 from clients.gateway.api.guides import FORMAT
 from clients.gateway.api.messages import read_messages
 from clients.gateway.api.sampling import (
@@ -26,7 +26,7 @@ from clients.gateway.api.sampling import (
 )
 from clients.gateway.api.tools import offers
 from clients.gateway.api.tools.forms import Form, form_of
-from clients.gateway.api.tools.reading import AUTO, NONE, CallReader, message_of
+from clients.gateway.api.tools.reading import AUTO, NONE, FirstCall, Reader, message_of
 from clients.gateway.api.values import read_values
 from clients.gateway.errors import invalid
 from clients.gateway.events import Events, TextEvent, Whole, event, joined, renamed
@@ -35,6 +35,8 @@ from clients.gateway.state import Gateway
 from clients.gateway.texts import INPUT_IDS, ModelTexts
 from clients.messages import Generation, GenerationRequest
 from triton_repo.contracts.piece import Piece
+
+EFFORT = "reasoning_effort"
 
 FIELDS = fields.Fields(
     taken={
@@ -46,18 +48,19 @@ FIELDS = fields.Fields(
         "top_logprobs": fields.integer(0, LOG_PROBS),
         offers.TOOLS: offers.read_tools,
         offers.CHOICE: offers.read_tool_choice,
+        offers.PARALLEL: fields.boolean,
+        EFFORT: fields.one_of("none", "minimal", "low", "medium", "high", "xhigh", "max"),
         # vLLM's
         "add_generation_prompt": fields.boolean,
         "continue_final_message": fields.boolean,
         "chat_template_kwargs": fields.mapping,
     },
-    unread=UNREAD | {"parallel_tool_calls", "prediction", "verbosity"},
+    unread=UNREAD | {"prediction", "verbosity"},
     neutral={
         "modalities": (["text"],),
         "audio": (),
         "function_call": ("none",),
         "functions": ([],),
-        "reasoning_effort": ("none",),
         "web_search_options": (),
     },
 )
@@ -75,12 +78,14 @@ class Call:
     head: Mapping[str, Any]  # what every object of the answer begins with, without its kind
     form: Form  # of the model's calls
 
-    def call_reader(self) -> CallReader | Channels | None:
+    def call_reader(self) -> Reader | None:
         """What reads the calls and channels in one answer; None where it can have none."""
         kind = offers.choice_of(self.values)
-        if kind in (NONE, AUTO) and (channels := channels_of(self.texts, has_tools=kind == AUTO)):
-            return channels
-        return offers.reader_of(self.form, self.texts, self.values)
+        reader: Reader | None = None
+        if kind in (NONE, AUTO):
+            reader = channels_of(self.texts, has_tools=kind == AUTO)
+        reader = reader or offers.reader_of(self.form, self.texts, self.values)
+        return FirstCall(reader) if reader and not self.values.get(offers.PARALLEL, True) else reader
 
     @property
     def names(self) -> Mapping[str, str]:
@@ -146,8 +151,17 @@ async def rendered(gateway: Gateway, model: str, values: Mapping[str, Any], text
         add_generation_prompt=values.get("add_generation_prompt", not continues),
         continue_final_message=continues,
         tools=offers.shown_tools(values, texts.template or ""),
-        variables=values.get("chat_template_kwargs"),
+        variables={**_effort(values, texts.template or ""), **values.get("chat_template_kwargs", {})},
     )
+
+
+def _effort(values: Mapping[str, Any], template: str) -> dict[str, str]:
+    """The variable by which a template, such as gpt-oss's, tells the model how much to reason. Raises ApiError for a
+    template that reads none."""
+    effort = values.get(EFFORT, "none")
+    if effort != "none" and EFFORT not in template:
+        raise invalid(EFFORT, f"found {effort}, and this model's chat template has no place for it; leave it out")
+    return {} if effort == "none" else {EFFORT: effort}
 
 
 async def _prompt(gateway: Gateway, model: str, values: Mapping[str, Any], texts: ModelTexts, form: Form) -> Prompt:
@@ -183,9 +197,7 @@ async def _whole(gateway: Gateway, call: Call, usage: Usage) -> dict[str, Any]:
     return {"object": "chat.completion", **call.head, "choices": choices, "usage": usage.to_json()}
 
 
-def _choice(
-    call: Call, part: Generation | Piece, words: dict[str, Any], reader: CallReader | Channels | None
-) -> dict[str, Any]:
+def _choice(call: Call, part: Generation | Piece, words: dict[str, Any], reader: Reader | None) -> dict[str, Any]:
     reason = finish_reason(part)
     choice = {
         "index": part.sequence_index,
@@ -202,7 +214,7 @@ async def _events(gateway: Gateway, call: Call, usage: Usage) -> AsyncGenerator[
     head = {"object": "chat.completion.chunk", **call.head}
     extra, counts = {"usage": None} if call.includes_usage else {}, counts_each(call.values)
     texts: dict[int, TextEvent] = {}  # index of a choice that has begun to its events of a text alone
-    readers: dict[int, CallReader | Channels | None] = {}  # the same to what reads its calls
+    readers: dict[int, Reader | None] = {}  # the same to what reads its calls
     shows_more = call.log_probs or call.values.get("return_token_ids") or call.values.get(ROUTING)
 
     def event_of(choice: dict[str, Any]) -> bytes:

@@ -144,6 +144,8 @@ def test_what_the_server_refuses_is_told_by_the_clients_own_field(gateway, serve
         with pytest.raises(openai.BadRequestError) as refused:
             gateway.client().completions.create(model="phixtral", prompt="a")
         assert (refused.value.param, refused.value.code) == (param, code)
+        begins = "this model's maximum context length is 512 tokens: " in str(refused.value)
+        assert begins == (code is not None)  # the words by which LiteLLM and others know it
 
 
 def test_a_refusal_for_load_comes_with_the_servers_own_time(gateway, server):

@@ -372,6 +372,29 @@ def test_variables_of_a_template_may_have_any_names(gateway_of, server, tmp_path
     assert answer.choices[0].message.content == "ahi"
 
 
+def test_the_effort_of_reasoning_reaches_templates_that_read_it_and_is_refused_for_others(gateway_of, server, tmp_path):
+    server.answer = echoed_prompt
+    (tmp_path / "effort.jinja").write_text('{{ reasoning_effort | default("medium") }} {{ messages[0].content }}')
+    client = gateway_of(chat_template=tmp_path / "effort.jinja").client()
+    ask = {"model": "phixtral", "messages": CHAT}
+    for more, expected in (
+        ({}, "medium"), ({"reasoning_effort": "none"}, "medium"), ({"reasoning_effort": "high"}, "high"),
+        ({"reasoning_effort": "low", "extra_body": {"chat_template_kwargs": {"reasoning_effort": "so"}}}, "so"),
+    ):  # fmt: skip
+        assert client.chat.completions.create(**ask, **more).choices[0].message.content == f"{expected} hi"
+    answer = client.responses.create(model="phixtral", input="hi", reasoning={"effort": "high", "summary": "auto"})
+    assert answer.output_text == "high hi"
+    (tmp_path / "plain.jinja").write_text("{{ messages[0].content }}")
+    plain = gateway_of(chat_template=tmp_path / "plain.jinja").client()
+    assert plain.chat.completions.create(**ask, reasoning_effort="none").choices[0].message.content == "hi"
+    with pytest.raises(openai.BadRequestError, match="found high, and this model's chat template has no place") as told:
+        plain.chat.completions.create(**ask, reasoning_effort="high")
+    assert told.value.param == "reasoning_effort"
+    with pytest.raises(openai.BadRequestError, match="found low, and this model's chat template has no place") as told:
+        plain.responses.create(model="phixtral", input="hi", reasoning={"effort": "low"})
+    assert told.value.param == "reasoning.effort"
+
+
 @pytest.mark.parametrize(
     ("asks", "expected"),
     [

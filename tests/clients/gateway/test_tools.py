@@ -131,6 +131,17 @@ def test_calls_are_read_by_the_form_of_the_template(ask):
         assert all(len(call.id) == 9 or form != "mistral" for call in found)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_call_behind_the_first_is_given_where_calls_may_not_be_parallel(ask, stream):
+    call = '<tool_call>{"name": "say", "arguments": {"text": "%s"}}</tool_call>'
+    for parallel, expected in ((True, ["a", "b"]), (False, ["a"])):
+        parts = list("So: " + call % "a" + call % "b" + " Done.")
+        [choice] = ask("hermes", parts, stream=stream, parallel_tool_calls=parallel).choices
+        assert choice.message.content == "So: Done."
+        assert [json.loads(found.function.arguments)["text"] for found in choice.message.tool_calls] == expected
+        assert choice.finish_reason == "tool_calls"
+
+
 def test_a_name_that_does_not_end_is_not_searched_again_and_again(monkeypatch):
     """A model may repeat itself there up to its context's end: the cost of a piece must not grow with the answer."""
     sizes = []

@@ -17,7 +17,7 @@ from clients.gateway.api.answers import CUT, Usage, finish_reason
 from clients.gateway.api.responses import inputs
 from clients.gateway.api.responses.items import Event, Items
 from clients.gateway.api.sampling import UNREAD
-from clients.gateway.api.tools.offers import CHOICE, TOOLS
+from clients.gateway.api.tools.offers import CHOICE, PARALLEL, TOOLS
 from clients.gateway.errors import invalid
 from clients.gateway.events import Events, Whole, event, joined, renamed
 from clients.gateway.guard import Record
@@ -38,17 +38,19 @@ FIELDS = fields.Fields(
         "text": inputs.read_text,
         TOOLS: inputs.read_tools,
         CHOICE: inputs.read_tool_choice,
+        PARALLEL: fields.boolean,
+        "reasoning": fields.within("reasoning", {"effort": fields.text(16)}, unread=frozenset({"summary"})),
     },
-    unread=UNREAD | {"parallel_tool_calls"},
+    unread=UNREAD,
     neutral={
         "previous_response_id": (), "conversation": (), "background": (False,), "include": ([],),
-        "truncation": ("disabled",), "reasoning": (), "prompt": (), "top_logprobs": (0,), "max_tool_calls": (),
+        "truncation": ("disabled",), "prompt": (), "top_logprobs": (0,), "max_tool_calls": (),
     },
 )  # fmt: skip
 
 # The fields of a chat to those of a response that they are made of.
 _NAMES = {"messages": "input", "response_format": "text.format", "max_tokens": "max_output_tokens",
-          "max_completion_tokens": "max_output_tokens"}  # fmt: skip
+          "max_completion_tokens": "max_output_tokens", chat.EFFORT: "reasoning.effort"}  # fmt: skip
 
 
 async def respond(gateway: Gateway, record: Record, body: Mapping[str, Any]) -> Response:
@@ -61,6 +63,7 @@ async def respond(gateway: Gateway, record: Record, body: Mapping[str, Any]) -> 
         "model": values.get("model"), "messages": [*system, *values["input"]], "temperature": values.get("temperature"),
         "top_p": values.get("top_p"), "max_completion_tokens": values.get("max_output_tokens"),
         "response_format": values.get("text"), TOOLS: values.get(TOOLS), CHOICE: values.get(CHOICE),
+        PARALLEL: values.get(PARALLEL), chat.EFFORT: values.get("reasoning", {}).get("effort"),
     }  # fmt: skip
     with renamed(_NAMES):
         call = await chat.read_call(gateway, record, asked)
@@ -106,7 +109,7 @@ class _Answer:
             "id": self.id, "object": "response", "created_at": self._call.head["created"], "status": status,
             "error": None, "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "instructions": values.get("instructions"), "max_output_tokens": values.get("max_output_tokens"),
-            "model": self._call.head["model"], "output": self.items.whole(), "parallel_tool_calls": True,
+            "model": self._call.head["model"], "output": self.items.whole(), PARALLEL: values.get(PARALLEL, True),
             "previous_response_id": None, "store": False, "temperature": values.get("temperature", 1.0),
             "text": {"format": _shown_format(values.get("text"))},
             "tool_choice": choice if isinstance(choice, str) else {"type": "function", **choice["function"]},

@@ -17,7 +17,7 @@ from clients.gateway.texts import ModelTexts
 from export.errors import shown
 from triton_repo.contracts.wire import MOST_GUIDE_BYTES
 
-TOOLS, CHOICE = "tools", "tool_choice"
+TOOLS, CHOICE, PARALLEL = "tools", "tool_choice", "parallel_tool_calls"
 _Choice = tuple[str, str]  # one of the kinds, and the function that NAMED names
 
 # JSON schemas: the keywords that hold values, and those that hold schemas under names that the schema's author chose.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from clients.gateway.api.tools.forms import Form
 from clients.gateway.texts import Marks, ModelTexts
@@ -14,6 +14,32 @@ NONE, AUTO, REQUIRED, NAMED = "none", "auto", "required", "named"  # whether an 
 _SIZE = 2048  # characters that are read at once, so that a reader cuts no long text again and again
 
 Deltas = list[dict[str, Any]]
+
+
+class Reader(Protocol):
+    """Reads what an answer has beside its text, such as calls, as the answer comes."""
+
+    def read(self, text: str, token_ids: Sequence[int], *, is_last: bool, is_cut: bool = False) -> Deltas:
+        """The deltas of OpenAI's messages that a piece of an answer adds. `is_cut`: it is the last since there is no
+        room for more."""
+
+    def finish_reason(self, reason: str | None) -> str | None:
+        """The finish reason of an answer that ends for the given one."""
+
+
+class FirstCall:
+    """Of what another reader gives, no call behind the first, for requests whose `parallel_tool_calls` is false. vLLM
+    does the same (vllm/entrypoints/openai/utils.py)."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+
+    def read(self, text: str, token_ids: Sequence[int], *, is_last: bool, is_cut: bool = False) -> Deltas:
+        deltas = self._reader.read(text, token_ids, is_last=is_last, is_cut=is_cut)
+        return [delta for delta in deltas if not any(call["index"] for call in delta.get("tool_calls", ()))]
+
+    def finish_reason(self, reason: str | None) -> str | None:
+        return self._reader.finish_reason(reason)
 
 
 class CallReader:
