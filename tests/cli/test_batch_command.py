@@ -146,7 +146,7 @@ def test_a_file_that_is_one_array_is_refused_as_one(tmp_path, server, capsys, in
     assert batch(prompts, output, server) == 2
     assert "found one JSON array, expected a JSON value on each line (JSONL); nothing was" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in.json"]
-    assert server.asked() == []
+    assert not server.bodies
 
 
 def test_standard_input_and_output_are_refused_by_name(tmp_path, server, capsys, monkeypatch):
