@@ -228,7 +228,7 @@ def _constant(tensor: PlannedTensor) -> float | None:
 
 
 def _features(tensor: PlannedTensor) -> int:
-    """The number of input features of a matrix, of which the variance of its values is the inverse; 1 for an
+    """The number of input features of a matrix; the variance of its values is the inverse of that; 1 for an
     embedding."""
     if tensor.name.endswith(("wte.weight", "embed_tokens.weight")):
         return 1

@@ -649,7 +649,7 @@ def test_a_ray_that_does_not_start_is_one_error(tmp_path, server, capsys, monkey
 
 
 def test_an_error_of_ray_without_a_text_is_told_by_its_type():
-    """Ray's own have texts of many lines, of which the last has the cause."""
+    """Ray's own errors have many lines, and the last one has the cause."""
     assert _lines_of(SystemError(" \n")) == ["SystemError"]
     assert _lines_of(SystemError("traceback\nthe cause\n"))[-1] == "the cause"
 

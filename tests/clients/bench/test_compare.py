@@ -157,7 +157,7 @@ def test_loads_of_one_name_are_compared_in_their_order():
 
 @pytest.fixture
 def two(tmp_path):
-    """The files of two tests of which the second has first tokens twice as late; one load of each is its own."""
+    """The files of two tests. The second has first tokens twice as late, and each has one load of its own."""
     load = Load(rate=10.0, duration_s=60.0)
     for name, scale, alone in (("a", 1.0, "20/s"), ("b", 2.0, "<b>")):
         with Keeper(tmp_path / name, {"loads": ["10/s", alone], "model": "phixtral"}) as keeper:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -42,7 +43,7 @@ class FirstCall:
         return self._reader.finish_reason(reason)
 
 
-class CallReader:
+class CallReader(ABC):
     """Reads the calls in one answer as it comes, and gives deltas of OpenAI's messages.
 
     A call's name is given once its arguments begin, and they as they come. Text around calls is content. White space
@@ -166,9 +167,9 @@ class CallReader:
         self._read = self._in_text
         return content("" if has_read else opening)
 
+    @abstractmethod
     def _begin_call(self) -> None:
         """At the start of a call."""
-        raise NotImplementedError
 
     def _no_call(self, text: str = "") -> Deltas:
         """What was read since the begin, and some text behind it, are no call."""
